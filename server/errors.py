@@ -1,0 +1,186 @@
+"""Everything Weft raises on purpose.
+
+    WeftError                        500  something went wrong here
+    |- InvalidRequest                422  a field says what it must not
+    |   |- MalformedBody             400  the body is no JSON
+    |   |- UnsupportedMediaType      415  the body is not declared as JSON
+    |   `- TooLarge                  413  the body or a picture in it is too large
+    |- Unauthorized                  401  no key, or a wrong one
+    |- Forbidden                     403  a Host or Origin that is not allowed
+    |- UnknownModel                  404  no such model is hosted
+    |- UnknownGeneration             404  no such generation is under way
+    |- DuplicateGeneration           409  the identifier is taken by one under way
+    |- Cancelled                     409  the client cancelled it
+    |- Overloaded                    429  the queue is full
+    |- NotReady                      503  loading, draining or broken
+    |- ModelMismatch                 500  a model folder that cannot be hosted
+    `- RowFailed                     500  one image came to nothing
+
+Each carries the sentence the user reads; `server.api.answers` alone turns them into HTTP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import ClassVar
+
+__all__ = [
+    "Cancelled",
+    "DuplicateGeneration",
+    "Forbidden",
+    "InvalidRequest",
+    "MalformedBody",
+    "ModelMismatch",
+    "NotReady",
+    "Overloaded",
+    "RowFailed",
+    "TooLarge",
+    "Unauthorized",
+    "UnknownGeneration",
+    "UnknownModel",
+    "UnsupportedMediaType",
+    "WeftError",
+]
+
+
+class WeftError(Exception):
+    """The root of the tree; `status`, `type` and `code` are what HTTP says of it."""
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    code: ClassVar[str] = "internal_error"
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+
+
+class InvalidRequest(WeftError):
+    """A field (dotted path, e.g. `guidance.scale`) says what it must not."""
+
+    status = 422
+    type = "invalid_request_error"
+    code = "invalid_value"
+
+    def __init__(self, field: str | None, message: str) -> None:
+        super().__init__(message, field=field)
+
+
+class MalformedBody(InvalidRequest):
+    """The body cannot be read as JSON."""
+
+    status = 400
+    code = "malformed_body"
+
+
+class UnsupportedMediaType(InvalidRequest):
+    """The body is not declared as `application/json`."""
+
+    status = 415
+    code = "unsupported_media_type"
+
+
+class TooLarge(InvalidRequest):
+    """The body, or a picture in it, is larger than this server accepts."""
+
+    status = 413
+    code = "too_large"
+
+
+class Unauthorized(WeftError):
+    """No bearer key, or one that is not ours."""
+
+    status = 401
+    type = "authentication_error"
+    code = "invalid_api_key"
+
+
+class Forbidden(WeftError):
+    """The Host or Origin header names somebody this server does not serve."""
+
+    status = 403
+    type = "permission_error"
+    code = "not_allowed"
+
+
+class UnknownModel(WeftError):
+    """No model of this name is hosted; `allowed` are those that are."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "model_not_found"
+
+    def __init__(self, name: str, allowed: Iterable[str]) -> None:
+        message = f"model {name!r} is not hosted here; allowed are: {', '.join(sorted(allowed))}."
+        super().__init__(message, field="model")
+
+
+class UnknownGeneration(WeftError):
+    """No generation of this identifier is under way."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "generation_not_found"
+
+    def __init__(self, identifier: str) -> None:
+        super().__init__(f"No generation {identifier!r} is under way.", field="id")
+
+
+class DuplicateGeneration(WeftError):
+    """The identifier the client chose belongs to a generation still under way."""
+
+    status = 409
+    type = "invalid_request_error"
+    code = "duplicate_id"
+
+    def __init__(self, identifier: str) -> None:
+        message = f"x-request-id {identifier!r} belongs to a generation that is still under way."
+        super().__init__(message, field="x-request-id")
+
+
+class Cancelled(WeftError):
+    """The client cancelled the generation."""
+
+    status = 409
+    type = "cancelled"
+    code = "cancelled"
+
+    def __init__(self, message: str = "The generation was cancelled.") -> None:
+        super().__init__(message)
+
+
+class Overloaded(WeftError):
+    """The queue is full; room is expected after `retry_after_s` seconds."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "overloaded"
+
+    def __init__(self, retry_after_s: float, message: str | None = None) -> None:
+        super().__init__(message or "The queue is full; try again later.")
+        self.retry_after_s = retry_after_s
+
+
+class NotReady(WeftError):
+    """The server is loading, draining or broken and takes no work now."""
+
+    status = 503
+    type = "server_error"
+    code = "not_ready"
+
+    def __init__(self, message: str, retry_after_s: float = 5.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class ModelMismatch(WeftError):
+    """A model folder that this server cannot host; the message says why."""
+
+    code = "model_mismatch"
+
+
+class RowFailed(WeftError):
+    """One image came to nothing (NaN, out of memory); the others did not notice."""
+
+    code = "image_failed"
