@@ -1,0 +1,116 @@
+#!/usr/bin/env bash
+# Makes the virtual environment and installs the locked dependencies and Weft itself (editable).
+#
+#   scripts/install.sh [--dev] [--dependencies-only]
+#
+#   VENV    folder of the environment                 (.venv)
+#   PYTHON  interpreter to make it with               (the first of 3.11 or newer)
+#   TORCH   cpu, cuda, or auto: cuda where nvidia-smi lists a GPU, otherwise cpu   (auto)
+#
+# Does nothing where everything is installed already. May be interrupted and run again.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+VENV=${VENV:-.venv}
+TORCH=${TORCH:-auto}
+CPU_INDEX=https://download.pytorch.org/whl/cpu
+lock=runtime
+project=yes
+for argument in "$@"; do
+    case $argument in
+        --dev) lock=dev ;;
+        --dependencies-only) project=no ;;
+        *) echo "install.sh: unknown argument '$argument': --dev and --dependencies-only are allowed" >&2; exit 2 ;;
+    esac
+done
+
+fail() { echo "install.sh: $*" >&2; exit 1; }
+say() { echo "weft: $*"; }
+
+case $TORCH in
+    auto) if nvidia-smi -L 2>/dev/null | grep -q GPU; then TORCH=cuda; else TORCH=cpu; fi ;;
+    cpu | cuda) ;;
+    *) fail "TORCH is '$TORCH'; cpu, cuda and auto are allowed" ;;
+esac
+
+new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-python3 python3.11 python3.12 python3.13 python3.14}; do
+        if new_enough "$candidate"; then echo "$candidate"; return; fi
+    done
+    fail "no Python of 3.11 or newer among: ${PYTHON:-python3 python3.11 to python3.14}"
+}
+
+# Without a terminal pip says nothing but errors; with one it shows what it downloads.
+pip() {
+    local quiet=(-qq)
+    if [ -t 1 ]; then quiet=(); fi
+    "$VENV/bin/python" -m pip --disable-pip-version-check "${quiet[@]}" "$@"
+}
+
+installed_torch() {
+    "$VENV/bin/python" -c 'from importlib.metadata import version; print(version("torch"))' \
+        2>/dev/null || true
+}
+
+install_torch() {
+    local wanted installed
+    wanted=$(sed -n 's/^torch==\([^ ;]*\).*/\1/p' constraints.txt)
+    installed=$(installed_torch)
+    # A CUDA build serves a CPU as well, so only the reverse is exchanged.
+    case $TORCH:$installed in
+        cuda:*+cpu) ;;
+        *:"$wanted" | *:"$wanted"+*) return ;;
+    esac
+    # Torch before all else: any other package would draw the newest build, with CUDA, after it.
+    if [ "$TORCH" = cpu ] && [ "$(uname -s)" = Linux ]; then
+        say "installing torch $wanted for the CPU (about 200 MB)"
+        if pip install --no-deps --index-url "$CPU_INDEX" --retries 2 --timeout 15 \
+            "torch==$wanted"; then return; fi
+        say "PyTorch's CPU index did not answer; PyPI's build brings CUDA (about 3 GB)"
+    else
+        say "installing torch $wanted from PyPI"
+    fi
+    pip install --no-deps --force-reinstall --only-binary :all: --require-hashes \
+        -r requirements/torch.lock
+}
+
+install() {
+    if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
+        say "making $VENV with $(find_python)"
+        "$(find_python)" -m venv --clear "$VENV"
+    fi
+    install_torch
+    say "installing the packages of requirements/$lock.lock"
+    # The lock is complete and only wheels are taken: nothing unpinned, and no code of a package
+    # runs while it is installed.
+    pip install --no-deps --only-binary :all: --require-hashes -r "requirements/$lock.lock"
+    if [ $project = yes ]; then
+        say "installing weft"
+        pip install --no-deps --no-build-isolation --no-index --editable .
+    fi
+    "$VENV/bin/python" -m pip check >/dev/null || "$VENV/bin/python" -m pip check
+}
+
+# The stamp is written last and tells all that was installed from, so that a changed lock, project
+# or torch, and an installation that was cut short, are taken up at the next run.
+key() {
+    cat pyproject.toml constraints.txt requirements/*.lock scripts/install.sh | cksum
+    echo "$TORCH $project $PWD"
+}
+stamp=$VENV/.weft-$lock
+find_python >/dev/null
+if [ -x "$VENV/bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$(key)" ]; then exit 0; fi
+
+mkdir -p "$VENV"
+if command -v flock >/dev/null; then
+    exec 9>"$VENV.lock"
+    flock 9
+fi
+SECONDS=0
+install
+if [ $lock = dev ]; then key >"$VENV/.weft-runtime"; fi
+key >"$stamp"
+say "installed in $SECONDS s"

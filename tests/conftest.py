@@ -1,0 +1,28 @@
+"""Options of the whole suite: threads, no network, the `cuda` marker, hypothesis."""
+
+import os
+
+import pytest
+from hypothesis import settings
+
+# Read when torch is imported, which no test module has done yet. Small models on many threads
+# spend their time waiting for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+# A test that would fetch a model fails at once and says so.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# A machine under load is slow without being wrong; CI runs the same examples each time.
+settings.register_profile("weft", deadline=None, derandomize="CI" in os.environ, print_blob=True)
+settings.load_profile("weft")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips the tests that need a CUDA device where there is none."""
+    needy = [item for item in items if item.get_closest_marker("cuda")]
+    if not needy:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in needy:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
