@@ -1,0 +1,190 @@
+"""Pictures as bytes: encoded with the settings that made them, decoded without trust."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin
+from PIL.Image import Resampling
+
+from server.errors import InvalidRequest, TooLarge
+
+__all__ = ["MEDIA_TYPES", "Description", "OutputFormat", "decode", "decode_mask", "encode", "fit"]
+
+OutputFormat = Literal["png", "jpeg", "webp"]
+
+MEDIA_TYPES: Mapping[OutputFormat, str] = {
+    "png": "image/png",
+    "jpeg": "image/jpeg",
+    "webp": "image/webp",
+}
+
+_READABLE = ("PNG", "JPEG", "WEBP")
+_MAKER_NOTE = 0x927C
+_QUALITY = 95
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What a picture says of itself.
+
+    Attributes:
+        parameters: the settings as AUTOMATIC1111 writes them, read by many tools.
+        settings: the settings in full; posted back, they make the same picture.
+    """
+
+    parameters: str
+    settings: Mapping[str, Any]
+
+    @property
+    def json(self) -> str:
+        """The settings as one line of JSON."""
+        return json.dumps(self.settings, ensure_ascii=False, separators=(",", ":"))
+
+
+def encode(
+    pixels: np.ndarray, output_format: OutputFormat, description: Description | None = None
+) -> bytes:
+    """The bytes of a picture, the same ones for the same pixels and description.
+
+    Args:
+        pixels: uint8 `[H, W, 3]`.
+        output_format: of the file.
+        description: written as PNG text chunks `parameters` and `weft` (iTXt where Latin-1 does
+            not reach), or as EXIF UserComment and MakerNote in JPEG and WebP.
+    """
+    image = Image.fromarray(pixels, mode="RGB")
+    buffer = io.BytesIO()
+    if output_format == "png":
+        image.save(buffer, "PNG", pnginfo=_png_chunks(description))
+    elif output_format == "jpeg":
+        image.save(buffer, "JPEG", quality=_QUALITY, subsampling=0, exif=_exif(description))
+    else:
+        image.save(buffer, "WEBP", quality=_QUALITY, method=2, exif=_exif(description).tobytes())
+    return buffer.getvalue()
+
+
+def _png_chunks(description: Description | None) -> PngImagePlugin.PngInfo:
+    chunks = PngImagePlugin.PngInfo()
+    if description is not None:
+        chunks.add_text("parameters", description.parameters)
+        chunks.add_text("weft", description.json)
+    return chunks
+
+
+def _exif(description: Description | None) -> Image.Exif:
+    exif = Image.Exif()
+    if description is not None:
+        tags = exif.get_ifd(ExifTags.IFD.Exif)
+        # AUTOMATIC1111 and its readers take "UNICODE" for big-endian UTF-16.
+        comment = b"UNICODE\0" + description.parameters.encode("utf-16-be")
+        tags[ExifTags.Base.UserComment] = comment
+        tags[_MAKER_NOTE] = b"weft\0" + description.json.encode()
+    return exif
+
+
+def decode(text: str, *, field: str, max_pixels: int) -> Image.Image:
+    """A picture that somebody sent, as RGB; transparency is flattened over white.
+
+    Args:
+        text: base64, or a data URI of it.
+        field: the request's field, for the error's sentence.
+        max_pixels: checked against the header, before anything is decompressed.
+
+    Raises:
+        InvalidRequest: it is no PNG, JPEG or WebP, or is damaged.
+        TooLarge: it has more than `max_pixels`.
+    """
+    return _flatten(_open(text, field=field, max_pixels=max_pixels), "white")
+
+
+def decode_mask(text: str, *, field: str, max_pixels: int) -> Image.Image:
+    """A mask that somebody sent, as grey; transparency is flattened over black.
+
+    Takes and raises what :func:`decode` does.
+    """
+    return _flatten(_open(text, field=field, max_pixels=max_pixels), "black").convert("L")
+
+
+def fit(image: Image.Image, width: int, height: int) -> np.ndarray:
+    """The picture resampled to a size: uint8 `[height, width, 3]`, or `[height, width]` if grey."""
+    if image.size != (width, height):
+        image = image.resize((width, height), Resampling.LANCZOS)
+    return np.asarray(image)
+
+
+def _open(text: str, *, field: str, max_pixels: int) -> Image.Image:
+    data = _bytes(text, field)
+    try:
+        _check_webp_canvas(data, field, max_pixels)
+        image = Image.open(io.BytesIO(data), formats=_READABLE)
+        _check_pixels(image.width, image.height, field, max_pixels)
+        if getattr(image, "n_frames", 1) > 1:
+            raise InvalidRequest(field, f"{field} is an animation; send a single picture.")
+        image.load()
+        return ImageOps.exif_transpose(image)
+    except (InvalidRequest, TooLarge):
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise TooLarge(field, f"{field} has more than the {max_pixels} pixels allowed.") from None
+    except Image.UnidentifiedImageError:
+        raise InvalidRequest(
+            field, f"{field} is not a picture that can be read; allowed are: PNG, JPEG, WebP."
+        ) from None
+    except Exception:  # noqa: BLE001 - a decoder fed hostile bytes may raise anything
+        raise InvalidRequest(field, f"{field} is a damaged picture.") from None
+
+
+def _bytes(text: str, field: str) -> bytes:
+    encoded = text
+    if text[:5].lower() == "data:":
+        head, _, encoded = text.partition(",")
+        if not head.lower().endswith(";base64"):
+            raise InvalidRequest(
+                field, f"{field} is a data URI without ';base64,'; send base64 or a data URI of it."
+            )
+    try:
+        return base64.b64decode("".join(encoded.split()), validate=True)
+    except (binascii.Error, ValueError):
+        raise InvalidRequest(
+            field, f"{field} is not valid base64; send base64 or a data URI of it."
+        ) from None
+
+
+def _check_webp_canvas(data: bytes, field: str, max_pixels: int) -> None:
+    """Refuse a large WebP by its first 30 bytes: Pillow's reader allocates before it tells."""
+    if data[:4] != b"RIFF" or data[8:12] != b"WEBP" or len(data) < 30:
+        return
+    kind, body = data[12:16], data[20:30]
+    if kind == b"VP8X":
+        width = int.from_bytes(body[4:7], "little") + 1
+        height = int.from_bytes(body[7:10], "little") + 1
+    elif kind == b"VP8L":
+        bits = int.from_bytes(body[1:5], "little")
+        width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    else:
+        width, height = (side & 0x3FFF for side in struct.unpack("<HH", body[6:10]))
+    _check_pixels(width, height, field, max_pixels)
+
+
+def _check_pixels(width: int, height: int, field: str, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise TooLarge(
+            field, f"{field} is {width} x {height}; at most {max_pixels} pixels are allowed."
+        )
+
+
+def _flatten(image: Image.Image, background: str) -> Image.Image:
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    canvas = Image.new("RGBA", image.size, background)
+    return Image.alpha_composite(canvas, image).convert("RGB")
