@@ -1,0 +1,36 @@
+"""CFG++: guidance that interpolates, and renoises without guidance."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+from typing_extensions import override
+
+from guidance.rule import Guided, Rows, Rule
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+
+class CFGPlusPlus(Rule, frozen=True):
+    """CFG++ (Chung et al., arXiv 2406.08070, algorithm 2), for any sampler.
+
+    ``D = Du + scale (Dc - Du)``, renoised with the unconditional noise. That noise is what a
+    standard step infers from the moved point ``x + alpha (D - Du)``, so moving x is all it takes;
+    under DDIM and Euler this is the published step exactly. In a multistep sampler the history
+    holds D, where the authors' code keeps Du.
+    """
+
+    summary: ClassVar[str] = "Interpolates in [0, 1] and renoises unguided; invertible."
+    source: ClassVar[str] = "Chung et al., arXiv 2406.08070, algorithm 2."
+    name: Literal["cfg_plus_plus"] = "cfg_plus_plus"
+    scale: float = Field(0.6, ge=0, le=1, description="0 is unconditional, 1 conditional.")
+
+    @classmethod
+    @override
+    def combine(cls, rows: Rows, parameters: Mapping[str, Tensor]) -> Guided:
+        push = parameters["scale"] * (rows.cond - rows.other)
+        return Guided(rows.other + push, rows.x + rows.alpha * push, rows.memory)

@@ -1,0 +1,107 @@
+"""The points of a run: where a plan evaluates, and where it lands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from samplers.noise_schedule import F64, NoiseSchedule
+    from samplers.timesteps import Spacing
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Grid:
+    """N steps between N + 1 points of falling noise.
+
+    Attributes:
+        schedule: the schedule that the points lie on.
+        t: times that the denoiser is told, ``[N + 1]``. They may be rounded to trained steps
+            while the levels are not.
+        alpha: signal scale at the points, ``[N + 1]``.
+        sigma: noise scale at the points, ``[N + 1]``; the last is 0 unless an end was asked for.
+    """
+
+    schedule: NoiseSchedule
+    t: F64
+    alpha: F64
+    sigma: F64
+
+    @classmethod
+    def of(
+        cls,
+        schedule: NoiseSchedule,
+        spacing: Spacing,
+        steps: int,
+        t_start: float | None,
+        t_end: float | None,
+    ) -> Grid:
+        """See :meth:`samplers.noise_schedule.NoiseSchedule.grid`."""
+        if steps < 1:
+            raise ValueError(f"steps is {steps}; at least 1 is needed.")
+        if t_start is None and t_end is None:
+            return cls.on_times(schedule, spacing.evaluated(schedule, steps), spacing, clean=True)
+        first = schedule.t_start if t_start is None else t_start
+        last = schedule.t_end if t_end is None else t_end
+        if not first > last > 0:
+            raise ValueError(
+                f"t_start is {first} and t_end is {last}; "
+                "a run goes from a higher time to a lower one above 0."
+            )
+        count = steps if t_end is None else steps + 1
+        times = spacing.times(schedule, count, first, last)
+        return cls.on_times(schedule, times, spacing, clean=t_end is None)
+
+    @classmethod
+    def on_times(
+        cls, schedule: NoiseSchedule, t: F64, spacing: Spacing | None = None, *, clean: bool
+    ) -> Grid:
+        """A grid on given times, with the clean picture as one more point if ``clean``.
+
+        Raises:
+            ValueError: the times do not fall strictly.
+        """
+        if np.any(np.diff(t) >= 0):
+            listed = ", ".join(f"{x:g}" for x in t)
+            raise ValueError(f"timesteps are {listed}; each must be below the one before it.")
+        alpha, sigma = schedule.level(t)
+        told = np.round(t) if spacing is not None and spacing.integer_timesteps else t
+        if clean:
+            told, alpha, sigma = np.append(told, 0.0), np.append(alpha, 1.0), np.append(sigma, 0.0)
+        return cls(schedule, told, alpha, sigma)
+
+    @property
+    def steps(self) -> int:
+        """N."""
+        return len(self.t) - 1
+
+    @property
+    def half_log_snr(self) -> F64:
+        """``log(alpha / sigma)`` at the points: -inf at pure noise, inf at the clean end."""
+        with np.errstate(divide="ignore"):
+            return np.log(self.alpha) - np.log(self.sigma)
+
+    @property
+    def start_scale(self) -> float:
+        """Deviation of the noise that a run from nothing starts as."""
+        return 1.0 if self.schedule.unit_start else float(self.sigma[0])
+
+    def tail(self, strength: float) -> Grid:
+        """The last ``strength`` share of the steps, for a start from a noised picture.
+
+        Args:
+            strength: in (0, 1]; the steps kept are ``floor(strength * N)``.
+
+        Raises:
+            ValueError: no step would be left.
+        """
+        kept = min(int(self.steps * strength), self.steps)
+        if kept < 1:
+            raise ValueError(
+                f"strength is {strength:g}, which leaves none of {self.steps} steps; "
+                f"at least {1 / self.steps:.3g} is needed."
+            )
+        first = self.steps - kept
+        return Grid(self.schedule, self.t[first:], self.alpha[first:], self.sigma[first:])

@@ -1,0 +1,318 @@
+"""Noise schedules: the signal and noise scales of a model, and their inverse.
+
+Every model is put in the form ``x = alpha * x0 + sigma * eps``. A schedule maps its own time ``t``
+to ``(alpha, sigma)``, back from a half-log-SNR ``log(alpha / sigma)``, and to the number that the
+network is conditioned on. All of it is float64 numpy: tables are built once per request.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from typing_extensions import override
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from samplers.grid import Grid
+    from samplers.timesteps import Spacing
+
+# Always float64; numpy's stubs widen some operations.
+F64: TypeAlias = NDArray[np.floating[Any]]
+
+TRAINED_STEPS = 1000
+
+
+class NoiseSchedule(ABC):
+    """Signal and noise scales over time; the four kinds below say all there is."""
+
+    unit_start: ClassVar[bool] = False
+    """Whether start noise has deviation 1 (variance preserving) instead of sigma."""
+
+    @property
+    @abstractmethod
+    def t_start(self) -> float:
+        """Time of the noisiest level a plan may start from."""
+
+    @property
+    @abstractmethod
+    def t_end(self) -> float:
+        """Time of the cleanest level the network was trained on."""
+
+    @abstractmethod
+    def level(self, t: F64) -> tuple[F64, F64]:
+        """Alpha and sigma at times ``t``, each of the shape of ``t``."""
+
+    @abstractmethod
+    def time_of_half_log_snr(self, half_log_snr: F64) -> F64:
+        """The times at which ``log(alpha / sigma)`` has the given values."""
+
+    @abstractmethod
+    def half_log_snr(self, t: F64) -> F64:
+        """``log(alpha / sigma)`` at times ``t``."""
+
+    def conditioning(self, t: F64) -> F64:
+        """What the network is told in place of ``t``; the time itself by default."""
+        return t
+
+    def uniform(self, count: int, t_start: float, t_end: float) -> F64:
+        """``count`` times from ``t_start`` to ``t_end``, even in the schedule's own measure."""
+        return np.linspace(t_start, t_end, count)
+
+    def grid(
+        self, spacing: Spacing, steps: int, t_start: float | None = None, t_end: float | None = None
+    ) -> Grid:
+        """The times of ``steps`` steps.
+
+        Args:
+            spacing: how the steps are laid out.
+            steps: number of steps, at least 1.
+            t_start: time to start from; default the schedule's own.
+            t_end: time to land on, with sigma > 0. By default the last step lands on the clean
+                picture, and the last evaluation stands where the spacing puts it.
+
+        Raises:
+            ValueError: ``steps`` below 1, or times outside the schedule or out of order.
+        """
+        from samplers.grid import Grid
+
+        return Grid.of(self, spacing, steps, t_start, t_end)
+
+    @staticmethod
+    def from_diffusers(config: Mapping[str, Any]) -> NoiseSchedule:
+        """The schedule that a diffusers scheduler config describes.
+
+        Raises:
+            ValueError: the config names a beta schedule that is not known here.
+        """
+        name = str(config.get("_class_name", ""))
+        if name.startswith("FlowMatch") or config.get("use_flow_sigmas"):
+            return FlowMatching(
+                shift=float(config.get("shift") or config.get("flow_shift") or 1.0),
+                trained_steps=int(config.get("num_train_timesteps", TRAINED_STEPS)),
+            )
+        if name.startswith("EDM"):
+            return EDM(
+                sigma_min=float(config.get("sigma_min", 0.002)),
+                sigma_max=float(config.get("sigma_max", 80.0)),
+            )
+        return DiscreteVP(_log_alphas_of(config))
+
+    @staticmethod
+    def vp_linear(beta_min: float = 0.1, beta_max: float = 20.0) -> NoiseSchedule:
+        """Continuous variance-preserving schedule with linear beta on t in [0, 1] (Score SDE)."""
+        return LinearVP(beta_min, beta_max)
+
+    @staticmethod
+    def flow(shift: float = 1.0) -> NoiseSchedule:
+        """Rectified flow, alpha = 1 - sigma; ``shift`` > 1 spends more steps at high noise."""
+        return FlowMatching(shift=shift)
+
+    @staticmethod
+    def edm(sigma_min: float = 0.002, sigma_max: float = 80.0) -> NoiseSchedule:
+        """Variance exploding, alpha = 1 and t = sigma (Karras et al., arXiv 2206.00364)."""
+        return EDM(sigma_min, sigma_max)
+
+
+class VariancePreserving(NoiseSchedule):
+    """What the two variance-preserving kinds share: everything follows from log alpha."""
+
+    unit_start: ClassVar[bool] = True
+
+    @abstractmethod
+    def log_alpha(self, t: F64) -> F64:
+        """``log(alpha)`` at times ``t``."""
+
+    @override
+    def level(self, t: F64) -> tuple[F64, F64]:
+        log_alpha = self.log_alpha(t)
+        return np.exp(log_alpha), np.sqrt(-np.expm1(2 * log_alpha))
+
+    @override
+    def half_log_snr(self, t: F64) -> F64:
+        # Not log(1 - alpha^2): that loses every digit near t = 0.
+        return -0.5 * np.log(np.expm1(-2 * self.log_alpha(t)))
+
+
+def log_alpha_of_half_log_snr(half_log_snr: F64) -> F64:
+    """``log(alpha)`` of a variance-preserving level from its ``log(alpha / sigma)``."""
+    return -0.5 * np.logaddexp(0.0, -2 * np.asarray(half_log_snr, np.float64))
+
+
+@dataclass(frozen=True, eq=False)
+class DiscreteVP(VariancePreserving):
+    """A variance-preserving schedule trained at whole timesteps 0 .. T - 1.
+
+    Between trained steps log alpha is interpolated linearly.
+    """
+
+    log_alphas: F64
+
+    @property
+    def trained_steps(self) -> int:
+        """T, the number of trained timesteps."""
+        return len(self.log_alphas)
+
+    @property
+    @override
+    def t_start(self) -> float:
+        """The last trained step."""
+        return float(self.trained_steps - 1)
+
+    @property
+    @override
+    def t_end(self) -> float:
+        """The first trained step."""
+        return 0.0
+
+    @override
+    def log_alpha(self, t: F64) -> F64:
+        return np.interp(t, np.arange(self.trained_steps), self.log_alphas)
+
+    @override
+    def time_of_half_log_snr(self, half_log_snr: F64) -> F64:
+        log_alpha = log_alpha_of_half_log_snr(half_log_snr)
+        return np.interp(-log_alpha, -self.log_alphas, np.arange(self.trained_steps))
+
+
+@dataclass(frozen=True)
+class LinearVP(VariancePreserving):
+    """beta(t) = beta_min + t (beta_max - beta_min) on t in [0, 1]."""
+
+    beta_min: float
+    beta_max: float
+
+    @property
+    @override
+    def t_start(self) -> float:
+        """The noisiest time."""
+        return 1.0
+
+    @property
+    @override
+    def t_end(self) -> float:
+        """The usual cut-off, where log alpha still has digits."""
+        return 1e-3
+
+    @override
+    def log_alpha(self, t: F64) -> F64:
+        slope = self.beta_max - self.beta_min
+        return -0.25 * np.square(t) * slope - 0.5 * np.asarray(t) * self.beta_min
+
+    @override
+    def time_of_half_log_snr(self, half_log_snr: F64) -> F64:
+        slope = self.beta_max - self.beta_min
+        twice = -2 * log_alpha_of_half_log_snr(half_log_snr)
+        # The root of slope/2 t^2 + beta_min t = twice, in the form that does not cancel.
+        return 2 * twice / (self.beta_min + np.sqrt(self.beta_min**2 + 2 * slope * twice))
+
+
+@dataclass(frozen=True)
+class FlowMatching(NoiseSchedule):
+    """Rectified flow: sigma = t, alpha = 1 - t on t in [0, 1]; the network reads T * t."""
+
+    shift: float = 1.0
+    trained_steps: int = TRAINED_STEPS
+
+    @property
+    @override
+    def t_start(self) -> float:
+        """The noisiest time."""
+        return 1.0
+
+    @property
+    @override
+    def t_end(self) -> float:
+        """Sigma of the first trained step, after the shift."""
+        return float(self.shifted(np.array(1 / self.trained_steps)))
+
+    def shifted(self, u: F64) -> F64:
+        """Sigma of an even time u (SD3, arXiv 2403.03206, section 5.3.2)."""
+        return self.shift * u / (1 + (self.shift - 1) * u)
+
+    @override
+    def uniform(self, count: int, t_start: float, t_end: float) -> F64:
+        ends = np.array([t_start, t_end])
+        first, last = ends / (self.shift - (self.shift - 1) * ends)
+        return self.shifted(np.linspace(first, last, count))
+
+    @override
+    def level(self, t: F64) -> tuple[F64, F64]:
+        t = np.asarray(t, np.float64)
+        return 1 - t, t
+
+    @override
+    def half_log_snr(self, t: F64) -> F64:
+        with np.errstate(divide="ignore"):
+            return np.log1p(-np.asarray(t)) - np.log(t)
+
+    @override
+    def time_of_half_log_snr(self, half_log_snr: F64) -> F64:
+        return np.exp(-np.logaddexp(0.0, half_log_snr))
+
+    @override
+    def conditioning(self, t: F64) -> F64:
+        return self.trained_steps * t
+
+
+@dataclass(frozen=True)
+class EDM(NoiseSchedule):
+    """Variance exploding: alpha = 1, sigma = t; the network reads log(sigma) / 4."""
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+
+    @property
+    @override
+    def t_start(self) -> float:
+        """The largest trained sigma."""
+        return self.sigma_max
+
+    @property
+    @override
+    def t_end(self) -> float:
+        """The smallest trained sigma."""
+        return self.sigma_min
+
+    @override
+    def level(self, t: F64) -> tuple[F64, F64]:
+        t = np.asarray(t, np.float64)
+        return np.ones_like(t), t
+
+    @override
+    def half_log_snr(self, t: F64) -> F64:
+        return -np.log(t)
+
+    @override
+    def time_of_half_log_snr(self, half_log_snr: F64) -> F64:
+        return np.exp(-np.asarray(half_log_snr))
+
+    @override
+    def conditioning(self, t: F64) -> F64:
+        return 0.25 * np.log(t)
+
+
+def _log_alphas_of(config: Mapping[str, Any]) -> F64:
+    steps = int(config.get("num_train_timesteps", TRAINED_STEPS))
+    first = float(config.get("beta_start", 0.0001))
+    last = float(config.get("beta_end", 0.02))
+    kind = config.get("beta_schedule", "linear")
+    if config.get("trained_betas") is not None:
+        betas = np.asarray(config["trained_betas"], np.float64)
+    elif kind == "linear":
+        betas = np.linspace(first, last, steps)
+    elif kind == "scaled_linear":
+        betas = np.linspace(first**0.5, last**0.5, steps) ** 2
+    elif kind == "squaredcos_cap_v2":
+        u = np.arange(steps + 1) / steps
+        bar = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
+        betas = np.minimum(1 - bar[1:] / bar[:-1], 0.999)
+    else:
+        raise ValueError(
+            f"beta_schedule is {kind!r}; allowed are linear, scaled_linear and squaredcos_cap_v2."
+        )
+    return 0.5 * np.cumsum(np.log1p(-betas))

@@ -1,0 +1,164 @@
+"""A sampler compiled to a table, and the one function that applies a stage of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from samplers.grid import Grid
+    from samplers.noise_schedule import F64
+
+
+class Columns:
+    """Unit vectors over the columns of a stage's matrix.
+
+    A sampler writes its step as arithmetic on them: ``0.5 * columns["x"] + 0.5 * columns.denoised``
+    is the row of the matrix that averages x and the denoised prediction. Composed formulas (a
+    corrector, then a predictor) come out as one matrix by themselves.
+
+    Args:
+        slots: names of the state's slots; the first holds x.
+        latent_dims: axes of a latent, for coefficients that differ over its elements; 0 for
+            scalar ones.
+    """
+
+    def __init__(self, *slots: str, latent_dims: int = 0) -> None:
+        count = len(slots) + 3
+        unit = np.eye(count).reshape(count, count, *([1] * latent_dims))
+        self._slots = slots
+        self._of_slot = dict(zip(slots, unit, strict=False))
+        self.denoised: F64 = unit[-3]
+        self.noise: F64 = unit[-2]
+        self.one: F64 = unit[-1]
+
+    def __getitem__(self, slot: str) -> F64:
+        return self._of_slot[slot]
+
+    def table(self, **slots: F64) -> F64:
+        """The matrix whose rows are the new slots, ``[K, K + 3, ...]``; unnamed ones become 0."""
+        zero = np.zeros_like(self.one)
+        return np.stack(np.broadcast_arrays(*(slots.get(name, zero) for name in self._slots)))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """One image's whole run as data: where to evaluate, and how each evaluation moves the state.
+
+    With state slots S, guided prediction D and fresh noise xi, stage i is
+    ``S <- tables[i] @ [S_0 .. S_{K-1}, D, xi, 1]``, and slot 0 is the point of evaluation i + 1.
+
+    Attributes:
+        t: time that the denoiser is told at each stage, and of the landing, ``[stages + 1]``.
+        alpha: signal scale of slot 0 there, ``[stages + 1]``.
+        sigma: noise scale of slot 0 there, ``[stages + 1]``.
+        tables: float64 ``[stages, K, K + 3]``, or ``[stages, K, K + 3, C, h, w]`` elementwise.
+        step: the sampler step that a stage belongs to, from 0, ``[stages]``.
+        start_scale: deviation of the start noise of a run from nothing.
+    """
+
+    t: F64
+    alpha: F64
+    sigma: F64
+    tables: F64
+    step: tuple[int, ...]
+    start_scale: float
+
+    @classmethod
+    def of_steps(cls, grid: Grid, tables: Sequence[F64]) -> Plan:
+        """A plan of one evaluation a step, at the points of the grid."""
+        return cls(
+            grid.t,
+            grid.alpha,
+            grid.sigma,
+            np.stack(tables),
+            tuple(range(grid.steps)),
+            grid.start_scale,
+        )
+
+    @property
+    def evaluations(self) -> int:
+        """Stages, each one evaluation of the guided model."""
+        return len(self.tables)
+
+    @property
+    def steps(self) -> int:
+        """Sampler steps; fewer than the evaluations where a step takes two."""
+        return self.step[-1] + 1
+
+    @property
+    def slots(self) -> int:
+        """K, slots of the state."""
+        return self.tables.shape[1]
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether coefficients differ over the elements of a latent."""
+        return self.tables.ndim > 3
+
+    @property
+    def noisy(self) -> tuple[bool, ...]:
+        """Which stages ask for fresh noise, ``[stages]``."""
+        column = self.tables[:, :, -2].reshape(self.evaluations, -1)
+        return tuple(bool(x) for x in np.any(column != 0, axis=1))
+
+
+def advance(columns: Tensor, tables: Tensor) -> Tensor:
+    """Apply one stage to each row: the only place where a state moves.
+
+    Args:
+        columns: ``[rows, K + 2, C, h, w]``: the state's K slots, the guided denoised prediction,
+            fresh noise. Where a stage asks for no noise, that column may hold any finite values.
+        tables: ``[rows, K, K + 3]``, or ``[rows, K, K + 3, C, h, w]`` where elementwise.
+
+    Returns:
+        The new states ``[rows, K, C, h, w]``.
+    """
+    factors, constant = tables[:, :, :-1], tables[:, :, -1]
+    if tables.ndim > 3:
+        return (factors * columns[:, None]).sum(2) + constant
+    flat = columns.flatten(2)
+    return constant[:, :, None].baddbmm(factors, flat).view(-1, tables.shape[1], *columns.shape[2:])
+
+
+def integrate(
+    plan: Plan,
+    denoise: Callable[[Tensor, float], Tensor],
+    x_start: Tensor,
+    noise: Callable[[int], Tensor] | None = None,
+) -> Tensor:
+    """Run a plan on a batch that shares it: the reference loop, for use without the server.
+
+    Args:
+        plan: what ``Sampler.plan`` gave.
+        denoise: ``(x [rows, ...], t) -> denoised [rows, ...]``, guided if wanted.
+        x_start: ``[rows, ...]`` in any floating type; at the plan's first level, so
+            ``plan.start_scale`` times unit noise for a run from nothing.
+        noise: stage -> unit noise ``[rows, ...]``; needed where the plan asks for noise.
+
+    Returns:
+        x where the plan lands, ``[rows, ...]``, in the type of ``x_start``.
+
+    Raises:
+        ValueError: the plan asks for noise and none is given.
+    """
+    if noise is None and any(plan.noisy):
+        raise ValueError("noise is missing; this sampler is stochastic and draws noise each step.")
+    rows, K = x_start.shape[0], plan.slots
+    columns = x_start.new_zeros(rows, K + 2, *x_start.shape[1:])
+    columns[:, 0] = x_start
+    for stage, (t, table, noisy) in enumerate(
+        zip(plan.t[:-1], plan.tables, plan.noisy, strict=True)
+    ):
+        columns[:, K] = denoise(columns[:, 0], float(t))
+        if noisy and noise is not None:
+            columns[:, K + 1] = noise(stage)
+        per_row = x_start.new_tensor(table).expand(rows, *table.shape)
+        columns[:, :K] = advance(columns, per_row)
+    return columns[:, 0].clone()
