@@ -1,0 +1,139 @@
+"""Pydantic's findings about a body, as the one sentence that the user reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
+
+from server.choice import listed
+from server.errors import InvalidRequest, MalformedBody
+from server.request import CHOICES
+
+__all__ = ["as_invalid_request"]
+
+_SHOWN = 60
+
+_NEEDS: Mapping[str, str] = {
+    "missing": "is required",
+    "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
+    "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_parsing_size": "must be a whole number of at most 19 digits",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "float_parsing": "must be a number",
+    "finite_number": "must be a finite number",
+    "string_type": "must be a string",
+    "string_unicode": "must be valid Unicode",
+    "string_too_long": "must have at most {max_length} characters",
+    "string_too_short": "must have at least {min_length} characters",
+    "greater_than": "must be greater than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be at most {le}",
+    "multiple_of": "must be a multiple of {multiple_of}",
+    "literal_error": "must be one of {expected}",
+    "enum": "must be one of {expected}",
+    "dict_type": "must be an object",
+    "model_type": "must be an object",
+    "model_attributes_type": "must be an object",
+    "list_type": "must be a list",
+    "tuple_type": "must be a list",
+}
+
+
+def as_invalid_request(request: Request, found: RequestValidationError) -> InvalidRequest:
+    """The first thing that is wrong, named by its dotted field path."""
+    error: Mapping[str, Any] = found.errors()[0]
+    if error["type"] == "json_invalid":
+        reason = error["ctx"]["error"]
+        return MalformedBody(None, f"The body is not valid JSON: {reason} at {error['loc'][-1]}.")
+    path = _path(error["loc"])
+    if not path:
+        return InvalidRequest(None, "The body must be a JSON object.")
+    param = ".".join(path)
+    if error["type"] == "extra_forbidden":
+        return InvalidRequest(param, _unknown(param, _siblings(request, error["loc"])))
+    return InvalidRequest(param, _sentence(param, error))
+
+
+def _sentence(param: str, error: Mapping[str, Any]) -> str:
+    if error["type"] == "sentence":
+        return str(error["msg"])
+    context = {key: _plain(value) for key, value in error.get("ctx", {}).items()}
+    needs = _NEEDS.get(error["type"])
+    if error["type"] == "missing":
+        return f"{param} {needs}."
+    if needs is None:
+        return f"{param} {_lowered(str(error['msg']))}."
+    return f"{param} is {_shown(error['input'])}; it {needs.format(**context)}."
+
+
+def _unknown(param: str, allowed: Sequence[str]) -> str:
+    if not allowed:
+        return f"{_clean(param)} is not a known field; remove it."
+    near = get_close_matches(param.rpartition(".")[2], allowed, n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    return f"{_clean(param)} is not a known field{hint}; allowed are: {listed(allowed)}."
+
+
+def _path(loc: Sequence[Any]) -> list[str]:
+    """The field's path without `body` and without the tags of tagged unions."""
+    path: list[str] = []
+    for part in loc[1:]:
+        if path and str(part) in CHOICES.get(path[-1], {}):
+            continue
+        path.append(str(part))
+    return path
+
+
+def _siblings(request: Request, loc: Sequence[Any]) -> list[str]:
+    """Fields that the object around an unknown field knows."""
+    model = _body_model(request)
+    field = ""
+    for part in loc[1:-1]:
+        named = CHOICES.get(field, {}).get(str(part))
+        if named is not None:
+            model = named
+        field = str(part)
+    known = list(model.model_fields) if model is not None else []
+    inside_guidance = model in CHOICES["guidance"].values()
+    return [*known, "policy"] if inside_guidance else known
+
+
+def _body_model(request: Request) -> type[BaseModel] | None:
+    body_field = getattr(request.scope.get("route"), "body_field", None)
+    annotation = getattr(getattr(body_field, "field_info", None), "annotation", None)
+    return annotation if isinstance(annotation, type) else None
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.12g}"
+    return str(value).replace(" or ", ", ")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return "an object"
+    if isinstance(value, list):
+        return "a list"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = repr(value) if not isinstance(value, int) or abs(value) < 10**_SHOWN else "too long"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def _lowered(message: str) -> str:
+    return message[:1].lower() + message[1:].rstrip(".")
+
+
+def _clean(text: str) -> str:
+    """The text, shortened and without what no answer can be encoded with."""
+    return text[:_SHOWN].encode(errors="replace").decode()

@@ -1,0 +1,152 @@
+"""The gate: who may speak to the server, asked before anything else looks at a request.
+
+Plain ASGI, so that a client's disconnect reaches the route.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Final
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.errors import Forbidden, TooLarge, Unauthorized, WeftError
+from server.settings import Settings
+
+__all__ = ["PROBES", "PUBLIC", "Gate", "RequestId"]
+
+PROBES: Final = frozenset({"/livez", "/readyz"})
+"""Asked by orchestrators, by address and without a key."""
+
+PUBLIC: Final = PROBES | {"/"}
+"""Paths that need no key; everything else does where keys are set."""
+
+_VALID_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::(\d{1,5}))?")
+
+
+class RequestId:
+    """Gives every request an identifier, and every answer the header `x-request-id`.
+
+    A valid one that the client chose is kept; it is then the generation's identifier too, so that
+    the client can cancel before it has read a byte.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        chosen = Headers(scope=scope).get("x-request-id", "")
+        identifier = chosen if _VALID_ID.fullmatch(chosen) else f"gen-{uuid.uuid4().hex}"
+        scope.setdefault("state", {})["request_id"] = identifier
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["x-request-id"] = identifier
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)
+
+
+class Gate:
+    """Refuses foreign Hosts and Origins, missing keys and bodies announced as too large.
+
+    Args:
+        app: what stands behind the gate.
+        settings: names, keys and limits.
+        answer: turns a refusal into a response.
+    """
+
+    def __init__(
+        self, app: ASGIApp, settings: Settings, answer: Callable[[WeftError], Response]
+    ) -> None:
+        self._app = app
+        self._answer = answer
+        self._hosts = frozenset(name.lower().strip("[]") for name in settings.allowed_hosts)
+        self._origins = frozenset(origin.lower() for origin in settings.allowed_origins)
+        self._keys = [_digest(key.get_secret_value()) for key in settings.api_keys]
+        self._body_bytes = settings.limits.body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        if scope["type"] not in ("http", "websocket"):
+            await self._app(scope, receive, send)
+            return
+        try:
+            self._admit(scope["path"], Headers(scope=scope))
+        except WeftError as refusal:
+            if scope["type"] == "websocket":
+                await send({"type": "websocket.close", "code": 1008})
+            else:
+                await self._answer(refusal)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _admit(self, path: str, headers: Headers) -> None:
+        if path not in PROBES:
+            host = self._check_host(headers.getlist("host"))
+            self._check_origin(headers.getlist("origin"), host)
+        if self._keys and path not in PUBLIC:
+            self._check_key(headers.getlist("authorization"))
+        announced = headers.get("content-length", "0")
+        if not announced.isdecimal() or int(announced) > self._body_bytes:
+            raise TooLarge(
+                None, f"The body is too large; at most {self._body_bytes} bytes are allowed."
+            )
+
+    def _check_host(self, values: Sequence[str]) -> tuple[str, str]:
+        match = _HOST.fullmatch(values[0]) if len(values) == 1 else None
+        if match is None:
+            raise Forbidden("The request needs one valid Host header.", field="host")
+        name, port = match[1].lower().strip("[]"), match[2] or ""
+        if not self._hosts & {name, "*"}:
+            raise Forbidden(
+                f"host {name!r} is not allowed; WEFT_ALLOWED_HOSTS names those that are.",
+                field="host",
+            )
+        return name, port
+
+    def _check_origin(self, values: Sequence[str], host: tuple[str, str]) -> None:
+        if not values or (len(values) == 1 and values[0].lower() in self._origins):
+            return
+        if len(values) > 1 or not self._same_site(values[0], host):
+            raise Forbidden(
+                f"origin {values[0][:100]!r} is not allowed; WEFT_ALLOWED_ORIGINS names those "
+                "that are.",
+                field="origin",
+            )
+
+    def _same_site(self, origin: str, host: tuple[str, str]) -> bool:
+        """Whether a page comes from this server: its port, by its name or another allowed one."""
+        name, port = host
+        try:
+            page = urlsplit(origin.lower())
+            page_port = str(page.port or "")
+        except ValueError:
+            return False
+        if page.scheme not in ("http", "https") or page.path or page.username is not None:
+            return False
+        return page_port == port and (page.hostname == name or page.hostname in self._hosts)
+
+    def _check_key(self, values: Sequence[str]) -> None:
+        scheme, _, key = values[0].partition(" ") if len(values) == 1 else ("", "", "")
+        offered = _digest(key.strip())
+        # Every key is compared, so that the time taken tells nothing of which one came close.
+        known = [hmac.compare_digest(offered, key) for key in self._keys]
+        if scheme.lower() != "bearer" or not any(known):
+            raise Unauthorized("A valid key is needed: send 'Authorization: Bearer <key>'.")
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode(errors="replace")).digest()

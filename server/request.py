@@ -1,0 +1,192 @@
+"""What a request may say: every field with its range, default and meaning."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
+from pydantic_core import PydanticCustomError
+
+from guidance import POLICIES, RULES, Policy, Rule
+from samplers import SAMPLERS, SPACINGS, Sampler, Spacing
+from server.choice import choice, name_of
+from server.errors import InvalidRequest
+from server.picture import OutputFormat
+from server.settings import Limits
+
+__all__ = [
+    "CHOICES",
+    "DEFAULT_GUIDANCE",
+    "DEFAULT_SAMPLER",
+    "DEFAULT_STEPS",
+    "GenerateRequest",
+    "Guidance",
+    "check_limits",
+    "split",
+]
+
+DEFAULT_STEPS: Final = 25
+DEFAULT_SAMPLER: Final = "dpm_solver_pp"
+DEFAULT_GUIDANCE: Final = {"name": "cfg", "scale": 4.0}
+MAX_SEED: Final = 2**63 - 1
+
+if TYPE_CHECKING:
+    SamplerChoice = Sampler
+    SpacingChoice = Spacing
+
+    class Guidance(Rule, frozen=True):
+        """A rule's own fields, and the policy it goes with."""
+
+        policy: Policy
+else:
+    SamplerChoice = choice("sampler", SAMPLERS)
+    SpacingChoice = choice("spacing", SPACINGS)
+    _PolicyChoice = choice("policy", POLICIES)
+
+    def _with_policy(rule: type[Rule]) -> type[Rule]:
+        always = next(policy for policy in POLICIES if name_of(policy) == "always")
+        described = Field(default=always(), description="When the second prediction is evaluated.")
+        return create_model(
+            f"{rule.__name__}Guidance",
+            __base__=rule,
+            __doc__=rule.__doc__,
+            policy=(_PolicyChoice, described),
+        )
+
+    Guidance = choice("guidance", tuple(_with_policy(rule) for rule in RULES))
+
+CHOICES: Final[dict[str, dict[str, type[BaseModel]]]] = {
+    "sampler": {name_of(member): member for member in SAMPLERS},
+    "spacing": {name_of(member): member for member in SPACINGS},
+    "guidance": {name_of(member): member for member in RULES},
+    "policy": {name_of(member): member for member in POLICIES},
+}
+"""Classes by field and name, for error sentences about the fields inside them."""
+
+
+def _printable(text: str) -> str:
+    for position, character in enumerate(text):
+        if (character < " " and character not in "\t\n\r") or "\ud800" <= character <= "\udfff":
+            raise PydanticCustomError(
+                "unprintable",
+                "has the character {character} at {position}; only text is allowed",
+                {"character": repr(character), "position": position},
+            )
+    return text
+
+
+Prompt = Annotated[str, AfterValidator(_printable)]
+Count = Annotated[int, Field(strict=True)]
+
+
+class GenerateRequest(BaseModel):
+    """One request for pictures of one prompt.
+
+    What is left out takes the model's default; the answer's `settings` say what that was.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    prompt: Prompt = Field(description="What the picture shows.", examples=["a red circle"])
+    negative_prompt: Prompt = Field(
+        default="", description="What guidance steers away from; empty is the unconditional."
+    )
+    model: str | None = Field(
+        default=None, max_length=256, description="A hosted model; the first one by default."
+    )
+    width: Count | None = Field(
+        default=None, ge=8, le=16384, description="Pixels; the model's own size by default."
+    )
+    height: Count | None = Field(
+        default=None, ge=8, le=16384, description="Pixels; the model's own size by default."
+    )
+    steps: Count | None = Field(
+        default=None, ge=1, description=f"Sampler steps; {DEFAULT_STEPS} by default."
+    )
+    seed: Count | None = Field(
+        default=None,
+        ge=0,
+        le=MAX_SEED,
+        description="Of the first image; image i has seed + i. Random, and reported, by default.",
+    )
+    n: Count = Field(default=1, ge=1, description="Images, each with a seed of its own.")
+    sampler: SamplerChoice | None = Field(
+        default=None, description=f"How the noise is removed; `{DEFAULT_SAMPLER}` by default."
+    )
+    spacing: SpacingChoice | None = Field(
+        default=None, description="How the steps are laid out; the sampler's own by default."
+    )
+    guidance: Guidance | None = Field(
+        default=None,
+        description="How the prompt is enforced: a rule's fields, and optionally the `policy` "
+        f"it goes with; `{DEFAULT_GUIDANCE}` by default.",
+    )
+    image: str | None = Field(
+        default=None,
+        repr=False,
+        description="A picture to start from (PNG, JPEG or WebP as base64 or data URI), "
+        "resampled to `width` x `height`; its own size by default.",
+    )
+    strength: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        strict=True,
+        description="Share of the steps that `image` goes through: 0.75 by default, 1 with a mask.",
+    )
+    mask: str | None = Field(
+        default=None,
+        repr=False,
+        description="Where `image` is repainted (white) and kept (black), resampled alike.",
+    )
+    output_format: OutputFormat = Field(default="png", description="Of the pictures.")
+    stream: bool = Field(default=False, strict=True, description="Answer with server-sent events.")
+
+    def settings(self) -> dict[str, Any]:
+        """The request as JSON that makes the same pictures when posted back.
+
+        Pictures that were sent in stay out; the request is refused until they are sent again.
+        """
+        return self.model_dump(mode="json", exclude={"image", "mask", "stream"}, exclude_none=True)
+
+
+def split(guidance: Guidance) -> tuple[Rule, Policy]:
+    """The rule and the policy that a request's guidance names."""
+    rule = CHOICES["guidance"][guidance.name]
+    fields = {field: getattr(guidance, field) for field in rule.model_fields}
+    return rule.model_validate(fields), guidance.policy  # type: ignore[return-value]
+
+
+def check_limits(request: GenerateRequest, limits: Limits) -> None:
+    """Refuse what this server's operator does not allow.
+
+    Raises:
+        InvalidRequest: a field is beyond its limit.
+    """
+    for field, value, most in (
+        ("steps", request.steps, limits.steps),
+        ("n", request.n, limits.images),
+    ):
+        if value is not None and value > most:
+            raise InvalidRequest(field, f"{field} is {value}; at most {most} is allowed.")
+    for field, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
+        size = len(text.encode())
+        if size > limits.prompt_bytes:
+            raise InvalidRequest(
+                field, f"{field} has {size} bytes; at most {limits.prompt_bytes} are allowed."
+            )
+    if request.seed is not None and request.seed + request.n - 1 > MAX_SEED:
+        raise InvalidRequest(
+            "seed", f"seed is {request.seed}; seed + n - 1 must be at most {MAX_SEED}."
+        )
+    if request.width and request.height:
+        check_pixels(request.width, request.height, limits)
+
+
+def check_pixels(width: int, height: int, limits: Limits) -> None:
+    """Refuse an image with more pixels than the operator allows."""
+    if width * height > limits.pixels:
+        raise InvalidRequest(
+            "width",
+            f"width x height is {width} x {height}; at most {limits.pixels} pixels are allowed.",
+        )
