@@ -68,7 +68,7 @@ install_torch() {
     if [ "$TORCH" = cpu ] && [ "$(uname -s)" = Linux ]; then
         say "installing torch $wanted for the CPU (about 200 MB)"
         if pip install --no-deps --index-url "$CPU_INDEX" --retries 2 --timeout 15 \
-            "torch==$wanted"; then return; fi
+            "torch==$wanted" 2> >(grep -v "^WARNING: Retrying" >&2); then return; fi
         say "PyTorch's CPU index did not answer; PyPI's build brings CUDA (about 3 GB)"
     else
         say "installing torch $wanted from PyPI"

@@ -1,0 +1,166 @@
+"""What is installed, from where, and what may never be used."""
+
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PACKAGES = [p.rstrip("*") for p in PROJECT["tool"]["setuptools"]["packages"]["find"]["include"]]
+BANNED = PROJECT["tool"]["ruff"]["lint"]["flake8-tidy-imports"]["banned-api"]
+
+
+def blocks(path: str) -> list[str]:
+    """The requirements of a lock file, each with the lines of its hashes."""
+    return re.findall(r"^[a-z].*(?:\n .*)*", (ROOT / path).read_text(), flags=re.MULTILINE)
+
+
+def pins(path: str) -> dict[str, str]:
+    """The version of each distribution in a lock file."""
+    named = [block.split()[0].split("==") for block in blocks(path)]
+    return {canonicalize_name(name): version for name, version in named}
+
+
+LOCKS = ["requirements/runtime.lock", "requirements/dev.lock", "requirements/torch.lock"]
+
+
+@pytest.mark.parametrize("lock", LOCKS)
+def test_every_locked_package_is_pinned_and_hashed(lock: str) -> None:
+    for block in blocks(lock):
+        assert re.fullmatch(r"[a-z0-9.-]+==[^\s;]+( ;.*)?", block.split(" \\\n")[0])
+        assert "--hash=sha256:" in block
+
+
+@pytest.mark.parametrize("lock", LOCKS)
+def test_locks_hold_the_versions_of_the_constraints(lock: str) -> None:
+    assert pins(lock).items() <= pins("constraints.txt").items()
+
+
+def test_runtime_packages_are_the_same_under_test() -> None:
+    assert pins("requirements/runtime.lock").items() <= pins("requirements/dev.lock").items()
+
+
+def declared() -> list[Requirement]:
+    lines = [*PROJECT["project"]["dependencies"], *PROJECT["build-system"]["requires"]]
+    return [
+        Requirement(line) for line in [*lines, *PROJECT["project"]["optional-dependencies"]["dev"]]
+    ]
+
+
+@pytest.mark.parametrize("requirement", declared(), ids=lambda r: r.name)
+def test_declared_dependencies_are_locked_at_a_version_they_allow(requirement: Requirement) -> None:
+    locked = pins("requirements/dev.lock") | pins("requirements/torch.lock")
+    assert locked[canonicalize_name(requirement.name)] in requirement.specifier
+
+
+# Below these a published hole is open.
+FLOORS = {"starlette": "1.0.1", "diffusers": "0.38.0", "transformers": "5.3.0", "torch": "2.10"}
+
+
+@pytest.mark.parametrize(("name", "floor"), FLOORS.items())
+def test_versions_with_known_holes_are_not_allowed(name: str, floor: str) -> None:
+    requirement = next(r for r in declared() if r.name == name)
+    lowest = [Version(s.version) for s in requirement.specifier if s.operator == ">="]
+    assert max(lowest) >= Version(floor)
+
+
+def lint(source: str, path: str) -> str:
+    command = [sys.executable, "-m", "ruff", "check", "--output-format", "concise"]
+    command += ["--stdin-filename", path, "-"]
+    run = subprocess.run(
+        command, cwd=ROOT, input=source, capture_output=True, text=True, check=False
+    )
+    return run.stdout
+
+
+@pytest.mark.parametrize("package", [*PACKAGES, "tests"])
+@pytest.mark.parametrize("banned", BANNED)
+def test_lint_refuses_whatever_unpickles(banned: str, package: str) -> None:
+    module, _, member = banned.partition(".")
+    source = f"import {module}\n\nprint({banned if member else module})\n"
+    assert "TID251" in lint(source, f"{package}/x.py")
+
+
+def test_lint_lets_safetensors_pass() -> None:
+    assert "TID251" not in lint("from safetensors.torch import load_file\n", "server/x.py")
+
+
+def test_no_source_lifts_the_ban() -> None:
+    lifted = re.compile(r"noqa:.*TID251")
+    sources = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    assert not [path for path in sources if lifted.search(path.read_text())]
+    assert "TID251" not in json.dumps(PROJECT["tool"]["ruff"])
+
+
+def test_the_wheel_carries_every_file_of_the_packages(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    skipped = shutil.ignore_patterns("__pycache__", "*.pyc")
+    for package in PACKAGES:
+        if (ROOT / package).exists():
+            shutil.copytree(ROOT / package, source / package, ignore=skipped)
+    files = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
+    for name in ("pyproject.toml", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index"]
+    command += ["--no-build-isolation", "--wheel-dir", str(tmp_path), str(source)]
+    subprocess.run(command, check=True, capture_output=True)
+
+    (wheel,) = tmp_path.glob("weft-*.whl")
+    assert files <= set(zipfile.ZipFile(wheel).namelist())
+
+
+class Livez(HTTPServer):
+    """Answers /livez with a status, and nothing else."""
+
+    status = 200
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        line, *_ = request.recv(4096).decode().splitlines()
+        status = self.status if line.startswith("GET /livez ") else 404
+        request.sendall(f"HTTP/1.0 {status} \r\n\r\n".encode())
+
+
+@pytest.fixture
+def livez() -> Iterator[Livez]:
+    with Livez(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def probe(port: int) -> int:
+    """Exit status of the image's own health check, asked of another port."""
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    (command,) = re.findall(r"HEALTHCHECK[^\n]*\\\n\s*CMD (\[.*\])", dockerfile)
+    _, *arguments = [part.replace(":8000/", f":{port}/") for part in json.loads(command)]
+    return subprocess.run([sys.executable, *arguments], capture_output=True, check=False).returncode
+
+
+@pytest.mark.parametrize(("status", "healthy"), [(200, True), (404, False), (503, False)])
+def test_the_image_is_healthy_while_livez_says_so(livez: Livez, status: int, healthy: bool) -> None:
+    livez.status = status
+    assert (probe(livez.server_port) == 0) is healthy
+
+
+def test_the_image_is_unhealthy_when_nothing_listens() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        assert probe(unused.getsockname()[1]) != 0
