@@ -8,7 +8,7 @@ network is conditioned on. All of it is float64 numpy: tables are built once per
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
@@ -150,7 +150,7 @@ class DiscreteVP(VariancePreserving):
     Between trained steps log alpha is interpolated linearly.
     """
 
-    log_alphas: F64
+    log_alphas: F64 = field(repr=False)
 
     @property
     def trained_steps(self) -> int:

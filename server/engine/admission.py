@@ -1,0 +1,99 @@
+"""From a task to a state in the pool: prompts encoded, start latents made."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import torch.nn.functional as F
+
+from server.engine.conditioning import Conditioning
+from server.engine.noise import start_noise
+from server.engine.sequence import Known
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from torch import Tensor
+
+    from server.engine.lane import Lane
+    from server.engine.sequence import ImageTask, Sequence
+    from server.models.hosted import HostedModel
+
+log = logging.getLogger(__name__)
+
+
+class Admission:
+    """Gives newcomers their lane, conditioning and first state.
+
+    Args:
+        models: hosted models by name.
+        lane_of: the lane of a task, made when it is the first.
+        deterministic: encode prompts at a fixed batch size.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, HostedModel],
+        lane_of: Callable[[ImageTask], Lane],
+        *,
+        deterministic: bool,
+    ) -> None:
+        self._lane_of = lane_of
+        self._conditioning = {
+            name: Conditioning(model, fixed=deterministic) for name, model in models.items()
+        }
+
+    def admit(self, newcomers: list[Sequence]) -> Iterator[tuple[Sequence, Exception]]:
+        """Make the newcomers ready to run; yields those that cannot be, with the reason."""
+        by_model: dict[str, list[Sequence]] = {}
+        for sequence in newcomers:
+            by_model.setdefault(sequence.task.model, []).append(sequence)
+        for name, members in by_model.items():
+            try:
+                encoded = self._conditioning[name].of(_prompts(members))
+            except Exception as error:
+                log.exception("prompts could not be encoded")
+                yield from ((sequence, error) for sequence in members)
+                continue
+            for sequence in members:
+                try:
+                    self._place(sequence, encoded)
+                except Exception as error:
+                    log.exception("an image could not be started")
+                    yield sequence, error
+
+    def _place(self, sequence: Sequence, encoded: Mapping[str, Tensor]) -> None:
+        task = sequence.task
+        lane = self._lane_of(task)
+        sequence.lane = lane
+        sequence.cond = encoded[task.prompt]
+        if task.rule.needs_other:
+            sequence.uncond = encoded[task.negative_prompt]
+        start = _start(sequence, lane)
+        sequence.slot = lane.pool.take(task.plan.slots, task.rule.memory_slots)
+        lane.pool.columns[sequence.slot, 0] = start
+
+
+def _prompts(members: list[Sequence]) -> Iterator[str]:
+    for sequence in members:
+        yield sequence.task.prompt
+        if sequence.task.rule.needs_other:
+            yield sequence.task.negative_prompt
+
+
+def _start(sequence: Sequence, lane: Lane) -> Tensor:
+    task, plan = sequence.task, sequence.task.plan
+    noise = start_noise(task.seed, lane.shape).to(lane.model.device)
+    if task.image is None:
+        return plan.start_scale * noise
+    latents = lane.model.encode(task.image[None].to(lane.model.device))[0]
+    if task.mask is not None:
+        sequence.known = Known(latents, noise, _latent_mask(task.mask, lane))
+    return float(plan.alpha[0]) * latents + float(plan.sigma[0]) * noise
+
+
+def _latent_mask(mask: Tensor, lane: Lane) -> Tensor:
+    """``[1, h, w]``; a cell is repainted as soon as any of its pixels is."""
+    cells = F.adaptive_max_pool2d(mask[None, None].to(lane.model.device), lane.shape[1:])
+    return cells[0]

@@ -1,0 +1,308 @@
+"""The tick loop: admit, select, evaluate, guide, advance, retire."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from threading import Condition, Thread
+from time import monotonic, perf_counter
+from typing import TYPE_CHECKING
+
+import torch
+
+from server.engine import batch as weave
+from server.engine.admission import Admission
+from server.engine.lane import Lane
+from server.engine.measurements import EngineMeasurements
+from server.engine.preview import fit_preview, preview
+from server.engine.retirement import decode
+from server.engine.selection import Candidate, select
+from server.engine.sequence import Sequence, Submission
+from server.engine.stopwatch import Stopwatch
+from server.engine.warmup import row_budget_of, sweep
+from server.errors import Cancelled, NotReady, Overloaded, RowFailed
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from collections.abc import Sequence as Listed
+
+    from torch import Tensor
+
+    from server.engine.sequence import ImageTask, Listener
+    from server.models.hosted import HostedModel
+
+log = logging.getLogger(__name__)
+
+LEAST_BUDGET = 2
+"""Rows that a guided image needs at once."""
+
+ADMITTED_A_TICK = 16
+
+
+class Engine:
+    """Weaves the rows of all images under way through one forward a tick, in its own thread.
+
+    Args:
+        models: hosted models by name, all on one device.
+        row_budget: rows of a forward, at least 2; measured at start-up if None.
+        deterministic: run everything at fixed batch shapes, so that an image's bits do not depend
+            on what else is in the batch.
+        max_pending: images waiting or under way; more are refused.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, HostedModel],
+        *,
+        row_budget: int | None = None,
+        deterministic: bool = False,
+        max_pending: int = 256,
+    ) -> None:
+        if row_budget is not None and row_budget < LEAST_BUDGET:
+            raise ValueError(
+                f"row_budget is {row_budget}; at least {LEAST_BUDGET} is needed for guidance."
+            )
+        self.ready = False
+        self.failure: Exception | None = None
+        self.measurements = EngineMeasurements()
+        self._models = models
+        self._asked_budget = row_budget
+        self._deterministic = deterministic
+        self._max_pending = max_pending
+        self._rate = 0.0
+        self._lanes: dict[tuple[str, tuple[int, int, int]], Lane] = {}
+        self._admission = Admission(models, self._lane_of, deterministic=deterministic)
+        self._colours: dict[str, Tensor] = {}
+        self._arrived: deque[Sequence] = deque()
+        self._active: list[Sequence] = []
+        self._wake = Condition()
+        self._stop_at: float | None = None
+        self._thread = Thread(target=self._run, name="weft-engine", daemon=True)
+
+    def start(self) -> None:
+        """Warm up and start to work, in the engine's own thread."""
+        self._thread.start()
+
+    def stop(self, timeout_s: float) -> None:
+        """Take no more work, give what is under way ``timeout_s`` seconds, then end the rest."""
+        with self._wake:
+            self._stop_at = monotonic() + timeout_s
+            self._wake.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def submit(self, tasks: Listed[ImageTask], listener: Listener) -> Submission:
+        """Queue the images of one request; safe from any thread.
+
+        Raises:
+            Overloaded: there is no room for all of them.
+            NotReady: the engine has stopped or failed.
+        """
+        submission = Submission()
+        with self._wake:
+            if self.failure is not None or self._stop_at is not None:
+                raise NotReady("The server takes no work now; it is stopping or has failed.")
+            if self.measurements.pending + len(tasks) > self._max_pending:
+                self.measurements.refused += len(tasks)
+                raise Overloaded(self._seconds_of_work())
+            tick = self.measurements.ticks
+            self._arrived.extend(
+                Sequence(task, index, listener, submission, tick)
+                for index, task in enumerate(tasks)
+            )
+            self.measurements.pending += len(tasks)
+            self._wake.notify()
+        return submission
+
+    def _seconds_of_work(self) -> float:
+        waiting = sum(sequence.remaining for sequence in [*self._arrived, *self._active])
+        return max(1.0, waiting / self._rate) if self._rate else 1.0
+
+    def _run(self) -> None:
+        try:
+            with torch.inference_mode():
+                self._warm_up()
+                while self._wait_for_work():
+                    self._tick()
+        except Exception as error:
+            log.exception("the engine failed")
+            self.failure = error
+        finally:
+            self.ready = False
+            self._end_everything()
+
+    def _warm_up(self) -> None:
+        rates: dict[int, float] = {}
+        for name, model in self._models.items():
+            self._colours[name] = fit_preview(model)
+            model.decode(self._colours[name].new_zeros(1, *self._default_shape(model)))
+            rates = sweep(model)
+        budget = self._asked_budget or max(LEAST_BUDGET, row_budget_of(rates))
+        self._rate = max(rates.values())
+        self.measurements.row_budget = budget
+        self.ready = True
+        log.info("ready; %d rows a tick, measured %s rows/s", budget, rates)
+
+    def _default_shape(self, model: HostedModel) -> tuple[int, int, int]:
+        return model.latent_shape(model.facts.default_width, model.facts.default_height)
+
+    def _wait_for_work(self) -> bool:
+        """Sleep until there is work; False when it is time to end."""
+        with self._wake:
+            while not (self._arrived or self._active or self._stop_at is not None):
+                self._wake.wait()
+            if self._stop_at is None:
+                return True
+            return bool(self._arrived or self._active) and monotonic() < self._stop_at
+
+    def _tick(self) -> None:
+        self._drop_cancelled()
+        self._admit()
+        chosen = self._select()
+        if chosen:
+            self._weave(chosen)
+            self._retire([sequence for sequence in chosen if sequence.done])
+
+    def _drop_cancelled(self) -> None:
+        for sequence in [s for s in self._active if s.submission.cancelled]:
+            self._end(sequence, Cancelled())
+
+    def _admit(self) -> None:
+        with self._wake:
+            count = min(ADMITTED_A_TICK, len(self._arrived))
+            newcomers = [self._arrived.popleft() for _ in range(count)]
+        self._active.extend(newcomers)
+        began = perf_counter()
+        for sequence, error in self._admission.admit(newcomers):
+            self._fail(sequence, error)
+        if newcomers:
+            self.measurements.encode_s += perf_counter() - began
+
+    def _select(self) -> list[Sequence]:
+        tick = self.measurements.ticks
+        candidates = [
+            Candidate(s.rows, s.remaining, tick - s.arrived_tick, s.task.priority, id(s.lane))
+            for s in self._active
+        ]
+        return [self._active[i] for i in select(candidates, self.measurements.row_budget)]
+
+    def _weave(self, chosen: list[Sequence]) -> None:
+        """Run a stage of the chosen images; halve them on an error until it is one image's own."""
+        for sequence in chosen:
+            if not sequence.started_at:
+                sequence.started_at = monotonic()
+                sequence.listener.started(sequence.index)
+        try:
+            self._stage(chosen)
+        except Exception as error:
+            if len(chosen) == 1:
+                log.exception("an image failed in its stage")
+                self._fail(chosen[0], error)
+                return
+            half = len(chosen) // 2
+            self._weave(chosen[:half])
+            self._weave(chosen[half:])
+
+    def _stage(self, chosen: list[Sequence]) -> None:
+        began = perf_counter()
+        lane = chosen[0].lane
+        rows = weave.pack(
+            lane, chosen, self.measurements.row_budget if self._deterministic else None
+        )
+        watch = Stopwatch(lane.model.device)
+        with watch:
+            cond, other = weave.evaluate(rows)
+        guidance = weave.guide(rows, cond, other)
+        state = weave.step(rows, guidance)
+        finite = guidance.denoised.flatten(1).sum(1).isfinite()
+        # The tick's one wait for the device.
+        flags = torch.stack([finite, guidance.settled]).tolist()
+        weave.write_back(rows, state, guidance)
+        denoise_s = watch.seconds()
+        self._book(rows.rows, denoise_s, perf_counter() - began - denoise_s)
+        for i, sequence in enumerate(chosen):
+            if not flags[0][i]:
+                self._fail(sequence, RowFailed(_broken(sequence)))
+                continue
+            self._report(sequence, guidance.denoised[i])
+            sequence.settled |= flags[1][i]
+
+    def _book(self, rows: int, denoise_s: float, weave_s: float) -> None:
+        m = self.measurements
+        m.ticks += 1
+        m.rows_per_tick[rows] += 1
+        m.evaluations += rows
+        m.denoise_s += denoise_s
+        m.weave_s += weave_s
+
+    def _report(self, sequence: Sequence, denoised: Tensor) -> None:
+        closes, plan = sequence.closes_step, sequence.task.plan
+        sequence.count()
+        if not closes:
+            return
+        small = None
+        if sequence.task.previews and not sequence.done:
+            small = preview(denoised, self._colours[sequence.task.model])
+        done = plan.step[sequence.stage - 1] + 1
+        sequence.listener.progress(sequence.index, done, plan.steps, small)
+
+    def _retire(self, done: list[Sequence]) -> None:
+        if not done:
+            return
+        now, began = monotonic(), perf_counter()
+        for sequence in done:
+            sequence.denoised_at = now
+        for sequence, outcome in decode(done, fixed=self._deterministic):
+            if isinstance(outcome, Exception):
+                self._fail(sequence, outcome)
+                continue
+            self.measurements.images += 1
+            if sequence.saved:
+                self.measurements.saved[sequence.task.policy.name] += sequence.saved
+            self._leave(sequence)
+            sequence.listener.finished(sequence.index, outcome)
+        self.measurements.decode_s += perf_counter() - began
+
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
+        self.measurements.failed += 1
+        self._leave(sequence)
+        sequence.listener.failed(sequence.index, error)
+
+    def _end(self, sequence: Sequence, error: Exception) -> None:
+        self.measurements.cancelled += 1
+        self._leave(sequence)
+        sequence.listener.failed(sequence.index, error)
+
+    def _leave(self, sequence: Sequence) -> None:
+        if sequence.slot >= 0:
+            sequence.lane.pool.give_back(sequence.slot)
+            sequence.slot = -1
+        self._active.remove(sequence)
+        with self._wake:
+            self.measurements.pending -= 1
+
+    def _lane_of(self, task: ImageTask) -> Lane:
+        model = self._models[task.model]
+        shape = model.latent_shape(task.width, task.height)
+        key = task.model, shape
+        if key not in self._lanes:
+            self._lanes[key] = Lane(model, shape)
+        return self._lanes[key]
+
+    def _end_everything(self) -> None:
+        with self._wake:
+            # Nothing is accepted from here on, whatever ended the loop.
+            self._stop_at = self._stop_at or monotonic()
+            self._active.extend(self._arrived)
+            self._arrived.clear()
+        reason = "the server stopped" if self.failure is None else "the engine failed"
+        for sequence in list(self._active):
+            self._fail(sequence, NotReady(f"The image was not finished, because {reason}."))
+
+
+def _broken(sequence: Sequence) -> str:
+    step = sequence.task.plan.step[sequence.stage] + 1
+    return (
+        f"The image became NaN or infinite at step {step} of {sequence.task.plan.steps}; "
+        "a lower guidance scale or another sampler may help."
+    )

@@ -1,0 +1,71 @@
+"""Reading a diffusers model folder without trusting it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
+
+from server.errors import ModelMismatch
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+CHUNK = 1 << 22
+
+
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """An object from a JSON file of the folder.
+
+    Raises:
+        ModelMismatch: the file is missing or holds no object.
+    """
+    try:
+        value = json.loads((folder / name).read_text("utf-8"))
+    except FileNotFoundError:
+        raise ModelMismatch(
+            f"model folder {str(folder)!r} has no {name}; a folder in the diffusers layout has one."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ModelMismatch(
+            f"{name} of model folder {str(folder)!r} is no JSON: {error}."
+        ) from None
+    if not isinstance(value, dict):
+        raise ModelMismatch(f"{name} of model folder {str(folder)!r} holds no JSON object.")
+    return value
+
+
+def component_class(folder: Path, part: str, allowed: frozenset[str]) -> str:
+    """The class that the folder names for a part.
+
+    Raises:
+        ModelMismatch: it names none, or one that is not allowed.
+    """
+    named = read_json(folder, "model_index.json").get(part)
+    kind = named[1] if isinstance(named, list) and len(named) == 2 else named
+    if kind not in allowed:
+        raise ModelMismatch(
+            f"model folder {str(folder)!r} names {kind!r} as its {part}; "
+            f"allowed are {', '.join(sorted(allowed))}."
+        )
+    return str(kind)
+
+
+def revision_of(folder: Path) -> str:
+    """First 16 hexadecimal digits of the SHA-256 over all weights, by path.
+
+    Raises:
+        ModelMismatch: there are no safetensors weights.
+    """
+    files = sorted(folder.rglob("*.safetensors"))
+    if not files:
+        raise ModelMismatch(
+            f"model folder {str(folder)!r} has no safetensors weights; other formats are refused."
+        )
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(str(file.relative_to(folder)).encode())
+        with file.open("rb") as stream:
+            while chunk := stream.read(CHUNK):
+                digest.update(chunk)
+    return digest.hexdigest()[:16]

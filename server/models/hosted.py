@@ -1,0 +1,90 @@
+"""What the engine asks of a model, whatever its family."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+    from torch import Tensor
+
+    from samplers import NoiseSchedule, PredictionType
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What is known of a hosted model without touching its weights.
+
+    Attributes:
+        name: as requests say it.
+        revision: first 16 hexadecimal digits of the SHA-256 of all its weights.
+        schedule: its noise schedule.
+        prediction: what the denoiser puts out.
+        latent_channels: channels of a latent.
+        latent_scale: pixels along one side of a latent cell.
+        size_multiple: width and height in pixels must be multiples of this.
+        default_width: in pixels.
+        default_height: in pixels.
+        max_tokens: tokens of a prompt, without the markers of start and end.
+    """
+
+    name: str
+    revision: str
+    schedule: NoiseSchedule
+    prediction: PredictionType
+    latent_channels: int
+    latent_scale: int
+    size_multiple: int
+    default_width: int
+    default_height: int
+    max_tokens: int
+
+
+class HostedModel(ABC):
+    """A loaded model; one subclass a family, each in its own file.
+
+    All methods but ``count_tokens`` belong to the engine's thread.
+    """
+
+    def __init__(self, facts: ModelFacts, device: torch.device, dtype: torch.dtype) -> None:
+        self.facts = facts
+        self.device = device
+        self.dtype = dtype
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
+        """``(C, h, w)`` of the latent of a picture of the given size in pixels."""
+        scale = self.facts.latent_scale
+        return self.facts.latent_channels, height // scale, width // scale
+
+    @abstractmethod
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a prompt, without markers; safe from any thread."""
+
+    @abstractmethod
+    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+        """Conditioning of the denoiser, ``[prompts, tokens, features]``."""
+
+    @abstractmethod
+    def evaluate(self, x: Tensor, t: Tensor, conditioning: Tensor) -> Tensor:
+        """One forward of the denoiser.
+
+        Args:
+            x: ``[rows, C, h, w]`` float32.
+            t: what the network is told of the noise level, ``[rows]`` float32.
+            conditioning: ``[rows, tokens, features]``.
+
+        Returns:
+            The raw output ``[rows, C, h, w]`` in float32.
+        """
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures ``[rows, 3, H, W]`` in [-1, 1] of clean latents ``[rows, C, h, w]``."""
+
+    @abstractmethod
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Clean latents ``[rows, C, h, w]`` of pictures ``[rows, 3, H, W]`` in [-1, 1]."""

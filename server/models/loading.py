@@ -1,0 +1,67 @@
+"""From a model folder to a hosted model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from server.errors import ModelMismatch
+from server.models.folder import read_json, revision_of
+from server.models.stable_diffusion import load_stable_diffusion
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from server.models.hosted import HostedModel
+
+FAMILIES = {"StableDiffusionPipeline": load_stable_diffusion}
+"""Loader of each pipeline class that a model folder may name."""
+
+
+def load_model(folder: Path, *, name: str, device: str, dtype: str) -> HostedModel:
+    """Load a diffusers-format folder; weights from safetensors only, no code from the folder.
+
+    Args:
+        folder: the folder that holds ``model_index.json``.
+        name: what requests call the model.
+        device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda``, ``cuda:1``.
+        dtype: ``auto`` (float16 on CUDA, else float32), ``float32``, ``float16``, ``bfloat16``.
+
+    Raises:
+        ModelMismatch: the folder is no model that can be hosted; the sentence says why.
+    """
+    family = read_json(folder, "model_index.json").get("_class_name")
+    if family not in FAMILIES:
+        raise ModelMismatch(
+            f"model folder {str(folder)!r} names the pipeline {family!r}; "
+            f"allowed are {', '.join(sorted(FAMILIES))}."
+        )
+    place = choose_device(device)
+    return FAMILIES[family](folder, name, revision_of(folder), place, choose_dtype(dtype, place))
+
+
+def choose_device(device: str) -> torch.device:
+    """The torch device of a setting.
+
+    Raises:
+        ModelMismatch: CUDA is asked for and there is none, or the name means nothing.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ModelMismatch(
+            f"device is {device!r}; allowed are auto, cpu, cuda and cuda:N."
+        ) from None
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ModelMismatch(f"device is {device!r}, but this machine has no CUDA device; use cpu.")
+    return chosen
+
+
+def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The torch type of a setting."""
+    if dtype == "auto":
+        return torch.float16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[dtype]

@@ -1,0 +1,146 @@
+"""The Stable Diffusion family: one CLIP text encoder, a U-Net, an autoencoder."""
+
+from __future__ import annotations
+
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+import torch
+from typing_extensions import override
+
+from samplers import NoiseSchedule
+from server.errors import ModelMismatch
+from server.models.folder import component_class, read_json
+from server.models.hosted import HostedModel, ModelFacts
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+
+COMPONENTS: Mapping[str, frozenset[str]] = {
+    "unet": frozenset({"UNet2DConditionModel"}),
+    "vae": frozenset({"AutoencoderKL", "AutoencoderTiny"}),
+    "text_encoder": frozenset({"CLIPTextModel"}),
+    "tokenizer": frozenset({"CLIPTokenizer", "CLIPTokenizerFast"}),
+}
+"""Classes that a folder may name; nothing else is ever imported for it."""
+
+MARKERS = 2
+"""Tokens of start and end, which count towards the text encoder's length."""
+
+
+class StableDiffusion(HostedModel):
+    """Stable Diffusion 1.x and 2.x, and models of the same parts."""
+
+    def __init__(
+        self,
+        facts: ModelFacts,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        unet: Any,
+        vae: Any,
+        text_encoder: Any,
+        tokenizer: Any,
+    ) -> None:
+        super().__init__(facts, device, dtype)
+        self._unet = unet.to(device).eval().requires_grad_(False)
+        self._vae = vae.to(device).eval().requires_grad_(False)
+        self._text = text_encoder.to(device).eval().requires_grad_(False)
+        self._tokenizer = tokenizer
+        # A fast tokenizer refuses two threads at once.
+        self._tokenizing = Lock()
+
+    @override
+    def count_tokens(self, text: str) -> int:
+        with self._tokenizing:
+            return len(self._tokenizer(text).input_ids) - MARKERS
+
+    @override
+    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+        with self._tokenizing:
+            tokens = self._tokenizer(
+                list(prompts),
+                padding="max_length",
+                max_length=self.facts.max_tokens + MARKERS,
+                truncation=True,
+                return_tensors="pt",
+            ).input_ids
+        return self._text(tokens.to(self.device))[0]
+
+    @override
+    def evaluate(self, x: Tensor, t: Tensor, conditioning: Tensor) -> Tensor:
+        raw = self._unet(x.to(self.dtype), t, conditioning, return_dict=False)[0]
+        return raw.float()
+
+    @override
+    def decode(self, latents: Tensor) -> Tensor:
+        scaled = latents / self._vae.config.scaling_factor + _shift(self._vae)
+        return self._vae.decode(scaled.to(self.dtype), return_dict=False)[0].float()
+
+    @override
+    def encode(self, pixels: Tensor) -> Tensor:
+        encoded = self._vae.encode(pixels.to(self.dtype))
+        # The mean of the posterior, not a sample: the same picture gives the same latent.
+        latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+        return (latents.float() - _shift(self._vae)) * self._vae.config.scaling_factor
+
+
+def load_stable_diffusion(
+    folder: Path, name: str, revision: str, device: torch.device, dtype: torch.dtype
+) -> StableDiffusion:
+    """Load the parts of a diffusers folder from safetensors alone.
+
+    Raises:
+        ModelMismatch: a part that this family cannot run.
+    """
+    from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    classes = {part: component_class(folder, part, COMPONENTS[part]) for part in COMPONENTS}
+    autoencoder = AutoencoderKL if classes["vae"] == "AutoencoderKL" else AutoencoderTiny
+    weights = {"use_safetensors": True, "local_files_only": True, "torch_dtype": dtype}
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet", **weights)
+    vae = autoencoder.from_pretrained(folder / "vae", **weights)
+    text_encoder = CLIPTextModel.from_pretrained(
+        folder / "text_encoder", use_safetensors=True, local_files_only=True, dtype=dtype
+    )
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    scheduler = read_json(folder, "scheduler/scheduler_config.json")
+    facts = _facts(name, revision, unet.config, vae.config, tokenizer, scheduler)
+    return StableDiffusion(
+        facts, device, dtype, unet=unet, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer
+    )
+
+
+def _facts(
+    name: str, revision: str, unet: Any, vae: Any, tokenizer: Any, scheduler: Mapping[str, Any]
+) -> ModelFacts:
+    if unet.in_channels != unet.out_channels:
+        raise ModelMismatch(
+            f"model {name!r} has a U-Net of {unet.in_channels} input channels; "
+            f"only those with as many as they put out ({unet.out_channels}) are hosted."
+        )
+    latent_scale = 2 ** (len(vae.block_out_channels) - 1)
+    sample = unet.sample_size
+    height, width = (sample, sample) if isinstance(sample, int) else sample
+    return ModelFacts(
+        name=name,
+        revision=revision,
+        schedule=NoiseSchedule.from_diffusers(scheduler),
+        prediction=scheduler.get("prediction_type", "epsilon"),
+        latent_channels=unet.in_channels,
+        latent_scale=latent_scale,
+        size_multiple=latent_scale * 2 ** (len(unet.block_out_channels) - 1),
+        default_width=width * latent_scale,
+        default_height=height * latent_scale,
+        max_tokens=tokenizer.model_max_length - MARKERS,
+    )
+
+
+def _shift(vae: Any) -> float:
+    return getattr(vae.config, "shift_factor", None) or 0.0
