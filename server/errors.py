@@ -3,6 +3,7 @@
     WeftError                        500  something went wrong here
     |- InvalidRequest                422  a field says what it must not
     |   |- MalformedBody             400  the body is no JSON
+    |   |- NotAcceptable             406  the Accept header asks for what there is not
     |   |- UnsupportedMediaType      415  the body is not declared as JSON
     |   `- TooLarge                  413  the body or a picture in it is too large
     |- Unauthorized                  401  no key, or a wrong one
@@ -31,6 +32,7 @@ __all__ = [
     "InvalidRequest",
     "MalformedBody",
     "ModelMismatch",
+    "NotAcceptable",
     "NotReady",
     "Overloaded",
     "RowFailed",
@@ -72,6 +74,13 @@ class MalformedBody(InvalidRequest):
 
     status = 400
     code = "malformed_body"
+
+
+class NotAcceptable(InvalidRequest):
+    """The Accept header asks for nothing that can be given."""
+
+    status = 406
+    code = "not_acceptable"
 
 
 class UnsupportedMediaType(InvalidRequest):

@@ -30,6 +30,10 @@ MEDIA_TYPES: Mapping[OutputFormat, str] = {
 _READABLE = ("PNG", "JPEG", "WEBP")
 _MAKER_NOTE = 0x927C
 _QUALITY = 95
+_SAVING: Mapping[OutputFormat, Mapping[str, int]] = {
+    "jpeg": {"subsampling": 0},
+    "webp": {"method": 2},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +69,9 @@ def encode(
     buffer = io.BytesIO()
     if output_format == "png":
         image.save(buffer, "PNG", pnginfo=_png_chunks(description))
-    elif output_format == "jpeg":
-        image.save(buffer, "JPEG", quality=_QUALITY, subsampling=0, exif=_exif(description))
     else:
-        image.save(buffer, "WEBP", quality=_QUALITY, method=2, exif=_exif(description).tobytes())
+        details = {} if description is None else {"exif": _exif(description).tobytes()}
+        image.save(buffer, output_format, quality=_QUALITY, **_SAVING[output_format], **details)
     return buffer.getvalue()
 
 
@@ -80,14 +83,12 @@ def _png_chunks(description: Description | None) -> PngImagePlugin.PngInfo:
     return chunks
 
 
-def _exif(description: Description | None) -> Image.Exif:
+def _exif(description: Description) -> Image.Exif:
     exif = Image.Exif()
-    if description is not None:
-        tags = exif.get_ifd(ExifTags.IFD.Exif)
-        # AUTOMATIC1111 and its readers take "UNICODE" for big-endian UTF-16.
-        comment = b"UNICODE\0" + description.parameters.encode("utf-16-be")
-        tags[ExifTags.Base.UserComment] = comment
-        tags[_MAKER_NOTE] = b"weft\0" + description.json.encode()
+    tags = exif.get_ifd(ExifTags.IFD.Exif)
+    # AUTOMATIC1111 and its readers take "UNICODE" for big-endian UTF-16.
+    tags[ExifTags.Base.UserComment] = b"UNICODE\0" + description.parameters.encode("utf-16-be")
+    tags[_MAKER_NOTE] = b"weft\0" + description.json.encode()
     return exif
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
@@ -19,9 +20,12 @@ __all__ = [
     "DEFAULT_GUIDANCE",
     "DEFAULT_SAMPLER",
     "DEFAULT_STEPS",
+    "SPACING_BY_NAME",
     "GenerateRequest",
     "Guidance",
+    "ResolvedRequest",
     "check_limits",
+    "default_sampler",
     "split",
 ]
 
@@ -55,10 +59,13 @@ else:
 
     Guidance = choice("guidance", tuple(_with_policy(rule) for rule in RULES))
 
-CHOICES: Final[dict[str, dict[str, type[BaseModel]]]] = {
+_RULES = {name_of(member): member for member in RULES}
+SPACING_BY_NAME: Final = {name_of(member): member for member in SPACINGS}
+
+CHOICES: Final[Mapping[str, Mapping[str, type[BaseModel]]]] = {
     "sampler": {name_of(member): member for member in SAMPLERS},
-    "spacing": {name_of(member): member for member in SPACINGS},
-    "guidance": {name_of(member): member for member in RULES},
+    "spacing": SPACING_BY_NAME,
+    "guidance": _RULES,
     "policy": {name_of(member): member for member in POLICIES},
 }
 """Classes by field and name, for error sentences about the fields inside them."""
@@ -142,22 +149,50 @@ class GenerateRequest(BaseModel):
     output_format: OutputFormat = Field(default="png", description="Of the pictures.")
     stream: bool = Field(default=False, strict=True, description="Answer with server-sent events.")
 
-    def settings(self) -> dict[str, Any]:
-        """The request as JSON that makes the same pictures when posted back.
 
-        Pictures that were sent in stay out; the request is refused until they are sent again.
+class ResolvedRequest(BaseModel):
+    """A request whose every default is filled in; pictures that were sent are left out."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    prompt: str
+    negative_prompt: str
+    model: str
+    width: int
+    height: int
+    steps: int
+    seed: int
+    n: int
+    sampler: SamplerChoice
+    spacing: SpacingChoice
+    guidance: Guidance
+    strength: float | None
+    output_format: OutputFormat
+    stream: bool
+
+    def settings(self) -> dict[str, Any]:
+        """JSON that makes the same pictures when posted back.
+
+        What started from a picture is refused until that picture is sent again.
         """
-        return self.model_dump(mode="json", exclude={"image", "mask", "stream"}, exclude_none=True)
+        return self.model_dump(mode="json", exclude={"stream"}, exclude_none=True)
+
+
+def default_sampler() -> Sampler:
+    """The sampler of a request that names none."""
+    return next(
+        sampler for sampler in SAMPLERS if name_of(sampler) == DEFAULT_SAMPLER
+    ).model_validate({})
 
 
 def split(guidance: Guidance) -> tuple[Rule, Policy]:
     """The rule and the policy that a request's guidance names."""
-    rule = CHOICES["guidance"][guidance.name]
+    rule = _RULES[guidance.name]
     fields = {field: getattr(guidance, field) for field in rule.model_fields}
-    return rule.model_validate(fields), guidance.policy  # type: ignore[return-value]
+    return rule.model_validate(fields), guidance.policy
 
 
-def check_limits(request: GenerateRequest, limits: Limits) -> None:
+def check_limits(request: ResolvedRequest, limits: Limits) -> None:
     """Refuse what this server's operator does not allow.
 
     Raises:
@@ -167,7 +202,7 @@ def check_limits(request: GenerateRequest, limits: Limits) -> None:
         ("steps", request.steps, limits.steps),
         ("n", request.n, limits.images),
     ):
-        if value is not None and value > most:
+        if value > most:
             raise InvalidRequest(field, f"{field} is {value}; at most {most} is allowed.")
     for field, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
         size = len(text.encode())
@@ -175,18 +210,7 @@ def check_limits(request: GenerateRequest, limits: Limits) -> None:
             raise InvalidRequest(
                 field, f"{field} has {size} bytes; at most {limits.prompt_bytes} are allowed."
             )
-    if request.seed is not None and request.seed + request.n - 1 > MAX_SEED:
+    if request.seed + request.n - 1 > MAX_SEED:
         raise InvalidRequest(
             "seed", f"seed is {request.seed}; seed + n - 1 must be at most {MAX_SEED}."
-        )
-    if request.width and request.height:
-        check_pixels(request.width, request.height, limits)
-
-
-def check_pixels(width: int, height: int, limits: Limits) -> None:
-    """Refuse an image with more pixels than the operator allows."""
-    if width * height > limits.pixels:
-        raise InvalidRequest(
-            "width",
-            f"width x height is {width} x {height}; at most {limits.pixels} pixels are allowed.",
         )

@@ -1,0 +1,125 @@
+"""From what a request says to what will be done: defaults filled in, everything checked."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Callable
+
+from samplers import NoiseSchedule, Plan, Sampler, Spacing
+from server.errors import InvalidRequest
+from server.models.hosted import ModelFacts
+from server.request import (
+    DEFAULT_GUIDANCE,
+    DEFAULT_STEPS,
+    GenerateRequest,
+    ResolvedRequest,
+    check_limits,
+    default_sampler,
+)
+from server.settings import Limits
+
+__all__ = ["make_plan", "resolve"]
+
+
+def resolve(
+    request: GenerateRequest,
+    facts: ModelFacts,
+    count_tokens: Callable[[str], int],
+    limits: Limits,
+    upload_size: tuple[int, int] | None,
+) -> ResolvedRequest:
+    """The request with every default filled in, and without the pictures that were sent.
+
+    Args:
+        request: as it came.
+        facts: of the model that will serve it.
+        count_tokens: the model's.
+        limits: the operator's.
+        upload_size: width and height of `image`, which they default to.
+
+    Raises:
+        InvalidRequest: the model, or the operator, does not allow something.
+    """
+    width, height = upload_size or (facts.default_width, facts.default_height)
+    sampler = request.sampler or default_sampler()
+    defaults = {
+        "model": facts.name,
+        "width": width,
+        "height": height,
+        "steps": DEFAULT_STEPS,
+        "seed": secrets.randbelow(2**32),
+        "sampler": sampler.model_dump(),
+        "spacing": sampler.default_spacing,
+        "guidance": DEFAULT_GUIDANCE,
+        "strength": _default_strength(request, upload_size is not None),
+    }
+    given = request.model_dump(exclude={"image", "mask"}, exclude_none=True)
+    resolved = ResolvedRequest.model_validate(defaults | given)
+    check_limits(resolved, limits)
+    _check_size(resolved, facts, limits)
+    _check_tokens(resolved, facts, count_tokens)
+    return resolved
+
+
+def make_plan(
+    schedule: NoiseSchedule,
+    sampler: Sampler,
+    spacing: Spacing,
+    steps: int,
+    strength: float | None,
+) -> Plan:
+    """The plan that every image of a request follows.
+
+    Raises:
+        InvalidRequest: sampler, spacing, steps and strength do not go together.
+    """
+    try:
+        grid = schedule.grid(spacing, steps)
+        return sampler.plan(grid if strength is None else grid.tail(strength))
+    except ValueError as refusal:
+        raise InvalidRequest(_field_in(str(refusal)), str(refusal)) from None
+
+
+def _default_strength(request: GenerateRequest, has_image: bool) -> float | None:
+    if has_image:
+        return 0.75 if request.mask is None else 1.0
+    for field in ("strength", "mask"):
+        if getattr(request, field) is not None:
+            raise InvalidRequest(field, f"{field} needs an image; send one or leave {field} out.")
+    return None
+
+
+def _check_size(resolved: ResolvedRequest, facts: ModelFacts, limits: Limits) -> None:
+    width, height = resolved.width, resolved.height
+    for field, side in (("width", width), ("height", height)):
+        if side % facts.size_multiple:
+            raise InvalidRequest(
+                field,
+                f"{field} is {side}; model {facts.name!r} takes multiples of "
+                f"{facts.size_multiple}.",
+            )
+    if width * height > limits.pixels:
+        raise InvalidRequest(
+            "width",
+            f"width x height is {width} x {height}; at most {limits.pixels} pixels are allowed.",
+        )
+
+
+def _check_tokens(
+    resolved: ResolvedRequest, facts: ModelFacts, count_tokens: Callable[[str], int]
+) -> None:
+    for field in ("prompt", "negative_prompt"):
+        tokens = count_tokens(getattr(resolved, field))
+        if tokens > facts.max_tokens:
+            raise InvalidRequest(
+                field,
+                f"{field} has {tokens} tokens; model {facts.name!r} takes at most "
+                f"{facts.max_tokens}.",
+            )
+
+
+def _field_in(sentence: str) -> str:
+    """The request's field that a plan's sentence begins with; the sampler if it names none."""
+    first = re.match(r"\w+", sentence)
+    return first[0] if first and first[0] in GenerateRequest.model_fields else "sampler"

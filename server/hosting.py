@@ -1,0 +1,42 @@
+"""From settings to a running engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from embedded import MODEL_FOLDER
+from server.engine.engine import Engine
+from server.models.hosted import HostedModel
+from server.models.loading import load_model
+from server.settings import Settings
+
+__all__ = ["Hosted", "host"]
+
+
+@dataclass(frozen=True, slots=True)
+class Hosted:
+    """A started engine and the models it serves, the default one first."""
+
+    engine: Engine
+    models: Mapping[str, HostedModel]
+
+
+def host(settings: Settings) -> Hosted:
+    """Load the models and start the engine; takes seconds to minutes.
+
+    Raises:
+        ModelMismatch: a folder is no model that can be hosted.
+    """
+    models = {
+        name: load_model(folder, name=name, device=settings.device, dtype=settings.dtype)
+        for name, folder in settings.model_folders(MODEL_FOLDER).items()
+    }
+    engine = Engine(
+        models,
+        row_budget=settings.row_budget,
+        deterministic=settings.deterministic,
+        max_pending=settings.max_pending,
+    )
+    engine.start()
+    return Hosted(engine, models)

@@ -1,0 +1,294 @@
+"""The one door between HTTP and tensors: admits a request, follows it, encodes its pictures."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from samplers import Plan, Sampler, Spacing
+from server.admission import make_plan, resolve
+from server.catalog import ModelEntry
+from server.engine.engine import Engine
+from server.engine.sequence import ImageTask
+from server.errors import (
+    DuplicateGeneration,
+    NotReady,
+    UnknownGeneration,
+    UnknownModel,
+)
+from server.generation import Generation
+from server.infotext import infotext
+from server.models.hosted import HostedModel
+from server.picture import Description, decode, decode_mask, encode, fit
+from server.request import GenerateRequest, ResolvedRequest, split
+from server.settings import Limits
+
+__all__ = ["Picture", "Pictures", "Service"]
+
+VERSION = f"weft {version('weft')}"
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One encoded picture, and the seed that makes it."""
+
+    data: bytes
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pictures:
+    """All that a generation came to.
+
+    Attributes:
+        pictures: in the order of their seeds.
+        settings: fully resolved; posted back, they make the same pictures.
+        spent: rows of the denoiser that were evaluated.
+        saved: rows that the guidance policy did without.
+        queue_s: longest wait of an image.
+        denoise_s: longest denoising of an image.
+        decode_s: longest decoding of an image.
+        total_s: from the request's arrival to the last encoded byte.
+    """
+
+    pictures: tuple[Picture, ...]
+    settings: Mapping[str, Any]
+    spent: int
+    saved: int
+    queue_s: float
+    denoise_s: float
+    decode_s: float
+    total_s: float
+
+
+class Service:
+    """Takes requests once an engine is there; until then it says that it is not ready.
+
+    Args:
+        limits: what one request may ask for.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self.outcomes: Counter[str] = Counter()
+        self._limits = limits
+        self._engine: Engine | None = None
+        self._models: Mapping[str, HostedModel] = {}
+        self._failure: str | None = None
+        self._under_way: dict[str, Generation] = {}
+        self._plan = lru_cache(maxsize=128)(self._plan_of)
+
+    def open(self, engine: Engine, models: Mapping[str, HostedModel]) -> None:
+        """Take requests from now on; the first model is the default."""
+        self._engine, self._models = engine, models
+
+    def give_up(self, reason: str) -> None:
+        """Never take requests: the models could not be loaded."""
+        self._failure = reason
+
+    @property
+    def engine(self) -> Engine | None:
+        """The engine, once there is one."""
+        return self._engine
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are taken."""
+        return self.broken is None and self._engine is not None and self._engine.ready
+
+    @property
+    def broken(self) -> str | None:
+        """Why this process will not serve again, if so."""
+        if self._failure is None and self._engine is not None and self._engine.failure:
+            return f"The engine stopped: {type(self._engine.failure).__name__}."
+        return self._failure
+
+    def ready_engine(self) -> Engine:
+        """The engine, loaded and warmed.
+
+        Raises:
+            NotReady: it is loading, or broken.
+        """
+        if self.broken:
+            raise NotReady(self.broken, retry_after_s=60)
+        if self._engine is None or not self.ready:
+            raise NotReady("The model is still loading.")
+        return self._engine
+
+    def models(self) -> tuple[ModelEntry, ...]:
+        """What the catalog says of each hosted model."""
+        return tuple(
+            ModelEntry(
+                name=facts.name,
+                revision=facts.revision,
+                width=facts.default_width,
+                height=facts.default_height,
+                size_multiple=facts.size_multiple,
+                max_tokens=facts.max_tokens,
+            )
+            for facts in (model.facts for model in self._models.values())
+        )
+
+    async def admit(self, request: GenerateRequest, identifier: str) -> Generation:
+        """Check a request, complete it and hand it to the engine.
+
+        The caller ends it with :meth:`release`, whatever happens.
+
+        Raises:
+            InvalidRequest: a field says what it must not.
+            UnknownModel: no such model is hosted.
+            DuplicateGeneration: the identifier is taken.
+            Overloaded: the queue is full.
+            NotReady: there is no engine yet.
+        """
+        if identifier in self._under_way:
+            raise DuplicateGeneration(identifier)
+        generation = Generation(identifier, asyncio.get_running_loop())
+        self._under_way[identifier] = generation
+        try:
+            await asyncio.to_thread(self._begin, generation, request)
+        except BaseException as error:
+            generation.end(error)
+            self.release(generation)
+            raise
+        return generation
+
+    async def pictures(self, generation: Generation) -> Pictures:
+        """Follow a generation to its end, and encode what it came to.
+
+        Raises:
+            WeftError: an image failed, or the generation was cancelled.
+        """
+        while not generation.done:
+            await generation.news()
+        indices = range(generation.request.n)
+        encoded = await asyncio.gather(
+            *(asyncio.to_thread(self._encode, generation, index) for index in indices)
+        )
+        generation.end()
+        results = generation.results.values()
+        return Pictures(
+            pictures=tuple(encoded),
+            settings=generation.request.settings(),
+            spent=sum(result.evaluations for result in results),
+            saved=sum(result.saved for result in results),
+            queue_s=max(result.queue_s for result in results),
+            denoise_s=max(result.denoise_s for result in results),
+            decode_s=max(result.decode_s for result in results),
+            total_s=generation.elapsed_s,
+        )
+
+    def cancel(self, identifier: str) -> None:
+        """Stop a generation; its rows are free at the next tick.
+
+        Raises:
+            UnknownGeneration: none of that identifier is under way.
+        """
+        if identifier not in self._under_way:
+            raise UnknownGeneration(identifier)
+        self._under_way[identifier].cancel()
+
+    def release(self, generation: Generation) -> None:
+        """Forget a generation, and stop what of it is still running."""
+        if self._under_way.pop(generation.id, None) is None:
+            return
+        generation.close()
+        self.outcomes[generation.outcome] += 1
+
+    def _begin(self, generation: Generation, request: GenerateRequest) -> None:
+        engine = self.ready_engine()
+        model = self._model(request.model)
+        image, mask = self._uploads(request)
+        size = None if image is None else image.size
+        resolved = resolve(request, model.facts, model.count_tokens, self._limits, size)
+        tasks = self._tasks(resolved, model, image, mask)
+        generation.begin(resolved, model.facts.revision, engine.submit(tasks, generation))
+
+    def _model(self, name: str | None) -> HostedModel:
+        if name is None:
+            return next(iter(self._models.values()))
+        if name not in self._models:
+            raise UnknownModel(name[:60], self._models)
+        return self._models[name]
+
+    def _plan_of(
+        self, model: str, sampler: Sampler, spacing: Spacing, steps: int, strength: float | None
+    ) -> Plan:
+        return make_plan(self._models[model].facts.schedule, sampler, spacing, steps, strength)
+
+    def _uploads(self, request: GenerateRequest) -> tuple[Image.Image | None, Image.Image | None]:
+        image = mask = None
+        if request.image is not None:
+            image = decode(request.image, field="image", max_pixels=self._limits.upload_pixels)
+        if request.mask is not None:
+            mask = decode_mask(request.mask, field="mask", max_pixels=self._limits.upload_pixels)
+        return image, mask
+
+    def _tasks(
+        self,
+        resolved: ResolvedRequest,
+        model: HostedModel,
+        image: Image.Image | None,
+        mask: Image.Image | None,
+    ) -> list[ImageTask]:
+        """One task an image, all on one plan."""
+        size = resolved.width, resolved.height
+        rule, policy = split(resolved.guidance)
+        pixels = None if image is None else _pixels_tensor(fit(image, *size))
+        repaint = None if mask is None else _mask_tensor(fit(mask, *size))
+        plan = self._plan(
+            model.facts.name,
+            resolved.sampler,
+            resolved.spacing,
+            resolved.steps,
+            resolved.strength,
+        )
+        return [
+            ImageTask(
+                model=model.facts.name,
+                prompt=resolved.prompt,
+                negative_prompt=resolved.negative_prompt,
+                width=resolved.width,
+                height=resolved.height,
+                seed=seed,
+                plan=plan,
+                rule=rule,
+                policy=policy,
+                image=pixels,
+                mask=repaint,
+                previews=resolved.stream,
+            )
+            for seed in _seeds(resolved)
+        ]
+
+    def _encode(self, generation: Generation, index: int) -> Picture:
+        request = generation.request
+        seed = _seeds(request)[index]
+        alone = request.model_copy(update={"seed": seed, "n": 1})
+        text = infotext(alone, model_revision=generation.model_revision, version=VERSION)
+        pixels = generation.results[index].pixels
+        description = Description(text, alone.settings())
+        return Picture(encode(pixels, request.output_format, description), seed)
+
+
+def _seeds(resolved: ResolvedRequest) -> range:
+    return range(resolved.seed, resolved.seed + resolved.n)
+
+
+def _pixels_tensor(pixels: np.ndarray) -> Tensor:
+    """`[3, H, W]` float32 in [-1, 1] of uint8 `[H, W, 3]`."""
+    return torch.tensor(pixels).permute(2, 0, 1).float().div(127.5).sub(1).contiguous()
+
+
+def _mask_tensor(grey: np.ndarray) -> Tensor:
+    """`[H, W]` float32 in [0, 1] of uint8 `[H, W]`."""
+    return torch.tensor(grey).float().div(255)
