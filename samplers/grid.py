@@ -45,10 +45,11 @@ class Grid:
             return cls.on_times(schedule, spacing.evaluated(schedule, steps), spacing, clean=True)
         first = schedule.t_start if t_start is None else t_start
         last = schedule.t_end if t_end is None else t_end
-        if not first > last > 0:
+        _, sigma_last = schedule.level(np.array(last))
+        if not schedule.t_start >= first > last >= 0 or sigma_last == 0:
             raise ValueError(
-                f"t_start is {first} and t_end is {last}; "
-                "a run goes from a higher time to a lower one above 0."
+                f"t_start is {first:g} and t_end is {last:g}; a run goes from at most "
+                f"{schedule.t_start:g} down to a lower time, at which there is noise left."
             )
         count = steps if t_end is None else steps + 1
         times = spacing.times(schedule, count, first, last)
@@ -63,9 +64,14 @@ class Grid:
         Raises:
             ValueError: the times do not fall strictly.
         """
-        if np.any(np.diff(t) >= 0):
-            listed = ", ".join(f"{x:g}" for x in t)
-            raise ValueError(f"timesteps are {listed}; each must be below the one before it.")
+        risen = np.flatnonzero(np.diff(t) >= 0)
+        if len(risen):
+            first = int(risen[0])
+            raise ValueError(
+                f"timesteps go from {t[first]:g} to {t[first + 1]:g}; "
+                "each must be below the one before it"
+                + ("; ask for fewer steps." if spacing is not None else ".")
+            )
         alpha, sigma = schedule.level(t)
         told = np.round(t) if spacing is not None and spacing.integer_timesteps else t
         if clean:
@@ -95,9 +101,11 @@ class Grid:
             strength: in (0, 1]; the steps kept are ``floor(strength * N)``.
 
         Raises:
-            ValueError: no step would be left.
+            ValueError: a strength outside that, or so low that no step would be left.
         """
-        kept = min(int(self.steps * strength), self.steps)
+        if not 0 < strength <= 1:
+            raise ValueError(f"strength is {strength:g}; it must be above 0 and at most 1.")
+        kept = int(self.steps * strength)
         if kept < 1:
             raise ValueError(
                 f"strength is {strength:g}, which leaves none of {self.steps} steps; "

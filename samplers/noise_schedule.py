@@ -87,9 +87,15 @@ class NoiseSchedule(ABC):
         """The schedule that a diffusers scheduler config describes.
 
         Raises:
-            ValueError: the config names a beta schedule that is not known here.
+            ValueError: the config names a beta schedule that is not known here, or a shift that
+                follows the size of the picture.
         """
         name = str(config.get("_class_name", ""))
+        if config.get("use_dynamic_shifting"):
+            raise ValueError(
+                "use_dynamic_shifting is true; only a shift that is the same for all sizes, "
+                "`shift` or `flow_shift`, is allowed."
+            )
         if name.startswith("FlowMatch") or config.get("use_flow_sigmas"):
             return FlowMatching(
                 shift=float(config.get("shift") or config.get("flow_shift") or 1.0),
@@ -315,4 +321,17 @@ def _log_alphas_of(config: Mapping[str, Any]) -> F64:
         raise ValueError(
             f"beta_schedule is {kind!r}; allowed are linear, scaled_linear and squaredcos_cap_v2."
         )
-    return 0.5 * np.cumsum(np.log1p(-betas))
+    log_alphas = 0.5 * np.cumsum(np.log1p(-betas))
+    if config.get("rescale_betas_zero_snr"):
+        return _without_final_signal(log_alphas)
+    return log_alphas
+
+
+def _without_final_signal(log_alphas: F64) -> F64:
+    """Alpha shifted and scaled until the last one is 0 (Lin et al., arXiv 2305.08891, algorithm 1).
+
+    The last is 2^-12 in place of 0, as in diffusers, so that its logarithm is finite.
+    """
+    alphas = np.exp(log_alphas)
+    alphas = (alphas - alphas[-1]) * alphas[0] / (alphas[0] - alphas[-1])
+    return np.log(np.append(alphas[:-1], 2.0**-12))

@@ -42,7 +42,13 @@ class Columns:
         return self._of_slot[slot]
 
     def table(self, **slots: F64) -> F64:
-        """The matrix whose rows are the new slots, ``[K, K + 3, ...]``; unnamed ones become 0."""
+        """The matrix whose rows are the new slots, ``[K, K + 3, ...]``; unnamed ones become 0.
+
+        Raises:
+            KeyError: a name that is no slot.
+        """
+        if unknown := slots.keys() - self._of_slot.keys():
+            raise KeyError(f"{sorted(unknown)} are no slots; they are {list(self._slots)}.")
         zero = np.zeros_like(self.one)
         return np.stack(np.broadcast_arrays(*(slots.get(name, zero) for name in self._slots)))
 

@@ -164,6 +164,7 @@ class LCMSpacing(Spacing, frozen=True):
                 "spacing is 'lcm', which needs a model with whole trained timesteps; "
                 "use 'trailing' with this one."
             )
+        _refuse_more_than_trained(schedule, self.distilled_steps, "distilled_steps")
         if steps > self.distilled_steps:
             raise ValueError(
                 f"steps is {steps}; the spacing 'lcm' has at most {self.distilled_steps}."
@@ -181,9 +182,9 @@ def _finite_start(schedule: NoiseSchedule, t_start: float) -> float:
     return t_start * (1 - 1e-3)
 
 
-def _refuse_more_than_trained(schedule: DiscreteVP, steps: int) -> None:
+def _refuse_more_than_trained(schedule: DiscreteVP, steps: int, field: str = "steps") -> None:
     if steps > schedule.trained_steps:
         raise ValueError(
-            f"steps is {steps}; the model has {schedule.trained_steps} trained timesteps, "
+            f"{field} is {steps}; the model has {schedule.trained_steps} trained timesteps, "
             "which is the most."
         )
