@@ -73,7 +73,7 @@ class Gate:
     ) -> None:
         self._app = app
         self._answer = answer
-        self._hosts = frozenset(name.lower().strip("[]") for name in settings.allowed_hosts)
+        self._hosts = frozenset(name.lower().strip("[]") for name in settings.hosts)
         self._origins = frozenset(origin.lower() for origin in settings.allowed_origins)
         self._keys = [_digest(key.get_secret_value()) for key in settings.api_keys]
         self._body_bytes = settings.limits.body_bytes

@@ -87,8 +87,10 @@ class Settings(BaseSettings):
     insecure: bool = Field(
         default=False, description="Listen beyond loopback without keys, knowing what that means."
     )
-    allowed_hosts: Names = Field(
-        default=LOOPBACK_NAMES, description="Names a request may address in `Host`; `*` allows any."
+    allowed_hosts: Names | None = Field(
+        default=None,
+        description="Names a request may address in `Host`, `*` for any; by default the loopback "
+        "names and `host`, or any where others must show a key.",
     )
     allowed_origins: Names = Field(
         default=(),
@@ -114,6 +116,15 @@ class Settings(BaseSettings):
     def loopback(self) -> bool:
         """Whether only this machine can reach the server."""
         return self.host in LOOPBACK_NAMES
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """Names that a request may address in `Host`; `*` stands for any."""
+        if self.allowed_hosts is not None:
+            return self.allowed_hosts
+        if self.api_keys and not self.loopback:
+            return ("*",)
+        return (*LOOPBACK_NAMES, self.host)
 
     def model_folders(self, embedded: Path) -> dict[str, Path]:
         """Folder of each hosted model by name, the first being the default.

@@ -11,7 +11,6 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
-from server.api.validation import as_invalid_request
 from server.errors import (
     InvalidRequest,
     NotReady,
@@ -20,6 +19,7 @@ from server.errors import (
     Unauthorized,
     WeftError,
 )
+from server.sentences import explain
 
 __all__ = ["ErrorBody", "answer", "body_of", "install"]
 
@@ -72,7 +72,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return answer(as_invalid_request(request, error))
+        return answer(explain(error.errors(), _body_model(request), within=1))
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> JSONResponse:
@@ -81,6 +81,12 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def _unforeseen(_: Request, error: Exception) -> JSONResponse:
         return answer(error)
+
+
+def _body_model(request: Request) -> type[BaseModel] | None:
+    body_field = getattr(request.scope.get("route"), "body_field", None)
+    annotation = getattr(getattr(body_field, "field_info", None), "annotation", None)
+    return annotation if isinstance(annotation, type) else None
 
 
 def _of_http(request: Request, error: HTTPException) -> JSONResponse:

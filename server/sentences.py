@@ -1,4 +1,4 @@
-"""Pydantic's findings about a body, as the one sentence that the user reads."""
+"""Pydantic's findings about a request, as the one sentence that the user reads."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
-from fastapi import Request
-from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 
 from server.choice import listed
 from server.errors import InvalidRequest, MalformedBody
 from server.request import CHOICES
 
-__all__ = ["as_invalid_request"]
+__all__ = ["explain"]
 
 _SHOWN = 60
 
@@ -48,18 +46,27 @@ _NEEDS: Mapping[str, str] = {
 }
 
 
-def as_invalid_request(request: Request, found: RequestValidationError) -> InvalidRequest:
-    """The first thing that is wrong, named by its dotted field path."""
-    error: Mapping[str, Any] = found.errors()[0]
+def explain(
+    errors: Sequence[Mapping[str, Any]], model: type[BaseModel] | None, *, within: int = 0
+) -> InvalidRequest:
+    """The first thing that is wrong, named by its dotted field path.
+
+    Args:
+        errors: pydantic's, at least one.
+        model: what was validated, to say which fields there are.
+        within: leading parts of a location that are no fields, as FastAPI's `body`.
+    """
+    error = errors[0]
     if error["type"] == "json_invalid":
         reason = error["ctx"]["error"]
         return MalformedBody(None, f"The body is not valid JSON: {reason} at {error['loc'][-1]}.")
-    path = _path(error["loc"])
+    loc = error["loc"][within:]
+    path = _path(loc)
     if not path:
         return InvalidRequest(None, "The body must be a JSON object.")
     param = ".".join(path)
     if error["type"] == "extra_forbidden":
-        return InvalidRequest(param, _unknown(param, _siblings(request, error["loc"])))
+        return InvalidRequest(param, _unknown(param, _siblings(model, loc)))
     return InvalidRequest(param, _sentence(param, error))
 
 
@@ -86,31 +93,21 @@ def _unknown(param: str, allowed: Sequence[str]) -> str:
 def _path(loc: Sequence[Any]) -> list[str]:
     """The field's path without `body` and without the tags of tagged unions."""
     path: list[str] = []
-    for part in loc[1:]:
+    for part in loc:
         if path and str(part) in CHOICES.get(path[-1], {}):
             continue
         path.append(str(part))
     return path
 
 
-def _siblings(request: Request, loc: Sequence[Any]) -> list[str]:
+def _siblings(model: type[BaseModel] | None, loc: Sequence[Any]) -> list[str]:
     """Fields that the object around an unknown field knows."""
-    model = _body_model(request)
     field = ""
-    for part in loc[1:-1]:
-        named = CHOICES.get(field, {}).get(str(part))
-        if named is not None:
-            model = named
+    for part in loc[:-1]:
+        model = CHOICES.get(field, {}).get(str(part), model)
         field = str(part)
     known = list(model.model_fields) if model is not None else []
-    inside_guidance = model in CHOICES["guidance"].values()
-    return [*known, "policy"] if inside_guidance else known
-
-
-def _body_model(request: Request) -> type[BaseModel] | None:
-    body_field = getattr(request.scope.get("route"), "body_field", None)
-    annotation = getattr(getattr(body_field, "field_info", None), "annotation", None)
-    return annotation if isinstance(annotation, type) else None
+    return [*known, "policy"] if model in CHOICES["guidance"].values() else known
 
 
 def _plain(value: Any) -> str:

@@ -1,0 +1,309 @@
+"""The command line: `weft serve`, `weft generate`, `weft catalog`.
+
+Everything heavy is imported by the command that needs it, so that help comes at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from server.catalog import Entry
+    from server.request import GenerateRequest
+    from server.service import Pictures
+    from server.settings import Settings
+
+__all__ = ["main"]
+
+app = typer.Typer(
+    help="Weft: many diffusion images in one batch, each with its own sampler and guidance.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+console = Console(stderr=True)
+
+FORMATS: Final = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+
+Models = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model", "-m", help="Model folder, PATH or NAME=PATH; repeatable. Default: embedded."
+    ),
+]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1.")]
+Dtype = Annotated[str | None, typer.Option(help="auto, float32, float16, bfloat16.")]
+Deterministic = Annotated[
+    bool | None,
+    typer.Option("--deterministic", help="Bit-identical images whatever else is in the batch."),
+]
+RowBudget = Annotated[int | None, typer.Option(help="Model rows a tick; measured by default.")]
+Described = "a name, or a JSON object of its fields."
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+@app.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
+    model: Models = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    deterministic: Deterministic = None,
+    row_budget: RowBudget = None,
+    max_pending: Annotated[
+        int | None, typer.Option(help="Images waiting or under way before 429.")
+    ] = None,
+    insecure: Annotated[
+        bool | None, typer.Option("--insecure", help="Listen beyond loopback without keys.")
+    ] = None,
+) -> None:
+    """Serve over HTTP. Every option has an environment variable: WEFT_PORT, WEFT_API_KEYS, ..."""
+    settings = _settings(
+        host=host,
+        port=port,
+        models=model,
+        device=device,
+        dtype=dtype,
+        deterministic=deterministic,
+        row_budget=row_budget,
+        max_pending=max_pending,
+        insecure=insecure,
+    )
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s:     %(message)s")
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
+    raise typer.Exit(_run_server(settings))
+
+
+def _run_server(settings: Settings) -> int:
+    import uvicorn
+
+    from server.app import create_app
+
+    failed: list[bool] = []
+
+    def give_up() -> None:
+        failed.append(True)
+        server.should_exit = True
+
+    config = uvicorn.Config(
+        create_app(settings, on_failure=give_up),
+        host=settings.host,
+        port=settings.port,
+        server_header=False,
+        access_log=False,
+        timeout_graceful_shutdown=max(1, round(settings.drain_s)),
+    )
+    server = uvicorn.Server(config)
+    server.run()
+    return 1 if failed or not server.started else 0
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What the picture shows.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="File: .png, .jpg or .webp.")
+    ] = Path("out.png"),
+    negative_prompt: Annotated[str | None, typer.Option("--negative-prompt", "--negative")] = None,
+    sampler: Annotated[str | None, typer.Option(help=f"Sampler: {Described}")] = None,
+    spacing: Annotated[str | None, typer.Option(help=f"Spacing: {Described}")] = None,
+    guidance: Annotated[str | None, typer.Option(help=f"Guidance: {Described}")] = None,
+    scale: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
+    policy: Annotated[str | None, typer.Option(help=f"Guidance policy: {Described}")] = None,
+    steps: Annotated[int | None, typer.Option(help="Sampler steps.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the first image; random by default.")] = None,
+    n: Annotated[int | None, typer.Option("-n", help="Images, with seeds counting up.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Picture to start from.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="White where the picture is repainted.")] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="Share of the steps from a picture.")
+    ] = None,
+    model: Models = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    deterministic: Deterministic = None,
+) -> None:
+    """Make pictures in this process, without a server."""
+    settings = _settings(models=model, device=device, dtype=dtype, deterministic=deterministic)
+    request = _request(
+        prompt=prompt,
+        output_format=_format_of(output),
+        negative_prompt=negative_prompt,
+        sampler=_named(sampler),
+        spacing=_named(spacing),
+        guidance=_guidance(guidance, scale, policy),
+        steps=steps,
+        seed=seed,
+        n=n,
+        width=width,
+        height=height,
+        image=_base64_of(image),
+        mask=_base64_of(mask),
+        strength=strength,
+    )
+    for path, data in _files(output, _with_bar(settings, request)):
+        path.write_bytes(data)
+        typer.echo(path)
+
+
+@app.command()
+def catalog(
+    as_json: Annotated[bool, typer.Option("--json", help="With every parameter's schema.")] = False,
+) -> None:
+    """List samplers, spacings, guidance rules and policies."""
+    from server.catalog import catalog as installed
+
+    listed = installed()
+    if as_json:
+        typer.echo(listed.model_dump_json(indent=2, exclude={"models"}))
+        return
+    out = Console()
+    for title in ("samplers", "spacings", "rules", "policies"):
+        out.print(_table(title, getattr(listed, title)))
+
+
+def _table(title: str, entries: Sequence[Entry]) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, expand=True)
+    table.add_column("name", style="bold", no_wrap=True)
+    table.add_column("what", ratio=3)
+    table.add_column("parameters", ratio=2, style="dim")
+    for entry in entries:
+        parameters = {key: value for key, value in entry.defaults.items() if key != "name"}
+        shown = ", ".join(f"{key} {json.dumps(value)}" for key, value in parameters.items())
+        table.add_row(entry.name, entry.summary, shown)
+    return table
+
+
+def _settings(**given: Any) -> Settings:
+    """The settings of environment and options; options that were not given are None."""
+    from pydantic import ValidationError
+
+    from server.settings import Settings
+
+    try:
+        return Settings(**{key: value for key, value in given.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        _refuse(f"{field}: {message}" if field else message)
+
+
+def _request(**given: Any) -> GenerateRequest:
+    from pydantic import ValidationError
+
+    from server.request import GenerateRequest
+    from server.sentences import explain
+
+    try:
+        return GenerateRequest.model_validate(
+            {key: value for key, value in given.items() if value is not None}
+        )
+    except ValidationError as error:
+        _refuse(explain(error.errors(), GenerateRequest).message)
+
+
+def _named(text: str | None) -> Any:
+    """A bare name, or the object that its JSON stands for."""
+    if text is None or not text.lstrip().startswith("{"):
+        return text
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        _refuse(f"{text!r} is not valid JSON: {error}.")
+
+
+def _guidance(guidance: str | None, scale: float | None, policy: str | None) -> Any:
+    """The guidance that the three options describe together."""
+    value = _named(guidance)
+    extra = {"scale": scale, "policy": _named(policy)}
+    extra = {key: value for key, value in extra.items() if value is not None}
+    if not extra:
+        return value
+    if not isinstance(value, dict):
+        value = {"name": value or "cfg"}
+    return value | extra
+
+
+def _base64_of(path: Path | None) -> str | None:
+    import base64
+
+    if path is None:
+        return None
+    if not path.is_file():
+        _refuse(f"{str(path)!r} is not a file.")
+    return base64.b64encode(path.read_bytes()).decode()
+
+
+def _format_of(output: Path) -> str:
+    if output.suffix.lower() not in FORMATS:
+        _refuse(f"output is {str(output)!r}; allowed endings are: {', '.join(FORMATS)}.")
+    if not output.absolute().parent.is_dir():
+        _refuse(f"output is {str(output)!r}, but its folder does not exist.")
+    return FORMATS[output.suffix.lower()]
+
+
+def _with_bar(settings: Settings, request: GenerateRequest) -> Pictures:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        SpinnerColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        loading = bar.add_task("loading the model", total=None)
+        from server.errors import WeftError
+        from server.one_shot import generate as make
+
+        def tell(progress: Any) -> None:
+            bar.update(loading, visible=False)
+            while len(bar.tasks) < request.n + 1:
+                bar.add_task(f"image {len(bar.tasks)}", total=progress.steps)
+            bar.update(bar.tasks[progress.index + 1].id, completed=progress.step)
+
+        try:
+            return asyncio.run(make(settings, request, tell))
+        except WeftError as error:
+            bar.stop()
+            _refuse(error.message)
+
+
+def _files(output: Path, pictures: Pictures) -> list[tuple[Path, bytes]]:
+    """Where each picture goes: several are told apart by their seeds."""
+    if len(pictures.pictures) == 1:
+        return [(output, pictures.pictures[0].data)]
+    return [
+        (output.with_stem(f"{output.stem}-{picture.seed}"), picture.data)
+        for picture in pictures.pictures
+    ]
+
+
+def _refuse(sentence: str) -> NoReturn:
+    console.print(sentence, style="red", highlight=False, markup=False, soft_wrap=True)
+    sys.exit(2)
