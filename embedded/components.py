@@ -1,0 +1,183 @@
+"""The parts of the embedded model, freshly initialised, and the folder they are stored in."""
+
+import copy
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import diffusers
+import torch
+from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
+from diffusers.models.unets.unet_2d_blocks import AutoencoderTinyBlock
+from torch import nn
+from transformers import AddedToken, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from embedded.scenes import VOCABULARY
+
+MAX_TOKENS: Final = 32
+LATENT_CHANNELS: Final = 4
+LATENT_SIZE: Final = 16
+"""Height and width of a picture's latents; a latent cell is 8 pixels wide."""
+
+_TEXT_WIDTH: Final = 128
+_START, _END, _UNKNOWN = "<|startoftext|>", "<|endoftext|>", "<|unknown|>"
+
+
+@dataclass(slots=True)
+class Components:
+    """The trainable parts."""
+
+    autoencoder: AutoencoderTiny
+    unet: UNet2DConditionModel
+    text_encoder: CLIPTextModel
+
+
+def make_tokenizer() -> CLIPTokenizer:
+    """A word is one token; each character of a word that is not known is an unknown token."""
+    tokenizer = CLIPTokenizer(
+        vocab={_START: 0, _END: 1, _UNKNOWN: 2},
+        merges=[],
+        unk_token=_UNKNOWN,
+        model_max_length=MAX_TOKENS,
+    )
+    # Byte-pair encoding would need a token for every piece of a word; added tokens need none.
+    tokenizer.add_tokens(
+        [AddedToken(word, single_word=word.isalpha(), normalized=True) for word in VOCABULARY]
+    )
+    return tokenizer
+
+
+def make_text_encoder() -> CLIPTextModel:
+    tokenizer = make_tokenizer()
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=_TEXT_WIDTH,
+            intermediate_size=4 * _TEXT_WIDTH,
+            projection_dim=_TEXT_WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=MAX_TOKENS,
+            hidden_act="gelu",
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=1,
+        )
+    )
+
+
+def make_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=LATENT_SIZE,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        block_out_channels=(64, 96, 128),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=_TEXT_WIDTH,
+        # In this class the name means the number of heads.
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+
+
+def make_autoencoder() -> AutoencoderTiny:
+    """Nearly all cost is in the convolutions at full resolution, so these are few."""
+    autoencoder = AutoencoderTiny(
+        encoder_block_out_channels=(32, 32, 32, 32),
+        decoder_block_out_channels=(32, 32, 32, 32),
+        num_encoder_blocks=(0, 1, 2, 2),
+        num_decoder_blocks=(3, 3, 1, 1),
+        latent_channels=LATENT_CHANNELS,
+    )
+    _initialise(autoencoder)
+    return autoencoder
+
+
+@torch.no_grad()
+def _initialise(autoencoder: AutoencoderTiny) -> None:
+    """Keep the signal's variance through the layers; residual blocks start as the identity.
+
+    There is no normalisation that would repair the default's shrinking signal.
+    """
+    for module in autoencoder.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for module in autoencoder.modules():
+        if isinstance(module, AutoencoderTinyBlock):
+            module.conv[-1].weight.mul_(0.1)
+
+
+def make_scheduler() -> DDIMScheduler:
+    """v-prediction on linear betas, whose last alpha squared is 4e-5: black stays black."""
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=1e-4,
+        beta_end=0.02,
+        beta_schedule="linear",
+        prediction_type="v_prediction",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        steps_offset=1,
+        timestep_spacing="trailing",
+    )
+
+
+def make_components() -> Components:
+    return Components(make_autoencoder(), make_unet(), make_text_encoder())
+
+
+def load_components(folder: Path) -> Components:
+    return Components(
+        AutoencoderTiny.from_pretrained(folder / "vae"),
+        UNet2DConditionModel.from_pretrained(folder / "unet"),
+        CLIPTextModel.from_pretrained(folder / "text_encoder"),
+    )
+
+
+def save_model(components: Components, folder: Path) -> None:
+    """Write a whole diffusers folder; each file is replaced at once, so readers never see half.
+
+    The U-Net and the autoencoder are stored in float16, which diffusers loads as float32. The text
+    encoder stays in float32: transformers would load float16 as it is.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing-") as name:
+        fresh = Path(name)
+        _write(components, fresh)
+        for source in sorted(fresh.rglob("*")):
+            if source.is_file():
+                target = folder / source.relative_to(fresh)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                source.replace(target)
+
+
+def _write(components: Components, folder: Path) -> None:
+    components.text_encoder.save_pretrained(folder / "text_encoder")
+    for name, part in {"vae": components.autoencoder, "unet": components.unet}.items():
+        copy.deepcopy(part).half().save_pretrained(folder / name)
+    config = folder / "vae" / "config.json"
+    # diffusers derives this entry anew and warns when it reads it.
+    entries = {k: v for k, v in json.loads(config.read_text()).items() if k != "block_out_channels"}
+    config.write_text(json.dumps(entries, indent=2) + "\n")
+    make_tokenizer().save_pretrained(folder / "tokenizer")
+    make_scheduler().save_pretrained(folder / "scheduler")
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderTiny"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")

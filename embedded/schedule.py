@@ -1,0 +1,35 @@
+"""How far a training run is, by its steps or by its time, and the learning rate that follows."""
+
+import math
+import time
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class TrainingClock:
+    """Progress from 0 to 1, by whichever limit is reached first; survives a resumed run.
+
+    `steps` and `minutes` are limits (None: no limit); `step` counts the finished steps and
+    `spent_s` the seconds of earlier runs.
+    """
+
+    steps: int | None
+    minutes: float | None
+    step: int = 0
+    spent_s: float = 0.0
+    _started: float = field(default_factory=time.monotonic)
+
+    @property
+    def elapsed_s(self) -> float:
+        return self.spent_s + time.monotonic() - self._started
+
+    @property
+    def progress(self) -> float:
+        by_steps = self.step / self.steps if self.steps else 0.0
+        by_time = self.elapsed_s / (60 * self.minutes) if self.minutes else 0.0
+        return min(1.0, max(by_steps, by_time))
+
+    def rate(self, peak: float, *, warm_up: int, floor: float) -> float:
+        """Linear warm-up over that many steps, then a cosine to `floor` times the peak."""
+        cosine = floor + (1 - floor) * (1 + math.cos(math.pi * self.progress)) / 2
+        return peak * cosine * min(1.0, (self.step + 1) / warm_up)

@@ -1,0 +1,188 @@
+"""Train the embedded model from nothing: `python -m embedded.train`.
+
+Three stages, each of which can be run by itself: the autoencoder, the U-Net with the text encoder,
+and the report. A stage ends after `--steps` or `--minutes`, whichever comes first.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderTiny
+from PIL import Image
+
+from embedded import MODEL_FOLDER
+from embedded.autoencoder_training import AutoencoderSettings, train_autoencoder
+from embedded.components import Components, save_model
+from embedded.report import (
+    Sampling,
+    contact_sheet,
+    load_pipeline,
+    score_autoencoder,
+    score_model,
+    table,
+    unseen_scenes,
+)
+from embedded.scenes import make_scene
+from embedded.unet_training import UNetSettings, train_unet, training_captions
+
+_GATE = 0.99
+_REPORT = Path(__file__).parent / "REPORT.md"
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="embedded.train", description=__doc__)
+    parser.add_argument(
+        "stage", nargs="?", choices=["all", "autoencoder", "unet", "report"], default="all"
+    )
+    parser.add_argument("--minutes", type=float, help="end a training stage after this time")
+    parser.add_argument("--steps", type=int, help="end a training stage after so many steps")
+    parser.add_argument("--batch", type=int, default=32, help="pictures (or crops) a step")
+    parser.add_argument("--pictures", type=int, default=20_000, help="pictures for the U-Net")
+    parser.add_argument("--captions", type=int, default=400, help="unseen captions to report on")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument("--publish-minutes", type=float, default=20.0, help="between previews")
+    parser.add_argument("--out", type=Path, default=Path("out/embedded"), help="for checkpoints")
+    parser.add_argument("--model", type=Path, default=MODEL_FOLDER, help="folder to write")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Run the stages that were asked for; exit status 1 if the autoencoder fails its gate."""
+    options = _arguments()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.steps is None and options.minutes is None:
+        options.steps = 20_000
+    if options.stage in ("all", "autoencoder") and not run_autoencoder(options):
+        return 1
+    if options.stage in ("all", "unet"):
+        run_unet(options)
+    if options.stage in ("all", "report"):
+        run_report(options)
+    return 0
+
+
+def run_autoencoder(options: argparse.Namespace) -> bool:
+    """Train the autoencoder; says whether its reconstructions pass the gate."""
+    checkpoint = options.out / "autoencoder.pt"
+    if not options.resume:
+        checkpoint.unlink(missing_ok=True)
+    settings = AutoencoderSettings(
+        options.steps, options.minutes, options.batch, options.device, options.seed
+    )
+    autoencoder = train_autoencoder(settings, checkpoint)
+    autoencoder.save_pretrained(options.out / "autoencoder")
+    scenes = [make_scene(4_000_000_000 + number) for number in range(400)]
+    score = score_autoencoder(autoencoder.eval(), scenes, options.device)
+    print(table({"reconstructions": score}))
+    passed = score.share() >= _GATE
+    print(f"gate of {_GATE:.0%} {'passed' if passed else 'failed'}")
+    return passed
+
+
+def run_unet(options: argparse.Namespace) -> None:
+    """Train the U-Net and the text encoder, publishing previews to the model's folder."""
+    if not options.resume:
+        (options.out / "unet.pt").unlink(missing_ok=True)
+        (options.out / "corpus.pt").unlink(missing_ok=True)
+    autoencoder = AutoencoderTiny.from_pretrained(options.out / "autoencoder")
+    settings = UNetSettings(
+        steps=options.steps,
+        minutes=options.minutes,
+        batch=options.batch,
+        pictures=options.pictures,
+        device=options.device,
+        seed=options.seed,
+        publish_minutes=options.publish_minutes,
+    )
+    known = _known_captions(options.pictures)
+
+    def publish(components: Components, step: int) -> None:
+        save_model(components, options.model)
+        print(f"published step {step}\n{_glance(options, known)}", flush=True)
+
+    train_unet(autoencoder, settings, options.out, publish)
+
+
+def _known_captions(pictures: int) -> frozenset[str]:
+    return frozenset(text for texts in training_captions(pictures) for text in texts)
+
+
+def _glance(options: argparse.Namespace, known: frozenset[str]) -> str:
+    """A short report on the published model."""
+    pipeline = load_pipeline(options.model, options.device)
+    names = {"one object": 1, "two objects": 2}
+    return table(
+        {
+            name: score_model(pipeline, unseen_scenes(things, 40, known), Sampling())[0]
+            for name, things in names.items()
+        }
+    )
+
+
+def run_report(options: argparse.Namespace) -> None:
+    """Measure the stored model on unseen captions; writes REPORT.md and a contact sheet."""
+    known = _known_captions(options.pictures)
+    pipeline = load_pipeline(options.model, options.device)
+    sampling = Sampling(seed=options.seed)
+    started = time.monotonic()
+    one, one_pictures = score_model(
+        pipeline, unseen_scenes(1, options.captions // 2, known), sampling
+    )
+    two, two_pictures = score_model(
+        pipeline, unseen_scenes(2, options.captions // 2, known), sampling
+    )
+    reconstructions = score_autoencoder(
+        pipeline.vae, [make_scene(4_000_000_000 + n) for n in range(400)], options.device
+    )
+    minutes = (time.monotonic() - started) / 60
+    scores = {"one object": one, "two objects": two, "reconstructions": reconstructions}
+    print(table(scores))
+    options.out.mkdir(parents=True, exist_ok=True)
+    chosen = np.concatenate([one_pictures[:24], two_pictures[:24]])
+    Image.fromarray(contact_sheet(chosen, columns=8)).save(options.out / "contact_sheet.png")
+    _REPORT.write_text(
+        f"""# Report on the embedded model
+
+{options.captions} captions that are not among the training captions, drawn by diffusers' own
+`StableDiffusionPipeline` (DDIM, trailing spacing, {sampling.steps} steps, guidance scale
+{sampling.scale:g}, one noise seed a picture from {sampling.seed} on) and read by
+`embedded/checker.py`. A picture is right if every attribute that its caption mentions is. The last
+row asks the checker about the autoencoder's reconstructions of 400 pictures, all attributes.
+
+{table(scores)}
+
+Written by `{_command()}` in {minutes:.1f} minutes on {options.device}.
+
+## Training
+
+{_history(options)}
+"""
+    )
+    print(f"wrote {_REPORT}")
+
+
+def _command() -> str:
+    return " ".join(["python -m embedded.train", *sys.argv[1:]])
+
+
+def _history(options: argparse.Namespace) -> str:
+    """Steps and minutes of each stage, from its checkpoint."""
+    lines = ["| stage | steps | minutes |", "|---|---|---|"]
+    for stage in ("autoencoder", "unet"):
+        file = options.out / f"{stage}.pt"
+        if file.exists():
+            content = torch.load(file, map_location="cpu")
+            lines.append(f"| {stage} | {content['step']} | {content['spent_s'] / 60:.0f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
