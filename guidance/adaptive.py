@@ -31,7 +31,10 @@ class Adaptive(Policy, frozen=True):
     adapts: ClassVar[bool] = True
     name: Literal["adaptive"] = "adaptive"
     threshold: float = Field(
-        0.991, ge=-1, le=1, description="Cosine from which guidance ends; higher guides longer."
+        default=0.991,
+        ge=-1,
+        le=1,
+        description="Cosine from which guidance ends; higher guides longer.",
     )
 
     @override

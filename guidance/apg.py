@@ -34,19 +34,25 @@ class APG(Rule, frozen=True):
     source: ClassVar[str] = "Sadat et al., arXiv 2410.02416, algorithm 1."
     memory_slots: ClassVar[int] = 1
     name: Literal["apg"] = "apg"
-    scale: float = Field(7.5, ge=0, le=100, description="Strength; 1 is no guidance.")
+    scale: float = Field(default=7.5, ge=0, le=100, description="Strength; 1 is no guidance.")
     eta: float = Field(
-        0.0, ge=0, le=1, description="Weight of the part along the prediction; 1 keeps all of it."
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Weight of the part along the prediction; 1 keeps all of it.",
     )
     norm_threshold: float = Field(
-        15.0,
+        default=15.0,
         ge=0,
         le=1000,
         description="Bound on the norm of the difference, at a latent of 65,536 elements;"
         " 0 is no bound.",
     )
     momentum: float = Field(
-        -0.5, gt=-1, lt=1, description="Share of the earlier differences; below 0 damps them."
+        default=-0.5,
+        gt=-1,
+        lt=1,
+        description="Share of the earlier differences; below 0 damps them.",
     )
 
     @property

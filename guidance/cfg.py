@@ -25,7 +25,7 @@ class CFG(Rule, frozen=True):
     summary: ClassVar[str] = "Classifier-free guidance: away from the negative prompt."
     source: ClassVar[str] = "Ho and Salimans, arXiv 2207.12598, equation 6."
     name: Literal["cfg"] = "cfg"
-    scale: float = Field(4.0, ge=0, le=100, description="Strength; 1 is no guidance.")
+    scale: float = Field(default=4.0, ge=0, le=100, description="Strength; 1 is no guidance.")
 
     @property
     @override

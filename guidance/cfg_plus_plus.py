@@ -27,7 +27,7 @@ class CFGPlusPlus(Rule, frozen=True):
     summary: ClassVar[str] = "Interpolates in [0, 1] and renoises unguided; invertible."
     source: ClassVar[str] = "Chung et al., arXiv 2406.08070, algorithm 2."
     name: Literal["cfg_plus_plus"] = "cfg_plus_plus"
-    scale: float = Field(0.6, ge=0, le=1, description="0 is unconditional, 1 conditional.")
+    scale: float = Field(default=0.6, ge=0, le=1, description="0 is unconditional, 1 conditional.")
 
     @classmethod
     @override

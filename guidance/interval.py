@@ -24,10 +24,14 @@ class Interval(Policy, frozen=True):
     summary: ClassVar[str] = "Guides between two noise levels only; cheaper and more varied."
     source: ClassVar[str] = "Kynkäänniemi et al., arXiv 2404.07724, equation 5."
     name: Literal["interval"] = "interval"
-    low: float = Field(0.28, ge=0, description="Least sigma / alpha guided, exclusive.")
-    high: float = Field(5.42, gt=0, description="Greatest sigma / alpha guided, inclusive.")
-    start: float = Field(0.0, ge=0, lt=1, description="Share of the steps done when it opens.")
-    stop: float = Field(1.0, gt=0, le=1, description="Share of the steps done when it closes.")
+    low: float = Field(default=0.28, ge=0, description="Least sigma / alpha guided, exclusive.")
+    high: float = Field(default=5.42, gt=0, description="Greatest sigma / alpha guided, inclusive.")
+    start: float = Field(
+        default=0.0, ge=0, lt=1, description="Share of the steps done when it opens."
+    )
+    stop: float = Field(
+        default=1.0, gt=0, le=1, description="Share of the steps done when it closes."
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:

@@ -27,7 +27,7 @@ class DDIM(Sampler, frozen=True):
     source: ClassVar[str] = "Song et al., arXiv 2010.02502, equation 12."
     name: Literal["ddim"] = "ddim"
     eta: float = Field(
-        0.0, ge=0, le=1, description="Share of fresh noise: 0 deterministic, 1 ancestral."
+        default=0.0, ge=0, le=1, description="Share of fresh noise: 0 deterministic, 1 ancestral."
     )
 
     @property

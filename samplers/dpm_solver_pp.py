@@ -36,15 +36,16 @@ class DPMSolverPP(Sampler, frozen=True):
     summary: ClassVar[str] = "The usual choice: DPM++ 2M and relatives; good from 10 steps."
     source: ClassVar[str] = "Lu et al., arXiv 2211.01095, equations 9 to 14."
     name: Literal["dpm_solver_pp"] = "dpm_solver_pp"
-    order: Literal[1, 2, 3] = Field(2, description="Order of the multistep formula.")
+    order: Literal[1, 2, 3] = Field(default=2, description="Order of the multistep formula.")
     variant: Literal["ode", "sde"] = Field(
-        "ode", description="ode is deterministic; sde draws fresh noise each step."
+        default="ode", description="ode is deterministic; sde draws fresh noise each step."
     )
     solver_type: Literal["midpoint", "taylor"] = Field(
-        "midpoint", description="Form of the second-order term; diffusers calls taylor heun."
+        default="midpoint",
+        description="Form of the second-order term; diffusers calls taylor heun.",
     )
     lower_order_final: bool = Field(
-        True, description="Lower the order over the last steps of runs under 15 steps."
+        default=True, description="Lower the order over the last steps of runs under 15 steps."
     )
 
     @property

@@ -45,7 +45,9 @@ class EulerAncestral(Sampler, frozen=True):
     summary: ClassVar[str] = "Euler with fresh noise each step; varied pictures, never settles."
     source: ClassVar[str] = "k-diffusion, sample_euler_ancestral."
     name: Literal["euler_ancestral"] = "euler_ancestral"
-    eta: float = Field(1.0, ge=0, le=1, description="Share of fresh noise; 0 is plain Euler.")
+    eta: float = Field(
+        default=1.0, ge=0, le=1, description="Share of fresh noise; 0 is plain Euler."
+    )
 
     @property
     @override

@@ -46,7 +46,7 @@ class Leading(Spacing, frozen=True):
     summary: ClassVar[str] = "Equal strides that start just above the clean end."
     source: ClassVar[str] = "DDIM (arXiv 2010.02502); Lin et al. (arXiv 2305.08891), table 2."
     name: Literal["leading"] = "leading"
-    offset: int = Field(1, ge=0, le=10, description="Trained steps added to every time.")
+    offset: int = Field(default=1, ge=0, le=10, description="Trained steps added to every time.")
 
     @override
     def evaluated(self, schedule: NoiseSchedule, steps: int) -> F64:
@@ -82,7 +82,7 @@ class Linspace(Spacing, frozen=True):
     source: ClassVar[str] = "k-diffusion and diffusers, the `linspace` spacing."
     name: Literal["linspace"] = "linspace"
     endpoint: bool = Field(
-        True,
+        default=True,
         description="Evaluate at the cleanest level too; without it, as the DPM-Solver authors do,"
         " the last evaluation stands one stride above.",
     )
@@ -103,8 +103,12 @@ class Karras(Spacing, frozen=True):
     summary: ClassVar[str] = "Even in sigma^(1/rho); spends many steps on fine detail."
     source: ClassVar[str] = "Karras et al. (arXiv 2206.00364), equation 5."
     name: Literal["karras"] = "karras"
-    rho: float = Field(7.0, ge=1, le=100, description="Larger spends more steps at low noise.")
-    whole: bool = Field(False, description="Tell the denoiser whole timesteps, as diffusers does.")
+    rho: float = Field(
+        default=7.0, ge=1, le=100, description="Larger spends more steps at low noise."
+    )
+    whole: bool = Field(
+        default=False, description="Tell the denoiser whole timesteps, as diffusers does."
+    )
 
     @property
     @override
@@ -130,7 +134,9 @@ class LogSNR(Spacing, frozen=True):
     summary: ClassVar[str] = "Even in log SNR; the natural measure of the exponential integrators."
     source: ClassVar[str] = "DPM-Solver (arXiv 2206.00927), section 3.4."
     name: Literal["logsnr"] = "logsnr"
-    whole: bool = Field(False, description="Tell the denoiser whole timesteps, as diffusers does.")
+    whole: bool = Field(
+        default=False, description="Tell the denoiser whole timesteps, as diffusers does."
+    )
 
     @property
     @override
@@ -154,7 +160,10 @@ class LCMSpacing(Spacing, frozen=True):
     source: ClassVar[str] = "LCM (arXiv 2310.04378), algorithm 3."
     name: Literal["lcm"] = "lcm"
     distilled_steps: int = Field(
-        50, ge=1, le=1000, description="Steps of the solver that the model was distilled from."
+        default=50,
+        ge=1,
+        le=1000,
+        description="Steps of the solver that the model was distilled from.",
     )
 
     @override

@@ -35,11 +35,14 @@ class UniPC(Sampler, frozen=True):
     summary: ClassVar[str] = "Predictor-corrector at one evaluation a step; strong at 5 to 10."
     source: ClassVar[str] = "Zhao et al., arXiv 2302.04867, algorithms 7 and 8."
     name: Literal["unipc"] = "unipc"
-    order: Literal[1, 2, 3] = Field(2, description="Order of the predictor.")
+    order: Literal[1, 2, 3] = Field(default=2, description="Order of the predictor.")
     variant: Literal["bh1", "bh2"] = Field(
-        "bh2", description="B(h): bh1 is h, better for unguided; bh2 is e^h - 1, for guided."
+        default="bh2",
+        description="B(h): bh1 is h, better for unguided; bh2 is e^h - 1, for guided.",
     )
-    lower_order_final: bool = Field(True, description="Lower the order over the last steps.")
+    lower_order_final: bool = Field(
+        default=True, description="Lower the order over the last steps."
+    )
 
     @property
     @override

@@ -38,7 +38,13 @@ def load_model(folder: Path, *, name: str, device: str, dtype: str) -> HostedMod
             f"allowed are {', '.join(sorted(FAMILIES))}."
         )
     place = choose_device(device)
-    return FAMILIES[family](folder, name, revision_of(folder), place, choose_dtype(dtype, place))
+    revision = revision_of(folder)
+    try:
+        return FAMILIES[family](folder, name, revision, place, choose_dtype(dtype, place))
+    except ModelMismatch:
+        raise
+    except Exception as error:
+        raise ModelMismatch(f"model folder {str(folder)!r} could not be loaded: {error}") from error
 
 
 def choose_device(device: str) -> torch.device:

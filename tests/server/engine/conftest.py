@@ -1,0 +1,173 @@
+"""A real engine on the embedded model, and somebody who listens to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from threading import Event
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from embedded import MODEL_FOLDER
+from guidance import POLICIES, RULES, Policy, Rule
+from samplers import SAMPLERS, SPACINGS, Sampler, Spacing
+from server.engine.engine import Engine
+from server.engine.sequence import ImageResult, ImageTask
+from server.models.hosted import HostedModel
+from server.models.loading import load_model
+
+PATIENCE_S = 120
+
+
+@dataclass
+class Hearing:
+    """Collects what the engine says of one submission."""
+
+    images: int
+    results: dict[int, ImageResult] = field(default_factory=dict)
+    errors: dict[int, Exception] = field(default_factory=dict)
+    steps: list[tuple[int, int, int]] = field(default_factory=list)
+    previews: list[NDArray[np.uint8]] = field(default_factory=list)
+    begun: Event = field(default_factory=Event)
+    ended: Event = field(default_factory=Event)
+    on_progress: Callable[[int], None] | None = None
+
+    def started(self, index: int) -> None:
+        self.begun.set()
+
+    def progress(
+        self, index: int, step: int, steps: int, preview: NDArray[np.uint8] | None
+    ) -> None:
+        self.steps.append((index, step, steps))
+        if preview is not None:
+            self.previews.append(preview)
+        if self.on_progress is not None:
+            self.on_progress(step)
+
+    def finished(self, index: int, result: ImageResult) -> None:
+        self.results[index] = result
+        self._maybe_end()
+
+    def failed(self, index: int, error: Exception) -> None:
+        self.errors[index] = error
+        self._maybe_end()
+
+    def _maybe_end(self) -> None:
+        if len(self.results) + len(self.errors) == self.images:
+            self.ended.set()
+
+    def wait(self) -> Hearing:
+        assert self.ended.wait(PATIENCE_S), "the engine did not answer"
+        return self
+
+    def pixels(self) -> list[NDArray[np.uint8]]:
+        """Of all images in order, when all were to succeed."""
+        self.wait()
+        assert not self.errors, self.errors
+        return [self.results[i].pixels for i in range(self.images)]
+
+
+@pytest.fixture(scope="session")
+def model() -> HostedModel:
+    return load_model(MODEL_FOLDER, name="embedded", device="cpu", dtype="float32")
+
+
+def started(model: HostedModel, **options: Any) -> Engine:
+    engine = Engine({"embedded": model}, **options)
+    engine.start()
+    waiting = Event()
+    for _ in range(int(PATIENCE_S / 0.02)):
+        if engine.ready or engine.failure is not None:
+            break
+        waiting.wait(0.02)
+    assert engine.ready, engine.failure
+    return engine
+
+
+@pytest.fixture
+def start(model: HostedModel) -> Iterator[Callable[..., Engine]]:
+    engines: list[Engine] = []
+
+    def begin(**options: Any) -> Engine:
+        engines.append(started(options.pop("model", model), **{"row_budget": 6, **options}))
+        return engines[-1]
+
+    yield begin
+    for engine in engines:
+        engine.stop(0)
+
+
+@pytest.fixture(scope="session")
+def engine(model: HostedModel) -> Iterator[Engine]:
+    made = started(model, row_budget=6)
+    yield made
+    made.stop(0)
+
+
+@pytest.fixture(scope="session")
+def fixed_engine(model: HostedModel) -> Iterator[Engine]:
+    made = started(model, row_budget=6, deterministic=True)
+    yield made
+    made.stop(0)
+
+
+def named(registry: tuple[type[Any], ...], name: str) -> type[Any]:
+    return {entry.model_fields["name"].default: entry for entry in registry}[name]
+
+
+@pytest.fixture(scope="session")
+def task(model: HostedModel) -> Callable[..., ImageTask]:
+    """Makes a task from short names, at small defaults."""
+
+    def make(
+        sampler: str | Sampler = "ddim",
+        rule: str | Rule = "cfg",
+        policy: str | Policy = "always",
+        spacing: str | Spacing | None = None,
+        steps: int = 3,
+        strength: float | None = None,
+        **fields: Any,
+    ) -> ImageTask:
+        solver = named(SAMPLERS, sampler)() if isinstance(sampler, str) else sampler
+        layout = spacing or solver.default_spacing
+        points = named(SPACINGS, layout)() if isinstance(layout, str) else layout
+        grid = model.facts.schedule.grid(points, steps)
+        if strength is not None:
+            grid = grid.tail(strength)
+        given: dict[str, Any] = {
+            "model": "embedded",
+            "prompt": "a small red circle on a white background",
+            "negative_prompt": "",
+            "width": 128,
+            "height": 128,
+            "seed": 7,
+            **fields,
+        }
+        return ImageTask(
+            plan=solver.plan(grid),
+            rule=named(RULES, rule)() if isinstance(rule, str) else rule,
+            policy=named(POLICIES, policy)() if isinstance(policy, str) else policy,
+            **given,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def run() -> Callable[[Engine, list[ImageTask]], Hearing]:
+    """Submits and waits."""
+
+    def submit(engine: Engine, tasks: list[ImageTask]) -> Hearing:
+        hearing = Hearing(len(tasks))
+        engine.submit(tasks, hearing)
+        return hearing.wait()
+
+    return submit
+
+
+@pytest.fixture(scope="session")
+def listen() -> type[Hearing]:
+    return Hearing

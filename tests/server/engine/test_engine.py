@@ -1,0 +1,346 @@
+"""The engine's promises, on the real model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from guidance import POLICIES, RULES, Guided, Rows, Rule
+from guidance.adaptive import Adaptive
+from guidance.cfg import CFG
+from guidance.interval import Interval
+from samplers import SAMPLERS, integrate, preconditioning
+from samplers.dpm_solver_pp import DPMSolverPP
+from server.engine.noise import stage_noise, start_noise
+from server.engine.preview import to_uint8
+from server.errors import Cancelled, NotReady, Overloaded, RowFailed
+
+NAMES = [sampler.model_fields["name"].default for sampler in SAMPLERS]
+RULE_NAMES = [rule.model_fields["name"].default for rule in RULES]
+POLICY_NAMES = [policy.model_fields["name"].default for policy in POLICIES]
+
+CLOSE = 2
+"""Steps of 255 that rounding in another batch shape may move a pixel."""
+
+
+def apart(a: Any, b: Any) -> int:
+    return int(np.abs(a.astype(int) - b.astype(int)).max())
+
+
+def by_hand(model, task) -> Any:
+    """The same image by the library's loop: one request, no engine."""
+    facts = model.facts
+    prompts = model.encode_prompts([task.prompt, task.negative_prompt])
+
+    def denoise(x: torch.Tensor, t: float) -> torch.Tensor:
+        stage = by_t.pop(0)
+        scales = preconditioning(facts.prediction, task.plan.alpha[:-1], task.plan.sigma[:-1])
+        both = x.expand(2, -1, -1, -1)
+        told = torch.full((2,), float(facts.schedule.conditioning(np.array(t))))
+        raw = model.evaluate(float(scales.scale_in[stage]) * both, told, prompts)
+        cond, uncond = float(scales.skip[stage]) * both + float(scales.out[stage]) * raw
+        return (uncond + task.rule.scale * (cond - uncond))[None]
+
+    by_t = list(range(task.plan.evaluations))
+    shape = model.latent_shape(task.width, task.height)
+    x = task.plan.start_scale * start_noise(task.seed, shape)[None]
+    with torch.inference_mode():
+        clean = integrate(
+            task.plan, denoise, x, lambda stage: stage_noise(task.seed, stage, shape)[None]
+        )
+        return to_uint8(model.decode(clean))[0]
+
+
+@pytest.mark.parametrize("sampler", NAMES)
+def test_an_image_is_what_the_library_loop_gives(engine, model, task, run, sampler):
+    one = task(sampler, steps=4)
+    [pixels] = run(engine, [one]).pixels()
+    assert apart(pixels, by_hand(model, one)) <= CLOSE
+
+
+def test_an_image_is_what_diffusers_own_pipeline_gives(engine, task, run):
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    from embedded import MODEL_FOLDER
+
+    pipeline = StableDiffusionPipeline.from_pretrained(MODEL_FOLDER)
+    pipeline.scheduler = DDIMScheduler.from_config(
+        pipeline.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    prompt = "a large blue square on a black background"
+    answer: Any = pipeline(
+        prompt,
+        negative_prompt="green",
+        num_inference_steps=5,
+        guidance_scale=4.0,
+        generator=torch.Generator("cpu").manual_seed(11),
+        output_type="np",
+    )
+    theirs = answer.images[0]
+    one = task("ddim", CFG(scale=4.0), steps=5, prompt=prompt, negative_prompt="green", seed=11)
+    [ours] = run(engine, [one]).pixels()
+    assert apart(ours, (theirs * 255).round()) <= CLOSE
+
+
+mixes = st.lists(
+    st.fixed_dictionaries(
+        {
+            "sampler": st.sampled_from(NAMES),
+            "rule": st.sampled_from(RULE_NAMES),
+            "policy": st.sampled_from(POLICY_NAMES),
+            "steps": st.integers(1, 4),
+            "seed": st.integers(0, 2**63 - 1),
+            "prompt": st.sampled_from(["a red circle", "a green star on the left", ""]),
+            "negative_prompt": st.sampled_from(["", "blue"]),
+        }
+    ),
+    min_size=1,
+    max_size=5,
+)
+
+
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(mixes)
+def test_deterministic_images_are_bit_identical_alone_and_in_any_mix(fixed_engine, task, run, mix):
+    needle = task("unipc", "apg", "adaptive", steps=4, seed=99)
+    alone = run(fixed_engine, [needle]).pixels()[0]
+    others = [task(**fields) for fields in mix]
+    together = run(fixed_engine, [*others, needle]).pixels()[-1]
+    assert np.array_equal(alone, together)
+
+
+@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(mixes)
+def test_otherwise_a_mix_moves_an_image_by_rounding_alone(engine, task, run, mix):
+    tasks = [task(**fields) for fields in mix]
+    together = run(engine, tasks).pixels()
+    for one, pixels in zip(tasks, together, strict=True):
+        assert apart(run(engine, [one]).pixels()[0], pixels) <= CLOSE
+
+
+def test_a_newcomer_joins_an_image_under_way(start, task, listen):
+    engine = start()
+    short = listen(1)
+    long = listen(1)
+
+    def join(step: int) -> None:
+        if step == 3:
+            engine.submit([task(steps=2, seed=2)], short)
+
+    long.on_progress = join
+    engine.submit([task(steps=40)], long)
+    short.wait()
+    assert not long.ended.is_set(), "the short one was to overtake"
+    long.wait()
+    assert engine.measurements.rows_per_tick[4] > 0, "both were to share a forward"
+    assert not long.errors
+    assert not short.errors
+
+
+def test_evaluations_spent_and_saved_add_up_and_the_policy_is_credited(start, task, run):
+    engine = start()
+    at_once = Adaptive(threshold=-1.0)
+    never = Adaptive(threshold=1.0)
+    half = Interval(low=0, high=1e9, start=0.5)
+    heard = run(engine, [task(policy=p, steps=6) for p in (at_once, never, half)])
+    spent = [heard.results[i].evaluations for i in range(3)]
+    saved = [heard.results[i].saved for i in range(3)]
+    assert spent == [7, 12, 9]
+    assert saved == [5, 0, 3]
+    assert engine.measurements.saved == {"adaptive": 5, "interval": 3}
+    assert engine.measurements.evaluations == sum(spent)
+
+
+def test_rows_that_adaptive_guidance_frees_are_filled_in_the_same_tick(start, task, run):
+    engine = start(row_budget=4)
+    freed = task(policy=Adaptive(threshold=-1.0), steps=9)
+    run(engine, [freed, freed, task(rule="none", steps=20), task(rule="none", steps=20)])
+    # Two pairs at first; then each runs alone and the unguided ones have the room.
+    assert engine.measurements.rows_per_tick[4] >= 9
+
+
+def test_a_scale_of_one_costs_one_evaluation_a_step_and_saves_nothing_by_policy(engine, task, run):
+    result = run(engine, [task(rule=CFG(scale=1.0), steps=5)]).results[0]
+    assert (result.evaluations, result.saved) == (5, 0)
+
+
+def test_cancelling_frees_the_rows_and_leaves_the_others_alone(start, task, listen):
+    engine = start()
+    doomed = listen(2)
+    spared = listen(1)
+    submission = engine.submit([task(steps=200, seed=s) for s in (1, 2)], doomed)
+    engine.submit([task(steps=3)], spared)
+    doomed.begun.wait(10)
+    submission.cancel()
+    doomed.wait()
+    spared.wait()
+    assert [type(e) for e in doomed.errors.values()] == [Cancelled, Cancelled]
+    assert not spared.errors
+    assert engine.measurements.pending == 0
+    assert engine.measurements.cancelled == 2
+    assert engine.measurements.ticks < 100
+
+
+def test_a_nan_row_ends_its_own_request_alone(fixed_engine, task, run):
+    poisoned = task(image=torch.full((3, 128, 128), torch.nan), strength=1.0)
+    sound = [task(s, seed=k) for k, s in enumerate(("unipc", "ddim", "euler_ancestral"))]
+    clean = run(fixed_engine, sound).pixels()
+    for position in range(4):
+        heard = run(fixed_engine, [*sound[:position], poisoned, *sound[position:]])
+        assert list(heard.errors) == [position]
+        assert isinstance(heard.errors[position], RowFailed)
+        assert "NaN" in str(heard.errors[position])
+        left = [heard.results[i].pixels for i in sorted(heard.results)]
+        assert all(np.array_equal(a, b) for a, b in zip(left, clean, strict=True))
+
+
+class Explosive(Rule, frozen=True):
+    summary: ClassVar[str] = "Raises."
+    source: ClassVar[str] = "None."
+    name: Literal["explosive"] = "explosive"
+
+    @classmethod
+    def combine(cls, rows: Rows, parameters: Mapping[str, torch.Tensor]) -> Guided:
+        raise ValueError("boom")
+
+
+def test_an_exception_in_one_rule_ends_its_own_images_alone(engine, task, run):
+    heard = run(engine, [task(), task(rule=Explosive()), task("unipc")])
+    assert list(heard.errors) == [1]
+    assert "boom" in str(heard.errors[1])
+    assert sorted(heard.results) == [0, 2]
+
+
+class Cramped:
+    """The real model where a forward of more than three rows does not fit in memory."""
+
+    def __init__(self, model):
+        self._model = model
+        self.armed = False
+
+    def __getattr__(self, name):
+        return getattr(self._model, name)
+
+    def evaluate(self, x, t, conditioning):
+        if self.armed and len(x) > 3:
+            raise torch.OutOfMemoryError("no room")
+        return self._model.evaluate(x, t, conditioning)
+
+    def decode(self, latents):
+        if self.armed and len(latents) > 1:
+            raise torch.OutOfMemoryError("no room")
+        return self._model.decode(latents)
+
+
+def test_running_out_of_memory_splits_the_batch_and_loses_nothing(start, model, task, run):
+    cramped = Cramped(model)
+    engine = start(model=cramped)
+    tasks = [task(s, seed=k) for k, s in enumerate(("unipc", "heun", "ddim", "lcm"))]
+    expected = run(engine, tasks).pixels()
+    cramped.armed = True
+    survived = run(engine, tasks).pixels()
+    assert max(apart(a, b) for a, b in zip(expected, survived, strict=True)) <= CLOSE
+
+
+def test_a_full_queue_refuses_with_the_time_to_wait(start, task, listen):
+    engine = start(max_pending=3)
+    first = listen(3)
+    submission = engine.submit([task(steps=50, seed=s) for s in range(3)], first)
+    with pytest.raises(Overloaded) as refusal:
+        engine.submit([task()], listen(1))
+    assert refusal.value.retry_after_s >= 1
+    assert engine.measurements.refused == 1
+    submission.cancel()
+    first.wait()
+    assert engine.submit([task(steps=1)], listen(1))
+
+
+def test_stopping_drains_what_is_under_way_and_refuses_the_rest(start, task, listen):
+    engine = start()
+    heard = listen(1)
+    engine.submit([task(steps=3)], heard)
+    engine.stop(30)
+    assert list(heard.results) == [0]
+    assert not engine.ready
+    with pytest.raises(NotReady):
+        engine.submit([task()], listen(1))
+
+
+def test_stopping_at_once_tells_everybody(start, task, listen):
+    engine = start()
+    heard = listen(3)
+    engine.submit([task(steps=200, seed=s) for s in range(3)], heard)
+    heard.begun.wait(10)
+    engine.stop(0)
+    heard.wait()
+    assert [type(e) for e in heard.errors.values()] == [NotReady] * 3
+
+
+def test_progress_counts_steps_not_evaluations_and_carries_previews(engine, task, run):
+    heard = run(engine, [task("heun", steps=4, previews=True)])
+    assert heard.steps == [(0, k, 4) for k in (1, 2, 3, 4)]
+    assert [p.shape for p in heard.previews] == [(64, 64, 3)] * 3
+
+
+def test_images_of_other_sizes_run_in_a_lane_of_their_own(engine, task, run):
+    heard = run(engine, [task(), task(width=160, height=96), task(width=96, height=160)])
+    assert [p.shape for p in heard.pixels()] == [(128, 128, 3), (96, 160, 3), (160, 96, 3)]
+
+
+def picture() -> torch.Tensor:
+    """White with a red disc."""
+    y, x = torch.meshgrid(torch.arange(128), torch.arange(128), indexing="ij")
+    image = torch.ones(3, 128, 128)
+    image[1:, (x - 64) ** 2 + (y - 64) ** 2 < 900] = -1
+    return image
+
+
+def test_image_to_image_stays_nearer_to_the_picture_at_lower_strength(engine, model, task, run):
+    tasks = [task(image=picture(), steps=20, strength=strength, seed=3) for strength in (0.05, 0.9)]
+    near, far = run(engine, tasks).pixels()
+    with torch.inference_mode():
+        # As the autoencoder sees it, whose skill is not the question here.
+        seen = to_uint8(model.decode(model.encode(picture()[None])))[0]
+    distance = [np.abs(p.astype(float) - seen).mean() for p in (near, far)]
+    assert distance[0] < distance[1]
+
+
+def test_inpainting_keeps_to_the_pixel_what_it_was_to_keep(engine, task, run):
+    mask = torch.zeros(128, 128)
+    mask[32:96, 32:96] = 1
+    tasks = [
+        task(s, image=picture(), mask=mask, steps=4, strength=1.0, seed=k)
+        for k, s in enumerate(("ddim", "unipc", "heun", "euler_ancestral"))
+    ]
+    original = to_uint8(picture()[None])[0]
+    kept = mask.numpy() == 0
+    for pixels in run(engine, tasks).pixels():
+        assert np.array_equal(pixels[kept], original[kept])
+        assert not np.array_equal(pixels[~kept], original[~kept])
+
+
+def test_an_elementwise_table_shares_a_tick_with_scalar_ones(fixed_engine, task, run):
+    """The same coefficients written out per element give the same picture."""
+    from dataclasses import replace
+
+    scalar = task(DPMSolverPP(order=3), steps=4)
+    spread = np.broadcast_to(
+        scalar.plan.tables[..., None, None, None], (*scalar.plan.tables.shape, 4, 16, 16)
+    )
+    elementwise = replace(scalar, plan=replace(scalar.plan, tables=spread.copy()))
+    first, second, _ = run(fixed_engine, [scalar, elementwise, task("unipc")]).pixels()
+    assert apart(first, second) <= 1
+
+
+def test_a_budget_too_small_for_guidance_is_refused(model):
+    from server.engine.engine import Engine
+
+    with pytest.raises(ValueError, match="row_budget is 1; at least 2"):
+        Engine({"embedded": model}, row_budget=1)

@@ -1,0 +1,24 @@
+import torch
+
+from server.engine.preview import fit_preview, preview, to_uint8
+
+
+def test_a_preview_shows_the_colours_of_the_picture(model):
+    """Of a picture half red and half white, as its own autoencoder encodes it."""
+    picture = torch.ones(1, 3, 128, 128)
+    picture[:, 1:, :, :64] = -1
+    with torch.inference_mode():
+        latents = model.encode(picture)
+        small = preview(latents[0], fit_preview(model))
+        decoded = to_uint8(model.decode(latents))[0]
+    assert small.shape == (64, 64, 3)
+    # Against the decoder's own picture, as the autoencoder's skill is not the preview's.
+    for left, right in ((slice(4, 28), slice(8, 56)), (slice(36, 60), slice(72, 120))):
+        ours = small[8:56, left].reshape(-1, 3).mean(0)
+        theirs = decoded[16:112, right].reshape(-1, 3).mean(0)
+        assert abs(ours - theirs).max() < 40
+
+
+def test_pixels_are_rounded_as_diffusers_rounds_them():
+    values = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]).view(1, 1, 1, 5).expand(1, 3, 1, 5)
+    assert to_uint8(values)[0, 0, :, 0].tolist() == [0, 0, 128, 255, 255]
