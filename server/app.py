@@ -43,7 +43,6 @@ def create_app(settings: Settings, *, on_failure: Callable[[], None] | None = No
         version=version("weft"),
         summary="Diffusion sampling and guidance, each request with its own, all in one batch.",
         lifespan=_lifespan(settings, on_failure),
-        max_body_size=settings.limits.body_bytes,
         middleware=_middleware(settings),
     )
     app.state.settings = settings
@@ -51,7 +50,8 @@ def create_app(settings: Settings, *, on_failure: Callable[[], None] | None = No
     app.state.exposition = exposition(app.state.service)
     answers.install(app)
     for router in (native.router, catalog.router, health.router):
-        app.include_router(router)
+        # Not of the application as a whole: there the limit answers before the gate, in plain text.
+        app.include_router(router, max_body_size=settings.limits.body_bytes)
 
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:

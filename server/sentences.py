@@ -62,6 +62,8 @@ def explain(
         return MalformedBody(None, f"The body is not valid JSON: {reason} at {error['loc'][-1]}.")
     loc = error["loc"][within:]
     path = _path(loc)
+    if not path and error["type"] == "string_unicode":
+        return InvalidRequest(None, "The body has a field whose name is not valid Unicode.")
     if not path:
         return InvalidRequest(None, "The body must be a JSON object.")
     param = ".".join(path)

@@ -1,0 +1,90 @@
+"""A real server on the embedded model, reached over a socket; and one without an engine."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx2
+import pytest
+import uvicorn
+from fastapi import FastAPI
+from starlette.testclient import TestClient
+
+from server.app import create_app
+from server.settings import Settings
+
+PATIENCE_S = 120
+MAX_PENDING = 8
+
+
+class Running:
+    """A server in a thread, and the application that it serves."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.app: FastAPI = create_app(settings)
+        config = uvicorn.Config(self.app, port=0, log_level="warning", access_log=False)
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, name="uvicorn")
+
+    @property
+    def address(self) -> tuple[str, int]:
+        return self._server.servers[0].sockets[0].getsockname()[:2]
+
+    @property
+    def url(self) -> str:
+        host, port = self.address
+        return f"http://{host}:{port}"
+
+    def start(self) -> None:
+        self._thread.start()
+        self.wait(lambda: self._server.started)
+        self.wait(lambda: self.app.state.service.ready or self.app.state.service.broken)
+        assert self.app.state.service.ready, self.app.state.service.broken
+
+    def wait(self, happened: Callable[[], Any]) -> None:
+        until = time.monotonic() + PATIENCE_S
+        while not happened():
+            assert time.monotonic() < until, "the server did not get there"
+            time.sleep(0.01)
+
+    def stop(self) -> None:
+        self._server.should_exit = True
+        self._thread.join(PATIENCE_S)
+
+
+@pytest.fixture(scope="session")
+def running() -> Iterator[Running]:
+    server = Running(Settings(row_budget=6, deterministic=True, max_pending=MAX_PENDING))
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def client(running: Running) -> Iterator[httpx2.Client]:
+    with httpx2.Client(base_url=running.url, timeout=PATIENCE_S) as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def generate(client: httpx2.Client) -> Callable[..., httpx2.Response]:
+    """Posts a small request; keyword arguments are its fields."""
+
+    def post(headers: dict[str, str] | None = None, **fields: Any) -> httpx2.Response:
+        body = {"prompt": "a red circle", "steps": 2, "seed": 5} | fields
+        return client.post("/v1/generate", json=body, headers=headers)
+
+    return post
+
+
+@pytest.fixture
+def unloaded() -> Callable[..., TestClient]:
+    """A client of an application whose engine was never started; arguments are settings."""
+
+    def make(**settings: Any) -> TestClient:
+        return TestClient(create_app(Settings(**settings)), base_url="http://127.0.0.1:8000")
+
+    return make

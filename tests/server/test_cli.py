@@ -1,0 +1,105 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from server.cli import app
+
+PROMPT = "a red circle"
+
+
+def weft(*arguments: str) -> Result:
+    return CliRunner().invoke(app, arguments)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"], ["catalog"]])
+def test_help_and_catalog_do_not_wait_for_torch(arguments: list[str]) -> None:
+    code = (
+        "import sys; from server.cli import app\n"
+        f"try: app({arguments!r})\n"
+        "except SystemExit: print('torch' in sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "False"
+
+
+def test_the_catalog_lists_everything() -> None:
+    shown = weft("catalog").output
+    for name in ("samplers", "dpm_solver_pp", "karras", "cfg_plus_plus", "adaptive"):
+        assert name in shown
+    listed = json.loads(weft("catalog", "--json").output)
+    assert set(listed) == {"samplers", "spacings", "rules", "policies"}
+
+
+def test_generate_writes_the_file_with_its_settings(tmp_path: Path) -> None:
+    output = tmp_path / "out.png"
+    arguments = ["--steps", "2", "--seed", "7", "--sampler", "unipc", "-o", str(output)]
+    guidance = ["--guidance", "apg", "--scale", "3", "--policy", '{"name": "adaptive"}']
+    done = weft("generate", PROMPT, *arguments, *guidance)
+    assert done.exit_code == 0, done.output
+    assert done.stdout.strip() == str(output)
+    with Image.open(output) as picture:
+        settings = json.loads(picture.text["weft"])  # type: ignore[attr-defined]
+    assert settings["seed"] == 7
+    assert settings["sampler"]["name"] == "unipc"
+    assert settings["guidance"]["name"] == "apg"
+    assert settings["guidance"]["scale"] == 3
+    assert settings["guidance"]["policy"]["name"] == "adaptive"
+
+
+def test_several_pictures_are_told_apart_by_seed(tmp_path: Path) -> None:
+    start = tmp_path / "start.png"
+    Image.fromarray(np.full((64, 64, 3), 200, np.uint8)).save(start)
+    output = tmp_path / "many.webp"
+    done = weft(
+        *("generate", PROMPT, "--steps", "2", "--seed", "7", "-n", "2", "-o", str(output)),
+        *("--image", str(start), "--strength", "0.5"),
+    )
+    assert done.exit_code == 0, done.output
+    assert sorted(path.name for path in tmp_path.glob("*.webp")) == ["many-7.webp", "many-8.webp"]
+    with Image.open(tmp_path / "many-7.webp") as picture:
+        assert picture.size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sampler", "foo"], "sampler 'foo' is not known; allowed are: ddim,"),
+        (["--steps", "0"], "steps is 0; it must be at least 1."),
+        (["--guidance", "{"], "'{' is not valid JSON"),
+        (["--scale", "nan"], "guidance.scale is nan; it must be a finite number."),
+        (["-o", "x.gif"], "output is 'x.gif'; allowed endings are: .png, .jpg, .jpeg, .webp."),
+        (["-o", "no/such/x.png"], "but its folder does not exist."),
+        (["--image", "none.png"], "'none.png' is not a file."),
+        (["--dtype", "int8"], "dtype: "),
+        (["--model", "/none"], "model folder '/none' has no model_index.json"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_answered_in_one_sentence(arguments: list[str], message: str) -> None:
+    done = weft("generate", PROMPT, *arguments)
+    assert done.exit_code == 2
+    assert message in done.stderr
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])  # noqa: S104
+def test_an_open_port_needs_a_decision(host: str) -> None:
+    done = weft("serve", "--host", host)
+    assert done.exit_code == 2
+    assert "others can reach; set WEFT_API_KEYS, or allow it with --insecure." in done.stderr
+
+
+def test_a_server_without_its_model_ends(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from server.cli import main; main()"]
+    arguments = ["serve", "--port", "0", "--model", str(tmp_path / "none")]
+    done = subprocess.run(
+        [*command, *arguments], capture_output=True, text=True, timeout=120, env=os.environ
+    )
+    assert done.returncode == 1
+    assert "the models could not be loaded" in done.stderr
