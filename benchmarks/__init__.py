@@ -1,0 +1,1 @@
+"""Measurements of Weft beside its peers; each module prints one report."""

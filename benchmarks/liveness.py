@@ -1,0 +1,118 @@
+"""How long ``/livez`` takes while the engine is saturated.
+
+    python -m benchmarks.liveness
+
+Starts the real server on a free port, keeps more requests under way than a tick has rows, and asks
+``/livez`` at a steady pace meanwhile. Prints the percentiles beside those of the idle server; the
+promise is 50 ms at the 99th.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import socket
+import subprocess
+import sys
+from http.client import HTTPConnection
+from statistics import quantiles
+from threading import Event, Thread
+from time import perf_counter, sleep
+
+PACE_S = 0.02
+START_S = 120
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.liveness")
+    parser.add_argument("--seconds", type=float, default=20)
+    parser.add_argument("--clients", type=int, default=32)
+    options = parser.parse_args()
+    port = _free_port()
+    command = [sys.executable, "-m", "server.cli", "serve", "--port", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        _wait_until_ready(port)
+        idle = _poll(port, options.seconds / 4)
+        stop = Event()
+        done = [0] * options.clients
+        clients = [
+            Thread(target=_keep_asking, args=(port, i, done, stop), daemon=True)
+            for i in range(options.clients)
+        ]
+        for client in clients:
+            client.start()
+        sleep(2)
+        busy = _poll(port, options.seconds)
+        stop.set()
+        for client in clients:
+            client.join(60)
+    finally:
+        server.terminate()
+        server.wait(60)
+    print(f"{options.clients} clients, {sum(done)} images in {options.seconds:g} s")
+    print("| server | polls | p50 ms | p99 ms | worst ms |")
+    print("|---|---|---|---|---|")
+    for name, times in (("idle", idle), ("saturated", busy)):
+        cuts = quantiles(times, n=100)
+        print(f"| {name} | {len(times)} | {cuts[49]:.1f} | {cuts[98]:.1f} | {max(times):.1f} |")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _status(port: int, path: str) -> int:
+    connection = HTTPConnection("127.0.0.1", port, timeout=30)
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().status
+    finally:
+        connection.close()
+
+
+def _wait_until_ready(port: int) -> None:
+    for _ in range(START_S * 5):
+        try:
+            if _status(port, "/readyz") == 200:
+                return
+        except OSError:
+            pass
+        sleep(0.2)
+    raise TimeoutError(f"the server was not ready within {START_S} s")
+
+
+def _poll(port: int, seconds: float) -> list[float]:
+    """Milliseconds of each answer, each on a connection of its own."""
+    times: list[float] = []
+    end = perf_counter() + seconds
+    while perf_counter() < end:
+        began = perf_counter()
+        if _status(port, "/livez") != 200:
+            raise RuntimeError("/livez did not answer 200")
+        times.append(1000 * (perf_counter() - began))
+        sleep(PACE_S)
+    return times
+
+
+def _keep_asking(port: int, client: int, done: list[int], stop: Event) -> None:
+    seed = 0
+    while not stop.is_set():
+        body = {"prompt": "a red circle", "seed": seed, "steps": 20, "guidance": "apg"}
+        connection = HTTPConnection("127.0.0.1", port, timeout=120)
+        connection.request(
+            "POST", "/v1/generate", json.dumps(body), {"content-type": "application/json"}
+        )
+        answer = connection.getresponse()
+        answer.read()
+        if answer.status == 200:
+            done[client] += 1
+        connection.close()
+        seed += 1
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,264 @@
+"""The systems under measurement: Weft's engine, and diffusers' pipeline in two ways."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from threading import Event
+from time import perf_counter, sleep
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from guidance import RULES
+from guidance.always import Always
+from samplers import SAMPLERS
+from samplers.timesteps import Trailing
+from server.engine.engine import Engine
+from server.engine.sequence import ImageTask
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from benchmarks.architectures import Architecture
+    from benchmarks.traffic import Request
+    from server.engine.sequence import ImageResult
+
+LARGEST_BATCH = 16
+"""Images in a static batch; a guided one is two rows of the forward each."""
+
+SCALES = {"none": 1.0, "cfg": 4.0, "apg": 7.5}
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What one system did with one run of requests.
+
+    Attributes:
+        latencies: seconds from arrival to picture, in order of the requests.
+        total_s: from the start to the last picture.
+        seconds: where the time went: ``denoiser``, ``decoder``, and ``rest``.
+        batches: images in each forward of a static batch, or rows in each tick.
+    """
+
+    latencies: list[float]
+    total_s: float
+    seconds: dict[str, float]
+    batches: list[int] = field(default_factory=list)
+
+
+class Weft:
+    """The engine itself: no HTTP, as the pipelines have none."""
+
+    def __init__(self, architecture: Architecture, row_budget: int | None) -> None:
+        self._architecture = architecture
+        self._engine = Engine(
+            {"model": architecture.hosted}, row_budget=row_budget, max_pending=4096
+        )
+        self._engine.start()
+        while not self._engine.ready:
+            if self._engine.failure is not None:
+                raise self._engine.failure
+            sleep(0.05)
+
+    @property
+    def row_budget(self) -> int:
+        """Rows of a tick, as measured or given."""
+        return self._engine.measurements.row_budget
+
+    def run(self, requests: list[Request]) -> Outcome:
+        """All requests at their times of arrival."""
+        tasks = [self._task(request) for request in requests]
+        before, sizes_before = self._snapshot(), self._engine.measurements.rows_per_tick.copy()
+        began = perf_counter()
+        arrivals = [began + request.arrival_s for request in requests]
+        listeners = [_Arrival(arrival) for arrival in arrivals]
+        for task, listener in zip(tasks, listeners, strict=True):
+            sleep(max(0.0, listener.arrived_at - perf_counter()))
+            self._engine.submit([task], listener)
+        for listener in listeners:
+            listener.ended.wait()
+        total = perf_counter() - began
+        after = self._snapshot()
+        spent = {key: after[key] - before[key] for key in after}
+        sizes = self._engine.measurements.rows_per_tick - sizes_before
+        batches = [rows for rows, ticks in sizes.items() for _ in range(ticks)]
+        return Outcome([listener.latency() for listener in listeners], total, spent, batches)
+
+    def stop(self) -> None:
+        """End the engine's thread."""
+        self._engine.stop(0)
+
+    def _task(self, request: Request) -> ImageTask:
+        sampler = _named(SAMPLERS, request.sampler)()
+        rule = _named(RULES, request.guidance)
+        grid = self._architecture.hosted.facts.schedule.grid(Trailing(), request.steps)
+        return ImageTask(
+            model="model",
+            prompt=request.prompt,
+            negative_prompt="",
+            width=self._architecture.side,
+            height=self._architecture.side,
+            seed=request.seed,
+            plan=sampler.plan(grid),
+            rule=rule() if request.guidance == "none" else rule(scale=SCALES[request.guidance]),
+            policy=Always(),
+        )
+
+    def _snapshot(self) -> dict[str, float]:
+        m = self._engine.measurements
+        return {"denoiser": m.denoise_s, "decoder": m.decode_s, "rest": m.weave_s + m.encode_s}
+
+
+class _Arrival:
+    def __init__(self, arrived_at: float) -> None:
+        self.arrived_at = arrived_at
+        self.ended = Event()
+        self.failure: Exception | None = None
+        self._ended_at = 0.0
+
+    def latency(self) -> float:
+        if self.failure is not None:
+            raise self.failure
+        return self._ended_at - self.arrived_at
+
+    def started(self, index: int) -> None:
+        del index
+
+    def progress(
+        self, index: int, step: int, steps: int, preview: NDArray[np.uint8] | None
+    ) -> None:
+        del index, step, steps, preview
+
+    def finished(self, index: int, result: ImageResult) -> None:
+        del index, result
+        self._ended_at = perf_counter()
+        self.ended.set()
+
+    def failed(self, index: int, error: Exception) -> None:
+        del index
+        self.failure = error
+        self.ended.set()
+
+
+class Diffusers:
+    """diffusers' own pipeline and schedulers.
+
+    Args:
+        architecture: the model.
+        batched: False runs one request after another. True takes, each time it is free, the
+            oldest waiting request and all waiting ones of the same sampler, guidance and steps.
+
+    The pipeline has no APG; such a request runs there as plain guidance, at the same number of
+    evaluations and a little less arithmetic.
+    """
+
+    def __init__(self, architecture: Architecture, *, batched: bool) -> None:
+        self._pipeline = architecture.pipeline
+        self._side = architecture.side
+        self._batched = batched
+        self._busy_s = 0.0
+        self._schedulers = _schedulers(self._pipeline.scheduler.config)
+
+    def run(self, requests: list[Request]) -> Outcome:
+        """All requests at their times of arrival."""
+        self._busy_s = 0.0
+        unet, vae = _Clock(self._pipeline.unet), _Clock(self._pipeline.vae.decoder)
+        latencies = [0.0] * len(requests)
+        batches: list[int] = []
+        waiting = list(range(len(requests)))
+        began = perf_counter()
+        while waiting:
+            sleep(max(0.0, began + requests[waiting[0]].arrival_s - perf_counter()))
+            batch = self._next(requests, waiting, perf_counter() - began)
+            waiting = [i for i in waiting if i not in batch]
+            self._generate([requests[i] for i in batch])
+            batches.append(len(batch))
+            for i in batch:
+                latencies[i] = perf_counter() - began - requests[i].arrival_s
+        total = perf_counter() - began
+        inside, decoding = unet.stop(), vae.stop()
+        busy = {"denoiser": inside, "decoder": decoding, "rest": self._busy_s - inside - decoding}
+        return Outcome(latencies, total, busy, batches)
+
+    def _next(self, requests: list[Request], waiting: list[int], now: float) -> list[int]:
+        if not self._batched:
+            return waiting[:1]
+        head = requests[waiting[0]]
+        like = [
+            i
+            for i in waiting
+            if requests[i].arrival_s <= now and requests[i].settings == head.settings
+        ]
+        return like[:LARGEST_BATCH] or waiting[:1]
+
+    def _generate(self, batch: list[Request]) -> None:
+        began = perf_counter()
+        head = batch[0]
+        self._pipeline.scheduler = self._schedulers[head.sampler]()
+        self._pipeline(
+            [request.prompt for request in batch],
+            num_inference_steps=head.steps,
+            guidance_scale=SCALES[head.guidance],
+            width=self._side,
+            height=self._side,
+            generator=[torch.Generator().manual_seed(request.seed) for request in batch],
+            output_type="np",
+        )
+        self._busy_s += perf_counter() - began
+
+
+class _Clock:
+    """Time inside a module, by hooks; waits for the device on CUDA."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._total = 0.0
+        self._began = 0.0
+        self._hooks = (
+            module.register_forward_pre_hook(self._enter),
+            module.register_forward_hook(self._leave),
+        )
+
+    def stop(self) -> float:
+        for hook in self._hooks:
+            hook.remove()
+        return self._total
+
+    def _enter(self, *_: Any) -> None:
+        _wait()
+        self._began = perf_counter()
+
+    def _leave(self, *_: Any) -> None:
+        _wait()
+        self._total += perf_counter() - self._began
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _schedulers(config: Any) -> dict[str, Callable[[], Any]]:
+    from diffusers import (
+        DDIMScheduler,
+        DPMSolverMultistepScheduler,
+        EulerAncestralDiscreteScheduler,
+        UniPCMultistepScheduler,
+    )
+
+    kinds = {
+        "ddim": DDIMScheduler,
+        "dpm_solver_pp": DPMSolverMultistepScheduler,
+        "unipc": UniPCMultistepScheduler,
+        "euler_ancestral": EulerAncestralDiscreteScheduler,
+    }
+    return {
+        name: lambda kind=kind: kind.from_config(config, timestep_spacing="trailing")
+        for name, kind in kinds.items()
+    }
+
+
+def _named(registry: tuple[type[Any], ...], name: str) -> type[Any]:
+    return {entry.model_fields["name"].default: entry for entry in registry}[name]

@@ -1,0 +1,64 @@
+"""The requests of a benchmark: a stated mix, drawn from a seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+
+SAMPLERS = ("ddim", "dpm_solver_pp", "unipc", "euler_ancestral")
+GUIDANCE = ("none", "cfg", "apg")
+STEPS = (4, 10, 20, 50)
+SUBJECTS = ("red circle", "blue square", "green triangle", "yellow star", "purple ring")
+PLACES = ("on a white background", "on a black background", "on a gray background")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One image that somebody wants.
+
+    Attributes:
+        arrival_s: seconds after the start of the run.
+        prompt: caption.
+        sampler: name of the sampler.
+        guidance: name of the rule.
+        steps: sampler steps.
+        seed: of the image.
+    """
+
+    arrival_s: float
+    prompt: str
+    sampler: str
+    guidance: str
+    steps: int
+    seed: int
+
+    @property
+    def evaluations(self) -> int:
+        """Rows of the denoiser that the request costs without savings."""
+        return self.steps * (1 if self.guidance == "none" else 2)
+
+    @property
+    def settings(self) -> tuple[str, str, int]:
+        """What has to agree for a static batch."""
+        return self.sampler, self.guidance, self.steps
+
+
+def mixed(count: int, seed: int, most_steps: int, rate: float | None) -> list[Request]:
+    """``count`` requests of even odds over samplers, guidance kinds and step counts.
+
+    Args:
+        count: number of requests.
+        seed: of the draw.
+        most_steps: step counts above this are left out.
+        rate: mean arrivals a second of a Poisson process; all at once if None.
+    """
+    random = Random(seed)
+    steps = [n for n in STEPS if n <= most_steps] or [most_steps]
+    clock = 0.0
+    requests: list[Request] = []
+    for i in range(count):
+        prompt = f"a {random.choice(SUBJECTS)} {random.choice(PLACES)}"
+        drawn = random.choice(SAMPLERS), random.choice(GUIDANCE), random.choice(steps)
+        requests.append(Request(clock, prompt, *drawn, seed=i))
+        clock += random.expovariate(rate) if rate else 0.0
+    return requests
