@@ -46,8 +46,8 @@ class StableDiffusion(HostedModel):
         tokenizer: Any,
     ) -> None:
         super().__init__(facts, device, dtype)
-        self._unet = unet.to(device).eval().requires_grad_(False)
-        self._vae = vae.to(device).eval().requires_grad_(False)
+        self._unet = unet.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        self._vae = vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
         self._text = text_encoder.to(device).eval().requires_grad_(False)
         self._tokenizer = tokenizer
         # A fast tokenizer refuses two threads at once.
