@@ -90,18 +90,24 @@ class NoiseSchedule(ABC):
             ValueError: the config names a beta schedule that is not known here, or a shift that
                 follows the size of the picture.
         """
-        name = str(config.get("_class_name", ""))
         if config.get("use_dynamic_shifting"):
             raise ValueError(
                 "use_dynamic_shifting is true; only a shift that is the same for all sizes, "
                 "`shift` or `flow_shift`, is allowed."
             )
-        if name.startswith("FlowMatch") or config.get("use_flow_sigmas"):
+        # A scheduler that was built and not loaded does not name its class in its config.
+        name = str(config.get("_class_name", ""))
+        has_betas = "beta_schedule" in config
+        if (
+            name.startswith("FlowMatch")
+            or config.get("use_flow_sigmas")
+            or ("shift" in config and not has_betas)
+        ):
             return FlowMatching(
                 shift=float(config.get("shift") or config.get("flow_shift") or 1.0),
                 trained_steps=int(config.get("num_train_timesteps", TRAINED_STEPS)),
             )
-        if name.startswith("EDM"):
+        if name.startswith("EDM") or ("sigma_data" in config and not has_betas):
             return EDM(
                 sigma_min=float(config.get("sigma_min", 0.002)),
                 sigma_max=float(config.get("sigma_max", 80.0)),

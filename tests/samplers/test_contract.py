@@ -1,0 +1,187 @@
+"""What every registered sampler promises, ours or an installed package's."""
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from samplers import SAMPLERS, SPACINGS, NoiseSchedule, Plan, Sampler, advance, integrate
+from samplers.gaussian import GaussianDenoiser
+from tests.samplers.cases import (
+    DEFAULT_SPACINGS,
+    DISCRETE,
+    SCHEDULES,
+    VARIANTS,
+    VP,
+    each_pair,
+    each_variant,
+    grid_unless_refused,
+    label,
+    spacing_named,
+)
+
+STEPS = (1, 2, 3, 5, 20, 50)
+MEAN, DEVIATION = 0.7, 0.6
+
+# LCM asks for a consistency function in place of a denoiser: see test_lcm.
+each_stochastic = pytest.mark.parametrize(
+    "sampler", [one for one in VARIANTS if one.stochastic and one.name != "lcm"], ids=label
+)
+
+
+def plan_of(sampler: Sampler, schedule: NoiseSchedule, steps: int) -> Plan:
+    return sampler.plan(schedule.grid(spacing_named(sampler.default_spacing), steps))
+
+
+def moments(plan: Plan, deviation: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean and variance of slot 0 at each point, for data N(MEAN, deviation^2), in closed form.
+
+    The exact denoiser of such data is linear in x and the tables are linear too, so the state
+    stays Gaussian and its first two moments follow from the matrices alone.
+    """
+    K = plan.slots
+    mean, covariance = np.zeros(K), np.zeros((K, K))
+    mean[0] = plan.alpha[0] * MEAN
+    covariance[0, 0] = (plan.alpha[0] * deviation) ** 2 + plan.sigma[0] ** 2
+    means, variances = [mean[0]], [covariance[0, 0]]
+    for table, alpha, sigma in zip(plan.tables, plan.alpha[:-1], plan.sigma[:-1], strict=True):
+        total = (alpha * deviation) ** 2 + sigma**2
+        move = table[:, :K].copy()
+        move[:, 0] += table[:, K] * alpha * deviation**2 / total
+        mean = move @ mean + table[:, K] * sigma**2 * MEAN / total + table[:, K + 2]
+        covariance = move @ covariance @ move.T + np.outer(table[:, K + 1], table[:, K + 1])
+        means.append(mean[0])
+        variances.append(covariance[0, 0])
+    return np.array(means), np.array(variances)
+
+
+def test_names_and_texts_are_there_once() -> None:
+    for registry in (SAMPLERS, SPACINGS):
+        names = [kind.model_fields["name"].default for kind in registry]
+        assert len(set(names)) == len(names)
+        assert all(kind.summary and kind.source and kind.__doc__ for kind in registry)
+        fields = [f for kind in registry for n, f in kind.model_fields.items() if n != "name"]
+        assert all(field.description for field in fields)
+
+
+@each_pair
+def test_every_plan_is_finite_and_lands_on_the_clean_picture(
+    sampler: Sampler, schedule: NoiseSchedule
+) -> None:
+    for spacing in DEFAULT_SPACINGS:
+        for steps in STEPS:
+            grid = grid_unless_refused(schedule, spacing, steps)
+            if grid is None:
+                assert spacing.name == "lcm"
+                continue
+            plan = sampler.plan(grid)
+            assert np.isfinite(plan.tables).all(), (label(spacing), steps)
+            assert plan.tables.shape == (plan.evaluations, plan.slots, plan.slots + 3)
+            assert plan.t.shape == plan.alpha.shape == plan.sigma.shape == (plan.evaluations + 1,)
+            assert (plan.alpha[-1], plan.sigma[-1]) == (1, 0)
+            assert (np.diff(plan.step) >= 0).all()
+
+
+@each_variant
+def test_evaluations_are_as_declared(sampler: Sampler) -> None:
+    for steps in STEPS:
+        plan = plan_of(sampler, DISCRETE, steps)
+        assert plan.steps == steps
+        assert plan.evaluations == sampler.evaluations_per_step * (steps - 1) + 1
+        told: list[float] = []
+        integrate(
+            plan,
+            lambda x, t, told=told: (told.append(t), x)[1],
+            torch.ones(1, 1),
+            lambda _: torch.zeros(1, 1),
+        )
+        assert told == plan.t[:-1].tolist()
+
+
+@each_variant
+def test_noise_is_drawn_exactly_when_declared(sampler: Sampler) -> None:
+    noisy = plan_of(sampler, DISCRETE, 5).noisy
+    assert any(noisy) == sampler.stochastic
+    assert not noisy[-1]
+
+
+@each_pair
+def test_one_step_to_zero_gives_the_denoised_picture(
+    schedule: NoiseSchedule, sampler: Sampler
+) -> None:
+    picture = torch.tensor([[0.3, -0.8, 0.1]], dtype=torch.float64)
+    start = torch.tensor([[1.5, 0.2, -2.0]], dtype=torch.float64)
+    landed = integrate(plan_of(sampler, schedule, 1), lambda _x, _t: picture, start)
+    # The consistency function keeps 2.5e-9 of x at the noisiest step.
+    torch.testing.assert_close(landed, picture, rtol=0, atol=1e-8)
+
+
+@each_pair
+def test_point_data_has_its_exact_marginal_at_every_level(
+    schedule: NoiseSchedule, sampler: Sampler
+) -> None:
+    plan = plan_of(sampler, schedule, 12)
+    means, variances = moments(plan, 0.0)
+    # LCM's boundary condition keeps up to 1e-5 of x.
+    tolerance = 2e-5 if sampler.name == "lcm" else 1e-9 * plan.sigma[0] ** 2
+    np.testing.assert_allclose(means, plan.alpha * MEAN, atol=tolerance)
+    np.testing.assert_allclose(variances, plan.sigma**2, atol=tolerance)
+
+
+@each_stochastic
+@pytest.mark.parametrize("schedule", ["vp_linear", "flow", "edm"])
+def test_stochastic_samplers_approach_the_variance_of_gaussian_data(
+    schedule: str, sampler: Sampler
+) -> None:
+    spacing = spacing_named("logsnr")
+    few, many = (
+        abs(moments(sampler.plan(SCHEDULES[schedule].grid(spacing, n)), DEVIATION)[1][-1] - 0.36)
+        for n in (50, 100)
+    )
+    # The error falls with the step, at least in proportion.
+    assert many < 0.6 * few
+    assert many < 0.05
+
+
+@each_stochastic
+def test_drawn_runs_have_the_moments_that_the_tables_say(sampler: Sampler) -> None:
+    plan = plan_of(sampler, VP, 8)
+    runs = 40_000
+    generator = torch.Generator().manual_seed(7)
+
+    def noise(stage: int = 0) -> torch.Tensor:
+        return torch.randn(1, runs, generator=generator, dtype=torch.float64)
+
+    alpha, sigma = plan.alpha[0], plan.sigma[0]
+    start = alpha * (MEAN + DEVIATION * noise()) + sigma * noise()
+    landed = integrate(plan, GaussianDenoiser(VP, MEAN, DEVIATION), start, noise)
+    means, variances = moments(plan, DEVIATION)
+    # Five standard errors of either estimate: a false alarm in 900,000 seeds.
+    assert abs(float(landed.mean()) - means[-1]) < 5 * (variances[-1] / runs) ** 0.5
+    assert abs(float(landed.var()) - variances[-1]) < 5 * variances[-1] * (2 / runs) ** 0.5
+
+
+def test_company_never_changes_a_result() -> None:
+    plans = [plan_of(sampler, DISCRETE, 6) for sampler in VARIANTS]
+    K = max(plan.slots for plan in plans)
+    generator = torch.Generator().manual_seed(3)
+    columns = torch.randn(len(plans), K + 2, 4, 3, 3, generator=generator, dtype=torch.float64)
+    tables = torch.zeros(len(plans), K, K + 3, dtype=torch.float64)
+    for row, plan in enumerate(plans):
+        k, table = plan.slots, torch.from_numpy(plan.tables[4])
+        tables[row, :k, :k], tables[row, :k, K:] = table[:, :k], table[:, k:]
+    together = advance(columns, tables)
+    for row, plan in enumerate(plans):
+        k = plan.slots
+        own = torch.cat([columns[row : row + 1, :k], columns[row : row + 1, K:]], 1)
+        alone = advance(own, torch.from_numpy(plan.tables[4])[None])
+        torch.testing.assert_close(together[row : row + 1, :k], alone, rtol=1e-13, atol=1e-13)
+        assert not together[row, k:].any()
+
+
+@each_variant
+def test_parameters_are_frozen_and_strange_ones_refused(sampler: Sampler) -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        setattr(sampler, "name", "other")  # noqa: B010
+    with pytest.raises(ValueError, match="Extra inputs are not permitted"):
+        type(sampler).model_validate({"strength_of_coffee": 3})

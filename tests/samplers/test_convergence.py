@@ -1,0 +1,50 @@
+"""Declared orders against slopes measured on a Gaussian mixture, whose flow is known."""
+
+import numpy as np
+import pytest
+import torch
+
+from samplers import NoiseSchedule, Sampler, integrate
+from samplers.gaussian import GaussianMixtureDenoiser
+from samplers.timesteps import LogSNR
+from tests.samplers.cases import EDM, FLOW, VARIANTS, VP, label
+
+STEPS = (80, 160, 320)
+TOLERANCE = 0.25
+
+# Lowering the order at the end is a matter of few steps, and would hide the slope.
+SOLVERS = [
+    one
+    for one in VARIANTS
+    if one.convergence_order > 0 and not getattr(one, "lower_order_final", False)
+]
+
+
+def errors(sampler: Sampler, schedule: NoiseSchedule, t_start: float, t_end: float) -> list[float]:
+    """Largest distance from the exact flow after runs of ``STEPS`` steps, even in log SNR."""
+    data = GaussianMixtureDenoiser(schedule)
+    reach = 1.6 * float(data.spread(t_start).max())
+    x = torch.linspace(-reach, reach, 17, dtype=torch.float64)[None]
+    exact = data.transport(x, t_start, t_end)
+    plans = (sampler.plan(schedule.grid(LogSNR(), steps, t_start, t_end)) for steps in STEPS)
+    return [float((integrate(plan, data, x) - exact).abs().max()) for plan in plans]
+
+
+@pytest.mark.parametrize("sampler", SOLVERS, ids=label)
+@pytest.mark.parametrize(
+    ("schedule", "t_start", "t_end"),
+    [(VP, 1.0, 0.02), (FLOW, 0.99, 0.05), (EDM, 20.0, 0.05)],
+    ids=["vp", "flow", "edm"],
+)
+def test_error_falls_with_the_declared_power_of_the_step(
+    sampler: Sampler, schedule: NoiseSchedule, t_start: float, t_end: float
+) -> None:
+    found = errors(sampler, schedule, t_start, t_end)
+    slope = -np.polyfit(np.log(STEPS), np.log(found), 1)[0]
+    assert abs(slope - sampler.convergence_order) < TOLERANCE, f"{slope:.2f}: {found}"
+
+
+def test_every_sampler_that_solves_the_flow_is_measured() -> None:
+    assert {type(one) for one in SOLVERS} >= {
+        type(one) for one in VARIANTS if not one.stochastic and one.name != "lcm"
+    }

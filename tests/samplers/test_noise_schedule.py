@@ -1,0 +1,138 @@
+"""Levels of the schedules, their inverse, and diffusers' own."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from diffusers import (
+    DDIMScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+from samplers import NoiseSchedule
+from samplers.noise_schedule import EDM, F64, DiscreteVP, FlowMatching, LinearVP
+from tests.samplers.cases import SCHEDULES, each_schedule
+
+BETAS: list[dict[str, Any]] = [
+    {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
+    {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+    {"beta_schedule": "squaredcos_cap_v2"},
+    {"beta_schedule": "linear", "num_train_timesteps": 200},
+    {"trained_betas": [0.01, 0.02, 0.05, 0.1]},
+]
+
+
+@pytest.mark.parametrize("config", BETAS, ids=str)
+def test_alphas_are_those_of_diffusers(config: dict[str, Any]) -> None:
+    theirs = DDIMScheduler(**config).alphas_cumprod.double().numpy()
+    ours = NoiseSchedule.from_diffusers(config)
+    assert isinstance(ours, DiscreteVP)
+    alpha, sigma = ours.level(np.arange(float(ours.trained_steps)))
+    # Theirs is a product of up to a thousand float32 numbers.
+    np.testing.assert_allclose(alpha**2, theirs, rtol=3e-5)
+    np.testing.assert_allclose(sigma**2, 1 - theirs, rtol=1e-3)
+
+
+def test_zero_terminal_snr_is_that_of_diffusers() -> None:
+    config: dict[str, Any] = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+    }
+    theirs = EulerDiscreteScheduler(rescale_betas_zero_snr=True, **config)
+    ours = NoiseSchedule.from_diffusers(config | {"rescale_betas_zero_snr": True})
+    alpha, _ = ours.level(np.arange(1000.0))
+    np.testing.assert_allclose(alpha**2, theirs.alphas_cumprod.double().numpy(), rtol=3e-4)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_sigmas_are_those_of_diffusers(shift: float) -> None:
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=shift)
+    ours = NoiseSchedule.from_diffusers(dict(scheduler.config))
+    assert isinstance(ours, FlowMatching)
+    sigmas = scheduler.sigmas.double().numpy()
+    np.testing.assert_allclose(ours.shifted(np.linspace(1, 0.001, 1000)), sigmas, rtol=1e-5)
+    np.testing.assert_allclose(ours.uniform(1000, 1.0, ours.t_end), sigmas, rtol=1e-5)
+    np.testing.assert_allclose(ours.conditioning(sigmas), scheduler.timesteps.numpy(), rtol=1e-5)
+
+
+def test_configs_choose_the_kind_of_schedule() -> None:
+    kind = NoiseSchedule.from_diffusers
+    assert kind({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}) == FlowMatching(3)
+    assert kind({"_class_name": "FlowMatchHeunDiscreteScheduler"}) == FlowMatching(1)
+    assert kind({"use_flow_sigmas": True, "flow_shift": 2.0}) == FlowMatching(2)
+    edm = {"_class_name": "EDMEulerScheduler", "sigma_min": 0.01, "sigma_max": 50.0}
+    assert kind(edm) == EDM(0.01, 50)
+    assert isinstance(kind({}), DiscreteVP)
+
+
+def test_configs_of_schedulers_in_memory_lack_the_class_and_are_known_all_the_same() -> None:
+    kind = NoiseSchedule.from_diffusers
+    assert "_class_name" not in FlowMatchEulerDiscreteScheduler().config
+    assert kind(FlowMatchEulerDiscreteScheduler(shift=2.0).config) == FlowMatching(2)
+    assert kind(EDMEulerScheduler(sigma_max=50.0).config) == EDM(0.002, 50)
+    assert kind(UniPCMultistepScheduler(use_flow_sigmas=True).config) == FlowMatching(1)
+    assert isinstance(kind(UniPCMultistepScheduler().config), DiscreteVP)
+
+
+def test_unknown_schedules_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="beta_schedule is 'sigmoid'; allowed are linear, scaled_"):
+        NoiseSchedule.from_diffusers({"beta_schedule": "sigmoid"})
+    with pytest.raises(ValueError, match="use_dynamic_shifting is true; only a shift that is the"):
+        NoiseSchedule.from_diffusers(
+            {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True}
+        )
+
+
+@given(name=st.sampled_from(sorted(SCHEDULES)), share=st.floats(0, 1))
+def test_times_survive_the_way_to_half_log_snr_and_back(name: str, share: float) -> None:
+    schedule = SCHEDULES[name]
+    start = min(schedule.t_start, 0.999999) if isinstance(schedule, FlowMatching) else None
+    high = schedule.t_start if start is None else start
+    t = np.array(schedule.t_end + share * (high - schedule.t_end))
+    back = schedule.time_of_half_log_snr(schedule.half_log_snr(t))
+    np.testing.assert_allclose(back, t, rtol=1e-8, atol=1e-8)
+
+
+@given(name=st.sampled_from(sorted(SCHEDULES)), share=st.floats(0, 1))
+def test_half_log_snrs_survive_the_way_to_times_and_back(name: str, share: float) -> None:
+    schedule = SCHEDULES[name]
+    high = float(schedule.half_log_snr(np.array(schedule.t_end)))
+    low = max(float(schedule.half_log_snr(np.array(schedule.t_start))), -12.0)
+    lam = np.array(low + share * (high - low))
+    back = schedule.half_log_snr(schedule.time_of_half_log_snr(lam))
+    np.testing.assert_allclose(back, lam, rtol=1e-8, atol=1e-8)
+
+
+@each_schedule
+def test_levels_agree_with_half_log_snr_and_keep_their_relation(schedule: NoiseSchedule) -> None:
+    t = np.linspace(schedule.t_end, schedule.t_start, 50)[:-1]
+    alpha, sigma = schedule.level(t)
+    np.testing.assert_allclose(np.log(alpha / sigma), schedule.half_log_snr(t), atol=1e-9)
+    assert (np.diff(schedule.half_log_snr(t)) < 0).all()
+    relation: dict[type[NoiseSchedule], F64] = {
+        DiscreteVP: alpha**2 + sigma**2,
+        LinearVP: alpha**2 + sigma**2,
+        FlowMatching: alpha + sigma,
+        EDM: alpha,
+    }
+    np.testing.assert_allclose(relation[type(schedule)], 1, rtol=1e-12)
+
+
+def test_log_snr_keeps_its_digits_near_the_clean_end() -> None:
+    schedule = NoiseSchedule.vp_linear()
+    # beta_min t / 2 is log alpha to first order, so sigma^2 is beta_min t.
+    for t in (1e-6, 1e-12):
+        assert schedule.half_log_snr(np.array(t)) == pytest.approx(-0.5 * np.log(0.1 * t), rel=1e-5)
+
+
+def test_networks_are_told_what_they_were_trained_on() -> None:
+    t = np.array([0.5, 0.25])
+    assert NoiseSchedule.flow().conditioning(t).tolist() == [500, 250]
+    assert NoiseSchedule.vp_linear().conditioning(t).tolist() == [0.5, 0.25]
+    np.testing.assert_allclose(NoiseSchedule.edm().conditioning(t), np.log(t) / 4)

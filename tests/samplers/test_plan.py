@@ -1,0 +1,91 @@
+"""The table, the function that applies it, and the reference loop."""
+
+import numpy as np
+import pytest
+import torch
+
+from samplers import Columns, Plan, Sampler, advance, integrate
+from samplers.ddim import DDIM
+from samplers.timesteps import Trailing
+from tests.samplers.cases import DISCRETE, each_variant, spacing_named
+
+
+def elementwise(plan: Plan, shape: tuple[int, ...]) -> Plan:
+    """The same plan with each coefficient repeated over the elements of a latent."""
+    tables = np.broadcast_to(
+        plan.tables.reshape(*plan.tables.shape, *[1] * len(shape)), (*plan.tables.shape, *shape)
+    )
+    return Plan(plan.t, plan.alpha, plan.sigma, tables, plan.step, plan.start_scale)
+
+
+@each_variant
+def test_elementwise_tables_equal_scalar_ones(sampler: Sampler) -> None:
+    scalar = sampler.plan(DISCRETE.grid(spacing_named(sampler.default_spacing), 5))
+    spread = elementwise(scalar, (2, 3, 3))
+    assert (scalar.elementwise, spread.elementwise) == (False, True)
+    assert spread.noisy == scalar.noisy
+    x = torch.randn(2, 2, 3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    fresh = torch.randn(5, 2, 2, 3, 3, dtype=torch.float64)
+    ours, theirs = (
+        integrate(plan, lambda x, _: torch.tanh(x), x, fresh.__getitem__)
+        for plan in (scalar, spread)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_elementwise_coefficients_act_on_their_own_element() -> None:
+    columns = Columns("x", latent_dims=1)
+    factor = np.array([1.0, 2.0, 3.0])
+    table = columns.table(x=factor * columns["x"] + 10 * factor * columns.one)
+    assert table.shape == (1, 4, 3)
+    moved = advance(torch.ones(1, 3, 3), torch.from_numpy(table)[None].float())
+    assert moved.tolist() == [[[11, 22, 33]]]
+
+
+def test_arithmetic_on_columns_is_a_matrix() -> None:
+    columns = Columns("x", "old")
+    table = columns.table(
+        x=0.5 * columns["x"] + 2 * columns.denoised - columns.noise + 3 * columns.one,
+        old=columns["x"],
+    )
+    assert table.tolist() == [[0.5, 0, 2, -1, 3], [1, 0, 0, 0, 0]]
+    assert columns.table(x=columns["x"])[1].tolist() == [0, 0, 0, 0, 0]
+
+
+def test_a_slot_that_is_not_there_is_refused() -> None:
+    columns = Columns("x")
+    with pytest.raises(KeyError, match=r"\['y'\] are no slots; they are \['x'\]"):
+        columns.table(y=columns["x"])
+
+
+def test_advance_is_the_matrix_product_of_the_design() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tables = torch.randn(3, 2, 5, generator=generator, dtype=torch.float64)
+    columns = torch.randn(3, 4, 2, 2, 2, generator=generator, dtype=torch.float64)
+    ones = torch.ones(3, 1, 2, 2, 2, dtype=torch.float64)
+    expected = torch.einsum("rij,rjchw->richw", tables, torch.cat([columns, ones], 1))
+    torch.testing.assert_close(advance(columns, tables), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_stochastic_plans_need_noise() -> None:
+    plan = DDIM(eta=1).plan(DISCRETE.grid(Trailing(), 4))
+    with pytest.raises(ValueError, match="noise is missing; this sampler is stochastic"):
+        integrate(plan, lambda x, _: x, torch.zeros(1, 1))
+
+
+def test_noise_is_asked_for_at_noisy_stages_alone() -> None:
+    asked: list[int] = []
+    plan = DDIM(eta=1).plan(DISCRETE.grid(Trailing(), 4))
+    integrate(
+        plan, lambda x, _: x, torch.zeros(1, 1), lambda i: (asked.append(i), torch.ones(1, 1))[1]
+    )
+    assert asked == [0, 1, 2]
+
+
+def test_the_start_is_left_alone_and_its_type_is_kept() -> None:
+    start = torch.ones(2, 3, dtype=torch.float32)
+    landed = integrate(DDIM().plan(DISCRETE.grid(Trailing(), 4)), lambda x, _: 0.5 * x, start)
+    assert landed.dtype == torch.float32
+    assert landed.shape == start.shape
+    assert start.tolist() == torch.ones(2, 3).tolist()
+    assert landed._base is None

@@ -1,0 +1,68 @@
+"""UniPC beyond what every sampler promises."""
+
+import numpy as np
+import pytest
+import torch
+
+from samplers import NoiseSchedule, integrate
+from samplers.ddim import DDIM
+from samplers.gaussian import GaussianMixtureDenoiser
+from samplers.grid import Grid
+from samplers.timesteps import LogSNR, Trailing
+from samplers.unipc import UniPC, _weights
+from tests.samplers.cases import FLOW, VP
+
+
+@pytest.mark.parametrize("variant", ["bh1", "bh2"])
+def test_weights_solve_the_order_conditions(variant: str) -> None:
+    """Sum of weights times nodes^(k - 1), times B, is z k! phi_(k + 1)(z) (equation 11)."""
+    z = -0.37
+    B = z if variant == "bh1" else np.expm1(z)
+    nodes = np.array([-0.9, -2.1, 1.0])
+    phi2 = (np.expm1(z) - z) / z**2
+    phi3 = (phi2 - 1 / 2) / z
+    phi4 = (phi3 - 1 / 6) / z
+    for k, phi in enumerate((phi2, phi3, phi4), start=1):
+        left = B * np.sum(_weights(nodes, z, B) * nodes ** (k - 1))
+        factorial = {1: 1, 2: 2, 3: 6}[k]
+        np.testing.assert_allclose(left, z * factorial * phi, rtol=1e-9)
+
+
+def test_predictor_is_ddim_at_order_one() -> None:
+    grid = VP.grid(LogSNR(), 5)
+    first = UniPC(order=1).plan(grid).tables[0, 0]
+    np.testing.assert_array_equal(first[[0, 5, 6, 7]], DDIM().plan(grid).tables[0, 0])
+
+
+def test_corrected_point_is_kept_as_the_base_of_the_next_step() -> None:
+    """A prediction that never moves leaves nothing to correct: base equals x."""
+    grid = VP.grid(LogSNR(), 5)
+    tables = UniPC(order=3).plan(grid).tables
+    state = np.zeros(8)
+    state[0] = grid.alpha[0] * 0.3 + grid.sigma[0] * 1.1
+    state[5] = 0.3
+    for i, table in enumerate(tables):
+        before = state[0]
+        state[:5] = table @ state
+        assert state[1] == pytest.approx(before, abs=1e-12)
+        assert state[0] == pytest.approx(grid.alpha[i + 1] * 0.3 + grid.sigma[i + 1] * 1.1)
+
+
+def test_levels_below_the_stand_in_for_pure_noise_keep_their_distance() -> None:
+    """Shifted flow schedules start with several points below a half-log-SNR of -7."""
+    schedule = NoiseSchedule.flow(shift=40.0)
+    grid = schedule.grid(Trailing(), 100)
+    assert (grid.half_log_snr[:4] < -7).all()
+    assert np.isfinite(UniPC(order=3).plan(grid).tables).all()
+
+
+def test_a_start_at_pure_noise_is_as_good_as_one_just_below() -> None:
+    data = GaussianMixtureDenoiser(FLOW)
+    x = torch.linspace(-1.6, 1.6, 17, dtype=torch.float64)[None]
+    times = np.linspace(1, 0, 21)[:-1]
+    nearly = np.append(1 - 1e-6, times[1:])
+    pure, near = (
+        integrate(UniPC().plan(Grid.on_times(FLOW, t, clean=True)), data, x)
+        for t in (times, nearly)
+    )
+    torch.testing.assert_close(pure, near, rtol=0, atol=1e-3)
