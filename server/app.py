@@ -28,6 +28,10 @@ __all__ = ["create_app"]
 log = logging.getLogger("weft")
 
 WEB: Final = Path(__file__).parent / "web"
+PAGE_POLICY: Final = (
+    "default-src 'self'; img-src 'self' data:; style-src 'unsafe-inline'; "
+    "script-src 'unsafe-inline'; frame-ancestors 'none'"
+)
 ENGINE_STOP_S: Final = 10.0
 
 
@@ -55,7 +59,7 @@ def create_app(settings: Settings, *, on_failure: Callable[[], None] | None = No
 
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:
-        return FileResponse(WEB / "index.html")
+        return FileResponse(WEB / "index.html", headers={"content-security-policy": PAGE_POLICY})
 
     _show_limits(app, settings.limits)
     return app

@@ -1,3 +1,4 @@
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -82,6 +83,12 @@ def test_the_page_is_served(client: httpx2.Client) -> None:
     answer = client.get("/")
     assert answer.headers["content-type"].startswith("text/html")
     assert "Weft" in answer.text
+    assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
+
+
+def test_the_page_takes_nothing_from_elsewhere(client: httpx2.Client) -> None:
+    assert re.findall(r"""(?:src|href)=["']?(?!/[^/])""", client.get("/").text) == []
+    assert "://" not in client.get("/").text
 
 
 def test_openapi_states_the_operator_s_limits(unloaded: Unloaded) -> None:
