@@ -38,6 +38,9 @@ LEAST_BUDGET = 2
 
 ADMITTED_A_TICK = 16
 
+LANES_KEPT = 8
+"""Lanes kept for their next image though none is under way in them."""
+
 
 class Engine:
     """Weaves the rows of all images under way through one forward a tick, in its own thread.
@@ -286,8 +289,15 @@ class Engine:
         shape = model.latent_shape(task.width, task.height)
         key = task.model, shape
         if key not in self._lanes:
+            self._forget_idle_lanes()
             self._lanes[key] = Lane(model, shape)
         return self._lanes[key]
+
+    def _forget_idle_lanes(self) -> None:
+        """Requests of ever new sizes must not fill the memory with empty pools."""
+        idle = [key for key, lane in self._lanes.items() if lane.pool.idle]
+        for key in idle[: max(0, len(self._lanes) + 1 - LANES_KEPT)]:
+            del self._lanes[key]
 
     def _end_everything(self) -> None:
         with self._wake:

@@ -34,6 +34,11 @@ class Pool:
         self.memory = self._empty(FIRST_CAPACITY, 0)
         self._free = list(range(FIRST_CAPACITY))
 
+    @property
+    def idle(self) -> bool:
+        """Whether no image has a row."""
+        return len(self._free) == len(self.columns)
+
     def take(self, slots: int, memory_slots: int) -> int:
         """A zeroed row for a plan of ``slots`` and a rule of ``memory_slots``."""
         if slots > self.slots:

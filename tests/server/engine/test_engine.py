@@ -17,6 +17,7 @@ from guidance.cfg import CFG
 from guidance.interval import Interval
 from samplers import SAMPLERS, integrate, preconditioning
 from samplers.dpm_solver_pp import DPMSolverPP
+from server.engine.engine import LANES_KEPT
 from server.engine.noise import stage_noise, start_noise
 from server.engine.preview import to_uint8
 from server.errors import Cancelled, NotReady, Overloaded, RowFailed
@@ -292,6 +293,15 @@ def test_progress_counts_steps_not_evaluations_and_carries_previews(engine, task
 def test_images_of_other_sizes_run_in_a_lane_of_their_own(engine, task, run):
     heard = run(engine, [task(), task(width=160, height=96), task(width=96, height=160)])
     assert [p.shape for p in heard.pixels()] == [(128, 128, 3), (96, 160, 3), (160, 96, 3)]
+
+
+def test_ever_new_sizes_do_not_pile_up_lanes(start, task, run):
+    engine = start()
+    sizes = [(w, h) for w in range(32, 160, 32) for h in range(32, 128, 32)]
+    for width, height in sizes:
+        run(engine, [task(width=width, height=height, steps=1)])
+    assert len(sizes) > LANES_KEPT
+    assert len(engine._lanes) == LANES_KEPT
 
 
 def picture() -> torch.Tensor:
