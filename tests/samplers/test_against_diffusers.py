@@ -1,0 +1,302 @@
+"""Whole runs against the same scheduler in diffusers' own pipeline, on the embedded model.
+
+Same start latents, same prompts with classifier-free guidance, float32 on both sides. Where their
+noise is drawn from a generator, ours is drawn from one of the same seed. What is left is rounding:
+diffusers' products of alphas and its step coefficients are float32, ours are float64.
+
+Two of their conventions differ in ways that a sampler cannot, and are met here:
+
+- In their space of sigma / alpha, runs spaced ``linspace`` or ``trailing`` start from
+  sigma / alpha times the noise, which is sigma times it in ours; ``leading`` ones start from the
+  unit noise that ours always do.
+- Euler and its kin do not round ``linspace``, and DDIM counts back a fixed stride to find the next
+  level, which is the next timestep for ``leading``, and for ``trailing`` if the steps divide 1000.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
+    StableDiffusionPipeline,
+    UniPCMultistepScheduler,
+)
+from torch import Tensor
+
+from embedded import MODEL_FOLDER
+from guidance import Rows, stack
+from guidance.cfg import CFG
+from samplers import (
+    SAMPLERS,
+    Grid,
+    NoiseSchedule,
+    Plan,
+    Sampler,
+    Spacing,
+    integrate,
+    preconditioning,
+)
+from samplers.ddim import DDIM
+from samplers.dpm_solver_pp import DPMSolverPP
+from samplers.euler import Euler, EulerAncestral
+from samplers.heun import Heun
+from samplers.lcm import LCM
+from samplers.timesteps import Karras, LCMSpacing, Leading, Linspace, LogSNR, Trailing
+from samplers.unipc import UniPC
+
+PROMPT, NEGATIVE = "a red circle left of a blue square", "a green star"
+SCALE = 4.0
+SEED = 11
+TOLERANCE = 2e-5
+"""Relative, on final latents. Twenty times the usual distance: rounding grows along a run."""
+BETWEEN_TIMES = 1e-3
+"""The same where times are told between trained steps, which theirs interpolates in log sigma."""
+CONFIG: dict[str, Any] = json.loads((MODEL_FOLDER / "scheduler/scheduler_config.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Any:
+    torch.set_grad_enabled(False)
+    pipeline: Any = StableDiffusionPipeline.from_pretrained(MODEL_FOLDER).to(torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    yield pipeline
+    torch.set_grad_enabled(True)
+
+
+@pytest.fixture(scope="module")
+def latents() -> Tensor:
+    return torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(SEED))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A scheduler of theirs, and the sampler and spacing of ours that mean the same."""
+
+    scheduler: type[Any]
+    options: dict[str, Any]
+    sampler: Sampler
+    spacing: Spacing
+    steps: int = 8
+    starts_from_sigma: bool = False
+    lands_clean: bool = True
+    eta: float = 0.0
+    tolerance: float = TOLERANCE
+
+
+def theirs(pipeline: Any, pair: Pair, latents: Tensor) -> Tensor:
+    pipeline.scheduler = pair.scheduler.from_config(CONFIG | pair.options)
+    return pipeline(
+        PROMPT,
+        negative_prompt=NEGATIVE,
+        num_inference_steps=pair.steps,
+        guidance_scale=SCALE,
+        eta=pair.eta,
+        latents=latents,
+        generator=torch.Generator().manual_seed(SEED),
+        output_type="latent",
+    ).images
+
+
+def guided(pipeline: Any, plan: Plan) -> Callable[[Tensor, float], Tensor]:
+    """The embedded model under guidance, as a denoiser along a plan."""
+    cond, uncond = pipeline.encode_prompt(PROMPT, "cpu", 1, True, negative_prompt=NEGATIVE)
+    prompts = torch.cat([uncond, cond])
+    prediction = CONFIG["prediction_type"]
+    levels = iter(zip(plan.alpha, plan.sigma, strict=True))
+
+    def denoise(x: Tensor, t: float) -> Tensor:
+        alpha, sigma = next(levels)
+        _, skip, out = preconditioning(prediction, alpha, sigma)
+        raw = pipeline.unet(torch.cat([x, x]), t, encoder_hidden_states=prompts).sample
+        other, cond = (float(skip) * x + float(out) * raw).chunk(2)
+        scalar = torch.ones(1, 1, 1, 1)
+        rows = Rows(cond, other, x, alpha * scalar, sigma * scalar, x[:, None, :0], scalar > 0)
+        return CFG.combine(rows, stack([CFG(scale=SCALE)], x)).denoised
+
+    return denoise
+
+
+def ours(pipeline: Any, pair: Pair, latents: Tensor) -> Tensor:
+    schedule = NoiseSchedule.from_diffusers(CONFIG)
+    grid = schedule.grid(pair.spacing, pair.steps)
+    if not pair.lands_clean:
+        grid = Grid.on_times(schedule, np.append(grid.t[:-1], 0.0), clean=False)
+    plan = pair.sampler.plan(grid)
+    generator = torch.Generator().manual_seed(SEED)
+    start = latents * (plan.sigma[0] if pair.starts_from_sigma else plan.start_scale)
+    return integrate(
+        plan,
+        guided(pipeline, plan),
+        start,
+        lambda _: torch.randn(latents.shape, generator=generator),
+    )
+
+
+def distance(pipeline: Any, pair: Pair, latents: Tensor) -> float:
+    """Relative distance of the final latents."""
+    reference = theirs(pipeline, pair, latents)
+    return float((ours(pipeline, pair, latents) - reference).norm() / reference.norm())
+
+
+class MendedSDE(DPMSolverMultistepScheduler):
+    """diffusers' solver with a sign put right in the stochastic third-order update.
+
+    Their weight of the second difference is ``(1 - e^(-2h) - 2h) / (2h)^2 - 1/2``, which tends to
+    -1 as steps shrink. With ``+ 1/2``, as in k-diffusion's ``sample_dpmpp_3m_sde``, it tends to 0.
+    """
+
+    def multistep_dpm_solver_third_order_update(
+        self, model_output_list: list[Tensor], *args: Any, **options: Any
+    ) -> Tensor:
+        x = super().multistep_dpm_solver_third_order_update(model_output_list, *args, **options)
+        i: Any = self.step_index
+        alpha, _ = self._sigma_to_alpha_sigma_t(self.sigmas[i + 1])
+        lam = [-self.sigmas[i + k].log() for k in (1, 0, -1, -2)]
+        h = lam[0] - lam[1]
+        r0, r1 = (lam[1] - lam[2]) / h, (lam[2] - lam[3]) / h
+        D0, D1, D2 = model_output_list[-1], model_output_list[-2], model_output_list[-3]
+        return x + alpha * ((D0 - D1) / r0 - (D1 - D2) / r1) / (r0 + r1)
+
+
+LEADING = {"timestep_spacing": "leading", "steps_offset": 1}
+TRAILING = {"timestep_spacing": "trailing"}
+# The multistep solvers' linspace stops one stride above the clean end.
+LINSPACE = {"timestep_spacing": "linspace"}
+TO_THE_LAST_STRIDE = Linspace(endpoint=False)
+
+
+def dpm_solver(order: int, solver_type: str, variant: str) -> Pair:
+    options = {
+        "solver_order": order,
+        "solver_type": "heun" if solver_type == "taylor" else solver_type,
+        "algorithm_type": "dpmsolver++" if variant == "ode" else "sde-dpmsolver++",
+    }
+    sampler = {"order": order, "solver_type": solver_type, "variant": variant}
+    return Pair(
+        MendedSDE if variant == "sde" else DPMSolverMultistepScheduler,
+        TRAILING | options,
+        DPMSolverPP.model_validate(sampler),
+        Trailing(),
+    )
+
+
+def unipc(order: int, variant: str) -> Pair:
+    # To sigma 0 their bh1 multiplies an infinite B(h) by zero, so it is compared above that.
+    lands_clean = variant == "bh2"
+    end = "zero" if lands_clean else "sigma_min"
+    return Pair(
+        UniPCMultistepScheduler,
+        TRAILING | {"solver_order": order, "solver_type": variant, "final_sigmas_type": end},
+        UniPC.model_validate({"order": order, "variant": variant}),
+        Trailing(),
+        lands_clean=lands_clean,
+    )
+
+
+PAIRS = {
+    "ddim-leading": Pair(DDIMScheduler, LEADING, DDIM(), Leading()),
+    "ddim-trailing": Pair(DDIMScheduler, TRAILING, DDIM(), Trailing()),
+    "ddim-eta-0.4": Pair(DDIMScheduler, LEADING, DDIM(eta=0.4), Leading(), eta=0.4),
+    "ddim-eta-1": Pair(DDIMScheduler, TRAILING, DDIM(eta=1), Trailing(), eta=1.0),
+    "euler-leading": Pair(EulerDiscreteScheduler, LEADING, Euler(), Leading()),
+    "euler-trailing": Pair(
+        EulerDiscreteScheduler, TRAILING, Euler(), Trailing(), 7, starts_from_sigma=True
+    ),
+    # 999 / (10 - 1) is whole, so that not rounding makes no difference.
+    "euler-linspace": Pair(
+        EulerDiscreteScheduler, LINSPACE, Euler(), Linspace(), 10, starts_from_sigma=True
+    ),
+    # Karras' levels run from the last trained step to the first only if spaced linspace before.
+    "euler-karras": Pair(
+        EulerDiscreteScheduler,
+        LINSPACE | {"use_karras_sigmas": True},
+        Euler(),
+        Karras(),
+        starts_from_sigma=True,
+        tolerance=BETWEEN_TIMES,
+    ),
+    "euler_ancestral-leading": Pair(
+        EulerAncestralDiscreteScheduler, LEADING, EulerAncestral(), Leading()
+    ),
+    "euler_ancestral-trailing": Pair(
+        EulerAncestralDiscreteScheduler,
+        TRAILING,
+        EulerAncestral(),
+        Trailing(),
+        starts_from_sigma=True,
+    ),
+    "heun-leading": Pair(HeunDiscreteScheduler, LEADING, Heun(), Leading(), 5),
+    "heun-trailing": Pair(
+        HeunDiscreteScheduler, TRAILING, Heun(), Trailing(), 5, starts_from_sigma=True
+    ),
+    "heun-karras": Pair(
+        HeunDiscreteScheduler,
+        LINSPACE | {"use_karras_sigmas": True},
+        Heun(),
+        Karras(),
+        5,
+        starts_from_sigma=True,
+        tolerance=BETWEEN_TIMES,
+    ),
+    "lcm": Pair(LCMScheduler, {}, LCM(), LCMSpacing(), 4),
+    **{
+        f"dpm_solver_pp-{variant}-{order}-{solver_type}": dpm_solver(order, solver_type, variant)
+        for variant in ("ode", "sde")
+        for order in (1, 2, 3)
+        for solver_type in ("midpoint", "taylor")
+    },
+    "dpm_solver_pp-linspace": Pair(
+        DPMSolverMultistepScheduler, LINSPACE, DPMSolverPP(), TO_THE_LAST_STRIDE
+    ),
+    "dpm_solver_pp-karras": Pair(
+        DPMSolverMultistepScheduler,
+        {"use_karras_sigmas": True},
+        DPMSolverPP(),
+        Karras(whole=True),
+    ),
+    "dpm_solver_pp-logsnr": Pair(
+        DPMSolverMultistepScheduler,
+        {"use_lu_lambdas": True},
+        DPMSolverPP(),
+        LogSNR(whole=True),
+    ),
+    "dpm_solver_pp-3-long": Pair(
+        DPMSolverMultistepScheduler,
+        TRAILING | {"solver_order": 3},
+        DPMSolverPP(order=3),
+        Trailing(),
+        16,
+    ),
+    **{
+        f"unipc-{order}-{variant}": unipc(order, variant)
+        for order in (1, 2, 3)
+        for variant in ("bh1", "bh2")
+    },
+    "unipc-linspace": Pair(UniPCMultistepScheduler, LINSPACE, UniPC(), TO_THE_LAST_STRIDE),
+    "unipc-karras": Pair(
+        UniPCMultistepScheduler,
+        {"use_karras_sigmas": True, "solver_order": 3},
+        UniPC(order=3),
+        Karras(whole=True),
+    ),
+}
+
+
+@pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS.keys())
+def test_final_latents_are_those_of_diffusers(pipeline: Any, pair: Pair, latents: Tensor) -> None:
+    assert distance(pipeline, pair, latents) < pair.tolerance
+
+
+def test_each_sampler_of_ours_is_compared() -> None:
+    ours = {kind for kind in SAMPLERS if kind.__module__.startswith("samplers.")}
+    assert {type(pair.sampler) for pair in PAIRS.values()} == ours
