@@ -28,8 +28,8 @@ class UniPC(Sampler, frozen=True):
     """Unified predictor-corrector in the denoised prediction (Zhao et al., arXiv 2302.04867).
 
     Order 1 to 3, one evaluation a step: the evaluation at the predicted point corrects that point
-    before the next prediction, so corrector and predictor are one matrix. History: the corrected
-    point and up to three predictions. The last point is not corrected.
+    before the next prediction, so corrector and predictor are one matrix. History: up to three
+    predictions. The last point is not corrected.
     """
 
     summary: ClassVar[str] = "Predictor-corrector at one evaluation a step; strong at 5 to 10."
@@ -54,21 +54,20 @@ class UniPC(Sampler, frozen=True):
 
     @override
     def plan(self, grid: Grid) -> Plan:
-        columns = Columns("x", "base", "D1", "D2", "D3")
+        columns = Columns("x", "D1", "D2", "D3")
         D, D1, D2, D3 = (columns.denoised, columns["D1"], columns["D2"], columns["D3"])
         lam = _finite(grid.half_log_snr)
         tables: list[F64] = []
         for i in range(grid.steps):
             x = columns["x"]
             if i > 0:
-                order = self._order_at(grid, i - 1)
-                x = first_order(grid, i - 1, columns["base"], D1)
-                x = x + self._correction(grid, lam, i - 1, order, [D1, D2, D3], D)
-            order = self._order_at(grid, i)
+                # The predictor's terms go and the corrector's come. Starting from x, and not from
+                # the point before it, keeps what guidance or inpainting moved x by.
+                x = x - self._correction(grid, lam, i - 1, [D1, D2, D3], None)
+                x = x + self._correction(grid, lam, i - 1, [D1, D2, D3], D)
             predicted = first_order(grid, i, x, D)
-            if order > 1:
-                predicted = predicted + self._correction(grid, lam, i, order, [D, D1, D2], None)
-            tables.append(columns.table(x=predicted, base=x, D1=D, D2=D1, D3=D2))
+            predicted = predicted + self._correction(grid, lam, i, [D, D1, D2], None)
+            tables.append(columns.table(x=predicted, D1=D, D2=D1, D3=D2))
         return Plan.of_steps(grid, tables)
 
     def _order_at(self, grid: Grid, i: int) -> int:
@@ -77,9 +76,12 @@ class UniPC(Sampler, frozen=True):
         return min(self.order, i + 1, grid.steps - i if self.lower_order_final else self.order)
 
     def _correction(
-        self, grid: Grid, lam: F64, i: int, order: int, history: list[F64], arrived: F64 | None
+        self, grid: Grid, lam: F64, i: int, history: list[F64], arrived: F64 | None
     ) -> F64:
         """The difference terms from point i to i + 1; ``arrived`` is the prediction there."""
+        order = self._order_at(grid, i)
+        if order == 1 and arrived is None:
+            return 0 * history[0]
         h = lam[i + 1] - lam[i]
         newest = history[0]
         nodes = [(lam[i - k] - lam[i]) / h for k in range(1, order)]

@@ -27,6 +27,9 @@ MEAN, DEVIATION = 0.7, 0.6
 each_stochastic = pytest.mark.parametrize(
     "sampler", [one for one in VARIANTS if one.stochastic and one.name != "lcm"], ids=label
 )
+each_deterministic = pytest.mark.parametrize(
+    "sampler", [one for one in VARIANTS if not one.stochastic], ids=label
+)
 
 
 def plan_of(sampler: Sampler, schedule: NoiseSchedule, steps: int) -> Plan:
@@ -126,6 +129,26 @@ def test_point_data_has_its_exact_marginal_at_every_level(
     tolerance = 2e-5 if sampler.name == "lcm" else 1e-9 * plan.sigma[0] ** 2
     np.testing.assert_allclose(means, plan.alpha * MEAN, atol=tolerance)
     np.testing.assert_allclose(variances, plan.sigma**2, atol=tolerance)
+
+
+@each_deterministic
+@pytest.mark.parametrize("schedule", ["vp_linear", "flow", "edm"])
+def test_a_point_moved_before_a_step_stays_moved(schedule: str, sampler: Sampler) -> None:
+    """Guidance and inpainting move x; a solver that stepped from a stored point would lose it.
+
+    With a constant prediction the distance from it shrinks with sigma, and the move with it.
+    """
+    grid = SCHEDULES[schedule].grid(spacing_named("logsnr"), 6, t_end=0.1)
+    plan = sampler.plan(grid)
+    K = plan.slots
+    for stage in range(plan.evaluations):
+        if stage and plan.step[stage] == plan.step[stage - 1]:
+            continue
+        move = np.zeros(K)
+        move[0] = 1.0
+        for table in plan.tables[stage:]:
+            move = table[:, :K] @ move
+        assert move[0] == pytest.approx(plan.sigma[-1] / plan.sigma[stage])
 
 
 @each_stochastic
