@@ -73,7 +73,8 @@ class NoiseSchedule(ABC):
             steps: number of steps, at least 1.
             t_start: time to start from; default the schedule's own.
             t_end: time to land on, with sigma > 0. By default the last step lands on the clean
-                picture, and the last evaluation stands where the spacing puts it.
+                picture. The last evaluation then stands where the spacing puts it, and after a
+                ``t_start`` of one's own at the cleanest trained level.
 
         Raises:
             ValueError: ``steps`` below 1, or times outside the schedule or out of order.

@@ -1,0 +1,103 @@
+"""Rows of random predictions, and every rule and policy at many parameters."""
+
+from dataclasses import replace
+from itertools import product
+from typing import Any, Literal, get_args, get_origin
+
+import torch
+from annotated_types import Ge, Gt, Le, Lt
+from hypothesis import strategies as st
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from torch import Tensor
+
+from guidance import POLICIES, RULES, Guided, Policy, Rows, Rule, stack
+
+SHAPE = (4, 6, 5)
+
+
+def draw(rows: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Rows:
+    """Random predictions at random variance-preserving levels, with room for no memory."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal() -> Tensor:
+        return torch.randn(rows, *SHAPE, generator=generator, dtype=dtype)
+
+    sigma = torch.rand(rows, 1, 1, 1, generator=generator, dtype=dtype) * 0.98 + 0.01
+    cond = normal()
+    return Rows(
+        cond=cond,
+        other=cond + 0.3 * normal(),
+        x=normal(),
+        alpha=(1 - sigma.square()).sqrt(),
+        sigma=sigma,
+        memory=cond.new_zeros(rows, 0, *SHAPE),
+        closes_step=torch.ones(rows, 1, 1, 1, dtype=torch.bool),
+    )
+
+
+def with_memory(rows: Rows, slots: int, seed: int = 1) -> Rows:
+    """The same rows in the midst of a run."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (len(rows.cond), slots, *SHAPE)
+    memory = torch.randn(shape, generator=generator, dtype=rows.cond.dtype)
+    return replace(rows, memory=memory)
+
+
+def one_row(rows: Rows, i: int) -> Rows:
+    """Row i alone."""
+    picked = {name: getattr(rows, name)[i : i + 1] for name in Rows.__slots__}
+    return Rows(**picked)
+
+
+def apply(rule: Rule, rows: Rows) -> Guided:
+    """A rule with the same parameters for all rows."""
+    return rule.combine(rows, stack([rule] * len(rows.cond), rows.x))
+
+
+def _values(field: FieldInfo) -> list[Any]:
+    if get_origin(field.annotation) is Literal:
+        return list(get_args(field.annotation))
+    bounds = [b.ge if isinstance(b, Ge) else b.le for b in field.metadata if isinstance(b, Ge | Le)]
+    neutral = [1.0, 0.0]
+    return list(dict.fromkeys([field.default, *bounds, *neutral]))
+
+
+def _variants(kind: type[BaseModel]) -> list[Any]:
+    names = list(kind.model_fields)
+    found: list[Any] = []
+    for values in product(*(_values(field) for field in kind.model_fields.values())):
+        try:
+            found.append(kind.model_validate(dict(zip(names, values, strict=True))))
+        except ValidationError:
+            continue
+    return found
+
+
+def label(setting: BaseModel) -> str:
+    """A short name for the report of a test."""
+    return "-".join(
+        f"{value:g}" if isinstance(value, float) else str(value) for _, value in setting
+    )
+
+
+RULE_VARIANTS: list[Rule] = [one for kind in RULES for one in _variants(kind)]
+POLICY_VARIANTS: list[Policy] = [one for kind in POLICIES for one in _variants(kind)]
+
+
+def _number(field: FieldInfo) -> st.SearchStrategy[float]:
+    low, high, options = -10.0, 10.0, {"exclude_min": False, "exclude_max": False}
+    for bound in field.metadata:
+        if isinstance(bound, Ge | Gt):
+            low: Any = bound.ge if isinstance(bound, Ge) else bound.gt
+            options["exclude_min"] = isinstance(bound, Gt)
+        elif isinstance(bound, Le | Lt):
+            high: Any = bound.le if isinstance(bound, Le) else bound.lt
+            options["exclude_max"] = isinstance(bound, Lt)
+    return st.floats(low, high, width=32, **options)
+
+
+def settings_of(kind: type[Rule]) -> st.SearchStrategy[Rule]:
+    """Any parameters that a rule allows."""
+    numbers = {name: _number(field) for name, field in kind.model_fields.items() if name != "name"}
+    return st.fixed_dictionaries(numbers).map(kind.model_validate)

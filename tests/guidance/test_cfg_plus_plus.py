@@ -1,0 +1,131 @@
+"""CFG++ under DDIM against its published form, and what moving x does."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from guidance import Rows, Rule
+from guidance.cfg import CFG
+from guidance.cfg_plus_plus import CFGPlusPlus
+from samplers import Grid, NoiseSchedule, Plan, Sampler, advance
+from samplers.ddim import DDIM
+from samplers.dpm_solver_pp import DPMSolverPP
+from samplers.timesteps import Trailing
+from samplers.unipc import UniPC
+from tests.guidance.cases import apply
+
+SCHEDULES = {
+    "vp": NoiseSchedule.from_diffusers({}),
+    "flow": NoiseSchedule.flow(),
+    "edm": NoiseSchedule.edm(),
+}
+each_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
+
+START = torch.randn(2, 3, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def cond(x: Tensor) -> Tensor:
+    return torch.tanh(0.7 * x + 0.2)
+
+
+def other(x: Tensor) -> Tensor:
+    return torch.tanh(0.5 * x - 0.3)
+
+
+def run(plan: Plan, rule_at: Callable[[int], Rule]) -> Tensor:
+    """A guided run, as an engine makes it: the rule may move the point that is stepped from."""
+    K = plan.slots
+    columns = START.new_zeros(2, K + 2, 3, 2, 2)
+    columns[:, 0] = START * plan.start_scale
+    scalar = START.new_ones(2, 1, 1, 1)
+    for i, table in enumerate(plan.tables):
+        x = columns[:, 0].clone()
+        alpha, sigma = plan.alpha[i] * scalar, plan.sigma[i] * scalar
+        rows = Rows(cond(x), other(x), x, alpha, sigma, x[:, None, :0], scalar > 0)
+        guided = apply(rule_at(i), rows)
+        columns[:, 0], columns[:, K] = guided.x, guided.denoised
+        columns[:, :K] = advance(columns, torch.from_numpy(table).expand(2, *table.shape))
+    return columns[:, 0]
+
+
+def published(grid: Grid, lam: float) -> Tensor:
+    """Algorithm 2: denoise with the guided noise, renoise with the unconditional one."""
+    x = START * grid.start_scale
+    for a, s, a2, s2 in zip(
+        grid.alpha[:-1], grid.sigma[:-1], grid.alpha[1:], grid.sigma[1:], strict=True
+    ):
+        eps_u, eps_c = (x - a * other(x)) / s, (x - a * cond(x)) / s
+        eps = eps_u + lam * (eps_c - eps_u)
+        x = a2 * (x - s * eps) / a + s2 * eps_u
+    return x
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.2, 0.6, 1.0])
+@each_schedule
+def test_under_ddim_it_is_the_published_two_lines(schedule: NoiseSchedule, lam: float) -> None:
+    # The published form divides by alpha, so it cannot start at pure noise.
+    grid = schedule.grid(Trailing(), 9, t_start=0.9 * schedule.t_start)
+    ours = run(DDIM().plan(grid), lambda _: CFGPlusPlus(scale=lam))
+    torch.testing.assert_close(ours, published(grid, lam), rtol=1e-10, atol=1e-10)
+
+
+def test_it_acts_on_pure_noise_too() -> None:
+    grid = SCHEDULES["flow"].grid(Trailing(), 9)
+    nearly = np.append(1 - 1e-9, grid.t[1:-1])
+    near = Grid.on_times(SCHEDULES["flow"], nearly, clean=True)
+    ours, limit = (run(DDIM().plan(g), lambda _: CFGPlusPlus()) for g in (grid, near))
+    torch.testing.assert_close(ours, limit, rtol=1e-5, atol=1e-5)
+
+
+@each_schedule
+def test_under_ddim_it_is_cfg_with_a_scale_of_each_step(schedule: NoiseSchedule) -> None:
+    """w_i = lam / (1 - rho' / rho), with rho = sigma / alpha."""
+    grid = schedule.grid(Trailing(), 9)
+    with np.errstate(divide="ignore"):
+        rho = grid.sigma / grid.alpha
+    scales = 0.6 / (1 - rho[1:] / rho[:-1])
+    plan = DDIM().plan(grid)
+    torch.testing.assert_close(
+        run(plan, lambda _: CFGPlusPlus(scale=0.6)),
+        run(plan, lambda i: CFG(scale=scales[i])),
+        rtol=1e-10,
+        atol=1e-10,
+    )
+
+
+def test_the_move_is_the_unconditional_noise_whatever_the_scale() -> None:
+    generator = torch.Generator().manual_seed(2)
+    x, c, u = torch.randn(3, 4, 3, 2, 2, generator=generator, dtype=torch.float64)
+    scalar = x.new_ones(4, 1, 1, 1)
+    rows = Rows(c, u, x, 0.6 * scalar, 0.8 * scalar, x[:, None, :0], scalar > 0)
+    guided = apply(CFGPlusPlus(scale=0.7), rows)
+    torch.testing.assert_close((guided.x - 0.6 * guided.denoised) / 0.8, (x - 0.6 * u) / 0.8)
+
+
+def test_inversion_from_a_cleaner_level_returns_to_the_start() -> None:
+    """x0 = (x - sigma' eps_u) / alpha', x_t = alpha x0 + sigma eps_l, on equal predictions."""
+    grid = SCHEDULES["vp"].grid(Trailing(), 9, t_start=900, t_end=500)
+    a, s, a2, s2 = grid.alpha[0], grid.sigma[0], grid.alpha[1], grid.sigma[1]
+    eps_u, eps_c = 0.3 * torch.ones_like(START), -0.2 * torch.ones_like(START)
+    eps = eps_u + 0.6 * (eps_c - eps_u)
+    x = a2 * (START - s * eps) / a + s2 * eps_u
+    torch.testing.assert_close(a * (x - s2 * eps_u) / a2 + s * eps, START)
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [DPMSolverPP(order=2), DPMSolverPP(order=3), UniPC(order=1), UniPC(order=2), UniPC(order=3)],
+    ids=str,
+)
+def test_on_predictions_that_never_change_every_multistep_sampler_makes_the_same_steps(
+    sampler: Sampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With nothing to extrapolate they are DDIM, and must renoise as it does."""
+    monkeypatch.setitem(globals(), "cond", lambda x: torch.full_like(x, 0.4))
+    monkeypatch.setitem(globals(), "other", lambda x: torch.full_like(x, -0.1))
+    grid = SCHEDULES["vp"].grid(Trailing(), 9, t_start=990.0, t_end=300.0)
+    ours, ddim = (run(s.plan(grid), lambda _: CFGPlusPlus()) for s in (sampler, DDIM()))
+    torch.testing.assert_close(ours, ddim, rtol=1e-10, atol=1e-10)

@@ -1,0 +1,112 @@
+"""When the second prediction is evaluated."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from guidance import Rows, stack
+from guidance.adaptive import Adaptive
+from guidance.always import Always
+from guidance.interval import Interval
+from tests.guidance.cases import draw
+
+NOISE_RATIO = np.array([np.inf, 5.43, 5.42, 1.0, 0.29, 0.28, 0.1])
+PROGRESS = np.arange(7) / 7
+
+
+def settled(rows: Rows, *thresholds: float) -> Tensor:
+    return Adaptive.settled(rows, stack([Adaptive(threshold=t) for t in thresholds], rows.x))
+
+
+def test_always_is_at_every_stage() -> None:
+    assert Always().evaluates(NOISE_RATIO, PROGRESS).all()
+    assert not Always.adapts
+
+
+def test_interval_is_open_below_and_closed_above() -> None:
+    """Equation 5: sigma in (low, high]."""
+    answer = Interval(low=0.28, high=5.42).evaluates(NOISE_RATIO, PROGRESS)
+    assert answer.tolist() == [False, False, True, True, True, False, False]
+
+
+def test_interval_of_steps_is_closed_below_and_open_above() -> None:
+    everywhere = np.ones(4)
+    answer = Interval(start=0.25, stop=0.75).evaluates(everywhere, np.arange(4) / 4)
+    assert answer.tolist() == [False, True, True, False]
+
+
+def test_both_intervals_must_hold() -> None:
+    answer = Interval(start=0.4).evaluates(NOISE_RATIO, PROGRESS)
+    assert answer.tolist() == [False, False, False, True, True, False, False]
+
+
+def test_pure_noise_is_outside_any_interval() -> None:
+    assert not Interval(low=0, high=1e30).evaluates(NOISE_RATIO, PROGRESS)[0]
+
+
+def test_empty_intervals_are_refused() -> None:
+    with pytest.raises(ValueError, match="low is 2 and high 1; low must be below high"):
+        Interval(low=2, high=1)
+    with pytest.raises(ValueError, match=r"start is 0\.5 and stop 0\.5; start must be below stop"):
+        Interval(start=0.5, stop=0.5)
+
+
+def test_adaptive_evaluates_until_it_settles() -> None:
+    assert Adaptive().evaluates(NOISE_RATIO, PROGRESS).all()
+    assert Adaptive.adapts
+
+
+@given(seed=st.integers(0, 200), threshold=st.floats(-1, 1))
+def test_rows_settle_by_the_cosine_of_their_noises(seed: int, threshold: float) -> None:
+    rows = draw(6, seed)
+    cosines = []
+    for i in range(6):
+        x, a, s, c, u = (
+            getattr(rows, name)[i].numpy().ravel()
+            for name in ("x", "alpha", "sigma", "cond", "other")
+        )
+        noise, second = (x - a * c) / s, (x - a * u) / s
+        cosines.append(noise @ second / np.sqrt((noise @ noise) * (second @ second)))
+    clear = np.abs(np.array(cosines) - threshold) > 1e-9
+    answer = settled(rows, *[threshold] * 6).numpy()
+    assert (answer == (np.array(cosines) >= threshold))[clear].all()
+
+
+@given(seed=st.integers(0, 200), thresholds=st.lists(st.floats(-1, 1), min_size=2, max_size=6))
+def test_a_higher_threshold_never_settles_earlier(seed: int, thresholds: list[float]) -> None:
+    row = draw(1, seed)
+    repeated = Rows(
+        **{
+            name: getattr(row, name).repeat_interleave(len(thresholds), 0)
+            for name in Rows.__slots__
+        }
+    )
+    answer = settled(repeated, *sorted(thresholds)).tolist()
+    assert answer == sorted(answer, reverse=True)
+
+
+def test_equal_predictions_settle_below_one_and_opposite_noises_never() -> None:
+    rows = draw(2)
+    assert settled(replace(rows, other=rows.cond), 0.999999, 0.5).all()
+    away = (2 * rows.x - rows.alpha * rows.cond) / rows.alpha
+    assert not settled(replace(rows, other=away), 0.0, -0.999).any()
+
+
+def test_noise_space_is_what_counts() -> None:
+    """Near the clean end the denoised predictions agree long before the noises do."""
+    rows = draw(1)
+    rows = replace(
+        rows,
+        x=rows.cond + 0.01 * rows.x,
+        alpha=torch.full_like(rows.alpha, 0.99995),
+        sigma=torch.full_like(rows.sigma, 0.01),
+    )
+    other = rows.cond + 0.02 * (rows.other - rows.cond)
+    cosine = torch.nn.functional.cosine_similarity(rows.cond.flatten(), other.flatten(), 0)
+    assert cosine > 0.999
+    assert not settled(replace(rows, other=other), 0.99)
