@@ -17,9 +17,10 @@ from guidance.cfg import CFG
 from guidance.interval import Interval
 from samplers import SAMPLERS, integrate, preconditioning
 from samplers.dpm_solver_pp import DPMSolverPP
-from server.engine.engine import LANES_KEPT
+from server.engine.engine import FIXED_ROWS_MULTIPLE, LANES_KEPT
 from server.engine.noise import stage_noise, start_noise
 from server.engine.preview import to_uint8
+from server.engine.retirement import DECODED_AT_ONCE
 from server.errors import Cancelled, NotReady, Overloaded, RowFailed
 
 NAMES = [sampler.model_fields["name"].default for sampler in SAMPLERS]
@@ -115,6 +116,32 @@ def test_deterministic_images_are_bit_identical_alone_and_in_any_mix(fixed_engin
     others = [task(**fields) for fields in mix]
     together = run(fixed_engine, [*others, needle]).pixels()[-1]
     assert np.array_equal(alone, together)
+
+
+def test_at_the_fixed_shapes_a_row_does_not_feel_its_place_or_company(model):
+    shape = model.latent_shape(128, 128)
+    prompts = model.encode_prompts(["a red circle", ""])
+
+    def placed(row: torch.Tensor, rows: int, place: int) -> torch.Tensor:
+        company = torch.randn(rows, *shape)
+        company[place] = row
+        return company
+
+    row = torch.randn(shape)
+    with torch.inference_mode():
+        evaluated, decoded = set(), set()
+        for place in range(FIXED_ROWS_MULTIPLE):
+            x = placed(row, FIXED_ROWS_MULTIPLE, place)
+            t = torch.randint(1, 999, (len(x),)).float()
+            t[place] = 500
+            conditioning = prompts[torch.randint(0, 2, (len(x),))]
+            conditioning[place] = prompts[0]
+            evaluated.add(model.evaluate(x, t, conditioning)[place].numpy().tobytes())
+        for place in range(DECODED_AT_ONCE):
+            pictures = model.decode(placed(row, DECODED_AT_ONCE, place))
+            decoded.add(pictures[place].numpy().tobytes())
+    assert len(evaluated) == 1
+    assert len(decoded) == 1
 
 
 @settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
