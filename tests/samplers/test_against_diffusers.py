@@ -86,7 +86,7 @@ class Pair:
     options: dict[str, Any]
     sampler: Sampler
     spacing: Spacing
-    steps: int = 8
+    steps: int = 5
     starts_from_sigma: bool = False
     lands_clean: bool = True
     eta: float = 0.0

@@ -1,0 +1,123 @@
+"""Flow matching and EDM against diffusers' schedulers, on exact denoisers in place of a network.
+
+The grid is made of their own sigmas, so that what is compared is the steps and the preconditioning.
+"""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from torch import Tensor
+
+from samplers import Grid, NoiseSchedule, Sampler, integrate, preconditioning
+from samplers.dpm_solver_pp import DPMSolverPP
+from samplers.euler import Euler
+from samplers.gaussian import GaussianMixtureDenoiser
+from samplers.heun import Heun
+from samplers.timesteps import Karras
+from samplers.unipc import UniPC
+from tests.samplers.cases import EDM, FLOW
+
+STEPS = 10
+START = torch.linspace(-2, 2, 41)[None]
+
+
+def theirs(scheduler: Any, x: Tensor, network: Any) -> Tensor:
+    for t in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+        x = scheduler.step(network(scaled, float(t)), t, x).prev_sample
+    return x
+
+
+def ours(schedule: NoiseSchedule, scheduler: Any, sampler: Sampler, x: Tensor) -> Tensor:
+    # Heun's scheduler repeats each inner level for the second evaluation.
+    sigmas = list(dict.fromkeys(scheduler.sigmas.double().tolist()))
+    grid = Grid.on_times(schedule, np.array(sigmas[:-1]), clean=True)
+    return integrate(sampler.plan(grid), GaussianMixtureDenoiser(schedule), x)
+
+
+FLOW_OPTIONS: dict[str, Any] = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+FLOW_PAIRS: dict[str, tuple[Any, Sampler]] = {
+    "euler": (FlowMatchEulerDiscreteScheduler(shift=3.0), Euler()),
+    "heun": (FlowMatchHeunDiscreteScheduler(shift=3.0), Heun()),
+    "dpm_solver_pp": (
+        DPMSolverMultistepScheduler(flow_shift=3.0, **FLOW_OPTIONS),
+        DPMSolverPP(),
+    ),
+    "dpm_solver_pp-3": (
+        DPMSolverMultistepScheduler(solver_order=3, **FLOW_OPTIONS),
+        DPMSolverPP(order=3),
+    ),
+    "unipc": (UniPCMultistepScheduler(flow_shift=3.0, **FLOW_OPTIONS), UniPC()),
+    "unipc-3": (UniPCMultistepScheduler(solver_order=3, **FLOW_OPTIONS), UniPC(order=3)),
+}
+
+
+@pytest.mark.parametrize(("scheduler", "sampler"), FLOW_PAIRS.values(), ids=FLOW_PAIRS.keys())
+def test_flow_matching_steps_are_those_of_diffusers(scheduler: Any, sampler: Sampler) -> None:
+    scheduler.set_timesteps(STEPS)
+    data = GaussianMixtureDenoiser(FLOW)
+    sigmas = dict(zip(scheduler.timesteps.tolist(), _at_timesteps(scheduler), strict=True))
+
+    def velocity(x: Tensor, t: float) -> Tensor:
+        return (x - data(x, sigmas[t])) / sigmas[t]
+
+    reference = theirs(scheduler, START, velocity)
+    torch.testing.assert_close(ours(FLOW, scheduler, sampler, START), reference, rtol=0, atol=2e-5)
+
+
+def _at_timesteps(scheduler: Any) -> list[float]:
+    """Sigma at each evaluation; some round the timestep that the network is told."""
+    return scheduler.sigmas[: len(scheduler.timesteps)].double().tolist()
+
+
+EDM_PAIRS: dict[str, tuple[Any, Sampler]] = {
+    "euler": (EDMEulerScheduler(), Euler()),
+    **{
+        f"dpm_solver_pp-{order}": (
+            EDMDPMSolverMultistepScheduler(solver_order=order),
+            DPMSolverPP.model_validate({"order": order}),
+        )
+        for order in (1, 2, 3)
+    },
+}
+
+
+@pytest.mark.parametrize(("scheduler", "sampler"), EDM_PAIRS.values(), ids=EDM_PAIRS.keys())
+def test_edm_steps_are_those_of_diffusers(scheduler: Any, sampler: Sampler) -> None:
+    scheduler.set_timesteps(STEPS)
+    schedule = NoiseSchedule.from_diffusers(scheduler.config)
+    data = GaussianMixtureDenoiser(schedule)
+    sigma_data = scheduler.config.sigma_data
+
+    def network(scaled: Tensor, c_noise: float) -> Tensor:
+        sigma = np.exp(4 * c_noise)
+        c_in, c_skip, c_out = (
+            float(c) for c in preconditioning("edm", np.ones(()), np.array(sigma), sigma_data)
+        )
+        x = scaled / c_in
+        return (data(x, sigma) - c_skip * x) / c_out
+
+    start = START * scheduler.init_noise_sigma
+    reference = theirs(scheduler, start, network)
+    torch.testing.assert_close(
+        ours(schedule, scheduler, sampler, start), reference, rtol=0, atol=2e-4
+    )
+
+
+def test_edm_levels_and_what_the_network_is_told_are_those_of_diffusers() -> None:
+    scheduler: Any = EDMEulerScheduler(sigma_min=0.002, sigma_max=80.0)
+    scheduler.set_timesteps(STEPS)
+    grid = EDM.grid(Karras(), STEPS)
+    np.testing.assert_allclose(grid.sigma, scheduler.sigmas.double().numpy(), rtol=1e-5)
+    told = EDM.conditioning(grid.t[:-1])
+    np.testing.assert_allclose(told, scheduler.timesteps.numpy(), rtol=1e-5)
