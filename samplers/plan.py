@@ -129,7 +129,7 @@ def advance(columns: Tensor, tables: Tensor) -> Tensor:
     factors, constant = tables[:, :, :-1], tables[:, :, -1]
     if tables.ndim > 3:
         return (factors * columns[:, None]).sum(2) + constant
-    flat = columns.flatten(2)
+    flat = columns.reshape(*columns.shape[:2], -1)
     return constant[:, :, None].baddbmm(factors, flat).view(-1, tables.shape[1], *columns.shape[2:])
 
 
