@@ -24,16 +24,20 @@ CROP_SIZE: Final = 64
 _PEAK_RATE: Final = 1e-3
 _FINE_TUNING_RATE: Final = 3e-4
 _LATENT_NOISE: Final = 0.1
-"""Deviation of the noise on the latents, so that the decoder forgives what a denoiser leaves."""
+"""Greatest deviation of the noise on a crop's latents: the decoder must forgive a denoiser."""
 
 
 @dataclass(frozen=True, slots=True)
 class AutoencoderSettings:
-    """How to train. `steps` or `minutes` end the main part; fine-tuning takes a fifth on top."""
+    """How to train. `steps` or `minutes` end the main part; fine-tuning takes a fifth on top.
+
+    `pictures` are in the pool that crops come from, and as many are measured for whitening.
+    """
 
     steps: int | None
     minutes: float | None
     batch: int
+    pictures: int
     device: str
     seed: int
 
@@ -41,7 +45,7 @@ class AutoencoderSettings:
 class CropPool:
     """Random crops from a pool of pictures, part of which is redrawn as the training goes on."""
 
-    def __init__(self, seed: int, device: str, pictures: int = 1024) -> None:
+    def __init__(self, seed: int, device: str, pictures: int) -> None:
         self._rng = torch.Generator().manual_seed(seed)
         self._next_seed = seed * 1_000_003 + 1_000_000_000
         self._device = device
@@ -86,13 +90,14 @@ class CropPool:
 def train_autoencoder(settings: AutoencoderSettings, checkpoint: Path) -> AutoencoderTiny:
     """Train (or resume from the checkpoint), whiten, fine-tune the decoder."""
     torch.manual_seed(settings.seed)
-    model = make_autoencoder().to(settings.device, memory_format=torch.channels_last)
+    model = make_autoencoder()
+    nn.Module.to(model, settings.device)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=1e-4)
     clock = TrainingClock(settings.steps, settings.minutes)
     state = TrainingState({"model": model}, optimizer, clock)
     if checkpoint.exists():
         state.restore(checkpoint, settings.device)
-    pool = CropPool(settings.seed + clock.step, settings.device)
+    pool = CropPool(settings.seed + clock.step, settings.device, settings.pictures)
     while clock.progress < 1:
         errors = _step(model, pool, optimizer, clock, settings, peak=_PEAK_RATE)
         if clock.step % 100 == 0:
@@ -100,7 +105,7 @@ def train_autoencoder(settings: AutoencoderSettings, checkpoint: Path) -> Autoen
             pool.refresh(32)
         if clock.step % 500 == 0 or clock.progress >= 1:
             state.store(checkpoint)
-    whiten(model, settings.device)
+    whiten(model, settings.device, settings.pictures)
     _fine_tune(model, pool, settings)
     return model
 
@@ -110,7 +115,7 @@ def _fine_tune(model: AutoencoderTiny, pool: CropPool, settings: AutoencoderSett
     model.encoder.requires_grad_(requires_grad=False)
     optimizer = torch.optim.AdamW(model.decoder.parameters(), betas=(0.9, 0.99), weight_decay=0)
     clock = TrainingClock(
-        settings.steps // 5 if settings.steps else None,
+        math.ceil(settings.steps / 5) if settings.steps else None,
         settings.minutes / 5 if settings.minutes else None,
     )
     while clock.progress < 1:
@@ -144,7 +149,8 @@ def _step(
     crops = pool.crops(settings.batch).contiguous(memory_format=torch.channels_last)
     with torch.autocast(torch.device(settings.device).type, torch.bfloat16):
         latents = model.encoder(crops).float()
-        noisy = latents + _LATENT_NOISE * torch.randn_like(latents)
+        level = _LATENT_NOISE * torch.rand(len(latents), 1, 1, 1, device=latents.device)
+        noisy = latents + level * torch.randn_like(latents)
         decoded = model.decoder(noisy)
     difference = decoded.float() - crops
     absolute, square = difference.abs().mean(), difference.square().mean()
@@ -167,7 +173,7 @@ def _distance_from_white(latents: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def whiten(model: AutoencoderTiny, device: str, pictures: int = 1024) -> None:
+def whiten(model: AutoencoderTiny, device: str, pictures: int) -> None:
     """Fold into the outer convolutions what gives latents mean 0 and covariance 1 over the data.
 
     z' = W (z - m) goes into the encoder's last convolution exactly; z = W^-1 z' + m into the
@@ -175,8 +181,8 @@ def whiten(model: AutoencoderTiny, device: str, pictures: int = 1024) -> None:
     """
     latents = torch.cat(
         [
-            model.encoder(render([make_scene(2_000_000_000 + i + j) for j in range(64)], device))
-            for i in range(0, pictures, 64)
+            model.encoder(render([make_scene(2_000_000_000 + i + j) for j in range(16)], device))
+            for i in range(0, pictures, 16)
         ]
     )
     cells = latents.movedim(1, 0).flatten(1).double()

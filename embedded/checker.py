@@ -116,7 +116,7 @@ def _background_templates() -> dict[str, np.ndarray]:
     ramp = np.linspace(0, 1, PICTURE_SIZE, dtype=np.float32)[:, None, None]
     templates: dict[str, np.ndarray] = {}
     for name, (upper, lower) in BACKGROUNDS.items():
-        top, bottom = np.float32(upper), np.float32(lower)
+        top, bottom = np.array(upper, np.float32), np.array(lower, np.float32)
         rows = top + (bottom - top) * ramp
         templates[name] = np.broadcast_to(rows, (PICTURE_SIZE, PICTURE_SIZE, 3))
     return templates

@@ -49,4 +49,5 @@ class RunningAverage:
     def update(self, step: int) -> None:
         """Take in the parameters after that step; early on the average forgets faster."""
         decay = min(self._decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self._average, self._source, 1 - decay)
+        for average, parameter in zip(self._average, self._source, strict=True):
+            average.lerp_(parameter, 1 - decay)

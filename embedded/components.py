@@ -5,7 +5,7 @@ import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 import diffusers
 import torch
@@ -110,7 +110,7 @@ def _initialise(autoencoder: AutoencoderTiny) -> None:
                 nn.init.zeros_(module.bias)
     for module in autoencoder.modules():
         if isinstance(module, AutoencoderTinyBlock):
-            module.conv[-1].weight.mul_(0.1)
+            cast("nn.Conv2d", module.conv[-1]).weight.mul_(0.1)
 
 
 def make_scheduler() -> DDIMScheduler:

@@ -73,14 +73,15 @@ def drawn(
         generators = [
             torch.Generator().manual_seed(sampling.seed + start + i) for i in range(len(prompts))
         ]
-        pictures = pipeline(
+        (pictures, _) = pipeline(
             prompts,
             num_inference_steps=sampling.steps,
             guidance_scale=sampling.scale,
             generator=generators,
             output_type="np",
-        ).images
-        yield from np.rint(pictures * 255).astype(np.uint8)
+            return_dict=False,
+        )
+        yield from np.rint(np.asarray(pictures) * 255).astype(np.uint8)
 
 
 def score_model(

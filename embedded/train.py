@@ -75,7 +75,12 @@ def run_autoencoder(options: argparse.Namespace) -> bool:
     if not options.resume:
         checkpoint.unlink(missing_ok=True)
     settings = AutoencoderSettings(
-        options.steps, options.minutes, options.batch, options.device, options.seed
+        steps=options.steps,
+        minutes=options.minutes,
+        batch=options.batch,
+        pictures=1024,
+        device=options.device,
+        seed=options.seed,
     )
     autoencoder = train_autoencoder(settings, checkpoint)
     autoencoder.save_pretrained(options.out / "autoencoder")

@@ -8,9 +8,10 @@ from typing import Final
 
 import numpy as np
 import torch
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderTiny, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
+from transformers import CLIPTextModel
 
 from embedded.checkpoint import RunningAverage, TrainingState
 from embedded.components import (
@@ -69,7 +70,7 @@ def training_captions(pictures: int) -> list[list[str]]:
 def make_corpus(autoencoder: AutoencoderTiny, pictures: int, device: str) -> Corpus:
     """Draw, encode and tokenise the training pictures, which are those of seeds from 0 on."""
     latents: list[Tensor] = []
-    autoencoder = autoencoder.to(device)
+    nn.Module.to(autoencoder, device)
     for start in range(0, pictures, 64):
         scenes = [make_scene(seed) for seed in range(start, min(start + 64, pictures))]
         latents.append(autoencoder.encoder(render(scenes, device)).half().cpu())
@@ -111,12 +112,13 @@ def train_unet(
     `publish` gets the averaged components and the step now and then, and at the end.
     """
     torch.manual_seed(settings.seed)
-    model = nn.ModuleDict({"unet": make_unet(), "text_encoder": make_text_encoder()})
-    model = model.to(settings.device)
+    unet, text_encoder = make_unet(), make_text_encoder()
     # On CPU the fused attention's backward pass takes twice as long as the plain one.
-    model["unet"].set_attn_processor(AttnProcessor())
-    model["text_encoder"].set_attn_implementation("eager")
-    average = copy.deepcopy(model).requires_grad_(requires_grad=False)
+    unet.set_attn_processor(AttnProcessor())
+    text_encoder.set_attn_implementation("eager")
+    model = nn.ModuleList([unet, text_encoder]).to(settings.device)
+    result = Components(autoencoder, copy.deepcopy(unet), copy.deepcopy(text_encoder))
+    average = nn.ModuleList([result.unet, result.text_encoder]).requires_grad_(requires_grad=False)
     averaging = RunningAverage(model, average, _AVERAGE_DECAY)
     optimizer = torch.optim.AdamW(
         model.parameters(), betas=(0.9, 0.98), weight_decay=0.01, fused=True
@@ -128,12 +130,11 @@ def train_unet(
         state.restore(checkpoint, settings.device)
     corpus = _corpus(autoencoder, settings, folder / "corpus.pt")
     rng = torch.Generator().manual_seed(settings.seed + clock.step)
-    result = Components(autoencoder, average["unet"], average["text_encoder"])
     published_s, losses = clock.elapsed_s, []
     while clock.progress < 1:
         for group in optimizer.param_groups:
             group["lr"] = clock.rate(_PEAK_RATE, warm_up=_WARM_UP_STEPS, floor=_LEAST_RATE)
-        losses.append(_loss(model, corpus, rng, settings))
+        losses.append(_loss(unet, text_encoder, corpus, rng, settings))
         losses[-1].backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -167,7 +168,11 @@ def _corpus(autoencoder: AutoencoderTiny, settings: UNetSettings, file: Path) ->
 
 
 def _loss(
-    model: nn.ModuleDict, corpus: Corpus, rng: torch.Generator, settings: UNetSettings
+    unet: UNet2DConditionModel,
+    text_encoder: CLIPTextModel,
+    corpus: Corpus,
+    rng: torch.Generator,
+    settings: UNetSettings,
 ) -> Tensor:
     """Weighted mean square error of v = alpha noise - sigma x at stratified timesteps.
 
@@ -188,8 +193,9 @@ def _loss(
     alpha_square = alpha_squares[times].to(device)[:, None, None, None]
     alpha, sigma = alpha_square.sqrt(), (1 - alpha_square).sqrt()
     with torch.autocast(torch.device(device).type, torch.bfloat16):
-        states = model["text_encoder"](tokens.to(device)).last_hidden_state
-        predicted = model["unet"](alpha * clean + sigma * noise, times.to(device), states).sample
+        states = text_encoder(tokens.to(device)).last_hidden_state
+        noisy = alpha * clean + sigma * noise
+        (predicted,) = unet(noisy, times.to(device), states, return_dict=False)
     error = (predicted.float() - (alpha * noise - sigma * clean)).square().mean((1, 2, 3))
     # With alpha squared plus sigma squared 1, snr + 1 is 1 / sigma squared.
     weight = (_SNR_BOUND * sigma.square()).clamp(max=1).flatten()

@@ -127,7 +127,7 @@ def test_distance_changes_by_one_each_pixel_at_the_outline(shape: str) -> None:
 
 def test_an_unknown_shape_is_refused_by_name() -> None:
     zero = torch.zeros(1)
-    with pytest.raises(ValueError, match="'heart'.*circle, square"):
+    with pytest.raises(ValueError, match=r"'heart'.*circle, square"):
         signed_distance("heart", zero, zero, zero)
 
 
