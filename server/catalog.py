@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -64,6 +65,7 @@ def catalog(models: tuple[ModelEntry, ...] = ()) -> Catalog:
     )
 
 
+@cache
 def _entry(member: type[BaseModel]) -> Entry:
     defaults = member()
     properties = {

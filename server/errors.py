@@ -167,7 +167,7 @@ class Overloaded(WeftError):
     code = "overloaded"
 
     def __init__(self, retry_after_s: float, message: str | None = None) -> None:
-        super().__init__(message or "The queue is full; try again later.")
+        super().__init__(message or f"The queue is full; try again in {retry_after_s:.0f} s.")
         self.retry_after_s = retry_after_s
 
 

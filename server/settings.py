@@ -112,6 +112,15 @@ class Settings(BaseSettings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _let_one_request_in(self) -> Self:
+        if self.max_pending < self.limits.images:
+            raise ValueError(
+                f"max_pending is {self.max_pending}; it must be at least limits.images, which is "
+                f"{self.limits.images}."
+            )
+        return self
+
     @property
     def loopback(self) -> bool:
         """Whether only this machine can reach the server."""

@@ -80,8 +80,11 @@ def install(app: FastAPI) -> None:
         return _of_http(request, error)
 
     @app.exception_handler(Exception)
-    async def _unforeseen(_: Request, error: Exception) -> JSONResponse:
-        return answer(error)
+    async def _unforeseen(request: Request, error: Exception) -> JSONResponse:
+        # This answer is made outside of all other middleware.
+        response = answer(error)
+        response.headers["x-request-id"] = request.state.request_id
+        return response
 
 
 def _body_model(request: Request) -> type[BaseModel] | None:

@@ -14,10 +14,10 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from server.app import create_app
-from server.settings import Settings
+from server.settings import Limits, Settings
 
 PATIENCE_S = 120
-MAX_PENDING = 8
+MAX_IMAGES = 8
 
 
 class Running:
@@ -50,6 +50,10 @@ class Running:
             assert time.monotonic() < until, "the server did not get there"
             time.sleep(0.01)
 
+    def settle(self) -> None:
+        """Wait until what was cancelled or left is gone from the engine."""
+        self.wait(lambda: self.app.state.service.engine.measurements.pending == 0)
+
     def stop(self) -> None:
         self._server.should_exit = True
         self._thread.join(PATIENCE_S)
@@ -57,7 +61,10 @@ class Running:
 
 @pytest.fixture(scope="session")
 def running() -> Iterator[Running]:
-    server = Running(Settings(row_budget=6, deterministic=True, max_pending=MAX_PENDING))
+    limits = Limits(images=MAX_IMAGES)
+    server = Running(
+        Settings(row_budget=8, deterministic=True, max_pending=MAX_IMAGES, limits=limits)
+    )
     server.start()
     yield server
     server.stop()

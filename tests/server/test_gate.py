@@ -4,9 +4,11 @@ from typing import Any
 import pytest
 from fastapi.routing import APIRoute
 from starlette.testclient import TestClient
+from starlette.websockets import WebSocketDisconnect
 
 from server.app import create_app
 from server.gate import PROBES, PUBLIC
+from server.service import Service
 from server.settings import Settings
 
 Unloaded = Callable[..., TestClient]
@@ -184,3 +186,30 @@ def test_an_invalid_request_id_is_replaced(unloaded: Unloaded, chosen: str) -> N
 def test_every_answer_has_a_request_id(unloaded: Unloaded, method: str, path: str) -> None:
     assert call(unloaded(), method, path).headers["x-request-id"]
     assert call(unloaded(), method, path, host="evil.example").headers["x-request-id"]
+
+
+@pytest.mark.parametrize("headers", [{"host": "evil.example"}, {"origin": "null"}, {}])
+def test_a_websocket_is_guarded_too(unloaded: Unloaded, headers: dict[str, str]) -> None:
+    client = unloaded(api_keys=[KEY])
+    with (
+        pytest.raises(WebSocketDisconnect) as refused,
+        client.websocket_connect("/v1/catalog", headers=headers),
+    ):
+        pass
+    assert refused.value.code == 1008
+
+
+def test_an_unforeseen_error_tells_nothing_but_its_id(
+    unloaded: Unloaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Service) -> None:
+        raise RuntimeError("a secret prompt")
+
+    monkeypatch.setattr(Service, "models", fail)
+    client = unloaded()
+    quiet = TestClient(client.app, base_url=str(client.base_url), raise_server_exceptions=False)
+    answer = quiet.get("/v1/catalog", headers={"x-request-id": "mine"})
+    assert answer.status_code == 500
+    assert answer.headers["x-request-id"] == "mine"
+    assert answer.json()["error"]["code"] == "internal_error"
+    assert "secret" not in answer.text

@@ -46,19 +46,19 @@ def assert_answered(content: bytes, content_type: str = "application/json") -> N
     assert "\n" not in error["message"]
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=120, suppress_health_check=[HealthCheck.too_slow])
 @given(BODIES)
 def test_any_json_is_answered(body: dict[str, Any]) -> None:
     assert_answered(json.dumps(body).encode())
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=120, suppress_health_check=[HealthCheck.too_slow])
 @given(st.sampled_from(sorted(GenerateRequest.model_fields)), VALUES)
 def test_any_value_of_any_field_is_answered(field: str, value: Any) -> None:
     assert_answered(json.dumps({"prompt": "x"} | {field: value}).encode())
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=120, suppress_health_check=[HealthCheck.too_slow])
 @given(st.sampled_from(["sampler", "spacing", "guidance"]), st.data())
 def test_any_parameters_of_any_choice_are_answered(field: str, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(CHOICES[field])))
@@ -67,7 +67,7 @@ def test_any_parameters_of_any_choice_are_answered(field: str, data: st.DataObje
     assert_answered(json.dumps({"prompt": "x", field: {"name": name} | drawn}).encode())
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(st.binary(max_size=200), st.sampled_from(["application/json", "text/plain", "", "a/b;c"]))
 def test_any_bytes_are_answered(content: bytes, content_type: str) -> None:
     assert_answered(content, content_type)

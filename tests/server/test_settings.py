@@ -46,3 +46,8 @@ def test_two_models_of_one_name_are_refused(tmp_path: Path) -> None:
     settings = Settings(models=(str(tmp_path / "a" / "x"), str(tmp_path / "b" / "x")))
     with pytest.raises(ValueError, match="names 'x' twice"):
         settings.model_folders(tmp_path)
+
+
+def test_the_largest_request_fits_the_queue() -> None:
+    with pytest.raises(ValidationError, match=r"max_pending is 4; it must be at least"):
+        Settings(max_pending=4)

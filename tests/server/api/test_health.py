@@ -76,7 +76,7 @@ def test_the_metrics_follow_the_work(client: httpx2.Client, generate: Callable[.
     assert grown("weft_engine_seconds_total", "denoise") > 0
     assert grown("weft_engine_seconds_total", "weave") > 0
     assert after["weft_queue_images", ""] == 0
-    assert after["weft_row_budget", ""] == 6
+    assert after["weft_row_budget", ""] == 8
 
 
 def test_the_page_is_served(client: httpx2.Client) -> None:

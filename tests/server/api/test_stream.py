@@ -101,7 +101,7 @@ def test_deleting_ends_a_stream_with_an_error(client: httpx2.Client, running: An
         *_, (name, error) = told
     assert name == "error"
     assert error["error"]["code"] == "cancelled"
-    running.wait(lambda: pending(running) == 0)
+    running.settle()
     assert cancelled_images(running) == before + 1
 
 
@@ -119,7 +119,7 @@ def test_deleting_ends_a_plain_answer(client: httpx2.Client, running: Any) -> No
     assert answers[0].status_code == 409
     assert answers[0].json()["error"]["code"] == "cancelled"
     assert client.delete("/v1/generate/plain-1").status_code == 404
-    running.wait(lambda: pending(running) == 0)
+    running.settle()
 
 
 def test_nothing_is_there_to_delete(client: httpx2.Client) -> None:
@@ -141,7 +141,7 @@ def test_a_client_that_goes_away_costs_nothing_more(running: Any, fields: dict[s
         running.wait(lambda: pending(running) == 2)
         start = evaluated(running)
         running.wait(lambda: evaluated(running) > start)
-    running.wait(lambda: pending(running) == 0)
+    running.settle()
     assert cancelled_images(running) == before + 2
     assert outcomes(running)["disconnected"] == gone + 1
     idle = evaluated(running)
