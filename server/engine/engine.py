@@ -19,7 +19,7 @@ from server.engine.retirement import decode
 from server.engine.selection import Candidate, select
 from server.engine.sequence import Sequence, Submission
 from server.engine.stopwatch import Stopwatch
-from server.engine.warmup import row_budget_of, sweep
+from server.engine.warmup import BATCHES, row_budget_of, sweep
 from server.errors import Cancelled, NotReady, Overloaded, RowFailed
 
 if TYPE_CHECKING:
@@ -140,18 +140,22 @@ class Engine:
             self._end_everything()
 
     def _warm_up(self) -> None:
-        rates: dict[int, float] = {}
+        asked = self._asked_budget
+        budgets: list[int] = []
         for name, model in self._models.items():
             self._colours[name] = fit_preview(model)
             model.decode(self._colours[name].new_zeros(1, *self._default_shape(model)))
-            rates = sweep(model)
-        budget = self._asked_budget or max(LEAST_BUDGET, row_budget_of(rates))
-        self._rate = max(rates.values())
-        self.measurements.row_budget = budget
+            rates = sweep(model, BATCHES if asked is None else (asked,))
+            log.info("%s evaluates, in rows/s by batch size: %s", name, rates)
+            budgets.append(row_budget_of(rates))
+            self._rate = max(self._rate, *rates.values())
+        # One budget for all, which none of them finds too large.
+        self.measurements.row_budget = asked or max(LEAST_BUDGET, min(budgets))
         if self._deterministic:
-            self._fixed_rows = -(-budget // FIXED_ROWS_MULTIPLE) * FIXED_ROWS_MULTIPLE
+            multiples = -(-self.measurements.row_budget // FIXED_ROWS_MULTIPLE)
+            self._fixed_rows = multiples * FIXED_ROWS_MULTIPLE
         self.ready = True
-        log.info("ready; %d rows a tick, measured %s rows/s", budget, rates)
+        log.info("ready; %d rows a tick", self.measurements.row_budget)
 
     def _default_shape(self, model: HostedModel) -> tuple[int, int, int]:
         return model.latent_shape(model.facts.default_width, model.facts.default_height)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from samplers import NoiseSchedule
     from server.models.hosted import HostedModel
@@ -21,16 +21,19 @@ NEAR_BEST = 0.95
 LONGEST_FORWARD_S = 2.0
 
 
-def sweep(model: HostedModel) -> dict[int, float]:
+def sweep(model: HostedModel, batches: Sequence[int] = BATCHES) -> dict[int, float]:
     """Rows per second at growing batch sizes, at the model's default picture size.
 
     Stops early where a forward takes seconds, memory runs out or doubling gains nothing.
+
+    Raises:
+        torch.OutOfMemoryError: not even the first batch fits.
     """
     facts = model.facts
     shape = model.latent_shape(facts.default_width, facts.default_height)
     prompt = model.encode_prompts([""])
     rates: dict[int, float] = {}
-    for rows in BATCHES:
+    for rows in batches:
         x = torch.randn(rows, *shape, device=model.device)
         t = torch.full((rows,), _middle(facts.schedule), device=x.device)
         conditioning = prompt.expand(rows, -1, -1).contiguous()
@@ -38,6 +41,8 @@ def sweep(model: HostedModel) -> dict[int, float]:
             model.evaluate(x, t, conditioning)
             seconds = median(_timed(model, x, t, conditioning) for _ in range(REPEATS))
         except torch.OutOfMemoryError:
+            if not rates:
+                raise
             break
         rates[rows] = rows / seconds
         best_before = max((rates[b] for b in rates if b < rows), default=0.0)

@@ -56,7 +56,7 @@ class StableDiffusion(HostedModel):
     @override
     def count_tokens(self, text: str) -> int:
         with self._tokenizing:
-            return len(self._tokenizer(text).input_ids) - MARKERS
+            return len(self._tokenizer(text, verbose=False).input_ids) - MARKERS
 
     @override
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
