@@ -67,6 +67,13 @@ def test_advance_is_the_matrix_product_of_the_design() -> None:
     torch.testing.assert_close(advance(columns, tables), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (4, 2, 2)], ids=str)
+def test_a_state_may_have_any_shape(shape: tuple[int, ...]) -> None:
+    plan = DDIM().plan(DISCRETE.grid(Trailing(), 4))
+    landed = integrate(plan, lambda x, _: torch.full_like(x, 0.3), torch.ones(2, *shape))
+    torch.testing.assert_close(landed, torch.full((2, *shape), 0.3))
+
+
 def test_stochastic_plans_need_noise() -> None:
     plan = DDIM(eta=1).plan(DISCRETE.grid(Trailing(), 4))
     with pytest.raises(ValueError, match="noise is missing; this sampler is stochastic"):
