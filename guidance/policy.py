@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from guidance.rule import Rows
 
 
-class Policy(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
+class Policy(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=False):
     """A policy's parameters, and its two answers.
 
     Before a run it says at which stages the second branch is evaluated; where it is not, the row

@@ -45,7 +45,7 @@ class Guided(NamedTuple):
     memory: Tensor
 
 
-class Rule(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
+class Rule(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=False):
     """A rule's parameters, and its mathematics over stacked rows."""
 
     summary: ClassVar[str]
@@ -54,12 +54,14 @@ class Rule(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """Paper and equation."""
     memory_slots: ClassVar[int] = 0
     """Latent-sized slots that a row keeps between steps."""
+    branches: ClassVar[int] = 2
+    """Predictions of a stage that the rule combines; with 1 no policy has anything to do."""
     name: str
 
     @property
     def needs_other(self) -> bool:
         """Whether the second prediction can change the result at these parameters."""
-        return True
+        return self.branches > 1
 
     @classmethod
     @abstractmethod

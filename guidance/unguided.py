@@ -19,12 +19,8 @@ class Unguided(Rule, frozen=True):
 
     summary: ClassVar[str] = "The prompt's prediction as it is, at half the cost."
     source: ClassVar[str] = "Conditional sampling without guidance."
+    branches: ClassVar[int] = 1
     name: Literal["none"] = "none"
-
-    @property
-    @override
-    def needs_other(self) -> bool:
-        return False
 
     @classmethod
     @override

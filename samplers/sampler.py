@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from samplers.plan import Plan
 
 
-class Sampler(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
+class Sampler(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=False):
     """A sampler's parameters, and their compilation to a table.
 
     The class attributes are claims that one contract test holds every sampler to.

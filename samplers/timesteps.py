@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from samplers.noise_schedule import F64, NoiseSchedule
 
 
-class Spacing(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
+class Spacing(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=False):
     """One way to choose the times of a run.
 
     ``evaluated`` gives the times of the N evaluations of a run that ends on the clean picture;

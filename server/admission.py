@@ -57,6 +57,7 @@ def resolve(
     given = request.model_dump(exclude={"image", "mask"}, exclude_none=True)
     resolved = ResolvedRequest.model_validate(defaults | given)
     check_limits(resolved, limits)
+    _check_policy(resolved)
     _check_size(resolved, facts, limits)
     _check_tokens(resolved, facts, count_tokens)
     return resolved
@@ -88,6 +89,16 @@ def _default_strength(request: GenerateRequest, has_image: bool) -> float | None
         if getattr(request, field) is not None:
             raise InvalidRequest(field, f"{field} needs an image; send one or leave {field} out.")
     return None
+
+
+def _check_policy(resolved: ResolvedRequest) -> None:
+    rule, policy = resolved.guidance, resolved.guidance.policy
+    if rule.branches == 1 and policy.name != "always":
+        raise InvalidRequest(
+            "guidance.policy",
+            f"guidance.policy is {policy.name!r}; the rule {rule.name!r} has no second branch, "
+            "so only 'always' is allowed.",
+        )
 
 
 def _check_size(resolved: ResolvedRequest, facts: ModelFacts, limits: Limits) -> None:

@@ -69,6 +69,16 @@ def test_the_default_sampler_is_registered() -> None:
             "prompt",
             r"prompt has the character '\ud800' at 0; only text is allowed.",
         ),
+        (
+            {"guidance": {"name": "cfg", "scale": "7"}},
+            "guidance.scale",
+            "guidance.scale is '7'; it must be a number.",
+        ),
+        (
+            {"sampler": {"name": "ddim", "eta": True}},
+            "sampler.eta",
+            "sampler.eta is true; it must be a number.",
+        ),
         ({"steps": 0}, "steps", "steps is 0; it must be at least 1."),
         ({"steps": 2.5}, "steps", "steps is 2.5; it must be a whole number."),
         ({"steps": "20"}, "steps", "steps is '20'; it must be a whole number."),

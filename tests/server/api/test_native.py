@@ -231,6 +231,11 @@ def test_settings_of_a_started_picture_are_refused_without_it(
             "width x height is 16384 x 128; at most 1048576 pixels are allowed.",
         ),
         ({"prompt": "a " * 40}, "prompt has 40 tokens; model 'embedded' takes at most 30."),
+        (
+            {"guidance": {"name": "none", "policy": "adaptive"}},
+            "guidance.policy is 'adaptive'; the rule 'none' has no second branch, "
+            "so only 'always' is allowed.",
+        ),
         ({"strength": 0.5}, "strength needs an image; send one or leave strength out."),
         ({"mask": b64_png(WHITE)}, "mask needs an image; send one or leave mask out."),
         (
