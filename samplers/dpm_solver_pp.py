@@ -14,7 +14,7 @@ from samplers.sampler import Sampler
 
 if TYPE_CHECKING:
     from samplers.grid import Grid
-    from samplers.noise_schedule import F64
+    from samplers.levels import F64
 
 FEW_STEPS = 15
 """Below this many steps the authors lower the order at the end."""

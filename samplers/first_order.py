@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from samplers.grid import Grid
-    from samplers.noise_schedule import F64
+    from samplers.levels import F64
 
 
 def first_order(grid: Grid, i: int, x: F64, denoised: F64, sigma_next: float | None = None) -> F64:

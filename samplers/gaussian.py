@@ -15,7 +15,8 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from samplers.noise_schedule import F64, NoiseSchedule
+    from samplers.levels import F64
+    from samplers.noise_schedule import NoiseSchedule
 
 HALVINGS = 80
 """Halvings of a quantile's bracket: beyond the last digit of float64."""

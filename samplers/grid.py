@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from samplers.noise_schedule import F64, NoiseSchedule
+    from samplers.levels import F64, Levels
     from samplers.timesteps import Spacing
 
 
@@ -24,7 +24,7 @@ class Grid:
         sigma: noise scale at the points, ``[N + 1]``; the last is 0 unless an end was asked for.
     """
 
-    schedule: NoiseSchedule
+    schedule: Levels
     t: F64
     alpha: F64
     sigma: F64
@@ -32,7 +32,7 @@ class Grid:
     @classmethod
     def of(
         cls,
-        schedule: NoiseSchedule,
+        schedule: Levels,
         spacing: Spacing,
         steps: int,
         t_start: float | None,
@@ -57,7 +57,7 @@ class Grid:
 
     @classmethod
     def on_times(
-        cls, schedule: NoiseSchedule, t: F64, spacing: Spacing | None = None, *, clean: bool
+        cls, schedule: Levels, t: F64, spacing: Spacing | None = None, *, clean: bool
     ) -> Grid:
         """A grid on given times, with the clean picture as one more point if ``clean``.
 

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from typing_extensions import override
 
-from samplers.noise_schedule import DiscreteVP
 from samplers.plan import Columns, Plan
 from samplers.sampler import Sampler
 
@@ -42,7 +41,7 @@ class LCM(Sampler, frozen=True):
 
     @override
     def plan(self, grid: Grid) -> Plan:
-        if not isinstance(grid.schedule, DiscreteVP):
+        if not grid.schedule.whole_timesteps:
             raise ValueError(
                 "sampler is 'lcm', which needs a model with whole trained timesteps; "
                 "this model has none."

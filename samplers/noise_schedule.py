@@ -7,61 +7,27 @@ network is conditioned on. All of it is float64 numpy: tables are built once per
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 from typing_extensions import override
+
+from samplers.grid import Grid
+from samplers.levels import Levels
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from samplers.grid import Grid
+    from samplers.levels import F64
     from samplers.timesteps import Spacing
-
-# Always float64; numpy's stubs widen some operations.
-F64: TypeAlias = NDArray[np.floating[Any]]
 
 TRAINED_STEPS = 1000
 
 
-class NoiseSchedule(ABC):
-    """Signal and noise scales over time; the four kinds below say all there is."""
-
-    unit_start: ClassVar[bool] = False
-    """Whether start noise has deviation 1 (variance preserving) instead of sigma."""
-
-    @property
-    @abstractmethod
-    def t_start(self) -> float:
-        """Time of the noisiest level a plan may start from."""
-
-    @property
-    @abstractmethod
-    def t_end(self) -> float:
-        """Time of the cleanest level the network was trained on."""
-
-    @abstractmethod
-    def level(self, t: F64) -> tuple[F64, F64]:
-        """Alpha and sigma at times ``t``, each of the shape of ``t``."""
-
-    @abstractmethod
-    def time_of_half_log_snr(self, half_log_snr: F64) -> F64:
-        """The times at which ``log(alpha / sigma)`` has the given values."""
-
-    @abstractmethod
-    def half_log_snr(self, t: F64) -> F64:
-        """``log(alpha / sigma)`` at times ``t``."""
-
-    def conditioning(self, t: F64) -> F64:
-        """What the network is told in place of ``t``; the time itself by default."""
-        return t
-
-    def uniform(self, count: int, t_start: float, t_end: float) -> F64:
-        """``count`` times from ``t_start`` to ``t_end``, even in the schedule's own measure."""
-        return np.linspace(t_start, t_end, count)
+class NoiseSchedule(Levels):
+    """The levels of a model, and how a run is laid over them; the four kinds say all there is."""
 
     def grid(
         self, spacing: Spacing, steps: int, t_start: float | None = None, t_end: float | None = None
@@ -79,8 +45,6 @@ class NoiseSchedule(ABC):
         Raises:
             ValueError: ``steps`` below 1, or times outside the schedule or out of order.
         """
-        from samplers.grid import Grid
-
         return Grid.of(self, spacing, steps, t_start, t_end)
 
     @staticmethod
@@ -166,7 +130,8 @@ class DiscreteVP(VariancePreserving):
     log_alphas: F64 = field(repr=False)
 
     @property
-    def trained_steps(self) -> int:
+    @override
+    def whole_timesteps(self) -> int:
         """T, the number of trained timesteps."""
         return len(self.log_alphas)
 
@@ -174,7 +139,7 @@ class DiscreteVP(VariancePreserving):
     @override
     def t_start(self) -> float:
         """The last trained step."""
-        return float(self.trained_steps - 1)
+        return float(self.whole_timesteps - 1)
 
     @property
     @override
@@ -184,12 +149,12 @@ class DiscreteVP(VariancePreserving):
 
     @override
     def log_alpha(self, t: F64) -> F64:
-        return np.interp(t, np.arange(self.trained_steps), self.log_alphas)
+        return np.interp(t, np.arange(self.whole_timesteps), self.log_alphas)
 
     @override
     def time_of_half_log_snr(self, half_log_snr: F64) -> F64:
         log_alpha = log_alpha_of_half_log_snr(half_log_snr)
-        return np.interp(-log_alpha, -self.log_alphas, np.arange(self.trained_steps))
+        return np.interp(-log_alpha, -self.log_alphas, np.arange(self.whole_timesteps))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from samplers.grid import Grid
-    from samplers.noise_schedule import F64
+    from samplers.levels import F64
 
 
 class Columns:

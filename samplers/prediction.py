@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 
 if TYPE_CHECKING:
-    from samplers.noise_schedule import F64
+    from samplers.levels import F64
 
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow", "edm"]
 

@@ -9,10 +9,8 @@ import numpy as np
 from pydantic import BaseModel, Field
 from typing_extensions import override
 
-from samplers.noise_schedule import DiscreteVP
-
 if TYPE_CHECKING:
-    from samplers.noise_schedule import F64, NoiseSchedule
+    from samplers.levels import F64, Levels
 
 
 class Spacing(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=False):
@@ -31,12 +29,12 @@ class Spacing(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan
         """Whether the denoiser is told whole timesteps, whatever the levels are."""
         return False
 
-    def times(self, schedule: NoiseSchedule, count: int, t_start: float, t_end: float) -> F64:
+    def times(self, schedule: Levels, count: int, t_start: float, t_end: float) -> F64:
         """``count`` falling times from ``t_start`` to ``t_end``."""
         return schedule.uniform(count, t_start, t_end)
 
     @abstractmethod
-    def evaluated(self, schedule: NoiseSchedule, steps: int) -> F64:
+    def evaluated(self, schedule: Levels, steps: int) -> F64:
         """The ``steps`` falling times at which a run to the clean picture evaluates."""
 
 
@@ -49,12 +47,12 @@ class Leading(Spacing, frozen=True):
     offset: int = Field(default=1, ge=0, le=10, description="Trained steps added to every time.")
 
     @override
-    def evaluated(self, schedule: NoiseSchedule, steps: int) -> F64:
-        if isinstance(schedule, DiscreteVP):
-            _refuse_more_than_trained(schedule, steps)
-            stride = schedule.trained_steps // steps
+    def evaluated(self, schedule: Levels, steps: int) -> F64:
+        if trained := schedule.whole_timesteps:
+            _refuse_more_than_trained(trained, steps)
+            stride = trained // steps
             times = np.arange(steps)[::-1] * stride + self.offset
-            return np.minimum(times, schedule.trained_steps - 1).astype(np.float64)
+            return np.minimum(times, trained - 1).astype(np.float64)
         every = schedule.uniform(steps + 1, schedule.t_start, schedule.t_end)
         return every[1:]
 
@@ -67,10 +65,9 @@ class Trailing(Spacing, frozen=True):
     name: Literal["trailing"] = "trailing"
 
     @override
-    def evaluated(self, schedule: NoiseSchedule, steps: int) -> F64:
-        if isinstance(schedule, DiscreteVP):
-            _refuse_more_than_trained(schedule, steps)
-            trained = schedule.trained_steps
+    def evaluated(self, schedule: Levels, steps: int) -> F64:
+        if trained := schedule.whole_timesteps:
+            _refuse_more_than_trained(trained, steps)
             return np.round(trained - np.arange(steps) * (trained / steps)) - 1
         return schedule.uniform(steps + 1, schedule.t_start, 0.0)[:-1]
 
@@ -88,11 +85,11 @@ class Linspace(Spacing, frozen=True):
     )
 
     @override
-    def evaluated(self, schedule: NoiseSchedule, steps: int) -> F64:
+    def evaluated(self, schedule: Levels, steps: int) -> F64:
         count = steps if self.endpoint else steps + 1
         times = self.times(schedule, count, schedule.t_start, schedule.t_end)[:steps]
-        if isinstance(schedule, DiscreteVP):
-            _refuse_more_than_trained(schedule, steps)
+        if trained := schedule.whole_timesteps:
+            _refuse_more_than_trained(trained, steps)
             return np.round(times)
         return times
 
@@ -116,7 +113,7 @@ class Karras(Spacing, frozen=True):
         return self.whole
 
     @override
-    def times(self, schedule: NoiseSchedule, count: int, t_start: float, t_end: float) -> F64:
+    def times(self, schedule: Levels, count: int, t_start: float, t_end: float) -> F64:
         ends = schedule.half_log_snr(np.array([_finite_start(schedule, t_start), t_end]))
         # sigma / alpha = exp(-half log SNR)
         first, last = np.exp(-ends / self.rho)
@@ -124,7 +121,7 @@ class Karras(Spacing, frozen=True):
         return schedule.time_of_half_log_snr(-np.log(ratio))
 
     @override
-    def evaluated(self, schedule: NoiseSchedule, steps: int) -> F64:
+    def evaluated(self, schedule: Levels, steps: int) -> F64:
         return self.times(schedule, steps, schedule.t_start, schedule.t_end)
 
 
@@ -144,12 +141,12 @@ class LogSNR(Spacing, frozen=True):
         return self.whole
 
     @override
-    def times(self, schedule: NoiseSchedule, count: int, t_start: float, t_end: float) -> F64:
+    def times(self, schedule: Levels, count: int, t_start: float, t_end: float) -> F64:
         ends = schedule.half_log_snr(np.array([_finite_start(schedule, t_start), t_end]))
         return schedule.time_of_half_log_snr(np.linspace(ends[0], ends[1], count))
 
     @override
-    def evaluated(self, schedule: NoiseSchedule, steps: int) -> F64:
+    def evaluated(self, schedule: Levels, steps: int) -> F64:
         return self.times(schedule, steps, schedule.t_start, schedule.t_end)
 
 
@@ -167,33 +164,32 @@ class LCMSpacing(Spacing, frozen=True):
     )
 
     @override
-    def evaluated(self, schedule: NoiseSchedule, steps: int) -> F64:
-        if not isinstance(schedule, DiscreteVP):
+    def evaluated(self, schedule: Levels, steps: int) -> F64:
+        if not (trained := schedule.whole_timesteps):
             raise ValueError(
                 "spacing is 'lcm', which needs a model with whole trained timesteps; "
                 "use 'trailing' with this one."
             )
-        _refuse_more_than_trained(schedule, self.distilled_steps, "distilled_steps")
+        _refuse_more_than_trained(trained, self.distilled_steps, "distilled_steps")
         if steps > self.distilled_steps:
             raise ValueError(
                 f"steps is {steps}; the spacing 'lcm' has at most {self.distilled_steps}."
             )
-        stride = schedule.trained_steps // self.distilled_steps
+        stride = trained // self.distilled_steps
         distilled = np.arange(self.distilled_steps, 0, -1) * stride - 1
         picked = np.floor(np.linspace(0, self.distilled_steps, steps, endpoint=False))
         return distilled[picked.astype(np.intp)].astype(np.float64)
 
 
-def _finite_start(schedule: NoiseSchedule, t_start: float) -> float:
+def _finite_start(schedule: Levels, t_start: float) -> float:
     """Flow matching has no signal at all at t = 1: logarithmic spacings start just below."""
     if np.isfinite(schedule.half_log_snr(np.array(t_start))):
         return t_start
     return t_start * (1 - 1e-3)
 
 
-def _refuse_more_than_trained(schedule: DiscreteVP, steps: int, field: str = "steps") -> None:
-    if steps > schedule.trained_steps:
+def _refuse_more_than_trained(trained: int, steps: int, field: str = "steps") -> None:
+    if steps > trained:
         raise ValueError(
-            f"{field} is {steps}; the model has {schedule.trained_steps} trained timesteps, "
-            "which is the most."
+            f"{field} is {steps}; the model has {trained} trained timesteps, which is the most."
         )

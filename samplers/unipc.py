@@ -15,7 +15,7 @@ from samplers.sampler import Sampler
 
 if TYPE_CHECKING:
     from samplers.grid import Grid
-    from samplers.noise_schedule import F64
+    from samplers.levels import F64
 
 PURE_NOISE = -7.0
 """Half-log-SNR that stands in for -inf at pure noise, in the higher-order weights alone.

@@ -1,0 +1,54 @@
+"""The levels of noise: signal and noise scales over time."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Always float64; numpy's stubs widen some operations.
+F64: TypeAlias = NDArray[np.floating[Any]]
+
+
+class Levels(ABC):
+    """Signal and noise scales over a schedule's own time, and their inverse."""
+
+    unit_start: ClassVar[bool] = False
+    """Whether start noise has deviation 1 (variance preserving) instead of sigma."""
+
+    @property
+    @abstractmethod
+    def t_start(self) -> float:
+        """Time of the noisiest level a plan may start from."""
+
+    @property
+    @abstractmethod
+    def t_end(self) -> float:
+        """Time of the cleanest level the network was trained on."""
+
+    @property
+    def whole_timesteps(self) -> int | None:
+        """T of a schedule trained at the times 0 .. T - 1 alone; None where time is continuous."""
+        return None
+
+    @abstractmethod
+    def level(self, t: F64) -> tuple[F64, F64]:
+        """Alpha and sigma at times ``t``, each of the shape of ``t``."""
+
+    @abstractmethod
+    def time_of_half_log_snr(self, half_log_snr: F64) -> F64:
+        """The times at which ``log(alpha / sigma)`` has the given values."""
+
+    @abstractmethod
+    def half_log_snr(self, t: F64) -> F64:
+        """``log(alpha / sigma)`` at times ``t``."""
+
+    def conditioning(self, t: F64) -> F64:
+        """What the network is told in place of ``t``; the time itself by default."""
+        return t
+
+    def uniform(self, count: int, t_start: float, t_end: float) -> F64:
+        """``count`` times from ``t_start`` to ``t_end``, even in the schedule's own measure."""
+        return np.linspace(t_start, t_end, count)
