@@ -1,9 +1,13 @@
 """Training state on disk, replaced at once so that a stopped run leaves a whole file."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from embedded.schedule import TrainingClock
@@ -18,23 +22,56 @@ class TrainingState:
     clock: TrainingClock
 
     def store(self, file: Path) -> None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        fresh = file.with_suffix(".writing")
-        content = {
-            "modules": {name: module.state_dict() for name, module in self.modules.items()},
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.clock.step,
-            "spent_s": self.clock.elapsed_s,
+        """Write all of it to a safetensors file."""
+        state = self.optimizer.state_dict()
+        tensors = {
+            f"optimizer.{parameter}.{key}": value
+            for parameter, values in state["state"].items()
+            for key, value in values.items()
         }
-        torch.save(content, fresh)
-        fresh.replace(file)
+        for name, module in self.modules.items():
+            tensors |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
+        metadata = {
+            "groups": json.dumps(state["param_groups"]),
+            "step": str(self.clock.step),
+            "spent_s": str(self.clock.elapsed_s),
+        }
+        save(tensors, file, metadata)
 
     def restore(self, file: Path, device: str) -> None:
-        content = torch.load(file, map_location=device)
+        """Read it back, on the device."""
+        tensors = load_file(file, device)
         for name, module in self.modules.items():
-            module.load_state_dict(content["modules"][name])
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.clock.step, self.clock.spent_s = content["step"], content["spent_s"]
+            module.load_state_dict(_below(tensors, name))
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in _below(tensors, "optimizer").items():
+            parameter, _, name = key.partition(".")
+            state.setdefault(int(parameter), {})[name] = value
+        metadata = metadata_of(file)
+        groups: list[dict[str, Any]] = json.loads(metadata["groups"])
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.clock.step, self.clock.spent_s = int(metadata["step"]), float(metadata["spent_s"])
+
+
+def save(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write tensors to a safetensors file, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    fresh = file.with_suffix(".writing")
+    save_file({key: value.contiguous() for key, value in tensors.items()}, fresh, metadata)
+    fresh.replace(file)
+
+
+def metadata_of(file: Path) -> dict[str, str]:
+    """What was written beside the tensors."""
+    with safe_open(file, "pt") as content:
+        return dict(content.metadata() or {})
+
+
+def _below(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    prefix = f"{name}."
+    return {
+        key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
+    }
 
 
 class RunningAverage:

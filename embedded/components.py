@@ -50,6 +50,7 @@ def make_tokenizer() -> CLIPTokenizer:
 
 
 def make_text_encoder() -> CLIPTextModel:
+    """The text encoder, untrained."""
     tokenizer = make_tokenizer()
     return CLIPTextModel(
         CLIPTextConfig(
@@ -69,6 +70,7 @@ def make_text_encoder() -> CLIPTextModel:
 
 
 def make_unet() -> UNet2DConditionModel:
+    """The U-Net, untrained: cross-attention at the two lower levels."""
     return UNet2DConditionModel(
         sample_size=LATENT_SIZE,
         in_channels=LATENT_CHANNELS,
@@ -129,10 +131,12 @@ def make_scheduler() -> DDIMScheduler:
 
 
 def make_components() -> Components:
+    """All trained parts, untrained."""
     return Components(make_autoencoder(), make_unet(), make_text_encoder())
 
 
 def load_components(folder: Path) -> Components:
+    """All trained parts, from a model folder."""
     return Components(
         AutoencoderTiny.from_pretrained(folder / "vae"),
         UNet2DConditionModel.from_pretrained(folder / "unet"),

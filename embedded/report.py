@@ -28,6 +28,7 @@ class Score:
     met: Counter[str] = field(default_factory=Counter)
 
     def add(self, verdict: dict[str, bool]) -> None:
+        """Count one picture, by what the checker found right."""
         self.pictures += 1
         self.right += all(verdict.values())
         self.claimed.update(verdict.keys())
@@ -132,4 +133,5 @@ def table(scores: dict[str, Score]) -> str:
 
 
 def load_pipeline(folder: Path, device: str) -> StableDiffusionPipeline:
+    """Diffusers' own pipeline on a model folder."""
     return StableDiffusionPipeline.from_pretrained(folder).to(device)

@@ -21,10 +21,12 @@ class TrainingClock:
 
     @property
     def elapsed_s(self) -> float:
+        """Seconds of training, earlier runs included."""
         return self.spent_s + time.monotonic() - self._started
 
     @property
     def progress(self) -> float:
+        """Share of the training done, by steps or by time, whichever is further."""
         by_steps = self.step / self.steps if self.steps else 0.0
         by_time = self.elapsed_s / (60 * self.minutes) if self.minutes else 0.0
         return min(1.0, max(by_steps, by_time))

@@ -16,6 +16,7 @@ from PIL import Image
 
 from embedded import MODEL_FOLDER
 from embedded.autoencoder_training import AutoencoderSettings, train_autoencoder
+from embedded.checkpoint import metadata_of
 from embedded.components import Components, save_model
 from embedded.report import (
     Sampling,
@@ -50,6 +51,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--publish-minutes", type=float, default=20.0, help="between previews")
     parser.add_argument("--out", type=Path, default=Path("out/embedded"), help="for checkpoints")
     parser.add_argument("--model", type=Path, default=MODEL_FOLDER, help="folder to write")
+    parser.add_argument("--notes", type=Path, help="a text file that ends the report")
     return parser.parse_args()
 
 
@@ -71,7 +73,7 @@ def main() -> int:
 
 def run_autoencoder(options: argparse.Namespace) -> bool:
     """Train the autoencoder; says whether its reconstructions pass the gate."""
-    checkpoint = options.out / "autoencoder.pt"
+    checkpoint = options.out / "autoencoder.safetensors"
     if not options.resume:
         checkpoint.unlink(missing_ok=True)
     settings = AutoencoderSettings(
@@ -95,8 +97,8 @@ def run_autoencoder(options: argparse.Namespace) -> bool:
 def run_unet(options: argparse.Namespace) -> None:
     """Train the U-Net and the text encoder, publishing previews to the model's folder."""
     if not options.resume:
-        (options.out / "unet.pt").unlink(missing_ok=True)
-        (options.out / "corpus.pt").unlink(missing_ok=True)
+        (options.out / "unet.safetensors").unlink(missing_ok=True)
+        (options.out / "corpus.safetensors").unlink(missing_ok=True)
     autoencoder = AutoencoderTiny.from_pretrained(options.out / "autoencoder")
     settings = UNetSettings(
         steps=options.steps,
@@ -182,11 +184,13 @@ def _history(options: argparse.Namespace) -> str:
     """Steps and minutes of each stage, from its checkpoint."""
     lines = ["| stage | steps | minutes |", "|---|---|---|"]
     for stage in ("autoencoder", "unet"):
-        file = options.out / f"{stage}.pt"
+        file = options.out / f"{stage}.safetensors"
         if file.exists():
-            content = torch.load(file, map_location="cpu")
-            lines.append(f"| {stage} | {content['step']} | {content['spent_s'] / 60:.0f} |")
-    return "\n".join(lines)
+            reached = metadata_of(file)
+            minutes = float(reached["spent_s"]) / 60
+            lines.append(f"| {stage} | {reached['step']} | {minutes:.0f} |")
+    notes = ["", options.notes.read_text().strip()] if options.notes else []
+    return "\n".join(lines + notes)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from embedded.checkpoint import RunningAverage, TrainingState
+from embedded.checkpoint import RunningAverage, TrainingState, save
 from embedded.components import (
     Components,
     make_scheduler,
@@ -125,10 +126,10 @@ def train_unet(
     )
     clock = TrainingClock(settings.steps, settings.minutes)
     state = TrainingState({"model": model, "average": average}, optimizer, clock)
-    checkpoint = folder / "unet.pt"
+    checkpoint = folder / "unet.safetensors"
     if checkpoint.exists():
         state.restore(checkpoint, settings.device)
-    corpus = _corpus(autoencoder, settings, folder / "corpus.pt")
+    corpus = _corpus(autoencoder, settings, folder / "corpus.safetensors")
     rng = torch.Generator().manual_seed(settings.seed + clock.step)
     published_s, losses = clock.elapsed_s, []
     while clock.progress < 1:
@@ -158,12 +159,11 @@ def train_unet(
 
 def _corpus(autoencoder: AutoencoderTiny, settings: UNetSettings, file: Path) -> Corpus:
     if file.exists():
-        content = torch.load(file)
+        content = load_file(file)
         if len(content["latents"]) == settings.pictures:
             return Corpus(content["latents"], content["tokens"], content["empty"])
     corpus = make_corpus(autoencoder, settings.pictures, settings.device)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"latents": corpus.latents, "tokens": corpus.tokens, "empty": corpus.empty}, file)
+    save({"latents": corpus.latents, "tokens": corpus.tokens, "empty": corpus.empty}, file)
     return corpus
 
 

@@ -14,7 +14,7 @@ from embedded.autoencoder_training import (
     train_autoencoder,
     whiten,
 )
-from embedded.checkpoint import RunningAverage, TrainingState
+from embedded.checkpoint import RunningAverage, TrainingState, metadata_of
 from embedded.components import Components, make_autoencoder
 from embedded.report import Score, contact_sheet, table, unseen_scenes
 from embedded.scenes import make_scene, render
@@ -47,11 +47,14 @@ def test_a_checkpoint_brings_everything_back(tmp_path: Path) -> None:
     state.modules["model"](torch.ones(1, 3)).sum().backward()
     state.optimizer.step()
     state.clock.step = 4
-    state.store(tmp_path / "state.pt")
+    state.store(tmp_path / "state.safetensors")
     again = fresh()
-    again.restore(tmp_path / "state.pt", "cpu")
+    again.restore(tmp_path / "state.safetensors", "cpu")
     assert again.clock.step == 4
-    assert torch.equal(again.modules["model"].weight, state.modules["model"].weight)
+    for ours, theirs in zip(
+        again.modules["model"].parameters(), state.modules["model"].parameters(), strict=True
+    ):
+        assert torch.equal(ours, theirs)
     assert again.optimizer.state_dict()["state"].keys() == {0, 1}
 
 
@@ -94,11 +97,11 @@ def autoencoder_settings(steps: int) -> AutoencoderSettings:
 
 
 def test_the_autoencoder_trains_and_resumes(tmp_path: Path) -> None:
-    checkpoint = tmp_path / "autoencoder.pt"
+    checkpoint = tmp_path / "autoencoder.safetensors"
     train_autoencoder(autoencoder_settings(2), checkpoint)
-    assert torch.load(checkpoint)["step"] == 2
+    assert metadata_of(checkpoint)["step"] == "2"
     train_autoencoder(autoencoder_settings(3), checkpoint)
-    assert torch.load(checkpoint)["step"] == 3
+    assert metadata_of(checkpoint)["step"] == "3"
 
 
 def test_the_unet_trains_publishes_and_resumes(tmp_path: Path) -> None:
