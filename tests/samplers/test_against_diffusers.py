@@ -264,12 +264,14 @@ PAIRS = {
         {"use_karras_sigmas": True},
         DPMSolverPP(),
         Karras(whole=True),
+        tolerance=BETWEEN_LEVELS,
     ),
     "dpm_solver_pp-logsnr": Pair(
         DPMSolverMultistepScheduler,
         {"use_lu_lambdas": True},
         DPMSolverPP(),
         LogSNR(whole=True),
+        tolerance=BETWEEN_LEVELS,
     ),
     "dpm_solver_pp-3-long": Pair(
         DPMSolverMultistepScheduler,
@@ -289,6 +291,7 @@ PAIRS = {
         {"use_karras_sigmas": True, "solver_order": 3},
         UniPC(order=3),
         Karras(whole=True),
+        tolerance=BETWEEN_LEVELS,
     ),
 }
 
