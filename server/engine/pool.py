@@ -9,7 +9,7 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-FIRST_SLOTS = 5
+FIRST_SLOTS = 4
 """State slots that the deepest of our own samplers needs; more only for a deeper one."""
 
 FIRST_CAPACITY = 16

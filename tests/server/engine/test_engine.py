@@ -17,7 +17,7 @@ from guidance.cfg import CFG
 from guidance.interval import Interval
 from samplers import SAMPLERS, integrate, preconditioning
 from samplers.dpm_solver_pp import DPMSolverPP
-from server.engine.engine import FIXED_ROWS_MULTIPLE, LANES_KEPT
+from server.engine.engine import FIXED_ROWS_MULTIPLE, LANES_KEPT, Engine
 from server.engine.noise import stage_noise, start_noise
 from server.engine.preview import to_uint8
 from server.engine.retirement import DECODED_AT_ONCE
@@ -311,6 +311,29 @@ def test_stopping_at_once_tells_everybody(start, task, listen):
     assert [type(e) for e in heard.errors.values()] == [NotReady] * 3
 
 
+class Unloadable:
+    """The real model with an autoencoder that fails."""
+
+    def __init__(self, model):
+        self._model = model
+
+    def __getattr__(self, name):
+        return getattr(self._model, name)
+
+    def encode(self, pixels):
+        raise RuntimeError("broken autoencoder")
+
+
+def test_an_engine_that_cannot_warm_up_says_why_and_takes_nothing(model, task, listen):
+    engine = Engine({"embedded": Unloadable(model)})  # type: ignore[dict-item]
+    engine.start()
+    engine._thread.join(60)
+    assert not engine.ready
+    assert "broken autoencoder" in str(engine.failure)
+    with pytest.raises(NotReady):
+        engine.submit([task()], listen(1))
+
+
 def test_progress_counts_steps_not_evaluations_and_carries_previews(engine, task, run):
     heard = run(engine, [task("heun", steps=4, previews=True)])
     assert heard.steps == [(0, k, 4) for k in (1, 2, 3, 4)]
@@ -377,7 +400,5 @@ def test_an_elementwise_table_shares_a_tick_with_scalar_ones(fixed_engine, task,
 
 
 def test_a_budget_too_small_for_guidance_is_refused(model):
-    from server.engine.engine import Engine
-
     with pytest.raises(ValueError, match="row_budget is 1; at least 2"):
         Engine({"embedded": model}, row_budget=1)
