@@ -170,26 +170,26 @@ class Engine:
             return bool(self._arrived or self._active) and monotonic() < self._stop_at
 
     def _tick(self) -> None:
-        self._drop_cancelled()
         self._admit()
         chosen = self._select()
         if chosen:
             self._weave(chosen)
             self._retire([sequence for sequence in chosen if sequence.done])
 
-    def _drop_cancelled(self) -> None:
-        for sequence in [s for s in self._active if s.submission.cancelled]:
-            self._end(sequence, Cancelled())
-
     def _admit(self) -> None:
+        """Take in newcomers, and let go of what was cancelled, before any work is done for it."""
         with self._wake:
             count = min(ADMITTED_A_TICK, len(self._arrived))
             newcomers = [self._arrived.popleft() for _ in range(count)]
         self._active.extend(newcomers)
+        cancelled = {sequence for sequence in self._active if sequence.submission.cancelled}
+        for sequence in cancelled:
+            self._fail(sequence, Cancelled())
         began = perf_counter()
-        for sequence, error in self._admission.admit(newcomers):
+        staying = [sequence for sequence in newcomers if sequence not in cancelled]
+        for sequence, error in self._admission.admit(staying):
             self._fail(sequence, error)
-        if newcomers:
+        if staying:
             self.measurements.encode_s += perf_counter() - began
 
     def _select(self) -> list[Sequence]:
@@ -207,7 +207,7 @@ class Engine:
                 sequence.started_at = monotonic()
                 sequence.listener.started(sequence.index)
         try:
-            self._stage(chosen)
+            outcome = self._stage(chosen)
         except Exception as error:
             if len(chosen) == 1:
                 log.exception("an image failed in its stage")
@@ -216,8 +216,21 @@ class Engine:
             half = len(chosen) // 2
             self._weave(chosen[:half])
             self._weave(chosen[half:])
+            return
+        for sequence, finite, settled, denoised in zip(chosen, *outcome, strict=True):
+            if not finite:
+                self._fail(sequence, RowFailed(_broken(sequence)))
+                continue
+            self._report(sequence, denoised)
+            sequence.settled |= settled
 
-    def _stage(self, chosen: list[Sequence]) -> None:
+    def _stage(self, chosen: list[Sequence]) -> tuple[list[bool], list[bool], Tensor]:
+        """Evaluate, guide and advance; nothing is written unless all of it succeeds.
+
+        Returns:
+            Of each image: whether its prediction is finite, whether its guidance ends here, and
+            the prediction.
+        """
         began = perf_counter()
         lane = chosen[0].lane
         rows = weave.pack(lane, chosen, self._fixed_rows)
@@ -228,16 +241,11 @@ class Engine:
         state = weave.step(rows, guidance)
         finite = guidance.denoised.flatten(1).sum(1).isfinite()
         # The tick's one wait for the device.
-        flags = torch.stack([finite, guidance.settled]).tolist()
+        sound, settled = torch.stack([finite, guidance.settled]).tolist()
         weave.write_back(rows, state, guidance)
         denoise_s = watch.seconds()
         self._book(rows.rows, denoise_s, perf_counter() - began - denoise_s)
-        for i, sequence in enumerate(chosen):
-            if not flags[0][i]:
-                self._fail(sequence, RowFailed(_broken(sequence)))
-                continue
-            self._report(sequence, guidance.denoised[i])
-            sequence.settled |= flags[1][i]
+        return sound, settled, guidance.denoised
 
     def _book(self, rows: int, denoise_s: float, weave_s: float) -> None:
         m = self.measurements
@@ -276,12 +284,10 @@ class Engine:
         self.measurements.decode_s += perf_counter() - began
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
-        self.measurements.failed += 1
-        self._leave(sequence)
-        sequence.listener.failed(sequence.index, error)
-
-    def _end(self, sequence: Sequence, error: Exception) -> None:
-        self.measurements.cancelled += 1
+        if isinstance(error, Cancelled):
+            self.measurements.cancelled += 1
+        else:
+            self.measurements.failed += 1
         self._leave(sequence)
         sequence.listener.failed(sequence.index, error)
 
