@@ -144,7 +144,7 @@ class Engine:
         budgets: list[int] = []
         for name, model in self._models.items():
             self._colours[name] = fit_preview(model)
-            model.decode(self._colours[name].new_zeros(1, *self._default_shape(model)))
+            model.decode(torch.zeros(1, *self._default_shape(model), device=model.device))
             rates = sweep(model, BATCHES if asked is None else (asked,))
             log.info("%s evaluates, in rows/s by batch size: %s", name, rates)
             budgets.append(row_budget_of(rates))

@@ -14,33 +14,45 @@ if TYPE_CHECKING:
 
     from server.models.hosted import HostedModel
 
-SAMPLES = 8
-PATCHES = 4
+SAMPLES = 16
+PATCHES = 2
+CELLS = 16
+"""Pictures to fit on, patches of colour and latent cells along their sides."""
+
 ENLARGED = 4
 """Preview pixels along one side of a latent cell."""
 
 
 def fit_preview(model: HostedModel) -> Tensor:
-    """The affine map from a latent cell to its mean colour, ``[C + 1, 3]``.
+    """The map from the features of a latent cell to its mean colour, ``[features, 3]``.
 
     Fitted by least squares on pictures of random patches of colour that the model's own
     autoencoder encodes, so it suits any autoencoder without a table of factors.
     """
     generator = torch.Generator().manual_seed(0)
-    side = max(model.facts.size_multiple, 8 * model.facts.latent_scale)
+    side = max(model.facts.size_multiple, CELLS * model.facts.latent_scale)
     patches = torch.rand(SAMPLES, 3, PATCHES, PATCHES, generator=generator) * 2 - 1
     pixels = F.interpolate(patches, size=(side, side), mode="nearest").to(model.device)
-    latents = model.encode(pixels).movedim(1, -1).flatten(0, 2)
-    colours = F.avg_pool2d(pixels, model.facts.latent_scale).movedim(1, -1).flatten(0, 2)
-    ones = torch.ones(len(latents), 1, device=latents.device)
-    return torch.linalg.lstsq(torch.cat([latents, ones], 1), colours).solution
+    latents = model.encode(pixels).movedim(1, -1)
+    colours = F.avg_pool2d(pixels, model.facts.latent_scale).movedim(1, -1)
+    return torch.linalg.lstsq(_features(latents).flatten(0, 2), colours.flatten(0, 2)).solution
 
 
 def preview(denoised: Tensor, colours: Tensor) -> NDArray[np.uint8]:
     """uint8 ``[4 h, 4 w, 3]`` of a denoised prediction ``[C, h, w]``."""
-    flat = denoised.movedim(0, -1) @ colours[:-1] + colours[-1]
+    flat = _features(denoised.movedim(0, -1)) @ colours
     picture = F.interpolate(flat.movedim(-1, 0)[None], scale_factor=ENLARGED, mode="bilinear")[0]
     return to_uint8(picture[None])[0]
+
+
+def _features(cells: Tensor) -> Tensor:
+    """``[..., C]`` to ``[..., C + C (C + 1) / 2 + 1]``: the channels, their products, and 1.
+
+    The products matter: on the embedded model channels alone leave white a light green.
+    """
+    first, second = torch.triu_indices(cells.shape[-1], cells.shape[-1], device=cells.device)
+    products = cells[..., first] * cells[..., second]
+    return torch.cat([cells, products, torch.ones_like(cells[..., :1])], -1)
 
 
 def to_uint8(pictures: Tensor) -> NDArray[np.uint8]:
