@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 from http.client import HTTPConnection
+from pathlib import Path
 from statistics import quantiles
 from threading import Event, Thread
 from time import perf_counter, sleep
@@ -30,7 +31,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=32)
     options = parser.parse_args()
     port = _free_port()
-    command = [sys.executable, "-m", "server.cli", "serve", "--port", str(port)]
+    command = [str(Path(sys.executable).with_name("weft")), "serve", "--port", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         _wait_until_ready(port)
