@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
@@ -33,9 +32,9 @@ class Spacing(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan
         """``count`` falling times from ``t_start`` to ``t_end``."""
         return schedule.uniform(count, t_start, t_end)
 
-    @abstractmethod
     def evaluated(self, schedule: Levels, steps: int) -> F64:
         """The ``steps`` falling times at which a run to the clean picture evaluates."""
+        return self.times(schedule, steps, schedule.t_start, schedule.t_end)
 
 
 class Leading(Spacing, frozen=True):
@@ -120,10 +119,6 @@ class Karras(Spacing, frozen=True):
         ratio = np.linspace(first, last, count) ** self.rho
         return schedule.time_of_half_log_snr(-np.log(ratio))
 
-    @override
-    def evaluated(self, schedule: Levels, steps: int) -> F64:
-        return self.times(schedule, steps, schedule.t_start, schedule.t_end)
-
 
 class LogSNR(Spacing, frozen=True):
     """Even in log(alpha / sigma)."""
@@ -144,10 +139,6 @@ class LogSNR(Spacing, frozen=True):
     def times(self, schedule: Levels, count: int, t_start: float, t_end: float) -> F64:
         ends = schedule.half_log_snr(np.array([_finite_start(schedule, t_start), t_end]))
         return schedule.time_of_half_log_snr(np.linspace(ends[0], ends[1], count))
-
-    @override
-    def evaluated(self, schedule: Levels, steps: int) -> F64:
-        return self.times(schedule, steps, schedule.t_start, schedule.t_end)
 
 
 class LCMSpacing(Spacing, frozen=True):
