@@ -27,7 +27,11 @@ class Heun(Sampler, frozen=True):
     summary: ClassVar[str] = "Second order, two evaluations a step; steady at low noise."
     source: ClassVar[str] = "Karras et al., arXiv 2206.00364, algorithm 1."
     name: Literal["heun"] = "heun"
-    evaluations_per_step: ClassVar[int] = 2
+
+    @property
+    @override
+    def evaluations_per_step(self) -> int:
+        return 2
 
     @property
     @override

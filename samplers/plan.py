@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from samplers.langevin import corrected
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -67,6 +69,9 @@ class Plan:
         tables: float64 ``[stages, K, K + 3]``, or ``[stages, K, K + 3, C, h, w]`` elementwise.
         step: the sampler step that a stage belongs to, from 0, ``[stages]``.
         start_scale: deviation of the start noise of a run from nothing.
+        langevin: signal-to-noise ratio of the Langevin move that a stage makes before its matrix,
+            ``[stages]``; 0 where a stage is linear, as all are by default. The move spends the
+            stage's noise, so the matrix of such a stage asks for none.
     """
 
     t: F64
@@ -75,6 +80,11 @@ class Plan:
     tables: F64
     step: tuple[int, ...]
     start_scale: float
+    langevin: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.langevin:
+            object.__setattr__(self, "langevin", (0.0,) * len(self.tables))
 
     @classmethod
     def of_steps(cls, grid: Grid, tables: Sequence[F64]) -> Plan:
@@ -112,20 +122,27 @@ class Plan:
     def noisy(self) -> tuple[bool, ...]:
         """Which stages ask for fresh noise, ``[stages]``."""
         column = self.tables[:, :, -2].reshape(self.evaluations, -1)
-        return tuple(bool(x) for x in np.any(column != 0, axis=1))
+        return tuple(
+            bool(drawn) or snr > 0
+            for drawn, snr in zip(np.any(column != 0, axis=1), self.langevin, strict=True)
+        )
 
 
-def advance(columns: Tensor, tables: Tensor) -> Tensor:
+def advance(columns: Tensor, tables: Tensor, langevin: Tensor | None = None) -> Tensor:
     """Apply one stage to each row: the only place where a state moves.
 
     Args:
         columns: ``[rows, K + 2, C, h, w]``: the state's K slots, the guided denoised prediction,
             fresh noise. Where a stage asks for no noise, that column may hold any finite values.
         tables: ``[rows, K, K + 3]``, or ``[rows, K, K + 3, C, h, w]`` where elementwise.
+        langevin: ``[rows, 3]``, snr, alpha and sigma of the stages, for the nonlinear move of
+            those rows whose snr is not 0; none where all are linear.
 
     Returns:
         The new states ``[rows, K, C, h, w]``.
     """
+    if langevin is not None:
+        columns = corrected(columns, langevin)
     factors, constant = tables[:, :, :-1], tables[:, :, -1]
     if tables.ndim > 3:
         return (factors * columns[:, None]).sum(2) + constant
@@ -159,12 +176,16 @@ def integrate(
     rows, K = x_start.shape[0], plan.slots
     columns = x_start.new_zeros(rows, K + 2, *x_start.shape[1:])
     columns[:, 0] = x_start
-    for stage, (t, table, noisy) in enumerate(
-        zip(plan.t[:-1], plan.tables, plan.noisy, strict=True)
+    for stage, (t, table, noisy, snr) in enumerate(
+        zip(plan.t[:-1], plan.tables, plan.noisy, plan.langevin, strict=True)
     ):
         columns[:, K] = denoise(columns[:, 0], float(t))
         if noisy and noise is not None:
             columns[:, K + 1] = noise(stage)
         per_row = x_start.new_tensor(table).expand(rows, *table.shape)
-        columns[:, :K] = advance(columns, per_row)
+        langevin = None
+        if snr > 0:
+            scalars = x_start.new_tensor([snr, plan.alpha[stage], plan.sigma[stage]])
+            langevin = scalars.expand(rows, 3)
+        columns[:, :K] = advance(columns, per_row, langevin)
     return columns[:, 0].clone()

@@ -24,8 +24,6 @@ class Sampler(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan
     """Paper and equation."""
     default_spacing: ClassVar[str] = "trailing"
     """Name of the spacing used when a request names none."""
-    evaluations_per_step: ClassVar[int] = 1
-    """Evaluations of the model in a full step; the last step takes one."""
     name: str
 
     @property
@@ -34,9 +32,22 @@ class Sampler(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan
         """Order of the global error in the step, 0 for a sampler that solves no equation."""
 
     @property
+    def evaluations_per_step(self) -> int:
+        """Evaluations of the model in a full step; the last step takes one."""
+        return 1
+
+    @property
     def stochastic(self) -> bool:
         """Whether the run draws fresh noise on the way."""
         return False
+
+    def steps_taken(self, steps: int) -> int:
+        """Steps of a run over a grid of ``steps``: more where a sampler goes back up."""
+        return steps
+
+    def evaluations(self, steps: int) -> int:
+        """Evaluations of the model in a run over a grid of ``steps``."""
+        return self.evaluations_per_step * (self.steps_taken(steps) - 1) + 1
 
     @abstractmethod
     def plan(self, grid: Grid) -> Plan:

@@ -89,8 +89,8 @@ def test_every_plan_is_finite_and_lands_on_the_clean_picture(
 def test_evaluations_are_as_declared(sampler: Sampler) -> None:
     for steps in STEPS:
         plan = plan_of(sampler, DISCRETE, steps)
-        assert plan.steps == steps
-        assert plan.evaluations == sampler.evaluations_per_step * (steps - 1) + 1
+        assert plan.steps == sampler.steps_taken(steps)
+        assert plan.evaluations == sampler.evaluations(steps)
         told: list[float] = []
         integrate(
             plan,
