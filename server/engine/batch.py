@@ -151,9 +151,11 @@ def step(batch: Batch, guidance: Guidance) -> Tensor:
     for members in _grouped(range(len(batch.plans)), lambda i: batch.plans[i].elementwise).values():
         tables = torch.stack([batch.plans[i].tables[batch.sequences[i].stage] for i in members])
         where = _indices(batch.lane, members)
+        langevin = _langevin(batch, members)
         moved = advance(
             _padded(columns.index_select(0, where), batch.fixed_rows),
             _padded(tables, batch.fixed_rows),
+            None if langevin is None else _padded(langevin, batch.fixed_rows),
         )
         state.index_copy_(0, where, moved[: len(members)])
     _keep_known(batch, state)
@@ -167,6 +169,15 @@ def write_back(batch: Batch, state: Tensor, guidance: Guidance) -> None:
     pool.columns[:, : pool.slots].index_copy_(0, rows, state)
     for i, kept in guidance.memory.items():
         pool.memory[batch.sequences[i].slot, : len(kept)] = kept
+
+
+def _langevin(batch: Batch, members: list[int]) -> Tensor | None:
+    """What the nonlinear stages among these need, ``[members, 3]``; none where all are linear."""
+    if not any(batch.plans[i].langevin[batch.sequences[i].stage] for i in members):
+        return None
+    return _columns_of(
+        batch, members, lambda plan, i: (plan.langevin[i], plan.alpha[i], plan.sigma[i])
+    )
 
 
 def _keep_known(batch: Batch, state: Tensor) -> None:

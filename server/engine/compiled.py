@@ -29,6 +29,7 @@ class CompiledPlan:
         skip: ``denoised = skip * x + out * raw``.
         out: see ``skip``.
         noisy: which stages draw noise.
+        langevin: signal-to-noise ratio of each stage's Langevin move, 0 where it makes none.
         elementwise: whether the tables are.
     """
 
@@ -40,6 +41,7 @@ class CompiledPlan:
     skip: list[float]
     out: list[float]
     noisy: tuple[bool, ...]
+    langevin: tuple[float, ...]
     elementwise: bool
 
 
@@ -60,5 +62,6 @@ def compile_plan(plan: Plan, facts: ModelFacts, slots: int, device: torch.device
         skip=scales.skip.tolist(),
         out=scales.out.tolist(),
         noisy=plan.noisy,
+        langevin=plan.langevin,
         elementwise=plan.elementwise,
     )
