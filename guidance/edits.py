@@ -1,0 +1,49 @@
+"""What a branch changes inside the network for its row: plain data, which a model's hooks act on.
+
+Layers are named ``middle`` or by dotted prefixes of the names of a model's blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+
+@dataclass(frozen=True, slots=True)
+class IdentityAttention:
+    """Self-attention that passes each token's own values (PAG, arXiv 2403.17377, section 3.3)."""
+
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BlurredQueries:
+    """Self-attention whose queries are blurred over the picture (SEG, arXiv 2408.00760).
+
+    ``sigma`` is in cells of the attention's own resolution; infinite gives all tokens their mean.
+    """
+
+    layers: tuple[str, ...]
+    sigma: float
+
+
+@dataclass(frozen=True, slots=True)
+class SkippedBlocks:
+    """Transformer blocks that are left out (SLG)."""
+
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SkipScales:
+    """Factors on a U-Net's skip connections, interpolated from bottom to top (Skip-Tuning)."""
+
+    scales: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WeakModel:
+    """The row is evaluated by the model's weaker companion (autoguidance)."""
+
+
+Edit: TypeAlias = IdentityAttention | BlurredQueries | SkippedBlocks | SkipScales | WeakModel
