@@ -1,0 +1,185 @@
+"""Empirical model statistics: what DPM-Solver-v3 knows of a model beforehand, and its file.
+
+With ``y = x / alpha``, ``lam = log(alpha / sigma)`` and the noise prediction ``eps`` of the guided
+model, ``l`` makes ``f = (sigma eps - l x) / alpha`` depend on x as little as it can, and ``s`` and
+``b`` are the line ``f' = s f + b`` that its change along the flow follows best, each of them a
+function of lam for every element of a latent (Zheng et al., arXiv 2310.13268, section 3).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from samplers.levels import F64, Levels
+
+FORMAT = "weft.statistics.1"
+TIMES = 33
+"""Times at which two schedules are told apart."""
+CHANNEL_AXES = (2, 3)
+
+
+def fingerprint(schedule: Levels) -> str:
+    """The kind of a schedule, and 16 hexadecimal digits that follow its levels."""
+    times = np.linspace(schedule.t_end, schedule.t_start, TIMES)
+    # Rounded, as the last digits of exp and log differ between machines.
+    digest = hashlib.sha256(np.round(schedule.half_log_snr(times), 6).astype("<f8").tobytes())
+    return f"{type(schedule).__name__}-{digest.hexdigest()[:16]}"
+
+
+@dataclass(frozen=True, slots=True)
+class StatisticsIdentity:
+    """What statistics were computed for; they mean nothing for anything else.
+
+    Attributes:
+        model: the model's revision, or any name for a callable of one's own.
+        schedule: ``fingerprint`` of its noise schedule.
+        t_start: the noisiest time, in the schedule's own time.
+        t_end: the cleanest time.
+        rule: name of the guidance rule; ``none`` for the prompt alone.
+        scale: its scale, 1 for ``none``.
+        shape: of the latents, ``(C, h, w)``.
+        samples: K, noised samples at each point.
+        points: points in lam.
+    """
+
+    model: str
+    schedule: str
+    t_start: float
+    t_end: float
+    rule: str
+    scale: float
+    shape: tuple[int, ...]
+    samples: int
+    points: int
+
+    def check(self, model: str, schedule: str) -> None:
+        """Refuse statistics of another model or schedule.
+
+        Args:
+            model: revision of the weights that are to be sampled.
+            schedule: fingerprint of their schedule.
+
+        Raises:
+            ValueError: they differ, with a sentence for the user.
+        """
+        for what, own, asked in (
+            ("model revision", self.model, model),
+            ("noise schedule", self.schedule, schedule),
+        ):
+            if own != asked:
+                raise ValueError(
+                    f"statistics are of {what} {own}, and the model's is {asked}; "
+                    "they must be made anew."
+                )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Statistics:
+    """l, s and b over lam.
+
+    Attributes:
+        half_log_snr: lam of the points, strictly rising, ``[points]``.
+        l: ``[points, C, h, w]`` elementwise, ``[points, C, 1, 1]`` per channel, or ``[points]``.
+        s: like ``l``.
+        b: like ``l``.
+        identity: what they are of; None for closed forms.
+    """
+
+    half_log_snr: F64
+    l: F64  # noqa: E741 - the paper's name
+    s: F64
+    b: F64
+    identity: StatisticsIdentity | None = None
+
+    def per_channel(self) -> Statistics:
+        """Means over the elements of each channel, which serve latents of any size."""
+        if self.l.ndim == 1:
+            return self
+        l, s, b = (a.mean(CHANNEL_AXES, keepdims=True) for a in (self.l, self.s, self.b))  # noqa: E741
+        return replace(self, l=l, s=s, b=b)
+
+    def for_shape(self, shape: tuple[int, ...]) -> Statistics:
+        """Those for a latent ``(C, h, w)``: elementwise where they are of it, else per channel.
+
+        Raises:
+            ValueError: the latent has other channels.
+        """
+        own = self.l.shape[1:]
+        if not own or own == shape:
+            return self
+        if own[0] not in (1, shape[0]):
+            raise ValueError(
+                f"statistics are of {own[0]} latent channels, and the latent has {shape[0]}."
+            )
+        return self.per_channel()
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file, whole or not at all.
+
+        The arrays are stored in float32; lam stays float64.
+        """
+        arrays = {name: getattr(self, name).astype(np.float32) for name in ("l", "s", "b")}
+        metadata = {"format": FORMAT}
+        if self.identity is not None:
+            metadata["identity"] = json.dumps(asdict(self.identity))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_name(f".{path.name}.writing")
+        save_file({"half_log_snr": self.half_log_snr, **arrays}, fresh, metadata)
+        fresh.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Statistics:
+        """Read a file that ``save`` wrote, as float64.
+
+        Raises:
+            ValueError: it holds no statistics.
+        """
+        identity = read_identity(path)
+        with safe_open(path, "np") as content:
+            try:
+                lam, *rest = (
+                    content.get_tensor(name).astype(np.float64)
+                    for name in ("half_log_snr", "l", "s", "b")
+                )
+            except SafetensorError as error:
+                raise ValueError(f"statistics file {str(path)!r} is incomplete: {error}.") from None
+        shapes = {a.shape for a in rest}
+        if len(shapes) > 1 or rest[0].shape[:1] != lam.shape or np.any(np.diff(lam) <= 0):
+            raise ValueError(
+                f"statistics file {str(path)!r} has arrays that do not stand over rising points."
+            )
+        if not all(np.isfinite(a).all() for a in (lam, *rest)):
+            raise ValueError(f"statistics file {str(path)!r} has values that are not finite.")
+        return cls(lam, *rest, identity)
+
+
+def read_identity(path: Path) -> StatisticsIdentity | None:
+    """What the statistics in a file are of, from its header alone; None for closed forms.
+
+    Raises:
+        ValueError: it holds no statistics.
+    """
+    try:
+        with safe_open(path, "np") as content:
+            metadata: dict[str, str] = content.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"statistics file {str(path)!r} cannot be read: {error}.") from None
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{str(path)!r} holds no statistics of the form {FORMAT}.")
+    if "identity" not in metadata:
+        return None
+    try:
+        fields: dict[str, Any] = json.loads(metadata["identity"])
+        return StatisticsIdentity(**fields | {"shape": tuple(fields["shape"])})
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"{str(path)!r} does not say what its statistics are of.") from None

@@ -1,0 +1,118 @@
+"""The statistics' file, their other shapes, and what they refuse."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from samplers.statistics import Statistics, StatisticsIdentity, fingerprint, read_identity
+from tests.samplers.cases import DISCRETE, EDM, FLOW, SCHEDULES, VP
+
+IDENTITY = StatisticsIdentity(
+    model="0123456789abcdef",
+    schedule=fingerprint(DISCRETE),
+    t_start=999.0,
+    t_end=0.0,
+    rule="cfg",
+    scale=7.5,
+    shape=(4, 3, 2),
+    samples=16,
+    points=5,
+)
+
+
+@pytest.fixture
+def statistics() -> Statistics:
+    rng = np.random.default_rng(0)
+    l, s, b = rng.standard_normal((3, 5, 4, 3, 2)).astype(np.float32).astype(np.float64)  # noqa: E741
+    return Statistics(np.linspace(-5, 4.6, 5), l, s, b, IDENTITY)
+
+
+def test_a_file_gives_back_what_was_saved(statistics: Statistics, tmp_path: Path) -> None:
+    file = tmp_path / "weft" / "ems.safetensors"
+    statistics.save(file)
+    read = Statistics.load(file)
+    assert read.identity == read_identity(file) == IDENTITY
+    for name in ("half_log_snr", "l", "s", "b"):
+        assert np.array_equal(getattr(read, name), getattr(statistics, name))
+        assert getattr(read, name).dtype == np.float64
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def test_closed_forms_have_no_identity(statistics: Statistics, tmp_path: Path) -> None:
+    file = tmp_path / "closed.safetensors"
+    replace(statistics, identity=None).save(file)
+    assert read_identity(file) is None
+    assert Statistics.load(file).identity is None
+
+
+def test_other_sizes_get_the_channels_means(statistics: Statistics) -> None:
+    assert statistics.for_shape((4, 3, 2)) is statistics
+    other = statistics.for_shape((4, 8, 8))
+    assert other.l.shape == (5, 4, 1, 1)
+    assert np.allclose(other.b[:, 1, 0, 0], statistics.b[:, 1].reshape(5, -1).mean(1))
+    assert np.array_equal(other.for_shape((4, 16, 16)).s, other.s)
+
+
+def test_scalars_serve_every_shape() -> None:
+    flat = Statistics(np.arange(3.0), np.ones(3), np.zeros(3), np.zeros(3))
+    assert flat.for_shape((4, 8, 8)) is flat
+    assert flat.per_channel() is flat
+
+
+def test_other_channels_are_refused(statistics: Statistics) -> None:
+    with pytest.raises(ValueError, match="4 latent channels, and the latent has 16"):
+        statistics.for_shape((16, 3, 2))
+
+
+def test_statistics_of_another_model_or_schedule_are_refused() -> None:
+    IDENTITY.check(IDENTITY.model, IDENTITY.schedule)
+    with pytest.raises(
+        ValueError, match="of model revision 0123456789abcdef, and the model's is f"
+    ):
+        IDENTITY.check("f", IDENTITY.schedule)
+    with pytest.raises(ValueError, match="of noise schedule DiscreteVP-"):
+        IDENTITY.check(IDENTITY.model, fingerprint(FLOW))
+
+
+def test_fingerprints_tell_schedules_apart() -> None:
+    assert len({fingerprint(schedule) for schedule in SCHEDULES.values()}) == len(SCHEDULES)
+    assert fingerprint(EDM).startswith("EDM-")
+    assert fingerprint(VP) == fingerprint(VP.vp_linear())
+
+
+def test_what_holds_no_statistics_is_refused(statistics: Statistics, tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(b"not at all")
+    with pytest.raises(ValueError, match="cannot be read"):
+        Statistics.load(file)
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_identity(tmp_path / "missing.safetensors")
+    save_file({"l": np.zeros(3)}, file)
+    with pytest.raises(ValueError, match="holds no statistics of the form"):
+        read_identity(file)
+    save_file({"l": np.zeros(3)}, file, {"format": "weft.statistics.1"})
+    with pytest.raises(ValueError, match="is incomplete"):
+        Statistics.load(file)
+    save_file({"l": np.zeros(3)}, file, {"format": "weft.statistics.1", "identity": '{"shape": 3}'})
+    with pytest.raises(ValueError, match="does not say what its statistics are of"):
+        Statistics.load(file)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"half_log_snr": np.arange(5.0)[::-1].copy()}, "do not stand over rising points"),
+        ({"s": np.zeros((4, 4, 3, 2))}, "do not stand over rising points"),
+        ({"b": np.full((5, 4, 3, 2), np.nan)}, "not finite"),
+    ],
+)
+def test_spoilt_arrays_are_refused(
+    statistics: Statistics, tmp_path: Path, change: dict[str, np.ndarray], says: str
+) -> None:
+    file = tmp_path / "x.safetensors"
+    replace(statistics, **change).save(file)
+    with pytest.raises(ValueError, match=says):
+        Statistics.load(file)
