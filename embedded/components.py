@@ -20,6 +20,10 @@ MAX_TOKENS: Final = 32
 LATENT_CHANNELS: Final = 4
 LATENT_SIZE: Final = 16
 """Height and width of a picture's latents; a latent cell is 8 pixels wide."""
+WIDTHS: Final = (64, 96, 128)
+"""Channels of the U-Net's levels."""
+WEAK_WIDTHS: Final = (32, 48, 64)
+"""The same of the weaker companion, which autoguidance steers away from."""
 
 _TEXT_WIDTH: Final = 128
 _START, _END, _UNKNOWN = "<|startoftext|>", "<|endoftext|>", "<|unknown|>"
@@ -69,13 +73,13 @@ def make_text_encoder() -> CLIPTextModel:
     )
 
 
-def make_unet() -> UNet2DConditionModel:
-    """The U-Net, untrained: cross-attention at the two lower levels."""
+def make_unet(widths: tuple[int, int, int] = WIDTHS) -> UNet2DConditionModel:
+    """A U-Net, untrained: cross-attention at the two lower of three levels of these widths."""
     return UNet2DConditionModel(
         sample_size=LATENT_SIZE,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
-        block_out_channels=(64, 96, 128),
+        block_out_channels=widths,
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -159,6 +163,11 @@ def save_model(components: Components, folder: Path) -> None:
                 target = folder / source.relative_to(fresh)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 source.replace(target)
+
+
+def save_weak(unet: UNet2DConditionModel, folder: Path) -> None:
+    """Store the weaker companion in a model folder, where the server looks for one."""
+    copy.deepcopy(unet).half().save_pretrained(folder / "weft" / "weak")
 
 
 def _write(components: Components, folder: Path) -> None:

@@ -1,7 +1,8 @@
 """Train the embedded model from nothing: `python -m embedded.train`.
 
-Three stages, each of which can be run by itself: the autoencoder, the U-Net with the text encoder,
-and the report. A stage ends after `--steps` or `--minutes`, whichever comes first.
+The stages, each of which can be run by itself: the autoencoder, the U-Net with the text encoder,
+and the report. A training stage ends after `--steps` or `--minutes`, whichever comes first. The
+stage `weak` trains the small companion that autoguidance steers away from.
 """
 
 import argparse
@@ -17,7 +18,15 @@ from PIL import Image
 from embedded import MODEL_FOLDER
 from embedded.autoencoder_training import AutoencoderSettings, train_autoencoder
 from embedded.checkpoint import metadata_of
-from embedded.components import Components, save_model
+from embedded.components import (
+    WEAK_WIDTHS,
+    Components,
+    load_components,
+    make_components,
+    make_unet,
+    save_model,
+    save_weak,
+)
 from embedded.report import (
     Sampling,
     contact_sheet,
@@ -37,7 +46,7 @@ _REPORT = Path(__file__).parent / "REPORT.md"
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="embedded.train", description=__doc__)
     parser.add_argument(
-        "stage", nargs="?", choices=["all", "autoencoder", "unet", "report"], default="all"
+        "stage", nargs="?", choices=["all", "autoencoder", "unet", "weak", "report"], default="all"
     )
     parser.add_argument("--minutes", type=float, help="end a training stage after this time")
     parser.add_argument("--steps", type=int, help="end a training stage after so many steps")
@@ -66,6 +75,8 @@ def main() -> int:
         return 1
     if options.stage in ("all", "unet"):
         run_unet(options)
+    if options.stage == "weak":
+        run_weak(options)
     if options.stage in ("all", "report"):
         run_report(options)
     return 0
@@ -99,8 +110,36 @@ def run_unet(options: argparse.Namespace) -> None:
     if not options.resume:
         (options.out / "unet.safetensors").unlink(missing_ok=True)
         (options.out / "corpus.safetensors").unlink(missing_ok=True)
-    autoencoder = AutoencoderTiny.from_pretrained(options.out / "autoencoder")
-    settings = UNetSettings(
+    torch.manual_seed(options.seed)
+    components = make_components()
+    components.autoencoder = AutoencoderTiny.from_pretrained(options.out / "autoencoder")
+    known = _known_captions(options.pictures)
+
+    def publish(components: Components, step: int) -> None:
+        save_model(components, options.model)
+        print(f"published step {step}\n{_glance(options, known)}", flush=True)
+
+    train_unet(components, _unet_settings(options), options.out, publish)
+
+
+def run_weak(options: argparse.Namespace) -> None:
+    """Train a narrower U-Net on the model's own autoencoder and text encoder, which stay fixed."""
+    if not options.resume:
+        (options.out / "weak" / "unet.safetensors").unlink(missing_ok=True)
+    torch.manual_seed(options.seed)
+    components = load_components(options.model)
+    components.text_encoder.requires_grad_(requires_grad=False)
+    components.unet = make_unet(WEAK_WIDTHS)
+
+    def publish(components: Components, step: int) -> None:
+        save_weak(components.unet, options.model)
+        print(f"published step {step} of the companion", flush=True)
+
+    train_unet(components, _unet_settings(options), options.out / "weak", publish)
+
+
+def _unet_settings(options: argparse.Namespace) -> UNetSettings:
+    return UNetSettings(
         steps=options.steps,
         minutes=options.minutes,
         batch=options.batch,
@@ -109,13 +148,6 @@ def run_unet(options: argparse.Namespace) -> None:
         seed=options.seed,
         publish_minutes=options.publish_minutes,
     )
-    known = _known_captions(options.pictures)
-
-    def publish(components: Components, step: int) -> None:
-        save_model(components, options.model)
-        print(f"published step {step}\n{_glance(options, known)}", flush=True)
-
-    train_unet(autoencoder, settings, options.out, publish)
 
 
 def _known_captions(pictures: int) -> frozenset[str]:

@@ -18,9 +18,7 @@ from embedded.checkpoint import RunningAverage, TrainingState, save
 from embedded.components import (
     Components,
     make_scheduler,
-    make_text_encoder,
     make_tokenizer,
-    make_unet,
 )
 from embedded.scenes import make_scene, recaption, render
 from embedded.schedule import TrainingClock
@@ -103,17 +101,22 @@ def _tokenise(texts: list[str]) -> Tensor:
 
 
 def train_unet(
-    autoencoder: AutoencoderTiny,
+    components: Components,
     settings: UNetSettings,
     folder: Path,
     publish: Callable[[Components, int], None],
 ) -> Components:
     """Train, or resume from the folder's checkpoint; returns the averaged components.
 
+    The autoencoder stays as it is, and so does a text encoder whose parameters need no gradient.
     `publish` gets the averaged components and the step now and then, and at the end.
     """
     torch.manual_seed(settings.seed)
-    unet, text_encoder = make_unet(), make_text_encoder()
+    autoencoder, unet, text_encoder = (
+        components.autoencoder,
+        components.unet,
+        components.text_encoder,
+    )
     # On CPU the fused attention's backward pass takes twice as long as the plain one.
     unet.set_attn_processor(AttnProcessor())
     text_encoder.set_attn_implementation("eager")
@@ -121,9 +124,8 @@ def train_unet(
     result = Components(autoencoder, copy.deepcopy(unet), copy.deepcopy(text_encoder))
     average = nn.ModuleList([result.unet, result.text_encoder]).requires_grad_(requires_grad=False)
     averaging = RunningAverage(model, average, _AVERAGE_DECAY)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), betas=(0.9, 0.98), weight_decay=0.01, fused=True
-    )
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     clock = TrainingClock(settings.steps, settings.minutes)
     state = TrainingState({"model": model, "average": average}, optimizer, clock)
     checkpoint = folder / "unet.safetensors"
@@ -137,7 +139,7 @@ def train_unet(
             group["lr"] = clock.rate(_PEAK_RATE, warm_up=_WARM_UP_STEPS, floor=_LEAST_RATE)
         losses.append(_loss(unet, text_encoder, corpus, rng, settings))
         losses[-1].backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         clock.step += 1

@@ -1,5 +1,6 @@
 """Training runs, resumes and reports; how well it learns is for the report."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from embedded.autoencoder_training import (
     whiten,
 )
 from embedded.checkpoint import RunningAverage, TrainingState, metadata_of
-from embedded.components import Components, make_autoencoder
+from embedded.components import Components, make_autoencoder, make_components
 from embedded.report import Score, contact_sheet, table, unseen_scenes
 from embedded.scenes import make_scene, render
 from embedded.schedule import TrainingClock
@@ -122,10 +123,15 @@ def test_the_unet_trains_publishes_and_resumes(tmp_path: Path) -> None:
             publish_minutes=0 if steps == 1 else 60,
         )
 
-    autoencoder = make_autoencoder()
-    train_unet(autoencoder, settings(1), tmp_path, publish)
-    train_unet(autoencoder, settings(3), tmp_path, publish)
+    train_unet(make_components(), settings(1), tmp_path, publish)
+    train_unet(make_components(), settings(3), tmp_path, publish)
     assert published == [1, 1, 3]
+    frozen = make_components()
+    frozen.text_encoder.requires_grad_(requires_grad=False)
+    before = copy.deepcopy(frozen.text_encoder.state_dict())
+    result = train_unet(frozen, settings(1), tmp_path / "frozen", publish)
+    after = result.text_encoder.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
 def test_a_score_counts_each_attribute_where_it_is_claimed() -> None:
