@@ -11,6 +11,13 @@ if TYPE_CHECKING:
     from samplers.levels import F64, Levels
     from samplers.timesteps import Spacing
 
+PURE_NOISE = -7.0
+"""Half-log-SNR that stands in for -inf at pure noise, in higher-order weights alone.
+
+UniPC with bh2 does not care, from -5 to -30; bh1 overshoots more the lower it is (measured on a
+mixture).
+"""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Grid:
@@ -88,6 +95,15 @@ class Grid:
         """``log(alpha / sigma)`` at the points: -inf at pure noise, inf at the clean end."""
         with np.errstate(divide="ignore"):
             return np.log(self.alpha) - np.log(self.sigma)
+
+    @property
+    def finite_half_log_snr(self) -> F64:
+        """The same with a finite stand-in at pure noise, for weights that need a step's length.
+
+        It stays a step below the second point, which may lie as low as it likes.
+        """
+        lam = self.half_log_snr
+        return np.append(lam[0] if np.isfinite(lam[0]) else min(PURE_NOISE, lam[1] - 1), lam[1:])
 
     @property
     def start_scale(self) -> float:

@@ -17,12 +17,6 @@ if TYPE_CHECKING:
     from samplers.grid import Grid
     from samplers.levels import F64
 
-PURE_NOISE = -7.0
-"""Half-log-SNR that stands in for -inf at pure noise, in the higher-order weights alone.
-
-bh2 does not care, from -5 to -30; bh1 overshoots more the lower it is (measured on a mixture).
-"""
-
 
 class UniPC(Sampler, frozen=True):
     """Unified predictor-corrector in the denoised prediction (Zhao et al., arXiv 2302.04867).
@@ -56,7 +50,7 @@ class UniPC(Sampler, frozen=True):
     def plan(self, grid: Grid) -> Plan:
         columns = Columns("x", "D1", "D2", "D3")
         D, D1, D2, D3 = (columns.denoised, columns["D1"], columns["D2"], columns["D3"])
-        lam = _finite(grid.half_log_snr)
+        lam = grid.finite_half_log_snr
         tables: list[F64] = []
         for i in range(grid.steps):
             x = columns["x"]
@@ -93,11 +87,6 @@ class UniPC(Sampler, frozen=True):
         weights = _weights(np.array(nodes), -h, B)
         total = sum((w * d for w, d in zip(weights, differences, strict=True)), 0 * newest)
         return -grid.alpha[i + 1] * B * total
-
-
-def _finite(lam: F64) -> F64:
-    """Pure noise stays a step below the second point, which may lie as low as it likes."""
-    return np.append(lam[0] if np.isfinite(lam[0]) else min(PURE_NOISE, lam[1] - 1), lam[1:])
 
 
 def _weights(nodes: F64, z: float, B: float) -> F64:
