@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from guidance.edits import Edit
     from samplers import NoiseSchedule, PredictionType
 
 
@@ -30,6 +31,7 @@ class ModelFacts:
         default_width: in pixels.
         default_height: in pixels.
         max_tokens: tokens of a prompt, without the markers of start and end.
+        embeds_scale: whether the network is told a guidance scale, as LCMs are.
     """
 
     name: str
@@ -42,6 +44,7 @@ class ModelFacts:
     default_width: int
     default_height: int
     max_tokens: int
+    embeds_scale: bool = False
 
 
 class HostedModel(ABC):
@@ -69,17 +72,44 @@ class HostedModel(ABC):
         """Conditioning of the denoiser, ``[prompts, tokens, features]``."""
 
     @abstractmethod
-    def evaluate(self, x: Tensor, t: Tensor, conditioning: Tensor) -> Tensor:
+    def evaluate(
+        self,
+        x: Tensor,
+        t: Tensor,
+        conditioning: Tensor,
+        edits: Sequence[tuple[Edit, ...]] | None = None,
+        scale_embedding: Tensor | None = None,
+    ) -> Tensor:
         """One forward of the denoiser.
 
         Args:
             x: ``[rows, C, h, w]`` float32.
             t: what the network is told of the noise level, ``[rows]`` float32.
             conditioning: ``[rows, tokens, features]``.
+            edits: what each row changes inside the network, none of it refused; None if no row
+                changes anything.
+            scale_embedding: guidance scales less 1 that the network is told, ``[rows]``; for
+                models that embed one, 0 where a row has none.
 
         Returns:
             The raw output ``[rows, C, h, w]`` in float32.
         """
+
+    def evaluate_weak(self, x: Tensor, t: Tensor, conditioning: Tensor) -> Tensor:
+        """One forward of the weaker companion, for rows with the edit ``WeakModel``.
+
+        Raises:
+            RuntimeError: there is none, which ``refuses`` says beforehand.
+        """
+        raise RuntimeError(f"model {self.facts.name!r} has no weaker companion")
+
+    def layers(self) -> tuple[str, ...]:
+        """Names of the blocks that edits may name."""
+        return ()
+
+    def refuses(self, edit: Edit) -> str | None:
+        """Why the model cannot make an edit, as a clause; None where it can."""
+        return f"cannot make {type(edit).__name__} edits"
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:

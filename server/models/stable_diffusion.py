@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from math import log
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import torch
 from typing_extensions import override
 
+from guidance.edits import WeakModel
 from samplers import NoiseSchedule
 from server.errors import ModelMismatch
 from server.models.folder import component_class, read_json
 from server.models.hosted import HostedModel, ModelFacts
+from server.models.row_edits import RowEdits
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
+
+    from guidance.edits import Edit
 
 COMPONENTS: Mapping[str, frozenset[str]] = {
     "unet": frozenset({"UNet2DConditionModel"}),
@@ -29,6 +35,12 @@ COMPONENTS: Mapping[str, frozenset[str]] = {
 
 MARKERS = 2
 """Tokens of start and end, which count towards the text encoder's length."""
+
+WEAK_FOLDER = "weft/weak"
+"""Where a model folder may hold a weaker U-Net: smaller or less trained, of the same latents."""
+
+LONGEST_PERIOD = log(10_000)
+"""Logarithm of how much slower the last angle of a scale's embedding turns than the first."""
 
 
 class StableDiffusion(HostedModel):
@@ -44,10 +56,13 @@ class StableDiffusion(HostedModel):
         vae: Any,
         text_encoder: Any,
         tokenizer: Any,
+        weak: Any = None,
     ) -> None:
         super().__init__(facts, device, dtype)
         self._unet = unet.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
         self._vae = vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        self._edits = RowEdits(self._unet)
+        self._weak = weak and weak.to(device, memory_format=torch.channels_last).eval()
         self._text = text_encoder.to(device).eval().requires_grad_(False)
         self._tokenizer = tokenizer
         # A fast tokenizer refuses two threads at once.
@@ -71,9 +86,37 @@ class StableDiffusion(HostedModel):
         return self._text(tokens.to(self.device))[0]
 
     @override
-    def evaluate(self, x: Tensor, t: Tensor, conditioning: Tensor) -> Tensor:
-        raw = self._unet(x.to(self.dtype), t, conditioning, return_dict=False)[0]
-        return raw.float()
+    def evaluate(
+        self,
+        x: Tensor,
+        t: Tensor,
+        conditioning: Tensor,
+        edits: Sequence[tuple[Edit, ...]] | None = None,
+        scale_embedding: Tensor | None = None,
+    ) -> Tensor:
+        told = {}
+        if self.facts.embeds_scale:
+            scales = t.new_zeros(len(t)) if scale_embedding is None else scale_embedding
+            size = self._unet.config.time_cond_proj_dim
+            told["timestep_cond"] = embedding_of_scales(scales, size).to(self.dtype)
+        with nullcontext() if edits is None else self._edits.applied(edits, x):
+            return _forward(self._unet, x.to(self.dtype), t, conditioning, **told)
+
+    @override
+    def evaluate_weak(self, x: Tensor, t: Tensor, conditioning: Tensor) -> Tensor:
+        if self._weak is None:
+            return super().evaluate_weak(x, t, conditioning)
+        return _forward(self._weak, x.to(self.dtype), t, conditioning)
+
+    @override
+    def layers(self) -> tuple[str, ...]:
+        return self._edits.layers()
+
+    @override
+    def refuses(self, edit: Edit) -> str | None:
+        if isinstance(edit, WeakModel) and self._weak is not None:
+            return None
+        return self._edits.refuses(edit)
 
     @override
     def decode(self, latents: Tensor) -> Tensor:
@@ -113,7 +156,14 @@ def load_stable_diffusion(
     scheduler = read_json(folder, "scheduler/scheduler_config.json")
     facts = _facts(name, revision, unet.config, vae.config, tokenizer, scheduler)
     return StableDiffusion(
-        facts, device, dtype, unet=unet, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer
+        facts,
+        device,
+        dtype,
+        unet=unet,
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        weak=_companion(folder, weights),
     )
 
 
@@ -139,7 +189,38 @@ def _facts(
         default_width=width * latent_scale,
         default_height=height * latent_scale,
         max_tokens=tokenizer.model_max_length - MARKERS,
+        embeds_scale=unet.time_cond_proj_dim is not None,
     )
+
+
+def embedding_of_scales(scales: Tensor, size: int) -> Tensor:
+    """What a latent consistency model is told of the guidance scale (arXiv 2310.04378).
+
+    Args:
+        scales: guidance scales less 1, ``[rows]``.
+        size: even number of features.
+
+    Returns:
+        ``[rows, size]``: sines, then cosines, at frequencies from 1000 down to 0.1.
+    """
+    half = size // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=scales.device) / (half - 1)
+    angles = 1000 * scales.float()[:, None] * torch.exp(-LONGEST_PERIOD * exponents)
+    return torch.cat([angles.sin(), angles.cos()], 1)
+
+
+def _forward(unet: Any, x: Tensor, t: Tensor, conditioning: Tensor, **told: Tensor) -> Tensor:
+    return unet(x, t, conditioning, return_dict=False, **told)[0].float()
+
+
+def _companion(folder: Path, weights: Mapping[str, Any]) -> Any:
+    """The weaker U-Net that a model folder may hold, for autoguidance."""
+    from diffusers import UNet2DConditionModel
+
+    place = folder / WEAK_FOLDER
+    if not place.is_dir():
+        return None
+    return UNet2DConditionModel.from_pretrained(place, **weights).requires_grad_(False)
 
 
 def _shift(vae: Any) -> float:

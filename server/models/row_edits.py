@@ -1,0 +1,234 @@
+"""Changes inside a network for some rows of a forward, while the others pass as they are.
+
+What a row changes reaches the hooks as tensors over the rows, so that plain, perturbed and
+skip-tuned rows share one forward. A hook that no row needs costs one look into a dictionary.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from guidance.edits import BlurredQueries, IdentityAttention, SkippedBlocks, SkipScales
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterator, Sequence
+
+    from numpy.typing import NDArray
+    from torch import Tensor, nn
+
+    from guidance.edits import Edit
+
+MIDDLE = "middle"
+"""Stands for the mid block of a U-Net, and for the middle one of a transformer's blocks."""
+
+BLOCKS = ("BasicTransformerBlock", "JointTransformerBlock")
+"""Classes of blocks that can be skipped; the first one's self-attention can be changed too."""
+
+
+class RowEdits:
+    """The hooks of one network, and the switchboard that they read.
+
+    Args:
+        network: a diffusers U-Net or transformer.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self._tensors: dict[tuple[type[Edit], str], Tensor] = {}
+        self._latent_size = (1, 1)
+        self._blocks = {
+            name: module
+            for name, module in network.named_modules()
+            if type(module).__name__ in BLOCKS
+        }
+        for name, block in self._blocks.items():
+            self._hook_block(name, block)
+        up_blocks = [
+            block
+            for name, block in network.named_children()
+            if name == "up_blocks"
+            for block in block.children()
+        ]
+        self._skips = [len(_resnets(block)) for block in up_blocks]
+        for number, block in enumerate(up_blocks):
+            self._hook_skips(number, block)
+
+    def layers(self) -> tuple[str, ...]:
+        """Names of the blocks that edits may name, in the network's order."""
+        return tuple(self._blocks)
+
+    def refuses(self, edit: Edit) -> str | None:
+        """Why this network cannot make the edit, as a clause; None where it can."""
+        if isinstance(edit, SkipScales):
+            return None if self._skips else "has no skip connections to scale"
+        if not isinstance(edit, IdentityAttention | BlurredQueries | SkippedBlocks):
+            return "has no weaker companion; start the server with one"
+        for layer in edit.layers:
+            named = self._named(layer)
+            if not named:
+                listed = ", ".join((MIDDLE, *self._blocks)) if self._blocks else "none"
+                return f"has no layer {layer[:80]!r}; it has {listed}"
+            whole = [name for name in named if not hasattr(self._blocks[name], "attn1")]
+            if whole and not isinstance(edit, SkippedBlocks):
+                return f"has no plain self-attention in layer {whole[0]!r}"
+        return None
+
+    @contextmanager
+    def applied(self, edits: Sequence[tuple[Edit, ...]], x: Tensor) -> Generator[None]:
+        """Make the edits of each row in the forward that runs inside.
+
+        Args:
+            edits: of each row, in order; none of them refused.
+            x: what the network will be given, ``[rows, C, h, w]``.
+        """
+        self._latent_size = (x.shape[-2], x.shape[-1])
+        self._tensors = self._tensors_of(edits, x)
+        try:
+            yield
+        finally:
+            self._tensors = {}
+
+    def _tensors_of(
+        self, edits: Sequence[tuple[Edit, ...]], x: Tensor
+    ) -> dict[tuple[type[Edit], str], Tensor]:
+        rows: dict[tuple[type[Edit], str], list[float]] = {}
+        for row, own in enumerate(edits):
+            for edit in own:
+                for place, value in self._values(edit):
+                    untouched = 1.0 if isinstance(edit, SkipScales) else 0.0
+                    values = rows.setdefault((type(edit), place), [untouched] * len(edits))
+                    values[row] = value
+        return {
+            key: torch.tensor(values, dtype=torch.float32).to(x.device, non_blocking=True)
+            for key, values in rows.items()
+        }
+
+    def _values(self, edit: Edit) -> Iterator[tuple[str, float]]:
+        """Each place that the edit touches, with the number that the hook there reads."""
+        match edit:
+            case SkipScales(scales):
+                count = sum(self._skips)
+                known = np.linspace(0, 1, len(scales))
+                factors = np.interp(np.linspace(0, 1, count), known, scales)
+                yield from ((str(number), float(f)) for number, f in enumerate(factors))
+            case BlurredQueries(layers, sigma):
+                yield from ((name, sigma) for layer in layers for name in self._named(layer))
+            case IdentityAttention(layers) | SkippedBlocks(layers):
+                yield from ((name, 1.0) for layer in layers for name in self._named(layer))
+            case _:
+                raise ValueError(f"{type(edit).__name__} changes no row inside the network.")
+
+    def _named(self, layer: str) -> list[str]:
+        if layer == MIDDLE:
+            names = [name for name in self._blocks if name.startswith("mid_block.")]
+            return names or list(self._blocks)[len(self._blocks) // 2 :][:1]
+        return [name for name in self._blocks if f"{name}.".startswith(f"{layer}.")]
+
+    def _hook_block(self, name: str, block: nn.Module) -> None:
+        def skip(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            skipped = self._tensors.get((SkippedBlocks, name))
+            if skipped is None:
+                return output
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if not isinstance(output, tuple):
+                return hidden.where(_over_rows(skipped > 0, hidden), output)
+            # A joint block gives the prompt's tokens first, and none after the last block.
+            told, moved = output
+            if told is not None:
+                before = args[1] if len(args) > 1 else kwargs["encoder_hidden_states"]
+                told = before.where(_over_rows(skipped > 0, told), told)
+            return told, hidden.where(_over_rows(skipped > 0, moved), moved)
+
+        block.register_forward_hook(skip, with_kwargs=True)
+        attention: Any = getattr(block, "attn1", None)
+        if attention is None:
+            return
+
+        def pass_values(
+            module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+        ) -> Tensor:
+            chosen = self._tensors.get((IdentityAttention, name))
+            if chosen is None:
+                return output
+            hidden = args[0] if args else kwargs["hidden_states"]
+            values = module.to_out[0](module.to_v(hidden))
+            return values.where(_over_rows(chosen > 0, output), output)
+
+        def blur(_: nn.Module, __: tuple[Any, ...], queries: Tensor) -> Tensor:
+            sigmas = self._tensors.get((BlurredQueries, name))
+            if sigmas is None:
+                return queries
+            return _blurred(queries, sigmas, self._latent_size)
+
+        attention.register_forward_hook(pass_values, with_kwargs=True)
+        attention.to_q.register_forward_hook(blur)
+
+    def _hook_skips(self, number: int, block: nn.Module) -> None:
+        first = sum(self._skips[:number])
+
+        def scale(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if (SkipScales, "0") not in self._tensors:
+                return None
+            skips = kwargs["res_hidden_states_tuple"]
+            # The block takes its skip connections from the end of the tuple.
+            scaled = [
+                skip * _over_rows(self._tensors[SkipScales, str(first + i)], skip).to(skip.dtype)
+                for i, skip in enumerate(reversed(skips))
+            ]
+            return args, kwargs | {"res_hidden_states_tuple": tuple(reversed(scaled))}
+
+        block.register_forward_pre_hook(scale, with_kwargs=True)
+
+
+def _resnets(block: nn.Module) -> list[nn.Module]:
+    return list(block.get_submodule("resnets").children())
+
+
+def _over_rows(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (like.ndim - 1))
+
+
+def _blurred(queries: Tensor, sigmas: Tensor, latent_size: tuple[int, int]) -> Tensor:
+    """Queries ``[rows, tokens, features]`` smoothed over the picture, by a sigma a row."""
+    height, width = _grid_of(queries.shape[1], latent_size)
+    picture = queries.unflatten(1, (height, width))
+    values = sigmas.tolist()
+    down, across = (
+        torch.from_numpy(np.stack([_blur_matrix(side, sigma) for sigma in values])).to(queries)
+        for side in (height, width)
+    )
+    smooth = torch.einsum("rij,rkl,rjlf->rikf", down, across, picture).flatten(1, 2)
+    return smooth.where(_over_rows(sigmas > 0, queries), queries)
+
+
+def _grid_of(tokens: int, latent_size: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of the attention's picture, which is the latent at a lower resolution."""
+    height, width = latent_size
+    stride = round((height * width / tokens) ** 0.5)
+    rows = -(-height // stride)
+    return rows, tokens // rows
+
+
+@lru_cache(maxsize=64)
+def _blur_matrix(side: int, sigma: float) -> NDArray[np.float32]:
+    """A Gaussian's weights between the cells of a line that is mirrored at its ends.
+
+    Infinite sigma gives the mean of the line; 0 leaves it as it is.
+    """
+    if sigma == 0:
+        return np.eye(side, dtype=np.float32)
+    if np.isinf(sigma):
+        return np.full((side, side), 1 / side, dtype=np.float32)
+    # Mirrored without repeating the border; far images are folded back until none is left.
+    period = max(1, 2 * (side - 1))
+    reach = np.arange(-int(np.ceil(6 * sigma)), int(np.ceil(6 * sigma)) + 1)
+    weights = np.exp(-0.5 * (reach / sigma) ** 2)
+    matrix = np.zeros((side, side))
+    for cell in range(side):
+        folded = np.abs((cell + reach + period // 2) % period - period // 2)
+        np.add.at(matrix[cell], folded, weights)
+    return (matrix / weights.sum()).astype(np.float32)

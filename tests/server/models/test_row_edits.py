@@ -1,0 +1,327 @@
+"""Rows that change the network, beside the same row alone under an ordinary, whole-batch change."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
+from diffusers.models.attention_processor import PAGIdentitySelfAttnProcessor2_0
+from torch import Tensor
+
+from embedded import MODEL_FOLDER
+from guidance.edits import (
+    BlurredQueries,
+    IdentityAttention,
+    SkippedBlocks,
+    SkipScales,
+    WeakModel,
+)
+from server.models.row_edits import RowEdits
+
+MID = "mid_block.attentions.0.transformer_blocks.0"
+UP = "up_blocks.1.attentions.1.transformer_blocks.0"
+
+
+def assert_near(ours: Tensor, theirs: Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-6)
+
+
+@pytest.fixture(scope="module")
+def unet():
+    return UNet2DConditionModel.from_pretrained(MODEL_FOLDER / "unet").eval()
+
+
+@pytest.fixture(scope="module")
+def edited(unet):
+    network = copy.deepcopy(unet)
+    return network, RowEdits(network)
+
+
+def inputs(rows, size=(16, 16)):
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(rows, 4, *size, generator=generator)
+    told = torch.randn(rows, 32, 128, generator=generator)
+    t = torch.linspace(900, 100, rows)
+    return x, t, told
+
+
+@torch.no_grad()
+def forward(network, x, t, told):
+    return network(x, t, told, return_dict=False)[0]
+
+
+def forward_with(edited, edits, size=(16, 16)):
+    network, hooks = edited
+    x, t, told = inputs(len(edits), size)
+    with hooks.applied(edits, x):
+        return forward(network, x, t, told)
+
+
+def with_processor(network, layer, processor):
+    """The network with another attention processor in one layer's self-attention."""
+    changed = copy.deepcopy(network)
+    changed.get_submodule(f"{layer}.attn1").set_processor(processor)
+    return changed
+
+
+class BlurProcessor:
+    """SEG as published: a normalised kernel of odd size over mirrored borders, before SDPA."""
+
+    def __init__(self, sigma, height):
+        self.sigma, self.height = sigma, height
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, **_):
+        rows, tokens, _ = hidden_states.shape
+        query = attn.to_q(hidden_states)
+        query = self.blur(query, self.height, tokens // self.height)
+        q, k, v = (
+            part.view(rows, tokens, attn.heads, -1).transpose(1, 2)
+            for part in (query, attn.to_k(hidden_states), attn.to_v(hidden_states))
+        )
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(rows, tokens, -1)
+        return attn.to_out[0](out)
+
+    def blur(self, query, height, width):
+        picture = query.transpose(1, 2).unflatten(2, (height, width))
+        if math.isinf(self.sigma):
+            return picture.mean((2, 3), keepdim=True).expand_as(picture).flatten(2).transpose(1, 2)
+        reach = min(height, width) - 1
+        taps = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / self.sigma) ** 2)
+        taps /= taps.sum()
+        channels = picture.shape[1]
+        padded = F.pad(picture, (reach,) * 4, mode="reflect")
+        down = F.conv2d(padded, taps.view(1, 1, -1, 1).repeat(channels, 1, 1, 1), groups=channels)
+        both = F.conv2d(down, taps.view(1, 1, 1, -1).repeat(channels, 1, 1, 1), groups=channels)
+        return both.flatten(2).transpose(1, 2)
+
+
+def skipping(network, layer):
+    changed = copy.deepcopy(network)
+    block = changed.get_submodule(layer)
+
+    def forward(hidden_states, *args, **kwargs):
+        return hidden_states
+
+    block.forward = forward
+    return changed
+
+
+def skip_tuned(network, factors):
+    """Factors by up block and position, bottom to top, written into each block's forward."""
+    changed = copy.deepcopy(network)
+    left = list(factors)
+    for block in changed.up_blocks:
+        own = [left.pop(0) for _ in block.resnets]
+        plain = block.forward
+
+        def forward(*args, own=own, plain=plain, **kwargs):
+            skips = list(kwargs.pop("res_hidden_states_tuple"))
+            for i, factor in enumerate(own):
+                skips[-1 - i] = skips[-1 - i] * factor
+            return plain(*args, res_hidden_states_tuple=tuple(skips), **kwargs)
+
+        block.forward = forward
+    assert not left
+    return changed
+
+
+# Three sigma of .5 lie within the mirrored kernel of the test at every resolution.
+CHANGES = {
+    "identity": (
+        IdentityAttention(("middle",)),
+        lambda unet: with_processor(unet, MID, PAGOnly()),
+    ),
+    "identity in another layer": (
+        IdentityAttention(("up_blocks.1.attentions.1",)),
+        lambda unet: with_processor(unet, UP, PAGOnly()),
+    ),
+    "blurred": (
+        BlurredQueries((UP,), 0.5),
+        lambda unet: with_processor(unet, UP, BlurProcessor(0.5, 8)),
+    ),
+    "blurred without end": (
+        BlurredQueries((MID,), math.inf),
+        lambda unet: with_processor(unet, MID, BlurProcessor(math.inf, 4)),
+    ),
+    "skipped": (SkippedBlocks((UP,)), lambda unet: skipping(unet, UP)),
+    "skip-tuned": (
+        SkipScales((0.5, 1.0)),
+        lambda unet: skip_tuned(unet, torch.linspace(0.5, 1, 6).tolist()),
+    ),
+}
+
+
+class PAGOnly:
+    """diffusers' own perturbed attention, which expects a plain row before each perturbed one."""
+
+    def __init__(self):
+        self._pag: Any = PAGIdentitySelfAttnProcessor2_0()
+
+    def __call__(self, attn, hidden_states, **options):
+        both = torch.cat([hidden_states, hidden_states])
+        return self._pag(attn, both, **options).chunk(2)[1]
+
+
+@pytest.mark.parametrize(("edit", "ordinary"), CHANGES.values(), ids=CHANGES.keys())
+def test_a_row_in_company_equals_that_row_under_the_ordinary_hook(unet, edited, edit, ordinary):
+    company = [(), (edit,), (IdentityAttention(("down_blocks",)),), (SkipScales((0.3,)),)]
+    ours = forward_with(edited, company)
+    x, t, told = inputs(4)
+    theirs = forward(ordinary(unet), x[1:2], t[1:2], told[1:2])
+    assert_near(ours[1:2], theirs)
+    plain = forward(unet, x, t, told)
+    assert_near(ours[:1], plain[:1])
+    assert (ours[1:2] - plain[1:2]).abs().max() > 1e-3
+
+
+def test_plain_rows_are_not_touched_at_all(unet, edited):
+    every = [(edit,) for edit, _ in CHANGES.values()]
+    ours = forward_with(edited, [*every, (), ()])
+    x, t, told = inputs(len(every) + 2)
+    assert torch.equal(ours[-2:], forward(unet, x, t, told)[-2:])
+    network, _ = edited
+    assert torch.equal(forward(network, x, t, told), forward(unet, x, t, told))
+
+
+def test_several_edits_of_a_row_go_together(unet, edited):
+    ours = forward_with(edited, [(SkipScales((0.6,)), IdentityAttention(("middle",)))])
+    both = with_processor(skip_tuned(unet, [0.6] * 6), MID, PAGOnly())
+    assert_near(ours, forward(both, *inputs(1)))
+
+
+def test_queries_are_blurred_over_pictures_that_are_not_square(unet, edited):
+    ours = forward_with(edited, [(BlurredQueries((UP,), 0.5),)], size=(8, 24))
+    theirs = with_processor(unet, UP, BlurProcessor(0.5, 4))
+    assert_near(ours, forward(theirs, *inputs(1, (8, 24))))
+
+
+def test_the_layers_of_a_unet_are_its_blocks_in_order(edited):
+    _, hooks = edited
+    assert hooks.layers()[0] == "down_blocks.1.attentions.0.transformer_blocks.0"
+    assert MID in hooks.layers()
+    assert len(hooks.layers()) == 7
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        (IdentityAttention(("attic",)), "no layer 'attic'; it has middle, down_blocks.1"),
+        (SkippedBlocks(("mid_block", "mid")), "no layer 'mid'"),
+        (WeakModel(), "no weaker companion"),
+    ],
+)
+def test_what_a_network_lacks_is_said(edited, edit, says):
+    _, hooks = edited
+    assert says in (hooks.refuses(edit) or "")
+
+
+@pytest.mark.parametrize("edit", [edit for edit, _ in CHANGES.values()], ids=CHANGES.keys())
+def test_what_a_network_has_is_not_refused(edited, edit):
+    assert edited[1].refuses(edit) is None
+
+
+def test_only_a_companion_can_be_weak(edited):
+    _, hooks = edited
+    x, *_ = inputs(1)
+    with pytest.raises(ValueError, match="WeakModel"), hooks.applied([(WeakModel(),)], x):
+        pass
+
+
+# Transformers: PixArt's blocks are BasicTransformerBlocks, SD3's are joint ones.
+
+
+@pytest.fixture(scope="module")
+def pixart():
+    torch.manual_seed(0)
+    return PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=3,
+        cross_attention_dim=16,
+        caption_channels=16,
+        sample_size=8,
+        patch_size=2,
+        norm_num_groups=1,
+    ).eval()
+
+
+@torch.no_grad()
+def pixart_forward(network, x, told, t):
+    return network(
+        x,
+        encoder_hidden_states=told,
+        timestep=t,
+        added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+        return_dict=False,
+    )[0]
+
+
+@pytest.mark.parametrize("edit", [IdentityAttention(("middle",)), SkippedBlocks(("middle",))])
+def test_rows_of_a_diffusion_transformer_are_edited_alike(pixart, edit):
+    x, told, t = torch.randn(3, 4, 8, 8), torch.randn(3, 5, 16), torch.tensor([9.0, 500.0, 800.0])
+    layer = "transformer_blocks.1"
+    ordinary = (
+        with_processor(pixart, layer, PAGOnly())
+        if isinstance(edit, IdentityAttention)
+        else skipping(pixart, layer)
+    )
+    network = copy.deepcopy(pixart)
+    hooks = RowEdits(network)
+    with hooks.applied([(), (edit,), ()], x):
+        ours = pixart_forward(network, x, told, t)
+    theirs = pixart_forward(ordinary, x[1:2], told[1:2], t[1:2])
+    plain = pixart_forward(pixart, x, told, t)
+    assert_near(ours[1:2], theirs)
+    assert_near(ours[::2], plain[::2])
+    assert (ours[1] - plain[1]).abs().max() > 1e-3
+    assert "no skip connections" in (hooks.refuses(SkipScales((0.5,))) or "")
+
+
+@pytest.fixture(scope="module")
+def sd3():
+    torch.manual_seed(0)
+    return SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        num_layers=3,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        caption_projection_dim=16,
+        pooled_projection_dim=12,
+        out_channels=4,
+        pos_embed_max_size=8,
+    ).eval()
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_joint_blocks_are_skipped_for_picture_and_prompt(sd3, number):
+    x, told, pooled = torch.randn(3, 4, 8, 8), torch.randn(3, 5, 16), torch.randn(3, 12)
+    t = torch.tensor([9.0, 500.0, 800.0])
+
+    @torch.no_grad()
+    def forward(network, rows, **options):
+        return network(x[rows], told[rows], pooled[rows], t[rows], return_dict=False, **options)[0]
+
+    network = copy.deepcopy(sd3)
+    hooks = RowEdits(network)
+    layer = f"transformer_blocks.{number}"
+    assert "no plain self-attention" in (hooks.refuses(IdentityAttention((layer,))) or "")
+    assert hooks.refuses(SkippedBlocks((layer,))) is None
+    with hooks.applied([(), (SkippedBlocks((layer,)),), ()], x):
+        ours = forward(network, slice(0, 3))
+    theirs = forward(sd3, slice(1, 2), skip_layers=[number])
+    assert_near(ours[1:2], theirs)
+    assert_near(ours[::2], forward(sd3, slice(0, 3))[::2])
