@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -71,5 +72,6 @@ def test_layers_that_the_model_lacks_are_refused_with_those_it_has():
 @pytest.mark.parametrize("size", [8, 256])
 def test_a_scale_is_embedded_as_in_diffusers(size):
     scales = torch.tensor([0.0, 0.5, 7.5, 13.0])
-    theirs = LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, scales, size)
+    pipeline: Any = LatentConsistencyModelPipeline
+    theirs = pipeline.get_guidance_scale_embedding(None, scales, size)
     torch.testing.assert_close(embedding_of_scales(scales, size), theirs, rtol=1e-5, atol=1e-4)
