@@ -1,0 +1,427 @@
+"""Empirical model statistics, computed from a model and samples of its data.
+
+The recipe of arXiv 2310.13268, section 3.1 and appendix C, in the denoised prediction D. With
+``m = 1 - l`` and ``y = x / alpha``,
+
+    m  = alpha E[v * (dD/dx v)]       v of random signs (Hutchinson's diagonal)
+    f  = m y - D
+    f' = m' y - m (y - D) - D'        ' is d/dlam along the flow
+    s  = cov(f, f') / var(f),  b = E f' - s E f
+
+which is the paper's in other letters: along the flow ``alpha D' + sigma eps' = 0``, and written so
+nothing cancels at high noise. The flow obeys ``dy/dlam = -(sigma / alpha) eps``, so
+``dx/dlam = alpha D - (1 - g) x`` with ``g = d log(alpha) / dlam``: sigma^2 on a variance-preserving
+schedule, sigma in flow matching, 0 where alpha is 1.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.func import jvp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from typing_extensions import override
+
+from samplers.statistics import Statistics, StatisticsIdentity, fingerprint
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from samplers.levels import F64
+    from samplers.noise_schedule import NoiseSchedule
+
+    Denoise: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
+__all__ = ["Mixture", "Progress", "along_time", "compute_statistics"]
+
+LOWEST = -7.0
+"""lam in place of -inf at pure noise, where y is not defined."""
+HALF_WINDOW = 5
+"""Points to either side in the moving average of l'."""
+SMALL_STEP = 1e-5
+"""Of lam, and of time as a share of the schedule's range, in numerical derivatives."""
+VANISHING = 1e-10
+"""Share of its two terms' variances below which var(f) is rounding, and s is 0."""
+SUMS = ("vJv", "y", "D", "D'", "yy", "yD", "DD", "yD'", "DD'")
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """A guided prediction as a sum of the model's branches.
+
+    Attributes:
+        rule: name of the guidance rule that it is.
+        scale: its scale, 1 where it has none.
+        weights: one a branch, summing to 1; guidance of scale w over the prompt and the
+            unconditional is ``(w, 1 - w)``.
+    """
+
+    rule: str = "none"
+    scale: float = 1.0
+    weights: tuple[float, ...] = (1.0,)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """``done`` of ``total`` noised samples, all points together; they include resumed ones."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Moments:
+    """Sums over the first ``count`` samples at one point, float64 ``[sums, mixtures, C, h, w]``."""
+
+    count: int
+    sums: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Points:
+    """Where the statistics are taken, all ``[points]``.
+
+    Attributes:
+        half_log_snr: lam, evenly rising.
+        t: the schedule's time.
+        alpha: signal scale.
+        sigma: noise scale.
+        growth: ``d log(alpha) / dlam``.
+        t_slope: ``dt / dlam``.
+    """
+
+    half_log_snr: F64
+    t: F64
+    alpha: F64
+    sigma: F64
+    growth: F64
+    t_slope: F64
+
+    @classmethod
+    def of(cls, schedule: NoiseSchedule, count: int, t_start: float, t_end: float) -> Points:
+        """``count`` points even in lam from ``t_start`` to ``t_end``."""
+        first, last = schedule.half_log_snr(np.array([t_start, t_end]))
+        lam = np.linspace(first, last, count)
+        # One-sided at both ends, beyond which a schedule may not be defined.
+        ends = np.stack([np.maximum(lam - SMALL_STEP, first), np.minimum(lam + SMALL_STEP, last)])
+        times = schedule.time_of_half_log_snr(ends)
+        growth, t_slope = (
+            np.diff(of_time, axis=0)[0] / np.diff(ends, axis=0)[0]
+            for of_time in (np.log(schedule.level(times)[0]), times)
+        )
+        t = schedule.time_of_half_log_snr(lam)
+        return cls(lam, t, *schedule.level(t), growth, t_slope)
+
+    def __len__(self) -> int:
+        return len(self.t)
+
+
+def along_time(schedule: NoiseSchedule, function: Callable[[F64], F64], t: Tensor) -> Tensor:
+    """A schedule's numbers at the times ``t``, differentiable in forward mode.
+
+    For denoisers given to ``compute_statistics``: alpha, sigma, and all that follows from them,
+    must change with t.
+
+    Args:
+        schedule: bounds the times at which ``function`` is asked.
+        function: numpy ``[rows]`` times to ``[..., rows]`` numbers.
+        t: times, ``[rows]``.
+
+    Returns:
+        ``function(t)`` in the type of ``t``, with central differences as its derivative.
+    """
+    values, _ = _AlongTime.apply(t, schedule, function)
+    return values
+
+
+class _AlongTime(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    @override
+    def forward(
+        t: Tensor, schedule: NoiseSchedule, function: Callable[[F64], F64]
+    ) -> tuple[Tensor, Tensor]:
+        """The values, and their slopes for ``jvp``."""
+        now = t.double().cpu().numpy()
+        step = SMALL_STEP * (schedule.t_start - schedule.t_end)
+        low, high = np.maximum(now - step, schedule.t_end), np.minimum(now + step, schedule.t_start)
+        slopes = (function(high) - function(low)) / (high - low)
+        return t.new_tensor(function(now)), t.new_tensor(slopes)
+
+    @staticmethod
+    @override
+    def setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
+        _, slopes = output
+        ctx.mark_non_differentiable(slopes)
+        ctx.save_for_forward(slopes)
+
+    @staticmethod
+    @override
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, None]:
+        (slopes,) = ctx.saved_tensors
+        return slopes * tangents[0], None
+
+
+def compute_statistics(
+    denoiser_of: Callable[[range], Denoise],
+    schedule: NoiseSchedule,
+    samples: Tensor | Callable[[range], Tensor],
+    *,
+    count: int,
+    points: int = 120,
+    model: str = "unnamed",
+    mixtures: Sequence[Mixture] = (Mixture(),),
+    t_start: float | None = None,
+    t_end: float | None = None,
+    chunk: int = 16,
+    seed: int = 0,
+    checkpoint: Path | None = None,
+    tell: Callable[[Progress], None] | None = None,
+) -> list[Statistics]:
+    """Statistics of a model, by forward-mode differentiation of its denoiser.
+
+    Sample k carries the same noise and the same signs to every point, so that what is left of
+    chance in l is smooth in lam, as l' and differences of f need. A sample's noise depends on the
+    seed and k alone.
+
+    Costs, a point and sample: one forward with one tangent, and one with a tangent a mixture.
+    Only torch's own mathematics is used for attention, as its faster kernels have no forward
+    mode; layouts other than contiguous ones may fail in torch's normalisations.
+
+    Args:
+        denoiser_of: from the numbers of some samples to their denoiser, which is thus free to give
+            each its own prompt: ``(x [rows, C, h, w], t [rows]) -> [rows, C, h, w]``, or
+            ``[branches, rows, C, h, w]`` where mixtures have several weights. It must be
+            differentiable in forward mode in x and in t, the factors that follow from t included
+            (``along_time`` makes them so).
+        schedule: the model's, of any kind.
+        samples: clean latents ``[count or more, C, h, w]`` in float32 or float64, on the device to
+            compute on; or a callable that gives those of the numbers it is asked for.
+        count: K, samples to use at each point. 64 is a start, the authors take 1024 and more.
+        points: N + 1, even in lam. The authors take 250 (Stable Diffusion) to 1200.
+        model: the model's revision, for the identity.
+        mixtures: guided predictions whose statistics are wanted; they share most of the cost.
+        t_start: the noisiest time; by default the schedule's, or where lam is -7.
+        t_end: the cleanest time; by default the schedule's.
+        chunk: samples in one forward.
+        seed: of noise and signs.
+        checkpoint: folder that keeps each point's sums, from which another run with the same
+            arguments, or with a higher ``count``, goes on.
+        tell: called after each chunk.
+
+    Returns:
+        The statistics of each mixture, elementwise.
+
+    Raises:
+        ValueError: an argument outside its range, or a checkpoint of another run.
+    """
+    first = _noisiest(schedule) if t_start is None else t_start
+    last = schedule.t_end if t_end is None else t_end
+    _check(schedule, first, last, count, points, mixtures)
+    places = Points.of(schedule, points, first, last)
+    weights = [mixture.weights for mixture in mixtures]
+    take = samples if callable(samples) else lambda rows: samples[rows.start : rows.stop]
+    shape = tuple(take(range(1)).shape[1:])
+    identities = [
+        StatisticsIdentity(
+            model, fingerprint(schedule), first, last, m.rule, m.scale, shape, count, points
+        )
+        for m in mixtures
+    ]
+    store = _Store(checkpoint, _description(identities, weights, seed))
+    nothing = Moments(0, torch.zeros(len(SUMS), len(mixtures), *shape, dtype=torch.float64))
+    all_moments: list[Moments] = []
+    for index in range(points):
+        moments = store.read(index, count) or nothing
+        for start in range(moments.count, count, chunk):
+            rows = range(start, min(start + chunk, count))
+            clean = take(rows)
+            drawn = _noise_and_signs(rows, seed, clean)
+            added = _sums(denoiser_of(rows), places, index, clean, *drawn, weights)
+            moments = Moments(rows.stop, moments.sums + added)
+            if tell is not None:
+                tell(Progress(index * count + rows.stop, points * count))
+        store.write(index, moments)
+        all_moments.append(moments)
+    return _statistics(places, all_moments, identities)
+
+
+def _sums(
+    denoise: Denoise,
+    places: Points,
+    index: int,
+    clean: Tensor,
+    noise: Tensor,
+    signs: Tensor,
+    weights: Sequence[Sequence[float]],
+) -> Tensor:
+    """What some samples add to a point's sums."""
+    alpha, sigma = float(places.alpha[index]), float(places.sigma[index])
+    W = clean.new_tensor(weights)
+    x = alpha * clean + sigma * noise
+    t = x.new_full((len(x),), float(places.t[index]))
+
+    def branches(x: Tensor, t: Tensor) -> Tensor:
+        return denoise(x, t).view(W.shape[1], *x.shape)
+
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        plain, along_signs = jvp(lambda x: branches(x, t), (x,), (signs,))
+        D = torch.einsum("mb,b...->m...", W, plain)
+        flow = alpha * D - (1 - float(places.growth[index])) * x
+        t_flow = torch.full_like(t, float(places.t_slope[index]))
+
+        def pushed(flow: Tensor) -> Tensor:
+            return jvp(branches, (x, t), (flow, t_flow))[1]
+
+        # vmap shares the forward between the mixtures; not all models can be mapped, so one goes
+        # without.
+        along_flow = pushed(flow[0])[None] if len(W) == 1 else vmap(pushed)(flow)
+        D_prime = torch.einsum("mb,mb...->m...", W, along_flow)
+        vJv = signs * torch.einsum("mb,b...->m...", W, along_signs)
+    D, D_prime, vJv, x = (part.double() for part in (D, D_prime, vJv, x))
+    y = (x / alpha).expand_as(D)
+    parts = (vJv, y, D, D_prime, y * y, y * D, D * D, y * D_prime, D * D_prime)
+    return torch.stack([part.sum(1) for part in parts]).cpu()
+
+
+def _statistics(
+    places: Points, moments: Sequence[Moments], identities: Sequence[StatisticsIdentity]
+) -> list[Statistics]:
+    """From all points' sums to l, s and b of each mixture."""
+    means = np.stack([(point.sums / point.count).numpy() for point in moments], axis=1)
+    alpha = places.alpha.reshape(-1, *[1] * (means.ndim - 3))
+    all_statistics: list[Statistics] = []
+    for index, identity in enumerate(identities):
+        vJv, y, D, D_prime, yy, yD, DD, yD_prime, DD_prime = means[:, :, index]
+        m = alpha * vJv
+        m_prime = _slope(m, places.half_log_snr)
+        C_yy, C_yD, C_DD = yy - y * y, yD - y * D, DD - D * D
+        C_yDp, C_DDp = yD_prime - y * D_prime, DD_prime - D * D_prime
+        variance = m * m * C_yy - 2 * m * C_yD + C_DD
+        # f' = m' y - m (y - D) - D'
+        covariance = (m_prime - m) * (m * C_yy - C_yD) + m * (m * C_yD - C_DD) - m * C_yDp + C_DDp
+        some = variance > VANISHING * (m * m * C_yy + C_DD)
+        s = np.divide(covariance, variance, out=np.zeros_like(variance), where=some)
+        b = (m_prime - m) * y + m * D - D_prime - s * (m * y - D)
+        all_statistics.append(Statistics(places.half_log_snr, 1 - m, s, b, identity))
+    return all_statistics
+
+
+def _slope(values: F64, lam: F64) -> F64:
+    """Central differences over even points, smoothed by a moving average."""
+    slope = np.gradient(values, lam, axis=0)
+    count = len(lam)
+    return np.stack(
+        [
+            slope[max(i - HALF_WINDOW, 0) : min(i + HALF_WINDOW, count - 1) + 1].mean(0)
+            for i in range(count)
+        ]
+    )
+
+
+def _noise_and_signs(rows: range, seed: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit noise and random signs of each sample, whatever the point, the chunk and the device."""
+    noise, signs = [], []
+    for k in rows:
+        rng = np.random.default_rng((seed, k))
+        noise.append(rng.standard_normal(like.shape[1:]))
+        signs.append(2.0 * rng.integers(2, size=like.shape[1:]) - 1)
+    return like.new_tensor(np.stack(noise)), like.new_tensor(np.stack(signs))
+
+
+def _noisiest(schedule: NoiseSchedule) -> float:
+    lam = schedule.half_log_snr(np.array(schedule.t_start))
+    if np.isfinite(lam):
+        return schedule.t_start
+    return float(schedule.time_of_half_log_snr(np.array(LOWEST)))
+
+
+def _check(
+    schedule: NoiseSchedule,
+    t_start: float,
+    t_end: float,
+    count: int,
+    points: int,
+    mixtures: Sequence[Mixture],
+) -> None:
+    lam = schedule.half_log_snr(np.array([t_start, t_end]))
+    if not schedule.t_start >= t_start > t_end >= 0 or not np.isfinite(lam).all():
+        raise ValueError(
+            f"t_start is {t_start:g} and t_end is {t_end:g}; statistics go from at most "
+            f"{schedule.t_start:g} down to a lower time, with signal at the one and noise at the "
+            "other."
+        )
+    if count < 2:
+        raise ValueError(f"samples is {count}; at least 2 are needed.")
+    if points < 3:
+        raise ValueError(f"points is {points}; at least 3 are needed.")
+    for mixture in mixtures:
+        if len(mixture.weights) != len(mixtures[0].weights) or abs(sum(mixture.weights) - 1) > 1e-9:
+            raise ValueError(
+                f"mixtures has the weights {mixture.weights}; they must sum to 1, and all have "
+                "one weight a branch."
+            )
+
+
+def _description(
+    identities: Sequence[StatisticsIdentity], weights: Sequence[Sequence[float]], seed: int
+) -> str:
+    """All that sums depend on, but for the number of samples."""
+    described = [asdict(identity) | {"samples": None} for identity in identities]
+    return json.dumps([described, weights, seed])
+
+
+class _Store:
+    """Each point's sums in a file of its own, in a folder that may be none."""
+
+    def __init__(self, folder: Path | None, description: str) -> None:
+        self._folder = folder
+        self._description = description
+
+    def read(self, index: int, most: int) -> Moments | None:
+        """What an earlier run summed up at a point.
+
+        Raises:
+            ValueError: it was another run, or used more than ``most`` samples.
+        """
+        if self._folder is None or not (file := self._file(self._folder, index)).exists():
+            return None
+        with safe_open(file, "pt") as content:
+            metadata: dict[str, str] = content.metadata()
+            sums = content.get_tensor("sums")
+        if metadata["description"] != self._description:
+            raise ValueError(
+                f"checkpoint {str(self._folder)!r} is of another run; remove it or name another."
+            )
+        count = int(metadata["count"])
+        if count > most:
+            raise ValueError(
+                f"samples is {most}, and checkpoint {str(self._folder)!r} holds {count}; ask for "
+                "at least as many, or name another."
+            )
+        return Moments(count, sums)
+
+    def write(self, index: int, moments: Moments) -> None:
+        """Keep a point's sums, whole or not at all."""
+        if self._folder is None:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        file = self._file(self._folder, index)
+        fresh = file.with_suffix(".writing")
+        metadata = {"description": self._description, "count": str(moments.count)}
+        save_file({"sums": moments.sums}, fresh, metadata)
+        fresh.replace(file)
+
+    @staticmethod
+    def _file(folder: Path, index: int) -> Path:
+        return folder / f"point-{index:05}.safetensors"

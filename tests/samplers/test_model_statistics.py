@@ -1,0 +1,312 @@
+"""Statistics computed from a denoiser, against closed forms and against the exact flow."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import samplers
+from samplers import NoiseSchedule
+from samplers.gaussian import GaussianDenoiser, GaussianMixtureDenoiser
+from samplers.model_statistics import (
+    HALF_WINDOW,
+    Mixture,
+    Points,
+    Progress,
+    _noise_and_signs,
+    along_time,
+    compute_statistics,
+)
+from samplers.statistics import fingerprint
+from tests.samplers.cases import DISCRETE, EDM, FLOW, SCHEDULES, VP, each_schedule
+
+MU, C = 0.7, 0.6
+SHAPE = (2, 3, 3)
+
+Denoise = Callable[[Tensor, Tensor], Tensor]
+Denoisers = Callable[[range], Denoise]
+
+
+def gaussian(schedule: NoiseSchedule, mean: float = MU) -> Denoise:
+    """The exact denoiser of N(mean, C^2), differentiable in time."""
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = levels(schedule, t)
+        return (sigma**2 * mean + alpha * C**2 * x) / (alpha**2 * C**2 + sigma**2)
+
+    return denoise
+
+
+def for_all(denoise: Denoise) -> Denoisers:
+    """The same denoiser for all samples."""
+    return lambda _: denoise
+
+
+def levels(schedule: NoiseSchedule, t: Tensor) -> tuple[Tensor, Tensor]:
+    both = along_time(schedule, lambda t: np.stack(schedule.level(t)), t)
+    alpha, sigma = both[:, :, None, None, None]
+    return alpha, sigma
+
+
+def drawn(count: int) -> Tensor:
+    rng = np.random.default_rng(1)
+    return torch.from_numpy(MU + C * rng.standard_normal((count, *SHAPE)))
+
+
+@pytest.mark.parametrize("name", ["vp_linear", "linear", "flow", "flow_shifted", "edm"])
+def test_a_gaussian_gives_its_closed_form(name: str) -> None:
+    schedule = SCHEDULES[name]
+    (found,) = compute_statistics(
+        for_all(gaussian(schedule)), schedule, drawn(64), count=64, points=160, chunk=64
+    )
+    rise = C**2 * np.exp(2 * found.half_log_snr)[:, None, None, None]
+    exact = 1 / (1 + rise)
+    l_slope = -2 * rise * exact**2
+    assert np.abs(found.l - exact).max() < 1e-11
+    # The moving average flattens the peak of l', which is 1/2.
+    assert np.abs(found.s).max() < 0.02
+    assert np.abs(found.b + l_slope * MU).max() < 0.04
+    assert found.identity is not None
+    assert found.identity.schedule == fingerprint(schedule)
+    assert (found.identity.rule, found.identity.scale) == ("none", 1.0)
+    assert (found.identity.samples, found.identity.points) == (64, 160)
+
+
+def test_hutchinson_finds_the_diagonal_of_a_linear_denoiser() -> None:
+    rng = np.random.default_rng(0)
+    size = int(np.prod(SHAPE))
+    matrix = torch.from_numpy(rng.standard_normal((size, size)) / size**0.5)
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        return (x.flatten(1) @ matrix.T).view(x.shape)
+
+    (found,) = compute_statistics(
+        for_all(denoise), VP, drawn(4096), count=4096, points=3, chunk=4096
+    )
+    alpha = VP.level(VP.time_of_half_log_snr(found.half_log_snr))[0][:, None]
+    exact = 1 - alpha * matrix.diag().numpy()
+    # An element's estimate has the deviation of its row's other entries, over sqrt(4096).
+    assert np.abs(found.l.reshape(3, -1) - exact).max() < 4 / 64
+
+
+@pytest.mark.parametrize("schedule", [VP, FLOW, EDM], ids=["vp", "flow", "edm"])
+def test_the_change_along_the_flow_is_that_of_the_exact_flow(schedule: NoiseSchedule) -> None:
+    """Finite differences of f over exact transport, and numpy's least squares, against s and b."""
+    exact = GaussianMixtureDenoiser(schedule)
+    weights, means, deviations = (
+        torch.tensor(part, dtype=torch.float64)
+        for part in (exact.weights, exact.means, exact.deviations)
+    )
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = (part[..., None] for part in levels(schedule, t))
+        variance = (alpha * deviations) ** 2 + sigma**2
+        score = (x[..., None] - alpha * means) ** 2 / variance
+        share = torch.softmax(weights.log() - (variance.log() + score) / 2, -1)
+        inner = (sigma**2 * means + alpha * deviations**2 * x[..., None]) / variance
+        return (share * inner).sum(-1)
+
+    count, points = 40, 61
+    clean = drawn(count)
+    (found,) = compute_statistics(
+        for_all(denoise), schedule, clean, count=count, points=points, chunk=count
+    )
+    lam = found.half_log_snr
+    m = 1 - found.l
+    slope = np.gradient(m, lam, axis=0)
+    noise, _ = _noise_and_signs(range(count), 0, clean)
+    for i in range(HALF_WINDOW, points - HALF_WINDOW, 7):
+        h = 1e-4
+        t, low, high = (
+            float(schedule.time_of_half_log_snr(np.array(lam[i] + d))) for d in (0.0, -h, h)
+        )
+        m_slope = slope[i - HALF_WINDOW : i + HALF_WINDOW + 1].mean(0)
+        alpha, sigma = (float(part) for part in schedule.level(np.array(t)))
+        x = alpha * clean + sigma * noise
+
+        def f_at(time: float, distance: float) -> np.ndarray:
+            moved = exact.transport(x, t, time)  # noqa: B023 - called at once
+            y = moved / float(schedule.level(np.array(time))[0])
+            return ((m[i] + distance * m_slope) * y.numpy()) - exact(moved, time).numpy()  # noqa: B023
+
+        change = (f_at(high, h) - f_at(low, -h)) / (2 * h)
+        for place in np.ndindex(*SHAPE):
+            s, b = np.polyfit(f_at(t, 0.0)[:, *place], change[:, *place], 1)
+            assert found.s[i][place] == pytest.approx(s, abs=2e-4, rel=2e-4)
+            assert found.b[i][place] == pytest.approx(b, abs=2e-4, rel=2e-4)
+
+
+@each_schedule
+def test_x_moves_as_the_flow_does_at_every_point(schedule: NoiseSchedule) -> None:
+    top = float(np.maximum(schedule.half_log_snr(np.array(schedule.t_start)), -7))
+    start = float(schedule.time_of_half_log_snr(np.array(top)))
+    places = Points.of(schedule, 9, start, schedule.t_end)
+    alpha, sigma = schedule.level(places.t)
+    x = torch.linspace(-2, 2, 5, dtype=torch.float64)
+    exact = GaussianDenoiser(schedule, MU, C)
+    for i in range(1, 8):
+        h = 1e-4
+        low, t, high = (
+            float(schedule.time_of_half_log_snr(places.half_log_snr[i] + d)) for d in (-h, 0, h)
+        )
+        moved = (exact.transport(x, t, high) - exact.transport(x, t, low)) / (2 * h)
+        claimed = alpha[i] * exact(x, t) - (1 - places.growth[i]) * x
+        assert torch.allclose(claimed, moved, atol=1e-6)
+    # Where the kind of the schedule is known, so is the growth, at the ends too.
+    known = {"FlowMatching": sigma, "EDM": np.zeros(9)}.get(type(schedule).__name__, sigma**2)
+    assert np.allclose(places.growth, known, atol=1e-4)
+
+
+def test_time_moves_with_lam() -> None:
+    places = Points.of(EDM, 7, 80.0, 0.002)
+    assert np.allclose(places.t_slope, -places.t, rtol=1e-4)
+
+
+@pytest.mark.parametrize("t", [0.0, 0.5, 998.7, 999.0])
+def test_derivatives_in_time_are_one_sided_at_the_ends_of_training(t: float) -> None:
+    given = torch.tensor([t], dtype=torch.float64)
+    value, slope = torch.func.jvp(
+        lambda t: along_time(DISCRETE, lambda t: DISCRETE.level(t)[0], t),
+        (given,),
+        (torch.ones_like(given),),
+    )
+    k = min(int(t), 998)
+    logs = DISCRETE.log_alphas  # type: ignore[attr-defined]
+    assert value.item() == pytest.approx(DISCRETE.level(np.array(t))[0])
+    assert slope.item() == pytest.approx(value.item() * (logs[k + 1] - logs[k]), rel=1e-4)
+
+
+def test_mixtures_of_branches_are_the_statistics_of_their_sums() -> None:
+    first, second = gaussian(VP, MU), gaussian(VP, -MU)
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        return torch.stack([first(x, t) * x.cos(), second(x, t)])
+
+    mixtures = [Mixture(weights=(1, 0)), Mixture("cfg", 4.0, (4, -3)), Mixture("cfg", 2, (2, -1))]
+    together = compute_statistics(
+        for_all(denoise), VP, drawn(8), count=8, points=12, mixtures=mixtures
+    )
+    for mixture, found in zip(mixtures, together, strict=True):
+        w, u = mixture.weights
+
+        def summed(x: Tensor, t: Tensor, w: float = w, u: float = u) -> Tensor:
+            cond, uncond = denoise(x, t)
+            return w * cond + u * uncond
+
+        (alone,) = compute_statistics(for_all(summed), VP, drawn(8), count=8, points=12)
+        for name in ("l", "s", "b"):
+            assert np.allclose(getattr(found, name), getattr(alone, name), rtol=1e-8, atol=1e-8)
+        assert found.identity is not None
+        assert (found.identity.rule, found.identity.scale) == (mixture.rule, mixture.scale)
+
+
+def test_each_sample_is_denoised_as_its_own() -> None:
+    """Samples of two kinds, each with its own denoiser, asked for by number."""
+    asked: list[range] = []
+
+    def denoiser_of(rows: range) -> Denoise:
+        asked.append(rows)
+        means = torch.tensor([MU if k % 2 else -MU for k in rows])[:, None, None, None]
+
+        def denoise(x: Tensor, t: Tensor) -> Tensor:
+            return gaussian(VP, 0.0)(x, t) + means * gaussian(VP, 1.0)(torch.zeros_like(x), t)
+
+        return denoise
+
+    clean = drawn(10)
+    (found,) = compute_statistics(denoiser_of, VP, clean, count=10, points=4, chunk=4)
+    assert asked == [range(4), range(4, 8), range(8, 10)] * 4
+    (called,) = compute_statistics(
+        denoiser_of, VP, lambda rows: clean[rows.start : rows.stop], count=10, points=4, chunk=3
+    )
+    assert np.allclose(called.b, found.b, rtol=1e-9, atol=1e-12)
+
+
+class Stopped(Exception):
+    """Ends a run part way."""
+
+
+def test_a_stopped_run_goes_on_to_the_same_result(tmp_path: Path) -> None:
+    def run(count: int, folder: Path | None, stop_at: int | None = None) -> samplers.Statistics:
+        def tell(progress: Progress) -> None:
+            told.append(progress)
+            if progress.done == stop_at:
+                raise Stopped
+
+        (found,) = compute_statistics(
+            for_all(gaussian(VP)),
+            VP,
+            drawn(24),
+            count=count,
+            points=5,
+            chunk=8,
+            checkpoint=folder,
+            tell=tell,
+        )
+        return found
+
+    told: list[Progress] = []
+    whole = run(24, None)
+    assert told[-1] == Progress(120, 120)
+    assert len(told) == 15
+    folder = tmp_path / "sums"
+    with pytest.raises(Stopped):
+        run(16, folder, stop_at=40)
+    told.clear()
+    run(16, folder)
+    assert told[0] == Progress(40, 80)
+    told.clear()
+    extended = run(24, folder)
+    assert told[0] == Progress(24, 120)
+    for name in ("l", "s", "b"):
+        assert np.array_equal(getattr(extended, name), getattr(whole, name))
+    assert {file.suffix for file in folder.iterdir()} == {".safetensors"}
+    with pytest.raises(ValueError, match=r"samples is 16, and checkpoint .* holds 24"):
+        run(16, folder)
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    def run(seed: int) -> None:
+        compute_statistics(
+            for_all(gaussian(VP)),
+            VP,
+            drawn(2),
+            count=2,
+            points=3,
+            seed=seed,
+            checkpoint=tmp_path,
+        )
+
+    run(0)
+    run(0)
+    with pytest.raises(ValueError, match="is of another run; remove it or name another"):
+        run(1)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"count": 1}, "samples is 1; at least 2"),
+        ({"points": 2}, "points is 2; at least 3"),
+        ({"t_start": 1.0}, "t_start is 1 and t_end is 0.001"),
+        ({"t_start": 0.4, "t_end": 0.6}, "t_start is 0.4 and t_end is 0.6"),
+        ({"mixtures": [Mixture(weights=(2.0,))]}, "must sum to 1"),
+        ({"mixtures": [Mixture(), Mixture(weights=(2.0, -1.0))]}, "one weight a branch"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(change: dict[str, object], says: str) -> None:
+    given = {"count": 2, "points": 3} | change
+    with pytest.raises(ValueError, match=says):
+        compute_statistics(for_all(gaussian(FLOW)), FLOW, drawn(2), **given)  # type: ignore[arg-type]
+
+
+def test_the_package_comes_without_torch() -> None:
+    code = "import samplers, sys; samplers.Statistics; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert samplers.compute_statistics is compute_statistics
+    assert not hasattr(samplers, "compute_nothing")
