@@ -9,7 +9,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from samplers.levels import F64, Levels
-    from samplers.timesteps import Spacing
+    from samplers.spacing import Spacing
 
 PURE_NOISE = -7.0
 """Half-log-SNR that stands in for -inf at pure noise, in higher-order weights alone.
@@ -59,7 +59,7 @@ class Grid:
                 f"{schedule.t_start:g} down to a lower time, at which there is noise left."
             )
         count = steps if t_end is None else steps + 1
-        times = spacing.times(schedule, count, first, last)
+        times = spacing.fill(schedule, count, first, last)
         return cls.on_times(schedule, times, spacing, clean=t_end is None)
 
     @classmethod
@@ -69,7 +69,8 @@ class Grid:
         """A grid on given times, with the clean picture as one more point if ``clean``.
 
         Raises:
-            ValueError: the times do not fall strictly.
+            ValueError: the times do not fall strictly, or the spacing wants whole timesteps
+                and the schedule has none.
         """
         risen = np.flatnonzero(np.diff(t) >= 0)
         if len(risen):
@@ -80,7 +81,14 @@ class Grid:
                 + ("; ask for fewer steps." if spacing is not None else ".")
             )
         alpha, sigma = schedule.level(t)
-        told = np.round(t) if spacing is not None and spacing.integer_timesteps else t
+        told = t
+        if spacing is not None and spacing.integer_timesteps:
+            if not schedule.whole_timesteps:
+                raise ValueError(
+                    "spacing.whole is true, which needs a model with whole trained timesteps; "
+                    "leave it false for this one."
+                )
+            told = np.round(t)
         if clean:
             told, alpha, sigma = np.append(told, 0.0), np.append(alpha, 1.0), np.append(sigma, 0.0)
         return cls(schedule, told, alpha, sigma)

@@ -49,6 +49,23 @@ class Levels(ABC):
         """What the network is told in place of ``t``; the time itself by default."""
         return t
 
+    def noise_level(self, t: F64) -> F64:
+        """What users' programs call sigma: ``sigma / alpha``; on flow matching, sigma itself."""
+        return np.exp(-self.half_log_snr(t))
+
+    def time_of_noise_level(self, noise_level: F64) -> F64:
+        """The times at which :meth:`noise_level` has the given values."""
+        return self.time_of_half_log_snr(-np.log(noise_level))
+
+    def measure(self, t: F64) -> F64:
+        """The schedule's own measure of time, in which its spacings by time are even."""
+        return t
+
+    def time_of_measure(self, measure: F64) -> F64:
+        """The times at which :meth:`measure` has the given values."""
+        return measure
+
     def uniform(self, count: int, t_start: float, t_end: float) -> F64:
         """``count`` times from ``t_start`` to ``t_end``, even in the schedule's own measure."""
-        return np.linspace(t_start, t_end, count)
+        first, last = self.measure(np.array([t_start, t_end]))
+        return self.time_of_measure(np.linspace(first, last, count))

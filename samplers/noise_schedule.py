@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from samplers.levels import F64
-    from samplers.timesteps import Spacing
+    from samplers.spacing import Spacing
 
 TRAINED_STEPS = 1000
 
@@ -30,12 +30,16 @@ class NoiseSchedule(Levels):
     """The levels of a model, and how a run is laid over them; the four kinds say all there is."""
 
     def grid(
-        self, spacing: Spacing, steps: int, t_start: float | None = None, t_end: float | None = None
+        self,
+        spacing: Spacing | str,
+        steps: int,
+        t_start: float | None = None,
+        t_end: float | None = None,
     ) -> Grid:
         """The times of ``steps`` steps.
 
         Args:
-            spacing: how the steps are laid out.
+            spacing: how the steps are laid out; a bare name stands for its defaults.
             steps: number of steps, at least 1.
             t_start: time to start from; default the schedule's own.
             t_end: time to land on, with sigma > 0. By default the last step lands on the clean
@@ -43,8 +47,14 @@ class NoiseSchedule(Levels):
                 ``t_start`` of one's own at the cleanest trained level.
 
         Raises:
-            ValueError: ``steps`` below 1, or times outside the schedule or out of order.
+            ValueError: ``steps`` below 1, times outside the schedule or out of order, a name that
+                is not known, or a spacing that does not suit the schedule.
         """
+        if isinstance(spacing, str):
+            # Not at the top: the spacings of installed packages import this one.
+            from samplers.spacings import spacing_named
+
+            spacing = spacing_named(spacing)
         return Grid.of(self, spacing, steps, t_start, t_end)
 
     @staticmethod
@@ -213,10 +223,12 @@ class FlowMatching(NoiseSchedule):
         return self.shift * u / (1 + (self.shift - 1) * u)
 
     @override
-    def uniform(self, count: int, t_start: float, t_end: float) -> F64:
-        ends = np.array([t_start, t_end])
-        first, last = ends / (self.shift - (self.shift - 1) * ends)
-        return self.shifted(np.linspace(first, last, count))
+    def measure(self, t: F64) -> F64:
+        return t / (self.shift - (self.shift - 1) * t)
+
+    @override
+    def time_of_measure(self, measure: F64) -> F64:
+        return self.shifted(measure)
 
     @override
     def level(self, t: F64) -> tuple[F64, F64]:
@@ -231,6 +243,14 @@ class FlowMatching(NoiseSchedule):
     @override
     def time_of_half_log_snr(self, half_log_snr: F64) -> F64:
         return np.exp(-np.logaddexp(0.0, half_log_snr))
+
+    @override
+    def noise_level(self, t: F64) -> F64:
+        return np.asarray(t, np.float64)
+
+    @override
+    def time_of_noise_level(self, noise_level: F64) -> F64:
+        return noise_level
 
     @override
     def conditioning(self, t: F64) -> F64:
@@ -302,8 +322,10 @@ def _log_alphas_of(config: Mapping[str, Any]) -> F64:
 def _without_final_signal(log_alphas: F64) -> F64:
     """Alpha shifted and scaled until the last one is 0 (Lin et al., arXiv 2305.08891, algorithm 1).
 
-    The last is 2^-12 in place of 0, as in diffusers, so that its logarithm is finite.
+    The last is 2^-12 in place of 0, as in diffusers, so that its logarithm is finite; but half of
+    the one before where that is lower already, as with linear betas, so that alpha always falls.
     """
     alphas = np.exp(log_alphas)
     alphas = (alphas - alphas[-1]) * alphas[0] / (alphas[0] - alphas[-1])
-    return np.log(np.append(alphas[:-1], 2.0**-12))
+    last = 2.0**-12 if alphas[-2] > 2.0**-12 else alphas[-2] / 2
+    return np.log(np.append(alphas[:-1], last))

@@ -1,4 +1,4 @@
-"""All samplers and spacings: ours, and those of installed packages."""
+"""All samplers: ours, and those of installed packages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from samplers.dpm_solver_pp import DPMSolverPP
 from samplers.euler import Euler, EulerAncestral
 from samplers.heun import Heun
 from samplers.lcm import LCM
-from samplers.timesteps import Karras, LCMSpacing, Leading, Linspace, LogSNR, Spacing, Trailing
 from samplers.unipc import UniPC
 
 if TYPE_CHECKING:
@@ -25,14 +24,4 @@ SAMPLERS: tuple[type[Sampler], ...] = (
     UniPC,
     LCM,
     *(entry.load() for entry in entry_points(group="weft.samplers")),
-)
-
-SPACINGS: tuple[type[Spacing], ...] = (
-    Leading,
-    Trailing,
-    Linspace,
-    Karras,
-    LogSNR,
-    LCMSpacing,
-    *(entry.load() for entry in entry_points(group="weft.spacings")),
 )

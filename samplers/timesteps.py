@@ -1,40 +1,23 @@
-"""Spacings: how the steps of a run are laid out over the noise levels."""
+"""Spacings by rule: even in time, in log SNR, or in a power of sigma."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
-from pydantic import BaseModel, Field
+from pydantic import Field
 from typing_extensions import override
+
+from samplers.spacing import (
+    LevelSpacing,
+    ListedSpacing,
+    Spacing,
+    finite_start,
+    refuse_more_than_trained,
+)
 
 if TYPE_CHECKING:
     from samplers.levels import F64, Levels
-
-
-class Spacing(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=False):
-    """One way to choose the times of a run.
-
-    ``evaluated`` gives the times of the N evaluations of a run that ends on the clean picture;
-    ``times`` fills a given range, both ends included.
-    """
-
-    summary: ClassVar[str]
-    source: ClassVar[str]
-    name: str
-
-    @property
-    def integer_timesteps(self) -> bool:
-        """Whether the denoiser is told whole timesteps, whatever the levels are."""
-        return False
-
-    def times(self, schedule: Levels, count: int, t_start: float, t_end: float) -> F64:
-        """``count`` falling times from ``t_start`` to ``t_end``."""
-        return schedule.uniform(count, t_start, t_end)
-
-    def evaluated(self, schedule: Levels, steps: int) -> F64:
-        """The ``steps`` falling times at which a run to the clean picture evaluates."""
-        return self.times(schedule, steps, schedule.t_start, schedule.t_end)
 
 
 class Leading(Spacing, frozen=True):
@@ -48,7 +31,7 @@ class Leading(Spacing, frozen=True):
     @override
     def evaluated(self, schedule: Levels, steps: int) -> F64:
         if trained := schedule.whole_timesteps:
-            _refuse_more_than_trained(trained, steps)
+            refuse_more_than_trained(trained, steps)
             stride = trained // steps
             times = np.arange(steps)[::-1] * stride + self.offset
             return np.minimum(times, trained - 1).astype(np.float64)
@@ -66,7 +49,7 @@ class Trailing(Spacing, frozen=True):
     @override
     def evaluated(self, schedule: Levels, steps: int) -> F64:
         if trained := schedule.whole_timesteps:
-            _refuse_more_than_trained(trained, steps)
+            refuse_more_than_trained(trained, steps)
             return np.round(trained - np.arange(steps) * (trained / steps)) - 1
         return schedule.uniform(steps + 1, schedule.t_start, 0.0)[:-1]
 
@@ -86,14 +69,58 @@ class Linspace(Spacing, frozen=True):
     @override
     def evaluated(self, schedule: Levels, steps: int) -> F64:
         count = steps if self.endpoint else steps + 1
-        times = self.times(schedule, count, schedule.t_start, schedule.t_end)[:steps]
+        times = self.fill(schedule, count, schedule.t_start, schedule.t_end)[:steps]
         if trained := schedule.whole_timesteps:
-            _refuse_more_than_trained(trained, steps)
+            refuse_more_than_trained(trained, steps)
             return np.round(times)
         return times
 
 
-class Karras(Spacing, frozen=True):
+class SGMUniform(Spacing, frozen=True):
+    """Equal strides that stop one above the cleanest level, between whole timesteps.
+
+    ``linspace`` without its endpoint, but for the rounding to trained timesteps.
+    """
+
+    summary: ClassVar[str] = "Equal strides that end one above the cleanest level, not rounded."
+    source: ClassVar[str] = "Stability's generative-models, as ComfyUI's `sgm_uniform`."
+    name: Literal["sgm_uniform"] = "sgm_uniform"
+
+    @override
+    def evaluated(self, schedule: Levels, steps: int) -> F64:
+        return self.fill(schedule, steps + 1, schedule.t_start, schedule.t_end)[:-1]
+
+
+class TimeQuadratic(Spacing, frozen=True):
+    """Even in the square root of time: strides that shrink towards the clean end.
+
+    With ``reach`` 0.8 these are DDIM's quadratic timesteps before they are rounded, with 1 those
+    that the DPM-Solver authors call `time_quadratic`. On an EDM schedule it is karras of rho 2.
+    """
+
+    summary: ClassVar[str] = "Even in the square root of time; more steps at low noise."
+    source: ClassVar[str] = "DDIM (arXiv 2010.02502), appendix D.2; DPM-Solver's `time_quadratic`."
+    name: Literal["time_quadratic"] = "time_quadratic"
+    reach: float = Field(
+        default=1.0,
+        ge=0.5,
+        le=1,
+        description="Where a run starts, as a share of all time; DDIM's authors take 0.8.",
+    )
+
+    @override
+    def fill(self, schedule: Levels, count: int, t_start: float, t_end: float) -> F64:
+        first, last = np.sqrt(schedule.measure(np.array([t_start, t_end])))
+        return schedule.time_of_measure(np.linspace(first, last, count) ** 2)
+
+    @override
+    def evaluated(self, schedule: Levels, steps: int) -> F64:
+        noisiest = schedule.whole_timesteps or schedule.measure(np.array(schedule.t_start))
+        start = schedule.time_of_measure(np.array(self.reach * noisiest))
+        return self.fill(schedule, steps, min(float(start), schedule.t_start), schedule.t_end)
+
+
+class Karras(LevelSpacing, frozen=True):
     """Even in sigma^(1/rho): many steps at low noise."""
 
     summary: ClassVar[str] = "Even in sigma^(1/rho); spends many steps on fine detail."
@@ -102,46 +129,30 @@ class Karras(Spacing, frozen=True):
     rho: float = Field(
         default=7.0, ge=1, le=100, description="Larger spends more steps at low noise."
     )
-    whole: bool = Field(
-        default=False, description="Tell the denoiser whole timesteps, as diffusers does."
-    )
-
-    @property
-    @override
-    def integer_timesteps(self) -> bool:
-        return self.whole
 
     @override
-    def times(self, schedule: Levels, count: int, t_start: float, t_end: float) -> F64:
-        ends = schedule.half_log_snr(np.array([_finite_start(schedule, t_start), t_end]))
+    def fill(self, schedule: Levels, count: int, t_start: float, t_end: float) -> F64:
+        ends = schedule.half_log_snr(np.array([finite_start(schedule, t_start), t_end]))
         # sigma / alpha = exp(-half log SNR)
         first, last = np.exp(-ends / self.rho)
         ratio = np.linspace(first, last, count) ** self.rho
         return schedule.time_of_half_log_snr(-np.log(ratio))
 
 
-class LogSNR(Spacing, frozen=True):
+class LogSNR(LevelSpacing, frozen=True):
     """Even in log(alpha / sigma)."""
 
     summary: ClassVar[str] = "Even in log SNR; the natural measure of the exponential integrators."
     source: ClassVar[str] = "DPM-Solver (arXiv 2206.00927), section 3.4."
     name: Literal["logsnr"] = "logsnr"
-    whole: bool = Field(
-        default=False, description="Tell the denoiser whole timesteps, as diffusers does."
-    )
-
-    @property
-    @override
-    def integer_timesteps(self) -> bool:
-        return self.whole
 
     @override
-    def times(self, schedule: Levels, count: int, t_start: float, t_end: float) -> F64:
-        ends = schedule.half_log_snr(np.array([_finite_start(schedule, t_start), t_end]))
+    def fill(self, schedule: Levels, count: int, t_start: float, t_end: float) -> F64:
+        ends = schedule.half_log_snr(np.array([finite_start(schedule, t_start), t_end]))
         return schedule.time_of_half_log_snr(np.linspace(ends[0], ends[1], count))
 
 
-class LCMSpacing(Spacing, frozen=True):
+class LCMSpacing(ListedSpacing, frozen=True):
     """The times that latent consistency models were distilled at."""
 
     summary: ClassVar[str] = "Picks from the 50 times that consistency models were distilled at."
@@ -161,7 +172,7 @@ class LCMSpacing(Spacing, frozen=True):
                 "spacing is 'lcm', which needs a model with whole trained timesteps; "
                 "use 'trailing' with this one."
             )
-        _refuse_more_than_trained(trained, self.distilled_steps, "distilled_steps")
+        refuse_more_than_trained(trained, self.distilled_steps, "distilled_steps")
         if steps > self.distilled_steps:
             raise ValueError(
                 f"steps is {steps}; the spacing 'lcm' has at most {self.distilled_steps}."
@@ -170,17 +181,3 @@ class LCMSpacing(Spacing, frozen=True):
         distilled = np.arange(self.distilled_steps, 0, -1) * stride - 1
         picked = np.floor(np.linspace(0, self.distilled_steps, steps, endpoint=False))
         return distilled[picked.astype(np.intp)].astype(np.float64)
-
-
-def _finite_start(schedule: Levels, t_start: float) -> float:
-    """Flow matching has no signal at all at t = 1: logarithmic spacings start just below."""
-    if np.isfinite(schedule.half_log_snr(np.array(t_start))):
-        return t_start
-    return t_start * (1 - 1e-3)
-
-
-def _refuse_more_than_trained(trained: int, steps: int, field: str = "steps") -> None:
-    if steps > trained:
-        raise ValueError(
-            f"{field} is {steps}; the model has {trained} trained timesteps, which is the most."
-        )

@@ -10,6 +10,8 @@ from pydantic.fields import FieldInfo
 
 from samplers import SAMPLERS, SPACINGS, Grid, NoiseSchedule, Sampler, Spacing
 from samplers.noise_schedule import DiscreteVP
+from samplers.spacing import ListedSpacing
+from samplers.spacings import spacing_named as spacing_named
 
 VP = NoiseSchedule.vp_linear()
 DISCRETE = NoiseSchedule.from_diffusers({"beta_schedule": "linear"})
@@ -76,9 +78,11 @@ each_pair = pytest.mark.parametrize(
 )
 
 
-def spacing_named(name: str) -> Spacing:
-    """The spacing of that name, with its defaults."""
-    return next(spacing for spacing in DEFAULT_SPACINGS if spacing.name == name)
+def may_refuse(spacing: Spacing, schedule: NoiseSchedule) -> bool:
+    """Whether a spacing is made for other schedules, or for steps that it lists."""
+    if isinstance(spacing, ListedSpacing):
+        return True
+    return spacing.integer_timesteps and not schedule.whole_timesteps
 
 
 def grid_unless_refused(schedule: NoiseSchedule, spacing: Spacing, steps: int) -> Grid | None:

@@ -137,3 +137,10 @@ def test_networks_are_told_what_they_were_trained_on() -> None:
     assert NoiseSchedule.flow().conditioning(t).tolist() == [500, 250]
     assert NoiseSchedule.vp_linear().conditioning(t).tolist() == [0.5, 0.25]
     np.testing.assert_allclose(NoiseSchedule.edm().conditioning(t), np.log(t) / 4)
+
+
+def test_alpha_falls_to_the_last_step_of_zero_terminal_snr_where_that_of_diffusers_rises() -> None:
+    theirs = EulerDiscreteScheduler(rescale_betas_zero_snr=True).alphas_cumprod
+    assert theirs[-1] > theirs[-2]
+    alpha, _ = SCHEDULES["zero_snr"].level(np.arange(1000.0))
+    assert (np.diff(alpha) < 0).all()

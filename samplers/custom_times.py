@@ -1,0 +1,62 @@
+"""Times that the request lists itself."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import numpy as np
+from pydantic import Field
+from typing_extensions import override
+
+from samplers.spacing import ListedSpacing
+
+if TYPE_CHECKING:
+    from samplers.levels import F64, Levels
+
+
+class Custom(ListedSpacing, frozen=True):
+    """The times that are listed, and from the last of them to the clean picture.
+
+    Times are the schedule's own: trained timesteps of a Stable Diffusion model, which may lie
+    between whole ones; sigma in (0, 1] of flow matching, after the shift; sigma of an EDM model.
+    """
+
+    summary: ClassVar[str] = "The times that you list, one for each step."
+    source: ClassVar[str] = "diffusers, set_timesteps(timesteps=...) and (sigmas=...)."
+    name: Literal["custom"] = "custom"
+    times: tuple[float, ...] = Field(
+        default=(),
+        max_length=1000,
+        # A list in JSON, which strict validation would not take for a tuple.
+        strict=False,
+        description="Strictly falling times to evaluate at, in the model's own measure; as many as"
+        " steps.",
+    )
+
+    @property
+    @override
+    def own_steps(self) -> int | None:
+        return len(self.times) or None
+
+    @override
+    def evaluated(self, schedule: Levels, steps: int) -> F64:
+        if not self.times:
+            raise ValueError("spacing.times is empty; list one falling time for each step.")
+        if steps != len(self.times):
+            raise ValueError(
+                f"steps is {steps}; spacing.times has {len(self.times)} entries, and steps must "
+                "be as many."
+            )
+        for before, after in zip(self.times, self.times[1:], strict=False):
+            if after >= before:
+                raise ValueError(
+                    f"spacing.times go from {before:g} to {after:g}; each must be below the one "
+                    "before it."
+                )
+        first, last = self.times[0], self.times[-1]
+        if not schedule.t_start >= first >= last >= schedule.t_end:
+            raise ValueError(
+                f"spacing.times go from {first:g} to {last:g}; this model has times from "
+                f"{schedule.t_start:g} to {schedule.t_end:g}."
+            )
+        return np.array(self.times)

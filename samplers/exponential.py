@@ -1,0 +1,31 @@
+"""Even in log sigma, as users' programs count sigma."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import numpy as np
+from typing_extensions import override
+
+from samplers.spacing import LevelSpacing
+
+if TYPE_CHECKING:
+    from samplers.levels import F64, Levels
+
+
+class Exponential(LevelSpacing, frozen=True):
+    """Even in log sigma (k-diffusion's ``get_sigmas_exponential``).
+
+    What these programs call sigma is sigma / alpha here, so on variance-preserving and EDM
+    schedules this is ``logsnr`` to the last bit but rounding. On flow matching they take sigma
+    itself, and it is not: there the times fall by one factor from 1.
+    """
+
+    summary: ClassVar[str] = "Even in log sigma; differs from logsnr on flow matching alone."
+    source: ClassVar[str] = "k-diffusion, get_sigmas_exponential."
+    name: Literal["exponential"] = "exponential"
+
+    @override
+    def fill(self, schedule: Levels, count: int, t_start: float, t_end: float) -> F64:
+        first, last = np.log(schedule.noise_level(np.array([t_start, t_end])))
+        return schedule.time_of_noise_level(np.exp(np.linspace(first, last, count)))

@@ -1,0 +1,57 @@
+"""All spacings: ours, and those of installed packages."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING
+
+from samplers.align_your_steps import AlignYourSteps
+from samplers.beta import Beta
+from samplers.custom_times import Custom
+from samplers.exponential import Exponential
+from samplers.timesteps import (
+    Karras,
+    LCMSpacing,
+    Leading,
+    Linspace,
+    LogSNR,
+    SGMUniform,
+    TimeQuadratic,
+    Trailing,
+)
+
+if TYPE_CHECKING:
+    from samplers.spacing import Spacing
+
+SPACINGS: tuple[type[Spacing], ...] = (
+    Leading,
+    Trailing,
+    Linspace,
+    SGMUniform,
+    TimeQuadratic,
+    Karras,
+    LogSNR,
+    Exponential,
+    Beta,
+    AlignYourSteps,
+    LCMSpacing,
+    Custom,
+    *(entry.load() for entry in entry_points(group="weft.spacings")),
+)
+
+
+def spacing_named(name: str) -> Spacing:
+    """The spacing of that name, with its defaults.
+
+    Raises:
+        ValueError: no spacing has it.
+    """
+    by_name = {kind.model_fields["name"].default: kind for kind in SPACINGS}
+    if name not in by_name:
+        near = get_close_matches(name, by_name, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(
+            f"spacing {name[:60]!r} is not known{hint}; allowed are: {', '.join(by_name)}."
+        )
+    return by_name[name].model_validate({})
