@@ -1,0 +1,158 @@
+"""Train the classifier of noisy latents that classifier guidance takes its gradients from."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
+
+from embedded.components import make_scheduler
+from embedded.scenes import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, Scene, make_scene, render
+from server.models.classifier import LatentClassifier
+
+HEADS: Final = {
+    "count": ("one", "two"),
+    "background": tuple(BACKGROUNDS),
+    "shape": SHAPES,
+    "colour": tuple(COLOURS),
+    "size": tuple(SIZES),
+    "place": tuple(PLACES),
+    "minority": tuple(f"tenth {number}" for number in range(1, 11)),
+}
+"""Attributes and their classes. Those of a thing are learnt from pictures of one thing alone;
+minority is the tenth of the training pictures, by how badly the model restores them."""
+
+FIRST_SEED: Final = 5_000_000_000
+"""Seeds from here on belong to no other set."""
+
+_UNKNOWN: Final = -1
+_BATCH: Final = 96
+_PEAK_RATE: Final = 2e-3
+_CLEAN: Final = 0.2
+"""Share of the batch without any noise, for predictions of the clean latent."""
+_RESTORED_FROM: Final = 899
+"""Timestep, nine tenths of the way to noise, that minority scores restore from (arXiv 2301.12334,
+section 3.2)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """Clean latents ``[pictures, C, h, w]``; classes ``[pictures]`` by attribute, -1 unknown."""
+
+    latents: Tensor
+    classes: dict[str, Tensor]
+
+
+@torch.inference_mode()
+def make_labelled(pipeline: StableDiffusionPipeline, pictures: int) -> Labelled:
+    """Draw, encode and label pictures of fresh seeds."""
+    scenes = [make_scene(FIRST_SEED + number) for number in range(pictures)]
+    chunks = [scenes[start : start + 64] for start in range(0, pictures, 64)]
+    latents = torch.cat([pipeline.vae.encoder(render(chunk)) for chunk in chunks])
+    classes = {
+        name: torch.tensor([_class_of(scene, name) for scene in scenes])
+        for name in HEADS
+        if name != "minority"
+    }
+    scores = torch.cat([_distance_restored(pipeline, chunk) for chunk in latents.split(64)])
+    ranks = scores.argsort().argsort()
+    classes["minority"] = ranks * len(HEADS["minority"]) // pictures
+    # Tensors made in inference mode could not be trained on.
+    return Labelled(latents.clone(), classes)
+
+
+def _class_of(scene: Scene, attribute: str) -> int:
+    if attribute == "count":
+        return len(scene.truth.things) - 1
+    if attribute == "background":
+        return HEADS["background"].index(scene.truth.background or "")
+    thing, *others = scene.truth.things
+    return _UNKNOWN if others else HEADS[attribute].index(getattr(thing, attribute))
+
+
+def _distance_restored(pipeline: StableDiffusionPipeline, latents: Tensor) -> Tensor:
+    """Mean square distance of latents from the model's own restoration of them, ``[rows]``.
+
+    Without a prompt, from nearly pure noise. The paper measures perceptual distance of pictures;
+    this is that of latents.
+    """
+    square = float(make_scheduler().alphas_cumprod[_RESTORED_FROM])
+    alpha, sigma = square**0.5, (1 - square) ** 0.5
+    generator = torch.Generator().manual_seed(0)
+    told, _ = pipeline.encode_prompt([""] * len(latents), "cpu", 1, False)
+    noise = torch.randn(latents.shape, generator=generator)
+    x = alpha * latents + sigma * noise
+    velocity = pipeline.unet(x, _RESTORED_FROM, told, return_dict=False)[0]
+    return (alpha * x - sigma * velocity - latents).square().mean((1, 2, 3))
+
+
+def train_classifier(
+    data: Labelled, model: str, steps: int, seed: int, tell: Callable[[int, float], None]
+) -> LatentClassifier:
+    """Train on random levels of noise with cross-entropy over every attribute that is known.
+
+    Args:
+        data: what to learn.
+        model: revision of the weights whose latents these are.
+        steps: of Adam, at batches of 96.
+        seed: of everything random.
+        tell: called with step and loss now and then.
+    """
+    torch.manual_seed(seed)
+    classifier = LatentClassifier(data.latents.shape[1], HEADS, model)
+    optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _PEAK_RATE, total_steps=steps)
+    for step in range(steps):
+        chosen = torch.randint(len(data.latents), (_BATCH,))
+        alpha, sigma = _levels(_BATCH)
+        loss = _loss(classifier, data, chosen, alpha, sigma)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0:
+            tell(step, float(loss.detach()))
+    return classifier.eval().requires_grad_(requires_grad=False)
+
+
+@torch.inference_mode()
+def accuracy(
+    classifier: LatentClassifier, data: Labelled, timestep: int | None
+) -> dict[str, float]:
+    """Share of right classes by attribute, at a timestep's noise or on clean latents (None)."""
+    rows = len(data.latents)
+    square = torch.ones(()) if timestep is None else make_scheduler().alphas_cumprod[timestep]
+    alpha, sigma = square.sqrt().expand(rows), (1 - square).sqrt().expand(rows)
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(data.latents.shape, generator=generator)
+    x = alpha.view(-1, 1, 1, 1) * data.latents + sigma.view(-1, 1, 1, 1) * noise
+    logits = classifier(x, alpha, sigma)
+    shares: dict[str, float] = {}
+    for name, classes in data.classes.items():
+        known = classes != _UNKNOWN
+        shares[name] = float((logits[name].argmax(1) == classes)[known].float().mean())
+    return shares
+
+
+def _levels(rows: int) -> tuple[Tensor, Tensor]:
+    squares = make_scheduler().alphas_cumprod
+    square = squares[torch.randint(len(squares), (rows,))]
+    square = square.where(torch.rand(rows) > _CLEAN, 1.0)
+    return square.sqrt(), (1 - square).sqrt()
+
+
+def _loss(
+    classifier: LatentClassifier, data: Labelled, chosen: Tensor, alpha: Tensor, sigma: Tensor
+) -> Tensor:
+    clean = data.latents[chosen]
+    noise = torch.randn_like(clean)
+    x = alpha.view(-1, 1, 1, 1) * clean + sigma.view(-1, 1, 1, 1) * noise
+    logits = classifier(x, alpha, sigma)
+    losses = [
+        F.cross_entropy(logits[name], classes[chosen], ignore_index=_UNKNOWN)
+        for name, classes in data.classes.items()
+    ]
+    return torch.stack(losses).sum()
