@@ -167,17 +167,18 @@ def save_model(components: Components, folder: Path) -> None:
 
 def save_weak(unet: UNet2DConditionModel, folder: Path) -> None:
     """Store the weaker companion in a model folder, where the server looks for one."""
-    copy.deepcopy(unet).half().save_pretrained(folder / "weft" / "weak")
+    place = folder / "weft" / "weak"
+    copy.deepcopy(unet).half().save_pretrained(place)
+    _leave_out(place / "config.json", "_name_or_path")
 
 
 def _write(components: Components, folder: Path) -> None:
     components.text_encoder.save_pretrained(folder / "text_encoder")
     for name, part in {"vae": components.autoencoder, "unet": components.unet}.items():
         copy.deepcopy(part).half().save_pretrained(folder / name)
-    config = folder / "vae" / "config.json"
+        _leave_out(folder / name / "config.json", "_name_or_path")
     # diffusers derives this entry anew and warns when it reads it.
-    entries = {k: v for k, v in json.loads(config.read_text()).items() if k != "block_out_channels"}
-    config.write_text(json.dumps(entries, indent=2) + "\n")
+    _leave_out(folder / "vae" / "config.json", "block_out_channels")
     make_tokenizer().save_pretrained(folder / "tokenizer")
     make_scheduler().save_pretrained(folder / "scheduler")
     index = {
@@ -194,3 +195,8 @@ def _write(components: Components, folder: Path) -> None:
         "vae": ["diffusers", "AutoencoderTiny"],
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _leave_out(config: Path, entry: str) -> None:
+    entries = {k: v for k, v in json.loads(config.read_text()).items() if k != entry}
+    config.write_text(json.dumps(entries, indent=2) + "\n")
