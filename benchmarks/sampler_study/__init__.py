@@ -1,0 +1,1 @@
+"""How good each sampler is at each number of evaluations, on the embedded model."""

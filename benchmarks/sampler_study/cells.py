@@ -1,0 +1,221 @@
+"""What is measured: contenders, and the cells of each part in the order that they matter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+from typing import TYPE_CHECKING, Any, Literal
+
+from benchmarks.sampler_study.statistics_files import Missing
+from samplers import SAMPLERS, SPACINGS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from benchmarks.sampler_study.study import Sizes
+    from samplers import NoiseSchedule, Plan, Sampler, Spacing
+    from samplers.statistics import Statistics
+
+Kept = Literal["", "elementwise", "per channel"]
+"""What of the statistics a contender is given; empty where it takes none."""
+
+Part = Literal["error", "picture"]
+
+EVALUATIONS = (5, 6, 8, 10, 12, 15, 20)
+SCALES = (1.0, 2.0, 4.0, 7.5)
+HIGH_SCALES = (4.0, 7.5, 15.0, 30.0)
+FEW = (5, 8, 12)
+PICTURE_EVALUATIONS = (5, 8, 12, 20)
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """A sampler with its settings, under the name that tables and plots give it.
+
+    Attributes:
+        label: the name.
+        settings: of the sampler, as a request gives them.
+        kept: what statistics it is given.
+    """
+
+    label: str
+    settings: Mapping[str, Any]
+    kept: Kept = ""
+
+    def sampler(self) -> Sampler:
+        """The sampler.
+
+        Raises:
+            Missing: none of that name is registered.
+        """
+        name = self.settings["name"]
+        kind = next((k for k in SAMPLERS if k.model_fields["name"].default == name), None)
+        if kind is None:
+            raise Missing(f"no sampler {name!r} is registered")
+        return kind.model_validate(dict(self.settings))
+
+
+def _one(label: str, name: str, kept: Kept = "", **settings: Any) -> Contender:
+    return Contender(label, {"name": name, **settings}, kept)
+
+
+V3 = (
+    _one("v3", "dpm_solver_v3", "elementwise"),
+    _one("v3, published flags", "dpm_solver_v3", "elementwise", preset="published"),
+    _one("v3, per channel", "dpm_solver_v3", "per channel"),
+    _one("v3, no statistics", "dpm_solver_v3", statistics="none"),
+)
+
+SOLVERS = (
+    _one("ddim", "ddim"),
+    _one("2M", "dpm_solver_pp"),
+    _one("3M", "dpm_solver_pp", order=3),
+    _one("unipc", "unipc"),
+    _one("unipc 3", "unipc", order=3),
+    _one("deis", "deis"),
+    _one("ghvb 3.8", "ghvb", order=3.8),
+    _one("hb 3.8", "hb", order=3.8),
+)
+
+FURTHER = (
+    _one("plms 4", "plms", order=4),
+    _one("ghvb 1.8", "ghvb", order=1.8),
+    _one("heun", "heun"),
+    _one("singlestep 3", "dpm_solver_pp_singlestep", order=3),
+)
+
+MOMENTUM = (
+    _one("ghvb 1.8", "ghvb", order=1.8),
+    _one("ghvb 2.8", "ghvb", order=2.8),
+    _one("ghvb 1.5", "ghvb", order=1.5),
+    _one("ghvb 2.5", "ghvb", order=2.5),
+    _one("ghvb 3.5", "ghvb", order=3.5),
+    _one("plms 2", "plms", order=2),
+    _one("plms 3", "plms", order=3),
+    _one("plms 4", "plms", order=4),
+    _one("hb 1.8", "hb", order=1.8),
+    _one("hb 2.8", "hb", order=2.8),
+    _one("nesterov 1.8", "nesterov", order=1.8),
+    _one("nesterov 2.8", "nesterov", order=2.8),
+    _one("nesterov 3.8", "nesterov", order=3.8),
+)
+
+EVERY = {contender.label: contender for contender in (*V3, *SOLVERS, *FURTHER, *MOMENTUM)}
+
+MAIN = (*V3, *SOLVERS)
+PRACTICE = (V3[0], *SOLVERS)
+PRACTICE_SCALE = 4.0
+SPACINGS_COMPARED = ("logsnr", "linspace")
+
+ERROR_LINES = ("v3", "ddim", "2M", "3M", "unipc", "deis", "ghvb 3.8", "hb 3.8")
+"""Lines of the plot of errors."""
+VARIANT_LINES = tuple(contender.label for contender in V3)
+"""Lines of the plot of v3's variants."""
+ACCURACY_LINES = ("v3", "ddim", "2M", "3M", "unipc", "deis", "ghvb 3.8", "hb 3.8")
+"""Lines of the plot of accuracy."""
+FAMILIES: Mapping[str, Sequence[tuple[float, str]]] = {
+    "none (ddim, plms)": ((1, "ddim"), (2, "plms 2"), (3, "plms 3"), (4, "plms 4")),
+    "ghvb, beta .8": ((2, "ghvb 1.8"), (3, "ghvb 2.8"), (4, "ghvb 3.8")),
+    "ghvb, beta .5": ((2, "ghvb 1.5"), (3, "ghvb 2.5"), (4, "ghvb 3.5")),
+    "hb, beta .8": ((2, "hb 1.8"), (3, "hb 2.8"), (4, "hb 3.8")),
+    "nesterov, beta .8": ((2, "nesterov 1.8"), (3, "nesterov 2.8"), (4, "nesterov 3.8")),
+    "dpm_solver_pp": ((2, "2M"), (3, "3M")),
+    "unipc": ((2, "unipc"), (3, "unipc 3")),
+}
+"""Lines of the plot of momentum: orders with their contenders."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One contender at one number of evaluations and one guidance scale.
+
+    Attributes:
+        part: ``error`` runs from the noisiest trained level to the cleanest; ``picture`` runs as
+            a request does, to a clean picture.
+        contender: who.
+        spacing: name of the spacing; empty for the sampler's own default.
+        evaluations: evaluations of the guided model.
+        scale: of classifier-free guidance; 1 is none.
+        images: images, with seeds and prompts from 0 on.
+    """
+
+    part: Part
+    contender: Contender
+    spacing: str
+    evaluations: int
+    scale: float
+    images: int
+
+    def of(self, weights: str, statistics: str) -> dict[str, Any]:
+        """What its result is the result of, for the records.
+
+        Args:
+            weights: what tells the model from others.
+            statistics: what tells the statistics from others.
+        """
+        return {
+            "part": self.part,
+            "contender": self.contender.label,
+            "settings": dict(self.contender.settings),
+            "kept": self.contender.kept,
+            "statistics": statistics,
+            "spacing": self.spacing,
+            "evaluations": self.evaluations,
+            "scale": self.scale,
+            "images": self.images,
+            "weights": weights,
+        }
+
+
+def plan_of(cell: Cell, schedule: NoiseSchedule, statistics: Statistics | None) -> Plan:
+    """The plan that spends the cell's evaluations.
+
+    Raises:
+        Missing: no sampler of the name is registered.
+        ValueError: the sampler refuses so few, or has no run of just so many.
+    """
+    sampler = cell.contender.sampler()
+    spacing = _spacing_named(cell.spacing or sampler.default_spacing)
+    t_end = schedule.t_end if cell.part == "error" else None
+    for steps in range(cell.evaluations, 0, -1):
+        grid = schedule.grid(spacing, steps, t_end=t_end)
+        plan = sampler.plan(grid) if statistics is None else sampler.plan(grid, statistics)
+        if plan.evaluations == cell.evaluations:
+            return plan
+        if plan.evaluations < cell.evaluations:
+            break
+    raise ValueError(f"{cell.contender.label} has no run of {cell.evaluations} evaluations.")
+
+
+def _spacing_named(name: str) -> Spacing:
+    return next(k for k in SPACINGS if k.model_fields["name"].default == name).model_validate({})
+
+
+def all_cells(sizes: Sizes) -> Iterator[Cell]:
+    """Every cell, the most important first."""
+    yield from _error_cells(MAIN, (7.5, 1.0), sizes)
+    yield from _high_scale_cells((7.5, 15.0), sizes)
+    yield from _accuracy_cells(sizes)
+    yield from _error_cells(MAIN, (4.0, 2.0), sizes)
+    yield from _high_scale_cells((4.0, 30.0), sizes)
+    yield from _error_cells(FURTHER, (7.5, 1.0, 4.0, 2.0), sizes)
+
+
+def _error_cells(
+    contenders: Sequence[Contender], scales: Sequence[float], sizes: Sizes
+) -> Iterator[Cell]:
+    for scale, spacing in product(scales, SPACINGS_COMPARED):
+        for contender, evaluations in product(contenders, EVALUATIONS):
+            yield Cell("error", contender, spacing, evaluations, scale, sizes.error_images)
+
+
+def _accuracy_cells(sizes: Sizes) -> Iterator[Cell]:
+    for contender, evaluations in product(PRACTICE, PICTURE_EVALUATIONS):
+        yield Cell("picture", contender, "", evaluations, PRACTICE_SCALE, sizes.accuracy_images)
+
+
+def _high_scale_cells(scales: Sequence[float], sizes: Sizes) -> Iterator[Cell]:
+    measured = {contender.label for contender in PRACTICE}
+    for scale, contender, evaluations in product(scales, (*PRACTICE, *MOMENTUM), FEW):
+        if scale != PRACTICE_SCALE or contender.label not in measured:
+            yield Cell("picture", contender, "", evaluations, scale, sizes.picture_images)

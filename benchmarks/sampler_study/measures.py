@@ -1,0 +1,84 @@
+"""What is measured of a run, and how sure a mean or a share is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import sqrt
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from samplers.levels import F64
+
+DEVIATIONS = 1.96
+"""Of a normal distribution within which 95 % of it lies."""
+
+
+def relative_errors(x: Tensor, reference: Tensor) -> list[float]:
+    """RMSE of each image over the RMS of its reference, ``[images, C, h, w]`` both."""
+    apart, size = ((y.flatten(1) ** 2).mean(1).sqrt() for y in (x - reference, reference))
+    return (apart / size).tolist()
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """The range of clean latents, per channel.
+
+    Attributes:
+        low: a low quantile, one a channel.
+        high: the quantile as far from the other end.
+    """
+
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+    @classmethod
+    def of(cls, latents: Tensor, tail: float) -> Bounds:
+        """Those that ``tail`` of the values lie below, and as many above; ``[images, C, h, w]``."""
+        values = latents.movedim(1, 0).flatten(1).double().numpy()
+        low, high = np.quantile(values, [tail, 1 - tail], axis=1)
+        return cls(tuple(low.tolist()), tuple(high.tolist()))
+
+    def beyond(self, latents: Tensor) -> list[float]:
+        """Share of each image's elements that lie outside, or are no numbers at all."""
+        low, high = (latents.new_tensor(bound).view(1, -1, 1, 1) for bound in (self.low, self.high))
+        outside = ~((latents >= low) & (latents <= high))
+        return outside.flatten(1).to(torch.float32).mean(1).tolist()
+
+
+def mean_and_error(values: Sequence[float] | F64) -> tuple[float, float]:
+    """The mean and its standard error; the error of a single value is nan."""
+    found = np.asarray(values, np.float64)
+    if len(found) < 2:
+        return float(found.mean()), float("nan")
+    return float(found.mean()), float(found.std(ddof=1) / sqrt(len(found)))
+
+
+def wilson(right: int, of: int) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson, 1927)."""
+    z = DEVIATIONS
+    centre = (right + z * z / 2) / (of + z * z)
+    half = z / (of + z * z) * sqrt(right * (of - right) / of + z * z / 4)
+    return centre - half, centre + half
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
+    """Geometric mean over images of ``ours / theirs``, and its 95 % interval: a paired comparison.
+
+    The logarithms' standard error times :data:`DEVIATIONS`, both sides on the same images.
+    """
+    logs = np.log(np.asarray(ours, np.float64) / np.asarray(theirs, np.float64))
+    middle, error = mean_and_error(logs)
+    low, high = middle - DEVIATIONS * error, middle + DEVIATIONS * error
+    return float(np.exp(middle)), float(np.exp(low)), float(np.exp(high))
+
+
+def slope(counts: Sequence[int], errors: Sequence[float]) -> float:
+    """The power of 1 / count that the errors fall with, by least squares of logarithms."""
+    return float(-np.polyfit(np.log(counts), np.log(errors), 1)[0])

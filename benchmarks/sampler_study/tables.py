@@ -1,0 +1,266 @@
+"""The page's tables, in Markdown."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from benchmarks.sampler_study.cells import (
+    EVALUATIONS,
+    EVERY,
+    FEW,
+    PICTURE_EVALUATIONS,
+    PRACTICE_SCALE,
+    SCALES,
+    SPACINGS_COMPARED,
+    V3,
+)
+from benchmarks.sampler_study.cost import ROWS
+from benchmarks.sampler_study.measures import mean_and_error, ratio, wilson
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from benchmarks.sampler_study.results import Found, Results
+
+MARKS = {"logsnr": "", "linspace": "<sup>t</sup>"}
+NOTHING = "–"
+V3_LABELS = [contender.label for contender in V3]
+OTHERS = [label for label in EVERY if label not in V3_LABELS]
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def which(results: Results) -> str:
+    """The best sampler at each number of evaluations, by error and by accuracy."""
+    labels = [label for label in EVERY if label in (*OTHERS, V3_LABELS[0])]
+    head = ["evaluations", *(f"guidance {scale:g}" for scale in SCALES)]
+    return table(
+        head,
+        (
+            [str(n), *(_leaders(results.ranked(labels, n, scale)) for scale in SCALES)]
+            for n in EVALUATIONS
+        ),
+    )
+
+
+def _leaders(ranked: list[Found]) -> str:
+    if not ranked:
+        return NOTHING
+    first = ranked[0]
+    text = f"**{first.contender}**{MARKS[first.spacing]} {_figure(first.mean)}"
+    rest = next((f for f in ranked[1:] if f.contender != first.contender), None)
+    if rest is None:
+        return text
+    return f"{text}; {rest.contender}{MARKS[rest.spacing]} {_figure(rest.mean)}"
+
+
+def errors(results: Results, scale: float) -> str:
+    """Mean error and its standard error, each sampler over its better spacing."""
+    head = ["sampler", *(str(n) for n in EVALUATIONS)]
+    best = {n: results.ranked(EVERY, n, scale) for n in EVALUATIONS}
+    rows: list[list[str]] = []
+    for label in results.measured("error"):
+        found = [results.better(label, n, scale) for n in EVALUATIONS]
+        texts = [
+            NOTHING if f is None else _with_error(f, leads=f == best[n][0])
+            for n, f in zip(EVALUATIONS, found, strict=True)
+        ]
+        rows.append([label, *texts])
+    return table(head, rows)
+
+
+def _with_error(found: Found, *, leads: bool) -> str:
+    mean, error = mean_and_error(found.errors)
+    text = f"{_figure(mean)} ± {_figure(error)}"
+    return f"**{text}**{MARKS[found.spacing]}" if leads else f"{text}{MARKS[found.spacing]}"
+
+
+def against_the_best(results: Results) -> str:
+    """The error of v3 over that of the best other sampler, image by image."""
+    head = ["evaluations", *(f"guidance {scale:g}" for scale in SCALES)]
+    return table(
+        head,
+        ([str(n), *(_against(results, n, scale) for scale in SCALES)] for n in EVALUATIONS),
+    )
+
+
+def _against(results: Results, evaluations: int, scale: float) -> str:
+    ours = results.better(V3_LABELS[0], evaluations, scale)
+    others = results.ranked(OTHERS, evaluations, scale)
+    if ours is None or not others:
+        return NOTHING
+    middle, low, high = ratio(ours.errors, others[0].errors)
+    return f"{middle:.2f} ({low:.2f} to {high:.2f}) of {others[0].contender}"
+
+
+def variants(results: Results, few: Sequence[int] = (5, 6, 8, 10)) -> str:
+    """Errors of v3's variants over those of v3, over all images at few evaluations."""
+    head = ["variant", "spacing", *(f"guidance {scale:g}" for scale in SCALES)]
+    rows: list[list[str]] = []
+    for label in V3_LABELS:
+        for spacing in SPACINGS_COMPARED:
+            texts = [_variant(results, label, spacing, scale, few) for scale in SCALES]
+            if any(text != NOTHING for text in texts):
+                rows.append([label, spacing, *texts])
+    return table(head, rows)
+
+
+def _variant(results: Results, label: str, spacing: str, scale: float, few: Sequence[int]) -> str:
+    ours: list[float] = []
+    theirs: list[float] = []
+    for n in few:
+        found = results.errors(label, spacing, n, scale)
+        base = results.errors(V3_LABELS[0], "logsnr", n, scale)
+        if found is None or base is None:
+            return NOTHING
+        ours += found.errors
+        theirs += base.errors
+    middle, low, high = ratio(ours, theirs)
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+
+def momentum(results: Results, scale: float) -> str:
+    """Elements beyond the range, error and accuracy at few steps and a high scale."""
+    head = [
+        "sampler",
+        *(f"beyond at {n}" for n in FEW),
+        *(f"error at {n}" for n in FEW),
+        *(f"right at {n}" for n in FEW),
+    ]
+    rows: list[list[str]] = []
+    for label in results.measured("picture"):
+        found = [results.picture(label, n, scale) for n in FEW]
+        if all(record is None for record in found):
+            continue
+        rows.append(
+            [
+                label,
+                *(_share_of(record, "beyond") for record in found),
+                *(NOTHING if r is None else _figure(float(np.mean(r["errors"]))) for r in found),
+                *(_count_of(record) for record in found),
+            ]
+        )
+    return table(head, rows)
+
+
+def _share_of(record: dict[str, Any] | None, name: str) -> str:
+    if record is None:
+        return NOTHING
+    mean, error = mean_and_error(record[name])
+    return f"{100 * mean:.2f} ± {100 * error:.2f}"
+
+
+def _count_of(record: dict[str, Any] | None) -> str:
+    return NOTHING if record is None else f"{sum(record['right'])} of {len(record['right'])}"
+
+
+def accuracy(results: Results) -> str:
+    """Share of right pictures at the usual scale, with its 95 % interval."""
+    head = ["sampler", *(str(n) for n in PICTURE_EVALUATIONS)]
+    rows: list[list[str]] = []
+    for label in results.measured("picture"):
+        texts = [_accuracy(results.picture(label, n, PRACTICE_SCALE)) for n in PICTURE_EVALUATIONS]
+        if texts[-1] != NOTHING:
+            rows.append([label, *texts])
+    return table(head, rows)
+
+
+def _accuracy(record: dict[str, Any] | None) -> str:
+    if record is None:
+        return NOTHING
+    right, of = sum(record["right"]), len(record["right"])
+    low, high = wilson(right, of)
+    return f"{right / of:.0%} ({low:.0%} to {high:.0%})"
+
+
+def slopes(results: Results) -> str:
+    """The measured slope of each solver beside the declared one."""
+    rows = (
+        [
+            record["of"]["label"],
+            f"{record['declared']}",
+            f"{record['slope']:.2f}",
+            *(f"{e:.2g}" for e in record["errors"][1:4]),
+        ]
+        for record in results.of_part("slope")
+    )
+    return table(["sampler", "declared", "slope", "error at 10", "20", "40"], rows)
+
+
+def _figure(value: float) -> str:
+    """Two or three significant digits, none of them wasted."""
+    if not np.isfinite(value) or value >= 1000:
+        return "∞" if not np.isfinite(value) else f"{value:.0f}"
+    return f"{value:#.2g}" if value < 0.1 else f"{value:.3g}"
+
+
+def cost(results: Results) -> str:
+    """Plan and advance in milliseconds, and advance as a share of the model's forward."""
+    ticks = {
+        (r["of"]["model"], r["of"]["device"], r["of"]["rows"]): r["ms"]
+        for r in results.of_part("tick")
+    }
+    rows: list[list[str]] = []
+    for record in results.of_part("cost"):
+        of = record["of"]
+        shares = [
+            f"{record[f'advance_{n}']:.3f} ms, "
+            f"{record[f'advance_{n}'] / ticks[of['model'], of['device'], n]:.2%}"
+            for n in ROWS
+        ]
+        rows.append(
+            [
+                f"{of['contender']} ({of['model']}, {of['device']})",
+                f"{record['plan']:.1f}",
+                f"{record['plan_large']:.1f}",
+                *shares,
+            ]
+        )
+    return table(
+        ["sampler", "plan, ms", "plan at [4, 64, 64], ms", *(f"advance, {n} rows" for n in ROWS)],
+        rows,
+    )
+
+
+def ticks(results: Results) -> str:
+    """One sentence on the forwards that costs are compared with."""
+    return "; ".join(
+        f"{r['of']['model']} on {r['of']['device']}, {r['of']['rows']} rows: {r['ms']:.0f} ms"
+        for r in results.of_part("tick")
+    )
+
+
+def reference(results: Results) -> str:
+    """How far another solver of as many steps ends from the reference."""
+    rows = (
+        [f"{r['of']['scale']:g}", *(f"{figure(r['errors'])[n]:.1e}" for n in (0, 1))]
+        for r in results.of_part("reference")
+    )
+    return table(["guidance", "mean distance", "largest"], rows)
+
+
+def cross_check(results: Results) -> str:
+    """One cell by ours and by diffusers' own pipeline and scheduler."""
+    rows = (
+        [
+            f"DPM-Solver++ {r['of']['order']}M",
+            f"{figure(r['apart'])[1]:.1e}",
+            f"{figure(r['ours'])[0]:.5f}",
+            f"{figure(r['theirs'])[0]:.5f}",
+        ]
+        for r in results.of_part("cross")
+    )
+    return table(
+        ["sampler", "largest distance between both", "error, ours", "error, diffusers'"], rows
+    )
+
+
+def figure(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and largest."""
+    return float(np.mean(values)), float(np.max(values))
