@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 CHUNK = 1 << 22
+DERIVED = "weft"
+"""Folder inside a model folder for what was made from its weights, and is no part of them."""
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
@@ -54,10 +56,13 @@ def component_class(folder: Path, part: str, allowed: frozenset[str]) -> str:
 def revision_of(folder: Path) -> str:
     """First 16 hexadecimal digits of the SHA-256 over all weights, by path.
 
+    What Weft derived from them, in the folder ``weft``, does not count.
+
     Raises:
         ModelMismatch: there are no safetensors weights.
     """
-    files = sorted(folder.rglob("*.safetensors"))
+    derived = folder / DERIVED
+    files = sorted(f for f in folder.rglob("*.safetensors") if not f.is_relative_to(derived))
     if not files:
         raise ModelMismatch(
             f"model folder {str(folder)!r} has no safetensors weights; other formats are refused."

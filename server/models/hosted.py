@@ -63,6 +63,9 @@ class HostedModel(ABC):
         scale = self.facts.latent_scale
         return self.facts.latent_channels, height // scale, width // scale
 
+    def make_differentiable(self) -> None:  # noqa: B027 - most need nothing
+        """Let torch's forward mode pass through ``evaluate`` from now on, at some speed."""
+
     @abstractmethod
     def count_tokens(self, text: str) -> int:
         """Tokens of a prompt, without markers; safe from any thread."""

@@ -69,6 +69,11 @@ class StableDiffusion(HostedModel):
         self._tokenizing = Lock()
 
     @override
+    def make_differentiable(self) -> None:
+        # Group norm has no forward mode over channels_last.
+        self._unet.to(memory_format=torch.contiguous_format)
+
+    @override
     def count_tokens(self, text: str) -> int:
         with self._tokenizing:
             return len(self._tokenizer(text, verbose=False).input_ids) - MARKERS

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from embedded import MODEL_FOLDER
 from server.errors import ModelMismatch
@@ -41,6 +42,13 @@ def test_the_revision_follows_the_weights(folder):
     raw[-1] ^= 1
     file.write_bytes(raw)
     assert load(folder).facts.revision != before
+
+
+def test_the_revision_does_not_follow_what_derives_from_the_weights(folder):
+    before = load(folder).facts.revision
+    (folder / "weft").mkdir(exist_ok=True)
+    save_file({"l": torch.zeros(3)}, folder / "weft" / "ems-cfg-3.safetensors")
+    assert load(folder).facts.revision == before
 
 
 def test_prompts_are_counted_without_markers_and_unknown_words_are_no_error():

@@ -1,0 +1,149 @@
+"""Remake what derives from the embedded model's weights: `python -m embedded.derive`.
+
+    statistics  of the model at some guidance scales, for DPM-Solver-v3
+
+A stopped run goes on where it was when the same command is given again. `--check` makes nothing,
+and says whether what is there belongs to the weights.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from embedded import MODEL_FOLDER
+from embedded.scenes import make_scene, render
+from samplers.model_statistics import Progress
+from samplers.statistics import fingerprint, read_identity
+from server.ems import Samples, Size, file_of, make_statistics, mixture_of
+from server.models.hosted import HostedModel
+from server.models.loading import load_model
+
+SCALES: Final = (1.0, 2.0, 4.0, 7.5)
+"""Guidance scales that statistics are shipped for; 1 is the prompt alone."""
+
+_FIRST_SEED: Final = 6_000_000_000
+_REPORT_EVERY_S: Final = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Something that derives from the weights.
+
+    Attributes:
+        make: computes and stores it.
+        stale: what of it is missing or belongs to other weights, a sentence each.
+    """
+
+    make: Callable[[HostedModel, argparse.Namespace], None]
+    stale: Callable[[HostedModel, Path], list[str]]
+
+
+def make_all_statistics(model: HostedModel, options: argparse.Namespace) -> None:
+    """Compute the statistics of all scales on fresh pictures, and store them."""
+    size = Size(points=options.points, samples=options.samples)
+    made = make_statistics(
+        model,
+        pictures(model, size.samples),
+        SCALES,
+        size,
+        checkpoint=options.out / f"statistics-{model.facts.revision}-{size.points}",
+        tell=_Reporter("statistics"),
+    )
+    for scale, statistics in zip(SCALES, made, strict=True):
+        file = file_of(options.model, mixture_of(scale).rule, scale)
+        statistics.save(file)
+        print(f"wrote {file}", flush=True)
+
+
+@torch.no_grad()
+def pictures(model: HostedModel, count: int) -> Samples:
+    """Pictures that the model never saw, encoded, with their captions."""
+    scenes = [make_scene(_FIRST_SEED + k) for k in range(count)]
+    chunks = [model.encode(render(scenes[k : k + 32], model.device)) for k in range(0, count, 32)]
+    return Samples(torch.cat(chunks), [scene.caption for scene in scenes])
+
+
+def stale_statistics(model: HostedModel, folder: Path) -> list[str]:
+    """What is wrong with the stored statistics."""
+    schedule = fingerprint(model.facts.schedule)
+    found: list[str] = []
+    for scale in SCALES:
+        file = file_of(folder, mixture_of(scale).rule, scale)
+        try:
+            identity = read_identity(file)
+            if identity is None:
+                raise ValueError("statistics say nothing of the model they are of.")
+            identity.check(model.facts.revision, schedule)
+        except ValueError as error:
+            found.append(f"{file.name}: {error}")
+    return found
+
+
+PARTS: Final[dict[str, Part]] = {"statistics": Part(make_all_statistics, stale_statistics)}
+
+
+class _Reporter:
+    """Prints how far a part is, now and then."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._started = time.monotonic()
+        self._first: Progress | None = None
+        self._told = 0.0
+
+    def __call__(self, progress: Progress) -> None:
+        now = time.monotonic()
+        if self._first is None:
+            self._first, self._started = progress, now
+        if now - self._told < _REPORT_EVERY_S and progress.done < progress.total:
+            return
+        self._told = now
+        fresh = progress.done - self._first.done
+        left = (now - self._started) / fresh * (progress.total - progress.done) if fresh else 0.0
+        print(
+            f"{self._name}: {progress.done} of {progress.total}, "
+            f"{(now - self._started) / 60:.1f} minutes, {left / 60:.1f} to go",
+            flush=True,
+        )
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="embedded.derive", description=__doc__)
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(PARTS)}; default all")
+    parser.add_argument("--check", action="store_true", help="only say what is missing or stale")
+    parser.add_argument("--points", type=int, default=96, help="of the statistics, in log SNR")
+    parser.add_argument("--samples", type=int, default=192, help="noised pictures at each point")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
+    parser.add_argument("--out", type=Path, default=Path("out/derive"), help="for checkpoints")
+    parser.add_argument("--model", type=Path, default=MODEL_FOLDER, help="folder to work on")
+    options = parser.parse_args()
+    if unknown := set(options.parts) - set(PARTS):
+        parser.error(f"{', '.join(sorted(unknown))} is no part; there are {', '.join(PARTS)}.")
+    return options
+
+
+def main() -> int:
+    """Make or check the parts that were asked for; exit status 1 if a check finds anything."""
+    options = _arguments()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    model = load_model(options.model, name="embedded", device=options.device, dtype="float32")
+    chosen = [PARTS[name] for name in options.parts or PARTS]
+    if not options.check:
+        for part in chosen:
+            part.make(model, options)
+    stale = [sentence for part in chosen for sentence in part.stale(model, options.model)]
+    for sentence in stale:
+        print(f"{sentence} `python -m embedded.derive` makes it anew.")
+    return 1 if stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""What derives from the embedded model's weights can be remade, and belongs to them."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from embedded import MODEL_FOLDER
+from embedded.derive import SCALES, pictures, stale_statistics
+from samplers import Statistics
+from server.ems import file_of
+from server.models.loading import load_model
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A copy of the model without what derives from it."""
+    return shutil.copytree(
+        MODEL_FOLDER, tmp_path / "model", ignore=shutil.ignore_patterns("ems-*.safetensors")
+    )
+
+
+def derive(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "embedded.derive", "statistics", "--model", str(folder)]
+    command += ["--out", str(folder.parent / "out"), "--points", "3", "--samples", "2"]
+    return subprocess.run(
+        [*command, "--threads", "1", *arguments], capture_output=True, text=True, check=False
+    )
+
+
+def test_what_ships_belongs_to_the_weights() -> None:
+    model = load_model(MODEL_FOLDER, name="m", device="cpu", dtype="float32")
+    assert not stale_statistics(model, MODEL_FOLDER)
+    for scale in SCALES:
+        rule = "none" if scale == 1 else "cfg"
+        found = Statistics.load(file_of(MODEL_FOLDER, rule, scale))
+        assert found.identity is not None
+        assert (found.identity.rule, found.identity.scale) == (rule, scale)
+        assert found.l.shape[1:] == found.identity.shape == model.latent_shape(128, 128)
+        # l is the share of x that the noise prediction is: all of it at pure noise.
+        assert found.l[0].mean() == pytest.approx(1, abs=0.05)
+
+
+def test_statistics_are_remade_by_one_command_and_go_stale_with_the_weights(folder: Path) -> None:
+    checked = derive(folder, "--check")
+    assert checked.returncode == 1
+    assert "`python -m embedded.derive` makes it anew" in checked.stdout
+    made = derive(folder)
+    assert made.returncode == 0, made.stderr
+    assert "statistics: 6 of 6" in made.stdout
+    assert derive(folder, "--check").returncode == 0
+
+    file = next(folder.glob("unet/*.safetensors"))
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+    checked = derive(folder, "--check")
+    assert checked.returncode == 1
+    assert checked.stdout.count("statistics are of model revision") == len(SCALES)
+
+
+def test_unknown_parts_are_refused() -> None:
+    command = [sys.executable, "-m", "embedded.derive", "everything"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert "everything is no part; there are statistics" in run.stderr
+
+
+def test_pictures_come_encoded_with_their_captions() -> None:
+    model = load_model(MODEL_FOLDER, name="m", device="cpu", dtype="float32")
+    found = pictures(model, 3)
+    assert found.latents.shape == (3, *model.latent_shape(128, 128))
+    assert len(set(found.prompts)) == 3
+    with torch.inference_mode():
+        assert model.decode(found.latents).isfinite().all()
