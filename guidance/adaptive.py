@@ -23,7 +23,8 @@ class Adaptive(Policy, frozen=True):
     """Adaptive guidance (Castillo et al., arXiv 2312.12487, section 4).
 
     Once the cosine of the two noise predictions reaches the threshold, later stages evaluate the
-    prompt alone. The cosine is taken per row, in noise space, in float64.
+    prompt alone. The cosine is taken per row, in noise space, in float64; with several branches all
+    of them must reach it.
     """
 
     summary: ClassVar[str] = "Stops guiding when both predictions agree; saves evaluations."
@@ -47,7 +48,7 @@ class Adaptive(Policy, frozen=True):
     @override
     def settled(cls, rows: Rows, parameters: Mapping[str, Tensor]) -> Tensor:
         # eps = (x - alpha D) / sigma; the cosine does not see the division.
-        cond = (rows.x - rows.alpha * rows.cond).flatten(1).double()
-        other = (rows.x - rows.alpha * rows.other).flatten(1).double()
-        lengths = cond.norm(dim=1) * other.norm(dim=1)
-        return (cond * other).sum(1) >= parameters["threshold"].flatten() * lengths
+        cond = (rows.x - rows.alpha * rows.cond)[:, None].flatten(2).double()
+        others = (rows.x[:, None] - rows.alpha[:, None] * rows.others).flatten(2).double()
+        lengths = cond.norm(dim=2) * others.norm(dim=2)
+        return ((cond * others).sum(2) >= parameters["threshold"].view(-1, 1) * lengths).all(1)

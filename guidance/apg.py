@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 from typing_extensions import override
 
+from guidance.branch import NEGATIVE
 from guidance.rule import Guided, Rows, Rule
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
+
+    from guidance.branch import Branch
 
 REFERENCE_ELEMENTS = 65536
 """Elements of an SDXL latent at 1024 pixels, for which the norm threshold is given."""
@@ -57,8 +60,8 @@ class APG(Rule, frozen=True):
 
     @property
     @override
-    def needs_other(self) -> bool:
-        return self.scale != 1
+    def branches(self) -> tuple[Branch, ...]:
+        return () if self.scale == 1 else (NEGATIVE,)
 
     @classmethod
     @override

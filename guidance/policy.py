@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
+import numpy as np
 from pydantic import BaseModel
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
 
     from guidance.rule import Rows
 
 
-class Policy(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=False):
-    """A policy's parameters, and its two answers.
+class Filled(NamedTuple):
+    """What stands for the second prediction, and the memory to keep."""
 
-    Before a run it says at which stages the second branch is evaluated; where it is not, the row
-    goes on with the prompt's prediction alone. A policy that ``adapts`` looks at every stage that
-    was evaluated and may end guidance for good, which frees the row for others at once.
+    other: Tensor
+    memory: Tensor
+
+
+class Policy(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=False):
+    """A policy's parameters, and its answers.
+
+    Before a run it says at which stages the rule's branches are evaluated, and at which of the
+    others the second prediction is estimated; at the rest the row goes on with the prompt's
+    prediction alone. A policy that ``adapts`` looks at every stage that was evaluated and may end
+    guidance for good, which frees the row for others at once. A policy that ``estimates`` keeps a
+    memory and fills in the second prediction from it; it serves rules of one branch.
     """
 
     summary: ClassVar[str]
@@ -30,19 +39,79 @@ class Policy(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=
     source: ClassVar[str]
     """Paper and equation."""
     adapts: ClassVar[bool] = False
-    """Whether ``settled`` is asked after each stage with two predictions."""
+    """Whether ``settled`` is asked after each stage whose branches were evaluated."""
+    estimates: ClassVar[bool] = False
+    """Whether ``fill`` is called at each stage that is evaluated or estimated."""
+    fitted: ClassVar[bool] = False
+    """Whether ``constants`` needs coefficients that were fitted to the model beforehand."""
+    embeds: ClassVar[bool] = False
+    """Whether the rule's scale is told to the network, which then guides by itself."""
     name: str
 
     @abstractmethod
     def evaluates(
         self, noise_ratio: NDArray[np.float64], progress: NDArray[np.float64]
     ) -> NDArray[np.bool_]:
-        """At which stages the second branch is evaluated, ``[stages]``.
+        """At which stages the rule's branches are evaluated, ``[stages]``.
 
         Args:
             noise_ratio: sigma / alpha at each stage, inf at pure noise, ``[stages]``.
             progress: share of the steps done before each stage, in [0, 1), ``[stages]``.
         """
+
+    def estimated(
+        self, noise_ratio: NDArray[np.float64], progress: NDArray[np.float64]
+    ) -> NDArray[np.bool_]:
+        """At which stages the second prediction is estimated: of a policy that does, all others.
+
+        Args:
+            noise_ratio: as for :meth:`evaluates`.
+            progress: as for :meth:`evaluates`.
+        """
+        return ~self.evaluates(noise_ratio, progress) & self.estimates
+
+    @property
+    def memory_slots(self) -> int:
+        """Latent-sized slots that a row keeps for ``fill``; zero at first."""
+        return 0
+
+    @property
+    def wants_reference(self) -> bool:
+        """Whether slot 0 of the memory is to hold the latent of the picture the run starts from."""
+        return False
+
+    def constants(
+        self, stages: int, coefficients: NDArray[np.float64] | None = None
+    ) -> NDArray[np.float64]:
+        """Numbers of each stage that ``fill`` is given, ``[stages, n]``.
+
+        Args:
+            stages: of the run.
+            coefficients: what was fitted for this run, ``[stages, n]``, where the policy is
+                ``fitted``.
+
+        Raises:
+            ValueError: there are no coefficients and they are needed, or they are those of
+                another run.
+        """
+        del coefficients
+        return np.zeros((stages, 0))
+
+    @classmethod
+    def fill(
+        cls, rows: Rows, memory: Tensor, parameters: Mapping[str, Tensor], evaluated: Tensor
+    ) -> Filled:
+        """The second prediction of each row, and what to keep; pure, each row by itself.
+
+        Args:
+            rows: stacked predictions; ``other`` is meaningful where it was evaluated.
+            memory: what the policy kept, ``[rows, slots, C, h, w]``.
+            parameters: the numeric fields, each ``[rows, 1, 1, 1]``, and ``constants``
+                ``[rows, n, 1, 1, 1]`` of this stage.
+            evaluated: whether the branch was evaluated at this stage, ``[rows, 1, 1, 1]`` bool.
+        """
+        del parameters, evaluated
+        return Filled(rows.other, memory)
 
     @classmethod
     def settled(cls, rows: Rows, parameters: Mapping[str, Tensor]) -> Tensor:

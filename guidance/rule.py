@@ -8,10 +8,15 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from pydantic import BaseModel
 
+from guidance.branch import NEGATIVE
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from typing import Self
 
     from torch import Tensor
+
+    from guidance.branch import Branch
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,21 +25,30 @@ class Rows:
 
     Attributes:
         cond: denoised prediction for the prompt, ``[rows, C, h, w]``.
-        other: denoised prediction of the second branch, same shape.
-        x: the point that was evaluated, same shape.
+        others: denoised predictions of the rule's branches, in their order,
+            ``[rows, B, C, h, w]``, B at least 1.
+        x: the point that was evaluated, as ``cond``.
         alpha: signal scale there, ``[rows, 1, 1, 1]``.
         sigma: noise scale there, ``[rows, 1, 1, 1]``, above 0.
+        progress: share of the sampler's steps done before this one, in [0, 1),
+            ``[rows, 1, 1, 1]``.
         memory: what the rule kept from earlier steps, ``[rows, slots, C, h, w]``; zero at first.
         closes_step: whether this is the last evaluation of its step, ``[rows, 1, 1, 1]`` bool.
     """
 
     cond: Tensor
-    other: Tensor
+    others: Tensor
     x: Tensor
     alpha: Tensor
     sigma: Tensor
+    progress: Tensor
     memory: Tensor
     closes_step: Tensor
+
+    @property
+    def other(self) -> Tensor:
+        """The first branch's prediction, ``[rows, C, h, w]``: all there is for most rules."""
+        return self.others[:, 0]
 
 
 class Guided(NamedTuple):
@@ -54,14 +68,24 @@ class Rule(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=Fa
     """Paper and equation."""
     memory_slots: ClassVar[int] = 0
     """Latent-sized slots that a row keeps between steps."""
-    branches: ClassVar[int] = 2
-    """Predictions of a stage that the rule combines; with 1 no policy has anything to do."""
+    combines: ClassVar[bool] = True
+    """Whether there is anything to combine at some parameters; if not, no policy has work."""
     name: str
 
     @property
-    def needs_other(self) -> bool:
-        """Whether the second prediction can change the result at these parameters."""
-        return self.branches > 1
+    def branches(self) -> tuple[Branch, ...]:
+        """The predictions beside the prompt's that can change the result at these parameters."""
+        return (NEGATIVE,)
+
+    @classmethod
+    def parameters(cls, settings: Sequence[Self], like: Tensor) -> Mapping[str, Tensor]:
+        """What :meth:`combine` is given of its rows' settings.
+
+        Args:
+            settings: one a row; fields that are no numbers agree over the rows.
+            like: ``[1, C, h, w]``, gives type, device and number of axes.
+        """
+        return stack(settings, like)
 
     @classmethod
     @abstractmethod
@@ -69,7 +93,7 @@ class Rule(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=Fa
         """The guided prediction of each row.
 
         Args:
-            rows: stacked predictions.
+            rows: stacked predictions, as many branches in every row.
             parameters: this rule's numeric fields, each ``[rows, 1, 1, 1]``.
         """
 
@@ -77,15 +101,23 @@ class Rule(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=Fa
 def stack(settings: Sequence[BaseModel], like: Tensor) -> dict[str, Tensor]:
     """The numeric fields of equal models as tensors ``[rows, 1, 1, 1]`` on the device of ``like``.
 
+    A field that is a tuple of n numbers gives ``[rows, n, 1, 1, 1]``.
+
     Args:
-        settings: one frozen model a row, all of one class.
+        settings: one frozen model a row, all of one class, their tuples of one length.
         like: ``[rows, C, h, w]``, gives type, device and number of axes.
     """
-    numeric = [
-        field
-        for field, value in settings[0]
-        if isinstance(value, float | int) and not isinstance(value, bool)
-    ]
-    values = [[getattr(one, field) for field in numeric] for one in settings]
-    table = like.new_tensor(values).reshape(len(settings), len(numeric), *[1] * (like.ndim - 1))
-    return dict(zip(numeric, table.unbind(1), strict=True))
+    ones = [1] * (like.ndim - 1)
+    scalars = [field for field, value in settings[0] if _is_number(value)]
+    values = [[getattr(one, field) for field in scalars] for one in settings]
+    table = like.new_tensor(values).reshape(len(settings), len(scalars), *ones)
+    stacked = dict(zip(scalars, table.unbind(1), strict=True))
+    for field, value in settings[0]:
+        if isinstance(value, tuple) and all(map(_is_number, value)):
+            values = [getattr(one, field) for one in settings]
+            stacked[field] = like.new_tensor(values).reshape(len(settings), len(value), *ones)
+    return stacked
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, float | int) and not isinstance(value, bool)

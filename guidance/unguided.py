@@ -13,14 +13,21 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from guidance.branch import Branch
+
 
 class Unguided(Rule, frozen=True):
     """The prompt's prediction as it is: one evaluation a stage, for distilled models."""
 
     summary: ClassVar[str] = "The prompt's prediction as it is, at half the cost."
     source: ClassVar[str] = "Conditional sampling without guidance."
-    branches: ClassVar[int] = 1
+    combines: ClassVar[bool] = False
     name: Literal["none"] = "none"
+
+    @property
+    @override
+    def branches(self) -> tuple[Branch, ...]:
+        return ()
 
     @classmethod
     @override

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable
 
 from samplers import NoiseSchedule, Plan, Sampler, Spacing
 from server.errors import InvalidRequest
-from server.models.hosted import ModelFacts
+from server.guidance_check import check_guidance
+from server.models.hosted import HostedModel, ModelFacts
 from server.request import (
     DEFAULT_GUIDANCE,
     DEFAULT_STEPS,
@@ -24,8 +24,7 @@ __all__ = ["make_plan", "resolve"]
 
 def resolve(
     request: GenerateRequest,
-    facts: ModelFacts,
-    count_tokens: Callable[[str], int],
+    model: HostedModel,
     limits: Limits,
     upload_size: tuple[int, int] | None,
 ) -> ResolvedRequest:
@@ -33,14 +32,14 @@ def resolve(
 
     Args:
         request: as it came.
-        facts: of the model that will serve it.
-        count_tokens: the model's.
+        model: that will serve it.
         limits: the operator's.
         upload_size: width and height of `image`, which they default to.
 
     Raises:
         InvalidRequest: the model, or the operator, does not allow something.
     """
+    facts = model.facts
     width, height = upload_size or (facts.default_width, facts.default_height)
     sampler = request.sampler or default_sampler()
     defaults = {
@@ -57,9 +56,9 @@ def resolve(
     given = request.model_dump(exclude={"image", "mask"}, exclude_none=True)
     resolved = ResolvedRequest.model_validate(defaults | given)
     check_limits(resolved, limits)
-    _check_policy(resolved)
+    check_guidance(resolved.guidance, model, has_picture=upload_size is not None)
     _check_size(resolved, facts, limits)
-    _check_tokens(resolved, facts, count_tokens)
+    _check_tokens(resolved, model)
     return resolved
 
 
@@ -91,16 +90,6 @@ def _default_strength(request: GenerateRequest, has_image: bool) -> float | None
     return None
 
 
-def _check_policy(resolved: ResolvedRequest) -> None:
-    rule, policy = resolved.guidance, resolved.guidance.policy
-    if rule.branches == 1 and policy.name != "always":
-        raise InvalidRequest(
-            "guidance.policy",
-            f"guidance.policy is {policy.name!r}; the rule {rule.name!r} has no second branch, "
-            "so only 'always' is allowed.",
-        )
-
-
 def _check_size(resolved: ResolvedRequest, facts: ModelFacts, limits: Limits) -> None:
     width, height = resolved.width, resolved.height
     for field, side in (("width", width), ("height", height)):
@@ -117,16 +106,16 @@ def _check_size(resolved: ResolvedRequest, facts: ModelFacts, limits: Limits) ->
         )
 
 
-def _check_tokens(
-    resolved: ResolvedRequest, facts: ModelFacts, count_tokens: Callable[[str], int]
-) -> None:
-    for field in ("prompt", "negative_prompt"):
-        tokens = count_tokens(getattr(resolved, field))
-        if tokens > facts.max_tokens:
+def _check_tokens(resolved: ResolvedRequest, model: HostedModel) -> None:
+    told = [("prompt", resolved.prompt), ("negative_prompt", resolved.negative_prompt)]
+    told += [("guidance", b.prompt) for b in resolved.guidance.branches if b.told == "own"]
+    for field, text in told:
+        tokens = model.count_tokens(text)
+        if tokens > model.facts.max_tokens:
             raise InvalidRequest(
                 field,
-                f"{field} has {tokens} tokens; model {facts.name!r} takes at most "
-                f"{facts.max_tokens}.",
+                f"{field} has {tokens} tokens; model {model.facts.name!r} takes at most "
+                f"{model.facts.max_tokens}.",
             )
 
 

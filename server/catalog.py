@@ -1,4 +1,4 @@
-"""What this installation offers: every sampler, spacing, rule and policy, described by itself."""
+"""What this installation offers: samplers, spacings and guidance, described by themselves."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from guidance import POLICIES, RULES
+from guidance import PERTURBATIONS, POLICIES, RULES
 from samplers import SAMPLERS, SPACINGS
 from server.choice import name_of
 
@@ -15,7 +15,7 @@ __all__ = ["Catalog", "Entry", "ModelEntry", "catalog"]
 
 
 class Entry(BaseModel):
-    """One sampler, spacing, rule or policy."""
+    """One sampler, spacing, rule, policy or perturbation."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -51,6 +51,7 @@ class Catalog(BaseModel):
     spacings: tuple[Entry, ...]
     rules: tuple[Entry, ...]
     policies: tuple[Entry, ...]
+    perturbations: tuple[Entry, ...]
     models: tuple[ModelEntry, ...] = Field(description="Empty until they are loaded.")
 
 
@@ -61,6 +62,7 @@ def catalog(models: tuple[ModelEntry, ...] = ()) -> Catalog:
         spacings=tuple(_entry(member) for member in SPACINGS),
         rules=tuple(_entry(member) for member in RULES),
         policies=tuple(_entry(member) for member in POLICIES),
+        perturbations=tuple(_entry(member) for member in PERTURBATIONS),
         models=models,
     )
 

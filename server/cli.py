@@ -166,7 +166,7 @@ def generate(
 def catalog(
     as_json: Annotated[bool, typer.Option("--json", help="With every parameter's schema.")] = False,
 ) -> None:
-    """List samplers, spacings, guidance rules and policies."""
+    """List samplers, spacings, guidance rules, policies and perturbations."""
     from server.catalog import catalog as installed
 
     listed = installed()
@@ -174,7 +174,7 @@ def catalog(
         typer.echo(listed.model_dump_json(indent=2, exclude={"models"}))
         return
     out = Console()
-    for title in ("samplers", "spacings", "rules", "policies"):
+    for title in ("samplers", "spacings", "rules", "policies", "perturbations"):
         out.print(_table(title, getattr(listed, title)))
 
 

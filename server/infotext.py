@@ -41,6 +41,7 @@ def infotext(settings: ResolvedRequest, *, model_revision: str, version: str) ->
         "Denoising strength": None if settings.strength is None else f"{settings.strength:g}",
         "Guidance": guidance.name,
         "Guidance policy": guidance.policy.name,
+        "Guidance perturbed": "+".join(one.name for one in guidance.perturbed) or None,
         "Version": version,
     }
     line = ", ".join(

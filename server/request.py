@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
 from pydantic_core import PydanticCustomError
 
-from guidance import POLICIES, RULES, Policy, Rule
+from guidance import PERTURBATIONS, POLICIES, RULES, Perturbation, Policy, Rule, SkipTuning
 from samplers import SAMPLERS, SPACINGS, Sampler, Spacing
 from server.choice import choice, name_of
 from server.errors import InvalidRequest
@@ -17,6 +17,7 @@ from server.settings import Limits
 
 __all__ = [
     "CHOICES",
+    "COMPANY",
     "DEFAULT_GUIDANCE",
     "DEFAULT_SAMPLER",
     "DEFAULT_STEPS",
@@ -33,31 +34,49 @@ DEFAULT_STEPS: Final = 25
 DEFAULT_SAMPLER: Final = "dpm_solver_pp"
 DEFAULT_GUIDANCE: Final = {"name": "cfg", "scale": 4.0}
 MAX_SEED: Final = 2**63 - 1
+MOST_PERTURBED: Final = 3
 
 if TYPE_CHECKING:
     SamplerChoice = Sampler
     SpacingChoice = Spacing
 
     class Guidance(Rule, frozen=True):
-        """A rule's own fields, and the policy it goes with."""
+        """A rule's own fields, and what it goes with."""
 
         policy: Policy
+        perturbed: tuple[Perturbation, ...]
+        skip_tuning: SkipTuning | None
 else:
     SamplerChoice = choice("sampler", SAMPLERS)
     SpacingChoice = choice("spacing", SPACINGS)
     _PolicyChoice = choice("policy", POLICIES)
+    _PerturbationChoice = choice("perturbed", PERTURBATIONS)
+    _always = next(policy for policy in POLICIES if name_of(policy) == "always")
+    _Company = {
+        "policy": (
+            _PolicyChoice,
+            Field(default=_always(), description="When the second prediction is evaluated."),
+        ),
+        "perturbed": (
+            tuple[_PerturbationChoice, ...],
+            Field(
+                default=(),
+                max_length=MOST_PERTURBED,
+                strict=False,
+                description="Terms that lead away from disturbed predictions.",
+            ),
+        ),
+        "skip_tuning": (
+            SkipTuning | None,
+            Field(default=None, description="Factors on a U-Net's skip connections."),
+        ),
+    }
 
-    def _with_policy(rule: type[Rule]) -> type[Rule]:
-        always = next(policy for policy in POLICIES if name_of(policy) == "always")
-        described = Field(default=always(), description="When the second prediction is evaluated.")
-        return create_model(
-            f"{rule.__name__}Guidance",
-            __base__=rule,
-            __doc__=rule.__doc__,
-            policy=(_PolicyChoice, described),
-        )
+    def _in_company(rule: type[Rule]) -> type[Rule]:
+        name = f"{rule.__name__}Guidance"
+        return create_model(name, __base__=rule, __doc__=rule.__doc__, **_Company)
 
-    Guidance = choice("guidance", tuple(_with_policy(rule) for rule in RULES))
+    Guidance = choice("guidance", tuple(_in_company(rule) for rule in RULES))
 
 _RULES = {name_of(member): member for member in RULES}
 SPACING_BY_NAME: Final = {name_of(member): member for member in SPACINGS}
@@ -67,8 +86,12 @@ CHOICES: Final[Mapping[str, Mapping[str, type[BaseModel]]]] = {
     "spacing": SPACING_BY_NAME,
     "guidance": _RULES,
     "policy": {name_of(member): member for member in POLICIES},
+    "perturbed": {name_of(member): member for member in PERTURBATIONS},
 }
 """Classes by field and name, for error sentences about the fields inside them."""
+
+COMPANY: Final = ("policy", "perturbed", "skip_tuning")
+"""Fields of `guidance` beside those of its rule."""
 
 
 def _printable(text: str) -> str:
@@ -125,8 +148,8 @@ class GenerateRequest(BaseModel):
     )
     guidance: Guidance | None = Field(
         default=None,
-        description="How the prompt is enforced: a rule's fields, and optionally the `policy` "
-        f"it goes with; `{DEFAULT_GUIDANCE}` by default.",
+        description="How the prompt is enforced: a rule's fields, and optionally its `policy`, "
+        f"`perturbed` and `skip_tuning`; `{DEFAULT_GUIDANCE}` by default.",
     )
     image: str | None = Field(
         default=None,

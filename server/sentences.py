@@ -8,9 +8,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from guidance import SkipTuning
 from server.choice import listed
 from server.errors import InvalidRequest, MalformedBody
-from server.request import CHOICES
+from server.request import CHOICES, COMPANY
 
 __all__ = ["explain"]
 
@@ -42,6 +43,8 @@ _NEEDS: Mapping[str, str] = {
     "model_type": "must be an object",
     "model_attributes_type": "must be an object",
     "list_type": "must be a list",
+    "too_long": "must have at most {max_length} entries",
+    "too_short": "must have at least {min_length} entries",
     "tuple_type": "must be a list",
 }
 
@@ -79,6 +82,8 @@ def _sentence(param: str, error: Mapping[str, Any]) -> str:
     needs = _NEEDS.get(error["type"])
     if error["type"] == "missing":
         return f"{param} {needs}."
+    if error["type"] == "value_error":
+        return f"{param}: {str(error['msg']).removeprefix('Value error, ').rstrip('.')}."
     if needs is None:
         return f"{param} {_lowered(str(error['msg']))}."
     return f"{param} is {_shown(error['input'])}; it {needs.format(**context)}."
@@ -95,10 +100,12 @@ def _unknown(param: str, allowed: Sequence[str]) -> str:
 def _path(loc: Sequence[Any]) -> list[str]:
     """The field's path without `body` and without the tags of tagged unions."""
     path: list[str] = []
+    field = ""
     for part in loc:
-        if path and str(part) in CHOICES.get(path[-1], {}):
+        if str(part) in CHOICES.get(field, {}):
             continue
         path.append(str(part))
+        field = field if isinstance(part, int) else str(part)
     return path
 
 
@@ -106,10 +113,12 @@ def _siblings(model: type[BaseModel] | None, loc: Sequence[Any]) -> list[str]:
     """Fields that the object around an unknown field knows."""
     field = ""
     for part in loc[:-1]:
+        if part == "skip_tuning":
+            model = SkipTuning
         model = CHOICES.get(field, {}).get(str(part), model)
-        field = str(part)
+        field = field if isinstance(part, int) else str(part)
     known = list(model.model_fields) if model is not None else []
-    return [*known, "policy"] if model in CHOICES["guidance"].values() else known
+    return [*known, *COMPANY] if model in CHOICES["guidance"].values() else known
 
 
 def _plain(value: Any) -> str:

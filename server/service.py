@@ -27,6 +27,7 @@ from server.errors import (
     UnknownModel,
 )
 from server.generation import Generation
+from server.guidance_check import check_windows
 from server.infotext import infotext
 from server.models.hosted import HostedModel
 from server.picture import Description, decode, decode_mask, encode, fit
@@ -209,7 +210,7 @@ class Service:
         model = self._model(request.model)
         image, mask = self._uploads(request)
         size = None if image is None else image.size
-        resolved = resolve(request, model.facts, model.count_tokens, self._limits, size)
+        resolved = resolve(request, model, self._limits, size)
         tasks = self._tasks(resolved, model, image, mask)
         generation.begin(resolved, model.facts.revision, engine.submit(tasks, generation))
 
@@ -252,6 +253,8 @@ class Service:
             resolved.steps,
             resolved.strength,
         )
+        check_windows(resolved.guidance, plan)
+        tuning = resolved.guidance.skip_tuning
         return [
             ImageTask(
                 model=model.facts.name,
@@ -263,6 +266,8 @@ class Service:
                 plan=plan,
                 rule=rule,
                 policy=policy,
+                perturbed=resolved.guidance.perturbed,
+                edits=() if tuning is None else (tuning.edit,),
                 image=pixels,
                 mask=repaint,
                 previews=resolved.stream,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch.nn.functional as F
 
@@ -21,6 +21,13 @@ if TYPE_CHECKING:
     from server.models.hosted import HostedModel
 
 log = logging.getLogger(__name__)
+
+
+class Start(NamedTuple):
+    """The first x of a run ``[C, h, w]``, and the latent of the picture it starts from."""
+
+    x: Tensor
+    latents: Tensor | None = None
 
 
 class Admission:
@@ -67,30 +74,39 @@ class Admission:
         task = sequence.task
         lane = self._lane_of(task)
         sequence.lane = lane
-        sequence.cond = encoded[task.prompt]
-        if task.rule.needs_other:
-            sequence.uncond = encoded[task.negative_prompt]
+        sequence.conditioning = [encoded[text] for text in _texts(task)]
         start = _start(sequence, lane)
-        sequence.slot = lane.pool.take(task.plan.slots, task.rule.memory_slots)
-        lane.pool.columns[sequence.slot, 0] = start
+        sequence.slot = lane.pool.take(
+            task.plan.slots, task.rule.memory_slots, task.policy.memory_slots
+        )
+        lane.pool.columns[sequence.slot, 0] = start.x
+        if task.policy.wants_reference and start.latents is not None:
+            lane.pool.policy_memory[sequence.slot, 0] = start.latents
 
 
 def _prompts(members: list[Sequence]) -> Iterator[str]:
     for sequence in members:
-        yield sequence.task.prompt
-        if sequence.task.rule.needs_other:
-            yield sequence.task.negative_prompt
+        yield from _texts(sequence.task)
 
 
-def _start(sequence: Sequence, lane: Lane) -> Tensor:
+def _texts(task: ImageTask) -> Iterator[str]:
+    """What the network is told for each prediction of an image, in the order of their numbers."""
+    yield task.prompt
+    for branch in task.rule.branches:
+        yield branch.text(task.prompt, task.negative_prompt)
+    for _ in task.perturbed:
+        yield task.prompt
+
+
+def _start(sequence: Sequence, lane: Lane) -> Start:
     task, plan = sequence.task, sequence.task.plan
     noise = start_noise(task.seed, lane.shape).to(lane.model.device)
     if task.image is None:
-        return plan.start_scale * noise
+        return Start(plan.start_scale * noise)
     latents = lane.model.encode(task.image[None].to(lane.model.device))[0]
     if task.mask is not None:
         sequence.known = Known(latents, noise, _latent_mask(task.mask, lane))
-    return float(plan.alpha[0]) * latents + float(plan.sigma[0]) * noise
+    return Start(float(plan.alpha[0]) * latents + float(plan.sigma[0]) * noise, latents)
 
 
 def _latent_mask(mask: Tensor, lane: Lane) -> Tensor:

@@ -2,37 +2,48 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 
 from guidance import Rows, stack
+from guidance.edits import WeakModel
 from samplers import advance
 from server.engine.noise import stage_noise
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Sequence as Listed
 
     from torch import Tensor
 
+    from guidance import Edit
     from server.engine.compiled import CompiledPlan
     from server.engine.lane import Lane
-    from server.engine.sequence import ImageTask, Sequence
+    from server.engine.sequence import Sequence
 
 Key = TypeVar("Key")
+
+WEAK = WeakModel()
 
 
 @dataclass(slots=True, eq=False)
 class Batch:
     """The images of one tick and their tensors.
 
+    Rows of the forward are the prompts' predictions, one an image in their order, then all others.
+
     Attributes:
         lane: of all of them.
         sequences: the images, one a row of the state.
         plans: their compiled plans.
         columns: a copy of their states, ``[images, K + 2, C, h, w]``.
-        paired: which images evaluate the second branch, as positions.
+        owners: the image of each row of the forward, as a position.
+        numbers: which of its image's predictions each row is.
+        others: rows that hold the rule's branches, by position, of the images that evaluate them.
+        perturbed: of the images' first, second, ... perturbed predictions: position, row, scale.
         fixed_rows: where set, every operation that could depend on the batch size runs at this
             many rows, so that a row's bits do not depend on its company.
     """
@@ -41,13 +52,23 @@ class Batch:
     sequences: list[Sequence]
     plans: list[CompiledPlan]
     columns: Tensor
-    paired: list[int]
+    owners: list[int]
+    numbers: list[int]
+    others: dict[int, list[int]]
+    perturbed: list[list[tuple[int, int, float]]]
     fixed_rows: int | None
 
     @property
     def rows(self) -> int:
         """Rows of the forward, padding not counted."""
-        return len(self.sequences) + len(self.paired)
+        return len(self.owners)
+
+
+class Kept(NamedTuple):
+    """New memory ``[positions, slots, C, h, w]`` of some images."""
+
+    positions: list[int]
+    memory: Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,81 +78,95 @@ class Guidance:
     Attributes:
         denoised: to step with.
         x: to step from.
-        memory: new memory of the images whose rule keeps any, by position.
+        rule_memory: of the images whose rule keeps any.
+        policy_memory: of the images whose policy keeps any.
         settled: which images end their guidance here, bool ``[images]``.
     """
 
     denoised: Tensor
     x: Tensor
-    memory: dict[int, Tensor]
+    rule_memory: list[Kept]
+    policy_memory: list[Kept]
     settled: Tensor
 
 
 def pack(lane: Lane, sequences: list[Sequence], fixed_rows: int | None) -> Batch:
-    """Gather the states of the chosen images."""
+    """Gather the states of the chosen images, and lay out the rows of their forward."""
+    owners = list(range(len(sequences)))
+    numbers = [0] * len(sequences)
+    others: dict[int, list[int]] = {}
+    perturbed: list[list[tuple[int, int, float]]] = []
+    for i, sequence in enumerate(sequences):
+        ask, first = sequence.ask, len(owners)
+        owners.extend([i] * len(ask.numbers))
+        numbers.extend(ask.numbers)
+        if ask.evaluated:
+            others[i] = list(range(first, first + sequence.guidance.branches))
+        for k, (number, scale) in enumerate(ask.perturbed):
+            if k == len(perturbed):
+                perturbed.append([])
+            perturbed[k].append((i, first + ask.numbers.index(number), scale))
     rows = _indices(lane, [sequence.slot for sequence in sequences])
     return Batch(
         lane=lane,
         sequences=sequences,
         plans=[lane.compiled(sequence.task.plan) for sequence in sequences],
         columns=lane.pool.columns.index_select(0, rows),
-        paired=[i for i, sequence in enumerate(sequences) if sequence.needs_other],
+        owners=owners,
+        numbers=numbers,
+        others=others,
+        perturbed=perturbed,
         fixed_rows=fixed_rows,
     )
 
 
-def evaluate(batch: Batch) -> tuple[Tensor, Tensor]:
-    """One forward for all rows of the batch.
+def evaluate(batch: Batch) -> Tensor:
+    """One forward for all rows of the batch; one more where rows ask for the weaker companion.
 
     Returns:
-        Denoised predictions of the prompts ``[images, C, h, w]`` and of the second branches
-        ``[paired, C, h, w]``.
+        Denoised predictions ``[rows, C, h, w]``.
     """
-    images = len(batch.sequences)
-    order = [*range(images), *batch.paired]
-    x = batch.columns[:, 0].index_select(0, _indices(batch.lane, order))
+    x = batch.columns[:, 0].index_select(0, _indices(batch.lane, batch.owners))
     scalars = _columns_of(
-        batch, order, lambda plan, i: (plan.t[i], plan.scale_in[i], plan.skip[i], plan.out[i])
+        batch,
+        batch.owners,
+        lambda plan, i: (plan.t[i], plan.scale_in[i], plan.skip[i], plan.out[i]),
     )
     t, scale_in, skip, out = scalars.unbind(1)
-    conditioning = torch.stack(
-        [_present(sequence.cond) for sequence in batch.sequences]
-        + [_present(batch.sequences[i].uncond) for i in batch.paired]
-    )
-    raw = batch.lane.model.evaluate(
-        _padded(_as_factor(scale_in, x) * x, batch.fixed_rows),
-        _padded(t, batch.fixed_rows),
-        _padded(conditioning, batch.fixed_rows),
-    )[: len(order)]
-    denoised = _as_factor(skip, x) * x + _as_factor(out, x) * raw
-    return denoised[:images], denoised[images:]
+    raw = _raw(batch, _as_factor(scale_in, x) * x, t)
+    return _as_factor(skip, x) * x + _as_factor(out, x) * raw
 
 
-def guide(batch: Batch, cond: Tensor, other: Tensor) -> Guidance:
-    """Combine the predictions, each rule once for all of its rows."""
+def guide(batch: Batch, predictions: Tensor) -> Guidance:
+    """Combine the predictions, each rule once for all of its rows.
+
+    Args:
+        batch: the images.
+        predictions: of all rows of the forward, ``[rows, C, h, w]``.
+    """
+    cond = predictions[: len(batch.sequences)]
     denoised, x = cond.clone(), batch.columns[:, 0].clone()
-    settled = torch.zeros(len(batch.sequences), dtype=torch.bool, device=cond.device)
-    memory: dict[int, Tensor] = {}
-    by_rule = _grouped(range(len(batch.paired)), lambda k: type(_task(batch, k).rule))
-    for rule, members in by_rule.items():
-        positions = [batch.paired[k] for k in members]
-        rows = _stacked(batch, positions, members, cond, other)
-        parameters = stack([batch.sequences[i].task.rule for i in positions], rows.x[:1])
-        guided = rule.combine(*_fixed(rows, parameters, batch.fixed_rows))
+    predictions, others, policy_memory = _filled(batch, predictions)
+    rule_memory: list[Kept] = []
+    by_rule = _grouped(others, lambda i: batch.sequences[i].guidance.rule_key)
+    for members in by_rule.values():
+        rules = [batch.sequences[i].task.rule for i in members]
+        slots = rules[0].memory_slots
+        rows = _stacked(batch, members, predictions, others, slots)
+        parameters = rules[0].parameters(rules, rows.x[:1])
+        guided = rules[0].combine(*_fixed(rows, parameters, batch.fixed_rows))
+        where = _indices(batch.lane, members)
+        denoised.index_copy_(0, where, guided.denoised[: len(members)])
+        x.index_copy_(0, where, guided.x[: len(members)])
+        if slots:
+            rule_memory.append(Kept(members, guided.memory[: len(members)]))
+    for terms in batch.perturbed:
+        positions, rows, scales = zip(*terms, strict=True)
         where = _indices(batch.lane, positions)
-        denoised.index_copy_(0, where, guided.denoised[: len(positions)])
-        x.index_copy_(0, where, guided.x[: len(positions)])
-        if rule.memory_slots:
-            memory.update(zip(positions, guided.memory, strict=False))
-    adapting = [k for k in range(len(batch.paired)) if _task(batch, k).policy.adapts]
-    by_policy = _grouped(adapting, lambda k: type(_task(batch, k).policy))
-    for policy, members in by_policy.items():
-        positions = [batch.paired[k] for k in members]
-        rows = _stacked(batch, positions, members, cond, other)
-        parameters = stack([batch.sequences[i].task.policy for i in positions], rows.x[:1])
-        answer = policy.settled(*_fixed(rows, parameters, batch.fixed_rows))
-        settled.index_copy_(0, _indices(batch.lane, positions), answer[: len(positions)])
-    return Guidance(denoised, x, memory, settled)
+        disturbed = predictions.index_select(0, _indices(batch.lane, rows))
+        strength = _as_factor(cond.new_tensor(scales), cond)
+        denoised.index_add_(0, where, strength * (cond.index_select(0, where) - disturbed))
+    return Guidance(denoised, x, rule_memory, policy_memory, _settled(batch, predictions))
 
 
 def step(batch: Batch, guidance: Guidance) -> Tensor:
@@ -165,10 +200,119 @@ def step(batch: Batch, guidance: Guidance) -> Tensor:
 def write_back(batch: Batch, state: Tensor, guidance: Guidance) -> None:
     """Put the new states and memories in the pool: the only write, when all else has succeeded."""
     pool = batch.lane.pool
-    rows = _indices(batch.lane, [sequence.slot for sequence in batch.sequences])
+    rows = _slots(batch, range(len(batch.sequences)))
     pool.columns[:, : pool.slots].index_copy_(0, rows, state)
-    for i, kept in guidance.memory.items():
-        pool.memory[batch.sequences[i].slot, : len(kept)] = kept
+    for memory, all_kept in (
+        (pool.rule_memory, guidance.rule_memory),
+        (pool.policy_memory, guidance.policy_memory),
+    ):
+        for kept in all_kept:
+            slots = kept.memory.shape[1]
+            memory[:, :slots].index_copy_(0, _slots(batch, kept.positions), kept.memory)
+
+
+def _raw(batch: Batch, x: Tensor, t: Tensor) -> Tensor:
+    """What the network puts out for the rows, and its companion for those that are to be weak."""
+    owners = [batch.sequences[i] for i in batch.owners]
+    conditioning = torch.stack(
+        [owner.conditioning[k] for owner, k in zip(owners, batch.numbers, strict=True)]
+    )
+    edits: list[tuple[Edit, ...]] = []
+    weak: list[int] = []
+    if any(sequence.guidance.edited for sequence in batch.sequences):
+        edits = [owner.guidance.edits[k] for owner, k in zip(owners, batch.numbers, strict=True)]
+        weak = [row for row, changes in enumerate(edits) if WEAK in changes]
+    scales: Tensor | None = None
+    if any(sequence.guidance.told_scale is not None for sequence in batch.sequences):
+        scales = t.new_tensor([owner.guidance.told_scale or 0.0 for owner in owners])
+    if not weak:
+        return _network(batch, x, t, conditioning, edits, scales)
+    raw = torch.empty_like(x)
+    where = _indices(batch.lane, weak)
+    inputs = (rows.index_select(0, where) for rows in (x, t, conditioning))
+    padded = (_padded(rows, batch.fixed_rows) for rows in inputs)
+    raw.index_copy_(0, where, batch.lane.model.evaluate_weak(*padded)[: len(weak)])
+    strong = [row for row, changes in enumerate(edits) if WEAK not in changes]
+    where = _indices(batch.lane, strong)
+    told = None if scales is None else scales.index_select(0, where)
+    inputs = (rows.index_select(0, where) for rows in (x, t, conditioning))
+    out = _network(batch, *inputs, [edits[row] for row in strong], told)
+    return raw.index_copy_(0, where, out)
+
+
+def _network(
+    batch: Batch,
+    x: Tensor,
+    t: Tensor,
+    conditioning: Tensor,
+    edits: list[tuple[Edit, ...]],
+    scales: Tensor | None,
+) -> Tensor:
+    count = batch.fixed_rows
+    if edits and count is not None:
+        edits = edits + edits[:1] * (count - len(edits))
+    return batch.lane.model.evaluate(
+        _padded(x, count),
+        _padded(t, count),
+        _padded(conditioning, count),
+        edits if any(edits) else None,
+        None if scales is None else _padded(scales, count),
+    )[: len(x)]
+
+
+def _filled(
+    batch: Batch, predictions: Tensor
+) -> tuple[Tensor, Mapping[int, list[int]], list[Kept]]:
+    """Predictions with those that policies fill in behind them, and the rows of each image's."""
+    estimating = [
+        i
+        for i, sequence in enumerate(batch.sequences)
+        if sequence.task.policy.estimates and (sequence.ask.estimated or sequence.ask.evaluated)
+    ]
+    if not estimating:
+        return predictions, batch.others, []
+    others, new, kept = dict(batch.others), [predictions], list[Kept]()
+    count = len(predictions)
+    by_policy = _grouped(estimating, lambda i: batch.sequences[i].guidance.policy_key)
+    for members in by_policy.values():
+        sequences = [batch.sequences[i] for i in members]
+        policy, slots = sequences[0].task.policy, sequences[0].task.policy.memory_slots
+        # Where nothing was evaluated the prompt's own prediction stands in, which is finite.
+        rows = _stacked(batch, members, predictions, {i: others.get(i, [i]) for i in members}, 0)
+        memory = batch.lane.pool.policy_memory[:, :slots].index_select(0, _slots(batch, members))
+        constants = [sequence.guidance.constants[sequence.stage] for sequence in sequences]
+        parameters = stack([sequence.task.policy for sequence in sequences], rows.x[:1])
+        parameters["constants"] = _as_factors(rows.x.new_tensor(np.stack(constants)), rows.x)
+        evaluated = torch.tensor([s.ask.evaluated for s in sequences], device=rows.x.device)
+        fixed, parameters = _fixed(rows, parameters, batch.fixed_rows)
+        filled = policy.fill(
+            fixed,
+            _padded(memory, batch.fixed_rows),
+            parameters,
+            _padded(_as_factor(evaluated, rows.x), batch.fixed_rows),
+        )
+        new.append(filled.other[: len(members)])
+        kept.append(Kept(members, filled.memory[: len(members)]))
+        others |= {i: [count + k] for k, i in enumerate(members)}
+        count += len(members)
+    return torch.cat(new), others, kept
+
+
+def _settled(batch: Batch, predictions: Tensor) -> Tensor:
+    """Which images end their guidance here, bool ``[images]``."""
+    settled = torch.zeros(len(batch.sequences), dtype=torch.bool, device=predictions.device)
+    adapting = [i for i in batch.others if batch.sequences[i].task.policy.adapts]
+    by_policy = _grouped(
+        adapting,
+        lambda i: (batch.sequences[i].guidance.policy_key, batch.sequences[i].guidance.branches),
+    )
+    for members in by_policy.values():
+        policies = [batch.sequences[i].task.policy for i in members]
+        rows = _stacked(batch, members, predictions, batch.others, 0)
+        parameters = stack(policies, rows.x[:1])
+        answer = policies[0].settled(*_fixed(rows, parameters, batch.fixed_rows))
+        settled.index_copy_(0, _indices(batch.lane, members), answer[: len(members)])
+    return settled
 
 
 def _langevin(batch: Batch, members: list[int]) -> Tensor | None:
@@ -191,33 +335,44 @@ def _keep_known(batch: Batch, state: Tensor) -> None:
 
 
 def _stacked(
-    batch: Batch, positions: list[int], members: list[int], cond: Tensor, other: Tensor
+    batch: Batch,
+    members: list[int],
+    predictions: Tensor,
+    others: Mapping[int, list[int]],
+    memory_slots: int,
 ) -> Rows:
-    where = _indices(batch.lane, positions)
+    where = _indices(batch.lane, members)
     x = batch.columns[:, 0].index_select(0, where)
-    scalars = _columns_of(batch, positions, lambda plan, i: (plan.alpha[i], plan.sigma[i]))
-    alpha, sigma = (_as_factor(column, x) for column in scalars.unbind(1))
-    slots = _indices(batch.lane, [batch.sequences[i].slot for i in positions])
-    closing = [batch.sequences[i].closes_step for i in positions]
+    scalars: list[tuple[float, ...]] = []
+    for i in members:
+        sequence, plan = batch.sequences[i], batch.plans[i]
+        stage, progress = sequence.stage, sequence.guidance.progress
+        scalars.append(
+            (plan.alpha[stage], plan.sigma[stage], progress[stage], sequence.closes_step)
+        )
+    columns = (_as_factor(column, x) for column in _tensor(batch.lane, scalars).unbind(1))
+    alpha, sigma, progress, closes = columns
+    rows = _indices(batch.lane, [row for i in members for row in others[i]])
+    memory = batch.lane.pool.rule_memory[:, :memory_slots]
     return Rows(
-        cond=cond.index_select(0, where),
-        other=other.index_select(0, _indices(batch.lane, members)),
+        cond=predictions.index_select(0, where),
+        others=predictions.index_select(0, rows).view(len(members), -1, *x.shape[1:]),
         x=x,
         alpha=alpha,
         sigma=sigma,
-        memory=batch.lane.pool.memory.index_select(0, slots),
-        closes_step=_as_factor(torch.tensor(closing, device=x.device), x),
+        progress=progress,
+        memory=memory.index_select(0, _slots(batch, members)),
+        closes_step=closes > 0,
     )
 
 
 def _fixed(
-    rows: Rows, parameters: dict[str, Tensor], fixed_rows: int | None
+    rows: Rows, parameters: Mapping[str, Tensor], fixed_rows: int | None
 ) -> tuple[Rows, dict[str, Tensor]]:
     if fixed_rows is None:
-        return rows, parameters
-    names = ("cond", "other", "x", "alpha", "sigma", "memory", "closes_step")
-    padded = {name: _padded(getattr(rows, name), fixed_rows) for name in names}
-    return replace(rows, **padded), {k: _padded(v, fixed_rows) for k, v in parameters.items()}
+        return rows, dict(parameters)
+    padded = {name: _padded(getattr(rows, name), fixed_rows) for name in Rows.__slots__}
+    return Rows(**padded), {k: _padded(v, fixed_rows) for k, v in parameters.items()}
 
 
 def _padded(rows: Tensor, count: int | None) -> Tensor:
@@ -231,16 +386,29 @@ def _columns_of(
     batch: Batch, positions: list[int], of: Callable[[CompiledPlan, int], tuple[float, ...]]
 ) -> Tensor:
     """Scalars of the current stage of each position, float32 ``[positions, scalars]``."""
-    values = [of(batch.plans[i], batch.sequences[i].stage) for i in positions]
-    return torch.tensor(values, dtype=torch.float32).to(batch.columns.device, non_blocking=True)
+    return _tensor(batch.lane, [of(batch.plans[i], batch.sequences[i].stage) for i in positions])
+
+
+def _tensor(lane: Lane, values: list[tuple[float, ...]]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32).to(lane.model.device, non_blocking=True)
 
 
 def _as_factor(scalars: Tensor, like: Tensor) -> Tensor:
     return scalars.view(-1, *[1] * (like.ndim - 1))
 
 
-def _indices(lane: Lane, positions: list[int]) -> Tensor:
+def _as_factors(scalars: Tensor, like: Tensor) -> Tensor:
+    """``[rows, n]`` as ``[rows, n, 1, 1, 1]``."""
+    return scalars.view(*scalars.shape, *[1] * (like.ndim - 1))
+
+
+def _indices(lane: Lane, positions: Listed[int]) -> Tensor:
     return torch.tensor(positions, dtype=torch.int64).to(lane.model.device, non_blocking=True)
+
+
+def _slots(batch: Batch, positions: Iterable[int]) -> Tensor:
+    """Rows of the pool that the images at these positions have."""
+    return _indices(batch.lane, [batch.sequences[i].slot for i in positions])
 
 
 def _grouped(positions: Iterable[int], key: Callable[[int], Key]) -> dict[Key, list[int]]:
@@ -248,13 +416,3 @@ def _grouped(positions: Iterable[int], key: Callable[[int], Key]) -> dict[Key, l
     for i in positions:
         groups.setdefault(key(i), []).append(i)
     return groups
-
-
-def _task(batch: Batch, k: int) -> ImageTask:
-    return batch.sequences[batch.paired[k]].task
-
-
-def _present(conditioning: Tensor | None) -> Tensor:
-    if conditioning is None:
-        raise RuntimeError("a row was selected before its prompt was encoded")
-    return conditioning

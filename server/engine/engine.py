@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from itertools import chain
 from threading import Condition, Thread
 from time import monotonic, perf_counter
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ from server.engine.selection import Candidate, select
 from server.engine.sequence import Sequence, Submission
 from server.engine.stopwatch import Stopwatch
 from server.engine.warmup import BATCHES, row_budget_of, sweep
-from server.errors import Cancelled, NotReady, Overloaded, RowFailed
+from server.errors import Cancelled, InvalidRequest, NotReady, Overloaded, RowFailed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -34,7 +35,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LEAST_BUDGET = 2
-"""Rows that a guided image needs at once."""
+"""Rows that an image with one branch needs at once."""
+
+LEAST_MEASURED = 8
+"""Rows of the widest guidance that is common; fewer would refuse it on slow machines."""
 
 FIXED_ROWS_MULTIPLE = 8
 """At other batch sizes a CPU's kernels treat the last rows differently: at 5, 6 and 7 rows of the
@@ -51,7 +55,8 @@ class Engine:
 
     Args:
         models: hosted models by name, all on one device.
-        row_budget: rows of a forward, at least 2; measured at start-up if None.
+        row_budget: rows of a forward, at least 2; measured at start-up, and then at least 8, if
+            None.
         deterministic: run everything at fixed batch shapes, so that an image's bits do not depend
             on what else is in the batch.
         max_pending: images waiting or under way; more are refused.
@@ -104,23 +109,40 @@ class Engine:
 
         Raises:
             Overloaded: there is no room for all of them.
-            NotReady: the engine has stopped or failed.
+            NotReady: the engine is not warm yet, or has stopped or failed.
+            InvalidRequest: an image or a group needs more rows at once than a forward has.
         """
         submission = Submission()
+        tick = self.measurements.ticks
+        sequences = [
+            Sequence(task, index, listener, submission, tick) for index, task in enumerate(tasks)
+        ]
         with self._wake:
-            if self.failure is not None or self._stop_at is not None:
-                raise NotReady("The server takes no work now; it is stopping or has failed.")
+            if not self.ready or self._stop_at is not None:
+                raise NotReady("The server takes no work now; it is starting or stopping.")
+            self._check_width(sequences)
             if self.measurements.pending + len(tasks) > self._max_pending:
                 self.measurements.refused += len(tasks)
                 raise Overloaded(self._seconds_of_work())
-            tick = self.measurements.ticks
-            self._arrived.extend(
-                Sequence(task, index, listener, submission, tick)
-                for index, task in enumerate(tasks)
-            )
+            self._arrived.extend(sequences)
             self.measurements.pending += len(tasks)
             self._wake.notify()
         return submission
+
+    def _check_width(self, sequences: Listed[Sequence]) -> None:
+        """Nothing is taken in that no tick could ever run."""
+        budget = self.measurements.row_budget
+        for members in _units(sequences):
+            rows = sum(member.guidance.widest for member in members)
+            if rows > budget:
+                together = (
+                    f" for the {len(members)} images of its group" if len(members) > 1 else ""
+                )
+                raise InvalidRequest(
+                    "guidance",
+                    f"guidance needs {rows} rows of a forward at once{together}; at most {budget} "
+                    "are allowed here, so ask for fewer branches or perturbations.",
+                )
 
     def _seconds_of_work(self) -> float:
         waiting = sum(sequence.remaining for sequence in [*self._arrived, *self._active])
@@ -150,7 +172,7 @@ class Engine:
             budgets.append(row_budget_of(rates))
             self._rate = max(self._rate, *rates.values())
         # One budget for all, which none of them finds too large.
-        self.measurements.row_budget = asked or max(LEAST_BUDGET, min(budgets))
+        self.measurements.row_budget = asked or max(LEAST_MEASURED, min(budgets))
         if self._deterministic:
             multiples = -(-self.measurements.row_budget // FIXED_ROWS_MULTIPLE)
             self._fixed_rows = multiples * FIXED_ROWS_MULTIPLE
@@ -178,9 +200,12 @@ class Engine:
 
     def _admit(self) -> None:
         """Take in newcomers, and let go of what was cancelled, before any work is done for it."""
+        newcomers: list[Sequence] = []
         with self._wake:
-            count = min(ADMITTED_A_TICK, len(self._arrived))
-            newcomers = [self._arrived.popleft() for _ in range(count)]
+            while self._arrived and (
+                len(newcomers) < ADMITTED_A_TICK or _together(newcomers[-1], self._arrived[0])
+            ):
+                newcomers.append(self._arrived.popleft())
         self._active.extend(newcomers)
         cancelled = {sequence for sequence in self._active if sequence.submission.cancelled}
         for sequence in cancelled:
@@ -195,13 +220,20 @@ class Engine:
     def _select(self) -> list[Sequence]:
         tick = self.measurements.ticks
         candidates = [
-            Candidate(s.rows, s.remaining, tick - s.arrived_tick, s.task.priority, id(s.lane))
+            Candidate(
+                s.rows,
+                s.remaining,
+                tick - s.arrived_tick,
+                s.task.priority,
+                id(s.lane),
+                None if s.task.group is None else id(s.task.group),
+            )
             for s in self._active
         ]
         return [self._active[i] for i in select(candidates, self.measurements.row_budget)]
 
     def _weave(self, chosen: list[Sequence]) -> None:
-        """Run a stage of the chosen images; halve them on an error until it is one image's own."""
+        """Run a stage of the chosen; halve them on an error until it is one image's or group's."""
         for sequence in chosen:
             if not sequence.started_at:
                 sequence.started_at = monotonic()
@@ -209,13 +241,15 @@ class Engine:
         try:
             outcome = self._stage(chosen)
         except Exception as error:
-            if len(chosen) == 1:
+            units = _units(chosen)
+            if len(units) == 1:
                 log.exception("an image failed in its stage")
-                self._fail(chosen[0], error)
+                for sequence in chosen:
+                    self._fail(sequence, error)
                 return
-            half = len(chosen) // 2
-            self._weave(chosen[:half])
-            self._weave(chosen[half:])
+            half = len(units) // 2
+            self._weave([*chain(*units[:half])])
+            self._weave([*chain(*units[half:])])
             return
         for sequence, finite, settled, denoised in zip(chosen, *outcome, strict=True):
             if not finite:
@@ -236,8 +270,8 @@ class Engine:
         rows = weave.pack(lane, chosen, self._fixed_rows)
         watch = Stopwatch(lane.model.device)
         with watch:
-            cond, other = weave.evaluate(rows)
-        guidance = weave.guide(rows, cond, other)
+            predictions = weave.evaluate(rows)
+        guidance = weave.guide(rows, predictions)
         state = weave.step(rows, guidance)
         finite = guidance.denoised.flatten(1).sum(1).isfinite()
         # The tick's one wait for the device.
@@ -323,6 +357,21 @@ class Engine:
         reason = "the server stopped" if self.failure is None else "the engine failed"
         for sequence in list(self._active):
             self._fail(sequence, NotReady(f"The image was not finished, because {reason}."))
+
+
+def _units(sequences: Listed[Sequence]) -> list[list[Sequence]]:
+    """Images by themselves, and groups, whose members stand side by side."""
+    units: list[list[Sequence]] = []
+    for sequence in sequences:
+        if units and _together(units[-1][-1], sequence):
+            units[-1].append(sequence)
+        else:
+            units.append([sequence])
+    return units
+
+
+def _together(one: Sequence, other: Sequence) -> bool:
+    return one.task.group is not None and one.task.group is other.task.group
 
 
 def _broken(sequence: Sequence) -> str:

@@ -29,9 +29,9 @@ class Pool:
         self.shape = shape
         self.device = device
         self.slots = FIRST_SLOTS
-        self._memory_slots = 0
         self.columns = self._empty(FIRST_CAPACITY, self.slots + 2)
-        self.memory = self._empty(FIRST_CAPACITY, 0)
+        self.rule_memory = self._empty(FIRST_CAPACITY, 0)
+        self.policy_memory = self._empty(FIRST_CAPACITY, 0)
         self._free = list(range(FIRST_CAPACITY))
 
     @property
@@ -39,20 +39,18 @@ class Pool:
         """Whether no image has a row."""
         return len(self._free) == len(self.columns)
 
-    def take(self, slots: int, memory_slots: int) -> int:
-        """A zeroed row for a plan of ``slots`` and a rule of ``memory_slots``."""
+    def take(self, slots: int, rule_slots: int = 0, policy_slots: int = 0) -> int:
+        """A zeroed row for a plan of ``slots``, and memory of rule and policy."""
         if slots > self.slots:
             self._deepen(slots)
-        if memory_slots > self._memory_slots:
-            extra = self._empty(len(self.memory), memory_slots - self._memory_slots)
-            self.memory = torch.cat([self.memory, extra], 1)
-            self._memory_slots = memory_slots
+        self.rule_memory = self._widened(self.rule_memory, rule_slots)
+        self.policy_memory = self._widened(self.policy_memory, policy_slots)
         if not self._free:
             self._double()
         row = self._free.pop()
         # Not only for tidiness: a NaN left here would survive a coefficient of zero.
-        self.columns[row].zero_()
-        self.memory[row].zero_()
+        for tensor in (self.columns, self.rule_memory, self.policy_memory):
+            tensor[row].zero_()
         return row
 
     def give_back(self, row: int) -> None:
@@ -62,11 +60,20 @@ class Pool:
     def _empty(self, rows: int, slots: int) -> Tensor:
         return torch.zeros(rows, slots, *self.shape, device=self.device)
 
+    def _widened(self, memory: Tensor, slots: int) -> Tensor:
+        if slots <= memory.shape[1]:
+            return memory
+        return torch.cat([memory, self._empty(len(memory), slots - memory.shape[1])], 1)
+
     def _double(self) -> None:
         count = len(self.columns)
-        self.columns = torch.cat([self.columns, self._empty(count, self.slots + 2)])
-        self.memory = torch.cat([self.memory, self._empty(count, self._memory_slots)])
+        self.columns = self._doubled(self.columns)
+        self.rule_memory = self._doubled(self.rule_memory)
+        self.policy_memory = self._doubled(self.policy_memory)
         self._free.extend(range(count, 2 * count))
+
+    def _doubled(self, rows: Tensor) -> Tensor:
+        return torch.cat([rows, torch.zeros_like(rows)])
 
     def _deepen(self, slots: int) -> None:
         deeper = self._empty(len(self.columns), slots + 2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
@@ -35,6 +35,7 @@ class Candidate:
         age: ticks since it arrived.
         priority: its class.
         lane: images of one lane can share a forward.
+        group: images of one group run in the same ticks or not at all; None is of none.
     """
 
     rows: int
@@ -42,6 +43,7 @@ class Candidate:
     age: int
     priority: Priority
     lane: int
+    group: int | None = None
 
 
 def select(candidates: Sequence[Candidate], budget: int) -> list[int]:
@@ -53,22 +55,49 @@ def select(candidates: Sequence[Candidate], budget: int) -> list[int]:
 
     Args:
         candidates: every image under way, oldest first.
-        budget: rows of a forward, at least as many as any one candidate needs.
+        budget: rows of a forward, at least as many as any one candidate or group needs.
 
     Returns:
-        Indices into ``candidates``, in order of urgency.
+        Indices into ``candidates``, in order of urgency, those of a group side by side.
     """
-    order = sorted(range(len(candidates)), key=lambda i: _urgency(candidates[i]))
+    units, members = _units(candidates)
+    order = sorted(range(len(units)), key=lambda i: _urgency(units[i]))
     chosen: list[int] = []
     left = budget
     for i in order:
-        candidate = candidates[i]
-        if candidate.rows <= left and candidate.lane == candidates[order[0]].lane:
-            chosen.append(i)
-            left -= candidate.rows
+        unit = units[i]
+        if unit.rows <= left and unit.lane == units[order[0]].lane:
+            chosen.extend(members[i])
+            left -= unit.rows
             if left == 0:
                 break
     return chosen
+
+
+def _units(
+    candidates: Sequence[Candidate],
+) -> tuple[Sequence[Candidate], Sequence[Sequence[int]]]:
+    """The candidates with each group as one, and the indices that each of them stands for."""
+    alone = [(i,) for i in range(len(candidates))]
+    if all(candidate.group is None for candidate in candidates):
+        return candidates, alone
+    members: dict[tuple[int | None, int], list[int]] = {}
+    for i, candidate in enumerate(candidates):
+        key = (None, i) if candidate.group is None else (candidate.group, 0)
+        members.setdefault(key, []).append(i)
+    units: list[Candidate] = []
+    for indices in members.values():
+        own = [candidates[i] for i in indices]
+        units.append(
+            replace(
+                own[0],
+                rows=sum(one.rows for one in own),
+                remaining=sum(one.remaining for one in own),
+                age=max(one.age for one in own),
+                priority=min(one.priority for one in own),
+            )
+        )
+    return units, list(members.values())
 
 
 def _urgency(candidate: Candidate) -> float:

@@ -6,19 +6,37 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-
+from server.engine.guidance_plan import plan_guidance
 from server.engine.selection import Priority
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from guidance import Policy, Rule
+    from guidance import Edit, Perturbation, Policy, Rule
     from samplers import Plan
+    from server.engine.guidance_plan import Ask, GuidancePlan
     from server.engine.lane import Lane
 
-__all__ = ["ImageResult", "ImageTask", "Known", "Listener", "Priority", "Sequence", "Submission"]
+__all__ = [
+    "Group",
+    "ImageResult",
+    "ImageTask",
+    "Known",
+    "Listener",
+    "Priority",
+    "Sequence",
+    "Submission",
+]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Group:
+    """Images that run in lockstep: each tick takes all of them or none.
+
+    They belong to one submission, side by side, and follow one plan.
+    """
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,6 +53,10 @@ class ImageTask:
         plan: the sampler's table.
         rule: how predictions are combined.
         policy: where the second prediction comes from.
+        perturbed: terms that lead away from disturbed predictions.
+        edits: what every prediction of this image changes inside the network.
+        coefficients: what a policy that is fitted was fitted to, ``[stages, n]``.
+        group: the images that this one runs in lockstep with.
         priority: who goes first.
         image: picture to start from, ``[3, H, W]`` float32 in [-1, 1]; the plan then starts
             part way.
@@ -51,6 +73,10 @@ class ImageTask:
     plan: Plan
     rule: Rule
     policy: Policy
+    perturbed: tuple[Perturbation, ...] = ()
+    edits: tuple[Edit, ...] = ()
+    coefficients: NDArray[np.float64] | None = None
+    group: Group | None = None
     priority: Priority = Priority.INTERACTIVE
     image: Tensor | None = None
     mask: Tensor | None = None
@@ -64,7 +90,7 @@ class ImageResult:
     Attributes:
         pixels: uint8 ``[H, W, 3]``.
         evaluations: rows of the denoiser that it took.
-        saved: rows that the policy saved against always evaluating both branches.
+        saved: rows that the policy saved against always evaluating the rule's branches.
         queue_s: seconds from submission to the first evaluation.
         denoise_s: seconds from there to the clean latent.
         decode_s: seconds from there to the pixels.
@@ -125,7 +151,7 @@ class Sequence:
     listener: Listener
     submission: Submission
     arrived_tick: int
-    guided: list[bool] = field(init=False)
+    guidance: GuidancePlan = field(init=False)
     stage: int = 0
     settled: bool = False
     slot: int = -1
@@ -135,34 +161,28 @@ class Sequence:
     submitted_at: float = field(default_factory=monotonic)
     started_at: float = 0.0
     denoised_at: float = 0.0
-    cond: Tensor | None = None
-    uncond: Tensor | None = None
+    conditioning: list[Tensor] = field(default_factory=list)
     known: Known | None = None
 
     def __post_init__(self) -> None:
-        plan = self.task.plan
-        with np.errstate(divide="ignore"):
-            ratio = plan.sigma[:-1] / plan.alpha[:-1]
-        progress = np.array(plan.step) / plan.steps
-        self.guided = [bool(g) for g in self.task.policy.evaluates(ratio, progress)]
+        self.guidance = plan_guidance(self.task)
 
     @property
-    def needs_other(self) -> bool:
-        """Whether the next stage evaluates the second branch."""
-        return self.task.rule.needs_other and not self.settled and self.guided[self.stage]
+    def ask(self) -> Ask:
+        """What the next stage needs beside the prompt's prediction."""
+        guidance = self.guidance
+        return (guidance.settled if self.settled else guidance.asks)[self.stage]
 
     @property
     def rows(self) -> int:
         """Rows of the forward that the next stage needs."""
-        return 2 if self.needs_other else 1
+        return 1 + len(self.ask.numbers)
 
     @property
     def remaining(self) -> int:
         """Evaluations still needed, if guidance goes on as planned."""
-        stages = self.task.plan.evaluations - self.stage
-        if self.settled or not self.task.rule.needs_other:
-            return stages
-        return stages + sum(self.guided[self.stage :])
+        guidance = self.guidance
+        return (guidance.left_settled if self.settled else guidance.left)[self.stage]
 
     @property
     def done(self) -> bool:
@@ -177,6 +197,7 @@ class Sequence:
 
     def count(self) -> None:
         """Book the evaluations of the stage that just ran, and go on to the next."""
-        self.evaluations += self.rows
-        self.saved += 2 - self.rows if self.task.rule.needs_other else 0
+        ask = self.ask
+        self.evaluations += 1 + len(ask.numbers)
+        self.saved += 0 if ask.evaluated else self.guidance.branches
         self.stage += 1

@@ -11,12 +11,12 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from torch import Tensor
 
-from guidance import POLICIES, RULES, Guided, Policy, Rows, Rule, stack
+from guidance import PERTURBATIONS, POLICIES, RULES, Guided, Perturbation, Policy, Rows, Rule
 
 SHAPE = (4, 6, 5)
 
 
-def draw(rows: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Rows:
+def draw(rows: int, seed: int = 0, dtype: torch.dtype = torch.float64, branches: int = 1) -> Rows:
     """Random predictions at random variance-preserving levels, with room for no memory."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -27,10 +27,11 @@ def draw(rows: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Rows:
     cond = normal()
     return Rows(
         cond=cond,
-        other=cond + 0.3 * normal(),
+        others=torch.stack([cond + 0.3 * normal() for _ in range(branches)], 1),
         x=normal(),
         alpha=(1 - sigma.square()).sqrt(),
         sigma=sigma,
+        progress=torch.rand(rows, 1, 1, 1, generator=generator, dtype=dtype),
         memory=cond.new_zeros(rows, 0, *SHAPE),
         closes_step=torch.ones(rows, 1, 1, 1, dtype=torch.bool),
     )
@@ -52,7 +53,12 @@ def one_row(rows: Rows, i: int) -> Rows:
 
 def apply(rule: Rule, rows: Rows) -> Guided:
     """A rule with the same parameters for all rows."""
-    return rule.combine(rows, stack([rule] * len(rows.cond), rows.x))
+    return rule.combine(rows, rule.parameters([rule] * len(rows.cond), rows.x[:1]))
+
+
+def with_other(rows: Rows, other: Tensor) -> Rows:
+    """The same rows with this prediction of their one branch."""
+    return replace(rows, others=other[:, None])
 
 
 def _values(field: FieldInfo) -> list[Any]:
@@ -83,6 +89,9 @@ def label(setting: BaseModel) -> str:
 
 RULE_VARIANTS: list[Rule] = [one for kind in RULES for one in _variants(kind)]
 POLICY_VARIANTS: list[Policy] = [one for kind in POLICIES for one in _variants(kind)]
+PERTURBATION_VARIANTS: list[Perturbation] = [
+    one for kind in PERTURBATIONS for one in _variants(kind)
+]
 
 
 def _number(field: FieldInfo) -> st.SearchStrategy[float]:

@@ -32,4 +32,5 @@ def test_unguided_is_the_prompt_alone() -> None:
     result = apply(Unguided(), rows)
     assert result.denoised is rows.cond
     assert result.x is rows.x
-    assert not Unguided().needs_other
+    assert not Unguided().branches
+    assert not Unguided.combines

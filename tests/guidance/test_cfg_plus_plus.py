@@ -44,7 +44,9 @@ def run(plan: Plan, rule_at: Callable[[int], Rule]) -> Tensor:
     for i, table in enumerate(plan.tables):
         x = columns[:, 0].clone()
         alpha, sigma = plan.alpha[i] * scalar, plan.sigma[i] * scalar
-        rows = Rows(cond(x), other(x), x, alpha, sigma, x[:, None, :0], scalar > 0)
+        rows = Rows(
+            cond(x), other(x)[:, None], x, alpha, sigma, 0 * scalar, x[:, None, :0], scalar > 0
+        )
         guided = apply(rule_at(i), rows)
         columns[:, 0], columns[:, K] = guided.x, guided.denoised
         columns[:, :K] = advance(columns, torch.from_numpy(table).expand(2, *table.shape))
@@ -100,7 +102,8 @@ def test_the_move_is_the_unconditional_noise_whatever_the_scale() -> None:
     generator = torch.Generator().manual_seed(2)
     x, c, u = torch.randn(3, 4, 3, 2, 2, generator=generator, dtype=torch.float64)
     scalar = x.new_ones(4, 1, 1, 1)
-    rows = Rows(c, u, x, 0.6 * scalar, 0.8 * scalar, x[:, None, :0], scalar > 0)
+    levels = 0.6 * scalar, 0.8 * scalar, 0 * scalar
+    rows = Rows(c, u[:, None], x, *levels, x[:, None, :0], scalar > 0)
     guided = apply(CFGPlusPlus(scale=0.7), rows)
     torch.testing.assert_close((guided.x - 0.6 * guided.denoised) / 0.8, (x - 0.6 * u) / 0.8)
 

@@ -2,15 +2,18 @@
 
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from guidance import POLICIES, RULES, Policy, Rule, stack
+from guidance import PERTURBATIONS, POLICIES, RULES, Perturbation, Policy, Rows, Rule, stack
 from tests.guidance.cases import (
+    PERTURBATION_VARIANTS,
     POLICY_VARIANTS,
     RULE_VARIANTS,
     apply,
@@ -25,10 +28,25 @@ NOISE_RATIO = np.array([np.inf, 80.0, 5.42, 1.0, 0.3, 0.28, 0.01])
 PROGRESS = np.arange(7) / 7
 
 each_rule = pytest.mark.parametrize("rule", RULE_VARIANTS, ids=label)
+guiding = pytest.mark.parametrize(
+    "rule", [rule for rule in RULE_VARIANTS if rule.branches], ids=label
+)
 each_policy = pytest.mark.parametrize("policy", POLICY_VARIANTS, ids=label)
 
 
-@pytest.mark.parametrize("registry", [RULES, POLICIES], ids=["rules", "policies"])
+each_perturbation = pytest.mark.parametrize("perturbation", PERTURBATION_VARIANTS, ids=label)
+
+
+def branches_of(rule: Rule) -> int:
+    """As many as the rule asks for; where it asks for none, one that must not matter."""
+    return len(rule.branches) or 1
+
+
+@pytest.mark.parametrize(
+    "registry",
+    [RULES, POLICIES, PERTURBATIONS],
+    ids=["rules", "policies", "perturbations"],
+)
 def test_names_and_texts_are_there_once(registry: tuple[type[Rule], ...]) -> None:
     names = [kind.model_fields["name"].default for kind in registry]
     assert len(set(names)) == len(names)
@@ -44,18 +62,34 @@ def test_any_rule_goes_with_any_policy(
 ) -> None:
     """A run of seven stages, as an engine makes it: ask, combine, keep, and end when settled."""
     setting, when = rule.model_validate({}), policy.model_validate({})
-    rows = with_memory(draw(3, dtype=dtype), rule.memory_slots)
-    guided = when.evaluates(NOISE_RATIO, PROGRESS)
-    assert guided.shape == (7,)
-    assert guided.dtype == np.bool_
-    for evaluated in guided:
-        if not (evaluated and setting.needs_other):
+    rows = draw(3, dtype=dtype, branches=branches_of(setting))
+    rows = with_memory(rows, rule.memory_slots)
+    kept = with_memory(rows, when.memory_slots, seed=2).memory
+    constants = when.constants(7, np.full((7, 7), 0.1) if policy.fitted else None)
+    evaluated, estimated = (
+        answer(NOISE_RATIO, PROGRESS) for answer in (when.evaluates, when.estimated)
+    )
+    assert evaluated.shape == estimated.shape == (7,)
+    assert evaluated.dtype == estimated.dtype == np.bool_
+    assert not (evaluated & estimated).any()
+    assert policy.estimates or not estimated.any()
+    for stage in range(7):
+        if not setting.branches or not (evaluated[stage] or estimated[stage]):
             continue
+        parameters = stack([when] * 3, rows.x)
+        if policy.estimates:
+            numbers = rows.x.new_tensor(constants[stage]).expand(3, -1)[..., None, None, None]
+            asked = torch.full((3, 1, 1, 1), bool(evaluated[stage]))
+            filled = policy.fill(rows, kept, parameters | {"constants": numbers}, asked)
+            assert filled.other.shape == rows.x.shape
+            assert filled.memory.shape == kept.shape
+            assert filled.other.dtype == filled.memory.dtype == dtype
+            kept = filled.memory
         result = apply(setting, rows)
         assert result.denoised.shape == result.x.shape == rows.x.shape
         assert result.memory.shape == rows.memory.shape
         assert result.denoised.dtype == result.x.dtype == dtype
-        settled = policy.settled(rows, stack([when] * 3, rows.x))
+        settled = policy.settled(rows, parameters)
         assert settled.shape == (3,)
         assert settled.dtype == torch.bool
         assert policy.adapts or not settled.any()
@@ -64,19 +98,36 @@ def test_any_rule_goes_with_any_policy(
 
 @each_rule
 def test_predictions_that_agree_are_left_alone(rule: Rule) -> None:
-    rows = replace(draw(3), memory=torch.zeros(3, rule.memory_slots, 4, 6, 5, dtype=torch.float64))
-    result = apply(rule, replace(rows, other=rows.cond))
+    rows = draw(3, branches=branches_of(rule))
+    rows = replace(
+        rows,
+        others=rows.cond[:, None].expand_as(rows.others),
+        memory=torch.zeros(3, rule.memory_slots, 4, 6, 5, dtype=torch.float64),
+    )
+    result = apply(rule, rows)
     torch.testing.assert_close(result.denoised, rows.cond, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(result.x, rows.x, rtol=1e-12, atol=1e-12)
 
 
+def moved(rule: Rule, rows: Rows, others: Tensor) -> bool:
+    """Whether other predictions of the branches change what the rule gives."""
+    first, second = apply(rule, rows), apply(rule, replace(rows, others=others))
+    return not (torch.equal(first.denoised, second.denoised) and torch.equal(first.x, second.x))
+
+
 @each_rule
-def test_the_second_prediction_is_needed_exactly_when_it_can_matter(rule: Rule) -> None:
-    rows = with_memory(draw(3, 0), rule.memory_slots)
-    other = draw(3, 1).other
-    first, second = apply(rule, rows), apply(rule, replace(rows, other=other))
-    differs = not (torch.equal(first.denoised, second.denoised) and torch.equal(first.x, second.x))
-    assert differs == rule.needs_other
+def test_branches_are_asked_for_only_where_they_can_matter(rule: Rule) -> None:
+    rows = with_memory(draw(3, 0, branches=branches_of(rule)), rule.memory_slots)
+    assert moved(rule, rows, draw(3, 1, branches=branches_of(rule)).others) == bool(rule.branches)
+
+
+@guiding
+def test_each_branch_that_is_asked_for_matters(rule: Rule) -> None:
+    rows = with_memory(draw(3, 0, branches=len(rule.branches)), rule.memory_slots)
+    for k in range(len(rule.branches)):
+        others = rows.others.clone()
+        others[:, k] = draw(3, 1).other
+        assert moved(rule, rows, others)
 
 
 @pytest.mark.parametrize("kind", RULES)
@@ -86,10 +137,12 @@ def test_rows_with_their_own_parameters_get_what_each_gets_alone(
     kind: type[Rule], data: st.DataObject, seed: int
 ) -> None:
     own = data.draw(st.lists(settings_of(kind), min_size=1, max_size=5))
-    rows = with_memory(draw(len(own), seed), kind.memory_slots)
+    branches = branches_of(own[0])
+    own = [setting for setting in own if branches_of(setting) == branches]
+    rows = with_memory(draw(len(own), seed, branches=branches), kind.memory_slots)
     closes = data.draw(st.lists(st.booleans(), min_size=len(own), max_size=len(own)))
     rows = replace(rows, closes_step=torch.tensor(closes).view(-1, 1, 1, 1))
-    together = kind.combine(rows, stack(own, rows.x))
+    together = kind.combine(rows, kind.parameters(own, rows.x[:1]))
     for i, setting in enumerate(own):
         alone = apply(setting, one_row(rows, i))
         for ours, theirs in zip(together, alone, strict=True):
@@ -98,7 +151,7 @@ def test_rows_with_their_own_parameters_get_what_each_gets_alone(
 
 @each_rule
 def test_rules_leave_their_inputs_alone(rule: Rule) -> None:
-    rows = with_memory(draw(2), rule.memory_slots)
+    rows = with_memory(draw(2, branches=branches_of(rule)), rule.memory_slots)
     before = {name: getattr(rows, name).clone() for name in type(rows).__slots__}
     apply(rule, rows)
     assert all(torch.equal(getattr(rows, name), kept) for name, kept in before.items())
@@ -115,7 +168,19 @@ def test_policies_answer_for_each_stage_and_row(policy: Policy) -> None:
     assert settled.tolist() == torch.cat(alone).tolist()
 
 
-@pytest.mark.parametrize("kind", [*RULES, *POLICIES])
+@each_perturbation
+def test_perturbations_answer_for_each_stage_and_change_something(
+    perturbation: Perturbation,
+) -> None:
+    answer = perturbation.evaluates(NOISE_RATIO, PROGRESS)
+    assert answer.shape == (7,)
+    assert answer.dtype == np.bool_
+    assert bool(perturbation.scale) or not answer.any()
+    # Rows that change the same are told so by equality.
+    assert hash(perturbation.edit) == hash(perturbation.model_copy().edit)
+
+
+@pytest.mark.parametrize("kind", [*RULES, *POLICIES, *PERTURBATIONS])
 def test_parameters_are_frozen_and_strange_ones_refused(kind: type[Rule]) -> None:
     with pytest.raises(ValueError, match="frozen"):
         setattr(kind.model_validate({}), "name", "other")  # noqa: B010
@@ -138,11 +203,15 @@ def test_parameters_are_frozen_and_strange_ones_refused(kind: type[Rule]) -> Non
         ("interval", "low", -0.1, "greater than or equal to 0"),
         ("interval", "high", float("inf"), "finite number"),
         ("interval", "stop", 0, "greater than 0"),
+        ("pag", "scale", -1, "greater than or equal to 0"),
+        ("pag", "layers", [], "at least 1 item"),
+        ("pag", "start", 1, "less than 1"),
     ],
 )
 def test_values_out_of_range_say_what_is_allowed(
-    name: str, field: str, value: float, sentence: str
+    name: str, field: str, value: Any, sentence: str
 ) -> None:
-    kinds = {kind.model_fields["name"].default: kind for kind in (*RULES, *POLICIES)}
+    everything = (*RULES, *POLICIES, *PERTURBATIONS)
+    kinds = {kind.model_fields["name"].default: kind for kind in everything}
     with pytest.raises(ValueError, match=f"(?s){field}.*{sentence}"):
         kinds[name].model_validate({field: value})

@@ -13,7 +13,7 @@ from guidance import Rows, stack
 from guidance.adaptive import Adaptive
 from guidance.always import Always
 from guidance.interval import Interval
-from tests.guidance.cases import draw
+from tests.guidance.cases import draw, with_other
 
 NOISE_RATIO = np.array([np.inf, 5.43, 5.42, 1.0, 0.29, 0.28, 0.1])
 PROGRESS = np.arange(7) / 7
@@ -92,9 +92,18 @@ def test_a_higher_threshold_never_settles_earlier(seed: int, thresholds: list[fl
 
 def test_equal_predictions_settle_below_one_and_opposite_noises_never() -> None:
     rows = draw(2)
-    assert settled(replace(rows, other=rows.cond), 0.999999, 0.5).all()
+    assert settled(with_other(rows, rows.cond), 0.999999, 0.5).all()
     away = (2 * rows.x - rows.alpha * rows.cond) / rows.alpha
-    assert not settled(replace(rows, other=away), 0.0, -0.999).any()
+    assert not settled(with_other(rows, away), 0.0, -0.999).any()
+
+
+def test_with_several_branches_all_must_agree() -> None:
+    rows = draw(2, branches=2)
+    away = (2 * rows.x - rows.alpha * rows.cond) / rows.alpha
+    one = replace(rows, others=torch.stack([rows.cond, away], 1))
+    both = replace(rows, others=torch.stack([rows.cond, rows.cond], 1))
+    assert settled(both, 0.999, 0.999).all()
+    assert not settled(one, 0.0, 0.0).any()
 
 
 def test_noise_space_is_what_counts() -> None:
@@ -109,4 +118,4 @@ def test_noise_space_is_what_counts() -> None:
     other = rows.cond + 0.02 * (rows.other - rows.cond)
     cosine = torch.nn.functional.cosine_similarity(rows.cond.flatten(), other.flatten(), 0)
     assert cosine > 0.999
-    assert not settled(replace(rows, other=other), 0.99)
+    assert not settled(with_other(rows, other), 0.99)

@@ -6,12 +6,18 @@ import httpx2
 import pytest
 from pydantic import BaseModel
 
-from guidance import POLICIES, RULES
+from guidance import PERTURBATIONS, POLICIES, RULES
 from samplers import SAMPLERS, SPACINGS
 from server.catalog import catalog
 from server.choice import name_of
 
-REGISTRIES = {"samplers": SAMPLERS, "spacings": SPACINGS, "rules": RULES, "policies": POLICIES}
+REGISTRIES = {
+    "samplers": SAMPLERS,
+    "spacings": SPACINGS,
+    "rules": RULES,
+    "policies": POLICIES,
+    "perturbations": PERTURBATIONS,
+}
 
 
 @pytest.mark.parametrize("title", REGISTRIES)

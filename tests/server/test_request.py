@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from guidance import POLICIES, RULES
+from guidance import PERTURBATIONS, POLICIES, RULES, SkipTuning
 from samplers import SAMPLERS, SPACINGS
 from server.choice import name_of
 from server.request import DEFAULT_SAMPLER, GenerateRequest, default_sampler, split
@@ -117,6 +117,36 @@ def test_the_default_sampler_is_registered() -> None:
             "guidance.policy.threshold is a list; it must be a number.",
         ),
         (
+            {"guidance": {"name": "cfg", "perturbed": "pag"}},
+            "guidance.perturbed",
+            "guidance.perturbed is 'pag'; it must be a list.",
+        ),
+        (
+            {"guidance": {"name": "cfg", "perturbed": ["pag"] * 4}},
+            "guidance.perturbed",
+            "guidance.perturbed is a list; it must have at most 3 entries.",
+        ),
+        (
+            {"guidance": {"name": "cfg", "perturbed": ["slg", {"name": "pag", "scale": "3"}]}},
+            "guidance.perturbed.1.scale",
+            "guidance.perturbed.1.scale is '3'; it must be a number.",
+        ),
+        (
+            {"guidance": {"name": "cfg", "perturbed": [{"name": "pag", "layers": [3]}]}},
+            "guidance.perturbed.0.layers.0",
+            "guidance.perturbed.0.layers.0 is 3; it must be a string.",
+        ),
+        (
+            {"guidance": {"name": "cfg", "perturbed": [{"name": "pag", "low": 3, "high": 1}]}},
+            "guidance.perturbed.0",
+            "guidance.perturbed.0: low is 3 and high 1; low must be below high.",
+        ),
+        (
+            {"guidance": {"name": "cfg", "skip_tuning": {"bottom": 3}}},
+            "guidance.skip_tuning.bottom",
+            "guidance.skip_tuning.bottom is 3; it must be at most 2.",
+        ),
+        (
             {"sampler": {"eta": 1}},
             "sampler",
             f"sampler is an object without 'name'; allowed are: "
@@ -153,6 +183,29 @@ def test_an_unknown_policy_is_named_by_its_path() -> None:
     assert message.startswith("policy 'never' is not known; allowed are: always,")
 
 
+def test_an_unknown_perturbation_is_named_by_its_path() -> None:
+    field, message = sentence(guidance={"name": "cfg", "perturbed": ["pig"]})
+    assert field == "guidance.perturbed.0"
+    assert message.startswith("perturbed 'pig' is not known; allowed are: pag,")
+
+
+@pytest.mark.parametrize("perturbation", PERTURBATIONS, ids=lambda kind: kind.__name__)
+def test_any_rule_goes_with_any_perturbation_and_settings_survive_their_own_answer(
+    perturbation: type[BaseModel],
+) -> None:
+    guidance = {
+        "name": "apg",
+        "perturbed": [name_of(perturbation), perturbation().model_dump(mode="json")],
+        "skip_tuning": {"bottom": 0.7},
+    }
+    request = GenerateRequest.model_validate({"prompt": "x", "guidance": guidance})
+    assert request.guidance is not None
+    assert request.guidance.perturbed == (perturbation(), perturbation())
+    assert request.guidance.skip_tuning == SkipTuning(bottom=0.7)
+    again = request.model_dump(mode="json", exclude_none=True)
+    assert GenerateRequest.model_validate(again) == request
+
+
 def test_a_missing_prompt_is_required() -> None:
     with pytest.raises(ValidationError) as caught:
         GenerateRequest.model_validate({})
@@ -170,6 +223,21 @@ def test_a_missing_prompt_is_required() -> None:
             {"guidance": {"name": "cfg", "policy": {"name": "adaptive", "thresh": 1}}},
             "guidance.policy.thresh",
             "did you mean threshold?",
+        ),
+        (
+            {"guidance": {"name": "cfg", "perturbed": [{"name": "pag", "scael": 1}]}},
+            "guidance.perturbed.0.scael",
+            "did you mean scale?",
+        ),
+        (
+            {"guidance": {"name": "cfg", "perturbd": []}},
+            "guidance.perturbd",
+            "did you mean perturbed?",
+        ),
+        (
+            {"guidance": {"name": "cfg", "skip_tuning": {"botom": 1}}},
+            "guidance.skip_tuning.botom",
+            "did you mean bottom?",
         ),
     ],
     ids=str,
@@ -191,5 +259,6 @@ def test_the_schema_shows_every_parameter(field: str, member: type[BaseModel]) -
     assert f'"{name_of(member)}"' in shown
     for parameter, info in member.model_fields.items():
         described = schema["$defs"][name]["properties"][parameter]
-        assert described["default"] == info.default
+        # Tuples are lists in JSON.
+        assert described["default"] == json.loads(json.dumps(info.default))
         assert parameter == "name" or described["description"] == info.description

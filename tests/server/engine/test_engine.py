@@ -256,10 +256,10 @@ class Cramped:
     def __getattr__(self, name):
         return getattr(self._model, name)
 
-    def evaluate(self, x, t, conditioning):
+    def evaluate(self, x, t, conditioning, *more):
         if self.armed and len(x) > 3:
             raise torch.OutOfMemoryError("no room")
-        return self._model.evaluate(x, t, conditioning)
+        return self._model.evaluate(x, t, conditioning, *more)
 
     def decode(self, latents):
         if self.armed and len(latents) > 1:

@@ -1,0 +1,32 @@
+"""Autoguidance: away from a weaker model's prediction."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+from typing_extensions import override
+
+from guidance.edits import WeakModel
+from guidance.perturbation import Perturbation
+
+if TYPE_CHECKING:
+    from guidance.edits import Edit
+
+
+class Autoguidance(Perturbation, frozen=True):
+    """Autoguidance (Karras et al., arXiv 2406.02507, equation 3).
+
+    The other prediction is that of a smaller or less trained model, told the same prompt. The
+    paper's ``w`` is 1 + ``scale``. Needs a model that has such a companion.
+    """
+
+    summary: ClassVar[str] = "Away from a weaker model: better pictures without less variety."
+    source: ClassVar[str] = "Karras et al., arXiv 2406.02507, equation 3."
+    name: Literal["autoguidance"] = "autoguidance"
+    scale: float = Field(default=1.0, ge=0, le=100, description="Strength; 0 is none.")
+
+    @property
+    @override
+    def edit(self) -> Edit:
+        return WeakModel()

@@ -1,0 +1,39 @@
+"""Smoothed energy guidance."""
+
+from __future__ import annotations
+
+from math import inf
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+from typing_extensions import override
+
+from guidance.edits import BlurredQueries
+from guidance.perturbation import Layers, Perturbation
+
+if TYPE_CHECKING:
+    from guidance.edits import Edit
+
+
+class SEG(Perturbation, frozen=True):
+    """Smoothed energy guidance (Hong, arXiv 2408.00760, section 4).
+
+    The disturbed network's self-attention has its queries blurred over the picture, which flattens
+    the energy that attention descends. Gentler than ``pag`` at the same scale.
+    """
+
+    summary: ClassVar[str] = "Away from a picture whose self-attention is blurred."
+    source: ClassVar[str] = "Hong, arXiv 2408.00760, section 4."
+    name: Literal["seg"] = "seg"
+    sigma: float | None = Field(
+        default=None,
+        gt=0,
+        le=1000,
+        description="Of the blur, in cells of the layer; null is infinite, the mean of all.",
+    )
+    layers: Layers = ("middle",)
+
+    @property
+    @override
+    def edit(self) -> Edit:
+        return BlurredQueries(self.layers, inf if self.sigma is None else self.sigma)

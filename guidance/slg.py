@@ -1,0 +1,39 @@
+"""Skip-layer guidance."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+from typing_extensions import override
+
+from guidance.edits import SkippedBlocks
+from guidance.perturbation import Layers, Perturbation
+
+if TYPE_CHECKING:
+    from guidance.edits import Edit
+
+
+class SLG(Perturbation, frozen=True):
+    """Skip-layer guidance, as published with Stable Diffusion 3.5 medium.
+
+    The disturbed network leaves transformer blocks out; acts early in a run, where the structure
+    is laid out. For Stable Diffusion 3.5 medium its authors skip the blocks 7, 8 and 9.
+    """
+
+    summary: ClassVar[str] = "Away from a picture made without some transformer blocks."
+    source: ClassVar[str] = "Stability AI, reference code of Stable Diffusion 3.5 medium."
+    name: Literal["slg"] = "slg"
+    scale: float = Field(default=2.8, ge=0, le=100, description="Strength; 0 is none.")
+    start: float = Field(
+        default=0.01, ge=0, lt=1, description="Share of the steps done when it opens."
+    )
+    stop: float = Field(
+        default=0.2, gt=0, le=1, description="Share of the steps done when it closes."
+    )
+    layers: Layers = ("middle",)
+
+    @property
+    @override
+    def edit(self) -> Edit:
+        return SkippedBlocks(self.layers)

@@ -1,0 +1,49 @@
+"""A window of a run: between two noise levels, and between two shares of the steps."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+from pydantic import BaseModel, Field, model_validator
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+class Window(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=False):
+    """Noise levels and steps at which something acts; everywhere by default."""
+
+    low: float = Field(default=0.0, ge=0, description="Least sigma / alpha, exclusive.")
+    high: float | None = Field(
+        default=None, gt=0, description="Greatest sigma / alpha, inclusive; null is no bound."
+    )
+    start: float = Field(
+        default=0.0, ge=0, lt=1, description="Share of the steps done when it opens."
+    )
+    stop: float = Field(
+        default=1.0, gt=0, le=1, description="Share of the steps done when it closes."
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.high is not None and self.low >= self.high:
+            raise ValueError(f"low is {self.low:g} and high {self.high:g}; low must be below high")
+        if self.start >= self.stop:
+            raise ValueError(
+                f"start is {self.start:g} and stop {self.stop:g}; start must be below stop"
+            )
+        return self
+
+    def contains(
+        self, noise_ratio: NDArray[np.float64], progress: NDArray[np.float64]
+    ) -> NDArray[np.bool_]:
+        """Which stages lie inside, ``[stages]``.
+
+        Args:
+            noise_ratio: sigma / alpha at each stage, inf at pure noise, ``[stages]``.
+            progress: share of the steps done before each stage, in [0, 1), ``[stages]``.
+        """
+        high = np.inf if self.high is None else self.high
+        by_noise = (noise_ratio > self.low) & (noise_ratio <= high)
+        return by_noise & (progress >= self.start) & (progress < self.stop)

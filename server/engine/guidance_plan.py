@@ -1,0 +1,139 @@
+"""An image's guidance over its whole run, as data: what each stage evaluates and estimates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+    from pydantic import BaseModel
+
+    from guidance.edits import Edit
+    from server.engine.sequence import ImageTask
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What one stage needs beside the prompt's prediction.
+
+    Predictions of an image are numbered: 0 the prompt's, then those of the rule's branches, then
+    the perturbed ones.
+
+    Attributes:
+        numbers: of the predictions to evaluate.
+        evaluated: whether the rule's branches are among them.
+        estimated: whether the policy estimates the branch.
+        perturbed: number and scale of each perturbed prediction among them.
+    """
+
+    numbers: tuple[int, ...]
+    evaluated: bool
+    estimated: bool
+    perturbed: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GuidancePlan:
+    """Guidance of one image, stage by stage.
+
+    Attributes:
+        branches: how many the rule has at these parameters.
+        asks: of each stage, while guidance goes on.
+        settled: of each stage, once the policy has ended it.
+        left: evaluations from each stage on, and 0 at the end.
+        left_settled: the same once guidance has ended.
+        widest: most rows of a forward that a stage needs.
+        progress: share of the steps done before each stage.
+        constants: the policy's numbers, ``[stages, n]``.
+        edits: what each prediction changes inside the network, by number.
+        edited: whether any does.
+        told_scale: guidance scale less 1 that the network is told; None where it is told none.
+        rule_key: equal for images whose predictions one call can combine.
+        policy_key: equal for images whose second prediction one call can fill in.
+    """
+
+    branches: int
+    asks: list[Ask]
+    settled: list[Ask]
+    left: list[int]
+    left_settled: list[int]
+    widest: int
+    progress: list[float]
+    constants: NDArray[np.float64]
+    edits: list[tuple[Edit, ...]]
+    edited: bool
+    told_scale: float | None
+    rule_key: tuple[Any, ...]
+    policy_key: tuple[Any, ...]
+
+
+def plan_guidance(task: ImageTask) -> GuidancePlan:
+    """Lay out the guidance of an image along its sampler's plan.
+
+    Raises:
+        ValueError: the policy lacks its coefficients.
+    """
+    plan, rule, policy = task.plan, task.rule, task.policy
+    with np.errstate(divide="ignore"):
+        noise_ratio = plan.sigma[:-1] / plan.alpha[:-1]
+    progress = np.array(plan.step) / plan.steps
+    branches = rule.branches
+    evaluated = policy.evaluates(noise_ratio, progress) & bool(branches)
+    estimated = policy.estimated(noise_ratio, progress) & bool(branches)
+    windows = [p.evaluates(noise_ratio, progress) for p in task.perturbed]
+    first = 1 + len(branches)
+    perturbed = [
+        tuple((first + k, task.perturbed[k].scale) for k, open_ in enumerate(row) if open_)
+        for row in zip(*windows, strict=True)
+    ] or [()] * plan.evaluations
+    stages = zip(evaluated.tolist(), estimated.tolist(), perturbed, strict=True)
+    asks = [_ask(range(1, first), *stage) for stage in stages]
+    settled = [_ask(range(1, first), False, False, terms) for terms in perturbed]
+    edits = [
+        (),
+        *((branch.edit,) if branch.edit else () for branch in branches),
+        *((perturbation.edit,) for perturbation in task.perturbed),
+    ]
+    constants = policy.constants(plan.evaluations, task.coefficients)
+    return GuidancePlan(
+        branches=len(branches),
+        asks=asks,
+        settled=settled,
+        left=_left(asks),
+        left_settled=_left(settled),
+        widest=1 + max(len(ask.numbers) for ask in asks),
+        progress=progress.tolist(),
+        constants=constants,
+        edits=[task.edits + own for own in edits],
+        edited=bool(task.edits) or any(edits),
+        told_scale=getattr(rule, "scale", 1.0) - 1 if policy.embeds else None,
+        rule_key=(type(rule), len(branches), *_kind(rule)),
+        policy_key=(type(policy), policy.memory_slots, constants.shape[1], *_kind(policy)),
+    )
+
+
+def _ask(
+    branches: range, evaluated: bool, estimated: bool, perturbed: tuple[tuple[int, float], ...]
+) -> Ask:
+    numbers = (*(branches if evaluated else ()), *(number for number, _ in perturbed))
+    return Ask(numbers, evaluated, estimated, perturbed)
+
+
+def _left(asks: Sequence[Ask]) -> list[int]:
+    rows = (1 + len(ask.numbers) for ask in reversed(asks))
+    return list(accumulate(rows, initial=0))[::-1]
+
+
+def _kind(setting: BaseModel) -> tuple[Any, ...]:
+    """What of a setting no tensor over several rows can hold: names, flags, lengths."""
+    return tuple(
+        len(value) if isinstance(value, tuple) else value
+        for _, value in setting
+        if isinstance(value, str | bool | tuple)
+    )

@@ -1,0 +1,90 @@
+"""What of a request's guidance does not go together, or not with its model and its run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from guidance import POLICIES, Edit
+from samplers import Plan
+from server.choice import listed, name_of
+from server.errors import InvalidRequest
+from server.models.hosted import HostedModel
+from server.request import Guidance
+
+__all__ = ["check_guidance", "check_windows"]
+
+
+def check_guidance(guidance: Guidance, model: HostedModel, *, has_picture: bool) -> None:
+    """Refuse guidance that could not act as it says.
+
+    Args:
+        guidance: a rule, its policy, and what is changed inside the network.
+        model: that will serve it.
+        has_picture: whether the run starts from a picture.
+
+    Raises:
+        InvalidRequest: a policy that has nothing to do or lacks what it needs, or a change that
+            the model cannot make.
+    """
+    if reason := _against_policy(guidance, model, has_picture=has_picture):
+        raise InvalidRequest(
+            "guidance.policy", f"guidance.policy is {guidance.policy.name!r}; {reason}."
+        )
+    for field, edit in _edits(guidance):
+        if reason := model.refuses(edit):
+            raise InvalidRequest(field, f"{field}: model {model.facts.name!r} {reason}.")
+
+
+def check_windows(guidance: Guidance, plan: Plan) -> None:
+    """Refuse a perturbation that would never act.
+
+    Raises:
+        InvalidRequest: its window holds none of the steps.
+    """
+    with np.errstate(divide="ignore"):
+        noise_ratio = plan.sigma[:-1] / plan.alpha[:-1]
+    progress = np.array(plan.step) / plan.steps
+    for k, perturbation in enumerate(guidance.perturbed):
+        if not perturbation.contains(noise_ratio, progress).any():
+            field = f"guidance.perturbed.{k}"
+            raise InvalidRequest(
+                field,
+                f"{field}: the window of {perturbation.name!r} holds none of the {plan.steps} "
+                "steps; take more steps, or widen low, high, start or stop.",
+            )
+
+
+def _against_policy(guidance: Guidance, model: HostedModel, *, has_picture: bool) -> str | None:
+    """What speaks against the policy, and what is allowed."""
+    policy, branches = guidance.policy, len(guidance.branches)
+    if not guidance.combines and policy.name != "always":
+        return f"the rule {guidance.name!r} has no second branch, so only 'always' is allowed"
+    if policy.estimates and branches > 1:
+        others = [name_of(kind) for kind in POLICIES if not kind.estimates and not kind.embeds]
+        return (
+            f"it estimates one branch and the rule {guidance.name!r} has {branches}; "
+            f"allowed are: {listed(others)}"
+        )
+    if policy.wants_reference and not has_picture:
+        return "at these parameters it needs a picture to start from; send `image`"
+    if policy.embeds and not model.facts.embeds_scale:
+        return (
+            f"model {model.facts.name!r} is not told a guidance scale (its U-Net has no "
+            "`time_cond_proj_dim`), so it must be guided from outside"
+        )
+    if policy.embeds and guidance.name != "cfg":
+        return f"the network guides by 'cfg' itself, and cannot by {guidance.name!r}"
+    return None
+
+
+def _edits(guidance: Guidance) -> Iterator[tuple[str, Edit]]:
+    """Every change inside the network, with the field that asks for it."""
+    for k, perturbation in enumerate(guidance.perturbed):
+        yield f"guidance.perturbed.{k}", perturbation.edit
+    if guidance.skip_tuning is not None:
+        yield "guidance.skip_tuning", guidance.skip_tuning.edit
+    for branch in guidance.branches:
+        if branch.edit is not None:
+            yield "guidance", branch.edit
