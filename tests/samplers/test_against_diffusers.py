@@ -11,6 +11,8 @@ Two of their conventions differ in ways that a sampler cannot, and are met here:
   unit noise that ours always do.
 - Euler and its kin do not round ``linspace``, and DDIM counts back a fixed stride to find the next
   level, which is the next timestep for ``leading``, and for ``trailing`` if the steps divide 1000.
+- Their multistep solvers cut the timesteps of ``exponential`` and ``beta`` down to whole ones but
+  keep the levels; only Euler tells the network what it steps from, so it is what we compare.
 """
 
 import json
@@ -31,6 +33,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UniPCMultistepScheduler,
 )
+from diffusers.schedulers.scheduling_utils import AysSchedules
 from torch import Tensor
 
 from embedded import MODEL_FOLDER
@@ -46,9 +49,13 @@ from samplers import (
     integrate,
     preconditioning,
 )
+from samplers.align_your_steps import AlignYourSteps
+from samplers.beta import Beta
+from samplers.custom_times import Custom
 from samplers.ddim import DDIM
 from samplers.dpm_solver_pp import DPMSolverPP
 from samplers.euler import Euler, EulerAncestral
+from samplers.exponential import Exponential
 from samplers.heun import Heun
 from samplers.lcm import LCM
 from samplers.timesteps import Karras, LCMSpacing, Leading, Linspace, LogSNR, Trailing
@@ -95,6 +102,7 @@ class Pair:
     lands_clean: bool = True
     eta: float = 0.0
     tolerance: float = TOLERANCE
+    timesteps: list[int] | None = None
 
 
 def theirs(pipeline: Any, pair: Pair, latents: Tensor) -> Tensor:
@@ -103,6 +111,7 @@ def theirs(pipeline: Any, pair: Pair, latents: Tensor) -> Tensor:
         PROMPT,
         negative_prompt=NEGATIVE,
         num_inference_steps=pair.steps,
+        timesteps=pair.timesteps,
         guidance_scale=SCALE,
         eta=pair.eta,
         latents=latents,
@@ -239,6 +248,22 @@ PAIRS = {
         Trailing(),
         starts_from_sigma=True,
     ),
+    "euler-exponential": Pair(
+        EulerDiscreteScheduler,
+        LINSPACE | {"use_exponential_sigmas": True},
+        Euler(),
+        Exponential(),
+        starts_from_sigma=True,
+        tolerance=BETWEEN_TIMES,
+    ),
+    "euler-beta": Pair(
+        EulerDiscreteScheduler,
+        LINSPACE | {"use_beta_sigmas": True},
+        Euler(),
+        Beta(over="sigma"),
+        starts_from_sigma=True,
+        tolerance=BETWEEN_TIMES,
+    ),
     "heun-leading": Pair(HeunDiscreteScheduler, LEADING, Heun(), Leading(), 5),
     "heun-trailing": Pair(
         HeunDiscreteScheduler, TRAILING, Heun(), Trailing(), 5, starts_from_sigma=True
@@ -275,6 +300,22 @@ PAIRS = {
         DPMSolverPP(),
         LogSNR(whole=True),
         tolerance=BETWEEN_LEVELS,
+    ),
+    "dpm_solver_pp-align_your_steps": Pair(
+        DPMSolverMultistepScheduler,
+        {},
+        DPMSolverPP(),
+        AlignYourSteps(),
+        10,
+        timesteps=AysSchedules["StableDiffusionTimesteps"],
+    ),
+    "euler-custom": Pair(
+        EulerDiscreteScheduler,
+        LEADING,
+        Euler(),
+        Custom(times=(900.0, 600.0, 250.0, 40.0)),
+        4,
+        timesteps=[900, 600, 250, 40],
     ),
     "dpm_solver_pp-3-long": Pair(
         DPMSolverMultistepScheduler,
