@@ -54,6 +54,7 @@ def test_the_answer_says_what_was_done(generate: Generate) -> None:
         "name": "cfg",
         "scale": 4.0,
         "policy": {"name": "always"},
+        "perturbed": [],
     }
     assert answer["evaluations"] == {"spent": 4, "saved": 0}
     assert set(answer["timings"]) == {"queue_s", "denoise_s", "decode_s", "total_s"}
@@ -97,7 +98,8 @@ def test_settings_posted_back_make_the_same_picture(
     assert again.json()["evaluations"] == first.json()["evaluations"]
 
 
-@pytest.mark.parametrize("spacing", [name_of(member) for member in SPACINGS])
+# A list of times has no default.
+@pytest.mark.parametrize("spacing", sorted({name_of(kind) for kind in SPACINGS} - {"custom"}))
 @pytest.mark.parametrize("rule", [name_of(member) for member in RULES])
 def test_every_spacing_and_rule_makes_a_picture(
     generate: Generate, spacing: str, rule: str
@@ -105,6 +107,45 @@ def test_every_spacing_and_rule_makes_a_picture(
     answer = generate(spacing=spacing, guidance=rule)
     assert pixels_of(file_of(answer)).shape == (128, 128, 3)
     assert answer.json()["settings"]["spacing"]["name"] == spacing
+
+
+def test_listed_times_are_as_many_steps_as_they_are(generate: Generate) -> None:
+    spacing = {"name": "custom", "times": [999, 600, 200]}
+    answer = generate(spacing=spacing, steps=None)
+    assert answer.json()["settings"]["steps"] == 3
+    assert answer.json()["settings"]["spacing"] == spacing
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "sentence"),
+    [
+        ({"spacing": "custom"}, "spacing.times", "spacing.times is empty; list one falling time"),
+        (
+            {"spacing": {"name": "custom", "times": [999, 10]}, "steps": 7},
+            "steps",
+            "steps is 7; spacing.times has 2 entries, and steps must be as many.",
+        ),
+        (
+            {"spacing": {"name": "custom", "times": [10, 20]}, "steps": 2},
+            "spacing.times",
+            "spacing.times go from 10 to 20; each must be below the one before it.",
+        ),
+        (
+            {"spacing": {"name": "align_your_steps", "table": "svd"}},
+            "spacing.table",
+            "spacing.table is 'svd', which starts at a sigma of 700; this model's noisiest is",
+        ),
+    ],
+    ids=str,
+)
+def test_spacings_that_do_not_suit_are_refused_by_their_field(
+    generate: Generate, fields: dict[str, Any], field: str, sentence: str
+) -> None:
+    answer = generate(**fields)
+    assert answer.status_code == 422
+    error = answer.json()["error"]
+    assert error["param"] == field
+    assert error["message"].startswith(sentence)
 
 
 def test_the_chunk_in_a_png_makes_the_same_png(client: httpx2.Client, generate: Generate) -> None:
