@@ -7,16 +7,21 @@ import torch
 from samplers import NoiseSchedule, Sampler, integrate
 from samplers.gaussian import GaussianMixtureDenoiser
 from samplers.timesteps import LogSNR
-from tests.samplers.cases import EDM, FLOW, VARIANTS, VP, label
+from tests.samplers.cases import CANCELLING, COLD, DISTILLED, EDM, FLOW, VARIANTS, VP, label
 
 STEPS = (80, 160, 320)
 TOLERANCE = 0.25
 
-# Lowering the order at the end is a matter of few steps, and would hide the slope.
+# Lowering the order at the end is a matter of few steps, and would hide the slope. Leading errors
+# of some SA-Solvers all but cancel and give no one slope: test_sa_solver bounds those. Some
+# of DPM-Solver-v3 start too coarsely: test_dpm_solver_v3 measures them from smaller first steps.
 SOLVERS = [
     one
     for one in VARIANTS
-    if one.convergence_order > 0 and not getattr(one, "lower_order_final", False)
+    if one.convergence_order > 0
+    and not getattr(one, "lower_order_final", False)
+    and one not in CANCELLING
+    and one not in COLD
 ]
 
 
@@ -46,5 +51,5 @@ def test_error_falls_with_the_declared_power_of_the_step(
 
 def test_every_sampler_that_solves_the_flow_is_measured() -> None:
     assert {type(one) for one in SOLVERS} >= {
-        type(one) for one in VARIANTS if not one.stochastic and one.name != "lcm"
+        type(one) for one in VARIANTS if not one.stochastic and one.name not in DISTILLED
     }

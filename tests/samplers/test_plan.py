@@ -1,5 +1,7 @@
 """The table, the function that applies it, and the reference loop."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,7 @@ def elementwise(plan: Plan, shape: tuple[int, ...]) -> Plan:
     tables = np.broadcast_to(
         plan.tables.reshape(*plan.tables.shape, *[1] * len(shape)), (*plan.tables.shape, *shape)
     )
-    return Plan(plan.t, plan.alpha, plan.sigma, tables, plan.step, plan.start_scale)
+    return replace(plan, tables=tables)
 
 
 @each_variant
@@ -25,7 +27,7 @@ def test_elementwise_tables_equal_scalar_ones(sampler: Sampler) -> None:
     assert (scalar.elementwise, spread.elementwise) == (False, True)
     assert spread.noisy == scalar.noisy
     x = torch.randn(2, 2, 3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    fresh = torch.randn(5, 2, 2, 3, 3, dtype=torch.float64)
+    fresh = torch.randn(scalar.evaluations, 2, 2, 3, 3, dtype=torch.float64)
     ours, theirs = (
         integrate(plan, lambda x, _: torch.tanh(x), x, fresh.__getitem__)
         for plan in (scalar, spread)
