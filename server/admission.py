@@ -46,7 +46,7 @@ def resolve(
         "model": facts.name,
         "width": width,
         "height": height,
-        "steps": DEFAULT_STEPS,
+        "steps": (request.spacing and request.spacing.own_steps) or DEFAULT_STEPS,
         "seed": secrets.randbelow(2**32),
         "sampler": sampler.model_dump(),
         "spacing": sampler.default_spacing,
@@ -120,6 +120,6 @@ def _check_tokens(resolved: ResolvedRequest, model: HostedModel) -> None:
 
 
 def _field_in(sentence: str) -> str:
-    """The request's field that a plan's sentence begins with; the sampler if it names none."""
-    first = re.match(r"\w+", sentence)
-    return first[0] if first and first[0] in GenerateRequest.model_fields else "sampler"
+    """The path that a plan's sentence begins with; the sampler if it is no field of a request."""
+    first = re.match(r"(\w+)(\.\w+)*", sentence)
+    return first[0] if first and first[1] in GenerateRequest.model_fields else "sampler"
