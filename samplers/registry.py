@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from samplers.ddim import DDIM
 from samplers.dpm_solver_pp import DPMSolverPP
+from samplers.dpm_solver_v3 import DPMSolverV3
 from samplers.euler import Euler, EulerAncestral
 from samplers.heun import Heun
 from samplers.lcm import LCM
@@ -22,6 +23,7 @@ SAMPLERS: tuple[type[Sampler], ...] = (
     Heun,
     DPMSolverPP,
     UniPC,
+    DPMSolverV3,
     LCM,
     *(entry.load() for entry in entry_points(group="weft.samplers")),
 )
