@@ -2,26 +2,74 @@
 
 from guidance.branch import EMPTY, NEGATIVE, Branch
 from guidance.edits import Edit
+from guidance.inversion import invert
+from guidance.loop import guide
 from guidance.perturbation import Perturbation
 from guidance.policy import Filled, Policy
-from guidance.registry import PERTURBATIONS, POLICIES, RULES
 from guidance.rule import Guided, Rows, Rule, stack
 from guidance.skip_tuning import SkipTuning
 
+# isort: split
+# Last, as the rules, policies and perturbations of installed packages import the names above.
+from guidance.registry import PERTURBATIONS, POLICIES, RULES
+
+# isort: split
+from guidance.adaptive import Adaptive
+from guidance.always import Always
+from guidance.apg import APG
+from guidance.autoguidance import Autoguidance
+from guidance.cfg import CFG
+from guidance.cfg_plus_plus import CFGPlusPlus
+from guidance.cfg_rescale import CFGRescale
+from guidance.cfg_zero_star import CFGZeroStar
+from guidance.composed import Composed, WeightedPrompt
+from guidance.dynamic_thresholding import DynamicThresholding
+from guidance.frequency_decoupled import FrequencyDecoupled
+from guidance.interval import Interval
+from guidance.magnitude_aware import MagnitudeAware
+from guidance.pag import PAG
+from guidance.perp_neg import PerpNeg
+from guidance.seg import SEG
+from guidance.slg import SLG
+from guidance.tcfg import TCFG
+from guidance.unguided import Unguided
+
 __all__ = [
+    "APG",
+    "CFG",
     "EMPTY",
     "NEGATIVE",
+    "PAG",
     "PERTURBATIONS",
     "POLICIES",
     "RULES",
+    "SEG",
+    "SLG",
+    "TCFG",
+    "Adaptive",
+    "Always",
+    "Autoguidance",
     "Branch",
+    "CFGPlusPlus",
+    "CFGRescale",
+    "CFGZeroStar",
+    "Composed",
+    "DynamicThresholding",
     "Edit",
     "Filled",
+    "FrequencyDecoupled",
     "Guided",
+    "Interval",
+    "MagnitudeAware",
+    "PerpNeg",
     "Perturbation",
     "Policy",
     "Rows",
     "Rule",
     "SkipTuning",
+    "Unguided",
+    "WeightedPrompt",
+    "guide",
+    "invert",
     "stack",
 ]

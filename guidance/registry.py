@@ -11,10 +11,18 @@ from guidance.apg import APG
 from guidance.autoguidance import Autoguidance
 from guidance.cfg import CFG
 from guidance.cfg_plus_plus import CFGPlusPlus
+from guidance.cfg_rescale import CFGRescale
+from guidance.cfg_zero_star import CFGZeroStar
+from guidance.composed import Composed
+from guidance.dynamic_thresholding import DynamicThresholding
+from guidance.frequency_decoupled import FrequencyDecoupled
 from guidance.interval import Interval
+from guidance.magnitude_aware import MagnitudeAware
 from guidance.pag import PAG
+from guidance.perp_neg import PerpNeg
 from guidance.seg import SEG
 from guidance.slg import SLG
+from guidance.tcfg import TCFG
 from guidance.unguided import Unguided
 
 if TYPE_CHECKING:
@@ -27,6 +35,14 @@ RULES: tuple[type[Rule], ...] = (
     CFG,
     APG,
     CFGPlusPlus,
+    CFGRescale,
+    CFGZeroStar,
+    DynamicThresholding,
+    TCFG,
+    FrequencyDecoupled,
+    MagnitudeAware,
+    PerpNeg,
+    Composed,
     *(entry.load() for entry in entry_points(group="weft.guidance_rules")),
 )
 

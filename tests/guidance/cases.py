@@ -12,12 +12,16 @@ from pydantic.fields import FieldInfo
 from torch import Tensor
 
 from guidance import PERTURBATIONS, POLICIES, RULES, Guided, Perturbation, Policy, Rows, Rule
+from guidance.composed import Composed, WeightedPrompt
 
 SHAPE = (4, 6, 5)
 
 
 def draw(rows: int, seed: int = 0, dtype: torch.dtype = torch.float64, branches: int = 1) -> Rows:
-    """Random predictions at random variance-preserving levels, with room for no memory."""
+    """Random predictions at random variance-preserving levels, with room for no memory.
+
+    They are of a run's second half, as there are rules that hold still at first.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal() -> Tensor:
@@ -31,7 +35,7 @@ def draw(rows: int, seed: int = 0, dtype: torch.dtype = torch.float64, branches:
         x=normal(),
         alpha=(1 - sigma.square()).sqrt(),
         sigma=sigma,
-        progress=torch.rand(rows, 1, 1, 1, generator=generator, dtype=dtype),
+        progress=(1 + torch.rand(rows, 1, 1, 1, generator=generator, dtype=dtype)) / 2,
         memory=cond.new_zeros(rows, 0, *SHAPE),
         closes_step=torch.ones(rows, 1, 1, 1, dtype=torch.bool),
     )
@@ -87,7 +91,13 @@ def label(setting: BaseModel) -> str:
     )
 
 
-RULE_VARIANTS: list[Rule] = [one for kind in RULES for one in _variants(kind)]
+WEIGHTS = ((2.5,), (0.0,), (-1.0, 3.0))
+COMPOSED: list[Rule] = [
+    Composed(scale=scale, prompts=tuple(WeightedPrompt(prompt="x", weight=w) for w in weights))
+    for scale in (4.0, 1.0, 0.0)
+    for weights in WEIGHTS
+]
+RULE_VARIANTS: list[Rule] = [one for kind in RULES for one in _variants(kind)] + COMPOSED
 POLICY_VARIANTS: list[Policy] = [one for kind in POLICIES for one in _variants(kind)]
 PERTURBATION_VARIANTS: list[Perturbation] = [
     one for kind in PERTURBATIONS for one in _variants(kind)
@@ -106,7 +116,15 @@ def _number(field: FieldInfo) -> st.SearchStrategy[float]:
     return st.floats(low, high, width=32, **options)
 
 
+def _any(field: FieldInfo) -> st.SearchStrategy[Any]:
+    if get_origin(field.annotation) is Literal:
+        return st.sampled_from(get_args(field.annotation))
+    if get_origin(field.annotation) is tuple:
+        return st.lists(st.builds(WeightedPrompt, prompt=st.text(max_size=3)), max_size=3)
+    return _number(field)
+
+
 def settings_of(kind: type[Rule]) -> st.SearchStrategy[Rule]:
     """Any parameters that a rule allows."""
-    numbers = {name: _number(field) for name, field in kind.model_fields.items() if name != "name"}
-    return st.fixed_dictionaries(numbers).map(kind.model_validate)
+    fields = {name: _any(field) for name, field in kind.model_fields.items()}
+    return st.fixed_dictionaries(fields).map(kind.model_validate)

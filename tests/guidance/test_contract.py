@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from guidance import PERTURBATIONS, POLICIES, RULES, Perturbation, Policy, Rows, Rule, stack
+from guidance.cfg import CFG
 from tests.guidance.cases import (
     PERTURBATION_VARIANTS,
     POLICY_VARIANTS,
@@ -30,6 +31,9 @@ PROGRESS = np.arange(7) / 7
 each_rule = pytest.mark.parametrize("rule", RULE_VARIANTS, ids=label)
 guiding = pytest.mark.parametrize(
     "rule", [rule for rule in RULE_VARIANTS if rule.branches], ids=label
+)
+idle = pytest.mark.parametrize(
+    "rule", [rule for rule in RULE_VARIANTS if not rule.branches], ids=label
 )
 each_policy = pytest.mark.parametrize("policy", POLICY_VARIANTS, ids=label)
 
@@ -99,6 +103,8 @@ def test_any_rule_goes_with_any_policy(
 @each_rule
 def test_predictions_that_agree_are_left_alone(rule: Rule) -> None:
     rows = draw(3, branches=branches_of(rule))
+    # Small, as what lies within a threshold's limit is left alone too.
+    rows = replace(rows, cond=0.01 * rows.cond)
     rows = replace(
         rows,
         others=rows.cond[:, None].expand_as(rows.others),
@@ -107,6 +113,49 @@ def test_predictions_that_agree_are_left_alone(rule: Rule) -> None:
     result = apply(rule, rows)
     torch.testing.assert_close(result.denoised, rows.cond, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(result.x, rows.x, rtol=1e-12, atol=1e-12)
+
+
+NEUTRAL: dict[str, dict[str, float]] = {
+    "cfg": {},
+    "apg": {"eta": 1, "momentum": 0, "norm_threshold": 0},
+    "cfg_rescale": {"rescale": 0},
+    "cfg_zero_star": {"fitted": 0, "zero_init": 0},
+    "dynamic_thresholding": {"limit": 1000},
+    "tcfg": {"damping": 0},
+    "frequency_decoupled": {},
+    "perp_neg": {"negative": 0},
+    "composed": {},
+    "magnitude_aware": {"damping": 0},
+}
+"""Parameters at which a rule is plain CFG of its scale."""
+OTHERWISE = {"none", "cfg_plus_plus"}
+"""CFG of scale 1, and of a scale of each step: see their own tests."""
+OURS = {kind.model_fields["name"].default: kind for kind in RULES if "guidance." in kind.__module__}
+
+
+def test_each_rule_of_ours_has_a_neutral_setting() -> None:
+    assert NEUTRAL.keys() | OTHERWISE == OURS.keys()
+
+
+@pytest.mark.parametrize("name", NEUTRAL)
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 4.0, 30.0])
+def test_each_rule_can_be_plain_cfg(name: str, scale: float) -> None:
+    kind = OURS[name]
+    scales = [field for field in ("scale", "high", "low") if field in kind.model_fields]
+    rule = kind.model_validate(NEUTRAL[name] | dict.fromkeys(scales, scale))
+    rows = with_memory(draw(3, branches=1), kind.memory_slots)
+    result, plain = apply(rule, rows), apply(CFG(scale=scale), rows)
+    assert len(rule.branches) == (scale != 1)
+    torch.testing.assert_close(result.denoised, plain.denoised, rtol=1e-9, atol=1e-9)
+    assert torch.equal(result.x, rows.x)
+
+
+@idle
+def test_a_rule_that_asks_for_nothing_gives_the_prompts_prediction(rule: Rule) -> None:
+    rows = with_memory(draw(3), rule.memory_slots)
+    result = apply(rule, rows)
+    torch.testing.assert_close(result.denoised, rows.cond, rtol=1e-12, atol=1e-12)
+    assert torch.equal(result.x, rows.x)
 
 
 def moved(rule: Rule, rows: Rows, others: Tensor) -> bool:
@@ -199,6 +248,16 @@ def test_parameters_are_frozen_and_strange_ones_refused(kind: type[Rule]) -> Non
         ("apg", "momentum", -1, "greater than -1"),
         ("apg", "norm_threshold", -3, "greater than or equal to 0"),
         ("cfg_plus_plus", "scale", 7.5, "less than or equal to 1"),
+        ("cfg_rescale", "rescale", 1.1, "less than or equal to 1"),
+        ("cfg_rescale", "space", "pixels", "velocity.*noise.*denoised"),
+        ("cfg_zero_star", "zero_init", 0.6, "less than or equal to 0.5"),
+        ("dynamic_thresholding", "limit", 0, "greater than or equal to 0.125"),
+        ("dynamic_thresholding", "quantile", 0.4, "greater than or equal to 0.5"),
+        ("tcfg", "damping", 2, "less than or equal to 1"),
+        ("frequency_decoupled", "high", -1, "greater than or equal to 0"),
+        ("perp_neg", "negative", -1, "greater than or equal to 0"),
+        ("composed", "prompts", [{"prompt": "x"}] * 9, "at most 8 items"),
+        ("magnitude_aware", "damping", -1, "greater than or equal to 0"),
         ("adaptive", "threshold", 1.1, "less than or equal to 1"),
         ("interval", "low", -0.1, "greater than or equal to 0"),
         ("interval", "high", float("inf"), "finite number"),

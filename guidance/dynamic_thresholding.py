@@ -1,0 +1,76 @@
+"""Dynamic thresholding: predictions that reach too far are clipped and drawn in."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+from typing_extensions import override
+
+from guidance.branch import NEGATIVE
+from guidance.rule import Guided, Rows, Rule
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from guidance.branch import Branch
+
+
+class DynamicThresholding(Rule, frozen=True):
+    """CFG with dynamic thresholding (Saharia et al., arXiv 2205.11487, section 2.3).
+
+    The guided denoised prediction is clipped to ``[-s, s]`` and multiplied by ``limit / s``, s the
+    quantile of its sizes or ``limit``, whichever is greater, per row. Made for pixels in [-1, 1],
+    which is ``limit`` 1. Latents have no such bounds: theirs is a number to choose, and the
+    default is the reach of latents of unit deviation. At scale 1 nothing is done.
+    """
+
+    summary: ClassVar[str] = "CFG, clipped and drawn in to a limit; 1 for pixels, more for latents."
+    source: ClassVar[str] = "Saharia et al., arXiv 2205.11487, section 2.3."
+    name: Literal["dynamic_thresholding"] = "dynamic_thresholding"
+    scale: float = Field(default=7.5, ge=0, le=100, description="Strength; 1 is no guidance.")
+    quantile: float = Field(
+        default=0.995, ge=0.5, le=1, description="Share of the elements that is not clipped."
+    )
+    limit: float = Field(
+        default=3.0,
+        ge=0.125,
+        le=1000,
+        description="What predictions are drawn in to: 1 for pixels, 2 to 4 for latents.",
+    )
+
+    @property
+    @override
+    def branches(self) -> tuple[Branch, ...]:
+        return () if self.scale == 1 else (NEGATIVE,)
+
+    @classmethod
+    @override
+    def combine(cls, rows: Rows, parameters: Mapping[str, Tensor]) -> Guided:
+        scale, limit = parameters["scale"], parameters["limit"]
+        guided = rows.cond + (scale - 1) * (rows.cond - rows.other)
+        reach = quantile(guided.abs(), parameters["quantile"]).maximum(limit)
+        drawn_in = guided.minimum(reach).maximum(-reach) * (limit / reach)
+        return Guided(drawn_in.where(scale != 1, guided), rows.x, rows.memory)
+
+
+def quantile(sizes: Tensor, share: Tensor) -> Tensor:
+    """A quantile of each row, each with its own share, interpolated linearly.
+
+    Args:
+        sizes: ``[rows, C, h, w]``.
+        share: in [0, 1], ``[rows, 1, 1, 1]``.
+
+    Returns:
+        ``[rows, 1, 1, 1]``.
+    """
+    ordered = sizes.flatten(1).sort(1).values
+    last = ordered.shape[1] - 1
+    place = share.double().view(-1, 1) * last
+    below = place.floor().long()
+    above = (below + 1).clamp(max=last)
+    weight = (place - below).to(sizes.dtype)
+    found = ordered.gather(1, below).lerp(ordered.gather(1, above), weight)
+    return found.view(-1, *[1] * (sizes.ndim - 1))

@@ -1,0 +1,76 @@
+"""Guidance inside a sampling loop of one's own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from guidance.rule import Guided, Rows
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from guidance.rule import Rule
+
+
+def guide(
+    rule: Rule,
+    cond: Tensor,
+    others: Sequence[Tensor],
+    x: Tensor,
+    alpha: float,
+    sigma: float,
+    *,
+    progress: float = 0.0,
+    memory: Tensor | None = None,
+    closes_step: bool = True,
+) -> Guided:
+    """Combine the predictions of pictures that share a rule and a level.
+
+    For pictures of different rules, levels or parameters, stack them as :class:`guidance.Rows`
+    and call the rule's ``combine``, which is what a server does.
+
+    Args:
+        rule: with its parameters.
+        cond: denoised predictions for the prompt, ``[rows, C, h, w]``.
+        others: one such tensor for each of ``rule.branches``, in their order.
+        x: the points that were evaluated, as ``cond``.
+        alpha: signal scale there.
+        sigma: noise scale there, above 0.
+        progress: share of the sampler's steps done before, in [0, 1).
+        memory: what the previous call gave; None at the start of a run.
+        closes_step: whether this is the last evaluation of the sampler's step.
+
+    Returns:
+        The guided prediction, the point to step from, which CFG++ moves, and the memory to hand
+        to the next call.
+
+    Raises:
+        ValueError: there are not as many others as the rule has branches.
+    """
+    if len(others) != len(rule.branches):
+        raise ValueError(
+            f"others has {len(others)} predictions; {rule.name} needs {len(rule.branches)}."
+        )
+    if memory is None:
+        memory = x.new_zeros(len(x), rule.memory_slots, *x.shape[1:])
+    if not others:
+        return Guided(cond, x, memory)
+
+    def scalar(value: float) -> Tensor:
+        return x.new_full((len(x), *[1] * (x.ndim - 1)), value)
+
+    from torch import stack
+
+    rows = Rows(
+        cond=cond,
+        others=stack(list(others), 1),
+        x=x,
+        alpha=scalar(alpha),
+        sigma=scalar(sigma),
+        progress=scalar(progress),
+        memory=memory,
+        closes_step=scalar(float(closes_step)) > 0,
+    )
+    return rule.combine(rows, rule.parameters([rule] * len(x), x[:1]))

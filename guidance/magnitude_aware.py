@@ -1,0 +1,51 @@
+"""Guidance that is weaker where it would do much at once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+from typing_extensions import override
+
+from guidance.branch import NEGATIVE
+from guidance.reductions import inner
+from guidance.rule import Guided, Rows, Rule
+from guidance.velocity import velocity
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from guidance.branch import Branch
+
+
+class MagnitudeAware(Rule, frozen=True):
+    """Magnitude-aware mitigation for boosted guidance (MAMBO-G, arXiv 2508.03442).
+
+    CFG of the scale ``1 + (scale - 1) exp(-damping |v_c - v_u| / |v_u|)``, per row and stage.
+    Velocities, as the paper's models predict; the length of v_u is what the space changes.
+    """
+
+    summary: ClassVar[str] = "High scales, held back at stages where guidance is already large."
+    source: ClassVar[str] = "MAMBO-G, arXiv 2508.03442."
+    name: Literal["magnitude_aware"] = "magnitude_aware"
+    scale: float = Field(default=10.0, ge=0, le=100, description="Strength; 1 is no guidance.")
+    damping: float = Field(
+        default=8.0, ge=0, le=100, description="How fast strength falls; 0 is plain CFG."
+    )
+
+    @property
+    @override
+    def branches(self) -> tuple[Branch, ...]:
+        return () if self.scale == 1 else (NEGATIVE,)
+
+    @classmethod
+    @override
+    def combine(cls, rows: Rows, parameters: Mapping[str, Tensor]) -> Guided:
+        difference = rows.cond - rows.other
+        v_u = velocity(rows, rows.other)
+        squared = inner(v_u, v_u)
+        ratio = (inner(difference, difference) / squared).sqrt().where(squared > 0, 0)
+        strength = (parameters["scale"] - 1) * (-parameters["damping"] * ratio).exp()
+        return Guided(rows.cond + strength.to(difference.dtype) * difference, rows.x, rows.memory)

@@ -1,0 +1,37 @@
+"""Sums over each row by itself, in float64: no row's company enters them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """Inner products of rows, float64.
+
+    Args:
+        a: ``[rows, C, h, w]``.
+        b: the same shape.
+
+    Returns:
+        ``[rows, 1, 1, 1]``.
+    """
+    products = a.double() * b.double()
+    return products.flatten(1).sum(1).view(-1, *[1] * (a.ndim - 1))
+
+
+def covariance(a: Tensor, b: Tensor) -> Tensor:
+    """Covariances over the elements of rows, float64; of a row with itself, its variance.
+
+    Args:
+        a: ``[rows, C, h, w]``.
+        b: the same shape.
+
+    Returns:
+        ``[rows, 1, 1, 1]``, sums divided by the number of elements.
+    """
+    axes = tuple(range(1, a.ndim))
+    a, b = a.double(), b.double()
+    return inner(a - a.mean(axes, keepdim=True), b - b.mean(axes, keepdim=True)) / a[0].numel()
