@@ -1,0 +1,175 @@
+"""What other programs call the samplers and spacings of this one, and what they then are here."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from samplers.other_names import AUTOMATIC1111, DIFFUSERS, LACKING, SCHEDULE_TYPES
+from samplers.registry import SAMPLERS
+from samplers.sampler import Sampler
+from samplers.spacing import Spacing
+from samplers.spacings import SPACINGS
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Mapping, Sequence
+
+    from samplers.other_names import Fields, Scheduler
+
+Kind = TypeVar("Kind", Sampler, Spacing)
+
+_NOT_HERE: Final[Mapping[str, Any]] = {"thresholding": True, "final_sigmas_type": "sigma_min"}
+"""Options of diffusers' schedulers that no sampler here has."""
+
+
+class NoEqual(ValueError):
+    """What another program has under this name, this one has not."""
+
+
+def named(text: str) -> tuple[Sampler, Spacing | None]:
+    """What another program's name for a sampler stands for.
+
+    Args:
+        text: a sampler of AUTOMATIC1111, alone or with a schedule type after it ("DPM++ 2M
+            Karras"), or a class of diffusers' schedulers at its defaults. Case does not count.
+
+    Returns:
+        The sampler, and the spacing if the name says one.
+
+    Raises:
+        NoEqual: it is known, and nothing here is equal.
+        ValueError: no program calls anything so; near names are listed.
+    """
+    wanted = text.strip().casefold()
+    for label, known in AUTOMATIC1111.items():
+        for one in (label, *known.aliases):
+            types = {kind: fields for kind, fields in SCHEDULE_TYPES.items() if kind != "LCM"}
+            types["Automatic"] = SCHEDULE_TYPES[known.automatic]
+            spacings = {f"{one} {kind}".casefold(): fields for kind, fields in types.items()}
+            if wanted == one.casefold():
+                return _built(SAMPLERS, known.fields), None
+            if wanted in spacings:
+                return _built(SAMPLERS, known.fields), _built(SPACINGS, spacings[wanted])
+    for name in DIFFUSERS:
+        if wanted == name.casefold():
+            return of_diffusers({"_class_name": name})
+    _refuse_lacking("sampler", text)
+    raise ValueError(_unknown("sampler", text, [*AUTOMATIC1111, *DIFFUSERS, *LACKING]))
+
+
+def schedule_type(text: str) -> Spacing:
+    """What AUTOMATIC1111's name for a schedule type stands for; case does not count.
+
+    Raises:
+        NoEqual: it is known, and nothing here is equal.
+        ValueError: there is no such schedule type; near names are listed.
+    """
+    for label, fields in SCHEDULE_TYPES.items():
+        if text.strip().casefold() in (label.casefold(), label.casefold().replace(" ", "_")):
+            return _built(SPACINGS, fields)
+    _refuse_lacking("spacing", text)
+    raise ValueError(_unknown("spacing", text, SCHEDULE_TYPES))
+
+
+def of_diffusers(config: Mapping[str, Any]) -> tuple[Sampler, Spacing]:
+    """The sampler and spacing that a diffusers scheduler config stands for.
+
+    The noise schedule is :meth:`samplers.NoiseSchedule.from_diffusers`'s to read.
+
+    Args:
+        config: as in `scheduler_config.json`, with `_class_name`; what it leaves out is at their
+            defaults.
+
+    Raises:
+        NoEqual: the class, or an option of it, has no equal here.
+        ValueError: the class is not known; near names are listed.
+    """
+    name = str(config.get("_class_name", ""))
+    _refuse_lacking("sampler", name)
+    if name not in DIFFUSERS:
+        raise ValueError(_unknown("sampler", name, DIFFUSERS))
+    known = DIFFUSERS[name]
+    for option, value in _NOT_HERE.items():
+        if option in config and config[option] == value:
+            raise NoEqual(f"{option} of {name} is {value!r}, for which nothing here is equal.")
+    fields = dict(known.fields)
+    for option, values in known.options.items():
+        if option not in config:
+            continue
+        if config[option] not in values:
+            allowed = ", ".join(repr(value) for value in values)
+            raise NoEqual(
+                f"{option} of {name} is {config[option]!r}; equals are here for {allowed}."
+            )
+        fields |= values[config[option]]
+    return _built(SAMPLERS, fields), _built(SPACINGS, _spacing_of(config, known))
+
+
+def label_of(sampler: Sampler) -> str:
+    """AUTOMATIC1111's label of a sampler, or our name where it has none."""
+    labels = {label: known.fields for label, known in AUTOMATIC1111.items()}
+    free = [
+        key
+        for known in AUTOMATIC1111.values()
+        if known.fields["name"] == sampler.name
+        for key in known.settings
+    ]
+    return _label(sampler, labels, free)
+
+
+def schedule_type_of(spacing: Spacing) -> str:
+    """AUTOMATIC1111's label of a spacing, or our name where it has none."""
+    return _label(spacing, SCHEDULE_TYPES, ())
+
+
+def _spacing_of(config: Mapping[str, Any], known: Scheduler) -> Fields:
+    by_option: Mapping[str, Fields] = {
+        "use_karras_sigmas": {"name": "karras", "whole": known.multistep},
+        "use_exponential_sigmas": {"name": "exponential"},
+        "use_beta_sigmas": {"name": "beta", "over": "sigma"},
+        "use_lu_lambdas": {"name": "logsnr", "whole": True},
+    }
+    for option, fields in by_option.items():
+        if config.get(option):
+            return fields
+    match config.get("timestep_spacing"):
+        case "leading" if known.spacing["name"] != "lcm":
+            return {"name": "leading", "offset": config.get("steps_offset", 0)}
+        case "trailing":
+            return {"name": "trailing"}
+        case "linspace":
+            return {"name": "linspace", "endpoint": not known.multistep}
+        case _:
+            return known.spacing
+
+
+def _label(ours: Sampler | Spacing, labels: Mapping[str, Fields], free: Collection[str]) -> str:
+    """The first label that agrees in every field by which labels of this name differ."""
+    built = {
+        label: type(ours).model_validate(fields)
+        for label, fields in labels.items()
+        if fields["name"] == ours.name
+    }
+    telling = {key for label in built for key in labels[label]} - set(free)
+    for label, theirs in built.items():
+        if all(getattr(ours, key) == getattr(theirs, key) for key in telling):
+            return label
+    return ours.name
+
+
+def _built(registry: Sequence[type[Kind]], fields: Fields) -> Kind:
+    by_name = {kind.model_fields["name"].default: kind for kind in registry}
+    return by_name[fields["name"]].model_validate(fields)
+
+
+def _refuse_lacking(field: str, text: str) -> None:
+    for name, why in LACKING.items():
+        if text.strip().casefold() == name.casefold():
+            raise NoEqual(f"{field} {name!r} has no equal here: {why}.")
+
+
+def _unknown(field: str, text: str, known: Iterable[str]) -> str:
+    by_case = {name.casefold(): name for name in known}
+    near = get_close_matches(text.strip().casefold(), by_case, n=3, cutoff=0.5)
+    hint = f"; near are: {', '.join(by_case[name] for name in near)}" if near else ""
+    return f"{field} {text[:60]!r} is no name that AUTOMATIC1111 or diffusers use{hint}."

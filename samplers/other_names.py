@@ -1,0 +1,219 @@
+"""Tables of what AUTOMATIC1111 and diffusers call the samplers and spacings of this library."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Final, TypeAlias
+
+Fields: TypeAlias = Mapping[str, Any]
+"""An object as a request has it: a name, and the fields that differ from the defaults."""
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """A sampler of AUTOMATIC1111.
+
+    Attributes:
+        fields: our sampler.
+        automatic: the schedule type that "Automatic" stands for with it.
+        aliases: its other names there.
+        settings: fields of ours that are settings of the program there, and no part of the name.
+    """
+
+    fields: Fields
+    automatic: str
+    aliases: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduler:
+    """A scheduler of diffusers.
+
+    Attributes:
+        fields: our sampler, at their defaults.
+        spacing: our spacing, at their defaults.
+        options: their option, by its values the fields of our sampler that it sets; values that
+            are not here have no equal.
+        multistep: whether it has the multistep solvers' ways: ``linspace`` without its end, and
+            whole timesteps over Karras levels.
+    """
+
+    fields: Fields
+    spacing: Fields
+    options: Mapping[str, Mapping[Any, Fields]] = field(default_factory=dict)
+    multistep: bool = False
+
+
+AUTOMATIC1111: Final[Mapping[str, Label]] = MappingProxyType(
+    {
+        "DPM++ 2M": Label({"name": "dpm_solver_pp"}, "Karras", ("k_dpmpp_2m",)),
+        "DPM++ 2M SDE": Label(
+            {"name": "dpm_solver_pp", "variant": "sde"}, "Exponential", ("k_dpmpp_2m_sde",)
+        ),
+        "DPM++ 2M SDE Heun": Label(
+            {"name": "dpm_solver_pp", "variant": "sde", "solver_type": "taylor"},
+            "Exponential",
+            ("k_dpmpp_2m_sde_heun",),
+        ),
+        "DPM++ 3M SDE": Label(
+            {"name": "dpm_solver_pp", "variant": "sde", "order": 3},
+            "Exponential",
+            ("k_dpmpp_3m_sde",),
+        ),
+        "DPM++ 2S a": Label(
+            {"name": "dpm_solver_pp_singlestep", "order": 2, "eta": 1.0},
+            "Karras",
+            ("k_dpmpp_2s_a",),
+        ),
+        "Euler a": Label(
+            {"name": "euler_ancestral"}, "Uniform", ("k_euler_a", "k_euler_ancestral")
+        ),
+        "Euler": Label({"name": "euler"}, "Uniform", ("k_euler",)),
+        "Heun": Label({"name": "heun"}, "Uniform", ("k_heun",)),
+        "Restart": Label({"name": "restart"}, "Karras", ("restart",)),
+        "DDIM": Label({"name": "ddim"}, "DDIM", ("ddim",)),
+        "PLMS": Label({"name": "plms"}, "DDIM", ("plms",)),
+        # Order 3 and bh1 are the settings there unless a user changes them.
+        "UniPC": Label(
+            {"name": "unipc", "order": 3, "variant": "bh1"},
+            "DDIM",
+            ("unipc",),
+            ("order", "variant"),
+        ),
+        "LCM": Label({"name": "lcm"}, "LCM", ("k_lcm",)),
+    }
+)
+"""Samplers of AUTOMATIC1111's web UI 1.10 by their label."""
+
+SCHEDULE_TYPES: Final[Mapping[str, Fields]] = MappingProxyType(
+    {
+        "Uniform": {"name": "linspace"},
+        "Karras": {"name": "karras"},
+        "Exponential": {"name": "exponential"},
+        # At its default rho, 1.
+        "Polyexponential": {"name": "exponential"},
+        "SGM Uniform": {"name": "sgm_uniform"},
+        "Align Your Steps": {"name": "align_your_steps"},
+        "Simple": {"name": "trailing"},
+        "Normal": {"name": "linspace"},
+        "DDIM": {"name": "leading"},
+        "Beta": {"name": "beta", "over": "sigma"},
+        "LCM": {"name": "lcm"},
+    }
+)
+"""Schedule types of AUTOMATIC1111 by their label; LCM is the one that its sampler LCM brings."""
+
+_ORDERS: Final = {n: {"order": n} for n in (1, 2, 3)}
+_FORMS: Final = {"midpoint": {"solver_type": "midpoint"}, "heun": {"solver_type": "taylor"}}
+_LOWERED: Final = {one: {"lower_order_final": one} for one in (False, True)}
+_LINSPACE: Final = {"name": "linspace"}
+_TO_THE_LAST_STRIDE: Final = {"name": "linspace", "endpoint": False}
+_LEADING: Final = {"name": "leading", "offset": 0}
+
+DIFFUSERS: Final[Mapping[str, Scheduler]] = MappingProxyType(
+    {
+        "DDIMScheduler": Scheduler({"name": "ddim"}, _LEADING),
+        "DDPMScheduler": Scheduler({"name": "ddim", "eta": 1.0}, _LEADING),
+        "PNDMScheduler": Scheduler({"name": "plms"}, _LEADING, {"skip_prk_steps": {True: {}}}),
+        "EulerDiscreteScheduler": Scheduler({"name": "euler"}, _LINSPACE),
+        "EulerAncestralDiscreteScheduler": Scheduler({"name": "euler_ancestral"}, _LINSPACE),
+        "HeunDiscreteScheduler": Scheduler({"name": "heun"}, _LINSPACE),
+        "DPMSolverMultistepScheduler": Scheduler(
+            {"name": "dpm_solver_pp"},
+            _TO_THE_LAST_STRIDE,
+            {
+                "algorithm_type": {
+                    "dpmsolver++": {"variant": "ode"},
+                    "sde-dpmsolver++": {"variant": "sde"},
+                },
+                "solver_order": _ORDERS,
+                "solver_type": _FORMS,
+                "lower_order_final": _LOWERED,
+            },
+            multistep=True,
+        ),
+        "DPMSolverSinglestepScheduler": Scheduler(
+            {"name": "dpm_solver_pp_singlestep"},
+            _TO_THE_LAST_STRIDE,
+            {
+                "algorithm_type": {"dpmsolver++": {}},
+                "solver_order": {n: {"order": n} for n in (2, 3)},
+                "solver_type": _FORMS,
+            },
+            multistep=True,
+        ),
+        "UniPCMultistepScheduler": Scheduler(
+            {"name": "unipc"},
+            _TO_THE_LAST_STRIDE,
+            {
+                "solver_order": _ORDERS,
+                "solver_type": {one: {"variant": one} for one in ("bh1", "bh2")},
+                "predict_x0": {True: {}},
+            },
+            multistep=True,
+        ),
+        "DEISMultistepScheduler": Scheduler(
+            {"name": "deis"},
+            _TO_THE_LAST_STRIDE,
+            {
+                "algorithm_type": {"deis": {}},
+                "solver_order": _ORDERS,
+                "solver_type": {"logrho": {}},
+                "lower_order_final": _LOWERED,
+            },
+            multistep=True,
+        ),
+        "SASolverScheduler": Scheduler(
+            {"name": "sa_solver"},
+            _TO_THE_LAST_STRIDE,
+            {
+                "predictor_order": {n: {"predictor_order": n} for n in (1, 2, 3)},
+                "corrector_order": {n: {"corrector_order": n} for n in (0, 2, 3)},
+                "algorithm_type": {"data_prediction": {}},
+            },
+            multistep=True,
+        ),
+        "LCMScheduler": Scheduler({"name": "lcm"}, {"name": "lcm"}),
+        "TCDScheduler": Scheduler({"name": "tcd"}, {"name": "lcm"}),
+        "EDMEulerScheduler": Scheduler({"name": "euler"}, {"name": "karras"}),
+        "EDMDPMSolverMultistepScheduler": Scheduler(
+            {"name": "dpm_solver_pp"},
+            {"name": "karras"},
+            {
+                "algorithm_type": {
+                    "dpmsolver++": {"variant": "ode"},
+                    "sde-dpmsolver++": {"variant": "sde"},
+                },
+                "solver_order": _ORDERS,
+                "solver_type": _FORMS,
+            },
+        ),
+        "FlowMatchEulerDiscreteScheduler": Scheduler({"name": "euler"}, _LINSPACE),
+        "FlowMatchHeunDiscreteScheduler": Scheduler({"name": "heun"}, _LINSPACE),
+    }
+)
+"""Schedulers of diffusers by their class."""
+
+LACKING: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "DPM++ SDE": "a two-stage stochastic solver; nearest is dpm_solver_pp with variant sde",
+        "LMS": "a linear multistep method; nearest is plms",
+        "DPM2": "the midpoint method in log sigma; nearest is heun",
+        "DPM2 a": "the midpoint method with fresh noise; nearest is dpm_solver_pp_singlestep"
+        " with eta 1",
+        "DPM fast": "singlestep steps of mixed orders; nearest is dpm_solver_pp_singlestep",
+        "DPM adaptive": "its steps depend on the picture; nearest is dpm_solver_pp_singlestep",
+        "DDIM CFG++": "here it is a guidance, cfg_plus_plus, which goes with any sampler",
+        "KL Optimal": "even in the arc tangent of sigma; nearest is karras",
+        "LMSDiscreteScheduler": "a linear multistep method; nearest is plms",
+        "KDPM2DiscreteScheduler": "the midpoint method in log sigma; nearest is heun",
+        "KDPM2AncestralDiscreteScheduler": "the midpoint method with fresh noise; nearest is"
+        " dpm_solver_pp_singlestep with eta 1",
+        "DPMSolverSDEScheduler": "a two-stage stochastic solver; nearest is dpm_solver_pp with"
+        " variant sde",
+    }
+)
+"""What the two programs have and this one lacks, with why or what comes nearest."""

@@ -1,0 +1,231 @@
+"""Names of other programs: complete, buildable, and written down in the documentation."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+
+from embedded import MODEL_FOLDER
+from samplers import SAMPLERS, SPACINGS, NoiseSchedule, Sampler, Spacing
+from samplers.beta import Beta
+from samplers.ddim import DDIM
+from samplers.dpm_solver_pp import DPMSolverPP
+from samplers.euler import Euler, EulerAncestral
+from samplers.exponential import Exponential
+from samplers.names import NoEqual, label_of, named, of_diffusers, schedule_type, schedule_type_of
+from samplers.other_names import AUTOMATIC1111, DIFFUSERS, LACKING, SCHEDULE_TYPES
+from samplers.timesteps import Karras, Leading, Linspace, LogSNR, SGMUniform, Trailing
+from samplers.unipc import UniPC
+from tests.samplers.cases import EDM, FLOW, SCHEDULES
+
+# As version 1.10 lists them: sd_samplers_kdiffusion, _timesteps, _lcm, and sd_schedulers.
+THEIR_SAMPLERS = [
+    *("DPM++ 2M", "DPM++ SDE", "DPM++ 2M SDE", "DPM++ 2M SDE Heun", "DPM++ 2S a", "DPM++ 3M SDE"),
+    *("Euler a", "Euler", "LMS", "Heun", "DPM2", "DPM2 a", "DPM fast", "DPM adaptive", "Restart"),
+    *("DDIM", "DDIM CFG++", "PLMS", "UniPC", "LCM"),
+]
+THEIR_SCHEDULE_TYPES = [
+    *("Uniform", "Karras", "Exponential", "Polyexponential", "SGM Uniform", "KL Optimal"),
+    *("Align Your Steps", "Simple", "Normal", "DDIM", "Beta"),
+]
+DOCUMENT = (Path(__file__).parents[2] / "docs/names.md").read_text("utf-8")
+
+
+def test_every_sampler_of_automatic1111_is_mapped_or_named_as_lacking() -> None:
+    for label in THEIR_SAMPLERS:
+        assert (label in AUTOMATIC1111) != (label in LACKING), label
+    assert set(AUTOMATIC1111) <= set(THEIR_SAMPLERS)
+
+
+def test_every_schedule_type_of_automatic1111_is_mapped_or_named_as_lacking() -> None:
+    for label in THEIR_SCHEDULE_TYPES:
+        assert (label in SCHEDULE_TYPES) != (label in LACKING), label
+    # The last is what its sampler LCM brings.
+    assert set(SCHEDULE_TYPES) <= {*THEIR_SCHEDULE_TYPES, "LCM"}
+
+
+def test_every_scheduler_named_is_one_of_diffusers() -> None:
+    for name in (*DIFFUSERS, *(name for name in LACKING if name.endswith("Scheduler"))):
+        assert hasattr(diffusers, name), name
+
+
+@pytest.mark.parametrize("kind", [*SCHEDULE_TYPES, "Automatic", None])
+@pytest.mark.parametrize("label", AUTOMATIC1111)
+def test_every_name_of_automatic1111_builds_a_plan(label: str, kind: str | None) -> None:
+    if kind == "LCM":
+        kind = "Automatic"
+    sampler, spacing = named(label if kind is None else f"{label} {kind}")
+    assert (spacing is None) == (kind is None)
+    layout = spacing or sampler.default_spacing
+    plan = sampler.plan(SCHEDULES["scaled_linear"].grid(layout, 10))
+    assert np.isfinite(plan.tables).all()
+
+
+@pytest.mark.parametrize("name", DIFFUSERS)
+def test_every_name_of_diffusers_builds_a_plan(name: str) -> None:
+    sampler, spacing = of_diffusers({"_class_name": name})
+    assert named(name) == (sampler, spacing)
+    schedule = {"EDM": EDM, "Flo": FLOW}.get(name[:3], SCHEDULES["linear"])
+    assert np.isfinite(sampler.plan(schedule.grid(spacing, 10)).tables).all()
+
+
+@pytest.mark.parametrize("name", DIFFUSERS)
+def test_every_option_of_diffusers_is_one_of_theirs_and_acts(name: str) -> None:
+    theirs: Any = getattr(diffusers, name)(**({"skip_prk_steps": True} if "PNDM" in name else {}))
+    for option, values in DIFFUSERS[name].options.items():
+        assert option in theirs.config, option
+        assert theirs.config[option] in values, option
+        for value, fields in values.items():
+            sampler, _ = of_diffusers({"_class_name": name, option: value})
+            assert all(getattr(sampler, key) == given for key, given in fields.items())
+
+
+@pytest.mark.parametrize(
+    ("text", "sampler", "spacing"),
+    [
+        ("DPM++ 2M Karras", DPMSolverPP(), Karras()),
+        ("dpm++ 2m sde exponential", DPMSolverPP(variant="sde"), Exponential()),
+        ("DPM++ 3M SDE", DPMSolverPP(order=3, variant="sde"), None),
+        ("DPM++ 3M SDE Automatic", DPMSolverPP(order=3, variant="sde"), Exponential()),
+        ("k_euler_a", EulerAncestral(), None),
+        ("Euler a SGM Uniform", EulerAncestral(), SGMUniform()),
+        ("Euler Beta", Euler(), Beta(over="sigma")),
+        (" UniPC ", UniPC(order=3, variant="bh1"), None),
+        ("DDIM DDIM", DDIM(), Leading()),
+        ("EulerDiscreteScheduler", Euler(), Linspace()),
+    ],
+)
+def test_names_stand_for(text: str, sampler: Sampler, spacing: Spacing | None) -> None:
+    assert named(text) == (sampler, spacing)
+
+
+@pytest.mark.parametrize(
+    ("config", "sampler", "spacing"),
+    [
+        ({}, DPMSolverPP(), Linspace(endpoint=False)),
+        ({"use_karras_sigmas": True}, DPMSolverPP(), Karras(whole=True)),
+        ({"use_lu_lambdas": True, "solver_order": 3}, DPMSolverPP(order=3), LogSNR(whole=True)),
+        ({"use_exponential_sigmas": True}, DPMSolverPP(), Exponential()),
+        ({"use_beta_sigmas": True}, DPMSolverPP(), Beta(over="sigma")),
+        (
+            {"algorithm_type": "sde-dpmsolver++", "solver_type": "heun"},
+            DPMSolverPP(variant="sde", solver_type="taylor"),
+            Linspace(endpoint=False),
+        ),
+        ({"timestep_spacing": "trailing"}, DPMSolverPP(), Trailing()),
+        (
+            {"timestep_spacing": "leading", "steps_offset": 1, "lower_order_final": False},
+            DPMSolverPP(lower_order_final=False),
+            Leading(offset=1),
+        ),
+        ({"timestep_spacing": "linspace"}, DPMSolverPP(), Linspace(endpoint=False)),
+    ],
+    ids=str,
+)
+def test_options_of_a_scheduler_are_read(
+    config: dict[str, Any], sampler: Sampler, spacing: Spacing
+) -> None:
+    full = {"_class_name": "DPMSolverMultistepScheduler"} | config
+    assert of_diffusers(full) == (sampler, spacing)
+
+
+def test_the_embedded_models_own_scheduler_is_known() -> None:
+    config = json.loads((MODEL_FOLDER / "scheduler/scheduler_config.json").read_text())
+    sampler, spacing = of_diffusers(config)
+    assert (sampler, spacing) == (DDIM(), Trailing())
+    theirs = diffusers.DDIMScheduler.from_config(config)
+    theirs.set_timesteps(7)
+    grid = NoiseSchedule.from_diffusers(config).grid(spacing, 7)
+    assert grid.t[:-1].tolist() == theirs.timesteps.tolist()
+
+
+@pytest.mark.parametrize("name", LACKING)
+def test_what_is_lacking_is_said_with_its_reason(name: str) -> None:
+    ask = schedule_type if name in THEIR_SCHEDULE_TYPES else named
+    with pytest.raises(NoEqual, match=r" has no equal here: ") as caught:
+        ask(name)
+    assert LACKING[name] in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        (
+            {"algorithm_type": "dpmsolver"},
+            "algorithm_type of DPMSolverMultistepScheduler is 'dpms",
+        ),
+        ({"thresholding": True}, "thresholding of DPMSolverMultistepScheduler is True, for which"),
+        ({"final_sigmas_type": "sigma_min"}, "final_sigmas_type of DPMSolverMultistepScheduler is"),
+    ],
+    ids=str,
+)
+def test_options_without_an_equal_are_refused(config: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(NoEqual, match=f"^{sentence}"):
+        of_diffusers({"_class_name": "DPMSolverMultistepScheduler"} | config)
+    with pytest.raises(NoEqual, match=r"^sampler 'LMSDiscreteScheduler' has no equal here"):
+        of_diffusers({"_class_name": "LMSDiscreteScheduler"})
+
+
+def test_unknown_names_are_answered_with_near_ones() -> None:
+    with pytest.raises(ValueError, match=r"near are: DPM\+\+ 2M") as caught:
+        named("DPM++2M")
+    assert not isinstance(caught.value, NoEqual)
+    with pytest.raises(ValueError, match=r"^sampler 'qqqq' is no name that .* diffusers use\.$"):
+        named("qqqq")
+    with pytest.raises(ValueError, match=r"near are: DDIMScheduler"):
+        of_diffusers({"_class_name": "DDIMSheduler"})
+    with pytest.raises(ValueError, match=r"^spacing 'Karas' is no name .* near are: Karras"):
+        schedule_type("Karas")
+
+
+@pytest.mark.parametrize("label", AUTOMATIC1111)
+def test_labels_survive_the_way_there_and_back(label: str) -> None:
+    assert label_of(named(label)[0]) == label
+
+
+def test_labels_of_what_has_none_are_our_names() -> None:
+    assert label_of(DPMSolverPP(order=3)) == "dpm_solver_pp"
+    assert label_of(DPMSolverPP(lower_order_final=False)) == "DPM++ 2M"
+    assert label_of(UniPC()) == "UniPC"
+    assert schedule_type_of(Karras(rho=5.0)) == "Karras"
+    assert schedule_type_of(Beta()) == "beta"
+    assert schedule_type_of(schedule_type("sgm_uniform")) == "SGM Uniform"
+    assert schedule_type_of(LogSNR()) == "logsnr"
+
+
+def test_names_of_ours_in_the_tables_are_registered() -> None:
+    tables = (*AUTOMATIC1111.values(), *DIFFUSERS.values())
+    samplers = {kind.model_fields["name"].default for kind in SAMPLERS}
+    spacings = {kind.model_fields["name"].default for kind in SPACINGS}
+    assert {one.fields["name"] for one in tables} <= samplers
+    assert {fields["name"] for fields in SCHEDULE_TYPES.values()} <= spacings
+
+
+def written(fields: Any) -> str:
+    """Our side of a row, as a request has it."""
+    return f"`{fields['name']}`" if len(fields) == 1 else f"`{json.dumps(dict(fields))}`"
+
+
+def tables() -> list[str]:
+    """The tables of the document."""
+    samplers = ['| AUTOMATIC1111\'s sampler | here | "Automatic" is |', "|---|---|---|"]
+    samplers += [f"| {a} | {written(b.fields)} | {b.automatic} |" for a, b in AUTOMATIC1111.items()]
+    types = ["| AUTOMATIC1111's schedule type | here |", "|---|---|"]
+    types += [f"| {a} | {written(b)} |" for a, b in SCHEDULE_TYPES.items()]
+    schedulers = ["| diffusers' scheduler | here | its spacing by default | options read |"]
+    schedulers += ["|---|---|---|---|"]
+    schedulers += [
+        f"| {name} | {written(one.fields)} | {written(one.spacing)} | {', '.join(one.options)} |"
+        for name, one in DIFFUSERS.items()
+    ]
+    lacking = ["| there | why not here |", "|---|---|"]
+    lacking += [f"| {name} | {why} |" for name, why in LACKING.items()]
+    return ["\n".join(table) for table in (samplers, types, schedulers, lacking)]
+
+
+@pytest.mark.parametrize("table", tables(), ids=lambda table: table.splitlines()[0])
+def test_the_document_has_the_tables_as_they_are(table: str) -> None:
+    assert f"\n\n{table}\n\n" in DOCUMENT
