@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Union
 
@@ -28,6 +28,7 @@ class _NameOrObject:
 
     field: str
     names: tuple[str, ...]
+    elsewhere: Callable[[str], str | None]
 
     def __get_pydantic_core_schema__(
         self, source: Any, handler: GetCoreSchemaHandler
@@ -59,7 +60,7 @@ class _NameOrObject:
         if not isinstance(name, str):
             raise self._refused(f"{self.field} is neither a name nor an object with 'name'")
         if name not in self.names:
-            raise self._refused(f"{self.field} {name[:60]!r} is not known")
+            raise self._refused(self.elsewhere(name) or f"{self.field} {name[:60]!r} is not known")
 
     def _refused(self, what: str) -> PydanticCustomError:
         return PydanticCustomError(
@@ -69,13 +70,18 @@ class _NameOrObject:
         )
 
 
-def choice(field: str, members: Sequence[type[BaseModel]]) -> Any:
+def choice(
+    field: str,
+    members: Sequence[type[BaseModel]],
+    elsewhere: Callable[[str], str | None] = lambda _: None,
+) -> Any:
     """The type of a field that takes one of `members`, told apart by `name`.
 
     Args:
         field: its name, as error sentences call it.
         members: frozen models with a `name` literal, at least two.
+        elsewhere: what to say of a name that other programs use, or None.
     """
     names = tuple(name_of(member) for member in members)
     union = Union[tuple(members)]  # noqa: UP007 - the members are known at run time only
-    return Annotated[union, Discriminator("name"), _NameOrObject(field, names)]
+    return Annotated[union, Discriminator("name"), _NameOrObject(field, names, elsewhere)]

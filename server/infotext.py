@@ -4,20 +4,10 @@ from __future__ import annotations
 
 import json
 
-from samplers import Sampler, Spacing
+from samplers.names import label_of, schedule_type_of
 from server.request import ResolvedRequest
 
 __all__ = ["infotext"]
-
-_SAMPLER_LABELS = {
-    "ddim": "DDIM",
-    "euler": "Euler",
-    "euler_ancestral": "Euler a",
-    "heun": "Heun",
-    "lcm": "LCM",
-    "unipc": "UniPC",
-}
-_SPACING_LABELS = {"karras": "Karras", "linspace": "Uniform", "trailing": "Trailing"}
 
 
 def infotext(settings: ResolvedRequest, *, model_revision: str, version: str) -> str:
@@ -31,8 +21,8 @@ def infotext(settings: ResolvedRequest, *, model_revision: str, version: str) ->
     guidance = settings.guidance
     fields = {
         "Steps": settings.steps,
-        "Sampler": _sampler_label(settings.sampler),
-        "Schedule type": _spacing_label(settings.spacing),
+        "Sampler": label_of(settings.sampler),
+        "Schedule type": schedule_type_of(settings.spacing),
         "CFG scale": f"{getattr(guidance, 'scale', 1.0):g}",
         "Seed": settings.seed,
         "Size": f"{settings.width}x{settings.height}",
@@ -49,17 +39,6 @@ def infotext(settings: ResolvedRequest, *, model_revision: str, version: str) ->
     )
     negative = f"Negative prompt: {settings.negative_prompt}\n" if settings.negative_prompt else ""
     return f"{settings.prompt}\n{negative}{line}"
-
-
-def _sampler_label(sampler: Sampler) -> str:
-    if sampler.name == "dpm_solver_pp":
-        kind = " SDE" if sampler.stochastic else ""
-        return f"DPM++ {getattr(sampler, 'order', 2)}M{kind}"
-    return _SAMPLER_LABELS.get(sampler.name, sampler.name)
-
-
-def _spacing_label(spacing: Spacing) -> str:
-    return _SPACING_LABELS.get(spacing.name, spacing.name)
 
 
 def _quoted(value: object) -> str:

@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 from guidance import PERTURBATIONS, POLICIES, RULES, Perturbation, Policy, Rule, SkipTuning
 from samplers import SAMPLERS, SPACINGS, Sampler, Spacing
 from server.choice import choice, name_of
+from server.elsewhere import sampler_elsewhere, spacing_elsewhere
 from server.errors import InvalidRequest
 from server.picture import OutputFormat
 from server.settings import Limits
@@ -47,8 +48,8 @@ if TYPE_CHECKING:
         perturbed: tuple[Perturbation, ...]
         skip_tuning: SkipTuning | None
 else:
-    SamplerChoice = choice("sampler", SAMPLERS)
-    SpacingChoice = choice("spacing", SPACINGS)
+    SamplerChoice = choice("sampler", SAMPLERS, sampler_elsewhere)
+    SpacingChoice = choice("spacing", SPACINGS, spacing_elsewhere)
     _PolicyChoice = choice("policy", POLICIES)
     _PerturbationChoice = choice("perturbed", PERTURBATIONS)
     _always = next(policy for policy in POLICIES if name_of(policy) == "always")

@@ -31,7 +31,7 @@ def test_the_lines_are_prompt_negative_and_settings() -> None:
     assert text_of(negative_prompt="a square").split("\n") == [
         "a red circle",
         "Negative prompt: a square",
-        "Steps: 20, Sampler: DDIM, Schedule type: Trailing, CFG scale: 1, Seed: 42, Size: 128x64, "
+        "Steps: 20, Sampler: DDIM, Schedule type: Simple, CFG scale: 1, Seed: 42, Size: 128x64, "
         "Model hash: 0123456789, Model: embedded, Guidance: none, Guidance policy: always, "
         "Version: weft 1",
     ]
@@ -53,11 +53,26 @@ def test_a_share_of_the_steps_is_called_denoising_strength() -> None:
         ({"name": "dpm_solver_pp", "variant": "sde"}, "DPM++ 2M SDE"),
         ({"name": "dpm_solver_pp", "order": 3, "variant": "sde"}, "DPM++ 3M SDE"),
         ("unipc", "UniPC"),
+        ({"name": "dpm_solver_pp", "order": 3}, "dpm_solver_pp"),
     ],
     ids=str,
 )
 def test_samplers_have_the_names_that_users_know(sampler: Any, label: str) -> None:
     assert f"Sampler: {label}, " in text_of(sampler=sampler)
+
+
+@pytest.mark.parametrize(
+    ("spacing", "label"),
+    [
+        ("karras", "Karras"),
+        ("sgm_uniform", "SGM Uniform"),
+        ({"name": "beta", "over": "sigma"}, "Beta"),
+        ("logsnr", "logsnr"),
+    ],
+    ids=str,
+)
+def test_spacings_have_the_names_of_schedule_types(spacing: Any, label: str) -> None:
+    assert f"Schedule type: {label}, " in text_of(spacing=spacing)
 
 
 def test_a_value_with_a_comma_is_quoted() -> None:

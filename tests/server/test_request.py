@@ -177,6 +177,44 @@ def test_an_unknown_name_is_answered_with_the_known_ones(
     assert sentence(**{field: {"name": "warp"}}) == expected
 
 
+@pytest.mark.parametrize(
+    ("field", "name", "start"),
+    [
+        (
+            "sampler",
+            "DPM++ 2M Karras",
+            "sampler 'DPM++ 2M Karras' is here sampler 'dpm_solver_pp' with spacing 'karras'; "
+            "allowed are: ddim, ",
+        ),
+        (
+            "sampler",
+            "DPM++ 2M SDE Heun Beta",
+            "sampler 'DPM++ 2M SDE Heun Beta' is here sampler "
+            '{"name": "dpm_solver_pp", "variant": "sde", "solver_type": "taylor"} with spacing '
+            '{"name": "beta", "over": "sigma"}; allowed are: ',
+        ),
+        ("sampler", "DDIM", "sampler 'DDIM' is here sampler 'ddim'; allowed are: "),
+        (
+            "sampler",
+            "EulerDiscreteScheduler",
+            "sampler 'EulerDiscreteScheduler' is here sampler 'euler' with spacing 'linspace'; ",
+        ),
+        (
+            "sampler",
+            "DPM adaptive",
+            "sampler 'DPM adaptive' has no equal here: its steps depend on the picture; ",
+        ),
+        ("spacing", "SGM Uniform", "spacing 'SGM Uniform' is here spacing 'sgm_uniform'; allowed"),
+        ("spacing", "KL Optimal", "spacing 'KL Optimal' has no equal here: even in the arc tang"),
+    ],
+)
+def test_names_of_other_programs_are_translated(field: str, name: str, start: str) -> None:
+    for value in (name, {"name": name}):
+        named, message = sentence(**{field: value})
+        assert named == field
+        assert message.startswith(start)
+
+
 def test_an_unknown_policy_is_named_by_its_path() -> None:
     field, message = sentence(guidance={"name": "cfg", "policy": "never"})
     assert field == "guidance.policy"
