@@ -85,6 +85,10 @@ FURTHER = (
 )
 
 MOMENTUM = (
+    _one("2M, beta .8", "dpm_solver_pp", beta=0.8),
+    _one("2M, beta .5", "dpm_solver_pp", beta=0.5),
+    _one("unipc, beta .8", "unipc", beta=0.8),
+    _one("unipc, beta .5", "unipc", beta=0.5),
     _one("ghvb 1.8", "ghvb", order=1.8),
     _one("ghvb 2.8", "ghvb", order=2.8),
     _one("ghvb 1.5", "ghvb", order=1.5),
@@ -119,7 +123,8 @@ FAMILIES: Mapping[str, Sequence[tuple[float, str]]] = {
     "ghvb, beta .5": ((2, "ghvb 1.5"), (3, "ghvb 2.5"), (4, "ghvb 3.5")),
     "hb, beta .8": ((2, "hb 1.8"), (3, "hb 2.8"), (4, "hb 3.8")),
     "nesterov, beta .8": ((2, "nesterov 1.8"), (3, "nesterov 2.8"), (4, "nesterov 3.8")),
-    "dpm_solver_pp": ((2, "2M"), (3, "3M")),
+    "2M, 3M": ((2, "2M"), (3, "3M")),
+    "2M, beta .8": ((2, "2M, beta .8"),),
     "unipc": ((2, "unipc"), (3, "unipc 3")),
 }
 """Lines of the plot of momentum: orders with their contenders."""

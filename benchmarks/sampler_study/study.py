@@ -47,9 +47,9 @@ class Sizes:
         clean_pictures: training pictures whose latents give the range of clean ones.
     """
 
-    error_images: int = 12
-    picture_images: int = 16
-    accuracy_images: int = 80
+    error_images: int = 8
+    picture_images: int = 12
+    accuracy_images: int = 60
     reference_steps: int = 1000
     converged_steps: int = 100
     known_pictures: int = 12_000
