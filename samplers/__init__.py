@@ -1,36 +1,85 @@
 """Diffusion samplers as tables: pure mathematics, usable without the server."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from samplers.align_your_steps import AlignYourSteps
+from samplers.beta import Beta
+from samplers.custom_times import Custom
+from samplers.ddim import DDIM
+from samplers.dpm_solver_pp import DPMSolverPP
+from samplers.dpm_solver_pp_singlestep import DPMSolverPPSinglestep
+from samplers.dpm_solver_v3 import DPMSolverV3
+from samplers.euler import Euler, EulerAncestral
+from samplers.exponential import Exponential
 from samplers.grid import Grid
+from samplers.heun import Heun
+from samplers.lcm import LCM
 from samplers.noise_schedule import NoiseSchedule
 from samplers.plan import Columns, Plan, advance, integrate
 from samplers.prediction import Preconditioning, PredictionType, preconditioning
+from samplers.restart import Restart
+from samplers.sa_solver import SASolver
 from samplers.sampler import Sampler
+from samplers.score_sde_pc import ScoreSDEPC
 from samplers.spacing import Spacing
 from samplers.statistics import Statistics, StatisticsIdentity
-
-# isort: split
-# Last, as the samplers and spacings of installed packages import the names above.
-from samplers.registry import SAMPLERS
-from samplers.spacings import SPACINGS
+from samplers.tcd import TCD
+from samplers.timesteps import (
+    Karras,
+    LCMSpacing,
+    Leading,
+    Linspace,
+    LogSNR,
+    SGMUniform,
+    TimeQuadratic,
+    Trailing,
+)
+from samplers.unipc import UniPC
 
 if TYPE_CHECKING:
     from samplers.model_statistics import compute_statistics
+    from samplers.registry import SAMPLERS
+    from samplers.spacings import SPACINGS
 
 __all__ = [
+    "DDIM",
+    "LCM",
     "SAMPLERS",
     "SPACINGS",
+    "TCD",
+    "AlignYourSteps",
+    "Beta",
     "Columns",
+    "Custom",
+    "DPMSolverPP",
+    "DPMSolverPPSinglestep",
+    "DPMSolverV3",
+    "Euler",
+    "EulerAncestral",
+    "Exponential",
     "Grid",
+    "Heun",
+    "Karras",
+    "LCMSpacing",
+    "Leading",
+    "Linspace",
+    "LogSNR",
     "NoiseSchedule",
     "Plan",
     "Preconditioning",
     "PredictionType",
+    "Restart",
+    "SASolver",
+    "SGMUniform",
     "Sampler",
+    "ScoreSDEPC",
     "Spacing",
     "Statistics",
     "StatisticsIdentity",
+    "TimeQuadratic",
+    "Trailing",
+    "UniPC",
     "advance",
     "compute_statistics",
     "integrate",
@@ -38,10 +87,17 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """What needs torch is imported when it is first asked for."""
-    if name == "compute_statistics":
-        from samplers.model_statistics import compute_statistics
+_LATER = {
+    # Needs torch.
+    "compute_statistics": "samplers.model_statistics",
+    # Load the samplers and spacings of installed packages, which import the names above.
+    "SAMPLERS": "samplers.registry",
+    "SPACINGS": "samplers.spacings",
+}
 
-        return compute_statistics
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __getattr__(name: str) -> Any:
+    """What is imported when it is first asked for, and not with the package."""
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LATER[name]), name)
