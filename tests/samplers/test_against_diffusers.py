@@ -54,6 +54,7 @@ from samplers.beta import Beta
 from samplers.custom_times import Custom
 from samplers.ddim import DDIM
 from samplers.dpm_solver_pp import DPMSolverPP
+from samplers.dpm_solver_v3 import DPMSolverV3
 from samplers.euler import Euler, EulerAncestral
 from samplers.exponential import Exponential
 from samplers.heun import Heun
@@ -263,6 +264,19 @@ PAIRS = {
         Beta(over="sigma"),
         starts_from_sigma=True,
         tolerance=BETWEEN_TIMES,
+    ),
+    # Without statistics, which diffusers has no sampler for.
+    "dpm_solver_v3-reduced": Pair(
+        DPMSolverMultistepScheduler,
+        TRAILING | {"solver_order": 2, "solver_type": "heun"},
+        DPMSolverV3(
+            order=2,
+            predictor="exact",
+            corrector="none",
+            lower_order_final=True,
+            statistics="none",
+        ),
+        Trailing(),
     ),
     "heun-leading": Pair(HeunDiscreteScheduler, LEADING, Heun(), Leading(), 5),
     "heun-trailing": Pair(
