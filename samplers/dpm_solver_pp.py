@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field
-from typing_extensions import override
+from pydantic import Field, model_validator
+from typing_extensions import Self, override
 
-from samplers.first_order import first_order
+from samplers.first_order import direct_gain, first_order
 from samplers.plan import Columns, Plan
 from samplers.sampler import Sampler
 
@@ -31,6 +31,12 @@ class DPMSolverPP(Sampler, frozen=True):
     divided difference by half of what the Taylor expansion asks for, so it converges with the
     second power of the step, at about .3 of order 2's error. (diffusers' sde of order 3
     also has a sign astray; this is k-diffusion's.)
+
+    With ``beta`` below 1 the ode variant has heavy ball momentum (Wizadwongsa et al., arXiv
+    2307.11118): every step is ``x' = (sigma'/sigma) x + alpha' (1 - e^(-h)) d``, and d, the
+    prediction with its differences, is blended into a velocity. It then converges with the first
+    power of the step, for fewer divergence artifacts in few steps at high guidance scales, and
+    keeps one slot more. Steps whose order is lowered to the first go without.
     """
 
     summary: ClassVar[str] = "The usual choice: DPM++ 2M and relatives; good from 10 steps."
@@ -47,11 +53,27 @@ class DPMSolverPP(Sampler, frozen=True):
     lower_order_final: bool = Field(
         default=True, description="Lower the order over the last steps of runs under 15 steps."
     )
+    beta: float = Field(
+        default=1.0,
+        ge=0.1,
+        le=1,
+        description="Heavy ball momentum: share of the new direction in the velocity; 1 is none.",
+    )
+
+    @model_validator(mode="after")
+    def _momentum_is_of_the_ode(self) -> Self:
+        if self.beta < 1 and self.variant == "sde":
+            raise ValueError(
+                f"beta is {self.beta:g}; with the variant 'sde' only 1, no momentum, is allowed."
+            )
+        return self
 
     @property
     @override
     def convergence_order(self) -> int:
-        return 0 if self.stochastic else min(self.order, 2)
+        if self.stochastic:
+            return 0
+        return 1 if self.beta < 1 else min(self.order, 2)
 
     @property
     @override
@@ -60,12 +82,26 @@ class DPMSolverPP(Sampler, frozen=True):
 
     @override
     def plan(self, grid: Grid) -> Plan:
-        columns = Columns("x", "D1", "D2")
+        columns = Columns("x", "D1", "D2", *(("v",) if self.beta < 1 else ()))
         tables: list[F64] = []
+        moving = False
         for i in range(grid.steps):
-            x = self._linear_part(grid, i, columns) + self._correction(grid, i, columns)
-            tables.append(columns.table(x=x, D1=columns.denoised, D2=columns["D1"]))
+            correction = self._correction(grid, i, columns)
+            velocity: dict[str, F64] = {}
+            if self.beta < 1 and self._has_momentum(grid, i):
+                gain = direct_gain(grid, i)
+                v = columns.denoised + correction / gain
+                if moving:
+                    v = (1 - self.beta) * columns["v"] + self.beta * v
+                correction = gain * (v - columns.denoised)
+                velocity, moving = {"v": v}, True
+            x = self._linear_part(grid, i, columns) + correction
+            tables.append(columns.table(x=x, D1=columns.denoised, D2=columns["D1"], **velocity))
         return Plan.of_steps(grid, tables)
+
+    def _has_momentum(self, grid: Grid, i: int) -> bool:
+        """Whether the step from point i is of a higher order, or of the first as all are."""
+        return grid.sigma[i + 1] > 0 and (self.order == 1 or self._order_at(grid, i) > 1)
 
     def _order_at(self, grid: Grid, i: int) -> int:
         if grid.sigma[i + 1] == 0:

@@ -25,3 +25,8 @@ def first_order(grid: Grid, i: int, x: F64, denoised: F64, sigma_next: float | N
     """
     ratio = (grid.sigma[i + 1] if sigma_next is None else sigma_next) / grid.sigma[i]
     return ratio * x + (grid.alpha[i + 1] - grid.alpha[i] * ratio) * denoised
+
+
+def direct_gain(grid: Grid, i: int) -> float:
+    """The weight of the denoised prediction in that step: ``alpha' (1 - e^(-h))``."""
+    return float(grid.alpha[i + 1] - grid.alpha[i] * grid.sigma[i + 1] / grid.sigma[i])

@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field
 from typing_extensions import override
 
-from samplers.first_order import first_order
+from samplers.first_order import direct_gain, first_order
 from samplers.plan import Columns, Plan
 from samplers.sampler import Sampler
 
@@ -24,6 +24,13 @@ class UniPC(Sampler, frozen=True):
     Order 1 to 3, one evaluation a step: the evaluation at the predicted point corrects that point
     before the next prediction, so corrector and predictor are one matrix. History: up to three
     predictions. The last point is not corrected.
+
+    With ``beta`` below 1 it has heavy ball momentum (Wizadwongsa et al., arXiv 2307.11118): a step
+    is ``x' = (sigma'/sigma) x + alpha' (1 - e^(-h)) d``, and d is blended into a velocity, the
+    predictor's for the point predicted and the corrector's for good. It then converges with the
+    first power of the step, for fewer divergence artifacts in few steps at high guidance scales,
+    and keeps one slot more. (The authors' code gives the predictor no momentum, and blends
+    ``d / sigma'``, whose scale changes from step to step.)
     """
 
     summary: ClassVar[str] = "Predictor-corrector at one evaluation a step; strong at 5 to 10."
@@ -37,10 +44,18 @@ class UniPC(Sampler, frozen=True):
     lower_order_final: bool = Field(
         default=True, description="Lower the order over the last steps."
     )
+    beta: float = Field(
+        default=1.0,
+        ge=0.1,
+        le=1,
+        description="Heavy ball momentum: share of the new direction in the velocity; 1 is none.",
+    )
 
     @property
     @override
     def convergence_order(self) -> int:
+        if self.beta < 1:
+            return 1
         # The corrector adds one order. The last point goes without, but that is one local error of
         # the same power. At order 3 the first two steps, of lower order, are made at high noise,
         # where the prediction hardly moves: slopes from 3.5 to 4.0 are measured.
@@ -48,21 +63,33 @@ class UniPC(Sampler, frozen=True):
 
     @override
     def plan(self, grid: Grid) -> Plan:
-        columns = Columns("x", "D1", "D2", "D3")
+        columns = Columns("x", "D1", "D2", "D3", *(("v",) if self.beta < 1 else ()))
         D, D1, D2, D3 = (columns.denoised, columns["D1"], columns["D2"], columns["D3"])
         lam = grid.finite_half_log_snr
         tables: list[F64] = []
         for i in range(grid.steps):
             x = columns["x"]
+            velocity: dict[str, F64] = {}
             if i > 0:
                 # The predictor's terms go and the corrector's come. Starting from x, and not from
                 # the point before it, keeps what guidance or inpainting moved x by.
-                x = x - self._correction(grid, lam, i - 1, [D1, D2, D3], None)
-                x = x + self._correction(grid, lam, i - 1, [D1, D2, D3], D)
-            predicted = first_order(grid, i, x, D)
-            predicted = predicted + self._correction(grid, lam, i, [D, D1, D2], None)
-            tables.append(columns.table(x=predicted, D1=D, D2=D1, D3=D2))
+                share = self.beta if i > 1 else 1.0
+                arrived = self._correction(grid, lam, i - 1, [D1, D2, D3], D)
+                x = x - share * self._correction(grid, lam, i - 1, [D1, D2, D3], None)
+                x = x + share * arrived
+                if self.beta < 1:
+                    v = D1 + arrived / direct_gain(grid, i - 1)
+                    velocity["v"] = v if i == 1 else self._blended(columns["v"], v)
+            correction = self._correction(grid, lam, i, [D, D1, D2], None)
+            if velocity and grid.sigma[i + 1] > 0:
+                gain = direct_gain(grid, i)
+                correction = gain * (self._blended(velocity["v"], D + correction / gain) - D)
+            predicted = first_order(grid, i, x, D) + correction
+            tables.append(columns.table(x=predicted, D1=D, D2=D1, D3=D2, **velocity))
         return Plan.of_steps(grid, tables)
+
+    def _blended(self, velocity: F64, direction: F64) -> F64:
+        return (1 - self.beta) * velocity + self.beta * direction
 
     def _order_at(self, grid: Grid, i: int) -> int:
         if grid.sigma[i + 1] == 0:

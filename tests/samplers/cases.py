@@ -6,11 +6,12 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 from annotated_types import Ge, Le
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from samplers import SAMPLERS, SPACINGS, Grid, NoiseSchedule, Sampler, Spacing
 from samplers.dpm_solver_v3 import DPMSolverV3
+from samplers.heavy_ball import MomentumSampler
 from samplers.noise_schedule import DiscreteVP
 from samplers.sa_solver import SASolver
 from samplers.spacing import ListedSpacing
@@ -87,7 +88,15 @@ def _variants(kind: type[BaseModel]) -> list[Any]:
         numbers = [name for name, field in fields.items() if field.annotation in (int, float)]
         strays = ([s[name] != fields[name].default for name in numbers] for s in settings)
         settings = [s for s, stray in zip(settings, strays, strict=True) if sum(stray) <= 1]
-    return [kind(**setting) for setting in settings]
+    return [one for setting in settings if (one := _unless_refused(kind, setting)) is not None]
+
+
+def _unless_refused(kind: type[BaseModel], setting: dict[str, Any]) -> Any:
+    """The variant, or none where its fields do not go together."""
+    try:
+        return kind(**setting)
+    except ValidationError:
+        return None
 
 
 def label(setting: BaseModel) -> str:
@@ -96,7 +105,9 @@ def label(setting: BaseModel) -> str:
 
 
 def _says_nothing_new(sampler: Sampler) -> bool:
-    """Pseudo derivatives are the exact ones below order 3."""
+    """Pseudo derivatives are exact below order 3; the fraction of an order is its beta."""
+    if isinstance(sampler, MomentumSampler):
+        return sampler.beta in (1, sampler.order)
     return getattr(sampler, "predictor", None) == "pseudo" and getattr(sampler, "order", 3) < 3
 
 

@@ -1,0 +1,172 @@
+"""What linear multistep samplers share: the line they integrate along, and weights of slopes.
+
+With ``y = x / scale`` the probability flow is ``dy / ds = slope``, ``s = sigma / scale``. With alpha
+as the scale the slope is eps. On flow matching, where sigma / alpha is infinite at pure noise, a
+scale of 1 gives the velocity over sigma. In both ``slope = (x - scale D) / sigma``.
+
+Past slopes are kept as the signal ``x - sigma slope`` that they imply at the present point. If
+guidance or inpainting moves x, all of them then move as the slope at the moved point does; kept as
+they were, the jump between old slopes and the new one would be extrapolated as if it were the
+flow's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import comb
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import numpy as np
+
+from samplers.first_order import first_order
+from samplers.noise_schedule import FlowMatching
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from samplers.grid import Grid
+    from samplers.levels import F64
+    from samplers.plan import Columns
+
+Weights: TypeAlias = Literal["constant", "variable"]
+
+BACKWARD_DIFFERENCES = np.array([1, 1 / 2, 5 / 12, 3 / 8, 251 / 720])
+"""Weights of the backward differences of the slope in Adams and Bashforth's even steps."""
+
+SOUND_START = 1.5
+"""Sum of absolute weights above which the first steps are not redone, see :meth:`Line.redone`."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """The points of a grid along a line.
+
+    Attributes:
+        grid: the points.
+        scale: ``x / y`` there, ``[N + 1]``.
+        s: the independent variable there, ``[N + 1]``; inf where there is no signal.
+    """
+
+    grid: Grid
+    scale: F64
+    s: F64
+
+    @classmethod
+    def of_noise(cls, grid: Grid) -> Line:
+        """``x / alpha`` over ``sigma / alpha``, whose slope is eps."""
+        with np.errstate(divide="ignore"):
+            return cls(grid, grid.alpha, grid.sigma / grid.alpha)
+
+    @classmethod
+    def of_flow(cls, grid: Grid) -> Line:
+        """The same, but ``x`` over ``sigma`` on flow matching, whose slope is the velocity."""
+        if isinstance(grid.schedule, FlowMatching):
+            return cls(grid, np.ones_like(grid.alpha), grid.sigma)
+        return cls.of_noise(grid)
+
+    def slope(self, i: int, columns: Columns) -> F64:
+        """The slope that was just evaluated at point i."""
+        return (columns["x"] - self.scale[i] * columns.denoised) / self.grid.sigma[i]
+
+    def recalled(self, i: int, columns: Columns, slots: Sequence[str]) -> list[F64]:
+        """The slopes kept in ``slots``, at point i."""
+        return [(columns["x"] - columns[slot]) / self.grid.sigma[i] for slot in slots]
+
+    def kept(self, i: int, x: F64, slopes: Sequence[F64], slots: Sequence[str]) -> dict[str, F64]:
+        """New contents of the first of ``slots``: slopes, kept at point i where the state is x."""
+        signals = (x - self.grid.sigma[i] * slope for slope in slopes)
+        return dict(zip(slots, signals, strict=False))
+
+    def step(self, i: int, columns: Columns, mean: F64) -> F64:
+        """x at point i + 1, for the mean slope over the step.
+
+        At the first point the mean is the slope itself, the only one that is known.
+        """
+        held = first_order(self.grid, i, columns["x"], columns.denoised)
+        if i == 0:
+            return held
+        return held + self.reach(i) * (mean - self.slope(i, columns))
+
+    def reach(self, i: int) -> float:
+        """What a unit of slope over the step from point i moves x at point i + 1 by."""
+        return self.scale[i + 1] * (self.s[i + 1] - self.s[i])
+
+    def mean_weights(self, i: int, order: int, weights: Weights) -> F64:
+        """Weights of the slopes at points i, i - 1, ... in their mean over the next step.
+
+        They are Adams and Bashforth's: the mean of the polynomial through the slopes.
+
+        Args:
+            i: index of the point that is left.
+            order: slopes to use, at most ``i + 1``.
+            weights: for even steps, or for the grid's own.
+        """
+        if weights == "constant":
+            return of_differences(BACKWARD_DIFFERENCES[:order])
+        nodes = self.s[i::-1][:order]
+        # The polynomial does not see a node that is infinitely far.
+        seen = np.isfinite(nodes)
+        found = np.zeros(order)
+        found[seen] = mean_of_interpolant(nodes[seen], nodes[0], self.s[i + 1])
+        return found
+
+    def redone(self, i: int, slopes: Sequence[F64]) -> F64:
+        """What x at point i + 1 changes by if the steps up to point i are made again.
+
+        A run knows but one slope at first, and two at its second point: its first step is of first
+        order and its global error of the second, whatever follows. So at point i, each new slope
+        known, all that was integrated from the first point on is integrated again, at no
+        evaluation. As a change of x, so that what guidance moved stays moved.
+
+        Where the first steps shrink s by more than about half, the polynomial through points so
+        uneven swings, and nothing is redone.
+
+        Args:
+            i: a point up to which the order grew with each step.
+            slopes: at points i, i - 1, ..., 0.
+        """
+        if i == 0 or not all(self._soundly_redone(j) for j in range(1, i + 1)):
+            return 0 * slopes[0]
+        nodes, span = self.s[i::-1], self.s[i] - self.s[0]
+        before = mean_of_interpolant(nodes[1:], self.s[0], self.s[i])
+        now = mean_of_interpolant(nodes, self.s[0], self.s[i])
+        return self.scale[i + 1] * span * combined(now - np.append(0, before), slopes)
+
+    def _soundly_redone(self, i: int) -> bool:
+        if not np.isfinite(self.s[0]):
+            return False
+        found = mean_of_interpolant(self.s[i::-1], self.s[0], self.s[i])
+        return bool(np.abs(found).sum() <= SOUND_START)
+
+
+def combined(weights: F64, slopes: Sequence[F64]) -> F64:
+    """``sum_j weights_j slopes_j``, over as many slopes as there are weights."""
+    return sum(w * slope for w, slope in zip(weights, slopes, strict=False)) + 0 * slopes[0]
+
+
+def of_differences(coefficients: F64) -> F64:
+    """Weights of values ``f_0, f_1, ...``, newest first, from those of their backward differences.
+
+    The j-th difference is ``sum_k (-1)^k comb(j, k) f_k``.
+    """
+    count = len(coefficients)
+    signed = [[(-1.0) ** k * comb(j, k) for k in range(count)] for j in range(count)]
+    return coefficients @ np.array(signed)
+
+
+def mean_of_interpolant(nodes: F64, start: float, end: float) -> F64:
+    """Weights of values at ``nodes`` in the mean of the polynomial through them.
+
+    Args:
+        nodes: at most 6, all different.
+        start: where the mean begins.
+        end: where it ends.
+    """
+    # Three points of Gauss and Legendre are exact to degree 5.
+    points, shares = np.polynomial.legendre.leggauss(3)
+    at = start + (points + 1) / 2 * (end - start)
+    weights = np.empty_like(nodes)
+    for j, node in enumerate(nodes):
+        others = np.delete(nodes, j)
+        weights[j] = shares @ np.prod((at[:, None] - others) / (node - others), axis=1) / 2
+    return weights
