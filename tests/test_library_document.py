@@ -1,0 +1,43 @@
+"""What docs/library.md shows runs as it stands, and draws the picture beside it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib import pyplot as plt
+
+ROOT = Path(__file__).parents[1]
+DOCUMENT = (ROOT / "docs/library.md").read_text("utf-8")
+
+
+def example() -> str:
+    blocks = re.findall(r"(?:^    .*\n|^\n)+", DOCUMENT, re.MULTILINE)
+    [block] = [block for block in blocks if "import matplotlib" in block]
+    return "\n".join(line.removeprefix("    ") for line in block.splitlines())
+
+
+def test_the_example_of_the_library_draws_the_orders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    try:
+        exec(compile(example(), "docs/library.md", "exec", dont_inherit=True), names)  # noqa: S102
+        drawn = {str(line.get_label()): line.get_xydata() for line in plt.gca().get_lines()}
+    finally:
+        plt.close("all")
+    assert (tmp_path / "error.png").stat().st_size > 10_000
+    for label, sampler in names["solvers"].items():
+        evaluations, errors = np.log(np.asarray(drawn[label])[-2:]).T
+        slope = -np.polyfit(evaluations, errors, 1)[0]
+        assert slope == pytest.approx(sampler.convergence_order, abs=0.25), label
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_every_file_that_a_page_names_exists(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text("utf-8")):
+        assert (page.parent / target).exists(), target
