@@ -7,16 +7,19 @@ from samplers.align_your_steps import AlignYourSteps
 from samplers.beta import Beta
 from samplers.custom_times import Custom
 from samplers.ddim import DDIM
+from samplers.deis import DEIS
 from samplers.dpm_solver_pp import DPMSolverPP
 from samplers.dpm_solver_pp_singlestep import DPMSolverPPSinglestep
 from samplers.dpm_solver_v3 import DPMSolverV3
 from samplers.euler import Euler, EulerAncestral
 from samplers.exponential import Exponential
 from samplers.grid import Grid
+from samplers.heavy_ball import GHVB, HB, Nesterov
 from samplers.heun import Heun
 from samplers.lcm import LCM
 from samplers.noise_schedule import NoiseSchedule
 from samplers.plan import Columns, Plan, advance, integrate
+from samplers.plms import PLMS
 from samplers.prediction import Preconditioning, PredictionType, preconditioning
 from samplers.restart import Restart
 from samplers.sa_solver import SASolver
@@ -44,7 +47,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DDIM",
+    "DEIS",
+    "GHVB",
+    "HB",
     "LCM",
+    "PLMS",
     "SAMPLERS",
     "SPACINGS",
     "TCD",
@@ -65,6 +72,7 @@ __all__ = [
     "Leading",
     "Linspace",
     "LogSNR",
+    "Nesterov",
     "NoiseSchedule",
     "Plan",
     "Preconditioning",
