@@ -78,7 +78,7 @@ SOLVERS = (
 )
 
 FURTHER = (
-    _one("plms 4", "plms", order=4),
+    _one("plms", "plms"),
     _one("ghvb 1.8", "ghvb", order=1.8),
     _one("heun", "heun"),
     _one("singlestep 3", "dpm_solver_pp_singlestep", order=3),
@@ -94,9 +94,10 @@ MOMENTUM = (
     _one("ghvb 1.5", "ghvb", order=1.5),
     _one("ghvb 2.5", "ghvb", order=2.5),
     _one("ghvb 3.5", "ghvb", order=3.5),
-    _one("plms 2", "plms", order=2),
-    _one("plms 3", "plms", order=3),
-    _one("plms 4", "plms", order=4),
+    _one("AB 2", "ghvb", order=2.0),
+    _one("AB 3", "ghvb", order=3.0),
+    _one("AB 4", "ghvb", order=4.0),
+    _one("plms", "plms"),
     _one("hb 1.8", "hb", order=1.8),
     _one("hb 2.8", "hb", order=2.8),
     _one("nesterov 1.8", "nesterov", order=1.8),
@@ -118,7 +119,7 @@ VARIANT_LINES = tuple(contender.label for contender in V3)
 ACCURACY_LINES = ("v3", "ddim", "2M", "3M", "unipc", "deis", "ghvb 3.8", "hb 3.8")
 """Lines of the plot of accuracy."""
 FAMILIES: Mapping[str, Sequence[tuple[float, str]]] = {
-    "none (ddim, plms)": ((1, "ddim"), (2, "plms 2"), (3, "plms 3"), (4, "plms 4")),
+    "no momentum": ((1, "ddim"), (2, "AB 2"), (3, "AB 3"), (4, "AB 4")),
     "ghvb, beta .8": ((2, "ghvb 1.8"), (3, "ghvb 2.8"), (4, "ghvb 3.8")),
     "ghvb, beta .5": ((2, "ghvb 1.5"), (3, "ghvb 2.5"), (4, "ghvb 3.5")),
     "hb, beta .8": ((2, "hb 1.8"), (3, "hb 2.8"), (4, "hb 3.8")),

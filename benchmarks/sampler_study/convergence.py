@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
 from samplers import SAMPLERS, NoiseSchedule, integrate
 from samplers.gaussian import GaussianMixtureDenoiser
+from samplers.heavy_ball import MomentumSampler
+from samplers.linear_multistep import Weights
 from samplers.timesteps import LogSNR
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    from pydantic.fields import FieldInfo
 
     from samplers import Sampler
 
@@ -19,12 +23,13 @@ COUNTS = (5, 10, 20, 40, 80, 160, 320)
 SLOPE_COUNTS = COUNTS[-3:]
 """Evaluations that the slope is read from."""
 T_START, T_END = 1.0, 0.02
+MOMENTUM_ORDERS = (1.8, 3.8)
 POINTS = 17
 REACH = 1.6
 
 
 def solvers() -> Iterator[Sampler]:
-    """Each registered deterministic sampler with its defaults, at each order that it offers."""
+    """Each registered deterministic sampler with its defaults, at each whole order it offers."""
     for kind in SAMPLERS:
         fields = kind.model_fields
         settings: dict[str, Any] = {}
@@ -33,23 +38,30 @@ def solvers() -> Iterator[Sampler]:
             settings["lower_order_final"] = False
         if "statistics" in fields:
             settings["statistics"] = "none"
-        whole = "order" in fields and fields["order"].annotation is not float
-        for order in _orders(fields["order"].annotation) if whole else (None,):
-            chosen = settings if order is None else settings | {"order": order}
-            sampler = kind.model_validate(chosen)
+        for choice in _choices(kind):
+            sampler = kind.model_validate(settings | choice)
             if sampler.convergence_order > 0:
                 yield sampler
 
 
-def _orders(annotation: Any) -> Sequence[int]:
-    return getattr(annotation, "__args__", ())
+def _choices(kind: type[Sampler]) -> list[dict[str, Any]]:
+    if issubclass(kind, MomentumSampler):
+        return [{"order": o, "weights": w} for o in MOMENTUM_ORDERS for w in get_args(Weights)]
+    orders = _orders(kind.model_fields["order"]) if "order" in kind.model_fields else []
+    return [{"order": order} for order in orders] or [{}]
+
+
+def _orders(field: FieldInfo) -> list[int]:
+    """The whole numbers that a field names, alone or beside None."""
+    named = (get_args(one) or (one,) for one in get_args(field.annotation))
+    return [value for values in named for value in values if isinstance(value, int)]
 
 
 def errors(sampler: Sampler, counts: Sequence[int]) -> list[float]:
     """Largest distance from the exact flow at each number of evaluations, in float64.
 
     Raises:
-        ValueError: the sampler refuses the first of them.
+        ValueError: the sampler refuses one of them.
     """
     schedule = NoiseSchedule.vp_linear()
     data = GaussianMixtureDenoiser(schedule)
@@ -58,8 +70,8 @@ def errors(sampler: Sampler, counts: Sequence[int]) -> list[float]:
     exact = data.transport(x, T_START, T_END)
     found: list[float] = []
     for count in counts:
-        # With two evaluations a step, an odd number cannot be had: one less is made.
-        steps = max(1, count // sampler.evaluations_per_step)
-        plan = sampler.plan(schedule.grid(LogSNR(), steps, T_START, T_END))
+        grids = (schedule.grid(LogSNR(), steps, T_START, T_END) for steps in range(count, 0, -1))
+        # Not every number can be had with two evaluations a step: then the next lower one.
+        plan = next(plan for plan in map(sampler.plan, grids) if plan.evaluations <= count)
         found.append(float((integrate(plan, data, x) - exact).abs().max()))
     return found

@@ -143,7 +143,7 @@ def _slopes() -> Iterator[Work]:
             return {"declared": sampler.convergence_order, "slope": steep, "errors": errors}
 
         settings = sampler.model_dump()
-        label = f"{sampler.name} {settings['order']}" if settings.get("order") else sampler.name
+        label = " ".join(str(settings[k]) for k in ("name", "order", "weights") if settings.get(k))
         yield {"part": "slope", "label": label, "settings": settings}, work
 
 
