@@ -98,8 +98,10 @@ def pack(lane: Lane, sequences: list[Sequence], fixed_rows: int | None) -> Batch
     perturbed: list[list[tuple[int, int, float]]] = []
     for i, sequence in enumerate(sequences):
         ask, first = sequence.ask, len(owners)
-        owners.extend([i] * len(ask.numbers))
-        numbers.extend(ask.numbers)
+        if not ask.numbers:
+            continue
+        owners += [i] * len(ask.numbers)
+        numbers += ask.numbers
         if ask.evaluated:
             others[i] = list(range(first, first + sequence.guidance.branches))
         for k, (number, scale) in enumerate(ask.perturbed):
@@ -263,7 +265,7 @@ def _network(
 def _filled(
     batch: Batch, predictions: Tensor
 ) -> tuple[Tensor, Mapping[int, list[int]], list[Kept]]:
-    """Predictions with those that policies fill in behind them, and the rows of each image's."""
+    """Predictions with those that policies fill in behind them, and each image's rows in order."""
     estimating = [
         i
         for i, sequence in enumerate(batch.sequences)
@@ -295,7 +297,7 @@ def _filled(
         kept.append(Kept(members, filled.memory[: len(members)]))
         others |= {i: [count + k] for k, i in enumerate(members)}
         count += len(members)
-    return torch.cat(new), others, kept
+    return torch.cat(new), dict(sorted(others.items())), kept
 
 
 def _settled(batch: Batch, predictions: Tensor) -> Tensor:
@@ -341,8 +343,11 @@ def _stacked(
     others: Mapping[int, list[int]],
     memory_slots: int,
 ) -> Rows:
-    where = _indices(batch.lane, members)
-    x = batch.columns[:, 0].index_select(0, where)
+    """Predictions and levels of some images, whose positions rise."""
+    x, cond = batch.columns[:, 0], predictions[: len(batch.sequences)]
+    if len(members) < len(x):
+        where = _indices(batch.lane, members)
+        x, cond = x.index_select(0, where), cond.index_select(0, where)
     scalars: list[tuple[float, ...]] = []
     for i in members:
         sequence, plan = batch.sequences[i], batch.plans[i]
@@ -355,7 +360,7 @@ def _stacked(
     rows = _indices(batch.lane, [row for i in members for row in others[i]])
     memory = batch.lane.pool.rule_memory[:, :memory_slots]
     return Rows(
-        cond=predictions.index_select(0, where),
+        cond=cond,
         others=predictions.index_select(0, rows).view(len(members), -1, *x.shape[1:]),
         x=x,
         alpha=alpha,
