@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 SERIES_TERMS = 20
 """Of the moments at short steps: beyond the last digit of float64."""
+SERIES = np.array(
+    [[factorial(k) / factorial(k + j + 1) for j in range(SERIES_TERMS)] for k in range(4)]
+)
 
 
 class SASolver(Sampler, frozen=True):
@@ -70,75 +73,64 @@ class SASolver(Sampler, frozen=True):
     def plan(self, grid: Grid) -> Plan:
         columns = Columns("x", "D1", "D2", "D3")
         D, history = columns.denoised, [columns["D1"], columns["D2"], columns["D3"]]
+        lam = grid.finite_half_log_snr
+        predictor: list[F64] = []
         tables: list[F64] = []
         for i in range(grid.steps):
             x = columns["x"]
             if i > 0 and self.corrector_order > 0:
                 # The predictor's terms go and the corrector's come; the noise stays. Starting from
                 # x keeps what guidance or inpainting moved x by.
-                x = x - self._predicted(grid, i - 1, history) + self._corrected(grid, i, D, history)
+                corrector = self._weights(grid, lam, i - 1, i, min(self.corrector_order, i + 1))
+                x = x - _sum(predictor, history) + _sum(corrector, [D, *history])
+            order = 1 if grid.sigma[i + 1] == 0 else min(self.predictor_order, i + 1)
+            predictor = self._weights(grid, lam, i, i, order)
             shrink, fresh = self._linear_part(grid, i)
-            x = shrink * x + self._predicted(grid, i, [D, *history[:-1]]) + fresh * columns.noise
+            x = shrink * x + _sum(predictor, [D, *history]) + fresh * columns.noise
             tables.append(columns.table(x=x, D1=D, D2=history[0], D3=history[1]))
         return Plan.of_steps(grid, tables)
 
     def _linear_part(self, grid: Grid, i: int) -> tuple[float, float]:
         """Factor of x, and deviation of the noise, in the step from point i."""
-        h = grid.half_log_snr[i + 1] - grid.half_log_snr[i]
+        ratio = grid.sigma[i + 1] / grid.sigma[i]
         if self.tau == 0:
-            return grid.sigma[i + 1] / grid.sigma[i], 0.0
-        shrink = grid.sigma[i + 1] / grid.sigma[i] * np.exp(-(self.tau**2) * h)
-        return shrink, grid.sigma[i + 1] * np.sqrt(-np.expm1(-2 * self.tau**2 * h))
+            return ratio, 0.0
+        # sigma' alpha / (sigma alpha') is e^-h.
+        decay = (ratio * grid.alpha[i] / grid.alpha[i + 1]) ** (self.tau**2)
+        return ratio * decay, grid.sigma[i + 1] * np.sqrt(1 - decay**2)
 
-    def _predicted(self, grid: Grid, i: int, known: list[F64]) -> F64:
-        """The predictions' part of the step from point i; ``known`` are those there and before."""
-        order = min(self.predictor_order, self._allowed(grid, i))
-        return self._integral(grid, i, known[:order], list(range(i, i - order, -1)))
+    def _weights(self, grid: Grid, lam: F64, i: int, newest: int, order: int) -> list[F64]:
+        """Of the predictions at ``newest`` and before it, in the step from point i.
 
-    def _corrected(self, grid: Grid, i: int, arrived: F64, history: list[F64]) -> F64:
-        """The same of the step to point i, with the prediction there."""
-        order = min(self.corrector_order, self._allowed(grid, i - 1) + 1)
-        known = [arrived, *history][:order]
-        return self._integral(grid, i - 1, known, list(range(i, i - order, -1)))
-
-    def _allowed(self, grid: Grid, i: int) -> int:
-        """Highest order of the predictor in the step from point i."""
-        return 1 if grid.sigma[i + 1] == 0 else i + 1
-
-    def _integral(self, grid: Grid, i: int, known: list[F64], at: list[int]) -> F64:
-        """``c alpha' int e^(-c (lam' - lam)) D(lam) dlam`` over the step from point i.
-
-        c = 1 + tau^2, and D runs through the predictions ``known`` at the points ``at``.
+        Those of ``c alpha' int e^(-c (lam' - lam)) D(lam) dlam``, c = 1 + tau^2, with D the
+        polynomial through them.
         """
         shrink, _ = self._linear_part(grid, i)
         # What a constant prediction adds, finite also at pure noise and at the clean end.
         total = grid.alpha[i + 1] - grid.alpha[i] * shrink
-        if len(known) == 1:
-            return total * known[0]
-        lam = grid.finite_half_log_snr
+        if order == 1:
+            return [total]
         h = lam[i + 1] - lam[i]
         z = (1 + self.tau**2) * h
-        moments = grid.alpha[i + 1] * _moments(z, len(known))
+        moments = grid.alpha[i + 1] * _moments(z, order)
         moments[0] = total
-        rounded = self.second_order == "rounded" and np.isfinite(grid.half_log_snr[i])
-        if len(known) == 2 and rounded:
+        if order == 2 and self.second_order == "rounded" and grid.alpha[i] > 0:
             moments[1] = grid.alpha[i + 1] * z / 2
-        nodes = (lam[at] - lam[i]) / h
-        weights = np.linalg.solve(np.vander(nodes, increasing=True).T, moments)
-        return sum((w * D for w, D in zip(weights, known, strict=True)), 0 * known[0])
+        nodes = (lam[newest - np.arange(order)] - lam[i]) / h
+        return list(np.linalg.solve(np.vander(nodes, increasing=True).T, moments))
+
+
+def _sum(weights: list[F64], predictions: list[F64]) -> F64:
+    """Of the weighted predictions, as many as there are weights."""
+    first, *others = (w * D for w, D in zip(weights, predictions, strict=False))
+    return sum(others, first)
 
 
 def _moments(z: float, count: int) -> F64:
     """``z int_0^1 e^(-z (1 - v)) v^k dv`` for k = 0 .. count - 1."""
     if z < 1:
         # The recursion below would cancel.
-        n = np.arange(SERIES_TERMS)
-        return np.array(
-            [
-                z * sum((-z) ** j * factorial(k) / factorial(k + j + 1) for j in n.tolist())
-                for k in range(count)
-            ]
-        )
+        return z * SERIES[:count] @ (-z) ** np.arange(SERIES_TERMS)
     moments = [-np.expm1(-z)]
     for k in range(1, count):
         moments.append(1 - k / z * moments[-1])

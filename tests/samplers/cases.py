@@ -51,12 +51,14 @@ CANCELLING: list[Sampler] = [
 """Solvers whose leading errors all but cancel, so that no one slope shows at usual steps."""
 
 COLD: list[Sampler] = [
-    DPMSolverV3(
-        order=order,
-        predictor="exact",
-        corrector=corrector,
-        lower_order_final=False,
-        statistics="none",
+    DPMSolverV3.model_validate(
+        {
+            "order": order,
+            "predictor": "exact",
+            "corrector": corrector,
+            "lower_order_final": False,
+            "statistics": "none",
+        }
     )
     for order, corrector in ((2, "exact"), (3, "none"), (3, "exact"))
 ]
@@ -105,9 +107,14 @@ def label(setting: BaseModel) -> str:
 
 
 def _says_nothing_new(sampler: Sampler) -> bool:
-    """Pseudo derivatives are exact below order 3; the fraction of an order is its beta."""
+    """Pseudo derivatives are exact below order 3; the fraction of an order is its beta.
+
+    Rounded weights are those of order 2 alone.
+    """
     if isinstance(sampler, MomentumSampler):
         return sampler.beta in (1, sampler.order)
+    if isinstance(sampler, SASolver) and sampler.second_order == "rounded":
+        return 2 not in (sampler.predictor_order, sampler.corrector_order)
     return getattr(sampler, "predictor", None) == "pseudo" and getattr(sampler, "order", 3) < 3
 
 
