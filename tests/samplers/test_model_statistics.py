@@ -1,9 +1,13 @@
 """Statistics computed from a denoiser, against closed forms and against the exact flow."""
 
+from __future__ import annotations
+
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -58,23 +62,30 @@ def drawn(count: int) -> Tensor:
     return torch.from_numpy(MU + C * rng.standard_normal((count, *SHAPE)))
 
 
+@pytest.mark.parametrize(("reach", "tolerance"), [(0.2, 0.01), (0.0, 0.04)])
 @pytest.mark.parametrize("name", ["vp_linear", "linear", "flow", "flow_shifted", "edm"])
-def test_a_gaussian_gives_its_closed_form(name: str) -> None:
+def test_a_gaussian_gives_its_closed_form(name: str, reach: float, tolerance: float) -> None:
     schedule = SCHEDULES[name]
     (found,) = compute_statistics(
-        for_all(gaussian(schedule)), schedule, drawn(64), count=64, points=160, chunk=64
+        for_all(gaussian(schedule)),
+        schedule,
+        drawn(32),
+        count=32,
+        points=160,
+        reach=reach,
+        chunk=32,
     )
     rise = C**2 * np.exp(2 * found.half_log_snr)[:, None, None, None]
     exact = 1 / (1 + rise)
     l_slope = -2 * rise * exact**2
     assert np.abs(found.l - exact).max() < 1e-11
-    # The moving average flattens the peak of l', which is 1/2.
     assert np.abs(found.s).max() < 0.02
-    assert np.abs(found.b + l_slope * MU).max() < 0.04
+    # Differences and moving averages flatten the peak of l', which is 1/2.
+    assert np.abs(found.b + l_slope * MU).max() < tolerance
     assert found.identity is not None
     assert found.identity.schedule == fingerprint(schedule)
     assert (found.identity.rule, found.identity.scale) == ("none", 1.0)
-    assert (found.identity.samples, found.identity.points) == (64, 160)
+    assert (found.identity.samples, found.identity.points) == (32, 160)
 
 
 def test_hutchinson_finds_the_diagonal_of_a_linear_denoiser() -> None:
@@ -94,51 +105,109 @@ def test_hutchinson_finds_the_diagonal_of_a_linear_denoiser() -> None:
     assert np.abs(found.l.reshape(3, -1) - exact).max() < 4 / 64
 
 
-@pytest.mark.parametrize("schedule", [VP, FLOW, EDM], ids=["vp", "flow", "edm"])
-def test_the_change_along_the_flow_is_that_of_the_exact_flow(schedule: NoiseSchedule) -> None:
-    """Finite differences of f over exact transport, and numpy's least squares, against s and b."""
-    exact = GaussianMixtureDenoiser(schedule)
-    weights, means, deviations = (
-        torch.tensor(part, dtype=torch.float64)
-        for part in (exact.weights, exact.means, exact.deviations)
-    )
+@dataclass
+class Mixed:
+    """Statistics of a Gaussian mixture, and the exact flow to hold them to."""
 
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
-        alpha, sigma = (part[..., None] for part in levels(schedule, t))
-        variance = (alpha * deviations) ** 2 + sigma**2
-        score = (x[..., None] - alpha * means) ** 2 / variance
-        share = torch.softmax(weights.log() - (variance.log() + score) / 2, -1)
-        inner = (sigma**2 * means + alpha * deviations**2 * x[..., None]) / variance
-        return (share * inner).sum(-1)
+    schedule: NoiseSchedule
+    exact: GaussianMixtureDenoiser
+    found: samplers.Statistics
+    clean: Tensor
+    noise: Tensor
 
-    count, points = 40, 61
-    clean = drawn(count)
-    (found,) = compute_statistics(
-        for_all(denoise), schedule, clean, count=count, points=points, chunk=count
-    )
-    lam = found.half_log_snr
-    m = 1 - found.l
-    slope = np.gradient(m, lam, axis=0)
-    noise, _ = _noise_and_signs(range(count), 0, clean)
-    for i in range(HALF_WINDOW, points - HALF_WINDOW, 7):
-        h = 1e-4
-        t, low, high = (
-            float(schedule.time_of_half_log_snr(np.array(lam[i] + d))) for d in (0.0, -h, h)
+    @classmethod
+    def of(cls, schedule: NoiseSchedule, reach: float, count: int = 40, points: int = 61) -> Mixed:
+        exact = GaussianMixtureDenoiser(schedule)
+        weights, means, deviations = (
+            torch.tensor(part, dtype=torch.float64)
+            for part in (exact.weights, exact.means, exact.deviations)
         )
-        m_slope = slope[i - HALF_WINDOW : i + HALF_WINDOW + 1].mean(0)
-        alpha, sigma = (float(part) for part in schedule.level(np.array(t)))
-        x = alpha * clean + sigma * noise
 
-        def f_at(time: float, distance: float) -> np.ndarray:
-            moved = exact.transport(x, t, time)  # noqa: B023 - called at once
-            y = moved / float(schedule.level(np.array(time))[0])
-            return ((m[i] + distance * m_slope) * y.numpy()) - exact(moved, time).numpy()  # noqa: B023
+        def denoise(x: Tensor, t: Tensor) -> Tensor:
+            alpha, sigma = (part[..., None] for part in levels(schedule, t))
+            variance = (alpha * deviations) ** 2 + sigma**2
+            score = (x[..., None] - alpha * means) ** 2 / variance
+            share = torch.softmax(weights.log() - (variance.log() + score) / 2, -1)
+            inner = (sigma**2 * means + alpha * deviations**2 * x[..., None]) / variance
+            return (share * inner).sum(-1)
 
-        change = (f_at(high, h) - f_at(low, -h)) / (2 * h)
+        clean = drawn(count)
+        (found,) = compute_statistics(
+            for_all(denoise),
+            schedule,
+            clean,
+            count=count,
+            points=points,
+            reach=reach,
+            chunk=count,
+        )
+        noise, _ = _noise_and_signs(range(count), 0, clean)
+        return cls(schedule, exact, found, clean, noise)
+
+    def f(self, i: int, distance: float, m: np.ndarray) -> np.ndarray:
+        """f of all samples of point i, carried so far in lam by the exact flow."""
+        lam = self.found.half_log_snr[i]
+        t, to = (self._time(lam + d) for d in (0.0, distance))
+        (alpha, sigma), (alpha_to, _) = (self.schedule.level(np.array(time)) for time in (t, to))
+        x = self.exact.transport(float(alpha) * self.clean + float(sigma) * self.noise, t, to)
+        return m * x.numpy() / float(alpha_to) - self.exact(x, to).numpy()
+
+    def check(self, i: int, change: np.ndarray, tolerance: float) -> None:
+        """Numpy's line through f and its change, against s and b at point i."""
+        f = self.f(i, 0.0, 1 - self.found.l[i])
         for place in np.ndindex(*SHAPE):
-            s, b = np.polyfit(f_at(t, 0.0)[:, *place], change[:, *place], 1)
-            assert found.s[i][place] == pytest.approx(s, abs=2e-4, rel=2e-4)
-            assert found.b[i][place] == pytest.approx(b, abs=2e-4, rel=2e-4)
+            s, b = np.polyfit(f[:, *place], change[:, *place], 1)
+            assert self.found.s[i][place] == pytest.approx(s, abs=tolerance, rel=tolerance)
+            assert self.found.b[i][place] == pytest.approx(b, abs=tolerance, rel=tolerance)
+
+    def _time(self, lam: float) -> float:
+        return float(self.schedule.time_of_half_log_snr(np.array(lam)))
+
+
+each_kind = pytest.mark.parametrize("schedule", [VP, FLOW, EDM], ids=["vp", "flow", "edm"])
+
+
+@each_kind
+def test_derivatives_along_the_flow_are_those_of_the_exact_flow(schedule: NoiseSchedule) -> None:
+    mixed, h = Mixed.of(schedule, reach=0.0), 1e-4
+    m = 1 - mixed.found.l
+    slope = np.gradient(m, mixed.found.half_log_snr, axis=0)
+    for i in range(HALF_WINDOW, len(m) - HALF_WINDOW, 7):
+        m_slope = slope[i - HALF_WINDOW : i + HALF_WINDOW + 1].mean(0)
+        high, low = mixed.f(i, h, m[i] + h * m_slope), mixed.f(i, -h, m[i] - h * m_slope)
+        mixed.check(i, (high - low) / (2 * h), 2e-4)
+
+
+@each_kind
+def test_differences_along_the_flow_are_those_of_the_exact_flow(schedule: NoiseSchedule) -> None:
+    """Between the very points; what is left is the step with D held in place of the flow."""
+    mixed = Mixed.of(schedule, reach=0.2)
+    m, lam = 1 - mixed.found.l, mixed.found.half_log_snr
+    reach = lam[1] - lam[0]
+    assert 0.15 < reach < 0.25
+    for i in range(7, len(m) - 1, 7):
+        high, low = mixed.f(i, reach, m[i + 1]), mixed.f(i, -reach, m[i - 1])
+        mixed.check(i, (high - low) / (2 * reach), 0.02)
+
+
+def test_a_ripple_in_time_spoils_derivatives_and_not_differences() -> None:
+    """As of a network between the timesteps that it was trained at."""
+
+    def rippled(x: Tensor, t: Tensor) -> Tensor:
+        wave = along_time(DISCRETE, lambda t: np.sin(2 * np.pi * t), t)[:, None, None, None]
+        return gaussian(DISCRETE)(x, t) + 0.01 * wave
+
+    def b_of(denoise: Denoise, reach: float) -> np.ndarray:
+        (found,) = compute_statistics(
+            for_all(denoise), DISCRETE, drawn(16), count=16, points=40, reach=reach
+        )
+        return found.b
+
+    moved, spoilt = (
+        np.abs(b_of(rippled, reach) - b_of(gaussian(DISCRETE), reach)).max() for reach in (0.2, 0.0)
+    )
+    assert moved < 0.06
+    assert spoilt > 2
 
 
 @each_schedule
@@ -181,16 +250,16 @@ def test_derivatives_in_time_are_one_sided_at_the_ends_of_training(t: float) -> 
     assert slope.item() == pytest.approx(value.item() * (logs[k + 1] - logs[k]), rel=1e-4)
 
 
-def test_mixtures_of_branches_are_the_statistics_of_their_sums() -> None:
+@pytest.mark.parametrize("reach", [0.2, 0.0])
+def test_mixtures_of_branches_are_the_statistics_of_their_sums(reach: float) -> None:
     first, second = gaussian(VP, MU), gaussian(VP, -MU)
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         return torch.stack([first(x, t) * x.cos(), second(x, t)])
 
     mixtures = [Mixture(weights=(1, 0)), Mixture("cfg", 4.0, (4, -3)), Mixture("cfg", 2, (2, -1))]
-    together = compute_statistics(
-        for_all(denoise), VP, drawn(8), count=8, points=12, mixtures=mixtures
-    )
+    given: dict[str, Any] = {"count": 8, "points": 12, "reach": reach}
+    together = compute_statistics(for_all(denoise), VP, drawn(8), mixtures=mixtures, **given)
     for mixture, found in zip(mixtures, together, strict=True):
         w, u = mixture.weights
 
@@ -198,7 +267,7 @@ def test_mixtures_of_branches_are_the_statistics_of_their_sums() -> None:
             cond, uncond = denoise(x, t)
             return w * cond + u * uncond
 
-        (alone,) = compute_statistics(for_all(summed), VP, drawn(8), count=8, points=12)
+        (alone,) = compute_statistics(for_all(summed), VP, drawn(8), **given)
         for name in ("l", "s", "b"):
             assert np.allclose(getattr(found, name), getattr(alone, name), rtol=1e-8, atol=1e-8)
         assert found.identity is not None
