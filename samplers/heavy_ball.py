@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from math import ceil, isclose
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
-from typing_extensions import Self, override
+from typing_extensions import override
 
 from samplers.linear_multistep import Line, Weights, combined, of_differences
 from samplers.plan import Columns, Plan

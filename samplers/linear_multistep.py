@@ -1,7 +1,7 @@
 """What linear multistep samplers share: the line they integrate along, and weights of slopes.
 
-With ``y = x / scale`` the probability flow is ``dy / ds = slope``, ``s = sigma / scale``. With alpha
-as the scale the slope is eps. On flow matching, where sigma / alpha is infinite at pure noise, a
+With ``y = x / scale`` the probability flow is ``dy / ds = slope``, ``s = sigma / scale``. If the
+scale is alpha the slope is eps. On flow matching, where sigma / alpha is infinite at pure noise, a
 scale of 1 gives the velocity over sigma. In both ``slope = (x - scale D) / sigma``.
 
 Past slopes are kept as the signal ``x - sigma slope`` that they imply at the present point. If
@@ -78,7 +78,7 @@ class Line:
         return dict(zip(slots, signals, strict=False))
 
     def step(self, i: int, columns: Columns, mean: F64) -> F64:
-        """x at point i + 1, for the mean slope over the step.
+        """The state at point i + 1, for the mean slope over the step.
 
         At the first point the mean is the slope itself, the only one that is known.
         """
