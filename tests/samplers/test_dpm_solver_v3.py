@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from scipy.integrate import cumulative_simpson, simpson
 from torch import Tensor
 
@@ -18,29 +17,25 @@ from samplers.ddim import DDIM
 from samplers.dpm_solver_pp import DPMSolverPP
 from samplers.dpm_solver_v3 import DPMSolverV3, Flags, Preset, preset
 from samplers.gaussian import GaussianDenoiser, GaussianMixtureDenoiser
+from samplers.levels import F64
 from samplers.statistics import Statistics, StatisticsIdentity
 from samplers.timesteps import Karras, LogSNR, Trailing
 from samplers.unipc import UniPC
 from tests.samplers.cases import DEFAULT_SPACINGS, DISCRETE, EDM, FLOW, VP, grid_unless_refused
 
-Array = NDArray[np.float64]
-
 LATENT = (2, 3, 1)
 FLAGS = [
-    Flags(order, predictor, corrector, lower_order_final=lowered)
-    for order, predictor, corrector, lowered in (
-        (1, "exact", "none", False),
-        (1, "exact", "pseudo", False),
-        (2, "exact", "none", True),
-        (2, "exact", "exact", False),
-        (2, "exact", "pseudo", True),
-        (3, "exact", "none", False),
-        (3, "exact", "exact", True),
-        (3, "exact", "pseudo", True),
-        (3, "pseudo", "exact", False),
-        (3, "pseudo", "pseudo", False),
-        (3, "exact", "raised", False),
-    )
+    Flags(1, "exact", "none", lower_order_final=False),
+    Flags(1, "exact", "pseudo", lower_order_final=False),
+    Flags(2, "exact", "none", lower_order_final=True),
+    Flags(2, "exact", "exact", lower_order_final=False),
+    Flags(2, "exact", "pseudo", lower_order_final=True),
+    Flags(3, "exact", "none", lower_order_final=False),
+    Flags(3, "exact", "exact", lower_order_final=True),
+    Flags(3, "exact", "pseudo", lower_order_final=True),
+    Flags(3, "pseudo", "exact", lower_order_final=False),
+    Flags(3, "pseudo", "pseudo", lower_order_final=False),
+    Flags(3, "exact", "raised", lower_order_final=False),
 ]
 
 
@@ -52,26 +47,26 @@ def sampler_of(flags: Flags, **others: Any) -> DPMSolverV3:
     return DPMSolverV3(**flags._asdict(), **others)
 
 
-def ends_of(schedule: NoiseSchedule) -> Array:
+def ends_of(schedule: NoiseSchedule) -> F64:
     return schedule.half_log_snr(np.array([schedule.t_start, schedule.t_end]))
 
 
-def smooth(ends: Array, points: int = 120, shape: tuple[int, ...] = LATENT) -> Statistics:
+def smooth(ends: F64, points: int = 120, shape: tuple[int, ...] = LATENT) -> Statistics:
     """Statistics that are smooth over lam and belong to no model in particular."""
     generator = np.random.default_rng(5)
-    lam = np.linspace(*ends, points)
+    lam = np.linspace(ends[0], ends[1], points)
     column = lam.reshape(-1, *[1] * len(shape))
 
-    def wave(middle: float, height: float) -> Array:
+    def wave(middle: float, height: float) -> F64:
         pace, phase = (generator.uniform(0.2, 0.7, shape) for _ in range(2))
         return middle + height * np.sin(pace * column + 9 * phase)
 
     return Statistics(lam, wave(0.6, 0.4), wave(0.1, 0.6), wave(0.0, 0.5))
 
 
-def constant(l: float, s: float, b: float, ends: Array) -> Statistics:  # noqa: E741
-    lam = np.linspace(*ends, 40)
-    return Statistics(lam, *(np.full(40, value) for value in (l, s, b)))
+def constant(l: float, s: float, b: float, ends: F64) -> Statistics:  # noqa: E741
+    lam = np.linspace(ends[0], ends[1], 40)
+    return Statistics(lam, np.full(40, l), np.full(40, s), np.full(40, b))
 
 
 def start_of(shape: tuple[int, ...] = LATENT) -> Tensor:
@@ -88,10 +83,10 @@ class Published:
     """
 
     grid: Grid
-    lam: Array
-    l: Array  # noqa: E741
-    s: Array
-    b: Array
+    lam: F64
+    l: F64  # noqa: E741
+    s: F64
+    b: F64
 
     def __post_init__(self) -> None:
         points = self.grid.half_log_snr
@@ -199,7 +194,8 @@ def test_a_run_is_the_authors_own_with_any_flags(flags: Flags, spacing: LogSNR |
 
 def gaussian_statistics(points: int, mean: float, deviation: float) -> Statistics:
     """Those of N(mean, deviation^2), in closed form: with them f' = s f + b holds exactly."""
-    lam = np.linspace(*ends_of(VP), points)
+    first, last = ends_of(VP)
+    lam = np.linspace(first, last, points)
     spread = deviation**2 * np.exp(2 * lam)
     l = 1 / (1 + spread)  # noqa: E741
     return Statistics(lam, l, np.zeros(points), 2 * spread * l**2 * mean)
@@ -402,8 +398,8 @@ def test_a_start_at_pure_noise_is_the_limit_of_starts_just_below() -> None:
 def test_statistics_of_channels_are_those_of_all_their_elements() -> None:
     ends = ends_of(DISCRETE)
     channels = smooth(ends, shape=(2, 1, 1))
-    full = (np.broadcast_to(a, (len(a), 2, 4, 4)) for a in (channels.l, channels.s, channels.b))
-    elements = Statistics(channels.half_log_snr, *full)
+    l, s, b = (np.broadcast_to(a, (120, 2, 4, 4)) for a in (channels.l, channels.s, channels.b))  # noqa: E741
+    elements = Statistics(channels.half_log_snr, l, s, b)
     grid, data, x = (
         DISCRETE.grid(Karras(), 8),
         GaussianMixtureDenoiser(DISCRETE),
@@ -421,8 +417,8 @@ def test_elements_do_not_touch_each_other() -> None:
     given = smooth(ends_of(DISCRETE))
     together = integrate(DPMSolverV3().plan(grid, given), data, x)
     for element in np.ndindex(*LATENT):
-        own = (a[:, *element] for a in (given.l, given.s, given.b))
-        plan = DPMSolverV3().plan(grid, Statistics(given.half_log_snr, *own))
+        l, s, b = (a[:, *element] for a in (given.l, given.s, given.b))  # noqa: E741
+        plan = DPMSolverV3().plan(grid, Statistics(given.half_log_snr, l, s, b))
         assert not plan.elementwise
         alone = integrate(plan, data, x[:, *element])
         torch.testing.assert_close(together[:, *element], alone, rtol=1e-11, atol=1e-11)
