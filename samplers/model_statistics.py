@@ -59,7 +59,7 @@ HALF_WINDOW = 5
 """Points to either side in the moving average of l' where derivatives are taken."""
 SMALL_STEP = 1e-5
 """Of lam, and of time as a share of the schedule's range, in numerical derivatives."""
-VANISHING = 1e-10
+VANISHING = 1e-12
 """Share of its two terms' variances below which var(f) is rounding, and s is 0."""
 SUMS = ("vJv", "y", "D", "D'", "yy", "yD", "DD", "yD'", "DD'")
 
