@@ -136,6 +136,8 @@ class DPMSolverV3(Sampler, frozen=True):
         reached = order if predictor == "exact" else min(order, 2)
         # Every point but the last is corrected. A corrector gains one order on its predictor at
         # most, and as divided differences are wrong from the second derivative on, two in all.
+        # The first step is of order one, and corrector none and exact leave it so: at high noise,
+        # where a run starts, its error is small, and it is what shows at hundreds of steps.
         return {"none": reached, "exact": order, "pseudo": 2, "raised": reached + 1}[corrector]
 
     def flags(self, scale: float, steps: int) -> Flags:

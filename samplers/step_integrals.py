@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 POWERS = 4
 """Moments 0 to 3: what the highest order, with three derivatives, asks for."""
 NODES = 3
-"""Gauss points a panel: error below 1e-12 at 250 points, and three of two points' costs."""
+"""Gauss points a panel: at 250 points over lam moments are off by 4e-11, with two by 1e-6."""
 WIDEST = 0.05
 """Panels between points that lie further apart in lam are divided."""
 
