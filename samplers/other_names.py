@@ -200,7 +200,7 @@ DIFFUSERS: Final[Mapping[str, Scheduler]] = MappingProxyType(
 LACKING: Final[Mapping[str, str]] = MappingProxyType(
     {
         "DPM++ SDE": "a two-stage stochastic solver; nearest is dpm_solver_pp with variant sde",
-        "LMS": "a linear multistep method; nearest is plms",
+        "LMS": "a linear multistep method; nearest is hb with order 4, beta 1 and weights variable",
         "DPM2": "the midpoint method in log sigma; nearest is heun",
         "DPM2 a": "the midpoint method with fresh noise; nearest is dpm_solver_pp_singlestep"
         " with eta 1",
@@ -208,7 +208,8 @@ LACKING: Final[Mapping[str, str]] = MappingProxyType(
         "DPM adaptive": "its steps depend on the picture; nearest is dpm_solver_pp_singlestep",
         "DDIM CFG++": "here it is a guidance, cfg_plus_plus, which goes with any sampler",
         "KL Optimal": "even in the arc tangent of sigma; nearest is karras",
-        "LMSDiscreteScheduler": "a linear multistep method; nearest is plms",
+        "LMSDiscreteScheduler": "a linear multistep method; nearest is hb with order 4, beta 1 and"
+        " weights variable",
         "KDPM2DiscreteScheduler": "the midpoint method in log sigma; nearest is heun",
         "KDPM2AncestralDiscreteScheduler": "the midpoint method with fresh noise; nearest is"
         " dpm_solver_pp_singlestep with eta 1",

@@ -136,7 +136,7 @@ def test_the_embedded_models_own_scheduler_is_known() -> None:
     config = json.loads((MODEL_FOLDER / "scheduler/scheduler_config.json").read_text())
     sampler, spacing = of_diffusers(config)
     assert (sampler, spacing) == (DDIM(), Trailing())
-    theirs = diffusers.DDIMScheduler.from_config(config)
+    theirs: Any = diffusers.DDIMScheduler.from_config(config)
     theirs.set_timesteps(7)
     grid = NoiseSchedule.from_diffusers(config).grid(spacing, 7)
     assert grid.t[:-1].tolist() == theirs.timesteps.tolist()

@@ -79,6 +79,26 @@ def test_the_default_sampler_is_registered() -> None:
             "sampler.eta",
             "sampler.eta is true; it must be a number.",
         ),
+        (
+            {"sampler": {"name": "unipc", "order": 4}},
+            "sampler.order",
+            "sampler.order is 4; it must be one of 1, 2, 3.",
+        ),
+        (
+            {"spacing": {"name": "beta", "alpha": 0.1}},
+            "spacing.alpha",
+            "spacing.alpha is 0.1; it must be at least 0.3.",
+        ),
+        (
+            {"spacing": {"name": "custom", "times": 5}},
+            "spacing.times",
+            "spacing.times is 5; it must be a list.",
+        ),
+        (
+            {"spacing": {"name": "custom", "times": [999, "x"]}},
+            "spacing.times.1",
+            "spacing.times.1 is 'x'; it must be a number.",
+        ),
         ({"steps": 0}, "steps", "steps is 0; it must be at least 1."),
         ({"steps": 2.5}, "steps", "steps is 2.5; it must be a whole number."),
         ({"steps": "20"}, "steps", "steps is '20'; it must be a whole number."),
