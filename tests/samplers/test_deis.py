@@ -1,0 +1,52 @@
+"""DEIS beyond what every sampler promises."""
+
+import numpy as np
+import pytest
+
+from samplers import Grid
+from samplers.ddim import DDIM
+from samplers.deis import DEIS
+from samplers.timesteps import LogSNR, Trailing
+from tests.samplers.cases import EDM, FLOW, VP
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("reach", [0.02, 0.6, 3.0])
+def test_eps_that_is_a_polynomial_in_log_sigma_is_integrated_exactly(
+    order: int, reach: float
+) -> None:
+    """Where alpha is 1: x' - x is the integral of eps over sigma, here by many points of Gauss."""
+    sigma = 5.0 * np.exp(-reach * np.array([0, 0.8, 2.1, 3.0]))
+    grid = Grid.on_times(EDM, sigma, clean=False)
+    plan = DEIS.model_validate({"order": order, "lower_order_final": False}).plan(grid)
+    points, shares = np.polynomial.legendre.leggauss(60)
+    for power in range(order):
+        state = np.zeros(plan.slots)
+        for i in range(3):
+            before = state[0]
+            denoised = state[0] - sigma[i] * np.log(sigma[i]) ** power
+            state = plan.tables[i] @ np.array([*state, denoised, 0, 1])
+        at = sigma[2] + (points + 1) / 2 * (sigma[3] - sigma[2])
+        exact = shares @ np.log(at) ** power * (sigma[3] - sigma[2]) / 2
+        assert state[0] - before == pytest.approx(exact, rel=1e-8)
+
+
+def test_order_one_is_ddim() -> None:
+    grid = FLOW.grid(Trailing(), 6)
+    np.testing.assert_allclose(
+        DEIS(order=1).plan(grid).tables, DDIM().plan(grid).tables, rtol=0, atol=1e-14
+    )
+
+
+def test_order_is_lowered_at_the_end_of_short_runs_alone() -> None:
+    low, high = DEIS(order=3), DEIS(order=3, lower_order_final=False)
+    short, long = VP.grid(LogSNR(), 14), VP.grid(LogSNR(), 15)
+    np.testing.assert_array_equal(low.plan(long).tables, high.plan(long).tables)
+    differing = np.any(low.plan(short).tables != high.plan(short).tables, axis=(1, 2))
+    # The last step to the clean picture is of first order in any case.
+    assert differing.nonzero()[0].tolist() == [12]
+
+
+def test_slots_are_no_more_than_the_order_needs() -> None:
+    grid = VP.grid(LogSNR(), 6)
+    assert [DEIS.model_validate({"order": o}).plan(grid).slots for o in (1, 2, 3)] == [1, 2, 3]
