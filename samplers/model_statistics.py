@@ -60,7 +60,9 @@ HALF_WINDOW = 5
 SMALL_STEP = 1e-5
 """Of lam, and of time as a share of the schedule's range, in numerical derivatives."""
 VANISHING = 1e-12
-"""Share of its two terms' variances below which var(f) is rounding, and s is 0."""
+"""Share of the variances of its two terms below which var(f) is the network's rounding, and s 0."""
+ROUNDING = 1e-14
+"""The same of their mean squares, which cancel in variances."""
 SUMS = ("vJv", "y", "D", "D'", "yy", "yD", "DD", "yD'", "DD'")
 
 
@@ -370,8 +372,8 @@ def _statistics(
         C_yDp, C_DDp = yD_prime - y * D_prime, DD_prime - D * D_prime
         variance = m * m * C_yy - 2 * m * C_yD + C_DD
         covariance = m * A * C_yy + (m * B - A) * C_yD - B * C_DD - m * C_yDp + C_DDp
-        some = variance > VANISHING * (m * m * C_yy + C_DD)
-        s = np.divide(covariance, variance, out=np.zeros_like(variance), where=some)
+        least = VANISHING * (m * m * C_yy + C_DD) + ROUNDING * (m * m * yy + DD)
+        s = np.divide(covariance, variance, out=np.zeros_like(variance), where=variance > least)
         b = A * y + B * D - D_prime - s * (m * y - D)
         all_statistics.append(Statistics(places.half_log_snr, 1 - m, s, b, identity))
     return all_statistics
