@@ -20,7 +20,9 @@ from embedded import MODEL_FOLDER
 from embedded.scenes import make_scene, render
 from samplers.model_statistics import Progress
 from samplers.statistics import fingerprint, read_identity
-from server.ems import Samples, Size, file_of, make_statistics, mixture_of
+from server.data_samples import Samples
+from server.ems import Size, make_statistics, mixture_of
+from server.models.folder import statistics_file
 from server.models.hosted import HostedModel
 from server.models.loading import load_model
 
@@ -56,7 +58,7 @@ def make_all_statistics(model: HostedModel, options: argparse.Namespace) -> None
         tell=_Reporter("statistics"),
     )
     for scale, statistics in zip(SCALES, made, strict=True):
-        file = file_of(options.model, mixture_of(scale).rule, scale)
+        file = statistics_file(options.model, mixture_of(scale).rule, scale)
         statistics.save(file)
         print(f"wrote {file}", flush=True)
 
@@ -74,7 +76,7 @@ def stale_statistics(model: HostedModel, folder: Path) -> list[str]:
     schedule = fingerprint(model.facts.schedule)
     found: list[str] = []
     for scale in SCALES:
-        file = file_of(folder, mixture_of(scale).rule, scale)
+        file = statistics_file(folder, mixture_of(scale).rule, scale)
         try:
             identity = read_identity(file)
             if identity is None:
@@ -117,7 +119,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="embedded.derive", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(PARTS)}; default all")
     parser.add_argument("--check", action="store_true", help="only say what is missing or stale")
-    parser.add_argument("--points", type=int, default=96, help="of the statistics, in log SNR")
+    parser.add_argument("--points", type=int, default=80, help="of the statistics, in log SNR")
     parser.add_argument("--samples", type=int, default=192, help="noised pictures at each point")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all)")

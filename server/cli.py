@@ -1,4 +1,4 @@
-"""The command line: `weft serve`, `weft generate`, `weft catalog`.
+"""The command line: `weft serve`, `weft generate`, `weft catalog`, `weft ems`.
 
 Everything heavy is imported by the command that needs it, so that help comes at once.
 """
@@ -18,7 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from server.catalog import Entry
+    from server.ems import Order
     from server.request import GenerateRequest
     from server.service import Pictures
     from server.settings import Settings
@@ -178,6 +181,66 @@ def catalog(
         out.print(_table(title, getattr(listed, title)))
 
 
+@app.command()
+def ems(
+    model: Annotated[
+        Path | None, typer.Option("--model", "-m", help="Model folder. Default: embedded.")
+    ] = None,
+    guidance: Annotated[str, typer.Option(help="cfg or none.")] = "cfg",
+    scale: Annotated[
+        list[float] | None, typer.Option(help="Guidance scale; several cost little more.")
+    ] = None,
+    points: Annotated[int, typer.Option(min=3, help="Levels of noise, even in log SNR.")] = 120,
+    samples: Annotated[int, typer.Option(min=2, help="Noised pictures at each level.")] = 256,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            file_okay=False,
+            help="Pictures, each beside its caption in a .txt file; else the model draws its own.",
+        ),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="A prompt a line, for what it draws."),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Sampler steps for what it draws.")] = 25,
+    chunk: Annotated[int, typer.Option(min=1, help="Pictures in one forward.")] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Of noise and signs.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="File. Default: MODEL/weft/ems-GUIDANCE-SCALE.safetensors.")
+    ] = None,
+    device: Device = None,
+) -> None:
+    """Compute what dpm_solver_v3 needs to know of a model; a stopped run goes on where it was."""
+    scales = _scales(guidance, scale)
+    from embedded import MODEL_FOLDER
+    from server.ems import Order, Size
+
+    order = Order(
+        folder=model or MODEL_FOLDER,
+        scales=scales,
+        size=Size(points, samples, chunk, seed),
+        device=device or "auto",
+        data=data,
+        prompts=prompts,
+        steps=steps,
+        out=out,
+    )
+    for path in _with_stages(order):
+        typer.echo(path)
+
+
+def _scales(guidance: str, scales: list[float] | None) -> list[float]:
+    if guidance not in ("cfg", "none"):
+        _refuse(f"guidance is {guidance!r}; statistics are made for cfg and none.")
+    if guidance == "none" and scales:
+        _refuse("scale is of no use to the guidance 'none'; leave it out.")
+    if guidance == "cfg" and not scales:
+        _refuse("scale is missing; cfg needs one, say --scale 7.5.")
+    return list(dict.fromkeys(scales or [1.0]))
+
+
 def _table(title: str, entries: Sequence[Entry]) -> Table:
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, expand=True)
     table.add_column("name", style="bold", no_wrap=True)
@@ -259,7 +322,7 @@ def _format_of(output: Path) -> str:
     return FORMATS[output.suffix.lower()]
 
 
-def _with_bar(settings: Settings, request: GenerateRequest) -> Pictures:
+def _bars() -> Progress:
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -276,7 +339,31 @@ def _with_bar(settings: Settings, request: GenerateRequest) -> Pictures:
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
+    return Progress(*columns, console=console, transient=True)
+
+
+def _with_stages(order: Order) -> list[Path]:
+    from server.ems import fulfil
+    from server.errors import WeftError
+
+    with _bars() as bar:
+        bars = {"": bar.add_task("loading the model", total=None)}
+
+        def tell(stage: str, done: int, total: int) -> None:
+            bar.update(bars[""], visible=False)
+            if stage not in bars:
+                bars[stage] = bar.add_task(stage, total=total)
+            bar.update(bars[stage], completed=done)
+
+        try:
+            return fulfil(order, tell)
+        except WeftError as error:
+            bar.stop()
+            _refuse(error.message)
+
+
+def _with_bar(settings: Settings, request: GenerateRequest) -> Pictures:
+    with _bars() as bar:
         loading = bar.add_task("loading the model", total=None)
         from server.errors import WeftError
         from server.one_shot import generate as make

@@ -12,18 +12,13 @@ from torch import Tensor
 
 from samplers import Statistics, preconditioning
 from samplers.model_statistics import Mixture, Progress, along_time, compute_statistics
-from server.models.folder import DERIVED
+from server.data_samples import Samples, draw, prompts_for, read_pictures
+from server.errors import InvalidRequest
+from server.models.folder import statistics_file
 from server.models.hosted import HostedModel
+from server.models.loading import load_model
 
-__all__ = ["Samples", "Size", "file_of", "make_statistics", "mixture_of"]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Samples:
-    """Clean latents ``[K, C, h, w]`` float32, and the prompt of each."""
-
-    latents: Tensor
-    prompts: Sequence[str]
+__all__ = ["Order", "Size", "fulfil", "make_statistics", "mixture_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +38,61 @@ class Size:
     seed: int = 0
 
 
-def file_of(folder: Path, rule: str, scale: float) -> Path:
-    """Where a model folder keeps the statistics of a guidance rule and scale."""
-    name = f"ems-{rule}" if rule == "none" else f"ems-{rule}-{scale:g}"
-    return folder / DERIVED / f"{name}.safetensors"
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What the command line asks for.
+
+    Attributes:
+        folder: of the model.
+        scales: of classifier-free guidance; 1 for none.
+        size: how much is computed.
+        device: to compute on.
+        data: folder of pictures with captions; without it the model draws its own samples.
+        prompts: file with a prompt a line, for that.
+        steps: of the sampler that draws them.
+        out: file for a single scale; by default each has its place in the model's folder.
+    """
+
+    folder: Path
+    scales: Sequence[float]
+    size: Size
+    device: str = "auto"
+    data: Path | None = None
+    prompts: Path | None = None
+    steps: int = 25
+    out: Path | None = None
+
+
+def fulfil(order: Order, tell: Callable[[str, int, int], None]) -> list[Path]:
+    """Make statistics files, going on from what an earlier run left.
+
+    Args:
+        order: what is asked for.
+        tell: called with what is under way, how far it is, and how far it goes.
+
+    Returns:
+        The files, in the order of the scales.
+
+    Raises:
+        WeftError: the order cannot be fulfilled, with a sentence for the user.
+    """
+    files = _files(order)
+    model = load_model(order.folder, name=order.folder.name, device=order.device, dtype="float32")
+    samples = _samples(model, order, tell)
+    try:
+        made = make_statistics(
+            model,
+            samples,
+            order.scales,
+            order.size,
+            checkpoint=files[0].with_suffix(".sums"),
+            tell=lambda progress: tell("statistics", progress.done, progress.total),
+        )
+    except ValueError as refusal:
+        raise InvalidRequest(None, str(refusal)) from None
+    for file, statistics in zip(files, made, strict=True):
+        statistics.save(file)
+    return files
 
 
 def mixture_of(scale: float) -> Mixture:
@@ -70,20 +116,16 @@ def make_statistics(
     """Statistics of a model at some guidance scales, which share most of the cost.
 
     Args:
-        model: hosted in float32; it can serve no requests afterwards as fast as before.
-        samples: real pictures' latents, at least ``size.samples``.
+        model: hosted in float32; from then on it may be slower.
+        samples: of its data, ``size.samples`` of them.
         scales: of classifier-free guidance; 1 for none.
         size: how much is computed.
         checkpoint: see ``samplers.compute_statistics``.
         tell: likewise.
 
     Raises:
-        ValueError: too few samples, or see ``samplers.compute_statistics``.
+        ValueError: see ``samplers.compute_statistics``.
     """
-    if len(samples.prompts) < size.samples:
-        raise ValueError(
-            f"samples is {size.samples}, and there are only {len(samples.prompts)} pictures."
-        )
     model.make_differentiable()
     mixtures = [mixture_of(scale) for scale in scales]
     if all(scale == 1 for scale in scales):
@@ -100,6 +142,31 @@ def make_statistics(
         seed=size.seed,
         checkpoint=checkpoint,
         tell=tell,
+    )
+
+
+def _files(order: Order) -> list[Path]:
+    if order.out is None:
+        return [
+            statistics_file(order.folder, mixture_of(scale).rule, scale) for scale in order.scales
+        ]
+    if len(order.scales) > 1:
+        raise InvalidRequest("out", "out names one file; leave it out, or ask for one scale.")
+    return [order.out]
+
+
+def _samples(model: HostedModel, order: Order, tell: Callable[[str, int, int], None]) -> Samples:
+    count, chunk = order.size.samples, order.size.chunk
+    if order.data is not None:
+        return read_pictures(model, order.data, count, chunk)
+    return draw(
+        model,
+        prompts_for(order.folder, order.prompts),
+        count,
+        scale=min(order.scales),
+        steps=order.steps,
+        chunk=chunk,
+        tell=lambda done: tell("samples", done, count),
     )
 
 

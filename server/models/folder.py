@@ -53,6 +53,12 @@ def component_class(folder: Path, part: str, allowed: frozenset[str]) -> str:
     return str(kind)
 
 
+def statistics_file(folder: Path, rule: str, scale: float) -> Path:
+    """Where a model folder keeps the statistics of a guidance rule and scale."""
+    name = f"ems-{rule}" if rule == "none" else f"ems-{rule}-{scale:g}"
+    return folder / DERIVED / f"{name}.safetensors"
+
+
 def revision_of(folder: Path) -> str:
     """First 16 hexadecimal digits of the SHA-256 over all weights, by path.
 

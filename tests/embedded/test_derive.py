@@ -11,7 +11,7 @@ import torch
 from embedded import MODEL_FOLDER
 from embedded.derive import SCALES, pictures, stale_statistics
 from samplers import Statistics
-from server.ems import file_of
+from server.models.folder import statistics_file
 from server.models.loading import load_model
 
 
@@ -36,7 +36,7 @@ def test_what_ships_belongs_to_the_weights() -> None:
     assert not stale_statistics(model, MODEL_FOLDER)
     for scale in SCALES:
         rule = "none" if scale == 1 else "cfg"
-        found = Statistics.load(file_of(MODEL_FOLDER, rule, scale))
+        found = Statistics.load(statistics_file(MODEL_FOLDER, rule, scale))
         assert found.identity is not None
         assert (found.identity.rule, found.identity.scale) == (rule, scale)
         assert found.l.shape[1:] == found.identity.shape == model.latent_shape(128, 128)
