@@ -23,7 +23,7 @@ from samplers.dpm_solver_pp import DPMSolverPP
 from samplers.euler import Euler
 from samplers.gaussian import GaussianMixtureDenoiser
 from samplers.heun import Heun
-from samplers.timesteps import Karras
+from samplers.timesteps import Karras, Linspace, Trailing
 from samplers.unipc import UniPC
 from tests.samplers.cases import EDM, FLOW
 
@@ -73,6 +73,66 @@ def test_flow_matching_steps_are_those_of_diffusers(scheduler: Any, sampler: Sam
 
     reference = theirs(scheduler, START, velocity)
     torch.testing.assert_close(ours(FLOW, scheduler, sampler, START), reference, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("steps", [1, 4, 28])
+def test_trailing_levels_are_those_of_flow_matching_pipelines(shift: float, steps: int) -> None:
+    """The pipelines hand Euler's scheduler ``linspace(1, 1 / N, N)``, to be shifted."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps))  # type: ignore[arg-type]
+    schedule = NoiseSchedule.from_diffusers(scheduler.config)
+    grid = schedule.grid(Trailing(), steps)
+    np.testing.assert_allclose(grid.sigma, scheduler.sigmas.numpy(), rtol=1e-6)
+    told = schedule.conditioning(grid.t[:-1])
+    np.testing.assert_allclose(told, scheduler.timesteps.numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_linspace_levels_are_theirs_but_for_a_second_shift_of_the_last(
+    kind: Any, shift: float
+) -> None:
+    """Left to themselves their schedulers shift the smallest trained level, already shifted."""
+    scheduler = kind(shift=shift)
+    scheduler.set_timesteps(STEPS)
+    schedule = NoiseSchedule.flow(shift)
+    levels = list(dict.fromkeys(scheduler.sigmas.double().tolist()))
+    last = float(schedule.shifted(np.array(schedule.t_end)))
+    # Between two levels the same number of steps is spaced alike.
+    grid = schedule.grid(Linspace(), STEPS - 1, t_end=last)
+    np.testing.assert_allclose(grid.sigma, levels[:-1], rtol=1e-5)
+    assert (last > 2 * schedule.t_end) == (shift > 1)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 15])
+@pytest.mark.parametrize("sampler", [Euler(), Heun()], ids=["euler", "heun"])
+def test_whole_flow_runs_over_our_own_grids_are_those_of_diffusers(
+    sampler: Sampler, steps: int
+) -> None:
+    """From pure noise to the clean picture, in float32, on the pipelines' levels."""
+    shift = 3.0
+    schedule = NoiseSchedule.flow(shift)
+    data = GaussianMixtureDenoiser(schedule)
+    grid = schedule.grid(Trailing(), steps)
+    if isinstance(sampler, Euler):
+        scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=shift)
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps))
+    else:
+        scheduler = FlowMatchHeunDiscreteScheduler()
+        scheduler.set_timesteps(steps)
+        levels = torch.from_numpy(grid.sigma).float()
+        inner = levels[1:-1].repeat_interleave(2)
+        scheduler.sigmas = torch.cat([levels[:1], inner, levels[-1:]])
+        scheduler.timesteps = 1000 * scheduler.sigmas[:-1]
+
+    def velocity(x: Tensor, t: float) -> Tensor:
+        return (x - data(x, t / 1000)) / (t / 1000)
+
+    plan = sampler.plan(grid)
+    reference = theirs(scheduler, START, velocity)
+    landed = integrate(plan, data, START)
+    torch.testing.assert_close(landed, reference, rtol=0, atol=2e-5)
 
 
 def _at_timesteps(scheduler: Any) -> list[float]:
