@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import numpy as np
 from pydantic import BaseModel
 
+from guidance.rule import stack
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
+    from typing import Self
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -42,8 +45,8 @@ class Policy(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=
     """Whether ``settled`` is asked after each stage whose branches were evaluated."""
     estimates: ClassVar[bool] = False
     """Whether ``fill`` is called at each stage that is evaluated or estimated."""
-    fitted: ClassVar[bool] = False
-    """Whether ``constants`` needs coefficients that were fitted to the model beforehand."""
+    fitted: ClassVar[int] = 0
+    """Coefficients of a stage that must have been fitted to the model and the run beforehand."""
     embeds: ClassVar[bool] = False
     """Whether the rule's scale is told to the network, which then guides by itself."""
     name: str
@@ -87,15 +90,32 @@ class Policy(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=
 
         Args:
             stages: of the run.
-            coefficients: what was fitted for this run, ``[stages, n]``, where the policy is
-                ``fitted``.
+            coefficients: what was fitted for this run, ``[stages, fitted]``.
 
         Raises:
             ValueError: there are no coefficients and they are needed, or they are those of
                 another run.
         """
-        del coefficients
-        return np.zeros((stages, 0))
+        if not self.fitted:
+            return np.zeros((stages, 0))
+        wanted = (stages, self.fitted)
+        if coefficients is None or coefficients.shape != wanted:
+            found = None if coefficients is None else coefficients.shape
+            raise ValueError(
+                f"guidance.policy is {self.name!r}; it needs coefficients of shape {wanted}, "
+                f"and was given {found}."
+            )
+        return coefficients
+
+    @classmethod
+    def parameters(cls, settings: Sequence[Self], like: Tensor) -> Mapping[str, Tensor]:
+        """What ``fill`` and ``settled`` are given of their rows' settings.
+
+        Args:
+            settings: one a row; fields that are no numbers agree over the rows.
+            like: ``[1, C, h, w]``, gives type, device and number of axes.
+        """
+        return stack(settings, like)
 
     @classmethod
     def fill(
@@ -106,8 +126,8 @@ class Policy(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=
         Args:
             rows: stacked predictions; ``other`` is meaningful where it was evaluated.
             memory: what the policy kept, ``[rows, slots, C, h, w]``.
-            parameters: the numeric fields, each ``[rows, 1, 1, 1]``, and ``constants``
-                ``[rows, n, 1, 1, 1]`` of this stage.
+            parameters: what :meth:`parameters` gave, and ``constants`` ``[rows, n, 1, 1, 1]`` of
+                this stage.
             evaluated: whether the branch was evaluated at this stage, ``[rows, 1, 1, 1]`` bool.
         """
         del parameters, evaluated
@@ -118,3 +138,8 @@ class Policy(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=
         """Which rows need no second prediction from now on, bool ``[rows]``."""
         del parameters
         return rows.closes_step.new_zeros(len(rows.closes_step))
+
+
+def steps_of(progress: NDArray[np.float64]) -> NDArray[np.int64]:
+    """The step that each stage belongs to, from 0, ``[stages]``, of the share done before it."""
+    return np.unique(progress, return_inverse=True)[1]

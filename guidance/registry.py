@@ -15,11 +15,15 @@ from guidance.cfg_rescale import CFGRescale
 from guidance.cfg_zero_star import CFGZeroStar
 from guidance.composed import Composed
 from guidance.dynamic_thresholding import DynamicThresholding
+from guidance.embedded import Embedded
 from guidance.frequency_decoupled import FrequencyDecoupled
 from guidance.interval import Interval
+from guidance.linear_adaptive import LinearAdaptive
 from guidance.magnitude_aware import MagnitudeAware
 from guidance.pag import PAG
 from guidance.perp_neg import PerpNeg
+from guidance.residual import Residual
+from guidance.reuse import Reuse
 from guidance.seg import SEG
 from guidance.slg import SLG
 from guidance.tcfg import TCFG
@@ -50,6 +54,10 @@ POLICIES: tuple[type[Policy], ...] = (
     Always,
     Interval,
     Adaptive,
+    LinearAdaptive,
+    Reuse,
+    Residual,
+    Embedded,
     *(entry.load() for entry in entry_points(group="weft.guidance_policies")),
 )
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import numpy as np
 import torch
 
-from guidance import Rows, stack
+from guidance import Rows
 from guidance.edits import WeakModel
 from samplers import advance
 from server.engine.noise import stage_noise
@@ -172,7 +172,9 @@ def guide(batch: Batch, predictions: Tensor) -> Guidance:
 
 
 def step(batch: Batch, guidance: Guidance) -> Tensor:
-    """Advance every image by its stage: one batched operation, two where tables are elementwise.
+    """Advance every image by its stage: one batched operation a shape of tables.
+
+    Scalar, per channel and elementwise are those there are.
 
     Returns:
         New states ``[images, K, C, h, w]``.
@@ -185,7 +187,8 @@ def step(batch: Batch, guidance: Guidance) -> Tensor:
             fresh = stage_noise(sequence.task.seed, sequence.stage, batch.lane.shape)
             columns[i, K + 1].copy_(fresh, non_blocking=True)
     state = torch.empty_like(columns[:, :K])
-    for members in _grouped(range(len(batch.plans)), lambda i: batch.plans[i].elementwise).values():
+    by_shape = _grouped(range(len(batch.plans)), lambda i: batch.plans[i].tables.shape[3:])
+    for members in by_shape.values():
         tables = torch.stack([batch.plans[i].tables[batch.sequences[i].stage] for i in members])
         where = _indices(batch.lane, members)
         langevin = _langevin(batch, members)
@@ -283,8 +286,10 @@ def _filled(
         rows = _stacked(batch, members, predictions, {i: others.get(i, [i]) for i in members}, 0)
         memory = batch.lane.pool.policy_memory[:, :slots].index_select(0, _slots(batch, members))
         constants = [sequence.guidance.constants[sequence.stage] for sequence in sequences]
-        parameters = stack([sequence.task.policy for sequence in sequences], rows.x[:1])
-        parameters["constants"] = _as_factors(rows.x.new_tensor(np.stack(constants)), rows.x)
+        parameters = {
+            **policy.parameters([sequence.task.policy for sequence in sequences], rows.x[:1]),
+            "constants": _as_factors(rows.x.new_tensor(np.stack(constants)), rows.x),
+        }
         evaluated = torch.tensor([s.ask.evaluated for s in sequences], device=rows.x.device)
         fixed, parameters = _fixed(rows, parameters, batch.fixed_rows)
         filled = policy.fill(
@@ -311,7 +316,7 @@ def _settled(batch: Batch, predictions: Tensor) -> Tensor:
     for members in by_policy.values():
         policies = [batch.sequences[i].task.policy for i in members]
         rows = _stacked(batch, members, predictions, batch.others, 0)
-        parameters = stack(policies, rows.x[:1])
+        parameters = policies[0].parameters(policies, rows.x[:1])
         answer = policies[0].settled(*_fixed(rows, parameters, batch.fixed_rows))
         settled.index_copy_(0, _indices(batch.lane, members), answer[: len(members)])
     return settled

@@ -77,13 +77,15 @@ def plan_guidance(task: ImageTask) -> GuidancePlan:
     """Lay out the guidance of an image along its sampler's plan.
 
     Raises:
-        ValueError: the policy lacks its coefficients.
+        ValueError: the policy lacks its coefficients, or cannot estimate so many branches.
     """
     plan, rule, policy = task.plan, task.rule, task.policy
     with np.errstate(divide="ignore"):
         noise_ratio = plan.sigma[:-1] / plan.alpha[:-1]
     progress = np.array(plan.step) / plan.steps
     branches = rule.branches
+    if policy.estimates and len(branches) > 1:
+        raise ValueError(f"{policy.name} estimates one branch, and {rule.name} has {len(branches)}")
     evaluated = policy.evaluates(noise_ratio, progress) & bool(branches)
     estimated = policy.estimated(noise_ratio, progress) & bool(branches)
     windows = [p.evaluates(noise_ratio, progress) for p in task.perturbed]

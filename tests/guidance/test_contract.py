@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from guidance import PERTURBATIONS, POLICIES, RULES, Perturbation, Policy, Rows, Rule, stack
+from guidance import PERTURBATIONS, POLICIES, RULES, Perturbation, Policy, Rows, Rule
 from guidance.cfg import CFG
 from tests.guidance.cases import (
     PERTURBATION_VARIANTS,
@@ -69,7 +69,7 @@ def test_any_rule_goes_with_any_policy(
     rows = draw(3, dtype=dtype, branches=branches_of(setting))
     rows = with_memory(rows, rule.memory_slots)
     kept = with_memory(rows, when.memory_slots, seed=2).memory
-    constants = when.constants(7, np.full((7, 7), 0.1) if policy.fitted else None)
+    constants = when.constants(7, np.full((7, policy.fitted), 0.1))
     evaluated, estimated = (
         answer(NOISE_RATIO, PROGRESS) for answer in (when.evaluates, when.estimated)
     )
@@ -80,11 +80,11 @@ def test_any_rule_goes_with_any_policy(
     for stage in range(7):
         if not setting.branches or not (evaluated[stage] or estimated[stage]):
             continue
-        parameters = stack([when] * 3, rows.x)
+        parameters = policy.parameters([when] * 3, rows.x[:1])
         if policy.estimates:
             numbers = rows.x.new_tensor(constants[stage]).expand(3, -1)[..., None, None, None]
             asked = torch.full((3, 1, 1, 1), bool(evaluated[stage]))
-            filled = policy.fill(rows, kept, parameters | {"constants": numbers}, asked)
+            filled = policy.fill(rows, kept, {**parameters, "constants": numbers}, asked)
             assert filled.other.shape == rows.x.shape
             assert filled.memory.shape == kept.shape
             assert filled.other.dtype == filled.memory.dtype == dtype
@@ -212,9 +212,30 @@ def test_policies_answer_for_each_stage_and_row(policy: Policy) -> None:
     assert answer.shape == (7,)
     assert answer.dtype == np.bool_
     rows = draw(4)
-    settled = policy.settled(rows, stack([policy] * 4, rows.x))
-    alone = [policy.settled(one_row(rows, i), stack([policy], rows.x)) for i in range(4)]
+    settled = policy.settled(rows, policy.parameters([policy] * 4, rows.x[:1]))
+    one = policy.parameters([policy], rows.x[:1])
+    alone = [policy.settled(one_row(rows, i), one) for i in range(4)]
     assert settled.tolist() == torch.cat(alone).tolist()
+
+
+@pytest.mark.parametrize("policy", [one for one in POLICY_VARIANTS if one.estimates], ids=label)
+@given(seed=st.integers(0, 1000))
+def test_each_row_is_filled_in_as_if_it_were_alone(policy: Policy, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    rows = draw(4, seed)
+    kept = with_memory(rows, policy.memory_slots, seed).memory
+    numbers = torch.from_numpy(generator.normal(size=(4, policy.fitted, 1, 1, 1)))
+    evaluated = torch.from_numpy(generator.random((4, 1, 1, 1)) < 0.5)
+    before = {name: getattr(rows, name).clone() for name in type(rows).__slots__}
+    parameters = {**policy.parameters([policy] * 4, rows.x[:1]), "constants": numbers}
+    together = policy.fill(rows, kept, parameters, evaluated)
+    for i in range(4):
+        row = slice(i, i + 1)
+        own = {name: value[row] for name, value in parameters.items()}
+        alone = policy.fill(one_row(rows, i), kept[row], own, evaluated[row])
+        for ours, theirs in zip(together, alone, strict=True):
+            torch.testing.assert_close(ours[row], theirs, rtol=1e-12, atol=1e-12)
+    assert all(torch.equal(getattr(rows, name), value) for name, value in before.items())
 
 
 @each_perturbation

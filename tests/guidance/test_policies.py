@@ -1,6 +1,7 @@
 """When the second prediction is evaluated."""
 
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -9,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from guidance import Rows, stack
+from guidance import Rows
 from guidance.adaptive import Adaptive
 from guidance.always import Always
+from guidance.embedded import Embedded
 from guidance.interval import Interval
 from tests.guidance.cases import draw, with_other
 
@@ -19,8 +21,11 @@ NOISE_RATIO = np.array([np.inf, 5.43, 5.42, 1.0, 0.29, 0.28, 0.1])
 PROGRESS = np.arange(7) / 7
 
 
-def settled(rows: Rows, *thresholds: float) -> Tensor:
-    return Adaptive.settled(rows, stack([Adaptive(threshold=t) for t in thresholds], rows.x))
+def settled(
+    rows: Rows, *thresholds: float, space: Literal["denoised", "noise"] = "noise"
+) -> Tensor:
+    settings = [Adaptive(threshold=t, space=space) for t in thresholds]
+    return Adaptive.settled(rows, Adaptive.parameters(settings, rows.x[:1]))
 
 
 def test_always_is_at_every_stage() -> None:
@@ -61,8 +66,11 @@ def test_adaptive_evaluates_until_it_settles() -> None:
     assert Adaptive.adapts
 
 
+@pytest.mark.parametrize("space", ["denoised", "noise"])
 @given(seed=st.integers(0, 200), threshold=st.floats(-1, 1))
-def test_rows_settle_by_the_cosine_of_their_noises(seed: int, threshold: float) -> None:
+def test_rows_settle_by_the_cosine_of_their_predictions(
+    space: Literal["denoised", "noise"], seed: int, threshold: float
+) -> None:
     rows = draw(6, seed)
     cosines = []
     for i in range(6):
@@ -70,10 +78,10 @@ def test_rows_settle_by_the_cosine_of_their_noises(seed: int, threshold: float) 
             getattr(rows, name)[i].numpy().ravel()
             for name in ("x", "alpha", "sigma", "cond", "other")
         )
-        noise, second = (x - a * c) / s, (x - a * u) / s
+        noise, second = ((x - a * c) / s, (x - a * u) / s) if space == "noise" else (c, u)
         cosines.append(noise @ second / np.sqrt((noise @ noise) * (second @ second)))
     clear = np.abs(np.array(cosines) - threshold) > 1e-9
-    answer = settled(rows, *[threshold] * 6).numpy()
+    answer = settled(rows, *[threshold] * 6, space=space).numpy()
     assert (answer == (np.array(cosines) >= threshold))[clear].all()
 
 
@@ -106,8 +114,7 @@ def test_with_several_branches_all_must_agree() -> None:
     assert not settled(one, 0.0, 0.0).any()
 
 
-def test_noise_space_is_what_counts() -> None:
-    """Near the clean end the denoised predictions agree long before the noises do."""
+def test_near_the_clean_end_denoised_predictions_agree_long_before_the_noises_do() -> None:
     rows = draw(1)
     rows = replace(
         rows,
@@ -116,6 +123,19 @@ def test_noise_space_is_what_counts() -> None:
         sigma=torch.full_like(rows.sigma, 0.01),
     )
     other = rows.cond + 0.02 * (rows.other - rows.cond)
-    cosine = torch.nn.functional.cosine_similarity(rows.cond.flatten(), other.flatten(), 0)
-    assert cosine > 0.999
-    assert not settled(with_other(rows, other), 0.99)
+    assert settled(with_other(rows, other), 0.999, space="denoised")
+    assert not settled(with_other(rows, other), 0.99, space="noise")
+
+
+def test_at_pure_noise_the_noises_agree_whatever_the_pictures() -> None:
+    """Why the denoised predictions are compared by default."""
+    rows = replace(draw(1), alpha=torch.zeros(1, 1, 1, 1), sigma=torch.ones(1, 1, 1, 1))
+    assert settled(rows, 0.999999, space="noise")
+    assert not settled(with_other(rows, -rows.cond), -0.9, space="denoised")
+    assert Adaptive().space == "denoised"
+
+
+def test_embedded_never_evaluates_and_tells_the_network() -> None:
+    assert not Embedded().evaluates(NOISE_RATIO, PROGRESS).any()
+    assert not Embedded().estimated(NOISE_RATIO, PROGRESS).any()
+    assert Embedded.embeds

@@ -152,10 +152,15 @@ def task(model: HostedModel) -> Callable[..., ImageTask]:
             "seed": 7,
             **fields,
         }
+        plan = solver.plan(grid)
+        when = named(POLICIES, policy)() if isinstance(policy, str) else policy
+        # Nobody fitted anything to these runs: the estimate is the mean of what is known.
+        fitted = np.full((plan.evaluations, when.fitted), 1 / max(1, when.fitted))
         return ImageTask(
-            plan=solver.plan(grid),
+            plan=plan,
             rule=named(RULES, rule)() if isinstance(rule, str) else rule,
-            policy=named(POLICIES, policy)() if isinstance(policy, str) else policy,
+            policy=when,
+            coefficients=fitted,
             **given,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -13,10 +14,17 @@ from hypothesis import strategies as st
 
 from guidance import POLICIES, RULES, Guided, Rows, Rule
 from guidance.adaptive import Adaptive
+from guidance.autoguidance import Autoguidance
 from guidance.cfg import CFG
+from guidance.edits import SkipScales
 from guidance.interval import Interval
+from guidance.pag import PAG
+from guidance.seg import SEG
+from guidance.slg import SLG
 from samplers import SAMPLERS, integrate, preconditioning
 from samplers.dpm_solver_pp import DPMSolverPP
+from samplers.dpm_solver_v3 import DPMSolverV3
+from samplers.timesteps import Trailing
 from server.engine.engine import FIXED_ROWS_MULTIPLE, LANES_KEPT, Engine
 from server.engine.noise import stage_noise, start_noise
 from server.engine.preview import to_uint8
@@ -26,6 +34,11 @@ from server.errors import Cancelled, NotReady, Overloaded, RowFailed
 NAMES = [sampler.model_fields["name"].default for sampler in SAMPLERS]
 RULE_NAMES = [rule.model_fields["name"].default for rule in RULES]
 POLICY_NAMES = [policy.model_fields["name"].default for policy in POLICIES]
+
+
+def by_name(registry: tuple[type[Any], ...], name: str) -> type[Any]:
+    return {entry.model_fields["name"].default: entry for entry in registry}[name]
+
 
 CLOSE = 2
 """Steps of 255 that rounding in another batch shape may move a pixel."""
@@ -91,9 +104,20 @@ def test_an_image_is_what_diffusers_own_pipeline_gives(engine, task, run):
     assert apart(ours, (theirs * 255).round()) <= CLOSE
 
 
+PERTURBED = [(), (PAG(),), (SEG(scale=2), SLG(start=0, stop=0.5)), (Autoguidance(),)]
+
+
+def goes_together(fields: dict[str, Any]) -> bool:
+    """Whether admission would let it pass: a policy estimates one branch only."""
+    policy, rule = by_name(POLICIES, fields["policy"]), by_name(RULES, fields["rule"])
+    return not policy.estimates or len(rule().branches) <= 1
+
+
 mixes = st.lists(
     st.fixed_dictionaries(
         {
+            "perturbed": st.sampled_from(PERTURBED),
+            "edits": st.sampled_from([(), (SkipScales((0.7, 1.0)),)]),
             "sampler": st.sampled_from(NAMES),
             "rule": st.sampled_from(RULE_NAMES),
             "policy": st.sampled_from(POLICY_NAMES),
@@ -102,7 +126,7 @@ mixes = st.lists(
             "prompt": st.sampled_from(["a red circle", "a green star on the left", ""]),
             "negative_prompt": st.sampled_from(["", "blue"]),
         }
-    ),
+    ).filter(goes_together),
     min_size=1,
     max_size=5,
 )
@@ -388,8 +412,6 @@ def test_inpainting_keeps_to_the_pixel_what_it_was_to_keep(engine, task, run):
 
 def test_an_elementwise_table_shares_a_tick_with_scalar_ones(fixed_engine, task, run):
     """The same coefficients written out per element give the same picture."""
-    from dataclasses import replace
-
     scalar = task(DPMSolverPP(order=3), steps=4)
     spread = np.broadcast_to(
         scalar.plan.tables[..., None, None, None], (*scalar.plan.tables.shape, 4, 16, 16)
@@ -397,6 +419,39 @@ def test_an_elementwise_table_shares_a_tick_with_scalar_ones(fixed_engine, task,
     elementwise = replace(scalar, plan=replace(scalar.plan, tables=spread.copy()))
     first, second, _ = run(fixed_engine, [scalar, elementwise, task("unipc")]).pixels()
     assert apart(first, second) <= 1
+
+
+@pytest.mark.parametrize("size", [128, 64], ids=["elementwise", "per channel"])
+def test_statistics_of_the_model_share_a_tick_with_everything_else(
+    fixed_engine, model, task, run, size
+):
+    """Rows of DPM-Solver-v3 are what they are alone, and what the library's loop gives."""
+    shape = model.latent_shape(size, size)
+    statistics = model.statistics.load(model.statistics.exact("cfg", 4.0), shape)
+    grid = model.facts.schedule.grid(Trailing(), 4)
+    plan = DPMSolverV3().plan(grid, statistics)
+    assert plan.tables.shape[3:] == (shape if size == 128 else (4, 1, 1))
+    one = replace(task(steps=4, width=size, height=size, seed=11), plan=plan)
+    others = [task(name, steps=4, width=size, height=size) for name in ("unipc", "heun")]
+    [alone] = run(fixed_engine, [one]).pixels()
+    first, _, _, second = run(fixed_engine, [one, *others, one]).pixels()
+    assert np.array_equal(first, alone)
+    assert np.array_equal(second, alone)
+    assert apart(alone, by_hand(model, one)) <= CLOSE
+
+
+def test_rows_of_elementwise_and_per_channel_tables_share_a_tick(fixed_engine, model, task, run):
+    """Of one size, as when statistics of a bare model are given per channel."""
+    grid = model.facts.schedule.grid(Trailing(), 4)
+    statistics = model.statistics.load(model.statistics.exact("cfg", 4.0), (4, 16, 16))
+    tasks = [
+        replace(task(steps=4), plan=DPMSolverV3().plan(grid, given))
+        for given in (statistics, statistics.per_channel())
+    ]
+    together = run(fixed_engine, tasks).pixels()
+    for one, pixels in zip(tasks, together, strict=True):
+        assert np.array_equal(run(fixed_engine, [one]).pixels()[0], pixels)
+    assert apart(*together) > 0
 
 
 def test_a_budget_too_small_for_guidance_is_refused(model):

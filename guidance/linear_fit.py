@@ -1,0 +1,158 @@
+"""Coefficients of linear adaptive guidance: fitted over stored runs, and their file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from guidance.linear_adaptive import TERMS, WINDOW
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+FORMAT = "weft.linear_ag.1"
+
+
+def moments(cond: NDArray[np.float64], other: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Sums of products that the fit is made of; those of several chunks of runs add up.
+
+    Args:
+        cond: denoised predictions for the prompt in runs of full guidance,
+            ``[runs, stages, ...]``.
+        other: those of the second branch.
+
+    Returns:
+        ``[stages, terms + 1, terms + 1]``, the last row and column those of what is estimated.
+    """
+    runs, stages = cond.shape[:2]
+    c, u = (
+        np.moveaxis(a.reshape(runs, stages, -1), 1, 0).astype(np.float64) for a in (cond, other)
+    )
+    sums = np.zeros((stages, TERMS + 1, TERMS + 1))
+    for i in range(stages):
+        known = np.zeros((TERMS + 1, c[i].size))
+        for k in range(WINDOW):
+            if i - k >= 0:
+                known[k] = c[i - k].ravel()
+            if i - 1 - k >= 0:
+                known[WINDOW + k] = u[i - 1 - k].ravel()
+        known[TERMS] = u[i].ravel()
+        sums[i] = known @ known.T
+    return sums
+
+
+def solve(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Least-squares coefficients of each stage, ``[stages, terms]``; 0 for what a stage lacks.
+
+    Args:
+        sums: of :func:`moments`, over all runs.
+    """
+    found = np.zeros((len(sums), TERMS))
+    for i, table in enumerate(sums):
+        there = np.flatnonzero(np.diag(table)[:TERMS] > 0)
+        # Each term at unit length, as the conditioning of the squares is that of the terms squared.
+        scale = np.sqrt(np.diag(table)[there])
+        normal = table[np.ix_(there, there)] / scale / scale[:, None]
+        solution = np.linalg.lstsq(normal, table[there, TERMS] / scale, rcond=None)[0]
+        found[i, there] = solution / scale
+    return found
+
+
+def residual(sums: NDArray[np.float64], coefficients: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Error of the estimates at each stage, as a share of the branches' difference, ``[stages]``.
+
+    Args:
+        sums: of :func:`moments`, of runs that need not be those of the fit.
+        coefficients: of :func:`solve`.
+    """
+    of_estimate = np.append(coefficients, np.full((len(sums), 1), -1.0), axis=1)
+    of_difference = np.zeros_like(of_estimate)
+    of_difference[:, 0], of_difference[:, TERMS] = 1, -1
+    error, whole = (
+        np.einsum("si,sij,sj->s", weights, sums, weights)
+        for weights in (of_estimate, of_difference)
+    )
+    return np.sqrt(np.maximum(error, 0) / np.where(whole > 0, whole, 1))
+
+
+def fingerprint(*arrays: NDArray[np.float64]) -> str:
+    """16 hexadecimal digits that follow the numbers of a run: its levels and its tables."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        # Rounded, as the last digits of exp and log differ between machines.
+        digest.update(np.round(array, 6).astype("<f8").tobytes())
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True)
+class FitIdentity:
+    """What coefficients were fitted for; they mean nothing for anything else.
+
+    Attributes:
+        model: the model's revision.
+        plan: :func:`fingerprint` of the sampler's plan.
+        rule: the guidance rule with its parameters, as JSON.
+    """
+
+    model: str
+    plan: str
+    rule: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LinearFit:
+    """Fitted coefficients.
+
+    Attributes:
+        coefficients: ``[stages, terms]``.
+        identity: what they are for.
+        runs: how many they were fitted over.
+        error: of the estimates over these runs, as a share of the branches' difference,
+            ``[stages]``.
+    """
+
+    coefficients: NDArray[np.float64]
+    identity: FitIdentity
+    runs: int
+    error: NDArray[np.float64]
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file, whole or not at all."""
+        metadata = {
+            "format": FORMAT,
+            "identity": json.dumps(asdict(self.identity)),
+            "runs": str(self.runs),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_name(f".{path.name}.writing")
+        save_file({"coefficients": self.coefficients, "error": self.error}, fresh, metadata)
+        fresh.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> LinearFit:
+        """Read a file that ``save`` wrote.
+
+        Raises:
+            ValueError: it holds no coefficients.
+        """
+        try:
+            with safe_open(path, "np") as content:
+                metadata = content.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise ValueError(f"{path.name} holds no coefficients of linear guidance.")
+                return cls(
+                    content.get_tensor("coefficients"),
+                    FitIdentity(**json.loads(metadata["identity"])),
+                    int(metadata["runs"]),
+                    content.get_tensor("error"),
+                )
+        except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path.name} holds no coefficients of linear guidance.") from error

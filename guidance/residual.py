@@ -1,0 +1,67 @@
+"""Residual classifier-free guidance: a second prediction that needs no network."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import numpy as np
+from pydantic import Field
+from typing_extensions import override
+
+from guidance.policy import Filled, Policy
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from guidance.rule import Rows
+
+
+class Residual(Policy, frozen=True):
+    """Residual classifier-free guidance (Kodaira et al., arXiv 2312.12491, section 3.2).
+
+    The second noise prediction is ``delta (x - alpha r) / sigma``: the noise that would have made
+    x of a reference picture r. In denoised form that is ``(1 - delta) x / alpha + delta r``. With
+    ``mode`` ``self`` r is the picture the run starts from; with ``onetime`` it is the second
+    branch's denoised prediction at the first stage, the only one that evaluates it.
+
+    Departure from the paper: at pure noise, where ``x / alpha`` is infinite, ``delta`` is 1.
+    """
+
+    summary: ClassVar[str] = "Guides away from the input picture, or from one evaluation."
+    source: ClassVar[str] = "Kodaira et al., arXiv 2312.12491, equations 6 to 8."
+    estimates: ClassVar[bool] = True
+    name: Literal["residual"] = "residual"
+    mode: Literal["self", "onetime"] = Field(
+        default="self",
+        description="Reference: the picture the run starts from, or the first second prediction.",
+    )
+    delta: float = Field(default=1.0, ge=0, le=2, description="Weight of the reference's noise.")
+
+    @override
+    def evaluates(
+        self, noise_ratio: NDArray[np.float64], progress: NDArray[np.float64]
+    ) -> NDArray[np.bool_]:
+        return (np.arange(len(noise_ratio)) == 0) & (self.mode == "onetime")
+
+    @property
+    @override
+    def memory_slots(self) -> int:
+        return 1
+
+    @property
+    @override
+    def wants_reference(self) -> bool:
+        return self.mode == "self"
+
+    @classmethod
+    @override
+    def fill(
+        cls, rows: Rows, memory: Tensor, parameters: Mapping[str, Tensor], evaluated: Tensor
+    ) -> Filled:
+        reference = rows.other.where(evaluated, memory[:, 0])
+        delta = parameters["delta"]
+        virtual = (1 - delta) * rows.x / rows.alpha + delta * reference
+        return Filled(virtual.where(rows.alpha > 0, reference), reference[:, None])
