@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import secrets
 
-from samplers import NoiseSchedule, Plan, Sampler, Spacing
+from guidance import Always
+from samplers import NoiseSchedule, Plan, Sampler, Spacing, Statistics, StatisticsIdentity
+from samplers.dpm_solver_v3 import DPMSolverV3
 from server.errors import InvalidRequest
 from server.guidance_check import check_guidance
 from server.models.hosted import HostedModel, ModelFacts
@@ -19,7 +21,7 @@ from server.request import (
 )
 from server.settings import Limits
 
-__all__ = ["make_plan", "resolve"]
+__all__ = ["make_plan", "resolve", "statistics_for"]
 
 
 def resolve(
@@ -62,21 +64,54 @@ def resolve(
     return resolved
 
 
+def statistics_for(resolved: ResolvedRequest, model: HostedModel) -> StatisticsIdentity | None:
+    """The statistics of the model that the request's sampler is planned with; None if with none.
+
+    Raises:
+        InvalidRequest: it asks for statistics that there are not.
+    """
+    sampler, guidance = resolved.sampler, resolved.guidance
+    if not isinstance(sampler, DPMSolverV3) or sampler.statistics == "none":
+        return None
+    scale = getattr(guidance, "scale", 1.0)
+    if sampler.statistics == "nearest":
+        return model.statistics.nearest(scale)
+    if guidance.name not in ("none", "cfg"):
+        raise model.statistics.refusal(f"the rule {guidance.name!r}")
+    plain = {"policy": Always(), "perturbed": (), "skip_tuning": None}
+    for field, value in plain.items():
+        if getattr(guidance, field) != value:
+            raise model.statistics.refusal(f"guidance with a {field} of its own")
+    return model.statistics.exact(guidance.name, scale)
+
+
 def make_plan(
     schedule: NoiseSchedule,
     sampler: Sampler,
     spacing: Spacing,
     steps: int,
     strength: float | None,
+    statistics: Statistics | None = None,
 ) -> Plan:
     """The plan that every image of a request follows.
 
+    Args:
+        schedule: the model's.
+        sampler: compiled to a table.
+        spacing: how the steps are laid out.
+        steps: of a run from nothing.
+        strength: share of them that is run; None for all.
+        statistics: of the model, at the latent's shape, for a sampler that takes them.
+
     Raises:
-        InvalidRequest: sampler, spacing, steps and strength do not go together.
+        InvalidRequest: they do not go together.
     """
     try:
         grid = schedule.grid(spacing, steps)
-        return sampler.plan(grid if strength is None else grid.tail(strength))
+        grid = grid if strength is None else grid.tail(strength)
+        if isinstance(sampler, DPMSolverV3):
+            return sampler.plan(grid, statistics)
+        return sampler.plan(grid)
     except ValueError as refusal:
         raise InvalidRequest(_field_in(str(refusal)), str(refusal)) from None
 

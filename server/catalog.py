@@ -40,6 +40,9 @@ class ModelEntry(BaseModel):
     height: int = Field(description="Default, in pixels.")
     size_multiple: int = Field(description="Width and height are multiples of this.")
     max_tokens: int = Field(description="Longest prompt, in tokens.")
+    statistics: tuple[str, ...] = Field(
+        description="Guidance that `dpm_solver_v3` has statistics of this model for."
+    )
 
 
 class Catalog(BaseModel):

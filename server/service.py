@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from importlib.metadata import version
 from typing import Any
 
@@ -15,8 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from samplers import Plan, Sampler, Spacing
-from server.admission import make_plan, resolve
+from samplers import Plan
+from server.admission import make_plan, resolve, statistics_for
 from server.catalog import ModelEntry
 from server.engine.engine import Engine
 from server.engine.sequence import ImageTask
@@ -29,6 +28,7 @@ from server.errors import (
 from server.generation import Generation
 from server.guidance_check import check_windows
 from server.infotext import infotext
+from server.kept import Kept
 from server.models.hosted import HostedModel
 from server.picture import Description, decode, decode_mask, encode, fit
 from server.request import GenerateRequest, ResolvedRequest, split
@@ -36,6 +36,7 @@ from server.settings import Limits
 
 __all__ = ["Picture", "Pictures", "Service"]
 
+PLANS_KEPT_BYTES = 128 * 2**20
 VERSION = f"weft {version('weft')}"
 
 
@@ -86,7 +87,7 @@ class Service:
         self._models: Mapping[str, HostedModel] = {}
         self._failure: str | None = None
         self._under_way: dict[str, Generation] = {}
-        self._plan = lru_cache(maxsize=128)(self._plan_of)
+        self._plans: Kept[Hashable, Plan] = Kept(PLANS_KEPT_BYTES, lambda plan: plan.tables.nbytes)
 
     def open(self, engine: Engine, models: Mapping[str, HostedModel]) -> None:
         """Take requests from now on; the first model is the default."""
@@ -129,14 +130,15 @@ class Service:
         """What the catalog says of each hosted model."""
         return tuple(
             ModelEntry(
-                name=facts.name,
-                revision=facts.revision,
-                width=facts.default_width,
-                height=facts.default_height,
-                size_multiple=facts.size_multiple,
-                max_tokens=facts.max_tokens,
+                name=model.facts.name,
+                revision=model.facts.revision,
+                width=model.facts.default_width,
+                height=model.facts.default_height,
+                size_multiple=model.facts.size_multiple,
+                max_tokens=model.facts.max_tokens,
+                statistics=model.statistics.available,
             )
-            for facts in (model.facts for model in self._models.values())
+            for model in self._models.values()
         )
 
     async def admit(self, request: GenerateRequest, identifier: str) -> Generation:
@@ -221,10 +223,17 @@ class Service:
             raise UnknownModel(name[:60], self._models)
         return self._models[name]
 
-    def _plan_of(
-        self, model: str, sampler: Sampler, spacing: Spacing, steps: int, strength: float | None
-    ) -> Plan:
-        return make_plan(self._models[model].facts.schedule, sampler, spacing, steps, strength)
+    def _plan(self, resolved: ResolvedRequest, model: HostedModel) -> Plan:
+        identity = statistics_for(resolved, model)
+        shape = model.latent_shape(resolved.width, resolved.height)
+        layout = resolved.sampler, resolved.spacing, resolved.steps, resolved.strength
+
+        def make() -> Plan:
+            statistics = None if identity is None else model.statistics.load(identity, shape)
+            return make_plan(model.facts.schedule, *layout, statistics)
+
+        key = model.facts.name, layout, identity, identity and shape
+        return self._plans.get(key, make)
 
     def _uploads(self, request: GenerateRequest) -> tuple[Image.Image | None, Image.Image | None]:
         image = mask = None
@@ -246,13 +255,7 @@ class Service:
         rule, policy = split(resolved.guidance)
         pixels = None if image is None else _pixels_tensor(fit(image, *size))
         repaint = None if mask is None else _mask_tensor(fit(mask, *size))
-        plan = self._plan(
-            model.facts.name,
-            resolved.sampler,
-            resolved.spacing,
-            resolved.steps,
-            resolved.strength,
-        )
+        plan = self._plan(resolved, model)
         check_windows(resolved.guidance, plan)
         tuning = resolved.guidance.skip_tuning
         return [

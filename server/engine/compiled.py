@@ -21,7 +21,8 @@ class CompiledPlan:
     """Tables on the device, and the scalars of each stage as Python floats.
 
     Attributes:
-        tables: float32 ``[stages, K, K + 3]`` or ``[stages, K, K + 3, C, h, w]``, K of the pool.
+        tables: float32 ``[stages, K, K + 3]`` or ``[stages, K, K + 3, C, h, w]``, K of the pool;
+            per channel h and w are 1.
         t: what the network is told, a float a stage.
         alpha: signal scale at each stage and where the plan lands.
         sigma: noise scale, likewise.
@@ -30,7 +31,6 @@ class CompiledPlan:
         out: see ``skip``.
         noisy: which stages draw noise.
         langevin: signal-to-noise ratio of each stage's Langevin move, 0 where it makes none.
-        elementwise: whether the tables are.
     """
 
     tables: Tensor
@@ -42,7 +42,6 @@ class CompiledPlan:
     out: list[float]
     noisy: tuple[bool, ...]
     langevin: tuple[float, ...]
-    elementwise: bool
 
 
 def compile_plan(plan: Plan, facts: ModelFacts, slots: int, device: torch.device) -> CompiledPlan:
@@ -63,5 +62,4 @@ def compile_plan(plan: Plan, facts: ModelFacts, slots: int, device: torch.device
         out=scales.out.tolist(),
         noisy=plan.noisy,
         langevin=plan.langevin,
-        elementwise=plan.elementwise,
     )

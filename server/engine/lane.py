@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 from server.engine.compiled import CompiledPlan, compile_plan
 from server.engine.pool import Pool
+from server.kept import Kept
 
 if TYPE_CHECKING:
     from samplers import Plan
     from server.models.hosted import HostedModel
 
-PLANS_KEPT = 256
+PLANS_KEPT_BYTES = 256 * 2**20
 
 
 class Lane:
@@ -23,15 +23,15 @@ class Lane:
         self.shape = shape
         self.pool = Pool(shape, model.device)
         # Keyed by identity and holding the plan, so that an identity is never used again.
-        self._plans: OrderedDict[tuple[int, int], tuple[Plan, CompiledPlan]] = OrderedDict()
+        self._plans: Kept[tuple[int, int], tuple[Plan, CompiledPlan]] = Kept(
+            PLANS_KEPT_BYTES, lambda kept: kept[0].tables.nbytes + kept[1].tables.nbytes
+        )
 
     def compiled(self, plan: Plan) -> CompiledPlan:
         """The plan on this lane's device, kept for the next image that shares it."""
-        key = id(plan), self.pool.slots
-        if key not in self._plans:
-            made = compile_plan(plan, self.model.facts, self.pool.slots, self.model.device)
-            self._plans[key] = plan, made
-            if len(self._plans) > PLANS_KEPT:
-                self._plans.popitem(last=False)
-        self._plans.move_to_end(key)
-        return self._plans[key][1]
+
+        def make() -> tuple[Plan, CompiledPlan]:
+            model = self.model
+            return plan, compile_plan(plan, model.facts, self.pool.slots, model.device)
+
+        return self._plans.get((id(plan), self.pool.slots), make)[1]

@@ -55,8 +55,13 @@ def component_class(folder: Path, part: str, allowed: frozenset[str]) -> str:
 
 def statistics_file(folder: Path, rule: str, scale: float) -> Path:
     """Where a model folder keeps the statistics of a guidance rule and scale."""
-    name = f"ems-{rule}" if rule == "none" else f"ems-{rule}-{scale:g}"
-    return folder / DERIVED / f"{name}.safetensors"
+    return folder / DERIVED / statistics_name(rule, scale)
+
+
+def statistics_name(rule: str, scale: float) -> str:
+    """Name of the file with the statistics of a guidance rule and scale."""
+    guidance = rule if rule == "none" else f"{rule}-{scale:g}"
+    return f"ems-{guidance}.safetensors"
 
 
 def revision_of(folder: Path) -> str:

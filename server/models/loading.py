@@ -9,6 +9,7 @@ import torch
 from server.errors import ModelMismatch
 from server.models.folder import read_json, revision_of
 from server.models.stable_diffusion import load_stable_diffusion
+from server.models.statistics import ModelStatistics
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,11 +41,13 @@ def load_model(folder: Path, *, name: str, device: str, dtype: str) -> HostedMod
     place = choose_device(device)
     revision = revision_of(folder)
     try:
-        return FAMILIES[family](folder, name, revision, place, choose_dtype(dtype, place))
+        model = FAMILIES[family](folder, name, revision, place, choose_dtype(dtype, place))
     except ModelMismatch:
         raise
     except Exception as error:
         raise ModelMismatch(f"model folder {str(folder)!r} could not be loaded: {error}") from error
+    model.statistics = ModelStatistics.of(folder, revision, model.facts.schedule)
+    return model
 
 
 def choose_device(device: str) -> torch.device:

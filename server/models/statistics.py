@@ -1,0 +1,152 @@
+"""The empirical model statistics that a model folder holds."""
+
+from __future__ import annotations
+
+import logging
+from math import log
+from typing import TYPE_CHECKING
+
+from samplers import Statistics
+from samplers.statistics import fingerprint, read_identity
+from server.errors import InvalidRequest
+from server.kept import Kept
+from server.models.folder import DERIVED, statistics_name
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from samplers import NoiseSchedule
+    from samplers.statistics import StatisticsIdentity
+
+logger = logging.getLogger(__name__)
+
+KEPT_BYTES = 128 * 2**20
+LEAST_SCALE = 1e-3
+"""Scale 0 counts as this where distances are taken in the logarithm."""
+
+
+class ModelStatistics:
+    """Which guidance there are statistics for, and the statistics when they are wanted.
+
+    Headers are read at the start, arrays on first use. Files of other weights, or of another
+    schedule, are left out, with a warning.
+    """
+
+    def __init__(self) -> None:
+        self._files: dict[StatisticsIdentity, Path] = {}
+        self._stale: dict[str, str] = {}
+        self._arrays: Kept[Path, Statistics] = Kept(KEPT_BYTES, _bytes_of)
+
+    @classmethod
+    def of(cls, folder: Path, revision: str, schedule: NoiseSchedule) -> ModelStatistics:
+        """Those in a model folder.
+
+        Args:
+            folder: of the model.
+            revision: of its weights.
+            schedule: the model's.
+        """
+        found = cls()
+        for file in sorted((folder / DERIVED).glob("ems-*.safetensors")):
+            try:
+                identity = read_identity(file)
+                if identity is None:
+                    raise ValueError(f"statistics file {file.name!r} is of no model.")
+                identity.check(revision, fingerprint(schedule))
+            except ValueError as error:
+                logger.warning("%s is left out: %s", file, error)
+                found._stale[file.name] = str(error)
+            else:
+                found._files[identity] = file
+        return found
+
+    @property
+    def available(self) -> tuple[str, ...]:
+        """Guidance that there are statistics for: "none", "cfg 2", ..."""
+        ordered = sorted(self._files, key=lambda identity: identity.scale)
+        return tuple(_name(identity.rule, identity.scale) for identity in ordered)
+
+    def exact(self, rule: str, scale: float) -> StatisticsIdentity:
+        """Those of classifier-free guidance of just this scale.
+
+        Args:
+            rule: ``cfg`` or ``none``.
+            scale: its scale; ``cfg`` of 1 is ``none``.
+
+        Raises:
+            InvalidRequest: there are none, with the command that makes them.
+        """
+        rule = "none" if scale == 1 else rule
+        for identity in self._files:
+            if (identity.rule, identity.scale) == (rule, scale):
+                return identity
+        raise InvalidRequest(
+            "sampler.statistics",
+            f"sampler.statistics is 'exact', and this model has none of guidance "
+            f"{_name(rule, scale)!r}{self._why(statistics_name(rule, scale))}; make them with "
+            f"`{_command(rule, scale)}`, or ask for {self._instead()}.",
+        )
+
+    def nearest(self, scale: float) -> StatisticsIdentity:
+        """Those of the nearest scale, by its logarithm; none is a scale of 1.
+
+        Raises:
+            InvalidRequest: there are none at all.
+        """
+        if not self._files:
+            raise InvalidRequest(
+                "sampler.statistics",
+                "sampler.statistics is 'nearest', and this model has none of any guidance"
+                f"{self._why(next(iter(self._stale), ''))}; make them with "
+                f"`{_command('cfg', scale)}`, or ask for 'none'.",
+            )
+        return min(self._files, key=lambda identity: _distance(identity.scale, scale))
+
+    def load(self, identity: StatisticsIdentity, shape: tuple[int, ...]) -> Statistics:
+        """The arrays, for a latent: elementwise at the size they are of, else per channel.
+
+        Raises:
+            InvalidRequest: the file is gone, or cannot be read any more.
+        """
+        file = self._files[identity]
+        try:
+            return self._arrays.get(file, lambda: Statistics.load(file)).for_shape(shape)
+        except ValueError as error:
+            raise InvalidRequest(
+                "sampler.statistics",
+                f"{error} `{_command(identity.rule, identity.scale)}` makes it anew.",
+            ) from None
+
+    def refusal(self, guidance: str) -> InvalidRequest:
+        """The answer to guidance that there can be no exact statistics of."""
+        return InvalidRequest(
+            "sampler.statistics",
+            f"sampler.statistics is 'exact', and there can be none of {guidance}"
+            f"{self._why('')}; ask for {self._instead()}.",
+        )
+
+    def _why(self, file: str) -> str:
+        """What there is instead, or what is wrong with the file that would do."""
+        if file in self._stale:
+            return f": {self._stale[file].rstrip('.')}"
+        return f", only of {', '.join(self.available)}" if self._files else ""
+
+    def _instead(self) -> str:
+        return "'nearest' or 'none'" if self._files else "'none'"
+
+
+def _name(rule: str, scale: float) -> str:
+    return rule if rule == "none" else f"{rule} {scale:g}"
+
+
+def _command(rule: str, scale: float) -> str:
+    asked = "--guidance none" if rule == "none" else f"--guidance {rule} --scale {scale:g}"
+    return f"weft ems --model FOLDER {asked}"
+
+
+def _distance(a: float, b: float) -> float:
+    return abs(log(max(a, LEAST_SCALE)) - log(max(b, LEAST_SCALE)))
+
+
+def _bytes_of(statistics: Statistics) -> int:
+    return sum(array.nbytes for array in (statistics.l, statistics.s, statistics.b))
