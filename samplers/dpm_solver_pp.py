@@ -94,7 +94,7 @@ class DPMSolverPP(Sampler, frozen=True):
                 if moving:
                     v = (1 - self.beta) * columns["v"] + self.beta * v
                 correction = gain * (v - columns.denoised)
-                velocity, moving = {"v": v}, True
+                velocity["v"], moving = v, True
             x = self._linear_part(grid, i, columns) + correction
             tables.append(columns.table(x=x, D1=columns.denoised, D2=columns["D1"], **velocity))
         return Plan.of_steps(grid, tables)

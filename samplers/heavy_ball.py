@@ -55,7 +55,7 @@ class MomentumSampler(Sampler, frozen=True):
     weights: Weights = Field(
         default="constant",
         description="constant: those of even steps, as published; variable: of the steps taken,"
-        " more accurate from about 50 steps.",
+        " more accurate from 50 steps or so.",
     )
 
     @model_validator(mode="after")
@@ -141,18 +141,8 @@ class MomentumSampler(Sampler, frozen=True):
         """The mean slope of a later step from point i, and the history after it."""
 
 
-class HB(MomentumSampler, frozen=True):
-    """Heavy ball momentum on Adams-Bashforth.
-
-    ``v <- (1 - beta) v + beta AB_r(slopes)``, and the step goes along v. First order, as v lags
-    behind by ``1 / beta - 1`` steps; second with beta 1. One evaluation a step. History: v and
-    r - 1 slopes. For few steps at high guidance scales, where it suppresses what diverges: on the
-    real axis the stability limit of order 4 grows from 0.3 to 0.45 at beta 0.8.
-    """
-
-    summary: ClassVar[str] = "Adams-Bashforth with heavy ball momentum, against divergence."
-    source: ClassVar[str] = "Wizadwongsa et al., arXiv 2307.11118, algorithm 1."
-    name: Literal["hb"] = "hb"
+class PushedSampler(MomentumSampler, frozen=True):
+    """What heavy ball and Nesterov share: a velocity that the Adams-Bashforth mean pushes."""
 
     @property
     @override
@@ -179,20 +169,38 @@ class HB(MomentumSampler, frozen=True):
         v = (1 - self.damping) * velocity[0] + self.damping * pushed
         return self._along(v, pushed), [v, *slopes]
 
+    @abstractmethod
     def _along(self, velocity: F64, pushed: F64) -> F64:
-        """What the step goes along."""
-        del pushed
+        """What a step goes along."""
+
+
+class HB(PushedSampler, frozen=True):
+    """Heavy ball momentum on Adams-Bashforth.
+
+    ``v <- (1 - beta) v + beta AB_r(slopes)``, and the step goes along v. First order, as v lags
+    behind by ``1 / beta - 1`` steps; with beta 1 the order of Adams-Bashforth. One evaluation a
+    step. History: v and r - 1 slopes. For few steps at high guidance scales, where it suppresses
+    what diverges: on the real axis the stability limit of order 4 grows from 0.3 to 0.45 at beta
+    0.8.
+    """
+
+    summary: ClassVar[str] = "Adams-Bashforth with heavy ball momentum, against divergence."
+    source: ClassVar[str] = "Wizadwongsa et al., arXiv 2307.11118, algorithm 1."
+    name: Literal["hb"] = "hb"
+
+    @override
+    def _along(self, velocity: F64, pushed: F64) -> F64:
         return velocity
 
 
-class Nesterov(HB, frozen=True):
+class Nesterov(PushedSampler, frozen=True):
     """Nesterov momentum on Adams-Bashforth.
 
     Heavy ball's velocity, but the step goes along ``(1 - beta) v + beta AB_r(slopes)``: first
     order, with ``1 - beta`` of the heavy ball's lag. One evaluation a step; the same history.
     """
 
-    summary: ClassVar[str] = "Adams-Bashforth with Nesterov momentum; lags less than `hb`."
+    summary: ClassVar[str] = "Adams-Bashforth with Nesterov momentum; lags less than hb."
     source: ClassVar[str] = "Wizadwongsa et al., arXiv 2307.11118, equation 50."
     name: Literal["nesterov"] = "nesterov"
 

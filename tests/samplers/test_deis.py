@@ -21,9 +21,9 @@ def test_eps_that_is_a_polynomial_in_log_sigma_is_integrated_exactly(
     plan = DEIS.model_validate({"order": order, "lower_order_final": False}).plan(grid)
     points, shares = np.polynomial.legendre.leggauss(60)
     for power in range(order):
-        state = np.zeros(plan.slots)
+        state, before = np.zeros(plan.slots), 0.0
         for i in range(3):
-            before = state[0]
+            before = float(state[0])
             denoised = state[0] - sigma[i] * np.log(sigma[i]) ** power
             state = plan.tables[i] @ np.array([*state, denoised, 0, 1])
         at = sigma[2] + (points + 1) / 2 * (sigma[3] - sigma[2])

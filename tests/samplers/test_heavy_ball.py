@@ -1,7 +1,7 @@
 """Momentum samplers beyond what every sampler promises."""
 
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
@@ -15,7 +15,8 @@ from samplers.heavy_ball import GHVB, HB, MomentumSampler, Nesterov
 from samplers.timesteps import LogSNR, Trailing
 from tests.samplers.cases import EDM, SCHEDULES, VP
 
-KINDS: tuple[type[MomentumSampler], ...] = (HB, Nesterov, GHVB)
+Kind: TypeAlias = type[HB] | type[Nesterov] | type[GHVB]
+KINDS: tuple[Kind, ...] = (HB, Nesterov, GHVB)
 each_kind = pytest.mark.parametrize("kind", KINDS)
 GAMMA = (1, 1 / 2, 5 / 12, 3 / 8, 251 / 720)
 ADAMS_BASHFORTH = {
@@ -66,9 +67,7 @@ def transcribed(name: str, grid: Grid, order: int, beta: float, x: Tensor) -> Te
 @each_kind
 @pytest.mark.parametrize("order", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("beta", [1.0, 0.8, 0.3])
-def test_runs_are_those_of_the_papers_loops(
-    kind: type[MomentumSampler], order: int, beta: float
-) -> None:
+def test_runs_are_those_of_the_papers_loops(kind: Kind, order: int, beta: float) -> None:
     grid = VP.grid(Trailing(), 9)
     start = torch.linspace(-1.6, 1.6, 7, dtype=torch.float64)[None]
     sampler = kind(order=float(order), beta=beta)
@@ -79,7 +78,7 @@ def test_runs_are_those_of_the_papers_loops(
 
 @each_kind
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
-def test_order_one_is_ddim(kind: type[MomentumSampler], schedule: NoiseSchedule) -> None:
+def test_order_one_is_ddim(kind: Kind, schedule: NoiseSchedule) -> None:
     grid = schedule.grid("trailing", 9)
     np.testing.assert_allclose(
         kind(order=1.0).plan(grid).tables, DDIM().plan(grid).tables, rtol=0, atol=1e-12
@@ -102,7 +101,7 @@ def test_with_a_beta_of_one_all_are_adams_bashforth(order: float, weights: Any) 
 
 
 @each_kind
-def test_a_fraction_and_a_beta_say_the_same(kind: type[MomentumSampler]) -> None:
+def test_a_fraction_and_a_beta_say_the_same(kind: Kind) -> None:
     grid = VP.grid(LogSNR(), 6)
     said = ({"order": 3.8}, {"order": 4, "beta": 0.8}, {"order": 3.8, "beta": 0.8})
     one, *others = (kind.model_validate(fields).plan(grid).tables for fields in said)
@@ -130,14 +129,14 @@ def test_a_fraction_and_a_beta_say_the_same(kind: type[MomentumSampler]) -> None
     ],
 )
 def test_what_does_not_go_together_is_refused(
-    kind: type[MomentumSampler], fields: dict[str, Any], sentence: str
+    kind: Kind, fields: dict[str, Any], sentence: str
 ) -> None:
     with pytest.raises(ValueError, match=sentence):
         kind.model_validate(fields)
 
 
 @each_kind
-def test_slots_are_no_more_than_the_history_that_is_used(kind: type[MomentumSampler]) -> None:
+def test_slots_are_no_more_than_the_history_that_is_used(kind: Kind) -> None:
     grid = VP.grid(LogSNR(), 6)
     slots = {order: kind(order=order).plan(grid).slots for order in (0.8, 1.0, 3.8, 4.0, 4.8)}
     velocity = 0 if kind is GHVB else 1

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from samplers import Grid, Plan, integrate
-from samplers.heavy_ball import GHVB, HB, MomentumSampler
+from samplers.heavy_ball import GHVB, HB
 from samplers.linear_multistep import Line, mean_of_interpolant, of_differences
 from tests.samplers.cases import EDM, FLOW, VP
 
@@ -48,7 +48,7 @@ def test_variable_weights_of_even_steps_are_the_constant_ones(order: int) -> Non
 @pytest.mark.parametrize("order", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("kind", [HB, GHVB])
 def test_variable_weights_follow_polynomials_on_uneven_steps_from_the_start(
-    kind: type[MomentumSampler], order: int
+    kind: type[HB] | type[GHVB], order: int
 ) -> None:
     """Steps made before there were slopes enough are made good once there are."""
     grid = Grid.on_times(EDM, UNEVEN, clean=False)
