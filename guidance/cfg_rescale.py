@@ -53,7 +53,9 @@ class CFGRescale(Rule, frozen=True):
 
     @classmethod
     @override
-    def parameters(cls, settings: Sequence[Self], like: Tensor) -> Mapping[str, Tensor]:
+    def parameters(  # pyright: ignore[reportIncompatibleMethodOverride] - Self narrows with it
+        cls, settings: Sequence[Self], like: Tensor
+    ) -> Mapping[str, Tensor]:
         numbers = stack(settings, like)
         ones = [1] * (like.ndim - 1)
         for space in ("velocity", "noise"):

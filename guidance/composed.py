@@ -56,7 +56,9 @@ class Composed(Rule, frozen=True):
 
     @classmethod
     @override
-    def parameters(cls, settings: Sequence[Self], like: Tensor) -> Mapping[str, Tensor]:
+    def parameters(  # pyright: ignore[reportIncompatibleMethodOverride] - Self narrows with it
+        cls, settings: Sequence[Self], like: Tensor
+    ) -> Mapping[str, Tensor]:
         ones = [1] * (like.ndim - 1)
         scales = [setting.scale for setting in settings]
         weights = [[one.weight for one in setting.prompts if one.weight] for setting in settings]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import add
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
@@ -82,5 +84,5 @@ def _blurred(picture: Tensor) -> Tensor:
     # Mirrored at the borders as kornia does; a side too short for that repeats its last cell.
     mode = "reflect" if min(height, width) > reach else "replicate"
     padded = pad(picture, (reach,) * 4, mode=mode)
-    rows = sum(w * padded.narrow(-2, i, height) for i, w in enumerate(KERNEL))
-    return sum(w * rows.narrow(-1, i, width) for i, w in enumerate(KERNEL))
+    rows = reduce(add, (w * padded.narrow(-2, i, height) for i, w in enumerate(KERNEL)))
+    return reduce(add, (w * rows.narrow(-1, i, width) for i, w in enumerate(KERNEL)))

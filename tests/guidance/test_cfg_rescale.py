@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from typing import Literal, get_args
 
 import pytest
 import torch
@@ -15,6 +16,9 @@ from guidance import Rows
 from guidance.cfg import CFG
 from guidance.cfg_rescale import CFGRescale
 from tests.guidance.cases import apply, draw
+
+Space = Literal["velocity", "noise", "denoised"]
+each_space = pytest.mark.parametrize("space", get_args(Space))
 
 
 def to_space(
@@ -32,9 +36,11 @@ def to_space(
     }[space]
 
 
-@pytest.mark.parametrize("space", ["noise", "velocity", "denoised"])
+@each_space
 @pytest.mark.parametrize("rescale", [0.0, 0.3, 0.7, 1.0])
-def test_each_space_is_diffusers_on_a_network_that_predicts_it(space: str, rescale: float) -> None:
+def test_each_space_is_diffusers_on_a_network_that_predicts_it(
+    space: Space, rescale: float
+) -> None:
     rows = draw(4)
     there, back = to_space(rows, space)
     cond, other = there(rows.cond), there(rows.other)
@@ -43,8 +49,8 @@ def test_each_space_is_diffusers_on_a_network_that_predicts_it(space: str, resca
     torch.testing.assert_close(result.denoised, back(expected), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("space", ["noise", "velocity", "denoised"])
-def test_all_of_it_has_the_spread_of_the_prompts_prediction(space: str) -> None:
+@each_space
+def test_all_of_it_has_the_spread_of_the_prompts_prediction(space: Space) -> None:
     rows = draw(4)
     there, _ = to_space(rows, space)
     result = apply(CFGRescale(scale=9, rescale=1, space=space), rows)

@@ -1,6 +1,7 @@
 """CFG-Zero* against the paper on flow matching, and as the same thing on other models."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,7 +44,7 @@ def test_on_flow_matching_it_is_the_papers_formula(scale: float) -> None:
 def test_on_flow_matching_it_is_diffusers() -> None:
     rows = on_flow(draw(4))
     v_c, v_u = ((rows.x - D) / rows.sigma for D in (rows.cond, rows.other))
-    guider = ClassifierFreeZeroStarGuidance(guidance_scale=6.0, zero_init_steps=1)
+    guider: Any = ClassifierFreeZeroStarGuidance(guidance_scale=6.0, zero_init_steps=1)
     for step, progress in enumerate([0.0, 0.04, 0.5]):
         guider.set_state(step=step, num_inference_steps=25, timestep=torch.tensor(0))
         theirs = rows.x - rows.sigma * guider.forward(v_c, v_u).pred
