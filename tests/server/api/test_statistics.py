@@ -1,0 +1,87 @@
+"""Requests for DPM-Solver-v3 get the statistics of their own guidance and size, or an answer."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable
+from typing import Any
+
+import httpx2
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+Generate = Callable[..., httpx2.Response]
+
+EXACT: dict[str, Any] = {"name": "dpm_solver_v3", "statistics": "exact"}
+NEAREST = EXACT | {"statistics": "nearest"}
+
+
+def picture(answer: httpx2.Response) -> NDArray[np.uint8]:
+    assert answer.status_code == 200, answer.text
+    data = base64.b64decode(answer.json()["images"][0]["b64_json"])
+    return np.asarray(Image.open(io.BytesIO(data)))
+
+
+def test_statistics_are_those_of_the_scale(generate: Generate) -> None:
+    """At scale 4, which there are statistics of, the nearest are the exact ones."""
+    fields: dict[str, Any] = {"steps": 4, "guidance": {"name": "cfg", "scale": 4}}
+    exact = picture(generate(sampler="dpm_solver_v3", **fields))
+    assert np.array_equal(exact, picture(generate(sampler=NEAREST, **fields)))
+    without = picture(generate(sampler=EXACT | {"statistics": "none"}, **fields))
+    assert not np.array_equal(exact, without)
+
+
+@pytest.mark.parametrize(
+    "guidance",
+    [
+        {"name": "cfg", "scale": 3},
+        {"name": "cfg", "scale": 0},
+        {"name": "none"},
+        {"name": "apg", "scale": 8},
+        {"name": "cfg", "scale": 4, "policy": "adaptive"},
+    ],
+    ids=str,
+)
+def test_the_nearest_serve_all_guidance_and_sizes(
+    generate: Generate, guidance: dict[str, Any]
+) -> None:
+    picture(generate(sampler=NEAREST, guidance=guidance))
+    picture(generate(sampler=NEAREST, guidance=guidance, width=96, height=64))
+
+
+@pytest.mark.parametrize(
+    ("guidance", "says"),
+    [
+        (
+            {"name": "cfg", "scale": 3},
+            "none of guidance 'cfg 3', only of none, cfg 2, cfg 4, cfg 7.5; make them with "
+            "`weft ems --model FOLDER --guidance cfg --scale 3`, or ask for 'nearest' or 'none'.",
+        ),
+        ({"name": "apg", "scale": 4}, "there can be none of the rule 'apg', only of none, cfg 2"),
+        (
+            {"name": "cfg", "scale": 4, "policy": "interval"},
+            "there can be none of guidance with a policy of its own, only of none",
+        ),
+        (
+            {"name": "cfg", "scale": 4, "perturbed": ["pag"]},
+            "there can be none of guidance with a perturbed of its own",
+        ),
+    ],
+    ids=str,
+)
+def test_where_there_are_none_the_answer_says_what_there_is(
+    generate: Generate, guidance: dict[str, Any], says: str
+) -> None:
+    answer = generate(sampler=EXACT, guidance=guidance)
+    assert answer.status_code == 422
+    error = answer.json()["error"]
+    assert error["param"] == "sampler.statistics"
+    assert says in error["message"]
+
+
+def test_the_catalog_says_what_there_are_statistics_of(client: httpx2.Client) -> None:
+    [model] = client.get("/v1/catalog").json()["models"]
+    assert model["statistics"] == ["none", "cfg 2", "cfg 4", "cfg 7.5"]
