@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from samplers import Grid, Plan, integrate
+from samplers import Grid, NoiseSchedule, Plan, integrate
+from samplers.gaussian import GaussianMixtureDenoiser
 from samplers.heavy_ball import GHVB, HB
 from samplers.linear_multistep import Line, mean_of_interpolant, of_differences
 from tests.samplers.cases import EDM, FLOW, VP
+from tests.samplers.test_convergence import STEPS, TOLERANCE, errors
 
 UNEVEN = np.array([9.0, 8.0, 6.5, 5.8, 4.9, 4.4, 3.6, 3.3])
 
@@ -100,3 +102,26 @@ def test_a_move_of_x_takes_past_slopes_with_it(schedule: Any) -> None:
     shifted = integrate(moved, lambda _x, _t: target, start)
     expected = grid.sigma[-1] / grid.sigma[3]
     assert float(shifted - plain) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(("schedule", "t_start"), [(FLOW, 0.9), (EDM, 5.0)], ids=["flow", "edm"])
+def test_variable_weights_keep_their_order_from_a_start_at_little_noise(
+    schedule: NoiseSchedule, t_start: float
+) -> None:
+    """Where the prediction moves in the first step, which is of first order until it is redone."""
+    found = errors(GHVB(order=4.0, weights="variable"), schedule, t_start, 0.05)
+    slope = -np.polyfit(np.log(STEPS), np.log(found), 1)[0]
+    assert abs(slope - 4) < TOLERANCE, (slope, found)
+
+
+def test_variable_weights_pay_at_many_steps_alone() -> None:
+    data = GaussianMixtureDenoiser(VP)
+    x = torch.linspace(-1.6, 1.6, 17, dtype=torch.float64)[None]
+    exact = data.transport(x, 1.0, 0.02)
+
+    def error(weights: Any, steps: int) -> float:
+        plan = GHVB(weights=weights).plan(VP.grid("logsnr", steps, 1.0, 0.02))
+        return float((integrate(plan, data, x) - exact).abs().max())
+
+    assert error("variable", 20) > 2 * error("constant", 20)
+    assert error("variable", 160) < 0.5 * error("constant", 160)
