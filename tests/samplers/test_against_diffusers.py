@@ -196,9 +196,10 @@ class EvenSinglestep(DPMSolverSinglestepScheduler):
     which is undone here.
     """
 
-    def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
+    def set_timesteps(self, num_inference_steps: Any = None, *args: Any, **options: Any) -> None:
         config: Any = self.config
-        super().set_timesteps(config.solver_order * (num_inference_steps - 1) + 1, device)
+        evaluations = config.solver_order * (num_inference_steps - 1) + 1
+        super().set_timesteps(evaluations, *args, **options)
         log_sigmas = np.log((1 / self.alphas_cumprod.double().numpy() - 1) ** 0.5)
         sigmas = self.sigmas[:-1].double().numpy()
         self.timesteps = torch.from_numpy(self._sigma_to_t(sigmas, log_sigmas))
@@ -224,7 +225,7 @@ class PreciseSASolver(SASolverScheduler):
     the higher-order weights of its last step carry into the picture.
     """
 
-    def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
+    def set_timesteps(self, num_inference_steps: Any = None, device: Any = None) -> None:
         super().set_timesteps(num_inference_steps, device)
         t = np.append(self.timesteps.numpy(), 0.0)
         alpha, sigma = NoiseSchedule.from_diffusers(CONFIG).level(t)

@@ -168,8 +168,9 @@ def test_stochastic_samplers_approach_the_variance_of_gaussian_data(
         abs(moments(sampler.plan(SCHEDULES[schedule].grid(spacing, n)), DEVIATION)[1][-1] - 0.36)
         for n in (50, 100)
     )
-    # The error falls with the step, at least in proportion.
-    assert many < max(0.6 * few, 1e-4)
+    # The error falls with the step, at least in proportion, down to the variance that the last
+    # jump from the cleanest trained level leaves out: 1.1e-4 on vp_linear.
+    assert many < max(0.6 * few, 2e-4)
     assert many < 0.08
 
 

@@ -23,6 +23,7 @@ from samplers.dpm_solver_pp import DPMSolverPP
 from samplers.euler import Euler
 from samplers.gaussian import GaussianMixtureDenoiser
 from samplers.heun import Heun
+from samplers.noise_schedule import FlowMatching
 from samplers.timesteps import Karras, Linspace, Trailing
 from samplers.unipc import UniPC
 from tests.samplers.cases import EDM, FLOW
@@ -79,8 +80,8 @@ def test_flow_matching_steps_are_those_of_diffusers(scheduler: Any, sampler: Sam
 @pytest.mark.parametrize("steps", [1, 4, 28])
 def test_trailing_levels_are_those_of_flow_matching_pipelines(shift: float, steps: int) -> None:
     """The pipelines hand Euler's scheduler ``linspace(1, 1 / N, N)``, to be shifted."""
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps))  # type: ignore[arg-type]
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps))
     schedule = NoiseSchedule.from_diffusers(scheduler.config)
     grid = schedule.grid(Trailing(), steps)
     np.testing.assert_allclose(grid.sigma, scheduler.sigmas.numpy(), rtol=1e-6)
@@ -96,7 +97,7 @@ def test_linspace_levels_are_theirs_but_for_a_second_shift_of_the_last(
     """Left to themselves their schedulers shift the smallest trained level, already shifted."""
     scheduler = kind(shift=shift)
     scheduler.set_timesteps(STEPS)
-    schedule = NoiseSchedule.flow(shift)
+    schedule = FlowMatching(shift)
     levels = list(dict.fromkeys(scheduler.sigmas.double().tolist()))
     last = float(schedule.shifted(np.array(schedule.t_end)))
     # Between two levels the same number of steps is spaced alike.
