@@ -28,6 +28,8 @@ minority is the tenth of the training pictures, by how badly the model restores 
 FIRST_SEED: Final = 5_000_000_000
 """Seeds from here on belong to no other set."""
 
+_PAIRS_EVERY: Final = 5
+"""Most pictures are of one thing, as pairs teach nothing of things."""
 _UNKNOWN: Final = -1
 _BATCH: Final = 96
 _PEAK_RATE: Final = 2e-3
@@ -49,7 +51,10 @@ class Labelled:
 @torch.inference_mode()
 def make_labelled(pipeline: StableDiffusionPipeline, pictures: int) -> Labelled:
     """Draw, encode and label pictures of fresh seeds."""
-    scenes = [make_scene(FIRST_SEED + number) for number in range(pictures)]
+    scenes = [
+        make_scene(FIRST_SEED + number, things=2 if number % _PAIRS_EVERY == 0 else 1)
+        for number in range(pictures)
+    ]
     chunks = [scenes[start : start + 64] for start in range(0, pictures, 64)]
     latents = torch.cat([pipeline.vae.encoder(render(chunk)) for chunk in chunks])
     classes = {

@@ -53,7 +53,7 @@ class LatentClassifier(nn.Module):
         )
         self.leave = nn.Sequential(nn.GroupNorm(GROUPS, last), _Smooth())
         self.logits = nn.ModuleDict(
-            {name: nn.Linear(last, len(classes)) for name, classes in self.heads.items()}
+            {name: nn.Linear(2 * last, len(classes)) for name, classes in self.heads.items()}
         )
 
     @override
@@ -72,7 +72,8 @@ class LatentClassifier(nn.Module):
             hidden = block(hidden, level)
             if number < len(WIDTHS) - 1:
                 hidden = F.avg_pool2d(hidden, 2)
-        pooled = self.leave(hidden).mean((2, 3))
+        left = self.leave(hidden)
+        pooled = torch.cat([left.mean((2, 3)), left.amax((2, 3))], 1)
         return {name: head(pooled) for name, head in self.logits.items()}
 
     def save(self, file: Path) -> None:
