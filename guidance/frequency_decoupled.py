@@ -34,17 +34,17 @@ class FrequencyDecoupled(Rule, frozen=True):
     summary: ClassVar[str] = "One scale for detail and one for layout: crisp at low contrast."
     source: ClassVar[str] = "Sadat et al., arXiv 2506.19713."
     name: Literal["frequency_decoupled"] = "frequency_decoupled"
-    high: float = Field(
-        default=10.0, ge=0, le=100, description="Strength for detail; 1 is no guidance."
-    )
-    low: float = Field(
+    scale: float = Field(
         default=5.0, ge=0, le=100, description="Strength for layout and colour; 1 is no guidance."
+    )
+    scale_high: float = Field(
+        default=10.0, ge=0, le=100, description="Strength for detail; 1 is no guidance."
     )
 
     @property
     @override
     def branches(self) -> tuple[Branch, ...]:
-        return () if self.high == self.low == 1 else (NEGATIVE,)
+        return () if self.scale == self.scale_high == 1 else (NEGATIVE,)
 
     @classmethod
     @override
@@ -52,7 +52,7 @@ class FrequencyDecoupled(Rule, frozen=True):
         difference = rows.cond - rows.other
         coarse = low_frequencies(difference)
         detail = difference - coarse
-        push = (parameters["high"] - 1) * detail + (parameters["low"] - 1) * coarse
+        push = (parameters["scale_high"] - 1) * detail + (parameters["scale"] - 1) * coarse
         return Guided(rows.cond + push, rows.x, rows.memory)
 
 

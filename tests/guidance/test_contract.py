@@ -141,7 +141,7 @@ def test_each_rule_of_ours_has_a_neutral_setting() -> None:
 @pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 4.0, 30.0])
 def test_each_rule_can_be_plain_cfg(name: str, scale: float) -> None:
     kind = OURS[name]
-    scales = [field for field in ("scale", "high", "low") if field in kind.model_fields]
+    scales = [field for field in ("scale", "scale_high") if field in kind.model_fields]
     rule = kind.model_validate(NEUTRAL[name] | dict.fromkeys(scales, scale))
     rows = with_memory(draw(3, branches=1), kind.memory_slots)
     result, plain = apply(rule, rows), apply(CFG(scale=scale), rows)
@@ -275,7 +275,7 @@ def test_parameters_are_frozen_and_strange_ones_refused(kind: type[Rule]) -> Non
         ("dynamic_thresholding", "limit", 0, "greater than or equal to 0.125"),
         ("dynamic_thresholding", "quantile", 0.4, "greater than or equal to 0.5"),
         ("tcfg", "damping", 2, "less than or equal to 1"),
-        ("frequency_decoupled", "high", -1, "greater than or equal to 0"),
+        ("frequency_decoupled", "scale_high", -1, "greater than or equal to 0"),
         ("perp_neg", "negative", -1, "greater than or equal to 0"),
         ("composed", "prompts", [{"prompt": "x"}] * 9, "at most 8 items"),
         ("magnitude_aware", "damping", -1, "greater than or equal to 0"),

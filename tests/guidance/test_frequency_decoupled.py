@@ -56,7 +56,7 @@ def test_each_level_is_cfg_with_its_own_scale(seed: int, high: float, low: float
     coarse = [low_frequencies(D) for D in (rows.cond, rows.other)]
     detail = [D - c for D, c in zip((rows.cond, rows.other), coarse, strict=True)]
     guided = [c_u + w * (c_c - c_u) for w, (c_c, c_u) in ((high, detail), (low, coarse))]
-    result = apply(FrequencyDecoupled(high=high, low=low), rows).denoised
+    result = apply(FrequencyDecoupled(scale=low, scale_high=high), rows).denoised
     torch.testing.assert_close(result, guided[0] + guided[1])
 
 
@@ -64,7 +64,7 @@ def test_each_level_is_cfg_with_its_own_scale(seed: int, high: float, low: float
 def test_equal_scales_are_cfg(scale: float, seed: int) -> None:
     rows = draw(2, seed)
     torch.testing.assert_close(
-        apply(FrequencyDecoupled(high=scale, low=scale), rows).denoised,
+        apply(FrequencyDecoupled(scale=scale, scale_high=scale), rows).denoised,
         apply(CFG(scale=scale), rows).denoised,
     )
 
@@ -72,5 +72,5 @@ def test_equal_scales_are_cfg(scale: float, seed: int) -> None:
 def test_a_difference_of_layout_alone_is_not_guided_by_the_scale_of_detail() -> None:
     rows = draw(2)
     rows = with_other(rows, rows.cond - 0.7)
-    calm, loud = (apply(FrequencyDecoupled(high=h, low=2), rows).denoised for h in (1, 50))
+    calm, loud = (apply(FrequencyDecoupled(scale=2, scale_high=h), rows).denoised for h in (1, 50))
     torch.testing.assert_close(calm, loud)
