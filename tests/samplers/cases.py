@@ -87,7 +87,8 @@ def _variants(kind: type[BaseModel]) -> list[Any]:
     values = product(*(_choices(*field) for field in fields.items()))
     settings = [dict(zip(fields, value, strict=True)) for value in values]
     if len(settings) > MOST_VARIANTS:
-        numbers = [name for name, field in fields.items() if field.annotation in (int, float)]
+        number: tuple[Any, ...] = (int, float)
+        numbers = [name for name, field in fields.items() if field.annotation in number]
         strays = ([s[name] != fields[name].default for name in numbers] for s in settings)
         settings = [s for s, stray in zip(settings, strays, strict=True) if sum(stray) <= 1]
     return [one for setting in settings if (one := _unless_refused(kind, setting)) is not None]
