@@ -6,9 +6,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import guidance
-from guidance import APG, CFG, CFGPlusPlus, CFGRescale, CFGZeroStar, Rule
+from guidance import (
+    APG,
+    CFG,
+    CFGPlusPlus,
+    CFGRescale,
+    CFGZeroStar,
+    Composed,
+    PerpNeg,
+    Rule,
+    WeightedPrompt,
+    guide,
+)
+from server.engine.noise import start_noise
 from server.engine.preview import to_uint8
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "guidance_library.md"
@@ -38,6 +51,43 @@ def test_the_documented_loop_gives_the_servers_picture(
     one = task("ddim", rule, steps=found["STEPS"], seed=found["SEED"], prompt=prompt)
     [ours] = run(engine, [one]).pixels()
     theirs = to_uint8(found["picture"])[0]
+    assert int(np.abs(ours.astype(int) - np.asarray(theirs).astype(int)).max()) <= CLOSE
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        PerpNeg(scale=5),
+        Composed(
+            scale=3,
+            prompts=(
+                WeightedPrompt(prompt="a blue square", weight=2.0),
+                WeightedPrompt(prompt="a yellow circle", weight=-1.0),
+            ),
+        ),
+    ],
+    ids=lambda rule: rule.name,
+)
+def test_each_prediction_reaches_a_rule_of_several_prompts_in_its_place(
+    engine: Any, model: Any, task: Any, run: Any, rule: Rule
+) -> None:
+    one = task("ddim", rule, steps=4, negative_prompt="a green star")
+    [ours] = run(engine, [one]).pixels()
+    plan, facts = one.plan, model.facts
+    told = [branch.text(one.prompt, one.negative_prompt) for branch in rule.branches]
+    texts = model.encode_prompts([one.prompt, *told])
+    x = start_noise(one.seed, model.latent_shape(128, 128))[None]
+    with torch.inference_mode():
+        for i, alpha, sigma in zip(
+            range(4), plan.alpha.tolist(), plan.sigma.tolist(), strict=False
+        ):
+            t = torch.full((len(texts),), float(facts.schedule.conditioning(plan.t[i])))
+            raw = model.evaluate(x.expand(len(texts), -1, -1, -1), t, texts)
+            cond, *others = (alpha * x - sigma * raw).split(1)
+            denoised = guide(rule, cond, others, x, alpha, sigma, progress=i / 4).denoised
+            noise = (x - alpha * denoised) / sigma
+            x = float(plan.alpha[i + 1]) * denoised + float(plan.sigma[i + 1]) * noise
+        theirs = to_uint8(model.decode(x))[0]
     assert int(np.abs(ours.astype(int) - np.asarray(theirs).astype(int)).max()) <= CLOSE
 
 
