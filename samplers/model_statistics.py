@@ -308,7 +308,7 @@ def _sums(
         return denoise(x, t).view(W.shape[1], *x.shape)
 
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        plain, along_signs = jvp(lambda x: branches(x, t), (x,), (signs,))
+        plain, along_signs = jvp(lambda x: branches(x, t), (x,), (signs,))[:2]
         D = torch.einsum("mb,b...->m...", W, plain)
         vJv = signs * torch.einsum("mb,b...->m...", W, along_signs)
         D_prime = (
@@ -316,8 +316,12 @@ def _sums(
             if places.step == 0
             else _difference(branches, places, index, x, D, W)
         )
-    D, D_prime, vJv, x = (part.double() for part in (D, D_prime, vJv, x))
-    y = (x / alpha).expand_as(D)
+    return _summed(x.double() / alpha, D.double(), D_prime.double(), vJv.double())
+
+
+def _summed(y: Tensor, D: Tensor, D_prime: Tensor, vJv: Tensor) -> Tensor:
+    """The sums of ``SUMS`` over the samples of a chunk; y is the same in all mixtures."""
+    y = y.expand_as(D)
     parts = (vJv, y, D, D_prime, y * y, y * D, D * D, y * D_prime, D * D_prime)
     return torch.stack([part.sum(1) for part in parts]).cpu()
 

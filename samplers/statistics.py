@@ -11,9 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -147,20 +148,20 @@ class Statistics:
         identity = read_identity(path)
         with safe_open(path, "np") as content:
             try:
-                lam, *rest = (
+                lam, l, s, b = (  # noqa: E741
                     content.get_tensor(name).astype(np.float64)
                     for name in ("half_log_snr", "l", "s", "b")
                 )
             except SafetensorError as error:
                 raise ValueError(f"statistics file {str(path)!r} is incomplete: {error}.") from None
-        shapes = {a.shape for a in rest}
-        if len(shapes) > 1 or rest[0].shape[:1] != lam.shape or np.any(np.diff(lam) <= 0):
+        alike = l.shape == s.shape == b.shape and l.shape[:1] == lam.shape
+        if not alike or np.any(np.diff(lam) <= 0):
             raise ValueError(
                 f"statistics file {str(path)!r} has arrays that do not stand over rising points."
             )
-        if not all(np.isfinite(a).all() for a in (lam, *rest)):
+        if not all(np.isfinite(a).all() for a in (lam, l, s, b)):
             raise ValueError(f"statistics file {str(path)!r} has values that are not finite.")
-        return cls(lam, *rest, identity)
+        return cls(lam, l, s, b, identity)
 
 
 def read_identity(path: Path) -> StatisticsIdentity | None:
@@ -179,7 +180,6 @@ def read_identity(path: Path) -> StatisticsIdentity | None:
     if "identity" not in metadata:
         return None
     try:
-        fields: dict[str, Any] = json.loads(metadata["identity"])
-        return StatisticsIdentity(**fields | {"shape": tuple(fields["shape"])})
-    except (ValueError, TypeError, KeyError):
+        return TypeAdapter(StatisticsIdentity).validate_json(metadata["identity"])
+    except ValidationError:
         raise ValueError(f"{str(path)!r} does not say what its statistics are of.") from None
