@@ -1,6 +1,13 @@
-"""Guidance rules, policies and perturbations: pure mathematics, usable without the server."""
+"""Guidance: rules, policies, perturbations and classifiers' terms, usable without the server."""
 
 from guidance.branch import EMPTY, NEGATIVE, Branch
+from guidance.classifier_guidance import (
+    ClassifierGuidance,
+    GradientGuidance,
+    Levels,
+    Reference,
+    ReferenceGuidance,
+)
 from guidance.edits import Edit
 from guidance.inversion import invert
 from guidance.loop import guide
@@ -10,8 +17,8 @@ from guidance.rule import Guided, Rows, Rule, stack
 from guidance.skip_tuning import SkipTuning
 
 # isort: split
-# Last, as the rules, policies and perturbations of installed packages import the names above.
-from guidance.registry import PERTURBATIONS, POLICIES, RULES
+# Last, as the rules, policies and terms of installed packages import the names above.
+from guidance.registry import CLASSIFIERS, PERTURBATIONS, POLICIES, RULES
 
 # isort: split
 from guidance.adaptive import Adaptive
@@ -24,9 +31,12 @@ from guidance.cfg_rescale import CFGRescale
 from guidance.cfg_zero_star import CFGZeroStar
 from guidance.composed import Composed, WeightedPrompt
 from guidance.dynamic_thresholding import DynamicThresholding
+from guidance.elucd import EluCD
 from guidance.frequency_decoupled import FrequencyDecoupled
+from guidance.gradient_free import GradientFree
 from guidance.interval import Interval
 from guidance.magnitude_aware import MagnitudeAware
+from guidance.minority import Minority
 from guidance.pag import PAG
 from guidance.perp_neg import PerpNeg
 from guidance.seg import SEG
@@ -37,6 +47,7 @@ from guidance.unguided import Unguided
 __all__ = [
     "APG",
     "CFG",
+    "CLASSIFIERS",
     "EMPTY",
     "NEGATIVE",
     "PAG",
@@ -53,17 +64,25 @@ __all__ = [
     "CFGPlusPlus",
     "CFGRescale",
     "CFGZeroStar",
+    "ClassifierGuidance",
     "Composed",
     "DynamicThresholding",
     "Edit",
+    "EluCD",
     "Filled",
     "FrequencyDecoupled",
+    "GradientFree",
+    "GradientGuidance",
     "Guided",
     "Interval",
+    "Levels",
     "MagnitudeAware",
+    "Minority",
     "PerpNeg",
     "Perturbation",
     "Policy",
+    "Reference",
+    "ReferenceGuidance",
     "Rows",
     "Rule",
     "SkipTuning",

@@ -1,4 +1,4 @@
-"""All guidance rules, policies and perturbations: ours, and those of installed packages."""
+"""All rules, policies, perturbations and classifiers' terms: ours and those of packages."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from guidance.cfg_rescale import CFGRescale
 from guidance.cfg_zero_star import CFGZeroStar
 from guidance.composed import Composed
 from guidance.dynamic_thresholding import DynamicThresholding
+from guidance.elucd import EluCD
 from guidance.embedded import Embedded
 from guidance.frequency_decoupled import FrequencyDecoupled
+from guidance.gradient_free import GradientFree
 from guidance.interval import Interval
 from guidance.linear_adaptive import LinearAdaptive
 from guidance.magnitude_aware import MagnitudeAware
+from guidance.minority import Minority
 from guidance.pag import PAG
 from guidance.perp_neg import PerpNeg
 from guidance.residual import Residual
@@ -30,6 +33,7 @@ from guidance.tcfg import TCFG
 from guidance.unguided import Unguided
 
 if TYPE_CHECKING:
+    from guidance.classifier_guidance import ClassifierGuidance
     from guidance.perturbation import Perturbation
     from guidance.policy import Policy
     from guidance.rule import Rule
@@ -67,4 +71,11 @@ PERTURBATIONS: tuple[type[Perturbation], ...] = (
     SLG,
     Autoguidance,
     *(entry.load() for entry in entry_points(group="weft.guidance_perturbations")),
+)
+
+CLASSIFIERS: tuple[type[ClassifierGuidance], ...] = (
+    EluCD,
+    Minority,
+    GradientFree,
+    *(entry.load() for entry in entry_points(group="weft.guidance_classifiers")),
 )

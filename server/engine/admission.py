@@ -90,12 +90,17 @@ def _prompts(members: list[Sequence]) -> Iterator[str]:
 
 
 def _texts(task: ImageTask) -> Iterator[str]:
-    """What the network is told for each prediction of an image, in the order of their numbers."""
+    """What the network is told for each prediction of an image, in the order of their numbers.
+
+    The last is the one that the classifier chooses, so it comes with every alternative.
+    """
     yield task.prompt
     for branch in task.rule.branches:
         yield branch.text(task.prompt, task.negative_prompt)
     for _ in task.perturbed:
         yield task.prompt
+    if task.aim is not None:
+        yield from task.aim.alternatives
 
 
 def _start(sequence: Sequence, lane: Lane) -> Start:

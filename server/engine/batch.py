@@ -11,7 +11,9 @@ import torch
 from guidance import Rows
 from guidance.edits import WeakModel
 from samplers import advance
+from server.engine.classify import choose, push
 from server.engine.noise import stage_noise
+from server.engine.padding import padded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -20,9 +22,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from guidance import Edit
+    from server.engine.classify import References
     from server.engine.compiled import CompiledPlan
     from server.engine.lane import Lane
-    from server.engine.sequence import Sequence
+    from server.engine.sequence import Aim, Sequence
 
 Key = TypeVar("Key")
 
@@ -44,8 +47,12 @@ class Batch:
         numbers: which of its image's predictions each row is.
         others: rows that hold the rule's branches, by position, of the images that evaluate them.
         perturbed: of the images' first, second, ... perturbed predictions: position, row, scale.
+        aims: what the classifier is asked for, of the images that ask it at this stage.
+        pushed: images, by position, that move up its gradient.
+        referred: rows of the predictions whose prompt it chooses, by position.
         fixed_rows: where set, every operation that could depend on the batch size runs at this
             many rows, so that a row's bits do not depend on its company.
+        references: what it chose.
     """
 
     lane: Lane
@@ -56,7 +63,11 @@ class Batch:
     numbers: list[int]
     others: dict[int, list[int]]
     perturbed: list[list[tuple[int, int, float]]]
+    aims: dict[int, Aim]
+    pushed: list[int]
+    referred: dict[int, int]
     fixed_rows: int | None
+    references: References | None = None
 
     @property
     def rows(self) -> int:
@@ -96,8 +107,17 @@ def pack(lane: Lane, sequences: list[Sequence], fixed_rows: int | None) -> Batch
     numbers = [0] * len(sequences)
     others: dict[int, list[int]] = {}
     perturbed: list[list[tuple[int, int, float]]] = []
+    aims: dict[int, Aim] = {}
+    pushed: list[int] = []
+    referred: dict[int, int] = {}
     for i, sequence in enumerate(sequences):
         ask, first = sequence.ask, len(owners)
+        if sequence.task.aim is not None and ask.aimed:
+            aims[i] = sequence.task.aim
+            if ask.push:
+                pushed.append(i)
+            if ask.reference:
+                referred[i] = first + len(ask.numbers) - 1
         if not ask.numbers:
             continue
         owners += [i] * len(ask.numbers)
@@ -109,7 +129,7 @@ def pack(lane: Lane, sequences: list[Sequence], fixed_rows: int | None) -> Batch
                 perturbed.append([])
             perturbed[k].append((i, first + ask.numbers.index(number), scale))
     rows = _indices(lane, [sequence.slot for sequence in sequences])
-    return Batch(
+    batch = Batch(
         lane=lane,
         sequences=sequences,
         plans=[lane.compiled(sequence.task.plan) for sequence in sequences],
@@ -118,8 +138,14 @@ def pack(lane: Lane, sequences: list[Sequence], fixed_rows: int | None) -> Batch
         numbers=numbers,
         others=others,
         perturbed=perturbed,
+        aims=aims,
+        pushed=pushed,
+        referred=referred,
         fixed_rows=fixed_rows,
     )
+    if referred:
+        batch.references = choose(batch)
+    return batch
 
 
 def evaluate(batch: Batch) -> Tensor:
@@ -168,6 +194,10 @@ def guide(batch: Batch, predictions: Tensor) -> Guidance:
         disturbed = predictions.index_select(0, _indices(batch.lane, rows))
         strength = _as_factor(cond.new_tensor(scales), cond)
         denoised.index_add_(0, where, strength * (cond.index_select(0, where) - disturbed))
+    if batch.references is not None:
+        _lead_away(batch, batch.references, predictions, denoised)
+    if batch.pushed:
+        push(batch, denoised)
     return Guidance(denoised, x, rule_memory, policy_memory, _settled(batch, predictions))
 
 
@@ -193,9 +223,9 @@ def step(batch: Batch, guidance: Guidance) -> Tensor:
         where = _indices(batch.lane, members)
         langevin = _langevin(batch, members)
         moved = advance(
-            _padded(columns.index_select(0, where), batch.fixed_rows),
-            _padded(tables, batch.fixed_rows),
-            None if langevin is None else _padded(langevin, batch.fixed_rows),
+            padded(columns.index_select(0, where), batch.fixed_rows),
+            padded(tables, batch.fixed_rows),
+            None if langevin is None else padded(langevin, batch.fixed_rows),
         )
         state.index_copy_(0, where, moved[: len(members)])
     _keep_known(batch, state)
@@ -216,12 +246,22 @@ def write_back(batch: Batch, state: Tensor, guidance: Guidance) -> None:
             memory[:, :slots].index_copy_(0, _slots(batch, kept.positions), kept.memory)
 
 
+def _lead_away(batch: Batch, references: References, predictions: Tensor, denoised: Tensor) -> None:
+    where = _indices(batch.lane, references.positions)
+    reference = predictions.index_select(0, _indices(batch.lane, references.rows))
+    away = predictions.index_select(0, where) - reference
+    denoised.index_add_(0, where, _as_factor(references.strengths, away) * away)
+
+
 def _raw(batch: Batch, x: Tensor, t: Tensor) -> Tensor:
     """What the network puts out for the rows, and its companion for those that are to be weak."""
     owners = [batch.sequences[i] for i in batch.owners]
     conditioning = torch.stack(
         [owner.conditioning[k] for owner, k in zip(owners, batch.numbers, strict=True)]
     )
+    if (references := batch.references) is not None:
+        rows = _indices(batch.lane, references.rows)
+        conditioning.index_copy_(0, rows, references.conditioning)
     edits: list[tuple[Edit, ...]] = []
     weak: list[int] = []
     if any(sequence.guidance.edited for sequence in batch.sequences):
@@ -235,8 +275,8 @@ def _raw(batch: Batch, x: Tensor, t: Tensor) -> Tensor:
     raw = torch.empty_like(x)
     where = _indices(batch.lane, weak)
     inputs = (rows.index_select(0, where) for rows in (x, t, conditioning))
-    padded = (_padded(rows, batch.fixed_rows) for rows in inputs)
-    raw.index_copy_(0, where, batch.lane.model.evaluate_weak(*padded)[: len(weak)])
+    fixed = (padded(rows, batch.fixed_rows) for rows in inputs)
+    raw.index_copy_(0, where, batch.lane.model.evaluate_weak(*fixed)[: len(weak)])
     strong = [row for row, changes in enumerate(edits) if WEAK not in changes]
     where = _indices(batch.lane, strong)
     told = None if scales is None else scales.index_select(0, where)
@@ -257,11 +297,11 @@ def _network(
     if edits and count is not None:
         edits = edits + edits[:1] * (count - len(edits))
     return batch.lane.model.evaluate(
-        _padded(x, count),
-        _padded(t, count),
-        _padded(conditioning, count),
+        padded(x, count),
+        padded(t, count),
+        padded(conditioning, count),
         edits if any(edits) else None,
-        None if scales is None else _padded(scales, count),
+        None if scales is None else padded(scales, count),
     )[: len(x)]
 
 
@@ -294,9 +334,9 @@ def _filled(
         fixed, parameters = _fixed(rows, parameters, batch.fixed_rows)
         filled = policy.fill(
             fixed,
-            _padded(memory, batch.fixed_rows),
+            padded(memory, batch.fixed_rows),
             parameters,
-            _padded(_as_factor(evaluated, rows.x), batch.fixed_rows),
+            padded(_as_factor(evaluated, rows.x), batch.fixed_rows),
         )
         new.append(filled.other[: len(members)])
         kept.append(Kept(members, filled.memory[: len(members)]))
@@ -381,15 +421,8 @@ def _fixed(
 ) -> tuple[Rows, dict[str, Tensor]]:
     if fixed_rows is None:
         return rows, dict(parameters)
-    padded = {name: _padded(getattr(rows, name), fixed_rows) for name in Rows.__slots__}
-    return Rows(**padded), {k: _padded(v, fixed_rows) for k, v in parameters.items()}
-
-
-def _padded(rows: Tensor, count: int | None) -> Tensor:
-    """Repeat the first row until there are ``count``; as it is where no count is given."""
-    if count is None or len(rows) == count:
-        return rows
-    return torch.cat([rows, rows[:1].expand(count - len(rows), *rows.shape[1:])])
+    fixed = {name: padded(getattr(rows, name), fixed_rows) for name in Rows.__slots__}
+    return Rows(**fixed), {k: padded(v, fixed_rows) for k, v in parameters.items()}
 
 
 def _columns_of(

@@ -23,19 +23,29 @@ class Ask:
     """What one stage needs beside the prompt's prediction.
 
     Predictions of an image are numbered: 0 the prompt's, then those of the rule's branches, then
-    the perturbed ones.
+    the perturbed ones, then the reference that the classifier chooses.
 
     Attributes:
         numbers: of the predictions to evaluate.
         evaluated: whether the rule's branches are among them.
         estimated: whether the policy estimates the branch.
         perturbed: number and scale of each perturbed prediction among them.
+        push: how far the prediction moves for each unit of the classifier's gradient.
+        reference: scale of the term that leads away from the reference, which is the last of
+            ``numbers`` unless this is 0.
     """
 
     numbers: tuple[int, ...]
     evaluated: bool
     estimated: bool
     perturbed: tuple[tuple[int, float], ...]
+    push: float = 0.0
+    reference: float = 0.0
+
+    @property
+    def aimed(self) -> bool:
+        """Whether the classifier is asked."""
+        return bool(self.push or self.reference)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,13 +104,17 @@ def plan_guidance(task: ImageTask) -> GuidancePlan:
         tuple((first + k, task.perturbed[k].scale) for k, open_ in enumerate(row) if open_)
         for row in zip(*windows, strict=True)
     ] or [()] * plan.evaluations
-    stages = zip(evaluated.tolist(), estimated.tolist(), perturbed, strict=True)
-    asks = [_ask(range(1, first), *stage) for stage in stages]
-    settled = [_ask(range(1, first), False, False, terms) for terms in perturbed]
+    reference = first + len(task.perturbed)
+    terms = [*zip(perturbed, *_classified(task), strict=True)]
+    stages = zip(evaluated.tolist(), estimated.tolist(), terms, strict=True)
+    numbers = range(1, first), reference
+    asks = [_ask(*numbers, *when, *own) for *when, own in stages]
+    settled = [_ask(*numbers, False, False, *own) for own in terms]
     edits = [
         (),
         *((branch.edit,) if branch.edit else () for branch in branches),
         *((perturbation.edit,) for perturbation in task.perturbed),
+        (),
     ]
     constants = policy.constants(plan.evaluations, task.coefficients)
     return GuidancePlan(
@@ -120,11 +134,30 @@ def plan_guidance(task: ImageTask) -> GuidancePlan:
     )
 
 
+def _classified(task: ImageTask) -> tuple[list[float], list[float]]:
+    """How strongly the classifier's gradient, and its reference, act at each stage."""
+    nothing = [0.0] * task.plan.evaluations
+    if task.aim is None:
+        return nothing, nothing
+    strengths = task.aim.strengths.tolist()
+    return (nothing, strengths) if task.aim.alternatives else (strengths, nothing)
+
+
 def _ask(
-    branches: range, evaluated: bool, estimated: bool, perturbed: tuple[tuple[int, float], ...]
+    branches: range,
+    number: int,
+    evaluated: bool,
+    estimated: bool,
+    perturbed: tuple[tuple[int, float], ...],
+    push: float,
+    reference: float,
 ) -> Ask:
-    numbers = (*(branches if evaluated else ()), *(number for number, _ in perturbed))
-    return Ask(numbers, evaluated, estimated, perturbed)
+    numbers = (
+        *(branches if evaluated else ()),
+        *(disturbed for disturbed, _ in perturbed),
+        *((number,) if reference else ()),
+    )
+    return Ask(numbers, evaluated, estimated, perturbed, push, reference)
 
 
 def _left(asks: Sequence[Ask]) -> list[int]:

@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from guidance import Edit, Perturbation, Policy, Rule
+    from guidance import ClassifierGuidance, Edit, Perturbation, Policy, Rule
     from samplers import Plan
     from server.engine.guidance_plan import Ask, GuidancePlan
     from server.engine.lane import Lane
 
 __all__ = [
+    "Aim",
     "Group",
     "ImageResult",
     "ImageTask",
@@ -40,6 +41,24 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Aim:
+    """What an image asks of the model's classifier.
+
+    Attributes:
+        guidance: the term that the classifier adds.
+        targets: number of the class aimed at, for each of its attributes in their order; -1 for
+            none.
+        strengths: what the term is multiplied by at each stage, 0 where it does not act.
+        alternatives: prompts that it chooses a reference among, if the term leads away from one.
+    """
+
+    guidance: ClassifierGuidance
+    targets: tuple[int, ...]
+    strengths: NDArray[np.float64]
+    alternatives: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class ImageTask:
     """One image, as the service gives it to the engine.
 
@@ -55,6 +74,7 @@ class ImageTask:
         policy: where the second prediction comes from.
         perturbed: terms that lead away from disturbed predictions.
         edits: what every prediction of this image changes inside the network.
+        aim: what it asks of the model's classifier.
         coefficients: what a policy that is fitted was fitted to, ``[stages, n]``.
         group: the images that this one runs in lockstep with.
         priority: who goes first.
@@ -75,6 +95,7 @@ class ImageTask:
     policy: Policy
     perturbed: tuple[Perturbation, ...] = ()
     edits: tuple[Edit, ...] = ()
+    aim: Aim | None = None
     coefficients: NDArray[np.float64] | None = None
     group: Group | None = None
     priority: Priority = Priority.INTERACTIVE

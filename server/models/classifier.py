@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT = "weft.classifier.1"
+REMAKE = "python -m embedded.derive classifier"
+"""The command that makes the embedded model's classifier."""
 SOFTPLUS_BETA = 3.0
 """Softplus in place of ReLU keeps gradients smooth (EluCD, arXiv 2310.11311, section 3.2)."""
 WIDTHS = (32, 48, 64)
@@ -105,6 +107,18 @@ class LatentClassifier(nn.Module):
         except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
             raise ModelMismatch(f"classifier {str(file)!r} cannot be read: {error}.") from None
         return classifier.eval().requires_grad_(requires_grad=False)
+
+    def check(self, revision: str) -> None:
+        """Refuse to judge the latents of other weights than those it learnt from.
+
+        Raises:
+            ModelMismatch: it is of another model.
+        """
+        if self.model != revision:
+            raise ModelMismatch(
+                f"its classifier is of model revision {self.model}, and the weights are of "
+                f"{revision}; `{REMAKE}` makes it anew."
+            )
 
 
 class _Smooth(nn.Module):

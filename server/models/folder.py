@@ -64,6 +64,11 @@ def statistics_name(rule: str, scale: float) -> str:
     return f"ems-{guidance}.safetensors"
 
 
+def classifier_file(folder: Path) -> Path:
+    """Where a model folder keeps the classifier of its latents."""
+    return folder / DERIVED / "classifier.safetensors"
+
+
 def revision_of(folder: Path) -> str:
     """First 16 hexadecimal digits of the SHA-256 over all weights, by path.
 

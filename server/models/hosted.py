@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from guidance.edits import Edit
     from samplers import NoiseSchedule, PredictionType
+    from server.models.classifier import LatentClassifier
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,8 @@ class HostedModel(ABC):
         self.device = device
         self.dtype = dtype
         self.statistics = ModelStatistics()
+        self.classifier: LatentClassifier | None = None
+        self.classifier_lacks = "it has none"
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """``(C, h, w)`` of the latent of a picture of the given size in pixels."""
@@ -108,6 +111,26 @@ class HostedModel(ABC):
             RuntimeError: there is none, which ``refuses`` says beforehand.
         """
         raise RuntimeError(f"model {self.facts.name!r} has no weaker companion")
+
+    def classify(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> dict[str, Tensor]:
+        """What the model's classifier makes of latents; lets gradients through.
+
+        Args:
+            x: ``[rows, C, h, w]`` float32.
+            alpha: signal scale of each row, ``[rows]``.
+            sigma: its noise scale, 0 for clean latents, ``[rows]``.
+
+        Returns:
+            Logits ``[rows, classes]`` of each attribute.
+
+        Raises:
+            RuntimeError: there is no classifier; ``classifier_lacks`` says why.
+        """
+        if self.classifier is None:
+            raise RuntimeError(
+                f"model {self.facts.name!r} cannot classify: {self.classifier_lacks}"
+            )
+        return self.classifier(x, alpha, sigma)
 
     def layers(self) -> tuple[str, ...]:
         """Names of the blocks that edits may name."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 import torch
 
 from server.errors import ModelMismatch
-from server.models.folder import read_json, revision_of
+from server.models.classifier import LatentClassifier
+from server.models.folder import classifier_file, read_json, revision_of
 from server.models.stable_diffusion import load_stable_diffusion
 from server.models.statistics import ModelStatistics
 
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from server.models.hosted import HostedModel
+
+logger = logging.getLogger(__name__)
 
 FAMILIES = {"StableDiffusionPipeline": load_stable_diffusion}
 """Loader of each pipeline class that a model folder may name."""
@@ -47,7 +51,24 @@ def load_model(folder: Path, *, name: str, device: str, dtype: str) -> HostedMod
     except Exception as error:
         raise ModelMismatch(f"model folder {str(folder)!r} could not be loaded: {error}") from error
     model.statistics = ModelStatistics.of(folder, revision, model.facts.schedule)
+    _add_classifier(model, folder)
     return model
+
+
+def _add_classifier(model: HostedModel, folder: Path) -> None:
+    """The classifier of the model's latents, if the folder holds one of these weights."""
+    file = classifier_file(folder)
+    if not file.exists():
+        model.classifier_lacks = f"its folder has no {file.relative_to(folder)}"
+        return
+    try:
+        classifier = LatentClassifier.load(file)
+        classifier.check(model.facts.revision)
+    except ModelMismatch as error:
+        logger.warning("%s is left out: %s", file, error)
+        model.classifier_lacks = str(error).rstrip(".")
+        return
+    model.classifier = classifier.to(model.device)
 
 
 def choose_device(device: str) -> torch.device:

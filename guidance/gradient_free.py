@@ -1,0 +1,80 @@
+"""Gradient-free classifier guidance: away from what the picture is mistaken for."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+from typing_extensions import override
+
+from guidance.classifier_guidance import UNAIMED, Reference, ReferenceGuidance, Target
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+
+class GradientFree(ReferenceGuidance, frozen=True):
+    """After gradient-free classifier guidance (Shenoy et al., arXiv 2411.15393).
+
+    From the paper: at each stage a classifier, in inference alone, picks the reference that
+    guidance leads away from, among conditional predictions, and sets the scale by how confused
+    the picture is. The formula is ours: of all classes q of the attributes aimed at, other than
+    the target y, the reference is that of the greatest ``p(q | x)``, and
+
+        D += scale (1 - p(y | x)) (Dc - Dq)
+
+    with Dq told the prompt with the word of y replaced by that of q. The classifier reads x at
+    its own level of noise, before the forward, so choosing costs no evaluation; Dq costs one. With
+    the rule ``none`` it stands where the negative prompt's would; with another it is a third.
+    """
+
+    summary: ClassVar[str] = "Away from the class that a classifier mistakes the picture for."
+    source: ClassVar[str] = "After Shenoy et al., arXiv 2411.15393; the formula is ours."
+    name: Literal["gradient_free"] = "gradient_free"
+    target: Target = Field(default={})
+
+    @property
+    @override
+    def aims(self) -> Mapping[str, str]:
+        return self.target
+
+    @override
+    def alternatives(self, prompt: str, heads: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+        told: list[str] = []
+        for attribute, classes in heads.items():
+            if attribute not in self.target:
+                continue
+            said = self.target[attribute]
+            word = re.compile(rf"\b{re.escape(said)}\b", re.IGNORECASE)
+            if not word.search(prompt):
+                raise ValueError(
+                    f"guidance.classifier.target.{attribute} is {said!r}, which the prompt does "
+                    f"not say; {self.name} replaces that word, so only words of the prompt are "
+                    "allowed."
+                )
+            told += [word.sub(lambda _, q=q: q, prompt) for q in classes if q != said]
+        return tuple(told)
+
+    @classmethod
+    @override
+    def refer(cls, logits: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Reference:
+        from torch import arange, cat
+
+        taken: list[Tensor] = []
+        candidates: list[Tensor] = []
+        doubts: list[Tensor] = []
+        for attribute, seen in logits.items():
+            aimed = targets[attribute][:, None]
+            share = seen.softmax(1)
+            others = (arange(share.shape[1], device=share.device) != aimed) & (aimed != UNAIMED)
+            doubt = 1 - share.gather(1, aimed.clamp(min=0))
+            taken.append(share.where(others, share.new_tensor(-1.0)))
+            candidates.append(others)
+            doubts.append(doubt.expand_as(share))
+        place = cat(taken, 1).argmax(1, keepdim=True)
+        # Alternatives are those of the row's own candidates, in their order.
+        choice = cat(candidates, 1).cumsum(1).gather(1, place)[:, 0] - 1
+        return Reference(choice, cat(doubts, 1).gather(1, place)[:, 0])
