@@ -46,4 +46,19 @@ class WeakModel:
     """The row is evaluated by the model's weaker companion (autoguidance)."""
 
 
-Edit: TypeAlias = IdentityAttention | BlurredQueries | SkippedBlocks | SkipScales | WeakModel
+@dataclass(frozen=True, slots=True)
+class ApartFrom:
+    """Attention whose tokens move away from those of another row that are like them (NegToMe).
+
+    ``reference`` is that row's place in the forward; None is nowhere, and then nothing moves.
+    """
+
+    layers: tuple[str, ...]
+    strength: float
+    threshold: float
+    reference: int | None = None
+
+
+Edit: TypeAlias = (
+    IdentityAttention | BlurredQueries | SkippedBlocks | SkipScales | WeakModel | ApartFrom
+)

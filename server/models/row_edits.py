@@ -12,8 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from guidance.edits import BlurredQueries, IdentityAttention, SkippedBlocks, SkipScales
+from guidance.edits import (
+    ApartFrom,
+    BlurredQueries,
+    IdentityAttention,
+    SkippedBlocks,
+    SkipScales,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
@@ -39,6 +46,7 @@ class RowEdits:
 
     def __init__(self, network: nn.Module) -> None:
         self._tensors: dict[tuple[type[Edit], str], Tensor] = {}
+        self._apart: dict[str, list[tuple[int, ApartFrom]]] = {}
         self._latent_size = (1, 1)
         self._blocks = {
             name: module
@@ -65,7 +73,7 @@ class RowEdits:
         """Why this network cannot make the edit, as a clause; None where it can."""
         if isinstance(edit, SkipScales):
             return None if self._skips else "has no skip connections to scale"
-        if not isinstance(edit, IdentityAttention | BlurredQueries | SkippedBlocks):
+        if not isinstance(edit, IdentityAttention | BlurredQueries | SkippedBlocks | ApartFrom):
             return "has no weaker companion; start the server with one"
         for layer in edit.layers:
             named = self._named(layer)
@@ -87,10 +95,11 @@ class RowEdits:
         """
         self._latent_size = (x.shape[-2], x.shape[-1])
         self._tensors = self._tensors_of(edits, x)
+        self._apart = self._apart_of(edits)
         try:
             yield
         finally:
-            self._tensors = {}
+            self._tensors, self._apart = {}, {}
 
     def _tensors_of(
         self, edits: Sequence[tuple[Edit, ...]], x: Tensor
@@ -107,6 +116,18 @@ class RowEdits:
             for key, values in rows.items()
         }
 
+    def _apart_of(
+        self, edits: Sequence[tuple[Edit, ...]]
+    ) -> dict[str, list[tuple[int, ApartFrom]]]:
+        """By block, the rows that move away from others."""
+        rows: dict[str, list[tuple[int, ApartFrom]]] = {}
+        for row, own in enumerate(edits):
+            for edit in own:
+                if isinstance(edit, ApartFrom) and edit.reference is not None:
+                    for name in {name for layer in edit.layers for name in self._named(layer)}:
+                        rows.setdefault(name, []).append((row, edit))
+        return rows
+
     def _values(self, edit: Edit) -> Iterator[tuple[str, float]]:
         """Each place that the edit touches, with the number that the hook there reads."""
         match edit:
@@ -119,6 +140,9 @@ class RowEdits:
                 yield from ((name, sigma) for layer in layers for name in self._named(layer))
             case IdentityAttention(layers) | SkippedBlocks(layers):
                 yield from ((name, 1.0) for layer in layers for name in self._named(layer))
+            case ApartFrom():
+                # No number a row: what it reads is another row.
+                return
             case _:
                 raise ValueError(f"{type(edit).__name__} changes no row inside the network.")
 
@@ -144,10 +168,11 @@ class RowEdits:
             return told, hidden.where(_over_rows(skipped > 0, moved), moved)
 
         block.register_forward_hook(skip, with_kwargs=True)
-        attention: Any = getattr(block, "attn1", None)
-        if attention is None:
-            return
+        if hasattr(block, "attn1"):
+            self._hook_self_attention(name, block.get_submodule("attn1"))
+            self._hook_outputs(name, [block.get_submodule("attn1"), getattr(block, "attn2", None)])
 
+    def _hook_self_attention(self, name: str, attention: nn.Module) -> None:
         def pass_values(
             module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
         ) -> Tensor:
@@ -165,7 +190,22 @@ class RowEdits:
             return _blurred(queries, sigmas, self._latent_size)
 
         attention.register_forward_hook(pass_values, with_kwargs=True)
-        attention.to_q.register_forward_hook(blur)
+        attention.get_submodule("to_q").register_forward_hook(blur)
+
+    def _hook_outputs(self, name: str, attentions: Sequence[nn.Module | None]) -> None:
+        def move_apart(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
+            moving = self._apart.get(name)
+            if moving is None:
+                return output
+            moved = output.clone()
+            # A row at a time, so that its bits do not depend on how many others move.
+            for row, edit in moving:
+                moved[row] = _away(output[row], output[edit.reference], edit)
+            return moved
+
+        for attention in attentions:
+            if attention is not None:
+                attention.register_forward_hook(move_apart)
 
     def _hook_skips(self, number: int, block: nn.Module) -> None:
         first = sum(self._skips[:number])
@@ -190,6 +230,14 @@ def _resnets(block: nn.Module) -> list[nn.Module]:
 
 def _over_rows(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *[1] * (like.ndim - 1))
+
+
+def _away(tokens: Tensor, reference: Tensor, edit: ApartFrom) -> Tensor:
+    """Tokens ``[tokens, features]``, those like one of the reference moved away from it."""
+    cosines = F.normalize(tokens.float(), dim=-1) @ F.normalize(reference.float(), dim=-1).mT
+    alike, nearest = cosines.max(-1)
+    moved = tokens + edit.strength * (tokens - reference[nearest])
+    return moved.where((alike > edit.threshold)[:, None], tokens)
 
 
 def _blurred(queries: Tensor, sigmas: Tensor, latent_size: tuple[int, int]) -> Tensor:

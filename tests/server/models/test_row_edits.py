@@ -19,6 +19,7 @@ from torch import Tensor
 
 from embedded import MODEL_FOLDER
 from guidance.edits import (
+    ApartFrom,
     BlurredQueries,
     IdentityAttention,
     SkippedBlocks,
@@ -204,6 +205,85 @@ def test_queries_are_blurred_over_pictures_that_are_not_square(unet, edited):
     assert_near(ours, forward(theirs, *inputs(1, (8, 24))))
 
 
+class Apart:
+    """Negative token merging after a plain attention, over a whole batch, as the paper writes it.
+
+    O_i <- (1 + a) O_i - a O_ref[j*], j* = argmax_j cos(O_i, O_ref,j), where that cosine is above
+    the threshold; the reference is the batch's first image.
+    """
+
+    def __init__(self, strength, threshold):
+        self.strength, self.threshold, self.moved = strength, threshold, []
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, **_):
+        told = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        q, k, v = (
+            part.unflatten(2, (attn.heads, -1)).transpose(1, 2)
+            for part in (attn.to_q(hidden_states), attn.to_k(told), attn.to_v(told))
+        )
+        out = attn.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        unit = out / out.norm(dim=-1, keepdim=True)
+        cosines = torch.einsum("bif,jf->bij", unit, unit[0])
+        best, where = cosines.max(2)
+        alike = best > self.threshold
+        alike[0] = False
+        self.moved.append(float(alike[1:].float().mean()))
+        away = (1 + self.strength) * out - self.strength * out[0][where]
+        return torch.where(alike[..., None], away, out)
+
+
+def kept_apart(network, layers, strength, threshold):
+    changed, merging = copy.deepcopy(network), Apart(strength, threshold)
+    for layer in layers:
+        for attention in ("attn1", "attn2"):
+            changed.get_submodule(f"{layer}.{attention}").set_processor(merging)
+    return changed, merging
+
+
+@pytest.mark.parametrize("threshold", [0.65, 0.95])
+def test_rows_kept_apart_equal_their_own_batch_under_the_ordinary_hook(unet, edited, threshold):
+    layers = tuple(name for name in edited[1].layers() if name.startswith("up_blocks"))
+    ordinary, merging = kept_apart(unet, layers, 0.9, threshold)
+    x, t, told = inputs(3)
+    # Alike enough for some of their tokens, and at one time, as images of one request are.
+    x, t, told = x[:1] + 0.8 * (x - x[:1]), t[:1].expand(3), told[:1].expand(3, -1, -1)
+    theirs = forward(ordinary, x, t, told)
+    assert any(0 < share < 1 for share in merging.moved)
+
+    def own(reference):
+        return ApartFrom(("up_blocks",), 0.9, threshold, reference)
+
+    others, t_others, told_others = inputs(3)
+    edits = [
+        (own(None),),
+        (IdentityAttention(("middle",)),),
+        (own(0),),
+        (),
+        (own(0),),
+        (ApartFrom(("up_blocks",), 2.0, 0.5, 1),),
+    ]
+    company = [x[0], others[0], x[1], others[1], x[2], others[2]]
+    times = torch.stack([t[0], t_others[0], t[1], t_others[1], t[2], t_others[2]])
+    prompts = [told[0], told_others[0], told[1], told_others[1], told[2], told_others[2]]
+    network, hooks = edited
+    x_all = torch.stack(company)
+    with hooks.applied(edits, x_all):
+        ours = forward(network, x_all, times, torch.stack(prompts))
+    assert_near(ours[::2][:3], theirs)
+    assert (ours[2] - forward(unet, x, t, told)[1]).abs().max() > 1e-3
+    plain = forward(unet, x_all, times, torch.stack(prompts))
+    assert torch.equal(ours[[0, 3]], plain[[0, 3]])
+    assert (ours[5] - plain[5]).abs().max() > 1e-3
+
+
+def test_tokens_keep_apart_only_from_rows_that_are_named(unet, edited):
+    network, hooks = edited
+    x, t, told = inputs(3)
+    edits = [(ApartFrom(("up_blocks",), 0.9, 0.5),)] * 3
+    with hooks.applied(edits, x):
+        assert torch.equal(forward(network, x, t, told), forward(unet, x, t, told))
+
+
 def test_the_layers_of_a_unet_are_its_blocks_in_order(edited):
     _, hooks = edited
     assert hooks.layers()[0] == "down_blocks.1.attentions.0.transformer_blocks.0"
@@ -217,6 +297,7 @@ def test_the_layers_of_a_unet_are_its_blocks_in_order(edited):
         (IdentityAttention(("attic",)), "no layer 'attic'; it has middle, down_blocks.1"),
         (SkippedBlocks(("mid_block", "mid")), "no layer 'mid'"),
         (WeakModel(), "no weaker companion"),
+        (ApartFrom(("up_blocks", "cellar"), 0.9, 0.7), "no layer 'cellar'"),
     ],
 )
 def test_what_a_network_lacks_is_said(edited, edit, says):
