@@ -26,7 +26,7 @@ from server.errors import (
     UnknownModel,
 )
 from server.generation import Generation
-from server.guidance_check import check_windows
+from server.guidance_check import check_windows, coefficients_for
 from server.infotext import infotext
 from server.kept import Kept
 from server.models.hosted import HostedModel
@@ -36,7 +36,7 @@ from server.settings import Limits
 
 __all__ = ["Picture", "Pictures", "Service"]
 
-PLANS_KEPT_BYTES = 128 * 2**20
+PLANS_KEPT_BYTES = 256 * 2**20
 VERSION = f"weft {version('weft')}"
 
 
@@ -257,6 +257,7 @@ class Service:
         repaint = None if mask is None else _mask_tensor(fit(mask, *size))
         plan = self._plan(resolved, model)
         check_windows(resolved.guidance, plan)
+        coefficients = coefficients_for(resolved, model, plan)
         tuning = resolved.guidance.skip_tuning
         return [
             ImageTask(
@@ -271,6 +272,7 @@ class Service:
                 policy=policy,
                 perturbed=resolved.guidance.perturbed,
                 edits=() if tuning is None else (tuning.edit,),
+                coefficients=coefficients,
                 image=pixels,
                 mask=repaint,
                 previews=resolved.stream,

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from samplers import Plan
     from server.models.hosted import HostedModel
 
-PLANS_KEPT_BYTES = 256 * 2**20
+PLANS_KEPT_BYTES = 512 * 2**20
 
 
 class Lane:
