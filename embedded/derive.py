@@ -1,6 +1,7 @@
 """Remake what derives from the embedded model's weights: `python -m embedded.derive`.
 
     statistics  of the model at some guidance scales, for DPM-Solver-v3
+    linear_ag   coefficients of linear adaptive guidance for some samplers and steps
 
 A stopped run goes on where it was when the same command is given again. `--check` makes nothing,
 and says whether what is there belongs to the weights.
@@ -9,10 +10,10 @@ and says whether what is there belongs to the weights.
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -20,14 +21,26 @@ from embedded import MODEL_FOLDER
 from embedded.scenes import make_scene, render
 from samplers.model_statistics import Progress
 from samplers.statistics import fingerprint, read_identity
-from server.data_samples import Samples
+from server.admission import make_plan, resolve
+from server.data_samples import Samples, prompts_for
 from server.ems import Size, make_statistics, mixture_of
+from server.linear_ag import Runs, store
 from server.models.folder import statistics_file
 from server.models.hosted import HostedModel
+from server.models.linear_fits import LinearFits, identity_of
 from server.models.loading import load_model
+from server.request import GenerateRequest, ResolvedRequest, split
+from server.settings import Limits
 
 SCALES: Final = (1.0, 2.0, 4.0, 7.5)
 """Guidance scales that statistics are shipped for; 1 is the prompt alone."""
+
+FITTED: Final = (
+    {"steps": 25, "guidance": {"name": "cfg", "scale": 4.0}},
+    {"steps": 25, "guidance": {"name": "cfg", "scale": 7.5}},
+    {"sampler": "unipc", "steps": 12, "guidance": {"name": "cfg", "scale": 4.0}},
+)
+"""Runs that linear adaptive guidance is shipped for, as requests name them."""
 
 _FIRST_SEED: Final = 6_000_000_000
 _REPORT_EVERY_S: Final = 20.0
@@ -87,7 +100,46 @@ def stale_statistics(model: HostedModel, folder: Path) -> list[str]:
     return found
 
 
-PARTS: Final[dict[str, Part]] = {"statistics": Part(make_all_statistics, stale_statistics)}
+def make_linear_ag(model: HostedModel, options: argparse.Namespace) -> None:
+    """Fit linear adaptive guidance to the runs that it is shipped for, and store it."""
+    prompts = prompts_for(MODEL_FOLDER, None)
+    for fields in FITTED:
+        report = _Reporter(f"linear_ag {fields}")
+        request = _resolved(model, fields)
+        file = store(
+            model,
+            options.model,
+            request,
+            prompts,
+            Runs(options.runs),
+            lambda _, done, total, report=report: report(Progress(done, total)),
+        )
+        print(f"wrote {file}", flush=True)
+
+
+def stale_linear_ag(model: HostedModel, folder: Path) -> list[str]:
+    """Which runs have no coefficients of these weights."""
+    fits = LinearFits(folder)
+    found: list[str] = []
+    for fields in FITTED:
+        request = _resolved(model, fields)
+        layout = request.sampler, request.spacing, request.steps
+        plan = make_plan(model.facts.schedule, *layout, None)
+        rule, _ = split(request.guidance)
+        if fits.find(identity_of(model.facts.revision, plan, rule)) is None:
+            found.append(f"linear_ag has no coefficients of these weights for {fields}.")
+    return found
+
+
+def _resolved(model: HostedModel, fields: Mapping[str, Any]) -> ResolvedRequest:
+    request = GenerateRequest.model_validate({"prompt": "", **fields})
+    return resolve(request, model, Limits(), None)
+
+
+PARTS: Final[dict[str, Part]] = {
+    "statistics": Part(make_all_statistics, stale_statistics),
+    "linear_ag": Part(make_linear_ag, stale_linear_ag),
+}
 
 
 class _Reporter:
@@ -121,6 +173,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--check", action="store_true", help="only say what is missing or stale")
     parser.add_argument("--points", type=int, default=80, help="of the statistics, in log SNR")
     parser.add_argument("--samples", type=int, default=192, help="noised pictures at each point")
+    parser.add_argument("--runs", type=int, default=96, help="of each sampler that is fitted to")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
     parser.add_argument("--out", type=Path, default=Path("out/derive"), help="for checkpoints")

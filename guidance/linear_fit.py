@@ -87,8 +87,8 @@ def fingerprint(*arrays: NDArray[np.float64]) -> str:
     """16 hexadecimal digits that follow the numbers of a run: its levels and its tables."""
     digest = hashlib.sha256()
     for array in arrays:
-        # Rounded, as the last digits of exp and log differ between machines.
-        digest.update(np.round(array, 6).astype("<f8").tobytes())
+        # Rounded, as the last digits of exp and log differ between machines; and no negative zero.
+        digest.update((np.round(array, 6) + 0.0).astype("<f8").tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -105,6 +105,11 @@ class FitIdentity:
     model: str
     plan: str
     rule: str
+
+    @property
+    def digest(self) -> str:
+        """8 hexadecimal digits that tell it from others of the same model."""
+        return hashlib.sha256(f"{self.plan}{self.rule}".encode()).hexdigest()[:8]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

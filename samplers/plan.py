@@ -160,7 +160,8 @@ def integrate(
 
     Args:
         plan: what ``Sampler.plan`` gave.
-        denoise: ``(x [rows, ...], t) -> denoised [rows, ...]``, guided if wanted.
+        denoise: ``(x [rows, ...], t) -> denoised [rows, ...]``, guided if wanted; it may move x,
+            which is the state itself, in place, as CFG++ does.
         x_start: ``[rows, ...]`` in any floating type; at the plan's first level, so
             ``plan.start_scale`` times unit noise for a run from nothing.
         noise: stage -> unit noise ``[rows, ...]``; needed where the plan asks for noise.

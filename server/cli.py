@@ -1,4 +1,4 @@
-"""The command line: `weft serve`, `weft generate`, `weft catalog`, `weft ems`.
+"""The command line: `weft serve`, `generate`, `catalog`, `ems` and `linear-ag`.
 
 Everything heavy is imported by the command that needs it, so that help comes at once.
 """
@@ -9,9 +9,9 @@ import asyncio
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn, TypeAlias, TypeVar
 
 import typer
 from rich.console import Console
@@ -21,12 +21,14 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from server.catalog import Entry
-    from server.ems import Order
     from server.request import GenerateRequest
     from server.service import Pictures
     from server.settings import Settings
 
 __all__ = ["main"]
+
+Result = TypeVar("Result")
+Tell: TypeAlias = Callable[[str, int, int], None]
 
 app = typer.Typer(
     help="Weft: many diffusion images in one batch, each with its own sampler and guidance.",
@@ -215,7 +217,7 @@ def ems(
     """Compute what dpm_solver_v3 needs to know of a model; a stopped run goes on where it was."""
     scales = _scales(guidance, scale)
     from embedded import MODEL_FOLDER
-    from server.ems import Order, Size
+    from server.ems import Order, Size, fulfil
 
     order = Order(
         folder=model or MODEL_FOLDER,
@@ -227,8 +229,42 @@ def ems(
         steps=steps,
         out=out,
     )
-    for path in _with_stages(order):
+    for path in _with_stages(lambda tell: fulfil(order, tell)):
         typer.echo(path)
+
+
+@app.command()
+def linear_ag(
+    model: Annotated[
+        Path | None, typer.Option("--model", "-m", help="Model folder. Default: embedded.")
+    ] = None,
+    sampler: Annotated[str | None, typer.Option(help=f"Sampler: {Described}")] = None,
+    spacing: Annotated[str | None, typer.Option(help=f"Spacing: {Described}")] = None,
+    steps: Annotated[int | None, typer.Option(help="Sampler steps.")] = None,
+    guidance: Annotated[str | None, typer.Option(help=f"Guidance rule: {Described}")] = None,
+    scale: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
+    runs: Annotated[int, typer.Option(min=1, help="Runs of full guidance to fit to.")] = 128,
+    prompts: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="A prompt a line, for them.")
+    ] = None,
+    chunk: Annotated[int, typer.Option(min=1, help="Runs at once.")] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Of the first run.")] = 1_000_000,
+    device: Device = None,
+) -> None:
+    """Fit the policy linear_adaptive to a model, sampler, spacing, steps and guidance rule."""
+    from embedded import MODEL_FOLDER
+    from server.linear_ag import FitOrder, Runs, fulfil
+
+    request = _request(
+        prompt="",
+        sampler=_named(sampler),
+        spacing=_named(spacing),
+        steps=steps,
+        guidance=_guidance(guidance, scale, None),
+    )
+    folder = model or MODEL_FOLDER
+    order = FitOrder(folder, request, Runs(runs, chunk, seed), device or "auto", prompts)
+    typer.echo(_with_stages(lambda tell: fulfil(order, tell)))
 
 
 def _scales(guidance: str, scales: list[float] | None) -> list[float]:
@@ -342,8 +378,7 @@ def _bars() -> Progress:
     return Progress(*columns, console=console, transient=True)
 
 
-def _with_stages(order: Order) -> list[Path]:
-    from server.ems import fulfil
+def _with_stages(work: Callable[[Tell], Result]) -> Result:
     from server.errors import WeftError
 
     with _bars() as bar:
@@ -356,7 +391,7 @@ def _with_stages(order: Order) -> list[Path]:
             bar.update(bars[stage], completed=done)
 
         try:
-            return fulfil(order, tell)
+            return work(tell)
         except WeftError as error:
             bar.stop()
             _refuse(error.message)

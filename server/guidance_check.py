@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 
-from guidance import POLICIES, Edit
+from guidance import POLICIES, Edit, Rule
 from samplers import Plan
 from server.choice import listed, name_of
 from server.errors import InvalidRequest
 from server.models.hosted import HostedModel
-from server.request import Guidance
+from server.models.linear_fits import identity_of
+from server.request import Guidance, ResolvedRequest, split
 
-__all__ = ["check_guidance", "check_windows"]
+__all__ = ["check_guidance", "check_windows", "coefficients_for"]
 
 
 def check_guidance(guidance: Guidance, model: HostedModel, *, has_picture: bool) -> None:
@@ -54,6 +57,43 @@ def check_windows(guidance: Guidance, plan: Plan) -> None:
                 f"{field}: the window of {perturbation.name!r} holds none of the {plan.steps} "
                 "steps; take more steps, or widen low, high, start or stop.",
             )
+
+
+def coefficients_for(
+    resolved: ResolvedRequest, model: HostedModel, plan: Plan
+) -> NDArray[np.float64] | None:
+    """What the request's policy was fitted to beforehand; None where it needs nothing.
+
+    Raises:
+        InvalidRequest: nothing is fitted to this run, with the command that fits.
+    """
+    guidance = resolved.guidance
+    if not guidance.policy.fitted or not guidance.branches:
+        return None
+    rule, policy = split(guidance)
+    fit = model.linear_fits.find(identity_of(model.facts.revision, plan, rule))
+    if fit is not None:
+        return fit.coefficients
+    if plan.steps < resolved.sampler.steps_taken(resolved.steps):
+        remedy = "leave `image` out or use `strength` 1"
+    else:
+        remedy = f"fit it with `weft linear-ag {_options(resolved, rule)}`"
+    raise InvalidRequest(
+        "guidance.policy",
+        f"guidance.policy is {policy.name!r}, and it is not fitted to this sampler, spacing, steps "
+        f"and guidance of model {model.facts.name!r}; {remedy}, or choose another policy.",
+    )
+
+
+def _options(resolved: ResolvedRequest, rule: Rule) -> str:
+    """The command's options that stand for the request's run."""
+    named = {"sampler": resolved.sampler, "spacing": resolved.spacing, "guidance": rule}
+    options = [f"--model PATH --steps {resolved.steps}"]
+    for option, one in named.items():
+        own = one.model_dump(mode="json", exclude_defaults=True)
+        value = one.name if not own else f"'{json.dumps({'name': one.name, **own})}'"
+        options.append(f"--{option} {value}")
+    return " ".join(options)
 
 
 def _against_policy(guidance: Guidance, model: HostedModel, *, has_picture: bool) -> str | None:

@@ -116,7 +116,9 @@ def plan_guidance(task: ImageTask) -> GuidancePlan:
         *((perturbation.edit,) for perturbation in task.perturbed),
         (),
     ]
-    constants = policy.constants(plan.evaluations, task.coefficients)
+    constants = np.zeros((plan.evaluations, 0))
+    if branches:
+        constants = policy.constants(plan.evaluations, task.coefficients)
     return GuidancePlan(
         branches=len(branches),
         asks=asks,

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from server.models.linear_fits import LinearFits
 from server.models.statistics import ModelStatistics
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class HostedModel(ABC):
         self.statistics = ModelStatistics()
         self.classifier: LatentClassifier | None = None
         self.classifier_lacks = "it has none"
+        self.linear_fits = LinearFits()
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """``(C, h, w)`` of the latent of a picture of the given size in pixels."""

@@ -10,6 +10,7 @@ import torch
 from server.errors import ModelMismatch
 from server.models.classifier import LatentClassifier
 from server.models.folder import classifier_file, read_json, revision_of
+from server.models.linear_fits import LinearFits
 from server.models.stable_diffusion import load_stable_diffusion
 from server.models.statistics import ModelStatistics
 
@@ -52,6 +53,7 @@ def load_model(folder: Path, *, name: str, device: str, dtype: str) -> HostedMod
         raise ModelMismatch(f"model folder {str(folder)!r} could not be loaded: {error}") from error
     model.statistics = ModelStatistics.of(folder, revision, model.facts.schedule)
     _add_classifier(model, folder)
+    model.linear_fits = LinearFits(folder)
     return model
 
 

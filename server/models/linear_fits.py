@@ -1,0 +1,72 @@
+"""The coefficients of linear adaptive guidance that a model folder holds."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from guidance.linear_fit import FitIdentity, LinearFit, fingerprint
+from server.models.folder import DERIVED
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from guidance import Rule
+    from samplers import Plan
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "linear-ag"
+
+
+def identity_of(revision: str, plan: Plan, rule: Rule) -> FitIdentity:
+    """What coefficients must have been fitted for, to serve a run.
+
+    Args:
+        revision: of the model's weights.
+        plan: of the sampler.
+        rule: of the guidance, with its parameters.
+    """
+    run = fingerprint(plan.t, plan.alpha, plan.sigma, plan.tables)
+    return FitIdentity(revision, run, rule.model_dump_json())
+
+
+def fit_file(folder: Path, sampler: str, steps: int, identity: FitIdentity) -> Path:
+    """Where a model folder keeps coefficients."""
+    name = f"{PREFIX}-{sampler}-{steps}-{identity.digest}.safetensors"
+    return folder / DERIVED / name
+
+
+class LinearFits:
+    """The coefficients in a model folder, found by what they were fitted for.
+
+    Args:
+        folder: of the model; None where there is none.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+        self._read: dict[Path, LinearFit | None] = {}
+
+    def find(self, identity: FitIdentity) -> LinearFit | None:
+        """Those that were fitted for just this; files that came meanwhile are read, too."""
+        if fit := self._kept(identity):
+            return fit
+        self._read_new()
+        return self._kept(identity)
+
+    def _kept(self, identity: FitIdentity) -> LinearFit | None:
+        fits = (fit for fit in self._read.values() if fit is not None)
+        return next((fit for fit in fits if fit.identity == identity), None)
+
+    def _read_new(self) -> None:
+        if self._folder is None:
+            return
+        for file in sorted((self._folder / DERIVED).glob(f"{PREFIX}-*.safetensors")):
+            if file in self._read:
+                continue
+            try:
+                self._read[file] = LinearFit.load(file)
+            except ValueError as error:
+                logger.warning("%s is left out: %s", file, error)
+                self._read[file] = None

@@ -1,0 +1,394 @@
+"""Guidance in the engine, on a model of a few lines: whole runs by hand, and what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from guidance import PERTURBATIONS, POLICIES, RULES, Edit, Perturbation, Policy, Rows, Rule
+from guidance.adaptive import Adaptive
+from guidance.always import Always
+from guidance.autoguidance import Autoguidance
+from guidance.cfg import CFG
+from guidance.composed import Composed, WeightedPrompt
+from guidance.edits import SkipScales, WeakModel
+from guidance.embedded import Embedded
+from guidance.interval import Interval
+from guidance.linear_adaptive import LinearAdaptive
+from guidance.pag import PAG
+from guidance.residual import Residual
+from guidance.reuse import Reuse
+from guidance.seg import SEG
+from guidance.slg import SLG
+from guidance.unguided import Unguided
+from samplers import Sampler, preconditioning
+from samplers.ddim import DDIM
+from samplers.dpm_solver_pp import DPMSolverPP
+from samplers.heun import Heun
+from server.engine.engine import Engine
+from server.engine.guidance_plan import plan_guidance
+from server.engine.noise import stage_noise, start_noise
+from server.engine.preview import to_uint8
+from server.engine.sequence import Group, ImageTask
+from server.errors import InvalidRequest, RowFailed
+from tests.server.toy_model import FACTS, SIDE, Toy, run, started
+
+HALF = Interval(low=0, high=1e9, start=0.5)
+
+
+def task(
+    rule: Rule | None = None,
+    policy: Policy | None = None,
+    perturbed: tuple[Perturbation, ...] = (),
+    sampler: Sampler | None = None,
+    steps: int = 6,
+    **fields: Any,
+) -> ImageTask:
+    solver = sampler or DPMSolverPP()
+    plan = solver.plan(FACTS.schedule.grid(solver.default_spacing, steps))
+    when = policy or Always()
+    generator = np.random.default_rng(0)
+    given: dict[str, Any] = {"prompt": "a circle", "negative_prompt": "blue", "seed": 3, **fields}
+    return ImageTask(
+        model="toy",
+        width=SIDE,
+        height=SIDE,
+        plan=plan,
+        rule=rule or CFG(),
+        policy=when,
+        perturbed=perturbed,
+        coefficients=generator.normal(size=(plan.evaluations, when.fitted)) / 3,
+        **given,
+    )
+
+
+class ByHand:
+    """An image, one row after another, as the rules, policies and perturbations read."""
+
+    def __init__(self, model: Toy, task: ImageTask) -> None:
+        self.model, self.task, self.plan = model, task, task.plan
+        self.scales = preconditioning("epsilon", task.plan.alpha[:-1], task.plan.sigma[:-1])
+        self.times = FACTS.schedule.conditioning(task.plan.t[:-1])
+        self.ratio = task.plan.sigma[:-1] / task.plan.alpha[:-1]
+        self.progress = np.array(task.plan.step) / task.plan.steps
+        rule, policy, shape = task.rule, task.policy, model.latent_shape(SIDE, SIDE)
+        self.evaluated = policy.evaluates(self.ratio, self.progress)
+        self.estimated = policy.estimated(self.ratio, self.progress)
+        self.constants = policy.constants(task.plan.evaluations, task.coefficients)
+        self.rule_memory = torch.zeros(1, rule.memory_slots, *shape)
+        self.policy_memory = torch.zeros(1, policy.memory_slots, *shape)
+        self.settled = not rule.branches
+
+    def pixels(self) -> NDArray[np.uint8]:
+        shape = self.model.latent_shape(SIDE, SIDE)
+        state = torch.zeros(self.plan.slots, *shape)
+        state[0] = self.plan.start_scale * start_noise(self.task.seed, shape)
+        for i in range(self.plan.evaluations):
+            denoised, x = self.guided(i, state[:1])
+            state[0] = x[0]
+            noise = stage_noise(self.task.seed, i, shape)
+            columns = torch.cat([state, denoised, noise[None], torch.ones(1, *shape)])
+            matrix = torch.tensor(self.plan.tables[i], dtype=torch.float32)
+            state = torch.einsum("kj,jchw->kchw", matrix, columns)
+        return to_uint8(self.model.decode(state[:1]))[0]
+
+    def denoised(self, i: int, x: Tensor, text: str, *edits: Edit) -> Tensor:
+        changes = (*self.task.edits, *edits)
+        t = torch.tensor([self.times[i]], dtype=torch.float32)
+        inputs = float(self.scales.scale_in[i]) * x, t, self.model.encode_prompts([text])
+        if WeakModel() in changes:
+            raw = self.model.evaluate_weak(*inputs)
+        else:
+            scale = getattr(self.task.rule, "scale", 1.0) - 1
+            told = torch.tensor([scale]) if self.task.policy.embeds else None
+            raw = self.model.evaluate(*inputs, [changes] if changes else None, told)
+        return float(self.scales.skip[i]) * x + float(self.scales.out[i]) * raw
+
+    def guided(self, i: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        cond = self.denoised(i, x, self.task.prompt)
+        result, moved = cond, x
+        if not self.settled and (self.evaluated[i] or self.estimated[i]):
+            result, moved = self.combined(i, x, cond)
+        for term in self.task.perturbed:
+            if term.evaluates(self.ratio[i : i + 1], self.progress[i : i + 1])[0]:
+                away = cond - self.denoised(i, x, self.task.prompt, term.edit)
+                result = result + term.scale * away
+        return result, moved
+
+    def combined(self, i: int, x: Tensor, cond: Tensor) -> tuple[Tensor, Tensor]:
+        rule, policy, task = self.task.rule, self.task.policy, self.task
+        others = [cond]
+        if self.evaluated[i]:
+            others = [
+                self.denoised(i, x, branch.text(task.prompt, task.negative_prompt))
+                for branch in rule.branches
+            ]
+        closes = self.plan.step[i] not in self.plan.step[i + 1 :]
+        levels = self.plan.alpha[i], self.plan.sigma[i], self.progress[i]
+        alpha, sigma, progress = (torch.full((1, 1, 1, 1), float(level)) for level in levels)
+        last = torch.full((1, 1, 1, 1), closes)
+        rows = Rows(cond, torch.stack(others, 1), x, alpha, sigma, progress, self.rule_memory, last)
+        parameters = policy.parameters([policy], x)
+        if policy.adapts:
+            self.settled = bool(policy.settled(rows, parameters))
+        if policy.estimates:
+            numbers = torch.tensor(self.constants[i], dtype=torch.float32).view(1, -1, 1, 1, 1)
+            asked = torch.full((1, 1, 1, 1), bool(self.evaluated[i]))
+            filled = policy.fill(
+                rows, self.policy_memory, {**parameters, "constants": numbers}, asked
+            )
+            self.policy_memory = filled.memory
+            rows = replace(rows, others=filled.other[:, None])
+        result = rule.combine(rows, rule.parameters([rule], x))
+        self.rule_memory = result.memory
+        return result.denoised, result.x
+
+
+def by_hand(model: Toy, task: ImageTask) -> NDArray[np.uint8]:
+    return ByHand(model, task).pixels()
+
+
+@pytest.fixture(scope="module")
+def model() -> Toy:
+    return Toy()
+
+
+@pytest.fixture(scope="module")
+def engine(model: Toy) -> Iterator[Engine]:
+    made = started(model, 16)
+    yield made
+    made.stop(0)
+
+
+@pytest.fixture
+def narrow(model: Toy) -> Iterator[Engine]:
+    made = started(model, 4)
+    yield made
+    made.stop(0)
+
+
+def name(kind: type[Any]) -> str:
+    return kind.model_fields["name"].default
+
+
+TOGETHER = [
+    (rule(), policy())
+    for rule in RULES
+    for policy in POLICIES
+    if rule.combines or policy is Always
+    if not (policy.estimates and len(rule().branches) > 1)
+    if not (policy.embeds and rule is not CFG)
+]
+
+
+@pytest.mark.parametrize("sampler", [DPMSolverPP(), Heun(), DDIM(eta=1.0)], ids=lambda s: s.name)
+def test_any_mix_of_guidance_in_one_batch_is_what_each_image_is_by_hand(
+    engine: Engine, model: Toy, sampler: Sampler
+) -> None:
+    """All rules with all policies at once, half of them with perturbations and skip-tuning."""
+    terms = [
+        (),
+        (PAG(),),
+        (SEG(scale=1, start=0.3), SLG(start=0, stop=0.5), Autoguidance(scale=0.2)),
+    ]
+    tasks = [
+        task(
+            rule,
+            policy,
+            terms[k % 3],
+            sampler=sampler,
+            steps=5,
+            seed=k,
+            edits=(SkipScales((0.5, 1.0)),) if k % 2 else (),
+        )
+        for k, (rule, policy) in enumerate(TOGETHER)
+    ]
+    ear = run(engine, tasks)
+    assert not ear.errors, ear.errors
+    for k, one in enumerate(tasks):
+        expected = by_hand(model, one).astype(int)
+        assert np.abs(ear.results[k].pixels - expected).max() <= 2, (one.rule, one.policy)
+
+
+@pytest.mark.parametrize("kind", PERTURBATIONS, ids=name)
+def test_a_perturbation_changes_the_picture(engine: Engine, kind: type[Perturbation]) -> None:
+    term = kind.model_validate({"scale": 3, "start": 0, "stop": 1})
+    plain, disturbed, none = (
+        run(engine, [task(perturbed=terms)]).results[0].pixels
+        for terms in ((), (term,), (term.model_copy(update={"scale": 0.0}),))
+    )
+    assert not np.array_equal(plain, disturbed)
+    assert np.array_equal(plain, none)
+
+
+def test_strength_is_the_scale_whether_or_not_there_is_cfg(engine: Engine, model: Toy) -> None:
+    """Elsewhere the same scale means one less without CFG."""
+    alone = task(Unguided(), perturbed=(PAG(scale=1.5),), steps=1)
+    beside = task(CFG(scale=1.0), perturbed=(PAG(scale=1.5),), steps=1)
+    ear = run(engine, [alone, beside])
+    assert np.array_equal(ear.results[0].pixels, ear.results[1].pixels)
+    assert np.abs(ear.results[0].pixels - by_hand(model, alone).astype(int)).max() <= 1
+
+
+TWO = Composed(prompts=(WeightedPrompt(prompt="a star"),))
+
+COSTS = {
+    "cfg": (task(), 12, 0),
+    "scale 1": (task(CFG(scale=1.0)), 6, 0),
+    "none": (task(Unguided()), 6, 0),
+    "interval": (task(policy=HALF), 9, 3),
+    "adaptive at once": (task(policy=Adaptive(threshold=-1.0)), 7, 5),
+    "adaptive never": (task(policy=Adaptive(threshold=1.0)), 12, 0),
+    "reuse": (task(policy=Reuse(every=3)), 8, 4),
+    "reuse in steps of two": (task(policy=Reuse(every=2), sampler=Heun(), steps=4), 11, 3),
+    "linear": (task(policy=LinearAdaptive(), steps=8), 10, 6),
+    "residual self": (task(policy=Residual()), 6, 6),
+    "residual onetime": (task(policy=Residual(mode="onetime")), 7, 5),
+    "embedded": (task(policy=Embedded()), 6, 6),
+    "embedded at scale 1": (task(CFG(scale=1.0), Embedded()), 6, 0),
+    "perturbed": (task(perturbed=(PAG(),)), 18, 0),
+    "perturbed alone": (task(Unguided(), perturbed=(PAG(),)), 12, 0),
+    "perturbed by nothing": (task(perturbed=(PAG(scale=0.0),)), 12, 0),
+    "perturbed for a while": (task(perturbed=(PAG(start=0.5), SLG(start=0, stop=0.3))), 17, 0),
+    "perturbed when settled": (task(policy=Adaptive(threshold=-1.0), perturbed=(PAG(),)), 13, 5),
+    "weak companion": (task(perturbed=(Autoguidance(),)), 18, 0),
+    "two branches": (task(TWO), 18, 0),
+    "two branches in an interval": (task(TWO, HALF), 12, 6),
+    "two branches that agree": (task(TWO, Adaptive(threshold=-1.0)), 8, 10),
+    "all at once": (task(TWO, HALF, (PAG(), SEG(stop=0.5))), 12 + 9, 6),
+}
+
+
+@pytest.mark.parametrize("kind", COSTS)
+def test_evaluations_are_spent_and_saved_as_the_table_says(engine: Engine, kind: str) -> None:
+    one, spent, saved = COSTS[kind]
+    before = engine.measurements.evaluations, engine.measurements.saved[one.policy.name]
+    result = run(engine, [one]).results[0]
+    assert (result.evaluations, result.saved) == (spent, saved)
+    assert engine.measurements.evaluations - before[0] == spent
+    assert engine.measurements.saved[one.policy.name] - before[1] == saved
+    assert spent + saved == one.plan.evaluations * (1 + len(one.rule.branches)) + sum(
+        int(
+            p.evaluates(
+                one.plan.sigma[:-1] / one.plan.alpha[:-1], np.array(one.plan.step) / 6
+            ).sum()
+        )
+        for p in one.perturbed
+    )
+
+
+@pytest.mark.parametrize("kind", COSTS)
+def test_freed_rows_serve_others_in_the_same_tick(narrow: Engine, kind: str) -> None:
+    """Four images in four rows: whatever one does not need, the next takes."""
+    one, spent, _ = COSTS[kind]
+    others = [task(Unguided(), steps=30, seed=k) for k in range(3)]
+    run(narrow, [one, *others])
+    ticks, rows = narrow.measurements.ticks, narrow.measurements.rows_per_tick
+    # While the one runs, no tick has room to spare; afterwards three rows are all there is.
+    full = sum(count for size, count in rows.items() if size == 4)
+    assert full >= one.plan.evaluations
+    assert sum(size * count for size, count in rows.items()) == spent + 3 * 30
+    assert ticks == sum(rows.values())
+
+
+def test_an_image_that_no_tick_could_hold_is_refused(narrow: Engine) -> None:
+    wide = task(TWO, perturbed=(PAG(), SEG()))
+    sentence = (
+        "guidance needs 5 rows of a forward at once; at most 4 are allowed here, "
+        "so ask for fewer branches or perturbations."
+    )
+    with pytest.raises(InvalidRequest) as refusal:
+        narrow.submit([wide], None)  # type: ignore[arg-type]
+    assert refusal.value.message == sentence
+    assert refusal.value.field == "guidance"
+    assert narrow.measurements.pending == 0
+
+
+def test_a_group_runs_in_lockstep_whatever_its_images_save(engine: Engine) -> None:
+    group = Group()
+    policies = [Always(), Adaptive(threshold=-1.0), HALF]
+    members = [task(policy=p, group=group, seed=k, steps=5) for k, p in enumerate(policies)]
+    strangers = [task(seed=k, steps=5) for k in range(8)]
+    ear = run(engine, [*strangers[:4], *members, *strangers[4:]])
+    assert not ear.errors
+    steps = [(index, step) for index, step in ear.steps if 4 <= index < 7]
+    assert [step for _, step in steps] == [step for step in range(1, 6) for _ in members]
+    assert [ear.results[k].saved for k in (4, 5, 6)] == [0, 4, 3]
+
+
+def test_a_group_larger_than_what_a_tick_admits_comes_in_whole(model: Toy) -> None:
+    engine = started(model, 64)
+    try:
+        group = Group()
+        ear = run(engine, [task(Unguided(), group=group, seed=k, steps=3) for k in range(40)])
+        assert [step for _, step in ear.steps] == [1] * 40 + [2] * 40 + [3] * 40
+    finally:
+        engine.stop(0)
+
+
+def test_a_group_that_no_tick_could_hold_is_refused(narrow: Engine) -> None:
+    group = Group()
+    with pytest.raises(InvalidRequest, match="6 rows of a forward at once for the 3 images of its"):
+        narrow.submit([task(group=group) for _ in range(3)], None)  # type: ignore[arg-type]
+
+
+class Explosive(CFG, frozen=True):
+    name: Any = "explosive"
+
+    @classmethod
+    def combine(cls, rows: Any, parameters: Any) -> Any:
+        raise ValueError("boom")
+
+
+def test_an_error_in_a_group_ends_that_group_alone_and_never_splits_it(engine: Engine) -> None:
+    group, doomed = Group(), Group()
+    sound = [task(group=group, seed=k) for k in range(2)]
+    broken = [task(Explosive() if k else None, group=doomed, seed=k) for k in range(2)]
+    ear = run(engine, [task(seed=9), *broken, *sound])
+    assert sorted(ear.errors) == [1, 2]
+    assert all("boom" in str(error) for error in ear.errors.values())
+    assert [step for index, step in ear.steps if index > 2] == [
+        k for k in range(1, 7) for _ in (0, 1)
+    ]
+
+
+def test_a_policy_that_estimates_refuses_several_branches() -> None:
+    one = task(TWO, Reuse())
+    with pytest.raises(ValueError, match="reuse estimates one branch, and composed has 2"):
+        plan_guidance(one)
+
+
+def test_a_rule_at_which_nothing_is_combined_needs_no_coefficients(engine: Engine) -> None:
+    one = replace(task(CFG(scale=1.0), LinearAdaptive()), coefficients=None)
+    assert run(engine, [one]).results[0].evaluations == 6
+
+
+def test_the_picture_that_a_run_starts_from_is_the_reference_of_residual_guidance(
+    engine: Engine, model: Toy
+) -> None:
+    picture = torch.rand(3, SIDE, SIDE) * 2 - 1
+    policy = Residual()
+    one = task(policy=policy, sampler=DDIM(), steps=1, image=picture)
+    [x0] = model.encode(picture[None])
+    plan = one.plan
+    x = float(plan.alpha[0]) * x0 + float(plan.sigma[0]) * start_noise(3, x0.shape)
+    told = model.encode_prompts(["a circle"])
+    t = torch.tensor(FACTS.schedule.conditioning(plan.t[:1]), dtype=torch.float32)
+    eps = model.evaluate(x[None], t, told)[0]
+    cond = (x - float(plan.sigma[0]) * eps) / float(plan.alpha[0])
+    expected = to_uint8(model.decode((x0 + 4 * (cond - x0))[None]))[0].astype(int)
+    assert np.abs(run(engine, [one]).results[0].pixels - expected).max() <= 1
+
+
+def test_a_nan_in_a_policys_memory_ends_its_own_image_alone(engine: Engine) -> None:
+    poisoned = task(policy=Residual(), image=torch.full((3, SIDE, SIDE), torch.nan))
+    ear = run(engine, [task(), poisoned, task(policy=Reuse())])
+    assert list(ear.errors) == [1]
+    assert isinstance(ear.errors[1], RowFailed)

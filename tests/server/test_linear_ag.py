@@ -1,0 +1,102 @@
+"""Linear adaptive guidance from the command to the picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from guidance.apg import APG
+from guidance.cfg import CFG
+from guidance.cfg_plus_plus import CFGPlusPlus
+from guidance.linear_adaptive import LinearAdaptive
+from guidance.linear_fit import LinearFit
+from samplers.ddim import DDIM
+from samplers.dpm_solver_pp import DPMSolverPP
+from samplers.heun import Heun
+from server.admission import resolve
+from server.engine.sequence import ImageTask
+from server.errors import InvalidRequest
+from server.linear_ag import Runs, fit, store
+from server.request import GenerateRequest
+from server.settings import Limits
+from tests.server.toy_model import FACTS, SIDE, Toy, run, started
+
+PROMPTS = ["a red circle", "a blue square", "nothing at all"]
+
+
+def quiet(*progress: object) -> None: ...
+
+
+@pytest.mark.parametrize("rule", [CFG(), APG(), CFGPlusPlus()], ids=lambda rule: rule.name)
+@pytest.mark.parametrize("sampler", [DPMSolverPP(), Heun(), DDIM(eta=1.0)], ids=lambda s: s.name)
+def test_the_runs_are_those_that_the_engine_makes(sampler, rule) -> None:
+    """Of the same prompt and seed, the network is shown the same at every stage."""
+    plan = sampler.plan(FACTS.schedule.grid(sampler.default_spacing, 8))
+    fitted, served = Toy(), Toy()
+    made = fit(fitted, plan, rule, ["a red circle"], Runs(1, seed=5), quiet)
+    assert made.coefficients.shape == (plan.evaluations, 6)
+    image = ImageTask(
+        model="toy",
+        prompt="a red circle",
+        negative_prompt="",
+        width=SIDE,
+        height=SIDE,
+        seed=5,
+        plan=plan,
+        rule=rule,
+        policy=LinearAdaptive(every=1, stop=1.0),
+        coefficients=made.coefficients,
+    )
+    engine = started(served, 8)
+    try:
+        served.seen.clear()
+        assert run(engine, [image]).results[0].evaluations == 2 * plan.evaluations
+    finally:
+        engine.stop(0)
+    for ours, theirs in zip(fitted.seen, served.seen, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_chunks_make_no_difference() -> None:
+    model = Toy()
+    plan = DPMSolverPP().plan(FACTS.schedule.grid("trailing", 4))
+    once = fit(model, plan, CFG(), PROMPTS, Runs(6, chunk=2), quiet)
+    again = fit(model, plan, CFG(), PROMPTS, Runs(6, chunk=5), quiet)
+    assert np.allclose(once.coefficients, again.coefficients, rtol=1e-3, atol=1e-3)
+    assert np.allclose(once.error, again.error, rtol=1e-3)
+    assert once.identity == again.identity
+    assert once.runs == 6
+    assert {len(x) for x in model.seen} == {4, 10, 2}
+
+
+def test_progress_is_told_and_the_file_found_again(tmp_path: Path) -> None:
+    model, heard = Toy(), []
+    request = GenerateRequest.model_validate({"prompt": "", "steps": 4, "sampler": "ddim"})
+    resolved = resolve(request, model, Limits(), None)
+    file = store(
+        model, tmp_path, resolved, PROMPTS, Runs(5, chunk=2), lambda *told: heard.append(told)
+    )
+    assert file.parent == tmp_path / "weft"
+    assert file.name.startswith("linear-ag-ddim-4-")
+    assert heard == [("runs", 2, 5), ("runs", 4, 5), ("runs", 5, 5)]
+    made = LinearFit.load(file)
+    assert made.identity.model == FACTS.revision
+    assert made.coefficients.shape == (4, 6)
+
+
+@pytest.mark.parametrize("guidance", ["none", "perp_neg", {"name": "cfg", "scale": 1.0}])
+def test_rules_without_just_one_branch_are_refused(guidance, tmp_path: Path) -> None:
+    request = GenerateRequest.model_validate({"prompt": "", "steps": 4, "guidance": guidance})
+    resolved = resolve(request, Toy(), Limits(), None)
+    with pytest.raises(InvalidRequest, match="coefficients are fitted to rules of one"):
+        store(Toy(), tmp_path, resolved, PROMPTS, Runs(1), quiet)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_runs_leave_no_gradients() -> None:
+    assert torch.is_grad_enabled()
+    fit(Toy(), DDIM().plan(FACTS.schedule.grid("trailing", 2)), CFG(), PROMPTS, Runs(1), quiet)
+    assert torch.is_grad_enabled()

@@ -1,0 +1,133 @@
+"""A model of a few lines, whose rows depend on all that they are told and on no other row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from threading import Event
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from guidance import Edit
+from guidance.edits import WeakModel
+from samplers import NoiseSchedule
+from server.engine.engine import Engine
+from server.engine.sequence import ImageResult, ImageTask
+from server.models.hosted import HostedModel, ModelFacts
+
+SIDE = 32
+FACTS = ModelFacts(
+    name="toy",
+    revision="0123456789abcdef",
+    schedule=NoiseSchedule.from_diffusers({}),
+    prediction="epsilon",
+    latent_channels=4,
+    latent_scale=8,
+    size_multiple=8,
+    default_width=SIDE,
+    default_height=SIDE,
+    max_tokens=20,
+    embeds_scale=True,
+)
+
+
+class Toy(HostedModel):
+    """Keeps what it was shown; refuses no edit but those of the layer "none"."""
+
+    def __init__(self, **facts: object) -> None:
+        super().__init__(replace(FACTS, **facts), torch.device("cpu"), torch.float32)
+        self.seen: list[Tensor] = []
+
+    def count_tokens(self, text: str) -> int:
+        return len(text.split())
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+        return torch.tensor([[[sum(map(ord, prompt)) % 17 / 17]] for prompt in prompts])
+
+    def evaluate(
+        self,
+        x: Tensor,
+        t: Tensor,
+        conditioning: Tensor,
+        edits: Sequence[tuple[Edit, ...]] | None = None,
+        scale_embedding: Tensor | None = None,
+    ) -> Tensor:
+        self.seen.append(x.clone())
+        shift = conditioning[:, 0, 0] + t / 1000
+        if edits is not None:
+            assert any(edits)
+            assert not any(isinstance(edit, WeakModel) for row in edits for edit in row)
+            names = ["".join(type(edit).__name__ for edit in row) for row in edits]
+            shift = shift + torch.tensor([len(name) / 30 for name in names])
+        if scale_embedding is not None:
+            shift = shift + scale_embedding / 7
+        return 0.9 * x + 0.3 * torch.tanh(x.roll(1, 1) + shift[:, None, None, None])
+
+    def evaluate_weak(self, x: Tensor, t: Tensor, conditioning: Tensor) -> Tensor:
+        return 0.8 * x + 0.1 * conditioning[:, :, :, None]
+
+    def layers(self) -> tuple[str, ...]:
+        return ("middle",)
+
+    def refuses(self, edit: Edit) -> str | None:
+        named = getattr(edit, "layers", ())
+        return "has no layer 'none'; it has middle" if "none" in named else None
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return F.interpolate(torch.tanh(latents[:, :3]), scale_factor=8.0)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        small = F.avg_pool2d(pixels, 8)
+        return torch.cat([small, small.mean(1, keepdim=True)], 1)
+
+
+class Ear:
+    """Hears of a submission."""
+
+    def __init__(self, images: int) -> None:
+        self.results: dict[int, ImageResult] = {}
+        self.errors: dict[int, Exception] = {}
+        self.steps: list[tuple[int, int]] = []
+        self._images = images
+        self._ended = Event()
+
+    def started(self, index: int) -> None: ...
+
+    def progress(self, index: int, step: int, steps: int, preview: object) -> None:
+        self.steps.append((index, step))
+
+    def finished(self, index: int, result: ImageResult) -> None:
+        self.results[index] = result
+        self._end()
+
+    def failed(self, index: int, error: Exception) -> None:
+        self.errors[index] = error
+        self._end()
+
+    def _end(self) -> None:
+        if len(self.results) + len(self.errors) == self._images:
+            self._ended.set()
+
+    def wait(self) -> Ear:
+        assert self._ended.wait(60), "the engine did not answer"
+        return self
+
+
+def started(model: HostedModel, row_budget: int, **options: bool) -> Engine:
+    engine = Engine({model.facts.name: model}, row_budget=row_budget, **options)
+    engine.start()
+    while not engine.ready:
+        assert engine.failure is None, engine.failure
+        Event().wait(0.01)
+    return engine
+
+
+def run(engine: Engine, tasks: list[ImageTask]) -> Ear:
+    ear = Ear(len(tasks))
+    engine.submit(tasks, ear)
+    return ear.wait()
+
+
+Task = Callable[..., ImageTask]
