@@ -23,11 +23,12 @@ class DynamicThresholding(Rule, frozen=True):
 
     The guided denoised prediction is clipped to ``[-s, s]`` and multiplied by ``limit / s``, s the
     quantile of its sizes or ``limit``, whichever is greater, per row. Made for pixels in [-1, 1],
-    which is ``limit`` 1. Latents have no such bounds: theirs is a number to choose, and the
-    default is the reach of latents of unit deviation. At scale 1 nothing is done.
+    which is ``limit`` 1. Latents have no such bounds; the default is the reach of those of unit
+    deviation. They are not centred either, so drawing them in changes colours: measured on the
+    embedded model it harms. At scale 1 nothing is done.
     """
 
-    summary: ClassVar[str] = "CFG, clipped and drawn in to a limit; 1 for pixels, more for latents."
+    summary: ClassVar[str] = "CFG, clipped and drawn in to a limit; made for models of pixels."
     source: ClassVar[str] = "Saharia et al., arXiv 2205.11487, section 2.3."
     name: Literal["dynamic_thresholding"] = "dynamic_thresholding"
     scale: float = Field(default=7.5, ge=0, le=100, description="Strength; 1 is no guidance.")
@@ -38,7 +39,7 @@ class DynamicThresholding(Rule, frozen=True):
         default=3.0,
         ge=0.125,
         le=1000,
-        description="What predictions are drawn in to: 1 for pixels, 2 to 4 for latents.",
+        description="What predictions are drawn in to: 1 for pixels, 3 and more for latents.",
     )
 
     @property
