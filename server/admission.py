@@ -8,6 +8,7 @@ import secrets
 from guidance import Always
 from samplers import NoiseSchedule, Plan, Sampler, Spacing, Statistics, StatisticsIdentity
 from samplers.dpm_solver_v3 import DPMSolverV3
+from server.classifier_check import alternatives_of, check_classifier
 from server.errors import InvalidRequest
 from server.guidance_check import check_guidance
 from server.models.hosted import HostedModel, ModelFacts
@@ -59,6 +60,7 @@ def resolve(
     resolved = ResolvedRequest.model_validate(defaults | given)
     check_limits(resolved, limits)
     check_guidance(resolved.guidance, model, has_picture=upload_size is not None)
+    check_classifier(resolved, model)
     _check_size(resolved, facts, limits)
     _check_tokens(resolved, model)
     return resolved
@@ -78,7 +80,7 @@ def statistics_for(resolved: ResolvedRequest, model: HostedModel) -> StatisticsI
         return model.statistics.nearest(scale)
     if guidance.name not in ("none", "cfg"):
         raise model.statistics.refusal(f"the rule {guidance.name!r}")
-    plain = {"policy": Always(), "perturbed": (), "skip_tuning": None}
+    plain = {"policy": Always(), "perturbed": (), "classifier": None, "skip_tuning": None}
     for field, value in plain.items():
         if getattr(guidance, field) != value:
             raise model.statistics.refusal(f"guidance with a {field} of its own")
@@ -144,6 +146,7 @@ def _check_size(resolved: ResolvedRequest, facts: ModelFacts, limits: Limits) ->
 def _check_tokens(resolved: ResolvedRequest, model: HostedModel) -> None:
     told = [("prompt", resolved.prompt), ("negative_prompt", resolved.negative_prompt)]
     told += [("guidance", b.prompt) for b in resolved.guidance.branches if b.told == "own"]
+    told += [("guidance.classifier", text) for text in alternatives_of(resolved, model)]
     for field, text in told:
         tokens = model.count_tokens(text)
         if tokens > model.facts.max_tokens:

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from guidance import PERTURBATIONS, POLICIES, RULES
+from guidance import CLASSIFIERS, PERTURBATIONS, POLICIES, RULES
 from samplers import SAMPLERS, SPACINGS
 from server.choice import name_of
 
@@ -15,7 +15,7 @@ __all__ = ["Catalog", "Entry", "ModelEntry", "catalog"]
 
 
 class Entry(BaseModel):
-    """One sampler, spacing, rule, policy or perturbation."""
+    """One sampler, spacing, rule, policy, perturbation or classifier's term."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -43,6 +43,9 @@ class ModelEntry(BaseModel):
     statistics: tuple[str, ...] = Field(
         description="Guidance that `dpm_solver_v3` has statistics of this model for."
     )
+    classifier: dict[str, tuple[str, ...]] = Field(
+        description="Classes that `guidance.classifier.target` may name, by attribute."
+    )
 
 
 class Catalog(BaseModel):
@@ -55,6 +58,7 @@ class Catalog(BaseModel):
     rules: tuple[Entry, ...]
     policies: tuple[Entry, ...]
     perturbations: tuple[Entry, ...]
+    classifiers: tuple[Entry, ...] = Field(description="Terms that a model's classifier adds.")
     models: tuple[ModelEntry, ...] = Field(description="Empty until they are loaded.")
 
 
@@ -66,6 +70,7 @@ def catalog(models: tuple[ModelEntry, ...] = ()) -> Catalog:
         rules=tuple(_entry(member) for member in RULES),
         policies=tuple(_entry(member) for member in POLICIES),
         perturbations=tuple(_entry(member) for member in PERTURBATIONS),
+        classifiers=tuple(_entry(member) for member in CLASSIFIERS),
         models=models,
     )
 

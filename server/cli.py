@@ -171,7 +171,7 @@ def generate(
 def catalog(
     as_json: Annotated[bool, typer.Option("--json", help="With every parameter's schema.")] = False,
 ) -> None:
-    """List samplers, spacings, guidance rules, policies and perturbations."""
+    """List samplers, spacings, guidance rules, policies, perturbations and classifier terms."""
     from server.catalog import catalog as installed
 
     listed = installed()
@@ -179,7 +179,8 @@ def catalog(
         typer.echo(listed.model_dump_json(indent=2, exclude={"models"}))
         return
     out = Console()
-    for title in ("samplers", "spacings", "rules", "policies", "perturbations"):
+    titles = ("samplers", "spacings", "rules", "policies", "perturbations", "classifiers")
+    for title in titles:
         out.print(_table(title, getattr(listed, title)))
 
 

@@ -32,6 +32,7 @@ def infotext(settings: ResolvedRequest, *, model_revision: str, version: str) ->
         "Guidance": guidance.name,
         "Guidance policy": guidance.policy.name,
         "Guidance perturbed": "+".join(one.name for one in guidance.perturbed) or None,
+        "Guidance classifier": guidance.classifier and guidance.classifier.name,
         "Version": version,
     }
     line = ", ".join(

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
 from pydantic_core import PydanticCustomError
 
-from guidance import PERTURBATIONS, POLICIES, RULES, Perturbation, Policy, Rule, SkipTuning
+from guidance import (
+    CLASSIFIERS,
+    PERTURBATIONS,
+    POLICIES,
+    RULES,
+    ClassifierGuidance,
+    Perturbation,
+    Policy,
+    Rule,
+    SkipTuning,
+)
 from samplers import SAMPLERS, SPACINGS, Sampler, Spacing
 from server.choice import choice, name_of
 from server.elsewhere import sampler_elsewhere, spacing_elsewhere
@@ -46,12 +56,14 @@ if TYPE_CHECKING:
 
         policy: Policy
         perturbed: tuple[Perturbation, ...]
+        classifier: ClassifierGuidance | None
         skip_tuning: SkipTuning | None
 else:
     SamplerChoice = choice("sampler", SAMPLERS, sampler_elsewhere)
     SpacingChoice = choice("spacing", SPACINGS, spacing_elsewhere)
     _PolicyChoice = choice("policy", POLICIES)
     _PerturbationChoice = choice("perturbed", PERTURBATIONS)
+    _ClassifierChoice = choice("classifier", CLASSIFIERS)
     _always = next(policy for policy in POLICIES if name_of(policy) == "always")
     _Company = {
         "policy": (
@@ -66,6 +78,10 @@ else:
                 strict=False,
                 description="Terms that lead away from disturbed predictions.",
             ),
+        ),
+        "classifier": (
+            _ClassifierChoice | None,
+            Field(default=None, description="A term from what the model's classifier sees."),
         ),
         "skip_tuning": (
             SkipTuning | None,
@@ -88,10 +104,11 @@ CHOICES: Final[Mapping[str, Mapping[str, type[BaseModel]]]] = {
     "guidance": _RULES,
     "policy": {name_of(member): member for member in POLICIES},
     "perturbed": {name_of(member): member for member in PERTURBATIONS},
+    "classifier": {name_of(member): member for member in CLASSIFIERS},
 }
 """Classes by field and name, for error sentences about the fields inside them."""
 
-COMPANY: Final = ("policy", "perturbed", "skip_tuning")
+COMPANY: Final = ("policy", "perturbed", "classifier", "skip_tuning")
 """Fields of `guidance` beside those of its rule."""
 
 
@@ -150,7 +167,7 @@ class GenerateRequest(BaseModel):
     guidance: Guidance | None = Field(
         default=None,
         description="How the prompt is enforced: a rule's fields, and optionally its `policy`, "
-        f"`perturbed` and `skip_tuning`; `{DEFAULT_GUIDANCE}` by default.",
+        f"`perturbed`, `classifier` and `skip_tuning`; `{DEFAULT_GUIDANCE}` by default.",
     )
     image: str | None = Field(
         default=None,

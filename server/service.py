@@ -17,6 +17,7 @@ from torch import Tensor
 from samplers import Plan
 from server.admission import make_plan, resolve, statistics_for
 from server.catalog import ModelEntry
+from server.classifier_check import aim_of
 from server.engine.engine import Engine
 from server.engine.sequence import ImageTask
 from server.errors import (
@@ -137,6 +138,7 @@ class Service:
                 size_multiple=model.facts.size_multiple,
                 max_tokens=model.facts.max_tokens,
                 statistics=model.statistics.available,
+                classifier={} if model.classifier is None else model.classifier.heads,
             )
             for model in self._models.values()
         )
@@ -258,6 +260,7 @@ class Service:
         plan = self._plan(resolved, model)
         check_windows(resolved.guidance, plan)
         coefficients = coefficients_for(resolved, model, plan)
+        aim = aim_of(resolved, model, plan)
         tuning = resolved.guidance.skip_tuning
         return [
             ImageTask(
@@ -272,6 +275,7 @@ class Service:
                 policy=policy,
                 perturbed=resolved.guidance.perturbed,
                 edits=() if tuning is None else (tuning.edit,),
+                aim=aim,
                 coefficients=coefficients,
                 image=pixels,
                 mask=repaint,

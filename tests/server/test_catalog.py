@@ -6,7 +6,7 @@ import httpx2
 import pytest
 from pydantic import BaseModel
 
-from guidance import PERTURBATIONS, POLICIES, RULES
+from guidance import CLASSIFIERS, PERTURBATIONS, POLICIES, RULES
 from samplers import SAMPLERS, SPACINGS
 from server.catalog import catalog
 from server.choice import name_of
@@ -17,6 +17,7 @@ REGISTRIES = {
     "rules": RULES,
     "policies": POLICIES,
     "perturbations": PERTURBATIONS,
+    "classifiers": CLASSIFIERS,
 }
 
 
