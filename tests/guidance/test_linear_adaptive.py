@@ -128,6 +128,8 @@ def test_a_file_gives_back_what_was_saved(tmp_path) -> None:
     assert np.array_equal(again.error, FIT.error)
     assert (again.identity, again.runs) == (IDENTITY, 64)
     assert [one.name for one in file.parent.iterdir()] == [file.name]
+    (tmp_path / "plain").touch()
+    assert file.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_a_file_of_something_else_is_refused(tmp_path) -> None:
