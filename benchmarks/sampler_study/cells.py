@@ -36,35 +36,67 @@ class Contender:
         label: the name.
         settings: of the sampler, as a request gives them.
         kept: what statistics it is given.
+        strong: settings in place of these from a guidance scale of :data:`STRONG` on, if others.
     """
 
     label: str
     settings: Mapping[str, Any]
     kept: Kept = ""
+    strong: Mapping[str, Any] | None = None
 
-    def sampler(self) -> Sampler:
-        """The sampler.
+    def settings_at(self, scale: float) -> Mapping[str, Any]:
+        """The settings at a guidance scale."""
+        return self.strong if self.strong is not None and scale >= STRONG else self.settings
+
+    def sampler(self, scale: float) -> Sampler:
+        """The sampler at a guidance scale.
 
         Raises:
             Missing: none of that name is registered.
         """
-        name = self.settings["name"]
+        settings = self.settings_at(scale)
+        name = settings["name"]
         kind = next((k for k in SAMPLERS if k.model_fields["name"].default == name), None)
         if kind is None:
             raise Missing(f"no sampler {name!r} is registered")
-        return kind.model_validate(dict(self.settings))
+        return kind.model_validate(dict(settings))
 
 
 def _one(label: str, name: str, kept: Kept = "", **settings: Any) -> Contender:
     return Contender(label, {"name": name, **settings}, kept)
 
 
+STRONG = 4.0
+"""Guidance scale from which a contender's settings for strong guidance count."""
+
+
+def _v3(label: str, kept: Kept = "elementwise", **settings: Any) -> Contender:
+    """Order 2, corrected by divided differences; not corrected where guidance is strong."""
+    common = {"name": "dpm_solver_v3", "order": 2, "predictor": "exact", **settings}
+    weak, strong = (
+        {**common, "corrector": corrector, "lower_order_final": True}
+        for corrector in ("pseudo", "none")
+    )
+    return Contender(label, weak, kept, strong)
+
+
 V3 = (
-    _one("v3", "dpm_solver_v3", "elementwise"),
-    _one("v3, published flags", "dpm_solver_v3", "elementwise", preset="published"),
-    _one("v3, per channel", "dpm_solver_v3", "per channel"),
-    _one("v3, no statistics", "dpm_solver_v3", statistics="none"),
+    _v3("v3"),
+    _v3("v3, per channel", "per channel"),
+    _v3("v3, no statistics", "", statistics="none"),
+    _one(
+        "v3, order 3",
+        "dpm_solver_v3",
+        "elementwise",
+        order=3,
+        predictor="exact",
+        corrector="exact",
+        lower_order_final=True,
+    ),
 )
+
+PUBLISHED = _one("v3, published flags", "dpm_solver_v3", "elementwise", preset="published")
+"""Other than v3's at guidance 1 and 4, and measured there."""
 
 SOLVERS = (
     _one("ddim", "ddim"),
@@ -85,6 +117,7 @@ FURTHER = (
 )
 
 MOMENTUM = (
+    *SOLVERS,
     _one("2M, beta .8", "dpm_solver_pp", beta=0.8),
     _one("2M, beta .5", "dpm_solver_pp", beta=0.5),
     _one("unipc, beta .8", "unipc", beta=0.8),
@@ -105,10 +138,21 @@ MOMENTUM = (
     _one("nesterov 3.8", "nesterov", order=3.8),
 )
 
-EVERY = {contender.label: contender for contender in (*V3, *SOLVERS, *FURTHER, *MOMENTUM)}
+EVERY = {
+    contender.label: contender for contender in (*V3, PUBLISHED, *SOLVERS, *FURTHER, *MOMENTUM)
+}
 
 MAIN = (*V3, *SOLVERS)
-PRACTICE = (V3[0], *SOLVERS)
+PRACTICE = tuple(EVERY[label] for label in ("v3", "ddim", "2M", "3M", "unipc", "deis", "ghvb 1.8"))
+"""Those whose pictures are read."""
+TRADED = tuple(
+    EVERY[label]
+    for label in (
+        *("ddim", "2M", "2M, beta .8", "unipc", "unipc, beta .8", "deis", "AB 2", "AB 4"),
+        *("ghvb 1.8", "ghvb 2.8", "ghvb 3.8", "hb 1.8", "hb 3.8"),
+    )
+)
+"""Those measured at the highest scales."""
 PRACTICE_SCALE = 4.0
 SPACINGS_COMPARED = ("logsnr", "linspace")
 
@@ -116,7 +160,7 @@ ERROR_LINES = ("v3", "ddim", "2M", "3M", "unipc", "deis", "ghvb 3.8", "hb 3.8")
 """Lines of the plot of errors."""
 VARIANT_LINES = tuple(contender.label for contender in V3)
 """Lines of the plot of v3's variants."""
-ACCURACY_LINES = ("v3", "ddim", "2M", "3M", "unipc", "deis", "ghvb 3.8", "hb 3.8")
+ACCURACY_LINES = tuple(contender.label for contender in PRACTICE)
 """Lines of the plot of accuracy."""
 FAMILIES: Mapping[str, Sequence[tuple[float, str]]] = {
     "no momentum": ((1, "ddim"), (2, "AB 2"), (3, "AB 3"), (4, "AB 4")),
@@ -162,7 +206,7 @@ class Cell:
         return {
             "part": self.part,
             "contender": self.contender.label,
-            "settings": dict(self.contender.settings),
+            "settings": dict(self.contender.settings_at(self.scale)),
             "kept": self.contender.kept,
             "statistics": statistics,
             "spacing": self.spacing,
@@ -180,7 +224,7 @@ def plan_of(cell: Cell, schedule: NoiseSchedule, statistics: Statistics | None) 
         Missing: no sampler of the name is registered.
         ValueError: the sampler refuses so few, or has no run of just so many.
     """
-    sampler = cell.contender.sampler()
+    sampler = cell.contender.sampler(cell.scale)
     spacing = _spacing_named(cell.spacing or sampler.default_spacing)
     t_end = schedule.t_end if cell.part == "error" else None
     for steps in range(cell.evaluations, 0, -1):
@@ -199,11 +243,14 @@ def _spacing_named(name: str) -> Spacing:
 
 def all_cells(sizes: Sizes) -> Iterator[Cell]:
     """Every cell, the most important first."""
-    yield from _error_cells(MAIN, (7.5, 1.0), sizes)
-    yield from _high_scale_cells((7.5, 15.0), sizes)
+    yield from _error_cells(MAIN, (7.5, 1.0, 4.0), sizes)
+    yield from _error_cells((PUBLISHED,), (1.0, 4.0), sizes)
+    yield from _high_scale_cells(7.5, MOMENTUM, FEW, sizes)
     yield from _accuracy_cells(sizes)
-    yield from _error_cells(MAIN, (4.0, 2.0), sizes)
-    yield from _high_scale_cells((4.0, 30.0), sizes)
+    yield from _error_cells(MAIN, (2.0,), sizes)
+    yield from _high_scale_cells(15.0, TRADED, FEW, sizes)
+    for scale in (30.0, 4.0):
+        yield from _high_scale_cells(scale, TRADED, FEW[1:2], sizes)
     yield from _error_cells(FURTHER, (7.5, 1.0, 4.0, 2.0), sizes)
 
 
@@ -216,12 +263,14 @@ def _error_cells(
 
 
 def _accuracy_cells(sizes: Sizes) -> Iterator[Cell]:
-    for contender, evaluations in product(PRACTICE, PICTURE_EVALUATIONS):
+    for evaluations, contender in product(PICTURE_EVALUATIONS, PRACTICE):
         yield Cell("picture", contender, "", evaluations, PRACTICE_SCALE, sizes.accuracy_images)
 
 
-def _high_scale_cells(scales: Sequence[float], sizes: Sizes) -> Iterator[Cell]:
-    measured = {contender.label for contender in PRACTICE}
-    for scale, contender, evaluations in product(scales, (*PRACTICE, *MOMENTUM), FEW):
-        if scale != PRACTICE_SCALE or contender.label not in measured:
+def _high_scale_cells(
+    scale: float, contenders: Sequence[Contender], counts: Sequence[int], sizes: Sizes
+) -> Iterator[Cell]:
+    practised = {contender.label for contender in PRACTICE} if scale == PRACTICE_SCALE else set()
+    for contender, evaluations in product(contenders, counts):
+        if contender.label not in practised:
             yield Cell("picture", contender, "", evaluations, scale, sizes.picture_images)

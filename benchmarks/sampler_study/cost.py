@@ -41,7 +41,7 @@ def of(contender: Contender, model: HostedModel, files: StatisticsFiles) -> dict
     statistics, large = (
         _enlarged(files.find(contender.kept, SCALE, EMBEDDED), to) for to in (shape, LARGE)
     )
-    sampler = contender.sampler()
+    sampler = contender.sampler(SCALE)
     grid = facts.schedule.grid(LogSNR(), STEPS, t_end=facts.schedule.t_end)
     plan = _planned(sampler, grid, statistics)
     return {

@@ -36,6 +36,14 @@ COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#5
 MARKERS = "osD^vPX*"
 LINES = ("-", "-", "-", "-", "--", "--", "--", "--")
 
+SOLVER_FAMILIES = {
+    "single steps, and DPM-Solver++": ("ddim", "heun", "dpm_solver_pp", "dpm_solver_pp_singlestep"),
+    "predictor-correctors": ("unipc", "dpm_solver_v3"),
+    "multistep in the noise prediction": ("deis", "plms", "ghvb"),
+    "momentum of first order": ("hb", "nesterov"),
+}
+"""Panels of the plot of slopes: at most eight lines each."""
+
 mpl.use("Agg")
 
 
@@ -129,25 +137,25 @@ def momentum(results: Results, path: Path) -> None:
 
 
 def slopes(results: Results, path: Path) -> None:
-    """Error on the mixture against evaluations, a panel a declared order."""
+    """Error on the mixture against evaluations, a panel a family."""
+    figure, axes = plt.subplots(
+        2, 2, figsize=(11, 9), sharex=True, sharey=True, layout="constrained"
+    )
     records = list(results.of_part("slope"))
-    groups = [
-        ("order 1", [r for r in records if r["declared"] == 1]),
-        ("order 2", [r for r in records if r["declared"] == 2]),
-        ("order 3 and 4", [r for r in records if r["declared"] > 2]),
-    ]
-    figure, axes = plt.subplots(1, 3, figsize=(13, 5.4), sharey=True, layout="constrained")
-    for axis, (title, members) in zip(axes, groups, strict=True):
+    for axis, (title, names) in zip(axes.flat, SOLVER_FAMILIES.items(), strict=True):
+        members = [r for r in records if r["of"]["settings"]["name"] in names]
         for k, record in enumerate(members):
             name = f"{record['of']['label']} ({record['slope']:.2f})"
             _line(axis, list(zip(COUNTS, record["errors"], strict=True)), k, name)
         _log_evaluations(axis, COUNTS)
         axis.set_yscale("log")
         axis.set_title(title)
-        axis.set_xlabel("evaluations")
         if members:
             axis.legend(fontsize=8, loc="lower left")
-    axes[0].set_ylabel("largest error on the Gaussian mixture")
+    for axis in axes[1]:
+        axis.set_xlabel("evaluations")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("largest error on the Gaussian mixture")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -54,7 +54,7 @@ class StatisticsFiles:
 
     def _path(self, scale: float) -> Path:
         wanted = ("none", 1.0) if scale == 1 else ("cfg", scale)
-        for path in sorted(self.folder.glob("*.safetensors")):
+        for path in sorted(self.folder.glob("ems-*.safetensors")):
             identity = read_identity(path)
             if identity is not None and (identity.rule, identity.scale) == wanted:
                 return path

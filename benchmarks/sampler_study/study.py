@@ -49,7 +49,7 @@ class Sizes:
 
     error_images: int = 8
     picture_images: int = 12
-    accuracy_images: int = 60
+    accuracy_images: int = 48
     reference_steps: int = 1000
     converged_steps: int = 100
     known_pictures: int = 12_000

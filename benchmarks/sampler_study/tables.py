@@ -11,7 +11,9 @@ from benchmarks.sampler_study.cells import (
     EVERY,
     FEW,
     PICTURE_EVALUATIONS,
+    PRACTICE,
     PRACTICE_SCALE,
+    PUBLISHED,
     SCALES,
     SPACINGS_COMPARED,
     V3,
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
 MARKS = {"logsnr": "", "linspace": "<sup>t</sup>"}
 NOTHING = "–"
-V3_LABELS = [contender.label for contender in V3]
+V3_LABELS = [contender.label for contender in (*V3, PUBLISHED)]
 OTHERS = [label for label in EVERY if label not in V3_LABELS]
 
 
@@ -162,13 +164,17 @@ def _count_of(record: dict[str, Any] | None) -> str:
 
 def accuracy(results: Results) -> str:
     """Share of right pictures at the usual scale, with its 95 % interval."""
-    head = ["sampler", *(str(n) for n in PICTURE_EVALUATIONS)]
-    rows: list[list[str]] = []
-    for label in results.measured("picture"):
-        texts = [_accuracy(results.picture(label, n, PRACTICE_SCALE)) for n in PICTURE_EVALUATIONS]
-        if texts[-1] != NOTHING:
-            rows.append([label, *texts])
-    return table(head, rows)
+    rows = (
+        [
+            contender.label,
+            *(
+                _accuracy(results.picture(contender.label, n, PRACTICE_SCALE))
+                for n in PICTURE_EVALUATIONS
+            ),
+        ]
+        for contender in PRACTICE
+    )
+    return table(["sampler", *(str(n) for n in PICTURE_EVALUATIONS)], rows)
 
 
 def _accuracy(record: dict[str, Any] | None) -> str:

@@ -81,7 +81,7 @@ def test_statistics_are_found_by_their_scale(tmp_path: Path) -> None:
     for rule, scale in (("none", 1.0), ("cfg", 4.0)):
         identity = StatisticsIdentity("m", "s", 1.0, 0.0, rule, scale, (4, 2, 2), 8, 7)
         ones = np.full((7, 4, 2, 2), scale)
-        Statistics(lam, ones, ones, ones, identity).save(tmp_path / f"{scale:g}.safetensors")
+        Statistics(lam, ones, ones, ones, identity).save(tmp_path / f"ems-{scale:g}.safetensors")
     found = files.find("elementwise", 4.0, (4, 2, 2))
     assert found is not None
     assert found.l.shape == (7, 4, 2, 2)
