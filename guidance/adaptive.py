@@ -55,7 +55,9 @@ class Adaptive(Policy, frozen=True):
 
     @classmethod
     @override
-    def parameters(cls, settings: Sequence[Self], like: Tensor) -> Mapping[str, Tensor]:
+    def parameters(  # pyright: ignore[reportIncompatibleMethodOverride] - Self narrows with it
+        cls, settings: Sequence[Self], like: Tensor
+    ) -> Mapping[str, Tensor]:
         of_noise = like.new_tensor([float(one.space == "noise") for one in settings])
         of_noise = of_noise.view(-1, *[1] * (like.ndim - 1))
         return {**super().parameters(settings, like), "of_noise": of_noise}

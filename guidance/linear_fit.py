@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -83,7 +83,7 @@ def residual(sums: NDArray[np.float64], coefficients: NDArray[np.float64]) -> ND
     return np.sqrt(np.maximum(error, 0) / np.where(whole > 0, whole, 1))
 
 
-def fingerprint(*arrays: NDArray[np.float64]) -> str:
+def fingerprint(*arrays: NDArray[np.floating[Any]]) -> str:
     """16 hexadecimal digits that follow the numbers of a run: its levels and its tables."""
     digest = hashlib.sha256()
     for array in arrays:
