@@ -9,8 +9,10 @@ from guidance.classifier_guidance import (
     ReferenceGuidance,
 )
 from guidance.edits import Edit
+from guidance.feynman_kac import FeynmanKac
 from guidance.inversion import invert
 from guidance.loop import guide
+from guidance.negtome import NegToMe
 from guidance.perturbation import Perturbation
 from guidance.policy import Filled, Policy
 from guidance.rule import Guided, Rows, Rule, stack
@@ -69,6 +71,7 @@ __all__ = [
     "DynamicThresholding",
     "Edit",
     "EluCD",
+    "FeynmanKac",
     "Filled",
     "FrequencyDecoupled",
     "GradientFree",
@@ -78,6 +81,7 @@ __all__ = [
     "Levels",
     "MagnitudeAware",
     "Minority",
+    "NegToMe",
     "PerpNeg",
     "Perturbation",
     "Policy",

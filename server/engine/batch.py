@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
 from guidance import Rows
-from guidance.edits import WeakModel
+from guidance.edits import ApartFrom, WeakModel
 from samplers import advance
 from server.engine.classify import choose, push
+from server.engine.groups import groups_of, kept_apart
 from server.engine.noise import stage_noise
 from server.engine.padding import padded
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from server.engine.classify import References
     from server.engine.compiled import CompiledPlan
     from server.engine.lane import Lane
-    from server.engine.sequence import Aim, Sequence
+    from server.engine.sequence import Aim, Group, Sequence
 
 Key = TypeVar("Key")
 
@@ -50,6 +51,7 @@ class Batch:
         aims: what the classifier is asked for, of the images that ask it at this stage.
         pushed: images, by position, that move up its gradient.
         referred: rows of the predictions whose prompt it chooses, by position.
+        groups: each with its images' positions, in their order.
         fixed_rows: where set, every operation that could depend on the batch size runs at this
             many rows, so that a row's bits do not depend on its company.
         references: what it chose.
@@ -66,6 +68,7 @@ class Batch:
     aims: dict[int, Aim]
     pushed: list[int]
     referred: dict[int, int]
+    groups: list[tuple[Group, list[int]]]
     fixed_rows: int | None
     references: References | None = None
 
@@ -141,6 +144,7 @@ def pack(lane: Lane, sequences: list[Sequence], fixed_rows: int | None) -> Batch
         aims=aims,
         pushed=pushed,
         referred=referred,
+        groups=groups_of(sequences),
         fixed_rows=fixed_rows,
     )
     if referred:
@@ -267,6 +271,10 @@ def _raw(batch: Batch, x: Tensor, t: Tensor) -> Tensor:
     if any(sequence.guidance.edited for sequence in batch.sequences):
         edits = [owner.guidance.edits[k] for owner, k in zip(owners, batch.numbers, strict=True)]
         weak = [row for row, changes in enumerate(edits) if WEAK in changes]
+    if batch.groups:
+        for row, edit in kept_apart(batch).items():
+            edits = edits or [()] * len(owners)
+            edits[row] = (*edits[row], edit)
     scales: Tensor | None = None
     if any(sequence.guidance.told_scale is not None for sequence in batch.sequences):
         scales = t.new_tensor([owner.guidance.told_scale or 0.0 for owner in owners])
@@ -281,8 +289,20 @@ def _raw(batch: Batch, x: Tensor, t: Tensor) -> Tensor:
     where = _indices(batch.lane, strong)
     told = None if scales is None else scales.index_select(0, where)
     inputs = (rows.index_select(0, where) for rows in (x, t, conditioning))
-    out = _network(batch, *inputs, [edits[row] for row in strong], told)
+    out = _network(batch, *inputs, _located(edits, strong), told)
     return raw.index_copy_(0, where, out)
+
+
+def _located(edits: list[tuple[Edit, ...]], rows: list[int]) -> list[tuple[Edit, ...]]:
+    """The edits of some rows, whose references are counted among those rows."""
+    places: dict[int | None, int] = {row: place for place, row in enumerate(rows)}
+    return [
+        tuple(
+            replace(edit, reference=places[edit.reference]) if isinstance(edit, ApartFrom) else edit
+            for edit in edits[row]
+        )
+        for row in rows
+    ]
 
 
 def _network(

@@ -13,6 +13,7 @@ import torch
 
 from server.engine import batch as weave
 from server.engine.admission import Admission
+from server.engine.groups import resample
 from server.engine.lane import Lane
 from server.engine.measurements import EngineMeasurements
 from server.engine.preview import fit_preview, preview
@@ -135,13 +136,13 @@ class Engine:
         for members in _units(sequences):
             rows = sum(member.guidance.widest for member in members)
             if rows > budget:
-                together = (
-                    f" for the {len(members)} images of its group" if len(members) > 1 else ""
-                )
+                images = len(members)
+                together = f" for the {images} images of its group" if images > 1 else ""
+                fewer = "images, branches" if images > 1 else "branches"
                 raise InvalidRequest(
                     "guidance",
                     f"guidance needs {rows} rows of a forward at once{together}; at most {budget} "
-                    "are allowed here, so ask for fewer branches or perturbations.",
+                    f"are allowed here, so ask for fewer {fewer} or perturbations.",
                 )
 
     def _seconds_of_work(self) -> float:
@@ -276,10 +277,17 @@ class Engine:
         finite = guidance.denoised.flatten(1).sum(1).isfinite()
         # The tick's one wait for the device.
         sound, settled = torch.stack([finite, guidance.settled]).tolist()
+        denoised = guidance.denoised
+        resampling = resample(rows, predictions, sound) if rows.groups else None
+        if resampling is not None:
+            state, denoised = resampling.taken_over(state), resampling.taken_over(denoised)
+            sound = [sound[origin] for origin in resampling.origins]
         weave.write_back(rows, state, guidance)
+        if resampling is not None:
+            resampling.note(chosen)
         denoise_s = watch.seconds()
         self._book(rows.rows, denoise_s, perf_counter() - began - denoise_s)
-        return sound, settled, guidance.denoised
+        return sound, settled, denoised
 
     def _book(self, rows: int, denoise_s: float, weave_s: float) -> None:
         m = self.measurements

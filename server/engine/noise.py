@@ -18,6 +18,14 @@ def start_noise(seed: int, shape: tuple[int, ...]) -> torch.Tensor:
 
 def stage_noise(seed: int, stage: int, shape: tuple[int, ...]) -> torch.Tensor:
     """Fresh unit noise of one stage, float32 on the CPU."""
-    key = blake2b(f"{seed}:{stage}".encode(), digest_size=8).digest()
-    mixed = int.from_bytes(key, "big") >> 1
+    mixed = _mixed(f"{seed}:{stage}") >> 1
     return torch.randn(shape, generator=torch.Generator().manual_seed(mixed))
+
+
+def stage_uniform(seed: int, stage: int) -> float:
+    """One number of a stage, in [0, 1), which has nothing to do with its noise."""
+    return (_mixed(f"{seed}:{stage}:uniform") >> 11) / 2**53
+
+
+def _mixed(key: str) -> int:
+    return int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "big")

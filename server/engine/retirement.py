@@ -70,6 +70,8 @@ def _decode_some(
                 queue_s=sequence.started_at - sequence.submitted_at,
                 denoise_s=sequence.denoised_at - sequence.started_at,
                 decode_s=now - sequence.denoised_at,
+                ancestor=sequence.ancestor,
+                effective=tuple(sequence.effective),
             ),
         )
 

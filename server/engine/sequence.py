@@ -14,7 +14,15 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from guidance import ClassifierGuidance, Edit, Perturbation, Policy, Rule
+    from guidance import (
+        ClassifierGuidance,
+        Edit,
+        FeynmanKac,
+        NegToMe,
+        Perturbation,
+        Policy,
+        Rule,
+    )
     from samplers import Plan
     from server.engine.guidance_plan import Ask, GuidancePlan
     from server.engine.lane import Lane
@@ -36,8 +44,18 @@ __all__ = [
 class Group:
     """Images that run in lockstep: each tick takes all of them or none.
 
-    They belong to one submission, side by side, and follow one plan.
+    They belong to one submission, side by side, and follow one plan and one guidance, whose policy
+    does not adapt.
+
+    Attributes:
+        particles: weighs them against each other, and replaces some by others, after each step.
+            Their plan follows the reverse SDE, and they have the rule ``cfg``, which keeps no
+            memory, the policy ``always``, and nothing else beside it.
+        apart: keeps all but the first from resembling it, inside the network.
     """
+
+    particles: FeynmanKac | None = None
+    apart: NegToMe | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -115,6 +133,8 @@ class ImageResult:
         queue_s: seconds from submission to the first evaluation.
         denoise_s: seconds from there to the clean latent.
         decode_s: seconds from there to the pixels.
+        ancestor: of a particle, the image that it goes back to; of others, the image itself.
+        effective: of a particle, how many of its group counted at each resampling.
     """
 
     pixels: NDArray[np.uint8]
@@ -123,6 +143,8 @@ class ImageResult:
     queue_s: float
     denoise_s: float
     decode_s: float
+    ancestor: int
+    effective: tuple[float, ...]
 
 
 class Listener(Protocol):
@@ -184,9 +206,12 @@ class Sequence:
     denoised_at: float = 0.0
     conditioning: list[Tensor] = field(default_factory=list)
     known: Known | None = None
+    ancestor: int = field(init=False)
+    effective: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.guidance = plan_guidance(self.task)
+        self.ancestor = self.index
 
     @property
     def ask(self) -> Ask:

@@ -1,0 +1,129 @@
+"""What the images of a group do to each other: keep apart in the network, and be resampled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from guidance.feynman_kac import ancestors, effective, increments
+from server.engine.noise import stage_uniform
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence as Listed
+
+    from torch import Tensor
+
+    from guidance import NegToMe
+    from guidance.edits import ApartFrom
+    from server.engine.batch import Batch
+    from server.engine.sequence import Group, Sequence
+
+
+def groups_of(sequences: Listed[Sequence]) -> list[tuple[Group, list[int]]]:
+    """Each group with its images' positions, in their order; images of no group are left out."""
+    groups: dict[int, tuple[Group, list[int]]] = {}
+    for i, sequence in enumerate(sequences):
+        if (group := sequence.task.group) is not None:
+            groups.setdefault(id(group), (group, []))[1].append(i)
+    return list(groups.values())
+
+
+def kept_apart(batch: Batch) -> dict[int, ApartFrom]:
+    """Rows of the forward that move away from another row, with the change that does it.
+
+    The first image of a group stays as it is. Each prediction of the others has the same
+    prediction of the first for its reference.
+    """
+    edits: dict[int, ApartFrom] = {}
+    for group, (first, *others) in batch.groups:
+        negtome = group.apart
+        if negtome is None or not _is_open(negtome, batch.sequences[first]):
+            continue
+        rows = {
+            row: (i, number)
+            for row, (i, number) in enumerate(zip(batch.owners, batch.numbers, strict=True))
+        }
+        of_first = {number: row for row, (i, number) in rows.items() if i == first}
+        for row, (i, number) in rows.items():
+            if i in others:
+                edits[row] = replace(negtome.edit, reference=of_first[number])
+    return edits
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Resampling:
+    """Which images of a tick go on from which.
+
+    Attributes:
+        origins: of every image, the position of the image whose state it takes over; mostly its
+            own.
+        effective: effective number of particles, by position.
+    """
+
+    origins: list[int]
+    effective: dict[int, float]
+
+    def taken_over(self, rows: Tensor) -> Tensor:
+        """What each image has of ``[images, ...]`` afterwards."""
+        if self.origins == list(range(len(self.origins))):
+            return rows
+        return rows.index_select(0, torch.tensor(self.origins).to(rows.device))
+
+    def note(self, sequences: Listed[Sequence]) -> None:
+        """Tell the images what became of them."""
+        lines = [sequences[origin].ancestor for origin in self.origins]
+        for sequence, ancestor in zip(sequences, lines, strict=True):
+            sequence.ancestor = ancestor
+        for i, size in self.effective.items():
+            sequences[i].effective.append(size)
+
+
+def resample(batch: Batch, predictions: Tensor, sound: Listed[bool]) -> Resampling | None:
+    """Weigh the particles of each group by what the stage adds, and draw who goes on.
+
+    A particle that is not sound has no weight, so another one takes its place. After its last
+    stage a group is not resampled.
+
+    Args:
+        batch: with groups among its images.
+        predictions: of all rows of the forward, ``[rows, C, h, w]``.
+        sound: whether each image's guided prediction is finite.
+
+    Returns:
+        None if no group is resampled.
+    """
+    origins = list(range(len(batch.sequences)))
+    sizes: dict[int, float] = {}
+    for group, members in batch.groups:
+        lead = batch.sequences[members[0]]
+        if group.particles is None or lead.stage + 1 == lead.task.plan.evaluations:
+            continue
+        gained = np.array(_increments(batch, members, predictions))
+        gained[[not sound[i] for i in members]] = np.nan
+        weights = group.particles.weights(gained)
+        drawn = ancestors(weights, stage_uniform(lead.task.seed, lead.stage))
+        for i, origin in zip(members, drawn, strict=True):
+            origins[i] = members[origin]
+            sizes[i] = effective(weights)
+    return Resampling(origins, sizes) if sizes else None
+
+
+def _is_open(negtome: NegToMe, sequence: Sequence) -> bool:
+    plan, stage = sequence.task.plan, sequence.stage
+    with np.errstate(divide="ignore"):
+        noise_ratio = plan.sigma[stage : stage + 1] / plan.alpha[stage : stage + 1]
+    progress = np.array([sequence.guidance.progress[stage]])
+    return bool(negtome.contains(noise_ratio, progress)[0])
+
+
+def _increments(batch: Batch, members: list[int], predictions: Tensor) -> list[float]:
+    lead = batch.sequences[members[0]]
+    plan, stage = lead.task.plan, lead.stage
+    rows = torch.tensor([members, [batch.others[i][0] for i in members]])
+    cond, other = (predictions.index_select(0, where) for where in rows.to(predictions.device))
+    snr = np.square(plan.alpha[stage : stage + 2] / plan.sigma[stage : stage + 2])
+    scale = float(getattr(lead.task.rule, "scale", 1.0))
+    return increments(cond, other, scale, float(snr[0]), float(snr[1])).tolist()
