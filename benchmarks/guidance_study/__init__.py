@@ -1,0 +1,1 @@
+"""What guidance does to the pictures of the embedded model, and what it costs."""

@@ -1,0 +1,238 @@
+"""Pictures drawn by the server's engine, with the latents that they were decoded from."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from threading import Event
+from time import perf_counter, process_time, sleep
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from server.admission import make_plan, resolve
+from server.engine.engine import Engine
+from server.engine.sequence import ImageTask
+from server.guidance_check import coefficients_for
+from server.linear_ag import Runs, fit
+from server.models.linear_fits import LinearFits, fit_file, identity_of
+from server.request import GenerateRequest, split
+from server.settings import Limits
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from benchmarks.guidance_study.cells import Cell
+    from benchmarks.guidance_study.sitters import Sitter
+    from samplers import Plan
+    from server.engine.sequence import ImageResult
+    from server.models.hosted import HostedModel
+    from server.request import ResolvedRequest
+
+POLL_S = 0.05
+FIRST_FITTED_SEED = 2_000_000
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Drawn:
+    """Images of one cell, in the order of their sitters.
+
+    Attributes:
+        latents: clean, ``[images, C, h, w]``.
+        evaluations: rows of the denoiser that each took.
+        saved: rows that its policy did without.
+    """
+
+    latents: Tensor
+    evaluations: list[int]
+    saved: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What a round took: seconds from submission to the last picture, and of the processor."""
+
+    wall_s: float
+    processor_s: float
+
+
+class Drawing:
+    """An engine, and the requests that the study gives it.
+
+    Args:
+        model: hosted; its decoder is listened to.
+        rows: of a forward; measured by the engine if None.
+        fitted_runs: that linear adaptive guidance is fitted to, where it is not yet.
+        prompts: they are of.
+        kept: folder for the fits.
+    """
+
+    def __init__(
+        self,
+        model: HostedModel,
+        rows: int | None,
+        fitted_runs: int,
+        prompts: Sequence[str],
+        kept: Path,
+    ) -> None:
+        self._model = model
+        self._fitted_runs = fitted_runs
+        self._prompts = prompts
+        self._kept = kept
+        self._decoded: deque[Tensor] = deque()
+        self._listen(model)
+        model.linear_fits = LinearFits(kept)
+        self._engine = Engine({model.facts.name: model}, row_budget=rows, max_pending=4096)
+        self._engine.start()
+        while not self._engine.ready:
+            if self._engine.failure is not None:
+                raise self._engine.failure
+            sleep(POLL_S)
+
+    @property
+    def row_budget(self) -> int:
+        """Rows of a forward."""
+        return self._engine.measurements.row_budget
+
+    def stop(self) -> None:
+        """End the engine's thread."""
+        self._engine.stop(0)
+
+    def draw(self, cell: Cell, sitters: Sequence[Sitter], strength: float) -> Drawn:
+        """All sitters at once.
+
+        Raises:
+            WeftError: the server would refuse it, or an image failed.
+        """
+        self._decoded.clear()
+        ended = self._run([self._task(cell, sitter, strength) for sitter in sitters])
+        found = [ended.results[index] for index in range(len(sitters))]
+        latents = dict(zip(ended.results, self._decoded, strict=True))
+        return Drawn(
+            torch.stack([latents[index] for index in range(len(sitters))]),
+            [result.evaluations for result in found],
+            [result.saved for result in found],
+        )
+
+    def time(self, cell: Cell, sitters: Sequence[Sitter]) -> Spent:
+        """The same, for the time it takes."""
+        tasks = [self._task(cell, sitter, 1.0) for sitter in sitters]
+        began, worked = perf_counter(), process_time()
+        self._run(tasks)
+        return Spent(perf_counter() - began, process_time() - worked)
+
+    def _run(self, tasks: list[ImageTask]) -> _Ended:
+        ended = _Ended(len(tasks))
+        self._engine.submit(tasks, ended)
+        ended.all.wait()
+        if ended.failure is not None:
+            raise ended.failure
+        return ended
+
+    def _task(self, cell: Cell, sitter: Sitter, strength: float) -> ImageTask:
+        """As the service makes it of a request."""
+        size = None if sitter.image is None else (sitter.image.shape[2], sitter.image.shape[1])
+        given: dict[str, Any] = {
+            "prompt": sitter.prompt,
+            "negative_prompt": sitter.negative,
+            "guidance": _filled_in(cell.guidance, sitter.things),
+            "steps": cell.steps,
+            "seed": sitter.seed,
+        }
+        if size is not None:
+            given |= {"image": "sent", "strength": strength}
+        resolved = resolve(GenerateRequest.model_validate(given), self._model, Limits(), size)
+        layout = resolved.sampler, resolved.spacing, resolved.steps, resolved.strength
+        plan = make_plan(self._model.facts.schedule, *layout)
+        rule, policy = split(resolved.guidance)
+        tuning = resolved.guidance.skip_tuning
+        if policy.fitted:
+            self._fit(resolved, plan)
+        return ImageTask(
+            model=self._model.facts.name,
+            prompt=resolved.prompt,
+            negative_prompt=resolved.negative_prompt,
+            width=resolved.width,
+            height=resolved.height,
+            seed=resolved.seed,
+            plan=plan,
+            rule=rule,
+            policy=policy,
+            perturbed=resolved.guidance.perturbed,
+            edits=() if tuning is None else (tuning.edit,),
+            coefficients=coefficients_for(resolved, self._model, plan),
+            image=sitter.image,
+        )
+
+    def _fit(self, resolved: ResolvedRequest, plan: Plan) -> None:
+        """Make the coefficients that the policy needs, unless there are some."""
+        rule, _ = split(resolved.guidance)
+        identity = identity_of(self._model.facts.revision, plan, rule)
+        if self._model.linear_fits.find(identity) is None:
+            runs = Runs(self._fitted_runs, seed=FIRST_FITTED_SEED)
+            made = fit(self._model, plan, rule, self._prompts, runs, _say_nothing)
+            made.save(fit_file(self._kept, resolved.sampler.name, resolved.steps, identity))
+
+    def _listen(self, model: HostedModel) -> None:
+        """Keep the latents of each picture that is decoded and finite: those that finish."""
+        decode = model.decode
+
+        def decode_and_keep(latents: Tensor) -> Tensor:
+            pictures = decode(latents)
+            finite = pictures.flatten(1).sum(1).isfinite()
+            self._decoded.extend(latents[finite].clone().unbind())
+            return pictures
+
+        model.decode = decode_and_keep
+
+
+def _say_nothing(done: int) -> None:
+    del done
+
+
+class _Ended:
+    """Hears of the images of one submission, in the order that they finish."""
+
+    def __init__(self, count: int) -> None:
+        self._left = count
+        self.all = Event()
+        self.results: dict[int, ImageResult] = {}
+        self.failure: Exception | None = None
+
+    def started(self, index: int) -> None:
+        del index
+
+    def progress(
+        self, index: int, step: int, steps: int, preview: NDArray[np.uint8] | None
+    ) -> None:
+        del index, step, steps, preview
+
+    def finished(self, index: int, result: ImageResult) -> None:
+        self.results[index] = result
+        self._count()
+
+    def failed(self, index: int, error: Exception) -> None:
+        del index
+        self.failure = error
+        self._count()
+
+    def _count(self) -> None:
+        self._left -= 1
+        if not self._left:
+            self.all.set()
+
+
+def _filled_in(value: Any, words: dict[str, str]) -> Any:
+    """The settings with a sitter's words in place of ``{first}`` and ``{second}``."""
+    if isinstance(value, str):
+        return value.format(**words)
+    if isinstance(value, dict):
+        return {key: _filled_in(one, words) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_filled_in(one, words) for one in value]
+    return value

@@ -1,0 +1,102 @@
+"""What is measured of pictures and latents."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from samplers.levels import F64
+
+LUMA = (0.2126, 0.7152, 0.0722)
+BEYOND = 0.05
+"""How far outside [-1, 1] a decoded value counts as clipped: 2.5 % of the range."""
+RESAMPLES = 200
+MOST_PSNR = 99.0
+
+
+def saturation(pictures: Tensor) -> list[float]:
+    """Mean over pixels of the largest channel less the smallest, in [0, 1].
+
+    The chroma of HSV, which is its saturation times its value: dark pixels, whose saturation is
+    rounding, count for nothing.
+
+    Args:
+        pictures: ``[images, 3, H, W]`` in [-1, 1].
+    """
+    shown = _shown(pictures)
+    return (shown.amax(1) - shown.amin(1)).flatten(1).mean(1).tolist()
+
+
+def contrast(pictures: Tensor) -> list[float]:
+    """Deviation of the luma over the pixels, in [0, .5]; ``[images, 3, H, W]`` in [-1, 1]."""
+    weights = pictures.new_tensor(LUMA).view(1, 3, 1, 1)
+    return (_shown(pictures) * weights).sum(1).flatten(1).std(1).tolist()
+
+
+def clipped(pictures: Tensor) -> list[float]:
+    """Share of each picture's values that lie well outside [-1, 1] and are cut off."""
+    return (pictures.abs() > 1 + BEYOND).flatten(1).to(torch.float32).mean(1).tolist()
+
+
+def _shown(pictures: Tensor) -> Tensor:
+    return (pictures / 2 + 0.5).clamp(0, 1)
+
+
+def psnr(pictures: Tensor, wanted: Tensor) -> list[float]:
+    """Of each picture as it is shown, in decibels, at most :data:`MOST_PSNR`."""
+    error = (_shown(pictures) - _shown(wanted)).square().flatten(1).mean(1)
+    return (-10 * error.log10()).clamp(max=MOST_PSNR).tolist()
+
+
+def features(latents: Tensor) -> F64:
+    """What the Fréchet distance compares, ``[images, 5 C]``.
+
+    Each channel's mean over the four quarters of the picture, and its deviation: few numbers, so
+    that few images give a covariance.
+    """
+    quarters = F.adaptive_avg_pool2d(latents, 2).flatten(1)
+    deviations = latents.flatten(2).std(2)
+    return torch.cat([quarters, deviations], 1).double().numpy()
+
+
+def frechet(found: F64, wanted: F64) -> float:
+    """Squared Fréchet distance of two sets' normal distributions, ``[images, features]`` each.
+
+    In units of the second set's deviations, feature by feature.
+    """
+    scale = wanted.std(0)
+    a, b = found / scale, wanted / scale
+    apart = a.mean(0) - b.mean(0)
+    cov_a, cov_b = np.cov(a.T), np.cov(b.T)
+    roots = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).real.clip(0))
+    return float(apart @ apart + np.trace(cov_a) + np.trace(cov_b) - 2 * roots.sum())
+
+
+def deviation_of_frechet(found: F64, wanted: F64) -> float:
+    """Standard deviation of the distance over resamples of the first set (bootstrap)."""
+    random = np.random.default_rng(0)
+    draws = (random.integers(len(found), size=len(found)) for _ in range(RESAMPLES))
+    return float(np.std([frechet(found[draw], wanted) for draw in draws], ddof=1))
+
+
+def distances(one: Tensor, other: Tensor) -> list[float]:
+    """Root mean square difference of latents, pair by pair, ``[pairs, C, h, w]`` both."""
+    return (one - other).square().flatten(1).mean(1).sqrt().tolist()
+
+
+def ratio_of_means(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
+    """One mean over another on the same images, and its 95 % interval (bootstrap over images)."""
+    pairs = np.stack([np.asarray(ours, np.float64), np.asarray(theirs, np.float64)])
+    random = np.random.default_rng(0)
+    draws = random.integers(pairs.shape[1], size=(10 * RESAMPLES, pairs.shape[1]))
+    means = pairs[:, draws].mean(2)
+    low, high = np.quantile(means[0] / means[1], [0.025, 0.975])
+    return float(pairs[0].mean() / pairs[1].mean()), float(low), float(high)
