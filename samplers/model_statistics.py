@@ -13,8 +13,8 @@ nothing cancels at high noise.
 
 One departure: ' is a difference over ``lam +- reach`` along the flow, and not a derivative. A
 network that was trained at whole timesteps and told of them by sines may ripple between them. On
-the embedded model the derivative in t is up to three times as long as what the prediction changes
-by over a step of a sampler, and points elsewhere; a difference over 0.2 is mostly that change.
+the embedded model the derivative in t is up to four times as long as what the prediction changes
+by over lam +- 0.1, and points elsewhere; a difference over 0.2 is mostly the trend.
 ``reach`` 0 takes derivatives, as the paper does: the flow obeys
 ``dy/dlam = -(sigma / alpha) eps``, so ``dx/dlam = alpha D - (1 - g) x`` with
 ``g = d log(alpha) / dlam``: sigma^2 on a variance-preserving schedule, sigma in flow matching, 0
