@@ -18,24 +18,30 @@ if TYPE_CHECKING:
 
     from guidance.rule import Rows
 
-WINDOW = 3
-"""Predictions of each branch that an estimate is made of."""
+PAIRS = 2
+"""Evaluations of both branches that an estimate is made of."""
 
-TERMS = 2 * WINDOW
-"""Numbers of a stage: for the prompt's predictions, newest first, then the second branch's."""
+TERMS = 1 + 2 * PAIRS
+"""Numbers of a stage: for the prompt's prediction there, then for both at the last evaluations,
+newest first."""
 
 
 class LinearAdaptive(Policy, frozen=True):
     """LinearAG (Castillo et al., arXiv 2312.12487, section 5).
 
     In the first part of a run evaluations of the second branch alternate with estimates of it: a
-    sum of the branches' predictions so far, weighted by scalars that were fitted for this stage by
-    least squares over stored runs. Afterwards the prompt's prediction is used alone.
+    sum of predictions, weighted by scalars that were fitted for this stage by least squares over
+    stored runs. Afterwards the prompt's prediction is used alone.
 
-    Departures from the paper: denoised predictions are combined, not noise predictions, which is
-    as accurate and stays exact at pure noise; and only the last three of each branch, where the
-    paper takes all. On the embedded model (25 steps of 2M, cfg at scale 4, 32 unseen runs) the
-    error of the estimates is 17.4 % of the difference of the branches, with all of them 16.3 %.
+    Departures from the paper, measured on the embedded model (25 steps of 2M, cfg at scale 4,
+    fitted to 96 runs, 12 others guided to the end):
+
+    - What is known are the prompt's prediction at the stage, and both at the last two evaluations;
+      the paper sums over all stages so far. With estimates among what later estimates are made of,
+      they feed on their own errors: the final latents were off by 270 % in one image of 12, by
+      1.5 % in the median. Without them they are off by 0.7 % in the median, 1.4 % at most; with
+      one evaluation 1.3 and 2.4 %, with three 0.7 and 2.1 %.
+    - Denoised predictions are combined, not those of the noise: at pure noise these are x.
     """
 
     summary: ClassVar[str] = "Alternates evaluations with fitted estimates, then stops guiding."
@@ -44,7 +50,7 @@ class LinearAdaptive(Policy, frozen=True):
     fitted: ClassVar[int] = TERMS
     name: Literal["linear_adaptive"] = "linear_adaptive"
     every: int = Field(
-        default=2, ge=1, le=100, description="Steps from one evaluation to the next."
+        default=2, ge=2, le=100, description="Steps from one evaluation to the next."
     )
     stop: float = Field(
         default=0.5, gt=0, le=1, description="Share of the steps done when guidance ends."
@@ -74,9 +80,8 @@ class LinearAdaptive(Policy, frozen=True):
     ) -> Filled:
         from torch import cat
 
-        # Newest first: the prompt's predictions, then the second branch's before this stage.
         known = cat([rows.cond[:, None], memory], 1)
         estimate = (parameters["constants"] * known).sum(1)
         other = rows.other.where(evaluated, estimate)
-        kept = [known[:, : WINDOW - 1], other[:, None], known[:, WINDOW:-1]]
-        return Filled(other, cat(kept, 1))
+        seen = cat([rows.cond[:, None], other[:, None], memory[:, :-2]], 1)
+        return Filled(other, seen.where(evaluated[:, None], memory))

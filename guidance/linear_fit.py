@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from guidance.linear_adaptive import TERMS, WINDOW
+from guidance.linear_adaptive import PAIRS, TERMS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,30 +21,29 @@ if TYPE_CHECKING:
 FORMAT = "weft.linear_ag.1"
 
 
-def moments(cond: NDArray[np.float64], other: NDArray[np.float64]) -> NDArray[np.float64]:
+def moments(
+    cond: NDArray[np.float64], other: NDArray[np.float64], evaluated: NDArray[np.bool_]
+) -> NDArray[np.float64]:
     """Sums of products that the fit is made of; those of several chunks of runs add up.
 
     Args:
         cond: denoised predictions for the prompt in runs of full guidance,
             ``[runs, stages, ...]``.
         other: those of the second branch.
+        evaluated: at which stages the policy will evaluate it, ``[stages]``.
 
     Returns:
-        ``[stages, terms + 1, terms + 1]``, the last row and column those of what is estimated.
+        ``[stages, terms + 1, terms + 1]``, the last row and column those of what is estimated; 0
+        at stages that are evaluated.
     """
-    runs, stages = cond.shape[:2]
-    c, u = (
-        np.moveaxis(a.reshape(runs, stages, -1), 1, 0).astype(np.float64) for a in (cond, other)
-    )
-    sums = np.zeros((stages, TERMS + 1, TERMS + 1))
-    for i in range(stages):
-        known = np.zeros((TERMS + 1, c[i].size))
-        for k in range(WINDOW):
-            if i - k >= 0:
-                known[k] = c[i - k].ravel()
-            if i - 1 - k >= 0:
-                known[WINDOW + k] = u[i - 1 - k].ravel()
-        known[TERMS] = u[i].ravel()
+    sums = np.zeros((len(evaluated), TERMS + 1, TERMS + 1))
+    for i in np.flatnonzero(~evaluated):
+        last = np.flatnonzero(evaluated[:i])[: -PAIRS - 1 : -1]
+        pairs = [branch[:, k] for k in last for branch in (cond, other)]
+        known = np.zeros((TERMS + 1, cond[:, i].size))
+        for row, term in enumerate([cond[:, i], *pairs]):
+            known[row] = term.ravel()
+        known[TERMS] = other[:, i].ravel()
         sums[i] = known @ known.T
     return sums
 
@@ -100,16 +99,18 @@ class FitIdentity:
         model: the model's revision.
         plan: :func:`fingerprint` of the sampler's plan.
         rule: the guidance rule with its parameters, as JSON.
+        every: steps from one evaluation of the second branch to the next.
     """
 
     model: str
     plan: str
     rule: str
+    every: int
 
     @property
     def digest(self) -> str:
         """8 hexadecimal digits that tell it from others of the same model."""
-        return hashlib.sha256(f"{self.plan}{self.rule}".encode()).hexdigest()[:8]
+        return hashlib.sha256(f"{self.plan}{self.rule}{self.every}".encode()).hexdigest()[:8]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

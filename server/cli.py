@@ -244,6 +244,7 @@ def linear_ag(
     steps: Annotated[int | None, typer.Option(help="Sampler steps.")] = None,
     guidance: Annotated[str | None, typer.Option(help=f"Guidance rule: {Described}")] = None,
     scale: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
+    every: Annotated[int, typer.Option(min=2, help="Steps from evaluation to evaluation.")] = 2,
     runs: Annotated[int, typer.Option(min=1, help="Runs of full guidance to fit to.")] = 128,
     prompts: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="A prompt a line, for them.")
@@ -261,7 +262,9 @@ def linear_ag(
         sampler=_named(sampler),
         spacing=_named(spacing),
         steps=steps,
-        guidance=_guidance(guidance, scale, None),
+        guidance=_guidance(
+            guidance, scale, json.dumps({"name": "linear_adaptive", "every": every})
+        ),
     )
     folder = model or MODEL_FOLDER
     order = FitOrder(folder, request, Runs(runs, chunk, seed), device or "auto", prompts)

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from guidance import POLICIES, Edit, Rule
+from guidance.linear_adaptive import LinearAdaptive
 from samplers import Plan
 from server.choice import listed, name_of
 from server.errors import InvalidRequest
@@ -68,16 +69,16 @@ def coefficients_for(
         InvalidRequest: nothing is fitted to this run, with the command that fits.
     """
     guidance = resolved.guidance
-    if not guidance.policy.fitted or not guidance.branches:
-        return None
     rule, policy = split(guidance)
-    fit = model.linear_fits.find(identity_of(model.facts.revision, plan, rule))
+    if not isinstance(policy, LinearAdaptive) or not rule.branches:
+        return None
+    fit = model.linear_fits.find(identity_of(model.facts.revision, plan, rule, policy.every))
     if fit is not None:
         return fit.coefficients
     if plan.steps < resolved.sampler.steps_taken(resolved.steps):
         remedy = "leave `image` out or use `strength` 1"
     else:
-        remedy = f"fit it with `weft linear-ag {_options(resolved, rule)}`"
+        remedy = f"fit it with `weft linear-ag {_options(resolved, rule, policy)}`"
     raise InvalidRequest(
         "guidance.policy",
         f"guidance.policy is {policy.name!r}, and it is not fitted to this sampler, spacing, steps "
@@ -85,10 +86,10 @@ def coefficients_for(
     )
 
 
-def _options(resolved: ResolvedRequest, rule: Rule) -> str:
+def _options(resolved: ResolvedRequest, rule: Rule, policy: LinearAdaptive) -> str:
     """The command's options that stand for the request's run."""
     named = {"sampler": resolved.sampler, "spacing": resolved.spacing, "guidance": rule}
-    options = [f"--model PATH --steps {resolved.steps}"]
+    options = [f"--model PATH --steps {resolved.steps} --every {policy.every}"]
     for option, one in named.items():
         own = one.model_dump(mode="json", exclude_defaults=True)
         value = one.name if not own else f"'{json.dumps({'name': one.name, **own})}'"

@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from guidance import Rule
+from guidance.linear_adaptive import LinearAdaptive
 from guidance.linear_fit import LinearFit, moments, residual, solve
 from guidance.loop import guide
+from guidance.policy import steps_of
 from samplers import Plan, integrate, preconditioning
 from server.admission import make_plan, resolve
 from server.data_samples import prompts_for
@@ -49,7 +51,7 @@ class FitOrder:
 
     Attributes:
         folder: of the model.
-        request: the sampler, spacing, steps and guidance to fit to; its policy is not looked at.
+        request: the sampler, spacing, steps and guidance to fit to, with the policy.
         runs: how many runs, and which.
         device: to compute on.
         prompts: file with a prompt a line.
@@ -91,7 +93,12 @@ def store(
     Raises:
         InvalidRequest: the rule has not just one branch.
     """
-    rule, _ = split(resolved.guidance)
+    rule, policy = split(resolved.guidance)
+    if not isinstance(policy, LinearAdaptive):
+        raise InvalidRequest(
+            "guidance.policy",
+            f"guidance.policy is {policy.name!r}; only 'linear_adaptive' is fitted.",
+        )
     if len(rule.branches) != 1:
         raise InvalidRequest(
             "guidance",
@@ -100,7 +107,9 @@ def store(
         )
     layout = resolved.sampler, resolved.spacing, resolved.steps
     plan = make_plan(model.facts.schedule, *layout, None)
-    made = fit(model, plan, rule, prompts, runs, lambda done: tell("runs", done, runs.count))
+    made = fit(
+        model, plan, rule, policy, prompts, runs, lambda done: tell("runs", done, runs.count)
+    )
     file = fit_file(folder, resolved.sampler.name, resolved.steps, made.identity)
     made.save(file)
     return file
@@ -110,32 +119,37 @@ def fit(
     model: HostedModel,
     plan: Plan,
     rule: Rule,
+    policy: LinearAdaptive,
     prompts: Sequence[str],
     runs: Runs,
     tell: Callable[[int], None],
 ) -> LinearFit:
     """Coefficients of a plan and a rule of one branch, by least squares over runs of the model.
 
+    They serve to whatever share of the steps the policy guides.
+
     Args:
         model: to run.
         plan: of the sampler.
         rule: of the guidance.
+        policy: says which stages are evaluated.
         prompts: taken in turn; the negative prompt is empty.
         runs: how many, and which.
         tell: called with the number of runs that are done.
     """
+    evaluated = steps_of(np.array(plan.step)) % policy.every == 0
     sums: NDArray[np.float64] | None = None
     for first in range(0, runs.count, runs.chunk):
         numbers = range(first, min(first + runs.chunk, runs.count))
         chosen = [prompts[k % len(prompts)] for k in numbers]
         cond, other = _run(model, plan, rule, chosen, [runs.seed + k for k in numbers])
-        part = moments(cond, other)
+        part = moments(cond, other, evaluated)
         sums = part if sums is None else sums + part
         tell(numbers[-1] + 1)
     if sums is None:
         raise InvalidRequest("runs", "runs is 0; at least 1 is needed.")
     coefficients = solve(sums)
-    identity = identity_of(model.facts.revision, plan, rule)
+    identity = identity_of(model.facts.revision, plan, rule, policy.every)
     return LinearFit(coefficients, identity, runs.count, residual(sums, coefficients))
 
 

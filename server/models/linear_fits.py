@@ -19,16 +19,17 @@ logger = logging.getLogger(__name__)
 PREFIX = "linear-ag"
 
 
-def identity_of(revision: str, plan: Plan, rule: Rule) -> FitIdentity:
+def identity_of(revision: str, plan: Plan, rule: Rule, every: int) -> FitIdentity:
     """What coefficients must have been fitted for, to serve a run.
 
     Args:
         revision: of the model's weights.
         plan: of the sampler.
         rule: of the guidance, with its parameters.
+        every: steps from one evaluation of the second branch to the next.
     """
     run = fingerprint(plan.t, plan.alpha, plan.sigma, plan.tables)
-    return FitIdentity(revision, run, rule.model_dump_json())
+    return FitIdentity(revision, run, rule.model_dump_json(), every)
 
 
 def fit_file(folder: Path, sampler: str, steps: int, identity: FitIdentity) -> Path:

@@ -1,13 +1,15 @@
 """Linear adaptive guidance: the pattern, the estimate, and the fit."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
 
-from guidance.linear_adaptive import TERMS, WINDOW, LinearAdaptive
+from guidance.linear_adaptive import PAIRS, TERMS, LinearAdaptive
 from guidance.linear_fit import FitIdentity, LinearFit, fingerprint, moments, residual, solve
-from tests.guidance.cases import draw, with_other
+from tests.guidance.cases import draw
 
 PROGRESS = np.arange(10) / 10
 ANY = np.ones(10)
@@ -27,27 +29,25 @@ def test_both_stages_of_a_step_are_treated_alike() -> None:
     assert policy.estimated(ANY, progress).tolist() == [False] * 2 + [True] * 4 + [False] * 2
 
 
-def test_the_estimate_is_the_weighted_sum_of_the_last_predictions() -> None:
-    """A run of eight stages, against the sum written out over lists."""
-    generator = np.random.default_rng(0)
-    weights = generator.normal(size=(8, TERMS))
-    policy = LinearAdaptive(stop=1)
-    evaluated = policy.evaluates(np.ones(8), np.arange(8) / 8)
+@pytest.mark.parametrize("every", [2, 3])
+def test_the_estimate_is_the_weighted_sum_of_what_was_evaluated(every: int) -> None:
+    """A run of ten stages, against the sum written out over lists; estimates never come back."""
+    weights = np.random.default_rng(0).normal(size=(10, TERMS))
+    policy = LinearAdaptive(every=every, stop=1)
     memory = torch.zeros(1, policy.memory_slots, *SHAPE, dtype=torch.float64)
-    conds: list[torch.Tensor] = []
-    others: list[torch.Tensor] = []
-    for stage in range(8):
+    zero = torch.zeros(1, *SHAPE, dtype=torch.float64)
+    seen = [zero] * 2 * PAIRS
+    for stage, evaluated in enumerate(policy.evaluates(ANY, PROGRESS)):
         rows = draw(1, stage)
-        conds.append(rows.cond)
-        zero = torch.zeros_like(rows.cond)
-        c = [conds[stage - k] if stage >= k else zero for k in range(WINDOW)]
-        u = [others[stage - 1 - k] if stage > k else zero for k in range(WINDOW)]
-        expected = sum(w * term for w, term in zip(weights[stage], c + u, strict=True))
-        others.append(rows.other if evaluated[stage] else torch.as_tensor(expected))
+        known = [rows.cond, *seen[: 2 * PAIRS]]
+        expected = sum((w * k for w, k in zip(weights[stage], known, strict=True)), zero)
         parameters = {"constants": torch.from_numpy(weights[stage]).view(1, TERMS, 1, 1, 1)}
-        asked = torch.full((1, 1, 1, 1), bool(evaluated[stage]))
+        asked = torch.full((1, 1, 1, 1), bool(evaluated))
         other, memory = policy.fill(rows, memory, parameters, asked)
-        torch.testing.assert_close(other, others[-1], rtol=1e-12, atol=1e-12)
+        if evaluated:
+            expected = rows.other
+            seen = [rows.cond, rows.other, *seen]
+        torch.testing.assert_close(other, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_a_prediction_that_was_evaluated_passes_as_it_is() -> None:
@@ -66,58 +66,64 @@ def test_coefficients_must_be_those_of_the_run() -> None:
             LinearAdaptive().constants(10, given)
 
 
+PATTERN = np.array([True, False, False, True, False, True, False])
+
+
+def known_at(cond: np.ndarray, other: np.ndarray, i: int) -> list[np.ndarray]:
+    """What an estimate at stage i is made of."""
+    last = [k for k in range(i - 1, -1, -1) if PATTERN[k]][:PAIRS]
+    return [cond[:, i], *(branch[:, k] for k in last for branch in (cond, other))]
+
+
 def test_weights_that_made_the_runs_are_found_again() -> None:
     generator = np.random.default_rng(0)
-    weights = generator.normal(size=(6, TERMS))
-    cond, other = generator.normal(size=(2, 40, 6, 2, 3, 3))
-    for i in range(WINDOW, 6):
-        terms = [cond[:, i - k] for k in range(WINDOW)] + [
-            other[:, i - 1 - k] for k in range(WINDOW)
-        ]
-        other[:, i] = sum(w * term for w, term in zip(weights[i], terms, strict=True))
-    sums = moments(cond, other)
+    weights = generator.normal(size=(7, TERMS))
+    cond, other = generator.normal(size=(2, 40, 7, 2, 3, 3))
+    for i in np.flatnonzero(~PATTERN):
+        known = known_at(cond, other, i)
+        other[:, i] = sum(w * term for w, term in zip(weights[i], known, strict=False))
+    sums = moments(cond, other, PATTERN)
     found = solve(sums)
-    assert np.allclose(found[WINDOW:], weights[WINDOW:], rtol=1e-8, atol=1e-8)
-    assert residual(sums, found)[WINDOW:].max() < 1e-7
+    assert np.allclose(found[1:3, :3], weights[1:3, :3], rtol=1e-8, atol=1e-8)
+    assert np.allclose(found[[4, 6]], weights[[4, 6]], rtol=1e-8, atol=1e-8)
+    assert not found[PATTERN].any()
+    assert residual(sums, found).max() < 1e-7
 
 
 def test_the_fit_is_the_best_of_least_squares() -> None:
-    generator = np.random.default_rng(2)
-    cond, other = generator.normal(size=(2, 12, 5, 2, 3, 3))
-    found = solve(moments(cond, other))
-    for i in range(5):
-        terms = [cond[:, i - k] for k in range(WINDOW) if i >= k]
-        terms += [other[:, i - 1 - k] for k in range(WINDOW) if i > k]
-        table = np.stack([term.ravel() for term in terms], 1)
+    cond, other = np.random.default_rng(2).normal(size=(2, 12, 7, 2, 3, 3))
+    sums = moments(cond, other, PATTERN)
+    found = solve(sums)
+    for i in np.flatnonzero(~PATTERN):
+        table = np.stack([term.ravel() for term in known_at(cond, other, i)], 1)
         best, squared, *_ = np.linalg.lstsq(table, other[:, i].ravel(), rcond=None)
         assert np.allclose(found[i][found[i] != 0], best)
         whole = np.square(cond[:, i] - other[:, i]).sum()
-        error = residual(moments(cond, other), found)[i]
-        assert error == pytest.approx(float(np.sqrt(squared[0] / whole)))
+        assert residual(sums, found)[i] == pytest.approx(float(np.sqrt(squared[0] / whole)))
 
 
 def test_chunks_of_runs_add_up() -> None:
-    cond, other = np.random.default_rng(3).normal(size=(2, 8, 5, 2, 3, 3))
-    parts = moments(cond[:3], other[:3]) + moments(cond[3:], other[3:])
-    assert np.allclose(parts, moments(cond, other))
+    cond, other = np.random.default_rng(3).normal(size=(2, 8, 7, 2, 3, 3))
+    parts = moments(cond[:3], other[:3], PATTERN) + moments(cond[3:], other[3:], PATTERN)
+    assert np.allclose(parts, moments(cond, other, PATTERN))
 
 
 def test_branches_that_agree_are_estimated_by_the_prompt_itself() -> None:
-    cond = np.random.default_rng(4).normal(size=(8, 5, 2, 3, 3))
-    sums = moments(cond, cond)
+    cond = np.random.default_rng(4).normal(size=(8, 7, 2, 3, 3))
+    sums = moments(cond, cond, PATTERN)
     found = solve(sums)
+    assert residual(sums, found).max() < 1e-7
     rows = draw(1)
-    rows = with_other(rows, torch.zeros_like(rows.cond))
     memory = torch.zeros(1, TERMS - 1, *SHAPE, dtype=torch.float64)
-    parameters = {"constants": torch.from_numpy(found[0]).view(1, TERMS, 1, 1, 1)}
+    weights = np.array([found[1, 0], *found[1, 1:]])
+    parameters = {"constants": torch.from_numpy(weights).view(1, TERMS, 1, 1, 1)}
     asked = torch.zeros(1, 1, 1, 1, dtype=torch.bool)
     filled = LinearAdaptive.fill(rows, memory, parameters, asked)
     torch.testing.assert_close(filled.other, rows.cond)
-    assert residual(sums, found).max() == 0
 
 
-IDENTITY = FitIdentity(model="00ff", plan="aa11", rule='{"name": "cfg", "scale": 4.0}')
-FIT = LinearFit(np.arange(12.0).reshape(2, 6), IDENTITY, 64, np.array([0.5, 0.25]))
+IDENTITY = FitIdentity(model="00ff", plan="aa11", rule='{"name": "cfg", "scale": 4.0}', every=2)
+FIT = LinearFit(np.arange(10.0).reshape(2, 5), IDENTITY, 64, np.array([0.5, 0.25]))
 
 
 def test_a_file_gives_back_what_was_saved(tmp_path) -> None:
@@ -130,6 +136,16 @@ def test_a_file_gives_back_what_was_saved(tmp_path) -> None:
     assert [one.name for one in file.parent.iterdir()] == [file.name]
     (tmp_path / "plain").touch()
     assert file.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_what_fits_are_for_tells_their_files_apart() -> None:
+    digests = {
+        IDENTITY.digest,
+        replace(IDENTITY, plan="bb").digest,
+        replace(IDENTITY, rule="{}").digest,
+        replace(IDENTITY, every=3).digest,
+    }
+    assert len(digests) == 4
 
 
 def test_a_file_of_something_else_is_refused(tmp_path) -> None:

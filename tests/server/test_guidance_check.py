@@ -140,14 +140,15 @@ def test_coefficients_are_those_of_the_run_and_of_no_other(tmp_path: Path) -> No
     model.linear_fits = LinearFits(tmp_path)
     request = resolved(model, **LINEAR)
     plan = make_plan(model.facts.schedule, request.sampler, request.spacing, 6, None)
-    identity = identity_of(model.facts.revision, plan, split(request.guidance)[0])
+    identity = identity_of(model.facts.revision, plan, split(request.guidance)[0], every=2)
     with pytest.raises(InvalidRequest) as caught:
         asked(model, **LINEAR)
     assert caught.value.field == "guidance.policy"
     assert caught.value.message == (
         "guidance.policy is 'linear_adaptive', and it is not fitted to this sampler, spacing, "
         "steps and guidance of model 'toy'; fit it with `weft linear-ag --model PATH --steps 6 "
-        "--sampler dpm_solver_pp --spacing trailing --guidance cfg`, or choose another policy."
+        "--every 2 --sampler dpm_solver_pp --spacing trailing --guidance cfg`, or choose another "
+        "policy."
     )
 
     # A file that comes while the server runs is found.
@@ -164,6 +165,7 @@ def test_coefficients_are_those_of_the_run_and_of_no_other(tmp_path: Path) -> No
         {"sampler": "ddim"},
         {"spacing": "karras"},
         {"guidance": {**LINEAR["guidance"], "scale": 5.0}},
+        {"guidance": {**LINEAR["guidance"], "policy": {"name": "linear_adaptive", "every": 3}}},
     )
     for other in others:
         with pytest.raises(InvalidRequest, match="is not fitted to this sampler"):
