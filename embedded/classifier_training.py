@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from embedded.components import make_scheduler
@@ -28,6 +30,7 @@ minority is the tenth of the training pictures, by how badly the model restores 
 FIRST_SEED: Final = 5_000_000_000
 """Seeds from here on belong to no other set."""
 
+_LATENTS: Final = "latents"
 _PAIRS_EVERY: Final = 5
 """Most pictures are of one thing, as pairs teach nothing of things."""
 _UNKNOWN: Final = -1
@@ -46,6 +49,27 @@ class Labelled:
 
     latents: Tensor
     classes: dict[str, Tensor]
+
+    def parted(self, first: int) -> tuple["Labelled", "Labelled"]:
+        """The first pictures, and the rest."""
+        parts = (slice(first), slice(first, None))
+        before, after = (
+            Labelled(self.latents[part], {k: v[part] for k, v in self.classes.items()})
+            for part in parts
+        )
+        return before, after
+
+    def save(self, file: Path) -> None:
+        """Write a safetensors file."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        classes = {name: values.contiguous() for name, values in self.classes.items()}
+        save_file({_LATENTS: self.latents, **classes}, file)
+
+    @classmethod
+    def load(cls, file: Path) -> "Labelled":
+        """Read what ``save`` wrote."""
+        classes = load_file(file)
+        return cls(classes.pop(_LATENTS), classes)
 
 
 @torch.inference_mode()

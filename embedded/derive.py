@@ -2,8 +2,10 @@
 
     statistics  of the model at some guidance scales, for DPM-Solver-v3
     linear_ag   coefficients of linear adaptive guidance for some samplers and steps
+    classifier  of the model's latents, for guidance by it
 
-A stopped run goes on where it was when the same command is given again. `--check` makes nothing,
+A stopped run goes on where it was when the same command is given again; the classifier's, from its
+labelled pictures. `--check` makes nothing,
 and says whether what is there belongs to the weights.
 """
 
@@ -18,30 +20,44 @@ from typing import Any, Final
 import torch
 
 from embedded import MODEL_FOLDER
+from embedded.classifier_training import Labelled, accuracy, make_labelled, train_classifier
+from embedded.report import load_pipeline
 from embedded.scenes import make_scene, render
 from samplers.model_statistics import Progress
 from samplers.statistics import fingerprint, read_identity
 from server.admission import make_plan, resolve
 from server.data_samples import Samples, prompts_for
 from server.ems import Size, make_statistics, mixture_of
+from server.errors import InvalidRequest, ModelMismatch
+from server.guidance_check import coefficients_for
 from server.linear_ag import Runs, store
-from server.models.folder import statistics_file
+from server.models.classifier import LatentClassifier
+from server.models.folder import classifier_file, statistics_file
 from server.models.hosted import HostedModel
-from server.models.linear_fits import LinearFits, identity_of
 from server.models.loading import load_model
-from server.request import GenerateRequest, ResolvedRequest, split
+from server.request import GenerateRequest, ResolvedRequest
 from server.settings import Limits
 
 SCALES: Final = (1.0, 2.0, 4.0, 7.5)
 """Guidance scales that statistics are shipped for; 1 is the prompt alone."""
 
 FITTED: Final = (
-    {"steps": 25, "guidance": {"name": "cfg", "scale": 4.0}},
-    {"steps": 25, "guidance": {"name": "cfg", "scale": 7.5}},
-    {"sampler": "unipc", "steps": 12, "guidance": {"name": "cfg", "scale": 4.0}},
+    {"steps": 25, "guidance": {"name": "cfg", "scale": 4.0, "policy": "linear_adaptive"}},
+    {"steps": 25, "guidance": {"name": "cfg", "scale": 7.5, "policy": "linear_adaptive"}},
+    {
+        "sampler": "unipc",
+        "steps": 12,
+        "guidance": {"name": "cfg", "scale": 4.0, "policy": "linear_adaptive"},
+    },
 )
 """Runs that linear adaptive guidance is shipped for, as requests name them."""
 
+JUDGED_AT: Final = (None, 100, 300, 500, 700, 900)
+"""Timesteps whose noise the classifier's accuracy is told at; None is none."""
+
+_TESTED: Final = 15
+"""One in so many labelled pictures is kept for the accuracy."""
+_CLASSIFIER_SEED: Final = 0
 _FIRST_SEED: Final = 6_000_000_000
 _REPORT_EVERY_S: Final = 20.0
 
@@ -117,18 +133,60 @@ def make_linear_ag(model: HostedModel, options: argparse.Namespace) -> None:
         print(f"wrote {file}", flush=True)
 
 
-def stale_linear_ag(model: HostedModel, folder: Path) -> list[str]:
+def stale_linear_ag(model: HostedModel, _folder: Path) -> list[str]:
     """Which runs have no coefficients of these weights."""
-    fits = LinearFits(folder)
     found: list[str] = []
     for fields in FITTED:
         request = _resolved(model, fields)
         layout = request.sampler, request.spacing, request.steps
         plan = make_plan(model.facts.schedule, *layout, None)
-        rule, _ = split(request.guidance)
-        if fits.find(identity_of(model.facts.revision, plan, rule)) is None:
+        try:
+            coefficients_for(request, model, plan)
+        except InvalidRequest:
             found.append(f"linear_ag has no coefficients of these weights for {fields}.")
     return found
+
+
+def make_classifier(model: HostedModel, options: argparse.Namespace) -> None:
+    """Label fresh pictures, train on most of them, tell the accuracy on the rest, and store it."""
+    revision = model.facts.revision
+    data = _labelled(options, options.out / f"labelled-{revision}-{options.labelled}.safetensors")
+    tested = max(1, options.labelled // _TESTED)
+    learnt, unseen = data.parted(len(data.latents) - tested)
+    report = _Reporter("classifier")
+    classifier = train_classifier(
+        learnt,
+        revision,
+        options.steps,
+        _CLASSIFIER_SEED,
+        lambda step, _: report(Progress(step, options.steps)),
+    )
+    for timestep in JUDGED_AT:
+        shares = accuracy(classifier, unseen, timestep)
+        told = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+        print(f"timestep {timestep}: {told}", flush=True)
+    file = classifier_file(options.model)
+    classifier.save(file)
+    print(f"wrote {file}", flush=True)
+
+
+def _labelled(options: argparse.Namespace, file: Path) -> Labelled:
+    if file.exists():
+        return Labelled.load(file)
+    pipeline = load_pipeline(options.model, "cpu")
+    pipeline.set_progress_bar_config(disable=True)
+    data = make_labelled(pipeline, options.labelled)
+    data.save(file)
+    return data
+
+
+def stale_classifier(model: HostedModel, folder: Path) -> list[str]:
+    """What is wrong with the stored classifier."""
+    try:
+        LatentClassifier.load(classifier_file(folder)).check(model.facts.revision)
+    except ModelMismatch as error:
+        return [str(error)]
+    return []
 
 
 def _resolved(model: HostedModel, fields: Mapping[str, Any]) -> ResolvedRequest:
@@ -139,6 +197,7 @@ def _resolved(model: HostedModel, fields: Mapping[str, Any]) -> ResolvedRequest:
 PARTS: Final[dict[str, Part]] = {
     "statistics": Part(make_all_statistics, stale_statistics),
     "linear_ag": Part(make_linear_ag, stale_linear_ag),
+    "classifier": Part(make_classifier, stale_classifier),
 }
 
 
@@ -174,6 +233,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--points", type=int, default=80, help="of the statistics, in log SNR")
     parser.add_argument("--samples", type=int, default=192, help="noised pictures at each point")
     parser.add_argument("--runs", type=int, default=96, help="of each sampler that is fitted to")
+    parser.add_argument("--labelled", type=int, default=7500, help="pictures to classify")
+    parser.add_argument("--steps", type=int, default=3000, help="of the classifier's training")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
     parser.add_argument("--out", type=Path, default=Path("out/derive"), help="for checkpoints")

@@ -3,15 +3,25 @@
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 
 from embedded import MODEL_FOLDER
-from embedded.derive import SCALES, pictures, stale_statistics
+from embedded.classifier_training import HEADS, Labelled
+from embedded.derive import (
+    JUDGED_AT,
+    SCALES,
+    make_classifier,
+    pictures,
+    stale_classifier,
+    stale_statistics,
+)
 from samplers import Statistics
-from server.models.folder import statistics_file
+from server.models.classifier import LatentClassifier
+from server.models.folder import classifier_file, statistics_file
 from server.models.loading import load_model
 
 
@@ -60,6 +70,32 @@ def test_statistics_are_remade_by_one_command_and_go_stale_with_the_weights(fold
     checked = derive(folder, "--check")
     assert checked.returncode == 1
     assert checked.stdout.count("statistics are of model revision") == len(SCALES)
+
+
+def test_a_classifier_is_made_by_one_command_and_goes_stale_with_the_weights(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = load_model(MODEL_FOLDER, name="m", device="cpu", dtype="float32")
+    assert not stale_classifier(model, MODEL_FOLDER)
+    shipped = LatentClassifier.load(classifier_file(MODEL_FOLDER))
+    options = Namespace(model=folder, out=folder.parent / "out", labelled=16, steps=2)
+    make_classifier(model, options)
+    assert capsys.readouterr().out.count("timestep") == len(JUDGED_AT)
+    made = LatentClassifier.load(classifier_file(folder))
+    assert made.heads == shipped.heads == HEADS
+    assert not stale_classifier(model, folder)
+    # Again, now from the pictures that are labelled already: the same to the bit.
+    labelled = Labelled.load(next(options.out.glob("labelled-*")))
+    assert len(labelled.latents) == 16
+    make_classifier(model, options)
+    again = LatentClassifier.load(classifier_file(folder)).state_dict()
+    assert all(torch.equal(again[name], value) for name, value in made.state_dict().items())
+
+    made.model = "0123456789abcdef"
+    made.save(classifier_file(folder))
+    [sentence] = stale_classifier(model, folder)
+    assert sentence.startswith("its classifier is of model revision 0123456789abcdef, and the")
+    assert "`python -m embedded.derive classifier` makes it anew" in sentence
 
 
 def test_unknown_parts_are_refused() -> None:
