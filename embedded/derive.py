@@ -30,6 +30,8 @@ from server.data_samples import Samples, prompts_for
 from server.ems import Size, make_statistics, mixture_of
 from server.errors import InvalidRequest, ModelMismatch
 from server.guidance_check import coefficients_for
+from server.errors import InvalidRequest
+from server.guidance_check import coefficients_for
 from server.linear_ag import Runs, store
 from server.models.classifier import LatentClassifier
 from server.models.folder import classifier_file, statistics_file
