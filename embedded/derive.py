@@ -30,8 +30,6 @@ from server.data_samples import Samples, prompts_for
 from server.ems import Size, make_statistics, mixture_of
 from server.errors import InvalidRequest, ModelMismatch
 from server.guidance_check import coefficients_for
-from server.errors import InvalidRequest
-from server.guidance_check import coefficients_for
 from server.linear_ag import Runs, store
 from server.models.classifier import LatentClassifier
 from server.models.folder import classifier_file, statistics_file
@@ -233,7 +231,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(PARTS)}; default all")
     parser.add_argument("--check", action="store_true", help="only say what is missing or stale")
     parser.add_argument("--points", type=int, default=80, help="of the statistics, in log SNR")
-    parser.add_argument("--samples", type=int, default=192, help="noised pictures at each point")
+    parser.add_argument("--samples", type=int, default=128, help="noised pictures at each point")
     parser.add_argument("--runs", type=int, default=96, help="of each sampler that is fitted to")
     parser.add_argument("--labelled", type=int, default=7500, help="pictures to classify")
     parser.add_argument("--steps", type=int, default=3000, help="of the classifier's training")
