@@ -80,11 +80,21 @@ def frechet(found: F64, wanted: F64) -> float:
     return float(apart @ apart + np.trace(cov_a) + np.trace(cov_b) - 2 * roots.sum())
 
 
-def deviation_of_frechet(found: F64, wanted: F64) -> float:
-    """Standard deviation of the distance over resamples of the first set (bootstrap)."""
+def beyond(found: F64, true: F64, wanted: F64) -> tuple[float, float]:
+    """How much farther one set is than another of the same captions, and the deviation of that.
+
+    The deviation is that over resamples of the captions (bootstrap), the same for both: what the
+    choice of captions does to either distance does not count.
+
+    Args:
+        found: features of drawn pictures.
+        true: of the true pictures of the same captions, in their order.
+        wanted: of what both are held against.
+    """
     random = np.random.default_rng(0)
-    draws = (random.integers(len(found), size=len(found)) for _ in range(RESAMPLES))
-    return float(np.std([frechet(found[draw], wanted) for draw in draws], ddof=1))
+    draws = [random.integers(len(found), size=len(found)) for _ in range(RESAMPLES)]
+    gaps = [frechet(found[draw], wanted) - frechet(true[draw], wanted) for draw in draws]
+    return frechet(found, wanted) - frechet(true, wanted), float(np.std(gaps, ddof=1))
 
 
 def distances(one: Tensor, other: Tensor) -> list[float]:

@@ -92,16 +92,16 @@ def measure_rates(
     if of in records:
         return
     sitting = sitters.of("captions", 0)[: sizes.rated_images]
+    # A few warm everything up, and make the coefficients that policies are fitted to.
+    for guidance in RATED.values():
+        drawing.time(Cell(guidance), sitting[:2])
     rounds: dict[str, list[Spent]] = {name: [] for name in RATED}
     load: list[float] = []
-    # The first round warms everything up, and makes the coefficients that policies are fitted to.
-    for number in range(sizes.rounds + 1):
+    for _ in range(sizes.rounds):
         for name, guidance in RATED.items():
             load.append(os.getloadavg()[0])
-            spent = drawing.time(Cell(guidance), sitting)
-            if number:
-                rounds[name].append(spent)
-                print(f"{spent.wall_s:6.1f} s  rate {name}, load {load[-1]:.1f}", flush=True)
+            rounds[name].append(drawing.time(Cell(guidance), sitting))
+            print(f"{rounds[name][-1].wall_s:6.1f} s  rate {name}, load {load[-1]:.1f}", flush=True)
     result: dict[str, Any] = {
         "wall_s": {name: [one.wall_s for one in all_] for name, all_ in rounds.items()},
         "processor_s": {name: [one.processor_s for one in all_] for name, all_ in rounds.items()},

@@ -52,4 +52,5 @@ def _entries(results: Results) -> dict[str, str]:
         "rules_7_5": tables.rules(results, 7.5),
         "rules_20": tables.rules(results, 20.0),
         "cells": str(results.cells),
+        "true_distance": f"{results.true_distance:.2f}",
     }

@@ -81,7 +81,7 @@ def scales(results: Results, path: Path) -> None:
         ("saturation, of the truth's", lambda both: _of_truth(results, both[0], "saturation")),
         ("contrast, of the truth's", lambda both: _of_truth(results, both[0], "contrast")),
         ("clipped values, %", lambda both: _percent(both[0], "clipped")),
-        ("Fréchet distance", lambda both: _frechet(both[0])),
+        ("Fréchet distance beyond the truth's", lambda both: _farness(both[0])),
         ("distance between two seeds", lambda both: _apart(both[1])),
     )
     for axis, (title, value) in zip(axes.flat, panels, strict=True):
@@ -101,6 +101,7 @@ def scales(results: Results, path: Path) -> None:
         axis.xaxis.set_major_formatter(ScalarFormatter())
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.25)
+    axes[1, 1].set_yscale("symlog")
     for axis in (axes[0, 1], axes[0, 2]):
         axis.axhline(1, color="#888888", linewidth=0.8, linestyle=":")
     for axis in axes[1]:
@@ -114,7 +115,7 @@ def plane(results: Results, path: Path) -> None:
     for k, (name, (at, guidance)) in enumerate(PLANE.items()):
         found = [(scale, results.found(guidance(scale))) for scale in at]
         there = [(scale, one) for scale, one in found if one is not None]
-        for axis, place in zip(axes, (_saturation_in(results), _frechet), strict=True):
+        for axis, place in zip(axes, (_saturation_in(results), _farness), strict=True):
             points = [(s, p[0], _share(one)) for s, one in there if (p := place(one)) is not None]
             _line(axis, [(x, share) for _, x, share in points], k, name)
             for scale, x, (y, _, _) in points:
@@ -128,7 +129,8 @@ def plane(results: Results, path: Path) -> None:
                 )
     axes[0].set_xlabel("saturation, of the truth's")
     axes[0].axvline(1, color="#888888", linewidth=0.8, linestyle=":")
-    axes[1].set_xlabel("Fréchet distance")
+    axes[1].set_xlabel("Fréchet distance beyond the truth's")
+    axes[1].set_xscale("symlog")
     axes[0].set_ylabel("share of captions drawn right")
     for axis in axes:
         axis.grid(alpha=0.25)
@@ -201,7 +203,7 @@ def perturbed(results: Results, path: Path) -> None:
             )
             for name in names
         ]
-        for axis, value in zip(axes, (_share, _frechet), strict=True):
+        for axis, value in zip(axes, (_share, _farness), strict=True):
             points = [
                 (len(names) - i - 0.12 + 0.24 * (1 - k), p)
                 for i, one in enumerate(found)
@@ -221,7 +223,7 @@ def perturbed(results: Results, path: Path) -> None:
                 )
     axes[0].set_yticks([len(names) - i for i in range(len(names))], names)
     axes[0].set_xlabel("share of captions drawn right")
-    axes[1].set_xlabel("Fréchet distance")
+    axes[1].set_xlabel("Fréchet distance beyond the truth's")
     for axis in axes:
         axis.grid(alpha=0.25)
     _finish(figure, axes[0], path)
@@ -249,11 +251,11 @@ def _percent(figures: Figures, name: str) -> Point:
     return 100 * mean, 196 * error, 196 * error
 
 
-def _frechet(figures: Figures) -> Point | None:
-    if figures.frechet is None:
+def _farness(figures: Figures) -> Point | None:
+    if figures.beyond is None:
         return None
-    value, deviation = figures.frechet
-    return value, deviation, deviation
+    value, deviation = figures.beyond
+    return value, 1.96 * deviation, 1.96 * deviation
 
 
 def _apart(again: Figures | None) -> Point | None:

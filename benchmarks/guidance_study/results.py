@@ -44,16 +44,13 @@ class Figures:
         return int(sum(right)), len(right)
 
     @property
-    def frechet(self) -> tuple[float, float] | None:
-        """The distance and its deviation: of the first block alone, so that all have one size."""
-        record = self._blocks.get(0)
-        return None if record is None else (record["frechet"][0], record["frechet"][1])
+    def beyond(self) -> tuple[float, float] | None:
+        """Fréchet distance beyond the truth's, and its deviation; None where it was not measured.
 
-    @property
-    def saved(self) -> float:
-        """Share of the evaluations that the policy did without."""
-        saved = sum(self.values("saved"))
-        return saved / (saved + sum(self.values("evaluations")))
+        Of the first block alone, so that all are of one size.
+        """
+        record = self._blocks.get(0, {})
+        return (record["beyond"][0], record["beyond"][1]) if "beyond" in record else None
 
     def changed(self, other: Figures) -> tuple[int, int, int]:
         """Pictures right here and wrong there, the reverse, and all that both have."""
@@ -101,6 +98,11 @@ class Results:
         """The figures of the true pictures."""
         record = self._others.get("truth")
         return None if record is None else Figures({0: record})
+
+    @property
+    def true_distance(self) -> float:
+        """Fréchet distance of the captions' own true pictures, which every drawing's includes."""
+        return self._others["truth"]["frechet"] if "truth" in self._others else float("nan")
 
     @property
     def rates(self) -> Record | None:

@@ -86,6 +86,7 @@ class Study:
         self._drawing = drawing
         self._sitters = sitters
         self._kept = kept
+        self._true: dict[int, Tensor] = {}
 
     def of(self, cell: Cell) -> dict[str, Any]:
         """What the cell's result is the result of."""
@@ -106,6 +107,7 @@ class Study:
         found = {
             **self._read(self._sitters.of(cell.sitting, cell.block), pictures),
             **self._look(drawn.latents, pictures),
+            **self._farness(cell, drawn.latents),
             "evaluations": drawn.evaluations,
             "saved": drawn.saved,
         }
@@ -119,11 +121,12 @@ class Study:
         """The same figures of the true pictures of the captions, through the autoencoder."""
         sitters = self._sitters.of("captions", 0)
         pictures = render([sitter.scene for sitter in sitters])
-        latents = self._encoded(pictures)
+        latents = self._true_latents(0)
         restored = self._decoded(latents)
         raw = {
             "true_saturation": measures.saturation(pictures),
             "true_contrast": measures.contrast(pictures),
+            "frechet": measures.frechet(measures.features(latents), self._true_features),
         }
         return {**self._read(sitters, restored), **self._look(latents, restored), **raw}
 
@@ -162,17 +165,29 @@ class Study:
         return {"right": right, "attributes": attributes, "white": white}
 
     def _look(self, latents: Tensor, pictures: Tensor) -> dict[str, Any]:
-        found = measures.features(latents)
         return {
             "saturation": measures.saturation(pictures),
             "contrast": measures.contrast(pictures),
             "clipped": measures.clipped(pictures),
             "spread": latents.flatten(1).std(1).tolist(),
-            "frechet": [
-                measures.frechet(found, self._true_features),
-                measures.deviation_of_frechet(found, self._true_features),
-            ],
         }
+
+    def _farness(self, cell: Cell, latents: Tensor) -> dict[str, Any]:
+        """The Fréchet distance, where the pictures are of all the captions of a block."""
+        if cell.sitting != "captions":
+            return {}
+        found = measures.features(latents)
+        true = measures.features(self._true_latents(cell.block))
+        return {
+            "frechet": measures.frechet(found, self._true_features),
+            "beyond": measures.beyond(found, true, self._true_features),
+        }
+
+    def _true_latents(self, block: int) -> Tensor:
+        if block not in self._true:
+            scenes = [sitter.scene for sitter in self._sitters.of("captions", block)]
+            self._true[block] = self._encoded(render(scenes))
+        return self._true[block]
 
     @cached_property
     def _true_features(self) -> F64:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from benchmarks.guidance_study.cells import Sitting
     from benchmarks.guidance_study.results import Figures, Results
 
-LOOKS = ["right", "saturation", "contrast", "clipped, %", "Fréchet distance", "diversity"]
+LOOKS = ["right", "saturation", "contrast", "clipped, %", "farther than the truth", "diversity"]
 
 
 def scales(results: Results) -> str:
@@ -95,13 +95,13 @@ def _looks(results: Results, rows: Mapping[str, Mapping[str, Any]], *, truth: bo
 
 
 def _look(results: Results, figures: Figures, again: Figures | None) -> list[str]:
-    frechet = figures.frechet
+    far = figures.beyond
     return [
         _share(figures),
         _of_truth(results, figures, "saturation"),
         _of_truth(results, figures, "contrast"),
         f"{100 * figures.mean('clipped'):.1f}",
-        NOTHING if frechet is None else f"{frechet[0]:.2f} ± {frechet[1]:.2f}",
+        NOTHING if far is None else f"{far[0]:.2f} ± {far[1]:.2f}",
         NOTHING if again is None else _mean(again, "apart", 2),
     ]
 

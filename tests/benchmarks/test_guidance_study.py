@@ -85,7 +85,8 @@ def test_the_truth_is_right_and_near_itself(study: Study) -> None:
     truth = study.truth()
     drawn = study.run(Cell(cfg(2.0), steps=FEW))
     assert truth["right"] == [1] * 4
-    assert truth["frechet"][0] < drawn["frechet"][0]
+    assert truth["frechet"] < drawn["frechet"]
+    assert drawn["beyond"][0] == pytest.approx(drawn["frechet"] - truth["frechet"])
 
 
 def test_sitters_are_the_same_captions_whatever_they_sit_for() -> None:
@@ -166,7 +167,9 @@ def test_the_frechet_distance_is_that_of_the_fitted_normal_distributions() -> No
     by_scipy = apart @ apart + np.trace(a + b - 2 * np.real(sqrtm(a @ b)))
     assert measures.frechet(found, wanted) == pytest.approx(by_scipy)
     assert measures.frechet(wanted, wanted) == pytest.approx(0, abs=1e-6)
-    assert measures.deviation_of_frechet(found, wanted) > 0
+    farther, deviation = measures.beyond(found, wanted[:60], wanted)
+    assert 0 < deviation < farther
+    assert measures.beyond(found, found, wanted) == (0, 0)
 
 
 def test_a_ratio_of_means_has_its_interval() -> None:
