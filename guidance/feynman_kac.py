@@ -30,12 +30,12 @@ class FeynmanKac(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_
     summary: ClassVar[str] = "Weighs and resamples the images of a request; unbiases guidance."
     source: ClassVar[str] = "Skreta et al., arXiv 2503.02819, on geometric averages."
     name: Literal["fkc"] = "fkc"
-    bound: float | None = Field(
+    bound: float = Field(
         default=1.0,
         gt=0,
-        le=100,
+        le=1e6,
         description="Log-weights of a step, less their mean, are cut off at plus and minus this; "
-        "null is no bound, which is exact and in pictures leaves a few particles alone.",
+        "far above them it is exact, and in pictures leaves few particles with heirs.",
     )
 
     def weights(self, increments: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -49,8 +49,7 @@ class FeynmanKac(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_
         if not finite.any():
             return np.full(len(increments), 1 / len(increments))
         centred = increments[finite] - increments[finite].mean()
-        if self.bound is not None:
-            centred = np.clip(centred, -self.bound, self.bound)
+        centred = np.clip(centred, -self.bound, self.bound)
         shares = np.zeros(len(increments))
         shares[finite] = np.exp(centred - centred.max())
         return shares / shares.sum()

@@ -10,9 +10,11 @@ from samplers import NoiseSchedule, Plan, Sampler, Spacing, Statistics, Statisti
 from samplers.dpm_solver_v3 import DPMSolverV3
 from server.classifier_check import alternatives_of, check_classifier
 from server.errors import InvalidRequest
+from server.group_check import check_group
 from server.guidance_check import check_guidance
 from server.models.hosted import HostedModel, ModelFacts
 from server.request import (
+    COMPANY,
     DEFAULT_GUIDANCE,
     DEFAULT_STEPS,
     GenerateRequest,
@@ -61,6 +63,7 @@ def resolve(
     check_limits(resolved, limits)
     check_guidance(resolved.guidance, model, has_picture=upload_size is not None)
     check_classifier(resolved, model)
+    check_group(resolved, model, has_picture=upload_size is not None)
     _check_size(resolved, facts, limits)
     _check_tokens(resolved, model)
     return resolved
@@ -80,9 +83,9 @@ def statistics_for(resolved: ResolvedRequest, model: HostedModel) -> StatisticsI
         return model.statistics.nearest(scale)
     if guidance.name not in ("none", "cfg"):
         raise model.statistics.refusal(f"the rule {guidance.name!r}")
-    plain = {"policy": Always(), "perturbed": (), "classifier": None, "skip_tuning": None}
-    for field, value in plain.items():
-        if getattr(guidance, field) != value:
+    plain = {"policy": Always(), "perturbed": ()}
+    for field in COMPANY:
+        if getattr(guidance, field) != plain.get(field):
             raise model.statistics.refusal(f"guidance with a {field} of its own")
     return model.statistics.exact(guidance.name, scale)
 

@@ -79,9 +79,10 @@ def choice(
 
     Args:
         field: its name, as error sentences call it.
-        members: frozen models with a `name` literal, at least two.
+        members: frozen models with a `name` literal.
         elsewhere: what to say of a name that other programs use, or None.
     """
     names = tuple(name_of(member) for member in members)
     union = Union[tuple(members)]  # noqa: UP007 - the members are known at run time only
-    return Annotated[union, Discriminator("name"), _NameOrObject(field, names, elsewhere)]
+    apart = (Discriminator("name"),) if len(members) > 1 else ()
+    return Annotated[union, *apart, _NameOrObject(field, names, elsewhere)]

@@ -33,6 +33,8 @@ def infotext(settings: ResolvedRequest, *, model_revision: str, version: str) ->
         "Guidance policy": guidance.policy.name,
         "Guidance perturbed": "+".join(one.name for one in guidance.perturbed) or None,
         "Guidance classifier": guidance.classifier and guidance.classifier.name,
+        "Guidance particles": guidance.particles and guidance.particles.name,
+        "Guidance NegToMe": guidance.negtome and f"{guidance.negtome.strength:g}",
         "Version": version,
     }
     line = ", ".join(

@@ -14,6 +14,8 @@ from guidance import (
     POLICIES,
     RULES,
     ClassifierGuidance,
+    FeynmanKac,
+    NegToMe,
     Perturbation,
     Policy,
     Rule,
@@ -58,12 +60,15 @@ if TYPE_CHECKING:
         perturbed: tuple[Perturbation, ...]
         classifier: ClassifierGuidance | None
         skip_tuning: SkipTuning | None
+        particles: FeynmanKac | None
+        negtome: NegToMe | None
 else:
     SamplerChoice = choice("sampler", SAMPLERS, sampler_elsewhere)
     SpacingChoice = choice("spacing", SPACINGS, spacing_elsewhere)
     _PolicyChoice = choice("policy", POLICIES)
     _PerturbationChoice = choice("perturbed", PERTURBATIONS)
     _ClassifierChoice = choice("classifier", CLASSIFIERS)
+    _ParticlesChoice = choice("particles", (FeynmanKac,))
     _always = next(policy for policy in POLICIES if name_of(policy) == "always")
     _Company = {
         "policy": (
@@ -87,6 +92,14 @@ else:
             SkipTuning | None,
             Field(default=None, description="Factors on a U-Net's skip connections."),
         ),
+        "particles": (
+            _ParticlesChoice | None,
+            Field(default=None, description="The images are particles, weighed and resampled."),
+        ),
+        "negtome": (
+            NegToMe | None,
+            Field(default=None, description="The images keep apart from the first of them."),
+        ),
     }
 
     def _in_company(rule: type[Rule]) -> type[Rule]:
@@ -105,10 +118,11 @@ CHOICES: Final[Mapping[str, Mapping[str, type[BaseModel]]]] = {
     "policy": {name_of(member): member for member in POLICIES},
     "perturbed": {name_of(member): member for member in PERTURBATIONS},
     "classifier": {name_of(member): member for member in CLASSIFIERS},
+    "particles": {name_of(FeynmanKac): FeynmanKac},
 }
 """Classes by field and name, for error sentences about the fields inside them."""
 
-COMPANY: Final = ("policy", "perturbed", "classifier", "skip_tuning")
+COMPANY: Final = ("policy", "perturbed", "classifier", "skip_tuning", "particles", "negtome")
 """Fields of `guidance` beside those of its rule."""
 
 
@@ -167,7 +181,8 @@ class GenerateRequest(BaseModel):
     guidance: Guidance | None = Field(
         default=None,
         description="How the prompt is enforced: a rule's fields, and optionally its `policy`, "
-        f"`perturbed`, `classifier` and `skip_tuning`; `{DEFAULT_GUIDANCE}` by default.",
+        "`perturbed`, `classifier`, `skip_tuning`, `particles` and `negtome`; "
+        f"`{DEFAULT_GUIDANCE}` by default.",
     )
     image: str | None = Field(
         default=None,

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from guidance import SkipTuning
+from guidance import FeynmanKac, NegToMe, SkipTuning
 from server.choice import listed
 from server.errors import InvalidRequest, MalformedBody
 from server.request import CHOICES, COMPANY
@@ -16,6 +16,13 @@ from server.request import CHOICES, COMPANY
 __all__ = ["explain"]
 
 _SHOWN = 60
+
+_OF_ONE_KIND: Mapping[str, type[BaseModel]] = {
+    "skip_tuning": SkipTuning,
+    "particles": FeynmanKac,
+    "negtome": NegToMe,
+}
+"""Fields of `guidance` that hold an object with no tag in its path."""
 
 _NEEDS: Mapping[str, str] = {
     "missing": "is required",
@@ -113,8 +120,7 @@ def _siblings(model: type[BaseModel] | None, loc: Sequence[Any]) -> list[str]:
     """Fields that the object around an unknown field knows."""
     field = ""
     for part in loc[:-1]:
-        if part == "skip_tuning":
-            model = SkipTuning
+        model = _OF_ONE_KIND.get(str(part), model)
         model = CHOICES.get(field, {}).get(str(part), model)
         field = field if isinstance(part, int) else str(part)
     known = list(model.model_fields) if model is not None else []

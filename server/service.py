@@ -27,6 +27,7 @@ from server.errors import (
     UnknownModel,
 )
 from server.generation import Generation
+from server.group_check import group_of, is_group
 from server.guidance_check import check_windows, coefficients_for
 from server.infotext import infotext
 from server.kept import Kept
@@ -58,6 +59,8 @@ class Pictures:
         settings: fully resolved; posted back, they make the same pictures.
         spent: rows of the denoiser that were evaluated.
         saved: rows that the guidance policy did without.
+        ancestors: of particles, the image that each goes back to; empty if they are none.
+        effective: of particles, how many counted at each resampling.
         queue_s: longest wait of an image.
         denoise_s: longest denoising of an image.
         decode_s: longest decoding of an image.
@@ -68,6 +71,8 @@ class Pictures:
     settings: Mapping[str, Any]
     spent: int
     saved: int
+    ancestors: tuple[int, ...]
+    effective: tuple[float, ...]
     queue_s: float
     denoise_s: float
     decode_s: float
@@ -181,11 +186,14 @@ class Service:
         )
         generation.end()
         results = generation.results.values()
+        particles = generation.request.guidance.particles is not None
         return Pictures(
             pictures=tuple(encoded),
             settings=generation.request.settings(),
             spent=sum(result.evaluations for result in results),
             saved=sum(result.saved for result in results),
+            ancestors=tuple(generation.results[i].ancestor for i in indices) if particles else (),
+            effective=generation.results[0].effective,
             queue_s=max(result.queue_s for result in results),
             denoise_s=max(result.denoise_s for result in results),
             decode_s=max(result.decode_s for result in results),
@@ -261,6 +269,7 @@ class Service:
         check_windows(resolved.guidance, plan)
         coefficients = coefficients_for(resolved, model, plan)
         aim = aim_of(resolved, model, plan)
+        group = group_of(resolved, plan)
         tuning = resolved.guidance.skip_tuning
         return [
             ImageTask(
@@ -277,6 +286,7 @@ class Service:
                 edits=() if tuning is None else (tuning.edit,),
                 aim=aim,
                 coefficients=coefficients,
+                group=group,
                 image=pixels,
                 mask=repaint,
                 previews=resolved.stream,
@@ -287,7 +297,9 @@ class Service:
     def _encode(self, generation: Generation, index: int) -> Picture:
         request = generation.request
         seed = _seeds(request)[index]
-        alone = request.model_copy(update={"seed": seed, "n": 1})
+        # An image of a group is not made without the others.
+        together = is_group(request.guidance)
+        alone = request if together else request.model_copy(update={"seed": seed, "n": 1})
         text = infotext(alone, model_revision=generation.model_revision, version=VERSION)
         pixels = generation.results[index].pixels
         description = Description(text, alone.settings())

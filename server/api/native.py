@@ -35,7 +35,10 @@ class ImageOut(BaseModel):
     """One picture."""
 
     b64_json: str = Field(description="The file, in base64.")
-    seed: int = Field(description="Asking for this seed with n = 1 makes this picture again.")
+    seed: int = Field(
+        description="Asking for this seed with n = 1 makes this picture again, unless the images "
+        "depend on each other by `guidance.particles` or `guidance.negtome`."
+    )
 
 
 class Evaluations(BaseModel):
@@ -43,6 +46,17 @@ class Evaluations(BaseModel):
 
     spent: int = Field(description="Evaluated.")
     saved: int = Field(description="That the guidance policy did without.")
+
+
+class Particles(BaseModel):
+    """What became of images that were weighed and resampled."""
+
+    ancestors: list[int] = Field(
+        description="Of each image, the image whose start it goes back to; from 0."
+    )
+    effective: list[float] = Field(
+        description="How many of them counted, by their weights, at each resampling."
+    )
 
 
 class Timings(BaseModel):
@@ -65,6 +79,7 @@ class GenerateResponse(BaseModel):
         description="The request in full; posted back, it makes the same pictures."
     )
     evaluations: Evaluations
+    particles: Particles | None = Field(default=None, description="With `guidance.particles` only.")
     timings: Timings
 
 
@@ -197,6 +212,9 @@ def _response(generation: Generation, pictures: Pictures) -> GenerateResponse:
         ],
         settings=dict(pictures.settings),
         evaluations=Evaluations(spent=pictures.spent, saved=pictures.saved),
+        particles=Particles(ancestors=list(pictures.ancestors), effective=list(pictures.effective))
+        if pictures.ancestors
+        else None,
         timings=Timings(
             queue_s=pictures.queue_s,
             denoise_s=pictures.denoise_s,

@@ -18,7 +18,7 @@ from samplers.dpm_solver_pp import DPMSolverPP
 from samplers.gaussian import GaussianDenoiser, GaussianMixtureDenoiser
 from samplers.timesteps import LogSNR
 
-EXACT = FeynmanKac(bound=None)
+EXACT = FeynmanKac(bound=1e6)
 EDM, VP, FLOW = NoiseSchedule.edm(), NoiseSchedule.vp_linear(), NoiseSchedule.flow()
 
 

@@ -264,6 +264,12 @@ def test_any_rule_goes_with_any_perturbation_and_settings_survive_their_own_answ
     assert GenerateRequest.model_validate(again) == request
 
 
+def test_unknown_particles_are_named_by_their_path() -> None:
+    field, message = sentence(guidance={"name": "cfg", "particles": "smc"})
+    assert field == "guidance.particles"
+    assert message == "particles 'smc' is not known; allowed are: fkc."
+
+
 def test_a_missing_prompt_is_required() -> None:
     with pytest.raises(ValidationError) as caught:
         GenerateRequest.model_validate({})
@@ -296,6 +302,16 @@ def test_a_missing_prompt_is_required() -> None:
             {"guidance": {"name": "cfg", "skip_tuning": {"botom": 1}}},
             "guidance.skip_tuning.botom",
             "did you mean bottom?",
+        ),
+        (
+            {"guidance": {"name": "cfg", "negtome": {"treshold": 1}}},
+            "guidance.negtome.treshold",
+            "did you mean threshold?",
+        ),
+        (
+            {"guidance": {"name": "cfg", "particles": {"name": "fkc", "bond": 1}}},
+            "guidance.particles.bond",
+            "did you mean bound?",
         ),
     ],
     ids=str,

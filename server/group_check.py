@@ -1,0 +1,105 @@
+"""What makes the images of a request one group: refused where it cannot act, else made ready."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from guidance import NegToMe
+from samplers import Plan
+from samplers.reverse_sde import follows_reverse_sde
+from server.engine.sequence import Group
+from server.errors import InvalidRequest
+from server.models.hosted import HostedModel
+from server.request import Guidance, ResolvedRequest
+
+__all__ = ["check_group", "group_of", "is_group"]
+
+PARTICLES = "guidance.particles"
+NEGTOME = "guidance.negtome"
+
+
+def is_group(guidance: Guidance) -> bool:
+    """Whether the images of a request depend on each other."""
+    return guidance.particles is not None or guidance.negtome is not None
+
+
+def check_group(resolved: ResolvedRequest, model: HostedModel, *, has_picture: bool) -> None:
+    """Refuse images that could not act on each other as the request says.
+
+    Args:
+        resolved: the request.
+        model: that will serve it.
+        has_picture: whether the run starts from a picture.
+
+    Raises:
+        InvalidRequest: one image alone, guidance that does not go with it, or layers that the
+            model lacks.
+    """
+    guidance = resolved.guidance
+    for field, asked in ((PARTICLES, guidance.particles), (NEGTOME, guidance.negtome)):
+        if asked is not None and resolved.n < 2:
+            raise InvalidRequest("n", f"n is {resolved.n}; {field} needs at least 2 images.")
+    if guidance.particles is not None and (
+        reason := _against_particles(guidance, has_picture=has_picture)
+    ):
+        raise InvalidRequest(PARTICLES, f"{PARTICLES} is {guidance.particles.name!r}; {reason}.")
+    if guidance.negtome is not None and (
+        reason := _against_negtome(guidance, guidance.negtome, model)
+    ):
+        raise InvalidRequest(NEGTOME, f"{NEGTOME}: {reason}.")
+
+
+def group_of(resolved: ResolvedRequest, plan: Plan) -> Group | None:
+    """The group that all images of the request form; None where each is by itself.
+
+    Raises:
+        InvalidRequest: the sampler's noise is not what particles need, or no step lies in the
+            window in which images are to keep apart.
+    """
+    guidance = resolved.guidance
+    if not is_group(guidance):
+        return None
+    if guidance.particles is not None and not follows_reverse_sde(plan):
+        raise InvalidRequest(
+            "sampler",
+            f"sampler is {resolved.sampler.name!r}; {PARTICLES} needs one that draws the noise of "
+            "the reverse diffusion, in one evaluation a step; allowed are: 'ddim' with eta 1, "
+            "'euler_ancestral' with eta 1, 'dpm_solver_pp' with variant 'sde', 'sa_solver' with "
+            "tau 1.",
+        )
+    if guidance.negtome is not None:
+        with np.errstate(divide="ignore"):
+            noise_ratio = plan.sigma[:-1] / plan.alpha[:-1]
+        if not guidance.negtome.contains(noise_ratio, np.array(plan.step) / plan.steps).any():
+            raise InvalidRequest(
+                NEGTOME,
+                f"{NEGTOME}: its window holds none of the {plan.steps} steps; take more steps, or "
+                "widen low, high, start or stop.",
+            )
+    return Group(particles=guidance.particles, apart=guidance.negtome)
+
+
+def _against_particles(guidance: Guidance, *, has_picture: bool) -> str | None:
+    if has_picture:
+        return "its weights are those of a run from nothing, so leave `image` out"
+    if guidance.name != "cfg":
+        return f"it corrects the rule 'cfg', and cannot {guidance.name!r}"
+    if not guidance.branches:
+        return "at a scale of 1 there is no guidance to correct; take another, or leave it out"
+    if guidance.policy.name != "always":
+        return f"it weighs every step, so the policy must be 'always', not {guidance.policy.name!r}"
+    for field in ("perturbed", "classifier", "negtome"):
+        if getattr(guidance, field):
+            return f"its weights are those of 'cfg' alone, so leave guidance.{field} out"
+    return None
+
+
+def _against_negtome(guidance: Guidance, negtome: NegToMe, model: HostedModel) -> str | None:
+    if guidance.policy.adapts:
+        return (
+            f"the policy {guidance.policy.name!r} ends guidance for each image by itself, and then "
+            "their predictions have no counterparts; take another policy"
+        )
+    if reason := model.refuses(negtome.edit):
+        return f"model {model.facts.name!r} {reason}"
+    return None

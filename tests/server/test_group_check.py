@@ -1,0 +1,162 @@
+"""Which requests make their images one group, and what the others are told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from guidance import FeynmanKac, NegToMe
+from server.admission import make_plan, resolve
+from server.engine.sequence import Group
+from server.errors import InvalidRequest
+from server.group_check import group_of
+from server.request import GenerateRequest, ResolvedRequest
+from server.settings import Limits
+from tests.server.toy_model import FACTS, Toy
+
+SDE = {"name": "ddim", "eta": 1.0}
+
+
+def resolved(
+    guidance: dict[str, Any], *, n: int = 3, has_picture: bool = False, **fields: Any
+) -> ResolvedRequest:
+    request = GenerateRequest.model_validate(
+        {
+            "prompt": "x",
+            "steps": 6,
+            "n": n,
+            "sampler": SDE,
+            "guidance": {"name": "cfg", **guidance},
+            **fields,
+        }
+    )
+    return resolve(request, Toy(), Limits(), (32, 32) if has_picture else None)
+
+
+def grouped(request: ResolvedRequest) -> Group | None:
+    layout = request.sampler, request.spacing, request.steps, request.strength
+    return group_of(request, make_plan(FACTS.schedule, *layout))
+
+
+def test_particles_by_name_and_images_apart_by_defaults_make_a_group() -> None:
+    particles = grouped(resolved({"particles": "fkc", "skip_tuning": {}}))
+    assert particles is not None
+    assert particles.particles == FeynmanKac()
+    assert particles.apart is None
+    apart = grouped(resolved({"negtome": {"strength": 0.5}, "perturbed": ["pag"]}, sampler="heun"))
+    assert apart is not None
+    assert apart.apart == NegToMe(strength=0.5)
+    assert apart.particles is None
+
+
+def test_other_images_are_by_themselves() -> None:
+    assert grouped(resolved({})) is None
+
+
+def test_what_was_asked_comes_back_in_the_settings() -> None:
+    settings = resolved({"particles": {"name": "fkc", "bound": 1e6}}).settings()
+    again = GenerateRequest.model_validate(settings)
+    assert again.guidance is not None
+    assert again.guidance.particles == FeynmanKac(bound=1e6)
+    assert again.n == 3
+
+
+@pytest.mark.parametrize(
+    ("guidance", "fields", "field", "sentence"),
+    [
+        (
+            {"particles": "fkc"},
+            {"n": 1},
+            "n",
+            "n is 1; guidance.particles needs at least 2 images.",
+        ),
+        ({"negtome": {}}, {"n": 1}, "n", "n is 1; guidance.negtome needs at least 2 images."),
+        (
+            {"particles": "fkc", "name": "apg"},
+            {},
+            "guidance.particles",
+            "guidance.particles is 'fkc'; it corrects the rule 'cfg', and cannot 'apg'.",
+        ),
+        (
+            {"particles": "fkc", "scale": 1},
+            {},
+            "guidance.particles",
+            "guidance.particles is 'fkc'; at a scale of 1 there is no guidance to correct; take "
+            "another, or leave it out.",
+        ),
+        (
+            {"particles": "fkc", "policy": "reuse"},
+            {},
+            "guidance.particles",
+            "guidance.particles is 'fkc'; it weighs every step, so the policy must be 'always', "
+            "not 'reuse'.",
+        ),
+        (
+            {"particles": "fkc", "perturbed": ["pag"]},
+            {},
+            "guidance.particles",
+            "guidance.particles is 'fkc'; its weights are those of 'cfg' alone, so leave "
+            "guidance.perturbed out.",
+        ),
+        (
+            {"particles": "fkc", "negtome": {}},
+            {},
+            "guidance.particles",
+            "guidance.particles is 'fkc'; its weights are those of 'cfg' alone, so leave "
+            "guidance.negtome out.",
+        ),
+        (
+            {"particles": "fkc"},
+            {"has_picture": True},
+            "guidance.particles",
+            "guidance.particles is 'fkc'; its weights are those of a run from nothing, so leave "
+            "`image` out.",
+        ),
+        (
+            {"negtome": {}, "policy": "adaptive"},
+            {},
+            "guidance.negtome",
+            "guidance.negtome: the policy 'adaptive' ends guidance for each image by itself, and "
+            "then their predictions have no counterparts; take another policy.",
+        ),
+        (
+            {"negtome": {"layers": ["none"]}},
+            {},
+            "guidance.negtome",
+            "guidance.negtome: model 'toy' has no layer 'none'; it has middle.",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_refused(
+    guidance: dict[str, Any], fields: dict[str, Any], field: str, sentence: str
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        resolved(guidance, **fields)
+    assert caught.value.field == field
+    assert caught.value.message == sentence
+
+
+@pytest.mark.parametrize("sampler", ["dpm_solver_pp", {"name": "ddim", "eta": 0.5}, "lcm"])
+def test_particles_need_the_noise_of_the_reverse_diffusion(sampler: Any) -> None:
+    with pytest.raises(InvalidRequest, match="allowed are: 'ddim' with eta 1") as caught:
+        grouped(resolved({"particles": "fkc"}, sampler=sampler))
+    assert caught.value.field == "sampler"
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        SDE,
+        "euler_ancestral",
+        {"name": "dpm_solver_pp", "variant": "sde"},
+        {"name": "sa_solver", "tau": 1.0},
+    ],
+)
+def test_the_samplers_that_the_refusal_names_are_taken(sampler: Any) -> None:
+    assert grouped(resolved({"particles": "fkc"}, sampler=sampler)) is not None
+
+
+def test_a_window_without_a_step_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="its window holds none of the 6 steps"):
+        grouped(resolved({"negtome": {"start": 0.05, "stop": 0.1}}))
