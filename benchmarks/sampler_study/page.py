@@ -7,8 +7,10 @@ from string import Template
 from typing import TYPE_CHECKING
 
 from benchmarks.sampler_study import plots, tables
-from benchmarks.sampler_study.cells import HIGH_SCALES, SCALES
+from benchmarks.sampler_study.cells import HIGH_SCALES, SCALES, STRONG
+from benchmarks.sampler_study.cost import ROUNDS, STEPS
 from benchmarks.sampler_study.results import Results
+from benchmarks.sampler_study.study import Sizes
 
 if TYPE_CHECKING:
     from benchmarks.sampler_study.records import Records
@@ -34,6 +36,7 @@ def _entries(results: Results) -> dict[str, str]:
     return {
         "which": tables.which(results),
         **{f"errors_{_name(scale)}": tables.errors(results, scale) for scale in SCALES},
+        "regret": tables.regret(results),
         "against": tables.against_the_best(results),
         "variants": tables.variants(results),
         "accuracy": tables.accuracy(results),
@@ -43,6 +46,13 @@ def _entries(results: Results) -> dict[str, str]:
         "ticks": tables.ticks(results),
         "reference": tables.reference(results),
         "cross_check": tables.cross_check(results),
+        "statistics": tables.statistics(results),
+        "strong": f"{STRONG:g}",
+        "error_images": tables.images(results, "error"),
+        "accuracy_images": tables.images(results, "picture"),
+        "reference_steps": f"{Sizes().reference_steps:,}",
+        "rounds": str(ROUNDS),
+        "steps": str(STEPS),
     }
 
 

@@ -83,6 +83,32 @@ def _with_error(found: Found, *, leads: bool) -> str:
     return f"**{text}**{MARKS[found.spacing]}" if leads else f"{text}{MARKS[found.spacing]}"
 
 
+def regret(results: Results, few: Sequence[int] = (5, 6, 8, 10)) -> str:
+    """How far each sampler is behind the best at few evaluations, and at worst."""
+    rows: list[tuple[float, list[str]]] = []
+    for label in results.measured("error"):
+        behind = [[_behind(results, label, n, scale) for n in few] for scale in SCALES]
+        known = [ratio for ratios in behind for ratio in ratios if ratio is not None]
+        if len(known) < len(SCALES) * len(few):
+            continue
+        texts = [f"{_geometric(list(filter(None, ratios))):.2f}" for ratios in behind]
+        overall = _geometric(known)
+        rows.append((overall, [label, *texts, f"{overall:.2f}", f"{max(known):.1f}"]))
+    head = ["sampler", *(f"guidance {scale:g}" for scale in SCALES), "all", "at worst"]
+    return table(head, (texts for _, texts in sorted(rows, key=lambda row: row[0])))
+
+
+def _geometric(values: Sequence[float]) -> float:
+    return float(np.exp(np.mean(np.log(values))))
+
+
+def _behind(results: Results, label: str, evaluations: int, scale: float) -> float | None:
+    found = results.better(label, evaluations, scale)
+    if found is None:
+        return None
+    return found.mean / results.ranked(EVERY, evaluations, scale)[0].mean
+
+
 def against_the_best(results: Results) -> str:
     """The error of v3 over that of the best other sampler, image by image."""
     head = ["evaluations", *(f"guidance {scale:g}" for scale in SCALES)]
@@ -265,6 +291,21 @@ def cross_check(results: Results) -> str:
     return table(
         ["sampler", "largest distance between both", "error, ours", "error, diffusers'"], rows
     )
+
+
+def statistics(results: Results) -> str:
+    """Sizes of the statistics that v3 was given, by guidance scale."""
+    found: dict[float, str] = {}
+    for record in results.of_part("error"):
+        if name := record["of"]["statistics"]:
+            points, samples = name.split("-")[0].split("x")
+            found[record["of"]["scale"]] = f"{samples} samples at {points} points"
+    return "; ".join(f"guidance {scale:g}, {said}" for scale, said in sorted(found.items()))
+
+
+def images(results: Results, part: str) -> str:
+    """The most images of a cell."""
+    return str(max((r["of"]["images"] for r in results.of_part(part)), default=0))
 
 
 def figure(values: Sequence[float]) -> tuple[float, float]:
