@@ -59,6 +59,8 @@ class ClassifierGuidance(Window, frozen=True):
     """One line for the user."""
     source: ClassVar[str]
     """Paper and equation."""
+    shows: ClassVar[Literal["denoised", "noisy"]] = "noisy"
+    """What the classifier reads: the guided prediction as a clean latent, or x at its level."""
     evaluations: ClassVar[int] = 0
     """Rows of the denoiser that a stage takes beside those of rule and perturbations."""
     name: str
@@ -91,9 +93,6 @@ class GradientGuidance(ClassifierGuidance, frozen=True):
     The score gains ``scale grad``, so the noise ``eps -= sigma scale grad`` and the denoised
     prediction ``D += (sigma^2 / alpha) scale grad``. One pass of the classifier, forth and back.
     """
-
-    shows: ClassVar[Literal["denoised", "noisy"]]
-    """The guided prediction as a clean latent, or x at its own level."""
 
     @override
     def strengths(self, levels: Levels) -> NDArray[np.float64]:

@@ -28,7 +28,6 @@ class Minority(GradientGuidance, frozen=True):
 
     summary: ClassVar[str] = "Towards rare pictures, which a model otherwise seldom makes."
     source: ClassVar[str] = "Um et al., arXiv 2301.12334, section 3.3."
-    shows: ClassVar[Literal["denoised", "noisy"]] = "noisy"
     name: Literal["minority"] = "minority"
     scale: float = Field(default=3.5, ge=0, le=100, description="k: strength; 0 is none.")
     tenth: int = Field(

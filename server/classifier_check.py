@@ -110,10 +110,10 @@ def levels_of(plan: Plan, schedule: NoiseSchedule) -> Levels:
     """Where the stages of a plan stand in the diffusion of a schedule."""
     span = schedule.t_start - schedule.t_end
     everywhere = np.linspace(schedule.t_end, schedule.t_start, TRAINED_STEPS)
-    t = plan.t[:-1]
+    alpha, sigma, t = (np.asarray(v[:-1], np.float64) for v in (plan.alpha, plan.sigma, plan.t))
     return Levels(
-        alpha=plan.alpha[:-1],
-        sigma=plan.sigma[:-1],
+        alpha=alpha,
+        sigma=sigma,
         time=np.clip((t - schedule.t_end) / span, 0, 1),
         variance=_variance(t, schedule) / _variance(everywhere, schedule).max(),
     )

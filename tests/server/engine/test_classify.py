@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from embedded.checker import read_picture
 from guidance import CFG, EluCD, GradientFree, Minority, Unguided
 from guidance.cfg_plus_plus import CFGPlusPlus
 from guidance.pag import PAG
+from server.classifier_check import levels_of
 from server.engine import batch as weave
 from server.engine.engine import FIXED_ROWS_MULTIPLE
 from server.engine.lane import Lane
@@ -220,3 +223,54 @@ def test_a_model_without_a_classifier_cannot_be_asked(model):
     with pytest.raises(RuntimeError, match="model 'embedded' cannot classify"):
         model.classify(torch.zeros(1), torch.zeros(1), torch.zeros(1))
     model.classifier = kept
+
+
+@pytest.fixture
+def led(model: Any, task: Any) -> Callable[..., list[Any]]:
+    """Tasks that ask the model's own classifier, as requests make them."""
+
+    def make(term: Any, seeds: range, prompt: str) -> list[Any]:
+        plain = task("dpm_solver_pp", steps=8, prompt=prompt)
+        levels = levels_of(plain.plan, model.facts.schedule)
+        numbers = tuple(
+            classes.index(term.aims[name]) if name in term.aims else -1
+            for name, classes in model.classifier.heads.items()
+        )
+        aim = Aim(term, numbers, term.strengths(levels))
+        return [replace(plain, seed=seed, aim=aim) for seed in seeds]
+
+    return make
+
+
+def seen_by(model: Any, pictures: list[Any], attribute: str) -> Tensor:
+    """What the classifier makes of finished pictures, as probabilities."""
+    pixels = torch.stack([torch.tensor(one).permute(2, 0, 1) for one in pictures])
+    with torch.inference_mode():
+        latents = model.encode(pixels / 127.5 - 1)
+        clean = torch.ones(len(latents)), torch.zeros(len(latents))
+        return model.classify(latents, *clean)[attribute].softmax(1)
+
+
+def test_elucd_shows_what_the_prompt_leaves_unsaid(model, engine, led, run):
+    """Measured over more pictures, and other attributes, in docs/mathematics.md."""
+    aim, prompt = {"background": "sunset"}, "a red circle on the left"
+    number = model.classifier.heads["background"].index("sunset")
+    plain, towards = (
+        run(engine, led(EluCD(scale=scale, target=aim), range(4), prompt)).pixels()
+        for scale in (0.0, 4.0)
+    )
+    before, after = (seen_by(model, p, "background")[:, number] for p in (plain, towards))
+    assert (after >= before).all()
+    assert after.mean() > before.mean() + 0.3
+    shown = [sum(read_picture(one).background == "sunset" for one in p) for p in (plain, towards)]
+    assert shown[1] > shown[0]
+
+
+def test_minority_guidance_makes_what_the_classifier_finds_rare(model, engine, led, run):
+    plain, towards = (
+        run(engine, led(Minority(scale=scale), range(4), "a red circle")).pixels()
+        for scale in (0.0, 3.5)
+    )
+    tenths = torch.arange(1.0, 11.0)
+    before, after = (seen_by(model, p, "minority") @ tenths for p in (plain, towards))
+    assert after.mean() > before.mean() + 1
