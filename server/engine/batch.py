@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
 from guidance import Rows
-from guidance.edits import ApartFrom, WeakModel
 from samplers import advance
 from server.engine.classify import choose, push
-from server.engine.groups import groups_of, kept_apart
+from server.engine.forward import forward
+from server.engine.groups import groups_of
 from server.engine.noise import stage_noise
 from server.engine.padding import padded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
-    from collections.abc import Sequence as Listed
 
     from torch import Tensor
 
-    from guidance import Edit
     from server.engine.classify import References
     from server.engine.compiled import CompiledPlan
     from server.engine.lane import Lane
     from server.engine.sequence import Aim, Group, Sequence
 
 Key = TypeVar("Key")
-
-WEAK = WeakModel()
 
 
 @dataclass(slots=True, eq=False)
@@ -131,7 +127,7 @@ def pack(lane: Lane, sequences: list[Sequence], fixed_rows: int | None) -> Batch
             if k == len(perturbed):
                 perturbed.append([])
             perturbed[k].append((i, first + ask.numbers.index(number), scale))
-    rows = _indices(lane, [sequence.slot for sequence in sequences])
+    rows = lane.indices([sequence.slot for sequence in sequences])
     batch = Batch(
         lane=lane,
         sequences=sequences,
@@ -158,14 +154,14 @@ def evaluate(batch: Batch) -> Tensor:
     Returns:
         Denoised predictions ``[rows, C, h, w]``.
     """
-    x = batch.columns[:, 0].index_select(0, _indices(batch.lane, batch.owners))
+    x = batch.columns[:, 0].index_select(0, batch.lane.indices(batch.owners))
     scalars = _columns_of(
         batch,
         batch.owners,
         lambda plan, i: (plan.t[i], plan.scale_in[i], plan.skip[i], plan.out[i]),
     )
     t, scale_in, skip, out = scalars.unbind(1)
-    raw = _raw(batch, _as_factor(scale_in, x) * x, t)
+    raw = forward(batch, _as_factor(scale_in, x) * x, t)
     return _as_factor(skip, x) * x + _as_factor(out, x) * raw
 
 
@@ -187,15 +183,15 @@ def guide(batch: Batch, predictions: Tensor) -> Guidance:
         rows = _stacked(batch, members, predictions, others, slots)
         parameters = rules[0].parameters(rules, rows.x[:1])
         guided = rules[0].combine(*_fixed(rows, parameters, batch.fixed_rows))
-        where = _indices(batch.lane, members)
+        where = batch.lane.indices(members)
         denoised.index_copy_(0, where, guided.denoised[: len(members)])
         x.index_copy_(0, where, guided.x[: len(members)])
         if slots:
             rule_memory.append(Kept(members, guided.memory[: len(members)]))
     for terms in batch.perturbed:
         positions, rows, scales = zip(*terms, strict=True)
-        where = _indices(batch.lane, positions)
-        disturbed = predictions.index_select(0, _indices(batch.lane, rows))
+        where = batch.lane.indices(positions)
+        disturbed = predictions.index_select(0, batch.lane.indices(rows))
         strength = _as_factor(cond.new_tensor(scales), cond)
         denoised.index_add_(0, where, strength * (cond.index_select(0, where) - disturbed))
     if batch.references is not None:
@@ -224,7 +220,7 @@ def step(batch: Batch, guidance: Guidance) -> Tensor:
     by_shape = _grouped(range(len(batch.plans)), lambda i: batch.plans[i].tables.shape[3:])
     for members in by_shape.values():
         tables = torch.stack([batch.plans[i].tables[batch.sequences[i].stage] for i in members])
-        where = _indices(batch.lane, members)
+        where = batch.lane.indices(members)
         langevin = _langevin(batch, members)
         moved = advance(
             padded(columns.index_select(0, where), batch.fixed_rows),
@@ -251,78 +247,10 @@ def write_back(batch: Batch, state: Tensor, guidance: Guidance) -> None:
 
 
 def _lead_away(batch: Batch, references: References, predictions: Tensor, denoised: Tensor) -> None:
-    where = _indices(batch.lane, references.positions)
-    reference = predictions.index_select(0, _indices(batch.lane, references.rows))
+    where = batch.lane.indices(references.positions)
+    reference = predictions.index_select(0, batch.lane.indices(references.rows))
     away = predictions.index_select(0, where) - reference
     denoised.index_add_(0, where, _as_factor(references.strengths, away) * away)
-
-
-def _raw(batch: Batch, x: Tensor, t: Tensor) -> Tensor:
-    """What the network puts out for the rows, and its companion for those that are to be weak."""
-    owners = [batch.sequences[i] for i in batch.owners]
-    conditioning = torch.stack(
-        [owner.conditioning[k] for owner, k in zip(owners, batch.numbers, strict=True)]
-    )
-    if (references := batch.references) is not None:
-        rows = _indices(batch.lane, references.rows)
-        conditioning.index_copy_(0, rows, references.conditioning)
-    edits: list[tuple[Edit, ...]] = []
-    weak: list[int] = []
-    if any(sequence.guidance.edited for sequence in batch.sequences):
-        edits = [owner.guidance.edits[k] for owner, k in zip(owners, batch.numbers, strict=True)]
-        weak = [row for row, changes in enumerate(edits) if WEAK in changes]
-    if batch.groups:
-        for row, edit in kept_apart(batch).items():
-            edits = edits or [()] * len(owners)
-            edits[row] = (*edits[row], edit)
-    scales: Tensor | None = None
-    if any(sequence.guidance.told_scale is not None for sequence in batch.sequences):
-        scales = t.new_tensor([owner.guidance.told_scale or 0.0 for owner in owners])
-    if not weak:
-        return _network(batch, x, t, conditioning, edits, scales)
-    raw = torch.empty_like(x)
-    where = _indices(batch.lane, weak)
-    inputs = (rows.index_select(0, where) for rows in (x, t, conditioning))
-    fixed = (padded(rows, batch.fixed_rows) for rows in inputs)
-    raw.index_copy_(0, where, batch.lane.model.evaluate_weak(*fixed)[: len(weak)])
-    strong = [row for row, changes in enumerate(edits) if WEAK not in changes]
-    where = _indices(batch.lane, strong)
-    told = None if scales is None else scales.index_select(0, where)
-    inputs = (rows.index_select(0, where) for rows in (x, t, conditioning))
-    out = _network(batch, *inputs, _located(edits, strong), told)
-    return raw.index_copy_(0, where, out)
-
-
-def _located(edits: list[tuple[Edit, ...]], rows: list[int]) -> list[tuple[Edit, ...]]:
-    """The edits of some rows, whose references are counted among those rows."""
-    places: dict[int | None, int] = {row: place for place, row in enumerate(rows)}
-    return [
-        tuple(
-            replace(edit, reference=places[edit.reference]) if isinstance(edit, ApartFrom) else edit
-            for edit in edits[row]
-        )
-        for row in rows
-    ]
-
-
-def _network(
-    batch: Batch,
-    x: Tensor,
-    t: Tensor,
-    conditioning: Tensor,
-    edits: list[tuple[Edit, ...]],
-    scales: Tensor | None,
-) -> Tensor:
-    count = batch.fixed_rows
-    if edits and count is not None:
-        edits = edits + edits[:1] * (count - len(edits))
-    return batch.lane.model.evaluate(
-        padded(x, count),
-        padded(t, count),
-        padded(conditioning, count),
-        edits if any(edits) else None,
-        None if scales is None else padded(scales, count),
-    )[: len(x)]
 
 
 def _filled(
@@ -378,7 +306,7 @@ def _settled(batch: Batch, predictions: Tensor) -> Tensor:
         rows = _stacked(batch, members, predictions, batch.others, 0)
         parameters = policies[0].parameters(policies, rows.x[:1])
         answer = policies[0].settled(*_fixed(rows, parameters, batch.fixed_rows))
-        settled.index_copy_(0, _indices(batch.lane, members), answer[: len(members)])
+        settled.index_copy_(0, batch.lane.indices(members), answer[: len(members)])
     return settled
 
 
@@ -411,7 +339,7 @@ def _stacked(
     """Predictions and levels of some images, whose positions rise."""
     x, cond = batch.columns[:, 0], predictions[: len(batch.sequences)]
     if len(members) < len(x):
-        where = _indices(batch.lane, members)
+        where = batch.lane.indices(members)
         x, cond = x.index_select(0, where), cond.index_select(0, where)
     scalars: list[tuple[float, ...]] = []
     for i in members:
@@ -422,7 +350,7 @@ def _stacked(
         )
     columns = (_as_factor(column, x) for column in _tensor(batch.lane, scalars).unbind(1))
     alpha, sigma, progress, closes = columns
-    rows = _indices(batch.lane, [row for i in members for row in others[i]])
+    rows = batch.lane.indices([row for i in members for row in others[i]])
     memory = batch.lane.pool.rule_memory[:, :memory_slots]
     return Rows(
         cond=cond,
@@ -465,13 +393,9 @@ def _as_factors(scalars: Tensor, like: Tensor) -> Tensor:
     return scalars.view(*scalars.shape, *[1] * (like.ndim - 1))
 
 
-def _indices(lane: Lane, positions: Listed[int]) -> Tensor:
-    return torch.tensor(positions, dtype=torch.int64).to(lane.model.device, non_blocking=True)
-
-
 def _slots(batch: Batch, positions: Iterable[int]) -> Tensor:
     """Rows of the pool that the images at these positions have."""
-    return _indices(batch.lane, [batch.sequences[i].slot for i in positions])
+    return batch.lane.indices([batch.sequences[i].slot for i in positions])
 
 
 def _grouped(positions: Iterable[int], key: Callable[[int], Key]) -> dict[Key, list[int]]:

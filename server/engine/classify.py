@@ -43,13 +43,13 @@ def choose(batch: Batch) -> References:
     positions, rows = list(batch.referred), list(batch.referred.values())
     sequences = [batch.sequences[i] for i in positions]
     aims = [batch.aims[i] for i in positions]
-    x = batch.columns[:, 0].index_select(0, _indices(batch, positions))
+    x = batch.columns[:, 0].index_select(0, batch.lane.indices(positions))
     alpha, sigma = _levels(batch, positions, [False] * len(positions))
     inputs = (padded(one, batch.fixed_rows) for one in (x, alpha, sigma))
     seen = batch.lane.model.classify(*inputs)
     choices, strengths = torch.empty_like(alpha, dtype=torch.int64), torch.empty_like(alpha)
     for kind, members in _by_kind(aims).items():
-        where = _indices(batch, members)
+        where = batch.lane.indices(members)
         reference = kind.refer(*_of(members, aims, seen))
         choices.index_copy_(0, where, reference.choice)
         strengths.index_copy_(0, where, reference.strength)
@@ -72,7 +72,7 @@ def push(batch: Batch, denoised: Tensor) -> None:
     positions = batch.pushed
     aims = [batch.aims[i] for i in positions]
     clean = [aim.guidance.shows == "denoised" for aim in aims]
-    where = _indices(batch, positions)
+    where = batch.lane.indices(positions)
     shown = denoised.index_select(0, where)
     for row, reads_clean in enumerate(clean):
         if not reads_clean:
@@ -124,7 +124,3 @@ def _levels(batch: Batch, positions: Listed[int], clean: Listed[bool]) -> tuple[
         plan, stage = batch.plans[i], batch.sequences[i].stage
         levels.append((1.0, 0.0) if reads_clean else (plan.alpha[stage], plan.sigma[stage]))
     return torch.tensor(levels).to(batch.lane.model.device).unbind(1)
-
-
-def _indices(batch: Batch, positions: Listed[int]) -> Tensor:
-    return torch.tensor(positions).to(batch.lane.model.device)

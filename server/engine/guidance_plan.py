@@ -108,7 +108,7 @@ def plan_guidance(task: ImageTask) -> GuidancePlan:
     terms = [*zip(perturbed, *_classified(task), strict=True)]
     stages = zip(evaluated.tolist(), estimated.tolist(), terms, strict=True)
     numbers = range(1, first), reference
-    asks = [_ask(*numbers, *when, *own) for *when, own in stages]
+    asks = [_ask(*numbers, known, guessed, *own) for known, guessed, own in stages]
     settled = [_ask(*numbers, False, False, *own) for own in terms]
     edits = [
         (),

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from server.engine.compiled import CompiledPlan, compile_plan
 from server.engine.pool import Pool
 from server.kept import Kept
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
     from samplers import Plan
     from server.models.hosted import HostedModel
 
@@ -35,3 +41,7 @@ class Lane:
             return plan, compile_plan(plan, model.facts, self.pool.slots, model.device)
 
         return self._plans.get((id(plan), self.pool.slots), make)[1]
+
+    def indices(self, positions: Sequence[int]) -> Tensor:
+        """The positions as int64 on the lane's device, sent without waiting for it."""
+        return torch.tensor(positions, dtype=torch.int64).to(self.model.device, non_blocking=True)

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,14 @@ import torch
 from embedded import MODEL_FOLDER
 from embedded.classifier_training import HEADS, Labelled
 from embedded.derive import (
+    FITTED,
     JUDGED_AT,
     SCALES,
     make_classifier,
+    make_linear_ag,
     pictures,
     stale_classifier,
+    stale_linear_ag,
     stale_statistics,
 )
 from samplers import Statistics
@@ -28,9 +32,8 @@ from server.models.loading import load_model
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A copy of the model without what derives from it."""
-    return shutil.copytree(
-        MODEL_FOLDER, tmp_path / "model", ignore=shutil.ignore_patterns("ems-*.safetensors")
-    )
+    derived = shutil.ignore_patterns("ems-*.safetensors", "linear-ag-*.safetensors")
+    return shutil.copytree(MODEL_FOLDER, tmp_path / "model", ignore=derived)
 
 
 def derive(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -70,6 +73,21 @@ def test_statistics_are_remade_by_one_command_and_go_stale_with_the_weights(fold
     checked = derive(folder, "--check")
     assert checked.returncode == 1
     assert checked.stdout.count("statistics are of model revision") == len(SCALES)
+
+
+def test_linear_guidance_is_fitted_by_one_command_and_goes_stale_with_the_weights(
+    folder: Path,
+) -> None:
+    shipped = load_model(MODEL_FOLDER, name="m", device="cpu", dtype="float32")
+    assert not stale_linear_ag(shipped, MODEL_FOLDER)
+    model = load_model(folder, name="m", device="cpu", dtype="float32")
+    assert len(stale_linear_ag(model, folder)) == len(FITTED)
+    make_linear_ag(model, Namespace(model=folder, runs=2))
+    assert not stale_linear_ag(model, folder)
+    names = [file.name for file in (folder / "weft").glob("linear-ag-*")]
+    assert sorted(names) == sorted(f.name for f in (MODEL_FOLDER / "weft").glob("linear-ag-*"))
+    model.facts = replace(model.facts, revision="0123456789abcdef")
+    assert len(stale_linear_ag(model, folder)) == len(FITTED)
 
 
 def test_a_classifier_is_made_by_one_command_and_goes_stale_with_the_weights(

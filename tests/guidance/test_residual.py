@@ -57,7 +57,7 @@ def ours(
     evaluated = policy.evaluates(SIGMA / ALPHA, np.arange(4) / 4)
     estimated = policy.estimated(SIGMA / ALPHA, np.arange(4) / 4)
     assert (evaluated ^ estimated).all()
-    ones = x.new_ones(2, 1, 1, 1)
+    ones, denoised = x.new_ones(2, 1, 1, 1), x
     for i in range(4):
         a, s = ALPHA[i] * ones, SIGMA[i] * ones
         cond = (x - s * eps_of_prompt(x, i)) / a

@@ -1,5 +1,8 @@
 import json
 import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +12,8 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+from embedded import MODEL_FOLDER
+from guidance.linear_fit import LinearFit
 from server.cli import app
 
 PROMPT = "a red circle"
@@ -31,10 +36,11 @@ def test_help_and_catalog_do_not_wait_for_torch(arguments: list[str]) -> None:
 
 def test_the_catalog_lists_everything() -> None:
     shown = weft("catalog").output
-    for name in ("samplers", "dpm_solver_pp", "karras", "cfg_plus_plus", "adaptive"):
+    for name in ("samplers", "dpm_solver_pp", "karras", "cfg_plus_plus", "adaptive", "seg"):
         assert name in shown
     listed = json.loads(weft("catalog", "--json").output)
-    assert set(listed) == {"samplers", "spacings", "rules", "policies"}
+    assert set(listed) >= {"samplers", "spacings", "rules", "policies", "perturbations"}
+    assert all(title in shown for title in listed)
 
 
 def test_generate_writes_the_file_with_its_settings(tmp_path: Path) -> None:
@@ -103,3 +109,29 @@ def test_a_server_without_its_model_ends(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert "the models could not be loaded" in done.stderr
+
+
+def test_linear_guidance_is_fitted_and_then_used(tmp_path: Path) -> None:
+    left_out = shutil.ignore_patterns("weft")
+    model = shutil.copytree(MODEL_FOLDER, tmp_path / "model", ignore=left_out)
+    run = ["--model", str(model), "--steps", "3", "--sampler", "ddim", "--guidance", "apg"]
+    policy = ["--policy", '{"name": "linear_adaptive", "every": 3, "stop": 1.0}']
+    generate = ["generate", PROMPT, *run, *policy, "--seed", "1", "-o", str(tmp_path / "out.png")]
+    refused = weft(*generate)
+    assert refused.exit_code == 2
+    [command] = re.findall(r"`weft (linear-ag .*?)`", refused.output)
+    assert "--steps 3 --every 3 --sampler ddim" in command
+    options = shlex.split(command.replace("PATH", str(model)))
+    fitted = weft(*options, "--runs", "2", "--chunk", "2")
+    assert fitted.exit_code == 0, fitted.output
+    file = Path(fitted.stdout.strip())
+    assert file.parent == model / "weft"
+    assert LinearFit.load(file).runs == 2
+    made = weft(*generate)
+    assert made.exit_code == 0, made.output
+
+
+def test_what_linear_guidance_cannot_be_fitted_to_is_said() -> None:
+    refused = weft("linear-ag", "--guidance", "none", "--runs", "1")
+    assert refused.exit_code == 2
+    assert "has no second branch" in refused.output

@@ -12,6 +12,7 @@ from guidance import POLICIES, Policy
 from guidance.linear_adaptive import TERMS
 from guidance.linear_fit import LinearFit
 from server.admission import make_plan, resolve
+from server.choice import name_of
 from server.errors import InvalidRequest
 from server.guidance_check import check_windows, coefficients_for
 from server.models.linear_fits import LinearFits, fit_file, identity_of
@@ -44,9 +45,9 @@ def test_what_goes_together_passes() -> None:
     assert resolved(model, has_picture=True, guidance={"name": "cfg", "policy": "residual"})
 
 
-@pytest.mark.parametrize("policy", [p for p in POLICIES if p().name != "always"])
+@pytest.mark.parametrize("policy", [p for p in POLICIES if name_of(p) != "always"])
 def test_no_policy_but_always_goes_without_a_branch(policy: type[Policy]) -> None:
-    name = policy().name
+    name = name_of(policy)
     assert refusal(Toy(), name="none", policy=name) == (
         "guidance.policy",
         f"guidance.policy is {name!r}; the rule 'none' has no second branch, so only 'always' is "
@@ -132,7 +133,7 @@ def asked(model: Toy, **fields: Any) -> np.ndarray | None:
     return coefficients_for(request, model, make_plan(model.facts.schedule, *layout))
 
 
-LINEAR = {"guidance": {"name": "cfg", "scale": 4.0, "policy": "linear_adaptive"}}
+LINEAR: dict[str, Any] = {"guidance": {"name": "cfg", "scale": 4.0, "policy": "linear_adaptive"}}
 
 
 def test_coefficients_are_those_of_the_run_and_of_no_other(tmp_path: Path) -> None:

@@ -179,11 +179,11 @@ def name(kind: type[Any]) -> str:
 
 
 TOGETHER = [
-    (rule(), policy())
+    (rule.model_validate({}), policy.model_validate({}))
     for rule in RULES
     for policy in POLICIES
     if rule.combines or policy is Always
-    if not (policy.estimates and len(rule().branches) > 1)
+    if not (policy.estimates and len(rule.model_validate({}).branches) > 1)
     if not (policy.embeds and rule is not CFG)
 ]
 
