@@ -28,7 +28,7 @@ HEADS: Final = {
 minority is the tenth of the training pictures, by how badly the model restores them."""
 
 FIRST_SEED: Final = 5_000_000_000
-"""Seeds from here on belong to no other set."""
+"""Seeds from here on belong to no picture that the model was trained or reported on."""
 
 _LATENTS: Final = "latents"
 _PAIRS_EVERY: Final = 5

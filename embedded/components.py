@@ -14,7 +14,7 @@ from diffusers.models.unets.unet_2d_blocks import AutoencoderTinyBlock
 from torch import nn
 from transformers import AddedToken, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from embedded.scenes import VOCABULARY
+from embedded.scenes import VOCABULARY, make_scene
 
 MAX_TOKENS: Final = 32
 LATENT_CHANNELS: Final = 4
@@ -26,6 +26,9 @@ WEAK_WIDTHS: Final = (32, 48, 64)
 """The same of the weaker companion, which autoguidance steers away from."""
 
 _TEXT_WIDTH: Final = 128
+_PROMPTS: Final = 1024
+"""Captions that suit the model, beside it for what is to be fitted to it."""
+_FIRST_PROMPT: Final = 5_000_000_000
 _START, _END, _UNKNOWN = "<|startoftext|>", "<|endoftext|>", "<|unknown|>"
 
 
@@ -180,6 +183,9 @@ def _write(components: Components, folder: Path) -> None:
     # diffusers derives this entry anew and warns when it reads it.
     _leave_out(folder / "vae" / "config.json", "block_out_channels")
     make_tokenizer().save_pretrained(folder / "tokenizer")
+    captions = [make_scene(_FIRST_PROMPT + number).caption for number in range(_PROMPTS)]
+    (folder / "weft").mkdir()
+    (folder / "weft" / "prompts.txt").write_text("\n".join(captions) + "\n")
     make_scheduler().save_pretrained(folder / "scheduler")
     index = {
         "_class_name": "StableDiffusionPipeline",

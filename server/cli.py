@@ -217,11 +217,11 @@ def ems(
 ) -> None:
     """Compute what dpm_solver_v3 needs to know of a model; a stopped run goes on where it was."""
     scales = _scales(guidance, scale)
-    from embedded import MODEL_FOLDER
     from server.ems import Order, Size, fulfil
+    from server.models.folder import embedded_folder
 
     order = Order(
-        folder=model or MODEL_FOLDER,
+        folder=model or embedded_folder(),
         scales=scales,
         size=Size(points, samples, chunk, seed),
         device=device or "auto",
@@ -254,8 +254,8 @@ def linear_ag(
     device: Device = None,
 ) -> None:
     """Fit the policy linear_adaptive to a model, sampler, spacing, steps and guidance rule."""
-    from embedded import MODEL_FOLDER
     from server.linear_ag import FitOrder, Runs, fulfil
+    from server.models.folder import embedded_folder
 
     request = _request(
         prompt="",
@@ -266,7 +266,7 @@ def linear_ag(
             guidance, scale, json.dumps({"name": "linear_adaptive", "every": every})
         ),
     )
-    folder = model or MODEL_FOLDER
+    folder = model or embedded_folder()
     order = FitOrder(folder, request, Runs(runs, chunk, seed), device or "auto", prompts)
     typer.echo(_with_stages(lambda tell: fulfil(order, tell)))
 

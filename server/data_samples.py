@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from embedded import MODEL_FOLDER
 from samplers import integrate, preconditioning
 from samplers.dpm_solver_pp import DPMSolverPP
 from samplers.timesteps import Trailing
 from server.engine.noise import start_noise
 from server.errors import InvalidRequest
+from server.models.folder import prompts_file
 from server.models.hosted import HostedModel
 from server.picture import fit
 
@@ -53,9 +53,6 @@ PROMPTS: Final = (
     "abstract shapes in blue and orange",
 )
 """What models that nothing is known of are asked to draw."""
-
-SHAPES_CAPTIONS: Final = 1024
-_SHAPES_SEED: Final = 5_000_000_000
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,21 +92,23 @@ def read_pictures(model: HostedModel, folder: Path, count: int, chunk: int) -> S
 
 
 def prompts_for(folder: Path, file: Path | None) -> Sequence[str]:
-    """What a model is asked to draw: the lines of a file, or what is known to suit it.
+    """What a model is asked to draw: the lines of a file, else of its own, else of any model's.
+
+    Args:
+        folder: of the model, which may hold prompts that suit it in ``weft/prompts.txt``.
+        file: a prompt a line.
 
     Raises:
         InvalidRequest: the file has no lines.
     """
-    if file is not None:
-        lines = [line.strip() for line in file.read_text("utf-8").splitlines()]
-        if not any(lines):
-            raise InvalidRequest("prompts", f"prompts is {str(file)!r}, which holds no lines.")
-        return [line for line in lines if line]
-    if folder.resolve() == MODEL_FOLDER.resolve():
-        from embedded.scenes import make_scene
-
-        return [make_scene(_SHAPES_SEED + k).caption for k in range(SHAPES_CAPTIONS)]
-    return PROMPTS
+    own = prompts_file(folder)
+    if file is None and not own.is_file():
+        return PROMPTS
+    chosen = file or own
+    lines = [line.strip() for line in chosen.read_text("utf-8").splitlines()]
+    if not any(lines):
+        raise InvalidRequest("prompts", f"prompts is {str(chosen)!r}, which holds no lines.")
+    return [line for line in lines if line]
 
 
 @torch.no_grad()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from embedded import MODEL_FOLDER
 from server.engine.engine import Engine
+from server.models.folder import embedded_folder
 from server.models.hosted import HostedModel
 from server.models.loading import load_model
 from server.settings import Settings
@@ -30,7 +30,7 @@ def host(settings: Settings) -> Hosted:
     """
     models = {
         name: load_model(folder, name=name, device=settings.device, dtype=settings.dtype)
-        for name, folder in settings.model_folders(MODEL_FOLDER).items()
+        for name, folder in settings.model_folders(embedded_folder()).items()
     }
     engine = Engine(
         models,

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING, Any
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
 
 from server.errors import ModelMismatch
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 CHUNK = 1 << 22
 DERIVED = "weft"
 """Folder inside a model folder for what was made from its weights, and is no part of them."""
+
+
+def embedded_folder() -> Path:
+    """The model that ships with Weft, found by name: its training imports the server."""
+    return Path(str(files("embedded"))) / "model"
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
@@ -67,6 +71,11 @@ def statistics_name(rule: str, scale: float) -> str:
 def classifier_file(folder: Path) -> Path:
     """Where a model folder keeps the classifier of its latents."""
     return folder / DERIVED / "classifier.safetensors"
+
+
+def prompts_file(folder: Path) -> Path:
+    """Where a model folder may keep prompts that suit it, one a line."""
+    return folder / DERIVED / "prompts.txt"
 
 
 def revision_of(folder: Path) -> str:
