@@ -18,6 +18,7 @@ from server.choice import name_of
 
 Generate = Callable[..., httpx2.Response]
 
+PARTICLES = {"name": "cfg", "particles": "fkc"}
 WHITE = np.full((128, 128, 3), 255, np.uint8)
 
 
@@ -45,7 +46,17 @@ def message_of(answer: httpx2.Response, status: int = 422) -> str:
 
 def test_the_answer_says_what_was_done(generate: Generate) -> None:
     answer = generate(headers={"x-request-id": "mine-1"}).json()
-    assert set(answer) == {"id", "created", "model", "images", "settings", "evaluations", "timings"}
+    assert set(answer) == {
+        "id",
+        "created",
+        "model",
+        "images",
+        "settings",
+        "evaluations",
+        "particles",
+        "timings",
+    }
+    assert answer["particles"] is None
     assert answer["id"] == "mine-1"
     assert answer["model"] == "embedded"
     assert answer["settings"]["sampler"]["name"] == "dpm_solver_pp"
@@ -70,6 +81,21 @@ def test_the_default_is_25_steps(client: httpx2.Client) -> None:
 def test_the_same_seed_gives_the_same_bytes(generate: Generate) -> None:
     assert file_of(generate()) == file_of(generate())
     assert file_of(generate()) != file_of(generate(seed=6))
+
+
+def test_particles_tell_their_descent_and_their_settings_make_them_again(
+    generate: Generate, client: httpx2.Client
+) -> None:
+    first = generate(n=2, sampler={"name": "ddim", "eta": 1}, guidance=PARTICLES, steps=4)
+    answer = first.json()
+    assert len(answer["particles"]["ancestors"]) == 2
+    assert len(answer["particles"]["effective"]) == 3
+    assert all(1 <= size <= 2 for size in answer["particles"]["effective"])
+    assert answer["evaluations"]["spent"] == 2 * 2 * 4
+    again = client.post("/v1/generate", json=answer["settings"])
+    assert [file_of(again, i) for i in (0, 1)] == [file_of(first, i) for i in (0, 1)]
+    written = json.loads(Image.open(io.BytesIO(file_of(first, 1))).info["weft"])
+    assert written["n"] == 2
 
 
 def test_image_i_is_the_image_of_seed_plus_i(generate: Generate) -> None:
