@@ -110,7 +110,7 @@ def test_a_product_of_mixtures_is_sampled_in_its_modes_shares(sampler: Sampler) 
 
     def density(mixture: GaussianMixtureDenoiser, x: np.ndarray) -> np.ndarray:
         parts = zip(mixture.weights, mixture.means, mixture.deviations, strict=True)
-        return sum(w / s * np.exp(-0.5 * ((x - m) / s) ** 2) for w, m, s in parts)
+        return np.sum([w / s * np.exp(-0.5 * ((x - m) / s) ** 2) for w, m, s in parts], axis=0)
 
     x = np.linspace(-8, 8, 8001)
     meant = density(other, x) ** (1 - scale) * density(cond, x) ** scale

@@ -79,7 +79,7 @@ def test_weights_that_made_the_runs_are_found_again() -> None:
     generator = np.random.default_rng(0)
     weights = generator.normal(size=(7, TERMS))
     cond, other = generator.normal(size=(2, 40, 7, 2, 3, 3))
-    for i in np.flatnonzero(~PATTERN):
+    for i in np.flatnonzero(~PATTERN).tolist():
         known = known_at(cond, other, i)
         other[:, i] = sum(w * term for w, term in zip(weights[i], known, strict=False))
     sums = moments(cond, other, PATTERN)
@@ -94,7 +94,7 @@ def test_the_fit_is_the_best_of_least_squares() -> None:
     cond, other = np.random.default_rng(2).normal(size=(2, 12, 7, 2, 3, 3))
     sums = moments(cond, other, PATTERN)
     found = solve(sums)
-    for i in np.flatnonzero(~PATTERN):
+    for i in np.flatnonzero(~PATTERN).tolist():
         table = np.stack([term.ravel() for term in known_at(cond, other, i)], 1)
         best, squared, *_ = np.linalg.lstsq(table, other[:, i].ravel(), rcond=None)
         assert np.allclose(found[i][found[i] != 0], best)

@@ -16,7 +16,7 @@ Two of their conventions differ in ways that a sampler cannot, and are met here:
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,7 +111,7 @@ class Pair:
     lands_clean: bool = True
     eta: float = 0.0
     tolerance: float = TOLERANCE
-    timesteps: list[int] | None = None
+    timesteps: Sequence[float] | None = None
 
 
 def theirs(pipeline: Any, pair: Pair, latents: Tensor) -> Tensor:
