@@ -123,6 +123,8 @@ class Policy(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=
     ) -> Filled:
         """The second prediction of each row, and what to keep; pure, each row by itself.
 
+        A policy that ``estimates`` has its own; this one passes on what was evaluated.
+
         Args:
             rows: stacked predictions; ``other`` is meaningful where it was evaluated.
             memory: what the policy kept, ``[rows, slots, C, h, w]``.

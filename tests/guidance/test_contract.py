@@ -218,6 +218,17 @@ def test_policies_answer_for_each_stage_and_row(policy: Policy) -> None:
     assert settled.tolist() == torch.cat(alone).tolist()
 
 
+@each_policy
+def test_what_was_evaluated_is_kept_where_a_policy_keeps_nothing(policy: Policy) -> None:
+    assert policy.memory_slots or not policy.wants_reference
+    if policy.memory_slots:
+        return
+    rows = draw(2)
+    filled = policy.fill(rows, rows.memory, {}, torch.ones(2, 1, 1, 1, dtype=torch.bool))
+    assert torch.equal(filled.other, rows.other)
+    assert filled.memory is rows.memory
+
+
 @pytest.mark.parametrize("policy", [one for one in POLICY_VARIANTS if one.estimates], ids=label)
 @given(seed=st.integers(0, 1000))
 def test_each_row_is_filled_in_as_if_it_were_alone(policy: Policy, seed: int) -> None:

@@ -1,0 +1,73 @@
+"""What the network is told for a branch, and where perturbations act."""
+
+import math
+
+import numpy as np
+import pytest
+
+from guidance import EMPTY, NEGATIVE, Branch, SkipTuning
+from guidance.autoguidance import Autoguidance
+from guidance.edits import (
+    BlurredQueries,
+    IdentityAttention,
+    SkippedBlocks,
+    SkipScales,
+    WeakModel,
+)
+from guidance.pag import PAG
+from guidance.seg import SEG
+from guidance.slg import SLG
+from guidance.window import Window
+
+NOISE_RATIO = np.array([np.inf, 8.0, 2.0, 0.5])
+PROGRESS = np.arange(4) / 4
+
+
+@pytest.mark.parametrize(
+    ("branch", "text"),
+    [
+        (NEGATIVE, "blurry"),
+        (EMPTY, ""),
+        (Branch("prompt"), "a cat"),
+        (Branch("own", "a dog"), "a dog"),
+    ],
+    ids=str,
+)
+def test_a_branch_tells_the_network_its_text(branch: Branch, text: str) -> None:
+    assert branch.text("a cat", "blurry") == text
+
+
+def test_a_window_is_everywhere_unless_bounded() -> None:
+    assert Window().contains(NOISE_RATIO, PROGRESS).all()
+    assert Window(low=0.5, high=8).contains(NOISE_RATIO, PROGRESS).tolist() == [
+        False,
+        True,
+        True,
+        False,
+    ]
+    assert Window(start=0.25, stop=0.75).contains(NOISE_RATIO, PROGRESS).tolist() == [
+        False,
+        True,
+        True,
+        False,
+    ]
+
+
+def test_a_perturbation_acts_in_its_window_unless_it_has_no_strength() -> None:
+    assert SLG().evaluates(NOISE_RATIO, np.array([0, 0.01, 0.19, 0.2])).tolist() == [
+        False,
+        True,
+        True,
+        False,
+    ]
+    assert not PAG(scale=0).evaluates(NOISE_RATIO, PROGRESS).any()
+
+
+def test_each_perturbation_changes_the_network_in_its_own_way() -> None:
+    layers = ("middle", "up_blocks.1")
+    assert PAG(layers=layers).edit == IdentityAttention(layers)
+    assert SEG(layers=layers).edit == BlurredQueries(layers, math.inf)
+    assert SEG(sigma=2.5).edit == BlurredQueries(("middle",), 2.5)
+    assert SLG(layers=layers).edit == SkippedBlocks(layers)
+    assert Autoguidance().edit == WeakModel()
+    assert SkipTuning(bottom=0.7).edit == SkipScales((0.7, 1.0))
