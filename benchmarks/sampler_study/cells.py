@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from benchmarks.sampler_study.statistics_files import Missing
 from samplers import SAMPLERS, SPACINGS
+from samplers.dpm_solver_v3 import DPMSolverV3
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from benchmarks.sampler_study.study import Sizes
-    from samplers import NoiseSchedule, Plan, Sampler, Spacing
+    from samplers import Grid, NoiseSchedule, Plan, Sampler, Spacing
     from samplers.statistics import Statistics
 
-Kept = Literal["", "elementwise", "per channel"]
+Kept = Literal["", "elementwise", "per channel", "one number", "smoothed", "noise prediction"]
 """What of the statistics a contender is given; empty where it takes none."""
 
 Part = Literal["error", "picture"]
@@ -95,6 +96,15 @@ V3 = (
     ),
 )
 
+REDUCED = (
+    _v3("v3, one number", "one number"),
+    _v3("v3, smoothed", "smoothed"),
+    _v3("v3, noise prediction", "noise prediction"),
+)
+"""What is left of v3 with less of its statistics, or with none of the model's at all."""
+REDUCED_SCALES = (1.0, 4.0)
+REDUCED_EVALUATIONS = (5, 8, 12)
+
 PUBLISHED = _one("v3, published flags", "dpm_solver_v3", "elementwise", preset="published")
 """Other than v3's at guidance 1 and 4, and measured there."""
 
@@ -139,7 +149,8 @@ MOMENTUM = (
 )
 
 EVERY = {
-    contender.label: contender for contender in (*V3, PUBLISHED, *SOLVERS, *FURTHER, *MOMENTUM)
+    contender.label: contender
+    for contender in (*V3, PUBLISHED, *REDUCED, *SOLVERS, *FURTHER, *MOMENTUM)
 }
 
 MAIN = (*V3, *SOLVERS)
@@ -229,12 +240,19 @@ def plan_of(cell: Cell, schedule: NoiseSchedule, statistics: Statistics | None) 
     t_end = schedule.t_end if cell.part == "error" else None
     for steps in range(cell.evaluations, 0, -1):
         grid = schedule.grid(spacing, steps, t_end=t_end)
-        plan = sampler.plan(grid) if statistics is None else sampler.plan(grid, statistics)
+        plan = planned(sampler, grid, statistics)
         if plan.evaluations == cell.evaluations:
             return plan
         if plan.evaluations < cell.evaluations:
             break
     raise ValueError(f"{cell.contender.label} has no run of {cell.evaluations} evaluations.")
+
+
+def planned(sampler: Sampler, grid: Grid, statistics: Statistics | None) -> Plan:
+    """The plan over a grid, with statistics for the one sampler that takes them."""
+    if isinstance(sampler, DPMSolverV3):
+        return sampler.plan(grid, statistics)
+    return sampler.plan(grid)
 
 
 def _spacing_named(name: str) -> Spacing:
@@ -245,6 +263,8 @@ def all_cells(sizes: Sizes) -> Iterator[Cell]:
     """Every cell, the most important first."""
     yield from _error_cells(MAIN, (7.5, 1.0, 4.0), sizes)
     yield from _error_cells((PUBLISHED,), (1.0, 4.0), sizes)
+    for scale, contender, evaluations in product(REDUCED_SCALES, REDUCED, REDUCED_EVALUATIONS):
+        yield Cell("error", contender, "logsnr", evaluations, scale, sizes.error_images)
     yield from _high_scale_cells(7.5, MOMENTUM, FEW, sizes)
     yield from _accuracy_cells(sizes)
     yield from _error_cells(MAIN, (2.0,), sizes)

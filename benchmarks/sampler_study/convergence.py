@@ -70,7 +70,8 @@ def errors(sampler: Sampler, counts: Sequence[int]) -> list[float]:
     exact = data.transport(x, T_START, T_END)
     found: list[float] = []
     for count in counts:
-        grids = (schedule.grid(LogSNR(), steps, T_START, T_END) for steps in range(count, 0, -1))
+        most = count // sampler.evaluations_per_step
+        grids = (schedule.grid(LogSNR(), steps, T_START, T_END) for steps in range(most, 0, -1))
         # Not every number can be had with two evaluations a step: then the next lower one.
         plan = next(plan for plan in map(sampler.plan, grids) if plan.evaluations <= count)
         found.append(float((integrate(plan, data, x) - exact).abs().max()))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from benchmarks.sampler_study.cells import planned
 from samplers import advance
 from samplers.timesteps import LogSNR
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from benchmarks.sampler_study.cells import Contender
     from benchmarks.sampler_study.statistics_files import StatisticsFiles
-    from samplers import Grid, Plan, Sampler
+    from samplers import Plan
     from samplers.statistics import Statistics
     from server.models.hosted import HostedModel
 
@@ -43,16 +44,12 @@ def of(contender: Contender, model: HostedModel, files: StatisticsFiles) -> dict
     )
     sampler = contender.sampler(SCALE)
     grid = facts.schedule.grid(LogSNR(), STEPS, t_end=facts.schedule.t_end)
-    plan = _planned(sampler, grid, statistics)
+    plan = planned(sampler, grid, statistics)
     return {
-        "plan": 1000 * _least_seconds(lambda: _planned(sampler, grid, statistics)),
-        "plan_large": 1000 * _least_seconds(lambda: _planned(sampler, grid, large), WARM_UP),
+        "plan": 1000 * _least_seconds(lambda: planned(sampler, grid, statistics)),
+        "plan_large": 1000 * _least_seconds(lambda: planned(sampler, grid, large), WARM_UP),
         **{f"advance_{rows}": _advance_ms(plan, rows, shape, model.device) for rows in ROWS},
     }
-
-
-def _planned(sampler: Sampler, grid: Grid, statistics: Statistics | None) -> Plan:
-    return sampler.plan(grid) if statistics is None else sampler.plan(grid, statistics)
 
 
 def _enlarged(statistics: Statistics | None, shape: tuple[int, int, int]) -> Statistics | None:

@@ -39,6 +39,7 @@ def _entries(results: Results) -> dict[str, str]:
         "regret": tables.regret(results),
         "against": tables.against_the_best(results),
         "variants": tables.variants(results),
+        "reduced": tables.reduced(results),
         "accuracy": tables.accuracy(results),
         **{f"momentum_{_name(s)}": tables.momentum(results, s) for s in HIGH_SCALES},
         "slopes": tables.slopes(results),

@@ -84,7 +84,7 @@ def _error_panels(results: Results, labels: Sequence[str], path: Path, spacing: 
             ]
             _line(axis, points, k, label)
         _log_evaluations(axis, EVALUATIONS)
-        axis.set_yscale("log")
+        _log_figures(axis)
         axis.set_title(f"guidance {scale:g}" if scale > 1 else "no guidance")
     for axis in axes[1]:
         axis.set_xlabel("evaluations of the guided model")
@@ -117,7 +117,7 @@ def accuracy(results: Results, path: Path) -> None:
 def momentum(results: Results, path: Path) -> None:
     """Elements beyond the clean range against the error, one line a family, at few evaluations."""
     figure, axes = plt.subplots(
-        2, len(HIGH_SCALES), figsize=(13, 6.2), sharex=True, layout="constrained"
+        2, len(HIGH_SCALES), figsize=(13, 6.2), sharex=True, sharey="row", layout="constrained"
     )
     for column, scale in zip(axes.T, HIGH_SCALES, strict=True):
         for k, (family, members) in enumerate(FAMILIES.items()):
@@ -129,11 +129,12 @@ def momentum(results: Results, path: Path) -> None:
         column[0].set_title(f"guidance {scale:g}")
         column[1].set_xlabel("order")
         for axis in column:
-            axis.set_yscale("log")
+            _log_figures(axis)
+            axis.set_xticks(range(1, 5))
             axis.grid(alpha=0.25)
     axes[0, 0].set_ylabel("% of elements beyond the range")
     axes[1, 0].set_ylabel("relative error")
-    _finish(figure, axes[0, 0], path)
+    _finish(figure, axes[0, 1], path)
 
 
 def slopes(results: Results, path: Path) -> None:
@@ -148,7 +149,7 @@ def slopes(results: Results, path: Path) -> None:
             name = f"{record['of']['label']} ({record['slope']:.2f})"
             _line(axis, list(zip(COUNTS, record["errors"], strict=True)), k, name)
         _log_evaluations(axis, COUNTS)
-        axis.set_yscale("log")
+        _log_figures(axis)
         axis.set_title(title)
         if members:
             axis.legend(fontsize=8, loc="lower left")
@@ -192,6 +193,11 @@ def _log_evaluations(axis: Axes, counts: Sequence[int]) -> None:
     axis.xaxis.set_major_formatter(ScalarFormatter())
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.grid(alpha=0.25)
+
+
+def _log_figures(axis: Axes) -> None:
+    axis.set_yscale("log")
+    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _finish(figure: Any, axis: Axes, path: Path) -> None:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from samplers.statistics import Statistics, read_identity
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from benchmarks.sampler_study.cells import Kept
+    from samplers.levels import F64
+
+HALF_WINDOW = 3
+"""Points to either side that smoothed statistics are averaged over."""
 
 
 class Missing(Exception):
@@ -36,8 +43,7 @@ class StatisticsFiles:
         """
         if not kept:
             return None
-        found = Statistics.load(self._path(scale))
-        return found.per_channel() if kept == "per channel" else found.for_shape(shape)
+        return _KEPT[kept](Statistics.load(self._path(scale)).for_shape(shape))
 
     def name_of(self, kept: Kept, scale: float) -> str:
         """What tells these statistics from others of the scale; empty where none are wanted.
@@ -59,3 +65,39 @@ class StatisticsFiles:
             if identity is not None and (identity.rule, identity.scale) == wanted:
                 return path
         raise Missing(f"there are no statistics of guidance scale {scale:g} in {self.folder}")
+
+
+def _one_number(found: Statistics) -> Statistics:
+    """The mean over all elements, a number a point."""
+    return _mapped(found, lambda a: a.mean(axis=(1, 2, 3), keepdims=True))
+
+
+def _smoothed(found: Statistics) -> Statistics:
+    """A moving average over the points."""
+    width = 2 * HALF_WINDOW + 1
+    edges = ((HALF_WINDOW, HALF_WINDOW), (0, 0), (0, 0), (0, 0))
+
+    def average(a: F64) -> F64:
+        padded = np.pad(a, edges, mode="edge")
+        return np.lib.stride_tricks.sliding_window_view(padded, width, axis=0).mean(-1)
+
+    return _mapped(found, average)
+
+
+def _noise_prediction(found: Statistics) -> Statistics:
+    """(l, s, b) = (0, -1, 0): DPM-Solver in the noise prediction, whatever the model."""
+    zero = np.zeros_like(found.l[:, :1, :1, :1])
+    return replace(found, l=zero, s=zero - 1, b=zero)
+
+
+def _mapped(found: Statistics, change: Callable[[F64], F64]) -> Statistics:
+    return replace(found, l=change(found.l), s=change(found.s), b=change(found.b))
+
+
+_KEPT: dict[Kept, Callable[[Statistics], Statistics]] = {
+    "elementwise": lambda found: found,
+    "per channel": Statistics.per_channel,
+    "one number": _one_number,
+    "smoothed": _smoothed,
+    "noise prediction": _noise_prediction,
+}

@@ -10,11 +10,16 @@ from benchmarks.sampler_study.cells import (
     EVALUATIONS,
     EVERY,
     FEW,
+    FURTHER,
     PICTURE_EVALUATIONS,
     PRACTICE,
     PRACTICE_SCALE,
     PUBLISHED,
+    REDUCED,
+    REDUCED_EVALUATIONS,
+    REDUCED_SCALES,
     SCALES,
+    SOLVERS,
     SPACINGS_COMPARED,
     V3,
 )
@@ -28,8 +33,12 @@ if TYPE_CHECKING:
 
 MARKS = {"logsnr": "", "linspace": "<sup>t</sup>"}
 NOTHING = "–"
-V3_LABELS = [contender.label for contender in (*V3, PUBLISHED)]
+V3_LABELS = [contender.label for contender in (*V3, PUBLISHED, *REDUCED)]
+COMPARED = [label for label in EVERY if label not in {one.label for one in REDUCED}]
 OTHERS = [label for label in EVERY if label not in V3_LABELS]
+
+
+TIMED = [contender.label for contender in (*V3, *SOLVERS, *FURTHER)]
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -65,10 +74,12 @@ def _leaders(ranked: list[Found]) -> str:
 def errors(results: Results, scale: float) -> str:
     """Mean error and its standard error, each sampler over its better spacing."""
     head = ["sampler", *(str(n) for n in EVALUATIONS)]
-    best = {n: results.ranked(EVERY, n, scale) for n in EVALUATIONS}
+    best = {n: results.ranked(COMPARED, n, scale) for n in EVALUATIONS}
     rows: list[list[str]] = []
-    for label in results.measured("error"):
+    for label in COMPARED:
         found = [results.better(label, n, scale) for n in EVALUATIONS]
+        if all(f is None for f in found):
+            continue
         texts = [
             NOTHING if f is None else _with_error(f, leads=f == best[n][0])
             for n, f in zip(EVALUATIONS, found, strict=True)
@@ -86,7 +97,7 @@ def _with_error(found: Found, *, leads: bool) -> str:
 def regret(results: Results, few: Sequence[int] = (5, 6, 8, 10)) -> str:
     """How far each sampler is behind the best at few evaluations, and at worst."""
     rows: list[tuple[float, list[str]]] = []
-    for label in results.measured("error"):
+    for label in COMPARED:
         behind = [[_behind(results, label, n, scale) for n in few] for scale in SCALES]
         known = [ratio for ratios in behind for ratio in ratios if ratio is not None]
         if len(known) < len(SCALES) * len(few):
@@ -106,7 +117,7 @@ def _behind(results: Results, label: str, evaluations: int, scale: float) -> flo
     found = results.better(label, evaluations, scale)
     if found is None:
         return None
-    return found.mean / results.ranked(EVERY, evaluations, scale)[0].mean
+    return found.mean / results.ranked(COMPARED, evaluations, scale)[0].mean
 
 
 def against_the_best(results: Results) -> str:
@@ -131,7 +142,7 @@ def variants(results: Results, few: Sequence[int] = (5, 6, 8, 10)) -> str:
     """Errors of v3's variants over those of v3, over all images at few evaluations."""
     head = ["variant", "spacing", *(f"guidance {scale:g}" for scale in SCALES)]
     rows: list[list[str]] = []
-    for label in V3_LABELS:
+    for label in V3_LABELS[: -len(REDUCED)]:
         for spacing in SPACINGS_COMPARED:
             texts = [_variant(results, label, spacing, scale, few) for scale in SCALES]
             if any(text != NOTHING for text in texts):
@@ -151,6 +162,24 @@ def _variant(results: Results, label: str, spacing: str, scale: float, few: Sequ
         theirs += base.errors
     middle, low, high = ratio(ours, theirs)
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+
+def reduced(results: Results) -> str:
+    """Errors of v3 with less of its statistics, over log SNR."""
+    labels = ("v3", "v3, per channel", *(contender.label for contender in REDUCED))
+    head = [
+        "statistics",
+        *(f"guidance {s:g} at {n}" for s in REDUCED_SCALES for n in REDUCED_EVALUATIONS),
+    ]
+    rows: list[list[str]] = []
+    for label in labels:
+        found = [
+            results.errors(label, "logsnr", n, s)
+            for s in REDUCED_SCALES
+            for n in REDUCED_EVALUATIONS
+        ]
+        rows.append([label, *(NOTHING if f is None else _figure(f.mean) for f in found)])
+    return table(head, rows)
 
 
 def momentum(results: Results, scale: float) -> str:
@@ -241,6 +270,8 @@ def cost(results: Results) -> str:
     rows: list[list[str]] = []
     for record in results.of_part("cost"):
         of = record["of"]
+        if of["contender"] not in TIMED:
+            continue
         shares = [
             f"{record[f'advance_{n}']:.3f} ms, "
             f"{record[f'advance_{n}'] / ticks[of['model'], of['device'], n]:.2%}"
