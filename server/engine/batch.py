@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from server.engine.classify import References
     from server.engine.compiled import CompiledPlan
+    from server.engine.guidance_plan import Ask
     from server.engine.lane import Lane
     from server.engine.sequence import Aim, Group, Sequence
 
@@ -123,15 +124,13 @@ def pack(lane: Lane, sequences: list[Sequence], fixed_rows: int | None) -> Batch
         numbers += ask.numbers
         if ask.evaluated:
             others[i] = list(range(first, first + sequence.guidance.branches))
-        for k, (number, scale) in enumerate(ask.perturbed):
-            if k == len(perturbed):
-                perturbed.append([])
-            perturbed[k].append((i, first + ask.numbers.index(number), scale))
+        if ask.perturbed:
+            _place(ask, i, first, perturbed)
     rows = lane.indices([sequence.slot for sequence in sequences])
     batch = Batch(
         lane=lane,
         sequences=sequences,
-        plans=[lane.compiled(sequence.task.plan) for sequence in sequences],
+        plans=[_compiled(lane, sequence) for sequence in sequences],
         columns=lane.pool.columns.index_select(0, rows),
         owners=owners,
         numbers=numbers,
@@ -146,6 +145,22 @@ def pack(lane: Lane, sequences: list[Sequence], fixed_rows: int | None) -> Batch
     if referred:
         batch.references = choose(batch)
     return batch
+
+
+def _place(ask: Ask, i: int, first: int, perturbed: list[list[tuple[int, int, float]]]) -> None:
+    """Note the rows of an image's perturbed predictions; its own rows begin at ``first``."""
+    for k, (number, scale) in enumerate(ask.perturbed):
+        if k == len(perturbed):
+            perturbed.append([])
+        perturbed[k].append((i, first + ask.numbers.index(number), scale))
+
+
+def _compiled(lane: Lane, sequence: Sequence) -> CompiledPlan:
+    """The image's plan, which is looked up again only where the pool's states have deepened."""
+    made = sequence.compiled
+    if made is None or made.slots != lane.pool.slots:
+        made = sequence.compiled = lane.compiled(sequence.task.plan)
+    return made
 
 
 def evaluate(batch: Batch) -> Tensor:

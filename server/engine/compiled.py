@@ -31,6 +31,7 @@ class CompiledPlan:
         out: see ``skip``.
         noisy: which stages draw noise.
         langevin: signal-to-noise ratio of each stage's Langevin move, 0 where it makes none.
+        slots: K, of the pool that it was made for.
     """
 
     tables: Tensor
@@ -42,6 +43,7 @@ class CompiledPlan:
     out: list[float]
     noisy: tuple[bool, ...]
     langevin: tuple[float, ...]
+    slots: int
 
 
 def compile_plan(plan: Plan, facts: ModelFacts, slots: int, device: torch.device) -> CompiledPlan:
@@ -62,4 +64,5 @@ def compile_plan(plan: Plan, facts: ModelFacts, slots: int, device: torch.device
         out=scales.out.tolist(),
         noisy=plan.noisy,
         langevin=plan.langevin,
+        slots=slots,
     )

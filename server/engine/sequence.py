@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         Rule,
     )
     from samplers import Plan
+    from server.engine.compiled import CompiledPlan
     from server.engine.guidance_plan import Ask, GuidancePlan
     from server.engine.lane import Lane
 
@@ -205,6 +206,7 @@ class Sequence:
     started_at: float = 0.0
     denoised_at: float = 0.0
     conditioning: list[Tensor] = field(default_factory=list)
+    compiled: CompiledPlan | None = None
     known: Known | None = None
     ancestor: int = field(init=False)
     effective: list[float] = field(default_factory=list)
