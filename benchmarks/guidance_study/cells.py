@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ MORE_STEPS = 50
 SCALES = (1.0, 2.0, 4.0, 7.5, 12.0, 20.0)
 HIGH_SCALES = (4.0, 7.5, 12.0, 20.0)
 PLUS_SCALES = (0.4, 0.6, 0.8, 1.0)
-THRESHOLDS = (0.97, 0.991, 0.997)
+THRESHOLDS = (0.97, 0.991, 0.997, 0.999)
 STRENGTH = 0.8
 
 UNGUIDED: Mapping[str, Any] = {"name": "none"}
@@ -103,8 +103,10 @@ PERTURBATIONS: Mapping[str, Mapping[str, Any]] = {
 }
 
 COMBINED: Mapping[str, Mapping[str, Any]] = {
-    "apg 7.5, adaptive": by(apg(7.5), "adaptive"),
-    "apg 7.5, reuse 2": by(apg(7.5), "reuse"),
+    "apg 4, reuse 2": by(apg(4.0), "reuse", every=2),
+    "apg 4, adaptive": by(apg(4.0), "adaptive", threshold=0.991),
+    "apg 4, interval": by(apg(4.0), "interval"),
+    "cfg 2, reuse 2": by(cfg(2.0), "reuse", every=2),
     "cfg 4, autoguidance, adaptive": by(beside(BASE, "autoguidance"), "adaptive"),
     "cfg 7.5, interval": WIDE[7.5],
 }
@@ -184,10 +186,16 @@ class Cell:
 
     def full(self) -> Cell | None:
         """The cell whose pictures a policy that saves should give; None if this is one of them."""
-        if "policy" not in self.guidance:
-            return None
-        always = {key: value for key, value in self.guidance.items() if key != "policy"}
-        return Cell(always, self.sitting, self.steps, self.block)
+        return self._without("policy") if "policy" in self.guidance else None
+
+    def undisturbed(self) -> Cell | None:
+        """The cell without what is changed inside the network; None if nothing is."""
+        changed = "perturbed" in self.guidance or "skip_tuning" in self.guidance
+        return self._without("perturbed", "skip_tuning") if changed else None
+
+    def _without(self, *names: str) -> Cell:
+        left = {key: value for key, value in self.guidance.items() if key not in names}
+        return replace(self, guidance=left)
 
 
 def all_cells() -> Iterator[Cell]:
@@ -206,18 +214,18 @@ def _in_order() -> Iterator[Cell]:
     yield from _cells([plus(scale) for scale in (0.6, 1.0)])
     yield from _cells([*INTERVALS.values()])
     yield from _few_step_cells()
-    yield from _cells([ADAPTIVE[0.97], ADAPTIVE[0.997], ADAPTIVE_NOISE, RATED["residual, onetime"]])
+    yield from _cells([*ADAPTIVE.values(), ADAPTIVE_NOISE, RATED["residual, onetime"]])
     for settings in PERTURBATIONS.values():
         yield Cell({**UNGUIDED, "perturbed": [settings]})
     yield from _cells([{**rule, "scale": 7.5} for rule in OTHER_RULES.values()])
-    yield from _cells([*APG_VARIANTS.values(), COMBINED["apg 7.5, adaptive"]])
+    yield from _cells([*APG_VARIANTS.values(), *COMBINED.values()])
     yield from _cells([*map(cfg, (4.0, 1.0, 12.0)), apg(12.0), plus(0.6)], "again")
     yield from _cells([*AVOIDING.values()], "avoiding")
     yield from _cells([beside(BASE, "pag"), beside(BASE, "autoguidance")])
     yield from (Cell(tuned(BASE, bottom), steps=4) for bottom in (0.8, 0.6))
     for second in (UNGUIDED, BASE, cfg(2.0), apg(4.0)):
         yield Cell(second, block=1)
-    yield from _cells([WIDE[12.0], *COMBINED.values()])
+    yield from _cells([WIDE[12.0]])
     yield from _cells([LINEAR["linear_adaptive, to the end"], plus(0.8), plus(0.4)])
     yield from _cells([*OVERLAPPING.values()], "overlapping")
     yield from _cells([*COMPOSED.values()], "two")

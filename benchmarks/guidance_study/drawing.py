@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from guidance.linear_adaptive import LinearAdaptive
 from server.admission import make_plan, resolve
 from server.engine.engine import Engine
 from server.engine.sequence import ImageTask
@@ -171,11 +172,13 @@ class Drawing:
 
     def _fit(self, resolved: ResolvedRequest, plan: Plan) -> None:
         """Make the coefficients that the policy needs, unless there are some."""
-        rule, _ = split(resolved.guidance)
-        identity = identity_of(self._model.facts.revision, plan, rule)
+        rule, policy = split(resolved.guidance)
+        if not isinstance(policy, LinearAdaptive):
+            raise TypeError(f"nothing here fits {policy.name!r}")
+        identity = identity_of(self._model.facts.revision, plan, rule, policy.every)
         if self._model.linear_fits.find(identity) is None:
             runs = Runs(self._fitted_runs, seed=FIRST_FITTED_SEED)
-            made = fit(self._model, plan, rule, self._prompts, runs, _say_nothing)
+            made = fit(self._model, plan, rule, policy, self._prompts, runs, _say_nothing)
             made.save(fit_file(self._kept, resolved.sampler.name, resolved.steps, identity))
 
     def _listen(self, model: HostedModel) -> None:

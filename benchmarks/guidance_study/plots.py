@@ -148,7 +148,11 @@ def savings(results: Results, path: Path) -> None:
             continue
         spent = [one.mean("evaluations") / full.mean("evaluations") for _, one in there]
         for axis, value in zip(axes, (_decibels, _share), strict=True):
-            points = [(100 * (1 - s), value(one)) for s, (_, one) in zip(spent, there, strict=True)]
+            # Side by side, so that the bars do not hide one another.
+            points = [
+                (100 * (1 - s) + 0.25 * (k - 2), value(one))
+                for s, (_, one) in zip(spent, there, strict=True)
+            ]
             _line(axis, points, k, name)
             for (label, _), (x, (y, _, _)) in zip(there, points, strict=True):
                 axis.annotate(
@@ -296,7 +300,7 @@ def _finish(figure: Figure, axis: Axes, path: Path) -> None:
     handles, labels = axis.get_legend_handles_labels()
     if handles:
         figure.legend(
-            handles, labels, loc="outside lower center", ncols=min(6, len(labels)), frameon=False
+            handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False
         )
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -100,7 +100,7 @@ class Study:
         """
         drawn = self._drawn(cell)
         if cell.sitting == "again":
-            first = self._drawn(type(cell)(cell.guidance, "captions", cell.steps, cell.block))
+            first = self._drawn(replace(cell, sitting="captions"))
             pairs = drawn.latents, first.latents[: len(drawn.latents)]
             return {"apart": measures.distances(*pairs)}
         pictures = self._decoded(drawn.latents)
@@ -115,6 +115,9 @@ class Study:
         if full is not None:
             wanted = self._decoded(self._drawn(full).latents)
             found["psnr"] = measures.psnr(pictures, wanted)
+        undisturbed = cell.undisturbed()
+        if undisturbed is not None:
+            found["moved"] = measures.distances(drawn.latents, self._drawn(undisturbed).latents)
         return found
 
     def truth(self) -> dict[str, Any]:

@@ -71,16 +71,22 @@ def perturbed(results: Results) -> str:
             rows[f"{base_name}, {name}"] = {**base, "perturbed": [settings]}
         for bottom in (0.8, 0.6):
             rows[f"{base_name}, skip_tuning {bottom:g}"] = cells.tuned(base, bottom)
-    return _looks(results, rows)
+    return _looks(results, rows, moved=True)
 
 
 def combined(results: Results) -> str:
     """Rules with policies, beside the rules alone."""
-    rows = {"cfg 4": cells.BASE, "apg 4": cells.apg(4.0), "apg 7.5": cells.apg(7.5)}
+    rows = {"cfg 2": cells.cfg(2.0), "cfg 4": cells.BASE, "apg 4": cells.apg(4.0)}
     return _looks(results, {**rows, **cells.COMBINED})
 
 
-def _looks(results: Results, rows: Mapping[str, Mapping[str, Any]], *, truth: bool = False) -> str:
+def _looks(
+    results: Results,
+    rows: Mapping[str, Mapping[str, Any]],
+    *,
+    truth: bool = False,
+    moved: bool = False,
+) -> str:
     """What pictures show, how they look, and what they cost."""
     lines: list[list[str]] = []
     for name, guidance in rows.items():
@@ -88,10 +94,15 @@ def _looks(results: Results, rows: Mapping[str, Mapping[str, Any]], *, truth: bo
         if figures is not None:
             again = results.found(guidance, "again")
             cost = f"{figures.mean('evaluations'):.1f}"
-            lines.append([name, *_look(results, figures, again), cost])
+            far = [_moved(figures)] if moved else []
+            lines.append([name, *_look(results, figures, again), *far, cost])
     if truth and results.truth is not None:
         lines.append(["*true pictures*", *_look(results, results.truth, None), NOTHING])
-    return table(["guidance", *LOOKS, "evaluations"], lines)
+    return table(["guidance", *LOOKS, *["moved by"] * moved, "evaluations"], lines)
+
+
+def _moved(figures: Figures) -> str:
+    return _mean(figures, "moved", 3) if figures.values("moved") else NOTHING
 
 
 def _look(results: Results, figures: Figures, again: Figures | None) -> list[str]:

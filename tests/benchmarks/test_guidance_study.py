@@ -75,6 +75,14 @@ def test_prompts_of_a_cell_are_filled_in_with_the_things_of_a_caption(study: Stu
     assert found["evaluations"] == [4 * FEW] * 2
 
 
+def test_what_a_perturbation_moves_is_told_from_the_same_without_it(study: Study) -> None:
+    found = study.run(Cell(cells.beside(UNGUIDED, "autoguidance"), steps=FEW))
+    nothing = study.run(Cell(cells.beside(UNGUIDED, "autoguidance", scale=0.0), steps=FEW))
+    assert min(found["moved"]) > 0.01
+    assert max(nothing["moved"]) < 1e-4
+    assert "moved" not in study.run(Cell(UNGUIDED, steps=FEW))
+
+
 def test_other_seeds_give_other_pictures_of_the_same_captions(study: Study) -> None:
     found = study.run(Cell(UNGUIDED, "again", FEW))
     assert len(found["apart"]) == SIZES.again
