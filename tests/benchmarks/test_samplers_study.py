@@ -8,15 +8,19 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.sampler_study import tables
 from benchmarks.sampler_study.cells import Cell, Contender
 from benchmarks.sampler_study.measures import Bounds, ratio, relative_errors, slope, wilson
-from benchmarks.sampler_study.page import write
+from benchmarks.sampler_study.measuring import Wanted, measure
 from benchmarks.sampler_study.records import Records
+from benchmarks.sampler_study.results import Results
 from benchmarks.sampler_study.statistics_files import Missing, StatisticsFiles
 from benchmarks.sampler_study.study import Sizes, Study
 from benchmarks.samplers import main
 from embedded import MODEL_FOLDER
 from samplers.statistics import Statistics, StatisticsIdentity
+from server.models.folder import revision_of
+from server.models.hosted import HostedModel
 from server.models.loading import load_model
 
 SIZES = Sizes(
@@ -32,10 +36,15 @@ DDIM = Contender("ddim", {"name": "ddim"})
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+def model() -> HostedModel:
+    return load_model(MODEL_FOLDER, name="embedded", device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory, model: HostedModel) -> Study:
     folder = tmp_path_factory.mktemp("study")
-    model = load_model(MODEL_FOLDER, name="embedded", device="cpu", dtype="float32")
-    return Study(model, "weights", StatisticsFiles(folder / "none"), SIZES, folder / "kept")
+    weights = revision_of(MODEL_FOLDER / "unet")
+    return Study(model, weights, StatisticsFiles(folder / "none"), SIZES, folder / "kept")
 
 
 def error_cell(contender: Contender, evaluations: int, scale: float = 4.0) -> Cell:
@@ -93,36 +102,37 @@ def test_statistics_are_found_by_their_scale(tmp_path: Path) -> None:
     assert files.name_of("elementwise", 1.0) != files.name_of("elementwise", 4.0)
 
 
-def test_the_study_resumes_and_writes_its_page(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_study_writes_its_page_and_resumes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], study: Study, model: HostedModel
 ) -> None:
     data, page, images = (tmp_path / name for name in ("d.jsonl", "page.md", "images"))
     arguments = [
         *("--data", data, "--page", page, "--images", images, "--kept", tmp_path / "kept"),
-        *("--parts", "error", "--contenders", "ddim", "--scales", 1),
-        *("--evaluations", 5, 6),
+        *("--parts", "error", "--contenders", "ddim", "--scales", 1, "--evaluations", 5),
         *("--error-images", 2, "--reference-steps", 12, "--known-pictures", 1),
     ]
     main([str(argument) for argument in arguments])
     lines = data.read_text().splitlines()
-    assert len(lines) == 4
-    assert "error ddim logsnr 5 1.0" in capsys.readouterr().out
-    # A run that was cut off goes on where it ended.
-    data.write_text("\n".join(lines[:-1]) + "\n")
-    main([str(argument) for argument in arguments])
-    assert capsys.readouterr().out.count("error ddim") == 1
-    assert data.read_text().splitlines() == lines
+    assert [json.loads(line)["of"]["spacing"] for line in lines] == ["logsnr", "linspace"]
+    assert np.mean(json.loads(lines[0])["errors"]) > 0
     text = page.read_text()
-    mean = np.mean(json.loads(lines[0])["errors"])
     assert "| ddim |" in text
     assert "$" not in text
-    assert mean > 0
-    assert sorted(path.suffix for path in images.iterdir()) == [".png"] * 5
+    assert len(list(images.glob("*.png"))) == 5
+    # What stands in the file is not measured again, and what is missing is.
+    wanted = Wanted(("error",), ("ddim",), (1.0,), (5, 6))
+    records = Records(data)
+    capsys.readouterr()
+    for measured in (2, 0):
+        measure(study, model, model, StatisticsFiles(tmp_path), records, wanted, 1.0)
+        assert capsys.readouterr().out.count("error ddim") == measured
+    assert data.read_text().splitlines()[:2] == lines
 
 
-def test_the_page_does_without_results(tmp_path: Path) -> None:
-    write(Records(tmp_path / "none.jsonl"), tmp_path / "page.md", tmp_path / "images")
-    assert (tmp_path / "page.md").read_text().startswith("# Samplers")
+def test_the_tables_do_without_results(tmp_path: Path) -> None:
+    results = Results(Records(tmp_path / "none.jsonl"))
+    assert set(tables.which(results).splitlines()[2].split(" | ")[1:-1]) == {tables.NOTHING}
+    assert tables.regret(results).count("\n") == 1
 
 
 def test_records_are_found_whatever_the_order_of_their_entries(tmp_path: Path) -> None:
