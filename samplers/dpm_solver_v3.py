@@ -39,9 +39,12 @@ class Flags(NamedTuple):
     lower_order_final: bool
 
 
-BELOW_5 = nextafter(5, 0)
+BELOW_4, BELOW_5 = nextafter(4, 0), nextafter(5, 0)
 PRESETS: dict[Preset, tuple[tuple[float, float, Flags], ...]] = {
-    "best": ((inf, inf, Flags(3, "exact", "exact", lower_order_final=True)),),
+    "best": (
+        (BELOW_4, inf, Flags(2, "exact", "pseudo", lower_order_final=True)),
+        (inf, inf, Flags(2, "exact", "none", lower_order_final=True)),
+    ),
     "published": (
         (1, 5, Flags(3, "pseudo", "exact", lower_order_final=False)),
         (1, inf, Flags(3, "exact", "exact", lower_order_final=True)),
@@ -51,10 +54,10 @@ PRESETS: dict[Preset, tuple[tuple[float, float, Flags], ...]] = {
 }
 """Flags by (highest guidance scale, most steps); the first row that fits counts.
 
-best: of order 3 with an exact corrector, the most accurate or close to it on an anisotropic
-mixture at 5 to 20 steps, evenly spaced in time and in log SNR. published: the authors' scripts,
-unguided for CIFAR-10, below a scale of 5 for ImageNet and Stable Diffusion, and from there for
-Stable Diffusion.
+best: the most accurate on the embedded model at 5 to 10 steps (docs/samplers.md), where order 3
+with an exact corrector, the best on an anisotropic mixture, has 1.0 to 1.6 times the error.
+published: the authors' scripts, unguided for CIFAR-10, below a scale of 5 for ImageNet and Stable
+Diffusion, and from there for Stable Diffusion.
 """
 
 
