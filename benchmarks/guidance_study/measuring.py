@@ -103,8 +103,10 @@ def measure_rates(
             rounds[name].append(drawing.time(Cell(guidance), sitting))
             print(f"{rounds[name][-1].wall_s:6.1f} s  rate {name}, load {load[-1]:.1f}", flush=True)
     result: dict[str, Any] = {
-        "wall_s": {name: [one.wall_s for one in all_] for name, all_ in rounds.items()},
-        "processor_s": {name: [one.processor_s for one in all_] for name, all_ in rounds.items()},
+        "wall_s": {name: [round(one.wall_s, 3) for one in all_] for name, all_ in rounds.items()},
+        "processor_s": {
+            name: [round(one.processor_s, 3) for one in all_] for name, all_ in rounds.items()
+        },
         "load": [min(load), median(load), max(load)],
     }
     records.add(of, result)

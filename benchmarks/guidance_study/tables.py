@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from benchmarks.guidance_study.cells import Sitting
     from benchmarks.guidance_study.results import Figures, Results
 
+NOT_YET = "Not measured yet."
+
 LOOKS = ["right", "saturation", "contrast", "clipped, %", "farther than the truth", "diversity"]
 
 
@@ -49,8 +51,10 @@ def apg_variants(results: Results) -> str:
 def rules(results: Results, scale: float) -> str:
     """The other rules at one scale."""
     rows = {f"cfg {scale:g}": cells.cfg(scale), f"apg {scale:g}": cells.apg(scale)}
-    rows |= {name: {**rule, "scale": scale} for name, rule in cells.OTHER_RULES.items()}
-    return _looks(results, rows)
+    others = {name: {**rule, "scale": scale} for name, rule in cells.OTHER_RULES.items()}
+    if not any(map(results.found, others.values())):
+        return NOT_YET
+    return _looks(results, {**rows, **others})
 
 
 def frequencies(results: Results) -> str:
@@ -59,6 +63,8 @@ def frequencies(results: Results) -> str:
         f"frequency_decoupled {one['scale']:g}, detail {one['scale_high']:g}": one
         for one in cells.FREQUENCIES
     }
+    if not any(map(results.found, rows.values())):
+        return NOT_YET
     return _looks(results, {"cfg 4": cells.BASE, "cfg 7.5": cells.cfg(7.5), **rows})
 
 
@@ -271,7 +277,9 @@ def _of_sitting(
 ) -> str:
     found = {name: results.found(guidance, sitting) for name, guidance in rows.items()}
     lines = {name: columns(figures) for name, figures in found.items() if figures is not None}
-    head = next(iter(lines.values()), {})
+    if not lines:
+        return NOT_YET
+    head = next(iter(lines.values()))
     return table(["guidance", *head], [[name, *line.values()] for name, line in lines.items()])
 
 
