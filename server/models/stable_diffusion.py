@@ -209,8 +209,9 @@ def embedding_of_scales(scales: Tensor, size: int) -> Tensor:
         ``[rows, size]``: sines, then cosines, at frequencies from 1000 down to 0.1.
     """
     half = size // 2
-    exponents = torch.arange(half, dtype=torch.float32, device=scales.device) / (half - 1)
-    angles = 1000 * scales.float()[:, None] * torch.exp(-LONGEST_PERIOD * exponents)
+    # Angles reach thousands, where float32 rounds by 1e-3: so in the order LCMs were trained with.
+    steps = torch.arange(half, dtype=torch.float32, device=scales.device)
+    angles = 1000 * scales.float()[:, None] * torch.exp(steps * -(LONGEST_PERIOD / (half - 1)))
     return torch.cat([angles.sin(), angles.cos()], 1)
 
 

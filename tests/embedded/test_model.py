@@ -39,7 +39,7 @@ def test_all_files_together_are_under_40_megabytes() -> None:
 
 def test_weights_are_safetensors() -> None:
     suffixes = {file.suffix for file in MODEL_FOLDER.rglob("*") if file.is_file()}
-    assert suffixes == {".json", ".safetensors"}
+    assert suffixes == {".json", ".safetensors", ".txt"}
 
 
 def test_diffusers_draws_with_it_unchanged(pipeline: StableDiffusionPipeline) -> None:
