@@ -17,6 +17,7 @@ from server.request import (
     COMPANY,
     DEFAULT_GUIDANCE,
     DEFAULT_STEPS,
+    GUIDANCE_OF_STATISTICS,
     GenerateRequest,
     ResolvedRequest,
     check_limits,
@@ -55,7 +56,9 @@ def resolve(
         "seed": secrets.randbelow(2**32),
         "sampler": sampler.model_dump(),
         "spacing": sampler.default_spacing,
-        "guidance": DEFAULT_GUIDANCE,
+        "guidance": GUIDANCE_OF_STATISTICS
+        if isinstance(sampler, DPMSolverV3)
+        else DEFAULT_GUIDANCE,
         "strength": _default_strength(request, upload_size is not None),
     }
     given = request.model_dump(exclude={"image", "mask"}, exclude_none=True)

@@ -62,14 +62,22 @@ def test_the_answer_says_what_was_done(generate: Generate) -> None:
     assert answer["settings"]["sampler"]["name"] == "dpm_solver_pp"
     assert answer["settings"]["spacing"]["name"] == "trailing"
     assert answer["settings"]["guidance"] == {
-        "name": "cfg",
+        "name": "apg",
         "scale": 4.0,
+        "eta": 0.0,
+        "norm_threshold": 15.0,
+        "momentum": -0.5,
         "policy": {"name": "always"},
         "perturbed": [],
     }
     assert answer["evaluations"] == {"spent": 4, "saved": 0}
     assert set(answer["timings"]) == {"queue_s", "denoise_s", "decode_s", "total_s"}
     assert answer["timings"]["total_s"] >= answer["timings"]["denoise_s"] > 0
+
+
+def test_statistics_of_the_model_need_no_guidance_to_be_named(generate: Generate) -> None:
+    answer = generate(sampler="dpm_solver_v3", steps=5).json()
+    assert answer["settings"]["guidance"]["name"] == "cfg"
 
 
 def test_the_default_is_25_steps(client: httpx2.Client) -> None:
@@ -199,7 +207,7 @@ def test_a_png_tells_others_of_its_settings(generate: Generate) -> None:
         "Seed": "5",
         "Size": "128x128",
         "Model": "embedded",
-        "Guidance": "cfg",
+        "Guidance": "apg",
         "Guidance policy": "always",
     }
 
