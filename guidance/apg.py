@@ -8,6 +8,7 @@ from pydantic import Field
 from typing_extensions import override
 
 from guidance.branch import NEGATIVE
+from guidance.reductions import inner
 from guidance.rule import Guided, Rows, Rule
 
 if TYPE_CHECKING:
@@ -70,16 +71,12 @@ class APG(Rule, frozen=True):
         smoothed = rows.cond - rows.other + parameters["momentum"] * kept
         bound = parameters["norm_threshold"] * (smoothed[0].numel() / REFERENCE_ELEMENTS) ** 0.5
         direction = smoothed.double()
-        norm = _inner(direction, direction).sqrt()
+        norm = inner(direction, direction).sqrt()
         direction = direction * (bound / norm).clamp(max=1).where((bound > 0) & (norm > 0), 1)
         cond = rows.cond.double()
-        squared = _inner(cond, cond)
-        share = (_inner(direction, cond) / squared).where(squared > 0, 0)
+        squared = inner(cond, cond)
+        share = (inner(direction, cond) / squared).where(squared > 0, 0)
         along = share * cond
         push = (direction - along + parameters["eta"] * along).to(rows.cond.dtype)
         memory = smoothed.where(rows.closes_step, kept)[:, None]
         return Guided(rows.cond + (parameters["scale"] - 1) * push, rows.x, memory)
-
-
-def _inner(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).flatten(1).sum(1).view(-1, *[1] * (a.ndim - 1))
