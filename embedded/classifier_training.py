@@ -8,9 +8,10 @@ from typing import Final
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from embedded.checkpoint import save
 from embedded.components import make_scheduler
 from embedded.scenes import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, Scene, make_scene, render
 from server.models.classifier import LatentClassifier
@@ -60,10 +61,8 @@ class Labelled:
         return before, after
 
     def save(self, file: Path) -> None:
-        """Write a safetensors file."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        classes = {name: values.contiguous() for name, values in self.classes.items()}
-        save_file({_LATENTS: self.latents, **classes}, file)
+        """Write a safetensors file, whole or not at all."""
+        save({_LATENTS: self.latents, **self.classes}, file)
 
     @classmethod
     def load(cls, file: Path) -> "Labelled":
