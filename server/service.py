@@ -17,7 +17,6 @@ from torch import Tensor
 from samplers import Plan
 from server.admission import make_plan, resolve, statistics_for
 from server.catalog import ModelEntry
-from server.classifier_check import aim_of
 from server.engine.engine import Engine
 from server.engine.sequence import ImageTask
 from server.errors import (
@@ -27,14 +26,14 @@ from server.errors import (
     UnknownModel,
 )
 from server.generation import Generation
-from server.group_check import group_of, is_group
-from server.guidance_check import check_windows, coefficients_for
+from server.group_check import is_group
 from server.infotext import infotext
 from server.kept import Kept
 from server.models.hosted import HostedModel
 from server.picture import Description, decode, decode_mask, encode, fit
-from server.request import GenerateRequest, ResolvedRequest, split
+from server.request import GenerateRequest, ResolvedRequest
 from server.settings import Limits
+from server.tasks import seeds_of, tasks_of
 
 __all__ = ["Picture", "Pictures", "Service"]
 
@@ -260,43 +259,14 @@ class Service:
         image: Image.Image | None,
         mask: Image.Image | None,
     ) -> list[ImageTask]:
-        """One task an image, all on one plan."""
         size = resolved.width, resolved.height
-        rule, policy = split(resolved.guidance)
         pixels = None if image is None else _pixels_tensor(fit(image, *size))
         repaint = None if mask is None else _mask_tensor(fit(mask, *size))
-        plan = self._plan(resolved, model)
-        check_windows(resolved.guidance, plan)
-        coefficients = coefficients_for(resolved, model, plan)
-        aim = aim_of(resolved, model, plan)
-        group = group_of(resolved, plan)
-        tuning = resolved.guidance.skip_tuning
-        return [
-            ImageTask(
-                model=model.facts.name,
-                prompt=resolved.prompt,
-                negative_prompt=resolved.negative_prompt,
-                width=resolved.width,
-                height=resolved.height,
-                seed=seed,
-                plan=plan,
-                rule=rule,
-                policy=policy,
-                perturbed=resolved.guidance.perturbed,
-                edits=() if tuning is None else (tuning.edit,),
-                aim=aim,
-                coefficients=coefficients,
-                group=group,
-                image=pixels,
-                mask=repaint,
-                previews=resolved.stream,
-            )
-            for seed in _seeds(resolved)
-        ]
+        return tasks_of(resolved, model, self._plan(resolved, model), image=pixels, mask=repaint)
 
     def _encode(self, generation: Generation, index: int) -> Picture:
         request = generation.request
-        seed = _seeds(request)[index]
+        seed = seeds_of(request)[index]
         # An image of a group is not made without the others.
         together = is_group(request.guidance)
         alone = request if together else request.model_copy(update={"seed": seed, "n": 1})
@@ -304,10 +274,6 @@ class Service:
         pixels = generation.results[index].pixels
         description = Description(text, alone.settings())
         return Picture(encode(pixels, request.output_format, description), seed)
-
-
-def _seeds(resolved: ResolvedRequest) -> range:
-    return range(resolved.seed, resolved.seed + resolved.n)
 
 
 def _pixels_tensor(pixels: np.ndarray) -> Tensor:
