@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from embedded.schedule import TrainingClock
+from samplers.whole_file import write_whole
 
 
 @dataclass(slots=True)
@@ -55,10 +57,8 @@ class TrainingState:
 
 def save(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
     """Write tensors to a safetensors file, whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    fresh = file.with_suffix(".writing")
-    save_file({key: value.contiguous() for key, value in tensors.items()}, fresh, metadata)
-    fresh.replace(file)
+    whole = {key: value.contiguous() for key, value in tensors.items()}
+    write_whole(file, to_bytes(whole, metadata))
 
 
 def metadata_of(file: Path) -> dict[str, str]:

@@ -139,7 +139,9 @@ class LinearFit:
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_name(f".{path.name}.writing")
-        # Not by save_file, whose files nobody but their owner may read.
+        # What a stopped run left would keep the mode that it has; and not by save_file, whose files
+        # nobody but their owner may read.
+        fresh.unlink(missing_ok=True)
         fresh.write_bytes(save({"coefficients": self.coefficients, "error": self.error}, metadata))
         fresh.replace(path)
 

@@ -30,12 +30,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch.func import jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from typing_extensions import override
 
 from samplers.statistics import Statistics, StatisticsIdentity, fingerprint
+from samplers.whole_file import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -496,12 +497,9 @@ class _Store:
         """Keep a point's sums, whole or not at all."""
         if self._folder is None:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        file = self._file(self._folder, index)
-        fresh = file.with_suffix(".writing")
         metadata = {"description": self._description, "count": str(moments.count)}
-        save_file({"sums": moments.sums}, fresh, metadata)
-        fresh.replace(file)
+        content = save({"sums": moments.sums}, metadata)
+        write_whole(self._file(self._folder, index), content)
 
     @staticmethod
     def _file(folder: Path, index: int) -> Path:

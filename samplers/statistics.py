@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
+
+from samplers.whole_file import write_whole
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -133,10 +135,7 @@ class Statistics:
         metadata = {"format": FORMAT}
         if self.identity is not None:
             metadata["identity"] = json.dumps(asdict(self.identity))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_name(f".{path.name}.writing")
-        save_file({"half_log_snr": self.half_log_snr, **arrays}, fresh, metadata)
-        fresh.replace(path)
+        write_whole(path, save({"half_log_snr": self.half_log_snr, **arrays}, metadata))
 
     @classmethod
     def load(cls, path: Path) -> Statistics:

@@ -1,6 +1,7 @@
-"""Options of the whole suite: threads, no network, the `cuda` marker, hypothesis."""
+"""Options of the whole suite: threads, no network, the `cuda` marker, hypothesis, a umask."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
@@ -26,3 +27,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in needy:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def mode_of_files() -> Iterator[int]:
+    """An umask that is not the usual one, and the mode that it leaves to new files."""
+    before = os.umask(0o027)
+    yield 0o640
+    os.umask(before)

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 from typing_extensions import override
 
+from samplers.whole_file import write_whole
 from server.errors import ModelMismatch
 
 if TYPE_CHECKING:
@@ -80,12 +81,10 @@ class LatentClassifier(nn.Module):
 
     def save(self, file: Path) -> None:
         """Write a safetensors file in float16, whole or not at all."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        fresh = file.with_name(f".{file.name}.writing")
         tensors = {name: value.half().contiguous() for name, value in self.state_dict().items()}
         identity = {"channels": self.channels, "heads": self.heads, "model": self.model}
-        save_file(tensors, fresh, {"format": FORMAT, "identity": json.dumps(identity)})
-        fresh.replace(file)
+        metadata = {"format": FORMAT, "identity": json.dumps(identity)}
+        write_whole(file, save(tensors, metadata))
 
     @classmethod
     def load(cls, file: Path) -> LatentClassifier:

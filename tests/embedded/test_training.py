@@ -1,6 +1,7 @@
 """Training runs, resumes and reports; how well it learns is for the report."""
 
 import copy
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ def test_time_ends_a_run_as_well_as_steps() -> None:
     assert TrainingClock(steps=None, minutes=None).progress == 0
 
 
-def test_a_checkpoint_brings_everything_back(tmp_path: Path) -> None:
+def test_a_checkpoint_brings_everything_back(tmp_path: Path, mode_of_files: int) -> None:
     def fresh() -> TrainingState:
         module = nn.Linear(3, 3)
         optimizer = torch.optim.AdamW(module.parameters())
@@ -49,6 +50,8 @@ def test_a_checkpoint_brings_everything_back(tmp_path: Path) -> None:
     state.optimizer.step()
     state.clock.step = 4
     state.store(tmp_path / "state.safetensors")
+    assert [file.name for file in tmp_path.iterdir()] == ["state.safetensors"]
+    assert stat.S_IMODE((tmp_path / "state.safetensors").stat().st_mode) == mode_of_files
     again = fresh()
     again.restore(tmp_path / "state.safetensors", "cpu")
     assert again.clock.step == 4

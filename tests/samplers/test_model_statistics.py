@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -300,7 +301,7 @@ class Stopped(Exception):
     """Ends a run part way."""
 
 
-def test_a_stopped_run_goes_on_to_the_same_result(tmp_path: Path) -> None:
+def test_a_stopped_run_goes_on_to_the_same_result(tmp_path: Path, mode_of_files: int) -> None:
     def run(count: int, folder: Path | None, stop_at: int | None = None) -> samplers.Statistics:
         def tell(progress: Progress) -> None:
             told.append(progress)
@@ -335,6 +336,7 @@ def test_a_stopped_run_goes_on_to_the_same_result(tmp_path: Path) -> None:
     for name in ("l", "s", "b"):
         assert np.array_equal(getattr(extended, name), getattr(whole, name))
     assert {file.suffix for file in folder.iterdir()} == {".safetensors"}
+    assert {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {mode_of_files}
     with pytest.raises(ValueError, match=r"samples is 16, and checkpoint .* holds 24"):
         run(16, folder)
 

@@ -1,5 +1,6 @@
 """The statistics' file, their other shapes, and what they refuse."""
 
+import stat
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,6 +40,14 @@ def test_a_file_gives_back_what_was_saved(statistics: Statistics, tmp_path: Path
         assert np.array_equal(getattr(read, name), getattr(statistics, name))
         assert getattr(read, name).dtype == np.float64
     assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def test_a_file_may_be_read_by_whom_the_umask_lets(
+    statistics: Statistics, tmp_path: Path, mode_of_files: int
+) -> None:
+    file = tmp_path / "ems.safetensors"
+    statistics.save(file)
+    assert stat.S_IMODE(file.stat().st_mode) == mode_of_files
 
 
 def test_closed_forms_have_no_identity(statistics: Statistics, tmp_path: Path) -> None:
