@@ -13,12 +13,11 @@ import torch
 from guidance.linear_adaptive import LinearAdaptive
 from server.admission import make_plan, resolve
 from server.engine.engine import Engine
-from server.engine.sequence import ImageTask
-from server.guidance_check import coefficients_for
 from server.linear_ag import Runs, fit
 from server.models.linear_fits import LinearFits, fit_file, identity_of
 from server.request import GenerateRequest, split
 from server.settings import Limits
+from server.tasks import tasks_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     from benchmarks.guidance_study.cells import Cell
     from benchmarks.guidance_study.sitters import Sitter
     from samplers import Plan
-    from server.engine.sequence import ImageResult
+    from server.engine.sequence import ImageResult, ImageTask
     from server.models.hosted import HostedModel
     from server.request import ResolvedRequest
 
@@ -105,24 +104,24 @@ class Drawing:
         self._engine.stop(0)
 
     def draw(self, cell: Cell, sitters: Sequence[Sitter], strength: float) -> Drawn:
-        """All sitters at once.
+        """All sitters at once; the images of each side by side.
 
         Raises:
             WeftError: the server would refuse it, or an image failed.
         """
         self._decoded.clear()
-        ended = self._run([self._task(cell, sitter, strength) for sitter in sitters])
-        found = [ended.results[index] for index in range(len(sitters))]
+        ended = self._run(self._all_tasks(cell, sitters, strength))
+        found = [result for _, result in sorted(ended.results.items())]
         latents = dict(zip(ended.results, self._decoded, strict=True))
         return Drawn(
-            torch.stack([latents[index] for index in range(len(sitters))]),
+            torch.stack([one for _, one in sorted(latents.items())]),
             [result.evaluations for result in found],
             [result.saved for result in found],
         )
 
     def time(self, cell: Cell, sitters: Sequence[Sitter]) -> Spent:
         """The same, for the time it takes."""
-        tasks = [self._task(cell, sitter, 1.0) for sitter in sitters]
+        tasks = self._all_tasks(cell, sitters, 1.0)
         began, worked = perf_counter(), process_time()
         self._run(tasks)
         return Spent(perf_counter() - began, process_time() - worked)
@@ -135,40 +134,29 @@ class Drawing:
             raise ended.failure
         return ended
 
-    def _task(self, cell: Cell, sitter: Sitter, strength: float) -> ImageTask:
-        """As the service makes it of a request."""
+    def _all_tasks(self, cell: Cell, sitters: Sequence[Sitter], strength: float) -> list[ImageTask]:
+        return [task for sitter in sitters for task in self._tasks(cell, sitter, strength)]
+
+    def _tasks(self, cell: Cell, sitter: Sitter, strength: float) -> list[ImageTask]:
+        """As the service makes them of a request."""
         size = None if sitter.image is None else (sitter.image.shape[2], sitter.image.shape[1])
         given: dict[str, Any] = {
             "prompt": sitter.prompt,
             "negative_prompt": sitter.negative,
-            "guidance": _filled_in(cell.guidance, sitter.things),
+            "sampler": cell.sampler,
+            "guidance": _filled_in(cell.guidance, sitter.words),
             "steps": cell.steps,
             "seed": sitter.seed,
+            "n": cell.each,
         }
         if size is not None:
             given |= {"image": "sent", "strength": strength}
         resolved = resolve(GenerateRequest.model_validate(given), self._model, Limits(), size)
         layout = resolved.sampler, resolved.spacing, resolved.steps, resolved.strength
         plan = make_plan(self._model.facts.schedule, *layout)
-        rule, policy = split(resolved.guidance)
-        tuning = resolved.guidance.skip_tuning
-        if policy.fitted:
+        if resolved.guidance.policy.fitted:
             self._fit(resolved, plan)
-        return ImageTask(
-            model=self._model.facts.name,
-            prompt=resolved.prompt,
-            negative_prompt=resolved.negative_prompt,
-            width=resolved.width,
-            height=resolved.height,
-            seed=resolved.seed,
-            plan=plan,
-            rule=rule,
-            policy=policy,
-            perturbed=resolved.guidance.perturbed,
-            edits=() if tuning is None else (tuning.edit,),
-            coefficients=coefficients_for(resolved, self._model, plan),
-            image=sitter.image,
-        )
+        return tasks_of(resolved, self._model, plan, image=sitter.image)
 
     def _fit(self, resolved: ResolvedRequest, plan: Plan) -> None:
         """Make the coefficients that the policy needs, unless there are some."""
@@ -231,7 +219,7 @@ class _Ended:
 
 
 def _filled_in(value: Any, words: dict[str, str]) -> Any:
-    """The settings with a sitter's words in place of ``{first}`` and ``{second}``."""
+    """The settings with a sitter's words in place of their names in braces."""
     if isinstance(value, str):
         return value.format(**words)
     if isinstance(value, dict):

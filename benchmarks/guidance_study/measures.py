@@ -102,6 +102,12 @@ def distances(one: Tensor, other: Tensor) -> list[float]:
     return (one - other).square().flatten(1).mean(1).sqrt().tolist()
 
 
+def apart(latents: Tensor) -> float:
+    """Mean of :func:`distances` over all pairs of ``[images, C, h, w]``."""
+    one, other = torch.combinations(torch.arange(len(latents))).unbind(1)
+    return float(np.mean(distances(latents[one], latents[other])))
+
+
 def ratio_of_means(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
     """One mean over another on the same images, and its 95 % interval (bootstrap over images)."""
     pairs = np.stack([np.asarray(ours, np.float64), np.asarray(theirs, np.float64)])

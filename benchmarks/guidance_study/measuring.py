@@ -8,7 +8,7 @@ from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from benchmarks.guidance_study.cells import RATED, Cell, all_cells
+from benchmarks.guidance_study.cells import BLOCKS, RATED, Cell, all_cells
 from server.errors import WeftError
 
 if TYPE_CHECKING:
@@ -64,7 +64,8 @@ def measure(
 def _all_work(study: Study, parts: Collection[str], share: Share) -> Iterator[Work]:
     if "truth" in parts:
         of = {"part": "truth", "weights": study.weights, "captions": study.sizes.captions}
-        yield of, study.truth
+        for block in range(BLOCKS):
+            yield {**of, "block": block}, lambda block=block: study.truth(block)
     if "pictures" in parts:
         for cell in islice(all_cells(), share.first, None, share.every):
             yield study.of(cell), lambda cell=cell: study.run(cell)
@@ -113,7 +114,7 @@ def measure_rates(
 
 
 def _told(of: Mapping[str, Any], result: Mapping[str, Any]) -> str:
-    said = ("part", "sitting", "guidance", "steps", "block")
+    said = ("part", "sitting", "guidance", "sampler", "steps", "each", "block")
     name = " ".join(str(of[key]) for key in said if key in of)
     figures = (
         f"{key} {sum(value) / len(value):.4g}"

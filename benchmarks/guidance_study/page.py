@@ -6,7 +6,7 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING
 
-from benchmarks.guidance_study import plots, tables
+from benchmarks.guidance_study import inner_tables, plots, tables
 from benchmarks.guidance_study.results import Results
 
 if TYPE_CHECKING:
@@ -33,9 +33,10 @@ def _entries(results: Results) -> dict[str, str]:
     plain = (
         tables.scales,
         tables.plus,
+        tables.plus_at_50,
         tables.apg_variants,
+        tables.solved,
         tables.frequencies,
-        tables.perturbed,
         tables.combined,
         tables.savings,
         tables.combined_savings,
@@ -44,6 +45,12 @@ def _entries(results: Results) -> dict[str, str]:
         tables.overlapping,
         tables.avoiding,
         tables.composed,
+        inner_tables.perturbed,
+        inner_tables.layers,
+        inner_tables.background,
+        inner_tables.confused,
+        inner_tables.apart,
+        inner_tables.particles,
         tables.rates,
         tables.quiet,
     )
@@ -51,6 +58,8 @@ def _entries(results: Results) -> dict[str, str]:
         **{of.__name__: of(results) for of in plain},
         "rules_7_5": tables.rules(results, 7.5),
         "rules_20": tables.rules(results, 20.0),
-        "cells": str(results.cells),
+        "cells": f"{results.cells:,}",
+        "images": f"{results.images:,}",
+        "captions": str(results.captions),
         "true_distance": f"{results.true_distance:.2f}",
     }

@@ -3,7 +3,8 @@
 ``captions`` are of one thing and of two in turn, each with the seed of its number. ``again`` draws
 the first of them with other seeds. ``two`` are those of two things. ``overlapping`` adds a negative
 prompt that names the first thing of the caption. ``avoiding`` says nothing of the background and
-has a white one as its negative prompt. ``pictures`` start from the picture of another caption.
+has a white one as its negative prompt. ``aimed`` says nothing of it either, and must show the true
+one. ``pictures`` start from the picture of another caption.
 """
 
 from __future__ import annotations
@@ -49,10 +50,18 @@ class Sitter:
     image: Tensor | None = None
 
     @property
-    def things(self) -> dict[str, str]:
-        """Words for the things, by ``first`` and ``second``."""
+    def words(self) -> dict[str, str]:
+        """What settings may speak of: the things, and of the first its shape, colour, background.
+
+        ``first`` and ``second`` are in words; what the caption does not say is left out.
+        """
         names = ("first", "second")
-        return dict(zip(names, map(_words, self.claim.things), strict=False))
+        thing, background = self.claim.things[0], self.claim.background
+        said = {"shape": thing.shape, "colour": thing.colour, "background": background}
+        return {
+            **dict(zip(names, map(_words, self.claim.things), strict=False)),
+            **{name: word for name, word in said.items() if word is not None},
+        }
 
 
 class Sitters:
@@ -78,9 +87,11 @@ class Sitters:
         if sitting == "two":
             return plain[1::2]
         if sitting == "overlapping":
-            return [replace(one, negative=one.things["first"]) for one in plain]
+            return [replace(one, negative=one.words["first"]) for one in plain]
         if sitting == "avoiding":
             return [_of_no_background(one) for one in plain]
+        if sitting == "aimed":
+            return [_of_true_background(one) for one in plain]
         if sitting == "pictures":
             others = render([one.scene for one in [*plain[1:], plain[0]]])
             return [replace(one, image=image) for one, image in zip(plain, others, strict=True)]
@@ -114,6 +125,12 @@ def _of_no_background(sitter: Sitter) -> Sitter:
     thing = replace(sitter.claim.things[0], place=None)
     claim = Description((thing,), None, None)
     return replace(sitter, prompt=_words(thing), claim=claim, negative=WHITE)
+
+
+def _of_true_background(sitter: Sitter) -> Sitter:
+    unsaid = _of_no_background(sitter)
+    claim = replace(unsaid.claim, background=sitter.scene.truth.background)
+    return replace(unsaid, claim=claim, negative="")
 
 
 def _words(thing: Thing) -> str:

@@ -104,13 +104,17 @@ class Study:
             pairs = drawn.latents, first.latents[: len(drawn.latents)]
             return {"apart": measures.distances(*pairs)}
         pictures = self._decoded(drawn.latents)
+        sitters = self._sitters.of(cell.sitting, cell.block)
         found = {
-            **self._read(self._sitters.of(cell.sitting, cell.block), pictures),
+            **self._read([one for one in sitters for _ in range(cell.each)], pictures),
             **self._look(drawn.latents, pictures),
             **self._farness(cell, drawn.latents),
             "evaluations": drawn.evaluations,
             "saved": drawn.saved,
         }
+        if cell.each > 1:
+            requests = drawn.latents.unflatten(0, (-1, cell.each))
+            found["apart"] = [measures.apart(request) for request in requests]
         full = cell.full()
         if full is not None:
             wanted = self._decoded(self._drawn(full).latents)
@@ -120,11 +124,11 @@ class Study:
             found["moved"] = measures.distances(drawn.latents, self._drawn(undisturbed).latents)
         return found
 
-    def truth(self) -> dict[str, Any]:
+    def truth(self, block: int) -> dict[str, Any]:
         """The same figures of the true pictures of the captions, through the autoencoder."""
-        sitters = self._sitters.of("captions", 0)
+        sitters = self._sitters.of("captions", block)
         pictures = render([sitter.scene for sitter in sitters])
-        latents = self._true_latents(0)
+        latents = self._true_latents(block)
         restored = self._decoded(latents)
         raw = {
             "true_saturation": measures.saturation(pictures),
@@ -176,8 +180,8 @@ class Study:
         }
 
     def _farness(self, cell: Cell, latents: Tensor) -> dict[str, Any]:
-        """The Fréchet distance, where the pictures are of all the captions of a block."""
-        if cell.sitting != "captions":
+        """The Fréchet distance, where the pictures are one each of a block's captions."""
+        if cell.sitting != "captions" or cell.each > 1:
             return {}
         found = measures.features(latents)
         true = measures.features(self._true_latents(cell.block))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.guidance_study import cells
-from benchmarks.sampler_study.measures import mean_and_error, wilson
+from benchmarks.guidance_study.texts import changed, looks, mean, part, share
 from benchmarks.sampler_study.tables import NOTHING, table
 
 if TYPE_CHECKING:
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from benchmarks.guidance_study.results import Figures, Results
 
 NOT_YET = "Not measured yet."
-
-LOOKS = ["right", "saturation", "contrast", "clipped, %", "farther than the truth", "diversity"]
 
 
 def scales(results: Results) -> str:
@@ -32,20 +30,43 @@ def scales(results: Results) -> str:
         f"cfg {scale:g}, interval": cells.by(cells.cfg(scale), "interval")
         for scale in cells.HIGH_SCALES
     }
-    return _looks(results, rows, truth=True)
+    return looks(results, rows, truth=True)
 
 
 def plus(results: Results) -> str:
     """CFG++ beside CFG."""
     rows = {f"cfg_plus_plus {scale:g}": cells.plus(scale) for scale in cells.PLUS_SCALES}
     rows |= {f"cfg {scale:g}": cells.cfg(scale) for scale in cells.SCALES if scale > 1}
-    return _looks(results, rows)
+    return looks(results, rows)
 
 
 def apg_variants(results: Results) -> str:
     """APG at scale 7.5 with its parts taken out."""
     named = {f"apg 7.5, {name}": guidance for name, guidance in cells.APG_VARIANTS.items()}
-    return _looks(results, {"cfg 7.5": cells.cfg(7.5), "apg 7.5": cells.apg(7.5), **named})
+    return looks(results, {"cfg 7.5": cells.cfg(7.5), "apg 7.5": cells.apg(7.5), **named})
+
+
+def solved(results: Results) -> str:
+    """High scales by other samplers and in more steps."""
+    lines: list[list[str]] = []
+    for name, guidance in cells.SOLVED.items():
+        found = [
+            results.found(guidance, "captions", steps, sampler)
+            for sampler, steps in cells.SOLVED_BY.values()
+        ]
+        lines.append([name, *(_right_and_clipped(figures) for figures in found)])
+    return table(["guidance", *cells.SOLVED_BY], lines)
+
+
+def _right_and_clipped(figures: Figures | None) -> str:
+    if figures is None:
+        return NOTHING
+    return f"{share(figures)}, {100 * figures.mean('clipped'):.1f} % clipped"
+
+
+def plus_at_50(results: Results) -> str:
+    """CFG++ beside CFG, by DDIM in 50 steps."""
+    return looks(results, cells.PLUS_AT_50, steps=cells.MORE_STEPS, sampler=cells.DDIM)
 
 
 def rules(results: Results, scale: float) -> str:
@@ -54,7 +75,7 @@ def rules(results: Results, scale: float) -> str:
     others = {name: {**rule, "scale": scale} for name, rule in cells.OTHER_RULES.items()}
     if not any(map(results.found, others.values())):
         return NOT_YET
-    return _looks(results, {**rows, **others})
+    return looks(results, {**rows, **others})
 
 
 def frequencies(results: Results) -> str:
@@ -65,80 +86,13 @@ def frequencies(results: Results) -> str:
     }
     if not any(map(results.found, rows.values())):
         return NOT_YET
-    return _looks(results, {"cfg 4": cells.BASE, "cfg 7.5": cells.cfg(7.5), **rows})
-
-
-def perturbed(results: Results) -> str:
-    """Perturbations and skip-tuning, without guidance and with it."""
-    rows: dict[str, Mapping[str, Any]] = {}
-    for base_name, base in (("none", cells.UNGUIDED), ("cfg 4", cells.BASE)):
-        rows[base_name] = base
-        for name, settings in cells.PERTURBATIONS.items():
-            rows[f"{base_name}, {name}"] = {**base, "perturbed": [settings]}
-        for bottom in (0.8, 0.6):
-            rows[f"{base_name}, skip_tuning {bottom:g}"] = cells.tuned(base, bottom)
-    return _looks(results, rows, moved=True)
+    return looks(results, {"cfg 4": cells.BASE, "cfg 7.5": cells.cfg(7.5), **rows})
 
 
 def combined(results: Results) -> str:
     """Rules with policies, beside the rules alone."""
     rows = {"cfg 2": cells.cfg(2.0), "cfg 4": cells.BASE, "apg 4": cells.apg(4.0)}
-    return _looks(results, {**rows, **cells.COMBINED})
-
-
-def _looks(
-    results: Results,
-    rows: Mapping[str, Mapping[str, Any]],
-    *,
-    truth: bool = False,
-    moved: bool = False,
-) -> str:
-    """What pictures show, how they look, and what they cost."""
-    lines: list[list[str]] = []
-    for name, guidance in rows.items():
-        figures = results.found(guidance)
-        if figures is not None:
-            again = results.found(guidance, "again")
-            cost = f"{figures.mean('evaluations'):.1f}"
-            far = [_moved(figures)] if moved else []
-            lines.append([name, *_look(results, figures, again), *far, cost])
-    if truth and results.truth is not None:
-        lines.append(["*true pictures*", *_look(results, results.truth, None), NOTHING])
-    return table(["guidance", *LOOKS, *["moved by"] * moved, "evaluations"], lines)
-
-
-def _moved(figures: Figures) -> str:
-    return _mean(figures, "moved", 3) if figures.values("moved") else NOTHING
-
-
-def _look(results: Results, figures: Figures, again: Figures | None) -> list[str]:
-    far = figures.beyond
-    return [
-        _share(figures),
-        _of_truth(results, figures, "saturation"),
-        _of_truth(results, figures, "contrast"),
-        f"{100 * figures.mean('clipped'):.1f}",
-        NOTHING if far is None else f"{far[0]:.2f} ± {far[1]:.2f}",
-        NOTHING if again is None else _mean(again, "apart", 2),
-    ]
-
-
-def _share(figures: Figures) -> str:
-    right, of = figures.right
-    low, high = wilson(right, of)
-    return f"{right} of {of}, {right / of:.0%} ({low:.0%} to {high:.0%})"
-
-
-def _of_truth(results: Results, figures: Figures, name: str) -> str:
-    if results.truth is None:
-        return f"{figures.mean(name):.3f}"
-    middle, low, high = figures.relative(results.truth, name)
-    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
-
-
-def _mean(figures: Figures, name: str, digits: int) -> str:
-    mean, error = mean_and_error(figures.values(name))
-    return f"{mean:.{digits}f} ± {error:.{digits}f}"
+    return looks(results, {**rows, **cells.COMBINED})
 
 
 def savings(results: Results) -> str:
@@ -185,16 +139,11 @@ def _saving(
         name,
         f"{figures.mean('evaluations'):.1f}",
         f"{saved:.0%}",
-        _mean(figures, "psnr", 1) if decibels else NOTHING,
+        mean(figures, "psnr", 1) if decibels else NOTHING,
         f"{np.quantile(decibels, 0.1):.1f}" if decibels else NOTHING,
-        _share(figures),
-        _changed(figures, full),
+        share(figures),
+        changed(figures, full),
     ]
-
-
-def _changed(figures: Figures, other: Figures) -> str:
-    gained, lost, of = figures.changed(other)
-    return f"+{gained} −{lost} of {of}"
 
 
 def few_steps(results: Results) -> str:
@@ -240,7 +189,7 @@ def _right_by(
 def _right_and_cost(figures: Figures | None) -> str:
     if figures is None:
         return NOTHING
-    return f"{_share(figures)}, {figures.mean('evaluations'):.1f} evaluations"
+    return f"{share(figures)}, {figures.mean('evaluations'):.1f} evaluations"
 
 
 def overlapping(results: Results) -> str:
@@ -253,9 +202,7 @@ def avoiding(results: Results) -> str:
 
     def columns(figures: Figures) -> dict[str, str]:
         white, of = int(sum(figures.values("white"))), len(figures.values("white"))
-        low, high = wilson(white, of)
-        text = f"{white} of {of}, {white / of:.0%} ({low:.0%} to {high:.0%})"
-        return {"white all the same": text, **_right_column(figures)}
+        return {"white all the same": part(white, of), **_right_column(figures)}
 
     return _of_sitting(results, "avoiding", cells.AVOIDING, columns)
 
@@ -266,7 +213,7 @@ def composed(results: Results) -> str:
 
 
 def _right_column(figures: Figures) -> dict[str, str]:
-    return {"right": _share(figures), "evaluations": f"{figures.mean('evaluations'):.1f}"}
+    return {"right": share(figures), "evaluations": f"{figures.mean('evaluations'):.1f}"}
 
 
 def _of_sitting(
@@ -301,7 +248,7 @@ def rates(results: Results) -> str:
                 f"{always / middle:.2f} x",
                 f"{worked / processor:.2f} x",
                 NOTHING if figures is None else f"{figures.mean('evaluations'):.1f}",
-                NOTHING if figures is None else _share(figures),
+                NOTHING if figures is None else share(figures),
             ]
         )
     head = ["policy", "images/s", "of always", "by processor time", "evaluations", "right"]

@@ -1,7 +1,9 @@
 """The guidance study at a tiny size: it draws by the engine, resumes, and writes its page."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from benchmarks.guidance_study import cells, measures, measuring
 from benchmarks.guidance_study.cells import BASE, RATED, UNGUIDED, Cell, all_cells, by, cfg
 from benchmarks.guidance_study.drawing import Drawing
 from benchmarks.guidance_study.page import write
+from benchmarks.guidance_study.results import Results
 from benchmarks.guidance_study.sitters import WHITE, Sitters
 from benchmarks.guidance_study.study import Sizes, Study
 from benchmarks.sampler_study.records import Records, key_of
@@ -63,7 +66,7 @@ def test_linear_guidance_is_fitted_when_it_is_first_wanted(study: Study) -> None
     assert found["evaluations"] == [5] * 4
 
 
-@pytest.mark.parametrize("sitting", ["overlapping", "avoiding", "pictures"])
+@pytest.mark.parametrize("sitting", ["overlapping", "avoiding", "aimed", "pictures"])
 def test_every_sitting_is_drawn(study: Study, sitting: cells.Sitting) -> None:
     found = study.run(Cell(UNGUIDED, sitting, FEW))
     assert len(found["right"]) == SIZES.captions
@@ -73,6 +76,36 @@ def test_prompts_of_a_cell_are_filled_in_with_the_things_of_a_caption(study: Stu
     composed = cells.COMPOSED["composed, each thing by 1"]
     found = study.run(Cell(composed, "two", FEW))
     assert found["evaluations"] == [4 * FEW] * 2
+
+
+def test_a_classifier_aims_at_what_the_caption_shows(study: Study) -> None:
+    towards = study.run(Cell(cells.BACKGROUND["cfg 4, elucd 8"], "aimed", 4))
+    alone = study.run(Cell(cells.BACKGROUND["cfg 4"], "aimed", 4))
+    # The captions say nothing of the background, so only the classifier can lead there.
+    assert towards["attributes"]["background"][0] > alone["attributes"]["background"][0]
+    assert towards["evaluations"] == alone["evaluations"]
+
+
+def test_images_of_a_request_are_compared_with_one_another(study: Study) -> None:
+    cell = Cell(cells.APART["cfg 4"], steps=FEW, each=3)
+    found = study.run(cell)
+    assert len(found["right"]) == 3 * SIZES.captions
+    assert len(found["apart"]) == SIZES.captions
+    assert all(apart > 0.1 for apart in found["apart"])
+    assert "frechet" not in found
+    # The images of a request have the seeds that follow its own.
+    alone = study.run(replace(cell, each=1))
+    assert found["spread"][:: cell.each] == pytest.approx(alone["spread"], rel=1e-4)
+
+
+def test_particles_take_one_another_s_place(study: Study) -> None:
+    """Resampled images share a past, so they are more alike than as many of their own."""
+    sitting: dict[str, Any] = {"steps": 6, "sampler": cells.ANCESTRAL, "each": 3}
+    apart, alike = (
+        np.mean(study.run(Cell(cells.PARTICLES[name], **sitting))["apart"])
+        for name in ("cfg 4", "cfg 4, fkc")
+    )
+    assert alike < apart
 
 
 def test_what_a_perturbation_moves_is_told_from_the_same_without_it(study: Study) -> None:
@@ -90,7 +123,7 @@ def test_other_seeds_give_other_pictures_of_the_same_captions(study: Study) -> N
 
 
 def test_the_truth_is_right_and_near_itself(study: Study) -> None:
-    truth = study.truth()
+    truth = study.truth(0)
     drawn = study.run(Cell(cfg(2.0), steps=FEW))
     assert truth["right"] == [1] * 4
     assert truth["frechet"] < drawn["frechet"]
@@ -132,7 +165,7 @@ def test_the_study_resumes_and_writes_its_page(
         arguments += [f"--{name.replace('_', '-')}", getattr(SIZES, name)]
     main([str(argument) for argument in arguments])
     lines = data.read_text().splitlines()
-    assert len(lines) == 5
+    assert len(lines) == cells.BLOCKS + 4
     capsys.readouterr()
     # A run that was cut off goes on where it ended.
     data.write_text("\n".join(lines[:-2]) + "\n" + lines[-1] + "\n")
@@ -143,6 +176,21 @@ def test_the_study_resumes_and_writes_its_page(
     assert "$" not in text
     assert "| none |" in text
     assert sorted(path.suffix for path in images.iterdir()) == [".png"] * 5
+
+
+def test_only_captions_that_every_cell_was_drawn_for_are_compared(tmp_path: Path) -> None:
+    """The second block is whole but for its last cell, then whole."""
+    drawn = [cell for cell in all_cells() if cell.block < 2]
+    records = Records(tmp_path / "results.jsonl")
+    for cell in drawn[:-1]:
+        records.add(cell.of("weights", 4), {"right": [0, 1, 1, 1]})
+    assert Results(records).captions == 4
+    records.add(drawn[-1].of("weights", 4), {"right": [1, 1, 1, 1]})
+    whole = Results(records)
+    found = whole.found(BASE)
+    assert whole.captions == 8
+    assert found is not None
+    assert found.right == (6, 8)
 
 
 def test_the_page_does_without_results(tmp_path: Path) -> None:
