@@ -15,12 +15,11 @@ from server.guidance_check import check_guidance
 from server.models.hosted import HostedModel, ModelFacts
 from server.request import (
     COMPANY,
-    DEFAULT_GUIDANCE,
     DEFAULT_STEPS,
-    GUIDANCE_OF_STATISTICS,
     GenerateRequest,
     ResolvedRequest,
     check_limits,
+    default_guidance,
     default_sampler,
 )
 from server.settings import Limits
@@ -56,9 +55,7 @@ def resolve(
         "seed": secrets.randbelow(2**32),
         "sampler": sampler.model_dump(),
         "spacing": sampler.default_spacing,
-        "guidance": GUIDANCE_OF_STATISTICS
-        if isinstance(sampler, DPMSolverV3)
-        else DEFAULT_GUIDANCE,
+        "guidance": default_guidance(sampler),
         "strength": _default_strength(request, upload_size is not None),
     }
     given = request.model_dump(exclude={"image", "mask"}, exclude_none=True)

@@ -2,28 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from guidance import CLASSIFIERS, PERTURBATIONS, POLICIES, RULES
+from guidance import (
+    CLASSIFIERS,
+    PERTURBATIONS,
+    POLICIES,
+    RULES,
+    FeynmanKac,
+    NegToMe,
+    SkipTuning,
+)
 from samplers import SAMPLERS, SPACINGS
 from server.choice import name_of
+from server.request import (
+    DEFAULT_STEPS,
+    GenerateRequest,
+    default_guidance,
+    default_sampler,
+)
 
-__all__ = ["Catalog", "Entry", "ModelEntry", "catalog"]
+__all__ = ["Catalog", "Defaults", "Entry", "ModelEntry", "catalog"]
 
 
 class Entry(BaseModel):
-    """One sampler, spacing, rule, policy, perturbation or classifier's term."""
+    """One thing that a request may choose: a sampler, a spacing, a rule, a policy, ..."""
 
     model_config = ConfigDict(frozen=True)
 
-    name: str
+    name: str = Field(
+        description="Stands for its defaults in a request, if these have a `name`; else the "
+        "request's field."
+    )
     summary: str = Field(description="One line.")
     source: str = Field(description="Paper and equation.")
     parameters: dict[str, Any] = Field(description="JSON schema of its fields.")
-    defaults: dict[str, Any] = Field(description="The object that the bare name stands for.")
+    defaults: dict[str, Any] = Field(
+        description="What a request says in full; fields left out have these values."
+    )
     properties: dict[str, str | int | float | bool] = Field(
         description="What it declares of itself, at its defaults: order, evaluations, ..."
     )
@@ -48,44 +68,85 @@ class ModelEntry(BaseModel):
     )
 
 
+class Defaults(BaseModel):
+    """What a request gets that leaves these fields out."""
+
+    model_config = ConfigDict(frozen=True)
+
+    n: int
+    steps: int = Field(description="Unless the spacing has a number of its own.")
+    sampler: dict[str, Any]
+    guidance: dict[str, Any]
+    guidance_by_sampler: dict[str, dict[str, Any]] = Field(
+        description="By the name of samplers that are guided otherwise."
+    )
+
+
 class Catalog(BaseModel):
     """Everything that a request may name."""
 
     model_config = ConfigDict(frozen=True)
 
-    samplers: tuple[Entry, ...]
-    spacings: tuple[Entry, ...]
-    rules: tuple[Entry, ...]
-    policies: tuple[Entry, ...]
-    perturbations: tuple[Entry, ...]
-    classifiers: tuple[Entry, ...] = Field(description="Terms that a model's classifier adds.")
+    samplers: tuple[Entry, ...] = Field(description="Of `sampler`.")
+    spacings: tuple[Entry, ...] = Field(description="Of `spacing`; the sampler's own by default.")
+    rules: tuple[Entry, ...] = Field(description="Of `guidance`.")
+    policies: tuple[Entry, ...] = Field(description="Of `guidance.policy`.")
+    perturbations: tuple[Entry, ...] = Field(description="Of the list `guidance.perturbed`.")
+    classifiers: tuple[Entry, ...] = Field(
+        description="Of `guidance.classifier`, terms that a model's classifier adds."
+    )
+    skip_tuning: tuple[Entry, ...] = Field(description="Of `guidance.skip_tuning`.")
+    particles: tuple[Entry, ...] = Field(description="Of `guidance.particles`.")
+    negtome: tuple[Entry, ...] = Field(description="Of `guidance.negtome`.")
+    defaults: Defaults
     models: tuple[ModelEntry, ...] = Field(description="Empty until they are loaded.")
 
 
 def catalog(models: tuple[ModelEntry, ...] = ()) -> Catalog:
     """The catalog of what is installed, with the models that are hosted."""
     return Catalog(
-        samplers=tuple(_entry(member) for member in SAMPLERS),
-        spacings=tuple(_entry(member) for member in SPACINGS),
-        rules=tuple(_entry(member) for member in RULES),
-        policies=tuple(_entry(member) for member in POLICIES),
-        perturbations=tuple(_entry(member) for member in PERTURBATIONS),
-        classifiers=tuple(_entry(member) for member in CLASSIFIERS),
+        samplers=_entries(SAMPLERS),
+        spacings=_entries(SPACINGS),
+        rules=_entries(RULES),
+        policies=_entries(POLICIES),
+        perturbations=_entries(PERTURBATIONS),
+        classifiers=_entries(CLASSIFIERS),
+        skip_tuning=(_entry(SkipTuning, "skip_tuning"),),
+        particles=_entries((FeynmanKac,)),
+        negtome=(_entry(NegToMe, "negtome"),),
+        defaults=_defaults(),
         models=models,
     )
 
 
 @cache
-def _entry(member: type[BaseModel]) -> Entry:
+def _defaults() -> Defaults:
+    plain = default_guidance(default_sampler()).model_dump(mode="json")
+    guidance = {name_of(one): default_guidance(one()).model_dump(mode="json") for one in SAMPLERS}
+    return Defaults(
+        n=GenerateRequest.model_fields["n"].default,
+        steps=DEFAULT_STEPS,
+        sampler=default_sampler().model_dump(mode="json"),
+        guidance=plain,
+        guidance_by_sampler={name: own for name, own in guidance.items() if own != plain},
+    )
+
+
+def _entries(members: Sequence[type[BaseModel]]) -> tuple[Entry, ...]:
+    return tuple(_entry(member, name_of(member)) for member in members)
+
+
+@cache
+def _entry(member: type[BaseModel], name: str) -> Entry:
     defaults = member()
     properties = {
-        name: value
-        for name in _declared(member)
-        if isinstance(value := getattr(defaults, name), str | int | float | bool)
+        declared: value
+        for declared in _declared(member)
+        if isinstance(value := getattr(defaults, declared), str | int | float | bool)
     }
-    summary, source = (str(properties.pop(name)) for name in ("summary", "source"))
+    summary, source = (str(properties.pop(text)) for text in ("summary", "source"))
     return Entry(
-        name=name_of(member),
+        name=name,
         summary=summary,
         source=source,
         parameters=member.model_json_schema(),

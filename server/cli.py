@@ -171,7 +171,7 @@ def generate(
 def catalog(
     as_json: Annotated[bool, typer.Option("--json", help="With every parameter's schema.")] = False,
 ) -> None:
-    """List samplers, spacings, guidance rules, policies, perturbations and classifier terms."""
+    """List samplers, spacings, guidance rules, policies and all that goes with them."""
     from server.catalog import catalog as installed
 
     listed = installed()
@@ -179,9 +179,9 @@ def catalog(
         typer.echo(listed.model_dump_json(indent=2, exclude={"models"}))
         return
     out = Console()
-    titles = ("samplers", "spacings", "rules", "policies", "perturbations", "classifiers")
-    for title in titles:
-        out.print(_table(title, getattr(listed, title)))
+    for title, entries in listed:
+        if title not in ("defaults", "models"):
+            out.print(_table(title, entries))
 
 
 @app.command()

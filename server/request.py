@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, create_model
 from pydantic_core import PydanticCustomError
 
 from guidance import (
@@ -22,6 +22,7 @@ from guidance import (
     SkipTuning,
 )
 from samplers import SAMPLERS, SPACINGS, Sampler, Spacing
+from samplers.dpm_solver_v3 import DPMSolverV3
 from server.choice import choice, name_of
 from server.elsewhere import sampler_elsewhere, spacing_elsewhere
 from server.errors import InvalidRequest
@@ -31,15 +32,14 @@ from server.settings import Limits
 __all__ = [
     "CHOICES",
     "COMPANY",
-    "DEFAULT_GUIDANCE",
     "DEFAULT_SAMPLER",
     "DEFAULT_STEPS",
-    "GUIDANCE_OF_STATISTICS",
     "SPACING_BY_NAME",
     "GenerateRequest",
     "Guidance",
     "ResolvedRequest",
     "check_limits",
+    "default_guidance",
     "default_sampler",
     "split",
 ]
@@ -112,6 +112,7 @@ else:
 
     Guidance = choice("guidance", tuple(_in_company(rule) for rule in RULES))
 
+_GUIDANCE: TypeAdapter[Guidance] = TypeAdapter(Guidance)
 _RULES = {name_of(member): member for member in RULES}
 SPACING_BY_NAME: Final = {name_of(member): member for member in SPACINGS}
 
@@ -243,6 +244,17 @@ def default_sampler() -> Sampler:
     return next(
         sampler for sampler in SAMPLERS if name_of(sampler) == DEFAULT_SAMPLER
     ).model_validate({})
+
+
+def default_guidance(sampler: Sampler) -> Guidance:
+    """The guidance of a request that names none.
+
+    Args:
+        sampler: of the request.
+    """
+    if isinstance(sampler, DPMSolverV3):
+        return _GUIDANCE.validate_python(GUIDANCE_OF_STATISTICS)
+    return _GUIDANCE.validate_python(DEFAULT_GUIDANCE)
 
 
 def split(guidance: Guidance) -> tuple[Rule, Policy]:

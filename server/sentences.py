@@ -50,8 +50,8 @@ _NEEDS: Mapping[str, str] = {
     "model_type": "must be an object",
     "model_attributes_type": "must be an object",
     "list_type": "must be a list",
-    "too_long": "must have at most {max_length} entries",
-    "too_short": "must have at least {min_length} entries",
+    "too_long": "must have at most {max_length}",
+    "too_short": "must have at least {min_length}",
     "tuple_type": "must be a list",
 }
 
@@ -93,6 +93,8 @@ def _sentence(param: str, error: Mapping[str, Any]) -> str:
         return f"{param}: {str(error['msg']).removeprefix('Value error, ').rstrip('.')}."
     if needs is None:
         return f"{param} {_lowered(str(error['msg']))}."
+    if error["type"] in ("too_long", "too_short"):
+        return f"{param} has {len(error['input'])} entries; it {needs.format(**context)}."
     return f"{param} is {_shown(error['input'])}; it {needs.format(**context)}."
 
 

@@ -144,7 +144,12 @@ def test_the_default_sampler_is_registered() -> None:
         (
             {"guidance": {"name": "cfg", "perturbed": ["pag"] * 4}},
             "guidance.perturbed",
-            "guidance.perturbed is a list; it must have at most 3 entries.",
+            "guidance.perturbed has 4 entries; it must have at most 3.",
+        ),
+        (
+            {"guidance": {"name": "cfg", "perturbed": [{"name": "pag", "layers": []}]}},
+            "guidance.perturbed.0.layers",
+            "guidance.perturbed.0.layers has 0 entries; it must have at least 1.",
         ),
         (
             {"guidance": {"name": "cfg", "perturbed": ["slg", {"name": "pag", "scale": "3"}]}},
