@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 
 from samplers import SAMPLERS, SPACINGS, Grid, NoiseSchedule, Sampler, Spacing
 from samplers.dpm_solver_v3 import DPMSolverV3
-from samplers.heavy_ball import MomentumSampler
+from samplers.heavy_ball import GHVB, HB, MomentumSampler, Nesterov
 from samplers.noise_schedule import DiscreteVP
 from samplers.sa_solver import SASolver
 from samplers.spacing import ListedSpacing
@@ -50,8 +50,9 @@ CANCELLING: list[Sampler] = [
 ]
 """Solvers whose leading errors all but cancel, so that no one slope shows at usual steps."""
 
-COLD: list[Sampler] = [
-    DPMSolverV3.model_validate(
+
+def _v3(order: int, corrector: str) -> Sampler:
+    return DPMSolverV3.model_validate(
         {
             "order": order,
             "predictor": "exact",
@@ -60,9 +61,18 @@ COLD: list[Sampler] = [
             "statistics": "none",
         }
     )
-    for order, corrector in ((2, "exact"), (3, "none"), (3, "exact"))
-]
+
+
+COLD: list[Sampler] = [_v3(3, "none"), _v3(3, "exact")]
 """Solvers whose first step, of order one and never corrected, hides the slope at usual steps."""
+FAINT: list[Sampler] = [Nesterov(order=1.8, weights="variable"), _v3(2, "exact")]
+"""Solvers with so small a leading error that the next power still shows at usual steps."""
+PUBLISHED: list[Sampler] = [
+    kind(order=3.8, weights=weights)
+    for kind in (HB, Nesterov, GHVB)
+    for weights in ("constant", "variable")
+]
+"""Momentum at the order of its paper, which is neither the default nor a bound."""
 WITHOUT_STATISTICS: dict[str, str] = {"statistics": "none", "levels": "asked", "preset": "best"}
 """Fields that act where a model's statistics are given, as test_dpm_solver_v3 gives them."""
 
@@ -120,7 +130,8 @@ def _says_nothing_new(sampler: Sampler) -> bool:
 
 
 VARIANTS: list[Sampler] = [
-    one for kind in SAMPLERS for one in _variants(kind) if not _says_nothing_new(one)
+    *(one for kind in SAMPLERS for one in _variants(kind) if not _says_nothing_new(one)),
+    *PUBLISHED,
 ]
 SPACING_VARIANTS: list[Spacing] = [one for kind in SPACINGS for one in _variants(kind)]
 DEFAULT_SPACINGS: list[Spacing] = [kind.model_validate({}) for kind in SPACINGS]

@@ -120,7 +120,7 @@ def test_variable_weights_pay_at_many_steps_alone() -> None:
     exact = data.transport(x, 1.0, 0.02)
 
     def error(weights: Any, steps: int) -> float:
-        plan = GHVB(weights=weights).plan(VP.grid("logsnr", steps, 1.0, 0.02))
+        plan = GHVB(order=3.8, weights=weights).plan(VP.grid("logsnr", steps, 1.0, 0.02))
         return float((integrate(plan, data, x) - exact).abs().max())
 
     assert error("variable", 20) > 2 * error("constant", 20)

@@ -1,0 +1,155 @@
+"""What the error tends to, in closed form on Gaussian data: the power of the step and its factor.
+
+Slopes over the steps that a test can afford may lie between two powers, where a small factor of
+the lower one is still hidden. A factor that is known exactly leaves no doubt.
+
+``y = x / alpha``, ``s = sigma / alpha``, ``lam = -log(s)``, data N(mean, c^2), from the point one
+deviation above the mean: ``y = mean + sqrt(c^2 + s^2)``. An error at s grows by
+``sqrt((c^2 + S^2) / (c^2 + s^2))`` until the end S. Steps are even in lam, h long.
+"""
+
+from dataclasses import dataclass
+from math import sqrt
+
+import numpy as np
+import pytest
+import torch
+
+from samplers import NoiseSchedule, Sampler, integrate
+from samplers.dpm_solver_v3 import Correction, DPMSolverV3
+from samplers.gaussian import GaussianDenoiser, GaussianMixtureDenoiser
+from samplers.heavy_ball import HB, MomentumSampler, Nesterov, Weights
+from samplers.timesteps import LogSNR
+from tests.samplers.cases import EDM, FAINT, FLOW, VP, label
+
+MEAN, DEVIATION = 0.7, 0.6
+STEPS = (160, 320, 640)
+
+
+@dataclass(frozen=True)
+class Course:
+    """A run over a range of one schedule."""
+
+    schedule: NoiseSchedule
+    t_start: float
+    t_end: float
+
+    @property
+    def squares(self) -> tuple[float, float]:
+        """c^2 + s^2 at both ends."""
+        alpha, sigma = self.schedule.level(np.array([self.t_start, self.t_end]))
+        first, last = DEVIATION**2 + (sigma / alpha) ** 2
+        return float(first), float(last)
+
+    @property
+    def length(self) -> float:
+        """In lam."""
+        first, last = self.schedule.half_log_snr(np.array([self.t_start, self.t_end]))
+        return float(last - first)
+
+    def error(self, sampler: Sampler, steps: int) -> float:
+        """Of y at the end, with its sign."""
+        data = GaussianDenoiser(self.schedule, MEAN, DEVIATION)
+        alpha = self.schedule.level(np.array([self.t_start, self.t_end]))[0]
+        start = alpha[0] * (MEAN + sqrt(self.squares[0]))
+        x = torch.tensor([[start]], dtype=torch.float64)
+        grid = self.schedule.grid(LogSNR(), steps, self.t_start, self.t_end)
+        missed = integrate(sampler.plan(grid), data, x) - data.transport(
+            x, self.t_start, self.t_end
+        )
+        return float(missed) / float(alpha[1])
+
+    def factor(self, sampler: Sampler, power: int) -> float:
+        """Limit of the error over h^power: the next two powers taken out of three runs."""
+        few, more, most = (
+            self.error(sampler, steps) * (steps / self.length) ** power for steps in STEPS
+        )
+        return (8 * most - 6 * more + few) / 3
+
+
+COURSES = {
+    "vp": Course(VP, 1.0, 0.02),
+    "flow": Course(FLOW, 0.95, 0.05),
+    "edm": Course(EDM, 20.0, 0.05),
+}
+each_course = pytest.mark.parametrize("course", COURSES.values(), ids=COURSES.keys())
+
+
+@each_course
+@pytest.mark.parametrize("weights", ["constant", "variable"])
+@pytest.mark.parametrize(
+    ("kind", "order", "steps_behind"),
+    [(HB, 1.8, 0.25), (HB, 3.8, 0.25), (Nesterov, 1.8, 0.05), (Nesterov, 3.8, 0.05)],
+)
+def test_velocities_lag_by_so_many_steps_and_by_nothing_else_of_first_order(
+    course: Course,
+    kind: type[MomentumSampler],
+    order: float,
+    steps_behind: float,
+    weights: Weights,
+) -> None:
+    """Heavy ball's v is a mean of slopes of ``1 / beta - 1`` steps ago, and Nesterov takes
+    ``1 - beta`` of it.
+
+    So the slope eps of ``dy/ds`` is one of ``steps_behind h s`` ago. As
+    ``d eps/ds = c^2 / (c^2 + s^2)^(3/2)``, what that adds up to is
+    ``-steps_behind h c^2 sqrt(c^2 + S^2) * integral of s / (c^2 + s^2)^2 ds``. Neither r nor the
+    weights nor how a run starts are in it.
+    """
+    first, last = course.squares
+    expected = -steps_behind * DEVIATION**2 * sqrt(last) * (1 / last - 1 / first) / 2
+    found = course.factor(kind(order=order, weights=weights), power=1)
+    assert found == pytest.approx(expected, rel=5e-3)
+
+
+@each_course
+@pytest.mark.parametrize(
+    ("corrector", "of_curvature", "of_first_step"),
+    [("none", 5 / 12, 1 / 2), ("exact", -1 / 12, 1 / 2), ("pseudo", -1 / 4, 0)],
+)
+def test_dpm_solver_v3_of_order_two_misses_by_the_square_of_the_step(
+    course: Course, corrector: Correction, of_curvature: float, of_first_step: float
+) -> None:
+    """Its steps integrate ``exp(lam) D`` with a line in place of D, and miss
+    ``of_curvature h^3 D''`` each: 5/12 by the line through the last two points, -1/12 by that
+    through both ends, and -1/4 by the divided differences, whose first is the slope at the middle
+    of the step and not at its start. The first step holds D, and misses ``h^2 D' / 2`` where
+    nothing corrects it.
+
+    Along the flow ``D' = c^2 s^2 / (c^2 + s^2)^(3/2)``.
+    """
+    c = DEVIATION**2
+    first, last = course.squares
+
+    def of(square: float) -> float:
+        return -1 / square + 1.5 * c / square**2
+
+    curvature = c * sqrt(last) * (of(first) - of(last)) / 2
+    slope = c * (first - c) / first**1.5 * sqrt(last / first)
+    expected = -of_curvature * curvature - of_first_step * slope
+    sampler = DPMSolverV3(
+        order=2,
+        predictor="exact",
+        corrector=corrector,
+        lower_order_final=False,
+        statistics="none",
+    )
+    assert course.factor(sampler, power=2) == pytest.approx(expected, rel=5e-3)
+
+
+@pytest.mark.parametrize("sampler", FAINT, ids=label)
+def test_a_faint_leading_error_shows_in_the_slope_after_hundreds_of_steps(sampler: Sampler) -> None:
+    """On a mixture, whose flow is no line: far from the declared order at 40 steps, then nearer
+    with every doubling.
+    """
+    data = GaussianMixtureDenoiser(VP)
+    reach = 1.6 * float(data.spread(1.0).max())
+    x = torch.linspace(-reach, reach, 17, dtype=torch.float64)[None]
+    exact = data.transport(x, 1.0, 0.02)
+    plans = (sampler.plan(VP.grid(LogSNR(), 40 * 2**k, 1.0, 0.02)) for k in range(6))
+    errors = [float((integrate(plan, data, x) - exact).abs().max()) for plan in plans]
+    slopes = np.log2(errors[:-1]) - np.log2(errors[1:])
+    away = np.abs(slopes - sampler.convergence_order)
+    assert away[0] > 0.4
+    assert np.all(np.diff(away[1:]) < 0)
+    assert away[-1] < 0.15
