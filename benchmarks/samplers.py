@@ -18,13 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from benchmarks.architectures import build
-from benchmarks.sampler_study.cells import (
-    EVALUATIONS,
-    EVERY,
-    HIGH_SCALES,
-    PICTURE_EVALUATIONS,
-    SCALES,
-)
+from benchmarks.sampler_study.cells import EVERY, EVERY_EVALUATIONS, HIGH_SCALES, SCALES
 from benchmarks.sampler_study.measuring import PARTS, Wanted, measure
 from benchmarks.sampler_study.page import write
 from benchmarks.sampler_study.records import Records
@@ -63,9 +57,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--contenders", nargs="+", choices=EVERY, default=tuple(EVERY))
     parser.add_argument("--scales", nargs="+", type=float, default=(*SCALES, *HIGH_SCALES))
-    parser.add_argument(
-        "--evaluations", nargs="+", type=int, default=(*EVALUATIONS, *PICTURE_EVALUATIONS)
-    )
+    parser.add_argument("--evaluations", nargs="+", type=int, default=EVERY_EVALUATIONS)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="most time to measure")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument(

@@ -29,7 +29,11 @@ class Sampler(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan
     @property
     @abstractmethod
     def convergence_order(self) -> int:
-        """Order of the global error in the step, 0 for a sampler that solves no equation."""
+        """Order of the global error in the step, 0 for a sampler that solves no equation.
+
+        Multistep methods make their first step with order one. It is not counted: where a run
+        starts at high noise its error hides below the others' for hundreds of steps.
+        """
 
     @property
     def evaluations_per_step(self) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from benchmarks.sampler_study.statistics_files import Missing
 from samplers import SAMPLERS, SPACINGS
 from samplers.dpm_solver_v3 import DPMSolverV3
+from server.request import DEFAULT_STEPS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ SCALES = (1.0, 2.0, 4.0, 7.5)
 HIGH_SCALES = (4.0, 7.5, 15.0, 30.0)
 FEW = (5, 8, 12)
 PICTURE_EVALUATIONS = (5, 8, 12, 20)
+EVERY_EVALUATIONS = (*EVALUATIONS, *PICTURE_EVALUATIONS, DEFAULT_STEPS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +166,15 @@ TRADED = tuple(
     )
 )
 """Those measured at the highest scales."""
+ORDERS = tuple(
+    EVERY[label]
+    for label in (
+        "2M",
+        *("ghvb 1.8", "ghvb 3.8", "hb 1.8", "hb 3.8", "nesterov 1.8", "nesterov 3.8"),
+    )
+)
+"""Those that a default order is chosen by, with as many steps as a request has by default."""
+ORDER_SCALES = (1.0, 2.0, 4.0)
 PRACTICE_SCALE = 4.0
 SPACINGS_COMPARED = ("logsnr", "linspace")
 
@@ -272,6 +283,8 @@ def all_cells(sizes: Sizes) -> Iterator[Cell]:
     for scale in (30.0, 4.0):
         yield from _high_scale_cells(scale, TRADED, FEW[1:2], sizes)
     yield from _error_cells(FURTHER, (7.5, 1.0, 4.0, 2.0), sizes)
+    for scale, contender in product(ORDER_SCALES, ORDERS):
+        yield Cell("picture", contender, "", DEFAULT_STEPS, scale, sizes.picture_images)
 
 
 def _error_cells(

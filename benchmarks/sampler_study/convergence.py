@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 
 from samplers import SAMPLERS, NoiseSchedule, integrate
+from samplers.dpm_solver_v3 import DPMSolverV3
 from samplers.gaussian import GaussianMixtureDenoiser
 from samplers.heavy_ball import MomentumSampler
 from samplers.linear_multistep import Weights
@@ -24,6 +25,8 @@ SLOPE_COUNTS = COUNTS[-3:]
 """Evaluations that the slope is read from."""
 T_START, T_END = 1.0, 0.02
 MOMENTUM_ORDERS = (1.8, 3.8)
+V3_FLAGS = ((1, "none"), (2, "none"), (2, "exact"), (2, "pseudo"), (3, "exact"))
+"""Orders and correctors, named each so that no preset decides what a result is of."""
 POINTS = 17
 REACH = 1.6
 
@@ -47,6 +50,8 @@ def solvers() -> Iterator[Sampler]:
 def _choices(kind: type[Sampler]) -> list[dict[str, Any]]:
     if issubclass(kind, MomentumSampler):
         return [{"order": o, "weights": w} for o in MOMENTUM_ORDERS for w in get_args(Weights)]
+    if issubclass(kind, DPMSolverV3):
+        return [{"order": o, "predictor": "exact", "corrector": c} for o, c in V3_FLAGS]
     orders = _orders(kind.model_fields["order"]) if "order" in kind.model_fields else []
     return [{"order": order} for order in orders] or [{}]
 

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.sampler_study import convergence, cost, cross_check
 from benchmarks.sampler_study.cells import (
-    EVALUATIONS,
     EVERY,
+    EVERY_EVALUATIONS,
     HIGH_SCALES,
-    PICTURE_EVALUATIONS,
     SCALES,
     all_cells,
 )
@@ -46,7 +45,7 @@ class Wanted:
     parts: Collection[str] = PARTS
     contenders: Collection[str] = tuple(EVERY)
     scales: Collection[float] = (*SCALES, *HIGH_SCALES)
-    evaluations: Collection[int] = (*EVALUATIONS, *PICTURE_EVALUATIONS)
+    evaluations: Collection[int] = EVERY_EVALUATIONS
 
     def cells(self, sizes: Sizes) -> Iterator[Cell]:
         """The cells among them, the most important first."""
@@ -143,7 +142,8 @@ def _slopes() -> Iterator[Work]:
             return {"declared": sampler.convergence_order, "slope": steep, "errors": errors}
 
         settings = sampler.model_dump()
-        label = " ".join(str(settings[k]) for k in ("name", "order", "weights") if settings.get(k))
+        told = ("name", "order", "corrector", "weights")
+        label = " ".join(str(settings[key]) for key in told if settings.get(key))
         yield {"part": "slope", "label": label, "settings": settings}, work
 
 

@@ -40,6 +40,7 @@ def _entries(results: Results) -> dict[str, str]:
         "against": tables.against_the_best(results),
         "variants": tables.variants(results),
         "reduced": tables.reduced(results),
+        "orders": tables.orders(results),
         "accuracy": tables.accuracy(results),
         **{f"momentum_{_name(s)}": tables.momentum(results, s) for s in HIGH_SCALES},
         "slopes": tables.slopes(results),

@@ -11,6 +11,8 @@ from benchmarks.sampler_study.cells import (
     EVERY,
     FEW,
     FURTHER,
+    ORDER_SCALES,
+    ORDERS,
     PICTURE_EVALUATIONS,
     PRACTICE,
     PRACTICE_SCALE,
@@ -25,6 +27,7 @@ from benchmarks.sampler_study.cells import (
 )
 from benchmarks.sampler_study.cost import ROWS
 from benchmarks.sampler_study.measures import mean_and_error, ratio, wilson
+from server.request import DEFAULT_STEPS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -215,6 +218,21 @@ def _share_of(record: dict[str, Any] | None, name: str) -> str:
 
 def _count_of(record: dict[str, Any] | None) -> str:
     return NOTHING if record is None else f"{sum(record['right'])} of {len(record['right'])}"
+
+
+def orders(results: Results) -> str:
+    """Error and accuracy of the orders that a default is chosen from, at the default steps."""
+    head = [
+        "sampler",
+        *(f"error at guidance {scale:g}" for scale in ORDER_SCALES),
+        *(f"right at {scale:g}" for scale in ORDER_SCALES),
+    ]
+    rows: list[list[str]] = []
+    for contender in ORDERS:
+        found = [results.picture(contender.label, DEFAULT_STEPS, scale) for scale in ORDER_SCALES]
+        errors = (NOTHING if r is None else _figure(float(np.mean(r["errors"]))) for r in found)
+        rows.append([contender.label, *errors, *(_count_of(record) for record in found)])
+    return table(head, rows)
 
 
 def accuracy(results: Results) -> str:

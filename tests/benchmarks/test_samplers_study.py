@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.sampler_study import tables
 from benchmarks.sampler_study.cells import Cell, Contender
+from benchmarks.sampler_study.convergence import solvers
 from benchmarks.sampler_study.measures import Bounds, ratio, relative_errors, slope, wilson
 from benchmarks.sampler_study.measuring import Wanted, measure
 from benchmarks.sampler_study.records import Records
@@ -18,6 +19,7 @@ from benchmarks.sampler_study.statistics_files import Missing, StatisticsFiles
 from benchmarks.sampler_study.study import Sizes, Study
 from benchmarks.samplers import main
 from embedded import MODEL_FOLDER
+from samplers.dpm_solver_v3 import DPMSolverV3, Flags
 from samplers.statistics import Statistics, StatisticsIdentity
 from server.models.folder import revision_of
 from server.models.hosted import HostedModel
@@ -133,6 +135,14 @@ def test_the_tables_do_without_results(tmp_path: Path) -> None:
     results = Results(Records(tmp_path / "none.jsonl"))
     assert set(tables.which(results).splitlines()[2].split(" | ")[1:-1]) == {tables.NOTHING}
     assert tables.regret(results).count("\n") == 1
+    assert set(tables.orders(results).splitlines()[2].split(" | ")[1:-1]) == {tables.NOTHING}
+
+
+def test_what_slopes_are_of_is_left_to_no_preset() -> None:
+    """Else a change of the preset would put old figures under new settings."""
+    fitted = [one for one in solvers() if isinstance(one, DPMSolverV3)]
+    assert {one.corrector for one in fitted} >= {"none", "exact", "pseudo"}
+    assert all(getattr(one, flag) is not None for one in fitted for flag in Flags._fields)
 
 
 def test_records_are_found_whatever_the_order_of_their_entries(tmp_path: Path) -> None:
