@@ -1,8 +1,9 @@
-"""What each guidance rule makes of captions, CFG++ with either history, and inversion.
+"""What each guidance rule makes of captions, CFG++ with either history, inversion, oscillation.
 
     python -m benchmarks.guidance_rules rules --captions 100
     python -m benchmarks.guidance_rules histories --captions 100
     python -m benchmarks.guidance_rules inversion --captions 12
+    python -m benchmarks.guidance_rules oscillation --captions 12
 
 Prints one table. The pictures of a caption start from the same noise under every setting.
 """
@@ -71,6 +72,8 @@ FINER = 8
 """Parts of a step in the reference of the histories."""
 COMPARED = 8
 """Captions that the reference is made of."""
+FINE = 50
+"""Steps that few are held against, for oscillation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +241,41 @@ def inversion(model: HostedModel, count: int, steps: int) -> None:
         )
 
 
+def oscillation(model: HostedModel, count: int, steps: int) -> None:
+    """Whether the difference that guides swings to and fro from step to step.
+
+    Of every change from one step to the next, the cosine with the change before: 1 where the
+    difference goes on as it did, -1 where it turns back each time.
+    """
+    captions = Captions.of(model, count)
+    predict = predictor(model, captions)
+    swinging: Sequence[Rule] = (CFG(scale=4), CFG(scale=7.5), APG(momentum=0), APG())
+    samplers: Sequence[Sampler] = (DPMSolverPP(), DDIM())
+    print("| sampler | steps | " + " | ".join(_described(rule) for rule in swinging) + " |")
+    print("|---" * (2 + len(swinging)) + "|")
+    for sampler, count_of_steps in product(samplers, (steps, FINE)):
+        plan = sampler.plan(model.facts.schedule.grid(Trailing(), count_of_steps))
+        found = [_swing(plan, predict, rule, captions.noise) for rule in swinging]
+        print(f"| {sampler.name} | {count_of_steps} | {' | '.join(found)} |", flush=True)
+
+
+def _swing(
+    plan: Plan, predict: Callable[[Tensor, float], tuple[Tensor, Tensor]], rule: Rule, x: Tensor
+) -> str:
+    differences: list[Tensor] = []
+
+    def listen(point: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        cond, other = predict(point, t)
+        differences.append((cond - other).flatten(1))
+        return cond, other
+
+    run(plan, listen, rule, x)
+    changes = torch.stack(differences).diff(dim=0)
+    cosines = torch.cosine_similarity(changes[1:], changes[:-1], dim=2).mean(0)
+    error = float(cosines.std() / len(cosines) ** 0.5)
+    return f"{float(cosines.mean()):+.2f} ± {error:.2f}".replace("-", "−")
+
+
 def _flow_of(
     grid: Grid, predict: Callable[[Tensor, float], tuple[Tensor, Tensor]], scale: float, x: Tensor
 ) -> Tensor:
@@ -278,7 +316,12 @@ def _described(rule: Rule) -> str:
     )
 
 
-TABLES = {"rules": rules, "histories": histories, "inversion": inversion}
+TABLES = {
+    "rules": rules,
+    "histories": histories,
+    "inversion": inversion,
+    "oscillation": oscillation,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
