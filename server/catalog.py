@@ -122,7 +122,8 @@ def catalog(models: tuple[ModelEntry, ...] = ()) -> Catalog:
 @cache
 def _defaults() -> Defaults:
     plain = default_guidance(default_sampler()).model_dump(mode="json")
-    guidance = {name_of(one): default_guidance(one()).model_dump(mode="json") for one in SAMPLERS}
+    samplers = [member.model_validate({}) for member in SAMPLERS]
+    guidance = {one.name: default_guidance(one).model_dump(mode="json") for one in samplers}
     return Defaults(
         n=GenerateRequest.model_fields["n"].default,
         steps=DEFAULT_STEPS,
