@@ -1,8 +1,8 @@
-"""Negative token merging: images of one request that keep away from each other."""
+"""Negative token merging: images that keep away from another one, or from a picture."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -15,20 +15,33 @@ class NegToMe(Window, frozen=True):
     """Negative token merging (Singh et al., arXiv 2412.01339).
 
     In the attention of some layers each token h of an image moves away from the token of the
-    reference that is most like it, if that is like enough: ``h + strength (h - h_ref)``. The
-    reference is the request's first image, which stays what it would be alone; every prediction
+    reference that is most like it, if that is like enough: ``h + strength (h - h_ref)``.
+
+    The reference is the request's first image, which stays what it would be alone; every prediction
     of an image (for the prompt, for the negative prompt, ...) has that image's same prediction as
-    its reference. Costs no evaluation.
+    its reference. This costs no evaluation.
+
+    Or it is a picture r that the request supplies, and then no image stays what it would be alone.
+    At each stage in the window every image takes ``alpha r + sigma eps``, told the prompt, through
+    the network beside its own predictions, and all of these have it as their reference. This costs
+    an evaluation at each such stage. eps is the noise that the image itself starts from.
 
     The defaults are the authors' for SDXL, whose window is a fifth of the training times.
 
     Departures: where the authors' code looks for the most similar image token of each reference
     token, and then takes the two indices for each other, this does as the paper says. Layers are
-    named, not chosen by their resolution.
+    named, not chosen by their resolution. Of a picture, the authors' code draws new noise at each
+    step, and evaluates it for the negative prompt too, where the predictions for that have their
+    reference; it may be masked.
     """
 
-    summary: ClassVar[str] = "Drives the images of a request apart from its first, for diversity."
+    summary: ClassVar[str] = "Drives images apart from the first, or away from a picture."
     source: ClassVar[str] = "Singh et al., arXiv 2412.01339."
+    away_from: Literal["first", "reference"] | None = Field(
+        default=None,
+        description="The request's first image, or the picture sent as `reference`; that picture "
+        "by default, where one is sent.",
+    )
     strength: float = Field(default=0.9, gt=0, le=10, description="How far tokens are pushed.")
     threshold: float = Field(
         default=0.7, ge=-1, lt=1, description="Cosine above which two tokens are alike."

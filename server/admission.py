@@ -58,12 +58,15 @@ def resolve(
         "guidance": default_guidance(sampler),
         "strength": _default_strength(request, upload_size is not None),
     }
-    given = request.model_dump(exclude={"image", "mask"}, exclude_none=True)
+    has_reference = request.reference is not None
+    given = request.model_dump(exclude={"image", "mask", "reference"}, exclude_none=True)
+    if negtome := given.get("guidance", {}).get("negtome"):
+        negtome.setdefault("away_from", "reference" if has_reference else "first")
     resolved = ResolvedRequest.model_validate(defaults | given)
     check_limits(resolved, limits)
     check_guidance(resolved.guidance, model, has_picture=upload_size is not None)
     check_classifier(resolved, model)
-    check_group(resolved, model, has_picture=upload_size is not None)
+    check_group(resolved, model, has_picture=upload_size is not None, has_reference=has_reference)
     _check_size(resolved, facts, limits)
     _check_tokens(resolved, model)
     return resolved

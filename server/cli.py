@@ -136,6 +136,9 @@ def generate(
     height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     image: Annotated[Path | None, typer.Option(help="Picture to start from.")] = None,
     mask: Annotated[Path | None, typer.Option(help="White where the picture is repainted.")] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="Picture to keep away from, by negtome.")
+    ] = None,
     strength: Annotated[
         float | None, typer.Option(help="Share of the steps from a picture.")
     ] = None,
@@ -160,6 +163,7 @@ def generate(
         height=height,
         image=_base64_of(image),
         mask=_base64_of(mask),
+        reference=_base64_of(reference),
         strength=strength,
     )
     for path, data in _files(output, _with_bar(settings, request)):

@@ -1,18 +1,23 @@
-"""What makes the images of a request one group: refused where it cannot act, else made ready."""
+"""Images that depend on each other or on a picture: refused where they cannot, else made ready."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from guidance import NegToMe
 from samplers import Plan
 from samplers.reverse_sde import follows_reverse_sde
-from server.engine.sequence import Group
+from server.engine.sequence import Avoided, Group
 from server.errors import InvalidRequest
 from server.models.hosted import HostedModel
 from server.request import Guidance, ResolvedRequest
 
-__all__ = ["check_group", "group_of", "is_group"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["avoided_of", "check_group", "group_of", "is_group"]
 
 PARTICLES = "guidance.particles"
 NEGTOME = "guidance.negtome"
@@ -20,25 +25,31 @@ NEGTOME = "guidance.negtome"
 
 def is_group(guidance: Guidance) -> bool:
     """Whether the images of a request depend on each other."""
-    return guidance.particles is not None or guidance.negtome is not None
+    return guidance.particles is not None or _is_of_images(guidance.negtome)
 
 
-def check_group(resolved: ResolvedRequest, model: HostedModel, *, has_picture: bool) -> None:
-    """Refuse images that could not act on each other as the request says.
+def check_group(
+    resolved: ResolvedRequest, model: HostedModel, *, has_picture: bool, has_reference: bool
+) -> None:
+    """Refuse images that could not act on each other, or avoid a picture, as the request says.
 
     Args:
         resolved: the request.
         model: that will serve it.
         has_picture: whether the run starts from a picture.
+        has_reference: whether there is a picture to keep away from.
 
     Raises:
-        InvalidRequest: one image alone, guidance that does not go with it, or layers that the
-            model lacks.
+        InvalidRequest: one image alone, no picture to keep away from or nothing that does, guidance
+            that does not go with it, or layers that the model lacks.
     """
     guidance = resolved.guidance
-    for field, asked in ((PARTICLES, guidance.particles), (NEGTOME, guidance.negtome)):
-        if asked is not None and resolved.n < 2:
-            raise InvalidRequest("n", f"n is {resolved.n}; {field} needs at least 2 images.")
+    _check_reference(guidance.negtome, has_reference=has_reference)
+    if is_group(guidance) and resolved.n < 2:
+        needs = f"{PARTICLES} needs at least 2 images"
+        if guidance.particles is None:
+            needs = f"{NEGTOME} needs at least 2 images, or a picture in `reference`"
+        raise InvalidRequest("n", f"n is {resolved.n}; {needs}.")
     if guidance.particles is not None and (
         reason := _against_particles(guidance, has_picture=has_picture)
     ):
@@ -68,15 +79,60 @@ def group_of(resolved: ResolvedRequest, plan: Plan) -> Group | None:
             "tau 1.",
         )
     if guidance.negtome is not None:
-        with np.errstate(divide="ignore"):
-            noise_ratio = plan.sigma[:-1] / plan.alpha[:-1]
-        if not guidance.negtome.contains(noise_ratio, np.array(plan.step) / plan.steps).any():
-            raise InvalidRequest(
-                NEGTOME,
-                f"{NEGTOME}: its window holds none of the {plan.steps} steps; take more steps, or "
-                "widen low, high, start or stop.",
-            )
+        _check_window(guidance.negtome, plan)
     return Group(particles=guidance.particles, apart=guidance.negtome)
+
+
+def avoided_of(resolved: ResolvedRequest, plan: Plan, reference: Tensor | None) -> Avoided | None:
+    """What every image of the request keeps away from, if that is a picture.
+
+    Args:
+        resolved: the request.
+        plan: of its sampler.
+        reference: the picture, ``[3, H, W]`` float32 in [-1, 1].
+
+    Raises:
+        InvalidRequest: no step lies in the window in which they do.
+    """
+    negtome = resolved.guidance.negtome
+    if reference is None or negtome is None:
+        return None
+    _check_window(negtome, plan)
+    return Avoided(reference, negtome)
+
+
+def _is_of_images(negtome: NegToMe | None) -> bool:
+    """Whether images keep away from another one of their request."""
+    return negtome is not None and negtome.away_from != "reference"
+
+
+def _check_reference(negtome: NegToMe | None, *, has_reference: bool) -> None:
+    if negtome is None and has_reference:
+        raise InvalidRequest(
+            "reference", f"reference needs {NEGTOME}; ask for that or leave reference out."
+        )
+    if negtome is None or has_reference == (negtome.away_from == "reference"):
+        return
+    field = f"{NEGTOME}.away_from"
+    if has_reference:
+        raise InvalidRequest(
+            "reference",
+            f"reference is of no use where {field} is {negtome.away_from!r}; leave one out.",
+        )
+    raise InvalidRequest(
+        field, f"{field} is {negtome.away_from!r}; it needs a picture, so send `reference`."
+    )
+
+
+def _check_window(negtome: NegToMe, plan: Plan) -> None:
+    with np.errstate(divide="ignore"):
+        noise_ratio = plan.sigma[:-1] / plan.alpha[:-1]
+    if not negtome.contains(noise_ratio, np.array(plan.step) / plan.steps).any():
+        raise InvalidRequest(
+            NEGTOME,
+            f"{NEGTOME}: its window holds none of the {plan.steps} steps; take more steps, or "
+            "widen low, high, start or stop.",
+        )
 
 
 def _against_particles(guidance: Guidance, *, has_picture: bool) -> str | None:
@@ -95,10 +151,11 @@ def _against_particles(guidance: Guidance, *, has_picture: bool) -> str | None:
 
 
 def _against_negtome(guidance: Guidance, negtome: NegToMe, model: HostedModel) -> str | None:
-    if guidance.policy.adapts:
+    if guidance.policy.adapts and _is_of_images(negtome):
         return (
             f"the policy {guidance.policy.name!r} ends guidance for each image by itself, and then "
-            "their predictions have no counterparts; take another policy"
+            "their predictions have no counterparts; take another policy, or send a picture in "
+            "`reference`"
         )
     if reason := model.refuses(negtome.edit):
         return f"model {model.facts.name!r} {reason}"

@@ -102,7 +102,7 @@ else:
         ),
         "negtome": (
             NegToMe | None,
-            Field(default=None, description="The images keep apart from the first of them."),
+            Field(default=None, description="The images keep away from the first or a picture."),
         ),
     }
 
@@ -206,6 +206,12 @@ class GenerateRequest(BaseModel):
         default=None,
         repr=False,
         description="Where `image` is repainted (white) and kept (black), resampled alike.",
+    )
+    reference: str | None = Field(
+        default=None,
+        repr=False,
+        description="A picture that the images keep away from, by `guidance.negtome`, resampled "
+        "alike.",
     )
     output_format: OutputFormat = Field(default="png", description="Of the pictures.")
     stream: bool = Field(default=False, strict=True, description="Answer with server-sent events.")

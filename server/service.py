@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -76,6 +76,14 @@ class Pictures:
     denoise_s: float
     decode_s: float
     total_s: float
+
+
+class Uploads(NamedTuple):
+    """The pictures that came with a request."""
+
+    image: Image.Image | None
+    mask: Image.Image | None
+    reference: Image.Image | None
 
 
 class Service:
@@ -219,10 +227,10 @@ class Service:
     def _begin(self, generation: Generation, request: GenerateRequest) -> None:
         engine = self.ready_engine()
         model = self._model(request.model)
-        image, mask = self._uploads(request)
-        size = None if image is None else image.size
+        uploads = self._uploads(request)
+        size = None if uploads.image is None else uploads.image.size
         resolved = resolve(request, model, self._limits, size)
-        tasks = self._tasks(resolved, model, image, mask)
+        tasks = self._tasks(resolved, model, uploads)
         generation.begin(resolved, model.facts.revision, engine.submit(tasks, generation))
 
     def _model(self, name: str | None) -> HostedModel:
@@ -244,25 +252,30 @@ class Service:
         key = model.facts.name, layout, identity, identity and shape
         return self._plans.get(key, make)
 
-    def _uploads(self, request: GenerateRequest) -> tuple[Image.Image | None, Image.Image | None]:
-        image = mask = None
+    def _uploads(self, request: GenerateRequest) -> Uploads:
+        most = self._limits.upload_pixels
+        image = mask = reference = None
         if request.image is not None:
-            image = decode(request.image, field="image", max_pixels=self._limits.upload_pixels)
+            image = decode(request.image, field="image", max_pixels=most)
         if request.mask is not None:
-            mask = decode_mask(request.mask, field="mask", max_pixels=self._limits.upload_pixels)
-        return image, mask
+            mask = decode_mask(request.mask, field="mask", max_pixels=most)
+        if request.reference is not None:
+            reference = decode(request.reference, field="reference", max_pixels=most)
+        return Uploads(image, mask, reference)
 
     def _tasks(
-        self,
-        resolved: ResolvedRequest,
-        model: HostedModel,
-        image: Image.Image | None,
-        mask: Image.Image | None,
+        self, resolved: ResolvedRequest, model: HostedModel, uploads: Uploads
     ) -> list[ImageTask]:
         size = resolved.width, resolved.height
-        pixels = None if image is None else _pixels_tensor(fit(image, *size))
-        repaint = None if mask is None else _mask_tensor(fit(mask, *size))
-        return tasks_of(resolved, model, self._plan(resolved, model), image=pixels, mask=repaint)
+        image, mask, reference = uploads
+        return tasks_of(
+            resolved,
+            model,
+            self._plan(resolved, model),
+            image=None if image is None else _pixels_tensor(fit(image, *size)),
+            mask=None if mask is None else _mask_tensor(fit(mask, *size)),
+            reference=None if reference is None else _pixels_tensor(fit(reference, *size)),
+        )
 
     def _encode(self, generation: Generation, index: int) -> Picture:
         request = generation.request

@@ -7,7 +7,7 @@ from torch import Tensor
 from samplers import Plan
 from server.classifier_check import aim_of
 from server.engine.sequence import ImageTask
-from server.group_check import group_of
+from server.group_check import avoided_of, group_of
 from server.guidance_check import check_windows, coefficients_for
 from server.models.hosted import HostedModel
 from server.request import ResolvedRequest, split
@@ -27,6 +27,7 @@ def tasks_of(
     *,
     image: Tensor | None = None,
     mask: Tensor | None = None,
+    reference: Tensor | None = None,
 ) -> list[ImageTask]:
     """One task an image.
 
@@ -36,6 +37,7 @@ def tasks_of(
         plan: of its sampler.
         image: picture to start from, ``[3, H, W]`` float32 in [-1, 1].
         mask: ``[H, W]`` float32, 1 to repaint, 0 to keep.
+        reference: picture to keep away from, as ``image``.
 
     Raises:
         InvalidRequest: guidance that cannot act along this plan, or is not fitted to it.
@@ -45,6 +47,7 @@ def tasks_of(
     coefficients = coefficients_for(resolved, model, plan)
     aim = aim_of(resolved, model, plan)
     group = group_of(resolved, plan)
+    avoided = avoided_of(resolved, plan, reference)
     tuning = resolved.guidance.skip_tuning
     return [
         ImageTask(
@@ -62,6 +65,7 @@ def tasks_of(
             aim=aim,
             coefficients=coefficients,
             group=group,
+            avoided=avoided,
             image=image,
             mask=mask,
             previews=resolved.stream,

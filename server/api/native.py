@@ -37,7 +37,8 @@ class ImageOut(BaseModel):
     b64_json: str = Field(description="The file, in base64.")
     seed: int = Field(
         description="Asking for this seed with n = 1 makes this picture again, unless the images "
-        "depend on each other by `guidance.particles` or `guidance.negtome`."
+        "depend on each other by `guidance.particles`, or by `guidance.negtome` without a "
+        "`reference`."
     )
 
 

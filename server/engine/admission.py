@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from server.engine.conditioning import Conditioning
 from server.engine.noise import start_noise
-from server.engine.sequence import Known
+from server.engine.sequence import AvoidedLatents, Known
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -92,12 +92,13 @@ def _prompts(members: list[Sequence]) -> Iterator[str]:
 def _texts(task: ImageTask) -> Iterator[str]:
     """What the network is told for each prediction of an image, in the order of their numbers.
 
-    The last is the one that the classifier chooses, so it comes with every alternative.
+    That of the picture that it avoids is there even if it avoids none. The last is the one that the
+    classifier chooses, so it comes with every alternative.
     """
     yield task.prompt
     for branch in task.rule.branches:
         yield branch.text(task.prompt, task.negative_prompt)
-    for _ in task.perturbed:
+    for _ in (*task.perturbed, task.avoided):
         yield task.prompt
     if task.aim is not None:
         yield from task.aim.alternatives
@@ -106,12 +107,19 @@ def _texts(task: ImageTask) -> Iterator[str]:
 def _start(sequence: Sequence, lane: Lane) -> Start:
     task, plan = sequence.task, sequence.task.plan
     noise = start_noise(task.seed, lane.shape).to(lane.model.device)
+    if (avoided := task.avoided) is not None:
+        latents = _latents(avoided.picture, lane)
+        sequence.avoided = AvoidedLatents(latents, noise, avoided.negtome.edit)
     if task.image is None:
         return Start(plan.start_scale * noise)
-    latents = lane.model.encode(task.image[None].to(lane.model.device))[0]
+    latents = _latents(task.image, lane)
     if task.mask is not None:
         sequence.known = Known(latents, noise, _latent_mask(task.mask, lane))
     return Start(float(plan.alpha[0]) * latents + float(plan.sigma[0]) * noise, latents)
+
+
+def _latents(picture: Tensor, lane: Lane) -> Tensor:
+    return lane.model.encode(picture[None].to(lane.model.device))[0]
 
 
 def _latent_mask(mask: Tensor, lane: Lane) -> Tensor:

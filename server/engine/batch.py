@@ -10,6 +10,7 @@ import torch
 
 from guidance import Rows
 from samplers import advance
+from server.engine.apart import AvoidedRow, put_avoided
 from server.engine.classify import choose, push
 from server.engine.forward import forward
 from server.engine.groups import groups_of
@@ -48,6 +49,7 @@ class Batch:
         aims: what the classifier is asked for, of the images that ask it at this stage.
         pushed: images, by position, that move up its gradient.
         referred: rows of the predictions whose prompt it chooses, by position.
+        avoided: rows that hold a picture, by position, of the images that keep away from one.
         groups: each with its images' positions, in their order.
         fixed_rows: where set, every operation that could depend on the batch size runs at this
             many rows, so that a row's bits do not depend on its company.
@@ -65,6 +67,7 @@ class Batch:
     aims: dict[int, Aim]
     pushed: list[int]
     referred: dict[int, int]
+    avoided: dict[int, AvoidedRow]
     groups: list[tuple[Group, list[int]]]
     fixed_rows: int | None
     references: References | None = None
@@ -110,6 +113,7 @@ def pack(lane: Lane, sequences: list[Sequence], fixed_rows: int | None) -> Batch
     aims: dict[int, Aim] = {}
     pushed: list[int] = []
     referred: dict[int, int] = {}
+    avoided: dict[int, AvoidedRow] = {}
     for i, sequence in enumerate(sequences):
         ask, first = sequence.ask, len(owners)
         if sequence.task.aim is not None and ask.aimed:
@@ -120,6 +124,9 @@ def pack(lane: Lane, sequences: list[Sequence], fixed_rows: int | None) -> Batch
                 referred[i] = first + len(ask.numbers) - 1
         if not ask.numbers:
             continue
+        if sequence.avoided is not None and ask.avoided:
+            row = first + ask.numbers.index(ask.avoided)
+            avoided[i] = AvoidedRow(row, sequence.avoided)
         owners += [i] * len(ask.numbers)
         numbers += ask.numbers
         if ask.evaluated:
@@ -139,6 +146,7 @@ def pack(lane: Lane, sequences: list[Sequence], fixed_rows: int | None) -> Batch
         aims=aims,
         pushed=pushed,
         referred=referred,
+        avoided=avoided,
         groups=groups_of(sequences),
         fixed_rows=fixed_rows,
     )
@@ -170,6 +178,7 @@ def evaluate(batch: Batch) -> Tensor:
         Denoised predictions ``[rows, C, h, w]``.
     """
     x = batch.columns[:, 0].index_select(0, batch.lane.indices(batch.owners))
+    put_avoided(batch, x)
     scalars = _columns_of(
         batch,
         batch.owners,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from guidance.edits import ApartFrom, WeakModel
-from server.engine.groups import kept_apart
+from server.engine.apart import kept_apart
 from server.engine.padding import padded
 
 if TYPE_CHECKING:
@@ -88,10 +88,9 @@ def _inputs(batch: Batch, x: Tensor, t: Tensor) -> Inputs:
     edits: list[tuple[Edit, ...]] = []
     if any(sequence.guidance.edited for sequence in batch.sequences):
         edits = [owner.guidance.edits[k] for owner, k in zip(owners, batch.numbers, strict=True)]
-    if batch.groups:
-        for row, edit in kept_apart(batch).items():
-            edits = edits or [()] * len(owners)
-            edits[row] = (*edits[row], edit)
+    for row, edit in kept_apart(batch).items():
+        edits = edits or [()] * len(owners)
+        edits[row] = (*edits[row], edit)
     scales: Tensor | None = None
     if any(sequence.guidance.told_scale is not None for sequence in batch.sequences):
         scales = t.new_tensor([owner.guidance.told_scale or 0.0 for owner in owners])

@@ -1,8 +1,8 @@
-"""What the images of a group do to each other: keep apart in the network, and be resampled."""
+"""Images that run in lockstep, and particles among them that are resampled."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from guidance import NegToMe
-    from guidance.edits import ApartFrom
     from server.engine.batch import Batch
     from server.engine.sequence import Group, Sequence
 
@@ -29,28 +27,6 @@ def groups_of(sequences: Listed[Sequence]) -> list[tuple[Group, list[int]]]:
         if (group := sequence.task.group) is not None:
             groups.setdefault(id(group), (group, []))[1].append(i)
     return list(groups.values())
-
-
-def kept_apart(batch: Batch) -> dict[int, ApartFrom]:
-    """Rows of the forward that move away from another row, with the change that does it.
-
-    The first image of a group stays as it is. Each prediction of the others has the same
-    prediction of the first for its reference.
-    """
-    edits: dict[int, ApartFrom] = {}
-    for group, (first, *others) in batch.groups:
-        negtome = group.apart
-        if negtome is None or not _is_open(negtome, batch.sequences[first]):
-            continue
-        rows = {
-            row: (i, number)
-            for row, (i, number) in enumerate(zip(batch.owners, batch.numbers, strict=True))
-        }
-        of_first = {number: row for row, (i, number) in rows.items() if i == first}
-        for row, (i, number) in rows.items():
-            if i in others:
-                edits[row] = replace(negtome.edit, reference=of_first[number])
-    return edits
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -109,14 +85,6 @@ def resample(batch: Batch, predictions: Tensor, sound: Listed[bool]) -> Resampli
             origins[i] = members[origin]
             sizes[i] = effective(weights)
     return Resampling(origins, sizes) if sizes else None
-
-
-def _is_open(negtome: NegToMe, sequence: Sequence) -> bool:
-    plan, stage = sequence.task.plan, sequence.stage
-    with np.errstate(divide="ignore"):
-        noise_ratio = plan.sigma[stage : stage + 1] / plan.alpha[stage : stage + 1]
-    progress = np.array([sequence.guidance.progress[stage]])
-    return bool(negtome.contains(noise_ratio, progress)[0])
 
 
 def _increments(batch: Batch, members: list[int], predictions: Tensor) -> list[float]:

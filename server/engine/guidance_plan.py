@@ -23,13 +23,15 @@ class Ask:
     """What one stage needs beside the prompt's prediction.
 
     Predictions of an image are numbered: 0 the prompt's, then those of the rule's branches, then
-    the perturbed ones, then the reference that the classifier chooses.
+    the perturbed ones, then the picture that the image avoids, then the reference that the
+    classifier chooses.
 
     Attributes:
         numbers: of the predictions to evaluate.
         evaluated: whether the rule's branches are among them.
         estimated: whether the policy estimates the branch.
         perturbed: number and scale of each perturbed prediction among them.
+        avoided: number of the avoided picture's prediction, 0 where it is not among them.
         push: how far the prediction moves for each unit of the classifier's gradient.
         reference: scale of the term that leads away from the reference, which is the last of
             ``numbers`` unless this is 0.
@@ -39,6 +41,7 @@ class Ask:
     evaluated: bool
     estimated: bool
     perturbed: tuple[tuple[int, float], ...]
+    avoided: int = 0
     push: float = 0.0
     reference: float = 0.0
 
@@ -104,16 +107,20 @@ def plan_guidance(task: ImageTask) -> GuidancePlan:
         tuple((first + k, task.perturbed[k].scale) for k, open_ in enumerate(row) if open_)
         for row in zip(*windows, strict=True)
     ] or [()] * plan.evaluations
-    reference = first + len(task.perturbed)
-    terms = [*zip(perturbed, *_classified(task), strict=True)]
+    avoided = first + len(task.perturbed)
+    shown = np.zeros(plan.evaluations, np.int64)
+    if task.avoided is not None:
+        shown[task.avoided.negtome.contains(noise_ratio, progress)] = avoided
+    terms = [*zip(perturbed, shown.tolist(), *_classified(task), strict=True)]
     stages = zip(evaluated.tolist(), estimated.tolist(), terms, strict=True)
-    numbers = range(1, first), reference
+    numbers = range(1, first), avoided + 1
     asks = [_ask(*numbers, known, guessed, *own) for known, guessed, own in stages]
     settled = [_ask(*numbers, False, False, *own) for own in terms]
     edits = [
         (),
         *((branch.edit,) if branch.edit else () for branch in branches),
         *((perturbation.edit,) for perturbation in task.perturbed),
+        (),
         (),
     ]
     constants = np.zeros((plan.evaluations, 0))
@@ -151,15 +158,17 @@ def _ask(
     evaluated: bool,
     estimated: bool,
     perturbed: tuple[tuple[int, float], ...],
+    avoided: int,
     push: float,
     reference: float,
 ) -> Ask:
     numbers = (
         *(branches if evaluated else ()),
         *(disturbed for disturbed, _ in perturbed),
+        *((avoided,) if avoided else ()),
         *((number,) if reference else ()),
     )
-    return Ask(numbers, evaluated, estimated, perturbed, push, reference)
+    return Ask(numbers, evaluated, estimated, perturbed, avoided, push, reference)
 
 
 def _left(asks: Sequence[Ask]) -> list[int]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         Policy,
         Rule,
     )
+    from guidance.edits import ApartFrom
     from samplers import Plan
     from server.engine.compiled import CompiledPlan
     from server.engine.guidance_plan import Ask, GuidancePlan
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Aim",
+    "Avoided",
+    "AvoidedLatents",
     "Group",
     "ImageResult",
     "ImageTask",
@@ -78,6 +81,19 @@ class Aim:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Avoided:
+    """A picture that all predictions of an image keep away from, inside the network.
+
+    Attributes:
+        picture: ``[3, H, W]`` float32 in [-1, 1].
+        negtome: how, and when.
+    """
+
+    picture: Tensor
+    negtome: NegToMe
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class ImageTask:
     """One image, as the service gives it to the engine.
 
@@ -96,6 +112,7 @@ class ImageTask:
         aim: what it asks of the model's classifier.
         coefficients: what a policy that is fitted was fitted to, ``[stages, n]``.
         group: the images that this one runs in lockstep with.
+        avoided: a picture that it keeps away from; then its group keeps none apart.
         priority: who goes first.
         image: picture to start from, ``[3, H, W]`` float32 in [-1, 1]; the plan then starts
             part way.
@@ -117,6 +134,7 @@ class ImageTask:
     aim: Aim | None = None
     coefficients: NDArray[np.float64] | None = None
     group: Group | None = None
+    avoided: Avoided | None = None
     priority: Priority = Priority.INTERACTIVE
     image: Tensor | None = None
     mask: Tensor | None = None
@@ -186,6 +204,15 @@ class Known:
     repaint: Tensor
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class AvoidedLatents:
+    """A picture to keep away from: its latents and its noise ``[C, h, w]``, and what that does."""
+
+    latents: Tensor
+    noise: Tensor
+    edit: ApartFrom
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """One image under way: its task, and how far it has come."""
@@ -208,6 +235,7 @@ class Sequence:
     conditioning: list[Tensor] = field(default_factory=list)
     compiled: CompiledPlan | None = None
     known: Known | None = None
+    avoided: AvoidedLatents | None = None
     ancestor: int = field(init=False)
     effective: list[float] = field(default_factory=list)
 

@@ -83,6 +83,7 @@ def test_several_pictures_are_told_apart_by_seed(tmp_path: Path) -> None:
         (["-o", "x.gif"], "output is 'x.gif'; allowed endings are: .png, .jpg, .jpeg, .webp."),
         (["-o", "no/such/x.png"], "but its folder does not exist."),
         (["--image", "none.png"], "'none.png' is not a file."),
+        (["--reference", "none.png"], "'none.png' is not a file."),
         (["--dtype", "int8"], "dtype: "),
         (["--model", "/none"], "model folder '/none' has no model_index.json"),
     ],

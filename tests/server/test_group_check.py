@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from guidance import FeynmanKac, NegToMe
 from server.admission import make_plan, resolve
@@ -13,6 +14,7 @@ from server.errors import InvalidRequest
 from server.group_check import group_of
 from server.request import GenerateRequest, ResolvedRequest
 from server.settings import Limits
+from server.tasks import tasks_of
 from tests.server.toy_model import FACTS, Toy
 
 SDE = {"name": "ddim", "eta": 1.0}
@@ -21,6 +23,7 @@ SDE = {"name": "ddim", "eta": 1.0}
 def resolved(
     guidance: dict[str, Any], *, n: int = 3, has_picture: bool = False, **fields: Any
 ) -> ResolvedRequest:
+    """As `resolve` leaves it; a `reference` may be any text, which is decoded elsewhere."""
     request = GenerateRequest.model_validate(
         {
             "prompt": "x",
@@ -46,7 +49,7 @@ def test_particles_by_name_and_images_apart_by_defaults_make_a_group() -> None:
     assert particles.apart is None
     apart = grouped(resolved({"negtome": {"strength": 0.5}, "perturbed": ["pag"]}, sampler="heun"))
     assert apart is not None
-    assert apart.apart == NegToMe(strength=0.5)
+    assert apart.apart == NegToMe(away_from="first", strength=0.5)
     assert apart.particles is None
 
 
@@ -71,7 +74,43 @@ def test_what_was_asked_comes_back_in_the_settings() -> None:
             "n",
             "n is 1; guidance.particles needs at least 2 images.",
         ),
-        ({"negtome": {}}, {"n": 1}, "n", "n is 1; guidance.negtome needs at least 2 images."),
+        (
+            {"negtome": {}},
+            {"n": 1},
+            "n",
+            "n is 1; guidance.negtome needs at least 2 images, or a picture in `reference`.",
+        ),
+        (
+            {},
+            {"reference": "sent"},
+            "reference",
+            "reference needs guidance.negtome; ask for that or leave reference out.",
+        ),
+        (
+            {"negtome": {"away_from": "first"}},
+            {"reference": "sent"},
+            "reference",
+            "reference is of no use where guidance.negtome.away_from is 'first'; leave one out.",
+        ),
+        (
+            {"negtome": {"away_from": "reference"}},
+            {},
+            "guidance.negtome.away_from",
+            "guidance.negtome.away_from is 'reference'; it needs a picture, so send `reference`.",
+        ),
+        (
+            {"particles": "fkc", "negtome": {}},
+            {"reference": "sent"},
+            "guidance.particles",
+            "guidance.particles is 'fkc'; its weights are those of 'cfg' alone, so leave "
+            "guidance.negtome out.",
+        ),
+        (
+            {"negtome": {"layers": ["none"]}},
+            {"reference": "sent", "n": 1},
+            "guidance.negtome",
+            "guidance.negtome: model 'toy' has no layer 'none'; it has middle.",
+        ),
         (
             {"particles": "fkc", "name": "apg"},
             {},
@@ -118,7 +157,8 @@ def test_what_was_asked_comes_back_in_the_settings() -> None:
             {},
             "guidance.negtome",
             "guidance.negtome: the policy 'adaptive' ends guidance for each image by itself, and "
-            "then their predictions have no counterparts; take another policy.",
+            "then their predictions have no counterparts; take another policy, or send a picture "
+            "in `reference`.",
         ),
         (
             {"negtome": {"layers": ["none"]}},
@@ -135,6 +175,28 @@ def test_what_does_not_go_together_is_refused(
         resolved(guidance, **fields)
     assert caught.value.field == field
     assert caught.value.message == sentence
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("policy", ["always", "adaptive"])
+def test_images_that_avoid_a_picture_are_no_group(n: int, policy: str) -> None:
+    asked = resolved({"negtome": {"stop": 0.6}, "policy": policy}, n=n, reference="sent")
+    plan = make_plan(FACTS.schedule, asked.sampler, asked.spacing, asked.steps, asked.strength)
+    tasks = tasks_of(asked, Toy(), plan, reference=torch.zeros(3, 32, 32))
+    assert [one.group for one in tasks] == [None] * n
+    assert {one.avoided.negtome for one in tasks if one.avoided} == {
+        NegToMe(away_from="reference", stop=0.6)
+    }
+    assert len({id(one.avoided) for one in tasks}) == 1
+
+
+def test_settings_of_images_that_avoid_a_picture_are_refused_without_it() -> None:
+    settings = resolved({"negtome": {}}, n=2, reference="sent").settings()
+    assert "reference" not in settings
+    again = GenerateRequest.model_validate(settings)
+    with pytest.raises(InvalidRequest, match="it needs a picture, so send `reference`") as caught:
+        resolve(again, Toy(), Limits(), None)
+    assert caught.value.field == "guidance.negtome.away_from"
 
 
 @pytest.mark.parametrize("sampler", ["dpm_solver_pp", {"name": "ddim", "eta": 0.5}, "lcm"])
@@ -157,6 +219,10 @@ def test_the_samplers_that_the_refusal_names_are_taken(sampler: Any) -> None:
     assert grouped(resolved({"particles": "fkc"}, sampler=sampler)) is not None
 
 
-def test_a_window_without_a_step_is_refused() -> None:
+@pytest.mark.parametrize("fields", [{}, {"reference": "sent"}], ids=["first", "reference"])
+def test_a_window_without_a_step_is_refused(fields: dict[str, Any]) -> None:
+    asked = resolved({"negtome": {"start": 0.05, "stop": 0.1}}, **fields)
+    plan = make_plan(FACTS.schedule, asked.sampler, asked.spacing, asked.steps, None)
+    sent = torch.zeros(3, 32, 32) if fields else None
     with pytest.raises(InvalidRequest, match="its window holds none of the 6 steps"):
-        grouped(resolved({"negtome": {"start": 0.05, "stop": 0.1}}))
+        tasks_of(asked, Toy(), plan, reference=sent)

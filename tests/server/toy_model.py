@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from guidance import Edit
-from guidance.edits import WeakModel
+from guidance.edits import ApartFrom, WeakModel
 from samplers import NoiseSchedule
 from server.engine.engine import Engine
 from server.engine.sequence import ImageResult, ImageTask
@@ -81,6 +81,33 @@ class Toy(HostedModel):
     def encode(self, pixels: Tensor) -> Tensor:
         small = F.avg_pool2d(pixels, 8)
         return torch.cat([small, small.mean(1, keepdim=True)], 1)
+
+
+class Neighbourly(Toy):
+    """A toy whose rows feel the row that they are to keep apart from."""
+
+    def evaluate(
+        self,
+        x: Tensor,
+        t: Tensor,
+        conditioning: Tensor,
+        edits: Sequence[tuple[Edit, ...]] | None = None,
+        scale_embedding: Tensor | None = None,
+    ) -> Tensor:
+        plain = [
+            tuple(edit for edit in own if not isinstance(edit, ApartFrom)) for own in edits or ()
+        ]
+        raw = super().evaluate(x, t, conditioning, plain if any(plain) else None, scale_embedding)
+        moved = raw.clone()
+        for row, own in enumerate(edits or ()):
+            for edit in own:
+                if isinstance(edit, ApartFrom):
+                    assert edit.reference is not None
+                    assert edit.reference != row
+                    # As in a network, where a NaN is like no token, it moves nobody.
+                    away = (raw[row] - raw[edit.reference]).nan_to_num()
+                    moved[row] += edit.strength * away / 4
+        return moved
 
 
 class Ear:

@@ -271,6 +271,20 @@ def test_inpainting_repaints_the_white_part_alone(generate: Generate) -> None:
     assert difference[80:].mean() > 2 * difference[:48].mean()
 
 
+def test_pictures_keep_away_from_one_that_was_sent(generate: Generate) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (100, 50, 3), np.uint8)
+    fields = {"guidance": {"name": "cfg", "negtome": {"stop": 0.5, "strength": 3}}, "steps": 4}
+    answer = generate(reference=b64_png(picture), n=2, **fields)
+    assert pixels_of(file_of(answer)).shape == (128, 128, 3)
+    assert answer.json()["settings"]["guidance"]["negtome"]["away_from"] == "reference"
+    assert answer.json()["evaluations"]["spent"] == 2 * (4 * 2 + 2)
+    # Each by itself: its seed makes it again, unlike images that keep away from each other.
+    again = generate(reference=b64_png(picture), seed=6, **fields)
+    assert file_of(again) == file_of(answer, 1)
+    other = generate(reference=b64_png(255 - picture), seed=6, **fields)
+    assert not np.array_equal(pixels_of(file_of(other)), pixels_of(file_of(again)))
+
+
 def test_the_size_of_a_picture_is_the_default_size(generate: Generate) -> None:
     answer = generate(image=b64_png(WHITE[:96]))
     assert (answer.json()["settings"]["width"], answer.json()["settings"]["height"]) == (128, 96)
@@ -327,6 +341,14 @@ def test_settings_of_a_started_picture_are_refused_without_it(
             {"image": "AAAA"},
             "image is not a picture that can be read; allowed are: PNG, JPEG, WebP.",
         ),
+        (
+            {"reference": "AAAA"},
+            "reference is not a picture that can be read; allowed are: PNG, JPEG, WebP.",
+        ),
+        (
+            {"reference": b64_png(WHITE)},
+            "reference needs guidance.negtome; ask for that or leave reference out.",
+        ),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -341,6 +363,7 @@ def test_what_cannot_be_done_is_refused_in_one_sentence(
 def test_a_large_picture_is_refused(generate: Generate) -> None:
     large = b64_png(np.zeros((1, 2**23 + 1, 3), np.uint8))
     assert "at most 8388608 pixels" in message_of(generate(image=large), 413)
+    assert "at most 8388608 pixels" in message_of(generate(reference=large), 413)
 
 
 def test_an_unknown_model_is_not_found(generate: Generate) -> None:

@@ -81,7 +81,7 @@ def packed(model: Any, task: Any) -> Callable[..., weave.Batch]:
             sequence = Sequence(one, index, None, Submission(), 0)  # type: ignore[arg-type]
             sequence.lane = lane
             told = [one.prompt, *(one.negative_prompt for _ in one.rule.branches)]
-            told += [one.prompt for _ in one.perturbed]
+            told += [one.prompt for _ in (*one.perturbed, one.avoided)]
             told += one.aim.alternatives if one.aim else ()
             sequence.conditioning = list(model.encode_prompts(told))
             sequence.slot = lane.pool.take(one.plan.slots)

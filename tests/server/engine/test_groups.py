@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from guidance import Edit, FeynmanKac, NegToMe
+from guidance import FeynmanKac, NegToMe
 from guidance.always import Always
 from guidance.autoguidance import Autoguidance
 from guidance.cfg import CFG
@@ -25,37 +25,10 @@ from server.engine.noise import stage_noise, stage_uniform, start_noise
 from server.engine.preview import to_uint8
 from server.engine.sequence import Group, ImageTask
 from server.errors import Cancelled, RowFailed
-from tests.server.toy_model import FACTS, SIDE, Ear, Toy, run, started
+from tests.server.toy_model import FACTS, SIDE, Ear, Neighbourly, Toy, run, started
 
 SHAPE = (4, SIDE // 8, SIDE // 8)
 STEPS = 6
-
-
-class Neighbourly(Toy):
-    """A toy whose rows feel the row that they are to keep apart from."""
-
-    def evaluate(
-        self,
-        x: Tensor,
-        t: Tensor,
-        conditioning: Tensor,
-        edits: Sequence[tuple[Edit, ...]] | None = None,
-        scale_embedding: Tensor | None = None,
-    ) -> Tensor:
-        plain = [
-            tuple(edit for edit in own if not isinstance(edit, ApartFrom)) for own in edits or ()
-        ]
-        raw = super().evaluate(x, t, conditioning, plain if any(plain) else None, scale_embedding)
-        moved = raw.clone()
-        for row, own in enumerate(edits or ()):
-            for edit in own:
-                if isinstance(edit, ApartFrom):
-                    assert edit.reference is not None
-                    assert edit.reference != row
-                    # As in a network, where a NaN is like no token, it moves nobody.
-                    away = (raw[row] - raw[edit.reference]).nan_to_num()
-                    moved[row] += edit.strength * away / 4
-        return moved
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ from guidance.edits import (
     WeakModel,
 )
 from server.models.row_edits import RowEdits
+from tests.server.token_merging import kept_apart
 
 MID = "mid_block.attentions.0.transformer_blocks.0"
 UP = "up_blocks.1.attentions.1.transformer_blocks.0"
@@ -203,41 +204,6 @@ def test_queries_are_blurred_over_pictures_that_are_not_square(unet, edited):
     ours = forward_with(edited, [(BlurredQueries((UP,), 0.5),)], size=(8, 24))
     theirs = with_processor(unet, UP, BlurProcessor(0.5, 4))
     assert_near(ours, forward(theirs, *inputs(1, (8, 24))))
-
-
-class Apart:
-    """Negative token merging after a plain attention, over a whole batch, as the paper writes it.
-
-    O_i <- (1 + a) O_i - a O_ref[j*], j* = argmax_j cos(O_i, O_ref,j), where that cosine is above
-    the threshold; the reference is the batch's first image.
-    """
-
-    def __init__(self, strength, threshold):
-        self.strength, self.threshold, self.moved = strength, threshold, []
-
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, **_):
-        told = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        q, k, v = (
-            part.unflatten(2, (attn.heads, -1)).transpose(1, 2)
-            for part in (attn.to_q(hidden_states), attn.to_k(told), attn.to_v(told))
-        )
-        out = attn.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        unit = out / out.norm(dim=-1, keepdim=True)
-        cosines = torch.einsum("bif,jf->bij", unit, unit[0])
-        best, where = cosines.max(2)
-        alike = best > self.threshold
-        alike[0] = False
-        self.moved.append(float(alike[1:].float().mean()))
-        away = (1 + self.strength) * out - self.strength * out[0][where]
-        return torch.where(alike[..., None], away, out)
-
-
-def kept_apart(network, layers, strength, threshold):
-    changed, merging = copy.deepcopy(network), Apart(strength, threshold)
-    for layer in layers:
-        for attention in ("attn1", "attn2"):
-            changed.get_submodule(f"{layer}.{attention}").set_processor(merging)
-    return changed, merging
 
 
 @pytest.mark.parametrize("threshold", [0.65, 0.95])

@@ -1,0 +1,79 @@
+"""Rows of a forward that keep away from another row: that of a picture, or of a group's first."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from guidance import NegToMe
+    from guidance.edits import ApartFrom
+    from server.engine.batch import Batch
+    from server.engine.sequence import AvoidedLatents, Group, Sequence
+
+
+class AvoidedRow(NamedTuple):
+    """A row of the forward that holds a picture which an image keeps away from."""
+
+    row: int
+    shown: AvoidedLatents
+
+
+def put_avoided(batch: Batch, x: Tensor) -> None:
+    """Put the pictures that images avoid, noised to their stages' levels, in their rows.
+
+    Args:
+        batch: the images.
+        x: where each row of the forward is evaluated, ``[rows, C, h, w]``, changed in place.
+    """
+    for i, (row, shown) in batch.avoided.items():
+        plan, stage = batch.plans[i], batch.sequences[i].stage
+        x[row] = plan.alpha[stage] * shown.latents + plan.sigma[stage] * shown.noise
+
+
+def kept_apart(batch: Batch) -> dict[int, ApartFrom]:
+    """Rows of the forward that move away from another row, with the change that does it.
+
+    Those of an image that avoids a picture are all of its predictions but the picture's own. Those
+    of a group are the predictions of all images but the first, which stays as it is; each has the
+    same prediction of the first for its reference.
+    """
+    if not batch.avoided and not batch.groups:
+        return {}
+    rows = {
+        (i, number): row
+        for row, (i, number) in enumerate(zip(batch.owners, batch.numbers, strict=True))
+    }
+    edits: dict[int, ApartFrom] = {}
+    for (i, _), row in rows.items():
+        if i in batch.avoided and row != batch.avoided[i].row:
+            edits[row] = replace(batch.avoided[i].shown.edit, reference=batch.avoided[i].row)
+    for group, members in batch.groups:
+        edits |= _apart_from_first(batch, group, members, rows)
+    return edits
+
+
+def _apart_from_first(
+    batch: Batch, group: Group, members: list[int], rows: dict[tuple[int, int], int]
+) -> dict[int, ApartFrom]:
+    first, *others = members
+    negtome = group.apart
+    if negtome is None or not _is_open(negtome, batch.sequences[first]):
+        return {}
+    return {
+        row: replace(negtome.edit, reference=rows[first, number])
+        for (i, number), row in rows.items()
+        if i in others
+    }
+
+
+def _is_open(negtome: NegToMe, sequence: Sequence) -> bool:
+    plan, stage = sequence.task.plan, sequence.stage
+    with np.errstate(divide="ignore"):
+        noise_ratio = plan.sigma[stage : stage + 1] / plan.alpha[stage : stage + 1]
+    progress = np.array([sequence.guidance.progress[stage]])
+    return bool(negtome.contains(noise_ratio, progress)[0])

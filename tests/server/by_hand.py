@@ -1,0 +1,146 @@
+"""Images of the toy model: as tasks, and by hand, which a run in the engine is held to."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from guidance import POLICIES, RULES, Edit, Perturbation, Policy, Rows, Rule
+from guidance.always import Always
+from guidance.cfg import CFG
+from guidance.edits import WeakModel
+from samplers import Sampler, preconditioning
+from samplers.dpm_solver_pp import DPMSolverPP
+from server.engine.noise import stage_noise, start_noise
+from server.engine.preview import to_uint8
+from server.engine.sequence import ImageTask
+from tests.server.toy_model import FACTS, SIDE, Toy
+
+TOGETHER = [
+    (rule.model_validate({}), policy.model_validate({}))
+    for rule in RULES
+    for policy in POLICIES
+    if rule.combines or policy is Always
+    if not (policy.estimates and len(rule.model_validate({}).branches) > 1)
+    if not (policy.embeds and rule is not CFG)
+]
+"""Every rule with every policy that goes with it."""
+
+
+def task(
+    rule: Rule | None = None,
+    policy: Policy | None = None,
+    perturbed: tuple[Perturbation, ...] = (),
+    sampler: Sampler | None = None,
+    steps: int = 6,
+    **fields: Any,
+) -> ImageTask:
+    solver = sampler or DPMSolverPP()
+    plan = solver.plan(FACTS.schedule.grid(solver.default_spacing, steps))
+    when = policy or Always()
+    generator = np.random.default_rng(0)
+    given: dict[str, Any] = {"prompt": "a circle", "negative_prompt": "blue", "seed": 3, **fields}
+    return ImageTask(
+        model="toy",
+        width=SIDE,
+        height=SIDE,
+        plan=plan,
+        rule=rule or CFG(),
+        policy=when,
+        perturbed=perturbed,
+        coefficients=generator.normal(size=(plan.evaluations, when.fitted)) / 3,
+        **given,
+    )
+
+
+class ByHand:
+    """An image, one row after another, as the rules, policies and perturbations read."""
+
+    def __init__(self, model: Toy, task: ImageTask) -> None:
+        self.model, self.task, self.plan = model, task, task.plan
+        self.scales = preconditioning("epsilon", task.plan.alpha[:-1], task.plan.sigma[:-1])
+        self.times = FACTS.schedule.conditioning(task.plan.t[:-1])
+        self.ratio = task.plan.sigma[:-1] / task.plan.alpha[:-1]
+        self.progress = np.array(task.plan.step) / task.plan.steps
+        rule, policy, shape = task.rule, task.policy, model.latent_shape(SIDE, SIDE)
+        self.evaluated = policy.evaluates(self.ratio, self.progress)
+        self.estimated = policy.estimated(self.ratio, self.progress)
+        self.constants = policy.constants(task.plan.evaluations, task.coefficients)
+        self.rule_memory = torch.zeros(1, rule.memory_slots, *shape)
+        self.policy_memory = torch.zeros(1, policy.memory_slots, *shape)
+        self.settled = not rule.branches
+
+    def pixels(self) -> NDArray[np.uint8]:
+        shape = self.model.latent_shape(SIDE, SIDE)
+        state = torch.zeros(self.plan.slots, *shape)
+        state[0] = self.start(start_noise(self.task.seed, shape))
+        for i in range(self.plan.evaluations):
+            denoised, x = self.guided(i, state[:1])
+            state[0] = x[0]
+            noise = stage_noise(self.task.seed, i, shape)
+            columns = torch.cat([state, denoised, noise[None], torch.ones(1, *shape)])
+            matrix = torch.tensor(self.plan.tables[i], dtype=torch.float32)
+            state = torch.einsum("kj,jchw->kchw", matrix, columns)
+        return to_uint8(self.model.decode(state[:1]))[0]
+
+    def start(self, noise: Tensor) -> Tensor:
+        if self.task.image is None:
+            return self.plan.start_scale * noise
+        [latents] = self.model.encode(self.task.image[None])
+        return float(self.plan.alpha[0]) * latents + float(self.plan.sigma[0]) * noise
+
+    def denoised(self, i: int, x: Tensor, text: str, *edits: Edit) -> Tensor:
+        changes = (*self.task.edits, *edits)
+        t = torch.tensor([self.times[i]], dtype=torch.float32)
+        inputs = float(self.scales.scale_in[i]) * x, t, self.model.encode_prompts([text])
+        if WeakModel() in changes:
+            raw = self.model.evaluate_weak(*inputs)
+        else:
+            scale = getattr(self.task.rule, "scale", 1.0) - 1
+            told = torch.tensor([scale]) if self.task.policy.embeds else None
+            raw = self.model.evaluate(*inputs, [changes] if changes else None, told)
+        return float(self.scales.skip[i]) * x + float(self.scales.out[i]) * raw
+
+    def guided(self, i: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        cond = self.denoised(i, x, self.task.prompt)
+        result, moved = cond, x
+        if not self.settled and (self.evaluated[i] or self.estimated[i]):
+            result, moved = self.combined(i, x, cond)
+        for term in self.task.perturbed:
+            if term.evaluates(self.ratio[i : i + 1], self.progress[i : i + 1])[0]:
+                away = cond - self.denoised(i, x, self.task.prompt, term.edit)
+                result = result + term.scale * away
+        return result, moved
+
+    def combined(self, i: int, x: Tensor, cond: Tensor) -> tuple[Tensor, Tensor]:
+        rule, policy, task = self.task.rule, self.task.policy, self.task
+        others = [cond]
+        if self.evaluated[i]:
+            others = [
+                self.denoised(i, x, branch.text(task.prompt, task.negative_prompt))
+                for branch in rule.branches
+            ]
+        closes = self.plan.step[i] not in self.plan.step[i + 1 :]
+        levels = self.plan.alpha[i], self.plan.sigma[i], self.progress[i]
+        alpha, sigma, progress = (torch.full((1, 1, 1, 1), float(level)) for level in levels)
+        last = torch.full((1, 1, 1, 1), closes)
+        rows = Rows(cond, torch.stack(others, 1), x, alpha, sigma, progress, self.rule_memory, last)
+        parameters = policy.parameters([policy], x)
+        if policy.adapts:
+            self.settled = bool(policy.settled(rows, parameters))
+        if policy.estimates:
+            numbers = torch.tensor(self.constants[i], dtype=torch.float32).view(1, -1, 1, 1, 1)
+            asked = torch.full((1, 1, 1, 1), bool(self.evaluated[i]))
+            filled = policy.fill(
+                rows, self.policy_memory, {**parameters, "constants": numbers}, asked
+            )
+            self.policy_memory = filled.memory
+            rows = replace(rows, others=filled.other[:, None])
+        result = rule.combine(rows, rule.parameters([rule], x))
+        self.rule_memory = result.memory
+        return result.denoised, result.x

@@ -1,0 +1,287 @@
+"""Images that keep away from a picture: its row, their rows, and what that costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from embedded import MODEL_FOLDER
+from guidance import GradientFree, NegToMe
+from guidance.adaptive import Adaptive
+from guidance.autoguidance import Autoguidance
+from guidance.edits import Edit, SkipScales, WeakModel
+from guidance.interval import Interval
+from guidance.pag import PAG
+from guidance.seg import SEG
+from guidance.unguided import Unguided
+from samplers import preconditioning
+from samplers.ddim import DDIM
+from samplers.dpm_solver_pp import DPMSolverPP
+from samplers.heun import Heun
+from server.engine import batch as weave
+from server.engine.admission import Admission
+from server.engine.engine import Engine
+from server.engine.lane import Lane
+from server.engine.noise import start_noise
+from server.engine.sequence import Aim, Avoided, ImageTask, Sequence, Submission
+from server.models.hosted import HostedModel
+from server.models.loading import load_model
+from tests.server.by_hand import TOGETHER, ByHand, task
+from tests.server.token_merging import kept_apart
+from tests.server.toy_model import SIDE, Neighbourly, Toy, run, started
+
+SHAPE = (4, SIDE // 8, SIDE // 8)
+
+
+def picture(seed: int, side: int = SIDE) -> Tensor:
+    return torch.rand(3, side, side, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def avoiding(seed: int = 1, **fields: Any) -> Avoided:
+    return Avoided(picture(seed), NegToMe.model_validate({"stop": 0.5, **fields}))
+
+
+class AwayByHand(ByHand):
+    """Each prediction in a batch of two, whose first is the picture."""
+
+    def denoised(self, i: int, x: Tensor, text: str, *edits: Edit) -> Tensor:
+        task, avoided = self.task, self.task.avoided
+        changes = (*task.edits, *edits)
+        if avoided is None or self.progress[i] >= avoided.negtome.stop or WeakModel() in changes:
+            return super().denoised(i, x, text, *edits)
+        [latents] = self.model.encode(avoided.picture[None])
+        level = float(self.plan.alpha[i]), float(self.plan.sigma[i])
+        shown = level[0] * latents + level[1] * start_noise(task.seed, SHAPE)
+        points = torch.stack([shown, x[0]])
+        scale = getattr(task.rule, "scale", 1.0) - 1
+        raw = self.model.evaluate(
+            float(self.scales.scale_in[i]) * points,
+            torch.full((2,), float(self.times[i])),
+            self.model.encode_prompts([task.prompt, text]),
+            [task.edits, (*changes, replace(avoided.negtome.edit, reference=0))],
+            torch.full((2,), scale) if task.policy.embeds else None,
+        )
+        return (float(self.scales.skip[i]) * points + float(self.scales.out[i]) * raw)[1:]
+
+
+@pytest.fixture(scope="module")
+def model() -> Neighbourly:
+    return Neighbourly()
+
+
+@pytest.fixture(scope="module")
+def engine(model: Neighbourly) -> Iterator[Engine]:
+    made = started(model, 24)
+    yield made
+    made.stop(0)
+
+
+@pytest.fixture(scope="module")
+def fixed_engine(model: Neighbourly) -> Iterator[Engine]:
+    made = started(model, 24, deterministic=True)
+    yield made
+    made.stop(0)
+
+
+def assert_alike(ours: Any, theirs: Any) -> None:
+    assert np.abs(ours.astype(int) - theirs.astype(int)).max() <= 2
+
+
+@pytest.mark.parametrize("sampler", [DPMSolverPP(), Heun()], ids=lambda one: one.name)
+def test_any_guidance_beside_a_picture_is_what_each_image_is_by_hand(
+    engine: Engine, model: Neighbourly, sampler: Any
+) -> None:
+    terms = [(), (PAG(),), (SEG(scale=1, start=0.3), Autoguidance(scale=0.2))]
+    tasks = [
+        task(
+            rule,
+            policy,
+            terms[k % 3],
+            sampler=sampler,
+            steps=5,
+            seed=k,
+            edits=(SkipScales((0.5, 1.0)),) if k % 2 else (),
+            avoided=avoiding(k) if k % 4 else None,
+            image=picture(99) if k % 5 == 0 and not policy.wants_reference else None,
+        )
+        for k, (rule, policy) in enumerate(TOGETHER)
+    ]
+    ear = run(engine, tasks)
+    assert not ear.errors, ear.errors
+    for k, one in enumerate(tasks):
+        assert_alike(ear.results[k].pixels, AwayByHand(model, one).pixels())
+    [alone] = run(engine, [replace(tasks[1], avoided=None)]).results.values()
+    assert np.abs(alone.pixels.astype(int) - ear.results[1].pixels).max() > 5
+
+
+START = picture(7)
+MASK = (torch.arange(SIDE) < SIDE // 2).float().expand(SIDE, SIDE)
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"image": START}, {"image": START, "mask": MASK}], ids=["none", "image", "mask"]
+)
+@pytest.mark.parametrize("sampler", [DDIM(), Heun()], ids=lambda one: one.name)
+def test_the_picture_goes_in_at_the_level_of_each_stage_in_the_window(
+    engine: Engine, model: Toy, sampler: Any, fields: dict[str, Any]
+) -> None:
+    avoided = avoiding(stop=0.5)
+    one = task(sampler=sampler, avoided=avoided, seed=11, **fields)
+    model.seen.clear()
+    ear = run(engine, [one])
+    assert not ear.errors
+    [latents] = model.encode(avoided.picture[None])
+    plan, shown = one.plan, []
+    for i, x in enumerate(model.seen):
+        level = plan.alpha[i] * latents + plan.sigma[i] * start_noise(11, SHAPE)
+        shown.append([torch.allclose(row, level, atol=1e-6) for row in x])
+    inside = [step / plan.steps < 0.5 for step in plan.step]
+    assert 0 < sum(inside) < len(inside)
+    assert [rows[2:] for rows in shown] == [[True] if open_ else [] for open_ in inside]
+    if not fields:
+        # Where there is noise alone the image's own rows are all but the same.
+        assert [any(rows[:2]) for rows in shown[1:]] == [False] * (len(inside) - 1)
+
+
+COSTS = {
+    "cfg": (task(avoided=avoiding()), 12 + 3),
+    "none": (task(Unguided(), avoided=avoiding()), 6 + 3),
+    "always open": (task(avoided=avoiding(stop=1.0)), 12 + 6),
+    "by noise": (task(avoided=avoiding(stop=1.0, low=1e8)), 12),
+    "two stages a step": (task(sampler=Heun(), steps=4, avoided=avoiding()), 14 + 4),
+    "interval": (task(policy=Interval(low=0, high=1e9, start=0.5), avoided=avoiding()), 9 + 3),
+    "settled": (task(policy=Adaptive(threshold=-1.0), avoided=avoiding(stop=1.0)), 7 + 6),
+    "perturbed": (task(perturbed=(PAG(),), avoided=avoiding()), 18 + 3),
+    "weak": (task(perturbed=(Autoguidance(),), avoided=avoiding()), 18 + 3),
+}
+
+
+@pytest.mark.parametrize("kind", COSTS)
+def test_it_costs_an_evaluation_at_each_stage_in_the_window(engine: Engine, kind: str) -> None:
+    one, spent = COSTS[kind]
+    before = engine.measurements.evaluations
+    result = run(engine, [one]).results[0]
+    assert result.evaluations == spent
+    assert engine.measurements.evaluations - before == spent
+
+
+def test_images_that_avoid_a_picture_run_each_by_itself(engine: Engine) -> None:
+    avoided = avoiding()
+    tasks = [task(avoided=avoided, seed=seed) for seed in range(9)]
+    together = run(engine, tasks)
+    for seed in (0, 8):
+        [alone] = run(engine, [tasks[seed]]).results.values()
+        assert_alike(alone.pixels, together.results[seed].pixels)
+
+
+def test_an_image_is_bit_identical_alone_and_in_any_mix(fixed_engine: Engine) -> None:
+    one = task(avoided=avoiding(), perturbed=(PAG(),), seed=5)
+    [alone] = run(fixed_engine, [one]).results.values()
+    company = [
+        task(avoided=avoiding(4, strength=3.0, stop=1.0), sampler=Heun(), seed=1),
+        task(perturbed=(Autoguidance(),)),
+        one,
+        task(Unguided(), avoided=avoiding(6, stop=1.0)),
+    ]
+    ear = run(fixed_engine, company)
+    assert not ear.errors
+    assert np.array_equal(ear.results[2].pixels, alone.pixels)
+
+
+def test_a_picture_that_is_not_finite_moves_nobody(engine: Engine) -> None:
+    broken = Avoided(torch.full((3, SIDE, SIDE), torch.nan), NegToMe(stop=1.0))
+    ear = run(engine, [task(avoided=broken, seed=3), task(seed=3)])
+    assert not ear.errors
+    assert_alike(ear.results[0].pixels, ear.results[1].pixels)
+
+
+def packed(model: HostedModel, tasks: list[ImageTask], fixed_rows: int | None) -> weave.Batch:
+    """The batch of a first tick, as the engine makes it."""
+    lane = Lane(model, model.latent_shape(128, 128))
+    sequences = [
+        Sequence(one, k, None, Submission(), 0)  # type: ignore[arg-type]
+        for k, one in enumerate(tasks)
+    ]
+    admission = Admission({one.model: model for one in tasks}, lambda _: lane, deterministic=False)
+    assert not [*admission.admit(sequences)]
+    return weave.pack(lane, sequences, fixed_rows)
+
+
+@pytest.fixture(scope="module")
+def unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel.from_pretrained(
+        MODEL_FOLDER / "unet", use_safetensors=True, local_files_only=True
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def embedded() -> HostedModel:
+    return load_model(MODEL_FOLDER, name="toy", device="cpu", dtype="float32")
+
+
+def part_way(model: HostedModel, seed: int, avoided: Avoided | None, **fields: Any) -> ImageTask:
+    """An image whose first stage has some noise and some of a picture."""
+    grid = model.facts.schedule.grid("trailing", 10).tail(0.1 * (4 + seed))
+    own = {"plan": DDIM().plan(grid), "width": 128, "height": 128, "image": picture(seed, 128)}
+    return replace(task(seed=seed, prompt="a blue ring", avoided=avoided, **fields), **own)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("fixed_rows", [None, 16])
+def test_rows_equal_a_batch_of_their_own_under_an_ordinary_hook(
+    embedded: HostedModel, unet: UNet2DConditionModel, fixed_rows: int | None
+) -> None:
+    """The picture first, then the row, in the network whose attentions are all changed."""
+    layers = tuple(name for name in embedded.layers() if name.startswith("up_blocks"))
+    shown = [
+        Avoided(picture(40, 128), NegToMe(stop=1.0, strength=0.9, threshold=0.98)),
+        Avoided(picture(41, 128), NegToMe(stop=1.0, strength=2.0, threshold=0.98)),
+    ]
+    assert embedded.classifier is not None
+    heads, term = embedded.classifier.heads, GradientFree(target={"shape": "ring"})
+    targets = tuple(heads[name].index("ring") if name == "shape" else -1 for name in heads)
+    doubt = Aim(term, targets, np.ones(7), term.alternatives("a blue ring", heads))
+    tasks = [
+        part_way(embedded, 1, None, perturbed=(PAG(),)),
+        part_way(embedded, 2, shown[0]),
+        part_way(embedded, 3, shown[1], aim=doubt),
+        part_way(embedded, 4, None, rule=Unguided()),
+    ]
+    batch = packed(embedded, tasks, fixed_rows)
+    ours = weave.evaluate(batch)
+    assert batch.owners == [0, 1, 2, 3, 0, 0, 1, 1, 2, 2, 2]
+    assert batch.references is not None
+    [chosen] = batch.references.conditioning
+    prompt, negative = embedded.encode_prompts([tasks[1].prompt, tasks[1].negative_prompt])
+    texts = {1: prompt, 2: prompt, 6: negative, 8: negative, 10: chosen}
+    moved: list[float] = []
+    for row, text in texts.items():
+        one, x = tasks[batch.owners[row]], batch.columns[batch.owners[row], 0]
+        avoided, plan = one.avoided, one.plan
+        assert avoided is not None
+        noised = float(plan.alpha[0]) * embedded.encode(avoided.picture[None])[0]
+        noised += float(plan.sigma[0]) * start_noise(one.seed, x.shape)
+        points, told = torch.stack([noised, x]), torch.stack([prompt, text])
+        t = torch.tensor(embedded.facts.schedule.conditioning(plan.t[:1]), dtype=torch.float32)
+        negtome = avoided.negtome
+        network, merging = kept_apart(unet, layers, negtome.strength, negtome.threshold)
+        scales = preconditioning(embedded.facts.prediction, plan.alpha[0], plan.sigma[0])
+        inputs = float(scales.scale_in) * points, t.expand(2)
+        raw = network(*inputs, encoder_hidden_states=told).sample
+        denoised = float(scales.skip) * points + float(scales.out) * raw
+        torch.testing.assert_close(ours[row], denoised[1], rtol=1e-4, atol=1e-5)
+        place = batch.avoided[batch.owners[row]].row
+        torch.testing.assert_close(ours[place], denoised[0], rtol=1e-4, atol=1e-5)
+        moved += merging.moved
+    assert 0 < sum(0 < share < 1 for share in moved) < len(moved)
+    plain = weave.evaluate(packed(embedded, [replace(one, avoided=None) for one in tasks], None))
+    for row in (0, 3):
+        torch.testing.assert_close(ours[row], plain[row], rtol=1e-4, atol=1e-5)
+    assert min(float((ours[row] - plain[row]).abs().max()) for row in (1, 2)) > 1e-3
