@@ -144,6 +144,15 @@ def test_the_page_as_it_opens_is_a_request_that_leaves_all_out(
     assert shown[1] == [f"data:image/png;base64,{picture['b64_json']}"]
 
 
+def test_the_page_opens_with_what_the_server_would_choose(tab: Tab, client: httpx2.Client) -> None:
+    answer = client.get("/v1/catalog").json()
+    shown = tab.run("return titles.map((title) => select(title).value)")
+    for (title, path), name in zip(CHOICES.items(), shown, strict=True):
+        chosen = _at(answer["defaults"], path.split("."))
+        names = [entry["name"] for entry in answer[title]]
+        assert name not in names if chosen is None else name == chosen["name"]
+
+
 def test_every_choice_on_the_page_is_a_request(tab: Tab) -> None:
     sent = tab.run(
         """
