@@ -23,7 +23,7 @@ from samplers.plms import PLMS
 from samplers.prediction import Preconditioning, PredictionType, preconditioning
 from samplers.restart import Restart
 from samplers.sa_solver import SASolver
-from samplers.sampler import Sampler
+from samplers.sampler import FittedSampler, Sampler
 from samplers.score_sde_pc import ScoreSDEPC
 from samplers.spacing import Spacing
 from samplers.statistics import Statistics, StatisticsIdentity
@@ -65,6 +65,7 @@ __all__ = [
     "Euler",
     "EulerAncestral",
     "Exponential",
+    "FittedSampler",
     "Grid",
     "Heun",
     "Karras",

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from samplers.first_order import first_order
 from samplers.plan import Columns, Plan
-from samplers.sampler import Sampler
+from samplers.sampler import FittedSampler
 from samplers.step_integrals import StepIntegrals, interpolated
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def preset(name: Preset, scale: float, steps: int) -> Flags:
     return next(flags for top, most, flags in rows if scale <= top and steps <= most)
 
 
-class DPMSolverV3(Sampler, frozen=True):
+class DPMSolverV3(FittedSampler, frozen=True):
     """DPM-Solver-v3 with empirical model statistics (Zheng et al., arXiv 2310.13268).
 
     Order 1 to 3, one evaluation a step, and a corrector that costs none. Fields left out are
@@ -121,11 +121,6 @@ class DPMSolverV3(Sampler, frozen=True):
         description="What chooses the fields left out, by guidance scale and steps: the best"
         " known here, or the authors' own.",
     )
-    statistics: Literal["exact", "nearest", "none"] = Field(
-        default="exact",
-        description="Statistics of the model: exact, those of the request's own guidance rule and"
-        " scale; nearest, of the nearest scale there is; none, do without.",
-    )
     levels: Literal["asked", "statistics"] = Field(
         default="asked",
         description="Evaluate at the levels of the spacing, or, as the authors do, at the points"
@@ -156,17 +151,7 @@ class DPMSolverV3(Sampler, frozen=True):
 
     @override
     def plan(self, grid: Grid, statistics: Statistics | None = None) -> Plan:
-        """The table of a run over ``grid``.
-
-        Args:
-            grid: the points.
-            statistics: of the guided model at the latent's shape, elementwise or broadcastable to
-                it; ``tables`` end in that shape. Not read where the field is "none".
-
-        Raises:
-            ValueError: they are missing, or do not reach over the levels of the grid.
-        """
-        if self.statistics == "none":
+        if not self.uses_statistics:
             if self.levels == "statistics":
                 raise ValueError(
                     "levels is 'statistics', and the field statistics is 'none'; "

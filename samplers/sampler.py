@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
+from typing_extensions import override
 
 if TYPE_CHECKING:
     from samplers.grid import Grid
     from samplers.plan import Plan
+    from samplers.statistics import Statistics
 
 
 class Sampler(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=False):
@@ -45,6 +47,11 @@ class Sampler(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan
         """Whether the run draws fresh noise on the way."""
         return False
 
+    @property
+    def uses_statistics(self) -> bool:
+        """Whether ``plan`` is given statistics of the model, as a :class:`FittedSampler`'s is."""
+        return False
+
     def steps_taken(self, steps: int) -> int:
         """Steps of a run over a grid of ``steps``: more where a sampler goes back up."""
         return steps
@@ -59,4 +66,33 @@ class Sampler(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan
 
         Raises:
             ValueError: the grid does not suit this sampler, with a sentence for the user.
+        """
+
+
+class FittedSampler(Sampler, frozen=True):
+    """A sampler whose tables are fitted to the guided model by its empirical statistics."""
+
+    statistics: Literal["exact", "nearest", "none"] = Field(
+        default="exact",
+        description="Statistics of the model: exact, those of the request's own guidance rule and"
+        " scale; nearest, of the nearest scale there is; none, do without.",
+    )
+
+    @property
+    @override
+    def uses_statistics(self) -> bool:
+        return self.statistics != "none"
+
+    @override
+    @abstractmethod
+    def plan(self, grid: Grid, statistics: Statistics | None = None) -> Plan:
+        """The table of a run over ``grid``.
+
+        Args:
+            grid: the points.
+            statistics: of the guided model at the latent's shape, elementwise or broadcastable to
+                it; ``tables`` end in that shape. Not read where the field is "none".
+
+        Raises:
+            ValueError: they are missing, or the grid does not suit them or this sampler.
         """

@@ -6,8 +6,15 @@ import re
 import secrets
 
 from guidance import Always
-from samplers import NoiseSchedule, Plan, Sampler, Spacing, Statistics, StatisticsIdentity
-from samplers.dpm_solver_v3 import DPMSolverV3
+from samplers import (
+    FittedSampler,
+    NoiseSchedule,
+    Plan,
+    Sampler,
+    Spacing,
+    Statistics,
+    StatisticsIdentity,
+)
 from server.classifier_check import alternatives_of, check_classifier
 from server.errors import InvalidRequest
 from server.group_check import check_group
@@ -79,7 +86,7 @@ def statistics_for(resolved: ResolvedRequest, model: HostedModel) -> StatisticsI
         InvalidRequest: it asks for statistics that there are not.
     """
     sampler, guidance = resolved.sampler, resolved.guidance
-    if not isinstance(sampler, DPMSolverV3) or sampler.statistics == "none":
+    if not isinstance(sampler, FittedSampler) or not sampler.uses_statistics:
         return None
     scale = getattr(guidance, "scale", 1.0)
     if sampler.statistics == "nearest":
@@ -117,7 +124,7 @@ def make_plan(
     try:
         grid = schedule.grid(spacing, steps)
         grid = grid if strength is None else grid.tail(strength)
-        if isinstance(sampler, DPMSolverV3):
+        if isinstance(sampler, FittedSampler):
             return sampler.plan(grid, statistics)
         return sampler.plan(grid)
     except ValueError as refusal:

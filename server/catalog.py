@@ -61,7 +61,8 @@ class ModelEntry(BaseModel):
     size_multiple: int = Field(description="Width and height are multiples of this.")
     max_tokens: int = Field(description="Longest prompt, in tokens.")
     statistics: tuple[str, ...] = Field(
-        description="Guidance that `dpm_solver_v3` has statistics of this model for."
+        description="Guidance that there are statistics of this model for; samplers use them "
+        "whose `properties` say so."
     )
     classifier: dict[str, tuple[str, ...]] = Field(
         description="Classes that `guidance.classifier.target` may name, by attribute."

@@ -65,6 +65,7 @@ class Generation:
         self.outcome = "disconnected"
         self.request: ResolvedRequest
         self.model_revision = ""
+        self.statistics: str | None = None
         self._born = time.monotonic()
         self._loop = loop
         self._news: dict[int, Progress] = {}
@@ -73,15 +74,22 @@ class Generation:
         self._submission: Submission | None = None
         self._closed = False
 
-    def begin(self, request: ResolvedRequest, model_revision: str, submission: Submission) -> None:
+    def begin(
+        self,
+        request: ResolvedRequest,
+        model_revision: str,
+        statistics: str | None,
+        submission: Submission,
+    ) -> None:
         """Note what was submitted; a generation that was closed meanwhile is cancelled at once.
 
         Args:
             request: fully resolved.
             model_revision: of the model that makes it.
+            statistics: guidance whose statistics of the model the sampler is fitted to, if any.
             submission: the engine's.
         """
-        self.request, self.model_revision = request, model_revision
+        self.request, self.model_revision, self.statistics = request, model_revision, statistics
         self._submission = submission
         if self._closed:
             submission.cancel()

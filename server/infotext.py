@@ -10,13 +10,16 @@ from server.request import ResolvedRequest
 __all__ = ["infotext"]
 
 
-def infotext(settings: ResolvedRequest, *, model_revision: str, version: str) -> str:
+def infotext(
+    settings: ResolvedRequest, *, model_revision: str, version: str, statistics: str | None = None
+) -> str:
     """The text of one picture whose settings are fully resolved.
 
     Args:
         settings: of this picture alone, with its own seed.
         model_revision: hash of the model's weights, hex.
         version: of the program.
+        statistics: guidance whose statistics of the model the sampler was fitted to, if any.
     """
     guidance = settings.guidance
     fields = {
@@ -35,6 +38,7 @@ def infotext(settings: ResolvedRequest, *, model_revision: str, version: str) ->
         "Guidance classifier": guidance.classifier and guidance.classifier.name,
         "Guidance particles": guidance.particles and guidance.particles.name,
         "Guidance NegToMe": guidance.negtome and f"{guidance.negtome.strength:g}",
+        "Sampler statistics": statistics,
         "Version": version,
     }
     line = ", ".join(

@@ -22,7 +22,6 @@ from guidance import (
     SkipTuning,
 )
 from samplers import SAMPLERS, SPACINGS, Sampler, Spacing
-from samplers.dpm_solver_v3 import DPMSolverV3
 from server.choice import choice, name_of
 from server.elsewhere import sampler_elsewhere, spacing_elsewhere
 from server.errors import InvalidRequest
@@ -187,7 +186,8 @@ class GenerateRequest(BaseModel):
         default=None,
         description="How the prompt is enforced: a rule's fields, and optionally its `policy`, "
         "`perturbed`, `classifier`, `skip_tuning`, `particles` and `negtome`; "
-        f"`{DEFAULT_GUIDANCE}` by default, and with dpm_solver_v3 `{GUIDANCE_OF_STATISTICS}`.",
+        f"`{DEFAULT_GUIDANCE}` by default, and `{GUIDANCE_OF_STATISTICS}` with a sampler that uses "
+        "statistics of the model.",
     )
     image: str | None = Field(
         default=None,
@@ -258,9 +258,8 @@ def default_guidance(sampler: Sampler) -> Guidance:
     Args:
         sampler: of the request.
     """
-    if isinstance(sampler, DPMSolverV3):
-        return _GUIDANCE.validate_python(GUIDANCE_OF_STATISTICS)
-    return _GUIDANCE.validate_python(DEFAULT_GUIDANCE)
+    named = GUIDANCE_OF_STATISTICS if sampler.uses_statistics else DEFAULT_GUIDANCE
+    return _GUIDANCE.validate_python(named)
 
 
 def split(guidance: Guidance) -> tuple[Rule, Policy]:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from samplers import Plan
+from samplers import Plan, StatisticsIdentity
 from server.admission import make_plan, resolve, statistics_for
 from server.catalog import ModelEntry
 from server.engine.engine import Engine
@@ -30,6 +30,7 @@ from server.group_check import is_group
 from server.infotext import infotext
 from server.kept import Kept
 from server.models.hosted import HostedModel
+from server.models.statistics import guidance_name
 from server.picture import Description, decode, decode_mask, encode, fit
 from server.request import GenerateRequest, ResolvedRequest
 from server.settings import Limits
@@ -230,8 +231,11 @@ class Service:
         uploads = self._uploads(request)
         size = None if uploads.image is None else uploads.image.size
         resolved = resolve(request, model, self._limits, size)
-        tasks = self._tasks(resolved, model, uploads)
-        generation.begin(resolved, model.facts.revision, engine.submit(tasks, generation))
+        fitted_to = statistics_for(resolved, model)
+        plan = self._plan(resolved, model, fitted_to)
+        submission = engine.submit(_tasks(resolved, model, plan, uploads), generation)
+        statistics = fitted_to and guidance_name(fitted_to.rule, fitted_to.scale)
+        generation.begin(resolved, model.facts.revision, statistics, submission)
 
     def _model(self, name: str | None) -> HostedModel:
         if name is None:
@@ -240,8 +244,9 @@ class Service:
             raise UnknownModel(name[:60], self._models)
         return self._models[name]
 
-    def _plan(self, resolved: ResolvedRequest, model: HostedModel) -> Plan:
-        identity = statistics_for(resolved, model)
+    def _plan(
+        self, resolved: ResolvedRequest, model: HostedModel, identity: StatisticsIdentity | None
+    ) -> Plan:
         shape = model.latent_shape(resolved.width, resolved.height)
         layout = resolved.sampler, resolved.spacing, resolved.steps, resolved.strength
 
@@ -263,30 +268,36 @@ class Service:
             reference = decode(request.reference, field="reference", max_pixels=most)
         return Uploads(image, mask, reference)
 
-    def _tasks(
-        self, resolved: ResolvedRequest, model: HostedModel, uploads: Uploads
-    ) -> list[ImageTask]:
-        size = resolved.width, resolved.height
-        image, mask, reference = uploads
-        return tasks_of(
-            resolved,
-            model,
-            self._plan(resolved, model),
-            image=None if image is None else _pixels_tensor(fit(image, *size)),
-            mask=None if mask is None else _mask_tensor(fit(mask, *size)),
-            reference=None if reference is None else _pixels_tensor(fit(reference, *size)),
-        )
-
     def _encode(self, generation: Generation, index: int) -> Picture:
         request = generation.request
         seed = seeds_of(request)[index]
         # An image of a group is not made without the others.
         together = is_group(request.guidance)
         alone = request if together else request.model_copy(update={"seed": seed, "n": 1})
-        text = infotext(alone, model_revision=generation.model_revision, version=VERSION)
+        text = infotext(
+            alone,
+            model_revision=generation.model_revision,
+            statistics=generation.statistics,
+            version=VERSION,
+        )
         pixels = generation.results[index].pixels
         description = Description(text, alone.settings())
         return Picture(encode(pixels, request.output_format, description), seed)
+
+
+def _tasks(
+    resolved: ResolvedRequest, model: HostedModel, plan: Plan, uploads: Uploads
+) -> list[ImageTask]:
+    size = resolved.width, resolved.height
+    image, mask, reference = uploads
+    return tasks_of(
+        resolved,
+        model,
+        plan,
+        image=None if image is None else _pixels_tensor(fit(image, *size)),
+        mask=None if mask is None else _mask_tensor(fit(mask, *size)),
+        reference=None if reference is None else _pixels_tensor(fit(reference, *size)),
+    )
 
 
 def _pixels_tensor(pixels: np.ndarray) -> Tensor:

@@ -7,8 +7,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Any, Literal
 
 from benchmarks.sampler_study.statistics_files import Missing
-from samplers import SAMPLERS, SPACINGS
-from samplers.dpm_solver_v3 import DPMSolverV3
+from samplers import SAMPLERS, SPACINGS, FittedSampler
 from server.request import DEFAULT_STEPS
 
 if TYPE_CHECKING:
@@ -260,8 +259,8 @@ def plan_of(cell: Cell, schedule: NoiseSchedule, statistics: Statistics | None) 
 
 
 def planned(sampler: Sampler, grid: Grid, statistics: Statistics | None) -> Plan:
-    """The plan over a grid, with statistics for the one sampler that takes them."""
-    if isinstance(sampler, DPMSolverV3):
+    """The plan over a grid, with statistics for a sampler that takes them."""
+    if isinstance(sampler, FittedSampler):
         return sampler.plan(grid, statistics)
     return sampler.plan(grid)
 

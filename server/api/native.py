@@ -79,6 +79,11 @@ class GenerateResponse(BaseModel):
     settings: dict[str, Any] = Field(
         description="The request in full; posted back, it makes the same pictures."
     )
+    statistics: str | None = Field(
+        default=None,
+        description="Guidance whose statistics of the model the sampler was fitted to, as the "
+        "catalog names it; with samplers that use them only.",
+    )
     evaluations: Evaluations
     particles: Particles | None = Field(default=None, description="With `guidance.particles` only.")
     timings: Timings
@@ -91,6 +96,7 @@ class QueuedEvent(BaseModel):
     created: int
     model: str
     settings: dict[str, Any]
+    statistics: str | None = Field(default=None, description="As in the answer.")
 
 
 class ProgressEvent(BaseModel):
@@ -212,6 +218,7 @@ def _response(generation: Generation, pictures: Pictures) -> GenerateResponse:
             for picture in pictures.pictures
         ],
         settings=dict(pictures.settings),
+        statistics=generation.statistics,
         evaluations=Evaluations(spent=pictures.spent, saved=pictures.saved),
         particles=Particles(ancestors=list(pictures.ancestors), effective=list(pictures.effective))
         if pictures.ancestors
@@ -263,6 +270,7 @@ def _queued(generation: Generation) -> QueuedEvent:
         created=int(generation.created),
         model=generation.request.model,
         settings=generation.request.settings(),
+        statistics=generation.statistics,
     )
 
 

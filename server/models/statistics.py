@@ -64,7 +64,7 @@ class ModelStatistics:
     def available(self) -> tuple[str, ...]:
         """Guidance that there are statistics for: "none", "cfg 2", ..."""
         ordered = sorted(self._files, key=lambda identity: identity.scale)
-        return tuple(_name(identity.rule, identity.scale) for identity in ordered)
+        return tuple(guidance_name(identity.rule, identity.scale) for identity in ordered)
 
     def exact(self, rule: str, scale: float) -> StatisticsIdentity:
         """Those of classifier-free guidance of just this scale.
@@ -82,9 +82,9 @@ class ModelStatistics:
                 return identity
         raise InvalidRequest(
             "sampler.statistics",
-            f"sampler.statistics is 'exact', and this model has none of guidance "
-            f"{_name(rule, scale)!r}{self._why(statistics_name(rule, scale))}; make them with "
-            f"`{_command(rule, scale)}`, or ask for {self._instead()}.",
+            "sampler.statistics is 'exact', and this model has none of guidance "
+            f"{guidance_name(rule, scale)!r}{self._why(statistics_name(rule, scale))}; "
+            f"make them with `{_command(rule, scale)}`, or ask for {self._instead()}.",
         )
 
     def nearest(self, scale: float) -> StatisticsIdentity:
@@ -135,7 +135,8 @@ class ModelStatistics:
         return "'nearest' or 'none'" if self._files else "'none'"
 
 
-def _name(rule: str, scale: float) -> str:
+def guidance_name(rule: str, scale: float) -> str:
+    """What guidance is called where statistics are: "none", "cfg 4", ..."""
     return rule if rule == "none" else f"{rule} {scale:g}"
 
 

@@ -20,7 +20,7 @@ from samplers import NoiseSchedule, Sampler, integrate
 from samplers.deis import DEIS
 from samplers.dpm_solver_v3 import Correction, DPMSolverV3
 from samplers.gaussian import GaussianDenoiser, GaussianMixtureDenoiser
-from samplers.heavy_ball import HB, MomentumSampler, Nesterov, Weights
+from samplers.heavy_ball import HB, Nesterov, Weights
 from samplers.timesteps import LogSNR
 from tests.samplers.cases import EDM, FAINT, FLOW, VP, label
 
@@ -105,7 +105,7 @@ each_course = pytest.mark.parametrize("course", COURSES.values(), ids=COURSES.ke
 )
 def test_velocities_lag_by_so_many_steps_and_by_nothing_else_of_first_order(
     course: Course,
-    kind: type[MomentumSampler],
+    kind: type[HB] | type[Nesterov],
     order: float,
     steps_behind: float,
     weights: Weights,

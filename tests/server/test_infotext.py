@@ -6,7 +6,7 @@ from server.infotext import infotext
 from server.request import ResolvedRequest
 
 
-def text_of(**fields: Any) -> str:
+def text_of(statistics: str | None = None, **fields: Any) -> str:
     settings = {
         "prompt": "a red circle",
         "negative_prompt": "",
@@ -24,7 +24,9 @@ def text_of(**fields: Any) -> str:
         "stream": False,
     }
     resolved = ResolvedRequest.model_validate(settings | fields)
-    return infotext(resolved, model_revision="0123456789abcdef", version="weft 1")
+    return infotext(
+        resolved, model_revision="0123456789abcdef", version="weft 1", statistics=statistics
+    )
 
 
 def test_the_lines_are_prompt_negative_and_settings() -> None:
@@ -73,6 +75,11 @@ def test_samplers_have_the_names_that_users_know(sampler: Any, label: str) -> No
 )
 def test_spacings_have_the_names_of_schedule_types(spacing: Any, label: str) -> None:
     assert f"Schedule type: {label}, " in text_of(spacing=spacing)
+
+
+def test_what_a_sampler_was_fitted_to_is_said_where_it_was() -> None:
+    assert "statistics" not in text_of()
+    assert ", Sampler statistics: cfg 4, Version: weft 1" in text_of(statistics="cfg 4")
 
 
 def test_a_value_with_a_comma_is_quoted() -> None:

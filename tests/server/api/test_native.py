@@ -52,10 +52,12 @@ def test_the_answer_says_what_was_done(generate: Generate) -> None:
         "model",
         "images",
         "settings",
+        "statistics",
         "evaluations",
         "particles",
         "timings",
     }
+    assert answer["statistics"] is None
     assert answer["particles"] is None
     assert answer["id"] == "mine-1"
     assert answer["model"] == "embedded"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -50,6 +51,44 @@ def test_the_nearest_serve_all_guidance_and_sizes(
 ) -> None:
     picture(generate(sampler=NEAREST, guidance=guidance))
     picture(generate(sampler=NEAREST, guidance=guidance, width=96, height=64))
+
+
+@pytest.mark.parametrize(
+    ("sampler", "guidance", "taken"),
+    [
+        (NEAREST, {"name": "cfg", "scale": 5}, "cfg 4"),
+        (NEAREST, {"name": "apg", "scale": 30}, "cfg 7.5"),
+        (NEAREST, {"name": "cfg", "scale": 1.2}, "none"),
+        (EXACT, {"name": "cfg", "scale": 2}, "cfg 2"),
+        (EXACT, {"name": "none"}, "none"),
+        (EXACT | {"statistics": "none"}, {"name": "cfg", "scale": 4}, None),
+        ("ddim", {"name": "cfg", "scale": 4}, None),
+    ],
+    ids=str,
+)
+def test_answer_and_picture_say_which_statistics_were_taken(
+    generate: Generate, sampler: Any, guidance: dict[str, Any], taken: str | None
+) -> None:
+    answer = generate(sampler=sampler, guidance=guidance)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["statistics"] == taken
+    data = base64.b64decode(answer.json()["images"][0]["b64_json"])
+    parameters = Image.open(io.BytesIO(data)).info["parameters"]
+    assert (f"Sampler statistics: {taken}, " in parameters) == (taken is not None)
+    assert ("Sampler statistics" in parameters) == (taken is not None)
+
+
+def test_a_stream_says_so_at_its_beginning_and_its_end(client: httpx2.Client) -> None:
+    wanted = {
+        "prompt": "a red circle",
+        "steps": 2,
+        "sampler": NEAREST,
+        "guidance": {"name": "cfg", "scale": 3},
+        "stream": True,
+    }
+    with client.stream("POST", "/v1/generate", json=wanted) as answer:
+        told = [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: ")]
+    assert told[0]["statistics"] == told[-1]["statistics"] == "cfg 4"
 
 
 @pytest.mark.parametrize(
