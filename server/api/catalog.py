@@ -14,5 +14,5 @@ router = APIRouter(tags=["catalog"])
 
 @router.get("/v1/catalog")
 async def list_everything(service: ServiceDep) -> Catalog:
-    """Samplers, spacings, guidance rules and policies with their parameters, and the models."""
+    """All that a request may choose, with its parameters and defaults, and the models."""
     return catalog(service.models())
