@@ -1,4 +1,4 @@
-"""What this installation offers: samplers, spacings and guidance, described by themselves."""
+"""What this installation offers, described by itself, and what a request gets that is silent."""
 
 from __future__ import annotations
 
