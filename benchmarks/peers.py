@@ -14,7 +14,7 @@ from guidance.always import Always
 from samplers import SAMPLERS
 from samplers.timesteps import Trailing
 from server.engine.engine import Engine
-from server.engine.sequence import ImageTask
+from server.engine.task import ImageTask
 
 if TYPE_CHECKING:
     from collections.abc import Callable

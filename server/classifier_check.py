@@ -11,7 +11,7 @@ from guidance import ClassifierGuidance, Levels, ReferenceGuidance
 from guidance.classifier_guidance import UNAIMED
 from samplers import NoiseSchedule, Plan
 from server.choice import listed
-from server.engine.sequence import Aim
+from server.engine.task import Aim
 from server.errors import InvalidRequest
 from server.models.hosted import HostedModel
 from server.request import ResolvedRequest

@@ -9,7 +9,7 @@ import numpy as np
 from guidance import NegToMe
 from samplers import Plan
 from samplers.reverse_sde import follows_reverse_sde
-from server.engine.sequence import Avoided, Group
+from server.engine.task import Avoided, Group
 from server.errors import InvalidRequest
 from server.models.hosted import HostedModel
 from server.request import Guidance, ResolvedRequest

@@ -18,7 +18,7 @@ from samplers import Plan, StatisticsIdentity
 from server.admission import make_plan, resolve, statistics_for
 from server.catalog import ModelEntry
 from server.engine.engine import Engine
-from server.engine.sequence import ImageTask
+from server.engine.task import ImageTask
 from server.errors import (
     DuplicateGeneration,
     NotReady,

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from samplers import Plan
 from server.classifier_check import aim_of
-from server.engine.sequence import ImageTask
+from server.engine.task import ImageTask
 from server.group_check import avoided_of, group_of
 from server.guidance_check import check_windows, coefficients_for
 from server.models.hosted import HostedModel

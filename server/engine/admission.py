@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from server.engine.lane import Lane
-    from server.engine.sequence import ImageTask, Sequence
+    from server.engine.sequence import Sequence
+    from server.engine.task import ImageTask
     from server.models.hosted import HostedModel
 
 log = logging.getLogger(__name__)

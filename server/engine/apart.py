@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,14 +13,8 @@ if TYPE_CHECKING:
     from guidance import NegToMe
     from guidance.edits import ApartFrom
     from server.engine.batch import Batch
-    from server.engine.sequence import AvoidedLatents, Group, Sequence
-
-
-class AvoidedRow(NamedTuple):
-    """A row of the forward that holds a picture which an image keeps away from."""
-
-    row: int
-    shown: AvoidedLatents
+    from server.engine.sequence import Sequence
+    from server.engine.task import Group
 
 
 def put_avoided(batch: Batch, x: Tensor) -> None:

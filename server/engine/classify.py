@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from server.engine.batch import References
 from server.engine.padding import padded
 
 if TYPE_CHECKING:
@@ -15,23 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from server.engine.batch import Batch
-    from server.engine.sequence import Aim
-
-
-class References(NamedTuple):
-    """Predictions whose prompts the classifier chose.
-
-    Attributes:
-        positions: of their images.
-        rows: of the forward.
-        conditioning: of what they are told, ``[references, tokens, features]``.
-        strengths: of the terms that lead away from them, ``[references]``.
-    """
-
-    positions: list[int]
-    rows: list[int]
-    conditioning: Tensor
-    strengths: Tensor
+    from server.engine.task import Aim
 
 
 def choose(batch: Batch) -> References:

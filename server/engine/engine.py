@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from server.engine import batch as weave
+from server.engine import weave
 from server.engine.admission import Admission
 from server.engine.groups import resample
 from server.engine.lane import Lane
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from server.engine.sequence import ImageTask, Listener
+    from server.engine.sequence import Listener
+    from server.engine.task import ImageTask
     from server.models.hosted import HostedModel
 
 log = logging.getLogger(__name__)

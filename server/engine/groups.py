@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from server.engine.batch import Batch
-    from server.engine.sequence import Group, Sequence
+    from server.engine.sequence import Sequence
+    from server.engine.task import Group
 
 
 def groups_of(sequences: Listed[Sequence]) -> list[tuple[Group, list[int]]]:

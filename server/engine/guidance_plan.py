@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from guidance.edits import Edit
-    from server.engine.sequence import ImageTask
+    from server.engine.task import ImageTask
 
 
 @dataclass(frozen=True, slots=True)

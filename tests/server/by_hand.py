@@ -18,7 +18,7 @@ from samplers import Sampler, preconditioning
 from samplers.dpm_solver_pp import DPMSolverPP
 from server.engine.noise import stage_noise, start_noise
 from server.engine.preview import to_uint8
-from server.engine.sequence import ImageTask
+from server.engine.task import ImageTask
 from tests.server.toy_model import FACTS, SIDE, Toy
 
 TOGETHER = [

@@ -9,7 +9,7 @@ import torch
 
 from guidance import FeynmanKac, NegToMe
 from server.admission import make_plan, resolve
-from server.engine.sequence import Group
+from server.engine.task import Group
 from server.errors import InvalidRequest
 from server.group_check import group_of
 from server.request import GenerateRequest, ResolvedRequest

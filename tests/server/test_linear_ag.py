@@ -18,7 +18,7 @@ from samplers.ddim import DDIM
 from samplers.dpm_solver_pp import DPMSolverPP
 from samplers.heun import Heun
 from server.admission import resolve
-from server.engine.sequence import ImageTask
+from server.engine.task import ImageTask
 from server.errors import InvalidRequest
 from server.linear_ag import Runs, fit, store
 from server.request import GenerateRequest

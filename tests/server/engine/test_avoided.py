@@ -25,12 +25,14 @@ from samplers import preconditioning
 from samplers.ddim import DDIM
 from samplers.dpm_solver_pp import DPMSolverPP
 from samplers.heun import Heun
-from server.engine import batch as weave
+from server.engine import weave
 from server.engine.admission import Admission
+from server.engine.batch import Batch
 from server.engine.engine import Engine
 from server.engine.lane import Lane
 from server.engine.noise import start_noise
-from server.engine.sequence import Aim, Avoided, ImageTask, Sequence, Submission
+from server.engine.sequence import Sequence, Submission
+from server.engine.task import Aim, Avoided, ImageTask
 from server.models.hosted import HostedModel
 from server.models.loading import load_model
 from tests.server.by_hand import TOGETHER, ByHand, task
@@ -202,7 +204,7 @@ def test_a_picture_that_is_not_finite_moves_nobody(engine: Engine) -> None:
     assert_alike(ear.results[0].pixels, ear.results[1].pixels)
 
 
-def packed(model: HostedModel, tasks: list[ImageTask], fixed_rows: int | None) -> weave.Batch:
+def packed(model: HostedModel, tasks: list[ImageTask], fixed_rows: int | None) -> Batch:
     """The batch of a first tick, as the engine makes it."""
     lane = Lane(model, model.latent_shape(128, 128))
     sequences = [

@@ -16,10 +16,12 @@ from guidance import CFG, EluCD, GradientFree, Minority, Unguided
 from guidance.cfg_plus_plus import CFGPlusPlus
 from guidance.pag import PAG
 from server.classifier_check import levels_of
-from server.engine import batch as weave
+from server.engine import weave
+from server.engine.batch import Batch
 from server.engine.engine import FIXED_ROWS_MULTIPLE
 from server.engine.lane import Lane
-from server.engine.sequence import Aim, Sequence, Submission
+from server.engine.sequence import Sequence, Submission
+from server.engine.task import Aim
 from server.errors import RowFailed
 
 HEADS = {"shape": ("circle", "square", "star"), "minority": ("tenth 9", "tenth 10")}
@@ -70,10 +72,10 @@ def reference(*strengths: float) -> Aim:
 
 
 @pytest.fixture
-def packed(model: Any, task: Any) -> Callable[..., weave.Batch]:
+def packed(model: Any, task: Any) -> Callable[..., Batch]:
     """The batch of a first tick, as the engine makes it."""
 
-    def pack(tasks: list[Any], fixed_rows: int | None = None) -> weave.Batch:
+    def pack(tasks: list[Any], fixed_rows: int | None = None) -> Batch:
         lane = Lane(model, model.latent_shape(128, 128))
         sequences: list[Sequence] = []
         generator = torch.Generator().manual_seed(5)
@@ -93,7 +95,7 @@ def packed(model: Any, task: Any) -> Callable[..., weave.Batch]:
     return pack
 
 
-def guided(batch: weave.Batch) -> Tensor:
+def guided(batch: Batch) -> Tensor:
     return weave.guide(batch, weave.evaluate(batch)).denoised
 
 

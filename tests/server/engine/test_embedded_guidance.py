@@ -18,7 +18,7 @@ from guidance.cfg import CFG
 from guidance.embedded import Embedded
 from guidance.pag import PAG
 from samplers.lcm import LCM
-from server.engine.sequence import ImageTask
+from server.engine.task import ImageTask
 from server.models.hosted import HostedModel
 from server.models.loading import load_model
 from tests.server.toy_model import run, started
@@ -86,7 +86,7 @@ def same_noise(monkeypatch: pytest.MonkeyPatch, model: HostedModel) -> None:
     shape = model.latent_shape(128, 128)
     generator = torch.Generator().manual_seed(SEED)
     drawn = [torch.randn(shape, generator=generator) for _ in range(STEPS + 1)][1:]
-    monkeypatch.setattr("server.engine.batch.stage_noise", lambda _, stage, __: drawn[stage])
+    monkeypatch.setattr("server.engine.weave.stage_noise", lambda _, stage, __: drawn[stage])
 
 
 @pytest.mark.usefixtures("same_noise")

@@ -23,7 +23,7 @@ from samplers.dpm_solver_pp import DPMSolverPP
 from server.engine.engine import Engine
 from server.engine.noise import stage_noise, stage_uniform, start_noise
 from server.engine.preview import to_uint8
-from server.engine.sequence import Group, ImageTask
+from server.engine.task import Group, ImageTask
 from server.errors import Cancelled, RowFailed
 from tests.server.toy_model import FACTS, SIDE, Ear, Neighbourly, Toy, run, started
 
