@@ -42,6 +42,7 @@ SCALES: Final = (1.0, 2.0, 4.0, 7.5)
 """Guidance scales that statistics are shipped for; 1 is the prompt alone."""
 
 FITTED: Final = (
+    {"steps": 25, "guidance": {"name": "apg", "scale": 4.0, "policy": "linear_adaptive"}},
     {"steps": 25, "guidance": {"name": "cfg", "scale": 4.0, "policy": "linear_adaptive"}},
     {"steps": 25, "guidance": {"name": "cfg", "scale": 7.5, "policy": "linear_adaptive"}},
     {
