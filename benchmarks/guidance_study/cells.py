@@ -48,6 +48,11 @@ def plus(scale: float) -> Mapping[str, Any]:
     return {"name": "cfg_plus_plus", "scale": scale}
 
 
+def magnitude_aware(scale: float) -> Mapping[str, Any]:
+    """CFG held back where it is large."""
+    return {"name": "magnitude_aware", "scale": scale}
+
+
 def by(guidance: Mapping[str, Any], policy: str, **settings: Any) -> Mapping[str, Any]:
     """The same guidance under a policy."""
     return {**guidance, "policy": {"name": policy, **settings}}
@@ -326,6 +331,7 @@ def _in_order() -> Iterator[Cell]:
         yield Cell({**UNGUIDED, "perturbed": [settings]})
     for scale in (7.5, 20.0):
         yield from _cells([{**rule, "scale": scale} for rule in OTHER_RULES.values()])
+    yield from _cells([magnitude_aware(scale) for scale in HIGH_SCALES])
     yield from _cells([*APG_VARIANTS.values(), *COMBINED.values()])
     for sampler, steps in SOLVED_BY.values():
         yield from (Cell(one, steps=steps, sampler=sampler) for one in SOLVED.values())

@@ -40,6 +40,7 @@ FAMILIES: Mapping[str, tuple[Sequence[float], Of]] = {
     "cfg_rescale": ((7.5, 20.0), _rule("cfg_rescale")),
     "dynamic_thresholding": ((7.5, 20.0), _rule("dynamic_thresholding")),
     "tcfg": ((7.5, 20.0), _rule("tcfg")),
+    "magnitude_aware": (cells.HIGH_SCALES, cells.magnitude_aware),
 }
 """Lines over the scale: scales, and the guidance of each."""
 
@@ -49,13 +50,14 @@ PLANE = {
     "cfg_plus_plus": (cells.PLUS_SCALES, cells.plus),
     "cfg, interval": FAMILIES["cfg, interval"],
     "cfg_rescale": FAMILIES["cfg_rescale"],
+    "magnitude_aware": FAMILIES["magnitude_aware"],
 }
 """Lines of the plane of accuracy against looks."""
 
 SAVING: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "adaptive": {f"{key:g}": one for key, one in cells.ADAPTIVE.items()},
-    "reuse": {f"{key}": one for key, one in cells.REUSED.items()},
     "guidance ends early": {f"{key:g}": one for key, one in cells.STOPPED.items()},
+    "reuse": {f"{key}": one for key, one in cells.REUSED.items()},
     "linear_adaptive": {"": cells.LINEAR["linear_adaptive"]},
     "linear_adaptive, to the end": {"": cells.LINEAR["linear_adaptive, to the end"]},
     "interval (.28, 5.42]": {"": cells.INTERVALS["interval (.28, 5.42]"]},
@@ -155,8 +157,14 @@ def savings(results: Results, path: Path) -> None:
             ]
             _line(axis, points, k, name)
             for (label, _), (x, (y, _, _)) in zip(there, points, strict=True):
+                # Neighbouring lines have their labels on either side.
                 axis.annotate(
-                    label, (x, y), (5, 5), textcoords="offset points", fontsize=8, color=COLOURS[k]
+                    label,
+                    (x, y),
+                    (5, -12 if k % 2 else 5),
+                    textcoords="offset points",
+                    fontsize=8,
+                    color=COLOURS[k],
                 )
     if full is not None:
         axes[1].axhline(_share(full)[0], color="#888888", linewidth=0.8, linestyle=":")
