@@ -22,8 +22,9 @@ from benchmarks.sampler_study.cells import EVERY, EVERY_EVALUATIONS, HIGH_SCALES
 from benchmarks.sampler_study.measuring import PARTS, Wanted, measure
 from benchmarks.sampler_study.page import write
 from benchmarks.sampler_study.records import Records
+from benchmarks.sampler_study.sizes import Sizes
 from benchmarks.sampler_study.statistics_files import StatisticsFiles
-from benchmarks.sampler_study.study import Sizes, Study
+from benchmarks.sampler_study.study import Study
 from embedded import MODEL_FOLDER
 from server.models.folder import revision_of
 from server.models.loading import load_model

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from benchmarks.guidance_study.cells import Cell
     from benchmarks.guidance_study.sitters import Sitter
     from samplers import Plan
-    from server.engine.sequence import ImageResult, ImageTask
+    from server.engine.sequence import ImageResult
+    from server.engine.task import ImageTask
     from server.models.hosted import HostedModel
     from server.request import ResolvedRequest
 

@@ -6,19 +6,16 @@ from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any, Literal
 
-from benchmarks.sampler_study.statistics_files import Missing
+from benchmarks.sampler_study.statistics_files import Kept, Missing
 from samplers import SAMPLERS, SPACINGS, FittedSampler
 from server.request import DEFAULT_STEPS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from benchmarks.sampler_study.study import Sizes
+    from benchmarks.sampler_study.sizes import Sizes
     from samplers import Grid, NoiseSchedule, Plan, Sampler, Spacing
     from samplers.statistics import Statistics
-
-Kept = Literal["", "elementwise", "per channel", "one number", "smoothed", "noise prediction"]
-"""What of the statistics a contender is given; empty where it takes none."""
 
 Part = Literal["error", "picture"]
 

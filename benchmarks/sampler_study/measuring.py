@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
     from benchmarks.sampler_study.cells import Cell
     from benchmarks.sampler_study.records import Records
+    from benchmarks.sampler_study.sizes import Sizes
     from benchmarks.sampler_study.statistics_files import StatisticsFiles
-    from benchmarks.sampler_study.study import Sizes, Study
+    from benchmarks.sampler_study.study import Study
     from server.models.hosted import HostedModel
 
 PARTS = ("slope", "check", "error", "picture", "range", "cost")

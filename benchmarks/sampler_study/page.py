@@ -10,7 +10,7 @@ from benchmarks.sampler_study import plots, tables
 from benchmarks.sampler_study.cells import HIGH_SCALES, SCALES, STRONG
 from benchmarks.sampler_study.cost import ROUNDS, STEPS
 from benchmarks.sampler_study.results import Results
-from benchmarks.sampler_study.study import Sizes
+from benchmarks.sampler_study.sizes import Sizes
 
 if TYPE_CHECKING:
     from benchmarks.sampler_study.records import Records

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from benchmarks.sampler_study.cells import Kept
     from samplers.levels import F64
+
+Kept = Literal["", "elementwise", "per channel", "one number", "smoothed", "noise prediction"]
+"""What of the statistics a contender is given; empty where it takes none."""
 
 HALF_WINDOW = 3
 """Points to either side that smoothed statistics are averaged over."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -27,33 +26,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from benchmarks.sampler_study.cells import Cell, Part
+    from benchmarks.sampler_study.sizes import Sizes
     from benchmarks.sampler_study.statistics_files import StatisticsFiles
     from embedded.scenes import Scene
     from samplers import Plan
     from server.models.hosted import HostedModel
-
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """How much is measured.
-
-    Attributes:
-        error_images: images of an ``error`` cell.
-        picture_images: images of a ``picture`` cell.
-        accuracy_images: images of a ``picture`` cell whose accuracy is compared.
-        reference_steps: steps of the reference of ``error`` cells.
-        converged_steps: steps of the reference of ``picture`` cells.
-        known_pictures: training pictures whose captions count as seen.
-        clean_pictures: training pictures whose latents give the range of clean ones.
-    """
-
-    error_images: int = 8
-    picture_images: int = 12
-    accuracy_images: int = 48
-    reference_steps: int = 1000
-    converged_steps: int = 100
-    known_pictures: int = 12_000
-    clean_pictures: int = 1000
 
 
 TAIL = 1e-4

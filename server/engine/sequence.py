@@ -7,7 +7,6 @@ from time import monotonic
 from typing import TYPE_CHECKING, Protocol
 
 from server.engine.guidance_plan import plan_guidance
-from server.engine.task import ImageTask
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,11 +17,11 @@ if TYPE_CHECKING:
     from server.engine.compiled import CompiledPlan
     from server.engine.guidance_plan import Ask, GuidancePlan
     from server.engine.lane import Lane
+    from server.engine.task import ImageTask
 
 __all__ = [
     "AvoidedLatents",
     "ImageResult",
-    "ImageTask",
     "Known",
     "Listener",
     "Sequence",

@@ -15,8 +15,9 @@ from benchmarks.sampler_study.measures import Bounds, ratio, relative_errors, sl
 from benchmarks.sampler_study.measuring import Wanted, measure
 from benchmarks.sampler_study.records import Records
 from benchmarks.sampler_study.results import Results
+from benchmarks.sampler_study.sizes import Sizes
 from benchmarks.sampler_study.statistics_files import Missing, StatisticsFiles
-from benchmarks.sampler_study.study import Sizes, Study
+from benchmarks.sampler_study.study import Study
 from benchmarks.samplers import main
 from embedded import MODEL_FOLDER
 from samplers.dpm_solver_v3 import DPMSolverV3, Flags
