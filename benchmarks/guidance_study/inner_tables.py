@@ -59,30 +59,33 @@ def layers(results: Results) -> str:
 
 def background(results: Results) -> str:
     """Towards a background that the prompt does not speak of."""
-    return _aimed(results, cells.BACKGROUND, {"background": ("background",)})
+    return _aimed(results, cells.BACKGROUND, ["background"], beside=True)
 
 
 def confused(results: Results) -> str:
     """Towards the shape and the colour that the prompt speaks of."""
-    return _aimed(results, cells.CONFUSED, {"shape": ("shape",), "colour": ("colour",)})
+    return _aimed(results, cells.CONFUSED, ["shape", "colour"])
 
 
 def _aimed(
     results: Results,
     rows: Mapping[str, Mapping[str, Any]],
-    aims: Mapping[str, tuple[str, ...]],
+    aims: list[str],
+    *,
+    beside: bool = False,
 ) -> str:
+    """How often the classifier's aims were met; beside them what else the prompt says, if asked."""
     lines: list[list[str]] = []
     for name, guidance in rows.items():
         figures = results.found(guidance, "aimed")
         if figures is not None:
-            met = [part(*figures.attribute(*names)) for names in aims.values()]
-            rest = figures.attribute("count", "shape", "colour", "size")
-            others = [] if len(aims) > 1 else [f"{rest[0] / rest[1]:.1%}"]
+            met = [part(*figures.attribute(aim)) for aim in aims]
+            said, of = figures.attribute("count", "shape", "colour", "size")
             clipped, cost = figures.mean("clipped"), figures.mean("evaluations")
-            lines.append([name, *met, *others, f"{100 * clipped:.1f}", f"{cost:.1f}"])
-    others = [] if len(aims) > 1 else ["what the prompt says"]
-    return table(["guidance", *aims, *others, "clipped, %", "evaluations"], lines)
+            rest = [f"{said / of:.1%}"] * beside
+            lines.append([name, *met, *rest, f"{100 * clipped:.1f}", f"{cost:.1f}"])
+    head = ["guidance", *aims, *["what the prompt says"] * beside, "clipped, %", "evaluations"]
+    return table(head, lines)
 
 
 def apart(results: Results) -> str:
