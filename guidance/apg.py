@@ -32,6 +32,10 @@ class APG(Rule, frozen=True):
 
     Departure from the paper: the norm threshold is stated for a latent of 65,536 elements and
     scaled by the square root of the size, so that one number serves all sizes.
+
+    Reverse momentum also amplifies what turns back from step to step, threefold against what
+    stays. At high scales a multistep sampler in few steps makes such swings, and then 0 is better
+    (docs/guidance.md).
     """
 
     summary: ClassVar[str] = "High scales without oversaturation: drops the parallel part."
@@ -56,7 +60,8 @@ class APG(Rule, frozen=True):
         default=-0.5,
         gt=-1,
         lt=1,
-        description="Share of the earlier differences; below 0 damps them.",
+        description="Share of the earlier differences; below 0 damps them. 0 is better with high"
+        " scales in few steps of a multistep sampler.",
     )
 
     @property

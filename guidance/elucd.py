@@ -35,6 +35,9 @@ class EluCD(GradientGuidance, frozen=True):
     whatever the sampler: the steps' length is gone, and eps moves by ``-sigma (1 + ...) g``. beta
     is that of a trained step; of schedules that preserve no variance, at the same log SNR. Here
     the classifier reads the guided prediction, with ``scale`` 0 at pure noise.
+
+    On the embedded model 1 is best for classes that the prompt names, 4 for those that it leaves
+    unsaid (docs/guidance.md).
     """
 
     summary: ClassVar[str] = "Towards what a classifier sees in the denoised picture."

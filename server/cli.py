@@ -127,8 +127,13 @@ def generate(
     sampler: Annotated[str | None, typer.Option(help=f"Sampler: {Described}")] = None,
     spacing: Annotated[str | None, typer.Option(help=f"Spacing: {Described}")] = None,
     guidance: Annotated[str | None, typer.Option(help=f"Guidance: {Described}")] = None,
-    scale: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
-    policy: Annotated[str | None, typer.Option(help=f"Guidance policy: {Described}")] = None,
+    scale: Annotated[
+        float | None, typer.Option(help="Guidance scale; of cfg, if guidance is not given.")
+    ] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(help=f"Guidance policy, with cfg if guidance is not given: {Described}"),
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Sampler steps.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the first image; random by default.")] = None,
     n: Annotated[int | None, typer.Option("-n", help="Images, with seeds counting up.")] = None,
