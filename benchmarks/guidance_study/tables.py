@@ -91,7 +91,13 @@ def frequencies(results: Results) -> str:
 
 def combined(results: Results) -> str:
     """Rules with policies, beside the rules alone."""
-    rows = {"cfg 2": cells.cfg(2.0), "cfg 4": cells.BASE, "apg 4": cells.apg(4.0)}
+    rows = {
+        "cfg 2": cells.cfg(2.0),
+        "cfg 4": cells.BASE,
+        "apg 4": cells.apg(4.0),
+        "magnitude_aware 7.5": cells.magnitude_aware(7.5),
+        "cfg_plus_plus 0.6": cells.plus(0.6),
+    }
     return looks(results, {**rows, **cells.COMBINED})
 
 
