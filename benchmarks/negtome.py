@@ -9,19 +9,19 @@ away from the data set's own picture of the caption, which is where the caption 
 from __future__ import annotations
 
 import argparse
-from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from benchmarks.engine_runs import results_of, started
+from benchmarks.guidance_study.measures import distances
 from benchmarks.sampler_study.measures import DEVIATIONS, mean_and_error, wilson
 from embedded import MODEL_FOLDER
 from embedded.checker import compare, read_picture
 from embedded.report import unseen_scenes
 from embedded.scenes import render
 from server.admission import make_plan, resolve
-from server.engine.engine import Engine
 from server.models.loading import load_model
 from server.request import GenerateRequest
 from server.settings import Limits
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from embedded.scenes import Scene
-    from server.engine.sequence import ImageResult
+    from server.engine.engine import Engine
     from server.engine.task import ImageTask
     from server.models.hosted import HostedModel
 
@@ -47,39 +47,6 @@ SETTINGS: Sequence[dict[str, Any]] = (
 SCALE = 4
 """Of CFG, at which the embedded model draws captions best."""
 ROWS = 24
-
-
-class Ended:
-    """Hears of a submission; ``all`` is set once every image is there."""
-
-    def __init__(self, count: int) -> None:
-        self.results: dict[int, ImageResult] = {}
-        self.failure: Exception | None = None
-        self.all = Event()
-        self._left = count
-
-    def started(self, index: int) -> None:
-        """Nothing is made of it."""
-
-    def progress(
-        self, index: int, step: int, steps: int, preview: NDArray[np.uint8] | None
-    ) -> None:
-        """Nothing is made of it."""
-
-    def finished(self, index: int, result: ImageResult) -> None:
-        """An image is there."""
-        self.results[index] = result
-        self._end()
-
-    def failed(self, index: int, error: Exception) -> None:
-        """An image came to nothing."""
-        self.failure = error
-        self._end()
-
-    def _end(self) -> None:
-        self._left -= 1
-        if not self._left:
-            self.all.set()
 
 
 def tasks_for(
@@ -113,20 +80,6 @@ def tasks_for(
     return tasks
 
 
-def drawn(engine: Engine, tasks: list[ImageTask]) -> list[NDArray[np.uint8]]:
-    """The pictures of some tasks, uint8 ``[H, W, 3]``.
-
-    Raises:
-        Exception: an image failed.
-    """
-    ended = Ended(len(tasks))
-    engine.submit(tasks, ended)
-    ended.all.wait()
-    if ended.failure is not None:
-        raise ended.failure
-    return [ended.results[i].pixels for i in range(len(tasks))]
-
-
 def table(model: HostedModel, engine: Engine, count: int, steps: int) -> None:
     """Print how far from the picture each setting draws, and how much of it is right."""
     scenes = [
@@ -138,20 +91,21 @@ def table(model: HostedModel, engine: Engine, count: int, steps: int) -> None:
     print("|---|---|---|---|---|")
     first: Tensor | None = None
     for negtome in (None, *SETTINGS):
-        pictures = drawn(engine, tasks_for(model, scenes, shown, negtome, steps))
+        results = results_of(engine, tasks_for(model, scenes, shown, negtome, steps))
+        pictures = [result.pixels for _, result in sorted(results.items())]
         latents = model.encode(_as_input(pictures))
         first = latents if first is None else first
-        distance, before = _apart(latents, target), _apart(first, target)
-        change, error = mean_and_error((distance - before).tolist())
+        distance, before = distances(latents, target), distances(first, target)
+        change, error = mean_and_error(np.subtract(distance, before))
         right = sum(
             all(compare(scene.claim, read_picture(picture)).values())
             for scene, picture in zip(scenes, pictures, strict=True)
         )
         low, high = wilson(right, len(scenes))
         print(
-            f"| {_described(negtome)} | {float(distance.mean()):.3f} "
+            f"| {_described(negtome)} | {np.mean(distance):.3f} "
             f"| {change:+.3f} +- {DEVIATIONS * error:.3f} "
-            f"| {float(_apart(latents, first).mean()):.3f} "
+            f"| {np.mean(distances(latents, first)):.3f} "
             f"| {right} of {len(scenes)}, {low:.0%} to {high:.0%} |",
             flush=True,
         )
@@ -159,11 +113,6 @@ def table(model: HostedModel, engine: Engine, count: int, steps: int) -> None:
 
 def _as_input(pictures: Sequence[NDArray[np.uint8]]) -> Tensor:
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def _apart(latents: Tensor, others: Tensor) -> Tensor:
-    """Root mean square of the difference of each, ``[pictures]``."""
-    return (latents - others).square().flatten(1).mean(1).sqrt()
 
 
 def _described(negtome: dict[str, Any] | None) -> str:
@@ -181,10 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     model = load_model(MODEL_FOLDER, name="embedded", device="cpu", dtype="float32")
-    engine = Engine({"embedded": model}, row_budget=ROWS, max_pending=options.captions)
-    engine.start()
-    while not engine.ready and engine.failure is None:
-        Event().wait(0.05)
+    engine = started(model, ROWS, options.captions)
     try:
         with torch.inference_mode():
             table(model, engine, options.captions, options.steps)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from threading import Event
-from time import perf_counter, process_time, sleep
+from time import perf_counter, process_time
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from benchmarks.engine_runs import results_of, started
 from guidance.linear_adaptive import LinearAdaptive
 from server.admission import make_plan, resolve
-from server.engine.engine import Engine
 from server.linear_ag import Runs, fit
 from server.models.linear_fits import LinearFits, fit_file, identity_of
 from server.request import GenerateRequest, split
@@ -23,19 +22,16 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    import numpy as np
-    from numpy.typing import NDArray
     from torch import Tensor
 
     from benchmarks.guidance_study.cells import Cell
     from benchmarks.guidance_study.sitters import Sitter
     from samplers import Plan
-    from server.engine.sequence import ImageResult
     from server.engine.task import ImageTask
     from server.models.hosted import HostedModel
     from server.request import ResolvedRequest
 
-POLL_S = 0.05
+MOST_PENDING = 4096
 FIRST_FITTED_SEED = 2_000_000
 
 
@@ -88,12 +84,7 @@ class Drawing:
         self._decoded: deque[Tensor] = deque()
         self._listen(model)
         model.linear_fits = LinearFits(kept)
-        self._engine = Engine({model.facts.name: model}, row_budget=rows, max_pending=4096)
-        self._engine.start()
-        while not self._engine.ready:
-            if self._engine.failure is not None:
-                raise self._engine.failure
-            sleep(POLL_S)
+        self._engine = started(model, rows, MOST_PENDING)
 
     @property
     def row_budget(self) -> int:
@@ -111,9 +102,9 @@ class Drawing:
             WeftError: the server would refuse it, or an image failed.
         """
         self._decoded.clear()
-        ended = self._run(self._all_tasks(cell, sitters, strength))
-        found = [result for _, result in sorted(ended.results.items())]
-        latents = dict(zip(ended.results, self._decoded, strict=True))
+        results = results_of(self._engine, self._all_tasks(cell, sitters, strength))
+        found = [result for _, result in sorted(results.items())]
+        latents = dict(zip(results, self._decoded, strict=True))
         return Drawn(
             torch.stack([one for _, one in sorted(latents.items())]),
             [result.evaluations for result in found],
@@ -124,16 +115,8 @@ class Drawing:
         """The same, for the time it takes."""
         tasks = self._all_tasks(cell, sitters, 1.0)
         began, worked = perf_counter(), process_time()
-        self._run(tasks)
+        results_of(self._engine, tasks)
         return Spent(perf_counter() - began, process_time() - worked)
-
-    def _run(self, tasks: list[ImageTask]) -> _Ended:
-        ended = _Ended(len(tasks))
-        self._engine.submit(tasks, ended)
-        ended.all.wait()
-        if ended.failure is not None:
-            raise ended.failure
-        return ended
 
     def _all_tasks(self, cell: Cell, sitters: Sequence[Sitter], strength: float) -> list[ImageTask]:
         return [task for sitter in sitters for task in self._tasks(cell, sitter, strength)]
@@ -185,38 +168,6 @@ class Drawing:
 
 def _say_nothing(done: int) -> None:
     del done
-
-
-class _Ended:
-    """Hears of the images of one submission, in the order that they finish."""
-
-    def __init__(self, count: int) -> None:
-        self._left = count
-        self.all = Event()
-        self.results: dict[int, ImageResult] = {}
-        self.failure: Exception | None = None
-
-    def started(self, index: int) -> None:
-        del index
-
-    def progress(
-        self, index: int, step: int, steps: int, preview: NDArray[np.uint8] | None
-    ) -> None:
-        del index, step, steps, preview
-
-    def finished(self, index: int, result: ImageResult) -> None:
-        self.results[index] = result
-        self._count()
-
-    def failed(self, index: int, error: Exception) -> None:
-        del index
-        self.failure = error
-        self._count()
-
-    def _count(self) -> None:
-        self._left -= 1
-        if not self._left:
-            self.all.set()
 
 
 def _filled_in(value: Any, words: dict[str, str]) -> Any:
