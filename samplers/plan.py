@@ -12,6 +12,7 @@ from samplers.langevin import corrected
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from samplers.grid import Grid
@@ -107,6 +108,17 @@ class Plan:
     def steps(self) -> int:
         """Sampler steps; fewer than the evaluations where a step takes two."""
         return self.step[-1] + 1
+
+    @property
+    def noise_ratio(self) -> NDArray[np.float64]:
+        """``sigma / alpha`` at each stage, inf at pure noise, ``[stages]``."""
+        with np.errstate(divide="ignore"):
+            return np.asarray(self.sigma[:-1] / self.alpha[:-1], np.float64)
+
+    @property
+    def progress(self) -> NDArray[np.float64]:
+        """Share of the steps done before each stage, in [0, 1), ``[stages]``."""
+        return np.array(self.step, np.float64) / self.steps
 
     @property
     def slots(self) -> int:

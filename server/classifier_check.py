@@ -13,6 +13,7 @@ from samplers import NoiseSchedule, Plan
 from server.choice import listed
 from server.engine.task import Aim
 from server.errors import InvalidRequest
+from server.guidance_check import check_window
 from server.models.hosted import HostedModel
 from server.request import ResolvedRequest
 
@@ -83,17 +84,9 @@ def aim_of(resolved: ResolvedRequest, model: HostedModel, plan: Plan) -> Aim | N
     term = resolved.guidance.classifier
     if term is None:
         return None
-    with np.errstate(divide="ignore"):
-        noise_ratio = plan.sigma[:-1] / plan.alpha[:-1]
-    progress = np.array(plan.step) / plan.steps
-    if not term.contains(noise_ratio, progress).any():
-        raise InvalidRequest(
-            FIELD,
-            f"{FIELD}: the window of {term.name!r} holds none of the {plan.steps} steps; take more "
-            "steps, or widen low, high, start or stop.",
-        )
+    check_window(term, plan, FIELD, f"the window of {term.name!r}")
     heads = _classifier_of(term, model).heads
-    acts = term.evaluates(noise_ratio, progress)
+    acts = term.evaluates(plan.noise_ratio, plan.progress)
     numbers = (
         classes.index(term.aims[attribute]) if attribute in term.aims else UNAIMED
         for attribute, classes in heads.items()

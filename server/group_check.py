@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from guidance import NegToMe
 from samplers import Plan
 from samplers.reverse_sde import follows_reverse_sde
 from server.engine.task import Avoided, Group
 from server.errors import InvalidRequest
+from server.guidance_check import check_window
 from server.models.hosted import HostedModel
 from server.request import Guidance, ResolvedRequest
 
@@ -79,7 +78,7 @@ def group_of(resolved: ResolvedRequest, plan: Plan) -> Group | None:
             "tau 1.",
         )
     if guidance.negtome is not None:
-        _check_window(guidance.negtome, plan)
+        check_window(guidance.negtome, plan, NEGTOME, "its window")
     return Group(particles=guidance.particles, apart=guidance.negtome)
 
 
@@ -97,7 +96,7 @@ def avoided_of(resolved: ResolvedRequest, plan: Plan, reference: Tensor | None) 
     negtome = resolved.guidance.negtome
     if reference is None or negtome is None:
         return None
-    _check_window(negtome, plan)
+    check_window(negtome, plan, NEGTOME, "its window")
     return Avoided(reference, negtome)
 
 
@@ -122,17 +121,6 @@ def _check_reference(negtome: NegToMe | None, *, has_reference: bool) -> None:
     raise InvalidRequest(
         field, f"{field} is {negtome.away_from!r}; it needs a picture, so send `reference`."
     )
-
-
-def _check_window(negtome: NegToMe, plan: Plan) -> None:
-    with np.errstate(divide="ignore"):
-        noise_ratio = plan.sigma[:-1] / plan.alpha[:-1]
-    if not negtome.contains(noise_ratio, np.array(plan.step) / plan.steps).any():
-        raise InvalidRequest(
-            NEGTOME,
-            f"{NEGTOME}: its window holds none of the {plan.steps} steps; take more steps, or "
-            "widen low, high, start or stop.",
-        )
 
 
 def _against_particles(guidance: Guidance, *, has_picture: bool) -> str | None:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from guidance import POLICIES, Edit, Rule
 from guidance.linear_adaptive import LinearAdaptive
+from guidance.window import Window
 from samplers import Plan
 from server.choice import listed, name_of
 from server.errors import InvalidRequest
@@ -17,7 +18,7 @@ from server.models.hosted import HostedModel
 from server.models.linear_fits import identity_of
 from server.request import Guidance, ResolvedRequest, split
 
-__all__ = ["check_guidance", "check_windows", "coefficients_for"]
+__all__ = ["check_guidance", "check_window", "check_windows", "coefficients_for"]
 
 
 def check_guidance(guidance: Guidance, model: HostedModel, *, has_picture: bool) -> None:
@@ -47,17 +48,29 @@ def check_windows(guidance: Guidance, plan: Plan) -> None:
     Raises:
         InvalidRequest: its window holds none of the steps.
     """
-    with np.errstate(divide="ignore"):
-        noise_ratio = plan.sigma[:-1] / plan.alpha[:-1]
-    progress = np.array(plan.step) / plan.steps
     for k, perturbation in enumerate(guidance.perturbed):
-        if not perturbation.contains(noise_ratio, progress).any():
-            field = f"guidance.perturbed.{k}"
-            raise InvalidRequest(
-                field,
-                f"{field}: the window of {perturbation.name!r} holds none of the {plan.steps} "
-                "steps; take more steps, or widen low, high, start or stop.",
-            )
+        whose = f"the window of {perturbation.name!r}"
+        check_window(perturbation, plan, f"guidance.perturbed.{k}", whose)
+
+
+def check_window(window: Window, plan: Plan, field: str, whose: str) -> None:
+    """Refuse what would never act along a plan.
+
+    Args:
+        window: when it acts.
+        plan: of the request's sampler.
+        field: of the request.
+        whose: what the sentence calls the window.
+
+    Raises:
+        InvalidRequest: the window holds none of the steps.
+    """
+    if not window.contains(plan.noise_ratio, plan.progress).any():
+        raise InvalidRequest(
+            field,
+            f"{field}: {whose} holds none of the {plan.steps} steps; take more steps, or widen "
+            "low, high, start or stop.",
+        )
 
 
 def coefficients_for(

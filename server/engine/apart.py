@@ -5,15 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from guidance import NegToMe
     from guidance.edits import ApartFrom
     from server.engine.batch import Batch
-    from server.engine.sequence import Sequence
     from server.engine.task import Group
 
 
@@ -56,18 +52,11 @@ def _apart_from_first(
 ) -> dict[int, ApartFrom]:
     first, *others = members
     negtome = group.apart
-    if negtome is None or not _is_open(negtome, batch.sequences[first]):
+    lead = batch.sequences[first]
+    if negtome is None or not lead.guidance.apart[lead.stage]:
         return {}
     return {
         row: replace(negtome.edit, reference=rows[first, number])
         for (i, number), row in rows.items()
         if i in others
     }
-
-
-def _is_open(negtome: NegToMe, sequence: Sequence) -> bool:
-    plan, stage = sequence.task.plan, sequence.stage
-    with np.errstate(divide="ignore"):
-        noise_ratio = plan.sigma[stage : stage + 1] / plan.alpha[stage : stage + 1]
-    progress = np.array([sequence.guidance.progress[stage]])
-    return bool(negtome.contains(noise_ratio, progress)[0])

@@ -63,6 +63,7 @@ class GuidancePlan:
         left_settled: the same once guidance has ended.
         widest: most rows of a forward that a stage needs.
         progress: share of the steps done before each stage.
+        apart: at which stages the images of its group keep apart.
         constants: the policy's numbers, ``[stages, n]``.
         edits: what each prediction changes inside the network, by number.
         edited: whether any does.
@@ -78,6 +79,7 @@ class GuidancePlan:
     left_settled: list[int]
     widest: int
     progress: list[float]
+    apart: list[bool]
     constants: NDArray[np.float64]
     edits: list[tuple[Edit, ...]]
     edited: bool
@@ -93,9 +95,7 @@ def plan_guidance(task: ImageTask) -> GuidancePlan:
         ValueError: the policy lacks its coefficients, or cannot estimate so many branches.
     """
     plan, rule, policy = task.plan, task.rule, task.policy
-    with np.errstate(divide="ignore"):
-        noise_ratio = plan.sigma[:-1] / plan.alpha[:-1]
-    progress = np.array(plan.step) / plan.steps
+    noise_ratio, progress = plan.noise_ratio, plan.progress
     branches = rule.branches
     if policy.estimates and len(branches) > 1:
         raise ValueError(f"{policy.name} estimates one branch, and {rule.name} has {len(branches)}")
@@ -111,6 +111,9 @@ def plan_guidance(task: ImageTask) -> GuidancePlan:
     shown = np.zeros(plan.evaluations, np.int64)
     if task.avoided is not None:
         shown[task.avoided.negtome.contains(noise_ratio, progress)] = avoided
+    apart = np.zeros(plan.evaluations, np.bool_)
+    if task.group is not None and task.group.apart is not None:
+        apart = task.group.apart.contains(noise_ratio, progress)
     terms = [*zip(perturbed, shown.tolist(), *_classified(task), strict=True)]
     stages = zip(evaluated.tolist(), estimated.tolist(), terms, strict=True)
     numbers = range(1, first), avoided + 1
@@ -134,6 +137,7 @@ def plan_guidance(task: ImageTask) -> GuidancePlan:
         left_settled=_left(settled),
         widest=1 + max(len(ask.numbers) for ask in asks),
         progress=progress.tolist(),
+        apart=apart.tolist(),
         constants=constants,
         edits=[task.edits + own for own in edits],
         edited=bool(task.edits) or any(edits),
