@@ -121,6 +121,7 @@ def catalog(models: tuple[ModelEntry, ...] = ()) -> Catalog:
 
 
 @cache
+@cache
 def _defaults() -> Defaults:
     plain = default_guidance(default_sampler()).model_dump(mode="json")
     samplers = [member.model_validate({}) for member in SAMPLERS]
