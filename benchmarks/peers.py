@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from benchmarks.architectures import Architecture
     from benchmarks.traffic import Request
-    from server.engine.sequence import ImageResult
+    from server.engine.state.sequence import ImageResult
 
 LARGEST_BATCH = 16
 """Images in a static batch; a guided one is two rows of the forward each."""

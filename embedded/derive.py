@@ -25,17 +25,17 @@ from embedded.report import load_pipeline
 from embedded.scenes import make_scene, render
 from samplers.model_statistics import Progress
 from samplers.statistics import fingerprint, read_identity
-from server.admission import make_plan, resolve
-from server.data_samples import Samples, prompts_for
-from server.ems import Size, make_statistics, mixture_of
 from server.errors import InvalidRequest, ModelMismatch
-from server.guidance_check import coefficients_for
-from server.linear_ag import Runs, store
+from server.fitting.linear_guidance import Runs, store
+from server.fitting.model_statistics import Size, make_statistics, mixture_of
+from server.fitting.samples import Samples, prompts_for
 from server.models.classifier import LatentClassifier
 from server.models.folder import classifier_file, statistics_file
 from server.models.hosted import HostedModel
 from server.models.loading import load_model
-from server.request import GenerateRequest, ResolvedRequest
+from server.requests.guidance_check import coefficients_for
+from server.requests.resolve import make_plan, resolve
+from server.requests.schema import GenerateRequest, ResolvedRequest
 from server.settings import Limits
 
 SCALES: Final = (1.0, 2.0, 4.0, 7.5)

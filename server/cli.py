@@ -20,9 +20,9 @@ from rich.table import Table
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from server.catalog import Entry
-    from server.request import GenerateRequest
-    from server.service import Pictures
+    from server.requests.catalog import Entry
+    from server.requests.schema import GenerateRequest
+    from server.service.service import Pictures
     from server.settings import Settings
 
 __all__ = ["main"]
@@ -96,7 +96,7 @@ def serve(
 def _run_server(settings: Settings) -> int:
     import uvicorn
 
-    from server.app import create_app
+    from server.http.app import create_app
 
     failed: list[bool] = []
 
@@ -181,7 +181,7 @@ def catalog(
     as_json: Annotated[bool, typer.Option("--json", help="With every parameter's schema.")] = False,
 ) -> None:
     """List samplers, spacings, guidance rules, policies and all that goes with them."""
-    from server.catalog import catalog as installed
+    from server.requests.catalog import catalog as installed
 
     listed = installed()
     if as_json:
@@ -226,7 +226,7 @@ def ems(
 ) -> None:
     """Compute what dpm_solver_v3 needs to know of a model; a stopped run goes on where it was."""
     scales = _scales(guidance, scale)
-    from server.ems import Order, Size, fulfil
+    from server.fitting.model_statistics import Order, Size, fulfil
     from server.models.folder import embedded_folder
 
     order = Order(
@@ -263,7 +263,7 @@ def linear_ag(
     device: Device = None,
 ) -> None:
     """Fit the policy linear_adaptive to a model, sampler, spacing, steps and guidance rule."""
-    from server.linear_ag import FitOrder, Runs, fulfil
+    from server.fitting.linear_guidance import FitOrder, Runs, fulfil
     from server.models.folder import embedded_folder
 
     request = _request(
@@ -320,8 +320,8 @@ def _settings(**given: Any) -> Settings:
 def _request(**given: Any) -> GenerateRequest:
     from pydantic import ValidationError
 
-    from server.request import GenerateRequest
-    from server.sentences import explain
+    from server.requests.messages import explain
+    from server.requests.schema import GenerateRequest
 
     try:
         return GenerateRequest.model_validate(
@@ -414,7 +414,7 @@ def _with_bar(settings: Settings, request: GenerateRequest) -> Pictures:
     with _bars() as bar:
         loading = bar.add_task("loading the model", total=None)
         from server.errors import WeftError
-        from server.one_shot import generate as make
+        from server.service.one_shot import generate as make
 
         def tell(progress: Any) -> None:
             bar.update(loading, visible=False)

@@ -17,7 +17,7 @@
     |- ModelMismatch                 500  a model folder that cannot be hosted
     `- RowFailed                     500  one image came to nothing
 
-Each carries the sentence the user reads; `server.api.answers` alone turns them into HTTP.
+Each carries the sentence the user reads; `server.http.errors` alone turns them into HTTP.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import pytest
 from samplers import NoiseSchedule, Sampler
 from samplers.ddim import DDIM
 from samplers.timesteps import LogSNR, Trailing
-from server.request import GenerateRequest
+from server.requests.schema import GenerateRequest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -75,7 +75,7 @@ def test_every_file_that_the_readme_names_exists():
 
 
 def test_the_readme_names_every_sampler_spacing_rule_and_policy():
-    from server.request import CHOICES
+    from server.requests.schema import CHOICES
 
     for kind in CHOICES.values():
         for name in kind:

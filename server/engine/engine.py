@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from server.engine import weave
-from server.engine.admission import Admission
-from server.engine.groups import resample
-from server.engine.lane import Lane
-from server.engine.measurements import EngineMeasurements
-from server.engine.preview import fit_preview, preview
-from server.engine.retirement import decode
-from server.engine.selection import Candidate, select
-from server.engine.sequence import Sequence, Submission
-from server.engine.stopwatch import Stopwatch
+from server.engine.metrics import EngineMeasurements
+from server.engine.scheduler import Candidate, select
+from server.engine.state.lane import Lane
+from server.engine.state.sequence import Sequence, Submission
+from server.engine.terms.particles import resample
+from server.engine.tick import weave
+from server.engine.tick.decode import decode
+from server.engine.tick.newcomers import Admission
+from server.engine.tick.preview import fit_preview, preview
+from server.engine.tick.stopwatch import Stopwatch
 from server.engine.warmup import BATCHES, row_budget_of, sweep
 from server.errors import Cancelled, InvalidRequest, NotReady, Overloaded, RowFailed
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from server.engine.sequence import Listener
+    from server.engine.state.sequence import Listener
     from server.engine.task import ImageTask
     from server.models.hosted import HostedModel
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from server.engine.selection import Priority
+from server.engine.scheduler import Priority
 
 if TYPE_CHECKING:
     import numpy as np

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from samplers import Statistics
 from samplers.statistics import fingerprint, read_identity
 from server.errors import InvalidRequest
-from server.kept import Kept
+from server.lru import Kept
 from server.models.folder import DERIVED, statistics_name
 
 if TYPE_CHECKING:

@@ -16,9 +16,9 @@ from guidance.cfg import CFG
 from guidance.edits import WeakModel
 from samplers import Sampler, preconditioning
 from samplers.dpm_solver_pp import DPMSolverPP
-from server.engine.noise import stage_noise, start_noise
-from server.engine.preview import to_uint8
+from server.engine.state.noise import stage_noise, start_noise
 from server.engine.task import ImageTask
+from server.engine.tick.preview import to_uint8
 from tests.server.toy_model import FACTS, SIDE, Toy
 
 TOGETHER = [

@@ -13,7 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from server.app import create_app
+from server.http.app import create_app
 from server.settings import Limits, Settings
 
 PATIENCE_S = 120

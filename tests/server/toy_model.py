@@ -14,7 +14,7 @@ from guidance import Edit
 from guidance.edits import ApartFrom, WeakModel
 from samplers import NoiseSchedule
 from server.engine.engine import Engine
-from server.engine.sequence import ImageResult
+from server.engine.state.sequence import ImageResult
 from server.engine.task import ImageTask
 from server.models.hosted import HostedModel, ModelFacts
 

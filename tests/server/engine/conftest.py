@@ -15,7 +15,7 @@ from embedded import MODEL_FOLDER
 from guidance import POLICIES, RULES, Policy, Rule
 from samplers import SAMPLERS, SPACINGS, Sampler, Spacing
 from server.engine.engine import Engine
-from server.engine.sequence import ImageResult
+from server.engine.state.sequence import ImageResult
 from server.engine.task import ImageTask
 from server.models.hosted import HostedModel
 from server.models.loading import load_model

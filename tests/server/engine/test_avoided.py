@@ -25,14 +25,14 @@ from samplers import preconditioning
 from samplers.ddim import DDIM
 from samplers.dpm_solver_pp import DPMSolverPP
 from samplers.heun import Heun
-from server.engine import weave
-from server.engine.admission import Admission
-from server.engine.batch import Batch
 from server.engine.engine import Engine
-from server.engine.lane import Lane
-from server.engine.noise import start_noise
-from server.engine.sequence import Sequence, Submission
+from server.engine.state.batch import Batch
+from server.engine.state.lane import Lane
+from server.engine.state.noise import start_noise
+from server.engine.state.sequence import Sequence, Submission
 from server.engine.task import Aim, Avoided, ImageTask
+from server.engine.tick import weave
+from server.engine.tick.newcomers import Admission
 from server.models.hosted import HostedModel
 from server.models.loading import load_model
 from tests.server.by_hand import TOGETHER, ByHand, task

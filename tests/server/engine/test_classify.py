@@ -15,14 +15,14 @@ from embedded.checker import read_picture
 from guidance import CFG, EluCD, GradientFree, Minority, Unguided
 from guidance.cfg_plus_plus import CFGPlusPlus
 from guidance.pag import PAG
-from server.classifier_check import levels_of
-from server.engine import weave
-from server.engine.batch import Batch
 from server.engine.engine import FIXED_ROWS_MULTIPLE
-from server.engine.lane import Lane
-from server.engine.sequence import Sequence, Submission
+from server.engine.state.batch import Batch
+from server.engine.state.lane import Lane
+from server.engine.state.sequence import Sequence, Submission
 from server.engine.task import Aim
+from server.engine.tick import weave
 from server.errors import RowFailed
+from server.requests.classifier_check import levels_of
 
 HEADS = {"shape": ("circle", "square", "star"), "minority": ("tenth 9", "tenth 10")}
 TOLD = ("a small red square", "a small red star")

@@ -86,7 +86,7 @@ def same_noise(monkeypatch: pytest.MonkeyPatch, model: HostedModel) -> None:
     shape = model.latent_shape(128, 128)
     generator = torch.Generator().manual_seed(SEED)
     drawn = [torch.randn(shape, generator=generator) for _ in range(STEPS + 1)][1:]
-    monkeypatch.setattr("server.engine.weave.stage_noise", lambda _, stage, __: drawn[stage])
+    monkeypatch.setattr("server.engine.tick.weave.stage_noise", lambda _, stage, __: drawn[stage])
 
 
 @pytest.mark.usefixtures("same_noise")

@@ -26,9 +26,9 @@ from samplers.dpm_solver_pp import DPMSolverPP
 from samplers.dpm_solver_v3 import DPMSolverV3
 from samplers.timesteps import Trailing
 from server.engine.engine import FIXED_ROWS_MULTIPLE, LANES_KEPT, Engine
-from server.engine.noise import stage_noise, start_noise
-from server.engine.preview import to_uint8
-from server.engine.retirement import DECODED_AT_ONCE
+from server.engine.state.noise import stage_noise, start_noise
+from server.engine.tick.decode import DECODED_AT_ONCE
+from server.engine.tick.preview import to_uint8
 from server.errors import Cancelled, NotReady, Overloaded, RowFailed
 
 NAMES = [sampler.model_fields["name"].default for sampler in SAMPLERS]

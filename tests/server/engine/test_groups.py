@@ -21,9 +21,9 @@ from samplers import Sampler, preconditioning
 from samplers.ddim import DDIM
 from samplers.dpm_solver_pp import DPMSolverPP
 from server.engine.engine import Engine
-from server.engine.noise import stage_noise, stage_uniform, start_noise
-from server.engine.preview import to_uint8
+from server.engine.state.noise import stage_noise, stage_uniform, start_noise
 from server.engine.task import Group, ImageTask
+from server.engine.tick.preview import to_uint8
 from server.errors import Cancelled, RowFailed
 from tests.server.toy_model import FACTS, SIDE, Ear, Neighbourly, Toy, run, started
 

@@ -33,9 +33,9 @@ from samplers.dpm_solver_pp import DPMSolverPP
 from samplers.heun import Heun
 from server.engine.engine import Engine
 from server.engine.guidance_plan import plan_guidance
-from server.engine.noise import start_noise
-from server.engine.preview import to_uint8
+from server.engine.state.noise import start_noise
 from server.engine.task import Group, ImageTask
+from server.engine.tick.preview import to_uint8
 from server.errors import InvalidRequest, RowFailed
 from tests.server.by_hand import TOGETHER, ByHand, task
 from tests.server.toy_model import FACTS, SIDE, Toy, run, started

@@ -21,8 +21,8 @@ from guidance import (
     WeightedPrompt,
     guide,
 )
-from server.engine.noise import start_noise
-from server.engine.preview import to_uint8
+from server.engine.state.noise import start_noise
+from server.engine.tick.preview import to_uint8
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "guidance_library.md"
 CLOSE = 2

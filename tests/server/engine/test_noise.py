@@ -1,6 +1,6 @@
 import torch
 
-from server.engine.noise import stage_noise, start_noise
+from server.engine.state.noise import stage_noise, start_noise
 
 
 def test_start_noise_is_what_diffusers_draws_for_a_seed():

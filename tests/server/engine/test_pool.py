@@ -1,6 +1,6 @@
 import torch
 
-from server.engine.pool import FIRST_CAPACITY, FIRST_SLOTS, Pool
+from server.engine.state.pool import FIRST_CAPACITY, FIRST_SLOTS, Pool
 
 SHAPE = (4, 2, 2)
 

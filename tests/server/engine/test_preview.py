@@ -1,6 +1,6 @@
 import torch
 
-from server.engine.preview import fit_preview, preview, to_uint8
+from server.engine.tick.preview import fit_preview, preview, to_uint8
 
 
 def test_a_preview_shows_the_colours_of_the_picture(model):

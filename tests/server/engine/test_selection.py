@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.engine.selection import AGEING, Candidate, Priority, select
+from server.engine.scheduler import AGEING, Candidate, Priority, select
 
 candidates = st.lists(
     st.builds(

@@ -1,0 +1,167 @@
+"""One image under way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import TYPE_CHECKING, Protocol
+
+from server.engine.guidance_plan import plan_guidance
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from guidance.edits import ApartFrom
+    from server.engine.guidance_plan import Ask, GuidancePlan
+    from server.engine.state.compiled import CompiledPlan
+    from server.engine.state.lane import Lane
+    from server.engine.task import ImageTask
+
+__all__ = [
+    "AvoidedLatents",
+    "ImageResult",
+    "Known",
+    "Listener",
+    "Sequence",
+    "Submission",
+]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ImageResult:
+    """A finished image.
+
+    Attributes:
+        pixels: uint8 ``[H, W, 3]``.
+        evaluations: rows of the denoiser that it took.
+        saved: rows that the policy saved against always evaluating the rule's branches.
+        queue_s: seconds from submission to the first evaluation.
+        denoise_s: seconds from there to the clean latent.
+        decode_s: seconds from there to the pixels.
+        ancestor: of a particle, the image that it goes back to; of others, the image itself.
+        effective: of a particle, how many of its group counted at each resampling.
+    """
+
+    pixels: NDArray[np.uint8]
+    evaluations: int
+    saved: int
+    queue_s: float
+    denoise_s: float
+    decode_s: float
+    ancestor: int
+    effective: tuple[float, ...]
+
+
+class Listener(Protocol):
+    """Who hears of a submission, in the engine's thread: must return at once and never raise."""
+
+    def started(self, index: int) -> None:
+        """Image ``index`` is about to be evaluated for the first time."""
+
+    def progress(
+        self, index: int, step: int, steps: int, preview: NDArray[np.uint8] | None
+    ) -> None:
+        """``step`` of ``steps`` are done; the preview is ``[h, w, 3]`` or None."""
+
+    def finished(self, index: int, result: ImageResult) -> None:
+        """The image is done."""
+
+    def failed(self, index: int, error: Exception) -> None:
+        """The image ended without a picture."""
+
+
+@dataclass(slots=True, eq=False)
+class Submission:
+    """The images of one request; whoever holds it may cancel them, from any thread."""
+
+    cancelled: bool = False
+
+    def cancel(self) -> None:
+        """End all that is not finished, at the next tick."""
+        self.cancelled = True
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Known:
+    """What inpainting keeps: latents and start noise ``[C, h, w]``, and where to repaint."""
+
+    latents: Tensor
+    noise: Tensor
+    repaint: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AvoidedLatents:
+    """A picture to keep away from: its latents and its noise ``[C, h, w]``, and what that does."""
+
+    latents: Tensor
+    noise: Tensor
+    edit: ApartFrom
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One image under way: its task, and how far it has come."""
+
+    task: ImageTask
+    index: int
+    listener: Listener
+    submission: Submission
+    arrived_tick: int
+    guidance: GuidancePlan = field(init=False)
+    stage: int = 0
+    settled: bool = False
+    slot: int = -1
+    lane: Lane = field(init=False)
+    evaluations: int = 0
+    saved: int = 0
+    submitted_at: float = field(default_factory=monotonic)
+    started_at: float = 0.0
+    denoised_at: float = 0.0
+    conditioning: list[Tensor] = field(default_factory=list)
+    compiled: CompiledPlan | None = None
+    known: Known | None = None
+    avoided: AvoidedLatents | None = None
+    ancestor: int = field(init=False)
+    effective: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.guidance = plan_guidance(self.task)
+        self.ancestor = self.index
+
+    @property
+    def ask(self) -> Ask:
+        """What the next stage needs beside the prompt's prediction."""
+        guidance = self.guidance
+        return (guidance.settled if self.settled else guidance.asks)[self.stage]
+
+    @property
+    def rows(self) -> int:
+        """Rows of the forward that the next stage needs."""
+        return 1 + len(self.ask.numbers)
+
+    @property
+    def remaining(self) -> int:
+        """Evaluations still needed, if guidance goes on as planned."""
+        guidance = self.guidance
+        return (guidance.left_settled if self.settled else guidance.left)[self.stage]
+
+    @property
+    def done(self) -> bool:
+        """Whether slot 0 holds the clean latent."""
+        return self.stage == self.task.plan.evaluations
+
+    @property
+    def closes_step(self) -> bool:
+        """Whether the next evaluation is the last one of its sampler step."""
+        step = self.task.plan.step
+        return self.stage + 1 == len(step) or step[self.stage + 1] != step[self.stage]
+
+    def count(self) -> None:
+        """Book the evaluations of the stage that just ran, and go on to the next."""
+        ask = self.ask
+        self.evaluations += 1 + len(ask.numbers)
+        self.saved += 0 if ask.evaluated else self.guidance.branches
+        self.stage += 1

@@ -1,0 +1,129 @@
+"""From a task to a state in the pool: prompts encoded, start latents made."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch.nn.functional as F
+
+from server.engine.state.noise import start_noise
+from server.engine.state.prompt_cache import Conditioning
+from server.engine.state.sequence import AvoidedLatents, Known
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from torch import Tensor
+
+    from server.engine.state.lane import Lane
+    from server.engine.state.sequence import Sequence
+    from server.engine.task import ImageTask
+    from server.models.hosted import HostedModel
+
+log = logging.getLogger(__name__)
+
+
+class Start(NamedTuple):
+    """The first x of a run ``[C, h, w]``, and the latent of the picture it starts from."""
+
+    x: Tensor
+    latents: Tensor | None = None
+
+
+class Admission:
+    """Gives newcomers their lane, conditioning and first state.
+
+    Args:
+        models: hosted models by name.
+        lane_of: the lane of a task, made when it is the first.
+        deterministic: encode prompts at a fixed batch size.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, HostedModel],
+        lane_of: Callable[[ImageTask], Lane],
+        *,
+        deterministic: bool,
+    ) -> None:
+        self._lane_of = lane_of
+        self._conditioning = {
+            name: Conditioning(model, fixed=deterministic) for name, model in models.items()
+        }
+
+    def admit(self, newcomers: list[Sequence]) -> Iterator[tuple[Sequence, Exception]]:
+        """Make the newcomers ready to run; yields those that cannot be, with the reason."""
+        by_model: dict[str, list[Sequence]] = {}
+        for sequence in newcomers:
+            by_model.setdefault(sequence.task.model, []).append(sequence)
+        for name, members in by_model.items():
+            try:
+                encoded = self._conditioning[name].of(_prompts(members))
+            except Exception as error:
+                log.exception("prompts could not be encoded")
+                yield from ((sequence, error) for sequence in members)
+                continue
+            for sequence in members:
+                try:
+                    self._place(sequence, encoded)
+                except Exception as error:
+                    log.exception("an image could not be started")
+                    yield sequence, error
+
+    def _place(self, sequence: Sequence, encoded: Mapping[str, Tensor]) -> None:
+        task = sequence.task
+        lane = self._lane_of(task)
+        sequence.lane = lane
+        sequence.conditioning = [encoded[text] for text in _texts(task)]
+        start = _start(sequence, lane)
+        sequence.slot = lane.pool.take(
+            task.plan.slots, task.rule.memory_slots, task.policy.memory_slots
+        )
+        lane.pool.columns[sequence.slot, 0] = start.x
+        if task.policy.wants_reference and start.latents is not None:
+            lane.pool.policy_memory[sequence.slot, 0] = start.latents
+
+
+def _prompts(members: list[Sequence]) -> Iterator[str]:
+    for sequence in members:
+        yield from _texts(sequence.task)
+
+
+def _texts(task: ImageTask) -> Iterator[str]:
+    """What the network is told for each prediction of an image, in the order of their numbers.
+
+    That of the picture that it avoids is there even if it avoids none. The last is the one that the
+    classifier chooses, so it comes with every alternative.
+    """
+    yield task.prompt
+    for branch in task.rule.branches:
+        yield branch.text(task.prompt, task.negative_prompt)
+    for _ in (*task.perturbed, task.avoided):
+        yield task.prompt
+    if task.aim is not None:
+        yield from task.aim.alternatives
+
+
+def _start(sequence: Sequence, lane: Lane) -> Start:
+    task, plan = sequence.task, sequence.task.plan
+    noise = start_noise(task.seed, lane.shape).to(lane.model.device)
+    if (avoided := task.avoided) is not None:
+        latents = _latents(avoided.picture, lane)
+        sequence.avoided = AvoidedLatents(latents, noise, avoided.negtome.edit)
+    if task.image is None:
+        return Start(plan.start_scale * noise)
+    latents = _latents(task.image, lane)
+    if task.mask is not None:
+        sequence.known = Known(latents, noise, _latent_mask(task.mask, lane))
+    return Start(float(plan.alpha[0]) * latents + float(plan.sigma[0]) * noise, latents)
+
+
+def _latents(picture: Tensor, lane: Lane) -> Tensor:
+    return lane.model.encode(picture[None].to(lane.model.device))[0]
+
+
+def _latent_mask(mask: Tensor, lane: Lane) -> Tensor:
+    """``[1, h, w]``; a cell is repainted as soon as any of its pixels is."""
+    cells = F.adaptive_max_pool2d(mask[None, None].to(lane.model.device), lane.shape[1:])
+    return cells[0]

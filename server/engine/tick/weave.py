@@ -1,0 +1,384 @@
+"""One tick's rows: packed, evaluated in one forward, guided, advanced, written back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+
+from guidance import Rows
+from samplers import advance
+from server.engine.state.batch import AvoidedRow, Batch
+from server.engine.state.noise import stage_noise
+from server.engine.state.padding import padded
+from server.engine.terms.avoided import put_avoided
+from server.engine.terms.classifier import choose, push
+from server.engine.terms.particles import groups_of
+from server.engine.tick.forward import forward
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from torch import Tensor
+
+    from server.engine.guidance_plan import Ask
+    from server.engine.state.batch import References
+    from server.engine.state.compiled import CompiledPlan
+    from server.engine.state.lane import Lane
+    from server.engine.state.sequence import Sequence
+    from server.engine.task import Aim
+
+Key = TypeVar("Key")
+
+
+class Kept(NamedTuple):
+    """New memory ``[positions, slots, C, h, w]`` of some images."""
+
+    positions: list[int]
+    memory: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Guidance:
+    """Guided predictions ``[images, C, h, w]``, and what the guidance leaves behind.
+
+    Attributes:
+        denoised: to step with.
+        x: to step from.
+        rule_memory: of the images whose rule keeps any.
+        policy_memory: of the images whose policy keeps any.
+        settled: which images end their guidance here, bool ``[images]``.
+    """
+
+    denoised: Tensor
+    x: Tensor
+    rule_memory: list[Kept]
+    policy_memory: list[Kept]
+    settled: Tensor
+
+
+def pack(lane: Lane, sequences: list[Sequence], fixed_rows: int | None) -> Batch:
+    """Gather the states of the chosen images, and lay out the rows of their forward."""
+    owners = list(range(len(sequences)))
+    numbers = [0] * len(sequences)
+    others: dict[int, list[int]] = {}
+    perturbed: list[list[tuple[int, int, float]]] = []
+    aims: dict[int, Aim] = {}
+    pushed: list[int] = []
+    referred: dict[int, int] = {}
+    avoided: dict[int, AvoidedRow] = {}
+    for i, sequence in enumerate(sequences):
+        ask, first = sequence.ask, len(owners)
+        if sequence.task.aim is not None and ask.aimed:
+            aims[i] = sequence.task.aim
+            if ask.push:
+                pushed.append(i)
+            if ask.reference:
+                referred[i] = first + len(ask.numbers) - 1
+        if not ask.numbers:
+            continue
+        if sequence.avoided is not None and ask.avoided:
+            row = first + ask.numbers.index(ask.avoided)
+            avoided[i] = AvoidedRow(row, sequence.avoided)
+        owners += [i] * len(ask.numbers)
+        numbers += ask.numbers
+        if ask.evaluated:
+            others[i] = list(range(first, first + sequence.guidance.branches))
+        if ask.perturbed:
+            _place(ask, i, first, perturbed)
+    rows = lane.indices([sequence.slot for sequence in sequences])
+    batch = Batch(
+        lane=lane,
+        sequences=sequences,
+        plans=[_compiled(lane, sequence) for sequence in sequences],
+        columns=lane.pool.columns.index_select(0, rows),
+        owners=owners,
+        numbers=numbers,
+        others=others,
+        perturbed=perturbed,
+        aims=aims,
+        pushed=pushed,
+        referred=referred,
+        avoided=avoided,
+        groups=groups_of(sequences),
+        fixed_rows=fixed_rows,
+    )
+    if referred:
+        batch.references = choose(batch)
+    return batch
+
+
+def _place(ask: Ask, i: int, first: int, perturbed: list[list[tuple[int, int, float]]]) -> None:
+    """Note the rows of an image's perturbed predictions; its own rows begin at ``first``."""
+    for k, (number, scale) in enumerate(ask.perturbed):
+        if k == len(perturbed):
+            perturbed.append([])
+        perturbed[k].append((i, first + ask.numbers.index(number), scale))
+
+
+def _compiled(lane: Lane, sequence: Sequence) -> CompiledPlan:
+    """The image's plan, which is looked up again only where the pool's states have deepened."""
+    made = sequence.compiled
+    if made is None or made.slots != lane.pool.slots:
+        made = sequence.compiled = lane.compiled(sequence.task.plan)
+    return made
+
+
+def evaluate(batch: Batch) -> Tensor:
+    """One forward for all rows of the batch; one more where rows ask for the weaker companion.
+
+    Returns:
+        Denoised predictions ``[rows, C, h, w]``.
+    """
+    x = batch.columns[:, 0].index_select(0, batch.lane.indices(batch.owners))
+    put_avoided(batch, x)
+    scalars = _columns_of(
+        batch,
+        batch.owners,
+        lambda plan, i: (plan.t[i], plan.scale_in[i], plan.skip[i], plan.out[i]),
+    )
+    t, scale_in, skip, out = scalars.unbind(1)
+    raw = forward(batch, _as_factor(scale_in, x) * x, t)
+    return _as_factor(skip, x) * x + _as_factor(out, x) * raw
+
+
+def guide(batch: Batch, predictions: Tensor) -> Guidance:
+    """Combine the predictions, each rule once for all of its rows.
+
+    Args:
+        batch: the images.
+        predictions: of all rows of the forward, ``[rows, C, h, w]``.
+    """
+    cond = predictions[: len(batch.sequences)]
+    denoised, x = cond.clone(), batch.columns[:, 0].clone()
+    predictions, others, policy_memory = _filled(batch, predictions)
+    rule_memory: list[Kept] = []
+    by_rule = _grouped(others, lambda i: batch.sequences[i].guidance.rule_key)
+    for members in by_rule.values():
+        rules = [batch.sequences[i].task.rule for i in members]
+        slots = rules[0].memory_slots
+        rows = _stacked(batch, members, predictions, others, slots)
+        parameters = rules[0].parameters(rules, rows.x[:1])
+        guided = rules[0].combine(*_fixed(rows, parameters, batch.fixed_rows))
+        where = batch.lane.indices(members)
+        denoised.index_copy_(0, where, guided.denoised[: len(members)])
+        x.index_copy_(0, where, guided.x[: len(members)])
+        if slots:
+            rule_memory.append(Kept(members, guided.memory[: len(members)]))
+    for terms in batch.perturbed:
+        positions, rows, scales = zip(*terms, strict=True)
+        where = batch.lane.indices(positions)
+        disturbed = predictions.index_select(0, batch.lane.indices(rows))
+        strength = _as_factor(cond.new_tensor(scales), cond)
+        denoised.index_add_(0, where, strength * (cond.index_select(0, where) - disturbed))
+    if batch.references is not None:
+        _lead_away(batch, batch.references, predictions, denoised)
+    if batch.pushed:
+        push(batch, denoised)
+    return Guidance(denoised, x, rule_memory, policy_memory, _settled(batch, predictions))
+
+
+def step(batch: Batch, guidance: Guidance) -> Tensor:
+    """Advance every image by its stage: one batched operation a shape of tables.
+
+    Scalar, per channel and elementwise are those there are.
+
+    Returns:
+        New states ``[images, K, C, h, w]``.
+    """
+    columns, K = batch.columns, batch.lane.pool.slots
+    columns[:, 0] = guidance.x
+    columns[:, K] = guidance.denoised
+    for i, (sequence, plan) in enumerate(zip(batch.sequences, batch.plans, strict=True)):
+        if plan.noisy[sequence.stage]:
+            fresh = stage_noise(sequence.task.seed, sequence.stage, batch.lane.shape)
+            columns[i, K + 1].copy_(fresh, non_blocking=True)
+    state = torch.empty_like(columns[:, :K])
+    by_shape = _grouped(range(len(batch.plans)), lambda i: batch.plans[i].tables.shape[3:])
+    for members in by_shape.values():
+        tables = torch.stack([batch.plans[i].tables[batch.sequences[i].stage] for i in members])
+        where = batch.lane.indices(members)
+        langevin = _langevin(batch, members)
+        moved = advance(
+            padded(columns.index_select(0, where), batch.fixed_rows),
+            padded(tables, batch.fixed_rows),
+            None if langevin is None else padded(langevin, batch.fixed_rows),
+        )
+        state.index_copy_(0, where, moved[: len(members)])
+    _keep_known(batch, state)
+    return state
+
+
+def write_back(batch: Batch, state: Tensor, guidance: Guidance) -> None:
+    """Put the new states and memories in the pool: the only write, when all else has succeeded."""
+    pool = batch.lane.pool
+    rows = _slots(batch, range(len(batch.sequences)))
+    pool.columns[:, : pool.slots].index_copy_(0, rows, state)
+    for memory, all_kept in (
+        (pool.rule_memory, guidance.rule_memory),
+        (pool.policy_memory, guidance.policy_memory),
+    ):
+        for kept in all_kept:
+            slots = kept.memory.shape[1]
+            memory[:, :slots].index_copy_(0, _slots(batch, kept.positions), kept.memory)
+
+
+def _lead_away(batch: Batch, references: References, predictions: Tensor, denoised: Tensor) -> None:
+    where = batch.lane.indices(references.positions)
+    reference = predictions.index_select(0, batch.lane.indices(references.rows))
+    away = predictions.index_select(0, where) - reference
+    denoised.index_add_(0, where, _as_factor(references.strengths, away) * away)
+
+
+def _filled(
+    batch: Batch, predictions: Tensor
+) -> tuple[Tensor, Mapping[int, list[int]], list[Kept]]:
+    """Predictions with those that policies fill in behind them, and each image's rows in order."""
+    estimating = [
+        i
+        for i, sequence in enumerate(batch.sequences)
+        if sequence.task.policy.estimates and (sequence.ask.estimated or sequence.ask.evaluated)
+    ]
+    if not estimating:
+        return predictions, batch.others, []
+    others, new, kept = dict(batch.others), [predictions], list[Kept]()
+    count = len(predictions)
+    by_policy = _grouped(estimating, lambda i: batch.sequences[i].guidance.policy_key)
+    for members in by_policy.values():
+        sequences = [batch.sequences[i] for i in members]
+        policy, slots = sequences[0].task.policy, sequences[0].task.policy.memory_slots
+        # Where nothing was evaluated the prompt's own prediction stands in, which is finite.
+        rows = _stacked(batch, members, predictions, {i: others.get(i, [i]) for i in members}, 0)
+        memory = batch.lane.pool.policy_memory[:, :slots].index_select(0, _slots(batch, members))
+        constants = [sequence.guidance.constants[sequence.stage] for sequence in sequences]
+        parameters = {
+            **policy.parameters([sequence.task.policy for sequence in sequences], rows.x[:1]),
+            "constants": _as_factors(rows.x.new_tensor(np.stack(constants)), rows.x),
+        }
+        evaluated = torch.tensor([s.ask.evaluated for s in sequences], device=rows.x.device)
+        fixed, parameters = _fixed(rows, parameters, batch.fixed_rows)
+        filled = policy.fill(
+            fixed,
+            padded(memory, batch.fixed_rows),
+            parameters,
+            padded(_as_factor(evaluated, rows.x), batch.fixed_rows),
+        )
+        new.append(filled.other[: len(members)])
+        kept.append(Kept(members, filled.memory[: len(members)]))
+        others |= {i: [count + k] for k, i in enumerate(members)}
+        count += len(members)
+    return torch.cat(new), dict(sorted(others.items())), kept
+
+
+def _settled(batch: Batch, predictions: Tensor) -> Tensor:
+    """Which images end their guidance here, bool ``[images]``."""
+    settled = torch.zeros(len(batch.sequences), dtype=torch.bool, device=predictions.device)
+    adapting = [i for i in batch.others if batch.sequences[i].task.policy.adapts]
+    by_policy = _grouped(
+        adapting,
+        lambda i: (batch.sequences[i].guidance.policy_key, batch.sequences[i].guidance.branches),
+    )
+    for members in by_policy.values():
+        policies = [batch.sequences[i].task.policy for i in members]
+        rows = _stacked(batch, members, predictions, batch.others, 0)
+        parameters = policies[0].parameters(policies, rows.x[:1])
+        answer = policies[0].settled(*_fixed(rows, parameters, batch.fixed_rows))
+        settled.index_copy_(0, batch.lane.indices(members), answer[: len(members)])
+    return settled
+
+
+def _langevin(batch: Batch, members: list[int]) -> Tensor | None:
+    """What the nonlinear stages among these need, ``[members, 3]``; none where all are linear."""
+    if not any(batch.plans[i].langevin[batch.sequences[i].stage] for i in members):
+        return None
+    return _columns_of(
+        batch, members, lambda plan, i: (plan.langevin[i], plan.alpha[i], plan.sigma[i])
+    )
+
+
+def _keep_known(batch: Batch, state: Tensor) -> None:
+    """Inpainting: where the picture is kept, x is the known picture at the new noise level."""
+    for i, (sequence, plan) in enumerate(zip(batch.sequences, batch.plans, strict=True)):
+        known = sequence.known
+        if known is not None:
+            reached = sequence.stage + 1
+            level = plan.alpha[reached] * known.latents + plan.sigma[reached] * known.noise
+            state[i, 0] = torch.lerp(level, state[i, 0], known.repaint)
+
+
+def _stacked(
+    batch: Batch,
+    members: list[int],
+    predictions: Tensor,
+    others: Mapping[int, list[int]],
+    memory_slots: int,
+) -> Rows:
+    """Predictions and levels of some images, whose positions rise."""
+    x, cond = batch.columns[:, 0], predictions[: len(batch.sequences)]
+    if len(members) < len(x):
+        where = batch.lane.indices(members)
+        x, cond = x.index_select(0, where), cond.index_select(0, where)
+    scalars: list[tuple[float, ...]] = []
+    for i in members:
+        sequence, plan = batch.sequences[i], batch.plans[i]
+        stage, progress = sequence.stage, sequence.guidance.progress
+        scalars.append(
+            (plan.alpha[stage], plan.sigma[stage], progress[stage], sequence.closes_step)
+        )
+    columns = (_as_factor(column, x) for column in _tensor(batch.lane, scalars).unbind(1))
+    alpha, sigma, progress, closes = columns
+    rows = batch.lane.indices([row for i in members for row in others[i]])
+    memory = batch.lane.pool.rule_memory[:, :memory_slots]
+    return Rows(
+        cond=cond,
+        others=predictions.index_select(0, rows).view(len(members), -1, *x.shape[1:]),
+        x=x,
+        alpha=alpha,
+        sigma=sigma,
+        progress=progress,
+        memory=memory.index_select(0, _slots(batch, members)),
+        closes_step=closes > 0,
+    )
+
+
+def _fixed(
+    rows: Rows, parameters: Mapping[str, Tensor], fixed_rows: int | None
+) -> tuple[Rows, dict[str, Tensor]]:
+    if fixed_rows is None:
+        return rows, dict(parameters)
+    fixed = {name: padded(getattr(rows, name), fixed_rows) for name in Rows.__slots__}
+    return Rows(**fixed), {k: padded(v, fixed_rows) for k, v in parameters.items()}
+
+
+def _columns_of(
+    batch: Batch, positions: list[int], of: Callable[[CompiledPlan, int], tuple[float, ...]]
+) -> Tensor:
+    """Scalars of the current stage of each position, float32 ``[positions, scalars]``."""
+    return _tensor(batch.lane, [of(batch.plans[i], batch.sequences[i].stage) for i in positions])
+
+
+def _tensor(lane: Lane, values: list[tuple[float, ...]]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32).to(lane.model.device, non_blocking=True)
+
+
+def _as_factor(scalars: Tensor, like: Tensor) -> Tensor:
+    return scalars.view(-1, *[1] * (like.ndim - 1))
+
+
+def _as_factors(scalars: Tensor, like: Tensor) -> Tensor:
+    """``[rows, n]`` as ``[rows, n, 1, 1, 1]``."""
+    return scalars.view(*scalars.shape, *[1] * (like.ndim - 1))
+
+
+def _slots(batch: Batch, positions: Iterable[int]) -> Tensor:
+    """Rows of the pool that the images at these positions have."""
+    return batch.lane.indices([batch.sequences[i].slot for i in positions])
+
+
+def _grouped(positions: Iterable[int], key: Callable[[int], Key]) -> dict[Key, list[int]]:
+    groups: dict[Key, list[int]] = {}
+    for i in positions:
+        groups.setdefault(key(i), []).append(i)
+    return groups

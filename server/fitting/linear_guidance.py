@@ -1,0 +1,202 @@
+"""Fitting linear adaptive guidance to a hosted model: from runs of full guidance to a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from guidance import Rule
+from guidance.linear_adaptive import LinearAdaptive
+from guidance.linear_fit import LinearFit, moments, residual, solve
+from guidance.loop import guide
+from guidance.policy import steps_of
+from samplers import Plan, integrate, preconditioning
+from server.engine.state.noise import stage_noise, start_noise
+from server.errors import InvalidRequest
+from server.fitting.samples import prompts_for
+from server.models.hosted import HostedModel
+from server.models.linear_fits import fit_file, identity_of
+from server.models.loading import load_model
+from server.requests.resolve import make_plan, resolve
+from server.requests.schema import GenerateRequest, ResolvedRequest, split
+from server.settings import Limits
+
+__all__ = ["FitOrder", "Runs", "fit", "fulfil"]
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """The runs of full guidance that are fitted to.
+
+    Attributes:
+        count: how many, each of a prompt and a seed of its own.
+        chunk: run at once.
+        seed: of the first.
+    """
+
+    count: int
+    chunk: int = 8
+    seed: int = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class FitOrder:
+    """What the command line asks for.
+
+    Attributes:
+        folder: of the model.
+        request: the sampler, spacing, steps and guidance to fit to, with the policy.
+        runs: how many runs, and which.
+        device: to compute on.
+        prompts: file with a prompt a line.
+    """
+
+    folder: Path
+    request: GenerateRequest
+    runs: Runs
+    device: str = "auto"
+    prompts: Path | None = None
+
+
+def fulfil(order: FitOrder, tell: Callable[[str, int, int], None]) -> Path:
+    """Make a file of coefficients.
+
+    Args:
+        order: what is asked for.
+        tell: called with what is under way, how far it is, and how far it goes.
+
+    Raises:
+        WeftError: the order cannot be fulfilled, with a sentence for the user.
+    """
+    prompts = prompts_for(order.folder, order.prompts)
+    model = load_model(order.folder, name=order.folder.name, device=order.device, dtype="auto")
+    resolved = resolve(order.request, model, Limits(), None)
+    return store(model, order.folder, resolved, prompts, order.runs, tell)
+
+
+def store(
+    model: HostedModel,
+    folder: Path,
+    resolved: ResolvedRequest,
+    prompts: Sequence[str],
+    runs: Runs,
+    tell: Callable[[str, int, int], None],
+) -> Path:
+    """Fit to the sampler, spacing, steps and rule of a request, and write the file.
+
+    Raises:
+        InvalidRequest: the rule has not just one branch.
+    """
+    rule, policy = split(resolved.guidance)
+    if not isinstance(policy, LinearAdaptive):
+        raise InvalidRequest(
+            "guidance.policy",
+            f"guidance.policy is {policy.name!r}; only 'linear_adaptive' is fitted.",
+        )
+    if len(rule.branches) != 1:
+        raise InvalidRequest(
+            "guidance",
+            f"guidance is {rule.name!r}, which has {len(rule.branches)} branches at these "
+            "parameters; coefficients are fitted to rules of one.",
+        )
+    layout = resolved.sampler, resolved.spacing, resolved.steps
+    plan = make_plan(model.facts.schedule, *layout, None)
+    made = fit(
+        model, plan, rule, policy, prompts, runs, lambda done: tell("runs", done, runs.count)
+    )
+    file = fit_file(folder, resolved.sampler.name, resolved.steps, made.identity)
+    made.save(file)
+    return file
+
+
+def fit(
+    model: HostedModel,
+    plan: Plan,
+    rule: Rule,
+    policy: LinearAdaptive,
+    prompts: Sequence[str],
+    runs: Runs,
+    tell: Callable[[int], None],
+) -> LinearFit:
+    """Coefficients of a plan and a rule of one branch, by least squares over runs of the model.
+
+    They serve to whatever share of the steps the policy guides.
+
+    Args:
+        model: to run.
+        plan: of the sampler.
+        rule: of the guidance.
+        policy: says which stages are evaluated.
+        prompts: taken in turn; the negative prompt is empty.
+        runs: how many, and which.
+        tell: called with the number of runs that are done.
+    """
+    evaluated = steps_of(np.array(plan.step)) % policy.every == 0
+    sums: NDArray[np.float64] | None = None
+    for first in range(0, runs.count, runs.chunk):
+        numbers = range(first, min(first + runs.chunk, runs.count))
+        chosen = [prompts[k % len(prompts)] for k in numbers]
+        cond, other = _run(model, plan, rule, chosen, [runs.seed + k for k in numbers])
+        part = moments(cond, other, evaluated)
+        sums = part if sums is None else sums + part
+        tell(numbers[-1] + 1)
+    if sums is None:
+        raise InvalidRequest("runs", "runs is 0; at least 1 is needed.")
+    coefficients = solve(sums)
+    identity = identity_of(model.facts.revision, plan, rule, policy.every)
+    return LinearFit(coefficients, identity, runs.count, residual(sums, coefficients))
+
+
+@torch.no_grad()
+def _run(
+    model: HostedModel, plan: Plan, rule: Rule, prompts: Sequence[str], seeds: Sequence[int]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Denoised predictions of both branches in runs of full guidance, ``[runs, stages, ...]``."""
+    facts = model.facts
+    shape = model.latent_shape(facts.default_width, facts.default_height)
+    told = [*prompts, *(rule.branches[0].text(prompt, "") for prompt in prompts)]
+    conditioning = model.encode_prompts(told)
+    scales = np.stack(preconditioning(facts.prediction, plan.alpha[:-1], plan.sigma[:-1]), 1)
+    times = facts.schedule.conditioning(plan.t[:-1])
+    predictions: list[Tensor] = []
+    memory: Tensor | None = None
+
+    def denoise(x: Tensor, _: float) -> Tensor:
+        nonlocal memory
+        stage = len(predictions)
+        scale_in, skip, out = scales[stage].tolist()
+        both = torch.cat([x, x])
+        t = x.new_full((len(both),), float(times[stage]))
+        both = skip * both + out * model.evaluate(scale_in * both, t, conditioning)
+        cond, other = both.chunk(2)
+        predictions.append(torch.stack([cond, other]))
+        guided = guide(
+            rule,
+            cond,
+            [other],
+            x,
+            float(plan.alpha[stage]),
+            float(plan.sigma[stage]),
+            progress=plan.step[stage] / plan.steps,
+            memory=memory,
+            closes_step=plan.step[stage] not in plan.step[stage + 1 :],
+        )
+        memory = guided.memory
+        x.copy_(guided.x)
+        return guided.denoised
+
+    integrate(
+        plan,
+        denoise,
+        plan.start_scale
+        * torch.stack([start_noise(seed, shape) for seed in seeds]).to(model.device),
+        lambda stage: torch.stack([stage_noise(seed, stage, shape) for seed in seeds]),
+    )
+    cond, other = torch.stack(predictions, 2).cpu().double().numpy()
+    return cond, other

@@ -1,0 +1,202 @@
+"""Empirical model statistics of a hosted model: from pictures and prompts to files beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from samplers import Statistics, preconditioning
+from samplers.model_statistics import Mixture, Progress, along_time, compute_statistics
+from server.errors import InvalidRequest
+from server.fitting.samples import Samples, draw, prompts_for, read_pictures
+from server.models.folder import statistics_file
+from server.models.hosted import HostedModel
+from server.models.loading import load_model
+
+__all__ = ["Order", "Size", "fulfil", "make_statistics", "mixture_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How much is computed.
+
+    Attributes:
+        points: in lam.
+        samples: K, noised samples at each point.
+        chunk: samples in one forward.
+        seed: of noise and signs.
+    """
+
+    points: int
+    samples: int
+    chunk: int = 16
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What the command line asks for.
+
+    Attributes:
+        folder: of the model.
+        scales: of classifier-free guidance; 1 for none.
+        size: how much is computed.
+        device: to compute on.
+        data: folder of pictures with captions; without it the model draws its own samples.
+        prompts: file with a prompt a line, for that.
+        steps: of the sampler that draws them.
+        out: file for a single scale; by default each has its place in the model's folder.
+    """
+
+    folder: Path
+    scales: Sequence[float]
+    size: Size
+    device: str = "auto"
+    data: Path | None = None
+    prompts: Path | None = None
+    steps: int = 25
+    out: Path | None = None
+
+
+def fulfil(order: Order, tell: Callable[[str, int, int], None]) -> list[Path]:
+    """Make statistics files, going on from what an earlier run left.
+
+    Args:
+        order: what is asked for.
+        tell: called with what is under way, how far it is, and how far it goes.
+
+    Returns:
+        The files, in the order of the scales.
+
+    Raises:
+        WeftError: the order cannot be fulfilled, with a sentence for the user.
+    """
+    files = _files(order)
+    model = load_model(order.folder, name=order.folder.name, device=order.device, dtype="float32")
+    samples = _samples(model, order, tell)
+    try:
+        made = make_statistics(
+            model,
+            samples,
+            order.scales,
+            order.size,
+            checkpoint=files[0].with_suffix(".sums"),
+            tell=lambda progress: tell("statistics", progress.done, progress.total),
+        )
+    except ValueError as refusal:
+        raise InvalidRequest(None, str(refusal)) from None
+    for file, statistics in zip(files, made, strict=True):
+        statistics.save(file)
+    return files
+
+
+def mixture_of(scale: float) -> Mixture:
+    """Classifier-free guidance as a sum of the prompt's and the unconditional's prediction.
+
+    Args:
+        scale: 1 is no guidance.
+    """
+    return Mixture("none" if scale == 1 else "cfg", scale, (scale, 1 - scale))
+
+
+def make_statistics(
+    model: HostedModel,
+    samples: Samples,
+    scales: Sequence[float],
+    size: Size,
+    *,
+    checkpoint: Path | None = None,
+    tell: Callable[[Progress], None] | None = None,
+) -> list[Statistics]:
+    """Statistics of a model at some guidance scales, which share most of the cost.
+
+    Args:
+        model: hosted in float32; from then on it may be slower.
+        samples: of its data, ``size.samples`` of them.
+        scales: of classifier-free guidance; 1 for none.
+        size: how much is computed.
+        checkpoint: see ``samplers.compute_statistics``.
+        tell: likewise.
+
+    Raises:
+        ValueError: see ``samplers.compute_statistics``.
+    """
+    model.make_differentiable()
+    mixtures = [mixture_of(scale) for scale in scales]
+    if all(scale == 1 for scale in scales):
+        mixtures = [Mixture()]
+    return compute_statistics(
+        _denoisers(model, samples.prompts, branches=len(mixtures[0].weights)),
+        model.facts.schedule,
+        samples.latents,
+        count=size.samples,
+        points=size.points,
+        model=model.facts.revision,
+        mixtures=mixtures,
+        chunk=size.chunk,
+        seed=size.seed,
+        checkpoint=checkpoint,
+        tell=tell,
+    )
+
+
+def _files(order: Order) -> list[Path]:
+    if order.out is None:
+        return [
+            statistics_file(order.folder, mixture_of(scale).rule, scale) for scale in order.scales
+        ]
+    if len(order.scales) > 1:
+        raise InvalidRequest("out", "out names one file; leave it out, or ask for one scale.")
+    return [order.out]
+
+
+def _samples(model: HostedModel, order: Order, tell: Callable[[str, int, int], None]) -> Samples:
+    count, chunk = order.size.samples, order.size.chunk
+    if order.data is not None:
+        return read_pictures(model, order.data, count, chunk)
+    return draw(
+        model,
+        prompts_for(order.folder, order.prompts),
+        count,
+        scale=min(order.scales),
+        steps=order.steps,
+        chunk=chunk,
+        tell=lambda done: tell("samples", done, count),
+    )
+
+
+def _denoisers(
+    model: HostedModel, prompts: Sequence[str], branches: int
+) -> Callable[[range], Callable[[Tensor, Tensor], Tensor]]:
+    """The denoiser of some samples, each under its prompt; and unconditional as second branch."""
+    schedule, prediction = model.facts.schedule, model.facts.prediction
+
+    def scalars(t: np.ndarray) -> np.ndarray:
+        scales = preconditioning(prediction, *schedule.level(t))
+        return np.stack([schedule.conditioning(t), *scales])
+
+    with torch.no_grad():
+        unconditional = model.encode_prompts([""])
+
+    def denoiser_of(rows: range) -> Callable[[Tensor, Tensor], Tensor]:
+        with torch.no_grad():
+            told = [model.encode_prompts([prompts[k] for k in rows])]
+        told.extend([unconditional.expand_as(told[0])] * (branches - 1))
+        conditioning = torch.cat(told)
+
+        def denoise(x: Tensor, t: Tensor) -> Tensor:
+            network_t, *factors = along_time(schedule, scalars, t)
+            scale_in, skip, out = (factor[:, None, None, None] for factor in factors)
+            raw = model.evaluate(
+                (scale_in * x).repeat(branches, 1, 1, 1), network_t.repeat(branches), conditioning
+            )
+            return skip * x + out * raw.view(branches, *x.shape)
+
+        return denoise
+
+    return denoiser_of

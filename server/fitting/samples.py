@@ -1,0 +1,180 @@
+"""Samples of a model's data: captioned pictures from a folder, or what the model itself draws."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from samplers import integrate, preconditioning
+from samplers.dpm_solver_pp import DPMSolverPP
+from samplers.timesteps import Trailing
+from server.engine.state.noise import start_noise
+from server.errors import InvalidRequest
+from server.image_codec import fit
+from server.models.folder import prompts_file
+from server.models.hosted import HostedModel
+
+__all__ = ["Samples", "draw", "prompts_for", "read_pictures"]
+
+PICTURES: Final = frozenset({".png", ".jpg", ".jpeg", ".webp"})
+
+PROMPTS: Final = (
+    "a lighthouse on a cliff at dawn",
+    "portrait of an old fisherman, oil painting",
+    "a bowl of ramen with a soft-boiled egg",
+    "a fox asleep in autumn leaves",
+    "an empty subway station at night",
+    "a watercolour of a mountain village",
+    "macro photograph of a dandelion",
+    "a red bicycle leaning on a brick wall",
+    "a spaceship landing in a desert, concept art",
+    "two children flying a kite on a beach",
+    "a glass of water on a wooden table",
+    "aerial view of rice terraces",
+    "a knight in rusted armour, dramatic light",
+    "a cat looking out of a rainy window",
+    "line drawing of a sleeping dog",
+    "a bustling market in Marrakesh",
+    "a snow-covered pine forest in fog",
+    "an astronaut playing the cello",
+    "a stack of old books and a candle",
+    "a hummingbird at a purple flower",
+    "a modern kitchen with white tiles",
+    "a steam train crossing a stone bridge",
+    "a woman reading in a cafe, film photograph",
+    "abstract shapes in blue and orange",
+)
+"""What models that nothing is known of are asked to draw."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Samples:
+    """Clean latents ``[K, C, h, w]`` float32, and the prompt of each."""
+
+    latents: Tensor
+    prompts: Sequence[str]
+
+
+def read_pictures(model: HostedModel, folder: Path, count: int, chunk: int) -> Samples:
+    """The first pictures of a folder, at the model's own size, with their captions.
+
+    Args:
+        model: encodes them.
+        folder: pictures, each beside a text file of the same name.
+        count: how many; they are repeated where there are fewer.
+        chunk: encoded at once.
+
+    Raises:
+        InvalidRequest: there are none, one cannot be read, or one lacks its caption.
+    """
+    files = sorted(file for file in folder.glob("*") if file.suffix.lower() in PICTURES)[:count]
+    if not files:
+        raise InvalidRequest("data", f"data is {str(folder)!r}, which holds no pictures.")
+    for file in files:
+        if not file.with_suffix(".txt").is_file():
+            raise InvalidRequest(
+                "data", f"data has no caption {file.with_suffix('.txt').name!r} for {file.name!r}."
+            )
+    latents = torch.cat(
+        [_encoded(model, files[start : start + chunk]) for start in range(0, len(files), chunk)]
+    )
+    numbers = [k % len(files) for k in range(count)]
+    captions = [file.with_suffix(".txt").read_text("utf-8").strip() for file in files]
+    return Samples(latents[numbers], [captions[k] for k in numbers])
+
+
+def prompts_for(folder: Path, file: Path | None) -> Sequence[str]:
+    """What a model is asked to draw: the lines of a file, else of its own, else of any model's.
+
+    Args:
+        folder: of the model, which may hold prompts that suit it in ``weft/prompts.txt``.
+        file: a prompt a line.
+
+    Raises:
+        InvalidRequest: the file has no lines.
+    """
+    own = prompts_file(folder)
+    if file is None and not own.is_file():
+        return PROMPTS
+    chosen = file or own
+    lines = [line.strip() for line in chosen.read_text("utf-8").splitlines()]
+    if not any(lines):
+        raise InvalidRequest("prompts", f"prompts is {str(chosen)!r}, which holds no lines.")
+    return [line for line in lines if line]
+
+
+@torch.no_grad()
+def draw(
+    model: HostedModel,
+    prompts: Sequence[str],
+    count: int,
+    *,
+    scale: float,
+    steps: int,
+    chunk: int,
+    tell: Callable[[int], None],
+) -> Samples:
+    """Let the model draw samples of its own, at its own size, by DPM-Solver++ 2M.
+
+    Args:
+        model: draws.
+        prompts: taken in turn.
+        count: how many samples.
+        scale: guidance scale, 1 for none.
+        steps: of the sampler.
+        chunk: drawn at once.
+        tell: called with the number of samples that are done.
+    """
+    facts = model.facts
+    shape = model.latent_shape(facts.default_width, facts.default_height)
+    plan = DPMSolverPP().plan(facts.schedule.grid(Trailing(), steps))
+    chosen = [prompts[k % len(prompts)] for k in range(count)]
+    drawn: list[Tensor] = []
+    numbers = iter(range(count))
+    while rows := list(islice(numbers, chunk)):
+        noise = torch.stack([start_noise(k, shape) for k in rows]).to(model.device)
+        denoise = _guided(model, [chosen[k] for k in rows], scale)
+        drawn.append(integrate(plan, denoise, plan.start_scale * noise))
+        tell(rows[-1] + 1)
+    return Samples(torch.cat(drawn), chosen)
+
+
+def _guided(
+    model: HostedModel, prompts: Sequence[str], scale: float
+) -> Callable[[Tensor, float], Tensor]:
+    """The denoiser under classifier-free guidance."""
+    facts = model.facts
+    both = [*prompts] if scale == 1 else [*prompts, *[""] * len(prompts)]
+    conditioning = model.encode_prompts(both)
+
+    def denoise(x: Tensor, t: float) -> Tensor:
+        time = np.array(t)
+        scale_in, skip, out = preconditioning(facts.prediction, *facts.schedule.level(time))
+        rows = (float(scale_in) * x).repeat(len(both) // len(x), 1, 1, 1)
+        told = x.new_full((len(both),), float(facts.schedule.conditioning(time)))
+        raw = model.evaluate(rows, told, conditioning).view(-1, *x.shape)
+        return float(skip) * x + float(out) * torch.lerp(raw[-1], raw[0], scale)
+
+    return denoise
+
+
+@torch.no_grad()
+def _encoded(model: HostedModel, files: Sequence[Path]) -> Tensor:
+    width, height = model.facts.default_width, model.facts.default_height
+    pixels: list[Tensor] = []
+    for file in files:
+        try:
+            with Image.open(file) as picture:
+                fitted = torch.tensor(fit(picture.convert("RGB"), width, height))
+        except (OSError, Image.DecompressionBombError) as error:
+            raise InvalidRequest("data", f"{file.name!r} cannot be read: {error}.") from None
+        pixels.append(fitted.permute(2, 0, 1).float().div(127.5).sub(1))
+    return model.encode(torch.stack(pixels).to(model.device))

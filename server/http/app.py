@@ -1,0 +1,129 @@
+"""The application: wiring only."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+from fastapi import FastAPI
+from fastapi.responses import FileResponse
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+
+from server.errors import WeftError
+from server.http import catalog, errors, generate, health
+from server.http.gate import Gate, RequestId
+from server.http.metrics import exposition
+from server.service.hosting import Hosted, host
+from server.service.service import Service
+from server.settings import Limits, Settings
+
+__all__ = ["create_app"]
+
+log = logging.getLogger("weft")
+
+WEB: Final = Path(__file__).parents[1] / "web"
+PAGE_POLICY: Final = (
+    "default-src 'self'; img-src 'self' data:; style-src 'unsafe-inline'; "
+    "script-src 'unsafe-inline'; frame-ancestors 'none'"
+)
+ENGINE_STOP_S: Final = 10.0
+
+
+def create_app(settings: Settings, *, on_failure: Callable[[], None] | None = None) -> FastAPI:
+    """The application on an engine of its own, which loads while `/livez` answers already.
+
+    Args:
+        settings: everything that may be set.
+        on_failure: called when the models cannot be loaded.
+    """
+    app = FastAPI(
+        title="Weft",
+        version=version("weft"),
+        summary="Diffusion sampling and guidance, each request with its own, all in one batch.",
+        lifespan=_lifespan(settings, on_failure),
+        middleware=_middleware(settings),
+    )
+    app.state.settings = settings
+    app.state.service = Service(settings.limits)
+    app.state.exposition = exposition(app.state.service)
+    errors.install(app)
+    for router in (generate.router, catalog.router, health.router):
+        # Not of the application as a whole: there the limit answers before the gate, in plain text.
+        app.include_router(router, max_body_size=settings.limits.body_bytes)
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(WEB / "index.html", headers={"content-security-policy": PAGE_POLICY})
+
+    _show_limits(app, settings.limits)
+    return app
+
+
+def _middleware(settings: Settings) -> list[Middleware]:
+    gate = Middleware(Gate, settings=settings, answer=errors.answer)
+    if not settings.allowed_origins:
+        return [Middleware(RequestId), gate]
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=settings.allowed_origins,
+        allow_methods=["GET", "POST", "DELETE"],
+        allow_headers=["authorization", "content-type", "x-request-id"],
+        expose_headers=["x-request-id", "x-seed", "retry-after"],
+    )
+    # A preflight carries no key: it is answered before the gate asks for one.
+    return [Middleware(RequestId), cors, gate]
+
+
+def _lifespan(
+    settings: Settings, on_failure: Callable[[], None] | None
+) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
+        service: Service = app.state.service
+        loading = asyncio.create_task(_open(service, settings, on_failure))
+        try:
+            yield
+        finally:
+            hosted = await loading
+            if hosted is not None:
+                await asyncio.to_thread(hosted.engine.stop, ENGINE_STOP_S)
+
+    return lifespan
+
+
+async def _open(
+    service: Service, settings: Settings, on_failure: Callable[[], None] | None
+) -> Hosted | None:
+    try:
+        hosted = await asyncio.to_thread(host, settings)
+    except Exception as error:
+        known = isinstance(error, WeftError)
+        log.critical("the models could not be loaded: %s", error, exc_info=not known)
+        service.give_up(f"The models could not be loaded: {error}")
+        if on_failure is not None:
+            on_failure()
+        return None
+    service.open(hosted.engine, hosted.models)
+    return hosted
+
+
+def _show_limits(app: FastAPI, limits: Limits) -> None:
+    """Let OpenAPI state the operator's limits beside the fields they hold for."""
+    generic = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        schema = generic()
+        fields = schema["components"]["schemas"]["GenerateRequest"]["properties"]
+        fields["n"]["maximum"] = limits.images
+        for variant in fields["steps"]["anyOf"]:
+            if variant.get("type") == "integer":
+                variant["maximum"] = limits.steps
+        return schema
+
+    app.openapi = openapi

@@ -1,0 +1,112 @@
+"""Errors as HTTP answers, in the one shape that OpenAI's clients read too."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
+
+from server.errors import (
+    InvalidRequest,
+    NotReady,
+    Overloaded,
+    TooLarge,
+    Unauthorized,
+    WeftError,
+)
+from server.requests.messages import explain
+
+__all__ = ["ErrorBody", "answer", "body_of", "install"]
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    message: str = Field(description="One sentence: the field, its value and what is allowed.")
+    type: str = Field(description="The kind of error.")
+    param: str | None = Field(description="The field's dotted path.")
+    code: str = Field(description="For programs.")
+
+
+class ErrorBody(BaseModel):
+    """The body of every error."""
+
+    error: ErrorDetail
+
+
+def body_of(error: Exception) -> dict[str, Any]:
+    """The JSON body that tells of an error; of one we did not foresee it tells nothing."""
+    if not isinstance(error, WeftError):
+        error = WeftError("Something went wrong in the server; its log says what.")
+    detail = ErrorDetail(
+        message=_encodable(error.message),
+        type=error.type,
+        param=None if error.field is None else _encodable(error.field),
+        code=error.code,
+    )
+    return ErrorBody(error=detail).model_dump()
+
+
+def answer(error: Exception) -> JSONResponse:
+    """The HTTP answer that tells of an error."""
+    headers: dict[str, str] = {}
+    if isinstance(error, Overloaded | NotReady):
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    if isinstance(error, Unauthorized):
+        headers["WWW-Authenticate"] = "Bearer"
+    status = error.status if isinstance(error, WeftError) else WeftError.status
+    return JSONResponse(body_of(error), status, headers)
+
+
+def install(app: FastAPI) -> None:
+    """Let `app` answer every error in our shape."""
+
+    @app.exception_handler(WeftError)
+    async def _ours(_: Request, error: WeftError) -> JSONResponse:
+        return answer(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        request.app.state.service.outcomes["invalid"] += 1
+        return answer(explain(error.errors(), _body_model(request), within=1))
+
+    @app.exception_handler(HTTPException)
+    async def _http(request: Request, error: HTTPException) -> JSONResponse:
+        return _of_http(request, error)
+
+    @app.exception_handler(Exception)
+    async def _unforeseen(request: Request, error: Exception) -> JSONResponse:
+        # This answer is made outside of all other middleware.
+        response = answer(error)
+        response.headers["x-request-id"] = request.state.request_id
+        return response
+
+
+def _body_model(request: Request) -> type[BaseModel] | None:
+    body_field = getattr(request.scope.get("route"), "body_field", None)
+    annotation = getattr(getattr(body_field, "field_info", None), "annotation", None)
+    return annotation if isinstance(annotation, type) else None
+
+
+def _of_http(request: Request, error: HTTPException) -> JSONResponse:
+    if error.status_code == TooLarge.status:
+        most = request.app.state.settings.limits.body_bytes
+        return answer(TooLarge(None, f"The body is too large; at most {most} bytes are allowed."))
+    sentences = {
+        400: "The body cannot be read as JSON.",
+        404: f"There is nothing at {request.url.path}.",
+        405: f"{request.url.path} does not take {request.method}.",
+    }
+    message = sentences.get(error.status_code, f"{error.detail}.")
+    body = body_of(InvalidRequest(None, message))
+    body["error"]["code"] = error.detail.lower().replace(" ", "_")
+    return JSONResponse(body, error.status_code, dict(error.headers or {}))
+
+
+def _encodable(text: str) -> str:
+    return text.encode(errors="replace").decode()

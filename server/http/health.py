@@ -1,0 +1,34 @@
+"""`/livez`, `/readyz` and `/metrics`."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from server.http.dependencies import ServiceDep
+
+__all__ = ["router"]
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/livez")
+async def livez(service: ServiceDep) -> JSONResponse:
+    """Whether the process is worth keeping: 503 once it can never serve again."""
+    if service.broken is not None:
+        return JSONResponse({"status": "broken", "reason": service.broken}, 503)
+    return JSONResponse({"status": "alive"})
+
+
+@router.get("/readyz")
+async def readyz(service: ServiceDep) -> JSONResponse:
+    """Whether requests are taken: the models are loaded and warmed."""
+    service.ready_engine()
+    return JSONResponse({"status": "ready"})
+
+
+@router.get("/metrics")
+def metrics(request: Request) -> Response:
+    """Counters in the Prometheus text format."""
+    return Response(request.app.state.exposition(), media_type=CONTENT_TYPE_LATEST)

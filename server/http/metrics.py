@@ -1,0 +1,103 @@
+"""The counters as Prometheus reads them, gathered when it asks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Final
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from server.engine.metrics import EngineMeasurements
+from server.service.service import Service
+
+__all__ = ["exposition"]
+
+ROW_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+def exposition(service: Service) -> Callable[[], bytes]:
+    """What renders the metrics of a service in the text format, from a registry of its own."""
+    registry = CollectorRegistry()
+    registry.register(_Gathered(service))
+    return lambda: generate_latest(registry)
+
+
+class _Gathered(Collector):
+    """Turns plain counters into metric families; nothing is counted twice."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+    def collect(self) -> Iterable[Metric]:
+        service = self._service
+        yield GaugeMetricFamily("weft_ready", "1 when requests are taken.", float(service.ready))
+        yield _labelled(
+            "weft_requests", "Requests by how they ended.", "outcome", dict(service.outcomes)
+        )
+        if service.engine is not None:
+            yield from _engine(service.engine.measurements)
+
+
+def _engine(counted: EngineMeasurements) -> Iterable[Metric]:
+    yield GaugeMetricFamily(
+        "weft_queue_images", "Images waiting or under way.", float(counted.pending)
+    )
+    yield GaugeMetricFamily(
+        "weft_row_budget", "Most denoiser rows in a tick.", float(counted.row_budget)
+    )
+    seconds = {
+        "denoise": counted.denoise_s,
+        "weave": counted.weave_s,
+        "decode": counted.decode_s,
+        "encode": counted.encode_s,
+    }
+    yield _labelled("weft_engine_seconds", "Seconds of the engine by stage.", "stage", seconds)
+    images = {
+        "finished": counted.images,
+        "failed": counted.failed,
+        "cancelled": counted.cancelled,
+        "refused": counted.refused,
+    }
+    yield _labelled("weft_images", "Images by how they ended.", "outcome", images)
+    yield CounterMetricFamily(
+        "weft_evaluations", "Denoiser rows evaluated.", float(counted.evaluations)
+    )
+    yield _labelled(
+        "weft_evaluations_saved",
+        "Denoiser rows that a guidance policy did without.",
+        "policy",
+        dict(counted.saved),
+    )
+    yield _rows(dict(counted.rows_per_tick))
+
+
+def _rows(ticks: Mapping[int, int]) -> Metric:
+    """The histogram of rows per tick."""
+    buckets = [
+        (str(float(most)), float(sum(count for rows, count in ticks.items() if rows <= most)))
+        for most in ROW_BUCKETS
+    ]
+    buckets.append(("+Inf", float(sum(ticks.values()))))
+    total = float(sum(rows * count for rows, count in ticks.items()))
+    return HistogramMetricFamily(
+        "weft_tick_rows", "Denoiser rows of a tick.", buckets=buckets, sum_value=total
+    )
+
+
+def _labelled(
+    name: str, documentation: str, label: str, values: Mapping[str, float]
+) -> CounterMetricFamily:
+    family = CounterMetricFamily(name, documentation, labels=[label])
+    for value, count in values.items():
+        family.add_metric([value], float(count))
+    return family

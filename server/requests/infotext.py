@@ -1,0 +1,53 @@
+"""Settings as AUTOMATIC1111 writes them into a picture, which many tools read."""
+
+from __future__ import annotations
+
+import json
+
+from samplers.names import label_of, schedule_type_of
+from server.requests.schema import ResolvedRequest
+
+__all__ = ["infotext"]
+
+
+def infotext(
+    settings: ResolvedRequest, *, model_revision: str, version: str, statistics: str | None = None
+) -> str:
+    """The text of one picture whose settings are fully resolved.
+
+    Args:
+        settings: of this picture alone, with its own seed.
+        model_revision: hash of the model's weights, hex.
+        version: of the program.
+        statistics: guidance whose statistics of the model the sampler was fitted to, if any.
+    """
+    guidance = settings.guidance
+    fields = {
+        "Steps": settings.steps,
+        "Sampler": label_of(settings.sampler),
+        "Schedule type": schedule_type_of(settings.spacing),
+        "CFG scale": f"{getattr(guidance, 'scale', 1.0):g}",
+        "Seed": settings.seed,
+        "Size": f"{settings.width}x{settings.height}",
+        "Model hash": model_revision[:10],
+        "Model": settings.model,
+        "Denoising strength": None if settings.strength is None else f"{settings.strength:g}",
+        "Guidance": guidance.name,
+        "Guidance policy": guidance.policy.name,
+        "Guidance perturbed": "+".join(one.name for one in guidance.perturbed) or None,
+        "Guidance classifier": guidance.classifier and guidance.classifier.name,
+        "Guidance particles": guidance.particles and guidance.particles.name,
+        "Guidance NegToMe": guidance.negtome and f"{guidance.negtome.strength:g}",
+        "Sampler statistics": statistics,
+        "Version": version,
+    }
+    line = ", ".join(
+        f"{key}: {_quoted(value)}" for key, value in fields.items() if value is not None
+    )
+    negative = f"Negative prompt: {settings.negative_prompt}\n" if settings.negative_prompt else ""
+    return f"{settings.prompt}\n{negative}{line}"
+
+
+def _quoted(value: object) -> str:
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if set(text) & set(',:\n"') else text

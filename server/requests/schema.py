@@ -1,0 +1,293 @@
+"""What a request may say: every field with its range, default and meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, create_model
+from pydantic_core import PydanticCustomError
+
+from guidance import (
+    CLASSIFIERS,
+    PERTURBATIONS,
+    POLICIES,
+    RULES,
+    ClassifierGuidance,
+    FeynmanKac,
+    NegToMe,
+    Perturbation,
+    Policy,
+    Rule,
+    SkipTuning,
+)
+from samplers import SAMPLERS, SPACINGS, Sampler, Spacing
+from server.errors import InvalidRequest
+from server.image_codec import OutputFormat
+from server.requests.aliases import sampler_elsewhere, spacing_elsewhere
+from server.requests.choice import choice, name_of
+from server.settings import Limits
+
+__all__ = [
+    "CHOICES",
+    "COMPANY",
+    "DEFAULT_SAMPLER",
+    "DEFAULT_STEPS",
+    "SPACING_BY_NAME",
+    "GenerateRequest",
+    "Guidance",
+    "ResolvedRequest",
+    "check_limits",
+    "default_guidance",
+    "default_sampler",
+    "split",
+]
+
+DEFAULT_STEPS: Final = 25
+DEFAULT_SAMPLER: Final = "dpm_solver_pp"
+DEFAULT_GUIDANCE: Final = {"name": "apg", "scale": 4.0}
+"""As right as plain guidance of that scale, and nearer the truth's looks (docs/guidance.md)."""
+GUIDANCE_OF_STATISTICS: Final = {"name": "cfg", "scale": 4.0}
+"""Where the sampler goes by statistics of the model, which are those of plain guidance."""
+MAX_SEED: Final = 2**63 - 1
+MOST_PERTURBED: Final = 3
+
+if TYPE_CHECKING:
+    SamplerChoice = Sampler
+    SpacingChoice = Spacing
+
+    class Guidance(Rule, frozen=True):
+        """A rule's own fields, and what it goes with."""
+
+        policy: Policy
+        perturbed: tuple[Perturbation, ...]
+        classifier: ClassifierGuidance | None
+        skip_tuning: SkipTuning | None
+        particles: FeynmanKac | None
+        negtome: NegToMe | None
+else:
+    SamplerChoice = choice("sampler", SAMPLERS, sampler_elsewhere)
+    SpacingChoice = choice("spacing", SPACINGS, spacing_elsewhere)
+    _PolicyChoice = choice("policy", POLICIES)
+    _PerturbationChoice = choice("perturbed", PERTURBATIONS)
+    _ClassifierChoice = choice("classifier", CLASSIFIERS)
+    _ParticlesChoice = choice("particles", (FeynmanKac,))
+    _always = next(policy for policy in POLICIES if name_of(policy) == "always")
+    _Company = {
+        "policy": (
+            _PolicyChoice,
+            Field(default=_always(), description="When the second prediction is evaluated."),
+        ),
+        "perturbed": (
+            tuple[_PerturbationChoice, ...],
+            Field(
+                default=(),
+                max_length=MOST_PERTURBED,
+                strict=False,
+                description="Terms that lead away from disturbed predictions.",
+            ),
+        ),
+        "classifier": (
+            _ClassifierChoice | None,
+            Field(default=None, description="A term from what the model's classifier sees."),
+        ),
+        "skip_tuning": (
+            SkipTuning | None,
+            Field(default=None, description="Factors on a U-Net's skip connections."),
+        ),
+        "particles": (
+            _ParticlesChoice | None,
+            Field(default=None, description="The images are particles, weighed and resampled."),
+        ),
+        "negtome": (
+            NegToMe | None,
+            Field(default=None, description="The images keep away from the first or a picture."),
+        ),
+    }
+
+    def _in_company(rule: type[Rule]) -> type[Rule]:
+        name = f"{rule.__name__}Guidance"
+        return create_model(name, __base__=rule, __doc__=rule.__doc__, **_Company)
+
+    Guidance = choice("guidance", tuple(_in_company(rule) for rule in RULES))
+
+_GUIDANCE: TypeAdapter[Guidance] = TypeAdapter(Guidance)
+_RULES = {name_of(member): member for member in RULES}
+SPACING_BY_NAME: Final = {name_of(member): member for member in SPACINGS}
+
+CHOICES: Final[Mapping[str, Mapping[str, type[BaseModel]]]] = {
+    "sampler": {name_of(member): member for member in SAMPLERS},
+    "spacing": SPACING_BY_NAME,
+    "guidance": _RULES,
+    "policy": {name_of(member): member for member in POLICIES},
+    "perturbed": {name_of(member): member for member in PERTURBATIONS},
+    "classifier": {name_of(member): member for member in CLASSIFIERS},
+    "particles": {name_of(FeynmanKac): FeynmanKac},
+}
+"""Classes by field and name, for error sentences about the fields inside them."""
+
+COMPANY: Final = ("policy", "perturbed", "classifier", "skip_tuning", "particles", "negtome")
+"""Fields of `guidance` beside those of its rule."""
+
+
+def _printable(text: str) -> str:
+    for position, character in enumerate(text):
+        if (character < " " and character not in "\t\n\r") or "\ud800" <= character <= "\udfff":
+            raise PydanticCustomError(
+                "unprintable",
+                "has the character {character} at {position}; only text is allowed",
+                {"character": repr(character), "position": position},
+            )
+    return text
+
+
+Prompt = Annotated[str, AfterValidator(_printable)]
+Count = Annotated[int, Field(strict=True)]
+
+
+class GenerateRequest(BaseModel):
+    """One request for pictures of one prompt.
+
+    What is left out takes the model's default; the answer's `settings` say what that was.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    prompt: Prompt = Field(description="What the picture shows.", examples=["a red circle"])
+    negative_prompt: Prompt = Field(
+        default="", description="What guidance steers away from; empty is the unconditional."
+    )
+    model: str | None = Field(
+        default=None, max_length=256, description="A hosted model; the first one by default."
+    )
+    width: Count | None = Field(
+        default=None, ge=8, le=16384, description="Pixels; the model's own size by default."
+    )
+    height: Count | None = Field(
+        default=None, ge=8, le=16384, description="Pixels; the model's own size by default."
+    )
+    steps: Count | None = Field(
+        default=None, ge=1, description=f"Sampler steps; {DEFAULT_STEPS} by default."
+    )
+    seed: Count | None = Field(
+        default=None,
+        ge=0,
+        le=MAX_SEED,
+        description="Of the first image; image i has seed + i. Random, and reported, by default.",
+    )
+    n: Count = Field(default=1, ge=1, description="Images, each with a seed of its own.")
+    sampler: SamplerChoice | None = Field(
+        default=None, description=f"How the noise is removed; `{DEFAULT_SAMPLER}` by default."
+    )
+    spacing: SpacingChoice | None = Field(
+        default=None, description="How the steps are laid out; the sampler's own by default."
+    )
+    guidance: Guidance | None = Field(
+        default=None,
+        description="How the prompt is enforced: a rule's fields, and optionally its `policy`, "
+        "`perturbed`, `classifier`, `skip_tuning`, `particles` and `negtome`; "
+        f"`{DEFAULT_GUIDANCE}` by default, and `{GUIDANCE_OF_STATISTICS}` with a sampler that uses "
+        "statistics of the model.",
+    )
+    image: str | None = Field(
+        default=None,
+        repr=False,
+        description="A picture to start from (PNG, JPEG or WebP as base64 or data URI), "
+        "resampled to `width` x `height`; its own size by default.",
+    )
+    strength: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        strict=True,
+        description="Share of the steps that `image` goes through: 0.75 by default, 1 with a mask.",
+    )
+    mask: str | None = Field(
+        default=None,
+        repr=False,
+        description="Where `image` is repainted (white) and kept (black), resampled alike.",
+    )
+    reference: str | None = Field(
+        default=None,
+        repr=False,
+        description="A picture that the images keep away from, by `guidance.negtome`, resampled "
+        "alike.",
+    )
+    output_format: OutputFormat = Field(default="png", description="Of the pictures.")
+    stream: bool = Field(default=False, strict=True, description="Answer with server-sent events.")
+
+
+class ResolvedRequest(BaseModel):
+    """A request whose every default is filled in; pictures that were sent are left out."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    prompt: str
+    negative_prompt: str
+    model: str
+    width: int
+    height: int
+    steps: int
+    seed: int
+    n: int
+    sampler: SamplerChoice
+    spacing: SpacingChoice
+    guidance: Guidance
+    strength: float | None
+    output_format: OutputFormat
+    stream: bool
+
+    def settings(self) -> dict[str, Any]:
+        """JSON that makes the same pictures when posted back.
+
+        What started from a picture is refused until that picture is sent again.
+        """
+        return self.model_dump(mode="json", exclude={"stream"}, exclude_none=True)
+
+
+def default_sampler() -> Sampler:
+    """The sampler of a request that names none."""
+    return next(
+        sampler for sampler in SAMPLERS if name_of(sampler) == DEFAULT_SAMPLER
+    ).model_validate({})
+
+
+def default_guidance(sampler: Sampler) -> Guidance:
+    """The guidance of a request that names none.
+
+    Args:
+        sampler: of the request.
+    """
+    named = GUIDANCE_OF_STATISTICS if sampler.uses_statistics else DEFAULT_GUIDANCE
+    return _GUIDANCE.validate_python(named)
+
+
+def split(guidance: Guidance) -> tuple[Rule, Policy]:
+    """The rule and the policy that a request's guidance names."""
+    rule = _RULES[guidance.name]
+    fields = {field: getattr(guidance, field) for field in rule.model_fields}
+    return rule.model_validate(fields), guidance.policy
+
+
+def check_limits(request: ResolvedRequest, limits: Limits) -> None:
+    """Refuse what this server's operator does not allow.
+
+    Raises:
+        InvalidRequest: a field is beyond its limit.
+    """
+    for field, value, most in (
+        ("steps", request.steps, limits.steps),
+        ("n", request.n, limits.images),
+    ):
+        if value > most:
+            raise InvalidRequest(field, f"{field} is {value}; at most {most} is allowed.")
+    for field, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
+        size = len(text.encode())
+        if size > limits.prompt_bytes:
+            raise InvalidRequest(
+                field, f"{field} has {size} bytes; at most {limits.prompt_bytes} are allowed."
+            )
+    if request.seed + request.n - 1 > MAX_SEED:
+        raise InvalidRequest(
+            "seed", f"seed is {request.seed}; seed + n - 1 must be at most {MAX_SEED}."
+        )

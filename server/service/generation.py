@@ -1,0 +1,193 @@
+"""One request under way: what the engine tells of it, brought into the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from server.engine.state.sequence import ImageResult, Submission
+from server.errors import (
+    Cancelled,
+    InvalidRequest,
+    NotReady,
+    Overloaded,
+    RowFailed,
+    UnknownModel,
+    WeftError,
+)
+from server.requests.schema import ResolvedRequest
+
+__all__ = ["Generation", "Progress"]
+
+
+log = logging.getLogger("weft")
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far one image is.
+
+    Attributes:
+        index: of the image in its request.
+        step: steps done.
+        steps: steps in all.
+        preview: uint8 `[h, w, 3]`, if previews were asked for.
+    """
+
+    index: int
+    step: int
+    steps: int
+    preview: np.ndarray | None
+
+
+class Generation:
+    """A request that was admitted; the listener that the engine's thread talks to.
+
+    Everything but the listener's four methods belongs to the event loop. Of news that nobody has
+    fetched yet only the latest of each image is kept, so a slow reader costs no memory.
+
+    Args:
+        identifier: unique among those under way.
+        loop: the event loop that reads.
+    """
+
+    def __init__(self, identifier: str, loop: asyncio.AbstractEventLoop) -> None:
+        self.id = identifier
+        self.created = time.time()
+        self.results: dict[int, ImageResult] = {}
+        self.outcome = "disconnected"
+        self.request: ResolvedRequest
+        self.model_revision = ""
+        self.statistics: str | None = None
+        self._born = time.monotonic()
+        self._loop = loop
+        self._news: dict[int, Progress] = {}
+        self._wake = asyncio.Event()
+        self._error: Exception | None = None
+        self._submission: Submission | None = None
+        self._closed = False
+
+    def begin(
+        self,
+        request: ResolvedRequest,
+        model_revision: str,
+        statistics: str | None,
+        submission: Submission,
+    ) -> None:
+        """Note what was submitted; a generation that was closed meanwhile is cancelled at once.
+
+        Args:
+            request: fully resolved.
+            model_revision: of the model that makes it.
+            statistics: guidance whose statistics of the model the sampler is fitted to, if any.
+            submission: the engine's.
+        """
+        self.request, self.model_revision, self.statistics = request, model_revision, statistics
+        self._submission = submission
+        if self._closed:
+            submission.cancel()
+
+    @property
+    def done(self) -> bool:
+        """Whether every image is finished."""
+        return self._submission is not None and len(self.results) == self.request.n
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the request came."""
+        return time.monotonic() - self._born
+
+    async def news(self, within_s: float | None = None) -> list[Progress]:
+        """What happened since the last call; waits for it, at most `within_s`.
+
+        Returns:
+            The latest of each image that moved; nothing if time ran out or the end came first.
+
+        Raises:
+            WeftError: an image failed, or the generation was cancelled.
+        """
+        if not self.done and self._error is None:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), within_s)
+        self._wake.clear()
+        if self._error is not None:
+            raise self._error
+        news, self._news = list(self._news.values()), {}
+        return news
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Note how it ended: with its pictures, or with an error."""
+        self.outcome = "completed" if error is None else _outcome(error)
+
+    def cancel(self) -> None:
+        """Stop the work; whoever reads hears :class:`Cancelled`."""
+        self._fail(Cancelled())
+        self.close()
+
+    def close(self) -> None:
+        """Nobody reads any more: work that is not finished stops at the next tick."""
+        self._closed = True
+        if self._submission is not None and not self.done:
+            self._submission.cancel()
+
+    def started(self, index: int) -> None:
+        """An image left the queue (engine's thread)."""
+
+    def progress(self, index: int, step: int, steps: int, preview: np.ndarray | None) -> None:
+        """An image made a step (engine's thread)."""
+        self._tell(self._moved, Progress(index, step, steps, preview))
+
+    def finished(self, index: int, result: ImageResult) -> None:
+        """An image is there (engine's thread)."""
+        self._tell(self._finish, index, result)
+
+    def failed(self, index: int, error: Exception) -> None:
+        """An image came to nothing (engine's thread)."""
+        if not isinstance(error, WeftError):
+            log.error("image %d of %s failed", index, self.id, exc_info=error)
+            error = RowFailed(f"Image {index} failed; the server's log says why.")
+        self._tell(self._fail, error)
+
+    def _tell(self, call: Callable[..., None], *arguments: Any) -> None:
+        # A closed loop has no reader left, and the engine's thread must not hear of it.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(call, *arguments)
+
+    def _moved(self, progress: Progress) -> None:
+        self._news[progress.index] = progress
+        self._wake.set()
+
+    def _finish(self, index: int, result: ImageResult) -> None:
+        self.results[index] = result
+        self._wake.set()
+
+    def _fail(self, error: Exception) -> None:
+        if self._error is None:
+            self._error = error
+            self.end(error)
+            self.close()
+        self._wake.set()
+
+
+def _outcome(error: BaseException) -> str:
+    """The word that the metrics count an end by."""
+    match error:
+        case Cancelled():
+            return "cancelled"
+        case asyncio.CancelledError():
+            return "disconnected"
+        case Overloaded():
+            return "overloaded"
+        case NotReady():
+            return "unavailable"
+        case InvalidRequest() | UnknownModel():
+            return "invalid"
+        case _:
+            return "failed"

@@ -1,0 +1,57 @@
+"""One request in this process: an engine of its own, no HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from server.requests.schema import GenerateRequest
+from server.service.generation import Progress
+from server.service.hosting import Hosted, host
+from server.service.service import Pictures, Service
+from server.settings import Settings
+
+__all__ = ["generate"]
+
+POLL_S = 0.05
+ENGINE_STOP_S = 10.0
+
+
+async def generate(
+    settings: Settings, request: GenerateRequest, tell: Callable[[Progress], None]
+) -> Pictures:
+    """Load the models, make the pictures of one request, and stop.
+
+    Args:
+        settings: which model, on what.
+        request: what to make.
+        tell: called with the progress of each image.
+
+    Raises:
+        WeftError: the model cannot be hosted, or the request cannot be served.
+    """
+    hosted = await asyncio.to_thread(host, settings)
+    try:
+        return await _follow(hosted, settings, request, tell)
+    finally:
+        await asyncio.to_thread(hosted.engine.stop, ENGINE_STOP_S)
+
+
+async def _follow(
+    hosted: Hosted,
+    settings: Settings,
+    request: GenerateRequest,
+    tell: Callable[[Progress], None],
+) -> Pictures:
+    service = Service(settings.limits)
+    service.open(hosted.engine, hosted.models)
+    while not service.ready and service.broken is None:  # noqa: ASYNC110 - a thread's state
+        await asyncio.sleep(POLL_S)
+    generation = await service.admit(request, "command-line")
+    try:
+        while not generation.done:
+            for progress in await generation.news():
+                tell(progress)
+        return await service.pictures(generation)
+    finally:
+        service.release(generation)

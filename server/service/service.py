@@ -1,0 +1,310 @@
+"""The one door between HTTP and tensors: admits a request, follows it, encodes its pictures."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from samplers import Plan, StatisticsIdentity
+from server.engine.engine import Engine
+from server.engine.task import ImageTask
+from server.errors import (
+    DuplicateGeneration,
+    NotReady,
+    UnknownGeneration,
+    UnknownModel,
+)
+from server.image_codec import Description, decode, decode_mask, encode, fit
+from server.lru import Kept
+from server.models.hosted import HostedModel
+from server.models.statistics import guidance_name
+from server.requests.catalog import ModelEntry
+from server.requests.group_check import is_group
+from server.requests.infotext import infotext
+from server.requests.resolve import make_plan, resolve, statistics_for
+from server.requests.schema import GenerateRequest, ResolvedRequest
+from server.requests.tasks import seeds_of, tasks_of
+from server.service.generation import Generation
+from server.settings import Limits
+
+__all__ = ["Picture", "Pictures", "Service"]
+
+PLANS_KEPT_BYTES = 256 * 2**20
+VERSION = f"weft {version('weft')}"
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One encoded picture, and the seed that makes it."""
+
+    data: bytes
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pictures:
+    """All that a generation came to.
+
+    Attributes:
+        pictures: in the order of their seeds.
+        settings: fully resolved; posted back, they make the same pictures.
+        spent: rows of the denoiser that were evaluated.
+        saved: rows that the guidance policy did without.
+        ancestors: of particles, the image that each goes back to; empty if they are none.
+        effective: of particles, how many counted at each resampling.
+        queue_s: longest wait of an image.
+        denoise_s: longest denoising of an image.
+        decode_s: longest decoding of an image.
+        total_s: from the request's arrival to the last encoded byte.
+    """
+
+    pictures: tuple[Picture, ...]
+    settings: Mapping[str, Any]
+    spent: int
+    saved: int
+    ancestors: tuple[int, ...]
+    effective: tuple[float, ...]
+    queue_s: float
+    denoise_s: float
+    decode_s: float
+    total_s: float
+
+
+class Uploads(NamedTuple):
+    """The pictures that came with a request."""
+
+    image: Image.Image | None
+    mask: Image.Image | None
+    reference: Image.Image | None
+
+
+class Service:
+    """Takes requests once an engine is there; until then it says that it is not ready.
+
+    Args:
+        limits: what one request may ask for.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self.outcomes: Counter[str] = Counter()
+        self._limits = limits
+        self._engine: Engine | None = None
+        self._models: Mapping[str, HostedModel] = {}
+        self._failure: str | None = None
+        self._under_way: dict[str, Generation] = {}
+        self._plans: Kept[Hashable, Plan] = Kept(PLANS_KEPT_BYTES, lambda plan: plan.tables.nbytes)
+
+    def open(self, engine: Engine, models: Mapping[str, HostedModel]) -> None:
+        """Take requests from now on; the first model is the default."""
+        self._engine, self._models = engine, models
+
+    def give_up(self, reason: str) -> None:
+        """Never take requests: the models could not be loaded."""
+        self._failure = reason
+
+    @property
+    def engine(self) -> Engine | None:
+        """The engine, once there is one."""
+        return self._engine
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are taken."""
+        return self.broken is None and self._engine is not None and self._engine.ready
+
+    @property
+    def broken(self) -> str | None:
+        """Why this process will not serve again, if so."""
+        if self._failure is None and self._engine is not None and self._engine.failure:
+            return f"The engine stopped: {type(self._engine.failure).__name__}."
+        return self._failure
+
+    def ready_engine(self) -> Engine:
+        """The engine, loaded and warmed.
+
+        Raises:
+            NotReady: it is loading, or broken.
+        """
+        if self.broken:
+            raise NotReady(self.broken, retry_after_s=60)
+        if self._engine is None or not self.ready:
+            raise NotReady("The model is still loading.")
+        return self._engine
+
+    def models(self) -> tuple[ModelEntry, ...]:
+        """What the catalog says of each hosted model."""
+        return tuple(
+            ModelEntry(
+                name=model.facts.name,
+                revision=model.facts.revision,
+                width=model.facts.default_width,
+                height=model.facts.default_height,
+                size_multiple=model.facts.size_multiple,
+                max_tokens=model.facts.max_tokens,
+                statistics=model.statistics.available,
+                classifier={} if model.classifier is None else model.classifier.heads,
+            )
+            for model in self._models.values()
+        )
+
+    async def admit(self, request: GenerateRequest, identifier: str) -> Generation:
+        """Check a request, complete it and hand it to the engine.
+
+        The caller ends it with :meth:`release`, whatever happens.
+
+        Raises:
+            InvalidRequest: a field says what it must not.
+            UnknownModel: no such model is hosted.
+            DuplicateGeneration: the identifier is taken.
+            Overloaded: the queue is full.
+            NotReady: there is no engine yet.
+        """
+        if identifier in self._under_way:
+            raise DuplicateGeneration(identifier)
+        generation = Generation(identifier, asyncio.get_running_loop())
+        self._under_way[identifier] = generation
+        try:
+            await asyncio.to_thread(self._begin, generation, request)
+        except BaseException as error:
+            generation.end(error)
+            self.release(generation)
+            raise
+        return generation
+
+    async def pictures(self, generation: Generation) -> Pictures:
+        """Follow a generation to its end, and encode what it came to.
+
+        Raises:
+            WeftError: an image failed, or the generation was cancelled.
+        """
+        while not generation.done:
+            await generation.news()
+        indices = range(generation.request.n)
+        encoded = await asyncio.gather(
+            *(asyncio.to_thread(self._encode, generation, index) for index in indices)
+        )
+        generation.end()
+        results = generation.results.values()
+        particles = generation.request.guidance.particles is not None
+        return Pictures(
+            pictures=tuple(encoded),
+            settings=generation.request.settings(),
+            spent=sum(result.evaluations for result in results),
+            saved=sum(result.saved for result in results),
+            ancestors=tuple(generation.results[i].ancestor for i in indices) if particles else (),
+            effective=generation.results[0].effective,
+            queue_s=max(result.queue_s for result in results),
+            denoise_s=max(result.denoise_s for result in results),
+            decode_s=max(result.decode_s for result in results),
+            total_s=generation.elapsed_s,
+        )
+
+    def cancel(self, identifier: str) -> None:
+        """Stop a generation; its rows are free at the next tick.
+
+        Raises:
+            UnknownGeneration: none of that identifier is under way.
+        """
+        if identifier not in self._under_way:
+            raise UnknownGeneration(identifier)
+        self._under_way[identifier].cancel()
+
+    def release(self, generation: Generation) -> None:
+        """Forget a generation, and stop what of it is still running."""
+        if self._under_way.pop(generation.id, None) is None:
+            return
+        generation.close()
+        self.outcomes[generation.outcome] += 1
+
+    def _begin(self, generation: Generation, request: GenerateRequest) -> None:
+        engine = self.ready_engine()
+        model = self._model(request.model)
+        uploads = self._uploads(request)
+        size = None if uploads.image is None else uploads.image.size
+        resolved = resolve(request, model, self._limits, size)
+        fitted_to = statistics_for(resolved, model)
+        plan = self._plan(resolved, model, fitted_to)
+        submission = engine.submit(_tasks(resolved, model, plan, uploads), generation)
+        statistics = fitted_to and guidance_name(fitted_to.rule, fitted_to.scale)
+        generation.begin(resolved, model.facts.revision, statistics, submission)
+
+    def _model(self, name: str | None) -> HostedModel:
+        if name is None:
+            return next(iter(self._models.values()))
+        if name not in self._models:
+            raise UnknownModel(name[:60], self._models)
+        return self._models[name]
+
+    def _plan(
+        self, resolved: ResolvedRequest, model: HostedModel, identity: StatisticsIdentity | None
+    ) -> Plan:
+        shape = model.latent_shape(resolved.width, resolved.height)
+        layout = resolved.sampler, resolved.spacing, resolved.steps, resolved.strength
+
+        def make() -> Plan:
+            statistics = None if identity is None else model.statistics.load(identity, shape)
+            return make_plan(model.facts.schedule, *layout, statistics)
+
+        key = model.facts.name, layout, identity, identity and shape
+        return self._plans.get(key, make)
+
+    def _uploads(self, request: GenerateRequest) -> Uploads:
+        most = self._limits.upload_pixels
+        image = mask = reference = None
+        if request.image is not None:
+            image = decode(request.image, field="image", max_pixels=most)
+        if request.mask is not None:
+            mask = decode_mask(request.mask, field="mask", max_pixels=most)
+        if request.reference is not None:
+            reference = decode(request.reference, field="reference", max_pixels=most)
+        return Uploads(image, mask, reference)
+
+    def _encode(self, generation: Generation, index: int) -> Picture:
+        request = generation.request
+        seed = seeds_of(request)[index]
+        # An image of a group is not made without the others.
+        together = is_group(request.guidance)
+        alone = request if together else request.model_copy(update={"seed": seed, "n": 1})
+        text = infotext(
+            alone,
+            model_revision=generation.model_revision,
+            statistics=generation.statistics,
+            version=VERSION,
+        )
+        pixels = generation.results[index].pixels
+        description = Description(text, alone.settings())
+        return Picture(encode(pixels, request.output_format, description), seed)
+
+
+def _tasks(
+    resolved: ResolvedRequest, model: HostedModel, plan: Plan, uploads: Uploads
+) -> list[ImageTask]:
+    size = resolved.width, resolved.height
+    image, mask, reference = uploads
+    return tasks_of(
+        resolved,
+        model,
+        plan,
+        image=None if image is None else _pixels_tensor(fit(image, *size)),
+        mask=None if mask is None else _mask_tensor(fit(mask, *size)),
+        reference=None if reference is None else _pixels_tensor(fit(reference, *size)),
+    )
+
+
+def _pixels_tensor(pixels: np.ndarray) -> Tensor:
+    """`[3, H, W]` float32 in [-1, 1] of uint8 `[H, W, 3]`."""
+    return torch.tensor(pixels).permute(2, 0, 1).float().div(127.5).sub(1).contiguous()
+
+
+def _mask_tensor(grey: np.ndarray) -> Tensor:
+    """`[H, W]` float32 in [0, 1] of uint8 `[H, W]`."""
+    return torch.tensor(grey).float().div(255)

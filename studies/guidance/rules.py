@@ -1,0 +1,342 @@
+"""What each guidance rule makes of captions, CFG++ with either history, inversion, oscillation.
+
+    python -m studies.guidance.rules rules --captions 100
+    python -m studies.guidance.rules histories --captions 100
+    python -m studies.guidance.rules inversion --captions 12
+    python -m studies.guidance.rules oscillation --captions 12
+
+Prints one table. The pictures of a caption start from the same noise under every setting.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from itertools import product
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from embedded import MODEL_FOLDER
+from embedded.checker import compare, read_picture
+from embedded.report import unseen_scenes
+from embedded.scenes import render, to_pixels
+from guidance import (
+    APG,
+    CFG,
+    TCFG,
+    CFGPlusPlus,
+    CFGRescale,
+    CFGZeroStar,
+    DynamicThresholding,
+    FrequencyDecoupled,
+    MagnitudeAware,
+    Rule,
+    guide,
+    invert,
+)
+from samplers import Grid, Plan, Sampler, advance, preconditioning
+from samplers.ddim import DDIM
+from samplers.dpm_solver_pp import DPMSolverPP
+from samplers.timesteps import Trailing
+from samplers.unipc import UniPC
+from server.engine.state.noise import start_noise
+from server.models.loading import load_model
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from embedded.scenes import Scene
+    from server.models.hosted import HostedModel
+
+RULES: Sequence[Rule] = (
+    CFG(scale=1),
+    CFG(scale=4),
+    CFG(scale=10),
+    APG(scale=10),
+    CFGRescale(scale=10),
+    CFGRescale(scale=10, space="noise"),
+    CFGZeroStar(scale=4),
+    CFGZeroStar(scale=4, zero_init=0),
+    DynamicThresholding(scale=10),
+    DynamicThresholding(scale=10, limit=1),
+    TCFG(scale=10),
+    FrequencyDecoupled(),
+    MagnitudeAware(scale=10),
+    CFGPlusPlus(scale=0.6),
+)
+FINER = 8
+"""Parts of a step in the reference of the histories."""
+COMPARED = 8
+"""Captions that the reference is made of."""
+FINE = 50
+"""Steps that few are held against, for oscillation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Captions:
+    """Scenes, the conditioning of their captions and of the empty prompt, and start noise."""
+
+    scenes: list[Scene]
+    cond: Tensor
+    empty: Tensor
+    noise: Tensor
+
+    @classmethod
+    def of(cls, model: HostedModel, count: int) -> Captions:
+        """Half of them of one thing, half of two, from the seeds of the model's own report."""
+        scenes = [
+            scene for things in (1, 2) for scene in unseen_scenes(things, count // 2, frozenset())
+        ]
+        facts = model.facts
+        shape = model.latent_shape(facts.default_width, facts.default_height)
+        return cls(
+            scenes,
+            model.encode_prompts([scene.caption for scene in scenes]),
+            model.encode_prompts([""]).expand(len(scenes), -1, -1),
+            torch.stack([start_noise(seed, shape) for seed in range(len(scenes))]),
+        )
+
+
+def predictor(
+    model: HostedModel, captions: Captions, *, guided: bool = True
+) -> Callable[[Tensor, float], tuple[Tensor, Tensor]]:
+    """``(x, t) -> denoised predictions`` for the captions and for the empty prompt."""
+    texts = torch.cat([captions.cond, captions.empty]) if guided else captions.cond
+
+    def predict(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        alpha, sigma = model.facts.schedule.level(np.array(t))
+        scales = preconditioning(model.facts.prediction, alpha, sigma)
+        points = torch.cat([x, x]) if guided else x
+        told = torch.full((len(points),), float(model.facts.schedule.conditioning(np.array(t))))
+        raw = model.evaluate(float(scales.scale_in) * points, told, texts)
+        denoised = float(scales.skip) * points + float(scales.out) * raw
+        return denoised[: len(x)], denoised[-len(x) :]
+
+    return predict
+
+
+def run(
+    plan: Plan,
+    predict: Callable[[Tensor, float], tuple[Tensor, Tensor]],
+    rule: Rule,
+    x: Tensor,
+    *,
+    published_history: bool = False,
+) -> Tensor:
+    """A guided run; with the published history, CFG++ leaves Du in the state in place of D."""
+    K = plan.slots
+    columns = x.new_zeros(len(x), K + 2, *x.shape[1:])
+    columns[:, 0] = x
+    memory = None
+    for i, table in enumerate(plan.tables):
+        x = columns[:, 0].clone()
+        cond, other = predict(x, float(plan.t[i]))
+        others = [other] * len(rule.branches)
+        progress = plan.step[i] / plan.steps
+        result = guide(
+            rule,
+            cond,
+            others,
+            x,
+            float(plan.alpha[i]),
+            float(plan.sigma[i]),
+            progress=progress,
+            memory=memory,
+        )
+        memory = result.memory
+        columns[:, 0], columns[:, K] = result.x, result.denoised
+        tables = x.new_tensor(table).expand(len(x), *table.shape)
+        columns[:, :K] = advance(columns, tables)
+        if published_history:
+            columns[:, 1] += other - result.denoised
+    return columns[:, 0].clone()
+
+
+def share_right(model: HostedModel, captions: Captions, latents: Tensor) -> float:
+    """Share of the pictures that the checker reads as their caption says."""
+    pictures = to_pixels(model.decode(latents))
+    right = [
+        all(compare(scene.claim, read_picture(picture)).values())
+        for scene, picture in zip(captions.scenes, pictures, strict=True)
+    ]
+    return sum(right) / len(right)
+
+
+def rules(model: HostedModel, count: int, steps: int) -> None:
+    """Accuracy and spread of every rule."""
+    captions = Captions.of(model, count)
+    plan = DPMSolverPP().plan(model.facts.schedule.grid(Trailing(), steps))
+    print("| rule | all right | latents' deviation | 99.5 % of them within |")
+    print("|---|---|---|---|")
+    for rule in RULES:
+        predict = predictor(model, captions, guided=bool(rule.branches))
+        latents = run(plan, predict, rule, captions.noise)
+        deviation = float(latents.flatten(1).std(1).mean())
+        reach = float(latents.abs().flatten(1).quantile(0.995, 1).mean())
+        right = share_right(model, captions, latents)
+        print(f"| {_described(rule)} | {right:.1%} | {deviation:.2f} | {reach:.1f} |", flush=True)
+
+
+def histories(model: HostedModel, count: int, steps: int) -> None:
+    """CFG++ with D or Du in a multistep sampler's history."""
+    captions = Captions.of(model, count)
+    predict = predictor(model, captions)
+    grid = model.facts.schedule.grid(Trailing(), steps)
+    rule = CFGPlusPlus(scale=0.6)
+    few = Captions(
+        captions.scenes[:COMPARED],
+        captions.cond[:COMPARED],
+        captions.empty[:COMPARED],
+        captions.noise[:COMPARED],
+    )
+    reference = _flow_of(grid, predictor(model, few), rule.scale, few.noise)
+    samplers: Sequence[Sampler] = (DDIM(), DPMSolverPP(), UniPC())
+    print("| sampler | history | all right | distance from the flow | latents' deviation |")
+    print("|---|---|---|---|---|")
+    for sampler in samplers:
+        plan = sampler.plan(grid)
+        for published in (False, True)[: 1 if plan.slots == 1 else 2]:
+            latents = run(plan, predict, rule, captions.noise, published_history=published)
+            missed = latents[:COMPARED] - reference
+            distance = float(missed.norm() / reference.norm())
+            history = "none" if plan.slots == 1 else "Du, published" if published else "D, ours"
+            print(
+                f"| {sampler.name} | {history} | {share_right(model, captions, latents):.1%} "
+                f"| {distance:.3f} | {float(latents.flatten(1).std(1).mean()):.2f} |",
+                flush=True,
+            )
+
+
+def inversion(model: HostedModel, count: int, steps: int) -> None:
+    """Drawn pictures, inverted and drawn again: how much of them comes back."""
+    captions = Captions.of(model, count)
+    predict = predictor(model, captions)
+    latents = model.encode(render(captions.scenes))
+    there = model.decode(latents)
+    grid = model.facts.schedule.grid(Trailing(), steps)
+    plan, rho = DDIM().plan(grid), grid.sigma / grid.alpha
+    matched = float(np.median(0.6 / (1 - rho[1:] / rho[:-1])))
+    scaled: Sequence[CFGPlusPlus | CFG] = (
+        CFGPlusPlus(scale=0.6),
+        CFG(scale=1),
+        CFG(scale=round(matched, 1)),
+        CFG(scale=7.5),
+    )
+    print("| guided by | corrections | PSNR of the latents | of the pictures | noise's deviation |")
+    print("|---|---|---|---|---|")
+    for rule, corrections in product(scaled, (0, 2)):
+        noise = invert(
+            predict, latents, grid, scale=rule.scale, rule=rule.name, corrections=corrections
+        )
+        back = run(plan, predict, rule, noise)
+        print(
+            f"| {_described(rule)} | {corrections} | {_psnr(back, latents):.1f} dB "
+            f"| {_psnr(model.decode(back).clamp(-1, 1), there.clamp(-1, 1)):.1f} dB "
+            f"| {float(noise.flatten(1).std(1).mean()):.3f} |",
+            flush=True,
+        )
+
+
+def oscillation(model: HostedModel, count: int, steps: int) -> None:
+    """Whether the difference that guides swings to and fro from step to step.
+
+    Of every change from one step to the next, the cosine with the change before: 1 where the
+    difference goes on as it did, -1 where it turns back each time.
+    """
+    captions = Captions.of(model, count)
+    predict = predictor(model, captions)
+    swinging: Sequence[Rule] = (CFG(scale=4), CFG(scale=7.5), APG(momentum=0), APG())
+    samplers: Sequence[Sampler] = (DPMSolverPP(), DDIM())
+    print("| sampler | steps | " + " | ".join(_described(rule) for rule in swinging) + " |")
+    print("|---" * (2 + len(swinging)) + "|")
+    for sampler, count_of_steps in product(samplers, (steps, FINE)):
+        plan = sampler.plan(model.facts.schedule.grid(Trailing(), count_of_steps))
+        found = [_swing(plan, predict, rule, captions.noise) for rule in swinging]
+        print(f"| {sampler.name} | {count_of_steps} | {' | '.join(found)} |", flush=True)
+
+
+def _swing(
+    plan: Plan, predict: Callable[[Tensor, float], tuple[Tensor, Tensor]], rule: Rule, x: Tensor
+) -> str:
+    differences: list[Tensor] = []
+
+    def listen(point: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        cond, other = predict(point, t)
+        differences.append((cond - other).flatten(1))
+        return cond, other
+
+    run(plan, listen, rule, x)
+    changes = torch.stack(differences).diff(dim=0)
+    cosines = torch.cosine_similarity(changes[1:], changes[:-1], dim=2).mean(0)
+    error = float(cosines.std() / len(cosines) ** 0.5)
+    return f"{float(cosines.mean()):+.2f} ± {error:.2f}".replace("-", "−")
+
+
+def _flow_of(
+    grid: Grid, predict: Callable[[Tensor, float], tuple[Tensor, Tensor]], scale: float, x: Tensor
+) -> Tensor:
+    """What CFG++ over this grid tends to where each step is made of ever more parts.
+
+    Its kick is the same however short a step is, so it is CFG with a weight of each step, and that
+    weight's flow is the reference.
+    """
+    rho = grid.sigma / grid.alpha
+    for i in range(grid.steps):
+        clean = grid.sigma[i + 1] == 0
+        times = np.linspace(grid.t[i], grid.t[i + 1], FINER + 1)
+        part = Grid.on_times(grid.schedule, times[:-1] if clean else times, clean=bool(clean))
+        weight = CFG(scale=float(scale / (1 - rho[i + 1] / rho[i])))
+        x = run(UniPC().plan(part), predict, weight, x)
+    return x
+
+
+def _psnr(found: Tensor, wanted: Tensor) -> float:
+    """Mean over pictures, with the picture's own range as the peak."""
+    flat = wanted.flatten(1)
+    peak = flat.amax(1) - flat.amin(1)
+    error = (found - wanted).square().flatten(1).mean(1)
+    return float((10 * torch.log10(peak.square() / error)).mean())
+
+
+def _described(rule: Rule) -> str:
+    plain = type(rule).model_validate({})
+    changed = {
+        field: value
+        for field, value in rule
+        if field in {"scale", "scale_high"} or value != getattr(plain, field)
+    }
+    return f"`{rule.name}` " + ", ".join(
+        f"{field} {value:g}" if isinstance(value, float | int) else f"{field} {value}"
+        for field, value in changed.items()
+        if field != "name"
+    )
+
+
+TABLES = {
+    "rules": rules,
+    "histories": histories,
+    "inversion": inversion,
+    "oscillation": oscillation,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print one table."""
+    parser = argparse.ArgumentParser(prog="python -m studies.guidance.rules")
+    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("--captions", type=int, default=100, help="half of one thing, half of two")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    model = load_model(MODEL_FOLDER, name="embedded", device="cpu", dtype="float32")
+    with torch.inference_mode():
+        TABLES[options.table](model, options.captions, options.steps)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Figures as text, and the table of what pictures show and how they look."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from studies.guidance.cells import STEPS
+from studies.samplers.measures import mean_and_error, wilson
+from studies.samplers.tables import NOTHING, table
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from studies.guidance.results import Figures, Results
+
+LOOKS = ["right", "saturation", "contrast", "clipped, %", "farther than the truth", "diversity"]
+
+
+def looks(
+    results: Results,
+    rows: Mapping[str, Mapping[str, Any]],
+    *,
+    steps: int = STEPS,
+    sampler: Mapping[str, Any] | None = None,
+    truth: bool = False,
+    moved: bool = False,
+) -> str:
+    """What pictures show, how they look, and what they cost: a row a guidance.
+
+    Args:
+        results: all of them; what is not among them is left out.
+        rows: guidance by name.
+        steps: of the sampler.
+        sampler: the default one if None.
+        truth: with a row for the true pictures.
+        moved: with a column for how far latents moved.
+    """
+    lines: list[list[str]] = []
+    for name, guidance in rows.items():
+        figures = results.found(guidance, "captions", steps, sampler)
+        if figures is not None:
+            again = results.found(guidance, "again", steps, sampler)
+            cost = f"{figures.mean('evaluations'):.1f}"
+            far = [_moved(figures)] if moved else []
+            lines.append([name, *_look(results, figures, again), *far, cost])
+    if truth and results.truth is not None:
+        lines.append(["*true pictures*", *_look(results, results.truth, None), NOTHING])
+    return table(["guidance", *LOOKS, *["moved by"] * moved, "evaluations"], lines)
+
+
+def _look(results: Results, figures: Figures, again: Figures | None) -> list[str]:
+    far = figures.beyond
+    return [
+        share(figures),
+        of_truth(results, figures, "saturation"),
+        of_truth(results, figures, "contrast"),
+        f"{100 * figures.mean('clipped'):.1f}",
+        NOTHING if far is None else f"{far[0]:.2f} ± {far[1]:.2f}",
+        NOTHING if again is None else mean(again, "apart", 2),
+    ]
+
+
+def _moved(figures: Figures) -> str:
+    return mean(figures, "moved", 3) if figures.values("moved") else NOTHING
+
+
+def share(figures: Figures) -> str:
+    """Pictures that are right, with the interval of their share."""
+    return part(*figures.right)
+
+
+def part(right: int, of: int) -> str:
+    """So many of so many, with the interval of their share."""
+    low, high = wilson(right, of)
+    return f"{right} of {of}, {right / of:.0%} ({low:.0%} to {high:.0%})"
+
+
+def of_truth(results: Results, figures: Figures, name: str) -> str:
+    """A figure over that of the true pictures, with its interval."""
+    if results.truth is None:
+        return f"{figures.mean(name):.3f}"
+    middle, low, high = figures.relative(results.truth, name)
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+
+def mean(figures: Figures, name: str, digits: int) -> str:
+    """A figure's mean over images, and its standard error."""
+    return plus_minus(figures.values(name), digits)
+
+
+def plus_minus(values: Sequence[float], digits: int) -> str:
+    """The mean and its standard error."""
+    middle, error = mean_and_error(values)
+    return f"{middle:.{digits}f} ± {error:.{digits}f}"
+
+
+def changed(figures: Figures, other: Figures) -> str:
+    """Pictures gained and lost against another guidance."""
+    gained, lost, of = figures.changed(other)
+    return f"+{gained} −{lost} of {of}"

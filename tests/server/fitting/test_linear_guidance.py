@@ -1,0 +1,125 @@
+"""Linear adaptive guidance from the command to the picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from guidance.always import Always
+from guidance.apg import APG
+from guidance.cfg import CFG
+from guidance.cfg_plus_plus import CFGPlusPlus
+from guidance.linear_adaptive import TERMS, LinearAdaptive
+from guidance.linear_fit import LinearFit
+from samplers.ddim import DDIM
+from samplers.dpm_solver_pp import DPMSolverPP
+from samplers.heun import Heun
+from server.engine.task import ImageTask
+from server.errors import InvalidRequest
+from server.fitting.linear_guidance import Runs, fit, store
+from server.requests.resolve import resolve
+from server.requests.schema import GenerateRequest
+from server.settings import Limits
+from tests.server.toy_model import FACTS, SIDE, Toy, run, started
+
+PROMPTS = ["a red circle", "a blue square", "nothing at all"]
+
+
+def quiet(*progress: object) -> None: ...
+
+
+@pytest.mark.parametrize("rule", [CFG(), APG(), CFGPlusPlus()], ids=lambda rule: rule.name)
+@pytest.mark.parametrize("sampler", [DPMSolverPP(), Heun(), DDIM(eta=1.0)], ids=lambda s: s.name)
+def test_the_runs_are_those_that_the_engine_makes(sampler, rule) -> None:
+    """Of the same prompt and seed, the network is shown the same at every stage."""
+    plan = sampler.plan(FACTS.schedule.grid(sampler.default_spacing, 8))
+    fitted, served = Toy(), Toy()
+    made = fit(fitted, plan, rule, LinearAdaptive(), ["a red circle"], Runs(1, seed=5), quiet)
+    assert made.coefficients.shape == (plan.evaluations, TERMS)
+    image = ImageTask(
+        model="toy",
+        prompt="a red circle",
+        negative_prompt="",
+        width=SIDE,
+        height=SIDE,
+        seed=5,
+        plan=plan,
+        rule=rule,
+        policy=Always(),
+    )
+    engine = started(served, 8)
+    try:
+        served.seen.clear()
+        assert run(engine, [image]).results[0].evaluations == 2 * plan.evaluations
+    finally:
+        engine.stop(0)
+    for ours, theirs in zip(fitted.seen, served.seen, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_chunks_make_no_difference() -> None:
+    model = Toy()
+    plan = DPMSolverPP().plan(FACTS.schedule.grid("trailing", 4))
+    once = fit(model, plan, CFG(), LinearAdaptive(), PROMPTS, Runs(6, chunk=2), quiet)
+    again = fit(model, plan, CFG(), LinearAdaptive(), PROMPTS, Runs(6, chunk=5), quiet)
+    assert np.allclose(once.coefficients, again.coefficients, rtol=1e-3, atol=1e-3)
+    assert np.allclose(once.error, again.error, rtol=1e-3)
+    assert once.identity == again.identity
+    assert once.runs == 6
+    assert {len(x) for x in model.seen} == {4, 10, 2}
+
+
+def test_progress_is_told_and_the_file_found_again(tmp_path: Path) -> None:
+    model, heard = Toy(), []
+    guidance = {"name": "cfg", "policy": "linear_adaptive"}
+    request = GenerateRequest.model_validate(
+        {"prompt": "", "steps": 4, "sampler": "ddim", "guidance": guidance}
+    )
+    resolved = resolve(request, model, Limits(), None)
+    file = store(
+        model, tmp_path, resolved, PROMPTS, Runs(5, chunk=2), lambda *told: heard.append(told)
+    )
+    assert file.parent == tmp_path / "weft"
+    assert file.name.startswith("linear-ag-ddim-4-")
+    assert heard == [("runs", 2, 5), ("runs", 4, 5), ("runs", 5, 5)]
+    made = LinearFit.load(file)
+    assert made.identity.model == FACTS.revision
+    assert made.coefficients.shape == (4, TERMS)
+
+
+@pytest.mark.parametrize(
+    ("guidance", "reason"),
+    [
+        ({"name": "cfg", "scale": 1.0, "policy": "linear_adaptive"}, "which has 0 branches"),
+        ({"name": "cfg", "policy": "reuse"}, "only 'linear_adaptive' is fitted"),
+    ],
+)
+def test_what_cannot_be_fitted_is_refused(guidance, reason, tmp_path: Path) -> None:
+    request = GenerateRequest.model_validate({"prompt": "", "steps": 4, "guidance": guidance})
+    resolved = resolve(request, Toy(), Limits(), None)
+    with pytest.raises(InvalidRequest, match=reason):
+        store(Toy(), tmp_path, resolved, PROMPTS, Runs(1), quiet)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_runs_are_no_fit() -> None:
+    plan = DDIM().plan(FACTS.schedule.grid("trailing", 2))
+    with pytest.raises(InvalidRequest, match="runs is 0; at least 1 is needed"):
+        fit(Toy(), plan, CFG(), LinearAdaptive(), PROMPTS, Runs(0), quiet)
+
+
+def test_the_runs_leave_no_gradients() -> None:
+    assert torch.is_grad_enabled()
+    fit(
+        Toy(),
+        DDIM().plan(FACTS.schedule.grid("trailing", 2)),
+        CFG(),
+        LinearAdaptive(),
+        PROMPTS,
+        Runs(1),
+        quiet,
+    )
+    assert torch.is_grad_enabled()

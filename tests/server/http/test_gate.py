@@ -1,0 +1,215 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from fastapi.routing import APIRoute
+from starlette.testclient import TestClient
+from starlette.websockets import WebSocketDisconnect
+
+from server.http.app import create_app
+from server.http.gate import PROBES, PUBLIC
+from server.service.service import Service
+from server.settings import Settings
+
+Unloaded = Callable[..., TestClient]
+
+KEY = "correct horse battery staple"
+
+
+def routes() -> list[tuple[str, str]]:
+    """Every method and path of the application, documentation included."""
+    schema = create_app(Settings()).openapi()["paths"]
+    served = [(method.upper(), path) for path, item in schema.items() for method in item]
+    served = [(method, path.replace("{identifier}", "abc")) for method, path in served]
+    return [*served, ("GET", "/"), ("GET", "/docs"), ("GET", "/openapi.json")]
+
+
+ROUTES = routes()
+
+
+def call(client: TestClient, method: str, path: str, **headers: str) -> Any:
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return client.request(method, path, headers=named, json={} if method == "POST" else None)
+
+
+def test_the_list_of_routes_is_the_application_s() -> None:
+    paths = {
+        route.path
+        for route in create_app(Settings()).routes
+        if isinstance(route, APIRoute) and route.include_in_schema
+    }
+    assert paths <= {path.replace("abc", "{identifier}") for _, path in ROUTES}
+
+
+@pytest.mark.parametrize(("method", "path"), ROUTES)
+@pytest.mark.parametrize(
+    "host",
+    [
+        "evil.example",
+        "127.0.0.1.evil.example",
+        "localhost.evil.example",
+        "127.0.0.1@evil.example",
+        "evil.example#127.0.0.1",
+        "",
+        "127.0.0.1:port",
+        "[::1",
+        "0.0.0.0",  # noqa: S104
+        "127.0.0.2",
+    ],
+)
+def test_a_foreign_host_is_refused(unloaded: Unloaded, method: str, path: str, host: str) -> None:
+    answer = call(unloaded(), method, path, host=host)
+    if path in PROBES:
+        assert answer.status_code != 403
+    else:
+        assert answer.status_code == 403
+        assert answer.json()["error"]["param"] == "host"
+
+
+@pytest.mark.parametrize(("method", "path"), ROUTES)
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "null",
+        "http://evil.example",
+        "https://evil.example:8000",
+        "http://127.0.0.1:9999",
+        "http://127.0.0.1",
+        "http://127.0.0.1:8000.evil.example",
+        "http://localhost.evil.example:8000",
+        "http://user@127.0.0.1:8000",
+        "http://127.0.0.1:8000/",
+        "http://127.0.0.1:99999",
+        "file://",
+        "",
+    ],
+)
+def test_a_foreign_page_is_refused(unloaded: Unloaded, method: str, path: str, origin: str) -> None:
+    answer = call(unloaded(), method, path, origin=origin)
+    if path in PROBES:
+        assert answer.status_code != 403
+    else:
+        assert answer.status_code == 403
+        assert answer.json()["error"]["param"] == "origin"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:8000", "localhost", "LOCALHOST:1", "[::1]:8000"])
+def test_loopback_names_are_allowed(unloaded: Unloaded, host: str) -> None:
+    assert call(unloaded(), "GET", "/v1/catalog", host=host).status_code == 200
+
+
+@pytest.mark.parametrize("origin", ["http://127.0.0.1:8000", "http://localhost:8000"])
+def test_the_server_s_own_page_is_allowed(unloaded: Unloaded, origin: str) -> None:
+    assert call(unloaded(), "GET", "/v1/catalog", origin=origin).status_code == 200
+
+
+def test_two_hosts_are_refused(unloaded: Unloaded) -> None:
+    headers = [("host", "127.0.0.1"), ("host", "evil.example")]
+    assert unloaded().get("/v1/catalog", headers=headers).status_code == 403
+
+
+def test_named_hosts_and_origins_are_allowed(unloaded: Unloaded) -> None:
+    page = "https://app.example"
+    client = unloaded(allowed_hosts="weft.example", allowed_origins=page)
+    answer = call(client, "GET", "/v1/catalog", host="weft.example", origin=page)
+    assert answer.status_code == 200
+    assert answer.headers["access-control-allow-origin"] == page
+    assert call(client, "GET", "/v1/catalog", host="localhost").status_code == 403
+
+
+def test_a_preflight_needs_no_key_and_a_call_does(unloaded: Unloaded) -> None:
+    page = "https://app.example"
+    client = unloaded(api_keys=[KEY], allowed_origins=page)
+    headers = {
+        "origin": page,
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "authorization, content-type",
+    }
+    assert client.options("/v1/generate", headers=headers).status_code == 200
+    assert call(client, "GET", "/v1/catalog", origin=page).status_code == 401
+
+
+@pytest.mark.parametrize(("method", "path"), ROUTES)
+@pytest.mark.parametrize(
+    "authorization",
+    [None, "", "Bearer", "Bearer ", "Bearer wrong", f"Basic {KEY}", KEY, f"Bearer {KEY}x"],
+)
+def test_every_route_needs_a_key_where_there_are_keys(
+    unloaded: Unloaded, method: str, path: str, authorization: str | None
+) -> None:
+    headers = {} if authorization is None else {"authorization": authorization}
+    answer = call(unloaded(api_keys=[KEY, "other"]), method, path, **headers)
+    assert (answer.status_code == 401) == (path not in PUBLIC)
+    if answer.status_code == 401:
+        assert answer.headers["www-authenticate"] == "Bearer"
+        assert answer.json()["error"]["code"] == "invalid_api_key"
+
+
+@pytest.mark.parametrize("key", [KEY, "other"])
+def test_any_of_the_keys_opens(unloaded: Unloaded, key: str) -> None:
+    client = unloaded(api_keys=[KEY, "other"])
+    assert call(client, "GET", "/v1/catalog", authorization=f"Bearer {key}").status_code == 200
+    assert call(client, "GET", "/v1/catalog", authorization=f"bearer {key}").status_code == 200
+
+
+def test_a_body_announced_as_too_large_is_refused_unread(unloaded: Unloaded) -> None:
+    client = unloaded(limits={"body_bytes": 2000})
+    answer = client.post("/v1/generate", json={"prompt": "x" * 2000})
+    assert answer.status_code == 413
+    message = "The body is too large; at most 2000 bytes are allowed."
+    assert answer.json()["error"]["message"] == message
+
+
+def test_a_body_that_grows_too_large_is_refused(unloaded: Unloaded) -> None:
+    client = unloaded(limits={"body_bytes": 2000})
+    chunks = (b'{"prompt": "' if i == 0 else b"x" * 500 for i in range(8))
+    headers = {"content-type": "application/json"}
+    answer = client.post("/v1/generate", content=chunks, headers=headers)
+    assert answer.status_code == 413
+    message = "The body is too large; at most 2000 bytes are allowed."
+    assert answer.json()["error"]["message"] == message
+
+
+@pytest.mark.parametrize("chosen", ["a", "job-7.b_c", "0" * 64])
+def test_a_valid_request_id_is_kept(unloaded: Unloaded, chosen: str) -> None:
+    answer = call(unloaded(), "GET", "/livez", x_request_id=chosen)
+    assert answer.headers["x-request-id"] == chosen
+
+
+@pytest.mark.parametrize("chosen", ["", "a b", "../x", "0" * 65, "-a", 'x"y'])
+def test_an_invalid_request_id_is_replaced(unloaded: Unloaded, chosen: str) -> None:
+    made = call(unloaded(), "GET", "/livez", x_request_id=chosen).headers["x-request-id"]
+    assert made.startswith("gen-")
+
+
+@pytest.mark.parametrize(("method", "path"), [*ROUTES, ("GET", "/none"), ("PUT", "/v1/generate")])
+def test_every_answer_has_a_request_id(unloaded: Unloaded, method: str, path: str) -> None:
+    assert call(unloaded(), method, path).headers["x-request-id"]
+    assert call(unloaded(), method, path, host="evil.example").headers["x-request-id"]
+
+
+@pytest.mark.parametrize("headers", [{"host": "evil.example"}, {"origin": "null"}, {}])
+def test_a_websocket_is_guarded_too(unloaded: Unloaded, headers: dict[str, str]) -> None:
+    client = unloaded(api_keys=[KEY])
+    with (
+        pytest.raises(WebSocketDisconnect) as refused,
+        client.websocket_connect("/v1/catalog", headers=headers),
+    ):
+        pass
+    assert refused.value.code == 1008
+
+
+def test_an_unforeseen_error_tells_nothing_but_its_id(
+    unloaded: Unloaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Service) -> None:
+        raise RuntimeError("a secret prompt")
+
+    monkeypatch.setattr(Service, "models", fail)
+    client = unloaded()
+    quiet = TestClient(client.app, base_url=str(client.base_url), raise_server_exceptions=False)
+    answer = quiet.get("/v1/catalog", headers={"x-request-id": "mine"})
+    assert answer.status_code == 500
+    assert answer.headers["x-request-id"] == "mine"
+    assert answer.json()["error"]["code"] == "internal_error"
+    assert "secret" not in answer.text

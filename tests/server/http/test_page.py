@@ -1,0 +1,280 @@
+"""The page at `/`: its text, and what it does in a browser where this machine has one."""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from websockets.sync.client import ClientConnection, connect
+
+from server.http.app import WEB
+from server.requests.catalog import Catalog, catalog
+from server.requests.schema import GenerateRequest
+
+PATIENCE_S = 60
+PAGE = (WEB / "index.html").read_text("utf-8")
+CHOICES = dict(re.findall(r'^  \["(\w+)", "([\w.]+)", "', PAGE, re.MULTILINE))
+"""Where the page puts what it chose from each list of the catalog."""
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
+
+TOOLS = """
+const form = document.forms[0];
+const until = async (there) => {
+  while (!there()) await new Promise((resolve) => setTimeout(resolve, 10));
+};
+const selects = () => [...document.querySelectorAll("#choices > div > fieldset > select")];
+const titles = TITLES;
+const select = (title) => selects()[titles.indexOf(title)];
+const pick = (title, option) => {
+  select(title).value = option;
+  select(title).dispatchEvent(new Event("change", { bubbles: true }));
+};
+const press = async () => {
+  form.requestSubmit();
+  await until(() => !form.querySelector("button").disabled);
+};
+const texts = (selector) => [...document.querySelectorAll(selector)].map((one) => one.textContent);
+const pictures = () => [...document.querySelectorAll("#answer img")].map((image) => image.src);
+""".replace("TITLES", json.dumps([*CHOICES]))
+
+
+class Tab:
+    """The page in a browser, driven over the browser's debugging protocol."""
+
+    def __init__(self, connection: ClientConnection) -> None:
+        self._connection = connection
+        self._numbers = itertools.count()
+
+    def open(self, url: str) -> None:
+        """Load a page."""
+        self._call("Page.enable")
+        self._call("Page.navigate", url=url)
+        self._told(lambda news: news.get("method") == "Page.loadEventFired")
+
+    def run(self, script: str) -> Any:
+        """What an asynchronous function of this body, which knows `TOOLS`, returns."""
+        body = f"(async () => {{ {TOOLS} {script} }})()"
+        answer = self._call(
+            "Runtime.evaluate", expression=body, awaitPromise=True, returnByValue=True
+        )
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def _call(self, method: str, **params: Any) -> Any:
+        number = next(self._numbers)
+        self._connection.send(json.dumps({"id": number, "method": method, "params": params}))
+        return self._told(lambda news: news.get("id") == number)["result"]
+
+    def _told(self, awaited: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        while not awaited(news := json.loads(self._connection.recv(PATIENCE_S))):
+            pass
+        return news
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of a browser's debugging port."""
+    if BROWSER is None:
+        pytest.skip(f"the page is tried in a browser, and there is none of {', '.join(NAMES)} here")
+    folder = tmp_path_factory.mktemp("browser")
+    # Containers run as root, for whom the browser's own sandbox does not start.
+    options = ["--headless", "--no-sandbox", "--remote-debugging-port=0"]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            [BROWSER, *options, f"--user-data-dir={folder / 'profile'}", "about:blank"],
+            stdout=subprocess.DEVNULL,
+            stderr=log,
+        )
+    try:
+        yield _address(process, folder / "log")
+    finally:
+        process.terminate()
+        process.wait(PATIENCE_S)
+
+
+def _address(process: subprocess.Popen[bytes], log: Path) -> str:
+    until = time.monotonic() + PATIENCE_S
+    while not (found := re.search(r"DevTools listening on ws://([\w.:]+)/", log.read_text())):
+        if process.poll() is not None or time.monotonic() > until:
+            pytest.skip(f"{BROWSER} does not start: {log.read_text()[-500:]}")
+        time.sleep(0.02)
+    return f"http://{found[1]}"
+
+
+@pytest.fixture
+def tab(browser: str, client: httpx2.Client) -> Iterator[Tab]:
+    """The server's page, ready to use."""
+    with httpx2.Client(base_url=browser, trust_env=False) as debugging:
+        opened = debugging.put("/json/new").json()
+        with connect(opened["webSocketDebuggerUrl"], proxy=None, max_size=None) as connection:
+            tab = Tab(connection)
+            tab.open(str(client.base_url))
+            tab.run(f"await until(() => selects().length === {len(CHOICES)}); form.steps.value = 2")
+            yield tab
+        debugging.get(f"/json/close/{opened['id']}")
+
+
+def test_the_page_offers_every_list_of_the_catalog() -> None:
+    assert set(CHOICES) == set(Catalog.model_fields) - {"defaults", "models"}
+
+
+@pytest.mark.parametrize("title", CHOICES)
+def test_the_page_spells_nothing_that_the_catalog_lists(title: str) -> None:
+    names = {entry.name for entry in getattr(catalog(), title)} - set(CHOICES)
+    assert not [name for name in names if f'"{name}"' in PAGE]
+
+
+def test_the_page_as_it_opens_is_a_request_that_leaves_all_out(
+    tab: Tab, generate: Callable[..., httpx2.Response]
+) -> None:
+    shown = tab.run("form.seed.value = 5; await press(); return [form.prompt.value, pictures()]")
+    [picture] = generate(prompt=shown[0]).json()["images"]
+    assert shown[1] == [f"data:image/png;base64,{picture['b64_json']}"]
+
+
+def test_the_page_opens_with_what_the_server_would_choose(tab: Tab, client: httpx2.Client) -> None:
+    answer = client.get("/v1/catalog").json()
+    shown = tab.run("return titles.map((title) => select(title).value)")
+    for (title, path), name in zip(CHOICES.items(), shown, strict=True):
+        chosen = _at(answer["defaults"], path.split("."))
+        names = [entry["name"] for entry in answer[title]]
+        assert name not in names if chosen is None else name == chosen["name"]
+
+
+def test_every_choice_on_the_page_is_a_request(tab: Tab) -> None:
+    sent = tab.run(
+        """
+        const sent = [];
+        window.fetch = async (_, { body }) => { sent.at(-1).push(body); throw new Error("kept"); };
+        for (const title of titles) {
+          const first = select(title).value;
+          for (const { value } of [...select(title).options]) {
+            sent.push([title, value]);
+            pick(title, value);
+            await press();
+          }
+          pick(title, first);
+        }
+        return sent;
+        """
+    )
+    named = set()
+    for title, option, body in sent:
+        GenerateRequest.model_validate_json(body)
+        chosen = _at(json.loads(body), CHOICES[title].split("."))
+        if chosen is not None:
+            assert chosen.get("name", title) == option
+            named.add((title, option))
+    listed = {(title, entry.name) for title in CHOICES for entry in getattr(catalog(), title)}
+    assert named == listed
+
+
+def _at(body: Any, path: list[str]) -> Any:
+    """What a body says at a path; None where it says nothing."""
+    for part in path:
+        if not body or part not in (body if isinstance(body, dict) else ["0"]):
+            return None
+        body = body[part] if isinstance(body, dict) else body[0]
+    return body
+
+
+def test_the_page_follows_the_sampler_to_its_own_guidance_until_another_is_chosen(
+    tab: Tab, client: httpx2.Client
+) -> None:
+    rules = tab.run(
+        """
+        const rules = [];
+        for (const sampler of ["dpm_solver_v3", "ddim", "dpm_solver_v3"]) {
+          pick("samplers", sampler);
+          rules.push(select("rules").value);
+          if (sampler === "ddim") pick("rules", "tcfg");
+        }
+        return rules;
+        """
+    )
+    defaults = client.get("/v1/catalog").json()["defaults"]
+    fitted = defaults["guidance_by_sampler"]["dpm_solver_v3"]
+    assert rules == [fitted["name"], defaults["guidance"]["name"], "tcfg"]
+
+
+def test_the_page_shows_every_image_of_a_group(tab: Tab) -> None:
+    shown = tab.run(
+        """
+        form.n.value = 3; form.seed.value = 5;
+        pick("negtome", "negtome");
+        await press();
+        return { pictures: pictures(), captions: texts("figcaption") };
+        """
+    )
+    assert len(set(shown["pictures"])) == 3
+    assert all(picture.startswith("data:image/png;base64,") for picture in shown["pictures"])
+    assert shown["captions"] == ["seed 5", "seed 6", "seed 7"]
+
+
+def test_the_page_shows_why_a_request_is_refused(tab: Tab) -> None:
+    said = tab.run('pick("particles", "fkc"); await press(); return texts("#said, .error")')
+    assert said == ["n is 1; guidance.particles needs at least 2 images."]
+
+
+def test_the_page_aims_at_what_the_model_s_classifier_knows(
+    tab: Tab, client: httpx2.Client
+) -> None:
+    [model] = client.get("/v1/catalog").json()["models"]
+    shown = tab.run(
+        """
+        pick("classifiers", "elucd");
+        const labels = document.querySelectorAll("fieldset fieldset label");
+        const classes = [...labels].map((label) => {
+          const aim = label.querySelector("select");
+          aim.selectedIndex = aim.options.length - 1;
+          return [label.firstChild.data.trim(), [...aim.options].slice(1).map(({ text }) => text)];
+        });
+        await press();
+        return { classes, text: texts("#curl"), pictures: pictures() };
+        """
+    )
+    assert dict(shown["classes"]) == model["classifier"]
+    target = {attribute: classes[-1] for attribute, classes in model["classifier"].items()}
+    assert _posted(shown["text"][0])[1]["guidance"]["classifier"]["target"] == target
+    assert len(shown["pictures"]) == 1
+
+
+@pytest.mark.parametrize(("n", "kind"), [(1, "image/png"), (2, "application/json")])
+def test_the_command_that_the_page_shows_makes_the_same(
+    tab: Tab, client: httpx2.Client, n: int, kind: str
+) -> None:
+    prompt = 'it\'s a "red" circle,\n100% of $HOME, `sh` and \\!'
+    shown = tab.run(
+        f"form.prompt.value = {json.dumps(prompt)}; form.n.value = {n};"
+        "await press(); return { curl: texts('#curl')[0], pictures: pictures() }"
+    )
+    headers, body = _posted(shown["curl"])
+    assert body["prompt"] == prompt
+    answer = client.post("/v1/generate", json=body, headers=headers)
+    assert answer.headers["content-type"] == kind
+    if n > 1:
+        made = [image["b64_json"] for image in answer.json()["images"]]
+    else:
+        made = [base64.b64encode(answer.content).decode()]
+    assert shown["pictures"] == [f"data:image/png;base64,{picture}" for picture in made]
+
+
+def _posted(command: str) -> tuple[dict[str, str], Any]:
+    """Headers and body of a curl command, as a shell reads it."""
+    words = shlex.split(command)
+    options = list(itertools.pairwise(words))
+    headers = dict(word.split(": ", 1) for option, word in options if option == "-H")
+    return headers, json.loads(next(word for option, word in options if option == "-d"))

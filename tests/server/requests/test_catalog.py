@@ -1,0 +1,143 @@
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import httpx2
+import pytest
+from pydantic import BaseModel
+
+from guidance import (
+    CLASSIFIERS,
+    PERTURBATIONS,
+    POLICIES,
+    RULES,
+    FeynmanKac,
+    NegToMe,
+    SkipTuning,
+)
+from samplers import SAMPLERS, SPACINGS
+from server.requests.catalog import Entry, catalog
+from server.requests.schema import GenerateRequest
+
+LISTS: dict[str, tuple[type[BaseModel], ...]] = {
+    "samplers": SAMPLERS,
+    "spacings": SPACINGS,
+    "rules": RULES,
+    "policies": POLICIES,
+    "perturbations": PERTURBATIONS,
+    "classifiers": CLASSIFIERS,
+    "skip_tuning": (SkipTuning,),
+    "particles": (FeynmanKac,),
+    "negtome": (NegToMe,),
+}
+FIELDS: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "samplers": lambda one: {"sampler": one},
+    "spacings": lambda one: {"spacing": one},
+    "rules": lambda one: {"guidance": one},
+    "policies": lambda one: {"guidance": {"name": "cfg", "policy": one}},
+    "perturbations": lambda one: {"guidance": {"name": "cfg", "perturbed": [one]}},
+    "classifiers": lambda one: {"guidance": {"name": "cfg", "classifier": one}},
+    "skip_tuning": lambda one: {"guidance": {"name": "cfg", "skip_tuning": one}},
+    "particles": lambda one: {"guidance": {"name": "cfg", "particles": one}},
+    "negtome": lambda one: {"guidance": {"name": "cfg", "negtome": one}},
+}
+"""What a request says to choose one of a list."""
+
+ENTRIES = [(title, entry) for title in LISTS for entry in getattr(catalog(), title)]
+every_entry = pytest.mark.parametrize(
+    ("title", "entry"), ENTRIES, ids=[f"{title}-{entry.name}" for title, entry in ENTRIES]
+)
+
+
+@pytest.mark.parametrize("title", LISTS)
+def test_the_catalog_is_the_registry(title: str) -> None:
+    entries = getattr(catalog(), title)
+    defaults = [member().model_dump(mode="json") for member in LISTS[title]]
+    assert [entry.defaults for entry in entries] == defaults
+    assert [entry.name for entry in entries] == [one.get("name", title) for one in defaults]
+
+
+@every_entry
+def test_every_entry_explains_itself(title: str, entry: Entry) -> None:
+    assert entry.summary
+    assert entry.source
+    assert set(entry.parameters["properties"]) == set(entry.defaults)
+    for name, parameter in entry.parameters["properties"].items():
+        assert "default" in parameter
+        assert name == "name" or parameter["description"]
+
+
+@pytest.mark.parametrize("entry", catalog().samplers, ids=lambda entry: entry.name)
+def test_every_sampler_says_its_order_cost_and_spacing(entry: BaseModel) -> None:
+    assert set(entry.properties) >= {  # type: ignore[attr-defined]
+        "convergence_order",
+        "default_spacing",
+        "evaluations_per_step",
+        "stochastic",
+    }
+
+
+@every_entry
+def test_what_the_catalog_gives_is_a_request(title: str, entry: Entry) -> None:
+    def understood(one: Any) -> dict[str, Any]:
+        body = {"prompt": "a red circle"} | FIELDS[title](one)
+        return GenerateRequest.model_validate(body).model_dump(mode="json")
+
+    asked = FIELDS[title](entry.defaults)
+    assert _contains(understood(entry.defaults), asked)
+    if "name" in entry.defaults:
+        assert understood(entry.name) == understood(entry.defaults)
+    else:
+        assert understood({}) == understood(entry.defaults)
+
+
+def _contains(whole: Any, part: Any) -> bool:
+    if isinstance(part, dict):
+        return all(_contains(whole[key], value) for key, value in part.items())
+    if isinstance(part, list):
+        return len(whole) == len(part) and all(map(_contains, whole, part))
+    return whole == part
+
+
+@pytest.mark.parametrize("sampler", [None, "ddim", "dpm_solver_v3"])
+def test_the_catalog_says_what_is_left_out_of_a_request(
+    generate: Callable[..., httpx2.Response], client: httpx2.Client, sampler: str | None
+) -> None:
+    defaults = client.get("/v1/catalog").json()["defaults"]
+    asked = {} if sampler is None else {"sampler": sampler}
+    settings = generate(**asked).json()["settings"]
+    guidance = defaults["guidance_by_sampler"].get(sampler, defaults["guidance"])
+    assert settings["guidance"] == {key: one for key, one in guidance.items() if one is not None}
+    assert settings["n"] == defaults["n"]
+    assert sampler or settings["sampler"] == defaults["sampler"]
+
+
+def test_the_catalog_says_how_many_steps_there_are_by_default(client: httpx2.Client) -> None:
+    steps = client.get("/v1/catalog").json()["defaults"]["steps"]
+    body = {"prompt": "a red circle", "guidance": "none"}
+    assert client.post("/v1/generate", json=body).json()["settings"]["steps"] == steps
+
+
+def test_the_catalog_needs_no_torch() -> None:
+    code = (
+        "import sys; from server.requests.catalog import catalog; catalog(); "
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_the_catalog_names_the_models(client: httpx2.Client) -> None:
+    answer = client.get("/v1/catalog").json()
+    assert set(answer) == {*LISTS, "defaults", "models"}
+    (model,) = answer["models"]
+    assert model["name"] == "embedded"
+    assert model["width"] % model["size_multiple"] == 0
+    assert int(model["revision"], 16)
+
+
+def test_the_catalog_is_there_before_the_models(unloaded: Callable[..., httpx2.Client]) -> None:
+    answer = unloaded().get("/v1/catalog")
+    assert answer.status_code == 200
+    assert answer.json()["models"] == []

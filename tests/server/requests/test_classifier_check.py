@@ -1,0 +1,171 @@
+"""What requests may ask of a model's classifier, and what they are told otherwise."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from embedded import MODEL_FOLDER
+from guidance import EluCD, GradientFree
+from samplers import NoiseSchedule
+from samplers.ddim import DDIM
+from server.errors import InvalidRequest
+from server.models.classifier import LatentClassifier
+from server.models.hosted import HostedModel
+from server.models.loading import load_model
+from server.requests.classifier_check import aim_of, levels_of
+from server.requests.resolve import make_plan, resolve
+from server.requests.schema import GenerateRequest, ResolvedRequest
+from server.settings import Limits
+
+HEADS = {"shape": ("circle", "star"), "colour": ("red", "green", "blue")}
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def hosted() -> HostedModel:
+    return load_model(MODEL_FOLDER, name="embedded", device="cpu", dtype="float32")
+
+
+@pytest.fixture
+def model(hosted: HostedModel) -> Iterator[HostedModel]:
+    """The embedded model with a classifier of fewer attributes than its own."""
+    kept = hosted.classifier
+    channels = hosted.facts.latent_channels
+    hosted.classifier = LatentClassifier(channels, HEADS, hosted.facts.revision)
+    yield hosted
+    hosted.classifier = kept
+
+
+def resolved(model: HostedModel, prompt: str = "a red star", **classifier: Any) -> ResolvedRequest:
+    guidance = {"name": "cfg", "classifier": classifier} if classifier else {"name": "cfg"}
+    request = GenerateRequest.model_validate(
+        {"prompt": prompt, "steps": STEPS, "guidance": guidance, "spacing": "trailing"}
+    )
+    return resolve(request, model, Limits(), None)
+
+
+def plan_of(model: HostedModel, request: ResolvedRequest) -> Any:
+    return make_plan(model.facts.schedule, DDIM(), request.spacing, request.steps, None)
+
+
+@pytest.mark.parametrize(
+    ("classifier", "field", "sentence"),
+    [
+        (
+            {"name": "elucd"},
+            "guidance.classifier.target",
+            "guidance.classifier.target is empty; 'elucd' needs a class of at least one of "
+            "shape, colour.",
+        ),
+        (
+            {"name": "elucd", "target": {"mood": "gay"}},
+            "guidance.classifier.target",
+            "guidance.classifier.target names 'mood'; the classifier of model 'embedded' knows "
+            "shape, colour.",
+        ),
+        (
+            {"name": "gradient_free", "target": {"colour": "mauve"}},
+            "guidance.classifier.target.colour",
+            "guidance.classifier.target.colour is 'mauve'; the classifier of model 'embedded' "
+            "knows red, green, blue.",
+        ),
+        (
+            {"name": "gradient_free", "target": {"shape": "circle"}},
+            "guidance.classifier.target",
+            "guidance.classifier.target.shape is 'circle', which the prompt does not say; "
+            "gradient_free replaces that word, so only words of the prompt are allowed.",
+        ),
+        (
+            {"name": "minority"},
+            "guidance.classifier.target",
+            "guidance.classifier.target names 'minority'; the classifier of model 'embedded' "
+            "knows shape, colour.",
+        ),
+    ],
+)
+def test_what_the_classifier_cannot_see_is_refused(
+    model: HostedModel, classifier: dict[str, Any], field: str, sentence: str
+) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        resolved(model, **classifier)
+    assert (refusal.value.field, str(refusal.value)) == (field, sentence)
+
+
+def test_a_model_without_a_classifier_says_so(model: HostedModel) -> None:
+    model.classifier, kept = None, model.classifier_lacks
+    model.classifier_lacks = "its folder has no weft/classifier.safetensors"
+    with pytest.raises(InvalidRequest) as refusal:
+        resolved(model, name="elucd", target={"shape": "star"})
+    model.classifier_lacks = kept
+    assert str(refusal.value) == (
+        "guidance.classifier is 'elucd', and model 'embedded' has no classifier: its folder has "
+        "no weft/classifier.safetensors; leave guidance.classifier out."
+    )
+
+
+def test_a_window_that_holds_no_step_is_refused(model: HostedModel) -> None:
+    request = resolved(model, name="elucd", target={"shape": "star"}, start=0.1, stop=0.2)
+    with pytest.raises(InvalidRequest, match="the window of 'elucd' holds none of the 4 steps"):
+        aim_of(request, model, plan_of(model, request))
+
+
+def test_nothing_asked_is_no_aim(model: HostedModel) -> None:
+    request = resolved(model)
+    assert aim_of(request, model, plan_of(model, request)) is None
+
+
+def test_an_aim_has_the_numbers_of_the_classes_and_acts_in_its_window(model: HostedModel) -> None:
+    request = resolved(model, name="elucd", target={"colour": "blue"}, stop=0.5)
+    plan = plan_of(model, request)
+    aim = aim_of(request, model, plan)
+    assert aim is not None
+    assert aim.guidance == EluCD(target={"colour": "blue"}, stop=0.5)
+    assert aim.targets == (-1, 2)
+    assert not aim.alternatives
+    expected = aim.guidance.strengths(levels_of(plan, model.facts.schedule))
+    assert np.array_equal(aim.strengths, expected * [1, 1, 0, 0])
+
+
+def test_an_aim_comes_with_the_prompts_it_chooses_among(model: HostedModel) -> None:
+    request = resolved(model, name="gradient_free", target={"shape": "star", "colour": "red"})
+    aim = aim_of(request, model, plan_of(model, request))
+    assert aim is not None
+    assert isinstance(aim.guidance, GradientFree)
+    assert aim.targets == (1, 0)
+    assert aim.alternatives == ("a red circle", "a green star", "a blue star")
+
+
+def test_alternatives_too_long_for_the_model_are_refused(model: HostedModel) -> None:
+    longest = model.facts.max_tokens
+    long_name = " ".join(["blue"] * longest)
+    model.classifier = LatentClassifier(
+        model.facts.latent_channels, {"colour": ("red", long_name)}, "x"
+    )
+    with pytest.raises(InvalidRequest, match=r"guidance\.classifier has \d+ tokens"):
+        resolved(model, name="gradient_free", target={"colour": "red"})
+
+
+def test_levels_of_a_trained_schedule_are_its_betas(hosted: HostedModel) -> None:
+    schedule = hosted.facts.schedule
+    plan = make_plan(schedule, DDIM(), resolved(hosted).spacing, 100, None)
+    found = levels_of(plan, schedule)
+    betas = np.linspace(1e-4, 0.02, 1000)
+    # beta of step k is spent between the times k - 1 and k.
+    expected = np.interp(plan.t[:-1] + 0.5, np.arange(1000), betas / betas.max())
+    assert np.allclose(found.variance, expected, rtol=0.01)
+    assert np.allclose(found.time, plan.t[:-1] / 999)
+    assert np.array_equal(found.sigma, plan.sigma[:-1])
+
+
+@pytest.mark.parametrize(
+    "schedule", [NoiseSchedule.vp_linear(), NoiseSchedule.flow(), NoiseSchedule.edm()], ids=str
+)
+def test_levels_are_finite_on_every_kind_of_schedule(schedule: NoiseSchedule) -> None:
+    found = levels_of(DDIM().plan(schedule.grid("trailing", 20)), schedule)
+    assert np.isfinite(found.variance).all()
+    assert (found.variance > 0).all()
+    assert (found.variance <= 1).all()
+    assert np.isfinite(EluCD(target={"a": "b"}).strengths(found)).all()
+    assert (np.diff(found.time) < 0).all()

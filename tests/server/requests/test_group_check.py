@@ -1,0 +1,228 @@
+"""Which requests make their images one group, and what the others are told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from guidance import FeynmanKac, NegToMe
+from server.engine.task import Group
+from server.errors import InvalidRequest
+from server.requests.group_check import group_of
+from server.requests.resolve import make_plan, resolve
+from server.requests.schema import GenerateRequest, ResolvedRequest
+from server.requests.tasks import tasks_of
+from server.settings import Limits
+from tests.server.toy_model import FACTS, Toy
+
+SDE = {"name": "ddim", "eta": 1.0}
+
+
+def resolved(
+    guidance: dict[str, Any], *, n: int = 3, has_picture: bool = False, **fields: Any
+) -> ResolvedRequest:
+    """As `resolve` leaves it; a `reference` may be any text, which is decoded elsewhere."""
+    request = GenerateRequest.model_validate(
+        {
+            "prompt": "x",
+            "steps": 6,
+            "n": n,
+            "sampler": SDE,
+            "guidance": {"name": "cfg", **guidance},
+            **fields,
+        }
+    )
+    return resolve(request, Toy(), Limits(), (32, 32) if has_picture else None)
+
+
+def grouped(request: ResolvedRequest) -> Group | None:
+    layout = request.sampler, request.spacing, request.steps, request.strength
+    return group_of(request, make_plan(FACTS.schedule, *layout))
+
+
+def test_particles_by_name_and_images_apart_by_defaults_make_a_group() -> None:
+    particles = grouped(resolved({"particles": "fkc", "skip_tuning": {}}))
+    assert particles is not None
+    assert particles.particles == FeynmanKac()
+    assert particles.apart is None
+    apart = grouped(resolved({"negtome": {"strength": 0.5}, "perturbed": ["pag"]}, sampler="heun"))
+    assert apart is not None
+    assert apart.apart == NegToMe(away_from="first", strength=0.5)
+    assert apart.particles is None
+
+
+def test_other_images_are_by_themselves() -> None:
+    assert grouped(resolved({})) is None
+
+
+def test_what_was_asked_comes_back_in_the_settings() -> None:
+    settings = resolved({"particles": {"name": "fkc", "bound": 1e6}}).settings()
+    again = GenerateRequest.model_validate(settings)
+    assert again.guidance is not None
+    assert again.guidance.particles == FeynmanKac(bound=1e6)
+    assert again.n == 3
+
+
+@pytest.mark.parametrize(
+    ("guidance", "fields", "field", "sentence"),
+    [
+        (
+            {"particles": "fkc"},
+            {"n": 1},
+            "n",
+            "n is 1; guidance.particles needs at least 2 images.",
+        ),
+        (
+            {"negtome": {}},
+            {"n": 1},
+            "n",
+            "n is 1; guidance.negtome needs at least 2 images, or a picture in `reference`.",
+        ),
+        (
+            {},
+            {"reference": "sent"},
+            "reference",
+            "reference needs guidance.negtome; ask for that or leave reference out.",
+        ),
+        (
+            {"negtome": {"away_from": "first"}},
+            {"reference": "sent"},
+            "reference",
+            "reference is of no use where guidance.negtome.away_from is 'first'; leave one out.",
+        ),
+        (
+            {"negtome": {"away_from": "reference"}},
+            {},
+            "guidance.negtome.away_from",
+            "guidance.negtome.away_from is 'reference'; it needs a picture, so send `reference`.",
+        ),
+        (
+            {"particles": "fkc", "negtome": {}},
+            {"reference": "sent"},
+            "guidance.particles",
+            "guidance.particles is 'fkc'; its weights are those of 'cfg' alone, so leave "
+            "guidance.negtome out.",
+        ),
+        (
+            {"negtome": {"layers": ["none"]}},
+            {"reference": "sent", "n": 1},
+            "guidance.negtome",
+            "guidance.negtome: model 'toy' has no layer 'none'; it has middle.",
+        ),
+        (
+            {"particles": "fkc", "name": "apg"},
+            {},
+            "guidance.particles",
+            "guidance.particles is 'fkc'; it corrects the rule 'cfg', and cannot 'apg'.",
+        ),
+        (
+            {"particles": "fkc", "scale": 1},
+            {},
+            "guidance.particles",
+            "guidance.particles is 'fkc'; at a scale of 1 there is no guidance to correct; take "
+            "another, or leave it out.",
+        ),
+        (
+            {"particles": "fkc", "policy": "reuse"},
+            {},
+            "guidance.particles",
+            "guidance.particles is 'fkc'; it weighs every step, so the policy must be 'always', "
+            "not 'reuse'.",
+        ),
+        (
+            {"particles": "fkc", "perturbed": ["pag"]},
+            {},
+            "guidance.particles",
+            "guidance.particles is 'fkc'; its weights are those of 'cfg' alone, so leave "
+            "guidance.perturbed out.",
+        ),
+        (
+            {"particles": "fkc", "negtome": {}},
+            {},
+            "guidance.particles",
+            "guidance.particles is 'fkc'; its weights are those of 'cfg' alone, so leave "
+            "guidance.negtome out.",
+        ),
+        (
+            {"particles": "fkc"},
+            {"has_picture": True},
+            "guidance.particles",
+            "guidance.particles is 'fkc'; its weights are those of a run from nothing, so leave "
+            "`image` out.",
+        ),
+        (
+            {"negtome": {}, "policy": "adaptive"},
+            {},
+            "guidance.negtome",
+            "guidance.negtome: the policy 'adaptive' ends guidance for each image by itself, and "
+            "then their predictions have no counterparts; take another policy, or send a picture "
+            "in `reference`.",
+        ),
+        (
+            {"negtome": {"layers": ["none"]}},
+            {},
+            "guidance.negtome",
+            "guidance.negtome: model 'toy' has no layer 'none'; it has middle.",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_refused(
+    guidance: dict[str, Any], fields: dict[str, Any], field: str, sentence: str
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        resolved(guidance, **fields)
+    assert caught.value.field == field
+    assert caught.value.message == sentence
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("policy", ["always", "adaptive"])
+def test_images_that_avoid_a_picture_are_no_group(n: int, policy: str) -> None:
+    asked = resolved({"negtome": {"stop": 0.6}, "policy": policy}, n=n, reference="sent")
+    plan = make_plan(FACTS.schedule, asked.sampler, asked.spacing, asked.steps, asked.strength)
+    tasks = tasks_of(asked, Toy(), plan, reference=torch.zeros(3, 32, 32))
+    assert [one.group for one in tasks] == [None] * n
+    assert {one.avoided.negtome for one in tasks if one.avoided} == {
+        NegToMe(away_from="reference", stop=0.6)
+    }
+    assert len({id(one.avoided) for one in tasks}) == 1
+
+
+def test_settings_of_images_that_avoid_a_picture_are_refused_without_it() -> None:
+    settings = resolved({"negtome": {}}, n=2, reference="sent").settings()
+    assert "reference" not in settings
+    again = GenerateRequest.model_validate(settings)
+    with pytest.raises(InvalidRequest, match="it needs a picture, so send `reference`") as caught:
+        resolve(again, Toy(), Limits(), None)
+    assert caught.value.field == "guidance.negtome.away_from"
+
+
+@pytest.mark.parametrize("sampler", ["dpm_solver_pp", {"name": "ddim", "eta": 0.5}, "lcm"])
+def test_particles_need_the_noise_of_the_reverse_diffusion(sampler: Any) -> None:
+    with pytest.raises(InvalidRequest, match="allowed are: 'ddim' with eta 1") as caught:
+        grouped(resolved({"particles": "fkc"}, sampler=sampler))
+    assert caught.value.field == "sampler"
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        SDE,
+        "euler_ancestral",
+        {"name": "dpm_solver_pp", "variant": "sde"},
+        {"name": "sa_solver", "tau": 1.0},
+    ],
+)
+def test_the_samplers_that_the_refusal_names_are_taken(sampler: Any) -> None:
+    assert grouped(resolved({"particles": "fkc"}, sampler=sampler)) is not None
+
+
+@pytest.mark.parametrize("fields", [{}, {"reference": "sent"}], ids=["first", "reference"])
+def test_a_window_without_a_step_is_refused(fields: dict[str, Any]) -> None:
+    asked = resolved({"negtome": {"start": 0.05, "stop": 0.1}}, **fields)
+    plan = make_plan(FACTS.schedule, asked.sampler, asked.spacing, asked.steps, None)
+    sent = torch.zeros(3, 32, 32) if fields else None
+    with pytest.raises(InvalidRequest, match="its window holds none of the 6 steps"):
+        tasks_of(asked, Toy(), plan, reference=sent)

@@ -1,0 +1,201 @@
+"""What of guidance is refused, and in which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from guidance import POLICIES, Policy
+from guidance.linear_adaptive import TERMS
+from guidance.linear_fit import LinearFit
+from server.errors import InvalidRequest
+from server.models.linear_fits import LinearFits, fit_file, identity_of
+from server.requests.choice import name_of
+from server.requests.guidance_check import check_windows, coefficients_for
+from server.requests.resolve import make_plan, resolve
+from server.requests.schema import GenerateRequest, ResolvedRequest, split
+from server.settings import Limits
+from tests.server.toy_model import Toy
+
+
+def resolved(model: Toy, *, has_picture: bool = False, **fields: Any) -> ResolvedRequest:
+    request = GenerateRequest.model_validate({"prompt": "x", "steps": 6, **fields})
+    return resolve(request, model, Limits(), (32, 32) if has_picture else None)
+
+
+def refusal(model: Toy, **guidance: Any) -> tuple[str | None, str]:
+    with pytest.raises(InvalidRequest) as caught:
+        resolved(model, guidance={"name": "cfg", **guidance})
+    return caught.value.field, caught.value.message
+
+
+def test_what_goes_together_passes() -> None:
+    model = Toy()
+    for guidance in (
+        {"name": "cfg", "policy": "reuse"},
+        {"name": "cfg", "policy": "embedded"},
+        {"name": "apg", "policy": {"name": "residual", "mode": "onetime"}},
+        {"name": "perp_neg", "policy": "adaptive"},
+        {"name": "none", "perturbed": ["pag", "autoguidance"], "skip_tuning": {}},
+    ):
+        assert resolved(model, guidance=guidance).guidance.name == guidance["name"]
+    assert resolved(model, has_picture=True, guidance={"name": "cfg", "policy": "residual"})
+
+
+@pytest.mark.parametrize("policy", [p for p in POLICIES if name_of(p) != "always"])
+def test_no_policy_but_always_goes_without_a_branch(policy: type[Policy]) -> None:
+    name = name_of(policy)
+    assert refusal(Toy(), name="none", policy=name) == (
+        "guidance.policy",
+        f"guidance.policy is {name!r}; the rule 'none' has no second branch, so only 'always' is "
+        "allowed.",
+    )
+
+
+@pytest.mark.parametrize(
+    "policy", ["reuse", "linear_adaptive", {"name": "residual", "mode": "onetime"}]
+)
+def test_a_policy_that_estimates_serves_one_branch(policy: Any) -> None:
+    field, message = refusal(Toy(), name="perp_neg", policy=policy)
+    assert field == "guidance.policy"
+    assert message.endswith(
+        "it estimates one branch and the rule 'perp_neg' has 2; "
+        "allowed are: always, interval, adaptive."
+    )
+
+
+def test_residual_guidance_of_itself_needs_a_picture() -> None:
+    assert refusal(Toy(), policy="residual") == (
+        "guidance.policy",
+        "guidance.policy is 'residual'; at these parameters it needs a picture to start from; "
+        "send `image`.",
+    )
+
+
+def test_guidance_inside_the_network_needs_a_network_that_is_told() -> None:
+    assert refusal(Toy(embeds_scale=False), policy="embedded") == (
+        "guidance.policy",
+        "guidance.policy is 'embedded'; model 'toy' is not told a guidance scale (its U-Net has no "
+        "`time_cond_proj_dim`), so it must be guided from outside.",
+    )
+    assert refusal(Toy(), name="apg", policy="embedded") == (
+        "guidance.policy",
+        "guidance.policy is 'embedded'; the network guides by 'cfg' itself, and cannot by 'apg'.",
+    )
+
+
+def test_a_change_that_the_model_cannot_make_is_refused_by_its_place() -> None:
+    layers = {"name": "slg", "layers": ["none"]}
+    assert refusal(Toy(), perturbed=["pag", layers]) == (
+        "guidance.perturbed.1",
+        "guidance.perturbed.1: model 'toy' has no layer 'none'; it has middle.",
+    )
+
+    class Plain(Toy):
+        def refuses(self, edit: Any) -> str:
+            return "has no skip connections to scale"
+
+    assert refusal(Plain(), skip_tuning={}) == (
+        "guidance.skip_tuning",
+        "guidance.skip_tuning: model 'toy' has no skip connections to scale.",
+    )
+
+
+def test_prompts_of_a_rule_are_counted_too() -> None:
+    prompts = [{"prompt": "word " * 30}]
+    assert refusal(Toy(), name="composed", prompts=prompts) == (
+        "guidance",
+        "guidance has 30 tokens; model 'toy' takes at most 20.",
+    )
+
+
+def test_a_window_that_holds_no_step_is_refused() -> None:
+    model = Toy()
+    request = resolved(model, steps=4, guidance={"name": "cfg", "perturbed": ["pag", "slg"]})
+    plan = make_plan(model.facts.schedule, request.sampler, request.spacing, 4, None)
+    with pytest.raises(InvalidRequest) as caught:
+        check_windows(request.guidance, plan)
+    assert caught.value.field == "guidance.perturbed.1"
+    assert caught.value.message == (
+        "guidance.perturbed.1: the window of 'slg' holds none of the 4 steps; take more steps, or "
+        "widen low, high, start or stop."
+    )
+    longer = make_plan(model.facts.schedule, request.sampler, request.spacing, 10, None)
+    check_windows(request.guidance, longer)
+
+
+def asked(model: Toy, **fields: Any) -> np.ndarray | None:
+    request = resolved(model, has_picture="strength" in fields, **fields)
+    layout = request.sampler, request.spacing, request.steps, request.strength
+    return coefficients_for(request, model, make_plan(model.facts.schedule, *layout))
+
+
+LINEAR: dict[str, Any] = {"guidance": {"name": "cfg", "scale": 4.0, "policy": "linear_adaptive"}}
+
+
+def test_coefficients_are_those_of_the_run_and_of_no_other(tmp_path: Path) -> None:
+    model = Toy()
+    model.linear_fits = LinearFits(tmp_path)
+    request = resolved(model, **LINEAR)
+    plan = make_plan(model.facts.schedule, request.sampler, request.spacing, 6, None)
+    identity = identity_of(model.facts.revision, plan, split(request.guidance)[0], every=2)
+    with pytest.raises(InvalidRequest) as caught:
+        asked(model, **LINEAR)
+    assert caught.value.field == "guidance.policy"
+    assert caught.value.message == (
+        "guidance.policy is 'linear_adaptive', and it is not fitted to this sampler, spacing, "
+        "steps and guidance of model 'toy'; fit it with `weft linear-ag --model PATH --steps 6 "
+        "--every 2 --sampler dpm_solver_pp --spacing trailing --guidance cfg`, or choose another "
+        "policy."
+    )
+
+    # A file that comes while the server runs is found.
+    made = LinearFit(np.arange(6.0 * TERMS).reshape(6, TERMS), identity, 8, np.ones(6))
+    (tmp_path / "weft").mkdir()
+    (tmp_path / "weft" / "linear-ag-broken.safetensors").write_bytes(b"no")
+    made.save(fit_file(tmp_path, "dpm_solver_pp", 6, identity))
+    found = asked(model, **LINEAR)
+    assert found is not None
+    assert np.array_equal(found, made.coefficients)
+
+    others = (
+        {"steps": 7},
+        {"sampler": "ddim"},
+        {"spacing": "karras"},
+        {"guidance": {**LINEAR["guidance"], "scale": 5.0}},
+        {"guidance": {**LINEAR["guidance"], "policy": {"name": "linear_adaptive", "every": 3}}},
+    )
+    for other in others:
+        with pytest.raises(InvalidRequest, match="is not fitted to this sampler"):
+            asked(model, **{**LINEAR, **other})
+    retrained = Toy(revision="fedcba9876543210")
+    retrained.linear_fits = LinearFits(tmp_path)
+    with pytest.raises(InvalidRequest, match="is not fitted to this sampler"):
+        asked(retrained, **LINEAR)
+
+
+def test_the_command_names_what_differs_from_the_defaults() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        asked(
+            Toy(),
+            sampler={"name": "dpm_solver_pp", "order": 3},
+            guidance={**LINEAR["guidance"], "scale": 7.5},
+        )
+    assert (
+        """--sampler '{"name": "dpm_solver_pp", "order": 3}' --spacing trailing """
+        """--guidance '{"name": "cfg", "scale": 7.5}'`"""
+    ) in caught.value.message
+
+
+def test_a_run_from_a_picture_part_way_is_told_to_start_whole() -> None:
+    with pytest.raises(InvalidRequest, match="leave `image` out or use `strength` 1, or choose"):
+        asked(Toy(), strength=0.5, **LINEAR)
+
+
+def test_policies_that_need_nothing_are_given_nothing() -> None:
+    assert asked(Toy(), guidance={"name": "cfg", "policy": "reuse"}) is None
+    alone = {"name": "cfg", "scale": 1.0, "policy": "linear_adaptive"}
+    assert asked(Toy(), guidance=alone) is None

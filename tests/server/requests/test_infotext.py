@@ -1,0 +1,86 @@
+from typing import Any
+
+import pytest
+
+from server.requests.infotext import infotext
+from server.requests.schema import ResolvedRequest
+
+
+def text_of(statistics: str | None = None, **fields: Any) -> str:
+    settings = {
+        "prompt": "a red circle",
+        "negative_prompt": "",
+        "model": "embedded",
+        "width": 128,
+        "height": 64,
+        "steps": 20,
+        "seed": 42,
+        "n": 1,
+        "sampler": "ddim",
+        "spacing": "trailing",
+        "guidance": "none",
+        "strength": None,
+        "output_format": "png",
+        "stream": False,
+    }
+    resolved = ResolvedRequest.model_validate(settings | fields)
+    return infotext(
+        resolved, model_revision="0123456789abcdef", version="weft 1", statistics=statistics
+    )
+
+
+def test_the_lines_are_prompt_negative_and_settings() -> None:
+    assert text_of(negative_prompt="a square").split("\n") == [
+        "a red circle",
+        "Negative prompt: a square",
+        "Steps: 20, Sampler: DDIM, Schedule type: Simple, CFG scale: 1, Seed: 42, Size: 128x64, "
+        "Model hash: 0123456789, Model: embedded, Guidance: none, Guidance policy: always, "
+        "Version: weft 1",
+    ]
+
+
+def test_an_empty_negative_prompt_has_no_line() -> None:
+    assert len(text_of().split("\n")) == 2
+
+
+def test_a_share_of_the_steps_is_called_denoising_strength() -> None:
+    assert "Denoising strength: 0.75, " in text_of(strength=0.75)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "label"),
+    [
+        ("euler_ancestral", "Euler a"),
+        ("dpm_solver_pp", "DPM++ 2M"),
+        ({"name": "dpm_solver_pp", "variant": "sde"}, "DPM++ 2M SDE"),
+        ({"name": "dpm_solver_pp", "order": 3, "variant": "sde"}, "DPM++ 3M SDE"),
+        ("unipc", "UniPC"),
+        ({"name": "dpm_solver_pp", "order": 3}, "dpm_solver_pp"),
+    ],
+    ids=str,
+)
+def test_samplers_have_the_names_that_users_know(sampler: Any, label: str) -> None:
+    assert f"Sampler: {label}, " in text_of(sampler=sampler)
+
+
+@pytest.mark.parametrize(
+    ("spacing", "label"),
+    [
+        ("karras", "Karras"),
+        ("sgm_uniform", "SGM Uniform"),
+        ({"name": "beta", "over": "sigma"}, "Beta"),
+        ("logsnr", "logsnr"),
+    ],
+    ids=str,
+)
+def test_spacings_have_the_names_of_schedule_types(spacing: Any, label: str) -> None:
+    assert f"Schedule type: {label}, " in text_of(spacing=spacing)
+
+
+def test_what_a_sampler_was_fitted_to_is_said_where_it_was() -> None:
+    assert "statistics" not in text_of()
+    assert ", Sampler statistics: cfg 4, Version: weft 1" in text_of(statistics="cfg 4")
+
+
+def test_a_value_with_a_comma_is_quoted() -> None:
+    assert 'Model: "a, b: c"' in text_of(model="a, b: c")
