@@ -23,6 +23,9 @@ from guidance.skip_tuning import SkipTuning
 from guidance.registry import CLASSIFIERS, PERTURBATIONS, POLICIES, RULES
 
 # isort: split
+from guidance.parts import PARTS, Part
+
+# isort: split
 from guidance.adaptive import Adaptive
 from guidance.always import Always
 from guidance.apg import APG
@@ -53,6 +56,7 @@ __all__ = [
     "EMPTY",
     "NEGATIVE",
     "PAG",
+    "PARTS",
     "PERTURBATIONS",
     "POLICIES",
     "RULES",
@@ -82,6 +86,7 @@ __all__ = [
     "MagnitudeAware",
     "Minority",
     "NegToMe",
+    "Part",
     "PerpNeg",
     "Perturbation",
     "Policy",

@@ -1,0 +1,131 @@
+"""What the guidance of an image consists of beside its rule: one description of each part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from guidance.always import Always
+from guidance.feynman_kac import FeynmanKac
+from guidance.negtome import NegToMe
+from guidance.registry import CLASSIFIERS, PERTURBATIONS, POLICIES
+from guidance.skip_tuning import SkipTuning
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pydantic import BaseModel
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One field of a `guidance` object beside the fields of its rule.
+
+    The schema of requests, the catalog, the checks, the sentences of errors and the text written
+    into pictures are all drawn from these descriptions, so a new part is one more of them.
+
+    Attributes:
+        field: its name in a request.
+        kinds: classes whose objects it takes, at least one.
+        description: one sentence for the user.
+        label: what it is called in the text that is written into a picture.
+        plural: what the catalog calls the list of its classes.
+        default: its value in a request that leaves it out; None means that nothing acts. A part
+            that takes several has an empty list instead.
+        most: number of objects that it takes; above 1 it is a list.
+    """
+
+    field: str
+    kinds: tuple[type[BaseModel], ...]
+    description: str
+    label: str
+    plural: str
+    default: BaseModel | None = None
+    most: int = 1
+
+    @property
+    def many(self) -> bool:
+        """Whether it is a list."""
+        return self.most > 1
+
+    @property
+    def named(self) -> bool:
+        """Whether its objects say which class they are of by ``name``.
+
+        If so, a bare name stands for an object of defaults. If not, there is one class only.
+        """
+        return all("name" in kind.model_fields for kind in self.kinds)
+
+    @property
+    def by_name(self) -> dict[str, type[BaseModel]]:
+        """Its classes by the name that a request gives; empty unless they are ``named``."""
+        if not self.named:
+            return {}
+        return {kind.model_fields["name"].default: kind for kind in self.kinds}
+
+
+PARTS: tuple[Part, ...] = (
+    Part(
+        field="policy",
+        kinds=POLICIES,
+        description="At which steps the second prediction is evaluated, and what stands for it at "
+        "the others.",
+        label="policy",
+        plural="policies",
+        default=Always(),
+    ),
+    Part(
+        field="perturbed",
+        kinds=PERTURBATIONS,
+        description="Terms that lead away from the predictions of a network that was disturbed.",
+        label="perturbed",
+        plural="perturbations",
+        most=3,
+    ),
+    Part(
+        field="classifier",
+        kinds=CLASSIFIERS,
+        description="A term computed from what the model's classifier sees.",
+        label="classifier",
+        plural="classifiers",
+    ),
+    Part(
+        field="skip_tuning",
+        kinds=(SkipTuning,),
+        description="Factors on a U-Net's skip connections.",
+        label="skip-tuning",
+        plural="skip_tuning",
+    ),
+    Part(
+        field="particles",
+        kinds=(FeynmanKac,),
+        description="Treats the images of the request as particles, which are weighed and "
+        "resampled at every step.",
+        label="particles",
+        plural="particles",
+    ),
+    Part(
+        field="negtome",
+        kinds=(NegToMe,),
+        description="Drives the images away from the first one, or from a reference picture.",
+        label="NegToMe",
+        plural="negtome",
+    ),
+)
+
+
+def chosen(guidance: object) -> Iterator[tuple[str, Any]]:
+    """Everything that a guidance object holds beside its rule, with where it stands.
+
+    Args:
+        guidance: has one attribute for each part.
+
+    Yields:
+        The path within the guidance object (``policy``, ``perturbed.0``) and the object there.
+    """
+    for part in PARTS:
+        held = getattr(guidance, part.field)
+        if part.many:
+            yield from ((f"{part.field}.{k}", one) for k, one in enumerate(held))
+        elif held is not None:
+            yield part.field, held
