@@ -22,13 +22,20 @@ if TYPE_CHECKING:
 KERNEL = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)
 """Burt and Adelson's filter, along each axis."""
 
+REACH = 8
+"""Cells beyond a border: what lies farther out does not change the level inside it."""
+
 
 class FrequencyDecoupled(Rule, frozen=True):
     """Frequency-decoupled guidance (Sadat et al., arXiv 2506.19713).
 
     CFG in a Laplacian pyramid of two levels, each with its own scale. The pyramid is linear, so
-    all of it acts on the difference of the predictions, and any space gives the same. Latents of
-    any size; at even ones the levels are kornia's, which the authors and diffusers use.
+    all of it acts on the difference of the predictions, and any space gives the same. The levels
+    are those of kornia's ``build_laplacian_pyramid``, which the authors and diffusers use.
+
+    Departure from the source: kornia pads sides that it cannot halve, and diffusers goes on with
+    the padded picture, which has another size than the latent. Here the padding is cut off again,
+    so that latents of any size work.
     """
 
     summary: ClassVar[str] = "One scale for detail and one for layout: crisp at low contrast."
@@ -59,7 +66,7 @@ class FrequencyDecoupled(Rule, frozen=True):
 def low_frequencies(picture: Tensor) -> Tensor:
     """What a Laplacian pyramid's first level leaves to the others, at full size.
 
-    Blurred, halved, doubled, blurred; odd sides are halved upwards.
+    Blurred, halved, doubled, blurred.
 
     Args:
         picture: ``[rows, C, h, w]``.
@@ -67,12 +74,32 @@ def low_frequencies(picture: Tensor) -> Tensor:
     Returns:
         The same shape.
     """
-    from torch.nn.functional import interpolate
+    from torch.nn.functional import interpolate, pad
 
     height, width = picture.shape[-2:]
-    half = ((height + 1) // 2, (width + 1) // 2)
+    below, right = _padding(height, width)
+    picture = pad(picture, (0, right, 0, below), mode="reflect")
+    whole = picture.shape[-2:]
+    half = [(side + 1) // 2 for side in whole]
     reduced = interpolate(_blurred(picture), size=half, mode="bilinear")
-    return _blurred(interpolate(reduced, size=(height, width), mode="bilinear"))
+    low = _blurred(interpolate(reduced, size=list(whole), mode="bilinear"))
+    return low[..., :height, :width]
+
+
+def _padding(height: int, width: int) -> tuple[int, int]:
+    """Rows and columns by which a picture is continued, mirrored, below and to the right.
+
+    kornia continues both sides to powers of two if neither is one, or if either is odd.
+    """
+    powers = [1 << (side - 1).bit_length() for side in (height, width)]
+    if (powers[0] == height or powers[1] == width) and height % 2 == width % 2 == 0:
+        return 0, 0
+    # As far as it matters, and to an even side.
+    below, right = (
+        min(power - side, REACH + side % 2)
+        for power, side in zip(powers, (height, width), strict=True)
+    )
+    return below, right
 
 
 def _blurred(picture: Tensor) -> Tensor:
