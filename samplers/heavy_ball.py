@@ -119,7 +119,7 @@ class MomentumSampler(Sampler, frozen=True):
 
     @override
     def plan(self, grid: Grid) -> Plan:
-        line = Line.of_flow(grid)
+        line = Line.of_schedule(grid)
         columns = Columns("x", *self._slots)
         tables: list[F64] = []
         known = 0

@@ -8,7 +8,7 @@ import numpy as np
 from typing_extensions import override
 
 from samplers.first_order import first_order
-from samplers.noise_schedule import FlowMatching
+from samplers.linear_multistep import Line
 from samplers.plan import Columns, Plan
 from samplers.sampler import Sampler
 
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 class Heun(Sampler, frozen=True):
     """Heun's method: an Euler step, then the mean of the slopes at both ends.
 
-    Second order, two evaluations a step (one in the last step to the clean picture). Works in
-    ``x / alpha`` over ``sigma / alpha``, and on flow-matching models in ``x`` over ``sigma``.
+    Second order, two evaluations a step (one in the last step to the clean picture). Works along
+    the schedule's own line: ``x / alpha`` over ``sigma / alpha``, or ``x`` over ``sigma`` on
+    flow-matching models.
     """
 
     summary: ClassVar[str] = "Second order, two evaluations a step; steady at low noise."
@@ -45,20 +46,17 @@ class Heun(Sampler, frozen=True):
         tables: list[F64] = []
         points: list[int] = []
         step: list[int] = []
-        scale = np.ones_like(grid.alpha) if _is_flow(grid) else grid.alpha
+        line = Line.of_schedule(grid)
         for i in range(grid.steps):
             euler = first_order(grid, i, x, D)
-            last = grid.sigma[i + 1] == 0
-            here = _slope(grid, i, x, D)
-            tables.append(columns.table(x=euler, base=x, slope=here))
+            tables.append(columns.table(x=euler, base=x, slope=line.slope(i, columns)))
             points.append(i)
             step.append(i)
-            if last:
+            if grid.sigma[i + 1] == 0:
                 continue
-            there = _slope(grid, i + 1, x, D)
-            reach = grid.sigma[i + 1] / scale[i + 1] - grid.sigma[i] / scale[i]
-            moved = base / scale[i] + 0.5 * reach * (slope + there)
-            tables.append(columns.table(x=scale[i + 1] * moved))
+            mean = 0.5 * (slope + line.slope(i + 1, columns))
+            landed = line.scale[i + 1] / line.scale[i] * base + line.reach(i) * mean
+            tables.append(columns.table(x=landed))
             points.append(i + 1)
             step.append(i)
         points.append(grid.steps)
@@ -70,13 +68,3 @@ class Heun(Sampler, frozen=True):
             tuple(step),
             grid.start_scale,
         )
-
-
-def _is_flow(grid: Grid) -> bool:
-    return isinstance(grid.schedule, FlowMatching)
-
-
-def _slope(grid: Grid, i: int, x: F64, denoised: F64) -> F64:
-    if _is_flow(grid):
-        return (x - denoised) / grid.sigma[i]
-    return (x - grid.alpha[i] * denoised) / grid.sigma[i]

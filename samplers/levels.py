@@ -57,6 +57,20 @@ class Levels(ABC):
         """The times at which :meth:`noise_level` has the given values."""
         return self.time_of_half_log_snr(-np.log(noise_level))
 
+    def line_scale(self, alpha: F64) -> F64:
+        """The scale of the line that solvers of the probability flow follow.
+
+        With ``y = x / scale`` the flow is ``dy / ds = (x - scale D) / sigma``, ``s = sigma /
+        scale``. By default the scale is alpha, and the slope is eps.
+
+        Args:
+            alpha: signal scales of the points.
+
+        Returns:
+            The scale at each of them, of the shape of ``alpha``.
+        """
+        return alpha
+
     def measure(self, t: F64) -> F64:
         """The schedule's own measure of time, in which its spacings by time are even."""
         return t

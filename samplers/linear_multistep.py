@@ -1,8 +1,8 @@
 """What linear multistep samplers share: the line they integrate along, and weights of slopes.
 
-With ``y = x / scale`` the probability flow is ``dy / ds = slope``, ``s = sigma / scale``. If the
-scale is alpha the slope is eps. On flow matching, where sigma / alpha is infinite at pure noise, a
-scale of 1 gives the velocity over sigma. In both ``slope = (x - scale D) / sigma``.
+With ``y = x / scale`` the probability flow is ``dy / ds = slope``, ``s = sigma / scale`` and
+``slope = (x - scale D) / sigma``. The schedule says which scale to take: alpha, whose slope is eps,
+or 1 on flow matching, whose slope is the velocity.
 
 Past slopes are kept as the signal ``x - sigma slope`` that they imply at the present point. If
 guidance or inpainting moves x, all of them then move as the slope at the moved point does; kept as
@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import numpy as np
 
 from samplers.first_order import first_order
-from samplers.noise_schedule import FlowMatching
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,11 +57,11 @@ class Line:
             return cls(grid, grid.alpha, grid.sigma / grid.alpha)
 
     @classmethod
-    def of_flow(cls, grid: Grid) -> Line:
-        """The same, but ``x`` over ``sigma`` on flow matching, whose slope is the velocity."""
-        if isinstance(grid.schedule, FlowMatching):
-            return cls(grid, np.ones_like(grid.alpha), grid.sigma)
-        return cls.of_noise(grid)
+    def of_schedule(cls, grid: Grid) -> Line:
+        """The line that the grid's schedule offers."""
+        scale = grid.schedule.line_scale(grid.alpha)
+        with np.errstate(divide="ignore"):
+            return cls(grid, scale, grid.sigma / scale)
 
     def slope(self, i: int, columns: Columns) -> F64:
         """The slope that was just evaluated at point i."""

@@ -253,6 +253,11 @@ class FlowMatching(NoiseSchedule):
         return noise_level
 
     @override
+    def line_scale(self, alpha: F64) -> F64:
+        # x over sigma, whose slope is the velocity: sigma / alpha is infinite at pure noise.
+        return np.ones_like(alpha)
+
+    @override
     def conditioning(self, t: F64) -> F64:
         return self.trained_steps * t
 

@@ -44,7 +44,7 @@ class PLMS(Sampler, frozen=True):
 
     @override
     def plan(self, grid: Grid) -> Plan:
-        line = Line.of_flow(grid)
+        line = Line.of_schedule(grid)
         slots = tuple(f"slope{k}" for k in range(1, ORDER))
         columns = Columns("x", *slots)
         points, step = list(range(grid.steps + 1)), list(range(grid.steps))

@@ -3,9 +3,13 @@
 import pytest
 import torch
 
-from samplers import NoiseSchedule, integrate
+from samplers import NoiseSchedule, Sampler, integrate
 from samplers.gaussian import GaussianMixtureDenoiser
+from samplers.heavy_ball import GHVB
 from samplers.heun import Heun
+from samplers.levels import F64
+from samplers.noise_schedule import FlowMatching
+from samplers.plms import PLMS
 from samplers.timesteps import Karras, LogSNR
 from tests.samplers.cases import EDM, FLOW, VP
 
@@ -34,6 +38,27 @@ def test_on_flow_matching_it_is_heun_on_the_velocity() -> None:
         euler = x + (t_next - t) * v
         x = x + (t_next - t) * (v + (euler - data(euler, t_next)) / t_next) / 2
     torch.testing.assert_close(integrate(Heun().plan(grid), data, start), x, rtol=1e-11, atol=1e-12)
+
+
+class FlowAlongNoise(FlowMatching):
+    """Flow matching's levels, with the line of the other kinds."""
+
+    def line_scale(self, alpha: F64) -> F64:
+        return alpha
+
+
+@pytest.mark.parametrize("sampler", [Heun(), GHVB(), PLMS()], ids=lambda sampler: sampler.name)
+def test_solvers_follow_the_line_of_the_schedule_and_ask_for_no_kind(sampler: Sampler) -> None:
+    """On the levels of flow matching x / alpha over sigma / alpha is another, equally good line."""
+    data = GaussianMixtureDenoiser(FLOW)
+    x = torch.linspace(-2, 2, 7, dtype=torch.float64)[None]
+    exact = data.transport(x, 0.95, 0.05)
+    along, own = (
+        integrate(sampler.plan(schedule.grid(LogSNR(), 160, 0.95, 0.05)), data, x)
+        for schedule in (FlowAlongNoise(), FLOW)
+    )
+    assert not torch.allclose(along, own, rtol=0, atol=1e-7)
+    torch.testing.assert_close(along, exact, rtol=0, atol=2e-3)
 
 
 def test_on_variance_preserving_levels_it_is_heun_in_x_over_alpha() -> None:

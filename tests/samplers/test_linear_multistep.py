@@ -84,9 +84,9 @@ def test_a_point_without_signal_is_not_seen() -> None:
 @pytest.mark.parametrize("schedule", [VP, EDM], ids=["vp", "edm"])
 def test_scales_differ_on_flow_matching_alone(schedule: Any) -> None:
     grid = schedule.grid("trailing", 5)
-    np.testing.assert_array_equal(Line.of_flow(grid).s, Line.of_noise(grid).s)
+    np.testing.assert_array_equal(Line.of_schedule(grid).s, Line.of_noise(grid).s)
     flow = FLOW.grid("trailing", 5)
-    np.testing.assert_array_equal(Line.of_flow(flow).s, flow.sigma)
+    np.testing.assert_array_equal(Line.of_schedule(flow).s, flow.sigma)
 
 
 @pytest.mark.parametrize("schedule", [VP, FLOW, EDM], ids=["vp", "flow", "edm"])
