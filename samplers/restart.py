@@ -30,7 +30,8 @@ BASES: dict[str, Sampler] = {
 class Restart(Sampler, frozen=True):
     """Restart sampling (Xu et al., arXiv 2306.14878, algorithm 1).
 
-    A deterministic solver comes down the grid to the point nearest to ``low``; from there the
+    A deterministic solver comes down the grid to the point whose sigma / alpha is nearest to
+    ``low``; from there the
     state is noised back up to ``high`` and comes down again, ``restarts`` times, and the rest of
     the grid follows. The noise contracts errors made so far, the descents are as exact as an ODE's.
     Levels rise within the run; each descent counts as steps of its own, and a solver with history
@@ -104,9 +105,9 @@ class Restart(Sampler, frozen=True):
         return max(1, round(self.share * steps))
 
     def _turn(self, grid: Grid) -> int:
-        """The inner point nearest to ``low`` in log SNR."""
-        inner = grid.half_log_snr[1:-1]
-        return 1 + int(np.argmin(np.abs(inner + np.log(self.low))))
+        """The inner point whose sigma / alpha is nearest to ``low``, as in the authors' code."""
+        inner = grid.sigma[1:-1] / grid.alpha[1:-1]
+        return 1 + int(np.argmin(np.abs(inner - self.low)))
 
     def _interval(self, grid: Grid, turn: int) -> Grid:
         """The grid of one further descent, which ends exactly on the point turned at."""

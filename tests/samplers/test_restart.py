@@ -22,7 +22,7 @@ def test_a_run_is_algorithm_one_of_the_paper() -> None:
     steps, restarts, low, high = 8, 2, 0.3, 1.5
     data = GaussianMixtureDenoiser(EDM)
     sigmas = EDM.grid(Karras(), steps).sigma
-    turn = int(np.argmin(np.abs(np.log(sigmas[1:-1] / low)))) + 1
+    turn = int(np.argmin(np.abs(sigmas[1:-1] - low))) + 1
     bottom = sigmas[turn]
     descent = np.linspace(high ** (1 / 7), bottom ** (1 / 7), 5) ** 7
     noise = torch.randn(
@@ -67,6 +67,16 @@ def test_levels_rise_as_often_as_asked_and_steps_are_counted(base: str) -> None:
     assert np.diff(plan.step).max() == 1
 
 
+def test_it_turns_at_the_sigma_nearest_to_low_as_the_authors_do() -> None:
+    """Of the levels .117 and .020, the second is nearer to .05, and the first in log sigma."""
+    grid = EDM.grid(Karras(), 10)
+    plan = Restart(base="euler", low=0.05, restarts=1).plan(grid)
+    (risen,) = np.flatnonzero(np.diff(plan.sigma) > 0)
+    assert plan.sigma[risen] == pytest.approx(0.117, abs=1e-3)
+    descent = Restart(base="euler", low=0.05).steps_taken(10) - 10
+    assert plan.sigma[risen + 1 + descent] == pytest.approx(0.020, abs=1e-3)
+
+
 def test_a_single_step_leaves_nothing_to_restart() -> None:
     grid = DISCRETE.grid(Trailing(), 1)
     np.testing.assert_array_equal(Restart().plan(grid).tables, Heun().plan(grid).tables)
@@ -102,7 +112,7 @@ def test_restarts_contract_an_error_made_before(schedule: NoiseSchedule) -> None
         left.append(float(landed[0, 1] - landed[0, 0]))
     # Going up leaves it as it is in x / alpha, where coming down shrinks it with the deviation.
     inner = (grid.sigma / grid.alpha)[1:-1]
-    bottom = float(inner[np.argmin(np.abs(np.log(inner / 0.1)))])
+    bottom = float(inner[np.argmin(np.abs(inner - 0.1))])
     share = (np.hypot(0.6, bottom) / np.hypot(0.6, 5.0)).item()
     assert left[1] / left[0] == pytest.approx(share, rel=0.05)
     assert left[2] / left[1] == pytest.approx(share, rel=0.05)
