@@ -23,8 +23,11 @@ class ScoreSDEPC(Sampler, frozen=True):
     ``corrector_steps`` Langevin moves, each with an evaluation of its own; the last step has
     none. Stochastic.
 
-    One move leaves the mean of a Gaussian as it is and multiplies its variance by 1 + 4 snr^4; many
-    take it to 1 + snr^2.
+    Over many elements one move leaves the mean of a Gaussian as it is and multiplies its variance
+    by 1 + 4 snr^4; many take it to 1 + snr^2. In few dimensions d moves have heavy tails, as
+    they are ``2 (snr sigma |z|)^2 / |x - alpha D|`` long where x happens to lie close to alpha D:
+    the chance of one longer than r falls only as r^-d, so its mean is infinite in one dimension
+    and its variance in two. Latents have thousands.
 
     Departures from the source: norms are those of each image, not means over a batch. The
     predictor is ancestral sampling with the posterior's variance (their appendix F), on every

@@ -85,6 +85,18 @@ def test_a_gaussian_keeps_its_mean_and_its_variance_to_the_fourth_power_of_snr(s
     assert abs(float(x.mean()) - mean) < 6 * (variance / x.numel()) ** 0.5
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_in_few_dimensions_the_length_of_a_move_has_a_heavy_tail(size: int) -> None:
+    """``P(length > r)`` falls as r^-d, as the score is shorter than 1 / r as rarely as that."""
+    rows = 400_000
+    x, z = drawn(rows, size), drawn(rows, size, seed=1)
+    columns = torch.stack([x, torch.zeros_like(x), z], 1)
+    length = (corrected(columns, scalars(rows, 0.16, sigma=1.0))[:, 0] - x).norm(dim=1)
+    far = length.quantile(0.98)
+    beyond = float((length > 4 * far).sum() / (length > far).sum())
+    assert beyond == pytest.approx(4.0**-size, rel=0.15)
+
+
 def test_a_plan_says_which_stages_make_it_and_that_they_draw_noise() -> None:
     columns = Columns("x")
     stay = columns.table(x=columns["x"])
