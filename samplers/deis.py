@@ -21,18 +21,21 @@ FEW_STEPS = 15
 
 
 class DEIS(Sampler, frozen=True):
-    """Diffusion exponential integrator sampler, tAB-DEIS (Zhang and Chen, arXiv 2204.13902).
+    """Diffusion exponential integrator sampler (Zhang and Chen, arXiv 2204.13902) in log rho.
 
-    eps is interpolated by a polynomial in log(sigma / alpha) through its last values, and
-    integrated over sigma / alpha exactly, as diffusers' ``DEISMultistepScheduler`` does. Order 1
-    (DDIM) to 3, one evaluation a step. History: up to two values of eps. Orders 2 and 3 are good
-    from 10 steps without guidance; at high guidance scales the interpolation of the denoised
-    prediction, ``dpm_solver_pp``, is steadier. The last step to the clean picture is of first
-    order.
+    eps is interpolated by a polynomial in log rho, rho = sigma / alpha, through its last values,
+    and integrated over rho exactly, as diffusers' ``DEISMultistepScheduler`` does (solver_type
+    logrho). The paper's own variants fit it in other variables: tAB-DEIS in the time t, rhoAB-DEIS
+    in rho. Order 1 (DDIM) to 3, one evaluation a step. History: up to two values of eps. Orders 2
+    and 3 are good from 10 steps without guidance; at high guidance scales the interpolation of the
+    denoised prediction, ``dpm_solver_pp``, is steadier. The last step to the clean picture is of
+    first order.
     """
 
-    summary: ClassVar[str] = "Multistep in eps, fitted in log sigma; good unguided, from 10 steps."
-    source: ClassVar[str] = "Zhang and Chen, arXiv 2204.13902, equations 11 to 15."
+    summary: ClassVar[str] = "Multistep in eps, fitted in log rho; good unguided, from 10 steps."
+    source: ClassVar[str] = (
+        "Zhang and Chen, arXiv 2204.13902, equations 11 to 15, fitted in log rho."
+    )
     name: Literal["deis"] = "deis"
     order: Literal[1, 2, 3] = Field(default=2, description="Values of eps that a step uses.")
     lower_order_final: bool = Field(
