@@ -24,7 +24,7 @@ from embedded.classifier_training import Labelled, accuracy, make_labelled, trai
 from embedded.report import load_pipeline
 from embedded.scenes import make_scene, render
 from samplers.model_statistics import Progress
-from samplers.statistics import fingerprint, read_identity
+from samplers.statistics import read_identity, schedule_fingerprint
 from server.errors import InvalidRequest, ModelMismatch
 from server.fitting.linear_guidance import Runs, store
 from server.fitting.model_statistics import Size, make_statistics, mixture_of
@@ -103,7 +103,7 @@ def pictures(model: HostedModel, count: int) -> Samples:
 
 def stale_statistics(model: HostedModel, folder: Path) -> list[str]:
     """What is wrong with the stored statistics."""
-    schedule = fingerprint(model.facts.schedule)
+    schedule = schedule_fingerprint(model.facts.schedule)
     found: list[str] = []
     for scale in SCALES:
         file = statistics_file(folder, mixture_of(scale).rule, scale)

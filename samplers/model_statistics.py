@@ -35,7 +35,7 @@ from torch.func import jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from typing_extensions import override
 
-from samplers.statistics import Statistics, StatisticsIdentity, fingerprint
+from samplers.statistics import Statistics, StatisticsIdentity, schedule_fingerprint
 from samplers.whole_file import write_whole
 
 if TYPE_CHECKING:
@@ -268,7 +268,15 @@ def compute_statistics(
     shape = tuple(take(range(1)).shape[1:])
     identities = [
         StatisticsIdentity(
-            model, fingerprint(schedule), first, last, m.rule, m.scale, shape, count, points
+            model,
+            schedule_fingerprint(schedule),
+            first,
+            last,
+            m.rule,
+            m.scale,
+            shape,
+            count,
+            points,
         )
         for m in mixtures
     ]

@@ -31,7 +31,7 @@ TIMES = 33
 CHANNEL_AXES = (2, 3)
 
 
-def fingerprint(schedule: Levels) -> str:
+def schedule_fingerprint(schedule: Levels) -> str:
     """The kind of a schedule, and 16 hexadecimal digits that follow its levels."""
     times = np.linspace(schedule.t_end, schedule.t_start, TIMES)
     # Rounded, as the last digits of exp and log differ between machines.
@@ -45,7 +45,7 @@ class StatisticsIdentity:
 
     Attributes:
         model: the model's revision, or any name for a callable of one's own.
-        schedule: ``fingerprint`` of its noise schedule.
+        schedule: ``schedule_fingerprint`` of its noise schedule.
         t_start: the noisiest time, in the schedule's own time.
         t_end: the cleanest time.
         rule: name of the guidance rule; ``none`` for the prompt alone.
@@ -70,7 +70,7 @@ class StatisticsIdentity:
 
         Args:
             model: revision of the weights that are to be sampled.
-            schedule: fingerprint of their schedule.
+            schedule: schedule_fingerprint of their schedule.
 
         Raises:
             ValueError: they differ, with a sentence for the user.

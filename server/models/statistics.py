@@ -7,7 +7,7 @@ from math import log
 from typing import TYPE_CHECKING
 
 from samplers import Statistics
-from samplers.statistics import fingerprint, read_identity
+from samplers.statistics import read_identity, schedule_fingerprint
 from server.errors import InvalidRequest
 from server.lru import Kept
 from server.models.folder import DERIVED, statistics_name
@@ -52,7 +52,7 @@ class ModelStatistics:
                 identity = read_identity(file)
                 if identity is None:
                     raise ValueError(f"statistics file {file.name!r} is of no model.")
-                identity.check(revision, fingerprint(schedule))
+                identity.check(revision, schedule_fingerprint(schedule))
             except ValueError as error:
                 logger.warning("%s is left out: %s", file, error)
                 found._stale[file.name] = str(error)

@@ -27,7 +27,7 @@ from samplers.model_statistics import (
     along_time,
     compute_statistics,
 )
-from samplers.statistics import fingerprint
+from samplers.statistics import schedule_fingerprint
 from tests.samplers.cases import DISCRETE, EDM, FLOW, SCHEDULES, VP, each_schedule
 
 MU, C = 0.7, 0.6
@@ -84,7 +84,7 @@ def test_a_gaussian_gives_its_closed_form(name: str, reach: float, tolerance: fl
     # Differences and moving averages flatten the peak of l', which is 1/2.
     assert np.abs(found.b + l_slope * MU).max() < tolerance
     assert found.identity is not None
-    assert found.identity.schedule == fingerprint(schedule)
+    assert found.identity.schedule == schedule_fingerprint(schedule)
     assert (found.identity.rule, found.identity.scale) == ("none", 1.0)
     assert (found.identity.samples, found.identity.points) == (32, 160)
 

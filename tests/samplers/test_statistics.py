@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from samplers.statistics import Statistics, StatisticsIdentity, fingerprint, read_identity
+from samplers.statistics import Statistics, StatisticsIdentity, read_identity, schedule_fingerprint
 from tests.samplers.cases import DISCRETE, EDM, FLOW, SCHEDULES, VP
 
 IDENTITY = StatisticsIdentity(
     model="0123456789abcdef",
-    schedule=fingerprint(DISCRETE),
+    schedule=schedule_fingerprint(DISCRETE),
     t_start=999.0,
     t_end=0.0,
     rule="cfg",
@@ -83,13 +83,15 @@ def test_statistics_of_another_model_or_schedule_are_refused() -> None:
     ):
         IDENTITY.check("f", IDENTITY.schedule)
     with pytest.raises(ValueError, match="of noise schedule DiscreteVP-"):
-        IDENTITY.check(IDENTITY.model, fingerprint(FLOW))
+        IDENTITY.check(IDENTITY.model, schedule_fingerprint(FLOW))
 
 
 def test_fingerprints_tell_schedules_apart() -> None:
-    assert len({fingerprint(schedule) for schedule in SCHEDULES.values()}) == len(SCHEDULES)
-    assert fingerprint(EDM).startswith("EDM-")
-    assert fingerprint(VP) == fingerprint(VP.vp_linear())
+    assert len({schedule_fingerprint(schedule) for schedule in SCHEDULES.values()}) == len(
+        SCHEDULES
+    )
+    assert schedule_fingerprint(EDM).startswith("EDM-")
+    assert schedule_fingerprint(VP) == schedule_fingerprint(VP.vp_linear())
 
 
 def test_what_holds_no_statistics_is_refused(statistics: Statistics, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 from embedded import MODEL_FOLDER
 from embedded.scenes import make_scene, render, to_pixels
 from samplers import Statistics
-from samplers.statistics import fingerprint
+from samplers.statistics import schedule_fingerprint
 from server.cli import app
 from server.errors import InvalidRequest
 from server.fitting.model_statistics import _denoisers, mixture_of
@@ -152,7 +152,7 @@ def test_the_command_makes_files_and_goes_on_to_more_samples(
     found = Statistics.load(files[1])
     model = load_model(folder, name="m", device="cpu", dtype="float32")
     assert found.identity is not None
-    found.identity.check(model.facts.revision, fingerprint(model.facts.schedule))
+    found.identity.check(model.facts.revision, schedule_fingerprint(model.facts.schedule))
     assert (found.identity.scale, found.identity.samples) == (1.5, 4)
     # With other numbers than the sums that are kept, nothing is made.
     refused = weft(*given, "--data", str(pictures), "--samples", "2")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from samplers import NoiseSchedule, Statistics, StatisticsIdentity
-from samplers.statistics import fingerprint
+from samplers.statistics import schedule_fingerprint
 from server.errors import InvalidRequest
 from server.models.folder import statistics_file
 from server.models.statistics import ModelStatistics
@@ -22,7 +22,15 @@ SHAPE = (4, 2, 2)
 
 def stored(folder: Path, rule: str, scale: float, revision: str = REVISION) -> Path:
     identity = StatisticsIdentity(
-        revision, fingerprint(SCHEDULE), 999.0, 0.0, rule, scale, SHAPE, samples=8, points=3
+        revision,
+        schedule_fingerprint(SCHEDULE),
+        999.0,
+        0.0,
+        rule,
+        scale,
+        SHAPE,
+        samples=8,
+        points=3,
     )
     l, s, b = np.full((3, 3, *SHAPE), scale)  # noqa: E741
     file = statistics_file(folder, rule, scale)

@@ -20,7 +20,7 @@ from samplers import (
     StatisticsIdentity,
     Trailing,
 )
-from samplers.statistics import fingerprint
+from samplers.statistics import schedule_fingerprint
 from server.errors import InvalidRequest
 from server.models.folder import statistics_file
 from server.models.statistics import ModelStatistics
@@ -54,7 +54,7 @@ class Halved(FittedSampler, frozen=True):
 @pytest.fixture
 def statistics(tmp_path: Path) -> ModelStatistics:
     identity = StatisticsIdentity(
-        "m", fingerprint(SCHEDULE), 999.0, 0.0, "cfg", 4.0, (4, 2, 2), samples=8, points=3
+        "m", schedule_fingerprint(SCHEDULE), 999.0, 0.0, "cfg", 4.0, (4, 2, 2), samples=8, points=3
     )
     halves = np.full((3, 4, 2, 2), 0.5)
     file = statistics_file(tmp_path, "cfg", 4.0)
