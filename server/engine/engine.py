@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from server.engine.metrics import EngineMeasurements
+from server.engine.reservation import Reservation
 from server.engine.scheduler import Candidate, select
 from server.engine.state.lane import Lane
-from server.engine.state.sequence import Sequence, Submission
+from server.engine.state.sequence import Sequence
+from server.engine.state.submission import Submission
 from server.engine.terms.particles import resample
 from server.engine.tick import weave
 from server.engine.tick.decode import decode
@@ -106,30 +108,55 @@ class Engine:
         if self._thread.is_alive():
             self._thread.join()
 
+    def reserve(self, images: int) -> Reservation:
+        """Room for the images of one request; safe from any thread.
+
+        Reserve before uploads are decoded or plans are made, so that a request that is turned away
+        costs nothing. Submit to the reservation, and release it whatever happens.
+
+        Raises:
+            Overloaded: there is no room for all of them.
+            NotReady: the engine is not warm yet, or has stopped or failed.
+        """
+        with self._wake:
+            self._check_open()
+            if self.measurements.pending + images > self._max_pending:
+                self.measurements.refused += images
+                raise Overloaded(self._seconds_of_work())
+            self.measurements.pending += images
+        return Reservation(images, self._take_in, self._give_back)
+
     def submit(self, tasks: Listed[ImageTask], listener: Listener) -> Submission:
-        """Queue the images of one request; safe from any thread.
+        """Queue the images of one request, for which no room was reserved; safe from any thread.
 
         Raises:
             Overloaded: there is no room for all of them.
             NotReady: the engine is not warm yet, or has stopped or failed.
             InvalidRequest: an image or a group needs more rows at once than a forward has.
         """
-        submission = Submission()
+        with self.reserve(len(tasks)) as room:
+            return room.submit(tasks, listener)
+
+    def _take_in(self, tasks: Listed[ImageTask], listener: Listener) -> Submission:
+        submission = Submission(len(tasks))
         tick = self.measurements.ticks
         sequences = [
             Sequence(task, index, listener, submission, tick) for index, task in enumerate(tasks)
         ]
+        self._check_width(sequences)
         with self._wake:
-            if not self.ready or self._stop_at is not None:
-                raise NotReady("The server takes no work now; it is starting or stopping.")
-            self._check_width(sequences)
-            if self.measurements.pending + len(tasks) > self._max_pending:
-                self.measurements.refused += len(tasks)
-                raise Overloaded(self._seconds_of_work())
+            self._check_open()
             self._arrived.extend(sequences)
-            self.measurements.pending += len(tasks)
             self._wake.notify()
         return submission
+
+    def _give_back(self, images: int) -> None:
+        with self._wake:
+            self.measurements.pending -= images
+
+    def _check_open(self) -> None:
+        if not self.ready or self._stop_at is not None:
+            raise NotReady("The server takes no work now; it is starting or stopping.")
 
     def _check_width(self, sequences: Listed[Sequence]) -> None:
         """Nothing is taken in that no tick could ever run."""
@@ -319,6 +346,9 @@ class Engine:
             if isinstance(outcome, Exception):
                 self._fail(sequence, outcome)
                 continue
+            if not sequence.submission.finish():
+                self._fail(sequence, Cancelled())
+                continue
             self.measurements.images += 1
             if sequence.saved:
                 self.measurements.saved[sequence.task.policy.name] += sequence.saved
@@ -331,6 +361,7 @@ class Engine:
             self.measurements.cancelled += 1
         else:
             self.measurements.failed += 1
+        sequence.submission.fail()
         self._leave(sequence)
         sequence.listener.failed(sequence.index, error)
 
@@ -339,8 +370,7 @@ class Engine:
             sequence.lane.pool.give_back(sequence.slot)
             sequence.slot = -1
         self._active.remove(sequence)
-        with self._wake:
-            self.measurements.pending -= 1
+        self._give_back(1)
 
     def _lane_of(self, task: ImageTask) -> Lane:
         model = self._models[task.model]

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from server.engine.state.sequence import ImageResult, Submission
+from server.engine.state.sequence import ImageResult
+from server.engine.state.submission import Submission
 from server.errors import (
     Cancelled,
     InvalidRequest,

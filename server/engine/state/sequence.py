@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from server.engine.guidance_plan import Ask, GuidancePlan
     from server.engine.state.compiled import CompiledPlan
     from server.engine.state.lane import Lane
+    from server.engine.state.submission import Submission
     from server.engine.task import ImageTask
 
 __all__ = [
@@ -25,7 +26,6 @@ __all__ = [
     "Known",
     "Listener",
     "Sequence",
-    "Submission",
 ]
 
 
@@ -70,17 +70,6 @@ class Listener(Protocol):
 
     def failed(self, index: int, error: Exception) -> None:
         """The image ended without a picture."""
-
-
-@dataclass(slots=True, eq=False)
-class Submission:
-    """The images of one request; whoever holds it may cancel them, from any thread."""
-
-    cancelled: bool = False
-
-    def cancel(self) -> None:
-        """End all that is not finished, at the next tick."""
-        self.cancelled = True
 
 
 @dataclass(frozen=True, slots=True, eq=False)

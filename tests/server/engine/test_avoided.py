@@ -29,7 +29,8 @@ from server.engine.engine import Engine
 from server.engine.state.batch import Batch
 from server.engine.state.lane import Lane
 from server.engine.state.noise import start_noise
-from server.engine.state.sequence import Sequence, Submission
+from server.engine.state.sequence import Sequence
+from server.engine.state.submission import Submission
 from server.engine.task import Aim, Avoided, ImageTask
 from server.engine.tick import weave
 from server.engine.tick.newcomers import Admission
@@ -208,7 +209,7 @@ def packed(model: HostedModel, tasks: list[ImageTask], fixed_rows: int | None) -
     """The batch of a first tick, as the engine makes it."""
     lane = Lane(model, model.latent_shape(128, 128))
     sequences = [
-        Sequence(one, k, None, Submission(), 0)  # type: ignore[arg-type]
+        Sequence(one, k, None, Submission(1), 0)  # type: ignore[arg-type]
         for k, one in enumerate(tasks)
     ]
     admission = Admission({one.model: model for one in tasks}, lambda _: lane, deterministic=False)

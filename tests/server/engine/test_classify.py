@@ -18,7 +18,8 @@ from guidance.pag import PAG
 from server.engine.engine import FIXED_ROWS_MULTIPLE
 from server.engine.state.batch import Batch
 from server.engine.state.lane import Lane
-from server.engine.state.sequence import Sequence, Submission
+from server.engine.state.sequence import Sequence
+from server.engine.state.submission import Submission
 from server.engine.task import Aim
 from server.engine.tick import weave
 from server.errors import RowFailed
@@ -80,7 +81,7 @@ def packed(model: Any, task: Any) -> Callable[..., Batch]:
         sequences: list[Sequence] = []
         generator = torch.Generator().manual_seed(5)
         for index, one in enumerate(tasks):
-            sequence = Sequence(one, index, None, Submission(), 0)  # type: ignore[arg-type]
+            sequence = Sequence(one, index, None, Submission(1), 0)  # type: ignore[arg-type]
             sequence.lane = lane
             told = [one.prompt, *(one.negative_prompt for _ in one.rule.branches)]
             told += [one.prompt for _ in (*one.perturbed, one.avoided)]

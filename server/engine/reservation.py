@@ -1,0 +1,68 @@
+"""Room in the queue, taken before any work is done for a request."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from types import TracebackType
+
+    from server.engine.state.sequence import Listener
+    from server.engine.state.submission import Submission
+    from server.engine.task import ImageTask
+
+__all__ = ["Reservation"]
+
+
+class Reservation:
+    """Room for the images of one request; leaving its ``with`` block gives back what is unused.
+
+    Made by ``Engine.reserve``. Belongs to one thread at a time.
+
+    Args:
+        images: how many there is room for.
+        take_in: queues tasks in the reserved room.
+        give_back: returns room for so many images.
+    """
+
+    def __init__(
+        self,
+        images: int,
+        take_in: Callable[[Sequence[ImageTask], Listener], Submission],
+        give_back: Callable[[int], None],
+    ) -> None:
+        self._left = images
+        self._take_in = take_in
+        self._give_back = give_back
+
+    def submit(self, tasks: Sequence[ImageTask], listener: Listener) -> Submission:
+        """Queue the images that the room was reserved for.
+
+        Raises:
+            ValueError: there are more of them than there is room for.
+            NotReady: the engine has stopped or failed since.
+            InvalidRequest: an image or a group needs more rows at once than a forward has.
+        """
+        if len(tasks) > self._left:
+            raise ValueError(f"tasks are {len(tasks)}; room is reserved for {self._left}")
+        submission = self._take_in(tasks, listener)
+        self._left -= len(tasks)
+        return submission
+
+    def release(self) -> None:
+        """Give back the room that is not used; does nothing the second time."""
+        left, self._left = self._left, 0
+        if left:
+            self._give_back(left)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()

@@ -1,0 +1,52 @@
+"""The images of one request, as whoever submitted them and the engine share them."""
+
+from __future__ import annotations
+
+from threading import Lock
+
+__all__ = ["Submission"]
+
+
+class Submission:
+    """The images of one request; whoever holds it may cancel them, from any thread.
+
+    Each image ends exactly once, so of a cancellation and the last finished image one comes first,
+    and both sides hear which.
+
+    Args:
+        images: how many there are.
+    """
+
+    def __init__(self, images: int) -> None:
+        self._left = images
+        self._cancelled = False
+        self._lock = Lock()
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether what is not finished is to end."""
+        return self._cancelled
+
+    def cancel(self) -> bool:
+        """End all images that are still waiting or running, at the next tick.
+
+        Returns:
+            Whether there were any. If so, none of them will be reported as finished; if not, every
+            image had ended before.
+        """
+        with self._lock:
+            if self._left:
+                self._cancelled = True
+            return self._cancelled
+
+    def finish(self) -> bool:
+        """Count an image as finished, before it is reported; False if it was cancelled first."""
+        with self._lock:
+            if not self._cancelled:
+                self._left -= 1
+            return not self._cancelled
+
+    def fail(self) -> None:
+        """Count an image as ended without a picture."""
+        with self._lock:
+            self._left -= 1

@@ -1,0 +1,90 @@
+"""Room is taken before any work is done, and a cancellation and a picture exclude each other."""
+
+from __future__ import annotations
+
+from threading import Thread
+
+import pytest
+
+from server.engine.state.submission import Submission
+from server.errors import Cancelled, NotReady, Overloaded
+
+
+def test_room_is_taken_before_there_are_any_tasks(start, task, listen):
+    engine = start(max_pending=3)
+    with engine.reserve(3) as room:
+        with pytest.raises(Overloaded) as refusal:
+            engine.reserve(1)
+        assert refusal.value.retry_after_s >= 1
+        heard = listen(2)
+        room.submit([task(steps=1, seed=seed) for seed in (1, 2)], heard)
+        assert not heard.wait().errors
+        with pytest.raises(ValueError, match="tasks are 2; room is reserved for 1"):
+            room.submit([task(), task()], listen(2))
+    assert engine.measurements.pending == 0
+    assert engine.measurements.refused == 1
+
+
+def test_room_is_given_back_once_whatever_happens(start, task, listen):
+    engine = start(max_pending=3)
+    room = engine.reserve(2)
+    room.release()
+    room.release()
+    assert engine.measurements.pending == 0
+    with pytest.raises(ZeroDivisionError), engine.reserve(3):
+        raise ZeroDivisionError
+    assert engine.measurements.pending == 0
+    late = engine.reserve(1)
+    engine.stop(0)
+    with pytest.raises(NotReady), late:
+        late.submit([task()], listen(1))
+    assert engine.measurements.pending == 0
+    with pytest.raises(NotReady):
+        engine.reserve(1)
+
+
+def test_of_a_cancellation_and_the_last_picture_one_wins():
+    for round_ in range(200):
+        submission = Submission(1)
+        won: dict[str, bool] = {}
+        racers = [
+            Thread(target=lambda s=submission, w=won: w.update(cancel=s.cancel())),
+            Thread(target=lambda s=submission, w=won: w.update(finish=s.finish())),
+        ]
+        for racer in racers[:: 1 if round_ % 2 else -1]:
+            racer.start()
+        for racer in racers:
+            racer.join()
+        assert won["cancel"] != won["finish"]
+
+
+def test_a_cancellation_during_decoding_leaves_no_picture(start, model, task, listen):
+    class Slow:
+        """The real model, during whose decoding somebody cancels."""
+
+        def __init__(self):
+            self.meanwhile = lambda: None
+
+        def __getattr__(self, name):
+            return getattr(model, name)
+
+        def decode(self, latents):
+            self.meanwhile()
+            return model.decode(latents)
+
+    slow, heard = Slow(), listen(2)
+    engine = start(model=slow)
+    submission = engine.submit([task(steps=1, seed=seed) for seed in (1, 2)], heard)
+    answers: list[bool] = []
+    slow.meanwhile = lambda: answers.append(submission.cancel())
+    heard.wait()
+    assert answers[0]
+    assert [type(error) for error in heard.errors.values()] == [Cancelled] * 2
+    assert engine.measurements.images == 0
+
+
+def test_what_is_finished_can_no_longer_be_cancelled(engine, task, listen):
+    heard = listen(1)
+    submission = engine.submit([task(steps=1)], heard)
+    heard.wait()
+    assert not submission.cancel()
