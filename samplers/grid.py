@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from samplers.arguments import whole_number
+
 if TYPE_CHECKING:
     from samplers.levels import F64, Levels
     from samplers.spacing import Spacing
@@ -17,6 +19,9 @@ PURE_NOISE = -7.0
 UniPC with bh2 does not care, from -5 to -30; bh1 overshoots more the lower it is (measured on a
 mixture).
 """
+
+ROUNDING = 1e-6
+"""Share of the noisiest time by which a time may be above it, as those in float32 are."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,8 +51,7 @@ class Grid:
         t_end: float | None,
     ) -> Grid:
         """See :meth:`samplers.noise_schedule.NoiseSchedule.grid`."""
-        if steps < 1:
-            raise ValueError(f"steps is {steps}; at least 1 is needed.")
+        steps = whole_number("steps", steps, least=1)
         if t_start is None and t_end is None:
             return cls.on_times(schedule, spacing.evaluated(schedule, steps), spacing, clean=True)
         first = schedule.t_start if t_start is None else t_start
@@ -68,10 +72,19 @@ class Grid:
     ) -> Grid:
         """A grid on given times, with the clean picture as one more point if ``clean``.
 
+        Args:
+            schedule: that the points lie on.
+            t: strictly falling times ``[N]`` with ``clean``, ``[N + 1]`` without; at most the
+                schedule's ``t_start`` and at least 0.
+            spacing: that laid them, if any did: it may have whole timesteps told in their place.
+            clean: whether to end on the clean picture, which is then no point of ``t``.
+
         Raises:
-            ValueError: the times do not fall strictly, or the spacing wants whole timesteps
-                and the schedule has none.
+            ValueError: too few times, times that do not fall strictly or are outside the
+                schedule, a last one without noise where the clean picture follows, or a spacing
+                that wants whole timesteps of a schedule that has none.
         """
+        t = _within(schedule, np.asarray(t, np.float64), least=1 if clean else 2)
         risen = np.flatnonzero(np.diff(t) >= 0)
         if len(risen):
             first = int(risen[0])
@@ -81,6 +94,11 @@ class Grid:
                 + ("; ask for fewer steps." if spacing is not None else ".")
             )
         alpha, sigma = schedule.level(t)
+        if clean and sigma[-1] == 0:
+            raise ValueError(
+                f"t ends at {t[-1]:g}, where no noise is left; leave that time out, as clean=True "
+                "adds the clean picture."
+            )
         told = t
         if spacing is not None and spacing.integer_timesteps:
             if not schedule.whole_timesteps:
@@ -137,3 +155,20 @@ class Grid:
             )
         first = self.steps - kept
         return Grid(self.schedule, self.t[first:], self.alpha[first:], self.sigma[first:])
+
+
+def _within(schedule: Levels, t: F64, least: int) -> F64:
+    """The times, none above the noisiest one by rounding.
+
+    Raises:
+        ValueError: there are fewer than ``least``, or some are not finite or outside the schedule.
+    """
+    if t.ndim != 1 or len(t) < least:
+        raise ValueError(f"t has shape {t.shape}; it must be a list of at least {least} times.")
+    noisiest = schedule.t_start
+    outside = np.flatnonzero(~((t >= 0) & (t <= noisiest * (1 + ROUNDING))))
+    if len(outside):
+        raise ValueError(
+            f"t holds {t[outside[0]]:g}; this schedule has times from {noisiest:g} down to 0."
+        )
+    return np.minimum(t, noisiest)

@@ -35,6 +35,7 @@ from torch.func import jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from typing_extensions import override
 
+from samplers.arguments import whole_number
 from samplers.statistics import Statistics, StatisticsIdentity, schedule_fingerprint
 from samplers.whole_file import write_whole
 
@@ -239,16 +240,17 @@ def compute_statistics(
         schedule: the model's, of any kind.
         samples: clean latents ``[count or more, C, h, w]`` in float32 or float64, on the device to
             compute on; or a callable that gives those of the numbers it is asked for.
-        count: K, samples to use at each point. 64 is a start, the authors take 1024 and more.
-        points: N + 1, even in lam. The authors take 250 (Stable Diffusion) to 1200.
+        count: K, samples to use at each point, at least 2. 64 is a start, the authors take 1024
+            and more.
+        points: N + 1, even in lam, at least 3. The authors take 250 (Stable Diffusion) to 1200.
         model: the model's revision, for the identity.
         mixtures: guided predictions whose statistics are wanted; they share most of the cost.
         t_start: the noisiest time; by default the schedule's, or where lam is -7.
         t_end: the cleanest time; by default the schedule's.
         reach: in lam, of the differences that f' is made of, rounded to whole points; 0 for
             derivatives.
-        chunk: samples in one forward.
-        seed: of noise and signs.
+        chunk: samples in one forward, at least 1.
+        seed: of noise and signs, at least 0.
         checkpoint: folder that keeps each point's sums, from which another run with the same
             arguments, or with a higher ``count``, goes on.
         tell: called after each chunk.
@@ -257,15 +259,24 @@ def compute_statistics(
         The statistics of each mixture, elementwise.
 
     Raises:
-        ValueError: an argument outside its range, or a checkpoint of another run.
+        ValueError: an argument outside its range, fewer samples than ``count``, samples of another
+            type or not finite, a model that predicts values that are not, or a checkpoint of
+            another run.
     """
+    for name, number, least in (
+        ("count", count, 2),
+        ("points", points, 3),
+        ("chunk", chunk, 1),
+        ("seed", seed, 0),
+    ):
+        whole_number(name, number, least)
     first = _noisiest(schedule) if t_start is None else t_start
     last = schedule.t_end if t_end is None else t_end
-    _check(schedule, first, last, count, points, mixtures)
+    _check(schedule, first, last, reach, mixtures)
     places = Points.of(schedule, points, first, last, reach)
     weights = [mixture.weights for mixture in mixtures]
-    take = samples if callable(samples) else lambda rows: samples[rows.start : rows.stop]
-    shape = tuple(take(range(1)).shape[1:])
+    take = samples if callable(samples) else _taken_from(samples, count)
+    shape = tuple(_checked(take(range(1)), range(1)).shape[1:])
     identities = [
         StatisticsIdentity(
             model,
@@ -287,7 +298,7 @@ def compute_statistics(
         moments = store.read(index, count) or nothing
         for start in range(moments.count, count, chunk):
             rows = range(start, min(start + chunk, count))
-            clean = take(rows)
+            clean = _checked(take(rows), rows)
             drawn = _noise_and_signs(rows, seed, clean)
             added = _sums(denoiser_of(rows), places, index, clean, *drawn, weights)
             moments = Moments(rows.stop, moments.sums + added)
@@ -437,8 +448,7 @@ def _check(
     schedule: NoiseSchedule,
     t_start: float,
     t_end: float,
-    count: int,
-    points: int,
+    reach: float,
     mixtures: Sequence[Mixture],
 ) -> None:
     lam = schedule.half_log_snr(np.array([t_start, t_end]))
@@ -448,16 +458,38 @@ def _check(
             f"{schedule.t_start:g} down to a lower time, with signal at the one and noise at the "
             "other."
         )
-    if count < 2:
-        raise ValueError(f"samples is {count}; at least 2 are needed.")
-    if points < 3:
-        raise ValueError(f"points is {points}; at least 3 are needed.")
+    if not 0 <= reach < np.inf:
+        raise ValueError(f"reach is {reach:g}; it must be finite and at least 0.")
+    if not mixtures:
+        raise ValueError("mixtures is empty; at least one is needed.")
     for mixture in mixtures:
         if len(mixture.weights) != len(mixtures[0].weights) or abs(sum(mixture.weights) - 1) > 1e-9:
             raise ValueError(
                 f"mixtures has the weights {mixture.weights}; they must sum to 1, and all have "
                 "one weight a branch."
             )
+
+
+def _taken_from(samples: Tensor, count: int) -> Callable[[range], Tensor]:
+    if len(samples) < count:
+        raise ValueError(
+            f"count is {count}; samples holds {len(samples)} latents, which is the most."
+        )
+    return lambda rows: samples[rows.start : rows.stop]
+
+
+def _checked(clean: Tensor, rows: range) -> Tensor:
+    """The samples of these numbers, unless they are not what was asked for."""
+    if len(clean) != len(rows):
+        raise ValueError(
+            f"samples gave {len(clean)} latents for the numbers {rows.start} to {rows.stop - 1}; "
+            "it must give one for each."
+        )
+    if clean.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"samples is of type {clean.dtype}; it must be float32 or float64.")
+    if not clean.isfinite().all():
+        raise ValueError("samples has values that are not finite.")
+    return clean
 
 
 def _description(

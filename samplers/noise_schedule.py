@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from typing_extensions import override
 
+from samplers.arguments import whole_number
 from samplers.grid import Grid
 from samplers.levels import Levels
 
@@ -62,8 +63,8 @@ class NoiseSchedule(Levels):
         """The schedule that a diffusers scheduler config describes.
 
         Raises:
-            ValueError: the config names a beta schedule that is not known here, or a shift that
-                follows the size of the picture.
+            ValueError: the config names a beta schedule that is not known here, a shift that
+                follows the size of the picture, or numbers that no schedule has.
         """
         if config.get("use_dynamic_shifting"):
             raise ValueError(
@@ -78,9 +79,10 @@ class NoiseSchedule(Levels):
             or config.get("use_flow_sigmas")
             or ("shift" in config and not has_betas)
         ):
+            shifts = (config.get("shift"), config.get("flow_shift"), 1.0)
             return FlowMatching(
-                shift=float(config.get("shift") or config.get("flow_shift") or 1.0),
-                trained_steps=int(config.get("num_train_timesteps", TRAINED_STEPS)),
+                shift=float(next(shift for shift in shifts if shift is not None)),
+                trained_steps=_trained_steps(config),
             )
         if name.startswith("EDM") or ("sigma_data" in config and not has_betas):
             return EDM(
@@ -91,17 +93,29 @@ class NoiseSchedule(Levels):
 
     @staticmethod
     def vp_linear(beta_min: float = 0.1, beta_max: float = 20.0) -> NoiseSchedule:
-        """Continuous variance-preserving schedule with linear beta on t in [0, 1] (Score SDE)."""
+        """Continuous variance-preserving schedule with linear beta on t in [0, 1] (Score SDE).
+
+        Raises:
+            ValueError: unless ``0 < beta_min <= beta_max``.
+        """
         return LinearVP(beta_min, beta_max)
 
     @staticmethod
     def flow(shift: float = 1.0) -> NoiseSchedule:
-        """Rectified flow, alpha = 1 - sigma; ``shift`` > 1 spends more steps at high noise."""
+        """Rectified flow, alpha = 1 - sigma; ``shift`` > 1 spends more steps at high noise.
+
+        Raises:
+            ValueError: unless ``shift`` is above 0.
+        """
         return FlowMatching(shift=shift)
 
     @staticmethod
     def edm(sigma_min: float = 0.002, sigma_max: float = 80.0) -> NoiseSchedule:
-        """Variance exploding, alpha = 1 and t = sigma (Karras et al., arXiv 2206.00364)."""
+        """Variance exploding, alpha = 1 and t = sigma (Karras et al., arXiv 2206.00364).
+
+        Raises:
+            ValueError: unless ``0 < sigma_min < sigma_max``.
+        """
         return EDM(sigma_min, sigma_max)
 
 
@@ -174,6 +188,13 @@ class LinearVP(VariancePreserving):
     beta_min: float
     beta_max: float
 
+    def __post_init__(self) -> None:
+        if not 0 < self.beta_min <= self.beta_max < np.inf:
+            raise ValueError(
+                f"beta_min is {self.beta_min:g} and beta_max is {self.beta_max:g}; beta_min must "
+                "be above 0, and beta_max finite and not below it."
+            )
+
     @property
     @override
     def t_start(self) -> float:
@@ -205,6 +226,11 @@ class FlowMatching(NoiseSchedule):
 
     shift: float = 1.0
     trained_steps: int = TRAINED_STEPS
+
+    def __post_init__(self) -> None:
+        if not 0 < self.shift < np.inf:
+            raise ValueError(f"shift is {self.shift:g}; it must be finite and above 0.")
+        whole_number("trained_steps", self.trained_steps, least=2)
 
     @property
     @override
@@ -269,6 +295,13 @@ class EDM(NoiseSchedule):
     sigma_min: float = 0.002
     sigma_max: float = 80.0
 
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma_min < self.sigma_max < np.inf:
+            raise ValueError(
+                f"sigma_min is {self.sigma_min:g} and sigma_max is {self.sigma_max:g}; sigma_min "
+                "must be above 0, and sigma_max finite and above it."
+            )
+
     @property
     @override
     def t_start(self) -> float:
@@ -300,16 +333,15 @@ class EDM(NoiseSchedule):
 
 
 def _log_alphas_of(config: Mapping[str, Any]) -> F64:
-    steps = int(config.get("num_train_timesteps", TRAINED_STEPS))
-    first = float(config.get("beta_start", 0.0001))
-    last = float(config.get("beta_end", 0.02))
+    steps = _trained_steps(config)
     kind = config.get("beta_schedule", "linear")
     if config.get("trained_betas") is not None:
-        betas = np.asarray(config["trained_betas"], np.float64)
+        betas = _listed_betas(config["trained_betas"])
     elif kind == "linear":
-        betas = np.linspace(first, last, steps)
+        betas = np.linspace(*_ends_of_betas(config), steps)
     elif kind == "scaled_linear":
-        betas = np.linspace(first**0.5, last**0.5, steps) ** 2
+        first, last = np.sqrt(_ends_of_betas(config))
+        betas = np.linspace(first, last, steps) ** 2
     elif kind == "squaredcos_cap_v2":
         u = np.arange(steps + 1) / steps
         bar = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
@@ -322,6 +354,30 @@ def _log_alphas_of(config: Mapping[str, Any]) -> F64:
     if config.get("rescale_betas_zero_snr"):
         return _without_final_signal(log_alphas)
     return log_alphas
+
+
+def _trained_steps(config: Mapping[str, Any]) -> int:
+    given = config.get("num_train_timesteps", TRAINED_STEPS)
+    return whole_number("num_train_timesteps", given, least=2)
+
+
+def _ends_of_betas(config: Mapping[str, Any]) -> tuple[float, float]:
+    first, last = float(config.get("beta_start", 0.0001)), float(config.get("beta_end", 0.02))
+    if not 0 < first <= last < 1:
+        raise ValueError(
+            f"beta_start is {first:g} and beta_end is {last:g}; beta_start must be above 0, and "
+            "beta_end below 1 and not below beta_start."
+        )
+    return first, last
+
+
+def _listed_betas(listed: Any) -> F64:
+    betas = np.asarray(listed, np.float64)
+    if betas.ndim != 1 or len(betas) < 2 or not ((betas > 0) & (betas < 1)).all():
+        raise ValueError(
+            "trained_betas must be a list of at least 2 numbers, each above 0 and below 1."
+        )
+    return betas
 
 
 def _without_final_signal(log_alphas: F64) -> F64:

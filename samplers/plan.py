@@ -182,8 +182,16 @@ def integrate(
         x where the plan lands, ``[rows, ...]``, in the type of ``x_start``.
 
     Raises:
-        ValueError: the plan asks for noise and none is given.
+        ValueError: ``x_start`` holds no elements or is of no floating type, or the plan asks for
+            noise and none is given.
     """
+    if not x_start.is_floating_point():
+        raise ValueError(f"x_start is of type {x_start.dtype}; a floating type is needed.")
+    if x_start.ndim == 0 or x_start.numel() == 0:
+        raise ValueError(
+            f"x_start has shape {tuple(x_start.shape)}; it must be [rows, ...] with at least one "
+            "row and one element."
+        )
     if noise is None and any(plan.noisy):
         raise ValueError("noise is missing; this sampler is stochastic and draws noise each step.")
     rows, K = x_start.shape[0], plan.slots

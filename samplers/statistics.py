@@ -96,6 +96,10 @@ class Statistics:
         s: like ``l``.
         b: like ``l``.
         identity: what they are of; None for closed forms.
+
+    Raises:
+        ValueError: arrays that differ in shape, points that do not rise, or values that are not
+            finite.
     """
 
     half_log_snr: F64
@@ -103,6 +107,19 @@ class Statistics:
     s: F64
     b: F64
     identity: StatisticsIdentity | None = None
+
+    def __post_init__(self) -> None:
+        shapes = [array.shape for array in (self.l, self.s, self.b)]
+        if shapes != [shapes[0]] * 3 or shapes[0][:1] != self.half_log_snr.shape:
+            raise ValueError(
+                f"l, s and b have the shapes {', '.join(map(str, shapes))}; all must be alike, "
+                f"with one entry for each of the {self.half_log_snr.size} points of half_log_snr."
+            )
+        for name in ("half_log_snr", "l", "s", "b"):
+            if not np.isfinite(getattr(self, name)).all():
+                raise ValueError(f"{name} has values that are not finite.")
+        if np.any(np.diff(self.half_log_snr) <= 0):
+            raise ValueError("half_log_snr must rise from each point to the next.")
 
     def per_channel(self) -> Statistics:
         """Means over the elements of each channel, which serve latents of any size."""
@@ -142,7 +159,7 @@ class Statistics:
         """Read a file that ``save`` wrote, as float64.
 
         Raises:
-            ValueError: it holds no statistics.
+            ValueError: it holds no statistics, or such as no model has.
         """
         identity = read_identity(path)
         with safe_open(path, "np") as content:
@@ -153,14 +170,10 @@ class Statistics:
                 )
             except SafetensorError as error:
                 raise ValueError(f"statistics file {str(path)!r} is incomplete: {error}.") from None
-        alike = l.shape == s.shape == b.shape and l.shape[:1] == lam.shape
-        if not alike or np.any(np.diff(lam) <= 0):
-            raise ValueError(
-                f"statistics file {str(path)!r} has arrays that do not stand over rising points."
-            )
-        if not all(np.isfinite(a).all() for a in (lam, l, s, b)):
-            raise ValueError(f"statistics file {str(path)!r} has values that are not finite.")
-        return cls(lam, l, s, b, identity)
+        try:
+            return cls(lam, l, s, b, identity)
+        except ValueError as refusal:
+            raise ValueError(f"statistics file {str(path)!r} is unusable: {refusal}") from None
 
 
 def read_identity(path: Path) -> StatisticsIdentity | None:

@@ -1,5 +1,7 @@
 """The points of a run, from nothing and part way."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -42,14 +44,51 @@ def test_times_outside_the_schedule_or_out_of_order_are_refused(
             schedule.grid(LogSNR(), 3, t_start=t_start, t_end=t_end)
 
 
-def test_at_least_one_step_is_needed() -> None:
-    with pytest.raises(ValueError, match="steps is 0; at least 1 is needed"):
-        VP.grid(Trailing(), 0)
+@pytest.mark.parametrize("steps", [0, "10", 2.5, True], ids=repr)
+def test_steps_are_a_whole_number_of_at_least_one(steps: Any) -> None:
+    with pytest.raises(
+        ValueError, match=rf"steps is {steps!r}; it must be a whole number of at least 1"
+    ):
+        VP.grid(Trailing(), steps)
 
 
 def test_times_that_rise_are_refused_by_the_first_pair_that_does() -> None:
     with pytest.raises(ValueError, match=r"timesteps go from 300 to 400; .* before it\.$"):
         Grid.on_times(DISCRETE, np.array([999.0, 300, 400, 100]), clean=True)
+
+
+@pytest.mark.parametrize("wrong", [np.nan, -0.1, 1.1])
+@pytest.mark.parametrize("place", [0, 1])
+def test_times_outside_the_schedule_are_refused_by_value(wrong: float, place: int) -> None:
+    times = np.array([1.0, 0.2])
+    times[place] = wrong
+    with pytest.raises(ValueError, match=rf"t holds {wrong:g}; .* has times from 1 down to 0"):
+        Grid.on_times(VP, times, clean=True)
+
+
+def test_a_noisiest_time_that_float32_rounded_up_is_the_noisiest() -> None:
+    schedule = NoiseSchedule.edm(sigma_max=80.3)
+    rounded = float(np.float32(80.3))
+    assert rounded > schedule.t_start
+    assert Grid.on_times(schedule, np.array([rounded, 1.0]), clean=True).t[0] == 80.3
+
+
+@pytest.mark.parametrize("schedule", [VP, FLOW, EDM], ids=["vp", "flow", "edm"])
+def test_the_clean_picture_follows_times_with_noise_left(schedule: NoiseSchedule) -> None:
+    times = np.array([schedule.t_start, 0.0])
+    with pytest.raises(ValueError, match="t ends at 0, where no noise is left; leave that time"):
+        Grid.on_times(schedule, times, clean=True)
+    assert Grid.on_times(schedule, times, clean=False).sigma[-1] == 0
+
+
+def test_time_zero_of_a_discrete_schedule_has_noise_left() -> None:
+    assert Grid.on_times(DISCRETE, np.array([999.0, 0]), clean=True).steps == 2
+
+
+@pytest.mark.parametrize(("times", "clean"), [([], True), ([0.5], False), ([[0.5, 0.1]], True)])
+def test_a_grid_needs_times_for_a_step(times: list[float], clean: bool) -> None:
+    with pytest.raises(ValueError, match=r"t has shape .*; it must be a list of at least \d times"):
+        Grid.on_times(VP, np.array(times), clean=clean)
 
 
 def test_whole_timesteps_are_told_while_the_levels_stay() -> None:

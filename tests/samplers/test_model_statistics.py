@@ -362,8 +362,17 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"count": 1}, "samples is 1; at least 2"),
-        ({"points": 2}, "points is 2; at least 3"),
+        ({"count": 1}, "count is 1; it must be a whole number of at least 2"),
+        ({"count": 3}, "count is 3; samples holds 2 latents, which is the most"),
+        ({"points": 2}, "points is 2; it must be a whole number of at least 3"),
+        ({"chunk": 0}, "chunk is 0; it must be a whole number of at least 1"),
+        ({"seed": -1}, "seed is -1; it must be a whole number of at least 0"),
+        ({"reach": np.nan}, "reach is nan; it must be finite and at least 0"),
+        ({"samples": drawn(2).half()}, r"samples is of type torch\.float16; it must be float32 or"),
+        ({"samples": drawn(2).long()}, r"samples is of type torch\.int64; it must be float32 or"),
+        ({"samples": drawn(2) * np.nan}, "samples has values that are not finite"),
+        ({"samples": lambda rows: drawn(1)[: len(rows)]}, "gave 1 latents for the numbers 0 to 1"),
+        ({"mixtures": []}, "mixtures is empty; at least one is needed"),
         ({"t_start": 1.0}, "t_start is 1 and t_end is 0.001"),
         ({"t_start": 0.4, "t_end": 0.6}, "t_start is 0.4 and t_end is 0.6"),
         ({"mixtures": [Mixture(weights=(2.0,))]}, "must sum to 1"),
@@ -371,9 +380,14 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_what_makes_no_sense_is_refused(change: dict[str, object], says: str) -> None:
-    given = {"count": 2, "points": 3} | change
+    given = {"samples": drawn(2), "count": 2, "points": 3} | change
     with pytest.raises(ValueError, match=says):
-        compute_statistics(for_all(gaussian(FLOW)), FLOW, drawn(2), **given)  # type: ignore[arg-type]
+        compute_statistics(for_all(gaussian(FLOW)), FLOW, **given)  # type: ignore[arg-type]
+
+
+def test_a_model_that_predicts_nan_has_no_statistics() -> None:
+    with pytest.raises(ValueError, match="l has values that are not finite"):
+        compute_statistics(for_all(lambda x, _: x * np.nan), FLOW, drawn(2), count=2, points=3)
 
 
 def test_the_package_comes_without_torch() -> None:

@@ -90,6 +90,52 @@ def test_unknown_schedules_are_refused_by_name() -> None:
         )
 
 
+@pytest.mark.parametrize("shift", [0.0, -1.0, np.nan, np.inf])
+def test_a_shift_is_finite_and_above_zero(shift: float) -> None:
+    refusal = pytest.raises(ValueError, match=f"shift is {shift:g}; it must be finite and above 0")
+    with refusal:
+        NoiseSchedule.flow(shift)
+    with refusal:
+        NoiseSchedule.from_diffusers({"shift": shift})
+
+
+@pytest.mark.parametrize(("least", "most"), [(0.0, 20.0), (-0.1, 20.0), (20.0, 0.1), (0.1, np.nan)])
+def test_linear_betas_are_positive_and_do_not_fall(least: float, most: float) -> None:
+    with pytest.raises(ValueError, match=f"beta_min is {least:g} and beta_max is {most:g}; beta_m"):
+        NoiseSchedule.vp_linear(least, most)
+
+
+@pytest.mark.parametrize("kind", ["linear", "scaled_linear"])
+@pytest.mark.parametrize(("first", "last"), [(0.02, 1e-4), (-1e-4, 0.02), (1e-4, 1.0), (0.0, 0.02)])
+def test_betas_of_a_config_are_shares_that_do_not_fall(
+    kind: str, first: float, last: float
+) -> None:
+    with pytest.raises(ValueError, match=f"beta_start is {first:g} and beta_end is {last:g}; beta"):
+        NoiseSchedule.from_diffusers({"beta_schedule": kind, "beta_start": first, "beta_end": last})
+
+
+@pytest.mark.parametrize("betas", [[0.1, -0.2], [0.1, 1.0], [0.0, 0.1], [0.1, np.nan], [0.1]])
+def test_listed_betas_are_shares(betas: list[float]) -> None:
+    with pytest.raises(
+        ValueError, match="trained_betas must be a list of at least 2 numbers, each"
+    ):
+        NoiseSchedule.from_diffusers({"trained_betas": betas})
+
+
+@pytest.mark.parametrize("ends", [(0.0, 80.0), (-1.0, 80.0), (80.0, 80.0), (np.nan, 80.0)], ids=str)
+def test_sigmas_of_edm_are_positive_and_rise(ends: tuple[float, float]) -> None:
+    with pytest.raises(ValueError, match=r"sigma_min is .* and sigma_max is 80; sigma_min must be"):
+        NoiseSchedule.edm(*ends)
+
+
+@pytest.mark.parametrize(
+    "config", [{"beta_schedule": "linear"}, {"use_flow_sigmas": True}], ids=str
+)
+def test_a_model_has_at_least_two_trained_timesteps(config: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="num_train_timesteps is 1; it must be a whole number of"):
+        NoiseSchedule.from_diffusers({**config, "num_train_timesteps": 1})
+
+
 @given(name=st.sampled_from(sorted(SCHEDULES)), share=st.floats(0, 1))
 def test_times_survive_the_way_to_half_log_snr_and_back(name: str, share: float) -> None:
     schedule = SCHEDULES[name]

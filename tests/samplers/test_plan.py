@@ -83,6 +83,19 @@ def test_stochastic_plans_need_noise() -> None:
         integrate(plan, lambda x, _: x, torch.zeros(1, 1))
 
 
+def test_a_start_of_whole_numbers_is_refused_where_it_would_be_cut_to_zeros() -> None:
+    plan = DDIM().plan(DISCRETE.grid(Trailing(), 4))
+    with pytest.raises(ValueError, match=r"x_start is of type torch\.int64; a floating type is"):
+        integrate(plan, lambda x, _: x, torch.ones(2, 3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("shape", [(), (0, 3), (2, 0)], ids=str)
+def test_a_start_without_elements_is_refused(shape: tuple[int, ...]) -> None:
+    plan = DDIM().plan(DISCRETE.grid(Trailing(), 4))
+    with pytest.raises(ValueError, match=r"x_start has shape .*; it must be \[rows, \.\.\.\] with"):
+        integrate(plan, lambda x, _: x, torch.zeros(shape))
+
+
 def test_noise_is_asked_for_at_noisy_stages_alone() -> None:
     asked: list[int] = []
     plan = DDIM(eta=1).plan(DISCRETE.grid(Trailing(), 4))

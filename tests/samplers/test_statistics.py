@@ -115,15 +115,19 @@ def test_what_holds_no_statistics_is_refused(statistics: Statistics, tmp_path: P
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"half_log_snr": np.arange(5.0)[::-1].copy()}, "do not stand over rising points"),
-        ({"s": np.zeros((4, 4, 3, 2))}, "do not stand over rising points"),
-        ({"b": np.full((5, 4, 3, 2), np.nan)}, "not finite"),
+        ({"half_log_snr": np.arange(5.0)[::-1].copy()}, "half_log_snr must rise"),
+        ({"s": np.zeros((4, 4, 3, 2))}, r"shapes \(5, 4, 3, 2\), \(4, 4, 3, 2\), .* the 5 points"),
+        ({"b": np.full((5, 4, 3, 2), np.nan)}, "b has values that are not finite"),
+        ({"half_log_snr": np.array([0, 1, 2, 3, np.nan])}, "half_log_snr has values that are not"),
     ],
 )
 def test_spoilt_arrays_are_refused(
     statistics: Statistics, tmp_path: Path, change: dict[str, np.ndarray], says: str
 ) -> None:
-    file = tmp_path / "x.safetensors"
-    replace(statistics, **change).save(file)
     with pytest.raises(ValueError, match=says):
+        replace(statistics, **change)
+    file = tmp_path / "x.safetensors"
+    arrays = {name: getattr(statistics, name) for name in ("half_log_snr", "l", "s", "b")}
+    save_file(arrays | change, file, {"format": "weft.statistics.1"})
+    with pytest.raises(ValueError, match=rf"statistics file '.*' is unusable: .*{says}"):
         Statistics.load(file)
