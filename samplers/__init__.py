@@ -19,6 +19,7 @@ from samplers.heun import Heun
 from samplers.lcm import LCM
 from samplers.noise_schedule import NoiseSchedule
 from samplers.plan import Columns, Plan, advance, integrate
+from samplers.plan_error import PlanError
 from samplers.plms import PLMS
 from samplers.prediction import Preconditioning, PredictionType, preconditioning
 from samplers.restart import Restart
@@ -76,6 +77,7 @@ __all__ = [
     "Nesterov",
     "NoiseSchedule",
     "Plan",
+    "PlanError",
     "Preconditioning",
     "PredictionType",
     "Restart",

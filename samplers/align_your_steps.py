@@ -9,6 +9,7 @@ import numpy as np
 from pydantic import Field
 from typing_extensions import override
 
+from samplers.plan_error import PlanError
 from samplers.spacing import ListedSpacing
 
 if TYPE_CHECKING:
@@ -61,16 +62,18 @@ class AlignYourSteps(ListedSpacing, frozen=True):
         """Times of the table's entries."""
         if self.table in TIMESTEPS:
             if schedule.whole_timesteps != TRAINED:
-                raise ValueError(
+                raise PlanError(
+                    "spacing.table",
                     f"spacing.table is {self.table!r}, which needs a model with {TRAINED} trained "
-                    "timesteps; use 'logsnr' with this one."
+                    "timesteps; use 'logsnr' with this one.",
                 )
             return np.array(TIMESTEPS[self.table], np.float64)
         sigmas = np.array(SIGMAS[self.table])
         noisiest = float(np.exp(-schedule.half_log_snr(np.array(schedule.t_start))))
         if not abs(noisiest / sigmas[0] - 1) < START_TOLERANCE:
-            raise ValueError(
+            raise PlanError(
+                "spacing.table",
                 f"spacing.table is {self.table!r}, which starts at a sigma of {sigmas[0]:g}; this "
-                f"model's noisiest is {noisiest:g}, so use 'karras' with it."
+                f"model's noisiest is {noisiest:g}, so use 'karras' with it.",
             )
         return np.minimum(schedule.time_of_half_log_snr(-np.log(sigmas)), schedule.t_start)

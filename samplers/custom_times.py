@@ -8,6 +8,7 @@ import numpy as np
 from pydantic import Field
 from typing_extensions import override
 
+from samplers.plan_error import PlanError
 from samplers.spacing import ListedSpacing
 
 if TYPE_CHECKING:
@@ -41,22 +42,27 @@ class Custom(ListedSpacing, frozen=True):
     @override
     def evaluated(self, schedule: Levels, steps: int) -> F64:
         if not self.times:
-            raise ValueError("spacing.times is empty; list one falling time for each step.")
+            raise PlanError(
+                "spacing.times", "spacing.times is empty; list one falling time for each step."
+            )
         if steps != len(self.times):
-            raise ValueError(
+            raise PlanError(
+                "steps",
                 f"steps is {steps}; spacing.times has {len(self.times)} entries, and steps must "
-                "be as many."
+                "be as many.",
             )
         for before, after in zip(self.times, self.times[1:], strict=False):
             if after >= before:
-                raise ValueError(
+                raise PlanError(
+                    "spacing.times",
                     f"spacing.times go from {before:g} to {after:g}; each must be below the one "
-                    "before it."
+                    "before it.",
                 )
         first, last = self.times[0], self.times[-1]
         if not schedule.t_start >= first >= last >= schedule.t_end:
-            raise ValueError(
+            raise PlanError(
+                "spacing.times",
                 f"spacing.times go from {first:g} to {last:g}; this model has times from "
-                f"{schedule.t_start:g} to {schedule.t_end:g}."
+                f"{schedule.t_start:g} to {schedule.t_end:g}.",
             )
         return np.array(self.times)

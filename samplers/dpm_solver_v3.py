@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from samplers.first_order import first_order
 from samplers.plan import Columns, Plan
+from samplers.plan_error import PlanError
 from samplers.sampler import FittedSampler
 from samplers.step_integrals import StepIntegrals, interpolated
 
@@ -153,16 +154,18 @@ class DPMSolverV3(FittedSampler, frozen=True):
     def plan(self, grid: Grid, statistics: Statistics | None = None) -> Plan:
         if not self.uses_statistics:
             if self.levels == "statistics":
-                raise ValueError(
+                raise PlanError(
+                    "sampler.levels",
                     "levels is 'statistics', and the field statistics is 'none'; "
-                    "only 'asked' is allowed."
+                    "only 'asked' is allowed.",
                 )
             return _plan(grid, self.flags(1.0, grid.steps), None)
         if statistics is None:
-            raise ValueError(
+            raise PlanError(
+                "sampler.statistics",
                 f"statistics is {self.statistics!r}, and there are none of this model and "
                 "guidance; make them with `weft ems --model ... --guidance ... --scale ...`, or "
-                "allow 'none'."
+                "allow 'none'.",
             )
         if self.levels == "statistics":
             grid = _on_points(grid, statistics.half_log_snr)
@@ -346,9 +349,10 @@ def _on_points(grid: Grid, points: F64) -> Grid:
     inner = np.isfinite(lam)
     nearest = points[np.abs(lam[inner, None] - points).argmin(1)]
     if np.any(np.diff(nearest) <= 0):
-        raise ValueError(
+        raise PlanError(
+            "steps",
             f"steps is {grid.steps}; too many for {len(points)} statistics, as two fall on one "
-            "of their points; ask for fewer, or for levels 'asked'."
+            "of their points; ask for fewer, or for levels 'asked'.",
         )
     t, alpha, sigma = grid.t.copy(), grid.alpha.copy(), grid.sigma.copy()
     t[inner] = grid.schedule.time_of_half_log_snr(nearest)
@@ -361,8 +365,9 @@ def _refuse_levels_outside(grid: Grid, points: F64) -> None:
     lam = lam[np.isfinite(lam)]
     low, high = points[0], points[-1]
     if np.any((lam < low - BEYOND) | (lam > high + BEYOND)):
-        raise ValueError(
+        raise PlanError(
+            "spacing",
             f"spacing goes from {lam.min():.4g} to {lam.max():.4g} in half-log-SNR, and the "
             f"statistics from {low:.4g} to {high:.4g}; choose a spacing within, or the sampler's "
-            "statistics 'none'."
+            "statistics 'none'.",
         )

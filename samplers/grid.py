@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from samplers.arguments import whole_number
+from samplers.plan_error import PlanError
 
 if TYPE_CHECKING:
     from samplers.levels import F64, Levels
@@ -88,10 +89,11 @@ class Grid:
         risen = np.flatnonzero(np.diff(t) >= 0)
         if len(risen):
             first = int(risen[0])
-            raise ValueError(
+            raise PlanError(
+                "steps",
                 f"timesteps go from {t[first]:g} to {t[first + 1]:g}; "
                 "each must be below the one before it"
-                + ("; ask for fewer steps." if spacing is not None else ".")
+                + ("; ask for fewer steps." if spacing is not None else "."),
             )
         alpha, sigma = schedule.level(t)
         if clean and sigma[-1] == 0:
@@ -102,9 +104,10 @@ class Grid:
         told = t
         if spacing is not None and spacing.integer_timesteps:
             if not schedule.whole_timesteps:
-                raise ValueError(
+                raise PlanError(
+                    "spacing.whole",
                     "spacing.whole is true, which needs a model with whole trained timesteps; "
-                    "leave it false for this one."
+                    "leave it false for this one.",
                 )
             told = np.round(t)
         if clean:
@@ -146,12 +149,15 @@ class Grid:
             ValueError: a strength outside that, or so low that no step would be left.
         """
         if not 0 < strength <= 1:
-            raise ValueError(f"strength is {strength:g}; it must be above 0 and at most 1.")
+            raise PlanError(
+                "strength", f"strength is {strength:g}; it must be above 0 and at most 1."
+            )
         kept = int(self.steps * strength)
         if kept < 1:
-            raise ValueError(
+            raise PlanError(
+                "strength",
                 f"strength is {strength:g}, which leaves none of {self.steps} steps; "
-                f"at least {1 / self.steps:.3g} is needed."
+                f"at least {1 / self.steps:.3g} is needed.",
             )
         first = self.steps - kept
         return Grid(self.schedule, self.t[first:], self.alpha[first:], self.sigma[first:])

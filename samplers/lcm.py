@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from typing_extensions import override
 
 from samplers.plan import Columns, Plan
+from samplers.plan_error import PlanError
 from samplers.sampler import Sampler
 
 if TYPE_CHECKING:
@@ -42,9 +43,10 @@ class LCM(Sampler, frozen=True):
     @override
     def plan(self, grid: Grid) -> Plan:
         if not grid.schedule.whole_timesteps:
-            raise ValueError(
+            raise PlanError(
+                "sampler",
                 "sampler is 'lcm', which needs a model with whole trained timesteps; "
-                "this model has none."
+                "this model has none.",
             )
         columns = Columns("x")
         tables = []

@@ -65,7 +65,7 @@ class Sampler(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan
         """The table of a run over ``grid``.
 
         Raises:
-            ValueError: the grid does not suit this sampler, with a sentence for the user.
+            PlanError: the grid does not suit this sampler.
         """
 
 
@@ -94,5 +94,5 @@ class FittedSampler(Sampler, frozen=True):
                 it; ``tables`` end in that shape. Not read where the field is "none".
 
         Raises:
-            ValueError: they are missing, or the grid does not suit them or this sampler.
+            PlanError: they are missing, or the grid does not suit them or this sampler.
         """

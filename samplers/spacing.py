@@ -8,6 +8,8 @@ import numpy as np
 from pydantic import BaseModel, Field
 from typing_extensions import override
 
+from samplers.plan_error import PlanError
+
 if TYPE_CHECKING:
     from samplers.levels import F64, Levels
 
@@ -82,9 +84,10 @@ def refuse_more_than_trained(trained: int, steps: int, field: str = "steps") -> 
     """Refuse a number beyond the trained timesteps.
 
     Raises:
-        ValueError: ``steps`` is above ``trained``.
+        PlanError: ``steps`` is above ``trained``.
     """
     if steps > trained:
-        raise ValueError(
-            f"{field} is {steps}; the model has {trained} trained timesteps, which is the most."
+        raise PlanError(
+            field,
+            f"{field} is {steps}; the model has {trained} trained timesteps, which is the most.",
         )

@@ -9,6 +9,7 @@ from pydantic import Field
 from typing_extensions import override
 
 from samplers.plan import Columns, Plan
+from samplers.plan_error import PlanError
 from samplers.sampler import Sampler
 
 if TYPE_CHECKING:
@@ -47,9 +48,10 @@ class TCD(Sampler, frozen=True):
     @override
     def plan(self, grid: Grid) -> Plan:
         if not grid.schedule.whole_timesteps:
-            raise ValueError(
+            raise PlanError(
+                "sampler",
                 "sampler is 'tcd', which needs a model with whole trained timesteps; "
-                "this model has none."
+                "this model has none.",
             )
         columns = Columns("x")
         x, D = columns["x"], columns.denoised

@@ -8,6 +8,7 @@ import numpy as np
 from pydantic import Field
 from typing_extensions import override
 
+from samplers.plan_error import PlanError
 from samplers.spacing import (
     LevelSpacing,
     ListedSpacing,
@@ -168,14 +169,15 @@ class LCMSpacing(ListedSpacing, frozen=True):
     @override
     def evaluated(self, schedule: Levels, steps: int) -> F64:
         if not (trained := schedule.whole_timesteps):
-            raise ValueError(
+            raise PlanError(
+                "spacing",
                 "spacing is 'lcm', which needs a model with whole trained timesteps; "
-                "use 'trailing' with this one."
+                "use 'trailing' with this one.",
             )
-        refuse_more_than_trained(trained, self.distilled_steps, "distilled_steps")
+        refuse_more_than_trained(trained, self.distilled_steps, "spacing.distilled_steps")
         if steps > self.distilled_steps:
-            raise ValueError(
-                f"steps is {steps}; the spacing 'lcm' has at most {self.distilled_steps}."
+            raise PlanError(
+                "steps", f"steps is {steps}; the spacing 'lcm' has at most {self.distilled_steps}."
             )
         stride = trained // self.distilled_steps
         distilled = np.arange(self.distilled_steps, 0, -1) * stride - 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import secrets
 
 from guidance import Always
@@ -10,6 +9,7 @@ from samplers import (
     FittedSampler,
     NoiseSchedule,
     Plan,
+    PlanError,
     Sampler,
     Spacing,
     Statistics,
@@ -121,14 +121,19 @@ def make_plan(
     Raises:
         InvalidRequest: they do not go together.
     """
+    at_fault = "spacing"
     try:
         grid = schedule.grid(spacing, steps)
         grid = grid if strength is None else grid.tail(strength)
+        at_fault = "sampler"
         if isinstance(sampler, FittedSampler):
             return sampler.plan(grid, statistics)
         return sampler.plan(grid)
+    except PlanError as refusal:
+        raise InvalidRequest(refusal.field, str(refusal)) from None
     except ValueError as refusal:
-        raise InvalidRequest(_field_in(str(refusal)), str(refusal)) from None
+        # Samplers and spacings of other packages may not name the field.
+        raise InvalidRequest(at_fault, str(refusal)) from None
 
 
 def _default_strength(request: GenerateRequest, has_image: bool) -> float | None:
@@ -168,9 +173,3 @@ def _check_tokens(resolved: ResolvedRequest, model: HostedModel) -> None:
                 f"{field} has {tokens} tokens; model {model.facts.name!r} takes at most "
                 f"{model.facts.max_tokens}.",
             )
-
-
-def _field_in(sentence: str) -> str:
-    """The path that a plan's sentence begins with; the sampler if it is no field of a request."""
-    first = re.match(r"(\w+)(\.\w+)*", sentence)
-    return first[0] if first and first[1] in GenerateRequest.model_fields else "sampler"

@@ -1,0 +1,74 @@
+"""Settings that no plan can be made of are refused by the field to change."""
+
+from typing import Any, ClassVar, Literal
+
+import pytest
+from typing_extensions import override
+
+from samplers import DDIM, SPACINGS, DPMSolverV3, Grid, Plan, Sampler, Spacing, Trailing
+from samplers.lcm import LCM
+from server.errors import InvalidRequest
+from server.requests.choice import name_of
+from server.requests.resolve import make_plan
+from tests.server.toy_model import FACTS
+
+
+class Reluctant(DDIM, frozen=True):
+    """A sampler of another package, which does not name the field."""
+
+    summary: ClassVar[str] = "For tests."
+    name: Literal["reluctant"] = "reluctant"  # type: ignore[assignment]
+
+    @override
+    def plan(self, grid: Grid) -> Plan:
+        raise ValueError("steps would do, but not for this sampler.")
+
+
+class Barren(Trailing, frozen=True):
+    """A spacing of another package, which does not name the field."""
+
+    name: Literal["barren"] = "barren"  # type: ignore[assignment]
+
+    @override
+    def evaluated(self, schedule: Any, steps: int) -> Any:
+        raise ValueError("sampler or not, there are no such times.")
+
+
+def spacing(name: str, **fields: Any) -> Spacing:
+    return next(kind for kind in SPACINGS if name_of(kind) == name).model_validate(fields)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "layout", "steps", "strength", "field"),
+    [
+        (
+            DPMSolverV3(statistics="none", levels="statistics"),
+            Trailing(),
+            4,
+            None,
+            "sampler.levels",
+        ),
+        (DPMSolverV3(), Trailing(), 4, None, "sampler.statistics"),
+        (DDIM(), spacing("custom"), 4, None, "spacing.times"),
+        (DDIM(), spacing("custom", times=(5.0, 1.0)), 4, None, "steps"),
+        (DDIM(), spacing("align_your_steps", table="svd"), 4, None, "spacing.table"),
+        (DDIM(), Trailing(), 2000, None, "steps"),
+        (DDIM(), Trailing(), 4, 0.1, "strength"),
+        (Reluctant(), Trailing(), 4, None, "sampler"),
+        (DDIM(), Barren(), 4, None, "spacing"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_refused_plan_names_the_field_to_change(
+    sampler: Sampler, layout: Spacing, steps: int, strength: float | None, field: str
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        make_plan(FACTS.schedule, sampler, layout, steps, strength)
+    assert caught.value.field == field
+
+
+def test_a_sampler_that_needs_whole_timesteps_is_the_field_itself() -> None:
+    schedule = FACTS.schedule.flow()
+    with pytest.raises(InvalidRequest, match="needs a model with whole trained") as caught:
+        make_plan(schedule, LCM(), Trailing(), 4, None)
+    assert caught.value.field == "sampler"
