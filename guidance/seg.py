@@ -20,6 +20,10 @@ class SEG(Perturbation, frozen=True):
 
     The disturbed network's self-attention has its queries blurred over the picture, which flattens
     the energy that attention descends. Gentler than ``pag`` at the same scale.
+
+    The blur is that of the authors' code: a Gaussian that ends at three sigma, or half a side away
+    if that is nearer, over a picture that is mirrored at its borders. Their pictures are square;
+    here each side has its own kernel.
     """
 
     summary: ClassVar[str] = "Away from a picture whose self-attention is blurred."

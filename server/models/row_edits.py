@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from functools import lru_cache
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -265,18 +266,19 @@ def _grid_of(tokens: int, latent_size: tuple[int, int]) -> tuple[int, int]:
 def _blur_matrix(side: int, sigma: float) -> NDArray[np.float32]:
     """A Gaussian's weights between the cells of a line that is mirrored at its ends.
 
-    Infinite sigma gives the mean of the line; 0 leaves it as it is.
+    As in the authors' code of SEG, the kernel ends at three sigma, or half a side away if that is
+    nearer. Infinite sigma gives the mean of the line; 0 leaves it as it is.
     """
     if sigma == 0:
         return np.eye(side, dtype=np.float32)
     if np.isinf(sigma):
         return np.full((side, side), 1 / side, dtype=np.float32)
-    # Mirrored without repeating the border; far images are folded back until none is left.
-    period = max(1, 2 * (side - 1))
-    reach = np.arange(-int(np.ceil(6 * sigma)), int(np.ceil(6 * sigma)) + 1)
-    weights = np.exp(-0.5 * (reach / sigma) ** 2)
+    reach = min(ceil(6 * sigma), side) // 2
+    offsets = np.arange(-reach, reach + 1)
+    weights = np.exp(-0.5 * (offsets / sigma) ** 2)
     matrix = np.zeros((side, side))
     for cell in range(side):
-        folded = np.abs((cell + reach + period // 2) % period - period // 2)
+        # Mirrored without repeating the border cell.
+        folded = side - 1 - np.abs(side - 1 - np.abs(cell + offsets))
         np.add.at(matrix[cell], folded, weights)
     return (matrix / weights.sum()).astype(np.float32)

@@ -76,7 +76,7 @@ def with_processor(network, layer, processor):
 
 
 class BlurProcessor:
-    """SEG as published: a normalised kernel of odd size over mirrored borders, before SDPA."""
+    """SEG as published: queries blurred by a kernel of odd size over mirrored borders."""
 
     def __init__(self, sigma, height):
         self.sigma, self.height = sigma, height
@@ -96,14 +96,24 @@ class BlurProcessor:
         picture = query.transpose(1, 2).unflatten(2, (height, width))
         if math.isinf(self.sigma):
             return picture.mean((2, 3), keepdim=True).expand_as(picture).flatten(2).transpose(1, 2)
-        reach = min(height, width) - 1
-        taps = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / self.sigma) ** 2)
-        taps /= taps.sum()
-        channels = picture.shape[1]
-        padded = F.pad(picture, (reach,) * 4, mode="reflect")
-        down = F.conv2d(padded, taps.view(1, 1, -1, 1).repeat(channels, 1, 1, 1), groups=channels)
-        both = F.conv2d(down, taps.view(1, 1, 1, -1).repeat(channels, 1, 1, 1), groups=channels)
+        down, across = (published_taps(side, self.sigma) for side in (height, width))
+        kernel = torch.outer(down, across).expand(picture.shape[1], 1, -1, -1)
+        left, top = len(across) // 2, len(down) // 2
+        padded = F.pad(picture, (left, left, top, top), mode="reflect")
+        both = F.conv2d(padded, kernel, groups=picture.shape[1])
         return both.flatten(2).transpose(1, 2)
+
+
+def published_taps(side, sigma):
+    """The authors' kernel: the next odd size from six sigma, at most the next odd one from a side.
+
+    (``kernel_size = ceil(6 sigma) + 1 - ceil(6 sigma) % 2``, then the least of that and
+    ``side - (side % 2 - 1)``.)
+    """
+    size = math.ceil(6 * sigma)
+    size = min(size + 1 - size % 2, side - (side % 2 - 1))
+    taps = torch.exp(-0.5 * (torch.linspace(-(size - 1) / 2, (size - 1) / 2, size) / sigma) ** 2)
+    return taps / taps.sum()
 
 
 def skipping(network, layer):
@@ -136,7 +146,6 @@ def skip_tuned(network, factors):
     return changed
 
 
-# Three sigma of .5 lie within the mirrored kernel of the test at every resolution.
 CHANGES = {
     "identity": (
         IdentityAttention(("middle",)),
@@ -149,6 +158,10 @@ CHANGES = {
     "blurred": (
         BlurredQueries((UP,), 0.5),
         lambda unet: with_processor(unet, UP, BlurProcessor(0.5, 8)),
+    ),
+    "blurred as far as half a side": (
+        BlurredQueries((UP,), 3.0),
+        lambda unet: with_processor(unet, UP, BlurProcessor(3.0, 8)),
     ),
     "blurred without end": (
         BlurredQueries((MID,), math.inf),
@@ -200,10 +213,13 @@ def test_several_edits_of_a_row_go_together(unet, edited):
     assert_near(ours, forward(both, *inputs(1)))
 
 
-def test_queries_are_blurred_over_pictures_that_are_not_square(unet, edited):
-    ours = forward_with(edited, [(BlurredQueries((UP,), 0.5),)], size=(8, 24))
-    theirs = with_processor(unet, UP, BlurProcessor(0.5, 4))
-    assert_near(ours, forward(theirs, *inputs(1, (8, 24))))
+@pytest.mark.parametrize("sigma", [0.5, 4.0])
+def test_queries_are_blurred_over_pictures_that_are_not_square(unet, edited, sigma):
+    """Attention over 4 x 12 and, of an odd height, 3 x 8 cells."""
+    for size, height in (((8, 24), 4), ((6, 16), 3)):
+        ours = forward_with(edited, [(BlurredQueries((UP,), sigma),)], size=size)
+        theirs = with_processor(unet, UP, BlurProcessor(sigma, height))
+        assert_near(ours, forward(theirs, *inputs(1, size)))
 
 
 @pytest.mark.parametrize("threshold", [0.65, 0.95])
