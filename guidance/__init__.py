@@ -4,10 +4,10 @@ from guidance.branch import EMPTY, NEGATIVE, Branch
 from guidance.classifier_guidance import (
     ClassifierGuidance,
     GradientGuidance,
-    Levels,
     Reference,
     ReferenceGuidance,
 )
+from guidance.diffusion_levels import DiffusionLevels
 from guidance.edits import Edit
 from guidance.feynman_kac import FeynmanKac
 from guidance.inversion import invert
@@ -72,6 +72,7 @@ __all__ = [
     "CFGZeroStar",
     "ClassifierGuidance",
     "Composed",
+    "DiffusionLevels",
     "DynamicThresholding",
     "Edit",
     "EluCD",
@@ -82,7 +83,6 @@ __all__ = [
     "GradientGuidance",
     "Guided",
     "Interval",
-    "Levels",
     "MagnitudeAware",
     "Minority",
     "NegToMe",

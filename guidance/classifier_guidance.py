@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -19,6 +18,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from guidance.diffusion_levels import DiffusionLevels
+
 UNAIMED = -1
 """Number of the class that stands for none, where an attribute is left as it comes."""
 
@@ -29,23 +30,6 @@ Target: TypeAlias = Annotated[
         description="Classes to aim at, by attribute, in the words of the model's classifier.",
     ),
 ]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Levels:
-    """Where the stages of a run stand in the diffusion, each ``[stages]``.
-
-    Attributes:
-        alpha: signal scale.
-        sigma: noise scale.
-        time: share of the diffusion's time, 0 at the clean picture and 1 at noise.
-        variance: of the noise that a trained step adds there, over the largest there is, in (0, 1].
-    """
-
-    alpha: NDArray[np.float64]
-    sigma: NDArray[np.float64]
-    time: NDArray[np.float64]
-    variance: NDArray[np.float64]
 
 
 class ClassifierGuidance(Window, frozen=True):
@@ -83,7 +67,7 @@ class ClassifierGuidance(Window, frozen=True):
         return self.contains(noise_ratio, progress) & (self.scale != 0)
 
     @abstractmethod
-    def strengths(self, levels: Levels) -> NDArray[np.float64]:
+    def strengths(self, levels: DiffusionLevels) -> NDArray[np.float64]:
         """What the term is multiplied by at each stage, ``[stages]``, window aside."""
 
 
@@ -95,7 +79,7 @@ class GradientGuidance(ClassifierGuidance, frozen=True):
     """
 
     @override
-    def strengths(self, levels: Levels) -> NDArray[np.float64]:
+    def strengths(self, levels: DiffusionLevels) -> NDArray[np.float64]:
         # Without any signal there is no picture to move, and no finite amount to move it by.
         signal = levels.alpha > 0
         inverse = np.divide(1.0, levels.alpha, out=np.zeros_like(levels.alpha), where=signal)
@@ -146,7 +130,7 @@ class ReferenceGuidance(ClassifierGuidance, frozen=True):
     evaluations: ClassVar[int] = 1
 
     @override
-    def strengths(self, levels: Levels) -> NDArray[np.float64]:
+    def strengths(self, levels: DiffusionLevels) -> NDArray[np.float64]:
         return np.full_like(levels.alpha, self.scale)
 
     @abstractmethod

@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import Field
 from typing_extensions import override
 
-from guidance.classifier_guidance import UNAIMED, GradientGuidance, Levels, Target
+from guidance.classifier_guidance import UNAIMED, GradientGuidance, Target
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
     from torch import Tensor
+
+    from guidance.diffusion_levels import DiffusionLevels
 
 
 class EluCD(GradientGuidance, frozen=True):
@@ -61,7 +63,7 @@ class EluCD(GradientGuidance, frozen=True):
         return self.target
 
     @override
-    def strengths(self, levels: Levels) -> NDArray[np.float64]:
+    def strengths(self, levels: DiffusionLevels) -> NDArray[np.float64]:
         middle = np.sin(np.pi * levels.time) / levels.variance
         return super().strengths(levels) * (1 + self.gamma * middle)
 

@@ -82,7 +82,7 @@ def residual(sums: NDArray[np.float64], coefficients: NDArray[np.float64]) -> ND
     return np.sqrt(np.maximum(error, 0) / np.where(whole > 0, whole, 1))
 
 
-def fingerprint(*arrays: NDArray[np.floating[Any]]) -> str:
+def run_fingerprint(*arrays: NDArray[np.floating[Any]]) -> str:
     """16 hexadecimal digits that follow the numbers of a run: its levels and its tables."""
     digest = hashlib.sha256()
     for array in arrays:
@@ -97,7 +97,7 @@ class FitIdentity:
 
     Attributes:
         model: the model's revision.
-        plan: :func:`fingerprint` of the sampler's plan.
+        plan: :func:`run_fingerprint` of the sampler's plan.
         rule: the guidance rule with its parameters, as JSON.
         every: steps from one evaluation of the second branch to the next.
     """

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+import numpy as np
+from pydantic import Field
 from typing_extensions import override
 
 from guidance.edits import IdentityAttention
 from guidance.perturbation import Layers, Perturbation
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from guidance.diffusion_levels import DiffusionLevels
     from guidance.edits import Edit
+
+LAST_TIMESTEP = 999
+"""Of the thousand that diffusion models are trained at, from 0."""
 
 
 class PAG(Perturbation, frozen=True):
@@ -18,14 +26,30 @@ class PAG(Perturbation, frozen=True):
 
     The disturbed network's self-attention puts out its values, as if each place saw itself alone:
     pictures of no structure, which guidance leads away from. Needs no second prompt.
+
+    As in diffusers' pipelines (``pag_adaptive_scale``), the strength may fall along the run:
+    ``max(0, scale - adaptive_scale (1000 - t))``, t the timestep, 999 at noise. On models of
+    continuous time, t is the share of the diffusion's time times 999.
     """
 
     summary: ClassVar[str] = "Away from a picture whose self-attention is switched off."
     source: ClassVar[str] = "Ahn et al., arXiv 2403.17377, section 4."
     name: Literal["pag"] = "pag"
+    adaptive_scale: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="How much the strength falls with each of the 1000 training timesteps that"
+        " lie behind; 0 keeps it constant.",
+    )
     layers: Layers = ("middle",)
 
     @property
     @override
     def edit(self) -> Edit:
         return IdentityAttention(self.layers)
+
+    @override
+    def strengths(self, levels: DiffusionLevels) -> NDArray[np.float64]:
+        behind = LAST_TIMESTEP + 1 - LAST_TIMESTEP * levels.time
+        return np.maximum(0.0, self.scale - self.adaptive_scale * behind)

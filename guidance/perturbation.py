@@ -5,15 +5,21 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Annotated, ClassVar, TypeAlias
 
-from pydantic import Field
+import numpy as np
+from pydantic import AfterValidator, Field
 
 from guidance.window import Window
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
+    from guidance.diffusion_levels import DiffusionLevels
     from guidance.edits import Edit
+
+
+def _by_our_names(layers: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple("middle" if layer == "mid" else layer for layer in layers)
+
 
 Layers: TypeAlias = Annotated[
     tuple[str, ...],
@@ -21,9 +27,12 @@ Layers: TypeAlias = Annotated[
         min_length=1,
         max_length=64,
         strict=False,
-        description="Where: 'middle', names of the model's layers, or beginnings of such names.",
+        description="Where: 'middle' (or 'mid', as diffusers calls it), names of the model's"
+        " layers, or beginnings of such names.",
     ),
+    AfterValidator(_by_our_names),
 ]
+"""Layers of a network; ``mid`` becomes ``middle``."""
 
 
 class Perturbation(Window, frozen=True):
@@ -56,3 +65,14 @@ class Perturbation(Window, frozen=True):
             progress: share of the steps done before each stage, in [0, 1), ``[stages]``.
         """
         return self.contains(noise_ratio, progress) & (self.scale != 0)
+
+    def strengths(self, levels: DiffusionLevels) -> NDArray[np.float64]:
+        """What the term is multiplied by at each stage, ``[stages]``, window aside.
+
+        ``scale`` everywhere, unless a perturbation has it otherwise. Where it is 0 the disturbed
+        prediction is not needed.
+
+        Args:
+            levels: where the stages stand in the diffusion.
+        """
+        return np.full(len(levels.time), self.scale)

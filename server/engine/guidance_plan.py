@@ -101,12 +101,8 @@ def plan_guidance(task: ImageTask) -> GuidancePlan:
         raise ValueError(f"{policy.name} estimates one branch, and {rule.name} has {len(branches)}")
     evaluated = policy.evaluates(noise_ratio, progress) & bool(branches)
     estimated = policy.estimated(noise_ratio, progress) & bool(branches)
-    windows = [p.evaluates(noise_ratio, progress) for p in task.perturbed]
     first = 1 + len(branches)
-    perturbed = [
-        tuple((first + k, task.perturbed[k].scale) for k, open_ in enumerate(row) if open_)
-        for row in zip(*windows, strict=True)
-    ] or [()] * plan.evaluations
+    perturbed = _perturbed(task, first)
     avoided = first + len(task.perturbed)
     shown = np.zeros(plan.evaluations, np.int64)
     if task.avoided is not None:
@@ -145,6 +141,21 @@ def plan_guidance(task: ImageTask) -> GuidancePlan:
         rule_key=(type(rule), len(branches), *_kind(rule)),
         policy_key=(type(policy), policy.memory_slots, constants.shape[1], *_kind(policy)),
     )
+
+
+def _perturbed(task: ImageTask, first: int) -> list[tuple[tuple[int, float], ...]]:
+    """Numbers, from the first on, and strengths of the disturbed predictions of each stage."""
+    plan = task.plan
+    strengths = [p.scale for p in task.perturbed] if task.strengths is None else task.strengths
+    acting = [
+        p.evaluates(plan.noise_ratio, plan.progress) * strength
+        for p, strength in zip(task.perturbed, strengths, strict=True)
+    ]
+    stages: list[tuple[float, ...]] = [*zip(*acting, strict=True)] or [()] * plan.evaluations
+    return [
+        tuple((first + k, float(strength)) for k, strength in enumerate(stage) if strength)
+        for stage in stages
+    ]
 
 
 def _classified(task: ImageTask) -> tuple[list[float], list[float]]:

@@ -88,6 +88,8 @@ class ImageTask:
         rule: how predictions are combined.
         policy: where the second prediction comes from.
         perturbed: terms that lead away from disturbed predictions.
+        strengths: what each of these is multiplied by at each stage, ``[perturbed, stages]``; its
+            own scale where left out.
         edits: what every prediction of this image changes inside the network.
         aim: what it asks of the model's classifier.
         coefficients: what a policy that is fitted was fitted to, ``[stages, n]``.
@@ -110,6 +112,7 @@ class ImageTask:
     rule: Rule
     policy: Policy
     perturbed: tuple[Perturbation, ...] = ()
+    strengths: NDArray[np.float64] | None = None
     edits: tuple[Edit, ...] = ()
     aim: Aim | None = None
     coefficients: NDArray[np.float64] | None = None

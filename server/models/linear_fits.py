@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from guidance.linear_fit import FitIdentity, LinearFit, fingerprint
+from guidance.linear_fit import FitIdentity, LinearFit, run_fingerprint
 from server.models.folder import DERIVED
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def identity_of(revision: str, plan: Plan, rule: Rule, every: int) -> FitIdentit
         rule: of the guidance, with its parameters.
         every: steps from one evaluation of the second branch to the next.
     """
-    run = fingerprint(plan.t, plan.alpha, plan.sigma, plan.tables)
+    run = run_fingerprint(plan.t, plan.alpha, plan.sigma, plan.tables)
     return FitIdentity(revision, run, rule.model_dump_json(), every)
 
 

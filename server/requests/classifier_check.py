@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from guidance import ClassifierGuidance, Levels, ReferenceGuidance
+from guidance import ClassifierGuidance, DiffusionLevels, ReferenceGuidance
 from guidance.classifier_guidance import UNAIMED
 from samplers import NoiseSchedule, Plan
 from server.engine.task import Aim
@@ -99,12 +99,12 @@ def aim_of(resolved: ResolvedRequest, model: HostedModel, plan: Plan) -> Aim | N
     )
 
 
-def levels_of(plan: Plan, schedule: NoiseSchedule) -> Levels:
+def levels_of(plan: Plan, schedule: NoiseSchedule) -> DiffusionLevels:
     """Where the stages of a plan stand in the diffusion of a schedule."""
     span = schedule.t_start - schedule.t_end
     everywhere = np.linspace(schedule.t_end, schedule.t_start, TRAINED_STEPS)
     alpha, sigma, t = (np.asarray(v[:-1], np.float64) for v in (plan.alpha, plan.sigma, plan.t))
-    return Levels(
+    return DiffusionLevels(
         alpha=alpha,
         sigma=sigma,
         time=np.clip((t - schedule.t_end) / span, 0, 1),

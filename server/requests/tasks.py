@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from samplers import Plan
 from server.engine.task import ImageTask
 from server.models.hosted import HostedModel
-from server.requests.classifier_check import aim_of
+from server.requests.classifier_check import aim_of, levels_of
 from server.requests.group_check import avoided_of, group_of
 from server.requests.guidance_check import check_windows, coefficients_for
 from server.requests.schema import ResolvedRequest, split
@@ -49,6 +51,11 @@ def tasks_of(
     group = group_of(resolved, plan)
     avoided = avoided_of(resolved, plan, reference)
     tuning = resolved.guidance.skip_tuning
+    perturbed = resolved.guidance.perturbed
+    strengths: NDArray[np.float64] | None = None
+    if perturbed:
+        levels = levels_of(plan, model.facts.schedule)
+        strengths = np.array([one.strengths(levels) for one in perturbed])
     return [
         ImageTask(
             model=model.facts.name,
@@ -60,7 +67,8 @@ def tasks_of(
             plan=plan,
             rule=rule,
             policy=policy,
-            perturbed=resolved.guidance.perturbed,
+            perturbed=perturbed,
+            strengths=strengths,
             edits=() if tuning is None else (tuning.edit,),
             aim=aim,
             coefficients=coefficients,

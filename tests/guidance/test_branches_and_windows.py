@@ -1,11 +1,14 @@
 """What the network is told for a branch, and where perturbations act."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
+from diffusers import DDIMScheduler
+from diffusers.pipelines.pag.pag_utils import PAGMixin
 
-from guidance import EMPTY, NEGATIVE, Branch, SkipTuning
+from guidance import EMPTY, NEGATIVE, Branch, DiffusionLevels, SkipTuning
 from guidance.autoguidance import Autoguidance
 from guidance.edits import (
     BlurredQueries,
@@ -71,3 +74,25 @@ def test_each_perturbation_changes_the_network_in_its_own_way() -> None:
     assert SLG(layers=layers).edit == SkippedBlocks(layers)
     assert Autoguidance().edit == WeakModel()
     assert SkipTuning(bottom=0.7).edit == SkipScales((0.7, 1.0))
+
+
+def test_mid_is_another_name_of_middle() -> None:
+    assert PAG(layers=("mid", "up_blocks.1")).layers == ("middle", "up_blocks.1")
+    assert SEG.model_validate({"layers": ["mid"]}) == SEG()
+
+
+def test_strength_falls_as_in_diffusers_pipelines() -> None:
+    """Their own method, at the timesteps of their own schedule."""
+    scheduler = DDIMScheduler(num_train_timesteps=1000)
+    scheduler.set_timesteps(20)
+    timesteps = scheduler.timesteps.numpy()
+    theirs: Any = PAGMixin()
+    theirs._pag_scale, theirs._pag_adaptive_scale, theirs.pag_applied_layers = 3.0, 0.004, ["mid"]
+    expected = [theirs._get_pag_scale(t) for t in timesteps]
+    ones = np.ones(20)
+    levels = DiffusionLevels(ones, ones, timesteps / 999, ones)
+    strengths = PAG(scale=3, adaptive_scale=0.004).strengths(levels)
+    np.testing.assert_allclose(strengths, expected, rtol=1e-12, atol=1e-12)
+    assert 0 < (strengths == 0).sum() < 10
+    assert (PAG(scale=3).strengths(levels) == 3).all()
+    assert (SLG(scale=2).strengths(levels) == 2).all()

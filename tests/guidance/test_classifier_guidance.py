@@ -12,10 +12,10 @@ from torch import Tensor
 
 from guidance import (
     CLASSIFIERS,
+    DiffusionLevels,
     EluCD,
     GradientFree,
     GradientGuidance,
-    Levels,
     Minority,
     ReferenceGuidance,
 )
@@ -32,9 +32,9 @@ PROMPT = "a red star on a Red background"
 each = pytest.mark.parametrize("kind", CLASSIFIERS, ids=lambda kind: kind.__name__)
 
 
-def levels(alpha: F64, time: F64 | None = None, variance: F64 | None = None) -> Levels:
+def levels(alpha: F64, time: F64 | None = None, variance: F64 | None = None) -> DiffusionLevels:
     middle = np.full_like(alpha, 0.5)
-    return Levels(
+    return DiffusionLevels(
         alpha,
         np.sqrt(1 - alpha**2),
         middle if time is None else time,
@@ -122,7 +122,7 @@ def chain(steps: int, setting: EluCD, noise: F64, *, published: bool, posterior:
     bar = np.cumprod(1 - beta)
     before = np.append(1.0, bar[:-1])
     variance = beta * (1 - before) / (1 - bar) if posterior else beta
-    at = Levels(np.sqrt(bar), np.sqrt(1 - bar), time, rate / rate.max())
+    at = DiffusionLevels(np.sqrt(bar), np.sqrt(1 - bar), time, rate / rate.max())
     strengths = setting.strengths(at)
     mean, deviation = 0.3, 0.6
     x = noise[0]

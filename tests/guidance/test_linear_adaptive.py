@@ -9,7 +9,7 @@ import torch
 from safetensors.numpy import save_file
 
 from guidance.linear_adaptive import PAIRS, TERMS, LinearAdaptive
-from guidance.linear_fit import FitIdentity, LinearFit, fingerprint, moments, residual, solve
+from guidance.linear_fit import FitIdentity, LinearFit, moments, residual, run_fingerprint, solve
 from tests.guidance.cases import draw
 
 PROGRESS = np.arange(10) / 10
@@ -169,6 +169,6 @@ def test_a_file_of_something_else_is_refused(tmp_path) -> None:
 
 def test_a_fingerprint_follows_every_number() -> None:
     one, two = np.linspace(0, 1, 5), np.linspace(1, 2, 5)
-    assert fingerprint(one, two) == fingerprint(one.copy(), two + 1e-9)
-    assert fingerprint(one, two) != fingerprint(one, two + 1e-3)
-    assert len(fingerprint(one)) == 16
+    assert run_fingerprint(one, two) == run_fingerprint(one.copy(), two + 1e-9)
+    assert run_fingerprint(one, two) != run_fingerprint(one, two + 1e-3)
+    assert len(run_fingerprint(one)) == 16

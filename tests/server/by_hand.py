@@ -111,10 +111,12 @@ class ByHand:
         result, moved = cond, x
         if not self.settled and (self.evaluated[i] or self.estimated[i]):
             result, moved = self.combined(i, x, cond)
-        for term in self.task.perturbed:
+        for k, term in enumerate(self.task.perturbed):
             if term.evaluates(self.ratio[i : i + 1], self.progress[i : i + 1])[0]:
+                strengths = self.task.strengths
+                strength = term.scale if strengths is None else float(strengths[k, i])
                 away = cond - self.denoised(i, x, self.task.prompt, term.edit)
-                result = result + term.scale * away
+                result = result + strength * away
         return result, moved
 
     def combined(self, i: int, x: Tensor, cond: Tensor) -> tuple[Tensor, Tensor]:

@@ -119,6 +119,14 @@ def test_strength_is_the_scale_whether_or_not_there_is_cfg(engine: Engine, model
     assert np.abs(ear.results[0].pixels - by_hand(model, alone).astype(int)).max() <= 1
 
 
+def test_a_strength_that_falls_to_nothing_ends_the_evaluations(engine: Engine, model: Toy) -> None:
+    strengths = np.array([[3.0, 2, 1, 0, 0, 0], [0, 1, 1, 1, 1, 1]])
+    one = task(perturbed=(PAG(), SEG(stop=0.5)), strengths=strengths)
+    result = run(engine, [one]).results[0]
+    assert result.evaluations == 12 + 3 + 2
+    assert np.abs(result.pixels - by_hand(model, one).astype(int)).max() <= 1
+
+
 TWO = Composed(prompts=(WeightedPrompt(prompt="a star"),))
 
 COSTS = {
