@@ -1,4 +1,4 @@
-"""What was made once and may be wanted again, bounded by its bytes."""
+"""A least-recently-used cache, bounded by the bytes of its values."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from collections.abc import Callable, Hashable
 from threading import Lock
 from typing import Generic, TypeVar
 
-__all__ = ["Kept"]
+__all__ = ["ByteBoundedLRU"]
 
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
 
 
-class Kept(Generic[Key, Value]):
+class ByteBoundedLRU(Generic[Key, Value]):
     """Values by key, of which the least recently used go when all together are too large.
 
     Safe from any thread; two that miss the same key at once both make it.
 
     Args:
-        most_bytes: bound on the sum of all sizes; what is larger by itself is not kept.
+        most_bytes: bound on the sum of all sizes. A value that is larger by itself is not kept,
+            and pushes nothing out.
         size: bytes of a value.
     """
 
@@ -35,18 +36,30 @@ class Kept(Generic[Key, Value]):
         """Sum of the sizes of all that is kept."""
         return self._bytes
 
-    def get(self, key: Key, make: Callable[[], Value]) -> Value:
-        """The value of a key, made where it is not kept."""
-        with self._lock:
-            if key in self._values:
-                self._values.move_to_end(key)
-                return self._values[key]
-        made = make()
+    def find(self, key: Key) -> Value | None:
+        """The value of a key, which counts as a use of it; None where it is not kept."""
         with self._lock:
             if key not in self._values:
-                self._values[key] = made
-                self._bytes += self._size(made)
-                while self._bytes > self._most_bytes:
-                    _, gone = self._values.popitem(last=False)
-                    self._bytes -= self._size(gone)
-        return made
+                return None
+            self._values.move_to_end(key)
+            return self._values[key]
+
+    def put(self, key: Key, value: Value) -> None:
+        """Keep a value, unless the key has one already or the value is too large by itself."""
+        size = self._size(value)
+        with self._lock:
+            if key in self._values or size > self._most_bytes:
+                return
+            self._values[key] = value
+            self._bytes += size
+            while self._bytes > self._most_bytes:
+                _, gone = self._values.popitem(last=False)
+                self._bytes -= self._size(gone)
+
+    def get(self, key: Key, make: Callable[[], Value]) -> Value:
+        """The value of a key, made where it is not kept."""
+        found = self.find(key)
+        if found is None:
+            found = make()
+            self.put(key, found)
+        return found

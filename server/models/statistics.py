@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from samplers import Statistics
 from samplers.statistics import read_identity, schedule_fingerprint
 from server.errors import InvalidRequest
-from server.lru import Kept
+from server.lru import ByteBoundedLRU
 from server.models.folder import DERIVED, statistics_name
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class ModelStatistics:
     def __init__(self) -> None:
         self._files: dict[StatisticsIdentity, Path] = {}
         self._stale: dict[str, str] = {}
-        self._arrays: Kept[Path, Statistics] = Kept(KEPT_BYTES, _bytes_of)
+        self._arrays: ByteBoundedLRU[Path, Statistics] = ByteBoundedLRU(KEPT_BYTES, _bytes_of)
 
     @classmethod
     def of(cls, folder: Path, revision: str, schedule: NoiseSchedule) -> ModelStatistics:

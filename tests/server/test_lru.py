@@ -1,11 +1,11 @@
 """What is kept is bounded by its bytes."""
 
-from server.lru import Kept
+from server.lru import ByteBoundedLRU
 
 
 def test_the_least_recently_used_goes_first() -> None:
     made: list[str] = []
-    kept: Kept[str, bytes] = Kept(10, len)
+    kept: ByteBoundedLRU[str, bytes] = ByteBoundedLRU(10, len)
 
     def get(key: str, size: int = 4) -> bytes:
         def make() -> bytes:
@@ -27,14 +27,16 @@ def test_the_least_recently_used_goes_first() -> None:
 
 
 def test_what_is_too_large_by_itself_is_made_each_time() -> None:
-    kept: Kept[str, bytes] = Kept(10, len)
+    kept: ByteBoundedLRU[str, bytes] = ByteBoundedLRU(10, len)
+    kept.get("b", lambda: bytes(6))
     assert len(kept.get("a", lambda: bytes(11))) == 11
-    assert kept.bytes == 0
+    assert kept.find("b") is not None, "it was to push nothing out"
+    assert kept.bytes == 6
     assert len(kept.get("a", lambda: bytes(3))) == 3
 
 
 def test_two_who_make_the_same_count_it_once() -> None:
-    kept: Kept[str, bytes] = Kept(10, len)
+    kept: ByteBoundedLRU[str, bytes] = ByteBoundedLRU(10, len)
 
     def slow() -> bytes:
         kept.get("a", lambda: bytes(3))

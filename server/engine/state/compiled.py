@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,53 +16,84 @@ if TYPE_CHECKING:
     from server.models.hosted import ModelFacts
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class CompiledPlan:
-    """Tables on the device, and the scalars of each stage as Python floats.
+    """Tables for the device, and the scalars of each stage as Python floats.
 
     Attributes:
-        tables: float32 ``[stages, K, K + 3]`` or ``[stages, K, K + 3, C, h, w]``, K of the pool;
-            per channel h and w are 1.
+        plan: what it was made from.
         t: what the network is told, a float a stage.
         alpha: signal scale at each stage and where the plan lands.
         sigma: noise scale, likewise.
         scale_in: of the network's input.
         skip: ``denoised = skip * x + out * raw``.
         out: see ``skip``.
-        noisy: which stages draw noise.
-        langevin: signal-to-noise ratio of each stage's Langevin move, 0 where it makes none.
         slots: K, of the pool that it was made for.
+        device: where the tables are wanted.
     """
 
-    tables: Tensor
+    plan: Plan
     t: list[float]
     alpha: list[float]
     sigma: list[float]
     scale_in: list[float]
     skip: list[float]
     out: list[float]
-    noisy: tuple[bool, ...]
-    langevin: tuple[float, ...]
     slots: int
+    device: torch.device
+    _made: tuple[range, Tensor] | None = field(default=None, init=False)
+
+    @property
+    def noisy(self) -> tuple[bool, ...]:
+        """Which stages draw noise."""
+        return self.plan.noisy
+
+    @property
+    def langevin(self) -> tuple[float, ...]:
+        """Signal-to-noise ratio of each stage's Langevin move, 0 where it makes none."""
+        return self.plan.langevin
+
+    @property
+    def detail(self) -> tuple[int, ...]:
+        """Shape of one coefficient: ``()``, per channel ``(C, 1, 1)``, or ``(C, h, w)``."""
+        return self.plan.tables.shape[3:]
+
+    def table(self, stage: int) -> Tensor:
+        """Coefficients of a stage on the device, float32 ``[K, K + 3, *detail]``, K of the pool.
+
+        Of elementwise tables only one stage is on the device at a time: all stages together may
+        have hundreds of megabytes.
+        """
+        if self._made is None or stage not in self._made[0]:
+            elementwise = self.detail[1:] not in ((), (1, 1))
+            stages = range(stage, stage + 1) if elementwise else range(self.plan.evaluations)
+            self._made = stages, self._tables(stages)
+        stages, tables = self._made
+        return tables[stage - stages.start]
+
+    def _tables(self, stages: range) -> Tensor:
+        """Padded to the pool's state slots, and rounded once, to float32."""
+        own, K = self.plan.slots, self.slots
+        source = torch.from_numpy(self.plan.tables[stages.start : stages.stop])
+        tables = torch.zeros(
+            len(stages), K, K + 3, *self.detail, pin_memory=self.device.type == "cuda"
+        )
+        tables[:, :own, :own] = source[:, :, :own]
+        tables[:, :own, K:] = source[:, :, own:]
+        return tables.to(self.device, non_blocking=True)
 
 
 def compile_plan(plan: Plan, facts: ModelFacts, slots: int, device: torch.device) -> CompiledPlan:
-    """Pad the tables to ``slots`` state slots, and round them once, to float32."""
-    K = plan.slots
-    source = torch.from_numpy(plan.tables)
-    tables = source.new_zeros(plan.evaluations, slots, slots + 3, *source.shape[3:])
-    tables[:, :K, :K] = source[:, :, :K]
-    tables[:, :K, slots:] = source[:, :, K:]
+    """The plan for states of ``slots`` slots, for a model and its device."""
     scales = preconditioning(facts.prediction, plan.alpha[:-1], plan.sigma[:-1])
     return CompiledPlan(
-        tables=tables.float().to(device),
+        plan=plan,
         t=facts.schedule.conditioning(plan.t[:-1]).tolist(),
         alpha=plan.alpha.tolist(),
         sigma=plan.sigma.tolist(),
         scale_in=scales.scale_in.tolist(),
         skip=scales.skip.tolist(),
         out=scales.out.tolist(),
-        noisy=plan.noisy,
-        langevin=plan.langevin,
         slots=slots,
+        device=device,
     )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 import torch
 
 from server.engine.state.compiled import CompiledPlan, compile_plan
 from server.engine.state.pool import Pool
-from server.lru import Kept
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from samplers import Plan
     from server.models.hosted import HostedModel
 
-PLANS_KEPT_BYTES = 512 * 2**20
-
 
 class Lane:
     """Model, states and compiled plans of one lane."""
@@ -28,19 +26,17 @@ class Lane:
         self.model = model
         self.shape = shape
         self.pool = Pool(shape, model.device)
-        # Keyed by identity and holding the plan, so that an identity is never used again.
-        self._plans: Kept[tuple[int, int], tuple[Plan, CompiledPlan]] = Kept(
-            PLANS_KEPT_BYTES, lambda kept: kept[0].tables.nbytes + kept[1].tables.nbytes
-        )
+        # Keyed by identity: a compiled plan holds its plan, so the identity is not used again.
+        self._compiled: WeakValueDictionary[tuple[int, int], CompiledPlan] = WeakValueDictionary()
 
     def compiled(self, plan: Plan) -> CompiledPlan:
-        """The plan on this lane's device, kept for the next image that shares it."""
-
-        def make() -> tuple[Plan, CompiledPlan]:
-            model = self.model
-            return plan, compile_plan(plan, model.facts, self.pool.slots, model.device)
-
-        return self._plans.get((id(plan), self.pool.slots), make)[1]
+        """The plan on this lane's device, shared by all images under way that follow it."""
+        key = id(plan), self.pool.slots
+        made = self._compiled.get(key)
+        if made is None:
+            made = compile_plan(plan, self.model.facts, self.pool.slots, self.model.device)
+            self._compiled[key] = made
+        return made
 
     def indices(self, positions: Sequence[int]) -> Tensor:
         """The positions as int64 on the lane's device, sent without waiting for it."""

@@ -18,7 +18,8 @@ FIRST_CAPACITY = 16
 class Pool:
     """Rows of ``[K + 2, C, h, w]``: K state slots, then room for the prediction and fresh noise.
 
-    Grows by doubling, up to as many images as the engine admits.
+    Grows by doubling, up to as many images as the engine admits. Where there is no memory to grow
+    in, it stays as it was.
 
     Args:
         shape: of a latent, ``(C, h, w)``.
@@ -40,42 +41,42 @@ class Pool:
         return len(self._free) == len(self.columns)
 
     def take(self, slots: int, rule_slots: int = 0, policy_slots: int = 0) -> int:
-        """A zeroed row for a plan of ``slots``, and memory of rule and policy."""
-        if slots > self.slots:
-            self._deepen(slots)
-        self.rule_memory = self._widened(self.rule_memory, rule_slots)
-        self.policy_memory = self._widened(self.policy_memory, policy_slots)
-        if not self._free:
-            self._double()
-        row = self._free.pop()
+        """A zeroed row for a plan of ``slots``, and memory of rule and policy.
+
+        Raises:
+            torch.OutOfMemoryError: there is no memory for another row.
+        """
+        self._grow(slots, rule_slots, policy_slots)
+        row = self._free[-1]
         # Not only for tidiness: a NaN left here would survive a coefficient of zero.
         for tensor in (self.columns, self.rule_memory, self.policy_memory):
             tensor[row].zero_()
-        return row
+        return self._free.pop()
 
     def give_back(self, row: int) -> None:
         """The image of this row is done."""
         self._free.append(row)
 
+    def _grow(self, slots: int, rule_slots: int, policy_slots: int) -> None:
+        count = len(self.columns)
+        rows = count if self._free else 2 * count
+        deepest = max(slots, self.slots)
+        # All of them are made before any is replaced: each may be one too many for the memory.
+        columns = self._grown(self.columns, rows, deepest + 2, kept=self.slots)
+        rule_memory = self._grown(self.rule_memory, rows, rule_slots)
+        policy_memory = self._grown(self.policy_memory, rows, policy_slots)
+        self.columns, self.rule_memory, self.policy_memory = columns, rule_memory, policy_memory
+        self.slots = deepest
+        self._free.extend(range(count, rows))
+
+    def _grown(self, old: Tensor, rows: int, slots: int, kept: int | None = None) -> Tensor:
+        """At least as many rows and slots, with the first ``kept`` slots as they were."""
+        slots = max(slots, old.shape[1])
+        if (rows, slots) == old.shape[:2]:
+            return old
+        new = self._empty(rows, slots)
+        new[: len(old), : old.shape[1]][:, :kept] = old[:, :kept]
+        return new
+
     def _empty(self, rows: int, slots: int) -> Tensor:
         return torch.zeros(rows, slots, *self.shape, device=self.device)
-
-    def _widened(self, memory: Tensor, slots: int) -> Tensor:
-        if slots <= memory.shape[1]:
-            return memory
-        return torch.cat([memory, self._empty(len(memory), slots - memory.shape[1])], 1)
-
-    def _double(self) -> None:
-        count = len(self.columns)
-        self.columns = self._doubled(self.columns)
-        self.rule_memory = self._doubled(self.rule_memory)
-        self.policy_memory = self._doubled(self.policy_memory)
-        self._free.extend(range(count, 2 * count))
-
-    def _doubled(self, rows: Tensor) -> Tensor:
-        return torch.cat([rows, torch.zeros_like(rows)])
-
-    def _deepen(self, slots: int) -> None:
-        deeper = self._empty(len(self.columns), slots + 2)
-        deeper[:, : self.slots] = self.columns[:, : self.slots]
-        self.columns, self.slots = deeper, slots

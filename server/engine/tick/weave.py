@@ -196,9 +196,9 @@ def step(batch: Batch, guidance: Guidance) -> Tensor:
             fresh = stage_noise(sequence.task.seed, sequence.stage, batch.lane.shape)
             columns[i, K + 1].copy_(fresh, non_blocking=True)
     state = torch.empty_like(columns[:, :K])
-    by_shape = _grouped(range(len(batch.plans)), lambda i: batch.plans[i].tables.shape[3:])
+    by_shape = _grouped(range(len(batch.plans)), lambda i: batch.plans[i].detail)
     for members in by_shape.values():
-        tables = torch.stack([batch.plans[i].tables[batch.sequences[i].stage] for i in members])
+        tables = torch.stack([batch.plans[i].table(batch.sequences[i].stage) for i in members])
         where = batch.lane.indices(members)
         langevin = _langevin(batch, members)
         moved = advance(

@@ -1,4 +1,8 @@
+"""The states of a lane grow, and keep what they hold."""
+
+import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from server.engine.state.pool import FIRST_CAPACITY, FIRST_SLOTS, Pool
 
@@ -31,3 +35,33 @@ def test_a_row_that_held_nan_is_clean_for_the_next_image():
     assert (pool.columns[again] == 0).all()
     assert (pool.rule_memory[again] == 0).all()
     assert (pool.policy_memory[again] == 0).all()
+
+
+class FullAfter(TorchDispatchMode):
+    """A device whose memory has room for so many more tensors."""
+
+    def __init__(self, tensors: int) -> None:
+        super().__init__()
+        self._left = tensors
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.zeros, torch.ops.aten.cat):
+            self._left -= 1
+            if self._left < 0:
+                raise torch.OutOfMemoryError("no room")
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("tensors", range(3))
+def test_a_pool_that_finds_no_memory_to_grow_in_stays_as_it_was(tensors):
+    pool = Pool(SHAPE, torch.device("cpu"))
+    rows = [pool.take(1, 1, 1) for _ in range(FIRST_CAPACITY)]
+    pool.columns[rows[0]] = 3.0
+    with pytest.raises(torch.OutOfMemoryError), FullAfter(tensors):
+        pool.take(FIRST_SLOTS + 2, 2, 3)
+    assert len(pool.columns) == len(pool.rule_memory) == len(pool.policy_memory) == FIRST_CAPACITY
+    assert (pool.columns[rows[0]] == 3).all()
+    pool.give_back(rows[1])
+    assert pool.take(1, 1, 1) == rows[1]
+    assert pool.take(1, 1, 1) >= FIRST_CAPACITY
+    assert len(pool.columns) == len(pool.rule_memory) == len(pool.policy_memory)
