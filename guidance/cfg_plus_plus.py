@@ -22,6 +22,10 @@ class CFGPlusPlus(Rule, frozen=True):
     standard step infers from the moved point ``x + alpha (D - Du)``, so moving x is all it takes;
     under DDIM and Euler this is the published step exactly. In a multistep sampler the history
     holds D, where the authors' code keeps Du.
+
+    A sampler that evaluates several times in a step is moved once, before the first of them. Its
+    other evaluations lie at points that the step has made of the moved one: their noise about D is
+    the unconditional one already, and a second move would count the guidance twice.
     """
 
     summary: ClassVar[str] = "Interpolates in [0, 1] and renoises unguided; invertible."
@@ -33,4 +37,5 @@ class CFGPlusPlus(Rule, frozen=True):
     @override
     def combine(cls, rows: Rows, parameters: Mapping[str, Tensor]) -> Guided:
         push = parameters["scale"] * (rows.cond - rows.other)
-        return Guided(rows.other + push, rows.x + rows.alpha * push, rows.memory)
+        moved = (rows.x + rows.alpha * push).where(rows.opens_step, rows.x)
+        return Guided(rows.other + push, moved, rows.memory)

@@ -24,6 +24,7 @@ def guide(
     *,
     progress: float = 0.0,
     memory: Tensor | None = None,
+    opens_step: bool = True,
     closes_step: bool = True,
 ) -> Guided:
     """Combine the predictions of pictures that share a rule and a level.
@@ -40,6 +41,7 @@ def guide(
         sigma: noise scale there, above 0.
         progress: share of the sampler's steps done before, in [0, 1).
         memory: what the previous call gave; None at the start of a run.
+        opens_step: whether this is the first evaluation of the sampler's step.
         closes_step: whether this is the last evaluation of the sampler's step.
 
     Returns:
@@ -71,6 +73,7 @@ def guide(
         sigma=scalar(sigma),
         progress=scalar(progress),
         memory=memory,
+        opens_step=scalar(float(opens_step)) > 0,
         closes_step=scalar(float(closes_step)) > 0,
     )
     return rule.combine(rows, rule.parameters([rule] * len(x), x[:1]))

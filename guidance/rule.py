@@ -33,6 +33,8 @@ class Rows:
         progress: share of the sampler's steps done before this one, in [0, 1),
             ``[rows, 1, 1, 1]``.
         memory: what the rule kept from earlier steps, ``[rows, slots, C, h, w]``; zero at first.
+        opens_step: whether this is the first evaluation of its step, the one before which a rule
+            may move x, ``[rows, 1, 1, 1]`` bool.
         closes_step: whether this is the last evaluation of its step, ``[rows, 1, 1, 1]`` bool.
     """
 
@@ -43,6 +45,7 @@ class Rows:
     sigma: Tensor
     progress: Tensor
     memory: Tensor
+    opens_step: Tensor
     closes_step: Tensor
 
     @property

@@ -120,6 +120,19 @@ class Plan:
         """Share of the steps done before each stage, in [0, 1), ``[stages]``."""
         return np.array(self.step, np.float64) / self.steps
 
+    def opens_step(self, stage: int) -> bool:
+        """Whether a stage's evaluation is the first one of its step.
+
+        Guidance that moves x moves it there and nowhere else. The other evaluations of a step
+        belong to the same move of the sampler: a second slope, a point between, a corrector at
+        the level that was reached.
+        """
+        return stage == 0 or self.step[stage] != self.step[stage - 1]
+
+    def closes_step(self, stage: int) -> bool:
+        """Whether a stage's evaluation is the last one of its step."""
+        return stage + 1 == self.evaluations or self.opens_step(stage + 1)
+
     @property
     def slots(self) -> int:
         """K, slots of the state."""
@@ -172,8 +185,8 @@ def integrate(
 
     Args:
         plan: what ``Sampler.plan`` gave.
-        denoise: ``(x [rows, ...], t) -> denoised [rows, ...]``, guided if wanted; it may move x,
-            which is the state itself, in place, as CFG++ does.
+        denoise: ``(x [rows, ...], t) -> denoised [rows, ...]``, guided if wanted; where
+            ``plan.opens_step`` it may move x, which is the state itself, in place, as CFG++ does.
         x_start: ``[rows, ...]`` in any floating type; at the plan's first level, so
             ``plan.start_scale`` times unit noise for a run from nothing.
         noise: stage -> unit noise ``[rows, ...]``; needed where the plan asks for noise.

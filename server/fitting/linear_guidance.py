@@ -185,7 +185,8 @@ def _run(
             float(plan.sigma[stage]),
             progress=plan.step[stage] / plan.steps,
             memory=memory,
-            closes_step=plan.step[stage] not in plan.step[stage + 1 :],
+            opens_step=plan.opens_step(stage),
+            closes_step=plan.closes_step(stage),
         )
         memory = guided.memory
         x.copy_(guided.x)

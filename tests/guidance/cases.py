@@ -37,6 +37,7 @@ def draw(rows: int, seed: int = 0, dtype: torch.dtype = torch.float64, branches:
         sigma=sigma,
         progress=(1 + torch.rand(rows, 1, 1, 1, generator=generator, dtype=dtype)) / 2,
         memory=cond.new_zeros(rows, 0, *SHAPE),
+        opens_step=torch.ones(rows, 1, 1, 1, dtype=torch.bool),
         closes_step=torch.ones(rows, 1, 1, 1, dtype=torch.bool),
     )
 

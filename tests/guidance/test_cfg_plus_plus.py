@@ -1,21 +1,26 @@
 """CFG++ under DDIM against its published form, and what moving x does."""
 
 from collections.abc import Callable
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from guidance import Rows, Rule
+from guidance import Rows, Rule, guide
 from guidance.cfg import CFG
 from guidance.cfg_plus_plus import CFGPlusPlus
-from samplers import Grid, NoiseSchedule, Plan, Sampler, advance
+from samplers import Grid, Karras, NoiseSchedule, Plan, Sampler, advance, integrate
 from samplers.ddim import DDIM
 from samplers.dpm_solver_pp import DPMSolverPP
+from samplers.dpm_solver_pp_singlestep import DPMSolverPPSinglestep
+from samplers.restart import Restart
+from samplers.score_sde_pc import ScoreSDEPC
 from samplers.timesteps import Trailing
 from samplers.unipc import UniPC
 from tests.guidance.cases import apply
+from tests.samplers.cases import VARIANTS, label, suits
 
 SCHEDULES = {
     "vp": NoiseSchedule.from_diffusers({}),
@@ -44,8 +49,9 @@ def run(plan: Plan, rule_at: Callable[[int], Rule]) -> Tensor:
     for i, table in enumerate(plan.tables):
         x = columns[:, 0].clone()
         alpha, sigma = plan.alpha[i] * scalar, plan.sigma[i] * scalar
+        opens, closes = scalar * plan.opens_step(i) > 0, scalar * plan.closes_step(i) > 0
         rows = Rows(
-            cond(x), other(x)[:, None], x, alpha, sigma, 0 * scalar, x[:, None, :0], scalar > 0
+            cond(x), other(x)[:, None], x, alpha, sigma, 0 * scalar, x[:, None, :0], opens, closes
         )
         guided = apply(rule_at(i), rows)
         columns[:, 0], columns[:, K] = guided.x, guided.denoised
@@ -103,7 +109,7 @@ def test_the_move_is_the_unconditional_noise_whatever_the_scale() -> None:
     x, c, u = torch.randn(3, 4, 3, 2, 2, generator=generator, dtype=torch.float64)
     scalar = x.new_ones(4, 1, 1, 1)
     levels = 0.6 * scalar, 0.8 * scalar, 0 * scalar
-    rows = Rows(c, u[:, None], x, *levels, x[:, None, :0], scalar > 0)
+    rows = Rows(c, u[:, None], x, *levels, x[:, None, :0], scalar > 0, scalar > 0)
     guided = apply(CFGPlusPlus(scale=0.7), rows)
     torch.testing.assert_close((guided.x - 0.6 * guided.denoised) / 0.8, (x - 0.6 * u) / 0.8)
 
@@ -132,3 +138,63 @@ def test_on_predictions_that_never_change_every_multistep_sampler_makes_the_same
     grid = SCHEDULES["vp"].grid(Trailing(), 9, t_start=990.0, t_end=300.0)
     ours, ddim = (run(s.plan(grid), lambda _: CFGPlusPlus()) for s in (sampler, DDIM()))
     torch.testing.assert_close(ours, ddim, rtol=1e-10, atol=1e-10)
+
+
+FIRST = {sampler.name: sampler for sampler in reversed(VARIANTS)}
+STAGED: list[Sampler] = [
+    DPMSolverPPSinglestep(order=3),
+    DPMSolverPPSinglestep(order=2, eta=1.0),
+    ScoreSDEPC(corrector_steps=2),
+    Restart(base="dpm_solver_pp", restarts=2),
+    Restart(base="euler"),
+]
+MOVED = [*FIRST.values(), *STAGED]
+"""A variant of each sampler, and more of those whose steps take several evaluations."""
+
+
+def constant_run(plan: Plan, start: float) -> tuple[Tensor, int]:
+    """Where a run leads whose predictions never change, Dc = 1 and Du = 0, and its moves of x."""
+    stage = moves = 0
+
+    def denoise(x: Tensor, _: float) -> Tensor:
+        nonlocal stage, moves
+        ones = torch.ones_like(x)
+        level = float(plan.alpha[stage]), float(plan.sigma[stage])
+        opens = plan.opens_step(stage)
+        guided = guide(CFGPlusPlus(scale=0.6), ones, [0 * ones], x, *level, opens_step=opens)
+        moves += not torch.equal(guided.x, x)
+        stage += 1
+        x.copy_(guided.x)
+        return guided.denoised
+
+    x = torch.full((1, 1), start, dtype=torch.float64)
+    return integrate(plan, denoise, x, lambda _: torch.zeros_like(x)), moves
+
+
+@pytest.mark.parametrize("sampler", MOVED, ids=label)
+def test_x_is_moved_once_a_step(sampler: Sampler) -> None:
+    for schedule, steps in product(SCHEDULES.values(), (1, 2, 5)):
+        if suits(sampler, schedule):
+            plan = sampler.plan(schedule.grid(Trailing(), steps, t_start=0.9 * schedule.t_start))
+            assert constant_run(plan, 0.5)[1] == plan.steps == sampler.steps_taken(steps)
+
+
+@pytest.mark.parametrize("sampler", [one for one in MOVED if not one.stochastic], ids=label)
+def test_predictions_that_never_change_lead_every_sampler_to_the_closed_form(
+    sampler: Sampler,
+) -> None:
+    """Each step goes from alpha Du + sigma n to alpha' D + sigma' n, and n about Du then grows by
+    alpha' (D - Du) / sigma', however many evaluations a step takes.
+    """
+    for schedule, steps in product(SCHEDULES.values(), (1, 2, 5)):
+        first, last = 0.9 * schedule.t_start, max(schedule.t_end, 1e-3 * schedule.t_start)
+        grid = schedule.grid(Trailing(), steps, first, last)
+        noise = 0.5 / grid.sigma[0] + 0.6 * (grid.alpha[1:-1] / grid.sigma[1:-1]).sum()
+        landed, _ = constant_run(sampler.plan(grid), 0.5)
+        assert float(landed) == pytest.approx(0.6 * grid.alpha[-1] + grid.sigma[-1] * noise)
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpm_solver_pp_singlestep", "heun"])
+def test_one_step_over_all_of_edm_renoises_by_next_to_nothing(name: str) -> None:
+    grid = SCHEDULES["edm"].grid(Karras(), 1, 80.0, 0.002)
+    assert float(constant_run(FIRST[name].plan(grid), 0.0)[0]) == pytest.approx(0.6, abs=1e-9)

@@ -179,6 +179,14 @@ def test_each_branch_that_is_asked_for_matters(rule: Rule) -> None:
         assert moved(rule, rows, others)
 
 
+def test_no_rule_moves_x_within_a_step() -> None:
+    """Only CFG++ moves it, and the samplers count on one move a step."""
+    for rule in RULE_VARIANTS:
+        rows = with_memory(draw(2, branches=branches_of(rule)), rule.memory_slots)
+        within = apply(rule, replace(rows, opens_step=~rows.opens_step))
+        assert torch.equal(within.x, rows.x), label(rule)
+
+
 @pytest.mark.parametrize("kind", RULES)
 @settings(max_examples=40)
 @given(data=st.data(), seed=st.integers(0, 1000))
@@ -189,8 +197,9 @@ def test_rows_with_their_own_parameters_get_what_each_gets_alone(
     branches = branches_of(own[0])
     own = [setting for setting in own if branches_of(setting) == branches]
     rows = with_memory(draw(len(own), seed, branches=branches), kind.memory_slots)
-    closes = data.draw(st.lists(st.booleans(), min_size=len(own), max_size=len(own)))
-    rows = replace(rows, closes_step=torch.tensor(closes).view(-1, 1, 1, 1))
+    flags = st.lists(st.booleans(), min_size=len(own), max_size=len(own))
+    opens, closes = (torch.tensor(data.draw(flags)).view(-1, 1, 1, 1) for _ in range(2))
+    rows = replace(rows, opens_step=opens, closes_step=closes)
     together = kind.combine(rows, kind.parameters(own, rows.x[:1]))
     for i, setting in enumerate(own):
         alone = apply(setting, one_row(rows, i))

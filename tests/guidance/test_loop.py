@@ -19,8 +19,10 @@ ALPHA, SIGMA = 0.6, 0.8
 @pytest.mark.parametrize(
     "rule", [CFG(), APG(), CFGPlusPlus(), CFGZeroStar(), PerpNeg()], ids=lambda r: r.name
 )
-@pytest.mark.parametrize("closes_step", [True, False])
-def test_it_is_the_rule_with_all_rows_alike(rule: Rule, closes_step: bool) -> None:
+@pytest.mark.parametrize(("opens_step", "closes_step"), [(True, False), (False, True)])
+def test_it_is_the_rule_with_all_rows_alike(
+    rule: Rule, opens_step: bool, closes_step: bool
+) -> None:
     rows = with_memory(draw(3, branches=len(rule.branches)), rule.memory_slots)
     full = torch.ones_like(rows.alpha)
     rows = type(rows)(
@@ -31,6 +33,7 @@ def test_it_is_the_rule_with_all_rows_alike(rule: Rule, closes_step: bool) -> No
         SIGMA * full,
         0.02 * full,
         rows.memory,
+        torch.full_like(full, opens_step, dtype=torch.bool),
         torch.full_like(full, closes_step, dtype=torch.bool),
     )
     ours = guide(
@@ -42,6 +45,7 @@ def test_it_is_the_rule_with_all_rows_alike(rule: Rule, closes_step: bool) -> No
         SIGMA,
         progress=0.02,
         memory=rows.memory,
+        opens_step=opens_step,
         closes_step=closes_step,
     )
     for one, other in zip(ours, apply(rule, rows), strict=True):

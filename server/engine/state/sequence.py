@@ -143,10 +143,14 @@ class Sequence:
         return self.stage == self.task.plan.evaluations
 
     @property
+    def opens_step(self) -> bool:
+        """Whether the next evaluation is the first one of its sampler step."""
+        return self.task.plan.opens_step(self.stage)
+
+    @property
     def closes_step(self) -> bool:
         """Whether the next evaluation is the last one of its sampler step."""
-        step = self.task.plan.step
-        return self.stage + 1 == len(step) or step[self.stage + 1] != step[self.stage]
+        return self.task.plan.closes_step(self.stage)
 
     def count(self) -> None:
         """Book the evaluations of the stage that just ran, and go on to the next."""

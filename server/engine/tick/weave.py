@@ -325,10 +325,16 @@ def _stacked(
         sequence, plan = batch.sequences[i], batch.plans[i]
         stage, progress = sequence.stage, sequence.guidance.progress
         scalars.append(
-            (plan.alpha[stage], plan.sigma[stage], progress[stage], sequence.closes_step)
+            (
+                plan.alpha[stage],
+                plan.sigma[stage],
+                progress[stage],
+                sequence.opens_step,
+                sequence.closes_step,
+            )
         )
     columns = (_as_factor(column, x) for column in _tensor(batch.lane, scalars).unbind(1))
-    alpha, sigma, progress, closes = columns
+    alpha, sigma, progress, opens, closes = columns
     rows = batch.lane.indices([row for i in members for row in others[i]])
     memory = batch.lane.pool.rule_memory[:, :memory_slots]
     return Rows(
@@ -339,6 +345,7 @@ def _stacked(
         sigma=sigma,
         progress=progress,
         memory=memory.index_select(0, _slots(batch, members)),
+        opens_step=opens > 0,
         closes_step=closes > 0,
     )
 

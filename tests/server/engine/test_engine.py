@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from guidance import POLICIES, RULES, Guided, Rows, Rule
+from guidance import POLICIES, RULES, Guided, Rows, Rule, guide
 from guidance.adaptive import Adaptive
 from guidance.autoguidance import Autoguidance
 from guidance.cfg import CFG
@@ -49,8 +49,8 @@ def apart(a: Any, b: Any) -> int:
 
 
 def by_hand(model, task) -> Any:
-    """The same image by the library's loop: one request, no engine."""
-    facts = model.facts
+    """The same image by the library's loops: one request, no engine."""
+    facts, plan = model.facts, task.plan
     prompts = model.encode_prompts([task.prompt, task.negative_prompt])
 
     def denoise(x: torch.Tensor, t: float) -> torch.Tensor:
@@ -60,7 +60,17 @@ def by_hand(model, task) -> Any:
         told = torch.full((2,), float(facts.schedule.conditioning(np.array(t))))
         raw = model.evaluate(float(scales.scale_in[stage]) * both, told, prompts)
         cond, uncond = float(scales.skip[stage]) * both + float(scales.out[stage]) * raw
-        return (uncond + task.rule.scale * (cond - uncond))[None]
+        guided = guide(
+            task.rule,
+            cond[None],
+            [uncond[None]],
+            x,
+            float(plan.alpha[stage]),
+            float(plan.sigma[stage]),
+            opens_step=plan.opens_step(stage),
+        )
+        x.copy_(guided.x)
+        return guided.denoised
 
     by_t = list(range(task.plan.evaluations))
     shape = model.latent_shape(task.width, task.height)
@@ -75,6 +85,12 @@ def by_hand(model, task) -> Any:
 @pytest.mark.parametrize("sampler", NAMES)
 def test_an_image_is_what_the_library_loop_gives(engine, model, task, run, sampler):
     one = task(sampler, steps=4)
+    [pixels] = run(engine, [one]).pixels()
+    assert apart(pixels, by_hand(model, one)) <= CLOSE
+
+
+def test_cfg_plus_plus_moves_x_once_a_step_in_the_engine_too(engine, model, task, run):
+    one = task("heun", "cfg_plus_plus", steps=4)
     [pixels] = run(engine, [one]).pixels()
     assert apart(pixels, by_hand(model, one)) <= CLOSE
 
