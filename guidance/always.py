@@ -18,6 +18,7 @@ class Always(Policy, frozen=True):
 
     summary: ClassVar[str] = "Evaluates the second branch at every stage."
     source: ClassVar[str] = "Ho and Salimans, arXiv 2207.12598."
+    skips: ClassVar[bool] = False
     name: Literal["always"] = "always"
 
     @override

@@ -7,22 +7,19 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 from typing_extensions import override
 
-from guidance.branch import NEGATIVE
 from guidance.reductions import inner
-from guidance.rule import Guided, Rows, Rule
+from guidance.rule import Guided, Rows, ScaledRule
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
 
-    from guidance.branch import Branch
-
 REFERENCE_ELEMENTS = 65536
 """Elements of an SDXL latent at 1024 pixels, for which the norm threshold is given."""
 
 
-class APG(Rule, frozen=True):
+class APG(ScaledRule, frozen=True):
     """Adaptive projected guidance (Sadat et al., arXiv 2410.02416, algorithm 1).
 
     The difference of the predictions is smoothed by (reverse) momentum over the steps, bounded in
@@ -63,11 +60,6 @@ class APG(Rule, frozen=True):
         description="Share of the earlier differences; below 0 damps them. 0 is better with high"
         " scales in few steps of a multistep sampler.",
     )
-
-    @property
-    @override
-    def branches(self) -> tuple[Branch, ...]:
-        return () if self.scale == 1 else (NEGATIVE,)
 
     @classmethod
     @override

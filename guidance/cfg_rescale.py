@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 from typing_extensions import override
 
-from guidance.branch import NEGATIVE
 from guidance.reductions import covariance
-from guidance.rule import Guided, Rows, Rule, stack
+from guidance.rule import Guided, Rows, ScaledRule, stack
 from guidance.velocity import velocity_share
 
 if TYPE_CHECKING:
@@ -18,10 +17,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from guidance.branch import Branch
 
-
-class CFGRescale(Rule, frozen=True):
+class CFGRescale(ScaledRule, frozen=True):
     """Rescaled classifier-free guidance (Lin et al., arXiv 2305.08891, section 3.4).
 
     The guided prediction y is multiplied by ``rescale std(y_c) / std(y) + 1 - rescale``, with
@@ -45,11 +42,6 @@ class CFGRescale(Rule, frozen=True):
         description="Where the spread is taken; noise is what diffusers does on networks that"
         " predict noise.",
     )
-
-    @property
-    @override
-    def branches(self) -> tuple[Branch, ...]:
-        return () if self.scale == 1 else (NEGATIVE,)
 
     @classmethod
     @override

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 from typing_extensions import override
 
-from guidance.branch import NEGATIVE
 from guidance.reductions import inner
-from guidance.rule import Guided, Rows, Rule
+from guidance.rule import Guided, Rows, ScaledRule
 from guidance.velocity import velocity
 
 if TYPE_CHECKING:
@@ -17,10 +16,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from guidance.branch import Branch
 
-
-class CFGZeroStar(Rule, frozen=True):
+class CFGZeroStar(ScaledRule, frozen=True):
     """CFG-Zero* (Fan et al., arXiv 2503.18886).
 
     With velocities, ``v = a v_u + scale (v_c - a v_u)``, where ``a = <v_c, v_u> / |v_u|^2`` brings
@@ -36,7 +33,6 @@ class CFGZeroStar(Rule, frozen=True):
     summary: ClassVar[str] = "CFG with a fitted unconditional velocity; holds still at first."
     source: ClassVar[str] = "Fan et al., arXiv 2503.18886."
     name: Literal["cfg_zero_star"] = "cfg_zero_star"
-    scale: float = Field(default=4.0, ge=0, le=100, description="Strength; 1 is no guidance.")
     fitted: float = Field(
         default=1.0,
         ge=0,
@@ -49,11 +45,6 @@ class CFGZeroStar(Rule, frozen=True):
         le=0.5,
         description="Share of the steps that begin with no velocity; 0 is none.",
     )
-
-    @property
-    @override
-    def branches(self) -> tuple[Branch, ...]:
-        return () if self.scale == 1 else (NEGATIVE,)
 
     @classmethod
     @override

@@ -7,18 +7,15 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 from typing_extensions import override
 
-from guidance.branch import NEGATIVE
-from guidance.rule import Guided, Rows, Rule
+from guidance.rule import Guided, Rows, ScaledRule
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
 
-    from guidance.branch import Branch
 
-
-class DynamicThresholding(Rule, frozen=True):
+class DynamicThresholding(ScaledRule, frozen=True):
     """CFG with dynamic thresholding (Saharia et al., arXiv 2205.11487, section 2.3).
 
     The guided denoised prediction is clipped to ``[-s, s]`` and multiplied by ``limit / s``, s the
@@ -41,11 +38,6 @@ class DynamicThresholding(Rule, frozen=True):
         le=1000,
         description="What predictions are drawn in to: 1 for pixels, 3 and more for latents.",
     )
-
-    @property
-    @override
-    def branches(self) -> tuple[Branch, ...]:
-        return () if self.scale == 1 else (NEGATIVE,)
 
     @classmethod
     @override

@@ -48,6 +48,7 @@ class LinearAdaptive(Policy, frozen=True):
     source: ClassVar[str] = "Castillo et al., arXiv 2312.12487, section 5."
     estimates: ClassVar[bool] = True
     fitted: ClassVar[int] = TERMS
+    fitted_by: ClassVar[str | None] = "linear-ag"
     name: Literal["linear_adaptive"] = "linear_adaptive"
     every: int = Field(
         default=2, ge=2, le=100, description="Steps from one evaluation to the next."
@@ -67,6 +68,11 @@ class LinearAdaptive(Policy, frozen=True):
         self, noise_ratio: NDArray[np.float64], progress: NDArray[np.float64]
     ) -> NDArray[np.bool_]:
         return (steps_of(progress) % self.every != 0) & (progress < self.stop)
+
+    @property
+    @override
+    def fit_period(self) -> int:
+        return self.every
 
     @property
     @override

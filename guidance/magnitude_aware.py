@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 from typing_extensions import override
 
-from guidance.branch import NEGATIVE
 from guidance.reductions import inner
-from guidance.rule import Guided, Rows, Rule
+from guidance.rule import Guided, Rows, ScaledRule
 from guidance.velocity import velocity
 
 if TYPE_CHECKING:
@@ -17,10 +16,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from guidance.branch import Branch
 
-
-class MagnitudeAware(Rule, frozen=True):
+class MagnitudeAware(ScaledRule, frozen=True):
     """Magnitude-aware mitigation for boosted guidance (MAMBO-G, arXiv 2508.03442).
 
     CFG of the scale ``1 + (scale - 1) exp(-damping |v_c - v_u| / |v_u|)``, per row and stage.
@@ -34,11 +31,6 @@ class MagnitudeAware(Rule, frozen=True):
     damping: float = Field(
         default=8.0, ge=0, le=100, description="How fast strength falls; 0 is plain CFG."
     )
-
-    @property
-    @override
-    def branches(self) -> tuple[Branch, ...]:
-        return () if self.scale == 1 else (NEGATIVE,)
 
     @classmethod
     @override

@@ -41,12 +41,19 @@ class Policy(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=
     """One line for the user."""
     source: ClassVar[str]
     """Paper and equation."""
+    skips: ClassVar[bool] = True
+    """Whether it may leave the branches out at some stage. One that does not is all that a rule
+    without branches, and weighed particles, go with."""
     adapts: ClassVar[bool] = False
     """Whether ``settled`` is asked after each stage whose branches were evaluated."""
     estimates: ClassVar[bool] = False
     """Whether ``fill`` is called at each stage that is evaluated or estimated."""
     fitted: ClassVar[int] = 0
     """Coefficients of a stage that must have been fitted to the model and the run beforehand."""
+    fitted_by: ClassVar[str | None] = None
+    """Command of `weft` that fits them and whose files they are found in. ``linear-ag`` is that of
+    :mod:`guidance.linear_fit`. None for policies that need none; one that does, and is fitted by
+    no command, cannot be served."""
     embeds: ClassVar[bool] = False
     """Whether the rule's scale is told to the network, which then guides by itself."""
     name: str
@@ -72,6 +79,25 @@ class Policy(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=
             progress: as for :meth:`evaluates`.
         """
         return ~self.evaluates(noise_ratio, progress) & self.estimates
+
+    def acts(
+        self, noise_ratio: NDArray[np.float64], progress: NDArray[np.float64]
+    ) -> NDArray[np.bool_]:
+        """At which stages there is guidance at all, ``[stages]``.
+
+        A policy of which that is no stage of a run leaves the run unguided.
+
+        Args:
+            noise_ratio: as for :meth:`evaluates`.
+            progress: as for :meth:`evaluates`.
+        """
+        known = self.evaluates(noise_ratio, progress) | self.estimated(noise_ratio, progress)
+        return known | self.embeds
+
+    @property
+    def fit_period(self) -> int:
+        """Steps from one evaluation of the branches to the next, which coefficients depend on."""
+        return 1
 
     @property
     def memory_slots(self) -> int:

@@ -6,7 +6,8 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
+from typing_extensions import override
 
 from guidance.branch import NEGATIVE
 
@@ -73,6 +74,12 @@ class Rule(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=Fa
     """Latent-sized slots that a row keeps between steps."""
     combines: ClassVar[bool] = True
     """Whether there is anything to combine at some parameters; if not, no policy has work."""
+    plain_cfg: ClassVar[bool] = False
+    """Whether it is classifier-free guidance itself: ``Dc + (scale - 1) (Dc - Du)``.
+
+    That is what a network may have been trained to do by itself (policies that embed), what
+    particles correct, and what statistics of a guided model are of.
+    """
     name: str
 
     @property
@@ -99,6 +106,17 @@ class Rule(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=Fa
             rows: stacked predictions, as many branches in every row.
             parameters: this rule's numeric fields, each ``[rows, 1, 1, 1]``.
         """
+
+
+class ScaledRule(Rule, frozen=True):
+    """A rule that leads away from the negative prompt by a ``scale``, of which 1 does nothing."""
+
+    scale: float = Field(default=4.0, ge=0, le=100, description="Strength; 1 is no guidance.")
+
+    @property
+    @override
+    def branches(self) -> tuple[Branch, ...]:
+        return () if self.scale == 1 else (NEGATIVE,)
 
 
 def stack(settings: Sequence[BaseModel], like: Tensor) -> dict[str, Tensor]:

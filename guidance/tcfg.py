@@ -7,19 +7,16 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 from typing_extensions import override
 
-from guidance.branch import NEGATIVE
 from guidance.reductions import inner
-from guidance.rule import Guided, Rows, Rule
+from guidance.rule import Guided, Rows, ScaledRule
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
 
-    from guidance.branch import Branch
 
-
-class TCFG(Rule, frozen=True):
+class TCFG(ScaledRule, frozen=True):
     """Tangential damping CFG (Kwon et al., arXiv 2503.18137, listing 1).
 
     The unconditional noise is projected on the first right singular vector of both noises, per
@@ -42,11 +39,6 @@ class TCFG(Rule, frozen=True):
         le=1,
         description="Share of the tangential part that is taken out; 0 is plain CFG.",
     )
-
-    @property
-    @override
-    def branches(self) -> tuple[Branch, ...]:
-        return () if self.scale == 1 else (NEGATIVE,)
 
     @classmethod
     @override

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from guidance import RULES
 from guidance.cfg import CFG
 from guidance.unguided import Unguided
 from tests.guidance.cases import apply, draw
@@ -34,3 +35,13 @@ def test_unguided_is_the_prompt_alone() -> None:
     assert result.x is rows.x
     assert not Unguided().branches
     assert not Unguided.combines
+
+
+def test_rules_that_call_themselves_plain_cfg_are_cfg() -> None:
+    plain = [kind for kind in RULES if kind.plain_cfg]
+    assert CFG in plain
+    rows = draw(3)
+    expected = rows.other + 3.5 * (rows.cond - rows.other)
+    for kind in plain:
+        result = apply(kind.model_validate({"scale": 3.5}), rows)
+        torch.testing.assert_close(result.denoised, expected)

@@ -1,7 +1,7 @@
 """When the second prediction is evaluated."""
 
 from dataclasses import replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import pytest
@@ -10,12 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from guidance import Rows
+from guidance import POLICIES, Policy, Rows
 from guidance.adaptive import Adaptive
 from guidance.always import Always
 from guidance.embedded import Embedded
 from guidance.interval import Interval
+from guidance.linear_adaptive import LinearAdaptive
+from guidance.residual import Residual
+from guidance.reuse import Reuse
 from tests.guidance.cases import draw, with_other
+
+each_kind = pytest.mark.parametrize("kind", POLICIES, ids=lambda kind: kind.__name__)
 
 NOISE_RATIO = np.array([np.inf, 5.43, 5.42, 1.0, 0.29, 0.28, 0.1])
 PROGRESS = np.arange(7) / 7
@@ -139,3 +144,41 @@ def test_embedded_never_evaluates_and_tells_the_network() -> None:
     assert not Embedded().evaluates(NOISE_RATIO, PROGRESS).any()
     assert not Embedded().estimated(NOISE_RATIO, PROGRESS).any()
     assert Embedded.embeds
+
+
+def test_an_interval_that_holds_no_stage_acts_nowhere() -> None:
+    assert not Interval(low=6, high=7).acts(NOISE_RATIO, PROGRESS).any()
+    assert Interval(low=5.42, high=7).acts(NOISE_RATIO, PROGRESS).tolist() == [
+        False,
+        True,
+        *[False] * 5,
+    ]
+
+
+def test_a_policy_acts_where_it_evaluates_or_estimates_or_the_network_guides_itself() -> None:
+    assert Reuse(every=7).acts(NOISE_RATIO, PROGRESS).all()
+    assert Residual().acts(NOISE_RATIO, PROGRESS).all()
+    assert Embedded().acts(NOISE_RATIO, PROGRESS).all()
+    assert LinearAdaptive(stop=0.5).acts(NOISE_RATIO, PROGRESS).tolist() == [True] * 4 + [False] * 3
+
+
+def test_a_policy_that_is_fitted_says_by_which_command() -> None:
+    """One of a package that no command fits can be told apart, and then refused."""
+
+    class Foreign(LinearAdaptive, frozen=True):
+        fitted_by: ClassVar[str | None] = None
+
+    fitted = [kind for kind in POLICIES if kind.fitted]
+    assert fitted == [kind for kind in POLICIES if kind.fitted_by is not None]
+    assert LinearAdaptive.fitted_by == "linear-ag"
+    assert LinearAdaptive(every=3).fit_period == 3
+    assert Foreign.fitted
+    assert Foreign.fitted_by is None
+    with pytest.raises(ValueError, match=r"it needs coefficients of shape \(7, 5\)"):
+        Foreign().constants(7)
+
+
+@each_kind
+def test_only_a_policy_that_evaluates_at_every_stage_skips_none(kind: type[Policy]) -> None:
+    everywhere = kind.model_validate({}).evaluates(NOISE_RATIO, PROGRESS).all()
+    assert kind.skips == (not everywhere or kind.adapts)
