@@ -97,7 +97,8 @@ def make_all_statistics(model: HostedModel, options: argparse.Namespace) -> None
 def pictures(model: HostedModel, count: int) -> Samples:
     """Pictures that the model never saw, encoded, with their captions."""
     scenes = [make_scene(_FIRST_SEED + k) for k in range(count)]
-    chunks = [model.encode(render(scenes[k : k + 32], model.device)) for k in range(0, count, 32)]
+    parts = (scenes[k : k + 32] for k in range(0, count, 32))
+    chunks = [model.encode_image(render(part, model.device)) for part in parts]
     return Samples(torch.cat(chunks), [scene.caption for scene in scenes])
 
 

@@ -14,7 +14,8 @@ class Branch:
     """One prediction: what the network is told, and what is changed inside it.
 
     Attributes:
-        told: the request's prompt, its negative prompt, nothing, or a text of the rule's own.
+        told: the request's prompt, its negative prompt, nothing, or a text of the rule's own. A
+            request without a negative prompt tells nothing there, too.
         prompt: that text, where ``told`` is ``own``.
         edit: what is changed inside the network for this prediction.
     """
@@ -23,9 +24,9 @@ class Branch:
     prompt: str = ""
     edit: Edit | None = None
 
-    def text(self, prompt: str, negative_prompt: str) -> str:
-        """What the network is told, in words."""
-        texts = {"prompt": prompt, "negative": negative_prompt, "empty": "", "own": self.prompt}
+    def text(self, prompt: str, negative_prompt: str | None) -> str | None:
+        """What the network is told, in words; None is the model's unconditional."""
+        texts = {"prompt": prompt, "negative": negative_prompt, "empty": None, "own": self.prompt}
         return texts[self.told]
 
 

@@ -80,7 +80,7 @@ class ImageTask:
     Attributes:
         model: name of a hosted model.
         prompt: what the picture shows.
-        negative_prompt: what the second branch is told.
+        negative_prompt: what the second branch is told; None is the model's unconditional.
         width: in pixels.
         height: in pixels.
         seed: of this image, 0 to 2^63 - 1.
@@ -104,7 +104,7 @@ class ImageTask:
 
     model: str
     prompt: str
-    negative_prompt: str
+    negative_prompt: str | None
     width: int
     height: int
     seed: int

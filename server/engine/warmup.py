@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from server.models.inputs import RowInputs
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -30,16 +32,17 @@ def sweep(model: HostedModel, batches: Sequence[int] = BATCHES) -> dict[int, flo
         torch.OutOfMemoryError: not even the first batch fits.
     """
     facts = model.facts
-    shape = model.latent_shape(facts.default_width, facts.default_height)
-    prompt = model.encode_prompts([""])
+    size = facts.default_width, facts.default_height
+    shape = model.latent_shape(*size)
+    [unconditional] = model.encode_prompts([None], *size)
     rates: dict[int, float] = {}
     for rows in batches:
         x = torch.randn(rows, *shape, device=model.device)
         t = torch.full((rows,), _middle(facts.schedule), device=x.device)
-        conditioning = prompt.expand(rows, -1, -1).contiguous()
+        inputs = RowInputs(model.stack([unconditional] * rows))
         try:
-            model.evaluate(x, t, conditioning)
-            seconds = median(_timed(model, x, t, conditioning) for _ in range(REPEATS))
+            model.evaluate(x, t, inputs)
+            seconds = median(_timed(model, x, t, inputs) for _ in range(REPEATS))
         except torch.OutOfMemoryError:
             if not rates:
                 raise
@@ -62,10 +65,8 @@ def _middle(schedule: NoiseSchedule) -> float:
     return float(schedule.conditioning(t))
 
 
-def _timed(
-    model: HostedModel, x: torch.Tensor, t: torch.Tensor, conditioning: torch.Tensor
-) -> float:
+def _timed(model: HostedModel, x: torch.Tensor, t: torch.Tensor, inputs: RowInputs) -> float:
     began = perf_counter()
     # Reading one number waits for the device.
-    model.evaluate(x, t, conditioning).flatten()[0].item()
+    model.evaluate(x, t, inputs).flatten()[0].item()
     return perf_counter() - began

@@ -133,7 +133,7 @@ def fit(
         plan: of the sampler.
         rule: of the guidance.
         policy: says which stages are evaluated.
-        prompts: taken in turn; the negative prompt is empty.
+        prompts: taken in turn; there is no negative prompt.
         runs: how many, and which.
         tell: called with the number of runs that are done.
     """
@@ -160,8 +160,7 @@ def _run(
     """Denoised predictions of both branches in runs of full guidance, ``[runs, stages, ...]``."""
     facts = model.facts
     shape = model.latent_shape(facts.default_width, facts.default_height)
-    told = [*prompts, *(rule.branches[0].text(prompt, "") for prompt in prompts)]
-    conditioning = model.encode_prompts(told)
+    inputs = model.inputs([*prompts, *(rule.branches[0].text(prompt, None) for prompt in prompts)])
     scales = np.stack(preconditioning(facts.prediction, plan.alpha[:-1], plan.sigma[:-1]), 1)
     times = facts.schedule.conditioning(plan.t[:-1])
     predictions: list[Tensor] = []
@@ -173,7 +172,7 @@ def _run(
         scale_in, skip, out = scales[stage].tolist()
         both = torch.cat([x, x])
         t = x.new_full((len(both),), float(times[stage]))
-        both = skip * both + out * model.evaluate(scale_in * both, t, conditioning)
+        both = skip * both + out * model.evaluate(scale_in * both, t, inputs)
         cond, other = both.chunk(2)
         predictions.append(torch.stack([cond, other]))
         guided = guide(

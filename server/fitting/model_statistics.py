@@ -180,20 +180,16 @@ def _denoisers(
         scales = preconditioning(prediction, *schedule.level(t))
         return np.stack([schedule.conditioning(t), *scales])
 
-    with torch.no_grad():
-        unconditional = model.encode_prompts([""])
-
     def denoiser_of(rows: range) -> Callable[[Tensor, Tensor], Tensor]:
+        told = [*(prompts[k] for k in rows), *[None] * (len(rows) * (branches - 1))]
         with torch.no_grad():
-            told = [model.encode_prompts([prompts[k] for k in rows])]
-        told.extend([unconditional.expand_as(told[0])] * (branches - 1))
-        conditioning = torch.cat(told)
+            inputs = model.inputs(told)
 
         def denoise(x: Tensor, t: Tensor) -> Tensor:
             network_t, *factors = along_time(schedule, scalars, t)
             scale_in, skip, out = (factor[:, None, None, None] for factor in factors)
             raw = model.evaluate(
-                (scale_in * x).repeat(branches, 1, 1, 1), network_t.repeat(branches), conditioning
+                (scale_in * x).repeat(branches, 1, 1, 1), network_t.repeat(branches), inputs
             )
             return skip * x + out * raw.view(branches, *x.shape)
 

@@ -152,15 +152,15 @@ def _guided(
 ) -> Callable[[Tensor, float], Tensor]:
     """The denoiser under classifier-free guidance."""
     facts = model.facts
-    both = [*prompts] if scale == 1 else [*prompts, *[""] * len(prompts)]
-    conditioning = model.encode_prompts(both)
+    both = [*prompts] if scale == 1 else [*prompts, *[None] * len(prompts)]
+    inputs = model.inputs(both)
 
     def denoise(x: Tensor, t: float) -> Tensor:
         time = np.array(t)
         scale_in, skip, out = preconditioning(facts.prediction, *facts.schedule.level(time))
         rows = (float(scale_in) * x).repeat(len(both) // len(x), 1, 1, 1)
         told = x.new_full((len(both),), float(facts.schedule.conditioning(time)))
-        raw = model.evaluate(rows, told, conditioning).view(-1, *x.shape)
+        raw = model.evaluate(rows, told, inputs).view(-1, *x.shape)
         return float(skip) * x + float(out) * torch.lerp(raw[-1], raw[0], scale)
 
     return denoise
@@ -177,4 +177,4 @@ def _encoded(model: HostedModel, files: Sequence[Path]) -> Tensor:
         except (OSError, Image.DecompressionBombError) as error:
             raise InvalidRequest("data", f"{file.name!r} cannot be read: {error}.") from None
         pixels.append(fitted.permute(2, 0, 1).float().div(127.5).sub(1))
-    return model.encode(torch.stack(pixels).to(model.device))
+    return model.encode_image(torch.stack(pixels).to(model.device))

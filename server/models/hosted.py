@@ -6,18 +6,22 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
+from server.models.conditioning import StackedConditioning
+from server.models.inputs import RowInputs
 from server.models.linear_fits import LinearFits
 from server.models.statistics import ModelStatistics
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import torch
     from torch import Tensor
 
     from guidance.edits import Edit
     from samplers import NoiseSchedule, PredictionType
     from server.models.classifier import LatentClassifier
+    from server.models.conditioning import Conditioning
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,35 +83,58 @@ class HostedModel(ABC):
         """Tokens of a prompt, without markers; safe from any thread."""
 
     @abstractmethod
-    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        """Conditioning of the denoiser, ``[prompts, tokens, features]``."""
+    def encode_prompts(
+        self, prompts: Sequence[str | None], width: int, height: int
+    ) -> list[Conditioning]:
+        """Conditioning of the denoiser, one a prompt.
+
+        Args:
+            prompts: None is the unconditional, as the model was trained with it: for some the
+                empty prompt, for others zeros.
+            width: of the picture in pixels.
+            height: of the picture in pixels.
+        """
+
+    def stack(self, rows: Sequence[Conditioning]) -> StackedConditioning:
+        """The conditioning of the rows of a forward, in their order; here all are of one shape."""
+        names = rows[0].tensors
+        return StackedConditioning(
+            {name: torch.stack([row.tensors[name] for row in rows]) for name in names}
+        )
+
+    def inputs(
+        self, prompts: Sequence[str | None], width: int | None = None, height: int | None = None
+    ) -> RowInputs:
+        """What rows are given that are told these prompts and nothing else.
+
+        Args:
+            prompts: one a row.
+            width: of the picture in pixels; by default the model's own.
+            height: of the picture in pixels; by default the model's own.
+        """
+        size = width or self.facts.default_width, height or self.facts.default_height
+        return RowInputs(self.stack(self.encode_prompts(prompts, *size)))
 
     @abstractmethod
-    def evaluate(
-        self,
-        x: Tensor,
-        t: Tensor,
-        conditioning: Tensor,
-        edits: Sequence[tuple[Edit, ...]] | None = None,
-        scale_embedding: Tensor | None = None,
-    ) -> Tensor:
+    def evaluate(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
         """One forward of the denoiser.
 
         Args:
             x: ``[rows, C, h, w]`` float32.
             t: what the network is told of the noise level, ``[rows]`` float32.
-            conditioning: ``[rows, tokens, features]``.
-            edits: what each row changes inside the network, none of it refused; None if no row
-                changes anything.
-            scale_embedding: guidance scales less 1 that the network is told, ``[rows]``; for
-                models that embed one, 0 where a row has none.
+            inputs: all else that the rows are given.
 
         Returns:
             The raw output ``[rows, C, h, w]`` in float32.
         """
 
-    def evaluate_weak(self, x: Tensor, t: Tensor, conditioning: Tensor) -> Tensor:
+    def evaluate_weak(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
         """One forward of the weaker companion, for rows with the edit ``WeakModel``.
+
+        Args:
+            x: ``[rows, C, h, w]`` float32.
+            t: what the network is told of the noise level, ``[rows]`` float32.
+            inputs: of which the companion reads the conditioning alone.
 
         Raises:
             RuntimeError: there is none, which ``refuses`` says beforehand.
@@ -147,5 +174,5 @@ class HostedModel(ABC):
         """Pictures ``[rows, 3, H, W]`` in [-1, 1] of clean latents ``[rows, C, h, w]``."""
 
     @abstractmethod
-    def encode(self, pixels: Tensor) -> Tensor:
+    def encode_image(self, pixels: Tensor) -> Tensor:
         """Clean latents ``[rows, C, h, w]`` of pictures ``[rows, 3, H, W]`` in [-1, 1]."""

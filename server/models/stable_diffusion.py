@@ -13,6 +13,7 @@ from typing_extensions import override
 from guidance.edits import WeakModel
 from samplers import NoiseSchedule
 from server.errors import ModelMismatch
+from server.models.conditioning import Conditioning
 from server.models.folder import component_class, read_json
 from server.models.hosted import HostedModel, ModelFacts
 from server.models.row_edits import RowEdits
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from guidance.edits import Edit
+    from server.models.inputs import RowInputs
 
 COMPONENTS: Mapping[str, frozenset[str]] = {
     "unet": frozenset({"UNet2DConditionModel"}),
@@ -38,6 +40,9 @@ MARKERS = 2
 
 WEAK_FOLDER = "weft/weak"
 """Where a model folder may hold a weaker U-Net: smaller or less trained, of the same latents."""
+
+TEXT = "encoder_hidden_states"
+"""Of conditioning, what the U-Net's cross-attention reads, ``[tokens, features]``."""
 
 LONGEST_PERIOD = log(10_000)
 """Logarithm of how much slower the last angle of a scale's embedding turns than the first."""
@@ -79,39 +84,40 @@ class StableDiffusion(HostedModel):
             return len(self._tokenizer(text, verbose=False).input_ids) - MARKERS
 
     @override
-    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+    def encode_prompts(
+        self, prompts: Sequence[str | None], width: int, height: int
+    ) -> list[Conditioning]:
         with self._tokenizing:
             tokens = self._tokenizer(
-                list(prompts),
+                [prompt or "" for prompt in prompts],
                 padding="max_length",
                 max_length=self.facts.max_tokens + MARKERS,
                 truncation=True,
                 return_tensors="pt",
             ).input_ids
-        return self._text(tokens.to(self.device))[0]
+        hidden = self._text(tokens.to(self.device))[0]
+        # A view would keep the whole batch of prompts in memory.
+        return [Conditioning({TEXT: row.clone()}, len(row)) for row in hidden]
 
     @override
-    def evaluate(
-        self,
-        x: Tensor,
-        t: Tensor,
-        conditioning: Tensor,
-        edits: Sequence[tuple[Edit, ...]] | None = None,
-        scale_embedding: Tensor | None = None,
-    ) -> Tensor:
+    def evaluate(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
         told = {}
         if self.facts.embeds_scale:
-            scales = t.new_zeros(len(t)) if scale_embedding is None else scale_embedding
+            scales = inputs.scale_embedding
+            scales = t.new_zeros(len(t)) if scales is None else scales
             size = self._unet.config.time_cond_proj_dim
             told["timestep_cond"] = embedding_of_scales(scales, size).to(self.dtype)
-        with nullcontext() if edits is None else self._edits.applied(edits, x):
-            return _forward(self._unet, x.to(self.dtype), t, conditioning, **told)
+        if inputs.channels is not None:
+            x = torch.cat([x, inputs.channels], 1)
+        edited = self._edits.applied(inputs.edits, x) if any(inputs.edits) else nullcontext()
+        with edited:
+            return _forward(self._unet, x.to(self.dtype), t, inputs, **told)
 
     @override
-    def evaluate_weak(self, x: Tensor, t: Tensor, conditioning: Tensor) -> Tensor:
+    def evaluate_weak(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
         if self._weak is None:
-            return super().evaluate_weak(x, t, conditioning)
-        return _forward(self._weak, x.to(self.dtype), t, conditioning)
+            return super().evaluate_weak(x, t, inputs)
+        return _forward(self._weak, x.to(self.dtype), t, inputs)
 
     @override
     def layers(self) -> tuple[str, ...]:
@@ -129,7 +135,7 @@ class StableDiffusion(HostedModel):
         return self._vae.decode(scaled.to(self.dtype), return_dict=False)[0].float()
 
     @override
-    def encode(self, pixels: Tensor) -> Tensor:
+    def encode_image(self, pixels: Tensor) -> Tensor:
         encoded = self._vae.encode(pixels.to(self.dtype))
         # The mean of the posterior, not a sample: the same picture gives the same latent.
         latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
@@ -215,8 +221,8 @@ def embedding_of_scales(scales: Tensor, size: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], 1)
 
 
-def _forward(unet: Any, x: Tensor, t: Tensor, conditioning: Tensor, **told: Tensor) -> Tensor:
-    return unet(x, t, conditioning, return_dict=False, **told)[0].float()
+def _forward(unet: Any, x: Tensor, t: Tensor, inputs: RowInputs, **told: Tensor) -> Tensor:
+    return unet(x, t, inputs.conditioning.tensors[TEXT], return_dict=False, **told)[0].float()
 
 
 def _companion(folder: Path, weights: Mapping[str, Any]) -> Any:

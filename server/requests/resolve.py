@@ -166,7 +166,7 @@ def _check_tokens(resolved: ResolvedRequest, model: HostedModel) -> None:
     told += [("guidance", b.prompt) for b in resolved.guidance.branches if b.told == "own"]
     told += [("guidance.classifier", text) for text in alternatives_of(resolved, model)]
     for field, text in told:
-        tokens = model.count_tokens(text)
+        tokens = model.count_tokens(text or "")
         if tokens > model.facts.max_tokens:
             raise InvalidRequest(
                 field,

@@ -154,8 +154,10 @@ class GenerateRequest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     prompt: Prompt = Field(description="What the picture shows.", examples=["a red circle"])
-    negative_prompt: Prompt = Field(
-        default="", description="What guidance steers away from; empty is the unconditional."
+    negative_prompt: Prompt | None = Field(
+        default=None,
+        description="What guidance steers away from; by default the model's unconditional, which "
+        "for some models is not the empty text.",
     )
     model: str | None = Field(
         default=None, max_length=256, description="A hosted model; the first one by default."
@@ -223,7 +225,7 @@ class ResolvedRequest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     prompt: str
-    negative_prompt: str
+    negative_prompt: str | None = None
     model: str
     width: int
     height: int
@@ -282,7 +284,7 @@ def check_limits(request: ResolvedRequest, limits: Limits) -> None:
         if value > most:
             raise InvalidRequest(field, f"{field} is {value}; at most {most} is allowed.")
     for field, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
-        size = len(text.encode())
+        size = len((text or "").encode())
         if size > limits.prompt_bytes:
             raise InvalidRequest(
                 field, f"{field} has {size} bytes; at most {limits.prompt_bytes} are allowed."

@@ -86,14 +86,14 @@ def table(model: HostedModel, engine: Engine, count: int, steps: int) -> None:
         scene for things in (1, 2) for scene in unseen_scenes(things, count // 2, frozenset())
     ]
     shown = render(scenes)
-    target = model.encode(shown)
+    target = model.encode_image(shown)
     print("| keeps away | distance of latents | change, 95 % interval | moved | all right |")
     print("|---|---|---|---|---|")
     first: Tensor | None = None
     for negtome in (None, *SETTINGS):
         results = results_of(engine, tasks_for(model, scenes, shown, negtome, steps))
         pictures = [result.pixels for _, result in sorted(results.items())]
-        latents = model.encode(_as_input(pictures))
+        latents = model.encode_image(_as_input(pictures))
         first = latents if first is None else first
         distance, before = distances(latents, target), distances(first, target)
         change, error = mean_and_error(np.subtract(distance, before))

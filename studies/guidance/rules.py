@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
     from embedded.scenes import Scene
     from server.models.hosted import HostedModel
+    from server.models.inputs import RowInputs
 
 RULES: Sequence[Rule] = (
     CFG(scale=1),
@@ -78,11 +79,10 @@ FINE = 50
 
 @dataclass(frozen=True, slots=True)
 class Captions:
-    """Scenes, the conditioning of their captions and of the empty prompt, and start noise."""
+    """Scenes, their captions and the unconditional as inputs, and start noise."""
 
     scenes: list[Scene]
-    cond: Tensor
-    empty: Tensor
+    both: RowInputs
     noise: Tensor
 
     @classmethod
@@ -95,8 +95,7 @@ class Captions:
         shape = model.latent_shape(facts.default_width, facts.default_height)
         return cls(
             scenes,
-            model.encode_prompts([scene.caption for scene in scenes]),
-            model.encode_prompts([""]).expand(len(scenes), -1, -1),
+            model.inputs([*(scene.caption for scene in scenes), *[None] * len(scenes)]),
             torch.stack([start_noise(seed, shape) for seed in range(len(scenes))]),
         )
 
@@ -105,14 +104,15 @@ def predictor(
     model: HostedModel, captions: Captions, *, guided: bool = True
 ) -> Callable[[Tensor, float], tuple[Tensor, Tensor]]:
     """``(x, t) -> denoised predictions`` for the captions and for the empty prompt."""
-    texts = torch.cat([captions.cond, captions.empty]) if guided else captions.cond
+    count = len(captions.scenes)
+    inputs = captions.both if guided else captions.both.of(range(count))
 
     def predict(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
         alpha, sigma = model.facts.schedule.level(np.array(t))
         scales = preconditioning(model.facts.prediction, alpha, sigma)
         points = torch.cat([x, x]) if guided else x
         told = torch.full((len(points),), float(model.facts.schedule.conditioning(np.array(t))))
-        raw = model.evaluate(float(scales.scale_in) * points, told, texts)
+        raw = model.evaluate(float(scales.scale_in) * points, told, inputs)
         denoised = float(scales.skip) * points + float(scales.out) * raw
         return denoised[: len(x)], denoised[-len(x) :]
 
@@ -189,8 +189,7 @@ def histories(model: HostedModel, count: int, steps: int) -> None:
     rule = CFGPlusPlus(scale=0.6)
     few = Captions(
         captions.scenes[:COMPARED],
-        captions.cond[:COMPARED],
-        captions.empty[:COMPARED],
+        captions.both.of([*range(COMPARED), *range(count, count + COMPARED)]),
         captions.noise[:COMPARED],
     )
     reference = _flow_of(grid, predictor(model, few), rule.scale, few.noise)
@@ -215,7 +214,7 @@ def inversion(model: HostedModel, count: int, steps: int) -> None:
     """Drawn pictures, inverted and drawn again: how much of them comes back."""
     captions = Captions.of(model, count)
     predict = predictor(model, captions)
-    latents = model.encode(render(captions.scenes))
+    latents = model.encode_image(render(captions.scenes))
     there = model.decode(latents)
     grid = model.facts.schedule.grid(Trailing(), steps)
     plan, rho = DDIM().plan(grid), grid.sigma / grid.alpha

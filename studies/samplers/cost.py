@@ -68,8 +68,8 @@ def tick_ms(model: HostedModel, rows: int) -> float:
     with torch.inference_mode():
         x = torch.randn(rows, *shape, device=model.device)
         t = torch.full((rows,), 500.0, device=model.device)
-        told = model.encode_prompts(["a red circle"]).expand(rows, -1, -1).contiguous()
-        return 1000 * _least_seconds(lambda: model.evaluate(x, t, told))
+        inputs = model.inputs(["a red circle"] * rows)
+        return 1000 * _least_seconds(lambda: model.evaluate(x, t, inputs))
 
 
 def _advance_ms(plan: Plan, rows: int, shape: tuple[int, int, int], device: torch.device) -> float:

@@ -9,12 +9,14 @@ import torch
 
 from samplers import Plan, integrate, preconditioning
 from server.engine.state.noise import stage_noise, start_noise
+from server.models.inputs import RowInputs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
+    from server.models.conditioning import Conditioning
     from server.models.hosted import HostedModel
 
 IMAGES_AT_ONCE = 32
@@ -37,8 +39,8 @@ class GuidedRuns:
         self._model = model
         self._shape = shape
         with torch.inference_mode():
-            encoded = model.encode_prompts([*prompts, ""])
-        self._prompts, self._empty = encoded[:-1], encoded[-1:]
+            size = model.facts.default_width, model.facts.default_height
+            *self._prompts, self._unconditional = model.encode_prompts([*prompts, None], *size)
 
     def run(self, plan: Plan, scale: float) -> Tensor:
         """Where the plan lands with each image, ``[images, C, h, w]``."""
@@ -58,19 +60,20 @@ class GuidedRuns:
         )
 
     def _denoiser(
-        self, plan: Plan, prompts: Tensor, scale: float
+        self, plan: Plan, prompts: Sequence[Conditioning], scale: float
     ) -> Callable[[Tensor, float], Tensor]:
         facts = self._model.facts
         scalars = preconditioning(facts.prediction, plan.alpha[:-1], plan.sigma[:-1])
         stages = iter(np.stack(scalars, axis=1).tolist())
-        told = prompts if scale == 1 else torch.cat([prompts, self._empty.expand_as(prompts)])
+        other = [] if scale == 1 else [self._unconditional] * len(prompts)
+        inputs = RowInputs(self._model.stack([*prompts, *other]))
 
         def denoise(x: Tensor, t: float) -> Tensor:
             scale_in, skip, out = next(stages)
             both = x if scale == 1 else torch.cat([x, x])
             conditioning = float(facts.schedule.conditioning(np.array(t)))
             times = x.new_full((len(both),), conditioning)
-            denoised = skip * both + out * self._model.evaluate(scale_in * both, times, told)
+            denoised = skip * both + out * self._model.evaluate(scale_in * both, times, inputs)
             if scale == 1:
                 return denoised
             cond, other = denoised.chunk(2)

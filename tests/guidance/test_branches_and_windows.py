@@ -30,14 +30,19 @@ PROGRESS = np.arange(4) / 4
     ("branch", "text"),
     [
         (NEGATIVE, "blurry"),
-        (EMPTY, ""),
+        (EMPTY, None),
         (Branch("prompt"), "a cat"),
         (Branch("own", "a dog"), "a dog"),
     ],
     ids=str,
 )
-def test_a_branch_tells_the_network_its_text(branch: Branch, text: str) -> None:
+def test_a_branch_tells_the_network_its_text(branch: Branch, text: str | None) -> None:
     assert branch.text("a cat", "blurry") == text
+
+
+def test_without_a_negative_prompt_a_branch_tells_the_unconditional() -> None:
+    assert NEGATIVE.text("a cat", None) is None
+    assert NEGATIVE.text("a cat", "") == ""
 
 
 def test_a_window_is_everywhere_unless_bounded() -> None:

@@ -91,19 +91,20 @@ class ByHand:
     def start(self, noise: Tensor) -> Tensor:
         if self.task.image is None:
             return self.plan.start_scale * noise
-        [latents] = self.model.encode(self.task.image[None])
+        [latents] = self.model.encode_image(self.task.image[None])
         return float(self.plan.alpha[0]) * latents + float(self.plan.sigma[0]) * noise
 
-    def denoised(self, i: int, x: Tensor, text: str, *edits: Edit) -> Tensor:
+    def denoised(self, i: int, x: Tensor, text: str | None, *edits: Edit) -> Tensor:
         changes = (*self.task.edits, *edits)
         t = torch.tensor([self.times[i]], dtype=torch.float32)
-        inputs = float(self.scales.scale_in[i]) * x, t, self.model.encode_prompts([text])
+        points, inputs = float(self.scales.scale_in[i]) * x, self.model.inputs([text])
         if WeakModel() in changes:
-            raw = self.model.evaluate_weak(*inputs)
+            raw = self.model.evaluate_weak(points, t, inputs)
         else:
             scale = getattr(self.task.rule, "scale", 1.0) - 1
             told = torch.tensor([scale]) if self.task.policy.embeds else None
-            raw = self.model.evaluate(*inputs, [changes] if changes else None, told)
+            inputs = replace(inputs, edits=[changes] if changes else (), scale_embedding=told)
+            raw = self.model.evaluate(points, t, inputs)
         return float(self.scales.skip[i]) * x + float(self.scales.out[i]) * raw
 
     def guided(self, i: int, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,9 @@ from samplers import NoiseSchedule
 from server.engine.engine import Engine
 from server.engine.state.sequence import ImageResult
 from server.engine.task import ImageTask
+from server.models.conditioning import Conditioning
 from server.models.hosted import HostedModel, ModelFacts
+from server.models.inputs import RowInputs
 
 SIDE = 32
 FACTS = ModelFacts(
@@ -44,30 +46,25 @@ class Toy(HostedModel):
     def count_tokens(self, text: str) -> int:
         return len(text.split())
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        return torch.tensor([[[sum(map(ord, prompt)) % 17 / 17]] for prompt in prompts])
+    def encode_prompts(
+        self, prompts: Sequence[str | None], width: int, height: int
+    ) -> list[Conditioning]:
+        shifts = [sum(map(ord, prompt or "")) % 17 / 17 for prompt in prompts]
+        return [Conditioning({"shift": torch.tensor(shift)}, 1) for shift in shifts]
 
-    def evaluate(
-        self,
-        x: Tensor,
-        t: Tensor,
-        conditioning: Tensor,
-        edits: Sequence[tuple[Edit, ...]] | None = None,
-        scale_embedding: Tensor | None = None,
-    ) -> Tensor:
+    def evaluate(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
         self.seen.append(x.clone())
-        shift = conditioning[:, 0, 0] + t / 1000
-        if edits is not None:
-            assert any(edits)
+        shift, edits = inputs.conditioning.tensors["shift"] + t / 1000, inputs.edits
+        if edits:
             assert not any(isinstance(edit, WeakModel) for row in edits for edit in row)
             names = ["".join(type(edit).__name__ for edit in row) for row in edits]
             shift = shift + torch.tensor([len(name) / 30 for name in names])
-        if scale_embedding is not None:
-            shift = shift + scale_embedding / 7
+        if inputs.scale_embedding is not None:
+            shift = shift + inputs.scale_embedding / 7
         return 0.9 * x + 0.3 * torch.tanh(x.roll(1, 1) + shift[:, None, None, None])
 
-    def evaluate_weak(self, x: Tensor, t: Tensor, conditioning: Tensor) -> Tensor:
-        return 0.8 * x + 0.1 * conditioning[:, :, :, None]
+    def evaluate_weak(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
+        return 0.8 * x + 0.1 * inputs.conditioning.tensors["shift"][:, None, None, None]
 
     def layers(self) -> tuple[str, ...]:
         return ("middle",)
@@ -79,7 +76,7 @@ class Toy(HostedModel):
     def decode(self, latents: Tensor) -> Tensor:
         return F.interpolate(torch.tanh(latents[:, :3]), scale_factor=8.0)
 
-    def encode(self, pixels: Tensor) -> Tensor:
+    def encode_image(self, pixels: Tensor) -> Tensor:
         small = F.avg_pool2d(pixels, 8)
         return torch.cat([small, small.mean(1, keepdim=True)], 1)
 
@@ -87,20 +84,13 @@ class Toy(HostedModel):
 class Neighbourly(Toy):
     """A toy whose rows feel the row that they are to keep apart from."""
 
-    def evaluate(
-        self,
-        x: Tensor,
-        t: Tensor,
-        conditioning: Tensor,
-        edits: Sequence[tuple[Edit, ...]] | None = None,
-        scale_embedding: Tensor | None = None,
-    ) -> Tensor:
+    def evaluate(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
         plain = [
-            tuple(edit for edit in own if not isinstance(edit, ApartFrom)) for own in edits or ()
+            tuple(edit for edit in own if not isinstance(edit, ApartFrom)) for own in inputs.edits
         ]
-        raw = super().evaluate(x, t, conditioning, plain if any(plain) else None, scale_embedding)
+        raw = super().evaluate(x, t, replace(inputs, edits=plain))
         moved = raw.clone()
-        for row, own in enumerate(edits or ()):
+        for row, own in enumerate(inputs.edits):
             for edit in own:
                 if isinstance(edit, ApartFrom):
                     assert edit.reference is not None

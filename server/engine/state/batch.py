@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from server.engine.state.lane import Lane
     from server.engine.state.sequence import AvoidedLatents, Sequence
     from server.engine.task import Aim, Group
+    from server.models.conditioning import StackedConditioning
 
 
 class References(NamedTuple):
@@ -20,13 +21,13 @@ class References(NamedTuple):
     Attributes:
         positions: of their images.
         rows: of the forward.
-        conditioning: of what they are told, ``[references, tokens, features]``.
+        conditioning: of what they are told, a row a reference.
         strengths: of the terms that lead away from them, ``[references]``.
     """
 
     positions: list[int]
     rows: list[int]
-    conditioning: Tensor
+    conditioning: StackedConditioning
     strengths: Tensor
 
 

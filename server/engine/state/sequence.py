@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from server.engine.state.lane import Lane
     from server.engine.state.submission import Submission
     from server.engine.task import ImageTask
+    from server.models.conditioning import Conditioning
 
 __all__ = [
     "AvoidedLatents",
@@ -109,7 +110,7 @@ class Sequence:
     submitted_at: float = field(default_factory=monotonic)
     started_at: float = 0.0
     denoised_at: float = 0.0
-    conditioning: list[Tensor] = field(default_factory=list)
+    conditioning: list[Conditioning] = field(default_factory=list)
     compiled: CompiledPlan | None = None
     known: Known | None = None
     avoided: AvoidedLatents | None = None

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from server.engine.state.batch import Batch
     from server.engine.task import Aim
+    from server.models.conditioning import Conditioning
 
 
 def choose(batch: Batch) -> References:
@@ -38,13 +39,15 @@ def choose(batch: Batch) -> References:
         reference = kind.refer(*_of(members, aims, seen))
         choices.index_copy_(0, where, reference.choice)
         strengths.index_copy_(0, where, reference.strength)
-    told = [
+    told: list[Conditioning] = []
+    first: list[int] = []
+    for sequence, aim in zip(sequences, aims, strict=True):
+        first.append(len(told))
         # The alternatives are the last of an image's prompts.
-        torch.stack(sequence.conditioning[-len(aim.alternatives) :]).index_select(0, choice)
-        for sequence, aim, choice in zip(sequences, aims, choices.split(1), strict=True)
-    ]
+        told += sequence.conditioning[-len(aim.alternatives) :]
+    chosen = batch.lane.model.stack(told).select(batch.lane.indices(first) + choices)
     scales = alpha.new_tensor([sequence.ask.reference for sequence in sequences])
-    return References(positions, rows, torch.cat(told), scales * strengths)
+    return References(positions, rows, chosen, scales * strengths)
 
 
 def push(batch: Batch, denoised: Tensor) -> None:

@@ -2,57 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from guidance.edits import ApartFrom, WeakModel
+from guidance.edits import WeakModel
 from server.engine.state.padding import padded
 from server.engine.terms.avoided import kept_apart
+from server.models.inputs import RowInputs
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from guidance import Edit
     from server.engine.state.batch import Batch
-    from server.models.hosted import HostedModel
 
 WEAK = WeakModel()
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Inputs:
-    """What the network is given for some rows.
-
-    Attributes:
-        x: at the network's own scale, ``[rows, C, h, w]``.
-        t: what it is told of the noise level, ``[rows]``.
-        conditioning: ``[rows, tokens, features]``.
-        edits: what each row changes inside it; empty where none does.
-        scales: guidance scales less 1 that it is told, ``[rows]``; None where it is told none.
-    """
-
-    x: Tensor
-    t: Tensor
-    conditioning: Tensor
-    edits: list[tuple[Edit, ...]]
-    scales: Tensor | None
-
-    def of(self, rows: list[int], where: Tensor) -> Inputs:
-        """Those of some rows, given as a list and as a tensor."""
-        x, t, conditioning = (a.index_select(0, where) for a in (self.x, self.t, self.conditioning))
-        scales = None if self.scales is None else self.scales.index_select(0, where)
-        return Inputs(x, t, conditioning, _located(self.edits, rows), scales)
-
-    def padded(self, count: int | None) -> Inputs:
-        """The same with the first row repeated until there are ``count``."""
-        if count is None:
-            return self
-        edits = self.edits + self.edits[:1] * (count - len(self.edits))
-        scales = None if self.scales is None else padded(self.scales, count)
-        x, t, conditioning = (padded(a, count) for a in (self.x, self.t, self.conditioning))
-        return Inputs(x, t, conditioning, edits, scales)
 
 
 def forward(batch: Batch, x: Tensor, t: Tensor) -> Tensor:
@@ -63,28 +31,29 @@ def forward(batch: Batch, x: Tensor, t: Tensor) -> Tensor:
         x: at the network's own scale, ``[rows, C, h, w]``.
         t: what it is told of the noise level, ``[rows]``.
     """
-    inputs, model = _inputs(batch, x, t), batch.lane.model
+    inputs, model = _inputs(batch, t), batch.lane.model
     weak = [row for row, changes in enumerate(inputs.edits) if WEAK in changes]
     if not weak:
-        return _evaluated(model, inputs.padded(batch.fixed_rows))[: len(x)]
+        return _evaluated(model.evaluate, x, t, inputs, batch.fixed_rows)
     strong = [row for row, changes in enumerate(inputs.edits) if WEAK not in changes]
     raw = torch.empty_like(x)
-    plain = replace(inputs, edits=[])
-    for evaluate, of_all, rows in ((_weakly, plain, weak), (_evaluated, inputs, strong)):
+    plain = replace(inputs, edits=())
+    parts = (model.evaluate_weak, plain, weak), (model.evaluate, inputs, strong)
+    for evaluate, of_all, rows in parts:
         where = batch.lane.indices(rows)
-        out = evaluate(model, of_all.of(rows, where).padded(batch.fixed_rows))
-        raw.index_copy_(0, where, out[: len(rows)])
+        own = x.index_select(0, where), t.index_select(0, where), of_all.of(rows, where)
+        raw.index_copy_(0, where, _evaluated(evaluate, *own, batch.fixed_rows))
     return raw
 
 
-def _inputs(batch: Batch, x: Tensor, t: Tensor) -> Inputs:
+def _inputs(batch: Batch, t: Tensor) -> RowInputs:
     owners = [batch.sequences[i] for i in batch.owners]
-    conditioning = torch.stack(
+    conditioning = batch.lane.model.stack(
         [owner.conditioning[k] for owner, k in zip(owners, batch.numbers, strict=True)]
     )
     if (references := batch.references) is not None:
         rows = batch.lane.indices(references.rows)
-        conditioning.index_copy_(0, rows, references.conditioning)
+        conditioning = conditioning.put(rows, references.conditioning)
     edits: list[tuple[Edit, ...]] = []
     if any(sequence.guidance.edited for sequence in batch.sequences):
         edits = [owner.guidance.edits[k] for owner, k in zip(owners, batch.numbers, strict=True)]
@@ -94,27 +63,15 @@ def _inputs(batch: Batch, x: Tensor, t: Tensor) -> Inputs:
     scales: Tensor | None = None
     if any(sequence.guidance.told_scale is not None for sequence in batch.sequences):
         scales = t.new_tensor([owner.guidance.told_scale or 0.0 for owner in owners])
-    return Inputs(x, t, conditioning, edits, scales)
+    return RowInputs(conditioning, edits, scales)
 
 
-def _located(edits: list[tuple[Edit, ...]], rows: list[int]) -> list[tuple[Edit, ...]]:
-    """The edits of some rows, whose references are counted among those rows."""
-    if not edits:
-        return []
-    places: dict[int | None, int] = {row: place for place, row in enumerate(rows)}
-    return [
-        tuple(
-            replace(edit, reference=places[edit.reference]) if isinstance(edit, ApartFrom) else edit
-            for edit in edits[row]
-        )
-        for row in rows
-    ]
-
-
-def _evaluated(model: HostedModel, inputs: Inputs) -> Tensor:
-    edits = inputs.edits if any(inputs.edits) else None
-    return model.evaluate(inputs.x, inputs.t, inputs.conditioning, edits, inputs.scales)
-
-
-def _weakly(model: HostedModel, inputs: Inputs) -> Tensor:
-    return model.evaluate_weak(inputs.x, inputs.t, inputs.conditioning)
+def _evaluated(
+    evaluate: Callable[[Tensor, Tensor, RowInputs], Tensor],
+    x: Tensor,
+    t: Tensor,
+    inputs: RowInputs,
+    fixed_rows: int | None,
+) -> Tensor:
+    raw = evaluate(padded(x, fixed_rows), padded(t, fixed_rows), inputs.padded(fixed_rows))
+    return raw[: len(x)]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch.nn.functional as F
 
 from server.engine.state.noise import start_noise
-from server.engine.state.prompt_cache import Conditioning
+from server.engine.state.prompt_cache import PromptCache
 from server.engine.state.sequence import AvoidedLatents, Known
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from server.engine.state.lane import Lane
     from server.engine.state.sequence import Sequence
     from server.engine.task import ImageTask
+    from server.models.conditioning import Conditioning
     from server.models.hosted import HostedModel
 
 log = logging.getLogger(__name__)
@@ -48,18 +49,19 @@ class Admission:
         deterministic: bool,
     ) -> None:
         self._lane_of = lane_of
-        self._conditioning = {
-            name: Conditioning(model, fixed=deterministic) for name, model in models.items()
+        self._prompts = {
+            name: PromptCache(model, fixed=deterministic) for name, model in models.items()
         }
 
     def admit(self, newcomers: list[Sequence]) -> Iterator[tuple[Sequence, Exception]]:
         """Make the newcomers ready to run; yields those that cannot be, with the reason."""
-        by_model: dict[str, list[Sequence]] = {}
+        alike: dict[tuple[str, int, int], list[Sequence]] = {}
         for sequence in newcomers:
-            by_model.setdefault(sequence.task.model, []).append(sequence)
-        for name, members in by_model.items():
+            task = sequence.task
+            alike.setdefault((task.model, task.width, task.height), []).append(sequence)
+        for (name, width, height), members in alike.items():
             try:
-                encoded = self._conditioning[name].of(_prompts(members))
+                encoded = self._prompts[name].of(_prompts(members), width, height)
             except Exception as error:
                 log.exception("prompts could not be encoded")
                 yield from ((sequence, error) for sequence in members)
@@ -71,7 +73,7 @@ class Admission:
                     log.exception("an image could not be started")
                     yield sequence, error
 
-    def _place(self, sequence: Sequence, encoded: Mapping[str, Tensor]) -> None:
+    def _place(self, sequence: Sequence, encoded: Mapping[str | None, Conditioning]) -> None:
         task = sequence.task
         lane = self._lane_of(task)
         sequence.lane = lane
@@ -85,12 +87,12 @@ class Admission:
             lane.pool.policy_memory[sequence.slot, 0] = start.latents
 
 
-def _prompts(members: list[Sequence]) -> Iterator[str]:
+def _prompts(members: list[Sequence]) -> Iterator[str | None]:
     for sequence in members:
         yield from _texts(sequence.task)
 
 
-def _texts(task: ImageTask) -> Iterator[str]:
+def _texts(task: ImageTask) -> Iterator[str | None]:
     """What the network is told for each prediction of an image, in the order of their numbers.
 
     That of the picture that it avoids is there even if it avoids none. The last is the one that the
@@ -120,7 +122,7 @@ def _start(sequence: Sequence, lane: Lane) -> Start:
 
 
 def _latents(picture: Tensor, lane: Lane) -> Tensor:
-    return lane.model.encode(picture[None].to(lane.model.device))[0]
+    return lane.model.encode_image(picture[None].to(lane.model.device))[0]
 
 
 def _latent_mask(mask: Tensor, lane: Lane) -> Tensor:

@@ -33,7 +33,7 @@ def fit_preview(model: HostedModel) -> Tensor:
     side = max(model.facts.size_multiple, CELLS * model.facts.latent_scale)
     patches = torch.rand(SAMPLES, 3, PATCHES, PATCHES, generator=generator) * 2 - 1
     pixels = F.interpolate(patches, size=(side, side), mode="nearest").to(model.device)
-    latents = model.encode(pixels).movedim(1, -1)
+    latents = model.encode_image(pixels).movedim(1, -1)
     colours = F.avg_pool2d(pixels, model.facts.latent_scale).movedim(1, -1)
     return torch.linalg.lstsq(_features(latents).flatten(0, 2), colours.flatten(0, 2)).solution
 

@@ -36,6 +36,7 @@ from server.engine.tick import weave
 from server.engine.tick.newcomers import Admission
 from server.models.hosted import HostedModel
 from server.models.loading import load_model
+from server.models.stable_diffusion import TEXT
 from tests.server.by_hand import TOGETHER, ByHand, task
 from tests.server.token_merging import kept_apart
 from tests.server.toy_model import SIDE, Neighbourly, Toy, run, started
@@ -54,12 +55,12 @@ def avoiding(seed: int = 1, **fields: Any) -> Avoided:
 class AwayByHand(ByHand):
     """Each prediction in a batch of two, whose first is the picture."""
 
-    def denoised(self, i: int, x: Tensor, text: str, *edits: Edit) -> Tensor:
+    def denoised(self, i: int, x: Tensor, text: str | None, *edits: Edit) -> Tensor:
         task, avoided = self.task, self.task.avoided
         changes = (*task.edits, *edits)
         if avoided is None or self.progress[i] >= avoided.negtome.stop or WeakModel() in changes:
             return super().denoised(i, x, text, *edits)
-        [latents] = self.model.encode(avoided.picture[None])
+        [latents] = self.model.encode_image(avoided.picture[None])
         level = float(self.plan.alpha[i]), float(self.plan.sigma[i])
         shown = level[0] * latents + level[1] * start_noise(task.seed, SHAPE)
         points = torch.stack([shown, x[0]])
@@ -67,9 +68,11 @@ class AwayByHand(ByHand):
         raw = self.model.evaluate(
             float(self.scales.scale_in[i]) * points,
             torch.full((2,), float(self.times[i])),
-            self.model.encode_prompts([task.prompt, text]),
-            [task.edits, (*changes, replace(avoided.negtome.edit, reference=0))],
-            torch.full((2,), scale) if task.policy.embeds else None,
+            replace(
+                self.model.inputs([task.prompt, text]),
+                edits=[task.edits, (*changes, replace(avoided.negtome.edit, reference=0))],
+                scale_embedding=torch.full((2,), scale) if task.policy.embeds else None,
+            ),
         )
         return (float(self.scales.skip[i]) * points + float(self.scales.out[i]) * raw)[1:]
 
@@ -140,7 +143,7 @@ def test_the_picture_goes_in_at_the_level_of_each_stage_in_the_window(
     model.seen.clear()
     ear = run(engine, [one])
     assert not ear.errors
-    [latents] = model.encode(avoided.picture[None])
+    [latents] = model.encode_image(avoided.picture[None])
     plan, shown = one.plan, []
     for i, x in enumerate(model.seen):
         level = plan.alpha[i] * latents + plan.sigma[i] * start_noise(11, SHAPE)
@@ -261,15 +264,16 @@ def test_rows_equal_a_batch_of_their_own_under_an_ordinary_hook(
     ours = weave.evaluate(batch)
     assert batch.owners == [0, 1, 2, 3, 0, 0, 1, 1, 2, 2, 2]
     assert batch.references is not None
-    [chosen] = batch.references.conditioning
-    prompt, negative = embedded.encode_prompts([tasks[1].prompt, tasks[1].negative_prompt])
+    [chosen] = batch.references.conditioning.tensors[TEXT]
+    both = embedded.inputs([tasks[1].prompt, tasks[1].negative_prompt])
+    prompt, negative = both.conditioning.tensors[TEXT]
     texts = {1: prompt, 2: prompt, 6: negative, 8: negative, 10: chosen}
     moved: list[float] = []
     for row, text in texts.items():
         one, x = tasks[batch.owners[row]], batch.columns[batch.owners[row], 0]
         avoided, plan = one.avoided, one.plan
         assert avoided is not None
-        noised = float(plan.alpha[0]) * embedded.encode(avoided.picture[None])[0]
+        noised = float(plan.alpha[0]) * embedded.encode_image(avoided.picture[None])[0]
         noised += float(plan.sigma[0]) * start_noise(one.seed, x.shape)
         points, told = torch.stack([noised, x]), torch.stack([prompt, text])
         t = torch.tensor(embedded.facts.schedule.conditioning(plan.t[:1]), dtype=torch.float32)

@@ -86,7 +86,7 @@ def packed(model: Any, task: Any) -> Callable[..., Batch]:
             told = [one.prompt, *(one.negative_prompt for _ in one.rule.branches)]
             told += [one.prompt for _ in (*one.perturbed, one.avoided)]
             told += one.aim.alternatives if one.aim else ()
-            sequence.conditioning = list(model.encode_prompts(told))
+            sequence.conditioning = model.encode_prompts(told, 128, 128)
             sequence.slot = lane.pool.take(one.plan.slots)
             start = torch.randn(lane.shape, generator=generator)
             lane.pool.columns[sequence.slot, 0] = start
@@ -144,10 +144,10 @@ def test_the_reference_is_told_the_likeliest_wrong_class_and_weighed_by_doubt(
     wrong = logits[:, 1:].argmax(1)
     assert set(wrong.tolist()) == {0, 1}, "the case should see both alternatives chosen"
     doubt = 1 - logits.softmax(1)[:, 0]
-    told = model.encode_prompts(list(TOLD))
+    told = model.inputs(TOLD).of(wrong.tolist())
     t = x.new_full((4,), batch.plans[0].t[0])
     plan = batch.plans[0]
-    raw = model.evaluate(plan.scale_in[0] * x, t, told[wrong])
+    raw = model.evaluate(plan.scale_in[0] * x, t, told)
     chosen = plan.skip[0] * x + plan.out[0] * raw
     expected = predictions[:4] + 2 * doubt.view(-1, 1, 1, 1) * (predictions[:4] - chosen)
     found = weave.guide(batch, predictions).denoised
@@ -249,7 +249,7 @@ def seen_by(model: Any, pictures: list[Any], attribute: str) -> Tensor:
     """What the classifier makes of finished pictures, as probabilities."""
     pixels = torch.stack([torch.tensor(one).permute(2, 0, 1) for one in pictures])
     with torch.inference_mode():
-        latents = model.encode(pixels / 127.5 - 1)
+        latents = model.encode_image(pixels / 127.5 - 1)
         clean = torch.ones(len(latents)), torch.zeros(len(latents))
         return model.classify(latents, *clean)[attribute].softmax(1)
 

@@ -51,7 +51,7 @@ def apart(a: Any, b: Any) -> int:
 def by_hand(model, task) -> Any:
     """The same image by the library's loops: one request, no engine."""
     facts, plan = model.facts, task.plan
-    prompts = model.encode_prompts([task.prompt, task.negative_prompt])
+    prompts = model.inputs([task.prompt, task.negative_prompt])
 
     def denoise(x: torch.Tensor, t: float) -> torch.Tensor:
         stage = by_t.pop(0)
@@ -160,7 +160,7 @@ def test_deterministic_images_are_bit_identical_alone_and_in_any_mix(fixed_engin
 
 def test_at_the_fixed_shapes_a_row_does_not_feel_its_place_or_company(model):
     shape = model.latent_shape(128, 128)
-    prompts = model.encode_prompts(["a red circle", ""])
+    prompts = model.inputs(["a red circle", None])
 
     def placed(row: torch.Tensor, rows: int, place: int) -> torch.Tensor:
         company = torch.randn(rows, *shape)
@@ -174,9 +174,10 @@ def test_at_the_fixed_shapes_a_row_does_not_feel_its_place_or_company(model):
             x = placed(row, FIXED_ROWS_MULTIPLE, place)
             t = torch.randint(1, 999, (len(x),)).float()
             t[place] = 500
-            conditioning = prompts[torch.randint(0, 2, (len(x),))]
-            conditioning[place] = prompts[0]
-            evaluated.add(model.evaluate(x, t, conditioning)[place].numpy().tobytes())
+            told = torch.randint(0, 2, (len(x),))
+            told[place] = 0
+            inputs = prompts.of(told.tolist())
+            evaluated.add(model.evaluate(x, t, inputs)[place].numpy().tobytes())
         for place in range(DECODED_AT_ONCE):
             pictures = model.decode(placed(row, DECODED_AT_ONCE, place))
             decoded.add(pictures[place].numpy().tobytes())
@@ -296,10 +297,10 @@ class Cramped:
     def __getattr__(self, name):
         return getattr(self._model, name)
 
-    def evaluate(self, x, t, conditioning, *more):
+    def evaluate(self, x, t, inputs):
         if self.armed and len(x) > 3:
             raise torch.OutOfMemoryError("no room")
-        return self._model.evaluate(x, t, conditioning, *more)
+        return self._model.evaluate(x, t, inputs)
 
     def decode(self, latents):
         if self.armed and len(latents) > 1:
@@ -407,7 +408,7 @@ def test_image_to_image_stays_nearer_to_the_picture_at_lower_strength(engine, mo
     near, far = run(engine, tasks).pixels()
     with torch.inference_mode():
         # As the autoencoder sees it, whose skill is not the question here.
-        seen = to_uint8(model.decode(model.encode(picture()[None])))[0]
+        seen = to_uint8(model.decode(model.encode_image(picture()[None])))[0]
     distance = [np.abs(p.astype(float) - seen).mean() for p in (near, far)]
     assert distance[0] < distance[1]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -108,12 +109,11 @@ class ByHand:
         t = torch.full((count,), float(self.times[i]))
         found = []
         for text in (self.tasks[0].prompt, self.tasks[0].negative_prompt):
-            told = self.model.encode_prompts([text]).expand(count, -1, -1)
-            edits = None
+            inputs = self.model.inputs([text] * count)
             if apart is not None and i / STEPS < apart.stop:
                 push = ApartFrom(apart.layers, apart.strength, apart.threshold, 0)
-                edits = [(), *[(push,)] * (count - 1)]
-            raw = self.model.evaluate(float(self.scales.scale_in[i]) * x, t, told, edits)
+                inputs = replace(inputs, edits=[(), *[(push,)] * (count - 1)])
+            raw = self.model.evaluate(float(self.scales.scale_in[i]) * x, t, inputs)
             found.append(float(self.scales.skip[i]) * x + float(self.scales.out[i]) * raw)
         return found[0], found[1]
 

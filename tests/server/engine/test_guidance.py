@@ -266,10 +266,10 @@ def test_the_picture_that_a_run_starts_from_is_the_reference_of_residual_guidanc
     picture = torch.rand(3, SIDE, SIDE) * 2 - 1
     policy = Residual()
     one = task(policy=policy, sampler=DDIM(), steps=1, image=picture)
-    [x0] = model.encode(picture[None])
+    [x0] = model.encode_image(picture[None])
     plan = one.plan
     x = float(plan.alpha[0]) * x0 + float(plan.sigma[0]) * start_noise(3, x0.shape)
-    told = model.encode_prompts(["a circle"])
+    told = model.inputs(["a circle"])
     t = torch.tensor(FACTS.schedule.conditioning(plan.t[:1]), dtype=torch.float32)
     eps = model.evaluate(x[None], t, told)[0]
     cond = (x - float(plan.sigma[0]) * eps) / float(plan.alpha[0])

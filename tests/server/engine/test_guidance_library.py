@@ -75,14 +75,14 @@ def test_each_prediction_reaches_a_rule_of_several_prompts_in_its_place(
     [ours] = run(engine, [one]).pixels()
     plan, facts = one.plan, model.facts
     told = [branch.text(one.prompt, one.negative_prompt) for branch in rule.branches]
-    texts = model.encode_prompts([one.prompt, *told])
+    texts = model.inputs([one.prompt, *told])
     x = start_noise(one.seed, model.latent_shape(128, 128))[None]
     with torch.inference_mode():
         for i, alpha, sigma in zip(
             range(4), plan.alpha.tolist(), plan.sigma.tolist(), strict=False
         ):
-            t = torch.full((len(texts),), float(facts.schedule.conditioning(plan.t[i])))
-            raw = model.evaluate(x.expand(len(texts), -1, -1, -1), t, texts)
+            t = torch.full((len(told) + 1,), float(facts.schedule.conditioning(plan.t[i])))
+            raw = model.evaluate(x.expand(len(t), -1, -1, -1), t, texts)
             cond, *others = (alpha * x - sigma * raw).split(1)
             denoised = guide(rule, cond, others, x, alpha, sigma, progress=i / 4).denoised
             noise = (x - alpha * denoised) / sigma

@@ -8,7 +8,7 @@ def test_a_preview_shows_the_colours_of_the_picture(model):
     picture = torch.ones(1, 3, 128, 128)
     picture[:, 1:, :, :64] = -1
     with torch.inference_mode():
-        latents = model.encode(picture)
+        latents = model.encode_image(picture)
         small = preview(latents[0], fit_preview(model))
         decoded = to_uint8(model.decode(latents))[0]
     assert small.shape == (64, 64, 3)

@@ -53,7 +53,7 @@ def test_a_hosted_models_denoiser_can_be_differentiated_in_x_and_t(model: Hosted
     prompts = ["a red circle", "two blue squares", "a star"]
     denoise = _denoisers(model, prompts, branches=2)(range(1, 3))
     with torch.no_grad():
-        clean = model.encode(render([make_scene(1), make_scene(2)]))
+        clean = model.encode_image(render([make_scene(1), make_scene(2)]))
     noise, direction = torch.randn(2, *clean.shape, generator=torch.Generator().manual_seed(0))
     alpha, sigma = (float(part) for part in model.facts.schedule.level(np.array(400.5)))
     x = alpha * clean + sigma * noise
@@ -64,7 +64,7 @@ def test_a_hosted_models_denoiser_can_be_differentiated_in_x_and_t(model: Hosted
         above = denoise(x + h * direction, t + h * t_direction)
         below = denoise(x - h * direction, t - h * t_direction)
         alone = _denoisers(model, prompts, branches=1)(range(1, 2))(x[:1], t[:1])
-        v = model.evaluate(x, t, model.encode_prompts(["", ""]))
+        v = model.evaluate(x, t, model.inputs([None, None]))
     difference = (above - below) / (2 * h)
     # Nearer, float32 shows; as far as this, the network's ripples do.
     assert (slope - difference).norm() < 0.05 * difference.norm()
@@ -86,7 +86,7 @@ def test_pictures_are_read_with_their_captions_and_repeated(
     assert torch.equal(samples.latents[3], samples.latents[0])
     assert list(samples.prompts) == [make_scene(k % 3).caption for k in range(5)]
     with torch.no_grad():
-        exact = model.encode(render([make_scene(0)]))
+        exact = model.encode_image(render([make_scene(0)]))
     assert (samples.latents[0] - exact[0]).abs().mean() < 0.2 * exact.abs().mean()
 
 

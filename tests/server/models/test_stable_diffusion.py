@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ from diffusers import LatentConsistencyModelPipeline, UNet2DConditionModel
 
 from embedded import MODEL_FOLDER
 from guidance.edits import IdentityAttention, SkippedBlocks, WeakModel
+from server.models.conditioning import StackedConditioning
+from server.models.inputs import RowInputs
 from server.models.loading import load_model
-from server.models.stable_diffusion import WEAK_FOLDER, embedding_of_scales
+from server.models.stable_diffusion import TEXT, WEAK_FOLDER, embedding_of_scales
 
 
 @pytest.fixture
@@ -27,7 +30,8 @@ def load(folder):
 def rows(count):
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(count, 4, 16, 16, generator=generator)
-    return x, torch.full((count,), 500.0), torch.randn(count, 32, 128, generator=generator)
+    told = StackedConditioning({TEXT: torch.randn(count, 32, 128, generator=generator)})
+    return x, torch.full((count,), 500.0), RowInputs(told)
 
 
 def test_a_row_is_edited_through_the_model_and_others_are_not():
@@ -35,8 +39,9 @@ def test_a_row_is_edited_through_the_model_and_others_are_not():
     edit = IdentityAttention(("middle",))
     assert model.refuses(edit) is None
     with torch.inference_mode():
-        plain = model.evaluate(*rows(3))
-        edited = model.evaluate(*rows(3), edits=[(), (edit,), ()])
+        x, t, inputs = rows(3)
+        plain = model.evaluate(x, t, inputs)
+        edited = model.evaluate(x, t, replace(inputs, edits=[(), (edit,), ()]))
     changed = (edited - plain).flatten(1).abs().amax(1) > 1e-4
     assert changed.tolist() == [False, True, False]
 
@@ -47,7 +52,8 @@ def test_the_companion_is_the_weaker_unet_of_the_folder(without_companion):
     model = load(without_companion)
     assert model.refuses(WeakModel()) is None
     with torch.inference_mode():
-        theirs = weak(*rows(2), return_dict=False)[0]
+        x, t, inputs = rows(2)
+        theirs = weak(x, t, inputs.conditioning.tensors[TEXT], return_dict=False)[0]
         torch.testing.assert_close(model.evaluate_weak(*rows(2)), theirs)
 
 

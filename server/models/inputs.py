@@ -1,0 +1,78 @@
+"""What the rows of a forward are given beside x and the level of noise: one bundle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from guidance.edits import ApartFrom
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from guidance.edits import Edit
+    from server.models.conditioning import StackedConditioning
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowInputs:
+    """Everything that the network is given for some rows beside x and t.
+
+    Attributes:
+        conditioning: what each row is told of its prompt.
+        edits: what each row changes inside the network, none of it refused; empty where no row
+            changes anything.
+        scale_embedding: guidance scales less 1 that the network is told, ``[rows]``, 0 where a row
+            has none; None where no row has one. For models whose facts say ``embeds_scale``.
+        channels: what the network reads behind the channels of x, ``[rows, channels, h, w]``; None
+            where it reads x alone.
+    """
+
+    conditioning: StackedConditioning
+    edits: Sequence[tuple[Edit, ...]] = ()
+    scale_embedding: Tensor | None = None
+    channels: Tensor | None = None
+
+    def of(self, rows: Sequence[int], where: Tensor | None = None) -> RowInputs:
+        """The inputs of some rows; references of edits are counted among those rows.
+
+        Args:
+            rows: which rows; of one that is repeated, references mean the first.
+            where: the same as int64 ``[n]`` on the device, where the caller has it already.
+        """
+        if where is None:
+            where = torch.tensor(rows).to(self.conditioning.device, non_blocking=True)
+        scales, channels = (
+            None if tensor is None else tensor.index_select(0, where)
+            for tensor in (self.scale_embedding, self.channels)
+        )
+        return RowInputs(
+            self.conditioning.select(where), _located(self.edits, rows), scales, channels
+        )
+
+    def padded(self, count: int | None) -> RowInputs:
+        """The same with the first row repeated until there are ``count``; None adds none."""
+        rows = len(self.conditioning)
+        if count is None or count == rows:
+            return self
+        return self.of([*range(rows), *[0] * (count - rows)])
+
+
+def _located(edits: Sequence[tuple[Edit, ...]], rows: Sequence[int]) -> list[tuple[Edit, ...]]:
+    """The edits of some rows, whose references are counted among those rows."""
+    if not edits:
+        return []
+    places: dict[int | None, int] = {}
+    for place, row in enumerate(rows):
+        places.setdefault(row, place)
+    return [
+        tuple(
+            replace(edit, reference=places[edit.reference]) if isinstance(edit, ApartFrom) else edit
+            for edit in edits[row]
+        )
+        for row in rows
+    ]
