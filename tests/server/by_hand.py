@@ -128,11 +128,13 @@ class ByHand:
                 self.denoised(i, x, branch.text(task.prompt, task.negative_prompt))
                 for branch in rule.branches
             ]
+        opens = self.plan.step[i] not in self.plan.step[:i]
         closes = self.plan.step[i] not in self.plan.step[i + 1 :]
         levels = self.plan.alpha[i], self.plan.sigma[i], self.progress[i]
         alpha, sigma, progress = (torch.full((1, 1, 1, 1), float(level)) for level in levels)
-        last = torch.full((1, 1, 1, 1), closes)
-        rows = Rows(cond, torch.stack(others, 1), x, alpha, sigma, progress, self.rule_memory, last)
+        first, last = (torch.full((1, 1, 1, 1), flag) for flag in (opens, closes))
+        memory = self.rule_memory
+        rows = Rows(cond, torch.stack(others, 1), x, alpha, sigma, progress, memory, first, last)
         parameters = policy.parameters([policy], x)
         if policy.adapts:
             self.settled = bool(policy.settled(rows, parameters))
