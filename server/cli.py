@@ -1,6 +1,6 @@
 """The command line: `weft serve`, `generate`, `catalog`, `ems` and `linear-ag`.
 
-Everything heavy is imported by the command that needs it, so that help comes at once.
+Heavy modules are imported only by the command that needs them, so that `--help` is instant.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Result = TypeVar("Result")
 Tell: TypeAlias = Callable[[str, int, int], None]
 
 app = typer.Typer(
-    help="Weft: many diffusion images in one batch, each with its own sampler and guidance.",
+    help="Weft: a diffusion server that batches requests with different samplers and guidance.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -42,17 +42,31 @@ FORMATS: Final = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp
 Models = Annotated[
     list[str] | None,
     typer.Option(
-        "--model", "-m", help="Model folder, PATH or NAME=PATH; repeatable. Default: embedded."
+        "--model",
+        "-m",
+        help="Model folder, as PATH or NAME=PATH; repeat the option to host several. "
+        "Default: the embedded model.",
     ),
 ]
-Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1.")]
-Dtype = Annotated[str | None, typer.Option(help="auto, float32, float16, bfloat16.")]
+Device = Annotated[str | None, typer.Option(help="Device to run on: auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="Model precision: auto, float32, float16 or bfloat16.")
+]
 Deterministic = Annotated[
     bool | None,
-    typer.Option("--deterministic", help="Bit-identical images whatever else is in the batch."),
+    typer.Option(
+        "--deterministic",
+        help="Make every image bit-identical whatever else is in its batch; costs some speed.",
+    ),
 ]
-RowBudget = Annotated[int | None, typer.Option(help="Model rows a tick; measured by default.")]
-Described = "a name, or a JSON object of its fields."
+RowBudget = Annotated[
+    int | None,
+    typer.Option(
+        help="Maximum rows (noisy latents, each with its own prompt and timestep) in one forward "
+        "pass of the denoiser. By default chosen from measurements of this machine."
+    ),
+]
+Described = "a name, or a JSON object with its fields."
 
 
 def main() -> None:
@@ -70,13 +84,18 @@ def serve(
     deterministic: Deterministic = None,
     row_budget: RowBudget = None,
     max_pending: Annotated[
-        int | None, typer.Option(help="Images waiting or under way before 429.")
+        int | None,
+        typer.Option(help="Maximum images queued or running; beyond it requests get 429."),
     ] = None,
     insecure: Annotated[
-        bool | None, typer.Option("--insecure", help="Listen beyond loopback without keys.")
+        bool | None,
+        typer.Option("--insecure", help="Allow a non-loopback address without API keys."),
     ] = None,
 ) -> None:
-    """Serve over HTTP. Every option has an environment variable: WEFT_PORT, WEFT_API_KEYS, ..."""
+    """Start the HTTP server.
+
+    Every setting can also be given as an environment variable: WEFT_PORT, WEFT_API_KEYS, ...
+    """
     settings = _settings(
         host=host,
         port=port,
@@ -119,40 +138,52 @@ def _run_server(settings: Settings) -> int:
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What the picture shows.")],
+    prompt: Annotated[str, typer.Argument(help="What the image should show.")],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="File: .png, .jpg or .webp.")
+        Path, typer.Option("--output", "-o", help="Output file: .png, .jpg or .webp.")
     ] = Path("out.png"),
-    negative_prompt: Annotated[str | None, typer.Option("--negative-prompt", "--negative")] = None,
+    negative_prompt: Annotated[
+        str | None,
+        typer.Option("--negative-prompt", "--negative", help="What guidance steers away from."),
+    ] = None,
     sampler: Annotated[str | None, typer.Option(help=f"Sampler: {Described}")] = None,
     spacing: Annotated[str | None, typer.Option(help=f"Spacing: {Described}")] = None,
     guidance: Annotated[str | None, typer.Option(help=f"Guidance: {Described}")] = None,
     scale: Annotated[
-        float | None, typer.Option(help="Guidance scale; of cfg, if guidance is not given.")
+        float | None, typer.Option(help="Guidance scale, of --guidance or of the default rule.")
     ] = None,
     policy: Annotated[
         str | None,
-        typer.Option(help=f"Guidance policy, with cfg if guidance is not given: {Described}"),
+        typer.Option(help=f"Guidance policy, of --guidance or of the default rule: {Described}"),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Sampler steps.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the first image; random by default.")] = None,
-    n: Annotated[int | None, typer.Option("-n", help="Images, with seeds counting up.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
-    image: Annotated[Path | None, typer.Option(help="Picture to start from.")] = None,
-    mask: Annotated[Path | None, typer.Option(help="White where the picture is repainted.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Number of sampling steps.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the first image; random by default.")
+    ] = None,
+    n: Annotated[
+        int | None, typer.Option("-n", help="Number of images; image i has seed + i.")
+    ] = None,
+    width: Annotated[int | None, typer.Option(help="Width in pixels.")] = None,
+    height: Annotated[int | None, typer.Option(help="Height in pixels.")] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="Image to start from (image to image, inpainting).")
+    ] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="Inpainting mask: white is repainted, black is kept.")
+    ] = None,
     reference: Annotated[
-        Path | None, typer.Option(help="Picture to keep away from, by negtome.")
+        Path | None, typer.Option(help="Image to stay away from, for guidance.negtome.")
     ] = None,
     strength: Annotated[
-        float | None, typer.Option(help="Share of the steps from a picture.")
+        float | None,
+        typer.Option(help="Fraction of the steps to run on --image, above 0 and up to 1."),
     ] = None,
     model: Models = None,
     device: Device = None,
     dtype: Dtype = None,
     deterministic: Deterministic = None,
 ) -> None:
-    """Make pictures in this process, without a server."""
+    """Generate images in this process, without a server."""
     settings = _settings(models=model, device=device, dtype=dtype, deterministic=deterministic)
     request = _request(
         prompt=prompt,
@@ -160,7 +191,7 @@ def generate(
         negative_prompt=negative_prompt,
         sampler=_named(sampler),
         spacing=_named(spacing),
-        guidance=_guidance(guidance, scale, policy),
+        guidance=_guidance(sampler, guidance, scale, policy),
         steps=steps,
         seed=seed,
         n=n,
@@ -178,9 +209,11 @@ def generate(
 
 @app.command()
 def catalog(
-    as_json: Annotated[bool, typer.Option("--json", help="With every parameter's schema.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="As JSON, with the schema of every parameter.")
+    ] = False,
 ) -> None:
-    """List samplers, spacings, guidance rules, policies and all that goes with them."""
+    """List the samplers, spacings, guidance rules, policies and other parts of guidance."""
     from server.requests.catalog import catalog as installed
 
     listed = installed()
@@ -198,33 +231,55 @@ def ems(
     model: Annotated[
         Path | None, typer.Option("--model", "-m", help="Model folder. Default: embedded.")
     ] = None,
-    guidance: Annotated[str, typer.Option(help="cfg or none.")] = "cfg",
+    guidance: Annotated[
+        str, typer.Option(help="Guidance the statistics are for: cfg or none.")
+    ] = "cfg",
     scale: Annotated[
-        list[float] | None, typer.Option(help="Guidance scale; several cost little more.")
+        list[float] | None,
+        typer.Option(
+            help="Guidance scale; repeat the option for several, which cost little more than one."
+        ),
     ] = None,
-    points: Annotated[int, typer.Option(min=3, help="Levels of noise, even in log SNR.")] = 120,
-    samples: Annotated[int, typer.Option(min=2, help="Noised pictures at each level.")] = 256,
+    points: Annotated[
+        int, typer.Option(min=3, help="Number of noise levels, evenly spaced in log SNR.")
+    ] = 120,
+    samples: Annotated[
+        int, typer.Option(min=2, help="Number of noised images at each level.")
+    ] = 256,
     data: Annotated[
         Path | None,
         typer.Option(
             exists=True,
             file_okay=False,
-            help="Pictures, each beside its caption in a .txt file; else the model draws its own.",
+            help="Folder of images, each with its caption in a .txt file of the same name. "
+            "Default: the model generates its own.",
         ),
     ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(exists=True, dir_okay=False, help="A prompt a line, for what it draws."),
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="Text file with one prompt per line, for images that the model generates.",
+        ),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Sampler steps for what it draws.")] = 25,
-    chunk: Annotated[int, typer.Option(min=1, help="Pictures in one forward.")] = 8,
-    seed: Annotated[int, typer.Option(min=0, help="Of noise and signs.")] = 0,
+    steps: Annotated[
+        int, typer.Option(min=1, help="Sampling steps for images that the model generates.")
+    ] = 25,
+    chunk: Annotated[int, typer.Option(min=1, help="Images in one forward pass.")] = 8,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of the noise and of the probe vectors.")
+    ] = 0,
     out: Annotated[
-        Path | None, typer.Option(help="File. Default: MODEL/weft/ems-GUIDANCE-SCALE.safetensors.")
+        Path | None,
+        typer.Option(help="Output file. Default: MODEL/weft/ems-GUIDANCE-SCALE.safetensors."),
     ] = None,
     device: Device = None,
 ) -> None:
-    """Compute what dpm_solver_v3 needs to know of a model; a stopped run goes on where it was."""
+    """Compute the model statistics that the sampler dpm_solver_v3 uses.
+
+    An interrupted run resumes when the same command is given again.
+    """
     scales = _scales(guidance, scale)
     from server.fitting.model_statistics import Order, Size, fulfil
     from server.models.folder import embedded_folder
@@ -250,19 +305,26 @@ def linear_ag(
     ] = None,
     sampler: Annotated[str | None, typer.Option(help=f"Sampler: {Described}")] = None,
     spacing: Annotated[str | None, typer.Option(help=f"Spacing: {Described}")] = None,
-    steps: Annotated[int | None, typer.Option(help="Sampler steps.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Number of sampling steps.")] = None,
     guidance: Annotated[str | None, typer.Option(help=f"Guidance rule: {Described}")] = None,
-    scale: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
-    every: Annotated[int, typer.Option(min=2, help="Steps from evaluation to evaluation.")] = 2,
-    runs: Annotated[int, typer.Option(min=1, help="Runs of full guidance to fit to.")] = 128,
-    prompts: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="A prompt a line, for them.")
+    scale: Annotated[
+        float | None, typer.Option(help="Guidance scale, of --guidance or of the default rule.")
     ] = None,
-    chunk: Annotated[int, typer.Option(min=1, help="Runs at once.")] = 8,
-    seed: Annotated[int, typer.Option(min=0, help="Of the first run.")] = 1_000_000,
+    every: Annotated[
+        int, typer.Option(min=2, help="Evaluate the second prediction every so many steps.")
+    ] = 2,
+    runs: Annotated[int, typer.Option(min=1, help="Number of fully guided runs to fit to.")] = 128,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, help="Text file with one prompt per line, for these runs."
+        ),
+    ] = None,
+    chunk: Annotated[int, typer.Option(min=1, help="Runs in one batch.")] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first run.")] = 1_000_000,
     device: Device = None,
 ) -> None:
-    """Fit the policy linear_adaptive to a model, sampler, spacing, steps and guidance rule."""
+    """Fit the linear_adaptive policy to a model, sampler, spacing, step count and guidance rule."""
     from server.fitting.linear_guidance import FitOrder, Runs, fulfil
     from server.models.folder import embedded_folder
 
@@ -272,7 +334,7 @@ def linear_ag(
         spacing=_named(spacing),
         steps=steps,
         guidance=_guidance(
-            guidance, scale, json.dumps({"name": "linear_adaptive", "every": every})
+            sampler, guidance, scale, json.dumps({"name": "linear_adaptive", "every": every})
         ),
     )
     folder = model or embedded_folder()
@@ -282,19 +344,19 @@ def linear_ag(
 
 def _scales(guidance: str, scales: list[float] | None) -> list[float]:
     if guidance not in ("cfg", "none"):
-        _refuse(f"guidance is {guidance!r}; statistics are made for cfg and none.")
+        _refuse(f"guidance is {guidance!r}; statistics can be computed for 'cfg' or 'none'.")
     if guidance == "none" and scales:
-        _refuse("scale is of no use to the guidance 'none'; leave it out.")
+        _refuse("scale has no effect with guidance 'none'; leave it out.")
     if guidance == "cfg" and not scales:
-        _refuse("scale is missing; cfg needs one, say --scale 7.5.")
+        _refuse("scale is missing; guidance 'cfg' needs one, for example --scale 4.")
     return list(dict.fromkeys(scales or [1.0]))
 
 
 def _table(title: str, entries: Sequence[Entry]) -> Table:
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, expand=True)
     table.add_column("name", style="bold", no_wrap=True)
-    table.add_column("what", ratio=3)
-    table.add_column("parameters", ratio=2, style="dim")
+    table.add_column("description", ratio=3)
+    table.add_column("parameters and defaults", ratio=2, style="dim")
     for entry in entries:
         parameters = {key: value for key, value in entry.defaults.items() if key != "name"}
         shown = ", ".join(f"{key} {json.dumps(value)}" for key, value in parameters.items())
@@ -303,7 +365,7 @@ def _table(title: str, entries: Sequence[Entry]) -> Table:
 
 
 def _settings(**given: Any) -> Settings:
-    """The settings of environment and options; options that were not given are None."""
+    """Settings from the environment and the options; options that were not given are None."""
     from pydantic import ValidationError
 
     from server.settings import Settings
@@ -332,7 +394,7 @@ def _request(**given: Any) -> GenerateRequest:
 
 
 def _named(text: str | None) -> Any:
-    """A bare name, or the object that its JSON stands for."""
+    """A bare name as it is, or the object that a JSON text describes."""
     if text is None or not text.lstrip().startswith("{"):
         return text
     try:
@@ -341,16 +403,24 @@ def _named(text: str | None) -> Any:
         _refuse(f"{text!r} is not valid JSON: {error}.")
 
 
-def _guidance(guidance: str | None, scale: float | None, policy: str | None) -> Any:
-    """The guidance that the three options describe together."""
-    value = _named(guidance)
+def _guidance(
+    sampler: str | None, guidance: str | None, scale: float | None, policy: str | None
+) -> Any:
+    """The guidance that the options describe; what they leave out is as in a request."""
     extra = {"scale": scale, "policy": _named(policy)}
     extra = {key: value for key, value in extra.items() if value is not None}
     if not extra:
-        return value
-    if not isinstance(value, dict):
-        value = {"name": value or "cfg"}
-    return value | extra
+        return _named(guidance)
+    value = _default_guidance(sampler) if guidance is None else _named(guidance)
+    return (value if isinstance(value, dict) else {"name": value}) | extra
+
+
+def _default_guidance(sampler: str | None) -> dict[str, Any]:
+    """What a request with this sampler gets if it names no guidance."""
+    from server.requests.schema import default_guidance, default_sampler
+
+    chosen = _request(prompt="", sampler=_named(sampler)).sampler or default_sampler()
+    return default_guidance(chosen).model_dump(mode="json")
 
 
 def _base64_of(path: Path | None) -> str | None:
@@ -365,9 +435,9 @@ def _base64_of(path: Path | None) -> str | None:
 
 def _format_of(output: Path) -> str:
     if output.suffix.lower() not in FORMATS:
-        _refuse(f"output is {str(output)!r}; allowed endings are: {', '.join(FORMATS)}.")
+        _refuse(f"output is {str(output)!r}; the file must end in one of: {', '.join(FORMATS)}.")
     if not output.absolute().parent.is_dir():
-        _refuse(f"output is {str(output)!r}, but its folder does not exist.")
+        _refuse(f"output is {str(output)!r}, but that folder does not exist.")
     return FORMATS[output.suffix.lower()]
 
 
@@ -430,7 +500,7 @@ def _with_bar(settings: Settings, request: GenerateRequest) -> Pictures:
 
 
 def _files(output: Path, pictures: Pictures) -> list[tuple[Path, bytes]]:
-    """Where each picture goes: several are told apart by their seeds."""
+    """The file of each image; if there are several, their seeds tell them apart."""
     if len(pictures.pictures) == 1:
         return [(output, pictures.pictures[0].data)]
     return [

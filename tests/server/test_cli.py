@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ from typer.testing import CliRunner, Result
 
 from embedded import MODEL_FOLDER
 from guidance.linear_fit import LinearFit
-from server.cli import app
+from server.cli import _guidance, app
+from server.requests.catalog import catalog
+from server.requests.schema import GenerateRequest
 
 PROMPT = "a red circle"
 
@@ -73,6 +76,22 @@ def test_several_pictures_are_told_apart_by_seed(tmp_path: Path) -> None:
         assert picture.size == (64, 64)
 
 
+def guidance_of(written: Any) -> Any:
+    return GenerateRequest.model_validate({"prompt": PROMPT, "guidance": written}).guidance
+
+
+@pytest.mark.parametrize("options", [{"policy": "reuse"}, {"scale": 6.0}], ids=list)
+# The second goes by statistics of plain guidance, which is therefore its default.
+@pytest.mark.parametrize("sampler", ["unipc", "dpm_solver_v3"])
+def test_scale_and_policy_change_the_guidance_of_a_request_that_names_none(
+    sampler: str, options: dict[str, Any]
+) -> None:
+    defaults = catalog().defaults
+    silent = defaults.guidance_by_sampler.get(sampler, defaults.guidance)
+    made = _guidance(sampler, None, options.get("scale"), options.get("policy"))
+    assert guidance_of(made) == guidance_of(silent | options)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -80,8 +99,11 @@ def test_several_pictures_are_told_apart_by_seed(tmp_path: Path) -> None:
         (["--steps", "0"], "steps is 0; it must be at least 1."),
         (["--guidance", "{"], "'{' is not valid JSON"),
         (["--scale", "nan"], "guidance.scale is nan; it must be a finite number."),
-        (["-o", "x.gif"], "output is 'x.gif'; allowed endings are: .png, .jpg, .jpeg, .webp."),
-        (["-o", "no/such/x.png"], "but its folder does not exist."),
+        (
+            ["-o", "x.gif"],
+            "output is 'x.gif'; the file must end in one of: .png, .jpg, .jpeg, .webp.",
+        ),
+        (["-o", "no/such/x.png"], "but that folder does not exist."),
         (["--image", "none.png"], "'none.png' is not a file."),
         (["--reference", "none.png"], "'none.png' is not a file."),
         (["--dtype", "int8"], "dtype: "),
@@ -99,7 +121,7 @@ def test_a_mistake_is_answered_in_one_sentence(arguments: list[str], message: st
 def test_an_open_port_needs_a_decision(host: str) -> None:
     done = weft("serve", "--host", host)
     assert done.exit_code == 2
-    assert "others can reach; set WEFT_API_KEYS, or allow it with --insecure." in done.stderr
+    assert "other machines can reach; set WEFT_API_KEYS, or pass --insecure" in done.stderr
 
 
 def test_a_server_without_its_model_ends(tmp_path: Path) -> None:
