@@ -1,4 +1,4 @@
-"""What an operator may set, by environment (`WEFT_PORT=9000`) or command line."""
+"""The operator's settings, from the environment (`WEFT_PORT=9000`) or the command line."""
 
 from __future__ import annotations
 
@@ -32,24 +32,29 @@ Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_listed)]
 
 
 class Limits(BaseModel):
-    """The most that one request may ask for."""
+    """Upper limits on a single request."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    steps: int = Field(default=200, ge=1, le=1000, description="Sampler steps.")
+    steps: int = Field(default=200, ge=1, le=1000, description="Sampling steps.")
     images: int = Field(default=16, ge=1, le=256, description="Images in one request.")
-    pixels: int = Field(default=1024 * 1024, ge=64 * 64, description="Pixels of one image.")
+    pixels: int = Field(
+        default=1024 * 1024, ge=64 * 64, description="Width times height of an image."
+    )
     prompt_bytes: int = Field(
-        default=4096, ge=1, le=PROMPT_BYTES_CEILING, description="Bytes of a prompt in UTF-8."
+        default=4096,
+        ge=1,
+        le=PROMPT_BYTES_CEILING,
+        description="Length of a prompt in UTF-8 bytes.",
     )
     upload_pixels: int = Field(
-        default=4096 * 2048, ge=64 * 64, description="Pixels of a picture that is sent in."
+        default=4096 * 2048, ge=64 * 64, description="Width times height of an uploaded image."
     )
-    body_bytes: int = Field(default=32 * 2**20, ge=1024, description="Bytes of a request's body.")
+    body_bytes: int = Field(default=32 * 2**20, ge=1024, description="Size of a request body.")
 
 
 class Settings(BaseSettings):
-    """Everything an operator may set."""
+    """Everything that an operator can configure."""
 
     model_config = SettingsConfigDict(
         env_prefix="WEFT_", env_nested_delimiter="__", frozen=True, extra="forbid"
@@ -60,55 +65,63 @@ class Settings(BaseSettings):
 
     models: Names = Field(
         default=(),
-        description="Model folders, `path` or `name=path`; none means the embedded model.",
+        description="Model folders, each `path` or `name=path`; the embedded model if empty.",
     )
-    device: str = Field(default="auto", description="`auto`, `cpu`, `cuda`, `cuda:1`.")
+    device: str = Field(default="auto", description="Device: `auto`, `cpu`, `cuda` or `cuda:N`.")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
-        default="auto", description="Of the model; `auto` is float32 on a CPU and float16 on a GPU."
+        default="auto",
+        description="Precision of the model; `auto` is float32 on a CPU and float16 on a GPU.",
     )
     deterministic: bool = Field(
         default=False,
-        description="Bit-identical images whatever else is in the batch, at some speed.",
+        description="Make every image bit-identical whatever else is in its batch, at some cost in "
+        "speed.",
     )
     row_budget: int | None = Field(
         default=None,
         ge=1,
         le=1024,
-        description="Model rows a tick; measured at start when not given.",
+        description="Maximum rows in one forward pass of the denoiser; by default chosen from "
+        "measurements of this machine.",
     )
     max_pending: int = Field(
-        default=256, ge=1, le=65536, description="Images waiting or under way before 429."
+        default=256,
+        ge=1,
+        le=65536,
+        description="Maximum images queued or running; requests beyond it get status 429.",
     )
     limits: Limits = Limits()
 
     api_keys: Secrets = Field(
-        default=(), description="Bearer keys; with none, everybody who reaches the port is served."
+        default=(),
+        description="Accepted bearer keys; if empty, anyone who can reach the port is served.",
     )
     insecure: bool = Field(
-        default=False, description="Listen beyond loopback without keys, knowing what that means."
+        default=False,
+        description="Allow a non-loopback address without API keys, open to the whole network.",
     )
     allowed_hosts: Names | None = Field(
         default=None,
-        description="Names a request may address in `Host`, `*` for any; by default the loopback "
-        "names and `host`, or any where others must show a key.",
+        description="Accepted values of the `Host` header, `*` for any. Default: the loopback "
+        "names and `host`; any, if keys are set and the address is not loopback.",
     )
     allowed_origins: Names = Field(
         default=(),
-        description="Origins of other web pages that may call, e.g. `https://app.example`.",
+        description="Origins of other web pages that may call the API, e.g. `https://app.example`.",
     )
     drain_s: float = Field(
         default=30,
         ge=0,
         le=3600,
-        description="Seconds that work under way gets when the server stops.",
+        description="Seconds that running requests get to finish when the server shuts down.",
     )
 
     @model_validator(mode="after")
     def _guard_the_door(self) -> Self:
         if not (self.loopback or self.api_keys or self.insecure):
             raise ValueError(
-                f"host is {self.host!r}, which others can reach; set WEFT_API_KEYS, "
-                "or allow it with --insecure."
+                f"host is {self.host!r}, which other machines can reach; set WEFT_API_KEYS, "
+                "or pass --insecure to serve without keys."
             )
         return self
 
@@ -128,7 +141,7 @@ class Settings(BaseSettings):
 
     @property
     def hosts(self) -> tuple[str, ...]:
-        """Names that a request may address in `Host`; `*` stands for any."""
+        """Accepted values of the `Host` header; `*` accepts any."""
         if self.allowed_hosts is not None:
             return self.allowed_hosts
         if self.api_keys and not self.loopback:
@@ -136,10 +149,10 @@ class Settings(BaseSettings):
         return (*LOOPBACK_NAMES, self.host)
 
     def model_folders(self, embedded: Path) -> dict[str, Path]:
-        """Folder of each hosted model by name, the first being the default.
+        """The folder of each hosted model by name; the first is the default.
 
         Args:
-            embedded: folder of the built-in model, hosted when no other is named.
+            embedded: folder of the embedded model, which is hosted if no other is given.
         """
         if not self.models:
             return {"embedded": embedded}
@@ -150,7 +163,7 @@ class Settings(BaseSettings):
             name = name if separator else folder.resolve().name
             if name in folders:
                 raise ValueError(
-                    f"models names {name!r} twice; write `name=path` to tell them apart."
+                    f"models has two models named {name!r}; write `name=path` to rename one."
                 )
             folders[name] = folder
         return folders

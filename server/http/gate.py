@@ -1,6 +1,6 @@
-"""The gate: who may speak to the server, asked before anything else looks at a request.
+"""The gate: decides who may use the server, before anything else looks at a request.
 
-Plain ASGI, so that a client's disconnect reaches the route.
+It is plain ASGI middleware, so that a client's disconnect still reaches the route.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from server.settings import Settings
 __all__ = ["PROBES", "PUBLIC", "Gate", "RequestId"]
 
 PROBES: Final = frozenset({"/livez", "/readyz"})
-"""Asked by orchestrators, by address and without a key."""
+"""Called by orchestrators, which use an address as the host and have no key."""
 
 PUBLIC: Final = PROBES | {"/"}
-"""Paths that need no key; everything else does where keys are set."""
+"""Paths that never need a key; if keys are set, all others do."""
 
 _VALID_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::(\d{1,5}))?")
 
 
 class RequestId:
-    """Gives every request an identifier, and every answer the header `x-request-id`.
+    """Gives every request an identifier and every response the header `x-request-id`.
 
-    A valid one that the client chose is kept; it is then the generation's identifier too, so that
-    the client can cancel before it has read a byte.
+    A valid identifier sent by the client is kept. It is also the generation's identifier, so a
+    client can cancel before it has read a byte of the response.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -60,11 +60,11 @@ class RequestId:
 
 
 class Gate:
-    """Refuses foreign Hosts and Origins, missing keys and bodies announced as too large.
+    """Refuses unknown hosts and origins, missing keys and bodies whose stated size is too large.
 
     Args:
-        app: what stands behind the gate.
-        settings: names, keys and limits.
+        app: the application behind the gate.
+        settings: hosts, origins, keys and limits.
         answer: turns a refusal into a response.
     """
 
@@ -102,17 +102,18 @@ class Gate:
         announced = headers.get("content-length", "0")
         if not announced.isdecimal() or int(announced) > self._body_bytes:
             raise TooLarge(
-                None, f"The body is too large; at most {self._body_bytes} bytes are allowed."
+                None,
+                f"The body is too large; at most {self._body_bytes} bytes are allowed.",
             )
 
     def _check_host(self, values: Sequence[str]) -> tuple[str, str]:
         match = _HOST.fullmatch(values[0]) if len(values) == 1 else None
         if match is None:
-            raise Forbidden("The request needs one valid Host header.", field="host")
+            raise Forbidden("The request needs exactly one valid Host header.", field="host")
         name, port = match[1].lower().strip("[]"), match[2] or ""
         if not self._hosts & {name, "*"}:
             raise Forbidden(
-                f"host {name!r} is not allowed; WEFT_ALLOWED_HOSTS names those that are.",
+                f"host {name!r} is not allowed; the operator can add it to WEFT_ALLOWED_HOSTS.",
                 field="host",
             )
         return name, port
@@ -122,13 +123,13 @@ class Gate:
             return
         if len(values) > 1 or not self._same_site(values[0], host):
             raise Forbidden(
-                f"origin {values[0][:100]!r} is not allowed; WEFT_ALLOWED_ORIGINS names those "
-                "that are.",
+                f"origin {values[0][:100]!r} is not allowed; the operator can add it to "
+                "WEFT_ALLOWED_ORIGINS.",
                 field="origin",
             )
 
     def _same_site(self, origin: str, host: tuple[str, str]) -> bool:
-        """Whether a page comes from this server: its port, by its name or another allowed one."""
+        """Whether a page came from this server: the same port under one of its allowed names."""
         name, port = host
         try:
             page = urlsplit(origin.lower())
@@ -142,10 +143,10 @@ class Gate:
     def _check_key(self, values: Sequence[str]) -> None:
         scheme, _, key = values[0].partition(" ") if len(values) == 1 else ("", "", "")
         offered = _digest(key.strip())
-        # Every key is compared, so that the time taken tells nothing of which one came close.
+        # Every key is compared, so that the time taken says nothing about which one came close.
         known = [hmac.compare_digest(offered, key) for key in self._keys]
         if scheme.lower() != "bearer" or not any(known):
-            raise Unauthorized("A valid key is needed: send 'Authorization: Bearer <key>'.")
+            raise Unauthorized("A valid API key is required; send 'Authorization: Bearer <key>'.")
 
 
 def _digest(key: str) -> bytes:

@@ -1,4 +1,4 @@
-"""The counters as Prometheus reads them, gathered when it asks."""
+"""The counters in Prometheus' text format, collected at each scrape."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ ROW_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 def exposition(service: Service) -> Callable[[], bytes]:
-    """What renders the metrics of a service in the text format, from a registry of its own."""
+    """A function that renders the metrics of a service as text, from a registry of their own."""
     registry = CollectorRegistry()
     registry.register(_Gathered(service))
     return lambda: generate_latest(registry)
 
 
 class _Gathered(Collector):
-    """Turns plain counters into metric families; nothing is counted twice."""
+    """Turns the plain counters of service and engine into metric families."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -40,20 +40,22 @@ class _Gathered(Collector):
 
     def collect(self) -> Iterable[Metric]:
         service = self._service
-        yield GaugeMetricFamily("weft_ready", "1 when requests are taken.", float(service.ready))
-        yield _labelled(
-            "weft_requests", "Requests by how they ended.", "outcome", dict(service.outcomes)
+        yield GaugeMetricFamily(
+            "weft_ready", "1 if the server accepts requests.", float(service.ready)
         )
+        yield _labelled("weft_requests", "Requests by outcome.", "outcome", dict(service.outcomes))
         if service.engine is not None:
             yield from _engine(service.engine.measurements)
 
 
 def _engine(counted: EngineMeasurements) -> Iterable[Metric]:
     yield GaugeMetricFamily(
-        "weft_queue_images", "Images waiting or under way.", float(counted.pending)
+        "weft_queue_images", "Images queued or running.", float(counted.pending)
     )
     yield GaugeMetricFamily(
-        "weft_row_budget", "Most denoiser rows in a tick.", float(counted.row_budget)
+        "weft_row_budget",
+        "Maximum rows in one forward pass of the denoiser.",
+        float(counted.row_budget),
     )
     seconds = {
         "denoise": counted.denoise_s,
@@ -61,20 +63,20 @@ def _engine(counted: EngineMeasurements) -> Iterable[Metric]:
         "decode": counted.decode_s,
         "encode": counted.encode_s,
     }
-    yield _labelled("weft_engine_seconds", "Seconds of the engine by stage.", "stage", seconds)
+    yield _labelled("weft_engine_seconds", "Seconds the engine spent, by stage.", "stage", seconds)
     images = {
         "finished": counted.images,
         "failed": counted.failed,
         "cancelled": counted.cancelled,
         "refused": counted.refused,
     }
-    yield _labelled("weft_images", "Images by how they ended.", "outcome", images)
+    yield _labelled("weft_images", "Images by outcome.", "outcome", images)
     yield CounterMetricFamily(
         "weft_evaluations", "Denoiser rows evaluated.", float(counted.evaluations)
     )
     yield _labelled(
         "weft_evaluations_saved",
-        "Denoiser rows that a guidance policy did without.",
+        "Denoiser rows that a guidance policy did not have to evaluate.",
         "policy",
         dict(counted.saved),
     )
@@ -82,7 +84,7 @@ def _engine(counted: EngineMeasurements) -> Iterable[Metric]:
 
 
 def _rows(ticks: Mapping[int, int]) -> Metric:
-    """The histogram of rows per tick."""
+    """Histogram of the rows in each tick."""
     buckets = [
         (str(float(most)), float(sum(count for rows, count in ticks.items() if rows <= most)))
         for most in ROW_BUCKETS
@@ -90,7 +92,10 @@ def _rows(ticks: Mapping[int, int]) -> Metric:
     buckets.append(("+Inf", float(sum(ticks.values()))))
     total = float(sum(rows * count for rows, count in ticks.items()))
     return HistogramMetricFamily(
-        "weft_tick_rows", "Denoiser rows of a tick.", buckets=buckets, sum_value=total
+        "weft_tick_rows",
+        "Denoiser rows in one tick (one forward pass).",
+        buckets=buckets,
+        sum_value=total,
     )
 
 

@@ -8,7 +8,7 @@ from server.settings import Settings
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "weft.example"])  # noqa: S104
 def test_an_open_address_needs_keys_or_a_decision(host: str) -> None:
-    with pytest.raises(ValidationError, match="which others can reach"):
+    with pytest.raises(ValidationError, match="which other machines can reach"):
         Settings(host=host)
     assert Settings(host=host, insecure=True).hosts == ("127.0.0.1", "localhost", "::1", host)
     assert Settings(host=host, api_keys=(SecretStr("secret"),)).hosts == ("*",)
@@ -44,7 +44,7 @@ def test_models_are_named_by_folder_or_by_choice(tmp_path: Path) -> None:
 
 def test_two_models_of_one_name_are_refused(tmp_path: Path) -> None:
     settings = Settings(models=(str(tmp_path / "a" / "x"), str(tmp_path / "b" / "x")))
-    with pytest.raises(ValueError, match="names 'x' twice"):
+    with pytest.raises(ValueError, match="two models named 'x'"):
         settings.model_folders(tmp_path)
 
 
