@@ -69,6 +69,14 @@ def test_a_request_of_the_readme_is_valid(body):
     assert GenerateRequest.model_validate(json.loads(body)).prompt
 
 
+def test_the_request_that_make_serve_suggests_is_valid():
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    [body] = re.findall(r"-d '(\{.*?\})'", makefile)
+    request = GenerateRequest.model_validate(json.loads(body.replace('\\"', '"')))
+    assert request.guidance.name == "apg"
+    assert request.guidance.scale == 4
+
+
 def test_every_file_that_the_readme_names_exists():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert (ROOT / target).exists(), target

@@ -1,0 +1,39 @@
+"""The requests that the README shows, sent as it shows them: by curl, from a shell."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+README = (Path(__file__).parents[3] / "README.md").read_text("utf-8")
+INDENTED = r"(?:^    .*\n|^\n)+"
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_the_requests_of_the_readme_draw_what_it_says(running, tmp_path: Path) -> None:
+    blocks = re.findall(INDENTED, README, re.MULTILINE)
+    lines = "".join(block for block in blocks if "curl" in block).splitlines()
+    script = "\n".join(line.removeprefix("    ") for line in lines)
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script.replace("http://127.0.0.1:8000", running.url)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    events = re.findall(r"^event: (\w+)$", done.stdout, re.MULTILINE)
+    assert events == ["queued", *["progress"] * 8, "completed"]
+    steps, guided = {}, {}
+    for file in tmp_path.glob("*.png"):
+        with Image.open(file) as picture:
+            settings = json.loads(picture.text["weft"])  # type: ignore[attr-defined]
+        steps[file.stem] = settings["steps"]
+        guided[file.stem] = settings["guidance"]["name"], settings["guidance"]["scale"]
+    assert steps == {"star": 20, "shapes": 12, "ring": 4, "changed": 10}
+    assert guided["star"] == guided["changed"] == ("apg", 4.0)
+    assert guided["shapes"] == guided["ring"] == ("cfg", 2.0)
