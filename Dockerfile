@@ -2,7 +2,7 @@
 # docker run --rm -p 127.0.0.1:8000:8000 -e WEFT_API_KEYS=a-long-secret \
 #     -v weft-models:/models -v weft-data:/data weft
 #
-# One slim base serves both: the CUDA wheels bring their own libraries.
+# One slim base image serves both builds: the CUDA wheels bring their own libraries.
 FROM python:3.11-slim AS builder
 ARG TORCH=cpu
 ENV VENV=/opt/weft \
@@ -21,7 +21,7 @@ COPY benchmarks benchmarks
 RUN /opt/weft/bin/python -m pip install --no-deps --no-build-isolation --no-index .
 
 FROM python:3.11-slim
-# A named user with a home: torch and huggingface-hub look both up.
+# torch and huggingface-hub look up the name and the home directory of the user.
 RUN useradd --create-home --uid 10001 --user-group weft \
     && install --directory --owner weft --group weft /models /data
 COPY --from=builder /opt/weft /opt/weft
@@ -30,7 +30,7 @@ ENV PATH=/opt/weft/bin:$PATH \
     HF_HOME=/data/huggingface \
     TORCHINDUCTOR_CACHE_DIR=/data/torchinductor \
     PYTHONUNBUFFERED=1
-# By number, so that an orchestrator can tell that it is not root.
+# A number, so that an orchestrator can verify that it is not root.
 USER 10001:10001
 WORKDIR /home/weft
 VOLUME ["/models", "/data"]

@@ -17,43 +17,44 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .PHONY: help setup setup-dev serve test lint types format coverage lock
 
-help: ## show this list
+help: ## list these commands
 	@awk -F ":.*## " '/^[a-z-]+:.*## / { printf "  make %-11s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: ## make .venv and install what the server needs
+setup: ## create .venv and install what the server needs
 	@scripts/install.sh
 
-setup-dev: ## the same, with the tools of `make test`
+setup-dev: ## the same, and the tools that `make test` needs
 	@scripts/install.sh --dev
 
-serve: setup ## start the server (PORT=8000, HOST=127.0.0.1)
+serve: setup ## start the server on the embedded model (HOST=127.0.0.1, PORT=8000)
 	@printf '%s\n' '' \
-	  'Weft will answer on http://$(HOST):$(PORT) (Ctrl-C stops it). Try, in another terminal:' '' \
-	  "  curl http://$(HOST):$(PORT)/v1/generate -H 'Content-Type: application/json' -H 'Accept: image/png' \\" \
-	  "    -d '{\"prompt\": \"a red circle left of a blue square\", \"sampler\": \"unipc\", \"guidance\": \"apg\"}' -o picture.png" ''
+	  'Weft is starting on http://$(HOST):$(PORT)/ (Ctrl-C stops it). Open that page in a browser,' \
+	  'or send a request from another terminal:' '' \
+	  "  curl http://$(HOST):$(PORT)/v1/generate -H 'content-type: application/json' -H 'accept: image/png' -o picture.png \\" \
+	  "    -d '{\"prompt\": \"a red circle to the left of a blue square\", \"guidance\": {\"name\": \"apg\", \"scale\": 4, \"policy\": \"reuse\"}}'" ''
 	@exec $(BIN)/weft serve --host $(HOST) --port $(PORT)
 
-test: setup-dev ## lint, check types and run the test suite
+test: setup-dev ## lint, type-check and run the test suite
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/pyright
 	@$(BIN)/pytest $(PYTEST_ARGS)
 
-lint: setup-dev ## ruff and the format
+lint: setup-dev ## run ruff and check the formatting
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 
-types: setup-dev ## pyright
+types: setup-dev ## run pyright
 	@$(BIN)/pyright
 
-format: setup-dev ## format, and repair what ruff can
+format: setup-dev ## format the code and apply the fixes that ruff offers
 	@$(BIN)/ruff check --fix --exit-zero --quiet .
 	@$(BIN)/ruff format .
 
-coverage: setup-dev ## the test suite with a table of the lines it misses
+coverage: setup-dev ## run the test suite and list the lines it does not cover
 	@$(BIN)/pytest --cov $(PYTEST_ARGS)
 
-lock: setup-dev ## resolve the dependencies anew (LOCK_ARGS=--upgrade for the newest)
+lock: setup-dev ## resolve the dependencies again (LOCK_ARGS=--upgrade for the newest versions)
 	@uv=$$(mktemp -d); trap 'rm -rf "$$uv"' EXIT; \
 	$(BIN)/python -m venv "$$uv"; "$$uv/bin/pip" install -qq uv==$(UV_VERSION); \
 	PATH="$$uv/bin:$$PATH" $(BIN)/python scripts/lock.py $(LOCK_ARGS)

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Makes the virtual environment and installs the locked dependencies and Weft itself (editable).
+# Creates the virtual environment and installs the locked dependencies and Weft itself (editable).
 #
 #   scripts/install.sh [--dev] [--dependencies-only]
 #
 #   VENV    folder of the environment                 (.venv)
-#   PYTHON  interpreter to make it with               (the first of 3.11 or newer)
+#   PYTHON  interpreter to create it with             (the first that is 3.11 or newer)
 #   TORCH   cpu, cuda, or auto: cuda where nvidia-smi lists a GPU, otherwise cpu   (auto)
 #
-# Does nothing where everything is installed already. May be interrupted and run again.
+# Does nothing if everything is installed already. Can be interrupted and run again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -20,7 +20,7 @@ for argument in "$@"; do
     case $argument in
         --dev) lock=dev ;;
         --dependencies-only) project=no ;;
-        *) echo "install.sh: unknown argument '$argument': --dev and --dependencies-only are allowed" >&2; exit 2 ;;
+        *) echo "install.sh: unknown argument '$argument'; allowed are --dev and --dependencies-only" >&2; exit 2 ;;
     esac
 done
 
@@ -30,7 +30,7 @@ say() { echo "weft: $*"; }
 case $TORCH in
     auto) if nvidia-smi -L 2>/dev/null | grep -q GPU; then TORCH=cuda; else TORCH=cpu; fi ;;
     cpu | cuda) ;;
-    *) fail "TORCH is '$TORCH'; cpu, cuda and auto are allowed" ;;
+    *) fail "TORCH is '$TORCH'; allowed are cpu, cuda and auto" ;;
 esac
 
 new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
@@ -40,10 +40,10 @@ find_python() {
     for candidate in ${PYTHON:-python3 python3.11 python3.12 python3.13 python3.14}; do
         if new_enough "$candidate"; then echo "$candidate"; return; fi
     done
-    fail "no Python of 3.11 or newer among: ${PYTHON:-python3 python3.11 to python3.14}"
+    fail "Python 3.11 or newer is needed; none of these is: ${PYTHON:-python3 python3.11 to python3.14}"
 }
 
-# Without a terminal pip says nothing but errors; with one it shows what it downloads.
+# Without a terminal pip prints errors only; with one it shows what it downloads.
 pip() {
     local quiet=(-qq)
     if [ -t 1 ]; then quiet=(); fi
@@ -59,17 +59,17 @@ install_torch() {
     local wanted installed
     wanted=$(sed -n 's/^torch==\([^ ;]*\).*/\1/p' constraints.txt)
     installed=$(installed_torch)
-    # A CUDA build serves a CPU as well, so only the reverse is exchanged.
+    # A CUDA build works on a CPU too, so only a CPU build is ever replaced.
     case $TORCH:$installed in
         cuda:*+cpu) ;;
         *:"$wanted" | *:"$wanted"+*) return ;;
     esac
-    # Torch before all else: any other package would draw the newest build, with CUDA, after it.
+    # Torch first: otherwise another package would pull in the newest build, with CUDA.
     if [ "$TORCH" = cpu ] && [ "$(uname -s)" = Linux ]; then
         say "installing torch $wanted for the CPU (about 200 MB)"
         if pip install --no-deps --index-url "$CPU_INDEX" --retries 2 --timeout 15 \
             "torch==$wanted" 2> >(grep -v "^WARNING: Retrying" >&2); then return; fi
-        say "PyTorch's CPU index did not answer; PyPI's build brings CUDA (about 3 GB)"
+        say "PyTorch's CPU index did not answer; installing PyPI's build, which includes CUDA (about 3 GB)"
     else
         say "installing torch $wanted from PyPI"
     fi
@@ -79,13 +79,13 @@ install_torch() {
 
 install() {
     if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
-        say "making $VENV with $(find_python)"
+        say "creating $VENV with $(find_python)"
         "$(find_python)" -m venv --clear "$VENV"
     fi
     install_torch
     say "installing the packages of requirements/$lock.lock"
-    # The lock is complete and only wheels are taken: nothing unpinned, and no code of a package
-    # runs while it is installed.
+    # The lock is complete and only wheels are used: nothing is unpinned, and no package runs code
+    # while it is installed.
     pip install --no-deps --only-binary :all: --require-hashes -r "requirements/$lock.lock"
     if [ $project = yes ]; then
         say "installing weft"
@@ -94,8 +94,8 @@ install() {
     "$VENV/bin/python" -m pip check >/dev/null || "$VENV/bin/python" -m pip check
 }
 
-# The stamp is written last and tells all that was installed from, so that a changed lock, project
-# or torch, and an installation that was cut short, are taken up at the next run.
+# The stamp is written last and identifies everything that was installed from, so that the next run
+# notices a changed lock, project or torch and finishes an interrupted installation.
 key() {
     cat pyproject.toml constraints.txt requirements/*.lock scripts/install.sh | cksum
     echo "$TORCH $project $PWD"
