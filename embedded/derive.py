@@ -33,7 +33,7 @@ from server.models.classifier import LatentClassifier
 from server.models.folder import classifier_file, statistics_file
 from server.models.hosted import HostedModel
 from server.models.loading import load_model
-from server.requests.guidance_check import coefficients_for
+from server.requests.checks.guidance import coefficients_for
 from server.requests.resolve import make_plan, resolve
 from server.requests.schema import GenerateRequest, ResolvedRequest
 from server.settings import Limits

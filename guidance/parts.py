@@ -49,6 +49,11 @@ class Part:
         return self.most > 1
 
     @property
+    def left_out(self) -> object:
+        """Its value in a request that leaves it out."""
+        return () if self.many else self.default
+
+    @property
     def named(self) -> bool:
         """Whether its objects say which class they are of by ``name``.
 

@@ -1,10 +1,14 @@
-"""From what a request says to what will be done: defaults filled in, everything checked."""
+"""Fills in what a request leaves out, checks it, and makes the plan that its images follow."""
 
 from __future__ import annotations
 
 import secrets
+from dataclasses import dataclass
 
-from guidance import Always
+import numpy as np
+from numpy.typing import NDArray
+
+from guidance.parts import PARTS
 from samplers import (
     FittedSampler,
     NoiseSchedule,
@@ -16,22 +20,39 @@ from samplers import (
     StatisticsIdentity,
 )
 from server.errors import InvalidRequest
-from server.models.hosted import HostedModel, ModelFacts
-from server.requests.classifier_check import alternatives_of, check_classifier
-from server.requests.group_check import check_group
-from server.requests.guidance_check import check_guidance
+from server.models.hosted import HostedModel
+from server.requests.checks.classifier import check_classifier
+from server.requests.checks.group import check_group, check_noise_of_particles
+from server.requests.checks.guidance import check_guidance, check_windows, coefficients_for
+from server.requests.checks.limits import check_limits, check_size, check_tokens
 from server.requests.schema import (
-    COMPANY,
     DEFAULT_STEPS,
+    SPACING_BY_NAME,
     GenerateRequest,
+    Guidance,
     ResolvedRequest,
-    check_limits,
     default_guidance,
     default_sampler,
 )
 from server.settings import Limits
 
-__all__ = ["make_plan", "resolve", "statistics_for"]
+__all__ = ["Prepared", "make_plan", "prepare", "resolve", "statistics_for"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prepared:
+    """A request that passed every check, with what its images have in common.
+
+    Attributes:
+        request: with every default filled in.
+        plan: that all of its images follow.
+        coefficients: what its guidance policy was fitted to, ``[stages, n]``; None if it needs
+            none.
+    """
+
+    request: ResolvedRequest
+    plan: Plan
+    coefficients: NDArray[np.float64] | None
 
 
 def resolve(
@@ -40,43 +61,65 @@ def resolve(
     limits: Limits,
     upload_size: tuple[int, int] | None,
 ) -> ResolvedRequest:
-    """The request with every default filled in, and without the pictures that were sent.
+    """Fill in every default, and check all that can be checked without a plan, cheap checks first.
 
     Args:
         request: as it came.
         model: that will serve it.
         limits: the operator's.
-        upload_size: width and height of `image`, which they default to.
+        upload_size: width and height of `image`, which are the request's default size.
+
+    Returns:
+        The request without the pictures that were sent.
 
     Raises:
         InvalidRequest: the model, or the operator, does not allow something.
     """
-    facts = model.facts
-    width, height = upload_size or (facts.default_width, facts.default_height)
+    has_picture, has_reference = upload_size is not None, request.reference is not None
     sampler = request.sampler or default_sampler()
-    defaults = {
-        "model": facts.name,
-        "width": width,
-        "height": height,
-        "steps": (request.spacing and request.spacing.own_steps) or DEFAULT_STEPS,
-        "seed": secrets.randbelow(2**32),
-        "sampler": sampler.model_dump(),
-        "spacing": sampler.default_spacing,
-        "guidance": default_guidance(sampler),
-        "strength": _default_strength(request, upload_size is not None),
-    }
-    has_reference = request.reference is not None
-    given = request.model_dump(exclude={"image", "mask", "reference"}, exclude_none=True)
-    if negtome := given.get("guidance", {}).get("negtome"):
-        negtome.setdefault("away_from", "reference" if has_reference else "first")
-    resolved = ResolvedRequest.model_validate(defaults | given)
+    spacing = request.spacing or SPACING_BY_NAME[sampler.default_spacing].model_validate({})
+    guidance = request.guidance or default_guidance(sampler)
+    width, height = upload_size or (model.facts.default_width, model.facts.default_height)
+    # Everything in it was validated when the request was read.
+    resolved = ResolvedRequest.model_construct(
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt,
+        model=model.facts.name,
+        width=request.width or width,
+        height=request.height or height,
+        steps=request.steps or spacing.own_steps or DEFAULT_STEPS,
+        seed=secrets.randbelow(2**32) if request.seed is None else request.seed,
+        n=request.n,
+        sampler=sampler,
+        spacing=spacing,
+        guidance=_with_source_to_avoid(guidance, has_reference=has_reference),
+        strength=_strength(request, has_picture=has_picture),
+        output_format=request.output_format,
+        stream=request.stream,
+    )
     check_limits(resolved, limits)
-    check_guidance(resolved.guidance, model, has_picture=upload_size is not None)
+    check_size(resolved, model.facts, limits)
+    check_guidance(resolved.guidance, model, has_picture=has_picture)
+    check_group(resolved, has_picture=has_picture, has_reference=has_reference)
     check_classifier(resolved, model)
-    check_group(resolved, model, has_picture=upload_size is not None, has_reference=has_reference)
-    _check_size(resolved, facts, limits)
-    _check_tokens(resolved, model)
+    check_tokens(resolved, model)
     return resolved
+
+
+def prepare(resolved: ResolvedRequest, model: HostedModel, plan: Plan) -> Prepared:
+    """Check what depends on the plan, and find what was fitted to it.
+
+    Args:
+        resolved: a request that :func:`resolve` let pass.
+        model: that will serve it.
+        plan: of its sampler.
+
+    Raises:
+        InvalidRequest: guidance that cannot act along this plan, or is not fitted to it.
+    """
+    check_windows(resolved.guidance, plan)
+    check_noise_of_particles(resolved, plan)
+    return Prepared(resolved, plan, coefficients_for(resolved, model, plan))
 
 
 def statistics_for(resolved: ResolvedRequest, model: HostedModel) -> StatisticsIdentity | None:
@@ -93,10 +136,9 @@ def statistics_for(resolved: ResolvedRequest, model: HostedModel) -> StatisticsI
         return model.statistics.nearest(scale)
     if guidance.name not in ("none", "cfg"):
         raise model.statistics.refusal(f"the rule {guidance.name!r}")
-    plain = {"policy": Always(), "perturbed": ()}
-    for field in COMPANY:
-        if getattr(guidance, field) != plain.get(field):
-            raise model.statistics.refusal(f"guidance with a {field} of its own")
+    for part in PARTS:
+        if getattr(guidance, part.field) != part.left_out:
+            raise model.statistics.refusal(f"guidance with `{part.field}`")
     return model.statistics.exact(guidance.name, scale)
 
 
@@ -136,40 +178,20 @@ def make_plan(
         raise InvalidRequest(at_fault, str(refusal)) from None
 
 
-def _default_strength(request: GenerateRequest, has_image: bool) -> float | None:
-    if has_image:
-        return 0.75 if request.mask is None else 1.0
+def _with_source_to_avoid(guidance: Guidance, *, has_reference: bool) -> Guidance:
+    """The guidance, whose negative token merging says what the images keep away from."""
+    negtome = guidance.negtome
+    if negtome is None or negtome.away_from is not None:
+        return guidance
+    source = "reference" if has_reference else "first"
+    return guidance.model_copy(update={"negtome": negtome.model_copy(update={"away_from": source})})
+
+
+def _strength(request: GenerateRequest, *, has_picture: bool) -> float | None:
+    if has_picture:
+        default = 0.75 if request.mask is None else 1.0
+        return default if request.strength is None else request.strength
     for field in ("strength", "mask"):
         if getattr(request, field) is not None:
             raise InvalidRequest(field, f"{field} needs an image; send one or leave {field} out.")
     return None
-
-
-def _check_size(resolved: ResolvedRequest, facts: ModelFacts, limits: Limits) -> None:
-    width, height = resolved.width, resolved.height
-    for field, side in (("width", width), ("height", height)):
-        if side % facts.size_multiple:
-            raise InvalidRequest(
-                field,
-                f"{field} is {side}; model {facts.name!r} takes multiples of "
-                f"{facts.size_multiple}.",
-            )
-    if width * height > limits.pixels:
-        raise InvalidRequest(
-            "width",
-            f"width x height is {width} x {height}; at most {limits.pixels} pixels are allowed.",
-        )
-
-
-def _check_tokens(resolved: ResolvedRequest, model: HostedModel) -> None:
-    told = [("prompt", resolved.prompt), ("negative_prompt", resolved.negative_prompt)]
-    told += [("guidance", b.prompt) for b in resolved.guidance.branches if b.told == "own"]
-    told += [("guidance.classifier", text) for text in alternatives_of(resolved, model)]
-    for field, text in told:
-        tokens = model.count_tokens(text or "")
-        if tokens > model.facts.max_tokens:
-            raise InvalidRequest(
-                field,
-                f"{field} has {tokens} tokens; model {model.facts.name!r} takes at most "
-                f"{model.facts.max_tokens}.",
-            )

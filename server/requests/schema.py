@@ -22,22 +22,20 @@ from guidance import (
     SkipTuning,
 )
 from samplers import SAMPLERS, SPACINGS, Sampler, Spacing
-from server.errors import InvalidRequest
 from server.image_codec import OutputFormat
 from server.requests.aliases import sampler_elsewhere, spacing_elsewhere
 from server.requests.choice import choice, name_of
-from server.settings import Limits
 
 __all__ = [
     "CHOICES",
     "COMPANY",
     "DEFAULT_SAMPLER",
     "DEFAULT_STEPS",
+    "MAX_SEED",
     "SPACING_BY_NAME",
     "GenerateRequest",
     "Guidance",
     "ResolvedRequest",
-    "check_limits",
     "default_guidance",
     "default_sampler",
     "split",
@@ -269,27 +267,3 @@ def split(guidance: Guidance) -> tuple[Rule, Policy]:
     rule = _RULES[guidance.name]
     fields = {field: getattr(guidance, field) for field in rule.model_fields}
     return rule.model_validate(fields), guidance.policy
-
-
-def check_limits(request: ResolvedRequest, limits: Limits) -> None:
-    """Refuse what this server's operator does not allow.
-
-    Raises:
-        InvalidRequest: a field is beyond its limit.
-    """
-    for field, value, most in (
-        ("steps", request.steps, limits.steps),
-        ("n", request.n, limits.images),
-    ):
-        if value > most:
-            raise InvalidRequest(field, f"{field} is {value}; at most {most} is allowed.")
-    for field, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
-        size = len((text or "").encode())
-        if size > limits.prompt_bytes:
-            raise InvalidRequest(
-                field, f"{field} has {size} bytes; at most {limits.prompt_bytes} are allowed."
-            )
-    if request.seed + request.n - 1 > MAX_SEED:
-        raise InvalidRequest(
-            "seed", f"seed is {request.seed}; seed + n - 1 must be at most {MAX_SEED}."
-        )

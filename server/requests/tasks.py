@@ -1,4 +1,4 @@
-"""From a resolved request to the engine's tasks: one an image, all on one plan."""
+"""Turns a prepared request into the engine's tasks: one for each image, all on one plan."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from guidance.classifier_guidance import UNAIMED
 from samplers import Plan
-from server.engine.task import ImageTask
+from server.engine.task import Aim, Avoided, Group, ImageTask
 from server.models.hosted import HostedModel
-from server.requests.classifier_check import aim_of, levels_of
-from server.requests.group_check import avoided_of, group_of
-from server.requests.guidance_check import check_windows, coefficients_for
-from server.requests.schema import ResolvedRequest, split
+from server.requests.checks.classifier import alternatives_of, classifier_of
+from server.requests.checks.group import is_group
+from server.requests.resolve import Prepared
+from server.requests.schema import Guidance, ResolvedRequest, split
+from server.requests.stage_levels import levels_of
 
 __all__ = ["seeds_of", "tasks_of"]
 
@@ -23,33 +25,27 @@ def seeds_of(resolved: ResolvedRequest) -> range:
 
 
 def tasks_of(
-    resolved: ResolvedRequest,
+    prepared: Prepared,
     model: HostedModel,
-    plan: Plan,
     *,
     image: Tensor | None = None,
     mask: Tensor | None = None,
     reference: Tensor | None = None,
 ) -> list[ImageTask]:
-    """One task an image.
+    """One task for each image.
 
     Args:
-        resolved: the request.
+        prepared: the request, checked, and the plan of its sampler.
         model: that will serve it.
-        plan: of its sampler.
         image: picture to start from, ``[3, H, W]`` float32 in [-1, 1].
         mask: ``[H, W]`` float32, 1 to repaint, 0 to keep.
         reference: picture to keep away from, as ``image``.
-
-    Raises:
-        InvalidRequest: guidance that cannot act along this plan, or is not fitted to it.
     """
+    resolved, plan = prepared.request, prepared.plan
     rule, policy = split(resolved.guidance)
-    check_windows(resolved.guidance, plan)
-    coefficients = coefficients_for(resolved, model, plan)
-    aim = aim_of(resolved, model, plan)
-    group = group_of(resolved, plan)
-    avoided = avoided_of(resolved, plan, reference)
+    aim = _aim_of(resolved, model, plan)
+    group = _group_of(resolved.guidance)
+    avoided = _avoided_of(resolved.guidance, reference)
     tuning = resolved.guidance.skip_tuning
     perturbed = resolved.guidance.perturbed
     strengths: NDArray[np.float64] | None = None
@@ -71,7 +67,7 @@ def tasks_of(
             strengths=strengths,
             edits=() if tuning is None else (tuning.edit,),
             aim=aim,
-            coefficients=coefficients,
+            coefficients=prepared.coefficients,
             group=group,
             avoided=avoided,
             image=image,
@@ -80,3 +76,36 @@ def tasks_of(
         )
         for seed in seeds_of(resolved)
     ]
+
+
+def _group_of(guidance: Guidance) -> Group | None:
+    """The group that all images of the request form; None where each is by itself."""
+    if not is_group(guidance):
+        return None
+    return Group(particles=guidance.particles, apart=guidance.negtome)
+
+
+def _avoided_of(guidance: Guidance, reference: Tensor | None) -> Avoided | None:
+    """The picture that every image of the request keeps away from, if there is one."""
+    if reference is None or guidance.negtome is None:
+        return None
+    return Avoided(reference, guidance.negtome)
+
+
+def _aim_of(resolved: ResolvedRequest, model: HostedModel, plan: Plan) -> Aim | None:
+    """What every image of the request asks of the classifier; None where it asks nothing."""
+    term = resolved.guidance.classifier
+    if term is None:
+        return None
+    heads = classifier_of(term, model).heads
+    acts = term.evaluates(plan.noise_ratio, plan.progress)
+    numbers = (
+        classes.index(term.aims[attribute]) if attribute in term.aims else UNAIMED
+        for attribute, classes in heads.items()
+    )
+    return Aim(
+        guidance=term,
+        targets=tuple(numbers),
+        strengths=acts * term.strengths(levels_of(plan, model.facts.schedule)),
+        alternatives=alternatives_of(resolved, model),
+    )

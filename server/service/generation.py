@@ -74,6 +74,7 @@ class Generation:
         self._error: Exception | None = None
         self._submission: Submission | None = None
         self._closed = False
+        self._ended = False
 
     def begin(
         self,
@@ -118,19 +119,43 @@ class Generation:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), within_s)
         self._wake.clear()
-        if self._error is not None:
-            raise self._error
+        self.check()
         news, self._news = list(self._news.values()), {}
         return news
 
-    def end(self, error: BaseException | None = None) -> None:
-        """Note how it ended: with its pictures, or with an error."""
-        self.outcome = "completed" if error is None else _outcome(error)
+    def complete(self) -> None:
+        """Note that its pictures are ready; from here on it cannot be cancelled.
 
-    def cancel(self) -> None:
-        """Stop the work; whoever reads hears :class:`Cancelled`."""
+        Raises:
+            WeftError: an image failed, or the generation was cancelled first.
+        """
+        self.check()
+        self.end()
+
+    def check(self) -> None:
+        """Raise what it failed with, if it did.
+
+        Raises:
+            WeftError: an image failed, or the generation was cancelled.
+        """
+        if self._error is not None:
+            raise self._error
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Note how it ended, with its pictures or with an error; only the first call counts."""
+        if not self._ended:
+            self._ended = True
+            self.outcome = "completed" if error is None else _outcome(error)
+
+    def cancel(self) -> bool:
+        """Stop the work, unless it has ended; whoever reads gets :class:`Cancelled`.
+
+        Returns:
+            Whether the generation is cancelled: if so its pictures are never answered, and if not
+            it had already completed or failed.
+        """
         self._fail(Cancelled())
-        self.close()
+        return isinstance(self._error, Cancelled)
 
     def close(self) -> None:
         """Nobody reads any more: work that is not finished stops at the next tick."""
@@ -170,7 +195,7 @@ class Generation:
         self._wake.set()
 
     def _fail(self, error: Exception) -> None:
-        if self._error is None:
+        if not self._ended:
             self._error = error
             self.end(error)
             self.close()

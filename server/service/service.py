@@ -28,9 +28,10 @@ from server.lru import ByteBoundedLRU
 from server.models.hosted import HostedModel
 from server.models.statistics import guidance_name
 from server.requests.catalog import ModelEntry
-from server.requests.group_check import is_group
+from server.requests.checks.group import is_group
+from server.requests.checks.limits import check_count
 from server.requests.infotext import infotext
-from server.requests.resolve import make_plan, resolve, statistics_for
+from server.requests.resolve import Prepared, make_plan, prepare, resolve, statistics_for
 from server.requests.schema import GenerateRequest, ResolvedRequest
 from server.requests.tasks import seeds_of, tasks_of
 from server.service.generation import Generation
@@ -180,6 +181,9 @@ class Service:
         except BaseException as error:
             generation.end(error)
             self.release(generation)
+            if isinstance(error, Exception):
+                # A cancellation that was confirmed is the answer, whatever else was wrong.
+                generation.check()
             raise
         return generation
 
@@ -195,7 +199,7 @@ class Service:
         encoded = await asyncio.gather(
             *(asyncio.to_thread(self._encode, generation, index) for index in indices)
         )
-        generation.end()
+        generation.complete()
         results = generation.results.values()
         particles = generation.request.guidance.particles is not None
         return Pictures(
@@ -215,11 +219,11 @@ class Service:
         """Stop a generation; its rows are free at the next tick.
 
         Raises:
-            UnknownGeneration: none of that identifier is under way.
+            UnknownGeneration: none of that identifier is running; it may just have completed.
         """
-        if identifier not in self._under_way:
+        generation = self._under_way.get(identifier)
+        if generation is None or not generation.cancel():
             raise UnknownGeneration(identifier)
-        self._under_way[identifier].cancel()
 
     def release(self, generation: Generation) -> None:
         """Forget a generation, and stop what of it is still running."""
@@ -231,12 +235,14 @@ class Service:
     def _begin(self, generation: Generation, request: GenerateRequest) -> None:
         engine = self.ready_engine()
         model = self._model(request.model)
-        uploads = self._uploads(request)
-        size = None if uploads.image is None else uploads.image.size
-        resolved = resolve(request, model, self._limits, size)
-        fitted_to = statistics_for(resolved, model)
-        plan = self._plan(resolved, model, fitted_to)
-        submission = engine.submit(_tasks(resolved, model, plan, uploads), generation)
+        check_count(request, self._limits)
+        with engine.reserve(request.n) as room:
+            uploads = self._uploads(request)
+            size = None if uploads.image is None else uploads.image.size
+            resolved = resolve(request, model, self._limits, size)
+            fitted_to = statistics_for(resolved, model)
+            prepared = prepare(resolved, model, self._plan(resolved, model, fitted_to))
+            submission = room.submit(_tasks(prepared, model, uploads), generation)
         statistics = fitted_to and guidance_name(fitted_to.rule, fitted_to.scale)
         generation.begin(resolved, model.facts.revision, statistics, submission)
 
@@ -288,15 +294,12 @@ class Service:
         return Picture(encode(pixels, request.output_format, description), seed)
 
 
-def _tasks(
-    resolved: ResolvedRequest, model: HostedModel, plan: Plan, uploads: Uploads
-) -> list[ImageTask]:
-    size = resolved.width, resolved.height
+def _tasks(prepared: Prepared, model: HostedModel, uploads: Uploads) -> list[ImageTask]:
+    size = prepared.request.width, prepared.request.height
     image, mask, reference = uploads
     return tasks_of(
-        resolved,
+        prepared,
         model,
-        plan,
         image=None if image is None else _pixels_tensor(fit(image, *size)),
         mask=None if mask is None else _mask_tensor(fit(mask, *size)),
         reference=None if reference is None else _pixels_tensor(fit(reference, *size)),

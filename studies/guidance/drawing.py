@@ -12,7 +12,7 @@ import torch
 from guidance.linear_adaptive import LinearAdaptive
 from server.fitting.linear_guidance import Runs, fit
 from server.models.linear_fits import LinearFits, fit_file, identity_of
-from server.requests.resolve import make_plan, resolve
+from server.requests.resolve import make_plan, prepare, resolve
 from server.requests.schema import GenerateRequest, split
 from server.requests.tasks import tasks_of
 from server.settings import Limits
@@ -140,7 +140,7 @@ class Drawing:
         plan = make_plan(self._model.facts.schedule, *layout)
         if resolved.guidance.policy.fitted:
             self._fit(resolved, plan)
-        return tasks_of(resolved, self._model, plan, image=sitter.image)
+        return tasks_of(prepare(resolved, self._model, plan), self._model, image=sitter.image)
 
     def _fit(self, resolved: ResolvedRequest, plan: Plan) -> None:
         """Make the coefficients that the policy needs, unless there are some."""

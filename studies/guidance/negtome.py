@@ -19,7 +19,7 @@ from embedded.checker import compare, read_picture
 from embedded.report import unseen_scenes
 from embedded.scenes import render
 from server.models.loading import load_model
-from server.requests.resolve import make_plan, resolve
+from server.requests.resolve import make_plan, prepare, resolve
 from server.requests.schema import GenerateRequest
 from server.requests.tasks import tasks_of
 from server.settings import Limits
@@ -76,7 +76,7 @@ def tasks_for(
         layout = resolved.sampler, resolved.spacing, resolved.steps, resolved.strength
         plan = make_plan(model.facts.schedule, *layout)
         reference = None if negtome is None else picture
-        tasks += tasks_of(resolved, model, plan, reference=reference)
+        tasks += tasks_of(prepare(resolved, model, plan), model, reference=reference)
     return tasks
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from threading import Event
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -133,7 +134,7 @@ class Ear:
         return self
 
 
-def started(model: HostedModel, row_budget: int, **options: bool) -> Engine:
+def started(model: HostedModel, row_budget: int, **options: Any) -> Engine:
     engine = Engine({model.facts.name: model}, row_budget=row_budget, **options)
     engine.start()
     while not engine.ready:

@@ -23,7 +23,7 @@ from server.engine.state.submission import Submission
 from server.engine.task import Aim
 from server.engine.tick import weave
 from server.errors import RowFailed
-from server.requests.classifier_check import levels_of
+from server.requests.stage_levels import levels_of
 
 HEADS = {"shape": ("circle", "square", "star"), "minority": ("tenth 9", "tenth 10")}
 TOLD = ("a small red square", "a small red star")

@@ -317,8 +317,8 @@ def test_settings_of_a_started_picture_are_refused_without_it(
             {"negative_prompt": "x" * 4097},
             "negative_prompt has 4097 bytes; at most 4096 are allowed.",
         ),
-        ({"width": 100}, "width is 100; model 'embedded' takes multiples of 32."),
-        ({"height": 129}, "height is 129; model 'embedded' takes multiples of 32."),
+        ({"width": 100}, "width is 100; model 'embedded' needs a multiple of 32."),
+        ({"height": 129}, "height is 129; model 'embedded' needs a multiple of 32."),
         (
             {"width": 16384, "height": 128},
             "width x height is 16384 x 128; at most 1048576 pixels are allowed.",
@@ -337,7 +337,7 @@ def test_settings_of_a_started_picture_are_refused_without_it(
         ),
         (
             {"image": b64_png(WHITE[:100])},
-            "height is 100; model 'embedded' takes multiples of 32.",
+            "height is 100; model 'embedded' needs a multiple of 32.",
         ),
         (
             {"image": "AAAA"},

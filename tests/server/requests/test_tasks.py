@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from server.requests.resolve import make_plan, resolve
+from server.requests.resolve import make_plan, prepare, resolve
 from server.requests.schema import GenerateRequest
 from server.requests.tasks import tasks_of
 from server.settings import Limits
@@ -25,11 +25,11 @@ def test_an_adaptive_perturbation_weakens_with_the_timesteps_of_the_run() -> Non
     )
     resolved = resolve(request, model, Limits(), None)
     plan = make_plan(model.facts.schedule, resolved.sampler, resolved.spacing, 8, None)
-    [task] = tasks_of(resolved, model, plan)
+    [task] = tasks_of(prepare(resolved, model, plan), model)
     assert task.strengths is not None
     timesteps = plan.t[:-1]
     np.testing.assert_allclose(task.strengths[0], np.maximum(0, 2 - 0.003 * (1000 - timesteps)))
     assert (task.strengths[1] == 2.8).all()
     plain = request.model_copy(update={"guidance": None})
-    [task] = tasks_of(resolve(plain, model, Limits(), None), model, plan)
+    [task] = tasks_of(prepare(resolve(plain, model, Limits(), None), model, plan), model)
     assert task.strengths is None

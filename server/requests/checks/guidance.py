@@ -1,4 +1,4 @@
-"""What of a request's guidance does not go together, or not with its model and its run."""
+"""Checks that guidance settings are compatible with each other, the model and the plan."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from guidance import POLICIES, Edit, Rule
 from guidance.linear_adaptive import LinearAdaptive
+from guidance.parts import chosen
 from guidance.window import Window
 from samplers import Plan
 from server.errors import InvalidRequest
@@ -18,20 +19,20 @@ from server.models.linear_fits import identity_of
 from server.requests.choice import listed, name_of
 from server.requests.schema import Guidance, ResolvedRequest, split
 
-__all__ = ["check_guidance", "check_window", "check_windows", "coefficients_for"]
+__all__ = ["check_guidance", "check_windows", "coefficients_for"]
 
 
 def check_guidance(guidance: Guidance, model: HostedModel, *, has_picture: bool) -> None:
-    """Refuse guidance that could not act as it says.
+    """Refuse guidance whose parts are incompatible with each other or with the model.
 
     Args:
-        guidance: a rule, its policy, and what is changed inside the network.
-        model: that will serve it.
-        has_picture: whether the run starts from a picture.
+        guidance: the rule and everything that goes with it.
+        model: that will serve the request.
+        has_picture: whether the run starts from an image.
 
     Raises:
-        InvalidRequest: a policy that has nothing to do or lacks what it needs, or a change that
-            the model cannot make.
+        InvalidRequest: a policy that has nothing to decide or lacks what it needs, or a change
+            inside the network that the model cannot make.
     """
     if reason := _against_policy(guidance, model, has_picture=has_picture):
         raise InvalidRequest(
@@ -43,34 +44,23 @@ def check_guidance(guidance: Guidance, model: HostedModel, *, has_picture: bool)
 
 
 def check_windows(guidance: Guidance, plan: Plan) -> None:
-    """Refuse a perturbation that would never act.
-
-    Raises:
-        InvalidRequest: its window holds none of the steps.
-    """
-    for k, perturbation in enumerate(guidance.perturbed):
-        whose = f"the window of {perturbation.name!r}"
-        check_window(perturbation, plan, f"guidance.perturbed.{k}", whose)
-
-
-def check_window(window: Window, plan: Plan, field: str, whose: str) -> None:
-    """Refuse what would never act along a plan.
+    """Refuse a part of guidance that would never act, because no step lies within its window.
 
     Args:
-        window: when it acts.
-        plan: of the request's sampler.
-        field: of the request.
-        whose: what the sentence calls the window.
+        guidance: of the request.
+        plan: of its sampler.
 
     Raises:
-        InvalidRequest: the window holds none of the steps.
+        InvalidRequest: a window contains none of the steps.
     """
-    if not window.contains(plan.noise_ratio, plan.progress).any():
-        raise InvalidRequest(
-            field,
-            f"{field}: {whose} holds none of the {plan.steps} steps; take more steps, or widen "
-            "low, high, start or stop.",
-        )
+    for path, part in chosen(guidance):
+        if isinstance(part, Window) and not part.contains(plan.noise_ratio, plan.progress).any():
+            field = f"guidance.{path}"
+            raise InvalidRequest(
+                field,
+                f"{field}: none of the {plan.steps} steps lies within its window; take more steps, "
+                "or widen low, high, start or stop.",
+            )
 
 
 def coefficients_for(
@@ -135,10 +125,9 @@ def _against_policy(guidance: Guidance, model: HostedModel, *, has_picture: bool
 
 def _edits(guidance: Guidance) -> Iterator[tuple[str, Edit]]:
     """Every change inside the network, with the field that asks for it."""
-    for k, perturbation in enumerate(guidance.perturbed):
-        yield f"guidance.perturbed.{k}", perturbation.edit
-    if guidance.skip_tuning is not None:
-        yield "guidance.skip_tuning", guidance.skip_tuning.edit
+    for path, part in chosen(guidance):
+        if (edit := getattr(part, "edit", None)) is not None:
+            yield f"guidance.{path}", edit
     for branch in guidance.branches:
         if branch.edit is not None:
             yield "guidance", branch.edit

@@ -10,8 +10,7 @@ import torch
 from guidance import FeynmanKac, NegToMe
 from server.engine.task import Group
 from server.errors import InvalidRequest
-from server.requests.group_check import group_of
-from server.requests.resolve import make_plan, resolve
+from server.requests.resolve import Prepared, make_plan, prepare, resolve
 from server.requests.schema import GenerateRequest, ResolvedRequest
 from server.requests.tasks import tasks_of
 from server.settings import Limits
@@ -37,9 +36,13 @@ def resolved(
     return resolve(request, Toy(), Limits(), (32, 32) if has_picture else None)
 
 
-def grouped(request: ResolvedRequest) -> Group | None:
+def prepared(request: ResolvedRequest) -> Prepared:
     layout = request.sampler, request.spacing, request.steps, request.strength
-    return group_of(request, make_plan(FACTS.schedule, *layout))
+    return prepare(request, Toy(), make_plan(FACTS.schedule, *layout))
+
+
+def grouped(request: ResolvedRequest) -> Group | None:
+    return tasks_of(prepared(request), Toy())[0].group
 
 
 def test_particles_by_name_and_images_apart_by_defaults_make_a_group() -> None:
@@ -181,8 +184,7 @@ def test_what_does_not_go_together_is_refused(
 @pytest.mark.parametrize("policy", ["always", "adaptive"])
 def test_images_that_avoid_a_picture_are_no_group(n: int, policy: str) -> None:
     asked = resolved({"negtome": {"stop": 0.6}, "policy": policy}, n=n, reference="sent")
-    plan = make_plan(FACTS.schedule, asked.sampler, asked.spacing, asked.steps, asked.strength)
-    tasks = tasks_of(asked, Toy(), plan, reference=torch.zeros(3, 32, 32))
+    tasks = tasks_of(prepared(asked), Toy(), reference=torch.zeros(3, 32, 32))
     assert [one.group for one in tasks] == [None] * n
     assert {one.avoided.negtome for one in tasks if one.avoided} == {
         NegToMe(away_from="reference", stop=0.6)
@@ -222,7 +224,8 @@ def test_the_samplers_that_the_refusal_names_are_taken(sampler: Any) -> None:
 @pytest.mark.parametrize("fields", [{}, {"reference": "sent"}], ids=["first", "reference"])
 def test_a_window_without_a_step_is_refused(fields: dict[str, Any]) -> None:
     asked = resolved({"negtome": {"start": 0.05, "stop": 0.1}}, **fields)
-    plan = make_plan(FACTS.schedule, asked.sampler, asked.spacing, asked.steps, None)
-    sent = torch.zeros(3, 32, 32) if fields else None
-    with pytest.raises(InvalidRequest, match="its window holds none of the 6 steps"):
-        tasks_of(asked, Toy(), plan, reference=sent)
+    with pytest.raises(
+        InvalidRequest, match="none of the 6 steps lies within its window"
+    ) as caught:
+        prepared(asked)
+    assert caught.value.field == "guidance.negtome"

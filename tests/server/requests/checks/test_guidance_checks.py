@@ -13,8 +13,8 @@ from guidance.linear_adaptive import TERMS
 from guidance.linear_fit import LinearFit
 from server.errors import InvalidRequest
 from server.models.linear_fits import LinearFits, fit_file, identity_of
+from server.requests.checks.guidance import check_windows, coefficients_for
 from server.requests.choice import name_of
-from server.requests.guidance_check import check_windows, coefficients_for
 from server.requests.resolve import make_plan, resolve
 from server.requests.schema import GenerateRequest, ResolvedRequest, split
 from server.settings import Limits
@@ -120,7 +120,7 @@ def test_a_window_that_holds_no_step_is_refused() -> None:
         check_windows(request.guidance, plan)
     assert caught.value.field == "guidance.perturbed.1"
     assert caught.value.message == (
-        "guidance.perturbed.1: the window of 'slg' holds none of the 4 steps; take more steps, or "
+        "guidance.perturbed.1: none of the 4 steps lies within its window; take more steps, or "
         "widen low, high, start or stop."
     )
     longer = make_plan(model.facts.schedule, request.sampler, request.spacing, 10, None)

@@ -1,22 +1,14 @@
-"""Images that depend on each other or on a picture: refused where they cannot, else made ready."""
+"""Checks on images that depend on each other, or on a reference picture."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 from guidance import NegToMe
 from samplers import Plan
 from samplers.reverse_sde import follows_reverse_sde
-from server.engine.task import Avoided, Group
 from server.errors import InvalidRequest
-from server.models.hosted import HostedModel
-from server.requests.guidance_check import check_window
 from server.requests.schema import Guidance, ResolvedRequest
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-__all__ = ["avoided_of", "check_group", "group_of", "is_group"]
+__all__ = ["check_group", "check_noise_of_particles", "is_group"]
 
 PARTICLES = "guidance.particles"
 NEGTOME = "guidance.negtome"
@@ -27,20 +19,17 @@ def is_group(guidance: Guidance) -> bool:
     return guidance.particles is not None or _is_of_images(guidance.negtome)
 
 
-def check_group(
-    resolved: ResolvedRequest, model: HostedModel, *, has_picture: bool, has_reference: bool
-) -> None:
+def check_group(resolved: ResolvedRequest, *, has_picture: bool, has_reference: bool) -> None:
     """Refuse images that could not act on each other, or avoid a picture, as the request says.
 
     Args:
         resolved: the request.
-        model: that will serve it.
         has_picture: whether the run starts from a picture.
         has_reference: whether there is a picture to keep away from.
 
     Raises:
-        InvalidRequest: one image alone, no picture to keep away from or nothing that does, guidance
-            that does not go with it, or layers that the model lacks.
+        InvalidRequest: a single image, a missing or unused reference picture, or guidance that is
+            incompatible with it.
     """
     guidance = resolved.guidance
     _check_reference(guidance.negtome, has_reference=has_reference)
@@ -53,51 +42,24 @@ def check_group(
         reason := _against_particles(guidance, has_picture=has_picture)
     ):
         raise InvalidRequest(PARTICLES, f"{PARTICLES} is {guidance.particles.name!r}; {reason}.")
-    if guidance.negtome is not None and (
-        reason := _against_negtome(guidance, guidance.negtome, model)
-    ):
+    if reason := _against_negtome(guidance):
         raise InvalidRequest(NEGTOME, f"{NEGTOME}: {reason}.")
 
 
-def group_of(resolved: ResolvedRequest, plan: Plan) -> Group | None:
-    """The group that all images of the request form; None where each is by itself.
+def check_noise_of_particles(resolved: ResolvedRequest, plan: Plan) -> None:
+    """Refuse particles with a sampler whose noise is not that of the reverse diffusion.
 
     Raises:
-        InvalidRequest: the sampler's noise is not what particles need, or no step lies in the
-            window in which images are to keep apart.
+        InvalidRequest: the plan draws less or more noise, or evaluates a step more than once.
     """
-    guidance = resolved.guidance
-    if not is_group(guidance):
-        return None
-    if guidance.particles is not None and not follows_reverse_sde(plan):
+    if resolved.guidance.particles is not None and not follows_reverse_sde(plan):
         raise InvalidRequest(
             "sampler",
-            f"sampler is {resolved.sampler.name!r}; {PARTICLES} needs one that draws the noise of "
-            "the reverse diffusion, in one evaluation a step; allowed are: 'ddim' with eta 1, "
-            "'euler_ancestral' with eta 1, 'dpm_solver_pp' with variant 'sde', 'sa_solver' with "
-            "tau 1.",
+            f"sampler is {resolved.sampler.name!r}; {PARTICLES} needs a sampler that draws the "
+            "noise of the reverse diffusion and evaluates each step once; allowed are: 'ddim' with "
+            "eta 1, 'euler_ancestral' with eta 1, 'dpm_solver_pp' with variant 'sde', 'sa_solver' "
+            "with tau 1.",
         )
-    if guidance.negtome is not None:
-        check_window(guidance.negtome, plan, NEGTOME, "its window")
-    return Group(particles=guidance.particles, apart=guidance.negtome)
-
-
-def avoided_of(resolved: ResolvedRequest, plan: Plan, reference: Tensor | None) -> Avoided | None:
-    """What every image of the request keeps away from, if that is a picture.
-
-    Args:
-        resolved: the request.
-        plan: of its sampler.
-        reference: the picture, ``[3, H, W]`` float32 in [-1, 1].
-
-    Raises:
-        InvalidRequest: no step lies in the window in which they do.
-    """
-    negtome = resolved.guidance.negtome
-    if reference is None or negtome is None:
-        return None
-    check_window(negtome, plan, NEGTOME, "its window")
-    return Avoided(reference, negtome)
 
 
 def _is_of_images(negtome: NegToMe | None) -> bool:
@@ -138,13 +100,11 @@ def _against_particles(guidance: Guidance, *, has_picture: bool) -> str | None:
     return None
 
 
-def _against_negtome(guidance: Guidance, negtome: NegToMe, model: HostedModel) -> str | None:
-    if guidance.policy.adapts and _is_of_images(negtome):
+def _against_negtome(guidance: Guidance) -> str | None:
+    if guidance.policy.adapts and _is_of_images(guidance.negtome):
         return (
             f"the policy {guidance.policy.name!r} ends guidance for each image by itself, and then "
             "their predictions have no counterparts; take another policy, or send a picture in "
             "`reference`"
         )
-    if reason := model.refuses(negtome.edit):
-        return f"model {model.facts.name!r} {reason}"
     return None

@@ -10,13 +10,15 @@ from embedded import MODEL_FOLDER
 from guidance import EluCD, GradientFree
 from samplers import NoiseSchedule
 from samplers.ddim import DDIM
+from server.engine.task import Aim
 from server.errors import InvalidRequest
 from server.models.classifier import LatentClassifier
 from server.models.hosted import HostedModel
 from server.models.loading import load_model
-from server.requests.classifier_check import aim_of, levels_of
-from server.requests.resolve import make_plan, resolve
+from server.requests.resolve import make_plan, prepare, resolve
 from server.requests.schema import GenerateRequest, ResolvedRequest
+from server.requests.stage_levels import levels_of
+from server.requests.tasks import tasks_of
 from server.settings import Limits
 
 HEADS = {"shape": ("circle", "star"), "colour": ("red", "green", "blue")}
@@ -44,6 +46,11 @@ def resolved(model: HostedModel, prompt: str = "a red star", **classifier: Any) 
         {"prompt": prompt, "steps": STEPS, "guidance": guidance, "spacing": "trailing"}
     )
     return resolve(request, model, Limits(), None)
+
+
+def aim_of(model: HostedModel, request: ResolvedRequest) -> Aim | None:
+    (task,) = tasks_of(prepare(request, model, plan_of(model, request)), model)
+    return task.aim
 
 
 def plan_of(model: HostedModel, request: ResolvedRequest) -> Any:
@@ -107,19 +114,21 @@ def test_a_model_without_a_classifier_says_so(model: HostedModel) -> None:
 
 def test_a_window_that_holds_no_step_is_refused(model: HostedModel) -> None:
     request = resolved(model, name="elucd", target={"shape": "star"}, start=0.1, stop=0.2)
-    with pytest.raises(InvalidRequest, match="the window of 'elucd' holds none of the 4 steps"):
-        aim_of(request, model, plan_of(model, request))
+    with pytest.raises(
+        InvalidRequest, match=r"guidance\.classifier: none of the 4 steps lies within"
+    ):
+        aim_of(model, request)
 
 
 def test_nothing_asked_is_no_aim(model: HostedModel) -> None:
     request = resolved(model)
-    assert aim_of(request, model, plan_of(model, request)) is None
+    assert aim_of(model, request) is None
 
 
 def test_an_aim_has_the_numbers_of_the_classes_and_acts_in_its_window(model: HostedModel) -> None:
     request = resolved(model, name="elucd", target={"colour": "blue"}, stop=0.5)
     plan = plan_of(model, request)
-    aim = aim_of(request, model, plan)
+    aim = aim_of(model, request)
     assert aim is not None
     assert aim.guidance == EluCD(target={"colour": "blue"}, stop=0.5)
     assert aim.targets == (-1, 2)
@@ -130,7 +139,7 @@ def test_an_aim_has_the_numbers_of_the_classes_and_acts_in_its_window(model: Hos
 
 def test_an_aim_comes_with_the_prompts_it_chooses_among(model: HostedModel) -> None:
     request = resolved(model, name="gradient_free", target={"shape": "star", "colour": "red"})
-    aim = aim_of(request, model, plan_of(model, request))
+    aim = aim_of(model, request)
     assert aim is not None
     assert isinstance(aim.guidance, GradientFree)
     assert aim.targets == (1, 0)

@@ -1,0 +1,85 @@
+"""Checks of a request's numbers, size and texts against the operator's limits and the model."""
+
+from __future__ import annotations
+
+from server.errors import InvalidRequest
+from server.models.hosted import HostedModel, ModelFacts
+from server.requests.checks.classifier import alternatives_of
+from server.requests.schema import MAX_SEED, GenerateRequest, ResolvedRequest
+from server.settings import Limits
+
+__all__ = ["check_count", "check_limits", "check_size", "check_tokens"]
+
+
+def check_count(request: GenerateRequest, limits: Limits) -> None:
+    """Refuse more images than one request may ask for, before room for them is reserved.
+
+    Raises:
+        InvalidRequest: `n` is beyond the limit.
+    """
+    _at_most("n", request.n, limits.images)
+
+
+def check_limits(request: ResolvedRequest, limits: Limits) -> None:
+    """Refuse what this server's operator does not allow.
+
+    Raises:
+        InvalidRequest: a field is beyond its limit.
+    """
+    _at_most("steps", request.steps, limits.steps)
+    _at_most("n", request.n, limits.images)
+    for field, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
+        size = len((text or "").encode())
+        if size > limits.prompt_bytes:
+            raise InvalidRequest(
+                field, f"{field} has {size} bytes; at most {limits.prompt_bytes} are allowed."
+            )
+    if request.seed + request.n - 1 > MAX_SEED:
+        raise InvalidRequest(
+            "seed", f"seed is {request.seed}; seed + n - 1 must be at most {MAX_SEED}."
+        )
+
+
+def check_size(resolved: ResolvedRequest, facts: ModelFacts, limits: Limits) -> None:
+    """Refuse a size that the model cannot draw, or that is too large for this server.
+
+    Raises:
+        InvalidRequest: a side is no multiple of what the model needs, or there are too many pixels.
+    """
+    width, height = resolved.width, resolved.height
+    for field, side in (("width", width), ("height", height)):
+        if side % facts.size_multiple:
+            raise InvalidRequest(
+                field,
+                f"{field} is {side}; model {facts.name!r} needs a multiple of "
+                f"{facts.size_multiple}.",
+            )
+    if width * height > limits.pixels:
+        raise InvalidRequest(
+            "width",
+            f"width x height is {width} x {height}; at most {limits.pixels} pixels are allowed.",
+        )
+
+
+def check_tokens(resolved: ResolvedRequest, model: HostedModel) -> None:
+    """Refuse a text that is longer than the model's prompts may be.
+
+    Raises:
+        InvalidRequest: a prompt has too many tokens.
+    """
+    texts = [("prompt", resolved.prompt), ("negative_prompt", resolved.negative_prompt)]
+    texts += [("guidance", b.prompt) for b in resolved.guidance.branches if b.told == "own"]
+    texts += [("guidance.classifier", text) for text in alternatives_of(resolved, model)]
+    for field, text in texts:
+        tokens = model.count_tokens(text or "")
+        if tokens > model.facts.max_tokens:
+            raise InvalidRequest(
+                field,
+                f"{field} has {tokens} tokens; model {model.facts.name!r} takes at most "
+                f"{model.facts.max_tokens}.",
+            )
+
+
+def _at_most(field: str, value: int, most: int) -> None:
+    if value > most:
+        raise InvalidRequest(field, f"{field} is {value}; at most {most} is allowed.")

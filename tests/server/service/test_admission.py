@@ -1,0 +1,113 @@
+"""Room is reserved before any work is done for a request, and given back when it is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from server.engine.engine import Engine
+from server.errors import InvalidRequest, Overloaded
+from server.requests.schema import GenerateRequest
+from server.service import service as module
+from server.service.service import Pictures, Service
+from server.settings import Limits
+from tests.server.toy_model import Toy, started
+
+MOST = 4
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    made = started(Toy(), 8, max_pending=MOST)
+    yield made
+    made.stop(0)
+
+
+@pytest.fixture
+def service(engine: Engine) -> Service:
+    made = Service(Limits(steps=50, images=MOST))
+    made.open(engine, {"toy": Toy()})
+    return made
+
+
+def picture(side: int) -> str:
+    buffer = io.BytesIO()
+    Image.new("RGB", (side, side)).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def make(service: Service, **fields: Any) -> Pictures:
+    async def run() -> Pictures:
+        request = GenerateRequest.model_validate({"prompt": "x", "steps": 2} | fields)
+        generation = await service.admit(request, "one")
+        try:
+            return await service.pictures(generation)
+        finally:
+            service.release(generation)
+
+    return asyncio.run(run())
+
+
+@pytest.fixture
+def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The costly work that the service does, in its order."""
+    seen: list[str] = []
+
+    def noting(name: str) -> None:
+        real = getattr(module, name)
+
+        def noted(*arguments: Any, **options: Any) -> Any:
+            seen.append(name)
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(module, name, noted)
+
+    for name in ("decode", "decode_mask", "resolve", "make_plan", "tasks_of"):
+        noting(name)
+    return seen
+
+
+def test_a_request_that_finds_the_queue_full_costs_nothing(
+    service: Service, engine: Engine, done: list[str]
+) -> None:
+    upload = {"image": picture(1024), "mask": picture(1024), "width": 32, "height": 32}
+    with engine.reserve(MOST), pytest.raises(Overloaded):
+        make(service, **upload)
+    assert done == []
+    assert len(make(service, **upload).pictures) == 1
+    assert done == ["decode", "decode_mask", "resolve", "make_plan", "tasks_of"]
+
+
+def test_too_many_images_are_refused_for_good_and_not_until_there_is_room(
+    service: Service, engine: Engine
+) -> None:
+    with engine.reserve(MOST), pytest.raises(InvalidRequest) as caught:
+        make(service, n=MOST + 1)
+    assert caught.value.field == "n"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"image": "no picture"},
+        {"steps": 51},
+        {"guidance": {"name": "none", "policy": "adaptive"}},
+        {"spacing": "custom"},
+        {"guidance": {"name": "cfg", "perturbed": [{"name": "pag", "start": 0.9}]}},
+        {"guidance": {"name": "composed", "prompts": [{"prompt": str(k)} for k in range(8)]}},
+    ],
+    ids=["upload", "limit", "guidance", "plan", "window", "rows"],
+)
+def test_a_refused_request_gives_its_room_back(
+    service: Service, engine: Engine, fields: dict[str, Any]
+) -> None:
+    with pytest.raises(InvalidRequest):
+        make(service, n=MOST, **fields)
+    assert engine.measurements.pending == 0
+    assert len(make(service, n=MOST).pictures) == MOST
