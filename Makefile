@@ -15,7 +15,7 @@ export VENV TORCH PYTHON
 export PYRIGHT_PYTHON_GLOBAL_NODE := 0
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: help setup setup-dev serve test lint types format coverage lock
+.PHONY: help setup setup-dev serve test test-all lint types format coverage lock
 
 help: ## list these commands
 	@awk -F ":.*## " '/^[a-z-]+:.*## / { printf "  make %-11s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ test: setup-dev ## lint, type-check and run the test suite
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/pyright
 	@$(BIN)/pytest $(PYTEST_ARGS)
+
+test-all: export EVERY_CELL := 1
+test-all: test ## the same, with every combination of the tests' parameters
 
 lint: setup-dev ## run ruff and check the formatting
 	@$(BIN)/ruff check .

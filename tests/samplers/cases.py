@@ -1,8 +1,9 @@
 """What the tests of all samplers run over: their variants, and schedules of every kind."""
 
+from collections.abc import Hashable, Iterable, Sequence
 from itertools import product
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import pytest
 from annotated_types import Ge, Le
@@ -16,6 +17,7 @@ from samplers.noise_schedule import DiscreteVP
 from samplers.sa_solver import SASolver
 from samplers.spacing import ListedSpacing
 from samplers.spacings import spacing_named as spacing_named
+from tests.covering import EVERY_CELL, covering
 
 VP = NoiseSchedule.vp_linear()
 DISCRETE = NoiseSchedule.from_diffusers({"beta_schedule": "linear"})
@@ -136,12 +138,38 @@ VARIANTS: list[Sampler] = [
 SPACING_VARIANTS: list[Spacing] = [one for kind in SPACINGS for one in _variants(kind)]
 DEFAULT_SPACINGS: list[Spacing] = [kind.model_validate({}) for kind in SPACINGS]
 
+STEPS = (1, 2, 3, 5, 20, 50)
+FEW_STEPS = (1, 3, 20)
+EACH_KIND = ("vp_linear", "flow", "edm")
+"""One schedule of each kind whose time is continuous."""
 HARD = ("zero_snr", "flow_shifted", "edm")
-"""One schedule of each kind: those that begin at nearly pure noise, or reach furthest."""
+"""Those that begin at nearly pure noise, or reach furthest."""
+
+S = TypeVar("S", Sampler, Spacing)
+
+
+def _fields_in_pairs(settings: Sequence[S]) -> list[S]:
+    """Of each kind's variants those in which any two values meet that may."""
+    kinds = dict.fromkeys(type(one) for one in settings)
+    variants = ([one for one in settings if type(one) is kind] for kind in kinds)
+    return [
+        one
+        for kind in variants
+        for one in covering(kind, lambda one: [repr(value) for _, value in one], together=2)
+    ]
+
+
+def is_first(setting: Sampler | Spacing) -> bool:
+    """Whether a variant is the first of its kind: the one that is tried with everything."""
+    return setting is _FIRST[type(setting)]
+
+
+_FIRST = {type(one): one for one in reversed([*VARIANTS, *SPACING_VARIANTS])}
+FEW_VARIANTS: list[Sampler] = _fields_in_pairs(VARIANTS)
+FEW_SPACING_VARIANTS: list[Spacing] = _fields_in_pairs(SPACING_VARIANTS)
 
 each_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
-each_variant = pytest.mark.parametrize("sampler", VARIANTS, ids=label)
-each_spacing = pytest.mark.parametrize("spacing", SPACING_VARIANTS, ids=label)
+each_variant = pytest.mark.parametrize("sampler", FEW_VARIANTS, ids=label)
 
 
 def suits(sampler: Sampler, schedule: NoiseSchedule) -> bool:
@@ -149,21 +177,54 @@ def suits(sampler: Sampler, schedule: NoiseSchedule) -> bool:
     return sampler.name not in DISTILLED or isinstance(schedule, DiscreteVP)
 
 
-def _pairs(samplers: list[Sampler]) -> list[Any]:
-    """A sampler's first variant with every schedule, its others with the hardest ones."""
-    first = {sampler.name: sampler for sampler in reversed(samplers)}
+def over_schedules(settings: Sequence[S], names: Iterable[str], others: Iterable[str]) -> list[Any]:
+    """The first variant of a kind with every schedule, and the others with one of theirs each.
+
+    Parameters of ``(setting, schedule)``; a run of everything takes the others with all of theirs.
+    """
+    names, others = list(names), set(others)
+    cells = (
+        (one, name)
+        for one in settings
+        for name in names
+        if is_first(one) or name in others
+        if isinstance(one, Spacing) or suits(one, SCHEDULES[name])
+    )
+
+    def told_apart_by(cell: tuple[S, str]) -> Sequence[Hashable]:
+        one, name = cell
+        return [(label(one), name)] if is_first(one) else [label(one), name]
+
     return [
-        pytest.param(sampler, schedule, id=f"{label(sampler)}-{name}")
-        for sampler in samplers
-        for name, schedule in SCHEDULES.items()
-        if suits(sampler, schedule) and (sampler is first[sampler.name] or name in HARD)
+        pytest.param(one, SCHEDULES[name], id=f"{label(one)}-{name}")
+        for one, name in covering(cells, told_apart_by)
     ]
 
 
-each_pair = pytest.mark.parametrize(("sampler", "schedule"), _pairs(VARIANTS))
-each_linear_pair = pytest.mark.parametrize(
-    ("sampler", "schedule"), _pairs([one for one in VARIANTS if one.name not in NONLINEAR])
+each_pair = pytest.mark.parametrize(
+    ("sampler", "schedule"), over_schedules(FEW_VARIANTS, SCHEDULES, HARD)
 )
+each_linear_pair = pytest.mark.parametrize(
+    ("sampler", "schedule"),
+    over_schedules([one for one in VARIANTS if one.name not in NONLINEAR], SCHEDULES, HARD),
+)
+each_spacing_and_schedule = pytest.mark.parametrize(
+    ("spacing", "schedule"), over_schedules(FEW_SPACING_VARIANTS, SCHEDULES, SCHEDULES)
+)
+
+_LAYOUTS = covering(product(SCHEDULES.values(), DEFAULT_SPACINGS, STEPS), lambda cell: cell, 2)
+
+
+def layouts(sampler: Sampler, schedule: NoiseSchedule) -> list[tuple[Spacing, int]]:
+    """Spacings and counts of steps to plan a variant over.
+
+    Over all schedules, the first of a kind meets every spacing with every count and with every
+    schedule; the others have two spacings, and a run of everything has all for all.
+    """
+    if EVERY_CELL or is_first(sampler):
+        return [(spacing, steps) for on, spacing, steps in _LAYOUTS if on is schedule]
+    spacings = (spacing_named(sampler.default_spacing), spacing_named("karras"))
+    return list(product(spacings, FEW_STEPS))
 
 
 def may_refuse(spacing: Spacing, schedule: NoiseSchedule) -> bool:

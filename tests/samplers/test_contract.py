@@ -8,11 +8,12 @@ from numpy.typing import NDArray
 from samplers import SAMPLERS, SPACINGS, NoiseSchedule, Plan, Sampler, advance, integrate
 from samplers.gaussian import GaussianDenoiser
 from tests.samplers.cases import (
-    DEFAULT_SPACINGS,
     DISCRETE,
     DISTILLED,
+    EACH_KIND,
+    FEW_VARIANTS,
     NONLINEAR,
-    SCHEDULES,
+    STEPS,
     VARIANTS,
     VP,
     each_linear_pair,
@@ -20,24 +21,25 @@ from tests.samplers.cases import (
     each_variant,
     grid_unless_refused,
     label,
+    layouts,
     may_refuse,
+    over_schedules,
     spacing_named,
 )
 
-STEPS = (1, 2, 3, 5, 20, 50)
 MEAN, DEVIATION = 0.7, 0.6
 
 # Distilled models are no denoisers, and a stage that is no matrix has no moments in closed form:
 # see test_lcm, test_tcd and test_score_sde_pc.
-each_stochastic = pytest.mark.parametrize(
-    "sampler",
-    [one for one in VARIANTS if one.stochastic and one.name not in (*DISTILLED, *NONLINEAR)],
-    ids=label,
-)
-each_deterministic = pytest.mark.parametrize(
-    "sampler",
-    [one for one in VARIANTS if not one.stochastic and one.name not in DISTILLED],
-    ids=label,
+SOLVERS = [one for one in VARIANTS if one.name not in DISTILLED]
+DETERMINISTIC = [one for one in SOLVERS if not one.stochastic]
+STOCHASTIC = [one for one in SOLVERS if one.stochastic and one.name not in NONLINEAR]
+FEW_STOCHASTIC = [one for one in STOCHASTIC if one in FEW_VARIANTS]
+
+each_stochastic = pytest.mark.parametrize("sampler", FEW_STOCHASTIC, ids=label)
+each_deterministic_over_kinds, each_stochastic_over_kinds = (
+    pytest.mark.parametrize(("sampler", "schedule"), over_schedules(samplers, EACH_KIND, EACH_KIND))
+    for samplers in (DETERMINISTIC, STOCHASTIC)
 )
 
 
@@ -80,18 +82,17 @@ def test_names_and_texts_are_there_once() -> None:
 def test_every_plan_is_finite_and_lands_on_the_clean_picture(
     sampler: Sampler, schedule: NoiseSchedule
 ) -> None:
-    for spacing in DEFAULT_SPACINGS:
-        for steps in STEPS:
-            grid = grid_unless_refused(schedule, spacing, steps)
-            if grid is None:
-                assert may_refuse(spacing, schedule)
-                continue
-            plan = sampler.plan(grid)
-            assert np.isfinite(plan.tables).all(), (label(spacing), steps)
-            assert plan.tables.shape == (plan.evaluations, plan.slots, plan.slots + 3)
-            assert plan.t.shape == plan.alpha.shape == plan.sigma.shape == (plan.evaluations + 1,)
-            assert (plan.alpha[-1], plan.sigma[-1]) == (1, 0)
-            assert (np.diff(plan.step) >= 0).all()
+    for spacing, steps in layouts(sampler, schedule):
+        grid = grid_unless_refused(schedule, spacing, steps)
+        if grid is None:
+            assert may_refuse(spacing, schedule)
+            continue
+        plan = sampler.plan(grid)
+        assert np.isfinite(plan.tables).all(), (label(spacing), steps)
+        assert plan.tables.shape == (plan.evaluations, plan.slots, plan.slots + 3)
+        assert plan.t.shape == plan.alpha.shape == plan.sigma.shape == (plan.evaluations + 1,)
+        assert (plan.alpha[-1], plan.sigma[-1]) == (1, 0)
+        assert (np.diff(plan.step) >= 0).all()
 
 
 @each_variant
@@ -140,14 +141,13 @@ def test_point_data_has_its_exact_marginal_at_every_level(
     np.testing.assert_allclose(variances, plan.sigma**2, atol=tolerance)
 
 
-@each_deterministic
-@pytest.mark.parametrize("schedule", ["vp_linear", "flow", "edm"])
-def test_a_point_moved_before_a_step_stays_moved(schedule: str, sampler: Sampler) -> None:
+@each_deterministic_over_kinds
+def test_a_point_moved_before_a_step_stays_moved(schedule: NoiseSchedule, sampler: Sampler) -> None:
     """Guidance and inpainting move x; a solver that stepped from a stored point would lose it.
 
     With a constant prediction the distance from it shrinks with sigma, and the move with it.
     """
-    grid = SCHEDULES[schedule].grid(spacing_named("logsnr"), 6, t_end=0.1)
+    grid = schedule.grid(spacing_named("logsnr"), 6, t_end=0.1)
     plan = sampler.plan(grid)
     K = plan.slots
     for stage in range(plan.evaluations):
@@ -160,14 +160,13 @@ def test_a_point_moved_before_a_step_stays_moved(schedule: str, sampler: Sampler
         assert move[0] == pytest.approx(plan.sigma[-1] / plan.sigma[stage])
 
 
-@each_stochastic
-@pytest.mark.parametrize("schedule", ["vp_linear", "flow", "edm"])
+@each_stochastic_over_kinds
 def test_stochastic_samplers_approach_the_variance_of_gaussian_data(
-    schedule: str, sampler: Sampler
+    schedule: NoiseSchedule, sampler: Sampler
 ) -> None:
     spacing = spacing_named("logsnr")
     few, many = (
-        abs(moments(sampler.plan(SCHEDULES[schedule].grid(spacing, n)), DEVIATION)[1][-1] - 0.36)
+        abs(moments(sampler.plan(schedule.grid(spacing, n)), DEVIATION)[1][-1] - 0.36)
         for n in (50, 100)
     )
     # The error falls with the step, at least in proportion, down to the variance that the last
@@ -212,9 +211,9 @@ def test_company_never_changes_a_result() -> None:
         assert not together[row, k:].any()
 
 
-@each_variant
-def test_parameters_are_frozen_and_strange_ones_refused(sampler: Sampler) -> None:
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_parameters_are_frozen_and_strange_ones_refused(kind: type[Sampler]) -> None:
     with pytest.raises(ValueError, match="frozen"):
-        setattr(sampler, "name", "other")  # noqa: B010
+        setattr(kind.model_validate({}), "name", "other")  # noqa: B010
     with pytest.raises(ValueError, match="Extra inputs are not permitted"):
-        type(sampler).model_validate({"strength_of_coffee": 3})
+        kind.model_validate({"strength_of_coffee": 3})

@@ -11,12 +11,13 @@ from tests.samplers.cases import (
     CANCELLING,
     COLD,
     DISTILLED,
+    EACH_KIND,
     EDM,
     FAINT,
     FLOW,
     VARIANTS,
     VP,
-    label,
+    over_schedules,
 )
 
 STEPS = (80, 160, 320)
@@ -46,16 +47,14 @@ def errors(sampler: Sampler, schedule: NoiseSchedule, t_start: float, t_end: flo
     return [float((integrate(plan, data, x) - exact).abs().max()) for plan in plans]
 
 
-@pytest.mark.parametrize("sampler", SOLVERS, ids=label)
-@pytest.mark.parametrize(
-    ("schedule", "t_start", "t_end"),
-    [(VP, 1.0, 0.02), (FLOW, 0.99, 0.05), (EDM, 20.0, 0.05)],
-    ids=["vp", "flow", "edm"],
-)
+RANGES = {VP: (1.0, 0.02), FLOW: (0.99, 0.05), EDM: (20.0, 0.05)}
+
+
+@pytest.mark.parametrize(("sampler", "schedule"), over_schedules(SOLVERS, EACH_KIND, EACH_KIND))
 def test_error_falls_with_the_declared_power_of_the_step(
-    sampler: Sampler, schedule: NoiseSchedule, t_start: float, t_end: float
+    sampler: Sampler, schedule: NoiseSchedule
 ) -> None:
-    found = errors(sampler, schedule, t_start, t_end)
+    found = errors(sampler, schedule, *RANGES[schedule])
     slope = -np.polyfit(np.log(STEPS), np.log(found), 1)[0]
     assert abs(slope - sampler.convergence_order) < TOLERANCE, f"{slope:.2f}: {found}"
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, product
 from math import factorial
 from typing import Any
 
@@ -21,6 +21,7 @@ from samplers.levels import F64
 from samplers.statistics import Statistics, StatisticsIdentity
 from samplers.timesteps import Karras, LogSNR, Trailing
 from samplers.unipc import UniPC
+from tests.covering import covering
 from tests.samplers.cases import DEFAULT_SPACINGS, DISCRETE, EDM, FLOW, VP, grid_unless_refused
 
 LATENT = (2, 3, 1)
@@ -304,20 +305,20 @@ def eased_in(schedule: NoiseSchedule, steps: int, t_start: float, t_end: float) 
     return Grid.on_times(schedule, times, clean=False)
 
 
-@pytest.mark.parametrize(
-    ("schedule", "t_start", "t_end"),
-    [(VP, 0.9, 0.02), (FLOW, 0.95, 0.05), (EDM, 20.0, 0.05)],
-    ids=["vp", "flow", "edm"],
+RANGES = {VP: (0.9, 0.02), FLOW: (0.95, 0.05), EDM: (20.0, 0.05)}
+each_flags_and_schedule = pytest.mark.parametrize(
+    ("flags", "schedule"), covering(product(FLAGS, RANGES), tuple)
 )
-@pytest.mark.parametrize("flags", FLAGS, ids=flag_label)
-def test_the_order_holds_whatever_the_statistics_are(
-    flags: Flags, schedule: NoiseSchedule, t_start: float, t_end: float
-) -> None:
+
+
+@each_flags_and_schedule
+def test_the_order_holds_whatever_the_statistics_are(flags: Flags, schedule: NoiseSchedule) -> None:
     """They decide how large the error is, and not how fast it falls.
 
     Their points lie close here: where steps are as short as the distance between points, the bends
     of the lines between them show in the highest derivatives.
     """
+    t_start, t_end = RANGES[schedule]
     sampler = sampler_of(flags._replace(lower_order_final=False))
     data = GaussianMixtureDenoiser(schedule)
     given = smooth(schedule.half_log_snr(np.array([t_start, t_end])), 2000, (1, 3, 1))
@@ -331,8 +332,7 @@ def test_the_order_holds_whatever_the_statistics_are(
     assert abs(slope - sampler.convergence_order) < 0.25, f"{slope:.2f}: {found}"
 
 
-@pytest.mark.parametrize("flags", FLAGS, ids=flag_label)
-@pytest.mark.parametrize("schedule", [VP, FLOW, EDM], ids=["vp", "flow", "edm"])
+@each_flags_and_schedule
 def test_a_point_moved_between_steps_stays_moved(flags: Flags, schedule: NoiseSchedule) -> None:
     """A move of x shrinks with sigma while D is held, and leaves the solver's own point alone."""
     grid = schedule.grid(LogSNR(), 6, t_end=0.1)
@@ -358,8 +358,9 @@ def test_a_step_through_f_would_lose_part_of_a_move() -> None:
     assert abs(factor - np.exp(-h)) > 0.05
 
 
-@pytest.mark.parametrize("spacing", DEFAULT_SPACINGS, ids=lambda spacing: spacing.name)
-@pytest.mark.parametrize("steps", [1, 2, 5, 10, 20, 50])
+@pytest.mark.parametrize(
+    ("spacing", "steps"), covering(product(DEFAULT_SPACINGS, [1, 2, 5, 10, 20, 50]), tuple)
+)
 def test_statistics_of_the_trained_range_serve_every_spacing(spacing: Any, steps: int) -> None:
     statistics = smooth(ends_of(DISCRETE))
     if (grid := grid_unless_refused(DISCRETE, spacing, steps)) is not None:

@@ -1,7 +1,6 @@
 """DDIM, Euler and their ancestral forms: one family under several names."""
 
 import numpy as np
-import pytest
 
 from samplers import NoiseSchedule
 from samplers.ddim import DDIM
@@ -18,11 +17,11 @@ def test_euler_is_ddim_without_fresh_noise(schedule: NoiseSchedule) -> None:
 
 
 @each_schedule
-@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
-def test_euler_ancestral_is_ddim_with_the_same_eta(schedule: NoiseSchedule, eta: float) -> None:
+def test_euler_ancestral_is_ddim_with_the_same_eta(schedule: NoiseSchedule) -> None:
     grid = schedule.grid(Trailing(), 9)
-    ancestral = EulerAncestral(eta=eta).plan(grid).tables
-    np.testing.assert_array_equal(ancestral, DDIM(eta=eta).plan(grid).tables)
+    for eta in (0.0, 0.3, 1.0):
+        ancestral = EulerAncestral(eta=eta).plan(grid).tables
+        np.testing.assert_array_equal(ancestral, DDIM(eta=eta).plan(grid).tables)
 
 
 @each_schedule

@@ -47,10 +47,10 @@ def test_one_gaussian_is_a_mixture_of_one(schedule: NoiseSchedule, t: float) -> 
 def test_transport_is_the_probability_flow(
     schedule: NoiseSchedule, t_from: float, t_to: float
 ) -> None:
-    """By the classical Runge-Kutta method in x / alpha over sigma / alpha, in 2,000 steps."""
+    """By the classical Runge-Kutta method in x / alpha over log SNR, in 500 steps."""
     data = GaussianMixtureDenoiser(schedule, **MIXTURE)
     first, last = schedule.half_log_snr(np.array([t_from, t_to]))
-    lam = np.linspace(first, last, 4001)
+    lam = np.linspace(first, last, 1001)
     times = schedule.time_of_half_log_snr(lam)
     x = torch.linspace(-1.4, 1.4, 8, dtype=torch.float64)
     alpha, _ = schedule.level(times)
@@ -60,7 +60,7 @@ def test_transport_is_the_probability_flow(
         return data(alpha[i] * y, times[i]) - y
 
     y, h = x / alpha[0], 2 * float(lam[1] - lam[0])
-    for i in range(0, 4000, 2):
+    for i in range(0, 1000, 2):
         k1 = slope(y, i)
         k2 = slope(y + h / 2 * k1, i + 1)
         k3 = slope(y + h / 2 * k2, i + 1)

@@ -1,6 +1,6 @@
 """Momentum samplers beyond what every sampler promises."""
 
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from samplers import Grid, NoiseSchedule, Sampler, integrate
+from samplers import Grid, Sampler, integrate
 from samplers.ddim import DDIM
 from samplers.gaussian import GaussianMixtureDenoiser
 from samplers.heavy_ball import GHVB, HB, MomentumSampler, Nesterov
 from samplers.timesteps import LogSNR, Trailing
+from tests.covering import covering
 from tests.samplers.cases import EDM, SCHEDULES, VP
 
 Kind: TypeAlias = type[HB] | type[Nesterov] | type[GHVB]
@@ -64,9 +65,10 @@ def transcribed(name: str, grid: Grid, order: int, beta: float, x: Tensor) -> Te
     return x
 
 
-@each_kind
-@pytest.mark.parametrize("order", [1, 2, 3, 4, 5])
-@pytest.mark.parametrize("beta", [1.0, 0.8, 0.3])
+@pytest.mark.parametrize(
+    ("kind", "order", "beta"),
+    covering(product(KINDS, [1, 2, 3, 4, 5], [1.0, 0.8, 0.3]), tuple, together=2),
+)
 def test_runs_are_those_of_the_papers_loops(kind: Kind, order: int, beta: float) -> None:
     grid = VP.grid(Trailing(), 9)
     start = torch.linspace(-1.6, 1.6, 7, dtype=torch.float64)[None]
@@ -76,10 +78,9 @@ def test_runs_are_those_of_the_papers_loops(kind: Kind, order: int, beta: float)
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-11)
 
 
-@each_kind
-@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
-def test_order_one_is_ddim(kind: Kind, schedule: NoiseSchedule) -> None:
-    grid = schedule.grid("trailing", 9)
+@pytest.mark.parametrize(("kind", "schedule"), covering(product(KINDS, SCHEDULES), tuple))
+def test_order_one_is_ddim(kind: Kind, schedule: str) -> None:
+    grid = SCHEDULES[schedule].grid("trailing", 9)
     np.testing.assert_allclose(
         kind(order=1.0).plan(grid).tables, DDIM().plan(grid).tables, rtol=0, atol=1e-12
     )

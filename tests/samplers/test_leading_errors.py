@@ -9,6 +9,7 @@ deviation above the mean: ``y = mean + sqrt(c^2 + s^2)``. An error at s grows by
 """
 
 from dataclasses import dataclass
+from itertools import product
 from math import sqrt
 from typing import Literal
 
@@ -22,6 +23,7 @@ from samplers.dpm_solver_v3 import Correction, DPMSolverV3
 from samplers.gaussian import GaussianDenoiser, GaussianMixtureDenoiser
 from samplers.heavy_ball import HB, Nesterov, Weights
 from samplers.timesteps import LogSNR
+from tests.covering import covering
 from tests.samplers.cases import EDM, FAINT, FLOW, VP, label
 
 MEAN, DEVIATION = 0.7, 0.6
@@ -97,18 +99,19 @@ COURSES = {
 each_course = pytest.mark.parametrize("course", COURSES.values(), ids=COURSES.keys())
 
 
-@each_course
-@pytest.mark.parametrize("weights", ["constant", "variable"])
 @pytest.mark.parametrize(
-    ("kind", "order", "steps_behind"),
-    [(HB, 1.8, 0.25), (HB, 3.8, 0.25), (Nesterov, 1.8, 0.05), (Nesterov, 3.8, 0.05)],
+    ("course", "lagging", "weights"),
+    covering(
+        product(
+            COURSES,
+            [(HB, 1.8, 0.25), (HB, 3.8, 0.25), (Nesterov, 1.8, 0.05), (Nesterov, 3.8, 0.05)],
+            ["constant", "variable"],
+        ),
+        tuple,
+    ),
 )
 def test_velocities_lag_by_so_many_steps_and_by_nothing_else_of_first_order(
-    course: Course,
-    kind: type[HB] | type[Nesterov],
-    order: float,
-    steps_behind: float,
-    weights: Weights,
+    course: str, lagging: tuple[type[HB] | type[Nesterov], float, float], weights: Weights
 ) -> None:
     """Heavy ball's v is a mean of slopes of ``1 / beta - 1`` steps ago, and Nesterov takes
     ``1 - beta`` of it.
@@ -118,9 +121,10 @@ def test_velocities_lag_by_so_many_steps_and_by_nothing_else_of_first_order(
     ``-steps_behind h c^2 sqrt(c^2 + S^2) * integral of s / (c^2 + s^2)^2 ds``. Neither r nor the
     weights nor how a run starts are in it.
     """
-    first, last = course.squares
+    kind, order, steps_behind = lagging
+    first, last = COURSES[course].squares
     expected = -steps_behind * DEVIATION**2 * sqrt(last) * (1 / last - 1 / first) / 2
-    found = course.factor(kind(order=order, weights=weights), power=1)
+    found = COURSES[course].factor(kind(order=order, weights=weights), power=1)
     assert found == pytest.approx(expected, rel=5e-3)
 
 

@@ -1,6 +1,7 @@
 """Names of other programs: complete, buildable, and written down in the documentation."""
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from samplers.names import NoEqual, label_of, named, of_diffusers, schedule_type
 from samplers.other_names import AUTOMATIC1111, DIFFUSERS, LACKING, SCHEDULE_TYPES
 from samplers.timesteps import Karras, Leading, Linspace, LogSNR, SGMUniform, Trailing
 from samplers.unipc import UniPC
+from tests.covering import covering
 from tests.samplers.cases import EDM, FLOW, SCHEDULES
 
 # As version 1.10 lists them: sd_samplers_kdiffusion, _timesteps, _lcm, and sd_schedulers.
@@ -52,8 +54,10 @@ def test_every_scheduler_named_is_one_of_diffusers() -> None:
         assert hasattr(diffusers, name), name
 
 
-@pytest.mark.parametrize("kind", [*SCHEDULE_TYPES, "Automatic", None])
-@pytest.mark.parametrize("label", AUTOMATIC1111)
+@pytest.mark.parametrize(
+    ("label", "kind"),
+    covering(product(AUTOMATIC1111, [*SCHEDULE_TYPES, "Automatic", None]), tuple),
+)
 def test_every_name_of_automatic1111_builds_a_plan(label: str, kind: str | None) -> None:
     if kind == "LCM":
         kind = "Automatic"

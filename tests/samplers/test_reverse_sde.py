@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from samplers import NoiseSchedule, Sampler
+from samplers import Sampler
 from samplers.ddim import DDIM
 from samplers.dpm_solver_pp import DPMSolverPP
 from samplers.dpm_solver_pp_singlestep import DPMSolverPPSinglestep
@@ -46,12 +46,11 @@ def named(sampler: Sampler) -> str:
     return repr(sampler)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
-@pytest.mark.parametrize("sampler", DRAW_IT, ids=named)
-def test_ancestral_noise_is_recognised_on_every_schedule(
-    sampler: Sampler, schedule: NoiseSchedule
-) -> None:
-    assert follows_reverse_sde(sampler.plan(schedule.grid(Trailing(), 6)))
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_ancestral_noise_is_recognised_on_every_schedule(name: str) -> None:
+    grid = SCHEDULES[name].grid(Trailing(), 6)
+    for sampler in DRAW_IT:
+        assert follows_reverse_sde(sampler.plan(grid)), sampler
 
 
 @pytest.mark.parametrize("sampler", DO_NOT, ids=named)

@@ -1,7 +1,7 @@
 """SA-Solver beyond what every sampler promises."""
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from samplers.ddim import DDIM
 from samplers.gaussian import GaussianMixtureDenoiser
 from samplers.sa_solver import SASolver, _moments
 from samplers.timesteps import LogSNR, Trailing
+from tests.covering import covering
 from tests.samplers.cases import CANCELLING, EDM, FLOW, VP, label
 from tests.samplers.test_convergence import STEPS, errors
 
@@ -57,11 +58,13 @@ def adams(
     return out + grid.sigma[i + 1] * np.sqrt(1 - np.exp(-2 * tau**2 * (end - start))) * z
 
 
-@pytest.mark.parametrize("tau", [0.0, 0.7, 1.2])
+ORDERS = [(1, 0), (2, 0), (3, 0), (1, 2), (2, 2), (2, 3), (3, 3)]
+
+
 @pytest.mark.parametrize(
-    "orders", [(1, 0), (2, 0), (3, 0), (1, 2), (2, 2), (2, 3), (3, 3)], ids=str
+    ("schedule", "orders", "tau"),
+    covering(product([VP, FLOW], ORDERS, [0.0, 0.7, 1.2]), tuple, together=2),
 )
-@pytest.mark.parametrize("schedule", [VP, FLOW], ids=["vp", "flow"])
 def test_runs_are_algorithm_one_of_the_paper(
     schedule: NoiseSchedule, orders: tuple[int, int], tau: float
 ) -> None:
