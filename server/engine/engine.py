@@ -27,7 +27,7 @@ from server.engine.warmup import BATCHES, row_budget_of, sweep
 from server.errors import Cancelled, InvalidRequest, NotReady, Overloaded, RowFailed
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Hashable, Mapping
     from collections.abc import Sequence as Listed
 
     from torch import Tensor
@@ -87,7 +87,7 @@ class Engine:
         self._max_pending = max_pending
         self._rate = 0.0
         self._fixed_rows: int | None = None
-        self._lanes: dict[tuple[str, tuple[int, int, int]], Lane] = {}
+        self._lanes: dict[Hashable, Lane] = {}
         self._admission = Admission(models, self._lane_of, deterministic=deterministic)
         self._colours: dict[str, Tensor] = {}
         self._arrived: deque[Sequence] = deque()
@@ -372,10 +372,10 @@ class Engine:
         self._active.remove(sequence)
         self._give_back(1)
 
-    def _lane_of(self, task: ImageTask) -> Lane:
+    def _lane_of(self, task: ImageTask, length: int) -> Lane:
         model = self._models[task.model]
         shape = model.latent_shape(task.width, task.height)
-        key = task.model, shape
+        key = task.model, shape, model.group_key(task.width, task.height, length)
         if key not in self._lanes:
             self._forget_idle_lanes()
             self._lanes[key] = Lane(model, shape)

@@ -14,12 +14,13 @@ from server.models.linear_fits import LinearFits
 from server.models.statistics import ModelStatistics
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Hashable, Sequence
 
     from torch import Tensor
 
     from guidance.edits import Edit
     from samplers import NoiseSchedule, PredictionType
+    from samplers.levels import F64
     from server.models.classifier import LatentClassifier
     from server.models.conditioning import Conditioning
 
@@ -74,6 +75,30 @@ class HostedModel(ABC):
         """``(C, h, w)`` of the latent of a picture of the given size in pixels."""
         scale = self.facts.latent_scale
         return self.facts.latent_channels, height // scale, width // scale
+
+    def schedule(self, width: int, height: int, steps: int) -> NoiseSchedule:
+        """The noise schedule of a run; the same object for all runs where it does not depend on it.
+
+        Args:
+            width: of the picture in pixels.
+            height: of the picture in pixels.
+            steps: of the sampler.
+        """
+        return self.facts.schedule
+
+    def told(self, t: F64) -> F64:
+        """What the network is told at times ``t``, of the shape of ``t``."""
+        return self.facts.schedule.conditioning(t)
+
+    def group_key(self, width: int, height: int, length: int) -> Hashable:
+        """What images of one latent shape must have in common to share a forward.
+
+        Args:
+            width: of the picture in pixels.
+            height: of the picture in pixels.
+            length: of the longest conditioning of the image, in tokens.
+        """
+        return None
 
     def make_differentiable(self) -> None:  # noqa: B027 - most need nothing
         """Let torch's forward mode pass through ``evaluate`` from now on, at some speed."""

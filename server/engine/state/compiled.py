@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from samplers import Plan
-    from server.models.hosted import ModelFacts
+    from server.models.hosted import HostedModel
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -83,17 +83,17 @@ class CompiledPlan:
         return tables.to(self.device, non_blocking=True)
 
 
-def compile_plan(plan: Plan, facts: ModelFacts, slots: int, device: torch.device) -> CompiledPlan:
+def compile_plan(plan: Plan, model: HostedModel, slots: int) -> CompiledPlan:
     """The plan for states of ``slots`` slots, for a model and its device."""
-    scales = preconditioning(facts.prediction, plan.alpha[:-1], plan.sigma[:-1])
+    scales = preconditioning(model.facts.prediction, plan.alpha[:-1], plan.sigma[:-1])
     return CompiledPlan(
         plan=plan,
-        t=facts.schedule.conditioning(plan.t[:-1]).tolist(),
+        t=model.told(plan.t[:-1]).tolist(),
         alpha=plan.alpha.tolist(),
         sigma=plan.sigma.tolist(),
         scale_in=scales.scale_in.tolist(),
         skip=scales.skip.tolist(),
         out=scales.out.tolist(),
         slots=slots,
-        device=device,
+        device=model.device,
     )

@@ -34,7 +34,7 @@ class Lane:
         key = id(plan), self.pool.slots
         made = self._compiled.get(key)
         if made is None:
-            made = compile_plan(plan, self.model.facts, self.pool.slots, self.model.device)
+            made = compile_plan(plan, self.model, self.pool.slots)
             self._compiled[key] = made
         return made
 

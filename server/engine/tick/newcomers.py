@@ -37,14 +37,15 @@ class Admission:
 
     Args:
         models: hosted models by name.
-        lane_of: the lane of a task, made when it is the first.
+        lane_of: the lane of a task whose longest conditioning has so many tokens, made when it is
+            the first.
         deterministic: encode prompts at a fixed batch size.
     """
 
     def __init__(
         self,
         models: Mapping[str, HostedModel],
-        lane_of: Callable[[ImageTask], Lane],
+        lane_of: Callable[[ImageTask, int], Lane],
         *,
         deterministic: bool,
     ) -> None:
@@ -75,9 +76,9 @@ class Admission:
 
     def _place(self, sequence: Sequence, encoded: Mapping[str | None, Conditioning]) -> None:
         task = sequence.task
-        lane = self._lane_of(task)
-        sequence.lane = lane
         sequence.conditioning = [encoded[text] for text in _texts(task)]
+        lane = self._lane_of(task, max(one.length for one in sequence.conditioning))
+        sequence.lane = lane
         start = _start(sequence, lane)
         sequence.slot = lane.pool.take(
             task.plan.slots, task.rule.memory_slots, task.policy.memory_slots

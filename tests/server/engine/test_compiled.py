@@ -9,9 +9,7 @@ import torch
 
 from server.engine.state.compiled import compile_plan
 from server.engine.state.lane import Lane
-from tests.server.toy_model import FACTS, Toy
-
-CPU = torch.device("cpu")
+from tests.server.toy_model import Toy
 
 
 def spread(plan, side):
@@ -22,8 +20,8 @@ def spread(plan, side):
 
 def test_an_elementwise_plan_gives_the_scalar_one_s_coefficients_at_every_stage(task):
     plan = task("dpm_solver_pp", steps=4).plan
-    scalar = compile_plan(plan, FACTS, 5, CPU)
-    elementwise = compile_plan(spread(plan, 2), FACTS, 5, CPU)
+    scalar = compile_plan(plan, Toy(), 5)
+    elementwise = compile_plan(spread(plan, 2), Toy(), 5)
     assert (scalar.detail, elementwise.detail) == ((), (4, 2, 2))
     for stage in (0, 1, 3, 2):
         expected = scalar.table(stage)
@@ -35,7 +33,7 @@ def test_an_elementwise_plan_gives_the_scalar_one_s_coefficients_at_every_stage(
 
 def test_of_an_elementwise_plan_one_stage_is_in_memory(task):
     """25 stages at 1024 x 1024 pixels would be 184 MB on the device."""
-    compiled = compile_plan(spread(task(steps=25).plan, 16), FACTS, 4, CPU)
+    compiled = compile_plan(spread(task(steps=25).plan, 16), Toy(), 4)
     tables = [compiled.table(stage) for stage in range(25)]
     assert {table.untyped_storage().nbytes() for table in tables} == {4 * 7 * 4 * 16 * 16 * 4}
     assert compiled.table(24) is not tables[0]

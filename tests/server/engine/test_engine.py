@@ -361,7 +361,7 @@ class Unloadable:
     def __getattr__(self, name):
         return getattr(self._model, name)
 
-    def encode(self, pixels):
+    def encode_image(self, pixels):
         raise RuntimeError("broken autoencoder")
 
 
