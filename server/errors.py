@@ -14,6 +14,7 @@
     |- Cancelled                     409  the client cancelled it
     |- Overloaded                    429  the queue is full
     |- NotReady                      503  loading, draining or broken
+    |   `- DeviceLost                503  the GPU failed in a way that only a restart mends
     |- ModelMismatch                 500  a model folder that cannot be hosted
     `- RowFailed                     500  one image came to nothing
 
@@ -27,6 +28,7 @@ from typing import ClassVar
 
 __all__ = [
     "Cancelled",
+    "DeviceLost",
     "DuplicateGeneration",
     "Forbidden",
     "InvalidRequest",
@@ -181,6 +183,18 @@ class NotReady(WeftError):
     def __init__(self, message: str, retry_after_s: float = 5.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class DeviceLost(NotReady):
+    """The device no longer answers; the process ends, and whoever runs it starts it again."""
+
+    code = "device_lost"
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(
+            f"The server's device failed and it must restart: {reason}", retry_after_s=60
+        )
 
 
 class ModelMismatch(WeftError):

@@ -7,10 +7,11 @@ from collections import deque
 from itertools import chain
 from threading import Condition, Thread
 from time import monotonic, perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 
+from server.engine.faults import attempt, free_memory, is_out_of_memory
 from server.engine.metrics import EngineMeasurements
 from server.engine.reservation import Reservation
 from server.engine.scheduler import Candidate, select
@@ -19,22 +20,35 @@ from server.engine.state.sequence import Sequence
 from server.engine.state.submission import Submission
 from server.engine.terms.particles import resample
 from server.engine.tick import weave
-from server.engine.tick.decode import decode
+from server.engine.tick.decode import Decoder
+from server.engine.tick.host_copy import HostCopy
 from server.engine.tick.newcomers import Admission
-from server.engine.tick.preview import fit_preview, preview
+from server.engine.tick.preview import fit_preview, previews
 from server.engine.tick.stopwatch import Stopwatch
 from server.engine.warmup import BATCHES, row_budget_of, sweep
-from server.errors import Cancelled, InvalidRequest, NotReady, Overloaded, RowFailed
+from server.errors import (
+    Cancelled,
+    DeviceLost,
+    InvalidRequest,
+    NotReady,
+    Overloaded,
+    RowFailed,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Mapping
+    from collections.abc import Callable, Hashable, Mapping
     from collections.abc import Sequence as Listed
 
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from server.engine.state.sequence import Listener
     from server.engine.task import ImageTask
     from server.models.hosted import HostedModel
+
+Progress: TypeAlias = "tuple[Sequence, int]"
+"""An image, and how many of its sampler steps are done."""
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +78,8 @@ class Engine:
         deterministic: run everything at fixed batch shapes, so that an image's bits do not depend
             on what else is in the batch.
         max_pending: images waiting or under way; more are refused.
+        on_failure: called in the engine's thread once it can never work again, when everybody has
+            heard of it.
     """
 
     def __init__(
@@ -73,18 +89,21 @@ class Engine:
         row_budget: int | None = None,
         deterministic: bool = False,
         max_pending: int = 256,
+        on_failure: Callable[[], None] | None = None,
     ) -> None:
         if row_budget is not None and row_budget < LEAST_BUDGET:
             raise ValueError(
                 f"row_budget is {row_budget}; at least {LEAST_BUDGET} is needed for guidance."
             )
         self.ready = False
-        self.failure: Exception | None = None
+        self.failure: BaseException | None = None
         self.measurements = EngineMeasurements()
         self._models = models
         self._asked_budget = row_budget
         self._deterministic = deterministic
         self._max_pending = max_pending
+        self._on_failure = on_failure
+        self._device = next(iter(models.values())).device
         self._rate = 0.0
         self._fixed_rows: int | None = None
         self._lanes: dict[Hashable, Lane] = {}
@@ -92,6 +111,8 @@ class Engine:
         self._colours: dict[str, Tensor] = {}
         self._arrived: deque[Sequence] = deque()
         self._active: list[Sequence] = []
+        self._decoder = Decoder(self._device, fixed=deterministic)
+        self._previewed: tuple[list[Progress], HostCopy] | None = None
         self._wake = Condition()
         self._stop_at: float | None = None
         self._thread = Thread(target=self._run, name="weft-engine", daemon=True)
@@ -156,7 +177,15 @@ class Engine:
 
     def _check_open(self) -> None:
         if not self.ready or self._stop_at is not None:
-            raise NotReady("The server takes no work now; it is starting or stopping.")
+            raise self._refusal("The server takes no work now; it is starting or stopping.")
+
+    def _refusal(self, otherwise: str) -> NotReady:
+        """Why nothing is done any more."""
+        if isinstance(self.failure, DeviceLost):
+            return DeviceLost(self.failure.reason)
+        if self.failure is not None:
+            return NotReady("The engine failed; the server must be restarted.", retry_after_s=60)
+        return NotReady(otherwise)
 
     def _check_width(self, sequences: Listed[Sequence]) -> None:
         """Nothing is taken in that no tick could ever run."""
@@ -183,12 +212,14 @@ class Engine:
                 self._warm_up()
                 while self._wait_for_work():
                     self._tick()
-        except Exception as error:
-            log.exception("the engine failed")
+        except BaseException as error:
+            log.critical("the engine failed", exc_info=error)
             self.failure = error
         finally:
             self.ready = False
             self._end_everything()
+            if self.failure is not None and self._on_failure is not None:
+                self._on_failure()
 
     def _warm_up(self) -> None:
         asked = self._asked_budget
@@ -225,7 +256,7 @@ class Engine:
         chosen = self._select()
         if chosen:
             self._weave(chosen)
-            self._retire([sequence for sequence in chosen if sequence.done])
+        self._collect(idle=not chosen)
 
     def _admit(self) -> None:
         """Take in newcomers, and let go of what was cancelled, before any work is done for it."""
@@ -238,7 +269,8 @@ class Engine:
         self._active.extend(newcomers)
         cancelled = {sequence for sequence in self._active if sequence.submission.cancelled}
         for sequence in cancelled:
-            self._fail(sequence, Cancelled())
+            if not sequence.done or self._decoder.drop(sequence):
+                self._fail(sequence, Cancelled())
         began = perf_counter()
         staying = [sequence for sequence in newcomers if sequence not in cancelled]
         for sequence, error in self._admission.admit(staying):
@@ -248,6 +280,7 @@ class Engine:
 
     def _select(self) -> list[Sequence]:
         tick = self.measurements.ticks
+        running = [sequence for sequence in self._active if not sequence.done]
         candidates = [
             Candidate(
                 s.rows,
@@ -257,43 +290,48 @@ class Engine:
                 id(s.lane),
                 None if s.task.group is None else id(s.task.group),
             )
-            for s in self._active
+            for s in running
         ]
-        return [self._active[i] for i in select(candidates, self.measurements.row_budget)]
+        return [running[i] for i in select(candidates, self.measurements.row_budget)]
 
     def _weave(self, chosen: list[Sequence]) -> None:
         """Run a stage of the chosen; halve them on an error until it is one image's or group's."""
         for sequence in chosen:
             if not sequence.started_at:
                 sequence.started_at = monotonic()
-                sequence.listener.started(sequence.index)
-        try:
-            outcome = self._stage(chosen)
-        except Exception as error:
-            units = _units(chosen)
-            if len(units) == 1:
-                log.exception("an image failed in its stage")
-                for sequence in chosen:
-                    self._fail(sequence, error)
-                return
-            half = len(units) // 2
-            self._weave([*chain(*units[:half])])
-            self._weave([*chain(*units[half:])])
+                self._tell(sequence, sequence.listener.started, sequence.index)
+        outcome = attempt(lambda: self._stage(chosen), self._device)
+        if isinstance(outcome, Exception):
+            self._divide(chosen, outcome)
             return
-        for sequence, finite, settled, denoised in zip(chosen, *outcome, strict=True):
-            if not finite:
+        sound: list[tuple[Sequence, int]] = []
+        for row, sequence in enumerate(chosen):
+            if outcome.sound[row]:
+                sound.append((sequence, row))
+            else:
                 self._fail(sequence, RowFailed(_broken(sequence)))
-                continue
-            self._report(sequence, denoised)
-            sequence.settled |= settled
+        self._report(sound, outcome.denoised)
+        for sequence, row in sound:
+            sequence.settled |= outcome.settled[row]
+        self._retire([sequence for sequence, _ in sound if sequence.done])
 
-    def _stage(self, chosen: list[Sequence]) -> tuple[list[bool], list[bool], Tensor]:
-        """Evaluate, guide and advance; nothing is written unless all of it succeeds.
+    def _divide(self, chosen: list[Sequence], error: Exception) -> None:
+        """Run the two halves of what together is an error; one image or group fails by it."""
+        units = _units(chosen)
+        if is_out_of_memory(error):
+            chosen[0].lane.row_cap.overflow(sum(sequence.rows for sequence in chosen))
+            free_memory(self._device)
+        if len(units) == 1:
+            log.error("an image failed in its stage", exc_info=error)
+            for sequence in chosen:
+                self._fail(sequence, error)
+            return
+        half = len(units) // 2
+        self._weave([*chain(*units[:half])])
+        self._weave([*chain(*units[half:])])
 
-        Returns:
-            Of each image: whether its prediction is finite, whether its guidance ends here, and
-            the prediction.
-        """
+    def _stage(self, chosen: list[Sequence]) -> StageOutcome:
+        """Evaluate, guide and advance; nothing is written unless all of it succeeds."""
         began = perf_counter()
         lane = chosen[0].lane
         rows = weave.pack(lane, chosen, self._fixed_rows)
@@ -315,7 +353,8 @@ class Engine:
             resampling.note(chosen)
         denoise_s = watch.seconds()
         self._book(rows.rows, denoise_s, perf_counter() - began - denoise_s)
-        return sound, settled, denoised
+        lane.row_cap.fit(rows.rows)
+        return StageOutcome(sound, settled, denoised)
 
     def _book(self, rows: int, denoise_s: float, weave_s: float) -> None:
         m = self.measurements
@@ -325,24 +364,69 @@ class Engine:
         m.denoise_s += denoise_s
         m.weave_s += weave_s
 
-    def _report(self, sequence: Sequence, denoised: Tensor) -> None:
-        closes, plan = sequence.closes_step, sequence.task.plan
-        sequence.count()
-        if not closes:
+    def _report(self, images: list[tuple[Sequence, int]], denoised: Tensor) -> None:
+        """Tell of the steps that this stage closed.
+
+        Args:
+            images: each with its row of the predictions.
+            denoised: the predictions, ``[rows, C, h, w]``.
+        """
+        self._show_previews()
+        wanted: list[Progress] = []
+        rows: list[int] = []
+        for sequence, row in images:
+            closes, plan = sequence.closes_step, sequence.task.plan
+            sequence.count()
+            if not closes:
+                continue
+            progress = sequence, plan.step[sequence.stage - 1] + 1
+            if sequence.task.previews and not sequence.done:
+                wanted.append(progress)
+                rows.append(row)
+            else:
+                self._tell_progress(progress, None)
+        if wanted:
+            self._preview(wanted, denoised, rows)
+
+    def _preview(self, wanted: list[Progress], denoised: Tensor, rows: list[int]) -> None:
+        """Start the previews of a tick; on a GPU they are there with the next tick's wait."""
+        lane, colours = wanted[0][0].lane, self._colours[wanted[0][0].task.model]
+        made = attempt(
+            lambda: HostCopy(previews(denoised.index_select(0, lane.indices(rows)), colours)),
+            self._device,
+        )
+        if isinstance(made, Exception):
+            log.warning("previews failed", exc_info=made)
+            for progress in wanted:
+                self._tell_progress(progress, None)
             return
-        small = None
-        if sequence.task.previews and not sequence.done:
-            small = preview(denoised, self._colours[sequence.task.model])
-        done = plan.step[sequence.stage - 1] + 1
-        sequence.listener.progress(sequence.index, done, plan.steps, small)
+        self._previewed = wanted, made
+        if made.ready:
+            self._show_previews()
+
+    def _show_previews(self) -> None:
+        if self._previewed is None:
+            return
+        (wanted, copy), self._previewed = self._previewed, None
+        fetched = attempt(copy.fetch, self._device)
+        pictures = [None] * len(wanted) if isinstance(fetched, Exception) else fetched[0].numpy()
+        for progress, picture in zip(wanted, pictures, strict=True):
+            self._tell_progress(progress, picture)
+
+    def _tell_progress(self, progress: Progress, picture: NDArray[np.uint8] | None) -> None:
+        sequence, step = progress
+        if sequence.slot >= 0:
+            told = sequence.index, step, sequence.task.plan.steps, picture
+            self._tell(sequence, sequence.listener.progress, *told)
 
     def _retire(self, done: list[Sequence]) -> None:
-        if not done:
-            return
-        now, began = monotonic(), perf_counter()
         for sequence in done:
-            sequence.denoised_at = now
-        for sequence, outcome in decode(done, fixed=self._deterministic):
+            sequence.denoised_at = monotonic()
+        self._decoder.add(done)
+
+    def _collect(self, *, idle: bool) -> None:
+        """Let the decoder work, and send what it has finished."""
+        for sequence, outcome in self._decoder.work(idle=idle):
             if isinstance(outcome, Exception):
                 self._fail(sequence, outcome)
                 continue
@@ -353,17 +437,28 @@ class Engine:
             if sequence.saved:
                 self.measurements.saved[sequence.task.policy.name] += sequence.saved
             self._leave(sequence)
-            sequence.listener.finished(sequence.index, outcome)
-        self.measurements.decode_s += perf_counter() - began
+            self._tell(sequence, sequence.listener.finished, sequence.index, outcome)
+        self.measurements.decode_s = self._decoder.seconds
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
         if isinstance(error, Cancelled):
             self.measurements.cancelled += 1
         else:
             self.measurements.failed += 1
+        if is_out_of_memory(error):
+            error = RowFailed(
+                "There was not enough memory for this image; ask for a smaller width or height."
+            )
         sequence.submission.fail()
         self._leave(sequence)
-        sequence.listener.failed(sequence.index, error)
+        self._tell(sequence, sequence.listener.failed, sequence.index, error)
+
+    def _tell(self, sequence: Sequence, call: Callable[..., None], *said: Any) -> None:
+        try:
+            call(*said)
+        except Exception:
+            log.exception("a listener failed; its images are cancelled")
+            sequence.submission.cancel()
 
     def _leave(self, sequence: Sequence) -> None:
         if sequence.slot >= 0:
@@ -393,9 +488,22 @@ class Engine:
             self._stop_at = self._stop_at or monotonic()
             self._active.extend(self._arrived)
             self._arrived.clear()
-        reason = "the server stopped" if self.failure is None else "the engine failed"
         for sequence in list(self._active):
-            self._fail(sequence, NotReady(f"The image was not finished, because {reason}."))
+            self._fail(sequence, self._refusal("The image was not finished: the server stopped."))
+
+
+class StageOutcome(NamedTuple):
+    """What a stage leaves of its images.
+
+    Attributes:
+        sound: whether each image's prediction is finite.
+        settled: whether each image's guidance ends here.
+        denoised: the guided predictions ``[images, C, h, w]``.
+    """
+
+    sound: list[bool]
+    settled: list[bool]
+    denoised: Tensor
 
 
 def _units(sequences: Listed[Sequence]) -> list[list[Sequence]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -33,6 +34,8 @@ PAGE_POLICY: Final = (
     "script-src 'unsafe-inline'; frame-ancestors 'none'"
 )
 ENGINE_STOP_S: Final = 10.0
+LAST_WORDS_S: Final = 5.0
+"""From the engine's failure to the process's end, so that clients and probes hear of it."""
 
 
 def create_app(settings: Settings, *, on_failure: Callable[[], None] | None = None) -> FastAPI:
@@ -40,7 +43,8 @@ def create_app(settings: Settings, *, on_failure: Callable[[], None] | None = No
 
     Args:
         settings: everything that may be set.
-        on_failure: called when the models cannot be loaded.
+        on_failure: called when the server can never serve: the models cannot be loaded, or the
+            engine or its device failed, some seconds after which `/livez` says so.
     """
     app = FastAPI(
         title="Weft",
@@ -100,8 +104,16 @@ def _lifespan(
 async def _open(
     service: Service, settings: Settings, on_failure: Callable[[], None] | None
 ) -> Hosted | None:
+    loop = asyncio.get_running_loop()
+
+    def engine_failed() -> None:
+        if on_failure is not None:
+            # A closed loop means that the server is ending anyway.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(loop.call_later, LAST_WORDS_S, on_failure)
+
     try:
-        hosted = await asyncio.to_thread(host, settings)
+        hosted = await asyncio.to_thread(host, settings, engine_failed)
     except Exception as error:
         known = isinstance(error, WeftError)
         log.critical("the models could not be loaded: %s", error, exc_info=not known)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from server.engine.engine import Engine
@@ -22,8 +22,12 @@ class Hosted:
     models: Mapping[str, HostedModel]
 
 
-def host(settings: Settings) -> Hosted:
+def host(settings: Settings, on_failure: Callable[[], None] | None = None) -> Hosted:
     """Load the models and start the engine; takes seconds to minutes.
+
+    Args:
+        settings: everything that may be set.
+        on_failure: called, in the engine's thread, once the engine can never work again.
 
     Raises:
         ModelMismatch: a folder is no model that can be hosted.
@@ -37,6 +41,7 @@ def host(settings: Settings) -> Hosted:
         row_budget=settings.row_budget,
         deterministic=settings.deterministic,
         max_pending=settings.max_pending,
+        on_failure=on_failure,
     )
     engine.start()
     return Hosted(engine, models)

@@ -22,6 +22,7 @@ from server.errors import (
     NotReady,
     UnknownGeneration,
     UnknownModel,
+    WeftError,
 )
 from server.image_codec import Description, decode, decode_mask, encode, fit
 from server.lru import ByteBoundedLRU
@@ -129,7 +130,10 @@ class Service:
     def broken(self) -> str | None:
         """Why this process will not serve again, if so."""
         if self._failure is None and self._engine is not None and self._engine.failure:
-            return f"The engine stopped: {type(self._engine.failure).__name__}."
+            failure = self._engine.failure
+            if isinstance(failure, WeftError):
+                return failure.message
+            return f"The engine stopped: {type(failure).__name__}."
         return self._failure
 
     def ready_engine(self) -> Engine:

@@ -86,7 +86,7 @@ class ByHand:
             columns = torch.cat([state, denoised, noise[None], torch.ones(1, *shape)])
             matrix = torch.tensor(self.plan.tables[i], dtype=torch.float32)
             state = torch.einsum("kj,jchw->kchw", matrix, columns)
-        return to_uint8(self.model.decode(state[:1]))[0]
+        return to_uint8(self.model.decode(state[:1]))[0].numpy()
 
     def start(self, noise: Tensor) -> Tensor:
         if self.task.image is None:

@@ -8,7 +8,8 @@ from weakref import WeakValueDictionary
 import torch
 
 from server.engine.state.compiled import CompiledPlan, compile_plan
-from server.engine.state.pool import Pool
+from server.engine.state.pool import FIRST_CAPACITY, Pool
+from server.engine.state.row_cap import RowCap
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,12 +21,21 @@ if TYPE_CHECKING:
 
 
 class Lane:
-    """Model, states and compiled plans of one lane."""
+    """Model, states and compiled plans of one lane.
 
-    def __init__(self, model: HostedModel, shape: tuple[int, int, int]) -> None:
+    Args:
+        model: of all its images.
+        shape: of their latents, ``(C, h, w)``.
+        most_rows: of a forward, memory allowing.
+    """
+
+    def __init__(
+        self, model: HostedModel, shape: tuple[int, int, int], most_rows: int = FIRST_CAPACITY
+    ) -> None:
         self.model = model
         self.shape = shape
         self.pool = Pool(shape, model.device)
+        self.row_cap = RowCap(most_rows)
         # Keyed by identity: a compiled plan holds its plan, so the identity is not used again.
         self._compiled: WeakValueDictionary[tuple[int, int], CompiledPlan] = WeakValueDictionary()
 

@@ -1,15 +1,21 @@
-"""From clean latents to pixels, several images at once."""
+"""From clean latents to pixels, beside the ticks of the images that are still under way."""
 
 from __future__ import annotations
 
 import logging
+from collections import deque
+from contextlib import nullcontext
+from dataclasses import dataclass
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from server.engine.faults import attempt, free_memory, is_out_of_memory
 from server.engine.state.sequence import ImageResult
+from server.engine.tick.host_copy import HostCopy
 from server.engine.tick.preview import to_uint8
+from server.engine.tick.stopwatch import Stopwatch
 from server.errors import RowFailed
 
 if TYPE_CHECKING:
@@ -22,70 +28,171 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DECODED_AT_ONCE = 4
+"""Most pictures in one call of the decoder on a GPU, and always so many in deterministic mode."""
+
+IN_FLIGHT = 2
+"""Calls of the decoder that a GPU may have to do or be doing, which bounds their memory."""
+
+TICKS_OF_BACKLOG = 4
+"""Within so many ticks a CPU catches up with finished images, however many finish at once."""
 
 
-def decode(
-    done: list[Sequence], *, fixed: bool
-) -> Iterator[tuple[Sequence, ImageResult | Exception]]:
-    """Decode finished images of one lane, a few at a time.
+@dataclass(frozen=True, slots=True, eq=False)
+class Decoding:
+    """Some images in the decoder: their pixels, and whether each is finite, on their way."""
+
+    sequences: list[Sequence]
+    pixels_and_finite: HostCopy
+    watch: Stopwatch
+
+
+class Decoder:
+    """Decodes finished images in the order in which they finished.
+
+    On CUDA the decoder has a stream of its own, so that it works while ticks go on. On a CPU it
+    can only take turns with them: between two ticks there is one call, of one picture unless more
+    than ``TICKS_OF_BACKLOG`` wait.
 
     Args:
-        done: images whose slot 0 is the clean latent, all of one lane.
-        fixed: always decode the same number, so that a picture's bits do not depend on how many
-            finished with it.
+        device: of all models.
+        fixed: always decode the same number at once, so that a picture's bits do not depend on
+            how many finished with it.
 
-    Yields:
-        Each image with its result, or with the error that is its own.
+    Attributes:
+        seconds: that the device has spent in decoding.
     """
-    for first in range(0, len(done), DECODED_AT_ONCE):
-        yield from _decode_some(done[first : first + DECODED_AT_ONCE], fixed=fixed)
 
+    def __init__(self, device: torch.device, *, fixed: bool) -> None:
+        self.seconds = 0.0
+        self._device = device
+        self._fixed = fixed
+        self._waiting: deque[Sequence] = deque()
+        self._in_flight: deque[Decoding] = deque()
+        self._failed: list[tuple[Sequence, Exception]] = []
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-def _decode_some(
-    some: list[Sequence], *, fixed: bool
-) -> Iterator[tuple[Sequence, ImageResult | Exception]]:
-    try:
-        pictures = _pictures(some, fixed=fixed)
-        finite = pictures.flatten(1).sum(1).isfinite().tolist()
-        pixels = to_uint8(pictures)
-    except Exception as error:
+    @property
+    def busy(self) -> bool:
+        """Whether pictures are still to come."""
+        return bool(self._waiting or self._in_flight)
+
+    def add(self, done: list[Sequence]) -> None:
+        """Take images whose slot 0 is the clean latent."""
+        self._waiting.extend(done)
+
+    def drop(self, sequence: Sequence) -> bool:
+        """Forget an image that was cancelled; False where it is being decoded already."""
+        waits = sequence in self._waiting
+        if waits:
+            self._waiting.remove(sequence)
+        return waits
+
+    def work(self, *, idle: bool) -> Iterator[tuple[Sequence, ImageResult | Exception]]:
+        """Start what there is room for, and hand out what is finished.
+
+        Args:
+            idle: nothing else is to be done, so wait for pictures rather than come back.
+
+        Yields:
+            Each image with its result, or with the error that is its own.
+
+        Raises:
+            DeviceLost: the device no longer answers.
+        """
+        room = 1 if self._stream is None else IN_FLIGHT
+        while self._waiting and len(self._in_flight) < room:
+            self._start(self._next())
+        while self._in_flight and (idle or self._in_flight[0].pixels_and_finite.ready):
+            yield from self._results(self._in_flight.popleft())
+            idle = False
+        failed, self._failed = self._failed, []
+        yield from failed
+
+    def _next(self) -> list[Sequence]:
+        """The next images to decode at once, all of one lane."""
+        most = DECODED_AT_ONCE
+        if self._stream is None and not self._fixed:
+            most = -(-len(self._waiting) // TICKS_OF_BACKLOG)
+        some = [self._waiting.popleft()]
+        while self._waiting and len(some) < most and self._waiting[0].lane is some[0].lane:
+            some.append(self._waiting.popleft())
+        return some
+
+    def _start(self, some: list[Sequence]) -> None:
+        """Decode some images, one by one where all at once is an error."""
+        made = attempt(lambda: self._decoding(some), self._device)
+        if isinstance(made, Decoding):
+            self._in_flight.append(made)
+            return
+        if is_out_of_memory(made):
+            self._settle()
+            free_memory(self._device)
         if len(some) == 1:
-            log.exception("an image failed in decoding")
-            yield some[0], error
+            log.error("an image failed in decoding", exc_info=made)
+            self._failed.append((some[0], made))
             return
         for one in some:
-            yield from _decode_some([one], fixed=fixed)
-        return
-    now = monotonic()
-    for sequence, sound, picture in zip(some, finite, pixels, strict=True):
-        if not sound:
-            yield sequence, RowFailed("The image became NaN or infinite while it was decoded.")
-            continue
-        yield (
-            sequence,
-            ImageResult(
-                pixels=picture,
-                evaluations=sequence.evaluations,
-                saved=sequence.saved,
-                queue_s=sequence.started_at - sequence.submitted_at,
-                denoise_s=sequence.denoised_at - sequence.started_at,
-                decode_s=now - sequence.denoised_at,
-                ancestor=sequence.ancestor,
-                effective=tuple(sequence.effective),
-            ),
-        )
+            self._start([one])
 
+    def _settle(self) -> None:
+        """Wait for everything in the decoder, whose memory is free then."""
+        for decoding in self._in_flight:
+            decoding.pixels_and_finite.fetch()
 
-def _pictures(some: list[Sequence], *, fixed: bool) -> Tensor:
-    lane = some[0].lane
-    slots = [sequence.slot for sequence in some]
-    filler = [slots[0]] * (DECODED_AT_ONCE - len(slots)) if fixed else []
-    rows = torch.tensor(slots + filler, device=lane.model.device)
-    latents = lane.pool.columns[:, 0].index_select(0, rows)
-    pictures = lane.model.decode(latents)[: len(some)]
-    for i, sequence in enumerate(some):
-        image, mask = sequence.task.image, sequence.task.mask
-        if image is not None and mask is not None:
-            # What the user asked to keep is kept to the pixel, not through the autoencoder.
-            pictures[i] = torch.lerp(image.to(pictures), pictures[i], mask.to(pictures))
-    return pictures
+    def _decoding(self, some: list[Sequence]) -> Decoding:
+        latents = self._latents(some)
+        watch = Stopwatch(self._device)
+        with self._beside_the_ticks(latents), watch:
+            pictures = some[0].lane.model.decode(latents)[: len(some)]
+            for i, sequence in enumerate(some):
+                image, mask = sequence.task.image, sequence.task.mask
+                if image is not None and mask is not None:
+                    # What the user asked to keep is kept to the pixel, not by the autoencoder.
+                    pictures[i] = torch.lerp(image.to(pictures), pictures[i], mask.to(pictures))
+            finite = pictures.flatten(1).sum(1).isfinite()
+            copy = HostCopy(to_uint8(pictures), finite)
+        return Decoding(some, copy, watch)
+
+    def _latents(self, some: list[Sequence]) -> Tensor:
+        lane = some[0].lane
+        slots = [sequence.slot for sequence in some]
+        filler = [slots[0]] * (DECODED_AT_ONCE - len(slots)) if self._fixed else []
+        return lane.pool.columns[:, 0].index_select(0, lane.indices(slots + filler))
+
+    def _beside_the_ticks(self, latents: Tensor) -> Any:
+        """The decoder's own stream, which starts when the latents are there."""
+        if self._stream is None:
+            return nullcontext()
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        # Else the allocator would give their memory to the next tick while they are read.
+        latents.record_stream(self._stream)
+        return torch.cuda.stream(self._stream)
+
+    def _results(self, decoding: Decoding) -> Iterator[tuple[Sequence, ImageResult | Exception]]:
+        fetched = attempt(decoding.pixels_and_finite.fetch, self._device)
+        if isinstance(fetched, Exception):
+            log.error("images failed in decoding", exc_info=fetched)
+            yield from ((sequence, fetched) for sequence in decoding.sequences)
+            return
+        self.seconds += decoding.watch.seconds()
+        pixels, finite = fetched
+        now = monotonic()
+        rows = zip(decoding.sequences, finite.tolist(), pixels.numpy(), strict=True)
+        for sequence, sound, picture in rows:
+            if not sound:
+                broken = RowFailed("The image became NaN or infinite while it was decoded.")
+                yield sequence, broken
+                continue
+            yield (
+                sequence,
+                ImageResult(
+                    pixels=picture,
+                    evaluations=sequence.evaluations,
+                    saved=sequence.saved,
+                    queue_s=sequence.started_at - sequence.submitted_at,
+                    denoise_s=sequence.denoised_at - sequence.started_at,
+                    decode_s=now - sequence.denoised_at,
+                    ancestor=sequence.ancestor,
+                    effective=tuple(sequence.effective),
+                ),
+            )

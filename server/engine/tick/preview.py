@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
     from torch import Tensor
 
     from server.models.hosted import HostedModel
@@ -38,11 +36,11 @@ def fit_preview(model: HostedModel) -> Tensor:
     return torch.linalg.lstsq(_features(latents).flatten(0, 2), colours.flatten(0, 2)).solution
 
 
-def preview(denoised: Tensor, colours: Tensor) -> NDArray[np.uint8]:
-    """uint8 ``[4 h, 4 w, 3]`` of a denoised prediction ``[C, h, w]``."""
-    flat = _features(denoised.movedim(0, -1)) @ colours
-    picture = F.interpolate(flat.movedim(-1, 0)[None], scale_factor=ENLARGED, mode="bilinear")[0]
-    return to_uint8(picture[None])[0]
+def previews(denoised: Tensor, colours: Tensor) -> Tensor:
+    """uint8 ``[images, 4 h, 4 w, 3]`` of denoised predictions ``[images, C, h, w]``."""
+    flat = _features(denoised.movedim(1, -1)) @ colours
+    pictures = F.interpolate(flat.movedim(-1, 1), scale_factor=ENLARGED, mode="bilinear")
+    return to_uint8(pictures)
 
 
 def _features(cells: Tensor) -> Tensor:
@@ -55,7 +53,7 @@ def _features(cells: Tensor) -> Tensor:
     return torch.cat([cells, products, torch.ones_like(cells[..., :1])], -1)
 
 
-def to_uint8(pictures: Tensor) -> NDArray[np.uint8]:
-    """uint8 ``[rows, H, W, 3]`` on the CPU of pictures ``[rows, 3, H, W]`` in [-1, 1]."""
+def to_uint8(pictures: Tensor) -> Tensor:
+    """uint8 ``[rows, H, W, 3]`` of pictures ``[rows, 3, H, W]`` in [-1, 1]."""
     scaled = ((pictures / 2 + 0.5).clamp(0, 1) * 255).round()
-    return scaled.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return scaled.to(torch.uint8).permute(0, 2, 3, 1)

@@ -79,7 +79,7 @@ def by_hand(model, task) -> Any:
         clean = integrate(
             task.plan, denoise, x, lambda stage: stage_noise(task.seed, stage, shape)[None]
         )
-        return to_uint8(model.decode(clean))[0]
+        return to_uint8(model.decode(clean))[0].numpy()
 
 
 @pytest.mark.parametrize("sampler", NAMES)
@@ -408,7 +408,7 @@ def test_image_to_image_stays_nearer_to_the_picture_at_lower_strength(engine, mo
     near, far = run(engine, tasks).pixels()
     with torch.inference_mode():
         # As the autoencoder sees it, whose skill is not the question here.
-        seen = to_uint8(model.decode(model.encode_image(picture()[None])))[0]
+        seen = to_uint8(model.decode(model.encode_image(picture()[None])))[0].numpy()
     distance = [np.abs(p.astype(float) - seen).mean() for p in (near, far)]
     assert distance[0] < distance[1]
 
@@ -420,7 +420,7 @@ def test_inpainting_keeps_to_the_pixel_what_it_was_to_keep(engine, task, run):
         task(s, image=picture(), mask=mask, steps=4, strength=1.0, seed=k)
         for k, s in enumerate(("ddim", "unipc", "heun", "euler_ancestral"))
     ]
-    original = to_uint8(picture()[None])[0]
+    original = to_uint8(picture()[None])[0].numpy()
     kept = mask.numpy() == 0
     for pixels in run(engine, tasks).pixels():
         assert np.array_equal(pixels[kept], original[kept])

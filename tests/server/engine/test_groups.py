@@ -101,7 +101,7 @@ class ByHand:
             group = self.tasks[0].group
             if group is not None and group.particles is not None and i + 1 < STEPS:
                 state = state[self.drawn(i, cond - other, group.particles.bound)]
-        return list(to_uint8(self.model.decode(state[:, 0])))
+        return list(to_uint8(self.model.decode(state[:, 0])).numpy())
 
     def predictions(self, i: int, x: Tensor) -> tuple[Tensor, Tensor]:
         count, group = len(self.tasks), self.tasks[0].group

@@ -273,7 +273,7 @@ def test_the_picture_that_a_run_starts_from_is_the_reference_of_residual_guidanc
     t = torch.tensor(FACTS.schedule.conditioning(plan.t[:1]), dtype=torch.float32)
     eps = model.evaluate(x[None], t, told)[0]
     cond = (x - float(plan.sigma[0]) * eps) / float(plan.alpha[0])
-    expected = to_uint8(model.decode((x0 + 4 * (cond - x0))[None]))[0].astype(int)
+    expected = to_uint8(model.decode((x0 + 4 * (cond - x0))[None]))[0].numpy().astype(int)
     assert np.abs(run(engine, [one]).results[0].pixels - expected).max() <= 1
 
 

@@ -50,7 +50,7 @@ def test_the_documented_loop_gives_the_servers_picture(
     prompt = "a small red circle on a white background"
     one = task("ddim", rule, steps=found["STEPS"], seed=found["SEED"], prompt=prompt)
     [ours] = run(engine, [one]).pixels()
-    theirs = to_uint8(found["picture"])[0]
+    theirs = to_uint8(found["picture"])[0].numpy()
     assert int(np.abs(ours.astype(int) - np.asarray(theirs).astype(int)).max()) <= CLOSE
 
 
@@ -87,7 +87,7 @@ def test_each_prediction_reaches_a_rule_of_several_prompts_in_its_place(
             denoised = guide(rule, cond, others, x, alpha, sigma, progress=i / 4).denoised
             noise = (x - alpha * denoised) / sigma
             x = float(plan.alpha[i + 1]) * denoised + float(plan.sigma[i + 1]) * noise
-        theirs = to_uint8(model.decode(x))[0]
+        theirs = to_uint8(model.decode(x))[0].numpy()
     assert int(np.abs(ours.astype(int) - np.asarray(theirs).astype(int)).max()) <= CLOSE
 
 

@@ -1,6 +1,6 @@
 import torch
 
-from server.engine.tick.preview import fit_preview, preview, to_uint8
+from server.engine.tick.preview import fit_preview, previews, to_uint8
 
 
 def test_a_preview_shows_the_colours_of_the_picture(model):
@@ -9,8 +9,8 @@ def test_a_preview_shows_the_colours_of_the_picture(model):
     picture[:, 1:, :, :64] = -1
     with torch.inference_mode():
         latents = model.encode_image(picture)
-        small = preview(latents[0], fit_preview(model))
-        decoded = to_uint8(model.decode(latents))[0]
+        small = previews(latents, fit_preview(model))[0].numpy()
+        decoded = to_uint8(model.decode(latents))[0].numpy()
     assert small.shape == (64, 64, 3)
     # Against the decoder's own picture, as the autoencoder's skill is not the preview's.
     for left, right in ((slice(4, 28), slice(8, 56)), (slice(36, 60), slice(72, 120))):

@@ -1,0 +1,93 @@
+"""Errors told apart: of an image, of the memory, and of the device itself."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+from server.errors import DeviceLost
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["attempt", "free_memory", "is_out_of_memory"]
+
+Result = TypeVar("Result")
+
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")
+"""What drivers, libraries and the CPU's allocator say, without torch's own exception."""
+
+STICKY = (
+    "illegal memory access",
+    "device-side assert",
+    "uncorrectable ecc",
+    "unspecified launch failure",
+    "misaligned address",
+    "illegal instruction",
+    "illegal address",
+    "invalid program counter",
+    "hardware stack error",
+    "context is destroyed",
+    "contained error",
+    "nvlink",
+)
+"""After any of these, every later call of the process on its device fails."""
+
+OF_THE_DEVICE = ("cuda error", "cudaerror", "cublas_status", "cudnn_status", "hip error")
+"""An error that may have been the kernel's or the device's own: only another call can tell."""
+
+
+def attempt(work: Callable[[], Result], device: torch.device) -> Result | Exception:
+    """What the work comes to, or the error that it ends in, where work on the device can go on.
+
+    Raises:
+        DeviceLost: it cannot.
+    """
+    try:
+        return work()
+    except Exception as error:
+        if _is_device_lost(error, device):
+            raise DeviceLost(_first_line(error)) from error
+        if is_out_of_memory(error):
+            # The frames hold the tensors that there was no room for.
+            return error.with_traceback(None)
+        return error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether less work at once, or the same work later, may succeed."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and _says(error, OUT_OF_MEMORY)
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what the allocator keeps, so that other sizes fit."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _is_device_lost(error: Exception, device: torch.device) -> bool:
+    if not isinstance(error, RuntimeError) or is_out_of_memory(error):
+        return False
+    if _says(error, STICKY):
+        return True
+    of_the_device = isinstance(error, torch.AcceleratorError) or _says(error, OF_THE_DEVICE)
+    return of_the_device and not _answers(device)
+
+
+def _answers(device: torch.device) -> bool:
+    try:
+        return torch.ones(1, device=device).item() == 1
+    except RuntimeError:
+        return False
+
+
+def _says(error: Exception, phrases: tuple[str, ...]) -> bool:
+    text = str(error).lower()
+    return any(phrase in text for phrase in phrases)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

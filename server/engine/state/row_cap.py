@@ -1,0 +1,33 @@
+"""How many rows of a lane have room in the device's memory at once, as its ticks find out."""
+
+from __future__ import annotations
+
+RECOVERY_TICKS = 256
+"""Full ticks after which an eighth more is tried: an image may have gone that took the room."""
+
+
+class RowCap:
+    """Halves when a forward runs out of memory, and recovers slowly while full ticks succeed.
+
+    Args:
+        most: rows at first, and never more.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.rows = most
+        self._most = most
+        self._full_ticks = 0
+
+    def overflow(self, rows: int) -> None:
+        """So many rows did not fit."""
+        self.rows = max(1, min(self.rows, rows // 2))
+        self._full_ticks = 0
+
+    def fit(self, rows: int) -> None:
+        """So many rows did fit."""
+        if rows < self.rows or self.rows == self._most:
+            return
+        self._full_ticks += 1
+        if self._full_ticks == RECOVERY_TICKS:
+            self.rows = min(self._most, self.rows + max(1, self.rows // 8))
+            self._full_ticks = 0

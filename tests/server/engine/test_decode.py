@@ -1,0 +1,103 @@
+"""Finished images are decoded beside the ticks of the others."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from server.engine.tick.decode import DECODED_AT_ONCE, TICKS_OF_BACKLOG
+
+
+class Diary:
+    """The real model, which writes down what it is asked in what order."""
+
+    def __init__(self, model):
+        self._model = model
+        self.entries: list[tuple[str, int]] = []
+
+    def __getattr__(self, name):
+        return getattr(self._model, name)
+
+    def evaluate(self, x, *more):
+        self.entries.append(("tick", len(x)))
+        return self._model.evaluate(x, *more)
+
+    def decode(self, latents):
+        self.entries.append(("decode", len(latents)))
+        return self._model.decode(latents)
+
+
+def between_ticks(entries):
+    """Calls of the decoder between each two ticks."""
+    calls: list[list[int]] = [[]]
+    for kind, size in entries:
+        if kind == "tick":
+            calls.append([])
+        else:
+            calls[-1].append(size)
+    return calls[1:]
+
+
+def test_images_that_finish_together_delay_a_tick_by_one_picture_at_most(
+    start, model, task, listen
+):
+    diary = Diary(model)
+    engine = start(model=diary, row_budget=8)
+    diary.entries.clear()
+    long, short = listen(1), listen(4)
+    engine.submit([task(rule="none", steps=12)], long)
+    engine.submit([task(rule="none", steps=2, seed=seed) for seed in range(4)], short)
+    long.wait()
+    short.wait()
+    calls = between_ticks(diary.entries)
+    assert [sum(call) for call in calls if call] == [1] * 5
+    assert max(len(call) for call in calls) == 1
+    assert not long.errors
+    assert not short.errors
+
+
+def test_a_backlog_is_caught_up_with_in_a_few_ticks(start, model, task, listen):
+    diary = Diary(model)
+    engine = start(model=diary, row_budget=20)
+    diary.entries.clear()
+    long, short = listen(1), listen(12)
+    engine.submit([task(rule="none", steps=15)], long)
+    engine.submit([task(rule="none", steps=1, seed=seed) for seed in range(12)], short)
+    long.wait()
+    short.wait()
+    sizes = [size for call in between_ticks(diary.entries) for size in call]
+    assert sizes[0] == -(-12 // TICKS_OF_BACKLOG)
+    assert len(sizes) < 12
+    assert all(len(call) <= 1 for call in between_ticks(diary.entries)[:-1])
+
+
+def test_in_deterministic_mode_the_decoder_always_has_one_shape(fixed_engine, model, task, run):
+    """And so a picture's bits do not depend on how many finish with it."""
+    tasks = [task(steps=1, seed=seed) for seed in range(6)]
+    together = run(fixed_engine, tasks).pixels()
+    alone = [run(fixed_engine, [one]).pixels()[0] for one in tasks]
+    assert all(np.array_equal(a, b) for a, b in zip(together, alone, strict=True))
+    assert DECODED_AT_ONCE > 1
+
+
+def test_an_image_that_is_cancelled_before_its_turn_is_not_decoded(start, model, task, listen):
+    diary = Diary(model)
+    engine = start(model=diary, row_budget=8)
+    diary.entries.clear()
+    long, doomed = listen(1), listen(4)
+    submissions = []
+
+    def cancel(step):
+        if step == 3:
+            submissions[0].cancel()
+
+    long.on_progress = cancel
+    submissions.append(
+        engine.submit([task(rule="none", steps=2, seed=seed) for seed in range(4)], doomed)
+    )
+    engine.submit([task(rule="none", steps=12)], long)
+    long.wait()
+    doomed.wait()
+    decoded = sum(size for kind, size in diary.entries if kind == "decode")
+    # One may be in the decoder when its cancellation comes.
+    assert 1 + len(doomed.results) <= decoded <= 2 + len(doomed.results) < 5
+    assert engine.measurements.pending == 0
