@@ -33,6 +33,7 @@ class Part:
         default: its value in a request that leaves it out; None means that nothing acts. A part
             that takes several has an empty list instead.
         most: number of objects that it takes; above 1 it is a list.
+        beside_particles: whether images that are weighed as particles may have it.
     """
 
     field: str
@@ -42,6 +43,7 @@ class Part:
     plural: str
     default: BaseModel | None = None
     most: int = 1
+    beside_particles: bool = False
 
     @property
     def many(self) -> bool:
@@ -78,6 +80,7 @@ PARTS: tuple[Part, ...] = (
         label="policy",
         plural="policies",
         default=Always(),
+        beside_particles=True,
     ),
     Part(
         field="perturbed",
@@ -100,6 +103,7 @@ PARTS: tuple[Part, ...] = (
         description="Factors on a U-Net's skip connections.",
         label="skip-tuning",
         plural="skip_tuning",
+        beside_particles=True,
     ),
     Part(
         field="particles",
@@ -108,6 +112,7 @@ PARTS: tuple[Part, ...] = (
         "resampled at every step.",
         label="particles",
         plural="particles",
+        beside_particles=True,
     ),
     Part(
         field="negtome",

@@ -56,6 +56,8 @@ class Policy(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=
     no command, cannot be served."""
     embeds: ClassVar[bool] = False
     """Whether the rule's scale is told to the network, which then guides by itself."""
+    without_reference: ClassVar[str | None] = None
+    """Parameters, as JSON, with which it needs no reference, if there are such."""
     name: str
 
     @abstractmethod

@@ -33,6 +33,7 @@ class Residual(Policy, frozen=True):
     summary: ClassVar[str] = "Guides away from the input picture, or from one evaluation."
     source: ClassVar[str] = "Kodaira et al., arXiv 2312.12491, equations 6 to 8."
     estimates: ClassVar[bool] = True
+    without_reference: ClassVar[str | None] = '"mode": "onetime"'
     name: Literal["residual"] = "residual"
     mode: Literal["self", "onetime"] = Field(
         default="self",

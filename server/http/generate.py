@@ -84,6 +84,9 @@ class GenerateResponse(BaseModel):
         description="Guidance whose statistics of the model the sampler was fitted to, as the "
         "catalog names it; with samplers that use them only.",
     )
+    warnings: list[str] = Field(
+        description="Settings of the request that have no effect, one sentence each."
+    )
     evaluations: Evaluations
     particles: Particles | None = Field(default=None, description="With `guidance.particles` only.")
     timings: Timings
@@ -97,6 +100,7 @@ class QueuedEvent(BaseModel):
     model: str
     settings: dict[str, Any]
     statistics: str | None = Field(default=None, description="As in the answer.")
+    warnings: list[str] = Field(description="As in the answer.")
 
 
 class ProgressEvent(BaseModel):
@@ -219,6 +223,7 @@ def _response(generation: Generation, pictures: Pictures) -> GenerateResponse:
         ],
         settings=dict(pictures.settings),
         statistics=generation.statistics,
+        warnings=list(generation.warnings),
         evaluations=Evaluations(spent=pictures.spent, saved=pictures.saved),
         particles=Particles(ancestors=list(pictures.ancestors), effective=list(pictures.effective))
         if pictures.ancestors
@@ -271,6 +276,7 @@ def _queued(generation: Generation) -> QueuedEvent:
         model=generation.request.model,
         settings=generation.request.settings(),
         statistics=generation.statistics,
+        warnings=list(generation.warnings),
     )
 
 

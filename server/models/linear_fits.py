@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from typing import TYPE_CHECKING
 
@@ -56,6 +57,16 @@ class LinearFits:
         self._read_new()
         return self._kept(identity)
 
+    def available(self, revision: str) -> tuple[str, ...]:
+        """What there are coefficients for, in words: "unipc, 12 steps, cfg at scale 4, every 2".
+
+        Args:
+            revision: of the model's weights.
+        """
+        self._read_new()
+        fits = ((file, fit) for file, fit in list(self._read.items()) if fit is not None)
+        return tuple(_described(*one) for one in fits if one[1].identity.model == revision)
+
     def _kept(self, identity: FitIdentity) -> LinearFit | None:
         fits = (fit for fit in self._read.values() if fit is not None)
         return next((fit for fit in fits if fit.identity == identity), None)
@@ -71,3 +82,12 @@ class LinearFits:
             except ValueError as error:
                 logger.warning("%s is left out: %s", file, error)
                 self._read[file] = None
+
+
+def _described(file: Path, fit: LinearFit) -> str:
+    # `fit_file` puts sampler and steps into the name; the identity has only their fingerprint.
+    name = file.stem.removeprefix(f"{PREFIX}-").rsplit("-", 2)
+    run = f"{name[0]}, {name[1]} steps" if len(name) == 3 else file.name
+    rule = json.loads(fit.identity.rule)
+    scale = f" at scale {rule['scale']:g}" if "scale" in rule else ""
+    return f"{run}, {rule['name']}{scale}, every {fit.identity.every}"

@@ -25,6 +25,7 @@ from server.requests.checks.classifier import check_classifier
 from server.requests.checks.group import check_group, check_noise_of_particles
 from server.requests.checks.guidance import check_guidance, check_windows, coefficients_for
 from server.requests.checks.limits import check_limits, check_size, check_tokens
+from server.requests.ineffective import warnings_for
 from server.requests.schema import (
     DEFAULT_STEPS,
     SPACING_BY_NAME,
@@ -48,11 +49,13 @@ class Prepared:
         plan: that all of its images follow.
         coefficients: what its guidance policy was fitted to, ``[stages, n]``; None if it needs
             none.
+        warnings: sentences about what the request sets in vain.
     """
 
     request: ResolvedRequest
     plan: Plan
     coefficients: NDArray[np.float64] | None
+    warnings: tuple[str, ...]
 
 
 def resolve(
@@ -119,7 +122,8 @@ def prepare(resolved: ResolvedRequest, model: HostedModel, plan: Plan) -> Prepar
     """
     check_windows(resolved.guidance, plan)
     check_noise_of_particles(resolved, plan)
-    return Prepared(resolved, plan, coefficients_for(resolved, model, plan))
+    coefficients = coefficients_for(resolved, model, plan)
+    return Prepared(resolved, plan, coefficients, warnings_for(resolved, plan))
 
 
 def statistics_for(resolved: ResolvedRequest, model: HostedModel) -> StatisticsIdentity | None:
@@ -134,12 +138,12 @@ def statistics_for(resolved: ResolvedRequest, model: HostedModel) -> StatisticsI
     scale = getattr(guidance, "scale", 1.0)
     if sampler.statistics == "nearest":
         return model.statistics.nearest(scale)
-    if guidance.name not in ("none", "cfg"):
+    if guidance.combines and not guidance.plain_cfg:
         raise model.statistics.refusal(f"the rule {guidance.name!r}")
     for part in PARTS:
         if getattr(guidance, part.field) != part.left_out:
             raise model.statistics.refusal(f"guidance with `{part.field}`")
-    return model.statistics.exact(guidance.name, scale)
+    return model.statistics.exact("cfg" if guidance.combines else "none", scale)
 
 
 def make_plan(

@@ -67,6 +67,7 @@ class Generation:
         self.request: ResolvedRequest
         self.model_revision = ""
         self.statistics: str | None = None
+        self.warnings: tuple[str, ...] = ()
         self._born = time.monotonic()
         self._loop = loop
         self._news: dict[int, Progress] = {}
@@ -81,6 +82,7 @@ class Generation:
         request: ResolvedRequest,
         model_revision: str,
         statistics: str | None,
+        warnings: tuple[str, ...],
         submission: Submission,
     ) -> None:
         """Note what was submitted; a generation that was closed meanwhile is cancelled at once.
@@ -89,9 +91,11 @@ class Generation:
             request: fully resolved.
             model_revision: of the model that makes it.
             statistics: guidance whose statistics of the model the sampler is fitted to, if any.
+            warnings: sentences about what the request sets in vain.
             submission: the engine's.
         """
         self.request, self.model_revision, self.statistics = request, model_revision, statistics
+        self.warnings = warnings
         self._submission = submission
         if self._closed:
             submission.cancel()

@@ -248,7 +248,7 @@ class Service:
             prepared = prepare(resolved, model, self._plan(resolved, model, fitted_to))
             submission = room.submit(_tasks(prepared, model, uploads), generation)
         statistics = fitted_to and guidance_name(fitted_to.rule, fitted_to.scale)
-        generation.begin(resolved, model.facts.revision, statistics, submission)
+        generation.begin(resolved, model.facts.revision, statistics, prepared.warnings, submission)
 
     def _model(self, name: str | None) -> HostedModel:
         if name is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from guidance import NegToMe
+from guidance.parts import PARTS
 from samplers import Plan
 from samplers.reverse_sde import follows_reverse_sde
 from server.errors import InvalidRequest
@@ -88,15 +89,15 @@ def _check_reference(negtome: NegToMe | None, *, has_reference: bool) -> None:
 def _against_particles(guidance: Guidance, *, has_picture: bool) -> str | None:
     if has_picture:
         return "its weights are those of a run from nothing, so leave `image` out"
-    if guidance.name != "cfg":
+    if not guidance.plain_cfg:
         return f"it corrects the rule 'cfg', and cannot {guidance.name!r}"
     if not guidance.branches:
         return "at a scale of 1 there is no guidance to correct; take another, or leave it out"
-    if guidance.policy.name != "always":
+    if guidance.policy.skips:
         return f"it weighs every step, so the policy must be 'always', not {guidance.policy.name!r}"
-    for field in ("perturbed", "classifier", "negtome"):
-        if getattr(guidance, field):
-            return f"its weights are those of 'cfg' alone, so leave guidance.{field} out"
+    for part in PARTS:
+        if not part.beside_particles and getattr(guidance, part.field) != part.left_out:
+            return f"its weights are those of 'cfg' alone, so leave guidance.{part.field} out"
     return None
 
 

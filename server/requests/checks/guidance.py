@@ -8,13 +8,13 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from guidance import POLICIES, Edit, Rule
-from guidance.linear_adaptive import LinearAdaptive
+from guidance import POLICIES, Edit, Policy, Rule
 from guidance.parts import chosen
 from guidance.window import Window
 from samplers import Plan
 from server.errors import InvalidRequest
 from server.models.hosted import HostedModel
+from server.models.linear_fits import PREFIX as LINEAR_FITS
 from server.models.linear_fits import identity_of
 from server.requests.choice import listed, name_of
 from server.requests.schema import Guidance, ResolvedRequest, split
@@ -51,7 +51,7 @@ def check_windows(guidance: Guidance, plan: Plan) -> None:
         plan: of its sampler.
 
     Raises:
-        InvalidRequest: a window contains none of the steps.
+        InvalidRequest: a window contains none of the steps, or the policy guides at none of them.
     """
     for path, part in chosen(guidance):
         if isinstance(part, Window) and not part.contains(plan.noise_ratio, plan.progress).any():
@@ -61,6 +61,12 @@ def check_windows(guidance: Guidance, plan: Plan) -> None:
                 f"{field}: none of the {plan.steps} steps lies within its window; take more steps, "
                 "or widen low, high, start or stop.",
             )
+    if not guidance.policy.acts(plan.noise_ratio, plan.progress).any():
+        raise InvalidRequest(
+            "guidance.policy",
+            f"guidance.policy is {guidance.policy.name!r}; with these parameters it guides at none "
+            f"of the {plan.steps} steps.",
+        )
 
 
 def coefficients_for(
@@ -69,30 +75,38 @@ def coefficients_for(
     """What the request's policy was fitted to beforehand; None where it needs nothing.
 
     Raises:
-        InvalidRequest: nothing is fitted to this run, with the command that fits.
+        InvalidRequest: nothing is fitted to this run; the message has the command that fits it,
+            and says what is fitted.
     """
     guidance = resolved.guidance
     rule, policy = split(guidance)
-    if not isinstance(policy, LinearAdaptive) or not rule.branches:
+    if not policy.fitted or not rule.branches:
         return None
-    fit = model.linear_fits.find(identity_of(model.facts.revision, plan, rule, policy.every))
+    fit = model.linear_fits.find(identity_of(model.facts.revision, plan, rule, policy.fit_period))
     if fit is not None:
         return fit.coefficients
     if plan.steps < resolved.sampler.steps_taken(resolved.steps):
         remedy = "leave `image` out or use `strength` 1"
     else:
-        remedy = f"fit it with `weft linear-ag {_options(resolved, rule, policy)}`"
+        remedy = f"fit it with `weft {policy.fitted_by} {_options(resolved, rule, policy)}`"
     raise InvalidRequest(
         "guidance.policy",
         f"guidance.policy is {policy.name!r}, and it is not fitted to this sampler, spacing, steps "
-        f"and guidance of model {model.facts.name!r}; {remedy}, or choose another policy.",
+        f"and guidance of model {model.facts.name!r}; {remedy}, or choose another policy"
+        f"{_fitted(model)}.",
     )
 
 
-def _options(resolved: ResolvedRequest, rule: Rule, policy: LinearAdaptive) -> str:
+def _fitted(model: HostedModel) -> str:
+    """What there are coefficients for, as the end of a sentence."""
+    fitted = model.linear_fits.available(model.facts.revision)
+    return f" (fitted are: {'; '.join(fitted)})" if fitted else " (nothing is fitted)"
+
+
+def _options(resolved: ResolvedRequest, rule: Rule, policy: Policy) -> str:
     """The command's options that stand for the request's run."""
     named = {"sampler": resolved.sampler, "spacing": resolved.spacing, "guidance": rule}
-    options = [f"--model PATH --steps {resolved.steps} --every {policy.every}"]
+    options = [f"--model PATH --steps {resolved.steps} --every {policy.fit_period}"]
     for option, one in named.items():
         own = one.model_dump(mode="json", exclude_defaults=True)
         value = one.name if not own else f"'{json.dumps({'name': one.name, **own})}'"
@@ -103,7 +117,7 @@ def _options(resolved: ResolvedRequest, rule: Rule, policy: LinearAdaptive) -> s
 def _against_policy(guidance: Guidance, model: HostedModel, *, has_picture: bool) -> str | None:
     """What speaks against the policy, and what is allowed."""
     policy, branches = guidance.policy, len(guidance.branches)
-    if not guidance.combines and policy.name != "always":
+    if not guidance.combines and policy.skips:
         return f"the rule {guidance.name!r} has no second branch, so only 'always' is allowed"
     if policy.estimates and branches > 1:
         others = [name_of(kind) for kind in POLICIES if not kind.estimates and not kind.embeds]
@@ -112,13 +126,20 @@ def _against_policy(guidance: Guidance, model: HostedModel, *, has_picture: bool
             f"allowed are: {listed(others)}"
         )
     if policy.wants_reference and not has_picture:
-        return "at these parameters it needs a picture to start from; send `image`"
+        instead = policy.without_reference
+        return "with these parameters it needs a picture to start from; send `image`" + (
+            f", or set {instead}" if instead else ""
+        )
+    if policy.fitted and policy.fitted_by != LINEAR_FITS:
+        return (
+            "it needs coefficients fitted beforehand, and this server has no command that fits it"
+        )
     if policy.embeds and not model.facts.embeds_scale:
         return (
             f"model {model.facts.name!r} is not told a guidance scale (its U-Net has no "
             "`time_cond_proj_dim`), so it must be guided from outside"
         )
-    if policy.embeds and guidance.name != "cfg":
+    if policy.embeds and not guidance.plain_cfg:
         return f"the network guides by 'cfg' itself, and cannot by {guidance.name!r}"
     return None
 

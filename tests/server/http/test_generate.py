@@ -53,10 +53,12 @@ def test_the_answer_says_what_was_done(generate: Generate) -> None:
         "images",
         "settings",
         "statistics",
+        "warnings",
         "evaluations",
         "particles",
         "timings",
     }
+    assert answer["warnings"] == []
     assert answer["statistics"] is None
     assert answer["particles"] is None
     assert answer["id"] == "mine-1"
@@ -75,6 +77,13 @@ def test_the_answer_says_what_was_done(generate: Generate) -> None:
     assert answer["evaluations"] == {"spent": 4, "saved": 0}
     assert set(answer["timings"]) == {"queue_s", "denoise_s", "decode_s", "total_s"}
     assert answer["timings"]["total_s"] >= answer["timings"]["denoise_s"] > 0
+
+
+def test_the_answer_says_what_has_no_effect(generate: Generate) -> None:
+    answer = generate(guidance="none", negative_prompt="a square").json()
+    assert answer["warnings"] == [
+        "negative_prompt has no effect: guidance 'none' evaluates the prompt alone."
+    ]
 
 
 def test_statistics_of_the_model_need_no_guidance_to_be_named(generate: Generate) -> None:

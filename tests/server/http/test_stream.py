@@ -75,6 +75,15 @@ def test_events_tell_the_story_in_order(
     assert max(Image.open(io.BytesIO(base64.b64decode(preview))).size) <= 128
 
 
+def test_the_first_event_says_what_has_no_effect(client: httpx2.Client) -> None:
+    body = {"prompt": "a red circle", "steps": 2, "guidance": "none", "negative_prompt": "a square"}
+    with client.stream("POST", "/v1/generate", json=body | {"stream": True}) as stream:
+        told = list(events(stream.iter_lines()))
+    (warning,) = told[0][1]["warnings"]
+    assert warning.startswith("negative_prompt has no effect")
+    assert told[-1][1]["warnings"] == [warning]
+
+
 def test_the_completed_event_is_the_json_answer(client: httpx2.Client) -> None:
     body = {"prompt": "a red circle", "steps": 3, "seed": 5}
     plain = client.post("/v1/generate", json=body).json()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pytest
+from typing_extensions import override
 
 from guidance import POLICIES, Policy
 from guidance.linear_adaptive import TERMS
@@ -15,7 +16,7 @@ from server.errors import InvalidRequest
 from server.models.linear_fits import LinearFits, fit_file, identity_of
 from server.requests.checks.guidance import check_windows, coefficients_for
 from server.requests.choice import name_of
-from server.requests.resolve import make_plan, resolve
+from server.requests.resolve import Prepared, make_plan, prepare, resolve
 from server.requests.schema import GenerateRequest, ResolvedRequest, split
 from server.settings import Limits
 from tests.server.toy_model import Toy
@@ -24,6 +25,12 @@ from tests.server.toy_model import Toy
 def resolved(model: Toy, *, has_picture: bool = False, **fields: Any) -> ResolvedRequest:
     request = GenerateRequest.model_validate({"prompt": "x", "steps": 6, **fields})
     return resolve(request, model, Limits(), (32, 32) if has_picture else None)
+
+
+def planned(request: ResolvedRequest) -> Prepared:
+    model = Toy()
+    layout = request.sampler, request.spacing, request.steps, request.strength
+    return prepare(request, model, make_plan(model.facts.schedule, *layout))
 
 
 def refusal(model: Toy, **guidance: Any) -> tuple[str | None, str]:
@@ -70,8 +77,8 @@ def test_a_policy_that_estimates_serves_one_branch(policy: Any) -> None:
 def test_residual_guidance_of_itself_needs_a_picture() -> None:
     assert refusal(Toy(), policy="residual") == (
         "guidance.policy",
-        "guidance.policy is 'residual'; at these parameters it needs a picture to start from; "
-        "send `image`.",
+        "guidance.policy is 'residual'; with these parameters it needs a picture to start from; "
+        'send `image`, or set "mode": "onetime".',
     )
 
 
@@ -127,6 +134,64 @@ def test_a_window_that_holds_no_step_is_refused() -> None:
     check_windows(request.guidance, longer)
 
 
+@pytest.mark.parametrize("rule", ["cfg", "perp_neg"])
+def test_an_interval_that_holds_no_step_is_refused(rule: str) -> None:
+    policy = {"name": "interval", "low": 0.0, "start": 0.05, "stop": 0.1}
+    with pytest.raises(InvalidRequest) as caught:
+        planned(resolved(Toy(), guidance={"name": rule, "policy": policy}))
+    assert caught.value.field == "guidance.policy"
+    assert caught.value.message == (
+        "guidance.policy: none of the 6 steps lies within its window; take more steps, or widen "
+        "low, high, start or stop."
+    )
+
+
+class Idle(Policy, frozen=True):
+    """A policy of another package that never guides."""
+
+    summary: ClassVar[str] = "For tests."
+    source: ClassVar[str] = "None."
+    name: Literal["idle"] = "idle"
+
+    @override
+    def evaluates(self, noise_ratio: Any, progress: Any) -> Any:
+        return np.zeros(len(noise_ratio), np.bool_)
+
+
+class Trained(Idle, frozen=True):
+    """A policy of another package that is fitted by that package alone."""
+
+    fitted: ClassVar[int] = 3
+    estimates: ClassVar[bool] = True
+    name: Literal["trained"] = "trained"  # type: ignore[assignment]
+
+
+def with_policy(policy: Policy) -> ResolvedRequest:
+    request = GenerateRequest.model_validate({"prompt": "x", "steps": 6, "guidance": "cfg"})
+    assert request.guidance is not None
+    guidance = request.guidance.model_copy(update={"policy": policy})
+    return resolve(request.model_copy(update={"guidance": guidance}), Toy(), Limits(), None)
+
+
+def test_a_policy_that_guides_no_step_is_refused() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        planned(with_policy(Idle()))
+    assert (caught.value.field, caught.value.message) == (
+        "guidance.policy",
+        "guidance.policy is 'idle'; with these parameters it guides at none of the 6 steps.",
+    )
+
+
+def test_a_policy_that_nothing_here_can_fit_is_refused() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        with_policy(Trained())
+    assert (caught.value.field, caught.value.message) == (
+        "guidance.policy",
+        "guidance.policy is 'trained'; it needs coefficients fitted beforehand, and this server "
+        "has no command that fits it.",
+    )
+
+
 def asked(model: Toy, **fields: Any) -> np.ndarray | None:
     request = resolved(model, has_picture="strength" in fields, **fields)
     layout = request.sampler, request.spacing, request.steps, request.strength
@@ -149,7 +214,7 @@ def test_coefficients_are_those_of_the_run_and_of_no_other(tmp_path: Path) -> No
         "guidance.policy is 'linear_adaptive', and it is not fitted to this sampler, spacing, "
         "steps and guidance of model 'toy'; fit it with `weft linear-ag --model PATH --steps 6 "
         "--every 2 --sampler dpm_solver_pp --spacing trailing --guidance cfg`, or choose another "
-        "policy."
+        "policy (nothing is fitted)."
     )
 
     # A file that comes while the server runs is found.
@@ -160,6 +225,12 @@ def test_coefficients_are_those_of_the_run_and_of_no_other(tmp_path: Path) -> No
     found = asked(model, **LINEAR)
     assert found is not None
     assert np.array_equal(found, made.coefficients)
+
+    with pytest.raises(InvalidRequest) as caught:
+        asked(model, **{**LINEAR, "steps": 7})
+    assert caught.value.message.endswith(
+        "or choose another policy (fitted are: dpm_solver_pp, 6 steps, cfg at scale 4, every 2)."
+    )
 
     others = (
         {"steps": 7},
