@@ -1,7 +1,7 @@
 """Train the autoencoder on crops of pictures, then whiten its latents.
 
-Without group norm a network trained on crops sees whole pictures the same way, and crops can hold
-an edge far more often than pictures do.
+Without group normalisation, a network trained on crops treats whole pictures the same way, and
+crops can be chosen so that they contain an edge far more often than pictures do.
 """
 
 import math
@@ -174,7 +174,7 @@ def _distance_from_white(latents: Tensor) -> Tensor:
 
 @torch.no_grad()
 def whiten(model: AutoencoderTiny, device: str, pictures: int) -> None:
-    """Fold into the outer convolutions what gives latents mean 0 and covariance 1 over the data.
+    """Fold whitening, which gives latents mean 0 and covariance 1, into the outer convolutions.
 
     z' = W (z - m) goes into the encoder's last convolution exactly; z = W^-1 z' + m into the
     decoder's first one but for its soft clamp and the zero padding at the picture's border.

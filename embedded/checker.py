@@ -1,4 +1,4 @@
-"""Read a picture of shapes by classical image analysis, and compare it with what was claimed.
+"""Read a picture of shapes by classical image analysis, and compare it with a caption's claims.
 
 The background is the template nearest to the picture's border; the things are the connected parts
 that differ from it. A part with a hole is a ring; any other is the shape whose outline, scaled to

@@ -1,4 +1,4 @@
-"""Training state on disk, replaced at once so that a stopped run leaves a whole file."""
+"""Training state on disk, replaced atomically so that an interrupted run leaves a complete file."""
 
 import json
 from dataclasses import dataclass
@@ -56,13 +56,13 @@ class TrainingState:
 
 
 def save(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write tensors to a safetensors file, whole or not at all."""
+    """Write tensors to a safetensors file atomically."""
     whole = {key: value.contiguous() for key, value in tensors.items()}
     write_whole(file, to_bytes(whole, metadata))
 
 
 def metadata_of(file: Path) -> dict[str, str]:
-    """What was written beside the tensors."""
+    """The metadata written with the tensors."""
     with safe_open(file, "pt") as content:
         return dict(content.metadata() or {})
 

@@ -42,7 +42,7 @@ class Components:
 
 
 def make_tokenizer() -> CLIPTokenizer:
-    """A word is one token; each character of a word that is not known is an unknown token."""
+    """One token per word; an unknown word becomes one unknown token per character."""
     tokenizer = CLIPTokenizer(
         vocab={_START: 0, _END: 1, _UNKNOWN: 2},
         merges=[],
@@ -94,7 +94,7 @@ def make_unet(widths: tuple[int, int, int] = WIDTHS) -> UNet2DConditionModel:
 
 
 def make_autoencoder() -> AutoencoderTiny:
-    """Nearly all cost is in the convolutions at full resolution, so these are few."""
+    """The autoencoder, untrained; full resolution costs most, so it has few layers there."""
     autoencoder = AutoencoderTiny(
         encoder_block_out_channels=(32, 32, 32, 32),
         decoder_block_out_channels=(32, 32, 32, 32),
@@ -152,7 +152,7 @@ def load_components(folder: Path) -> Components:
 
 
 def save_model(components: Components, folder: Path) -> None:
-    """Write a whole diffusers folder; each file is replaced at once, so readers never see half.
+    """Write a whole diffusers folder; each file is replaced atomically, so readers never see half.
 
     The U-Net and the autoencoder are stored in float16, which diffusers loads as float32. The text
     encoder stays in float32: transformers would load float16 as it is.

@@ -1,12 +1,11 @@
-"""Remake what derives from the embedded model's weights: `python -m embedded.derive`.
+"""Recompute what derives from the embedded model's weights: `python -m embedded.derive`.
 
-    statistics  of the model at some guidance scales, for DPM-Solver-v3
-    linear_ag   coefficients of linear adaptive guidance for some samplers and steps
-    classifier  of the model's latents, for guidance by it
+    statistics  model statistics at some guidance scales, for DPM-Solver-v3
+    linear_ag   coefficients of linear adaptive guidance, for some samplers and step counts
+    classifier  a classifier of the model's latents, for classifier guidance
 
-A stopped run goes on where it was when the same command is given again; the classifier's, from its
-labelled pictures. `--check` makes nothing,
-and says whether what is there belongs to the weights.
+An interrupted run resumes when the same command is given again; that of the classifier resumes
+after labelling. `--check` computes nothing and reports whether the files belong to the weights.
 """
 
 import argparse
@@ -230,17 +229,27 @@ class _Reporter:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="embedded.derive", description=__doc__)
-    parser.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(PARTS)}; default all")
-    parser.add_argument("--check", action="store_true", help="only say what is missing or stale")
-    parser.add_argument("--points", type=int, default=80, help="of the statistics, in log SNR")
-    parser.add_argument("--samples", type=int, default=128, help="noised pictures at each point")
-    parser.add_argument("--runs", type=int, default=96, help="of each sampler that is fitted to")
-    parser.add_argument("--labelled", type=int, default=7500, help="pictures to classify")
-    parser.add_argument("--steps", type=int, default=3000, help="of the classifier's training")
+    parser.add_argument(
+        "parts", nargs="*", metavar="part", help=f"{', '.join(PARTS)}; all by default"
+    )
+    parser.add_argument("--check", action="store_true", help="only report what is missing or stale")
+    parser.add_argument(
+        "--points", type=int, default=80, help="number of noise levels of the statistics"
+    )
+    parser.add_argument("--samples", type=int, default=128, help="noised images at each level")
+    parser.add_argument(
+        "--runs", type=int, default=96, help="guided runs to fit to, for each sampler"
+    )
+    parser.add_argument(
+        "--labelled", type=int, default=7500, help="labelled images for the classifier"
+    )
+    parser.add_argument("--steps", type=int, default=3000, help="training steps of the classifier")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
-    parser.add_argument("--out", type=Path, default=Path("out/derive"), help="for checkpoints")
-    parser.add_argument("--model", type=Path, default=MODEL_FOLDER, help="folder to work on")
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/derive"), help="folder for checkpoints"
+    )
+    parser.add_argument("--model", type=Path, default=MODEL_FOLDER, help="model folder")
     options = parser.parse_args()
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"{', '.join(sorted(unknown))} is no part; there are {', '.join(PARTS)}.")

@@ -1,4 +1,4 @@
-"""Measure the embedded model: captions it never saw, pictures read by the checker."""
+"""Measure the embedded model on captions it never saw, with images read by the checker."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ _FIRST_SEED: Final = 3_000_000_000
 
 @dataclass(slots=True)
 class Score:
-    """How often all attributes, and each by itself, were right."""
+    """How often all attributes were right, and how often each of them was."""
 
     pictures: int = 0
     right: int = 0

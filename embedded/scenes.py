@@ -1,4 +1,4 @@
-"""Captioned pictures of simple shapes, drawn by signed distance on any device.
+"""Captioned pictures of simple shapes, drawn from signed distances on any device.
 
 A `Scene` is a pure function of its seed: a description (what is there), a caption with the part
 of the description that it mentions, and the geometry. `render` draws a batch of them with one
@@ -196,7 +196,7 @@ def _outline(
 
 
 def _claim(rng: np.random.Generator, truth: Description) -> Description:
-    """Leave out parts of the truth, as people do."""
+    """Leave out some of the attributes, as people do in captions."""
     alone = len(truth.things) == 1
     return Description(
         things=tuple(

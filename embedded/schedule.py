@@ -1,4 +1,4 @@
-"""How far a training run is, by its steps or by its time, and the learning rate that follows."""
+"""Progress of a training run, by steps or by time, and its learning rate."""
 
 import math
 import time

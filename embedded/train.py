@@ -1,8 +1,8 @@
-"""Train the embedded model from nothing: `python -m embedded.train`.
+"""Train the embedded model from scratch: `python -m embedded.train`.
 
-The stages, each of which can be run by itself: the autoencoder, the U-Net with the text encoder,
-and the report. A training stage ends after `--steps` or `--minutes`, whichever comes first. The
-stage `weak` trains the small companion that autoguidance steers away from.
+Each stage can be run by itself: the autoencoder, the U-Net with the text encoder, and the report. A
+training stage ends after `--steps` or `--minutes`, whichever comes first. The stage `weak` trains
+the small companion that autoguidance steers away from.
 """
 
 import argparse
@@ -48,19 +48,25 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "stage", nargs="?", choices=["all", "autoencoder", "unet", "weak", "report"], default="all"
     )
-    parser.add_argument("--minutes", type=float, help="end a training stage after this time")
+    parser.add_argument("--minutes", type=float, help="end a training stage after so many minutes")
     parser.add_argument("--steps", type=int, help="end a training stage after so many steps")
-    parser.add_argument("--batch", type=int, default=32, help="pictures (or crops) a step")
-    parser.add_argument("--pictures", type=int, default=20_000, help="pictures for the U-Net")
-    parser.add_argument("--captions", type=int, default=400, help="unseen captions to report on")
+    parser.add_argument("--batch", type=int, default=32, help="images (or crops) per step")
+    parser.add_argument(
+        "--pictures", type=int, default=20_000, help="training images for the U-Net"
+    )
+    parser.add_argument("--captions", type=int, default=400, help="unseen captions in the report")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    parser.add_argument("--publish-minutes", type=float, default=20.0, help="between previews")
-    parser.add_argument("--out", type=Path, default=Path("out/embedded"), help="for checkpoints")
-    parser.add_argument("--model", type=Path, default=MODEL_FOLDER, help="folder to write")
-    parser.add_argument("--notes", type=Path, help="a text file that ends the report")
+    parser.add_argument("--resume", action="store_true", help="resume from the last checkpoint")
+    parser.add_argument(
+        "--publish-minutes", type=float, default=20.0, help="minutes between previews"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/embedded"), help="folder for checkpoints"
+    )
+    parser.add_argument("--model", type=Path, default=MODEL_FOLDER, help="model folder to write")
+    parser.add_argument("--notes", type=Path, help="text file appended to the report")
     return parser.parse_args()
 
 

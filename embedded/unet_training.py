@@ -37,7 +37,7 @@ _SNR_BOUND: Final = 6.0
 
 @dataclass(frozen=True, slots=True)
 class UNetSettings:
-    """How to train; `steps` or `minutes` end it. `publish_minutes` is the time between previews."""
+    """Training settings; `steps` or `minutes` end the run, `publish_minutes` separates previews."""
 
     steps: int | None
     minutes: float | None

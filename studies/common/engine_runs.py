@@ -1,4 +1,4 @@
-"""Tasks given straight to an engine, without the service."""
+"""Run tasks on an engine directly, without the service."""
 
 from __future__ import annotations
 

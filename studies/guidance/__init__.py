@@ -1,1 +1,1 @@
-"""What guidance does to the pictures of the embedded model, and what it costs."""
+"""The study of guidance: what it does to images of the embedded model, and what it costs."""

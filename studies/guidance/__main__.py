@@ -1,11 +1,11 @@
-"""Every guidance rule, policy and perturbation: what it makes of captions, and what it costs.
+"""Measure what every guidance rule, policy and perturbation does to captions, and what it costs.
 
     python -m studies.guidance                  # measure what is missing, write the page
     python -m studies.guidance --minutes 30     # draw for half an hour at most
-    python -m studies.guidance --parts rate     # time the engine alone; on a quiet machine
-    python -m studies.guidance --page-only      # write the page from the results there are
+    python -m studies.guidance --parts rate     # only time the engine; on an idle machine
+    python -m studies.guidance --page-only      # write the page from existing results
 
-Results are lines of ``docs/data/guidance.jsonl``; a cell that stands there is not run again. The
+Results are lines of ``docs/data/guidance.jsonl``; a cell found there is not run again. The
 page is ``docs/guidance.md`` with its plots in ``docs/images/guidance/``.
 """
 
@@ -60,19 +60,23 @@ def _measure(options: argparse.Namespace, records: Records) -> None:
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m studies.guidance")
-    parser.add_argument("--page-only", action="store_true", help="measure nothing")
+    parser.add_argument("--page-only", action="store_true", help="write the page without measuring")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="most time to draw")
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="maximum time to draw, in minutes"
+    )
     parser.add_argument(
         "--share", nargs=2, type=int, default=Share(), help="first cell, and from it on every n-th"
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rows", type=int, default=32, help="of a forward")
+    parser.add_argument("--rows", type=int, default=32, help="rows in one forward pass")
     parser.add_argument("--data", type=Path, default=Path("docs/data/guidance.jsonl"))
     parser.add_argument("--page", type=Path, default=Path("docs/guidance.md"))
     parser.add_argument("--images", type=Path, default=Path("docs/images/guidance"))
-    parser.add_argument("--kept", type=Path, default=Path("out/guidance_study"), help="for latents")
+    parser.add_argument(
+        "--kept", type=Path, default=Path("out/guidance_study"), help="folder for latents"
+    )
     for size in fields(Sizes):
         parser.add_argument(f"--{size.name.replace('_', '-')}", type=int, default=size.default)
     return parser.parse_args(arguments)

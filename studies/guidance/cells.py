@@ -1,4 +1,4 @@
-"""What is measured: guidance, who sits for it, and in which order it matters."""
+"""The cells of the study: a guidance and the captions it is drawn for, in order of importance."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def cfg(scale: float) -> Mapping[str, Any]:
 
 
 def apg(scale: float, **settings: Any) -> Mapping[str, Any]:
-    """APG with its published settings but for those given."""
+    """APG with its published settings, except those given."""
     return {"name": "apg", "scale": scale, **settings}
 
 
@@ -49,7 +49,7 @@ def plus(scale: float) -> Mapping[str, Any]:
 
 
 def magnitude_aware(scale: float) -> Mapping[str, Any]:
-    """CFG held back where it is large."""
+    """CFG that is reduced where it is large."""
     return {"name": "magnitude_aware", "scale": scale}
 
 

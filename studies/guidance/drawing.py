@@ -1,4 +1,4 @@
-"""Pictures drawn by the server's engine, with the latents that they were decoded from."""
+"""Images drawn by the server's engine, with the latents that they were decoded from."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Drawn:
     Attributes:
         latents: clean, ``[images, C, h, w]``.
         evaluations: rows of the denoiser that each took.
-        saved: rows that its policy did without.
+        saved: rows that its policy did not have to evaluate.
     """
 
     latents: Tensor
@@ -52,7 +52,7 @@ class Drawn:
 
 @dataclass(frozen=True, slots=True)
 class Spent:
-    """What a round took: seconds from submission to the last picture, and of the processor."""
+    """Duration of a round: seconds from submission to the last image, and processor seconds."""
 
     wall_s: float
     processor_s: float
@@ -63,7 +63,7 @@ class Drawing:
 
     Args:
         model: hosted; its decoder is listened to.
-        rows: of a forward; measured by the engine if None.
+        rows: in one forward pass; chosen by the engine if None.
         fitted_runs: that linear adaptive guidance is fitted to, where it is not yet.
         prompts: they are of.
         kept: folder for the fits.

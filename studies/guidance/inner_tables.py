@@ -1,4 +1,4 @@
-"""Tables of what acts inside the network, through the classifier, and between images."""
+"""Tables of terms that act inside the network, through the classifier, or between images."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ def layers(results: Results) -> str:
 
 
 def background(results: Results) -> str:
-    """Towards a background that the prompt does not speak of."""
+    """Towards a background that the prompt does not mention."""
     return _aimed(results, cells.BACKGROUND, ["background"], beside=True)
 
 
 def confused(results: Results) -> str:
-    """Towards the shape and the colour that the prompt speaks of."""
+    """Towards the shape and the colour that the prompt mentions."""
     return _aimed(results, cells.CONFUSED, ["shape", "colour"])
 
 

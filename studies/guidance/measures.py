@@ -1,4 +1,4 @@
-"""What is measured of pictures and latents."""
+"""Measures of images and latents."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MOST_PSNR = 99.0
 
 
 def saturation(pictures: Tensor) -> list[float]:
-    """Mean over pixels of the largest channel less the smallest, in [0, 1].
+    """Mean over pixels of the largest minus the smallest channel, in [0, 1].
 
     The chroma of HSV, which is its saturation times its value: dark pixels, whose saturation is
     rounding, count for nothing.

@@ -1,4 +1,4 @@
-"""Measures what is missing from the records, the most important first."""
+"""Measure what is missing from the records, most important first."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PARTS = ("truth", "pictures", "rate")
 
 
 class Share(NamedTuple):
-    """Every n-th cell from a first one on, so that several processes can share the work."""
+    """Every n-th cell from a first one on, so that several processes can divide the work."""
 
     first: int = 0
     every: int = 1
@@ -35,14 +35,14 @@ Work = tuple[dict[str, Any], "Callable[[], Mapping[str, Any]]"]
 def measure(
     study: Study, records: Records, parts: Collection[str], share: Share, minutes: float
 ) -> None:
-    """Measure pictures until all is done or the time is up; prints a line a result.
+    """Measure until everything is done or the time is up; prints one line per result.
 
     Args:
         study: draws and looks.
         records: where results go, and which there are.
         parts: of :data:`PARTS`.
         share: of the cells.
-        minutes: most time to take; a cell that has begun is ended.
+        minutes: maximum time; a cell that has started is finished.
     """
     ends = perf_counter() + 60 * minutes
     for of, work in _all_work(study, parts, share):

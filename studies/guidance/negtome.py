@@ -1,4 +1,4 @@
-"""What negative token merging does to pictures that are to keep away from one of their caption.
+"""Negative token merging: how far it drives images away from a picture of their caption.
 
     python -m studies.guidance.negtome --captions 60
 
@@ -81,7 +81,7 @@ def tasks_for(
 
 
 def table(model: HostedModel, engine: Engine, count: int, steps: int) -> None:
-    """Print how far from the picture each setting draws, and how much of it is right."""
+    """Print how far from the picture each setting leads, and how many images are right."""
     scenes = [
         scene for things in (1, 2) for scene in unseen_scenes(things, count // 2, frozenset())
     ]
@@ -124,7 +124,9 @@ def _described(negtome: dict[str, Any] | None) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(prog="python -m studies.guidance.negtome")
-    parser.add_argument("--captions", type=int, default=60, help="half of one thing, half of two")
+    parser.add_argument(
+        "--captions", type=int, default=60, help="number, half of one object and half of two"
+    )
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)

@@ -66,7 +66,7 @@ SAVING: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
 
 
 def draw(results: Results, folder: Path) -> None:
-    """Write every plot that there are results for."""
+    """Draw every plot for which there are results."""
     folder.mkdir(parents=True, exist_ok=True)
     scales(results, folder / "scales.png")
     plane(results, folder / "plane.png")
@@ -76,7 +76,7 @@ def draw(results: Results, folder: Path) -> None:
 
 
 def scales(results: Results, path: Path) -> None:
-    """What pictures show and how they look, over the scale."""
+    """Accuracy and appearance against the guidance scale."""
     figure, axes = plt.subplots(2, 3, figsize=(12, 7), sharex=True, layout="constrained")
     panels: tuple[tuple[str, Callable[[Both], Point | None]], ...] = (
         ("share of captions drawn right", lambda both: _share(both[0])),
@@ -140,7 +140,7 @@ def plane(results: Results, path: Path) -> None:
 
 
 def savings(results: Results, path: Path) -> None:
-    """How near pictures stay to those of full guidance, against what is saved."""
+    """Similarity to the images of full guidance against the evaluations saved."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 5), sharex=True, layout="constrained")
     full = results.found(cells.BASE)
     for k, (name, members) in enumerate(SAVING.items()):

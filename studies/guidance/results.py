@@ -1,4 +1,4 @@
-"""The records, asked for by guidance."""
+"""The records, looked up by guidance."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Figures:
 
 
 class Results:
-    """What has been measured; of two results for one cell the later one counts.
+    """All results; of two results for one cell the later one counts.
 
     Attributes:
         rates: what was timed.

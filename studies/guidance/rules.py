@@ -211,7 +211,7 @@ def histories(model: HostedModel, count: int, steps: int) -> None:
 
 
 def inversion(model: HostedModel, count: int, steps: int) -> None:
-    """Drawn pictures, inverted and drawn again: how much of them comes back."""
+    """Pictures inverted and drawn again: how much of them is recovered."""
     captions = Captions.of(model, count)
     predict = predictor(model, captions)
     latents = model.encode_image(render(captions.scenes))
@@ -241,10 +241,10 @@ def inversion(model: HostedModel, count: int, steps: int) -> None:
 
 
 def oscillation(model: HostedModel, count: int, steps: int) -> None:
-    """Whether the difference that guides swings to and fro from step to step.
+    """Whether the guidance difference oscillates from step to step.
 
-    Of every change from one step to the next, the cosine with the change before: 1 where the
-    difference goes on as it did, -1 where it turns back each time.
+    The cosine between each change from one step to the next and the change before: 1 if the
+    difference keeps its direction, -1 if it reverses every time.
     """
     captions = Captions.of(model, count)
     predict = predictor(model, captions)
@@ -327,7 +327,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print one table."""
     parser = argparse.ArgumentParser(prog="python -m studies.guidance.rules")
     parser.add_argument("table", choices=TABLES)
-    parser.add_argument("--captions", type=int, default=100, help="half of one thing, half of two")
+    parser.add_argument(
+        "--captions", type=int, default=100, help="number, half of one object and half of two"
+    )
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)

@@ -1,6 +1,6 @@
-"""Who is drawn: captions the model never saw, with seeds, negative prompts and pictures.
+"""What is drawn: captions the model never saw, with seeds, negative prompts and pictures.
 
-``captions`` are of one thing and of two in turn, each with the seed of its number. ``again`` draws
+``captions`` have one object and two in turn, each with its number as the seed. ``again`` draws
 the first of them with other seeds. ``two`` are those of two things. ``overlapping`` adds a negative
 prompt that names the first thing of the caption. ``avoiding`` says nothing of the background and
 has a white one as its negative prompt. ``aimed`` says nothing of it either, and must show the true

@@ -102,7 +102,7 @@ def combined(results: Results) -> str:
 
 
 def savings(results: Results) -> str:
-    """What policies save under CFG 4, and how near their pictures stay to those of full CFG."""
+    """What policies save under CFG 4, and how close their images stay to those of full CFG."""
     rows: dict[str, Mapping[str, Any]] = {
         f"adaptive {threshold:g}": guidance for threshold, guidance in cells.ADAPTIVE.items()
     }
@@ -237,7 +237,7 @@ def _of_sitting(
 
 
 def rates(results: Results) -> str:
-    """Images a second of the engine under each guidance."""
+    """Images per second of the engine under each guidance."""
     record = results.rates
     if record is None:
         return NOTHING

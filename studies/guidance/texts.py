@@ -25,7 +25,7 @@ def looks(
     truth: bool = False,
     moved: bool = False,
 ) -> str:
-    """What pictures show, how they look, and what they cost: a row a guidance.
+    """Accuracy, appearance and cost of images: one row per guidance.
 
     Args:
         results: all of them; what is not among them is left out.

@@ -1,1 +1,1 @@
-"""How good each sampler is at each number of evaluations, on the embedded model."""
+"""The study of samplers: how accurate each is at each number of evaluations."""

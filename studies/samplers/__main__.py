@@ -1,10 +1,10 @@
-"""Every sampler against a reference of 1,000 steps, and what it makes of captions.
+"""Measure every sampler against a reference of 1,000 steps, and the captions it draws right.
 
     python -m studies.samplers                  # measure what is missing, write the page
     python -m studies.samplers --minutes 30     # measure for half an hour at most
-    python -m studies.samplers --page-only      # write the page from the results there are
+    python -m studies.samplers --page-only      # write the page from existing results
 
-Results are lines of ``docs/data/samplers.jsonl``; a cell that stands there is not run again. The
+Results are lines of ``docs/data/samplers.jsonl``; a cell found there is not run again. The
 page is ``docs/samplers.md`` with its plots in ``docs/images/samplers/``.
 """
 
@@ -54,21 +54,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m studies.samplers")
-    parser.add_argument("--page-only", action="store_true", help="measure nothing")
+    parser.add_argument("--page-only", action="store_true", help="write the page without measuring")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--contenders", nargs="+", choices=EVERY, default=tuple(EVERY))
     parser.add_argument("--scales", nargs="+", type=float, default=(*SCALES, *HIGH_SCALES))
     parser.add_argument("--evaluations", nargs="+", type=int, default=EVERY_EVALUATIONS)
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="most time to measure")
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="maximum time to measure, in minutes"
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument(
-        "--architecture", choices=("embedded", "sd15"), default="embedded", help="to time beside"
+        "--architecture",
+        choices=("embedded", "sd15"),
+        default="embedded",
+        help="model whose forward pass costs are compared with",
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--data", type=Path, default=Path("docs/data/samplers.jsonl"))
     parser.add_argument("--page", type=Path, default=Path("docs/samplers.md"))
     parser.add_argument("--images", type=Path, default=Path("docs/images/samplers"))
-    parser.add_argument("--kept", type=Path, default=Path("out/samplers"), help="for references")
+    parser.add_argument(
+        "--kept", type=Path, default=Path("out/samplers"), help="folder for references"
+    )
     parser.add_argument("--statistics", type=Path, default=MODEL_FOLDER / "weft")
     for size in fields(Sizes):
         parser.add_argument(f"--{size.name.replace('_', '-')}", type=int, default=size.default)

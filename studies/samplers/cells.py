@@ -1,4 +1,4 @@
-"""What is measured: contenders, and the cells of each part in the order that they matter."""
+"""The cells of the study: contenders, and the cells of each part in order of importance."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors on a Gaussian mixture, whose flow is known: the slope of each sampler."""
+"""Errors on a Gaussian mixture, whose flow is known, and the slope of each sampler."""
 
 from __future__ import annotations
 

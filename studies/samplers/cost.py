@@ -1,4 +1,4 @@
-"""What a sampler costs beside the model: its plan, and its share of a tick."""
+"""The cost of a sampler beside that of the model: its plan, and its share of a tick."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _advance_ms(plan: Plan, rows: int, shape: tuple[int, int, int], device: torc
 
 
 def _least_seconds(work: Callable[[], Any], rounds: int = ROUNDS) -> float:
-    """The least of some rounds: what other work on the machine adds is not the sampler's."""
+    """The minimum over some rounds, since other work on the machine only adds to the time."""
     times: list[float] = []
     for _ in range(rounds + WARM_UP):
         _wait()

@@ -1,4 +1,4 @@
-"""One cell again with diffusers' own pipeline and scheduler, which share no code with ours."""
+"""One cell repeated with diffusers' own pipeline and scheduler, which share no code with ours."""
 
 from __future__ import annotations
 

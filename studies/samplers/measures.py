@@ -1,4 +1,4 @@
-"""What is measured of a run, and how sure a mean or a share is."""
+"""Measures of a run, and confidence intervals of means and shares."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Goes through all that is to be measured, and measures what has no result yet."""
+"""Measure every cell that has no result yet."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CHECKED_SCALE = 4.0
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What of all that can be measured is.
+    """The selection of cells to measure.
 
     Attributes:
         parts: of :data:`PARTS`.
@@ -72,7 +72,7 @@ def measure(
     wanted: Wanted,
     minutes: float,
 ) -> None:
-    """Measure until all is done or the time is up; prints a line a result.
+    """Measure until everything is done or the time is up; prints one line per result.
 
     Args:
         study: the prompts, references and ranges.
@@ -81,7 +81,7 @@ def measure(
         statistics: of the model.
         records: where results go, and which there are.
         wanted: what to measure.
-        minutes: most time to take; a cell that has begun is ended.
+        minutes: maximum time; a cell that has started is finished.
     """
     ends = perf_counter() + 60 * minutes
     absent: set[str] = set()

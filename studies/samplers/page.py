@@ -1,4 +1,4 @@
-"""The page: a template of prose, and the tables that belong in it."""
+"""The page: a template of prose, filled with the tables."""
 
 from __future__ import annotations
 

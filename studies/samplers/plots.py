@@ -48,7 +48,7 @@ mpl.use("Agg")
 
 
 def draw(results: Results, folder: Path) -> None:
-    """Write every plot that there are results for."""
+    """Draw every plot for which there are results."""
     folder.mkdir(parents=True, exist_ok=True)
     errors(results, folder / "errors.png")
     variants(results, folder / "v3.png")

@@ -13,10 +13,10 @@ DIGITS = 5
 
 
 class Records:
-    """A file of one result a line, each with the key of what it is the result of.
+    """A file with one result per line, each with the key of its cell.
 
     Args:
-        path: the file; made when the first result comes.
+        path: the file; created with the first result.
     """
 
     def __init__(self, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The records, asked for by what the page wants to know."""
+"""The records, looked up by what the page shows."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Found:
 
 
 class Results:
-    """What has been measured; of two results for one cell the later one counts."""
+    """All results; of two results for one cell the later one counts."""
 
     def __init__(self, records: Records) -> None:
         self._cells: dict[tuple[Any, ...], dict[str, Any]] = {}

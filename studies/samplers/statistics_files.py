@@ -1,4 +1,4 @@
-"""The files of empirical model statistics beside a model, by guidance scale."""
+"""The files of empirical model statistics in a model folder, by guidance scale."""
 
 from __future__ import annotations
 

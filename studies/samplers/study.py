@@ -1,4 +1,4 @@
-"""Runs the cells: from a cell to a plan, from a plan to latents, from latents to figures."""
+"""Run the cells: from a cell to a plan, from a plan to latents, from latents to figures."""
 
 from __future__ import annotations
 
