@@ -13,6 +13,7 @@ from torch import Tensor
 
 from guidance import PERTURBATIONS, POLICIES, RULES, Guided, Perturbation, Policy, Rows, Rule
 from guidance.composed import Composed, WeightedPrompt
+from tests.covering import covering
 
 SHAPE = (4, 6, 5)
 
@@ -75,6 +76,7 @@ def _values(field: FieldInfo) -> list[Any]:
 
 
 def _variants(kind: type[BaseModel]) -> list[Any]:
+    """Settings in which any two values of a kind's fields meet that may."""
     names = list(kind.model_fields)
     found: list[Any] = []
     for values in product(*(_values(field) for field in kind.model_fields.values())):
@@ -82,7 +84,7 @@ def _variants(kind: type[BaseModel]) -> list[Any]:
             found.append(kind.model_validate(dict(zip(names, values, strict=True))))
         except ValidationError:
             continue
-    return found
+    return covering(found, lambda one: [repr(value) for _, value in one], together=2)
 
 
 def label(setting: BaseModel) -> str:

@@ -58,16 +58,17 @@ def ours(
     estimated = policy.estimated(SIGMA / ALPHA, np.arange(4) / 4)
     assert (evaluated ^ estimated).all()
     ones, denoised = x.new_ones(2, 1, 1, 1), x
+    always = ones > 0
     for i in range(4):
         a, s = ALPHA[i] * ones, SIGMA[i] * ones
         cond = (x - s * eps_of_prompt(x, i)) / a
         other = (x - s * eps_of_negative(x)) / a if evaluated[i] else torch.full_like(x, torch.nan)
-        rows = Rows(cond, other[:, None], x, a, s, 0 * ones, x[:, None, :0], ones > 0)
+        rows = Rows(cond, other[:, None], x, a, s, 0 * ones, x[:, None, :0], always, always)
         asked = torch.full((2, 1, 1, 1), bool(evaluated[i]))
         parameters = policy.parameters([policy, policy], x[:1])
         filled = policy.fill(rows, memory, parameters, asked)
         memory = filled.memory
-        rows = Rows(cond, filled.other[:, None], x, a, s, 0 * ones, x[:, None, :0], ones > 0)
+        rows = Rows(cond, filled.other[:, None], x, a, s, 0 * ones, x[:, None, :0], always, always)
         denoised = apply(CFG(scale=GAMMA), rows).denoised
         if i < 3:
             x = ALPHA[i + 1] * denoised + SIGMA[i + 1] * fresh(i + 1)
