@@ -18,12 +18,12 @@ from server.engine.scheduler import Candidate, select
 from server.engine.state.lane import Lane
 from server.engine.state.sequence import Sequence
 from server.engine.state.submission import Submission
-from server.engine.terms.particles import resample
 from server.engine.tick import weave
 from server.engine.tick.decode import Decoder
 from server.engine.tick.host_copy import HostCopy
 from server.engine.tick.newcomers import Admission
 from server.engine.tick.preview import fit_preview, previews
+from server.engine.tick.resampling import resample
 from server.engine.tick.stopwatch import Stopwatch
 from server.engine.warmup import BATCHES, row_budget_of, sweep
 from server.errors import (
@@ -344,7 +344,7 @@ class Engine:
         # The tick's one wait for the device.
         sound, settled = torch.stack([finite, guidance.settled]).tolist()
         denoised = guidance.denoised
-        resampling = resample(rows, predictions, sound) if rows.groups else None
+        resampling = resample(rows, predictions, sound)
         if resampling is not None:
             state, denoised = resampling.taken_over(state), resampling.taken_over(denoised)
             sound = [sound[origin] for origin in resampling.origins]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from server.engine.terms.registry import order_of
+from server.engine.terms.term import RowSpec
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -14,8 +18,25 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from pydantic import BaseModel
 
-    from guidance.edits import Edit
     from server.engine.task import ImageTask
+    from server.engine.terms.term import Term
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Acting:
+    """A term that acts at a stage.
+
+    Attributes:
+        index: of the term among those of its image.
+        kind: its class.
+        order: when terms of this class act, and how many terms of the class act before it.
+        rows: where the predictions that it wants are in ``Ask.numbers``.
+    """
+
+    index: int
+    kind: type[Term]
+    order: tuple[int, int]
+    rows: range
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,32 +44,19 @@ class Ask:
     """What one stage needs beside the prompt's prediction.
 
     Predictions of an image are numbered: 0 the prompt's, then those of the rule's branches, then
-    the perturbed ones, then the picture that the image avoids, then the reference that the
-    classifier chooses.
+    those that terms want.
 
     Attributes:
-        numbers: of the predictions to evaluate.
+        numbers: of the predictions to evaluate; those of the branches come first.
         evaluated: whether the rule's branches are among them.
         estimated: whether the policy estimates the branch.
-        perturbed: number and scale of each perturbed prediction among them.
-        avoided: number of the avoided picture's prediction, 0 where it is not among them.
-        push: how far the prediction moves for each unit of the classifier's gradient.
-        reference: scale of the term that leads away from the reference, which is the last of
-            ``numbers`` unless this is 0.
+        acting: the terms that act.
     """
 
     numbers: tuple[int, ...]
     evaluated: bool
     estimated: bool
-    perturbed: tuple[tuple[int, float], ...]
-    avoided: int = 0
-    push: float = 0.0
-    reference: float = 0.0
-
-    @property
-    def aimed(self) -> bool:
-        """Whether the classifier is asked."""
-        return bool(self.push or self.reference)
+    acting: tuple[Acting, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,10 +71,10 @@ class GuidancePlan:
         left_settled: the same once guidance has ended.
         widest: most rows of a forward that a stage needs.
         progress: share of the steps done before each stage.
-        apart: at which stages the images of its group keep apart.
         constants: the policy's numbers, ``[stages, n]``.
-        edits: what each prediction changes inside the network, by number.
-        edited: whether any does.
+        predictions: what each prediction is told, and what it changes inside the network, by
+            number.
+        texts: all that the network may be told.
         told_scale: guidance scale less 1 that the network is told; None where it is told none.
         rule_key: equal for images whose predictions one call can combine.
         policy_key: equal for images whose second prediction one call can fill in.
@@ -79,10 +87,9 @@ class GuidancePlan:
     left_settled: list[int]
     widest: int
     progress: list[float]
-    apart: list[bool]
     constants: NDArray[np.float64]
-    edits: list[tuple[Edit, ...]]
-    edited: bool
+    predictions: tuple[RowSpec, ...]
+    texts: tuple[str | None, ...]
     told_scale: float | None
     rule_key: tuple[Any, ...]
     policy_key: tuple[Any, ...]
@@ -101,27 +108,16 @@ def plan_guidance(task: ImageTask) -> GuidancePlan:
         raise ValueError(f"{policy.name} estimates one branch, and {rule.name} has {len(branches)}")
     evaluated = policy.evaluates(noise_ratio, progress) & bool(branches)
     estimated = policy.estimated(noise_ratio, progress) & bool(branches)
-    first = 1 + len(branches)
-    perturbed = _perturbed(task, first)
-    avoided = first + len(task.perturbed)
-    shown = np.zeros(plan.evaluations, np.int64)
-    if task.avoided is not None:
-        shown[task.avoided.negtome.contains(noise_ratio, progress)] = avoided
-    apart = np.zeros(plan.evaluations, np.bool_)
-    if task.group is not None and task.group.apart is not None:
-        apart = task.group.apart.contains(noise_ratio, progress)
-    terms = [*zip(perturbed, shown.tolist(), *_classified(task), strict=True)]
-    stages = zip(evaluated.tolist(), estimated.tolist(), terms, strict=True)
-    numbers = range(1, first), avoided + 1
-    asks = [_ask(*numbers, known, guessed, *own) for known, guessed, own in stages]
-    settled = [_ask(*numbers, False, False, *own) for own in terms]
-    edits = [
-        (),
-        *((branch.edit,) if branch.edit else () for branch in branches),
-        *((perturbation.edit,) for perturbation in task.perturbed),
-        (),
-        (),
-    ]
+    predictions = [RowSpec(task.prompt)]
+    for branch in branches:
+        text = branch.text(task.prompt, task.negative_prompt)
+        predictions.append(RowSpec(text, (branch.edit,) if branch.edit else ()))
+    beside = range(1, len(predictions))
+    wanted = _wanted(task.terms, plan.evaluations, predictions)
+    stages = zip(evaluated.tolist(), estimated.tolist(), wanted, strict=True)
+    asks = [_ask(beside if known else (), known, guessed, own) for known, guessed, own in stages]
+    settled = [_ask((), False, False, own) for own in wanted]
+    texts = [one.text for one in predictions] + [text for t in task.terms for text in t.texts]
     constants = np.zeros((plan.evaluations, 0))
     if branches:
         constants = policy.constants(plan.evaluations, task.coefficients)
@@ -133,57 +129,54 @@ def plan_guidance(task: ImageTask) -> GuidancePlan:
         left_settled=_left(settled),
         widest=1 + max(len(ask.numbers) for ask in asks),
         progress=progress.tolist(),
-        apart=apart.tolist(),
         constants=constants,
-        edits=[task.edits + own for own in edits],
-        edited=bool(task.edits) or any(edits),
+        predictions=tuple(predictions),
+        texts=tuple(dict.fromkeys(texts)),
         told_scale=getattr(rule, "scale", 1.0) - 1 if policy.embeds else None,
         rule_key=(type(rule), len(branches), *_kind(rule)),
         policy_key=(type(policy), policy.memory_slots, constants.shape[1], *_kind(policy)),
     )
 
 
-def _perturbed(task: ImageTask, first: int) -> list[tuple[tuple[int, float], ...]]:
-    """Numbers, from the first on, and strengths of the disturbed predictions of each stage."""
-    plan = task.plan
-    strengths = [p.scale for p in task.perturbed] if task.strengths is None else task.strengths
-    acting = [
-        p.evaluates(plan.noise_ratio, plan.progress) * strength
-        for p, strength in zip(task.perturbed, strengths, strict=True)
-    ]
-    stages: list[tuple[float, ...]] = [*zip(*acting, strict=True)] or [()] * plan.evaluations
-    return [
-        tuple((first + k, float(strength)) for k, strength in enumerate(stage) if strength)
-        for stage in stages
-    ]
+def _wanted(
+    terms: Sequence[Term], stages: int, predictions: list[RowSpec]
+) -> list[list[tuple[int, Term, tuple[int, ...]]]]:
+    """The terms that act at each stage: index, term, and the numbers of its predictions.
 
-
-def _classified(task: ImageTask) -> tuple[list[float], list[float]]:
-    """How strongly the classifier's gradient, and its reference, act at each stage."""
-    nothing = [0.0] * task.plan.evaluations
-    if task.aim is None:
-        return nothing, nothing
-    strengths = task.aim.strengths.tolist()
-    return (nothing, strengths) if task.aim.alternatives else (strengths, nothing)
+    Args:
+        terms: of an image.
+        stages: of its plan.
+        predictions: of the image so far; those of the terms are added, each of them once.
+    """
+    known: dict[tuple[int, int, RowSpec], int] = {}
+    wanted: list[list[tuple[int, Term, tuple[int, ...]]]] = []
+    for stage in range(stages):
+        acting = [(k, term) for k, term in enumerate(terms) if term.acts(stage)]
+        wanted.append([])
+        for k, term in acting:
+            keys = [(k, place, row) for place, row in enumerate(term.rows(stage))]
+            for key in keys:
+                if key not in known:
+                    known[key] = len(predictions)
+                    predictions.append(key[2])
+            wanted[-1].append((k, term, tuple(known[key] for key in keys)))
+    return wanted
 
 
 def _ask(
-    branches: range,
-    number: int,
+    branches: Sequence[int],
     evaluated: bool,
     estimated: bool,
-    perturbed: tuple[tuple[int, float], ...],
-    avoided: int,
-    push: float,
-    reference: float,
+    terms: Sequence[tuple[int, Term, tuple[int, ...]]],
 ) -> Ask:
-    numbers = (
-        *(branches if evaluated else ()),
-        *(disturbed for disturbed, _ in perturbed),
-        *((avoided,) if avoided else ()),
-        *((number,) if reference else ()),
-    )
-    return Ask(numbers, evaluated, estimated, perturbed, avoided, push, reference)
+    numbers, acting, seen = [*branches], list[Acting](), Counter["type[Term]"]()
+    for index, term, own in terms:
+        kind = type(term)
+        rows = range(len(numbers), len(numbers) + len(own))
+        acting.append(Acting(index, kind, (order_of(kind), seen[kind]), rows))
+        numbers += own
+        seen[kind] += 1
+    return Ask(tuple(numbers), evaluated, estimated, tuple(acting))
 
 
 def _left(asks: Sequence[Ask]) -> list[int]:

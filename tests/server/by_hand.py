@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import BaseModel
 from torch import Tensor
 
-from guidance import POLICIES, RULES, Edit, Perturbation, Policy, Rows, Rule
+from guidance import POLICIES, RULES, Edit, Perturbation, Policy, Rows, Rule, SkipTuning
 from guidance.always import Always
 from guidance.cfg import CFG
 from guidance.edits import WeakModel
-from samplers import Sampler, preconditioning
+from samplers import Plan, Sampler, preconditioning
 from samplers.dpm_solver_pp import DPMSolverPP
 from server.engine.state.noise import stage_noise, start_noise
 from server.engine.task import ImageTask
+from server.engine.terms.levels import levels_of
+from server.engine.terms.registry import terms_of
+from server.engine.terms.term import Run, Term
 from server.engine.tick.preview import to_uint8
+from server.models.hosted import HostedModel
 from tests.server.toy_model import FACTS, SIDE, Toy
 
 TOGETHER = [
@@ -32,27 +38,48 @@ TOGETHER = [
 """Every rule with every policy that goes with it."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Asked(ImageTask):
+    """A task that remembers what its terms were made from."""
+
+    settings: tuple[BaseModel, ...] = ()
+    reference: Tensor | None = None
+
+
+def terms_for(
+    settings: Sequence[BaseModel], plan: Plan, model: HostedModel | None = None, **fields: Any
+) -> tuple[Term, ...]:
+    """Terms of a run of the toy model, as requests make them."""
+    hosted = model or Toy()
+    given: dict[str, Any] = {"rule": CFG(), "prompt": "a circle", **fields}
+    return terms_of(settings, Run(hosted, hosted.facts.schedule, plan, **given))
+
+
 def task(
     rule: Rule | None = None,
     policy: Policy | None = None,
-    perturbed: tuple[Perturbation, ...] = (),
+    settings: tuple[BaseModel, ...] = (),
     sampler: Sampler | None = None,
     steps: int = 6,
+    reference: Tensor | None = None,
     **fields: Any,
-) -> ImageTask:
+) -> Asked:
     solver = sampler or DPMSolverPP()
     plan = solver.plan(FACTS.schedule.grid(solver.default_spacing, steps))
     when = policy or Always()
     generator = np.random.default_rng(0)
     given: dict[str, Any] = {"prompt": "a circle", "negative_prompt": "blue", "seed": 3, **fields}
-    return ImageTask(
+    run = {name: given[name] for name in ("prompt", "negative_prompt")}
+    return Asked(
         model="toy",
         width=SIDE,
         height=SIDE,
         plan=plan,
         rule=rule or CFG(),
         policy=when,
-        perturbed=perturbed,
+        terms=terms_for(settings, plan, rule=rule or CFG(), reference=reference, **run),
+        settings=settings,
+        reference=reference,
         coefficients=generator.normal(size=(plan.evaluations, when.fitted)) / 3,
         **given,
     )
@@ -61,7 +88,7 @@ def task(
 class ByHand:
     """An image, one row after another, as the rules, policies and perturbations read."""
 
-    def __init__(self, model: Toy, task: ImageTask) -> None:
+    def __init__(self, model: Toy, task: Asked) -> None:
         self.model, self.task, self.plan = model, task, task.plan
         self.scales = preconditioning("epsilon", task.plan.alpha[:-1], task.plan.sigma[:-1])
         self.times = FACTS.schedule.conditioning(task.plan.t[:-1])
@@ -74,6 +101,9 @@ class ByHand:
         self.rule_memory = torch.zeros(1, rule.memory_slots, *shape)
         self.policy_memory = torch.zeros(1, policy.memory_slots, *shape)
         self.settled = not rule.branches
+        self.perturbed = [one for one in task.settings if isinstance(one, Perturbation)]
+        self.edits = [one.edit for one in task.settings if isinstance(one, SkipTuning)]
+        self.levels = levels_of(task.plan, FACTS.schedule)
 
     def pixels(self) -> NDArray[np.uint8]:
         shape = self.model.latent_shape(SIDE, SIDE)
@@ -95,7 +125,7 @@ class ByHand:
         return float(self.plan.alpha[0]) * latents + float(self.plan.sigma[0]) * noise
 
     def denoised(self, i: int, x: Tensor, text: str | None, *edits: Edit) -> Tensor:
-        changes = (*self.task.edits, *edits)
+        changes = (*self.edits, *edits)
         t = torch.tensor([self.times[i]], dtype=torch.float32)
         points, inputs = float(self.scales.scale_in[i]) * x, self.model.inputs([text])
         if WeakModel() in changes:
@@ -112,10 +142,9 @@ class ByHand:
         result, moved = cond, x
         if not self.settled and (self.evaluated[i] or self.estimated[i]):
             result, moved = self.combined(i, x, cond)
-        for k, term in enumerate(self.task.perturbed):
+        for term in self.perturbed:
             if term.evaluates(self.ratio[i : i + 1], self.progress[i : i + 1])[0]:
-                strengths = self.task.strengths
-                strength = term.scale if strengths is None else float(strengths[k, i])
+                strength = float(term.strengths(self.levels)[i])
                 away = cond - self.denoised(i, x, self.task.prompt, term.edit)
                 result = result + strength * away
         return result, moved

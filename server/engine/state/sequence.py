@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from server.engine.guidance_plan import plan_guidance
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from guidance.edits import ApartFrom
     from server.engine.guidance_plan import Ask, GuidancePlan
     from server.engine.state.compiled import CompiledPlan
     from server.engine.state.lane import Lane
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from server.models.conditioning import Conditioning
 
 __all__ = [
-    "AvoidedLatents",
     "ImageResult",
     "Known",
     "Listener",
@@ -82,18 +82,16 @@ class Known:
     repaint: Tensor
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class AvoidedLatents:
-    """A picture to keep away from: its latents and its noise ``[C, h, w]``, and what that does."""
-
-    latents: Tensor
-    noise: Tensor
-    edit: ApartFrom
-
-
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One image under way: its task, and how far it has come."""
+    """One image under way: its task, and how far it has come.
+
+    Attributes:
+        conditioning: of all that the network may be told, by text.
+        term_states: what each of the task's terms keeps of this image.
+        ancestor: the image that it goes back to, where images are resampled; else itself.
+        effective: how many images of its group counted at each resampling.
+    """
 
     task: ImageTask
     index: int
@@ -110,10 +108,10 @@ class Sequence:
     submitted_at: float = field(default_factory=monotonic)
     started_at: float = 0.0
     denoised_at: float = 0.0
-    conditioning: list[Conditioning] = field(default_factory=list)
+    conditioning: Mapping[str | None, Conditioning] = field(default_factory=dict)
     compiled: CompiledPlan | None = None
     known: Known | None = None
-    avoided: AvoidedLatents | None = None
+    term_states: list[Any] = field(default_factory=list[Any])
     ancestor: int = field(init=False)
     effective: list[float] = field(default_factory=list)
 

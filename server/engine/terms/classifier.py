@@ -1,114 +1,195 @@
-"""What the model's classifier adds to the guidance of a tick."""
+"""Guidance by the model's classifier: up its gradient, or away from a prompt that it chooses."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from typing_extensions import override
 
-from server.engine.state.batch import References
+from guidance.classifier_guidance import UNAIMED, GradientGuidance, ReferenceGuidance
 from server.engine.state.padding import padded
+from server.engine.terms.term import RowSpec, Term
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from collections.abc import Sequence as Listed
+    from collections.abc import Mapping, Sequence
+    from typing import Self
 
     from torch import Tensor
 
-    from server.engine.state.batch import Batch
-    from server.engine.task import Aim
+    from guidance import ClassifierGuidance
+    from server.engine.terms.seen import ForwardRows, OwnRows, Predictions, Seen
+    from server.engine.terms.term import Run
     from server.models.conditioning import Conditioning
 
 
-def choose(batch: Batch) -> References:
-    """Let the classifier read x, and choose what each image's reference is told.
+@dataclass(frozen=True, slots=True, eq=False)
+class UpGradient(Term):
+    """``D + strength grad``, the gradient of what the classifier is asked for.
 
-    Args:
-        batch: with images whose stage has a reference.
+    Attributes:
+        guidance: what is asked.
+        targets: number of the class aimed at, of each attribute in the classifier's order; -1 for
+            none.
+        strengths: of each stage; 0 where the term does not act.
     """
-    positions, rows = list(batch.referred), list(batch.referred.values())
-    sequences = [batch.sequences[i] for i in positions]
-    aims = [batch.aims[i] for i in positions]
-    x = batch.columns[:, 0].index_select(0, batch.lane.indices(positions))
-    alpha, sigma = _levels(batch, positions, [False] * len(positions))
-    inputs = (padded(one, batch.fixed_rows) for one in (x, alpha, sigma))
-    seen = batch.lane.model.classify(*inputs)
-    choices, strengths = torch.empty_like(alpha, dtype=torch.int64), torch.empty_like(alpha)
-    for kind, members in _by_kind(aims).items():
-        where = batch.lane.indices(members)
-        reference = kind.refer(*_of(members, aims, seen))
-        choices.index_copy_(0, where, reference.choice)
-        strengths.index_copy_(0, where, reference.strength)
-    told: list[Conditioning] = []
-    first: list[int] = []
-    for sequence, aim in zip(sequences, aims, strict=True):
-        first.append(len(told))
-        # The alternatives are the last of an image's prompts.
-        told += sequence.conditioning[-len(aim.alternatives) :]
-    chosen = batch.lane.model.stack(told).select(batch.lane.indices(first) + choices)
-    scales = alpha.new_tensor([sequence.ask.reference for sequence in sequences])
-    return References(positions, rows, chosen, scales * strengths)
+
+    made_from: ClassVar = GradientGuidance
+    applies: ClassVar = True
+    guidance: GradientGuidance
+    targets: tuple[int, ...]
+    strengths: tuple[float, ...]
+
+    @classmethod
+    @override
+    def of(cls, setting: GradientGuidance, run: Run) -> Self:
+        return cls(setting, _targets_of(setting, run), _strengths_of(setting, run))
+
+    @override
+    def acts(self, stage: int) -> bool:
+        return self.strengths[stage] != 0
+
+    @classmethod
+    @override
+    def apply(
+        cls, terms: Sequence[Self], denoised: Tensor, predictions: Predictions, seen: Seen
+    ) -> Tensor:
+        clean = [term.guidance.shows == "denoised" for term in terms]
+        shown = denoised.where(seen.factors(clean) > 0, seen.x)
+        alpha = [1.0 if c else a for c, a in zip(clean, seen.alpha, strict=True)]
+        sigma = [0.0 if c else s for c, s in zip(clean, seen.sigma, strict=True)]
+        # Tensors of inference mode carry no gradients; copies that are made outside of it do.
+        with torch.inference_mode(mode=False), torch.enable_grad():
+            x = shown.clone().requires_grad_()
+            levels = (seen.scalars(level).clone() for level in (alpha, sigma))
+            logits = seen.lane.model.classify(x, *levels)
+            [gradient] = torch.autograd.grad(_objective(terms, logits), x)
+        strengths = [term.strengths[at] for term, at in zip(terms, seen.stages, strict=True)]
+        return denoised + seen.factors(strengths) * gradient
 
 
-def push(batch: Batch, denoised: Tensor) -> None:
-    """Move guided predictions up the gradient of what their images ask of the classifier.
+@dataclass(frozen=True, slots=True, eq=False)
+class AwayFromChosen(Term):
+    """``D + strength (Dc - Dr)``, Dr told the one of several prompts that the classifier chooses.
 
-    Args:
-        batch: with images whose stage has a gradient.
-        denoised: guided predictions ``[images, C, h, w]``, moved in place.
+    Its state of an image is the strength that the classifier found at this stage, 0-dimensional.
+
+    Attributes:
+        guidance: how it chooses.
+        targets: number of the class aimed at, of each attribute in the classifier's order; -1 for
+            none.
+        strengths: of each stage; 0 where the term does not act.
+        alternatives: the prompts.
     """
-    positions = batch.pushed
-    aims = [batch.aims[i] for i in positions]
-    clean = [aim.guidance.shows == "denoised" for aim in aims]
-    where = batch.lane.indices(positions)
-    shown = denoised.index_select(0, where)
-    for row, reads_clean in enumerate(clean):
-        if not reads_clean:
-            shown[row] = batch.columns[positions[row], 0]
-    # Tensors of inference mode carry no gradients; copies that are made outside of it do.
-    with torch.inference_mode(mode=False), torch.enable_grad():
-        x = padded(shown.clone(), batch.fixed_rows).requires_grad_()
-        levels = (padded(one, batch.fixed_rows) for one in _levels(batch, positions, clean))
-        seen = batch.lane.model.classify(x, *levels)
-        [gradient] = torch.autograd.grad(_objective(aims, seen), x)
-    scales = shown.new_tensor([batch.sequences[i].ask.push for i in positions])
-    moves = scales.view(-1, *[1] * (shown.ndim - 1)) * gradient[: len(positions)]
-    denoised.index_add_(0, where, moves)
+
+    made_from: ClassVar = ReferenceGuidance
+    prepares: ClassVar = True
+    applies: ClassVar = True
+    guidance: ReferenceGuidance
+    targets: tuple[int, ...]
+    strengths: tuple[float, ...]
+    alternatives: tuple[str, ...]
+
+    @classmethod
+    @override
+    def of(cls, setting: ReferenceGuidance, run: Run) -> Self:
+        alternatives = setting.alternatives(run.prompt, _heads_of(run))
+        targets, strengths = _targets_of(setting, run), _strengths_of(setting, run)
+        return cls(setting, targets, strengths, alternatives)
+
+    @override
+    def acts(self, stage: int) -> bool:
+        return self.strengths[stage] != 0
+
+    @override
+    def rows(self, stage: int) -> tuple[RowSpec, ...]:
+        return (RowSpec(self.alternatives[0]),)
+
+    @property
+    @override
+    def texts(self) -> tuple[str | None, ...]:
+        return self.alternatives
+
+    @classmethod
+    @override
+    def prepare(
+        cls, terms: Sequence[Self], forward: ForwardRows, own: Sequence[OwnRows], seen: Seen
+    ) -> None:
+        inputs = seen.x, seen.scalars(seen.alpha), seen.scalars(seen.sigma)
+        logits = seen.lane.model.classify(*(padded(one, seen.fixed_rows) for one in inputs))
+        choices = torch.empty(len(terms), dtype=torch.int64, device=inputs[0].device)
+        strengths = torch.empty_like(inputs[1])
+        for kind, members in _by_kind(terms).items():
+            where = seen.lane.indices(members)
+            reference = kind.refer(*_of(members, terms, logits))
+            choices.index_copy_(0, where, reference.choice)
+            strengths.index_copy_(0, where, reference.strength)
+        told: list[Conditioning] = []
+        first: list[int] = []
+        for term, texts in zip(terms, seen.texts, strict=True):
+            first.append(len(told))
+            told += [texts[alternative] for alternative in term.alternatives]
+        # Chosen on the device, so that the tick need not wait for it.
+        chosen = seen.lane.model.stack(told).select(seen.lane.indices(first) + choices)
+        rows = seen.lane.indices([row for rows in own for row in rows.term])
+        forward.conditioning = forward.conditioning.put(rows, chosen)
+        seen.states[:] = strengths.unbind()
+
+    @classmethod
+    @override
+    def apply(
+        cls, terms: Sequence[Self], denoised: Tensor, predictions: Predictions, seen: Seen
+    ) -> Tensor:
+        scales = [term.strengths[at] for term, at in zip(terms, seen.stages, strict=True)]
+        factors = seen.factors(scales)
+        strengths = factors * torch.stack(seen.states).view_as(factors)
+        return denoised + strengths * (predictions.cond() - predictions.own())
 
 
-def _objective(aims: Listed[Aim], seen: Mapping[str, Tensor]) -> Tensor:
+def _heads_of(run: Run) -> Mapping[str, tuple[str, ...]]:
+    """The classes of each attribute that the model's classifier knows."""
+    return {} if run.model.classifier is None else run.model.classifier.heads
+
+
+def _targets_of(setting: ClassifierGuidance, run: Run) -> tuple[int, ...]:
+    return tuple(
+        classes.index(setting.aims[attribute]) if attribute in setting.aims else UNAIMED
+        for attribute, classes in _heads_of(run).items()
+    )
+
+
+def _strengths_of(setting: ClassifierGuidance, run: Run) -> tuple[float, ...]:
+    acts = setting.evaluates(run.plan.noise_ratio, run.plan.progress)
+    return tuple((acts * setting.strengths(run.levels())).tolist())
+
+
+def _objective(terms: Sequence[UpGradient], logits: Mapping[str, Tensor]) -> Tensor:
     """Summed over the rows: each moves by its own summand alone."""
     summands: list[Tensor] = []
-    for kind, members in _by_kind(aims).items():
-        logits, targets = _of(members, aims, seen)
-        settings = [aims[i].guidance for i in members]
-        parameters = kind.parameters(settings, next(iter(logits.values())))
-        summands.append(kind.objective(logits, targets, parameters).sum())
+    for kind, members in _by_kind(terms).items():
+        own, targets = _of(members, terms, logits)
+        settings = [terms[i].guidance for i in members]
+        parameters = kind.parameters(settings, next(iter(own.values())))
+        summands.append(kind.objective(own, targets, parameters).sum())
     return torch.stack(summands).sum()
 
 
 def _of(
-    members: Listed[int], aims: Listed[Aim], seen: Mapping[str, Tensor]
+    members: Sequence[int],
+    terms: Sequence[UpGradient] | Sequence[AwayFromChosen],
+    logits: Mapping[str, Tensor],
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Logits ``[members, classes]`` of each attribute, and the class aimed at ``[members]``."""
-    device = next(iter(seen.values())).device
+    device = next(iter(logits.values())).device
     where = torch.tensor(members, device=device)
-    targets = torch.tensor([aims[i].targets for i in members], device=device).unbind(1)
-    logits = {name: values.index_select(0, where) for name, values in seen.items()}
-    return logits, dict(zip(seen, targets, strict=True))
+    targets = torch.tensor([terms[i].targets for i in members], device=device).unbind(1)
+    own = {name: values.index_select(0, where) for name, values in logits.items()}
+    return own, dict(zip(logits, targets, strict=True))
 
 
-def _by_kind(aims: Listed[Aim]) -> dict[Any, list[int]]:
+def _by_kind(terms: Sequence[UpGradient] | Sequence[AwayFromChosen]) -> dict[Any, list[int]]:
     kinds: dict[Any, list[int]] = {}
-    for i, aim in enumerate(aims):
-        kinds.setdefault(type(aim.guidance), []).append(i)
+    for i, term in enumerate(terms):
+        kinds.setdefault(type(term.guidance), []).append(i)
     return kinds
-
-
-def _levels(batch: Batch, positions: Listed[int], clean: Listed[bool]) -> tuple[Tensor, ...]:
-    """Scales ``[rows]`` of signal and noise in what the classifier reads."""
-    levels: list[tuple[float, float]] = []
-    for i, reads_clean in zip(positions, clean, strict=True):
-        plan, stage = batch.plans[i], batch.sequences[i].stage
-        levels.append((1.0, 0.0) if reads_clean else (plan.alpha[stage], plan.sigma[stage]))
-    return torch.tensor(levels).to(batch.lane.model.device).unbind(1)

@@ -9,7 +9,7 @@ import torch
 
 from guidance.edits import WeakModel
 from server.engine.state.padding import padded
-from server.engine.terms.avoided import kept_apart
+from server.engine.terms.seen import ForwardRows
 from server.models.inputs import RowInputs
 
 if TYPE_CHECKING:
@@ -17,21 +17,38 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from guidance import Edit
     from server.engine.state.batch import Batch
 
 WEAK = WeakModel()
 
 
-def forward(batch: Batch, x: Tensor, t: Tensor) -> Tensor:
+def forward_rows(batch: Batch) -> ForwardRows:
+    """What the rows of the forward are given by their images' own settings, terms aside."""
+    predictions = [
+        batch.sequences[i].guidance.predictions[number]
+        for i, number in zip(batch.owners, batch.numbers, strict=True)
+    ]
+    told = [
+        batch.sequences[i].conditioning[prediction.text]
+        for i, prediction in zip(batch.owners, predictions, strict=True)
+    ]
+    return ForwardRows(
+        x=batch.columns[:, 0].index_select(0, batch.lane.indices(batch.owners)),
+        conditioning=batch.lane.model.stack(told),
+        edits=[prediction.edits for prediction in predictions],
+    )
+
+
+def forward(batch: Batch, rows: ForwardRows, x: Tensor, t: Tensor) -> Tensor:
     """What the network puts out for the rows, and its companion for those that are to be weak.
 
     Args:
         batch: the rows' images.
+        rows: what they are given.
         x: at the network's own scale, ``[rows, C, h, w]``.
         t: what it is told of the noise level, ``[rows]``.
     """
-    inputs, model = _inputs(batch, t), batch.lane.model
+    inputs, model = _inputs(batch, rows, t), batch.lane.model
     weak = [row for row, changes in enumerate(inputs.edits) if WEAK in changes]
     if not weak:
         return _evaluated(model.evaluate, x, t, inputs, batch.fixed_rows)
@@ -39,31 +56,19 @@ def forward(batch: Batch, x: Tensor, t: Tensor) -> Tensor:
     raw = torch.empty_like(x)
     plain = replace(inputs, edits=())
     parts = (model.evaluate_weak, plain, weak), (model.evaluate, inputs, strong)
-    for evaluate, of_all, rows in parts:
-        where = batch.lane.indices(rows)
-        own = x.index_select(0, where), t.index_select(0, where), of_all.of(rows, where)
+    for evaluate, of_all, part in parts:
+        where = batch.lane.indices(part)
+        own = x.index_select(0, where), t.index_select(0, where), of_all.of(part, where)
         raw.index_copy_(0, where, _evaluated(evaluate, *own, batch.fixed_rows))
     return raw
 
 
-def _inputs(batch: Batch, t: Tensor) -> RowInputs:
-    owners = [batch.sequences[i] for i in batch.owners]
-    conditioning = batch.lane.model.stack(
-        [owner.conditioning[k] for owner, k in zip(owners, batch.numbers, strict=True)]
-    )
-    if (references := batch.references) is not None:
-        rows = batch.lane.indices(references.rows)
-        conditioning = conditioning.put(rows, references.conditioning)
-    edits: list[tuple[Edit, ...]] = []
-    if any(sequence.guidance.edited for sequence in batch.sequences):
-        edits = [owner.guidance.edits[k] for owner, k in zip(owners, batch.numbers, strict=True)]
-    for row, edit in kept_apart(batch).items():
-        edits = edits or [()] * len(owners)
-        edits[row] = (*edits[row], edit)
+def _inputs(batch: Batch, rows: ForwardRows, t: Tensor) -> RowInputs:
     scales: Tensor | None = None
     if any(sequence.guidance.told_scale is not None for sequence in batch.sequences):
+        owners = [batch.sequences[i] for i in batch.owners]
         scales = t.new_tensor([owner.guidance.told_scale or 0.0 for owner in owners])
-    return RowInputs(conditioning, edits, scales)
+    return RowInputs(rows.conditioning, rows.edits if any(rows.edits) else (), scales)
 
 
 def _evaluated(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from server.engine.state.noise import start_noise
 from server.engine.state.prompt_cache import PromptCache
-from server.engine.state.sequence import AvoidedLatents, Known
+from server.engine.state.sequence import Known
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -76,8 +76,9 @@ class Admission:
 
     def _place(self, sequence: Sequence, encoded: Mapping[str | None, Conditioning]) -> None:
         task = sequence.task
-        sequence.conditioning = [encoded[text] for text in _texts(task)]
-        lane = self._lane_of(task, max(one.length for one in sequence.conditioning))
+        sequence.conditioning = {text: encoded[text] for text in sequence.guidance.texts}
+        longest = max(one.length for one in sequence.conditioning.values())
+        lane = self._lane_of(task, longest)
         sequence.lane = lane
         start = _start(sequence, lane)
         sequence.slot = lane.pool.take(
@@ -90,30 +91,15 @@ class Admission:
 
 def _prompts(members: list[Sequence]) -> Iterator[str | None]:
     for sequence in members:
-        yield from _texts(sequence.task)
-
-
-def _texts(task: ImageTask) -> Iterator[str | None]:
-    """What the network is told for each prediction of an image, in the order of their numbers.
-
-    That of the picture that it avoids is there even if it avoids none. The last is the one that the
-    classifier chooses, so it comes with every alternative.
-    """
-    yield task.prompt
-    for branch in task.rule.branches:
-        yield branch.text(task.prompt, task.negative_prompt)
-    for _ in (*task.perturbed, task.avoided):
-        yield task.prompt
-    if task.aim is not None:
-        yield from task.aim.alternatives
+        yield from sequence.guidance.texts
 
 
 def _start(sequence: Sequence, lane: Lane) -> Start:
     task, plan = sequence.task, sequence.task.plan
     noise = start_noise(task.seed, lane.shape).to(lane.model.device)
-    if (avoided := task.avoided) is not None:
-        latents = _latents(avoided.picture, lane)
-        sequence.avoided = AvoidedLatents(latents, noise, avoided.negtome.edit)
+    for term in task.terms:
+        latents = None if term.picture is None else _latents(term.picture, lane)
+        sequence.term_states.append(term.begin(latents, noise))
     if task.image is None:
         return Start(plan.start_scale * noise)
     latents = _latents(task.image, lane)

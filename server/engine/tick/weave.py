@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
@@ -10,30 +11,25 @@ import torch
 
 from guidance import Rows
 from samplers import advance
-from server.engine.state.batch import AvoidedRow, Batch
+from server.engine.state.batch import Batch, StackedTerms
 from server.engine.state.noise import stage_noise
 from server.engine.state.padding import padded
-from server.engine.terms.avoided import put_avoided
-from server.engine.terms.classifier import choose, push
-from server.engine.terms.particles import groups_of
-from server.engine.tick.forward import forward
+from server.engine.tick.forward import forward, forward_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from torch import Tensor
 
-    from server.engine.guidance_plan import Ask
-    from server.engine.state.batch import References
     from server.engine.state.compiled import CompiledPlan
     from server.engine.state.lane import Lane
     from server.engine.state.sequence import Sequence
-    from server.engine.task import Aim
+    from server.engine.terms.term import Term
 
 Key = TypeVar("Key")
 
 
-class Kept(NamedTuple):
+class NewMemory(NamedTuple):
     """New memory ``[positions, slots, C, h, w]`` of some images."""
 
     positions: list[int]
@@ -41,7 +37,7 @@ class Kept(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Guidance:
+class GuidedImages:
     """Guided predictions ``[images, C, h, w]``, and what the guidance leaves behind.
 
     Attributes:
@@ -54,8 +50,8 @@ class Guidance:
 
     denoised: Tensor
     x: Tensor
-    rule_memory: list[Kept]
-    policy_memory: list[Kept]
+    rule_memory: list[NewMemory]
+    policy_memory: list[NewMemory]
     settled: Tensor
 
 
@@ -63,59 +59,32 @@ def pack(lane: Lane, sequences: list[Sequence], fixed_rows: int | None) -> Batch
     """Gather the states of the chosen images, and lay out the rows of their forward."""
     owners = list(range(len(sequences)))
     numbers = [0] * len(sequences)
+    firsts: list[int] = []
     others: dict[int, list[int]] = {}
-    perturbed: list[list[tuple[int, int, float]]] = []
-    aims: dict[int, Aim] = {}
-    pushed: list[int] = []
-    referred: dict[int, int] = {}
-    avoided: dict[int, AvoidedRow] = {}
+    terms: dict[tuple[tuple[int, int], type[Term]], StackedTerms] = {}
     for i, sequence in enumerate(sequences):
         ask, first = sequence.ask, len(owners)
-        if sequence.task.aim is not None and ask.aimed:
-            aims[i] = sequence.task.aim
-            if ask.push:
-                pushed.append(i)
-            if ask.reference:
-                referred[i] = first + len(ask.numbers) - 1
-        if not ask.numbers:
-            continue
-        if sequence.avoided is not None and ask.avoided:
-            row = first + ask.numbers.index(ask.avoided)
-            avoided[i] = AvoidedRow(row, sequence.avoided)
+        firsts.append(first)
         owners += [i] * len(ask.numbers)
         numbers += ask.numbers
         if ask.evaluated:
             others[i] = list(range(first, first + sequence.guidance.branches))
-        if ask.perturbed:
-            _place(ask, i, first, perturbed)
+        for acting in ask.acting:
+            key = acting.order, acting.kind
+            terms.setdefault(key, StackedTerms(acting.kind)).add(i, sequence, acting, first)
     rows = lane.indices([sequence.slot for sequence in sequences])
-    batch = Batch(
+    return Batch(
         lane=lane,
         sequences=sequences,
         plans=[_compiled(lane, sequence) for sequence in sequences],
         columns=lane.pool.columns.index_select(0, rows),
         owners=owners,
         numbers=numbers,
+        firsts=firsts,
         others=others,
-        perturbed=perturbed,
-        aims=aims,
-        pushed=pushed,
-        referred=referred,
-        avoided=avoided,
-        groups=groups_of(sequences),
+        terms=[terms[key] for key in sorted(terms, key=itemgetter(0))],
         fixed_rows=fixed_rows,
     )
-    if referred:
-        batch.references = choose(batch)
-    return batch
-
-
-def _place(ask: Ask, i: int, first: int, perturbed: list[list[tuple[int, int, float]]]) -> None:
-    """Note the rows of an image's perturbed predictions; its own rows begin at ``first``."""
-    for k, (number, scale) in enumerate(ask.perturbed):
-        if k == len(perturbed):
-            perturbed.append([])
-        perturbed[k].append((i, first + ask.numbers.index(number), scale))
 
 
 def _compiled(lane: Lane, sequence: Sequence) -> CompiledPlan:
@@ -132,19 +101,24 @@ def evaluate(batch: Batch) -> Tensor:
     Returns:
         Denoised predictions ``[rows, C, h, w]``.
     """
-    x = batch.columns[:, 0].index_select(0, batch.lane.indices(batch.owners))
-    put_avoided(batch, x)
+    rows = forward_rows(batch)
+    for stacked in batch.terms:
+        if stacked.kind.prepares:
+            seen = batch.seen_by(stacked, padded=False)
+            stacked.kind.prepare(stacked.terms, rows, batch.rows_of(stacked), seen)
+            stacked.states = seen.states
     scalars = _columns_of(
         batch,
         batch.owners,
         lambda plan, i: (plan.t[i], plan.scale_in[i], plan.skip[i], plan.out[i]),
     )
+    x = rows.x
     t, scale_in, skip, out = scalars.unbind(1)
-    raw = forward(batch, _as_factor(scale_in, x) * x, t)
+    raw = forward(batch, rows, _as_factor(scale_in, x) * x, t)
     return _as_factor(skip, x) * x + _as_factor(out, x) * raw
 
 
-def guide(batch: Batch, predictions: Tensor) -> Guidance:
+def guide(batch: Batch, predictions: Tensor) -> GuidedImages:
     """Combine the predictions, each rule once for all of its rows.
 
     Args:
@@ -154,7 +128,7 @@ def guide(batch: Batch, predictions: Tensor) -> Guidance:
     cond = predictions[: len(batch.sequences)]
     denoised, x = cond.clone(), batch.columns[:, 0].clone()
     predictions, others, policy_memory = _filled(batch, predictions)
-    rule_memory: list[Kept] = []
+    rule_memory: list[NewMemory] = []
     by_rule = _grouped(others, lambda i: batch.sequences[i].guidance.rule_key)
     for members in by_rule.values():
         rules = [batch.sequences[i].task.rule for i in members]
@@ -166,21 +140,14 @@ def guide(batch: Batch, predictions: Tensor) -> Guidance:
         denoised.index_copy_(0, where, guided.denoised[: len(members)])
         x.index_copy_(0, where, guided.x[: len(members)])
         if slots:
-            rule_memory.append(Kept(members, guided.memory[: len(members)]))
-    for terms in batch.perturbed:
-        positions, rows, scales = zip(*terms, strict=True)
-        where = batch.lane.indices(positions)
-        disturbed = predictions.index_select(0, batch.lane.indices(rows))
-        strength = _as_factor(cond.new_tensor(scales), cond)
-        denoised.index_add_(0, where, strength * (cond.index_select(0, where) - disturbed))
-    if batch.references is not None:
-        _lead_away(batch, batch.references, predictions, denoised)
-    if batch.pushed:
-        push(batch, denoised)
-    return Guidance(denoised, x, rule_memory, policy_memory, _settled(batch, predictions))
+            rule_memory.append(NewMemory(members, guided.memory[: len(members)]))
+    for stacked in batch.terms:
+        if stacked.kind.applies:
+            _apply(batch, stacked, predictions, denoised)
+    return GuidedImages(denoised, x, rule_memory, policy_memory, _settled(batch, predictions))
 
 
-def step(batch: Batch, guidance: Guidance) -> Tensor:
+def step(batch: Batch, guidance: GuidedImages) -> Tensor:
     """Advance every image by its stage: one batched operation a shape of tables.
 
     Scalar, per channel and elementwise are those there are.
@@ -211,7 +178,7 @@ def step(batch: Batch, guidance: Guidance) -> Tensor:
     return state
 
 
-def write_back(batch: Batch, state: Tensor, guidance: Guidance) -> None:
+def write_back(batch: Batch, state: Tensor, guidance: GuidedImages) -> None:
     """Put the new states and memories in the pool: the only write, when all else has succeeded."""
     pool = batch.lane.pool
     rows = _slots(batch, range(len(batch.sequences)))
@@ -223,18 +190,25 @@ def write_back(batch: Batch, state: Tensor, guidance: Guidance) -> None:
         for kept in all_kept:
             slots = kept.memory.shape[1]
             memory[:, :slots].index_copy_(0, _slots(batch, kept.positions), kept.memory)
+    for stacked in batch.terms:
+        for i, index, own in zip(stacked.positions, stacked.indices, stacked.states, strict=True):
+            batch.sequences[i].term_states[index] = own
 
 
-def _lead_away(batch: Batch, references: References, predictions: Tensor, denoised: Tensor) -> None:
-    where = batch.lane.indices(references.positions)
-    reference = predictions.index_select(0, batch.lane.indices(references.rows))
-    away = predictions.index_select(0, where) - reference
-    denoised.index_add_(0, where, _as_factor(references.strengths, away) * away)
+def _apply(batch: Batch, stacked: StackedTerms, predictions: Tensor, denoised: Tensor) -> None:
+    """Put terms of one class into the guided predictions ``[images, C, h, w]``, in place."""
+    seen = batch.seen_by(stacked, padded=True)
+    guided = denoised.index_select(0, batch.lane.indices(seen.positions))
+    predicted = batch.predicted_for(stacked, predictions)
+    moved = stacked.kind.apply(batch.filled(stacked.terms), guided, predicted, seen)
+    count = len(stacked.positions)
+    denoised.index_copy_(0, batch.lane.indices(stacked.positions), moved[:count])
+    stacked.states = seen.states[:count]
 
 
 def _filled(
     batch: Batch, predictions: Tensor
-) -> tuple[Tensor, Mapping[int, list[int]], list[Kept]]:
+) -> tuple[Tensor, Mapping[int, list[int]], list[NewMemory]]:
     """Predictions with those that policies fill in behind them, and each image's rows in order."""
     estimating = [
         i
@@ -243,7 +217,7 @@ def _filled(
     ]
     if not estimating:
         return predictions, batch.others, []
-    others, new, kept = dict(batch.others), [predictions], list[Kept]()
+    others, new, kept = dict(batch.others), [predictions], list[NewMemory]()
     count = len(predictions)
     by_policy = _grouped(estimating, lambda i: batch.sequences[i].guidance.policy_key)
     for members in by_policy.values():
@@ -266,7 +240,7 @@ def _filled(
             padded(_as_factor(evaluated, rows.x), batch.fixed_rows),
         )
         new.append(filled.other[: len(members)])
-        kept.append(Kept(members, filled.memory[: len(members)]))
+        kept.append(NewMemory(members, filled.memory[: len(members)]))
         others |= {i: [count + k] for k, i in enumerate(members)}
         count += len(members)
     return torch.cat(new), dict(sorted(others.items())), kept

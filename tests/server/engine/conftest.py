@@ -19,6 +19,7 @@ from server.engine.state.sequence import ImageResult
 from server.engine.task import ImageTask
 from server.models.hosted import HostedModel
 from server.models.loading import load_model
+from tests.server.by_hand import terms_for
 
 PATIENCE_S = 120
 
@@ -136,6 +137,7 @@ def task(model: HostedModel) -> Callable[..., ImageTask]:
         spacing: str | Spacing | None = None,
         steps: int = 3,
         strength: float | None = None,
+        settings: tuple[Any, ...] = (),
         **fields: Any,
     ) -> ImageTask:
         solver = by_name(sampler) if isinstance(sampler, str) else sampler
@@ -154,15 +156,18 @@ def task(model: HostedModel) -> Callable[..., ImageTask]:
             **fields,
         }
         plan = solver.plan(grid)
+        guided_by = named(RULES, rule)() if isinstance(rule, str) else rule
+        told = {name: given[name] for name in ("prompt", "negative_prompt")}
+        terms = terms_for(settings, plan, model, rule=guided_by, **told)
         when = named(POLICIES, policy)() if isinstance(policy, str) else policy
         # Nobody fitted anything to these runs: the estimate is the mean of what is known.
         fitted = np.full((plan.evaluations, when.fitted), 1 / max(1, when.fitted))
         return ImageTask(
             plan=plan,
-            rule=named(RULES, rule)() if isinstance(rule, str) else rule,
+            rule=guided_by,
             policy=when,
             coefficients=fitted,
-            **given,
+            **{"terms": terms, **given},
         )
 
     return make

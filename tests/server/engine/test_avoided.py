@@ -13,10 +13,10 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from embedded import MODEL_FOLDER
-from guidance import GradientFree, NegToMe
+from guidance import GradientFree, NegToMe, SkipTuning
 from guidance.adaptive import Adaptive
 from guidance.autoguidance import Autoguidance
-from guidance.edits import Edit, SkipScales, WeakModel
+from guidance.edits import Edit, WeakModel
 from guidance.interval import Interval
 from guidance.pag import PAG
 from guidance.seg import SEG
@@ -31,13 +31,13 @@ from server.engine.state.lane import Lane
 from server.engine.state.noise import start_noise
 from server.engine.state.sequence import Sequence
 from server.engine.state.submission import Submission
-from server.engine.task import Aim, Avoided, ImageTask
+from server.engine.task import ImageTask
 from server.engine.tick import weave
 from server.engine.tick.newcomers import Admission
 from server.models.hosted import HostedModel
 from server.models.loading import load_model
 from server.models.stable_diffusion import TEXT
-from tests.server.by_hand import TOGETHER, ByHand, task
+from tests.server.by_hand import TOGETHER, Asked, ByHand, task, terms_for
 from tests.server.token_merging import kept_apart
 from tests.server.toy_model import SIDE, Neighbourly, Toy, run, started
 
@@ -48,19 +48,22 @@ def picture(seed: int, side: int = SIDE) -> Tensor:
     return torch.rand(3, side, side, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-def avoiding(seed: int = 1, **fields: Any) -> Avoided:
-    return Avoided(picture(seed), NegToMe.model_validate({"stop": 0.5, **fields}))
+def avoiding(seed: int = 1, beside: tuple[Any, ...] = (), **fields: Any) -> dict[str, Any]:
+    """What a task is asked for that keeps away from a picture."""
+    negtome = NegToMe.model_validate({"stop": 0.5, **fields})
+    return {"settings": (*beside, negtome), "reference": picture(seed)}
 
 
 class AwayByHand(ByHand):
     """Each prediction in a batch of two, whose first is the picture."""
 
     def denoised(self, i: int, x: Tensor, text: str | None, *edits: Edit) -> Tensor:
-        task, avoided = self.task, self.task.avoided
-        changes = (*task.edits, *edits)
-        if avoided is None or self.progress[i] >= avoided.negtome.stop or WeakModel() in changes:
+        task, changes = self.task, (*self.edits, *edits)
+        negtome = next((one for one in task.settings if isinstance(one, NegToMe)), None)
+        if negtome is None or self.progress[i] >= negtome.stop or WeakModel() in changes:
             return super().denoised(i, x, text, *edits)
-        [latents] = self.model.encode_image(avoided.picture[None])
+        assert task.reference is not None
+        [latents] = self.model.encode_image(task.reference[None])
         level = float(self.plan.alpha[i]), float(self.plan.sigma[i])
         shown = level[0] * latents + level[1] * start_noise(task.seed, SHAPE)
         points = torch.stack([shown, x[0]])
@@ -70,7 +73,7 @@ class AwayByHand(ByHand):
             torch.full((2,), float(self.times[i])),
             replace(
                 self.model.inputs([task.prompt, text]),
-                edits=[task.edits, (*changes, replace(avoided.negtome.edit, reference=0))],
+                edits=[(*self.edits,), (*changes, replace(negtome.edit, reference=0))],
                 scale_embedding=torch.full((2,), scale) if task.policy.embeds else None,
             ),
         )
@@ -105,16 +108,15 @@ def test_any_guidance_beside_a_picture_is_what_each_image_is_by_hand(
     engine: Engine, model: Neighbourly, sampler: Any
 ) -> None:
     terms = [(), (PAG(),), (SEG(scale=1, start=0.3), Autoguidance(scale=0.2))]
+    beside = [(*terms[k % 3], *([SkipTuning(bottom=0.5)] * (k % 2))) for k in range(len(TOGETHER))]
     tasks = [
         task(
             rule,
             policy,
-            terms[k % 3],
             sampler=sampler,
             steps=5,
             seed=k,
-            edits=(SkipScales((0.5, 1.0)),) if k % 2 else (),
-            avoided=avoiding(k) if k % 4 else None,
+            **(avoiding(k, beside[k]) if k % 4 else {"settings": beside[k]}),
             image=picture(99) if k % 5 == 0 and not policy.wants_reference else None,
         )
         for k, (rule, policy) in enumerate(TOGETHER)
@@ -123,7 +125,8 @@ def test_any_guidance_beside_a_picture_is_what_each_image_is_by_hand(
     assert not ear.errors, ear.errors
     for k, one in enumerate(tasks):
         assert_alike(ear.results[k].pixels, AwayByHand(model, one).pixels())
-    [alone] = run(engine, [replace(tasks[1], avoided=None)]).results.values()
+    plain = task(*TOGETHER[1], beside[1], sampler=sampler, steps=5, seed=1)
+    [alone] = run(engine, [plain]).results.values()
     assert np.abs(alone.pixels.astype(int) - ear.results[1].pixels).max() > 5
 
 
@@ -139,11 +142,11 @@ def test_the_picture_goes_in_at_the_level_of_each_stage_in_the_window(
     engine: Engine, model: Toy, sampler: Any, fields: dict[str, Any]
 ) -> None:
     avoided = avoiding(stop=0.5)
-    one = task(sampler=sampler, avoided=avoided, seed=11, **fields)
+    one = task(sampler=sampler, **avoided, seed=11, **fields)
     model.seen.clear()
     ear = run(engine, [one])
     assert not ear.errors
-    [latents] = model.encode_image(avoided.picture[None])
+    [latents] = model.encode_image(avoided["reference"][None])
     plan, shown = one.plan, []
     for i, x in enumerate(model.seen):
         level = plan.alpha[i] * latents + plan.sigma[i] * start_noise(11, SHAPE)
@@ -157,15 +160,15 @@ def test_the_picture_goes_in_at_the_level_of_each_stage_in_the_window(
 
 
 COSTS = {
-    "cfg": (task(avoided=avoiding()), 12 + 3),
-    "none": (task(Unguided(), avoided=avoiding()), 6 + 3),
-    "always open": (task(avoided=avoiding(stop=1.0)), 12 + 6),
-    "by noise": (task(avoided=avoiding(stop=1.0, low=1e8)), 12),
-    "two stages a step": (task(sampler=Heun(), steps=4, avoided=avoiding()), 14 + 4),
-    "interval": (task(policy=Interval(low=0, high=1e9, start=0.5), avoided=avoiding()), 9 + 3),
-    "settled": (task(policy=Adaptive(threshold=-1.0), avoided=avoiding(stop=1.0)), 7 + 6),
-    "perturbed": (task(perturbed=(PAG(),), avoided=avoiding()), 18 + 3),
-    "weak": (task(perturbed=(Autoguidance(),), avoided=avoiding()), 18 + 3),
+    "cfg": (task(**avoiding()), 12 + 3),
+    "none": (task(Unguided(), **avoiding()), 6 + 3),
+    "always open": (task(**avoiding(stop=1.0)), 12 + 6),
+    "by noise": (task(**avoiding(stop=1.0, low=1e8)), 12),
+    "two stages a step": (task(sampler=Heun(), steps=4, **avoiding()), 14 + 4),
+    "interval": (task(policy=Interval(low=0, high=1e9, start=0.5), **avoiding()), 9 + 3),
+    "settled": (task(policy=Adaptive(threshold=-1.0), **avoiding(stop=1.0)), 7 + 6),
+    "perturbed": (task(**avoiding(beside=(PAG(),))), 18 + 3),
+    "weak": (task(**avoiding(beside=(Autoguidance(),))), 18 + 3),
 }
 
 
@@ -180,7 +183,7 @@ def test_it_costs_an_evaluation_at_each_stage_in_the_window(engine: Engine, kind
 
 def test_images_that_avoid_a_picture_run_each_by_itself(engine: Engine) -> None:
     avoided = avoiding()
-    tasks = [task(avoided=avoided, seed=seed) for seed in range(9)]
+    tasks = [task(**avoided, seed=seed) for seed in range(9)]
     together = run(engine, tasks)
     for seed in (0, 8):
         [alone] = run(engine, [tasks[seed]]).results.values()
@@ -188,13 +191,13 @@ def test_images_that_avoid_a_picture_run_each_by_itself(engine: Engine) -> None:
 
 
 def test_an_image_is_bit_identical_alone_and_in_any_mix(fixed_engine: Engine) -> None:
-    one = task(avoided=avoiding(), perturbed=(PAG(),), seed=5)
+    one = task(**avoiding(beside=(PAG(),)), seed=5)
     [alone] = run(fixed_engine, [one]).results.values()
     company = [
-        task(avoided=avoiding(4, strength=3.0, stop=1.0), sampler=Heun(), seed=1),
-        task(perturbed=(Autoguidance(),)),
+        task(**avoiding(4, strength=3.0, stop=1.0), sampler=Heun(), seed=1),
+        task(settings=(Autoguidance(),)),
         one,
-        task(Unguided(), avoided=avoiding(6, stop=1.0)),
+        task(Unguided(), **avoiding(6, stop=1.0)),
     ]
     ear = run(fixed_engine, company)
     assert not ear.errors
@@ -202,8 +205,9 @@ def test_an_image_is_bit_identical_alone_and_in_any_mix(fixed_engine: Engine) ->
 
 
 def test_a_picture_that_is_not_finite_moves_nobody(engine: Engine) -> None:
-    broken = Avoided(torch.full((3, SIDE, SIDE), torch.nan), NegToMe(stop=1.0))
-    ear = run(engine, [task(avoided=broken, seed=3), task(seed=3)])
+    broken = torch.full((3, SIDE, SIDE), torch.nan)
+    one = task(settings=(NegToMe(stop=1.0),), reference=broken, seed=3)
+    ear = run(engine, [one, task(seed=3)])
     assert not ear.errors
     assert_alike(ear.results[0].pixels, ear.results[1].pixels)
 
@@ -215,7 +219,7 @@ def packed(model: HostedModel, tasks: list[ImageTask], fixed_rows: int | None) -
         Sequence(one, k, None, Submission(1), 0)  # type: ignore[arg-type]
         for k, one in enumerate(tasks)
     ]
-    admission = Admission({one.model: model for one in tasks}, lambda _: lane, deterministic=False)
+    admission = Admission({one.model: model for one in tasks}, lambda *_: lane, deterministic=False)
     assert not [*admission.admit(sequences)]
     return weave.pack(lane, sequences, fixed_rows)
 
@@ -232,11 +236,15 @@ def embedded() -> HostedModel:
     return load_model(MODEL_FOLDER, name="toy", device="cpu", dtype="float32")
 
 
-def part_way(model: HostedModel, seed: int, avoided: Avoided | None, **fields: Any) -> ImageTask:
+def part_way(
+    model: HostedModel, seed: int, *settings: Any, reference: Tensor | None = None, **fields: Any
+) -> Asked:
     """An image whose first stage has some noise and some of a picture."""
-    grid = model.facts.schedule.grid("trailing", 10).tail(0.1 * (4 + seed))
-    own = {"plan": DDIM().plan(grid), "width": 128, "height": 128, "image": picture(seed, 128)}
-    return replace(task(seed=seed, prompt="a blue ring", avoided=avoided, **fields), **own)
+    plan = DDIM().plan(model.facts.schedule.grid("trailing", 10).tail(0.1 * (4 + seed)))
+    told = {"prompt": "a blue ring", "reference": reference}
+    own = {"plan": plan, "width": 128, "height": 128, "image": picture(seed, 128)}
+    terms = terms_for(settings, plan, model, **told)
+    return replace(task(seed=seed, **told, **fields), **own, settings=settings, terms=terms)
 
 
 @torch.inference_mode()
@@ -246,49 +254,48 @@ def test_rows_equal_a_batch_of_their_own_under_an_ordinary_hook(
 ) -> None:
     """The picture first, then the row, in the network whose attentions are all changed."""
     layers = tuple(name for name in embedded.layers() if name.startswith("up_blocks"))
-    shown = [
-        Avoided(picture(40, 128), NegToMe(stop=1.0, strength=0.9, threshold=0.98)),
-        Avoided(picture(41, 128), NegToMe(stop=1.0, strength=2.0, threshold=0.98)),
-    ]
     assert embedded.classifier is not None
-    heads, term = embedded.classifier.heads, GradientFree(target={"shape": "ring"})
-    targets = tuple(heads[name].index("ring") if name == "shape" else -1 for name in heads)
-    doubt = Aim(term, targets, np.ones(7), term.alternatives("a blue ring", heads))
+    shapes = embedded.classifier.heads["shape"]
+    doubt = GradientFree(target={"shape": "ring"})
+    weakly = NegToMe(stop=1.0, strength=0.9, threshold=0.98)
+    strongly = NegToMe(stop=1.0, strength=2.0, threshold=0.98)
     tasks = [
-        part_way(embedded, 1, None, perturbed=(PAG(),)),
-        part_way(embedded, 2, shown[0]),
-        part_way(embedded, 3, shown[1], aim=doubt),
-        part_way(embedded, 4, None, rule=Unguided()),
+        part_way(embedded, 1, PAG()),
+        part_way(embedded, 2, weakly, reference=picture(40, 128)),
+        part_way(embedded, 3, strongly, doubt, reference=picture(41, 128)),
+        part_way(embedded, 4, rule=Unguided()),
     ]
     batch = packed(embedded, tasks, fixed_rows)
     ours = weave.evaluate(batch)
     assert batch.owners == [0, 1, 2, 3, 0, 0, 1, 1, 2, 2, 2]
-    assert batch.references is not None
-    [chosen] = batch.references.conditioning.tensors[TEXT]
+    levels = (torch.tensor([getattr(batch.plans[2], name)[0]]) for name in ("alpha", "sigma"))
+    [logits] = embedded.classify(batch.columns[2:3, 0], *levels)["shape"]
+    logits[shapes.index("ring")] = -torch.inf
+    likeliest = "a blue ring".replace("ring", shapes[int(logits.argmax())])
+    [chosen] = embedded.inputs([likeliest]).conditioning.tensors[TEXT]
     both = embedded.inputs([tasks[1].prompt, tasks[1].negative_prompt])
     prompt, negative = both.conditioning.tensors[TEXT]
     texts = {1: prompt, 2: prompt, 6: negative, 8: negative, 10: chosen}
     moved: list[float] = []
     for row, text in texts.items():
         one, x = tasks[batch.owners[row]], batch.columns[batch.owners[row], 0]
-        avoided, plan = one.avoided, one.plan
-        assert avoided is not None
-        noised = float(plan.alpha[0]) * embedded.encode_image(avoided.picture[None])[0]
+        plan, negtome = one.plan, one.settings[0]
+        assert one.reference is not None
+        noised = float(plan.alpha[0]) * embedded.encode_image(one.reference[None])[0]
         noised += float(plan.sigma[0]) * start_noise(one.seed, x.shape)
         points, told = torch.stack([noised, x]), torch.stack([prompt, text])
         t = torch.tensor(embedded.facts.schedule.conditioning(plan.t[:1]), dtype=torch.float32)
-        negtome = avoided.negtome
         network, merging = kept_apart(unet, layers, negtome.strength, negtome.threshold)
         scales = preconditioning(embedded.facts.prediction, plan.alpha[0], plan.sigma[0])
         inputs = float(scales.scale_in) * points, t.expand(2)
         raw = network(*inputs, encoder_hidden_states=told).sample
         denoised = float(scales.skip) * points + float(scales.out) * raw
         torch.testing.assert_close(ours[row], denoised[1], rtol=1e-4, atol=1e-5)
-        place = batch.avoided[batch.owners[row]].row
+        place = {1: 7, 2: 9}[batch.owners[row]]
         torch.testing.assert_close(ours[place], denoised[0], rtol=1e-4, atol=1e-5)
         moved += merging.moved
     assert 0 < sum(0 < share < 1 for share in moved) < len(moved)
-    plain = weave.evaluate(packed(embedded, [replace(one, avoided=None) for one in tasks], None))
+    plain = weave.evaluate(packed(embedded, [replace(one, terms=()) for one in tasks], None))
     for row in (0, 3):
         torch.testing.assert_close(ours[row], plain[row], rtol=1e-4, atol=1e-5)
     assert min(float((ours[row] - plain[row]).abs().max()) for row in (1, 2)) > 1e-3

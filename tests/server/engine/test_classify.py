@@ -20,10 +20,10 @@ from server.engine.state.batch import Batch
 from server.engine.state.lane import Lane
 from server.engine.state.sequence import Sequence
 from server.engine.state.submission import Submission
-from server.engine.task import Aim
+from server.engine.terms.classifier import AwayFromChosen, UpGradient
 from server.engine.tick import weave
 from server.errors import RowFailed
-from server.requests.stage_levels import levels_of
+from tests.server.by_hand import terms_for
 
 HEADS = {"shape": ("circle", "square", "star"), "minority": ("tenth 9", "tenth 10")}
 TOLD = ("a small red square", "a small red star")
@@ -60,16 +60,16 @@ def linear(model: Any) -> Iterator[Linear]:
     model.classifier = kept
 
 
-def elucd(*strengths: float, number: int = 2, **fields: Any) -> Aim:
-    return Aim(EluCD(**fields), (number, -1), np.array(strengths))
+def elucd(*strengths: float, number: int = 2, **fields: Any) -> UpGradient:
+    return UpGradient(EluCD(**fields), (number, -1), strengths)
 
 
-def minority(*strengths: float) -> Aim:
-    return Aim(Minority(), (-1, 1), np.array(strengths))
+def minority(*strengths: float) -> UpGradient:
+    return UpGradient(Minority(), (-1, 1), strengths)
 
 
-def reference(*strengths: float) -> Aim:
-    return Aim(GradientFree(), (0, -1), np.array(strengths), TOLD)
+def reference(*strengths: float) -> AwayFromChosen:
+    return AwayFromChosen(GradientFree(), (0, -1), strengths, TOLD)
 
 
 @pytest.fixture
@@ -83,10 +83,10 @@ def packed(model: Any, task: Any) -> Callable[..., Batch]:
         for index, one in enumerate(tasks):
             sequence = Sequence(one, index, None, Submission(1), 0)  # type: ignore[arg-type]
             sequence.lane = lane
-            told = [one.prompt, *(one.negative_prompt for _ in one.rule.branches)]
-            told += [one.prompt for _ in (*one.perturbed, one.avoided)]
-            told += one.aim.alternatives if one.aim else ()
-            sequence.conditioning = model.encode_prompts(told, 128, 128)
+            texts = sequence.guidance.texts
+            encoded = model.encode_prompts(texts, 128, 128)
+            sequence.conditioning = dict(zip(texts, encoded, strict=True))
+            sequence.term_states = [None] * len(one.terms)
             sequence.slot = lane.pool.take(one.plan.slots)
             start = torch.randn(lane.shape, generator=generator)
             lane.pool.columns[sequence.slot, 0] = start
@@ -109,21 +109,21 @@ def test_the_prediction_moves_by_the_gradient_in_closed_form(linear, packed, tas
     ]
     plain = packed([task() for _ in aims])
     before, x = guided(plain), plain.columns[:, 0]
-    after = guided(packed([task(aim=aim) for aim in aims]))
+    after = guided(packed([task(terms=(aim,)) for aim in aims]))
     sigma = plain.plans[0].sigma[0]
     for row, (aim, T2) in enumerate(zip(aims, (0.5, 0.8, 1.0), strict=True)):
         name, number = ("minority", 1) if row == 2 else ("shape", aim.targets[0])
         shown, factor = (x[row], 1 + sigma) if row == 2 else (before[row], 1.0)
         W = linear.weights[name] * factor
         gradient = W[number] - T2 * torch.softmax(T2 * (W @ shown.flatten()), 0) @ W
-        expected = before[row] + float(aim.strengths[0]) * gradient.view_as(x[row])
+        expected = before[row] + aim.strengths[0] * gradient.view_as(x[row])
         torch.testing.assert_close(after[row], expected, rtol=1e-4, atol=1e-4)
 
 
 @torch.inference_mode()
 def test_denoised_pictures_are_shown_as_clean_and_noisy_ones_at_their_level(linear, packed, task):
     linear.rows.clear()
-    batch = packed([task(aim=minority(1, 0, 0)), task(), task(aim=elucd(1, 0, 0))])
+    batch = packed([task(terms=(minority(1, 0, 0),)), task(), task(terms=(elucd(1, 0, 0),))])
     guided(batch)
     plan = batch.plans[0]
     [(rows, alpha, sigma)] = linear.rows
@@ -136,7 +136,7 @@ def test_denoised_pictures_are_shown_as_clean_and_noisy_ones_at_their_level(line
 def test_the_reference_is_told_the_likeliest_wrong_class_and_weighed_by_doubt(
     linear, packed, task, model
 ):
-    batch = packed([task(rule=Unguided(), aim=reference(2.0, 0, 0)) for _ in range(4)])
+    batch = packed([task(rule=Unguided(), terms=(reference(2.0, 0, 0),)) for _ in range(4)])
     predictions = weave.evaluate(batch)
     assert batch.rows == 8
     x = batch.columns[:, 0]
@@ -166,14 +166,14 @@ def test_a_row_is_as_if_it_were_alone(model, packed, task, fixed):
 
     told = tuple(f"a small red {shape} on white" for shape in heads["shape"][1:])
     aims = [
-        None,
-        Aim(EluCD(), numbers(shapes, 2), np.array([3.0, 0, 0])),
-        Aim(EluCD(joint_temperature=2), numbers(shapes, 1), np.array([1.0, 0, 0])),
-        Aim(Minority(), numbers(rare, 9), np.array([2.0, 0, 0])),
-        Aim(GradientFree(), numbers(shapes, 0), np.array([2.0, 0, 0]), told),
+        (),
+        (UpGradient(EluCD(), numbers(shapes, 2), (3.0, 0, 0)),),
+        (UpGradient(EluCD(joint_temperature=2), numbers(shapes, 1), (1.0, 0, 0)),),
+        (UpGradient(Minority(), numbers(rare, 9), (2.0, 0, 0)),),
+        (AwayFromChosen(GradientFree(), numbers(shapes, 0), (2.0, 0, 0), told),),
     ]
     rules = [CFG(), CFG(), CFGPlusPlus(), Unguided(), CFG()]
-    tasks = [task(rule=rule, aim=aim) for rule, aim in zip(rules, aims, strict=True)]
+    tasks = [task(rule=rule, terms=aim) for rule, aim in zip(rules, aims, strict=True)]
     batch = packed(tasks, fixed)
     together = guided(batch)
     for row, sequence in enumerate(batch.sequences):
@@ -185,37 +185,38 @@ def test_a_row_is_as_if_it_were_alone(model, packed, task, fixed):
 
 
 def test_images_are_bit_identical_alone_and_in_any_mix(linear, fixed_engine, task, run):
-    aims = [elucd(5, 5, 0), minority(3, 0, 0), reference(1, 1, 1), None]
-    tasks = [task(aim=aim, seed=seed) for seed, aim in enumerate(aims)]
+    aims = [(elucd(5, 5, 0),), (minority(3, 0, 0),), (reference(1, 1, 1),), ()]
+    tasks = [task(terms=aim, seed=seed) for seed, aim in enumerate(aims)]
     together = run(fixed_engine, tasks).pixels()
     for one, pixels in zip(tasks, together, strict=True):
         assert np.array_equal(run(fixed_engine, [one]).pixels()[0], pixels)
 
 
 def test_only_a_reference_costs_an_evaluation_and_only_where_it_acts(linear, engine, task, run):
-    aims = [None, elucd(1, 1, 1), reference(1, 0, 1)]
-    tasks = [task(rule=rule, aim=aim) for aim in aims for rule in (CFG(), Unguided())]
+    aims = [(), (elucd(1, 1, 1),), (reference(1, 0, 1),)]
+    tasks = [task(rule=rule, terms=aim) for aim in aims for rule in (CFG(), Unguided())]
     spent = run(engine, tasks).results
     assert [spent[i].evaluations for i in range(6)] == [6, 3, 6, 3, 8, 5]
     assert not any(spent[i].saved for i in range(6))
 
 
 def test_terms_go_with_perturbations_and_policies(linear, engine, task, run):
-    one = task(aim=reference(1, 1, 1), perturbed=(PAG(),), policy="interval")
+    one = task(settings=(PAG(),), policy="interval")
+    one = replace(one, terms=(*one.terms, reference(1, 1, 1)))
     [result] = run(engine, [one]).results.values()
     assert result.saved > 0
     assert result.evaluations == 12 - result.saved
 
 
 def test_strengths_of_zero_change_nothing(linear, engine, task, run):
-    plain, led = run(engine, [task(), task(aim=elucd(0, 0, 0))]).pixels()
+    plain, led = run(engine, [task(), task(terms=(elucd(0, 0, 0),))]).pixels()
     assert np.array_equal(plain, led)
 
 
 def test_a_classifier_that_fails_ends_its_own_images_alone(linear, engine, task, listen):
     linear.weights["shape"] = linear.weights["shape"] * float("nan")
     hearing = listen(2)
-    engine.submit([task(aim=elucd(1, 1, 1)), task()], hearing)
+    engine.submit([task(terms=(elucd(1, 1, 1),)), task()], hearing)
     hearing.wait()
     assert isinstance(hearing.errors[0], RowFailed)
     assert [*hearing.results] == [1]
@@ -234,13 +235,8 @@ def led(model: Any, task: Any) -> Callable[..., list[Any]]:
 
     def make(term: Any, seeds: range, prompt: str) -> list[Any]:
         plain = task("dpm_solver_pp", steps=8, prompt=prompt)
-        levels = levels_of(plain.plan, model.facts.schedule)
-        numbers = tuple(
-            classes.index(term.aims[name]) if name in term.aims else -1
-            for name, classes in model.classifier.heads.items()
-        )
-        aim = Aim(term, numbers, term.strengths(levels))
-        return [replace(plain, seed=seed, aim=aim) for seed in seeds]
+        terms = terms_for((term,), plain.plan, model, prompt=prompt)
+        return [replace(plain, seed=seed, terms=terms) for seed in seeds]
 
     return make
 

@@ -21,6 +21,7 @@ from samplers.lcm import LCM
 from server.engine.task import ImageTask
 from server.models.hosted import HostedModel
 from server.models.loading import load_model
+from tests.server.by_hand import terms_for
 from tests.server.toy_model import run, started
 
 PROMPT, SEED, STEPS = "a red circle", 11, 3
@@ -113,7 +114,10 @@ def test_pictures_are_those_of_the_latent_consistency_pipeline(
 
     engine = started(model, 8)
     try:
-        ear = run(engine, [*map(task, scales), task(4.0, perturbed=(PAG(),))])
+        ear = run(
+            engine,
+            [*map(task, scales), task(4.0, terms=terms_for((PAG(),), plan, model, prompt=PROMPT))],
+        )
     finally:
         engine.stop(0)
     for k, scale in enumerate(scales):

@@ -16,10 +16,10 @@ from guidance import POLICIES, RULES, Guided, Rows, Rule, guide
 from guidance.adaptive import Adaptive
 from guidance.autoguidance import Autoguidance
 from guidance.cfg import CFG
-from guidance.edits import SkipScales
 from guidance.interval import Interval
 from guidance.pag import PAG
 from guidance.seg import SEG
+from guidance.skip_tuning import SkipTuning
 from guidance.slg import SLG
 from samplers import SAMPLERS, integrate, preconditioning
 from samplers.dpm_solver_pp import DPMSolverPP
@@ -120,7 +120,15 @@ def test_an_image_is_what_diffusers_own_pipeline_gives(engine, task, run):
     assert apart(ours, (theirs * 255).round()) <= CLOSE
 
 
-PERTURBED = [(), (PAG(),), (SEG(scale=2), SLG(start=0, stop=0.5)), (Autoguidance(),)]
+TUNED = SkipTuning(bottom=0.7)
+BESIDE = [
+    (),
+    (TUNED,),
+    (PAG(),),
+    (TUNED, SEG(scale=2), SLG(start=0, stop=0.5)),
+    (Autoguidance(),),
+    (TUNED, Autoguidance()),
+]
 
 
 def goes_together(fields: dict[str, Any]) -> bool:
@@ -132,8 +140,7 @@ def goes_together(fields: dict[str, Any]) -> bool:
 mixes = st.lists(
     st.fixed_dictionaries(
         {
-            "perturbed": st.sampled_from(PERTURBED),
-            "edits": st.sampled_from([(), (SkipScales((0.7, 1.0)),)]),
+            "settings": st.sampled_from(BESIDE),
             "sampler": st.sampled_from(NAMES),
             "rule": st.sampled_from(RULE_NAMES),
             "policy": st.sampled_from(POLICY_NAMES),

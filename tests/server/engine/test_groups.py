@@ -23,9 +23,10 @@ from samplers.ddim import DDIM
 from samplers.dpm_solver_pp import DPMSolverPP
 from server.engine.engine import Engine
 from server.engine.state.noise import stage_noise, stage_uniform, start_noise
-from server.engine.task import Group, ImageTask
+from server.engine.task import Group
 from server.engine.tick.preview import to_uint8
 from server.errors import Cancelled, RowFailed
+from tests.server.by_hand import Asked, terms_for
 from tests.server.toy_model import FACTS, SIDE, Ear, Neighbourly, Toy, run, started
 
 SHAPE = (4, SIDE // 8, SIDE // 8)
@@ -52,8 +53,13 @@ def fixed_engine(model: Neighbourly) -> Iterator[Engine]:
 
 
 def tasks_of(
-    group: Group | None, count: int, sampler: Sampler | None = None, **fields: Any
-) -> list[ImageTask]:
+    settings: tuple[Any, ...],
+    count: int,
+    sampler: Sampler | None = None,
+    group: Group | None = None,
+    **fields: Any,
+) -> list[Asked]:
+    """Images that form a group, if what is asked for makes them depend on each other."""
     solver = sampler or DDIM(eta=1)
     plan = solver.plan(FACTS.schedule.grid(solver.default_spacing, STEPS))
     given: dict[str, Any] = {
@@ -63,10 +69,15 @@ def tasks_of(
         "policy": Always(),
         **fields,
     }
+    together = any(isinstance(one, FeynmanKac | NegToMe) for one in settings)
+    run = {name: given[name] for name in ("rule", "prompt", "negative_prompt")}
+    own: dict[str, Any] = {
+        "group": group or (Group() if together else None),
+        "terms": terms_for(settings, plan, **run),
+        "settings": settings,
+    }
     return [
-        ImageTask(
-            model="toy", width=SIDE, height=SIDE, plan=plan, seed=20 + k, group=group, **given
-        )
+        Asked(model="toy", width=SIDE, height=SIDE, plan=plan, seed=20 + k, **own, **given)
         for k in range(count)
     ]
 
@@ -79,7 +90,7 @@ def pixels(ear: Ear, count: int) -> list[NDArray[np.uint8]]:
 class ByHand:
     """The images of a group in one batch of their own, stage by stage."""
 
-    def __init__(self, model: Toy, tasks: list[ImageTask]) -> None:
+    def __init__(self, model: Toy, tasks: list[Asked]) -> None:
         self.model, self.tasks, self.plan = model, tasks, tasks[0].plan
         self.scales = preconditioning("epsilon", self.plan.alpha[:-1], self.plan.sigma[:-1])
         self.times = FACTS.schedule.conditioning(self.plan.t[:-1])
@@ -98,14 +109,14 @@ class ByHand:
             columns = torch.cat([state, torch.stack([guided, noise, ones], 1)], 1)
             matrix = torch.tensor(self.plan.tables[i], dtype=torch.float32)
             state = torch.einsum("kj,njchw->nkchw", matrix, columns)
-            group = self.tasks[0].group
-            if group is not None and group.particles is not None and i + 1 < STEPS:
-                state = state[self.drawn(i, cond - other, group.particles.bound)]
+            for one in self.tasks[0].settings:
+                if isinstance(one, FeynmanKac) and i + 1 < STEPS:
+                    state = state[self.drawn(i, cond - other, one.bound)]
         return list(to_uint8(self.model.decode(state[:, 0])).numpy())
 
     def predictions(self, i: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        count, group = len(self.tasks), self.tasks[0].group
-        apart = None if group is None else group.apart
+        count, settings = len(self.tasks), self.tasks[0].settings
+        apart = next((one for one in settings if isinstance(one, NegToMe)), None)
         t = torch.full((count,), float(self.times[i]))
         found = []
         for text in (self.tasks[0].prompt, self.tasks[0].negative_prompt):
@@ -144,7 +155,7 @@ SAMPLERS = [DDIM(eta=1), DPMSolverPP(variant="sde")]
 def test_particles_are_what_a_loop_of_their_own_gives(
     engine: Engine, model: Toy, sampler: Sampler, bound: float
 ) -> None:
-    tasks = tasks_of(Group(particles=FeynmanKac(bound=bound)), 5, sampler)
+    tasks = tasks_of((FeynmanKac(bound=bound),), 5, sampler)
     by_hand = ByHand(model, tasks)
     expected = by_hand.pixels()
     ear = run(engine, tasks)
@@ -158,23 +169,25 @@ def test_particles_are_what_a_loop_of_their_own_gives(
 
 
 def test_particles_that_weigh_alike_are_left_alone(engine: Engine) -> None:
-    same = pixels(run(engine, tasks_of(Group(particles=FeynmanKac(bound=1e-9)), 4)), 4)
-    alone = pixels(run(engine, tasks_of(None, 4)), 4)
+    same = pixels(run(engine, tasks_of((FeynmanKac(bound=1e-9),), 4)), 4)
+    alone = pixels(run(engine, tasks_of((), 4)), 4)
     assert all(np.array_equal(a, b) for a, b in zip(same, alone, strict=True))
 
 
 @pytest.mark.parametrize(
-    "group", [Group(particles=FeynmanKac()), Group(apart=NegToMe(stop=0.6))], ids=["fkc", "negtome"]
+    "settings", [(FeynmanKac(),), (NegToMe(stop=0.6),)], ids=["fkc", "negtome"]
 )
-def test_a_group_is_bit_identical_alone_and_in_company(fixed_engine: Engine, group: Group) -> None:
-    tasks = tasks_of(group, 3)
+def test_a_group_is_bit_identical_alone_and_in_company(
+    fixed_engine: Engine, settings: tuple[Any, ...]
+) -> None:
+    tasks = tasks_of(settings, 3)
     alone = pixels(run(fixed_engine, tasks), 3)
     company = [
-        *tasks_of(Group(apart=NegToMe(stop=1.0)), 3, DPMSolverPP(), prompt="a star"),
-        *tasks_of(None, 2, perturbed=(Autoguidance(),)),
+        *tasks_of((NegToMe(stop=1.0),), 3, DPMSolverPP(), prompt="a star"),
+        *tasks_of((Autoguidance(),), 2),
         *tasks,
-        *tasks_of(Group(particles=FeynmanKac()), 2, rule=CFG(scale=7.0)),
-        *tasks_of(None, 1, rule=Unguided()),
+        *tasks_of((FeynmanKac(),), 2, rule=CFG(scale=7.0)),
+        *tasks_of((), 1, rule=Unguided()),
     ]
     ear = run(fixed_engine, company)
     assert not ear.errors
@@ -185,9 +198,9 @@ def test_a_group_is_bit_identical_alone_and_in_company(fixed_engine: Engine, gro
 
 
 def test_a_particle_that_breaks_goes_on_from_another(engine: Engine) -> None:
-    tasks = tasks_of(Group(particles=FeynmanKac()), 3)
+    tasks = tasks_of((FeynmanKac(),), 3)
     broken = torch.full((3, SIDE, SIDE), torch.nan)
-    tasks[1] = tasks_of(tasks[0].group, 2, image=broken)[1]
+    tasks[1] = tasks_of(tasks[0].settings, 2, group=tasks[0].group, image=broken)[1]
     ear = run(engine, tasks)
     assert not ear.errors
     assert ear.results[1].ancestor in (0, 2)
@@ -196,15 +209,15 @@ def test_a_particle_that_breaks_goes_on_from_another(engine: Engine) -> None:
 
 def test_particles_that_all_break_fail(engine: Engine) -> None:
     broken = torch.full((3, SIDE, SIDE), torch.nan)
-    ear = run(engine, tasks_of(Group(particles=FeynmanKac()), 2, image=broken))
+    ear = run(engine, tasks_of((FeynmanKac(),), 2, image=broken))
     assert [type(error) for error in ear.errors.values()] == [RowFailed, RowFailed]
 
 
 def test_images_keep_apart_from_the_first_in_every_prediction(engine: Engine, model: Toy) -> None:
-    tasks = tasks_of(Group(apart=NegToMe(stop=0.5)), 4)
+    tasks = tasks_of((NegToMe(stop=0.5),), 4)
     expected = ByHand(model, tasks).pixels()
-    plain = pixels(run(engine, tasks_of(None, 4)), 4)
-    company = [*tasks_of(None, 2, perturbed=(Autoguidance(),)), *tasks]
+    plain = pixels(run(engine, tasks_of((), 4)), 4)
+    company = [*tasks_of((Autoguidance(),), 2), *tasks]
     ear = run(engine, company)
     assert not ear.errors
     ours = [ear.results[i].pixels for i in range(2, 6)]
@@ -219,12 +232,18 @@ def test_images_keep_apart_from_the_first_in_every_prediction(engine: Engine, mo
 
 
 def test_without_the_first_image_the_others_keep_apart_from_the_next(engine: Engine) -> None:
-    group = Group(apart=NegToMe(stop=1.0))
+    apart, group = (NegToMe(stop=1.0),), Group()
     broken = torch.full((3, SIDE, SIDE), torch.nan)
-    ear = run(engine, [*tasks_of(group, 1, image=broken), *tasks_of(group, 4)[1:]])
+    ear = run(
+        engine,
+        [
+            *tasks_of(apart, 1, group=group, image=broken),
+            *tasks_of(apart, 4, group=group)[1:],
+        ],
+    )
     assert list(ear.errors) == [0]
     assert isinstance(ear.errors[0], RowFailed)
-    plain = pixels(run(engine, tasks_of(None, 4)), 4)
+    plain = pixels(run(engine, tasks_of((), 4)), 4)
     apart = [
         int(np.abs(ear.results[i].pixels.astype(int) - plain[i].astype(int)).max())
         for i in (1, 2, 3)
@@ -234,7 +253,7 @@ def test_without_the_first_image_the_others_keep_apart_from_the_next(engine: Eng
 
 
 def test_cancelling_ends_every_image_of_a_group(engine: Engine) -> None:
-    tasks = tasks_of(Group(particles=FeynmanKac()), 4)
+    tasks = tasks_of((FeynmanKac(),), 4)
     ear = Ear(4)
     engine.submit(tasks, ear).cancel()
     ear.wait()

@@ -11,13 +11,12 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from guidance import PERTURBATIONS, Perturbation
+from guidance import PERTURBATIONS, Perturbation, SkipTuning
 from guidance.adaptive import Adaptive
 from guidance.always import Always
 from guidance.autoguidance import Autoguidance
 from guidance.cfg import CFG
 from guidance.composed import Composed, WeightedPrompt
-from guidance.edits import SkipScales
 from guidance.embedded import Embedded
 from guidance.interval import Interval
 from guidance.linear_adaptive import LinearAdaptive
@@ -84,11 +83,10 @@ def test_any_mix_of_guidance_in_one_batch_is_what_each_image_is_by_hand(
         task(
             rule,
             policy,
-            terms[k % 3],
+            (*terms[k % 3], *([SkipTuning(bottom=0.5)] * (k % 2))),
             sampler=sampler,
             steps=5,
             seed=k,
-            edits=(SkipScales((0.5, 1.0)),) if k % 2 else (),
         )
         for k, (rule, policy) in enumerate(TOGETHER)
     ]
@@ -103,7 +101,7 @@ def test_any_mix_of_guidance_in_one_batch_is_what_each_image_is_by_hand(
 def test_a_perturbation_changes_the_picture(engine: Engine, kind: type[Perturbation]) -> None:
     term = kind.model_validate({"scale": 3, "start": 0, "stop": 1})
     plain, disturbed, none = (
-        run(engine, [task(perturbed=terms)]).results[0].pixels
+        run(engine, [task(settings=terms)]).results[0].pixels
         for terms in ((), (term,), (term.model_copy(update={"scale": 0.0}),))
     )
     assert not np.array_equal(plain, disturbed)
@@ -112,18 +110,21 @@ def test_a_perturbation_changes_the_picture(engine: Engine, kind: type[Perturbat
 
 def test_strength_is_the_scale_whether_or_not_there_is_cfg(engine: Engine, model: Toy) -> None:
     """Elsewhere the same scale means one less without CFG."""
-    alone = task(Unguided(), perturbed=(PAG(scale=1.5),), steps=1)
-    beside = task(CFG(scale=1.0), perturbed=(PAG(scale=1.5),), steps=1)
+    alone = task(Unguided(), settings=(PAG(scale=1.5),), steps=1)
+    beside = task(CFG(scale=1.0), settings=(PAG(scale=1.5),), steps=1)
     ear = run(engine, [alone, beside])
     assert np.array_equal(ear.results[0].pixels, ear.results[1].pixels)
     assert np.abs(ear.results[0].pixels - by_hand(model, alone).astype(int)).max() <= 1
 
 
 def test_a_strength_that_falls_to_nothing_ends_the_evaluations(engine: Engine, model: Toy) -> None:
-    strengths = np.array([[3.0, 2, 1, 0, 0, 0], [0, 1, 1, 1, 1, 1]])
-    one = task(perturbed=(PAG(), SEG(stop=0.5)), strengths=strengths)
+    one = task(settings=(PAG(scale=1.5, adaptive_scale=0.003), SEG(stop=0.5)))
+    [falling, _] = one.terms
+    acting = [falling.acts(stage) for stage in range(6)]
+    assert acting == sorted(acting, reverse=True)
+    assert 0 < sum(acting) < 6
     result = run(engine, [one]).results[0]
-    assert result.evaluations == 12 + 3 + 2
+    assert result.evaluations == 12 + sum(acting) + 3
     assert np.abs(result.pixels - by_hand(model, one).astype(int)).max() <= 1
 
 
@@ -143,12 +144,12 @@ COSTS = {
     "residual onetime": (task(policy=Residual(mode="onetime")), 7, 5),
     "embedded": (task(policy=Embedded()), 6, 6),
     "embedded at scale 1": (task(CFG(scale=1.0), Embedded()), 6, 0),
-    "perturbed": (task(perturbed=(PAG(),)), 18, 0),
-    "perturbed alone": (task(Unguided(), perturbed=(PAG(),)), 12, 0),
-    "perturbed by nothing": (task(perturbed=(PAG(scale=0.0),)), 12, 0),
-    "perturbed for a while": (task(perturbed=(PAG(start=0.5), SLG(start=0, stop=0.3))), 17, 0),
-    "perturbed when settled": (task(policy=Adaptive(threshold=-1.0), perturbed=(PAG(),)), 13, 5),
-    "weak companion": (task(perturbed=(Autoguidance(),)), 18, 0),
+    "perturbed": (task(settings=(PAG(),)), 18, 0),
+    "perturbed alone": (task(Unguided(), settings=(PAG(),)), 12, 0),
+    "perturbed by nothing": (task(settings=(PAG(scale=0.0),)), 12, 0),
+    "perturbed for a while": (task(settings=(PAG(start=0.5), SLG(start=0, stop=0.3))), 17, 0),
+    "perturbed when settled": (task(policy=Adaptive(threshold=-1.0), settings=(PAG(),)), 13, 5),
+    "weak companion": (task(settings=(Autoguidance(),)), 18, 0),
     "two branches": (task(TWO), 18, 0),
     "two branches in an interval": (task(TWO, HALF), 12, 6),
     "two branches that agree": (task(TWO, Adaptive(threshold=-1.0)), 8, 10),
@@ -170,7 +171,8 @@ def test_evaluations_are_spent_and_saved_as_the_table_says(engine: Engine, kind:
                 one.plan.sigma[:-1] / one.plan.alpha[:-1], np.array(one.plan.step) / 6
             ).sum()
         )
-        for p in one.perturbed
+        for p in one.settings
+        if isinstance(p, Perturbation)
     )
 
 
@@ -189,7 +191,7 @@ def test_freed_rows_serve_others_in_the_same_tick(narrow: Engine, kind: str) -> 
 
 
 def test_an_image_that_no_tick_could_hold_is_refused(narrow: Engine) -> None:
-    wide = task(TWO, perturbed=(PAG(), SEG()))
+    wide = task(TWO, settings=(PAG(), SEG()))
     sentence = (
         "guidance needs 5 rows of a forward at once; at most 4 are allowed here, "
         "so ask for fewer branches or perturbations."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from server.engine.terms.perturbation import Disturbed
 from server.requests.resolve import make_plan, prepare, resolve
 from server.requests.schema import GenerateRequest
 from server.requests.tasks import tasks_of
@@ -26,10 +27,12 @@ def test_an_adaptive_perturbation_weakens_with_the_timesteps_of_the_run() -> Non
     resolved = resolve(request, model, Limits(), None)
     plan = make_plan(model.facts.schedule, resolved.sampler, resolved.spacing, 8, None)
     [task] = tasks_of(prepare(resolved, model, plan), model)
-    assert task.strengths is not None
+    falling, constant = task.terms
+    assert isinstance(falling, Disturbed)
+    assert isinstance(constant, Disturbed)
     timesteps = plan.t[:-1]
-    np.testing.assert_allclose(task.strengths[0], np.maximum(0, 2 - 0.003 * (1000 - timesteps)))
-    assert (task.strengths[1] == 2.8).all()
+    np.testing.assert_allclose(falling.strengths, np.maximum(0, 2 - 0.003 * (1000 - timesteps)))
+    assert {*constant.strengths} <= {0.0, 2.8}
     plain = request.model_copy(update={"guidance": None})
     [task] = tasks_of(prepare(resolve(plain, model, Limits(), None), model, plan), model)
-    assert task.strengths is None
+    assert task.terms == ()

@@ -3,22 +3,16 @@
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 
 from embedded import MODEL_FOLDER
-from guidance import EluCD, GradientFree
-from samplers import NoiseSchedule
 from samplers.ddim import DDIM
-from server.engine.task import Aim
 from server.errors import InvalidRequest
 from server.models.classifier import LatentClassifier
 from server.models.hosted import HostedModel
 from server.models.loading import load_model
 from server.requests.resolve import make_plan, prepare, resolve
 from server.requests.schema import GenerateRequest, ResolvedRequest
-from server.requests.stage_levels import levels_of
-from server.requests.tasks import tasks_of
 from server.settings import Limits
 
 HEADS = {"shape": ("circle", "star"), "colour": ("red", "green", "blue")}
@@ -46,11 +40,6 @@ def resolved(model: HostedModel, prompt: str = "a red star", **classifier: Any) 
         {"prompt": prompt, "steps": STEPS, "guidance": guidance, "spacing": "trailing"}
     )
     return resolve(request, model, Limits(), None)
-
-
-def aim_of(model: HostedModel, request: ResolvedRequest) -> Aim | None:
-    (task,) = tasks_of(prepare(request, model, plan_of(model, request)), model)
-    return task.aim
 
 
 def plan_of(model: HostedModel, request: ResolvedRequest) -> Any:
@@ -117,33 +106,7 @@ def test_a_window_that_holds_no_step_is_refused(model: HostedModel) -> None:
     with pytest.raises(
         InvalidRequest, match=r"guidance\.classifier: none of the 4 steps lies within"
     ):
-        aim_of(model, request)
-
-
-def test_nothing_asked_is_no_aim(model: HostedModel) -> None:
-    request = resolved(model)
-    assert aim_of(model, request) is None
-
-
-def test_an_aim_has_the_numbers_of_the_classes_and_acts_in_its_window(model: HostedModel) -> None:
-    request = resolved(model, name="elucd", target={"colour": "blue"}, stop=0.5)
-    plan = plan_of(model, request)
-    aim = aim_of(model, request)
-    assert aim is not None
-    assert aim.guidance == EluCD(target={"colour": "blue"}, stop=0.5)
-    assert aim.targets == (-1, 2)
-    assert not aim.alternatives
-    expected = aim.guidance.strengths(levels_of(plan, model.facts.schedule))
-    assert np.array_equal(aim.strengths, expected * [1, 1, 0, 0])
-
-
-def test_an_aim_comes_with_the_prompts_it_chooses_among(model: HostedModel) -> None:
-    request = resolved(model, name="gradient_free", target={"shape": "star", "colour": "red"})
-    aim = aim_of(model, request)
-    assert aim is not None
-    assert isinstance(aim.guidance, GradientFree)
-    assert aim.targets == (1, 0)
-    assert aim.alternatives == ("a red circle", "a green star", "a blue star")
+        prepare(request, model, plan_of(model, request))
 
 
 def test_alternatives_too_long_for_the_model_are_refused(model: HostedModel) -> None:
@@ -154,27 +117,3 @@ def test_alternatives_too_long_for_the_model_are_refused(model: HostedModel) -> 
     )
     with pytest.raises(InvalidRequest, match=r"guidance\.classifier has \d+ tokens"):
         resolved(model, name="gradient_free", target={"colour": "red"})
-
-
-def test_levels_of_a_trained_schedule_are_its_betas(hosted: HostedModel) -> None:
-    schedule = hosted.facts.schedule
-    plan = make_plan(schedule, DDIM(), resolved(hosted).spacing, 100, None)
-    found = levels_of(plan, schedule)
-    betas = np.linspace(1e-4, 0.02, 1000)
-    # beta of step k is spent between the times k - 1 and k.
-    expected = np.interp(plan.t[:-1] + 0.5, np.arange(1000), betas / betas.max())
-    assert np.allclose(found.variance, expected, rtol=0.01)
-    assert np.allclose(found.time, plan.t[:-1] / 999)
-    assert np.array_equal(found.sigma, plan.sigma[:-1])
-
-
-@pytest.mark.parametrize(
-    "schedule", [NoiseSchedule.vp_linear(), NoiseSchedule.flow(), NoiseSchedule.edm()], ids=str
-)
-def test_levels_are_finite_on_every_kind_of_schedule(schedule: NoiseSchedule) -> None:
-    found = levels_of(DDIM().plan(schedule.grid("trailing", 20)), schedule)
-    assert np.isfinite(found.variance).all()
-    assert (found.variance > 0).all()
-    assert (found.variance <= 1).all()
-    assert np.isfinite(EluCD(target={"a": "b"}).strengths(found)).all()
-    assert (np.diff(found.time) < 0).all()

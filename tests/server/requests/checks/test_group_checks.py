@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from guidance import FeynmanKac, NegToMe
-from server.engine.task import Group
+from guidance import FeynmanKac
+from server.engine.task import ImageTask
 from server.errors import InvalidRequest
 from server.requests.resolve import Prepared, make_plan, prepare, resolve
 from server.requests.schema import GenerateRequest, ResolvedRequest
@@ -41,23 +41,24 @@ def prepared(request: ResolvedRequest) -> Prepared:
     return prepare(request, Toy(), make_plan(FACTS.schedule, *layout))
 
 
-def grouped(request: ResolvedRequest) -> Group | None:
-    return tasks_of(prepared(request), Toy())[0].group
+def tasks(request: ResolvedRequest) -> list[ImageTask]:
+    return tasks_of(prepared(request), Toy())
 
 
-def test_particles_by_name_and_images_apart_by_defaults_make_a_group() -> None:
-    particles = grouped(resolved({"particles": "fkc", "skip_tuning": {}}))
-    assert particles is not None
-    assert particles.particles == FeynmanKac()
-    assert particles.apart is None
-    apart = grouped(resolved({"negtome": {"strength": 0.5}, "perturbed": ["pag"]}, sampler="heun"))
-    assert apart is not None
-    assert apart.apart == NegToMe(away_from="first", strength=0.5)
-    assert apart.particles is None
+@pytest.mark.parametrize(
+    "guidance",
+    [{"particles": "fkc", "skip_tuning": {}}, {"negtome": {"strength": 0.5}, "perturbed": ["pag"]}],
+    ids=["particles", "images apart"],
+)
+def test_images_that_depend_on_each_other_are_one_group(guidance: dict[str, Any]) -> None:
+    made = tasks(resolved(guidance))
+    assert made[0].group is not None
+    assert all(one.group is made[0].group for one in made)
+    assert len(made[0].terms) == 2
 
 
 def test_other_images_are_by_themselves() -> None:
-    assert grouped(resolved({})) is None
+    assert [one.group for one in tasks(resolved({}))] == [None] * 3
 
 
 def test_what_was_asked_comes_back_in_the_settings() -> None:
@@ -184,12 +185,13 @@ def test_what_does_not_go_together_is_refused(
 @pytest.mark.parametrize("policy", ["always", "adaptive"])
 def test_images_that_avoid_a_picture_are_no_group(n: int, policy: str) -> None:
     asked = resolved({"negtome": {"stop": 0.6}, "policy": policy}, n=n, reference="sent")
-    tasks = tasks_of(prepared(asked), Toy(), reference=torch.zeros(3, 32, 32))
-    assert [one.group for one in tasks] == [None] * n
-    assert {one.avoided.negtome for one in tasks if one.avoided} == {
-        NegToMe(away_from="reference", stop=0.6)
-    }
-    assert len({id(one.avoided) for one in tasks}) == 1
+    reference = torch.zeros(3, 32, 32)
+    made = tasks_of(prepared(asked), Toy(), reference=reference)
+    assert [one.group for one in made] == [None] * n
+    [shared] = {one.terms for one in made}
+    [term] = shared
+    assert term.picture is reference
+    assert [term.acts(stage) for stage in range(6)] == [k / 6 < 0.6 for k in range(6)]
 
 
 def test_settings_of_images_that_avoid_a_picture_are_refused_without_it() -> None:
@@ -204,7 +206,7 @@ def test_settings_of_images_that_avoid_a_picture_are_refused_without_it() -> Non
 @pytest.mark.parametrize("sampler", ["dpm_solver_pp", {"name": "ddim", "eta": 0.5}, "lcm"])
 def test_particles_need_the_noise_of_the_reverse_diffusion(sampler: Any) -> None:
     with pytest.raises(InvalidRequest, match="allowed are: 'ddim' with eta 1") as caught:
-        grouped(resolved({"particles": "fkc"}, sampler=sampler))
+        tasks(resolved({"particles": "fkc"}, sampler=sampler))
     assert caught.value.field == "sampler"
 
 
@@ -218,7 +220,7 @@ def test_particles_need_the_noise_of_the_reverse_diffusion(sampler: Any) -> None
     ],
 )
 def test_the_samplers_that_the_refusal_names_are_taken(sampler: Any) -> None:
-    assert grouped(resolved({"particles": "fkc"}, sampler=sampler)) is not None
+    assert tasks(resolved({"particles": "fkc"}, sampler=sampler))[0].group is not None
 
 
 @pytest.mark.parametrize("fields", [{}, {"reference": "sent"}], ids=["first", "reference"])

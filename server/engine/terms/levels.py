@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-from numpy.typing import NDArray
 
-from guidance import DiffusionLevels
-from samplers import NoiseSchedule, Plan
+from guidance.diffusion_levels import DiffusionLevels
 
-__all__ = ["levels_of"]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from samplers import NoiseSchedule, Plan
 
 TRAINED_STEPS = 1000
 """Number of diffusion steps for which variances are published."""

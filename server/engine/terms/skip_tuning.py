@@ -1,0 +1,50 @@
+"""Skip-tuning: every prediction of an image scales the network's skip connections."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from typing_extensions import override
+
+from guidance.skip_tuning import SkipTuning
+from server.engine.terms.term import Term
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Self
+
+    from guidance import Edit
+    from server.engine.terms.seen import ForwardRows, OwnRows, Seen
+    from server.engine.terms.term import Run
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SkipTunedRows(Term):
+    """The same change in all rows of an image, at every stage.
+
+    Attributes:
+        edit: of each row.
+    """
+
+    made_from: ClassVar = SkipTuning
+    prepares: ClassVar = True
+    edit: Edit
+
+    @classmethod
+    @override
+    def of(cls, setting: SkipTuning, run: Run) -> Self:
+        return cls(setting.edit)
+
+    @override
+    def acts(self, stage: int) -> bool:
+        return True
+
+    @classmethod
+    @override
+    def prepare(
+        cls, terms: Sequence[Self], forward: ForwardRows, own: Sequence[OwnRows], seen: Seen
+    ) -> None:
+        for term, rows in zip(terms, own, strict=True):
+            for row in rows.image.values():
+                forward.edit(row, term.edit)
