@@ -11,13 +11,11 @@ from typing_extensions import override
 from samplers.linear_multistep import Line, combined
 from samplers.plan import Columns, Plan
 from samplers.sampler import Sampler
+from samplers.step_order import LOWER_ORDER, LowerOrder, step_order
 
 if TYPE_CHECKING:
     from samplers.grid import Grid
     from samplers.levels import F64
-
-FEW_STEPS = 15
-"""Below this many steps the order is lowered at the end, as diffusers does."""
 
 
 class DEIS(Sampler, frozen=True):
@@ -38,9 +36,7 @@ class DEIS(Sampler, frozen=True):
     )
     name: Literal["deis"] = "deis"
     order: Literal[1, 2, 3] = Field(default=2, description="Values of eps that a step uses.")
-    lower_order_final: bool = Field(
-        default=True, description="Lower the order over the last steps of runs under 15 steps."
-    )
+    lower_order_final: LowerOrder = Field(default=True, description=LOWER_ORDER)
 
     @property
     @override
@@ -57,16 +53,16 @@ class DEIS(Sampler, frozen=True):
         tables: list[F64] = []
         for i in range(grid.steps):
             slopes = [line.slope(i, columns), *line.recalled(i, columns, slots[:i])]
-            weights = _mean_weights(lam, i, self._order_at(grid, i))
+            weights = _mean_weights(lam, i, self._order_at(grid, i, lam))
             x = line.step(i, columns, combined(weights, slopes))
             tables.append(columns.table(x=x, **line.kept(i + 1, x, slopes, slots)))
         return Plan.of_steps(grid, tables)
 
-    def _order_at(self, grid: Grid, i: int) -> int:
-        if grid.sigma[i + 1] == 0:
-            return 1
-        short = self.lower_order_final and grid.steps < FEW_STEPS
-        return min(self.order, i + 1, grid.steps - i if short else self.order)
+    def _order_at(self, grid: Grid, i: int, lam: F64) -> int:
+        def spread(order: int) -> float:
+            return float(np.abs(_mean_weights(lam, i, order)).sum())
+
+        return step_order(grid, i, self.order, self.lower_order_final, spread)
 
 
 def _mean_weights(lam: F64, i: int, order: int) -> F64:

@@ -47,21 +47,33 @@ class Scheduler:
     multistep: bool = False
 
 
+_LOWER: Final = "lower_order_final"
+_NEVER_LOWERED: Final = {_LOWER: False}
+
 AUTOMATIC1111: Final[Mapping[str, Label]] = MappingProxyType(
     {
-        "DPM++ 2M": Label({"name": "dpm_solver_pp"}, "Karras", ("k_dpmpp_2m",)),
+        # k-diffusion never lowers the order; its 3M has the taylor form in its second step.
+        "DPM++ 2M": Label(
+            {"name": "dpm_solver_pp"} | _NEVER_LOWERED, "Karras", ("k_dpmpp_2m",), (_LOWER,)
+        ),
         "DPM++ 2M SDE": Label(
-            {"name": "dpm_solver_pp", "variant": "sde"}, "Exponential", ("k_dpmpp_2m_sde",)
+            {"name": "dpm_solver_pp", "variant": "sde"} | _NEVER_LOWERED,
+            "Exponential",
+            ("k_dpmpp_2m_sde",),
+            (_LOWER,),
         ),
         "DPM++ 2M SDE Heun": Label(
-            {"name": "dpm_solver_pp", "variant": "sde", "solver_type": "taylor"},
+            {"name": "dpm_solver_pp", "variant": "sde", "solver_type": "taylor"} | _NEVER_LOWERED,
             "Exponential",
             ("k_dpmpp_2m_sde_heun",),
+            (_LOWER,),
         ),
         "DPM++ 3M SDE": Label(
-            {"name": "dpm_solver_pp", "variant": "sde", "order": 3},
+            {"name": "dpm_solver_pp", "variant": "sde", "order": 3, "solver_type": "taylor"}
+            | _NEVER_LOWERED,
             "Exponential",
             ("k_dpmpp_3m_sde",),
+            (_LOWER,),
         ),
         "DPM++ 2S a": Label(
             {"name": "dpm_solver_pp_singlestep", "order": 2, "eta": 1.0},
@@ -76,12 +88,12 @@ AUTOMATIC1111: Final[Mapping[str, Label]] = MappingProxyType(
         "Restart": Label({"name": "restart"}, "Karras", ("restart",)),
         "DDIM": Label({"name": "ddim"}, "DDIM", ("ddim",)),
         "PLMS": Label({"name": "plms"}, "DDIM", ("plms",)),
-        # Order 3 and bh1 are the settings there unless a user changes them.
+        # Order 3, bh1 and a lowered order are the settings there unless a user changes them.
         "UniPC": Label(
-            {"name": "unipc", "order": 3, "variant": "bh1"},
+            {"name": "unipc", "order": 3, "variant": "bh1", "lower_order_final": "always"},
             "DDIM",
             ("unipc",),
-            ("order", "variant"),
+            ("order", "variant", _LOWER),
         ),
         "LCM": Label({"name": "lcm"}, "LCM", ("k_lcm",)),
     }
@@ -108,7 +120,8 @@ SCHEDULE_TYPES: Final[Mapping[str, Fields]] = MappingProxyType(
 
 _ORDERS: Final = {n: {"order": n} for n in (1, 2, 3)}
 _FORMS: Final = {"midpoint": {"solver_type": "midpoint"}, "heun": {"solver_type": "taylor"}}
-_LOWERED: Final = {one: {"lower_order_final": one} for one in (False, True)}
+_LOWERED: Final = {False: _NEVER_LOWERED, True: {_LOWER: "below_15_steps"}}
+_ALWAYS_LOWERED: Final = {False: _NEVER_LOWERED, True: {_LOWER: "always"}}
 _LINSPACE: Final = {"name": "linspace"}
 _TO_THE_LAST_STRIDE: Final = {"name": "linspace", "endpoint": False}
 _LEADING: Final = {"name": "leading", "offset": 0}
@@ -122,7 +135,7 @@ DIFFUSERS: Final[Mapping[str, Scheduler]] = MappingProxyType(
         "EulerAncestralDiscreteScheduler": Scheduler({"name": "euler_ancestral"}, _LINSPACE),
         "HeunDiscreteScheduler": Scheduler({"name": "heun"}, _LINSPACE),
         "DPMSolverMultistepScheduler": Scheduler(
-            {"name": "dpm_solver_pp"},
+            {"name": "dpm_solver_pp"} | _LOWERED[True],
             _TO_THE_LAST_STRIDE,
             {
                 "algorithm_type": {
@@ -146,17 +159,18 @@ DIFFUSERS: Final[Mapping[str, Scheduler]] = MappingProxyType(
             multistep=True,
         ),
         "UniPCMultistepScheduler": Scheduler(
-            {"name": "unipc"},
+            {"name": "unipc"} | _ALWAYS_LOWERED[True],
             _TO_THE_LAST_STRIDE,
             {
                 "solver_order": _ORDERS,
                 "solver_type": {one: {"variant": one} for one in ("bh1", "bh2")},
                 "predict_x0": {True: {}},
+                "lower_order_final": _ALWAYS_LOWERED,
             },
             multistep=True,
         ),
         "DEISMultistepScheduler": Scheduler(
-            {"name": "deis"},
+            {"name": "deis"} | _LOWERED[True],
             _TO_THE_LAST_STRIDE,
             {
                 "algorithm_type": {"deis": {}},
@@ -180,7 +194,7 @@ DIFFUSERS: Final[Mapping[str, Scheduler]] = MappingProxyType(
         "TCDScheduler": Scheduler({"name": "tcd"}, {"name": "lcm"}),
         "EDMEulerScheduler": Scheduler({"name": "euler"}, {"name": "karras"}),
         "EDMDPMSolverMultistepScheduler": Scheduler(
-            {"name": "dpm_solver_pp"},
+            {"name": "dpm_solver_pp"} | _LOWERED[True],
             {"name": "karras"},
             {
                 "algorithm_type": {
@@ -189,6 +203,7 @@ DIFFUSERS: Final[Mapping[str, Scheduler]] = MappingProxyType(
                 },
                 "solver_order": _ORDERS,
                 "solver_type": _FORMS,
+                "lower_order_final": _LOWERED,
             },
         ),
         "FlowMatchEulerDiscreteScheduler": Scheduler({"name": "euler"}, _LINSPACE),

@@ -12,6 +12,7 @@ from typing_extensions import override
 from samplers.first_order import direct_gain, first_order
 from samplers.plan import Columns, Plan
 from samplers.sampler import Sampler
+from samplers.step_order import LOWER_ORDER, LowerOrder, step_order
 
 if TYPE_CHECKING:
     from samplers.grid import Grid
@@ -23,7 +24,9 @@ class UniPC(Sampler, frozen=True):
 
     Order 1 to 3, one evaluation a step: the evaluation at the predicted point corrects that point
     before the next prediction, so corrector and predictor are one matrix. History: up to three
-    predictions. The last point is not corrected.
+    predictions. The last point is not corrected. The order of the last steps is lowered where they
+    are too long for their history; ``lower_order_final`` "always" lowers it in every run, as the
+    authors do.
 
     With ``beta`` below 1 it has heavy ball momentum (Wizadwongsa et al., arXiv 2307.11118): a step
     is ``x' = (sigma'/sigma) x + alpha' (1 - e^(-h)) d``, and d is blended into a velocity, the
@@ -41,9 +44,7 @@ class UniPC(Sampler, frozen=True):
         default="bh2",
         description="B(h): bh1 is h, better for unguided; bh2 is e^h - 1, for guided.",
     )
-    lower_order_final: bool = Field(
-        default=True, description="Lower the order over the last steps."
-    )
+    lower_order_final: LowerOrder = Field(default=True, description=LOWER_ORDER)
     beta: float = Field(
         default=1.0,
         ge=0.1,
@@ -67,6 +68,7 @@ class UniPC(Sampler, frozen=True):
         D, D1, D2, D3 = (columns.denoised, columns["D1"], columns["D2"], columns["D3"])
         lam = grid.finite_half_log_snr
         tables: list[F64] = []
+        order = 1
         for i in range(grid.steps):
             x = columns["x"]
             velocity: dict[str, F64] = {}
@@ -74,13 +76,14 @@ class UniPC(Sampler, frozen=True):
                 # The predictor's terms go and the corrector's come. Starting from x, and not from
                 # the point before it, keeps what guidance or inpainting moved x by.
                 share = self.beta if i > 1 else 1.0
-                arrived = self._correction(grid, lam, i - 1, [D1, D2, D3], D)
-                x = x - share * self._correction(grid, lam, i - 1, [D1, D2, D3], None)
+                arrived = self._correction(grid, lam, i - 1, order, [D1, D2, D3], D)
+                x = x - share * self._correction(grid, lam, i - 1, order, [D1, D2, D3], None)
                 x = x + share * arrived
                 if self.beta < 1:
                     v = D1 + arrived / direct_gain(grid, i - 1)
                     velocity["v"] = v if i == 1 else self._blended(columns["v"], v)
-            correction = self._correction(grid, lam, i, [D, D1, D2], None)
+            order = self._order_at(grid, lam, i, [D, D1, D2])
+            correction = self._correction(grid, lam, i, order, [D, D1, D2], None)
             if velocity and grid.sigma[i + 1] > 0:
                 gain = direct_gain(grid, i)
                 correction = gain * (self._blended(velocity["v"], D + correction / gain) - D)
@@ -91,16 +94,23 @@ class UniPC(Sampler, frozen=True):
     def _blended(self, velocity: F64, direction: F64) -> F64:
         return (1 - self.beta) * velocity + self.beta * direction
 
-    def _order_at(self, grid: Grid, i: int) -> int:
-        if grid.sigma[i + 1] == 0:
-            return 1
-        return min(self.order, i + 1, grid.steps - i if self.lower_order_final else self.order)
+    def _order_at(self, grid: Grid, lam: F64, i: int, history: list[F64]) -> int:
+        def spread(order: int) -> float:
+            terms = self._correction(grid, lam, i, order, history, None)
+            return float(np.abs(history[0] + terms / direct_gain(grid, i)).sum())
+
+        return step_order(grid, i, self.order, self.lower_order_final, spread)
 
     def _correction(
-        self, grid: Grid, lam: F64, i: int, history: list[F64], arrived: F64 | None
+        self,
+        grid: Grid,
+        lam: F64,
+        i: int,
+        order: int,
+        history: list[F64],
+        arrived: F64 | None,
     ) -> F64:
         """The difference terms from point i to i + 1; ``arrived`` is the prediction there."""
-        order = self._order_at(grid, i)
         if order == 1 and arrived is None:
             return 0 * history[0]
         h = lam[i + 1] - lam[i]

@@ -66,6 +66,7 @@ from samplers.heun import Heun
 from samplers.lcm import LCM
 from samplers.plms import PLMS
 from samplers.sa_solver import SASolver
+from samplers.step_order import LowerOrder
 from samplers.tcd import TCD
 from samplers.timesteps import Karras, LCMSpacing, Leading, Linspace, LogSNR, Trailing
 from samplers.unipc import UniPC
@@ -238,6 +239,8 @@ PLMS_ALONE = {"skip_prk_steps": True, "prediction_type": "epsilon"}
 # The multistep solvers' linspace stops one stride above the clean end.
 LINSPACE = {"timestep_spacing": "linspace"}
 TO_THE_LAST_STRIDE = Linspace(endpoint=False)
+OF_SHORT_RUNS: LowerOrder = "below_15_steps"
+"""Which orders theirs lower, but for UniPC's, which are always lowered."""
 
 
 def dpm_solver(order: int, solver_type: str, variant: str) -> Pair:
@@ -250,7 +253,7 @@ def dpm_solver(order: int, solver_type: str, variant: str) -> Pair:
     return Pair(
         MendedSDE if variant == "sde" else DPMSolverMultistepScheduler,
         TRAILING | options,
-        DPMSolverPP.model_validate(sampler),
+        DPMSolverPP.model_validate(sampler | {"lower_order_final": OF_SHORT_RUNS}),
         Trailing(),
     )
 
@@ -290,7 +293,7 @@ def unipc(order: int, variant: str) -> Pair:
     return Pair(
         UniPCMultistepScheduler,
         TRAILING | {"solver_order": order, "solver_type": variant, "final_sigmas_type": end},
-        UniPC.model_validate({"order": order, "variant": variant}),
+        UniPC.model_validate({"order": order, "variant": variant, "lower_order_final": "always"}),
         Trailing(),
         lands_clean=lands_clean,
     )
@@ -362,7 +365,7 @@ PAIRS = {
         f"deis-{order}-{steps}": Pair(
             DEISMultistepScheduler,
             TRAILING | {"solver_order": order},
-            DEIS.model_validate({"order": order}),
+            DEIS.model_validate({"order": order, "lower_order_final": OF_SHORT_RUNS}),
             Trailing(),
             steps,
             lands_clean=False,
@@ -420,26 +423,29 @@ PAIRS = {
         for solver_type in ("midpoint", "taylor")
     },
     "dpm_solver_pp-linspace": Pair(
-        DPMSolverMultistepScheduler, LINSPACE, DPMSolverPP(), TO_THE_LAST_STRIDE
+        DPMSolverMultistepScheduler,
+        LINSPACE,
+        DPMSolverPP(lower_order_final=OF_SHORT_RUNS),
+        TO_THE_LAST_STRIDE,
     ),
     "dpm_solver_pp-karras": Pair(
         DPMSolverMultistepScheduler,
         {"use_karras_sigmas": True},
-        DPMSolverPP(),
+        DPMSolverPP(lower_order_final=OF_SHORT_RUNS),
         Karras(whole=True),
         tolerance=BETWEEN_LEVELS,
     ),
     "dpm_solver_pp-logsnr": Pair(
         DPMSolverMultistepScheduler,
         {"use_lu_lambdas": True},
-        DPMSolverPP(),
+        DPMSolverPP(lower_order_final=OF_SHORT_RUNS),
         LogSNR(whole=True),
         tolerance=BETWEEN_LEVELS,
     ),
     "dpm_solver_pp-align_your_steps": Pair(
         DPMSolverMultistepScheduler,
         {},
-        DPMSolverPP(),
+        DPMSolverPP(lower_order_final=OF_SHORT_RUNS),
         AlignYourSteps(),
         10,
         timesteps=AysSchedules["StableDiffusionTimesteps"],
@@ -455,7 +461,7 @@ PAIRS = {
     "dpm_solver_pp-3-long": Pair(
         DPMSolverMultistepScheduler,
         TRAILING | {"solver_order": 3},
-        DPMSolverPP(order=3),
+        DPMSolverPP(order=3, lower_order_final=OF_SHORT_RUNS),
         Trailing(),
         16,
     ),
@@ -464,11 +470,13 @@ PAIRS = {
         for order in (1, 2, 3)
         for variant in ("bh1", "bh2")
     },
-    "unipc-linspace": Pair(UniPCMultistepScheduler, LINSPACE, UniPC(), TO_THE_LAST_STRIDE),
+    "unipc-linspace": Pair(
+        UniPCMultistepScheduler, LINSPACE, UniPC(lower_order_final="always"), TO_THE_LAST_STRIDE
+    ),
     "unipc-karras": Pair(
         UniPCMultistepScheduler,
         {"use_karras_sigmas": True, "solver_order": 3},
-        UniPC(order=3),
+        UniPC(order=3, lower_order_final="always"),
         Karras(whole=True),
         tolerance=BETWEEN_LEVELS,
     ),

@@ -38,15 +38,6 @@ def test_order_one_is_ddim() -> None:
     )
 
 
-def test_order_is_lowered_at_the_end_of_short_runs_alone() -> None:
-    low, high = DEIS(order=3), DEIS(order=3, lower_order_final=False)
-    short, long = VP.grid(LogSNR(), 14), VP.grid(LogSNR(), 15)
-    np.testing.assert_array_equal(low.plan(long).tables, high.plan(long).tables)
-    differing = np.any(low.plan(short).tables != high.plan(short).tables, axis=(1, 2))
-    # The last step to the clean picture is of first order in any case.
-    assert differing.nonzero()[0].tolist() == [12]
-
-
 def test_slots_are_no_more_than_the_order_needs() -> None:
     grid = VP.grid(LogSNR(), 6)
     assert [DEIS.model_validate({"order": o}).plan(grid).slots for o in (1, 2, 3)] == [1, 2, 3]

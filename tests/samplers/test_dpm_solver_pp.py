@@ -12,15 +12,6 @@ from tests.samplers.cases import EDM, FLOW, VP
 from tests.samplers.test_contract import DEVIATION, moments
 
 
-def test_order_is_lowered_at_the_end_of_short_runs_alone() -> None:
-    low, high = DPMSolverPP(order=3), DPMSolverPP(order=3, lower_order_final=False)
-    short, long = VP.grid(LogSNR(), 14), VP.grid(LogSNR(), 15)
-    np.testing.assert_array_equal(low.plan(long).tables, high.plan(long).tables)
-    differing = np.any(low.plan(short).tables != high.plan(short).tables, axis=(1, 2))
-    # The last step to the clean picture is of first order in any case.
-    assert differing.nonzero()[0].tolist() == [12]
-
-
 def test_equation_of_the_multistep_second_order_update() -> None:
     """Algorithm 2 of the paper, written out for one step."""
     grid = VP.grid(LogSNR(), 20)

@@ -33,6 +33,8 @@ THEIR_SCHEDULE_TYPES = [
     *("Uniform", "Karras", "Exponential", "Polyexponential", "SGM Uniform", "KL Optimal"),
     *("Align Your Steps", "Simple", "Normal", "DDIM", "Beta"),
 ]
+AS_DIFFUSERS = DPMSolverPP(lower_order_final="below_15_steps")
+THREE_M_SDE = DPMSolverPP(order=3, variant="sde", solver_type="taylor", lower_order_final=False)
 DOCUMENT = (Path(__file__).parents[2] / "docs/names.md").read_text("utf-8")
 
 
@@ -90,14 +92,18 @@ def test_every_option_of_diffusers_is_one_of_theirs_and_acts(name: str) -> None:
 @pytest.mark.parametrize(
     ("text", "sampler", "spacing"),
     [
-        ("DPM++ 2M Karras", DPMSolverPP(), Karras()),
-        ("dpm++ 2m sde exponential", DPMSolverPP(variant="sde"), Exponential()),
-        ("DPM++ 3M SDE", DPMSolverPP(order=3, variant="sde"), None),
-        ("DPM++ 3M SDE Automatic", DPMSolverPP(order=3, variant="sde"), Exponential()),
+        ("DPM++ 2M Karras", DPMSolverPP(lower_order_final=False), Karras()),
+        (
+            "dpm++ 2m sde exponential",
+            DPMSolverPP(variant="sde", lower_order_final=False),
+            Exponential(),
+        ),
+        ("DPM++ 3M SDE", THREE_M_SDE, None),
+        ("DPM++ 3M SDE Automatic", THREE_M_SDE, Exponential()),
         ("k_euler_a", EulerAncestral(), None),
         ("Euler a SGM Uniform", EulerAncestral(), SGMUniform()),
         ("Euler Beta", Euler(), Beta(over="sigma")),
-        (" UniPC ", UniPC(order=3, variant="bh1"), None),
+        (" UniPC ", UniPC(order=3, variant="bh1", lower_order_final="always"), None),
         ("DDIM DDIM", DDIM(), Leading()),
         ("EulerDiscreteScheduler", Euler(), Linspace()),
     ],
@@ -109,23 +115,27 @@ def test_names_stand_for(text: str, sampler: Sampler, spacing: Spacing | None) -
 @pytest.mark.parametrize(
     ("config", "sampler", "spacing"),
     [
-        ({}, DPMSolverPP(), Linspace(endpoint=False)),
-        ({"use_karras_sigmas": True}, DPMSolverPP(), Karras(whole=True)),
-        ({"use_lu_lambdas": True, "solver_order": 3}, DPMSolverPP(order=3), LogSNR(whole=True)),
-        ({"use_exponential_sigmas": True}, DPMSolverPP(), Exponential()),
-        ({"use_beta_sigmas": True}, DPMSolverPP(), Beta(over="sigma")),
+        ({}, AS_DIFFUSERS, Linspace(endpoint=False)),
+        ({"use_karras_sigmas": True}, AS_DIFFUSERS, Karras(whole=True)),
+        (
+            {"use_lu_lambdas": True, "solver_order": 3},
+            AS_DIFFUSERS.model_copy(update={"order": 3}),
+            LogSNR(whole=True),
+        ),
+        ({"use_exponential_sigmas": True}, AS_DIFFUSERS, Exponential()),
+        ({"use_beta_sigmas": True}, AS_DIFFUSERS, Beta(over="sigma")),
         (
             {"algorithm_type": "sde-dpmsolver++", "solver_type": "heun"},
-            DPMSolverPP(variant="sde", solver_type="taylor"),
+            DPMSolverPP(variant="sde", solver_type="taylor", lower_order_final="below_15_steps"),
             Linspace(endpoint=False),
         ),
-        ({"timestep_spacing": "trailing"}, DPMSolverPP(), Trailing()),
+        ({"timestep_spacing": "trailing"}, AS_DIFFUSERS, Trailing()),
         (
             {"timestep_spacing": "leading", "steps_offset": 1, "lower_order_final": False},
             DPMSolverPP(lower_order_final=False),
             Leading(offset=1),
         ),
-        ({"timestep_spacing": "linspace"}, DPMSolverPP(), Linspace(endpoint=False)),
+        ({"timestep_spacing": "linspace"}, AS_DIFFUSERS, Linspace(endpoint=False)),
     ],
     ids=str,
 )
@@ -192,6 +202,7 @@ def test_labels_survive_the_way_there_and_back(label: str) -> None:
 
 def test_labels_of_what_has_none_are_our_names() -> None:
     assert label_of(DPMSolverPP(order=3)) == "dpm_solver_pp"
+    assert label_of(DPMSolverPP(order=3, variant="sde")) == "dpm_solver_pp"
     assert label_of(DPMSolverPP(lower_order_final=False)) == "DPM++ 2M"
     assert label_of(UniPC()) == "UniPC"
     assert schedule_type_of(Karras(rho=5.0)) == "Karras"
