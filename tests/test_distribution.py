@@ -1,5 +1,6 @@
 """What is installed, from where, and what may never be used."""
 
+import ast
 import json
 import re
 import shutil
@@ -11,6 +12,8 @@ import tomllib
 import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib.metadata import packages_distributions
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+
+from tests.covering import covering
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -62,10 +67,33 @@ def declared() -> list[Requirement]:
     ]
 
 
-@pytest.mark.parametrize("requirement", declared(), ids=lambda r: r.name)
-def test_declared_dependencies_are_locked_at_a_version_they_allow(requirement: Requirement) -> None:
+def test_declared_dependencies_are_locked_at_a_version_they_allow() -> None:
     locked = pins("requirements/dev.lock") | pins("requirements/torch.lock")
-    assert locked[canonicalize_name(requirement.name)] in requirement.specifier
+    for requirement in declared():
+        assert locked[canonicalize_name(requirement.name)] in requirement.specifier, requirement
+
+
+def imported_by(source: str) -> set[str]:
+    """Top-level modules that a source imports, wherever in it."""
+    nodes = list(ast.walk(ast.parse(source)))
+    plain = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    parts = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    return {name.partition(".")[0] for name in (*plain, *parts)}
+
+
+def test_what_a_runtime_environment_holds_is_all_that_the_server_imports() -> None:
+    """The tests' own needs, scipy among them, are in the dev lock alone."""
+    ours = pins("requirements/dev.lock").keys() - pins("requirements/runtime.lock").keys()
+    assert {"scipy", "hypothesis", "pytest"} <= ours
+    modules = {
+        module
+        for module, names in packages_distributions().items()
+        if ours & {canonicalize_name(name) for name in names}
+    }
+    assert "scipy" in modules
+    for package in ("samplers", "guidance", "server", "embedded"):
+        for path in (ROOT / package).rglob("*.py"):
+            assert not imported_by(path.read_text()) & modules, path
 
 
 # Below these a published hole is open.
@@ -88,8 +116,9 @@ def lint(source: str, path: str) -> str:
     return run.stdout
 
 
-@pytest.mark.parametrize("package", [*PACKAGES, "tests"])
-@pytest.mark.parametrize("banned", BANNED)
+@pytest.mark.parametrize(
+    ("banned", "package"), covering(product(BANNED, [*PACKAGES, "tests"]), tuple)
+)
 def test_lint_refuses_whatever_unpickles(banned: str, package: str) -> None:
     module, _, member = banned.partition(".")
     source = f"import {module}\n\nprint({banned if member else module})\n"
