@@ -4,6 +4,7 @@ import base64
 import io
 import json
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import httpx2
@@ -15,6 +16,7 @@ from PIL import Image
 from guidance import RULES
 from samplers import SAMPLERS, SPACINGS
 from server.requests.choice import name_of
+from tests.covering import covering
 
 Generate = Callable[..., httpx2.Response]
 
@@ -146,8 +148,12 @@ def test_settings_posted_back_make_the_same_picture(
 
 
 # A list of times has no default.
-@pytest.mark.parametrize("spacing", sorted({name_of(kind) for kind in SPACINGS} - {"custom"}))
-@pytest.mark.parametrize("rule", [name_of(member) for member in RULES])
+NAMED_SPACINGS = sorted({name_of(kind) for kind in SPACINGS} - {"custom"})
+
+
+@pytest.mark.parametrize(
+    ("spacing", "rule"), covering(product(NAMED_SPACINGS, map(name_of, RULES)), tuple)
+)
 def test_every_spacing_and_rule_makes_a_picture(
     generate: Generate, spacing: str, rule: str
 ) -> None:
