@@ -221,9 +221,8 @@ def catalog(
         typer.echo(listed.model_dump_json(indent=2, exclude={"models"}))
         return
     out = Console()
-    for title, entries in listed:
-        if title not in ("defaults", "models"):
-            out.print(_table(title, entries))
+    for choice in listed.choices:
+        out.print(_table(choice.entries, getattr(listed, choice.entries)))
 
 
 @app.command()

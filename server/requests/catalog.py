@@ -4,19 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from guidance import (
-    CLASSIFIERS,
-    PERTURBATIONS,
-    POLICIES,
-    RULES,
-    FeynmanKac,
-    NegToMe,
-    SkipTuning,
-)
+from guidance import RULES
+from guidance.parts import PARTS, Part
 from samplers import SAMPLERS, SPACINGS
 from server.requests.choice import name_of
 from server.requests.schema import (
@@ -26,7 +19,7 @@ from server.requests.schema import (
     default_sampler,
 )
 
-__all__ = ["Catalog", "Defaults", "Entry", "ModelEntry", "catalog"]
+__all__ = ["Catalog", "Choice", "Defaults", "Entry", "ModelEntry", "catalog"]
 
 
 class Entry(BaseModel):
@@ -83,44 +76,110 @@ class Defaults(BaseModel):
     )
 
 
-class Catalog(BaseModel):
-    """Everything that a request may name."""
+class Choice(BaseModel):
+    """One thing that a request chooses from a list of this catalog, for forms."""
 
     model_config = ConfigDict(frozen=True)
 
-    samplers: tuple[Entry, ...] = Field(description="Of `sampler`.")
-    spacings: tuple[Entry, ...] = Field(description="Of `spacing`; the sampler's own by default.")
-    rules: tuple[Entry, ...] = Field(description="Of `guidance`.")
-    policies: tuple[Entry, ...] = Field(description="Of `guidance.policy`.")
-    perturbations: tuple[Entry, ...] = Field(description="Of the list `guidance.perturbed`.")
-    classifiers: tuple[Entry, ...] = Field(
-        description="Of `guidance.classifier`, terms that a model's classifier adds."
+    entries: str = Field(description="The list's name in this catalog.")
+    field: str = Field(description="Where a request says what it chose, as a dotted path.")
+    title: str
+    description: str
+    most: int = Field(description="How many may be chosen; above 1 the field is a list.")
+    blank: str | None = Field(
+        description="What to call choosing none of them; null where one is always chosen."
     )
-    skip_tuning: tuple[Entry, ...] = Field(description="Of `guidance.skip_tuning`.")
-    particles: tuple[Entry, ...] = Field(description="Of `guidance.particles`.")
-    negtome: tuple[Entry, ...] = Field(description="Of `guidance.negtome`.")
+
+
+class _Offered(BaseModel):
+    """Everything that a request may name, but for the parts of `guidance` beside its rule."""
+
+    model_config = ConfigDict(frozen=True)
+
+    samplers: tuple[Entry, ...] = Field(description="Choices of `sampler`.")
+    spacings: tuple[Entry, ...] = Field(description="Choices of `spacing`.")
+    rules: tuple[Entry, ...] = Field(description="Choices of `guidance`.")
+    choices: tuple[Choice, ...] = Field(description="What a form offers, in its order.")
     defaults: Defaults
     models: tuple[ModelEntry, ...] = Field(description="Empty until they are loaded.")
 
 
+if TYPE_CHECKING:
+    Catalog = _Offered
+else:
+    Catalog = create_model(
+        "Catalog",
+        __base__=_Offered,
+        __doc__="Everything that a request may name.",
+        **{
+            part.plural: (
+                tuple[Entry, ...],
+                Field(description=f"Choices of `guidance.{part.field}`. {part.description}"),
+            )
+            for part in PARTS
+        },
+    )
+
+
 def catalog(models: tuple[ModelEntry, ...] = ()) -> Catalog:
     """The catalog of what is installed, with the models that are hosted."""
+    parts = {part.plural: _entries_of(part) for part in PARTS}
     return Catalog(
         samplers=_entries(SAMPLERS),
         spacings=_entries(SPACINGS),
         rules=_entries(RULES),
-        policies=_entries(POLICIES),
-        perturbations=_entries(PERTURBATIONS),
-        classifiers=_entries(CLASSIFIERS),
-        skip_tuning=(_entry(SkipTuning, "skip_tuning"),),
-        particles=_entries((FeynmanKac,)),
-        negtome=(_entry(NegToMe, "negtome"),),
+        choices=CHOICES,
         defaults=_defaults(),
         models=models,
+        **parts,
     )
 
 
-@cache
+CHOICES: Final = (
+    Choice(
+        entries="samplers",
+        field="sampler",
+        title="Sampler",
+        description="How the noise is removed.",
+        most=1,
+        blank=None,
+    ),
+    Choice(
+        entries="spacings",
+        field="spacing",
+        title="Spacing",
+        description="At which noise levels the steps are.",
+        most=1,
+        blank="the sampler's own",
+    ),
+    Choice(
+        entries="rules",
+        field="guidance",
+        title="Guidance",
+        description="How the predictions for prompt and negative prompt are combined.",
+        most=1,
+        blank=None,
+    ),
+    *(
+        Choice(
+            entries=part.plural,
+            field=f"guidance.{part.field}",
+            title=part.label[:1].upper() + part.label[1:],
+            description=part.description,
+            most=part.most,
+            blank="off" if part.default is None else None,
+        )
+        for part in PARTS
+    ),
+)
+
+
+def _entries_of(part: Part) -> tuple[Entry, ...]:
+    if part.named:
+        return _entries(part.kinds)
+    return tuple(_entry(kind, part.field) for kind in part.kinds)
+
+
 @cache
 def _defaults() -> Defaults:
     plain = default_guidance(default_sampler()).model_dump(mode="json")

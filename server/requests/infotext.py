@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
+from guidance.parts import PARTS
 from samplers.names import label_of, schedule_type_of
 from server.requests.schema import ResolvedRequest
 
@@ -33,11 +35,7 @@ def infotext(
         "Model": settings.model,
         "Denoising strength": None if settings.strength is None else f"{settings.strength:g}",
         "Guidance": guidance.name,
-        "Guidance policy": guidance.policy.name,
-        "Guidance perturbed": "+".join(one.name for one in guidance.perturbed) or None,
-        "Guidance classifier": guidance.classifier and guidance.classifier.name,
-        "Guidance particles": guidance.particles and guidance.particles.name,
-        "Guidance NegToMe": guidance.negtome and f"{guidance.negtome.strength:g}",
+        **{f"Guidance {part.label}": _part(getattr(guidance, part.field)) for part in PARTS},
         "Sampler statistics": statistics,
         "Version": version,
     }
@@ -46,6 +44,20 @@ def infotext(
     )
     negative = f"Negative prompt: {settings.negative_prompt}\n" if settings.negative_prompt else ""
     return f"{settings.prompt}\n{negative}{line}"
+
+
+def _part(held: Any) -> str | None:
+    """A part of guidance in a word or a few; None where the request leaves it out."""
+    if isinstance(held, tuple):
+        return "+".join(filter(None, map(_part, held))) or None
+    if held is None:
+        return None
+    own = held.model_dump(mode="json", exclude_defaults=True)
+    return getattr(held, "name", None) or _listed(own) or "on"
+
+
+def _listed(fields: dict[str, Any]) -> str:
+    return "; ".join(f"{name} {value}" for name, value in fields.items())
 
 
 def _quoted(value: object) -> str:

@@ -8,21 +8,19 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from guidance import FeynmanKac, NegToMe, SkipTuning
+from guidance.parts import PARTS
 from server.errors import InvalidRequest, MalformedBody
 from server.requests.choice import listed
-from server.requests.schema import CHOICES, COMPANY
+from server.requests.schema import CHOICES
 
 __all__ = ["explain"]
 
 _SHOWN = 60
 
 _OF_ONE_KIND: Mapping[str, type[BaseModel]] = {
-    "skip_tuning": SkipTuning,
-    "particles": FeynmanKac,
-    "negtome": NegToMe,
+    part.field: part.kinds[0] for part in PARTS if len(part.kinds) == 1
 }
-"""Fields of `guidance` that hold an object with no tag in its path."""
+"""Parts of `guidance` that hold an object with no tag in its path."""
 
 _NEEDS: Mapping[str, str] = {
     "missing": "is required",
@@ -126,7 +124,8 @@ def _siblings(model: type[BaseModel] | None, loc: Sequence[Any]) -> list[str]:
         model = CHOICES.get(field, {}).get(str(part), model)
         field = field if isinstance(part, int) else str(part)
     known = list(model.model_fields) if model is not None else []
-    return [*known, *COMPANY] if model in CHOICES["guidance"].values() else known
+    is_rule = model in CHOICES["guidance"].values()
+    return [*known, *(part.field for part in PARTS)] if is_rule else known
 
 
 def _plain(value: Any) -> str:

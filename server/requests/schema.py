@@ -9,9 +9,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 from pydantic_core import PydanticCustomError
 
 from guidance import (
-    CLASSIFIERS,
-    PERTURBATIONS,
-    POLICIES,
     RULES,
     ClassifierGuidance,
     FeynmanKac,
@@ -21,6 +18,7 @@ from guidance import (
     Rule,
     SkipTuning,
 )
+from guidance.parts import PARTS, Part
 from samplers import SAMPLERS, SPACINGS, Sampler, Spacing
 from server.image_codec import OutputFormat
 from server.requests.aliases import sampler_elsewhere, spacing_elsewhere
@@ -28,7 +26,6 @@ from server.requests.choice import choice, name_of
 
 __all__ = [
     "CHOICES",
-    "COMPANY",
     "DEFAULT_SAMPLER",
     "DEFAULT_STEPS",
     "MAX_SEED",
@@ -48,14 +45,13 @@ DEFAULT_GUIDANCE: Final = {"name": "apg", "scale": 4.0}
 GUIDANCE_OF_STATISTICS: Final = {"name": "cfg", "scale": 4.0}
 """Where the sampler goes by statistics of the model, which are those of plain guidance."""
 MAX_SEED: Final = 2**63 - 1
-MOST_PERTURBED: Final = 3
 
 if TYPE_CHECKING:
     SamplerChoice = Sampler
     SpacingChoice = Spacing
 
     class Guidance(Rule, frozen=True):
-        """A rule's own fields, and what it goes with."""
+        """A rule's own fields, and a field for each of `guidance.parts.PARTS`."""
 
         policy: Policy
         perturbed: tuple[Perturbation, ...]
@@ -66,48 +62,22 @@ if TYPE_CHECKING:
 else:
     SamplerChoice = choice("sampler", SAMPLERS, sampler_elsewhere)
     SpacingChoice = choice("spacing", SPACINGS, spacing_elsewhere)
-    _PolicyChoice = choice("policy", POLICIES)
-    _PerturbationChoice = choice("perturbed", PERTURBATIONS)
-    _ClassifierChoice = choice("classifier", CLASSIFIERS)
-    _ParticlesChoice = choice("particles", (FeynmanKac,))
-    _always = next(policy for policy in POLICIES if name_of(policy) == "always")
-    _Company = {
-        "policy": (
-            _PolicyChoice,
-            Field(default=_always(), description="When the second prediction is evaluated."),
-        ),
-        "perturbed": (
-            tuple[_PerturbationChoice, ...],
-            Field(
-                default=(),
-                max_length=MOST_PERTURBED,
-                strict=False,
-                description="Terms that lead away from disturbed predictions.",
-            ),
-        ),
-        "classifier": (
-            _ClassifierChoice | None,
-            Field(default=None, description="A term from what the model's classifier sees."),
-        ),
-        "skip_tuning": (
-            SkipTuning | None,
-            Field(default=None, description="Factors on a U-Net's skip connections."),
-        ),
-        "particles": (
-            _ParticlesChoice | None,
-            Field(default=None, description="The images are particles, weighed and resampled."),
-        ),
-        "negtome": (
-            NegToMe | None,
-            Field(default=None, description="The images keep away from the first or a picture."),
-        ),
-    }
 
-    def _in_company(rule: type[Rule]) -> type[Rule]:
+    def _field_of(part: Part) -> tuple[Any, Any]:
+        """Type and default of a part of `guidance`."""
+        one = choice(part.field, part.kinds) if part.named else part.kinds[0]
+        about = {"default": part.left_out, "description": part.description}
+        if part.many:
+            return tuple[one, ...], Field(max_length=part.most, strict=False, **about)
+        return (one if part.default is not None else one | None), Field(**about)
+
+    _Parts = {part.field: _field_of(part) for part in PARTS}
+
+    def _with_parts(rule: type[Rule]) -> type[Rule]:
         name = f"{rule.__name__}Guidance"
-        return create_model(name, __base__=rule, __doc__=rule.__doc__, **_Company)
+        return create_model(name, __base__=rule, __doc__=rule.__doc__, **_Parts)
 
-    Guidance = choice("guidance", tuple(_in_company(rule) for rule in RULES))
+    Guidance = choice("guidance", tuple(_with_parts(rule) for rule in RULES))
 
 _GUIDANCE: TypeAdapter[Guidance] = TypeAdapter(Guidance)
 _RULES = {name_of(member): member for member in RULES}
@@ -117,15 +87,9 @@ CHOICES: Final[Mapping[str, Mapping[str, type[BaseModel]]]] = {
     "sampler": {name_of(member): member for member in SAMPLERS},
     "spacing": SPACING_BY_NAME,
     "guidance": _RULES,
-    "policy": {name_of(member): member for member in POLICIES},
-    "perturbed": {name_of(member): member for member in PERTURBATIONS},
-    "classifier": {name_of(member): member for member in CLASSIFIERS},
-    "particles": {name_of(FeynmanKac): FeynmanKac},
+    **{part.field: part.by_name for part in PARTS if part.named},
 }
 """Classes by field and name, for error sentences about the fields inside them."""
-
-COMPANY: Final = ("policy", "perturbed", "classifier", "skip_tuning", "particles", "negtome")
-"""Fields of `guidance` beside those of its rule."""
 
 
 def _printable(text: str) -> str:
@@ -184,8 +148,8 @@ class GenerateRequest(BaseModel):
     )
     guidance: Guidance | None = Field(
         default=None,
-        description="How the prompt is enforced: a rule's fields, and optionally its `policy`, "
-        "`perturbed`, `classifier`, `skip_tuning`, `particles` and `negtome`; "
+        description="How the prompt is enforced: the fields of a rule, and optionally "
+        f"{', '.join(f'`{part.field}`' for part in PARTS)}; "
         f"`{DEFAULT_GUIDANCE}` by default, and `{GUIDANCE_OF_STATISTICS}` with a sampler that uses "
         "statistics of the model.",
     )

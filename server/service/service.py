@@ -260,14 +260,15 @@ class Service:
     def _plan(
         self, resolved: ResolvedRequest, model: HostedModel, identity: StatisticsIdentity | None
     ) -> Plan:
-        shape = model.latent_shape(resolved.width, resolved.height)
+        size = resolved.width, resolved.height
+        schedule, shape = model.schedule(*size, resolved.steps), model.latent_shape(*size)
         layout = resolved.sampler, resolved.spacing, resolved.steps, resolved.strength
 
         def make() -> Plan:
             statistics = None if identity is None else model.statistics.load(identity, shape)
-            return make_plan(model.facts.schedule, *layout, statistics)
+            return make_plan(schedule, *layout, statistics)
 
-        key = model.facts.name, layout, identity, identity and shape
+        key = model.facts.name, schedule, layout, identity, identity and shape
         return self._plans.get(key, make)
 
     def _uploads(self, request: GenerateRequest) -> Uploads:

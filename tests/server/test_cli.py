@@ -43,7 +43,7 @@ def test_the_catalog_lists_everything() -> None:
         assert name in shown
     listed = json.loads(weft("catalog", "--json").output)
     assert set(listed) >= {"samplers", "spacings", "rules", "policies", "perturbations"}
-    assert all(title in shown for title in listed.keys() - {"defaults"})
+    assert all(title in shown for title in listed.keys() - {"choices", "defaults"})
 
 
 def test_generate_writes_the_file_with_its_settings(tmp_path: Path) -> None:

@@ -24,7 +24,9 @@ from server.requests.schema import GenerateRequest
 
 PATIENCE_S = 60
 PAGE = (WEB / "index.html").read_text("utf-8")
-CHOICES = dict(re.findall(r'^  \["(\w+)", "([\w.]+)", "', PAGE, re.MULTILINE))
+CHOICES = {
+    choice.entries: choice.field + (".0" if choice.most > 1 else "") for choice in catalog().choices
+}
 """Where the page puts what it chose from each list of the catalog."""
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -127,8 +129,10 @@ def tab(browser: str, client: httpx2.Client) -> Iterator[Tab]:
         debugging.get(f"/json/close/{opened['id']}")
 
 
-def test_the_page_offers_every_list_of_the_catalog() -> None:
-    assert set(CHOICES) == set(Catalog.model_fields) - {"defaults", "models"}
+def test_the_page_offers_every_list_of_the_catalog(tab: Tab) -> None:
+    legends = tab.run("return texts('#choices > div > fieldset > legend')")
+    assert sorted(legends) == sorted(choice.title for choice in catalog().choices)
+    assert {*CHOICES} == {*Catalog.model_fields} - {"choices", "defaults", "models"}
 
 
 @pytest.mark.parametrize("title", CHOICES)
@@ -208,6 +212,19 @@ def test_the_page_follows_the_sampler_to_its_own_guidance_until_another_is_chose
     defaults = client.get("/v1/catalog").json()["defaults"]
     fitted = defaults["guidance_by_sampler"]["dpm_solver_v3"]
     assert rules == [fitted["name"], defaults["guidance"]["name"], "tcfg"]
+
+
+def test_the_page_shows_what_has_no_effect(tab: Tab) -> None:
+    said = tab.run(
+        """
+        form.negative_prompt.value = "a square"; pick("rules", "none");
+        await press();
+        return texts("#said");
+        """
+    )
+    assert said[0].endswith(
+        "negative_prompt has no effect: guidance 'none' evaluates the prompt alone."
+    )
 
 
 def test_the_page_shows_every_image_of_a_group(tab: Tab) -> None:

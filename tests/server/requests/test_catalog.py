@@ -58,6 +58,22 @@ def test_the_catalog_is_the_registry(title: str) -> None:
     assert [entry.name for entry in entries] == [one.get("name", title) for one in defaults]
 
 
+def test_a_form_finds_every_list_and_where_its_choice_goes() -> None:
+    choices = catalog().choices
+    assert [choice.entries for choice in choices] == [*LISTS]
+    assert {choice.field for choice in choices if choice.most > 1} == {"guidance.perturbed"}
+    assert [choice.field for choice in choices if choice.blank is None] == [
+        "sampler",
+        "guidance",
+        "guidance.policy",
+    ]
+    for choice in choices:
+        body: Any = FIELDS[choice.entries]("chosen")
+        for part in choice.field.split("."):
+            body = body[part]
+        assert body == (["chosen"] if choice.most > 1 else "chosen")
+
+
 @every_entry
 def test_every_entry_explains_itself(title: str, entry: Entry) -> None:
     assert entry.summary
@@ -130,7 +146,7 @@ def test_the_catalog_needs_no_torch() -> None:
 
 def test_the_catalog_names_the_models(client: httpx2.Client) -> None:
     answer = client.get("/v1/catalog").json()
-    assert set(answer) == {*LISTS, "defaults", "models"}
+    assert set(answer) == {*LISTS, "choices", "defaults", "models"}
     (model,) = answer["models"]
     assert model["name"] == "embedded"
     assert model["width"] % model["size_multiple"] == 0

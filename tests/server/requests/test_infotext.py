@@ -39,6 +39,18 @@ def test_the_lines_are_prompt_negative_and_settings() -> None:
     ]
 
 
+def test_every_part_of_guidance_is_written() -> None:
+    guidance = {
+        "name": "cfg",
+        "perturbed": ["pag", "slg"],
+        "skip_tuning": {},
+        "negtome": {"away_from": "first", "stop": 0.5},
+    }
+    written = text_of(guidance=guidance)
+    assert ", Guidance: cfg, Guidance policy: always, Guidance perturbed: pag+slg, " in written
+    assert "Guidance skip-tuning: on, Guidance NegToMe: stop 0.5; away_from first, Ver" in written
+
+
 def test_an_empty_negative_prompt_has_no_line() -> None:
     assert len(text_of().split("\n")) == 2
 
