@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+from threading import Lock
 from typing import TYPE_CHECKING
 
 from guidance.linear_fit import FitIdentity, LinearFit, run_fingerprint
 from server.models.folder import DERIVED
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from guidance import Rule
@@ -40,7 +42,7 @@ def fit_file(folder: Path, sampler: str, steps: int, identity: FitIdentity) -> P
 
 
 class LinearFits:
-    """The coefficients in a model folder, found by what they were fitted for.
+    """The coefficients in a model folder, found by what they were fitted for; for any thread.
 
     Args:
         folder: of the model; None where there is none.
@@ -48,7 +50,9 @@ class LinearFits:
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
-        self._read: dict[Path, LinearFit | None] = {}
+        # Replaced and never changed: other threads may be looking through it.
+        self._read: Mapping[Path, LinearFit | None] = {}
+        self._reading = Lock()
 
     def find(self, identity: FitIdentity) -> LinearFit | None:
         """Those that were fitted for just this; files that came meanwhile are read, too."""
@@ -64,7 +68,7 @@ class LinearFits:
             revision: of the model's weights.
         """
         self._read_new()
-        fits = ((file, fit) for file, fit in list(self._read.items()) if fit is not None)
+        fits = ((file, fit) for file, fit in self._read.items() if fit is not None)
         return tuple(_described(*one) for one in fits if one[1].identity.model == revision)
 
     def _kept(self, identity: FitIdentity) -> LinearFit | None:
@@ -74,14 +78,17 @@ class LinearFits:
     def _read_new(self) -> None:
         if self._folder is None:
             return
-        for file in sorted((self._folder / DERIVED).glob(f"{PREFIX}-*.safetensors")):
-            if file in self._read:
-                continue
-            try:
-                self._read[file] = LinearFit.load(file)
-            except ValueError as error:
-                logger.warning("%s is left out: %s", file, error)
-                self._read[file] = None
+        with self._reading:
+            read = dict(self._read)
+            for file in sorted((self._folder / DERIVED).glob(f"{PREFIX}-*.safetensors")):
+                if file in read:
+                    continue
+                try:
+                    read[file] = LinearFit.load(file)
+                except ValueError as error:
+                    logger.warning("%s is left out: %s", file, error)
+                    read[file] = None
+            self._read = read
 
 
 def _described(file: Path, fit: LinearFit) -> str:

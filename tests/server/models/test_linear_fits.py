@@ -1,0 +1,43 @@
+"""The coefficients in a model folder, looked for by several threads while files come."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from guidance.linear_fit import FitIdentity, LinearFit
+from server.models.linear_fits import LinearFits, fit_file
+
+IDENTITY = FitIdentity("0123456789abcdef", "plan", "rule", 2)
+
+
+def store(folder: Path, identity: FitIdentity) -> None:
+    made = LinearFit(np.zeros((2, 3)), identity, 1, np.zeros(2))
+    made.save(fit_file(folder, "ddim", 2, identity))
+
+
+def test_a_search_goes_on_while_another_one_reads_new_files(tmp_path: Path) -> None:
+    for number in range(3):
+        store(tmp_path, replace(IDENTITY, plan=f"plan {number}"))
+    fits = LinearFits(tmp_path)
+    assert fits.find(IDENTITY) is None
+
+    class Meanwhile:
+        """An identity that is compared just when somebody else finds a new file."""
+
+        def __init__(self) -> None:
+            self.compared = 0
+
+        def __eq__(self, other: object) -> bool:
+            self.compared += 1
+            new = replace(IDENTITY, every=2 + self.compared)
+            if self.compared <= 3:
+                store(tmp_path, new)
+                assert fits.find(new) is not None
+            return False
+
+    meanwhile = Meanwhile()
+    assert fits.find(meanwhile) is None  # type: ignore[arg-type]
+    assert meanwhile.compared > 3
