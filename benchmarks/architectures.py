@@ -9,9 +9,11 @@ import torch
 
 from embedded import MODEL_FOLDER
 from samplers import NoiseSchedule
+from server.models.clip import CLIP
 from server.models.hosted import ModelFacts
 from server.models.loading import choose_device, choose_dtype
-from server.models.stable_diffusion import StableDiffusion
+from server.models.stable_diffusion import OneEncoder
+from server.models.unet_model import UNetModel
 
 if TYPE_CHECKING:
     from server.models.hosted import HostedModel
@@ -118,13 +120,14 @@ def _both(pipeline: Any, device: torch.device, dtype: torch.dtype, side: int) ->
         default_height=side,
         max_tokens=pipeline.tokenizer.model_max_length - 2,
     )
-    hosted = StableDiffusion(
+    for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        module.eval().requires_grad_(requires_grad=False)
+    hosted = UNetModel(
         facts,
         device,
         dtype,
         unet=pipeline.unet,
         vae=pipeline.vae,
-        text_encoder=pipeline.text_encoder,
-        tokenizer=pipeline.tokenizer,
+        text=OneEncoder(CLIP(pipeline.text_encoder, pipeline.tokenizer, device)),
     )
     return Architecture(hosted, pipeline, side)

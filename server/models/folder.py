@@ -32,6 +32,10 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
         raise ModelMismatch(
             f"model folder {str(folder)!r} has no {name}; a folder in the diffusers layout has one."
         ) from None
+    except RecursionError:
+        raise ModelMismatch(
+            f"{name} of model folder {str(folder)!r} is nested too deeply to be read."
+        ) from None
     except (OSError, ValueError) as error:
         raise ModelMismatch(
             f"{name} of model folder {str(folder)!r} is no JSON: {error}."
@@ -49,12 +53,12 @@ def component_class(folder: Path, part: str, allowed: frozenset[str]) -> str:
     """
     named = read_json(folder, "model_index.json").get(part)
     kind = named[1] if isinstance(named, list) and len(named) == 2 else named
-    if kind not in allowed:
+    if not isinstance(kind, str) or kind not in allowed:
         raise ModelMismatch(
-            f"model folder {str(folder)!r} names {kind!r} as its {part}; "
+            f"model folder {str(folder)!r} names {str(kind)[:80]!r} as its {part}; "
             f"allowed are {', '.join(sorted(allowed))}."
         )
-    return str(kind)
+    return kind
 
 
 def statistics_file(folder: Path, rule: str, scale: float) -> Path:

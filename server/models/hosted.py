@@ -14,9 +14,9 @@ from server.models.linear_fits import LinearFits
 from server.models.statistics import ModelStatistics
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Hashable, Mapping, Sequence
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from guidance.edits import Edit
     from samplers import NoiseSchedule, PredictionType
@@ -185,6 +185,10 @@ class HostedModel(ABC):
                 f"model {self.facts.name!r} cannot classify: {self.classifier_lacks}"
             )
         return self.classifier(x, alpha, sigma)
+
+    def modules(self) -> Mapping[str, nn.Module]:
+        """The networks by their names in a model folder, for what adapts or inspects them."""
+        return {}
 
     def layers(self) -> tuple[str, ...]:
         """Names of the blocks that edits may name."""

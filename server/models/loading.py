@@ -11,6 +11,7 @@ from server.errors import ModelMismatch
 from server.models.classifier import LatentClassifier
 from server.models.folder import classifier_file, read_json, revision_of
 from server.models.linear_fits import LinearFits
+from server.models.parts import check_loaded
 from server.models.stable_diffusion import load_stable_diffusion
 from server.models.statistics import ModelStatistics
 
@@ -38,15 +39,19 @@ def load_model(folder: Path, *, name: str, device: str, dtype: str) -> HostedMod
         ModelMismatch: the folder is no model that can be hosted; the sentence says why.
     """
     family = read_json(folder, "model_index.json").get("_class_name")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise ModelMismatch(
-            f"model folder {str(folder)!r} names the pipeline {family!r}; "
+            f"model folder {str(folder)!r} names the pipeline {str(family)[:80]!r}; "
             f"allowed are {', '.join(sorted(FAMILIES))}."
         )
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     place = choose_device(device)
     revision = revision_of(folder)
     try:
         model = FAMILIES[family](folder, name, revision, place, choose_dtype(dtype, place))
+        check_loaded(folder, model.modules())
     except ModelMismatch:
         raise
     except Exception as error:

@@ -36,7 +36,7 @@ from server.engine.tick import weave
 from server.engine.tick.newcomers import Admission
 from server.models.hosted import HostedModel
 from server.models.loading import load_model
-from server.models.stable_diffusion import TEXT
+from server.models.unet_model import TEXT
 from tests.server.by_hand import TOGETHER, Asked, ByHand, task, terms_for
 from tests.server.token_merging import kept_apart
 from tests.server.toy_model import SIDE, Neighbourly, Toy, run, started

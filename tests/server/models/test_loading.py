@@ -7,12 +7,12 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from embedded import MODEL_FOLDER
 from server.errors import ModelMismatch
 from server.models.loading import choose_device, choose_dtype, load_model
-from server.models.stable_diffusion import TEXT
+from server.models.unet_model import TEXT
 
 
 @pytest.fixture
@@ -93,13 +93,83 @@ def refuse_pickled_weights(folder):
         file.rename(file.with_suffix(".bin"))
 
 
+def retouch(file, change):
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+def weights(folder, part):
+    return next((folder / part).glob("*.safetensors"))
+
+
 def refuse_inpainting_unet(folder):
+    def widen(tensors):
+        tensors["conv_in.weight"] = tensors["conv_in.weight"].repeat(1, 3, 1, 1)[:, :9].clone()
+
     edit(folder / "unet" / "config.json", in_channels=9)
+    retouch(weights(folder, "unet"), widen)
 
 
 def refuse_truncated_weights(folder):
     file = next(folder.glob("unet/*.safetensors"))
     file.write_bytes(file.read_bytes()[:1000])
+
+
+def refuse_list_as_pipeline(folder):
+    edit(folder / "model_index.json", _class_name=["StableDiffusionPipeline"])
+
+
+def refuse_list_as_class(folder):
+    edit(folder / "model_index.json", vae=["diffusers", ["AutoencoderTiny"]])
+
+
+def refuse_deep_index(folder):
+    (folder / "model_index.json").write_text('{"a":' * 100_000 + "1" + "}" * 100_000)
+
+
+def refuse_deep_config(folder):
+    (folder / "unet" / "config.json").write_text("[" * 100_000 + "]" * 100_000)
+
+
+def refuse_prediction(folder):
+    edit(folder / "scheduler" / "scheduler_config.json", prediction_type="noise")
+
+
+def refuse_missing_tensors(folder):
+    retouch(weights(folder, "unet"), lambda tensors: tensors.pop("conv_out.bias"))
+
+
+def refuse_missing_text_tensors(folder):
+    name = "encoder.layers.0.mlp.fc1.weight"
+    retouch(weights(folder, "text_encoder"), lambda tensors: tensors.pop(name))
+
+
+def refuse_missing_autoencoder_tensors(folder):
+    retouch(weights(folder, "vae"), lambda tensors: [tensors.pop(k) for k in list(tensors)[:5]])
+
+
+def refuse_leftover_tensors(folder):
+    retouch(weights(folder, "unet"), lambda tensors: tensors.update(more=torch.zeros(2)))
+
+
+def refuse_mismatched_tensors(folder):
+    retouch(weights(folder, "unet"), lambda t: t.update({"conv_out.bias": torch.zeros(5)}))
+
+
+def refuse_mismatched_text_tensors(folder):
+    name = "encoder.layers.0.mlp.fc1.bias"
+    retouch(weights(folder, "text_encoder"), lambda t: t.update({name: torch.zeros(5)}))
+
+
+def refuse_length(folder):
+    edit(folder / "tokenizer" / "tokenizer_config.json", model_max_length="long")
+
+
+def refuse_shards_elsewhere(folder):
+    name = "diffusion_pytorch_model.safetensors.index.json"
+    outside = {"weight_map": {"conv_out.bias": "../vae/diffusion_pytorch_model.safetensors"}}
+    (folder / "unet" / name).write_text(json.dumps(outside))
 
 
 @pytest.mark.parametrize(
@@ -111,14 +181,73 @@ def refuse_truncated_weights(folder):
         (refuse_list_index, "holds no JSON object"),
         (refuse_remote_code, "names 'Unet' as its unet; allowed are UNet2DConditionModel"),
         (refuse_pickled_weights, "no safetensors weights; other formats are refused"),
-        (refuse_inpainting_unet, "could not be loaded|9 input channels"),
+        (refuse_inpainting_unet, "has a U-Net of 9 input channels"),
         (refuse_truncated_weights, "could not be loaded"),
+        (refuse_list_as_pipeline, r"names the pipeline .*; allowed are StableDiffusionPipeline"),
+        (refuse_list_as_class, r"names .* as its vae; allowed are AutoencoderKL, AutoencoderTiny"),
+        (refuse_deep_index, "model_index.json of model folder .* is nested too deeply"),
+        (refuse_deep_config, "unet/config.json of model folder .* is nested too deeply"),
+        (refuse_prediction, "has the prediction_type 'noise'; allowed are epsilon, v_prediction"),
+        (refuse_missing_tensors, "unet of model folder .* lacks the tensor conv_out.bias"),
+        (refuse_missing_text_tensors, r"text_encoder of .* lacks the tensor .*mlp\.fc1\.weight"),
+        (refuse_missing_autoencoder_tensors, r"vae of .* lacks the tensors .* and 2 more"),
+        (refuse_leftover_tensors, "has, beyond what its config describes, the tensor more"),
+        (refuse_mismatched_tensors, "in another shape .* the tensor conv_out.bias"),
+        (refuse_mismatched_text_tensors, r"in another shape .* the tensor .*mlp\.fc1\.bias"),
+        (refuse_length, "has the model_max_length 'long'; a whole number of at least 3"),
+        (refuse_shards_elsewhere, r"has no unet/\.\./vae/diffusion_pytorch_model"),
     ],
 )
 def test_a_folder_that_cannot_be_hosted_is_refused_with_the_reason(folder, spoil, says):
     spoil(folder)
-    with pytest.raises(ModelMismatch, match=says):
+    with pytest.raises(ModelMismatch, match=says) as refusal:
         load(folder)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_tokenizer_without_a_length_takes_what_the_text_encoder_takes(folder):
+    edit(folder / "tokenizer" / "tokenizer_config.json", model_max_length=10**30)
+    model = load(folder)
+    assert model.facts.max_tokens == 30
+    [encoded] = model.encode_prompts(["a red circle"], 128, 128)
+    assert encoded.length == 32
+
+
+def test_entries_of_configs_that_load_code_are_never_followed(folder, monkeypatch):
+    def forbidden(*_, **__):
+        raise AssertionError("a kernel of the hub is asked for")
+
+    monkeypatch.setattr(
+        "transformers.integrations.hub_kernels.load_and_register_attn_kernel", forbidden
+    )
+    code = {
+        "_attn_implementation": "some/repo",
+        "attn_implementation": "some/repo",
+        "auto_map": {"AutoModel": "evil.Model"},
+        "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    }
+    edit(folder / "text_encoder" / "config.json", **code)
+    edit(folder / "unet" / "config.json", **code)
+    model = load(folder)
+    text = model.modules()["text_encoder"]
+    assert text.config._attn_implementation == "sdpa"
+    assert not hasattr(text, "hf_quantizer")
+    assert "quantization_config" not in model.modules()["unet"].config
+
+
+def test_sharded_weights_are_those_of_one_file(folder):
+    whole = load_file(weights(folder, "unet"))
+    expected = load(folder).modules()["unet"].state_dict()
+    weights(folder, "unet").unlink()
+    halves = [dict(list(whole.items())[k::2]) for k in range(2)]
+    shards = {f"part-{k}.safetensors": half for k, half in enumerate(halves)}
+    for name, half in shards.items():
+        save_file(half, folder / "unet" / name)
+    index = {key: name for name, half in shards.items() for key in half}
+    name = "diffusion_pytorch_model.safetensors.index.json"
+    (folder / "unet" / name).write_text(json.dumps({"weight_map": index}))
+    found = load(folder).modules()["unet"].state_dict()
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
 def test_devices_and_types_are_chosen_or_refused():

@@ -15,7 +15,7 @@ from guidance.edits import IdentityAttention, SkippedBlocks, WeakModel
 from server.models.conditioning import StackedConditioning
 from server.models.inputs import RowInputs
 from server.models.loading import load_model
-from server.models.stable_diffusion import TEXT, WEAK_FOLDER, embedding_of_scales
+from server.models.unet_model import TEXT, WEAK_FOLDER, embedding_of_scales
 
 
 @pytest.fixture

@@ -1,0 +1,46 @@
+"""A diffusers autoencoder between pictures and the latents that a denoiser works on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Autoencoder:
+    """Decodes and encodes at the network's own type.
+
+    Args:
+        network: an ``AutoencoderKL`` or ``AutoencoderTiny`` in inference mode.
+        device: where it runs.
+    """
+
+    def __init__(self, network: Any, device: torch.device) -> None:
+        self.network = network.to(device, memory_format=torch.channels_last)
+        config = network.config
+        self._mean, self._deviation = (
+            None if values is None else torch.tensor(values, device=device).view(1, -1, 1, 1)
+            for values in (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
+        )
+        self._scale: float = config.scaling_factor
+        self._shift: float = getattr(config, "shift_factor", None) or 0.0
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures ``[rows, 3, H, W]`` float32 in [-1, 1] of clean latents ``[rows, C, h, w]``."""
+        if self._mean is None or self._deviation is None:
+            scaled = latents / self._scale + self._shift
+        else:
+            scaled = latents * self._deviation / self._scale + self._mean
+        return self.network.decode(scaled.to(self.network.dtype), return_dict=False)[0].float()
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Clean latents ``[rows, C, h, w]`` float32 of pictures ``[rows, 3, H, W]`` in [-1, 1]."""
+        encoded = self.network.encode(pixels.to(self.network.dtype))
+        # The mean of the posterior, not a sample: the same picture gives the same latent.
+        latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+        if self._mean is None or self._deviation is None:
+            return (latents.float() - self._shift) * self._scale
+        return (latents.float() - self._mean) * self._scale / self._deviation

@@ -1,0 +1,190 @@
+"""Parts of a model folder: built from configs that are not trusted, and from weights by name.
+
+Of a config only what its class declares is passed on, so that no entry can choose an attention
+kernel, a quantizer or code of its own. Tensors that are missing, left over or of another shape are
+refused here, by name: such a part would fail at its first use, or worse, draw noise.
+"""
+
+from __future__ import annotations
+
+from inspect import signature
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file
+
+from server.errors import ModelMismatch
+from server.models.folder import component_class, read_json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from torch import Tensor, nn
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+NAMES_SHOWN = 3
+FEWEST_TOKENS = 3
+"""Tokens of a prompt with one word: its own, and the markers of start and end."""
+
+
+def load_network(folder: Path, part: str, allowed: Sequence[Any], dtype: torch.dtype) -> Any:
+    """A network of diffusers, in inference mode on the CPU.
+
+    Args:
+        folder: of the model.
+        part: as ``model_index.json`` names it, and the subfolder that holds it.
+        allowed: classes that the folder may name.
+        dtype: of the weights.
+
+    Raises:
+        ModelMismatch: another class, or weights that are not those of the config.
+    """
+    classes = {kind.__name__: kind for kind in allowed}
+    kind = classes[component_class(folder, part, frozenset(classes))]
+    return build_network(folder, part, kind, dtype)
+
+
+def build_network(folder: Path, part: str, kind: Any, dtype: torch.dtype) -> Any:
+    """A network of diffusers whose class is known; see :func:`load_network`."""
+    config = known_entries(read_json(folder, f"{part}/config.json"), kind.__init__)
+    with torch.device("meta"):
+        network = kind(**config)
+    weights = _weights_of(folder, part)
+    # Autoencoders of 2022 name their attention's layers otherwise.
+    network._fix_state_dict_keys_on_load(weights)
+    expected = network.state_dict()
+    _check_tensors(
+        folder,
+        part,
+        missing=[name for name in expected if name not in weights],
+        unexpected=[name for name in weights if name not in expected],
+        mismatched=[
+            name
+            for name, tensor in expected.items()
+            if name in weights and weights[name].shape != tensor.shape
+        ],
+    )
+    cast = {name: tensor.to(dtype) for name, tensor in weights.items()}
+    network.load_state_dict(cast, assign=True)
+    return network.eval().requires_grad_(requires_grad=False)
+
+
+def load_text_encoder(folder: Path, part: str, kind: Any, dtype: torch.dtype) -> Any:
+    """A text encoder of transformers, in inference mode on the CPU.
+
+    Args:
+        folder: of the model.
+        part: as ``model_index.json`` names it, and the subfolder that holds it.
+        kind: the class that the folder must name.
+        dtype: of the weights.
+
+    Raises:
+        ModelMismatch: another class, or weights that are not those of the config.
+    """
+    component_class(folder, part, frozenset({kind.__name__}))
+    config = read_json(folder, f"{part}/config.json")
+    config_class = kind.config_class
+    encoder, found = kind.from_pretrained(
+        folder / part,
+        config=config_class(**known_entries(config, config_class.__init__)),
+        dtype=dtype,
+        attn_implementation="sdpa",
+        use_safetensors=True,
+        local_files_only=True,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    _check_tensors(
+        folder,
+        part,
+        missing=found["missing_keys"],
+        unexpected=found["unexpected_keys"],
+        mismatched=[entry[0] for entry in found["mismatched_keys"]],
+    )
+    return encoder.eval().requires_grad_(requires_grad=False)
+
+
+def load_tokenizer(folder: Path, part: str, kind: Any, positions: int) -> Any:
+    """A tokenizer of transformers, whose ``model_max_length`` the text encoder can take.
+
+    Args:
+        folder: of the model.
+        part: as ``model_index.json`` names it, and the subfolder that holds it.
+        kind: its class.
+        positions: tokens that the text encoder has positions for. A longer ``model_max_length``,
+            such as the one that stands for none, is lowered to it.
+
+    Raises:
+        ModelMismatch: another class, or a ``model_max_length`` that leaves no room for a word.
+    """
+    component_class(folder, part, frozenset({kind.__name__, f"{kind.__name__}Fast"}))
+    name = f"{part}/tokenizer_config.json"
+    config = read_json(folder, name) if (folder / name).exists() else {}
+    longest = config.get("model_max_length", positions)
+    is_count = isinstance(longest, int | float) and not isinstance(longest, bool)
+    if not is_count or not longest >= FEWEST_TOKENS:
+        raise ModelMismatch(
+            f"{name} of model folder {str(folder)!r} has the model_max_length "
+            f"{str(longest)[:40]!r}; a whole number of at least {FEWEST_TOKENS} is needed."
+        )
+    tokenizer = kind.from_pretrained(folder / part, local_files_only=True)
+    tokenizer.model_max_length = int(min(longest, positions))
+    return tokenizer
+
+
+def known_entries(config: Mapping[str, Any], constructor: Callable[..., Any]) -> dict[str, Any]:
+    """The entries of a config that its class declares as parameters; all others are left out."""
+    declared = signature(constructor).parameters
+    return {name: value for name, value in config.items() if name in declared and name != "self"}
+
+
+def check_loaded(folder: Path, modules: Mapping[str, nn.Module]) -> None:
+    """Refuse networks of which something was never given a value.
+
+    Raises:
+        ModelMismatch: a parameter or a buffer is still on torch's device ``meta``.
+    """
+    for part, module in modules.items():
+        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        _check_tensors(folder, part, missing=[k for k, v in tensors.items() if v.is_meta])
+
+
+def _weights_of(folder: Path, part: str) -> dict[str, Tensor]:
+    index = f"{part}/{WEIGHTS}.index.json"
+    files = {WEIGHTS}
+    if (folder / index).exists():
+        shards = read_json(folder, index).get("weight_map")
+        files = set(shards.values()) if isinstance(shards, dict) else set[str]()
+    weights: dict[str, Tensor] = {}
+    for name in sorted(files, key=str):
+        file = folder / part / str(name)
+        if file.parent != folder / part or not file.is_file():
+            raise ModelMismatch(
+                f"model folder {str(folder)!r} has no {part}/{str(name)[:80]}; weights are "
+                "expected there as safetensors."
+            )
+        weights |= load_file(file)
+    return weights
+
+
+def _check_tensors(
+    folder: Path,
+    part: str,
+    *,
+    missing: Sequence[str] = (),
+    unexpected: Sequence[str] = (),
+    mismatched: Sequence[str] = (),
+) -> None:
+    for names, what in (
+        (missing, "lacks"),
+        (unexpected, "has, beyond what its config describes,"),
+        (mismatched, "has in another shape than its config describes"),
+    ):
+        if names:
+            more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+            raise ModelMismatch(
+                f"{part} of model folder {str(folder)!r} {what} the "
+                f"{'tensor' if len(names) == 1 else 'tensors'} "
+                f"{', '.join(sorted(names)[:NAMES_SHOWN])}{more}."
+            )

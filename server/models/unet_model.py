@@ -1,0 +1,240 @@
+"""Models of a U-Net and an autoencoder; a family says how its U-Net is told of a prompt."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from math import log
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from typing_extensions import override
+
+from guidance.edits import WeakModel
+from samplers import NoiseSchedule, PredictionType
+from server.errors import ModelMismatch
+from server.models.autoencoder import Autoencoder
+from server.models.folder import read_json
+from server.models.hosted import HostedModel, ModelFacts
+from server.models.parts import build_network
+from server.models.row_edits import RowEdits
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from torch import Tensor, nn
+
+    from guidance.edits import Edit
+    from server.models.conditioning import Conditioning
+    from server.models.inputs import RowInputs
+
+TEXT = "encoder_hidden_states"
+"""Of conditioning, what the U-Net's cross-attention reads, ``[tokens, features]``.
+
+All else goes to the U-Net as its added conditions, by the same names.
+"""
+
+WEAK_FOLDER = "weft/weak"
+"""Where a model folder may hold a weaker U-Net: smaller or less trained, of the same latents."""
+
+PREDICTIONS: tuple[PredictionType, ...] = ("epsilon", "v_prediction", "sample")
+
+LONGEST_PERIOD = log(10_000)
+"""Logarithm of how much slower the last angle of a scale's embedding turns than the first."""
+
+
+class TextSide(Protocol):
+    """How a family turns prompts into conditioning."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of the longest prompt, markers not counted."""
+        ...
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a prompt, markers not counted; safe from any thread."""
+        ...
+
+    def encode(self, prompts: Sequence[str | None], width: int, height: int) -> list[Conditioning]:
+        """See ``HostedModel.encode_prompts``; one of the tensors is ``TEXT``."""
+        ...
+
+    def modules(self) -> Mapping[str, nn.Module]:
+        """The text encoders by their names in a model folder."""
+        ...
+
+
+class UNetModel(HostedModel):
+    """A diffusers U-Net, an autoencoder and a family's text side.
+
+    Args:
+        facts: what is known of the model.
+        device: where it runs.
+        dtype: of the U-Net and the text encoders.
+        unet: a ``UNet2DConditionModel`` in inference mode.
+        vae: an ``AutoencoderKL`` or ``AutoencoderTiny`` in inference mode.
+        text: encodes prompts.
+        weak: a weaker U-Net of the same latents, for autoguidance.
+    """
+
+    def __init__(
+        self,
+        facts: ModelFacts,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        unet: Any,
+        vae: Any,
+        text: TextSide,
+        weak: Any = None,
+    ) -> None:
+        super().__init__(facts, device, dtype)
+        self._unet = unet.to(device, memory_format=torch.channels_last)
+        self._edits = RowEdits(self._unet)
+        self._weak = weak and weak.to(device, memory_format=torch.channels_last)
+        self._autoencoder = Autoencoder(vae, device)
+        self._text = text
+
+    @override
+    def make_differentiable(self) -> None:
+        # Group norm has no forward mode over channels_last.
+        self._unet.to(memory_format=torch.contiguous_format)
+
+    @override
+    def count_tokens(self, text: str) -> int:
+        return self._text.count_tokens(text)
+
+    @override
+    def encode_prompts(
+        self, prompts: Sequence[str | None], width: int, height: int
+    ) -> list[Conditioning]:
+        return self._text.encode(prompts, width, height)
+
+    @override
+    def evaluate(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
+        told = {}
+        if self.facts.embeds_scale:
+            scales = inputs.scale_embedding
+            scales = t.new_zeros(len(t)) if scales is None else scales
+            size = self._unet.config.time_cond_proj_dim
+            told["timestep_cond"] = embedding_of_scales(scales, size).to(self.dtype)
+        if inputs.channels is not None:
+            x = torch.cat([x, inputs.channels], 1)
+        edited = self._edits.applied(inputs.edits, x) if any(inputs.edits) else nullcontext()
+        with edited:
+            return _forward(self._unet, x.to(self.dtype), t, inputs, **told)
+
+    @override
+    def evaluate_weak(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
+        if self._weak is None:
+            return super().evaluate_weak(x, t, inputs)
+        return _forward(self._weak, x.to(self.dtype), t, inputs)
+
+    @override
+    def layers(self) -> tuple[str, ...]:
+        return self._edits.layers()
+
+    @override
+    def refuses(self, edit: Edit) -> str | None:
+        if isinstance(edit, WeakModel) and self._weak is not None:
+            return None
+        return self._edits.refuses(edit)
+
+    @override
+    def decode(self, latents: Tensor) -> Tensor:
+        return self._autoencoder.decode(latents)
+
+    @override
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        return self._autoencoder.encode(pixels)
+
+    @override
+    def modules(self) -> Mapping[str, nn.Module]:
+        weak = {} if self._weak is None else {WEAK_FOLDER: self._weak}
+        return {
+            "unet": self._unet,
+            "vae": self._autoencoder.network,
+            **self._text.modules(),
+            **weak,
+        }
+
+
+def facts_of(
+    folder: Path, name: str, revision: str, unet: Any, vae: Any, max_tokens: int
+) -> ModelFacts:
+    """What the configs of a folder say of a model.
+
+    Args:
+        folder: of the model; its scheduler's config is read.
+        name: what requests call the model.
+        revision: of its weights.
+        unet: the network.
+        vae: the network.
+        max_tokens: tokens of the longest prompt, markers not counted.
+
+    Raises:
+        ModelMismatch: a U-Net that reads more than the latents, or an unknown prediction type.
+        ValueError: a noise schedule that is not known here.
+    """
+    scheduler = read_json(folder, "scheduler/scheduler_config.json")
+    config, latent_scale = unet.config, 2 ** (len(vae.config.block_out_channels) - 1)
+    if config.in_channels != config.out_channels:
+        raise ModelMismatch(
+            f"model {name!r} has a U-Net of {config.in_channels} input channels; "
+            f"only those with as many as they put out ({config.out_channels}) are hosted."
+        )
+    prediction = scheduler.get("prediction_type", "epsilon")
+    if prediction not in PREDICTIONS:
+        raise ModelMismatch(
+            f"scheduler_config.json of model folder {str(folder)!r} has the prediction_type "
+            f"{str(prediction)[:40]!r}; allowed are {', '.join(PREDICTIONS)}."
+        )
+    sample = config.sample_size
+    height, width = (sample, sample) if isinstance(sample, int) else sample
+    return ModelFacts(
+        name=name,
+        revision=revision,
+        schedule=NoiseSchedule.from_diffusers(scheduler),
+        prediction=prediction,
+        latent_channels=config.in_channels,
+        latent_scale=latent_scale,
+        size_multiple=latent_scale * 2 ** (len(config.block_out_channels) - 1),
+        default_width=width * latent_scale,
+        default_height=height * latent_scale,
+        max_tokens=max_tokens,
+        embeds_scale=config.time_cond_proj_dim is not None,
+    )
+
+
+def load_companion(folder: Path, dtype: torch.dtype) -> Any:
+    """The weaker U-Net that a model folder may hold, for autoguidance; None where it holds none."""
+    from diffusers import UNet2DConditionModel
+
+    if not (folder / WEAK_FOLDER).is_dir():
+        return None
+    return build_network(folder, WEAK_FOLDER, UNet2DConditionModel, dtype)
+
+
+def embedding_of_scales(scales: Tensor, size: int) -> Tensor:
+    """What a latent consistency model is told of the guidance scale (arXiv 2310.04378).
+
+    Args:
+        scales: guidance scales less 1, ``[rows]``.
+        size: even number of features.
+
+    Returns:
+        ``[rows, size]``: sines, then cosines, at frequencies from 1000 down to 0.1.
+    """
+    half = size // 2
+    # Angles reach thousands, where float32 rounds by 1e-3: so in the order LCMs were trained with.
+    steps = torch.arange(half, dtype=torch.float32, device=scales.device)
+    angles = 1000 * scales.float()[:, None] * torch.exp(steps * -(LONGEST_PERIOD / (half - 1)))
+    return torch.cat([angles.sin(), angles.cos()], 1)
+
+
+def _forward(unet: Any, x: Tensor, t: Tensor, inputs: RowInputs, **told: Tensor) -> Tensor:
+    added = dict(inputs.conditioning.tensors)
+    text = added.pop(TEXT)
+    if added:
+        return unet(x, t, text, added_cond_kwargs=added, return_dict=False, **told)[0].float()
+    return unet(x, t, text, return_dict=False, **told)[0].float()
