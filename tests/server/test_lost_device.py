@@ -22,10 +22,10 @@ from pathlib import Path
 import torch
 
 from server.cli import app
-from server.models.stable_diffusion import StableDiffusion
+from server.models.unet_model import UNetModel
 
 port, flag = sys.argv[1], Path(sys.argv[2])
-evaluate = StableDiffusion.evaluate
+evaluate = UNetModel.evaluate
 
 
 def faulty(self, *given, **named):
@@ -34,7 +34,7 @@ def faulty(self, *given, **named):
     return evaluate(self, *given, **named)
 
 
-StableDiffusion.evaluate = faulty
+UNetModel.evaluate = faulty
 app(["serve", "--port", port, "--device", "{device}", "--row-budget", "4"])
 """
 
