@@ -208,15 +208,16 @@ def test_an_unknown_name_is_answered_with_the_known_ones(
         (
             "sampler",
             "DPM++ 2M Karras",
-            "sampler 'DPM++ 2M Karras' is here sampler 'dpm_solver_pp' with spacing 'karras'; "
-            "allowed are: ddim, ",
+            "sampler 'DPM++ 2M Karras' is here sampler "
+            '{"name": "dpm_solver_pp", "lower_order_final": false} with spacing '
+            "'karras'; allowed are: ddim, ",
         ),
         (
             "sampler",
             "DPM++ 2M SDE Heun Beta",
             "sampler 'DPM++ 2M SDE Heun Beta' is here sampler "
-            '{"name": "dpm_solver_pp", "variant": "sde", "solver_type": "taylor"} with spacing '
-            '{"name": "beta", "over": "sigma"}; allowed are: ',
+            '{"name": "dpm_solver_pp", "variant": "sde", "solver_type": "taylor", '
+            '"lower_order_final": false} with spacing {"name": "beta", "over": "sigma"}; allowed',
         ),
         ("sampler", "DDIM", "sampler 'DDIM' is here sampler 'ddim'; allowed are: "),
         (
