@@ -58,8 +58,9 @@ class UniPC(Sampler, frozen=True):
         if self.beta < 1:
             return 1
         # The corrector adds one order. The last point goes without, but that is one local error of
-        # the same power. At order 3 the first two steps, of lower order, are made at high noise,
-        # where the prediction hardly moves: slopes from 3.5 to 4.0 are measured.
+        # the same power. At order 3 the first two steps are of lower order; from high noise, where
+        # the prediction hardly moves, slopes of 3.8 to 4.2 are measured, from sigma / alpha 4 on
+        # flow matching 3.2 to 3.5, and 3.0 with bh1.
         return self.order + 1
 
     @override

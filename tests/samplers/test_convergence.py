@@ -6,7 +6,9 @@ import torch
 
 from samplers import NoiseSchedule, Sampler, integrate
 from samplers.gaussian import GaussianMixtureDenoiser
+from samplers.heavy_ball import GHVB
 from samplers.timesteps import LogSNR
+from samplers.unipc import UniPC
 from tests.samplers.cases import (
     CANCELLING,
     COLD,
@@ -57,6 +59,18 @@ def test_error_falls_with_the_declared_power_of_the_step(
     found = errors(sampler, schedule, *RANGES[schedule])
     slope = -np.polyfit(np.log(STEPS), np.log(found), 1)[0]
     assert abs(slope - sampler.convergence_order) < TOLERANCE, f"{slope:.2f}: {found}"
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [UniPC(order=3, lower_order_final=False), GHVB(order=4.8, weights="variable")],
+    ids=lambda sampler: sampler.name,
+)
+def test_orders_above_three_do_not_show_from_low_noise(sampler: Sampler) -> None:
+    """The first steps, of lower order, are then made where the prediction moves."""
+    found = errors(sampler, FLOW, 0.8, 0.1)
+    slope = -np.polyfit(np.log(STEPS), np.log(found), 1)[0]
+    assert 3.2 < slope < 3.8
 
 
 def test_every_sampler_that_solves_the_flow_is_measured() -> None:
