@@ -33,7 +33,7 @@ class Adaptive(Policy, frozen=True):
     from .58 and passes .991 half way.
     """
 
-    summary: ClassVar[str] = "Stops guiding when both predictions agree; saves evaluations."
+    summary: ClassVar[str] = "Stops guiding once both predictions agree; saves evaluations."
     source: ClassVar[str] = "Castillo et al., arXiv 2312.12487, section 4."
     adapts: ClassVar[bool] = True
     name: Literal["adaptive"] = "adaptive"
@@ -41,7 +41,7 @@ class Adaptive(Policy, frozen=True):
         default=0.991,
         ge=-1,
         le=1,
-        description="Cosine from which guidance ends; higher guides longer.",
+        description="Cosine at which guidance ends; higher values guide longer.",
     )
     space: Literal["denoised", "noise"] = Field(
         default="denoised", description="Which predictions are compared."

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class Always(Policy, frozen=True):
     """The second branch is evaluated at every stage."""
 
-    summary: ClassVar[str] = "Evaluates the second branch at every stage."
+    summary: ClassVar[str] = "Evaluates the second prediction at every step."
     source: ClassVar[str] = "Ho and Salimans, arXiv 2207.12598."
     skips: ClassVar[bool] = False
     name: Literal["always"] = "always"

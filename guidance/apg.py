@@ -35,7 +35,9 @@ class APG(ScaledRule, frozen=True):
     (docs/guidance.md).
     """
 
-    summary: ClassVar[str] = "High scales without oversaturation: drops the parallel part."
+    summary: ClassVar[str] = (
+        "Less saturation at the same scale: drops the part parallel to the prediction."
+    )
     source: ClassVar[str] = "Sadat et al., arXiv 2410.02416, algorithm 1."
     memory_slots: ClassVar[int] = 1
     name: Literal["apg"] = "apg"
@@ -44,21 +46,22 @@ class APG(ScaledRule, frozen=True):
         default=0.0,
         ge=0,
         le=1,
-        description="Weight of the part along the prediction; 1 keeps all of it.",
+        description="Weight of the part parallel to the prediction; 1 keeps all of it.",
     )
     norm_threshold: float = Field(
         default=15.0,
         ge=0,
         le=1000,
-        description="Bound on the norm of the difference, at a latent of 65,536 elements;"
-        " 0 is no bound.",
+        description="Bound on the norm of the difference, for a latent of 65,536 elements; 0 is no bound.",
     )
     momentum: float = Field(
         default=-0.5,
         gt=-1,
         lt=1,
-        description="Share of the earlier differences; below 0 damps them. 0 is better with high"
-        " scales in few steps of a multistep sampler.",
+        description=(
+            "Weight of the earlier differences; negative values damp them. 0 is better for high "
+            "scales in few steps of a multistep sampler."
+        ),
     )
 
     @classmethod

@@ -21,10 +21,12 @@ class Autoguidance(Perturbation, frozen=True):
     paper's ``w`` is 1 + ``scale``. Needs a model that has such a companion.
     """
 
-    summary: ClassVar[str] = "Away from a weaker model: better pictures without less variety."
+    summary: ClassVar[str] = (
+        "Steers away from a weaker model: better images without loss of variety."
+    )
     source: ClassVar[str] = "Karras et al., arXiv 2406.02507, equation 3."
     name: Literal["autoguidance"] = "autoguidance"
-    scale: float = Field(default=1.0, ge=0, le=100, description="Strength; 0 is none.")
+    scale: float = Field(default=1.0, ge=0, le=100, description="Strength; 0 has no effect.")
 
     @property
     @override

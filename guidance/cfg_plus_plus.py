@@ -28,10 +28,17 @@ class CFGPlusPlus(Rule, frozen=True):
     the unconditional one already, and a second move would count the guidance twice.
     """
 
-    summary: ClassVar[str] = "Interpolates in [0, 1] and renoises unguided; invertible."
+    summary: ClassVar[str] = (
+        "Interpolates with a weight in [0, 1] and renoises unconditionally; invertible."
+    )
     source: ClassVar[str] = "Chung et al., arXiv 2406.08070, algorithm 2."
     name: Literal["cfg_plus_plus"] = "cfg_plus_plus"
-    scale: float = Field(default=0.6, ge=0, le=1, description="0 is unconditional, 1 conditional.")
+    scale: float = Field(
+        default=0.6,
+        ge=0,
+        le=1,
+        description="Weight of the prompt: 0 is unconditional, 1 is conditional.",
+    )
 
     @classmethod
     @override

@@ -30,17 +30,21 @@ class CFGRescale(ScaledRule, frozen=True):
     space has ``D = (x - sigma eps) / alpha``.
     """
 
-    summary: ClassVar[str] = "Guidance whose spread is brought back; against overexposure."
+    summary: ClassVar[str] = (
+        "CFG rescaled to the prompt's standard deviation; against overexposure."
+    )
     source: ClassVar[str] = "Lin et al., arXiv 2305.08891, section 3.4."
     name: Literal["cfg_rescale"] = "cfg_rescale"
     scale: float = Field(default=7.5, ge=0, le=100, description="Strength; 1 is no guidance.")
     rescale: float = Field(
-        default=0.7, ge=0, le=1, description="Share of the rescaled prediction; 0 is plain CFG."
+        default=0.7, ge=0, le=1, description="Weight of the rescaled prediction; 0 is plain CFG."
     )
     space: Literal["velocity", "noise", "denoised"] = Field(
         default="velocity",
-        description="Where the spread is taken; noise is what diffusers does on networks that"
-        " predict noise.",
+        description=(
+            "Space in which standard deviations are taken; noise is what diffusers does for "
+            "networks that predict noise."
+        ),
     )
 
     @classmethod

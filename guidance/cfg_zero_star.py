@@ -30,20 +30,25 @@ class CFGZeroStar(ScaledRule, frozen=True):
     is done, as with the other rules.
     """
 
-    summary: ClassVar[str] = "CFG with a fitted unconditional velocity; holds still at first."
+    summary: ClassVar[str] = (
+        "CFG with a fitted factor on the unconditional velocity, and zero velocity at first."
+    )
     source: ClassVar[str] = "Fan et al., arXiv 2503.18886."
     name: Literal["cfg_zero_star"] = "cfg_zero_star"
     fitted: float = Field(
         default=1.0,
         ge=0,
         le=1,
-        description="Share of the fitted scale of the unconditional velocity; 0 leaves it as is.",
+        description=(
+            "Weight of the fitted factor on the unconditional velocity; 0 leaves the velocity as "
+            "it is."
+        ),
     )
     zero_init: float = Field(
         default=0.04,
         ge=0,
         le=0.5,
-        description="Share of the steps that begin with no velocity; 0 is none.",
+        description="Fraction of the steps, from the first, with zero velocity; 0 is none.",
     )
 
     @classmethod

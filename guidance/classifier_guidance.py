@@ -48,7 +48,7 @@ class ClassifierGuidance(Window, frozen=True):
     evaluations: ClassVar[int] = 0
     """Rows of the denoiser that a stage takes beside those of rule and perturbations."""
     name: str
-    scale: float = Field(default=1.0, ge=0, le=100, description="Strength; 0 is none.")
+    scale: float = Field(default=1.0, ge=0, le=100, description="Strength; 0 has no effect.")
 
     @property
     @abstractmethod

@@ -35,7 +35,9 @@ class Composed(Rule, frozen=True):
     given. Linear, so any space gives the same.
     """
 
-    summary: ClassVar[str] = "Several prompts with weights: this and that, and not the other."
+    summary: ClassVar[str] = (
+        "Several prompts with weights, positive or negative; one evaluation for each."
+    )
     source: ClassVar[str] = "Liu et al., arXiv 2206.01714, section 4."
     name: Literal["composed"] = "composed"
     scale: float = Field(

@@ -25,18 +25,18 @@ class DynamicThresholding(ScaledRule, frozen=True):
     embedded model it harms. At scale 1 nothing is done.
     """
 
-    summary: ClassVar[str] = "CFG, clipped and drawn in to a limit; made for models of pixels."
+    summary: ClassVar[str] = "CFG, clipped and rescaled to a limit; made for pixel models."
     source: ClassVar[str] = "Saharia et al., arXiv 2205.11487, section 2.3."
     name: Literal["dynamic_thresholding"] = "dynamic_thresholding"
     scale: float = Field(default=7.5, ge=0, le=100, description="Strength; 1 is no guidance.")
     quantile: float = Field(
-        default=0.995, ge=0.5, le=1, description="Share of the elements that is not clipped."
+        default=0.995, ge=0.5, le=1, description="Fraction of the elements that is not clipped."
     )
     limit: float = Field(
         default=3.0,
         ge=0.125,
         le=1000,
-        description="What predictions are drawn in to: 1 for pixels, 3 and more for latents.",
+        description="Limit that predictions are rescaled to: 1 for pixels, 3 and more for latents.",
     )
 
     @classmethod

@@ -42,7 +42,7 @@ class EluCD(GradientGuidance, frozen=True):
     unsaid (docs/guidance.md).
     """
 
-    summary: ClassVar[str] = "Towards what a classifier sees in the denoised picture."
+    summary: ClassVar[str] = "Steers towards a class that a classifier sees in the denoised image."
     source: ClassVar[str] = "Ma et al., arXiv 2310.11311, section 4."
     shows: ClassVar[Literal["denoised", "noisy"]] = "denoised"
     name: Literal["elucd"] = "elucd"
@@ -51,7 +51,7 @@ class EluCD(GradientGuidance, frozen=True):
         default=1.0, ge=0, le=10, description="T1: weight of the target's logit."
     )
     marginal_temperature: float = Field(
-        default=0.5, ge=0, le=10, description="T2: weight of the logits it is held against."
+        default=0.5, ge=0, le=10, description="T2: weight of the other logits."
     )
     gamma: float = Field(
         default=0.3, ge=0, le=10, description="Extra strength in the middle of the diffusion."

@@ -20,7 +20,7 @@ class Embedded(Policy, frozen=True):
     2310.04378): they embed ``scale - 1`` beside the time. The negative prompt has no effect.
     """
 
-    summary: ClassVar[str] = "Tells a distilled network the scale; no second evaluation."
+    summary: ClassVar[str] = "Passes the scale to a distilled network; no second evaluation."
     source: ClassVar[str] = "Meng et al., arXiv 2210.03142, section 3.1."
     embeds: ClassVar[bool] = True
     name: Literal["embedded"] = "embedded"

@@ -27,15 +27,19 @@ class FeynmanKac(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_
     more than independent ones would.
     """
 
-    summary: ClassVar[str] = "Weighs and resamples the images of a request; unbiases guidance."
+    summary: ClassVar[str] = (
+        "Weights and resamples the images of a request; removes the bias of guidance."
+    )
     source: ClassVar[str] = "Skreta et al., arXiv 2503.02819, on geometric averages."
     name: Literal["fkc"] = "fkc"
     bound: float = Field(
         default=1.0,
         gt=0,
         le=1e6,
-        description="Log-weights of a step, less their mean, are cut off at plus and minus this; "
-        "far above them it is exact, and in pictures leaves few particles with heirs.",
+        description=(
+            "The log weights of a step, minus their mean, are clipped to plus and minus this "
+            "value. A large value is exact, but few images then have descendants."
+        ),
     )
 
     def weights(self, increments: NDArray[np.float64]) -> NDArray[np.float64]:

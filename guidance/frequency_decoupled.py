@@ -38,7 +38,7 @@ class FrequencyDecoupled(Rule, frozen=True):
     so that latents of any size work.
     """
 
-    summary: ClassVar[str] = "One scale for detail and one for layout: crisp at low contrast."
+    summary: ClassVar[str] = "One scale for detail and one for layout: sharp at low contrast."
     source: ClassVar[str] = "Sadat et al., arXiv 2506.19713."
     name: Literal["frequency_decoupled"] = "frequency_decoupled"
     scale: float = Field(

@@ -31,7 +31,7 @@ class GradientFree(ReferenceGuidance, frozen=True):
     the rule ``none`` it stands where the negative prompt's would; with another it is a third.
     """
 
-    summary: ClassVar[str] = "Away from the class that a classifier mistakes the picture for."
+    summary: ClassVar[str] = "Steers away from the class that a classifier mistakes the image for."
     source: ClassVar[str] = "After Shenoy et al., arXiv 2411.15393; the formula is ours."
     name: Literal["gradient_free"] = "gradient_free"
     target: Target = Field(default={})

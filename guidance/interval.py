@@ -22,11 +22,15 @@ class Interval(Window, Policy, frozen=True):
     noise. Outside the interval the prompt's prediction is used alone.
     """
 
-    summary: ClassVar[str] = "Guides between two noise levels only; cheaper and more varied."
+    summary: ClassVar[str] = "Guides only between two noise levels; cheaper, and more varied."
     source: ClassVar[str] = "Kynkäänniemi et al., arXiv 2404.07724, equation 5."
     name: Literal["interval"] = "interval"
-    low: float = Field(default=0.28, ge=0, description="Least sigma / alpha guided, exclusive.")
-    high: float = Field(default=5.42, gt=0, description="Greatest sigma / alpha guided, inclusive.")
+    low: float = Field(
+        default=0.28, ge=0, description="Lowest sigma / alpha that is guided, exclusive."
+    )
+    high: float = Field(
+        default=5.42, gt=0, description="Highest sigma / alpha that is guided, inclusive."
+    )
 
     @override
     def evaluates(

@@ -24,12 +24,12 @@ class MagnitudeAware(ScaledRule, frozen=True):
     Velocities, as the paper's models predict; the length of v_u is what the space changes.
     """
 
-    summary: ClassVar[str] = "High scales, held back at stages where guidance is already large."
+    summary: ClassVar[str] = "High scales, reduced at stages where guidance is already large."
     source: ClassVar[str] = "MAMBO-G, arXiv 2508.03442."
     name: Literal["magnitude_aware"] = "magnitude_aware"
     scale: float = Field(default=10.0, ge=0, le=100, description="Strength; 1 is no guidance.")
     damping: float = Field(
-        default=8.0, ge=0, le=100, description="How fast strength falls; 0 is plain CFG."
+        default=8.0, ge=0, le=100, description="How fast the strength falls; 0 is plain CFG."
     )
 
     @classmethod

@@ -26,12 +26,15 @@ class Minority(GradientGuidance, frozen=True):
     restored as something more common.
     """
 
-    summary: ClassVar[str] = "Towards rare pictures, which a model otherwise seldom makes."
+    summary: ClassVar[str] = "Steers towards rare images, which a model otherwise seldom makes."
     source: ClassVar[str] = "Um et al., arXiv 2301.12334, section 3.3."
     name: Literal["minority"] = "minority"
-    scale: float = Field(default=3.5, ge=0, le=100, description="k: strength; 0 is none.")
+    scale: float = Field(default=3.5, ge=0, le=100, description="Strength k; 0 has no effect.")
     tenth: int = Field(
-        default=10, ge=1, le=10, description="Of the training pictures; 10 are the rarest."
+        default=10,
+        ge=1,
+        le=10,
+        description="Tenth of the training images to steer towards; 10 is the rarest.",
     )
 
     @property

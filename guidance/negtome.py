@@ -35,20 +35,22 @@ class NegToMe(Window, frozen=True):
     reference; it may be masked.
     """
 
-    summary: ClassVar[str] = "Drives images apart from the first, or away from a picture."
+    summary: ClassVar[str] = "Pushes images away from the first one, or from a reference image."
     source: ClassVar[str] = "Singh et al., arXiv 2412.01339."
     away_from: Literal["first", "reference"] | None = Field(
         default=None,
-        description="The request's first image, or the picture sent as `reference`; that picture "
-        "by default, where one is sent.",
+        description=(
+            "The request's first image, or the image sent as `reference`; by default the latter "
+            "if one is sent."
+        ),
     )
     strength: float = Field(default=0.9, gt=0, le=10, description="How far tokens are pushed.")
     threshold: float = Field(
-        default=0.7, ge=-1, lt=1, description="Cosine above which two tokens are alike."
+        default=0.7, ge=-1, lt=1, description="Cosine above which two tokens count as similar."
     )
     layers: Layers = ("up_blocks",)
     stop: float = Field(
-        default=0.2, gt=0, le=1, description="Share of the steps done when it closes."
+        default=0.2, gt=0, le=1, description="Fraction of the steps after which it stops acting."
     )
 
     @property

@@ -32,15 +32,17 @@ class PAG(Perturbation, frozen=True):
     continuous time, t is the share of the diffusion's time times 999.
     """
 
-    summary: ClassVar[str] = "Away from a picture whose self-attention is switched off."
+    summary: ClassVar[str] = "Steers away from a prediction without self-attention."
     source: ClassVar[str] = "Ahn et al., arXiv 2403.17377, section 4."
     name: Literal["pag"] = "pag"
     adaptive_scale: float = Field(
         default=0.0,
         ge=0,
         le=1,
-        description="How much the strength falls with each of the 1000 training timesteps that"
-        " lie behind; 0 keeps it constant.",
+        description=(
+            "How much the strength falls with each of the 1000 training timesteps passed; 0 keeps "
+            "it constant."
+        ),
     )
     layers: Layers = ("middle",)
 

@@ -28,7 +28,7 @@ class PerpNeg(Rule, frozen=True):
     """
 
     summary: ClassVar[str] = (
-        "A negative prompt that takes nothing of the prompt; three evaluations."
+        "A negative prompt without what it shares with the prompt; three evaluations."
     )
     source: ClassVar[str] = "Armandpour et al., arXiv 2304.04968."
     name: Literal["perp_neg"] = "perp_neg"

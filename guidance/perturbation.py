@@ -27,8 +27,10 @@ Layers: TypeAlias = Annotated[
         min_length=1,
         max_length=64,
         strict=False,
-        description="Where: 'middle' (or 'mid', as diffusers calls it), names of the model's"
-        " layers, or beginnings of such names.",
+        description=(
+            "Layers to act on: 'middle' (diffusers' 'mid'), names of the model's layers, or "
+            "prefixes of such names."
+        ),
     ),
     AfterValidator(_by_our_names),
 ]
@@ -48,7 +50,7 @@ class Perturbation(Window, frozen=True):
     source: ClassVar[str]
     """Paper and equation."""
     name: str
-    scale: float = Field(default=3.0, ge=0, le=100, description="Strength; 0 is none.")
+    scale: float = Field(default=3.0, ge=0, le=100, description="Strength; 0 has no effect.")
 
     @property
     @abstractmethod

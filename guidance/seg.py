@@ -26,14 +26,14 @@ class SEG(Perturbation, frozen=True):
     here each side has its own kernel.
     """
 
-    summary: ClassVar[str] = "Away from a picture whose self-attention is blurred."
+    summary: ClassVar[str] = "Steers away from a prediction with blurred self-attention."
     source: ClassVar[str] = "Hong, arXiv 2408.00760, section 4."
     name: Literal["seg"] = "seg"
     sigma: float | None = Field(
         default=None,
         gt=0,
         le=1000,
-        description="Of the blur, in cells of the layer; null is infinite, the mean of all.",
+        description="Width of the blur in cells of the layer; null is infinite, the mean over all cells.",
     )
     layers: Layers = ("middle",)
 

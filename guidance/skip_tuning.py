@@ -19,12 +19,17 @@ class SkipTuning(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_
     the image. Costs nothing; helps most at few steps.
     """
 
-    summary: ClassVar[str] = "Scales a U-Net's skip connections; sharper at few steps, for free."
+    summary: ClassVar[str] = "Scales a U-Net's skip connections; sharper at few steps, at no cost."
     source: ClassVar[str] = "Ma et al., arXiv 2402.15170."
     bottom: float = Field(
-        default=0.8, ge=0, le=2, description="Factor of the lowest connection; 1 changes nothing."
+        default=0.8, ge=0, le=2, description="Factor on the lowest connection; 1 changes nothing."
     )
-    top: float = Field(default=1.0, ge=0, le=2, description="Factor of the highest connection.")
+    top: float = Field(
+        default=1.0,
+        ge=0,
+        le=2,
+        description="Factor on the highest connection; 1 changes nothing.",
+    )
 
     @property
     def edit(self) -> Edit:

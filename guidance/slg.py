@@ -21,15 +21,18 @@ class SLG(Perturbation, frozen=True):
     is laid out. For Stable Diffusion 3.5 medium its authors skip the blocks 7, 8 and 9.
     """
 
-    summary: ClassVar[str] = "Away from a picture made without some transformer blocks."
+    summary: ClassVar[str] = "Steers away from a prediction without some transformer blocks."
     source: ClassVar[str] = "Stability AI, reference code of Stable Diffusion 3.5 medium."
     name: Literal["slg"] = "slg"
-    scale: float = Field(default=2.8, ge=0, le=100, description="Strength; 0 is none.")
+    scale: float = Field(default=2.8, ge=0, le=100, description="Strength; 0 has no effect.")
     start: float = Field(
-        default=0.01, ge=0, lt=1, description="Share of the steps done when it opens."
+        default=0.01,
+        ge=0,
+        lt=1,
+        description="Fraction of the steps after which it starts to act.",
     )
     stop: float = Field(
-        default=0.2, gt=0, le=1, description="Share of the steps done when it closes."
+        default=0.2, gt=0, le=1, description="Fraction of the steps after which it stops acting."
     )
     layers: Layers = ("middle",)
 

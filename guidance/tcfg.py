@@ -29,7 +29,9 @@ class TCFG(ScaledRule, frozen=True):
     noise a and b tend to each other, so half of what lies across the noise is guided by.
     """
 
-    summary: ClassVar[str] = "CFG less what the unconditional noise has across both; for quality."
+    summary: ClassVar[str] = (
+        "CFG without the unconditional noise's tangential part, for better quality."
+    )
     source: ClassVar[str] = "Kwon et al., arXiv 2503.18137, listing 1."
     name: Literal["tcfg"] = "tcfg"
     scale: float = Field(default=7.5, ge=0, le=100, description="Strength; 1 is no guidance.")
@@ -37,7 +39,7 @@ class TCFG(ScaledRule, frozen=True):
         default=1.0,
         ge=0,
         le=1,
-        description="Share of the tangential part that is taken out; 0 is plain CFG.",
+        description="Fraction of the tangential part that is removed; 0 is plain CFG.",
     )
 
     @classmethod

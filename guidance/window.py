@@ -14,15 +14,19 @@ if TYPE_CHECKING:
 class Window(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=False):
     """Noise levels and steps at which something acts; everywhere by default."""
 
-    low: float = Field(default=0.0, ge=0, description="Least sigma / alpha, exclusive.")
+    low: float = Field(
+        default=0.0, ge=0, description="Lowest sigma / alpha at which it acts, exclusive."
+    )
     high: float | None = Field(
-        default=None, gt=0, description="Greatest sigma / alpha, inclusive; null is no bound."
+        default=None,
+        gt=0,
+        description="Highest sigma / alpha at which it acts, inclusive; null is no bound.",
     )
     start: float = Field(
-        default=0.0, ge=0, lt=1, description="Share of the steps done when it opens."
+        default=0.0, ge=0, lt=1, description="Fraction of the steps after which it starts to act."
     )
     stop: float = Field(
-        default=1.0, gt=0, le=1, description="Share of the steps done when it closes."
+        default=1.0, gt=0, le=1, description="Fraction of the steps after which it stops acting."
     )
 
     @model_validator(mode="after")

@@ -46,7 +46,7 @@ class AlignYourSteps(ListedSpacing, frozen=True):
     source: ClassVar[str] = "Sabour et al., arXiv 2404.14507; the authors' quick start."
     name: Literal["align_your_steps"] = "align_your_steps"
     table: Literal["sd15", "sdxl", "svd"] = Field(
-        default="sd15", description="The model whose published table is taken."
+        default="sd15", description="The model whose published table is used."
     )
 
     @override

@@ -28,19 +28,27 @@ class Beta(LevelSpacing, frozen=True):
     AUTOMATIC1111 and diffusers, both ends included; ``over`` chooses.
     """
 
-    summary: ClassVar[str] = "Dense at the noisiest and the cleanest levels, sparse between."
+    summary: ClassVar[str] = "Dense at the noisiest and the cleanest levels, sparse in between."
     source: ClassVar[str] = "Lee et al., arXiv 2407.12173; ComfyUI, diffusers."
     name: Literal["beta"] = "beta"
     alpha: float = Field(
-        default=0.6, ge=0.3, le=5, description="Below 1 is dense at the clean end; lower is denser."
+        default=0.6,
+        ge=0.3,
+        le=5,
+        description="Values below 1 are dense at the clean end; lower is denser.",
     )
     beta: float = Field(
-        default=0.6, ge=0.3, le=5, description="Below 1 is dense at the noisy end; lower is denser."
+        default=0.6,
+        ge=0.3,
+        le=5,
+        description="Values below 1 are dense at the noisy end; lower is denser.",
     )
     over: Literal["time", "sigma"] = Field(
         default="time",
-        description="What the quantiles are of: time, as in the paper and ComfyUI, or sigma, as in"
-        " diffusers and AUTOMATIC1111.",
+        description=(
+            "Variable that the quantiles are taken of: time, as in the paper and ComfyUI, or "
+            "sigma, as in diffusers and AUTOMATIC1111."
+        ),
     )
 
     @override

@@ -22,7 +22,7 @@ class Custom(ListedSpacing, frozen=True):
     between whole ones; sigma in (0, 1] of flow matching, after the shift; sigma of an EDM model.
     """
 
-    summary: ClassVar[str] = "The times that you list, one for each step."
+    summary: ClassVar[str] = "A list of your own, one time for each step."
     source: ClassVar[str] = "diffusers, set_timesteps(timesteps=...) and (sigmas=...)."
     name: Literal["custom"] = "custom"
     times: tuple[float, ...] = Field(
@@ -30,8 +30,7 @@ class Custom(ListedSpacing, frozen=True):
         max_length=1000,
         # A list in JSON, which strict validation would not take for a tuple.
         strict=False,
-        description="Strictly falling times to evaluate at, in the model's own measure; as many as"
-        " steps.",
+        description="Strictly decreasing times to evaluate at, in the model's own units; as many as steps.",
     )
 
     @property

@@ -23,11 +23,14 @@ class DDIM(Sampler, frozen=True):
     ``eta`` 1 is ancestral sampling with the posterior's variance.
     """
 
-    summary: ClassVar[str] = "First order, robust, exact with small steps; eta adds noise."
+    summary: ClassVar[str] = "First order and robust; eta adds noise, up to ancestral sampling."
     source: ClassVar[str] = "Song et al., arXiv 2010.02502, equation 12."
     name: Literal["ddim"] = "ddim"
     eta: float = Field(
-        default=0.0, ge=0, le=1, description="Share of fresh noise: 0 deterministic, 1 ancestral."
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Fraction of fresh noise: 0 is deterministic, 1 is ancestral sampling.",
     )
 
     @property

@@ -30,12 +30,16 @@ class DEIS(Sampler, frozen=True):
     first order.
     """
 
-    summary: ClassVar[str] = "Multistep in eps, fitted in log rho; good unguided, from 10 steps."
+    summary: ClassVar[str] = (
+        "Multistep in the noise prediction, fitted in log rho; good with guidance, from 8 steps."
+    )
     source: ClassVar[str] = (
         "Zhang and Chen, arXiv 2204.13902, equations 11 to 15, fitted in log rho."
     )
     name: Literal["deis"] = "deis"
-    order: Literal[1, 2, 3] = Field(default=2, description="Values of eps that a step uses.")
+    order: Literal[1, 2, 3] = Field(
+        default=2, description="Number of noise predictions that a step uses."
+    )
     lower_order_final: LowerOrder = Field(default=True, description=LOWER_ORDER)
 
     @property

@@ -41,23 +41,23 @@ class DPMSolverPP(Sampler, frozen=True):
     as the authors do.
     """
 
-    summary: ClassVar[str] = "The usual choice: DPM++ 2M and relatives; good from 10 steps."
+    summary: ClassVar[str] = "The default: DPM++ 2M and its relatives; good from 10 steps."
     source: ClassVar[str] = "Lu et al., arXiv 2211.01095, equations 9 to 14."
     name: Literal["dpm_solver_pp"] = "dpm_solver_pp"
     order: Literal[1, 2, 3] = Field(default=2, description="Order of the multistep formula.")
     variant: Literal["ode", "sde"] = Field(
-        default="ode", description="ode is deterministic; sde draws fresh noise each step."
+        default="ode", description="ode is deterministic; sde adds fresh noise at every step."
     )
     solver_type: Literal["midpoint", "taylor"] = Field(
         default="midpoint",
-        description="Form of the second-order term; diffusers calls taylor heun.",
+        description="Form of the second-order term; taylor is called heun in diffusers.",
     )
     lower_order_final: LowerOrder = Field(default=True, description=LOWER_ORDER)
     beta: float = Field(
         default=1.0,
         ge=0.1,
         le=1,
-        description="Heavy ball momentum: share of the new direction in the velocity; 1 is none.",
+        description="Heavy ball momentum: weight of the new direction in the velocity; 1 is no momentum.",
     )
 
     @model_validator(mode="after")

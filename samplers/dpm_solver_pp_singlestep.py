@@ -31,16 +31,23 @@ class DPMSolverPPSinglestep(Sampler, frozen=True):
     takes another weight at the second inner point there, and agrees with ``taylor``.
     """
 
-    summary: ClassVar[str] = "DPM++ 2S, 2S a and 3S: full order from the first step, no history."
+    summary: ClassVar[str] = (
+        "DPM++ 2S, 2S a and 3S: full order from the first step, without history."
+    )
     source: ClassVar[str] = "Lu et al., arXiv 2211.01095, algorithm 1; k-diffusion for eta."
     name: Literal["dpm_solver_pp_singlestep"] = "dpm_solver_pp_singlestep"
-    order: Literal[2, 3] = Field(default=2, description="Order, and evaluations a step.")
+    order: Literal[2, 3] = Field(
+        default=2, description="Order, which is also the number of evaluations per step."
+    )
     solver_type: Literal["midpoint", "taylor"] = Field(
         default="midpoint",
-        description="Form of the higher-order term; diffusers calls taylor heun.",
+        description="Form of the higher-order term; taylor is called heun in diffusers.",
     )
     eta: float = Field(
-        default=0.0, ge=0, le=1, description="Share of fresh noise: 0 deterministic, 1 ancestral."
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Fraction of fresh noise: 0 is deterministic, 1 is ancestral sampling.",
     )
 
     @property

@@ -96,36 +96,45 @@ class DPMSolverV3(FittedSampler, frozen=True):
     The last step to the clean picture is of first order, as is one from pure noise, where l is 1.
     """
 
-    summary: ClassVar[str] = "Fitted to the model by its statistics; strongest at 5 to 10 steps."
+    summary: ClassVar[str] = "Uses statistics of the model; the most accurate at 5 to 10 steps."
     source: ClassVar[str] = "Zheng et al., arXiv 2310.13268, equations 8 to 13, algorithms 1 and 2."
     name: Literal["dpm_solver_v3"] = "dpm_solver_v3"
     order: Literal[1, 2, 3] | None = Field(
-        default=None, description="Order of the predictor; by default the preset's."
+        default=None, description="Order of the predictor; by default as in the preset."
     )
     predictor: Derivatives | None = Field(
         default=None,
-        description="How the predictor takes derivatives: exact solves for them, pseudo takes"
-        " divided differences, calmer and of order 2 at most; by default the preset's.",
+        description=(
+            "How the predictor estimates derivatives: exact solves for them; pseudo uses divided "
+            "differences, which are more stable and of order 2 at most; by default as in the "
+            "preset."
+        ),
     )
     corrector: Correction | None = Field(
         default=None,
-        description="Correct each point by the evaluation there: none; exact, of the predictor's"
-        " order; pseudo, one order more by divided differences; raised, one order more exactly;"
-        " by default the preset's.",
+        description=(
+            "Correct each point with the evaluation made there: none; exact, with the predictor's "
+            "order; pseudo, one order higher by divided differences; raised, one order higher "
+            "exactly; by default as in the preset."
+        ),
     )
     lower_order_final: bool | None = Field(
         default=None,
-        description="Lower the order over the last steps; by default the preset's.",
+        description="Lower the order of the last steps; by default as in the preset.",
     )
     preset: Preset = Field(
         default="best",
-        description="What chooses the fields left out, by guidance scale and steps: the best"
-        " known here, or the authors' own.",
+        description=(
+            "How fields that are left out are chosen, given guidance scale and steps: the best "
+            "known for this server, or as the authors published."
+        ),
     )
     levels: Literal["asked", "statistics"] = Field(
         default="asked",
-        description="Evaluate at the levels of the spacing, or, as the authors do, at the points"
-        " of the statistics nearest to them.",
+        description=(
+            "Evaluate at the levels of the spacing (asked), or, like the authors, at the nearest "
+            "points of the statistics."
+        ),
     )
 
     @property

@@ -42,11 +42,13 @@ class EulerAncestral(Sampler, frozen=True):
     One evaluation a step, stochastic: does not converge to one picture as steps grow.
     """
 
-    summary: ClassVar[str] = "Euler with fresh noise each step; varied pictures, never settles."
+    summary: ClassVar[str] = (
+        "Euler with fresh noise at every step; images keep changing with the number of steps."
+    )
     source: ClassVar[str] = "k-diffusion, sample_euler_ancestral."
     name: Literal["euler_ancestral"] = "euler_ancestral"
     eta: float = Field(
-        default=1.0, ge=0, le=1, description="Share of fresh noise; 0 is plain Euler."
+        default=1.0, ge=0, le=1, description="Fraction of fresh noise; 0 is plain Euler."
     )
 
     @property

@@ -21,7 +21,7 @@ class Exponential(LevelSpacing, frozen=True):
     itself, and it is not: there the times fall by one factor from 1.
     """
 
-    summary: ClassVar[str] = "Even in log sigma; differs from logsnr on flow matching alone."
+    summary: ClassVar[str] = "Even in log sigma; differs from logsnr only on flow matching models."
     source: ClassVar[str] = "k-diffusion, get_sigmas_exponential."
     name: Literal["exponential"] = "exponential"
 

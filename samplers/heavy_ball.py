@@ -48,20 +48,27 @@ class MomentumSampler(Sampler, frozen=True):
         default=1.8,
         ge=LEAST_BETA,
         le=5,
-        description="Slopes that a step uses, rounded up; a fraction is beta, so 3.8 is order 4"
-        " with beta 0.8: the published choice, better without guidance, broken by a strong one.",
+        description=(
+            "Number of slopes that a step uses, rounded up; a fraction sets beta, so 3.8 is order "
+            "4 with beta 0.8. That is the published choice: better without guidance, unusable "
+            "with strong guidance."
+        ),
     )
     beta: float | None = Field(
         default=None,
         ge=LEAST_BETA,
         le=1,
-        description="Share of the new slope in the velocity: 1 is no momentum, less suppresses"
-        " divergence artifacts. By default the fraction of the order.",
+        description=(
+            "Weight of the new slope in the velocity: 1 is no momentum, less suppresses "
+            "divergence artifacts. By default the fraction of the order."
+        ),
     )
     weights: Weights = Field(
         default="constant",
-        description="constant: those of even steps, as published; variable: of the steps taken,"
-        " at orders above 2 more accurate from 50 steps or so.",
+        description=(
+            "Weights of the slopes. constant: those for equal steps, as published; variable: "
+            "those for the actual steps, more accurate at orders above 2 from about 50 steps."
+        ),
     )
 
     @model_validator(mode="after")
@@ -190,7 +197,9 @@ class HB(PushedSampler, frozen=True):
     0.8.
     """
 
-    summary: ClassVar[str] = "Adams-Bashforth with heavy ball momentum, against divergence."
+    summary: ClassVar[str] = (
+        "Adams-Bashforth with heavy ball momentum, against divergence artifacts."
+    )
     source: ClassVar[str] = "Wizadwongsa et al., arXiv 2307.11118, algorithm 1."
     name: Literal["hb"] = "hb"
 
@@ -227,7 +236,7 @@ class GHVB(MomentumSampler, frozen=True):
     published trade-offs 3.8 and 3.9 are the best; here they are without guidance.
     """
 
-    summary: ClassVar[str] = "Heavy ball that keeps its order; steady at few steps."
+    summary: ClassVar[str] = "Heavy ball momentum that keeps its order; stable at few steps."
     source: ClassVar[str] = "Wizadwongsa et al., arXiv 2307.11118, algorithm 2."
     name: Literal["ghvb"] = "ghvb"
 

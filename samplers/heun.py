@@ -25,7 +25,9 @@ class Heun(Sampler, frozen=True):
     flow-matching models.
     """
 
-    summary: ClassVar[str] = "Second order, two evaluations a step; steady at low noise."
+    summary: ClassVar[str] = (
+        "Second order with two evaluations per step; needs many steps when guided."
+    )
     source: ClassVar[str] = "Karras et al., arXiv 2206.00364, algorithm 1."
     name: Literal["heun"] = "heun"
 

@@ -29,7 +29,9 @@ class PLMS(Sampler, frozen=True):
     ``trailing`` if the steps divide 1000: it counts back a fixed stride to find the next level.
     """
 
-    summary: ClassVar[str] = "Stable Diffusion's first sampler; one evaluation more than steps."
+    summary: ClassVar[str] = (
+        "Stable Diffusion's first sampler; one evaluation more than there are steps."
+    )
     source: ClassVar[str] = "Liu et al., arXiv 2202.09778, equation 12 and appendix."
     name: Literal["plms"] = "plms"
 

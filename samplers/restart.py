@@ -42,22 +42,24 @@ class Restart(Sampler, frozen=True):
     refine both, and lie even in sigma^(1/7) as in the source.
     """
 
-    summary: ClassVar[str] = "An ODE solver that goes back up with fresh noise, to mend its errors."
+    summary: ClassVar[str] = (
+        "An ODE solver that repeats an interval with fresh noise, which shrinks earlier errors."
+    )
     source: ClassVar[str] = "Xu et al., arXiv 2306.14878, algorithm 1."
     name: Literal["restart"] = "restart"
     base: Literal["heun", "euler", "dpm_solver_pp"] = Field(
-        default="heun", description="Solver of the descents; heun takes two evaluations a step."
+        default="heun", description="Solver of each descent; heun takes two evaluations per step."
     )
     low: float = Field(
-        default=0.1, ge=0.01, le=0.5, description="sigma / alpha from which it goes back up."
+        default=0.1, ge=0.01, le=0.5, description="sigma / alpha at which it goes back up."
     )
-    high: float = Field(default=2.0, ge=0.5, le=10, description="sigma / alpha it goes up to.")
-    restarts: int = Field(default=1, ge=1, le=10, description="Times it goes back up.")
+    high: float = Field(default=2.0, ge=0.5, le=10, description="sigma / alpha that it goes up to.")
+    restarts: int = Field(default=1, ge=1, le=10, description="How often it goes back up.")
     share: float = Field(
         default=0.25,
         ge=0.2,
         le=1,
-        description="Steps of each further descent, as a share of the run's; at least 1.",
+        description="Steps of each further descent, as a fraction of the run's steps; at least 1 step.",
     )
 
     @property

@@ -37,21 +37,24 @@ class SASolver(Sampler, frozen=True):
     in log SNR. No order is lowered at the end, which would change no step but one of order 3.
     """
 
-    summary: ClassVar[str] = "Stochastic multistep predictor-corrector; tau sets the fresh noise."
+    summary: ClassVar[str] = (
+        "Stochastic multistep predictor-corrector; tau sets the amount of fresh noise."
+    )
     source: ClassVar[str] = "Xue et al., arXiv 2309.05019, equations 14 and 17, algorithm 1."
     name: Literal["sa_solver"] = "sa_solver"
     tau: float = Field(
         default=1.0,
         ge=0,
         le=1.6,
-        description="Noise against that of the reverse diffusion: 0 is the ODE, 1 the usual SDE.",
+        description="Noise relative to the reverse diffusion: 0 is the ODE, 1 the usual SDE.",
     )
     predictor_order: Literal[1, 2, 3] = Field(default=2, description="Order of the predictor.")
     corrector_order: Literal[0, 2, 3] = Field(
-        default=2, description="Order of the corrector; 0 is none."
+        default=2, description="Order of the corrector; 0 is no corrector."
     )
     second_order: Literal["exact", "rounded"] = Field(
-        default="exact", description="Weights of order 2; rounded ones are the authors'."
+        default="exact",
+        description="Weights of order 2: exact, or rounded as in the authors' code.",
     )
 
     @property

@@ -74,8 +74,10 @@ class FittedSampler(Sampler, frozen=True):
 
     statistics: Literal["exact", "nearest", "none"] = Field(
         default="exact",
-        description="Statistics of the model: exact, those of the request's own guidance rule and"
-        " scale; nearest, of the nearest scale there is; none, do without.",
+        description=(
+            "Which statistics of the model to use: exact, those for the request's guidance rule "
+            "and scale; nearest, those for the nearest scale available; none, no statistics."
+        ),
     )
 
     @property

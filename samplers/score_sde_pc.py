@@ -36,17 +36,22 @@ class ScoreSDEPC(Sampler, frozen=True):
     noisiest levels.
     """
 
-    summary: ClassVar[str] = "Ancestral steps, each followed by Langevin moves at its own level."
+    summary: ClassVar[str] = (
+        "Ancestral steps, each followed by Langevin corrector steps at the same noise level."
+    )
     source: ClassVar[str] = "Song et al., arXiv 2011.13456, algorithms 1, 4 and 5, appendix F."
     name: Literal["score_sde_pc"] = "score_sde_pc"
     snr: float = Field(
         default=0.16,
         ge=0.01,
         le=1,
-        description="Signal-to-noise ratio of a Langevin move; larger moves further.",
+        description="Signal-to-noise ratio of a Langevin step; larger values move further.",
     )
     corrector_steps: int = Field(
-        default=1, ge=1, le=4, description="Langevin moves, and evaluations, after each step."
+        default=1,
+        ge=1,
+        le=4,
+        description="Number of Langevin steps, each with one evaluation, after each step.",
     )
 
     @property

@@ -53,8 +53,10 @@ class LevelSpacing(Spacing, frozen=True):
 
     whole: bool = Field(
         default=False,
-        description="Tell the denoiser whole timesteps, as diffusers does; for models that were"
-        " trained on such.",
+        description=(
+            "Round the timesteps that the denoiser is given to whole ones, as diffusers does; for "
+            "models trained on whole timesteps."
+        ),
     )
 
     @property

@@ -32,7 +32,7 @@ class TCD(Sampler, frozen=True):
         default=0.3,
         ge=0,
         le=1,
-        description="Share of fresh noise: 0 deterministic, 1 full; diffusers calls it eta.",
+        description="Fraction of fresh noise: 0 is deterministic, 1 is full noise; called eta in diffusers.",
     )
 
     @property

@@ -27,7 +27,9 @@ class Leading(Spacing, frozen=True):
     summary: ClassVar[str] = "Equal strides that start just above the clean end."
     source: ClassVar[str] = "DDIM (arXiv 2010.02502); Lin et al. (arXiv 2305.08891), table 2."
     name: Literal["leading"] = "leading"
-    offset: int = Field(default=1, ge=0, le=10, description="Trained steps added to every time.")
+    offset: int = Field(
+        default=1, ge=0, le=10, description="Number of trained timesteps added to every time."
+    )
 
     @override
     def evaluated(self, schedule: Levels, steps: int) -> F64:
@@ -43,7 +45,9 @@ class Leading(Spacing, frozen=True):
 class Trailing(Spacing, frozen=True):
     """Equal strides counted down from the noisiest level."""
 
-    summary: ClassVar[str] = "Equal strides that start at the noisiest level; right for few steps."
+    summary: ClassVar[str] = (
+        "Equal strides that start at the noisiest level; the right one for few steps."
+    )
     source: ClassVar[str] = "Lin et al. (arXiv 2305.08891), section 3.3."
     name: Literal["trailing"] = "trailing"
 
@@ -63,8 +67,10 @@ class Linspace(Spacing, frozen=True):
     name: Literal["linspace"] = "linspace"
     endpoint: bool = Field(
         default=True,
-        description="Evaluate at the cleanest level too; without it, as the DPM-Solver authors do,"
-        " the last evaluation stands one stride above.",
+        description=(
+            "Evaluate at the cleanest level too; if false, as in the DPM-Solver authors' code, "
+            "the last evaluation is one stride above."
+        ),
     )
 
     @override
@@ -83,7 +89,9 @@ class SGMUniform(Spacing, frozen=True):
     ``linspace`` without its endpoint, but for the rounding to trained timesteps.
     """
 
-    summary: ClassVar[str] = "Equal strides that end one above the cleanest level, not rounded."
+    summary: ClassVar[str] = (
+        "Equal strides that end one above the cleanest level, without rounding."
+    )
     source: ClassVar[str] = "Stability's generative-models, as ComfyUI's `sgm_uniform`."
     name: Literal["sgm_uniform"] = "sgm_uniform"
 
@@ -106,7 +114,7 @@ class TimeQuadratic(Spacing, frozen=True):
         default=1.0,
         ge=0.5,
         le=1,
-        description="Where a run starts, as a share of all time; DDIM's authors take 0.8.",
+        description="Where a run starts, as a fraction of all time; DDIM's authors use 0.8.",
     )
 
     @override
@@ -128,7 +136,7 @@ class Karras(LevelSpacing, frozen=True):
     source: ClassVar[str] = "Karras et al. (arXiv 2206.00364), equation 5."
     name: Literal["karras"] = "karras"
     rho: float = Field(
-        default=7.0, ge=1, le=100, description="Larger spends more steps at low noise."
+        default=7.0, ge=1, le=100, description="Larger values spend more steps at low noise."
     )
 
     @override
@@ -143,7 +151,7 @@ class Karras(LevelSpacing, frozen=True):
 class LogSNR(LevelSpacing, frozen=True):
     """Even in log(alpha / sigma)."""
 
-    summary: ClassVar[str] = "Even in log SNR; the natural measure of the exponential integrators."
+    summary: ClassVar[str] = "Even in log SNR; the natural variable of exponential integrators."
     source: ClassVar[str] = "DPM-Solver (arXiv 2206.00927), section 3.4."
     name: Literal["logsnr"] = "logsnr"
 
@@ -156,14 +164,16 @@ class LogSNR(LevelSpacing, frozen=True):
 class LCMSpacing(ListedSpacing, frozen=True):
     """The times that latent consistency models were distilled at."""
 
-    summary: ClassVar[str] = "Picks from the 50 times that consistency models were distilled at."
+    summary: ClassVar[str] = (
+        "A selection of the 50 times that consistency models were distilled at."
+    )
     source: ClassVar[str] = "LCM (arXiv 2310.04378), algorithm 3."
     name: Literal["lcm"] = "lcm"
     distilled_steps: int = Field(
         default=50,
         ge=1,
         le=1000,
-        description="Steps of the solver that the model was distilled from.",
+        description="Number of steps of the solver that the model was distilled from.",
     )
 
     @override

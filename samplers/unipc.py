@@ -36,20 +36,25 @@ class UniPC(Sampler, frozen=True):
     ``d / sigma'``, whose scale changes from step to step.)
     """
 
-    summary: ClassVar[str] = "Predictor-corrector at one evaluation a step; strong at 5 to 10."
+    summary: ClassVar[str] = (
+        "Predictor-corrector with one evaluation per step; best with little or no guidance."
+    )
     source: ClassVar[str] = "Zhao et al., arXiv 2302.04867, algorithms 7 and 8."
     name: Literal["unipc"] = "unipc"
     order: Literal[1, 2, 3] = Field(default=2, description="Order of the predictor.")
     variant: Literal["bh1", "bh2"] = Field(
         default="bh2",
-        description="B(h): bh1 is h, better for unguided; bh2 is e^h - 1, for guided.",
+        description=(
+            "The function B(h): bh1 is h, for runs without guidance; bh2 is e^h - 1, for guided "
+            "runs."
+        ),
     )
     lower_order_final: LowerOrder = Field(default=True, description=LOWER_ORDER)
     beta: float = Field(
         default=1.0,
         ge=0.1,
         le=1,
-        description="Heavy ball momentum: share of the new direction in the velocity; 1 is none.",
+        description="Heavy ball momentum: weight of the new direction in the velocity; 1 is no momentum.",
     )
 
     @property
