@@ -22,16 +22,16 @@ PAIRS = 2
 """Evaluations of both branches that an estimate is made of."""
 
 TERMS = 1 + 2 * PAIRS
-"""Numbers of a stage: for the prompt's prediction there, then for both at the last evaluations,
-newest first."""
+"""Numbers of a stage and branch: for the prompt's prediction there, then for it and the branch's
+at the last evaluations, newest first."""
 
 
 class LinearAdaptive(Policy, frozen=True):
     """LinearAG (Castillo et al., arXiv 2312.12487, section 5).
 
-    In the first part of a run evaluations of the second branch alternate with estimates of it: a
-    sum of predictions, weighted by scalars that were fitted for this stage by least squares over
-    stored runs. Afterwards the prompt's prediction is used alone.
+    In the first part of a run evaluations of the branches alternate with estimates of them: sums
+    of predictions, weighted by scalars that were fitted for this stage by least squares over
+    stored runs, each branch by itself. Afterwards the prompt's prediction is used alone.
 
     Departures from the paper, measured on the embedded model (25 steps of 2M, cfg at scale 4,
     fitted to 96 runs, 12 others guided to the end):
@@ -74,20 +74,24 @@ class LinearAdaptive(Policy, frozen=True):
     def fit_period(self) -> int:
         return self.every
 
-    @property
     @override
-    def memory_slots(self) -> int:
-        return TERMS - 1
+    def memory_slots(self, branches: int) -> int:
+        return PAIRS * (1 + branches)
 
     @classmethod
     @override
     def fill(
         cls, rows: Rows, memory: Tensor, parameters: Mapping[str, Tensor], evaluated: Tensor
     ) -> Filled:
-        from torch import cat
+        from torch import cat, stack
 
-        known = cat([rows.cond[:, None], memory], 1)
-        estimate = (parameters["constants"] * known).sum(1)
-        other = rows.other.where(evaluated, estimate)
-        seen = cat([rows.cond[:, None], other[:, None], memory[:, :-2]], 1)
-        return Filled(other, seen.where(evaluated[:, None], memory))
+        branches = rows.others.shape[1]
+        cond, evaluated = rows.cond[:, None], evaluated[:, None]
+        # Of each evaluation that is kept, the prompt's prediction and then the branches'.
+        kept = memory.unflatten(1, (PAIRS, 1 + branches))
+        pairs = stack([kept[:, :, :1].expand_as(kept[:, :, 1:]), kept[:, :, 1:]], 2)
+        known = cat([cond.expand_as(rows.others)[:, None], pairs.flatten(1, 2)], 1)
+        weights = parameters["constants"].unflatten(1, (branches, TERMS)).transpose(1, 2)
+        others = rows.others.where(evaluated, (weights * known).sum(1))
+        seen = cat([cond, others, memory[:, : -1 - branches]], 1)
+        return Filled(others, seen.where(evaluated, memory))

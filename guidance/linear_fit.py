@@ -118,11 +118,11 @@ class LinearFit:
     """Fitted coefficients.
 
     Attributes:
-        coefficients: ``[stages, terms]``.
+        coefficients: ``[stages, branches * terms]``, those of a branch side by side.
         identity: what they are for.
         runs: how many they were fitted over.
-        error: of the estimates over these runs, as a share of the branches' difference,
-            ``[stages]``.
+        error: of the estimates over these runs, as a share of the difference from the prompt's
+            prediction, of the branch where it is largest, ``[stages]``.
     """
 
     coefficients: NDArray[np.float64]

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from guidance.rule import Rows
+    from guidance.rule import Rows, Rule
 
 
 class Filled(NamedTuple):
-    """What stands for the second prediction, and the memory to keep."""
+    """What stands for the rule's branches, ``[rows, B, C, h, w]``, and the memory to keep."""
 
-    other: Tensor
+    others: Tensor
     memory: Tensor
 
 
@@ -31,10 +31,10 @@ class Policy(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=
     """A policy's parameters, and its answers.
 
     Before a run it says at which stages the rule's branches are evaluated, and at which of the
-    others the second prediction is estimated; at the rest the row goes on with the prompt's
-    prediction alone. A policy that ``adapts`` looks at every stage that was evaluated and may end
-    guidance for good, which frees the row for others at once. A policy that ``estimates`` keeps a
-    memory and fills in the second prediction from it; it serves rules of one branch.
+    others they are estimated; at the rest the row goes on with the prompt's prediction alone. A
+    policy that ``adapts`` looks at every stage that was evaluated and may end guidance for good,
+    which frees the row for others at once. A policy that ``estimates`` keeps a memory and fills in
+    the branches from it, however many the rule has, unless ``most_branches`` says otherwise.
     """
 
     summary: ClassVar[str]
@@ -49,7 +49,8 @@ class Policy(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=
     estimates: ClassVar[bool] = False
     """Whether ``fill`` is called at each stage that is evaluated or estimated."""
     fitted: ClassVar[int] = 0
-    """Coefficients of a stage that must have been fitted to the model and the run beforehand."""
+    """Coefficients, for each stage and branch, that must have been fitted to the model and the run
+    beforehand."""
     fitted_by: ClassVar[str | None] = None
     """Command of `weft` that fits them and whose files they are found in. ``linear-ag`` is that of
     :mod:`guidance.linear_fit`. None for policies that need none; one that does, and is fitted by
@@ -74,13 +75,31 @@ class Policy(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=
     def estimated(
         self, noise_ratio: NDArray[np.float64], progress: NDArray[np.float64]
     ) -> NDArray[np.bool_]:
-        """At which stages the second prediction is estimated: of a policy that does, all others.
+        """At which stages the branches are estimated: of a policy that does, all others.
 
         Args:
             noise_ratio: as for :meth:`evaluates`.
             progress: as for :meth:`evaluates`.
         """
         return ~self.evaluates(noise_ratio, progress) & self.estimates
+
+    def refuses(self, rule: Rule) -> str | None:
+        """Why it cannot serve a rule, as a clause; None where it can.
+
+        Args:
+            rule: with its parameters.
+        """
+        if self.skips and not rule.combines:
+            return f"the rule {rule.name!r} makes one prediction only; leave the policy out"
+        if self.embeds and not rule.plain_cfg:
+            return f"a network guides itself by 'cfg' alone, and cannot by {rule.name!r}"
+        most, branches = self.most_branches, len(rule.branches)
+        if most is not None and branches > most:
+            return (
+                f"with these parameters it supports at most {most} second prediction, and the "
+                f"rule {rule.name!r} has {branches}"
+            )
+        return None
 
     def acts(
         self, noise_ratio: NDArray[np.float64], progress: NDArray[np.float64]
@@ -102,8 +121,17 @@ class Policy(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=
         return 1
 
     @property
-    def memory_slots(self) -> int:
-        """Latent-sized slots that a row keeps for ``fill``; zero at first."""
+    def most_branches(self) -> int | None:
+        """Branches of a rule that it can serve at these parameters; None is any number."""
+        return None
+
+    def memory_slots(self, branches: int) -> int:
+        """Latent-sized slots that a row keeps for ``fill``; zero at first.
+
+        Args:
+            branches: of the row's rule, at least 1.
+        """
+        del branches
         return 0
 
     @property
@@ -112,13 +140,15 @@ class Policy(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=
         return False
 
     def constants(
-        self, stages: int, coefficients: NDArray[np.float64] | None = None
+        self, stages: int, branches: int, coefficients: NDArray[np.float64] | None = None
     ) -> NDArray[np.float64]:
         """Numbers of each stage that ``fill`` is given, ``[stages, n]``.
 
         Args:
             stages: of the run.
-            coefficients: what was fitted for this run, ``[stages, fitted]``.
+            branches: of the rule, at least 1.
+            coefficients: what was fitted for this run, ``[stages, branches * fitted]``, those of
+                a branch side by side.
 
         Raises:
             ValueError: there are no coefficients and they are needed, or they are those of
@@ -126,7 +156,7 @@ class Policy(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=
         """
         if not self.fitted:
             return np.zeros((stages, 0))
-        wanted = (stages, self.fitted)
+        wanted = (stages, branches * self.fitted)
         if coefficients is None or coefficients.shape != wanted:
             found = None if coefficients is None else coefficients.shape
             raise ValueError(
@@ -149,23 +179,23 @@ class Policy(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=
     def fill(
         cls, rows: Rows, memory: Tensor, parameters: Mapping[str, Tensor], evaluated: Tensor
     ) -> Filled:
-        """The second prediction of each row, and what to keep; pure, each row by itself.
+        """The branches of each row, and what to keep; pure, each row by itself.
 
         A policy that ``estimates`` has its own; this one passes on what was evaluated.
 
         Args:
-            rows: stacked predictions; ``other`` is meaningful where it was evaluated.
+            rows: stacked predictions; ``others`` are meaningful where they were evaluated.
             memory: what the policy kept, ``[rows, slots, C, h, w]``.
             parameters: what :meth:`parameters` gave, and ``constants`` ``[rows, n, 1, 1, 1]`` of
                 this stage.
-            evaluated: whether the branch was evaluated at this stage, ``[rows, 1, 1, 1]`` bool.
+            evaluated: whether the branches were evaluated at this stage, ``[rows, 1, 1, 1]`` bool.
         """
         del parameters, evaluated
-        return Filled(rows.other, memory)
+        return Filled(rows.others, memory)
 
     @classmethod
     def settled(cls, rows: Rows, parameters: Mapping[str, Tensor]) -> Tensor:
-        """Which rows need no second prediction from now on, bool ``[rows]``."""
+        """Which rows need none of their branches from now on, bool ``[rows]``."""
         del parameters
         return rows.closes_step.new_zeros(len(rows.closes_step))
 

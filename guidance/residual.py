@@ -24,8 +24,9 @@ class Residual(Policy, frozen=True):
 
     The second noise prediction is ``delta (x - alpha r) / sigma``: the noise that would have made
     x of a reference picture r. In denoised form that is ``(1 - delta) x / alpha + delta r``. With
-    ``mode`` ``self`` r is the picture the run starts from; with ``onetime`` it is the second
-    branch's denoised prediction at the first stage, the only one that evaluates it.
+    ``mode`` ``self`` r is the picture the run starts from; with ``onetime`` it is the branch's own
+    denoised prediction at the first stage, the only one that evaluates it. A rule of several
+    branches needs the latter: of one picture all of them would be the same.
 
     Departure from the paper: at pure noise, where ``x / alpha`` is infinite, ``delta`` is 1.
     """
@@ -49,8 +50,12 @@ class Residual(Policy, frozen=True):
 
     @property
     @override
-    def memory_slots(self) -> int:
-        return 1
+    def most_branches(self) -> int | None:
+        return 1 if self.mode == "self" else None
+
+    @override
+    def memory_slots(self, branches: int) -> int:
+        return branches
 
     @property
     @override
@@ -62,7 +67,7 @@ class Residual(Policy, frozen=True):
     def fill(
         cls, rows: Rows, memory: Tensor, parameters: Mapping[str, Tensor], evaluated: Tensor
     ) -> Filled:
-        reference = rows.other.where(evaluated, memory[:, 0])
-        delta = parameters["delta"]
-        virtual = (1 - delta) * rows.x / rows.alpha + delta * reference
-        return Filled(virtual.where(rows.alpha > 0, reference), reference[:, None])
+        references = rows.others.where(evaluated[:, None], memory)
+        delta, alpha = parameters["delta"][:, None], rows.alpha[:, None]
+        virtual = (1 - delta) * rows.x[:, None] / alpha + delta * references
+        return Filled(virtual.where(alpha > 0, references), references)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Reuse(Policy, frozen=True):
-    """The second branch is evaluated every few steps; between, its last difference stands in.
+    """The branches are evaluated every few steps; between, their last differences stand in.
 
     What is kept is ``(Dc - Du) / sigma``, the difference in velocity, which changes least from
     step to step. On the embedded model (12 images, 25 steps of 2M, cfg at scale 4, evaluated every
@@ -30,7 +30,7 @@ class Reuse(Policy, frozen=True):
     alone between, by 9.6 / 24 %. It is finite at pure noise too.
     """
 
-    summary: ClassVar[str] = "Evaluates the second branch every few steps, reuses it between."
+    summary: ClassVar[str] = "Evaluates the branches every few steps, reuses them between."
     source: ClassVar[str] = "Measured; the guidance counterpart of feature caching."
     estimates: ClassVar[bool] = True
     name: Literal["reuse"] = "reuse"
@@ -44,16 +44,16 @@ class Reuse(Policy, frozen=True):
     ) -> NDArray[np.bool_]:
         return steps_of(progress) % self.every == 0
 
-    @property
     @override
-    def memory_slots(self) -> int:
-        return 1
+    def memory_slots(self, branches: int) -> int:
+        return branches
 
     @classmethod
     @override
     def fill(
         cls, rows: Rows, memory: Tensor, parameters: Mapping[str, Tensor], evaluated: Tensor
     ) -> Filled:
-        difference = ((rows.cond - rows.other) / rows.sigma).where(evaluated, memory[:, 0])
-        estimate = rows.cond - rows.sigma * difference
-        return Filled(rows.other.where(evaluated, estimate), difference[:, None])
+        cond, sigma, evaluated = rows.cond[:, None], rows.sigma[:, None], evaluated[:, None]
+        differences = ((cond - rows.others) / sigma).where(evaluated, memory)
+        estimates = cond - sigma * differences
+        return Filled(rows.others.where(evaluated, estimates), differences)

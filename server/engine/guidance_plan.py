@@ -49,7 +49,7 @@ class Ask:
     Attributes:
         numbers: of the predictions to evaluate; those of the branches come first.
         evaluated: whether the rule's branches are among them.
-        estimated: whether the policy estimates the branch.
+        estimated: whether the policy estimates them.
         acting: the terms that act.
     """
 
@@ -77,7 +77,8 @@ class GuidancePlan:
         texts: all that the network may be told.
         told_scale: guidance scale less 1 that the network is told; None where it is told none.
         rule_key: equal for images whose predictions one call can combine.
-        policy_key: equal for images whose second prediction one call can fill in.
+        policy_slots: latent-sized slots that the policy keeps.
+        policy_key: equal for images whose branches one call can fill in.
     """
 
     branches: int
@@ -92,6 +93,7 @@ class GuidancePlan:
     texts: tuple[str | None, ...]
     told_scale: float | None
     rule_key: tuple[Any, ...]
+    policy_slots: int
     policy_key: tuple[Any, ...]
 
 
@@ -99,13 +101,13 @@ def plan_guidance(task: ImageTask) -> GuidancePlan:
     """Lay out the guidance of an image along its sampler's plan.
 
     Raises:
-        ValueError: the policy lacks its coefficients, or cannot estimate so many branches.
+        ValueError: the policy lacks its coefficients, or cannot serve the rule.
     """
     plan, rule, policy = task.plan, task.rule, task.policy
     noise_ratio, progress = plan.noise_ratio, plan.progress
     branches = rule.branches
-    if policy.estimates and len(branches) > 1:
-        raise ValueError(f"{policy.name} estimates one branch, and {rule.name} has {len(branches)}")
+    if reason := policy.refuses(rule):
+        raise ValueError(f"guidance.policy is {policy.name!r}; {reason}.")
     evaluated = policy.evaluates(noise_ratio, progress) & bool(branches)
     estimated = policy.estimated(noise_ratio, progress) & bool(branches)
     predictions = [RowSpec(task.prompt)]
@@ -118,9 +120,10 @@ def plan_guidance(task: ImageTask) -> GuidancePlan:
     asks = [_ask(beside if known else (), known, guessed, own) for known, guessed, own in stages]
     settled = [_ask((), False, False, own) for own in wanted]
     texts = [one.text for one in predictions] + [text for t in task.terms for text in t.texts]
-    constants = np.zeros((plan.evaluations, 0))
+    constants, slots = np.zeros((plan.evaluations, 0)), 0
     if branches:
-        constants = policy.constants(plan.evaluations, task.coefficients)
+        constants = policy.constants(plan.evaluations, len(branches), task.coefficients)
+        slots = policy.memory_slots(len(branches))
     return GuidancePlan(
         branches=len(branches),
         asks=asks,
@@ -134,7 +137,8 @@ def plan_guidance(task: ImageTask) -> GuidancePlan:
         texts=tuple(dict.fromkeys(texts)),
         told_scale=getattr(rule, "scale", 1.0) - 1 if policy.embeds else None,
         rule_key=(type(rule), len(branches), *_kind(rule)),
-        policy_key=(type(policy), policy.memory_slots, constants.shape[1], *_kind(policy)),
+        policy_slots=slots,
+        policy_key=(type(policy), len(branches), slots, constants.shape[1], *_kind(policy)),
     )
 
 

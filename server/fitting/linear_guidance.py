@@ -11,8 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from guidance import Rule
-from guidance.linear_adaptive import LinearAdaptive
+from guidance import POLICIES, Policy, Rule
 from guidance.linear_fit import LinearFit, moments, residual, solve
 from guidance.loop import guide
 from guidance.policy import steps_of
@@ -21,8 +20,9 @@ from server.engine.state.noise import stage_noise, start_noise
 from server.errors import InvalidRequest
 from server.fitting.samples import prompts_for
 from server.models.hosted import HostedModel
-from server.models.linear_fits import fit_file, identity_of
+from server.models.linear_fits import PREFIX, fit_file, identity_of
 from server.models.loading import load_model
+from server.requests.choice import listed, name_of
 from server.requests.resolve import make_plan, resolve
 from server.requests.schema import GenerateRequest, ResolvedRequest, split
 from server.settings import Limits
@@ -91,19 +91,20 @@ def store(
     """Fit to the sampler, spacing, steps and rule of a request, and write the file.
 
     Raises:
-        InvalidRequest: the rule has not just one branch.
+        InvalidRequest: the policy is not fitted by this, or the rule has no branch.
     """
     rule, policy = split(resolved.guidance)
-    if not isinstance(policy, LinearAdaptive):
+    if policy.fitted_by != PREFIX:
+        fitted = [name_of(kind) for kind in POLICIES if kind.fitted_by == PREFIX]
         raise InvalidRequest(
             "guidance.policy",
-            f"guidance.policy is {policy.name!r}; only 'linear_adaptive' is fitted.",
+            f"guidance.policy is {policy.name!r}; `weft {PREFIX}` fits {listed(fitted)}.",
         )
-    if len(rule.branches) != 1:
+    if not rule.branches:
         raise InvalidRequest(
             "guidance",
-            f"guidance is {rule.name!r}, which has {len(rule.branches)} branches at these "
-            "parameters; coefficients are fitted to rules of one.",
+            f"guidance is {rule.name!r}, which does nothing at these parameters; there is no "
+            "second prediction to fit.",
         )
     layout = resolved.sampler, resolved.spacing, resolved.steps
     plan = make_plan(model.facts.schedule, *layout, None)
@@ -119,12 +120,12 @@ def fit(
     model: HostedModel,
     plan: Plan,
     rule: Rule,
-    policy: LinearAdaptive,
+    policy: Policy,
     prompts: Sequence[str],
     runs: Runs,
     tell: Callable[[int], None],
 ) -> LinearFit:
-    """Coefficients of a plan and a rule of one branch, by least squares over runs of the model.
+    """Coefficients of a plan and a rule, branch by branch, by least squares over runs of the model.
 
     They serve to whatever share of the steps the policy guides.
 
@@ -132,35 +133,43 @@ def fit(
         model: to run.
         plan: of the sampler.
         rule: of the guidance.
-        policy: says which stages are evaluated.
+        policy: its period says which stages are evaluated.
         prompts: taken in turn; there is no negative prompt.
         runs: how many, and which.
         tell: called with the number of runs that are done.
     """
-    evaluated = steps_of(np.array(plan.step)) % policy.every == 0
+    evaluated = steps_of(np.array(plan.step)) % policy.fit_period == 0
     sums: NDArray[np.float64] | None = None
     for first in range(0, runs.count, runs.chunk):
         numbers = range(first, min(first + runs.chunk, runs.count))
         chosen = [prompts[k % len(prompts)] for k in numbers]
-        cond, other = _run(model, plan, rule, chosen, [runs.seed + k for k in numbers])
-        part = moments(cond, other, evaluated)
+        cond, *others = _run(model, plan, rule, chosen, [runs.seed + k for k in numbers])
+        part = np.stack([moments(cond, other, evaluated) for other in others])
         sums = part if sums is None else sums + part
         tell(numbers[-1] + 1)
     if sums is None:
         raise InvalidRequest("runs", "runs is 0; at least 1 is needed.")
-    coefficients = solve(sums)
-    identity = identity_of(model.facts.revision, plan, rule, policy.every)
-    return LinearFit(coefficients, identity, runs.count, residual(sums, coefficients))
+    coefficients = [solve(branch) for branch in sums]
+    errors = [residual(*fitted) for fitted in zip(sums, coefficients, strict=True)]
+    identity = identity_of(model.facts.revision, plan, rule, policy.fit_period)
+    return LinearFit(
+        np.concatenate(coefficients, 1), identity, runs.count, np.max(np.stack(errors), 0)
+    )
 
 
 @torch.no_grad()
 def _run(
     model: HostedModel, plan: Plan, rule: Rule, prompts: Sequence[str], seeds: Sequence[int]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Denoised predictions of both branches in runs of full guidance, ``[runs, stages, ...]``."""
+) -> NDArray[np.float64]:
+    """Denoised predictions of the prompt and the branches in runs of full guidance.
+
+    Returns:
+        ``[1 + branches, runs, stages, ...]``.
+    """
     facts = model.facts
     shape = model.latent_shape(facts.default_width, facts.default_height)
-    inputs = model.inputs([*prompts, *(rule.branches[0].text(prompt, None) for prompt in prompts)])
+    texts = (branch.text(prompt, None) for branch in rule.branches for prompt in prompts)
+    inputs = model.inputs([*prompts, *texts])
     scales = np.stack(preconditioning(facts.prediction, plan.alpha[:-1], plan.sigma[:-1]), 1)
     times = facts.schedule.conditioning(plan.t[:-1])
     predictions: list[Tensor] = []
@@ -170,15 +179,15 @@ def _run(
         nonlocal memory
         stage = len(predictions)
         scale_in, skip, out = scales[stage].tolist()
-        both = torch.cat([x, x])
-        t = x.new_full((len(both),), float(times[stage]))
-        both = skip * both + out * model.evaluate(scale_in * both, t, inputs)
-        cond, other = both.chunk(2)
-        predictions.append(torch.stack([cond, other]))
+        rows = x.repeat(1 + len(rule.branches), *[1] * (x.ndim - 1))
+        t = x.new_full((len(rows),), float(times[stage]))
+        rows = skip * rows + out * model.evaluate(scale_in * rows, t, inputs)
+        cond, *others = rows.chunk(1 + len(rule.branches))
+        predictions.append(torch.stack([cond, *others]))
         guided = guide(
             rule,
             cond,
-            [other],
+            others,
             x,
             float(plan.alpha[stage]),
             float(plan.sigma[stage]),
@@ -198,5 +207,4 @@ def _run(
         * torch.stack([start_noise(seed, shape) for seed in seeds]).to(model.device),
         lambda stage: torch.stack([stage_noise(seed, stage, shape) for seed in seeds]),
     )
-    cond, other = torch.stack(predictions, 2).cpu().double().numpy()
-    return cond, other
+    return torch.stack(predictions, 2).cpu().double().numpy()

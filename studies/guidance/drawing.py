@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from guidance.linear_adaptive import LinearAdaptive
 from server.fitting.linear_guidance import Runs, fit
-from server.models.linear_fits import LinearFits, fit_file, identity_of
+from server.models.linear_fits import PREFIX, LinearFits, fit_file, identity_of
 from server.requests.resolve import make_plan, prepare, resolve
 from server.requests.schema import GenerateRequest, split
 from server.requests.tasks import tasks_of
@@ -145,9 +144,9 @@ class Drawing:
     def _fit(self, resolved: ResolvedRequest, plan: Plan) -> None:
         """Make the coefficients that the policy needs, unless there are some."""
         rule, policy = split(resolved.guidance)
-        if not isinstance(policy, LinearAdaptive):
+        if policy.fitted_by != PREFIX:
             raise TypeError(f"nothing here fits {policy.name!r}")
-        identity = identity_of(self._model.facts.revision, plan, rule, policy.every)
+        identity = identity_of(self._model.facts.revision, plan, rule, policy.fit_period)
         if self._model.linear_fits.find(identity) is None:
             runs = Runs(self._fitted_runs, seed=FIRST_FITTED_SEED)
             made = fit(self._model, plan, rule, policy, self._prompts, runs, _say_nothing)

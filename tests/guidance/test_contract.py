@@ -13,11 +13,14 @@ from torch import Tensor
 
 from guidance import PERTURBATIONS, POLICIES, RULES, Perturbation, Policy, Rows, Rule
 from guidance.cfg import CFG
+from guidance.composed import Composed, WeightedPrompt
+from guidance.residual import Residual
 from tests.covering import covering
 from tests.guidance.cases import (
     PERTURBATION_VARIANTS,
     POLICY_VARIANTS,
     RULE_VARIANTS,
+    SHAPE,
     apply,
     draw,
     label,
@@ -60,47 +63,79 @@ def test_names_and_texts_are_there_once(registry: tuple[type[Rule], ...]) -> Non
     assert all(field.description for field in fields)
 
 
+SEVERAL = Composed(prompts=(WeightedPrompt(prompt="x"), WeightedPrompt(prompt="y", weight=-1)))
+RULES_AT_DEFAULTS = [*(kind.model_validate({}) for kind in RULES), SEVERAL]
+POLICIES_AT_DEFAULTS = [*(kind.model_validate({}) for kind in POLICIES), Residual(mode="onetime")]
+EXCLUDED = {
+    *(("none", policy.name) for policy in POLICIES_AT_DEFAULTS if policy.skips),
+    *((rule.name, "embedded") for rule in RULES_AT_DEFAULTS if not rule.plain_cfg),
+    ("perp_neg", "residual"),
+    ("composed", "residual"),
+}
+"""All that does not go together; residual guidance by the picture itself, that is."""
+
+
+def test_any_rule_goes_with_any_policy_but_for_these() -> None:
+    refused = {
+        (rule.name, policy.name)
+        for rule, policy in product(RULES_AT_DEFAULTS, POLICIES_AT_DEFAULTS)
+        if policy.refuses(rule)
+    }
+    assert refused == EXCLUDED
+    assert Residual(mode="onetime").refuses(SEVERAL) is None
+
+
+TOGETHER = [
+    (rule, policy)
+    for rule, policy in product(RULES_AT_DEFAULTS, POLICIES_AT_DEFAULTS)
+    if rule.branches and not policy.refuses(rule)
+]
+
+
 @pytest.mark.parametrize(
     ("rule", "policy", "dtype"),
-    covering(product(RULES, POLICIES, (torch.float32, torch.float64)), tuple, together=2),
+    covering(
+        [(*pair, dtype) for pair in TOGETHER for dtype in (torch.float32, torch.float64)],
+        tuple,
+        together=2,
+    ),
+    ids=lambda one: getattr(one, "name", str(one)),
 )
-def test_any_rule_goes_with_any_policy(
-    rule: type[Rule], policy: type[Policy], dtype: torch.dtype
+def test_a_rule_and_a_policy_make_a_run_together(
+    rule: Rule, policy: Policy, dtype: torch.dtype
 ) -> None:
-    """A run of seven stages, as an engine makes it: ask, combine, keep, and end when settled."""
-    setting, when = rule.model_validate({}), policy.model_validate({})
-    rows = draw(3, dtype=dtype, branches=branches_of(setting))
-    rows = with_memory(rows, rule.memory_slots)
-    kept = with_memory(rows, when.memory_slots, seed=2).memory
-    constants = when.constants(7, np.full((7, policy.fitted), 0.1))
+    """Seven stages, as an engine makes them: ask, fill in, combine, keep, and end when settled."""
+    branches = len(rule.branches)
+    rows = with_memory(draw(3, dtype=dtype, branches=branches), rule.memory_slots)
+    kept = with_memory(rows, policy.memory_slots(branches), seed=2).memory
+    constants = policy.constants(7, branches, np.full((7, branches * policy.fitted), 0.1))
     evaluated, estimated = (
-        answer(NOISE_RATIO, PROGRESS) for answer in (when.evaluates, when.estimated)
+        answer(NOISE_RATIO, PROGRESS) for answer in (policy.evaluates, policy.estimated)
     )
     assert evaluated.shape == estimated.shape == (7,)
     assert evaluated.dtype == estimated.dtype == np.bool_
     assert not (evaluated & estimated).any()
     assert policy.estimates or not estimated.any()
-    for stage in range(7):
-        if not setting.branches or not (evaluated[stage] or estimated[stage]):
-            continue
-        parameters = policy.parameters([when] * 3, rows.x[:1])
+    for stage in np.flatnonzero(evaluated | estimated):
+        parameters = policy.parameters([policy] * 3, rows.x[:1])
         if policy.estimates:
             numbers = rows.x.new_tensor(constants[stage]).expand(3, -1)[..., None, None, None]
             asked = torch.full((3, 1, 1, 1), bool(evaluated[stage]))
             filled = policy.fill(rows, kept, {**parameters, "constants": numbers}, asked)
-            assert filled.other.shape == rows.x.shape
+            assert filled.others.shape == rows.others.shape
             assert filled.memory.shape == kept.shape
-            assert filled.other.dtype == filled.memory.dtype == dtype
-            kept = filled.memory
-        result = apply(setting, rows)
+            assert filled.others.dtype == filled.memory.dtype == rows.x.dtype
+            kept, rows = filled.memory, replace(rows, others=filled.others)
+        result = apply(rule, rows)
         assert result.denoised.shape == result.x.shape == rows.x.shape
         assert result.memory.shape == rows.memory.shape
-        assert result.denoised.dtype == result.x.dtype == dtype
+        assert result.denoised.dtype == result.x.dtype == rows.x.dtype
         settled = policy.settled(rows, parameters)
         assert settled.shape == (3,)
         assert settled.dtype == torch.bool
         assert policy.adapts or not settled.any()
-        rows = replace(rows, x=result.x, memory=result.memory)
+        fresh = draw(3, int(stage), dtype, branches)
+        rows = replace(fresh, x=result.x, memory=result.memory)
 
 
 @each_rule
@@ -232,22 +267,24 @@ def test_policies_answer_for_each_stage_and_row(policy: Policy) -> None:
 
 @each_policy
 def test_what_was_evaluated_is_kept_where_a_policy_keeps_nothing(policy: Policy) -> None:
-    assert policy.memory_slots or not policy.wants_reference
-    if policy.memory_slots:
+    assert policy.memory_slots(1) or not policy.wants_reference
+    if policy.memory_slots(1):
         return
     rows = draw(2)
     filled = policy.fill(rows, rows.memory, {}, torch.ones(2, 1, 1, 1, dtype=torch.bool))
-    assert torch.equal(filled.other, rows.other)
+    assert filled.others is rows.others
     assert filled.memory is rows.memory
 
 
 @pytest.mark.parametrize("policy", [one for one in POLICY_VARIANTS if one.estimates], ids=label)
-@given(seed=st.integers(0, 1000))
-def test_each_row_is_filled_in_as_if_it_were_alone(policy: Policy, seed: int) -> None:
+@given(seed=st.integers(0, 1000), branches=st.integers(1, 3))
+def test_each_row_is_filled_in_as_if_it_were_alone(
+    policy: Policy, seed: int, branches: int
+) -> None:
     generator = np.random.default_rng(seed)
-    rows = draw(4, seed)
-    kept = with_memory(rows, policy.memory_slots, seed).memory
-    numbers = torch.from_numpy(generator.normal(size=(4, policy.fitted, 1, 1, 1)))
+    rows = draw(4, seed, branches=branches)
+    kept = with_memory(rows, policy.memory_slots(branches), seed).memory
+    numbers = torch.from_numpy(generator.normal(size=(4, branches * policy.fitted, 1, 1, 1)))
     evaluated = torch.from_numpy(generator.random((4, 1, 1, 1)) < 0.5)
     before = {name: getattr(rows, name).clone() for name in type(rows).__slots__}
     parameters = {**policy.parameters([policy] * 4, rows.x[:1]), "constants": numbers}
@@ -259,6 +296,27 @@ def test_each_row_is_filled_in_as_if_it_were_alone(policy: Policy, seed: int) ->
         for ours, theirs in zip(together, alone, strict=True):
             torch.testing.assert_close(ours[row], theirs, rtol=1e-12, atol=1e-12)
     assert all(torch.equal(getattr(rows, name), value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("policy", [one for one in POLICY_VARIANTS if one.estimates], ids=label)
+def test_each_branch_is_filled_in_as_if_it_were_the_only_one(policy: Policy) -> None:
+    """Two stages of three branches: the first is evaluated, the second is not."""
+    numbers = torch.from_numpy(np.random.default_rng(0).normal(size=(4, 3, policy.fitted)))
+
+    def run(*chosen: int) -> Tensor:
+        own = list(chosen)
+        constants = numbers[:, own].flatten(1)[..., None, None, None]
+        parameters = {**policy.parameters([policy] * 4, draw(1).x), "constants": constants}
+        first, second = (draw(4, seed, branches=3) for seed in range(2))
+        first, second = (replace(rows, others=rows.others[:, own]) for rows in (first, second))
+        kept = first.x.new_zeros(4, policy.memory_slots(len(own)), *SHAPE)
+        yes = torch.ones(4, 1, 1, 1, dtype=torch.bool)
+        kept = policy.fill(first, kept, parameters, yes).memory
+        return policy.fill(second, kept, parameters, ~yes).others
+
+    together = run(0, 1, 2)
+    for k in range(3):
+        torch.testing.assert_close(together[:, k], run(k)[:, 0], rtol=1e-12, atol=1e-12)
 
 
 @each_perturbation

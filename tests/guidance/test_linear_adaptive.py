@@ -30,25 +30,27 @@ def test_both_stages_of_a_step_are_treated_alike() -> None:
     assert policy.estimated(ANY, progress).tolist() == [False] * 2 + [True] * 4 + [False] * 2
 
 
-@pytest.mark.parametrize("every", [2, 3])
-def test_the_estimate_is_the_weighted_sum_of_what_was_evaluated(every: int) -> None:
+@pytest.mark.parametrize(("every", "branches"), [(2, 1), (3, 1), (3, 2)])
+def test_the_estimate_is_the_weighted_sum_of_what_was_evaluated(every: int, branches: int) -> None:
     """A run of ten stages, against the sum written out over lists; estimates never come back."""
-    weights = np.random.default_rng(0).normal(size=(10, TERMS))
+    weights = np.random.default_rng(0).normal(size=(10, branches, TERMS))
     policy = LinearAdaptive(every=every, stop=1)
-    memory = torch.zeros(1, policy.memory_slots, *SHAPE, dtype=torch.float64)
+    slots = policy.memory_slots(branches)
+    memory = torch.zeros(1, slots, *SHAPE, dtype=torch.float64)
     zero = torch.zeros(1, *SHAPE, dtype=torch.float64)
-    seen = [zero] * 2 * PAIRS
+    seen = [[zero] * 2 * PAIRS for _ in range(branches)]
     for stage, evaluated in enumerate(policy.evaluates(ANY, PROGRESS)):
-        rows = draw(1, stage)
-        known = [rows.cond, *seen[: 2 * PAIRS]]
-        expected = sum((w * k for w, k in zip(weights[stage], known, strict=True)), zero)
-        parameters = {"constants": torch.from_numpy(weights[stage]).view(1, TERMS, 1, 1, 1)}
+        rows = draw(1, stage, branches=branches)
+        constants = torch.from_numpy(weights[stage]).view(1, branches * TERMS, 1, 1, 1)
         asked = torch.full((1, 1, 1, 1), bool(evaluated))
-        other, memory = policy.fill(rows, memory, parameters, asked)
-        if evaluated:
-            expected = rows.other
-            seen = [rows.cond, rows.other, *seen]
-        torch.testing.assert_close(other, expected, rtol=1e-12, atol=1e-12)
+        others, memory = policy.fill(rows, memory, {"constants": constants}, asked)
+        for k in range(branches):
+            known = [rows.cond, *seen[k][: 2 * PAIRS]]
+            expected = sum((w * x for w, x in zip(weights[stage, k], known, strict=True)), zero)
+            if evaluated:
+                expected = rows.others[:, k]
+                seen[k] = [rows.cond, rows.others[:, k], *seen[k]]
+            torch.testing.assert_close(others[:, k], expected, rtol=1e-12, atol=1e-12)
 
 
 def test_a_prediction_that_was_evaluated_passes_as_it_is() -> None:
@@ -56,15 +58,15 @@ def test_a_prediction_that_was_evaluated_passes_as_it_is() -> None:
     memory = torch.full((2, TERMS - 1, *SHAPE), torch.nan, dtype=torch.float64)
     parameters = {"constants": torch.ones(2, TERMS, 1, 1, 1, dtype=torch.float64)}
     asked = torch.ones(2, 1, 1, 1, dtype=torch.bool)
-    assert torch.equal(LinearAdaptive.fill(rows, memory, parameters, asked).other, rows.other)
+    assert torch.equal(LinearAdaptive.fill(rows, memory, parameters, asked).others, rows.others)
 
 
 def test_coefficients_must_be_those_of_the_run() -> None:
-    right = np.ones((10, TERMS))
-    assert LinearAdaptive().constants(10, right) is right
-    for given in (None, np.ones((9, TERMS)), np.ones((10, TERMS + 1))):
+    right = np.ones((10, 2 * TERMS))
+    assert LinearAdaptive().constants(10, 2, right) is right
+    for given in (None, np.ones((9, 2 * TERMS)), np.ones((10, TERMS))):
         with pytest.raises(ValueError, match=r"guidance\.policy is 'linear_adaptive'; it needs"):
-            LinearAdaptive().constants(10, given)
+            LinearAdaptive().constants(10, 2, given)
 
 
 PATTERN = np.array([True, False, False, True, False, True, False])
@@ -120,7 +122,7 @@ def test_branches_that_agree_are_estimated_by_the_prompt_itself() -> None:
     parameters = {"constants": torch.from_numpy(weights).view(1, TERMS, 1, 1, 1)}
     asked = torch.zeros(1, 1, 1, 1, dtype=torch.bool)
     filled = LinearAdaptive.fill(rows, memory, parameters, asked)
-    torch.testing.assert_close(filled.other, rows.cond)
+    torch.testing.assert_close(filled.others[:, 0], rows.cond)
 
 
 IDENTITY = FitIdentity(model="00ff", plan="aa11", rule='{"name": "cfg", "scale": 4.0}', every=2)

@@ -175,7 +175,7 @@ def test_a_policy_that_is_fitted_says_by_which_command() -> None:
     assert Foreign.fitted
     assert Foreign.fitted_by is None
     with pytest.raises(ValueError, match=r"it needs coefficients of shape \(7, 5\)"):
-        Foreign().constants(7)
+        Foreign().constants(7, 1)
 
 
 @each_kind

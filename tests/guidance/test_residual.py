@@ -1,6 +1,7 @@
 """Residual guidance against StreamDiffusion's recursion of its stock noise."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -68,7 +69,7 @@ def ours(
         parameters = policy.parameters([policy, policy], x[:1])
         filled = policy.fill(rows, memory, parameters, asked)
         memory = filled.memory
-        rows = Rows(cond, filled.other[:, None], x, a, s, 0 * ones, x[:, None, :0], always, always)
+        rows = replace(rows, others=filled.others)
         denoised = apply(CFG(scale=GAMMA), rows).denoised
         if i < 3:
             x = ALPHA[i + 1] * denoised + SIGMA[i + 1] * fresh(i + 1)
@@ -110,4 +111,9 @@ def test_at_pure_noise_the_reference_itself_stands_in(mode: Literal["self", "one
     kept = rows.cond[:, None] + 1
     asked = torch.zeros(2, 1, 1, 1, dtype=torch.bool)
     parameters = policy.parameters([policy] * 2, rows.x[:1])
-    assert torch.equal(policy.fill(rows, kept, parameters, asked).other, kept[:, 0])
+    assert torch.equal(policy.fill(rows, kept, parameters, asked).others, kept)
+
+
+def test_a_picture_stands_for_one_branch_and_evaluations_for_any() -> None:
+    assert Residual(mode="self").most_branches == 1
+    assert Residual(mode="onetime").most_branches is None

@@ -37,14 +37,14 @@ def test_the_difference_of_velocities_is_what_stays() -> None:
     first, second = draw(2, 0), draw(2, 1)
     none = torch.zeros(2, 1, *first.cond.shape[1:], dtype=torch.float64)
     evaluated = Reuse.fill(first, none, {}, YES)
-    assert torch.equal(evaluated.other, first.other)
+    assert torch.equal(evaluated.others, first.others)
     estimated = Reuse.fill(second, evaluated.memory, {}, NO)
 
     def velocity(rows, denoised):
         return rows.alpha * (rows.x - rows.alpha * denoised) / rows.sigma - rows.sigma * denoised
 
     before = velocity(first, first.cond) - velocity(first, first.other)
-    after = velocity(second, second.cond) - velocity(second, estimated.other)
+    after = velocity(second, second.cond) - velocity(second, estimated.others[:, 0])
     torch.testing.assert_close(after, before)
     torch.testing.assert_close(estimated.memory, evaluated.memory)
 
@@ -54,7 +54,7 @@ def test_an_estimate_at_the_same_point_is_exact() -> None:
     none = torch.zeros(2, 1, *rows.cond.shape[1:], dtype=torch.float64)
     kept = Reuse.fill(rows, none, {}, YES).memory
     blind = replace(rows, others=torch.full_like(rows.others, torch.nan))
-    torch.testing.assert_close(Reuse.fill(blind, kept, {}, NO).other, rows.other)
+    torch.testing.assert_close(Reuse.fill(blind, kept, {}, NO).others, rows.others)
 
 
 def test_it_is_finite_at_pure_noise() -> None:
@@ -63,4 +63,4 @@ def test_it_is_finite_at_pure_noise() -> None:
     none = torch.zeros(2, 1, *rows.cond.shape[1:], dtype=torch.float64)
     filled = Reuse.fill(rows, none, {}, YES)
     assert filled.memory.isfinite().all()
-    torch.testing.assert_close(Reuse.fill(rows, filled.memory, {}, NO).other, rows.other)
+    torch.testing.assert_close(Reuse.fill(rows, filled.memory, {}, NO).others, rows.others)

@@ -15,7 +15,9 @@ from torch import Tensor
 from guidance import POLICIES, RULES, Edit, Perturbation, Policy, Rows, Rule, SkipTuning
 from guidance.always import Always
 from guidance.cfg import CFG
+from guidance.composed import Composed, WeightedPrompt
 from guidance.edits import WeakModel
+from guidance.residual import Residual
 from samplers import Plan, Sampler, preconditioning
 from samplers.dpm_solver_pp import DPMSolverPP
 from server.engine.state.noise import stage_noise, start_noise
@@ -27,13 +29,13 @@ from server.engine.tick.preview import to_uint8
 from server.models.hosted import HostedModel
 from tests.server.toy_model import FACTS, SIDE, Toy
 
+AND_A_STAR: Rule = Composed(prompts=(WeightedPrompt(prompt="a star"),))
+
 TOGETHER = [
-    (rule.model_validate({}), policy.model_validate({}))
-    for rule in RULES
-    for policy in POLICIES
-    if rule.combines or policy is Always
-    if not (policy.estimates and len(rule.model_validate({}).branches) > 1)
-    if not (policy.embeds and rule is not CFG)
+    (rule, policy)
+    for rule in (*(kind.model_validate({}) for kind in RULES), AND_A_STAR)
+    for policy in (*(kind.model_validate({}) for kind in POLICIES), Residual(mode="onetime"))
+    if policy.refuses(rule) is None
 ]
 """Every rule with every policy that goes with it."""
 
@@ -67,6 +69,8 @@ def task(
     solver = sampler or DPMSolverPP()
     plan = solver.plan(FACTS.schedule.grid(solver.default_spacing, steps))
     when = policy or Always()
+    combined = rule or CFG()
+    branches = max(1, len(combined.branches))
     generator = np.random.default_rng(0)
     given: dict[str, Any] = {"prompt": "a circle", "negative_prompt": "blue", "seed": 3, **fields}
     run = {name: given[name] for name in ("prompt", "negative_prompt")}
@@ -75,12 +79,12 @@ def task(
         width=SIDE,
         height=SIDE,
         plan=plan,
-        rule=rule or CFG(),
+        rule=combined,
         policy=when,
-        terms=terms_for(settings, plan, rule=rule or CFG(), reference=reference, **run),
+        terms=terms_for(settings, plan, rule=combined, reference=reference, **run),
         settings=settings,
         reference=reference,
-        coefficients=generator.normal(size=(plan.evaluations, when.fitted)) / 3,
+        coefficients=generator.normal(size=(plan.evaluations, branches * when.fitted)) / 3,
         **given,
     )
 
@@ -97,9 +101,10 @@ class ByHand:
         rule, policy, shape = task.rule, task.policy, model.latent_shape(SIDE, SIDE)
         self.evaluated = policy.evaluates(self.ratio, self.progress)
         self.estimated = policy.estimated(self.ratio, self.progress)
-        self.constants = policy.constants(task.plan.evaluations, task.coefficients)
+        branches = max(1, len(rule.branches))
+        self.constants = policy.constants(task.plan.evaluations, branches, task.coefficients)
         self.rule_memory = torch.zeros(1, rule.memory_slots, *shape)
-        self.policy_memory = torch.zeros(1, policy.memory_slots, *shape)
+        self.policy_memory = torch.zeros(1, policy.memory_slots(branches), *shape)
         self.settled = not rule.branches
         self.perturbed = [one for one in task.settings if isinstance(one, Perturbation)]
         self.edits = [one.edit for one in task.settings if isinstance(one, SkipTuning)]
@@ -151,7 +156,7 @@ class ByHand:
 
     def combined(self, i: int, x: Tensor, cond: Tensor) -> tuple[Tensor, Tensor]:
         rule, policy, task = self.task.rule, self.task.policy, self.task
-        others = [cond]
+        others = [cond] * len(rule.branches)
         if self.evaluated[i]:
             others = [
                 self.denoised(i, x, branch.text(task.prompt, task.negative_prompt))
@@ -174,7 +179,7 @@ class ByHand:
                 rows, self.policy_memory, {**parameters, "constants": numbers}, asked
             )
             self.policy_memory = filled.memory
-            rows = replace(rows, others=filled.other[:, None])
+            rows = replace(rows, others=filled.others)
         result = rule.combine(rows, rule.parameters([rule], x))
         self.rule_memory = result.memory
         return result.denoised, result.x

@@ -82,10 +82,11 @@ class Admission:
         sequence.lane = lane
         start = _start(sequence, lane)
         sequence.slot = lane.pool.take(
-            task.plan.slots, task.rule.memory_slots, task.policy.memory_slots
+            task.plan.slots, task.rule.memory_slots, sequence.guidance.policy_slots
         )
         lane.pool.columns[sequence.slot, 0] = start.x
-        if task.policy.wants_reference and start.latents is not None:
+        keeps = sequence.guidance.policy_slots > 0
+        if keeps and task.policy.wants_reference and start.latents is not None:
             lane.pool.policy_memory[sequence.slot, 0] = start.latents
 
 

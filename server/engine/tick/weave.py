@@ -222,9 +222,11 @@ def _filled(
     by_policy = _grouped(estimating, lambda i: batch.sequences[i].guidance.policy_key)
     for members in by_policy.values():
         sequences = [batch.sequences[i] for i in members]
-        policy, slots = sequences[0].task.policy, sequences[0].task.policy.memory_slots
+        policy, guidance = sequences[0].task.policy, sequences[0].guidance
+        branches, slots = guidance.branches, guidance.policy_slots
         # Where nothing was evaluated the prompt's own prediction stands in, which is finite.
-        rows = _stacked(batch, members, predictions, {i: others.get(i, [i]) for i in members}, 0)
+        known = {i: others.get(i, [i] * branches) for i in members}
+        rows = _stacked(batch, members, predictions, known, 0)
         memory = batch.lane.pool.policy_memory[:, :slots].index_select(0, _slots(batch, members))
         constants = [sequence.guidance.constants[sequence.stage] for sequence in sequences]
         parameters = {
@@ -239,10 +241,11 @@ def _filled(
             parameters,
             padded(_as_factor(evaluated, rows.x), batch.fixed_rows),
         )
-        new.append(filled.other[: len(members)])
+        new.append(filled.others[: len(members)].flatten(0, 1))
         kept.append(NewMemory(members, filled.memory[: len(members)]))
-        others |= {i: [count + k] for k, i in enumerate(members)}
-        count += len(members)
+        for i in members:
+            others[i] = list(range(count, count + branches))
+            count += branches
     return torch.cat(new), dict(sorted(others.items())), kept
 
 
@@ -250,10 +253,7 @@ def _settled(batch: Batch, predictions: Tensor) -> Tensor:
     """Which images end their guidance here, bool ``[images]``."""
     settled = torch.zeros(len(batch.sequences), dtype=torch.bool, device=predictions.device)
     adapting = [i for i in batch.others if batch.sequences[i].task.policy.adapts]
-    by_policy = _grouped(
-        adapting,
-        lambda i: (batch.sequences[i].guidance.policy_key, batch.sequences[i].guidance.branches),
-    )
+    by_policy = _grouped(adapting, lambda i: batch.sequences[i].guidance.policy_key)
     for members in by_policy.values():
         policies = [batch.sequences[i].task.policy for i in members]
         rows = _stacked(batch, members, predictions, batch.others, 0)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from guidance import POLICIES, Edit, Policy, Rule
+from guidance import Edit, Policy, Rule
 from guidance.parts import chosen
 from guidance.window import Window
 from samplers import Plan
@@ -16,7 +16,6 @@ from server.errors import InvalidRequest
 from server.models.hosted import HostedModel
 from server.models.linear_fits import PREFIX as LINEAR_FITS
 from server.models.linear_fits import identity_of
-from server.requests.choice import listed, name_of
 from server.requests.schema import Guidance, ResolvedRequest, split
 
 __all__ = ["check_guidance", "check_windows", "coefficients_for"]
@@ -116,15 +115,9 @@ def _options(resolved: ResolvedRequest, rule: Rule, policy: Policy) -> str:
 
 def _against_policy(guidance: Guidance, model: HostedModel, *, has_picture: bool) -> str | None:
     """What speaks against the policy, and what is allowed."""
-    policy, branches = guidance.policy, len(guidance.branches)
-    if not guidance.combines and policy.skips:
-        return f"the rule {guidance.name!r} has no second branch, so only 'always' is allowed"
-    if policy.estimates and branches > 1:
-        others = [name_of(kind) for kind in POLICIES if not kind.estimates and not kind.embeds]
-        return (
-            f"it estimates one branch and the rule {guidance.name!r} has {branches}; "
-            f"allowed are: {listed(others)}"
-        )
+    policy = guidance.policy
+    if reason := policy.refuses(guidance):
+        return reason
     if policy.wants_reference and not has_picture:
         instead = policy.without_reference
         return "with these parameters it needs a picture to start from; send `image`" + (
@@ -139,8 +132,6 @@ def _against_policy(guidance: Guidance, model: HostedModel, *, has_picture: bool
             f"model {model.facts.name!r} is not told a guidance scale (its U-Net has no "
             "`time_cond_proj_dim`), so it must be guided from outside"
         )
-    if policy.embeds and not guidance.plain_cfg:
-        return f"the network guides by 'cfg' itself, and cannot by {guidance.name!r}"
     return None
 
 

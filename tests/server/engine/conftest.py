@@ -161,7 +161,8 @@ def task(model: HostedModel) -> Callable[..., ImageTask]:
         terms = terms_for(settings, plan, model, rule=guided_by, **told)
         when = named(POLICIES, policy)() if isinstance(policy, str) else policy
         # Nobody fitted anything to these runs: the estimate is the mean of what is known.
-        fitted = np.full((plan.evaluations, when.fitted), 1 / max(1, when.fitted))
+        numbers = len(guided_by.branches) * when.fitted
+        fitted = np.full((plan.evaluations, numbers), 1 / max(1, when.fitted))
         return ImageTask(
             plan=plan,
             rule=guided_by,

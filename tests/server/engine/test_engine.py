@@ -132,9 +132,9 @@ BESIDE = [
 
 
 def goes_together(fields: dict[str, Any]) -> bool:
-    """Whether admission would let it pass: a policy estimates one branch only."""
+    """Whether the policy can serve the rule."""
     policy, rule = by_name(POLICIES, fields["policy"]), by_name(RULES, fields["rule"])
-    return not policy.estimates or len(rule().branches) <= 1
+    return policy().refuses(rule()) is None
 
 
 mixes = st.lists(

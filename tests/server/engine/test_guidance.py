@@ -151,6 +151,7 @@ COSTS = {
     "perturbed when settled": (task(policy=Adaptive(threshold=-1.0), settings=(PAG(),)), 13, 5),
     "weak companion": (task(settings=(Autoguidance(),)), 18, 0),
     "two branches": (task(TWO), 18, 0),
+    "two branches reused": (task(TWO, Reuse()), 12, 6),
     "two branches in an interval": (task(TWO, HALF), 12, 6),
     "two branches that agree": (task(TWO, Adaptive(threshold=-1.0)), 8, 10),
     "all at once": (task(TWO, HALF, (PAG(), SEG(stop=0.5))), 12 + 9, 6),
@@ -251,9 +252,9 @@ def test_an_error_in_a_group_ends_that_group_alone_and_never_splits_it(engine: E
     ]
 
 
-def test_a_policy_that_estimates_refuses_several_branches() -> None:
-    one = task(TWO, Reuse())
-    with pytest.raises(ValueError, match="reuse estimates one branch, and composed has 2"):
+def test_a_policy_that_cannot_serve_a_rule_is_an_error() -> None:
+    one = task(TWO, Residual())
+    with pytest.raises(ValueError, match="supports at most 1 second prediction, and the rule"):
         plan_guidance(one)
 
 

@@ -14,6 +14,7 @@ from guidance.cfg import CFG
 from guidance.cfg_plus_plus import CFGPlusPlus
 from guidance.linear_adaptive import TERMS, LinearAdaptive
 from guidance.linear_fit import LinearFit
+from guidance.perp_neg import PerpNeg
 from samplers.ddim import DDIM
 from samplers.dpm_solver_pp import DPMSolverPP
 from samplers.heun import Heun
@@ -31,14 +32,17 @@ PROMPTS = ["a red circle", "a blue square", "nothing at all"]
 def quiet(*progress: object) -> None: ...
 
 
-@pytest.mark.parametrize("rule", [CFG(), APG(), CFGPlusPlus()], ids=lambda rule: rule.name)
+@pytest.mark.parametrize(
+    "rule", [CFG(), APG(), CFGPlusPlus(), PerpNeg()], ids=lambda rule: rule.name
+)
 @pytest.mark.parametrize("sampler", [DPMSolverPP(), Heun(), DDIM(eta=1.0)], ids=lambda s: s.name)
 def test_the_runs_are_those_that_the_engine_makes(sampler, rule) -> None:
     """Of the same prompt and seed, the network is shown the same at every stage."""
     plan = sampler.plan(FACTS.schedule.grid(sampler.default_spacing, 8))
     fitted, served = Toy(), Toy()
     made = fit(fitted, plan, rule, LinearAdaptive(), ["a red circle"], Runs(1, seed=5), quiet)
-    assert made.coefficients.shape == (plan.evaluations, TERMS)
+    branches = len(rule.branches)
+    assert made.coefficients.shape == (plan.evaluations, branches * TERMS)
     image = ImageTask(
         model="toy",
         prompt="a red circle",
@@ -53,7 +57,7 @@ def test_the_runs_are_those_that_the_engine_makes(sampler, rule) -> None:
     engine = started(served, 8)
     try:
         served.seen.clear()
-        assert run(engine, [image]).results[0].evaluations == 2 * plan.evaluations
+        assert run(engine, [image]).results[0].evaluations == (1 + branches) * plan.evaluations
     finally:
         engine.stop(0)
     for ours, theirs in zip(fitted.seen, served.seen, strict=True):
@@ -93,8 +97,11 @@ def test_progress_is_told_and_the_file_found_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("guidance", "reason"),
     [
-        ({"name": "cfg", "scale": 1.0, "policy": "linear_adaptive"}, "which has 0 branches"),
-        ({"name": "cfg", "policy": "reuse"}, "only 'linear_adaptive' is fitted"),
+        (
+            {"name": "cfg", "scale": 1.0, "policy": "linear_adaptive"},
+            "does nothing",
+        ),
+        ({"name": "cfg", "policy": "reuse"}, "`weft linear-ag` fits linear_adaptive"),
     ],
 )
 def test_what_cannot_be_fitted_is_refused(guidance, reason, tmp_path: Path) -> None:

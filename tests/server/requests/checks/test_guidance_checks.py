@@ -46,6 +46,9 @@ def test_what_goes_together_passes() -> None:
         {"name": "cfg", "policy": "embedded"},
         {"name": "apg", "policy": {"name": "residual", "mode": "onetime"}},
         {"name": "perp_neg", "policy": "adaptive"},
+        {"name": "perp_neg", "policy": "reuse"},
+        {"name": "perp_neg", "policy": "linear_adaptive"},
+        {"name": "perp_neg", "policy": {"name": "residual", "mode": "onetime"}},
         {"name": "none", "perturbed": ["pag", "autoguidance"], "skip_tuning": {}},
     ):
         assert resolved(model, guidance=guidance).guidance.name == guidance["name"]
@@ -57,20 +60,16 @@ def test_no_policy_but_always_goes_without_a_branch(policy: type[Policy]) -> Non
     name = name_of(policy)
     assert refusal(Toy(), name="none", policy=name) == (
         "guidance.policy",
-        f"guidance.policy is {name!r}; the rule 'none' has no second branch, so only 'always' is "
-        "allowed.",
+        f"guidance.policy is {name!r}; the rule 'none' makes one prediction only; leave the policy "
+        "out.",
     )
 
 
-@pytest.mark.parametrize(
-    "policy", ["reuse", "linear_adaptive", {"name": "residual", "mode": "onetime"}]
-)
-def test_a_policy_that_estimates_serves_one_branch(policy: Any) -> None:
-    field, message = refusal(Toy(), name="perp_neg", policy=policy)
-    assert field == "guidance.policy"
-    assert message.endswith(
-        "it estimates one branch and the rule 'perp_neg' has 2; "
-        "allowed are: always, interval, adaptive."
+def test_a_picture_cannot_stand_for_several_predictions() -> None:
+    assert refusal(Toy(), name="perp_neg", policy="residual") == (
+        "guidance.policy",
+        "guidance.policy is 'residual'; with these parameters it supports at most 1 second "
+        "prediction, and the rule 'perp_neg' has 2.",
     )
 
 
@@ -90,7 +89,8 @@ def test_guidance_inside_the_network_needs_a_network_that_is_told() -> None:
     )
     assert refusal(Toy(), name="apg", policy="embedded") == (
         "guidance.policy",
-        "guidance.policy is 'embedded'; the network guides by 'cfg' itself, and cannot by 'apg'.",
+        "guidance.policy is 'embedded'; a network guides itself by 'cfg' alone, and cannot by "
+        "'apg'.",
     )
 
 
