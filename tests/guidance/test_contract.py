@@ -1,5 +1,6 @@
 """What every registered rule and policy promises, ours or an installed package's."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -32,16 +33,19 @@ from tests.guidance.cases import (
 NOISE_RATIO = np.array([np.inf, 80.0, 5.42, 1.0, 0.3, 0.28, 0.01])
 PROGRESS = np.arange(7) / 7
 
-each_rule = pytest.mark.parametrize("rule", RULE_VARIANTS, ids=label)
-guiding = pytest.mark.parametrize(
-    "rule", [rule for rule in RULE_VARIANTS if rule.branches], ids=label
-)
-idle = pytest.mark.parametrize(
-    "rule", [rule for rule in RULE_VARIANTS if not rule.branches], ids=label
-)
+
+def each_kind_of(rules: Iterable[Rule]) -> pytest.MarkDecorator:
+    """One case a kind of rule, with all its variants among these."""
+    grouped: dict[str, list[Rule]] = {}
+    for rule in rules:
+        grouped.setdefault(rule.name, []).append(rule)
+    return pytest.mark.parametrize("variants", grouped.values(), ids=grouped.keys())
+
+
+each_rule = each_kind_of(RULE_VARIANTS)
+each_guiding_rule = each_kind_of(rule for rule in RULE_VARIANTS if rule.branches)
+each_idle_rule = each_kind_of(rule for rule in RULE_VARIANTS if not rule.branches)
 each_policy = pytest.mark.parametrize("policy", POLICY_VARIANTS, ids=label)
-
-
 each_perturbation = pytest.mark.parametrize("perturbation", PERTURBATION_VARIANTS, ids=label)
 
 
@@ -139,18 +143,19 @@ def test_a_rule_and_a_policy_make_a_run_together(
 
 
 @each_rule
-def test_predictions_that_agree_are_left_alone(rule: Rule) -> None:
-    rows = draw(3, branches=branches_of(rule))
-    # Small, as what lies within a threshold's limit is left alone too.
-    rows = replace(rows, cond=0.01 * rows.cond)
-    rows = replace(
-        rows,
-        others=rows.cond[:, None].expand_as(rows.others),
-        memory=torch.zeros(3, rule.memory_slots, 4, 6, 5, dtype=torch.float64),
-    )
-    result = apply(rule, rows)
-    torch.testing.assert_close(result.denoised, rows.cond, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(result.x, rows.x, rtol=1e-12, atol=1e-12)
+def test_predictions_that_agree_are_left_alone(variants: list[Rule]) -> None:
+    for rule in variants:
+        rows = draw(3, branches=branches_of(rule))
+        # Small, as what lies within a threshold's limit is left alone too.
+        rows = replace(rows, cond=0.01 * rows.cond)
+        rows = replace(
+            rows,
+            others=rows.cond[:, None].expand_as(rows.others),
+            memory=torch.zeros(3, rule.memory_slots, 4, 6, 5, dtype=torch.float64),
+        )
+        result = apply(rule, rows)
+        assert torch.allclose(result.denoised, rows.cond, rtol=1e-12, atol=1e-12), label(rule)
+        assert torch.allclose(result.x, rows.x, rtol=1e-12, atol=1e-12), label(rule)
 
 
 NEUTRAL: dict[str, dict[str, float]] = {
@@ -188,12 +193,13 @@ def test_each_rule_can_be_plain_cfg(name: str) -> None:
         assert torch.equal(result.x, rows.x)
 
 
-@idle
-def test_a_rule_that_asks_for_nothing_gives_the_prompts_prediction(rule: Rule) -> None:
-    rows = with_memory(draw(3), rule.memory_slots)
-    result = apply(rule, rows)
-    torch.testing.assert_close(result.denoised, rows.cond, rtol=1e-12, atol=1e-12)
-    assert torch.equal(result.x, rows.x)
+@each_idle_rule
+def test_a_rule_that_asks_for_nothing_gives_the_prompts_prediction(variants: list[Rule]) -> None:
+    for rule in variants:
+        rows = with_memory(draw(3), rule.memory_slots)
+        result = apply(rule, rows)
+        assert torch.allclose(result.denoised, rows.cond, rtol=1e-12, atol=1e-12), label(rule)
+        assert torch.equal(result.x, rows.x), label(rule)
 
 
 def moved(rule: Rule, rows: Rows, others: Tensor) -> bool:
@@ -203,18 +209,22 @@ def moved(rule: Rule, rows: Rows, others: Tensor) -> bool:
 
 
 @each_rule
-def test_branches_are_asked_for_only_where_they_can_matter(rule: Rule) -> None:
-    rows = with_memory(draw(3, 0, branches=branches_of(rule)), rule.memory_slots)
-    assert moved(rule, rows, draw(3, 1, branches=branches_of(rule)).others) == bool(rule.branches)
+def test_branches_are_asked_for_only_where_they_can_matter(variants: list[Rule]) -> None:
+    for rule in variants:
+        count = branches_of(rule)
+        rows = with_memory(draw(3, 0, branches=count), rule.memory_slots)
+        others = draw(3, 1, branches=count).others
+        assert moved(rule, rows, others) == bool(rule.branches), label(rule)
 
 
-@guiding
-def test_each_branch_that_is_asked_for_matters(rule: Rule) -> None:
-    rows = with_memory(draw(3, 0, branches=len(rule.branches)), rule.memory_slots)
-    for k in range(len(rule.branches)):
-        others = rows.others.clone()
-        others[:, k] = draw(3, 1).other
-        assert moved(rule, rows, others)
+@each_guiding_rule
+def test_each_branch_that_is_asked_for_matters(variants: list[Rule]) -> None:
+    for rule in variants:
+        rows = with_memory(draw(3, 0, branches=len(rule.branches)), rule.memory_slots)
+        for k in range(len(rule.branches)):
+            others = rows.others.clone()
+            others[:, k] = draw(3, 1).other
+            assert moved(rule, rows, others), (label(rule), k)
 
 
 def test_no_rule_moves_x_within_a_step() -> None:
@@ -246,11 +256,13 @@ def test_rows_with_their_own_parameters_get_what_each_gets_alone(
 
 
 @each_rule
-def test_rules_leave_their_inputs_alone(rule: Rule) -> None:
-    rows = with_memory(draw(2, branches=branches_of(rule)), rule.memory_slots)
-    before = {name: getattr(rows, name).clone() for name in type(rows).__slots__}
-    apply(rule, rows)
-    assert all(torch.equal(getattr(rows, name), kept) for name, kept in before.items())
+def test_rules_leave_their_inputs_alone(variants: list[Rule]) -> None:
+    for rule in variants:
+        rows = with_memory(draw(2, branches=branches_of(rule)), rule.memory_slots)
+        before = {name: getattr(rows, name).clone() for name in type(rows).__slots__}
+        apply(rule, rows)
+        for name, kept in before.items():
+            assert torch.equal(getattr(rows, name), kept), (label(rule), name)
 
 
 @each_policy

@@ -171,7 +171,6 @@ FEW_VARIANTS: list[Sampler] = _fields_in_pairs(VARIANTS)
 FEW_SPACING_VARIANTS: list[Spacing] = _fields_in_pairs(SPACING_VARIANTS)
 
 each_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
-each_variant = pytest.mark.parametrize("sampler", FEW_VARIANTS, ids=label)
 
 
 def suits(sampler: Sampler, schedule: NoiseSchedule) -> bool:
@@ -179,10 +178,12 @@ def suits(sampler: Sampler, schedule: NoiseSchedule) -> bool:
     return sampler.name not in DISTILLED or isinstance(schedule, DiscreteVP)
 
 
-def over_schedules(settings: Sequence[S], names: Iterable[str], others: Iterable[str]) -> list[Any]:
+def over_schedules(
+    settings: Sequence[S], names: Iterable[str], others: Iterable[str]
+) -> list[tuple[S, NoiseSchedule]]:
     """The first variant of a kind with every schedule, and the others with one of theirs each.
 
-    Parameters of ``(setting, schedule)``; a run of everything takes the others with all of theirs.
+    A run of everything takes the others with all of theirs.
     """
     names, others = list(names), set(others)
     cells = (
@@ -197,21 +198,37 @@ def over_schedules(settings: Sequence[S], names: Iterable[str], others: Iterable
         one, name = cell
         return [(label(one), name)] if is_first(one) else [label(one), name]
 
-    return [
-        pytest.param(one, SCHEDULES[name], id=f"{label(one)}-{name}")
-        for one, name in covering(cells, told_apart_by)
-    ]
+    return [(one, SCHEDULES[name]) for one, name in covering(cells, told_apart_by)]
 
 
-each_pair = pytest.mark.parametrize(
-    ("sampler", "schedule"), over_schedules(FEW_VARIANTS, SCHEDULES, HARD)
+def said(value: Sampler | Spacing | NoiseSchedule) -> str:
+    """A name for the report of a test."""
+    return _NAMES[value] if isinstance(value, NoiseSchedule) else label(value)
+
+
+_NAMES = {schedule: name for name, schedule in SCHEDULES.items()}
+
+
+def each_sampler(**of_variants: Iterable[Any]) -> pytest.MarkDecorator:
+    """One case a sampler, with what there is of its variants under the one name given.
+
+    That is a list of variants, or of tuples that begin with one.
+    """
+    [(name, cells)] = of_variants.items()
+    grouped: dict[str, list[Any]] = {}
+    for cell in cells:
+        sampler = cell if isinstance(cell, Sampler) else cell[0]
+        grouped.setdefault(sampler.name, []).append(cell)
+    return pytest.mark.parametrize(name, grouped.values(), ids=grouped.keys())
+
+
+PAIRS = over_schedules(FEW_VARIANTS, SCHEDULES, HARD)
+LINEAR_PAIRS = over_schedules(
+    [one for one in VARIANTS if one.name not in NONLINEAR], SCHEDULES, HARD
 )
-each_linear_pair = pytest.mark.parametrize(
-    ("sampler", "schedule"),
-    over_schedules([one for one in VARIANTS if one.name not in NONLINEAR], SCHEDULES, HARD),
-)
+each_pair = pytest.mark.parametrize(("sampler", "schedule"), PAIRS, ids=said)
 each_spacing_and_schedule = pytest.mark.parametrize(
-    ("spacing", "schedule"), over_schedules(FEW_SPACING_VARIANTS, SCHEDULES, SCHEDULES)
+    ("spacing", "schedule"), over_schedules(FEW_SPACING_VARIANTS, SCHEDULES, SCHEDULES), ids=said
 )
 
 _LAYOUTS = covering(product(SCHEDULES.values(), DEFAULT_SPACINGS, STEPS), lambda cell: cell, 2)

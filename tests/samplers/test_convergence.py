@@ -20,6 +20,7 @@ from tests.samplers.cases import (
     VARIANTS,
     VP,
     over_schedules,
+    said,
 )
 
 STEPS = (80, 160, 320)
@@ -52,7 +53,9 @@ def errors(sampler: Sampler, schedule: NoiseSchedule, t_start: float, t_end: flo
 RANGES = {VP: (1.0, 0.02), FLOW: (0.99, 0.05), EDM: (20.0, 0.05)}
 
 
-@pytest.mark.parametrize(("sampler", "schedule"), over_schedules(SOLVERS, EACH_KIND, EACH_KIND))
+@pytest.mark.parametrize(
+    ("sampler", "schedule"), over_schedules(SOLVERS, EACH_KIND, EACH_KIND), ids=said
+)
 def test_error_falls_with_the_declared_power_of_the_step(
     sampler: Sampler, schedule: NoiseSchedule
 ) -> None:
