@@ -52,7 +52,9 @@ class APG(ScaledRule, frozen=True):
         default=15.0,
         ge=0,
         le=1000,
-        description="Bound on the norm of the difference, for a latent of 65,536 elements; 0 is no bound.",
+        description=(
+            "Bound on the norm of the difference, for a latent of 65,536 elements; 0 is no bound."
+        ),
     )
     momentum: float = Field(
         default=-0.5,

@@ -33,7 +33,9 @@ class SEG(Perturbation, frozen=True):
         default=None,
         gt=0,
         le=1000,
-        description="Width of the blur in cells of the layer; null is infinite, the mean over all cells.",
+        description=(
+            "Width of the blur in cells of the layer; null is infinite, the mean over all cells."
+        ),
     )
     layers: Layers = ("middle",)
 

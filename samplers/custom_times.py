@@ -30,7 +30,9 @@ class Custom(ListedSpacing, frozen=True):
         max_length=1000,
         # A list in JSON, which strict validation would not take for a tuple.
         strict=False,
-        description="Strictly decreasing times to evaluate at, in the model's own units; as many as steps.",
+        description=(
+            "Strictly decreasing times to evaluate at, in the model's own units; as many as steps."
+        ),
     )
 
     @property

@@ -59,7 +59,9 @@ class Restart(Sampler, frozen=True):
         default=0.25,
         ge=0.2,
         le=1,
-        description="Steps of each further descent, as a fraction of the run's steps; at least 1 step.",
+        description=(
+            "Steps of each further descent, as a fraction of the run's steps; at least 1 step."
+        ),
     )
 
     @property

@@ -32,7 +32,9 @@ class TCD(Sampler, frozen=True):
         default=0.3,
         ge=0,
         le=1,
-        description="Fraction of fresh noise: 0 is deterministic, 1 is full noise; called eta in diffusers.",
+        description=(
+            "Fraction of fresh noise: 0 is deterministic, 1 is full noise; called eta in diffusers."
+        ),
     )
 
     @property

@@ -54,7 +54,9 @@ class UniPC(Sampler, frozen=True):
         default=1.0,
         ge=0.1,
         le=1,
-        description="Heavy ball momentum: weight of the new direction in the velocity; 1 is no momentum.",
+        description=(
+            "Heavy ball momentum: weight of the new direction in the velocity; 1 is no momentum."
+        ),
     )
 
     @property

@@ -65,7 +65,10 @@ def test_a_share_of_the_steps_is_called_denoising_strength() -> None:
         ("euler_ancestral", "Euler a"),
         ("dpm_solver_pp", "DPM++ 2M"),
         ({"name": "dpm_solver_pp", "variant": "sde"}, "DPM++ 2M SDE"),
-        ({"name": "dpm_solver_pp", "order": 3, "variant": "sde"}, "DPM++ 3M SDE"),
+        (
+            {"name": "dpm_solver_pp", "order": 3, "variant": "sde", "solver_type": "taylor"},
+            "DPM++ 3M SDE",
+        ),
         ("unipc", "UniPC"),
         ({"name": "dpm_solver_pp", "order": 3}, "dpm_solver_pp"),
     ],
