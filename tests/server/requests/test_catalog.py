@@ -7,15 +7,7 @@ import httpx2
 import pytest
 from pydantic import BaseModel
 
-from guidance import (
-    CLASSIFIERS,
-    PERTURBATIONS,
-    POLICIES,
-    RULES,
-    FeynmanKac,
-    NegToMe,
-    SkipTuning,
-)
+from guidance import PARTS, RULES, Part
 from samplers import SAMPLERS, SPACINGS
 from server.requests.catalog import Entry, catalog
 from server.requests.schema import GenerateRequest
@@ -24,23 +16,19 @@ LISTS: dict[str, tuple[type[BaseModel], ...]] = {
     "samplers": SAMPLERS,
     "spacings": SPACINGS,
     "rules": RULES,
-    "policies": POLICIES,
-    "perturbations": PERTURBATIONS,
-    "classifiers": CLASSIFIERS,
-    "skip_tuning": (SkipTuning,),
-    "particles": (FeynmanKac,),
-    "negtome": (NegToMe,),
+    **{part.plural: part.kinds for part in PARTS},
 }
+
+
+def _beside_a_rule(part: Part) -> Callable[[Any], dict[str, Any]]:
+    return lambda one: {"guidance": {"name": "cfg", part.field: [one] if part.many else one}}
+
+
 FIELDS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "samplers": lambda one: {"sampler": one},
     "spacings": lambda one: {"spacing": one},
     "rules": lambda one: {"guidance": one},
-    "policies": lambda one: {"guidance": {"name": "cfg", "policy": one}},
-    "perturbations": lambda one: {"guidance": {"name": "cfg", "perturbed": [one]}},
-    "classifiers": lambda one: {"guidance": {"name": "cfg", "classifier": one}},
-    "skip_tuning": lambda one: {"guidance": {"name": "cfg", "skip_tuning": one}},
-    "particles": lambda one: {"guidance": {"name": "cfg", "particles": one}},
-    "negtome": lambda one: {"guidance": {"name": "cfg", "negtome": one}},
+    **{part.plural: _beside_a_rule(part) for part in PARTS},
 }
 """What a request says to choose one of a list."""
 
