@@ -31,6 +31,7 @@ from guidance.always import Always
 from guidance.apg import APG
 from guidance.autoguidance import Autoguidance
 from guidance.cfg import CFG
+from guidance.cfg_norm import CFGNorm
 from guidance.cfg_plus_plus import CFGPlusPlus
 from guidance.cfg_rescale import CFGRescale
 from guidance.cfg_zero_star import CFGZeroStar
@@ -67,6 +68,7 @@ __all__ = [
     "Always",
     "Autoguidance",
     "Branch",
+    "CFGNorm",
     "CFGPlusPlus",
     "CFGRescale",
     "CFGZeroStar",

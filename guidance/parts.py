@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from guidance.always import Always
+from guidance.cfg_norm import CFGNorm
 from guidance.feynman_kac import FeynmanKac
 from guidance.negtome import NegToMe
 from guidance.registry import CLASSIFIERS, PERTURBATIONS, POLICIES
@@ -120,6 +121,14 @@ PARTS: tuple[Part, ...] = (
         description="Drives the images away from the first one, or from a reference picture.",
         label="NegToMe",
         plural="negtome",
+    ),
+    Part(
+        field="cfg_norm",
+        kinds=(CFGNorm,),
+        description="Rescales the guided prediction to the length of the prompt's own, token by "
+        "token.",
+        label="CFG norm",
+        plural="cfg_norm",
     ),
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from server.engine.terms.cfg_norm import KeptLengths
 from server.engine.terms.classifier import AwayFromChosen, UpGradient
 from server.engine.terms.negtome import KeptApart
 from server.engine.terms.particles import Particles
@@ -21,6 +22,7 @@ TERMS: tuple[type[Term], ...] = (
     KeptApart,
     AwayFromChosen,
     UpGradient,
+    KeptLengths,
     Particles,
 )
 """One class for each class of settings beside a rule; a new term is one more."""

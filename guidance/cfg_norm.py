@@ -1,0 +1,96 @@
+"""CFG norm: guidance that keeps the length of each token's velocity."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from guidance.velocity import velocity_share
+from guidance.window import Window
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class CFGNorm(Window, frozen=True):
+    """Rescales what guidance made to the length of the prompt's own prediction, token by token.
+
+    As in Qwen-Image's pipeline, ``v <- v |v_c| / |v|``, v the guided velocity and v_c the prompt's,
+    norms over the channels of one token, and after everything else that guidance adds. Stated for
+    flow matching, where ``v = (x - D) / sigma``; other models go through the velocity of their own
+    path, as ``cfg_zero_star`` does. Costs no evaluation.
+
+    A token is one cell of the latent, or ``patch`` x ``patch`` of them: Qwen-Image packs 2 x 2
+    cells of 16 channels into a token of 64, so the pipeline's own result has ``patch`` 2.
+
+    With ``variant`` ``denoised`` it is ComfyUI's node ``CFGNorm`` as it is by default: it acts on
+    the denoised prediction, only ever shortens, and ``strength`` multiplies the result:
+    ``D <- strength min(1, |D_c| / |D|) D``. With ``velocity`` ``strength`` blends between plain
+    guidance (0) and the full rescale (1), as that node does with ``pre_cfg``.
+    """
+
+    summary: ClassVar[str] = "Keeps the length of each token's prediction; calms strong guidance."
+    source: ClassVar[str] = "Qwen-Image's pipeline in diffusers; ComfyUI's node CFGNorm."
+    variant: Literal["velocity", "denoised"] = Field(
+        default="velocity",
+        description="What is rescaled: the velocity, as in Qwen-Image's pipeline, or the denoised "
+        "prediction, which is only ever shortened, as by ComfyUI's node.",
+    )
+    strength: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="1 is the full rescale. Below, `velocity` blends with plain guidance, and "
+        "`denoised` multiplies the prediction.",
+    )
+    patch: Literal[1, 2] = Field(
+        default=1, description="Latent cells along one side of a token; 2 for Qwen-Image."
+    )
+
+    def rescale(
+        self,
+        denoised: Tensor,
+        cond: Tensor,
+        x: Tensor,
+        alpha: Tensor,
+        sigma: Tensor,
+        strength: Tensor | float,
+    ) -> Tensor:
+        """The rescaled prediction of each row, ``[rows, C, h, w]``.
+
+        Args:
+            denoised: guided predictions, ``[rows, C, h, w]``.
+            cond: the prompts' own predictions, as ``denoised``.
+            x: the points that were evaluated, as ``denoised``.
+            alpha: signal scale there, ``[rows, 1, 1, 1]``.
+            sigma: noise scale there, ``[rows, 1, 1, 1]``.
+            strength: of each row, ``[rows, 1, 1, 1]``, or of all.
+        """
+        if self.variant == "denoised":
+            return strength * _ratio(denoised, cond, self.patch).clamp(max=1) * denoised
+        still = velocity_share(alpha, sigma) * x
+        ratio = _ratio(still - denoised, still - cond, self.patch)
+        return denoised + strength * (1 - ratio) * (still - denoised)
+
+
+def _ratio(guided: Tensor, cond: Tensor, patch: int) -> Tensor:
+    """``|cond| / |guided|`` of the token that each cell belongs to, ``[rows, 1, h, w]``.
+
+    1 where the guided token is zero. Tokens that the border cuts have the cells that there are.
+    """
+    squared = [one.square().sum(1, keepdim=True) for one in (cond, guided)]
+    if patch > 1:
+        squared = [_pooled(one, patch) for one in squared]
+    lengths, own = squared
+    return (lengths / own).sqrt().where(own > 0, 1)
+
+
+def _pooled(cells: Tensor, patch: int) -> Tensor:
+    """The mean over each patch, in all of its cells, ``[rows, 1, h, w]``."""
+    from torch.nn.functional import avg_pool2d
+
+    height, width = cells.shape[-2:]
+    means = avg_pool2d(cells, patch, ceil_mode=True)
+    spread = means.repeat_interleave(patch, -2).repeat_interleave(patch, -1)
+    return spread[..., :height, :width]
