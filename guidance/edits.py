@@ -59,6 +59,25 @@ class ApartFrom:
     reference: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class NormalizedAttention:
+    """Cross-attention that is led away from a second text (NAG, arXiv 2505.21179).
+
+    The row attends to that text with the same queries: ``scale Z+ - (scale - 1) Z-``, whose L1 norm
+    is at most ``tau`` times that of Z+, goes in with a share of ``alpha``.
+    """
+
+    scale: float
+    tau: float
+    alpha: float
+
+
 Edit: TypeAlias = (
-    IdentityAttention | BlurredQueries | SkippedBlocks | SkipScales | WeakModel | ApartFrom
+    IdentityAttention
+    | BlurredQueries
+    | SkippedBlocks
+    | SkipScales
+    | WeakModel
+    | ApartFrom
+    | NormalizedAttention
 )

@@ -30,12 +30,15 @@ class RowInputs:
             has none; None where no row has one. For models whose facts say ``embeds_scale``.
         channels: what the network reads behind the channels of x, ``[rows, channels, h, w]``; None
             where it reads x alone.
+        against: the text that each row's attention is led away from, for the edit
+            ``NormalizedAttention``; of rows without it, any. None where no row has it.
     """
 
     conditioning: StackedConditioning
     edits: Sequence[tuple[Edit, ...]] = ()
     scale_embedding: Tensor | None = None
     channels: Tensor | None = None
+    against: StackedConditioning | None = None
 
     def of(self, rows: Sequence[int], where: Tensor | None = None) -> RowInputs:
         """The inputs of some rows; references of edits are counted among those rows.
@@ -51,7 +54,11 @@ class RowInputs:
             for tensor in (self.scale_embedding, self.channels)
         )
         return RowInputs(
-            self.conditioning.select(where), _located(self.edits, rows), scales, channels
+            self.conditioning.select(where),
+            _located(self.edits, rows),
+            scales,
+            channels,
+            None if self.against is None else self.against.select(where),
         )
 
     def padded(self, count: int | None) -> RowInputs:

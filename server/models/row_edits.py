@@ -19,6 +19,7 @@ from guidance.edits import (
     ApartFrom,
     BlurredQueries,
     IdentityAttention,
+    NormalizedAttention,
     SkippedBlocks,
     SkipScales,
 )
@@ -37,6 +38,9 @@ MIDDLE = "middle"
 BLOCKS = ("BasicTransformerBlock", "JointTransformerBlock")
 """Classes of blocks that can be skipped; the first one's self-attention can be changed too."""
 
+PROJECTIONS = ("encoder_hid_proj", "caption_projection")
+"""Parts of a network that change the text before its blocks read it."""
+
 
 class RowEdits:
     """The hooks of one network, and the switchboard that they read.
@@ -48,6 +52,9 @@ class RowEdits:
     def __init__(self, network: nn.Module) -> None:
         self._tensors: dict[tuple[type[Edit], str], Tensor] = {}
         self._apart: dict[str, list[tuple[int, ApartFrom]]] = {}
+        self._against: Tensor | None = None
+        self._attended: Tensor | None = None
+        self._attending_aside = False
         self._latent_size = (1, 1)
         self._blocks = {
             name: module
@@ -56,6 +63,12 @@ class RowEdits:
         }
         for name, block in self._blocks.items():
             self._hook_block(name, block)
+        # Where the network projects the text first, a block never sees the text that it is told.
+        projects = any(getattr(network, part, None) is not None for part in PROJECTIONS)
+        crossing = [getattr(block, "attn2", None) for block in self._blocks.values()]
+        self._crossing = [] if projects else [one for one in crossing if one is not None]
+        for attention in self._crossing:
+            self._hook_cross_attention(attention)
         up_blocks = [
             block
             for name, block in network.named_children()
@@ -74,6 +87,8 @@ class RowEdits:
         """Why this network cannot make the edit, as a clause; None where it can."""
         if isinstance(edit, SkipScales):
             return None if self._skips else "has no skip connections to scale"
+        if isinstance(edit, NormalizedAttention):
+            return None if self._crossing else "has no cross-attention that reads the text itself"
         if not isinstance(edit, IdentityAttention | BlurredQueries | SkippedBlocks | ApartFrom):
             return "has no weaker companion; start the server with one"
         for layer in edit.layers:
@@ -87,20 +102,27 @@ class RowEdits:
         return None
 
     @contextmanager
-    def applied(self, edits: Sequence[tuple[Edit, ...]], x: Tensor) -> Generator[None]:
+    def applied(
+        self, edits: Sequence[tuple[Edit, ...]], x: Tensor, against: Tensor | None = None
+    ) -> Generator[None]:
         """Make the edits of each row in the forward that runs inside.
 
         Args:
             edits: of each row, in order; none of them refused.
             x: what the network will be given, ``[rows, C, h, w]``.
+            against: a second text of each row, ``[rows, tokens, features]``, where any row is led
+                away from it.
         """
         self._latent_size = (x.shape[-2], x.shape[-1])
         self._tensors = self._tensors_of(edits, x)
         self._apart = self._apart_of(edits)
+        led_away = (NormalizedAttention, "alpha") in self._tensors
+        self._against = against if led_away else None
         try:
             yield
         finally:
             self._tensors, self._apart = {}, {}
+            self._against, self._attended = None, None
 
     def _tensors_of(
         self, edits: Sequence[tuple[Edit, ...]], x: Tensor
@@ -141,6 +163,8 @@ class RowEdits:
                 yield from ((name, sigma) for layer in layers for name in self._named(layer))
             case IdentityAttention(layers) | SkippedBlocks(layers):
                 yield from ((name, 1.0) for layer in layers for name in self._named(layer))
+            case NormalizedAttention(scale, tau, alpha):
+                yield from (("scale", scale), ("tau", tau), ("alpha", alpha))
             case ApartFrom():
                 # No number a row: what it reads is another row.
                 return
@@ -193,6 +217,32 @@ class RowEdits:
         attention.register_forward_hook(pass_values, with_kwargs=True)
         attention.get_submodule("to_q").register_forward_hook(blur)
 
+    def _hook_cross_attention(self, attention: nn.Module) -> None:
+        def attend_aside(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._against is None or kwargs.get("encoder_hidden_states") is None:
+                return
+            # All rows, so that a row's bits do not depend on how many others are led away.
+            self._attending_aside = True
+            try:
+                module.forward(*args, **kwargs | {"encoder_hidden_states": self._against})
+            finally:
+                self._attending_aside = False
+
+        def lead_away(_: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor, ...] | None:
+            if self._attending_aside:
+                [self._attended] = args
+            elif self._attended is not None:
+                away, self._attended = self._attended, None
+                values = (
+                    self._tensors[NormalizedAttention, of] for of in ("scale", "tau", "alpha")
+                )
+                return (_led_away(args[0], away, *values),)
+            return None
+
+        attention.register_forward_pre_hook(attend_aside, with_kwargs=True)
+        # Before the last projection, whose bias is no part of what was attended to.
+        attention.get_submodule("to_out.0").register_forward_pre_hook(lead_away)
+
     def _hook_outputs(self, name: str, attentions: Sequence[nn.Module | None]) -> None:
         def move_apart(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
             moving = self._apart.get(name)
@@ -239,6 +289,26 @@ def _away(tokens: Tensor, reference: Tensor, edit: ApartFrom) -> Tensor:
     alike, nearest = cosines.max(-1)
     moved = tokens + edit.strength * (tokens - reference[nearest])
     return moved.where((alike > edit.threshold)[:, None], tokens)
+
+
+def _led_away(attended: Tensor, away: Tensor, scale: Tensor, tau: Tensor, alpha: Tensor) -> Tensor:
+    """NAG as in the authors' attention processor, over tokens ``[rows, tokens, features]``.
+
+    Args:
+        attended: to the prompt, Z+.
+        away: to the text that is led away from, Z-.
+        scale: of the extrapolation, ``[rows]``.
+        tau: bound of its L1 norm in multiples of that of Z+, ``[rows]``.
+        alpha: share of what comes of it, ``[rows]``; where it is 0, Z+ stays to the bit.
+    """
+    scale, tau, alpha = (_over_rows(values, attended) for values in (scale, tau, alpha))
+    # In float32: sums over a thousand features overflow float16.
+    plus, minus = attended.float(), away.float()
+    guided = scale * plus - (scale - 1) * minus
+    own, extrapolated = (one.abs().sum(-1, keepdim=True) for one in (plus, guided))
+    shortened = (tau * own / extrapolated).clamp(max=1).where(extrapolated > 0, 1)
+    blended = alpha * shortened * guided + (1 - alpha) * plus
+    return blended.to(attended.dtype).where(alpha > 0, attended)
 
 
 def _blurred(queries: Tensor, sigmas: Tensor, latent_size: tuple[int, int]) -> Tensor:

@@ -120,8 +120,9 @@ class UNetModel(HostedModel):
             told["timestep_cond"] = embedding_of_scales(scales, size).to(self.dtype)
         if inputs.channels is not None:
             x = torch.cat([x, inputs.channels], 1)
-        edited = self._edits.applied(inputs.edits, x) if any(inputs.edits) else nullcontext()
-        with edited:
+        against = None if inputs.against is None else inputs.against.tensors[TEXT]
+        edited = self._edits.applied(inputs.edits, x, against)
+        with edited if any(inputs.edits) else nullcontext():
             return _forward(self._unet, x.to(self.dtype), t, inputs, **told)
 
     @override

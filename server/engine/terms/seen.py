@@ -36,11 +36,22 @@ class ForwardRows:
         x: where each row is evaluated, ``[rows, C, h, w]``.
         conditioning: what each row is told.
         edits: what each row changes inside the network.
+        against: what each row's attention is led away from; None where that of no row is.
     """
 
     x: Tensor
     conditioning: StackedConditioning
     edits: list[tuple[Edit, ...]]
+    against: StackedConditioning | None = None
+
+    def lead_away(self, rows: Tensor, texts: StackedConditioning) -> None:
+        """Give rows a second text, that edits of theirs lead away from.
+
+        Args:
+            rows: int64 ``[n]`` on the device.
+            texts: one a row.
+        """
+        self.against = (self.against or self.conditioning).put(rows, texts)
 
     def edit(self, row: int, edit: Edit) -> None:
         """Change something more inside the network for a row."""

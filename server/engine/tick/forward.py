@@ -68,7 +68,8 @@ def _inputs(batch: Batch, rows: ForwardRows, t: Tensor) -> RowInputs:
     if any(sequence.guidance.told_scale is not None for sequence in batch.sequences):
         owners = [batch.sequences[i] for i in batch.owners]
         scales = t.new_tensor([owner.guidance.told_scale or 0.0 for owner in owners])
-    return RowInputs(rows.conditioning, rows.edits if any(rows.edits) else (), scales)
+    edits = rows.edits if any(rows.edits) else ()
+    return RowInputs(rows.conditioning, edits, scales, against=rows.against)
 
 
 def _evaluated(
