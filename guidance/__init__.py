@@ -12,6 +12,7 @@ from guidance.edits import Edit
 from guidance.feynman_kac import FeynmanKac
 from guidance.inversion import invert
 from guidance.loop import guide
+from guidance.nag import NAG
 from guidance.negtome import NegToMe
 from guidance.perturbation import Perturbation
 from guidance.policy import Filled, Policy
@@ -55,6 +56,7 @@ __all__ = [
     "CFG",
     "CLASSIFIERS",
     "EMPTY",
+    "NAG",
     "NEGATIVE",
     "PAG",
     "PARTS",

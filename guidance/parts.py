@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from guidance.always import Always
 from guidance.cfg_norm import CFGNorm
 from guidance.feynman_kac import FeynmanKac
+from guidance.nag import NAG
 from guidance.negtome import NegToMe
 from guidance.registry import CLASSIFIERS, PERTURBATIONS, POLICIES
 from guidance.skip_tuning import SkipTuning
@@ -121,6 +122,13 @@ PARTS: tuple[Part, ...] = (
         description="Drives the images away from the first one, or from a reference picture.",
         label="NegToMe",
         plural="negtome",
+    ),
+    Part(
+        field="nag",
+        kinds=(NAG,),
+        description="Leads away from the negative prompt inside the network's cross-attention.",
+        label="NAG",
+        plural="nag",
     ),
     Part(
         field="cfg_norm",

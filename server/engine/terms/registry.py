@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from server.engine.terms.cfg_norm import KeptLengths
 from server.engine.terms.classifier import AwayFromChosen, UpGradient
+from server.engine.terms.nag import AgainstNegative
 from server.engine.terms.negtome import KeptApart
 from server.engine.terms.particles import Particles
 from server.engine.terms.perturbation import Disturbed
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 TERMS: tuple[type[Term], ...] = (
     SkipTunedRows,
+    AgainstNegative,
     Disturbed,
     KeptApart,
     AwayFromChosen,

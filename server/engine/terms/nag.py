@@ -1,0 +1,63 @@
+"""Normalized attention guidance: the prompt's row attends to the negative prompt, too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from typing_extensions import override
+
+from guidance.nag import NAG
+from server.engine.terms.term import Term
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Self
+
+    from guidance import Edit
+    from server.engine.terms.seen import ForwardRows, OwnRows, Seen
+    from server.engine.terms.term import Run
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AgainstNegative(Term):
+    """Changes the cross-attention of the prompt's own prediction.
+
+    Attributes:
+        edit: what is changed.
+        negative: what it is led away from; where the request has none, the empty prompt.
+        window: at which stages.
+    """
+
+    made_from: ClassVar = NAG
+    prepares: ClassVar = True
+    edit: Edit
+    negative: str
+    window: tuple[bool, ...]
+
+    @classmethod
+    @override
+    def of(cls, setting: NAG, run: Run) -> Self:
+        acts = setting.contains(run.plan.noise_ratio, run.plan.progress)
+        changes = setting.scale != 1 and setting.alpha != 0
+        return cls(setting.edit, run.negative_prompt or "", tuple((acts & changes).tolist()))
+
+    @override
+    def acts(self, stage: int) -> bool:
+        return self.window[stage]
+
+    @property
+    @override
+    def texts(self) -> tuple[str | None, ...]:
+        return (self.negative,)
+
+    @classmethod
+    @override
+    def prepare(
+        cls, terms: Sequence[Self], forward: ForwardRows, own: Sequence[OwnRows], seen: Seen
+    ) -> None:
+        rows = [places.image[0] for places in own]
+        told = [texts[term.negative] for texts, term in zip(seen.texts, terms, strict=True)]
+        forward.lead_away(seen.lane.indices(rows), seen.lane.model.stack(told))
+        for row, term in zip(rows, terms, strict=True):
+            forward.edit(row, term.edit)
