@@ -30,7 +30,7 @@ class CFGNorm(Window, frozen=True):
     guidance (0) and the full rescale (1), as that node does with ``pre_cfg``.
     """
 
-    summary: ClassVar[str] = "Keeps the length of each token's prediction; calms strong guidance."
+    summary: ClassVar[str] = "Keeps the norm of each token's prediction; tames strong guidance."
     source: ClassVar[str] = "Qwen-Image's pipeline in diffusers; ComfyUI's node CFGNorm."
     variant: Literal["velocity", "denoised"] = Field(
         default="velocity",

@@ -44,7 +44,9 @@ class LinearAdaptive(Policy, frozen=True):
     - Denoised predictions are combined, not those of the noise: at pure noise these are x.
     """
 
-    summary: ClassVar[str] = "Alternates evaluations with fitted estimates, then stops guiding."
+    summary: ClassVar[str] = (
+        "Alternates evaluations with fitted estimates, then stops guiding; needs a fit."
+    )
     source: ClassVar[str] = "Castillo et al., arXiv 2312.12487, section 5."
     estimates: ClassVar[bool] = True
     fitted: ClassVar[int] = TERMS
@@ -54,7 +56,7 @@ class LinearAdaptive(Policy, frozen=True):
         default=2, ge=2, le=100, description="Steps from one evaluation to the next."
     )
     stop: float = Field(
-        default=0.5, gt=0, le=1, description="Share of the steps done when guidance ends."
+        default=0.5, gt=0, le=1, description="Fraction of the steps after which guidance ends."
     )
 
     @override

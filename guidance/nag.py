@@ -28,20 +28,25 @@ class NAG(Window, frozen=True):
     here a share of the steps.
     """
 
-    summary: ClassVar[str] = "Away from the negative prompt inside the attention, for free."
+    summary: ClassVar[str] = (
+        "Steers away from the negative prompt inside the cross-attention, without an evaluation."
+    )
     source: ClassVar[str] = "Chen et al., arXiv 2505.21179."
     reads_negative_prompt: ClassVar[bool] = True
     scale: float = Field(
-        default=3.0, ge=1, le=50, description="How far attention is extrapolated; 1 is plain."
+        default=3.0,
+        ge=1,
+        le=50,
+        description="How far attention is extrapolated; 1 is plain attention.",
     )
     tau: float = Field(
         default=2.5,
         gt=0,
         le=100,
-        description="Greatest L1 norm of a token, in multiples of what it is without guidance.",
+        description="Maximum L1 norm of a token, as a multiple of its norm without guidance.",
     )
     alpha: float = Field(
-        default=0.5, ge=0, le=1, description="Share of the guided attention; 0 is plain."
+        default=0.5, ge=0, le=1, description="Weight of the guided attention; 0 is plain attention."
     )
 
     @property

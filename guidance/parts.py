@@ -77,8 +77,9 @@ PARTS: tuple[Part, ...] = (
     Part(
         field="policy",
         kinds=POLICIES,
-        description="At which steps the second prediction is evaluated, and what stands for it at "
-        "the others.",
+        description=(
+            "At which steps the second prediction is evaluated, and what replaces it at the others."
+        ),
         label="policy",
         plural="policies",
         default=Always(),
@@ -87,7 +88,7 @@ PARTS: tuple[Part, ...] = (
     Part(
         field="perturbed",
         kinds=PERTURBATIONS,
-        description="Terms that lead away from the predictions of a network that was disturbed.",
+        description="Terms that steer away from predictions of a perturbed network.",
         label="perturbed",
         plural="perturbations",
         most=3,
@@ -119,22 +120,23 @@ PARTS: tuple[Part, ...] = (
     Part(
         field="negtome",
         kinds=(NegToMe,),
-        description="Drives the images away from the first one, or from a reference picture.",
+        description="Pushes the images away from the first one, or from a reference image.",
         label="NegToMe",
         plural="negtome",
     ),
     Part(
         field="nag",
         kinds=(NAG,),
-        description="Leads away from the negative prompt inside the network's cross-attention.",
+        description="Steers away from the negative prompt inside the network's cross-attention.",
         label="NAG",
         plural="nag",
     ),
     Part(
         field="cfg_norm",
         kinds=(CFGNorm,),
-        description="Rescales the guided prediction to the length of the prompt's own, token by "
-        "token.",
+        description=(
+            "Rescales the guided prediction to the norm of the prompt's own, token by token."
+        ),
         label="CFG norm",
         plural="cfg_norm",
     ),

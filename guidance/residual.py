@@ -31,14 +31,17 @@ class Residual(Policy, frozen=True):
     Departure from the paper: at pure noise, where ``x / alpha`` is infinite, ``delta`` is 1.
     """
 
-    summary: ClassVar[str] = "Guides away from the input picture, or from one evaluation."
+    summary: ClassVar[str] = "Guides away from the input image, or from a single evaluation."
     source: ClassVar[str] = "Kodaira et al., arXiv 2312.12491, equations 6 to 8."
     estimates: ClassVar[bool] = True
     without_reference: ClassVar[str | None] = '"mode": "onetime"'
     name: Literal["residual"] = "residual"
     mode: Literal["self", "onetime"] = Field(
         default="self",
-        description="Reference: the picture the run starts from, or the first second prediction.",
+        description=(
+            "Reference: self is the image that the run starts from, onetime one evaluation at the "
+            "first step."
+        ),
     )
     delta: float = Field(default=1.0, ge=0, le=2, description="Weight of the reference's noise.")
 

@@ -30,7 +30,7 @@ class Reuse(Policy, frozen=True):
     alone between, by 9.6 / 24 %. It is finite at pure noise too.
     """
 
-    summary: ClassVar[str] = "Evaluates the branches every few steps, reuses them between."
+    summary: ClassVar[str] = "Evaluates the branches every few steps and reuses the difference."
     source: ClassVar[str] = "Measured; the guidance counterpart of feature caching."
     estimates: ClassVar[bool] = True
     name: Literal["reuse"] = "reuse"
