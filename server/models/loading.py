@@ -13,6 +13,7 @@ from server.models.folder import classifier_file, read_json, revision_of
 from server.models.linear_fits import LinearFits
 from server.models.parts import check_loaded
 from server.models.stable_diffusion import load_stable_diffusion
+from server.models.stable_diffusion_xl import load_stable_diffusion_xl
 from server.models.statistics import ModelStatistics
 
 if TYPE_CHECKING:
@@ -22,7 +23,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FAMILIES = {"StableDiffusionPipeline": load_stable_diffusion}
+FAMILIES = {
+    "StableDiffusionPipeline": load_stable_diffusion,
+    "StableDiffusionXLPipeline": load_stable_diffusion_xl,
+}
 """Loader of each pipeline class that a model folder may name."""
 
 

@@ -1,0 +1,114 @@
+"""Stable Diffusion XL, base and Turbo: two CLIP text encoders, sizes as added conditions.
+
+Podell et al., arXiv 2307.01952; as ``StableDiffusionXLPipeline`` of diffusers runs it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from server.errors import ModelMismatch
+from server.models.clip import CLIP
+from server.models.conditioning import Conditioning
+from server.models.folder import read_json
+from server.models.parts import load_network, load_text_encoder, load_tokenizer
+from server.models.unet_model import TEXT, UNetModel, facts_of, load_companion
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from torch import Tensor, nn
+
+LAYER = -2
+"""Of the hidden states, those that the U-Net reads: before the last layer, not normalised."""
+
+
+class TwoEncoders:
+    """Hidden states of two CLIP text encoders side by side, and the second one's pooled vector.
+
+    Args:
+        first: CLIP ViT-L.
+        second: OpenCLIP ViT-bigG, with a projection.
+        zero_unconditional: whether the unconditional is all zeros instead of the empty prompt.
+    """
+
+    def __init__(self, first: CLIP, second: CLIP, *, zero_unconditional: bool) -> None:
+        self._first = first
+        self._second = second
+        self._zero_unconditional = zero_unconditional
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of the longest prompt that neither encoder cuts off, markers not counted."""
+        return min(self._first.max_tokens, self._second.max_tokens)
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a prompt, markers not counted; safe from any thread."""
+        return max(self._first.count_tokens(text), self._second.count_tokens(text))
+
+    def encode(self, prompts: Sequence[str | None], width: int, height: int) -> list[Conditioning]:
+        """Conditioning of each prompt, for an uncropped picture of the size that is drawn."""
+        texts = [prompt or "" for prompt in prompts]
+        first, second = self._first.encode(texts), self._second.encode(texts)
+        hidden = torch.cat([first.hidden_states[LAYER], second.hidden_states[LAYER]], -1)
+        pooled: Tensor = second.text_embeds
+        # Original height and width, top and left of the crop, height and width that are drawn.
+        sizes = hidden.new_tensor([height, width, 0, 0, height, width], dtype=torch.float32)
+        made: list[Conditioning] = []
+        for prompt, states, vector in zip(prompts, hidden, pooled, strict=True):
+            factor = 0 if prompt is None and self._zero_unconditional else 1
+            tensors = {TEXT: factor * states, "text_embeds": factor * vector, "time_ids": sizes}
+            made.append(Conditioning(tensors, len(states)))
+        return made
+
+    def modules(self) -> Mapping[str, nn.Module]:
+        """The text encoders by their names in a model folder."""
+        return {"text_encoder": self._first.encoder, "text_encoder_2": self._second.encoder}
+
+
+def load_stable_diffusion_xl(
+    folder: Path, name: str, revision: str, device: torch.device, dtype: torch.dtype
+) -> UNetModel:
+    """Load the parts of a diffusers folder from safetensors alone.
+
+    Raises:
+        ModelMismatch: a part that this family cannot run.
+    """
+    from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    clips: list[CLIP] = []
+    for suffix, kind in (("", CLIPTextModel), ("_2", CLIPTextModelWithProjection)):
+        encoder = load_text_encoder(folder, f"text_encoder{suffix}", kind, dtype)
+        positions = encoder.config.max_position_embeddings
+        tokenizer = load_tokenizer(folder, f"tokenizer{suffix}", CLIPTokenizer, positions)
+        clips.append(CLIP(encoder, tokenizer, device))
+    first, second = clips
+    unet = load_network(folder, "unet", [UNet2DConditionModel], dtype)
+    if unet.config.addition_embed_type != "text_time":
+        raise ModelMismatch(
+            f"unet of model folder {str(folder)!r} has the addition_embed_type "
+            f"{unet.config.addition_embed_type!r}; Stable Diffusion XL has 'text_time'."
+        )
+    # In float16 the autoencoder of the base model overflows.
+    upcast = read_json(folder, "vae/config.json").get("force_upcast", True)
+    vae_dtype = torch.float32 if upcast and dtype == torch.float16 else dtype
+    vae = load_network(folder, "vae", [AutoencoderKL, AutoencoderTiny], vae_dtype)
+    index = read_json(folder, "model_index.json")
+    text = TwoEncoders(
+        first,
+        second,
+        zero_unconditional=index.get("force_zeros_for_empty_prompt", True) is not False,
+    )
+    return UNetModel(
+        facts_of(folder, name, revision, unet, vae, text.max_tokens),
+        device,
+        dtype,
+        unet=unet,
+        vae=vae,
+        text=text,
+        weak=load_companion(folder, dtype),
+    )
