@@ -74,6 +74,7 @@ def task(
     generator = np.random.default_rng(0)
     given: dict[str, Any] = {"prompt": "a circle", "negative_prompt": "blue", "seed": 3, **fields}
     run = {name: given[name] for name in ("prompt", "negative_prompt")}
+    terms = terms_for(settings, plan, rule=combined, reference=reference, **run)
     return Asked(
         model="toy",
         width=SIDE,
@@ -81,11 +82,10 @@ def task(
         plan=plan,
         rule=combined,
         policy=when,
-        terms=terms_for(settings, plan, rule=combined, reference=reference, **run),
         settings=settings,
         reference=reference,
         coefficients=generator.normal(size=(plan.evaluations, branches * when.fitted)) / 3,
-        **given,
+        **{"terms": terms, **given},
     )
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Particles(Term):
+class ResampledParticles(Term):
     """Resamples the images of a group by Feynman-Kac weights after every stage but the last.
 
     For the rule ``cfg`` evaluated at every stage, steps of the reverse SDE, and nothing else beside

@@ -8,7 +8,7 @@ from server.engine.terms.cfg_norm import KeptLengths
 from server.engine.terms.classifier import AwayFromChosen, UpGradient
 from server.engine.terms.nag import AgainstNegative
 from server.engine.terms.negtome import KeptApart
-from server.engine.terms.particles import Particles
+from server.engine.terms.particles import ResampledParticles
 from server.engine.terms.perturbation import Disturbed
 from server.engine.terms.skip_tuning import SkipTunedRows
 
@@ -25,7 +25,7 @@ TERMS: tuple[type[Term], ...] = (
     AwayFromChosen,
     UpGradient,
     KeptLengths,
-    Particles,
+    ResampledParticles,
 )
 """One class for each class of settings beside a rule; a new term is one more."""
 
