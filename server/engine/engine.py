@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
+from collections import Counter, deque
 from itertools import chain
 from threading import Condition, Thread
 from time import monotonic, perf_counter
@@ -11,10 +11,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 
+from server.engine.cost_model import MOST_ROWS, CostModel, TickCost
 from server.engine.faults import attempt, free_memory, is_out_of_memory
 from server.engine.metrics import EngineMeasurements
 from server.engine.reservation import Reservation
-from server.engine.scheduler import Candidate, select
+from server.engine.scheduler import (
+    LONGEST_TICK_S,
+    Candidate,
+    Load,
+    load_of,
+    rows_of_tick,
+    select,
+)
 from server.engine.state.lane import Lane
 from server.engine.state.sequence import Sequence
 from server.engine.state.submission import Submission
@@ -25,7 +33,7 @@ from server.engine.tick.newcomers import Admission
 from server.engine.tick.preview import fit_preview, previews
 from server.engine.tick.resampling import resample
 from server.engine.tick.stopwatch import Stopwatch
-from server.engine.warmup import BATCHES, row_budget_of, sweep
+from server.engine.warmup import time_forwards
 from server.errors import (
     Cancelled,
     DeviceLost,
@@ -55,9 +63,6 @@ log = logging.getLogger(__name__)
 LEAST_BUDGET = 2
 """Rows that an image with one branch needs at once."""
 
-LEAST_MEASURED = 8
-"""Rows of the widest guidance that is common; fewer would refuse it on slow machines."""
-
 FIXED_ROWS_MULTIPLE = 8
 """At other batch sizes a CPU's kernels treat the last rows differently: at 5, 6 and 7 rows of the
 embedded model the bits of a row depend on its place, at multiples of 4 they do not."""
@@ -73,8 +78,10 @@ class Engine:
 
     Args:
         models: hosted models by name, all on one device.
-        row_budget: rows of a forward, at least 2; measured at start-up, and then at least 8, if
-            None.
+        row_budget: most rows of a forward, at least 2; what a tick has is chosen from what waits
+            and from what ticks cost. In deterministic mode every forward has so many, and where
+            None is given, as many as its cost recommends at the start.
+        live_tick_s: most seconds of a tick while images of the priority live are under way.
         deterministic: run everything at fixed batch shapes, so that an image's bits do not depend
             on what else is in the batch.
         max_pending: images waiting or under way; more are refused.
@@ -87,6 +94,7 @@ class Engine:
         models: Mapping[str, HostedModel],
         *,
         row_budget: int | None = None,
+        live_tick_s: float = 0.1,
         deterministic: bool = False,
         max_pending: int = 256,
         on_failure: Callable[[], None] | None = None,
@@ -104,7 +112,8 @@ class Engine:
         self._max_pending = max_pending
         self._on_failure = on_failure
         self._device = next(iter(models.values())).device
-        self._rate = 0.0
+        self._live_tick_s = live_tick_s
+        self._costs = CostModel()
         self._fixed_rows: int | None = None
         self._lanes: dict[Hashable, Lane] = {}
         self._admission = Admission(models, self._lane_of, deterministic=deterministic)
@@ -203,8 +212,13 @@ class Engine:
                 )
 
     def _seconds_of_work(self) -> float:
-        waiting = sum(sequence.remaining for sequence in [*self._arrived, *self._active])
-        return max(1.0, waiting / self._rate) if self._rate else 1.0
+        """Device seconds of all evaluations that are still to come, at the best row choice."""
+        waiting = Counter[tuple[str, tuple[int, int, int]]]()
+        for sequence in [*self._arrived, *self._active]:
+            waiting[self._kind(sequence.task)] += sequence.remaining
+        most = self.measurements.row_budget
+        costs = (rows * self._costs.of(*kind).seconds_a_row(most) for kind, rows in waiting.items())
+        return max(1.0, sum(costs))
 
     def _run(self) -> None:
         try:
@@ -222,22 +236,30 @@ class Engine:
                 self._on_failure()
 
     def _warm_up(self) -> None:
-        asked = self._asked_budget
-        budgets: list[int] = []
+        most = self._asked_budget or MOST_ROWS
         for name, model in self._models.items():
             self._colours[name] = fit_preview(model)
             model.decode(torch.zeros(1, *self._default_shape(model), device=model.device))
-            rates = sweep(model, BATCHES if asked is None else (asked,))
-            log.info("%s evaluates, in rows/s by batch size: %s", name, rates)
-            budgets.append(row_budget_of(rates))
-            self._rate = max(self._rate, *rates.values())
-        # One budget for all, which none of them finds too large.
-        self.measurements.row_budget = asked or max(LEAST_MEASURED, min(budgets))
+            samples = time_forwards(model, most)
+            log.info("%s evaluates, in ms by rows: %s", name, _milliseconds(samples))
+            self._costs.start(name, self._default_shape(model), samples)
         if self._deterministic:
-            multiples = -(-self.measurements.row_budget // FIXED_ROWS_MULTIPLE)
-            self._fixed_rows = multiples * FIXED_ROWS_MULTIPLE
+            asked = self._asked_budget or self._recommended_rows()
+            self._fixed_rows = -(-asked // FIXED_ROWS_MULTIPLE) * FIXED_ROWS_MULTIPLE
+            most = asked if self._asked_budget else self._fixed_rows
+        self.measurements.row_budget = most
+        free_memory(self._device)
         self.ready = True
-        log.info("ready; %d rows a tick", self.measurements.row_budget)
+        log.info("ready; at most %d rows a tick", most)
+
+    def _recommended_rows(self) -> int:
+        """Rows of every forward in deterministic mode, which none of the models finds too many."""
+        long_queue = Load(lane=0, rows=8 * MOST_ROWS, widest=1, live=False)
+        costs = [self._costs.of(n, self._default_shape(m)) for n, m in self._models.items()]
+        return min(
+            rows_of_tick(long_queue, MOST_ROWS, cost.seconds, LONGEST_TICK_S, tick=1)
+            for cost in costs
+        )
 
     def _default_shape(self, model: HostedModel) -> tuple[int, int, int]:
         return model.latent_shape(model.facts.default_width, model.facts.default_height)
@@ -292,7 +314,18 @@ class Engine:
             )
             for s in running
         ]
-        return [running[i] for i in select(candidates, self.measurements.row_budget)]
+        load = load_of(candidates)
+        if load is None:
+            return []
+        lane = next(sequence.lane for sequence in running if id(sequence.lane) == load.lane)
+        return [running[i] for i in select(candidates, self._rows_of_tick(load, lane))]
+
+    def _rows_of_tick(self, load: Load, lane: Lane) -> int:
+        most = min(self.measurements.row_budget, lane.row_cap.rows)
+        if self._fixed_rows is not None:
+            return most
+        longest_s = self._live_tick_s if load.live else LONGEST_TICK_S
+        return rows_of_tick(load, most, lane.cost.seconds, longest_s, self.measurements.ticks)
 
     def _weave(self, chosen: list[Sequence]) -> None:
         """Run a stage of the chosen; halve them on an error until it is one image's or group's."""
@@ -351,8 +384,9 @@ class Engine:
         weave.write_back(rows, state, guidance)
         if resampling is not None:
             resampling.note(chosen)
-        denoise_s = watch.seconds()
-        self._book(rows.rows, denoise_s, perf_counter() - began - denoise_s)
+        denoise_s, tick_s = watch.seconds(), perf_counter() - began
+        self._book(rows.rows, denoise_s, tick_s - denoise_s)
+        lane.cost.observe(self._fixed_rows or rows.rows, tick_s)
         lane.row_cap.fit(rows.rows)
         return StageOutcome(sound, settled, denoised)
 
@@ -467,13 +501,21 @@ class Engine:
         self._active.remove(sequence)
         self._give_back(1)
 
+    def tick_costs(self) -> list[tuple[str, tuple[int, int, int], TickCost]]:
+        """What ticks cost by model and latent shape; safe from any thread."""
+        return self._costs.all()
+
+    def _kind(self, task: ImageTask) -> tuple[str, tuple[int, int, int]]:
+        return task.model, self._models[task.model].latent_shape(task.width, task.height)
+
     def _lane_of(self, task: ImageTask, length: int) -> Lane:
         model = self._models[task.model]
         shape = model.latent_shape(task.width, task.height)
         key = task.model, shape, model.group_key(task.width, task.height, length)
         if key not in self._lanes:
             self._forget_idle_lanes()
-            self._lanes[key] = Lane(model, shape)
+            cost = self._costs.of(task.model, shape)
+            self._lanes[key] = Lane(model, shape, cost, self.measurements.row_budget)
         return self._lanes[key]
 
     def _forget_idle_lanes(self) -> None:
@@ -519,6 +561,10 @@ def _units(sequences: Listed[Sequence]) -> list[list[Sequence]]:
 
 def _together(one: Sequence, other: Sequence) -> bool:
     return one.task.group is not None and one.task.group is other.task.group
+
+
+def _milliseconds(samples: Mapping[int, float]) -> str:
+    return ", ".join(f"{rows}: {1000 * seconds:.1f}" for rows, seconds in samples.items())
 
 
 def _broken(sequence: Sequence) -> str:

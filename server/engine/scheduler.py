@@ -7,7 +7,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 
 class Priority(IntEnum):
@@ -23,6 +23,16 @@ HEAD_START = {Priority.LIVE: -4000.0, Priority.INTERACTIVE: 0.0, Priority.BATCH:
 
 AGEING = 0.25
 """Evaluations of lead that a tick of age is worth."""
+
+
+NEAR_BEST = 0.995
+"""Share of the best throughput that is good enough, where fewer rows mean less latency."""
+
+LONGEST_TICK_S = 2.0
+"""Nobody joins or leaves during a tick, so none is meant to be longer."""
+
+PROBED_EVERY = 16
+"""Ticks from one trial of another size to the next, which keeps its estimated cost true."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +56,77 @@ class Candidate:
     group: int | None = None
 
 
-def select(candidates: Sequence[Candidate], budget: int) -> list[int]:
-    """The candidates of the next tick: all of one lane, within the row budget.
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What waits in the lane whose turn it is.
+
+    Attributes:
+        lane: its identity.
+        rows: that all of its images want in their next stages.
+        widest: of one image or group.
+        live: whether any image at all has the priority live.
+    """
+
+    lane: int
+    rows: int
+    widest: int
+    live: bool
+
+
+def load_of(candidates: Sequence[Candidate]) -> Load | None:
+    """The load of the lane that the most urgent candidate runs in; None if there is none."""
+    units, _ = _units(candidates)
+    if not units:
+        return None
+    lane = min(units, key=_urgency).lane
+    rows = [unit.rows for unit in units if unit.lane == lane]
+    live = any(unit.priority is Priority.LIVE for unit in units)
+    return Load(lane, sum(rows), max(rows), live)
+
+
+def rows_of_tick(
+    load: Load, most: int, seconds: Callable[[int], float], longest_s: float, tick: int
+) -> int:
+    """How many rows the next tick is to have.
+
+    All that waits is to be through its next stage soonest, in as many equal ticks as that takes;
+    of sizes that do this about equally well, the smallest, as fewer rows mean a shorter tick. So
+    a long queue gets the best throughput, and a short one runs together if that costs little.
+
+    Args:
+        load: what waits.
+        most: rows that a tick may have.
+        seconds: expected for a tick of so many rows.
+        longest_s: seconds that a tick may take, where fewer rows can help it.
+        tick: number of the tick; at every 16th another size is tried, if the queue is long.
+    """
+    options = [
+        (rows, ticks, seconds(rows)) for rows, ticks in _equal_ticks(load.rows, load.widest, most)
+    ]
+    short = [option for option in options if option[2] <= longest_s] or options[-1:]
+    soonest = min(ticks * each for _, ticks, each in short)
+    rows = min(rows for rows, ticks, each in short if ticks * each <= soonest / NEAR_BEST)
+    if tick % PROBED_EVERY == 0 and load.rows > 2 * rows:
+        tried = rows * 2 if tick // PROBED_EVERY % 2 else rows // 2
+        if load.widest <= tried <= most and seconds(tried) <= longest_s:
+            return tried
+    return rows
+
+
+def _equal_ticks(waiting: int, widest: int, most: int) -> Iterator[tuple[int, int]]:
+    """Rows of a tick and how many such ticks take in all that waits, from most rows to fewest."""
+    rows = min(waiting, most)
+    while rows > 0:
+        ticks = -(-waiting // rows)
+        even = -(-waiting // ticks)
+        # Whole images: a size that ends inside one would leave it out.
+        yield min(-(-even // widest) * widest, max(rows, widest)), ticks
+        # Sizes closer than this differ by less than anything is known of them.
+        rows = min(even - 1, even * 7 // 8)
+
+
+def select(candidates: Sequence[Candidate], rows: int) -> list[int]:
+    """The candidates of the next tick: all of one lane, of about so many rows.
 
     Shortest remaining work first, which gives the least mean latency, with ageing against
     starvation. The first in this order always runs and decides the lane; later ones fill what
@@ -55,7 +134,7 @@ def select(candidates: Sequence[Candidate], budget: int) -> list[int]:
 
     Args:
         candidates: every image under way, oldest first.
-        budget: rows of a forward, at least as many as any one candidate or group needs.
+        rows: of the forward; more only where the first needs more.
 
     Returns:
         Indices into ``candidates``, in order of urgency, those of a group side by side.
@@ -63,14 +142,12 @@ def select(candidates: Sequence[Candidate], budget: int) -> list[int]:
     units, members = _units(candidates)
     order = sorted(range(len(units)), key=lambda i: _urgency(units[i]))
     chosen: list[int] = []
-    left = budget
+    left = rows
     for i in order:
         unit = units[i]
-        if unit.rows <= left and unit.lane == units[order[0]].lane:
+        if not chosen or (unit.rows <= left and unit.lane == units[order[0]].lane):
             chosen.extend(members[i])
             left -= unit.rows
-            if left == 0:
-                break
     return chosen
 
 

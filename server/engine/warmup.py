@@ -1,72 +1,54 @@
-"""How many rows a forward should have, measured on the device at start-up."""
+"""The first forwards of a model, and how long they take."""
 
 from __future__ import annotations
 
-from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from server.engine.cost_model import measured
+from server.engine.faults import free_memory, is_out_of_memory
 from server.models.inputs import RowInputs
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from samplers import NoiseSchedule
     from server.models.hosted import HostedModel
 
-BATCHES = (2, 4, 8, 16, 32, 64)
-REPEATS = 3
-NEAR_BEST = 0.95
-LONGEST_FORWARD_S = 2.0
+
+STEPS = 20
+"""Of the schedule in whose middle the rows are."""
 
 
-def sweep(model: HostedModel, batches: Sequence[int] = BATCHES) -> dict[int, float]:
-    """Rows per second at growing batch sizes, at the model's default picture size.
+def time_forwards(model: HostedModel, most: int) -> dict[int, float]:
+    """Seconds of a forward by its rows, at the model's default picture size.
 
-    Stops early where a forward takes seconds, memory runs out or doubling gains nothing.
+    Args:
+        model: loaded; its networks are warm afterwards.
+        most: rows; larger sizes than fit in memory are left out.
 
     Raises:
-        torch.OutOfMemoryError: not even the first batch fits.
+        MemoryError: not even one row fits.
     """
-    facts = model.facts
-    size = facts.default_width, facts.default_height
+    size = model.facts.default_width, model.facts.default_height
     shape = model.latent_shape(*size)
     [unconditional] = model.encode_prompts([None], *size)
-    rates: dict[int, float] = {}
-    for rows in batches:
-        x = torch.randn(rows, *shape, device=model.device)
-        t = torch.full((rows,), _middle(facts.schedule), device=x.device)
-        inputs = RowInputs(model.stack([unconditional] * rows))
+    schedule = model.schedule(*size, STEPS)
+    told = float(model.told(np.array((schedule.t_start + schedule.t_end) / 2)))
+
+    def time_of(rows: int) -> float:
         try:
-            model.evaluate(x, t, inputs)
-            seconds = median(_timed(model, x, t, inputs) for _ in range(REPEATS))
-        except torch.OutOfMemoryError:
-            if not rates:
+            x = torch.randn(rows, *shape, device=model.device)
+            t = torch.full((rows,), told, device=x.device)
+            inputs = RowInputs(model.stack([unconditional] * rows))
+            began = perf_counter()
+            # Reading one number waits for the device.
+            model.evaluate(x, t, inputs).flatten()[0].item()
+            return perf_counter() - began
+        except Exception as error:
+            if not is_out_of_memory(error):
                 raise
-            break
-        rates[rows] = rows / seconds
-        best_before = max((rates[b] for b in rates if b < rows), default=0.0)
-        if rates[rows] < 1.02 * best_before or seconds > LONGEST_FORWARD_S:
-            break
-    return rates
+        free_memory(model.device)
+        raise MemoryError(f"{rows} rows do not fit in memory")
 
-
-def row_budget_of(rates: Mapping[int, float]) -> int:
-    """The smallest batch within 5 % of the best rate: more rows would only add latency."""
-    best = max(rates.values())
-    return min(rows for rows, rate in rates.items() if rate >= NEAR_BEST * best)
-
-
-def _middle(schedule: NoiseSchedule) -> float:
-    t = np.array((schedule.t_start + schedule.t_end) / 2)
-    return float(schedule.conditioning(t))
-
-
-def _timed(model: HostedModel, x: torch.Tensor, t: torch.Tensor, inputs: RowInputs) -> float:
-    began = perf_counter()
-    # Reading one number waits for the device.
-    model.evaluate(x, t, inputs).flatten()[0].item()
-    return perf_counter() - began
+    return measured(time_of, most)

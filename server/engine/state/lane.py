@@ -8,7 +8,7 @@ from weakref import WeakValueDictionary
 import torch
 
 from server.engine.state.compiled import CompiledPlan, compile_plan
-from server.engine.state.pool import FIRST_CAPACITY, Pool
+from server.engine.state.pool import Pool
 from server.engine.state.row_cap import RowCap
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from samplers import Plan
+    from server.engine.cost_model import TickCost
     from server.models.hosted import HostedModel
 
 
@@ -26,15 +27,17 @@ class Lane:
     Args:
         model: of all its images.
         shape: of their latents, ``(C, h, w)``.
+        cost: of its ticks.
         most_rows: of a forward, memory allowing.
     """
 
     def __init__(
-        self, model: HostedModel, shape: tuple[int, int, int], most_rows: int = FIRST_CAPACITY
+        self, model: HostedModel, shape: tuple[int, int, int], cost: TickCost, most_rows: int
     ) -> None:
         self.model = model
         self.shape = shape
         self.pool = Pool(shape, model.device)
+        self.cost = cost
         self.row_cap = RowCap(most_rows)
         # Keyed by identity: a compiled plan holds its plan, so the identity is not used again.
         self._compiled: WeakValueDictionary[tuple[int, int], CompiledPlan] = WeakValueDictionary()

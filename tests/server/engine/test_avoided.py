@@ -25,6 +25,7 @@ from samplers import preconditioning
 from samplers.ddim import DDIM
 from samplers.dpm_solver_pp import DPMSolverPP
 from samplers.heun import Heun
+from server.engine.cost_model import TickCost
 from server.engine.engine import Engine
 from server.engine.state.batch import Batch
 from server.engine.state.lane import Lane
@@ -214,7 +215,7 @@ def test_a_picture_that_is_not_finite_moves_nobody(engine: Engine) -> None:
 
 def packed(model: HostedModel, tasks: list[ImageTask], fixed_rows: int | None) -> Batch:
     """The batch of a first tick, as the engine makes it."""
-    lane = Lane(model, model.latent_shape(128, 128))
+    lane = Lane(model, model.latent_shape(128, 128), TickCost({1: 1.0}), 8)
     sequences = [
         Sequence(one, k, None, Submission(1), 0)  # type: ignore[arg-type]
         for k, one in enumerate(tasks)

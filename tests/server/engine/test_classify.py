@@ -15,6 +15,7 @@ from embedded.checker import read_picture
 from guidance import CFG, EluCD, GradientFree, Minority, Unguided
 from guidance.cfg_plus_plus import CFGPlusPlus
 from guidance.pag import PAG
+from server.engine.cost_model import TickCost
 from server.engine.engine import FIXED_ROWS_MULTIPLE
 from server.engine.state.batch import Batch
 from server.engine.state.lane import Lane
@@ -77,7 +78,7 @@ def packed(model: Any, task: Any) -> Callable[..., Batch]:
     """The batch of a first tick, as the engine makes it."""
 
     def pack(tasks: list[Any], fixed_rows: int | None = None) -> Batch:
-        lane = Lane(model, model.latent_shape(128, 128))
+        lane = Lane(model, model.latent_shape(128, 128), TickCost({1: 1.0}), 8)
         sequences: list[Sequence] = []
         generator = torch.Generator().manual_seed(5)
         for index, one in enumerate(tasks):

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from server.engine.cost_model import TickCost
 from server.engine.state.compiled import compile_plan
 from server.engine.state.lane import Lane
 from tests.server.toy_model import Toy
@@ -41,7 +42,7 @@ def test_of_an_elementwise_plan_one_stage_is_in_memory(task):
 
 
 def test_images_of_one_plan_share_it_and_nobody_holds_it_after_them(task):
-    lane, plan = Lane(Toy(), (4, 4, 4)), task(steps=2).plan
+    lane, plan = Lane(Toy(), (4, 4, 4), TickCost({1: 1.0}), 8), task(steps=2).plan
     first, second = lane.compiled(plan), lane.compiled(plan)
     assert first is second
     del first, second

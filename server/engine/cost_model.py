@@ -1,0 +1,212 @@
+"""What a tick costs: its seconds as a function of its rows, measured for as long as it runs."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from math import exp, log
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+__all__ = ["MOST_ROWS", "CostModel", "TickCost", "measured"]
+
+MOST_ROWS = 128
+"""Rows of a forward where nothing else bounds them: on an H100 more gain less than 2 %."""
+
+NODES = (1, 2, 4, 8, 16, 32, 64, MOST_ROWS)
+"""Rows whose seconds are kept; those between are interpolated, and more are extrapolated."""
+
+SAMPLED = (1, 4, 16, 64, MOST_ROWS)
+"""Rows that are measured at the start."""
+
+LONG_SAMPLE_S = 0.25
+"""A forward this long is the last that is measured at the start; its ticks teach the rest."""
+
+MOST_ROUNDS = 12
+AGREEING = 6
+AGREEMENT = 0.15
+"""The start measures until so many samples of each size are within 15 % of what they should be."""
+
+POLISHING = 4
+"""Rounds of the median polish that takes the machine's spells out of the samples."""
+
+LEVEL_GAIN = 0.3
+"""How far one tick moves the level of all sizes: a busy spell of the machine is noticed in a few
+ticks, and does not count against the size that happens to run in it."""
+
+NODE_GAIN = 0.01
+"""How far it moves the cost of its own size beside the others."""
+
+STALE_GAIN = 0.3
+"""The same for a size that had no tick for long."""
+
+OUTLIER = log(1.5)
+"""A surprise counts for no more than this."""
+
+FIRST_TICKS = 8
+"""Of a lane whose cost is a guess: its first ticks count as they are, and more."""
+
+
+class TickCost:
+    """Seconds of a tick of one lane, by its rows.
+
+    Every tick that is observed moves the level of all sizes, as when the machine becomes busy, and
+    the shape at its own size; old ticks are forgotten exponentially, and outliers count little.
+
+    Args:
+        samples: seconds by rows, at least one.
+        guessed: the samples are another lane's.
+    """
+
+    def __init__(self, samples: Mapping[int, float], *, guessed: bool = False) -> None:
+        rows, seconds = zip(*sorted(samples.items()), strict=True)
+        self._seconds = [_on_line(rows, seconds, node) for node in NODES]
+        self._guesses_left = FIRST_TICKS if guessed else 0
+        self._ticks = 0
+        # What was not measured is to be learned from the first tick that shows it.
+        unseen = -STALE_GAIN / NODE_GAIN
+        self._seen_at = [0.0 if guessed or node in samples else unseen for node in NODES]
+
+    def seconds(self, rows: int) -> float:
+        """Expected seconds of a tick of so many rows, at least 1."""
+        return _on_line(NODES, self._seconds, rows)
+
+    def seconds_a_row(self, most: int) -> float:
+        """The least that a row costs, in ticks of at most so many rows."""
+        return min(self.seconds(rows) / rows for rows in (*NODES, most) if rows <= most)
+
+    def estimates(self) -> dict[int, float]:
+        """Expected seconds by rows, at the sizes that are kept."""
+        return dict(zip(NODES, self._seconds, strict=True))
+
+    def observe(self, rows: int, seconds: float) -> None:
+        """Learn from a tick that took so long."""
+        self._ticks += 1
+        surprise = log(max(seconds, 1e-9) / self.seconds(rows))
+        level = LEVEL_GAIN
+        if self._guesses_left:
+            self._guesses_left -= 1
+            level = 0.5
+        else:
+            surprise = max(-OUTLIER, min(OUTLIER, surprise))
+        for node, weight in _weights(rows):
+            age = self._ticks - self._seen_at[node]
+            gain = weight * min(STALE_GAIN, NODE_GAIN * age)
+            level -= level * min(1.0, gain / STALE_GAIN)
+            self._seconds[node] *= exp(gain * surprise)
+            self._seen_at[node] += weight * age
+        everywhere = exp(level * surprise)
+        self._seconds = [one * everywhere for one in self._seconds]
+
+    def scaled(self, factor: float) -> TickCost:
+        """A guess for a lane whose pictures are so many times as large."""
+        scaled = {rows: seconds * factor for rows, seconds in self.estimates().items()}
+        return TickCost(scaled, guessed=True)
+
+
+class CostModel:
+    """Costs of ticks by model and latent shape."""
+
+    def __init__(self) -> None:
+        self._costs: dict[tuple[str, tuple[int, int, int]], TickCost] = {}
+        self._measured: dict[str, tuple[int, TickCost]] = {}
+
+    def start(self, model: str, shape: tuple[int, int, int], samples: Mapping[int, float]) -> None:
+        """Take what was measured for a model at one shape."""
+        cost = TickCost(samples)
+        self._costs[model, shape] = cost
+        self._measured[model] = shape[1] * shape[2], cost
+
+    def of(self, model: str, shape: tuple[int, int, int]) -> TickCost:
+        """The cost at a shape; a guess by its area until it has ticks of its own."""
+        if (model, shape) not in self._costs:
+            area, cost = self._measured[model]
+            self._costs[model, shape] = cost.scaled(shape[1] * shape[2] / area)
+        return self._costs[model, shape]
+
+    def all(self) -> list[tuple[str, tuple[int, int, int], TickCost]]:
+        """Model, latent shape and cost of all that are known."""
+        return [(*key, cost) for key, cost in list(self._costs.items())]
+
+
+def measured(time_of: Callable[[int], float], most: int) -> dict[int, float]:
+    """Seconds by rows, from rounds of samples that agree with each other.
+
+    In a round each size has its turn, so that a busy spell of the machine falls on all of them and
+    tells of none. A sample counts where it is, beside its round, what it is in most rounds; there
+    are more rounds until enough of each size do.
+
+    Args:
+        time_of: runs a forward of so many rows, and returns its seconds.
+        most: rows, at least 1.
+
+    Raises:
+        MemoryError: not even one row fits.
+    """
+    sizes = _sizes(time_of, most)
+    rounds = np.empty((0, len(sizes)))
+    shape = np.zeros(len(sizes))
+    while len(rounds) < MOST_ROUNDS:
+        taken = [log(max(time_of(rows), 1e-9)) for rows in sizes]
+        rounds = np.vstack([rounds, taken])
+        shape, agree = _shape(rounds)
+        if agree.sum(0).min() >= AGREEING:
+            break
+    levels = np.median(rounds - shape, 1)
+    # Noise only ever makes a round longer.
+    return dict(zip(sizes, np.exp(levels.min() + shape).tolist(), strict=True))
+
+
+def _shape(rounds: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Log seconds of each size beside those of the others, and which samples agree with that."""
+    shape = np.median(rounds, 0)
+    levels = np.median(rounds - shape, 1, keepdims=True)
+    for _ in range(POLISHING):
+        shape = np.median(rounds - levels, 0)
+        levels = np.median(rounds - shape, 1, keepdims=True)
+    agree = abs(rounds - levels - shape) < AGREEMENT
+    counted = np.where(agree, rounds - levels, np.nan)
+    shape[agree.any(0)] = np.nanmean(counted[:, agree.any(0)], 0)
+    return shape, agree
+
+
+def _sizes(time_of: Callable[[int], float], most: int) -> list[int]:
+    """The sizes to measure, each having run, which warms it up and shows that it fits."""
+    sizes: list[int] = []
+    for rows in sorted({rows for rows in SAMPLED if rows == 1 or 2 * rows <= most} | {most}):
+        try:
+            # The second is warm.
+            seconds = min(time_of(rows), time_of(rows))
+        except MemoryError:
+            if not sizes:
+                raise
+            break
+        sizes.append(rows)
+        if seconds > LONG_SAMPLE_S and len(sizes) > 1:
+            break
+    return sizes
+
+
+def _weights(rows: int) -> tuple[tuple[int, float], tuple[int, float]]:
+    """The two nodes next to a size, and how near each is, from 0 to 1."""
+    after = max(1, min(bisect_right(NODES, rows), len(NODES) - 1))
+    share = min(1.0, (rows - NODES[after - 1]) / (NODES[after] - NODES[after - 1]))
+    return (after - 1, 1 - share), (after, share)
+
+
+def _on_line(rows: Sequence[int], seconds: Sequence[float], at: int) -> float:
+    """Piecewise linear, and on along the last piece; proportional where there is one point."""
+    if len(rows) == 1:
+        return seconds[0] * at / rows[0]
+    after = max(1, min(bisect_right(rows, at), len(rows) - 1))
+    before = after - 1
+    slope = (seconds[after] - seconds[before]) / (rows[after] - rows[before])
+    if at > rows[after]:
+        # By noise the last piece may fall, and must not lead below zero.
+        return seconds[after] + max(0.0, slope) * (at - rows[after])
+    return seconds[before] + slope * (at - rows[before])
