@@ -79,10 +79,17 @@ class Settings(BaseSettings):
     )
     row_budget: int | None = Field(
         default=None,
-        ge=1,
+        ge=2,
         le=1024,
-        description="Maximum rows in one forward pass of the denoiser; by default chosen from "
-        "measurements of this machine.",
+        description="Maximum rows in one forward pass of the denoiser (default 128). Each pass "
+        "has as many as the waiting work and the measured cost of a pass suggest.",
+    )
+    live_tick_s: float = Field(
+        default=0.1,
+        gt=0,
+        le=10,
+        description="Maximum seconds of one pass, as estimated, while images of live priority are "
+        "running.",
     )
     max_pending: int = Field(
         default=256,

@@ -14,6 +14,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from server.engine.engine import Engine
 from server.engine.metrics import EngineMeasurements
 from server.service.service import Service
 
@@ -46,6 +47,7 @@ class _Gathered(Collector):
         yield _labelled("weft_requests", "Requests by outcome.", "outcome", dict(service.outcomes))
         if service.engine is not None:
             yield from _engine(service.engine.measurements)
+            yield _tick_costs(service.engine)
 
 
 def _engine(counted: EngineMeasurements) -> Iterable[Metric]:
@@ -81,6 +83,19 @@ def _engine(counted: EngineMeasurements) -> Iterable[Metric]:
         dict(counted.saved),
     )
     yield _rows(dict(counted.rows_per_tick))
+
+
+def _tick_costs(engine: Engine) -> Metric:
+    """What the engine chooses the rows of a tick by."""
+    family = GaugeMetricFamily(
+        "weft_tick_seconds_estimate",
+        "Estimated seconds of one tick, by its rows and the size of the latents.",
+        labels=["model", "latent", "rows"],
+    )
+    for model, (_, height, width), cost in engine.tick_costs():
+        for rows, seconds in cost.estimates().items():
+            family.add_metric([model, f"{width}x{height}", str(rows)], seconds)
+    return family
 
 
 def _rows(ticks: Mapping[int, int]) -> Metric:

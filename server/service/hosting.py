@@ -39,6 +39,7 @@ def host(settings: Settings, on_failure: Callable[[], None] | None = None) -> Ho
     engine = Engine(
         models,
         row_budget=settings.row_budget,
+        live_tick_s=settings.live_tick_s,
         deterministic=settings.deterministic,
         max_pending=settings.max_pending,
         on_failure=on_failure,

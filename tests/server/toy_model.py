@@ -20,6 +20,7 @@ from server.engine.task import ImageTask
 from server.models.conditioning import Conditioning
 from server.models.hosted import HostedModel, ModelFacts
 from server.models.inputs import RowInputs
+from tests.server.full_ticks import full_ticks
 
 SIDE = 32
 FACTS = ModelFacts(
@@ -136,10 +137,11 @@ class Ear:
 
 def started(model: HostedModel, row_budget: int, **options: Any) -> Engine:
     engine = Engine({model.facts.name: model}, row_budget=row_budget, **options)
-    engine.start()
-    while not engine.ready:
-        assert engine.failure is None, engine.failure
-        Event().wait(0.01)
+    with full_ticks():
+        engine.start()
+        while not engine.ready:
+            assert engine.failure is None, engine.failure
+            Event().wait(0.01)
     return engine
 
 

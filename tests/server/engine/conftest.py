@@ -20,6 +20,7 @@ from server.engine.task import ImageTask
 from server.models.hosted import HostedModel
 from server.models.loading import load_model
 from tests.server.by_hand import terms_for
+from tests.server.full_ticks import full_ticks
 
 PATIENCE_S = 120
 
@@ -79,12 +80,13 @@ def model() -> HostedModel:
 
 def started(model: HostedModel, **options: Any) -> Engine:
     engine = Engine({"embedded": model}, **options)
-    engine.start()
     waiting = Event()
-    for _ in range(int(PATIENCE_S / 0.02)):
-        if engine.ready or engine.failure is not None:
-            break
-        waiting.wait(0.02)
+    with full_ticks():
+        engine.start()
+        for _ in range(int(PATIENCE_S / 0.02)):
+            if engine.ready or engine.failure is not None:
+                break
+            waiting.wait(0.02)
     assert engine.ready, engine.failure
     return engine
 

@@ -12,6 +12,7 @@ import torch
 from server.engine.cost_model import AGREEING, MOST_ROWS, NODES, CostModel, TickCost, measured
 from server.engine.scheduler import LONGEST_TICK_S, Load, rows_of_tick
 from server.engine.warmup import time_forwards
+from server.errors import Overloaded
 
 H100 = {
     rows: ms / 1000
@@ -230,3 +231,25 @@ def test_memory_and_budget_bound_the_rows():
 def test_the_rows_of_a_tick_end_where_an_image_does():
     assert rows(66, widest=2) % 2 == 0
     assert rows(65, lambda n: 1 + 0.001 * n, widest=3, most=64) <= 64
+
+
+def test_the_engine_learns_from_its_ticks_and_tells_the_seconds_of_waiting_work(
+    start, task, listen, run
+):
+    engine = start(row_budget=4, max_pending=2)
+    [(name, shape, cost)] = engine.tick_costs()
+    assert (name, shape) == ("embedded", (4, 16, 16))
+    before = cost.estimates()
+    heard = listen(2)
+    submission = engine.submit([task(rule="none", steps=150, seed=seed) for seed in (1, 2)], heard)
+    with pytest.raises(Overloaded) as refusal:
+        engine.reserve(1)
+    expected = 300 * cost.seconds_a_row(4)
+    assert refusal.value.retry_after_s == pytest.approx(max(1.0, expected), rel=0.8)
+    heard.begun.wait(10)
+    submission.cancel()
+    heard.wait()
+    run(engine, [task(steps=5)])
+    assert cost.estimates() != before
+    run(engine, [task(steps=2, width=64, height=64)])
+    assert [shape for _, shape, _ in engine.tick_costs()] == [(4, 16, 16), (4, 8, 8)]

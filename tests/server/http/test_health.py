@@ -77,6 +77,7 @@ def test_the_metrics_follow_the_work(client: httpx2.Client, generate: Callable[.
     assert grown("weft_engine_seconds_total", "weave") > 0
     assert after["weft_queue_images", ""] == 0
     assert after["weft_row_budget", ""] == 8
+    assert after["weft_tick_seconds_estimate", "16x16"] > 0
 
 
 def test_the_page_is_served(client: httpx2.Client) -> None:
