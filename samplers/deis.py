@@ -57,16 +57,10 @@ class DEIS(Sampler, frozen=True):
         tables: list[F64] = []
         for i in range(grid.steps):
             slopes = [line.slope(i, columns), *line.recalled(i, columns, slots[:i])]
-            weights = _mean_weights(lam, i, self._order_at(grid, i, lam))
+            weights = _mean_weights(lam, i, step_order(grid, i, self.order, self.lower_order_final))
             x = line.step(i, columns, combined(weights, slopes))
             tables.append(columns.table(x=x, **line.kept(i + 1, x, slopes, slots)))
         return Plan.of_steps(grid, tables)
-
-    def _order_at(self, grid: Grid, i: int, lam: F64) -> int:
-        def spread(order: int) -> float:
-            return float(np.abs(_mean_weights(lam, i, order)).sum())
-
-        return step_order(grid, i, self.order, self.lower_order_final, spread)
 
 
 def _mean_weights(lam: F64, i: int, order: int) -> F64:

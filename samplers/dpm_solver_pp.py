@@ -36,9 +36,9 @@ class DPMSolverPP(Sampler, frozen=True):
     power of the step, for fewer divergence artifacts in few steps at high guidance scales, and
     keeps one slot more. Steps whose order is lowered to the first go without.
 
-    Departure from the source: the order of the last steps is lowered where they are too long for
-    their history, whatever the number of steps; ``lower_order_final`` "below_15_steps" lowers it
-    as the authors do.
+    Departure from the source: the order of the last steps is lowered whatever the number of steps,
+    and to the first where a step is long beside the one before it; ``lower_order_final``
+    "below_15_steps" lowers it as the authors do.
     """
 
     summary: ClassVar[str] = "The default: DPM++ 2M and its relatives; good from 10 steps."
@@ -88,7 +88,7 @@ class DPMSolverPP(Sampler, frozen=True):
         tables: list[F64] = []
         moving = False
         for i in range(grid.steps):
-            order = self._order_at(grid, i, columns)
+            order = step_order(grid, i, self.order, self.lower_order_final)
             correction = self._correction(grid, i, columns, order)
             velocity: dict[str, F64] = {}
             if self.beta < 1 and grid.sigma[i + 1] > 0 and (self.order == 1 or order > 1):
@@ -102,21 +102,6 @@ class DPMSolverPP(Sampler, frozen=True):
             tables.append(columns.table(x=x, D1=columns.denoised, D2=columns["D1"], **velocity))
         return Plan.of_steps(grid, tables)
 
-    def _order_at(self, grid: Grid, i: int, columns: Columns) -> int:
-        def spread(order: int) -> float:
-            gain = self._gain(grid, i)
-            weights = columns.denoised + self._correction(grid, i, columns, order) / gain
-            return float(np.abs(weights).sum())
-
-        return step_order(grid, i, self.order, self.lower_order_final, spread)
-
-    def _gain(self, grid: Grid, i: int) -> float:
-        """The weight of a constant prediction in the step from point i."""
-        if self.variant == "ode":
-            return direct_gain(grid, i)
-        h = grid.half_log_snr[i + 1] - grid.half_log_snr[i]
-        return float(-grid.alpha[i + 1] * np.expm1(-2 * h))
-
     def _linear_part(self, grid: Grid, i: int, columns: Columns) -> F64:
         x, D, noise = columns["x"], columns.denoised, columns.noise
         if self.variant == "ode":
@@ -126,7 +111,7 @@ class DPMSolverPP(Sampler, frozen=True):
         ratio = grid.sigma[i + 1] / grid.sigma[i]
         return (
             ratio * np.exp(-h) * x
-            + self._gain(grid, i) * D
+            + grid.alpha[i + 1] * fresh * D
             + grid.sigma[i + 1] * np.sqrt(fresh) * noise
         )
 

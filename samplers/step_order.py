@@ -1,20 +1,19 @@
-"""The order of a multistep sampler's step, lowered where its history does not reach."""
+"""The order of a multistep sampler's step, lowered at the end where its history does not reach."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from samplers.grid import Grid
 
 LowerOrder: TypeAlias = Literal[True, False, "below_15_steps", "always"]
 """When the last steps are of lower order than asked for, see :func:`step_order`."""
 
 LOWER_ORDER = (
-    "Lower the order of the last steps: true, where they would extrapolate too far; below_15_steps,"
-    " in runs of fewer steps, as DPM-Solver's authors and diffusers do; always; false, never."
+    "Lower the order of the last two steps: true, to 2, and to 1 where a step is long beside the"
+    " one before it; below_15_steps, in shorter runs alone, as DPM-Solver's authors and diffusers"
+    " do; always, as UniPC's authors do; false, never."
 )
 """The description of a field of that type."""
 
@@ -22,39 +21,33 @@ FEW_STEPS = 15
 """Below as many, DPM-Solver's authors lower the order of the last steps."""
 
 LAST = 2
-"""Steps at the end that may be lowered for what they cost: the one to the clean picture, of order
-one anyway, and the one before it, where spacings have their one long step."""
+"""Steps at the end that are lowered: the one to the clean picture, of order 1 anyway, and the one
+before it, where spacings have their one long step."""
 
-FARTHEST = 4.0
-"""Sum of the absolute weights of the predictions above which a step is made with a lower order.
+LONGEST = 2.5
+"""Times the step before, in log SNR, above which one of the last steps is of order 1.
 
-A step of one prediction has 1. With order 2, that before the clean picture has 1.6 to 3.2 over most
-spacings; over ``linspace`` and ``leading``, where it is 3 to 6 times as long as the step before it,
-4 to 6, and with order 3 18 to 60. Even steps in log SNR have 2 and 3.4 to 4. On the mixture of
-docs/mathematics.md every bound from 3.5 to 4.5 does as well.
+A line through two predictions that is followed over r times their distance weighs them by
+``1 + r / 2`` and ``-r / 2`` on average. The step before the clean picture has an r of 1 to 2.2 over
+most spacings and of 3 to 6 over ``linspace`` and ``leading``, with up to 40 steps. On the mixture
+of docs/mathematics.md bounds from 2 to 3.5 differ by 1 %.
 """
 
 
-def step_order(
-    grid: Grid, i: int, order: int, lower: LowerOrder, spread: Callable[[int], float]
-) -> int:
+def step_order(grid: Grid, i: int, order: int, lower: LowerOrder) -> int:
     """Predictions that the step from point i uses.
 
     No more than the run knows by then, and one in the step to the clean picture, where the weights
-    of others are infinite. A multistep formula is the integral of a polynomial through the last
-    predictions, over a step that lies beyond all of them. The longer it is beside those before it,
-    the larger are the weights, of alternating signs, and any deviation of the predictions from
-    that polynomial is multiplied by their sum.
+    of others are infinite.
 
     Args:
         grid: the points.
         i: index of the point that is left.
         order: the most predictions.
-        lower: whether the last steps are made with less: true, the last two where the weights' sum
-            would be above :data:`FARTHEST`; "below_15_steps", in such runs no more than there are
-            steps left, as DPM-Solver's authors do; "always", that in every run, as UniPC's do;
-            or false, never.
-        spread: the sum of the absolute weights of so many predictions in their mean over the step.
+        lower: whether the last steps use fewer: true, the last two no more than 2, and 1 where a
+            step is above :data:`LONGEST` times as long as the one before it; "below_15_steps", in
+            such runs no more than there are steps left, as DPM-Solver's authors do; "always", that
+            in every run, as UniPC's authors do; or false, never.
     """
     if grid.sigma[i + 1] == 0:
         return 1
@@ -68,6 +61,8 @@ def step_order(
         case False:
             return order
         case True:
-            if left > LAST:
+            if left > LAST or order == 1:
                 return order
-            return next(p for p in range(order, 0, -1) if spread(p) <= FARTHEST)
+            lam = grid.finite_half_log_snr
+            is_long = lam[i + 1] - lam[i] > LONGEST * (lam[i] - lam[i - 1])
+            return 1 if is_long else min(order, 2)

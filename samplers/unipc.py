@@ -24,9 +24,9 @@ class UniPC(Sampler, frozen=True):
 
     Order 1 to 3, one evaluation a step: the evaluation at the predicted point corrects that point
     before the next prediction, so corrector and predictor are one matrix. History: up to three
-    predictions. The last point is not corrected. The order of the last steps is lowered where they
-    are too long for their history; ``lower_order_final`` "always" lowers it in every run, as the
-    authors do.
+    predictions. The last point is not corrected. The order of the last two steps is lowered, to
+    the first where a step is long beside the one before it; ``lower_order_final`` "always" lowers
+    it as the authors do.
 
     With ``beta`` below 1 it has heavy ball momentum (Wizadwongsa et al., arXiv 2307.11118): a step
     is ``x' = (sigma'/sigma) x + alpha' (1 - e^(-h)) d``, and d is blended into a velocity, the
@@ -90,7 +90,7 @@ class UniPC(Sampler, frozen=True):
                 if self.beta < 1:
                     v = D1 + arrived / direct_gain(grid, i - 1)
                     velocity["v"] = v if i == 1 else self._blended(columns["v"], v)
-            order = self._order_at(grid, lam, i, [D, D1, D2])
+            order = step_order(grid, i, self.order, self.lower_order_final)
             correction = self._correction(grid, lam, i, order, [D, D1, D2], None)
             if velocity and grid.sigma[i + 1] > 0:
                 gain = direct_gain(grid, i)
@@ -101,13 +101,6 @@ class UniPC(Sampler, frozen=True):
 
     def _blended(self, velocity: F64, direction: F64) -> F64:
         return (1 - self.beta) * velocity + self.beta * direction
-
-    def _order_at(self, grid: Grid, lam: F64, i: int, history: list[F64]) -> int:
-        def spread(order: int) -> float:
-            terms = self._correction(grid, lam, i, order, history, None)
-            return float(np.abs(history[0] + terms / direct_gain(grid, i)).sum())
-
-        return step_order(grid, i, self.order, self.lower_order_final, spread)
 
     def _correction(
         self,
