@@ -1,52 +1,105 @@
-"""Prompts to conditioning: encoded in batches, kept while they are in use."""
+"""Prompts to conditioning: encoded in batches, kept while there is room."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeAlias
 
+from server.engine.faults import attempt, free_memory, is_out_of_memory
+from server.lru import ByteBoundedLRU
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from server.models.conditioning import Conditioning
     from server.models.hosted import HostedModel
 
+log = logging.getLogger(__name__)
+
 Key: TypeAlias = "tuple[str | None, int, int]"
 """A prompt, and the width and height that it was encoded for."""
 
-PROMPTS_KEPT = 1024
+PROMPTS_KEPT_BYTES = 256 * 2**20
+"""Of one model: 64 encodings of 512 tokens by a T5 XXL in half precision, or 2,000 by a CLIP."""
+
 ENCODED_AT_ONCE = 16
 
 
 class PromptCache:
-    """Least-recently-used cache of one model's encoded prompts.
+    """One model's encoded prompts, of which the least recently used go first.
 
     Args:
         model: whose text encoder.
         fixed: encode at one batch size always, so that a prompt's bits do not depend on the
             prompts that came with it.
+        most_bytes: bound on all that is kept.
     """
 
-    def __init__(self, model: HostedModel, *, fixed: bool) -> None:
+    def __init__(
+        self, model: HostedModel, *, fixed: bool, most_bytes: int = PROMPTS_KEPT_BYTES
+    ) -> None:
         self._model = model
         self._fixed = fixed
-        self._kept: OrderedDict[Key, Conditioning] = OrderedDict()
+        self._kept: ByteBoundedLRU[Key, Conditioning] = ByteBoundedLRU(
+            most_bytes, lambda conditioning: conditioning.nbytes
+        )
 
     def of(
         self, prompts: Iterable[str | None], width: int, height: int
-    ) -> dict[str | None, Conditioning]:
-        """Conditioning of each prompt, for pictures of a size in pixels."""
-        wanted = [(prompt, width, height) for prompt in dict.fromkeys(prompts)]
-        missing = [key for key in wanted if key not in self._kept]
+    ) -> dict[str | None, Conditioning | Exception]:
+        """Conditioning of each prompt, or the error that is its own.
+
+        Args:
+            prompts: may repeat; None is the model's unconditional.
+            width: of the pictures in pixels.
+            height: of the pictures in pixels.
+
+        Raises:
+            DeviceLost: the device no longer answers.
+        """
+        found: dict[str | None, Conditioning | Exception] = {}
+        missing: list[str | None] = []
+        for prompt in dict.fromkeys(prompts):
+            kept = self._kept.find((prompt, width, height))
+            if kept is None:
+                missing.append(prompt)
+            else:
+                found[prompt] = kept
         for first in range(0, len(missing), ENCODED_AT_ONCE):
             chunk = missing[first : first + ENCODED_AT_ONCE]
-            told = [prompt for prompt, _, _ in chunk]
-            filler = [None] * (ENCODED_AT_ONCE - len(chunk)) if self._fixed else []
-            encoded = self._model.encode_prompts(told + filler, width, height)
-            self._kept.update(zip(chunk, encoded, strict=False))
-        for key in wanted:
-            self._kept.move_to_end(key)
-        found = {key[0]: self._kept[key] for key in wanted}
-        while len(self._kept) > PROMPTS_KEPT:
-            self._kept.popitem(last=False)
+            for prompt, outcome in self._encoded(chunk, width, height):
+                found[prompt] = outcome
+                if not isinstance(outcome, Exception):
+                    self._kept.put((prompt, width, height), outcome)
         return found
+
+    def _encoded(
+        self, prompts: list[str | None], width: int, height: int
+    ) -> Iterator[tuple[str | None, Conditioning | Exception]]:
+        """Encode some, and halve them on an error until it is one prompt's."""
+        filler = [None] * (ENCODED_AT_ONCE - len(prompts)) if self._fixed else []
+        device = self._model.device
+        encoded = attempt(
+            lambda: self._model.encode_prompts(prompts + filler, width, height), device
+        )
+        if not isinstance(encoded, Exception):
+            yield from zip(prompts, map(_on_its_own, encoded), strict=False)
+            return
+        if is_out_of_memory(encoded):
+            free_memory(device)
+        if len(prompts) == 1:
+            log.error("a prompt could not be encoded", exc_info=encoded)
+            yield prompts[0], encoded
+            return
+        half = len(prompts) // 2
+        yield from self._encoded(prompts[:half], width, height)
+        yield from self._encoded(prompts[half:], width, height)
+
+
+def _on_its_own(conditioning: Conditioning) -> Conditioning:
+    """The same in memory of its own: a view would hold all that was encoded with it."""
+    return replace(
+        conditioning,
+        tensors={name: tensor.clone() for name, tensor in conditioning.tensors.items()},
+    )

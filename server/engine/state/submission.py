@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from threading import Lock
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["Submission"]
 
@@ -15,9 +19,14 @@ class Submission:
 
     Args:
         images: how many there are.
+
+    Attributes:
+        latents: of the pictures that its images start from or refer to, by the picture's identity,
+            or why there are none; the engine's own.
     """
 
     def __init__(self, images: int) -> None:
+        self.latents: dict[int, Tensor | Exception] = {}
         self._left = images
         self._cancelled = False
         self._lock = Lock()

@@ -1,4 +1,4 @@
-"""From a task to a state in the pool: prompts encoded, start latents made."""
+"""From a task to a state in the pool: prompts and pictures encoded, start latents made."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch.nn.functional as F
 
+from server.engine.faults import attempt
 from server.engine.state.noise import start_noise
 from server.engine.state.prompt_cache import PromptCache
 from server.engine.state.sequence import Known
+from server.engine.tick.pictures import encode_pictures, latents_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -39,7 +41,7 @@ class Admission:
         models: hosted models by name.
         lane_of: the lane of a task whose longest conditioning has so many tokens, made when it is
             the first.
-        deterministic: encode prompts at a fixed batch size.
+        deterministic: encode prompts and pictures at fixed batch sizes.
     """
 
     def __init__(
@@ -49,7 +51,9 @@ class Admission:
         *,
         deterministic: bool,
     ) -> None:
+        self._models = models
         self._lane_of = lane_of
+        self._deterministic = deterministic
         self._prompts = {
             name: PromptCache(model, fixed=deterministic) for name, model in models.items()
         }
@@ -61,22 +65,22 @@ class Admission:
             task = sequence.task
             alike.setdefault((task.model, task.width, task.height), []).append(sequence)
         for (name, width, height), members in alike.items():
-            try:
-                encoded = self._prompts[name].of(_prompts(members), width, height)
-            except Exception as error:
-                log.exception("prompts could not be encoded")
-                yield from ((sequence, error) for sequence in members)
-                continue
+            encoded = self._prompts[name].of(_prompts(members), width, height)
+            encode_pictures(self._models[name], members, fixed=self._deterministic)
             for sequence in members:
-                try:
-                    self._place(sequence, encoded)
-                except Exception as error:
-                    log.exception("an image could not be started")
-                    yield sequence, error
+                placed = attempt(
+                    lambda one=sequence, texts=encoded: self._place(one, texts),
+                    self._models[name].device,
+                )
+                if placed is not None:
+                    log.error("an image could not be started", exc_info=placed)
+                    yield sequence, placed
 
-    def _place(self, sequence: Sequence, encoded: Mapping[str | None, Conditioning]) -> None:
+    def _place(
+        self, sequence: Sequence, encoded: Mapping[str | None, Conditioning | Exception]
+    ) -> None:
         task = sequence.task
-        sequence.conditioning = {text: encoded[text] for text in sequence.guidance.texts}
+        sequence.conditioning = {text: _known(encoded[text]) for text in sequence.guidance.texts}
         longest = max(one.length for one in sequence.conditioning.values())
         lane = self._lane_of(task, longest)
         sequence.lane = lane
@@ -90,6 +94,12 @@ class Admission:
             lane.pool.policy_memory[sequence.slot, 0] = start.latents
 
 
+def _known(conditioning: Conditioning | Exception) -> Conditioning:
+    if isinstance(conditioning, Exception):
+        raise conditioning
+    return conditioning
+
+
 def _prompts(members: list[Sequence]) -> Iterator[str | None]:
     for sequence in members:
         yield from sequence.guidance.texts
@@ -99,18 +109,14 @@ def _start(sequence: Sequence, lane: Lane) -> Start:
     task, plan = sequence.task, sequence.task.plan
     noise = start_noise(task.seed, lane.shape).to(lane.model.device)
     for term in task.terms:
-        latents = None if term.picture is None else _latents(term.picture, lane)
+        latents = None if term.picture is None else latents_of(sequence, term.picture)
         sequence.term_states.append(term.begin(latents, noise))
     if task.image is None:
         return Start(plan.start_scale * noise)
-    latents = _latents(task.image, lane)
+    latents = latents_of(sequence, task.image)
     if task.mask is not None:
         sequence.known = Known(latents, noise, _latent_mask(task.mask, lane))
     return Start(float(plan.alpha[0]) * latents + float(plan.sigma[0]) * noise, latents)
-
-
-def _latents(picture: Tensor, lane: Lane) -> Tensor:
-    return lane.model.encode_image(picture[None].to(lane.model.device))[0]
 
 
 def _latent_mask(mask: Tensor, lane: Lane) -> Tensor:

@@ -1,0 +1,94 @@
+"""Uploaded pictures to latents: once a request, in batches over requests."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+
+from server.engine.faults import attempt, free_memory, is_out_of_memory
+from server.engine.state.padding import padded
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from torch import Tensor
+
+    from server.engine.state.sequence import Sequence
+    from server.models.hosted import HostedModel
+
+log = logging.getLogger(__name__)
+
+ENCODED_AT_ONCE = 4
+"""Pictures in one call of the encoder, and always so many in deterministic mode."""
+
+
+def encode_pictures(model: HostedModel, members: list[Sequence], *, fixed: bool) -> None:
+    """Leave the latents of all pictures of some images with their submissions.
+
+    The images of a submission share a picture, and the first of them to come has it encoded.
+
+    Args:
+        model: of all the images.
+        members: images of one size.
+        fixed: encode at one batch size always, so that a picture's bits do not depend on the
+            pictures that came with it.
+
+    Raises:
+        DeviceLost: the device no longer answers.
+    """
+    wanted = {
+        (id(sequence.submission), id(picture)): (sequence, picture)
+        for sequence in members
+        for picture in _pictures(sequence)
+        if id(picture) not in sequence.submission.latents
+    }
+    missing = list(wanted.values())
+    for first in range(0, len(missing), ENCODED_AT_ONCE):
+        chunk = missing[first : first + ENCODED_AT_ONCE]
+        outcomes = _encoded(model, [picture for _, picture in chunk], fixed=fixed)
+        for (sequence, picture), outcome in zip(chunk, outcomes, strict=True):
+            sequence.submission.latents[id(picture)] = outcome
+
+
+def latents_of(sequence: Sequence, picture: Tensor) -> Tensor:
+    """Latents ``[C, h, w]`` of a picture that was encoded.
+
+    Raises:
+        Exception: what encoding it ended in.
+    """
+    found = sequence.submission.latents[id(picture)]
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def _pictures(sequence: Sequence) -> Iterable[Tensor]:
+    task = sequence.task
+    pictures = [task.image, *(term.picture for term in task.terms)]
+    return [picture for picture in pictures if picture is not None]
+
+
+def _encoded(
+    model: HostedModel, pictures: list[Tensor], *, fixed: bool
+) -> Iterator[Tensor | Exception]:
+    """Encode some, and halve them on an error until it is one picture's."""
+    rows = ENCODED_AT_ONCE if fixed else None
+    made = attempt(
+        lambda: model.encode_image(padded(torch.stack(pictures).to(model.device), rows)),
+        model.device,
+    )
+    if not isinstance(made, Exception):
+        # Copies: a view would hold all that were encoded with it.
+        yield from (latents.clone() for latents in made[: len(pictures)])
+        return
+    if is_out_of_memory(made):
+        free_memory(model.device)
+    if len(pictures) == 1:
+        log.error("a picture could not be encoded", exc_info=made)
+        yield made
+        return
+    half = len(pictures) // 2
+    yield from _encoded(model, pictures[:half], fixed=fixed)
+    yield from _encoded(model, pictures[half:], fixed=fixed)
