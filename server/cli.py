@@ -63,7 +63,7 @@ RowBudget = Annotated[
     int | None,
     typer.Option(
         help="Maximum rows (noisy latents, each with its own prompt and timestep) in one forward "
-        "pass of the denoiser. By default chosen from measurements of this machine."
+        "pass of the denoiser. Each pass has as many as its measured cost suggests. [default: 128]"
     ),
 ]
 Described = "a name, or a JSON object with its fields."
