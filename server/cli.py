@@ -63,7 +63,7 @@ RowBudget = Annotated[
     int | None,
     typer.Option(
         help="Maximum rows (noisy latents, each with its own prompt and timestep) in one forward "
-        "pass of the denoiser. Each pass has as many as its measured cost suggests. [default: 128]"
+        "pass of the denoiser, 128 by default. Each has as many as its measured cost suggests."
     ),
 ]
 Described = "a name, or a JSON object with its fields."
