@@ -111,7 +111,6 @@ def _both(pipeline: Any, device: torch.device, dtype: torch.dtype, side: int) ->
     facts = ModelFacts(
         name="model",
         revision="",
-        schedule=NoiseSchedule.from_diffusers(config),
         prediction=config.prediction_type,
         latent_channels=pipeline.unet.config.in_channels,
         latent_scale=pipeline.vae_scale_factor,
@@ -126,6 +125,7 @@ def _both(pipeline: Any, device: torch.device, dtype: torch.dtype, side: int) ->
         facts,
         device,
         dtype,
+        schedule=NoiseSchedule.from_diffusers(config),
         unet=pipeline.unet,
         vae=pipeline.vae,
         text=OneEncoder(CLIP(pipeline.text_encoder, pipeline.tokenizer, device)),

@@ -94,7 +94,7 @@ class Weft:
     def _task(self, request: Request) -> ImageTask:
         sampler = _named(SAMPLERS, request.sampler)()
         rule = _named(RULES, request.guidance)
-        grid = self._architecture.hosted.facts.schedule.grid(Trailing(), request.steps)
+        grid = self._architecture.hosted.default_schedule.grid(Trailing(), request.steps)
         return ImageTask(
             model="model",
             prompt=request.prompt,

@@ -103,7 +103,7 @@ def pictures(model: HostedModel, count: int) -> Samples:
 
 def stale_statistics(model: HostedModel, folder: Path) -> list[str]:
     """What is wrong with the stored statistics."""
-    schedule = schedule_fingerprint(model.facts.schedule)
+    schedule = schedule_fingerprint(model.default_schedule)
     found: list[str] = []
     for scale in SCALES:
         file = statistics_file(folder, mixture_of(scale).rule, scale)
@@ -140,7 +140,7 @@ def stale_linear_ag(model: HostedModel, _folder: Path) -> list[str]:
     for fields in FITTED:
         request = _resolved(model, fields)
         layout = request.sampler, request.spacing, request.steps
-        plan = make_plan(model.facts.schedule, *layout, None)
+        plan = make_plan(model.default_schedule, *layout, None)
         try:
             coefficients_for(request, model, plan)
         except InvalidRequest:

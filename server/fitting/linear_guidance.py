@@ -107,7 +107,8 @@ def store(
             "second prediction to fit.",
         )
     layout = resolved.sampler, resolved.spacing, resolved.steps
-    plan = make_plan(model.facts.schedule, *layout, None)
+    schedule = model.schedule(resolved.width, resolved.height, resolved.steps)
+    plan = make_plan(schedule, *layout, None)
     made = fit(
         model, plan, rule, policy, prompts, runs, lambda done: tell("runs", done, runs.count)
     )
@@ -171,7 +172,7 @@ def _run(
     texts = (branch.text(prompt, None) for branch in rule.branches for prompt in prompts)
     inputs = model.inputs([*prompts, *texts])
     scales = np.stack(preconditioning(facts.prediction, plan.alpha[:-1], plan.sigma[:-1]), 1)
-    times = facts.schedule.conditioning(plan.t[:-1])
+    times = model.told(plan.t[:-1])
     predictions: list[Tensor] = []
     memory: Tensor | None = None
 

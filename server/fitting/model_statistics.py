@@ -132,7 +132,7 @@ def make_statistics(
         mixtures = [Mixture()]
     return compute_statistics(
         _denoisers(model, samples.prompts, branches=len(mixtures[0].weights)),
-        model.facts.schedule,
+        model.default_schedule,
         samples.latents,
         count=size.samples,
         points=size.points,
@@ -174,11 +174,11 @@ def _denoisers(
     model: HostedModel, prompts: Sequence[str], branches: int
 ) -> Callable[[range], Callable[[Tensor, Tensor], Tensor]]:
     """The denoiser of some samples, each under its prompt; and unconditional as second branch."""
-    schedule, prediction = model.facts.schedule, model.facts.prediction
+    schedule, prediction = model.default_schedule, model.facts.prediction
 
     def scalars(t: np.ndarray) -> np.ndarray:
         scales = preconditioning(prediction, *schedule.level(t))
-        return np.stack([schedule.conditioning(t), *scales])
+        return np.stack([model.told(t), *scales])
 
     def denoiser_of(rows: range) -> Callable[[Tensor, Tensor], Tensor]:
         told = [*(prompts[k] for k in rows), *[None] * (len(rows) * (branches - 1))]

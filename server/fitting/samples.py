@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from samplers import integrate, preconditioning
+from samplers import NoiseSchedule, integrate, preconditioning
 from samplers.dpm_solver_pp import DPMSolverPP
 from samplers.timesteps import Trailing
 from server.engine.state.noise import start_noise
@@ -135,20 +135,21 @@ def draw(
     """
     facts = model.facts
     shape = model.latent_shape(facts.default_width, facts.default_height)
-    plan = DPMSolverPP().plan(facts.schedule.grid(Trailing(), steps))
+    schedule = model.schedule(facts.default_width, facts.default_height, steps)
+    plan = DPMSolverPP().plan(schedule.grid(Trailing(), steps))
     chosen = [prompts[k % len(prompts)] for k in range(count)]
     drawn: list[Tensor] = []
     numbers = iter(range(count))
     while rows := list(islice(numbers, chunk)):
         noise = torch.stack([start_noise(k, shape) for k in rows]).to(model.device)
-        denoise = _guided(model, [chosen[k] for k in rows], scale)
+        denoise = _guided(model, schedule, [chosen[k] for k in rows], scale)
         drawn.append(integrate(plan, denoise, plan.start_scale * noise))
         tell(rows[-1] + 1)
     return Samples(torch.cat(drawn), chosen)
 
 
 def _guided(
-    model: HostedModel, prompts: Sequence[str], scale: float
+    model: HostedModel, schedule: NoiseSchedule, prompts: Sequence[str], scale: float
 ) -> Callable[[Tensor, float], Tensor]:
     """The denoiser under classifier-free guidance."""
     facts = model.facts
@@ -157,9 +158,9 @@ def _guided(
 
     def denoise(x: Tensor, t: float) -> Tensor:
         time = np.array(t)
-        scale_in, skip, out = preconditioning(facts.prediction, *facts.schedule.level(time))
+        scale_in, skip, out = preconditioning(facts.prediction, *schedule.level(time))
         rows = (float(scale_in) * x).repeat(len(both) // len(x), 1, 1, 1)
-        told = x.new_full((len(both),), float(facts.schedule.conditioning(time)))
+        told = x.new_full((len(both),), float(model.told(time)))
         raw = model.evaluate(rows, told, inputs).view(-1, *x.shape)
         return float(skip) * x + float(out) * torch.lerp(raw[-1], raw[0], scale)
 

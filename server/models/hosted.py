@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from server.models.conditioning import Conditioning
 
 
+USUAL_STEPS = 25
+"""Steps of a run that nothing is known of, where a schedule depends on them."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
     """What is known of a hosted model without touching its weights.
@@ -32,7 +36,6 @@ class ModelFacts:
     Attributes:
         name: as requests say it.
         revision: first 16 hexadecimal digits of the SHA-256 of all its weights.
-        schedule: its noise schedule.
         prediction: what the denoiser puts out.
         latent_channels: channels of a latent.
         latent_scale: pixels along one side of a latent cell.
@@ -45,7 +48,6 @@ class ModelFacts:
 
     name: str
     revision: str
-    schedule: NoiseSchedule
     prediction: PredictionType
     latent_channels: int
     latent_scale: int
@@ -76,6 +78,13 @@ class HostedModel(ABC):
         scale = self.facts.latent_scale
         return self.facts.latent_channels, height // scale, width // scale
 
+    @property
+    def default_schedule(self) -> NoiseSchedule:
+        """The noise schedule at the model's own size, for what is measured without a request."""
+        facts = self.facts
+        return self.schedule(facts.default_width, facts.default_height, USUAL_STEPS)
+
+    @abstractmethod
     def schedule(self, width: int, height: int, steps: int) -> NoiseSchedule:
         """The noise schedule of a run; the same object for all runs where it does not depend on it.
 
@@ -84,11 +93,10 @@ class HostedModel(ABC):
             height: of the picture in pixels.
             steps: of the sampler.
         """
-        return self.facts.schedule
 
     def told(self, t: F64) -> F64:
         """What the network is told at times ``t``, of the shape of ``t``."""
-        return self.facts.schedule.conditioning(t)
+        return self.default_schedule.conditioning(t)
 
     def group_key(self, width: int, height: int, length: int) -> Hashable:
         """What images of one latent shape must have in common to share a forward.

@@ -60,7 +60,7 @@ def load_model(folder: Path, *, name: str, device: str, dtype: str) -> HostedMod
         raise
     except Exception as error:
         raise ModelMismatch(f"model folder {str(folder)!r} could not be loaded: {error}") from error
-    model.statistics = ModelStatistics.of(folder, revision, model.facts.schedule)
+    model.statistics = ModelStatistics.of(folder, revision, model.default_schedule)
     _add_classifier(model, folder)
     model.linear_fits = LinearFits(folder)
     return model

@@ -14,7 +14,7 @@ from server.models.clip import CLIP
 from server.models.conditioning import Conditioning
 from server.models.folder import read_json
 from server.models.parts import load_network, load_text_encoder, load_tokenizer
-from server.models.unet_model import TEXT, UNetModel, facts_of, load_companion
+from server.models.unet_model import TEXT, UNetModel, facts_of, load_companion, schedule_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -107,6 +107,7 @@ def load_stable_diffusion_xl(
         facts_of(folder, name, revision, unet, vae, text.max_tokens),
         device,
         dtype,
+        schedule=schedule_of(folder),
         unet=unet,
         vae=vae,
         text=text,

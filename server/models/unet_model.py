@@ -37,6 +37,8 @@ All else goes to the U-Net as its added conditions, by the same names.
 WEAK_FOLDER = "weft/weak"
 """Where a model folder may hold a weaker U-Net: smaller or less trained, of the same latents."""
 
+SCHEDULER = "scheduler/scheduler_config.json"
+
 PREDICTIONS: tuple[PredictionType, ...] = ("epsilon", "v_prediction", "sample")
 
 LONGEST_PERIOD = log(10_000)
@@ -71,6 +73,7 @@ class UNetModel(HostedModel):
         facts: what is known of the model.
         device: where it runs.
         dtype: of the U-Net and the text encoders.
+        schedule: of all runs.
         unet: a ``UNet2DConditionModel`` in inference mode.
         vae: an ``AutoencoderKL`` or ``AutoencoderTiny`` in inference mode.
         text: encodes prompts.
@@ -83,17 +86,23 @@ class UNetModel(HostedModel):
         device: torch.device,
         dtype: torch.dtype,
         *,
+        schedule: NoiseSchedule,
         unet: Any,
         vae: Any,
         text: TextSide,
         weak: Any = None,
     ) -> None:
         super().__init__(facts, device, dtype)
+        self._schedule = schedule
         self._unet = unet.to(device, memory_format=torch.channels_last)
         self._edits = RowEdits(self._unet)
         self._weak = weak and weak.to(device, memory_format=torch.channels_last)
         self._autoencoder = Autoencoder(vae, device)
         self._text = text
+
+    @override
+    def schedule(self, width: int, height: int, steps: int) -> NoiseSchedule:
+        return self._schedule
 
     @override
     def make_differentiable(self) -> None:
@@ -166,7 +175,7 @@ def facts_of(
     """What the configs of a folder say of a model.
 
     Args:
-        folder: of the model; its scheduler's config is read.
+        folder: of the model.
         name: what requests call the model.
         revision: of its weights.
         unet: the network.
@@ -175,9 +184,8 @@ def facts_of(
 
     Raises:
         ModelMismatch: a U-Net that reads more than the latents, or an unknown prediction type.
-        ValueError: a noise schedule that is not known here.
     """
-    scheduler = read_json(folder, "scheduler/scheduler_config.json")
+    scheduler = read_json(folder, SCHEDULER)
     config, latent_scale = unet.config, 2 ** (len(vae.config.block_out_channels) - 1)
     if config.in_channels != config.out_channels:
         raise ModelMismatch(
@@ -195,7 +203,6 @@ def facts_of(
     return ModelFacts(
         name=name,
         revision=revision,
-        schedule=NoiseSchedule.from_diffusers(scheduler),
         prediction=prediction,
         latent_channels=config.in_channels,
         latent_scale=latent_scale,
@@ -205,6 +212,16 @@ def facts_of(
         max_tokens=max_tokens,
         embeds_scale=config.time_cond_proj_dim is not None,
     )
+
+
+def schedule_of(folder: Path) -> NoiseSchedule:
+    """The noise schedule that a folder's scheduler was configured with.
+
+    Raises:
+        ModelMismatch: there is no such config.
+        ValueError: a noise schedule that is not known here.
+    """
+    return NoiseSchedule.from_diffusers(read_json(folder, SCHEDULER))
 
 
 def load_companion(folder: Path, dtype: torch.dtype) -> Any:

@@ -136,7 +136,7 @@ class Drawing:
             given |= {"image": "sent", "strength": strength}
         resolved = resolve(GenerateRequest.model_validate(given), self._model, Limits(), size)
         layout = resolved.sampler, resolved.spacing, resolved.steps, resolved.strength
-        plan = make_plan(self._model.facts.schedule, *layout)
+        plan = make_plan(self._model.default_schedule, *layout)
         if resolved.guidance.policy.fitted:
             self._fit(resolved, plan)
         return tasks_of(prepare(resolved, self._model, plan), self._model, image=sitter.image)

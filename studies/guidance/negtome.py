@@ -74,7 +74,7 @@ def tasks_for(
             given["reference"] = "sent"
         resolved = resolve(GenerateRequest.model_validate(given), model, Limits(), None)
         layout = resolved.sampler, resolved.spacing, resolved.steps, resolved.strength
-        plan = make_plan(model.facts.schedule, *layout)
+        plan = make_plan(model.default_schedule, *layout)
         reference = None if negtome is None else picture
         tasks += tasks_of(prepare(resolved, model, plan), model, reference=reference)
     return tasks

@@ -108,10 +108,10 @@ def predictor(
     inputs = captions.both if guided else captions.both.of(range(count))
 
     def predict(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
-        alpha, sigma = model.facts.schedule.level(np.array(t))
+        alpha, sigma = model.default_schedule.level(np.array(t))
         scales = preconditioning(model.facts.prediction, alpha, sigma)
         points = torch.cat([x, x]) if guided else x
-        told = torch.full((len(points),), float(model.facts.schedule.conditioning(np.array(t))))
+        told = torch.full((len(points),), float(model.told(np.array(t))))
         raw = model.evaluate(float(scales.scale_in) * points, told, inputs)
         denoised = float(scales.skip) * points + float(scales.out) * raw
         return denoised[: len(x)], denoised[-len(x) :]
@@ -169,7 +169,7 @@ def share_right(model: HostedModel, captions: Captions, latents: Tensor) -> floa
 def rules(model: HostedModel, count: int, steps: int) -> None:
     """Accuracy and spread of every rule."""
     captions = Captions.of(model, count)
-    plan = DPMSolverPP().plan(model.facts.schedule.grid(Trailing(), steps))
+    plan = DPMSolverPP().plan(model.default_schedule.grid(Trailing(), steps))
     print("| rule | all right | latents' deviation | 99.5 % of them within |")
     print("|---|---|---|---|")
     for rule in RULES:
@@ -185,7 +185,7 @@ def histories(model: HostedModel, count: int, steps: int) -> None:
     """CFG++ with D or Du in a multistep sampler's history."""
     captions = Captions.of(model, count)
     predict = predictor(model, captions)
-    grid = model.facts.schedule.grid(Trailing(), steps)
+    grid = model.default_schedule.grid(Trailing(), steps)
     rule = CFGPlusPlus(scale=0.6)
     few = Captions(
         captions.scenes[:COMPARED],
@@ -216,7 +216,7 @@ def inversion(model: HostedModel, count: int, steps: int) -> None:
     predict = predictor(model, captions)
     latents = model.encode_image(render(captions.scenes))
     there = model.decode(latents)
-    grid = model.facts.schedule.grid(Trailing(), steps)
+    grid = model.default_schedule.grid(Trailing(), steps)
     plan, rho = DDIM().plan(grid), grid.sigma / grid.alpha
     matched = float(np.median(0.6 / (1 - rho[1:] / rho[:-1])))
     scaled: Sequence[CFGPlusPlus | CFG] = (
@@ -253,7 +253,7 @@ def oscillation(model: HostedModel, count: int, steps: int) -> None:
     print("| sampler | steps | " + " | ".join(_described(rule) for rule in swinging) + " |")
     print("|---" * (2 + len(swinging)) + "|")
     for sampler, count_of_steps in product(samplers, (steps, FINE)):
-        plan = sampler.plan(model.facts.schedule.grid(Trailing(), count_of_steps))
+        plan = sampler.plan(model.default_schedule.grid(Trailing(), count_of_steps))
         found = [_swing(plan, predict, rule, captions.noise) for rule in swinging]
         print(f"| {sampler.name} | {count_of_steps} | {' | '.join(found)} |", flush=True)
 

@@ -206,7 +206,7 @@ class Study:
     def _encoded(self, pictures: Tensor) -> Tensor:
         with torch.inference_mode():
             parts = pictures.to(self._model.device).split(AT_ONCE)
-            return torch.cat([self._model.encode(part).cpu() for part in parts])
+            return torch.cat([self._model.encode_image(part).cpu() for part in parts])
 
     def _decoded(self, latents: Tensor) -> Tensor:
         with torch.inference_mode():

@@ -43,7 +43,8 @@ def of(contender: Contender, model: HostedModel, files: StatisticsFiles) -> dict
         _enlarged(files.find(contender.kept, SCALE, EMBEDDED), to) for to in (shape, LARGE)
     )
     sampler = contender.sampler(SCALE)
-    grid = facts.schedule.grid(LogSNR(), STEPS, t_end=facts.schedule.t_end)
+    schedule = model.default_schedule
+    grid = schedule.grid(LogSNR(), STEPS, t_end=schedule.t_end)
     plan = planned(sampler, grid, statistics)
     return {
         "plan": 1000 * _least_seconds(lambda: planned(sampler, grid, statistics)),

@@ -161,7 +161,7 @@ def _checks(study: Study, model: HostedModel) -> Iterator[Work]:
 
         def work(order: Any = order) -> dict[str, Any]:
             images = study.sizes.error_images
-            plan = cross_check.plan_of_order(order, model.facts.schedule)
+            plan = cross_check.plan_of_order(order, model.default_schedule)
             ours = study.latents(plan, CHECKED_SCALE, images)
             theirs = cross_check.theirs(order, plan, study.prompts(images), CHECKED_SCALE)
             reference = study.reference("error", CHECKED_SCALE)

@@ -73,7 +73,7 @@ class Study:
             ValueError: the sampler refuses so few evaluations.
         """
         statistics = self._statistics.find(cell.contender.kept, cell.scale, self.shape)
-        plan = plan_of(cell, self._model.facts.schedule, statistics)
+        plan = plan_of(cell, self._model.default_schedule, statistics)
         x = self._of(cell.images).run(plan, cell.scale)
         compared = self._compared(cell)
         result: dict[str, Any] = {
@@ -97,14 +97,14 @@ class Study:
 
     def reference_plan(self, part: Part, steps: int) -> Plan:
         """That of the reference: UniPC of order 3 over log SNR, or 2M to the clean picture."""
-        schedule = self._model.facts.schedule
+        schedule = self._model.default_schedule
         if part == "error":
             return UniPC(order=3).plan(schedule.grid(LogSNR(), steps, t_end=schedule.t_end))
         return DPMSolverPP().plan(schedule.grid(Trailing(), steps))
 
     def check_reference(self, scale: float) -> list[float]:
         """How far another solver, 2M at as many steps, ends from the reference of error cells."""
-        schedule = self._model.facts.schedule
+        schedule = self._model.default_schedule
         grid = schedule.grid(LogSNR(), self.sizes.reference_steps, t_end=schedule.t_end)
         few = max(1, self.sizes.error_images // 4)
         x = self._of(few).run(DPMSolverPP(lower_order_final=False).plan(grid), scale)
@@ -127,7 +127,7 @@ class Study:
             for first in seeds[::IMAGES_AT_ONCE]:
                 scenes = [make_scene(s) for s in seeds[first : first + IMAGES_AT_ONCE]]
                 pixels = render(scenes, str(self._model.device))
-                encoded.append(self._model.encode(pixels).cpu())
+                encoded.append(self._model.encode_image(pixels).cpu())
         return Bounds.of(torch.cat(encoded), TAIL)
 
     @cached_property

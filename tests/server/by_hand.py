@@ -27,7 +27,7 @@ from server.engine.terms.registry import terms_of
 from server.engine.terms.term import Run, Term
 from server.engine.tick.preview import to_uint8
 from server.models.hosted import HostedModel
-from tests.server.toy_model import FACTS, SIDE, Toy
+from tests.server.toy_model import SCHEDULE, SIDE, Toy
 
 AND_A_STAR: Rule = Composed(prompts=(WeightedPrompt(prompt="a star"),))
 
@@ -54,7 +54,7 @@ def terms_for(
     """Terms of a run of the toy model, as requests make them."""
     hosted = model or Toy()
     given: dict[str, Any] = {"rule": CFG(), "prompt": "a circle", **fields}
-    return terms_of(settings, Run(hosted, hosted.facts.schedule, plan, **given))
+    return terms_of(settings, Run(hosted, hosted.default_schedule, plan, **given))
 
 
 def task(
@@ -67,7 +67,7 @@ def task(
     **fields: Any,
 ) -> Asked:
     solver = sampler or DPMSolverPP()
-    plan = solver.plan(FACTS.schedule.grid(solver.default_spacing, steps))
+    plan = solver.plan(SCHEDULE.grid(solver.default_spacing, steps))
     when = policy or Always()
     combined = rule or CFG()
     branches = max(1, len(combined.branches))
@@ -95,7 +95,7 @@ class ByHand:
     def __init__(self, model: Toy, task: Asked) -> None:
         self.model, self.task, self.plan = model, task, task.plan
         self.scales = preconditioning("epsilon", task.plan.alpha[:-1], task.plan.sigma[:-1])
-        self.times = FACTS.schedule.conditioning(task.plan.t[:-1])
+        self.times = SCHEDULE.conditioning(task.plan.t[:-1])
         self.ratio = task.plan.sigma[:-1] / task.plan.alpha[:-1]
         self.progress = np.array(task.plan.step) / task.plan.steps
         rule, policy, shape = task.rule, task.policy, model.latent_shape(SIDE, SIDE)
@@ -108,7 +108,7 @@ class ByHand:
         self.settled = not rule.branches
         self.perturbed = [one for one in task.settings if isinstance(one, Perturbation)]
         self.edits = [one.edit for one in task.settings if isinstance(one, SkipTuning)]
-        self.levels = levels_of(task.plan, FACTS.schedule)
+        self.levels = levels_of(task.plan, SCHEDULE)
 
     def pixels(self) -> NDArray[np.uint8]:
         shape = self.model.latent_shape(SIDE, SIDE)

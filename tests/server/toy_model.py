@@ -23,10 +23,10 @@ from server.models.inputs import RowInputs
 from tests.server.full_ticks import full_ticks
 
 SIDE = 32
+SCHEDULE = NoiseSchedule.from_diffusers({})
 FACTS = ModelFacts(
     name="toy",
     revision="0123456789abcdef",
-    schedule=NoiseSchedule.from_diffusers({}),
     prediction="epsilon",
     latent_channels=4,
     latent_scale=8,
@@ -44,6 +44,9 @@ class Toy(HostedModel):
     def __init__(self, **facts: object) -> None:
         super().__init__(replace(FACTS, **facts), torch.device("cpu"), torch.float32)
         self.seen: list[Tensor] = []
+
+    def schedule(self, width: int, height: int, steps: int) -> NoiseSchedule:
+        return SCHEDULE
 
     def count_tokens(self, text: str) -> int:
         return len(text.split())

@@ -145,7 +145,7 @@ def task(model: HostedModel) -> Callable[..., ImageTask]:
         solver = by_name(sampler) if isinstance(sampler, str) else sampler
         layout = spacing or solver.default_spacing
         points = named(SPACINGS, layout)() if isinstance(layout, str) else layout
-        grid = model.facts.schedule.grid(points, steps)
+        grid = model.default_schedule.grid(points, steps)
         if strength is not None:
             grid = grid.tail(strength)
         given: dict[str, Any] = {

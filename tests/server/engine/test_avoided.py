@@ -241,7 +241,7 @@ def part_way(
     model: HostedModel, seed: int, *settings: Any, reference: Tensor | None = None, **fields: Any
 ) -> Asked:
     """An image whose first stage has some noise and some of a picture."""
-    plan = DDIM().plan(model.facts.schedule.grid("trailing", 10).tail(0.1 * (4 + seed)))
+    plan = DDIM().plan(model.default_schedule.grid("trailing", 10).tail(0.1 * (4 + seed)))
     told = {"prompt": "a blue ring", "reference": reference}
     own = {"plan": plan, "width": 128, "height": 128, "image": picture(seed, 128)}
     terms = terms_for(settings, plan, model, **told)
@@ -285,7 +285,7 @@ def test_rows_equal_a_batch_of_their_own_under_an_ordinary_hook(
         noised = float(plan.alpha[0]) * embedded.encode_image(one.reference[None])[0]
         noised += float(plan.sigma[0]) * start_noise(one.seed, x.shape)
         points, told = torch.stack([noised, x]), torch.stack([prompt, text])
-        t = torch.tensor(embedded.facts.schedule.conditioning(plan.t[:1]), dtype=torch.float32)
+        t = torch.tensor(embedded.told(plan.t[:1]), dtype=torch.float32)
         network, merging = kept_apart(unet, layers, negtome.strength, negtome.threshold)
         scales = preconditioning(embedded.facts.prediction, plan.alpha[0], plan.sigma[0])
         inputs = float(scales.scale_in) * points, t.expand(2)

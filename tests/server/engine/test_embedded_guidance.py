@@ -95,7 +95,7 @@ def test_pictures_are_those_of_the_latent_consistency_pipeline(
     model: HostedModel, published: Callable[[float], np.ndarray]
 ) -> None:
     """Images of different scales share their forwards, and one of them is not told any."""
-    plan = LCM().plan(model.facts.schedule.grid("lcm", STEPS))
+    plan = LCM().plan(model.default_schedule.grid("lcm", STEPS))
     scales = [8.5, 1.0, 4.0]
 
     def task(scale: float, **fields: Any) -> ImageTask:

@@ -57,7 +57,7 @@ def by_hand(model, task) -> Any:
         stage = by_t.pop(0)
         scales = preconditioning(facts.prediction, task.plan.alpha[:-1], task.plan.sigma[:-1])
         both = x.expand(2, -1, -1, -1)
-        told = torch.full((2,), float(facts.schedule.conditioning(np.array(t))))
+        told = torch.full((2,), float(model.told(np.array(t))))
         raw = model.evaluate(float(scales.scale_in[stage]) * both, told, prompts)
         cond, uncond = float(scales.skip[stage]) * both + float(scales.out[stage]) * raw
         guided = guide(
@@ -452,7 +452,7 @@ def test_statistics_of_the_model_share_a_tick_with_everything_else(
     """Rows of DPM-Solver-v3 are what they are alone, and what the library's loop gives."""
     shape = model.latent_shape(size, size)
     statistics = model.statistics.load(model.statistics.exact("cfg", 4.0), shape)
-    grid = model.facts.schedule.grid(Trailing(), 4)
+    grid = model.default_schedule.grid(Trailing(), 4)
     plan = DPMSolverV3().plan(grid, statistics)
     assert plan.tables.shape[3:] == (shape if size == 128 else (4, 1, 1))
     one = replace(task(steps=4, width=size, height=size, seed=11), plan=plan)
@@ -466,7 +466,7 @@ def test_statistics_of_the_model_share_a_tick_with_everything_else(
 
 def test_rows_of_elementwise_and_per_channel_tables_share_a_tick(fixed_engine, model, task, run):
     """Of one size, as when statistics of a bare model are given per channel."""
-    grid = model.facts.schedule.grid(Trailing(), 4)
+    grid = model.default_schedule.grid(Trailing(), 4)
     statistics = model.statistics.load(model.statistics.exact("cfg", 4.0), (4, 16, 16))
     tasks = [
         replace(task(steps=4), plan=DPMSolverV3().plan(grid, given))

@@ -27,7 +27,7 @@ from server.engine.task import Group
 from server.engine.tick.preview import to_uint8
 from server.errors import Cancelled, RowFailed
 from tests.server.by_hand import Asked, terms_for
-from tests.server.toy_model import FACTS, SIDE, Ear, Neighbourly, Toy, run, started
+from tests.server.toy_model import SCHEDULE, SIDE, Ear, Neighbourly, Toy, run, started
 
 SHAPE = (4, SIDE // 8, SIDE // 8)
 STEPS = 6
@@ -61,7 +61,7 @@ def tasks_of(
 ) -> list[Asked]:
     """Images that form a group, if what is asked for makes them depend on each other."""
     solver = sampler or DDIM(eta=1)
-    plan = solver.plan(FACTS.schedule.grid(solver.default_spacing, STEPS))
+    plan = solver.plan(SCHEDULE.grid(solver.default_spacing, STEPS))
     given: dict[str, Any] = {
         "prompt": "a circle",
         "negative_prompt": "blue",
@@ -93,7 +93,7 @@ class ByHand:
     def __init__(self, model: Toy, tasks: list[Asked]) -> None:
         self.model, self.tasks, self.plan = model, tasks, tasks[0].plan
         self.scales = preconditioning("epsilon", self.plan.alpha[:-1], self.plan.sigma[:-1])
-        self.times = FACTS.schedule.conditioning(self.plan.t[:-1])
+        self.times = SCHEDULE.conditioning(self.plan.t[:-1])
         self.ancestors = list(range(len(tasks)))
         self.effective: list[float] = []
 

@@ -37,7 +37,7 @@ from server.engine.task import Group, ImageTask
 from server.engine.tick.preview import to_uint8
 from server.errors import InvalidRequest, RowFailed
 from tests.server.by_hand import TOGETHER, ByHand, task
-from tests.server.toy_model import FACTS, SIDE, Toy, run, started
+from tests.server.toy_model import SCHEDULE, SIDE, Toy, run, started
 
 HALF = Interval(low=0, high=1e9, start=0.5)
 
@@ -273,7 +273,7 @@ def test_the_picture_that_a_run_starts_from_is_the_reference_of_residual_guidanc
     plan = one.plan
     x = float(plan.alpha[0]) * x0 + float(plan.sigma[0]) * start_noise(3, x0.shape)
     told = model.inputs(["a circle"])
-    t = torch.tensor(FACTS.schedule.conditioning(plan.t[:1]), dtype=torch.float32)
+    t = torch.tensor(SCHEDULE.conditioning(plan.t[:1]), dtype=torch.float32)
     eps = model.evaluate(x[None], t, told)[0]
     cond = (x - float(plan.sigma[0]) * eps) / float(plan.alpha[0])
     expected = to_uint8(model.decode((x0 + 4 * (cond - x0))[None]))[0].numpy().astype(int)

@@ -73,7 +73,7 @@ def test_each_prediction_reaches_a_rule_of_several_prompts_in_its_place(
 ) -> None:
     one = task("ddim", rule, steps=4, negative_prompt="a green star")
     [ours] = run(engine, [one]).pixels()
-    plan, facts = one.plan, model.facts
+    plan = one.plan
     told = [branch.text(one.prompt, one.negative_prompt) for branch in rule.branches]
     texts = model.inputs([one.prompt, *told])
     x = start_noise(one.seed, model.latent_shape(128, 128))[None]
@@ -81,7 +81,7 @@ def test_each_prediction_reaches_a_rule_of_several_prompts_in_its_place(
         for i, alpha, sigma in zip(
             range(4), plan.alpha.tolist(), plan.sigma.tolist(), strict=False
         ):
-            t = torch.full((len(told) + 1,), float(facts.schedule.conditioning(plan.t[i])))
+            t = torch.full((len(told) + 1,), float(model.told(plan.t[i])))
             raw = model.evaluate(x.expand(len(t), -1, -1, -1), t, texts)
             cond, *others = (alpha * x - sigma * raw).split(1)
             denoised = guide(rule, cond, others, x, alpha, sigma, progress=i / 4).denoised

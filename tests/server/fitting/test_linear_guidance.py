@@ -24,7 +24,7 @@ from server.fitting.linear_guidance import Runs, fit, store
 from server.requests.resolve import resolve
 from server.requests.schema import GenerateRequest
 from server.settings import Limits
-from tests.server.toy_model import FACTS, SIDE, Toy, run, started
+from tests.server.toy_model import FACTS, SCHEDULE, SIDE, Toy, run, started
 
 PROMPTS = ["a red circle", "a blue square", "nothing at all"]
 
@@ -38,7 +38,7 @@ def quiet(*progress: object) -> None: ...
 @pytest.mark.parametrize("sampler", [DPMSolverPP(), Heun(), DDIM(eta=1.0)], ids=lambda s: s.name)
 def test_the_runs_are_those_that_the_engine_makes(sampler, rule) -> None:
     """Of the same prompt and seed, the network is shown the same at every stage."""
-    plan = sampler.plan(FACTS.schedule.grid(sampler.default_spacing, 8))
+    plan = sampler.plan(SCHEDULE.grid(sampler.default_spacing, 8))
     fitted, served = Toy(), Toy()
     made = fit(fitted, plan, rule, LinearAdaptive(), ["a red circle"], Runs(1, seed=5), quiet)
     branches = len(rule.branches)
@@ -66,7 +66,7 @@ def test_the_runs_are_those_that_the_engine_makes(sampler, rule) -> None:
 
 def test_chunks_make_no_difference() -> None:
     model = Toy()
-    plan = DPMSolverPP().plan(FACTS.schedule.grid("trailing", 4))
+    plan = DPMSolverPP().plan(SCHEDULE.grid("trailing", 4))
     once = fit(model, plan, CFG(), LinearAdaptive(), PROMPTS, Runs(6, chunk=2), quiet)
     again = fit(model, plan, CFG(), LinearAdaptive(), PROMPTS, Runs(6, chunk=5), quiet)
     assert np.allclose(once.coefficients, again.coefficients, rtol=1e-3, atol=1e-3)
@@ -113,7 +113,7 @@ def test_what_cannot_be_fitted_is_refused(guidance, reason, tmp_path: Path) -> N
 
 
 def test_no_runs_are_no_fit() -> None:
-    plan = DDIM().plan(FACTS.schedule.grid("trailing", 2))
+    plan = DDIM().plan(SCHEDULE.grid("trailing", 2))
     with pytest.raises(InvalidRequest, match="runs is 0; at least 1 is needed"):
         fit(Toy(), plan, CFG(), LinearAdaptive(), PROMPTS, Runs(0), quiet)
 
@@ -122,7 +122,7 @@ def test_the_runs_leave_no_gradients() -> None:
     assert torch.is_grad_enabled()
     fit(
         Toy(),
-        DDIM().plan(FACTS.schedule.grid("trailing", 2)),
+        DDIM().plan(SCHEDULE.grid("trailing", 2)),
         CFG(),
         LinearAdaptive(),
         PROMPTS,

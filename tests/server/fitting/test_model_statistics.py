@@ -55,7 +55,7 @@ def test_a_hosted_models_denoiser_can_be_differentiated_in_x_and_t(model: Hosted
     with torch.no_grad():
         clean = model.encode_image(render([make_scene(1), make_scene(2)]))
     noise, direction = torch.randn(2, *clean.shape, generator=torch.Generator().manual_seed(0))
-    alpha, sigma = (float(part) for part in model.facts.schedule.level(np.array(400.5)))
+    alpha, sigma = (float(part) for part in model.default_schedule.level(np.array(400.5)))
     x = alpha * clean + sigma * noise
     t, t_direction = torch.full((2,), 400.5), torch.full((2,), 30.0)
     h = 1e-3
@@ -152,7 +152,7 @@ def test_the_command_makes_files_and_goes_on_to_more_samples(
     found = Statistics.load(files[1])
     model = load_model(folder, name="m", device="cpu", dtype="float32")
     assert found.identity is not None
-    found.identity.check(model.facts.revision, schedule_fingerprint(model.facts.schedule))
+    found.identity.check(model.facts.revision, schedule_fingerprint(model.default_schedule))
     assert (found.identity.scale, found.identity.samples) == (1.5, 4)
     # With other numbers than the sums that are kept, nothing is made.
     refused = weft(*given, "--data", str(pictures), "--samples", "2")
@@ -173,9 +173,9 @@ def test_the_command_lets_the_model_draw(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--guidance", "apg", "--scale", "3"], "guidance is 'apg'; statistics are made for cfg"),
-        (["--guidance", "none", "--scale", "3"], "scale is of no use to the guidance 'none'"),
-        ([], "scale is missing; cfg needs one"),
+        (["--guidance", "apg", "--scale", "3"], "statistics can be computed for 'cfg' or 'none'"),
+        (["--guidance", "none", "--scale", "3"], "scale has no effect with guidance 'none'"),
+        ([], "scale is missing; guidance 'cfg' needs one"),
         (["--scale", "2", "--scale", "3", "--out", "x"], "out names one file"),
         (["--scale", "2", "--model", "/nowhere"], "has no model_index.json"),
     ],

@@ -19,7 +19,7 @@ def warnings(guidance: Any, *, has_picture: bool = False, **fields: Any) -> tupl
     )
     resolved = resolve(request, model, Limits(), (32, 32) if has_picture else None)
     layout = resolved.sampler, resolved.spacing, resolved.steps, resolved.strength
-    return prepare(resolved, model, make_plan(model.facts.schedule, *layout)).warnings
+    return prepare(resolved, model, make_plan(model.default_schedule, *layout)).warnings
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from samplers.lcm import LCM
 from server.errors import InvalidRequest
 from server.requests.choice import name_of
 from server.requests.resolve import make_plan
-from tests.server.toy_model import FACTS
+from tests.server.toy_model import SCHEDULE
 
 
 class Reluctant(DDIM, frozen=True):
@@ -63,12 +63,12 @@ def test_a_refused_plan_names_the_field_to_change(
     sampler: Sampler, layout: Spacing, steps: int, strength: float | None, field: str
 ) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        make_plan(FACTS.schedule, sampler, layout, steps, strength)
+        make_plan(SCHEDULE, sampler, layout, steps, strength)
     assert caught.value.field == field
 
 
 def test_a_sampler_that_needs_whole_timesteps_is_the_field_itself() -> None:
-    schedule = FACTS.schedule.flow()
+    schedule = SCHEDULE.flow()
     with pytest.raises(InvalidRequest, match="needs a model with whole trained") as caught:
         make_plan(schedule, LCM(), Trailing(), 4, None)
     assert caught.value.field == "sampler"

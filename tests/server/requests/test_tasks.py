@@ -25,7 +25,7 @@ def test_an_adaptive_perturbation_weakens_with_the_timesteps_of_the_run() -> Non
         }
     )
     resolved = resolve(request, model, Limits(), None)
-    plan = make_plan(model.facts.schedule, resolved.sampler, resolved.spacing, 8, None)
+    plan = make_plan(model.default_schedule, resolved.sampler, resolved.spacing, 8, None)
     [task] = tasks_of(prepare(resolved, model, plan), model)
     falling, constant = task.terms
     assert isinstance(falling, Disturbed)

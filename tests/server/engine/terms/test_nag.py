@@ -35,7 +35,7 @@ def unet() -> UNet2DConditionModel:
 def drawn(model: Any, unet: Any, one: Any, setting: NAG, scale: float) -> Any:
     """A run by hand, every evaluation in a batch of its own."""
     guided, _ = guided_attention(unet, setting.scale, setting.tau, setting.alpha)
-    plan, schedule = one.plan, model.facts.schedule
+    plan, schedule = one.plan, model.default_schedule
     prompt, negative = model.encode_prompts([one.prompt, one.negative_prompt], 128, 128)
     told, against = (text.tensors["encoder_hidden_states"][None] for text in (prompt, negative))
     state = torch.zeros(plan.slots, *model.latent_shape(128, 128))
@@ -109,7 +109,7 @@ def asked_of(model: HostedModel, **fields: Any) -> Prepared:
     request = GenerateRequest.model_validate({"prompt": "x", "steps": 4, **fields})
     resolved = resolve(request, model, Limits(), None)
     layout = resolved.sampler, resolved.spacing, resolved.steps, resolved.strength
-    return prepare(resolved, model, make_plan(model.facts.schedule, *layout))
+    return prepare(resolved, model, make_plan(model.default_schedule, *layout))
 
 
 def test_a_negative_prompt_has_an_effect_without_guidance_if_this_is_asked_for() -> None:

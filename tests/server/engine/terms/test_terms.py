@@ -15,7 +15,7 @@ from server.engine.terms.registry import TERMS
 from server.engine.terms.term import RowSpec
 from server.models.classifier import LatentClassifier
 from tests.server.by_hand import terms_for
-from tests.server.toy_model import FACTS, Toy
+from tests.server.toy_model import FACTS, SCHEDULE, Toy
 
 HEADS = {"shape": ("circle", "star"), "colour": ("red", "green", "blue")}
 
@@ -29,7 +29,7 @@ def model() -> Toy:
 
 @pytest.fixture
 def plan() -> Plan:
-    return DDIM().plan(FACTS.schedule.grid("trailing", 4))
+    return DDIM().plan(SCHEDULE.grid("trailing", 4))
 
 
 def test_every_part_of_guidance_but_the_policy_has_its_term() -> None:
@@ -62,7 +62,7 @@ def test_a_gradient_has_the_numbers_of_the_classes_and_acts_in_its_window(
     [term] = terms_for((asked,), plan, model)
     assert isinstance(term, UpGradient)
     assert term.targets == (-1, 2)
-    expected = asked.strengths(levels_of(plan, FACTS.schedule))
+    expected = asked.strengths(levels_of(plan, SCHEDULE))
     assert np.array_equal(term.strengths, expected * [1, 1, 0, 0])
     assert not term.rows(0)
 

@@ -43,7 +43,7 @@ def resolved(model: HostedModel, prompt: str = "a red star", **classifier: Any) 
 
 
 def plan_of(model: HostedModel, request: ResolvedRequest) -> Any:
-    return make_plan(model.facts.schedule, DDIM(), request.spacing, request.steps, None)
+    return make_plan(model.default_schedule, DDIM(), request.spacing, request.steps, None)
 
 
 @pytest.mark.parametrize(

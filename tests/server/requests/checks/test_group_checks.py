@@ -14,7 +14,7 @@ from server.requests.resolve import Prepared, make_plan, prepare, resolve
 from server.requests.schema import GenerateRequest, ResolvedRequest
 from server.requests.tasks import tasks_of
 from server.settings import Limits
-from tests.server.toy_model import FACTS, Toy
+from tests.server.toy_model import SCHEDULE, Toy
 
 SDE = {"name": "ddim", "eta": 1.0}
 
@@ -38,7 +38,7 @@ def resolved(
 
 def prepared(request: ResolvedRequest) -> Prepared:
     layout = request.sampler, request.spacing, request.steps, request.strength
-    return prepare(request, Toy(), make_plan(FACTS.schedule, *layout))
+    return prepare(request, Toy(), make_plan(SCHEDULE, *layout))
 
 
 def tasks(request: ResolvedRequest) -> list[ImageTask]:

@@ -30,7 +30,7 @@ def resolved(model: Toy, *, has_picture: bool = False, **fields: Any) -> Resolve
 def planned(request: ResolvedRequest) -> Prepared:
     model = Toy()
     layout = request.sampler, request.spacing, request.steps, request.strength
-    return prepare(request, model, make_plan(model.facts.schedule, *layout))
+    return prepare(request, model, make_plan(model.default_schedule, *layout))
 
 
 def refusal(model: Toy, **guidance: Any) -> tuple[str | None, str]:
@@ -122,7 +122,7 @@ def test_prompts_of_a_rule_are_counted_too() -> None:
 def test_a_window_that_holds_no_step_is_refused() -> None:
     model = Toy()
     request = resolved(model, steps=4, guidance={"name": "cfg", "perturbed": ["pag", "slg"]})
-    plan = make_plan(model.facts.schedule, request.sampler, request.spacing, 4, None)
+    plan = make_plan(model.default_schedule, request.sampler, request.spacing, 4, None)
     with pytest.raises(InvalidRequest) as caught:
         check_windows(request.guidance, plan)
     assert caught.value.field == "guidance.perturbed.1"
@@ -130,7 +130,7 @@ def test_a_window_that_holds_no_step_is_refused() -> None:
         "guidance.perturbed.1: none of the 4 steps lies within its window; take more steps, or "
         "widen low, high, start or stop."
     )
-    longer = make_plan(model.facts.schedule, request.sampler, request.spacing, 10, None)
+    longer = make_plan(model.default_schedule, request.sampler, request.spacing, 10, None)
     check_windows(request.guidance, longer)
 
 
@@ -195,7 +195,7 @@ def test_a_policy_that_nothing_here_can_fit_is_refused() -> None:
 def asked(model: Toy, **fields: Any) -> np.ndarray | None:
     request = resolved(model, has_picture="strength" in fields, **fields)
     layout = request.sampler, request.spacing, request.steps, request.strength
-    return coefficients_for(request, model, make_plan(model.facts.schedule, *layout))
+    return coefficients_for(request, model, make_plan(model.default_schedule, *layout))
 
 
 LINEAR: dict[str, Any] = {"guidance": {"name": "cfg", "scale": 4.0, "policy": "linear_adaptive"}}
@@ -205,7 +205,7 @@ def test_coefficients_are_those_of_the_run_and_of_no_other(tmp_path: Path) -> No
     model = Toy()
     model.linear_fits = LinearFits(tmp_path)
     request = resolved(model, **LINEAR)
-    plan = make_plan(model.facts.schedule, request.sampler, request.spacing, 6, None)
+    plan = make_plan(model.default_schedule, request.sampler, request.spacing, 6, None)
     identity = identity_of(model.facts.revision, plan, split(request.guidance)[0], every=2)
     with pytest.raises(InvalidRequest) as caught:
         asked(model, **LINEAR)
