@@ -148,7 +148,7 @@ def started(model: HostedModel, row_budget: int, **options: Any) -> Engine:
     return engine
 
 
-def run(engine: Engine, tasks: list[ImageTask]) -> Ear:
+def run(engine: Engine, tasks: Sequence[ImageTask]) -> Ear:
     ear = Ear(len(tasks))
     engine.submit(tasks, ear)
     return ear.wait()

@@ -182,10 +182,12 @@ def _of(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Logits ``[members, classes]`` of each attribute, and the class aimed at ``[members]``."""
     device = next(iter(logits.values())).device
-    where = torch.tensor(members, device=device)
-    targets = torch.tensor([terms[i].targets for i in members], device=device).unbind(1)
+    aimed = [terms[i].targets for i in members]
+    where, targets = (
+        torch.tensor(values).to(device, non_blocking=True) for values in (members, aimed)
+    )
     own = {name: values.index_select(0, where) for name, values in logits.items()}
-    return own, dict(zip(logits, targets, strict=True))
+    return own, dict(zip(logits, targets.unbind(1), strict=True))
 
 
 def _by_kind(terms: Sequence[UpGradient] | Sequence[AwayFromChosen]) -> dict[Any, list[int]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -101,7 +103,9 @@ class Seen:
 
     def scalars(self, values: Sequence[float]) -> Tensor:
         """Numbers, one an image, on the device as float32 ``[images]``."""
-        return self.points.new_tensor(values)
+        # Not `new_tensor`, which waits for the device.
+        made = torch.tensor(values, dtype=self.points.dtype)
+        return made.to(self.points.device, non_blocking=True)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,11 @@ from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DCon
 
 from embedded import MODEL_FOLDER
 from guidance.edits import IdentityAttention, NormalizedAttention, SkipScales
+from server.models.loading import load_model
 from server.models.row_edits import RowEdits
+from server.models.unet_model import TEXT
 from tests.server.attention_guidance import guided_attention, predicted
+from tests.server.models.tiny_sdxl import BASE, make, saved
 
 WEAKLY = NormalizedAttention(scale=3.0, tau=2.5, alpha=0.5)
 STRONGLY = NormalizedAttention(scale=8.0, tau=1.2, alpha=0.25)
@@ -95,3 +99,25 @@ def test_networks_whose_blocks_do_not_read_the_text_itself_refuse(kind):
 
 def test_a_unet_takes_it(edited):
     assert edited[1].refuses(WEAKLY) is None
+
+
+def test_a_network_with_added_conditions_reads_only_the_second_text(tmp_path):
+    """SDXL: pooled vector and sizes stay the prompt's, as in the authors' pipeline."""
+    pipeline = make(BASE)
+    model = load_model(saved(pipeline, tmp_path / "xl"), name="xl", device="cpu", dtype="float32")
+    given, against = (model.inputs(texts) for texts in (["a dog", "a cat"], ["a star", "a ring"]))
+    shape = model.latent_shape(model.facts.default_width, model.facts.default_height)
+    x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(5))
+    t = torch.tensor([900.0, 300.0])
+    edits = [(), (STRONGLY,)]
+    with torch.no_grad():
+        led = replace(given, edits=edits, against=against.conditioning)
+        ours, plain = model.evaluate(x, t, led), model.evaluate(x, t, given)
+        network, _ = guided_attention(pipeline.unet, 8.0, 1.2, 0.25)
+        own = {name: one[1:] for name, one in given.conditioning.tensors.items()}
+        told = own.pop(TEXT)
+        both = torch.cat([told, against.conditioning.tensors[TEXT][1:]])
+        theirs = network(x[1:], t[1:], both, added_cond_kwargs=own).sample
+    assert torch.equal(ours[0], plain[0])
+    assert_near(ours[1:], theirs)
+    assert float((ours[1] - plain[1]).abs().max()) > 1e-4
