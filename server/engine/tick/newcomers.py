@@ -108,9 +108,11 @@ def _prompts(members: list[Sequence]) -> Iterator[str | None]:
 def _start(sequence: Sequence, lane: Lane) -> Start:
     task, plan = sequence.task, sequence.task.plan
     noise = start_noise(task.seed, lane.shape).to(lane.model.device)
-    for term in task.terms:
-        latents = None if term.picture is None else latents_of(sequence, term.picture)
-        sequence.term_states.append(term.begin(latents, noise))
+    # Made anew each time, as an attempt to start may be repeated.
+    sequence.term_states = [
+        term.begin(None if term.picture is None else latents_of(sequence, term.picture), noise)
+        for term in task.terms
+    ]
     if task.image is None:
         return Start(plan.start_scale * noise)
     latents = latents_of(sequence, task.image)
