@@ -1,24 +1,24 @@
-"""Everything Weft raises on purpose.
+"""The errors that Weft raises on purpose.
 
-    WeftError                        500  something went wrong here
-    |- InvalidRequest                422  a field says what it must not
-    |   |- MalformedBody             400  the body is no JSON
-    |   |- NotAcceptable             406  the Accept header asks for what there is not
+    WeftError                        500  an error in the server
+    |- InvalidRequest                422  a field has an invalid value
+    |   |- MalformedBody             400  the body is not valid JSON
+    |   |- NotAcceptable             406  no media type in the Accept header is supported
     |   |- UnsupportedMediaType      415  the body is not declared as JSON
-    |   `- TooLarge                  413  the body or a picture in it is too large
-    |- Unauthorized                  401  no key, or a wrong one
-    |- Forbidden                     403  a Host or Origin that is not allowed
-    |- UnknownModel                  404  no such model is hosted
-    |- UnknownGeneration             404  no such generation is under way
-    |- DuplicateGeneration           409  the identifier is taken by one under way
-    |- Cancelled                     409  the client cancelled it
+    |   `- TooLarge                  413  the body or an image in it is too large
+    |- Unauthorized                  401  the key is missing or wrong
+    |- Forbidden                     403  the Host or Origin header is not allowed
+    |- UnknownModel                  404  no model of that name is hosted
+    |- UnknownGeneration             404  no generation of that identifier is running
+    |- DuplicateGeneration           409  the identifier is in use by a running generation
+    |- Cancelled                     409  the client cancelled the generation
     |- Overloaded                    429  the queue is full
     |- NotReady                      503  loading, draining or broken
     |   `- DeviceLost                503  the GPU failed in a way that only a restart mends
-    |- ModelMismatch                 500  a model folder that cannot be hosted
-    `- RowFailed                     500  one image came to nothing
+    |- ModelMismatch                 500  a model folder is unsupported
+    `- RowFailed                     500  one image failed
 
-Each carries the sentence the user reads; `server.http.errors` alone turns them into HTTP.
+Each carries the sentence that the user reads; only `server.http.errors` turns them into responses.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ __all__ = [
 
 
 class WeftError(Exception):
-    """The root of the tree; `status`, `type` and `code` are what HTTP says of it."""
+    """The root of the tree; `status`, `type` and `code` go into the response."""
 
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
@@ -61,7 +61,7 @@ class WeftError(Exception):
 
 
 class InvalidRequest(WeftError):
-    """A field (dotted path, e.g. `guidance.scale`) says what it must not."""
+    """A field (dotted path, e.g. `guidance.scale`) has an invalid value."""
 
     status = 422
     type = "invalid_request_error"
@@ -79,7 +79,7 @@ class MalformedBody(InvalidRequest):
 
 
 class NotAcceptable(InvalidRequest):
-    """The Accept header asks for nothing that can be given."""
+    """The Accept header names no media type that this server can answer with."""
 
     status = 406
     code = "not_acceptable"
@@ -93,14 +93,14 @@ class UnsupportedMediaType(InvalidRequest):
 
 
 class TooLarge(InvalidRequest):
-    """The body, or a picture in it, is larger than this server accepts."""
+    """The body, or an image in it, is larger than this server accepts."""
 
     status = 413
     code = "too_large"
 
 
 class Unauthorized(WeftError):
-    """No bearer key, or one that is not ours."""
+    """The bearer key is missing or wrong."""
 
     status = 401
     type = "authentication_error"
@@ -108,7 +108,7 @@ class Unauthorized(WeftError):
 
 
 class Forbidden(WeftError):
-    """The Host or Origin header names somebody this server does not serve."""
+    """The Host or Origin header names a site that this server does not serve."""
 
     status = 403
     type = "permission_error"
@@ -128,25 +128,27 @@ class UnknownModel(WeftError):
 
 
 class UnknownGeneration(WeftError):
-    """No generation of this identifier is under way."""
+    """No generation of this identifier is running."""
 
     status = 404
     type = "invalid_request_error"
     code = "generation_not_found"
 
     def __init__(self, identifier: str) -> None:
-        super().__init__(f"No generation {identifier!r} is under way.", field="id")
+        super().__init__(f"No generation {identifier!r} is running.", field="id")
 
 
 class DuplicateGeneration(WeftError):
-    """The identifier the client chose belongs to a generation still under way."""
+    """The identifier that the client chose is in use by a running generation."""
 
     status = 409
     type = "invalid_request_error"
     code = "duplicate_id"
 
     def __init__(self, identifier: str) -> None:
-        message = f"x-request-id {identifier!r} belongs to a generation that is still under way."
+        message = (
+            f"x-request-id is {identifier!r}, which a running generation uses; choose another."
+        )
         super().__init__(message, field="x-request-id")
 
 
@@ -174,7 +176,7 @@ class Overloaded(WeftError):
 
 
 class NotReady(WeftError):
-    """The server is loading, draining or broken and takes no work now."""
+    """The server is loading, draining or broken, and accepts no work now."""
 
     status = 503
     type = "server_error"
@@ -204,6 +206,6 @@ class ModelMismatch(WeftError):
 
 
 class RowFailed(WeftError):
-    """One image came to nothing (NaN, out of memory); the others did not notice."""
+    """One image failed (NaN, out of memory); the others are unaffected."""
 
     code = "image_failed"

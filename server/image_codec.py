@@ -1,4 +1,4 @@
-"""Pictures as bytes: encoded with the settings that made them, decoded without trust."""
+"""Encodes images together with the settings that made them, and decodes untrusted uploads."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ _SAVING: Mapping[OutputFormat, Mapping[str, int]] = {
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What a picture says of itself.
+    """What an image file says about how it was made.
 
     Attributes:
-        parameters: the settings as AUTOMATIC1111 writes them, read by many tools.
-        settings: the settings in full; posted back, they make the same picture.
+        parameters: the settings in the text format of AUTOMATIC1111, which many tools read.
+        settings: the settings in full; posted back, they make the same image.
     """
 
     parameters: str
@@ -57,13 +57,13 @@ class Description:
 def encode(
     pixels: np.ndarray, output_format: OutputFormat, description: Description | None = None
 ) -> bytes:
-    """The bytes of a picture, the same ones for the same pixels and description.
+    """Encode an image; the same pixels and description give the same bytes.
 
     Args:
         pixels: uint8 `[H, W, 3]`.
         output_format: of the file.
         description: written as PNG text chunks `parameters` and `weft` (iTXt where Latin-1 does
-            not reach), or as EXIF UserComment and MakerNote in JPEG and WebP.
+            not suffice), or as EXIF UserComment and MakerNote in JPEG and WebP.
     """
     image = Image.fromarray(pixels, mode="RGB")
     buffer = io.BytesIO()
@@ -93,30 +93,30 @@ def _exif(description: Description) -> Image.Exif:
 
 
 def decode(text: str, *, field: str, max_pixels: int) -> Image.Image:
-    """A picture that somebody sent, as RGB; transparency is flattened over white.
+    """Decode an uploaded image to RGB; transparency is flattened over white.
 
     Args:
         text: base64, or a data URI of it.
-        field: the request's field, for the error's sentence.
+        field: the request's field, for the error message.
         max_pixels: checked against the header, before anything is decompressed.
 
     Raises:
-        InvalidRequest: it is no PNG, JPEG or WebP, or is damaged.
+        InvalidRequest: it is not a PNG, JPEG or WebP file, or is damaged.
         TooLarge: it has more than `max_pixels`.
     """
     return _flatten(_open(text, field=field, max_pixels=max_pixels), "white")
 
 
 def decode_mask(text: str, *, field: str, max_pixels: int) -> Image.Image:
-    """A mask that somebody sent, as grey; transparency is flattened over black.
+    """Decode an uploaded mask to grayscale; transparency is flattened over black.
 
-    Takes and raises what :func:`decode` does.
+    Arguments and errors are those of :func:`decode`.
     """
     return _flatten(_open(text, field=field, max_pixels=max_pixels), "black").convert("L")
 
 
 def fit(image: Image.Image, width: int, height: int) -> np.ndarray:
-    """The picture resampled to a size: uint8 `[height, width, 3]`, or `[height, width]` if grey."""
+    """Resample an image: uint8 `[height, width, 3]`, or `[height, width]` if grayscale."""
     if image.size != (width, height):
         image = image.resize((width, height), Resampling.LANCZOS)
     return np.asarray(image)
@@ -129,19 +129,23 @@ def _open(text: str, *, field: str, max_pixels: int) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=_READABLE)
         _check_pixels(image.width, image.height, field, max_pixels)
         if getattr(image, "n_frames", 1) > 1:
-            raise InvalidRequest(field, f"{field} is an animation; send a single picture.")
+            raise InvalidRequest(field, f"{field} is an animation; send a single image.")
         image.load()
         return ImageOps.exif_transpose(image)
     except (InvalidRequest, TooLarge):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise TooLarge(field, f"{field} has more than the {max_pixels} pixels allowed.") from None
+        raise TooLarge(
+            field, f"{field} has too many pixels; at most {max_pixels} are allowed."
+        ) from None
     except Image.UnidentifiedImageError:
         raise InvalidRequest(
-            field, f"{field} is not a picture that can be read; allowed are: PNG, JPEG, WebP."
+            field, f"{field} is not an image in a supported format; allowed are: PNG, JPEG, WebP."
         ) from None
     except Exception:  # noqa: BLE001 - a decoder fed hostile bytes may raise anything
-        raise InvalidRequest(field, f"{field} is a damaged picture.") from None
+        raise InvalidRequest(
+            field, f"{field} is a damaged image file and cannot be decoded."
+        ) from None
 
 
 def _bytes(text: str, field: str) -> bytes:
@@ -150,18 +154,19 @@ def _bytes(text: str, field: str) -> bytes:
         head, _, encoded = text.partition(",")
         if not head.lower().endswith(";base64"):
             raise InvalidRequest(
-                field, f"{field} is a data URI without ';base64,'; send base64 or a data URI of it."
+                field,
+                f"{field} is a data URI without ';base64,'; send base64 or a base64 data URI.",
             )
     try:
         return base64.b64decode("".join(encoded.split()), validate=True)
     except (binascii.Error, ValueError):
         raise InvalidRequest(
-            field, f"{field} is not valid base64; send base64 or a data URI of it."
+            field, f"{field} is not valid base64; send base64 or a base64 data URI."
         ) from None
 
 
 def _check_webp_canvas(data: bytes, field: str, max_pixels: int) -> None:
-    """Refuse a large WebP by its first 30 bytes: Pillow's reader allocates before it tells."""
+    """Refuse a large WebP by its header, because Pillow allocates before it reports the size."""
     if data[:4] != b"RIFF" or data[8:12] != b"WEBP" or len(data) < 30:
         return
     kind, body = data[12:16], data[20:30]

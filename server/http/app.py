@@ -1,4 +1,4 @@
-"""The application: wiring only."""
+"""Builds the FastAPI application."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ LAST_WORDS_S: Final = 5.0
 
 
 def create_app(settings: Settings, *, on_failure: Callable[[], None] | None = None) -> FastAPI:
-    """The application on an engine of its own, which loads while `/livez` answers already.
+    """The application with an engine of its own, which loads while `/livez` already answers.
 
     Args:
         settings: everything that may be set.
@@ -49,7 +49,8 @@ def create_app(settings: Settings, *, on_failure: Callable[[], None] | None = No
     app = FastAPI(
         title="Weft",
         version=version("weft"),
-        summary="Diffusion sampling and guidance, each request with its own, all in one batch.",
+        summary="A diffusion server: each request chooses its own sampler and guidance, and all "
+        "requests share one batch.",
         lifespan=_lifespan(settings, on_failure),
         middleware=_middleware(settings),
     )

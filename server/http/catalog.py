@@ -1,4 +1,4 @@
-"""`/v1/catalog`: what a request may name."""
+"""`/v1/catalog`: everything that a request may choose from."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ router = APIRouter(tags=["catalog"])
 
 
 @router.get("/v1/catalog")
-async def list_everything(service: ServiceDep) -> Catalog:
-    """All that a request may choose, with its parameters and defaults, and the models."""
+async def read_catalog(service: ServiceDep) -> Catalog:
+    """Samplers, spacings and guidance with their parameters and defaults, and the models."""
     return catalog(service.models())

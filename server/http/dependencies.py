@@ -1,4 +1,4 @@
-"""What routes share."""
+"""Dependencies that several routes share."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _identifier(request: Request) -> str:
 
 
 def json_only(request: Request) -> None:
-    """Refuse a body that is not declared as JSON: a web page can send others unasked."""
+    """Refuse a body not declared as JSON, since any web page can send other types unasked."""
     declared = request.headers.get("content-type", "")
     if declared.partition(";")[0].strip().lower() != "application/json":
         raise UnsupportedMediaType(

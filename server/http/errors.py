@@ -1,4 +1,4 @@
-"""Errors as HTTP answers, in the one shape that OpenAI's clients read too."""
+"""Turns errors into HTTP responses, in the format that OpenAI's clients read too."""
 
 from __future__ import annotations
 
@@ -25,24 +25,26 @@ __all__ = ["ErrorBody", "answer", "body_of", "install"]
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong."""
+    """What went wrong, and in which field."""
 
-    message: str = Field(description="One sentence: the field, its value and what is allowed.")
+    message: str = Field(
+        description="One sentence that names the field, its value and what is allowed."
+    )
     type: str = Field(description="The kind of error.")
-    param: str | None = Field(description="The field's dotted path.")
-    code: str = Field(description="For programs.")
+    param: str | None = Field(description="Dotted path of the field, such as `guidance.scale`.")
+    code: str = Field(description="A stable identifier for programs.")
 
 
 class ErrorBody(BaseModel):
-    """The body of every error."""
+    """The body of every error response."""
 
     error: ErrorDetail
 
 
 def body_of(error: Exception) -> dict[str, Any]:
-    """The JSON body that tells of an error; of one we did not foresee it tells nothing."""
+    """The JSON body for an error; an unexpected one reveals nothing."""
     if not isinstance(error, WeftError):
-        error = WeftError("Something went wrong in the server; its log says what.")
+        error = WeftError("An unexpected error occurred; the server's log has the details.")
     detail = ErrorDetail(
         message=_encodable(error.message),
         type=error.type,
@@ -53,7 +55,7 @@ def body_of(error: Exception) -> dict[str, Any]:
 
 
 def answer(error: Exception) -> JSONResponse:
-    """The HTTP answer that tells of an error."""
+    """The HTTP response for an error."""
     headers: dict[str, str] = {}
     if isinstance(error, Overloaded | NotReady):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
@@ -64,7 +66,7 @@ def answer(error: Exception) -> JSONResponse:
 
 
 def install(app: FastAPI) -> None:
-    """Let `app` answer every error in our shape."""
+    """Make `app` answer every error in this format."""
 
     @app.exception_handler(WeftError)
     async def _ours(_: Request, error: WeftError) -> JSONResponse:

@@ -1,4 +1,4 @@
-"""`/v1/generate`: pictures from a prompt, as JSON, as bytes or as a stream of events."""
+"""`/v1/generate`: images from a prompt, as JSON, as an image file or as a stream of events."""
 
 from __future__ import annotations
 
@@ -28,74 +28,73 @@ __all__ = ["router"]
 router = APIRouter(tags=["generate"])
 
 PING_S: Final = 15.0
-"""Seconds of silence after which a stream says that it is alive."""
+"""Seconds of silence after which a stream sends a keep-alive comment."""
 
 
 class ImageOut(BaseModel):
-    """One picture."""
+    """One image."""
 
-    b64_json: str = Field(description="The file, in base64.")
+    b64_json: str = Field(description="The image file in base64.")
     seed: int = Field(
-        description="Asking for this seed with n = 1 makes this picture again, unless the images "
-        "depend on each other by `guidance.particles`, or by `guidance.negtome` without a "
-        "`reference`."
+        description="This seed with n = 1 makes this image again, unless the images of the "
+        "request depend on each other through `guidance.particles`, or through "
+        "`guidance.negtome` without a `reference`."
     )
 
 
 class Evaluations(BaseModel):
-    """Rows of the denoiser."""
+    """Evaluations of the denoiser: one for each prediction of each image at each stage."""
 
-    spent: int = Field(description="Evaluated.")
-    saved: int = Field(description="That the guidance policy did without.")
+    spent: int = Field(description="Evaluations made.")
+    saved: int = Field(description="Evaluations that the guidance policy made unnecessary.")
 
 
 class Particles(BaseModel):
-    """What became of images that were weighed and resampled."""
+    """How images that act as particles were resampled."""
 
     ancestors: list[int] = Field(
-        description="Of each image, the image whose start it goes back to; from 0."
+        description="For each image, the index of the image that it descends from."
     )
-    effective: list[float] = Field(
-        description="How many of them counted, by their weights, at each resampling."
-    )
+    effective: list[float] = Field(description="Effective number of particles at each resampling.")
 
 
 class Timings(BaseModel):
-    """Seconds; of several images the longest."""
+    """Seconds; for several images, those of the slowest."""
 
     queue_s: float
     denoise_s: float
     decode_s: float
-    total_s: float = Field(description="From arrival to the last encoded byte.")
+    total_s: float = Field(description="From arrival to the last encoded byte of the images.")
 
 
 class GenerateResponse(BaseModel):
-    """What a request came to."""
+    """The images of a request, and how they were made."""
 
-    id: str = Field(description="Also the header `x-request-id`.")
-    created: int = Field(description="Unix time of arrival.")
+    id: str = Field(description="Identifier of the generation, also in the header `x-request-id`.")
+    created: int = Field(description="Unix time at which the request arrived.")
     model: str
     images: list[ImageOut]
     settings: dict[str, Any] = Field(
-        description="The request in full; posted back, it makes the same pictures."
+        description="The request with every default filled in; posted back, it makes the "
+        "same images."
     )
     statistics: str | None = Field(
         default=None,
-        description="Guidance whose statistics of the model the sampler was fitted to, as the "
-        "catalog names it; with samplers that use them only.",
+        description="Guidance whose model statistics the sampler was planned with, as the catalog "
+        "names it; null for samplers that use none.",
     )
     warnings: list[str] = Field(
-        description="Settings of the request that have no effect, one sentence each."
+        description="One sentence for each setting of the request that has no effect."
     )
     evaluations: Evaluations
-    particles: Particles | None = Field(default=None, description="With `guidance.particles` only.")
+    particles: Particles | None = Field(default=None, description="Only with `guidance.particles`.")
     timings: Timings
 
 
 class QueuedEvent(BaseModel):
     """The first event of a stream."""
 
-    id: str = Field(description="`DELETE /v1/generate/{id}` cancels.")
+    id: str = Field(description="`DELETE /v1/generate/{id}` cancels the generation.")
     created: int
     model: str
     settings: dict[str, Any]
@@ -104,16 +103,16 @@ class QueuedEvent(BaseModel):
 
 
 class ProgressEvent(BaseModel):
-    """How far one image is; a slow reader is told the latest only."""
+    """Progress of one image; a slow reader gets only the latest event of each image."""
 
-    index: int = Field(description="Of the image, from 0.")
-    step: int = Field(description="Steps done.")
-    steps: int = Field(description="Steps in all.")
+    index: int = Field(description="Index of the image, from 0.")
+    step: int = Field(description="Steps completed.")
+    steps: int = Field(description="Steps in total.")
     preview: str | None = Field(description="A small JPEG as a data URI.")
 
 
 class CancelResponse(BaseModel):
-    """That a generation was cancelled."""
+    """Confirms that a generation was cancelled."""
 
     id: str
     cancelled: bool
@@ -144,15 +143,15 @@ _OTHER_FORMS: Final[dict[int | str, dict[str, Any]]] = {
 async def generate(
     body: GenerateRequest, request: Request, service: ServiceDep, identifier: IdentifierDep
 ) -> Any:
-    """Make pictures.
+    """Generate images.
 
-    `Accept` chooses the form of the answer: JSON; `image/png`, `image/jpeg` or `image/webp` for
-    the bytes of one picture; `text/event-stream` (or `stream: true`) for the events `queued`,
-    `progress`, and `completed` or `error`. A client that disconnects cancels.
+    The `Accept` header chooses the form of the response: JSON; `image/png`, `image/jpeg` or
+    `image/webp` for one image file; `text/event-stream` (or `stream: true`) for the events
+    `queued`, `progress`, and `completed` or `error`. Disconnecting cancels the generation.
 
     The header `x-request-id` of the request (1 to 64 letters, digits, dots, dashes, underscores)
-    becomes the generation's id, so that `DELETE /v1/generate/{id}` can cancel it from the start;
-    without one the answer and the `queued` event tell the id.
+    becomes the generation's id, so that `DELETE /v1/generate/{id}` can cancel it at once; without
+    that header the response and the `queued` event contain the id.
     """
     wanted, body = negotiate(request.headers.get("accept", ""), body)
     if wanted == "events":
@@ -178,7 +177,10 @@ async def generate(
 async def cancel(
     identifier: Annotated[str, Path(max_length=64)], service: ServiceDep
 ) -> CancelResponse:
-    """Cancel a generation under way; whoever waits for it gets an error of code `cancelled`."""
+    """Cancel a running generation; its request gets an error with the code `cancelled`.
+
+    A generation that has just completed is not cancelled: the response is then 404.
+    """
     service.cancel(identifier)
     return CancelResponse(id=identifier, cancelled=True)
 
@@ -196,7 +198,7 @@ async def _made(
 async def _unless_disconnected(
     request: Request, work: Coroutine[Any, Any, tuple[Generation, Pictures]]
 ) -> tuple[Generation, Pictures] | None:
-    """What `work` returns, or None once the client is gone; it is cancelled then."""
+    """What `work` returns; None if the client disconnects first, which cancels the work."""
     working = asyncio.ensure_future(work)
     watching = asyncio.ensure_future(_disconnected(request))
     try:
@@ -238,7 +240,7 @@ def _response(generation: Generation, pictures: Pictures) -> GenerateResponse:
 
 
 class GenerationStream(EventSourceResponse):
-    """The events of one generation; however the connection ends, the generation ends with it."""
+    """Streams the events of one generation, which ends when the connection does."""
 
     def __init__(self, service: Service, generation: Generation) -> None:
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}

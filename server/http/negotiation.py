@@ -1,4 +1,4 @@
-"""What kind of answer a client wants."""
+"""Chooses the form of the response from the Accept header and the body."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Wanted = Literal["json", "events", "image"]
 
 
 def negotiate(accept: str, body: GenerateRequest) -> tuple[Wanted, GenerateRequest]:
-    """The kind of answer, and the request with the format and stream that follow from it.
+    """Choose the form of the response, and set the request's format and stream to match.
 
     Args:
         accept: the Accept header.
-        body: as it came.
+        body: the request as sent.
 
     Raises:
-        NotAcceptable: nothing that is accepted can be given.
+        NotAcceptable: no accepted media type is supported.
         InvalidRequest: the body and the header contradict each other.
     """
     wanted, image = _first_known(accept or "*/*")
@@ -48,7 +48,7 @@ def _first_known(accept: str) -> tuple[Wanted, OutputFormat | None]:
 
 
 def _by_preference(accept: str) -> list[str]:
-    """The media types from the most wanted down; those of weight 0 are not wanted."""
+    """The media types from the most preferred down, without those of weight 0."""
     weighted: list[tuple[float, str]] = []
     for part in accept.lower().split(","):
         media, *parameters = (piece.strip() for piece in part.split(";"))
@@ -64,14 +64,23 @@ def _by_preference(accept: str) -> list[str]:
 
 def _as_bytes(body: GenerateRequest, image: OutputFormat | None) -> GenerateRequest:
     if body.stream:
-        raise InvalidRequest("stream", "stream is true, but Accept asks for the picture's bytes.")
+        raise InvalidRequest(
+            "stream",
+            "stream is true, but an image/* response cannot be streamed; set stream to false or "
+            "accept text/event-stream.",
+        )
     if body.n != 1:
-        raise InvalidRequest("n", f"n is {body.n}; bytes of a picture are one: n must be 1.")
+        raise InvalidRequest(
+            "n",
+            f"n is {body.n}, but an image/* response holds one image; set n to 1 or accept "
+            "application/json.",
+        )
     if image is None:
         return body
     if "output_format" in body.model_fields_set and body.output_format != image:
         raise InvalidRequest(
             "output_format",
-            f"output_format is {body.output_format!r}, but Accept asks for {MEDIA_TYPES[image]}.",
+            f"output_format is {body.output_format!r}, but the Accept header asks for "
+            f"{MEDIA_TYPES[image]}; leave one out.",
         )
     return body.model_copy(update={"output_format": image})

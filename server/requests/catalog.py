@@ -1,4 +1,4 @@
-"""What this installation offers, described by itself, and what a request gets that is silent."""
+"""Describes what this installation offers, and the defaults of a request."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ __all__ = ["Catalog", "Choice", "Defaults", "Entry", "ModelEntry", "catalog"]
 
 
 class Entry(BaseModel):
-    """One thing that a request may choose: a sampler, a spacing, a rule, a policy, ..."""
+    """One item that a request may choose: a sampler, a spacing, a rule, a policy, ..."""
 
     model_config = ConfigDict(frozen=True)
 
     name: str = Field(
-        description="Stands for its defaults in a request, if these have a `name`; else the "
-        "request's field."
+        description="A bare name in a request selects these `defaults`, if they have a `name`; "
+        "otherwise this is the request's field."
     )
-    summary: str = Field(description="One line.")
+    summary: str = Field(description="One-line description.")
     source: str = Field(description="Paper and equation.")
     parameters: dict[str, Any] = Field(description="JSON schema of its fields.")
     defaults: dict[str, Any] = Field(
-        description="What a request says in full; fields left out have these values."
+        description="The complete object; fields that a request leaves out take these values."
     )
     properties: dict[str, str | int | float | bool] = Field(
-        description="What it declares of itself, at its defaults: order, evaluations, ..."
+        description="Its properties at these defaults: order, evaluations, ..."
     )
 
 
@@ -47,61 +47,61 @@ class ModelEntry(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    name: str
-    revision: str = Field(description="Hash of its weights.")
+    name: str = Field(description="Its name in a request.")
+    revision: str = Field(description="Hash of the model's weights.")
     width: int = Field(description="Default, in pixels.")
     height: int = Field(description="Default, in pixels.")
     size_multiple: int = Field(description="Width and height are multiples of this.")
-    max_tokens: int = Field(description="Longest prompt, in tokens.")
+    max_tokens: int = Field(description="Length of the longest prompt, in tokens.")
     statistics: tuple[str, ...] = Field(
-        description="Guidance that there are statistics of this model for; samplers use them "
-        "whose `properties` say so."
+        description="Guidance for which this model has statistics; samplers whose `properties` say "
+        "so use them."
     )
     classifier: dict[str, tuple[str, ...]] = Field(
-        description="Classes that `guidance.classifier.target` may name, by attribute."
+        description="The classes that `guidance.classifier.target` may name, for each attribute."
     )
 
 
 class Defaults(BaseModel):
-    """What a request gets that leaves these fields out."""
+    """The values of fields that a request leaves out."""
 
     model_config = ConfigDict(frozen=True)
 
     n: int
-    steps: int = Field(description="Unless the spacing has a number of its own.")
+    steps: int = Field(description="Number of steps, unless the spacing prescribes one.")
     sampler: dict[str, Any]
     guidance: dict[str, Any]
     guidance_by_sampler: dict[str, dict[str, Any]] = Field(
-        description="By the name of samplers that are guided otherwise."
+        description="Guidance of samplers that have another default, by their names."
     )
 
 
 class Choice(BaseModel):
-    """One thing that a request chooses from a list of this catalog, for forms."""
+    """A choice that a form offers: which list it is from, and where a request states it."""
 
     model_config = ConfigDict(frozen=True)
 
-    entries: str = Field(description="The list's name in this catalog.")
-    field: str = Field(description="Where a request says what it chose, as a dotted path.")
-    title: str
-    description: str
-    most: int = Field(description="How many may be chosen; above 1 the field is a list.")
-    blank: str | None = Field(
-        description="What to call choosing none of them; null where one is always chosen."
-    )
+    entries: str = Field(description="Name of the list in this catalog.")
+    field: str = Field(description="Field of a request that takes the choice, as a dotted path.")
+    title: str = Field(description="Its label.")
+    description: str = Field(description="One sentence about it.")
+    most: int = Field(description="How many items may be chosen; above 1 the field is a list.")
+    blank: str | None = Field(description="Label for choosing none; null if one is always chosen.")
 
 
 class _Offered(BaseModel):
-    """Everything that a request may name, but for the parts of `guidance` beside its rule."""
+    """The catalog without the lists of the parts of `guidance`."""
 
     model_config = ConfigDict(frozen=True)
 
     samplers: tuple[Entry, ...] = Field(description="Choices of `sampler`.")
     spacings: tuple[Entry, ...] = Field(description="Choices of `spacing`.")
     rules: tuple[Entry, ...] = Field(description="Choices of `guidance`.")
-    choices: tuple[Choice, ...] = Field(description="What a form offers, in its order.")
+    choices: tuple[Choice, ...] = Field(description="The choices that a form offers, in order.")
     defaults: Defaults
-    models: tuple[ModelEntry, ...] = Field(description="Empty until they are loaded.")
+    models: tuple[ModelEntry, ...] = Field(
+        description="The hosted models; empty until they are loaded."
+    )
 
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ else:
     Catalog = create_model(
         "Catalog",
         __base__=_Offered,
-        __doc__="Everything that a request may name.",
+        __doc__="Everything that a request may choose from.",
         **{
             part.plural: (
                 tuple[Entry, ...],
@@ -122,7 +122,7 @@ else:
 
 
 def catalog(models: tuple[ModelEntry, ...] = ()) -> Catalog:
-    """The catalog of what is installed, with the models that are hosted."""
+    """The catalog of this installation and the hosted models."""
     parts = {part.plural: _entries_of(part) for part in PARTS}
     return Catalog(
         samplers=_entries(SAMPLERS),
@@ -218,7 +218,7 @@ def _entry(member: type[BaseModel], name: str) -> Entry:
 
 
 def _declared(member: type[BaseModel]) -> list[str]:
-    """Names of the class attributes and properties that a class declares, parents' first."""
+    """Names of the class attributes and properties of a class, those of its parents first."""
     names: dict[str, None] = {}
     for kind in reversed(member.__mro__):
         if not issubclass(kind, BaseModel) or kind is BaseModel:

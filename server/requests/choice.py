@@ -1,4 +1,4 @@
-"""A field that takes one of a registry's classes, by bare name or by object."""
+"""The type of a field that takes an instance of a registered class, by name or as an object."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ __all__ = ["choice", "listed", "name_of"]
 
 
 def name_of(member: type[BaseModel]) -> str:
-    """The name that users call a registered class by."""
+    """The name of a registered class in requests."""
     return member.model_fields["name"].default
 
 
 def listed(names: Sequence[str]) -> str:
-    """The names as a sentence ends with them."""
+    """The names as a comma-separated list."""
     return ", ".join(names)
 
 
 @dataclass(frozen=True, slots=True)
 class _NameOrObject:
-    """Turns a bare name into an object of defaults, and answers an unknown one in a sentence."""
+    """Turns a bare name into an object with its defaults, and refuses unknown names."""
 
     field: str
     names: tuple[str, ...]
@@ -41,7 +41,7 @@ class _NameOrObject:
         by_name = {
             "type": "string",
             "enum": list(self.names),
-            "description": "A bare name stands for its defaults.",
+            "description": "A bare name selects its defaults.",
         }
         return {"anyOf": [by_name, handler(schema)]}
 
@@ -50,7 +50,7 @@ class _NameOrObject:
             return value
         if isinstance(value, dict):
             if "name" not in value:
-                raise self._refused(f"{self.field} is an object without 'name'")
+                raise self._refused(f"{self.field} is an object without a 'name'")
             self._check(value["name"])
             return value
         self._check(value)
@@ -58,9 +58,9 @@ class _NameOrObject:
 
     def _check(self, name: Any) -> None:
         if not isinstance(name, str):
-            raise self._refused(f"{self.field} is neither a name nor an object with 'name'")
+            raise self._refused(f"{self.field} is neither a name nor an object with a 'name'")
         if name not in self.names:
-            raise self._refused(self.elsewhere(name) or f"{self.field} {name[:60]!r} is not known")
+            raise self._refused(self.elsewhere(name) or f"{self.field} {name[:60]!r} is unknown")
 
     def _refused(self, what: str) -> PydanticCustomError:
         return PydanticCustomError(
@@ -75,12 +75,12 @@ def choice(
     members: Sequence[type[BaseModel]],
     elsewhere: Callable[[str], str | None] = lambda _: None,
 ) -> Any:
-    """The type of a field that takes one of `members`, told apart by `name`.
+    """The type of a field that takes an instance of one of `members`, distinguished by `name`.
 
     Args:
-        field: its name, as error sentences call it.
+        field: its name in error messages.
         members: frozen models with a `name` literal.
-        elsewhere: what to say of a name that other programs use, or None.
+        elsewhere: explains a name that other programs use; None for other names.
     """
     names = tuple(name_of(member) for member in members)
     union = Union[tuple(members)]  # noqa: UP007 - the members are known at run time only

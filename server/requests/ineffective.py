@@ -1,4 +1,4 @@
-"""Says which settings of a valid request have no effect on its pictures."""
+"""Finds settings of a valid request that have no effect on its images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["warnings_for"]
 
 
 def warnings_for(resolved: ResolvedRequest, plan: Plan) -> tuple[str, ...]:
-    """Sentences about what a request sets in vain.
+    """One sentence for each setting that has no effect.
 
     Args:
         resolved: the request.
@@ -23,7 +23,7 @@ def warnings_for(resolved: ResolvedRequest, plan: Plan) -> tuple[str, ...]:
 
 
 def _without_negative_prompt(resolved: ResolvedRequest, plan: Plan) -> str | None:
-    """Why no prediction is told the negative prompt; None if one is."""
+    """Why the negative prompt is never evaluated; None if it is."""
     guidance, policy = resolved.guidance, resolved.guidance.policy
     if any(getattr(part, "reads_negative_prompt", False) for _, part in chosen(guidance)):
         return None

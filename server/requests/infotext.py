@@ -1,4 +1,4 @@
-"""Settings as AUTOMATIC1111 writes them into a picture, which many tools read."""
+"""Settings in the text format that AUTOMATIC1111 writes into images and many tools read."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ __all__ = ["infotext"]
 def infotext(
     settings: ResolvedRequest, *, model_revision: str, version: str, statistics: str | None = None
 ) -> str:
-    """The text of one picture whose settings are fully resolved.
+    """The text for one image.
 
     Args:
-        settings: of this picture alone, with its own seed.
-        model_revision: hash of the model's weights, hex.
-        version: of the program.
-        statistics: guidance whose statistics of the model the sampler was fitted to, if any.
+        settings: of this image alone, with its own seed and every default filled in.
+        model_revision: hash of the model's weights, hexadecimal.
+        version: of this program.
+        statistics: guidance whose model statistics the sampler was planned with, if any.
     """
     guidance = settings.guidance
     fields = {
@@ -47,7 +47,7 @@ def infotext(
 
 
 def _part(held: Any) -> str | None:
-    """A part of guidance in a word or a few; None where the request leaves it out."""
+    """A part of guidance in a few words; None if the request leaves it out."""
     if isinstance(held, tuple):
         return "+".join(filter(None, map(_part, held))) or None
     if held is None:

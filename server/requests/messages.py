@@ -1,4 +1,4 @@
-"""Pydantic's findings about a request, as the one sentence that the user reads."""
+"""Turns pydantic's validation errors into one sentence for the user."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ _NEEDS: Mapping[str, str] = {
 def explain(
     errors: Sequence[Mapping[str, Any]], model: type[BaseModel] | None, *, within: int = 0
 ) -> InvalidRequest:
-    """The first thing that is wrong, named by its dotted field path.
+    """The first error, as one sentence that names the field by its dotted path.
 
     Args:
         errors: pydantic's, at least one.
-        model: what was validated, to say which fields there are.
-        within: leading parts of a location that are no fields, as FastAPI's `body`.
+        model: the model that was validated, for the names of its fields.
+        within: leading parts of a location that are not fields, such as FastAPI's `body`.
     """
     error = errors[0]
     if error["type"] == "json_invalid":
@@ -117,7 +117,7 @@ def _path(loc: Sequence[Any]) -> list[str]:
 
 
 def _siblings(model: type[BaseModel] | None, loc: Sequence[Any]) -> list[str]:
-    """Fields that the object around an unknown field knows."""
+    """The fields of the object that contains an unknown field."""
     field = ""
     for part in loc[:-1]:
         model = _OF_ONE_KIND.get(str(part), model)
@@ -150,5 +150,5 @@ def _lowered(message: str) -> str:
 
 
 def _clean(text: str) -> str:
-    """The text, shortened and without what no answer can be encoded with."""
+    """The text, shortened and without characters that cannot be encoded."""
     return text[:_SHOWN].encode(errors="replace").decode()

@@ -42,14 +42,14 @@ __all__ = ["Prepared", "make_plan", "prepare", "resolve", "statistics_for"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prepared:
-    """A request that passed every check, with what its images have in common.
+    """A request that passed every check, with what its images share.
 
     Attributes:
         request: with every default filled in.
-        plan: that all of its images follow.
+        plan: of its sampler.
         coefficients: what its guidance policy was fitted to, ``[stages, n]``; None if it needs
             none.
-        warnings: sentences about what the request sets in vain.
+        warnings: one sentence for each setting that has no effect.
     """
 
     request: ResolvedRequest
@@ -64,26 +64,26 @@ def resolve(
     limits: Limits,
     upload_size: tuple[int, int] | None,
 ) -> ResolvedRequest:
-    """Fill in every default, and check all that can be checked without a plan, cheap checks first.
+    """Fill in every default, and do all checks that need no plan, cheap ones first.
 
     Args:
-        request: as it came.
+        request: as sent.
         model: that will serve it.
         limits: the operator's.
-        upload_size: width and height of `image`, which are the request's default size.
+        upload_size: width and height of `image`, the default size of the result; None without one.
 
     Returns:
-        The request without the pictures that were sent.
+        The request without the images that were sent.
 
     Raises:
-        InvalidRequest: the model, or the operator, does not allow something.
+        InvalidRequest: a value that the model or the operator does not allow.
     """
     has_picture, has_reference = upload_size is not None, request.reference is not None
     sampler = request.sampler or default_sampler()
     spacing = request.spacing or SPACING_BY_NAME[sampler.default_spacing].model_validate({})
     guidance = request.guidance or default_guidance(sampler)
     width, height = upload_size or (model.facts.default_width, model.facts.default_height)
-    # Everything in it was validated when the request was read.
+    # Every value was validated when the request was read.
     resolved = ResolvedRequest.model_construct(
         prompt=request.prompt,
         negative_prompt=request.negative_prompt,
@@ -110,7 +110,7 @@ def resolve(
 
 
 def prepare(resolved: ResolvedRequest, model: HostedModel, plan: Plan) -> Prepared:
-    """Check what depends on the plan, and find what was fitted to it.
+    """Do the checks that depend on the plan, and look up what was fitted to it.
 
     Args:
         resolved: a request that :func:`resolve` let pass.
@@ -127,10 +127,10 @@ def prepare(resolved: ResolvedRequest, model: HostedModel, plan: Plan) -> Prepar
 
 
 def statistics_for(resolved: ResolvedRequest, model: HostedModel) -> StatisticsIdentity | None:
-    """The statistics of the model that the request's sampler is planned with; None if with none.
+    """The model statistics that the request's sampler is planned with; None if it uses none.
 
     Raises:
-        InvalidRequest: it asks for statistics that there are not.
+        InvalidRequest: it needs statistics that the model does not have.
     """
     sampler, guidance = resolved.sampler, resolved.guidance
     if not isinstance(sampler, FittedSampler) or not sampler.uses_statistics:
@@ -154,18 +154,18 @@ def make_plan(
     strength: float | None,
     statistics: Statistics | None = None,
 ) -> Plan:
-    """The plan that every image of a request follows.
+    """The plan that all images of a request follow.
 
     Args:
         schedule: the model's.
-        sampler: compiled to a table.
-        spacing: how the steps are laid out.
-        steps: of a run from nothing.
-        strength: share of them that is run; None for all.
-        statistics: of the model, at the latent's shape, for a sampler that takes them.
+        sampler: makes the plan.
+        spacing: at which noise levels the steps are.
+        steps: of a run from pure noise.
+        strength: share of the steps that is run; None for all.
+        statistics: of the model, at the latent's shape, for a sampler that uses them.
 
     Raises:
-        InvalidRequest: they do not go together.
+        InvalidRequest: they are incompatible.
     """
     at_fault = "spacing"
     try:
@@ -183,7 +183,7 @@ def make_plan(
 
 
 def _with_source_to_avoid(guidance: Guidance, *, has_reference: bool) -> Guidance:
-    """The guidance, whose negative token merging says what the images keep away from."""
+    """The guidance, in which negative token merging says what the images move away from."""
     negtome = guidance.negtome
     if negtome is None or negtome.away_from is not None:
         return guidance

@@ -1,7 +1,8 @@
-"""What a request may say: every field with its range, default and meaning."""
+"""The fields of a request, with their ranges, defaults and descriptions."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -41,9 +42,10 @@ __all__ = [
 DEFAULT_STEPS: Final = 25
 DEFAULT_SAMPLER: Final = "dpm_solver_pp"
 DEFAULT_GUIDANCE: Final = {"name": "apg", "scale": 4.0}
-"""As right as plain guidance of that scale, and nearer the truth's looks (docs/guidance.md)."""
+"""As accurate as plain guidance at that scale, and closer to the data in appearance
+(docs/guidance.md)."""
 GUIDANCE_OF_STATISTICS: Final = {"name": "cfg", "scale": 4.0}
-"""Where the sampler goes by statistics of the model, which are those of plain guidance."""
+"""For samplers planned with model statistics, which are measured under plain guidance."""
 MAX_SEED: Final = 2**63 - 1
 
 if TYPE_CHECKING:
@@ -97,7 +99,7 @@ def _printable(text: str) -> str:
         if (character < " " and character not in "\t\n\r") or "\ud800" <= character <= "\udfff":
             raise PydanticCustomError(
                 "unprintable",
-                "has the character {character} at {position}; only text is allowed",
+                "has the character {character} at position {position}; only text is allowed",
                 {"character": repr(character), "position": position},
             )
     return text
@@ -108,81 +110,88 @@ Count = Annotated[int, Field(strict=True)]
 
 
 class GenerateRequest(BaseModel):
-    """One request for pictures of one prompt.
+    """One request for images of one prompt.
 
-    What is left out takes the model's default; the answer's `settings` say what that was.
+    Fields that are left out take their defaults; the response's `settings` contain all of them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    prompt: Prompt = Field(description="What the picture shows.", examples=["a red circle"])
+    prompt: Prompt = Field(description="Describes the image.", examples=["a red circle"])
     negative_prompt: Prompt | None = Field(
         default=None,
-        description="What guidance steers away from; by default the model's unconditional, which "
-        "for some models is not the empty text.",
+        description="Describes what guidance steers away from. Default: the model's unconditional "
+        "prediction, which for some models is not that of the empty text.",
     )
     model: str | None = Field(
-        default=None, max_length=256, description="A hosted model; the first one by default."
+        default=None, max_length=256, description="Name of a hosted model. Default: the first one."
     )
     width: Count | None = Field(
-        default=None, ge=8, le=16384, description="Pixels; the model's own size by default."
+        default=None, ge=8, le=16384, description="Width in pixels. Default: the model's own."
     )
     height: Count | None = Field(
-        default=None, ge=8, le=16384, description="Pixels; the model's own size by default."
+        default=None, ge=8, le=16384, description="Height in pixels. Default: the model's own."
     )
     steps: Count | None = Field(
-        default=None, ge=1, description=f"Sampler steps; {DEFAULT_STEPS} by default."
+        default=None, ge=1, description=f"Number of sampler steps. Default: {DEFAULT_STEPS}."
     )
     seed: Count | None = Field(
         default=None,
         ge=0,
         le=MAX_SEED,
-        description="Of the first image; image i has seed + i. Random, and reported, by default.",
+        description="Seed of the first image; image i has seed + i. Default: random, and reported "
+        "in the response.",
     )
-    n: Count = Field(default=1, ge=1, description="Images, each with a seed of its own.")
+    n: Count = Field(default=1, ge=1, description="Number of images.")
     sampler: SamplerChoice | None = Field(
-        default=None, description=f"How the noise is removed; `{DEFAULT_SAMPLER}` by default."
+        default=None, description=f"How the noise is removed. Default: `{DEFAULT_SAMPLER}`."
     )
     spacing: SpacingChoice | None = Field(
-        default=None, description="How the steps are laid out; the sampler's own by default."
+        default=None, description="At which noise levels the steps are. Default: the sampler's own."
     )
     guidance: Guidance | None = Field(
         default=None,
-        description="How the prompt is enforced: the fields of a rule, and optionally "
-        f"{', '.join(f'`{part.field}`' for part in PARTS)}; "
-        f"`{DEFAULT_GUIDANCE}` by default, and `{GUIDANCE_OF_STATISTICS}` with a sampler that uses "
-        "statistics of the model.",
+        description="How the images are made to follow the prompt: the name and fields of a rule, "
+        "and optionally "
+        f"{', '.join(f'`{part.field}`' for part in PARTS)}. "
+        f"Default: `{json.dumps(DEFAULT_GUIDANCE)}`, or "
+        f"`{json.dumps(GUIDANCE_OF_STATISTICS)}` with a sampler that uses model statistics.",
     )
     image: str | None = Field(
         default=None,
         repr=False,
-        description="A picture to start from (PNG, JPEG or WebP as base64 or data URI), "
-        "resampled to `width` x `height`; its own size by default.",
+        description="An image to start from: PNG, JPEG or WebP, as base64 or a base64 data URI. It "
+        "is resampled to `width` x `height`, which default to its own size.",
     )
     strength: float | None = Field(
         default=None,
         gt=0,
         le=1,
         strict=True,
-        description="Share of the steps that `image` goes through: 0.75 by default, 1 with a mask.",
+        description="Share of the steps that is run from `image`. Default: 0.75, or 1 with a mask.",
     )
     mask: str | None = Field(
         default=None,
         repr=False,
-        description="Where `image` is repainted (white) and kept (black), resampled alike.",
+        description="Where `image` is repainted (white) and where it is kept (black), resampled "
+        "like it.",
     )
     reference: str | None = Field(
         default=None,
         repr=False,
-        description="A picture that the images keep away from, by `guidance.negtome`, resampled "
-        "alike.",
+        description="An image that the results move away from, with `guidance.negtome`; resampled "
+        "like `image`.",
     )
-    output_format: OutputFormat = Field(default="png", description="Of the pictures.")
-    stream: bool = Field(default=False, strict=True, description="Answer with server-sent events.")
+    output_format: OutputFormat = Field(default="png", description="File format of the images.")
+    stream: bool = Field(
+        default=False,
+        strict=True,
+        description="Whether to respond with a stream of server-sent events.",
+    )
 
 
 class ResolvedRequest(BaseModel):
-    """A request whose every default is filled in; pictures that were sent are left out."""
+    """A request with every default filled in, without the images that were sent."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -202,22 +211,22 @@ class ResolvedRequest(BaseModel):
     stream: bool
 
     def settings(self) -> dict[str, Any]:
-        """JSON that makes the same pictures when posted back.
+        """JSON that makes the same images when posted back.
 
-        What started from a picture is refused until that picture is sent again.
+        A request that started from an image is refused unless that image is sent again.
         """
         return self.model_dump(mode="json", exclude={"stream"}, exclude_none=True)
 
 
 def default_sampler() -> Sampler:
-    """The sampler of a request that names none."""
+    """The sampler of a request that leaves it out."""
     return next(
         sampler for sampler in SAMPLERS if name_of(sampler) == DEFAULT_SAMPLER
     ).model_validate({})
 
 
 def default_guidance(sampler: Sampler) -> Guidance:
-    """The guidance of a request that names none.
+    """The guidance of a request that leaves it out.
 
     Args:
         sampler: of the request.

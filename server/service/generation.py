@@ -1,4 +1,4 @@
-"""One request under way: what the engine tells of it, brought into the event loop."""
+"""A running request: brings what the engine reports from its thread into the event loop."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ log = logging.getLogger("weft")
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far one image is.
+    """Progress of one image.
 
     Attributes:
-        index: of the image in its request.
-        step: steps done.
-        steps: steps in all.
-        preview: uint8 `[h, w, 3]`, if previews were asked for.
+        index: of the image within its request.
+        step: steps completed.
+        steps: steps in total.
+        preview: uint8 `[h, w, 3]` if previews were requested.
     """
 
     index: int
@@ -49,13 +49,13 @@ class Progress:
 
 
 class Generation:
-    """A request that was admitted; the listener that the engine's thread talks to.
+    """A request that was admitted, and the listener that the engine's thread reports to.
 
-    Everything but the listener's four methods belongs to the event loop. Of news that nobody has
-    fetched yet only the latest of each image is kept, so a slow reader costs no memory.
+    Everything but the listener's four methods belongs to the event loop. Only the latest unread
+    progress of each image is kept, so a slow reader costs no memory.
 
     Args:
-        identifier: unique among those under way.
+        identifier: unique among running generations.
         loop: the event loop that reads.
     """
 
@@ -85,14 +85,14 @@ class Generation:
         warnings: tuple[str, ...],
         submission: Submission,
     ) -> None:
-        """Note what was submitted; a generation that was closed meanwhile is cancelled at once.
+        """Record what was submitted; a generation closed in the meantime is cancelled at once.
 
         Args:
-            request: fully resolved.
-            model_revision: of the model that makes it.
-            statistics: guidance whose statistics of the model the sampler is fitted to, if any.
-            warnings: sentences about what the request sets in vain.
-            submission: the engine's.
+            request: with every default filled in.
+            model_revision: of the model that serves it.
+            statistics: guidance whose model statistics the sampler is planned with, if any.
+            warnings: one sentence for each setting that has no effect.
+            submission: the request's images in the engine.
         """
         self.request, self.model_revision, self.statistics = request, model_revision, statistics
         self.warnings = warnings
@@ -107,14 +107,14 @@ class Generation:
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds since the request came."""
+        """Seconds since the request arrived."""
         return time.monotonic() - self._born
 
     async def news(self, within_s: float | None = None) -> list[Progress]:
-        """What happened since the last call; waits for it, at most `within_s`.
+        """Progress since the last call; waits for some, at most `within_s`.
 
         Returns:
-            The latest of each image that moved; nothing if time ran out or the end came first.
+            The latest progress of each image that advanced; nothing if time ran out or all ended.
 
         Raises:
             WeftError: an image failed, or the generation was cancelled.
@@ -128,7 +128,7 @@ class Generation:
         return news
 
     def complete(self) -> None:
-        """Note that its pictures are ready; from here on it cannot be cancelled.
+        """Record that its images are ready; from here on it cannot be cancelled.
 
         Raises:
             WeftError: an image failed, or the generation was cancelled first.
@@ -137,7 +137,7 @@ class Generation:
         self.end()
 
     def check(self) -> None:
-        """Raise what it failed with, if it did.
+        """Raise the error it failed with, if it failed.
 
         Raises:
             WeftError: an image failed, or the generation was cancelled.
@@ -146,7 +146,7 @@ class Generation:
             raise self._error
 
     def end(self, error: BaseException | None = None) -> None:
-        """Note how it ended, with its pictures or with an error; only the first call counts."""
+        """Record how it ended, with its images or with an error; only the first call counts."""
         if not self._ended:
             self._ended = True
             self.outcome = "completed" if error is None else _outcome(error)
@@ -155,38 +155,38 @@ class Generation:
         """Stop the work, unless it has ended; whoever reads gets :class:`Cancelled`.
 
         Returns:
-            Whether the generation is cancelled: if so its pictures are never answered, and if not
-            it had already completed or failed.
+            Whether the generation is cancelled. If so its images are never returned; if not, it
+            had already completed or failed.
         """
         self._fail(Cancelled())
         return isinstance(self._error, Cancelled)
 
     def close(self) -> None:
-        """Nobody reads any more: work that is not finished stops at the next tick."""
+        """Stop reading: unfinished work ends at the next tick."""
         self._closed = True
         if self._submission is not None and not self.done:
             self._submission.cancel()
 
     def started(self, index: int) -> None:
-        """An image left the queue (engine's thread)."""
+        """An image left the queue (called in the engine's thread)."""
 
     def progress(self, index: int, step: int, steps: int, preview: np.ndarray | None) -> None:
-        """An image made a step (engine's thread)."""
+        """An image completed a step (called in the engine's thread)."""
         self._tell(self._moved, Progress(index, step, steps, preview))
 
     def finished(self, index: int, result: ImageResult) -> None:
-        """An image is there (engine's thread)."""
+        """An image is finished (called in the engine's thread)."""
         self._tell(self._finish, index, result)
 
     def failed(self, index: int, error: Exception) -> None:
-        """An image came to nothing (engine's thread)."""
+        """An image failed (called in the engine's thread)."""
         if not isinstance(error, WeftError):
             log.error("image %d of %s failed", index, self.id, exc_info=error)
-            error = RowFailed(f"Image {index} failed; the server's log says why.")
+            error = RowFailed(f"Image {index} failed; the server's log has the details.")
         self._tell(self._fail, error)
 
     def _tell(self, call: Callable[..., None], *arguments: Any) -> None:
-        # A closed loop has no reader left, and the engine's thread must not hear of it.
+        # A closed loop has no reader left, which must not disturb the engine's thread.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(call, *arguments)
 
@@ -207,7 +207,7 @@ class Generation:
 
 
 def _outcome(error: BaseException) -> str:
-    """The word that the metrics count an end by."""
+    """The outcome under which the metrics count an error."""
     match error:
         case Cancelled():
             return "cancelled"

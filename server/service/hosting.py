@@ -1,4 +1,4 @@
-"""From settings to a running engine."""
+"""Loads the models and starts the engine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Hosted", "host"]
 
 @dataclass(frozen=True, slots=True)
 class Hosted:
-    """A started engine and the models it serves, the default one first."""
+    """A running engine and the models it serves, the default one first."""
 
     engine: Engine
     models: Mapping[str, HostedModel]
@@ -30,7 +30,7 @@ def host(settings: Settings, on_failure: Callable[[], None] | None = None) -> Ho
         on_failure: called, in the engine's thread, once the engine can never work again.
 
     Raises:
-        ModelMismatch: a folder is no model that can be hosted.
+        ModelMismatch: a folder does not hold a supported model.
     """
     models = {
         name: load_model(folder, name=name, device=settings.device, dtype=settings.dtype)

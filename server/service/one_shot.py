@@ -1,4 +1,4 @@
-"""One request in this process: an engine of its own, no HTTP."""
+"""Serves one request in this process, with an engine of its own and without HTTP."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ ENGINE_STOP_S = 10.0
 async def generate(
     settings: Settings, request: GenerateRequest, tell: Callable[[Progress], None]
 ) -> Pictures:
-    """Load the models, make the pictures of one request, and stop.
+    """Load the models, generate the images of one request, and stop.
 
     Args:
-        settings: which model, on what.
-        request: what to make.
-        tell: called with the progress of each image.
+        settings: which models, and on which device.
+        request: what to generate.
+        tell: called with each report of progress.
 
     Raises:
         WeftError: the model cannot be hosted, or the request cannot be served.

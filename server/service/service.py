@@ -1,4 +1,4 @@
-"""The one door between HTTP and tensors: admits a request, follows it, encodes its pictures."""
+"""Admits requests to the engine, follows them and encodes their images; HTTP knows no tensors."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ VERSION = f"weft {version('weft')}"
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One encoded picture, and the seed that makes it."""
+    """An encoded image, and the seed that makes it."""
 
     data: bytes
     seed: int
@@ -55,19 +55,19 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Pictures:
-    """All that a generation came to.
+    """The images of a generation, and how they were made.
 
     Attributes:
-        pictures: in the order of their seeds.
-        settings: fully resolved; posted back, they make the same pictures.
-        spent: rows of the denoiser that were evaluated.
-        saved: rows that the guidance policy did without.
-        ancestors: of particles, the image that each goes back to; empty if they are none.
-        effective: of particles, how many counted at each resampling.
+        pictures: the images in the order of their seeds.
+        settings: with every default filled in; posted back, they make the same images.
+        spent: evaluations of the denoiser, summed over the images.
+        saved: evaluations that the guidance policy made unnecessary.
+        ancestors: for particles, the image that each descends from; otherwise empty.
+        effective: for particles, their effective number at each resampling.
         queue_s: longest wait of an image.
         denoise_s: longest denoising of an image.
         decode_s: longest decoding of an image.
-        total_s: from the request's arrival to the last encoded byte.
+        total_s: seconds from the request's arrival to the last encoded byte.
     """
 
     pictures: tuple[Picture, ...]
@@ -83,7 +83,7 @@ class Pictures:
 
 
 class Uploads(NamedTuple):
-    """The pictures that came with a request."""
+    """The images that were sent with a request."""
 
     image: Image.Image | None
     mask: Image.Image | None
@@ -91,10 +91,10 @@ class Uploads(NamedTuple):
 
 
 class Service:
-    """Takes requests once an engine is there; until then it says that it is not ready.
+    """Accepts requests once an engine is running; until then every request is refused.
 
     Args:
-        limits: what one request may ask for.
+        limits: the operator's limits for one request.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -109,26 +109,26 @@ class Service:
         )
 
     def open(self, engine: Engine, models: Mapping[str, HostedModel]) -> None:
-        """Take requests from now on; the first model is the default."""
+        """Accept requests from now on; the first model is the default."""
         self._engine, self._models = engine, models
 
     def give_up(self, reason: str) -> None:
-        """Never take requests: the models could not be loaded."""
+        """Refuse all requests for good, because the models could not be loaded."""
         self._failure = reason
 
     @property
     def engine(self) -> Engine | None:
-        """The engine, once there is one."""
+        """The engine, or None while the models are loading."""
         return self._engine
 
     @property
     def ready(self) -> bool:
-        """Whether requests are taken."""
+        """Whether requests are accepted."""
         return self.broken is None and self._engine is not None and self._engine.ready
 
     @property
     def broken(self) -> str | None:
-        """Why this process will not serve again, if so."""
+        """Why this process can never serve again; None if it can."""
         if self._failure is None and self._engine is not None and self._engine.failure:
             failure = self._engine.failure
             if isinstance(failure, WeftError):
@@ -140,7 +140,7 @@ class Service:
         """The engine, loaded and warmed.
 
         Raises:
-            NotReady: it is loading, or broken.
+            NotReady: it is still loading, or broken.
         """
         if self.broken:
             raise NotReady(self.broken, retry_after_s=60)
@@ -149,7 +149,7 @@ class Service:
         return self._engine
 
     def models(self) -> tuple[ModelEntry, ...]:
-        """What the catalog says of each hosted model."""
+        """The catalog's entry for each hosted model."""
         return tuple(
             ModelEntry(
                 name=model.facts.name,
@@ -165,16 +165,16 @@ class Service:
         )
 
     async def admit(self, request: GenerateRequest, identifier: str) -> Generation:
-        """Check a request, complete it and hand it to the engine.
+        """Check a request, fill in its defaults and submit it to the engine.
 
-        The caller ends it with :meth:`release`, whatever happens.
+        The caller must :meth:`release` the generation, whatever happens.
 
         Raises:
-            InvalidRequest: a field says what it must not.
+            InvalidRequest: a field has an invalid value.
             UnknownModel: no such model is hosted.
-            DuplicateGeneration: the identifier is taken.
+            DuplicateGeneration: the identifier is in use.
             Overloaded: the queue is full.
-            NotReady: there is no engine yet.
+            NotReady: the models are still loading, or the server is broken.
         """
         if identifier in self._under_way:
             raise DuplicateGeneration(identifier)
@@ -186,13 +186,13 @@ class Service:
             generation.end(error)
             self.release(generation)
             if isinstance(error, Exception):
-                # A cancellation that was confirmed is the answer, whatever else was wrong.
+                # A confirmed cancellation is the answer, whatever else was wrong.
                 generation.check()
             raise
         return generation
 
     async def pictures(self, generation: Generation) -> Pictures:
-        """Follow a generation to its end, and encode what it came to.
+        """Follow a generation to its end, and encode its images.
 
         Raises:
             WeftError: an image failed, or the generation was cancelled.
@@ -230,7 +230,7 @@ class Service:
             raise UnknownGeneration(identifier)
 
     def release(self, generation: Generation) -> None:
-        """Forget a generation, and stop what of it is still running."""
+        """Forget a generation, and stop whatever part of it is still running."""
         if self._under_way.pop(generation.id, None) is None:
             return
         generation.close()
@@ -285,7 +285,7 @@ class Service:
     def _encode(self, generation: Generation, index: int) -> Picture:
         request = generation.request
         seed = seeds_of(request)[index]
-        # An image of a group is not made without the others.
+        # An image of a group cannot be made without the others.
         together = is_group(request.guidance)
         alone = request if together else request.model_copy(update={"seed": seed, "n": 1})
         text = infotext(

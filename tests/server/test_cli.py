@@ -95,7 +95,7 @@ def test_scale_and_policy_change_the_guidance_of_a_request_that_names_none(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--sampler", "foo"], "sampler 'foo' is not known; allowed are: ddim,"),
+        (["--sampler", "foo"], "sampler 'foo' is unknown; allowed are: ddim,"),
         (["--steps", "0"], "steps is 0; it must be at least 1."),
         (["--guidance", "{"], "'{' is not valid JSON"),
         (["--scale", "nan"], "guidance.scale is nan; it must be a finite number."),
@@ -157,4 +157,4 @@ def test_linear_guidance_is_fitted_and_then_used(tmp_path: Path) -> None:
 def test_what_linear_guidance_cannot_be_fitted_to_is_said() -> None:
     refused = weft("linear-ag", "--guidance", "none", "--runs", "1")
     assert refused.exit_code == 2
-    assert "has no second branch" in refused.output
+    assert "makes one prediction only" in refused.output

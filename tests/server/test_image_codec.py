@@ -135,7 +135,7 @@ BOMBS = {
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_bomb_is_refused_by_its_header(name: str) -> None:
-    with pytest.raises(TooLarge, match=r"^image .*at most 4096 pixels|more than the 4096 pixels"):
+    with pytest.raises(TooLarge, match=r"^image .*at most 4096 (pixels )?are allowed"):
         decode(b64(BOMBS[name]), field="image", max_pixels=LIMIT)
 
 
@@ -144,7 +144,7 @@ def test_a_bomb_is_refused_by_its_header(name: str) -> None:
 def test_a_truncated_picture_is_damaged(file_format: OutputFormat, share: float) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     data = encode(noise, file_format)
-    with pytest.raises(InvalidRequest, match=r"^image is (a damaged picture|not a picture)"):
+    with pytest.raises(InvalidRequest, match=r"^image is (a damaged image|not an image)"):
         decode(b64(data[: int(len(data) * share)]), field="image", max_pixels=LIMIT)
 
 
@@ -163,7 +163,7 @@ def test_a_truncated_picture_is_damaged(file_format: OutputFormat, share: float)
     ids=["empty", "text", "svg", "gif", "bmp", "tiff", "webp head", "png head"],
 )
 def test_what_is_no_picture_is_refused(data: bytes) -> None:
-    with pytest.raises(InvalidRequest, match=r"^mask is (not a picture|a damaged picture)"):
+    with pytest.raises(InvalidRequest, match=r"^mask is (not an image|a damaged image)"):
         decode_mask(b64(data), field="mask", max_pixels=LIMIT)
 
 

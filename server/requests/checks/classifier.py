@@ -32,7 +32,7 @@ def check_classifier(resolved: ResolvedRequest, model: HostedModel) -> None:
     if not term.aims:
         raise InvalidRequest(
             f"{FIELD}.target",
-            f"{FIELD}.target is empty; {term.name!r} needs a class of at least one of "
+            f"{FIELD}.target is empty; {term.name!r} needs a class for at least one of: "
             f"{listed([*heads])}.",
         )
     for attribute, name in term.aims.items():
@@ -40,13 +40,13 @@ def check_classifier(resolved: ResolvedRequest, model: HostedModel) -> None:
             raise InvalidRequest(
                 f"{FIELD}.target",
                 f"{FIELD}.target names {attribute[:60]!r}; the classifier of model "
-                f"{model.facts.name!r} knows {listed([*heads])}.",
+                f"{model.facts.name!r} has: {listed([*heads])}.",
             )
         if name not in heads[attribute]:
             raise InvalidRequest(
                 f"{FIELD}.target.{attribute}",
                 f"{FIELD}.target.{attribute} is {name[:60]!r}; the classifier of model "
-                f"{model.facts.name!r} knows {listed(heads[attribute])}.",
+                f"{model.facts.name!r} has: {listed(heads[attribute])}.",
             )
     alternatives_of(resolved, model)
 
@@ -75,7 +75,7 @@ def classifier_of(term: ClassifierGuidance, model: HostedModel) -> LatentClassif
     if model.classifier is None:
         raise InvalidRequest(
             FIELD,
-            f"{FIELD} is {term.name!r}, and model {model.facts.name!r} has no classifier: "
+            f"{FIELD} is {term.name!r}, but model {model.facts.name!r} has no classifier: "
             f"{model.classifier_lacks}; leave {FIELD} out.",
         )
     return model.classifier

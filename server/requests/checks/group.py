@@ -21,12 +21,12 @@ def is_group(guidance: Guidance) -> bool:
 
 
 def check_group(resolved: ResolvedRequest, *, has_picture: bool, has_reference: bool) -> None:
-    """Refuse images that could not act on each other, or avoid a picture, as the request says.
+    """Refuse images that cannot act on each other, or move away from a picture, as requested.
 
     Args:
         resolved: the request.
-        has_picture: whether the run starts from a picture.
-        has_reference: whether there is a picture to keep away from.
+        has_picture: whether the run starts from an image.
+        has_reference: whether an image to move away from was sent.
 
     Raises:
         InvalidRequest: a single image, a missing or unused reference picture, or guidance that is
@@ -37,7 +37,7 @@ def check_group(resolved: ResolvedRequest, *, has_picture: bool, has_reference: 
     if is_group(guidance) and resolved.n < 2:
         needs = f"{PARTICLES} needs at least 2 images"
         if guidance.particles is None:
-            needs = f"{NEGTOME} needs at least 2 images, or a picture in `reference`"
+            needs = f"{NEGTOME} needs at least 2 images, or an image in `reference`"
         raise InvalidRequest("n", f"n is {resolved.n}; {needs}.")
     if guidance.particles is not None and (
         reason := _against_particles(guidance, has_picture=has_picture)
@@ -64,14 +64,15 @@ def check_noise_of_particles(resolved: ResolvedRequest, plan: Plan) -> None:
 
 
 def _is_of_images(negtome: NegToMe | None) -> bool:
-    """Whether images keep away from another one of their request."""
+    """Whether the images move away from the first image of their request."""
     return negtome is not None and negtome.away_from != "reference"
 
 
 def _check_reference(negtome: NegToMe | None, *, has_reference: bool) -> None:
     if negtome is None and has_reference:
         raise InvalidRequest(
-            "reference", f"reference needs {NEGTOME}; ask for that or leave reference out."
+            "reference",
+            f"reference has no effect without {NEGTOME}; add that or leave reference out.",
         )
     if negtome is None or has_reference == (negtome.away_from == "reference"):
         return
@@ -79,33 +80,36 @@ def _check_reference(negtome: NegToMe | None, *, has_reference: bool) -> None:
     if has_reference:
         raise InvalidRequest(
             "reference",
-            f"reference is of no use where {field} is {negtome.away_from!r}; leave one out.",
+            f"reference has no effect while {field} is {negtome.away_from!r}; leave one out.",
         )
     raise InvalidRequest(
-        field, f"{field} is {negtome.away_from!r}; it needs a picture, so send `reference`."
+        field, f"{field} is {negtome.away_from!r}, which needs an image; send `reference`."
     )
 
 
 def _against_particles(guidance: Guidance, *, has_picture: bool) -> str | None:
     if has_picture:
-        return "its weights are those of a run from nothing, so leave `image` out"
+        return "particles need a run from pure noise, so leave `image` out"
     if not guidance.plain_cfg:
-        return f"it corrects the rule 'cfg', and cannot {guidance.name!r}"
+        return f"it corrects the rule 'cfg' and is incompatible with {guidance.name!r}"
     if not guidance.branches:
-        return "at a scale of 1 there is no guidance to correct; take another, or leave it out"
+        return "at scale 1 there is no guidance to correct; choose another scale or leave it out"
     if guidance.policy.skips:
-        return f"it weighs every step, so the policy must be 'always', not {guidance.policy.name!r}"
+        return (
+            f"it needs guidance at every step, so the policy {guidance.policy.name!r} is "
+            "incompatible; leave guidance.policy out"
+        )
     for part in PARTS:
         if not part.beside_particles and getattr(guidance, part.field) != part.left_out:
-            return f"its weights are those of 'cfg' alone, so leave guidance.{part.field} out"
+            return f"its weights hold for 'cfg' alone, so leave guidance.{part.field} out"
     return None
 
 
 def _against_negtome(guidance: Guidance) -> str | None:
     if guidance.policy.adapts and _is_of_images(guidance.negtome):
         return (
-            f"the policy {guidance.policy.name!r} ends guidance for each image by itself, and then "
-            "their predictions have no counterparts; take another policy, or send a picture in "
-            "`reference`"
+            f"the policy {guidance.policy.name!r} ends guidance for each image independently, but "
+            "these images need each other's predictions; choose another policy, or send an image "
+            "in `reference`"
         )
     return None

@@ -341,8 +341,8 @@ def test_settings_of_a_started_picture_are_refused_without_it(
         ({"prompt": "a " * 40}, "prompt has 40 tokens; model 'embedded' takes at most 30."),
         (
             {"guidance": {"name": "none", "policy": "adaptive"}},
-            "guidance.policy is 'adaptive'; the rule 'none' has no second branch, "
-            "so only 'always' is allowed.",
+            "guidance.policy is 'adaptive'; the rule 'none' makes one prediction only; leave the "
+            "policy out.",
         ),
         ({"strength": 0.5}, "strength needs an image; send one or leave strength out."),
         ({"mask": b64_png(WHITE)}, "mask needs an image; send one or leave mask out."),
@@ -356,15 +356,15 @@ def test_settings_of_a_started_picture_are_refused_without_it(
         ),
         (
             {"image": "AAAA"},
-            "image is not a picture that can be read; allowed are: PNG, JPEG, WebP.",
+            "image is not an image in a supported format; allowed are: PNG, JPEG, WebP.",
         ),
         (
             {"reference": "AAAA"},
-            "reference is not a picture that can be read; allowed are: PNG, JPEG, WebP.",
+            "reference is not an image in a supported format; allowed are: PNG, JPEG, WebP.",
         ),
         (
             {"reference": b64_png(WHITE)},
-            "reference needs guidance.negtome; ask for that or leave reference out.",
+            "reference has no effect without guidance.negtome; add that or leave reference out.",
         ),
     ],
     ids=lambda value: str(value)[:40],
@@ -430,14 +430,14 @@ def test_two_requests_with_one_identifier_are_told_apart(
         (b'{"prompt": "x", "strength": NaN}', 422, "strength is nan; it must be a finite number."),
         (b'{"prompt": "x", "strength": 1e999}', 422, "strength is inf; it must be a finite"),
         (b'{"prompt": "x", "seed": ' + b"9" * 4000 + b"}", 422, "seed is too long; it must be"),
-        (b'{"prompt": "\\ud800"}', 422, "prompt has the character '\\ud800' at 0"),
+        (b'{"prompt": "\\ud800"}', 422, "prompt has the character '\\ud800' at position 0"),
         (b'{"prompt": "x", "\\ud800": 1}', 422, "The body has a field whose name is not"),
         (
             b'{"prompt": "x", "model": "\\ud800"}',
             422,
             "model is '\\ud800'; it must be valid Unicode.",
         ),
-        (b'{"prompt": "x", "sampler": "\\ud800"}', 422, "sampler '\\ud800' is not known"),
+        (b'{"prompt": "x", "sampler": "\\ud800"}', 422, "sampler '\\ud800' is unknown"),
     ],
     ids=lambda value: str(value)[:30],
 )

@@ -102,11 +102,11 @@ def test_a_stream_says_so_at_its_beginning_and_its_end(client: httpx2.Client) ->
         ({"name": "apg", "scale": 4}, "there can be none of the rule 'apg', only of none, cfg 2"),
         (
             {"name": "cfg", "scale": 4, "policy": "interval"},
-            "there can be none of guidance with a policy of its own, only of none",
+            "there can be none of guidance with `policy`, only of none",
         ),
         (
             {"name": "cfg", "scale": 4, "perturbed": ["pag"]},
-            "there can be none of guidance with a perturbed of its own",
+            "there can be none of guidance with `perturbed`",
         ),
     ],
     ids=str,

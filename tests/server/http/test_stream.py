@@ -134,7 +134,7 @@ def test_deleting_ends_a_plain_answer(client: httpx2.Client, running: Any) -> No
 def test_nothing_is_there_to_delete(client: httpx2.Client) -> None:
     answer = client.delete("/v1/generate/none")
     assert answer.status_code == 404
-    assert answer.json()["error"]["message"] == "No generation 'none' is under way."
+    assert answer.json()["error"]["message"] == "No generation 'none' is running."
 
 
 @pytest.mark.parametrize("fields", [{}, {"stream": True}], ids=["plain", "stream"])

@@ -62,12 +62,12 @@ def test_the_default_sampler_is_registered() -> None:
         (
             {"prompt": "a\0b"},
             "prompt",
-            r"prompt has the character '\x00' at 1; only text is allowed.",
+            r"prompt has the character '\x00' at position 1; only text is allowed.",
         ),
         (
             {"prompt": "\ud800"},
             "prompt",
-            r"prompt has the character '\ud800' at 0; only text is allowed.",
+            r"prompt has the character '\ud800' at position 0; only text is allowed.",
         ),
         (
             {"guidance": {"name": "cfg", "scale": "7"}},
@@ -174,13 +174,13 @@ def test_the_default_sampler_is_registered() -> None:
         (
             {"sampler": {"eta": 1}},
             "sampler",
-            f"sampler is an object without 'name'; allowed are: "
+            f"sampler is an object without a 'name'; allowed are: "
             f"{', '.join(name_of(member) for member in SAMPLERS)}.",
         ),
         (
             {"sampler": 7},
             "sampler",
-            f"sampler is neither a name nor an object with 'name'; allowed are: "
+            f"sampler is neither a name nor an object with a 'name'; allowed are: "
             f"{', '.join(name_of(member) for member in SAMPLERS)}.",
         ),
     ],
@@ -197,7 +197,7 @@ def test_an_unknown_name_is_answered_with_the_known_ones(
     field: str, members: tuple[type[BaseModel], ...]
 ) -> None:
     allowed = ", ".join(name_of(member) for member in members)
-    expected = field, f"{field} 'warp' is not known; allowed are: {allowed}."
+    expected = field, f"{field} 'warp' is unknown; allowed are: {allowed}."
     assert sentence(**{field: "warp"}) == expected
     assert sentence(**{field: {"name": "warp"}}) == expected
 
@@ -208,29 +208,33 @@ def test_an_unknown_name_is_answered_with_the_known_ones(
         (
             "sampler",
             "DPM++ 2M Karras",
-            "sampler 'DPM++ 2M Karras' is here sampler "
-            '{"name": "dpm_solver_pp", "lower_order_final": false} with spacing '
+            "sampler 'DPM++ 2M Karras' corresponds to "
+            '{"name": "dpm_solver_pp", "lower_order_final": false} here, with spacing '
             "'karras'; allowed are: ddim, ",
         ),
         (
             "sampler",
             "DPM++ 2M SDE Heun Beta",
-            "sampler 'DPM++ 2M SDE Heun Beta' is here sampler "
+            "sampler 'DPM++ 2M SDE Heun Beta' corresponds to "
             '{"name": "dpm_solver_pp", "variant": "sde", "solver_type": "taylor", '
-            '"lower_order_final": false} with spacing {"name": "beta", "over": "sigma"}; allowed',
+            '"lower_order_final": false} here, with spacing {"name": "beta", "over": "sigma"}; ',
         ),
-        ("sampler", "DDIM", "sampler 'DDIM' is here sampler 'ddim'; allowed are: "),
+        ("sampler", "DDIM", "sampler 'DDIM' corresponds to 'ddim' here; allowed are: "),
         (
             "sampler",
             "EulerDiscreteScheduler",
-            "sampler 'EulerDiscreteScheduler' is here sampler 'euler' with spacing 'linspace'; ",
+            "sampler 'EulerDiscreteScheduler' corresponds to 'euler' here, with spacing 'lin",
         ),
         (
             "sampler",
             "DPM adaptive",
             "sampler 'DPM adaptive' has no equal here: its steps depend on the picture; ",
         ),
-        ("spacing", "SGM Uniform", "spacing 'SGM Uniform' is here spacing 'sgm_uniform'; allowed"),
+        (
+            "spacing",
+            "SGM Uniform",
+            "spacing 'SGM Uniform' corresponds to 'sgm_uniform' here; allowed",
+        ),
         ("spacing", "KL Optimal", "spacing 'KL Optimal' has no equal here: even in the arc tang"),
     ],
 )
@@ -244,13 +248,13 @@ def test_names_of_other_programs_are_translated(field: str, name: str, start: st
 def test_an_unknown_policy_is_named_by_its_path() -> None:
     field, message = sentence(guidance={"name": "cfg", "policy": "never"})
     assert field == "guidance.policy"
-    assert message.startswith("policy 'never' is not known; allowed are: always,")
+    assert message.startswith("policy 'never' is unknown; allowed are: always,")
 
 
 def test_an_unknown_perturbation_is_named_by_its_path() -> None:
     field, message = sentence(guidance={"name": "cfg", "perturbed": ["pig"]})
     assert field == "guidance.perturbed.0"
-    assert message.startswith("perturbed 'pig' is not known; allowed are: pag,")
+    assert message.startswith("perturbed 'pig' is unknown; allowed are: pag,")
 
 
 @pytest.mark.parametrize("perturbation", PERTURBATIONS, ids=lambda kind: kind.__name__)
@@ -273,7 +277,7 @@ def test_any_rule_goes_with_any_perturbation_and_settings_survive_their_own_answ
 def test_unknown_particles_are_named_by_their_path() -> None:
     field, message = sentence(guidance={"name": "cfg", "particles": "smc"})
     assert field == "guidance.particles"
-    assert message == "particles 'smc' is not known; allowed are: fkc."
+    assert message == "particles 'smc' is unknown; allowed are: fkc."
 
 
 def test_a_missing_prompt_is_required() -> None:

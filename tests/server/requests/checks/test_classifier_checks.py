@@ -52,20 +52,20 @@ def plan_of(model: HostedModel, request: ResolvedRequest) -> Any:
         (
             {"name": "elucd"},
             "guidance.classifier.target",
-            "guidance.classifier.target is empty; 'elucd' needs a class of at least one of "
+            "guidance.classifier.target is empty; 'elucd' needs a class for at least one of: "
             "shape, colour.",
         ),
         (
             {"name": "elucd", "target": {"mood": "gay"}},
             "guidance.classifier.target",
-            "guidance.classifier.target names 'mood'; the classifier of model 'embedded' knows "
+            "guidance.classifier.target names 'mood'; the classifier of model 'embedded' has: "
             "shape, colour.",
         ),
         (
             {"name": "gradient_free", "target": {"colour": "mauve"}},
             "guidance.classifier.target.colour",
             "guidance.classifier.target.colour is 'mauve'; the classifier of model 'embedded' "
-            "knows red, green, blue.",
+            "has: red, green, blue.",
         ),
         (
             {"name": "gradient_free", "target": {"shape": "circle"}},
@@ -77,7 +77,7 @@ def plan_of(model: HostedModel, request: ResolvedRequest) -> Any:
             {"name": "minority"},
             "guidance.classifier.target",
             "guidance.classifier.target names 'minority'; the classifier of model 'embedded' "
-            "knows shape, colour.",
+            "has: shape, colour.",
         ),
     ],
 )
@@ -96,7 +96,7 @@ def test_a_model_without_a_classifier_says_so(model: HostedModel) -> None:
         resolved(model, name="elucd", target={"shape": "star"})
     model.classifier_lacks = kept
     assert str(refusal.value) == (
-        "guidance.classifier is 'elucd', and model 'embedded' has no classifier: its folder has "
+        "guidance.classifier is 'elucd', but model 'embedded' has no classifier: its folder has "
         "no weft/classifier.safetensors; leave guidance.classifier out."
     )
 

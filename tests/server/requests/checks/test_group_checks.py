@@ -82,31 +82,31 @@ def test_what_was_asked_comes_back_in_the_settings() -> None:
             {"negtome": {}},
             {"n": 1},
             "n",
-            "n is 1; guidance.negtome needs at least 2 images, or a picture in `reference`.",
+            "n is 1; guidance.negtome needs at least 2 images, or an image in `reference`.",
         ),
         (
             {},
             {"reference": "sent"},
             "reference",
-            "reference needs guidance.negtome; ask for that or leave reference out.",
+            "reference has no effect without guidance.negtome; add that or leave reference out.",
         ),
         (
             {"negtome": {"away_from": "first"}},
             {"reference": "sent"},
             "reference",
-            "reference is of no use where guidance.negtome.away_from is 'first'; leave one out.",
+            "reference has no effect while guidance.negtome.away_from is 'first'; leave one out.",
         ),
         (
             {"negtome": {"away_from": "reference"}},
             {},
             "guidance.negtome.away_from",
-            "guidance.negtome.away_from is 'reference'; it needs a picture, so send `reference`.",
+            "guidance.negtome.away_from is 'reference', which needs an image; send `reference`.",
         ),
         (
             {"particles": "fkc", "negtome": {}},
             {"reference": "sent"},
             "guidance.particles",
-            "guidance.particles is 'fkc'; its weights are those of 'cfg' alone, so leave "
+            "guidance.particles is 'fkc'; its weights hold for 'cfg' alone, so leave "
             "guidance.negtome out.",
         ),
         (
@@ -119,50 +119,51 @@ def test_what_was_asked_comes_back_in_the_settings() -> None:
             {"particles": "fkc", "name": "apg"},
             {},
             "guidance.particles",
-            "guidance.particles is 'fkc'; it corrects the rule 'cfg', and cannot 'apg'.",
+            "guidance.particles is 'fkc'; it corrects the rule 'cfg' and is incompatible with "
+            "'apg'.",
         ),
         (
             {"particles": "fkc", "scale": 1},
             {},
             "guidance.particles",
-            "guidance.particles is 'fkc'; at a scale of 1 there is no guidance to correct; take "
-            "another, or leave it out.",
+            "guidance.particles is 'fkc'; at scale 1 there is no guidance to correct; choose "
+            "another scale or leave it out.",
         ),
         (
             {"particles": "fkc", "policy": "reuse"},
             {},
             "guidance.particles",
-            "guidance.particles is 'fkc'; it weighs every step, so the policy must be 'always', "
-            "not 'reuse'.",
+            "guidance.particles is 'fkc'; it needs guidance at every step, so the policy 'reuse' "
+            "is incompatible; leave guidance.policy out.",
         ),
         (
             {"particles": "fkc", "perturbed": ["pag"]},
             {},
             "guidance.particles",
-            "guidance.particles is 'fkc'; its weights are those of 'cfg' alone, so leave "
+            "guidance.particles is 'fkc'; its weights hold for 'cfg' alone, so leave "
             "guidance.perturbed out.",
         ),
         (
             {"particles": "fkc", "negtome": {}},
             {},
             "guidance.particles",
-            "guidance.particles is 'fkc'; its weights are those of 'cfg' alone, so leave "
+            "guidance.particles is 'fkc'; its weights hold for 'cfg' alone, so leave "
             "guidance.negtome out.",
         ),
         (
             {"particles": "fkc"},
             {"has_picture": True},
             "guidance.particles",
-            "guidance.particles is 'fkc'; its weights are those of a run from nothing, so leave "
-            "`image` out.",
+            "guidance.particles is 'fkc'; particles need a run from pure noise, so leave `image` "
+            "out.",
         ),
         (
             {"negtome": {}, "policy": "adaptive"},
             {},
             "guidance.negtome",
-            "guidance.negtome: the policy 'adaptive' ends guidance for each image by itself, and "
-            "then their predictions have no counterparts; take another policy, or send a picture "
-            "in `reference`.",
+            "guidance.negtome: the policy 'adaptive' ends guidance for each image independently, "
+            "but these images need each other's predictions; choose another policy, or send an "
+            "image in `reference`.",
         ),
         (
             {"negtome": {"layers": ["none"]}},
@@ -198,7 +199,7 @@ def test_settings_of_images_that_avoid_a_picture_are_refused_without_it() -> Non
     settings = resolved({"negtome": {}}, n=2, reference="sent").settings()
     assert "reference" not in settings
     again = GenerateRequest.model_validate(settings)
-    with pytest.raises(InvalidRequest, match="it needs a picture, so send `reference`") as caught:
+    with pytest.raises(InvalidRequest, match="which needs an image; send `reference`") as caught:
         resolve(again, Toy(), Limits(), None)
     assert caught.value.field == "guidance.negtome.away_from"
 
