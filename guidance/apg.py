@@ -41,7 +41,6 @@ class APG(ScaledRule, frozen=True):
     source: ClassVar[str] = "Sadat et al., arXiv 2410.02416, algorithm 1."
     memory_slots: ClassVar[int] = 1
     name: Literal["apg"] = "apg"
-    scale: float = Field(default=7.5, ge=0, le=100, description="Strength; 1 is no guidance.")
     eta: float = Field(
         default=0.0,
         ge=0,

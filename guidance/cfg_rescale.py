@@ -35,7 +35,6 @@ class CFGRescale(ScaledRule, frozen=True):
     )
     source: ClassVar[str] = "Lin et al., arXiv 2305.08891, section 3.4."
     name: Literal["cfg_rescale"] = "cfg_rescale"
-    scale: float = Field(default=7.5, ge=0, le=100, description="Strength; 1 is no guidance.")
     rescale: float = Field(
         default=0.7, ge=0, le=1, description="Weight of the rescaled prediction; 0 is plain CFG."
     )

@@ -28,7 +28,6 @@ class DynamicThresholding(ScaledRule, frozen=True):
     summary: ClassVar[str] = "CFG, clipped and rescaled to a limit; made for pixel models."
     source: ClassVar[str] = "Saharia et al., arXiv 2205.11487, section 2.3."
     name: Literal["dynamic_thresholding"] = "dynamic_thresholding"
-    scale: float = Field(default=7.5, ge=0, le=100, description="Strength; 1 is no guidance.")
     quantile: float = Field(
         default=0.995, ge=0.5, le=1, description="Fraction of the elements that is not clipped."
     )

@@ -42,10 +42,10 @@ class FrequencyDecoupled(Rule, frozen=True):
     source: ClassVar[str] = "Sadat et al., arXiv 2506.19713."
     name: Literal["frequency_decoupled"] = "frequency_decoupled"
     scale: float = Field(
-        default=5.0, ge=0, le=100, description="Strength for layout and colour; 1 is no guidance."
+        default=2.0, ge=0, le=100, description="Strength for layout and colour; 1 is no guidance."
     )
     scale_high: float = Field(
-        default=10.0, ge=0, le=100, description="Strength for detail; 1 is no guidance."
+        default=4.0, ge=0, le=100, description="Strength for detail; 1 is no guidance."
     )
 
     @property

@@ -32,7 +32,7 @@ class PerpNeg(Rule, frozen=True):
     )
     source: ClassVar[str] = "Armandpour et al., arXiv 2304.04968."
     name: Literal["perp_neg"] = "perp_neg"
-    scale: float = Field(default=7.5, ge=0, le=100, description="Strength; 0 is the empty prompt.")
+    scale: float = Field(default=4.0, ge=0, le=100, description="Strength; 0 is the empty prompt.")
     negative: float = Field(
         default=1.0,
         ge=0,

@@ -34,7 +34,6 @@ class TCFG(ScaledRule, frozen=True):
     )
     source: ClassVar[str] = "Kwon et al., arXiv 2503.18137, listing 1."
     name: Literal["tcfg"] = "tcfg"
-    scale: float = Field(default=7.5, ge=0, le=100, description="Strength; 1 is no guidance.")
     damping: float = Field(
         default=1.0,
         ge=0,

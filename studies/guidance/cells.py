@@ -86,7 +86,7 @@ OTHER_RULES: Mapping[str, Mapping[str, Any]] = {
 
 FREQUENCIES = tuple(
     {"name": "frequency_decoupled", "scale": low, "scale_high": high}
-    for low, high in ((4.0, 8.0), (8.0, 4.0))
+    for low, high in ((4.0, 8.0), (8.0, 4.0), (2.0, 4.0))
 )
 
 APG_VARIANTS: Mapping[str, Mapping[str, Any]] = {
@@ -177,6 +177,7 @@ RESIDUAL_SCALES = (1.2, 1.5, 2.0, 4.0)
 OVERLAPPING: Mapping[str, Mapping[str, Any]] = {
     "cfg 4": BASE,
     "perp_neg 4": {"name": "perp_neg", "scale": 4.0},
+    "perp_neg 7.5": {"name": "perp_neg", "scale": 7.5},
 }
 AVOIDING: Mapping[str, Mapping[str, Any]] = {
     "none": UNGUIDED,
@@ -333,7 +334,7 @@ def _in_order() -> Iterator[Cell]:
     yield from _cells([*ADAPTIVE.values(), ADAPTIVE_NOISE, RATED["residual, onetime"]])
     for settings in PERTURBATIONS.values():
         yield Cell({**UNGUIDED, "perturbed": [settings]})
-    for scale in (7.5, 20.0):
+    for scale in (7.5, 20.0, 4.0):
         yield from _cells([{**rule, "scale": scale} for rule in OTHER_RULES.values()])
     yield from _cells([magnitude_aware(scale) for scale in HIGH_SCALES])
     yield from _cells([*APG_VARIANTS.values(), *COMBINED.values()])

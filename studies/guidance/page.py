@@ -56,6 +56,7 @@ def _entries(results: Results) -> dict[str, str]:
     )
     return {
         **{of.__name__: of(results) for of in plain},
+        "rules_4": tables.rules(results, 4.0),
         "rules_7_5": tables.rules(results, 7.5),
         "rules_20": tables.rules(results, 20.0),
         "cells": f"{results.cells:,}",

@@ -45,7 +45,7 @@ def test_in_noise_space_it_is_diffusers() -> None:
     rows = draw(4)
     cond, other = ((rows.x - rows.alpha * D) / rows.sigma for D in (rows.cond, rows.other))
     theirs = (rows.x - rows.sigma * normalized_guidance(cond, other, 7.5)) / rows.alpha
-    torch.testing.assert_close(apply(TCFG(), rows).denoised, theirs, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(apply(TCFG(scale=7.5), rows).denoised, theirs, rtol=1e-3, atol=1e-3)
 
 
 def test_undamped_it_is_cfg() -> None:
