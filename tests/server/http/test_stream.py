@@ -14,7 +14,7 @@ import httpx2
 import pytest
 from PIL import Image
 
-from server.http import generate
+from server.http import events as event_stream
 
 LONG = {"prompt": "a blue square", "steps": 200, "seed": 1}
 
@@ -161,7 +161,7 @@ def test_a_client_that_goes_away_costs_nothing_more(running: Any, fields: dict[s
 def test_a_silent_stream_says_that_it_is_alive(
     client: httpx2.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generate, "PING_S", 0.001)
+    monkeypatch.setattr(event_stream, "PING_S", 0.001)
     answer = client.post("/v1/generate", json=LONG | {"steps": 8, "stream": True})
     assert ": ping" in answer.text
     assert list(events(answer.iter_lines()))[-1][0] == "completed"

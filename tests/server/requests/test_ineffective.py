@@ -60,6 +60,10 @@ def test_a_negative_prompt_that_acts_is_not_warned_of(guidance: Any) -> None:
     assert warnings(guidance) == ()
 
 
+def test_a_negative_prompt_that_a_part_reads_is_not_warned_of() -> None:
+    assert warnings({"name": "none", "nag": {}}) == ()
+
+
 @pytest.mark.parametrize("negative", [None, ""])
 def test_no_negative_prompt_is_not_warned_of(negative: str | None) -> None:
     assert warnings("none", negative_prompt=negative) == ()

@@ -1,0 +1,59 @@
+"""The stream of server-sent events of a generation."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Final
+
+from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
+from pydantic import BaseModel
+from starlette.types import Receive, Scope, Send
+
+from server.errors import WeftError
+from server.http.answers import completed, progressed, queued
+from server.http.errors import body_of
+from server.service.generation import Generation
+from server.service.service import Service
+
+__all__ = ["GenerationStream"]
+
+PING_S: Final = 15.0
+"""Seconds of silence after which a stream sends a keep-alive comment."""
+
+
+class GenerationStream(EventSourceResponse):
+    """Streams the events of one generation, which ends when the connection does."""
+
+    def __init__(self, service: Service, generation: Generation) -> None:
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        super().__init__(self._events(), headers=headers)
+        self._service = service
+        self._generation = generation
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._service.release(self._generation)
+
+    async def _events(self) -> AsyncIterator[bytes]:
+        generation = self._generation
+        yield _event("queued", queued(generation))
+        try:
+            while not generation.done:
+                news = await generation.news(PING_S)
+                for progress in news:
+                    yield _event("progress", await asyncio.to_thread(progressed, progress))
+                if not news and not generation.done:
+                    yield KEEPALIVE_COMMENT
+            pictures = await self._service.pictures(generation)
+            yield _event("completed", completed(generation, pictures))
+        except WeftError as error:
+            yield format_sse_event(event="error", data_str=json.dumps(body_of(error)))
+
+
+def _event(name: str, data: BaseModel) -> bytes:
+    return format_sse_event(event=name, data_str=data.model_dump_json())
