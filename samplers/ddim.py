@@ -45,7 +45,7 @@ class DDIM(Sampler, frozen=True):
 
     @override
     def plan(self, grid: Grid) -> Plan:
-        return ancestral_plan(grid, self.eta)
+        return ancestral_plan(grid.landed(), self.eta)
 
 
 def ancestral_plan(grid: Grid, eta: float) -> Plan:

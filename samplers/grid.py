@@ -114,6 +114,21 @@ class Grid:
             told, alpha, sigma = np.append(told, 0.0), np.append(alpha, 1.0), np.append(sigma, 0.0)
         return cls(schedule, told, alpha, sigma)
 
+    def landed(self) -> Grid:
+        """The grid that DDIM and PLMS follow, which may land on the cleanest trained level.
+
+        A schedule says so where diffusers' config has ``set_alpha_to_one: false``.
+        """
+        if self.schedule.clean_end or self.sigma[-1] > 0:
+            return self
+        alpha, sigma = self.schedule.level(np.array([self.schedule.t_end]))
+        return Grid(
+            self.schedule,
+            self.t,
+            np.append(self.alpha[:-1], alpha),
+            np.append(self.sigma[:-1], sigma),
+        )
+
     @property
     def steps(self) -> int:
         """N."""

@@ -29,6 +29,11 @@ class Levels(ABC):
         """Time of the cleanest level the network was trained on."""
 
     @property
+    def clean_end(self) -> bool:
+        """Whether DDIM and PLMS end on the clean picture, or on the cleanest trained level."""
+        return True
+
+    @property
     def whole_timesteps(self) -> int | None:
         """T of a schedule trained at the times 0 .. T - 1 alone; None where time is continuous."""
         return None

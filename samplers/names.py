@@ -134,7 +134,8 @@ def _spacing_of(config: Mapping[str, Any], known: Scheduler) -> Fields:
             return fields
     match config.get("timestep_spacing"):
         case "leading" if known.spacing["name"] != "lcm":
-            return {"name": "leading", "offset": config.get("steps_offset", 0)}
+            offset = config.get("steps_offset", 0)
+            return {"name": "leading", "offset": offset, "endpoint": not known.multistep}
         case "trailing":
             return {"name": "trailing"}
         case "linspace":

@@ -89,7 +89,9 @@ class NoiseSchedule(Levels):
                 sigma_min=float(config.get("sigma_min", 0.002)),
                 sigma_max=float(config.get("sigma_max", 80.0)),
             )
-        return DiscreteVP(_log_alphas_of(config))
+        # A PNDMScheduler that leaves it out lands on the first trained step, unlike all others.
+        clean = config.get("set_alpha_to_one", not name.startswith("PNDM"))
+        return DiscreteVP(_log_alphas_of(config), set_alpha_to_one=clean is not False)
 
     @staticmethod
     def vp_linear(beta_min: float = 0.1, beta_max: float = 20.0) -> NoiseSchedule:
@@ -152,6 +154,13 @@ class DiscreteVP(VariancePreserving):
     """
 
     log_alphas: F64 = field(repr=False)
+    set_alpha_to_one: bool = True
+
+    @property
+    @override
+    def clean_end(self) -> bool:
+        """What ``set_alpha_to_one`` of diffusers' configs says."""
+        return self.set_alpha_to_one
 
     @property
     @override

@@ -46,6 +46,7 @@ class PLMS(Sampler, frozen=True):
 
     @override
     def plan(self, grid: Grid) -> Plan:
+        grid = grid.landed()
         line = Line.of_schedule(grid)
         slots = tuple(f"slope{k}" for k in range(1, ORDER))
         columns = Columns("x", *slots)

@@ -30,16 +30,22 @@ class Leading(Spacing, frozen=True):
     offset: int = Field(
         default=1, ge=0, le=10, description="Number of trained timesteps added to every time."
     )
+    endpoint: bool = Field(
+        default=True,
+        description="Evaluate at the cleanest stride too; without it, as in diffusers' multistep "
+        "solvers, there is one more stride and the last evaluation is one stride above.",
+    )
 
     @override
     def evaluated(self, schedule: Levels, steps: int) -> F64:
+        above = 0 if self.endpoint else 1
         if trained := schedule.whole_timesteps:
-            refuse_more_than_trained(trained, steps)
-            stride = trained // steps
-            times = np.arange(steps)[::-1] * stride + self.offset
+            refuse_more_than_trained(trained, steps + above)
+            stride = trained // (steps + above)
+            times = (np.arange(steps)[::-1] + above) * stride + self.offset
             return np.minimum(times, trained - 1).astype(np.float64)
-        every = schedule.uniform(steps + 1, schedule.t_start, schedule.t_end)
-        return every[1:]
+        every = schedule.uniform(steps + above + 1, schedule.t_start, schedule.t_end)
+        return every[1 : steps + 1]
 
 
 class Trailing(Spacing, frozen=True):

@@ -148,7 +148,7 @@ def guided(pipeline: Any, plan: Plan) -> Callable[[Tensor, float], Tensor]:
 
 
 def ours(pipeline: Any, pair: Pair, latents: Tensor) -> Tensor:
-    schedule = NoiseSchedule.from_diffusers(CONFIG)
+    schedule = NoiseSchedule.from_diffusers(CONFIG | pair.options)
     grid = schedule.grid(pair.spacing, pair.steps)
     if not pair.lands_clean:
         grid = Grid.on_times(schedule, np.append(grid.t[:-1], 0.0), clean=False)
@@ -235,6 +235,7 @@ class PreciseSASolver(SASolverScheduler):
 
 LEADING = {"timestep_spacing": "leading", "steps_offset": 1}
 TRAILING = {"timestep_spacing": "trailing"}
+TRAINED_END = {"set_alpha_to_one": False}
 PLMS_ALONE = {"skip_prk_steps": True, "prediction_type": "epsilon"}
 # The multistep solvers' linspace stops one stride above the clean end.
 LINSPACE = {"timestep_spacing": "linspace"}
@@ -302,6 +303,40 @@ def unipc(order: int, variant: str) -> Pair:
 PAIRS = {
     "ddim-leading": Pair(DDIMScheduler, LEADING, DDIM(), Leading()),
     "ddim-trailing": Pair(DDIMScheduler, TRAILING, DDIM(), Trailing()),
+    "ddim-landing-on-a-trained-step": Pair(
+        DDIMScheduler, LEADING | TRAINED_END, DDIM(), Leading(), 25
+    ),
+    "ddim-evaluated-where-it-lands": Pair(
+        DDIMScheduler, LEADING | TRAINED_END | {"steps_offset": 0}, DDIM(), Leading(offset=0)
+    ),
+    "ddim-eta-1-landing-on-a-trained-step": Pair(
+        DDIMScheduler, TRAILING | TRAINED_END, DDIM(eta=1), Trailing(), eta=1.0
+    ),
+    # Only DDIM and PLMS land there; with the same folder Euler lands on the clean picture.
+    "euler-of-a-folder-for-ddim": Pair(
+        EulerDiscreteScheduler, LEADING | TRAINED_END, Euler(), Leading()
+    ),
+    "dpm_solver_pp-leading": Pair(
+        DPMSolverMultistepScheduler,
+        LEADING,
+        DPMSolverPP(lower_order_final=OF_SHORT_RUNS),
+        Leading(endpoint=False),
+        10,
+    ),
+    "unipc-leading": Pair(
+        UniPCMultistepScheduler,
+        LEADING,
+        UniPC(order=2, lower_order_final="always"),
+        Leading(endpoint=False),
+        10,
+    ),
+    "deis-leading": Pair(
+        DEISMultistepScheduler,
+        LEADING | {"solver_order": 2},
+        DEIS(order=2, lower_order_final=OF_SHORT_RUNS),
+        Leading(endpoint=False),
+        lands_clean=False,
+    ),
     "ddim-eta-0.4": Pair(DDIMScheduler, LEADING, DDIM(eta=0.4), Leading(), eta=0.4),
     "ddim-eta-1": Pair(DDIMScheduler, TRAILING, DDIM(eta=1), Trailing(), eta=1.0),
     "euler-leading": Pair(EulerDiscreteScheduler, LEADING, Euler(), Leading()),
@@ -385,6 +420,9 @@ PAIRS = {
             (TRAILING, Trailing(), 8),
         )
     },
+    "plms-landing-on-a-trained-step": Pair(
+        PLMSOfNoise, LEADING | TRAINED_END | PLMS_ALONE, PLMS(), Leading(), 7
+    ),
     "heun-leading": Pair(HeunDiscreteScheduler, LEADING, Heun(), Leading(), 5),
     "heun-trailing": Pair(
         HeunDiscreteScheduler, TRAILING, Heun(), Trailing(), 5, starts_from_sigma=True

@@ -133,7 +133,7 @@ def test_names_stand_for(text: str, sampler: Sampler, spacing: Spacing | None) -
         (
             {"timestep_spacing": "leading", "steps_offset": 1, "lower_order_final": False},
             DPMSolverPP(lower_order_final=False),
-            Leading(offset=1),
+            Leading(offset=1, endpoint=False),
         ),
         ({"timestep_spacing": "linspace"}, AS_DIFFUSERS, Linspace(endpoint=False)),
     ],

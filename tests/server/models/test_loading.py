@@ -235,6 +235,12 @@ def test_entries_of_configs_that_load_code_are_never_followed(folder, monkeypatc
     assert "quantization_config" not in model.modules()["unet"].config
 
 
+def test_a_folder_may_have_ddim_land_on_a_trained_step(folder):
+    assert load(folder).default_schedule.clean_end
+    edit(folder / "scheduler" / "scheduler_config.json", set_alpha_to_one=False)
+    assert not load(folder).default_schedule.clean_end
+
+
 def test_sharded_weights_are_those_of_one_file(folder):
     whole = load_file(weights(folder, "unet"))
     expected = load(folder).modules()["unet"].state_dict()
