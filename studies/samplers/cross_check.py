@@ -24,7 +24,7 @@ ORDERS = (2, 3)
 def plan_of_order(order: Literal[2, 3], schedule: NoiseSchedule) -> Plan:
     """DPM-Solver++ in steps of whole timesteps, from the noisiest trained level to the cleanest."""
     grid = schedule.grid(Linspace(), STEPS, t_end=schedule.t_end)
-    return DPMSolverPP(order=order).plan(grid)
+    return DPMSolverPP(order=order, lower_order_final="below_15_steps").plan(grid)
 
 
 def theirs(order: int, plan: Plan, prompts: list[str], scale: float) -> Tensor:
