@@ -8,6 +8,7 @@ from time import perf_counter, sleep
 from typing import TYPE_CHECKING, Any
 
 import torch
+from typing_extensions import override
 
 from guidance import RULES
 from guidance.always import Always
@@ -24,10 +25,9 @@ if TYPE_CHECKING:
 
     from benchmarks.architectures import Architecture
     from benchmarks.traffic import Request
+    from server.engine.scheduler import Load
+    from server.engine.state.lane import Lane
     from server.engine.state.sequence import ImageResult
-
-LARGEST_BATCH = 16
-"""Images in a static batch; a guided one is two rows of the forward each."""
 
 SCALES = {"none": 1.0, "cfg": 4.0, "apg": 7.5}
 
@@ -49,12 +49,28 @@ class Outcome:
     batches: list[int] = field(default_factory=list)
 
 
-class Weft:
-    """The engine itself: no HTTP, as the pipelines have none."""
+class _Filled(Engine):
+    """An engine whose every tick is as full as its budget allows."""
 
-    def __init__(self, architecture: Architecture, row_budget: int | None) -> None:
+    @override
+    def rows_of_tick(self, load: Load, lane: Lane) -> int:
+        return self.measurements.row_budget
+
+
+class Weft:
+    """The engine itself: no HTTP, as the pipelines have none.
+
+    Args:
+        architecture: the model.
+        row_budget: most rows of a tick.
+        filled: fill every tick up to the budget, instead of choosing its rows by their cost.
+    """
+
+    def __init__(
+        self, architecture: Architecture, row_budget: int | None, *, filled: bool = False
+    ) -> None:
         self._architecture = architecture
-        self._engine = Engine(
+        self._engine = (_Filled if filled else Engine)(
             {"model": architecture.hosted}, row_budget=row_budget, max_pending=4096
         )
         self._engine.start()
@@ -65,7 +81,7 @@ class Weft:
 
     @property
     def row_budget(self) -> int:
-        """Rows of a tick, as measured or given."""
+        """Most rows of a tick."""
         return self._engine.measurements.row_budget
 
     def run(self, requests: list[Request]) -> Outcome:
@@ -148,17 +164,18 @@ class Diffusers:
 
     Args:
         architecture: the model.
-        batched: False runs one request after another. True takes, each time it is free, the
-            oldest waiting request and all waiting ones of the same sampler, guidance and steps.
+        largest: images in a batch. 1 runs one request after another. Else it takes, each time it
+            is free, the oldest waiting request and all waiting ones of the same sampler, guidance
+            and steps, up to so many.
 
     The pipeline has no APG; such a request runs there as plain guidance, at the same number of
     evaluations and a little less arithmetic.
     """
 
-    def __init__(self, architecture: Architecture, *, batched: bool) -> None:
+    def __init__(self, architecture: Architecture, *, largest: int) -> None:
         self._pipeline = architecture.pipeline
         self._side = architecture.side
-        self._batched = batched
+        self._largest = largest
         self._busy_s = 0.0
         self._schedulers = _schedulers(self._pipeline.scheduler.config)
 
@@ -184,15 +201,13 @@ class Diffusers:
         return Outcome(latencies, total, busy, batches)
 
     def _next(self, requests: list[Request], waiting: list[int], now: float) -> list[int]:
-        if not self._batched:
-            return waiting[:1]
         head = requests[waiting[0]]
         like = [
             i
             for i in waiting
             if requests[i].arrival_s <= now and requests[i].settings == head.settings
         ]
-        return like[:LARGEST_BATCH] or waiting[:1]
+        return like[: self._largest] or waiting[:1]
 
     def _generate(self, batch: list[Request]) -> None:
         began = perf_counter()

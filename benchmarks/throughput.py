@@ -2,10 +2,12 @@
 
     python -m benchmarks.throughput                                     # CPU, embedded model
     python -m benchmarks.throughput --architecture sd15 --device cuda   # GPU, SD 1.5's sizes
+    python -m benchmarks.throughput --mix homogeneous                   # all requests agree
+    python -m benchmarks.throughput --cold-starts 10 --busy 1           # does each start do well?
 
-Prints one Markdown table: images a second, mean and 95th percentile latency, their ratios to
-Weft's, and the share of the working time outside the denoiser. Each figure is the median over
-rounds, in which the systems take turns.
+Prints Markdown tables: images a second, mean and 95th percentile latency, their ratios to Weft's,
+and the share of the working time outside the denoiser. Each figure is the median over rounds, in
+which the systems take turns.
 """
 
 from __future__ import annotations
@@ -19,15 +21,24 @@ from typing import TYPE_CHECKING
 import torch
 
 from benchmarks.architectures import build
+from benchmarks.background import busy
 from benchmarks.peers import Diffusers, Outcome, Weft
-from benchmarks.traffic import mixed
+from benchmarks.traffic import homogeneous, mixed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from benchmarks.architectures import Architecture
     from benchmarks.traffic import Request
 
-SYSTEMS = ("weft", "one by one", "static batches")
+LARGEST_BATCH = 16
+"""Images in a static batch of mixed traffic; a guided one is two rows of the forward each."""
+
+BATCHES = (8, 16, 32)
+"""Images in a static batch of homogeneous traffic, each a system of its own."""
+
+BUDGETS = (8, 16, 32, 64, 128)
+"""Rows of a tick that cold starts are compared with."""
 
 
 def main() -> None:
@@ -36,14 +47,24 @@ def main() -> None:
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     torch.set_num_threads(options.threads)
     architecture = build(options.architecture, options.device, options.dtype)
+    print(_heading(options))
+    with busy(options.busy):
+        if options.cold_starts:
+            _cold_starts(architecture, options)
+        elif options.mix == "homogeneous":
+            _homogeneous(architecture, options)
+        else:
+            _mixed(architecture, options)
+
+
+def _mixed(architecture: Architecture, options: argparse.Namespace) -> None:
     weft = Weft(architecture, options.row_budget)
     systems: dict[str, Weft | Diffusers] = {
         "weft": weft,
-        "one by one": Diffusers(architecture, batched=False),
-        "static batches": Diffusers(architecture, batched=True),
+        "one by one": Diffusers(architecture, largest=1),
+        "static batches": Diffusers(architecture, largest=LARGEST_BATCH),
     }
     _warm_up(systems, options.steps)
-    print(_heading(options, weft.row_budget))
     at_once = mixed(options.requests, options.seed, options.steps, None)
     _describe(at_once)
     outcomes = _rounds(systems, at_once, options.rounds)
@@ -56,6 +77,44 @@ def main() -> None:
     weft.stop()
 
 
+def _homogeneous(architecture: Architecture, options: argparse.Namespace) -> None:
+    weft = Weft(architecture, options.row_budget)
+    static = {f"batches of {n}": Diffusers(architecture, largest=n) for n in BATCHES}
+    systems: dict[str, Weft | Diffusers] = {"weft": weft, **static}
+    requests = homogeneous(options.requests)
+    for system in systems.values():
+        system.run(requests[: max(BATCHES)])
+    _describe(requests)
+    outcomes = _rounds(systems, requests, options.rounds)
+    _report("Homogeneous traffic, all at once", outcomes, len(requests))
+    print("\\* rows of a forward for Weft, images of a batch for the pipelines")
+    weft.stop()
+
+
+def _cold_starts(architecture: Architecture, options: argparse.Namespace) -> None:
+    """Weft as it starts, in turn with engines that fill every tick up to a stated budget."""
+    requests = mixed(options.requests, options.seed, options.steps, None)
+    _describe(requests)
+    filled = {rows: Weft(architecture, rows, filled=True) for rows in BUDGETS}
+    rates: dict[int, list[float]] = {rows: [] for rows in BUDGETS}
+    shares: list[float] = []
+    print("| start | images/s |", " | ".join(f"{rows} rows" for rows in BUDGETS), "| of the best |")
+    print("|---|---|" + "---|" * (len(BUDGETS) + 1))
+    for start in range(options.cold_starts):
+        weft = Weft(architecture, None)
+        ours = len(requests) / weft.run(requests).total_s
+        weft.stop()
+        for rows, system in filled.items():
+            rates[rows].append(len(requests) / system.run(requests).total_s)
+        best = max(median(of_one) for of_one in rates.values())
+        shares.append(ours / best)
+        beside = " | ".join(f"{of_one[-1]:.2f}" for of_one in rates.values())
+        print(f"| {start + 1} | {ours:.2f} | {beside} | {shares[-1]:.2f} |", flush=True)
+    print(f"\nworst {min(shares):.2f}, median {median(shares):.2f} of the best budget's rate")
+    for system in filled.values():
+        system.stop()
+
+
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.throughput")
     parser.add_argument("--architecture", choices=("embedded", "sd15"), default="embedded")
@@ -65,6 +124,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=50, help="largest step count of the mix")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--load", type=float, default=1.0, help="arrivals over peer's throughput")
+    parser.add_argument("--mix", choices=("mixed", "homogeneous"), default="mixed")
+    parser.add_argument("--cold-starts", type=int, default=0, help="starts to compare, instead")
+    parser.add_argument("--busy", type=int, default=0, help="other processes that load the machine")
     parser.add_argument("--row-budget", type=int, default=None)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
@@ -87,12 +149,12 @@ def _rounds(
     return outcomes
 
 
-def _heading(options: argparse.Namespace, row_budget: int) -> str:
+def _heading(options: argparse.Namespace) -> str:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
     return (
         f"{options.architecture}, {options.dtype}, {device or platform.machine()}, "
         f"{options.threads} threads, torch {torch.__version__}; "
-        f"{row_budget} rows a tick; {options.rounds} rounds, seed {options.seed}"
+        f"{options.busy} other processes; {options.rounds} rounds, seed {options.seed}"
     )
 
 
@@ -111,7 +173,7 @@ def _report(title: str, outcomes: Mapping[str, list[Outcome]], count: int) -> No
     print("|---|---|---|---|---|---|---|---|---|---|")
     figures = {name: [_figures(o, count) for o in runs] for name, runs in outcomes.items()}
     ours = [median(column) for column in zip(*figures["weft"], strict=True)]
-    for name in SYSTEMS:
+    for name in figures:
         rate, average, late, outside, decoder, batch = (
             median(column) for column in zip(*figures[name], strict=True)
         )

@@ -62,3 +62,14 @@ def mixed(count: int, seed: int, most_steps: int, rate: float | None) -> list[Re
         requests.append(Request(clock, prompt, *drawn, seed=i))
         clock += random.expovariate(rate) if rate else 0.0
     return requests
+
+
+def homogeneous(count: int) -> list[Request]:
+    """``count`` requests at once that agree in everything but seed and prompt.
+
+    The best case of static batches, which then leave nothing to be woven.
+    """
+    return [
+        Request(0.0, f"a {SUBJECTS[i % len(SUBJECTS)]} {PLACES[0]}", "dpm_solver_pp", "cfg", 20, i)
+        for i in range(count)
+    ]

@@ -318,9 +318,10 @@ class Engine:
         if load is None:
             return []
         lane = next(sequence.lane for sequence in running if id(sequence.lane) == load.lane)
-        return [running[i] for i in select(candidates, self._rows_of_tick(load, lane))]
+        return [running[i] for i in select(candidates, self.rows_of_tick(load, lane))]
 
-    def _rows_of_tick(self, load: Load, lane: Lane) -> int:
+    def rows_of_tick(self, load: Load, lane: Lane) -> int:
+        """How many rows the next tick has, in the engine's thread."""
         most = min(self.measurements.row_budget, lane.row_cap.rows)
         if self._fixed_rows is not None:
             return most

@@ -47,3 +47,46 @@ def test_half_precision_stays_finite_and_books_device_time(start, task, run, dty
     assert not run(engine, mix(task)).errors
     assert engine.measurements.denoise_s > 0
     assert model.dtype == getattr(torch, dtype)
+
+
+class Cramped:
+    """The real model, which asks for more memory than there is for more than three rows."""
+
+    def __init__(self, model):
+        self._model = model
+        self.armed = False
+
+    def __getattr__(self, name):
+        return getattr(self._model, name)
+
+    def evaluate(self, x, *more):
+        if self.armed and len(x) > 3:
+            torch.empty(2**44, dtype=torch.uint8, device="cuda")
+        return self._model.evaluate(x, *more)
+
+    def decode(self, latents):
+        if self.armed and len(latents) > 1:
+            torch.empty(2**44, dtype=torch.uint8, device="cuda")
+        return self._model.decode(latents)
+
+
+def test_running_out_of_memory_loses_no_image_and_gives_all_memory_back(start, on_gpu, task, run):
+    cramped = Cramped(on_gpu)
+    engine = start(model=cramped)
+    tasks = [task("unipc", steps=4, seed=seed) for seed in range(8)]
+    run(engine, tasks).pixels()
+    before = torch.cuda.memory_allocated()
+    cramped.armed = True
+    run(engine, tasks).pixels()
+    assert torch.cuda.memory_allocated() <= 1.01 * before
+
+
+def test_images_that_finish_while_others_run_are_what_they_are_alone(start, on_gpu, task, run):
+    """The decoder has a stream of its own, and must read what the ticks have written."""
+    engine = start(model=on_gpu, deterministic=True)
+    tasks = [
+        task("unipc", steps=1 + seed % 7, seed=seed, previews=seed % 2 == 0) for seed in range(16)
+    ]
+    together = run(engine, tasks).pixels()
+    alone = [run(engine, [one]).pixels()[0] for one in tasks]
+    assert all(np.array_equal(a, b) for a, b in zip(alone, together, strict=True))
