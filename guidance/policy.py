@@ -92,7 +92,7 @@ class Policy(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=
         if self.skips and not rule.combines:
             return f"the rule {rule.name!r} makes one prediction only; leave the policy out"
         if self.embeds and not rule.plain_cfg:
-            return f"a network guides itself by 'cfg' alone, and cannot by {rule.name!r}"
+            return f"the network applies 'cfg' itself, so it is incompatible with {rule.name!r}"
         most, branches = self.most_branches, len(rule.branches)
         if most is not None and branches > most:
             return (

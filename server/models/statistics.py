@@ -82,9 +82,9 @@ class ModelStatistics:
                 return identity
         raise InvalidRequest(
             "sampler.statistics",
-            "sampler.statistics is 'exact', and this model has none of guidance "
+            "sampler.statistics is 'exact', but this model has no statistics for guidance "
             f"{guidance_name(rule, scale)!r}{self._why(statistics_name(rule, scale))}; "
-            f"make them with `{_command(rule, scale)}`, or ask for {self._instead()}.",
+            f"compute them with `{_command(rule, scale)}`, or choose {self._instead()}.",
         )
 
     def nearest(self, scale: float) -> StatisticsIdentity:
@@ -96,9 +96,9 @@ class ModelStatistics:
         if not self._files:
             raise InvalidRequest(
                 "sampler.statistics",
-                "sampler.statistics is 'nearest', and this model has none of any guidance"
-                f"{self._why(next(iter(self._stale), ''))}; make them with "
-                f"`{_command('cfg', scale)}`, or ask for 'none'.",
+                "sampler.statistics is 'nearest', but this model has no statistics at all"
+                f"{self._why(next(iter(self._stale), ''))}; compute them with "
+                f"`{_command('cfg', scale)}`, or choose 'none'.",
             )
         return min(self._files, key=lambda identity: _distance(identity.scale, scale))
 
@@ -121,15 +121,15 @@ class ModelStatistics:
         """The answer to guidance that there can be no exact statistics of."""
         return InvalidRequest(
             "sampler.statistics",
-            f"sampler.statistics is 'exact', and there can be none of {guidance}"
-            f"{self._why('')}; ask for {self._instead()}.",
+            f"sampler.statistics is 'exact', but there are no statistics for {guidance}"
+            f"{self._why('')}; choose {self._instead()}.",
         )
 
     def _why(self, file: str) -> str:
         """What there is instead, or what is wrong with the file that would do."""
         if file in self._stale:
             return f": {self._stale[file].rstrip('.')}"
-        return f", only of {', '.join(self.available)}" if self._files else ""
+        return f", only for {', '.join(self.available)}" if self._files else ""
 
     def _instead(self) -> str:
         return "'nearest' or 'none'" if self._files else "'none'"

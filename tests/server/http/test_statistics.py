@@ -96,17 +96,20 @@ def test_a_stream_says_so_at_its_beginning_and_its_end(client: httpx2.Client) ->
     [
         (
             {"name": "cfg", "scale": 3},
-            "none of guidance 'cfg 3', only of none, cfg 2, cfg 4, cfg 7.5; make them with "
-            "`weft ems --model FOLDER --guidance cfg --scale 3`, or ask for 'nearest' or 'none'.",
+            "no statistics for guidance 'cfg 3', only for none, cfg 2, cfg 4, cfg 7.5; compute "
+            "them with `weft ems --model FOLDER --guidance cfg --scale 3`, or choose 'nearest' or 'none'.",
         ),
-        ({"name": "apg", "scale": 4}, "there can be none of the rule 'apg', only of none, cfg 2"),
+        (
+            {"name": "apg", "scale": 4},
+            "there are no statistics for the rule 'apg', only for none, cfg 2",
+        ),
         (
             {"name": "cfg", "scale": 4, "policy": "interval"},
-            "there can be none of guidance with `policy`, only of none",
+            "there are no statistics for guidance with `policy`, only for none",
         ),
         (
             {"name": "cfg", "scale": 4, "perturbed": ["pag"]},
-            "there can be none of guidance with `perturbed`",
+            "there are no statistics for guidance with `perturbed`",
         ),
     ],
     ids=str,

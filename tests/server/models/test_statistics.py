@@ -58,9 +58,9 @@ def test_exact_ones_are_of_the_rule_and_scale(folder: Path) -> None:
         found.exact("cfg", 4.0)
     assert refused.value.field == "sampler.statistics"
     assert refused.value.message == (
-        "sampler.statistics is 'exact', and this model has none of guidance 'cfg 4', only of "
-        "none, cfg 2, cfg 7.5; make them with `weft ems --model FOLDER --guidance cfg --scale 4`, "
-        "or ask for 'nearest' or 'none'."
+        "sampler.statistics is 'exact', but this model has no statistics for guidance 'cfg 4', only "
+        "for none, cfg 2, cfg 7.5; compute them with `weft ems --model FOLDER --guidance cfg "
+        "--scale 4`, or choose 'nearest' or 'none'."
     )
 
 
@@ -100,16 +100,19 @@ def test_files_of_other_weights_are_left_out_with_a_warning(
     assert "is of no model" in caplog.text
     assert "of model revision feedfeedfeedfeed, and the model's is 0123" in caplog.text
     assert found.available == ()
-    with pytest.raises(InvalidRequest, match=r"of model revision feed.* made anew; make them with"):
+    with pytest.raises(
+        InvalidRequest, match=r"of model revision feed.* made anew; compute them with"
+    ):
         found.exact("cfg", 4.0)
-    with pytest.raises(InvalidRequest, match=r"none of any guidance.*or ask for 'none'\.$"):
+    with pytest.raises(InvalidRequest, match=r"no statistics at all.*or choose 'none'\.$"):
         found.nearest(4.0)
 
 
 def test_a_model_without_any_says_how_to_make_them(tmp_path: Path) -> None:
     found = read(tmp_path)
-    with pytest.raises(InvalidRequest, match=r"`weft ems .* --guidance none`, or ask for 'none'"):
+    with pytest.raises(InvalidRequest, match=r"`weft ems .* --guidance none`, or choose 'none'"):
         found.exact("none", 1.0)
     assert found.refusal("the rule 'apg'").message == (
-        "sampler.statistics is 'exact', and there can be none of the rule 'apg'; ask for 'none'."
+        "sampler.statistics is 'exact', but there are no statistics for the rule 'apg'; choose "
+        "'none'."
     )

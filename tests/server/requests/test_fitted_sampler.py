@@ -107,7 +107,7 @@ def test_it_gets_the_statistics_that_it_names(statistics: ModelStatistics) -> No
     assert found(Halved(statistics="nearest"), 9.0) == identity
     assert found(Halved(statistics="none"), 4.0) is None
     assert found(DDIM(), 4.0) is None
-    with pytest.raises(InvalidRequest, match=r"this model has none of guidance 'cfg 3'"):
+    with pytest.raises(InvalidRequest, match=r"this model has no statistics for guidance 'cfg 3'"):
         found(Halved(), 3.0)
     given = statistics.load(identity, (4, 2, 2))
     fitted, plain = (

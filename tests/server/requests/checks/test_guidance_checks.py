@@ -84,13 +84,13 @@ def test_residual_guidance_of_itself_needs_a_picture() -> None:
 def test_guidance_inside_the_network_needs_a_network_that_is_told() -> None:
     assert refusal(Toy(embeds_scale=False), policy="embedded") == (
         "guidance.policy",
-        "guidance.policy is 'embedded'; model 'toy' is not told a guidance scale (its U-Net has no "
-        "`time_cond_proj_dim`), so it must be guided from outside.",
+        "guidance.policy is 'embedded'; model 'toy' does not take a guidance scale as input (its "
+        "U-Net has no `time_cond_proj_dim`); choose another policy.",
     )
     assert refusal(Toy(), name="apg", policy="embedded") == (
         "guidance.policy",
-        "guidance.policy is 'embedded'; a network guides itself by 'cfg' alone, and cannot by "
-        "'apg'.",
+        "guidance.policy is 'embedded'; the network applies 'cfg' itself, so it is incompatible "
+        "with 'apg'.",
     )
 
 
