@@ -97,7 +97,8 @@ def test_a_stream_says_so_at_its_beginning_and_its_end(client: httpx2.Client) ->
         (
             {"name": "cfg", "scale": 3},
             "no statistics for guidance 'cfg 3', only for none, cfg 2, cfg 4, cfg 7.5; compute "
-            "them with `weft ems --model FOLDER --guidance cfg --scale 3`, or choose 'nearest' or 'none'.",
+            "them with `weft ems --model FOLDER --guidance cfg --scale 3`, or choose 'nearest' or "
+            "'none'.",
         ),
         (
             {"name": "apg", "scale": 4},

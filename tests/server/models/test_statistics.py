@@ -58,8 +58,8 @@ def test_exact_ones_are_of_the_rule_and_scale(folder: Path) -> None:
         found.exact("cfg", 4.0)
     assert refused.value.field == "sampler.statistics"
     assert refused.value.message == (
-        "sampler.statistics is 'exact', but this model has no statistics for guidance 'cfg 4', only "
-        "for none, cfg 2, cfg 7.5; compute them with `weft ems --model FOLDER --guidance cfg "
+        "sampler.statistics is 'exact', but this model has no statistics for guidance 'cfg 4', "
+        "only for none, cfg 2, cfg 7.5; compute them with `weft ems --model FOLDER --guidance cfg "
         "--scale 4`, or choose 'nearest' or 'none'."
     )
 
