@@ -18,6 +18,7 @@ Two of their conventions differ in ways that a sampler cannot, and are met here:
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,7 @@ from samplers.step_order import LowerOrder
 from samplers.tcd import TCD
 from samplers.timesteps import Karras, LCMSpacing, Leading, Linspace, LogSNR, Trailing
 from samplers.unipc import UniPC
+from tests.covering import covering
 
 PROMPT, NEGATIVE = "a red circle left of a blue square", "a green star"
 SCALE = 4.0
@@ -451,8 +453,9 @@ PAIRS = {
     },
     **{
         f"sa_solver-{predictor}-{corrector}-{tau}": sa_solver(predictor, corrector, tau)
-        for predictor, corrector in ((1, 2), (2, 2), (3, 3), (2, 3))
-        for tau in (0.0, 0.6, 1.0)
+        for (predictor, corrector), tau in covering(
+            product(((1, 2), (2, 2), (3, 3), (2, 3)), (0.0, 0.6, 1.0)), tuple
+        )
     },
     **{
         f"dpm_solver_pp-{variant}-{order}-{solver_type}": dpm_solver(order, solver_type, variant)
