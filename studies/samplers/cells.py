@@ -17,14 +17,15 @@ if TYPE_CHECKING:
     from samplers.statistics import Statistics
     from studies.samplers.sizes import Sizes
 
-Part = Literal["error", "picture"]
+Part = Literal["error", "picture", "spacing"]
 
 EVALUATIONS = (5, 6, 8, 10, 12, 15, 20)
 SCALES = (1.0, 2.0, 4.0, 7.5)
 HIGH_SCALES = (4.0, 7.5, 15.0, 30.0)
 FEW = (5, 8, 12)
 PICTURE_EVALUATIONS = (5, 8, 12, 20)
-EVERY_EVALUATIONS = (*EVALUATIONS, *PICTURE_EVALUATIONS, DEFAULT_STEPS)
+SPACED_EVALUATIONS = (5, 7, 10)
+EVERY_EVALUATIONS = (*EVALUATIONS, *SPACED_EVALUATIONS, *PICTURE_EVALUATIONS, DEFAULT_STEPS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +174,13 @@ ORDERS = tuple(
 ORDER_SCALES = (1.0, 2.0, 4.0)
 PRACTICE_SCALE = 4.0
 SPACINGS_COMPARED = ("logsnr", "linspace")
+SPACED = tuple(
+    EVERY[label]
+    for label in ("v3", "v3, published flags", "ddim", "2M", "unipc", "deis", "ghvb 1.8")
+)
+"""Those that spacings of few steps are compared with."""
+SPACED_SCALES = (1.0, 4.0)
+SPACED_OVER = ("time_quadratic", "logsnr", "trailing", "karras")
 
 ERROR_LINES = ("v3", "ddim", "2M", "3M", "unipc", "deis", "ghvb 3.8", "hb 3.8")
 """Lines of the plot of errors."""
@@ -198,8 +206,8 @@ class Cell:
     """One contender at one number of evaluations and one guidance scale.
 
     Attributes:
-        part: ``error`` runs from the noisiest trained level to the cleanest; ``picture`` runs as
-            a request does, to a clean picture.
+        part: ``error`` runs from the noisiest trained level to the cleanest; ``picture`` and
+            ``spacing`` run as a request does, to a clean picture.
         contender: who.
         spacing: name of the spacing; empty for the sampler's own default.
         evaluations: evaluations of the guided model.
@@ -274,6 +282,7 @@ def all_cells(sizes: Sizes) -> Iterator[Cell]:
         yield Cell("error", contender, "logsnr", evaluations, scale, sizes.error_images)
     yield from _high_scale_cells(7.5, MOMENTUM, FEW, sizes)
     yield from _accuracy_cells(sizes)
+    yield from _spacing_cells(sizes)
     yield from _error_cells(MAIN, (2.0,), sizes)
     yield from _high_scale_cells(15.0, TRADED, FEW, sizes)
     for scale in (30.0, 4.0):
@@ -289,6 +298,12 @@ def _error_cells(
     for scale, spacing in product(scales, SPACINGS_COMPARED):
         for contender, evaluations in product(contenders, EVALUATIONS):
             yield Cell("error", contender, spacing, evaluations, scale, sizes.error_images)
+
+
+def _spacing_cells(sizes: Sizes) -> Iterator[Cell]:
+    for scale, evaluations in product(SPACED_SCALES, SPACED_EVALUATIONS):
+        for contender, spacing in product(SPACED, SPACED_OVER):
+            yield Cell("spacing", contender, spacing, evaluations, scale, sizes.spaced_images)
 
 
 def _accuracy_cells(sizes: Sizes) -> Iterator[Cell]:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from studies.samplers.statistics_files import StatisticsFiles
     from studies.samplers.study import Study
 
-PARTS = ("slope", "check", "error", "picture", "range", "cost")
+PARTS = ("slope", "check", "error", "picture", "spacing", "range", "cost")
 
 CHECKED_SCALE = 4.0
 

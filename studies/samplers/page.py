@@ -7,7 +7,7 @@ from string import Template
 from typing import TYPE_CHECKING
 
 from studies.samplers import plots, tables
-from studies.samplers.cells import HIGH_SCALES, SCALES, STRONG
+from studies.samplers.cells import HIGH_SCALES, SCALES, SPACED_SCALES, STRONG
 from studies.samplers.cost import ROUNDS, STEPS
 from studies.samplers.results import Results
 from studies.samplers.sizes import Sizes
@@ -42,6 +42,10 @@ def _entries(results: Results) -> dict[str, str]:
         "reduced": tables.reduced(results),
         "orders": tables.orders(results),
         "accuracy": tables.accuracy(results),
+        **{f"spacings_{_name(s)}": tables.spacings(results, s) for s in SPACED_SCALES},
+        "spacing_ratios": tables.spacing_ratios(results),
+        "spaced_images": str(Sizes().spaced_images),
+        "spaced_steps": str(Sizes().spaced_steps),
         **{f"momentum_{_name(s)}": tables.momentum(results, s) for s in HIGH_SCALES},
         "slopes": tables.slopes(results),
         "cost": tables.cost(results),

@@ -45,7 +45,7 @@ class Results:
         for record in records:
             of = record["of"]
             self._others.setdefault(of["part"], []).append(record)
-            if of["part"] in ("error", "picture"):
+            if of["part"] in ("error", "picture", "spacing"):
                 self._cells[_place(of)] = record
 
     def errors(self, contender: str, spacing: str, evaluations: int, scale: float) -> Found | None:
@@ -68,6 +68,13 @@ class Results:
     def picture(self, contender: str, evaluations: int, scale: float) -> dict[str, Any] | None:
         """The figures of pictures; None if not measured or refused."""
         record = self._cells.get(("picture", contender, "", evaluations, scale))
+        return None if record is None or "errors" not in record else record
+
+    def spaced(
+        self, contender: str, spacing: str, evaluations: int, scale: float
+    ) -> dict[str, Any] | None:
+        """Figures of pictures over a spacing; None if not measured or refused."""
+        record = self._cells.get(("spacing", contender, spacing, evaluations, scale))
         return None if record is None or "errors" not in record else record
 
     def of_part(self, part: str) -> Iterator[dict[str, Any]]:

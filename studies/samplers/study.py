@@ -81,6 +81,7 @@ class Study:
         }
         if cell.part == "picture":
             result["beyond"] = self.bounds.beyond(x)
+        if cell.part != "error":
             result["right"] = [int(right) for right in self._read(x)]
         return result
 
@@ -96,11 +97,12 @@ class Study:
         return load_file(path)["x"].to(self._model.device)
 
     def reference_plan(self, part: Part, steps: int) -> Plan:
-        """That of the reference: UniPC of order 3 over log SNR, or 2M to the clean picture."""
+        """That of the reference: 2M of a request, or UniPC of order 3 over all of log SNR."""
         schedule = self._model.default_schedule
-        if part == "error":
-            return UniPC(order=3).plan(schedule.grid(LogSNR(), steps, t_end=schedule.t_end))
-        return DPMSolverPP().plan(schedule.grid(Trailing(), steps))
+        if part == "picture":
+            return DPMSolverPP().plan(schedule.grid(Trailing(), steps))
+        t_end = schedule.t_end if part == "error" else None
+        return UniPC(order=3).plan(schedule.grid(LogSNR(), steps, t_end=t_end))
 
     def check_reference(self, scale: float) -> list[float]:
         """How far another solver, 2M at as many steps, ends from the reference of error cells."""
@@ -132,7 +134,10 @@ class Study:
 
     @cached_property
     def _scenes(self) -> list[Scene]:
-        most = max(self.sizes.error_images, self.sizes.picture_images, self.sizes.accuracy_images)
+        sizes = self.sizes
+        most = max(
+            sizes.error_images, sizes.picture_images, sizes.accuracy_images, sizes.spaced_images
+        )
         known = frozenset(
             text for texts in training_captions(self.sizes.known_pictures) for text in texts
         )
@@ -145,13 +150,25 @@ class Study:
         return self._runs[images]
 
     def _compared_images(self, part: Part) -> int:
-        return self.sizes.error_images if part == "error" else self.sizes.picture_images
+        match part:
+            case "error":
+                return self.sizes.error_images
+            case "picture":
+                return self.sizes.picture_images
+            case "spacing":
+                return self.sizes.spaced_images
 
     def _compared(self, cell: Cell) -> int:
         return min(cell.images, self._compared_images(cell.part))
 
     def _reference_steps(self, part: Part) -> int:
-        return self.sizes.reference_steps if part == "error" else self.sizes.converged_steps
+        match part:
+            case "error":
+                return self.sizes.reference_steps
+            case "picture":
+                return self.sizes.converged_steps
+            case "spacing":
+                return self.sizes.spaced_steps
 
     def _read(self, x: Tensor) -> Iterator[bool]:
         """Whether each picture shows all that its caption claims, by the data set's checker."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +24,10 @@ from studies.samplers.cells import (
     REDUCED_SCALES,
     SCALES,
     SOLVERS,
+    SPACED,
+    SPACED_EVALUATIONS,
+    SPACED_OVER,
+    SPACED_SCALES,
     SPACINGS_COMPARED,
     V3,
 )
@@ -36,6 +41,7 @@ if TYPE_CHECKING:
 
 MARKS = {"logsnr": "", "linspace": "<sup>t</sup>"}
 NOTHING = "–"
+NEVER = float("inf")
 V3_LABELS = [contender.label for contender in (*V3, PUBLISHED, *REDUCED)]
 COMPARED = [label for label in EVERY if label not in {one.label for one in REDUCED}]
 OTHERS = [label for label in EVERY if label not in V3_LABELS]
@@ -218,6 +224,61 @@ def _share_of(record: dict[str, Any] | None, name: str) -> str:
 
 def _count_of(record: dict[str, Any] | None) -> str:
     return NOTHING if record is None else f"{sum(record['right'])} of {len(record['right'])}"
+
+
+def spacings(results: Results, scale: float) -> str:
+    """Error and accuracy of each sampler over each spacing, the lowest error in bold."""
+    rows: list[list[str]] = []
+    for contender, n in product(SPACED, SPACED_EVALUATIONS):
+        found = [results.spaced(contender.label, spacing, n, scale) for spacing in SPACED_OVER]
+        means = [NEVER if r is None else float(np.mean(r["errors"])) for r in found]
+        rows.append(
+            [
+                contender.label,
+                str(n),
+                *(
+                    NOTHING if r is None else _spaced(mean, r, leads=mean == min(means))
+                    for r, mean in zip(found, means, strict=True)
+                ),
+            ]
+        )
+    return table(["sampler", "evaluations", *SPACED_OVER], rows)
+
+
+def _spaced(mean: float, record: dict[str, Any], *, leads: bool) -> str:
+    figure = f"**{_figure(mean)}**" if leads else _figure(mean)
+    return f"{figure}, {_count_of(record)}"
+
+
+def spacing_ratios(results: Results) -> str:
+    """Errors over the first spacing, divided by those over the others, image by image."""
+    first, *others = SPACED_OVER
+    head = ["sampler", *(f"{one}, guidance {scale:g}" for scale in SPACED_SCALES for one in others)]
+    rows = (
+        [
+            contender.label,
+            *(
+                _spaced_ratio(results, contender.label, first, other, scale)
+                for scale in SPACED_SCALES
+                for other in others
+            ),
+        ]
+        for contender in SPACED
+    )
+    return table(head, rows)
+
+
+def _spaced_ratio(results: Results, label: str, first: str, other: str, scale: float) -> str:
+    ours: list[float] = []
+    theirs: list[float] = []
+    for n in SPACED_EVALUATIONS:
+        found, base = (results.spaced(label, spacing, n, scale) for spacing in (first, other))
+        if found is None or base is None:
+            return NOTHING
+        ours += found["errors"]
+        theirs += base["errors"]
+    middle, low, high = ratio(ours, theirs)
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
 def orders(results: Results) -> str:

@@ -30,8 +30,10 @@ SIZES = Sizes(
     error_images=2,
     picture_images=2,
     accuracy_images=3,
+    spaced_images=2,
     reference_steps=12,
     converged_steps=4,
+    spaced_steps=6,
     known_pictures=1,
     clean_pictures=4,
 )
@@ -71,6 +73,15 @@ def test_a_picture_is_read_and_held_against_the_range_of_clean_latents(study: St
     assert len(found["errors"]) == 2
     assert len(found["beyond"]) == len(found["right"]) == 3
     assert all(0 <= share < 1 for share in found["beyond"])
+
+
+def test_spacings_are_compared_over_whole_runs_to_the_clean_picture(study: Study) -> None:
+    itself = Contender("unipc", {"name": "unipc", "order": 3})
+    found = study.run(Cell("spacing", itself, "logsnr", SIZES.spaced_steps, 1.0, 2))
+    assert found["errors"] == [0.0, 0.0]
+    assert len(found["right"]) == 2
+    other = study.run(Cell("spacing", itself, "time_quadratic", SIZES.spaced_steps, 1.0, 2))
+    assert all(error > 0 for error in other["errors"])
 
 
 def test_a_sampler_of_two_evaluations_a_step_gets_no_more_evaluations(study: Study) -> None:
@@ -136,6 +147,10 @@ def test_the_tables_do_without_results(tmp_path: Path) -> None:
     results = Results(Records(tmp_path / "none.jsonl"))
     assert set(tables.which(results).splitlines()[2].split(" | ")[1:-1]) == {tables.NOTHING}
     assert tables.regret(results).count("\n") == 1
+    assert set(tables.spacings(results, 4.0).splitlines()[2].split(" | ")[2:-1]) == {tables.NOTHING}
+    assert set(tables.spacing_ratios(results).splitlines()[2].split(" | ")[1:-1]) == {
+        tables.NOTHING
+    }
     assert set(tables.orders(results).splitlines()[2].split(" | ")[1:-1]) == {tables.NOTHING}
 
 
