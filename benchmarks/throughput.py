@@ -96,12 +96,14 @@ def _cold_starts(architecture: Architecture, options: argparse.Namespace) -> Non
     requests = mixed(options.requests, options.seed, options.steps, None)
     _describe(requests)
     filled = {rows: Weft(architecture, rows, filled=True) for rows in BUDGETS}
+    _warm_up({str(rows): system for rows, system in filled.items()}, options.steps)
     rates: dict[int, list[float]] = {rows: [] for rows in BUDGETS}
     shares: list[float] = []
     print("| start | images/s |", " | ".join(f"{rows} rows" for rows in BUDGETS), "| of the best |")
     print("|---|---|" + "---|" * (len(BUDGETS) + 1))
     for start in range(options.cold_starts):
         weft = Weft(architecture, None)
+        _warm_up({"weft": weft}, options.steps)
         ours = len(requests) / weft.run(requests).total_s
         weft.stop()
         for rows, system in filled.items():
