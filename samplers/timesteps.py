@@ -113,7 +113,7 @@ class TimeQuadratic(Spacing, frozen=True):
     that the DPM-Solver authors call `time_quadratic`. On an EDM schedule it is karras of rho 2.
     """
 
-    summary: ClassVar[str] = "Even in the square root of time; more steps at low noise."
+    summary: ClassVar[str] = "Even in the square root of time; good for 7 to 10 steps."
     source: ClassVar[str] = "DDIM (arXiv 2010.02502), appendix D.2; DPM-Solver's `time_quadratic`."
     name: Literal["time_quadratic"] = "time_quadratic"
     reach: float = Field(
