@@ -75,6 +75,7 @@ def task(
     given: dict[str, Any] = {"prompt": "a circle", "negative_prompt": "blue", "seed": 3, **fields}
     run = {name: given[name] for name in ("prompt", "negative_prompt")}
     terms = terms_for(settings, plan, rule=combined, reference=reference, **run)
+    given.setdefault("terms", terms)
     return Asked(
         model="toy",
         width=SIDE,
@@ -85,7 +86,7 @@ def task(
         settings=settings,
         reference=reference,
         coefficients=generator.normal(size=(plan.evaluations, branches * when.fitted)) / 3,
-        **{"terms": terms, **given},
+        **given,
     )
 
 

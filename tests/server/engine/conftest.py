@@ -160,7 +160,7 @@ def task(model: HostedModel) -> Callable[..., ImageTask]:
         plan = solver.plan(grid)
         guided_by = named(RULES, rule)() if isinstance(rule, str) else rule
         told = {name: given[name] for name in ("prompt", "negative_prompt")}
-        terms = terms_for(settings, plan, model, rule=guided_by, **told)
+        given.setdefault("terms", terms_for(settings, plan, model, rule=guided_by, **told))
         when = named(POLICIES, policy)() if isinstance(policy, str) else policy
         # Nobody fitted anything to these runs: the estimate is the mean of what is known.
         numbers = len(guided_by.branches) * when.fitted
@@ -170,7 +170,7 @@ def task(model: HostedModel) -> Callable[..., ImageTask]:
             rule=guided_by,
             policy=when,
             coefficients=fitted,
-            **{"terms": terms, **given},
+            **given,
         )
 
     return make
