@@ -1,1 +1,1 @@
-"""Measurements of Weft beside its peers; each module prints one report."""
+"""Benchmarks of Weft and of other systems; each module prints one report."""

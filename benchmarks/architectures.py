@@ -1,4 +1,4 @@
-"""The models that a benchmark runs on, in the form that each side wants."""
+"""The models that benchmarks run on, in the form that each system needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Other work on the machine, as on one that is shared."""
+"""Background load, as on a shared machine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LONGEST_SPELL_S = 3.0
 
 @contextmanager
 def busy(processes: int) -> Generator[None]:
-    """Load the machine by so many processes, each busy and idle in spells of up to 3 seconds."""
+    """Load the machine with so many processes, each busy and idle in turn for up to 3 seconds."""
     spawning = get_context("spawn")
     workers = [
         spawning.Process(target=_work, args=(seed,), daemon=True) for seed in range(processes)

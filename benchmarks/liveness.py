@@ -1,10 +1,10 @@
-"""How long ``/livez`` takes while the engine is saturated.
+"""Measure how long ``/livez`` takes while the engine is saturated.
 
     python -m benchmarks.liveness
 
-Starts the real server on a free port, keeps more requests under way than a tick has rows, and asks
-``/livez`` at a steady pace meanwhile. Prints the percentiles beside those of the idle server; the
-promise is 50 ms at the 99th.
+Starts the real server on a free port, keeps more requests running than a tick has rows, and calls
+``/livez`` at a steady pace. Prints the percentiles beside those of the idle server; the limit is
+50 ms at the 99th.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _wait_until_ready(port: int) -> None:
 
 
 def _poll(port: int, seconds: float) -> list[float]:
-    """Milliseconds of each answer, each on a connection of its own."""
+    """Milliseconds of each response, each over its own connection."""
     times: list[float] = []
     end = perf_counter() + seconds
     while perf_counter() < end:

@@ -1,4 +1,4 @@
-"""The systems under measurement: Weft's engine, and diffusers' pipeline in two ways."""
+"""The systems that are compared: Weft's engine, and diffusers' pipeline used in two ways."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Mixed traffic through Weft and through diffusers' pipeline, in one run.
+"""Compare the throughput of Weft with that of diffusers' pipeline, in one run.
 
     python -m benchmarks.throughput                                     # CPU, embedded model
     python -m benchmarks.throughput --architecture sd15 --device cuda   # GPU, SD 1.5's sizes
     python -m benchmarks.throughput --mix homogeneous                   # all requests agree
-    python -m benchmarks.throughput --cold-starts 10 --busy 1           # does each start do well?
+    python -m benchmarks.throughput --cold-starts 10 --busy 1           # ten starts under load
 
 Prints Markdown tables: images a second, mean and 95th percentile latency, their ratios to Weft's,
 and the share of the working time outside the denoiser. Each figure is the median over rounds, in
@@ -123,12 +123,18 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--requests", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=50, help="largest step count of the mix")
+    parser.add_argument("--steps", type=int, default=50, help="largest number of steps in the mix")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--load", type=float, default=1.0, help="arrivals over peer's throughput")
+    parser.add_argument(
+        "--load", type=float, default=1.0, help="arrival rate over that of static batches"
+    )
     parser.add_argument("--mix", choices=("mixed", "homogeneous"), default="mixed")
-    parser.add_argument("--cold-starts", type=int, default=0, help="starts to compare, instead")
-    parser.add_argument("--busy", type=int, default=0, help="other processes that load the machine")
+    parser.add_argument(
+        "--cold-starts", type=int, default=0, help="compare so many cold starts instead"
+    )
+    parser.add_argument(
+        "--busy", type=int, default=0, help="background processes that load the machine"
+    )
     parser.add_argument("--row-budget", type=int, default=None)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)

@@ -1,4 +1,4 @@
-"""The requests of a benchmark: a stated mix, drawn from a seed."""
+"""The requests of a benchmark, drawn from a seed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PLACES = ("on a white background", "on a black background", "on a gray backgroun
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One image that somebody wants.
+    """A request for one image.
 
     Attributes:
         arrival_s: seconds after the start of the run.
@@ -34,23 +34,23 @@ class Request:
 
     @property
     def evaluations(self) -> int:
-        """Rows of the denoiser that the request costs without savings."""
+        """Evaluations that the request takes if no policy saves any."""
         return self.steps * (1 if self.guidance == "none" else 2)
 
     @property
     def settings(self) -> tuple[str, str, int]:
-        """What has to agree for a static batch."""
+        """What must be equal for a static batch."""
         return self.sampler, self.guidance, self.steps
 
 
 def mixed(count: int, seed: int, most_steps: int, rate: float | None) -> list[Request]:
-    """``count`` requests of even odds over samplers, guidance kinds and step counts.
+    """``count`` requests, uniform over samplers, kinds of guidance and step counts.
 
     Args:
         count: number of requests.
         seed: of the draw.
         most_steps: step counts above this are left out.
-        rate: mean arrivals a second of a Poisson process; all at once if None.
+        rate: mean arrivals per second of a Poisson process; all at once if None.
     """
     random = Random(seed)
     steps = [n for n in STEPS if n <= most_steps] or [most_steps]
