@@ -57,6 +57,14 @@ def test_prompts_are_kept_up_to_a_bound_of_bytes():
     assert len(encoder.calls) == 4, "another size is told otherwise"
 
 
+def test_a_prompt_is_encoded_for_each_size_once():
+    encoder = Encoder()
+    cache = PromptCache(encoder, fixed=False)
+    for size in ((64, 64), (64, 32), (64, 64), (32, 64)):
+        cache.of(["a", None], *size)
+    assert encoder.calls == [["a", None]] * 3
+
+
 def test_more_prompts_than_are_kept_are_all_there_at_once():
     encoded = PromptCache(Encoder(), fixed=False, most_bytes=BYTES).of(["a", "bb", "ccc"], *SIZE)
     assert [value(encoded[text]) for text in ("a", "bb", "ccc")] == [1, 2, 3]
