@@ -241,7 +241,7 @@ class Engine:
             self._colours[name] = fit_preview(model)
             model.decode(torch.zeros(1, *self._default_shape(model), device=model.device))
             samples = time_forwards(model, most)
-            log.info("%s evaluates, in ms by rows: %s", name, _milliseconds(samples))
+            log.info("%s: ms per forward pass, by rows: %s", name, _milliseconds(samples))
             self._costs.start(name, self._default_shape(model), samples)
         if self._deterministic:
             asked = self._asked_budget or self._recommended_rows()
@@ -250,7 +250,7 @@ class Engine:
         self.measurements.row_budget = most
         free_memory(self._device)
         self.ready = True
-        log.info("ready; at most %d rows a tick", most)
+        log.info("ready; at most %d rows per forward pass", most)
 
     def _recommended_rows(self) -> int:
         """Rows of every forward in deterministic mode, which none of the models finds too many."""
