@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import torch
 
 from server.engine.cost_model import MOST_ROWS, CostModel, TickCost
-from server.engine.faults import attempt, free_memory, is_out_of_memory
+from server.engine.faults import attempt, free_memory, is_out_of_memory, lost_device
 from server.engine.metrics import EngineMeasurements
 from server.engine.reservation import Reservation
 from server.engine.scheduler import (
@@ -228,7 +228,7 @@ class Engine:
                     self._tick()
         except BaseException as error:
             log.critical("the engine failed", exc_info=error)
-            self.failure = error
+            self.failure = lost_device(error, self._device) or error
         finally:
             self.ready = False
             self._end_everything()

@@ -11,7 +11,7 @@ from server.errors import DeviceLost
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["attempt", "free_memory", "is_out_of_memory"]
+__all__ = ["attempt", "free_memory", "is_out_of_memory", "lost_device"]
 
 Result = TypeVar("Result")
 
@@ -47,8 +47,9 @@ def attempt(work: Callable[[], Result], device: torch.device) -> Result | Except
     try:
         return work()
     except Exception as error:
-        if _is_device_lost(error, device):
-            raise DeviceLost(_first_line(error)) from error
+        lost = lost_device(error, device)
+        if lost is not None:
+            raise lost from error
         if is_out_of_memory(error):
             # The frames hold the tensors that there was no room for.
             return error.with_traceback(None)
@@ -68,13 +69,14 @@ def free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _is_device_lost(error: Exception, device: torch.device) -> bool:
+def lost_device(error: BaseException, device: torch.device) -> DeviceLost | None:
+    """That the device no longer answers, where this is what the error means."""
     if not isinstance(error, RuntimeError) or is_out_of_memory(error):
-        return False
-    if _says(error, STICKY):
-        return True
+        return None
     of_the_device = isinstance(error, torch.AcceleratorError) or _says(error, OF_THE_DEVICE)
-    return of_the_device and not _answers(device)
+    if _says(error, STICKY) or (of_the_device and not _answers(device)):
+        return DeviceLost(_first_line(error))
+    return None
 
 
 def _answers(device: torch.device) -> bool:

@@ -142,14 +142,16 @@ class Decoder:
     def _decoding(self, some: list[Sequence]) -> Decoding:
         latents = self._latents(some)
         watch = Stopwatch(self._device)
-        with self._beside_the_ticks(latents), watch:
-            pictures = some[0].lane.model.decode(latents)[: len(some)]
+        with self._beside_the_ticks(latents):
+            with watch:
+                pictures = some[0].lane.model.decode(latents)[: len(some)]
             for i, sequence in enumerate(some):
                 image, mask = sequence.task.image, sequence.task.mask
                 if image is not None and mask is not None:
                     # What the user asked to keep is kept to the pixel, not by the autoencoder.
                     pictures[i] = torch.lerp(image.to(pictures), pictures[i], mask.to(pictures))
             finite = pictures.flatten(1).sum(1).isfinite()
+            # After the watch, whose events are over when the copy is there.
             copy = HostCopy(to_uint8(pictures), finite)
         return Decoding(some, copy, watch)
 
@@ -186,7 +188,8 @@ class Decoder:
             yield (
                 sequence,
                 ImageResult(
-                    pixels=picture,
+                    # Of its own: pinned memory is scarce, and a view would hold all of it.
+                    pixels=picture.copy(),
                     evaluations=sequence.evaluations,
                     saved=sequence.saved,
                     queue_s=sequence.started_at - sequence.submitted_at,
