@@ -83,7 +83,7 @@ def _homogeneous(architecture: Architecture, options: argparse.Namespace) -> Non
     systems: dict[str, Weft | Diffusers] = {"weft": weft, **static}
     requests = homogeneous(options.requests)
     for system in systems.values():
-        system.run(requests[: max(BATCHES)])
+        system.run(requests)
     _describe(requests)
     outcomes = _rounds(systems, requests, options.rounds)
     _report("Homogeneous traffic, all at once", outcomes, len(requests))
