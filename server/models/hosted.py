@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from samplers.levels import F64
     from server.models.classifier import LatentClassifier
     from server.models.conditioning import Conditioning
+    from server.models.defaults import ModelDefaults
 
 
 USUAL_STEPS = 25
@@ -44,6 +45,7 @@ class ModelFacts:
         default_height: in pixels.
         max_tokens: tokens of a prompt, without the markers of start and end.
         embeds_scale: whether the network is told a guidance scale, as LCMs are.
+        defaults: settings of requests that leave them out; None for the server's own.
     """
 
     name: str
@@ -56,6 +58,13 @@ class ModelFacts:
     default_height: int
     max_tokens: int
     embeds_scale: bool = False
+    defaults: ModelDefaults | None = None
+
+    @property
+    def one_prediction(self) -> bool:
+        """Whether the model was distilled to be sampled without a second prediction."""
+        unguided = self.defaults is not None and not self.defaults.rule.combines
+        return self.embeds_scale or unguided
 
 
 class HostedModel(ABC):

@@ -10,6 +10,7 @@ import torch
 from server.errors import ModelMismatch
 from server.models.classifier import LatentClassifier
 from server.models.folder import classifier_file, read_json, revision_of
+from server.models.latent_consistency import load_latent_consistency
 from server.models.linear_fits import LinearFits
 from server.models.parts import check_loaded
 from server.models.stable_diffusion import load_stable_diffusion
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FAMILIES = {
+    "LatentConsistencyModelPipeline": load_latent_consistency,
     "StableDiffusionPipeline": load_stable_diffusion,
     "StableDiffusionXLPipeline": load_stable_diffusion_xl,
 }

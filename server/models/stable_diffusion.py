@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from server.models.defaults import ModelDefaults
+
 
 class OneEncoder:
     """The last hidden states of one CLIP text encoder; the unconditional is the empty prompt."""
@@ -44,9 +46,22 @@ class OneEncoder:
 
 
 def load_stable_diffusion(
-    folder: Path, name: str, revision: str, device: torch.device, dtype: torch.dtype
+    folder: Path,
+    name: str,
+    revision: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    defaults: ModelDefaults | None = None,
 ) -> UNetModel:
     """Load the parts of a diffusers folder from safetensors alone.
+
+    Args:
+        folder: of the model.
+        name: what requests call the model.
+        revision: of its weights.
+        device: where it runs.
+        dtype: of the U-Net and the text encoder.
+        defaults: settings of requests that leave them out; None for the server's own.
 
     Raises:
         ModelMismatch: a part that this family cannot run.
@@ -61,7 +76,7 @@ def load_stable_diffusion(
     tokenizer = load_tokenizer(folder, "tokenizer", CLIPTokenizer, positions)
     text = OneEncoder(CLIP(encoder, tokenizer, device))
     return UNetModel(
-        facts_of(folder, name, revision, unet, vae, text.max_tokens),
+        facts_of(folder, name, revision, unet, vae, text.max_tokens, defaults),
         device,
         dtype,
         schedule=schedule_of(folder),

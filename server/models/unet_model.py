@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from guidance.edits import Edit
     from server.models.conditioning import Conditioning
+    from server.models.defaults import ModelDefaults
     from server.models.inputs import RowInputs
 
 TEXT = "encoder_hidden_states"
@@ -170,7 +171,13 @@ class UNetModel(HostedModel):
 
 
 def facts_of(
-    folder: Path, name: str, revision: str, unet: Any, vae: Any, max_tokens: int
+    folder: Path,
+    name: str,
+    revision: str,
+    unet: Any,
+    vae: Any,
+    max_tokens: int,
+    defaults: ModelDefaults | None = None,
 ) -> ModelFacts:
     """What the configs of a folder say of a model.
 
@@ -181,6 +188,7 @@ def facts_of(
         unet: the network.
         vae: the network.
         max_tokens: tokens of the longest prompt, markers not counted.
+        defaults: settings of requests that leave them out; None for the server's own.
 
     Raises:
         ModelMismatch: a U-Net that reads more than the latents, or an unknown prediction type.
@@ -211,6 +219,7 @@ def facts_of(
         default_height=height * latent_scale,
         max_tokens=max_tokens,
         embeds_scale=config.time_cond_proj_dim is not None,
+        defaults=defaults,
     )
 
 

@@ -12,14 +12,13 @@ from guidance import RULES
 from guidance.parts import PARTS, Part
 from samplers import SAMPLERS, SPACINGS
 from server.requests.choice import name_of
-from server.requests.schema import (
-    DEFAULT_STEPS,
-    GenerateRequest,
-    default_guidance,
-    default_sampler,
-)
+from server.requests.defaults import guidance_for, sampler_for, spacing_for, steps_for
+from server.requests.schema import GenerateRequest
 
-__all__ = ["Catalog", "Choice", "Defaults", "Entry", "ModelEntry", "catalog"]
+if TYPE_CHECKING:
+    from server.models.defaults import ModelDefaults
+
+__all__ = ["Catalog", "Choice", "Defaults", "Entry", "ModelEntry", "catalog", "defaults_of"]
 
 
 class Entry(BaseModel):
@@ -42,6 +41,24 @@ class Entry(BaseModel):
     )
 
 
+class Defaults(BaseModel):
+    """The values of fields that a request leaves out."""
+
+    model_config = ConfigDict(frozen=True)
+
+    n: int
+    steps: int = Field(description="Number of steps, unless the spacing prescribes one.")
+    sampler: dict[str, Any]
+    spacing: dict[str, Any] | None = Field(
+        description="Spacing of this sampler; null stands for the sampler's own. A request that "
+        "names another sampler gets that sampler's own spacing."
+    )
+    guidance: dict[str, Any]
+    guidance_by_sampler: dict[str, dict[str, Any]] = Field(
+        description="Guidance of samplers that have another default, by their names."
+    )
+
+
 class ModelEntry(BaseModel):
     """One hosted model."""
 
@@ -60,20 +77,7 @@ class ModelEntry(BaseModel):
     classifier: dict[str, tuple[str, ...]] = Field(
         description="The classes that `guidance.classifier.target` may name, for each attribute."
     )
-
-
-class Defaults(BaseModel):
-    """The values of fields that a request leaves out."""
-
-    model_config = ConfigDict(frozen=True)
-
-    n: int
-    steps: int = Field(description="Number of steps, unless the spacing prescribes one.")
-    sampler: dict[str, Any]
-    guidance: dict[str, Any]
-    guidance_by_sampler: dict[str, dict[str, Any]] = Field(
-        description="Guidance of samplers that have another default, by their names."
-    )
+    defaults: Defaults = Field(description="Of requests to this model.")
 
 
 class Choice(BaseModel):
@@ -98,7 +102,7 @@ class _Offered(BaseModel):
     spacings: tuple[Entry, ...] = Field(description="Choices of `spacing`.")
     rules: tuple[Entry, ...] = Field(description="Choices of `guidance`.")
     choices: tuple[Choice, ...] = Field(description="The choices that a form offers, in order.")
-    defaults: Defaults
+    defaults: Defaults = Field(description="Of models that have none of their own.")
     models: tuple[ModelEntry, ...] = Field(
         description="The hosted models; empty until they are loaded."
     )
@@ -129,9 +133,31 @@ def catalog(models: tuple[ModelEntry, ...] = ()) -> Catalog:
         spacings=_entries(SPACINGS),
         rules=_entries(RULES),
         choices=CHOICES,
-        defaults=_defaults(),
+        defaults=defaults_of(None),
         models=models,
         **parts,
+    )
+
+
+@cache
+def defaults_of(own: ModelDefaults | None) -> Defaults:
+    """What requests get that leave a field out.
+
+    Args:
+        own: of the model; None for models that have none.
+    """
+    sampler = sampler_for(own)
+    plain = guidance_for(own, sampler).model_dump(mode="json")
+    samplers = [member.model_validate({}) for member in SAMPLERS]
+    guidance = {one.name: guidance_for(own, one).model_dump(mode="json") for one in samplers}
+    spacing = spacing_for(own, sampler)
+    return Defaults(
+        n=GenerateRequest.model_fields["n"].default,
+        steps=steps_for(own, spacing),
+        sampler=sampler.model_dump(mode="json"),
+        spacing=None if own is None else spacing.model_dump(mode="json"),
+        guidance=plain,
+        guidance_by_sampler={name: other for name, other in guidance.items() if other != plain},
     )
 
 
@@ -178,20 +204,6 @@ def _entries_of(part: Part) -> tuple[Entry, ...]:
     if part.named:
         return _entries(part.kinds)
     return tuple(_entry(kind, part.field) for kind in part.kinds)
-
-
-@cache
-def _defaults() -> Defaults:
-    plain = default_guidance(default_sampler()).model_dump(mode="json")
-    samplers = [member.model_validate({}) for member in SAMPLERS]
-    guidance = {one.name: default_guidance(one).model_dump(mode="json") for one in samplers}
-    return Defaults(
-        n=GenerateRequest.model_fields["n"].default,
-        steps=DEFAULT_STEPS,
-        sampler=default_sampler().model_dump(mode="json"),
-        guidance=plain,
-        guidance_by_sampler={name: own for name, own in guidance.items() if own != plain},
-    )
 
 
 def _entries(members: Sequence[type[BaseModel]]) -> tuple[Entry, ...]:

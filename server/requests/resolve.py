@@ -25,16 +25,9 @@ from server.requests.checks.classifier import check_classifier
 from server.requests.checks.group import check_group, check_noise_of_particles
 from server.requests.checks.guidance import check_guidance, check_windows, coefficients_for
 from server.requests.checks.limits import check_limits, check_size, check_tokens
+from server.requests.defaults import guidance_for, sampler_for, spacing_for, steps_for
 from server.requests.ineffective import warnings_for
-from server.requests.schema import (
-    DEFAULT_STEPS,
-    SPACING_BY_NAME,
-    GenerateRequest,
-    Guidance,
-    ResolvedRequest,
-    default_guidance,
-    default_sampler,
-)
+from server.requests.schema import GenerateRequest, Guidance, ResolvedRequest
 from server.settings import Limits
 
 __all__ = ["Prepared", "make_plan", "prepare", "resolve", "statistics_for"]
@@ -79,9 +72,10 @@ def resolve(
         InvalidRequest: a value that the model or the operator does not allow.
     """
     has_picture, has_reference = upload_size is not None, request.reference is not None
-    sampler = request.sampler or default_sampler()
-    spacing = request.spacing or SPACING_BY_NAME[sampler.default_spacing].model_validate({})
-    guidance = request.guidance or default_guidance(sampler)
+    own = model.facts.defaults
+    sampler = request.sampler or sampler_for(own)
+    spacing = request.spacing or spacing_for(own, sampler)
+    guidance = request.guidance or guidance_for(own, sampler)
     width, height = upload_size or (model.facts.default_width, model.facts.default_height)
     # Every value was validated when the request was read.
     resolved = ResolvedRequest.model_construct(
@@ -90,7 +84,7 @@ def resolve(
         model=model.facts.name,
         width=request.width or width,
         height=request.height or height,
-        steps=request.steps or spacing.own_steps or DEFAULT_STEPS,
+        steps=request.steps or steps_for(own, spacing),
         seed=secrets.randbelow(2**32) if request.seed is None else request.seed,
         n=request.n,
         sampler=sampler,

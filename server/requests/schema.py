@@ -36,6 +36,7 @@ __all__ = [
     "ResolvedRequest",
     "default_guidance",
     "default_sampler",
+    "guidance_of",
     "split",
 ]
 
@@ -133,7 +134,10 @@ class GenerateRequest(BaseModel):
         default=None, ge=8, le=16384, description="Height in pixels. Default: the model's own."
     )
     steps: Count | None = Field(
-        default=None, ge=1, description=f"Number of sampler steps. Default: {DEFAULT_STEPS}."
+        default=None,
+        ge=1,
+        description="Number of sampler steps. Default: that of the model's entry in the catalog, "
+        f"usually {DEFAULT_STEPS}.",
     )
     seed: Count | None = Field(
         default=None,
@@ -144,18 +148,23 @@ class GenerateRequest(BaseModel):
     )
     n: Count = Field(default=1, ge=1, description="Number of images.")
     sampler: SamplerChoice | None = Field(
-        default=None, description=f"How the noise is removed. Default: `{DEFAULT_SAMPLER}`."
+        default=None,
+        description="How the noise is removed. Default: that of the model's entry in the catalog, "
+        f"usually `{DEFAULT_SAMPLER}`.",
     )
     spacing: SpacingChoice | None = Field(
-        default=None, description="At which noise levels the steps are. Default: the sampler's own."
+        default=None,
+        description="At which noise levels the steps are. Default: the model's for its default "
+        "sampler, if it has one, otherwise the sampler's own.",
     )
     guidance: Guidance | None = Field(
         default=None,
         description="How the images are made to follow the prompt: the name and fields of a rule, "
         "and optionally "
         f"{', '.join(f'`{part.field}`' for part in PARTS)}. "
-        f"Default: `{json.dumps(DEFAULT_GUIDANCE)}`, or "
-        f"`{json.dumps(GUIDANCE_OF_STATISTICS)}` with a sampler that uses model statistics.",
+        "Default: that of the model's entry in the catalog, usually "
+        f"`{json.dumps(DEFAULT_GUIDANCE)}`, or `{json.dumps(GUIDANCE_OF_STATISTICS)}` with a "
+        "sampler that uses model statistics.",
     )
     image: str | None = Field(
         default=None,
@@ -219,20 +228,25 @@ class ResolvedRequest(BaseModel):
 
 
 def default_sampler() -> Sampler:
-    """The sampler of a request that leaves it out."""
+    """The sampler of a request that leaves it out, for models without defaults of their own."""
     return next(
         sampler for sampler in SAMPLERS if name_of(sampler) == DEFAULT_SAMPLER
     ).model_validate({})
 
 
 def default_guidance(sampler: Sampler) -> Guidance:
-    """The guidance of a request that leaves it out.
+    """The guidance of a request that leaves it out, for models without defaults of their own.
 
     Args:
         sampler: of the request.
     """
     named = GUIDANCE_OF_STATISTICS if sampler.uses_statistics else DEFAULT_GUIDANCE
     return _GUIDANCE.validate_python(named)
+
+
+def guidance_of(rule: Rule, policy: Policy) -> Guidance:
+    """A request's guidance of a rule and a policy, and nothing else."""
+    return _GUIDANCE.validate_python({**rule.model_dump(), "policy": policy.model_dump()})
 
 
 def split(guidance: Guidance) -> tuple[Rule, Policy]:

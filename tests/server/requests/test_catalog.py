@@ -7,10 +7,15 @@ import httpx2
 import pytest
 from pydantic import BaseModel
 
-from guidance import PARTS, RULES, Part
-from samplers import SAMPLERS, SPACINGS
-from server.requests.catalog import Entry, catalog
-from server.requests.schema import GenerateRequest
+from guidance import CFG, PARTS, RULES, Part
+from guidance.embedded import Embedded
+from samplers import LCM, SAMPLERS, SPACINGS, LCMSpacing
+from server.models.defaults import ModelDefaults
+from server.requests.catalog import Entry, catalog, defaults_of
+from server.requests.resolve import resolve
+from server.requests.schema import GenerateRequest, split
+from server.settings import Limits
+from tests.server.toy_model import Toy
 
 LISTS: dict[str, tuple[type[BaseModel], ...]] = {
     "samplers": SAMPLERS,
@@ -139,6 +144,32 @@ def test_the_catalog_names_the_models(client: httpx2.Client) -> None:
     assert model["name"] == "embedded"
     assert model["width"] % model["size_multiple"] == 0
     assert int(model["revision"], 16)
+
+
+def test_a_model_without_defaults_of_its_own_has_those_of_all(client: httpx2.Client) -> None:
+    answer = client.get("/v1/catalog").json()
+    assert answer["models"][0]["defaults"] == answer["defaults"]
+    assert answer["defaults"]["spacing"] is None
+
+
+def test_the_catalog_says_the_defaults_of_a_model_that_has_its_own() -> None:
+    own = ModelDefaults(
+        sampler=LCM(),
+        spacing=LCMSpacing(distilled_steps=40),
+        steps=4,
+        rule=CFG(scale=8.5),
+        policy=Embedded(),
+    )
+    said = defaults_of(own)
+    body = {"prompt": "x", "sampler": said.sampler, "spacing": said.spacing}
+    named = GenerateRequest.model_validate({**body, "steps": said.steps, "guidance": said.guidance})
+    silent = GenerateRequest(prompt="x")
+    model = Toy(defaults=own)
+    given, filled = (resolve(one, model, Limits(), None) for one in (named, silent))
+    assert given.model_copy(update={"seed": filled.seed}) == filled
+    assert (filled.sampler, filled.spacing, filled.steps) == (own.sampler, own.spacing, own.steps)
+    assert split(filled.guidance) == (own.rule, own.policy)
+    assert not said.guidance_by_sampler
 
 
 def test_the_catalog_is_there_before_the_models(unloaded: Callable[..., httpx2.Client]) -> None:

@@ -1,0 +1,77 @@
+"""Latent consistency models: Stable Diffusion, distilled to a few steps and a told guidance scale.
+
+Luo et al., arXiv 2310.04378; as ``LatentConsistencyModelPipeline`` of diffusers runs them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from guidance import CFG
+from guidance.embedded import Embedded
+from samplers.lcm import LCM
+from samplers.timesteps import LCMSpacing
+from server.errors import ModelMismatch
+from server.models.defaults import ModelDefaults
+from server.models.folder import component_class, read_json
+from server.models.stable_diffusion import load_stable_diffusion
+from server.models.unet_model import SCHEDULER
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    import torch
+
+    from server.models.unet_model import UNetModel
+
+STEPS = 4
+SCALE = 8.5
+"""Of guidance; both as in diffusers' pipeline."""
+
+FIXED: Mapping[str, Any] = {"clip_sample": False, "thresholding": False, "timestep_scaling": 10.0}
+"""Entries of the scheduler's config that the sampler ``lcm`` knows one value of, diffusers' own."""
+
+
+def load_latent_consistency(
+    folder: Path, name: str, revision: str, device: torch.device, dtype: torch.dtype
+) -> UNetModel:
+    """Load the parts of a diffusers folder from safetensors alone.
+
+    Raises:
+        ModelMismatch: a part that this family cannot run, a U-Net that is told no guidance scale,
+            or a scheduler that the sampler ``lcm`` is not equal to.
+    """
+    component_class(folder, "scheduler", frozenset({"LCMScheduler"}))
+    if read_json(folder, "unet/config.json").get("time_cond_proj_dim") is None:
+        raise ModelMismatch(
+            f"unet of model folder {str(folder)!r} has no time_cond_proj_dim; latent consistency "
+            "models are told a guidance scale through it."
+        )
+    defaults = _defaults_of(folder, read_json(folder, SCHEDULER))
+    return load_stable_diffusion(folder, name, revision, device, dtype, defaults)
+
+
+def _defaults_of(folder: Path, scheduler: Mapping[str, Any]) -> ModelDefaults:
+    for entry, only in FIXED.items():
+        if (given := scheduler.get(entry, only)) != only:
+            raise ModelMismatch(
+                f"{SCHEDULER} of model folder {str(folder)!r} has the {entry} {str(given)[:40]!r}; "
+                f"allowed is {only!r}."
+            )
+    # Configs written before this entry existed leave it out.
+    distilled = scheduler.get("original_inference_steps", 50)
+    allowed = LCMSpacing.model_json_schema()["properties"]["distilled_steps"]
+    if type(distilled) is not int or not allowed["minimum"] <= distilled <= allowed["maximum"]:
+        raise ModelMismatch(
+            f"{SCHEDULER} of model folder {str(folder)!r} has the original_inference_steps "
+            f"{str(distilled)[:40]!r}; a whole number from {allowed['minimum']} to "
+            f"{allowed['maximum']} is allowed."
+        )
+    return ModelDefaults(
+        sampler=LCM(),
+        spacing=LCMSpacing(distilled_steps=distilled),
+        steps=min(STEPS, distilled),
+        rule=CFG(scale=SCALE),
+        policy=Embedded(),
+    )

@@ -1,0 +1,63 @@
+"""What a request gets that leaves a field out: the model's own settings, or else the server's."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from server.requests.schema import (
+    DEFAULT_STEPS,
+    SPACING_BY_NAME,
+    default_guidance,
+    default_sampler,
+    guidance_of,
+)
+
+if TYPE_CHECKING:
+    from samplers import Sampler, Spacing
+    from server.models.defaults import ModelDefaults
+    from server.requests.schema import Guidance
+
+__all__ = ["guidance_for", "sampler_for", "spacing_for", "steps_for"]
+
+
+def sampler_for(own: ModelDefaults | None) -> Sampler:
+    """The sampler of a request that leaves it out.
+
+    Args:
+        own: of the model; None if it has none.
+    """
+    return default_sampler() if own is None else own.sampler
+
+
+def spacing_for(own: ModelDefaults | None, sampler: Sampler) -> Spacing:
+    """The spacing of a request that leaves it out.
+
+    Args:
+        own: of the model; None if it has none.
+        sampler: of the request. One that the model does not use keeps its own spacing, but where
+            that is the model's by name, with the model's parameters.
+    """
+    named = sampler.default_spacing
+    if own is not None and (sampler.name == own.sampler.name or named == own.spacing.name):
+        return own.spacing
+    return SPACING_BY_NAME[named].model_validate({})
+
+
+def steps_for(own: ModelDefaults | None, spacing: Spacing) -> int:
+    """The number of steps of a request that leaves it out.
+
+    Args:
+        own: of the model; None if it has none.
+        spacing: of the request, which may prescribe the number.
+    """
+    return spacing.own_steps or (DEFAULT_STEPS if own is None else own.steps)
+
+
+def guidance_for(own: ModelDefaults | None, sampler: Sampler) -> Guidance:
+    """The guidance of a request that leaves it out.
+
+    Args:
+        own: of the model; None if it has none.
+        sampler: of the request.
+    """
+    return default_guidance(sampler) if own is None else guidance_of(own.rule, own.policy)
