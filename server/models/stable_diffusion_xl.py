@@ -5,16 +5,26 @@ Podell et al., arXiv 2307.01952; as ``StableDiffusionXLPipeline`` of diffusers r
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from guidance import Always, Unguided
+from samplers import EulerAncestral, Trailing
 from server.errors import ModelMismatch
 from server.models.clip import CLIP
 from server.models.conditioning import Conditioning
+from server.models.defaults import ModelDefaults
 from server.models.folder import read_json
 from server.models.parts import load_network, load_text_encoder, load_tokenizer
-from server.models.unet_model import TEXT, UNetModel, facts_of, load_companion, schedule_of
+from server.models.unet_model import (
+    SCHEDULER,
+    TEXT,
+    UNetModel,
+    facts_of,
+    load_companion,
+    schedule_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -24,6 +34,19 @@ if TYPE_CHECKING:
 
 LAYER = -2
 """Of the hidden states, those that the U-Net reads: before the last layer, not normalised."""
+
+TURBO = ModelDefaults(
+    sampler=EulerAncestral(), spacing=Trailing(), steps=4, rule=Unguided(), policy=Always()
+)
+"""Adversarial diffusion distillation, 1 to 4 steps (Sauer et al., arXiv 2311.17042)."""
+
+TURBO_SCHEDULER: Mapping[str, str] = {
+    "_class_name": "EulerAncestralDiscreteScheduler",
+    "timestep_spacing": "trailing",
+    "prediction_type": "epsilon",
+}
+TURBO_SIZE = 64
+"""Cells along a side of a latent that the U-Net was trained at, where the base model has 128."""
 
 
 class TwoEncoders:
@@ -104,7 +127,7 @@ def load_stable_diffusion_xl(
         zero_unconditional=index.get("force_zeros_for_empty_prompt", True) is not False,
     )
     return UNetModel(
-        facts_of(folder, name, revision, unet, vae, text.max_tokens),
+        facts_of(folder, name, revision, unet, vae, text.max_tokens, _defaults_of(folder, unet)),
         device,
         dtype,
         schedule=schedule_of(folder),
@@ -113,3 +136,13 @@ def load_stable_diffusion_xl(
         text=text,
         weak=load_companion(folder, dtype),
     )
+
+
+def _defaults_of(folder: Path, unet: Any) -> ModelDefaults | None:
+    """Those of SDXL Turbo, where the configs say all that its own say; otherwise the server's.
+
+    Its scheduler alone is not enough: models of many steps are saved with ancestral Euler too.
+    """
+    scheduler = read_json(folder, SCHEDULER)
+    as_turbo = all(scheduler.get(entry) == value for entry, value in TURBO_SCHEDULER.items())
+    return TURBO if as_turbo and unet.config.sample_size == TURBO_SIZE else None

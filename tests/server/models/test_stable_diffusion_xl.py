@@ -259,6 +259,41 @@ def test_turbo_draws_in_a_few_steps_without_guidance(
     assert_among(seen, expected)
 
 
+@pytest.fixture(scope="module")
+def turbo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With the size that the published U-Net states; its layers do not depend on it."""
+    made = saved(make(TURBO), tmp_path_factory.mktemp("models") / "turbo")
+    edit(made / "unet" / "config.json", sample_size=64)
+    return made
+
+
+def test_a_bare_request_to_turbo_takes_four_steps_without_guidance(turbo_folder: Path) -> None:
+    request = GenerateRequest(prompt=PROMPT)
+    settings = resolve(request, load(turbo_folder), Limits(), None).settings()
+    assert settings["sampler"]["name"] == "euler_ancestral"
+    assert settings["spacing"] == {"name": "trailing"}
+    assert settings["steps"] == 4
+    assert settings["guidance"]["name"] == "none"
+
+
+@pytest.mark.parametrize(
+    ("file", "fields"),
+    [
+        ("scheduler/scheduler_config.json", {"_class_name": "EulerDiscreteScheduler"}),
+        ("scheduler/scheduler_config.json", {"timestep_spacing": "leading"}),
+        ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}),
+        ("unet/config.json", {"sample_size": 128}),
+    ],
+    ids=["lightning", "spacing", "prediction", "size"],
+)
+def test_a_folder_that_differs_from_turbo_gets_the_usual_defaults(
+    turbo_folder: Path, tmp_path: Path, file: str, fields: dict[str, Any]
+) -> None:
+    copy = Path(shutil.copytree(turbo_folder, tmp_path / "xl"))
+    edit(copy / file, **fields)
+    assert load(copy).facts.defaults is None
+
+
 def test_in_float16_the_autoencoder_stays_in_float32_where_the_folder_says_so(
     folder: Path, tmp_path: Path
 ) -> None:
