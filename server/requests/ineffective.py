@@ -1,25 +1,49 @@
-"""Finds settings of a valid request that have no effect on its images."""
+"""Finds settings of a valid request that have no effect or do not suit its model."""
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
+from guidance import NAG
 from guidance.parts import chosen
 from samplers import Plan
+from server.models.hosted import HostedModel
 from server.requests.schema import ResolvedRequest
 
 __all__ = ["warnings_for"]
 
 
-def warnings_for(resolved: ResolvedRequest, plan: Plan) -> tuple[str, ...]:
-    """One sentence for each setting that has no effect.
+def warnings_for(resolved: ResolvedRequest, model: HostedModel, plan: Plan) -> tuple[str, ...]:
+    """One sentence for each setting that has no effect, or that the model was not made for.
 
     Args:
         resolved: the request.
+        model: that will serve it.
         plan: of its sampler.
     """
-    if not resolved.negative_prompt:
-        return ()
-    reason = _without_negative_prompt(resolved, plan)
-    return () if reason is None else (f"negative_prompt has no effect: {reason}.",)
+    found: list[str] = []
+    if resolved.negative_prompt and (reason := _without_negative_prompt(resolved, plan)):
+        found.append(f"negative_prompt has no effect: {reason}.")
+    guidance = resolved.guidance
+    if model.facts.one_prediction and guidance.branches and not guidance.policy.embeds:
+        found.append(
+            f"guidance {guidance.name!r} combines several predictions, but model "
+            f"{model.facts.name!r} was distilled to be sampled from one; {_of_one(model)}."
+        )
+    return tuple(found)
+
+
+def _of_one(model: HostedModel) -> str:
+    """What guidance a model takes that was distilled to be sampled from one prediction."""
+    instead: dict[str, Any] = (
+        {"name": "cfg", "policy": "embedded"} if model.facts.embeds_scale else {"name": "none"}
+    )
+    plain = f"use {json.dumps(instead)}"
+    if model.refuses(NAG().edit) is not None:
+        return plain
+    led_away = json.dumps(instead | {"nag": {}})
+    return f"{plain}, or {led_away} to steer away from a negative prompt"
 
 
 def _without_negative_prompt(resolved: ResolvedRequest, plan: Plan) -> str | None:

@@ -42,7 +42,7 @@ class Prepared:
         plan: of its sampler.
         coefficients: what its guidance policy was fitted to, ``[stages, n]``; None if it needs
             none.
-        warnings: one sentence for each setting that has no effect.
+        warnings: one sentence for each setting that has no effect or does not suit the model.
     """
 
     request: ResolvedRequest
@@ -117,7 +117,7 @@ def prepare(resolved: ResolvedRequest, model: HostedModel, plan: Plan) -> Prepar
     check_windows(resolved.guidance, plan)
     check_noise_of_particles(resolved, plan)
     coefficients = coefficients_for(resolved, model, plan)
-    return Prepared(resolved, plan, coefficients, warnings_for(resolved, plan))
+    return Prepared(resolved, plan, coefficients, warnings_for(resolved, model, plan))
 
 
 def statistics_for(resolved: ResolvedRequest, model: HostedModel) -> StatisticsIdentity | None:

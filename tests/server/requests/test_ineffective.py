@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
+from guidance import Always, Edit, Unguided
+from samplers import EulerAncestral, Trailing
+from server.models.defaults import ModelDefaults
+from server.models.hosted import HostedModel
 from server.requests.resolve import make_plan, prepare, resolve
 from server.requests.schema import GenerateRequest
 from server.settings import Limits
 from tests.server.toy_model import Toy
 
 
-def warnings(guidance: Any, *, has_picture: bool = False, **fields: Any) -> tuple[str, ...]:
-    model = Toy()
+def warnings(
+    guidance: Any, *, model: HostedModel | None = None, has_picture: bool = False, **fields: Any
+) -> tuple[str, ...]:
+    model = model or Toy(embeds_scale=False)
     request = GenerateRequest.model_validate(
         {"prompt": "x", "negative_prompt": "y", "steps": 6, "guidance": guidance} | fields
     )
@@ -34,14 +41,17 @@ def warnings(guidance: Any, *, has_picture: bool = False, **fields: Any) -> tupl
             {"name": "perp_neg", "negative": 0},
             "guidance 'perp_neg' does not use it at these parameters",
         ),
-        (
-            {"name": "cfg", "policy": "embedded"},
-            "with the policy 'embedded' the network guides itself by the prompt alone",
-        ),
     ],
 )
 def test_a_negative_prompt_without_effect_is_said(guidance: Any, reason: str) -> None:
     assert warnings(guidance) == (f"negative_prompt has no effect: {reason}.",)
+
+
+def test_a_negative_prompt_has_no_effect_where_the_network_guides_itself() -> None:
+    assert warnings({"name": "cfg", "policy": "embedded"}, model=Toy()) == (
+        "negative_prompt has no effect: with the policy 'embedded' the network guides itself by "
+        "the prompt alone.",
+    )
 
 
 def test_a_negative_prompt_is_not_evaluated_where_the_picture_stands_for_it() -> None:
@@ -67,3 +77,48 @@ def test_a_negative_prompt_that_a_part_reads_is_not_warned_of() -> None:
 @pytest.mark.parametrize("negative", [None, ""])
 def test_no_negative_prompt_is_not_warned_of(negative: str | None) -> None:
     assert warnings("none", negative_prompt=negative) == ()
+
+
+UNGUIDED = ModelDefaults(
+    sampler=EulerAncestral(), spacing=Trailing(), steps=4, rule=Unguided(), policy=Always()
+)
+
+
+class WithoutCrossAttention(Toy):
+    """A toy in which no attention can be led away from a text."""
+
+    def refuses(self, edit: Edit) -> str | None:
+        return "makes no edits"
+
+
+EMBEDDED = {"name": "cfg", "policy": "embedded"}
+
+
+@pytest.mark.parametrize(
+    ("model", "offers"),
+    [
+        (Toy(), [EMBEDDED, EMBEDDED | {"nag": {}}]),
+        (
+            Toy(embeds_scale=False, defaults=UNGUIDED),
+            [{"name": "none"}, {"name": "none", "nag": {}}],
+        ),
+        (WithoutCrossAttention(), [EMBEDDED]),
+    ],
+    ids=["embeds the scale", "unguided", "without cross-attention"],
+)
+def test_several_predictions_of_a_distilled_model_are_warned_of(
+    model: HostedModel, offers: list[dict[str, Any]]
+) -> None:
+    instead = ", or ".join(map(json.dumps, offers))
+    if len(offers) > 1:
+        instead += " to steer away from a negative prompt"
+    assert warnings({"name": "cfg", "scale": 3.0}, model=model) == (
+        "guidance 'cfg' combines several predictions, but model 'toy' was distilled to be sampled "
+        f"from one; use {instead}.",
+    )
+    for offered in offers:
+        assert warnings(offered, model=model, negative_prompt=None) == ()
+
+
+def test_a_distilled_model_is_not_warned_of_at_a_scale_of_one() -> None:
+    assert warnings({"name": "cfg", "scale": 1}, model=Toy(), negative_prompt=None) == ()
