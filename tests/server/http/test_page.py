@@ -18,9 +18,13 @@ import httpx2
 import pytest
 from websockets.sync.client import ClientConnection, connect
 
+from guidance import CFG
+from guidance.embedded import Embedded
+from samplers import LCM, LCMSpacing
 from server.http.app import WEB
-from server.requests.catalog import Catalog, catalog
-from server.requests.schema import GenerateRequest
+from server.models.defaults import ModelDefaults
+from server.requests.catalog import Catalog, catalog, defaults_of
+from server.requests.schema import GenerateRequest, guidance_of
 
 PATIENCE_S = 60
 PAGE = (WEB / "index.html").read_text("utf-8")
@@ -60,9 +64,10 @@ class Tab:
         self._connection = connection
         self._numbers = itertools.count()
 
-    def open(self, url: str) -> None:
-        """Load a page."""
+    def open(self, url: str, before: str = "") -> None:
+        """Load a page, after a script that runs before its own."""
         self._call("Page.enable")
+        self._call("Page.addScriptToEvaluateOnNewDocument", source=before)
         self._call("Page.navigate", url=url)
         self._told(lambda news: news.get("method") == "Page.loadEventFired")
 
@@ -212,6 +217,67 @@ def test_the_page_follows_the_sampler_to_its_own_guidance_until_another_is_chose
     defaults = client.get("/v1/catalog").json()["defaults"]
     fitted = defaults["guidance_by_sampler"]["dpm_solver_v3"]
     assert rules == [fitted["name"], defaults["guidance"]["name"], "tcfg"]
+
+
+CONSISTENCY = ModelDefaults(
+    sampler=LCM(),
+    spacing=LCMSpacing(distilled_steps=40),
+    steps=4,
+    rule=CFG(scale=8.5),
+    policy=Embedded(),
+)
+BESIDE = """
+const asked = window.fetch;
+window.fetch = async (...request) => {
+  const answer = await asked(...request);
+  if (request[0] !== "/v1/catalog") return answer;
+  const catalog = await answer.json();
+  catalog.models.push({ ...catalog.models[0], name: "lcm", defaults: DEFAULTS });
+  return Response.json(catalog);
+};
+""".replace("DEFAULTS", defaults_of(CONSISTENCY).model_dump_json())
+"""A second model in the catalog, with defaults of its own."""
+
+
+def test_the_page_draws_the_defaults_of_the_chosen_model(tab: Tab, client: httpx2.Client) -> None:
+    tab.open(str(client.base_url), BESIDE)
+    shown, sent = tab.run(
+        """
+        await until(() => selects().length === titles.length);
+        const drawn = (...lists) => {
+          return [form.steps.placeholder, ...lists.map((one) => select(one).value)];
+        };
+        const choose = (name) => {
+          form.model.value = name;
+          form.model.dispatchEvent(new Event("change"));
+        };
+        const shown = [], sent = [];
+        window.fetch = async (_, { body }) => { sent.push(body); throw new Error("kept"); };
+        for (const [title, name] of [[], ["samplers", "tcd"], ["samplers", "lcm"]]) {
+          if (title) pick(title, name);
+          else choose("lcm");
+          await press();
+          shown.push(drawn("samplers", "spacings", "rules", "policies"));
+        }
+        choose("embedded");
+        shown.push(drawn("rules", "policies"));
+        return [shown, sent];
+        """
+    )
+    consistency = ["4", "lcm", "lcm", "cfg", "embedded"]
+    blank = next(choice.blank for choice in catalog().choices if choice.field == "spacing")
+    assert shown == [
+        consistency,
+        ["4", "tcd", blank, "cfg", "embedded"],
+        consistency,
+        ["25", "apg", "always"],
+    ]
+    first, other, again = map(GenerateRequest.model_validate_json, sent)
+    assert (first.sampler, first.spacing) == (CONSISTENCY.sampler, CONSISTENCY.spacing)
+    assert first.guidance == guidance_of(CONSISTENCY.rule, CONSISTENCY.policy)
+    assert first.steps is None
+    assert other.spacing is None
+    assert again == first
 
 
 def test_the_page_shows_what_has_no_effect(tab: Tab) -> None:
