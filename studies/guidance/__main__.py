@@ -21,12 +21,12 @@ import torch
 from embedded import MODEL_FOLDER
 from server.fitting.samples import prompts_for
 from server.models.loading import load_model
+from studies.common.records import Records
 from studies.guidance.drawing import Drawing
 from studies.guidance.measuring import PARTS, Share, measure, measure_rates
 from studies.guidance.page import write
 from studies.guidance.sitters import Sitters
 from studies.guidance.study import Sizes, Study
-from studies.samplers.records import Records
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

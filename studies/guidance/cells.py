@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from studies.samplers.records import key_of
+from studies.common.records import key_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

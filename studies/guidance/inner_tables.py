@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from studies.common.page import NOTHING, table
 from studies.guidance import cells
 from studies.guidance.texts import (
     changed,
@@ -16,7 +17,6 @@ from studies.guidance.texts import (
     plus_minus,
     share,
 )
-from studies.samplers.tables import NOTHING, table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

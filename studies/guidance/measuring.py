@@ -14,10 +14,10 @@ from studies.guidance.cells import BLOCKS, RATED, Cell, all_cells
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
 
+    from studies.common.records import Records
     from studies.guidance.drawing import Drawing, Spent
     from studies.guidance.sitters import Sitters
     from studies.guidance.study import Sizes, Study
-    from studies.samplers.records import Records
 
 PARTS = ("truth", "pictures", "rate")
 

@@ -24,8 +24,8 @@ from server.requests.schema import GenerateRequest
 from server.requests.tasks import tasks_of
 from server.settings import Limits
 from studies.common.engine_runs import results_of, started
+from studies.common.intervals import DEVIATIONS, mean_and_error, wilson
 from studies.guidance.measures import distances
-from studies.samplers.measures import DEVIATIONS, mean_and_error, wilson
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

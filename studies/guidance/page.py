@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from string import Template
 from typing import TYPE_CHECKING
 
+from studies.common.page import fill
 from studies.guidance import inner_tables, plots, tables
 from studies.guidance.results import Results
 
 if TYPE_CHECKING:
-    from studies.samplers.records import Records
+    from studies.common.records import Records
 
 TEMPLATE = Path(__file__).with_name("page.md")
 
@@ -25,8 +25,7 @@ def write(records: Records, path: Path, images: Path) -> None:
     """
     results = Results(records)
     plots.draw(results, images)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(Template(TEMPLATE.read_text()).substitute(_entries(results)))
+    fill(TEMPLATE, _entries(results), path)
 
 
 def _entries(results: Results) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The page's plots. Colours are Okabe and Ito's, which the colour-blind can tell apart."""
+"""The plots of the page."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
+from studies.common.intervals import mean_and_error, wilson
+from studies.common.looks import COLOURS, MARKERS
 from studies.guidance import cells
-from studies.samplers.measures import mean_and_error, wilson
-from studies.samplers.plots import COLOURS, MARKERS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

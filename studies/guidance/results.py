@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from studies.common.records import key_of
 from studies.guidance.cells import BLOCKS, KIND, STEPS, Cell, all_cells
 from studies.guidance.measures import ratio_of_means
-from studies.samplers.records import key_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from studies.common.records import Records
     from studies.guidance.cells import Sitting
-    from studies.samplers.records import Records
 
 Record = dict[str, Any]
 

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from embedded.checker import compare, read_picture
 from embedded.scenes import make_scene, render, to_pixels
+from studies.common.records import key_of
 from studies.guidance import measures
 from studies.guidance.cells import STRENGTH
 from studies.guidance.drawing import Drawn
-from studies.samplers.records import key_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

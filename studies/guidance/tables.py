@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from studies.common.page import NOTHING, table
 from studies.guidance import cells
 from studies.guidance.texts import changed, looks, mean, part, share
-from studies.samplers.tables import NOTHING, table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from studies.common.intervals import mean_and_error, wilson
+from studies.common.page import NOTHING, table
 from studies.guidance.cells import STEPS
-from studies.samplers.measures import mean_and_error, wilson
-from studies.samplers.tables import NOTHING, table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

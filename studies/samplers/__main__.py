@@ -21,10 +21,10 @@ from benchmarks.architectures import build
 from embedded import MODEL_FOLDER
 from server.models.folder import revision_of
 from server.models.loading import load_model
+from studies.common.records import Records
 from studies.samplers.cells import EVERY, EVERY_EVALUATIONS, HIGH_SCALES, SCALES
 from studies.samplers.measuring import PARTS, Wanted, measure
 from studies.samplers.page import write
-from studies.samplers.records import Records
 from studies.samplers.sizes import Sizes
 from studies.samplers.statistics_files import StatisticsFiles
 from studies.samplers.study import Study

@@ -1,9 +1,8 @@
-"""Measures of a run, and confidence intervals of means and shares."""
+"""Measures of a run."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import sqrt
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,11 +12,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
-
-    from samplers.levels import F64
-
-DEVIATIONS = 1.96
-"""Of a normal distribution within which 95 % of it lies."""
 
 
 def relative_errors(x: Tensor, reference: Tensor) -> list[float]:
@@ -50,33 +44,6 @@ class Bounds:
         low, high = (latents.new_tensor(bound).view(1, -1, 1, 1) for bound in (self.low, self.high))
         outside = ~((latents >= low) & (latents <= high))
         return outside.flatten(1).to(torch.float32).mean(1).tolist()
-
-
-def mean_and_error(values: Sequence[float] | F64) -> tuple[float, float]:
-    """The mean and its standard error; the error of a single value is nan."""
-    found = np.asarray(values, np.float64)
-    if len(found) < 2:
-        return float(found.mean()), float("nan")
-    return float(found.mean()), float(found.std(ddof=1) / sqrt(len(found)))
-
-
-def wilson(right: int, of: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson, 1927)."""
-    z = DEVIATIONS
-    centre = (right + z * z / 2) / (of + z * z)
-    half = z / (of + z * z) * sqrt(right * (of - right) / of + z * z / 4)
-    return centre - half, centre + half
-
-
-def ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
-    """Geometric mean over images of ``ours / theirs``, and its 95 % interval: a paired comparison.
-
-    The logarithms' standard error times :data:`DEVIATIONS`, both sides on the same images.
-    """
-    logs = np.log(np.asarray(ours, np.float64) / np.asarray(theirs, np.float64))
-    middle, error = mean_and_error(logs)
-    low, high = middle - DEVIATIONS * error, middle + DEVIATIONS * error
-    return float(np.exp(middle)), float(np.exp(low)), float(np.exp(high))
 
 
 def slope(counts: Sequence[int], errors: Sequence[float]) -> float:

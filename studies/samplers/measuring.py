@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
 
     from server.models.hosted import HostedModel
+    from studies.common.records import Records
     from studies.samplers.cells import Cell
-    from studies.samplers.records import Records
     from studies.samplers.sizes import Sizes
     from studies.samplers.statistics_files import StatisticsFiles
     from studies.samplers.study import Study

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from string import Template
 from typing import TYPE_CHECKING
 
+from studies.common.page import fill
 from studies.samplers import plots, tables
 from studies.samplers.cells import HIGH_SCALES, SCALES, SPACED_SCALES, STRONG
 from studies.samplers.cost import ROUNDS, STEPS
@@ -13,7 +13,7 @@ from studies.samplers.results import Results
 from studies.samplers.sizes import Sizes
 
 if TYPE_CHECKING:
-    from studies.samplers.records import Records
+    from studies.common.records import Records
 
 TEMPLATE = Path(__file__).with_name("page.md")
 
@@ -28,8 +28,7 @@ def write(records: Records, path: Path, images: Path) -> None:
     """
     results = Results(records)
     plots.draw(results, images)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(Template(TEMPLATE.read_text()).substitute(_entries(results)))
+    fill(TEMPLATE, _entries(results), path)
 
 
 def _entries(results: Results) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The page's plots. Colours are Okabe and Ito's, which the colour-blind can tell apart."""
+"""The plots of the page."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
+from studies.common.intervals import mean_and_error, wilson
+from studies.common.looks import COLOURS, MARKERS
 from studies.samplers.cells import (
     ACCURACY_LINES,
     ERROR_LINES,
@@ -22,7 +24,6 @@ from studies.samplers.cells import (
     VARIANT_LINES,
 )
 from studies.samplers.convergence import COUNTS
-from studies.samplers.measures import mean_and_error, wilson
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
 
     from studies.samplers.results import Results
 
-COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#808080")
-MARKERS = "osD^vPX*"
 LINES = ("-", "-", "-", "-", "--", "--", "--", "--")
 
 SOLVER_FAMILIES = {

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from studies.common.intervals import mean_and_error
 from studies.samplers.cells import EVERY, SPACINGS_COMPARED
-from studies.samplers.measures import mean_and_error
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from studies.samplers.records import Records
+    from studies.common.records import Records
 
 
 @dataclass(frozen=True, slots=True)

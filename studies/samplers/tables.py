@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from server.requests.schema import DEFAULT_STEPS
+from studies.common.intervals import mean_and_error, ratio, wilson
+from studies.common.page import NOTHING, table
 from studies.samplers.cells import (
     EVALUATIONS,
     EVERY,
@@ -32,15 +34,13 @@ from studies.samplers.cells import (
     V3,
 )
 from studies.samplers.cost import ROWS
-from studies.samplers.measures import mean_and_error, ratio, wilson
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from studies.samplers.results import Found, Results
 
 MARKS = {"logsnr": "", "linspace": "<sup>t</sup>"}
-NOTHING = "–"
 NEVER = float("inf")
 V3_LABELS = [contender.label for contender in (*V3, PUBLISHED, *REDUCED)]
 COMPARED = [label for label in EVERY if label not in {one.label for one in REDUCED}]
@@ -48,12 +48,6 @@ OTHERS = [label for label in EVERY if label not in V3_LABELS]
 
 
 TIMED = [contender.label for contender in (*V3, *SOLVERS, *FURTHER)]
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def which(results: Results) -> str:

@@ -12,6 +12,7 @@ from scipy.linalg import sqrtm
 
 from embedded import MODEL_FOLDER
 from server.models.loading import load_model
+from studies.common.records import Records, key_of
 from studies.guidance import cells, measures, measuring
 from studies.guidance.__main__ import main
 from studies.guidance.cells import BASE, RATED, UNGUIDED, Cell, all_cells, by, cfg
@@ -20,7 +21,6 @@ from studies.guidance.page import write
 from studies.guidance.results import Results
 from studies.guidance.sitters import WHITE, Sitters
 from studies.guidance.study import Sizes, Study
-from studies.samplers.records import Records, key_of
 
 SIZES = Sizes(
     captions=4,

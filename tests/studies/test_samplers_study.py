@@ -14,13 +14,14 @@ from samplers.statistics import Statistics, StatisticsIdentity
 from server.models.folder import revision_of
 from server.models.hosted import HostedModel
 from server.models.loading import load_model
+from studies.common.intervals import ratio, wilson
+from studies.common.records import Records
 from studies.samplers import tables
 from studies.samplers.__main__ import main
 from studies.samplers.cells import Cell, Contender
 from studies.samplers.convergence import solvers
-from studies.samplers.measures import Bounds, ratio, relative_errors, slope, wilson
+from studies.samplers.measures import Bounds, relative_errors, slope
 from studies.samplers.measuring import Wanted, measure
-from studies.samplers.records import Records
 from studies.samplers.results import Results
 from studies.samplers.sizes import Sizes
 from studies.samplers.statistics_files import Missing, StatisticsFiles
