@@ -150,11 +150,14 @@ def generate(
     spacing: Annotated[str | None, typer.Option(help=f"Spacing: {Described}")] = None,
     guidance: Annotated[str | None, typer.Option(help=f"Guidance: {Described}")] = None,
     scale: Annotated[
-        float | None, typer.Option(help="Guidance scale, of --guidance or of the default rule.")
+        float | None,
+        typer.Option(help="Guidance scale, of --guidance or of the server's default rule."),
     ] = None,
     policy: Annotated[
         str | None,
-        typer.Option(help=f"Guidance policy, of --guidance or of the default rule: {Described}"),
+        typer.Option(
+            help=f"Guidance policy, of --guidance or of the server's default rule: {Described}"
+        ),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Number of sampling steps.")] = None,
     seed: Annotated[
@@ -202,7 +205,10 @@ def generate(
         reference=_base64_of(reference),
         strength=strength,
     )
-    for path, data in _files(output, _with_bar(settings, request)):
+    made = _with_bar(settings, request)
+    for warning in made.warnings:
+        console.print(warning, style="yellow", highlight=False, markup=False, soft_wrap=True)
+    for path, data in _files(output, made):
         path.write_bytes(data)
         typer.echo(path)
 
@@ -307,7 +313,8 @@ def linear_ag(
     steps: Annotated[int | None, typer.Option(help="Number of sampling steps.")] = None,
     guidance: Annotated[str | None, typer.Option(help=f"Guidance rule: {Described}")] = None,
     scale: Annotated[
-        float | None, typer.Option(help="Guidance scale, of --guidance or of the default rule.")
+        float | None,
+        typer.Option(help="Guidance scale, of --guidance or of the server's default rule."),
     ] = None,
     every: Annotated[
         int, typer.Option(min=2, help="Evaluate the second prediction every so many steps.")

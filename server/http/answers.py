@@ -75,7 +75,8 @@ class GenerateResponse(BaseModel):
         "names it; null for samplers that use none.",
     )
     warnings: list[str] = Field(
-        description="One sentence for each setting of the request that has no effect."
+        description="One sentence for each setting of the request that has no effect, or that the "
+        "model was not distilled for."
     )
     evaluations: Evaluations
     particles: Particles | None = Field(default=None, description="Only with `guidance.particles`.")

@@ -91,7 +91,7 @@ class Generation:
             request: with every default filled in.
             model_revision: of the model that serves it.
             statistics: guidance whose model statistics the sampler is planned with, if any.
-            warnings: one sentence for each setting that has no effect.
+            warnings: one sentence for each setting that has no effect or does not suit the model.
             submission: the request's images in the engine.
         """
         self.request, self.model_revision, self.statistics = request, model_revision, statistics

@@ -68,6 +68,7 @@ class Pictures:
         denoise_s: longest denoising of an image.
         decode_s: longest decoding of an image.
         total_s: seconds from the request's arrival to the last encoded byte.
+        warnings: one sentence for each setting that has no effect or does not suit the model.
     """
 
     pictures: tuple[Picture, ...]
@@ -80,6 +81,7 @@ class Pictures:
     denoise_s: float
     decode_s: float
     total_s: float
+    warnings: tuple[str, ...]
 
 
 class Uploads(NamedTuple):
@@ -218,6 +220,7 @@ class Service:
             denoise_s=max(result.denoise_s for result in results),
             decode_s=max(result.decode_s for result in results),
             total_s=generation.elapsed_s,
+            warnings=generation.warnings,
         )
 
     def cancel(self, identifier: str) -> None:

@@ -62,6 +62,15 @@ def test_generate_writes_the_file_with_its_settings(tmp_path: Path) -> None:
     assert settings["guidance"]["policy"]["name"] == "adaptive"
 
 
+def test_generate_says_what_has_no_effect(tmp_path: Path) -> None:
+    output = tmp_path / "out.png"
+    arguments = ["--steps", "1", "--guidance", "none", "--negative", "blue", "-o", str(output)]
+    done = weft("generate", PROMPT, *arguments)
+    assert done.exit_code == 0, done.output
+    assert done.stdout.strip() == str(output)
+    assert "negative_prompt has no effect: guidance 'none' evaluates the prompt" in done.stderr
+
+
 def test_several_pictures_are_told_apart_by_seed(tmp_path: Path) -> None:
     start = tmp_path / "start.png"
     Image.fromarray(np.full((64, 64, 3), 200, np.uint8)).save(start)
