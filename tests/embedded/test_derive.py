@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from embedded.derive import (
     FITTED,
     JUDGED_AT,
     SCALES,
+    main,
     make_classifier,
     make_linear_ag,
     pictures,
@@ -36,12 +38,16 @@ def folder(tmp_path: Path) -> Path:
     return shutil.copytree(MODEL_FOLDER, tmp_path / "model", ignore=derived)
 
 
-def derive(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "embedded.derive", "statistics", "--model", str(folder)]
-    command += ["--out", str(folder.parent / "out"), "--points", "3", "--samples", "2"]
-    return subprocess.run(
-        [*command, "--threads", "1", *arguments], capture_output=True, text=True, check=False
-    )
+@pytest.fixture
+def derive(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """The command in this process, which has torch already: its exit status."""
+    command = ["derive", "statistics", "--model", str(folder), "--out", str(folder.parent / "out")]
+
+    def run(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", [*command, "--points", "3", "--samples", "2", *arguments])
+        return main()
+
+    return run
 
 
 def test_what_ships_belongs_to_the_weights() -> None:
@@ -57,22 +63,21 @@ def test_what_ships_belongs_to_the_weights() -> None:
         assert found.l[0].mean() == pytest.approx(1, abs=0.05)
 
 
-def test_statistics_are_remade_by_one_command_and_go_stale_with_the_weights(folder: Path) -> None:
-    checked = derive(folder, "--check")
-    assert checked.returncode == 1
-    assert "`python -m embedded.derive` makes it anew" in checked.stdout
-    made = derive(folder)
-    assert made.returncode == 0, made.stderr
-    assert "statistics: 6 of 6" in made.stdout
-    assert derive(folder, "--check").returncode == 0
+def test_statistics_are_remade_by_one_command_and_go_stale_with_the_weights(
+    folder: Path, derive: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert derive("--check") == 1
+    assert "`python -m embedded.derive` makes it anew" in capsys.readouterr().out
+    assert derive() == 0
+    assert "statistics: 6 of 6" in capsys.readouterr().out
+    assert derive("--check") == 0
 
     file = next(folder.glob("unet/*.safetensors"))
     raw = bytearray(file.read_bytes())
     raw[-1] ^= 1
     file.write_bytes(raw)
-    checked = derive(folder, "--check")
-    assert checked.returncode == 1
-    assert checked.stdout.count("statistics are of model revision") == len(SCALES)
+    assert derive("--check") == 1
+    assert capsys.readouterr().out.count("statistics are of model revision") == len(SCALES)
 
 
 def test_linear_guidance_is_fitted_by_one_command_and_goes_stale_with_the_weights(
