@@ -7,6 +7,8 @@ VENV ?= .venv
 HOST ?= 127.0.0.1
 PORT ?= 8000
 PYTEST_ARGS ?=
+# Processes of `make test`. Each loads torch and holds a model: about 1 GB.
+WORKERS ?= 2
 UV_VERSION := 0.13.8
 
 BIN := $(VENV)/bin
@@ -38,7 +40,7 @@ test: setup-dev ## lint, type-check and run the test suite
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/pyright
-	@$(BIN)/pytest $(PYTEST_ARGS)
+	@$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-all: export EVERY_CELL := 1
 test-all: test ## the same, with every combination of the tests' parameters
