@@ -41,7 +41,7 @@ _OPPOSITES: Final = {"right of": "left of", "below": "above"}
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class Patch:
     """A connected part: its pixels with holes filled, those without, and the area of the holes."""
 
     filled: np.ndarray
@@ -134,16 +134,16 @@ def _nearest_background(image: np.ndarray) -> tuple[str, np.ndarray]:
     return name, templates[name]
 
 
-def _parts(mask: np.ndarray) -> list[Part]:
+def _parts(mask: np.ndarray) -> list[Patch]:
     """The connected parts of the mask that are large enough, holes separated."""
     labels, areas = _label(mask)
-    parts: list[Part] = []
+    parts: list[Patch] = []
     for label in np.flatnonzero(areas >= _LEAST_AREA):
         solid = labels == label
         outside, _ = _label(~solid)
         edge = np.concatenate([outside[0], outside[-1], outside[:, 0], outside[:, -1]])
         hole = ~solid & ~np.isin(outside, edge[edge >= 0])
-        parts.append(Part(solid | hole, solid, int(hole.sum())))
+        parts.append(Patch(solid | hole, solid, int(hole.sum())))
     # A spot within a ring's hole is part of no thing of its own.
     return [p for p in parts if not any(q is not p and (q.filled & p.solid).any() for q in parts)]
 
@@ -192,7 +192,7 @@ def _centre(mask: np.ndarray) -> tuple[float, float]:
     return float(columns.mean()) + 0.5, float(rows.mean()) + 0.5
 
 
-def _thing(image: np.ndarray, part: Part) -> Thing:
+def _thing(image: np.ndarray, part: Patch) -> Thing:
     shape = _shape(part)
     area = int(part.filled.sum())
     radius = (area / _unit_area(shape or "circle")) ** 0.5
@@ -216,7 +216,7 @@ def _eroded(mask: np.ndarray) -> np.ndarray:
     return mask & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
 
 
-def _shape(part: Part) -> str | None:
+def _shape(part: Patch) -> str | None:
     if part.hole_area >= _LEAST_HOLE:
         return "ring"
     rows, columns = np.nonzero(part.filled)

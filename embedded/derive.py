@@ -22,7 +22,7 @@ from embedded import MODEL_FOLDER
 from embedded.classifier_training import Labelled, accuracy, make_labelled, train_classifier
 from embedded.report import load_pipeline
 from embedded.scenes import make_scene, render
-from samplers.model_statistics import Progress
+from samplers.model_statistics import SamplesDone
 from samplers.statistics import read_identity, schedule_fingerprint
 from server.errors import InvalidRequest, ModelMismatch
 from server.fitting.linear_guidance import Runs, store
@@ -63,7 +63,7 @@ _REPORT_EVERY_S: Final = 20.0
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class DerivedPart:
     """Something that derives from the weights.
 
     Attributes:
@@ -129,7 +129,7 @@ def make_linear_ag(model: HostedModel, options: argparse.Namespace) -> None:
             request,
             prompts,
             Runs(options.runs),
-            lambda _, done, total, report=report: report(Progress(done, total)),
+            lambda _, done, total, report=report: report(SamplesDone(done, total)),
         )
         print(f"wrote {file}", flush=True)
 
@@ -160,7 +160,7 @@ def make_classifier(model: HostedModel, options: argparse.Namespace) -> None:
         revision,
         options.steps,
         _CLASSIFIER_SEED,
-        lambda step, _: report(Progress(step, options.steps)),
+        lambda step, _: report(SamplesDone(step, options.steps)),
     )
     for timestep in JUDGED_AT:
         shares = accuracy(classifier, unseen, timestep)
@@ -195,10 +195,10 @@ def _resolved(model: HostedModel, fields: Mapping[str, Any]) -> ResolvedRequest:
     return resolve(request, model, Limits(), None)
 
 
-PARTS: Final[dict[str, Part]] = {
-    "statistics": Part(make_all_statistics, stale_statistics),
-    "linear_ag": Part(make_linear_ag, stale_linear_ag),
-    "classifier": Part(make_classifier, stale_classifier),
+PARTS: Final[dict[str, DerivedPart]] = {
+    "statistics": DerivedPart(make_all_statistics, stale_statistics),
+    "linear_ag": DerivedPart(make_linear_ag, stale_linear_ag),
+    "classifier": DerivedPart(make_classifier, stale_classifier),
 }
 
 
@@ -208,10 +208,10 @@ class _Reporter:
     def __init__(self, name: str) -> None:
         self._name = name
         self._started = time.monotonic()
-        self._first: Progress | None = None
+        self._first: SamplesDone | None = None
         self._told = 0.0
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: SamplesDone) -> None:
         now = time.monotonic()
         if self._first is None:
             self._first, self._started = progress, now

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Points(Protocol):
+class RunPoints(Protocol):
     """The points of a run, noisiest first; ``samplers.Grid`` is one."""
 
     @property
@@ -34,7 +34,7 @@ class Points(Protocol):
 def invert(
     denoise: Callable[[Tensor, float], tuple[Tensor, Tensor]],
     x: Tensor,
-    points: Points,
+    points: RunPoints,
     *,
     scale: float,
     rule: Literal["cfg_plus_plus", "cfg"] = "cfg_plus_plus",

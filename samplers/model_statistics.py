@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
     Denoise: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
-__all__ = ["Mixture", "Progress", "along_time", "compute_statistics"]
+__all__ = ["Mixture", "SamplesDone", "along_time", "compute_statistics"]
 
 LOWEST = -7.0
 """lam in place of -inf at pure noise, where y is not defined."""
@@ -85,7 +85,7 @@ class Mixture:
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class SamplesDone:
     """``done`` of ``total`` noised samples, all points together; they include resumed ones."""
 
     done: int
@@ -219,7 +219,7 @@ def compute_statistics(
     chunk: int = 16,
     seed: int = 0,
     checkpoint: Path | None = None,
-    tell: Callable[[Progress], None] | None = None,
+    tell: Callable[[SamplesDone], None] | None = None,
 ) -> list[Statistics]:
     """Statistics of a model: l by forward-mode differentiation of its denoiser, s and b by a fit.
 
@@ -303,7 +303,7 @@ def compute_statistics(
             added = _sums(denoiser_of(rows), places, index, clean, *drawn, weights)
             moments = Moments(rows.stop, moments.sums + added)
             if tell is not None:
-                tell(Progress(index * count + rows.stop, points * count))
+                tell(SamplesDone(index * count + rows.stop, points * count))
         store.write(index, moments)
         all_moments.append(moments)
     return _statistics(places, all_moments, identities)

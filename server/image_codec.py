@@ -17,7 +17,7 @@ from PIL.Image import Resampling
 
 from server.errors import InvalidRequest, TooLarge
 
-__all__ = ["MEDIA_TYPES", "Description", "OutputFormat", "decode", "decode_mask", "encode", "fit"]
+__all__ = ["MEDIA_TYPES", "ImageText", "OutputFormat", "decode", "decode_mask", "encode", "fit"]
 
 OutputFormat = Literal["png", "jpeg", "webp"]
 
@@ -37,7 +37,7 @@ _SAVING: Mapping[OutputFormat, Mapping[str, int]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Description:
+class ImageText:
     """What an image file says about how it was made.
 
     Attributes:
@@ -55,7 +55,7 @@ class Description:
 
 
 def encode(
-    pixels: np.ndarray, output_format: OutputFormat, description: Description | None = None
+    pixels: np.ndarray, output_format: OutputFormat, description: ImageText | None = None
 ) -> bytes:
     """Encode an image; the same pixels and description give the same bytes.
 
@@ -75,7 +75,7 @@ def encode(
     return buffer.getvalue()
 
 
-def _png_chunks(description: Description | None) -> PngImagePlugin.PngInfo:
+def _png_chunks(description: ImageText | None) -> PngImagePlugin.PngInfo:
     chunks = PngImagePlugin.PngInfo()
     if description is not None:
         chunks.add_text("parameters", description.parameters)
@@ -83,7 +83,7 @@ def _png_chunks(description: Description | None) -> PngImagePlugin.PngInfo:
     return chunks
 
 
-def _exif(description: Description) -> Image.Exif:
+def _exif(description: ImageText) -> Image.Exif:
     exif = Image.Exif()
     tags = exif.get_ifd(ExifTags.IFD.Exif)
     # AUTOMATIC1111 and its readers take "UNICODE" for big-endian UTF-16.

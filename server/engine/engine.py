@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from server.engine.task import ImageTask
     from server.models.hosted import HostedModel
 
-Progress: TypeAlias = "tuple[Sequence, int]"
+StepsDone: TypeAlias = "tuple[Sequence, int]"
 """An image, and how many of its sampler steps are done."""
 
 log = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ class Engine:
         self._arrived: deque[Sequence] = deque()
         self._active: list[Sequence] = []
         self._decoder = Decoder(self._device, fixed=deterministic)
-        self._previewed: tuple[list[Progress], HostCopy] | None = None
+        self._previewed: tuple[list[StepsDone], HostCopy] | None = None
         self._wake = Condition()
         self._stop_at: float | None = None
         self._thread = Thread(target=self._run, name="weft-engine", daemon=True)
@@ -407,7 +407,7 @@ class Engine:
             denoised: the predictions, ``[rows, C, h, w]``.
         """
         self._show_previews()
-        wanted: list[Progress] = []
+        wanted: list[StepsDone] = []
         rows: list[int] = []
         for sequence, row in images:
             closes, plan = sequence.closes_step, sequence.task.plan
@@ -423,7 +423,7 @@ class Engine:
         if wanted:
             self._preview(wanted, denoised, rows)
 
-    def _preview(self, wanted: list[Progress], denoised: Tensor, rows: list[int]) -> None:
+    def _preview(self, wanted: list[StepsDone], denoised: Tensor, rows: list[int]) -> None:
         """Start the previews of a tick; on a GPU they are there with the next tick's wait."""
         lane, colours = wanted[0][0].lane, self._colours[wanted[0][0].task.model]
         made = attempt(
@@ -448,7 +448,7 @@ class Engine:
         for progress, picture in zip(wanted, pictures, strict=True):
             self._tell_progress(progress, picture)
 
-    def _tell_progress(self, progress: Progress, picture: NDArray[np.uint8] | None) -> None:
+    def _tell_progress(self, progress: StepsDone, picture: NDArray[np.uint8] | None) -> None:
         sequence, step = progress
         if sequence.slot >= 0:
             told = sequence.index, step, sequence.task.plan.steps, picture

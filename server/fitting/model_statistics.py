@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from samplers import Statistics, preconditioning
-from samplers.model_statistics import Mixture, Progress, along_time, compute_statistics
+from samplers.model_statistics import Mixture, SamplesDone, along_time, compute_statistics
 from server.errors import InvalidRequest
 from server.fitting.samples import Samples, draw, prompts_for, read_pictures
 from server.models.folder import statistics_file
@@ -111,7 +111,7 @@ def make_statistics(
     size: Size,
     *,
     checkpoint: Path | None = None,
-    tell: Callable[[Progress], None] | None = None,
+    tell: Callable[[SamplesDone], None] | None = None,
 ) -> list[Statistics]:
     """Statistics of a model at some guidance scales, which share most of the cost.
 

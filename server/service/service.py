@@ -24,7 +24,7 @@ from server.errors import (
     UnknownModel,
     WeftError,
 )
-from server.image_codec import Description, decode, decode_mask, encode, fit
+from server.image_codec import ImageText, decode, decode_mask, encode, fit
 from server.lru import ByteBoundedLRU
 from server.models.hosted import HostedModel
 from server.models.statistics import guidance_name
@@ -299,7 +299,7 @@ class Service:
             version=VERSION,
         )
         pixels = generation.results[index].pixels
-        description = Description(text, alone.settings())
+        description = ImageText(text, alone.settings())
         return Picture(encode(pixels, request.output_format, description), seed)
 
 

@@ -23,7 +23,7 @@ from samplers.model_statistics import (
     HALF_WINDOW,
     Mixture,
     Points,
-    Progress,
+    SamplesDone,
     _noise_and_signs,
     along_time,
     compute_statistics,
@@ -307,7 +307,7 @@ class Stopped(Exception):
 
 def test_a_stopped_run_goes_on_to_the_same_result(tmp_path: Path, mode_of_files: int) -> None:
     def run(count: int, folder: Path | None, stop_at: int | None = None) -> samplers.Statistics:
-        def tell(progress: Progress) -> None:
+        def tell(progress: SamplesDone) -> None:
             told.append(progress)
             if progress.done == stop_at:
                 raise Stopped
@@ -324,19 +324,19 @@ def test_a_stopped_run_goes_on_to_the_same_result(tmp_path: Path, mode_of_files:
         )
         return found
 
-    told: list[Progress] = []
+    told: list[SamplesDone] = []
     whole = run(24, None)
-    assert told[-1] == Progress(120, 120)
+    assert told[-1] == SamplesDone(120, 120)
     assert len(told) == 15
     folder = tmp_path / "sums"
     with pytest.raises(Stopped):
         run(16, folder, stop_at=40)
     told.clear()
     run(16, folder)
-    assert told[0] == Progress(40, 80)
+    assert told[0] == SamplesDone(40, 80)
     told.clear()
     extended = run(24, folder)
-    assert told[0] == Progress(24, 120)
+    assert told[0] == SamplesDone(24, 120)
     for name in ("l", "s", "b"):
         assert np.array_equal(getattr(extended, name), getattr(whole, name))
     assert {file.suffix for file in folder.iterdir()} == {".safetensors"}

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from server.errors import InvalidRequest, TooLarge
-from server.image_codec import Description, OutputFormat, decode, decode_mask, encode, fit
+from server.image_codec import ImageText, OutputFormat, decode, decode_mask, encode, fit
 
 FORMATS: tuple[OutputFormat, ...] = ("png", "jpeg", "webp")
 LIMIT = 64 * 64
@@ -45,7 +45,7 @@ def read_back(data: bytes, file_format: OutputFormat) -> tuple[str, dict[str, ob
 @pytest.mark.parametrize("file_format", FORMATS)
 def test_a_picture_carries_its_settings(file_format: OutputFormat, prompt: str) -> None:
     settings = {"prompt": prompt, "steps": 4}
-    data = encode(gradient(), file_format, Description(f"{prompt}\nSteps: 4", settings))
+    data = encode(gradient(), file_format, ImageText(f"{prompt}\nSteps: 4", settings))
     assert read_back(data, file_format) == (f"{prompt}\nSteps: 4", settings)
 
 
@@ -53,13 +53,13 @@ def test_a_picture_carries_its_settings(file_format: OutputFormat, prompt: str) 
 def test_the_longest_prompts_fit_the_metadata(file_format: OutputFormat) -> None:
     prompt = "\n" * 8192
     settings = {"prompt": prompt, "negative_prompt": "赤" * 2730}
-    data = encode(gradient(), file_format, Description(prompt, settings))
+    data = encode(gradient(), file_format, ImageText(prompt, settings))
     assert read_back(data, file_format) == (prompt, settings)
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
 def test_the_same_pixels_are_the_same_bytes(file_format: OutputFormat) -> None:
-    made = [encode(gradient(), file_format, Description("x", {"seed": 1})) for _ in range(2)]
+    made = [encode(gradient(), file_format, ImageText("x", {"seed": 1})) for _ in range(2)]
     assert made[0] == made[1]
 
 
