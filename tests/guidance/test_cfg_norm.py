@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from torch import Tensor
@@ -28,7 +30,7 @@ def packed(latents: Tensor, patch: int) -> Tensor:
 
 
 @pytest.mark.parametrize("patch", [1, 2])
-def test_a_velocity_has_the_length_of_the_prompts_in_every_token(patch: int) -> None:
+def test_a_velocity_has_the_length_of_the_prompts_in_every_token(patch: Literal[1, 2]) -> None:
     ours = CFGNorm(patch=patch).rescale(GUIDED, COND, X, *FLOW, strength=1.0)
     comb, cond = (packed((X - D) / SIGMA, patch) for D in (GUIDED, COND))
     norms = [torch.norm(one, dim=-1, keepdim=True) for one in (cond, comb)]
@@ -72,8 +74,9 @@ def test_a_token_without_length_stays_and_tokens_may_be_cut_by_the_border() -> N
     ours = CFGNorm().rescale(GUIDED, COND, still, *FLOW, strength=1.0)
     assert torch.equal(ours[:, :, 0, 0], GUIDED[:, :, 0, 0])
     whole = CFGNorm(patch=2).rescale(GUIDED, COND, X, *FLOW, strength=1.0)
-    odd = [one[..., :3] for one in (GUIDED, COND, X)]
-    cut = CFGNorm(patch=2).rescale(*odd, *FLOW, strength=1.0)
+    guided, cond, x = (one[..., :3] for one in (GUIDED, COND, X))
+    cut = CFGNorm(patch=2).rescale(guided, cond, x, *FLOW, strength=1.0)
     torch.testing.assert_close(cut[..., :2], whole[..., :2])
-    alone = CFGNorm(patch=2).rescale(*(one[..., 2:3] for one in odd), *FLOW, strength=1.0)
+    guided, cond, x = (one[..., 2:] for one in (guided, cond, x))
+    alone = CFGNorm(patch=2).rescale(guided, cond, x, *FLOW, strength=1.0)
     torch.testing.assert_close(cut[..., 2:], alone)

@@ -16,6 +16,7 @@ class AgainstText:
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, **_):
         rows = len(hidden_states)
+        assert encoder_hidden_states is not None
         assert len(encoder_hidden_states) == 2 * rows
         q, k, v = (
             part.unflatten(2, (attn.heads, -1)).transpose(1, 2)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -39,7 +40,7 @@ app(["serve", "--port", port, "--device", "{device}", "--row-budget", "4"])
 """
 
 
-def ask(port: int, path: str, body: dict | None = None) -> tuple[int, str]:
+def ask(port: int, path: str, body: dict[str, Any] | None = None) -> tuple[int, str]:
     data = None if body is None else json.dumps(body).encode()
     request = Request(f"http://127.0.0.1:{port}{path}", data, {"content-type": "application/json"})
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from collections.abc import Sequence as Listed
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from pydantic import BaseModel
 from torch import Tensor
 
 from embedded import MODEL_FOLDER
@@ -108,7 +110,11 @@ def assert_alike(ours: Any, theirs: Any) -> None:
 def test_any_guidance_beside_a_picture_is_what_each_image_is_by_hand(
     engine: Engine, model: Neighbourly, sampler: Any
 ) -> None:
-    terms = [(), (PAG(),), (SEG(scale=1, start=0.3), Autoguidance(scale=0.2))]
+    terms: list[tuple[BaseModel, ...]] = [
+        (),
+        (PAG(),),
+        (SEG(scale=1, start=0.3), Autoguidance(scale=0.2)),
+    ]
     beside = [(*terms[k % 3], *([SkipTuning(bottom=0.5)] * (k % 2))) for k in range(len(TOGETHER))]
     tasks = [
         task(
@@ -117,7 +123,7 @@ def test_any_guidance_beside_a_picture_is_what_each_image_is_by_hand(
             sampler=sampler,
             steps=5,
             seed=k,
-            **(avoiding(k, beside[k]) if k % 4 else {"settings": beside[k]}),
+            **dict[str, Any](avoiding(k, beside[k]) if k % 4 else {"settings": beside[k]}),
             image=picture(99) if k % 5 == 0 and not policy.wants_reference else None,
         )
         for k, (rule, policy) in enumerate(TOGETHER)
@@ -213,7 +219,7 @@ def test_a_picture_that_is_not_finite_moves_nobody(engine: Engine) -> None:
     assert_alike(ear.results[0].pixels, ear.results[1].pixels)
 
 
-def packed(model: HostedModel, tasks: list[ImageTask], fixed_rows: int | None) -> Batch:
+def packed(model: HostedModel, tasks: Listed[ImageTask], fixed_rows: int | None) -> Batch:
     """The batch of a first tick, as the engine makes it."""
     lane = Lane(model, model.latent_shape(128, 128), TickCost({1: 1.0}), 8)
     sequences = [
@@ -282,6 +288,7 @@ def test_rows_equal_a_batch_of_their_own_under_an_ordinary_hook(
         one, x = tasks[batch.owners[row]], batch.columns[batch.owners[row], 0]
         plan, negtome = one.plan, one.settings[0]
         assert one.reference is not None
+        assert isinstance(negtome, NegToMe)
         noised = float(plan.alpha[0]) * embedded.encode_image(one.reference[None])[0]
         noised += float(plan.sigma[0]) * start_noise(one.seed, x.shape)
         points, told = torch.stack([noised, x]), torch.stack([prompt, text])

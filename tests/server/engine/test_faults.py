@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from threading import Event
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,7 +100,7 @@ def test_the_rows_of_a_lane_halve_with_its_memory_and_recover_slowly():
 @pytest.mark.parametrize("fault", [RuntimeError(LOST), SystemExit("thread's end")])
 def test_a_lost_device_ends_everything_at_once_with_one_sentence(model, task, listen, place, fault):
     ended = Event()
-    faulty = Faulty(model)
+    faulty: Any = Faulty(model)
     engine = Engine({"embedded": faulty}, row_budget=4, on_failure=ended.set)
     engine.start()
     while not engine.ready:

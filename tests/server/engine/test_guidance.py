@@ -33,16 +33,16 @@ from samplers.heun import Heun
 from server.engine.engine import Engine
 from server.engine.guidance_plan import plan_guidance
 from server.engine.state.noise import start_noise
-from server.engine.task import Group, ImageTask
+from server.engine.task import Group
 from server.engine.tick.preview import to_uint8
 from server.errors import InvalidRequest, RowFailed
-from tests.server.by_hand import TOGETHER, ByHand, task
+from tests.server.by_hand import TOGETHER, Asked, ByHand, task
 from tests.server.toy_model import SCHEDULE, SIDE, Toy, run, started
 
 HALF = Interval(low=0, high=1e9, start=0.5)
 
 
-def by_hand(model: Toy, task: ImageTask) -> NDArray[np.uint8]:
+def by_hand(model: Toy, task: Asked) -> NDArray[np.uint8]:
     return ByHand(model, task).pixels()
 
 

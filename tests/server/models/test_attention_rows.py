@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -87,7 +88,8 @@ def test_the_text_that_is_led_away_from_matters_and_the_prompt_itself_is_plain(e
 
 @pytest.mark.parametrize("kind", [SD3Transformer2DModel, PixArtTransformer2DModel])
 def test_networks_whose_blocks_do_not_read_the_text_itself_refuse(kind):
-    small = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "sample_size": 8}
+    small: dict[str, Any] = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
+    small["sample_size"] = 8
     if kind is SD3Transformer2DModel:
         small |= {"caption_projection_dim": 16, "joint_attention_dim": 16}
         small |= {"pooled_projection_dim": 16, "pos_embed_max_size": 8}

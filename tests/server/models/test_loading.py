@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -229,10 +230,11 @@ def test_entries_of_configs_that_load_code_are_never_followed(folder, monkeypatc
     edit(folder / "text_encoder" / "config.json", **code)
     edit(folder / "unet" / "config.json", **code)
     model = load(folder)
-    text = model.modules()["text_encoder"]
+    modules: Any = model.modules()
+    text = modules["text_encoder"]
     assert text.config._attn_implementation == "sdpa"
     assert not hasattr(text, "hf_quantizer")
-    assert "quantization_config" not in model.modules()["unet"].config
+    assert "quantization_config" not in modules["unet"].config
 
 
 def test_a_folder_may_have_ddim_land_on_a_trained_step(folder):
