@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from server.requests.schema import GenerateRequest, ResolvedRequest
 from server.requests.tasks import tasks_of
 from server.settings import Limits
 from tests.server.models.tiny_sdxl import VAE, text_config
-from tests.server.toy_model import run, started
+from tests.server.toy_model import run
 
 PROMPT = "a large red circle"
 SHAPE = (4, 32, 32)
@@ -85,27 +84,6 @@ def folder(pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model(folder: Path) -> HostedModel:
     return load(folder)
-
-
-@pytest.fixture(scope="module")
-def engine(model: HostedModel) -> Iterator[Engine]:
-    made = started(model, 16)
-    yield made
-    made.stop(0)
-
-
-@pytest.fixture
-def decoded(model: HostedModel, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """All clean latents that were decoded."""
-    seen: list[Tensor] = []
-    decode = model.decode
-
-    def recorded(latents: Tensor) -> Tensor:
-        seen.extend(latents.clone())
-        return decode(latents)
-
-    monkeypatch.setattr(model, "decode", recorded)
-    return seen
 
 
 def load(folder: Path) -> HostedModel:

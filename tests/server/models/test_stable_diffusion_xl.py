@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,27 +47,6 @@ def folder(pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model(folder: Path) -> HostedModel:
     return load(folder)
-
-
-@pytest.fixture(scope="module")
-def engine(model: HostedModel) -> Iterator[Engine]:
-    made = started(model, 16)
-    yield made
-    made.stop(0)
-
-
-@pytest.fixture
-def decoded(model: HostedModel, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """All clean latents that were decoded."""
-    seen: list[Tensor] = []
-    decode = model.decode
-
-    def recorded(latents: Tensor) -> Tensor:
-        seen.extend(latents.clone())
-        return decode(latents)
-
-    monkeypatch.setattr(model, "decode", recorded)
-    return seen
 
 
 def load(folder: Path, dtype: str = "float32") -> HostedModel:
