@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from guidance import Policy, Rule
     from samplers import Plan
     from server.engine.terms.term import Term
+    from server.models.blend import Blend
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,7 +34,7 @@ class ImageTask:
 
     Attributes:
         model: name of a hosted model.
-        prompt: what the picture shows.
+        prompt: what the picture shows, or several such texts blended.
         negative_prompt: what the second branch is told; None is the model's unconditional.
         width: in pixels.
         height: in pixels.
@@ -53,7 +54,7 @@ class ImageTask:
     """
 
     model: str
-    prompt: str
+    prompt: str | Blend
     negative_prompt: str | None
     width: int
     height: int

@@ -38,7 +38,7 @@ from server.requests.tasks import seeds_of, tasks_of
 from server.service.generation import Generation
 from server.settings import Limits
 
-__all__ = ["Picture", "Pictures", "Service"]
+__all__ = ["Picture", "Pictures", "Service", "pixels_tensor"]
 
 PLANS_KEPT_BYTES = 512 * 2**20
 """An elementwise plan of dpm_solver_v3 in 25 steps at 1024 x 1024 pixels has up to 367 MB."""
@@ -242,19 +242,45 @@ class Service:
 
     def _begin(self, generation: Generation, request: GenerateRequest) -> None:
         engine = self.ready_engine()
-        model = self._model(request.model)
+        model = self.model(request.model)
         check_count(request, self._limits)
         with engine.reserve(request.n) as room:
             uploads = self._uploads(request)
             size = None if uploads.image is None else uploads.image.size
-            resolved = resolve(request, model, self._limits, size)
-            fitted_to = statistics_for(resolved, model)
-            prepared = prepare(resolved, model, self._plan(resolved, model, fitted_to))
+            prepared, fitted_to = self.prepare(request, model, size)
             submission = room.submit(_tasks(prepared, model, uploads), generation)
         statistics = fitted_to and guidance_name(fitted_to.rule, fitted_to.scale)
-        generation.begin(resolved, model.facts.revision, statistics, prepared.warnings, submission)
+        generation.begin(
+            prepared.request, model.facts.revision, statistics, prepared.warnings, submission
+        )
 
-    def _model(self, name: str | None) -> HostedModel:
+    def prepare(
+        self, request: GenerateRequest, model: HostedModel, size: tuple[int, int] | None
+    ) -> tuple[Prepared, StatisticsIdentity | None]:
+        """Fill in what a request leaves out, check it and plan it; safe from any thread.
+
+        Args:
+            request: as sent.
+            model: that will serve it.
+            size: width and height of the image that it starts from; None without one.
+
+        Returns:
+            The request, and the model statistics that its sampler is planned with, if any.
+
+        Raises:
+            InvalidRequest: a value that the model or the operator does not allow.
+        """
+        resolved = resolve(request, model, self._limits, size)
+        fitted_to = statistics_for(resolved, model)
+        plan = self._plan(resolved, model, fitted_to)
+        return prepare(resolved, model, plan), fitted_to
+
+    def model(self, name: str | None) -> HostedModel:
+        """A hosted model by its name; None is the default one.
+
+        Raises:
+            UnknownModel: no such model is hosted.
+        """
         if name is None:
             return next(iter(self._models.values()))
         if name not in self._models:
@@ -309,13 +335,13 @@ def _tasks(prepared: Prepared, model: HostedModel, uploads: Uploads) -> list[Ima
     return tasks_of(
         prepared,
         model,
-        image=None if image is None else _pixels_tensor(fit(image, *size)),
+        image=None if image is None else pixels_tensor(fit(image, *size)),
         mask=None if mask is None else _mask_tensor(fit(mask, *size)),
-        reference=None if reference is None else _pixels_tensor(fit(reference, *size)),
+        reference=None if reference is None else pixels_tensor(fit(reference, *size)),
     )
 
 
-def _pixels_tensor(pixels: np.ndarray) -> Tensor:
+def pixels_tensor(pixels: np.ndarray) -> Tensor:
     """`[3, H, W]` float32 in [-1, 1] of uint8 `[H, W, 3]`."""
     return torch.tensor(pixels).permute(2, 0, 1).float().div(127.5).sub(1).contiguous()
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from server.engine.state.lane import Lane
     from server.engine.state.submission import Submission
     from server.engine.task import ImageTask
+    from server.models.blend import Told
     from server.models.conditioning import Conditioning
 
 __all__ = [
@@ -108,7 +109,7 @@ class Sequence:
     submitted_at: float = field(default_factory=monotonic)
     started_at: float = 0.0
     denoised_at: float = 0.0
-    conditioning: Mapping[str | None, Conditioning] = field(default_factory=dict)
+    conditioning: Mapping[Told, Conditioning] = field(default_factory=dict)
     compiled: CompiledPlan | None = None
     known: Known | None = None
     term_states: list[Any] = field(default_factory=list[Any])

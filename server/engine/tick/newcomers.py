@@ -12,6 +12,7 @@ from server.engine.state.noise import start_noise
 from server.engine.state.prompt_cache import PromptCache
 from server.engine.state.sequence import Known
 from server.engine.tick.pictures import encode_pictures, latents_of
+from server.models.blend import conditioning_of, texts_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -80,7 +81,9 @@ class Admission:
         self, sequence: Sequence, encoded: Mapping[str | None, Conditioning | Exception]
     ) -> None:
         task = sequence.task
-        sequence.conditioning = {text: _known(encoded[text]) for text in sequence.guidance.texts}
+        told = sequence.guidance.texts
+        known = {text: _known(encoded[text]) for one in told for text in texts_of(one)}
+        sequence.conditioning = {one: conditioning_of(one, known) for one in told}
         longest = max(one.length for one in sequence.conditioning.values())
         lane = self._lane_of(task, longest)
         sequence.lane = lane
@@ -102,7 +105,8 @@ def _known(conditioning: Conditioning | Exception) -> Conditioning:
 
 def _prompts(members: list[Sequence]) -> Iterator[str | None]:
     for sequence in members:
-        yield from sequence.guidance.texts
+        for told in sequence.guidance.texts:
+            yield from texts_of(told)
 
 
 def _start(sequence: Sequence, lane: Lane) -> Start:
