@@ -88,7 +88,7 @@ class Settings(BaseSettings):
         default=0.1,
         gt=0,
         le=10,
-        description="Maximum seconds of one pass, as estimated, while images of live priority are "
+        description="Maximum seconds of one pass, as estimated, while frames of live streams are "
         "running.",
     )
     max_pending: int = Field(

@@ -29,6 +29,11 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Stream:
+    """A live stream, by identity: frames of different streams share the device equally."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class ImageTask:
     """One image, as the service gives it to the engine.
 
@@ -47,6 +52,8 @@ class ImageTask:
         coefficients: what a policy that is fitted was fitted to, ``[stages, n]``.
         group: the images that this one runs in lockstep with.
         priority: who goes first.
+        stream: that the image is a frame of, if its priority is live; where None is given, the
+            images of its submission are a stream.
         image: picture to start from, ``[3, H, W]`` float32 in [-1, 1]; the plan then starts
             part way.
         mask: ``[H, W]`` float32, 1 to repaint, 0 to keep.
@@ -66,6 +73,7 @@ class ImageTask:
     coefficients: NDArray[np.float64] | None = None
     group: Group | None = None
     priority: Priority = Priority.INTERACTIVE
+    stream: Stream | None = None
     image: Tensor | None = None
     mask: Tensor | None = None
     previews: bool = False

@@ -7,6 +7,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol
 
 from server.engine.guidance_plan import plan_guidance
+from server.engine.scheduler import Priority
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -119,6 +120,20 @@ class Sequence:
     def __post_init__(self) -> None:
         self.guidance = plan_guidance(self.task)
         self.ancestor = self.index
+
+    @property
+    def live(self) -> bool:
+        """Whether it is a frame of a live stream."""
+        return self.task.priority is Priority.LIVE
+
+    @property
+    def stream(self) -> int | None:
+        """Identity of the live stream that it is a frame of."""
+        return id(self.task.stream or self.submission) if self.live else None
+
+    def together_with(self, other: Sequence) -> bool:
+        """Whether both are of one group."""
+        return self.task.group is not None and self.task.group is other.task.group
 
     @property
     def ask(self) -> Ask:
