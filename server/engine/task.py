@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from guidance import Policy, Rule
     from samplers import Plan
     from server.engine.terms.term import Term
+    from server.models.adapters.adapter import Weighted
     from server.models.blend import Blend
 
 
@@ -49,6 +50,7 @@ class ImageTask:
         policy: where the second prediction comes from.
         terms: what is added to the guidance beside the rule, in the order of
             ``server.engine.terms.registry.TERMS``.
+        adapters: that all its rows have, whatever they are told.
         coefficients: what a policy that is fitted was fitted to, ``[stages, n]``.
         group: the images that this one runs in lockstep with.
         priority: who goes first.
@@ -70,6 +72,7 @@ class ImageTask:
     rule: Rule
     policy: Policy
     terms: tuple[Term, ...] = ()
+    adapters: tuple[Weighted, ...] = ()
     coefficients: NDArray[np.float64] | None = None
     group: Group | None = None
     priority: Priority = Priority.INTERACTIVE

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from server.engine.state.lane import Lane
     from server.engine.state.sequence import Sequence
     from server.engine.task import ImageTask
+    from server.models.adapters.adapter import Weighted
     from server.models.conditioning import Conditioning
     from server.models.hosted import HostedModel
 
@@ -61,12 +62,13 @@ class Admission:
 
     def admit(self, newcomers: list[Sequence]) -> Iterator[tuple[Sequence, Exception]]:
         """Make the newcomers ready to run; yields those that cannot be, with the reason."""
-        alike: dict[tuple[str, int, int], list[Sequence]] = {}
+        alike: dict[tuple[str, int, int, tuple[Weighted, ...]], list[Sequence]] = {}
         for sequence in newcomers:
             task = sequence.task
-            alike.setdefault((task.model, task.width, task.height), []).append(sequence)
-        for (name, width, height), members in alike.items():
-            encoded = self._prompts[name].of(_prompts(members), width, height)
+            of_text = tuple(one for one in task.adapters if one.adapter.changes_text)
+            alike.setdefault((task.model, task.width, task.height, of_text), []).append(sequence)
+        for (name, width, height, of_text), members in alike.items():
+            encoded = self._prompts[name].of(_prompts(members), width, height, of_text)
             encode_pictures(self._models[name], members, fixed=self._deterministic)
             for sequence in members:
                 placed = attempt(
