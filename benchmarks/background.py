@@ -1,4 +1,4 @@
-"""Background load, as on a shared machine."""
+"""Background load, as on a shared machine, which can be repeated."""
 
 from __future__ import annotations
 
@@ -6,35 +6,56 @@ from contextlib import contextmanager
 from multiprocessing import get_context
 from random import Random
 from time import perf_counter, sleep
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator
+
+Begin: TypeAlias = "Callable[[int], None]"
 
 LONGEST_SPELL_S = 3.0
+NOTICED_S = 0.005
+"""How soon an idle process notices that the load begins anew."""
 
 
 @contextmanager
-def busy(processes: int) -> Generator[None]:
-    """Load the machine with so many processes, each busy and idle in turn for up to 3 seconds."""
+def busy(processes: int) -> Generator[Begin]:
+    """Load the machine with so many processes, each busy and idle in turn for up to 3 seconds.
+
+    Yields:
+        Begins the spells anew, drawn from the seed that it is given: two runs that each begin with
+        the same seed meet the same load.
+    """
     spawning = get_context("spawn")
+    seed = spawning.Value("q", 0, lock=False)
+    turn = spawning.Value("q", 0, lock=False)
     workers = [
-        spawning.Process(target=_work, args=(seed,), daemon=True) for seed in range(processes)
+        spawning.Process(target=_work, args=(number, seed, turn), daemon=True)
+        for number in range(processes)
     ]
     for worker in workers:
         worker.start()
+
+    def begin(drawn_from: int) -> None:
+        seed.value = drawn_from
+        turn.value += 1
+
     try:
-        yield
+        yield begin
     finally:
         for worker in workers:
             worker.terminate()
             worker.join()
 
 
-def _work(seed: int) -> None:
-    random = Random(seed)
+def _work(number: int, seed: Any, turn: Any) -> None:
     while True:
-        until = perf_counter() + LONGEST_SPELL_S * random.random()
-        while perf_counter() < until:
-            sum(range(10_000))
-        sleep(LONGEST_SPELL_S * random.random())
+        now = turn.value
+        random = Random(f"{number} of {seed.value}")
+        while turn.value == now:
+            until = perf_counter() + LONGEST_SPELL_S * random.random()
+            while perf_counter() < until and turn.value == now:
+                sum(range(10_000))
+            until = perf_counter() + LONGEST_SPELL_S * random.random()
+            while perf_counter() < until and turn.value == now:
+                sleep(NOTICED_S)

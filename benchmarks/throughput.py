@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from benchmarks import cold_starts
 from benchmarks.architectures import build
 from benchmarks.background import busy
 from benchmarks.peers import Diffusers, Outcome, Weft
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from benchmarks.architectures import Architecture
+    from benchmarks.background import Begin
     from benchmarks.traffic import Request
 
 LARGEST_BATCH = 16
@@ -36,9 +38,6 @@ LARGEST_BATCH = 16
 
 BATCHES = (8, 16, 32)
 """Images in a static batch of homogeneous traffic, each a system of its own."""
-
-BUDGETS = (8, 16, 32, 64, 128)
-"""Rows of a tick that cold starts are compared with."""
 
 
 def main() -> None:
@@ -48,9 +47,9 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     architecture = build(options.architecture, options.device, options.dtype)
     print(_heading(options))
-    with busy(options.busy):
+    with busy(options.busy) as begin:
         if options.cold_starts:
-            _cold_starts(architecture, options)
+            _cold_starts(architecture, options, begin)
         elif options.mix == "homogeneous":
             _homogeneous(architecture, options)
         else:
@@ -91,30 +90,17 @@ def _homogeneous(architecture: Architecture, options: argparse.Namespace) -> Non
     weft.stop()
 
 
-def _cold_starts(architecture: Architecture, options: argparse.Namespace) -> None:
-    """Weft as it starts, in turn with engines that fill every tick up to a stated budget."""
+def _cold_starts(architecture: Architecture, options: argparse.Namespace, begin: Begin) -> None:
     requests = mixed(options.requests, options.seed, options.steps, None)
     _describe(requests)
-    filled = {rows: Weft(architecture, rows, filled=True) for rows in BUDGETS}
-    _warm_up({str(rows): system for rows, system in filled.items()}, options.steps)
-    rates: dict[int, list[float]] = {rows: [] for rows in BUDGETS}
-    shares: list[float] = []
-    print("| start | images/s |", " | ".join(f"{rows} rows" for rows in BUDGETS), "| of the best |")
-    print("|---|---|" + "---|" * (len(BUDGETS) + 1))
-    for start in range(options.cold_starts):
-        weft = Weft(architecture, None)
-        _warm_up({"weft": weft}, options.steps)
-        ours = len(requests) / weft.run(requests).total_s
-        weft.stop()
-        for rows, system in filled.items():
-            rates[rows].append(len(requests) / system.run(requests).total_s)
-        best = max(median(of_one) for of_one in rates.values())
-        shares.append(ours / best)
-        beside = " | ".join(f"{of_one[-1]:.2f}" for of_one in rates.values())
-        print(f"| {start + 1} | {ours:.2f} | {beside} | {shares[-1]:.2f} |", flush=True)
-    print(f"\nworst {min(shares):.2f}, median {median(shares):.2f} of the best budget's rate")
-    for system in filled.values():
-        system.stop()
+    cold_starts.compare(
+        architecture,
+        requests,
+        options.cold_starts,
+        options.rounds,
+        begin,
+        lambda weft: _warm_up({"weft": weft}, options.steps),
+    )
 
 
 def _options() -> argparse.Namespace:
