@@ -78,11 +78,11 @@ def make_corpus(autoencoder: AutoencoderTiny, pictures: int, device: str) -> Cor
     captions = training_captions(pictures)
     rng = np.random.default_rng(0)
     strange = [[_with_strange_word(text, rng) for text in texts] for texts in captions]
-    tokens = tokens_of([text for texts in strange for text in texts])
+    tokens = _tokenise([text for texts in strange for text in texts])
     return Corpus(
         torch.cat(latents),
         tokens.view(pictures, CAPTIONS_PER_PICTURE, -1).to(torch.uint8),
-        tokens_of([""])[0],
+        _tokenise([""])[0],
     )
 
 
@@ -94,8 +94,7 @@ def _with_strange_word(text: str, rng: np.random.Generator) -> str:
     return " ".join(words)
 
 
-def tokens_of(texts: list[str]) -> Tensor:
-    """Token numbers of texts ``[texts, tokens]``."""
+def _tokenise(texts: list[str]) -> Tensor:
     tokenizer = make_tokenizer()
     encoded = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
     return encoded.input_ids
@@ -132,9 +131,7 @@ def train_unet(
     checkpoint = folder / "unet.safetensors"
     if checkpoint.exists():
         state.restore(checkpoint, settings.device)
-    corpus = corpus_of(
-        autoencoder, settings.pictures, settings.device, folder / "corpus.safetensors"
-    )
+    corpus = _corpus(autoencoder, settings, folder / "corpus.safetensors")
     rng = torch.Generator().manual_seed(settings.seed + clock.step)
     published_s, losses = clock.elapsed_s, []
     while clock.progress < 1:
@@ -162,13 +159,12 @@ def train_unet(
     return result
 
 
-def corpus_of(autoencoder: AutoencoderTiny, pictures: int, device: str, file: Path) -> Corpus:
-    """The training latents and tokens, from the file if it holds as many, else made and stored."""
+def _corpus(autoencoder: AutoencoderTiny, settings: UNetSettings, file: Path) -> Corpus:
     if file.exists():
         content = load_file(file)
-        if len(content["latents"]) == pictures:
+        if len(content["latents"]) == settings.pictures:
             return Corpus(content["latents"], content["tokens"], content["empty"])
-    corpus = make_corpus(autoencoder, pictures, device)
+    corpus = make_corpus(autoencoder, settings.pictures, settings.device)
     save({"latents": corpus.latents, "tokens": corpus.tokens, "empty": corpus.empty}, file)
     return corpus
 

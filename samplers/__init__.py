@@ -4,7 +4,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from samplers.align_your_steps import AlignYourSteps
-from samplers.angles import Angles
 from samplers.beta import Beta
 from samplers.custom_times import Custom
 from samplers.ddim import DDIM
@@ -58,7 +57,6 @@ __all__ = [
     "SPACINGS",
     "TCD",
     "AlignYourSteps",
-    "Angles",
     "Beta",
     "Columns",
     "Custom",

@@ -116,9 +116,8 @@ class CostModel:
         self._costs: dict[tuple[str, tuple[int, int, int]], TickCost] = {}
         self._measured: dict[str, tuple[int, TickCost]] = {}
 
-    def start(self, model: str, shape: tuple[int, int, int], samples: Mapping[int, float]) -> None:
-        """Take what was measured for a model at one shape."""
-        cost = TickCost(samples)
+    def start(self, model: str, shape: tuple[int, int, int], cost: TickCost) -> None:
+        """Take the first cost of a model, at one shape."""
         self._costs[model, shape] = cost
         self._measured[model] = shape[1] * shape[2], cost
 

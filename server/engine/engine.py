@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections import Counter, deque
 from itertools import chain
-from math import inf
 from threading import Condition, Thread
 from time import monotonic, perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -14,7 +13,6 @@ import torch
 
 from server.engine.cost_model import MOST_ROWS, CostModel, TickCost
 from server.engine.faults import attempt, free_memory, is_out_of_memory, lost_device
-from server.engine.live_share import LaneCosts, Shares, share_tick
 from server.engine.metrics import EngineMeasurements
 from server.engine.reservation import Reservation
 from server.engine.scheduler import (
@@ -25,7 +23,6 @@ from server.engine.scheduler import (
     rows_of_tick,
     select,
 )
-from server.engine.state.arrivals import Arrivals
 from server.engine.state.lane import Lane
 from server.engine.state.sequence import Sequence
 from server.engine.state.submission import Submission
@@ -72,9 +69,6 @@ embedded model the bits of a row depend on its place, at multiples of 4 they do 
 
 ADMITTED_A_TICK = 16
 
-LIVE_PAUSE_S = 10.0
-"""Seconds without a live frame after which none is expected."""
-
 LANES_KEPT = 8
 """Lanes kept for their next image though none is under way in them."""
 
@@ -93,6 +87,8 @@ class Engine:
         max_pending: images waiting or under way; more are refused.
         on_failure: called in the engine's thread once it can never work again, when everybody has
             heard of it.
+        guessed_costs: seconds of a tick by rows to begin with, which the ticks then correct. By
+            default forwards are timed at the start, which takes longer than one image.
     """
 
     def __init__(
@@ -104,6 +100,7 @@ class Engine:
         deterministic: bool = False,
         max_pending: int = 256,
         on_failure: Callable[[], None] | None = None,
+        guessed_costs: Mapping[int, float] | None = None,
     ) -> None:
         if row_budget is not None and row_budget < LEAST_BUDGET:
             raise ValueError(
@@ -117,16 +114,15 @@ class Engine:
         self._deterministic = deterministic
         self._max_pending = max_pending
         self._on_failure = on_failure
+        self._guessed_costs = guessed_costs
         self._device = next(iter(models.values())).device
         self._live_tick_s = live_tick_s
-        self._live_at = -inf
-        self._shares = Shares()
         self._costs = CostModel()
         self._fixed_rows: int | None = None
         self._lanes: dict[Hashable, Lane] = {}
         self._admission = Admission(models, self._lane_of, deterministic=deterministic)
         self._colours: dict[str, Tensor] = {}
-        self._arrived = Arrivals()
+        self._arrived: deque[Sequence] = deque()
         self._active: list[Sequence] = []
         self._decoder = Decoder(self._device, fixed=deterministic)
         self._previewed: tuple[list[StepsDone], HostCopy] | None = None
@@ -248,9 +244,7 @@ class Engine:
         for name, model in self._models.items():
             self._colours[name] = fit_preview(model)
             model.decode(torch.zeros(1, *self._default_shape(model), device=model.device))
-            samples = time_forwards(model, most)
-            log.info("%s: ms per forward pass, by rows: %s", name, _milliseconds(samples))
-            self._costs.start(name, self._default_shape(model), samples)
+            self._costs.start(name, self._default_shape(model), self._first_costs(name, most))
         if self._deterministic:
             asked = self._asked_budget or self._recommended_rows()
             self._fixed_rows = -(-asked // FIXED_ROWS_MULTIPLE) * FIXED_ROWS_MULTIPLE
@@ -259,6 +253,13 @@ class Engine:
         free_memory(self._device)
         self.ready = True
         log.info("ready; at most %d rows per forward pass", most)
+
+    def _first_costs(self, name: str, most: int) -> TickCost:
+        if self._guessed_costs is not None:
+            return TickCost(self._guessed_costs, guessed=True)
+        samples = time_forwards(self._models[name], most)
+        log.info("%s: ms per forward pass, by rows: %s", name, _milliseconds(samples))
+        return TickCost(samples)
 
     def _recommended_rows(self) -> int:
         """Rows of every forward in deterministic mode, which none of the models finds too many."""
@@ -290,8 +291,12 @@ class Engine:
 
     def _admit(self) -> None:
         """Take in newcomers, and let go of what was cancelled, before any work is done for it."""
+        newcomers: list[Sequence] = []
         with self._wake:
-            newcomers = self._arrived.take(ADMITTED_A_TICK)
+            while self._arrived and (
+                len(newcomers) < ADMITTED_A_TICK or _together(newcomers[-1], self._arrived[0])
+            ):
+                newcomers.append(self._arrived.popleft())
         self._active.extend(newcomers)
         cancelled = {sequence for sequence in self._active if sequence.submission.cancelled}
         for sequence in cancelled:
@@ -315,41 +320,22 @@ class Engine:
                 s.task.priority,
                 id(s.lane),
                 None if s.task.group is None else id(s.task.group),
-                s.stream,
             )
             for s in running
         ]
-        lanes = {id(sequence.lane): sequence.lane for sequence in running}
-
-        def rows_of(load: Load) -> int:
-            return self.rows_of_tick(load, lanes[load.lane])
-
-        if any(candidate.stream is not None for candidate in candidates):
-            self._live_at = monotonic()
-            costs = {key: self._costs_of(lane) for key, lane in lanes.items()}
-            choice = share_tick(candidates, self._shares, costs, rows_of, self._live_tick_s)
-            self._shares = choice.shares
-            return [running[i] for i in choice.chosen]
         load = load_of(candidates)
-        return [] if load is None else [running[i] for i in select(candidates, rows_of(load))]
+        if load is None:
+            return []
+        lane = next(sequence.lane for sequence in running if id(sequence.lane) == load.lane)
+        return [running[i] for i in select(candidates, self.rows_of_tick(load, lane))]
 
     def rows_of_tick(self, load: Load, lane: Lane) -> int:
         """How many rows the next tick has, in the engine's thread."""
-        costs = self._costs_of(lane)
+        most = min(self.measurements.row_budget, lane.row_cap.rows)
         if self._fixed_rows is not None:
-            return costs.most
-        longest_s = self._live_tick_s if load.live else self._longest_ordinary_s()
-        return rows_of_tick(load, costs.most, costs.seconds, longest_s, self.measurements.ticks)
-
-    def _costs_of(self, lane: Lane) -> LaneCosts:
-        most, fixed = min(self.measurements.row_budget, lane.row_cap.rows), self._fixed_rows
-        seconds = lane.cost.seconds
-        return LaneCosts(most, seconds if fixed is None else lambda _: seconds(fixed))
-
-    def _longest_ordinary_s(self) -> float:
-        """A live frame that comes during a tick waits for no longer than there was none."""
-        away_s = monotonic() - self._live_at
-        return LONGEST_TICK_S if away_s > LIVE_PAUSE_S else min(self._live_tick_s, away_s)
+            return most
+        longest_s = self._live_tick_s if load.live else LONGEST_TICK_S
+        return rows_of_tick(load, most, lane.cost.seconds, longest_s, self.measurements.ticks)
 
     def _weave(self, chosen: list[Sequence]) -> None:
         """Run a stage of the chosen; halve them on an error until it is one image's or group's."""
@@ -491,9 +477,7 @@ class Engine:
             if not sequence.submission.finish():
                 self._fail(sequence, Cancelled())
                 continue
-            self.measurements.finished(sequence.task.priority, monotonic() - sequence.submitted_at)
-            if sequence.live:
-                self._live_at = monotonic()
+            self.measurements.images += 1
             if sequence.saved:
                 self.measurements.saved[sequence.task.policy.name] += sequence.saved
             self._leave(sequence)
@@ -554,7 +538,8 @@ class Engine:
         with self._wake:
             # Nothing is accepted from here on, whatever ended the loop.
             self._stop_at = self._stop_at or monotonic()
-            self._active.extend(self._arrived.take_all())
+            self._active.extend(self._arrived)
+            self._arrived.clear()
         for sequence in list(self._active):
             self._fail(sequence, self._refusal("The image was not finished: the server stopped."))
 
@@ -577,11 +562,15 @@ def _units(sequences: Listed[Sequence]) -> list[list[Sequence]]:
     """Images by themselves, and groups, whose members stand side by side."""
     units: list[list[Sequence]] = []
     for sequence in sequences:
-        if units and units[-1][-1].together_with(sequence):
+        if units and _together(units[-1][-1], sequence):
             units[-1].append(sequence)
         else:
             units.append([sequence])
     return units
+
+
+def _together(one: Sequence, other: Sequence) -> bool:
+    return one.task.group is not None and one.task.group is other.task.group
 
 
 def _milliseconds(samples: Mapping[int, float]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from math import log
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -12,7 +12,6 @@ from typing_extensions import override
 from guidance.edits import WeakModel
 from samplers import NoiseSchedule, PredictionType
 from server.errors import ModelMismatch
-from server.models.adapters.adapted_network import AdaptedNetwork
 from server.models.autoencoder import Autoencoder
 from server.models.folder import read_json
 from server.models.hosted import HostedModel, ModelFacts
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from guidance.edits import Edit
-    from server.models.adapters.adapter import RowAdapters
     from server.models.conditioning import Conditioning
     from server.models.defaults import ModelDefaults
     from server.models.inputs import RowInputs
@@ -102,10 +100,6 @@ class UNetModel(HostedModel):
         self._weak = weak and weak.to(device, memory_format=torch.channels_last)
         self._autoencoder = Autoencoder(vae, device)
         self._text = text
-        self._adapted = {
-            part: AdaptedNetwork(part, network, device)
-            for part, network in self.adaptable().items()
-        }
 
     @override
     def schedule(self, width: int, height: int, steps: int) -> NoiseSchedule:
@@ -122,16 +116,9 @@ class UNetModel(HostedModel):
 
     @override
     def encode_prompts(
-        self,
-        prompts: Sequence[str | None],
-        width: int,
-        height: int,
-        adapters: RowAdapters | None = None,
+        self, prompts: Sequence[str | None], width: int, height: int
     ) -> list[Conditioning]:
-        with ExitStack() as adapted:
-            for part in self._text.modules():
-                adapted.enter_context(self._adapted[part].applied(adapters))
-            return self._text.encode(prompts, width, height)
+        return self._text.encode(prompts, width, height)
 
     @override
     def evaluate(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
@@ -145,8 +132,7 @@ class UNetModel(HostedModel):
             x = torch.cat([x, inputs.channels], 1)
         against = None if inputs.against is None else inputs.against.tensors[TEXT]
         edited = self._edits.applied(inputs.edits, x, against)
-        adapted = self._adapted["unet"].applied(inputs.adapters)
-        with edited if any(inputs.edits) else nullcontext(), adapted:
+        with edited if any(inputs.edits) else nullcontext():
             return _forward(self._unet, x.to(self.dtype), t, inputs, **told)
 
     @override
@@ -154,10 +140,6 @@ class UNetModel(HostedModel):
         if self._weak is None:
             return super().evaluate_weak(x, t, inputs)
         return _forward(self._weak, x.to(self.dtype), t, inputs)
-
-    @override
-    def adaptable(self) -> Mapping[str, nn.Module]:
-        return {"unet": self._unet, **self._text.modules()}
 
     @override
     def layers(self) -> tuple[str, ...]:

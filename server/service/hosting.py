@@ -22,12 +22,17 @@ class Hosted:
     models: Mapping[str, HostedModel]
 
 
-def host(settings: Settings, on_failure: Callable[[], None] | None = None) -> Hosted:
+def host(
+    settings: Settings,
+    on_failure: Callable[[], None] | None = None,
+    guessed_costs: Mapping[int, float] | None = None,
+) -> Hosted:
     """Load the models and start the engine; takes seconds to minutes.
 
     Args:
         settings: everything that may be set.
         on_failure: called, in the engine's thread, once the engine can never work again.
+        guessed_costs: seconds of a tick by rows, instead of those that are measured at the start.
 
     Raises:
         ModelMismatch: a folder does not hold a supported model.
@@ -43,6 +48,7 @@ def host(settings: Settings, on_failure: Callable[[], None] | None = None) -> Ho
         deterministic=settings.deterministic,
         max_pending=settings.max_pending,
         on_failure=on_failure,
+        guessed_costs=guessed_costs,
     )
     engine.start()
     return Hosted(engine, models)

@@ -16,6 +16,9 @@ __all__ = ["generate"]
 POLL_S = 0.05
 ENGINE_STOP_S = 10.0
 
+GUESSED_COSTS = {1: 0.05, 64: 0.5}
+"""Seconds of a tick by rows, from which a few images are run together; ticks correct them."""
+
 
 async def generate(
     settings: Settings, request: GenerateRequest, tell: Callable[[Progress], None]
@@ -30,7 +33,10 @@ async def generate(
     Raises:
         WeftError: the model cannot be hosted, or the request cannot be served.
     """
-    hosted = await asyncio.to_thread(host, settings)
+    # How many rows every tick is to have, where that is fixed, has to be measured.
+    measured = settings.deterministic and settings.row_budget is None
+    guessed = None if measured else GUESSED_COSTS
+    hosted = await asyncio.to_thread(host, settings, guessed_costs=guessed)
     try:
         return await _follow(hosted, settings, request, tell)
     finally:
@@ -43,17 +49,8 @@ async def _follow(
     request: GenerateRequest,
     tell: Callable[[Progress], None],
 ) -> Pictures:
-    service = Service(settings.limits, decode_processes=1)
+    service = Service(settings.limits)
     service.open(hosted.engine, hosted.models)
-    try:
-        return await _served(service, request, tell)
-    finally:
-        service.close()
-
-
-async def _served(
-    service: Service, request: GenerateRequest, tell: Callable[[Progress], None]
-) -> Pictures:
     while not service.ready and service.broken is None:  # noqa: ASYNC110 - a thread's state
         await asyncio.sleep(POLL_S)
     generation = await service.admit(request, "command-line")

@@ -11,11 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from torch import Tensor
 from typer.testing import CliRunner, Result
 
 from embedded import MODEL_FOLDER
 from guidance.linear_fit import LinearFit
 from server.cli import _guidance, app
+from server.models.inputs import RowInputs
+from server.models.unet_model import UNetModel
 from server.requests.catalog import catalog
 from server.requests.schema import GenerateRequest
 
@@ -60,6 +63,25 @@ def test_generate_writes_the_file_with_its_settings(tmp_path: Path) -> None:
     assert settings["guidance"]["name"] == "apg"
     assert settings["guidance"]["scale"] == 3
     assert settings["guidance"]["policy"]["name"] == "adaptive"
+
+
+def test_generate_evaluates_the_model_for_its_own_image_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Timing forwards of many sizes, as a server does at its start, would take seconds."""
+    rows: list[int] = []
+    evaluate = UNetModel.evaluate
+
+    def counted(model: UNetModel, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
+        rows.append(len(x))
+        return evaluate(model, x, t, inputs)
+
+    monkeypatch.setattr(UNetModel, "evaluate", counted)
+    arguments = ["--steps", "3", "--guidance", "cfg", "-n", "2", "-o", str(tmp_path / "out.png")]
+    done = weft("generate", PROMPT, *arguments)
+    assert done.exit_code == 0, done.output
+    # Both images in every forward, each with its two predictions.
+    assert rows == [4, 4, 4]
 
 
 def test_generate_says_what_has_no_effect(tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from guidance.diffusion_levels import DiffusionLevels
     from samplers import NoiseSchedule, Plan
     from server.engine.terms.seen import ForwardRows, OwnRows, Predictions, Seen
-    from server.models.blend import Blend, Told
     from server.models.hosted import HostedModel
 
 
@@ -31,7 +30,7 @@ class RowSpec:
         edits: what is changed inside the network for this row.
     """
 
-    text: Told
+    text: str | None
     edits: tuple[Edit, ...] = ()
 
 
@@ -44,7 +43,7 @@ class Run:
         schedule: the model's, at the request's size and steps.
         plan: of its sampler.
         rule: that the terms stand beside.
-        prompt: of the request, or a blend.
+        prompt: of the request.
         negative_prompt: of the request; None is the model's unconditional.
         reference: a picture that the request supplies to guide away from, ``[3, H, W]`` float32 in
             [-1, 1].
@@ -54,7 +53,7 @@ class Run:
     schedule: NoiseSchedule
     plan: Plan
     rule: Rule
-    prompt: str | Blend
+    prompt: str
     negative_prompt: str | None = None
     reference: Tensor | None = None
 

@@ -187,7 +187,7 @@ def test_one_slow_tick_moves_the_cost_little():
 
 def test_another_shape_starts_from_its_area_and_learns_fast():
     costs = CostModel()
-    costs.start("model", (4, 64, 64), H100)
+    costs.start("model", (4, 64, 64), TickCost(H100))
     large = costs.of("model", (4, 128, 128))
     assert large.seconds(8) == pytest.approx(4 * h100(8))
     for _ in range(8):
@@ -253,3 +253,10 @@ def test_the_engine_learns_from_its_ticks_and_tells_the_seconds_of_waiting_work(
     assert cost.estimates() != before
     run(engine, [task(steps=2, width=64, height=64)])
     assert [shape for _, shape, _ in engine.tick_costs()] == [(4, 16, 16), (4, 8, 8)]
+
+
+def test_an_engine_starts_from_a_guess_and_corrects_it(start, task, run):
+    engine = start(guessed_costs={1: 9.0, 6: 9.0})
+    run(engine, [task(steps=10)])
+    [(_, _, cost)] = engine.tick_costs()
+    assert all(seconds < 5 for seconds in cost.estimates().values())

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import io
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from server.decoding.pool import DecodePool
 from server.engine.engine import Engine
 from server.errors import InvalidRequest, Overloaded
 from server.requests.schema import GenerateRequest
 from server.service import service as module
 from server.service.service import Pictures, Service
 from server.settings import Limits
-from tests.server.decoding.files import repeated_scans, saved
 from tests.server.toy_model import Toy, started
 
 MOST = 4
@@ -31,15 +30,16 @@ def engine() -> Iterator[Engine]:
 
 
 @pytest.fixture
-def service(engine: Engine) -> Iterator[Service]:
+def service(engine: Engine) -> Service:
     made = Service(Limits(steps=50, images=MOST))
     made.open(engine, {"toy": Toy()})
-    yield made
-    made.close()
+    return made
 
 
 def picture(side: int) -> str:
-    return base64.b64encode(saved(Image.new("RGB", (side, side), "white"), "PNG")).decode()
+    buffer = io.BytesIO()
+    Image.new("RGB", (side, side)).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def make(service: Service, **fields: Any) -> Pictures:
@@ -59,19 +59,17 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The costly work that the service does, in its order."""
     seen: list[str] = []
 
-    def noting(owner: Any, name: str) -> None:
-        real = getattr(owner, name)
+    def noting(name: str) -> None:
+        real = getattr(module, name)
 
         def noted(*arguments: Any, **options: Any) -> Any:
             seen.append(name)
             return real(*arguments, **options)
 
-        monkeypatch.setattr(owner, name, noted)
+        monkeypatch.setattr(module, name, noted)
 
-    for name in ("resolve", "make_plan", "tasks_of"):
-        noting(module, name)
-    for name in ("picture", "mask"):
-        noting(DecodePool, name)
+    for name in ("decode", "decode_mask", "resolve", "make_plan", "tasks_of"):
+        noting(name)
     return seen
 
 
@@ -83,7 +81,7 @@ def test_a_request_that_finds_the_queue_full_costs_nothing(
         make(service, **upload)
     assert done == []
     assert len(make(service, **upload).pictures) == 1
-    assert done == ["picture", "resolve", "make_plan", "mask", "tasks_of"]
+    assert done == ["decode", "decode_mask", "resolve", "make_plan", "tasks_of"]
 
 
 def test_too_many_images_are_refused_for_good_and_not_until_there_is_room(
@@ -113,46 +111,3 @@ def test_a_refused_request_gives_its_room_back(
         make(service, n=MOST, **fields)
     assert engine.measurements.pending == 0
     assert len(make(service, n=MOST).pictures) == MOST
-
-
-def test_a_client_that_leaves_during_decoding_gives_its_room_back(
-    service: Service, engine: Engine
-) -> None:
-    slow = base64.b64encode(repeated_scans(2048, 2048, 20)).decode()
-    request = GenerateRequest.model_validate({"prompt": "x", "n": MOST, "image": slow})
-
-    async def leave() -> None:
-        admitting = asyncio.ensure_future(service.admit(request, "one"))
-        await asyncio.sleep(0.01)
-        assert engine.measurements.pending == MOST
-        admitting.cancel()
-        await asyncio.wait([admitting])
-
-    asyncio.run(leave())
-    assert engine.measurements.pending == 0
-
-
-def test_slow_uploads_do_not_delay_what_needs_no_upload(engine: Engine) -> None:
-    service = Service(Limits(), decode_processes=1)
-    service.open(engine, {"toy": Toy()})
-    slow = base64.b64encode(repeated_scans(2048, 2048, 20)).decode()
-    body = {"prompt": "x", "steps": 2, "width": 32, "height": 32}
-
-    async def post(identifier: str, **fields: Any) -> None:
-        request = GenerateRequest.model_validate(body | fields)
-        generation = await service.admit(request, identifier)
-        try:
-            await service.pictures(generation)
-        finally:
-            service.release(generation)
-
-    async def run() -> int:
-        uploads = [asyncio.ensure_future(post(f"{k}", image=slow)) for k in range(MOST - 1)]
-        await asyncio.sleep(0)
-        await post("plain")
-        left = sum(not upload.done() for upload in uploads)
-        await asyncio.gather(*uploads)
-        return left
-
-    assert asyncio.run(run()) == MOST - 1
-    service.close()
