@@ -1,6 +1,7 @@
 """Training state on disk, replaced atomically so that an interrupted run leaves a complete file."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ class TrainingState:
         for name, module in self.modules.items():
             tensors |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
         metadata = {
-            "groups": json.dumps(state["param_groups"]),
+            "groups": json.dumps([_without_rate(group) for group in state["param_groups"]]),
             "step": str(self.clock.step),
             "spent_s": str(self.clock.elapsed_s),
         }
@@ -50,7 +51,9 @@ class TrainingState:
             parameter, _, name = key.partition(".")
             state.setdefault(int(parameter), {})[name] = value
         metadata = metadata_of(file)
-        groups: list[dict[str, Any]] = json.loads(metadata["groups"])
+        stored: list[dict[str, Any]] = json.loads(metadata["groups"])
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        groups = [{**group, "lr": rate} for group, rate in zip(stored, rates, strict=True)]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         self.clock.step, self.clock.spent_s = int(metadata["step"]), float(metadata["spent_s"])
 
@@ -65,6 +68,11 @@ def metadata_of(file: Path) -> dict[str, str]:
     """The metadata written with the tensors."""
     with safe_open(file, "pt") as content:
         return dict(content.metadata() or {})
+
+
+def _without_rate(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The learning rate is the clock's, and may be a tensor that a captured step reads."""
+    return {key: value for key, value in group.items() if key != "lr"}
 
 
 def _below(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:

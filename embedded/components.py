@@ -3,13 +3,14 @@
 import copy
 import json
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, cast
 
 import diffusers
 import torch
-from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderTiny, DDIMScheduler, LCMScheduler, UNet2DConditionModel
 from diffusers.models.unets.unet_2d_blocks import AutoencoderTinyBlock
 from torch import nn
 from transformers import AddedToken, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -76,8 +77,13 @@ def make_text_encoder() -> CLIPTextModel:
     )
 
 
-def make_unet(widths: tuple[int, int, int] = WIDTHS) -> UNet2DConditionModel:
-    """A U-Net, untrained: cross-attention at the two lower of three levels of these widths."""
+def make_unet(
+    widths: tuple[int, int, int] = WIDTHS, *, scale_features: int | None = None
+) -> UNet2DConditionModel:
+    """A U-Net, untrained: cross-attention at the two lower of three levels of these widths.
+
+    With `scale_features` it is told the guidance scale by an embedding of so many features.
+    """
     return UNet2DConditionModel(
         sample_size=LATENT_SIZE,
         in_channels=LATENT_CHANNELS,
@@ -90,16 +96,21 @@ def make_unet(widths: tuple[int, int, int] = WIDTHS) -> UNet2DConditionModel:
         # In this class the name means the number of heads.
         attention_head_dim=4,
         norm_num_groups=16,
+        time_cond_proj_dim=scale_features,
     )
 
 
-def make_autoencoder() -> AutoencoderTiny:
-    """The autoencoder, untrained; full resolution costs most, so it has few layers there."""
+def make_autoencoder(decoder_blocks: tuple[int, ...] = (3, 3, 1, 1)) -> AutoencoderTiny:
+    """The autoencoder, untrained; full resolution costs most, so it has few layers there.
+
+    Args:
+        decoder_blocks: residual blocks of the decoder at 16, 32, 64 and 128 pixels.
+    """
     autoencoder = AutoencoderTiny(
         encoder_block_out_channels=(32, 32, 32, 32),
         decoder_block_out_channels=(32, 32, 32, 32),
         num_encoder_blocks=(0, 1, 2, 2),
-        num_decoder_blocks=(3, 3, 1, 1),
+        num_decoder_blocks=decoder_blocks,
         latent_channels=LATENT_CHANNELS,
     )
     _initialise(autoencoder)
@@ -137,6 +148,19 @@ def make_scheduler() -> DDIMScheduler:
     )
 
 
+def make_few_step_scheduler() -> LCMScheduler:
+    """The scheduler of what is distilled from the embedded model."""
+    shared = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
+    config = make_scheduler().config
+    return LCMScheduler(
+        **{entry: config[entry] for entry in shared},
+        original_inference_steps=50,
+        clip_sample=False,
+        set_alpha_to_one=True,
+        steps_offset=1,
+    )
+
+
 def make_components() -> Components:
     """All trained parts, untrained."""
     return Components(make_autoencoder(), make_unet(), make_text_encoder())
@@ -157,10 +181,29 @@ def save_model(components: Components, folder: Path) -> None:
     The U-Net and the autoencoder are stored in float16, which diffusers loads as float32. The text
     encoder stays in float32: transformers would load float16 as it is.
     """
+
+    def write(fresh: Path) -> None:
+        _write(components, fresh, "StableDiffusionPipeline", make_scheduler())
+        captions = [make_scene(_FIRST_PROMPT + number).caption for number in range(_PROMPTS)]
+        (fresh / "weft").mkdir()
+        (fresh / "weft" / "prompts.txt").write_text("\n".join(captions) + "\n")
+
+    _replace(folder, write)
+
+
+def save_student(components: Components, folder: Path) -> None:
+    """Write the folder of a latent consistency model, in the same way."""
+    scheduler = make_few_step_scheduler()
+    _replace(
+        folder, lambda fresh: _write(components, fresh, "LatentConsistencyModelPipeline", scheduler)
+    )
+
+
+def _replace(folder: Path, write: Callable[[Path], None]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing-") as name:
         fresh = Path(name)
-        _write(components, fresh)
+        write(fresh)
         for source in sorted(fresh.rglob("*")):
             if source.is_file():
                 target = folder / source.relative_to(fresh)
@@ -170,37 +213,44 @@ def save_model(components: Components, folder: Path) -> None:
 
 def save_weak(unet: UNet2DConditionModel, folder: Path) -> None:
     """Store the weaker companion in a model folder, where the server looks for one."""
-    place = folder / "weft" / "weak"
-    copy.deepcopy(unet).half().save_pretrained(place)
-    _leave_out(place / "config.json", "_name_or_path")
+    _write_part(unet, folder / "weft" / "weak")
 
 
-def _write(components: Components, folder: Path) -> None:
+def save_autoencoder(autoencoder: AutoencoderTiny, folder: Path) -> None:
+    """Store the autoencoder alone in a model folder, in the same way."""
+    _replace(folder, lambda fresh: _write_part(autoencoder, fresh / "vae"))
+
+
+def _write(
+    components: Components, folder: Path, pipeline: str, scheduler: DDIMScheduler | LCMScheduler
+) -> None:
     components.text_encoder.save_pretrained(folder / "text_encoder")
-    for name, part in {"vae": components.autoencoder, "unet": components.unet}.items():
-        copy.deepcopy(part).half().save_pretrained(folder / name)
-        _leave_out(folder / name / "config.json", "_name_or_path")
-    # diffusers derives this entry anew and warns when it reads it.
-    _leave_out(folder / "vae" / "config.json", "block_out_channels")
+    _write_part(components.autoencoder, folder / "vae")
+    _write_part(components.unet, folder / "unet")
     make_tokenizer().save_pretrained(folder / "tokenizer")
-    captions = [make_scene(_FIRST_PROMPT + number).caption for number in range(_PROMPTS)]
-    (folder / "weft").mkdir()
-    (folder / "weft" / "prompts.txt").write_text("\n".join(captions) + "\n")
-    make_scheduler().save_pretrained(folder / "scheduler")
+    scheduler.save_pretrained(folder / "scheduler")
     index = {
-        "_class_name": "StableDiffusionPipeline",
+        "_class_name": pipeline,
         "_diffusers_version": diffusers.__version__,
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
         "requires_safety_checker": False,
         "safety_checker": [None, None],
-        "scheduler": ["diffusers", "DDIMScheduler"],
+        "scheduler": ["diffusers", type(scheduler).__name__],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderTiny"],
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_part(part: AutoencoderTiny | UNet2DConditionModel, place: Path) -> None:
+    copy.deepcopy(part).half().save_pretrained(place)
+    _leave_out(place / "config.json", "_name_or_path")
+    if isinstance(part, AutoencoderTiny):
+        # diffusers derives this entry anew and warns when it reads it.
+        _leave_out(place / "config.json", "block_out_channels")
 
 
 def _leave_out(config: Path, entry: str) -> None:

@@ -2,7 +2,8 @@
 
 Each stage can be run by itself: the autoencoder, the U-Net with the text encoder, and the report. A
 training stage ends after `--steps` or `--minutes`, whichever comes first. The stage `weak` trains
-the small companion that autoguidance steers away from.
+the small companion that autoguidance steers away from, and the stage `decoder` the decoder alone,
+on what the finished U-Net makes.
 """
 
 import argparse
@@ -24,9 +25,11 @@ from embedded.components import (
     load_components,
     make_components,
     make_unet,
+    save_autoencoder,
     save_model,
     save_weak,
 )
+from embedded.decoder_training import DecoderSettings, train_decoder
 from embedded.report import (
     Sampling,
     contact_sheet,
@@ -46,7 +49,10 @@ _REPORT = Path(__file__).parent / "REPORT.md"
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="embedded.train", description=__doc__)
     parser.add_argument(
-        "stage", nargs="?", choices=["all", "autoencoder", "unet", "weak", "report"], default="all"
+        "stage",
+        nargs="?",
+        choices=["all", "autoencoder", "unet", "weak", "decoder", "report"],
+        default="all",
     )
     parser.add_argument("--minutes", type=float, help="end a training stage after so many minutes")
     parser.add_argument("--steps", type=int, help="end a training stage after so many steps")
@@ -83,6 +89,8 @@ def main() -> int:
         run_unet(options)
     if options.stage == "weak":
         run_weak(options)
+    if options.stage == "decoder" and not run_decoder(options):
+        return 1
     if options.stage in ("all", "report"):
         run_report(options)
     return 0
@@ -103,8 +111,12 @@ def run_autoencoder(options: argparse.Namespace) -> bool:
     )
     autoencoder = train_autoencoder(settings, checkpoint)
     autoencoder.save_pretrained(options.out / "autoencoder")
+    return _passes(autoencoder, options.device)
+
+
+def _passes(autoencoder: AutoencoderTiny, device: str) -> bool:
     scenes = [make_scene(4_000_000_000 + number) for number in range(400)]
-    score = score_autoencoder(autoencoder.eval(), scenes, options.device)
+    score = score_autoencoder(autoencoder.eval(), scenes, device)
     print(table({"reconstructions": score}))
     passed = score.share() >= _GATE
     print(f"gate of {_GATE:.0%} {'passed' if passed else 'failed'}")
@@ -142,6 +154,26 @@ def run_weak(options: argparse.Namespace) -> None:
         print(f"published step {step} of the companion", flush=True)
 
     train_unet(components, _unet_settings(options), options.out / "weak", publish)
+
+
+def run_decoder(options: argparse.Namespace) -> bool:
+    """Train the decoder on the model's own latents; says whether it passes the gate."""
+    checkpoint = options.out / "decoder.safetensors"
+    if not options.resume:
+        checkpoint.unlink(missing_ok=True)
+    components = load_components(options.model)
+    settings = DecoderSettings(
+        steps=options.steps,
+        minutes=options.minutes,
+        batch=options.batch,
+        rate=1e-3,
+        pictures=options.pictures,
+        device=options.device,
+        seed=options.seed,
+    )
+    components.autoencoder = train_decoder(components, settings, checkpoint)
+    save_autoencoder(components.autoencoder, options.model)
+    return _passes(components.autoencoder, options.device)
 
 
 def _unet_settings(options: argparse.Namespace) -> UNetSettings:

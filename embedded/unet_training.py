@@ -78,11 +78,11 @@ def make_corpus(autoencoder: AutoencoderTiny, pictures: int, device: str) -> Cor
     captions = training_captions(pictures)
     rng = np.random.default_rng(0)
     strange = [[_with_strange_word(text, rng) for text in texts] for texts in captions]
-    tokens = _tokenise([text for texts in strange for text in texts])
+    tokens = tokens_of([text for texts in strange for text in texts])
     return Corpus(
         torch.cat(latents),
         tokens.view(pictures, CAPTIONS_PER_PICTURE, -1).to(torch.uint8),
-        _tokenise([""])[0],
+        tokens_of([""])[0],
     )
 
 
@@ -94,7 +94,8 @@ def _with_strange_word(text: str, rng: np.random.Generator) -> str:
     return " ".join(words)
 
 
-def _tokenise(texts: list[str]) -> Tensor:
+def tokens_of(texts: list[str]) -> Tensor:
+    """Token numbers of texts ``[texts, tokens]``."""
     tokenizer = make_tokenizer()
     encoded = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
     return encoded.input_ids
@@ -131,7 +132,9 @@ def train_unet(
     checkpoint = folder / "unet.safetensors"
     if checkpoint.exists():
         state.restore(checkpoint, settings.device)
-    corpus = _corpus(autoencoder, settings, folder / "corpus.safetensors")
+    corpus = corpus_of(
+        autoencoder, settings.pictures, settings.device, folder / "corpus.safetensors"
+    )
     rng = torch.Generator().manual_seed(settings.seed + clock.step)
     published_s, losses = clock.elapsed_s, []
     while clock.progress < 1:
@@ -159,12 +162,13 @@ def train_unet(
     return result
 
 
-def _corpus(autoencoder: AutoencoderTiny, settings: UNetSettings, file: Path) -> Corpus:
+def corpus_of(autoencoder: AutoencoderTiny, pictures: int, device: str, file: Path) -> Corpus:
+    """The training latents and tokens, from the file if it holds as many, else made and stored."""
     if file.exists():
         content = load_file(file)
-        if len(content["latents"]) == settings.pictures:
+        if len(content["latents"]) == pictures:
             return Corpus(content["latents"], content["tokens"], content["empty"])
-    corpus = make_corpus(autoencoder, settings.pictures, settings.device)
+    corpus = make_corpus(autoencoder, pictures, device)
     save({"latents": corpus.latents, "tokens": corpus.tokens, "empty": corpus.empty}, file)
     return corpus
 

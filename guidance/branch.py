@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 if TYPE_CHECKING:
     from guidance.edits import Edit
+
+Prompt = TypeVar("Prompt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +26,22 @@ class Branch:
     prompt: str = ""
     edit: Edit | None = None
 
-    def text(self, prompt: str, negative_prompt: str | None) -> str | None:
-        """What the network is told, in words; None is the model's unconditional."""
-        texts = {"prompt": prompt, "negative": negative_prompt, "empty": None, "own": self.prompt}
-        return texts[self.told]
+    def text(self, prompt: Prompt, negative_prompt: str | None) -> Prompt | str | None:
+        """What the network is told; None is the model's unconditional.
+
+        Args:
+            prompt: of the request: a text, or whatever else the caller tells the network.
+            negative_prompt: of the request, if it has one.
+        """
+        match self.told:
+            case "prompt":
+                return prompt
+            case "negative":
+                return negative_prompt
+            case "empty":
+                return None
+            case "own":
+                return self.prompt
 
 
 NEGATIVE = Branch("negative")

@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from samplers.align_your_steps import AlignYourSteps
+from samplers.angles import Angles
 from samplers.beta import Beta
 from samplers.custom_times import Custom
 from samplers.ddim import DDIM
@@ -57,6 +58,7 @@ __all__ = [
     "SPACINGS",
     "TCD",
     "AlignYourSteps",
+    "Angles",
     "Beta",
     "Columns",
     "Custom",

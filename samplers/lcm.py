@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from typing_extensions import override
 
 from samplers.plan import Columns, Plan
-from samplers.plan_error import PlanError
 from samplers.sampler import Sampler
 
 if TYPE_CHECKING:
     from samplers.grid import Grid
+    from samplers.levels import F64
 
 SIGMA_DATA = 0.5
 TIMESTEP_SCALING = 10.0
@@ -22,10 +22,15 @@ class LCM(Sampler, frozen=True):
 
     Each step jumps to the clean picture through the consistency function and noises it again to
     the next level; the last jump is kept. One evaluation a step, stochastic, for models distilled
-    so, at 1 to 8 steps.
+    so, at 1 to 8 steps: LCM, DMD2 (arXiv 2405.14867) and, on their own schedules, flow-matching
+    consistency models and SANA-Sprint (arXiv 2503.09641).
+
+    A model with whole trained timesteps keeps a share of x that vanishes but near the clean end,
+    the boundary condition of equation 6. Networks of continuous time contain theirs, and nothing
+    is kept beside the denoised prediction.
     """
 
-    summary: ClassVar[str] = "Few-step sampler for latent consistency models and LCM LoRAs."
+    summary: ClassVar[str] = "Few-step sampler for latent consistency models, LCM LoRAs and DMD2."
     source: ClassVar[str] = "Luo et al., arXiv 2310.04378, algorithm 3; boundary of equation 6."
     default_spacing: ClassVar[str] = "lcm"
     name: Literal["lcm"] = "lcm"
@@ -42,20 +47,20 @@ class LCM(Sampler, frozen=True):
 
     @override
     def plan(self, grid: Grid) -> Plan:
-        if not grid.schedule.whole_timesteps:
-            raise PlanError(
-                "sampler",
-                "sampler is 'lcm', which needs a model with whole trained timesteps; "
-                "this model has none.",
-            )
         columns = Columns("x")
-        tables = []
+        tables: list[F64] = []
         for i in range(grid.steps):
-            tau = TIMESTEP_SCALING * grid.t[i]
-            total = tau**2 + SIGMA_DATA**2
-            consistent = (SIGMA_DATA**2 / total) * columns["x"] + (
-                tau / total**0.5
-            ) * columns.denoised
+            skip, out = _boundary(grid, i)
+            consistent = skip * columns["x"] + out * columns.denoised
             x = grid.alpha[i + 1] * consistent + grid.sigma[i + 1] * columns.noise
             tables.append(columns.table(x=x))
         return Plan.of_steps(grid, tables)
+
+
+def _boundary(grid: Grid, i: int) -> tuple[float, float]:
+    """Shares of x and of the denoised prediction in the consistency function at point i."""
+    if not grid.schedule.whole_timesteps:
+        return 0.0, 1.0
+    tau = TIMESTEP_SCALING * float(grid.t[i])
+    total = tau**2 + SIGMA_DATA**2
+    return SIGMA_DATA**2 / total, tau / total**0.5

@@ -132,8 +132,11 @@ def _spacing_of(config: Mapping[str, Any], known: Scheduler) -> Fields:
     for option, fields in by_option.items():
         if config.get(option):
             return fields
+    if known.spacing["name"] == "lcm":
+        # Their times are a selection of these, whatever `timestep_spacing` says.
+        return {"name": "lcm", "distilled_steps": config.get("original_inference_steps", 50)}
     match config.get("timestep_spacing"):
-        case "leading" if known.spacing["name"] != "lcm":
+        case "leading":
             offset = config.get("steps_offset", 0)
             return {"name": "leading", "offset": offset, "endpoint": not known.multistep}
         case "trailing":

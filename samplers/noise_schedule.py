@@ -28,7 +28,7 @@ TRAINED_STEPS = 1000
 
 
 class NoiseSchedule(Levels):
-    """The levels of a model, and how a run is laid over them; the four kinds say all there is."""
+    """The levels of a model, and how a run is laid over them; the five kinds say all there is."""
 
     def grid(
         self,
@@ -84,13 +84,17 @@ class NoiseSchedule(Levels):
                 shift=float(next(shift for shift in shifts if shift is not None)),
                 trained_steps=_trained_steps(config),
             )
+        if name.startswith("SCM") or config.get("prediction_type") == "trigflow":
+            return TrigFlow()
         if name.startswith("EDM") or ("sigma_data" in config and not has_betas):
             return EDM(
                 sigma_min=float(config.get("sigma_min", 0.002)),
                 sigma_max=float(config.get("sigma_max", 80.0)),
             )
-        # A PNDMScheduler that leaves it out lands on the first trained step, unlike all others.
+        # A PNDMScheduler that leaves it out lands on the first trained step, unlike all others,
+        # and a TCDScheduler whatever it says.
         clean = config.get("set_alpha_to_one", not name.startswith("PNDM"))
+        clean = clean and not name.startswith("TCD")
         return DiscreteVP(_log_alphas_of(config), set_alpha_to_one=clean is not False)
 
     @staticmethod
@@ -110,6 +114,14 @@ class NoiseSchedule(Levels):
             ValueError: unless ``shift`` is above 0.
         """
         return FlowMatching(shift=shift)
+
+    @staticmethod
+    def trigflow() -> NoiseSchedule:
+        """Consistency models of continuous time: alpha = cos t, sigma = sin t (arXiv 2410.11081).
+
+        Latents are those of the model over its ``sigma_data``.
+        """
+        return TrigFlow()
 
     @staticmethod
     def edm(sigma_min: float = 0.002, sigma_max: float = 80.0) -> NoiseSchedule:
@@ -295,6 +307,60 @@ class FlowMatching(NoiseSchedule):
     @override
     def conditioning(self, t: F64) -> F64:
         return self.trained_steps * t
+
+
+@dataclass(frozen=True)
+class TrigFlow(NoiseSchedule):
+    """alpha = cos t, sigma = sin t on t in [0, pi/2] (Lu and Song, arXiv 2410.11081, section 3).
+
+    Of latents over ``sigma_data``, which is a factor of both x and the noise there. A network's
+    output F is then ``v_prediction``'s: ``D = cos(t) x - sin(t) F``. SANA-Sprint's network is
+    told ``sin t / (cos t + sin t)``, its own flow-matching time, which is for its family to say.
+    """
+
+    unit_start: ClassVar[bool] = True
+
+    @property
+    @override
+    def t_start(self) -> float:
+        """Pure noise."""
+        return np.pi / 2
+
+    @property
+    @override
+    def t_end(self) -> float:
+        """The angle of EDM's smallest trained sigma over its ``sigma_data``, .002 / .5."""
+        return float(np.arctan(0.002 / 0.5))
+
+    @override
+    def level(self, t: F64) -> tuple[F64, F64]:
+        # The sine of the rest of the angle is exactly 0 at pure noise, the cosine is not.
+        return np.sin(np.pi / 2 - np.asarray(t, np.float64)), np.sin(t)
+
+    @override
+    def half_log_snr(self, t: F64) -> F64:
+        alpha, sigma = self.level(t)
+        with np.errstate(divide="ignore"):
+            return np.log(alpha) - np.log(sigma)
+
+    @override
+    def time_of_half_log_snr(self, half_log_snr: F64) -> F64:
+        return np.arctan(np.exp(-np.asarray(half_log_snr, np.float64)))
+
+    @override
+    def noise_level(self, t: F64) -> F64:
+        """Sigma of the flow between the same data and noise, finite at pure noise."""
+        alpha, sigma = self.level(t)
+        return sigma / (alpha + sigma)
+
+    @override
+    def time_of_noise_level(self, noise_level: F64) -> F64:
+        return np.arctan2(noise_level, 1 - noise_level)
+
+    @override
+    def line_scale(self, alpha: F64) -> F64:
+        # The line of that flow: sigma / alpha is infinite at pure noise.
+        return alpha + np.sqrt(1 - alpha**2)
 
 
 @dataclass(frozen=True)

@@ -124,6 +124,7 @@ _LOWERED: Final = {False: _NEVER_LOWERED, True: {_LOWER: "below_15_steps"}}
 _ALWAYS_LOWERED: Final = {False: _NEVER_LOWERED, True: {_LOWER: "always"}}
 _LINSPACE: Final = {"name": "linspace"}
 _TO_THE_LAST_STRIDE: Final = {"name": "linspace", "endpoint": False}
+_TWICE_SHIFTED: Final = {"name": "linspace", "twice_shifted": True}
 _LEADING: Final = {"name": "leading", "offset": 0}
 
 DIFFUSERS: Final[Mapping[str, Scheduler]] = MappingProxyType(
@@ -190,7 +191,11 @@ DIFFUSERS: Final[Mapping[str, Scheduler]] = MappingProxyType(
             },
             multistep=True,
         ),
-        "LCMScheduler": Scheduler({"name": "lcm"}, {"name": "lcm"}),
+        "LCMScheduler": Scheduler(
+            {"name": "lcm"},
+            {"name": "lcm"},
+            {"clip_sample": {False: {}}, "timestep_scaling": {10.0: {}}},
+        ),
         "TCDScheduler": Scheduler({"name": "tcd"}, {"name": "lcm"}),
         "EDMEulerScheduler": Scheduler({"name": "euler"}, {"name": "karras"}),
         "EDMDPMSolverMultistepScheduler": Scheduler(
@@ -206,8 +211,16 @@ DIFFUSERS: Final[Mapping[str, Scheduler]] = MappingProxyType(
                 "lower_order_final": _LOWERED,
             },
         ),
-        "FlowMatchEulerDiscreteScheduler": Scheduler({"name": "euler"}, _LINSPACE),
-        "FlowMatchHeunDiscreteScheduler": Scheduler({"name": "heun"}, _LINSPACE),
+        "FlowMatchEulerDiscreteScheduler": Scheduler(
+            {"name": "euler"},
+            _TWICE_SHIFTED,
+            {"stochastic_sampling": {False: {}, True: {"name": "lcm"}}},
+        ),
+        "FlowMatchHeunDiscreteScheduler": Scheduler({"name": "heun"}, _TWICE_SHIFTED),
+        "FlowMatchLCMScheduler": Scheduler(
+            {"name": "lcm"}, _TWICE_SHIFTED, {"scale_factors": {None: {}}}
+        ),
+        "SCMScheduler": Scheduler({"name": "lcm"}, {"name": "angles"}),
     }
 )
 """Schedulers of diffusers by their class."""

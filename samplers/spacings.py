@@ -7,6 +7,7 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
 from samplers.align_your_steps import AlignYourSteps
+from samplers.angles import Angles
 from samplers.beta import Beta
 from samplers.custom_times import Custom
 from samplers.exponential import Exponential
@@ -36,6 +37,7 @@ SPACINGS: tuple[type[Spacing], ...] = (
     Beta,
     AlignYourSteps,
     LCMSpacing,
+    Angles,
     Custom,
     *(entry.load() for entry in entry_points(group="weft.spacings")),
 )

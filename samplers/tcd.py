@@ -1,4 +1,4 @@
-"""Strategic stochastic sampling of trajectory consistency models."""
+"""Strategic stochastic sampling: jumps along a trajectory, and fresh noise for a share of it."""
 
 from __future__ import annotations
 
@@ -9,19 +9,24 @@ from pydantic import Field
 from typing_extensions import override
 
 from samplers.plan import Columns, Plan
-from samplers.plan_error import PlanError
 from samplers.sampler import Sampler
 
 if TYPE_CHECKING:
     from samplers.grid import Grid
+    from samplers.levels import F64
 
 
 class TCD(Sampler, frozen=True):
     """Trajectory consistency sampling (Zheng et al., arXiv 2402.19159, algorithm 4).
 
-    Each step jumps along the trajectory to ``s = floor((1 - gamma) t')``, below the next time t',
-    and noises the point there up to t'. One evaluation a step, for models distilled so, at 1 to 8
-    steps. With ``gamma`` 0 the step is DDIM's; with 1 it renoises from the first trained step.
+    Each step jumps along the trajectory below the next point and noises what it finds up to it.
+    One evaluation a step, for models distilled so, at 1 to 8 steps; the last step draws no noise.
+    With ``gamma`` 0 the step is DDIM's; with 1 the picture is noised again from (nearly) nothing.
+
+    ``measure`` says where below: at the time ``s = (1 - gamma) t'``, rounded down where trained
+    timesteps are whole, as TCD and Hyper-SD (arXiv 2404.13686) are sampled; or at the noise
+    level ``sqrt(1 - gamma^2)`` times the next one, as consistency trajectory models are (Kim et
+    al., arXiv 2310.02279, gamma-sampling).
     """
 
     summary: ClassVar[str] = "Few-step sampler for trajectory consistency models and Hyper LoRAs."
@@ -34,6 +39,13 @@ class TCD(Sampler, frozen=True):
         le=1,
         description=(
             "Fraction of fresh noise: 0 is deterministic, 1 is full noise; called eta in diffusers."
+        ),
+    )
+    measure: Literal["time", "noise"] = Field(
+        default="time",
+        description=(
+            "What gamma is a fraction of: time, for TCD and Hyper-SD; or the noise level, for "
+            "consistency trajectory models (CTM)."
         ),
     )
 
@@ -49,25 +61,24 @@ class TCD(Sampler, frozen=True):
 
     @override
     def plan(self, grid: Grid) -> Plan:
-        if not grid.schedule.whole_timesteps:
-            raise PlanError(
-                "sampler",
-                "sampler is 'tcd', which needs a model with whole trained timesteps; "
-                "this model has none.",
-            )
+        grid = grid.landed()
         columns = Columns("x")
         x, D = columns["x"], columns.denoised
-        tables = []
+        tables: list[F64] = []
         for i in range(grid.steps):
             alpha, sigma = grid.alpha[i + 1], grid.sigma[i + 1]
-            if sigma == 0:
-                tables.append(columns.table(x=D))
-                continue
             eps = (x - grid.alpha[i] * D) / grid.sigma[i]
-            s = np.floor((1 - self.gamma) * grid.t[i + 1])
-            alpha_s, sigma_s = (alpha, sigma) if self.gamma == 0 else grid.schedule.level(s)
-            decay = alpha / alpha_s
-            fresh = np.sqrt(max(sigma**2 - (decay * sigma_s) ** 2, 0))
-            jump = alpha_s * D + sigma_s * eps
-            tables.append(columns.table(x=decay * jump + fresh * columns.noise))
+            kept = sigma if i == grid.steps - 1 else self._kept(grid, i + 1)
+            fresh = np.sqrt(max(sigma**2 - kept**2, 0))
+            tables.append(columns.table(x=alpha * D + kept * eps + fresh * columns.noise))
         return Plan.of_steps(grid, tables)
+
+    def _kept(self, grid: Grid, i: int) -> float:
+        """Noise that comes from the trajectory, in what is noised up to point i."""
+        if self.gamma == 0:
+            return float(grid.sigma[i])
+        if self.measure == "noise":
+            return float(np.sqrt(1 - self.gamma**2) * grid.sigma[i])
+        s = (1 - self.gamma) * grid.t[i]
+        alpha, sigma = grid.schedule.level(np.floor(s) if grid.schedule.whole_timesteps else s)
+        return float(grid.alpha[i] * sigma / alpha)

@@ -78,11 +78,21 @@ class Linspace(Spacing, frozen=True):
             "the last evaluation is one stride above."
         ),
     )
+    twice_shifted: bool = Field(
+        default=False,
+        description=(
+            "On flow-matching models, shift the cleanest level a second time, as diffusers' "
+            "schedulers do where a pipeline gives them no list of levels (Stable Diffusion 3.5)."
+        ),
+    )
 
     @override
     def evaluated(self, schedule: Levels, steps: int) -> F64:
         count = steps if self.endpoint else steps + 1
-        times = self.fill(schedule, count, schedule.t_start, schedule.t_end)[:steps]
+        t_end = schedule.t_end
+        if self.twice_shifted:
+            t_end = float(schedule.time_of_measure(np.array(t_end)))
+        times = self.fill(schedule, count, schedule.t_start, t_end)[:steps]
         if trained := schedule.whole_timesteps:
             refuse_more_than_trained(trained, steps)
             return np.round(times)

@@ -1,23 +1,17 @@
-"""Encodes images together with the settings that made them, and decodes untrusted uploads."""
+"""Encodes images together with the settings that made them."""
 
 from __future__ import annotations
 
-import base64
-import binascii
 import io
 import json
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, PngImagePlugin
-from PIL.Image import Resampling
+from PIL import ExifTags, Image, PngImagePlugin
 
-from server.errors import InvalidRequest, TooLarge
-
-__all__ = ["MEDIA_TYPES", "ImageText", "OutputFormat", "decode", "decode_mask", "encode", "fit"]
+__all__ = ["MEDIA_TYPES", "ImageText", "OutputFormat", "encode"]
 
 OutputFormat = Literal["png", "jpeg", "webp"]
 
@@ -27,7 +21,6 @@ MEDIA_TYPES: Mapping[OutputFormat, str] = {
     "webp": "image/webp",
 }
 
-_READABLE = ("PNG", "JPEG", "WEBP")
 _MAKER_NOTE = 0x927C
 _QUALITY = 95
 _SAVING: Mapping[OutputFormat, Mapping[str, int]] = {
@@ -90,107 +83,3 @@ def _exif(description: ImageText) -> Image.Exif:
     tags[ExifTags.Base.UserComment] = b"UNICODE\0" + description.parameters.encode("utf-16-be")
     tags[_MAKER_NOTE] = b"weft\0" + description.json.encode()
     return exif
-
-
-def decode(text: str, *, field: str, max_pixels: int) -> Image.Image:
-    """Decode an uploaded image to RGB; transparency is flattened over white.
-
-    Args:
-        text: base64, or a data URI of it.
-        field: the request's field, for the error message.
-        max_pixels: checked against the header, before anything is decompressed.
-
-    Raises:
-        InvalidRequest: it is not a PNG, JPEG or WebP file, or is damaged.
-        TooLarge: it has more than `max_pixels`.
-    """
-    return _flatten(_open(text, field=field, max_pixels=max_pixels), "white")
-
-
-def decode_mask(text: str, *, field: str, max_pixels: int) -> Image.Image:
-    """Decode an uploaded mask to grayscale; transparency is flattened over black.
-
-    Arguments and errors are those of :func:`decode`.
-    """
-    return _flatten(_open(text, field=field, max_pixels=max_pixels), "black").convert("L")
-
-
-def fit(image: Image.Image, width: int, height: int) -> np.ndarray:
-    """Resample an image: uint8 `[height, width, 3]`, or `[height, width]` if grayscale."""
-    if image.size != (width, height):
-        image = image.resize((width, height), Resampling.LANCZOS)
-    return np.asarray(image)
-
-
-def _open(text: str, *, field: str, max_pixels: int) -> Image.Image:
-    data = _bytes(text, field)
-    try:
-        _check_webp_canvas(data, field, max_pixels)
-        image = Image.open(io.BytesIO(data), formats=_READABLE)
-        _check_pixels(image.width, image.height, field, max_pixels)
-        if getattr(image, "n_frames", 1) > 1:
-            raise InvalidRequest(field, f"{field} is an animation; send a single image.")
-        image.load()
-        return ImageOps.exif_transpose(image)
-    except (InvalidRequest, TooLarge):
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise TooLarge(
-            field, f"{field} has too many pixels; at most {max_pixels} are allowed."
-        ) from None
-    except Image.UnidentifiedImageError:
-        raise InvalidRequest(
-            field, f"{field} is not an image in a supported format; allowed are: PNG, JPEG, WebP."
-        ) from None
-    except Exception:  # noqa: BLE001 - a decoder fed hostile bytes may raise anything
-        raise InvalidRequest(
-            field, f"{field} is a damaged image file and cannot be decoded."
-        ) from None
-
-
-def _bytes(text: str, field: str) -> bytes:
-    encoded = text
-    if text[:5].lower() == "data:":
-        head, _, encoded = text.partition(",")
-        if not head.lower().endswith(";base64"):
-            raise InvalidRequest(
-                field,
-                f"{field} is a data URI without ';base64,'; send base64 or a base64 data URI.",
-            )
-    try:
-        return base64.b64decode("".join(encoded.split()), validate=True)
-    except (binascii.Error, ValueError):
-        raise InvalidRequest(
-            field, f"{field} is not valid base64; send base64 or a base64 data URI."
-        ) from None
-
-
-def _check_webp_canvas(data: bytes, field: str, max_pixels: int) -> None:
-    """Refuse a large WebP by its header, because Pillow allocates before it reports the size."""
-    if data[:4] != b"RIFF" or data[8:12] != b"WEBP" or len(data) < 30:
-        return
-    kind, body = data[12:16], data[20:30]
-    if kind == b"VP8X":
-        width = int.from_bytes(body[4:7], "little") + 1
-        height = int.from_bytes(body[7:10], "little") + 1
-    elif kind == b"VP8L":
-        bits = int.from_bytes(body[1:5], "little")
-        width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-    else:
-        width, height = (side & 0x3FFF for side in struct.unpack("<HH", body[6:10]))
-    _check_pixels(width, height, field, max_pixels)
-
-
-def _check_pixels(width: int, height: int, field: str, max_pixels: int) -> None:
-    if width * height > max_pixels:
-        raise TooLarge(
-            field, f"{field} is {width} x {height}; at most {max_pixels} pixels are allowed."
-        )
-
-
-def _flatten(image: Image.Image, background: str) -> Image.Image:
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    canvas = Image.new("RGBA", image.size, background)
-    return Image.alpha_composite(canvas, image).convert("RGB")

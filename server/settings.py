@@ -50,6 +50,9 @@ class Limits(BaseModel):
     upload_pixels: int = Field(
         default=4096 * 2048, ge=64 * 64, description="Width times height of an uploaded image."
     )
+    decode_s: float = Field(
+        default=5, gt=0, le=600, description="Seconds that decoding an uploaded image may take."
+    )
     body_bytes: int = Field(default=32 * 2**20, ge=1024, description="Size of a request body.")
 
 
@@ -88,7 +91,7 @@ class Settings(BaseSettings):
         default=0.1,
         gt=0,
         le=10,
-        description="Maximum seconds of one pass, as estimated, while images of live priority are "
+        description="Maximum seconds of one pass, as estimated, while frames of live streams are "
         "running.",
     )
     max_pending: int = Field(
@@ -96,6 +99,12 @@ class Settings(BaseSettings):
         ge=1,
         le=65536,
         description="Maximum images queued or running; requests beyond it get status 429.",
+    )
+    decode_processes: int = Field(
+        default=2,
+        ge=1,
+        le=64,
+        description="Uploaded images decoded at once, each in a process of its own.",
     )
     limits: Limits = Limits()
 

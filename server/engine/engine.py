@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter, deque
+from collections import Counter
 from itertools import chain
+from math import inf
 from threading import Condition, Thread
 from time import monotonic, perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -13,6 +14,7 @@ import torch
 
 from server.engine.cost_model import MOST_ROWS, CostModel, TickCost
 from server.engine.faults import attempt, free_memory, is_out_of_memory, lost_device
+from server.engine.live_share import LaneCosts, Shares, share_tick
 from server.engine.metrics import EngineMeasurements
 from server.engine.reservation import Reservation
 from server.engine.scheduler import (
@@ -23,6 +25,7 @@ from server.engine.scheduler import (
     rows_of_tick,
     select,
 )
+from server.engine.state.arrivals import Arrivals
 from server.engine.state.lane import Lane
 from server.engine.state.sequence import Sequence
 from server.engine.state.submission import Submission
@@ -68,6 +71,9 @@ FIXED_ROWS_MULTIPLE = 8
 embedded model the bits of a row depend on its place, at multiples of 4 they do not."""
 
 ADMITTED_A_TICK = 16
+
+LIVE_PAUSE_S = 10.0
+"""Seconds without a live frame after which none is expected."""
 
 LANES_KEPT = 8
 """Lanes kept for their next image though none is under way in them."""
@@ -117,12 +123,14 @@ class Engine:
         self._guessed_costs = guessed_costs
         self._device = next(iter(models.values())).device
         self._live_tick_s = live_tick_s
+        self._live_at = -inf
+        self._shares = Shares()
         self._costs = CostModel()
         self._fixed_rows: int | None = None
         self._lanes: dict[Hashable, Lane] = {}
         self._admission = Admission(models, self._lane_of, deterministic=deterministic)
         self._colours: dict[str, Tensor] = {}
-        self._arrived: deque[Sequence] = deque()
+        self._arrived = Arrivals()
         self._active: list[Sequence] = []
         self._decoder = Decoder(self._device, fixed=deterministic)
         self._previewed: tuple[list[StepsDone], HostCopy] | None = None
@@ -291,12 +299,8 @@ class Engine:
 
     def _admit(self) -> None:
         """Take in newcomers, and let go of what was cancelled, before any work is done for it."""
-        newcomers: list[Sequence] = []
         with self._wake:
-            while self._arrived and (
-                len(newcomers) < ADMITTED_A_TICK or _together(newcomers[-1], self._arrived[0])
-            ):
-                newcomers.append(self._arrived.popleft())
+            newcomers = self._arrived.take(ADMITTED_A_TICK)
         self._active.extend(newcomers)
         cancelled = {sequence for sequence in self._active if sequence.submission.cancelled}
         for sequence in cancelled:
@@ -320,22 +324,41 @@ class Engine:
                 s.task.priority,
                 id(s.lane),
                 None if s.task.group is None else id(s.task.group),
+                s.stream,
             )
             for s in running
         ]
+        lanes = {id(sequence.lane): sequence.lane for sequence in running}
+
+        def rows_of(load: Load) -> int:
+            return self.rows_of_tick(load, lanes[load.lane])
+
+        if any(candidate.stream is not None for candidate in candidates):
+            self._live_at = monotonic()
+            costs = {key: self._costs_of(lane) for key, lane in lanes.items()}
+            choice = share_tick(candidates, self._shares, costs, rows_of, self._live_tick_s)
+            self._shares = choice.shares
+            return [running[i] for i in choice.chosen]
         load = load_of(candidates)
-        if load is None:
-            return []
-        lane = next(sequence.lane for sequence in running if id(sequence.lane) == load.lane)
-        return [running[i] for i in select(candidates, self.rows_of_tick(load, lane))]
+        return [] if load is None else [running[i] for i in select(candidates, rows_of(load))]
 
     def rows_of_tick(self, load: Load, lane: Lane) -> int:
         """How many rows the next tick has, in the engine's thread."""
-        most = min(self.measurements.row_budget, lane.row_cap.rows)
+        costs = self._costs_of(lane)
         if self._fixed_rows is not None:
-            return most
-        longest_s = self._live_tick_s if load.live else LONGEST_TICK_S
-        return rows_of_tick(load, most, lane.cost.seconds, longest_s, self.measurements.ticks)
+            return costs.most
+        longest_s = self._live_tick_s if load.live else self._longest_ordinary_s()
+        return rows_of_tick(load, costs.most, costs.seconds, longest_s, self.measurements.ticks)
+
+    def _costs_of(self, lane: Lane) -> LaneCosts:
+        most, fixed = min(self.measurements.row_budget, lane.row_cap.rows), self._fixed_rows
+        seconds = lane.cost.seconds
+        return LaneCosts(most, seconds if fixed is None else lambda _: seconds(fixed))
+
+    def _longest_ordinary_s(self) -> float:
+        """A live frame that comes during a tick waits for no longer than there was none."""
+        away_s = monotonic() - self._live_at
+        return LONGEST_TICK_S if away_s > LIVE_PAUSE_S else min(self._live_tick_s, away_s)
 
     def _weave(self, chosen: list[Sequence]) -> None:
         """Run a stage of the chosen; halve them on an error until it is one image's or group's."""
@@ -477,7 +500,9 @@ class Engine:
             if not sequence.submission.finish():
                 self._fail(sequence, Cancelled())
                 continue
-            self.measurements.images += 1
+            self.measurements.finished(sequence.task.priority, monotonic() - sequence.submitted_at)
+            if sequence.live:
+                self._live_at = monotonic()
             if sequence.saved:
                 self.measurements.saved[sequence.task.policy.name] += sequence.saved
             self._leave(sequence)
@@ -538,8 +563,7 @@ class Engine:
         with self._wake:
             # Nothing is accepted from here on, whatever ended the loop.
             self._stop_at = self._stop_at or monotonic()
-            self._active.extend(self._arrived)
-            self._arrived.clear()
+            self._active.extend(self._arrived.take_all())
         for sequence in list(self._active):
             self._fail(sequence, self._refusal("The image was not finished: the server stopped."))
 
@@ -562,15 +586,11 @@ def _units(sequences: Listed[Sequence]) -> list[list[Sequence]]:
     """Images by themselves, and groups, whose members stand side by side."""
     units: list[list[Sequence]] = []
     for sequence in sequences:
-        if units and _together(units[-1][-1], sequence):
+        if units and units[-1][-1].together_with(sequence):
             units[-1].append(sequence)
         else:
             units.append([sequence])
     return units
-
-
-def _together(one: Sequence, other: Sequence) -> bool:
-    return one.task.group is not None and one.task.group is other.task.group
 
 
 def _milliseconds(samples: Mapping[int, float]) -> str:

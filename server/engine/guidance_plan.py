@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from server.engine.task import ImageTask
     from server.engine.terms.term import Term
+    from server.models.blend import Told
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,7 +91,7 @@ class GuidancePlan:
     progress: list[float]
     constants: NDArray[np.float64]
     predictions: tuple[RowSpec, ...]
-    texts: tuple[str | None, ...]
+    texts: tuple[Told, ...]
     told_scale: float | None
     rule_key: tuple[Any, ...]
     policy_slots: int
@@ -119,7 +120,8 @@ def plan_guidance(task: ImageTask) -> GuidancePlan:
     stages = zip(evaluated.tolist(), estimated.tolist(), wanted, strict=True)
     asks = [_ask(beside if known else (), known, guessed, own) for known, guessed, own in stages]
     settled = [_ask((), False, False, own) for own in wanted]
-    texts = [one.text for one in predictions] + [text for t in task.terms for text in t.texts]
+    texts: list[Told] = [one.text for one in predictions]
+    texts += [text for term in task.terms for text in term.texts]
     constants, slots = np.zeros((plan.evaluations, 0)), 0
     if branches:
         constants = policy.constants(plan.evaluations, len(branches), task.coefficients)

@@ -2,8 +2,32 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass, field
+
+from server.engine.scheduler import Priority
+
+LATENCY_BUCKETS = (0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
+"""Upper bounds in seconds, of which those below 1 are meant for live frames."""
+
+
+@dataclass(slots=True)
+class Latencies:
+    """A histogram of the seconds from submission to picture.
+
+    Attributes:
+        counts: images by bucket of ``LATENCY_BUCKETS``, then those above the last.
+        total_s: of all images.
+    """
+
+    counts: list[int] = field(default_factory=lambda: [0] * (len(LATENCY_BUCKETS) + 1))
+    total_s: float = 0.0
+
+    def add(self, seconds: float) -> None:
+        """Count one image."""
+        self.counts[bisect_left(LATENCY_BUCKETS, seconds)] += 1
+        self.total_s += seconds
 
 
 @dataclass(slots=True)
@@ -18,6 +42,7 @@ class EngineMeasurements:
         decode_s: in the autoencoder's decoder.
         encode_s: in text encoder and the autoencoder's encoder.
         images: finished.
+        latencies: of finished images, by priority.
         failed: ended without a picture, cancelled ones apart.
         cancelled: ended by the client.
         refused: turned away because the queue was full.
@@ -34,6 +59,9 @@ class EngineMeasurements:
     decode_s: float = 0.0
     encode_s: float = 0.0
     images: int = 0
+    latencies: dict[Priority, Latencies] = field(
+        default_factory=lambda: {priority: Latencies() for priority in Priority}
+    )
     failed: int = 0
     cancelled: int = 0
     refused: int = 0
@@ -41,3 +69,8 @@ class EngineMeasurements:
     saved: Counter[str] = field(default_factory=Counter)
     pending: int = 0
     row_budget: int = 0
+
+    def finished(self, priority: Priority, seconds: float) -> None:
+        """Count an image that took so long from its submission."""
+        self.images += 1
+        self.latencies[priority].add(seconds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from threading import Lock
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
@@ -18,7 +19,8 @@ __all__ = ["Reservation"]
 class Reservation:
     """Room for the images of one request; leaving its ``with`` block gives back what is unused.
 
-    Made by ``Engine.reserve``. Belongs to one thread at a time.
+    Made by ``Engine.reserve``; safe from any thread, so that whoever waits for a thread that
+    submits may give up and release.
 
     Args:
         images: how many there is room for.
@@ -35,24 +37,27 @@ class Reservation:
         self._left = images
         self._take_in = take_in
         self._give_back = give_back
+        self._lock = Lock()
 
     def submit(self, tasks: Sequence[ImageTask], listener: Listener) -> Submission:
         """Queue the images that the room was reserved for.
 
         Raises:
-            ValueError: there are more of them than there is room for.
+            ValueError: there are more of them than there is room for, or it was released.
             NotReady: the engine has stopped or failed since.
             InvalidRequest: an image or a group needs more rows at once than a forward has.
         """
-        if len(tasks) > self._left:
-            raise ValueError(f"tasks are {len(tasks)}; room is reserved for {self._left}")
-        submission = self._take_in(tasks, listener)
-        self._left -= len(tasks)
-        return submission
+        with self._lock:
+            if len(tasks) > self._left:
+                raise ValueError(f"tasks are {len(tasks)}; room is reserved for {self._left}")
+            submission = self._take_in(tasks, listener)
+            self._left -= len(tasks)
+            return submission
 
     def release(self) -> None:
         """Give back the room that is not used; does nothing the second time."""
-        left, self._left = self._left, 0
+        with self._lock:
+            left, self._left = self._left, 0
         if left:
             self._give_back(left)
 

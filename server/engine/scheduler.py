@@ -1,4 +1,4 @@
-"""Which rows run in the next tick: pure, touches no device."""
+"""Which ordinary rows run in the next tick, and how many: pure, touches no device."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Priority(IntEnum):
     BATCH = 2
 
 
-HEAD_START = {Priority.LIVE: -4000.0, Priority.INTERACTIVE: 0.0, Priority.BATCH: 1000.0}
-"""A priority's lead, in evaluations; ageing overtakes it in the end, so that nothing starves."""
+BATCH_DELAY = 1000.0
+"""Evaluations by which interactive images go before batch ones. Ageing overtakes it after 4000
+ticks, so that nothing starves; no ageing overtakes live images (``live_share.py``)."""
 
 AGEING = 0.25
 """Evaluations of lead that a tick of age is worth."""
-
 
 NEAR_BEST = 0.995
 """Share of the best throughput that is good enough, where fewer rows mean less latency."""
@@ -46,6 +46,7 @@ class Candidate:
         priority: its class.
         lane: images of one lane can share a forward.
         group: images of one group run in the same ticks or not at all; None is of none.
+        stream: the live stream that it is a frame of; None is an ordinary image.
     """
 
     rows: int
@@ -54,6 +55,7 @@ class Candidate:
     priority: Priority
     lane: int
     group: int | None = None
+    stream: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,7 @@ class Load:
         lane: its identity.
         rows: that all of its images want in their next stages.
         widest: of one image or group.
-        live: whether any image at all has the priority live.
+        live: whether images of live streams are under way, in this lane or another.
     """
 
     lane: int
@@ -74,14 +76,13 @@ class Load:
 
 
 def load_of(candidates: Sequence[Candidate]) -> Load | None:
-    """The load of the lane that the most urgent candidate runs in; None if there is none."""
-    units, _ = _units(candidates)
+    """The load of the lane that the most urgent ordinary image runs in; None if there is none."""
+    units, _ = units_of(candidates)
     if not units:
         return None
-    lane = min(units, key=_urgency).lane
+    lane = min(units, key=urgency).lane
     rows = [unit.rows for unit in units if unit.lane == lane]
-    live = any(unit.priority is Priority.LIVE for unit in units)
-    return Load(lane, sum(rows), max(rows), live)
+    return Load(lane, sum(rows), max(rows), live=False)
 
 
 def rows_of_tick(
@@ -126,7 +127,7 @@ def _equal_ticks(waiting: int, widest: int, most: int) -> Iterator[tuple[int, in
 
 
 def select(candidates: Sequence[Candidate], rows: int) -> list[int]:
-    """The candidates of the next tick: all of one lane, of about so many rows.
+    """The candidates of the next tick without live images: all of one lane, of about so many rows.
 
     Shortest remaining work first, which gives the least mean latency, with ageing against
     starvation. The first in this order always runs and decides the lane; later ones fill what
@@ -139,8 +140,8 @@ def select(candidates: Sequence[Candidate], rows: int) -> list[int]:
     Returns:
         Indices into ``candidates``, in order of urgency, those of a group side by side.
     """
-    units, members = _units(candidates)
-    order = sorted(range(len(units)), key=lambda i: _urgency(units[i]))
+    units, members = units_of(candidates)
+    order = sorted(range(len(units)), key=lambda i: urgency(units[i]))
     chosen: list[int] = []
     left = rows
     for i in order:
@@ -151,7 +152,7 @@ def select(candidates: Sequence[Candidate], rows: int) -> list[int]:
     return chosen
 
 
-def _units(
+def units_of(
     candidates: Sequence[Candidate],
 ) -> tuple[Sequence[Candidate], Sequence[Sequence[int]]]:
     """The candidates with each group as one, and the indices that each of them stands for."""
@@ -177,5 +178,7 @@ def _units(
     return units, list(members.values())
 
 
-def _urgency(candidate: Candidate) -> float:
-    return candidate.remaining + HEAD_START[candidate.priority] - AGEING * candidate.age
+def urgency(candidate: Candidate) -> float:
+    """Of an ordinary image, in evaluations; lower goes first."""
+    delay = BATCH_DELAY if candidate.priority is Priority.BATCH else 0.0
+    return candidate.remaining + delay - AGEING * candidate.age

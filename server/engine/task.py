@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from guidance import Policy, Rule
     from samplers import Plan
     from server.engine.terms.term import Term
+    from server.models.adapters.adapter import Weighted
+    from server.models.blend import Blend
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,12 +30,17 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Stream:
+    """A live stream, by identity: frames of different streams share the device equally."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class ImageTask:
     """One image, as the service gives it to the engine.
 
     Attributes:
         model: name of a hosted model.
-        prompt: what the picture shows.
+        prompt: what the picture shows, or several such texts blended.
         negative_prompt: what the second branch is told; None is the model's unconditional.
         width: in pixels.
         height: in pixels.
@@ -43,9 +50,12 @@ class ImageTask:
         policy: where the second prediction comes from.
         terms: what is added to the guidance beside the rule, in the order of
             ``server.engine.terms.registry.TERMS``.
+        adapters: that all its rows have, whatever they are told.
         coefficients: what a policy that is fitted was fitted to, ``[stages, n]``.
         group: the images that this one runs in lockstep with.
         priority: who goes first.
+        stream: that the image is a frame of, if its priority is live; where None is given, the
+            images of its submission are a stream.
         image: picture to start from, ``[3, H, W]`` float32 in [-1, 1]; the plan then starts
             part way.
         mask: ``[H, W]`` float32, 1 to repaint, 0 to keep.
@@ -53,7 +63,7 @@ class ImageTask:
     """
 
     model: str
-    prompt: str
+    prompt: str | Blend
     negative_prompt: str | None
     width: int
     height: int
@@ -62,9 +72,11 @@ class ImageTask:
     rule: Rule
     policy: Policy
     terms: tuple[Term, ...] = ()
+    adapters: tuple[Weighted, ...] = ()
     coefficients: NDArray[np.float64] | None = None
     group: Group | None = None
     priority: Priority = Priority.INTERACTIVE
+    stream: Stream | None = None
     image: Tensor | None = None
     mask: Tensor | None = None
     previews: bool = False

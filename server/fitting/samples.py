@@ -16,9 +16,9 @@ from torch import Tensor
 from samplers import NoiseSchedule, integrate, preconditioning
 from samplers.dpm_solver_pp import DPMSolverPP
 from samplers.timesteps import Trailing
+from server.decoding.picture import fit
 from server.engine.state.noise import start_noise
 from server.errors import InvalidRequest
-from server.image_codec import fit
 from server.models.folder import prompts_file
 from server.models.hosted import HostedModel
 
@@ -174,7 +174,7 @@ def _encoded(model: HostedModel, files: Sequence[Path]) -> Tensor:
     for file in files:
         try:
             with Image.open(file) as picture:
-                fitted = torch.tensor(fit(picture.convert("RGB"), width, height))
+                fitted = torch.tensor(np.asarray(fit(picture.convert("RGB"), width, height)))
         except (OSError, Image.DecompressionBombError) as error:
             raise InvalidRequest("data", f"{file.name!r} cannot be read: {error}.") from None
         pixels.append(fitted.permute(2, 0, 1).float().div(127.5).sub(1))

@@ -55,7 +55,7 @@ def create_app(settings: Settings, *, on_failure: Callable[[], None] | None = No
         middleware=_middleware(settings),
     )
     app.state.settings = settings
-    app.state.service = Service(settings.limits)
+    app.state.service = Service(settings.limits, decode_processes=settings.decode_processes)
     app.state.exposition = exposition(app.state.service)
     errors.install(app)
     for router in (generate.router, catalog.router, health.router):
@@ -95,6 +95,7 @@ def _lifespan(
         try:
             yield
         finally:
+            service.close()
             hosted = await loading
             if hosted is not None:
                 await asyncio.to_thread(hosted.engine.stop, ENGINE_STOP_S)

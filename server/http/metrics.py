@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from itertools import accumulate
 from typing import Final
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -15,7 +16,8 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from server.engine.engine import Engine
-from server.engine.metrics import EngineMeasurements
+from server.engine.metrics import LATENCY_BUCKETS, EngineMeasurements, Latencies
+from server.engine.scheduler import Priority
 from server.service.service import Service
 
 __all__ = ["exposition"]
@@ -73,6 +75,7 @@ def _engine(counted: EngineMeasurements) -> Iterable[Metric]:
         "refused": counted.refused,
     }
     yield _labelled("weft_images", "Images by outcome.", "outcome", images)
+    yield _latencies(counted.latencies)
     yield CounterMetricFamily(
         "weft_evaluations", "Denoiser rows evaluated.", float(counted.evaluations)
     )
@@ -95,6 +98,20 @@ def _tick_costs(engine: Engine) -> Metric:
     for model, (_, height, width), cost in engine.tick_costs():
         for rows, seconds in cost.estimates().items():
             family.add_metric([model, f"{width}x{height}", str(rows)], seconds)
+    return family
+
+
+def _latencies(by_priority: Mapping[Priority, Latencies]) -> Metric:
+    family = HistogramMetricFamily(
+        "weft_image_seconds",
+        "Seconds from submission of an image to its pixels, by priority.",
+        labels=["priority"],
+    )
+    bounds = [*(str(float(bound)) for bound in LATENCY_BUCKETS), "+Inf"]
+    for priority, latencies in by_priority.items():
+        counts = map(float, accumulate(latencies.counts))
+        buckets = list(zip(bounds, counts, strict=True))
+        family.add_metric([priority.name.lower()], buckets, latencies.total_s)
     return family
 
 

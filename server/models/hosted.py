@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from guidance.edits import Edit
     from samplers import NoiseSchedule, PredictionType
     from samplers.levels import F64
+    from server.models.adapters.adapter import RowAdapters
     from server.models.classifier import LatentClassifier
     from server.models.conditioning import Conditioning
     from server.models.defaults import ModelDefaults
@@ -126,7 +127,11 @@ class HostedModel(ABC):
 
     @abstractmethod
     def encode_prompts(
-        self, prompts: Sequence[str | None], width: int, height: int
+        self,
+        prompts: Sequence[str | None],
+        width: int,
+        height: int,
+        adapters: RowAdapters | None = None,
     ) -> list[Conditioning]:
         """Conditioning of the denoiser, one a prompt.
 
@@ -135,6 +140,8 @@ class HostedModel(ABC):
                 empty prompt, for others zeros.
             width: of the picture in pixels.
             height: of the picture in pixels.
+            adapters: of each prompt, whose changes of the text encoders it is encoded with; None
+                where no prompt has any.
         """
 
     def stack(self, rows: Sequence[Conditioning]) -> StackedConditioning:
@@ -176,7 +183,8 @@ class HostedModel(ABC):
         Args:
             x: ``[rows, C, h, w]`` float32.
             t: what the network is told of the noise level, ``[rows]`` float32.
-            inputs: of which the companion reads the conditioning alone.
+            inputs: of which the companion reads the conditioning alone. Adapters were made for
+                another network.
 
         Raises:
             RuntimeError: there is none, which ``refuses`` says beforehand.
@@ -205,6 +213,10 @@ class HostedModel(ABC):
 
     def modules(self) -> Mapping[str, nn.Module]:
         """The networks by their names in a model folder, for what adapts or inspects them."""
+        return {}
+
+    def adaptable(self) -> Mapping[str, nn.Module]:
+        """The networks that adapters may change, by their names in a model folder."""
         return {}
 
     def layers(self) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from guidance.edits import Edit
+    from server.models.adapters.adapter import RowAdapters
     from server.models.conditioning import StackedConditioning
 
 
@@ -32,6 +33,7 @@ class RowInputs:
             where it reads x alone.
         against: the text that each row's attention is led away from, for the edit
             ``NormalizedAttention``; of rows without it, any. None where no row has it.
+        adapters: low-rank changes of each row's layers; None where no row has any.
     """
 
     conditioning: StackedConditioning
@@ -39,6 +41,7 @@ class RowInputs:
     scale_embedding: Tensor | None = None
     channels: Tensor | None = None
     against: StackedConditioning | None = None
+    adapters: RowAdapters | None = None
 
     def of(self, rows: Sequence[int], where: Tensor | None = None) -> RowInputs:
         """The inputs of some rows; references of edits are counted among those rows.
@@ -59,14 +62,20 @@ class RowInputs:
             scales,
             channels,
             None if self.against is None else self.against.select(where),
+            None if self.adapters is None else self.adapters.of(rows),
         )
 
     def padded(self, count: int | None) -> RowInputs:
-        """The same with the first row repeated until there are ``count``; None adds none."""
-        rows = len(self.conditioning)
-        if count is None or count == rows:
+        """The same with the first row repeated, without its adapters, until there are ``count``.
+
+        Args:
+            count: of rows that every forward has; None adds none.
+        """
+        if count is None:
             return self
-        return self.of([*range(rows), *[0] * (count - rows)])
+        rows, adapters = len(self.conditioning), self.adapters
+        repeated = self if count == rows else self.of([*range(rows), *[0] * (count - rows)])
+        return repeated if adapters is None else replace(repeated, adapters=adapters.padded(count))
 
 
 def _located(edits: Sequence[tuple[Edit, ...]], rows: Sequence[int]) -> list[tuple[Edit, ...]]:

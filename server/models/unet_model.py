@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from math import log
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -12,6 +12,7 @@ from typing_extensions import override
 from guidance.edits import WeakModel
 from samplers import NoiseSchedule, PredictionType
 from server.errors import ModelMismatch
+from server.models.adapters.adapted_network import AdaptedNetwork
 from server.models.autoencoder import Autoencoder
 from server.models.folder import read_json
 from server.models.hosted import HostedModel, ModelFacts
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from guidance.edits import Edit
+    from server.models.adapters.adapter import RowAdapters
     from server.models.conditioning import Conditioning
     from server.models.defaults import ModelDefaults
     from server.models.inputs import RowInputs
@@ -100,6 +102,10 @@ class UNetModel(HostedModel):
         self._weak = weak and weak.to(device, memory_format=torch.channels_last)
         self._autoencoder = Autoencoder(vae, device)
         self._text = text
+        self._adapted = {
+            part: AdaptedNetwork(part, network, device)
+            for part, network in self.adaptable().items()
+        }
 
     @override
     def schedule(self, width: int, height: int, steps: int) -> NoiseSchedule:
@@ -116,9 +122,16 @@ class UNetModel(HostedModel):
 
     @override
     def encode_prompts(
-        self, prompts: Sequence[str | None], width: int, height: int
+        self,
+        prompts: Sequence[str | None],
+        width: int,
+        height: int,
+        adapters: RowAdapters | None = None,
     ) -> list[Conditioning]:
-        return self._text.encode(prompts, width, height)
+        with ExitStack() as adapted:
+            for part in self._text.modules():
+                adapted.enter_context(self._adapted[part].applied(adapters))
+            return self._text.encode(prompts, width, height)
 
     @override
     def evaluate(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
@@ -132,7 +145,8 @@ class UNetModel(HostedModel):
             x = torch.cat([x, inputs.channels], 1)
         against = None if inputs.against is None else inputs.against.tensors[TEXT]
         edited = self._edits.applied(inputs.edits, x, against)
-        with edited if any(inputs.edits) else nullcontext():
+        adapted = self._adapted["unet"].applied(inputs.adapters)
+        with edited if any(inputs.edits) else nullcontext(), adapted:
             return _forward(self._unet, x.to(self.dtype), t, inputs, **told)
 
     @override
@@ -140,6 +154,10 @@ class UNetModel(HostedModel):
         if self._weak is None:
             return super().evaluate_weak(x, t, inputs)
         return _forward(self._weak, x.to(self.dtype), t, inputs)
+
+    @override
+    def adaptable(self) -> Mapping[str, nn.Module]:
+        return {"unet": self._unet, **self._text.modules()}
 
     @override
     def layers(self) -> tuple[str, ...]:

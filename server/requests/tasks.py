@@ -5,9 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from guidance.parts import chosen
+from server.engine.scheduler import Priority
 from server.engine.task import Group, ImageTask
 from server.engine.terms.registry import terms_of
 from server.engine.terms.term import Run
+from server.models.blend import Blend
 from server.models.hosted import HostedModel
 from server.requests.checks.group import is_group
 from server.requests.resolve import Prepared
@@ -28,6 +30,8 @@ def tasks_of(
     image: Tensor | None = None,
     mask: Tensor | None = None,
     reference: Tensor | None = None,
+    blend: Blend | None = None,
+    priority: Priority = Priority.INTERACTIVE,
 ) -> list[ImageTask]:
     """One task for each image.
 
@@ -37,15 +41,21 @@ def tasks_of(
         image: picture to start from, ``[3, H, W]`` float32 in [-1, 1].
         mask: ``[H, W]`` float32, 1 to repaint, 0 to keep.
         reference: picture to keep away from, as ``image``.
+        blend: what the network is told instead of the request's prompt.
+        priority: who goes first.
+
+    Raises:
+        InvalidRequest: guidance that needs a single prompt, with a blend.
     """
     resolved, plan = prepared.request, prepared.plan
     rule, policy = split(resolved.guidance)
+    prompt = resolved.prompt if blend is None else blend
     run = Run(
         model=model,
         schedule=model.schedule(resolved.width, resolved.height, resolved.steps),
         plan=plan,
         rule=rule,
-        prompt=resolved.prompt,
+        prompt=prompt,
         negative_prompt=resolved.negative_prompt,
         reference=reference,
     )
@@ -54,7 +64,7 @@ def tasks_of(
     return [
         ImageTask(
             model=model.facts.name,
-            prompt=resolved.prompt,
+            prompt=prompt,
             negative_prompt=resolved.negative_prompt,
             width=resolved.width,
             height=resolved.height,
@@ -65,6 +75,7 @@ def tasks_of(
             terms=terms,
             coefficients=prepared.coefficients,
             group=group,
+            priority=priority,
             image=image,
             mask=mask,
             previews=resolved.stream,

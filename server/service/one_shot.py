@@ -49,8 +49,17 @@ async def _follow(
     request: GenerateRequest,
     tell: Callable[[Progress], None],
 ) -> Pictures:
-    service = Service(settings.limits)
+    service = Service(settings.limits, decode_processes=1)
     service.open(hosted.engine, hosted.models)
+    try:
+        return await _served(service, request, tell)
+    finally:
+        service.close()
+
+
+async def _served(
+    service: Service, request: GenerateRequest, tell: Callable[[Progress], None]
+) -> Pictures:
     while not service.ready and service.broken is None:  # noqa: ASYNC110 - a thread's state
         await asyncio.sleep(POLL_S)
     generation = await service.admit(request, "command-line")

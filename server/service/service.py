@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from numpy.typing import NDArray
 from torch import Tensor
 
 from samplers import Plan, StatisticsIdentity
+from server.decoding.pool import DecodePool
 from server.engine.engine import Engine
+from server.engine.reservation import Reservation
 from server.engine.task import ImageTask
 from server.errors import (
     DuplicateGeneration,
@@ -24,7 +26,7 @@ from server.errors import (
     UnknownModel,
     WeftError,
 )
-from server.image_codec import ImageText, decode, decode_mask, encode, fit
+from server.image_codec import ImageText, encode
 from server.lru import ByteBoundedLRU
 from server.models.hosted import HostedModel
 from server.models.statistics import guidance_name
@@ -38,10 +40,12 @@ from server.requests.tasks import seeds_of, tasks_of
 from server.service.generation import Generation
 from server.settings import Limits
 
-__all__ = ["Picture", "Pictures", "Service"]
+__all__ = ["Picture", "Pictures", "Service", "pixels_tensor"]
 
 PLANS_KEPT_BYTES = 512 * 2**20
 """An elementwise plan of dpm_solver_v3 in 25 steps at 1024 x 1024 pixels has up to 367 MB."""
+UPLOADS_WAITING = 64
+"""Uploaded images that may wait to be decoded."""
 VERSION = f"weft {version('weft')}"
 
 
@@ -85,11 +89,11 @@ class Pictures:
 
 
 class Uploads(NamedTuple):
-    """The images that were sent with a request."""
+    """The images that were sent with a request, at the size of its results."""
 
-    image: Image.Image | None
-    mask: Image.Image | None
-    reference: Image.Image | None
+    image: NDArray[np.uint8] | None
+    mask: NDArray[np.uint8] | None
+    reference: NDArray[np.uint8] | None
 
 
 class Service:
@@ -97,10 +101,12 @@ class Service:
 
     Args:
         limits: the operator's limits for one request.
+        decode_processes: uploaded images decoded at once.
     """
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, *, decode_processes: int = 2) -> None:
         self.outcomes: Counter[str] = Counter()
+        self.decoding = DecodePool(limits, processes=decode_processes, waiting=UPLOADS_WAITING)
         self._limits = limits
         self._engine: Engine | None = None
         self._models: Mapping[str, HostedModel] = {}
@@ -113,6 +119,10 @@ class Service:
     def open(self, engine: Engine, models: Mapping[str, HostedModel]) -> None:
         """Accept requests from now on; the first model is the default."""
         self._engine, self._models = engine, models
+
+    def close(self) -> None:
+        """End the processes that decode uploads."""
+        self.decoding.close()
 
     def give_up(self, reason: str) -> None:
         """Refuse all requests for good, because the models could not be loaded."""
@@ -184,7 +194,7 @@ class Service:
         generation = Generation(identifier, asyncio.get_running_loop())
         self._under_way[identifier] = generation
         try:
-            await asyncio.to_thread(self._begin, generation, request)
+            await self._begin(generation, request)
         except BaseException as error:
             generation.end(error)
             self.release(generation)
@@ -240,21 +250,59 @@ class Service:
         generation.close()
         self.outcomes[generation.outcome] += 1
 
-    def _begin(self, generation: Generation, request: GenerateRequest) -> None:
+    async def _begin(self, generation: Generation, request: GenerateRequest) -> None:
         engine = self.ready_engine()
-        model = self._model(request.model)
+        model = self.model(request.model)
         check_count(request, self._limits)
         with engine.reserve(request.n) as room:
-            uploads = self._uploads(request)
-            size = None if uploads.image is None else uploads.image.size
-            resolved = resolve(request, model, self._limits, size)
-            fitted_to = statistics_for(resolved, model)
-            prepared = prepare(resolved, model, self._plan(resolved, model, fitted_to))
-            submission = room.submit(_tasks(prepared, model, uploads), generation)
-        statistics = fitted_to and guidance_name(fitted_to.rule, fitted_to.scale)
-        generation.begin(resolved, model.facts.revision, statistics, prepared.warnings, submission)
+            image = await self._image(request)
+            size = None if image is None else (image.shape[1], image.shape[0])
+            prepared = await asyncio.to_thread(self.prepare, request, model, size)
+            uploads = await self._uploads(request, prepared[0].request, image)
+            await asyncio.to_thread(self._submit, generation, *prepared, model, uploads, room)
 
-    def _model(self, name: str | None) -> HostedModel:
+    def _submit(
+        self,
+        generation: Generation,
+        prepared: Prepared,
+        fitted_to: StatisticsIdentity | None,
+        model: HostedModel,
+        uploads: Uploads,
+        room: Reservation,
+    ) -> None:
+        submission = room.submit(_tasks(prepared, model, uploads), generation)
+        statistics = fitted_to and guidance_name(fitted_to.rule, fitted_to.scale)
+        generation.begin(
+            prepared.request, model.facts.revision, statistics, prepared.warnings, submission
+        )
+
+    def prepare(
+        self, request: GenerateRequest, model: HostedModel, size: tuple[int, int] | None
+    ) -> tuple[Prepared, StatisticsIdentity | None]:
+        """Fill in what a request leaves out, check it and plan it; safe from any thread.
+
+        Args:
+            request: as sent.
+            model: that will serve it.
+            size: width and height of the image that it starts from; None without one.
+
+        Returns:
+            The request, and the model statistics that its sampler is planned with, if any.
+
+        Raises:
+            InvalidRequest: a value that the model or the operator does not allow.
+        """
+        resolved = resolve(request, model, self._limits, size)
+        fitted_to = statistics_for(resolved, model)
+        plan = self._plan(resolved, model, fitted_to)
+        return prepare(resolved, model, plan), fitted_to
+
+    def model(self, name: str | None) -> HostedModel:
+        """A hosted model by its name; None is the default one.
+
+        Raises:
+            UnknownModel: no such model is hosted.
+        """
         if name is None:
             return next(iter(self._models.values()))
         if name not in self._models:
@@ -275,15 +323,24 @@ class Service:
         key = model.facts.name, schedule, layout, identity, identity and shape
         return self._plans.get(key, make)
 
-    def _uploads(self, request: GenerateRequest) -> Uploads:
-        most = self._limits.upload_pixels
-        image = mask = reference = None
-        if request.image is not None:
-            image = decode(request.image, field="image", max_pixels=most)
+    async def _image(self, request: GenerateRequest) -> NDArray[np.uint8] | None:
+        if request.image is None:
+            return None
+        size = request.width, request.height
+        return await self.decoding.picture(request.image, "image", size)
+
+    async def _uploads(
+        self,
+        request: GenerateRequest,
+        resolved: ResolvedRequest,
+        image: NDArray[np.uint8] | None,
+    ) -> Uploads:
+        size = resolved.width, resolved.height
+        mask = reference = None
         if request.mask is not None:
-            mask = decode_mask(request.mask, field="mask", max_pixels=most)
+            mask = await self.decoding.mask(request.mask, "mask", size)
         if request.reference is not None:
-            reference = decode(request.reference, field="reference", max_pixels=most)
+            reference = await self.decoding.picture(request.reference, "reference", size)
         return Uploads(image, mask, reference)
 
     def _encode(self, generation: Generation, index: int) -> Picture:
@@ -304,18 +361,17 @@ class Service:
 
 
 def _tasks(prepared: Prepared, model: HostedModel, uploads: Uploads) -> list[ImageTask]:
-    size = prepared.request.width, prepared.request.height
     image, mask, reference = uploads
     return tasks_of(
         prepared,
         model,
-        image=None if image is None else _pixels_tensor(fit(image, *size)),
-        mask=None if mask is None else _mask_tensor(fit(mask, *size)),
-        reference=None if reference is None else _pixels_tensor(fit(reference, *size)),
+        image=None if image is None else pixels_tensor(image),
+        mask=None if mask is None else _mask_tensor(mask),
+        reference=None if reference is None else pixels_tensor(reference),
     )
 
 
-def _pixels_tensor(pixels: np.ndarray) -> Tensor:
+def pixels_tensor(pixels: np.ndarray) -> Tensor:
     """`[3, H, W]` float32 in [-1, 1] of uint8 `[H, W, 3]`."""
     return torch.tensor(pixels).permute(2, 0, 1).float().div(127.5).sub(1).contiguous()
 

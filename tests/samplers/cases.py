@@ -23,6 +23,7 @@ VP = NoiseSchedule.vp_linear()
 DISCRETE = NoiseSchedule.from_diffusers({"beta_schedule": "linear"})
 FLOW = NoiseSchedule.flow()
 EDM = NoiseSchedule.edm()
+TRIGFLOW = NoiseSchedule.trigflow()
 
 SCHEDULES: dict[str, NoiseSchedule] = {
     "vp_linear": VP,
@@ -35,12 +36,14 @@ SCHEDULES: dict[str, NoiseSchedule] = {
     "flow": FLOW,
     "flow_shifted": NoiseSchedule.flow(shift=12.0),
     "edm": EDM,
+    "trigflow": TRIGFLOW,
 }
 
 MOST_VARIANTS = 100
 """A kind with more combinations has its numbers tried one at a time."""
 DISTILLED = ("lcm", "tcd")
-"""Samplers for models distilled to few steps: no solvers, and for whole trained timesteps alone."""
+"""Samplers for models distilled to few steps: no solvers, and their own spacing is one of whole
+trained timesteps."""
 NONLINEAR = ("score_sde_pc",)
 """Samplers with stages that are no matrix, whose moments no matrix tells."""
 CANCELLING: list[Sampler] = [
@@ -174,7 +177,7 @@ each_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHE
 
 
 def suits(sampler: Sampler, schedule: NoiseSchedule) -> bool:
-    """Whether a sampler takes a schedule: all do, but those made for distilled models."""
+    """Whether a sampler's own spacing takes a schedule: all do, but those of distilled models."""
     return sampler.name not in DISTILLED or isinstance(schedule, DiscreteVP)
 
 

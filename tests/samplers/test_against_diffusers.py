@@ -439,10 +439,10 @@ PAIRS = {
         tolerance=BETWEEN_TIMES,
     ),
     "lcm": Pair(LCMScheduler, {}, LCM(), LCMSpacing(), 4),
-    # Theirs lands on the first trained step, not on the clean picture.
+    # Theirs lands on the first trained step whatever the config says.
     **{
         f"tcd-{gamma}": Pair(
-            TCDScheduler, {}, TCD(gamma=gamma), LCMSpacing(), 4, lands_clean=False, eta=gamma
+            TCDScheduler, TRAINED_END, TCD(gamma=gamma), LCMSpacing(), 4, eta=gamma
         )
         for gamma in (0.0, 0.3, 1.0)
     },

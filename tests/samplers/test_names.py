@@ -21,7 +21,7 @@ from samplers.other_names import AUTOMATIC1111, DIFFUSERS, LACKING, SCHEDULE_TYP
 from samplers.timesteps import Karras, Leading, Linspace, LogSNR, SGMUniform, Trailing
 from samplers.unipc import UniPC
 from tests.covering import covering
-from tests.samplers.cases import EDM, FLOW, SCHEDULES
+from tests.samplers.cases import EDM, FLOW, SCHEDULES, TRIGFLOW
 
 # As version 1.10 lists them: sd_samplers_kdiffusion, _timesteps, _lcm, and sd_schedulers.
 THEIR_SAMPLERS = [
@@ -74,7 +74,7 @@ def test_every_name_of_automatic1111_builds_a_plan(label: str, kind: str | None)
 def test_every_name_of_diffusers_builds_a_plan(name: str) -> None:
     sampler, spacing = of_diffusers({"_class_name": name})
     assert named(name) == (sampler, spacing)
-    schedule = {"EDM": EDM, "Flo": FLOW}.get(name[:3], SCHEDULES["linear"])
+    schedule = {"EDM": EDM, "Flo": FLOW, "SCM": TRIGFLOW}.get(name[:3], SCHEDULES["linear"])
     assert np.isfinite(sampler.plan(schedule.grid(spacing, 10)).tables).all()
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from samplers import NoiseSchedule
 from samplers.levels import F64
-from samplers.noise_schedule import EDM, DiscreteVP, FlowMatching, LinearVP
+from samplers.noise_schedule import EDM, DiscreteVP, FlowMatching, LinearVP, TrigFlow
 from tests.samplers.cases import SCHEDULES, each_schedule
 
 BETAS: list[dict[str, Any]] = [
@@ -69,6 +69,7 @@ def test_configs_choose_the_kind_of_schedule() -> None:
     assert kind({"use_flow_sigmas": True, "flow_shift": 2.0}) == FlowMatching(2)
     edm = {"_class_name": "EDMEulerScheduler", "sigma_min": 0.01, "sigma_max": 50.0}
     assert kind(edm) == EDM(0.01, 50)
+    assert kind({"_class_name": "SCMScheduler", "sigma_data": 0.5}) == TrigFlow()
     assert isinstance(kind({}), DiscreteVP)
 
 
@@ -166,6 +167,7 @@ def test_levels_agree_with_half_log_snr_and_keep_their_relation(schedule: NoiseS
         DiscreteVP: alpha**2 + sigma**2,
         LinearVP: alpha**2 + sigma**2,
         FlowMatching: alpha + sigma,
+        TrigFlow: alpha**2 + sigma**2,
         EDM: alpha,
     }
     np.testing.assert_allclose(relation[type(schedule)], 1, rtol=1e-12)

@@ -1,5 +1,8 @@
 """Trajectory consistency sampling."""
 
+from itertools import pairwise
+from typing import Literal
+
 import numpy as np
 import pytest
 import torch
@@ -7,9 +10,10 @@ import torch
 from samplers import NoiseSchedule, integrate
 from samplers.ddim import DDIM
 from samplers.gaussian import GaussianDenoiser
+from samplers.lcm import LCM
 from samplers.tcd import TCD
-from samplers.timesteps import LCMSpacing, Trailing
-from tests.samplers.cases import DISCRETE, EDM, FLOW, VP
+from samplers.timesteps import Karras, LCMSpacing, Trailing
+from tests.samplers.cases import DISCRETE, EDM, FLOW, TRIGFLOW, VP
 
 
 def test_without_noise_it_is_ddim() -> None:
@@ -76,7 +80,36 @@ def test_exact_jumps_give_the_data_at_any_gamma() -> None:
         assert abs(float(landed.std()) - 0.6) < 5 * 0.6 / 200 / 2**0.5 + 1e-4
 
 
-@pytest.mark.parametrize("schedule", [VP, FLOW, EDM], ids=["vp", "flow", "edm"])
-def test_models_without_whole_timesteps_are_refused(schedule: NoiseSchedule) -> None:
-    with pytest.raises(ValueError, match="sampler is 'tcd', which needs a model with whole"):
-        TCD().plan(schedule.grid(Trailing(), 4))
+@pytest.mark.parametrize("gamma", [0.0, 0.4, 1.0])
+def test_gamma_sampling_of_ctm_shares_out_the_noise_level(gamma: float) -> None:
+    """Algorithm 3 of arXiv 2310.02279, whose G(x, t, s) is s / t x + (1 - s / t) D."""
+    grid = EDM.grid(Karras(), 4)
+    times = grid.t.tolist()
+    generator = torch.Generator().manual_seed(3)
+    noise = torch.randn(4, 1, 5, generator=generator, dtype=torch.float64)
+    x = start = 80 * torch.linspace(-2, 2, 5, dtype=torch.float64)[None]
+    for n, (t, after) in enumerate(pairwise(times)):
+        s = (1 - gamma**2) ** 0.5 * after
+        x = s / t * x + (1 - s / t) * torch.tanh(x) + gamma * after * noise[n]
+    plan = TCD(gamma=gamma, measure="noise").plan(grid)
+    ours = integrate(plan, lambda x, _: torch.tanh(x), start, noise.__getitem__)
+    torch.testing.assert_close(ours, x, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("measure", ["time", "noise"])
+@pytest.mark.parametrize("schedule", [VP, FLOW, EDM, TRIGFLOW], ids=["vp", "flow", "edm", "trig"])
+def test_on_continuous_time_full_noise_is_consistency_sampling(
+    schedule: NoiseSchedule, measure: Literal["time", "noise"]
+) -> None:
+    grid = schedule.grid(Trailing(), 4)
+    tables = TCD(gamma=1.0, measure=measure).plan(grid).tables
+    np.testing.assert_allclose(tables, LCM().plan(grid).tables, rtol=1e-12, atol=1e-12)
+
+
+def test_on_continuous_time_a_jump_is_to_a_share_of_the_next_time() -> None:
+    grid = FLOW.grid(Trailing(), 4)
+    [first, *_] = TCD(gamma=0.25).plan(grid).tables
+    s, after = 0.75 * 0.75, 0.75
+    # From pure noise x is eps; what s keeps of D grows or shrinks to what .75 does.
+    eps = s * (1 - after) / (1 - s)
+    np.testing.assert_allclose(first, [[eps, 1 - after, (after**2 - eps**2) ** 0.5, 0]])

@@ -17,6 +17,7 @@ from samplers import NoiseSchedule
 from server.engine.engine import Engine
 from server.engine.state.sequence import ImageResult
 from server.engine.task import ImageTask
+from server.models.adapters.adapter import RowAdapters
 from server.models.conditioning import Conditioning
 from server.models.hosted import HostedModel, ModelFacts
 from server.models.inputs import RowInputs
@@ -52,7 +53,11 @@ class Toy(HostedModel):
         return len(text.split())
 
     def encode_prompts(
-        self, prompts: Sequence[str | None], width: int, height: int
+        self,
+        prompts: Sequence[str | None],
+        width: int,
+        height: int,
+        adapters: RowAdapters | None = None,
     ) -> list[Conditioning]:
         shifts = [sum(map(ord, prompt or "")) % 17 / 17 for prompt in prompts]
         return [Conditioning({"shift": torch.tensor(shift)}, 1) for shift in shifts]

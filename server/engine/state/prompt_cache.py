@@ -8,17 +8,22 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from server.engine.faults import attempt, free_memory, is_out_of_memory
 from server.lru import ByteBoundedLRU
+from server.models.adapters.adapter import RowAdapters
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from server.models.adapters.adapter import Weighted
     from server.models.conditioning import Conditioning
     from server.models.hosted import HostedModel
 
 log = logging.getLogger(__name__)
 
-Key: TypeAlias = "tuple[str | None, int, int]"
-"""A prompt, and the width and height that it was encoded for."""
+Key: TypeAlias = "tuple[str | None, int, int, tuple[tuple[str, float], ...]]"
+"""A prompt, the width and height that it was encoded for, and with which adapters.
+
+Adapters are named by revision and weight: holding them here would keep them in memory.
+"""
 
 PROMPTS_KEPT_BYTES = 256 * 2**20
 """Of one model: 64 encodings of 512 tokens by a T5 XXL in half precision, or 2,000 by a CLIP."""
@@ -46,7 +51,11 @@ class PromptCache:
         )
 
     def of(
-        self, prompts: Iterable[str | None], width: int, height: int
+        self,
+        prompts: Iterable[str | None],
+        width: int,
+        height: int,
+        adapters: tuple[Weighted, ...] = (),
     ) -> dict[str | None, Conditioning | Exception]:
         """Conditioning of each prompt, or the error that is its own.
 
@@ -54,35 +63,36 @@ class PromptCache:
             prompts: may repeat; None is the model's unconditional.
             width: of the pictures in pixels.
             height: of the pictures in pixels.
+            adapters: that all of them are encoded with.
 
         Raises:
             DeviceLost: the device no longer answers.
         """
+        revisions = tuple((one.adapter.revision, one.weight) for one in adapters)
         found: dict[str | None, Conditioning | Exception] = {}
         missing: list[str | None] = []
         for prompt in dict.fromkeys(prompts):
-            kept = self._kept.find((prompt, width, height))
+            kept = self._kept.find((prompt, width, height, revisions))
             if kept is None:
                 missing.append(prompt)
             else:
                 found[prompt] = kept
         for first in range(0, len(missing), ENCODED_AT_ONCE):
             chunk = missing[first : first + ENCODED_AT_ONCE]
-            for prompt, outcome in self._encoded(chunk, width, height):
+            for prompt, outcome in self._encoded(chunk, width, height, adapters):
                 found[prompt] = outcome
                 if not isinstance(outcome, Exception):
-                    self._kept.put((prompt, width, height), outcome)
+                    self._kept.put((prompt, width, height, revisions), outcome)
         return found
 
     def _encoded(
-        self, prompts: list[str | None], width: int, height: int
+        self, prompts: list[str | None], width: int, height: int, adapters: tuple[Weighted, ...]
     ) -> Iterator[tuple[str | None, Conditioning | Exception]]:
         """Encode some, and halve them on an error until it is one prompt's."""
         filler = [None] * (ENCODED_AT_ONCE - len(prompts)) if self._fixed else []
-        device = self._model.device
-        encoded = attempt(
-            lambda: self._model.encode_prompts(prompts + filler, width, height), device
-        )
+        texts, device = prompts + filler, self._model.device
+        of_rows = RowAdapters((adapters,) * len(texts)) if adapters else None
+        encoded = attempt(lambda: self._model.encode_prompts(texts, width, height, of_rows), device)
         if not isinstance(encoded, Exception):
             yield from zip(prompts, map(_on_its_own, encoded), strict=False)
             return
@@ -93,8 +103,8 @@ class PromptCache:
             yield prompts[0], encoded
             return
         half = len(prompts) // 2
-        yield from self._encoded(prompts[:half], width, height)
-        yield from self._encoded(prompts[half:], width, height)
+        yield from self._encoded(prompts[:half], width, height, adapters)
+        yield from self._encoded(prompts[half:], width, height, adapters)
 
 
 def _on_its_own(conditioning: Conditioning) -> Conditioning:

@@ -7,6 +7,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol
 
 from server.engine.guidance_plan import plan_guidance
+from server.engine.scheduler import Priority
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from server.engine.state.lane import Lane
     from server.engine.state.submission import Submission
     from server.engine.task import ImageTask
+    from server.models.blend import Told
     from server.models.conditioning import Conditioning
 
 __all__ = [
@@ -108,7 +110,7 @@ class Sequence:
     submitted_at: float = field(default_factory=monotonic)
     started_at: float = 0.0
     denoised_at: float = 0.0
-    conditioning: Mapping[str | None, Conditioning] = field(default_factory=dict)
+    conditioning: Mapping[Told, Conditioning] = field(default_factory=dict)
     compiled: CompiledPlan | None = None
     known: Known | None = None
     term_states: list[Any] = field(default_factory=list[Any])
@@ -118,6 +120,20 @@ class Sequence:
     def __post_init__(self) -> None:
         self.guidance = plan_guidance(self.task)
         self.ancestor = self.index
+
+    @property
+    def live(self) -> bool:
+        """Whether it is a frame of a live stream."""
+        return self.task.priority is Priority.LIVE
+
+    @property
+    def stream(self) -> int | None:
+        """Identity of the live stream that it is a frame of."""
+        return id(self.task.stream or self.submission) if self.live else None
+
+    def together_with(self, other: Sequence) -> bool:
+        """Whether both are of one group."""
+        return self.task.group is not None and self.task.group is other.task.group
 
     @property
     def ask(self) -> Ask:

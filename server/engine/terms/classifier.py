@@ -11,6 +11,8 @@ from typing_extensions import override
 from guidance.classifier_guidance import UNAIMED, GradientGuidance, ReferenceGuidance
 from server.engine.state.padding import padded
 from server.engine.terms.term import RowSpec, Term
+from server.errors import InvalidRequest
+from server.models.blend import Blend
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -94,6 +96,12 @@ class AwayFromChosen(Term):
     @classmethod
     @override
     def of(cls, setting: ReferenceGuidance, run: Run) -> Self:
+        if isinstance(run.prompt, Blend):
+            raise InvalidRequest(
+                "guidance.classifier",
+                f"guidance.classifier is {setting.name!r}, which replaces a word of the prompt; it "
+                "is incompatible with a blend of prompts.",
+            )
         alternatives = setting.alternatives(run.prompt, _heads_of(run))
         targets, strengths = _targets_of(setting, run), _strengths_of(setting, run)
         return cls(setting, targets, strengths, alternatives)

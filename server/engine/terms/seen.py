@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from guidance import Edit
     from server.engine.state.lane import Lane
+    from server.models.blend import Told
     from server.models.conditioning import Conditioning, StackedConditioning
 
 
@@ -87,7 +88,7 @@ class Seen:
     seeds: Sequence[int]
     alpha: Sequence[float]
     sigma: Sequence[float]
-    texts: Sequence[Mapping[str | None, Conditioning]]
+    texts: Sequence[Mapping[Told, Conditioning]]
     states: list[Any]
     groups: Sequence[Sequence[int]]
     fixed_rows: int | None

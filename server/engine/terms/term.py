@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from guidance.diffusion_levels import DiffusionLevels
     from samplers import NoiseSchedule, Plan
     from server.engine.terms.seen import ForwardRows, OwnRows, Predictions, Seen
+    from server.models.blend import Blend, Told
     from server.models.hosted import HostedModel
 
 
@@ -30,7 +31,7 @@ class RowSpec:
         edits: what is changed inside the network for this row.
     """
 
-    text: str | None
+    text: Told
     edits: tuple[Edit, ...] = ()
 
 
@@ -43,7 +44,7 @@ class Run:
         schedule: the model's, at the request's size and steps.
         plan: of its sampler.
         rule: that the terms stand beside.
-        prompt: of the request.
+        prompt: of the request, or a blend.
         negative_prompt: of the request; None is the model's unconditional.
         reference: a picture that the request supplies to guide away from, ``[3, H, W]`` float32 in
             [-1, 1].
@@ -53,7 +54,7 @@ class Run:
     schedule: NoiseSchedule
     plan: Plan
     rule: Rule
-    prompt: str
+    prompt: str | Blend
     negative_prompt: str | None = None
     reference: Tensor | None = None
 

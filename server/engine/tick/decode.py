@@ -47,11 +47,12 @@ class Decoding:
 
 
 class Decoder:
-    """Decodes finished images in the order in which they finished.
+    """Decodes finished images in the order in which they finished, frames of live streams first.
 
     On CUDA the decoder has a stream of its own, so that it works while ticks go on. On a CPU it
-    can only take turns with them: between two ticks there is one call, of one picture unless more
-    than ``TICKS_OF_BACKLOG`` wait.
+    can only take turns with them: between two ticks it decodes all live frames, as their clients
+    wait for each of them, and then makes one call for the others, of one picture unless more than
+    ``TICKS_OF_BACKLOG`` wait.
 
     Args:
         device: of all models.
@@ -66,25 +67,23 @@ class Decoder:
         self.seconds = 0.0
         self._device = device
         self._fixed = fixed
-        self._waiting: deque[Sequence] = deque()
+        self._live: deque[Sequence] = deque()
+        self._ordinary: deque[Sequence] = deque()
         self._in_flight: deque[Decoding] = deque()
         self._failed: list[tuple[Sequence, Exception]] = []
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    @property
-    def busy(self) -> bool:
-        """Whether pictures are still to come."""
-        return bool(self._waiting or self._in_flight)
-
     def add(self, done: list[Sequence]) -> None:
         """Take images whose slot 0 is the clean latent."""
-        self._waiting.extend(done)
+        for sequence in done:
+            (self._live if sequence.live else self._ordinary).append(sequence)
 
     def drop(self, sequence: Sequence) -> bool:
         """Forget an image that was cancelled; False where it is being decoded already."""
-        waits = sequence in self._waiting
+        queue = self._live if sequence.live else self._ordinary
+        waits = sequence in queue
         if waits:
-            self._waiting.remove(sequence)
+            queue.remove(sequence)
         return waits
 
     def work(self, *, idle: bool) -> Iterator[tuple[Sequence, ImageResult | Exception]]:
@@ -99,23 +98,29 @@ class Decoder:
         Raises:
             DeviceLost: the device no longer answers.
         """
+        while self._stream is None and self._live:
+            self._start(self._next(self._live, DECODED_AT_ONCE))
+            yield from self._finished(idle=False)
         room = 1 if self._stream is None else IN_FLIGHT
-        while self._waiting and len(self._in_flight) < room:
-            self._start(self._next())
+        while (self._live or self._ordinary) and len(self._in_flight) < room:
+            queue = self._live or self._ordinary
+            backlog = -(-len(queue) // TICKS_OF_BACKLOG)
+            takes_turns = self._stream is None and not self._fixed
+            self._start(self._next(queue, backlog if takes_turns else DECODED_AT_ONCE))
+        yield from self._finished(idle=idle)
+
+    def _finished(self, *, idle: bool) -> Iterator[tuple[Sequence, ImageResult | Exception]]:
         while self._in_flight and (idle or self._in_flight[0].pixels_and_finite.ready):
             yield from self._results(self._in_flight.popleft())
             idle = False
         failed, self._failed = self._failed, []
         yield from failed
 
-    def _next(self) -> list[Sequence]:
-        """The next images to decode at once, all of one lane."""
-        most = DECODED_AT_ONCE
-        if self._stream is None and not self._fixed:
-            most = -(-len(self._waiting) // TICKS_OF_BACKLOG)
-        some = [self._waiting.popleft()]
-        while self._waiting and len(some) < most and self._waiting[0].lane is some[0].lane:
-            some.append(self._waiting.popleft())
+    def _next(self, queue: deque[Sequence], most: int) -> list[Sequence]:
+        """The next images of a queue to decode at once, all of one lane."""
+        some = [queue.popleft()]
+        while queue and len(some) < most and queue[0].lane is some[0].lane:
+            some.append(queue.popleft())
         return some
 
     def _start(self, some: list[Sequence]) -> None:

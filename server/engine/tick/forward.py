@@ -10,6 +10,7 @@ import torch
 from guidance.edits import WeakModel
 from server.engine.state.padding import padded
 from server.engine.terms.seen import ForwardRows
+from server.models.adapters.adapter import RowAdapters
 from server.models.inputs import RowInputs
 
 if TYPE_CHECKING:
@@ -69,7 +70,14 @@ def _inputs(batch: Batch, rows: ForwardRows, t: Tensor) -> RowInputs:
         owners = [batch.sequences[i] for i in batch.owners]
         scales = t.new_tensor([owner.guidance.told_scale or 0.0 for owner in owners])
     edits = rows.edits if any(rows.edits) else ()
-    return RowInputs(rows.conditioning, edits, scales, against=rows.against)
+    adapters = RowAdapters(tuple(batch.sequences[i].task.adapters for i in batch.owners))
+    return RowInputs(
+        rows.conditioning,
+        edits,
+        scales,
+        against=rows.against,
+        adapters=adapters if adapters else None,
+    )
 
 
 def _evaluated(

@@ -12,6 +12,7 @@ from server.engine.state.noise import start_noise
 from server.engine.state.prompt_cache import PromptCache
 from server.engine.state.sequence import Known
 from server.engine.tick.pictures import encode_pictures, latents_of
+from server.models.blend import conditioning_of, texts_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from server.engine.state.lane import Lane
     from server.engine.state.sequence import Sequence
     from server.engine.task import ImageTask
+    from server.models.adapters.adapter import Weighted
     from server.models.conditioning import Conditioning
     from server.models.hosted import HostedModel
 
@@ -60,12 +62,13 @@ class Admission:
 
     def admit(self, newcomers: list[Sequence]) -> Iterator[tuple[Sequence, Exception]]:
         """Make the newcomers ready to run; yields those that cannot be, with the reason."""
-        alike: dict[tuple[str, int, int], list[Sequence]] = {}
+        alike: dict[tuple[str, int, int, tuple[Weighted, ...]], list[Sequence]] = {}
         for sequence in newcomers:
             task = sequence.task
-            alike.setdefault((task.model, task.width, task.height), []).append(sequence)
-        for (name, width, height), members in alike.items():
-            encoded = self._prompts[name].of(_prompts(members), width, height)
+            of_text = tuple(one for one in task.adapters if one.adapter.changes_text)
+            alike.setdefault((task.model, task.width, task.height, of_text), []).append(sequence)
+        for (name, width, height, of_text), members in alike.items():
+            encoded = self._prompts[name].of(_prompts(members), width, height, of_text)
             encode_pictures(self._models[name], members, fixed=self._deterministic)
             for sequence in members:
                 placed = attempt(
@@ -80,7 +83,9 @@ class Admission:
         self, sequence: Sequence, encoded: Mapping[str | None, Conditioning | Exception]
     ) -> None:
         task = sequence.task
-        sequence.conditioning = {text: _known(encoded[text]) for text in sequence.guidance.texts}
+        told = sequence.guidance.texts
+        known = {text: _known(encoded[text]) for one in told for text in texts_of(one)}
+        sequence.conditioning = {one: conditioning_of(one, known) for one in told}
         longest = max(one.length for one in sequence.conditioning.values())
         lane = self._lane_of(task, longest)
         sequence.lane = lane
@@ -102,7 +107,8 @@ def _known(conditioning: Conditioning | Exception) -> Conditioning:
 
 def _prompts(members: list[Sequence]) -> Iterator[str | None]:
     for sequence in members:
-        yield from sequence.guidance.texts
+        for told in sequence.guidance.texts:
+            yield from texts_of(told)
 
 
 def _start(sequence: Sequence, lane: Lane) -> Start:

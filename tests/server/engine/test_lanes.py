@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
+from server.models.adapters.adapter import RowAdapters
 from server.models.conditioning import Conditioning, StackedConditioning
 from server.models.inputs import RowInputs
 from tests.server.by_hand import task
@@ -23,7 +24,11 @@ class Wordy(Toy):
         self.lengths: list[int] = []
 
     def encode_prompts(
-        self, prompts: Sequence[str | None], width: int, height: int
+        self,
+        prompts: Sequence[str | None],
+        width: int,
+        height: int,
+        adapters: RowAdapters | None = None,
     ) -> list[Conditioning]:
         made: list[Conditioning] = []
         for one, prompt in zip(

@@ -68,6 +68,9 @@ def test_the_metrics_follow_the_work(client: httpx2.Client, generate: Callable[.
     assert grown("weft_requests_total", "completed") == 1
     assert grown("weft_requests_total", "invalid") == 2
     assert grown("weft_images_total", "finished") == 2
+    assert grown("weft_image_seconds_count", "interactive") == 2
+    assert grown("weft_image_seconds_sum", "interactive") > 0
+    assert grown("weft_image_seconds_count", "live") == 0
     assert grown("weft_evaluations_total") + grown(
         "weft_evaluations_saved_total", "interval"
     ) == pytest.approx(8)

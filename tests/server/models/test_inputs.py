@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 
 from guidance.edits import ApartFrom, IdentityAttention
+from server.models.adapters.adapter import Adapter, RowAdapters, Weighted
 from server.models.conditioning import Conditioning, StackedConditioning
 from server.models.inputs import RowInputs
 from tests.server.toy_model import Toy
+
+ADAPTED = Weighted(Adapter("pastel", "", {}), 0.5)
 
 
 def stacked(rows: int) -> StackedConditioning:
@@ -45,6 +48,7 @@ def test_some_rows_keep_all_that_is_theirs_and_their_references() -> None:
         [(), (IdentityAttention(("middle",)),), (apart(3),), ()],
         torch.arange(4.0),
         torch.arange(4.0).view(4, 1, 1, 1),
+        adapters=RowAdapters(((), (ADAPTED,), (ADAPTED, ADAPTED), ())),
     )
     some = inputs.of([3, 2])
     assert some.conditioning.tensors["pooled"].flatten().tolist() == [3, 2]
@@ -53,6 +57,7 @@ def test_some_rows_keep_all_that_is_theirs_and_their_references() -> None:
     assert some.scale_embedding.tolist() == [3, 2]
     assert some.channels is not None
     assert some.channels.flatten().tolist() == [3, 2]
+    assert some.adapters == RowAdapters(((), (ADAPTED, ADAPTED)))
 
 
 def test_padding_repeats_the_first_row_and_leaves_references_where_they_were() -> None:
@@ -63,3 +68,10 @@ def test_padding_repeats_the_first_row_and_leaves_references_where_they_were() -
     assert padded.scale_embedding is not None
     assert padded.scale_embedding.tolist() == [5, 6, 5, 5]
     assert inputs.padded(None) is inputs
+
+
+def test_padding_has_no_adapters_and_fixes_those_of_the_others() -> None:
+    inputs = RowInputs(stacked(2), adapters=RowAdapters(((ADAPTED,), ())))
+    assert inputs.padded(None).adapters == RowAdapters(((ADAPTED,), ()))
+    assert inputs.padded(2).adapters == RowAdapters(((ADAPTED,), ()), fixed=True)
+    assert inputs.padded(4).adapters == RowAdapters(((ADAPTED,), (), (), ()), fixed=True)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import io
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from server.decoding.pool import DecodePool
 from server.engine.engine import Engine
 from server.errors import InvalidRequest, Overloaded
 from server.requests.schema import GenerateRequest
 from server.service import service as module
 from server.service.service import Pictures, Service
 from server.settings import Limits
+from tests.server.decoding.files import repeated_scans, saved
 from tests.server.toy_model import Toy, started
 
 MOST = 4
@@ -30,16 +31,15 @@ def engine() -> Iterator[Engine]:
 
 
 @pytest.fixture
-def service(engine: Engine) -> Service:
+def service(engine: Engine) -> Iterator[Service]:
     made = Service(Limits(steps=50, images=MOST))
     made.open(engine, {"toy": Toy()})
-    return made
+    yield made
+    made.close()
 
 
 def picture(side: int) -> str:
-    buffer = io.BytesIO()
-    Image.new("RGB", (side, side)).save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
+    return base64.b64encode(saved(Image.new("RGB", (side, side), "white"), "PNG")).decode()
 
 
 def make(service: Service, **fields: Any) -> Pictures:
@@ -59,17 +59,19 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The costly work that the service does, in its order."""
     seen: list[str] = []
 
-    def noting(name: str) -> None:
-        real = getattr(module, name)
+    def noting(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
 
         def noted(*arguments: Any, **options: Any) -> Any:
             seen.append(name)
             return real(*arguments, **options)
 
-        monkeypatch.setattr(module, name, noted)
+        monkeypatch.setattr(owner, name, noted)
 
-    for name in ("decode", "decode_mask", "resolve", "make_plan", "tasks_of"):
-        noting(name)
+    for name in ("resolve", "make_plan", "tasks_of"):
+        noting(module, name)
+    for name in ("picture", "mask"):
+        noting(DecodePool, name)
     return seen
 
 
@@ -81,7 +83,7 @@ def test_a_request_that_finds_the_queue_full_costs_nothing(
         make(service, **upload)
     assert done == []
     assert len(make(service, **upload).pictures) == 1
-    assert done == ["decode", "decode_mask", "resolve", "make_plan", "tasks_of"]
+    assert done == ["picture", "resolve", "make_plan", "mask", "tasks_of"]
 
 
 def test_too_many_images_are_refused_for_good_and_not_until_there_is_room(
@@ -111,3 +113,46 @@ def test_a_refused_request_gives_its_room_back(
         make(service, n=MOST, **fields)
     assert engine.measurements.pending == 0
     assert len(make(service, n=MOST).pictures) == MOST
+
+
+def test_a_client_that_leaves_during_decoding_gives_its_room_back(
+    service: Service, engine: Engine
+) -> None:
+    slow = base64.b64encode(repeated_scans(2048, 2048, 20)).decode()
+    request = GenerateRequest.model_validate({"prompt": "x", "n": MOST, "image": slow})
+
+    async def leave() -> None:
+        admitting = asyncio.ensure_future(service.admit(request, "one"))
+        await asyncio.sleep(0.01)
+        assert engine.measurements.pending == MOST
+        admitting.cancel()
+        await asyncio.wait([admitting])
+
+    asyncio.run(leave())
+    assert engine.measurements.pending == 0
+
+
+def test_slow_uploads_do_not_delay_what_needs_no_upload(engine: Engine) -> None:
+    service = Service(Limits(), decode_processes=1)
+    service.open(engine, {"toy": Toy()})
+    slow = base64.b64encode(repeated_scans(2048, 2048, 20)).decode()
+    body = {"prompt": "x", "steps": 2, "width": 32, "height": 32}
+
+    async def post(identifier: str, **fields: Any) -> None:
+        request = GenerateRequest.model_validate(body | fields)
+        generation = await service.admit(request, identifier)
+        try:
+            await service.pictures(generation)
+        finally:
+            service.release(generation)
+
+    async def run() -> int:
+        uploads = [asyncio.ensure_future(post(f"{k}", image=slow)) for k in range(MOST - 1)]
+        await asyncio.sleep(0)
+        await post("plain")
+        left = sum(not upload.done() for upload in uploads)
+        await asyncio.gather(*uploads)
+        return left
+
+    assert asyncio.run(run()) == MOST - 1
+    service.close()

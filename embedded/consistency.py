@@ -1,0 +1,93 @@
+"""The mathematics of latent consistency distillation (Luo et al., arXiv 2310.04378).
+
+Times are whole timesteps of training; -1 means a clean picture, where alpha is 1 and sigma 0.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import torch
+from torch import Tensor
+
+SIGMA_DATA: Final = 0.5
+TIMESTEP_SCALING: Final = 10.0
+
+Model = Callable[[Tensor, Tensor], Tensor]
+"""From x and timesteps to v."""
+
+
+@dataclass(frozen=True, slots=True)
+class Levels:
+    """Alpha and sigma of every time from -1 on, each ``[timesteps + 1]`` float32."""
+
+    alpha: Tensor
+    sigma: Tensor
+
+    @classmethod
+    def of(cls, alphas_cumprod: Tensor, device: str) -> "Levels":
+        """Of the squares of alpha at timesteps 0, 1, ..."""
+        squares = torch.cat([torch.ones(1), alphas_cumprod]).double()
+        return cls(
+            squares.sqrt().float().to(device), (1 - squares).clamp(min=0).sqrt().float().to(device)
+        )
+
+    def at(self, times: Tensor) -> tuple[Tensor, Tensor]:
+        """Alpha and sigma at these times ``[rows]``, each ``[rows, 1, 1, 1]``."""
+        alpha, sigma = self.alpha[times + 1], self.sigma[times + 1]
+        return alpha[:, None, None, None], sigma[:, None, None, None]
+
+
+def consistency(v: Tensor, x: Tensor, times: Tensor, levels: Levels) -> Tensor:
+    """The consistency function: what v says of the clean picture, and x itself where t is 0.
+
+    c_skip(t) x + c_out(t) (alpha x - sigma v), with sigma_data .5 and timesteps scaled by 10
+    (equation 9, and the boundary of Song et al., arXiv 2303.01469).
+    """
+    alpha, sigma = levels.at(times)
+    scaled = TIMESTEP_SCALING * times.clamp(min=0)[:, None, None, None].float()
+    total = scaled.square() + SIGMA_DATA**2
+    return SIGMA_DATA**2 / total * x + scaled / total.sqrt() * (alpha * x - sigma * v)
+
+
+def ddim(v: Tensor, x: Tensor, times: Tensor, following: Tensor, levels: Levels) -> Tensor:
+    """One DDIM step from these times to the following ones; x stays where both are the same."""
+    alpha, sigma = levels.at(times)
+    next_alpha, next_sigma = levels.at(following)
+    return next_alpha * (alpha * x - sigma * v) + next_sigma * (sigma * x + alpha * v)
+
+
+def solved(
+    teacher: Model, x: Tensor, times: Tensor, span: int, steps: int, levels: Levels
+) -> tuple[Tensor, Tensor]:
+    """Follow the teacher's probability flow from these times for ``span`` timesteps.
+
+    Args:
+        teacher: guided already.
+        x: ``[rows, C, h, w]``.
+        times: ``[rows]``.
+        span: timesteps to go down, in all; rows that reach the clean picture stay there.
+        steps: DDIM steps that the way is divided into, equal ones.
+        levels: of the model.
+
+    Returns:
+        x there, and the times that were reached.
+    """
+    for _ in range(steps):
+        following = (times - span // steps).clamp(min=-1)
+        x = ddim(teacher(x, times.clamp(min=0)), x, times, following, levels)
+        times = following
+    return x, times
+
+
+def distance(one: Tensor, other: Tensor, kind: Literal["cauchy", "huber"], width: float) -> Tensor:
+    """How far predictions ``[rows, C, h, w]`` are apart; robust, so that a few cells do not rule.
+
+    Cauchy's log(1 + d^2 / (2 width^2)) forgives what is far off even more than the pseudo-Huber
+    sqrt(d^2 + width^2) - width does (Dao et al., arXiv 2502.01441); d^2 is a latent cell's mean
+    square over its channels, and the result the mean over cells and rows.
+    """
+    square = (one - other).square().mean(1)
+    if kind == "cauchy":
+        return torch.log1p(square / (2 * width**2)).mean()
+    return ((square + width**2).sqrt() - width).mean()

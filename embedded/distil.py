@@ -1,0 +1,166 @@
+"""Distil the embedded model for few steps: `python -m embedded.distil student`, or `adapter`.
+
+    student  a U-Net that is told the guidance scale, in a latent consistency model's folder
+    adapter  a LCM-LoRA of the embedded model, for one guidance scale
+
+A run ends after `--steps` or `--minutes`, whichever comes first, and goes on where it was stopped
+with `--resume`.
+"""
+
+import argparse
+import copy
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from torch.nn.utils import parametrize
+
+from embedded import ADAPTER_FILE, MODEL_FOLDER, STUDENT_FOLDER
+from embedded.components import (
+    Components,
+    load_components,
+    make_few_step_scheduler,
+    make_tokenizer,
+    save_student,
+)
+from embedded.consistency_training import Distillation, distil, student_of
+from embedded.low_rank import add_low_rank, save_low_rank
+from embedded.report import Sampling, score_model, table, unseen_scenes
+from embedded.unet_training import corpus_of, training_captions
+
+STEPS: Final = (1, 2, 4)
+"""Numbers of steps that a run is judged by."""
+TOLD_SCALES: Final = (2.0, 7.0)
+"""Guidance scales that the student learns."""
+SCALE: Final = 4.0
+"""Guidance scale of the adapter, and the one that the student is judged at."""
+RANK: Final = 32
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="embedded.distil", description=__doc__)
+    parser.add_argument("what", choices=["student", "adapter"])
+    parser.add_argument("--minutes", type=float, help="end after so many minutes")
+    parser.add_argument("--steps", type=int, help="end after so many steps")
+    parser.add_argument("--batch", type=int, default=32, help="latents a step")
+    parser.add_argument("--rate", type=float, default=3e-4, help="peak learning rate")
+    parser.add_argument("--pictures", type=int, default=12_000, help="training pictures")
+    parser.add_argument(
+        "--intervals", type=int, default=6, help="of the 50 times, how many lie up to the target"
+    )
+    parser.add_argument(
+        "--solver-steps", type=int, default=3, help="DDIM steps of the teacher up to the target"
+    )
+    parser.add_argument("--loss", choices=["cauchy", "huber"], default="cauchy")
+    parser.add_argument("--width", type=float, default=0.2, help="of the loss, in deviations")
+    parser.add_argument(
+        "--target-decay", type=float, default=0.95, help="running average that targets come from"
+    )
+    parser.add_argument(
+        "--average-decay", type=float, default=0.999, help="running average that is kept"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="resume from the last checkpoint")
+    parser.add_argument(
+        "--publish-minutes", type=float, default=10.0, help="minutes between previews"
+    )
+    parser.add_argument("--captions", type=int, default=40, help="of each kind, in a preview")
+    parser.add_argument("--out", type=Path, default=Path("out/distil"), help="for checkpoints")
+    parser.add_argument("--teacher", type=Path, default=MODEL_FOLDER, help="model folder")
+    parser.add_argument("--student", type=Path, default=STUDENT_FOLDER, help="folder to write")
+    parser.add_argument("--adapter", type=Path, default=ADAPTER_FILE, help="file to write")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Distil, and print how previews score."""
+    options = _arguments()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.steps is None and options.minutes is None:
+        options.steps = 4_000
+    torch.manual_seed(options.seed)
+    told = options.what == "student"
+    teacher = load_components(options.teacher)
+    settings = Distillation(
+        steps=options.steps,
+        minutes=options.minutes,
+        batch=options.batch,
+        rate=options.rate,
+        scales=TOLD_SCALES if told else (SCALE, SCALE),
+        intervals=options.intervals,
+        solver_steps=options.solver_steps,
+        loss=options.loss,
+        width=options.width,
+        target_decay=options.target_decay,
+        average_decay=options.average_decay,
+        device=options.device,
+        seed=options.seed,
+        publish_minutes=options.publish_minutes,
+    )
+    corpus = corpus_of(
+        teacher.autoencoder, options.pictures, options.device, options.out / "corpus.safetensors"
+    )
+    checkpoint = options.out / f"{options.what}.safetensors"
+    if not options.resume:
+        checkpoint.unlink(missing_ok=True)
+    student = student_of(teacher.unet) if told else copy.deepcopy(teacher.unet)
+    if not told:
+        add_low_rank(student, RANK)
+    known = frozenset(text for texts in training_captions(options.pictures) for text in texts)
+
+    def publish(average: UNet2DConditionModel, step: int) -> None:
+        if told:
+            save_student(
+                Components(teacher.autoencoder, average, teacher.text_encoder), options.student
+            )
+        else:
+            save_low_rank(average, options.adapter)
+        print(f"published step {step}\n{_glance(average, teacher, options, known)}", flush=True)
+
+    distil(teacher, student, settings, corpus, checkpoint, publish)
+    return 0
+
+
+def _glance(
+    average: UNet2DConditionModel,
+    teacher: Components,
+    options: argparse.Namespace,
+    known: frozenset[str],
+) -> str:
+    """How the student draws captions that it never saw, at few steps."""
+    plain = copy.deepcopy(average)
+    for module in plain.modules():
+        if parametrize.is_parametrized(module, "weight"):
+            parametrize.remove_parametrizations(module, "weight")
+    # Of diffusers' pipelines the one that draws with and without an embedding of the scale.
+    parts: dict[str, Any] = {
+        "vae": teacher.autoencoder,
+        "text_encoder": teacher.text_encoder,
+        "tokenizer": make_tokenizer(),
+        "unet": plain,
+        "scheduler": make_few_step_scheduler(),
+        "safety_checker": None,
+        "feature_extractor": None,
+    }
+    pipeline = StableDiffusionPipeline(**parts, requires_safety_checker=False).to(options.device)
+    scale = SCALE if options.what == "student" else 1.0
+    return table(
+        {
+            f"{name}, {steps} steps": score_model(
+                pipeline,
+                unseen_scenes(things, options.captions, known),
+                Sampling(steps=steps, scale=scale),
+            )[0]
+            for name, things in {"one object": 1, "two objects": 2}.items()
+            for steps in STEPS
+        }
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""Low-rank changes of a U-Net's weights (LoRA, arXiv 2106.09685), trained and stored."""
+
+import math
+from pathlib import Path
+from typing import Final, cast
+
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+TARGETS: Final = (
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "proj_in",
+    "proj_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "downsamplers.0.conv",
+    "upsamplers.0.conv",
+    "time_emb_proj",
+)
+"""Ends of the names of the layers that a LCM-LoRA changes (arXiv 2311.05556)."""
+
+
+class LowRank(nn.Module):
+    """Adds ``up @ down`` to a weight ``[out, in]`` or ``[out, in, k, k]``; nothing at first."""
+
+    def __init__(self, weight: Tensor, rank: int) -> None:
+        super().__init__()
+        out, fan_in = weight.shape[0], weight[0].numel()
+        self.down = nn.Parameter(torch.empty(rank, fan_in, device=weight.device))
+        self.up = nn.Parameter(torch.zeros(out, rank, device=weight.device))
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The changed weight."""
+        return weight + (self.up @ self.down).view_as(weight)
+
+
+def add_low_rank(unet: UNet2DConditionModel, rank: int) -> list[nn.Parameter]:
+    """Freeze the U-Net and add a low-rank change to each target; returns what is to be trained."""
+    unet.requires_grad_(requires_grad=False)
+    for name, module in list(unet.named_modules()):
+        if name.endswith(TARGETS):
+            weight = cast("Tensor", module.weight)
+            parametrize.register_parametrization(module, "weight", LowRank(weight, rank))
+    return [parameter for parameter in unet.parameters() if parameter.requires_grad]
+
+
+def save_low_rank(unet: UNet2DConditionModel, file: Path) -> None:
+    """Store the changes as diffusers' ``load_lora_weights`` reads them, in float16.
+
+    Their alpha is their rank, which is what readers assume of a file that says nothing of it.
+    """
+    tensors: dict[str, nn.Module | Tensor] = {}
+    for name, module in unet.named_modules():
+        if parametrize.is_parametrized(module, "weight"):
+            change = cast("LowRank", module.parametrizations.weight[0])
+            weight = cast("Tensor", module.weight)
+            rank, out = len(change.down), len(change.up)
+            tail = weight.shape[2:]
+            tensors[f"{name}.lora_A.weight"] = change.down.detach().view(rank, -1, *tail).half()
+            ones = [1] * len(tail)
+            tensors[f"{name}.lora_B.weight"] = change.up.detach().view(out, rank, *ones).half()
+    StableDiffusionPipeline.save_lora_weights(
+        file.parent, unet_lora_layers=tensors, weight_name=file.name, safe_serialization=True
+    )

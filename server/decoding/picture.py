@@ -1,0 +1,215 @@
+"""Decodes an untrusted PNG, JPEG or WebP file; needs nothing but Pillow."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import re
+import struct
+from typing import Final
+
+from PIL import Image, ImageOps
+from PIL.Image import Resampling
+
+from server.errors import InvalidRequest, TooLarge
+
+__all__ = ["MOST_ASPECT", "MOST_SCANS", "decode_mask", "decode_picture", "file_of", "fit"]
+
+MOST_ASPECT: Final = 64
+"""A PNG of 1 x 8388608 takes 467 MB, because every row has its own pointer and padding."""
+
+MOST_SCANS: Final = 32
+"""Each scan of a progressive JPEG visits the whole picture, even if it has only a few bytes.
+Encoders write about ten."""
+
+_READABLE = ("PNG", "JPEG", "WEBP")
+_BLANKS = b" \t\n\r\f\v"
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+_START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
+_STANDALONE = frozenset({0x01, 0xD8})
+
+
+def file_of(text: bytes, field: str) -> bytes:
+    """The file that base64, or a data URI of it, contains.
+
+    Raises:
+        InvalidRequest: it is not base64.
+    """
+    encoded = text
+    if text[:5].lower() == b"data:":
+        head, _, encoded = text.partition(b",")
+        if not head.lower().endswith(b";base64"):
+            raise InvalidRequest(
+                field,
+                f"{field} is a data URI without ';base64,'; send base64 or a base64 data URI.",
+            )
+    try:
+        return base64.b64decode(encoded.translate(None, _BLANKS), validate=True)
+    except (binascii.Error, ValueError):
+        raise InvalidRequest(
+            field, f"{field} is not valid base64; send base64 or a base64 data URI."
+        ) from None
+
+
+def decode_picture(data: bytes, *, field: str, max_pixels: int) -> Image.Image:
+    """Decode a picture to RGB; transparency is flattened over white.
+
+    Args:
+        data: the file.
+        field: the request's field, for the error message.
+        max_pixels: checked against the header, before anything is decompressed.
+
+    Raises:
+        InvalidRequest: it is not a PNG, JPEG or WebP file, or is damaged.
+        TooLarge: it has more than `max_pixels`, more than `MOST_SCANS` scans, or is more than
+            `MOST_ASPECT` times as long as it is wide or high.
+    """
+    return _flatten(_open(data, field, max_pixels), "white")
+
+
+def decode_mask(data: bytes, *, field: str, max_pixels: int) -> Image.Image:
+    """Decode a mask to grayscale; transparency is flattened over black.
+
+    Arguments and errors are those of :func:`decode_picture`; a mask that is black everywhere, and
+    so would change nothing, is an `InvalidRequest` too.
+    """
+    image = _open(data, field, max_pixels)
+    mask = _flatten(image, "black").convert("L")
+    if mask.getextrema() == (0, 0):
+        clear = image.has_transparency_data and _alpha(image).getextrema() == (0, 0)
+        raise InvalidRequest(
+            field,
+            f"{field} is {'transparent' if clear else 'black'} everywhere, so that nothing would "
+            "be repainted; paint white and opaque what should change.",
+        )
+    return mask
+
+
+def fit(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The image at a size, resampled if it has another."""
+    if image.size == (width, height):
+        return image
+    return image.resize((width, height), Resampling.LANCZOS)
+
+
+def _open(data: bytes, field: str, max_pixels: int) -> Image.Image:
+    try:
+        _check_webp_canvas(data, field, max_pixels)
+        image = Image.open(io.BytesIO(data), formats=_READABLE)
+        _check_size(image.width, image.height, field, max_pixels)
+        if image.format == "JPEG":
+            _check_scans(data, field)
+        if getattr(image, "n_frames", 1) > 1:
+            raise InvalidRequest(field, f"{field} is an animation; send a single image.")
+        image.load()
+        return ImageOps.exif_transpose(_of_eight_bits(image, data))
+    except (InvalidRequest, TooLarge):
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise TooLarge(
+            field, f"{field} has too many pixels; at most {max_pixels} are allowed."
+        ) from None
+    except MemoryError:
+        raise TooLarge(
+            field, f"{field} needs more memory to decode than an image of its size should."
+        ) from None
+    except Image.UnidentifiedImageError:
+        raise InvalidRequest(
+            field, f"{field} is not an image in a supported format; allowed are: PNG, JPEG, WebP."
+        ) from None
+    except Exception:  # noqa: BLE001 - a decoder fed hostile bytes may raise anything
+        raise InvalidRequest(
+            field, f"{field} is a damaged image file and cannot be decoded."
+        ) from None
+
+
+def _check_webp_canvas(data: bytes, field: str, max_pixels: int) -> None:
+    """Refuse a large WebP by its header, because Pillow allocates before it reports the size."""
+    if data[:4] != b"RIFF" or data[8:12] != b"WEBP" or len(data) < 30:
+        return
+    kind, body = data[12:16], data[20:30]
+    if kind == b"VP8X":
+        width = int.from_bytes(body[4:7], "little") + 1
+        height = int.from_bytes(body[7:10], "little") + 1
+    elif kind == b"VP8L":
+        bits = int.from_bytes(body[1:5], "little")
+        width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    else:
+        width, height = (side & 0x3FFF for side in struct.unpack("<HH", body[6:10]))
+    _check_size(width, height, field, max_pixels)
+
+
+def _check_size(width: int, height: int, field: str, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise TooLarge(
+            field, f"{field} is {width} x {height}; at most {max_pixels} pixels are allowed."
+        )
+    if max(width, height) > MOST_ASPECT * min(width, height):
+        raise TooLarge(
+            field,
+            f"{field} is {width} x {height}; one side may be at most {MOST_ASPECT} times the "
+            "other.",
+        )
+
+
+def _check_scans(data: bytes, field: str) -> None:
+    scans = _scans(data)
+    if scans > MOST_SCANS:
+        raise TooLarge(
+            field, f"{field} is a JPEG of {scans} scans; at most {MOST_SCANS} are allowed."
+        )
+
+
+def _scans(data: bytes) -> int:
+    """Scans of a JPEG, counted by their markers; nothing is decoded."""
+    scans, position = 0, 0
+    while marker := _MARKER.search(data, position):
+        kind, position = data[marker.start() + 1], marker.end()
+        if kind == _END_OF_IMAGE:
+            break
+        if kind == _START_OF_SCAN:
+            scans += 1
+        if kind not in _STANDALONE:
+            position += int.from_bytes(data[position : position + 2], "big")
+    return scans
+
+
+def _of_eight_bits(image: Image.Image, data: bytes) -> Image.Image:
+    """The image with 8 bits a channel, where Pillow leaves it otherwise.
+
+    Pillow clips a grayscale PNG of 16 bits instead of scaling it, and leaves the transparent colour
+    of a PNG at the file's number of bits.
+    """
+    if image.format != "PNG":
+        return image
+    depth = data[24]
+    clear = image.info.pop("transparency", None) if image.mode != "P" else None
+    if image.mode.startswith("I"):
+        values = image.convert("I")
+        image = values.point([round(value / 257) for value in range(2**16)], "L")
+        if clear is not None:
+            opaque = values.point([0 if value == clear else 255 for value in range(2**16)], "L")
+            image.putalpha(opaque)
+    elif clear is not None:
+        image.info["transparency"] = _scaled(clear, depth)
+    return image
+
+
+def _scaled(clear: int | tuple[int, ...], depth: int) -> int | tuple[int, ...]:
+    """A transparent colour of `depth` bits, with 8 bits."""
+    if isinstance(clear, tuple):
+        return tuple(value >> (depth - 8) for value in clear)
+    return clear * 255 // (2**depth - 1) if 1 < depth < 8 else clear
+
+
+def _flatten(image: Image.Image, background: str) -> Image.Image:
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    canvas = Image.new("RGBA", image.size, background)
+    return Image.alpha_composite(canvas, image).convert("RGB")
+
+
+def _alpha(image: Image.Image) -> Image.Image:
+    return image.convert("RGBA").getchannel("A")

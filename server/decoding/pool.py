@@ -1,0 +1,235 @@
+"""Processes that decode uploaded pictures: few, bounded in time and memory, and replaced."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import select
+import subprocess
+import sys
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from io import BufferedReader, BufferedWriter
+from pathlib import Path
+from threading import Lock
+from typing import Final, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from server.decoding.worker import Answer, Job
+from server.errors import InvalidRequest, Overloaded, TooLarge
+from server.settings import Limits
+
+__all__ = ["DecodePool"]
+
+log = logging.getLogger("weft")
+
+ROOT: Final = Path(__file__).parents[2]
+
+RETRY_AFTER_S: Final = 2.0
+
+START_S: Final = 60.0
+
+OWN_BYTES: Final = 256 * 2**20
+"""Address space of a process before it decodes anything, and some room."""
+
+BYTES_A_PIXEL: Final = 32
+"""The most that is alive at once: four copies at 4 bytes, and the coefficients of a JPEG."""
+
+COPIES_OF_A_FILE: Final = 4
+
+MEMORY_RETURNED: Final = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+"""Whatever is larger than this goes back to the system as soon as it is freed."""
+
+
+class DecodePool:
+    """Decodes uploaded pictures in processes of its own, which start with the first upload.
+
+    A file that takes too long or brings its process down costs that process alone. Nothing else
+    waits for the pool: not the event loop, and not the threads that it hands other work to.
+
+    Args:
+        limits: the operator's, for the pixels and bytes of a picture, the pixels of an image, and
+            the seconds of decoding, after which a process is replaced.
+        processes: pictures decoded at once.
+        waiting: pictures that may wait for a process; more are refused.
+    """
+
+    def __init__(self, limits: Limits, *, processes: int, waiting: int) -> None:
+        self._room = processes + waiting
+        self._limits = limits
+        self._memory = (
+            OWN_BYTES
+            + BYTES_A_PIXEL * max(limits.upload_pixels, limits.pixels)
+            + COPIES_OF_A_FILE * limits.body_bytes
+        )
+        self._idle: list[_Worker] = []
+        self._closed = False
+        self._lock = Lock()
+        self._threads = ThreadPoolExecutor(processes, thread_name_prefix="weft-decode")
+        # A pool that nobody closes takes its processes with it.
+        weakref.finalize(self, _end, self._idle)
+
+    async def picture(
+        self, data: str | bytes, field: str, size: tuple[int | None, int | None] = (None, None)
+    ) -> NDArray[np.uint8]:
+        """Decode a picture to RGB; transparency is flattened over white.
+
+        Args:
+            data: base64 or a data URI if text, a PNG, JPEG or WebP file if bytes.
+            field: the request's field, for error messages.
+            size: width and height to resample to, each its own where None. A picture that would
+                get more pixels than an image may have is not resampled.
+
+        Returns:
+            uint8 `[height, width, 3]`.
+
+        Raises:
+            InvalidRequest: it is not such a file, is damaged, or takes too long.
+            TooLarge: it has too many pixels, scans or bytes.
+            Overloaded: too many pictures wait to be decoded.
+        """
+        return await self._decode(data, field, size, mask=False)
+
+    async def mask(
+        self, data: str | bytes, field: str, size: tuple[int | None, int | None] = (None, None)
+    ) -> NDArray[np.uint8]:
+        """Decode a mask to uint8 `[height, width]`; transparency is flattened over black.
+
+        Arguments and errors are those of :meth:`picture`; a mask that is black or transparent
+        everywhere is refused too.
+        """
+        return await self._decode(data, field, size, mask=True)
+
+    def close(self) -> None:
+        """End the processes; one that is decoding ends after its picture."""
+        with self._lock:
+            self._closed = True
+            _end(self._idle)
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _decode(
+        self, data: str | bytes, field: str, size: tuple[int | None, int | None], *, mask: bool
+    ) -> NDArray[np.uint8]:
+        content = data.encode(errors="replace") if isinstance(data, str) else data
+        job = Job(
+            length=len(content),
+            field=field,
+            mask=mask,
+            encoded=isinstance(data, str),
+            max_pixels=self._limits.upload_pixels,
+            width=size[0],
+            height=size[1],
+            max_resampled=self._limits.pixels,
+        )
+        with self._lock:
+            if not self._room:
+                raise Overloaded(RETRY_AFTER_S, "Too many uploaded images wait to be decoded.")
+            self._room -= 1
+        decoding = self._threads.submit(self._run, job, content)
+        # A client that leaves makes no room: its picture is decoded to the end.
+        decoding.add_done_callback(self._leave)
+        return await asyncio.wrap_future(decoding)
+
+    def _leave(self, _: object) -> None:
+        with self._lock:
+            self._room += 1
+
+    def _run(self, job: Job, content: bytes) -> NDArray[np.uint8]:
+        worker = self._worker()
+        try:
+            return worker.decode(job, content, self._limits.decode_s)
+        finally:
+            with self._lock:
+                if worker.alive and not self._closed:
+                    self._idle.append(worker)
+                else:
+                    worker.end()
+
+    def _worker(self) -> _Worker:
+        with self._lock:
+            while self._idle:
+                worker = self._idle.pop()
+                if worker.alive:
+                    return worker
+                worker.end()
+        return _Worker(self._memory)
+
+
+class _Worker:
+    """A decoding process, which belongs to one thread at a time."""
+
+    def __init__(self, memory: int) -> None:
+        self._process = subprocess.Popen(  # noqa: S603 - this interpreter, with our own module
+            [sys.executable, "-P", "-m", "server.decoding.worker", str(memory)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            # Nothing of the server's own environment, which may hold its keys.
+            env={"PYTHONPATH": str(ROOT), **MEMORY_RETURNED},
+            # A terminal's Ctrl-C is for the server to answer.
+            process_group=0,
+        )
+        self._jobs = cast("BufferedWriter", self._process.stdin)
+        self._answers = cast("BufferedReader", self._process.stdout)
+        # The time that it takes to start is not the first picture's.
+        if not self._line(START_S):
+            self.end()
+            raise RuntimeError(f"the decoding process ended with {self._process.returncode}")
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._jobs, self._answers):
+            # What is left in the buffer of a broken pipe has no reader.
+            with contextlib.suppress(OSError):
+                pipe.close()
+
+    def decode(self, job: Job, content: bytes, seconds: float) -> NDArray[np.uint8]:
+        try:
+            answer = self._asked(job, content, seconds)
+            if answer.refusal is None:
+                return self._pixels(answer.shape)
+        except TimeoutError:
+            self.end()
+            raise TooLarge(
+                job.field, f"{job.field} takes longer than {seconds:g} s to decode."
+            ) from None
+        except (OSError, EOFError, ValueError):
+            self.end()
+            log.warning("decoding %s ended its process: %s", job.field, self._process.returncode)
+            raise InvalidRequest(
+                job.field, f"{job.field} is a damaged image file and cannot be decoded."
+            ) from None
+        raise (TooLarge if answer.too_large else InvalidRequest)(job.field, answer.refusal)
+
+    def _asked(self, job: Job, content: bytes, seconds: float) -> Answer:
+        self._jobs.write(json.dumps(asdict(job)).encode() + b"\n")
+        self._jobs.write(content)
+        self._jobs.flush()
+        return Answer(**json.loads(self._line(seconds)))
+
+    def _line(self, within_s: float) -> bytes:
+        answered = select.poll()
+        answered.register(self._answers, select.POLLIN)
+        if not answered.poll(1000 * within_s):
+            raise TimeoutError
+        return self._answers.readline()
+
+    def _pixels(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+        pixels = np.empty(shape, np.uint8)
+        if self._answers.readinto(pixels.data.cast("B")) != pixels.nbytes:
+            raise EOFError
+        return pixels
+
+
+def _end(workers: list[_Worker]) -> None:
+    while workers:
+        workers.pop().end()

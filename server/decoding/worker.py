@@ -1,0 +1,119 @@
+"""The process that decodes: reads jobs from its standard input and writes pixels to its output.
+
+An empty line says that it is ready. A job is a line of JSON, :class:`Job`, and the bytes that it
+announces. The answer is a line of JSON, :class:`Answer`, and the pixels that it announces. The
+process ends when its input does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+from dataclasses import asdict, dataclass
+from typing import IO
+
+# Pillow loads a format's module when it first meets the format.
+from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+
+from server.decoding.picture import decode_mask, decode_picture, file_of, fit
+from server.errors import InvalidRequest, TooLarge
+
+__all__ = ["Answer", "Job", "main"]
+
+FORMATS = JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What to decode.
+
+    Attributes:
+        length: bytes that follow.
+        field: the request's field, for error messages.
+        mask: whether it is a mask, decoded to grayscale.
+        encoded: whether the bytes are base64 or a data URI, rather than a file.
+        max_pixels: of the picture.
+        width: to resample to; None for the picture's own.
+        height: to resample to; None for the picture's own.
+        max_resampled: pixels of the result; a picture that would get more keeps its own size.
+    """
+
+    length: int
+    field: str
+    mask: bool
+    encoded: bool
+    max_pixels: int
+    width: int | None
+    height: int | None
+    max_resampled: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What became of a job.
+
+    Attributes:
+        shape: `[height, width, 3]`, or `[height, width]` of a mask, uint8.
+        refusal: the sentence for the user; None if the pixels follow.
+        too_large: whether the refusal is that of a picture that is too large.
+    """
+
+    shape: tuple[int, ...] = (0,)
+    refusal: str | None = None
+    too_large: bool = False
+
+
+def main() -> None:
+    """Decode until the input ends; the argument is how many bytes of memory the process may use."""
+    _bound(int(sys.argv[1]))
+    # Whatever a library prints must not end up between the pixels.
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    _serve(sys.stdin.buffer, answers)
+
+
+def _bound(memory: int) -> None:
+    for kind, most in (
+        (resource.RLIMIT_AS, memory),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        resource.setrlimit(kind, (most, most))
+
+
+def _serve(jobs: IO[bytes], answers: IO[bytes]) -> None:
+    answers.write(b"\n")
+    answers.flush()
+    while line := jobs.readline():
+        job = Job(**json.loads(line))
+        answer, pixels = _answer(job, jobs.read(job.length))
+        answers.write(json.dumps(asdict(answer)).encode() + b"\n")
+        answers.write(pixels)
+        answers.flush()
+
+
+def _answer(job: Job, data: bytes) -> tuple[Answer, bytes]:
+    try:
+        image = _decoded(job, data)
+    except InvalidRequest as error:
+        return Answer(refusal=error.message, too_large=isinstance(error, TooLarge)), b""
+    except MemoryError:
+        sentence = f"{job.field} needs more memory than decoding it may use."
+        return Answer(refusal=sentence, too_large=True), b""
+    shape = (image.height, image.width) if job.mask else (image.height, image.width, 3)
+    return Answer(shape), image.tobytes()
+
+
+def _decoded(job: Job, data: bytes) -> Image.Image:
+    if job.encoded:
+        data = file_of(data, job.field)
+    decode = decode_mask if job.mask else decode_picture
+    image = decode(data, field=job.field, max_pixels=job.max_pixels)
+    size = job.width or image.width, job.height or image.height
+    return image if size[0] * size[1] > job.max_resampled else fit(image, *size)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""What an adapter is once it is loaded: low-rank changes of a network's layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+__all__ = ["Adapter", "LowRank", "RowAdapters", "Weighted"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LowRank:
+    """The change of one layer: ``up`` of ``down`` is added to what the layer puts out.
+
+    Attributes:
+        down: ``[rank, in]``; of a convolution ``[rank, in, height, width]``.
+        up: ``[out, rank]``, with the factor alpha / rank in it.
+    """
+
+    down: Tensor
+    up: Tensor
+
+    @property
+    def rank(self) -> int:
+        """Inner size of the product."""
+        return len(self.down)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of both tensors, in bytes."""
+        return self.down.nbytes + self.up.nbytes
+
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class Adapter:
+    """A LoRA, loaded for one model.
+
+    Attributes:
+        name: as requests say it.
+        revision: first 16 hexadecimal digits of the SHA-256 of its file.
+        parts: changes by the network's name in a model folder (``unet``, ``text_encoder``, ...) and
+            by the layer's name in that network.
+    """
+
+    name: str
+    revision: str
+    parts: Mapping[str, Mapping[str, LowRank]]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all tensors, in bytes."""
+        return sum(change.nbytes for part in self.parts.values() for change in part.values())
+
+    @property
+    def changes_text(self) -> bool:
+        """Whether it changes how prompts are encoded."""
+        return any(part.startswith("text_encoder") for part in self.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Weighted:
+    """An adapter, and the factor on all of its changes."""
+
+    adapter: Adapter
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class RowAdapters:
+    """The adapters of the rows of a forward.
+
+    Attributes:
+        rows: of each row, in order. The changes of several are added up.
+        fixed: whether changes are computed over as many rows as the forward has, so that their
+            bits do not depend on how many rows have adapters.
+    """
+
+    rows: tuple[tuple[Weighted, ...], ...]
+    fixed: bool = False
+
+    def __bool__(self) -> bool:
+        """Whether any row has an adapter."""
+        return any(self.rows)
+
+    def of(self, rows: Sequence[int]) -> RowAdapters:
+        """Those of some rows, which may be repeated."""
+        return replace(self, rows=tuple(self.rows[row] for row in rows))
+
+    def padded(self, count: int) -> RowAdapters:
+        """The same, fixed, followed by rows without adapters until there are ``count``."""
+        missing: tuple[tuple[Weighted, ...], ...] = ((),) * (count - len(self.rows))
+        return RowAdapters((*self.rows, *missing), fixed=True)

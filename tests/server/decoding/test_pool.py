@@ -1,0 +1,145 @@
+"""Uploads are decoded elsewhere, and a file that is too much for that ends nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import gc
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from server.decoding.pool import DecodePool
+from server.errors import InvalidRequest, Overloaded, TooLarge
+from server.settings import Limits
+from tests.server.decoding.files import repeated_scans, saved
+
+RED = saved(Image.new("RGB", (32, 16), (255, 0, 0)), "PNG")
+SLOW = repeated_scans(2048, 2048, 20)
+
+
+@pytest.fixture
+def pool() -> Iterator[DecodePool]:
+    made = DecodePool(Limits(), processes=1, waiting=1)
+    yield made
+    made.close()
+
+
+def processes(pool: DecodePool) -> list[int]:
+    return [worker._process.pid for worker in pool._idle]
+
+
+def test_files_and_base64_become_pixels_of_the_size_that_is_asked_for(pool: DecodePool) -> None:
+    async def run() -> None:
+        own = await pool.picture(RED, "image")
+        assert own.shape == (16, 32, 3)
+        assert own.reshape(-1, 3).tolist() == [[255, 0, 0]] * 512
+        wide = await pool.picture(base64.b64encode(RED).decode(), "image", (64, None))
+        assert wide.shape == (16, 64, 3)
+        grey = await pool.mask(RED, "mask", (8, 8))
+        assert grey.shape == (8, 8)
+        assert grey.dtype == np.uint8
+
+    asyncio.run(run())
+    assert len(processes(pool)) == 1
+
+
+def test_a_size_that_no_image_may_have_costs_no_memory(pool: DecodePool) -> None:
+    pixels = asyncio.run(pool.picture(RED, "image", (16384, 16384)))
+    assert pixels.shape == (16, 32, 3)
+
+
+def test_a_refusal_names_the_field_and_keeps_the_process(pool: DecodePool) -> None:
+    asyncio.run(pool.picture(RED, "image"))
+    before = processes(pool)
+    with pytest.raises(InvalidRequest, match=r"^mask is not valid base64") as refused:
+        asyncio.run(pool.mask("\ud800 é", "mask"))
+    assert refused.value.field == "mask"
+    with pytest.raises(TooLarge, match=r"^image is a JPEG of "):
+        asyncio.run(pool.picture(repeated_scans(16, 16, 99), "image"))
+    assert processes(pool) == before
+
+
+def test_a_picture_that_takes_too_long_is_refused_and_its_process_replaced() -> None:
+    pool = DecodePool(Limits(decode_s=0.05), processes=1, waiting=1)
+    began = time.monotonic()
+    with pytest.raises(TooLarge, match=r"^image takes longer than 0.05 s to decode"):
+        asyncio.run(pool.picture(SLOW, "image"))
+    assert time.monotonic() - began < 5
+    assert processes(pool) == []
+    pool._limits = Limits()
+    assert asyncio.run(pool.picture(RED, "image")).shape == (16, 32, 3)
+    pool.close()
+
+
+def test_a_picture_that_needs_too_much_memory_is_refused() -> None:
+    pool = DecodePool(Limits(), processes=1, waiting=1)
+    pool._memory = 48 * 2**20
+    large = saved(Image.new("RGB", (2048, 2048)), "PNG")
+    with pytest.raises(TooLarge, match=r"^image needs more memory"):
+        asyncio.run(pool.picture(large, "image"))
+    assert asyncio.run(pool.picture(RED, "image")).shape == (16, 32, 3)
+    pool.close()
+
+
+def test_a_process_that_was_killed_is_replaced_unnoticed(pool: DecodePool) -> None:
+    asyncio.run(pool.picture(RED, "image"))
+    pool._idle[0]._process.kill()
+    pool._idle[0]._process.wait()
+    assert asyncio.run(pool.picture(RED, "image")).shape == (16, 32, 3)
+
+
+def test_a_process_that_dies_of_a_picture_blames_the_picture(pool: DecodePool) -> None:
+    async def run() -> None:
+        await pool.picture(RED, "image")
+        worker = pool._idle[0]
+        decoding = asyncio.ensure_future(pool.picture(SLOW, "image"))
+        await asyncio.sleep(0.05)
+        worker._process.kill()
+        with pytest.raises(InvalidRequest, match=r"^image is a damaged image file"):
+            await decoding
+
+    asyncio.run(run())
+
+
+def test_only_so_many_pictures_wait_and_one_whose_client_left_counts_until_it_is_done(
+    pool: DecodePool,
+) -> None:
+    async def run() -> None:
+        decoding = [asyncio.ensure_future(pool.picture(SLOW, "image")) for _ in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded, match="Too many uploaded images"):
+            await pool.picture(RED, "image")
+        decoding[1].cancel()
+        await asyncio.sleep(0.01)
+        waiting = asyncio.ensure_future(pool.picture(RED, "image"))
+        await asyncio.sleep(0)
+        decoding[0].cancel()
+        await asyncio.sleep(0.01)
+        with pytest.raises(Overloaded):
+            await pool.picture(RED, "image")
+        assert (await waiting).shape == (16, 32, 3)
+
+    asyncio.run(run())
+
+
+def test_a_pool_that_nobody_closes_leaves_no_process() -> None:
+    pool = DecodePool(Limits(), processes=1, waiting=1)
+    asyncio.run(pool.picture(RED, "image"))
+    (process,) = processes(pool)
+    del pool
+    gc.collect()
+    assert not Path(f"/proc/{process}").exists()
+
+
+def test_the_process_knows_nothing_of_the_server_s_environment(
+    pool: DecodePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WEFT_API_KEYS", "secret")
+    asyncio.run(pool.picture(RED, "image"))
+    (process,) = processes(pool)
+    assert b"secret" not in Path(f"/proc/{process}/environ").read_bytes()

@@ -1,0 +1,106 @@
+"""Images with adapters, beside those of a model that has the same adapters in its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from embedded import MODEL_FOLDER
+from guidance.autoguidance import Autoguidance
+from guidance.negtome import NegToMe
+from guidance.pag import PAG
+from server.engine.engine import Engine
+from server.engine.task import Group, ImageTask
+from server.models.adapters.adapter import Weighted
+from server.models.hosted import HostedModel
+from server.models.loading import load_model
+from tests.server.models.adapters.low_rank import adapter, changes, merged
+from tests.server.toy_model import run, started
+
+Make = Callable[..., ImageTask]
+
+
+@pytest.fixture(scope="module")
+def styles(model: HostedModel) -> tuple[Weighted, Weighted]:
+    """One changes the U-Net alone, the other one its attention and the text encoder."""
+    unet, text = (model.adaptable()[part] for part in ("unet", "text_encoder"))
+    pastel = adapter("pastel", {"unet": changes(unet, 4, seed=1)})
+    both = {
+        "unet": changes(unet, 8, seed=2, within="attn"),
+        "text_encoder": changes(text, 2, seed=3),
+    }
+    return Weighted(pastel, 0.8), Weighted(adapter("storybook", both), 1.0)
+
+
+@pytest.fixture(scope="module")
+def restyled(styles: tuple[Weighted, ...]) -> Iterator[Engine]:
+    """An engine on a model with both adapters in its weights."""
+    changed = load_model(MODEL_FOLDER, name="embedded", device="cpu", dtype="float32")
+    for part, network in changed.adaptable().items():
+        network.load_state_dict(merged(network, part, styles).state_dict())
+    made = started(changed, 6)
+    yield made
+    made.stop(0)
+
+
+def pixels(engine: Engine, tasks: list[ImageTask]) -> list[NDArray[np.uint8]]:
+    ear = run(engine, tasks)
+    assert not ear.errors, ear.errors
+    return [ear.results[i].pixels for i in range(len(tasks))]
+
+
+def assert_alike(ours: NDArray[np.uint8], theirs: NDArray[np.uint8]) -> None:
+    assert np.abs(ours.astype(int) - theirs).max() <= 2
+
+
+def assert_unlike(ours: NDArray[np.uint8], theirs: NDArray[np.uint8]) -> None:
+    assert np.abs(ours.astype(int) - theirs).max() > 20
+
+
+def test_all_rows_of_an_image_are_adapted_and_those_of_others_are_not(
+    engine: Engine, restyled: Engine, task: Make, styles: tuple[Weighted, ...]
+) -> None:
+    """Prompt, negative prompt and a perturbed row; and the same prompt encoded with and without."""
+    plain = task(settings=(PAG(),))
+    ours, bare = pixels(engine, [replace(plain, adapters=styles), plain])
+    assert_alike(ours, *pixels(restyled, [plain]))
+    assert_alike(bare, *pixels(engine, [plain]))
+    assert_unlike(ours, bare)
+
+
+def test_the_weaker_companion_is_not_adapted(
+    engine: Engine, restyled: Engine, task: Make, styles: tuple[Weighted, ...]
+) -> None:
+    plain = task(rule="none", settings=(Autoguidance(),))
+    [ours] = pixels(engine, [replace(plain, adapters=styles)])
+    assert_alike(ours, *pixels(restyled, [plain]))
+
+
+def test_images_of_a_group_are_adapted_together(
+    engine: Engine, restyled: Engine, task: Make, styles: tuple[Weighted, ...]
+) -> None:
+    settings = (NegToMe(stop=1.0, away_from="first"),)
+    group = [task(seed=seed, settings=settings, group=Group()) for seed in (1, 2)]
+    group = [replace(one, group=group[0].group) for one in group]
+    ours = pixels(engine, [replace(one, adapters=styles) for one in group])
+    for image, theirs in zip(ours, pixels(restyled, group), strict=True):
+        assert_alike(image, theirs)
+
+
+def test_an_image_is_bit_identical_alone_and_among_images_with_other_adapters(
+    fixed_engine: Engine, task: Make, styles: tuple[Weighted, ...]
+) -> None:
+    pastel, storybook = styles
+    company = [
+        task(adapters=(pastel,)),
+        task(seed=8),
+        task(seed=9, adapters=(storybook, replace(pastel, weight=-0.5)), steps=2),
+    ]
+    together = pixels(fixed_engine, company)
+    for one, image in zip(company, together, strict=True):
+        [alone] = pixels(fixed_engine, [one])
+        assert np.array_equal(alone, image)

@@ -1,0 +1,103 @@
+"""Frames of live streams beside ordinary images, in the real engine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from threading import Event
+from typing import Any
+
+from server.engine.live_share import ORDINARY_SHARE
+from server.engine.scheduler import Priority
+from server.engine.state.sequence import ImageResult
+from server.engine.task import ImageTask, Stream
+from tests.server.engine.test_decode import Diary, between_ticks
+
+FRAMES = 12
+
+
+class Client:
+    """Submits another frame whenever one comes back, and always has four under way."""
+
+    def __init__(self, engine: Any, task: ImageTask) -> None:
+        self._engine = engine
+        self._task = replace(task, priority=Priority.LIVE, stream=Stream())
+        self._began = 0
+        self.frames = 0
+        self.seconds: list[float] = []
+        self.failures: list[Exception] = []
+        self.stopped = False
+        self.ended = Event()
+
+    def start(self) -> None:
+        self._began = 4
+        for _ in range(4):
+            self._engine.submit([self._task], self)
+
+    def started(self, index: int) -> None: ...
+
+    def progress(self, *said: Any) -> None: ...
+
+    def finished(self, index: int, result: ImageResult) -> None:
+        self.frames += 1
+        if self._began < FRAMES and not self.stopped:
+            self._began += 1
+            self._engine.submit([self._task], self)
+        else:
+            self.ended.set()
+
+    def failed(self, index: int, error: Exception) -> None:
+        self.failures.append(error)
+        self.ended.set()
+
+
+def test_streams_share_equally_and_ordinary_images_get_their_part(start, task, listen):
+    engine = start(row_budget=8)
+    frame = task(sampler="lcm", rule="none", steps=4, width=64, height=64)
+    clients = [Client(engine, frame) for _ in range(3)]
+    backlog = listen(30)
+    submission = engine.submit([task(rule="none", steps=50, width=64, height=64)] * 30, backlog)
+    before = engine.measurements.evaluations
+    for client in clients:
+        client.start()
+    for client in clients:
+        assert client.ended.wait(60)
+        client.stopped = True
+    rows = engine.measurements.evaluations - before
+    submission.cancel()
+    backlog.wait()
+    counts = [client.frames for client in clients]
+    assert min(counts) >= 0.8 * max(counts)
+    assert not any(client.failures for client in clients)
+    ordinary = rows - 4 * sum(counts)
+    assert 0.5 * ORDINARY_SHARE < ordinary / rows < 2 * ORDINARY_SHARE
+    latencies = engine.measurements.latencies
+    assert sum(latencies[Priority.LIVE].counts) >= sum(counts)
+    assert latencies[Priority.LIVE].total_s > 0
+
+
+def test_a_live_frame_goes_before_the_queue_that_it_finds(start, task, listen):
+    engine = start(row_budget=4)
+    queue, frame = listen(60), listen(1)
+    submission = engine.submit([task(rule="none", steps=9)] * 60, queue)
+    live = replace(task(rule="none", steps=2), priority=Priority.LIVE)
+    engine.submit([live], frame)
+    frame.wait()
+    assert len(queue.results) < 10
+    submission.cancel()
+    queue.wait()
+
+
+def test_live_frames_that_finish_together_are_all_decoded_before_the_next_tick(
+    start, model, task, listen
+):
+    diary = Diary(model)
+    engine = start(model=diary, row_budget=12)
+    diary.entries.clear()
+    ordinary, live = listen(1), listen(6)
+    frame = replace(task(rule="none", steps=1), priority=Priority.LIVE)
+    engine.submit([task(rule="none", steps=6)], ordinary)
+    engine.submit([frame] * 6, live)
+    ordinary.wait()
+    live.wait()
+    sizes = [sum(call) for call in between_ticks(diary.entries) if call]
+    assert sizes == [6, 1]

@@ -1,0 +1,50 @@
+"""Random adapters, and the same network with them merged into its weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from server.models.adapters.adapter import Adapter, LowRank, Weighted
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def changes(
+    network: nn.Module, rank: int, seed: int = 0, size: float = 0.3, within: str = ""
+) -> dict[str, LowRank]:
+    """Of all linear layers and convolutions whose names have something within."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(*shape: int) -> Tensor:
+        return size * torch.randn(shape, generator=generator) / shape[1] ** 0.5
+
+    made: dict[str, LowRank] = {}
+    for name, layer in network.named_modules():
+        if within not in name:
+            continue
+        if isinstance(layer, nn.Linear):
+            made[name] = LowRank(drawn(rank, layer.in_features), drawn(layer.out_features, rank))
+        elif isinstance(layer, nn.Conv2d):
+            down = drawn(rank, layer.in_channels, *layer.kernel_size)
+            made[name] = LowRank(down, drawn(layer.out_channels, rank))
+    return made
+
+
+def adapter(name: str, parts: Mapping[str, Mapping[str, LowRank]]) -> Adapter:
+    return Adapter(name, f"revision of {name}", parts)
+
+
+def merged(network: Network, part: str, adapters: Sequence[Weighted]) -> Network:
+    """The network as every other program adapts it: all of it, in its weights."""
+    changed = copy.deepcopy(network)
+    for one in adapters:
+        for name, change in one.adapter.parts.get(part, {}).items():
+            weight = changed.get_submodule(name).get_parameter("weight")
+            product = torch.einsum("or,r...->o...", change.up, change.down)
+            weight.data += one.weight * product
+    return changed
