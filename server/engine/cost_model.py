@@ -80,6 +80,12 @@ class TickCost:
         """The least that a row costs, in ticks of at most so many rows."""
         return min(self.seconds(rows) / rows for rows in (*NODES, most) if rows <= most)
 
+    def seconds_at(self, share: float, most: int) -> float:
+        """Seconds of the shortest tick with that share of the best throughput of ``most`` rows."""
+        dearest = self.seconds_a_row(most) / share
+        rows = next(n for n in range(1, most + 1) if self.seconds(n) <= dearest * n)
+        return self.seconds(rows)
+
     def estimates(self) -> dict[int, float]:
         """Expected seconds by rows, at the sizes that are kept."""
         return dict(zip(NODES, self._seconds, strict=True))

@@ -72,6 +72,10 @@ embedded model the bits of a row depend on its place, at multiples of 4 they do 
 
 ADMITTED_A_TICK = 16
 
+LEAST_THROUGHPUT = 0.8
+"""Share of the best that live ticks reach, even if they take longer than wished: where one row
+alone takes that long, ticks of one row would only make all frames late."""
+
 LIVE_PAUSE_S = 10.0
 """Seconds without a live frame after which none is expected."""
 
@@ -87,7 +91,8 @@ class Engine:
         row_budget: most rows of a forward, at least 2; what a tick has is chosen from what waits
             and from what ticks cost. In deterministic mode every forward has so many, and where
             None is given, as many as its cost recommends at the start.
-        live_tick_s: most seconds of a tick while images of the priority live are under way.
+        live_tick_s: most seconds of a tick while images of the priority live are under way, unless
+            shorter ticks would cost a fifth of the throughput.
         deterministic: run everything at fixed batch shapes, so that an image's bits do not depend
             on what else is in the batch.
         max_pending: images waiting or under way; more are refused.
@@ -336,7 +341,7 @@ class Engine:
         if any(candidate.stream is not None for candidate in candidates):
             self._live_at = monotonic()
             costs = {key: self._costs_of(lane) for key, lane in lanes.items()}
-            choice = share_tick(candidates, self._shares, costs, rows_of, self._live_tick_s)
+            choice = share_tick(candidates, self._shares, costs, rows_of)
             self._shares = choice.shares
             return [running[i] for i in choice.chosen]
         load = load_of(candidates)
@@ -347,13 +352,15 @@ class Engine:
         costs = self._costs_of(lane)
         if self._fixed_rows is not None:
             return costs.most
-        longest_s = self._live_tick_s if load.live else self._longest_ordinary_s()
+        longest_s = costs.longest_s if load.live else self._longest_ordinary_s()
         return rows_of_tick(load, costs.most, costs.seconds, longest_s, self.measurements.ticks)
 
     def _costs_of(self, lane: Lane) -> LaneCosts:
-        most, fixed = min(self.measurements.row_budget, lane.row_cap.rows), self._fixed_rows
-        seconds = lane.cost.seconds
-        return LaneCosts(most, seconds if fixed is None else lambda _: seconds(fixed))
+        cost, fixed = lane.cost, self._fixed_rows
+        most = min(self.measurements.row_budget, lane.row_cap.rows)
+        longest_s = max(self._live_tick_s, cost.seconds_at(LEAST_THROUGHPUT, most))
+        seconds = cost.seconds if fixed is None else lambda _: cost.seconds(fixed)
+        return LaneCosts(most, seconds, longest_s)
 
     def _longest_ordinary_s(self) -> float:
         """A live frame that comes during a tick waits for no longer than there was none."""

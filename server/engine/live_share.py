@@ -31,10 +31,12 @@ class LaneCosts:
     Attributes:
         most: rows that a tick may have.
         seconds: expected for a tick of so many rows.
+        longest_s: that a tick may take, where fewer rows can help it.
     """
 
     most: int
     seconds: Callable[[int], float]
+    longest_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +76,11 @@ def share_tick(
     shares: Shares,
     lanes: Mapping[int, LaneCosts],
     rows_of: Callable[[Load], int],
-    longest_s: float,
 ) -> Choice:
     """The next tick while images of live streams are under way.
 
     The stream that has had least decides the lane. Its tick has the images of all streams of the
-    lane that are not further ahead than ``longest_s``, oldest first, and as many ordinary ones as
+    lane that are not ahead of it by the longest tick, oldest first, and as many ordinary ones as
     their credit pays for. Ordinary images that cannot come along, as they are of another lane or
     too wide, have a tick of their own as soon as their credit pays for it.
 
@@ -88,7 +89,6 @@ def share_tick(
         shares: as the last tick left them.
         lanes: of all candidates.
         rows_of: the best number of rows for a load.
-        longest_s: seconds that the tick may take, where fewer rows can help it.
     """
     units, members = units_of(candidates)
     live = [i for i, unit in enumerate(units) if unit.stream is not None]
@@ -102,7 +102,7 @@ def share_tick(
     load = Load(lane, sum(units[i].rows for i in here), max(units[i].rows for i in here), live=True)
     wanted = rows_of(load)
     costs = lanes[lane]
-    room = max(wanted, bisect_right(range(1, costs.most + 1), longest_s, key=costs.seconds))
+    room = max(wanted, bisect_right(range(1, costs.most + 1), costs.longest_s, key=costs.seconds))
 
     if ordinary and not _comes_along(units[ordinary[0]], lane, room - units[first].rows):
         own = _own_tick(units, ordinary, shares.credit, lanes, rows_of)
@@ -114,7 +114,7 @@ def share_tick(
     riders = _riders(units, ordinary, units[first], wanted, room, costs, shares.credit)
     left = min(wanted, room - riders.rows)
     price = costs.seconds(left + riders.rows) / (left + riders.rows)
-    due = _due([(i, units[i]) for i in here], starts, left, price, clock + longest_s)
+    due = _due([(i, units[i]) for i in here], starts, left, price, clock + costs.longest_s)
     rows = sum(units[i].rows for i in due) + riders.rows
     seconds = costs.seconds(rows)
     for i in due:

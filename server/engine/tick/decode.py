@@ -50,9 +50,9 @@ class Decoder:
     """Decodes finished images in the order in which they finished, frames of live streams first.
 
     On CUDA the decoder has a stream of its own, so that it works while ticks go on. On a CPU it
-    can only take turns with them: between two ticks it decodes all live frames, as their clients
-    wait for each of them, and then makes one call for the others, of one picture unless more than
-    ``TICKS_OF_BACKLOG`` wait.
+    can only take turns with them: between two ticks it decodes all live frames, one after another,
+    as their clients wait for each of them, and then makes one call for the others, of one picture
+    unless more than ``TICKS_OF_BACKLOG`` wait.
 
     Args:
         device: of all models.
@@ -99,7 +99,7 @@ class Decoder:
             DeviceLost: the device no longer answers.
         """
         while self._stream is None and self._live:
-            self._start(self._next(self._live, DECODED_AT_ONCE))
+            self._start(self._next(self._live, DECODED_AT_ONCE if self._fixed else 1))
             yield from self._finished(idle=False)
         room = 1 if self._stream is None else IN_FLIGHT
         while (self._live or self._ordinary) and len(self._in_flight) < room:

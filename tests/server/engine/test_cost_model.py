@@ -169,6 +169,14 @@ def test_between_and_beyond_what_was_measured_the_cost_is_linear():
     assert cost.seconds_a_row(128) == pytest.approx(0.00375)
 
 
+def test_the_shortest_tick_of_a_given_throughput_is_found():
+    """12 ms and 4 ms a row: a row costs 4.75 ms at 16 rows, and 5.5 ms at 8, which is .86 of it."""
+    cost = TickCost({rows: 0.012 + 0.004 * rows for rows in NODES})
+    assert cost.seconds_at(0.86, 16) == pytest.approx(0.012 + 0.004 * 8)
+    assert cost.seconds_at(1.0, 16) == pytest.approx(0.012 + 0.004 * 16)
+    assert TickCost({1: 0.1}).seconds_at(0.8, 16) == pytest.approx(0.1)
+
+
 def test_a_machine_that_becomes_busy_raises_the_cost_of_all_sizes():
     cost = TickCost({rows: 0.02 + 0.01 * rows for rows in NODES})
     before = cost.estimates()

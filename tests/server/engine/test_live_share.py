@@ -100,13 +100,14 @@ class Simulation:
         images = list(self.waiting)
         candidates = [self._candidate(image) for image in images]
         if any(image.stream is not None for image in images):
-            lanes = {lane: LaneCosts(MOST, curve) for lane, curve in self.curves.items()}
+            lanes = {
+                lane: LaneCosts(MOST, curve, LIVE_TICK_S) for lane, curve in self.curves.items()
+            }
             chosen, self.shares = share_tick(
                 candidates,
                 self.shares,
                 lanes,
                 lambda load: rows_of(load, self.curves[load.lane]),
-                LIVE_TICK_S,
             )
         else:
             load = load_of(candidates)
@@ -271,13 +272,12 @@ units = st.lists(
 def test_a_tick_has_one_lane_and_its_bound_and_no_stream_overtakes_itself(
     waiting: list[Candidate], credit: float, most: int
 ):
-    lanes = {lane: LaneCosts(most, cpu) for lane in range(3)}
+    lanes = {lane: LaneCosts(most, cpu, LIVE_TICK_S) for lane in range(3)}
     chosen, shares = share_tick(
         waiting,
         Shares(credit),
         lanes,
         lambda load: rows_of_tick(load, most, cpu, LIVE_TICK_S, tick=1),
-        LIVE_TICK_S,
     )
     assert chosen
     assert len(set(chosen)) == len(chosen)
