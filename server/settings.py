@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from server.api_keys import ApiKey, keys_of
 
 __all__ = ["LOOPBACK_NAMES", "Limits", "Settings"]
 
@@ -28,7 +30,7 @@ def _listed(value: Any) -> Any:
 
 
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_listed)]
-Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_listed)]
+Keys = Annotated[tuple[ApiKey, ...], NoDecode, BeforeValidator(keys_of)]
 
 
 class Limits(BaseModel):
@@ -60,7 +62,12 @@ class Settings(BaseSettings):
     """Everything that an operator can configure."""
 
     model_config = SettingsConfigDict(
-        env_prefix="WEFT_", env_nested_delimiter="__", frozen=True, extra="forbid"
+        env_prefix="WEFT_",
+        env_nested_delimiter="__",
+        frozen=True,
+        extra="forbid",
+        # A refused key must not be printed.
+        hide_input_in_errors=True,
     )
 
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
@@ -108,9 +115,10 @@ class Settings(BaseSettings):
     )
     limits: Limits = Limits()
 
-    api_keys: Secrets = Field(
+    api_keys: Keys = Field(
         default=(),
-        description="Accepted bearer keys; if empty, anyone who can reach the port is served.",
+        description="Accepted bearer keys, each of 16 to 256 characters or as `sha256:` and the 64 "
+        "hexadecimal digits of its SHA-256. Without keys, anyone who can reach the port is served.",
     )
     insecure: bool = Field(
         default=False,

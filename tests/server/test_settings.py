@@ -1,3 +1,4 @@
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -5,13 +6,19 @@ from pydantic import SecretStr, ValidationError
 
 from server.settings import Settings
 
+KEY = "a-key-of-the-test-suite"
+
+
+def digest_of(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
+
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "weft.example"])  # noqa: S104
 def test_an_open_address_needs_keys_or_a_decision(host: str) -> None:
     with pytest.raises(ValidationError, match="which other machines can reach"):
         Settings(host=host)
     assert Settings(host=host, insecure=True).hosts == ("127.0.0.1", "localhost", "::1", host)
-    assert Settings(host=host, api_keys=(SecretStr("secret"),)).hosts == ("*",)
+    assert Settings(host=host, api_keys=(SecretStr(KEY),)).hosts == ("*",)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
@@ -20,17 +27,48 @@ def test_loopback_needs_nothing(host: str) -> None:
 
 
 def test_the_environment_takes_lists_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WEFT_API_KEYS", "a, b")
+    monkeypatch.setenv("WEFT_API_KEYS", f"{KEY}, {KEY}2")
     monkeypatch.setenv("WEFT_ALLOWED_HOSTS", '["x.example", "y.example"]')
     monkeypatch.setenv("WEFT_LIMITS__STEPS", "7")
     settings = Settings()
-    assert [key.get_secret_value() for key in settings.api_keys] == ["a", "b"]
+    assert [digest_of(KEY), digest_of(f"{KEY}2")] == [key.digest for key in settings.api_keys]
     assert settings.hosts == ("x.example", "y.example")
     assert settings.limits.steps == 7
 
 
-def test_a_key_is_not_printed() -> None:
-    assert "hunter2" not in repr(Settings(api_keys=(SecretStr("hunter2"),)))
+@pytest.mark.parametrize(
+    ("keys", "reason"),
+    [
+        ('[""]', "key 1 is empty; a key has 16 to 256"),
+        (f"{KEY}, ,", "key 2 is empty"),
+        (f'["{KEY}", "tiny"]', "key 2 has 4 characters"),
+        ("x" * 257, "key 1 has 257 characters"),
+        ('["       padded       "]', "key 1 has characters that an HTTP header cannot carry"),
+        ('["schlüssel-schlüssel"]', "key 1 has characters that an HTTP header cannot carry"),
+        (f"sha256:{'0' * 63}", "key 1 begins with 'sha256:'; 64 hexadecimal digits must follow"),
+    ],
+)
+def test_a_key_that_is_easily_guessed_or_never_sent_is_refused(
+    monkeypatch: pytest.MonkeyPatch, keys: str, reason: str
+) -> None:
+    monkeypatch.setenv("WEFT_API_KEYS", keys)
+    with pytest.raises(ValidationError, match=reason) as refused:
+        Settings()
+    assert KEY not in str(refused.value)
+    assert "tiny" not in str(refused.value)
+
+
+def test_a_key_may_be_given_by_its_hash_alone() -> None:
+    (key,) = Settings.model_validate({"api_keys": [f"sha256:{digest_of(KEY).hex()}"]}).api_keys
+    assert key.opens_for(KEY)
+    assert not key.opens_for(f"{KEY}x")
+    assert not key.opens_for("")
+
+
+def test_keys_are_kept_as_hashes_alone() -> None:
+    settings = Settings.model_validate({"api_keys": [KEY]})
+    assert KEY not in repr(settings)
+    assert KEY not in repr(settings.model_dump())
 
 
 def test_models_are_named_by_folder_or_by_choice(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from server.settings import Settings
 Unloaded = Callable[..., TestClient]
 
 KEY = "correct horse battery staple"
+OTHER = "0123456789abcdef"
 
 
 def routes() -> list[tuple[str, str]]:
@@ -129,7 +130,7 @@ WRONG_KEYS = ("", "Bearer", "Bearer ", "Bearer wrong", f"Basic {KEY}", KEY, f"Be
 def test_every_route_needs_a_key_where_there_are_keys(
     unloaded: Unloaded, method: str, path: str
 ) -> None:
-    client = unloaded(api_keys=[KEY, "other"])
+    client = unloaded(api_keys=[KEY, OTHER])
     for headers in ({}, *({"authorization": wrong} for wrong in WRONG_KEYS)):
         answer = call(client, method, path, **headers)
         assert (answer.status_code == 401) == (path not in PUBLIC), headers
@@ -138,9 +139,9 @@ def test_every_route_needs_a_key_where_there_are_keys(
             assert answer.json()["error"]["code"] == "invalid_api_key"
 
 
-@pytest.mark.parametrize("key", [KEY, "other"])
+@pytest.mark.parametrize("key", [KEY, OTHER])
 def test_any_of_the_keys_opens(unloaded: Unloaded, key: str) -> None:
-    client = unloaded(api_keys=[KEY, "other"])
+    client = unloaded(api_keys=[KEY, OTHER])
     assert call(client, "GET", "/v1/catalog", authorization=f"Bearer {key}").status_code == 200
     assert call(client, "GET", "/v1/catalog", authorization=f"bearer {key}").status_code == 200
 
