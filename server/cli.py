@@ -109,31 +109,14 @@ def serve(
     )
     logging.basicConfig(level=logging.INFO, format="%(levelname)s:     %(message)s")
     logging.getLogger("httpx2").setLevel(logging.WARNING)
-    raise typer.Exit(_run_server(settings))
+    from server.errors import WeftError
+    from server.http.serving import end_process, listen, run
 
-
-def _run_server(settings: Settings) -> int:
-    import uvicorn
-
-    from server.http.app import create_app
-
-    failed: list[bool] = []
-
-    def give_up() -> None:
-        failed.append(True)
-        server.should_exit = True
-
-    config = uvicorn.Config(
-        create_app(settings, on_failure=give_up),
-        host=settings.host,
-        port=settings.port,
-        server_header=False,
-        access_log=False,
-        timeout_graceful_shutdown=max(1, round(settings.drain_s)),
-    )
-    server = uvicorn.Server(config)
-    server.run()
-    return 1 if failed or not server.started else 0
+    try:
+        listeners = listen(settings.host, settings.port)
+    except WeftError as error:
+        _refuse(error.message)
+    end_process(run(settings, listeners))
 
 
 @app.command()

@@ -16,6 +16,7 @@
     |- NotReady                      503  loading, draining or broken
     |   `- DeviceLost                503  the GPU failed in a way that only a restart mends
     |- ModelMismatch                 500  a model folder is unsupported
+    |- CannotListen                  500  the address or port cannot be listened on
     `- RowFailed                     500  one image failed
 
 Each carries the sentence that the user reads; only `server.http.errors` turns them into responses.
@@ -28,6 +29,7 @@ from typing import ClassVar
 
 __all__ = [
     "Cancelled",
+    "CannotListen",
     "DeviceLost",
     "DuplicateGeneration",
     "Forbidden",
@@ -203,6 +205,15 @@ class ModelMismatch(WeftError):
     """A model folder that this server cannot host; the message says why."""
 
     code = "model_mismatch"
+
+
+class CannotListen(WeftError):
+    """The address or port that the server was told to listen on cannot be used."""
+
+    code = "cannot_listen"
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message, field=field)
 
 
 class RowFailed(WeftError):

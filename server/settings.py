@@ -137,7 +137,16 @@ class Settings(BaseSettings):
         default=30,
         ge=0,
         le=3600,
-        description="Seconds that running requests get to finish when the server shuts down.",
+        description="Seconds from the signal that stops the server to the end of its process, at "
+        "least about 3. Requests under way may finish until 3 seconds before; then they get "
+        "status 503.",
+    )
+    lame_duck_s: float = Field(
+        default=1,
+        ge=0,
+        le=600,
+        description="Least seconds from SIGTERM until the listener closes, in which `/readyz` and "
+        "new requests get status 503, so that load balancers notice.",
     )
 
     @model_validator(mode="after")

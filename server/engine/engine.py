@@ -147,13 +147,19 @@ class Engine:
         """Warm up and start to work, in the engine's own thread."""
         self._thread.start()
 
-    def stop(self, timeout_s: float) -> None:
-        """Take no more work, give what is under way ``timeout_s`` seconds, then end the rest."""
+    def stop(self, timeout_s: float, last_tick_s: float | None = None) -> None:
+        """Take no more work, give what is under way ``timeout_s`` seconds, then end the rest.
+
+        Args:
+            timeout_s: for what is under way.
+            last_tick_s: most seconds to wait after that for a tick that nothing can interrupt;
+                None waits until it ends.
+        """
         with self._wake:
             self._stop_at = monotonic() + timeout_s
             self._wake.notify()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(None if last_tick_s is None else timeout_s + last_tick_s)
 
     def reserve(self, images: int) -> Reservation:
         """Room for the images of one request; safe from any thread.
@@ -248,9 +254,11 @@ class Engine:
             self.failure = lost_device(error, self._device) or error
         finally:
             self.ready = False
-            self._end_everything()
-            if self.failure is not None and self._on_failure is not None:
-                self._on_failure()
+            try:
+                self._end_everything()
+            finally:
+                if self.failure is not None and self._on_failure is not None:
+                    self._on_failure()
 
     def _warm_up(self) -> None:
         most = self._asked_budget or MOST_ROWS

@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from importlib.metadata import version
 from pathlib import Path
+from threading import Thread
 from typing import Any, Final
 
 from fastapi import FastAPI
@@ -18,9 +19,10 @@ from starlette.middleware.cors import CORSMiddleware
 
 from server.errors import WeftError
 from server.http import catalog, errors, generate, health
+from server.http.drain import Farewell
 from server.http.gate import Gate, RequestId
 from server.http.metrics import exposition
-from server.service.hosting import Hosted, host
+from server.service.hosting import host
 from server.service.service import Service
 from server.settings import Limits, Settings
 
@@ -33,7 +35,9 @@ PAGE_POLICY: Final = (
     "default-src 'self'; img-src 'self' data:; style-src 'unsafe-inline'; "
     "script-src 'unsafe-inline'; frame-ancestors 'none'"
 )
-ENGINE_STOP_S: Final = 10.0
+ENGINE_STOP_S: Final = 1.5
+"""For a tick under way when the server stops; its images have been given up by then."""
+
 LAST_WORDS_S: Final = 5.0
 """From the engine's failure to the process's end, so that clients and probes hear of it."""
 
@@ -72,8 +76,9 @@ def create_app(settings: Settings, *, on_failure: Callable[[], None] | None = No
 
 def _middleware(settings: Settings) -> list[Middleware]:
     gate = Middleware(Gate, settings=settings, answer=errors.answer)
+    outer = [Middleware(RequestId), Middleware(Farewell, answer=errors.answer)]
     if not settings.allowed_origins:
-        return [Middleware(RequestId), gate]
+        return [*outer, gate]
     cors = Middleware(
         CORSMiddleware,
         allow_origins=settings.allowed_origins,
@@ -82,7 +87,7 @@ def _middleware(settings: Settings) -> list[Middleware]:
         expose_headers=["x-request-id", "x-seed", "retry-after"],
     )
     # A preflight carries no key: it is answered before the gate asks for one.
-    return [Middleware(RequestId), cors, gate]
+    return [*outer, cors, gate]
 
 
 def _lifespan(
@@ -91,40 +96,43 @@ def _lifespan(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
         service: Service = app.state.service
-        loading = asyncio.create_task(_open(service, settings, on_failure))
+        loop = asyncio.get_running_loop()
+
+        def failed(after_s: float) -> None:
+            if on_failure is not None:
+                # A closed loop means that the server is ending anyway.
+                with contextlib.suppress(RuntimeError):
+                    loop.call_soon_threadsafe(loop.call_later, after_s, on_failure)
+
+        # Not in the loop's own threads, which a process that ends waits for: nothing interrupts
+        # the loading of a large model.
+        loading = Thread(target=_open, args=(service, settings, failed), daemon=True)
+        loading.start()
         try:
             yield
         finally:
+            service.drain()
+            service.abandon()
             service.close()
-            hosted = await loading
-            if hosted is not None:
-                await asyncio.to_thread(hosted.engine.stop, ENGINE_STOP_S)
+            if service.engine is not None:
+                await asyncio.to_thread(service.engine.stop, 0, ENGINE_STOP_S)
 
     return lifespan
 
 
-async def _open(
-    service: Service, settings: Settings, on_failure: Callable[[], None] | None
-) -> Hosted | None:
-    loop = asyncio.get_running_loop()
-
-    def engine_failed() -> None:
-        if on_failure is not None:
-            # A closed loop means that the server is ending anyway.
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(loop.call_later, LAST_WORDS_S, on_failure)
-
+def _open(service: Service, settings: Settings, failed: Callable[[float], None]) -> None:
+    """Load the models and let requests in; `failed` is called if that can never be."""
     try:
-        hosted = await asyncio.to_thread(host, settings, engine_failed)
-    except Exception as error:
+        hosted = host(settings, lambda: failed(LAST_WORDS_S))
+    except BaseException as error:
         known = isinstance(error, WeftError)
         log.critical("the models could not be loaded: %s", error, exc_info=not known)
-        service.give_up(f"The models could not be loaded: {error}")
-        if on_failure is not None:
-            on_failure()
-        return None
+        service.give_up("The models could not be loaded; the server's log says why.")
+        failed(0)
+        return
     service.open(hosted.engine, hosted.models)
-    return hosted
+    if service.leaving.is_set():
+        hosted.engine.stop(0)
 
 
 def _show_limits(app: FastAPI, limits: Limits) -> None:

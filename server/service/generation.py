@@ -161,6 +161,10 @@ class Generation:
         self._fail(Cancelled())
         return isinstance(self._error, Cancelled)
 
+    def abandon(self, error: WeftError) -> None:
+        """Stop the work, unless it has ended; whoever reads gets `error`."""
+        self._fail(error)
+
     def close(self) -> None:
         """Stop reading: unfinished work ends at the next tick."""
         self._closed = True

@@ -102,11 +102,17 @@ class Service:
     Args:
         limits: the operator's limits for one request.
         decode_processes: uploaded images decoded at once.
+
+    Attributes:
+        outcomes: how many requests ended how.
+        leaving: set once the server is about to stop; whoever holds a connection open without an
+            end of its own ends it then.
     """
 
     def __init__(self, limits: Limits, *, decode_processes: int = 2) -> None:
         self.outcomes: Counter[str] = Counter()
         self.decoding = DecodePool(limits, processes=decode_processes, waiting=UPLOADS_WAITING)
+        self.leaving = asyncio.Event()
         self._limits = limits
         self._engine: Engine | None = None
         self._models: Mapping[str, HostedModel] = {}
@@ -118,7 +124,7 @@ class Service:
 
     def open(self, engine: Engine, models: Mapping[str, HostedModel]) -> None:
         """Accept requests from now on; the first model is the default."""
-        self._engine, self._models = engine, models
+        self._models, self._engine = models, engine
 
     def close(self) -> None:
         """End the processes that decode uploads."""
@@ -128,6 +134,15 @@ class Service:
         """Refuse all requests for good, because the models could not be loaded."""
         self._failure = reason
 
+    def drain(self) -> None:
+        """Refuse new requests from now on; those under way go on."""
+        self.leaving.set()
+
+    def abandon(self) -> None:
+        """End all requests under way with :class:`NotReady`."""
+        for generation in list(self._under_way.values()):
+            generation.abandon(_stopping())
+
     @property
     def engine(self) -> Engine | None:
         """The engine, or None while the models are loading."""
@@ -136,7 +151,9 @@ class Service:
     @property
     def ready(self) -> bool:
         """Whether requests are accepted."""
-        return self.broken is None and self._engine is not None and self._engine.ready
+        if self.broken is not None or self.leaving.is_set():
+            return False
+        return self._engine is not None and self._engine.ready
 
     @property
     def broken(self) -> str | None:
@@ -152,10 +169,12 @@ class Service:
         """The engine, loaded and warmed.
 
         Raises:
-            NotReady: it is still loading, or broken.
+            NotReady: it is still loading, about to stop, or broken.
         """
         if self.broken:
             raise NotReady(self.broken, retry_after_s=60)
+        if self.leaving.is_set():
+            raise _stopping()
         if self._engine is None or not self.ready:
             raise NotReady("The model is still loading.")
         return self._engine
@@ -187,7 +206,7 @@ class Service:
             UnknownModel: no such model is hosted.
             DuplicateGeneration: the identifier is in use.
             Overloaded: the queue is full.
-            NotReady: the models are still loading, or the server is broken.
+            NotReady: the models are still loading, or the server is about to stop or broken.
         """
         if identifier in self._under_way:
             raise DuplicateGeneration(identifier)
@@ -358,6 +377,10 @@ class Service:
         pixels = generation.results[index].pixels
         description = ImageText(text, alone.settings())
         return Picture(encode(pixels, request.output_format, description), seed)
+
+
+def _stopping() -> NotReady:
+    return NotReady("The server is stopping; send the request again in a few seconds.")
 
 
 def _tasks(prepared: Prepared, model: HostedModel, uploads: Uploads) -> list[ImageTask]:

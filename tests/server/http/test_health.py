@@ -45,7 +45,8 @@ def test_a_server_without_its_model_is_not_worth_keeping(tmp_path: Any) -> None:
             client.get("/livez")
         answer = client.get("/livez")
         assert answer.status_code == 503
-        assert answer.json()["reason"].startswith("The models could not be loaded: ")
+        assert answer.json()["reason"].startswith("The models could not be loaded;")
+        assert str(tmp_path) not in answer.text + client.get("/readyz").text
         assert client.get("/readyz").status_code == 503
 
 

@@ -1,0 +1,104 @@
+"""The process behind `weft serve`: takes its port, serves, and ends with a status."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from typing import NoReturn
+
+from server.errors import CannotListen
+from server.settings import Settings
+
+__all__ = ["end_process", "listen", "run"]
+
+log = logging.getLogger("weft")
+
+
+def listen(host: str, port: int) -> list[socket.socket]:
+    """Sockets that listen on every address of a name, before anything slow is done.
+
+    Connections that arrive while the server starts wait until it answers.
+
+    Raises:
+        CannotListen: the name is no address of this machine, or the port is taken.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError:
+        raise CannotListen("host", f"host is {host!r}, which names no address.") from None
+    listeners: list[socket.socket] = []
+    for family, kind, protocol, _, address in dict.fromkeys(found):
+        listener = socket.socket(family, kind, protocol)
+        listeners.append(listener)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        try:
+            listener.bind(address)
+            listener.listen()
+        except OSError as error:
+            for opened in listeners:
+                opened.close()
+            reason = (error.strerror or str(error)).lower()
+            raise CannotListen(
+                "port",
+                f"port is {port}, which cannot be used on {address[0]}: {reason}; choose another "
+                "with --port or WEFT_PORT.",
+            ) from None
+    return listeners
+
+
+def run(settings: Settings, listeners: list[socket.socket]) -> int:
+    """Serve until a signal or a failure ends it.
+
+    Returns:
+        Status of the process: 0 after a signal, 1 if the models could not be loaded, or the engine
+        or its device failed.
+    """
+    # As process 1 of a container, one without a handler would not even hear of it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+
+    import uvicorn
+
+    from server.http.app import create_app
+    from server.http.drain import CLOSE_S, DrainingServer
+
+    failed: list[bool] = []
+
+    def give_up() -> None:
+        failed.append(True)
+        server.should_exit = True
+
+    app = create_app(settings, on_failure=give_up)
+    config = uvicorn.Config(
+        app,
+        server_header=False,
+        access_log=False,
+        timeout_graceful_shutdown=CLOSE_S,
+    )
+    server = DrainingServer(config, app.state.service, settings)
+    for listener in listeners:
+        log.info("listening on %s (Ctrl-C ends)", _url(*listener.getsockname()[:2]))
+    server.run(sockets=listeners)
+    return 1 if failed or not server.started else 0
+
+
+def end_process(status: int) -> NoReturn:
+    """End the process, and with it a thread that still loads a model or waits for a device.
+
+    Python would run that thread on while it takes the interpreter down, and die of it.
+    """
+    if threading.active_count() == 1:
+        sys.exit(status)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
