@@ -189,6 +189,8 @@ def generate(
         strength=strength,
     )
     made = _with_bar(settings, request)
+    for note in made.notes:
+        console.print(note, style="dim", highlight=False, markup=False, soft_wrap=True)
     for warning in made.warnings:
         console.print(warning, style="yellow", highlight=False, markup=False, soft_wrap=True)
     for path, data in _files(output, made):

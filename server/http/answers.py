@@ -78,6 +78,10 @@ class GenerateResponse(BaseModel):
         description="One sentence for each setting of the request that has no effect, or that the "
         "model was not distilled for."
     )
+    notes: list[str] = Field(
+        description="One sentence about the settings that were chosen for a distilled model by its "
+        "convention, and how that is known; empty for other models and if the request names all."
+    )
     evaluations: Evaluations
     particles: Particles | None = Field(default=None, description="Only with `guidance.particles`.")
     timings: Timings
@@ -92,6 +96,7 @@ class QueuedEvent(BaseModel):
     settings: dict[str, Any]
     statistics: str | None = Field(default=None, description="As in the answer.")
     warnings: list[str] = Field(description="As in the answer.")
+    notes: list[str] = Field(description="As in the answer.")
 
 
 class ProgressEvent(BaseModel):
@@ -123,6 +128,7 @@ def completed(generation: Generation, pictures: Pictures) -> GenerateResponse:
         settings=dict(pictures.settings),
         statistics=generation.statistics,
         warnings=list(generation.warnings),
+        notes=list(generation.notes),
         evaluations=Evaluations(spent=pictures.spent, saved=pictures.saved),
         particles=Particles(ancestors=list(pictures.ancestors), effective=list(pictures.effective))
         if pictures.ancestors
@@ -145,6 +151,7 @@ def queued(generation: Generation) -> QueuedEvent:
         settings=generation.request.settings(),
         statistics=generation.statistics,
         warnings=list(generation.warnings),
+        notes=list(generation.notes),
     )
 
 

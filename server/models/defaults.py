@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from guidance.policy import Policy
 from guidance.rule import Rule
-from samplers import Sampler, Spacing
+from samplers import PredictionType, Sampler, Spacing, Trailing
 
 __all__ = ["ModelDefaults"]
 
@@ -15,8 +15,8 @@ __all__ = ["ModelDefaults"]
 class ModelDefaults:
     """The settings that a model was distilled for.
 
-    A family's file decides them from the configs of a model folder. Models without any take the
-    server's defaults.
+    A family's file decides them from the configs of a model folder, or the operator names them
+    there. Models without any take the server's defaults.
 
     Attributes:
         sampler: how the noise is removed.
@@ -24,6 +24,10 @@ class ModelDefaults:
         steps: number of sampler steps.
         rule: of guidance.
         policy: of guidance.
+        convention: name of the convention that these settings are, in ``CONVENTIONS``.
+        reason: how it is known that the model follows it, as a clause.
+        counts: the numbers of steps that the model was distilled for; empty for any number.
+        prediction: what the network puts out, where the scheduler's config cannot say.
     """
 
     sampler: Sampler
@@ -31,3 +35,18 @@ class ModelDefaults:
     steps: int
     rule: Rule
     policy: Policy
+    convention: str
+    reason: str
+    counts: tuple[int, ...] = ()
+    prediction: PredictionType | None = None
+
+    def spacing_of(self, steps: int | None) -> Spacing:
+        """The spacing of a run of the model's sampler.
+
+        Args:
+            steps: of the request; None for the model's own number. Times that are listed for one
+                number of steps are left for ``trailing`` at another.
+        """
+        if steps is None or self.spacing.own_steps in (None, steps):
+            return self.spacing
+        return Trailing()

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from guidance import CFG
-from guidance.embedded import Embedded
-from samplers.lcm import LCM
 from samplers.timesteps import LCMSpacing
 from server.errors import ModelMismatch
-from server.models.defaults import ModelDefaults
+from server.models.conventions import CONVENTIONS, defaults_by
+from server.models.distilled import stated
 from server.models.folder import component_class, read_json
 from server.models.stable_diffusion import load_stable_diffusion
 from server.models.unet_model import SCHEDULER
@@ -23,11 +21,8 @@ if TYPE_CHECKING:
 
     import torch
 
+    from server.models.defaults import ModelDefaults
     from server.models.unet_model import UNetModel
-
-STEPS = 4
-SCALE = 8.5
-"""Of guidance; both as in diffusers' pipeline."""
 
 FIXED: Mapping[str, Any] = {"clip_sample": False, "thresholding": False, "timestep_scaling": 10.0}
 """Entries of the scheduler's config that the sampler ``lcm`` knows one value of, diffusers' own."""
@@ -49,7 +44,9 @@ def load_latent_consistency(
             "models are told a guidance scale through it."
         )
     defaults = _defaults_of(folder, read_json(folder, SCHEDULER))
-    return load_stable_diffusion(folder, name, revision, device, dtype, defaults)
+    return load_stable_diffusion(
+        folder, name, revision, device, dtype, stated(folder, embeds_scale=True) or defaults
+    )
 
 
 def _defaults_of(folder: Path, scheduler: Mapping[str, Any]) -> ModelDefaults:
@@ -68,10 +65,7 @@ def _defaults_of(folder: Path, scheduler: Mapping[str, Any]) -> ModelDefaults:
             f"{str(distilled)[:40]!r}; a whole number from {allowed['minimum']} to "
             f"{allowed['maximum']} is allowed."
         )
-    return ModelDefaults(
-        sampler=LCM(),
-        spacing=LCMSpacing(distilled_steps=distilled),
-        steps=min(STEPS, distilled),
-        rule=CFG(scale=SCALE),
-        policy=Embedded(),
-    )
+    reason = "its pipeline is a LatentConsistencyModelPipeline"
+    steps = min(CONVENTIONS["lcm"].steps, distilled)
+    spacing = LCMSpacing(distilled_steps=distilled)
+    return defaults_by("lcm", reason, steps=steps, spacing=spacing)

@@ -6,8 +6,17 @@ from typing import TYPE_CHECKING
 
 from server.models.clip import CLIP
 from server.models.conditioning import Conditioning
+from server.models.distilled import distilled_as
+from server.models.folder import read_json
 from server.models.parts import load_network, load_text_encoder, load_tokenizer
-from server.models.unet_model import TEXT, UNetModel, facts_of, load_companion, schedule_of
+from server.models.unet_model import (
+    SCHEDULER,
+    TEXT,
+    UNetModel,
+    facts_of,
+    load_companion,
+    schedule_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -61,7 +70,7 @@ def load_stable_diffusion(
         revision: of its weights.
         device: where it runs.
         dtype: of the U-Net and the text encoder.
-        defaults: settings of requests that leave them out; None for the server's own.
+        defaults: settings of requests that leave them out; None for those that the folder tells of.
 
     Raises:
         ModelMismatch: a part that this family cannot run.
@@ -75,6 +84,9 @@ def load_stable_diffusion(
     positions = encoder.config.max_position_embeddings
     tokenizer = load_tokenizer(folder, "tokenizer", CLIPTokenizer, positions)
     text = OneEncoder(CLIP(encoder, tokenizer, device))
+    if defaults is None:
+        embeds_scale = unet.config.time_cond_proj_dim is not None
+        defaults = distilled_as(folder, read_json(folder, SCHEDULER), embeds_scale=embeds_scale)
     return UNetModel(
         facts_of(folder, name, revision, unet, vae, text.max_tokens, defaults),
         device,

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from guidance import Always, Unguided
-from samplers import EulerAncestral, Trailing
 from server.errors import ModelMismatch
 from server.models.clip import CLIP
 from server.models.conditioning import Conditioning
-from server.models.defaults import ModelDefaults
+from server.models.conventions import defaults_by
+from server.models.distilled import distilled_as
 from server.models.folder import read_json
 from server.models.parts import load_network, load_text_encoder, load_tokenizer
 from server.models.unet_model import (
@@ -32,13 +31,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from server.models.defaults import ModelDefaults
+
 LAYER = -2
 """Of the hidden states, those that the U-Net reads: before the last layer, not normalised."""
-
-TURBO = ModelDefaults(
-    sampler=EulerAncestral(), spacing=Trailing(), steps=4, rule=Unguided(), policy=Always()
-)
-"""Adversarial diffusion distillation, 1 to 4 steps (Sauer et al., arXiv 2311.17042)."""
 
 TURBO_SCHEDULER: Mapping[str, str] = {
     "_class_name": "EulerAncestralDiscreteScheduler",
@@ -139,10 +135,16 @@ def load_stable_diffusion_xl(
 
 
 def _defaults_of(folder: Path, unet: Any) -> ModelDefaults | None:
-    """Those of SDXL Turbo, where the configs say all that its own say; otherwise the server's.
+    """How the model was distilled to be sampled; None for the server's defaults.
 
-    Its scheduler alone is not enough: models of many steps are saved with ancestral Euler too.
+    SDXL Turbo is told by its scheduler and its size together: models of many steps are saved with
+    ancestral Euler too.
     """
     scheduler = read_json(folder, SCHEDULER)
+    embeds_scale = unet.config.time_cond_proj_dim is not None
+    if told := distilled_as(folder, scheduler, embeds_scale=embeds_scale):
+        return told
     as_turbo = all(scheduler.get(entry) == value for entry, value in TURBO_SCHEDULER.items())
-    return TURBO if as_turbo and unet.config.sample_size == TURBO_SIZE else None
+    if not as_turbo or unet.config.sample_size != TURBO_SIZE:
+        return None
+    return defaults_by("sdxl_turbo", "its scheduler and its size are those of SDXL Turbo")

@@ -219,6 +219,8 @@ def facts_of(
             f"only those with as many as they put out ({config.out_channels}) are hosted."
         )
     prediction = scheduler.get("prediction_type", "epsilon")
+    if defaults is not None and defaults.prediction is not None:
+        prediction = defaults.prediction
     if prediction not in PREDICTIONS:
         raise ModelMismatch(
             f"scheduler_config.json of model folder {str(folder)!r} has the prediction_type "

@@ -54,6 +54,10 @@ class Defaults(BaseModel):
         "names another sampler gets that sampler's own spacing."
     )
     guidance: dict[str, Any]
+    convention: str | None = Field(
+        description="The convention that a distilled model is sampled by, as docs/families.md "
+        "lists them; null for other models."
+    )
     guidance_by_sampler: dict[str, dict[str, Any]] = Field(
         description="Guidance of samplers that have another default, by their names."
     )
@@ -157,6 +161,7 @@ def defaults_of(own: ModelDefaults | None) -> Defaults:
         sampler=sampler.model_dump(mode="json"),
         spacing=None if own is None else spacing.model_dump(mode="json"),
         guidance=plain,
+        convention=None if own is None else own.convention,
         guidance_by_sampler={name: other for name, other in guidance.items() if other != plain},
     )
 

@@ -29,17 +29,18 @@ def sampler_for(own: ModelDefaults | None) -> Sampler:
     return default_sampler() if own is None else own.sampler
 
 
-def spacing_for(own: ModelDefaults | None, sampler: Sampler) -> Spacing:
+def spacing_for(own: ModelDefaults | None, sampler: Sampler, steps: int | None = None) -> Spacing:
     """The spacing of a request that leaves it out.
 
     Args:
         own: of the model; None if it has none.
         sampler: of the request. One that the model does not use keeps its own spacing, but where
             that is the model's by name, with the model's parameters.
+        steps: that the request names; None if it leaves them out.
     """
     named = sampler.default_spacing
     if own is not None and (sampler.name == own.sampler.name or named == own.spacing.name):
-        return own.spacing
+        return own.spacing_of(steps)
     return SPACING_BY_NAME[named].model_validate({})
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from guidance import NAG
 from guidance.parts import chosen
 from samplers import Plan
+from server.models.conventions import numbers
 from server.models.hosted import HostedModel
 from server.requests.schema import ResolvedRequest
 
@@ -25,6 +26,12 @@ def warnings_for(resolved: ResolvedRequest, model: HostedModel, plan: Plan) -> t
     found: list[str] = []
     if resolved.negative_prompt and (reason := _without_negative_prompt(resolved, plan)):
         found.append(f"negative_prompt has no effect: {reason}.")
+    own = model.facts.defaults
+    if own is not None and own.counts and resolved.steps not in own.counts:
+        found.append(
+            f"steps is {resolved.steps}; use {numbers(own.counts)}, which model "
+            f"{model.facts.name!r} was distilled for."
+        )
     guidance = resolved.guidance
     if model.facts.one_prediction and guidance.branches and not guidance.policy.embeds:
         found.append(

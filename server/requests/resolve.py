@@ -43,12 +43,14 @@ class Prepared:
         coefficients: what its guidance policy was fitted to, ``[stages, n]``; None if it needs
             none.
         warnings: one sentence for each setting that has no effect or does not suit the model.
+        notes: one sentence about the settings that a distilled model's convention chose.
     """
 
     request: ResolvedRequest
     plan: Plan
     coefficients: NDArray[np.float64] | None
     warnings: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def resolve(
@@ -74,7 +76,7 @@ def resolve(
     has_picture, has_reference = upload_size is not None, request.reference is not None
     own = model.facts.defaults
     sampler = request.sampler or sampler_for(own)
-    spacing = request.spacing or spacing_for(own, sampler)
+    spacing = request.spacing or spacing_for(own, sampler, request.steps)
     guidance = request.guidance or guidance_for(own, sampler)
     width, height = upload_size or (model.facts.default_width, model.facts.default_height)
     # Every value was validated when the request was read.

@@ -68,6 +68,7 @@ class Generation:
         self.model_revision = ""
         self.statistics: str | None = None
         self.warnings: tuple[str, ...] = ()
+        self.notes: tuple[str, ...] = ()
         self._born = time.monotonic()
         self._loop = loop
         self._news: dict[int, Progress] = {}
@@ -83,6 +84,7 @@ class Generation:
         model_revision: str,
         statistics: str | None,
         warnings: tuple[str, ...],
+        notes: tuple[str, ...],
         submission: Submission,
     ) -> None:
         """Record what was submitted; a generation closed in the meantime is cancelled at once.
@@ -92,10 +94,11 @@ class Generation:
             model_revision: of the model that serves it.
             statistics: guidance whose model statistics the sampler is planned with, if any.
             warnings: one sentence for each setting that has no effect or does not suit the model.
+            notes: one sentence about the settings that a distilled model's convention chose.
             submission: the request's images in the engine.
         """
         self.request, self.model_revision, self.statistics = request, model_revision, statistics
-        self.warnings = warnings
+        self.warnings, self.notes = warnings, notes
         self._submission = submission
         if self._closed:
             submission.cancel()

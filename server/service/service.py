@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -33,6 +33,7 @@ from server.models.statistics import guidance_name
 from server.requests.catalog import ModelEntry, defaults_of
 from server.requests.checks.group import is_group
 from server.requests.checks.limits import check_count
+from server.requests.chosen import notes_for
 from server.requests.infotext import infotext
 from server.requests.resolve import Prepared, make_plan, prepare, resolve, statistics_for
 from server.requests.schema import GenerateRequest, ResolvedRequest
@@ -73,6 +74,7 @@ class Pictures:
         decode_s: longest decoding of an image.
         total_s: seconds from the request's arrival to the last encoded byte.
         warnings: one sentence for each setting that has no effect or does not suit the model.
+        notes: one sentence about the settings that a distilled model's convention chose.
     """
 
     pictures: tuple[Picture, ...]
@@ -86,6 +88,7 @@ class Pictures:
     decode_s: float
     total_s: float
     warnings: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 class Uploads(NamedTuple):
@@ -250,6 +253,7 @@ class Service:
             decode_s=max(result.decode_s for result in results),
             total_s=generation.elapsed_s,
             warnings=generation.warnings,
+            notes=generation.notes,
         )
 
     def cancel(self, identifier: str) -> None:
@@ -292,7 +296,12 @@ class Service:
         submission = room.submit(_tasks(prepared, model, uploads), generation)
         statistics = fitted_to and guidance_name(fitted_to.rule, fitted_to.scale)
         generation.begin(
-            prepared.request, model.facts.revision, statistics, prepared.warnings, submission
+            prepared.request,
+            model.facts.revision,
+            statistics,
+            prepared.warnings,
+            prepared.notes,
+            submission,
         )
 
     def prepare(
@@ -314,7 +323,8 @@ class Service:
         resolved = resolve(request, model, self._limits, size)
         fitted_to = statistics_for(resolved, model)
         plan = self._plan(resolved, model, fitted_to)
-        return prepare(resolved, model, plan), fitted_to
+        prepared = prepare(resolved, model, plan)
+        return replace(prepared, notes=notes_for(request, resolved, model)), fitted_to
 
     def model(self, name: str | None) -> HostedModel:
         """A hosted model by its name; None is the default one.

@@ -56,6 +56,7 @@ def test_the_answer_says_what_was_done(generate: Generate) -> None:
         "settings",
         "statistics",
         "warnings",
+        "notes",
         "evaluations",
         "particles",
         "timings",

@@ -133,6 +133,14 @@ def test_a_bare_request_runs_as_the_pipeline_does(model: HostedModel) -> None:
     assert_part(settings, BARE)
 
 
+def test_one_that_was_saved_as_stable_diffusion_is_told_by_its_scheduler_and_its_unet(
+    folder: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "lcm"))
+    edit(copy / "model_index.json", _class_name="StableDiffusionPipeline")
+    assert_part(resolved(load(copy)).settings(), BARE)
+
+
 def test_final_latents_of_a_bare_request_are_those_of_diffusers(
     pipeline: Any,
     model: HostedModel,

@@ -159,6 +159,8 @@ def test_the_catalog_says_the_defaults_of_a_model_that_has_its_own() -> None:
         steps=4,
         rule=CFG(scale=8.5),
         policy=Embedded(),
+        convention="lcm",
+        reason="the test says so",
     )
     said = defaults_of(own)
     body = {"prompt": "x", "sampler": said.sampler, "spacing": said.spacing}

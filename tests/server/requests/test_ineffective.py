@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from guidance import Always, Edit, Unguided
-from samplers import EulerAncestral, Trailing
+from guidance import Edit
+from server.models.conventions import CONVENTIONS, defaults_by
 from server.models.defaults import ModelDefaults
 from server.models.hosted import HostedModel
 from server.requests.resolve import make_plan, prepare, resolve
@@ -79,9 +79,7 @@ def test_no_negative_prompt_is_not_warned_of(negative: str | None) -> None:
     assert warnings("none", negative_prompt=negative) == ()
 
 
-UNGUIDED = ModelDefaults(
-    sampler=EulerAncestral(), spacing=Trailing(), steps=4, rule=Unguided(), policy=Always()
-)
+UNGUIDED = defaults_by("tcd", "the test says so")
 
 
 class WithoutCrossAttention(Toy):
@@ -118,6 +116,36 @@ def test_several_predictions_of_a_distilled_model_are_warned_of(
     )
     for offered in offers:
         assert warnings(offered, model=model, negative_prompt=None) == ()
+
+
+@pytest.mark.parametrize("name", CONVENTIONS)
+def test_several_predictions_are_warned_of_whatever_the_convention(name: str) -> None:
+    own = defaults_by(name, "the test says so")
+    model = Toy(embeds_scale=own.policy.embeds, defaults=own)
+    [said] = warnings({"name": "cfg", "scale": 3.0}, model=model, steps=own.steps)
+    offered = EMBEDDED if own.policy.embeds else {"name": "none"}
+    assert f"distilled to be sampled from one; use {json.dumps(offered)}, or " in said
+    assert '"nag": {}' in said
+
+
+@pytest.mark.parametrize(
+    ("own", "steps", "numbers"),
+    [
+        (defaults_by("lightning", "", steps=4), 1, "4"),
+        (defaults_by("dmd2", "", steps=1), 4, "1"),
+        (defaults_by("lcm_lora", ""), 25, "1 to 8"),
+        (defaults_by("lcm_lora", ""), 8, None),
+        (defaults_by("tcd", ""), 25, None),
+    ],
+    ids=lambda one: None if isinstance(one, int) else "",
+)
+def test_a_number_of_steps_that_the_model_was_not_distilled_for_is_said(
+    own: ModelDefaults, steps: int, numbers: str | None
+) -> None:
+    model = Toy(embeds_scale=False, defaults=own)
+    found = warnings(None, model=model, steps=steps, negative_prompt=None)
+    said = f"steps is {steps}; use {numbers}, which model 'toy' was distilled for."
+    assert found == (() if numbers is None else (said,))
 
 
 def test_a_distilled_model_is_not_warned_of_at_a_scale_of_one() -> None:

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 import pytest
 from typing_extensions import override
 
-from samplers import DDIM, SPACINGS, DPMSolverV3, Grid, Plan, Sampler, Spacing, Trailing
+from samplers import DDIM, SPACINGS, DPMSolverV3, Grid, LCMSpacing, Plan, Sampler, Spacing, Trailing
 from samplers.lcm import LCM
 from server.errors import InvalidRequest
 from server.requests.choice import name_of
@@ -67,8 +67,8 @@ def test_a_refused_plan_names_the_field_to_change(
     assert caught.value.field == field
 
 
-def test_a_sampler_that_needs_whole_timesteps_is_the_field_itself() -> None:
+def test_a_spacing_that_needs_whole_timesteps_is_the_field_itself() -> None:
     schedule = SCHEDULE.flow()
     with pytest.raises(InvalidRequest, match="needs a model with whole trained") as caught:
-        make_plan(schedule, LCM(), Trailing(), 4, None)
-    assert caught.value.field == "sampler"
+        make_plan(schedule, LCM(), LCMSpacing(), 4, None)
+    assert caught.value.field == "spacing"

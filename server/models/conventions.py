@@ -1,0 +1,250 @@
+"""How published few-step models are sampled: the conventions by name.
+
+Each is a sampler, a spacing, a number of steps and guidance that the authors of a kind of models
+distilled them for. ``docs/families.md`` has them as a table, which a test holds to this one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final
+
+from guidance import CFG, Always, Policy, Rule, Unguided
+from guidance.embedded import Embedded
+from samplers import (
+    DDIM,
+    LCM,
+    TCD,
+    Angles,
+    Custom,
+    Euler,
+    EulerAncestral,
+    LCMSpacing,
+    Linspace,
+    PredictionType,
+    Sampler,
+    Spacing,
+    Trailing,
+)
+from server.models.defaults import ModelDefaults
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["CONVENTIONS", "Convention", "defaults_by", "numbers"]
+
+NONE: Final = Unguided()
+EVALUATED: Final = Always()
+
+
+@dataclass(frozen=True, slots=True)
+class Convention:
+    """How a kind of few-step models is sampled.
+
+    Attributes:
+        models: that are distilled so, for the reader.
+        source: paper, or model card.
+        sampler: of their runs.
+        spacing: of their steps.
+        steps: of a request that names none.
+        counts: the numbers of steps that they are distilled for; empty for any number.
+        rule: of guidance.
+        policy: of guidance.
+        weights_of_counts: whether each of these numbers has weights of its own.
+        one_step: sampler and spacing of the weights of one step, where these differ.
+        one_step_prediction: what the network of one step puts out, where that differs.
+        flow: whether they are flow-matching models.
+    """
+
+    models: str
+    source: str
+    sampler: Sampler
+    spacing: Spacing
+    steps: int
+    counts: tuple[int, ...] = ()
+    rule: Rule = NONE
+    policy: Policy = EVALUATED
+    weights_of_counts: bool = False
+    one_step: tuple[Sampler, Spacing] | None = None
+    one_step_prediction: PredictionType | None = None
+    flow: bool = False
+
+
+CONVENTIONS: Final[Mapping[str, Convention]] = MappingProxyType(
+    {
+        "lcm": Convention(
+            "latent consistency models that are told a guidance scale, their LoRAs",
+            "arXiv 2310.04378; diffusers' `LatentConsistencyModelPipeline`",
+            LCM(),
+            LCMSpacing(),
+            steps=4,
+            counts=(1, 2, 3, 4, 5, 6, 7, 8),
+            rule=CFG(scale=8.5),
+            policy=Embedded(),
+        ),
+        "lcm_lora": Convention(
+            "latent consistency models that are told no scale, models with a fused LCM LoRA",
+            "arXiv 2311.05556",
+            LCM(),
+            LCMSpacing(),
+            steps=4,
+            counts=(1, 2, 3, 4, 5, 6, 7, 8),
+        ),
+        "tcd": Convention(
+            "trajectory consistency models",
+            "arXiv 2402.19159, and its model card",
+            TCD(gamma=0.3),
+            LCMSpacing(),
+            steps=4,
+        ),
+        "dmd2": Convention(
+            "DMD2 of Stable Diffusion XL, and f-distill (2502.15681)",
+            "arXiv 2405.14867; one step at timestep 399, as its code",
+            LCM(),
+            Trailing(),
+            steps=4,
+            counts=(1, 4),
+            weights_of_counts=True,
+            one_step=(LCM(), Custom(times=(399,))),
+        ),
+        "one_step": Convention(
+            "SwiftBrush, and DMD2 and f-distill of Stable Diffusion 1.5",
+            "arXiv 2312.05239, 2405.14867, 2502.15681: one evaluation at the noisiest timestep",
+            LCM(),
+            Trailing(),
+            steps=1,
+            counts=(1,),
+        ),
+        "sdxl_turbo": Convention(
+            "SDXL Turbo",
+            "arXiv 2311.17042; its scheduler's config",
+            EulerAncestral(),
+            Trailing(),
+            steps=4,
+            counts=(1, 2, 3, 4),
+        ),
+        "sd_turbo": Convention(
+            "SD Turbo",
+            "arXiv 2311.17042; its scheduler's config",
+            Euler(),
+            Trailing(),
+            steps=4,
+            counts=(1, 2, 3, 4),
+        ),
+        "lightning": Convention(
+            "SDXL-Lightning",
+            "arXiv 2402.13929, and its model card; one step predicts the picture",
+            Euler(),
+            Trailing(),
+            steps=4,
+            counts=(1, 2, 4, 8),
+            weights_of_counts=True,
+            one_step_prediction="sample",
+        ),
+        "hyper": Convention(
+            "Hyper-SD, weights for one number of steps",
+            "arXiv 2404.13686, and its model card; one step at timestep 800",
+            DDIM(),
+            Trailing(),
+            steps=4,
+            counts=(1, 2, 4, 8),
+            weights_of_counts=True,
+            one_step=(LCM(), Custom(times=(800,))),
+        ),
+        "hyper_unified": Convention(
+            "Hyper-SD, weights for any number of steps",
+            "arXiv 2404.13686, and its model card",
+            TCD(gamma=1.0),
+            LCMSpacing(),
+            steps=4,
+            counts=(1, 2, 3, 4, 5, 6, 7, 8),
+        ),
+        "flux_schnell": Convention(
+            "FLUX.1 schnell, shift 1: sigma 1, .75, .5, .25",
+            "its model card, and scheduler's config",
+            Euler(),
+            Trailing(),
+            steps=4,
+            counts=(1, 2, 3, 4),
+            flow=True,
+        ),
+        "flux2_klein": Convention(
+            "FLUX.2 klein, shift by size: sigma 1, .9674, .9081, .7672 at 1024 x 1024",
+            "its model card, and diffusers' pipeline",
+            Euler(),
+            Trailing(),
+            steps=4,
+            counts=(4,),
+            flow=True,
+        ),
+        "z_image_turbo": Convention(
+            "Z-Image Turbo, shift 3: sigma 1, .9545, .9, .8333, .75, .6429, .5, .3",
+            "its model card, and scheduler's config",
+            Euler(),
+            Trailing(),
+            steps=8,
+            counts=(8,),
+            flow=True,
+        ),
+        "sd35_turbo": Convention(
+            "Stable Diffusion 3.5 Turbo, shift 3: sigma 1, .8577, .6022, .0089",
+            "its model card, and diffusers' pipeline",
+            Euler(),
+            Linspace(twice_shifted=True),
+            steps=4,
+            counts=(4,),
+            flow=True,
+        ),
+        "sana_sprint": Convention(
+            "SANA-Sprint: angles 1.5708 and 1.3",
+            "arXiv 2503.09641; diffusers' `SanaSprintPipeline`",
+            LCM(),
+            Angles(),
+            steps=2,
+            counts=(1, 2, 3, 4),
+            rule=CFG(scale=4.5),
+            policy=Embedded(),
+            flow=True,
+        ),
+    }
+)
+
+
+def defaults_by(
+    name: str, reason: str, *, steps: int | None = None, spacing: Spacing | None = None
+) -> ModelDefaults:
+    """The defaults of a model that follows a convention.
+
+    Args:
+        name: of the convention.
+        reason: how that is known, as a clause about the model.
+        steps: that a request gets which names none, one of the convention's; by default its own.
+            Where each number has weights of its own, the number that the model's are for.
+        spacing: in place of the convention's own, where a config says more.
+    """
+    one = CONVENTIONS[name]
+    steps = one.steps if steps is None else steps
+    sampler, own = one.sampler, spacing or one.spacing
+    of_one = one.weights_of_counts and steps == 1
+    if of_one and one.one_step is not None:
+        sampler, own = one.one_step
+    return ModelDefaults(
+        sampler=sampler,
+        spacing=own,
+        steps=steps,
+        rule=one.rule,
+        policy=one.policy,
+        convention=name,
+        reason=reason,
+        counts=(steps,) if one.weights_of_counts else one.counts,
+        prediction=one.one_step_prediction if of_one else None,
+    )
+
+
+def numbers(counts: tuple[int, ...]) -> str:
+    """Numbers of steps in words: "4", "1 or 4", "1 to 8", "1, 2, 4 or 8"."""
+    if len(counts) > 2 and counts == tuple(range(counts[0], counts[-1] + 1)):
+        return f"{counts[0]} to {counts[-1]}"
+    *before, last = map(str, counts)
+    return f"{', '.join(before)} or {last}" if before else last

@@ -1,0 +1,145 @@
+"""Finds out how a model folder is to be sampled: the operator says it, or its configs tell it."""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from samplers.names import of_diffusers
+from server.errors import ModelMismatch
+from server.models.conventions import CONVENTIONS, defaults_by, numbers
+from server.models.folder import DERIVED, read_json
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from server.models.defaults import ModelDefaults
+
+__all__ = ["STATED", "distilled_as", "stated"]
+
+logger = logging.getLogger(__name__)
+
+STATED: Final = f"{DERIVED}/defaults.json"
+"""Where an operator may name the convention of a model folder."""
+
+TURBO: Final = re.compile(r"(?<![a-z])turbo(?![a-z])", re.IGNORECASE)
+
+
+class _Stated(BaseModel):
+    """What an operator may say of a model folder."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    convention: str
+    steps: Annotated[int, Field(ge=1)] | None = None
+
+
+def stated(folder: Path, *, embeds_scale: bool) -> ModelDefaults | None:
+    """The convention that the operator names in the folder; None where there is no such file.
+
+    Args:
+        folder: of the model.
+        embeds_scale: whether its U-Net is told a guidance scale.
+
+    Raises:
+        ModelMismatch: the file says something else, names a convention that is not known or is
+            not for such a model, or a number of steps that the convention has not.
+    """
+    if not (folder / STATED).exists():
+        return None
+    where = f"{STATED} of model folder {str(folder)!r}"
+    try:
+        said = _Stated.model_validate(read_json(folder, STATED))
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise ModelMismatch(
+            f"{where}: {field}: {first['msg']}; allowed are convention, a name, and steps, a whole "
+            "number."
+        ) from None
+    if said.convention not in CONVENTIONS:
+        raise ModelMismatch(
+            f"{where} names the convention {said.convention[:40]!r}; allowed are "
+            f"{', '.join(CONVENTIONS)}."
+        )
+    convention = CONVENTIONS[said.convention]
+    if convention.flow:
+        raise ModelMismatch(
+            f"{where} names the convention {said.convention!r}, which is for flow-matching models; "
+            "this one predicts noise."
+        )
+    if convention.policy.embeds and not embeds_scale:
+        raise ModelMismatch(
+            f"{where} names the convention {said.convention!r}, for models that are told a "
+            "guidance scale; this one has no time_cond_proj_dim."
+        )
+    counts = convention.counts
+    if said.steps is None and convention.weights_of_counts:
+        raise ModelMismatch(
+            f"{where} names the convention {said.convention!r}, whose weights are for one number "
+            f"of steps each; add steps, which is {numbers(counts)}."
+        )
+    if said.steps is not None and counts and said.steps not in counts:
+        raise ModelMismatch(
+            f"{where} has the steps {said.steps}; models of the convention {said.convention!r} are "
+            f"distilled for {numbers(counts)}."
+        )
+    return defaults_by(said.convention, f"{STATED} in its folder says so", steps=said.steps)
+
+
+def distilled_as(
+    folder: Path, scheduler: Mapping[str, Any], *, embeds_scale: bool
+) -> ModelDefaults | None:
+    """How a model of a U-Net was distilled to be sampled; None where nothing says that it was.
+
+    What the operator states counts first, then the class of the scheduler, then a name.
+
+    Args:
+        folder: of the model.
+        scheduler: its scheduler's config.
+        embeds_scale: whether its U-Net is told a guidance scale.
+
+    Raises:
+        ModelMismatch: what the operator states is refused, see :func:`stated`.
+    """
+    if said := stated(folder, embeds_scale=embeds_scale):
+        return said
+    match scheduler.get("_class_name"):
+        case "LCMScheduler":
+            if embeds_scale:
+                reason = "its scheduler is an LCMScheduler and its U-Net is told a guidance scale"
+                return _by_config("lcm", reason, scheduler)
+            return _by_config("lcm_lora", "its scheduler is an LCMScheduler", scheduler)
+        case "TCDScheduler":
+            return _by_config("tcd", "its scheduler is a TCDScheduler", scheduler)
+        case "EulerDiscreteScheduler" | "EulerAncestralDiscreteScheduler" as kind:
+            trailing = scheduler.get("timestep_spacing") == "trailing"
+            of_noise = scheduler.get("prediction_type", "epsilon") == "epsilon"
+            if not (trailing and of_noise and _is_called_turbo(folder)):
+                return None
+            ancestral = kind == "EulerAncestralDiscreteScheduler"
+            reason = "its configs are named after a Turbo model, and its scheduler is trailing"
+            return defaults_by("sdxl_turbo" if ancestral else "sd_turbo", reason)
+        case _:
+            return None
+
+
+def _by_config(name: str, reason: str, scheduler: Mapping[str, Any]) -> ModelDefaults | None:
+    """The defaults over the times that the config says; none where no sampler here is equal."""
+    try:
+        _, spacing = of_diffusers(scheduler)
+    except ValueError as refusal:
+        logger.warning("the scheduler's config is not followed: %s", refusal)
+        return None
+    most = spacing.model_dump()["distilled_steps"]
+    return defaults_by(name, reason, spacing=spacing, steps=min(CONVENTIONS[name].steps, most))
+
+
+def _is_called_turbo(folder: Path) -> bool:
+    """Whether the path that diffusers noted of the original has the word turbo in it."""
+    configs = (read_json(folder, name) for name in ("model_index.json", "unet/config.json"))
+    return any(TURBO.search(str(config.get("_name_or_path", ""))) for config in configs)

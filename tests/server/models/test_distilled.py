@@ -1,0 +1,309 @@
+"""A few-step model is sampled as its authors do, whether its folder tells how or its operator."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    TCDScheduler,
+)
+from diffusers.schedulers import scheduling_ddim, scheduling_lcm, scheduling_tcd
+from torch import Tensor
+
+from server.engine.state.noise import stage_noise, start_noise
+from server.errors import ModelMismatch
+from server.models.distilled import STATED
+from server.models.hosted import HostedModel
+from server.models.loading import load_model
+from server.requests.chosen import notes_for
+from server.requests.resolve import make_plan, prepare, resolve
+from server.requests.schema import GenerateRequest, ResolvedRequest
+from server.requests.tasks import tasks_of
+from server.settings import Limits
+from tests.server.models.tiny_sdxl import BASE, make, saved
+from tests.server.toy_model import run, started
+
+SEED = 5
+SHAPE = (4, 32, 32)
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Any:
+    return make(BASE)
+
+
+@pytest.fixture(scope="module")
+def folder(pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pipeline.scheduler = BASE
+    return saved(pipeline, tmp_path_factory.mktemp("models") / "base")
+
+
+@pytest.fixture
+def copy(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "few"))
+
+
+def load(folder: Path) -> HostedModel:
+    return load_model(folder, name="few", device="cpu", dtype="float32")
+
+
+def state(folder: Path, said: Any) -> None:
+    file = folder / STATED
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(said))
+
+
+def reschedule(folder: Path, kind: str, **fields: Any) -> None:
+    """Have the folder's scheduler be of another class, as a pipeline saves it."""
+    edit(folder / "scheduler/scheduler_config.json", _class_name=kind, **fields)
+    edit(folder / "model_index.json", scheduler=["diffusers", kind])
+
+
+def edit(file: Path, **fields: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+def asked(**fields: Any) -> GenerateRequest:
+    return GenerateRequest.model_validate(
+        {"prompt": "a large red circle", "seed": SEED, "width": 64, "height": 64, **fields}
+    )
+
+
+def resolved(model: HostedModel, **fields: Any) -> ResolvedRequest:
+    return resolve(asked(**fields), model, Limits(), None)
+
+
+def ours(model: HostedModel, monkeypatch: pytest.MonkeyPatch, **fields: Any) -> Tensor:
+    """Final latents of a request."""
+    request = resolved(model, **fields)
+    layout = request.sampler, request.spacing, request.steps, request.strength
+    prepared = prepare(request, model, make_plan(model.default_schedule, *layout))
+    seen: list[Tensor] = []
+    decode: Callable[[Tensor], Tensor] = model.decode
+    engine = started(model, 4)
+    monkeypatch.setattr(model, "decode", lambda latents: seen.extend(latents) or decode(latents))
+    try:
+        run(engine, tasks_of(prepared, model))
+    finally:
+        engine.stop(0)
+    # A preview, where there is one, comes first.
+    return seen[-1]
+
+
+@torch.inference_mode()
+def theirs(pipeline: Any, scheduler: Any, **call: Any) -> Tensor:
+    """Final latents of diffusers' pipeline by the lines of a model card."""
+    pipeline.scheduler = scheduler
+    latents = start_noise(SEED, SHAPE)[None]
+    if isinstance(scheduler, EulerDiscreteScheduler):
+        scheduler.set_timesteps(call["num_inference_steps"])
+        sigma = float(scheduler.sigmas[0])
+        latents = latents * (1 + sigma**2) ** 0.5 / float(scheduler.init_noise_sigma)
+    return pipeline(
+        "a large red circle",
+        latents=latents,
+        width=64,
+        height=64,
+        guidance_scale=0,
+        output_type="latent",
+        **call,
+    ).images[0]
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the operator states, what a request asks, and the lines of the model card."""
+
+    said: dict[str, Any]
+    scheduler: type[Any]
+    call: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=dict)
+    request: dict[str, Any] = field(default_factory=dict)
+
+
+TRAILING = {"timestep_spacing": "trailing"}
+CARDS = {
+    # The numbers that its code counts down, and not those of four steps by the scheduler alone.
+    "dmd2-4": Card(
+        {"convention": "dmd2", "steps": 4}, LCMScheduler, {"timesteps": [999, 749, 499, 249]}
+    ),
+    "dmd2-1": Card({"convention": "dmd2", "steps": 1}, LCMScheduler, {"timesteps": [399]}),
+    "one_step": Card({"convention": "one_step"}, LCMScheduler, {"num_inference_steps": 1}),
+    "sd_turbo": Card(
+        {"convention": "sd_turbo"},
+        EulerDiscreteScheduler,
+        {"num_inference_steps": 2},
+        TRAILING,
+        {"steps": 2},
+    ),
+    "lightning-4": Card(
+        {"convention": "lightning", "steps": 4},
+        EulerDiscreteScheduler,
+        {"num_inference_steps": 4},
+        TRAILING,
+    ),
+    "lightning-1": Card(
+        {"convention": "lightning", "steps": 1},
+        EulerDiscreteScheduler,
+        {"num_inference_steps": 1},
+        TRAILING | {"prediction_type": "sample"},
+    ),
+    "hyper-2": Card(
+        {"convention": "hyper", "steps": 2}, DDIMScheduler, {"num_inference_steps": 2}, TRAILING
+    ),
+    "hyper-1": Card({"convention": "hyper", "steps": 1}, LCMScheduler, {"timesteps": [800]}),
+    "hyper_unified": Card(
+        {"convention": "hyper_unified", "steps": 3},
+        TCDScheduler,
+        {"num_inference_steps": 3, "eta": 1.0},
+    ),
+}
+
+
+@pytest.mark.parametrize("card", CARDS.values(), ids=CARDS.keys())
+def test_a_request_for_a_prompt_alone_runs_the_lines_of_the_model_card(
+    card: Card, pipeline: Any, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As base models are saved; only TCDScheduler does not read it.
+    edit(copy / "scheduler/scheduler_config.json", set_alpha_to_one=False)
+    state(copy, card.said)
+    found = ours(load(copy), monkeypatch, **card.request)
+    stages = iter(range(9))
+    for module in (scheduling_lcm, scheduling_tcd, scheduling_ddim):
+        monkeypatch.setattr(
+            module, "randn_tensor", lambda *_, **__: stage_noise(SEED, next(stages), SHAPE)[None]
+        )
+    config = dict(BASE.config) | {"set_alpha_to_one": False, "clip_sample": False}
+    scheduler = card.scheduler.from_config(config, **card.options)
+    expected = theirs(pipeline, scheduler, **card.call)
+    assert float((found - expected).norm() / expected.norm()) < 1e-4
+
+
+TOLD: dict[str, tuple[str, dict[str, Any], str]] = {
+    "lcm": ("LCMScheduler", {"original_inference_steps": 40}, "lcm_lora"),
+    "tcd": ("TCDScheduler", {"original_inference_steps": 40}, "tcd"),
+}
+
+
+@pytest.mark.parametrize(("kind", "fields", "convention"), TOLD.values(), ids=TOLD.keys())
+def test_the_class_of_a_scheduler_tells_the_convention_and_the_times(
+    kind: str, fields: dict[str, Any], convention: str, copy: Path
+) -> None:
+    reschedule(copy, kind, **fields)
+    model = load(copy)
+    assert model.facts.defaults is not None
+    assert model.facts.defaults.convention == convention
+    request = resolved(model)
+    assert (request.sampler.name, request.steps) == (kind.removesuffix("Scheduler").lower(), 4)
+    assert request.spacing.model_dump() == {"name": "lcm", "distilled_steps": 40}
+    assert request.guidance.name == "none"
+
+
+@pytest.mark.parametrize("fields", [{"clip_sample": True}, {"original_inference_steps": 0}])
+def test_a_scheduler_that_no_sampler_is_equal_to_tells_nothing_but_to_the_log(
+    fields: dict[str, Any], copy: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    reschedule(copy, "LCMScheduler", **fields)
+    with caplog.at_level(logging.WARNING):
+        assert load(copy).facts.defaults is None
+    assert "the scheduler's config is not followed" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "spacing", "convention"),
+    [
+        ("EulerDiscreteScheduler", "stabilityai/sd-turbo", "trailing", "sd_turbo"),
+        ("EulerAncestralDiscreteScheduler", "./XL_Turbo", "trailing", "sdxl_turbo"),
+        ("EulerDiscreteScheduler", "stabilityai/sd-turbo", "leading", None),
+        ("EulerDiscreteScheduler", "models/turbocharged", "trailing", None),
+        ("DDIMScheduler", "stabilityai/sd-turbo", "trailing", None),
+    ],
+)
+@pytest.mark.parametrize("file", ["model_index.json", "unet/config.json"])
+def test_a_turbo_model_is_told_by_its_name_and_its_scheduler(
+    kind: str, path: str, spacing: str, convention: str | None, file: str, copy: Path
+) -> None:
+    reschedule(copy, kind, timestep_spacing=spacing)
+    edit(copy / file, _name_or_path=path)
+    own = load(copy).facts.defaults
+    assert (own and own.convention) == convention
+
+
+@pytest.mark.parametrize(
+    ("said", "sentence"),
+    [
+        ({"convention": "lightening"}, "names the convention 'lightening'; allowed are lcm, lcm_"),
+        ({"convention": "lightning"}, "are for one number of steps each; add steps, which is 1, 2"),
+        ({"convention": "lightning", "steps": 3}, "has the steps 3; models of the convention"),
+        ({"convention": "sdxl_turbo", "steps": 50}, "are distilled for 1 to 4"),
+        ({"convention": "hyper", "steps": "2"}, "steps: Input should be a valid integer; allowed"),
+        ({"convention": "hyper", "steps": 2, "eta": 1}, "eta: Extra inputs are not permitted; all"),
+        ({}, "convention: Field required; allowed are convention, a name, and steps"),
+        ({"convention": "flux_schnell"}, "which is for flow-matching models; this one predicts"),
+        ({"convention": "lcm"}, "models that are told a guidance scale; this one has no time_cond"),
+        ([], "holds no JSON object"),
+    ],
+    ids=str,
+)
+def test_what_an_operator_states_wrongly_is_said(said: Any, sentence: str, copy: Path) -> None:
+    state(copy, said)
+    with pytest.raises(ModelMismatch, match=sentence) as caught:
+        load(copy)
+    assert STATED in str(caught.value)
+
+
+def test_what_the_operator_states_comes_before_what_the_configs_tell(copy: Path) -> None:
+    reschedule(copy, "TCDScheduler")
+    state(copy, {"convention": "hyper_unified"})
+    own = load(copy).facts.defaults
+    assert own is not None
+    assert own.convention == "hyper_unified"
+
+
+def test_weights_of_one_step_take_other_numbers_with_a_warning(copy: Path) -> None:
+    state(copy, {"convention": "dmd2", "steps": 1})
+    model = load(copy)
+    assert resolved(model).spacing.own_steps == resolved(model, steps=1).spacing.own_steps == 1
+    request = resolved(model, steps=4)
+    assert request.spacing.name == "trailing"
+    plan = make_plan(model.default_schedule, request.sampler, request.spacing, 4, None)
+    [warning] = prepare(request, model, plan).warnings
+    assert warning == "steps is 4; use 1, which model 'few' was distilled for."
+
+
+@pytest.mark.parametrize(
+    ("fields", "chosen"),
+    [
+        ({}, "sampler 'lcm', spacing 'trailing', steps 4, guidance 'none'"),
+        ({"steps": 2}, "sampler 'lcm', spacing 'trailing', guidance 'none'"),
+        ({"sampler": "ddim", "guidance": "cfg"}, "spacing 'trailing', steps 4"),
+    ],
+    ids=["all", "but steps", "spacing and steps"],
+)
+def test_the_answer_says_what_was_chosen_and_why(
+    fields: dict[str, Any], chosen: str, copy: Path
+) -> None:
+    state(copy, {"convention": "dmd2", "steps": 4})
+    model = load(copy)
+    assert notes_for(asked(**fields), resolved(model, **fields), model) == (
+        "Chosen for model 'few', which is sampled by the convention 'dmd2' because "
+        f"weft/defaults.json in its folder says so: {chosen}.",
+    )
+    named = {"sampler": "lcm", "spacing": "trailing", "steps": 4, "guidance": "none"}
+    assert notes_for(asked(**named), resolved(model, **named), model) == ()
+
+
+def test_nothing_is_said_to_be_chosen_for_other_models(folder: Path) -> None:
+    model = load(folder)
+    assert notes_for(asked(), resolved(model), model) == ()
