@@ -115,9 +115,8 @@ def theirs(pipeline: Any, scheduler: Any, **call: Any) -> Tensor:
         latents=latents,
         width=64,
         height=64,
-        guidance_scale=0,
         output_type="latent",
-        **call,
+        **{"guidance_scale": 0, **call},
     ).images[0]
 
 
@@ -187,6 +186,23 @@ def test_a_request_for_a_prompt_alone_runs_the_lines_of_the_model_card(
     config = dict(BASE.config) | {"set_alpha_to_one": False, "clip_sample": False}
     scheduler = card.scheduler.from_config(config, **card.options)
     expected = theirs(pipeline, scheduler, **card.call)
+    assert float((found - expected).norm() / expected.norm()) < 1e-4
+
+
+def test_a_latent_consistency_model_of_sdxl_is_told_its_scale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the published U-Net, in a pipeline that is called as any other of its class."""
+    scheduler = LCMScheduler.from_config(dict(BASE.config) | {"clip_sample": False})
+    told = make(scheduler, time_cond_proj_dim=32)
+    found = ours(load(saved(told, tmp_path / "lcm")), monkeypatch, steps=2)
+    stages = iter(range(9))
+    monkeypatch.setattr(
+        scheduling_lcm,
+        "randn_tensor",
+        lambda *_, **__: stage_noise(SEED, next(stages), SHAPE)[None],
+    )
+    expected = theirs(told, scheduler, num_inference_steps=2, guidance_scale=8.5)
     assert float((found - expected).norm() / expected.norm()) < 1e-4
 
 

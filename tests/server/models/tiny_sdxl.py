@@ -74,12 +74,17 @@ VAE: dict[str, Any] = {
 }
 
 
-def make(scheduler: Any) -> Any:
-    """The pipeline; its second tokenizer pads with another token, as OpenCLIP's does."""
+def make(scheduler: Any, **unet: Any) -> Any:
+    """The pipeline; its second tokenizer pads with another token, as OpenCLIP's does.
+
+    Args:
+        scheduler: of the pipeline.
+        unet: entries of the U-Net's config beside or in place of those here.
+    """
     torch.manual_seed(0)
     folder = MODEL_FOLDER / "tokenizer"
     parts: dict[str, Any] = {
-        "unet": UNet2DConditionModel(**UNET),
+        "unet": UNet2DConditionModel(**UNET | unet),
         "vae": AutoencoderKL(**VAE),
         "text_encoder": CLIPTextModel(text_config(32)),
         "text_encoder_2": CLIPTextModelWithProjection(text_config(48)),
