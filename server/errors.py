@@ -5,7 +5,8 @@
     |   |- MalformedBody             400  the body is not valid JSON
     |   |- NotAcceptable             406  no media type in the Accept header is supported
     |   |- UnsupportedMediaType      415  the body is not declared as JSON
-    |   `- TooLarge                  413  the body or an image in it is too large
+    |   |- TooLarge                  413  the body or an image in it is too large
+    |   `- RequestTimeout            408  the body did not arrive in time
     |- Unauthorized                  401  the key is missing or wrong
     |- Forbidden                     403  the Host or Origin header is not allowed
     |- UnknownModel                  404  no model of that name is hosted
@@ -25,7 +26,7 @@ Each carries the sentence that the user reads; only `server.http.errors` turns t
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import ClassVar, Self
 
 __all__ = [
     "Cancelled",
@@ -39,6 +40,7 @@ __all__ = [
     "NotAcceptable",
     "NotReady",
     "Overloaded",
+    "RequestTimeout",
     "RowFailed",
     "TooLarge",
     "Unauthorized",
@@ -99,6 +101,21 @@ class TooLarge(InvalidRequest):
 
     status = 413
     code = "too_large"
+
+    @classmethod
+    def body(cls, most: int) -> Self:
+        """A body of more than `most` bytes."""
+        return cls(None, f"The body is too large; at most {most} bytes are allowed.")
+
+
+class RequestTimeout(InvalidRequest):
+    """The request did not arrive in time."""
+
+    status = 408
+    code = "request_timeout"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(None, message)
 
 
 class Unauthorized(WeftError):

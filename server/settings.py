@@ -133,6 +133,15 @@ class Settings(BaseSettings):
         default=(),
         description="Origins of other web pages that may call the API, e.g. `https://app.example`.",
     )
+    body_s: float = Field(
+        default=60, gt=0, le=3600, description="Seconds within which a request body must arrive."
+    )
+    bodies_bytes: int = Field(
+        default=256 * 2**20,
+        ge=1024,
+        description="Bytes of large request bodies, over 64 KiB each, that may be in memory at "
+        "once; a request with one more gets status 429.",
+    )
     drain_s: float = Field(
         default=30,
         ge=0,
@@ -164,6 +173,15 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"max_pending is {self.max_pending}; it must be at least limits.images, which is "
                 f"{self.limits.images}."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _let_one_body_in(self) -> Self:
+        if self.bodies_bytes < self.limits.body_bytes:
+            raise ValueError(
+                f"bodies_bytes is {self.bodies_bytes}; it must be at least limits.body_bytes, "
+                f"which is {self.limits.body_bytes}."
             )
         return self
 

@@ -19,6 +19,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from server.errors import WeftError
 from server.http import catalog, errors, generate, health
+from server.http.body import Bodies
 from server.http.drain import Farewell
 from server.http.gate import Gate, RequestId
 from server.http.metrics import exposition
@@ -60,6 +61,7 @@ def create_app(settings: Settings, *, on_failure: Callable[[], None] | None = No
     )
     app.state.settings = settings
     app.state.service = Service(settings.limits, decode_processes=settings.decode_processes)
+    app.state.bodies = Bodies(settings.bodies_bytes)
     app.state.exposition = exposition(app.state.service)
     errors.install(app)
     for router in (generate.router, catalog.router, health.router):

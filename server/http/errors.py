@@ -97,8 +97,7 @@ def _body_model(request: Request) -> type[BaseModel] | None:
 
 def _of_http(request: Request, error: HTTPException) -> JSONResponse:
     if error.status_code == TooLarge.status:
-        most = request.app.state.settings.limits.body_bytes
-        return answer(TooLarge(None, f"The body is too large; at most {most} bytes are allowed."))
+        return answer(TooLarge.body(request.app.state.settings.limits.body_bytes))
     sentences = {
         400: "The body cannot be read as JSON.",
         404: f"There is nothing at {request.url.path}.",

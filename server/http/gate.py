@@ -26,6 +26,11 @@ PROBES: Final = frozenset({"/livez", "/readyz"})
 PUBLIC: Final = PROBES | {"/"}
 """Paths that never need a key; if keys are set, all others do."""
 
+WITH_BODY: Final = frozenset({"POST", "PUT", "PATCH"})
+
+BODILESS_BYTES: Final = 1024
+"""Bytes that a request of another method may announce; nobody reads them."""
+
 _VALID_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::(\d{1,5}))?")
 
@@ -82,7 +87,7 @@ class Gate:
             await self._app(scope, receive, send)
             return
         try:
-            self._admit(scope["path"], Headers(scope=scope))
+            self._admit(scope, Headers(scope=scope))
         except WeftError as refusal:
             if scope["type"] == "websocket":
                 await send({"type": "websocket.close", "code": 1008})
@@ -91,18 +96,17 @@ class Gate:
             return
         await self._app(scope, receive, send)
 
-    def _admit(self, path: str, headers: Headers) -> None:
+    def _admit(self, scope: Scope, headers: Headers) -> None:
+        path = scope["path"]
         if path not in PROBES:
             host = self._check_host(headers.getlist("host"))
             self._check_origin(headers.getlist("origin"), host)
         if self._keys and path not in PUBLIC:
             self._check_key(headers.getlist("authorization"))
         announced = headers.get("content-length", "0")
-        if not announced.isdecimal() or int(announced) > self._body_bytes:
-            raise TooLarge(
-                None,
-                f"The body is too large; at most {self._body_bytes} bytes are allowed.",
-            )
+        most = self._body_bytes if scope.get("method") in WITH_BODY else BODILESS_BYTES
+        if not announced.isdecimal() or int(announced) > most:
+            raise TooLarge.body(most)
 
     def _check_host(self, values: Sequence[str]) -> tuple[str, str]:
         match = _HOST.fullmatch(values[0]) if len(values) == 1 else None

@@ -6,11 +6,12 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Annotated, Any, Final
 
-from fastapi import APIRouter, Depends, Path, Request
+from fastapi import APIRouter, Path, Request
 from fastapi.responses import Response
 
 from server.http.answers import CancelResponse, GenerateResponse, completed
-from server.http.dependencies import IdentifierDep, ServiceDep, json_only
+from server.http.body import JsonRoute
+from server.http.dependencies import IdentifierDep, ServiceDep
 from server.http.errors import ErrorBody
 from server.http.events import GenerationStream
 from server.http.negotiation import negotiate
@@ -21,10 +22,11 @@ from server.service.service import Pictures, Service
 
 __all__ = ["router"]
 
-router = APIRouter(tags=["generate"])
+router = APIRouter(tags=["generate"], route_class=JsonRoute)
 
 _ERRORS: Final[dict[int | str, dict[str, Any]]] = {
-    status: {"model": ErrorBody} for status in (400, 401, 403, 404, 409, 413, 415, 422, 429, 503)
+    status: {"model": ErrorBody}
+    for status in (400, 401, 403, 404, 408, 409, 413, 415, 422, 429, 503)
 }
 _OTHER_FORMS: Final[dict[int | str, dict[str, Any]]] = {
     200: {
@@ -43,7 +45,6 @@ _OTHER_FORMS: Final[dict[int | str, dict[str, Any]]] = {
     "/v1/generate",
     response_model=GenerateResponse,
     responses=_ERRORS | _OTHER_FORMS,
-    dependencies=[Depends(json_only)],
 )
 async def generate(
     body: GenerateRequest, request: Request, service: ServiceDep, identifier: IdentifierDep

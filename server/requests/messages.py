@@ -99,7 +99,7 @@ def _sentence(param: str, error: Mapping[str, Any]) -> str:
 def _unknown(param: str, allowed: Sequence[str]) -> str:
     if not allowed:
         return f"{_clean(param)} is not a known field; remove it."
-    near = get_close_matches(param.rpartition(".")[2], allowed, n=1)
+    near = get_close_matches(param.rpartition(".")[2][:_SHOWN], allowed, n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
     return f"{_clean(param)} is not a known field{hint}; allowed are: {listed(allowed)}."
 
@@ -141,6 +141,8 @@ def _shown(value: Any) -> str:
         return "a list"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, str):
+        value = value[: _SHOWN + 1]
     text = repr(value) if not isinstance(value, int) or abs(value) < 10**_SHOWN else "too long"
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 

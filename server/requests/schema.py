@@ -24,6 +24,8 @@ from samplers import SAMPLERS, SPACINGS, Sampler, Spacing
 from server.image_codec import OutputFormat
 from server.requests.aliases import sampler_elsewhere, spacing_elsewhere
 from server.requests.choice import choice, name_of
+from server.requests.upload import Upload
+from server.settings import PROMPT_BYTES_CEILING
 
 __all__ = [
     "CHOICES",
@@ -106,7 +108,7 @@ def _printable(text: str) -> str:
     return text
 
 
-Prompt = Annotated[str, AfterValidator(_printable)]
+Prompt = Annotated[str, Field(max_length=PROMPT_BYTES_CEILING), AfterValidator(_printable)]
 Count = Annotated[int, Field(strict=True)]
 
 
@@ -166,7 +168,7 @@ class GenerateRequest(BaseModel):
         f"`{json.dumps(DEFAULT_GUIDANCE)}`, or `{json.dumps(GUIDANCE_OF_STATISTICS)}` with a "
         "sampler that uses model statistics.",
     )
-    image: str | None = Field(
+    image: Upload | None = Field(
         default=None,
         repr=False,
         description="An image to start from: PNG, JPEG or WebP, as base64 or a base64 data URI. It "
@@ -179,13 +181,13 @@ class GenerateRequest(BaseModel):
         strict=True,
         description="Share of the steps that is run from `image`. Default: 0.75, or 1 with a mask.",
     )
-    mask: str | None = Field(
+    mask: Upload | None = Field(
         default=None,
         repr=False,
         description="Where `image` is repainted (white) and where it is kept (black), resampled "
         "like it.",
     )
-    reference: str | None = Field(
+    reference: Upload | None = Field(
         default=None,
         repr=False,
         description="An image that the results move away from, with `guidance.negtome`; resampled "

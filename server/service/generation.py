@@ -25,7 +25,7 @@ from server.errors import (
 )
 from server.requests.schema import ResolvedRequest
 
-__all__ = ["Generation", "Progress"]
+__all__ = ["Generation", "Progress", "outcome_of"]
 
 
 log = logging.getLogger("weft")
@@ -152,7 +152,7 @@ class Generation:
         """Record how it ended, with its images or with an error; only the first call counts."""
         if not self._ended:
             self._ended = True
-            self.outcome = "completed" if error is None else _outcome(error)
+            self.outcome = "completed" if error is None else outcome_of(error)
 
     def cancel(self) -> bool:
         """Stop the work, unless it has ended; whoever reads gets :class:`Cancelled`.
@@ -213,7 +213,7 @@ class Generation:
         self._wake.set()
 
 
-def _outcome(error: BaseException) -> str:
+def outcome_of(error: BaseException) -> str:
     """The outcome under which the metrics count an error."""
     match error:
         case Cancelled():

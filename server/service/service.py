@@ -182,6 +182,15 @@ class Service:
             raise NotReady("The model is still loading.")
         return self._engine
 
+    def check_room(self) -> None:
+        """Refuse a request that could not be admitted now, before its body is read.
+
+        Raises:
+            NotReady: the models are still loading, or the server is broken.
+            Overloaded: the queue is full.
+        """
+        self.ready_engine().reserve(1).release()
+
     def models(self) -> tuple[ModelEntry, ...]:
         """The catalog's entry for each hosted model."""
         return tuple(
@@ -356,7 +365,8 @@ class Service:
         if request.image is None:
             return None
         size = request.width, request.height
-        return await self.decoding.picture(request.image, "image", size)
+        with request.image.opened() as text:
+            return await self.decoding.picture(text, "image", size)
 
     async def _uploads(
         self,
@@ -367,9 +377,11 @@ class Service:
         size = resolved.width, resolved.height
         mask = reference = None
         if request.mask is not None:
-            mask = await self.decoding.mask(request.mask, "mask", size)
+            with request.mask.opened() as text:
+                mask = await self.decoding.mask(text, "mask", size)
         if request.reference is not None:
-            reference = await self.decoding.picture(request.reference, "reference", size)
+            with request.reference.opened() as text:
+                reference = await self.decoding.picture(text, "reference", size)
         return Uploads(image, mask, reference)
 
     def _encode(self, generation: Generation, index: int) -> Picture:

@@ -68,7 +68,7 @@ def test_the_default_sampler_is_registered() -> None:
         (
             {"prompt": "\ud800"},
             "prompt",
-            r"prompt has the character '\ud800' at position 0; only text is allowed.",
+            r"prompt is '\ud800'; it must be valid Unicode.",
         ),
         (
             {"guidance": {"name": "cfg", "scale": "7"}},

@@ -1,0 +1,79 @@
+"""Counts, while JSON arrives, how much of it is not pictures."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+__all__ = ["LONG_STRING", "TextMeter"]
+
+LONG_STRING: Final = 16 * 2**10
+"""Bytes from which a string can only be a picture; no text of a request is so long."""
+
+ESCAPE_EVERY: Final = 16
+"""Base64 has at most a backslash in so many bytes: before each slash, or at the ends of lines."""
+
+_INSIDE = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*', re.DOTALL)
+
+
+class TextMeter:
+    """Counts bytes outside of long strings of base64, however the JSON is cut into chunks.
+
+    A body of megabytes is cheap to parse if it is a few long strings of base64, and takes seconds
+    if it is millions of fields or escapes. This tells one from the other before either is parsed.
+    """
+
+    def __init__(self) -> None:
+        self.text = 0
+        self._in_string = False
+        self._after_backslash = False
+        self._length = 0
+        self._counted = 0
+        self._backslashes = 0
+
+    def feed(self, chunk: bytes) -> None:
+        """Count the next bytes of the body."""
+        position = 0
+        while position < len(chunk):
+            advance = self._inside if self._in_string else self._outside
+            position = advance(chunk, position)
+
+    def _outside(self, chunk: bytes, start: int) -> int:
+        quote = chunk.find(b'"', start)
+        stop = len(chunk) if quote < 0 else quote + 1
+        self.text += stop - start
+        self._in_string = quote >= 0
+        self._length = self._counted = self._backslashes = 0
+        return stop
+
+    def _inside(self, chunk: bytes, start: int) -> int:
+        stop = self._end_of_string(chunk, start)
+        closed = stop < len(chunk) and chunk[stop] == ord('"')
+        self._after_backslash = stop < len(chunk) and not closed
+        part = chunk[start : stop if closed else len(chunk)]
+        self._length += len(part)
+        self._backslashes += part.count(b"\\")
+        if not part.isascii() or self._escaped_too_often():
+            self._counted += len(part)
+            self.text += len(part)
+        if not closed:
+            return len(chunk)
+        if self._length <= LONG_STRING:
+            self.text += self._length - self._counted
+        self.text += 1
+        self._in_string = False
+        return stop + 1
+
+    def _end_of_string(self, chunk: bytes, start: int) -> int:
+        """Position of the closing quote, of a backslash that ends the chunk, or its length."""
+        if self._after_backslash:
+            start += 1
+        quote = chunk.find(b'"', start)
+        quote = len(chunk) if quote < 0 else quote
+        if chunk.find(b"\\", start, quote) < 0:
+            return quote
+        inside = _INSIDE.match(chunk, start)
+        return start if inside is None else inside.end()
+
+    def _escaped_too_often(self) -> bool:
+        return self._length > LONG_STRING and self._backslashes * ESCAPE_EVERY > self._length

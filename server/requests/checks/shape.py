@@ -1,0 +1,60 @@
+"""Checks that JSON has the proportions of a request, before anything looks at what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, Final
+
+from server.errors import InvalidRequest
+from server.settings import PROMPT_BYTES_CEILING
+
+__all__ = ["check_shape"]
+
+MOST_FIELDS: Final = 64
+MOST_ENTRIES: Final = 2048
+MOST_CHARACTERS: Final = PROMPT_BYTES_CEILING
+MOST_NAME: Final = 64
+
+
+def check_shape(value: Any, uploads: Collection[str], path: tuple[str, ...] = ()) -> None:
+    """Refuse objects, lists, names and texts that are larger than any request's.
+
+    What is let through can be validated, and its errors told, in a few milliseconds.
+
+    Args:
+        value: parsed JSON.
+        uploads: fields of the outermost object that may hold long texts.
+        path: of the value within the body.
+
+    Raises:
+        InvalidRequest: something is too large; the first is named.
+    """
+    if isinstance(value, str):
+        _at_most(path, len(value), MOST_CHARACTERS, "characters")
+    elif isinstance(value, list):
+        _at_most(path, len(value), MOST_ENTRIES, "entries")
+        for index, entry in enumerate(value):
+            check_shape(entry, (), (*path, str(index)))
+    elif isinstance(value, dict):
+        _at_most(path, len(value), MOST_FIELDS, "fields")
+        for name, inner in value.items():
+            if len(name) > MOST_NAME:
+                raise InvalidRequest(
+                    None,
+                    f"{_named(path)} has a field whose name has {len(name)} characters; at most "
+                    f"{MOST_NAME} are allowed.",
+                )
+            if name not in uploads or not isinstance(inner, str):
+                check_shape(inner, (), (*path, name))
+
+
+def _at_most(path: tuple[str, ...], count: int, most: int, what: str) -> None:
+    if count > most:
+        raise InvalidRequest(
+            ".".join(path) or None,
+            f"{_named(path)} has {count} {what}; at most {most} are allowed.",
+        )
+
+
+def _named(path: tuple[str, ...]) -> str:
+    return ".".join(path).encode(errors="replace").decode() or "The body"

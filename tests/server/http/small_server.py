@@ -1,0 +1,121 @@
+"""A real server on the toy model, for tests that speak to its socket byte by byte."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import uvicorn
+
+from server.http.app import create_app
+from server.settings import Settings
+from tests.server.toy_model import Toy, started
+
+PATIENCE_S = 60
+
+
+class SmallServer:
+    """uvicorn in a thread; its event loop's longest stop is watched."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.app = create_app(settings)
+        self.engine = started(Toy(), 8, max_pending=settings.max_pending)
+        self.app.state.service.open(self.engine, {"toy": Toy()})
+        config = uvicorn.Config(
+            self.app, port=0, lifespan="off", log_level="critical", access_log=False
+        )
+        self.server = uvicorn.Server(config)
+        self.longest_stop_s = 0.0
+        self._thread = threading.Thread(target=self._run, name="uvicorn")
+
+    @property
+    def port(self) -> int:
+        return self.server.servers[0].sockets[0].getsockname()[1]
+
+    def start(self) -> None:
+        self._thread.start()
+        self.wait(lambda: self.server.started)
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+        self._thread.join(PATIENCE_S)
+        self.app.state.service.close()
+        self.engine.stop(0)
+
+    def wait(self, happened: Any) -> None:
+        until = time.monotonic() + PATIENCE_S
+        while not happened():
+            assert time.monotonic() < until, "the server did not get there"
+            time.sleep(0.005)
+
+    def connect(self, timeout_s: float = PATIENCE_S) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout_s)
+
+    def post(self, body: bytes | dict[str, Any], **headers: str) -> tuple[int, dict[str, Any]]:
+        """The status and the JSON of one request, over a connection of its own."""
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        with self.connect() as client:
+            client.sendall(self.head("POST", len(content), **headers))
+            send(client, content)
+            return answer_of(client)
+
+    def head(self, method: str, length: int, path: str = "/v1/generate", **headers: str) -> bytes:
+        lines = [
+            f"{method} {path} HTTP/1.1",
+            "host: 127.0.0.1",
+            "content-type: application/json",
+            f"content-length: {length}",
+            "connection: close",
+            *(f"{name.replace('_', '-')}: {value}" for name, value in headers.items()),
+        ]
+        return "\r\n".join([*lines, "", ""]).encode()
+
+    def _run(self) -> None:
+        async def serve() -> None:
+            watching = asyncio.ensure_future(self._watch())
+            await self.server.serve()
+            watching.cancel()
+
+        asyncio.run(serve())
+
+    async def _watch(self) -> None:
+        while True:
+            began = time.perf_counter()
+            await asyncio.sleep(0.005)
+            self.longest_stop_s = max(self.longest_stop_s, time.perf_counter() - began - 0.005)
+
+
+@contextmanager
+def small_server(**settings: Any) -> Generator[SmallServer]:
+    server = SmallServer(Settings(**settings))
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def send(client: socket.socket, content: bytes) -> None:
+    """Send until the server has answered and closed."""
+    with suppress(OSError):
+        client.sendall(content)
+
+
+def answer_of(client: socket.socket) -> tuple[int, dict[str, Any]]:
+    """Status and JSON; (0, {}) if the connection is closed without an answer."""
+    received = b""
+    try:
+        while chunk := client.recv(65536):
+            received += chunk
+    except ConnectionError:
+        pass
+    if not received:
+        return 0, {}
+    head, _, content = received.partition(b"\r\n\r\n")
+    return int(head.split()[1]), json.loads(content)
