@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel
 
@@ -120,12 +120,20 @@ def _siblings(model: type[BaseModel] | None, loc: Sequence[Any]) -> list[str]:
     """The fields of the object that contains an unknown field."""
     field = ""
     for part in loc[:-1]:
-        model = _OF_ONE_KIND.get(str(part), model)
+        model = _OF_ONE_KIND.get(str(part)) or _inside(model, str(part)) or model
         model = CHOICES.get(field, {}).get(str(part), model)
         field = field if isinstance(part, int) else str(part)
     known = list(model.model_fields) if model is not None else []
     is_rule = model in CHOICES["guidance"].values()
     return [*known, *(part.field for part in PARTS)] if is_rule else known
+
+
+def _inside(model: type[BaseModel] | None, field: str) -> type[BaseModel] | None:
+    """The class of the objects that a field takes, where it takes those of one class only."""
+    info = None if model is None else model.model_fields.get(field)
+    kinds = () if info is None else get_args(info.annotation)
+    found = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+    return found[0] if len(found) == 1 else None
 
 
 def _plain(value: Any) -> str:

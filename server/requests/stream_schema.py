@@ -1,0 +1,221 @@
+"""The settings of a live stream, with their ranges, defaults and descriptions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
+
+from server.errors import MalformedBody
+from server.image_codec import OutputFormat
+from server.models.blend import Blend, BlendKind
+from server.requests.messages import explain
+from server.requests.schema import (
+    Count,
+    GenerateRequest,
+    Guidance,
+    Prompt,
+    SamplerChoice,
+    SpacingChoice,
+)
+
+__all__ = [
+    "OWN_FIELDS",
+    "SimilarityFilter",
+    "StreamSettings",
+    "WeightedPrompt",
+    "message_fields",
+    "read_settings",
+]
+
+MOST_PROMPTS: Final = 8
+LONGEST_TRANSITION: Final = 600
+MOST_SKIPPED: Final = 1000
+MOST_SEED_STEP: Final = 2**32
+
+
+class WeightedPrompt(BaseModel):
+    """One of several prompts that are blended."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    text: Prompt = Field(description="Describes the image.")
+    weight: float = Field(
+        default=1.0, ge=0, le=100, strict=True, description="Divided by the sum of all weights."
+    )
+
+
+class SimilarityFilter(BaseModel):
+    """Skips input frames that are like the last one that was processed (arXiv 2312.12491)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    threshold: float = Field(
+        default=0.98,
+        ge=0,
+        lt=1,
+        strict=True,
+        description="Cosine of two frames from which on the second may be skipped.",
+    )
+    max_skip: Count = Field(
+        default=10, ge=1, le=MOST_SKIPPED, description="Most frames skipped in a row."
+    )
+
+
+def _listed(value: Any) -> Any:
+    """A single text as a list of one weighted prompt."""
+    if isinstance(value, str):
+        return ({"text": value},)
+    if isinstance(value, list | tuple):
+        return value
+    raise PydanticCustomError("sentence", "prompt must be a string or a list of weighted prompts.")
+
+
+def _weighty(prompts: tuple[WeightedPrompt, ...]) -> tuple[WeightedPrompt, ...]:
+    if prompts and not any(one.weight for one in prompts):
+        raise PydanticCustomError(
+            "sentence", "prompt has no weight above 0; give one of its texts a weight."
+        )
+    return prompts
+
+
+def _as_in_requests(field: str) -> Any:
+    """The field of the same name of :class:`GenerateRequest`."""
+    return GenerateRequest.model_fields[field]
+
+
+Prompts = Annotated[
+    tuple[WeightedPrompt, ...],
+    Field(min_length=1, max_length=MOST_PROMPTS),
+    BeforeValidator(_listed),
+    AfterValidator(_weighty),
+]
+
+
+class StreamSettings(BaseModel):
+    """Settings of a live stream; fields that are left out take their defaults."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    prompt: Prompts = Field(
+        description="Describes the images: a string, or a list of weighted prompts."
+    )
+    negative_prompt: Prompt | None = _as_in_requests("negative_prompt")
+    model: str | None = _as_in_requests("model")
+    width: Count | None = _as_in_requests("width")
+    height: Count | None = _as_in_requests("height")
+    steps: Count | None = _as_in_requests("steps")
+    seed: Count | None = _as_in_requests("seed")
+    sampler: SamplerChoice | None = _as_in_requests("sampler")
+    spacing: SpacingChoice | None = _as_in_requests("spacing")
+    guidance: Guidance | None = _as_in_requests("guidance")
+    strength: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        strict=True,
+        description="Share of the steps that runs from an input frame. Default: 0.75.",
+    )
+    output_format: OutputFormat = Field(
+        default="jpeg", description="File format of the output frames."
+    )
+    source: Literal["frames", "text"] = Field(
+        default="frames",
+        description="Whether output frames are made from input frames or from the prompt alone.",
+    )
+    seed_step: Count = Field(
+        default=0,
+        ge=0,
+        le=MOST_SEED_STEP,
+        description="Added to the seed for each output frame.",
+    )
+    blend: BlendKind = Field(
+        default="linear",
+        description="How weighted prompts, and the two prompts of a transition, are mixed.",
+    )
+    transition_frames: Count = Field(
+        default=0,
+        ge=0,
+        le=LONGEST_TRANSITION,
+        description="Frames over which a new prompt replaces the old one.",
+    )
+    similarity_filter: SimilarityFilter | None = Field(
+        default=None, description="Skips input frames that are like the last one processed."
+    )
+    max_fps: float = Field(
+        default=30.0, gt=0, le=1000, strict=True, description="Most output frames per second."
+    )
+    in_flight: Count | None = Field(
+        default=None,
+        ge=1,
+        description="Most frames of this session in the engine at once. Default: one for each "
+        "stage, and one.",
+    )
+    paused: bool = Field(
+        default=False, strict=True, description="Whether no further frame is taken in."
+    )
+    stats_s: float | None = Field(
+        default=None,
+        ge=0.1,
+        le=60,
+        strict=True,
+        description="Seconds between two messages with statistics. Default: none are sent.",
+    )
+
+    @property
+    def told(self) -> str | Blend:
+        """What the network is told."""
+        if len(self.prompt) == 1:
+            return self.prompt[0].text
+        return Blend(tuple((one.text, one.weight) for one in self.prompt), self.blend)
+
+    def request(self) -> GenerateRequest:
+        """The request for a single image with these settings, of the first prompt alone."""
+        fields = {
+            name: getattr(self, name) for name in GenerateRequest.model_fields if name in _SHARED
+        }
+        return GenerateRequest(prompt=self.prompt[0].text, **fields)
+
+    def own(self) -> dict[str, Any]:
+        """JSON of the fields that a request for a single image does not have, and of the prompt."""
+        alone = len(self.prompt) == 1
+        prompt = self.prompt[0].text if alone else [one.model_dump() for one in self.prompt]
+        return {"prompt": prompt} | self.model_dump(mode="json", include=OWN_FIELDS)
+
+
+_SHARED: Final = frozenset(StreamSettings.model_fields) & frozenset(
+    GenerateRequest.model_fields
+) - {"prompt"}
+OWN_FIELDS: Final = set(StreamSettings.model_fields) - _SHARED - {"prompt"}
+"""Fields that a request for a single image does not have."""
+
+
+def message_fields(text: str) -> dict[str, Any]:
+    """The fields of a JSON message.
+
+    Raises:
+        MalformedBody: it is not a JSON object.
+    """
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else "it cannot be read"
+        raise MalformedBody(None, f"The message is not valid JSON: {reason}.") from None
+    if not isinstance(fields, dict):
+        raise MalformedBody(None, "The message must be a JSON object of settings.")
+    return fields
+
+
+def read_settings(fields: Mapping[str, Any]) -> StreamSettings:
+    """Validate the fields of a stream.
+
+    Raises:
+        InvalidRequest: a field is unknown or has an invalid value.
+    """
+    try:
+        return StreamSettings.model_validate(fields)
+    except ValidationError as error:
+        raise explain(error.errors(), StreamSettings) from None

@@ -1,0 +1,56 @@
+"""What each frame is told while a prompt replaces another."""
+
+from __future__ import annotations
+
+from server.models.blend import Blend
+from server.service.transition import MOST_NESTED, Transition
+
+
+def told(transition: Transition, frames: int) -> list[str | Blend]:
+    found: list[str | Blend] = []
+    for _ in range(frames):
+        found.append(transition.told)
+        transition = transition.onward()
+    return found
+
+
+def test_a_change_moves_in_equal_shares_and_ends_with_the_target_alone() -> None:
+    change = Transition("a").to("b", 4, "spherical")
+    assert change.left == 4
+    mixtures = [Blend((("a", 1 - s), ("b", s)), "spherical") for s in (0.25, 0.5, 0.75)]
+    assert told(change, 6) == [*mixtures, "b", "b", "b"]
+
+
+def test_a_change_over_no_frames_is_there_at_once() -> None:
+    change = Transition("a").to("b", 0, "linear")
+    assert told(change, 1) == ["b"]
+    assert change.left == 0
+
+
+def test_other_settings_leave_a_change_at_its_pace() -> None:
+    change = Transition("a").to("b", 4, "linear").onward()
+    assert change.to("b", 100, "spherical") is change
+
+
+def test_a_change_of_mind_goes_on_from_what_the_last_frame_was_told() -> None:
+    change = Transition("a").to("b", 4, "linear").onward()
+    last = Blend((("a", 0.75), ("b", 0.25)))
+    assert told(change.to("c", 2, "linear"), 2) == [Blend(((last, 0.5), ("c", 0.5))), "c"]
+
+
+def test_a_change_of_mind_before_any_frame_starts_where_the_first_change_did() -> None:
+    change = Transition("a").to("b", 4, "linear").to("c", 2, "linear")
+    assert told(change, 1) == [Blend((("a", 0.5), ("c", 0.5)))]
+
+
+def test_endless_changes_of_mind_do_not_nest_without_end() -> None:
+    def depth(one: object) -> int:
+        return 1 + max(depth(part) for part, _ in one.parts) if isinstance(one, Blend) else 0
+
+    change = Transition("0")
+    deepest = 0
+    for k in range(1, 50):
+        change = change.to(str(k), 10, "linear")
+        deepest = max(deepest, depth(change.told))
+        change = change.onward()
+    assert deepest == MOST_NESTED + 1
