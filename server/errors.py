@@ -11,6 +11,7 @@
     |- Forbidden                     403  the Host or Origin header is not allowed
     |- UnknownModel                  404  no model of that name is hosted
     |- UnknownGeneration             404  no generation of that identifier is running
+    |- TimedOut                      408  the client sent or read nothing for too long
     |- DuplicateGeneration           409  the identifier is in use by a running generation
     |- Cancelled                     409  the client cancelled the generation
     |- Overloaded                    429  the queue is full
@@ -42,6 +43,7 @@ __all__ = [
     "Overloaded",
     "RequestTimeout",
     "RowFailed",
+    "TimedOut",
     "TooLarge",
     "Unauthorized",
     "UnknownGeneration",
@@ -155,6 +157,14 @@ class UnknownGeneration(WeftError):
 
     def __init__(self, identifier: str) -> None:
         super().__init__(f"No generation {identifier!r} is running.", field="id")
+
+
+class TimedOut(WeftError):
+    """The client sent nothing, or did not read what was sent to it, for too long."""
+
+    status = 408
+    type = "invalid_request_error"
+    code = "timed_out"
 
 
 class DuplicateGeneration(WeftError):

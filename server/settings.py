@@ -11,7 +11,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from server.api_keys import ApiKey, keys_of
 
-__all__ = ["LOOPBACK_NAMES", "Limits", "Settings"]
+__all__ = ["LOOPBACK_NAMES", "Limits", "Settings", "StreamLimits"]
 
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "::1")
 
@@ -56,6 +56,30 @@ class Limits(BaseModel):
         default=5, gt=0, le=600, description="Seconds that decoding an uploaded image may take."
     )
     body_bytes: int = Field(default=32 * 2**20, ge=1024, description="Size of a request body.")
+
+
+class StreamLimits(BaseModel):
+    """Upper limits on live streams."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sessions: int = Field(default=16, ge=0, le=4096, description="Streams open at once.")
+    in_flight: int = Field(
+        default=8, ge=1, le=64, description="Frames of one stream in the engine at once."
+    )
+    frame_bytes: int = Field(
+        default=4 * 2**20, ge=1024, le=16 * 2**20, description="Size of one input frame as a file."
+    )
+    stall_s: float = Field(
+        default=20, gt=0, le=600, description="Seconds that a client may take to read a message."
+    )
+    idle_s: float = Field(
+        default=600,
+        gt=0,
+        le=86400,
+        description="Seconds without a message from the client and without a frame to it after "
+        "which its stream ends.",
+    )
 
 
 class Settings(BaseSettings):
@@ -114,6 +138,7 @@ class Settings(BaseSettings):
         description="Uploaded images decoded at once, each in a process of its own.",
     )
     limits: Limits = Limits()
+    streams: StreamLimits = StreamLimits()
 
     api_keys: Keys = Field(
         default=(),

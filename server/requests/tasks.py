@@ -6,7 +6,7 @@ from torch import Tensor
 
 from guidance.parts import chosen
 from server.engine.scheduler import Priority
-from server.engine.task import Group, ImageTask
+from server.engine.task import Group, ImageTask, Stream
 from server.engine.terms.registry import terms_of
 from server.engine.terms.term import Run
 from server.models.blend import Blend
@@ -32,6 +32,7 @@ def tasks_of(
     reference: Tensor | None = None,
     blend: Blend | None = None,
     priority: Priority = Priority.INTERACTIVE,
+    stream: Stream | None = None,
 ) -> list[ImageTask]:
     """One task for each image.
 
@@ -43,6 +44,7 @@ def tasks_of(
         reference: picture to keep away from, as ``image``.
         blend: what the network is told instead of the request's prompt.
         priority: who goes first.
+        stream: that the images are frames of, if their priority is live.
 
     Raises:
         InvalidRequest: guidance that needs a single prompt, with a blend.
@@ -76,6 +78,7 @@ def tasks_of(
             coefficients=prepared.coefficients,
             group=group,
             priority=priority,
+            stream=stream,
             image=image,
             mask=mask,
             previews=resolved.stream,

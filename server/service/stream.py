@@ -1,0 +1,436 @@
+"""A live stream: settings that may change, input frames of which the newest wins, and outputs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Final
+
+from server.engine.scheduler import Priority
+from server.engine.task import Stream
+from server.errors import InvalidRequest, NotReady, Overloaded, RowFailed, TooLarge, WeftError
+from server.image_codec import encode
+from server.models.blend import Blend
+from server.requests.checks.limits import check_limits, check_tokens
+from server.requests.schema import MAX_SEED
+from server.requests.stream_schema import StreamSettings, read_settings
+from server.requests.tasks import tasks_of
+from server.service.service import Service, pixels_tensor
+from server.service.similarity import FrameFilter
+from server.service.stream_counts import SessionCounts
+from server.service.stream_frame import (
+    FailedFrame,
+    Frame,
+    FrameListener,
+    InputFrame,
+    OutputFrame,
+)
+from server.service.transition import Transition
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from server.models.hosted import HostedModel
+    from server.requests.resolve import Prepared
+    from server.settings import Limits, StreamLimits
+
+__all__ = ["StreamSession"]
+
+log = logging.getLogger("weft")
+
+OUTGOING: Final = 2
+"""Finished frames that may wait for the client; while there are so many, none is taken in."""
+
+RETRY_S: Final = 0.02
+"""Until the engine, whose queue was full, is asked again."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Current:
+    """The settings that hold, checked and planned.
+
+    Attributes:
+        settings: as sent.
+        prepared: the request for one frame.
+        model: that serves it.
+        in_flight: most frames in the engine.
+    """
+
+    settings: StreamSettings
+    prepared: Prepared
+    model: HostedModel
+    in_flight: int
+
+
+class StreamSession:
+    """A client's stream; all of it belongs to the event loop.
+
+    Args:
+        service: that plans and has the engine.
+        limits: of one image.
+        stream_limits: of one stream.
+        counts: of this session.
+        identifier: of this session.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        limits: Limits,
+        stream_limits: StreamLimits,
+        counts: SessionCounts,
+        identifier: str,
+    ) -> None:
+        self.id = identifier
+        self.counts = counts
+        self._service = service
+        self._limits = limits
+        self._stream_limits = stream_limits
+        self._stream = Stream()
+        self.loop = asyncio.get_running_loop()
+        self._fields: Mapping[str, Any] = {}
+        self._current: Current | None = None
+        self._transition = Transition("")
+        self._filter = FrameFilter(0)
+        self._waiting: InputFrame | None = None
+        self._owed = 0
+        self._next_number = 0
+        self._not_before = 0.0
+        self._under_way: deque[Frame] = deque()
+        self._sending: Frame | None = None
+        self._last_image: bytes | None = None
+        self._error: WeftError | None = None
+        self._closed = False
+        self._changing = asyncio.Lock()
+        self._room = asyncio.Event()
+        self._news = asyncio.Event()
+        self._pump = asyncio.create_task(self._take_in_frames())
+
+    @property
+    def stats_s(self) -> float | None:
+        """Seconds between two messages with statistics; None for none."""
+        return None if self._current is None else self._current.settings.stats_s
+
+    @property
+    def begun(self) -> bool:
+        """Whether there have been settings."""
+        return self._current is not None
+
+    async def change(self, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Merge fields over the settings; they hold for all frames that are taken in afterwards.
+
+        Args:
+            fields: of :class:`StreamSettings`; None restores the default of a field.
+
+        Returns:
+            The answer to the client.
+
+        Raises:
+            InvalidRequest: a field has an invalid value; the settings are what they were.
+            UnknownModel: no such model is hosted.
+            NotReady: the server is broken or about to stop.
+        """
+        merged = {k: v for k, v in {**self._fields, **fields}.items() if v is not None}
+        current = await asyncio.to_thread(self._prepare, read_settings(merged))
+        async with self._changing:
+            self._adopt(current)
+            # One seed for all of the stream, also where it was chosen here.
+            self._fields = merged | {"seed": current.prepared.request.seed}
+            first = self._next_number
+        self._room.set()
+        return {
+            "settings": _answer(current),
+            "session": self.id,
+            "from_frame": first,
+            "stages": current.prepared.plan.evaluations,
+            "warnings": list(current.prepared.warnings),
+        }
+
+    def offer(self, data: bytes) -> FailedFrame | None:
+        """Take an input frame, which replaces the one that waits.
+
+        Returns:
+            Why the frame is not taken; None if it is.
+        """
+        number, self.counts.received = self.counts.received, self.counts.received + 1
+        most = self._stream_limits.frame_bytes
+        if self._current is None:
+            error = InvalidRequest(None, "Send the settings as JSON before the first frame.")
+            return FailedFrame(error, None, number)
+        if len(data) > most:
+            self.counts.count("failed")
+            error = TooLarge("frame", f"frame has {len(data)} bytes; at most {most} are allowed.")
+            return FailedFrame(error, None, number)
+        if self._current.settings.source == "text":
+            self.counts.count("dropped")
+            return None
+        if self._waiting is not None:
+            self.counts.count("dropped")
+        self._waiting = InputFrame(number, data, monotonic())
+        self._room.set()
+        return None
+
+    async def next(self) -> OutputFrame | FailedFrame:
+        """The next output, once there is one; calling again means that the client has the last.
+
+        Raises:
+            NotReady: the engine failed, or the server is about to stop.
+        """
+        self._sending = None
+        self._room.set()
+        while self._error is None and not (self._under_way and self._under_way[0].done):
+            self._news.clear()
+            await self._news.wait()
+        if self._error is not None:
+            raise self._error
+        frame = self._sending = self._under_way.popleft()
+        return await self._output(frame)
+
+    def statistics(self) -> Mapping[str, Any]:
+        """What the client is told of its stream."""
+        return self.counts.statistics(self._in_engine)
+
+    def end(self, error: WeftError) -> None:
+        """Let whoever waits for the next output hear of an error instead."""
+        self._error = self._error or error
+        self._news.set()
+
+    def close(self) -> None:
+        """Stop: frames under way end at the engine's next tick."""
+        self._closed = True
+        self._pump.cancel()
+        for frame in self._under_way:
+            if frame.submission is not None and not frame.done:
+                frame.submission.cancel()
+
+    @property
+    def _in_engine(self) -> int:
+        return sum(not frame.done for frame in self._under_way)
+
+    @property
+    def _outgoing(self) -> int:
+        finished = sum(frame.done for frame in self._under_way)
+        return finished + (self._sending is not None)
+
+    def _prepare(self, settings: StreamSettings) -> Current:
+        """Check and plan settings, in a thread of its own."""
+        self._service.ready_engine()
+        model = self._service.model(settings.model)
+        from_frames = settings.source == "frames"
+        if not from_frames and settings.strength is not None:
+            raise InvalidRequest(
+                "strength",
+                f"strength is {settings.strength:g}; it needs source 'frames', so set it to null.",
+            )
+        for part in ("particles", "negtome"):
+            if settings.guidance is not None and getattr(settings.guidance, part) is not None:
+                raise InvalidRequest(
+                    f"guidance.{part}",
+                    f"guidance.{part} needs several images at once, but the frames of a stream are "
+                    "made one by one; leave it out.",
+                )
+        size = model.facts.default_width, model.facts.default_height
+        request = settings.request()
+        prepared, _ = self._service.prepare(request, model, size if from_frames else None)
+        for one in settings.prompt[1:]:
+            alone = prepared.request.model_copy(update={"prompt": one.text})
+            check_limits(alone, self._limits)
+            check_tokens(alone, model)
+        current = Current(settings, prepared, model, self._most_in_flight(settings, prepared))
+        # What is incompatible with a blend says so now, and not with each frame.
+        blended = settings.transition_frames > 0 or isinstance(settings.told, Blend)
+        tasks_of(prepared, model, blend=Blend(((settings.told, 1.0),)) if blended else None)
+        return current
+
+    def _most_in_flight(self, settings: StreamSettings, prepared: Prepared) -> int:
+        most = self._stream_limits.in_flight
+        if settings.in_flight is None:
+            return min(most, prepared.plan.evaluations + 1)
+        if settings.in_flight > most:
+            raise InvalidRequest(
+                "in_flight", f"in_flight is {settings.in_flight}; at most {most} is allowed."
+            )
+        return settings.in_flight
+
+    def _adopt(self, current: Current) -> None:
+        before, settings = self._current, current.settings
+        frames = settings.transition_frames
+        if before is None or before.model is not current.model:
+            self._transition = Transition(settings.told)
+        else:
+            self._transition = self._transition.to(settings.told, frames, settings.blend)
+        seed = current.prepared.request.seed
+        if before is None or seed != before.prepared.request.seed:
+            self._filter = FrameFilter(seed)
+        self._filter.forget()
+        if settings.source == "text" and self._waiting is not None:
+            self._waiting = None
+            self.counts.count("dropped")
+        self._owed = max(1, self._transition.left)
+        self._current = current
+
+    async def _take_in_frames(self) -> None:
+        try:
+            while True:
+                self._room.clear()
+                current = self._current
+                if current is None or not self._may_take(current):
+                    await self._room.wait()
+                    continue
+                early = self._not_before - monotonic()
+                if early > 0:
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(self._room.wait(), early)
+                    continue
+                async with self._changing:
+                    await self._take_in(self._current or current)
+        except Exception as error:
+            log.exception("stream %s failed", self.id)
+            self.end(error if isinstance(error, WeftError) else WeftError("The stream failed."))
+
+    def _may_take(self, current: Current) -> bool:
+        settings = current.settings
+        if settings.source == "frames":
+            there_is = self._waiting is not None
+        else:
+            there_is = settings.seed_step > 0 or self._owed > 0
+        # The one before it must have started: else both would go through the stages side by side.
+        started = all(frame.started or frame.done for frame in self._under_way)
+        return (
+            there_is
+            and started
+            and not settings.paused
+            and self._outgoing < OUTGOING
+            and self._in_engine < current.in_flight
+        )
+
+    async def _take_in(self, current: Current) -> None:
+        """Give the next frame to the engine, or skip it."""
+        settings, number = current.settings, self._next_number
+        taken, self._waiting = self._waiting, None
+        frame = Frame(
+            number=number,
+            source=None if taken is None else taken.number,
+            seed=(current.prepared.request.seed + number * settings.seed_step) % (MAX_SEED + 1),
+            arrived=monotonic() if taken is None else taken.arrived,
+            output_format=settings.output_format,
+        )
+        now = monotonic()
+        # Before it is submitted, so that closing the stream finds it.
+        self._under_way.append(frame)
+        try:
+            pixels = None if taken is None else await self._decoded(taken, current)
+            await asyncio.to_thread(self._begin, frame, current, pixels)
+        except Overloaded:
+            self._under_way.remove(frame)
+            self._put_back(taken)
+            self._not_before = now + RETRY_S
+        except NotReady as error:
+            self.end(error)
+        except WeftError as error:
+            self.counts.count("failed")
+            frame.number, frame.error = None, error
+        else:
+            self._next_number += 1
+            self._transition = self._transition.onward()
+            self._owed = max(0, self._owed - 1)
+            self._not_before = max(self._not_before + 1 / settings.max_fps, now)
+        self._news.set()
+
+    def _put_back(self, taken: InputFrame | None) -> None:
+        if taken is None:
+            return
+        if self._waiting is None:
+            self._waiting = taken
+        else:
+            self.counts.count("dropped")
+        self._room.set()
+
+    async def _decoded(self, taken: InputFrame, current: Current) -> NDArray[np.uint8]:
+        request = current.prepared.request
+        size = request.width, request.height
+        return await self._service.decoding.picture(taken.data, "frame", size)
+
+    def _begin(self, frame: Frame, current: Current, pixels: NDArray[np.uint8] | None) -> None:
+        """Submit a frame or skip it, in a thread of its own.
+
+        Args:
+            frame: to be submitted.
+            current: its settings.
+            pixels: of the input frame at the size of the output, if there is one.
+        """
+        request = current.prepared.request
+        with self._service.ready_engine().reserve(1) as room:
+            image = None
+            if pixels is not None:
+                image = pixels_tensor(pixels)
+                wanted = current.settings.similarity_filter
+                must = self._transition.under_way
+                if wanted is not None and self._filter.skips(image, wanted, must_run=must):
+                    frame.skipped = True
+                    return
+            told = self._transition.told
+            tasks = tasks_of(
+                replace(current.prepared, request=request.model_copy(update={"seed": frame.seed})),
+                current.model,
+                image=image,
+                blend=told if isinstance(told, Blend) else None,
+                priority=Priority.LIVE,
+                stream=self._stream,
+            )
+            frame.submitted = monotonic()
+            frame.submission = room.submit(tasks, FrameListener(frame, self.loop, self._heard))
+        if self._closed:
+            frame.submission.cancel()
+
+    def _heard(self) -> None:
+        self._room.set()
+        self._news.set()
+
+    async def _output(self, frame: Frame) -> OutputFrame | FailedFrame:
+        result = frame.result
+        if result is not None:
+            pixels = result.pixels
+            self._last_image = await asyncio.to_thread(encode, pixels, frame.output_format)
+        elif frame.error is None and self._last_image is None:
+            frame.error = RowFailed("The frame was skipped, and there is no image before it.")
+        if isinstance(frame.error, NotReady):
+            raise frame.error
+        if frame.error is not None or frame.number is None or self._last_image is None:
+            error = frame.error or RowFailed("The frame has no image.")
+            return self._failed(frame, error)
+        total_s = monotonic() - frame.arrived
+        self.counts.count_sent(total_s, skipped=frame.skipped)
+        waited = 0.0 if result is None else frame.submitted - frame.arrived + result.queue_s
+        return OutputFrame(
+            number=frame.number,
+            source=frame.source,
+            seed=frame.seed,
+            skipped=frame.skipped,
+            dropped=self.counts.frames["dropped"],
+            data=self._last_image,
+            queue_s=waited,
+            denoise_s=0.0 if result is None else result.denoise_s,
+            decode_s=0.0 if result is None else result.decode_s,
+            total_s=total_s,
+        )
+
+    def _failed(self, frame: Frame, error: WeftError) -> FailedFrame:
+        if frame.number is not None:
+            # Counted here, as only the engine's failures have a number.
+            self.counts.count("failed")
+            self._filter.forget()
+        return FailedFrame(error, frame.number, frame.source)
+
+
+def _answer(current: Current) -> dict[str, Any]:
+    """Settings with every default filled in, which open the same stream again."""
+    settings = current.prepared.request.settings() | current.settings.own()
+    del settings["n"]
+    return settings | {"in_flight": current.in_flight}

@@ -1,0 +1,167 @@
+"""A frame of a live stream, from its arrival to its output, and what a stream hears of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from server.errors import RowFailed, WeftError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from server.engine.state.sequence import ImageResult
+    from server.engine.state.submission import Submission
+    from server.image_codec import OutputFormat
+
+__all__ = ["FailedFrame", "Frame", "FrameListener", "InputFrame", "OutputFrame"]
+
+
+@dataclass(frozen=True, slots=True)
+class InputFrame:
+    """A file that a client sent.
+
+    Attributes:
+        number: counted from 0.
+        data: the file.
+        arrived: time of its arrival.
+    """
+
+    number: int
+    data: bytes
+    arrived: float
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFrame:
+    """An image for the client.
+
+    Attributes:
+        number: counted from 0.
+        source: number of the input frame; None if it was made from the prompt alone.
+        seed: that it was made with.
+        skipped: whether it repeats the image before it.
+        dropped: input frames that were dropped so far.
+        data: the image as a file.
+        queue_s: seconds from the input's arrival to the first evaluation.
+        denoise_s: seconds from there to the clean latent.
+        decode_s: seconds from there to the pixels.
+        total_s: seconds from the input's arrival to the encoded file.
+    """
+
+    number: int
+    source: int | None
+    seed: int
+    skipped: bool
+    dropped: int
+    data: bytes
+    queue_s: float
+    denoise_s: float
+    decode_s: float
+    total_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class FailedFrame:
+    """An input frame that has no output.
+
+    Attributes:
+        error: why.
+        number: of the output frame that there will not be; None if it did not come to that.
+        source: number of the input frame; None if there is none.
+    """
+
+    error: WeftError
+    number: int | None
+    source: int | None
+
+
+@dataclass(slots=True, eq=False)
+class Frame:
+    """A frame under way.
+
+    Attributes:
+        number: of the output frame; None until it is known that there is one.
+        source: number of the input frame; None if there is none.
+        seed: of its noise.
+        arrived: time at which the input arrived.
+        output_format: of its output.
+        submitted: time at which it was given to the engine.
+        started: whether its first evaluation has begun, or it has ended before.
+        skipped: whether the similarity filter skipped it.
+        result: of the engine.
+        error: why there is no result.
+        submission: in the engine.
+    """
+
+    source: int | None
+    seed: int
+    arrived: float
+    output_format: OutputFormat
+    number: int | None = None
+    submitted: float = 0.0
+    started: bool = False
+    skipped: bool = False
+    result: ImageResult | None = None
+    error: WeftError | None = None
+    submission: Submission | None = field(default=None, repr=False)
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing more is to come of it."""
+        return self.skipped or self.result is not None or self.error is not None
+
+
+class FrameListener:
+    """Brings what the engine reports of a frame from its thread into the event loop.
+
+    Args:
+        frame: that it is about.
+        loop: the event loop.
+        changed: called in the event loop after each report.
+    """
+
+    def __init__(
+        self, frame: Frame, loop: asyncio.AbstractEventLoop, changed: Callable[[], None]
+    ) -> None:
+        self._frame = frame
+        self._loop = loop
+        self._changed = changed
+
+    def started(self, index: int) -> None:
+        """The frame left the queue (called in the engine's thread)."""
+        self._tell(self._start)
+
+    def progress(self, index: int, step: int, steps: int, preview: np.ndarray | None) -> None:
+        """A step is done (called in the engine's thread)."""
+
+    def finished(self, index: int, result: ImageResult) -> None:
+        """The frame is finished (called in the engine's thread)."""
+        self._tell(lambda: self._finish(result))
+
+    def failed(self, index: int, error: Exception) -> None:
+        """The frame failed (called in the engine's thread)."""
+        if not isinstance(error, WeftError):
+            error = RowFailed("The frame failed; the server's log has the details.")
+        self._tell(lambda known=error: self._fail(known))
+
+    def _tell(self, call: Callable[[], None]) -> None:
+        # A closed loop has no reader left, which must not disturb the engine's thread.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(call)
+
+    def _start(self) -> None:
+        self._frame.started = True
+        self._changed()
+
+    def _finish(self, result: ImageResult) -> None:
+        self._frame.result = result
+        self._changed()
+
+    def _fail(self, error: WeftError) -> None:
+        self._frame.started = True
+        self._frame.error = error
+        self._changed()

@@ -1,0 +1,78 @@
+"""The live streams of a server: how many are open, and what they have done."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Final
+
+from server.errors import Overloaded
+from server.service.service import Service
+from server.service.stream import StreamSession
+from server.service.stream_counts import SessionCounts, StreamCounts
+from server.settings import Settings
+
+__all__ = ["Streams"]
+
+RETRY_AFTER_S: Final = 10.0
+
+
+class Streams:
+    """Opens sessions, as many at once as the operator allows.
+
+    Args:
+        service: that plans their frames and has the engine.
+        settings: limits of streams and of images.
+
+    Attributes:
+        counts: of all sessions.
+        limits: the operator's.
+        sessions: that are open.
+    """
+
+    def __init__(self, service: Service, settings: Settings) -> None:
+        self.counts = StreamCounts()
+        self._service = service
+        self.limits = settings.streams
+        self._image_limits = settings.limits
+        self.sessions: set[StreamSession] = set()
+
+    def __len__(self) -> int:
+        return len(self.sessions)
+
+    async def until_stopping(self) -> None:
+        """Wait until the server is about to stop.
+
+        Raises:
+            NotReady: then, in words for the client.
+        """
+        await self._service.leaving.wait()
+        self._service.ready_engine()
+
+    def open(self) -> StreamSession:
+        """A new session, which the caller must :meth:`close`, whatever happens.
+
+        Raises:
+            Overloaded: as many sessions are open as may be.
+            NotReady: the models are still loading, or the server is broken or about to stop.
+        """
+        self._service.ready_engine()
+        most = self.limits.sessions
+        if len(self.sessions) >= most:
+            raise Overloaded(
+                RETRY_AFTER_S, f"{len(self.sessions)} streams are open; at most {most} are allowed."
+            )
+        session = StreamSession(
+            self._service,
+            self._image_limits,
+            self.limits,
+            SessionCounts(self.counts),
+            f"stream-{uuid.uuid4().hex}",
+        )
+        self.sessions.add(session)
+        self.counts.opened += 1
+        return session
+
+    def close(self, session: StreamSession) -> None:
+        """End a session; its frames under way end at the engine's next tick."""
+        self.sessions.discard(session)
+        session.close()
