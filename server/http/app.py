@@ -18,13 +18,14 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from server.errors import WeftError
-from server.http import catalog, errors, generate, health
+from server.http import catalog, errors, generate, health, stream
 from server.http.body import Bodies
 from server.http.drain import Farewell
 from server.http.gate import Gate, RequestId
 from server.http.metrics import exposition
 from server.service.hosting import host
 from server.service.service import Service
+from server.service.streams import Streams
 from server.settings import Limits, Settings
 
 __all__ = ["create_app"]
@@ -62,11 +63,13 @@ def create_app(settings: Settings, *, on_failure: Callable[[], None] | None = No
     app.state.settings = settings
     app.state.service = Service(settings.limits, decode_processes=settings.decode_processes)
     app.state.bodies = Bodies(settings.bodies_bytes)
-    app.state.exposition = exposition(app.state.service)
+    app.state.streams = Streams(app.state.service, settings)
+    app.state.exposition = exposition(app.state.service, app.state.streams)
     errors.install(app)
     for router in (generate.router, catalog.router, health.router):
         # Not of the application as a whole: there the limit answers before the gate, in plain text.
         app.include_router(router, max_body_size=settings.limits.body_bytes)
+    app.include_router(stream.router)
 
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:

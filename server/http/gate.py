@@ -5,6 +5,7 @@ It is plain ASGI middleware, so that a client's disconnect still reaches the rou
 
 from __future__ import annotations
 
+import base64
 import re
 import uuid
 from collections.abc import Callable, Sequence
@@ -30,6 +31,9 @@ WITH_BODY: Final = frozenset({"POST", "PUT", "PATCH"})
 
 BODILESS_BYTES: Final = 1024
 """Bytes that a request of another method may announce; nobody reads them."""
+
+KEY_SUBPROTOCOL: Final = "weft.key."
+"""Begins a subprotocol that carries an API key in base64url, without padding."""
 
 _VALID_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::(\d{1,5}))?")
@@ -89,10 +93,8 @@ class Gate:
         try:
             self._admit(scope, Headers(scope=scope))
         except WeftError as refusal:
-            if scope["type"] == "websocket":
-                await send({"type": "websocket.close", "code": 1008})
-            else:
-                await self._answer(refusal)(scope, receive, send)
+            # To a socket too: the servers that we run under refuse it with an HTTP response.
+            await self._answer(refusal)(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
@@ -102,7 +104,8 @@ class Gate:
             host = self._check_host(headers.getlist("host"))
             self._check_origin(headers.getlist("origin"), host)
         if self._keys and path not in PUBLIC:
-            self._check_key(headers.getlist("authorization"))
+            socket_key = _key_in_subprotocol(scope.get("subprotocols", ()))
+            self._check_key(socket_key or headers.getlist("authorization"))
         announced = headers.get("content-length", "0")
         most = self._body_bytes if scope.get("method") in WITH_BODY else BODILESS_BYTES
         if not announced.isdecimal() or int(announced) > most:
@@ -148,3 +151,16 @@ class Gate:
         known = [one.opens_for(key.strip()) for one in self._keys]
         if scheme.lower() != "bearer" or not any(known):
             raise Unauthorized("A valid API key is required; send 'Authorization: Bearer <key>'.")
+
+
+def _key_in_subprotocol(offered: Sequence[str]) -> list[str]:
+    """What an Authorization header would say, from browsers, which can set none for a socket."""
+    for one in offered:
+        if one.startswith(KEY_SUBPROTOCOL):
+            encoded = one.removeprefix(KEY_SUBPROTOCOL)
+            try:
+                key = base64.urlsafe_b64decode(encoded + "=" * (-len(encoded) % 4))
+            except ValueError:
+                return ["Bearer"]
+            return [f"Bearer {key.decode(errors='replace')}"]
+    return []

@@ -19,24 +19,27 @@ from server.engine.engine import Engine
 from server.engine.metrics import LATENCY_BUCKETS, EngineMeasurements, Latencies
 from server.engine.scheduler import Priority
 from server.service.service import Service
+from server.service.stream_counts import FRAME_OUTCOMES, LATENCY_BUCKETS_S
+from server.service.streams import Streams
 
 __all__ = ["exposition"]
 
 ROW_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
-def exposition(service: Service) -> Callable[[], bytes]:
-    """A function that renders the metrics of a service as text, from a registry of their own."""
+def exposition(service: Service, streams: Streams) -> Callable[[], bytes]:
+    """A function that renders the metrics of a server as text, from a registry of their own."""
     registry = CollectorRegistry()
-    registry.register(_Gathered(service))
+    registry.register(_Gathered(service, streams))
     return lambda: generate_latest(registry)
 
 
 class _Gathered(Collector):
-    """Turns the plain counters of service and engine into metric families."""
+    """Turns the plain counters of service, streams and engine into metric families."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, streams: Streams) -> None:
         self._service = service
+        self._streams = streams
 
     def describe(self) -> Iterable[Metric]:
         return []
@@ -47,9 +50,25 @@ class _Gathered(Collector):
             "weft_ready", "1 if the server accepts requests.", float(service.ready)
         )
         yield _labelled("weft_requests", "Requests by outcome.", "outcome", dict(service.outcomes))
+        yield from _live(self._streams)
         if service.engine is not None:
             yield from _engine(service.engine.measurements)
             yield _tick_costs(service.engine)
+
+
+def _live(streams: Streams) -> Iterable[Metric]:
+    counts = streams.counts
+    yield GaugeMetricFamily("weft_streams_open", "Live streams open now.", float(len(streams)))
+    yield CounterMetricFamily("weft_streams", "Live streams opened.", float(counts.opened))
+    outcomes = {name: counts.frames[name] for name in FRAME_OUTCOMES}
+    yield _labelled("weft_stream_frames", "Frames of live streams.", "outcome", outcomes)
+    bounds = (*(str(bound) for bound in LATENCY_BUCKETS_S), "+Inf")
+    yield HistogramMetricFamily(
+        "weft_stream_latency_seconds",
+        "Seconds from the arrival of an input frame to its encoded output.",
+        buckets=list(zip(bounds, accumulate(map(float, counts.latencies)), strict=True)),
+        sum_value=counts.latency_s,
+    )
 
 
 def _engine(counted: EngineMeasurements) -> Iterable[Metric]:

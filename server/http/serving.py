@@ -66,6 +66,7 @@ def run(settings: Settings, listeners: list[socket.socket]) -> int:
 
     from server.http.app import create_app
     from server.http.drain import CLOSE_S, DrainingServer
+    from server.http.websockets import WEBSOCKET_OPTIONS
 
     failed: list[bool] = []
 
@@ -79,6 +80,7 @@ def run(settings: Settings, listeners: list[socket.socket]) -> int:
         server_header=False,
         access_log=False,
         timeout_graceful_shutdown=CLOSE_S,
+        **WEBSOCKET_OPTIONS,
     )
     server = DrainingServer(config, app.state.service, settings)
     for listener in listeners:

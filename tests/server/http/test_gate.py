@@ -4,7 +4,6 @@ from typing import Any
 import pytest
 from fastapi.routing import APIRoute
 from starlette.testclient import TestClient
-from starlette.websockets import WebSocketDisconnect
 
 from server.http.app import create_app
 from server.http.gate import PROBES, PUBLIC
@@ -180,17 +179,6 @@ def test_an_invalid_request_id_is_replaced(unloaded: Unloaded, chosen: str) -> N
 def test_every_answer_has_a_request_id(unloaded: Unloaded, method: str, path: str) -> None:
     assert call(unloaded(), method, path).headers["x-request-id"]
     assert call(unloaded(), method, path, host="evil.example").headers["x-request-id"]
-
-
-@pytest.mark.parametrize("headers", [{"host": "evil.example"}, {"origin": "null"}, {}])
-def test_a_websocket_is_guarded_too(unloaded: Unloaded, headers: dict[str, str]) -> None:
-    client = unloaded(api_keys=[KEY])
-    with (
-        pytest.raises(WebSocketDisconnect) as refused,
-        client.websocket_connect("/v1/catalog", headers=headers),
-    ):
-        pass
-    assert refused.value.code == 1008
 
 
 def test_an_unforeseen_error_tells_nothing_but_its_id(

@@ -1,0 +1,208 @@
+"""`WS /v1/stream`: a live stream over a socket; docs/streaming.md describes the messages."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import Mapping
+from time import monotonic
+from typing import Any, Final
+
+from fastapi import APIRouter, WebSocket, WebSocketDisconnect
+from starlette.types import Message
+
+from server.errors import NotReady, TimedOut, TooLarge, WeftError
+from server.http.errors import answer, body_of
+from server.requests.stream_schema import message_fields
+from server.service.stream import StreamSession
+from server.service.stream_frame import FailedFrame, OutputFrame
+from server.service.streams import Streams
+
+__all__ = ["SUBPROTOCOL", "router"]
+
+router = APIRouter()
+
+SUBPROTOCOL: Final = "weft.stream"
+FIRST_SETTINGS_S: Final = 30.0
+CLOSE_S: Final = 1.0
+MOST_SETTINGS_CHARACTERS: Final = 256 * 1024
+"""Of a JSON message: eight prompts of the longest kind, with every byte escaped."""
+
+POLICY_VIOLATION: Final = 1008
+INTERNAL_ERROR: Final = 1011
+SERVICE_RESTART: Final = 1012
+MOST_REASON_BYTES: Final = 120
+"""A close frame has room for 123."""
+
+
+class Stalled(Exception):
+    """The client does not read what is sent to it."""
+
+
+GONE: Final = (Stalled, WebSocketDisconnect)
+
+
+@router.websocket("/v1/stream")
+async def stream(websocket: WebSocket) -> None:
+    """Frames in, images out."""
+    streams: Streams = websocket.app.state.streams
+    try:
+        session = streams.open()
+    except WeftError as refusal:
+        await websocket.send_denial_response(answer(refusal))
+        return
+    try:
+        offered = websocket.scope.get("subprotocols", ())
+        await websocket.accept(SUBPROTOCOL if SUBPROTOCOL in offered else None)
+        await Conversation(websocket, session, streams).hold()
+    finally:
+        streams.close(session)
+
+
+class Conversation:
+    """What is said over one socket.
+
+    Args:
+        websocket: accepted.
+        session: that it is about.
+        streams: that the session belongs to.
+    """
+
+    def __init__(self, websocket: WebSocket, session: StreamSession, streams: Streams) -> None:
+        self._websocket = websocket
+        self._session = session
+        self._streams = streams
+        self._limits = streams.limits
+        self._writing = asyncio.Lock()
+        self._changed = asyncio.Event()
+        self._opened = self._active = monotonic()
+
+    async def hold(self) -> None:
+        """Read, write and report until the client leaves or something ends the session."""
+        work = self._read(), self._write(), self._report(), self._streams.until_stopping()
+        parts = [asyncio.create_task(one) for one in work]
+        try:
+            await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for part in parts:
+                part.cancel()
+            outcomes = await asyncio.gather(*parts, return_exceptions=True)
+        for outcome in outcomes:
+            if isinstance(outcome, WeftError):
+                await self._say_goodbye(outcome)
+            elif isinstance(outcome, Exception) and not isinstance(outcome, GONE):
+                raise outcome
+
+    async def _read(self) -> None:
+        while True:
+            message = await self._receive()
+            if message["type"] == "websocket.disconnect":
+                return
+            self._active = monotonic()
+            text = message.get("text")
+            if text is not None:
+                await self._change(text)
+            elif failed := self._session.offer(message["bytes"]):
+                await self._send(_failure(failed))
+
+    async def _receive(self) -> Message:
+        """The next message of the client.
+
+        Raises:
+            TimedOut: there is none in time.
+        """
+        while (left := self._silent_until() - monotonic()) > 0:
+            with contextlib.suppress(TimeoutError):
+                return await asyncio.wait_for(self._websocket.receive(), left)
+        if self._session.begun:
+            raise TimedOut(
+                f"Nothing was sent or received for {self._limits.idle_s:g} s; the stream ends."
+            )
+        raise TimedOut(f"No settings arrived within {FIRST_SETTINGS_S:g} s; the stream ends.")
+
+    def _silent_until(self) -> float:
+        if self._session.begun:
+            return self._active + self._limits.idle_s
+        return self._opened + FIRST_SETTINGS_S
+
+    async def _change(self, text: str) -> None:
+        try:
+            if len(text) > MOST_SETTINGS_CHARACTERS:
+                raise TooLarge(
+                    None,
+                    f"The message has {len(text)} characters; at most {MOST_SETTINGS_CHARACTERS} "
+                    "are allowed.",
+                )
+            said = await self._session.change(message_fields(text))
+        except NotReady:
+            raise
+        except WeftError as error:
+            said = body_of(error)
+        await self._send(said)
+        self._changed.set()
+
+    async def _write(self) -> None:
+        while True:
+            output = await self._session.next()
+            if isinstance(output, FailedFrame):
+                await self._send(_failure(output))
+            else:
+                await self._send(_header(output), output.data)
+                self._active = monotonic()
+
+    async def _report(self) -> None:
+        while True:
+            self._changed.clear()
+            try:
+                await asyncio.wait_for(self._changed.wait(), self._session.stats_s)
+            except TimeoutError:
+                await self._send({"stats": self._session.statistics()})
+
+    async def _send(self, said: Mapping[str, Any], image: bytes | None = None) -> None:
+        """Send a message, and the image that belongs to it.
+
+        Raises:
+            Stalled: the client does not read.
+        """
+        async with self._writing:
+            try:
+                async with asyncio.timeout(self._limits.stall_s):
+                    await self._websocket.send_text(json.dumps(said))
+                    if image is not None:
+                        await self._websocket.send_bytes(image)
+            except TimeoutError:
+                raise Stalled from None
+
+    async def _say_goodbye(self, error: WeftError) -> None:
+        code = INTERNAL_ERROR
+        if isinstance(error, NotReady):
+            code = SERVICE_RESTART
+        elif isinstance(error, TimedOut):
+            code = POLICY_VIOLATION
+        reason = error.message.encode()[:MOST_REASON_BYTES].decode(errors="ignore")
+        with contextlib.suppress(TimeoutError, *GONE):
+            await self._send(body_of(error))
+            async with asyncio.timeout(CLOSE_S):
+                await self._websocket.close(code, reason)
+
+
+def _header(output: OutputFrame) -> dict[str, Any]:
+    return {
+        "frame": output.number,
+        "source": output.source,
+        "seed": output.seed,
+        "skipped": output.skipped,
+        "dropped": output.dropped,
+        "timings": {
+            "queue_s": round(output.queue_s, 4),
+            "denoise_s": round(output.denoise_s, 4),
+            "decode_s": round(output.decode_s, 4),
+            "total_s": round(output.total_s, 4),
+        },
+    }
+
+
+def _failure(failed: FailedFrame) -> dict[str, Any]:
+    places = {"frame": failed.number, "source": failed.source}
+    return body_of(failed.error) | {k: v for k, v in places.items() if v is not None}

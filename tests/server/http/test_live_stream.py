@@ -1,0 +1,231 @@
+"""Live streams over a real socket, held to the images of `POST /v1/generate`."""
+
+from __future__ import annotations
+
+import base64
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx2
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from tests.server.conftest import Running
+from tests.server.stream_client import SMALL, Output, StreamClient, file_of, opened, pixels_of
+
+Alone = Callable[..., NDArray[np.uint8]]
+BLUE = "a large blue square"
+
+
+@pytest.fixture
+def client_of_stream(running: Running) -> Iterator[StreamClient]:
+    with opened(running.url) as client:
+        yield client
+    running.settle()
+
+
+@pytest.fixture
+def alone(client: httpx2.Client) -> Alone:
+    """The image that a request of its own makes of a frame."""
+
+    def make(frame: bytes | None, **fields: Any) -> NDArray[np.uint8]:
+        body = {"prompt": "a red circle", "steps": 2, "seed": 5} | fields
+        if frame is not None:
+            body["image"] = base64.b64encode(frame).decode()
+        answer = client.post("/v1/generate", json=body, headers={"accept": "image/png"})
+        assert answer.status_code == 200, answer.text
+        return pixels_of(answer.content)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"steps": 4, "sampler": "lcm", "guidance": "none"},
+        {"guidance": {"name": "cfg", "scale": 1.2, "policy": "residual"}},
+        {"guidance": {"name": "cfg", "policy": {"name": "residual", "mode": "onetime"}}},
+        {"sampler": "heun", "strength": 0.5, "width": 64, "height": 64, "negative_prompt": "blue"},
+    ],
+)
+def test_frames_under_way_together_are_to_the_bit_the_images_of_requests_of_their_own(
+    client_of_stream: StreamClient, alone: Alone, fields: dict[str, Any]
+) -> None:
+    said = client_of_stream.settings(**SMALL | fields)
+    assert said["from_frame"] == 0
+    frames = [file_of(20 * k, bar=9 * k) for k in range(5)]
+    for frame in frames:
+        client_of_stream.tell(frame)
+        time.sleep(0.05)
+    got = [client_of_stream.output()]
+    while got[-1].header["source"] < len(frames) - 1:
+        got.append(client_of_stream.output())
+    assert [one.header["frame"] for one in got] == list(range(len(got)))
+    sources = [one.header["source"] for one in got]
+    assert sources == sorted(set(sources))
+    assert got[-1].header["dropped"] == len(frames) - len(got)
+    size = {"width": 128, "height": 128} | fields
+    for one in got:
+        expected = alone(frames[one.header["source"]], **size)
+        assert np.array_equal(one.pixels, expected), one.header
+
+
+def test_a_change_smears_over_no_frame(client_of_stream: StreamClient, alone: Alone) -> None:
+    client_of_stream.settings(**SMALL | {"steps": 8})
+    frame = file_of(90)
+    client_of_stream.tell(frame)
+    time.sleep(0.1)
+    client_of_stream.tell(frame)
+    client_of_stream.tell('{"prompt": "a large blue square", "sampler": "euler", "steps": 3}')
+    client_of_stream.tell(frame)
+    said = [client_of_stream.heard()]
+    while "settings" not in said[-1]:
+        client_of_stream.socket.recv()
+        said.append(client_of_stream.heard())
+    changed = said.pop()
+    assert changed["settings"]["sampler"]["name"] == "euler"
+    images = {
+        "red": alone(frame, steps=8),
+        "blue": alone(frame, prompt=BLUE, sampler="euler", steps=3),
+    }
+    outputs: list[Output] = []
+    while not outputs or outputs[-1].header["source"] < 2:
+        outputs.append(client_of_stream.output())
+    for one in outputs:
+        new = one.header["frame"] >= changed["from_frame"]
+        assert np.array_equal(one.pixels, images["blue" if new else "red"]), one.header
+    assert outputs[-1].header["frame"] >= changed["from_frame"]
+
+
+def test_the_newest_frame_waits_and_those_that_it_replaced_are_counted(
+    client_of_stream: StreamClient, alone: Alone
+) -> None:
+    client_of_stream.settings(**SMALL | {"paused": True})
+    frames = [file_of(shade) for shade in (0, 60, 120, 180)]
+    for frame in frames:
+        client_of_stream.tell(frame)
+    client_of_stream.settings(paused=False)
+    last = client_of_stream.output()
+    assert (last.header["source"], last.header["dropped"]) == (3, 3)
+    assert np.array_equal(last.pixels, alone(frames[3]))
+
+
+def test_all_defaults_are_answered_and_open_the_same_stream_again(
+    running: Running, client_of_stream: StreamClient
+) -> None:
+    answer = client_of_stream.settings(prompt="a red circle", steps=2)
+    assert answer["settings"]["output_format"] == "jpeg"
+    assert answer["settings"]["strength"] == 0.75
+    first = client_of_stream.turned(file_of(30))
+    assert first.header["seed"] == answer["settings"]["seed"]
+    with opened(running.url) as again:
+        assert again.settings(**answer["settings"])["settings"] == answer["settings"]
+        assert again.turned(file_of(30)).image == first.image
+
+
+def test_null_restores_a_default_and_a_seed_stays_while_other_settings_change(
+    client_of_stream: StreamClient,
+) -> None:
+    first = client_of_stream.settings(prompt="a red circle", steps=2, sampler="euler")["settings"]
+    second = client_of_stream.settings(sampler=None, strength=0.5)["settings"]
+    assert second["seed"] == first["seed"]
+    assert second["sampler"]["name"] == "dpm_solver_pp"
+    assert (second["steps"], second["strength"]) == (2, 0.5)
+    assert client_of_stream.settings(seed=None)["settings"]["seed"] != first["seed"]
+
+
+def test_a_new_prompt_takes_over_frame_by_frame(
+    client_of_stream: StreamClient, alone: Alone
+) -> None:
+    client_of_stream.settings(**SMALL)
+    frame = file_of(90)
+    red = client_of_stream.turned(frame)
+    client_of_stream.settings(prompt=BLUE, transition_frames=2)
+    half, whole = client_of_stream.turned(frame), client_of_stream.turned(frame)
+    assert np.array_equal(red.pixels, alone(frame))
+    assert np.array_equal(whole.pixels, alone(frame, prompt=BLUE))
+    mixed = client_of_stream.settings(
+        prompt=[{"text": "a red circle"}, {"text": BLUE}], transition_frames=0
+    )
+    assert mixed["settings"]["prompt"][1] == {"text": BLUE, "weight": 1.0}
+    assert np.array_equal(client_of_stream.turned(frame).pixels, half.pixels)
+
+
+def test_like_frames_are_answered_with_the_image_before_until_too_many_were(
+    client_of_stream: StreamClient,
+) -> None:
+    filtered = {"threshold": 0.5, "max_skip": 3}
+    client_of_stream.settings(**SMALL | {"similarity_filter": filtered})
+    frame = file_of(90)
+    outputs = [client_of_stream.turned(frame) for _ in range(6)]
+    skipped = [one.header["skipped"] for one in outputs]
+    assert skipped == [False, True, True, True, False, True]
+    assert len({one.image for one in outputs}) == 1
+    client_of_stream.settings(prompt=BLUE)
+    changed = client_of_stream.turned(frame)
+    assert not changed.header["skipped"], "the image before it has the old prompt"
+    assert changed.image != outputs[0].image
+
+
+def test_without_input_frames_a_stream_makes_images_of_the_prompt(
+    client_of_stream: StreamClient, alone: Alone
+) -> None:
+    client_of_stream.settings(**SMALL | {"source": "text", "seed_step": 3, "max_fps": 20})
+    outputs = [client_of_stream.output() for _ in range(3)]
+    assert [one.header["seed"] for one in outputs] == [5, 8, 11]
+    assert outputs[0].header["source"] is None
+    for one in outputs:
+        assert np.array_equal(one.pixels, alone(None, seed=one.header["seed"]))
+
+
+def test_an_image_that_nothing_changes_is_made_once(
+    running: Running, client_of_stream: StreamClient
+) -> None:
+    client_of_stream.settings(**SMALL | {"source": "text"})
+    client_of_stream.output()
+    client_of_stream.tell(file_of(10))
+    client_of_stream.settings(stats_s=0.3)
+    second = client_of_stream.output()
+    assert second.header["dropped"] == 1
+    running.settle()
+    for _ in range(2):
+        stats = client_of_stream.statistics()
+        assert (stats["frames"], stats["dropped"], stats["in_flight"]) == (2, 1, 0)
+
+
+def test_statistics_and_metrics_count_what_was_sent(
+    running: Running, client: httpx2.Client, client_of_stream: StreamClient
+) -> None:
+    def metric(name: str) -> float:
+        lines = client.get("/metrics").text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+    sent = 'weft_stream_frames_total{outcome="sent"}'
+    before = metric(sent), metric("weft_stream_latency_seconds_count")
+    assert metric("weft_streams_open") == 1
+    client_of_stream.settings(**SMALL)
+    client_of_stream.turned(file_of(1))
+    client_of_stream.tell(b"no image")
+    assert client_of_stream.heard()["error"]["code"] == "invalid_value"
+    client_of_stream.settings(stats_s=0.1)
+    stats = client_of_stream.statistics()
+    assert (stats["received"], stats["frames"], stats["failed"]) == (2, 1, 1)
+    assert 0 < stats["latency_p50_s"] <= stats["latency_p95_s"]
+    assert stats["fps"] > 0
+    assert metric(sent) == before[0] + 1
+    assert metric("weft_stream_latency_seconds_count") == before[1] + 1
+
+
+def test_a_full_queue_is_no_error_and_the_newest_frame_waits_for_room(
+    running: Running, client: httpx2.Client, client_of_stream: StreamClient
+) -> None:
+    client_of_stream.settings(**SMALL)
+    engine = running.app.state.service.engine
+    with engine.reserve(8 - engine.measurements.pending):
+        for shade in range(3):
+            client_of_stream.tell(file_of(shade))
+        time.sleep(0.2)
+    output = client_of_stream.output()
+    assert (output.header["source"], output.header["dropped"]) == (2, 2)

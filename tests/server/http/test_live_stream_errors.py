@@ -1,0 +1,278 @@
+"""What clients of live streams do wrong: each gets a clear error, and nothing stays behind."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient, WebSocketDenialResponse
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+
+from server.http import stream
+from server.settings import StreamLimits
+from tests.server.conftest import Running
+from tests.server.stream_client import SMALL, StreamClient, file_of, opened
+
+Unloaded = Callable[..., TestClient]
+
+
+@pytest.fixture
+def speaker(running: Running) -> Iterator[StreamClient]:
+    """A client whose stream has settings, and an engine that must be idle in the end."""
+    with opened(running.url) as client:
+        client.settings(**SMALL)
+        yield client
+    running.settle()
+    running.wait(lambda: len(running.app.state.streams) == 0)
+
+
+@pytest.fixture
+def limited(running: Running, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sets limits of streams for one test."""
+
+    def limit(**limits: Any) -> None:
+        monkeypatch.setattr(running.app.state.streams, "limits", StreamLimits(**limits))
+
+    return limit
+
+
+@pytest.mark.parametrize(
+    ("message", "code", "param", "words"),
+    [
+        ("{", "malformed_body", None, "The message is not valid JSON"),
+        ("[1]", "malformed_body", None, "The message must be a JSON object"),
+        ("{" + '"a":[' * 20_000, "malformed_body", None, "The message is not valid JSON"),
+        ('{"stepz": 3}', "invalid_value", "stepz", "did you mean steps?"),
+        ('{"prompt": ""}', None, None, ""),
+        ('{"prompt": [{"text": "a", "weight": -1}]}', "invalid_value", "prompt.0.weight", "is -1"),
+        ('{"prompt": null}', "invalid_value", "prompt", "prompt is required"),
+        ('{"steps": 100000}', "invalid_value", "steps", "at most 200"),
+        ('{"in_flight": 100}', "invalid_value", "in_flight", "in_flight is 100; at most 8"),
+        ('{"width": 130}', "invalid_value", "width", "multiple of"),
+        ('{"source": "text", "strength": 0.5}', "invalid_value", "strength", "source 'frames'"),
+        ('{"similarity_filter": {"max": 1}}', "invalid_value", "similarity_filter.max", "max_skip"),
+        ('{"model": "other"}', "model_not_found", "model", "embedded"),
+        (
+            '{"guidance": {"name": "cfg", "negtome": {}}}',
+            "invalid_value",
+            "guidance.negtome",
+            "frames of a stream are made one by one",
+        ),
+        (json.dumps({"prompt": "x" * 300_000}), "too_large", None, "300014 characters"),
+        (
+            json.dumps({"prompt": [{"text": "a"}, {"text": "red " * 900}]}),
+            "invalid_value",
+            "prompt",
+            "tokens",
+        ),
+    ],
+)
+def test_bad_settings_are_answered_and_the_old_ones_hold(
+    speaker: StreamClient, message: str, code: str | None, param: str | None, words: str
+) -> None:
+    before = speaker.turned(file_of(70)).image
+    speaker.tell(message)
+    said = speaker.heard()
+    if code is None:
+        assert "settings" in said
+        return
+    assert said["error"]["code"] == code
+    assert said["error"]["param"] == param
+    assert words in said["error"]["message"]
+    assert speaker.turned(file_of(70)).image == before
+
+
+def test_frames_before_the_first_settings_and_bad_first_settings_leave_the_stream_waiting(
+    running: Running,
+) -> None:
+    with opened(running.url) as client:
+        client.tell(file_of(1))
+        said = client.heard()
+        assert said["source"] == 0
+        assert "settings as JSON" in said["error"]["message"]
+        client.tell("{}")
+        assert client.heard()["error"]["param"] == "prompt"
+        client.settings(**SMALL)
+        assert client.turned(file_of(1)).header["source"] == 1
+
+
+@pytest.mark.parametrize(
+    ("frame", "code", "words"),
+    [
+        (b"", "invalid_value", "frame is not an image"),
+        (b"GIF89a" + bytes(40), "invalid_value", "frame is not an image"),
+        (file_of(3, kind="JPEG")[:400], "invalid_value", "damaged"),
+        (file_of(3) + bytes(5 * 2**20), "too_large", "at most 4194304 are allowed"),
+    ],
+)
+def test_a_bad_frame_is_named_and_the_next_one_is_served(
+    speaker: StreamClient, frame: bytes, code: str, words: str
+) -> None:
+    before = speaker.turned(file_of(70))
+    speaker.tell(frame)
+    said = speaker.heard()
+    assert (said["error"]["code"], said["source"]) == (code, 1)
+    assert words in said["error"]["message"]
+    after = speaker.turned(file_of(70))
+    assert (after.header["frame"], after.header["source"]) == (1, 2)
+    assert after.image == before.image
+
+
+def test_a_frame_of_too_many_pixels_is_refused_by_its_header(speaker: StreamClient) -> None:
+    speaker.tell(file_of(0, size=(4000, 2200)))
+    said = speaker.heard()
+    assert said["error"]["code"] == "too_large"
+    assert "4000 x 2200" in said["error"]["message"]
+
+
+def test_a_message_beyond_all_bounds_ends_the_stream_alone(running: Running) -> None:
+    with opened(running.url) as client:
+        client.settings(**SMALL)
+        # The head of a binary message; its 17 MiB need not come for the server to refuse them.
+        client.socket.socket.sendall(b"\x82\xff" + struct.pack(">Q", 17 * 2**20) + b"mask")
+        with pytest.raises(ConnectionClosed) as closed:
+            client.heard()
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 1009
+    running.wait(lambda: len(running.app.state.streams) == 0)
+    running.settle()
+
+
+def test_a_client_that_vanishes_leaves_no_row_behind(running: Running) -> None:
+    cancelled = running.app.state.service.engine.measurements.cancelled
+    with opened(running.url) as client:
+        client.settings(**SMALL | {"steps": 200, "strength": 1.0})
+        client.tell(file_of(1))
+        running.wait(lambda: running.app.state.service.engine.measurements.pending > 0)
+        # A reset, as of a machine that lost its power: no closing handshake.
+        hard = struct.pack("ii", 1, 0)
+        client.socket.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, hard)
+        client.socket.socket.close()
+        running.settle()
+        running.wait(lambda: len(running.app.state.streams) == 0)
+    assert running.app.state.service.engine.measurements.cancelled == cancelled + 1
+
+
+def test_a_client_that_does_not_read_costs_nothing_and_is_cut_off(
+    running: Running, limited: Callable[..., None]
+) -> None:
+    limited(stall_s=1.5)
+    images = running.app.state.service.engine.measurements
+    with opened(running.url, max_queue=1) as client:
+        client.socket.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.tell(json.dumps(SMALL | {"source": "text", "seed_step": 1, "steps": 1}))
+        running.wait(lambda: len(running.app.state.streams) == 0)
+        made = images.images
+        time.sleep(0.5)
+        assert images.images == made
+        assert images.pending == 0
+    running.settle()
+
+
+def test_a_flood_of_settings_is_answered_in_order(speaker: StreamClient) -> None:
+    for seed in range(100):
+        speaker.tell(json.dumps({"seed": seed}))
+    assert [speaker.heard()["settings"]["seed"] for _ in range(100)] == list(range(100))
+    assert speaker.turned(file_of(1)).header["seed"] == 99
+
+
+def test_silent_clients_are_told_so_and_leave(
+    running: Running, limited: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limited(idle_s=0.3)
+    monkeypatch.setattr(stream, "FIRST_SETTINGS_S", 0.3)
+    for first in ({}, SMALL):
+        with opened(running.url) as client:
+            if first:
+                client.settings(**first)
+            assert client.heard()["error"]["code"] == "timed_out"
+            with pytest.raises(ConnectionClosed) as closed:
+                client.heard()
+            assert closed.value.rcvd is not None
+            assert closed.value.rcvd.code == 1008
+
+
+def test_a_server_that_is_about_to_stop_says_so_and_closes(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service, leaving = running.app.state.service, asyncio.Event()
+    monkeypatch.setattr(service, "leaving", leaving)
+    with opened(running.url) as client:
+        client.settings(**SMALL | {"source": "text", "seed_step": 1})
+        client.output()
+        [session] = running.app.state.streams.sessions
+        session.loop.call_soon_threadsafe(leaving.set)
+        said = client.heard()
+        while "error" not in said:
+            client.socket.recv()
+            said = client.heard()
+        assert said["error"]["code"] == "not_ready"
+        assert "stopping" in said["error"]["message"]
+        with pytest.raises(ConnectionClosed) as closed:
+            client.heard()
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 1012
+    monkeypatch.undo()
+    running.settle()
+
+
+def test_streams_beyond_the_limit_are_refused_before_they_open(
+    running: Running, limited: Callable[..., None]
+) -> None:
+    limited(sessions=1)
+    with opened(running.url) as client:
+        with pytest.raises(InvalidStatus) as refused, opened(running.url):
+            pass
+        response = refused.value.response
+        assert response.status_code == 429
+        assert response.headers["retry-after"] == "10"
+        assert json.loads(response.body)["error"]["code"] == "overloaded"
+        client.settings(**SMALL)
+    running.wait(lambda: len(running.app.state.streams) == 0)
+    with opened(running.url) as client:
+        client.settings(**SMALL)
+
+
+KEY = "a-key-of-32-characters-or-so-/+="
+
+
+def as_subprotocol(key: str) -> str:
+    return "weft.key." + base64.urlsafe_b64encode(key.encode()).decode().rstrip("=")
+
+
+@pytest.mark.parametrize(
+    ("headers", "subprotocols", "status"),
+    [
+        ({}, [], 401),
+        ({}, ["weft.stream", as_subprotocol("wrong")], 401),
+        ({}, ["weft.key.%%%"], 401),
+        ({}, ["weft.stream", as_subprotocol(KEY)], 503),
+        ({"authorization": b"Bearer " + KEY.encode()}, [], 503),
+        ({"origin": "https://elsewhere.example"}, [as_subprotocol(KEY)], 403),
+        ({"host": "elsewhere.example"}, [as_subprotocol(KEY)], 403),
+    ],
+)
+def test_the_gate_holds_for_sockets_too(
+    unloaded: Unloaded, headers: dict[str, Any], subprotocols: list[str], status: int
+) -> None:
+    client = unloaded(api_keys=(KEY,))
+    with (
+        pytest.raises(WebSocketDenialResponse) as refused,
+        client.websocket_connect("ws://127.0.0.1:8000/v1/stream", subprotocols, headers=headers),
+    ):
+        pass
+    assert refused.value.status_code == status
+    assert refused.value.json()["error"]["message"]
+
+
+def test_only_the_protocol_is_selected_and_never_the_key(running: Running) -> None:
+    offered = ["weft.stream", as_subprotocol("secret")]
+    with opened(running.url, subprotocols=offered) as client:
+        assert client.socket.subprotocol == "weft.stream"
