@@ -1,9 +1,10 @@
-# docker build --build-arg TORCH=cpu -t weft .       (TORCH=cuda for NVIDIA GPUs)
-# docker run --rm -p 127.0.0.1:8000:8000 -e WEFT_API_KEYS=a-long-secret \
-#     -v weft-models:/models -v weft-data:/data weft
+# Build and run it as docs/operating.md says, or with `docker compose up`.
 #
-# One slim base image serves both builds: the CUDA wheels bring their own libraries.
-FROM python:3.11-slim AS builder
+# One slim base image serves both builds: the CUDA wheels bring their own libraries. The digest is
+# that of python:3.11.16-slim-trixie.
+ARG PYTHON_IMAGE=python:3.11-slim@sha256:be1575ed968de893bd54f4c56315ff7c4736ce522c1bca08fd521731aafc0d76
+
+FROM ${PYTHON_IMAGE} AS builder
 ARG TORCH=cpu
 ENV VENV=/opt/weft \
     PIP_NO_CACHE_DIR=1
@@ -17,24 +18,28 @@ COPY samplers samplers
 COPY guidance guidance
 COPY server server
 COPY embedded embedded
-COPY benchmarks benchmarks
 RUN /opt/weft/bin/python -m pip install --no-deps --no-build-isolation --no-index .
+COPY scripts/healthcheck.py /opt/weft/bin/healthcheck.py
 
-FROM python:3.11-slim
-# torch and huggingface-hub look up the name and the home directory of the user.
-RUN useradd --create-home --uid 10001 --user-group weft \
-    && install --directory --owner weft --group weft /models /data
+FROM ${PYTHON_IMAGE}
+RUN useradd --create-home --uid 10001 --user-group weft && mkdir /models
 COPY --from=builder /opt/weft /opt/weft
+# USER is what torch looks up where the user who runs the container has no name. Nothing is written
+# but what libraries may put into /tmp, so the root file system can be read-only.
 ENV PATH=/opt/weft/bin:$PATH \
-    HOME=/home/weft \
-    HF_HOME=/data/huggingface \
-    TORCHINDUCTOR_CACHE_DIR=/data/torchinductor \
-    PYTHONUNBUFFERED=1
+    USER=weft \
+    HF_HOME=/tmp/huggingface \
+    HF_HUB_OFFLINE=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1 \
+    WEFT_HOST=0.0.0.0 \
+    WEFT_PORT=8000 \
+    WEFT_MODELS_FOLDER=/models \
+    WEFT_DRAIN_S=9
 # A number, so that an orchestrator can verify that it is not root.
 USER 10001:10001
 WORKDIR /home/weft
-VOLUME ["/models", "/data"]
 EXPOSE 8000
 HEALTHCHECK --interval=15s --timeout=5s --start-period=120s --retries=3 \
-    CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/livez', timeout=4)"]
-CMD ["weft", "serve", "--host", "0.0.0.0", "--port", "8000"]
+    CMD ["python", "/opt/weft/bin/healthcheck.py"]
+CMD ["weft", "serve"]

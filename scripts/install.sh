@@ -5,7 +5,8 @@
 #
 #   VENV    folder of the environment                 (.venv)
 #   PYTHON  interpreter to create it with             (the first that is 3.11 or newer)
-#   TORCH   cpu, cuda, or auto: cuda where nvidia-smi lists a GPU, otherwise cpu   (auto)
+#   TORCH   cpu, cuda, or auto: cuda where nvidia-smi lists a GPU, otherwise cpu, or PyPI's build
+#           of about 3 GB where PyTorch's own index does not answer                (auto)
 #
 # Does nothing if everything is installed already. Can be interrupted and run again.
 set -euo pipefail
@@ -13,6 +14,7 @@ cd "$(dirname "$0")/.."
 
 VENV=${VENV:-.venv}
 TORCH=${TORCH:-auto}
+asked=$TORCH
 CPU_INDEX=https://download.pytorch.org/whl/cpu
 lock=runtime
 project=yes
@@ -68,7 +70,12 @@ install_torch() {
     if [ "$TORCH" = cpu ] && [ "$(uname -s)" = Linux ]; then
         say "installing torch $wanted for the CPU (about 200 MB)"
         if pip install --no-deps --index-url "$CPU_INDEX" --retries 2 --timeout 15 \
-            "torch==$wanted" 2> >(grep -v "^WARNING: Retrying" >&2); then return; fi
+            --only-binary :all: --require-hashes -r requirements/torch-cpu.lock \
+            2> >(grep -v "^WARNING: Retrying" >&2); then return; fi
+        if [ "$asked" = cpu ]; then
+            fail "torch $wanted for the CPU could not be installed from $CPU_INDEX; try again, or" \
+                "set TORCH=cuda for PyPI's build, which includes CUDA and also works on a CPU (about 3 GB)"
+        fi
         say "PyTorch's CPU index did not answer; installing PyPI's build, which includes CUDA (about 3 GB)"
     else
         say "installing torch $wanted from PyPI"

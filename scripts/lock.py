@@ -6,7 +6,7 @@
 - `requirements/runtime.lock`: what the server needs besides torch, with hashes;
 - `requirements/dev.lock`: the same and the tools of `make test`, with hashes;
 - `requirements/torch.lock`: PyPI's build of torch and the CUDA packages it brings, with hashes.
-  The CPU builds for Linux come from PyTorch's own index and are pinned by version alone;
+- `requirements/torch-cpu.lock`: the CPU builds for Linux, from PyTorch's own index, with hashes;
 - `constraints.txt`: the version of everything above, for `pip install --constraint`.
 """
 
@@ -16,10 +16,16 @@ import subprocess
 import tempfile
 import tomllib
 from pathlib import Path
+from urllib.request import urlopen
 
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "constraints.txt"
+CPU_LOCK = ROOT / "requirements/torch-cpu.lock"
 TORCH_AND_CUDA = re.compile(r"torch==|triton==|nvidia-|cuda-")
+CPU_INDEX = "https://download.pytorch.org/whl/cpu/torch/"
+CPU_WHEELS = (
+    r"torch-{version}%2Bcpu-cp31[1-4]-cp31[1-4]-manylinux[^#\"]*\.whl#sha256=([0-9a-f]{{64}})"
+)
 HEADER = "# Written by `make lock` from pyproject.toml. Do not edit.\n"
 
 
@@ -42,6 +48,21 @@ def resolve(extras: list[str], upgrade: bool) -> list[str]:
     return re.findall(r"^\S.*(?:\n .*)*", resolved.stdout, flags=re.MULTILINE)
 
 
+def lock_cpu_builds() -> None:
+    """Writes the requirement of the CPU build for Linux, unless it has this version already."""
+    (version,) = re.findall(r"^torch==(\S+)", CONSTRAINTS.read_text(), flags=re.MULTILINE)
+    if CPU_LOCK.exists() and f"torch=={version}+cpu " in CPU_LOCK.read_text():
+        return
+    with urlopen(CPU_INDEX, timeout=60) as page:
+        hashes = re.findall(CPU_WHEELS.format(version=re.escape(version)), page.read().decode())
+    if not hashes:
+        raise SystemExit(
+            f"{CPU_INDEX} lists no torch {version} for the CPU and Python 3.11 to 3.14."
+        )
+    lines = [f"torch=={version}+cpu", *(f"    --hash=sha256:{value}" for value in sorted(hashes))]
+    write(CPU_LOCK, [" \\\n".join(lines)])
+
+
 def write(path: Path, lines: list[str]) -> None:
     """Writes a requirements file."""
     path.parent.mkdir(exist_ok=True)
@@ -59,6 +80,7 @@ def main() -> None:
     # The second resolution keeps to the versions that the first has just written.
     runtime = resolve([], upgrade=False)
     write(ROOT / "requirements/torch.lock", [b for b in runtime if TORCH_AND_CUDA.match(b)])
+    lock_cpu_builds()
     write(ROOT / "requirements/runtime.lock", [b for b in runtime if not TORCH_AND_CUDA.match(b)])
     write(ROOT / "requirements/dev.lock", [b for b in dev if not TORCH_AND_CUDA.match(b)])
 

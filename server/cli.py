@@ -44,26 +44,35 @@ Models = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="Model folder, as PATH or NAME=PATH; repeat the option to host several. "
-        "Default: the embedded model.",
+        help="Model folder, as PATH or NAME=PATH; repeat the option to host several.",
+        show_default="the embedded model",
     ),
 ]
-Device = Annotated[str | None, typer.Option(help="Device to run on: auto, cpu, cuda or cuda:N.")]
+Device = Annotated[
+    str | None,
+    typer.Option(help="Device to run on: auto, cpu, cuda or cuda:N.", show_default="auto"),
+]
 Dtype = Annotated[
-    str | None, typer.Option(help="Model precision: auto, float32, float16 or bfloat16.")
+    str | None,
+    typer.Option(
+        help="Model precision: auto, float32, float16 or bfloat16.",
+        show_default="auto: float32 on a CPU, float16 on a GPU",
+    ),
 ]
 Deterministic = Annotated[
     bool | None,
     typer.Option(
         "--deterministic",
         help="Make every image bit-identical whatever else is in its batch; costs some speed.",
+        show_default="off",
     ),
 ]
 RowBudget = Annotated[
     int | None,
     typer.Option(
         help="Maximum rows (noisy latents, each with its own prompt and timestep) in one forward "
-        "pass of the denoiser, 128 by default. Each has as many as its measured cost suggests."
+        "pass of the denoiser. Each has as many as its measured cost suggests.",
+        show_default="128",
     ),
 ]
 Described = "a name, or a JSON object with its fields."
@@ -76,8 +85,12 @@ def main() -> None:
 
 @app.command()
 def serve(
-    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
+    host: Annotated[
+        str | None, typer.Option(help="Address to listen on.", show_default="127.0.0.1")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Port to listen on.", show_default="8000")
+    ] = None,
     model: Models = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -85,16 +98,24 @@ def serve(
     row_budget: RowBudget = None,
     max_pending: Annotated[
         int | None,
-        typer.Option(help="Maximum images queued or running; beyond it requests get 429."),
+        typer.Option(
+            help="Maximum images queued or running; beyond it requests get 429.",
+            show_default="256",
+        ),
     ] = None,
     insecure: Annotated[
         bool | None,
-        typer.Option("--insecure", help="Allow a non-loopback address without API keys."),
+        typer.Option(
+            "--insecure",
+            help="Allow a non-loopback address without API keys.",
+            show_default="off",
+        ),
     ] = None,
 ) -> None:
     """Start the HTTP server.
 
-    Every setting can also be given as an environment variable: WEFT_PORT, WEFT_API_KEYS, ...
+    Every setting is also an environment variable, WEFT_PORT for --port, and those without an
+    option are documented in docs/operating.md: WEFT_API_KEYS, WEFT_DRAIN_S and others.
     """
     settings = _settings(
         host=host,

@@ -101,6 +101,11 @@ class Settings(BaseSettings):
         default=(),
         description="Model folders, each `path` or `name=path`; the embedded model if empty.",
     )
+    models_folder: Path | None = Field(
+        default=None,
+        description="A folder of model folders: each subfolder with a `model_index.json` is hosted "
+        "under its own name, after those of `models`.",
+    )
     device: str = Field(default="auto", description="Device: `auto`, `cpu`, `cuda` or `cuda:N`.")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         default="auto",
@@ -230,8 +235,6 @@ class Settings(BaseSettings):
         Args:
             embedded: folder of the embedded model, which is hosted if no other is given.
         """
-        if not self.models:
-            return {"embedded": embedded}
         folders: dict[str, Path] = {}
         for entry in self.models:
             name, separator, path = entry.partition("=")
@@ -242,4 +245,14 @@ class Settings(BaseSettings):
                     f"models has two models named {name!r}; write `name=path` to rename one."
                 )
             folders[name] = folder
-        return folders
+        for folder in self._found():
+            folders.setdefault(folder.name, folder)
+        return folders or {"embedded": embedded}
+
+    def _found(self) -> list[Path]:
+        """The model folders in `models_folder`, by name."""
+        if self.models_folder is None:
+            return []
+        if not self.models_folder.is_dir():
+            raise ValueError(f"models_folder is {str(self.models_folder)!r}, which is no folder.")
+        return sorted(index.parent for index in self.models_folder.glob("*/model_index.json"))

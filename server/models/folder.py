@@ -36,9 +36,13 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
         raise ModelMismatch(
             f"{name} of model folder {str(folder)!r} is nested too deeply to be read."
         ) from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise ModelMismatch(
-            f"{name} of model folder {str(folder)!r} is no JSON: {error}."
+            f"{name} of model folder {str(folder)!r} cannot be read: {error.strerror or error}."
+        ) from None
+    except ValueError as error:
+        raise ModelMismatch(
+            f"{name} of model folder {str(folder)!r} is not valid JSON: {error}."
         ) from None
     if not isinstance(value, dict):
         raise ModelMismatch(f"{name} of model folder {str(folder)!r} holds no JSON object.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ from server.models.loading import load_model
 from server.settings import Settings
 
 __all__ = ["Hosted", "host"]
+
+log = logging.getLogger("weft")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +40,15 @@ def host(
     Raises:
         ModelMismatch: a folder does not hold a supported model.
     """
+    folders = settings.model_folders(embedded_folder())
+    if settings.models_folder is not None and list(folders.values()) == [embedded_folder()]:
+        log.warning(
+            "%s has no model folder with a model_index.json: only the embedded model is hosted",
+            settings.models_folder,
+        )
     models = {
         name: load_model(folder, name=name, device=settings.device, dtype=settings.dtype)
-        for name, folder in settings.model_folders(embedded_folder()).items()
+        for name, folder in folders.items()
     }
     engine = Engine(
         models,

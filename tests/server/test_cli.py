@@ -17,10 +17,12 @@ from typer.testing import CliRunner, Result
 from embedded import MODEL_FOLDER
 from guidance.linear_fit import LinearFit
 from server.cli import _guidance, app
+from server.engine.cost_model import MOST_ROWS
 from server.models.inputs import RowInputs
 from server.models.unet_model import UNetModel
 from server.requests.catalog import catalog
 from server.requests.schema import GenerateRequest
+from server.settings import Settings
 
 PROMPT = "a red circle"
 
@@ -38,6 +40,18 @@ def test_help_and_catalog_do_not_wait_for_torch(arguments: list[str]) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.strip() == "False"
+
+
+def test_the_help_of_serve_shows_the_defaults_of_the_settings() -> None:
+    wide = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "250"}).output
+    shown = dict(re.findall(r"--([a-z-]+) .*\[default: \((\w[^):]*)", wide))
+    settings = Settings()
+    for name in ("host", "port", "max-pending", "device", "dtype"):
+        assert shown[name] == str(getattr(settings, name.replace("-", "_"))), name
+    assert shown["row-budget"] == str(MOST_ROWS)
+    assert shown["deterministic"] == shown["insecure"] == "off"
+    assert not settings.deterministic
+    assert not settings.insecure
 
 
 def test_the_catalog_lists_everything() -> None:

@@ -80,6 +80,27 @@ def test_models_are_named_by_folder_or_by_choice(tmp_path: Path) -> None:
     }
 
 
+def test_a_folder_of_models_is_hosted_whole(tmp_path: Path) -> None:
+    for name in ("b", "a", "named"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model_index.json").touch()
+    (tmp_path / "no-model").mkdir()
+    chosen = f"named={tmp_path / 'elsewhere'}"
+    settings = Settings(models=(chosen,), models_folder=tmp_path)
+    assert list(settings.model_folders(tmp_path).items()) == [
+        ("named", tmp_path / "elsewhere"),
+        ("a", tmp_path / "a"),
+        ("b", tmp_path / "b"),
+    ]
+
+
+def test_an_empty_folder_of_models_leaves_the_embedded_one(tmp_path: Path) -> None:
+    embedded = tmp_path / "embedded"
+    assert Settings(models_folder=tmp_path).model_folders(embedded) == {"embedded": embedded}
+    with pytest.raises(ValueError, match="which is no folder"):
+        Settings(models_folder=tmp_path / "none").model_folders(embedded)
+
+
 def test_two_models_of_one_name_are_refused(tmp_path: Path) -> None:
     settings = Settings(models=(str(tmp_path / "a" / "x"), str(tmp_path / "b" / "x")))
     with pytest.raises(ValueError, match="two models named 'x'"):

@@ -178,7 +178,7 @@ def refuse_shards_elsewhere(folder):
     [
         (refuse_pipeline, "names the pipeline 'CustomPipeline'; allowed are .*StableDiffusion"),
         (refuse_no_index, "has no model_index.json"),
-        (refuse_broken_index, "is no JSON"),
+        (refuse_broken_index, "is not valid JSON"),
         (refuse_list_index, "holds no JSON object"),
         (refuse_remote_code, "names 'Unet' as its unet; allowed are UNet2DConditionModel"),
         (refuse_pickled_weights, "no safetensors weights; other formats are refused"),

@@ -1,0 +1,87 @@
+#!/usr/bin/env bash
+# Builds the image and tries it on a machine with no Docker and no image registry, as root on Debian.
+#
+#   apt-get install buildah debootstrap
+#   scripts/try_image.sh
+#
+# The base image is a stand-in: Debian's own Python from debootstrap. pip's settings on this machine
+# and the local folders they name hold while the image is built and leave no trace in it.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+WORK=${WORK:-$(mktemp -d)}
+MIRROR=${MIRROR:-http://deb.debian.org/debian}
+BASE=localhost/weft-base
+IMAGE=localhost/weft
+KEY=a-key-for-this-trial-only
+PORT=18423
+export BUILDAH_ISOLATION=chroot
+
+say() { echo "try_image.sh: $*"; }
+fail() { echo "try_image.sh: FAILED: $*" >&2; exit 1; }
+
+make_base() {
+    local root=$WORK/base container
+    [ -d "$root/usr" ] || debootstrap --variant=minbase \
+        --include=python3,python3-venv,python3-pip,ca-certificates bookworm "$root" "$MIRROR" >"$WORK/debootstrap.log"
+    ln -sf python3 "$root/usr/bin/python"
+    container=$(buildah from scratch)
+    buildah copy --quiet "$container" "$root" /
+    buildah commit --quiet --rm "$container" "$BASE"
+}
+
+# What pip is told on this machine, from files and environment, as one file to mount.
+pip_settings() {
+    echo "[global]"
+    python3 -m pip config list | sed -n "s/^[^.]*\(:env:\)\?\.\([a-z-]*\)='\(.*\)'$/\2 = \3/p" \
+        | sed 's/\\n/ /g' | awk -F' = ' '!seen[$1]++'
+}
+
+build() {
+    local mounts=(--volume "$WORK/pip.conf:/etc/pip.conf:ro") folder
+    pip_settings >"$WORK/pip.conf"
+    # An index in a folder refers to the files beside it.
+    for folder in $(grep -o '/[a-zA-Z0-9_./-]*' "$WORK/pip.conf" | sed 's,^//*,/,; s,/simple$,,' | sort -u); do
+        if [ -e "$folder" ] && [[ $folder != /etc/pip.conf ]]; then mounts+=(--volume "$folder:$folder:ro"); fi
+    done
+    buildah bud --quiet --pull-never --layers=false --format docker "${mounts[@]}" \
+        --build-arg PYTHON_IMAGE="$BASE" --build-arg TORCH=cpu --tag "$IMAGE" .
+}
+
+run() { buildah run --user "$1" "${@:3}" "$2" -- "${command[@]}"; }
+
+make_base
+SECONDS=0
+build
+say "built in $SECONDS s"
+
+container=$(buildah from --pull-never "$IMAGE")
+trap 'buildah rm "$container" >/dev/null' EXIT
+
+command=(weft serve)
+if run 10001 "$container" >"$WORK/open.log" 2>&1; then fail "it serves 0.0.0.0 without keys"; fi
+grep -q WEFT_API_KEYS "$WORK/open.log" || fail "the refusal does not name WEFT_API_KEYS"
+
+# A user without a name, who may write nowhere, and a folder of models of the operator's own.
+mkdir -p "$WORK/models"
+cp -r embedded/model "$WORK/models/mine"
+chmod -R a+rX "$WORK/models"
+SECONDS=0
+run 23456:23456 "$container" --env WEFT_API_KEYS=$KEY --env WEFT_PORT=$PORT --env http_proxy=http://127.0.0.1:9 \
+    --volume "$WORK/models:/models:ro" >"$WORK/serve.log" 2>&1 &
+server=$!
+command=(python /opt/weft/bin/healthcheck.py)
+until run 23456:23456 "$container" --env WEFT_PORT=$PORT --env http_proxy=http://127.0.0.1:9; do
+    kill -0 $server || { cat "$WORK/serve.log"; fail "it ended while it started"; }
+    [ $SECONDS -lt 300 ] || fail "it is not ready after 300 s"
+    sleep 0.5
+done
+say "ready after $SECONDS s"
+answer=$(curl --silent --fail "http://127.0.0.1:$PORT/v1/generate" -H "authorization: Bearer $KEY" \
+    -H 'content-type: application/json' -d '{"prompt": "a red circle", "steps": 2}')
+[[ $answer == *'"model":"mine"'* ]] || fail "the models in /models are not served"
+pkill -TERM -P $server -f "weft serve" || kill $server
+SECONDS=0
+wait $server || true
+[ $SECONDS -lt 10 ] || fail "it did not end in 10 s"
+say "ended after $SECONDS s"
