@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from samplers.align_your_steps import AlignYourSteps
 from samplers.angles import Angles
 from samplers.beta import Beta
+from samplers.bong_tangent import BongTangent
 from samplers.custom_times import Custom
 from samplers.ddim import DDIM
 from samplers.deis import DEIS
@@ -17,7 +18,10 @@ from samplers.exponential import Exponential
 from samplers.grid import Grid
 from samplers.heavy_ball import GHVB, HB, Nesterov
 from samplers.heun import Heun
+from samplers.kl_optimal import KLOptimal
+from samplers.laplace import Laplace
 from samplers.lcm import LCM
+from samplers.linear_quadratic import LinearQuadratic
 from samplers.noise_schedule import NoiseSchedule
 from samplers.plan import Columns, Plan, advance, integrate
 from samplers.plan_error import PlanError
@@ -60,6 +64,7 @@ __all__ = [
     "AlignYourSteps",
     "Angles",
     "Beta",
+    "BongTangent",
     "Columns",
     "Custom",
     "DPMSolverPP",
@@ -71,9 +76,12 @@ __all__ = [
     "FittedSampler",
     "Grid",
     "Heun",
+    "KLOptimal",
     "Karras",
     "LCMSpacing",
+    "Laplace",
     "Leading",
+    "LinearQuadratic",
     "Linspace",
     "LogSNR",
     "Nesterov",

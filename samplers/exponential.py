@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
+from pydantic import Field
 from typing_extensions import override
 
 from samplers.spacing import LevelSpacing
@@ -18,14 +19,22 @@ class Exponential(LevelSpacing, frozen=True):
 
     What these programs call sigma is sigma / alpha here, so on variance-preserving and EDM
     schedules this is ``logsnr`` to the last bit but rounding. On flow matching they take sigma
-    itself, and it is not: there the times fall by one factor from 1.
+    itself, and it is not: there the times fall by one factor from 1. That is so with ``rho`` 1.
     """
 
     summary: ClassVar[str] = "Even in log sigma; differs from logsnr only on flow matching models."
-    source: ClassVar[str] = "k-diffusion, get_sigmas_exponential."
+    source: ClassVar[str] = "k-diffusion, get_sigmas_exponential and get_sigmas_polyexponential."
     name: Literal["exponential"] = "exponential"
+    rho: float = Field(
+        default=1.0,
+        ge=0.25,
+        le=4,
+        description="Power of the steps in log sigma, 1 for even ones; larger values spend more "
+        "steps at low noise. k-diffusion and ComfyUI call it polyexponential.",
+    )
 
     @override
     def fill(self, schedule: Levels, count: int, t_start: float, t_end: float) -> F64:
         first, last = np.log(schedule.noise_level(np.array([t_start, t_end])))
-        return schedule.time_of_noise_level(np.exp(np.linspace(first, last, count)))
+        left = np.linspace(1, 0, count) ** self.rho
+        return schedule.time_of_noise_level(np.exp(last + left * (first - last)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from samplers.other_names import AUTOMATIC1111, DIFFUSERS, LACKING, SCHEDULE_TYPES
+from samplers.other_names import AUTOMATIC1111, COMFYUI, DIFFUSERS, LACKING, SCHEDULE_TYPES
 from samplers.registry import SAMPLERS
 from samplers.sampler import Sampler
 from samplers.spacing import Spacing
@@ -53,22 +53,24 @@ def named(text: str) -> tuple[Sampler, Spacing | None]:
     for name in DIFFUSERS:
         if wanted == name.casefold():
             return of_diffusers({"_class_name": name})
-    _refuse_lacking("sampler", text)
+    _refuse_lacking(text)
     raise ValueError(_unknown("sampler", text, [*AUTOMATIC1111, *DIFFUSERS, *LACKING]))
 
 
 def schedule_type(text: str) -> Spacing:
-    """What AUTOMATIC1111's name for a schedule type stands for; case does not count.
+    """What AUTOMATIC1111 or ComfyUI's name for a schedule stands for; case does not count.
+
+    Where both have a name, it is AUTOMATIC1111's.
 
     Raises:
-        NoEqual: it is known, and nothing here is equal.
         ValueError: there is no such schedule type; near names are listed.
     """
     for label, fields in SCHEDULE_TYPES.items():
         if text.strip().casefold() in (label.casefold(), label.casefold().replace(" ", "_")):
             return _built(SPACINGS, fields)
-    _refuse_lacking("spacing", text)
-    raise ValueError(_unknown("spacing", text, SCHEDULE_TYPES))
+    if (name := text.strip().casefold()) in COMFYUI:
+        return _built(SPACINGS, COMFYUI[name])
+    raise ValueError(_unknown("spacing", text, [*COMFYUI, *SCHEDULE_TYPES]))
 
 
 def of_diffusers(config: Mapping[str, Any]) -> tuple[Sampler, Spacing]:
@@ -85,7 +87,7 @@ def of_diffusers(config: Mapping[str, Any]) -> tuple[Sampler, Spacing]:
         ValueError: the class is not known; near names are listed.
     """
     name = str(config.get("_class_name", ""))
-    _refuse_lacking("sampler", name)
+    _refuse_lacking(name)
     if name not in DIFFUSERS:
         raise ValueError(_unknown("sampler", name, DIFFUSERS))
     known = DIFFUSERS[name]
@@ -119,7 +121,8 @@ def label_of(sampler: Sampler) -> str:
 
 def schedule_type_of(spacing: Spacing) -> str:
     """AUTOMATIC1111's label of a spacing, or our name where it has none."""
-    return _label(spacing, SCHEDULE_TYPES, ())
+    # Rounding makes no picture of another kind, and is the same where the steps divide the times.
+    return _label(spacing, SCHEDULE_TYPES, ("rounding",))
 
 
 def _spacing_of(config: Mapping[str, Any], known: Scheduler) -> Fields:
@@ -166,14 +169,14 @@ def _built(registry: Sequence[type[Kind]], fields: Fields) -> Kind:
     return by_name[fields["name"]].model_validate(fields)
 
 
-def _refuse_lacking(field: str, text: str) -> None:
+def _refuse_lacking(text: str) -> None:
     for name, why in LACKING.items():
         if text.strip().casefold() == name.casefold():
-            raise NoEqual(f"{field} {name!r} has no equal here: {why}.")
+            raise NoEqual(f"sampler {name!r} has no equal here: {why}.")
 
 
 def _unknown(field: str, text: str, known: Iterable[str]) -> str:
     by_case = {name.casefold(): name for name in known}
     near = get_close_matches(text.strip().casefold(), by_case, n=3, cutoff=0.5)
     hint = f"; near are: {', '.join(by_case[name] for name in near)}" if near else ""
-    return f"{field} {text[:60]!r} is no name that AUTOMATIC1111 or diffusers use{hint}."
+    return f"{field} {text[:60]!r} is no name that AUTOMATIC1111, ComfyUI or diffusers use{hint}."

@@ -109,14 +109,34 @@ SCHEDULE_TYPES: Final[Mapping[str, Fields]] = MappingProxyType(
         "Polyexponential": {"name": "exponential"},
         "SGM Uniform": {"name": "sgm_uniform"},
         "Align Your Steps": {"name": "align_your_steps"},
-        "Simple": {"name": "trailing"},
-        "Normal": {"name": "linspace"},
+        "KL Optimal": {"name": "kl_optimal", "endpoint": False},
+        "Simple": {"name": "trailing", "rounding": "up"},
+        "Normal": {"name": "sgm_uniform", "endpoint": True},
         "DDIM": {"name": "leading"},
         "Beta": {"name": "beta", "over": "sigma"},
         "LCM": {"name": "lcm"},
     }
 )
 """Schedule types of AUTOMATIC1111 by their label; LCM is the one that its sampler LCM brings."""
+
+COMFYUI: Final[Mapping[str, Fields]] = MappingProxyType(
+    {
+        "normal": {"name": "sgm_uniform", "endpoint": True},
+        "karras": {"name": "karras"},
+        "exponential": {"name": "exponential"},
+        "polyexponential": {"name": "exponential"},
+        "sgm_uniform": {"name": "sgm_uniform"},
+        "simple": {"name": "trailing", "rounding": "up"},
+        "ddim_uniform": {"name": "leading"},
+        "beta": {"name": "beta"},
+        "beta57": {"name": "beta", "alpha": 0.5, "beta": 0.7},
+        "linear_quadratic": {"name": "linear_quadratic"},
+        "kl_optimal": {"name": "kl_optimal"},
+        "laplace": {"name": "laplace"},
+        "bong_tangent": {"name": "bong_tangent"},
+    }
+)
+"""Schedulers of ComfyUI; beta57 and bong_tangent are RES4LYF's."""
 
 _ORDERS: Final = {n: {"order": n} for n in (1, 2, 3)}
 _FORMS: Final = {"midpoint": {"solver_type": "midpoint"}, "heun": {"solver_type": "taylor"}}
@@ -235,7 +255,6 @@ LACKING: Final[Mapping[str, str]] = MappingProxyType(
         "DPM fast": "singlestep steps of mixed orders; nearest is dpm_solver_pp_singlestep",
         "DPM adaptive": "its steps depend on the picture; nearest is dpm_solver_pp_singlestep",
         "DDIM CFG++": "here it is a guidance, cfg_plus_plus, which goes with any sampler",
-        "KL Optimal": "even in the arc tangent of sigma; nearest is karras",
         "LMSDiscreteScheduler": "a linear multistep method; nearest is hb with order 4, beta 1 and"
         " weights variable",
         "KDPM2DiscreteScheduler": "the midpoint method in log sigma; nearest is heun",

@@ -82,6 +82,21 @@ def finite_start(schedule: Levels, t_start: float) -> float:
     return t_start * (1 - 1e-3)
 
 
+def times_of_shares(schedule: Levels, shares: F64) -> F64:
+    """Times at which these shares of the noisiest level are left.
+
+    Args:
+        schedule: of the model.
+        shares: falling from 1, ``[steps]``. Where the last would be below the cleanest trained
+            level they are stretched to end there.
+    """
+    first, last = schedule.noise_level(np.array([schedule.t_start, schedule.t_end]))
+    levels = first * shares
+    if levels[-1] < last:
+        levels = last + (levels - levels[-1]) * (first - last) / (first - levels[-1])
+    return schedule.time_of_noise_level(levels)
+
+
 def refuse_more_than_trained(trained: int, steps: int, field: str = "steps") -> None:
     """Refuse a number beyond the trained timesteps.
 

@@ -9,8 +9,12 @@ from typing import TYPE_CHECKING
 from samplers.align_your_steps import AlignYourSteps
 from samplers.angles import Angles
 from samplers.beta import Beta
+from samplers.bong_tangent import BongTangent
 from samplers.custom_times import Custom
 from samplers.exponential import Exponential
+from samplers.kl_optimal import KLOptimal
+from samplers.laplace import Laplace
+from samplers.linear_quadratic import LinearQuadratic
 from samplers.timesteps import (
     Karras,
     LCMSpacing,
@@ -35,6 +39,10 @@ SPACINGS: tuple[type[Spacing], ...] = (
     LogSNR,
     Exponential,
     Beta,
+    KLOptimal,
+    LinearQuadratic,
+    Laplace,
+    BongTangent,
     AlignYourSteps,
     LCMSpacing,
     Angles,

@@ -56,12 +56,18 @@ class Trailing(Spacing, frozen=True):
     )
     source: ClassVar[str] = "Lin et al. (arXiv 2305.08891), section 3.3."
     name: Literal["trailing"] = "trailing"
+    rounding: Literal["nearest", "up"] = Field(
+        default="nearest",
+        description="How times between whole trained timesteps are rounded: nearest, as in "
+        "diffusers, or up, as in ComfyUI's `simple`.",
+    )
 
     @override
     def evaluated(self, schedule: Levels, steps: int) -> F64:
         if trained := schedule.whole_timesteps:
             refuse_more_than_trained(trained, steps)
-            return np.round(trained - np.arange(steps) * (trained / steps)) - 1
+            times = trained - np.arange(steps) * (trained / steps)
+            return (np.ceil(times) if self.rounding == "up" else np.round(times)) - 1
         return schedule.uniform(steps + 1, schedule.t_start, 0.0)[:-1]
 
 
@@ -102,7 +108,8 @@ class Linspace(Spacing, frozen=True):
 class SGMUniform(Spacing, frozen=True):
     """Equal strides that stop one above the cleanest level, between whole timesteps.
 
-    ``linspace`` without its endpoint, but for the rounding to trained timesteps.
+    ``linspace`` without its endpoint, but for the rounding to trained timesteps; with it, what
+    ComfyUI and AUTOMATIC1111 call normal.
     """
 
     summary: ClassVar[str] = (
@@ -110,10 +117,15 @@ class SGMUniform(Spacing, frozen=True):
     )
     source: ClassVar[str] = "Stability's generative-models, as ComfyUI's `sgm_uniform`."
     name: Literal["sgm_uniform"] = "sgm_uniform"
+    endpoint: bool = Field(
+        default=False,
+        description="Evaluate at the cleanest level too, as ComfyUI's `normal` does.",
+    )
 
     @override
     def evaluated(self, schedule: Levels, steps: int) -> F64:
-        return self.fill(schedule, steps + 1, schedule.t_start, schedule.t_end)[:-1]
+        count = steps if self.endpoint else steps + 1
+        return self.fill(schedule, count, schedule.t_start, schedule.t_end)[:steps]
 
 
 class TimeQuadratic(Spacing, frozen=True):

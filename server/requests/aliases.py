@@ -23,11 +23,9 @@ def sampler_elsewhere(name: str) -> str | None:
 
 
 def spacing_elsewhere(name: str) -> str | None:
-    """The same for a spacing, which AUTOMATIC1111 calls a schedule type."""
+    """The same for a spacing, which AUTOMATIC1111 calls a schedule type and ComfyUI a scheduler."""
     try:
         spacing = schedule_type(name)
-    except NoEqual as lack:
-        return str(lack).removesuffix(".")
     except ValueError:
         return None
     return f"spacing {name!r} corresponds to {_shown(spacing)} here"

@@ -17,7 +17,7 @@ from samplers.dpm_solver_pp import DPMSolverPP
 from samplers.euler import Euler, EulerAncestral
 from samplers.exponential import Exponential
 from samplers.names import NoEqual, label_of, named, of_diffusers, schedule_type, schedule_type_of
-from samplers.other_names import AUTOMATIC1111, DIFFUSERS, LACKING, SCHEDULE_TYPES
+from samplers.other_names import AUTOMATIC1111, COMFYUI, DIFFUSERS, LACKING, SCHEDULE_TYPES
 from samplers.timesteps import Karras, Leading, Linspace, LogSNR, SGMUniform, Trailing
 from samplers.unipc import UniPC
 from tests.covering import covering
@@ -44,9 +44,9 @@ def test_every_sampler_of_automatic1111_is_mapped_or_named_as_lacking() -> None:
     assert set(AUTOMATIC1111) <= set(THEIR_SAMPLERS)
 
 
-def test_every_schedule_type_of_automatic1111_is_mapped_or_named_as_lacking() -> None:
+def test_every_schedule_type_of_automatic1111_is_mapped() -> None:
     for label in THEIR_SCHEDULE_TYPES:
-        assert (label in SCHEDULE_TYPES) != (label in LACKING), label
+        assert label in SCHEDULE_TYPES, label
     # The last is what its sampler LCM brings.
     assert set(SCHEDULE_TYPES) <= {*THEIR_SCHEDULE_TYPES, "LCM"}
 
@@ -158,9 +158,8 @@ def test_the_embedded_models_own_scheduler_is_known() -> None:
 
 @pytest.mark.parametrize("name", LACKING)
 def test_what_is_lacking_is_said_with_its_reason(name: str) -> None:
-    ask = schedule_type if name in THEIR_SCHEDULE_TYPES else named
     with pytest.raises(NoEqual, match=r" has no equal here: ") as caught:
-        ask(name)
+        named(name)
     assert LACKING[name] in str(caught.value)
 
 
@@ -209,6 +208,7 @@ def test_labels_of_what_has_none_are_our_names() -> None:
     assert schedule_type_of(Beta()) == "beta"
     assert schedule_type_of(schedule_type("sgm_uniform")) == "SGM Uniform"
     assert schedule_type_of(LogSNR()) == "logsnr"
+    assert schedule_type_of(Trailing()) == schedule_type_of(schedule_type("Simple")) == "Simple"
 
 
 def test_names_of_ours_in_the_tables_are_registered() -> None:
@@ -216,7 +216,8 @@ def test_names_of_ours_in_the_tables_are_registered() -> None:
     samplers = {kind.model_fields["name"].default for kind in SAMPLERS}
     spacings = {kind.model_fields["name"].default for kind in SPACINGS}
     assert {one.fields["name"] for one in tables} <= samplers
-    assert {fields["name"] for fields in SCHEDULE_TYPES.values()} <= spacings
+    schedules = (*SCHEDULE_TYPES.values(), *COMFYUI.values())
+    assert {fields["name"] for fields in schedules} <= spacings
 
 
 def written(fields: Any) -> str:
@@ -230,6 +231,8 @@ def tables() -> list[str]:
     samplers += [f"| {a} | {written(b.fields)} | {b.automatic} |" for a, b in AUTOMATIC1111.items()]
     types = ["| AUTOMATIC1111's schedule type | here |", "|---|---|"]
     types += [f"| {a} | {written(b)} |" for a, b in SCHEDULE_TYPES.items()]
+    comfyui = ["| ComfyUI's scheduler | here |", "|---|---|"]
+    comfyui += [f"| {a} | {written(b)} |" for a, b in COMFYUI.items()]
     schedulers = ["| diffusers' scheduler | here | its spacing by default | options read |"]
     schedulers += ["|---|---|---|---|"]
     schedulers += [
@@ -238,7 +241,7 @@ def tables() -> list[str]:
     ]
     lacking = ["| there | why not here |", "|---|---|"]
     lacking += [f"| {name} | {why} |" for name, why in LACKING.items()]
-    return ["\n".join(table) for table in (samplers, types, schedulers, lacking)]
+    return ["\n".join(table) for table in (samplers, types, comfyui, schedulers, lacking)]
 
 
 @pytest.mark.parametrize("table", tables(), ids=lambda table: table.splitlines()[0])

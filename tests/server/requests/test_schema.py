@@ -236,7 +236,12 @@ def test_an_unknown_name_is_answered_with_the_known_ones(
             "SGM Uniform",
             "spacing 'SGM Uniform' corresponds to 'sgm_uniform' here; allowed",
         ),
-        ("spacing", "KL Optimal", "spacing 'KL Optimal' has no equal here: even in the arc tang"),
+        (
+            "spacing",
+            "KL Optimal",
+            'spacing \'KL Optimal\' corresponds to {"name": "kl_optimal", "endpoint": false} here',
+        ),
+        ("spacing", "ddim_uniform", "spacing 'ddim_uniform' corresponds to 'leading' here"),
     ],
 )
 def test_names_of_other_programs_are_translated(field: str, name: str, start: str) -> None:
