@@ -39,8 +39,11 @@ serve: setup ## start the server on the embedded model (HOST=127.0.0.1, PORT=800
 test: setup-dev ## lint, type-check and run the test suite
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet .
-	@$(BIN)/pyright
-	@$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	@types=$$(mktemp); $(BIN)/pyright >"$$types" 2>&1 & checking=$$!; \
+	trap 'kill $$checking 2>/dev/null || true; rm -f "$$types"' EXIT; \
+	tested=0; $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS) || tested=$$?; \
+	typed=0; wait $$checking || typed=$$?; cat "$$types"; \
+	exit $$((tested ? tested : typed))
 
 test-all: export EVERY_CELL := 1
 test-all: test ## the same, with every combination of the tests' parameters

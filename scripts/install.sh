@@ -46,10 +46,12 @@ find_python() {
 }
 
 # Without a terminal pip prints errors only; with one it shows what it downloads.
-pip() {
-    local quiet=(-qq)
-    if [ -t 1 ]; then quiet=(); fi
-    "$VENV/bin/python" -m pip --disable-pip-version-check "${quiet[@]}" "$@"
+pip_install() {
+    local options=(--disable-pip-version-check)
+    if [ ! -t 1 ]; then options+=(-qq); fi
+    # A test run imports a part of all modules, and Python compiles those when it first does.
+    if [ $lock = dev ]; then options+=(--no-compile); fi
+    "$VENV/bin/python" -m pip install "${options[@]}" "$@"
 }
 
 installed_torch() {
@@ -69,7 +71,7 @@ install_torch() {
     # Torch first: otherwise another package would pull in the newest build, with CUDA.
     if [ "$TORCH" = cpu ] && [ "$(uname -s)" = Linux ]; then
         say "installing torch $wanted for the CPU (about 200 MB)"
-        if pip install --no-deps --index-url "$CPU_INDEX" --retries 2 --timeout 15 \
+        if pip_install --no-deps --index-url "$CPU_INDEX" --retries 2 --timeout 15 \
             --only-binary :all: --require-hashes -r requirements/torch-cpu.lock \
             2> >(grep -v "^WARNING: Retrying" >&2); then return; fi
         if [ "$asked" = cpu ]; then
@@ -80,7 +82,7 @@ install_torch() {
     else
         say "installing torch $wanted from PyPI"
     fi
-    pip install --no-deps --force-reinstall --only-binary :all: --require-hashes \
+    pip_install --no-deps --force-reinstall --only-binary :all: --require-hashes \
         -r requirements/torch.lock
 }
 
@@ -93,10 +95,10 @@ install() {
     say "installing the packages of requirements/$lock.lock"
     # The lock is complete and only wheels are used: nothing is unpinned, and no package runs code
     # while it is installed.
-    pip install --no-deps --only-binary :all: --require-hashes -r "requirements/$lock.lock"
+    pip_install --no-deps --only-binary :all: --require-hashes -r "requirements/$lock.lock"
     if [ $project = yes ]; then
         say "installing weft"
-        pip install --no-deps --no-build-isolation --no-index --editable .
+        pip_install --no-deps --no-build-isolation --no-index --editable .
     fi
     "$VENV/bin/python" -m pip check >/dev/null || "$VENV/bin/python" -m pip check
 }

@@ -17,8 +17,20 @@ settings.register_profile("weft", deadline=None, derandomize="CI" in os.environ,
 settings.load_profile("weft")
 
 
+LONGEST = (
+    "test_guidance_study.py",
+    "test_engine.py",
+    "test_against_diffusers.py",
+    "test_cli.py",
+    "test_derive.py",
+    "test_model_statistics.py",
+)
+"""Files that take longest. They go first, so that no process begins one when all else is done."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips the tests that need a CUDA device where there is none."""
+    """Put the longest files first, and skip what needs a CUDA device where there is none."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     needy = [item for item in items if item.get_closest_marker("cuda")]
     if not needy:
         return
