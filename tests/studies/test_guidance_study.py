@@ -161,6 +161,7 @@ def test_the_study_resumes_and_writes_its_page(
     monkeypatch.setattr(measuring, "RATED", {"always": UNGUIDED})
     data, page, images = (tmp_path / name for name in ("d.jsonl", "page.md", "images"))
     arguments = ["--data", data, "--page", page, "--images", images, "--kept", tmp_path / "kept"]
+    arguments += ["--rows", 8]
     for name in ("captions", "again", "true_pictures", "known_pictures", "rated_images", "rounds"):
         arguments += [f"--{name.replace('_', '-')}", getattr(SIZES, name)]
     main([str(argument) for argument in arguments])

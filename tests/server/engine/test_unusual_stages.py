@@ -14,19 +14,19 @@ COMPANY = ("ddim", "unipc", "heun", "euler_ancestral")
 def test_a_langevin_row_is_the_same_alone_in_company_and_by_the_library_loop(
     fixed_engine, model, task, run
 ):
-    needle = task(ScoreSDEPC(corrector_steps=2), steps=4, seed=5)
+    needle = task(ScoreSDEPC(corrector_steps=2), steps=3, seed=5)
     [alone] = run(fixed_engine, [needle]).pixels()
-    company = [task(sampler, steps=7, seed=k) for k, sampler in enumerate(COMPANY)]
-    other = task(ScoreSDEPC(snr=0.4), steps=6, seed=9)
+    company = [task(sampler, steps=4, seed=k) for k, sampler in enumerate(COMPANY)]
+    other = task(ScoreSDEPC(snr=0.4), steps=3, seed=9)
     *_, together = run(fixed_engine, [*company, other, needle]).pixels()
     assert np.array_equal(alone, together)
     assert apart(alone, by_hand(model, needle)) <= CLOSE
 
 
 def test_linear_rows_keep_their_bits_beside_a_langevin_row(fixed_engine, task, run):
-    linear = [task(sampler, steps=5, seed=k) for k, sampler in enumerate(COMPANY)]
+    linear = [task(sampler, steps=3, seed=k) for k, sampler in enumerate(COMPANY)]
     alone = [run(fixed_engine, [one]).pixels()[0] for one in linear]
-    together = run(fixed_engine, [task("score_sde_pc", steps=5), *linear]).pixels()[1:]
+    together = run(fixed_engine, [task("score_sde_pc", steps=3), *linear]).pixels()[1:]
     assert all(np.array_equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
