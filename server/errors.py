@@ -3,10 +3,12 @@
     WeftError                        500  an error in the server
     |- InvalidRequest                422  a field has an invalid value
     |   |- MalformedBody             400  the body is not valid JSON
+    |   |- MalformedRequest          400  the request is not valid HTTP
+    |   |- HeadersTooLarge           431  the headers are too large
     |   |- NotAcceptable             406  no media type in the Accept header is supported
     |   |- UnsupportedMediaType      415  the body is not declared as JSON
     |   |- TooLarge                  413  the body or an image in it is too large
-    |   `- RequestTimeout            408  the body did not arrive in time
+    |   `- RequestTimeout            408  the request did not arrive in time
     |- Unauthorized                  401  the key is missing or wrong
     |- Forbidden                     403  the Host or Origin header is not allowed
     |- UnknownModel                  404  no model of that name is hosted
@@ -35,8 +37,10 @@ __all__ = [
     "DeviceLost",
     "DuplicateGeneration",
     "Forbidden",
+    "HeadersTooLarge",
     "InvalidRequest",
     "MalformedBody",
+    "MalformedRequest",
     "ModelMismatch",
     "NotAcceptable",
     "NotReady",
@@ -82,6 +86,30 @@ class MalformedBody(InvalidRequest):
 
     status = 400
     code = "malformed_body"
+
+
+class MalformedRequest(InvalidRequest):
+    """The request cannot be read as HTTP."""
+
+    status = 400
+    code = "malformed_request"
+
+    def __init__(self) -> None:
+        super().__init__(None, "The request is not valid HTTP/1.1.")
+
+
+class HeadersTooLarge(InvalidRequest):
+    """There are more headers, or more bytes of them, than this server reads."""
+
+    status = 431
+    code = "headers_too_large"
+
+    def __init__(self, most_bytes: int, most: int) -> None:
+        super().__init__(
+            None,
+            f"The headers are too large; at most {most} headers and {most_bytes} bytes of them "
+            "are allowed.",
+        )
 
 
 class NotAcceptable(InvalidRequest):

@@ -163,6 +163,25 @@ class Settings(BaseSettings):
         default=(),
         description="Origins of other web pages that may call the API, e.g. `https://app.example`.",
     )
+    max_connections: int = Field(
+        default=512,
+        ge=1,
+        le=65536,
+        description="Connections at once; beyond them the one that has waited longest for the "
+        "rest of a request is closed, or the new one gets status 429.",
+    )
+    headers_s: float = Field(
+        default=10,
+        gt=0,
+        le=3600,
+        description="Seconds within which the headers of a request must arrive.",
+    )
+    write_s: float = Field(
+        default=30,
+        gt=0,
+        le=3600,
+        description="Seconds after which a client that reads nothing of its response is dropped.",
+    )
     body_s: float = Field(
         default=60, gt=0, le=3600, description="Seconds within which a request body must arrive."
     )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
 import threading
-from typing import NoReturn
+from typing import Final, NoReturn
 
 from server.errors import CannotListen
 from server.settings import Settings
@@ -16,6 +17,9 @@ from server.settings import Settings
 __all__ = ["end_process", "listen", "run"]
 
 log = logging.getLogger("weft")
+
+OTHER_FILES: Final = 512
+"""Files that the process may have open beside its connections: models, pipes, devices."""
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
@@ -62,9 +66,12 @@ def run(settings: Settings, listeners: list[socket.socket]) -> int:
     # As process 1 of a container, one without a handler would not even hear of it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 
+    _allow_open_files(settings.max_connections + OTHER_FILES)
+
     import uvicorn
 
     from server.http.app import create_app
+    from server.http.connection import connections
     from server.http.drain import CLOSE_S, DrainingServer
     from server.http.websockets import WEBSOCKET_OPTIONS
 
@@ -77,6 +84,7 @@ def run(settings: Settings, listeners: list[socket.socket]) -> int:
     app = create_app(settings, on_failure=give_up)
     config = uvicorn.Config(
         app,
+        http=connections(settings),
         server_header=False,
         access_log=False,
         timeout_graceful_shutdown=CLOSE_S,
@@ -100,6 +108,14 @@ def end_process(status: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def _allow_open_files(wanted: int) -> None:
+    """Raise the limit on open files as far as the system lets a process do so itself."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _url(host: str, port: int) -> str:

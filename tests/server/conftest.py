@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from server.http.app import create_app
+from server.http.connection import connections
 from server.http.websockets import WEBSOCKET_OPTIONS
 from server.settings import Limits, Settings
 
@@ -27,7 +28,12 @@ class Running:
     def __init__(self, settings: Settings) -> None:
         self.app: FastAPI = create_app(settings)
         config = uvicorn.Config(
-            self.app, port=0, log_level="warning", access_log=False, **WEBSOCKET_OPTIONS
+            self.app,
+            http=connections(settings),
+            port=0,
+            log_level="warning",
+            access_log=False,
+            **WEBSOCKET_OPTIONS,
         )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, name="uvicorn")

@@ -14,6 +14,7 @@ from typing import Any
 import uvicorn
 
 from server.http.app import create_app
+from server.http.connection import connections
 from server.settings import Settings
 from tests.server.toy_model import Toy, started
 
@@ -28,7 +29,12 @@ class SmallServer:
         self.engine = started(Toy(), 8, max_pending=settings.max_pending)
         self.app.state.service.open(self.engine, {"toy": Toy()})
         config = uvicorn.Config(
-            self.app, port=0, lifespan="off", log_level="critical", access_log=False
+            self.app,
+            http=connections(settings),
+            port=0,
+            lifespan="off",
+            log_level="critical",
+            access_log=False,
         )
         self.server = uvicorn.Server(config)
         self.longest_stop_s = 0.0
@@ -82,7 +88,8 @@ class SmallServer:
             await self.server.serve()
             watching.cancel()
 
-        asyncio.run(serve())
+        with asyncio.Runner(loop_factory=self.server.config.get_loop_factory()) as runner:
+            runner.run(serve())
 
     async def _watch(self) -> None:
         while True:

@@ -1,0 +1,272 @@
+"""One client's connection: bounded in what it may send, how slowly, and how slowly it may read.
+
+uvicorn gives a request no limit on the size or time of its headers, gives a client that does not
+read for ever, and answers what it cannot parse in plain text. docs/operating.md compares servers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from http import HTTPStatus
+from typing import Any, Final, cast
+
+from uvicorn.config import Config
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
+
+from server.errors import (
+    HeadersTooLarge,
+    MalformedRequest,
+    Overloaded,
+    RequestTimeout,
+    WeftError,
+)
+from server.http.errors import answer
+from server.settings import Settings
+
+__all__ = ["Connection", "connections"]
+
+HEAD_BYTES: Final = 32 * 2**10
+"""Of a request line and its headers; browsers and proxies stay below 16 KiB."""
+
+HEAD_FIELDS: Final = 128
+
+LINGER_S: Final = 10.0
+"""How long a client may go on sending what was refused before it was read, and then hear why."""
+
+RETRY_AFTER_S: Final = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """Limits of a connection: seconds for headers and for reading on, and connections at once."""
+
+    headers_s: float
+    write_s: float
+    connections: int
+
+
+def connections(settings: Settings) -> type[asyncio.Protocol]:
+    """The protocol that a uvicorn server gives each connection."""
+    patience = Patience(settings.headers_s, settings.write_s, settings.max_connections)
+    # uvicorn does no more than call it.
+    return cast("type[asyncio.Protocol]", partial(Connection, patience=patience))
+
+
+class Connection(HttpToolsProtocol):
+    """Ends a connection whose client is too slow; one without a whole request makes way.
+
+    Args:
+        config: of uvicorn.
+        server_state: of uvicorn, with all connections.
+        app_state: of uvicorn.
+        patience: the limits.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+        *,
+        patience: Patience,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self.waiting_since: float | None = None
+        self._patience = patience
+        self._refused = False
+        self._in_head = False
+        self._in_body = False
+        self._unfinished_bytes = 0
+        self._head_bytes = 0
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Wait for a request, in the place of another connection that does if there are many."""
+        super().connection_made(transport)
+        # Whatever is not written at once is watched.
+        transport.set_write_buffer_limits(high=0)
+        self._wait_for_request()
+        most = self._patience.connections
+        if len(self.connections) > most and not self._make_room():
+            self._refuse(
+                Overloaded(
+                    RETRY_AFTER_S,
+                    f"{most} connections are open, the most that are allowed; try again in "
+                    f"{RETRY_AFTER_S:.0f} s.",
+                )
+            )
+            transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the timers."""
+        self._stop_timers()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Take in what the client sent, unless it was refused already."""
+        if self._refused:
+            return
+        if not self._in_body and "head" not in self._timers:
+            self._start("head", self._patience.headers_s, self._head_is_late)
+        super().data_received(data)
+        if self._in_head:
+            self._unfinished_bytes += len(data)
+            if self._unfinished_bytes > HEAD_BYTES:
+                self._refuse(HeadersTooLarge(HEAD_BYTES, HEAD_FIELDS))
+
+    def on_message_begin(self) -> None:
+        """Begin to count the headers."""
+        super().on_message_begin()
+        self._in_head = True
+        self._unfinished_bytes = self._head_bytes = 0
+
+    def on_url(self, url: bytes) -> None:
+        """Count a part of the request line."""
+        super().on_url(url)
+        self._head_bytes += len(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Count a header, or one that follows the body."""
+        super().on_header(name, value)
+        self._head_bytes += len(name) + len(value)
+        if not self._in_head and self._head_is_large():
+            self.transport.abort()
+
+    def on_headers_complete(self) -> None:
+        """Serve the request, if its headers are within the limits."""
+        self._in_head = False
+        self._stop("head")
+        if self._head_is_large():
+            self._refuse(HeadersTooLarge(HEAD_BYTES, HEAD_FIELDS))
+            return
+        self._in_body = True
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """Take in a part of the body."""
+        if not self._refused:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """The request is whole: from now on the connection keeps its place."""
+        if self._refused:
+            return
+        self._in_body = False
+        self._stop("linger")
+        if self._responding():
+            self.waiting_since = None
+        else:
+            # It was answered before it was whole.
+            self._wait_for_request()
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """Wait for the next request, or for the rest of one that was answered before its end."""
+        super().on_response_complete()
+        self.waiting_since = self.loop.time()
+        if self._in_body:
+            self._start("linger", LINGER_S, self.transport.abort)
+
+    def handle_websocket_upgrade(self) -> None:
+        """Leave the connection to the protocol of sockets, which has limits of its own."""
+        self._stop_timers()
+        self.transport.set_write_buffer_limits()
+        super().handle_websocket_upgrade()
+
+    def pause_writing(self) -> None:
+        """Begin to watch whether the client reads."""
+        super().pause_writing()
+        self._watch_reader(left=self.transport.get_write_buffer_size())
+
+    def resume_writing(self) -> None:
+        """The client has read everything."""
+        self._stop("write")
+        super().resume_writing()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is not HTTP in the form of all errors."""
+        self._refuse(MalformedRequest())
+
+    def _wait_for_request(self) -> None:
+        self.waiting_since = self.loop.time()
+        self._start("head", self._patience.headers_s, self._head_is_late)
+
+    def _head_is_late(self) -> None:
+        if self._responding():
+            self._start("head", self._patience.headers_s, self._head_is_late)
+        elif self._in_head:
+            seconds = self._patience.headers_s
+            self._refuse(RequestTimeout(f"The headers did not arrive within {seconds:g} s."))
+        else:
+            self.transport.close()
+
+    def _head_is_large(self) -> bool:
+        return self._head_bytes > HEAD_BYTES or len(self.headers) > HEAD_FIELDS
+
+    def _responding(self) -> bool:
+        cycle: Any = self.cycle
+        return cycle is not None and not cycle.response_complete
+
+    def _make_room(self) -> bool:
+        """Drop the connection that has waited longest for a request; False if none waits."""
+        waiting = [
+            (one.waiting_since, id(one), one)
+            for one in self.connections
+            if isinstance(one, Connection) and one.waiting_since is not None and one is not self
+        ]
+        if not waiting:
+            return False
+        oldest = min(waiting)[2]
+        oldest.waiting_since = None
+        # Its transport calls back later; its place is free now.
+        self.connections.discard(oldest)
+        oldest.transport.abort()
+        return True
+
+    def _watch_reader(self, left: int) -> None:
+        def look() -> None:
+            now_left = self.transport.get_write_buffer_size()
+            if now_left >= left:
+                self.transport.abort()
+            else:
+                self._watch_reader(now_left)
+
+        self._start("write", self._patience.write_s, look)
+
+    def _refuse(self, error: WeftError) -> None:
+        """Answer with an error, and close once the client has had time to read it."""
+        if self._responding():
+            self.transport.abort()
+            return
+        self._refused = True
+        self._stop_timers()
+        response = answer(error)
+        lines = [
+            f"HTTP/1.1 {response.status_code} {HTTPStatus(response.status_code).phrase}".encode()
+        ]
+        lines += [name + b": " + value for name, value in response.raw_headers]
+        lines += [b"connection: close", b"", bytes(response.body)]
+        self.transport.write(b"\r\n".join(lines))
+        self.transport.write_eof()
+        self._start("linger", LINGER_S, self.transport.abort)
+
+    def _start(self, name: str, seconds: float, then: Callable[[], None]) -> None:
+        self._stop(name)
+        self._timers[name] = self.loop.call_later(seconds, self._ring, name, then)
+
+    def _ring(self, name: str, then: Callable[[], None]) -> None:
+        self._timers.pop(name, None)
+        then()
+
+    def _stop(self, name: str) -> None:
+        if name in self._timers:
+            self._timers.pop(name).cancel()
+
+    def _stop_timers(self) -> None:
+        for name in tuple(self._timers):
+            self._stop(name)

@@ -1,0 +1,208 @@
+"""A connection that sends too much, too slowly, or does not read, is ended; others are served."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+
+import httpx2
+import pytest
+from fastapi import Response
+
+from tests.server.http.small_server import SmallServer, answer_of, small_server
+
+MOST = 8
+SOON_S = 0.5
+
+
+LARGE = bytes(16 * 2**20)
+"""More than the system keeps for a client that does not read."""
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[SmallServer]:
+    with small_server(headers_s=SOON_S, write_s=SOON_S, max_connections=MOST) as made:
+        made.app.add_api_route("/large", lambda: Response(LARGE))
+        yield made
+
+
+def rest_of(client: socket.socket) -> bytes:
+    """All that the server sends before it ends the connection."""
+    received = b""
+    with suppress(ConnectionError):
+        while chunk := client.recv(65536):
+            received += chunk
+    return received
+
+
+def closed_after(client: socket.socket) -> float:
+    """Seconds until the server ends the connection, whatever it says before."""
+    began = time.monotonic()
+    rest_of(client)
+    return time.monotonic() - began
+
+
+def pushing_ends(client: socket.socket, data: bytes, within_s: float) -> bool:
+    """Whether the server ends a connection on which these bytes are sent again and again."""
+    client.settimeout(0.05)
+    until = time.monotonic() + within_s
+    while time.monotonic() < until:
+        try:
+            client.sendall(data)
+            if not client.recv(65536):
+                return True
+        except TimeoutError:
+            pass
+        except ConnectionError:
+            return True
+    return False
+
+
+def with_little_room(server: SmallServer) -> socket.socket:
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+    client.settimeout(60)
+    client.connect(("127.0.0.1", server.port))
+    return client
+
+
+def alive(server: SmallServer) -> bool:
+    with server.connect() as client:
+        client.sendall(server.head("GET", 0, "/livez"))
+        return answer_of(client) == (200, {"status": "alive"})
+
+
+def open_connections(server: SmallServer) -> int:
+    return len(server.server.server_state.connections)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET /livez HTTP/1.1\r\nhost: 127.0.0.1\r\nx: " + b"y" * 40_000 + b"\r\n\r\n",
+        b"GET /livez HTTP/1.1\r\nhost: 127.0.0.1\r\nx: " + b"y" * 40_000,
+        b"GET /" + b"y" * 40_000 + b" HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n",
+        b"GET /livez HTTP/1.1\r\nhost: 127.0.0.1\r\n" + b"a: b\r\n" * 200 + b"\r\n",
+    ],
+    ids=["a header", "an endless header", "a path", "many headers"],
+)
+def test_headers_that_are_too_large_are_refused(server: SmallServer, head: bytes) -> None:
+    with server.connect() as client:
+        client.sendall(head)
+        status, answer = answer_of(client)
+    assert status == 431
+    assert answer["error"]["message"] == (
+        "The headers are too large; at most 128 headers and 32768 bytes of them are allowed."
+    )
+
+
+def test_headers_of_a_usual_size_are_served(server: SmallServer) -> None:
+    with server.connect() as client:
+        client.sendall(server.head("GET", 0, "/livez", x_large="y" * 16_000))
+        assert answer_of(client)[0] == 200
+
+
+def test_what_is_no_http_is_answered_in_the_form_of_all_errors(server: SmallServer) -> None:
+    with server.connect() as client:
+        client.sendall(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03")
+        status, answer = answer_of(client)
+    assert (status, answer["error"]["code"]) == (400, "malformed_request")
+
+
+def test_a_client_that_sends_nothing_is_dropped(server: SmallServer) -> None:
+    with server.connect() as client:
+        assert SOON_S / 2 < closed_after(client) < 20 * SOON_S
+
+
+def test_headers_that_trickle_are_given_up(server: SmallServer) -> None:
+    with server.connect() as client:
+        client.sendall(b"GET /livez HTTP/1.1\r\n")
+        began = time.monotonic()
+        for _ in range(int(4 * SOON_S / 0.05)):
+            time.sleep(0.05)
+            try:
+                client.sendall(b"x: y\r\n")
+            except OSError:
+                break
+        status, answer = answer_of(client)
+        assert time.monotonic() - began < 20 * SOON_S
+    # The kernel may drop the answer if more was sent after it.
+    assert status in (408, 0)
+    if status:
+        assert answer["error"]["message"] == "The headers did not arrive within 0.5 s."
+
+
+def test_blank_lines_are_no_sign_of_life(server: SmallServer) -> None:
+    with server.connect() as client:
+        client.sendall(server.head("GET", 0, "/livez").replace(b"connection: close\r\n", b""))
+        assert client.recv(65536).startswith(b"HTTP/1.1 200")
+        assert pushing_ends(client, b"\r\n", 40 * SOON_S)
+
+
+def test_a_connection_serves_one_request_after_another(server: SmallServer) -> None:
+    with httpx2.Client(base_url=f"http://127.0.0.1:{server.port}") as client:
+        for _ in range(3):
+            assert client.get("/livez").status_code == 200
+            assert open_connections(server) == 1
+            time.sleep(SOON_S / 4)
+
+
+def test_a_client_that_does_not_read_is_dropped(server: SmallServer) -> None:
+    with with_little_room(server) as client:
+        client.sendall(server.head("GET", 0, "/large"))
+        server.wait(lambda: open_connections(server) == 1)
+        server.wait(lambda: open_connections(server) == 0)
+        assert len(rest_of(client)) < len(LARGE)
+
+
+def test_a_client_that_reads_slowly_but_steadily_gets_all(server: SmallServer) -> None:
+    with with_little_room(server) as client:
+        client.sendall(server.head("GET", 0, "/large"))
+        began, received = time.monotonic(), b""
+        while chunk := client.recv(2**20):
+            received += chunk
+            time.sleep(0.005)
+    assert received.endswith(LARGE)
+    assert time.monotonic() - began > SOON_S
+
+
+def test_when_there_are_many_connections_the_one_that_waited_longest_makes_way(
+    server: SmallServer,
+) -> None:
+    with ExitStack() as stack:
+        idle = [stack.enter_context(server.connect()) for _ in range(3 * MOST)]
+        server.wait(lambda: open_connections(server) == MOST)
+        assert alive(server)
+        assert closed_after(idle[0]) < SOON_S / 2
+
+
+def test_unfinished_requests_make_way_and_those_being_served_do_not() -> None:
+    with small_server(max_connections=2, limits={"steps": 1000}) as server, ExitStack() as stack:
+        served = [stack.enter_context(server.connect()) for _ in range(2)]
+        body = b'{"prompt": "x", "steps": 1000, "width": 256, "height": 256}'
+        served[0].sendall(server.head("POST", len(body)) + body)
+        served[1].sendall(server.head("POST", 1000) + b'{"prompt": ')
+        server.wait(lambda: server.engine.measurements.pending == 1)
+        assert alive(server)
+        assert closed_after(served[1]) < 5
+        served[1].close()
+        served[1] = stack.enter_context(server.connect())
+        served[1].sendall(server.head("POST", len(body)) + body)
+        server.wait(lambda: server.engine.measurements.pending == 2)
+        with server.connect() as client:
+            status, answer = answer_of(client)
+        assert status == 429
+        assert answer["error"]["message"].startswith("2 connections are open, the most that are")
+
+
+def test_a_body_that_goes_on_after_its_refusal_ends(
+    server: SmallServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.http.connection.LINGER_S", SOON_S)
+    head = server.head("POST", 2**20).replace(b"connection: close\r\n", b"")
+    with server.engine.reserve(200), server.connect() as client:
+        client.sendall(head.replace(b"application/json", b"text/plain"))
+        assert client.recv(65536).startswith(b"HTTP/1.1 415")
+        assert pushing_ends(client, b"x" * 10, 40 * SOON_S)
