@@ -150,6 +150,7 @@ class StreamSession:
             "from_frame": first,
             "stages": current.prepared.plan.evaluations,
             "warnings": list(current.prepared.warnings),
+            "notes": list(current.prepared.notes),
         }
 
     def offer(self, data: bytes) -> FailedFrame | None:

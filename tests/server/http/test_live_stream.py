@@ -55,6 +55,7 @@ def test_frames_under_way_together_are_to_the_bit_the_images_of_requests_of_thei
 ) -> None:
     said = client_of_stream.settings(**SMALL | fields)
     assert said["from_frame"] == 0
+    assert said["notes"] == []
     frames = [file_of(20 * k, bar=9 * k) for k in range(5)]
     for frame in frames:
         client_of_stream.tell(frame)
