@@ -11,17 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import socket
-import subprocess
-import sys
 from http.client import HTTPConnection
-from pathlib import Path
 from statistics import quantiles
 from threading import Event, Thread
 from time import perf_counter, sleep
 
+from benchmarks.real_server import serving, status
+
 PACE_S = 0.02
-START_S = 120
 
 
 def main() -> None:
@@ -30,11 +27,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--clients", type=int, default=32)
     options = parser.parse_args()
-    port = _free_port()
-    command = [str(Path(sys.executable).with_name("weft")), "serve", "--port", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        _wait_until_ready(port)
+    with serving() as port:
         idle = _poll(port, options.seconds / 4)
         stop = Event()
         done = [0] * options.clients
@@ -49,9 +42,6 @@ def main() -> None:
         stop.set()
         for client in clients:
             client.join(60)
-    finally:
-        server.terminate()
-        server.wait(60)
     print(f"{options.clients} clients, {sum(done)} images in {options.seconds:g} s")
     print("| server | polls | p50 ms | p99 ms | worst ms |")
     print("|---|---|---|---|---|")
@@ -60,39 +50,13 @@ def main() -> None:
         print(f"| {name} | {len(times)} | {cuts[49]:.1f} | {cuts[98]:.1f} | {max(times):.1f} |")
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _status(port: int, path: str) -> int:
-    connection = HTTPConnection("127.0.0.1", port, timeout=30)
-    try:
-        connection.request("GET", path)
-        return connection.getresponse().status
-    finally:
-        connection.close()
-
-
-def _wait_until_ready(port: int) -> None:
-    for _ in range(START_S * 5):
-        try:
-            if _status(port, "/readyz") == 200:
-                return
-        except OSError:
-            pass
-        sleep(0.2)
-    raise TimeoutError(f"the server was not ready within {START_S} s")
-
-
 def _poll(port: int, seconds: float) -> list[float]:
     """Milliseconds of each response, each over its own connection."""
     times: list[float] = []
     end = perf_counter() + seconds
     while perf_counter() < end:
         began = perf_counter()
-        if _status(port, "/livez") != 200:
+        if status(port, "/livez") != 200:
             raise RuntimeError("/livez did not answer 200")
         times.append(1000 * (perf_counter() - began))
         sleep(PACE_S)

@@ -1,0 +1,303 @@
+"""Weft's live streams, driven in two ways: by the engine's tasks, and by sessions."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, deque
+from io import BytesIO
+from itertools import count, islice
+from statistics import median
+from threading import Event
+from time import perf_counter, sleep
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks.clip import clip
+from benchmarks.stream_runs import CAMERA_FPS, SETTLING_S, Ran
+from server.engine.scheduler import Priority
+from server.engine.task import Stream
+from server.models.inputs import RowInputs
+from server.requests.schema import GenerateRequest
+from server.requests.tasks import tasks_of
+from server.service.hosting import host
+from server.service.service import Service, pixels_tensor
+from server.service.stream_frame import FailedFrame
+from server.service.streams import Streams
+from server.settings import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from server.engine.engine import Engine
+    from server.engine.state.sequence import ImageResult
+    from server.engine.task import ImageTask
+    from server.models.hosted import HostedModel
+    from server.service.stream import StreamSession
+
+FRAMES_KEPT = 60
+"""Different frames of a stream; they are shown again and again."""
+
+TIMINGS = 3
+"""Of a network by itself, of which the median counts."""
+
+BACKGROUND = {"prompt": "a blue square", "steps": 20, "sampler": "dpm_solver_pp", "guidance": "cfg"}
+"""An ordinary request."""
+
+BACKGROUND_AT_ONCE = 8
+
+
+class Weft:
+    """A server without HTTP: engine, service and sessions.
+
+    Args:
+        folder: of the model.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        settings = Settings(models=(f"model={folder}",), max_pending=4096)
+        hosted = host(settings)
+        self.engine: Engine = hosted.engine
+        self.model: HostedModel = hosted.models["model"]
+        self.service = Service(settings.limits)
+        self.service.open(hosted.engine, hosted.models)
+        self.sessions = Streams(self.service, settings)
+        while not self.engine.ready:
+            if self.engine.failure is not None:
+                raise self.engine.failure
+            sleep(0.05)
+        self.side = self.model.facts.default_width
+
+    def stop(self) -> None:
+        """End the engine's thread and the service's processes."""
+        self.engine.stop(0)
+        self.service.close()
+
+    def frames(self, stream: int, *, pauses: bool = False) -> list[NDArray[np.uint8]]:
+        """The frames of a stream."""
+        return list(islice(clip(self.side, seed=stream, pauses=pauses), FRAMES_KEPT))
+
+    def run(
+        self, streams: Sequence[Mapping[str, Any]], seconds: float, *, background: bool = False
+    ) -> Ran:
+        """Streams that always have as many frames under way as there are stages.
+
+        Args:
+            streams: settings of each, as a client sends them.
+            seconds: that are counted.
+            background: keep ordinary requests running beside them.
+        """
+        live = [self._tasks(settings, number) for number, settings in enumerate(streams)]
+        lives = [_Client(self.engine, tasks, tasks[0].plan.evaluations) for tasks in live]
+        others = [_Client(self.engine, self._ordinary(), BACKGROUND_AT_ONCE)] * background
+        for client in (*others, *lives):
+            client.start()
+        sleep(SETTLING_S)
+        for client in (*lives, *others):
+            client.taken()
+        began, before = perf_counter(), self._ticks()
+        sleep(seconds)
+        elapsed, ticks = perf_counter() - began, self._ticks() - before
+        taken = [client.taken() for client in lives]
+        ordinary = sum(len(client.taken()) for client in others)
+        for client in (*lives, *others):
+            client.stop()
+        frames = sum(map(len, taken))
+        return Ran(
+            seconds=elapsed,
+            latencies=[[latency for latency, _ in one] for one in taken],
+            device_s=self._networks_s(ticks, encoded=frames, decoded=frames + ordinary),
+            ordinary=ordinary,
+            rows=[sum(rows for _, rows in one) for one in taken],
+        )
+
+    def run_sessions(
+        self,
+        streams: Sequence[Mapping[str, Any]],
+        seconds: float,
+        *,
+        fps: float = CAMERA_FPS,
+        pauses: bool = False,
+    ) -> tuple[Ran, float]:
+        """Streams of JPEG files at a camera's pace, through the sessions of the service.
+
+        Args:
+            streams: settings of each, as a client sends them.
+            seconds: that are counted.
+            fps: of the camera.
+            pauses: see :func:`benchmarks.clip.clip`.
+
+        Returns:
+            What came of it, and the seconds in which the engine worked.
+        """
+        ran = asyncio.run(self._run_sessions(streams, seconds, fps, pauses=pauses))
+        while self.engine.measurements.pending:
+            sleep(0.01)
+        return ran
+
+    async def _run_sessions(
+        self, streams: Sequence[Mapping[str, Any]], seconds: float, fps: float, *, pauses: bool
+    ) -> tuple[Ran, float]:
+        opened = [self.sessions.open() for _ in streams]
+        latencies: list[list[float]] = [[] for _ in streams]
+        tasks: list[asyncio.Task[None]] = []
+        for number, (session, settings) in enumerate(zip(opened, streams, strict=True)):
+            await session.change({"max_fps": 1000.0, **settings})
+            files = [jpeg(frame) for frame in self.frames(number, pauses=pauses)]
+            tasks.append(asyncio.create_task(_film(session, files, fps)))
+            tasks.append(asyncio.create_task(_watch(session, latencies[number])))
+        await asyncio.sleep(SETTLING_S)
+        for one in latencies:
+            one.clear()
+        began, worked = perf_counter(), self._worked_s()
+        await asyncio.sleep(seconds)
+        elapsed, worked = perf_counter() - began, self._worked_s() - worked
+        kept = [list(one) for one in latencies]
+        for task in tasks:
+            task.cancel()
+        for session in opened:
+            self.sessions.close(session)
+        return Ran(seconds=elapsed, latencies=kept), worked
+
+    def _tasks(self, settings: Mapping[str, Any], number: int) -> list[ImageTask]:
+        request = GenerateRequest.model_validate(settings)
+        prepared, _ = self.service.prepare(request, self.model, (self.side, self.side))
+        stream = Stream()
+        return [
+            task
+            for frame in self.frames(number)
+            for task in tasks_of(
+                prepared,
+                self.model,
+                image=pixels_tensor(frame),
+                priority=Priority.LIVE,
+                stream=stream,
+            )
+        ]
+
+    def _ordinary(self) -> list[ImageTask]:
+        request = GenerateRequest.model_validate(BACKGROUND)
+        prepared, _ = self.service.prepare(request, self.model, None)
+        return tasks_of(prepared, self.model)
+
+    def _worked_s(self) -> float:
+        m = self.engine.measurements
+        return m.denoise_s + m.weave_s + m.encode_s + m.decode_s
+
+    def _ticks(self) -> Counter[int]:
+        return self.engine.measurements.rows_per_tick.copy()
+
+    def _networks_s(self, ticks: Counter[int], *, encoded: int, decoded: int) -> float:
+        """Seconds of the networks alone for these ticks, measured now."""
+        size = self.side, self.side
+        shape = self.model.latent_shape(*size)
+        [told] = self.model.encode_prompts([None], *size)
+
+        def forward(rows: int) -> float:
+            x, t = torch.randn(rows, *shape), torch.full((rows,), 500.0)
+            inputs = RowInputs(self.model.stack([told] * rows))
+            return _timed(lambda: self.model.evaluate(x, t, inputs))
+
+        with torch.inference_mode():
+            usual = sorted(n for n, count in ticks.items() if count >= 0.05 * ticks.total())
+            seconds = [forward(n) for n in usual]
+            encoder = _timed(lambda: self.model.encode_image(torch.zeros(1, 3, *size)))
+            decoder = _timed(lambda: self.model.decode(torch.zeros(1, *shape)))
+        denoiser = sum(
+            count * float(np.interp(rows, usual, seconds)) for rows, count in ticks.items()
+        )
+        return denoiser + encoded * encoder + decoded * decoder
+
+
+class _Client:
+    """Submits another frame whenever one comes back."""
+
+    def __init__(self, engine: Engine, tasks: Sequence[ImageTask], window: int) -> None:
+        self._engine = engine
+        self._tasks = tasks
+        self._window = window
+        self._submitted = 0
+        self._began: deque[float] = deque()
+        self._ended: list[tuple[float, int]] = []
+        self._failure: Exception | None = None
+        self._stopping = False
+        self._idle = Event()
+
+    def start(self) -> None:
+        self._submit()
+
+    def taken(self) -> list[tuple[float, int]]:
+        """Latency and rows of the frames since the last call."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    def stop(self) -> None:
+        """Wait until no frame is under way."""
+        self._stopping = True
+        self._idle.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    def _submit(self) -> None:
+        task = self._tasks[self._submitted % len(self._tasks)]
+        self._submitted += 1
+        self._began.append(perf_counter())
+        self._engine.submit([task], self)
+
+    def started(self, index: int) -> None:
+        del index
+        # One after another, so that frames are at different stages.
+        if self._submitted < self._window:
+            self._submit()
+
+    def progress(self, index: int, step: int, steps: int, preview: object) -> None: ...
+
+    def finished(self, index: int, result: ImageResult) -> None:
+        del index
+        self._ended.append((perf_counter() - self._began.popleft(), result.evaluations))
+        if not self._stopping:
+            self._submit()
+        elif not self._began:
+            self._idle.set()
+
+    def failed(self, index: int, error: Exception) -> None:
+        del index
+        self._failure = error
+        self._idle.set()
+
+
+async def _film(session: StreamSession, files: Sequence[bytes], fps: float) -> None:
+    """Offer frames at a camera's pace, whatever comes back."""
+    for number in count():
+        session.offer(files[number % len(files)])
+        await asyncio.sleep(1 / fps)
+
+
+async def _watch(session: StreamSession, latencies: list[float]) -> None:
+    while True:
+        output = await session.next()
+        if isinstance(output, FailedFrame):
+            raise output.error
+        latencies.append(output.total_s)
+
+
+def jpeg(frame: NDArray[np.uint8]) -> bytes:
+    """A frame as a file."""
+    file = BytesIO()
+    Image.fromarray(frame).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def _timed(call: Callable[[], object]) -> float:
+    """Median seconds of a call."""
+    seconds: list[float] = []
+    for _ in range(TIMINGS):
+        began = perf_counter()
+        call()
+        seconds.append(perf_counter() - began)
+    return median(seconds)

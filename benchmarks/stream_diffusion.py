@@ -1,0 +1,109 @@
+"""StreamDiffusion's own package as a peer, from a folder that is none of our dependencies.
+
+    pip install --no-deps --target FOLDER streamdiffusion==0.1.1
+
+It measures itself with CUDA events, which are replaced by nothing where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import sys
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from benchmarks.stream_runs import Ran
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+STEPS = 50
+"""Of the schedule that the stages are picked from."""
+
+STAGES = {1: [25], 4: [10, 20, 30, 40]}
+"""Indices into that schedule."""
+
+SCALE = 1.5
+
+
+class _Event:
+    """Stands in for a CUDA event."""
+
+    def __init__(self, **options: Any) -> None: ...
+
+    def record(self) -> None: ...
+
+    def elapsed_time(self, other: Any) -> float:
+        del other
+        return 0.0
+
+
+class StreamDiffusionPeer:
+    """One stream of the package, image to image, as its examples set it up.
+
+    Args:
+        package: folder that it was installed to.
+        model: folder of the model.
+        side: of the pictures in pixels.
+        stages: 1 or 4.
+        guidance: ``none``, ``self``, ``initialize`` or ``full``.
+        channels_last: give its networks the memory format that ours have, which it does not do
+            itself.
+    """
+
+    def __init__(
+        self,
+        package: Path,
+        model: Path,
+        *,
+        side: int,
+        stages: int,
+        guidance: str,
+        channels_last: bool,
+    ) -> None:
+        if str(package) not in sys.path:
+            sys.path.insert(0, str(package))
+        if not torch.cuda.is_available():
+            torch.cuda.Event = _Event  # type: ignore[misc, assignment]
+            torch.cuda.synchronize = lambda *_: None
+        from diffusers import StableDiffusionPipeline
+        from streamdiffusion import (  # pyright: ignore[reportMissingImports]
+            StreamDiffusion,  # pyright: ignore[reportUnknownVariableType]
+        )
+
+        pipeline: Any = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
+        if channels_last:
+            for network in (pipeline.unet, pipeline.vae):
+                network.to(memory_format=torch.channels_last)
+        self._stages = stages
+        self._stream: Any = StreamDiffusion(
+            pipeline,
+            STAGES[stages],
+            torch_dtype=torch.float32,
+            width=side,
+            height=side,
+            cfg_type=guidance,
+        )
+        self._stream.prepare(
+            "a red circle", "", num_inference_steps=STEPS, guidance_scale=SCALE, delta=1.0
+        )
+
+    def run(self, frames: Sequence[NDArray[np.uint8]], seconds: float) -> Ran:
+        """Frames one after another for so long; what comes back was sent ``stages - 1`` before."""
+        inputs = [torch.from_numpy(frame).permute(2, 0, 1) / 255 for frame in frames]
+        began: list[float] = []
+        ended: list[float] = []
+        start = perf_counter()
+        while perf_counter() - start < seconds:
+            began.append(perf_counter())
+            picture = self._stream(inputs[len(began) % len(inputs)])
+            _ = ((picture[0] / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+            ended.append(perf_counter())
+        late = self._stages - 1
+        latencies = [b - a for a, b in zip(began, ended[late:], strict=False)]
+        return Ran(seconds=perf_counter() - start, latencies=[latencies])
