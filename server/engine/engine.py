@@ -515,7 +515,15 @@ class Engine:
             if not sequence.submission.finish():
                 self._fail(sequence, Cancelled())
                 continue
-            self.measurements.finished(sequence.task.priority, monotonic() - sequence.submitted_at)
+            self.measurements.finished(
+                sequence.task.priority,
+                monotonic() - sequence.submitted_at,
+                {
+                    "queue": outcome.queue_s,
+                    "denoise": outcome.denoise_s,
+                    "decode": outcome.decode_s,
+                },
+            )
             if sequence.live:
                 self._live_at = monotonic()
             if sequence.saved:

@@ -5,8 +5,17 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import product
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 from server.engine.scheduler import Priority
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+Stage: TypeAlias = Literal["queue", "denoise", "decode"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+"""What follows what on an image's way: waiting, its evaluations, and becoming a picture."""
 
 LATENCY_BUCKETS = (0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
 """Upper bounds in seconds, of which those below 1 are meant for live frames."""
@@ -14,7 +23,7 @@ LATENCY_BUCKETS = (0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
 
 @dataclass(slots=True)
 class Latencies:
-    """A histogram of the seconds from submission to picture.
+    """A histogram of the seconds that images took.
 
     Attributes:
         counts: images by bucket of ``LATENCY_BUCKETS``, then those above the last.
@@ -43,6 +52,7 @@ class EngineMeasurements:
         encode_s: in text encoder and the autoencoder's encoder.
         images: finished.
         latencies: of finished images, by priority.
+        stages: what of that they spent where, by priority and stage.
         failed: ended without a picture, cancelled ones apart.
         cancelled: ended by the client.
         refused: turned away because the queue was full.
@@ -62,6 +72,9 @@ class EngineMeasurements:
     latencies: dict[Priority, Latencies] = field(
         default_factory=lambda: {priority: Latencies() for priority in Priority}
     )
+    stages: dict[tuple[Priority, Stage], Latencies] = field(
+        default_factory=lambda: {key: Latencies() for key in product(Priority, STAGES)}
+    )
     failed: int = 0
     cancelled: int = 0
     refused: int = 0
@@ -70,7 +83,9 @@ class EngineMeasurements:
     pending: int = 0
     row_budget: int = 0
 
-    def finished(self, priority: Priority, seconds: float) -> None:
+    def finished(self, priority: Priority, seconds: float, by_stage: Mapping[Stage, float]) -> None:
         """Count an image that took so long from its submission."""
         self.images += 1
         self.latencies[priority].add(seconds)
+        for stage, spent in by_stage.items():
+            self.stages[priority, stage].add(spent)

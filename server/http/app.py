@@ -8,35 +8,29 @@ import logging
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from importlib.metadata import version
-from pathlib import Path
 from threading import Thread
 from typing import Any, Final
 
 from fastapi import FastAPI
-from fastapi.responses import FileResponse
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from server.errors import WeftError
-from server.http import catalog, errors, generate, health, stream
+from server.http import catalog, documents, errors, generate, health, stream
 from server.http.body import Bodies
 from server.http.drain import Farewell
-from server.http.gate import Gate, RequestId
+from server.http.gate import PROBES, Gate, RequestId
+from server.http.headers import SafeHeaders
 from server.http.metrics import exposition
 from server.service.hosting import host
 from server.service.service import Service
 from server.service.streams import Streams
-from server.settings import Limits, Settings
+from server.settings import Settings
 
 __all__ = ["create_app"]
 
 log = logging.getLogger("weft")
 
-WEB: Final = Path(__file__).parents[1] / "web"
-PAGE_POLICY: Final = (
-    "default-src 'self'; img-src 'self' data:; style-src 'unsafe-inline'; "
-    "script-src 'unsafe-inline'; frame-ancestors 'none'"
-)
 ENGINE_STOP_S: Final = 1.5
 """For a tick under way when the server stops; its images have been given up by then."""
 
@@ -57,6 +51,8 @@ def create_app(settings: Settings, *, on_failure: Callable[[], None] | None = No
         version=version("weft"),
         summary="A diffusion server: each request chooses its own sampler and guidance, and all "
         "requests share one batch.",
+        docs_url=None,
+        redoc_url=None,
         lifespan=_lifespan(settings, on_failure),
         middleware=_middleware(settings),
     )
@@ -70,18 +66,18 @@ def create_app(settings: Settings, *, on_failure: Callable[[], None] | None = No
         # Not of the application as a whole: there the limit answers before the gate, in plain text.
         app.include_router(router, max_body_size=settings.limits.body_bytes)
     app.include_router(stream.router)
-
-    @app.get("/", include_in_schema=False)
-    async def page() -> FileResponse:
-        return FileResponse(WEB / "index.html", headers={"content-security-policy": PAGE_POLICY})
-
-    _show_limits(app, settings.limits)
+    app.include_router(documents.router)
+    _complete_schema(app, settings)
     return app
 
 
 def _middleware(settings: Settings) -> list[Middleware]:
     gate = Middleware(Gate, settings=settings, answer=errors.answer)
-    outer = [Middleware(RequestId), Middleware(Farewell, answer=errors.answer)]
+    outer = [
+        Middleware(SafeHeaders),
+        Middleware(RequestId),
+        Middleware(Farewell, answer=errors.answer),
+    ]
     if not settings.allowed_origins:
         return [*outer, gate]
     cors = Middleware(
@@ -140,17 +136,22 @@ def _open(service: Service, settings: Settings, failed: Callable[[float], None])
         hosted.engine.stop(0)
 
 
-def _show_limits(app: FastAPI, limits: Limits) -> None:
-    """Let OpenAPI state the operator's limits beside the fields they hold for."""
+def _complete_schema(app: FastAPI, settings: Settings) -> None:
+    """Let OpenAPI state the operator's limits beside the fields they hold for, and the keys."""
     generic = app.openapi
 
     def openapi() -> dict[str, Any]:
         schema = generic()
         fields = schema["components"]["schemas"]["GenerateRequest"]["properties"]
-        fields["n"]["maximum"] = limits.images
+        fields["n"]["maximum"] = settings.limits.images
         for variant in fields["steps"]["anyOf"]:
             if variant.get("type") == "integer":
-                variant["maximum"] = limits.steps
+                variant["maximum"] = settings.limits.steps
+        if settings.api_keys:
+            schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            schema["security"] = [{"key": []}]
+            for probe in PROBES:
+                schema["paths"][probe]["get"]["security"] = []
         return schema
 
     app.openapi = openapi

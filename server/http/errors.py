@@ -19,6 +19,7 @@ from server.errors import (
     Unauthorized,
     WeftError,
 )
+from server.http.headers import make_safe
 from server.requests.messages import explain
 
 __all__ = ["ErrorBody", "answer", "body_of", "install"]
@@ -86,6 +87,7 @@ def install(app: FastAPI) -> None:
         # This answer is made outside of all other middleware.
         response = answer(error)
         response.headers["x-request-id"] = request.state.request_id
+        make_safe(response.headers)
         return response
 
 

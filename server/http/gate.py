@@ -17,6 +17,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import Forbidden, TooLarge, Unauthorized, WeftError
+from server.http import documents
 from server.settings import Settings
 
 __all__ = ["PROBES", "PUBLIC", "Gate", "RequestId"]
@@ -24,7 +25,7 @@ __all__ = ["PROBES", "PUBLIC", "Gate", "RequestId"]
 PROBES: Final = frozenset({"/livez", "/readyz"})
 """Called by orchestrators, which use an address as the host and have no key."""
 
-PUBLIC: Final = PROBES | {"/"}
+PUBLIC: Final = PROBES | documents.PATHS | {"/openapi.json"}
 """Paths that never need a key; if keys are set, all others do."""
 
 WITH_BODY: Final = frozenset({"POST", "PUT", "PATCH"})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from server.http.dependencies import ServiceDep
@@ -13,6 +13,7 @@ __all__ = ["router"]
 router = APIRouter(tags=["health"])
 
 
+@router.head("/livez", include_in_schema=False)
 @router.get("/livez")
 async def livez(service: ServiceDep) -> JSONResponse:
     """Whether the process is worth keeping: 503 once it can never serve again."""
@@ -21,6 +22,7 @@ async def livez(service: ServiceDep) -> JSONResponse:
     return JSONResponse({"status": "alive"})
 
 
+@router.head("/readyz", include_in_schema=False)
 @router.get("/readyz")
 async def readyz(service: ServiceDep) -> JSONResponse:
     """Whether requests are taken: the models are loaded and warmed."""
@@ -28,7 +30,11 @@ async def readyz(service: ServiceDep) -> JSONResponse:
     return JSONResponse({"status": "ready"})
 
 
-@router.get("/metrics")
+@router.get(
+    "/metrics",
+    response_class=PlainTextResponse,
+    responses={200: {"description": "Metrics, one a line.", "content": {"text/plain": {}}}},
+)
 def metrics(request: Request) -> Response:
-    """Counters in the Prometheus text format."""
+    """Counters and histograms in the Prometheus text format."""
     return Response(request.app.state.exposition(), media_type=CONTENT_TYPE_LATEST)

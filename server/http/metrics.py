@@ -17,7 +17,6 @@ from prometheus_client.registry import Collector
 
 from server.engine.engine import Engine
 from server.engine.metrics import LATENCY_BUCKETS, EngineMeasurements, Latencies
-from server.engine.scheduler import Priority
 from server.service.service import Service
 from server.service.stream_counts import FRAME_OUTCOMES, LATENCY_BUCKETS_S
 from server.service.streams import Streams
@@ -94,7 +93,7 @@ def _engine(counted: EngineMeasurements) -> Iterable[Metric]:
         "refused": counted.refused,
     }
     yield _labelled("weft_images", "Images by outcome.", "outcome", images)
-    yield _latencies(counted.latencies)
+    yield from _latencies(counted)
     yield CounterMetricFamily(
         "weft_evaluations", "Denoiser rows evaluated.", float(counted.evaluations)
     )
@@ -120,18 +119,28 @@ def _tick_costs(engine: Engine) -> Metric:
     return family
 
 
-def _latencies(by_priority: Mapping[Priority, Latencies]) -> Metric:
-    family = HistogramMetricFamily(
+def _latencies(counted: EngineMeasurements) -> Iterable[Metric]:
+    whole = HistogramMetricFamily(
         "weft_image_seconds",
         "Seconds from submission of an image to its pixels, by priority.",
         labels=["priority"],
     )
+    for priority, latencies in counted.latencies.items():
+        whole.add_metric([priority.name.lower()], _buckets(latencies), latencies.total_s)
+    yield whole
+    parts = HistogramMetricFamily(
+        "weft_image_stage_seconds",
+        "Seconds that images spent waiting, being denoised and being decoded, by priority.",
+        labels=["stage", "priority"],
+    )
+    for (priority, stage), latencies in counted.stages.items():
+        parts.add_metric([stage, priority.name.lower()], _buckets(latencies), latencies.total_s)
+    yield parts
+
+
+def _buckets(latencies: Latencies) -> list[tuple[str, float]]:
     bounds = [*(str(float(bound)) for bound in LATENCY_BUCKETS), "+Inf"]
-    for priority, latencies in by_priority.items():
-        counts = map(float, accumulate(latencies.counts))
-        buckets = list(zip(bounds, counts, strict=True))
-        family.add_metric([priority.name.lower()], buckets, latencies.total_s)
-    return family
+    return list(zip(bounds, map(float, accumulate(latencies.counts)), strict=True))
 
 
 def _rows(ticks: Mapping[int, int]) -> Metric:

@@ -86,6 +86,11 @@ def prompts_file(folder: Path) -> Path:
     return folder / DERIVED / "prompts.txt"
 
 
+def without_folder(error: Exception, file: Path) -> str:
+    """What an error about a file says, less the folder, which is no client's business."""
+    return str(error).replace(f"{file.parent}/", "")
+
+
 def revision_of(folder: Path) -> str:
     """First 16 hexadecimal digits of the SHA-256 over all weights, by path.
 

@@ -9,7 +9,7 @@ import torch
 
 from server.errors import ModelMismatch
 from server.models.classifier import LatentClassifier
-from server.models.folder import classifier_file, read_json, revision_of
+from server.models.folder import classifier_file, read_json, revision_of, without_folder
 from server.models.latent_consistency import load_latent_consistency
 from server.models.linear_fits import LinearFits
 from server.models.parts import check_loaded
@@ -79,7 +79,7 @@ def _add_classifier(model: HostedModel, folder: Path) -> None:
         classifier.check(model.facts.revision)
     except ModelMismatch as error:
         logger.warning("%s is left out: %s", file, error)
-        model.classifier_lacks = str(error).rstrip(".")
+        model.classifier_lacks = without_folder(error, file).rstrip(".")
         return
     model.classifier = classifier.to(model.device)
 

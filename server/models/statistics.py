@@ -10,7 +10,7 @@ from samplers import Statistics
 from samplers.statistics import read_identity, schedule_fingerprint
 from server.errors import InvalidRequest
 from server.lru import ByteBoundedLRU
-from server.models.folder import DERIVED, statistics_name
+from server.models.folder import DERIVED, statistics_name, without_folder
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -55,7 +55,7 @@ class ModelStatistics:
                 identity.check(revision, schedule_fingerprint(schedule))
             except ValueError as error:
                 logger.warning("%s is left out: %s", file, error)
-                found._stale[file.name] = str(error)
+                found._stale[file.name] = without_folder(error, file)
             else:
                 found._files[identity] = file
         return found
@@ -114,7 +114,8 @@ class ModelStatistics:
         except ValueError as error:
             raise InvalidRequest(
                 "sampler.statistics",
-                f"{error} `{_command(identity.rule, identity.scale)}` makes it anew.",
+                f"{without_folder(error, file)} `{_command(identity.rule, identity.scale)}` makes "
+                "it anew.",
             ) from None
 
     def refusal(self, guidance: str) -> InvalidRequest:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from guidance.parts import PARTS
@@ -10,6 +11,10 @@ from samplers.names import label_of, schedule_type_of
 from server.requests.schema import ResolvedRequest
 
 __all__ = ["infotext"]
+
+_BREAK = r"[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]"
+_FIELD = re.compile(rf"(negative\s+prompt|(?:\A|(?<={_BREAK}))\s*steps):", re.IGNORECASE)
+"""What readers look for: the first anywhere, the second where a line begins."""
 
 
 def infotext(
@@ -42,8 +47,14 @@ def infotext(
     line = ", ".join(
         f"{key}: {_quoted(value)}" for key, value in fields.items() if value is not None
     )
-    negative = f"Negative prompt: {settings.negative_prompt}\n" if settings.negative_prompt else ""
-    return f"{settings.prompt}\n{negative}{line}"
+    negative = settings.negative_prompt
+    told = f"Negative prompt: {_harmless(negative)}\n" if negative else ""
+    return f"{_harmless(settings.prompt)}\n{told}{line}"
+
+
+def _harmless(prompt: str) -> str:
+    """The prompt, with no line that readers would take for another field of the text."""
+    return _FIELD.sub(r"\1 :", prompt)
 
 
 def _part(held: Any) -> str | None:

@@ -84,6 +84,21 @@ def test_the_metrics_follow_the_work(client: httpx2.Client, generate: Callable[.
     assert after["weft_tick_seconds_estimate", "16x16"] > 0
 
 
+def test_the_metrics_say_where_images_spent_their_time(
+    client: httpx2.Client, generate: Callable[..., Any]
+) -> None:
+    assert generate().status_code == 200
+    families = text_string_to_metric_families(client.get("/metrics").text)
+    (stages,) = (family for family in families if family.name == "weft_image_stage_seconds")
+    spent = {
+        (sample.labels["stage"], sample.name.rpartition("_")[2]): sample.value
+        for sample in stages.samples
+        if sample.labels["priority"] == "interactive" and "le" not in sample.labels
+    }
+    assert {stage for stage, _ in spent} == {"queue", "denoise", "decode"}
+    assert all(value > 0 for value in spent.values())
+
+
 def test_the_page_is_served(client: httpx2.Client) -> None:
     answer = client.get("/")
     assert answer.headers["content-type"].startswith("text/html")

@@ -21,7 +21,7 @@ from websockets.sync.client import ClientConnection, connect
 from guidance import CFG
 from guidance.embedded import Embedded
 from samplers import LCM, LCMSpacing
-from server.http.app import WEB
+from server.http.documents import WEB
 from server.models.defaults import ModelDefaults
 from server.requests.catalog import Catalog, catalog, defaults_of
 from server.requests.schema import GenerateRequest, guidance_of
@@ -132,6 +132,22 @@ def tab(browser: str, client: httpx2.Client) -> Iterator[Tab]:
             tab.run(f"await until(() => selects().length === {len(CHOICES)}); form.steps.value = 2")
             yield tab
         debugging.get(f"/json/close/{opened['id']}")
+
+
+def test_the_api_s_page_is_drawn_without_any_other_server(tab: Tab, client: httpx2.Client) -> None:
+    tab.open(
+        f"{client.base_url}/docs",
+        "var refused = []; document.addEventListener("
+        "'securitypolicyviolation', (event) => refused.push(event.blockedURI));",
+    )
+    paths = tab.run(
+        """
+        await until(() => document.querySelector(".opblock-summary-path"));
+        return [texts(".opblock-summary-path"), refused];
+        """.replace("form", "x")
+    )
+    assert "/v1/generate" in {path.replace("\u200b", "") for path in paths[0]}
+    assert paths[1] == []
 
 
 def test_the_page_offers_every_list_of_the_catalog(tab: Tab) -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from embedded import MODEL_FOLDER
 from server.errors import ModelMismatch
+from server.models.folder import classifier_file
 from server.models.loading import choose_device, choose_dtype, load_model
 from server.models.unet_model import TEXT
 
@@ -271,3 +272,10 @@ def test_cuda_is_refused_where_there_is_none():
     assert choose_device("auto").type == "cpu"
     with pytest.raises(ModelMismatch, match="no CUDA device"):
         choose_device("cuda")
+
+
+def test_what_is_said_of_a_spoilt_classifier_names_no_folder(folder):
+    classifier_file(folder).write_bytes(b"\x08")
+    lacks = load(folder).classifier_lacks
+    assert "'classifier.safetensors' cannot be read" in lacks
+    assert str(folder) not in lacks

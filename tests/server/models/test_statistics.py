@@ -89,6 +89,23 @@ def test_a_file_that_is_gone_or_spoilt_is_refused_when_it_is_wanted(folder: Path
         found.load(identity, SHAPE)
 
 
+def test_a_refusal_names_the_file_and_not_its_folder(folder: Path) -> None:
+    spoilt = statistics_file(folder, "cfg", 4.0)
+    spoilt.write_bytes(b"\x08")
+    statistics = read(folder)
+    with pytest.raises(InvalidRequest) as stale:
+        statistics.exact("cfg", 4.0)
+    assert spoilt.name in stale.value.message
+    assert str(folder) not in stale.value.message
+    identity = statistics.exact("cfg", 2.0)
+    gone = statistics_file(folder, "cfg", 2.0)
+    gone.unlink()
+    with pytest.raises(InvalidRequest) as missing:
+        statistics.load(identity, SHAPE)
+    assert gone.name in missing.value.message
+    assert str(folder) not in missing.value.message
+
+
 def test_files_of_other_weights_are_left_out_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

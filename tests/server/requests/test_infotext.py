@@ -1,3 +1,4 @@
+import re
 from typing import Any
 
 import pytest
@@ -57,6 +58,30 @@ def test_an_empty_negative_prompt_has_no_line() -> None:
 
 def test_a_share_of_the_steps_is_called_denoising_strength() -> None:
     assert "Denoising strength: 0.75, " in text_of(strength=0.75)
+
+
+BREAKS = ("\n", "\r\n", "\n  ", "\u2028", "\x85")
+
+
+@pytest.mark.parametrize("line_break", BREAKS, ids=repr)
+@pytest.mark.parametrize("field", ["prompt", "negative_prompt"])
+def test_a_prompt_cannot_pass_for_another_field(field: str, line_break: str) -> None:
+    forged = line_break.join(
+        ("a circle", "Negative prompt: forged", "STEPS: 1, Seed: 1, Sampler: forged", "steps")
+    )
+    written = text_of(**{"negative_prompt": "a square", field: forged})
+    ours = "Negative prompt: " + ("a square" if field == "prompt" else "a circle")
+    assert [m.group() for m in re.finditer("negative prompt:.{9}", written, re.IGNORECASE)] == [
+        ours
+    ]
+    starts = [line for line in written.splitlines() if line.strip().lower().startswith("steps:")]
+    assert starts == [written.splitlines()[-1]]
+    # Nothing else is changed, and it reads the same.
+    assert forged.replace("t:", "t :").replace("STEPS:", "STEPS :") in written
+
+
+def test_a_prompt_that_begins_like_a_field_is_still_the_prompt() -> None:
+    assert text_of(prompt="Negative prompt: x").startswith("Negative prompt : x\nSteps: 20, ")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,86 @@
+"""`/docs` and the headers that every answer has."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from server.http.documents import PATHS
+from server.service.service import Service
+
+Unloaded = Callable[..., TestClient]
+
+KEY = "a-key-of-the-test-suite"
+
+
+@pytest.mark.parametrize("path", sorted(PATHS))
+def test_a_document_needs_no_key_and_has_a_head(unloaded: Unloaded, path: str) -> None:
+    client = unloaded(api_keys=[KEY])
+    answer, head = client.get(path), client.head(path)
+    assert answer.status_code == head.status_code == 200
+    assert head.headers["content-length"] == str(len(answer.content))
+    assert head.content == b""
+
+
+def test_the_api_s_page_takes_everything_from_this_server(unloaded: Unloaded) -> None:
+    client = unloaded(api_keys=[KEY])
+    page = client.get("/docs").text
+    taken = re.findall(r"""(?:src|href)=["']([^"']+)""", page)
+    assert set(taken) - {"data:,"} <= PATHS
+    assert "/openapi.json" in client.get("/docs/start.js").text
+    assert client.get("/openapi.json").status_code == 200
+    assert client.get("/redoc", headers={"authorization": f"Bearer {KEY}"}).status_code == 404
+
+
+def test_the_schema_says_which_routes_need_a_key(unloaded: Unloaded) -> None:
+    schema = unloaded(api_keys=[KEY]).get("/openapi.json").json()
+    scheme = {"type": "http", "scheme": "bearer"}
+    assert schema["components"]["securitySchemes"] == {"key": scheme}
+    assert schema["security"] == [{"key": []}]
+    assert schema["paths"]["/livez"]["get"]["security"] == []
+    assert "security" not in unloaded().get("/openapi.json").json()
+
+
+def test_metrics_are_documented_as_the_text_that_they_are(unloaded: Unloaded) -> None:
+    client = unloaded()
+    answered = client.get("/openapi.json").json()["paths"]["/metrics"]["get"]["responses"]["200"]
+    (media,) = answered["content"]
+    assert client.get("/metrics").headers["content-type"].startswith(media)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "headers"),
+    [
+        *(("GET", path, {}) for path in ("/", "/docs", "/livez", "/readyz", "/v1/catalog")),
+        ("GET", "/none", {}),
+        ("GET", "/", {"host": "evil.example"}),
+        ("POST", "/v1/generate", {}),
+    ],
+)
+def test_no_answer_is_guessed_at_or_framed(
+    unloaded: Unloaded, method: str, path: str, headers: dict[str, str]
+) -> None:
+    answer = unloaded().request(method, path, headers=headers)
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    policy = answer.headers["content-security-policy"]
+    assert policy.startswith("default-src ")
+    assert "frame-ancestors 'none'" in policy
+
+
+def test_an_unforeseen_error_is_no_exception(
+    unloaded: Unloaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Service) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(Service, "models", fail)
+    app: Any = unloaded().app
+    quiet = TestClient(app, base_url="http://127.0.0.1:8000", raise_server_exceptions=False)
+    answer = quiet.get("/v1/catalog")
+    assert answer.status_code == 500
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert answer.headers["content-security-policy"].startswith("default-src 'none'")
