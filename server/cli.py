@@ -75,6 +75,10 @@ RowBudget = Annotated[
         show_default="128",
     ),
 ]
+Adapters = Annotated[
+    Path | None,
+    typer.Option(help="Folder with the LoRA files, NAME.safetensors, that requests may name."),
+]
 Described = "a name, or a JSON object with its fields."
 
 
@@ -92,6 +96,7 @@ def serve(
         int | None, typer.Option(help="Port to listen on.", show_default="8000")
     ] = None,
     model: Models = None,
+    adapters: Adapters = None,
     device: Device = None,
     dtype: Dtype = None,
     deterministic: Deterministic = None,
@@ -121,6 +126,7 @@ def serve(
         host=host,
         port=port,
         models=model,
+        adapters=adapters,
         device=device,
         dtype=dtype,
         deterministic=deterministic,
@@ -185,13 +191,20 @@ def generate(
         float | None,
         typer.Option(help="Fraction of the steps to run on --image, above 0 and up to 1."),
     ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(help="LoRA to draw with: its name, or NAME=WEIGHT; repeat it for several."),
+    ] = None,
     model: Models = None,
+    adapters: Adapters = None,
     device: Device = None,
     dtype: Dtype = None,
     deterministic: Deterministic = None,
 ) -> None:
     """Generate images in this process, without a server."""
-    settings = _settings(models=model, device=device, dtype=dtype, deterministic=deterministic)
+    settings = _settings(
+        models=model, adapters=adapters, device=device, dtype=dtype, deterministic=deterministic
+    )
     request = _request(
         prompt=prompt,
         output_format=_format_of(output),
@@ -208,6 +221,7 @@ def generate(
         mask=_base64_of(mask),
         reference=_base64_of(reference),
         strength=strength,
+        adapters=[_weighted(one) for one in adapter or ()],
     )
     made = _with_bar(settings, request)
     for note in made.notes:
@@ -413,6 +427,17 @@ def _named(text: str | None) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         _refuse(f"{text!r} is not valid JSON: {error}.")
+
+
+def _weighted(text: str) -> str | dict[str, Any]:
+    """An adapter of a request: a bare name, or a name and a weight."""
+    name, separator, weight = text.rpartition("=")
+    if not separator:
+        return text
+    try:
+        return {"name": name, "weight": float(weight)}
+    except ValueError:
+        _refuse(f"--adapter is {text!r}; after the = a number is needed.")
 
 
 def _guidance(

@@ -21,6 +21,7 @@
     |   `- DeviceLost                503  the GPU failed in a way that only a restart mends
     |- ModelMismatch                 500  a model folder is unsupported
     |- CannotListen                  500  the address or port cannot be listened on
+    |- AdapterMismatch               500  an adapter cannot be used with a model
     `- RowFailed                     500  one image failed
 
 Each carries the sentence that the user reads; only `server.http.errors` turns them into responses.
@@ -32,6 +33,7 @@ from collections.abc import Iterable
 from typing import ClassVar, Self
 
 __all__ = [
+    "AdapterMismatch",
     "Cancelled",
     "CannotListen",
     "DeviceLost",
@@ -269,6 +271,12 @@ class CannotListen(WeftError):
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(message, field=field)
+
+
+class AdapterMismatch(WeftError):
+    """An adapter that cannot be used with a model; the message says why."""
+
+    code = "adapter_mismatch"
 
 
 class RowFailed(WeftError):

@@ -56,6 +56,13 @@ class ByteBoundedLRU(Generic[Key, Value]):
                 _, gone = self._values.popitem(last=False)
                 self._bytes -= self._size(gone)
 
+    def shrink(self, most_bytes: int) -> None:
+        """Let go of the least recently used until at most so many bytes are kept."""
+        with self._lock:
+            while self._bytes > max(0, most_bytes):
+                _, gone = self._values.popitem(last=False)
+                self._bytes -= self._size(gone)
+
     def get(self, key: Key, make: Callable[[], Value]) -> Value:
         """The value of a key, made where it is not kept."""
         found = self.find(key)

@@ -6,7 +6,14 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    DirectoryPath,
+    Field,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from server.api_keys import ApiKey, keys_of
@@ -110,6 +117,16 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         default="auto",
         description="Precision of the model; `auto` is float32 on a CPU and float16 on a GPU.",
+    )
+    adapters: DirectoryPath | None = Field(
+        default=None,
+        description="Folder with LoRA files, `NAME.safetensors`, that requests may name in "
+        "`adapters`.",
+    )
+    adapter_bytes: int = Field(
+        default=2 * 2**30,
+        ge=0,
+        description="Memory for loaded adapters of all models, in bytes.",
     )
     deterministic: bool = Field(
         default=False,

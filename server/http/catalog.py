@@ -13,6 +13,6 @@ router = APIRouter(tags=["catalog"])
 
 
 @router.get("/v1/catalog")
-async def read_catalog(service: ServiceDep) -> Catalog:
+def read_catalog(service: ServiceDep) -> Catalog:
     """Samplers, spacings and guidance with their parameters and defaults, and the models."""
     return catalog(service.models())

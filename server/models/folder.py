@@ -86,6 +86,11 @@ def prompts_file(folder: Path) -> Path:
     return folder / DERIVED / "prompts.txt"
 
 
+def adapters_folder(folder: Path) -> Path:
+    """Where a model folder may keep adapters that were made for it."""
+    return folder / DERIVED / "adapters"
+
+
 def without_folder(error: Exception, file: Path) -> str:
     """What an error about a file says, less the folder, which is no client's business."""
     return str(error).replace(f"{file.parent}/", "")

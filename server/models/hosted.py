@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from server.models.adapters.placing import Target
+from server.models.adapters.shelf import AdapterMemory, AdapterShelf
 from server.models.conditioning import StackedConditioning
 from server.models.inputs import RowInputs
 from server.models.linear_fits import LinearFits
@@ -82,6 +84,8 @@ class HostedModel(ABC):
         self.classifier: LatentClassifier | None = None
         self.classifier_lacks = "it has none"
         self.linear_fits = LinearFits()
+        nothing = Target(facts.name, {}, None)
+        self.adapters = AdapterShelf((), nothing, AdapterMemory(0), device, dtype)
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """``(C, h, w)`` of the latent of a picture of the given size in pixels."""

@@ -17,8 +17,19 @@ from server.requests.schema import GenerateRequest
 
 if TYPE_CHECKING:
     from server.models.defaults import ModelDefaults
+    from server.models.hosted import HostedModel
 
-__all__ = ["Catalog", "Choice", "Defaults", "Entry", "ModelEntry", "catalog", "defaults_of"]
+__all__ = [
+    "AdapterEntry",
+    "Catalog",
+    "Choice",
+    "Defaults",
+    "Entry",
+    "ModelEntry",
+    "adapters_of",
+    "catalog",
+    "defaults_of",
+]
 
 
 class Entry(BaseModel):
@@ -63,6 +74,22 @@ class Defaults(BaseModel):
     )
 
 
+class AdapterEntry(BaseModel):
+    """One adapter of a hosted model."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str = Field(description="Its name in a request.")
+    rank: int = Field(description="The largest rank of its changes.")
+    changes: tuple[str, ...] = Field(
+        description="The networks that it changes, by their names in a model folder."
+    )
+    defaults: Defaults | None = Field(
+        description="Of requests with this adapter, if its file says what it was made for; null if "
+        "they are those of the model."
+    )
+
+
 class ModelEntry(BaseModel):
     """One hosted model."""
 
@@ -80,6 +107,9 @@ class ModelEntry(BaseModel):
     )
     classifier: dict[str, tuple[str, ...]] = Field(
         description="The classes that `guidance.classifier.target` may name, for each attribute."
+    )
+    adapters: tuple[AdapterEntry, ...] = Field(
+        description="The LoRA adapters that fit this model; choices of `adapters`."
     )
     defaults: Defaults = Field(description="Of requests to this model.")
 
@@ -140,6 +170,19 @@ def catalog(models: tuple[ModelEntry, ...] = ()) -> Catalog:
         defaults=defaults_of(None),
         models=models,
         **parts,
+    )
+
+
+def adapters_of(model: HostedModel) -> tuple[AdapterEntry, ...]:
+    """The catalog's entry for each adapter of a model."""
+    return tuple(
+        AdapterEntry(
+            name=file.name,
+            rank=file.rank,
+            changes=tuple(file.parts),
+            defaults=None if file.defaults is None else defaults_of(file.defaults),
+        )
+        for file in model.adapters.available()
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from server.models.hosted import HostedModel
+from server.requests.defaults import own_defaults
 from server.requests.schema import GenerateRequest, ResolvedRequest
 
 __all__ = ["notes_for"]
@@ -18,7 +19,7 @@ def notes_for(
         resolved: the same with every default filled in.
         model: that will serve it.
     """
-    own = model.facts.defaults
+    own = own_defaults(model, resolved.adapters)
     if own is None:
         return ()
     guidance = f"guidance {resolved.guidance.name!r}"

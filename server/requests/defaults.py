@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from server.requests.adapters import check_adapters
 from server.requests.schema import (
     DEFAULT_STEPS,
     SPACING_BY_NAME,
@@ -13,11 +14,35 @@ from server.requests.schema import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from samplers import Sampler, Spacing
     from server.models.defaults import ModelDefaults
+    from server.models.hosted import HostedModel
+    from server.requests.adapters import WeightedName
     from server.requests.schema import Guidance
 
-__all__ = ["guidance_for", "sampler_for", "spacing_for", "steps_for"]
+__all__ = ["guidance_for", "own_defaults", "sampler_for", "spacing_for", "steps_for"]
+
+
+def own_defaults(model: HostedModel, adapters: Sequence[WeightedName] = ()) -> ModelDefaults | None:
+    """The settings that a model with adapters is made for; None for the server's.
+
+    Args:
+        model: that will serve the request.
+        adapters: of the request. One that was made for few steps brings its own settings, if it
+            acts at all; of several such, the last one.
+
+    Raises:
+        InvalidRequest: an adapter that the model does not have.
+    """
+    files = check_adapters(adapters, model)
+    brought = [
+        file.defaults
+        for file, one in zip(files, adapters, strict=True)
+        if file.defaults is not None and one.weight
+    ]
+    return brought[-1] if brought else model.facts.defaults
 
 
 def sampler_for(own: ModelDefaults | None) -> Sampler:

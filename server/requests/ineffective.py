@@ -10,6 +10,7 @@ from guidance.parts import chosen
 from samplers import Plan
 from server.models.conventions import numbers
 from server.models.hosted import HostedModel
+from server.requests.defaults import own_defaults
 from server.requests.schema import ResolvedRequest
 
 __all__ = ["warnings_for"]
@@ -26,11 +27,12 @@ def warnings_for(resolved: ResolvedRequest, model: HostedModel, plan: Plan) -> t
     found: list[str] = []
     if resolved.negative_prompt and (reason := _without_negative_prompt(resolved, plan)):
         found.append(f"negative_prompt has no effect: {reason}.")
-    own = model.facts.defaults
+    own = own_defaults(model, resolved.adapters)
     if own is not None and own.counts and resolved.steps not in own.counts:
+        adapted = "" if own is model.facts.defaults else " with these adapters"
         found.append(
             f"steps is {resolved.steps}; use {numbers(own.counts)}, which model "
-            f"{model.facts.name!r} was distilled for."
+            f"{model.facts.name!r}{adapted} was distilled for."
         )
     guidance = resolved.guidance
     if model.facts.one_prediction and guidance.branches and not guidance.policy.embeds:

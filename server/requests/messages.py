@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from guidance.parts import PARTS
 from server.errors import InvalidRequest, MalformedBody
+from server.requests.adapters import WeightedName
 from server.requests.choice import listed
 from server.requests.schema import CHOICES
 
@@ -18,9 +19,10 @@ __all__ = ["explain"]
 _SHOWN = 60
 
 _OF_ONE_KIND: Mapping[str, type[BaseModel]] = {
-    part.field: part.kinds[0] for part in PARTS if len(part.kinds) == 1
+    "adapters": WeightedName,
+    **{part.field: part.kinds[0] for part in PARTS if len(part.kinds) == 1},
 }
-"""Parts of `guidance` that hold an object with no tag in its path."""
+"""Fields that hold objects with no tag in their path."""
 
 _NEEDS: Mapping[str, str] = {
     "missing": "is required",

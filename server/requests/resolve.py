@@ -25,7 +25,13 @@ from server.requests.checks.classifier import check_classifier
 from server.requests.checks.group import check_group, check_noise_of_particles
 from server.requests.checks.guidance import check_guidance, check_windows, coefficients_for
 from server.requests.checks.limits import check_limits, check_size, check_tokens
-from server.requests.defaults import guidance_for, sampler_for, spacing_for, steps_for
+from server.requests.defaults import (
+    guidance_for,
+    own_defaults,
+    sampler_for,
+    spacing_for,
+    steps_for,
+)
 from server.requests.ineffective import warnings_for
 from server.requests.schema import GenerateRequest, Guidance, ResolvedRequest
 from server.settings import Limits
@@ -74,7 +80,7 @@ def resolve(
         InvalidRequest: a value that the model or the operator does not allow.
     """
     has_picture, has_reference = upload_size is not None, request.reference is not None
-    own = model.facts.defaults
+    own = own_defaults(model, request.adapters)
     sampler = request.sampler or sampler_for(own)
     spacing = request.spacing or spacing_for(own, sampler, request.steps)
     guidance = request.guidance or guidance_for(own, sampler)
@@ -92,6 +98,7 @@ def resolve(
         sampler=sampler,
         spacing=spacing,
         guidance=_with_source_to_avoid(guidance, has_reference=has_reference),
+        adapters=request.adapters,
         strength=_strength(request, has_picture=has_picture),
         output_format=request.output_format,
         stream=request.stream,
@@ -139,6 +146,8 @@ def statistics_for(resolved: ResolvedRequest, model: HostedModel) -> StatisticsI
     for part in PARTS:
         if getattr(guidance, part.field) != part.left_out:
             raise model.statistics.refusal(f"guidance with `{part.field}`")
+    if resolved.adapters:
+        raise model.statistics.refusal("a request with `adapters`")
     return model.statistics.exact("cfg" if guidance.combines else "none", scale)
 
 

@@ -22,6 +22,7 @@ from guidance import (
 from guidance.parts import PARTS, Part
 from samplers import SAMPLERS, SPACINGS, Sampler, Spacing
 from server.image_codec import OutputFormat
+from server.requests.adapters import MOST, AdapterChoices
 from server.requests.aliases import sampler_elsewhere, spacing_elsewhere
 from server.requests.choice import choice, name_of
 from server.requests.upload import Upload
@@ -168,6 +169,12 @@ class GenerateRequest(BaseModel):
         f"`{json.dumps(DEFAULT_GUIDANCE)}`, or `{json.dumps(GUIDANCE_OF_STATISTICS)}` with a "
         "sampler that uses model statistics.",
     )
+    adapters: AdapterChoices = Field(
+        default=(),
+        max_length=MOST,
+        description="LoRA adapters that the model draws with, added up: names of the model's "
+        "adapters in the catalog, or objects with a `name` and a `weight`.",
+    )
     image: Upload | None = Field(
         default=None,
         repr=False,
@@ -217,6 +224,7 @@ class ResolvedRequest(BaseModel):
     sampler: SamplerChoice
     spacing: SpacingChoice
     guidance: Guidance
+    adapters: AdapterChoices = ()
     strength: float | None
     output_format: OutputFormat
     stream: bool

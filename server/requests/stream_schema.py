@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 from server.errors import MalformedBody
 from server.image_codec import OutputFormat
 from server.models.blend import Blend, BlendKind
+from server.requests.adapters import AdapterChoices
 from server.requests.messages import explain
 from server.requests.schema import (
     Count,
@@ -112,6 +113,7 @@ class StreamSettings(BaseModel):
     sampler: SamplerChoice | None = _as_in_requests("sampler")
     spacing: SpacingChoice | None = _as_in_requests("spacing")
     guidance: Guidance | None = _as_in_requests("guidance")
+    adapters: AdapterChoices = _as_in_requests("adapters")
     strength: float | None = Field(
         default=None,
         gt=0,

@@ -11,6 +11,7 @@ from server.engine.terms.registry import terms_of
 from server.engine.terms.term import Run
 from server.models.blend import Blend
 from server.models.hosted import HostedModel
+from server.requests.adapters import adapters_of
 from server.requests.checks.group import is_group
 from server.requests.resolve import Prepared
 from server.requests.schema import ResolvedRequest, split
@@ -62,6 +63,7 @@ def tasks_of(
         reference=reference,
     )
     terms = terms_of((setting for _, setting in chosen(resolved.guidance)), run)
+    adapters = adapters_of(resolved.adapters, model)
     group = Group() if is_group(resolved.guidance) else None
     return [
         ImageTask(
@@ -75,6 +77,7 @@ def tasks_of(
             rule=rule,
             policy=policy,
             terms=terms,
+            adapters=adapters,
             coefficients=prepared.coefficients,
             group=group,
             priority=priority,

@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from server.engine.engine import Engine
-from server.models.folder import embedded_folder
+from server.models.adapters.placing import Target
+from server.models.adapters.shelf import AdapterMemory, AdapterShelf
+from server.models.folder import adapters_folder, embedded_folder
 from server.models.hosted import HostedModel
 from server.models.loading import load_model
 from server.settings import Settings
@@ -50,6 +53,7 @@ def host(
         name: load_model(folder, name=name, device=settings.device, dtype=settings.dtype)
         for name, folder in folders.items()
     }
+    _give_adapters(models, folders, settings)
     engine = Engine(
         models,
         row_budget=settings.row_budget,
@@ -61,3 +65,18 @@ def host(
     )
     engine.start()
     return Hosted(engine, models)
+
+
+def _give_adapters(
+    models: Mapping[str, HostedModel], folders: Mapping[str, Path], settings: Settings
+) -> None:
+    """Let each model have the adapters of its own folder and of the server's."""
+    memory = AdapterMemory(settings.adapter_bytes)
+    shared = () if settings.adapters is None else (settings.adapters,)
+    for name, model in models.items():
+        target = Target.of(name, model.adaptable())
+        places = (*shared, adapters_folder(folders[name]))
+        model.adapters = AdapterShelf(places, target, memory, model.device, model.dtype)
+        # Headers are read now, so that no request waits for all of them.
+        if known := [file.name for file in model.adapters.available()]:
+            log.info("%s: adapters %s", name, ", ".join(known))

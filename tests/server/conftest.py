@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -69,10 +70,21 @@ class Running:
 
 
 @pytest.fixture(scope="session")
-def running() -> Iterator[Running]:
-    limits = Limits(images=MAX_IMAGES)
+def adapters_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the running server, which sees new files at once."""
+    return tmp_path_factory.mktemp("adapters")
+
+
+@pytest.fixture(scope="session")
+def running(adapters_folder: Path) -> Iterator[Running]:
     server = Running(
-        Settings(row_budget=8, deterministic=True, max_pending=MAX_IMAGES, limits=limits)
+        Settings(
+            row_budget=8,
+            deterministic=True,
+            max_pending=MAX_IMAGES,
+            limits=Limits(images=MAX_IMAGES),
+            adapters=adapters_folder,
+        )
     )
     server.start()
     yield server

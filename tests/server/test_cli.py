@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from diffusers import UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner, Result
@@ -23,6 +24,8 @@ from server.models.unet_model import UNetModel
 from server.requests.catalog import catalog
 from server.requests.schema import GenerateRequest
 from server.settings import Settings
+from tests.server.models.adapters import files
+from tests.server.models.adapters.low_rank import changes
 
 PROMPT = "a red circle"
 
@@ -77,6 +80,21 @@ def test_generate_writes_the_file_with_its_settings(tmp_path: Path) -> None:
     assert settings["guidance"]["name"] == "apg"
     assert settings["guidance"]["scale"] == 3
     assert settings["guidance"]["policy"]["name"] == "adaptive"
+
+
+def test_generate_draws_with_adapters_of_a_folder(tmp_path: Path) -> None:
+    network = UNet2DConditionModel.from_pretrained(MODEL_FOLDER / "unet")
+    files.saved(files.peft({"unet": changes(network, 2)}), tmp_path / "ink.safetensors")
+    output = tmp_path / "out.png"
+    arguments = ["--steps", "1", "--adapters", str(tmp_path), "-o", str(output)]
+    done = weft("generate", PROMPT, *arguments, "--adapter", "ink=0.5")
+    assert done.exit_code == 0, done.output
+    with Image.open(output) as picture:
+        settings = json.loads(picture.text["weft"])  # type: ignore[attr-defined]
+    assert settings["adapters"] == [{"name": "ink", "weight": 0.5}]
+    refused = weft("generate", PROMPT, "--adapter", "ink=strong")
+    assert refused.exit_code == 2
+    assert "--adapter is 'ink=strong'; after the = a number is needed." in refused.output
 
 
 def test_generate_evaluates_the_model_for_its_own_image_alone(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
@@ -17,7 +18,7 @@ Network = TypeVar("Network", bound=nn.Module)
 def changes(
     network: nn.Module, rank: int, seed: int = 0, size: float = 0.3, within: str = ""
 ) -> dict[str, LowRank]:
-    """Of all linear layers and convolutions whose names have something within."""
+    """Of all linear layers and convolutions whose names match a regular expression within."""
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(*shape: int) -> Tensor:
@@ -25,7 +26,7 @@ def changes(
 
     made: dict[str, LowRank] = {}
     for name, layer in network.named_modules():
-        if within not in name:
+        if not re.search(within, name):
             continue
         if isinstance(layer, nn.Linear):
             made[name] = LowRank(drawn(rank, layer.in_features), drawn(layer.out_features, rank))

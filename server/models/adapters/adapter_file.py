@@ -1,0 +1,171 @@
+"""LoRA files: headers first, weights once somebody asks for them; safetensors alone."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from math import isfinite, prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+
+from server.errors import AdapterMismatch
+from server.models.adapters.adapter import Adapter, LowRank
+from server.models.adapters.placing import Header, Placed, Target, place
+from server.models.adapters.stated import stated_defaults
+from server.models.folder import without_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from server.models.defaults import ModelDefaults
+
+__all__ = ["AdapterFile"]
+
+DTYPES = ("F16", "BF16", "F32", "F64")
+CHUNK = 1 << 22
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AdapterFile:
+    """A file that fits a model.
+
+    Attributes:
+        name: as requests say it.
+        path: of the file.
+        stamp: by which a change of the file is noticed.
+        parts: its changes, by network and by layer.
+        defaults: what a model with it is sampled with by a request that leaves it out; None where
+            the file does not say.
+    """
+
+    name: str
+    path: Path
+    stamp: tuple[int, int]
+    parts: Mapping[str, Mapping[str, Placed]]
+    defaults: ModelDefaults | None
+
+    @classmethod
+    def read(cls, name: str, path: Path, target: Target) -> AdapterFile:
+        """Read a header, and place what it names in a model.
+
+        Args:
+            name: as requests say it.
+            path: of the file.
+            target: the model.
+
+        Raises:
+            AdapterMismatch: the file cannot be used with the model; the sentence names both.
+        """
+        stamp = stamp_of(path)
+        try:
+            header = _header(path)
+            defaults = stated_defaults(name, header.metadata)
+            return cls(name, path, stamp, place(header, target), defaults)
+        except (OSError, SafetensorError) as error:
+            raise AdapterMismatch(
+                f"adapter {name!r} is no readable safetensors file: {without_folder(error, path)}."
+            ) from None
+        except AdapterMismatch as error:
+            raise AdapterMismatch(f"adapter {name!r} {error.message}.") from None
+
+    @property
+    def rank(self) -> int:
+        """The largest of its layers' ranks."""
+        return max(one.rank for part in self.parts.values() for one in part.values())
+
+    def nbytes(self, dtype: torch.dtype) -> int:
+        """Memory of all tensors once they are loaded, in bytes."""
+        counts = (
+            _padded_rank(one.rank) * (prod(one.shapes[0][1:]) + one.shapes[1][0])
+            for part in self.parts.values()
+            for one in part.values()
+        )
+        return sum(counts) * dtype.itemsize
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> Adapter:
+        """Read the weights.
+
+        Raises:
+            AdapterMismatch: the file has changed since its header was read.
+        """
+        try:
+            with safe_open(self.path, framework="pt") as opened:
+                parts = {
+                    part: {
+                        layer: _loaded(opened, one, device, dtype) for layer, one in layers.items()
+                    }
+                    for part, layers in self.parts.items()
+                }
+            revision = _revision(self.path)
+        except (OSError, SafetensorError) as error:
+            raise AdapterMismatch(
+                f"adapter {self.name!r} could not be read: {without_folder(error, self.path)}."
+            ) from None
+        if stamp_of(self.path) != self.stamp:
+            raise AdapterMismatch(f"adapter {self.name!r} changed while it was read; try again.")
+        return Adapter(self.name, revision, parts)
+
+
+def stamp_of(path: Path) -> tuple[int, int]:
+    """When a file was last changed, in nanoseconds, and its size in bytes; zeros if it is gone."""
+    try:
+        status = path.stat()
+    except OSError:
+        return 0, 0
+    return status.st_mtime_ns, status.st_size
+
+
+def _header(path: Path) -> Header:
+    shapes: dict[str, tuple[int, ...]] = {}
+    alphas: dict[str, float] = {}
+    with safe_open(path, framework="pt") as opened:
+        for name in opened.keys():  # noqa: SIM118 - it is no dictionary
+            entry = opened.get_slice(name)
+            shape, dtype = tuple(entry.get_shape()), entry.get_dtype()
+            if name.endswith(".alpha") and prod(shape) == 1:
+                alphas[name] = float(opened.get_tensor(name).item())
+                continue
+            if dtype not in DTYPES:
+                raise AdapterMismatch(
+                    f"has the tensor {name} of type {dtype}; allowed are {', '.join(DTYPES)}"
+                )
+            shapes[name] = shape
+        metadata = dict(opened.metadata() or {})
+    if wrong := [name for name, alpha in alphas.items() if not isfinite(alpha)]:
+        raise AdapterMismatch(f"has the tensor {wrong[0]}, which is no finite number")
+    return Header(shapes, alphas, metadata)
+
+
+def _loaded(opened: Any, one: Placed, device: torch.device, dtype: torch.dtype) -> LowRank:
+    down, up = opened.get_tensor(one.down), opened.get_tensor(one.up)
+    # In float32, so that a small factor does not round away in the model's precision.
+    up = (one.scale * up.float()).flatten(1)
+    # Few ranks, so that many adapters share one batch of products; zeros change nothing.
+    missing = _padded_rank(one.rank) - one.rank
+    down = F.pad(down, (*(0, 0) * (down.ndim - 1), 0, missing))
+    up = F.pad(up, (0, missing))
+    return LowRank(_placed(down, device, dtype), _placed(up, device, dtype))
+
+
+def _placed(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
+    return tensor.to(device, dtype).contiguous(memory_format=layout)
+
+
+def _padded_rank(rank: int) -> int:
+    """The next power of two."""
+    return 1 << (rank - 1).bit_length()
+
+
+def _revision(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()[:16]

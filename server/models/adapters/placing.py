@@ -1,0 +1,264 @@
+"""Which layers of a model a LoRA file changes, decided from the file's header alone.
+
+Names are converted by diffusers' own converters. They are given tensors without memory in place of
+the file's, so that a file is understood and checked before its weights are read. Whatever cannot be
+placed is refused by name: to leave a tensor out would draw another picture than the file's author
+saw.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from math import isfinite
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from server.errors import AdapterMismatch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from torch import Tensor
+
+__all__ = ["Header", "Placed", "Target", "place"]
+
+PARTS = ("unet", "text_encoder", "text_encoder_2")
+"""Networks that the converters know, by which converted names begin."""
+
+DORA = ("dora_scale", "lora_magnitude_vector")
+"""What tensors of weight-decomposed adapters are called."""
+
+CONFIG = "lora_adapter_metadata"
+"""Entry of a file's metadata in which diffusers keeps peft's configs, as JSON."""
+
+FACTOR = re.compile(r"(?P<layer>.+)\.lora_(?P<factor>[AB])\.weight")
+NAMES_SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Header:
+    """What a file says before its weights are read.
+
+    Attributes:
+        shapes: of its tensors, by name.
+        alphas: the values of those tensors that are single numbers.
+        metadata: texts by name.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    alphas: Mapping[str, float]
+    metadata: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Target:
+    """What of a model can be adapted.
+
+    Attributes:
+        model: its name.
+        layers: shapes of the weights of its linear layers and convolutions, by the network's name
+            in a model folder and by the layer's name in that network.
+        unet_config: of its U-Net, by which the converters number blocks; None where it has none.
+    """
+
+    model: str
+    layers: Mapping[str, Mapping[str, tuple[int, ...]]]
+    unet_config: Any
+
+    @classmethod
+    def of(cls, model: str, networks: Mapping[str, nn.Module]) -> Target:
+        """The target that some networks of a model are.
+
+        Args:
+            model: its name.
+            networks: by their names in a model folder.
+        """
+        layers = {
+            part: {
+                name: tuple(layer.weight.shape)
+                for name, layer in network.named_modules()
+                if isinstance(layer, nn.Linear)
+                or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
+            }
+            for part, network in networks.items()
+        }
+        return cls(model, layers, getattr(networks.get("unet"), "config", None))
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """The change of one layer, in a file.
+
+    Attributes:
+        down: name of the first factor in the file.
+        up: name of the second factor.
+        shapes: of both.
+        scale: factor on their product, alpha / rank.
+    """
+
+    down: str
+    up: str
+    shapes: tuple[tuple[int, ...], tuple[int, ...]]
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        """Inner size of the product."""
+        return self.shapes[0][0]
+
+
+def place(header: Header, target: Target) -> dict[str, dict[str, Placed]]:
+    """The changes of a file, by network and by layer.
+
+    Args:
+        header: of the file: peft's names as diffusers saves them, diffusers' older ones, kohya's,
+            or LyCORIS' for LoRA of convolutions (LoCon).
+        target: the model.
+
+    Raises:
+        AdapterMismatch: it holds no LoRA, one of a kind that is not supported, or tensors that
+            match no layer of the model; the sentence goes on after the adapter's name.
+    """
+    if dora := [name for name in header.shapes if any(part in name for part in DORA)]:
+        raise AdapterMismatch(f"is a DoRA ({_listed(dora)}), which is not supported")
+    stand_ins = {name: torch.empty(shape, device="meta") for name, shape in header.shapes.items()}
+    stand_ins |= {name: torch.tensor(value) for name, value in header.alphas.items()}
+    names = {id(tensor): name for name, tensor in stand_ins.items()}
+    placed: dict[str, dict[str, Placed]] = {}
+    for part, layer, down, up in _pairs(_converted(stand_ins, target), names):
+        shapes = header.shapes[down], header.shapes[up]
+        _check(target, part, layer, shapes)
+        scale = _scale(header, part, layer, down, shapes[0][0])
+        placed.setdefault(part, {})[layer] = Placed(down, up, shapes, scale)
+    used = {
+        name for part in placed.values() for one in part.values() for name in (one.down, one.up)
+    }
+    used |= {_alpha_of(name) for name in used}
+    if unused := [name for name in stand_ins if name not in used]:
+        raise AdapterMismatch(f"has tensors that are not understood: {_listed(unused)}")
+    if not placed:
+        raise AdapterMismatch("has no tensors")
+    return placed
+
+
+def _converted(stand_ins: Mapping[str, Tensor], target: Target) -> dict[str, dict[str, Tensor]]:
+    """The tensors under peft's names, by network and by name in that network."""
+    from diffusers.loaders.lora_pipeline import StableDiffusionLoraLoaderMixin
+    from diffusers.utils.state_dict_utils import (
+        convert_state_dict_to_diffusers,
+        convert_state_dict_to_peft,
+        convert_unet_state_dict_to_peft,
+    )
+
+    try:
+        state: Any = StableDiffusionLoraLoaderMixin.lora_state_dict(
+            dict(stand_ins), unet_config=target.unet_config
+        )[0]
+        converted: dict[str, dict[str, Tensor]] = {}
+        for part in PARTS:
+            prefix = f"{part}."
+            own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            if own and not all("lora_A" in name or "lora_B" in name for name in own):
+                if part != "unet":
+                    own = convert_state_dict_to_diffusers(own)
+                    own = convert_state_dict_to_peft(own)
+                else:
+                    own = convert_unet_state_dict_to_peft(own)
+            known = target.layers.get(part, {})
+            converted[part] = {_as_in(known, name): tensor for name, tensor in own.items()}
+    except Exception as error:
+        # The converters raise whatever their string handling comes across.
+        raise AdapterMismatch(f"is in no known LoRA format ({_shortened(str(error))})") from error
+    return converted
+
+
+def _as_in(known: Mapping[str, Any], name: str) -> str:
+    """A text encoder's name with or without ``text_model.``, as this model has it."""
+    bare = name.removeprefix("text_model.")
+    layer = bare.partition(".lora_")[0]
+    return f"text_model.{bare}" if f"text_model.{layer}" in known else bare
+
+
+def _pairs(
+    converted: Mapping[str, Mapping[str, Tensor]], names: Mapping[int, str]
+) -> Iterator[tuple[str, str, str, str]]:
+    """Network, layer, and the names in the file of its two factors."""
+    for part, tensors in converted.items():
+        factors: dict[str, dict[str, str]] = {}
+        for name, tensor in tensors.items():
+            if match := FACTOR.fullmatch(name):
+                factors.setdefault(match["layer"], {})[match["factor"]] = names[id(tensor)]
+        for layer, own in factors.items():
+            if len(own) < 2:
+                [alone] = own.values()
+                raise AdapterMismatch(f"has {alone} without its other factor")
+            yield part, layer, own["A"], own["B"]
+
+
+def _check(
+    target: Target, part: str, layer: str, shapes: tuple[tuple[int, ...], tuple[int, ...]]
+) -> None:
+    if part not in target.layers:
+        raise AdapterMismatch(f"changes {part}, which model {target.model!r} does not have")
+    weight = target.layers[part].get(layer)
+    if weight is None:
+        raise AdapterMismatch(
+            f"changes the layer {layer[:120]} of {part}, which model {target.model!r} does not have"
+        )
+    down, up = shapes
+    rank = down[0] if down else 0
+    ones = (1,) * (len(weight) - 2)
+    if rank == 0 or down != (rank, *weight[1:]) or up != (weight[0], rank, *ones):
+        raise AdapterMismatch(
+            f"has factors of the shapes {list(down)} and {list(up)} for the layer {layer} of "
+            f"{part}, whose weight has the shape {list(weight)} in model {target.model!r}"
+        )
+
+
+def _scale(header: Header, part: str, layer: str, down: str, rank: int) -> float:
+    """Alpha / rank: of kohya's files by tensor, of peft's by config, otherwise 1."""
+    if (alpha := header.alphas.get(_alpha_of(down))) is not None:
+        return alpha / rank
+    config = _config(header, part)
+    if config.get("use_dora"):
+        raise AdapterMismatch(f"is a DoRA ({CONFIG} says so), which is not supported")
+    patterns = config.get("alpha_pattern") or {}
+    alpha = config.get("lora_alpha", rank)
+    for pattern, own in patterns.items():
+        # Peft takes patterns as regular expressions; in files they are names, or ends of names.
+        whole = pattern.removeprefix("^")
+        if layer == whole or (whole == pattern and layer.endswith(f".{pattern}")):
+            alpha = own
+    if not isinstance(alpha, int | float) or not isfinite(alpha):
+        raise AdapterMismatch(f"has the alpha {str(alpha)[:40]!r}, which is no number")
+    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def _config(header: Header, part: str) -> dict[str, Any]:
+    """Peft's config of a network; empty where the file has none."""
+    try:
+        entries = json.loads(header.metadata.get(CONFIG) or "{}")
+    except (ValueError, RecursionError):
+        entries = None
+    if not isinstance(entries, dict):
+        raise AdapterMismatch(f"has metadata {CONFIG} that is no JSON object")
+    prefix = f"{part}."
+    return {k.removeprefix(prefix): v for k, v in entries.items() if k.startswith(prefix)}
+
+
+def _alpha_of(name: str) -> str:
+    return f"{name.partition('.lora_')[0]}.alpha"
+
+
+def _listed(names: Iterable[str]) -> str:
+    known = sorted(names)
+    more = f" and {len(known) - NAMES_SHOWN} more" if len(known) > NAMES_SHOWN else ""
+    return ", ".join(_shortened(name) for name in known[:NAMES_SHOWN]) + more
+
+
+def _shortened(text: str) -> str:
+    return " ".join(text.split())[:200]

@@ -1,0 +1,104 @@
+"""The field `adapters` of a request: which LoRAs, and how strongly each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic.json_schema import WithJsonSchema
+
+from server.errors import AdapterMismatch, InvalidRequest
+from server.models.adapters.adapter import Weighted
+
+if TYPE_CHECKING:
+    from server.models.adapters.adapter_file import AdapterFile
+    from server.models.hosted import HostedModel
+
+__all__ = ["AdapterChoices", "WeightedName", "adapters_of", "check_adapters"]
+
+MOST: Final = 8
+STRONGEST: Final = 4.0
+
+
+class WeightedName(BaseModel):
+    """One adapter of a request."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    name: str = Field(
+        min_length=1,
+        max_length=128,
+        description="Name of an adapter, as the catalog lists it for the model.",
+    )
+    weight: float = Field(
+        default=1.0,
+        ge=-STRONGEST,
+        le=STRONGEST,
+        strict=True,
+        description="Factor on what the adapter changes; 0 switches it off.",
+    )
+
+
+def _one(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+_OBJECT: Final = WeightedName.model_json_schema()
+_BY_NAME: Final = {"type": "string", "description": "A bare name has the weight 1."}
+
+_Entry = Annotated[WeightedName, BeforeValidator(_one)]
+AdapterChoices: TypeAlias = Annotated[
+    tuple[_Entry, ...],
+    BeforeValidator(_listed),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                _BY_NAME,
+                {"type": "array", "maxItems": MOST, "items": {"anyOf": [_BY_NAME, _OBJECT]}},
+            ]
+        }
+    ),
+]
+"""Adapters by name or as objects, in the order in which their changes are added."""
+
+
+def check_adapters(chosen: Sequence[WeightedName], model: HostedModel) -> tuple[AdapterFile, ...]:
+    """The files of a request's adapters.
+
+    Raises:
+        InvalidRequest: one is named twice, or is none of the model's adapters.
+    """
+    files: list[AdapterFile] = []
+    for place, one in enumerate(chosen):
+        field = f"adapters.{place}.name"
+        if one.name in {file.name for file in files}:
+            raise InvalidRequest(field, f"{field} is {one.name!r}, which is named twice.")
+        try:
+            files.append(model.adapters.find(one.name))
+        except AdapterMismatch as refusal:
+            raise InvalidRequest(field, f"{field}: {refusal.message}") from None
+    return tuple(files)
+
+
+def adapters_of(chosen: Sequence[WeightedName], model: HostedModel) -> tuple[Weighted, ...]:
+    """The adapters of a checked request, loaded.
+
+    Raises:
+        InvalidRequest: a file was changed or removed after the check.
+        Overloaded: the adapters of requests under way leave no room.
+    """
+    loaded: list[Weighted] = []
+    for place, one in enumerate(chosen):
+        if one.weight == 0:
+            continue
+        try:
+            loaded.append(Weighted(model.adapters.load(one.name), one.weight))
+        except AdapterMismatch as refusal:
+            field = f"adapters.{place}.name"
+            raise InvalidRequest(field, f"{field}: {refusal.message}") from None
+    return tuple(loaded)

@@ -1,0 +1,94 @@
+"""Adapters over HTTP: listed, named by requests, and never paths."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.server.conftest import Running
+from tests.server.models.adapters import files
+from tests.server.models.adapters.low_rank import changes
+from tests.server.stream_client import opened
+
+Generate = Callable[..., httpx2.Response]
+
+
+@pytest.fixture(scope="module")
+def pastel(running: Running, adapters_folder: Path) -> str:
+    [model] = running.app.state.service._models.values()
+    networks = model.adaptable()
+    parts = {part: changes(network, 4, seed=7) for part, network in networks.items()}
+    files.saved(files.peft(parts), adapters_folder / "pastel.safetensors")
+    return "pastel"
+
+
+def file_of(answer: httpx2.Response) -> bytes:
+    assert answer.status_code == 200, answer.text
+    return base64.b64decode(answer.json()["images"][0]["b64_json"])
+
+
+def test_an_adapter_changes_the_picture_and_the_settings_make_it_again(
+    generate: Generate, client: httpx2.Client, pastel: str
+) -> None:
+    plain = file_of(generate())
+    answer = generate(adapters=[{"name": pastel, "weight": 0.8}])
+    adapted = file_of(answer)
+    with Image.open(io.BytesIO(adapted)) as picture, Image.open(io.BytesIO(plain)) as before:
+        assert picture.tobytes() != before.tobytes()
+        text: Any = picture.info
+    assert 'Lora: "<lora:pastel:0.8>"' in text["parameters"]
+    assert json.loads(text["weft"])["adapters"] == [{"name": pastel, "weight": 0.8}]
+    again = client.post("/v1/generate", json=answer.json()["settings"])
+    assert file_of(again) == adapted
+    assert file_of(generate(adapters=[{"name": pastel, "weight": 0}])) != adapted
+
+
+def test_a_weight_of_0_draws_the_picture_without(generate: Generate, pastel: str) -> None:
+    pictures = [
+        Image.open(io.BytesIO(file_of(answer))).tobytes()
+        for answer in (generate(), generate(adapters=[{"name": pastel, "weight": 0}]))
+    ]
+    assert pictures[0] == pictures[1]
+
+
+def test_the_catalog_lists_the_adapters_of_each_model(client: httpx2.Client, pastel: str) -> None:
+    [model] = client.get("/v1/catalog").json()["models"]
+    listed = {one["name"]: one for one in model["adapters"]}
+    assert listed[pastel] == {
+        "name": pastel,
+        "rank": 4,
+        "changes": ["unet", "text_encoder"],
+        "defaults": None,
+    }
+
+
+@pytest.mark.parametrize("name", ["attic", "../pastel", "/etc/passwd", "pastel.safetensors"])
+def test_an_unknown_name_is_refused_with_those_that_are_known(
+    generate: Generate, pastel: str, name: str
+) -> None:
+    answer = generate(adapters=[pastel, name])
+    assert answer.status_code == 422
+    error = answer.json()["error"]
+    assert error["param"] == "adapters.1.name"
+    assert f"{name!r} is no adapter of model 'embedded'; there are: " in error["message"]
+
+
+def test_the_frames_of_a_stream_have_its_adapters(
+    running: Running, generate: Generate, pastel: str
+) -> None:
+    settings: dict[str, Any] = {"adapters": [pastel], "width": 64, "height": 64}
+    with opened(running.url) as stream:
+        stream.settings(prompt="a red circle", steps=2, seed=5, source="text", **settings)
+        frame = stream.output().pixels
+    running.settle()
+    alone = generate(output_format="jpeg", **settings)
+    assert np.array_equal(frame, np.asarray(Image.open(io.BytesIO(file_of(alone)))))

@@ -1,0 +1,246 @@
+"""What a LoRA file must say to be used with a model, and what becomes of its weights."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from server.errors import AdapterMismatch
+from server.models.adapters.adapter import LowRank
+from server.models.adapters.adapter_file import AdapterFile
+from server.models.adapters.placing import Target
+from server.models.adapters.stated import ALLOWED
+
+CPU = torch.device("cpu")
+LINEAR, CONV = "mid.proj", "mid.conv"
+
+
+class Small(nn.Module):
+    """A linear layer and a convolution, within a block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mid = nn.ModuleDict({"proj": nn.Linear(6, 5), "conv": nn.Conv2d(4, 3, 3)})
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    return Target.of("small", {"unet": Small()})
+
+
+def factors(rank: int = 2) -> dict[str, Tensor]:
+    return {
+        f"unet.{LINEAR}.lora_A.weight": torch.ones(rank, 6),
+        f"unet.{LINEAR}.lora_B.weight": torch.ones(5, rank),
+        f"unet.{CONV}.lora_A.weight": torch.ones(rank, 4, 3, 3),
+        f"unet.{CONV}.lora_B.weight": torch.ones(3, rank, 1, 1),
+    }
+
+
+def read(path: Path, target: Target, tensors: dict[str, Tensor], **metadata: str) -> AdapterFile:
+    file = path / "style.safetensors"
+    save_file(tensors, file, metadata)
+    return AdapterFile.read("style", file, target)
+
+
+def change(file: AdapterFile, layer: str = LINEAR) -> LowRank:
+    return file.load(CPU, torch.float32).parts["unet"][layer]
+
+
+def product(change: LowRank) -> Tensor:
+    return torch.einsum("or,r...->o...", change.up, change.down)
+
+
+def test_a_file_in_half_precision_is_loaded_in_that_of_the_model(
+    target: Target, tmp_path: Path
+) -> None:
+    halves = {name: tensor.half() / 3 for name, tensor in factors().items()}
+    file = read(tmp_path, target, halves)
+    adapter = file.load(CPU, torch.float32)
+    assert adapter.parts["unet"][LINEAR].down.dtype == torch.float32
+    third = torch.tensor(1 / 3).half().float()
+    torch.testing.assert_close(product(change(file)), torch.full((5, 6), float(2 * third**2)))
+    assert file.load(CPU, torch.bfloat16).parts["unet"][CONV].up.dtype == torch.bfloat16
+
+
+def test_ranks_are_padded_to_few_and_change_nothing(target: Target, tmp_path: Path) -> None:
+    file = read(tmp_path, target, factors(rank=5))
+    assert file.rank == 5
+    adapter = file.load(CPU, torch.float32)
+    assert {one.rank for one in adapter.parts["unet"].values()} == {8}
+    assert adapter.nbytes == file.nbytes(torch.float32)
+    assert torch.equal(product(adapter.parts["unet"][LINEAR]), torch.full((5, 6), 5.0))
+    assert torch.equal(product(adapter.parts["unet"][CONV]), torch.full((3, 4, 3, 3), 5.0))
+
+
+def test_each_layer_of_a_kohya_file_has_its_own_alpha(target: Target, tmp_path: Path) -> None:
+    names = {"lora_A": "lora_down", "lora_B": "lora_up"}
+    flat = {f"unet.{LINEAR}": "lora_unet_mid_proj", f"unet.{CONV}": "lora_unet_mid_conv"}
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in factors().items():
+        layer, _, factor = name.removesuffix(".weight").rpartition(".")
+        tensors[f"{flat[layer]}.{names[factor]}.weight"] = tensor
+    tensors["lora_unet_mid_proj.alpha"] = torch.tensor(1.0)
+    tensors["lora_unet_mid_conv.alpha"] = torch.tensor(6.0)
+    file = read(tmp_path, target, tensors)
+    assert product(change(file)).unique().tolist() == [1.0]
+    assert product(change(file, CONV)).unique().tolist() == [6.0]
+
+
+@pytest.mark.parametrize(
+    ("config", "factor"),
+    [
+        ({}, 1),
+        ({"lora_alpha": 8}, 2),
+        ({"lora_alpha": 8, "alpha_pattern": {"proj": 2}}, 0.5),
+        ({"lora_alpha": 8, "alpha_pattern": {"^mid.proj": 4, "^proj": 2}}, 1),
+        ({"lora_alpha": 8, "use_rslora": True}, 4),
+    ],
+)
+def test_peft_configs_say_the_alpha(
+    target: Target, tmp_path: Path, config: dict[str, Any], factor: float
+) -> None:
+    entries = {f"unet.{name}": value for name, value in config.items()}
+    metadata = {"lora_adapter_metadata": json.dumps(entries)}
+    file = read(tmp_path, target, factors(rank=4), **metadata)
+    assert product(change(file)).unique().tolist() == [4 * factor]
+
+
+def test_a_file_may_say_how_a_model_with_it_is_sampled(target: Target, tmp_path: Path) -> None:
+    assert read(tmp_path, target, factors()).defaults is None
+    stated = {"weft.convention": "dmd2", "weft.steps": "4"}
+    defaults = read(tmp_path, target, factors(), **stated).defaults
+    assert defaults is not None
+    assert (defaults.convention, defaults.counts) == ("dmd2", (4,))
+
+
+def test_the_documentation_lists_the_conventions() -> None:
+    page = (Path(__file__).parents[4] / "docs" / "adapters.md").read_text("utf-8")
+    [row] = [line for line in page.splitlines() if line.startswith("| `weft.convention`")]
+    assert re.findall(r"`(\w+)`", row) == list(ALLOWED)
+
+
+def without(name: str) -> dict[str, Tensor]:
+    return {known: tensor for known, tensor in factors().items() if not known.startswith(name)}
+
+
+A, B = f"unet.{LINEAR}.lora_A.weight", f"unet.{LINEAR}.lora_B.weight"
+REFUSED: dict[str, tuple[dict[str, Tensor], dict[str, str], str]] = {
+    "dora": (
+        {**factors(), f"unet.{LINEAR}.lora_magnitude_vector": torch.ones(5)},
+        {},
+        rf"is a DoRA \(unet.{LINEAR}.lora_magnitude_vector\)",
+    ),
+    "dora by its config": (
+        factors(),
+        {"lora_adapter_metadata": '{"unet.use_dora": true}'},
+        "is a DoRA",
+    ),
+    "left over": (
+        {**factors(), "unet.mid.norm.weight": torch.ones(5), "pooled": torch.ones(1, 2)},
+        {},
+        "has tensors that are not understood: pooled, unet.mid.norm.weight",
+    ),
+    "a bias": (
+        {**factors(), f"unet.{LINEAR}.lora_B.bias": torch.ones(5)},
+        {},
+        f"not understood: unet.{LINEAR}.lora_B.bias",
+    ),
+    "lokr": (
+        {"lora_unet_mid_proj.lokr_w1": torch.ones(2, 2)},
+        {},
+        "is in no known LoRA format .*lora_unet_mid_proj.lokr_w1",
+    ),
+    "no network": ({"mid.proj.lora_A.weight": torch.ones(2, 6)}, {}, "not understood: mid.proj"),
+    "another layer": (
+        {A.replace("proj", "attic"): factors()[A], B.replace("proj", "attic"): factors()[B]},
+        {},
+        "changes the layer mid.attic of unet, which model 'small' does not have",
+    ),
+    "another network": (
+        {
+            A.replace("unet", "text_encoder"): factors()[A],
+            B.replace("unet", "text_encoder"): factors()[B],
+        },
+        {},
+        "changes text_encoder, which model 'small' does not have",
+    ),
+    "another width": (
+        {**factors(), A: torch.ones(2, 7)},
+        {},
+        r"has factors of the shapes \[2, 7\] and \[5, 2\] .* weight has the shape \[5, 6\]",
+    ),
+    "two ranks": ({**factors(), A: torch.ones(3, 6)}, {}, r"shapes \[3, 6\] and \[5, 2\]"),
+    "another kernel": (
+        {**factors(), f"unet.{CONV}.lora_A.weight": torch.ones(2, 4, 1, 1)},
+        {},
+        r"shapes \[2, 4, 1, 1\] and \[3, 2, 1, 1\] for the layer mid.conv",
+    ),
+    "one factor": (without(B), {}, f"has {A} without its other factor"),
+    "whole numbers": ({**factors(), A: torch.ones(2, 6).int()}, {}, "of type I32; allowed are F16"),
+    "no json": (factors(), {"lora_adapter_metadata": "["}, "is no JSON object"),
+    "no alpha": (
+        factors(),
+        {"lora_adapter_metadata": '{"unet.lora_alpha": "much"}'},
+        "has the alpha 'much', which is no number",
+    ),
+    "convention": (factors(), {"weft.convention": "magic"}, "'magic'; allowed are lcm_lora, tcd"),
+    "convention of another kind": (factors(), {"weft.convention": "lcm"}, "'lcm'; allowed are"),
+    "convention without its steps": (
+        factors(),
+        {"weft.convention": "dmd2"},
+        "weights are for one number of steps each; add weft.steps, which is 1 or 4",
+    ),
+    "steps": (
+        factors(),
+        {"weft.convention": "lcm_lora", "weft.steps": "9"},
+        "has the weft.steps '9'; with the weft.convention 'lcm_lora' it is 1 to 8",
+    ),
+}
+
+
+@pytest.mark.parametrize(("tensors", "metadata", "says"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_cannot_be_placed_is_refused_by_name(
+    target: Target,
+    tmp_path: Path,
+    tensors: dict[str, Tensor],
+    metadata: dict[str, str],
+    says: str,
+) -> None:
+    with pytest.raises(AdapterMismatch, match=f"^adapter 'style' .*{says}"):
+        read(tmp_path, target, tensors, **metadata)
+
+
+@pytest.mark.parametrize("data", [b"", b"PK\x03\x04 a pickle", b"\xff" * 64])
+def test_what_is_no_safetensors_file_is_refused(
+    target: Target, tmp_path: Path, data: bytes
+) -> None:
+    (tmp_path / "style.safetensors").write_bytes(data)
+    with pytest.raises(AdapterMismatch, match="is no readable safetensors file"):
+        AdapterFile.read("style", tmp_path / "style.safetensors", target)
+
+
+def test_a_file_without_tensors_is_refused(target: Target, tmp_path: Path) -> None:
+    (tmp_path / "style.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    with pytest.raises(AdapterMismatch, match="adapter 'style' has no tensors"):
+        AdapterFile.read("style", tmp_path / "style.safetensors", target)
+
+
+def test_a_file_that_changed_since_it_was_checked_is_not_loaded(
+    target: Target, tmp_path: Path
+) -> None:
+    file = read(tmp_path, target, factors())
+    read(tmp_path, target, factors(rank=3))
+    with pytest.raises(AdapterMismatch, match="changed while it was read"):
+        file.load(CPU, torch.float32)
+    file.path.unlink()
+    with pytest.raises(AdapterMismatch, match="could not be read") as refused:
+        file.load(CPU, torch.float32)
+    assert str(tmp_path) not in refused.value.message

@@ -1,0 +1,138 @@
+"""A row with adapters is what diffusers makes of the same files, in every format it converts."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from server.models.adapters.adapter import RowAdapters, Weighted
+from server.models.adapters.adapter_file import AdapterFile
+from server.models.adapters.placing import Target
+from server.models.hosted import HostedModel
+from server.models.inputs import RowInputs
+from server.models.loading import load_model
+from server.models.unet_model import TEXT
+from tests.server.models.adapters import files
+from tests.server.models.adapters.low_rank import changes
+from tests.server.models.tiny_sdxl import BASE, make
+from tests.server.models.tiny_sdxl import saved as pipeline_saved
+
+pytest.importorskip("peft", reason="diffusers loads adapters through peft")
+
+# Peft's, about a second adapter, which is what is meant here.
+pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+
+PROMPT = "a large red circle"
+SIZE = (64, 64)
+UNET = "attentions|resnets|samplers|conv_(in|out)"
+"""Layers whose names kohya's scripts spell as diffusers does."""
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Any:
+    return make(BASE)
+
+
+@pytest.fixture(scope="module")
+def model(pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> HostedModel:
+    folder = pipeline_saved(pipeline, tmp_path_factory.mktemp("models") / "xl")
+    return load_model(folder, name="xl", device="cpu", dtype="float32")
+
+
+def parts(model: HostedModel, rank: int, seed: int, unet: str = UNET) -> files.Parts:
+    """Random changes of the U-Net and of both text encoders."""
+    within = {"unet": unet, "text_encoder": "layers", "text_encoder_2": "layers"}
+    return {
+        part: changes(network, rank, seed=seed, within=within[part])
+        for part, network in model.adaptable().items()
+    }
+
+
+def drawn() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(1, 4, 32, 32, generator=generator), torch.tensor([500.0])
+
+
+@torch.inference_mode()
+def ours(model: HostedModel, adapters: Sequence[Weighted]) -> tuple[Tensor, Tensor]:
+    """The encoded prompt and the U-Net's output."""
+    rows = RowAdapters((tuple(adapters),))
+    encoded = model.encode_prompts([PROMPT], *SIZE, rows)
+    inputs = RowInputs(model.stack(encoded), adapters=rows)
+    return encoded[0].tensors[TEXT], model.evaluate(*drawn(), inputs)
+
+
+@torch.no_grad()
+def theirs(pipeline: Any, loaded: Sequence[tuple[Path, float]]) -> tuple[Tensor, Tensor]:
+    adapted = copy.deepcopy(pipeline)
+    for path, _ in loaded:
+        adapted.load_lora_weights(path.parent, weight_name=path.name, adapter_name=path.stem)
+    adapted.set_adapters([path.stem for path, _ in loaded], [weight for _, weight in loaded])
+    told, _, pooled, _ = adapted.encode_prompt(
+        PROMPT, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+    )
+    sizes = torch.tensor([[*SIZE, 0.0, 0.0, *SIZE]])
+    added = {"text_embeds": pooled, "time_ids": sizes}
+    x, t = drawn()
+    return told[0], adapted.unet(x, t, told, added_cond_kwargs=added, return_dict=False)[0]
+
+
+def loaded(model: HostedModel, path: Path, weight: float) -> Weighted:
+    file = AdapterFile.read(path.stem, path, Target.of("xl", model.adaptable()))
+    return Weighted(file.load(model.device, model.dtype), weight)
+
+
+def assert_equal(model: HostedModel, pipeline: Any, adapters: Sequence[tuple[Path, float]]) -> None:
+    pairs = zip(
+        ours(model, [loaded(model, *one) for one in adapters]),
+        theirs(pipeline, adapters),
+        ours(model, ()),
+        strict=True,
+    )
+    for made, expected, plain in pairs:
+        assert float((made - expected).norm() / expected.norm()) < 1e-5
+        assert float((made - plain).norm() / plain.norm()) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("saved_as", "unet"),
+    [
+        (files.peft, ""),
+        (files.peft_with_config, ""),
+        (files.older, "attn|ff"),
+        (files.kohya, UNET),
+    ],
+    ids=["peft", "peft-with-config", "older-diffusers", "kohya-locon"],
+)
+def test_a_row_with_an_adapter_is_that_of_diffusers(
+    model: HostedModel, pipeline: Any, tmp_path: Path, saved_as: files.Format, unet: str
+) -> None:
+    made = saved_as(parts(model, 4, 1, unet))
+    assert_equal(model, pipeline, [(files.saved(made, tmp_path / "style.safetensors"), 0.7)])
+
+
+def test_several_adapters_of_unlike_ranks_are_composed_as_diffusers_does(
+    model: HostedModel, pipeline: Any, tmp_path: Path
+) -> None:
+    first = files.saved(files.kohya(parts(model, 3, 1)), tmp_path / "a.safetensors")
+    second = files.saved(files.peft(parts(model, 8, 2, "attn")), tmp_path / "b.safetensors")
+    assert_equal(model, pipeline, [(first, 0.6), (second, 0.3)])
+
+
+def test_blocks_numbered_as_in_the_original_code_of_stable_diffusion_xl_are_found(
+    model: HostedModel, pipeline: Any, tmp_path: Path
+) -> None:
+    """The third input block is the first attention of the second down block here."""
+    within = r"^down_blocks\.1\.attentions\.0\.transformer_blocks"
+    tensors, metadata = files.kohya(parts(model, 4, 1, within))
+    ours_to_theirs = ("down_blocks_1_attentions_0", "input_blocks_3_1")
+    renamed = {name.replace(*ours_to_theirs): tensor for name, tensor in tensors.items()}
+    assert renamed.keys() != tensors.keys()
+    path = files.saved((renamed, metadata), tmp_path / "style.safetensors")
+    assert_equal(model, pipeline, [(path, 1.0)])
