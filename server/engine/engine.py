@@ -72,6 +72,9 @@ embedded model the bits of a row depend on its place, at multiples of 4 they do 
 
 ADMITTED_A_TICK = 16
 
+ADMITTED_BESIDE_LIVE = 2
+"""Ordinary images likewise while live frames are expected, which wait while these are encoded."""
+
 LEAST_THROUGHPUT = 0.8
 """Share of the best that live ticks reach, even if they take longer than wished: where one row
 alone takes that long, ticks of one row would only make all frames late."""
@@ -313,7 +316,8 @@ class Engine:
     def _admit(self) -> None:
         """Take in newcomers, and let go of what was cancelled, before any work is done for it."""
         with self._wake:
-            newcomers = self._arrived.take(ADMITTED_A_TICK)
+            ordinary = ADMITTED_BESIDE_LIVE if self._expects_live else ADMITTED_A_TICK
+            newcomers = self._arrived.take(ADMITTED_A_TICK, ordinary)
         self._active.extend(newcomers)
         cancelled = {sequence for sequence in self._active if sequence.submission.cancelled}
         for sequence in cancelled:
@@ -324,7 +328,10 @@ class Engine:
         for sequence, error in self._admission.admit(staying):
             self._fail(sequence, error)
         if staying:
-            self.measurements.encode_s += perf_counter() - began
+            seconds = perf_counter() - began
+            self.measurements.encode_s += seconds
+            live = sum(sequence.live for sequence in staying) / len(staying)
+            self._share_out(live_s=live * seconds, ordinary_s=(1 - live) * seconds)
 
     def _select(self) -> list[Sequence]:
         tick = self.measurements.ticks
@@ -372,8 +379,18 @@ class Engine:
 
     def _longest_ordinary_s(self) -> float:
         """A live frame that comes during a tick waits for no longer than there was none."""
-        away_s = monotonic() - self._live_at
-        return LONGEST_TICK_S if away_s > LIVE_PAUSE_S else min(self._live_tick_s, away_s)
+        if not self._expects_live:
+            return LONGEST_TICK_S
+        return min(self._live_tick_s, monotonic() - self._live_at)
+
+    @property
+    def _expects_live(self) -> bool:
+        return monotonic() - self._live_at < LIVE_PAUSE_S
+
+    def _share_out(self, *, live_s: float, ordinary_s: float) -> None:
+        """Count work beside the ticks towards the shares of live and ordinary images."""
+        if self._expects_live and not all(sequence.live for sequence in self._active):
+            self._shares = self._shares.after(live_s=live_s, ordinary_s=ordinary_s)
 
     def _weave(self, chosen: list[Sequence]) -> None:
         """Run a stage of the chosen; halve them on an error until it is one image's or group's."""
@@ -508,6 +525,7 @@ class Engine:
 
     def _collect(self, *, idle: bool) -> None:
         """Let the decoder work, and send what it has finished."""
+        before_s, live_before_s = self._decoder.seconds, self._decoder.live_s
         for sequence, outcome in self._decoder.work(idle=idle):
             if isinstance(outcome, Exception):
                 self._fail(sequence, outcome)
@@ -531,6 +549,8 @@ class Engine:
             self._leave(sequence)
             self._tell(sequence, sequence.listener.finished, sequence.index, outcome)
         self.measurements.decode_s = self._decoder.seconds
+        live_s = self._decoder.live_s - live_before_s
+        self._share_out(live_s=live_s, ordinary_s=self._decoder.seconds - before_s - live_s)
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
         if isinstance(error, Cancelled):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from server.engine.scheduler import Load, select, units_of, urgency
@@ -55,6 +55,16 @@ class Shares:
     credit: float = 0.0
     clock: float = 0.0
     had: Mapping[int, float] = field(default_factory=dict[int, float])
+
+    def after(self, *, live_s: float, ordinary_s: float) -> Shares:
+        """The same after work beside the ticks, such as encoding and decoding.
+
+        Args:
+            live_s: seconds of it for live images, while ordinary ones waited.
+            ordinary_s: seconds of it for ordinary images.
+        """
+        earned = ORDINARY_SHARE * (live_s + ordinary_s)
+        return replace(self, credit=self.credit + earned - ordinary_s)
 
 
 class Choice(NamedTuple):
@@ -119,9 +129,9 @@ def share_tick(
     seconds = costs.seconds(rows)
     for i in due:
         starts[_stream(units[i])] += seconds * units[i].rows / rows
-    earned = ORDINARY_SHARE * seconds if ordinary else 0.0
+    balance = shares.credit + (ORDINARY_SHARE * seconds if ordinary else 0.0)
     # What came along for nothing leaves no debt.
-    credit = max(0.0, shares.credit + earned - seconds * riders.rows / rows)
+    credit = max(min(0.0, balance), balance - seconds * riders.rows / rows)
     after = Shares(credit, clock, _ahead(starts, shares, clock))
     return Choice([i for unit in (*due, *riders.chosen) for i in members[unit]], after)
 
@@ -189,7 +199,7 @@ def _riders(
         if unit.lane != first.lane:
             continue
         longer_s = _lengthening(rows + unit.rows, wanted, room, costs)
-        if longer_s > credit or rows + unit.rows > room - first.rows:
+        if longer_s > max(0.0, credit) or rows + unit.rows > room - first.rows:
             break
         chosen.append(i)
         rows += unit.rows

@@ -30,14 +30,17 @@ class Arrivals:
         for sequence in sequences:
             (self._live if sequence.live else self._ordinary).append(sequence)
 
-    def take(self, most: int) -> list[Sequence]:
-        """The next images, more than ``most`` only where a group would be divided."""
-        taken: list[Sequence] = []
-        for queue in (self._live, self._ordinary):
-            while queue and (len(taken) < most or taken[-1].together_with(queue[0])):
-                taken.append(queue.popleft())
-        return taken
+    def take(self, live: int, ordinary: int) -> list[Sequence]:
+        """The next images, so many of each kind; more only where a group would be divided."""
+        return [*_taken(self._live, live), *_taken(self._ordinary, ordinary)]
 
     def take_all(self) -> list[Sequence]:
         """All images."""
-        return self.take(len(self))
+        return self.take(len(self), len(self))
+
+
+def _taken(queue: deque[Sequence], most: int) -> list[Sequence]:
+    taken: list[Sequence] = []
+    while queue and (len(taken) < most or taken[-1].together_with(queue[0])):
+        taken.append(queue.popleft())
+    return taken

@@ -61,10 +61,12 @@ class Decoder:
 
     Attributes:
         seconds: that the device has spent in decoding.
+        live_s: of these, on frames of live streams.
     """
 
     def __init__(self, device: torch.device, *, fixed: bool) -> None:
         self.seconds = 0.0
+        self.live_s = 0.0
         self._device = device
         self._fixed = fixed
         self._live: deque[Sequence] = deque()
@@ -181,7 +183,9 @@ class Decoder:
             log.error("images failed in decoding", exc_info=fetched)
             yield from ((sequence, fetched) for sequence in decoding.sequences)
             return
-        self.seconds += decoding.watch.seconds()
+        seconds = decoding.watch.seconds()
+        self.seconds += seconds
+        self.live_s += seconds if decoding.sequences[0].live else 0.0
         pixels, finite = fetched
         now = monotonic()
         rows = zip(decoding.sequences, finite.tolist(), pixels.numpy(), strict=True)

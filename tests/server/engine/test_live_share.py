@@ -60,10 +60,14 @@ class Stream:
 
 @dataclass
 class Simulation:
-    """The engine's choice of ticks against a cost curve, with nothing else that takes time."""
+    """The engine's choice of ticks against a cost curve.
+
+    Each finished image takes ``decode_s`` more; nothing else takes time.
+    """
 
     streams: list[Stream]
     curves: dict[int, Curve] = field(default_factory=lambda: {0: cpu})
+    decode_s: float = 0.0
     waiting: deque[Image] = field(default_factory=deque[Image])
     now: float = 0.0
     ticks: int = 0
@@ -137,11 +141,20 @@ class Simulation:
         )
 
     def _end(self, image: Image) -> None:
+        self._decode(image)
         if image.stream is None:
             self.done.append(image)
         else:
             self.frames[image.stream] += 1
             self.latencies.append(self.now - image.began)
+
+    def _decode(self, image: Image) -> None:
+        self.now += self.decode_s
+        self.seconds[image.stream] += self.decode_s
+        live = image.stream is not None
+        if not all(other.stream is not None for other in self.waiting):
+            live_s, ordinary_s = (self.decode_s, 0.0) if live else (0.0, self.decode_s)
+            self.shares = self.shares.after(live_s=live_s, ordinary_s=ordinary_s)
 
     def fps(self, stream: int) -> float:
         return self.frames[stream] / self.now
@@ -209,6 +222,14 @@ def test_ordinary_images_get_their_share_however_many_streams_there_are(count: i
     ran.run(20)
     share = ran.seconds[None] / ran.now
     assert share == pytest.approx(ORDINARY_SHARE, rel=0.2)
+
+
+def test_what_is_done_beside_the_ticks_counts_too():
+    """Images of few steps take longer in the decoder than in the denoiser."""
+    ran = Simulation([Stream()], decode_s=0.05)
+    ran.ordinary(300, left=1)
+    ran.run(20)
+    assert ran.seconds[None] / ran.now == pytest.approx(ORDINARY_SHARE, rel=0.2)
 
 
 def test_an_image_wider_than_what_live_frames_leave_is_paid_for_in_the_end():

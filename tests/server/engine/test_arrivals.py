@@ -1,0 +1,40 @@
+"""Frames of live streams pass the others in the queue; groups stay together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from server.engine.scheduler import Priority
+from server.engine.state.arrivals import Arrivals
+from server.engine.state.sequence import Sequence
+from server.engine.state.submission import Submission
+from server.engine.task import Group
+
+
+@pytest.fixture
+def arrived(task, listen):
+    def make(**fields: Any) -> Sequence:
+        return Sequence(task(rule="none", **fields), 0, listen(1), Submission(1), 0)
+
+    return make
+
+
+def test_live_frames_pass_the_others_and_each_kind_has_its_number(arrived):
+    ordinary = [arrived() for _ in range(5)]
+    live = [arrived(priority=Priority.LIVE) for _ in range(3)]
+    queue = Arrivals()
+    queue.extend([*ordinary[:3], *live, *ordinary[3:]])
+    assert queue.take(2, 2) == [*live[:2], *ordinary[:2]]
+    assert list(queue) == [live[2], *ordinary[2:]]
+    assert queue.take_all() == [live[2], *ordinary[2:]]
+    assert not queue
+
+
+def test_a_group_is_not_divided(arrived):
+    group = Group()
+    members = [arrived(group=group) for _ in range(3)]
+    queue = Arrivals()
+    queue.extend([arrived(), *members, arrived()])
+    assert len(queue.take(16, 2)) == 4
