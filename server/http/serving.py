@@ -73,7 +73,7 @@ def run(settings: Settings, listeners: list[socket.socket]) -> int:
     from server.http.app import create_app
     from server.http.connection import connections
     from server.http.drain import CLOSE_S, DrainingServer
-    from server.http.websockets import WEBSOCKET_OPTIONS
+    from server.http.websockets import websocket_options
 
     failed: list[bool] = []
 
@@ -88,7 +88,7 @@ def run(settings: Settings, listeners: list[socket.socket]) -> int:
         server_header=False,
         access_log=False,
         timeout_graceful_shutdown=CLOSE_S,
-        **WEBSOCKET_OPTIONS,
+        **websocket_options(settings.streams),
     )
     server = DrainingServer(config, app.state.service, settings)
     for listener in listeners:

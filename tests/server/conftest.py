@@ -16,7 +16,7 @@ from starlette.testclient import TestClient
 
 from server.http.app import create_app
 from server.http.connection import connections
-from server.http.websockets import WEBSOCKET_OPTIONS
+from server.http.websockets import websocket_options
 from server.settings import Limits, Settings
 
 PATIENCE_S = 120
@@ -34,7 +34,7 @@ class Running:
             port=0,
             log_level="warning",
             access_log=False,
-            **WEBSOCKET_OPTIONS,
+            **websocket_options(settings.streams),
         )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, name="uvicorn")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import httpx2
@@ -12,6 +13,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from server.engine.state.sequence import Sequence
+from server.engine.tick import newcomers
+from server.engine.tick.pictures import encode_pictures
+from server.models.hosted import HostedModel
 from tests.server.conftest import Running
 from tests.server.stream_client import SMALL, Output, StreamClient, file_of, opened, pixels_of
 
@@ -173,12 +178,14 @@ def test_like_frames_are_answered_with_the_image_before_until_too_many_were(
 def test_without_input_frames_a_stream_makes_images_of_the_prompt(
     client_of_stream: StreamClient, alone: Alone
 ) -> None:
-    client_of_stream.settings(**SMALL | {"source": "text", "seed_step": 3, "max_fps": 20})
+    client_of_stream.settings(
+        **SMALL | {"source": "text", "seed_step": 3, "max_fps": 20, "steps": 1}
+    )
     outputs = [client_of_stream.output() for _ in range(3)]
     assert [one.header["seed"] for one in outputs] == [5, 8, 11]
     assert outputs[0].header["source"] is None
     for one in outputs:
-        assert np.array_equal(one.pixels, alone(None, seed=one.header["seed"]))
+        assert np.array_equal(one.pixels, alone(None, seed=one.header["seed"], steps=1))
 
 
 def test_an_image_that_nothing_changes_is_made_once(
@@ -230,3 +237,37 @@ def test_a_full_queue_is_no_error_and_the_newest_frame_waits_for_room(
         time.sleep(0.2)
     output = client_of_stream.output()
     assert (output.header["source"], output.header["dropped"]) == (2, 2)
+
+
+def test_streams_of_different_settings_share_forwards_and_calls_of_the_encoder(
+    running: Running, alone: Alone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[int] = []
+
+    def counting(model: HostedModel, members: list[Sequence], *, fixed: bool) -> None:
+        encoded.append(len(members))
+        encode_pictures(model, members, fixed=fixed)
+
+    monkeypatch.setattr(newcomers, "encode_pictures", counting)
+    ticks = running.app.state.service.engine.measurements.rows_per_tick
+    before = dict(ticks)
+    of_each = [
+        {"prompt": "a red circle", "sampler": "euler", "guidance": "none"},
+        {"prompt": BLUE, "sampler": "lcm", "guidance": "cfg"},
+        {"prompt": "a green triangle", "sampler": "ddim", "seed": 9},
+    ]
+    frame = file_of(60)
+    with ExitStack() as stack:
+        clients = [stack.enter_context(opened(running.url)) for _ in of_each]
+        for client, fields in zip(clients, of_each, strict=True):
+            client.settings(**SMALL | fields)
+        outputs: list[list[Output]] = []
+        while not outputs or max(encoded) == 1:
+            assert len(outputs) < 30, "no two frames were encoded together"
+            for client in clients:
+                client.tell(frame)
+            outputs.append([client.output() for client in clients])
+    running.settle()
+    assert any(rows > 2 and count > before.get(rows, 0) for rows, count in ticks.items())
+    for made, fields in zip(outputs[-1], of_each, strict=True):
+        assert np.array_equal(made.pixels, alone(frame, **fields)), fields
