@@ -13,7 +13,6 @@
     |- Forbidden                     403  the Host or Origin header is not allowed
     |- UnknownModel                  404  no model of that name is hosted
     |- UnknownGeneration             404  no generation of that identifier is running
-    |- TimedOut                      408  the client sent or read nothing for too long
     |- DuplicateGeneration           409  the identifier is in use by a running generation
     |- Cancelled                     409  the client cancelled the generation
     |- Overloaded                    429  the queue is full
@@ -49,7 +48,6 @@ __all__ = [
     "Overloaded",
     "RequestTimeout",
     "RowFailed",
-    "TimedOut",
     "TooLarge",
     "Unauthorized",
     "UnknownGeneration",
@@ -141,7 +139,7 @@ class TooLarge(InvalidRequest):
 
 
 class RequestTimeout(InvalidRequest):
-    """The request did not arrive in time."""
+    """The request, or the next message of a stream, did not arrive in time."""
 
     status = 408
     code = "request_timeout"
@@ -187,14 +185,6 @@ class UnknownGeneration(WeftError):
 
     def __init__(self, identifier: str) -> None:
         super().__init__(f"No generation {identifier!r} is running.", field="id")
-
-
-class TimedOut(WeftError):
-    """The client sent nothing, or did not read what was sent to it, for too long."""
-
-    status = 408
-    type = "invalid_request_error"
-    code = "timed_out"
 
 
 class DuplicateGeneration(WeftError):

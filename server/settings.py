@@ -71,6 +71,12 @@ class StreamLimits(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     sessions: int = Field(default=16, ge=0, le=4096, description="Streams open at once.")
+    sessions_per_key: int | None = Field(
+        default=None,
+        ge=1,
+        le=4096,
+        description="Streams open at once with the same API key. Default: as many as in all.",
+    )
     in_flight: int = Field(
         default=8, ge=1, le=64, description="Frames of one stream in the engine at once."
     )

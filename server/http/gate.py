@@ -16,6 +16,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.api_keys import ApiKey
 from server.errors import Forbidden, TooLarge, Unauthorized, WeftError
 from server.http import documents
 from server.settings import Settings
@@ -106,7 +107,8 @@ class Gate:
             self._check_origin(headers.getlist("origin"), host)
         if self._keys and path not in PUBLIC:
             socket_key = _key_in_subprotocol(scope.get("subprotocols", ()))
-            self._check_key(socket_key or headers.getlist("authorization"))
+            key = self._key(socket_key or headers.getlist("authorization"))
+            scope.setdefault("state", {})["api_key"] = key
         announced = headers.get("content-length", "0")
         most = self._body_bytes if scope.get("method") in WITH_BODY else BODILESS_BYTES
         if not announced.isdecimal() or int(announced) > most:
@@ -146,12 +148,13 @@ class Gate:
             return False
         return page_port == port and (page.hostname == name or page.hostname in self._hosts)
 
-    def _check_key(self, values: Sequence[str]) -> None:
+    def _key(self, values: Sequence[str]) -> ApiKey:
         scheme, _, key = values[0].partition(" ") if len(values) == 1 else ("", "", "")
         # Every key is compared, so that the time taken says nothing about which one it is.
-        known = [one.opens_for(key.strip()) for one in self._keys]
-        if scheme.lower() != "bearer" or not any(known):
+        known = [one for one in self._keys if one.opens_for(key.strip())]
+        if scheme.lower() != "bearer" or not known:
             raise Unauthorized("A valid API key is required; send 'Authorization: Bearer <key>'.")
+        return known[0]
 
 
 def _key_in_subprotocol(offered: Sequence[str]) -> list[str]:

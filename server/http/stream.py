@@ -12,7 +12,7 @@ from typing import Any, Final
 from fastapi import APIRouter, WebSocket, WebSocketDisconnect
 from starlette.types import Message
 
-from server.errors import NotReady, TimedOut, TooLarge, WeftError
+from server.errors import NotReady, RequestTimeout, TooLarge, WeftError
 from server.http.errors import answer, body_of
 from server.requests.stream_schema import message_fields
 from server.service.stream import StreamSession
@@ -48,7 +48,7 @@ async def stream(websocket: WebSocket) -> None:
     """Frames in, images out."""
     streams: Streams = websocket.app.state.streams
     try:
-        session = streams.open()
+        session = streams.open(websocket.scope.get("state", {}).get("api_key"))
     except WeftError as refusal:
         await websocket.send_denial_response(answer(refusal))
         return
@@ -110,16 +110,16 @@ class Conversation:
         """The next message of the client.
 
         Raises:
-            TimedOut: there is none in time.
+            RequestTimeout: there is none in time.
         """
         while (left := self._silent_until() - monotonic()) > 0:
             with contextlib.suppress(TimeoutError):
                 return await asyncio.wait_for(self._websocket.receive(), left)
         if self._session.begun:
-            raise TimedOut(
+            raise RequestTimeout(
                 f"Nothing was sent or received for {self._limits.idle_s:g} s; the stream ends."
             )
-        raise TimedOut(f"No settings arrived within {FIRST_SETTINGS_S:g} s; the stream ends.")
+        raise RequestTimeout(f"No settings arrived within {FIRST_SETTINGS_S:g} s; the stream ends.")
 
     def _silent_until(self) -> float:
         if self._session.begun:
@@ -178,7 +178,7 @@ class Conversation:
         code = INTERNAL_ERROR
         if isinstance(error, NotReady):
             code = SERVICE_RESTART
-        elif isinstance(error, TimedOut):
+        elif isinstance(error, RequestTimeout):
             code = POLICY_VIOLATION
         reason = error.message.encode()[:MOST_REASON_BYTES].decode(errors="ignore")
         with contextlib.suppress(TimeoutError, *GONE):

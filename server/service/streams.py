@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from typing import Final
 
+from server.api_keys import ApiKey
 from server.errors import Overloaded
 from server.service.service import Service
 from server.service.stream import StreamSession
@@ -26,7 +27,7 @@ class Streams:
     Attributes:
         counts: of all sessions.
         limits: the operator's.
-        sessions: that are open.
+        sessions: that are open, each with the API key that opened it.
     """
 
     def __init__(self, service: Service, settings: Settings) -> None:
@@ -34,7 +35,7 @@ class Streams:
         self._service = service
         self.limits = settings.streams
         self._image_limits = settings.limits
-        self.sessions: set[StreamSession] = set()
+        self.sessions: dict[StreamSession, ApiKey | None] = {}
 
     def __len__(self) -> int:
         return len(self.sessions)
@@ -48,19 +49,18 @@ class Streams:
         await self._service.leaving.wait()
         self._service.ready_engine()
 
-    def open(self) -> StreamSession:
+    def open(self, key: ApiKey | None) -> StreamSession:
         """A new session, which the caller must :meth:`close`, whatever happens.
+
+        Args:
+            key: that the client has; None if the server has none.
 
         Raises:
             Overloaded: as many sessions are open as may be.
             NotReady: the models are still loading, or the server is broken or about to stop.
         """
         self._service.ready_engine()
-        most = self.limits.sessions
-        if len(self.sessions) >= most:
-            raise Overloaded(
-                RETRY_AFTER_S, f"{len(self.sessions)} streams are open; at most {most} are allowed."
-            )
+        self._check_room(key)
         session = StreamSession(
             self._service,
             self._image_limits,
@@ -68,11 +68,23 @@ class Streams:
             SessionCounts(self.counts),
             f"stream-{uuid.uuid4().hex}",
         )
-        self.sessions.add(session)
+        self.sessions[session] = key
         self.counts.opened += 1
         return session
 
     def close(self, session: StreamSession) -> None:
         """End a session; its frames under way end at the engine's next tick."""
-        self.sessions.discard(session)
+        self.sessions.pop(session, None)
         session.close()
+
+    def _check_room(self, key: ApiKey | None) -> None:
+        opened, most = len(self.sessions), self.limits.sessions
+        if opened >= most:
+            raise Overloaded(
+                RETRY_AFTER_S, f"{opened} streams are open; at most {most} are allowed."
+            )
+        own, most = list(self.sessions.values()).count(key), self.limits.sessions_per_key
+        if key is not None and most is not None and own >= most:
+            raise Overloaded(
+                RETRY_AFTER_S, f"{own} streams are open with this key; at most {most} are allowed."
+            )

@@ -15,6 +15,8 @@ import pytest
 from starlette.testclient import TestClient, WebSocketDenialResponse
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
+from server.api_keys import ApiKey
+from server.errors import Overloaded
 from server.http import stream
 from server.settings import StreamLimits
 from tests.server.conftest import Running
@@ -125,6 +127,21 @@ def test_a_bad_frame_is_named_and_the_next_one_is_served(
     assert after.image == before.image
 
 
+def test_a_frame_that_fails_in_the_engine_is_named_and_the_next_one_is_served(
+    running: Running, speaker: StreamClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = speaker.turned(file_of(70))
+    model = running.app.state.service.model(None)
+    encode = model.encode_image
+    monkeypatch.setattr(model, "encode_image", lambda pixels: encode(pixels) * float("nan"))
+    speaker.tell(file_of(70))
+    said = speaker.heard()
+    assert (said["error"]["code"], said["frame"], said["source"]) == ("image_failed", 1, 1)
+    monkeypatch.undo()
+    after = speaker.turned(file_of(70))
+    assert (after.header["frame"], after.image) == (2, before.image)
+
+
 def test_a_frame_of_too_many_pixels_is_refused_by_its_header(speaker: StreamClient) -> None:
     speaker.tell(file_of(0, size=(4000, 2200)))
     said = speaker.heard()
@@ -192,7 +209,7 @@ def test_silent_clients_are_told_so_and_leave(
         with opened(running.url) as client:
             if first:
                 client.settings(**first)
-            assert client.heard()["error"]["code"] == "timed_out"
+            assert client.heard()["error"]["code"] == "request_timeout"
             with pytest.raises(ConnectionClosed) as closed:
                 client.heard()
             assert closed.value.rcvd is not None
@@ -238,6 +255,24 @@ def test_streams_beyond_the_limit_are_refused_before_they_open(
     running.wait(lambda: len(running.app.state.streams) == 0)
     with opened(running.url) as client:
         client.settings(**SMALL)
+
+
+def test_streams_of_one_key_leave_room_for_those_of_another(
+    running: Running, limited: Callable[..., None]
+) -> None:
+    limited(sessions=3, sessions_per_key=1)
+    streams, keys = running.app.state.streams, [ApiKey(bytes([k])) for k in range(2)]
+
+    async def open_some() -> None:
+        one_of_each = [streams.open(key) for key in keys]
+        with pytest.raises(Overloaded, match="1 streams are open with this key; at most 1"):
+            streams.open(keys[0])
+        streams.close(one_of_each[0])
+        one_of_each[0] = streams.open(keys[0])
+        for session in one_of_each:
+            streams.close(session)
+
+    asyncio.run(open_some())
 
 
 KEY = "a-key-of-32-characters-or-so-/+="
