@@ -49,7 +49,7 @@ class Streams:
         await self._service.leaving.wait()
         self._service.ready_engine()
 
-    def open(self, key: ApiKey | None) -> StreamSession:
+    def open(self, key: ApiKey | None = None) -> StreamSession:
         """A new session, which the caller must :meth:`close`, whatever happens.
 
         Args:
