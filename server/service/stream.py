@@ -215,6 +215,10 @@ class StreamSession:
         return sum(not frame.done for frame in self._under_way)
 
     @property
+    def _in_denoiser(self) -> int:
+        return sum(not (frame.denoised or frame.done) for frame in self._under_way)
+
+    @property
     def _outgoing(self) -> int:
         finished = sum(frame.done for frame in self._under_way)
         return finished + (self._sending is not None)
@@ -309,6 +313,8 @@ class StreamSession:
             and not settings.paused
             and self._outgoing < OUTGOING
             and self._in_engine < current.in_flight
+            # One is left for the decoder: the next frame is encoded while it is decoded.
+            and self._in_denoiser < max(1, current.in_flight - 1)
         )
 
     async def _take_in(self, current: Current) -> None:

@@ -91,6 +91,7 @@ class Frame:
         output_format: of its output.
         submitted: time at which it was given to the engine.
         started: whether its first evaluation has begun, or it has ended before.
+        denoised: whether its last evaluation is done; what is left is to decode it.
         skipped: whether the similarity filter skipped it.
         result: of the engine.
         error: why there is no result.
@@ -104,6 +105,7 @@ class Frame:
     number: int | None = None
     submitted: float = 0.0
     started: bool = False
+    denoised: bool = False
     skipped: bool = False
     result: ImageResult | None = None
     error: WeftError | None = None
@@ -137,6 +139,8 @@ class FrameListener:
 
     def progress(self, index: int, step: int, steps: int, preview: np.ndarray | None) -> None:
         """A step is done (called in the engine's thread)."""
+        if step == steps:
+            self._tell(self._denoise)
 
     def finished(self, index: int, result: ImageResult) -> None:
         """The frame is finished (called in the engine's thread)."""
@@ -155,6 +159,10 @@ class FrameListener:
 
     def _start(self) -> None:
         self._frame.started = True
+        self._changed()
+
+    def _denoise(self) -> None:
+        self._frame.denoised = True
         self._changed()
 
     def _finish(self, result: ImageResult) -> None:

@@ -188,6 +188,19 @@ def test_without_input_frames_a_stream_makes_images_of_the_prompt(
         assert np.array_equal(one.pixels, alone(None, seed=one.header["seed"], steps=1))
 
 
+def test_one_of_the_frames_in_flight_is_there_to_be_decoded(
+    running: Running, client_of_stream: StreamClient
+) -> None:
+    """More of them in the denoiser at once would only make all of them late."""
+    measured = running.app.state.service.engine.measurements
+    before = measured.rows_per_tick.copy()
+    fields = {"source": "text", "seed_step": 1, "steps": 8, "guidance": "none", "in_flight": 3}
+    client_of_stream.settings(**SMALL | fields)
+    for _ in range(3):
+        client_of_stream.output()
+    assert max(measured.rows_per_tick - before) == 2
+
+
 def test_an_image_that_nothing_changes_is_made_once(
     running: Running, client_of_stream: StreamClient
 ) -> None:
