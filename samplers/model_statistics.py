@@ -24,12 +24,13 @@ where alpha is 1.
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch.func import jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
     from samplers.noise_schedule import NoiseSchedule
 
     Denoise: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["Mixture", "SamplesDone", "along_time", "compute_statistics"]
 
@@ -511,21 +514,25 @@ class _Store:
         self._description = description
 
     def read(self, index: int, most: int) -> Moments | None:
-        """What an earlier run summed up at a point.
+        """What an earlier run summed up at a point; None if that cannot be read.
 
         Raises:
             ValueError: it was another run, or used more than ``most`` samples.
         """
         if self._folder is None or not (file := self._file(self._folder, index)).exists():
             return None
-        with safe_open(file, "pt") as content:
-            metadata: dict[str, str] = content.metadata()
-            sums = content.get_tensor("sums")
-        if metadata["description"] != self._description:
+        try:
+            with safe_open(file, "pt") as content:
+                metadata: dict[str, str] = content.metadata() or {}
+                sums = content.get_tensor("sums")
+            description, count = metadata["description"], int(metadata["count"])
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            logger.warning("%s cannot be read and is computed again: %s", file, error)
+            return None
+        if description != self._description:
             raise ValueError(
                 f"checkpoint {str(self._folder)!r} is of another run; remove it or name another."
             )
-        count = int(metadata["count"])
         if count > most:
             raise ValueError(
                 f"samples is {most}, and checkpoint {str(self._folder)!r} holds {count}; ask for "

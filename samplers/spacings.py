@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from difflib import get_close_matches
-from importlib.metadata import entry_points
-from typing import TYPE_CHECKING
 
 from samplers.align_your_steps import AlignYourSteps
 from samplers.angles import Angles
@@ -12,9 +10,11 @@ from samplers.beta import Beta
 from samplers.bong_tangent import BongTangent
 from samplers.custom_times import Custom
 from samplers.exponential import Exponential
+from samplers.installed import with_installed
 from samplers.kl_optimal import KLOptimal
 from samplers.laplace import Laplace
 from samplers.linear_quadratic import LinearQuadratic
+from samplers.spacing import Spacing
 from samplers.timesteps import (
     Karras,
     LCMSpacing,
@@ -26,28 +26,28 @@ from samplers.timesteps import (
     Trailing,
 )
 
-if TYPE_CHECKING:
-    from samplers.spacing import Spacing
-
-SPACINGS: tuple[type[Spacing], ...] = (
-    Leading,
-    Trailing,
-    Linspace,
-    SGMUniform,
-    TimeQuadratic,
-    Karras,
-    LogSNR,
-    Exponential,
-    Beta,
-    KLOptimal,
-    LinearQuadratic,
-    Laplace,
-    BongTangent,
-    AlignYourSteps,
-    LCMSpacing,
-    Angles,
-    Custom,
-    *(entry.load() for entry in entry_points(group="weft.spacings")),
+SPACINGS: tuple[type[Spacing], ...] = with_installed(
+    "weft.spacings",
+    Spacing,
+    (
+        Leading,
+        Trailing,
+        Linspace,
+        SGMUniform,
+        TimeQuadratic,
+        Karras,
+        LogSNR,
+        Exponential,
+        Beta,
+        KLOptimal,
+        LinearQuadratic,
+        Laplace,
+        BongTangent,
+        AlignYourSteps,
+        LCMSpacing,
+        Angles,
+        Custom,
+    ),
 )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +14,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from guidance import POLICIES, Policy, Rule
-from guidance.linear_fit import LinearFit, moments, residual, solve
+from guidance.linear_fit import FitIdentity, LinearFit, moments, residual, solve
 from guidance.loop import guide
 from guidance.policy import steps_of
 from samplers import Plan, integrate, preconditioning
 from server.engine.state.noise import stage_noise, start_noise
 from server.errors import InvalidRequest
+from server.fitting.kept_sums import KeptSums
 from server.fitting.samples import prompts_for
 from server.models.hosted import HostedModel
 from server.models.linear_fits import PREFIX, fit_file, identity_of
@@ -109,12 +112,27 @@ def store(
     layout = resolved.sampler, resolved.spacing, resolved.steps
     schedule = model.schedule(resolved.width, resolved.height, resolved.steps)
     plan = make_plan(schedule, *layout, None)
+    identity = identity_of(model.facts.revision, plan, rule, policy.fit_period)
+    file = fit_file(folder, resolved.sampler.name, resolved.steps, identity)
+    kept = KeptSums(file.with_suffix(".sums"), _description(identity, prompts, runs.seed))
     made = fit(
-        model, plan, rule, policy, prompts, runs, lambda done: tell("runs", done, runs.count)
+        model,
+        plan,
+        rule,
+        policy,
+        prompts,
+        runs,
+        lambda done: tell("runs", done, runs.count),
+        kept,
     )
-    file = fit_file(folder, resolved.sampler.name, resolved.steps, made.identity)
     made.save(file)
+    kept.drop()
     return file
+
+
+def _description(identity: FitIdentity, prompts: Sequence[str], seed: int) -> str:
+    digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+    return json.dumps([asdict(identity), digest, seed])
 
 
 def fit(
@@ -125,6 +143,7 @@ def fit(
     prompts: Sequence[str],
     runs: Runs,
     tell: Callable[[int], None],
+    kept: KeptSums | None = None,
 ) -> LinearFit:
     """Coefficients of a plan and a rule, branch by branch, by least squares over runs of the model.
 
@@ -138,16 +157,22 @@ def fit(
         prompts: taken in turn; there is no negative prompt.
         runs: how many, and which.
         tell: called with the number of runs that are done.
+        kept: where an earlier fit of the same left off.
+
+    Raises:
+        InvalidRequest: no runs are asked for.
     """
+    kept = kept or KeptSums(None, "")
     evaluated = steps_of(np.array(plan.step)) % policy.fit_period == 0
-    sums: NDArray[np.float64] | None = None
-    for first in range(0, runs.count, runs.chunk):
+    done, sums = kept.read(runs.count)
+    for first in range(done, runs.count, runs.chunk):
         numbers = range(first, min(first + runs.chunk, runs.count))
         chosen = [prompts[k % len(prompts)] for k in numbers]
         cond, *others = _run(model, plan, rule, chosen, [runs.seed + k for k in numbers])
         part = np.stack([moments(cond, other, evaluated) for other in others])
         sums = part if sums is None else sums + part
-        tell(numbers[-1] + 1)
+        kept.keep(numbers.stop, sums)
+        tell(numbers.stop)
     if sums is None:
         raise InvalidRequest("runs", "runs is 0; at least 1 is needed.")
     coefficients = [solve(branch) for branch in sums]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import samplers
+from guidance import RULES
 from samplers import DDIM, SAMPLERS, SPACINGS, NoiseSchedule, UniPC, integrate
 from samplers.gaussian import GaussianDenoiser
 from tests.samplers.cases import EDM, FLOW, VP
@@ -70,6 +71,40 @@ def test_classes_of_installed_packages_join_whatever_is_imported_first(
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "Mine [1.0, 0.75, 0.5, 0.25, 0.0]"
+
+
+BROKEN = {
+    "raises": "raise RuntimeError('a bad day')",
+    "absent": "",
+    "no_sampler": "class Mine: ...",
+    "taken": "from samplers import DDIM as Mine",
+}
+
+
+def test_a_plug_in_that_cannot_be_used_is_named_and_left_out(tmp_path: Path) -> None:
+    described = tmp_path / "plugin-1.0.dist-info"
+    described.mkdir()
+    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: plugin\nVersion: 1.0\n")
+    (tmp_path / "fine.py").write_text(PLUGIN)
+    groups = ["[weft.samplers]", *(f"{name} = {name}:Mine" for name in (*BROKEN, "fine"))]
+    groups += ["[weft.guidance_rules]", "raises = raises:Mine"]
+    (described / "entry_points.txt").write_text("\n".join(groups))
+    for name, source in BROKEN.items():
+        (tmp_path / f"{name}.py").write_text(source)
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "from samplers import SAMPLERS; from guidance import RULES\n"
+        "print(SAMPLERS[-1].__name__, len({kind.__name__ for kind in SAMPLERS}), len(RULES))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["Mine", str(len(SAMPLERS) + 1), str(len(RULES))]
+    warnings = done.stderr.strip().splitlines()
+    assert [line.partition(" of plugin is left out: ")[0] for line in warnings] == [
+        *(f"weft.samplers {name!r}" for name in BROKEN),
+        "weft.guidance_rules 'raises'",
+    ]
+    for said in ("a bad day", "no attribute 'Mine'", "not a subclass", "'ddim' is taken"):
+        assert said in done.stderr
 
 
 @pytest.mark.parametrize(

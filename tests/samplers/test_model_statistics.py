@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 import samplers
@@ -343,6 +344,36 @@ def test_a_stopped_run_goes_on_to_the_same_result(tmp_path: Path, mode_of_files:
     assert {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {mode_of_files}
     with pytest.raises(ValueError, match=r"samples is 16, and checkpoint .* holds 24"):
         run(16, folder)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign"])
+def test_a_part_that_cannot_be_read_is_computed_again(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run() -> tuple[samplers.Statistics, list[int]]:
+        told: list[int] = []
+        (found,) = compute_statistics(
+            for_all(gaussian(VP)),
+            VP,
+            drawn(4),
+            count=4,
+            points=3,
+            checkpoint=tmp_path,
+            tell=lambda progress: told.append(progress.done),
+        )
+        return found, told
+
+    whole, _ = run()
+    part = sorted(tmp_path.iterdir())[1]
+    if damage == "truncated":
+        part.write_bytes(part.read_bytes()[:-8])
+    else:
+        save_file({"sums": torch.zeros(2)}, part)
+    again, told = run()
+    assert told == [8]
+    assert f"{part} cannot be read and is computed again" in caplog.text
+    assert np.array_equal(again.l, whole.l)
+    assert run()[1] == []
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:

@@ -94,6 +94,47 @@ def test_progress_is_told_and_the_file_found_again(tmp_path: Path) -> None:
     assert made.coefficients.shape == (4, TERMS)
 
 
+class Stopped(Exception):
+    """Ends a run part way."""
+
+
+def test_a_stopped_fit_goes_on_where_it_was(tmp_path: Path) -> None:
+    guidance = {"name": "cfg", "policy": "linear_adaptive"}
+    request = GenerateRequest.model_validate(
+        {"prompt": "", "steps": 4, "sampler": "ddim", "guidance": guidance}
+    )
+    heard: list[int] = []
+
+    def store_in(folder: Path, stop_at: int = 0, prompts: list[str] = PROMPTS) -> LinearFit:
+        def tell(_: str, done: int, __: int) -> None:
+            heard.append(done)
+            if done == stop_at:
+                raise Stopped
+
+        model = Toy()
+        resolved = resolve(request, model, Limits(), None)
+        heard.clear()
+        return LinearFit.load(store(model, folder, resolved, prompts, Runs(6, chunk=2), tell))
+
+    whole = store_in(tmp_path / "whole")
+    stopped = tmp_path / "stopped"
+    with pytest.raises(Stopped):
+        store_in(stopped, stop_at=4)
+    (kept,) = (stopped / "weft").iterdir()
+    part = kept.read_bytes()
+    resumed = store_in(stopped)
+    assert heard == [6]
+    assert np.array_equal(resumed.coefficients, whole.coefficients)
+    assert not kept.exists()
+    # Neither a damaged part nor one of other prompts is gone on from.
+    kept.write_bytes(part[:-8])
+    store_in(stopped)
+    assert heard == [2, 4, 6]
+    kept.write_bytes(part)
+    store_in(stopped, prompts=PROMPTS[1:])
+    assert heard == [2, 4, 6]
+
+
 @pytest.mark.parametrize(
     ("guidance", "reason"),
     [
