@@ -17,10 +17,17 @@ def write_whole(path: Path, content: bytes) -> None:
     Args:
         path: of the file; its folder is made.
         content: all of it.
+
+    Raises:
+        OSError: it cannot be written; what was there stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.writing")
     # What a stopped run left would keep the mode that it has.
     fresh.unlink(missing_ok=True)
-    fresh.write_bytes(content)
-    fresh.replace(path)
+    try:
+        fresh.write_bytes(content)
+        fresh.replace(path)
+    except OSError:
+        fresh.unlink(missing_ok=True)
+        raise

@@ -37,7 +37,8 @@ app = typer.Typer(
 )
 console = Console(stderr=True)
 
-FORMATS: Final = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+INTERRUPTED: Final = 130
+"""Status of a process that Ctrl-C ended, as shells have it."""
 
 Models = Annotated[
     list[str] | None,
@@ -152,6 +153,9 @@ def generate(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Output file: .png, .jpg or .webp.")
     ] = Path("out.png"),
+    force: Annotated[
+        bool, typer.Option("--force", "-f", help="Overwrite the output file if it exists.")
+    ] = False,
     negative_prompt: Annotated[
         str | None,
         typer.Option("--negative-prompt", "--negative", help="What guidance steers away from."),
@@ -202,12 +206,19 @@ def generate(
     deterministic: Deterministic = None,
 ) -> None:
     """Generate images in this process, without a server."""
+    from server.errors import WeftError
+    from server.output_files import OutputFiles
+
     settings = _settings(
         models=model, adapters=adapters, device=device, dtype=dtype, deterministic=deterministic
     )
+    try:
+        files = OutputFiles(output, force=force)
+    except WeftError as error:
+        _refuse(error.message)
     request = _request(
         prompt=prompt,
-        output_format=_format_of(output),
+        output_format=files.output_format,
         negative_prompt=negative_prompt,
         sampler=_named(sampler),
         spacing=_named(spacing),
@@ -223,14 +234,17 @@ def generate(
         strength=strength,
         adapters=[_weighted(one) for one in adapter or ()],
     )
-    made = _with_bar(settings, request)
-    for note in made.notes:
-        console.print(note, style="dim", highlight=False, markup=False, soft_wrap=True)
-    for warning in made.warnings:
-        console.print(warning, style="yellow", highlight=False, markup=False, soft_wrap=True)
-    for path, data in _files(output, made):
-        path.write_bytes(data)
-        typer.echo(path)
+    try:
+        files.check(request.seed, request.n)
+        made = _with_bar(settings, request)
+        for note in made.notes:
+            console.print(note, style="dim", highlight=False, markup=False, soft_wrap=True)
+        for warning in made.warnings:
+            console.print(warning, style="yellow", highlight=False, markup=False, soft_wrap=True)
+        for path in files.write([(one.seed, one.data) for one in made.pictures]):
+            typer.echo(path)
+    except WeftError as error:
+        _refuse(error.message)
 
 
 @app.command()
@@ -470,14 +484,6 @@ def _base64_of(path: Path | None) -> str | None:
     return base64.b64encode(path.read_bytes()).decode()
 
 
-def _format_of(output: Path) -> str:
-    if output.suffix.lower() not in FORMATS:
-        _refuse(f"output is {str(output)!r}; the file must end in one of: {', '.join(FORMATS)}.")
-    if not output.absolute().parent.is_dir():
-        _refuse(f"output is {str(output)!r}, but that folder does not exist.")
-    return FORMATS[output.suffix.lower()]
-
-
 def _bars() -> Progress:
     from rich.progress import (
         BarColumn,
@@ -519,9 +525,12 @@ def _with_stages(work: Callable[[Tell], Result]) -> Result:
 
 def _with_bar(settings: Settings, request: GenerateRequest) -> Pictures:
     with _bars() as bar:
-        loading = bar.add_task("loading the model", total=None)
-        from server.errors import WeftError
+        loading = bar.add_task("starting", total=None)
+        from server.http.serving import end_process
         from server.service.one_shot import generate as make
+
+        def tell_loading(stage: str, done: int, total: int) -> None:
+            bar.update(loading, description=stage, completed=done, total=total or None)
 
         def tell(progress: Any) -> None:
             bar.update(loading, visible=False)
@@ -530,20 +539,10 @@ def _with_bar(settings: Settings, request: GenerateRequest) -> Pictures:
             bar.update(bar.tasks[progress.index + 1].id, completed=progress.step)
 
         try:
-            return asyncio.run(make(settings, request, tell))
-        except WeftError as error:
+            return asyncio.run(make(settings, request, tell, tell_loading))
+        except KeyboardInterrupt:
             bar.stop()
-            _refuse(error.message)
-
-
-def _files(output: Path, pictures: Pictures) -> list[tuple[Path, bytes]]:
-    """The file of each image; if there are several, their seeds tell them apart."""
-    if len(pictures.pictures) == 1:
-        return [(output, pictures.pictures[0].data)]
-    return [
-        (output.with_stem(f"{output.stem}-{picture.seed}"), picture.data)
-        for picture in pictures.pictures
-    ]
+            end_process(INTERRUPTED)
 
 
 def _refuse(sentence: str) -> NoReturn:

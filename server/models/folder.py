@@ -6,9 +6,12 @@ import hashlib
 import json
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from server.errors import ModelMismatch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 CHUNK = 1 << 22
 DERIVED = "weft"
@@ -96,10 +99,14 @@ def without_folder(error: Exception, file: Path) -> str:
     return str(error).replace(f"{file.parent}/", "")
 
 
-def revision_of(folder: Path) -> str:
+def revision_of(folder: Path, tell: Callable[[int, int], None] | None = None) -> str:
     """First 16 hexadecimal digits of the SHA-256 over all weights, by path.
 
     What Weft derived from them, in the folder ``weft``, does not count.
+
+    Args:
+        folder: of the model.
+        tell: called with the bytes that are read so far, and with those of all weights.
 
     Raises:
         ModelMismatch: there are no safetensors weights.
@@ -111,9 +118,13 @@ def revision_of(folder: Path) -> str:
             f"model folder {str(folder)!r} has no safetensors weights; other formats are refused."
         )
     digest = hashlib.sha256()
+    done, total = 0, sum(file.stat().st_size for file in files)
     for file in files:
         digest.update(str(file.relative_to(folder)).encode())
         with file.open("rb") as stream:
             while chunk := stream.read(CHUNK):
                 digest.update(chunk)
+                done += len(chunk)
+                if tell is not None:
+                    tell(done, total)
     return digest.hexdigest()[:16]

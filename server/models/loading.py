@@ -18,6 +18,7 @@ from server.models.stable_diffusion_xl import load_stable_diffusion_xl
 from server.models.statistics import ModelStatistics
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from server.models.hosted import HostedModel
@@ -32,7 +33,14 @@ FAMILIES = {
 """Loader of each pipeline class that a model folder may name."""
 
 
-def load_model(folder: Path, *, name: str, device: str, dtype: str) -> HostedModel:
+def load_model(
+    folder: Path,
+    *,
+    name: str,
+    device: str,
+    dtype: str,
+    tell: Callable[[int, int], None] | None = None,
+) -> HostedModel:
     """Load a diffusers-format folder; weights from safetensors only, no code from the folder.
 
     Args:
@@ -40,6 +48,7 @@ def load_model(folder: Path, *, name: str, device: str, dtype: str) -> HostedMod
         name: what requests call the model.
         device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda``, ``cuda:1``.
         dtype: ``auto`` (float16 on CUDA, else float32), ``float32``, ``float16``, ``bfloat16``.
+        tell: called with the bytes of the weights that are read so far, and with all of them.
 
     Raises:
         ModelMismatch: the folder is no model that can be hosted; the sentence says why.
@@ -54,7 +63,7 @@ def load_model(folder: Path, *, name: str, device: str, dtype: str) -> HostedMod
 
     disable_progress_bar()
     place = choose_device(device)
-    revision = revision_of(folder)
+    revision = revision_of(folder, tell)
     try:
         model = FAMILIES[family](folder, name, revision, place, choose_dtype(dtype, place))
         check_loaded(folder, model.modules())

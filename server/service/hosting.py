@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from threading import Thread
+from typing import Any, TypeAlias
 
 from server.engine.engine import Engine
 from server.models.adapters.placing import Target
@@ -15,9 +20,11 @@ from server.models.hosted import HostedModel
 from server.models.loading import load_model
 from server.settings import Settings
 
-__all__ = ["Hosted", "host"]
+__all__ = ["Hosted", "host", "host_aside"]
 
 log = logging.getLogger("weft")
+
+Tell: TypeAlias = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +39,7 @@ def host(
     settings: Settings,
     on_failure: Callable[[], None] | None = None,
     guessed_costs: Mapping[int, float] | None = None,
+    tell: Tell | None = None,
 ) -> Hosted:
     """Load the models and start the engine; takes seconds to minutes.
 
@@ -39,6 +47,7 @@ def host(
         settings: everything that may be set.
         on_failure: called, in the engine's thread, once the engine can never work again.
         guessed_costs: seconds of a tick by rows, instead of those that are measured at the start.
+        tell: called with what is being loaded, how much of it is done, and of how much, in MB.
 
     Raises:
         ModelMismatch: a folder does not hold a supported model.
@@ -50,7 +59,13 @@ def host(
             settings.models_folder,
         )
     models = {
-        name: load_model(folder, name=name, device=settings.device, dtype=settings.dtype)
+        name: load_model(
+            folder,
+            name=name,
+            device=settings.device,
+            dtype=settings.dtype,
+            tell=None if tell is None else partial(_in_megabytes, tell, f"loading {name} (MB)"),
+        )
         for name, folder in folders.items()
     }
     _give_adapters(models, folders, settings)
@@ -80,3 +95,33 @@ def _give_adapters(
         # Headers are read now, so that no request waits for all of them.
         if known := [file.name for file in model.adapters.available()]:
             log.info("%s: adapters %s", name, ", ".join(known))
+
+
+async def host_aside(work: Callable[[], Hosted]) -> Hosted:
+    """Call :func:`host` in a thread that a process which ends does not wait for.
+
+    Nothing interrupts the loading of a large model, and the event loop's own threads are waited
+    for.
+    """
+    loop = asyncio.get_running_loop()
+    hosted: asyncio.Future[Hosted] = loop.create_future()
+
+    def load() -> None:
+        try:
+            made = work()
+        except BaseException as error:  # noqa: BLE001 - whoever waits gets it
+            report(hosted.set_exception, error)
+        else:
+            report(hosted.set_result, made)
+
+    def report(settle: Callable[[Any], None], outcome: Any) -> None:
+        # A loop that is closed has nobody left who waits.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(lambda: None if hosted.done() else settle(outcome))
+
+    Thread(target=load, name="weft-loading", daemon=True).start()
+    return await hosted
+
+
+def _in_megabytes(tell: Tell, stage: str, done: int, total: int) -> None:
+    tell(stage, done // 2**20, total // 2**20)

@@ -7,21 +7,24 @@ from collections.abc import Callable
 
 from server.requests.schema import GenerateRequest
 from server.service.generation import Progress
-from server.service.hosting import Hosted, host
+from server.service.hosting import Hosted, Tell, host, host_aside
 from server.service.service import Pictures, Service
 from server.settings import Settings
 
 __all__ = ["generate"]
 
 POLL_S = 0.05
-ENGINE_STOP_S = 10.0
+LAST_TICK_S = 1.0
 
 GUESSED_COSTS = {1: 0.05, 64: 0.5}
 """Seconds of a tick by rows, from which a few images are run together; ticks correct them."""
 
 
 async def generate(
-    settings: Settings, request: GenerateRequest, tell: Callable[[Progress], None]
+    settings: Settings,
+    request: GenerateRequest,
+    tell: Callable[[Progress], None],
+    tell_loading: Tell,
 ) -> Pictures:
     """Load the models, generate the images of one request, and stop.
 
@@ -29,6 +32,7 @@ async def generate(
         settings: which models, and on which device.
         request: what to generate.
         tell: called with each report of progress.
+        tell_loading: called with what is being loaded, how much of it is done, and of how much.
 
     Raises:
         WeftError: the model cannot be hosted, or the request cannot be served.
@@ -36,11 +40,12 @@ async def generate(
     # How many rows every tick is to have, where that is fixed, has to be measured.
     measured = settings.deterministic and settings.row_budget is None
     guessed = None if measured else GUESSED_COSTS
-    hosted = await asyncio.to_thread(host, settings, guessed_costs=guessed)
+    hosted = await host_aside(lambda: host(settings, guessed_costs=guessed, tell=tell_loading))
     try:
+        tell_loading("warming up", 0, 0)
         return await _follow(hosted, settings, request, tell)
     finally:
-        await asyncio.to_thread(hosted.engine.stop, ENGINE_STOP_S)
+        await asyncio.to_thread(hosted.engine.stop, 0, LAST_TICK_S)
 
 
 async def _follow(

@@ -3,8 +3,11 @@ import os
 import re
 import shlex
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +200,58 @@ def test_a_server_without_its_model_ends(tmp_path: Path) -> None:
     assert "the models could not be loaded" in done.stderr
 
 
+INTERRUPTED = """
+import sys
+from pathlib import Path
+
+from server.cli import main
+from server.engine.engine import Engine
+
+flag = Path(sys.argv.pop(1))
+warm_up = Engine._warm_up
+
+
+def marked(self):
+    flag.touch()
+    while True:
+        warm_up(self)
+
+
+Engine._warm_up = marked
+main()
+"""
+"""`weft generate` that never gets beyond warming up, which it marks by a file."""
+
+
+def test_ctrl_c_ends_a_command_that_is_still_loading(tmp_path: Path) -> None:
+    flag, output = tmp_path / "loading", tmp_path / "out.png"
+    command = [sys.executable, "-c", INTERRUPTED, str(flag), "generate", PROMPT, "-o", str(output)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            until = time.monotonic() + 120
+            while not flag.exists():
+                assert time.monotonic() < until
+                assert process.poll() is None
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    assert "terminate called" not in said
+    assert not output.exists()
+
+
+def test_a_port_that_is_taken_is_said_before_anything_is_loaded(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        refused = weft("serve", "--port", str(port), "--model", str(tmp_path / "none"))
+    assert refused.exit_code == 2
+    said = f"port is {port}, which cannot be used on 127.0.0.1: address already in use;"
+    assert said in refused.stderr
+
+
 def test_linear_guidance_is_fitted_and_then_used(tmp_path: Path) -> None:
     left_out = shutil.ignore_patterns("weft")
     model = shutil.copytree(MODEL_FOLDER, tmp_path / "model", ignore=left_out)
@@ -215,6 +270,9 @@ def test_linear_guidance_is_fitted_and_then_used(tmp_path: Path) -> None:
     assert LinearFit.load(file).runs == 2
     made = weft(*generate)
     assert made.exit_code == 0, made.output
+    again = weft(*generate)
+    assert again.exit_code == 2
+    assert "which exists; choose another, or pass --force" in again.stderr
 
 
 def test_what_linear_guidance_cannot_be_fitted_to_is_said() -> None:

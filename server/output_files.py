@@ -1,0 +1,82 @@
+"""The image files that a command writes: checked before the work, written whole after it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from samplers.whole_file import write_whole
+from server.errors import InvalidRequest
+
+__all__ = ["OutputFiles"]
+
+FORMATS: Final = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+
+
+class OutputFiles:
+    """Where the images of one request go.
+
+    Args:
+        path: of the file. If there are several images, their seeds are added to its name.
+        force: overwrite files that exist.
+
+    Raises:
+        InvalidRequest: the file's name ends in no known format, or its folder cannot be written to.
+    """
+
+    def __init__(self, path: Path, *, force: bool) -> None:
+        self._path = path
+        self._force = force
+        suffix = path.suffix.lower()
+        if suffix not in FORMATS:
+            raise _refusal(path, f"; the file must end in one of: {', '.join(FORMATS)}")
+        folder = path.absolute().parent
+        if not folder.is_dir():
+            raise _refusal(path, ", but that folder does not exist")
+        if path.is_dir():
+            raise _refusal(path, ", which is a folder")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise _refusal(path, ", but that folder cannot be written to")
+        self.output_format = FORMATS[suffix]
+
+    def check(self, seed: int | None, count: int) -> None:
+        """Refuse to overwrite files, as far as their names are known before the work.
+
+        Raises:
+            InvalidRequest: one of them exists.
+        """
+        if count == 1:
+            self._check_free(self._path)
+        elif seed is not None:
+            for one in range(seed, seed + count):
+                self._check_free(self._of(one))
+
+    def write(self, images: Sequence[tuple[int, bytes]]) -> list[Path]:
+        """Write images, each with its seed, every file whole or not at all.
+
+        Raises:
+            InvalidRequest: a file exists or cannot be written.
+        """
+        written: list[Path] = []
+        for seed, data in images:
+            path = self._path if len(images) == 1 else self._of(seed)
+            self._check_free(path)
+            try:
+                write_whole(path, data)
+            except OSError as error:
+                raise _refusal(path, f", which cannot be written: {error.strerror}") from None
+            written.append(path)
+        return written
+
+    def _of(self, seed: int) -> Path:
+        return self._path.with_stem(f"{self._path.stem}-{seed}")
+
+    def _check_free(self, path: Path) -> None:
+        if path.exists() and not self._force:
+            raise _refusal(path, ", which exists; choose another, or pass --force to overwrite it")
+
+
+def _refusal(path: Path, reason: str) -> InvalidRequest:
+    return InvalidRequest("output", f"output is {str(path)!r}{reason}.")
