@@ -4,6 +4,7 @@ import base64
 import io
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from typing import Any
 
@@ -17,6 +18,7 @@ from guidance import RULES
 from samplers import SAMPLERS, SPACINGS
 from server.requests.choice import name_of
 from tests.covering import covering
+from tests.server.conftest import MAX_IMAGES
 
 Generate = Callable[..., httpx2.Response]
 
@@ -134,31 +136,55 @@ def test_a_random_seed_is_reported(generate: Generate) -> None:
     assert generate(seed=None).json()["images"][0]["seed"] != seed
 
 
-@pytest.mark.parametrize("sampler", [name_of(member) for member in SAMPLERS])
-def test_settings_posted_back_make_the_same_picture(
-    client: httpx2.Client, generate: Generate, sampler: str
-) -> None:
+SAMPLER_NAMES = [name_of(member) for member in SAMPLERS]
+Exchange = tuple[httpx2.Response, httpx2.Response]
+
+
+@pytest.fixture(scope="module")
+def posted_back(client: httpx2.Client, generate: Generate) -> dict[str, Exchange]:
+    """An answer by each sampler, and the one to its settings; several at a time share forwards."""
     guidance = {"name": "apg", "scale": 3, "policy": {"name": "adaptive", "threshold": 0.9}}
-    # Exact statistics are those of plain guidance alone.
-    wanted = {"name": sampler} | ({"statistics": "nearest"} if sampler == "dpm_solver_v3" else {})
-    first = generate(sampler=wanted, guidance=guidance, n=2, negative_prompt="a square")
-    again = client.post("/v1/generate", json=first.json()["settings"])
-    assert again.json()["settings"] == first.json()["settings"]
-    assert again.json()["images"] == first.json()["images"]
-    assert again.json()["evaluations"] == first.json()["evaluations"]
+
+    def exchange(sampler: str) -> Exchange:
+        # Exact statistics are those of plain guidance alone.
+        nearest = {"statistics": "nearest"} if sampler == "dpm_solver_v3" else {}
+        wanted = {"name": sampler} | nearest
+        first = generate(sampler=wanted, guidance=guidance, n=2, negative_prompt="a square")
+        return first, client.post("/v1/generate", json=first.json().get("settings"))
+
+    with ThreadPoolExecutor(MAX_IMAGES // 2) as pool:
+        return dict(zip(SAMPLER_NAMES, pool.map(exchange, SAMPLER_NAMES), strict=True))
+
+
+@pytest.mark.parametrize("sampler", SAMPLER_NAMES)
+def test_settings_posted_back_make_the_same_picture(
+    posted_back: dict[str, Exchange], sampler: str
+) -> None:
+    first, again = (answer.json() for answer in posted_back[sampler])
+    assert again["settings"] == first["settings"]
+    assert again["images"] == first["images"]
+    assert again["evaluations"] == first["evaluations"]
 
 
 # A list of times has no default.
 NAMED_SPACINGS = sorted({name_of(kind) for kind in SPACINGS} - {"custom"})
+SPACED_AND_GUIDED = covering(product(NAMED_SPACINGS, map(name_of, RULES)), tuple)
 
 
-@pytest.mark.parametrize(
-    ("spacing", "rule"), covering(product(NAMED_SPACINGS, map(name_of, RULES)), tuple)
-)
+@pytest.fixture(scope="module")
+def spaced_and_guided(generate: Generate) -> dict[tuple[str, str], httpx2.Response]:
+    def answer(cell: tuple[str, str]) -> httpx2.Response:
+        return generate(spacing=cell[0], guidance=cell[1])
+
+    with ThreadPoolExecutor(MAX_IMAGES) as pool:
+        return dict(zip(SPACED_AND_GUIDED, pool.map(answer, SPACED_AND_GUIDED), strict=True))
+
+
+@pytest.mark.parametrize(("spacing", "rule"), SPACED_AND_GUIDED)
 def test_every_spacing_and_rule_makes_a_picture(
-    generate: Generate, spacing: str, rule: str
+    spaced_and_guided: dict[tuple[str, str], httpx2.Response], spacing: str, rule: str
 ) -> None:
-    answer = generate(spacing=spacing, guidance=rule)
+    answer = spaced_and_guided[spacing, rule]
     assert pixels_of(file_of(answer)).shape == (128, 128, 3)
     assert answer.json()["settings"]["spacing"]["name"] == spacing
 
