@@ -34,7 +34,8 @@ class StreamProtocol(WebSocketsSansIOProtocol):
         # Of its own, asyncio would keep 64 KB more: nothing waits here but the rest of one message.
         self.transport.set_write_buffer_limits(high=0)
         connection = transport.get_extra_info("socket")
-        if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+        internet = connection.family in (socket.AF_INET, socket.AF_INET6)
+        if internet and hasattr(socket, "TCP_NOTSENT_LOWAT"):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
 
     @override

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, from_json
 
 from server.errors import MalformedBody
 from server.image_codec import OutputFormat
 from server.models.blend import Blend, BlendKind
 from server.requests.adapters import AdapterChoices
+from server.requests.checks.shape import check_shape
 from server.requests.messages import explain
 from server.requests.schema import (
     Count,
@@ -200,14 +200,15 @@ def message_fields(text: str) -> dict[str, Any]:
 
     Raises:
         MalformedBody: it is not a JSON object.
+        InvalidRequest: something in it is larger than any setting.
     """
     try:
-        fields = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else "it cannot be read"
-        raise MalformedBody(None, f"The message is not valid JSON: {reason}.") from None
+        fields = from_json(text)
+    except ValueError as error:
+        raise MalformedBody(None, f"The message is not valid JSON: {error}.") from None
     if not isinstance(fields, dict):
         raise MalformedBody(None, "The message must be a JSON object of settings.")
+    check_shape(fields, ())
     return fields
 
 
