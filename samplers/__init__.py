@@ -10,11 +10,13 @@ from samplers.bong_tangent import BongTangent
 from samplers.custom_times import Custom
 from samplers.ddim import DDIM
 from samplers.deis import DEIS
+from samplers.dpm_2 import DPM2
 from samplers.dpm_solver_pp import DPMSolverPP
 from samplers.dpm_solver_pp_singlestep import DPMSolverPPSinglestep
 from samplers.dpm_solver_v3 import DPMSolverV3
 from samplers.euler import Euler, EulerAncestral
 from samplers.exponential import Exponential
+from samplers.gradient_estimation import GradientEstimation
 from samplers.grid import Grid
 from samplers.heavy_ball import GHVB, HB, Nesterov
 from samplers.heun import Heun
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DDIM",
     "DEIS",
+    "DPM2",
     "GHVB",
     "HB",
     "LCM",
@@ -74,6 +77,7 @@ __all__ = [
     "EulerAncestral",
     "Exponential",
     "FittedSampler",
+    "GradientEstimation",
     "Grid",
     "Heun",
     "KLOptimal",

@@ -50,6 +50,10 @@ class Levels(ABC):
     def half_log_snr(self, t: F64) -> F64:
         """``log(alpha / sigma)`` at times ``t``."""
 
+    def level_of_half_log_snr(self, half_log_snr: F64) -> tuple[F64, F64]:
+        """Alpha and sigma at given ``log(alpha / sigma)``, which may be beyond all trained ones."""
+        return self.level(self.time_of_half_log_snr(half_log_snr))
+
     def conditioning(self, t: F64) -> F64:
         """What the network is told in place of ``t``; the time itself by default."""
         return t

@@ -148,6 +148,11 @@ class VariancePreserving(NoiseSchedule):
         return np.exp(log_alpha), np.sqrt(-np.expm1(2 * log_alpha))
 
     @override
+    def level_of_half_log_snr(self, half_log_snr: F64) -> tuple[F64, F64]:
+        log_alpha = log_alpha_of_half_log_snr(half_log_snr)
+        return np.exp(log_alpha), np.sqrt(-np.expm1(2 * log_alpha))
+
+    @override
     def half_log_snr(self, t: F64) -> F64:
         # Not log(1 - alpha^2): that loses every digit near t = 0.
         return -0.5 * np.log(np.expm1(-2 * self.log_alpha(t)))

@@ -85,6 +85,8 @@ AUTOMATIC1111: Final[Mapping[str, Label]] = MappingProxyType(
         ),
         "Euler": Label({"name": "euler"}, "Uniform", ("k_euler",)),
         "Heun": Label({"name": "heun"}, "Uniform", ("k_heun",)),
+        "DPM2": Label({"name": "dpm_2"}, "Karras", ("k_dpm_2",)),
+        "DPM2 a": Label({"name": "dpm_2", "eta": 1.0}, "Karras", ("k_dpm_2_a",)),
         "Restart": Label({"name": "restart"}, "Karras", ("restart",)),
         "DDIM": Label({"name": "ddim"}, "DDIM", ("ddim",)),
         "PLMS": Label({"name": "plms"}, "DDIM", ("plms",)),
@@ -155,6 +157,8 @@ DIFFUSERS: Final[Mapping[str, Scheduler]] = MappingProxyType(
         "EulerDiscreteScheduler": Scheduler({"name": "euler"}, _LINSPACE),
         "EulerAncestralDiscreteScheduler": Scheduler({"name": "euler_ancestral"}, _LINSPACE),
         "HeunDiscreteScheduler": Scheduler({"name": "heun"}, _LINSPACE),
+        "KDPM2DiscreteScheduler": Scheduler({"name": "dpm_2"}, _LINSPACE),
+        "KDPM2AncestralDiscreteScheduler": Scheduler({"name": "dpm_2", "eta": 1.0}, _LINSPACE),
         "DPMSolverMultistepScheduler": Scheduler(
             {"name": "dpm_solver_pp"} | _LOWERED[True],
             _TO_THE_LAST_STRIDE,
@@ -249,17 +253,11 @@ LACKING: Final[Mapping[str, str]] = MappingProxyType(
     {
         "DPM++ SDE": "a two-stage stochastic solver; nearest is dpm_solver_pp with variant sde",
         "LMS": "a linear multistep method; nearest is hb with order 4, beta 1 and weights variable",
-        "DPM2": "the midpoint method in log sigma; nearest is heun",
-        "DPM2 a": "the midpoint method with fresh noise; nearest is dpm_solver_pp_singlestep"
-        " with eta 1",
         "DPM fast": "singlestep steps of mixed orders; nearest is dpm_solver_pp_singlestep",
         "DPM adaptive": "its steps depend on the picture; nearest is dpm_solver_pp_singlestep",
         "DDIM CFG++": "here it is a guidance, cfg_plus_plus, which goes with any sampler",
         "LMSDiscreteScheduler": "a linear multistep method; nearest is hb with order 4, beta 1 and"
         " weights variable",
-        "KDPM2DiscreteScheduler": "the midpoint method in log sigma; nearest is heun",
-        "KDPM2AncestralDiscreteScheduler": "the midpoint method with fresh noise; nearest is"
-        " dpm_solver_pp_singlestep with eta 1",
         "DPMSolverSDEScheduler": "a two-stage stochastic solver; nearest is dpm_solver_pp with"
         " variant sde",
     }

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from samplers.ddim import DDIM
 from samplers.deis import DEIS
+from samplers.dpm_2 import DPM2
 from samplers.dpm_solver_pp import DPMSolverPP
 from samplers.dpm_solver_pp_singlestep import DPMSolverPPSinglestep
 from samplers.dpm_solver_v3 import DPMSolverV3
 from samplers.euler import Euler, EulerAncestral
+from samplers.gradient_estimation import GradientEstimation
 from samplers.heavy_ball import GHVB, HB, Nesterov
 from samplers.heun import Heun
 from samplers.installed import with_installed
@@ -28,6 +30,7 @@ SAMPLERS: tuple[type[Sampler], ...] = with_installed(
         Euler,
         EulerAncestral,
         Heun,
+        DPM2,
         DPMSolverPP,
         DPMSolverPPSinglestep,
         UniPC,
@@ -37,6 +40,7 @@ SAMPLERS: tuple[type[Sampler], ...] = with_installed(
         HB,
         Nesterov,
         GHVB,
+        GradientEstimation,
         SASolver,
         ScoreSDEPC,
         Restart,

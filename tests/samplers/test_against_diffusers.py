@@ -33,6 +33,8 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    KDPM2DiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
     SASolverScheduler,
@@ -60,6 +62,7 @@ from samplers.beta import Beta
 from samplers.custom_times import Custom
 from samplers.ddim import DDIM
 from samplers.deis import DEIS
+from samplers.dpm_2 import DPM2
 from samplers.dpm_solver_pp import DPMSolverPP
 from samplers.dpm_solver_pp_singlestep import DPMSolverPPSinglestep
 from samplers.dpm_solver_v3 import DPMSolverV3
@@ -441,6 +444,10 @@ PAIRS = {
         PLMSOfNoise, LEADING | TRAINED_END | PLMS_ALONE, PLMS(), Leading(), 7
     ),
     "heun-leading": Pair(HeunDiscreteScheduler, LEADING, Heun(), Leading(), 5),
+    **{
+        f"dpm_2-eta-{eta}": Pair(kind, LEADING, DPM2(eta=eta), Leading(), tolerance=BETWEEN_TIMES)
+        for kind, eta in ((KDPM2DiscreteScheduler, 0.0), (KDPM2AncestralDiscreteScheduler, 1.0))
+    },
     "heun-trailing": Pair(
         HeunDiscreteScheduler, TRAILING, Heun(), Trailing(), 5, starts_from_sigma=True
     ),
@@ -546,7 +553,7 @@ def test_final_latents_are_those_of_diffusers(pipeline: Any, pair: Pair, latents
     assert distance(pipeline, pair, latents) < pair.tolerance
 
 
-NOT_THEIRS = {"ghvb", "hb", "nesterov", "restart", "score_sde_pc"}
+NOT_THEIRS = {"ghvb", "gradient_estimation", "hb", "nesterov", "restart", "score_sde_pc"}
 """What diffusers has no scheduler of, or none for latent models; their own tests hold them to their
 papers' algorithms."""
 

@@ -1,0 +1,120 @@
+"""The midpoint method in log sigma."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+
+import numpy as np
+from pydantic import Field
+from typing_extensions import override
+
+from samplers.first_order import first_order
+from samplers.linear_multistep import Line
+from samplers.plan import Columns, Plan
+from samplers.sampler import Sampler
+
+if TYPE_CHECKING:
+    from samplers.grid import Grid
+    from samplers.levels import F64
+
+
+class DPM2(Sampler, frozen=True):
+    """DPM-Solver-2 as the midpoint method: a step along the slope at its middle in log sigma.
+
+    Second order, two evaluations a step (one in the last step to the clean picture). Works along
+    the schedule's own line, as ``heun`` does. With ``eta`` above 0 a step lands below the next
+    level and makes up for it by fresh noise; it is then "DPM2 a".
+    """
+
+    summary: ClassVar[str] = "Second order: the slope at the middle of each step; two evaluations."
+    source: ClassVar[str] = "k-diffusion, sample_dpm_2 and sample_dpm_2_ancestral."
+    name: Literal["dpm_2"] = "dpm_2"
+    eta: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Fraction of fresh noise: 0 is deterministic, 1 is ancestral sampling.",
+    )
+
+    @property
+    @override
+    def evaluations_per_step(self) -> int:
+        return 2
+
+    @property
+    @override
+    def convergence_order(self) -> int:
+        return 0 if self.stochastic else 2
+
+    @property
+    @override
+    def stochastic(self) -> bool:
+        return self.eta > 0
+
+    @override
+    def plan(self, grid: Grid) -> Plan:
+        columns = Columns("x", "base")
+        x, base, D = columns["x"], columns["base"], columns.denoised
+        line = Line.of_schedule(grid)
+        tables: list[F64] = []
+        points: list[_Point] = []
+        step: list[int] = []
+        for i in range(grid.steps):
+            here = _Point(grid.t[i], grid.alpha[i], grid.sigma[i], line.scale[i], line.s[i])
+            points.append(here)
+            step.append(i)
+            if grid.sigma[i + 1] == 0:
+                tables.append(columns.table(x=first_order(grid, i, x, D)))
+                continue
+            below, fresh = self._landing(grid, line, i)
+            middle = _middle(grid, here, below)
+            half = (middle.sigma / here.sigma) * x
+            half = half + (middle.alpha - here.alpha * middle.sigma / here.sigma) * D
+            tables.append(columns.table(x=half, base=x))
+            points.append(middle)
+            step.append(i)
+            slope = (x - middle.scale * D) / middle.sigma
+            landed = below.scale / here.scale * base + below.scale * (below.s - here.s) * slope
+            landed = grid.alpha[i + 1] / below.alpha * landed
+            tables.append(columns.table(x=landed + fresh * columns.noise))
+        t, alpha, sigma = (
+            np.array([*(getattr(point, name) for point in points), getattr(grid, name)[-1]])
+            for name in ("t", "alpha", "sigma")
+        )
+        return Plan(t, alpha, sigma, np.stack(tables), tuple(step), grid.start_scale)
+
+    def _landing(self, grid: Grid, line: Line, i: int) -> tuple[_Point, float]:
+        """Where the flow is followed to in step i, and the deviation of the noise it adds."""
+        j = i + 1
+        end = _Point(grid.t[j], grid.alpha[j], grid.sigma[j], line.scale[j], line.s[j])
+        if not self.eta:
+            return end, 0.0
+        shrink = grid.alpha[i] * end.sigma / (end.alpha * grid.sigma[i])
+        kept = end.sigma * np.sqrt(1 - self.eta**2 * max(1 - shrink**2, 0))
+        # Below all trained levels too: nothing is evaluated there.
+        level = grid.schedule.level_of_half_log_snr(np.log(end.alpha / kept))
+        return _of(grid, end.t, *level), float(np.sqrt(max(end.sigma**2 - kept**2, 0)))
+
+
+class _Point(NamedTuple):
+    t: float
+    alpha: float
+    sigma: float
+    scale: float
+    s: float
+
+
+def _middle(grid: Grid, start: _Point, end: _Point) -> _Point:
+    """The point half way between two in log sigma, on the schedule's own line."""
+    # s is what schedules call the noise level.
+    return _at(grid, grid.schedule.time_of_noise_level(np.sqrt(np.array(start.s * end.s))))
+
+
+def _at(grid: Grid, t: F64) -> _Point:
+    """The point at a time, read back from it, as a schedule may clip it to its own times."""
+    return _of(grid, float(t), *grid.schedule.level(t))
+
+
+def _of(grid: Grid, t: float, alpha: F64, sigma: F64) -> _Point:
+    scale = grid.schedule.line_scale(alpha)
+    return _Point(t, float(alpha), float(sigma), float(scale), float(sigma / scale))
