@@ -111,6 +111,7 @@ def _both(pipeline: Any, device: torch.device, dtype: torch.dtype, side: int) ->
     facts = ModelFacts(
         name="model",
         revision="",
+        denoiser="",
         prediction=config.prediction_type,
         latent_channels=pipeline.unet.config.in_channels,
         latent_scale=pipeline.vae_scale_factor,

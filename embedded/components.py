@@ -191,12 +191,17 @@ def save_model(components: Components, folder: Path) -> None:
     _replace(folder, write)
 
 
-def save_student(components: Components, folder: Path) -> None:
-    """Write the folder of a latent consistency model, in the same way."""
-    scheduler = make_few_step_scheduler()
-    _replace(
-        folder, lambda fresh: _write(components, fresh, "LatentConsistencyModelPipeline", scheduler)
-    )
+def save_student(components: Components, folder: Path, scale: float) -> None:
+    """Write the folder of a latent consistency model and its default scale, in the same way."""
+
+    def write(fresh: Path) -> None:
+        scheduler = make_few_step_scheduler()
+        _write(components, fresh, "LatentConsistencyModelPipeline", scheduler)
+        (fresh / "weft").mkdir()
+        stated = {"convention": "lcm", "scale": scale}
+        (fresh / "weft" / "defaults.json").write_text(json.dumps(stated) + "\n")
+
+    _replace(folder, write)
 
 
 def _replace(folder: Path, write: Callable[[Path], None]) -> None:

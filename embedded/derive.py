@@ -83,7 +83,7 @@ def make_all_statistics(model: HostedModel, options: argparse.Namespace) -> None
         pictures(model, size.samples),
         SCALES,
         size,
-        checkpoint=options.out / f"statistics-{model.facts.revision}-{size.points}",
+        checkpoint=options.out / f"statistics-{model.facts.denoiser}-{size.points}",
         tell=_Reporter("statistics"),
     )
     for scale, statistics in zip(SCALES, made, strict=True):
@@ -111,7 +111,7 @@ def stale_statistics(model: HostedModel, folder: Path) -> list[str]:
             identity = read_identity(file)
             if identity is None:
                 raise ValueError("statistics say nothing of the model they are of.")
-            identity.check(model.facts.revision, schedule)
+            identity.check(model.facts.denoiser, schedule)
         except ValueError as error:
             found.append(f"{file.name}: {error}")
     return found
@@ -150,7 +150,7 @@ def stale_linear_ag(model: HostedModel, _folder: Path) -> list[str]:
 
 def make_classifier(model: HostedModel, options: argparse.Namespace) -> None:
     """Label fresh pictures, train on most of them, tell the accuracy on the rest, and store it."""
-    revision = model.facts.revision
+    revision = model.facts.denoiser
     data = _labelled(options, options.out / f"labelled-{revision}-{options.labelled}.safetensors")
     tested = max(1, options.labelled // _TESTED)
     learnt, unseen = data.parted(len(data.latents) - tested)
@@ -184,7 +184,7 @@ def _labelled(options: argparse.Namespace, file: Path) -> Labelled:
 def stale_classifier(model: HostedModel, folder: Path) -> list[str]:
     """What is wrong with the stored classifier."""
     try:
-        LatentClassifier.load(classifier_file(folder)).check(model.facts.revision)
+        LatentClassifier.load(classifier_file(folder)).check(model.facts.denoiser)
     except ModelMismatch as error:
         return [str(error)]
     return []

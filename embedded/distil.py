@@ -2,19 +2,26 @@
 
     student  a U-Net that is told the guidance scale, in a latent consistency model's folder
     adapter  a LCM-LoRA of the embedded model, for one guidance scale
+    report   measures both on captions that were not trained on, and writes DISTILLED.md
 
-A run ends after `--steps` or `--minutes`, whichever comes first, and goes on where it was stopped
-with `--resume`.
+A training run ends after `--steps` or `--minutes`, whichever comes first, and goes on where it was
+stopped with `--resume`.
 """
 
 import argparse
 import copy
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    LatentConsistencyModelPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from safetensors.torch import load_file
 from torch.nn.utils import parametrize
 
 from embedded import ADAPTER_FILE, MODEL_FOLDER, STUDENT_FOLDER
@@ -26,22 +33,26 @@ from embedded.components import (
     save_student,
 )
 from embedded.consistency_training import Distillation, distil, student_of
-from embedded.low_rank import add_low_rank, save_low_rank
-from embedded.report import Sampling, score_model, table, unseen_scenes
+from embedded.low_rank import add_low_rank, fuse, save_low_rank
+from embedded.report import Sampling, Score, score_model, unseen_scenes
 from embedded.unet_training import corpus_of, training_captions
 
 STEPS: Final = (1, 2, 4)
 """Numbers of steps that a run is judged by."""
 TOLD_SCALES: Final = (2.0, 7.0)
 """Guidance scales that the student learns."""
-SCALE: Final = 4.0
-"""Guidance scale of the adapter, and the one that the student is judged at."""
+DEFAULT_SCALE: Final = 2.0
+"""The scale that the student's folder names: at higher ones large objects grow together."""
+ADAPTER_SCALE: Final = 4.0
+"""Guidance scale that the adapter was distilled at."""
 RANK: Final = 32
+
+_REPORT: Final = Path(__file__).parent / "DISTILLED.md"
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="embedded.distil", description=__doc__)
-    parser.add_argument("what", choices=["student", "adapter"])
+    parser.add_argument("what", choices=["student", "adapter", "report"])
     parser.add_argument("--minutes", type=float, help="end after so many minutes")
     parser.add_argument("--steps", type=int, help="end after so many steps")
     parser.add_argument("--batch", type=int, default=32, help="latents a step")
@@ -68,7 +79,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--publish-minutes", type=float, default=10.0, help="minutes between previews"
     )
-    parser.add_argument("--captions", type=int, default=40, help="of each kind, in a preview")
+    parser.add_argument("--captions", type=int, default=40, help="of each kind")
     parser.add_argument("--out", type=Path, default=Path("out/distil"), help="for checkpoints")
     parser.add_argument("--teacher", type=Path, default=MODEL_FOLDER, help="model folder")
     parser.add_argument("--student", type=Path, default=STUDENT_FOLDER, help="folder to write")
@@ -77,12 +88,15 @@ def _arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Distil, and print how previews score."""
+    """Distil and print how previews score, or report."""
     options = _arguments()
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.steps is None and options.minutes is None:
         options.steps = 4_000
+    if options.what == "report":
+        _report(options)
+        return 0
     torch.manual_seed(options.seed)
     told = options.what == "student"
     teacher = load_components(options.teacher)
@@ -91,7 +105,7 @@ def main() -> int:
         minutes=options.minutes,
         batch=options.batch,
         rate=options.rate,
-        scales=TOLD_SCALES if told else (SCALE, SCALE),
+        scales=TOLD_SCALES if told else (ADAPTER_SCALE, ADAPTER_SCALE),
         intervals=options.intervals,
         solver_steps=options.solver_steps,
         loss=options.loss,
@@ -115,9 +129,8 @@ def main() -> int:
 
     def publish(average: UNet2DConditionModel, step: int) -> None:
         if told:
-            save_student(
-                Components(teacher.autoencoder, average, teacher.text_encoder), options.student
-            )
+            parts = Components(teacher.autoencoder, average, teacher.text_encoder)
+            save_student(parts, options.student, DEFAULT_SCALE)
         else:
             save_low_rank(average, options.adapter)
         print(f"published step {step}\n{_glance(average, teacher, options, known)}", flush=True)
@@ -137,29 +150,79 @@ def _glance(
     for module in plain.modules():
         if parametrize.is_parametrized(module, "weight"):
             parametrize.remove_parametrizations(module, "weight")
-    # Of diffusers' pipelines the one that draws with and without an embedding of the scale.
+    scale = DEFAULT_SCALE if options.what == "student" else 1.0
+    pipeline = _pipeline(plain, teacher).to(options.device)
+    scores = {steps: _scores(pipeline, steps, scale, options.captions, known) for steps in STEPS}
+    return _table(scores, "steps")
+
+
+def _report(options: argparse.Namespace) -> None:
+    """Measure what is shipped; diffusers' own pipelines draw."""
+    known = frozenset(text for texts in training_captions(options.pictures) for text in texts)
+    student: Any = LatentConsistencyModelPipeline.from_pretrained(options.student)
+    adapted = load_components(options.teacher)
+    fuse(load_file(options.adapter), adapted.unet)
+    systems: dict[str, tuple[Any, float]] = {
+        "student": (student, DEFAULT_SCALE),
+        "student, scale 4": (student, 4.0),
+        "adapter": (_pipeline(adapted.unet, adapted), 1.0),
+    }
+    scores = {
+        f"{name} | {steps}": _scores(pipeline, steps, scale, options.captions, known)
+        for name, (pipeline, scale) in systems.items()
+        for steps in sorted(STEPS, reverse=True)
+    }
+    _REPORT.write_text(
+        f"""# Few steps
+
+What was distilled from the embedded model, on captions that were not trained on
+({options.captions} of each kind): `embedded-lcm`, the student, at its default guidance scale of
+{DEFAULT_SCALE:g} and at 4, and the adapter `embedded-lcm-lora` on the embedded model. Drawn by
+diffusers' `LatentConsistencyModelPipeline`, and for the adapter by `StableDiffusionPipeline` with
+`LCMScheduler`; read by `embedded/checker.py`. A picture is right if every attribute that its
+caption mentions is.
+
+{_table(scores, "model | steps")}
+
+Written by `python -m embedded.distil {" ".join(sys.argv[1:])}`.
+"""
+    )
+    print(f"wrote {_REPORT}")
+
+
+def _pipeline(unet: UNet2DConditionModel, teacher: Components) -> Any:
+    """Of diffusers' pipelines the one that draws with and without an embedding of the scale."""
     parts: dict[str, Any] = {
         "vae": teacher.autoencoder,
         "text_encoder": teacher.text_encoder,
         "tokenizer": make_tokenizer(),
-        "unet": plain,
+        "unet": unet,
         "scheduler": make_few_step_scheduler(),
         "safety_checker": None,
         "feature_extractor": None,
     }
-    pipeline = StableDiffusionPipeline(**parts, requires_safety_checker=False).to(options.device)
-    scale = SCALE if options.what == "student" else 1.0
-    return table(
-        {
-            f"{name}, {steps} steps": score_model(
-                pipeline,
-                unseen_scenes(things, options.captions, known),
-                Sampling(steps=steps, scale=scale),
-            )[0]
-            for name, things in {"one object": 1, "two objects": 2}.items()
-            for steps in STEPS
-        }
+    return StableDiffusionPipeline(**parts, requires_safety_checker=False)
+
+
+def _scores(
+    pipeline: Any, steps: int, scale: float, captions: int, known: frozenset[str]
+) -> tuple[Score, Score]:
+    """Over captions of one and of two objects."""
+    sampling = Sampling(steps=steps, scale=scale)
+    one, two = (
+        score_model(pipeline, unseen_scenes(things, captions, known), sampling)[0]
+        for things in (1, 2)
     )
+    return one, two
+
+
+def _table(scores: Mapping[Any, tuple[Score, Score]], first: str) -> str:
+    """Shares of pictures that are all right, as a Markdown table."""
+    columns = first.count("|") + 3
+    lines = [f"| {first} | one object | two objects |", "|---" * columns + "|"]
+    for name, (one, two) in scores.items():
+        lines.append(f"| {name} | {one.share():.1%} | {two.share():.1%} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

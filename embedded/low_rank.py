@@ -1,6 +1,7 @@
 """Low-rank changes of a U-Net's weights (LoRA, arXiv 2106.09685), trained and stored."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, cast
 
@@ -71,3 +72,14 @@ def save_low_rank(unet: UNet2DConditionModel, file: Path) -> None:
     StableDiffusionPipeline.save_lora_weights(
         file.parent, unet_lora_layers=tensors, weight_name=file.name, safe_serialization=True
     )
+
+
+@torch.no_grad()
+def fuse(tensors: Mapping[str, Tensor], unet: UNet2DConditionModel) -> None:
+    """Add what :func:`save_low_rank` stored to the weights of a U-Net."""
+    for key, down in tensors.items():
+        name, found, _ = key.removeprefix("unet.").partition(".lora_A.weight")
+        if found:
+            up = tensors[f"unet.{name}.lora_B.weight"]
+            weight = unet.get_parameter(f"{name}.weight")
+            weight.add_((up.float().flatten(1) @ down.float().flatten(1)).view_as(weight))

@@ -46,7 +46,7 @@ Models = Annotated[
         "--model",
         "-m",
         help="Model folder, as PATH or NAME=PATH; repeat the option to host several.",
-        show_default="the embedded model",
+        show_default="the embedded models",
     ),
 ]
 Device = Annotated[
@@ -321,10 +321,10 @@ def ems(
     """
     scales = _scales(guidance, scale)
     from server.fitting.model_statistics import Order, Size, fulfil
-    from server.models.folder import embedded_folder
+    from server.models.folder import embedded_folders
 
     order = Order(
-        folder=model or embedded_folder(),
+        folder=model or embedded_folders()["embedded"],
         scales=scales,
         size=Size(points, samples, chunk, seed),
         device=device or "auto",
@@ -366,7 +366,7 @@ def linear_ag(
 ) -> None:
     """Fit the linear_adaptive policy to a model, sampler, spacing, step count and guidance rule."""
     from server.fitting.linear_guidance import FitOrder, Runs, fulfil
-    from server.models.folder import embedded_folder
+    from server.models.folder import embedded_folders
 
     request = _request(
         prompt="",
@@ -377,7 +377,7 @@ def linear_ag(
             sampler, guidance, scale, json.dumps({"name": "linear_adaptive", "every": every})
         ),
     )
-    folder = model or embedded_folder()
+    folder = model or embedded_folders()["embedded"]
     order = FitOrder(folder, request, Runs(runs, chunk, seed), device or "auto", prompts)
     typer.echo(_with_stages(lambda tell: fulfil(order, tell)))
 

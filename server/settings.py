@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -112,7 +113,7 @@ class Settings(BaseSettings):
 
     models: Names = Field(
         default=(),
-        description="Model folders, each `path` or `name=path`; the embedded model if empty.",
+        description="Model folders, each `path` or `name=path`; the embedded models if empty.",
     )
     models_folder: Path | None = Field(
         default=None,
@@ -271,11 +272,11 @@ class Settings(BaseSettings):
             return ("*",)
         return (*LOOPBACK_NAMES, self.host)
 
-    def model_folders(self, embedded: Path) -> dict[str, Path]:
+    def model_folders(self, embedded: Mapping[str, Path]) -> dict[str, Path]:
         """The folder of each hosted model by name; the first is the default.
 
         Args:
-            embedded: folder of the embedded model, which is hosted if no other is given.
+            embedded: folders of the embedded models, which are hosted if no other is given.
         """
         folders: dict[str, Path] = {}
         for entry in self.models:
@@ -289,7 +290,7 @@ class Settings(BaseSettings):
             folders[name] = folder
         for folder in self._found():
             folders.setdefault(folder.name, folder)
-        return folders or {"embedded": embedded}
+        return folders or dict(embedded)
 
     def _found(self) -> list[Path]:
         """The model folders in `models_folder`, by name."""

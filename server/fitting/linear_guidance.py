@@ -177,7 +177,7 @@ def fit(
         raise InvalidRequest("runs", "runs is 0; at least 1 is needed.")
     coefficients = [solve(branch) for branch in sums]
     errors = [residual(*fitted) for fitted in zip(sums, coefficients, strict=True)]
-    identity = identity_of(model.facts.revision, plan, rule, policy.fit_period)
+    identity = identity_of(model.facts.denoiser, plan, rule, policy.fit_period)
     return LinearFit(
         np.concatenate(coefficients, 1), identity, runs.count, np.max(np.stack(errors), 0)
     )

@@ -136,7 +136,7 @@ def make_statistics(
         samples.latents,
         count=size.samples,
         points=size.points,
-        model=model.facts.revision,
+        model=model.facts.denoiser,
         mixtures=mixtures,
         chunk=size.chunk,
         seed=size.seed,

@@ -212,7 +212,12 @@ CONVENTIONS: Final[Mapping[str, Convention]] = MappingProxyType(
 
 
 def defaults_by(
-    name: str, reason: str, *, steps: int | None = None, spacing: Spacing | None = None
+    name: str,
+    reason: str,
+    *,
+    steps: int | None = None,
+    spacing: Spacing | None = None,
+    rule: Rule | None = None,
 ) -> ModelDefaults:
     """The defaults of a model that follows a convention.
 
@@ -222,6 +227,7 @@ def defaults_by(
         steps: that a request gets which names none, one of the convention's; by default its own.
             Where each number has weights of its own, the number that the model's are for.
         spacing: in place of the convention's own, where a config says more.
+        rule: in place of the convention's own, where its scale is another.
     """
     one = CONVENTIONS[name]
     steps = one.steps if steps is None else steps
@@ -233,7 +239,7 @@ def defaults_by(
         sampler=sampler,
         spacing=own,
         steps=steps,
-        rule=one.rule,
+        rule=rule or one.rule,
         policy=one.policy,
         convention=name,
         reason=reason,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from guidance import CFG
 from samplers.names import of_diffusers
 from server.errors import ModelMismatch
 from server.models.conventions import CONVENTIONS, defaults_by, numbers
@@ -36,6 +37,7 @@ class _Stated(BaseModel):
 
     convention: str
     steps: Annotated[int, Field(ge=1)] | None = None
+    scale: Annotated[float, Field(ge=1, le=20)] | None = None
 
 
 def stated(folder: Path, *, embeds_scale: bool) -> ModelDefaults | None:
@@ -47,7 +49,8 @@ def stated(folder: Path, *, embeds_scale: bool) -> ModelDefaults | None:
 
     Raises:
         ModelMismatch: the file says something else, names a convention that is not known or is
-            not for such a model, or a number of steps that the convention has not.
+            not for such a model, a number of steps that the convention has not, or a guidance
+            scale that nothing is told.
     """
     if not (folder / STATED).exists():
         return None
@@ -58,8 +61,8 @@ def stated(folder: Path, *, embeds_scale: bool) -> ModelDefaults | None:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
         raise ModelMismatch(
-            f"{where}: {field}: {first['msg']}; allowed are convention, a name, and steps, a whole "
-            "number."
+            f"{where}: {field}: {first['msg']}; allowed are convention, a name, steps, a whole "
+            "number, and scale, from 1 to 20."
         ) from None
     if said.convention not in CONVENTIONS:
         raise ModelMismatch(
@@ -88,7 +91,17 @@ def stated(folder: Path, *, embeds_scale: bool) -> ModelDefaults | None:
             f"{where} has the steps {said.steps}; models of the convention {said.convention!r} are "
             f"distilled for {numbers(counts)}."
         )
-    return defaults_by(said.convention, f"{STATED} in its folder says so", steps=said.steps)
+    if said.scale is not None and not convention.policy.embeds:
+        raise ModelMismatch(
+            f"{where} has the scale {said.scale:g}; models of the convention {said.convention!r} "
+            "are told none."
+        )
+    return defaults_by(
+        said.convention,
+        f"{STATED} in its folder says so",
+        steps=said.steps,
+        rule=None if said.scale is None else CFG(scale=said.scale),
+    )
 
 
 def distilled_as(

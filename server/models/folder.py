@@ -6,7 +6,7 @@ import hashlib
 import json
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from server.errors import ModelMismatch
 
@@ -14,13 +14,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 CHUNK = 1 << 22
+AUTOENCODER = "vae"
 DERIVED = "weft"
 """Folder inside a model folder for what was made from its weights, and is no part of them."""
 
 
-def embedded_folder() -> Path:
-    """The model that ships with Weft, found by name: its training imports the server."""
-    return Path(str(files("embedded"))) / "model"
+def embedded_folders() -> dict[str, Path]:
+    """The models that ship with Weft: the embedded one, and what was distilled from it."""
+    # Found by name, as their training imports the server.
+    place = Path(str(files("embedded")))
+    return {"embedded": place / "model", "embedded-lcm": place / "lcm"}
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
@@ -99,8 +102,21 @@ def without_folder(error: Exception, file: Path) -> str:
     return str(error).replace(f"{file.parent}/", "")
 
 
-def revision_of(folder: Path, tell: Callable[[int, int], None] | None = None) -> str:
-    """First 16 hexadecimal digits of the SHA-256 over all weights, by path.
+class Revisions(NamedTuple):
+    """Which weights a model folder holds: first 16 hexadecimal digits of a SHA-256, by path.
+
+    Attributes:
+        weights: of all weights.
+        denoiser: of all but the autoencoder's. What was fitted to latents belongs to these, and
+            stays valid with another decoder.
+    """
+
+    weights: str
+    denoiser: str
+
+
+def revisions_of(folder: Path, tell: Callable[[int, int], None] | None = None) -> Revisions:
+    """The revisions of a folder's weights.
 
     What Weft derived from them, in the folder ``weft``, does not count.
 
@@ -117,14 +133,18 @@ def revision_of(folder: Path, tell: Callable[[int, int], None] | None = None) ->
         raise ModelMismatch(
             f"model folder {str(folder)!r} has no safetensors weights; other formats are refused."
         )
-    digest = hashlib.sha256()
+    weights, denoiser = hashlib.sha256(), hashlib.sha256()
     done, total = 0, sum(file.stat().st_size for file in files)
     for file in files:
-        digest.update(str(file.relative_to(folder)).encode())
+        decodes = file.is_relative_to(folder / AUTOENCODER)
+        concerned = (weights,) if decodes else (weights, denoiser)
+        for digest in concerned:
+            digest.update(str(file.relative_to(folder)).encode())
         with file.open("rb") as stream:
             while chunk := stream.read(CHUNK):
-                digest.update(chunk)
+                for digest in concerned:
+                    digest.update(chunk)
                 done += len(chunk)
                 if tell is not None:
                     tell(done, total)
-    return digest.hexdigest()[:16]
+    return Revisions(weights.hexdigest()[:16], denoiser.hexdigest()[:16])

@@ -39,7 +39,8 @@ class ModelFacts:
 
     Attributes:
         name: as requests say it.
-        revision: first 16 hexadecimal digits of the SHA-256 of all its weights.
+        revision: of all its weights, see ``server.models.folder.Revisions``.
+        denoiser: of its weights without the autoencoder's.
         prediction: what the denoiser puts out.
         latent_channels: channels of a latent.
         latent_scale: pixels along one side of a latent cell.
@@ -53,6 +54,7 @@ class ModelFacts:
 
     name: str
     revision: str
+    denoiser: str
     prediction: PredictionType
     latent_channels: int
     latent_scale: int

@@ -11,7 +11,7 @@ from samplers.timesteps import LCMSpacing
 from server.errors import ModelMismatch
 from server.models.conventions import CONVENTIONS, defaults_by
 from server.models.distilled import stated
-from server.models.folder import component_class, read_json
+from server.models.folder import Revisions, component_class, read_json
 from server.models.stable_diffusion import load_stable_diffusion
 from server.models.unet_model import SCHEDULER
 
@@ -29,7 +29,7 @@ FIXED: Mapping[str, Any] = {"clip_sample": False, "thresholding": False, "timest
 
 
 def load_latent_consistency(
-    folder: Path, name: str, revision: str, device: torch.device, dtype: torch.dtype
+    folder: Path, name: str, revisions: Revisions, device: torch.device, dtype: torch.dtype
 ) -> UNetModel:
     """Load the parts of a diffusers folder from safetensors alone.
 
@@ -45,7 +45,7 @@ def load_latent_consistency(
         )
     defaults = _defaults_of(folder, read_json(folder, SCHEDULER))
     return load_stable_diffusion(
-        folder, name, revision, device, dtype, stated(folder, embeds_scale=True) or defaults
+        folder, name, revisions, device, dtype, stated(folder, embeds_scale=True) or defaults
     )
 
 

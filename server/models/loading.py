@@ -9,7 +9,7 @@ import torch
 
 from server.errors import ModelMismatch
 from server.models.classifier import LatentClassifier
-from server.models.folder import classifier_file, read_json, revision_of, without_folder
+from server.models.folder import classifier_file, read_json, revisions_of, without_folder
 from server.models.latent_consistency import load_latent_consistency
 from server.models.linear_fits import LinearFits
 from server.models.parts import check_loaded
@@ -63,15 +63,15 @@ def load_model(
 
     disable_progress_bar()
     place = choose_device(device)
-    revision = revision_of(folder, tell)
+    revisions = revisions_of(folder, tell)
     try:
-        model = FAMILIES[family](folder, name, revision, place, choose_dtype(dtype, place))
+        model = FAMILIES[family](folder, name, revisions, place, choose_dtype(dtype, place))
         check_loaded(folder, model.modules())
     except ModelMismatch:
         raise
     except Exception as error:
         raise ModelMismatch(f"model folder {str(folder)!r} could not be loaded: {error}") from error
-    model.statistics = ModelStatistics.of(folder, revision, model.default_schedule)
+    model.statistics = ModelStatistics.of(folder, revisions.denoiser, model.default_schedule)
     _add_classifier(model, folder)
     model.linear_fits = LinearFits(folder)
     return model
@@ -85,7 +85,7 @@ def _add_classifier(model: HostedModel, folder: Path) -> None:
         return
     try:
         classifier = LatentClassifier.load(file)
-        classifier.check(model.facts.revision)
+        classifier.check(model.facts.denoiser)
     except ModelMismatch as error:
         logger.warning("%s is left out: %s", file, error)
         model.classifier_lacks = without_folder(error, file).rstrip(".")

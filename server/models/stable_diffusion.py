@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from server.models.clip import CLIP
 from server.models.conditioning import Conditioning
 from server.models.distilled import distilled_as
-from server.models.folder import read_json
+from server.models.folder import Revisions, read_json
 from server.models.parts import load_network, load_text_encoder, load_tokenizer
 from server.models.unet_model import (
     SCHEDULER,
@@ -57,7 +57,7 @@ class OneEncoder:
 def load_stable_diffusion(
     folder: Path,
     name: str,
-    revision: str,
+    revisions: Revisions,
     device: torch.device,
     dtype: torch.dtype,
     defaults: ModelDefaults | None = None,
@@ -67,7 +67,7 @@ def load_stable_diffusion(
     Args:
         folder: of the model.
         name: what requests call the model.
-        revision: of its weights.
+        revisions: of its weights.
         device: where it runs.
         dtype: of the U-Net and the text encoder.
         defaults: settings of requests that leave them out; None for those that the folder tells of.
@@ -88,7 +88,7 @@ def load_stable_diffusion(
         embeds_scale = unet.config.time_cond_proj_dim is not None
         defaults = distilled_as(folder, read_json(folder, SCHEDULER), embeds_scale=embeds_scale)
     return UNetModel(
-        facts_of(folder, name, revision, unet, vae, text.max_tokens, defaults),
+        facts_of(folder, name, revisions, unet, vae, text.max_tokens, defaults),
         device,
         dtype,
         schedule=schedule_of(folder),

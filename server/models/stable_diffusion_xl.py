@@ -14,7 +14,7 @@ from server.models.clip import CLIP
 from server.models.conditioning import Conditioning
 from server.models.conventions import defaults_by
 from server.models.distilled import distilled_as
-from server.models.folder import read_json
+from server.models.folder import Revisions, read_json
 from server.models.parts import load_network, load_text_encoder, load_tokenizer
 from server.models.unet_model import (
     SCHEDULER,
@@ -89,7 +89,7 @@ class TwoEncoders:
 
 
 def load_stable_diffusion_xl(
-    folder: Path, name: str, revision: str, device: torch.device, dtype: torch.dtype
+    folder: Path, name: str, revisions: Revisions, device: torch.device, dtype: torch.dtype
 ) -> UNetModel:
     """Load the parts of a diffusers folder from safetensors alone.
 
@@ -123,7 +123,7 @@ def load_stable_diffusion_xl(
         zero_unconditional=index.get("force_zeros_for_empty_prompt", True) is not False,
     )
     return UNetModel(
-        facts_of(folder, name, revision, unet, vae, text.max_tokens, _defaults_of(folder, unet)),
+        facts_of(folder, name, revisions, unet, vae, text.max_tokens, _defaults_of(folder, unet)),
         device,
         dtype,
         schedule=schedule_of(folder),

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from server.models.adapters.adapter import RowAdapters
     from server.models.conditioning import Conditioning
     from server.models.defaults import ModelDefaults
+    from server.models.folder import Revisions
     from server.models.inputs import RowInputs
 
 TEXT = "encoder_hidden_states"
@@ -191,7 +192,7 @@ class UNetModel(HostedModel):
 def facts_of(
     folder: Path,
     name: str,
-    revision: str,
+    revisions: Revisions,
     unet: Any,
     vae: Any,
     max_tokens: int,
@@ -202,7 +203,7 @@ def facts_of(
     Args:
         folder: of the model.
         name: what requests call the model.
-        revision: of its weights.
+        revisions: of its weights.
         unet: the network.
         vae: the network.
         max_tokens: tokens of the longest prompt, markers not counted.
@@ -230,7 +231,8 @@ def facts_of(
     height, width = (sample, sample) if isinstance(sample, int) else sample
     return ModelFacts(
         name=name,
-        revision=revision,
+        revision=revisions.weights,
+        denoiser=revisions.denoiser,
         prediction=prediction,
         latent_channels=config.in_channels,
         latent_scale=latent_scale,

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 from server.engine.engine import Engine
 from server.models.adapters.placing import Target
 from server.models.adapters.shelf import AdapterMemory, AdapterShelf
-from server.models.folder import adapters_folder, embedded_folder
+from server.models.folder import adapters_folder, embedded_folders
 from server.models.hosted import HostedModel
 from server.models.loading import load_model
 from server.settings import Settings
@@ -52,10 +52,11 @@ def host(
     Raises:
         ModelMismatch: a folder does not hold a supported model.
     """
-    folders = settings.model_folders(embedded_folder())
-    if settings.models_folder is not None and list(folders.values()) == [embedded_folder()]:
+    embedded = embedded_folders()
+    folders = settings.model_folders(embedded)
+    if settings.models_folder is not None and folders == embedded:
         log.warning(
-            "%s has no model folder with a model_index.json: only the embedded model is hosted",
+            "%s has no model folder with a model_index.json: only the embedded models are hosted",
             settings.models_folder,
         )
     models = {

@@ -146,7 +146,7 @@ class Drawing:
         rule, policy = split(resolved.guidance)
         if policy.fitted_by != PREFIX:
             raise TypeError(f"nothing here fits {policy.name!r}")
-        identity = identity_of(self._model.facts.revision, plan, rule, policy.fit_period)
+        identity = identity_of(self._model.facts.denoiser, plan, rule, policy.fit_period)
         if self._model.linear_fits.find(identity) is None:
             runs = Runs(self._fitted_runs, seed=FIRST_FITTED_SEED)
             made = fit(self._model, plan, rule, policy, self._prompts, runs, _say_nothing)

@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.architectures import build
 from embedded import MODEL_FOLDER
-from server.models.folder import revision_of
+from server.models.folder import revisions_of
 from server.models.loading import load_model
 from studies.common.records import Records
 from studies.samplers.cells import EVERY, EVERY_EVALUATIONS, HIGH_SCALES, SCALES
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model = load_model(MODEL_FOLDER, name="embedded", device=options.device, dtype="float32")
         statistics = StatisticsFiles(options.statistics)
         # The whole folder's revision would change with the statistics.
-        weights = revision_of(MODEL_FOLDER / "unet")
+        weights = revisions_of(MODEL_FOLDER / "unet").weights
         study = Study(model, weights, statistics, _sizes(options), options.kept)
         timed = model
         if options.architecture != "embedded":

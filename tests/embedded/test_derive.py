@@ -90,7 +90,7 @@ def test_linear_guidance_is_fitted_by_one_command_and_goes_stale_with_the_weight
     assert not stale_linear_ag(model, folder)
     names = [file.name for file in (folder / "weft").glob("linear-ag-*")]
     assert sorted(names) == sorted(f.name for f in (MODEL_FOLDER / "weft").glob("linear-ag-*"))
-    model.facts = replace(model.facts, revision="0123456789abcdef")
+    model.facts = replace(model.facts, denoiser="0123456789abcdef")
     assert len(stale_linear_ag(model, folder)) == len(FITTED)
 
 

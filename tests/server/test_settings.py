@@ -72,8 +72,8 @@ def test_keys_are_kept_as_hashes_alone() -> None:
 
 
 def test_models_are_named_by_folder_or_by_choice(tmp_path: Path) -> None:
-    folder, embedded = tmp_path / "sd15", tmp_path / "embedded"
-    assert Settings().model_folders(embedded) == {"embedded": embedded}
+    folder, embedded = tmp_path / "sd15", {"embedded": tmp_path / "model", "two": tmp_path / "two"}
+    assert Settings().model_folders(embedded) == embedded
     assert Settings(models=(str(folder), f"big={folder}")).model_folders(embedded) == {
         "sd15": folder,
         "big": folder,
@@ -87,7 +87,7 @@ def test_a_folder_of_models_is_hosted_whole(tmp_path: Path) -> None:
     (tmp_path / "no-model").mkdir()
     chosen = f"named={tmp_path / 'elsewhere'}"
     settings = Settings(models=(chosen,), models_folder=tmp_path)
-    assert list(settings.model_folders(tmp_path).items()) == [
+    assert list(settings.model_folders({}).items()) == [
         ("named", tmp_path / "elsewhere"),
         ("a", tmp_path / "a"),
         ("b", tmp_path / "b"),
@@ -95,8 +95,8 @@ def test_a_folder_of_models_is_hosted_whole(tmp_path: Path) -> None:
 
 
 def test_an_empty_folder_of_models_leaves_the_embedded_one(tmp_path: Path) -> None:
-    embedded = tmp_path / "embedded"
-    assert Settings(models_folder=tmp_path).model_folders(embedded) == {"embedded": embedded}
+    embedded = {"embedded": tmp_path / "embedded"}
+    assert Settings(models_folder=tmp_path).model_folders(embedded) == embedded
     with pytest.raises(ValueError, match="which is no folder"):
         Settings(models_folder=tmp_path / "none").model_folders(embedded)
 
@@ -104,7 +104,7 @@ def test_an_empty_folder_of_models_leaves_the_embedded_one(tmp_path: Path) -> No
 def test_two_models_of_one_name_are_refused(tmp_path: Path) -> None:
     settings = Settings(models=(str(tmp_path / "a" / "x"), str(tmp_path / "b" / "x")))
     with pytest.raises(ValueError, match="two models named 'x'"):
-        settings.model_folders(tmp_path)
+        settings.model_folders({})
 
 
 def test_the_largest_request_fits_the_queue() -> None:

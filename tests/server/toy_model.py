@@ -28,6 +28,7 @@ SCHEDULE = NoiseSchedule.from_diffusers({})
 FACTS = ModelFacts(
     name="toy",
     revision="0123456789abcdef",
+    denoiser="fedcba9876543210",
     prediction="epsilon",
     latent_channels=4,
     latent_scale=8,

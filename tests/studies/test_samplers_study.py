@@ -11,7 +11,7 @@ import torch
 from embedded import MODEL_FOLDER
 from samplers.dpm_solver_v3 import DPMSolverV3, Flags
 from samplers.statistics import Statistics, StatisticsIdentity
-from server.models.folder import revision_of
+from server.models.folder import revisions_of
 from server.models.hosted import HostedModel
 from server.models.loading import load_model
 from studies.common.intervals import ratio, wilson
@@ -49,7 +49,7 @@ def model() -> HostedModel:
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory, model: HostedModel) -> Study:
     folder = tmp_path_factory.mktemp("study")
-    weights = revision_of(MODEL_FOLDER / "unet")
+    weights = revisions_of(MODEL_FOLDER / "unet").weights
     return Study(model, weights, StatisticsFiles(folder / "none"), SIZES, folder / "kept")
 
 

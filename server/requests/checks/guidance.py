@@ -81,7 +81,7 @@ def coefficients_for(
     rule, policy = split(guidance)
     if not policy.fitted or not rule.branches:
         return None
-    fit = model.linear_fits.find(identity_of(model.facts.revision, plan, rule, policy.fit_period))
+    fit = model.linear_fits.find(identity_of(model.facts.denoiser, plan, rule, policy.fit_period))
     if fit is not None:
         return fit.coefficients
     if plan.steps < resolved.sampler.steps_taken(resolved.steps):
@@ -98,7 +98,7 @@ def coefficients_for(
 
 def _fitted(model: HostedModel) -> str:
     """What there are coefficients for, as the end of a sentence."""
-    fitted = model.linear_fits.available(model.facts.revision)
+    fitted = model.linear_fits.available(model.facts.denoiser)
     return f" (fitted are: {'; '.join(fitted)})" if fitted else " (nothing is fitted)"
 
 

@@ -152,7 +152,7 @@ def test_the_command_makes_files_and_goes_on_to_more_samples(
     found = Statistics.load(files[1])
     model = load_model(folder, name="m", device="cpu", dtype="float32")
     assert found.identity is not None
-    found.identity.check(model.facts.revision, schedule_fingerprint(model.default_schedule))
+    found.identity.check(model.facts.denoiser, schedule_fingerprint(model.default_schedule))
     assert (found.identity.scale, found.identity.samples) == (1.5, 4)
     # With other numbers than the sums that are kept, nothing is made.
     refused = weft(*given, "--data", str(pictures), "--samples", "2")

@@ -21,6 +21,7 @@ from diffusers import (
 from diffusers.schedulers import scheduling_ddim, scheduling_lcm, scheduling_tcd
 from torch import Tensor
 
+from embedded import STUDENT_FOLDER
 from server.engine.state.noise import stage_noise, start_noise
 from server.errors import ModelMismatch
 from server.models.distilled import STATED
@@ -265,9 +266,10 @@ def test_a_turbo_model_is_told_by_its_name_and_its_scheduler(
         ({"convention": "sdxl_turbo", "steps": 50}, "are distilled for 1 to 4"),
         ({"convention": "hyper", "steps": "2"}, "steps: Input should be a valid integer; allowed"),
         ({"convention": "hyper", "steps": 2, "eta": 1}, "eta: Extra inputs are not permitted; all"),
-        ({}, "convention: Field required; allowed are convention, a name, and steps"),
+        ({}, "convention: Field required; allowed are convention, a name, steps"),
         ({"convention": "flux_schnell"}, "which is for flow-matching models; this one predicts"),
         ({"convention": "lcm"}, "models that are told a guidance scale; this one has no time_cond"),
+        ({"convention": "tcd", "scale": 3}, "has the scale 3; models of the convention 'tcd' are"),
         ([], "holds no JSON object"),
     ],
     ids=str,
@@ -285,6 +287,13 @@ def test_what_the_operator_states_comes_before_what_the_configs_tell(copy: Path)
     own = load(copy).facts.defaults
     assert own is not None
     assert own.convention == "hyper_unified"
+
+
+def test_a_model_that_is_told_a_scale_may_state_its_own() -> None:
+    own = load(STUDENT_FOLDER).facts.defaults
+    assert own is not None
+    assert (own.convention, own.steps) == ("lcm", 4)
+    assert (own.rule.model_dump()["scale"], own.policy.name) == (2.0, "embedded")
 
 
 def test_weights_of_one_step_take_other_numbers_with_a_warning(copy: Path) -> None:

@@ -35,7 +35,7 @@ def test_the_embedded_model_says_what_it_is():
     assert facts.prediction == "v_prediction"
     assert (facts.default_width, facts.default_height) == (128, 128)
     assert (facts.latent_scale, facts.size_multiple) == (8, 32)
-    assert len(facts.revision) == 16
+    assert len(facts.revision) == len(facts.denoiser) == 16
 
 
 def test_the_revision_follows_the_weights(folder):
@@ -45,6 +45,17 @@ def test_the_revision_follows_the_weights(folder):
     raw[-1] ^= 1
     file.write_bytes(raw)
     assert load(folder).facts.revision != before
+
+
+def test_what_is_fitted_to_latents_outlives_another_decoder(folder):
+    before = load(folder).facts
+    file = next(folder.glob("vae/*.safetensors"))
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+    after = load(folder).facts
+    assert after.revision != before.revision
+    assert after.denoiser == before.denoiser
 
 
 def test_the_revision_does_not_follow_what_derives_from_the_weights(folder):

@@ -29,7 +29,7 @@ def model(hosted: HostedModel) -> Iterator[HostedModel]:
     """The embedded model with a classifier of fewer attributes than its own."""
     kept = hosted.classifier
     channels = hosted.facts.latent_channels
-    hosted.classifier = LatentClassifier(channels, HEADS, hosted.facts.revision)
+    hosted.classifier = LatentClassifier(channels, HEADS, hosted.facts.denoiser)
     yield hosted
     hosted.classifier = kept
 

@@ -206,7 +206,7 @@ def test_coefficients_are_those_of_the_run_and_of_no_other(tmp_path: Path) -> No
     model.linear_fits = LinearFits(tmp_path)
     request = resolved(model, **LINEAR)
     plan = make_plan(model.default_schedule, request.sampler, request.spacing, 6, None)
-    identity = identity_of(model.facts.revision, plan, split(request.guidance)[0], every=2)
+    identity = identity_of(model.facts.denoiser, plan, split(request.guidance)[0], every=2)
     with pytest.raises(InvalidRequest) as caught:
         asked(model, **LINEAR)
     assert caught.value.field == "guidance.policy"
@@ -242,7 +242,7 @@ def test_coefficients_are_those_of_the_run_and_of_no_other(tmp_path: Path) -> No
     for other in others:
         with pytest.raises(InvalidRequest, match="is not fitted to this sampler"):
             asked(model, **{**LINEAR, **other})
-    retrained = Toy(revision="fedcba9876543210")
+    retrained = Toy(denoiser="0" * 16)
     retrained.linear_fits = LinearFits(tmp_path)
     with pytest.raises(InvalidRequest, match="is not fitted to this sampler"):
         asked(retrained, **LINEAR)
