@@ -19,7 +19,7 @@ from server.service.stream import StreamSession
 from server.service.stream_frame import FailedFrame, OutputFrame
 from server.service.streams import Streams
 
-__all__ = ["SUBPROTOCOL", "router"]
+__all__ = ["SUBPROTOCOL", "failure", "header", "router"]
 
 router = APIRouter()
 
@@ -104,7 +104,7 @@ class Conversation:
             if text is not None:
                 await self._change(text)
             elif failed := self._session.offer(message["bytes"]):
-                await self._send(_failure(failed))
+                await self._send(failure(failed))
 
     async def _receive(self) -> Message:
         """The next message of the client.
@@ -146,9 +146,9 @@ class Conversation:
         while True:
             output = await self._session.next()
             if isinstance(output, FailedFrame):
-                await self._send(_failure(output))
+                await self._send(failure(output))
             else:
-                await self._send(_header(output), output.data)
+                await self._send(header(output), output.data)
                 self._active = monotonic()
 
     async def _report(self) -> None:
@@ -187,7 +187,8 @@ class Conversation:
                 await self._websocket.close(code, reason)
 
 
-def _header(output: OutputFrame) -> dict[str, Any]:
+def header(output: OutputFrame) -> dict[str, Any]:
+    """What is said of an output frame."""
     return {
         "frame": output.number,
         "source": output.source,
@@ -203,6 +204,7 @@ def _header(output: OutputFrame) -> dict[str, Any]:
     }
 
 
-def _failure(failed: FailedFrame) -> dict[str, Any]:
+def failure(failed: FailedFrame) -> dict[str, Any]:
+    """What is said of a frame that has no output."""
     places = {"frame": failed.number, "source": failed.source}
     return body_of(failed.error) | {k: v for k, v in places.items() if v is not None}

@@ -422,6 +422,7 @@ class StreamSession:
             skipped=frame.skipped,
             dropped=self.counts.frames["dropped"],
             data=self._last_image,
+            output_format=frame.output_format,
             queue_s=waited,
             denoise_s=0.0 if result is None else result.denoise_s,
             decode_s=0.0 if result is None else result.decode_s,

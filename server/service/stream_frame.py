@@ -46,6 +46,7 @@ class OutputFrame:
         skipped: whether it repeats the image before it.
         dropped: input frames that were dropped so far.
         data: the image as a file.
+        output_format: of that file.
         queue_s: seconds from the input's arrival to the first evaluation.
         denoise_s: seconds from there to the clean latent.
         decode_s: seconds from there to the pixels.
@@ -58,6 +59,7 @@ class OutputFrame:
     skipped: bool
     dropped: int
     data: bytes
+    output_format: OutputFormat
     queue_s: float
     denoise_s: float
     decode_s: float

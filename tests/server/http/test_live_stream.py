@@ -182,6 +182,7 @@ def test_without_input_frames_a_stream_makes_images_of_the_prompt(
         **SMALL | {"source": "text", "seed_step": 3, "max_fps": 20, "steps": 1}
     )
     outputs = [client_of_stream.output() for _ in range(3)]
+    client_of_stream.tell('{"paused": true}')
     assert [one.header["seed"] for one in outputs] == [5, 8, 11]
     assert outputs[0].header["source"] is None
     for one in outputs:

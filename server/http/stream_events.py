@@ -1,0 +1,151 @@
+"""`POST /v1/stream`: images of a prompt as server-sent events, for clients without a socket."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+from collections.abc import AsyncIterator, Mapping
+from time import monotonic
+from typing import Any, Final
+
+from fastapi import APIRouter, Request
+from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
+from starlette.types import Receive, Scope, Send
+
+from server.errors import InvalidRequest, WeftError
+from server.http.body import JsonRoute
+from server.http.errors import ErrorBody, body_of
+from server.http.events import PING_S
+from server.http.stream import failure, header
+from server.image_codec import MEDIA_TYPES
+from server.requests.stream_schema import StreamSettings
+from server.service.stream import StreamSession
+from server.service.stream_frame import FailedFrame, OutputFrame
+from server.service.streams import Streams
+
+__all__ = ["router"]
+
+router = APIRouter(tags=["stream"], route_class=JsonRoute)
+
+WITHOUT_EFFECT: Final = ("paused", "similarity_filter", "transition_frames")
+"""Fields that say something about input frames or later changes, of which there are none here."""
+
+_RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
+    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
+    **{
+        status: {"model": ErrorBody}
+        for status in (400, 401, 403, 404, 408, 413, 415, 422, 429, 503)
+    },
+}
+
+
+@router.post("/v1/stream", response_model=None, responses=_RESPONSES)
+async def stream_events(body: StreamSettings, request: Request) -> EventSourceResponse:
+    """Stream images of a prompt, each with another seed.
+
+    The events are `settings`, then `frame` for each image (a data URI in `image`), `stats` every
+    `stats_s` seconds, and `error`. The stream goes on until the client disconnects. Streams with
+    input frames or with settings that change need the socket at the same path.
+    """
+    fields = _of_text(body)
+    streams: Streams = request.app.state.streams
+    session = streams.open(request.scope["state"].get("api_key"))
+    try:
+        return FrameEvents(streams, session, await session.change(fields))
+    except BaseException:
+        streams.close(session)
+        raise
+
+
+class FrameEvents(EventSourceResponse):
+    """The events of a session, which ends when the connection does.
+
+    Args:
+        streams: that the session belongs to.
+        session: with its settings.
+        said: the answer to its settings.
+    """
+
+    def __init__(self, streams: Streams, session: StreamSession, said: Mapping[str, Any]) -> None:
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        super().__init__(self._events(said), headers=headers)
+        self._streams = streams
+        self._session = session
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._streams.close(self._session)
+
+    async def _events(self, said: Mapping[str, Any]) -> AsyncIterator[bytes]:
+        yield _event("settings", said)
+        stopping = asyncio.create_task(self._streams.until_stopping())
+        try:
+            async for event in self._frames(stopping):
+                yield event
+        except WeftError as error:
+            yield _event("error", body_of(error))
+        finally:
+            stopping.cancel()
+
+    async def _frames(self, stopping: asyncio.Task[None]) -> AsyncIterator[bytes]:
+        session, reported = self._session, monotonic()
+        upcoming = asyncio.create_task(session.next())
+        try:
+            while True:
+                await asyncio.wait(
+                    {upcoming, stopping}, timeout=PING_S, return_when="FIRST_COMPLETED"
+                )
+                if stopping.done():
+                    await stopping
+                if not upcoming.done():
+                    yield KEEPALIVE_COMMENT
+                    continue
+                yield _frame(await upcoming)
+                upcoming = asyncio.create_task(session.next())
+                if session.stats_s is not None and monotonic() - reported >= session.stats_s:
+                    reported = monotonic()
+                    yield _event("stats", {"stats": session.statistics()})
+        finally:
+            upcoming.cancel()
+
+
+def _of_text(body: StreamSettings) -> dict[str, Any]:
+    """The settings of a stream of images of a prompt that differ in their seeds.
+
+    Raises:
+        InvalidRequest: they ask for something that needs a socket.
+    """
+    given = body.model_fields_set
+    if "source" in given and body.source != "text":
+        raise InvalidRequest(
+            "source",
+            f"source is {body.source!r}; input frames need a socket, so open one at /v1/stream or "
+            "leave source out.",
+        )
+    for field in WITHOUT_EFFECT:
+        if getattr(body, field):
+            raise InvalidRequest(
+                field, f"{field} has no effect without a socket at /v1/stream; leave it out."
+            )
+    if "seed_step" in given and body.seed_step == 0:
+        raise InvalidRequest(
+            "seed_step", "seed_step is 0, so that all images would be the same; it must be above 0."
+        )
+    fields = body.model_dump(mode="json", exclude_unset=True)
+    return {"seed_step": 1, **fields, "source": "text"}
+
+
+def _frame(output: OutputFrame | FailedFrame) -> bytes:
+    if isinstance(output, FailedFrame):
+        return _event("error", failure(output))
+    data = base64.b64encode(output.data).decode()
+    image = f"data:{MEDIA_TYPES[output.output_format]};base64,{data}"
+    return _event("frame", header(output) | {"image": image})
+
+
+def _event(name: str, data: Mapping[str, Any]) -> bytes:
+    return format_sse_event(event=name, data_str=json.dumps(data))
