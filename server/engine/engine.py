@@ -259,9 +259,11 @@ class Engine:
             self.ready = False
             try:
                 self._end_everything()
-            finally:
-                if self.failure is not None and self._on_failure is not None:
-                    self._on_failure()
+            except BaseException as error:
+                log.critical("what was under way could not be ended", exc_info=error)
+                self.failure = self.failure or error
+            if self.failure is not None and self._on_failure is not None:
+                self._on_failure()
 
     def _warm_up(self) -> None:
         most = self._asked_budget or MOST_ROWS

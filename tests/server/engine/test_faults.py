@@ -123,6 +123,25 @@ def test_a_lost_device_ends_everything_at_once_with_one_sentence(model, task, li
         assert "an illegal memory access was encountered" in sentences.pop()
 
 
+def test_an_engine_that_cannot_even_tell_its_listeners_says_that_it_failed(model, task, listen):
+    ended = Event()
+    faulty: Any = Faulty(model)
+    engine = Engine({"embedded": faulty}, row_budget=4, on_failure=ended.set)
+    engine.start()
+    while not engine.ready:
+        Event().wait(0.01)
+    heard = listen(1)
+
+    def fail(*_):
+        raise SystemExit
+
+    heard.failed = fail
+    faulty.faults["evaluate"] = RuntimeError(LOST)
+    engine.submit([task(steps=1)], heard)
+    assert ended.wait(10)
+    assert isinstance(engine.failure, DeviceLost)
+
+
 def test_an_image_that_does_not_fit_alone_is_told_so(start, model, task, run):
     faulty = Faulty(model)
     engine = start(model=faulty)

@@ -1,11 +1,15 @@
 import re
 from collections.abc import Callable
+from threading import Event
 from typing import Any
 
 import httpx2
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
+
+from server.http.app import create_app
+from server.settings import Settings
 
 Unloaded = Callable[..., TestClient]
 
@@ -34,9 +38,6 @@ def test_a_loading_server_is_alive_and_not_ready(unloaded: Unloaded) -> None:
 
 
 def test_a_server_without_its_model_is_not_worth_keeping(tmp_path: Any) -> None:
-    from server.http.app import create_app
-    from server.settings import Settings
-
     given_up: list[bool] = []
     settings = Settings(models=(str(tmp_path / "none"),))
     app = create_app(settings, on_failure=lambda: given_up.append(True))
@@ -48,6 +49,20 @@ def test_a_server_without_its_model_is_not_worth_keeping(tmp_path: Any) -> None:
         assert answer.json()["reason"].startswith("The models could not be loaded;")
         assert str(tmp_path) not in answer.text + client.get("/readyz").text
         assert client.get("/readyz").status_code == 503
+
+
+def test_a_load_that_ends_in_something_else_than_an_error_is_said_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def end(*_: Any) -> None:
+        raise SystemExit(0)
+
+    given_up = Event()
+    monkeypatch.setattr("server.http.app.host", end)
+    app = create_app(Settings(), on_failure=given_up.set)
+    with TestClient(app, base_url="http://127.0.0.1:8000") as client:
+        assert given_up.wait(60)
+        assert client.get("/livez").status_code == client.get("/readyz").status_code == 503
 
 
 def test_a_loaded_server_is_ready(client: httpx2.Client) -> None:
