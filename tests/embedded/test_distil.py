@@ -9,7 +9,6 @@ import torch
 from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn.utils import parametrize
 
 from embedded import ADAPTER_FILE, MODEL_FOLDER, STUDENT_FOLDER
 from embedded.checkpoint import metadata_of
@@ -150,12 +149,12 @@ def test_a_stored_adapter_is_read_by_diffusers_and_makes_the_trained_network(
     trained = copy.deepcopy(plain)
     add_low_rank(trained, 4)
     with torch.no_grad():
-        for module in trained.modules():
-            if parametrize.is_parametrized(module, "weight"):
-                module.parametrizations.weight[0].up.normal_(std=0.1)
+        for name, parameter in trained.named_parameters():
+            if name.endswith(".up"):
+                parameter.normal_(std=0.1)
     save_low_rank(trained, tmp_path / "adapter.safetensors")
     known: Any = StableDiffusionPipeline.lora_state_dict(
-        tmp_path, weight_name="adapter.safetensors"
+        str(tmp_path), weight_name="adapter.safetensors"
     )
     stored = load_file(tmp_path / "adapter.safetensors")
     assert {key.removeprefix("unet.") for key in known[0]} == {
