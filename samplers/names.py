@@ -5,7 +5,14 @@ from __future__ import annotations
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from samplers.other_names import AUTOMATIC1111, COMFYUI, DIFFUSERS, LACKING, SCHEDULE_TYPES
+from samplers.other_names import (
+    AUTOMATIC1111,
+    COMFYUI,
+    COMFYUI_SAMPLERS,
+    DIFFUSERS,
+    LACKING,
+    SCHEDULE_TYPES,
+)
 from samplers.registry import SAMPLERS
 from samplers.sampler import Sampler
 from samplers.spacing import Spacing
@@ -31,7 +38,8 @@ def named(text: str) -> tuple[Sampler, Spacing | None]:
 
     Args:
         text: a sampler of AUTOMATIC1111, alone or with a schedule type after it ("DPM++ 2M
-            Karras"), or a class of diffusers' schedulers at its defaults. Case does not count.
+            Karras"), a class of diffusers' schedulers at its defaults, or a sampler of ComfyUI.
+            Case does not count.
 
     Returns:
         The sampler, and the spacing if the name says one.
@@ -53,8 +61,12 @@ def named(text: str) -> tuple[Sampler, Spacing | None]:
     for name in DIFFUSERS:
         if wanted == name.casefold():
             return of_diffusers({"_class_name": name})
+    if (plain := wanted.removesuffix("_gpu")) in COMFYUI_SAMPLERS:
+        return _built(SAMPLERS, COMFYUI_SAMPLERS[plain]), None
     _refuse_lacking(text)
-    raise ValueError(_unknown("sampler", text, [*AUTOMATIC1111, *DIFFUSERS, *LACKING]))
+    raise ValueError(
+        _unknown("sampler", text, [*COMFYUI_SAMPLERS, *AUTOMATIC1111, *DIFFUSERS, *LACKING])
+    )
 
 
 def schedule_type(text: str) -> Spacing:

@@ -121,6 +121,43 @@ SCHEDULE_TYPES: Final[Mapping[str, Fields]] = MappingProxyType(
 )
 """Schedule types of AUTOMATIC1111 by their label; LCM is the one that its sampler LCM brings."""
 
+COMFYUI_SAMPLERS: Final[Mapping[str, Fields]] = MappingProxyType(
+    {
+        "euler": {"name": "euler"},
+        "euler_ancestral": {"name": "euler_ancestral"},
+        "heun": {"name": "heun"},
+        "dpm_2": {"name": "dpm_2"},
+        "dpm_2_ancestral": {"name": "dpm_2", "eta": 1.0},
+        "dpmpp_2s_ancestral": {"name": "dpm_solver_pp_singlestep", "order": 2, "eta": 1.0},
+        "dpmpp_2m": {"name": "dpm_solver_pp"} | _NEVER_LOWERED,
+        "dpmpp_2m_sde": {"name": "dpm_solver_pp", "variant": "sde"} | _NEVER_LOWERED,
+        "dpmpp_2m_sde_heun": {"name": "dpm_solver_pp", "variant": "sde", "solver_type": "taylor"}
+        | _NEVER_LOWERED,
+        "dpmpp_3m_sde": {
+            "name": "dpm_solver_pp",
+            "variant": "sde",
+            "order": 3,
+            "solver_type": "taylor",
+        }
+        | _NEVER_LOWERED,
+        "ddpm": {"name": "ddim", "eta": 1.0},
+        "lcm": {"name": "lcm"},
+        "ipndm": {"name": "hb", "order": 4.0, "beta": 1.0},
+        "res_multistep": {"name": "dpm_solver_pp", "solver_type": "taylor"} | _NEVER_LOWERED,
+        "res_2s": {"name": "dpm_solver_pp_singlestep", "order": 2, "solver_type": "taylor"},
+        "gradient_estimation": {"name": "gradient_estimation"},
+        "ddim": {"name": "ddim"},
+        "uni_pc": {"name": "unipc", "order": 3, "variant": "bh1", "lower_order_final": "always"},
+        "uni_pc_bh2": {
+            "name": "unipc",
+            "order": 3,
+            "variant": "bh2",
+            "lower_order_final": "always",
+        },
+    }
+)
+"""Samplers of ComfyUI, with or without `_gpu` after them; res_2s is RES4LYF's."""
+
 COMFYUI: Final[Mapping[str, Fields]] = MappingProxyType(
     {
         "normal": {"name": "sgm_uniform", "endpoint": True},
@@ -256,10 +293,25 @@ LACKING: Final[Mapping[str, str]] = MappingProxyType(
         "DPM fast": "singlestep steps of mixed orders; nearest is dpm_solver_pp_singlestep",
         "DPM adaptive": "its steps depend on the picture; nearest is dpm_solver_pp_singlestep",
         "DDIM CFG++": "here it is a guidance, cfg_plus_plus, which goes with any sampler",
+        "dpm_fast": "singlestep steps of mixed orders; nearest is dpm_solver_pp_singlestep",
+        "dpm_adaptive": "its steps depend on the picture; nearest is dpm_solver_pp_singlestep",
+        "dpmpp_sde": "a two-stage stochastic solver; nearest is dpm_solver_pp with variant sde",
+        "heunpp2": "Heun's method with up to three weighted slopes; nearest is heun",
+        "ipndm_v": "a linear multistep method with weights of its own; nearest is hb with order 4,"
+        " beta 1 and weights variable",
+        "exp_heun_2_x0": "its second point is the end of the step; nearest is"
+        " dpm_solver_pp_singlestep with solver_type taylor",
+        "er_sde": "a stochastic solver with a noise scale of its own; nearest is sa_solver",
+        "seeds_2": "a two-stage stochastic solver; nearest is dpm_solver_pp_singlestep with eta 1",
+        "seeds_3": "a three-stage stochastic solver; nearest is dpm_solver_pp_singlestep with eta"
+        " 1",
+        "res_multistep_ancestral": "nearest is dpm_solver_pp with variant sde",
+        "sa_solver_pece": "it evaluates twice a step; nearest is sa_solver",
+        "euler_cfg_pp": "here it is a guidance, cfg_plus_plus, which goes with any sampler",
         "LMSDiscreteScheduler": "a linear multistep method; nearest is hb with order 4, beta 1 and"
         " weights variable",
         "DPMSolverSDEScheduler": "a two-stage stochastic solver; nearest is dpm_solver_pp with"
         " variant sde",
     }
 )
-"""What the two programs have and this one lacks, with why or what comes nearest."""
+"""What the three programs have and this one lacks, with why or what comes nearest."""

@@ -17,7 +17,14 @@ from samplers.dpm_solver_pp import DPMSolverPP
 from samplers.euler import Euler, EulerAncestral
 from samplers.exponential import Exponential
 from samplers.names import NoEqual, label_of, named, of_diffusers, schedule_type, schedule_type_of
-from samplers.other_names import AUTOMATIC1111, COMFYUI, DIFFUSERS, LACKING, SCHEDULE_TYPES
+from samplers.other_names import (
+    AUTOMATIC1111,
+    COMFYUI,
+    COMFYUI_SAMPLERS,
+    DIFFUSERS,
+    LACKING,
+    SCHEDULE_TYPES,
+)
 from samplers.timesteps import Karras, Leading, Linspace, LogSNR, SGMUniform, Trailing
 from samplers.unipc import UniPC
 from tests.covering import covering
@@ -108,6 +115,7 @@ def test_every_option_of_diffusers_is_one_of_theirs_and_acts(name: str) -> None:
         (" UniPC ", UniPC(order=3, variant="bh1", lower_order_final="always"), None),
         ("DDIM DDIM", DDIM(), Leading()),
         ("EulerDiscreteScheduler", Euler(), Linspace()),
+        ("dpmpp_2m_sde_gpu", DPMSolverPP(variant="sde", lower_order_final=False), None),
     ],
 )
 def test_names_stand_for(text: str, sampler: Sampler, spacing: Spacing | None) -> None:
@@ -233,6 +241,8 @@ def tables() -> list[str]:
     samplers += [f"| {a} | {written(b.fields)} | {b.automatic} |" for a, b in AUTOMATIC1111.items()]
     types = ["| AUTOMATIC1111's schedule type | here |", "|---|---|"]
     types += [f"| {a} | {written(b)} |" for a, b in SCHEDULE_TYPES.items()]
+    theirs = ["| ComfyUI's sampler | here |", "|---|---|"]
+    theirs += [f"| {a} | {written(b)} |" for a, b in COMFYUI_SAMPLERS.items()]
     comfyui = ["| ComfyUI's scheduler | here |", "|---|---|"]
     comfyui += [f"| {a} | {written(b)} |" for a, b in COMFYUI.items()]
     schedulers = ["| diffusers' scheduler | here | its spacing by default | options read |"]
@@ -243,7 +253,7 @@ def tables() -> list[str]:
     ]
     lacking = ["| there | why not here |", "|---|---|"]
     lacking += [f"| {name} | {why} |" for name, why in LACKING.items()]
-    return ["\n".join(table) for table in (samplers, types, comfyui, schedulers, lacking)]
+    return ["\n".join(table) for table in (samplers, types, theirs, comfyui, schedulers, lacking)]
 
 
 @pytest.mark.parametrize("table", tables(), ids=lambda table: table.splitlines()[0])
