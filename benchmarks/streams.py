@@ -127,10 +127,12 @@ def _several_streams(weft: Weft, options: argparse.Namespace) -> None:
     mixes["4 equal"] = [settings(seed=i) for i in range(4)]
     heavy = settings(guidance=KINDS["cfg"][0], seed=9)
     mixes["3, one of cfg"] = [settings(seed=0), settings(seed=1), heavy]
-    runs = _rounds(
-        {name: lambda mix=mix: weft.run(mix, options.seconds) for name, mix in mixes.items()},
-        options.rounds,
-    )
+    systems: dict[str, Callable[[], Ran]] = {
+        name: lambda mix=mix: weft.run(mix, options.seconds) for name, mix in mixes.items()
+    }
+    most = max(COUNTS)
+    systems[f"{most} sessions*"] = lambda: weft.run_sessions(several(most), options.seconds)[0]
+    runs = _rounds(systems, options.rounds)
     print("\n### Several streams at once\n")
     print(
         "| streams | frames/s | of the networks' limit | worst / best frames/s "
@@ -138,11 +140,14 @@ def _several_streams(weft: Weft, options: argparse.Namespace) -> None:
     )
     print("|---|---|---|---|---|---|---|")
     for name, ran in runs.items():
+        inside = ran[0].rows
+        limit = f"{_of(ran, 'of_limit'):.2f}" if inside else ""
+        device = f"{_of(ran, 'device_evenness'):.2f}" if inside else ""
         print(
-            f"| {name} | {_of(ran, 'rate'):.2f} | {_of(ran, 'of_limit'):.2f} "
-            f"| {_of(ran, 'frames_evenness'):.2f} | {_of(ran, 'device_evenness'):.2f} "
-            f"| {1000 * _of(ran, 'middle_s'):.0f} | {1000 * _of(ran, 'late_s'):.0f} |"
+            f"| {name} | {_of(ran, 'rate'):.2f} | {limit} | {_of(ran, 'frames_evenness'):.2f} "
+            f"| {device} | {1000 * _of(ran, 'middle_s'):.0f} | {1000 * _of(ran, 'late_s'):.0f} |"
         )
+    print("\n\\* with JPEG files both ways")
 
 
 def _beside_requests(weft: Weft, options: argparse.Namespace) -> None:
