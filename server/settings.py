@@ -158,7 +158,8 @@ class Settings(BaseSettings):
         default=256,
         ge=1,
         le=65536,
-        description="Maximum images queued or running; requests beyond it get status 429.",
+        description="Maximum images queued or running, frames of live streams apart; requests "
+        "beyond it get status 429.",
     )
     decode_processes: int = Field(
         default=2,

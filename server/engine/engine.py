@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from functools import partial
 from itertools import chain
 from math import inf
 from threading import Condition, Thread
@@ -14,13 +15,14 @@ import torch
 
 from server.engine.cost_model import MOST_ROWS, CostModel, TickCost
 from server.engine.faults import attempt, free_memory, is_out_of_memory, lost_device
-from server.engine.live_share import LaneCosts, Shares, share_tick
+from server.engine.live_share import ORDINARY_SHARE, LaneCosts, Shares, share_tick
 from server.engine.metrics import EngineMeasurements
 from server.engine.reservation import Reservation
 from server.engine.scheduler import (
     LONGEST_TICK_S,
     Candidate,
     Load,
+    Priority,
     load_of,
     rows_of_tick,
     select,
@@ -98,7 +100,8 @@ class Engine:
             shorter ticks would cost a fifth of the throughput.
         deterministic: run everything at fixed batch shapes, so that an image's bits do not depend
             on what else is in the batch.
-        max_pending: images waiting or under way; more are refused.
+        max_pending: images waiting or under way; more are refused. Frames of live streams are
+            counted by themselves.
         on_failure: called in the engine's thread once it can never work again, when everybody has
             heard of it.
         guessed_costs: seconds of a tick by rows to begin with, which the ticks then correct. By
@@ -164,11 +167,16 @@ class Engine:
         if self._thread.is_alive():
             self._thread.join(None if last_tick_s is None else timeout_s + last_tick_s)
 
-    def reserve(self, images: int) -> Reservation:
+    def reserve(self, images: int, *, live: bool = False) -> Reservation:
         """Room for the images of one request; safe from any thread.
 
         Reserve before uploads are decoded or plans are made, so that a request that is turned away
         costs nothing. Submit to the reservation, and release it whatever happens.
+
+        Args:
+            images: how many.
+            live: they are of live priority, for which there is as much room again: a queue that is
+                full of ordinary requests does not hold up a stream.
 
         Raises:
             Overloaded: there is no room for all of them.
@@ -176,11 +184,15 @@ class Engine:
         """
         with self._wake:
             self._check_open()
-            if self.measurements.pending + images > self._max_pending:
+            if self.measurements.pending_of(live=live) + images > self._max_pending:
                 self.measurements.refused += images
                 raise Overloaded(self._seconds_of_work())
-            self.measurements.pending += images
-        return Reservation(images, self._take_in, self._give_back)
+            self._count_pending(images, live=live)
+        return Reservation(
+            images,
+            partial(self._take_in, live=live),
+            lambda unused: self._count_pending(-unused, live=live),
+        )
 
     def submit(self, tasks: Listed[ImageTask], listener: Listener) -> Submission:
         """Queue the images of one request, for which no room was reserved; safe from any thread.
@@ -190,10 +202,13 @@ class Engine:
             NotReady: the engine is not warm yet, or has stopped or failed.
             InvalidRequest: an image or a group needs more rows at once than a forward has.
         """
-        with self.reserve(len(tasks)) as room:
+        live = all(task.priority is Priority.LIVE for task in tasks)
+        with self.reserve(len(tasks), live=live) as room:
             return room.submit(tasks, listener)
 
-    def _take_in(self, tasks: Listed[ImageTask], listener: Listener) -> Submission:
+    def _take_in(self, tasks: Listed[ImageTask], listener: Listener, *, live: bool) -> Submission:
+        if any((task.priority is Priority.LIVE) != live for task in tasks):
+            raise ValueError("room is reserved either for live images or for others")
         submission = Submission(len(tasks))
         tick = self.measurements.ticks
         sequences = [
@@ -206,9 +221,10 @@ class Engine:
             self._wake.notify()
         return submission
 
-    def _give_back(self, images: int) -> None:
+    def _count_pending(self, images: int, *, live: bool) -> None:
         with self._wake:
-            self.measurements.pending -= images
+            self.measurements.pending += images
+            self.measurements.live_pending += images * live
 
     def _check_open(self) -> None:
         if not self.ready or self._stop_at is not None:
@@ -238,13 +254,14 @@ class Engine:
                 )
 
     def _seconds_of_work(self) -> float:
-        """Device seconds of all evaluations that are still to come, at the best row choice."""
+        """Until the ordinary images that wait are done, at the best row choice."""
         waiting = Counter[tuple[str, tuple[int, int, int]]]()
         for sequence in [*self._arrived, *self._active]:
-            waiting[self._kind(sequence.task)] += sequence.remaining
+            if not sequence.live:
+                waiting[self._kind(sequence.task)] += sequence.remaining
         most = self.measurements.row_budget
         costs = (rows * self._costs.of(*kind).seconds_a_row(most) for kind, rows in waiting.items())
-        return max(1.0, sum(costs))
+        return max(1.0, sum(costs) / (ORDINARY_SHARE if self._expects_live else 1.0))
 
     def _run(self) -> None:
         try:
@@ -579,7 +596,7 @@ class Engine:
             sequence.lane.pool.give_back(sequence.slot)
             sequence.slot = -1
         self._active.remove(sequence)
-        self._give_back(1)
+        self._count_pending(-1, live=sequence.live)
 
     def tick_costs(self) -> list[tuple[str, tuple[int, int, int], TickCost]]:
         """What ticks cost by model and latent shape; safe from any thread."""

@@ -110,7 +110,7 @@ def share_tick(
     lane = units[first].lane
     here = [i for i in live if units[i].lane == lane]
     load = Load(lane, sum(units[i].rows for i in here), max(units[i].rows for i in here), live=True)
-    wanted = rows_of(load)
+    wanted = min(rows_of(load), load.rows)
     costs = lanes[lane]
     room = max(wanted, bisect_right(range(1, costs.most + 1), costs.longest_s, key=costs.seconds))
 

@@ -59,6 +59,7 @@ class EngineMeasurements:
         evaluations: rows evaluated.
         saved: evaluations saved, by policy.
         pending: images waiting or under way.
+        live_pending: of these, frames of live streams.
         row_budget: rows of a tick.
     """
 
@@ -81,6 +82,7 @@ class EngineMeasurements:
     evaluations: int = 0
     saved: Counter[str] = field(default_factory=Counter)
     pending: int = 0
+    live_pending: int = 0
     row_budget: int = 0
 
     def finished(self, priority: Priority, seconds: float, by_stage: Mapping[Stage, float]) -> None:
@@ -89,3 +91,7 @@ class EngineMeasurements:
         self.latencies[priority].add(seconds)
         for stage, spent in by_stage.items():
             self.stages[priority, stage].add(spent)
+
+    def pending_of(self, *, live: bool) -> int:
+        """Images waiting or under way, of live streams or of others."""
+        return self.live_pending if live else self.pending - self.live_pending

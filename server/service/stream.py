@@ -373,7 +373,7 @@ class StreamSession:
             pixels: of the input frame at the size of the output, if there is one.
         """
         request = current.prepared.request
-        with self._service.ready_engine().reserve(1) as room:
+        with self._service.ready_engine().reserve(1, live=True) as room:
             image = None
             if pixels is not None:
                 image = pixels_tensor(pixels)

@@ -213,6 +213,15 @@ def test_rows_that_cost_live_frames_nothing_are_given_to_ordinary_images():
     assert len(beside.done) * 20 >= 0.95 * beside.ticks
 
 
+def test_where_every_tick_has_the_same_rows_those_that_are_free_are_given_away():
+    """As in deterministic mode."""
+    live = [Candidate(1, left, 0, Priority.LIVE, 0, stream=1) for left in (2, 3)]
+    ordinary = [Candidate(2, 9, 0, Priority.INTERACTIVE, 0) for _ in range(5)]
+    fixed = LaneCosts(8, lambda _: 0.05, LIVE_TICK_S)
+    chosen, _ = share_tick([*live, *ordinary], Shares(), {0: fixed}, lambda _: 8)
+    assert sorted(chosen) == [0, 1, 2, 3, 4]
+
+
 @pytest.mark.parametrize("count", [1, 40])
 @pytest.mark.parametrize("lane", [0, 1])
 def test_ordinary_images_get_their_share_however_many_streams_there_are(count: int, lane: int):

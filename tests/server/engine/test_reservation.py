@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from threading import Thread
 
 import pytest
 
+from server.engine.scheduler import Priority
 from server.engine.state.submission import Submission
 from server.errors import Cancelled, NotReady, Overloaded
 
@@ -23,6 +25,23 @@ def test_room_is_taken_before_there_are_any_tasks(start, task, listen):
             room.submit([task(), task()], listen(2))
     assert engine.measurements.pending == 0
     assert engine.measurements.refused == 1
+
+
+def test_a_queue_full_of_ordinary_images_has_room_for_live_ones(start, task, listen):
+    engine = start(max_pending=2)
+    frame = replace(task(rule="none", steps=1), priority=Priority.LIVE)
+    with engine.reserve(2), pytest.raises(Overloaded):
+        engine.reserve(1)
+    with engine.reserve(2):
+        heard = listen(2)
+        engine.submit([frame, frame], heard)
+        assert not heard.wait().errors
+        with engine.reserve(2, live=True) as room:
+            with pytest.raises(Overloaded):
+                engine.reserve(1, live=True)
+            with pytest.raises(ValueError, match="either for live images or for others"):
+                room.submit([task()], listen(1))
+    assert (engine.measurements.pending, engine.measurements.live_pending) == (0, 0)
 
 
 def test_room_is_given_back_once_whatever_happens(start, task, listen):

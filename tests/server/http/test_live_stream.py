@@ -245,7 +245,7 @@ def test_a_full_queue_is_no_error_and_the_newest_frame_waits_for_room(
 ) -> None:
     client_of_stream.settings(**SMALL)
     engine = running.app.state.service.engine
-    with engine.reserve(8 - engine.measurements.pending):
+    with engine.reserve(8 - engine.measurements.live_pending, live=True):
         for shade in range(3):
             client_of_stream.tell(file_of(shade))
         time.sleep(0.2)
