@@ -18,11 +18,15 @@ settings.load_profile("weft")
 
 
 LONGEST = (
-    "test_guidance_study.py",
-    "test_engine.py",
     "test_against_diffusers.py",
-    "test_cli.py",
     "test_derive.py",
+    "test_drain.py",
+    "test_engine.py",
+    "test_generate.py",
+    "test_guidance_study.py",
+    "test_live_stream.py",
+    "test_live_stream_errors.py",
+    "test_lost_device.py",
     "test_model_statistics.py",
 )
 """Files that take longest. They go first, so that no process begins one when all else is done."""
