@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -221,3 +222,13 @@ def test_the_image_is_configured_by_settings_alone() -> None:
     settings = Settings.model_validate(given | {"insecure": True})
     assert settings.models_folder == Path("/models")
     assert settings.drain_s < 10, "what `docker stop` waits before it kills"
+
+
+def test_compose_starts_the_image_with_settings_that_exist() -> None:
+    service = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]["weft"]
+    gpu = yaml.safe_load((ROOT / "compose.gpu.yaml").read_text())["services"]["weft"]
+    named = [*service["environment"], *gpu["environment"]]
+    assert {name.removeprefix("WEFT_").lower() for name in named} <= Settings.model_fields.keys()
+    assert int(service["stop_grace_period"].rstrip("s")) > service["environment"]["WEFT_DRAIN_S"]
+    assert service["volumes"] == ["${MODELS:-./models}:/models:ro"]
+    assert [service["build"]["args"]["TORCH"], gpu["build"]["args"]["TORCH"]] == ["cpu", "cuda"]

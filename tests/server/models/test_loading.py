@@ -93,6 +93,11 @@ def refuse_broken_index(folder):
     (folder / "model_index.json").write_text("{")
 
 
+def refuse_unreadable_index(folder):
+    (folder / "model_index.json").unlink()
+    (folder / "model_index.json").mkdir()
+
+
 def refuse_list_index(folder):
     (folder / "model_index.json").write_text("[]")
 
@@ -191,6 +196,7 @@ def refuse_shards_elsewhere(folder):
         (refuse_pipeline, "names the pipeline 'CustomPipeline'; allowed are .*StableDiffusion"),
         (refuse_no_index, "has no model_index.json"),
         (refuse_broken_index, "is not valid JSON"),
+        (refuse_unreadable_index, "model_index.json .* cannot be read: Is a directory"),
         (refuse_list_index, "holds no JSON object"),
         (refuse_remote_code, "names 'Unet' as its unet; allowed are UNet2DConditionModel"),
         (refuse_pickled_weights, "no safetensors weights; other formats are refused"),
