@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import resource
@@ -9,7 +10,7 @@ import signal
 import socket
 import sys
 import threading
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn
 
 from server.errors import CannotListen
 from server.settings import Settings
@@ -18,6 +19,7 @@ __all__ = ["end_process", "listen", "run"]
 
 log = logging.getLogger("weft")
 
+NOT_HERE: Final = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 OTHER_FILES: Final = 512
 """Files that the process may have open beside its connections: models, pipes, devices."""
 
@@ -35,25 +37,44 @@ def listen(host: str, port: int) -> list[socket.socket]:
     except OSError:
         raise CannotListen("host", f"host is {host!r}, which names no address.") from None
     listeners: list[socket.socket] = []
+    absent: OSError | None = None
     for family, kind, protocol, _, address in dict.fromkeys(found):
-        listener = socket.socket(family, kind, protocol)
-        listeners.append(listener)
+        try:
+            listeners.append(_listener(family, kind, protocol, address))
+        except OSError as error:
+            if error.errno in NOT_HERE:
+                # "localhost" has an address of IPv6 also where IPv6 is switched off.
+                absent = error
+                continue
+            for opened in listeners:
+                opened.close()
+            raise _unusable(port, address, error) from None
+    if absent is not None and not listeners:
+        raise CannotListen("host", f"host is {host!r}, which is no address of this machine.")
+    return listeners
+
+
+def _listener(family: int, kind: int, protocol: int, address: Any) -> socket.socket:
+    listener = socket.socket(family, kind, protocol)
+    try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        try:
-            listener.bind(address)
-            listener.listen()
-        except OSError as error:
-            for opened in listeners:
-                opened.close()
-            reason = (error.strerror or str(error)).lower()
-            raise CannotListen(
-                "port",
-                f"port is {port}, which cannot be used on {address[0]}: {reason}; choose another "
-                "with --port or WEFT_PORT.",
-            ) from None
-    return listeners
+        listener.bind(address)
+        listener.listen()
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _unusable(port: int, address: Any, error: OSError) -> CannotListen:
+    reason = (error.strerror or str(error)).lower()
+    return CannotListen(
+        "port",
+        f"port is {port}, which cannot be used on {address[0]}: {reason}; choose another with "
+        "--port or WEFT_PORT.",
+    )
 
 
 def run(settings: Settings, listeners: list[socket.socket]) -> int:
