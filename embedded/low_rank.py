@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Final, cast
 
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+
+from embedded.checkpoint import save
 
 TARGETS: Final = (
     "to_q",
@@ -57,21 +59,19 @@ def add_low_rank(unet: UNet2DConditionModel, rank: int) -> list[nn.Parameter]:
 def save_low_rank(unet: UNet2DConditionModel, file: Path) -> None:
     """Store the changes as diffusers' ``load_lora_weights`` reads them, in float16.
 
-    Their alpha is their rank, which is what readers assume of a file that says nothing of it.
+    Their alpha is their rank, which is what readers assume of a file that says nothing of it. The
+    metadata tells Weft how a model with them is sampled.
     """
-    tensors: dict[str, nn.Module | Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name, module in unet.named_modules():
         if parametrize.is_parametrized(module, "weight"):
             change = cast("LowRank", module.parametrizations.weight[0])
-            weight = cast("Tensor", module.weight)
-            rank, out = len(change.down), len(change.up)
-            tail = weight.shape[2:]
-            tensors[f"{name}.lora_A.weight"] = change.down.detach().view(rank, -1, *tail).half()
-            ones = [1] * len(tail)
-            tensors[f"{name}.lora_B.weight"] = change.up.detach().view(out, rank, *ones).half()
-    StableDiffusionPipeline.save_lora_weights(
-        file.parent, unet_lora_layers=tensors, weight_name=file.name, safe_serialization=True
-    )
+            tail = cast("Tensor", module.weight).shape[2:]
+            down, up = change.down.detach().half(), change.up.detach().half()
+            tensors[f"unet.{name}.lora_A.weight"] = down.view(len(down), -1, *tail)
+            tensors[f"unet.{name}.lora_B.weight"] = up.view(*up.shape, *[1] * len(tail))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save(tensors, file, {"format": "pt", "weft.convention": "lcm_lora"})
 
 
 @torch.no_grad()
