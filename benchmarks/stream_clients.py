@@ -17,7 +17,6 @@ from PIL import Image
 
 from benchmarks.clip import clip
 from benchmarks.stream_runs import CAMERA_FPS, SETTLING_S, Ran
-from server.engine.scheduler import Priority
 from server.engine.task import Stream
 from server.models.inputs import RowInputs
 from server.requests.schema import GenerateRequest
@@ -175,7 +174,6 @@ class Weft:
                 prepared,
                 self.model,
                 image=pixels_tensor(frame),
-                priority=Priority.LIVE,
                 stream=stream,
             )
         ]

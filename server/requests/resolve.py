@@ -102,6 +102,7 @@ def resolve(
         strength=_strength(request, has_picture=has_picture),
         output_format=request.output_format,
         stream=request.stream,
+        priority=request.priority,
     )
     check_limits(resolved, limits)
     check_size(resolved, model.facts, limits)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, create_model
 from pydantic_core import PydanticCustomError
@@ -206,6 +206,11 @@ class GenerateRequest(BaseModel):
         strict=True,
         description="Whether to respond with a stream of server-sent events.",
     )
+    priority: Literal["interactive", "batch"] = Field(
+        default="interactive",
+        description="Whether somebody waits for the images: batch requests go behind interactive "
+        "ones, but are never put off for good.",
+    )
 
 
 class ResolvedRequest(BaseModel):
@@ -228,13 +233,14 @@ class ResolvedRequest(BaseModel):
     strength: float | None
     output_format: OutputFormat
     stream: bool
+    priority: Literal["interactive", "batch"] = "interactive"
 
     def settings(self) -> dict[str, Any]:
         """JSON that makes the same images when posted back.
 
         A request that started from an image is refused unless that image is sent again.
         """
-        return self.model_dump(mode="json", exclude={"stream"}, exclude_none=True)
+        return self.model_dump(mode="json", exclude={"stream", "priority"}, exclude_none=True)
 
 
 def default_sampler() -> Sampler:

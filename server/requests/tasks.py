@@ -32,7 +32,6 @@ def tasks_of(
     mask: Tensor | None = None,
     reference: Tensor | None = None,
     blend: Blend | None = None,
-    priority: Priority = Priority.INTERACTIVE,
     stream: Stream | None = None,
 ) -> list[ImageTask]:
     """One task for each image.
@@ -44,8 +43,7 @@ def tasks_of(
         mask: ``[H, W]`` float32, 1 to repaint, 0 to keep.
         reference: picture to keep away from, as ``image``.
         blend: what the network is told instead of the request's prompt.
-        priority: who goes first.
-        stream: that the images are frames of, if their priority is live.
+        stream: that the images are frames of; their priority is live then.
 
     Raises:
         InvalidRequest: guidance that needs a single prompt, with a blend.
@@ -80,7 +78,7 @@ def tasks_of(
             adapters=adapters,
             coefficients=prepared.coefficients,
             group=group,
-            priority=priority,
+            priority=Priority[resolved.priority.upper()] if stream is None else Priority.LIVE,
             stream=stream,
             image=image,
             mask=mask,

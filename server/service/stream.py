@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
-from server.engine.scheduler import Priority
 from server.engine.task import Stream
 from server.errors import InvalidRequest, NotReady, Overloaded, RowFailed, TooLarge, WeftError
 from server.image_codec import encode
@@ -388,7 +387,6 @@ class StreamSession:
                 current.model,
                 image=image,
                 blend=told if isinstance(told, Blend) else None,
-                priority=Priority.LIVE,
                 stream=self._stream,
             )
             frame.submitted = monotonic()

@@ -114,6 +114,18 @@ def test_the_metrics_say_where_images_spent_their_time(
     assert all(value > 0 for value in spent.values())
 
 
+def test_a_batch_request_runs_at_its_priority(
+    client: httpx2.Client, generate: Callable[..., Any]
+) -> None:
+    counted = "weft_image_seconds_count", "batch"
+    before = samples(client)[counted]
+    answer = generate(priority="batch")
+    assert answer.status_code == 200
+    assert "priority" not in answer.json()["settings"], "it does not change the image"
+    assert samples(client)[counted] == before + 1
+    assert "batch" in generate(priority="live").json()["error"]["message"]
+
+
 def test_the_page_is_served(client: httpx2.Client) -> None:
     answer = client.get("/")
     assert answer.headers["content-type"].startswith("text/html")
