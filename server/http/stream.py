@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from fastapi import APIRouter, WebSocket, WebSocketDisconnect
 from starlette.types import Message
+from starlette.websockets import WebSocketState
 
 from server.errors import NotReady, RequestTimeout, TooLarge, WeftError
 from server.http.errors import answer, body_of
@@ -164,8 +165,11 @@ class Conversation:
 
         Raises:
             Stalled: the client does not read.
+            WebSocketDisconnect: it is gone.
         """
         async with self._writing:
+            if self._websocket.application_state is not WebSocketState.CONNECTED:
+                raise WebSocketDisconnect
             try:
                 async with asyncio.timeout(self._limits.stall_s):
                     await self._websocket.send_text(json.dumps(said))

@@ -218,9 +218,10 @@ class StreamSession:
         return sum(not (frame.denoised or frame.done) for frame in self._under_way)
 
     @property
-    def _outgoing(self) -> int:
+    def full(self) -> bool:
+        """Whether so many finished frames wait for the client that none is taken in."""
         finished = sum(frame.done for frame in self._under_way)
-        return finished + (self._sending is not None)
+        return finished + (self._sending is not None) >= OUTGOING
 
     def _prepare(self, settings: StreamSettings) -> Current:
         """Check and plan settings, in a thread of its own."""
@@ -310,7 +311,7 @@ class StreamSession:
             there_is
             and started
             and not settings.paused
-            and self._outgoing < OUTGOING
+            and not self.full
             and self._in_engine < current.in_flight
             # One is left for the decoder: the next frame is encoded while it is decoded.
             and self._in_denoiser < max(1, current.in_flight - 1)

@@ -149,16 +149,28 @@ def test_a_message_beyond_all_bounds_ends_the_stream_alone(running: Running) -> 
     running.settle()
 
 
+def reset(client: StreamClient) -> None:
+    """Be gone as a machine that lost its power: without a closing handshake."""
+    hard = struct.pack("ii", 1, 0)
+    client.socket.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, hard)
+    client.socket.socket.close()
+
+
+def narrow(running: Running) -> socket.socket:
+    """A connection of which the client's side has hardly any room."""
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.connect(running.address)
+    return connection
+
+
 def test_a_client_that_vanishes_leaves_no_row_behind(running: Running) -> None:
     cancelled = running.app.state.service.engine.measurements.cancelled
     with opened(running.url) as client:
         client.settings(**SMALL | {"steps": 200, "strength": 1.0})
         client.tell(file_of(1))
         running.wait(lambda: running.app.state.service.engine.measurements.pending > 0)
-        # A reset, as of a machine that lost its power: no closing handshake.
-        hard = struct.pack("ii", 1, 0)
-        client.socket.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, hard)
-        client.socket.socket.close()
+        reset(client)
         running.settle()
         running.wait(lambda: len(running.app.state.streams) == 0)
     assert running.app.state.service.engine.measurements.cancelled == cancelled + 1
@@ -170,18 +182,32 @@ def test_a_client_that_does_not_read_costs_nothing_and_is_cut_off(
     limited(stall_s=1.0)
     images = running.app.state.service.engine.measurements
     before = images.images
-    narrow = socket.socket()
-    narrow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    narrow.connect(running.address)
-    with opened(running.url, max_queue=1, sock=narrow) as client:
+    with opened(running.url, max_queue=1, sock=narrow(running)) as client:
         client.tell(json.dumps(SMALL | {"source": "text", "seed_step": 1, "steps": 1}))
         running.wait(lambda: len(running.app.state.streams) == 0)
+        running.settle()
         made = images.images
         time.sleep(0.3)
         assert images.images == made
         assert made - before <= 12, "what it has not read is bounded"
         assert images.pending == 0
     running.settle()
+
+
+def test_a_client_that_vanishes_while_messages_wait_for_it_is_no_error_of_the_server(
+    running: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    with opened(running.url, max_queue=1, sock=narrow(running)) as client:
+        client.tell(json.dumps(SMALL | {"source": "text", "seed_step": 1, "steps": 1}))
+        running.wait(lambda: running.app.state.streams.sessions)
+        [session] = running.app.state.streams.sessions
+        running.wait(lambda: session.full and not session.statistics()["in_flight"])
+        client.tell('{"steps": 2}')
+        time.sleep(0.3)
+        reset(client)
+        running.wait(lambda: len(running.app.state.streams) == 0)
+    running.settle()
+    assert not [record for record in caplog.records if record.name == "uvicorn.error"]
 
 
 def test_a_flood_of_settings_is_answered_in_order(speaker: StreamClient) -> None:
