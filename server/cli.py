@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -85,7 +87,19 @@ Described = "a name, or a JSON object with its fields."
 
 def main() -> None:
     """Run the command line."""
+    signal.signal(signal.SIGINT, _end_at_once)
     app()
+
+
+def _end_at_once(*_: object) -> None:
+    """End at Ctrl-C, without the exception that is usual.
+
+    torch does not survive one while it is imported, and a thread that loads a model or runs it none
+    while the interpreter is taken down. Files are written whole or not at all. `weft serve` has
+    handlers of its own once it serves.
+    """
+    console.show_cursor()
+    os._exit(INTERRUPTED)
 
 
 @app.command()
@@ -526,7 +540,6 @@ def _with_stages(work: Callable[[Tell], Result]) -> Result:
 def _with_bar(settings: Settings, request: GenerateRequest) -> Pictures:
     with _bars() as bar:
         loading = bar.add_task("starting", total=None)
-        from server.http.serving import end_process
         from server.service.one_shot import generate as make
 
         def tell_loading(stage: str, done: int, total: int) -> None:
@@ -538,11 +551,7 @@ def _with_bar(settings: Settings, request: GenerateRequest) -> Pictures:
                 bar.add_task(f"image {len(bar.tasks)}", total=progress.steps)
             bar.update(bar.tasks[progress.index + 1].id, completed=progress.step)
 
-        try:
-            return asyncio.run(make(settings, request, tell, tell_loading))
-        except KeyboardInterrupt:
-            bar.stop()
-            end_process(INTERRUPTED)
+        return asyncio.run(make(settings, request, tell, tell_loading))
 
 
 def _refuse(sentence: str) -> NoReturn:

@@ -84,8 +84,9 @@ def run(settings: Settings, listeners: list[socket.socket]) -> int:
         Status of the process: 0 after a signal, 1 if the models could not be loaded, or the engine
         or its device failed.
     """
-    # As process 1 of a container, one without a handler would not even hear of it.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    # As process 1 of a container, one without a handler would not even hear of it. An exception
+    # would bring down the import of torch, and the process with a core dump.
+    signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
 
     _allow_open_files(settings.max_connections + OTHER_FILES)
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from threading import Thread
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from server.engine.engine import Engine
 from server.models.adapters.placing import Target
@@ -20,7 +17,7 @@ from server.models.hosted import HostedModel
 from server.models.loading import load_model
 from server.settings import Settings
 
-__all__ = ["Hosted", "host", "host_aside"]
+__all__ = ["Hosted", "host"]
 
 log = logging.getLogger("weft")
 
@@ -96,32 +93,6 @@ def _give_adapters(
         # Headers are read now, so that no request waits for all of them.
         if known := [file.name for file in model.adapters.available()]:
             log.info("%s: adapters %s", name, ", ".join(known))
-
-
-async def host_aside(work: Callable[[], Hosted]) -> Hosted:
-    """Call :func:`host` in a thread that a process which ends does not wait for.
-
-    Nothing interrupts the loading of a large model, and the event loop's own threads are waited
-    for.
-    """
-    loop = asyncio.get_running_loop()
-    hosted: asyncio.Future[Hosted] = loop.create_future()
-
-    def load() -> None:
-        try:
-            made = work()
-        except BaseException as error:  # noqa: BLE001 - whoever waits gets it
-            report(hosted.set_exception, error)
-        else:
-            report(hosted.set_result, made)
-
-    def report(settle: Callable[[Any], None], outcome: Any) -> None:
-        # A loop that is closed has nobody left who waits.
-        with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(lambda: None if hosted.done() else settle(outcome))
-
-    Thread(target=load, name="weft-loading", daemon=True).start()
-    return await hosted
 
 
 def _in_megabytes(tell: Tell, stage: str, done: int, total: int) -> None:

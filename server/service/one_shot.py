@@ -7,14 +7,14 @@ from collections.abc import Callable
 
 from server.requests.schema import GenerateRequest
 from server.service.generation import Progress
-from server.service.hosting import Hosted, Tell, host, host_aside
+from server.service.hosting import Hosted, Tell, host
 from server.service.service import Pictures, Service
 from server.settings import Settings
 
 __all__ = ["generate"]
 
 POLL_S = 0.05
-LAST_TICK_S = 1.0
+ENGINE_STOP_S = 10.0
 
 GUESSED_COSTS = {1: 0.05, 64: 0.5}
 """Seconds of a tick by rows, from which a few images are run together; ticks correct them."""
@@ -40,12 +40,12 @@ async def generate(
     # How many rows every tick is to have, where that is fixed, has to be measured.
     measured = settings.deterministic and settings.row_budget is None
     guessed = None if measured else GUESSED_COSTS
-    hosted = await host_aside(lambda: host(settings, guessed_costs=guessed, tell=tell_loading))
+    hosted = await asyncio.to_thread(host, settings, guessed_costs=guessed, tell=tell_loading)
     try:
         tell_loading("warming up", 0, 0)
         return await _follow(hosted, settings, request, tell)
     finally:
-        await asyncio.to_thread(hosted.engine.stop, 0, LAST_TICK_S)
+        await asyncio.to_thread(hosted.engine.stop, ENGINE_STOP_S)
 
 
 async def _follow(

@@ -223,6 +223,35 @@ main()
 """`weft generate` that never gets beyond warming up, which it marks by a file."""
 
 
+IMPORTING = """
+import signal
+import sys
+
+from server.cli import main
+
+
+class Finder:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "torch.storage":
+            signal.raise_signal(signal.{number})
+
+
+sys.meta_path.insert(0, Finder)
+main()
+"""
+"""`weft`, which is told to end while it imports torch."""
+
+
+@pytest.mark.parametrize(("number", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_ends_a_command_that_is_still_importing(number: str, status: int) -> None:
+    command = [sys.executable, "-c", IMPORTING.format(number=number), "serve", "--port", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "terminate called" not in done.stderr
+
+
 def test_ctrl_c_ends_a_command_that_is_still_loading(tmp_path: Path) -> None:
     flag, output = tmp_path / "loading", tmp_path / "out.png"
     command = [sys.executable, "-c", INTERRUPTED, str(flag), "generate", PROMPT, "-o", str(output)]
