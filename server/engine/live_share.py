@@ -74,6 +74,32 @@ class Choice(NamedTuple):
     shares: Shares
 
 
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """The streams of one lane, whose turn it is.
+
+    Attributes:
+        first: the oldest image of the stream that has had least; it runs in any case.
+        here: images of streams in its lane by index, oldest first.
+        wanted: rows of them that a tick should have.
+        room: rows that a tick may have, ordinary ones among them.
+        costs: of the lane.
+        until: what a stream may have had, in seconds, to have its images in the tick.
+    """
+
+    first: Candidate
+    here: Sequence[tuple[int, Candidate]]
+    wanted: int
+    room: int
+    costs: LaneCosts
+    until: float
+
+    def has_room_for(self, unit: Candidate, *, beside: int = 0) -> bool:
+        """Whether an ordinary image can come along beside so many rows of others."""
+        fits = beside + unit.rows <= self.room - self.first.rows
+        return fits and unit.lane == self.first.lane
+
+
 class Riders(NamedTuple):
     """Ordinary images in a tick of live ones, as indices, and their rows."""
 
@@ -101,39 +127,27 @@ def share_tick(
         rows_of: the best number of rows for a load.
     """
     units, members = units_of(candidates)
-    live = [i for i, unit in enumerate(units) if unit.stream is not None]
     waiting = [i for i, unit in enumerate(units) if unit.stream is None]
     ordinary = sorted(waiting, key=lambda i: urgency(units[i]))
-    starts = _starts([units[i] for i in live], shares)
+    starts = _starts(units, shares)
     clock = min(starts.values())
-    first = next(i for i in live if starts[_stream(units[i])] == clock)
-    lane = units[first].lane
-    here = [i for i in live if units[i].lane == lane]
-    load = Load(lane, sum(units[i].rows for i in here), max(units[i].rows for i in here), live=True)
-    wanted = min(rows_of(load), load.rows)
-    costs = lanes[lane]
-    room = max(wanted, bisect_right(range(1, costs.most + 1), costs.longest_s, key=costs.seconds))
-
-    if ordinary and not _comes_along(units[ordinary[0]], lane, room - units[first].rows):
-        own = _own_tick(units, ordinary, shares.credit, lanes, rows_of)
-        if own is not None:
-            chosen, seconds = own
-            credit = shares.credit - (1 - ORDINARY_SHARE) * seconds
-            after = Shares(credit, clock, _ahead(starts, shares, clock))
-            return Choice([i for unit in chosen for i in members[unit]], after)
-    riders = _riders(units, ordinary, units[first], wanted, room, costs, shares.credit)
-    left = min(wanted, room - riders.rows)
-    price = costs.seconds(left + riders.rows) / (left + riders.rows)
-    due = _due([(i, units[i]) for i in here], starts, left, price, clock + costs.longest_s)
-    rows = sum(units[i].rows for i in due) + riders.rows
-    seconds = costs.seconds(rows)
-    for i in due:
-        starts[_stream(units[i])] += seconds * units[i].rows / rows
-    balance = shares.credit + (ORDINARY_SHARE * seconds if ordinary else 0.0)
-    # What came along for nothing leaves no debt.
-    credit = max(min(0.0, balance), balance - seconds * riders.rows / rows)
-    after = Shares(credit, clock, _ahead(starts, shares, clock))
-    return Choice([i for unit in (*due, *riders.chosen) for i in members[unit]], after)
+    turn = _turn(units, starts, lanes, rows_of)
+    chosen, seconds = _own_tick(units, ordinary, turn, shares.credit, lanes, rows_of)
+    if chosen:
+        credit = shares.credit - (1 - ORDINARY_SHARE) * seconds
+    else:
+        riders = _riders(units, ordinary, turn, shares.credit)
+        due = _due(turn, starts, riders.rows)
+        rows = sum(units[i].rows for i in due) + riders.rows
+        seconds = turn.costs.seconds(rows)
+        for i in due:
+            starts[_stream(units[i])] += seconds * units[i].rows / rows
+        balance = shares.credit + (ORDINARY_SHARE * seconds if ordinary else 0.0)
+        # What came along for nothing leaves no debt.
+        credit = max(min(0.0, balance), balance - seconds * riders.rows / rows)
+        chosen = [*due, *riders.chosen]
+    had = {s: had for s, had in {**shares.had, **starts}.items() if had > clock}
+    return Choice([i for unit in chosen for i in members[unit]], Shares(credit, clock, had))
 
 
 def _stream(unit: Candidate) -> int:
@@ -142,32 +156,49 @@ def _stream(unit: Candidate) -> int:
     return unit.stream
 
 
-def _starts(live: Sequence[Candidate], shares: Shares) -> dict[int, float]:
+def _starts(units: Sequence[Candidate], shares: Shares) -> dict[int, float]:
     """What the streams with images under way have had; those that were away begin anew."""
-    streams = {_stream(unit) for unit in live}
+    streams = {unit.stream for unit in units if unit.stream is not None}
     return {stream: max(shares.clock, shares.had.get(stream, 0.0)) for stream in streams}
 
 
-def _ahead(starts: Mapping[int, float], shares: Shares, clock: float) -> dict[int, float]:
-    return {s: had for s, had in {**shares.had, **starts}.items() if had > clock}
-
-
-def _comes_along(unit: Candidate, lane: int, room: int) -> bool:
-    return unit.lane == lane and unit.rows <= room
+def _turn(
+    units: Sequence[Candidate],
+    starts: Mapping[int, float],
+    lanes: Mapping[int, LaneCosts],
+    rows_of: Callable[[Load], int],
+) -> Turn:
+    """The turn of the stream that has had least, and of those that share its lane."""
+    clock = min(starts.values())
+    live = [(i, unit) for i, unit in enumerate(units) if unit.stream is not None]
+    first = next(unit for _, unit in live if starts[_stream(unit)] == clock)
+    here = [(i, unit) for i, unit in live if unit.lane == first.lane]
+    rows = [unit.rows for _, unit in here]
+    load = Load(first.lane, sum(rows), max(rows), live=True)
+    wanted = min(rows_of(load), load.rows)
+    costs = lanes[first.lane]
+    bound = bisect_right(range(1, costs.most + 1), costs.longest_s, key=costs.seconds)
+    return Turn(first, here, wanted, max(wanted, bound), costs, clock + costs.longest_s)
 
 
 def _own_tick(
     units: Sequence[Candidate],
     ordinary: Sequence[int],
+    turn: Turn,
     credit: float,
     lanes: Mapping[int, LaneCosts],
     rows_of: Callable[[Load], int],
-) -> tuple[list[int], float] | None:
-    """Ordinary images of the most urgent one's lane, and the seconds of their tick."""
+) -> tuple[list[int], float]:
+    """Ordinary images that have a tick of their own now, and its seconds; else none.
+
+    It is due where the most urgent one cannot come along with live ones and is paid for.
+    """
+    if not ordinary or turn.has_room_for(units[ordinary[0]]):
+        return [], 0.0
     head = units[ordinary[0]]
     costs = lanes[head.lane]
     if costs.seconds(head.rows) > credit:
-        return None
+        return [], 0.0
     here = [i for i in ordinary if units[i].lane == head.lane]
     wide = [units[i].rows for i in here]
     paid = bisect_right(range(1, costs.most + 1), credit, key=costs.seconds)
@@ -177,13 +208,7 @@ def _own_tick(
 
 
 def _riders(
-    units: Sequence[Candidate],
-    ordinary: Sequence[int],
-    first: Candidate,
-    wanted: int,
-    room: int,
-    costs: LaneCosts,
-    credit: float,
+    units: Sequence[Candidate], ordinary: Sequence[int], turn: Turn, credit: float
 ) -> Riders:
     """Ordinary images that come along, until one is too wide or not paid for.
 
@@ -192,52 +217,47 @@ def _riders(
     """
     chosen: list[int] = []
     rows = 0
-    if ordinary and units[ordinary[0]].lane != first.lane:
+    if ordinary and units[ordinary[0]].lane != turn.first.lane:
         credit = 0.0
     for i in ordinary:
         unit = units[i]
-        if unit.lane != first.lane:
+        if unit.lane != turn.first.lane:
             continue
-        longer_s = _lengthening(rows + unit.rows, wanted, room, costs)
-        if longer_s > max(0.0, credit) or rows + unit.rows > room - first.rows:
+        longer_s = _lengthening(rows + unit.rows, turn)
+        if longer_s > max(0.0, credit) or not turn.has_room_for(unit, beside=rows):
             break
         chosen.append(i)
         rows += unit.rows
     return Riders(chosen, rows)
 
 
-def _lengthening(rows: int, wanted: int, room: int, costs: LaneCosts) -> float:
+def _lengthening(rows: int, turn: Turn) -> float:
     """Seconds that so many ordinary rows cost the live ones; their part where they displace any."""
-    if wanted + rows <= room:
-        return max(0.0, costs.seconds(wanted + rows) - costs.seconds(wanted))
-    return costs.seconds(room) * rows / room
+    seconds = turn.costs.seconds
+    if turn.wanted + rows <= turn.room:
+        return max(0.0, seconds(turn.wanted + rows) - seconds(turn.wanted))
+    return seconds(turn.room) * rows / turn.room
 
 
-def _due(
-    live: Sequence[tuple[int, Candidate]],
-    starts: Mapping[int, float],
-    rows: int,
-    price: float,
-    until: float,
-) -> list[int]:
-    """Images of streams, always of the one that has had least, until there are so many rows.
+def _due(turn: Turn, starts: Mapping[int, float], riding: int) -> list[int]:
+    """Images of streams, always of the one that has had least, for as many rows as are wanted.
 
     Args:
-        live: images by index, oldest first.
+        turn: whose images.
         starts: what their streams have had.
-        rows: of all of them; more only where the first needs more.
-        price: seconds of a row.
-        until: seconds from which on a stream is too far ahead of the least served one.
+        riding: rows of ordinary images in the same tick.
     """
+    rows = min(turn.wanted, turn.room - riding)
+    price = turn.costs.seconds(rows + riding) / (rows + riding)
     queues: dict[int, deque[tuple[int, Candidate]]] = {}
-    for i, unit in live:
+    for i, unit in turn.here:
         queues.setdefault(_stream(unit), deque()).append((i, unit))
     had = {stream: starts[stream] for stream in queues}
     chosen: list[int] = []
     while queues:
         stream = min(queues, key=had.__getitem__)
         i, unit = queues[stream].popleft()
-        if chosen and (unit.rows > rows or had[stream] >= until):
+        if chosen and (unit.rows > rows or had[stream] >= turn.until):
             # Nor its later images, which would overtake this one.
             del queues[stream]
             continue
