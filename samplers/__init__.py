@@ -12,6 +12,7 @@ from samplers.ddim import DDIM
 from samplers.deis import DEIS
 from samplers.dpm_2 import DPM2
 from samplers.dpm_solver_pp import DPMSolverPP
+from samplers.dpm_solver_pp_sde import DPMSolverPPSDE
 from samplers.dpm_solver_pp_singlestep import DPMSolverPPSinglestep
 from samplers.dpm_solver_v3 import DPMSolverV3
 from samplers.euler import Euler, EulerAncestral
@@ -71,6 +72,7 @@ __all__ = [
     "Columns",
     "Custom",
     "DPMSolverPP",
+    "DPMSolverPPSDE",
     "DPMSolverPPSinglestep",
     "DPMSolverV3",
     "Euler",

@@ -75,6 +75,7 @@ AUTOMATIC1111: Final[Mapping[str, Label]] = MappingProxyType(
             ("k_dpmpp_3m_sde",),
             (_LOWER,),
         ),
+        "DPM++ SDE": Label({"name": "dpm_solver_pp_sde"}, "Karras", ("k_dpmpp_sde",)),
         "DPM++ 2S a": Label(
             {"name": "dpm_solver_pp_singlestep", "order": 2, "eta": 1.0},
             "Karras",
@@ -129,6 +130,7 @@ COMFYUI_SAMPLERS: Final[Mapping[str, Fields]] = MappingProxyType(
         "dpm_2": {"name": "dpm_2"},
         "dpm_2_ancestral": {"name": "dpm_2", "eta": 1.0},
         "dpmpp_2s_ancestral": {"name": "dpm_solver_pp_singlestep", "order": 2, "eta": 1.0},
+        "dpmpp_sde": {"name": "dpm_solver_pp_sde"},
         "dpmpp_2m": {"name": "dpm_solver_pp"} | _NEVER_LOWERED,
         "dpmpp_2m_sde": {"name": "dpm_solver_pp", "variant": "sde"} | _NEVER_LOWERED,
         "dpmpp_2m_sde_heun": {"name": "dpm_solver_pp", "variant": "sde", "solver_type": "taylor"}
@@ -220,6 +222,7 @@ DIFFUSERS: Final[Mapping[str, Scheduler]] = MappingProxyType(
             },
             multistep=True,
         ),
+        "DPMSolverSDEScheduler": Scheduler({"name": "dpm_solver_pp_sde"}, _LINSPACE),
         "UniPCMultistepScheduler": Scheduler(
             {"name": "unipc"} | _ALWAYS_LOWERED[True],
             _TO_THE_LAST_STRIDE,
@@ -288,14 +291,12 @@ DIFFUSERS: Final[Mapping[str, Scheduler]] = MappingProxyType(
 
 LACKING: Final[Mapping[str, str]] = MappingProxyType(
     {
-        "DPM++ SDE": "a two-stage stochastic solver; nearest is dpm_solver_pp with variant sde",
         "LMS": "a linear multistep method; nearest is hb with order 4, beta 1 and weights variable",
         "DPM fast": "singlestep steps of mixed orders; nearest is dpm_solver_pp_singlestep",
         "DPM adaptive": "its steps depend on the picture; nearest is dpm_solver_pp_singlestep",
         "DDIM CFG++": "here it is a guidance, cfg_plus_plus, which goes with any sampler",
         "dpm_fast": "singlestep steps of mixed orders; nearest is dpm_solver_pp_singlestep",
         "dpm_adaptive": "its steps depend on the picture; nearest is dpm_solver_pp_singlestep",
-        "dpmpp_sde": "a two-stage stochastic solver; nearest is dpm_solver_pp with variant sde",
         "heunpp2": "Heun's method with up to three weighted slopes; nearest is heun",
         "ipndm_v": "a linear multistep method with weights of its own; nearest is hb with order 4,"
         " beta 1 and weights variable",
@@ -310,8 +311,6 @@ LACKING: Final[Mapping[str, str]] = MappingProxyType(
         "euler_cfg_pp": "here it is a guidance, cfg_plus_plus, which goes with any sampler",
         "LMSDiscreteScheduler": "a linear multistep method; nearest is hb with order 4, beta 1 and"
         " weights variable",
-        "DPMSolverSDEScheduler": "a two-stage stochastic solver; nearest is dpm_solver_pp with"
-        " variant sde",
     }
 )
 """What the three programs have and this one lacks, with why or what comes nearest."""

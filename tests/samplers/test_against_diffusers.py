@@ -553,9 +553,17 @@ def test_final_latents_are_those_of_diffusers(pipeline: Any, pair: Pair, latents
     assert distance(pipeline, pair, latents) < pair.tolerance
 
 
-NOT_THEIRS = {"ghvb", "gradient_estimation", "hb", "nesterov", "restart", "score_sde_pc"}
-"""What diffusers has no scheduler of, or none for latent models; their own tests hold them to their
-papers' algorithms."""
+NOT_THEIRS = {
+    "dpm_solver_pp_sde",
+    "ghvb",
+    "gradient_estimation",
+    "hb",
+    "nesterov",
+    "restart",
+    "score_sde_pc",
+}
+"""What diffusers has no scheduler of, none for latent models, or one that needs torchsde; their own
+tests hold them to their sources."""
 
 
 def test_each_sampler_of_ours_is_compared() -> None:
