@@ -28,7 +28,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DECODED_AT_ONCE = 4
-"""Most pictures in one call of the decoder on a GPU, and always so many in deterministic mode."""
+"""Most pictures in one call of a GPU's decoder beside ticks; always in deterministic mode."""
+
+IDLE_PIXELS = 16 * 512 * 512
+"""Most pixels in one call of the decoder on a GPU that has nothing else to do.
+
+Larger calls take less time a picture, and then delay nobody.
+"""
 
 IN_FLIGHT = 2
 """Calls of the decoder that a GPU may have to do or be doing, which bounds their memory."""
@@ -106,9 +112,7 @@ class Decoder:
         room = 1 if self._stream is None else IN_FLIGHT
         while (self._live or self._ordinary) and len(self._in_flight) < room:
             queue = self._live or self._ordinary
-            backlog = -(-len(queue) // TICKS_OF_BACKLOG)
-            takes_turns = self._stream is None and not self._fixed
-            self._start(self._next(queue, backlog if takes_turns else DECODED_AT_ONCE))
+            self._start(self._next(queue, self._most(queue, idle=idle)))
         yield from self._finished(idle=idle)
 
     def _finished(self, *, idle: bool) -> Iterator[tuple[Sequence, ImageResult | Exception]]:
@@ -117,6 +121,15 @@ class Decoder:
             idle = False
         failed, self._failed = self._failed, []
         yield from failed
+
+    def _most(self, queue: deque[Sequence], *, idle: bool) -> int:
+        """How many images of a queue the next call may take."""
+        if self._fixed:
+            return DECODED_AT_ONCE
+        if self._stream is None:
+            return -(-len(queue) // TICKS_OF_BACKLOG)
+        task = queue[0].task
+        return max(DECODED_AT_ONCE, IDLE_PIXELS // (task.width * task.height) if idle else 0)
 
     def _next(self, queue: deque[Sequence], most: int) -> list[Sequence]:
         """The next images of a queue to decode at once, all of one lane."""
