@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from embedded import MODEL_FOLDER
 from server.errors import ModelMismatch
-from server.models.folder import classifier_file
+from server.models.folder import classifier_file, revisions_of
 from server.models.loading import choose_device, choose_dtype, load_model
 from server.models.unet_model import TEXT
 
@@ -36,6 +36,18 @@ def test_the_embedded_model_says_what_it_is():
     assert (facts.default_width, facts.default_height) == (128, 128)
     assert (facts.latent_scale, facts.size_multiple) == (8, 32)
     assert len(facts.revision) == len(facts.denoiser) == 16
+
+
+def test_how_much_of_the_weights_is_read_is_told(folder):
+    heard = []
+    revisions_of(folder, lambda *read: heard.append(read))
+    total = sum(
+        file.stat().st_size
+        for file in folder.rglob("*.safetensors")
+        if not file.is_relative_to(folder / "weft")
+    )
+    assert heard[-1] == (total, total)
+    assert sorted(set(heard)) == heard
 
 
 def test_the_revision_follows_the_weights(folder):
