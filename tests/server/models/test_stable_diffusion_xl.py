@@ -250,7 +250,7 @@ def test_a_bare_request_to_turbo_takes_four_steps_without_guidance(turbo_folder:
     request = GenerateRequest(prompt=PROMPT)
     settings = resolve(request, load(turbo_folder), Limits(), None).settings()
     assert settings["sampler"]["name"] == "euler_ancestral"
-    assert settings["spacing"] == {"name": "trailing"}
+    assert settings["spacing"]["name"] == "trailing"
     assert settings["steps"] == 4
     assert settings["guidance"]["name"] == "none"
 
