@@ -40,7 +40,22 @@ def warnings_for(resolved: ResolvedRequest, model: HostedModel, plan: Plan) -> t
             f"guidance {guidance.name!r} combines several predictions, but model "
             f"{model.facts.name!r} was distilled to be sampled from one; {_of_one(model)}."
         )
+    if any(one.weight for one in resolved.adapters) and (fitted := _fitted(resolved)):
+        found.append(
+            f"{fitted} is fitted to model {model.facts.name!r} without adapters, so it may be less "
+            "accurate here."
+        )
     return tuple(found)
+
+
+def _fitted(resolved: ResolvedRequest) -> str | None:
+    """The setting that acts by numbers that were fitted to the model; None if there is none."""
+    sampler, policy = resolved.sampler, resolved.guidance.policy
+    if sampler.uses_statistics:
+        return f"sampler {sampler.name!r}"
+    if policy.fitted and resolved.guidance.branches:
+        return f"guidance.policy {policy.name!r}"
+    return None
 
 
 def _of_one(model: HostedModel) -> str:

@@ -24,8 +24,7 @@ Generate = Callable[..., httpx2.Response]
 
 @pytest.fixture(scope="module")
 def pastel(running: Running, adapters_folder: Path) -> str:
-    [model] = running.app.state.service._models.values()
-    networks = model.adaptable()
+    networks = running.app.state.service.model("embedded").adaptable()
     parts = {part: changes(network, 4, seed=7) for part, network in networks.items()}
     files.saved(files.peft(parts), adapters_folder / "pastel.safetensors")
     return "pastel"
@@ -61,8 +60,8 @@ def test_a_weight_of_0_draws_the_picture_without(generate: Generate, pastel: str
 
 
 def test_the_catalog_lists_the_adapters_of_each_model(client: httpx2.Client, pastel: str) -> None:
-    [model] = client.get("/v1/catalog").json()["models"]
-    listed = {one["name"]: one for one in model["adapters"]}
+    models = {one["name"]: one for one in client.get("/v1/catalog").json()["models"]}
+    listed = {one["name"]: one for one in models["embedded"]["adapters"]}
     assert listed[pastel] == {
         "name": pastel,
         "rank": 4,

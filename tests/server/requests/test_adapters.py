@@ -14,8 +14,9 @@ from server.models.adapters.placing import Target
 from server.models.adapters.shelf import AdapterMemory, AdapterShelf
 from server.models.hosted import HostedModel
 from server.requests.catalog import adapters_of, defaults_of
+from server.requests.ineffective import warnings_for
 from server.requests.messages import explain
-from server.requests.resolve import make_plan, prepare, resolve
+from server.requests.resolve import make_plan, prepare, resolve, statistics_for
 from server.requests.schema import GenerateRequest, ResolvedRequest
 from server.requests.tasks import tasks_of
 from server.settings import Limits
@@ -149,9 +150,19 @@ def test_the_catalog_lists_the_adapters_of_a_model(model: HostedModel) -> None:
     assert quick.defaults != defaults_of(None)
 
 
-def test_statistics_of_the_model_alone_serve_no_adapter(model: HostedModel) -> None:
-    from server.requests.resolve import statistics_for
+def test_what_is_fitted_to_the_model_alone_is_said(model: HostedModel) -> None:
+    """By a policy whose coefficients nobody need have fitted here."""
+    policy = {"name": "linear_adaptive"}
+    for adapters, found in (("pastel", 1), ([{"name": "pastel", "weight": 0}], 0)):
+        request = resolved(model, adapters, guidance={"name": "cfg", "policy": policy})
+        layout = request.sampler, request.spacing, request.steps, request.strength
+        warnings = warnings_for(request, model, make_plan(model.default_schedule, *layout))
+        assert [text.partition(" is fitted")[0] for text in warnings] == [
+            "guidance.policy 'linear_adaptive'"
+        ] * found
 
+
+def test_statistics_of_the_model_alone_serve_no_adapter(model: HostedModel) -> None:
     exact = {"name": "dpm_solver_v3", "statistics": "exact"}
     request = resolved(model, "pastel", sampler=exact, guidance="none")
     with pytest.raises(InvalidRequest, match="a request with `adapters`"):
