@@ -76,6 +76,9 @@ class StreamSession:
         stream_limits: of one stream.
         counts: of this session.
         identifier: of this session.
+
+    Attributes:
+        next_number: of the next frame that is taken in.
     """
 
     def __init__(
@@ -99,7 +102,7 @@ class StreamSession:
         self._filter = FrameFilter(0)
         self._waiting: InputFrame | None = None
         self._owed = 0
-        self._next_number = 0
+        self.next_number = 0
         self._not_before = 0.0
         self._under_way: deque[Frame] = deque()
         self._sending: Frame | None = None
@@ -141,7 +144,7 @@ class StreamSession:
             self._adopt(current)
             # One seed for all of the stream, also where it was chosen here.
             self._fields = merged | {"seed": current.prepared.request.seed}
-            first = self._next_number
+            first = self.next_number
         self._room.set()
         return {
             "settings": _answer(current),
@@ -294,7 +297,9 @@ class StreamSession:
                         await asyncio.wait_for(self._room.wait(), early)
                     continue
                 async with self._changing:
-                    await self._take_in(self._current or current)
+                    # The settings may have changed while it waited for its turn.
+                    if self._current is not None and self._may_take(self._current):
+                        await self._take_in(self._current)
         except Exception as error:
             log.exception("stream %s failed", self.id)
             self.end(error if isinstance(error, WeftError) else WeftError("The stream failed."))
@@ -319,7 +324,7 @@ class StreamSession:
 
     async def _take_in(self, current: Current) -> None:
         """Give the next frame to the engine, or skip it."""
-        settings, number = current.settings, self._next_number
+        settings, number = current.settings, self.next_number
         taken, self._waiting = self._waiting, None
         frame = Frame(
             number=number,
@@ -344,7 +349,7 @@ class StreamSession:
             self.counts.count("failed")
             frame.number, frame.error = None, error
         else:
-            self._next_number += 1
+            self.next_number += 1
             self._transition = self._transition.onward()
             self._owed = max(0, self._owed - 1)
             self._not_before = max(self._not_before + 1 / settings.max_fps, now)

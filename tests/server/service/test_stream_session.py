@@ -1,0 +1,45 @@
+"""A session of a live stream without its socket: changes while a frame is being taken in."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import pytest
+
+from server.service.stream import StreamSession
+from server.service.streams import Streams
+from server.settings import Settings
+from tests.server.conftest import Running
+from tests.server.stream_client import SMALL
+
+
+def test_no_frame_is_made_from_the_prompt_after_a_change_to_input_frames(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit = StreamSession._begin
+
+    def submit_and_start(self: StreamSession, frame: Any, *rest: Any) -> None:
+        """Hold the change up until the engine has started the frame, so that another may come."""
+        submit(self, frame, *rest)
+        while not (frame.started and changing.is_set()):
+            time.sleep(0.005)
+        time.sleep(0.05)
+
+    async def change_while_a_frame_is_taken_in() -> None:
+        streams = Streams(running.app.state.service, Settings())
+        session = streams.open()
+        try:
+            await session.change(SMALL | {"source": "text", "seed_step": 1, "steps": 8})
+            changing.set()
+            said = await session.change({"source": "frames", "strength": 1.0})
+            await asyncio.sleep(0.2)
+            assert session.next_number == said["from_frame"] == 1
+        finally:
+            streams.close(session)
+
+    changing = asyncio.Event()
+    monkeypatch.setattr(StreamSession, "_begin", submit_and_start)
+    asyncio.run(change_while_a_frame_is_taken_in())
+    running.settle()
