@@ -67,6 +67,8 @@ class AdapterMemory:
         Raises:
             Overloaded: the adapters of requests under way leave no room for it.
         """
+        if (kept := self._kept.find(key)) is not None:
+            return kept
         with self._loading:
             found = self._kept.find(key) or self._alive.get(key)
             if found is None:

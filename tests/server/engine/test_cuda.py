@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from embedded import MODEL_FOLDER
+from server.models.adapters.adapter import Weighted
 from server.models.loading import load_model
+from tests.server.models.adapters.low_rank import adapter, changes
 
 pytestmark = pytest.mark.cuda
 
@@ -37,6 +39,32 @@ def test_on_a_gpu_deterministic_images_are_bit_identical_in_any_company(start, o
     engine = start(model=on_gpu, deterministic=True)
     together = run(engine, mix(task)).pixels()
     alone = [run(engine, [one]).pixels()[0] for one in mix(task)]
+    assert all(np.array_equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def adapted(task, model):
+    """Images with one adapter, with two, and with none."""
+    networks = model.adaptable()
+    ink, pastel = (
+        Weighted(adapter(name, {part: changes(one, rank) for part, one in networks.items()}), 0.7)
+        for name, rank in (("ink", 4), ("pastel", 8))
+    )
+    return [task(adapters=(ink,)), task(seed=8), task(seed=9, adapters=(pastel, ink))]
+
+
+def test_adapters_on_a_gpu_give_the_pictures_that_they_give_on_the_cpu(
+    start, model, on_gpu, engine, task, run
+):
+    on_cpu = run(engine, adapted(task, model)).pixels()
+    ours = run(start(model=on_gpu), adapted(task, on_gpu)).pixels()
+    for one, theirs in zip(ours, on_cpu, strict=True):
+        assert np.abs(one.astype(int) - theirs.astype(int)).mean() < 2
+
+
+def test_on_a_gpu_adapted_images_are_bit_identical_in_any_company(start, on_gpu, task, run):
+    engine, images = start(model=on_gpu, deterministic=True), adapted(task, on_gpu)
+    together = run(engine, images).pixels()
+    alone = [run(engine, [one]).pixels()[0] for one in images]
     assert all(np.array_equal(a, b) for a, b in zip(alone, together, strict=True))
 
 

@@ -20,9 +20,10 @@ def changes(
 ) -> dict[str, LowRank]:
     """Of all linear layers and convolutions whose names match a regular expression within."""
     generator = torch.Generator().manual_seed(seed)
+    like = next(network.parameters())
 
     def drawn(*shape: int) -> Tensor:
-        return size * torch.randn(shape, generator=generator) / shape[1] ** 0.5
+        return (size * torch.randn(shape, generator=generator) / shape[1] ** 0.5).to(like)
 
     made: dict[str, LowRank] = {}
     for name, layer in network.named_modules():

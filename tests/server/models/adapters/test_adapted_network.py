@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 from typing import Any
@@ -134,6 +135,29 @@ def test_a_row_of_a_fixed_forward_is_the_same_whatever_its_neighbours_have(
         alone: list[Row] = [()] * len(company)
         alone[row] = company[row]
         assert torch.equal(adapted(unet, alone, fixed=True)[row], several[row])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_networks_in_half_precision_have_adapters_too(
+    unet: nn.Module, company: list[Row], dtype: torch.dtype
+) -> None:
+    rows: list[Row] = [
+        tuple(Weighted(_cast(one.adapter, dtype), one.weight) for one in own) for own in company
+    ]
+    x, t, told = (one.to(dtype) for one in drawn(len(rows)))
+    network = copy.deepcopy(unet).to(dtype)
+    with AdaptedNetwork("unet", network, CPU).applied(RowAdapters(tuple(rows))):
+        ours = forward(network, x, t.float(), told).float()
+    exact = adapted(unet, company)
+    assert float((ours - exact).norm() / exact.norm()) < 0.05
+
+
+def _cast(whole: Adapter, dtype: torch.dtype) -> Adapter:
+    changed = {
+        name: LowRank(one.down.to(dtype), one.up.to(dtype))
+        for name, one in whole.parts["unet"].items()
+    }
+    return adapter(whole.name, {"unet": changed})
 
 
 def test_broken_weights_stay_in_their_row(unet: nn.Module, company: list[Row]) -> None:
