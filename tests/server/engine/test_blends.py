@@ -31,14 +31,14 @@ class Mixing:
         return getattr(self._model, name)
 
     def encode_prompts(
-        self, prompts: Sequence[str | None], width: int, height: int
+        self, prompts: Sequence[str | None], width: int, height: int, *adapters: Any
     ) -> list[Conditioning]:
-        red, blue = self._model.encode_prompts([RED, BLUE], width, height)
+        red, blue = self._model.encode_prompts([RED, BLUE], width, height, *adapters)
         mean = {
             name: torch.from_numpy((red.tensors[name].numpy() + blue.tensors[name].numpy()) / 2)
             for name in red.tensors
         }
-        made = self._model.encode_prompts(prompts, width, height)
+        made = self._model.encode_prompts(prompts, width, height, *adapters)
         return [
             Conditioning(mean, one.length) if text == "half" else one
             for text, one in zip(prompts, made, strict=True)
