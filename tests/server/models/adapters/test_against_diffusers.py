@@ -11,17 +11,26 @@ import pytest
 import torch
 from torch import Tensor
 
+from server.engine.engine import Engine
+from server.engine.state.noise import start_noise
+from server.engine.task import ImageTask
 from server.models.adapters.adapter import RowAdapters, Weighted
 from server.models.adapters.adapter_file import AdapterFile
 from server.models.adapters.placing import Target
+from server.models.adapters.shelf import AdapterMemory, AdapterShelf
 from server.models.hosted import HostedModel
 from server.models.inputs import RowInputs
 from server.models.loading import load_model
 from server.models.unet_model import TEXT
+from server.requests.resolve import make_plan, prepare, resolve
+from server.requests.schema import GenerateRequest
+from server.requests.tasks import tasks_of
+from server.settings import Limits
 from tests.server.models.adapters import files
 from tests.server.models.adapters.low_rank import changes
 from tests.server.models.tiny_sdxl import BASE, make
 from tests.server.models.tiny_sdxl import saved as pipeline_saved
+from tests.server.toy_model import run
 
 pytest.importorskip("peft", reason="diffusers loads adapters through peft")
 
@@ -30,6 +39,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 
 PROMPT = "a large red circle"
 SIZE = (64, 64)
+SHAPE, STEPS, SEED = (4, 32, 32), 3, 5
 UNET = "attentions|resnets|samplers|conv_(in|out)"
 """Layers whose names kohya's scripts spell as diffusers does."""
 
@@ -136,3 +146,49 @@ def test_blocks_numbered_as_in_the_original_code_of_stable_diffusion_xl_are_foun
     assert renamed.keys() != tensors.keys()
     path = files.saved((renamed, metadata), tmp_path / "style.safetensors")
     assert_equal(model, pipeline, [(path, 1.0)])
+
+
+@torch.inference_mode()
+def latents_of(pipeline: Any, path: Path, weight: float) -> Tensor:
+    """Final latents of their pipeline with an adapter, from the same x as ours."""
+    adapted = copy.deepcopy(pipeline)
+    adapted.load_lora_weights(path.parent, weight_name=path.name, adapter_name=path.stem)
+    adapted.set_adapters([path.stem], [weight])
+    adapted.scheduler.set_timesteps(STEPS)
+    sigma = float(adapted.scheduler.sigmas[0])
+    noise = start_noise(SEED, SHAPE)[None]
+    start = noise * (1 + sigma**2) ** 0.5 / float(adapted.scheduler.init_noise_sigma)
+    width, height = SIZE
+    size = {"width": width, "height": height}
+    given = {"num_inference_steps": STEPS, "guidance_scale": 5.0, **size}
+    return adapted(PROMPT, latents=start, output_type="latent", **given).images[0]
+
+
+def test_an_image_with_an_adapter_is_that_of_their_pipeline(
+    model: HostedModel, pipeline: Any, engine: Engine, decoded: list[Tensor], tmp_path: Path
+) -> None:
+    """Guided, from the request to the final latents, beside an image without it."""
+    path = files.saved(files.kohya(parts(model, 4, 1)), tmp_path / "style.safetensors")
+    target, memory = Target.of("xl", model.adaptable()), AdapterMemory(2**24)
+    model.adapters = AdapterShelf((tmp_path,), target, memory, model.device, model.dtype)
+    body = {
+        "prompt": PROMPT,
+        "steps": STEPS,
+        "seed": SEED,
+        "sampler": "euler",
+        "spacing": {"name": "leading", "offset": 1},
+        "guidance": {"name": "cfg", "scale": 5.0},
+    }
+    tasks: list[ImageTask] = []
+    for adapters in ([{"name": "style", "weight": 0.7}], []):
+        request = GenerateRequest.model_validate({**body, "adapters": adapters})
+        resolved = resolve(request, model, Limits(), None)
+        layout = resolved.sampler, resolved.spacing, resolved.steps, resolved.strength
+        plan = make_plan(model.default_schedule, *layout)
+        tasks += tasks_of(prepare(resolved, model, plan), model)
+    ear = run(engine, tasks)
+    assert not ear.errors, ear.errors
+    expected = latents_of(pipeline, path, 0.7)
+    errors = [float((one - expected).norm() / expected.norm()) for one in decoded]
+    assert min(errors) < 1e-4
+    assert max(errors) > 1e-2
