@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 STEP = 0.25
 """How far the disc goes from one frame to the next, in radians of its orbit."""
 
-SPELL = 20
+SPELL = 15
 """Frames after which it stands still or goes on."""
 
 GRAIN = 2.0
@@ -29,7 +29,7 @@ def clip(side: int, *, seed: int, pauses: bool = False) -> Iterator[NDArray[np.u
     Args:
         side: width and height in pixels.
         seed: of colour, orbit and noise.
-        pauses: whether the disc stands still in every second spell of 20 frames; the camera's
+        pauses: whether the disc stands still in every second spell of 15 frames; the camera's
             noise goes on.
     """
     random = np.random.default_rng(seed)
