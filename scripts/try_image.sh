@@ -77,7 +77,8 @@ if run 10001 "$container" >"$WORK/open.log" 2>&1; then fail "it serves 0.0.0.0 w
 grep -q WEFT_API_KEYS "$WORK/open.log" || fail "the refusal does not name WEFT_API_KEYS"
 
 # A user without a name, who may write nowhere, and a folder of models of the operator's own.
-mkdir -p "$WORK/models"
+rm -rf "$WORK/models"
+mkdir "$WORK/models"
 cp -r embedded/model "$WORK/models/mine"
 chmod -R a+rX "$WORK/models"
 SECONDS=0
