@@ -17,7 +17,7 @@ export VENV TORCH PYTHON
 export PYRIGHT_PYTHON_GLOBAL_NODE := 0
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: help setup setup-dev serve test gpu test-all lint types format coverage lock
+.PHONY: help setup setup-dev serve test gpu test-all lint types format promises coverage lock
 
 help: ## list these commands
 	@awk -F ":.*## " '/^[a-z-]+:.*## / { printf "  make %-11s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -63,6 +63,9 @@ gpu: setup-dev ## on a machine with a GPU: the tests that need it, then a benchm
 	@$(BIN)/pytest -q -m cuda tests
 	@$(BIN)/python -m benchmarks.throughput --architecture sd15 --device cuda --requests 24 --rounds 2
 	@$(BIN)/python -m benchmarks.throughput --architecture sd15 --device cuda --requests 64 --rounds 2 --mix homogeneous
+
+promises: setup-dev ## attack a running server, weaken it, attack it again, and write docs/promises.md (5 minutes)
+	@$(BIN)/python -m benchmarks.promises
 
 coverage: setup-dev ## run the test suite and list the lines it does not cover
 	@$(BIN)/pytest --cov $(PYTEST_ARGS)

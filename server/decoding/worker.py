@@ -20,7 +20,7 @@ from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 from server.decoding.picture import decode_mask, decode_picture, file_of, fit
 from server.errors import InvalidRequest, TooLarge
 
-__all__ = ["Answer", "Job", "main"]
+__all__ = ["Answer", "Job", "decoded", "main"]
 
 FORMATS = JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
@@ -96,7 +96,7 @@ def _serve(jobs: IO[bytes], answers: IO[bytes]) -> None:
 
 def _answer(job: Job, data: bytes) -> tuple[Answer, bytes]:
     try:
-        image = _decoded(job, data)
+        image = decoded(job, data)
     except InvalidRequest as error:
         return Answer(refusal=error.message, too_large=isinstance(error, TooLarge)), b""
     except MemoryError:
@@ -106,7 +106,12 @@ def _answer(job: Job, data: bytes) -> tuple[Answer, bytes]:
     return Answer(shape), image.tobytes()
 
 
-def _decoded(job: Job, data: bytes) -> Image.Image:
+def decoded(job: Job, data: bytes) -> Image.Image:
+    """What a job asks for.
+
+    Raises:
+        InvalidRequest: the bytes are not such a picture.
+    """
     if job.encoded:
         data = file_of(data, job.field)
     decode = decode_mask if job.mask else decode_picture

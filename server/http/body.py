@@ -24,7 +24,7 @@ from server.errors import (
     WeftError,
 )
 from server.heap import return_free_memory
-from server.http.text_meter import TextMeter
+from server.http.text_meter import QUOTES, TEXT_BYTES, TextMeter
 from server.requests.checks.shape import check_shape
 from server.requests.upload import Upload
 from server.service.generation import outcome_of
@@ -35,9 +35,6 @@ __all__ = ["Bodies", "JsonRoute"]
 
 SMALL_BYTES: Final = 64 * 2**10
 """Bodies up to this size are read whatever else is going on; each connection may hold one."""
-
-TEXT_BYTES: Final = 128 * 2**10
-"""Bytes of a body beside its pictures: two prompts of the longest kind, escaped, and some room."""
 
 RETRY_AFTER_S: Final = 2.0
 
@@ -206,11 +203,11 @@ def _check_room(request: Request, size: int, most: int) -> None:
 
 
 def _check_text(meter: TextMeter) -> None:
-    if meter.text > TEXT_BYTES:
+    if meter.too_costly:
         raise TooLarge(
             None,
-            f"The body has more than {TEXT_BYTES} bytes beside its images, which is more than a "
-            "request needs.",
+            f"The body has more than {TEXT_BYTES} bytes, or {QUOTES // 2} strings, beside its "
+            "images, which is more than a request needs.",
         )
 
 

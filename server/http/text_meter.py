@@ -5,7 +5,13 @@ from __future__ import annotations
 import re
 from typing import Final
 
-__all__ = ["LONG_STRING", "TextMeter"]
+__all__ = ["LONG_STRING", "QUOTES", "TEXT_BYTES", "TextMeter"]
+
+TEXT_BYTES: Final = 128 * 2**10
+"""Bytes of a body beside its pictures: two prompts of the longest kind, escaped, and some room."""
+
+QUOTES: Final = 8192
+"""Of a whole body. Strings are told apart one by one, which takes microseconds each."""
 
 LONG_STRING: Final = 16 * 2**10
 """Bytes from which a string can only be a picture; no text of a request is so long."""
@@ -25,14 +31,24 @@ class TextMeter:
 
     def __init__(self) -> None:
         self.text = 0
+        self._quotes = 0
         self._in_string = False
         self._after_backslash = False
         self._length = 0
         self._counted = 0
         self._backslashes = 0
 
+    @property
+    def too_costly(self) -> bool:
+        """Whether there is more text than a request needs."""
+        return self.text > TEXT_BYTES or self._quotes > QUOTES
+
     def feed(self, chunk: bytes) -> None:
-        """Count the next bytes of the body."""
+        """Count the next bytes of the body; once it is too costly, this no longer is exact."""
+        self._quotes += chunk.count(b'"')
+        if self.too_costly:
+            self.text += len(chunk)
+            return
         position = 0
         while position < len(chunk):
             advance = self._inside if self._in_string else self._outside

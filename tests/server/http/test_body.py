@@ -36,7 +36,7 @@ def noise(size: int) -> str:
 
 FIELDS = b'{"prompt": "x", ' + b",".join(b'"f%d": 1' % k for k in range(2_000_000)) + b"}"
 HOSTILE = {
-    "unknown fields": (FIELDS, 413, "bytes beside its images"),
+    "unknown fields": (FIELDS, 413, "beside its images"),
     "a long field name": (b'{"' + b"x" * (28 * MIB) + b'": 1}', 422, "whose name has"),
     "a long name": (
         b'{"prompt": "x", "sampler": "' + b"x" * (28 * MIB) + b'"}',

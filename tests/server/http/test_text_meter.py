@@ -3,13 +3,14 @@
 import base64
 import json
 import random
+import time
 from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.http.text_meter import LONG_STRING, TextMeter
+from server.http.text_meter import LONG_STRING, QUOTES, TEXT_BYTES, TextMeter
 
 PICTURE = base64.b64encode(random.Random(0).randbytes(3 * LONG_STRING)).decode()
 
@@ -58,6 +59,26 @@ def test_a_long_string_that_is_costly_to_parse_is_text(unit: str) -> None:
     assert text_of(body, list(range(0, len(body), 4096))) > len(body) - LONG_STRING - 4096
 
 
-def test_many_fields_and_many_strings_are_text() -> None:
-    for body in (b'{"a":1,' * 10_000, b'"",' * 10_000, b'"' + b"x" * LONG_STRING + b'"'):
-        assert text_of(body, []) == len(body)
+@pytest.mark.parametrize(
+    "body", [b'{"a":1,' * 1000, b'"",' * 1000, b'"' + b"x" * LONG_STRING + b'"']
+)
+def test_fields_and_short_strings_are_text(body: bytes) -> None:
+    assert text_of(body, []) == len(body)
+
+
+@pytest.mark.parametrize(
+    ("body", "costly"),
+    [(b'"' * QUOTES, False), (b'"' * (QUOTES + 1), True), (b"1," * TEXT_BYTES, True)],
+)
+def test_a_body_of_many_strings_or_much_text_is_too_costly(body: bytes, costly: bool) -> None:
+    meter = TextMeter()
+    meter.feed(body)
+    assert meter.too_costly == costly
+
+
+def test_a_chunk_of_very_many_strings_is_not_looked_at_one_by_one() -> None:
+    meter = TextMeter()
+    began = time.process_time()
+    meter.feed(b'"a":1,' * 1_000_000)
+    assert meter.too_costly
+    assert time.process_time() - began < 0.1

@@ -1,0 +1,86 @@
+"""Measure the promises and write docs/promises.md.
+
+python -m benchmarks.promises                # all, and the page
+python -m benchmarks.promises --only memory  # those whose claims have a word, to the terminal
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from benchmarks.promises import access, answers, costs
+from benchmarks.promises.served import served
+
+if TYPE_CHECKING:
+    from benchmarks.promises.promise import Outcome, Promise
+
+PAGE: Final = Path(__file__).resolve().parents[2] / "docs/promises.md"
+PROMISES: Final = (*access.PROMISES, *answers.PROMISES, *costs.PROMISES)
+COMMAND: Final = "from server.cli import main; main()"
+STRONG: Final = ["-c", COMMAND, "serve", "--deterministic", "--row-budget", "8"]
+WEAK: Final = ["-m", "benchmarks.promises.weak", "--row-budget", "8", "--max-pending", "65536"]
+
+HEAD: Final = """# Promises
+
+What the server promises, measured on `weft serve` with the embedded model by `make promises`, which
+writes this page. Each measurement is made a second time on a server from which the defence is taken
+away, where it has to find the promise broken: a measurement that cannot fail shows nothing. Routes
+and fields come from the application's own tables, so that a new one is measured too. Limits are
+lower than the defaults where waiting for them would take minutes; docs/operating.md has the limits.
+
+| promise | how it is measured | target | figure | kept | without | figure then |
+|---|---|---|---|---|---|---|
+"""
+
+
+def main() -> int:
+    """Measure; returns the status of the process."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.promises")
+    parser.add_argument("--only", nargs="*", help="words of the claims to measure")
+    options = parser.parse_args()
+    words = [word.lower() for word in options.only or ("",)]
+    chosen = [one for one in PROMISES if any(word in one.claim.lower() for word in words)]
+    measured = _measured(chosen, STRONG, costs.SETTINGS)
+    weakened = {**costs.SETTINGS}
+    del weakened["WEFT_MAX_PENDING"]
+    controls = _measured(chosen, WEAK, weakened)
+    lines = [_line(*row) for row in zip(chosen, measured, controls, strict=True)]
+    page = HEAD + "".join(lines)
+    if options.only:
+        print(page)
+    else:
+        PAGE.write_text(page)
+    kept = all(outcome.kept for outcome in measured)
+    noticed = not any(outcome.kept for outcome in controls)
+    return 0 if kept and noticed else 1
+
+
+def _measured(
+    promises: list[Promise], arguments: list[str], environment: dict[str, str]
+) -> list[Outcome]:
+    with served(arguments, **environment) as server:
+        outcomes: list[Outcome] = []
+        for promise in promises:
+            outcomes.append(promise.measure(server))
+            print(f"{promise.claim} {outcomes[-1].figure}", file=sys.stderr, flush=True)
+        return outcomes
+
+
+def _line(promise: Promise, outcome: Outcome, control: Outcome) -> str:
+    cells = (
+        promise.claim,
+        promise.method,
+        promise.target,
+        outcome.figure,
+        "yes" if outcome.kept else "**no**",
+        promise.weakness,
+        control.figure if not control.kept else f"{control.figure} (**not noticed**)",
+    )
+    return "| " + " | ".join(cells) + " |\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""A promise, and how it is shown to be kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from benchmarks.promises.served import Served
+
+__all__ = ["Outcome", "Promise"]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a measurement showed.
+
+    Attributes:
+        figure: in words, with its unit.
+        kept: whether it is within the target.
+    """
+
+    figure: str
+    kept: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """One line of the table.
+
+    Attributes:
+        claim: what is promised.
+        method: how it is measured.
+        target: the figure that keeps the promise.
+        weakness: what is taken away from the server for the negative control.
+        measure: the measurement; on the weakened server it has to find the promise broken.
+    """
+
+    claim: str
+    method: str
+    target: str
+    weakness: str
+    measure: Callable[[Served], Outcome]

@@ -1,0 +1,101 @@
+"""The server without its defences, on which every measurement has to fail.
+
+    python -m benchmarks.promises.weak --port PORT
+
+A measurement that finds nothing wrong here would find nothing wrong anywhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import sys
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import torch
+from fastapi.routing import APIRoute
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from server.cli import main as command_line
+from server.decoding import picture
+from server.decoding.pool import DecodePool
+from server.decoding.worker import Job, decoded
+from server.engine.tick import newcomers
+from server.http import body, connection, errors, gate, generate
+from server.service.service import Service
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    from numpy.typing import NDArray
+
+    from server.settings import Settings
+
+MANY: Final = 10**9
+
+
+def weaken() -> None:
+    """Do without each defence as other servers do."""
+    _replace(gate.Gate, "_admit", lambda *_: None)
+    _replace(body.JsonRoute, "get_route_handler", APIRoute.get_route_handler)
+    _replace(connection, "connections", _plain_connections)
+    _replace(picture, "MOST_SCANS", MANY)
+    _replace(picture, "MOST_ASPECT", MANY)
+    _replace(DecodePool, "_decode", _decode_in_a_thread)
+    _replace(generate, "_unless_disconnected", _whether_or_not_disconnected)
+    _replace(errors, "explain", _stumble)
+    _replace(newcomers, "start_noise", _any_noise)
+    _replace(Service, "admit", _tell_the_log(Service.admit))
+
+
+def _replace(owner: Any, name: str, value: Any) -> None:
+    if not hasattr(owner, name):
+        raise AttributeError(f"{owner} has no {name}; the negative control is out of date")
+    setattr(owner, name, value)
+
+
+def _plain_connections(_: Settings) -> type[asyncio.Protocol]:
+    return HttpToolsProtocol
+
+
+async def _decode_in_a_thread(
+    _: DecodePool, data: str | bytes, field: str, size: tuple[int | None, int | None], *, mask: bool
+) -> NDArray[np.uint8]:
+    content = data.encode() if isinstance(data, str) else data
+    job = Job(len(content), field, mask, isinstance(data, str), MANY, *size, MANY)
+    return np.asarray(await asyncio.to_thread(decoded, job, content))
+
+
+async def _whether_or_not_disconnected(_: Any, work: Coroutine[Any, Any, Any]) -> Any:
+    return await work
+
+
+def _stumble(*_: Any, **__: Any) -> None:
+    raise LookupError("an error while an error was explained")
+
+
+def _any_noise(_: int, shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.randn(shape)
+
+
+def _tell_the_log(admit: Any) -> Any:
+    async def admit_and_tell(service: Service, request: Any, identifier: str) -> Any:
+        logging.getLogger("weft").warning("admitting %r", request)
+        return await admit(service, request, identifier)
+
+    return admit_and_tell
+
+
+def main() -> None:
+    """Serve, weakened, on a second port of every address as well."""
+    weaken()
+    door = socket.create_server(("0.0.0.0", 0))  # noqa: S104 - the weakness itself
+    with door:
+        sys.argv[1:1] = ["serve"]
+        command_line()
+
+
+if __name__ == "__main__":
+    main()
