@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
+
+from starlette.routing import WebSocketRoute
 
 from benchmarks.promises.promise import Outcome, Promise
 from server.http.app import create_app
@@ -11,11 +13,19 @@ from server.http.gate import PROBES, PUBLIC
 from server.settings import Settings
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from benchmarks.promises.served import Served
 
 __all__ = ["PROMISES"]
 
 WRONG_KEYS: Final = ("", "Bearer", "Bearer ", "Bearer wrong", "Basic wrong", "Bearer \x00")
+UPGRADE: Final = {
+    "connection": "upgrade",
+    "upgrade": "websocket",
+    "sec-websocket-version": "13",
+    "sec-websocket-key": "dGhlIHNhbXBsZSBub25jZQ==",
+}
 FOREIGN_HOSTS: Final = (
     "evil.example",
     "127.0.0.1.evil.example",
@@ -32,11 +42,27 @@ FOREIGN_ORIGINS: Final = ("null", "http://evil.example", "http://127.0.0.1:9", "
 
 
 def _routes() -> list[tuple[str, str]]:
-    """Every method and path that the application serves."""
-    schema = create_app(Settings()).openapi()["paths"]
+    """Every method and path that the application serves; sockets have the method WS."""
+    app = create_app(Settings())
+    schema = app.openapi()["paths"]
     served = [(method.upper(), path) for path, item in schema.items() for method in item]
     served = [(method, path.replace("{identifier}", "abc")) for method, path in served]
+    served += [("WS", route.path) for route in _sockets(app.routes)]
     return [*served, ("GET", "/"), ("GET", "/docs"), ("GET", "/openapi.json")]
+
+
+def _sockets(routes: Sequence[Any]) -> Iterator[WebSocketRoute]:
+    for route in routes:
+        if isinstance(route, WebSocketRoute):
+            yield route
+        elif hasattr(route, "original_router"):
+            yield from _sockets(route.original_router.routes)
+
+
+def _asked(server: Served, method: str, path: str, header: str, value: str) -> int:
+    if method == "WS":
+        return server.ask("GET", path, None, {**UPGRADE, header: value})[0]
+    return server.ask(method, path, b"{}" if method == "POST" else None, {header: value})[0]
 
 
 def _let_through(server: Served, header: str, values: tuple[str, ...], spared: set[str]) -> Outcome:
@@ -46,8 +72,7 @@ def _let_through(server: Served, header: str, values: tuple[str, ...], spared: s
         if path in spared:
             continue
         for value in values:
-            body = b"{}" if method == "POST" else None
-            status, _, _ = server.ask(method, path, body, {header: value})
+            status = _asked(server, method, path, header, value)
             tried += 1
             # A header that is not valid HTTP is refused before anybody reads it.
             through += status not in {*refusals, 400, 0}

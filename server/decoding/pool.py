@@ -115,6 +115,27 @@ class DecodePool:
     async def _decode(
         self, data: str | bytes, field: str, size: tuple[int | None, int | None], *, mask: bool
     ) -> NDArray[np.uint8]:
+        with self._lock:
+            if not self._room:
+                raise Overloaded(RETRY_AFTER_S, "Too many uploaded images wait to be decoded.")
+            self._room -= 1
+        # The executor keeps what it was given until its turn comes, also if that was cancelled.
+        held = [data]
+        decoding = self._threads.submit(self._run, held, field, size, mask)
+        decoding.add_done_callback(self._leave)
+        try:
+            return await asyncio.wrap_future(decoding)
+        finally:
+            held.clear()
+
+    def _leave(self, _: object) -> None:
+        with self._lock:
+            self._room += 1
+
+    def _run(
+        self, held: list[str | bytes], field: str, size: tuple[int | None, int | None], mask: bool
+    ) -> NDArray[np.uint8]:
+        data = held.pop()
         content = data.encode(errors="replace") if isinstance(data, str) else data
         job = Job(
             length=len(content),
@@ -126,20 +147,6 @@ class DecodePool:
             height=size[1],
             max_resampled=self._limits.pixels,
         )
-        with self._lock:
-            if not self._room:
-                raise Overloaded(RETRY_AFTER_S, "Too many uploaded images wait to be decoded.")
-            self._room -= 1
-        decoding = self._threads.submit(self._run, job, content)
-        # A client that leaves makes no room: its picture is decoded to the end.
-        decoding.add_done_callback(self._leave)
-        return await asyncio.wrap_future(decoding)
-
-    def _leave(self, _: object) -> None:
-        with self._lock:
-            self._room += 1
-
-    def _run(self, job: Job, content: bytes) -> NDArray[np.uint8]:
         worker = self._worker()
         try:
             return worker.decode(job, content, self._limits.decode_s)

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import gc
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -123,6 +124,29 @@ def test_only_so_many_pictures_wait_and_one_whose_client_left_counts_until_it_is
         with pytest.raises(Overloaded):
             await pool.picture(RED, "image")
         assert (await waiting).shape == (16, 32, 3)
+
+    asyncio.run(run())
+
+
+def test_a_picture_whose_client_left_before_its_turn_is_let_go_of(pool: DecodePool) -> None:
+    class Text(str):
+        """A text that can be watched."""
+
+    async def run() -> None:
+        first = asyncio.ensure_future(pool.picture(SLOW, "image"))
+        await asyncio.sleep(0.01)
+        text = Text("no picture")
+        watched = weakref.ref(text)
+        waiting = asyncio.ensure_future(pool.picture(text, "image"))
+        del text
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        del waiting
+        gc.collect()
+        assert watched() is None
+        assert not first.done()
+        await first
 
     asyncio.run(run())
 
