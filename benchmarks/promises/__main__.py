@@ -7,6 +7,7 @@ python -m benchmarks.promises --only memory  # those whose claims have a word, t
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -31,6 +32,8 @@ away, where it has to find the promise broken: a measurement that cannot fail sh
 and fields come from the application's own tables, so that a new one is measured too. Limits are
 lower than the defaults where waiting for them would take minutes; docs/operating.md has the limits.
 
+Measured on {cores} cores, with a load average of {load:.1f} by other work before the start.
+
 | promise | how it is measured | target | figure | kept | without | figure then |
 |---|---|---|---|---|---|---|
 """
@@ -41,6 +44,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.promises")
     parser.add_argument("--only", nargs="*", help="words of the claims to measure")
     options = parser.parse_args()
+    load = os.getloadavg()[0]
     words = [word.lower() for word in options.only or ("",)]
     chosen = [one for one in PROMISES if any(word in one.claim.lower() for word in words)]
     measured = _measured(chosen, STRONG, costs.SETTINGS)
@@ -48,7 +52,7 @@ def main() -> int:
     del weakened["WEFT_MAX_PENDING"]
     controls = _measured(chosen, WEAK, weakened)
     lines = [_line(*row) for row in zip(chosen, measured, controls, strict=True)]
-    page = HEAD + "".join(lines)
+    page = HEAD.format(cores=os.cpu_count(), load=load) + "".join(lines)
     if options.only:
         print(page)
     else:
