@@ -37,7 +37,7 @@ class _Rows:
 
     Attributes:
         positions: of the rows, padding not counted.
-        all: whether they are all rows of the forward.
+        all: whether they are all rows of the forward, which need no gathering.
         where: the positions, int64 on the device; padded with the first one.
         weights: float32 ``[rows, 1, 1]``, padded alike.
     """
@@ -140,7 +140,8 @@ class AdaptedNetwork:
         weights = added.weights + added.weights[:1] * missing
         return _Rows(
             positions=added.positions,
-            all=count == total,
+            # In place, products may take other paths than those of gathered rows do.
+            all=count == total and not adapters.fixed,
             where=torch.tensor(positions).to(self._device, non_blocking=True),
             weights=torch.tensor(weights).view(-1, 1, 1).to(self._device, non_blocking=True),
         )

@@ -129,12 +129,14 @@ def test_a_network_is_as_it_was_once_the_forward_is_over(
 def test_a_row_of_a_fixed_forward_is_the_same_whatever_its_neighbours_have(
     unet: nn.Module, company: list[Row]
 ) -> None:
-    """With one adapter in common, so that rows share a pass, and alone with it."""
+    """Some of its adapter, so that they share its pass; none; all."""
     several = adapted(unet, company, fixed=True)
     for row in (1, 2, 5):
         alone: list[Row] = [()] * len(company)
         alone[row] = company[row]
         assert torch.equal(adapted(unet, alone, fixed=True)[row], several[row])
+    everybody = adapted(unet, [company[1]] * len(company), fixed=True)
+    assert torch.equal(everybody[1], several[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
