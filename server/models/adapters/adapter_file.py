@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from math import isfinite, prod
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from server.errors import AdapterMismatch
 from server.models.adapters.adapter import Adapter, LowRank
-from server.models.adapters.placing import Header, Placed, Target, place
+from server.models.adapters.placing import LARGEST_ALPHA, Header, Placed, Target, place
 from server.models.adapters.stated import stated_defaults
 from server.models.folder import without_folder
 
@@ -73,6 +73,10 @@ class AdapterFile:
             ) from None
         except AdapterMismatch as error:
             raise AdapterMismatch(f"adapter {name!r} {error.message}.") from None
+        except Exception as error:
+            # A header can say anything, and must not keep the others from being read.
+            reason = str(error).partition("\n")[0]
+            raise AdapterMismatch(f"adapter {name!r} is not understood: {reason}.") from error
 
     @property
     def rank(self) -> int:
@@ -137,8 +141,10 @@ def _header(path: Path) -> Header:
                 )
             shapes[name] = shape
         metadata = dict(opened.metadata() or {})
-    if wrong := [name for name, alpha in alphas.items() if not isfinite(alpha)]:
-        raise AdapterMismatch(f"has the tensor {wrong[0]}, which is no finite number")
+    if wrong := [name for name, alpha in alphas.items() if not abs(alpha) <= LARGEST_ALPHA]:
+        raise AdapterMismatch(
+            f"has the tensor {wrong[0]}, which is no number of at most {LARGEST_ALPHA:g}"
+        )
     return Header(shapes, alphas, metadata)
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["Header", "Placed", "Target", "place"]
+__all__ = ["LARGEST_ALPHA", "Header", "Placed", "Target", "place"]
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 """Networks that the converters know, by which converted names begin."""
@@ -36,6 +35,7 @@ CONFIG = "lora_adapter_metadata"
 """Entry of a file's metadata in which diffusers keeps peft's configs, as JSON."""
 
 FACTOR = re.compile(r"(?P<layer>.+)\.lora_(?P<factor>[AB])\.weight")
+LARGEST_ALPHA = 1e6
 NAMES_SHOWN = 3
 
 
@@ -227,14 +227,22 @@ def _scale(header: Header, part: str, layer: str, down: str, rank: int) -> float
     if config.get("use_dora"):
         raise AdapterMismatch(f"is a DoRA ({CONFIG} says so), which is not supported")
     patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise AdapterMismatch(f"has an alpha_pattern in {CONFIG} that is no JSON object")
     alpha = config.get("lora_alpha", rank)
     for pattern, own in patterns.items():
         # Peft takes patterns as regular expressions; in files they are names, or ends of names.
         whole = pattern.removeprefix("^")
         if layer == whole or (whole == pattern and layer.endswith(f".{pattern}")):
             alpha = own
-    if not isinstance(alpha, int | float) or not isfinite(alpha):
-        raise AdapterMismatch(f"has the alpha {str(alpha)[:40]!r}, which is no number")
+    if (
+        isinstance(alpha, bool)
+        or not isinstance(alpha, int | float)
+        or not abs(alpha) <= LARGEST_ALPHA
+    ):
+        raise AdapterMismatch(
+            f"has the alpha {str(alpha)[:40]!r}; a number of at most {LARGEST_ALPHA:g} is needed"
+        )
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 

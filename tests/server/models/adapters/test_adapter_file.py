@@ -189,7 +189,17 @@ REFUSED: dict[str, tuple[dict[str, Tensor], dict[str, str], str]] = {
     "no alpha": (
         factors(),
         {"lora_adapter_metadata": '{"unet.lora_alpha": "much"}'},
-        "has the alpha 'much', which is no number",
+        "has the alpha 'much'; a number of at most 1e\\+06 is needed",
+    ),
+    "an alpha that no float holds": (
+        factors(),
+        {"lora_adapter_metadata": f'{{"unet.lora_alpha": 1{"0" * 400}}}'},
+        "has the alpha '1000",
+    ),
+    "alphas in a list": (
+        factors(),
+        {"lora_adapter_metadata": '{"unet.alpha_pattern": [1]}'},
+        "has an alpha_pattern in lora_adapter_metadata that is no JSON object",
     ),
     "convention": (factors(), {"weft.convention": "magic"}, "'magic'; allowed are lcm_lora, tcd"),
     "convention of another kind": (factors(), {"weft.convention": "lcm"}, "'lcm'; allowed are"),
@@ -230,6 +240,17 @@ def test_what_is_no_safetensors_file_is_refused(
 def test_a_file_without_tensors_is_refused(target: Target, tmp_path: Path) -> None:
     (tmp_path / "style.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     with pytest.raises(AdapterMismatch, match="adapter 'style' has no tensors"):
+        AdapterFile.read("style", tmp_path / "style.safetensors", target)
+
+
+def test_a_header_with_a_size_that_no_machine_has_is_refused(
+    target: Target, tmp_path: Path
+) -> None:
+    name, shape = f"unet.{LINEAR}.lora_A.weight", [0, 2**64 - 1]
+    header = json.dumps({name: {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}})
+    data = len(header).to_bytes(8, "little") + header.encode()
+    (tmp_path / "style.safetensors").write_bytes(data)
+    with pytest.raises(AdapterMismatch, match="adapter 'style' is not understood"):
         AdapterFile.read("style", tmp_path / "style.safetensors", target)
 
 
