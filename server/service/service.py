@@ -38,6 +38,7 @@ from server.requests.infotext import infotext
 from server.requests.resolve import Prepared, make_plan, prepare, resolve, statistics_for
 from server.requests.schema import GenerateRequest, ResolvedRequest
 from server.requests.tasks import seeds_of, tasks_of
+from server.requests.upload import Upload
 from server.service.generation import Generation
 from server.settings import Limits
 
@@ -288,8 +289,7 @@ class Service:
         model = self.model(request.model)
         check_count(request, self._limits)
         with engine.reserve(request.n) as room:
-            image = await self._image(request)
-            size = None if image is None else (image.shape[1], image.shape[0])
+            image, size = await self._image_for_its_size(request)
             prepared = await asyncio.to_thread(self.prepare, request, model, size)
             uploads = await self._uploads(request, prepared[0].request, image)
             await asyncio.to_thread(self._submit, generation, *prepared, model, uploads, room)
@@ -362,12 +362,19 @@ class Service:
         key = model.facts.name, schedule, layout, identity, identity and shape
         return self._plans.get(key, make)
 
-    async def _image(self, request: GenerateRequest) -> NDArray[np.uint8] | None:
+    async def _image_for_its_size(
+        self, request: GenerateRequest
+    ) -> tuple[NDArray[np.uint8] | None, tuple[int, int] | None]:
+        """The size of the image that the request starts from, and the image if that took it.
+
+        A request that gives its size is checked before its image is decoded.
+        """
         if request.image is None:
-            return None
-        size = request.width, request.height
-        with request.image.opened() as text:
-            return await self.decoding.picture(text, "image", size)
+            return None, None
+        if request.width is not None and request.height is not None:
+            return None, (request.width, request.height)
+        image = await self._picture(request.image, "image", (request.width, request.height))
+        return image, (image.shape[1], image.shape[0])
 
     async def _uploads(
         self,
@@ -377,13 +384,20 @@ class Service:
     ) -> Uploads:
         size = resolved.width, resolved.height
         mask = reference = None
+        if image is None and request.image is not None:
+            image = await self._picture(request.image, "image", size)
         if request.mask is not None:
             with request.mask.opened() as text:
                 mask = await self.decoding.mask(text, "mask", size)
         if request.reference is not None:
-            with request.reference.opened() as text:
-                reference = await self.decoding.picture(text, "reference", size)
+            reference = await self._picture(request.reference, "reference", size)
         return Uploads(image, mask, reference)
+
+    async def _picture(
+        self, upload: Upload, field: str, size: tuple[int | None, int | None]
+    ) -> NDArray[np.uint8]:
+        with upload.opened() as text:
+            return await self.decoding.picture(text, field, size)
 
     def _encode(self, generation: Generation, index: int) -> Picture:
         request = generation.request
