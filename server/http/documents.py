@@ -13,10 +13,7 @@ __all__ = ["PATHS", "WEB", "router"]
 WEB: Final = Path(__file__).parents[1] / "web"
 
 FRAMED_BY_NOBODY: Final = "frame-ancestors 'none'"
-PAGE_POLICY: Final = (
-    "default-src 'self'; img-src 'self' data: blob:; style-src 'unsafe-inline'; "
-    f"script-src 'unsafe-inline'; {FRAMED_BY_NOBODY}"
-)
+PAGE_POLICY: Final = f"default-src 'self'; img-src 'self' data: blob:; {FRAMED_BY_NOBODY}"
 DOCS_POLICY: Final = (
     "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; "
     + FRAMED_BY_NOBODY
@@ -24,6 +21,10 @@ DOCS_POLICY: Final = (
 
 DOCUMENTS: Final = {
     "/": ("index.html", PAGE_POLICY),
+    **{
+        f"/page/{file.name}": (f"page/{file.name}", PAGE_POLICY)
+        for file in sorted((WEB / "page").iterdir())
+    },
     "/docs": ("docs/index.html", DOCS_POLICY),
     "/docs/start.js": ("docs/start.js", DOCS_POLICY),
     "/docs/swagger-ui.css": ("docs/swagger-ui.css", DOCS_POLICY),

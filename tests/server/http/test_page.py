@@ -5,18 +5,12 @@ from __future__ import annotations
 import base64
 import itertools
 import json
-import re
 import shlex
-import shutil
-import subprocess
-import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
-from websockets.sync.client import ClientConnection, connect
 
 from guidance import CFG
 from guidance.embedded import Embedded
@@ -25,16 +19,15 @@ from server.http.documents import WEB
 from server.models.defaults import ModelDefaults
 from server.requests.catalog import Catalog, catalog, defaults_of
 from server.requests.schema import GenerateRequest, guidance_of
+from tests.server.http.browser import Tab, new_tab
 
-PATIENCE_S = 60
-PAGE = (WEB / "index.html").read_text("utf-8")
+PAGE = "\n".join(
+    file.read_text("utf-8") for file in (WEB / "index.html", *sorted((WEB / "page").iterdir()))
+)
 CHOICES = {
     choice.entries: choice.field + (".0" if choice.most > 1 else "") for choice in catalog().choices
 }
 """Where the page puts what it chose from each list of the catalog."""
-
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
 
 TOOLS = """
 const form = document.forms[0];
@@ -57,81 +50,13 @@ const pictures = () => [...document.querySelectorAll("#answer img")].map((image)
 """.replace("TITLES", json.dumps([*CHOICES]))
 
 
-class Tab:
-    """The page in a browser, driven over the browser's debugging protocol."""
-
-    def __init__(self, connection: ClientConnection) -> None:
-        self._connection = connection
-        self._numbers = itertools.count()
-
-    def open(self, url: str, before: str = "") -> None:
-        """Load a page, after a script that runs before its own."""
-        self._call("Page.enable")
-        self._call("Page.addScriptToEvaluateOnNewDocument", source=before)
-        self._call("Page.navigate", url=url)
-        self._told(lambda news: news.get("method") == "Page.loadEventFired")
-
-    def run(self, script: str) -> Any:
-        """What an asynchronous function of this body, which knows `TOOLS`, returns."""
-        body = f"(async () => {{ {TOOLS} {script} }})()"
-        answer = self._call(
-            "Runtime.evaluate", expression=body, awaitPromise=True, returnByValue=True
-        )
-        assert "exceptionDetails" not in answer, answer
-        return answer["result"].get("value")
-
-    def _call(self, method: str, **params: Any) -> Any:
-        number = next(self._numbers)
-        self._connection.send(json.dumps({"id": number, "method": method, "params": params}))
-        return self._told(lambda news: news.get("id") == number)["result"]
-
-    def _told(self, awaited: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-        while not awaited(news := json.loads(self._connection.recv(PATIENCE_S))):
-            pass
-        return news
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of a browser's debugging port."""
-    if BROWSER is None:
-        pytest.skip(f"the page is tried in a browser, and there is none of {', '.join(NAMES)} here")
-    folder = tmp_path_factory.mktemp("browser")
-    # Containers run as root, for whom the browser's own sandbox does not start.
-    options = ["--headless", "--no-sandbox", "--remote-debugging-port=0"]
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            [BROWSER, *options, f"--user-data-dir={folder / 'profile'}", "about:blank"],
-            stdout=subprocess.DEVNULL,
-            stderr=log,
-        )
-    try:
-        yield _address(process, folder / "log")
-    finally:
-        process.terminate()
-        process.wait(PATIENCE_S)
-
-
-def _address(process: subprocess.Popen[bytes], log: Path) -> str:
-    until = time.monotonic() + PATIENCE_S
-    while not (found := re.search(r"DevTools listening on ws://([\w.:]+)/", log.read_text())):
-        if process.poll() is not None or time.monotonic() > until:
-            pytest.skip(f"{BROWSER} does not start: {log.read_text()[-500:]}")
-        time.sleep(0.02)
-    return f"http://{found[1]}"
-
-
 @pytest.fixture
 def tab(browser: str, client: httpx2.Client) -> Iterator[Tab]:
     """The server's page, ready to use."""
-    with httpx2.Client(base_url=browser, trust_env=False) as debugging:
-        opened = debugging.put("/json/new").json()
-        with connect(opened["webSocketDebuggerUrl"], proxy=None, max_size=None) as connection:
-            tab = Tab(connection)
-            tab.open(str(client.base_url))
-            tab.run(f"await until(() => selects().length === {len(CHOICES)}); form.steps.value = 2")
-            yield tab
-        debugging.get(f"/json/close/{opened['id']}")
+    with new_tab(browser, TOOLS) as tab:
+        tab.open(str(client.base_url))
+        tab.run(f"await until(() => selects().length === {len(CHOICES)}); form.steps.value = 2")
+        yield tab
 
 
 def test_the_api_s_page_is_drawn_without_any_other_server(tab: Tab, client: httpx2.Client) -> None:
@@ -333,7 +258,7 @@ def test_the_page_shows_why_a_request_is_refused(tab: Tab) -> None:
 def test_the_page_aims_at_what_the_model_s_classifier_knows(
     tab: Tab, client: httpx2.Client
 ) -> None:
-    [model] = client.get("/v1/catalog").json()["models"]
+    model = client.get("/v1/catalog").json()["models"][0]
     shown = tab.run(
         """
         pick("classifiers", "elucd");
