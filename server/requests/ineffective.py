@@ -28,17 +28,19 @@ def warnings_for(resolved: ResolvedRequest, model: HostedModel, plan: Plan) -> t
     if resolved.negative_prompt and (reason := _without_negative_prompt(resolved, plan)):
         found.append(f"negative_prompt has no effect: {reason}.")
     own = own_defaults(model, resolved.adapters)
+    adapted = "" if own is model.facts.defaults else " with these adapters"
     if own is not None and own.counts and resolved.steps not in own.counts:
-        adapted = "" if own is model.facts.defaults else " with these adapters"
         found.append(
             f"steps is {resolved.steps}; use {numbers(own.counts)}, which model "
             f"{model.facts.name!r}{adapted} was distilled for."
         )
     guidance = resolved.guidance
-    if model.facts.one_prediction and guidance.branches and not guidance.policy.embeds:
+    of_one = model.facts.one_prediction or (own is not None and not own.rule.combines)
+    if of_one and guidance.branches and not guidance.policy.embeds:
         found.append(
             f"guidance {guidance.name!r} combines several predictions, but model "
-            f"{model.facts.name!r} was distilled to be sampled from one; {_of_one(model)}."
+            f"{model.facts.name!r}{adapted} was distilled to be sampled from one; "
+            f"{_of_one(model)}."
         )
     if any(one.weight for one in resolved.adapters) and (fitted := _fitted(resolved)):
         found.append(

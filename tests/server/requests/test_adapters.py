@@ -150,16 +150,27 @@ def test_the_catalog_lists_the_adapters_of_a_model(model: HostedModel) -> None:
     assert quick.defaults != defaults_of(None)
 
 
+def warnings(model: HostedModel, adapters: Any, **fields: Any) -> tuple[str, ...]:
+    request = resolved(model, adapters, **fields)
+    layout = request.sampler, request.spacing, request.steps, request.strength
+    return warnings_for(request, model, make_plan(model.default_schedule, *layout))
+
+
 def test_what_is_fitted_to_the_model_alone_is_said(model: HostedModel) -> None:
     """By a policy whose coefficients nobody need have fitted here."""
-    policy = {"name": "linear_adaptive"}
-    for adapters, found in (("pastel", 1), ([{"name": "pastel", "weight": 0}], 0)):
-        request = resolved(model, adapters, guidance={"name": "cfg", "policy": policy})
-        layout = request.sampler, request.spacing, request.steps, request.strength
-        warnings = warnings_for(request, model, make_plan(model.default_schedule, *layout))
-        assert [text.partition(" is fitted")[0] for text in warnings] == [
-            "guidance.policy 'linear_adaptive'"
-        ] * found
+    guidance = {"name": "cfg", "policy": "linear_adaptive"}
+    [said] = warnings(model, "pastel", guidance=guidance)
+    assert said.startswith("guidance.policy 'linear_adaptive' is fitted to model 'toy' without")
+    assert warnings(model, [{"name": "pastel", "weight": 0}], guidance=guidance) == ()
+
+
+def test_an_adapter_for_few_steps_is_asked_for_no_more_and_for_one_prediction(
+    model: HostedModel,
+) -> None:
+    steps, guidance = warnings(model, "quick", steps=25, guidance="cfg")
+    assert "use 1 to 8, which model 'toy' with these adapters was distilled for." in steps
+    assert "model 'toy' with these adapters was distilled to be sampled from one" in guidance
+    assert '"nag": {}' in guidance
 
 
 def test_statistics_of_the_model_alone_serve_no_adapter(model: HostedModel) -> None:
