@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from benchmarks.promises.served import Served
 
-__all__ = ["BODIES", "SLOW_PICTURE", "TURN_S", "attack", "bombs", "request_with"]
+__all__ = ["BODIES", "SLOW_PICTURE", "TURN_S", "attack", "bombs", "picture", "request_with"]
 
 MIB: Final = 2**20
 TURN_S: Final = 2.0
@@ -29,9 +29,9 @@ FIELDS: Final = 300_000
 
 
 def request_with(picture: bytes) -> bytes:
-    """A request that starts from a picture."""
-    encoded = base64.b64encode(picture)
-    return b'{"prompt": "x", "steps": 1, "width": 64, "height": 64, "image": "' + encoded + b'"}'
+    """A request that is in order and starts from a picture."""
+    fields = b'{"prompt": "x", "steps": 1, "strength": 1, "width": 64, "height": 64, "image": "'
+    return fields + base64.b64encode(picture) + b'"}'
 
 
 BODIES: Final[Mapping[str, Callable[[], bytes]]] = {
@@ -50,6 +50,11 @@ BODIES: Final[Mapping[str, Callable[[], bytes]]] = {
 }
 SLOW_PICTURE: Final = "many scans"
 _MORE: Final = {SLOW_PICTURE: lambda: request_with(_repeated_scans(4096, 2048, 2000))}
+
+
+def picture() -> bytes:
+    """A picture that is in order."""
+    return _png(64, 64, 8)
 
 
 def bombs() -> dict[str, bytes]:
