@@ -120,8 +120,17 @@ def served(arguments: list[str], **environment: str) -> Generator[Served]:
                 _wait_until_ready(server)
                 yield server
             finally:
-                process.terminate()
-                process.wait(60)
+                _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(40)
+    except subprocess.TimeoutExpired:
+        # The weakened server may still decode what nobody waits for.
+        process.kill()
+        process.wait()
 
 
 def _wait_until_ready(server: Served) -> None:
