@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 class DPM2(Sampler, frozen=True):
     """DPM-Solver-2 as the midpoint method: a step along the slope at its middle in log sigma.
 
-    Second order, two evaluations a step (one in the last step to the clean picture). Works along
-    the schedule's own line, as ``heun`` does. With ``eta`` above 0 a step lands below the next
-    level and makes up for it by fresh noise; it is then "DPM2 a".
+    Second order, two evaluations a step (one in the last step to the clean picture, and with
+    ``eta`` 1 in a step from pure noise). Works along the schedule's own line, as ``heun`` does.
+    With ``eta`` above 0 a step lands below the next level and makes up for it by fresh noise; it
+    is then "DPM2 a".
     """
 
     summary: ClassVar[str] = "Second order: the slope at the middle of each step; two evaluations."
@@ -63,10 +64,15 @@ class DPM2(Sampler, frozen=True):
             here = _Point(grid.t[i], grid.alpha[i], grid.sigma[i], line.scale[i], line.s[i])
             points.append(here)
             step.append(i)
-            if grid.sigma[i + 1] == 0:
-                tables.append(columns.table(x=first_order(grid, i, x, D)))
+            kept = self._kept(grid, i)
+            fresh = float(np.sqrt(max(grid.sigma[i + 1] ** 2 - kept**2, 0)))
+            if kept == 0:
+                # The flow goes on to the clean picture, where log sigma is infinite and a step has
+                # no middle: so in the last step, and at eta 1 in a step from pure noise.
+                clean = first_order(grid, i, x, D, sigma_next=0)
+                tables.append(columns.table(x=clean + fresh * columns.noise))
                 continue
-            below, fresh = self._landing(grid, line, i)
+            below = self._landing(grid, line, i, kept)
             middle = _middle(grid, here, below)
             half = (middle.sigma / here.sigma) * x
             half = half + (middle.alpha - here.alpha * middle.sigma / here.sigma) * D
@@ -83,17 +89,20 @@ class DPM2(Sampler, frozen=True):
         )
         return Plan(t, alpha, sigma, np.stack(tables), tuple(step), grid.start_scale)
 
-    def _landing(self, grid: Grid, line: Line, i: int) -> tuple[_Point, float]:
-        """Where the flow is followed to in step i, and the deviation of the noise it adds."""
+    def _kept(self, grid: Grid, i: int) -> float:
+        """The noise that is left of the old where the flow of step i is followed to."""
         j = i + 1
-        end = _Point(grid.t[j], grid.alpha[j], grid.sigma[j], line.scale[j], line.s[j])
+        shrink = grid.alpha[i] * grid.sigma[j] / (grid.alpha[j] * grid.sigma[i])
+        return float(grid.sigma[j] * np.sqrt(1 - self.eta**2 * max(1 - shrink**2, 0)))
+
+    def _landing(self, grid: Grid, line: Line, i: int, kept: float) -> _Point:
+        """Where that is: the next point, or one of less noise."""
+        j = i + 1
         if not self.eta:
-            return end, 0.0
-        shrink = grid.alpha[i] * end.sigma / (end.alpha * grid.sigma[i])
-        kept = end.sigma * np.sqrt(1 - self.eta**2 * max(1 - shrink**2, 0))
+            return _Point(grid.t[j], grid.alpha[j], grid.sigma[j], line.scale[j], line.s[j])
         # Below all trained levels too: nothing is evaluated there.
-        level = grid.schedule.level_of_half_log_snr(np.log(end.alpha / kept))
-        return _of(grid, end.t, *level), float(np.sqrt(max(end.sigma**2 - kept**2, 0)))
+        level = grid.schedule.level_of_half_log_snr(np.log(grid.alpha[j] / kept))
+        return _of(grid, grid.t[j], *level)
 
 
 class _Point(NamedTuple):

@@ -9,7 +9,7 @@ from diffusers import KDPM2AncestralDiscreteScheduler, KDPM2DiscreteScheduler
 from diffusers.schedulers import scheduling_k_dpm_2_ancestral_discrete as ancestral
 from torch import Tensor
 
-from samplers import Grid, NoiseSchedule, integrate
+from samplers import Grid, NoiseSchedule, Spacing, integrate
 from samplers.dpm_2 import DPM2
 from samplers.gaussian import GaussianMixtureDenoiser
 from samplers.timesteps import Karras, LogSNR, Trailing
@@ -93,11 +93,23 @@ def test_it_is_diffusers_scheduler(kind: Any, eta: float, monkeypatch: pytest.Mo
     assert error < 5e-6, error
 
 
-@pytest.mark.parametrize("name", ["scaled_linear", "flow", "trigflow"])
-def test_an_ancestral_step_lands_with_the_noise_of_the_next_level(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "spacing"),
+    [
+        ("scaled_linear", LogSNR()),
+        ("flow", LogSNR()),
+        ("trigflow", LogSNR()),
+        # From pure noise.
+        ("flow", Trailing()),
+        ("trigflow", Trailing()),
+    ],
+)
+def test_an_ancestral_step_lands_with_the_noise_of_the_next_level(
+    name: str, spacing: Spacing
+) -> None:
     """What is followed below it and what is drawn make up its variance, at any level."""
     schedule: NoiseSchedule = SCHEDULES[name]
-    grid: Grid = schedule.grid(LogSNR(), 6)
+    grid: Grid = schedule.grid(spacing, 6)
     plan = DPM2(eta=1.0).plan(grid)
     point = torch.full((1, 20_000), 0.4, dtype=torch.float64)
     generator = torch.Generator().manual_seed(3)
