@@ -7,6 +7,7 @@ VENV ?= .venv
 HOST ?= 127.0.0.1
 PORT ?= 8000
 PYTEST_ARGS ?=
+MINUTES ?= 10
 # Processes of `make test`. Each loads torch and holds a model: about 1 GB.
 WORKERS ?= 2
 UV_VERSION := 0.13.8
@@ -17,7 +18,7 @@ export VENV TORCH PYTHON
 export PYRIGHT_PYTHON_GLOBAL_NODE := 0
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: help setup setup-dev serve test gpu test-all lint types format promises coverage lock
+.PHONY: help setup setup-dev serve test gpu test-all lint types format promises soak coverage lock
 
 help: ## list these commands
 	@awk -F ":.*## " '/^[a-z-]+:.*## / { printf "  make %-11s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -66,6 +67,9 @@ gpu: setup-dev ## on a machine with a GPU: the tests that need it, then a benchm
 
 promises: setup-dev ## attack a running server, weaken it, attack it again, and write docs/promises.md (5 minutes)
 	@$(BIN)/python -m benchmarks.promises
+
+soak: setup-dev ## let clients stall, vanish and flood a server for MINUTES=10, and see what they leave behind
+	@$(BIN)/python -m benchmarks.soak --minutes $(MINUTES)
 
 coverage: setup-dev ## run the test suite and list the lines it does not cover
 	@$(BIN)/pytest --cov $(PYTEST_ARGS)
