@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from server.models.adapters.adapter_file import AdapterFile
     from server.models.hosted import HostedModel
 
-__all__ = ["AdapterChoices", "WeightedName", "adapters_of", "check_adapters"]
+__all__ = ["AdapterChoices", "WeightedName", "check_adapters", "load_adapters"]
 
 MOST: Final = 8
 STRONGEST: Final = 4.0
@@ -85,7 +85,7 @@ def check_adapters(chosen: Sequence[WeightedName], model: HostedModel) -> tuple[
     return tuple(files)
 
 
-def adapters_of(chosen: Sequence[WeightedName], model: HostedModel) -> tuple[Weighted, ...]:
+def load_adapters(chosen: Sequence[WeightedName], model: HostedModel) -> tuple[Weighted, ...]:
     """The adapters of a checked request, loaded.
 
     Raises:

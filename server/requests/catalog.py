@@ -26,7 +26,7 @@ __all__ = [
     "Defaults",
     "Entry",
     "ModelEntry",
-    "adapters_of",
+    "adapter_entries",
     "catalog",
     "defaults_of",
 ]
@@ -173,7 +173,7 @@ def catalog(models: tuple[ModelEntry, ...] = ()) -> Catalog:
     )
 
 
-def adapters_of(model: HostedModel) -> tuple[AdapterEntry, ...]:
+def adapter_entries(model: HostedModel) -> tuple[AdapterEntry, ...]:
     """The catalog's entry for each adapter of a model."""
     return tuple(
         AdapterEntry(

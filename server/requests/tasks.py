@@ -11,7 +11,7 @@ from server.engine.terms.registry import terms_of
 from server.engine.terms.term import Run
 from server.models.blend import Blend
 from server.models.hosted import HostedModel
-from server.requests.adapters import adapters_of
+from server.requests.adapters import load_adapters
 from server.requests.checks.group import is_group
 from server.requests.resolve import Prepared
 from server.requests.schema import ResolvedRequest, split
@@ -61,7 +61,7 @@ def tasks_of(
         reference=reference,
     )
     terms = terms_of((setting for _, setting in chosen(resolved.guidance)), run)
-    adapters = adapters_of(resolved.adapters, model)
+    adapters = load_adapters(resolved.adapters, model)
     group = Group() if is_group(resolved.guidance) else None
     return [
         ImageTask(

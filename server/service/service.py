@@ -30,7 +30,7 @@ from server.image_codec import ImageText, encode
 from server.lru import ByteBoundedLRU
 from server.models.hosted import HostedModel
 from server.models.statistics import guidance_name
-from server.requests.catalog import ModelEntry, adapters_of, defaults_of
+from server.requests.catalog import ModelEntry, adapter_entries, defaults_of
 from server.requests.checks.group import is_group
 from server.requests.checks.limits import check_count
 from server.requests.chosen import notes_for
@@ -204,7 +204,7 @@ class Service:
                 max_tokens=model.facts.max_tokens,
                 statistics=model.statistics.available,
                 classifier={} if model.classifier is None else model.classifier.heads,
-                adapters=adapters_of(model),
+                adapters=adapter_entries(model),
                 defaults=defaults_of(model.facts.defaults),
             )
             for model in self._models.values()

@@ -13,7 +13,7 @@ from server.errors import InvalidRequest
 from server.models.adapters.placing import Target
 from server.models.adapters.shelf import AdapterMemory, AdapterShelf
 from server.models.hosted import HostedModel
-from server.requests.catalog import adapters_of, defaults_of
+from server.requests.catalog import adapter_entries, defaults_of
 from server.requests.ineffective import warnings_for
 from server.requests.messages import explain
 from server.requests.resolve import make_plan, prepare, resolve, statistics_for
@@ -142,7 +142,7 @@ def test_an_adapter_for_few_steps_brings_its_defaults(model: HostedModel) -> Non
 
 
 def test_the_catalog_lists_the_adapters_of_a_model(model: HostedModel) -> None:
-    ink, pastel, quick = adapters_of(model)
+    ink, pastel, quick = adapter_entries(model)
     assert (pastel.name, pastel.rank, pastel.changes) == ("pastel", 2, ("unet",))
     assert ink.defaults is pastel.defaults is None
     assert quick.defaults is not None
