@@ -51,7 +51,7 @@ BACKGROUND = {"prompt": "a blue square", "steps": 20, "sampler": "dpm_solver_pp"
 BACKGROUND_AT_ONCE = 8
 
 
-class Weft:
+class StreamingWeft:
     """A server without HTTP: engine, service and sessions.
 
     Args:

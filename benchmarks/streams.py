@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benchmarks.real_server import serving
-from benchmarks.stream_clients import Weft, jpeg
+from benchmarks.stream_clients import StreamingWeft, jpeg
 from benchmarks.stream_diffusion import StreamDiffusionPeer
 from benchmarks.stream_socket import run_socket
 from embedded import MODEL_FOLDER
@@ -89,13 +89,13 @@ def main() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     torch.set_num_threads(options.threads)
     print(_heading(options))
-    weft = Weft(options.model)
+    weft = StreamingWeft(options.model)
     for name in options.only or PARTS:
         PARTS[name](weft, options)
     weft.stop()
 
 
-def _one_stream(weft: Weft, options: argparse.Namespace) -> None:
+def _one_stream(weft: StreamingWeft, options: argparse.Namespace) -> None:
     stream = settings()
     files = [jpeg(frame) for frame in weft.frames(0)]
     with serving("--model", f"model={options.model}", threads=options.threads) as port:
@@ -122,7 +122,7 @@ def _one_stream(weft: Weft, options: argparse.Namespace) -> None:
     print(f"\n\\* with JPEG files both ways. Outside the networks Weft's engine is {rest:.1%}.")
 
 
-def _several_streams(weft: Weft, options: argparse.Namespace) -> None:
+def _several_streams(weft: StreamingWeft, options: argparse.Namespace) -> None:
     mixes = {str(n): several(n) for n in COUNTS}
     mixes["4 equal"] = [settings(seed=i) for i in range(4)]
     heavy = settings(guidance=KINDS["cfg"][0], seed=9)
@@ -150,7 +150,7 @@ def _several_streams(weft: Weft, options: argparse.Namespace) -> None:
     print("\n\\* with JPEG files both ways")
 
 
-def _beside_requests(weft: Weft, options: argparse.Namespace) -> None:
+def _beside_requests(weft: StreamingWeft, options: argparse.Namespace) -> None:
     mixes = {"1": [settings()], "4": several(4)}
     systems = {
         (name, background): lambda mix=mix, background=background: weft.run(
@@ -174,7 +174,7 @@ def _beside_requests(weft: Weft, options: argparse.Namespace) -> None:
         )
 
 
-def _guidance(weft: Weft, options: argparse.Namespace) -> None:
+def _guidance(weft: StreamingWeft, options: argparse.Namespace) -> None:
     for stages in (1, STAGES):
         ours: dict[str, Callable[[], Ran]] = {
             name: lambda kind=kind, stages=stages: weft.run(
@@ -194,7 +194,7 @@ def _guidance(weft: Weft, options: argparse.Namespace) -> None:
             print(f"| {name} | {' | '.join(cells)} |")
 
 
-def _filter(weft: Weft, options: argparse.Namespace) -> None:
+def _filter(weft: StreamingWeft, options: argparse.Namespace) -> None:
     """Seconds of work on a film whose second half stands still, but for the camera's noise."""
     plain = settings(guidance=KINDS["residual, self"][0])
     streams = {"none": plain, "similarity": {**plain, "similarity_filter": {}}}
@@ -213,7 +213,7 @@ def _filter(weft: Weft, options: argparse.Namespace) -> None:
 
 
 def _peers(
-    weft: Weft,
+    weft: StreamingWeft,
     options: argparse.Namespace,
     stages: int,
     kinds: Sequence[str],
@@ -279,7 +279,7 @@ def _heading(options: argparse.Namespace) -> str:
     )
 
 
-PARTS: dict[str, Callable[[Weft, argparse.Namespace], None]] = {
+PARTS: dict[str, Callable[[StreamingWeft, argparse.Namespace], None]] = {
     "one": _one_stream,
     "several": _several_streams,
     "beside": _beside_requests,
