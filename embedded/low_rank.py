@@ -31,7 +31,7 @@ TARGETS: Final = (
 """Ends of the names of the layers that a LCM-LoRA changes (arXiv 2311.05556)."""
 
 
-class LowRank(nn.Module):
+class TrainedLowRank(nn.Module):
     """Adds ``up @ down`` to a weight ``[out, in]`` or ``[out, in, k, k]``; nothing at first."""
 
     def __init__(self, weight: Tensor, rank: int) -> None:
@@ -52,7 +52,7 @@ def add_low_rank(unet: UNet2DConditionModel, rank: int) -> list[nn.Parameter]:
     for name, module in list(unet.named_modules()):
         if name.endswith(TARGETS):
             weight = cast("Tensor", module.weight)
-            parametrize.register_parametrization(module, "weight", LowRank(weight, rank))
+            parametrize.register_parametrization(module, "weight", TrainedLowRank(weight, rank))
     return [parameter for parameter in unet.parameters() if parameter.requires_grad]
 
 
@@ -65,7 +65,7 @@ def save_low_rank(unet: UNet2DConditionModel, file: Path) -> None:
     tensors: dict[str, Tensor] = {}
     for name, module in unet.named_modules():
         if parametrize.is_parametrized(module, "weight"):
-            change = cast("LowRank", module.parametrizations.weight[0])
+            change = cast("TrainedLowRank", module.parametrizations.weight[0])
             tail = cast("Tensor", module.weight).shape[2:]
             down, up = change.down.detach().half(), change.up.detach().half()
             tensors[f"unet.{name}.lora_A.weight"] = down.view(len(down), -1, *tail)
