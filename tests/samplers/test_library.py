@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import guidance
 import samplers
 from guidance import RULES
 from samplers import DDIM, SAMPLERS, SPACINGS, NoiseSchedule, UniPC, integrate
@@ -71,6 +72,12 @@ def test_classes_of_installed_packages_join_whatever_is_imported_first(
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "Mine [1.0, 0.75, 0.5, 0.25, 0.0]"
+
+
+def test_both_libraries_treat_plug_ins_alike() -> None:
+    """Neither may import the other, so each has a copy of the module."""
+    ours = Path(samplers.__file__).with_name("installed.py")
+    assert ours.read_bytes() == Path(guidance.__file__).with_name("installed.py").read_bytes()
 
 
 BROKEN = {
