@@ -5,27 +5,26 @@ Times are whole timesteps of training; -1 means a clean picture, where alpha is 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-SIGMA_DATA: Final = 0.5
-TIMESTEP_SCALING: Final = 10.0
+from samplers.lcm import SIGMA_DATA, TIMESTEP_SCALING
 
 Model = Callable[[Tensor, Tensor], Tensor]
 """From x and timesteps to v."""
 
 
 @dataclass(frozen=True, slots=True)
-class Levels:
+class AlphaSigma:
     """Alpha and sigma of every time from -1 on, each ``[timesteps + 1]`` float32."""
 
     alpha: Tensor
     sigma: Tensor
 
     @classmethod
-    def of(cls, alphas_cumprod: Tensor, device: str) -> "Levels":
+    def of(cls, alphas_cumprod: Tensor, device: str) -> "AlphaSigma":
         """Of the squares of alpha at timesteps 0, 1, ..."""
         squares = torch.cat([torch.ones(1), alphas_cumprod]).double()
         return cls(
@@ -38,7 +37,7 @@ class Levels:
         return alpha[:, None, None, None], sigma[:, None, None, None]
 
 
-def consistency(v: Tensor, x: Tensor, times: Tensor, levels: Levels) -> Tensor:
+def consistency(v: Tensor, x: Tensor, times: Tensor, levels: AlphaSigma) -> Tensor:
     """The consistency function: what v says of the clean picture, and x itself where t is 0.
 
     c_skip(t) x + c_out(t) (alpha x - sigma v), with sigma_data .5 and timesteps scaled by 10
@@ -50,7 +49,7 @@ def consistency(v: Tensor, x: Tensor, times: Tensor, levels: Levels) -> Tensor:
     return SIGMA_DATA**2 / total * x + scaled / total.sqrt() * (alpha * x - sigma * v)
 
 
-def ddim(v: Tensor, x: Tensor, times: Tensor, following: Tensor, levels: Levels) -> Tensor:
+def ddim(v: Tensor, x: Tensor, times: Tensor, following: Tensor, levels: AlphaSigma) -> Tensor:
     """One DDIM step from these times to the following ones; x stays where both are the same."""
     alpha, sigma = levels.at(times)
     next_alpha, next_sigma = levels.at(following)
@@ -58,7 +57,7 @@ def ddim(v: Tensor, x: Tensor, times: Tensor, following: Tensor, levels: Levels)
 
 
 def solved(
-    teacher: Model, x: Tensor, times: Tensor, span: int, steps: int, levels: Levels
+    teacher: Model, x: Tensor, times: Tensor, span: int, steps: int, levels: AlphaSigma
 ) -> tuple[Tensor, Tensor]:
     """Follow the teacher's probability flow from these times for ``span`` timesteps.
 

@@ -14,7 +14,7 @@ from transformers import CLIPTextModel
 from embedded.captured import captured
 from embedded.checkpoint import RunningAverage, TrainingState
 from embedded.components import Components, make_scheduler, make_unet
-from embedded.consistency import Levels, consistency, distance, solved
+from embedded.consistency import AlphaSigma, consistency, distance, solved
 from embedded.schedule import TrainingClock
 from embedded.unet_training import Corpus
 from server.models.unet_model import embedding_of_scales
@@ -180,7 +180,7 @@ def _step(
     """What a step draws, and the step, which returns its loss."""
     device = settings.device
     alphas = make_scheduler().alphas_cumprod
-    levels = Levels.of(alphas, device)
+    levels = AlphaSigma.of(alphas, device)
     batch = _Batch(corpus, settings, len(alphas) - 1)
     span = settings.intervals * (len(alphas) // TIMES)
     latents = corpus.latents.to(device)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from embedded.captured import captured
 from embedded.checkpoint import RunningAverage, TrainingState
 from embedded.components import Components, make_autoencoder, make_scheduler
-from embedded.consistency import Levels, solved
+from embedded.consistency import AlphaSigma, solved
 from embedded.scenes import make_scene, render
 from embedded.schedule import TrainingClock
 from embedded.unet_training import tokens_of
@@ -170,7 +170,7 @@ def make_pairs(components: Components, settings: DecoderSettings) -> _Pairs:
     for part in (components.autoencoder, components.unet, components.text_encoder):
         nn.Module.to(part, device)
     alphas = make_scheduler().alphas_cumprod
-    levels = Levels.of(alphas, device)
+    levels = AlphaSigma.of(alphas, device)
     rng = torch.Generator(device).manual_seed(settings.seed)
     pictures: list[Tensor] = []
     latents: list[Tensor] = []

@@ -19,7 +19,7 @@ from embedded.components import (
     make_scheduler,
     make_unet,
 )
-from embedded.consistency import Levels, consistency, distance, solved
+from embedded.consistency import AlphaSigma, consistency, distance, solved
 from embedded.consistency_training import Distillation, distil, student_of
 from embedded.decoder_training import DecoderSettings, deepened, train_decoder
 from embedded.low_rank import add_low_rank, fuse, save_low_rank
@@ -27,7 +27,7 @@ from embedded.report import Sampling, score_model, unseen_scenes
 from embedded.unet_training import corpus_of, training_captions
 
 ALPHAS = make_scheduler().alphas_cumprod
-LEVELS = Levels.of(ALPHAS, "cpu")
+LEVELS = AlphaSigma.of(ALPHAS, "cpu")
 
 
 def test_the_consistency_function_is_the_one_that_diffusers_scheduler_applies() -> None:
