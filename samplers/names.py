@@ -138,6 +138,10 @@ def schedule_type_of(spacing: Spacing) -> str:
 
 
 def _spacing_of(config: Mapping[str, Any], known: Scheduler) -> Fields:
+    if known.spacing["name"] == "lcm":
+        # Their times are a selection of these, whatever other entries say: a config that was made
+        # from another scheduler's keeps that one's.
+        return {"name": "lcm", "distilled_steps": config.get("original_inference_steps", 50)}
     by_option: Mapping[str, Fields] = {
         "use_karras_sigmas": {"name": "karras", "whole": known.multistep},
         "use_exponential_sigmas": {"name": "exponential"},
@@ -147,9 +151,6 @@ def _spacing_of(config: Mapping[str, Any], known: Scheduler) -> Fields:
     for option, fields in by_option.items():
         if config.get(option):
             return fields
-    if known.spacing["name"] == "lcm":
-        # Their times are a selection of these, whatever `timestep_spacing` says.
-        return {"name": "lcm", "distilled_steps": config.get("original_inference_steps", 50)}
     match config.get("timestep_spacing"):
         case "leading":
             offset = config.get("steps_offset", 0)

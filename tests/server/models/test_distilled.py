@@ -210,6 +210,12 @@ def test_a_latent_consistency_model_of_sdxl_is_told_its_scale(
 TOLD: dict[str, tuple[str, dict[str, Any], str]] = {
     "lcm": ("LCMScheduler", {"original_inference_steps": 40}, "lcm_lora"),
     "tcd": ("TCDScheduler", {"original_inference_steps": 40}, "tcd"),
+    # As `LCMScheduler.from_config` leaves the entries of the scheduler that it replaces.
+    "karras": (
+        "LCMScheduler",
+        {"original_inference_steps": 40, "use_karras_sigmas": True},
+        "lcm_lora",
+    ),
 }
 
 
