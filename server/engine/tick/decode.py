@@ -13,6 +13,7 @@ import torch
 
 from server.engine.faults import attempt, free_memory, is_out_of_memory
 from server.engine.state.sequence import ImageResult
+from server.engine.tick.decoder_queue import DecoderQueue
 from server.engine.tick.host_copy import HostCopy
 from server.engine.tick.preview import to_uint8
 from server.engine.tick.stopwatch import Stopwatch
@@ -55,8 +56,9 @@ class Decoding:
 class Decoder:
     """Decodes finished images in the order in which they finished, frames of live streams first.
 
-    On CUDA the decoder has a stream of its own, so that it works while ticks go on. On a CPU it
-    can only take turns with them: between two ticks it decodes all live frames, one after another,
+    On CUDA the decoder has a stream of its own, so that it works while ticks go on, and ordinary
+    images have a share of its calls (:class:`DecoderQueue`). On a CPU it can only take turns with
+    the ticks: between two ticks it decodes all live frames, one after another,
     as their clients wait for each of them, and then makes one call for the others, of one picture
     unless more than ``TICKS_OF_BACKLOG`` wait.
 
@@ -75,8 +77,7 @@ class Decoder:
         self.live_s = 0.0
         self._device = device
         self._fixed = fixed
-        self._live: deque[Sequence] = deque()
-        self._ordinary: deque[Sequence] = deque()
+        self._queue = DecoderQueue()
         self._in_flight: deque[Decoding] = deque()
         self._failed: list[tuple[Sequence, Exception]] = []
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -84,15 +85,11 @@ class Decoder:
     def add(self, done: list[Sequence]) -> None:
         """Take images whose slot 0 is the clean latent."""
         for sequence in done:
-            (self._live if sequence.live else self._ordinary).append(sequence)
+            self._queue.add(sequence)
 
     def drop(self, sequence: Sequence) -> bool:
         """Forget an image that was cancelled; False where it is being decoded already."""
-        queue = self._live if sequence.live else self._ordinary
-        waits = sequence in queue
-        if waits:
-            queue.remove(sequence)
-        return waits
+        return self._queue.drop(sequence)
 
     def work(self, *, idle: bool) -> Iterator[tuple[Sequence, ImageResult | Exception]]:
         """Start what there is room for, and hand out what is finished.
@@ -106,12 +103,12 @@ class Decoder:
         Raises:
             DeviceLost: the device no longer answers.
         """
-        while self._stream is None and self._live:
-            self._start(self._next(self._live, DECODED_AT_ONCE if self._fixed else 1))
+        while self._stream is None and self._queue.live:
+            self._start(self._next(self._queue.live, DECODED_AT_ONCE if self._fixed else 1))
             yield from self._finished(idle=False)
         room = 1 if self._stream is None else IN_FLIGHT
-        while (self._live or self._ordinary) and len(self._in_flight) < room:
-            queue = self._live or self._ordinary
+        while self._queue and len(self._in_flight) < room:
+            queue = self._queue.turn()
             self._start(self._next(queue, self._most(queue, idle=idle)))
         yield from self._finished(idle=idle)
 
