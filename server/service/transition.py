@@ -68,9 +68,10 @@ class Transition:
             return self
         if not frames:
             return Transition(target)
-        if not self.under_way or not self.done:
-            start = self.start if self.under_way else self.target
-            return Transition(target, start, frames, kind)
+        if not self.under_way:
+            return Transition(target, self.target, frames, kind)
+        if not self.done:
+            return Transition(target, self.start, frames, kind, nested=self.nested)
         if self.nested == MOST_NESTED:
             return Transition(target, self.target, frames, kind)
         return Transition(target, self._at(self.done), frames, kind, nested=self.nested + 1)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, NamedTuple
+from itertools import chain
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch.nn.functional as F
 
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from server.models.hosted import HostedModel
 
 log = logging.getLogger(__name__)
+
+Prompts: TypeAlias = "tuple[str | None, ...]"
+"""All that must be encoded for an image; None is the model's unconditional."""
 
 
 class Start(NamedTuple):
@@ -62,13 +66,21 @@ class Admission:
 
     def admit(self, newcomers: list[Sequence]) -> Iterator[tuple[Sequence, Exception]]:
         """Make the newcomers ready to run; yields those that cannot be, with the reason."""
-        alike: dict[tuple[str, int, int, tuple[Weighted, ...]], list[Sequence]] = {}
+        alike: dict[tuple[str, int, int, tuple[Weighted, ...]], dict[Sequence, Prompts]] = {}
         for sequence in newcomers:
             task = sequence.task
+            prompts = attempt(lambda one=sequence: _prompts(one), self._models[task.model].device)
+            if isinstance(prompts, Exception):
+                log.error("the prompts of an image could not be read", exc_info=prompts)
+                yield sequence, prompts
+                continue
             of_text = tuple(one for one in task.adapters if one.adapter.changes_text)
-            alike.setdefault((task.model, task.width, task.height, of_text), []).append(sequence)
-        for (name, width, height, of_text), members in alike.items():
-            encoded = self._prompts[name].of(_prompts(members), width, height, of_text)
+            key = task.model, task.width, task.height, of_text
+            alike.setdefault(key, {})[sequence] = prompts
+        for (name, width, height, of_text), prompts_of in alike.items():
+            members = list(prompts_of)
+            prompts = chain.from_iterable(prompts_of.values())
+            encoded = self._prompts[name].of(prompts, width, height, of_text)
             encode_pictures(self._models[name], members, fixed=self._deterministic)
             for sequence in members:
                 placed = attempt(
@@ -105,10 +117,8 @@ def _known(conditioning: Conditioning | Exception) -> Conditioning:
     return conditioning
 
 
-def _prompts(members: list[Sequence]) -> Iterator[str | None]:
-    for sequence in members:
-        for told in sequence.guidance.texts:
-            yield from texts_of(told)
+def _prompts(sequence: Sequence) -> Prompts:
+    return tuple(chain.from_iterable(texts_of(told) for told in sequence.guidance.texts))
 
 
 def _start(sequence: Sequence, lane: Lane) -> Start:

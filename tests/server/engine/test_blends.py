@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -64,3 +64,13 @@ def test_a_blend_of_which_one_part_has_all_weight_is_that_prompt(
     alone, red, blue = (run(fixed_engine, [one]).pixels()[0] for one in tasks)
     assert np.array_equal(alone, red)
     assert not np.array_equal(red, blue)
+
+
+def test_a_prompt_that_cannot_be_read_ends_its_own_image_alone(
+    engine: Engine, task: Make, run: Run
+) -> None:
+    unreadable = Blend(cast("Any", None))
+    heard = run(engine, [task(prompt=RED), task(prompt=unreadable)]).wait()
+    assert {index: type(error) for index, error in heard.errors.items()} == {1: TypeError}
+    assert set(heard.results) == {0}
+    run(engine, [task(prompt=BLUE)]).pixels()

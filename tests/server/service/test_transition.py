@@ -14,6 +14,10 @@ def told(transition: Transition, frames: int) -> list[str | Blend]:
     return found
 
 
+def depth(one: str | Blend | None) -> int:
+    return 1 + max(depth(part) for part, _ in one.parts) if isinstance(one, Blend) else 0
+
+
 def test_a_change_moves_in_equal_shares_and_ends_with_the_target_alone() -> None:
     change = Transition("a").to("b", 4, "spherical")
     assert change.left == 4
@@ -44,9 +48,6 @@ def test_a_change_of_mind_before_any_frame_starts_where_the_first_change_did() -
 
 
 def test_endless_changes_of_mind_do_not_nest_without_end() -> None:
-    def depth(one: object) -> int:
-        return 1 + max(depth(part) for part, _ in one.parts) if isinstance(one, Blend) else 0
-
     change = Transition("0")
     deepest = 0
     for k in range(1, 50):
@@ -54,3 +55,19 @@ def test_endless_changes_of_mind_do_not_nest_without_end() -> None:
         deepest = max(deepest, depth(change.told))
         change = change.onward()
     assert deepest == MOST_NESTED + 1
+
+
+def test_two_changes_of_mind_for_each_frame_do_not_nest_without_end_either() -> None:
+    change = Transition("0")
+    deepest = 0
+    for k in range(1, 100, 2):
+        change = change.to(str(k), 10, "linear").to(str(k + 1), 10, "linear")
+        deepest = max(deepest, depth(change.told))
+        change = change.onward()
+    assert deepest == MOST_NESTED + 1
+
+
+def test_a_change_that_is_complete_counts_no_more() -> None:
+    change = Transition("a", "z", 1, done=1, nested=MOST_NESTED).to("b", 4, "linear").onward()
+    last = Blend((("a", 0.75), ("b", 0.25)))
+    assert change.to("c", 2, "linear").told == Blend(((last, 0.5), ("c", 0.5)))
