@@ -132,14 +132,19 @@ class Connection(HttpToolsProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Count a header, or one that follows the body."""
+        if self._refused:
+            return
         super().on_header(name, value)
         self._head_bytes += len(name) + len(value)
         if not self._in_head and self._head_is_large():
             self.transport.abort()
 
     def on_headers_complete(self) -> None:
-        """Serve the request, if its headers are within the limits."""
+        """Serve the request, if its headers are within the limits and nothing was refused."""
         self._in_head = False
+        if self._refused:
+            # One read may hold more requests after the one that was refused.
+            return
         self._stop("head")
         if self._head_is_large():
             self._refuse(HeadersTooLarge(HEAD_BYTES, HEAD_FIELDS))
@@ -174,6 +179,8 @@ class Connection(HttpToolsProtocol):
 
     def handle_websocket_upgrade(self) -> None:
         """Leave the connection to the protocol of sockets, which has limits of its own."""
+        if self._refused:
+            return
         self._stop_timers()
         self.transport.set_write_buffer_limits()
         super().handle_websocket_upgrade()
@@ -240,6 +247,8 @@ class Connection(HttpToolsProtocol):
 
     def _refuse(self, error: WeftError) -> None:
         """Answer with an error, and close once the client has had time to read it."""
+        if self._refused:
+            return
         if self._responding():
             self.transport.abort()
             return

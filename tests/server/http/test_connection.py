@@ -98,6 +98,31 @@ def test_headers_that_are_too_large_are_refused(server: SmallServer, head: bytes
     )
 
 
+def test_what_follows_a_refused_request_is_not_served(server: SmallServer) -> None:
+    served: list[bool] = []
+    server.app.add_api_route("/seen", lambda: served.append(True))
+    large = b"GET /livez HTTP/1.1\r\nhost: 127.0.0.1\r\n" + b"a: b\r\n" * 200 + b"\r\n"
+    with server.connect() as client:
+        client.sendall(large + server.head("GET", 0, "/seen") + large + b"\x16\x03 no HTTP")
+        client.shutdown(socket.SHUT_WR)
+        received = rest_of(client)
+    assert received.startswith(b"HTTP/1.1 431")
+    assert received.count(b"HTTP/1.1") == 1
+    assert alive(server)
+    assert not served
+
+
+def test_a_socket_with_too_many_headers_is_refused_like_any_request(
+    server: SmallServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    upgrade = server.head("GET", 0, "/v1/stream", upgrade="websocket")
+    upgrade = upgrade.replace(b"connection: close", b"connection: upgrade").removesuffix(b"\r\n")
+    with server.connect() as client:
+        client.sendall(upgrade + b"a: b\r\n" * 200 + b"\r\n")
+        assert answer_of(client)[0] == 431
+    assert [record for record in caplog.records if record.exc_info] == []
+
+
 def test_headers_of_a_usual_size_are_served(server: SmallServer) -> None:
     with server.connect() as client:
         client.sendall(server.head("GET", 0, "/livez", x_large="y" * 16_000))
