@@ -81,6 +81,7 @@ class Connection(HttpToolsProtocol):
         self._refused = False
         self._in_head = False
         self._in_body = False
+        self._read_ended_one = False
         self._unfinished_bytes = 0
         self._head_bytes = 0
         self._timers: dict[str, asyncio.TimerHandle] = {}
@@ -113,9 +114,12 @@ class Connection(HttpToolsProtocol):
             return
         if not self._in_body and "head" not in self._timers:
             self._start("head", self._patience.headers_s, self._head_is_late)
+        self._read_ended_one = False
         super().data_received(data)
         if self._in_head:
-            self._unfinished_bytes += len(data)
+            # Where headers begin in a read that ends another request is not known, but what was
+            # parsed of them is.
+            self._unfinished_bytes += self._head_bytes if self._read_ended_one else len(data)
             if self._unfinished_bytes > HEAD_BYTES:
                 self._refuse(HeadersTooLarge(HEAD_BYTES, HEAD_FIELDS))
 
@@ -162,6 +166,7 @@ class Connection(HttpToolsProtocol):
         if self._refused:
             return
         self._in_body = False
+        self._read_ended_one = True
         self._stop("linger")
         if self._responding():
             self.waiting_since = None
@@ -173,6 +178,11 @@ class Connection(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """Wait for the next request, or for the rest of one that was answered before its end."""
         super().on_response_complete()
+        if self._responding():
+            # uvicorn has begun with a request that was sent ahead; it is the last one here.
+            if self._in_body:
+                self.waiting_since = self.loop.time()
+            return
         self.waiting_since = self.loop.time()
         if self._in_body:
             self._start("linger", LINGER_S, self.transport.abort)

@@ -222,6 +222,35 @@ def test_unfinished_requests_make_way_and_those_being_served_do_not() -> None:
         assert answer["error"]["message"].startswith("2 connections are open, the most that are")
 
 
+def test_a_request_that_was_sent_ahead_keeps_its_place() -> None:
+    with small_server(max_connections=1, limits={"steps": 1000}) as server:
+        body = b'{"prompt": "x", "steps": 1000, "width": 256, "height": 256}'
+        first = server.head("GET", 0, "/livez").replace(b"connection: close\r\n", b"")
+        with server.connect() as ahead:
+            ahead.sendall(first + server.head("POST", len(body)) + body)
+            server.wait(lambda: server.engine.measurements.pending == 1)
+            with server.connect() as client:
+                assert answer_of(client)[0] == 429
+            assert server.engine.measurements.pending == 1
+
+
+def test_the_end_of_a_body_is_not_counted_as_the_next_request_s_headers(
+    server: SmallServer,
+) -> None:
+    body = b"{" + b" " * 40_000
+    first = server.head("POST", len(body)).replace(b"connection: close\r\n", b"")
+    second = server.head("GET", 0, "/livez")
+    with server.connect() as client:
+        client.sendall(first)
+        time.sleep(SOON_S / 10)
+        client.sendall(body + second[:40])
+        time.sleep(SOON_S / 10)
+        client.sendall(second[40:])
+        received = rest_of(client)
+    assert received.startswith(b"HTTP/1.1 400")
+    assert b"HTTP/1.1 200" in received
+
+
 def test_a_body_that_goes_on_after_its_refusal_ends(
     server: SmallServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
