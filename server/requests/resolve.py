@@ -147,7 +147,7 @@ def statistics_for(resolved: ResolvedRequest, model: HostedModel) -> StatisticsI
     for part in PARTS:
         if getattr(guidance, part.field) != part.left_out:
             raise model.statistics.refusal(f"guidance with `{part.field}`")
-    if resolved.adapters:
+    if any(one.weight for one in resolved.adapters):
         raise model.statistics.refusal("a request with `adapters`")
     return model.statistics.exact("cfg" if guidance.combines else "none", scale)
 

@@ -24,6 +24,7 @@ from samplers.statistics import schedule_fingerprint
 from server.errors import InvalidRequest
 from server.models.folder import statistics_file
 from server.models.statistics import ModelStatistics
+from server.requests.adapters import WeightedName
 from server.requests.catalog import catalog
 from server.requests.choice import name_of
 from server.requests.resolve import make_plan, statistics_for
@@ -114,6 +115,16 @@ def test_it_gets_the_statistics_that_it_names(statistics: ModelStatistics) -> No
         make_plan(SCHEDULE, Halved(), Trailing(), 4, None, one).tables for one in (given, None)
     )
     np.testing.assert_allclose(fitted, 0.5 * plain)
+
+
+def test_an_adapter_of_weight_0_leaves_the_statistics_of_the_model(
+    statistics: ModelStatistics,
+) -> None:
+    unchanged = {"adapters": (WeightedName(name="ink", weight=0),)}
+    request = resolved(Halved(), 4.0).model_copy(update=unchanged)
+    identity = statistics_for(request, Model(statistics))  # type: ignore[arg-type]
+    assert identity is not None
+    assert identity.scale == 4.0
 
 
 def test_the_catalog_tells_who_uses_statistics() -> None:
