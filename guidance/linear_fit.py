@@ -96,7 +96,7 @@ class FitIdentity:
     """What coefficients were fitted for; they mean nothing for anything else.
 
     Attributes:
-        model: the model's revision.
+        model: revision of the model's weights without the autoencoder's.
         plan: :func:`run_fingerprint` of the sampler's plan.
         rule: the guidance rule with its parameters, as JSON.
         every: steps from one evaluation of the second branch to the next.

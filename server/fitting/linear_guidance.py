@@ -112,7 +112,7 @@ def store(
     layout = resolved.sampler, resolved.spacing, resolved.steps
     schedule = model.schedule(resolved.width, resolved.height, resolved.steps)
     plan = make_plan(schedule, *layout, None)
-    identity = identity_of(model.facts.revision, plan, rule, policy.fit_period)
+    identity = identity_of(model.facts.denoiser, plan, rule, policy.fit_period)
     file = fit_file(folder, resolved.sampler.name, resolved.steps, identity)
     kept = KeptSums(file.with_suffix(".sums"), _description(identity, prompts, runs.seed))
     made = fit(

@@ -90,7 +90,7 @@ def test_progress_is_told_and_the_file_found_again(tmp_path: Path) -> None:
     assert file.name.startswith("linear-ag-ddim-4-")
     assert heard == [("runs", 2, 5), ("runs", 4, 5), ("runs", 5, 5)]
     made = LinearFit.load(file)
-    assert made.identity.model == FACTS.revision
+    assert made.identity.model == FACTS.denoiser
     assert made.coefficients.shape == (4, TERMS)
 
 
@@ -105,13 +105,15 @@ def test_a_stopped_fit_goes_on_where_it_was(tmp_path: Path) -> None:
     )
     heard: list[int] = []
 
-    def store_in(folder: Path, stop_at: int = 0, prompts: list[str] = PROMPTS) -> LinearFit:
+    def store_in(
+        folder: Path, stop_at: int = 0, prompts: list[str] = PROMPTS, **facts: str
+    ) -> LinearFit:
         def tell(_: str, done: int, __: int) -> None:
             heard.append(done)
             if done == stop_at:
                 raise Stopped
 
-        model = Toy()
+        model = Toy(**facts)
         resolved = resolve(request, model, Limits(), None)
         heard.clear()
         return LinearFit.load(store(model, folder, resolved, prompts, Runs(6, chunk=2), tell))
@@ -126,12 +128,19 @@ def test_a_stopped_fit_goes_on_where_it_was(tmp_path: Path) -> None:
     assert heard == [6]
     assert np.array_equal(resumed.coefficients, whole.coefficients)
     assert not kept.exists()
-    # Neither a damaged part nor one of other prompts is gone on from.
+    # Another autoencoder changes none of the runs.
+    kept.write_bytes(part)
+    store_in(stopped, revision="another")
+    assert heard == [6]
+    # Neither a damaged part nor one of other prompts or weights is gone on from.
     kept.write_bytes(part[:-8])
     store_in(stopped)
     assert heard == [2, 4, 6]
     kept.write_bytes(part)
     store_in(stopped, prompts=PROMPTS[1:])
+    assert heard == [2, 4, 6]
+    kept.write_bytes(part)
+    store_in(stopped, denoiser="another")
     assert heard == [2, 4, 6]
 
 
