@@ -102,6 +102,15 @@ def without_folder(error: Exception, file: Path) -> str:
     return str(error).replace(f"{file.parent}/", "")
 
 
+def stamp_of(path: Path) -> tuple[int, int]:
+    """When a file was last changed, in nanoseconds, and its size in bytes; zeros if it is gone."""
+    try:
+        status = path.stat()
+    except OSError:
+        return 0, 0
+    return status.st_mtime_ns, status.st_size
+
+
 class Revisions(NamedTuple):
     """Which weights a model folder holds: first 16 hexadecimal digits of a SHA-256, by path.
 

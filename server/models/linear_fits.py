@@ -8,7 +8,7 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from guidance.linear_fit import FitIdentity, LinearFit, run_fingerprint
-from server.models.folder import DERIVED
+from server.models.folder import DERIVED, stamp_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,7 +26,7 @@ def identity_of(revision: str, plan: Plan, rule: Rule, every: int) -> FitIdentit
     """What coefficients must have been fitted for, to serve a run.
 
     Args:
-        revision: of the model's weights.
+        revision: of the model's weights without the autoencoder's.
         plan: of the sampler.
         rule: of the guidance, with its parameters.
         every: steps from one evaluation of the second branch to the next.
@@ -44,6 +44,9 @@ def fit_file(folder: Path, sampler: str, steps: int, identity: FitIdentity) -> P
 class LinearFits:
     """The coefficients in a model folder, found by what they were fitted for; for any thread.
 
+    The folder is looked through again at each search, so that a new file, or one that was written
+    anew, needs no restart; of a file that has not changed, nothing is read twice.
+
     Args:
         folder: of the model; None where there is none.
     """
@@ -51,29 +54,24 @@ class LinearFits:
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
         # Replaced and never changed: other threads may be looking through it.
-        self._read: Mapping[Path, LinearFit | None] = {}
+        self._read: Mapping[Path, tuple[tuple[int, int], LinearFit | None]] = {}
         self._reading = Lock()
 
     def find(self, identity: FitIdentity) -> LinearFit | None:
-        """Those that were fitted for just this; files that came meanwhile are read, too."""
-        if fit := self._kept(identity):
-            return fit
+        """Those that were fitted for just this; None if there are none."""
         self._read_new()
-        return self._kept(identity)
+        fits = (fit for _, fit in self._read.values() if fit is not None)
+        return next((fit for fit in fits if fit.identity == identity), None)
 
     def available(self, revision: str) -> tuple[str, ...]:
         """What there are coefficients for, in words: "unipc, 12 steps, cfg at scale 4, every 2".
 
         Args:
-            revision: of the model's weights.
+            revision: of the model's weights without the autoencoder's.
         """
         self._read_new()
-        fits = ((file, fit) for file, fit in self._read.items() if fit is not None)
+        fits = ((file, fit) for file, (_, fit) in self._read.items() if fit is not None)
         return tuple(_described(*one) for one in fits if one[1].identity.model == revision)
-
-    def _kept(self, identity: FitIdentity) -> LinearFit | None:
-        fits = (fit for fit in self._read.values() if fit is not None)
-        return next((fit for fit in fits if fit.identity == identity), None)
 
     def _read_new(self) -> None:
         if self._folder is None:
@@ -81,13 +79,15 @@ class LinearFits:
         with self._reading:
             read = dict(self._read)
             for file in sorted((self._folder / DERIVED).glob(f"{PREFIX}-*.safetensors")):
-                if file in read:
+                stamp = stamp_of(file)
+                if file in read and read[file][0] == stamp:
                     continue
                 try:
-                    read[file] = LinearFit.load(file)
+                    fit = LinearFit.load(file)
                 except ValueError as error:
                     logger.warning("%s is left out: %s", file, error)
-                    read[file] = None
+                    fit = None
+                read[file] = stamp, fit
             self._read = read
 
 

@@ -15,7 +15,7 @@ from server.errors import AdapterMismatch
 from server.models.adapters.adapter import Adapter, LowRank
 from server.models.adapters.placing import LARGEST_ALPHA, Header, Placed, Target, place
 from server.models.adapters.stated import stated_defaults
-from server.models.folder import without_folder
+from server.models.folder import stamp_of, without_folder
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -114,15 +114,6 @@ class AdapterFile:
         if stamp_of(self.path) != self.stamp:
             raise AdapterMismatch(f"adapter {self.name!r} changed while it was read; try again.")
         return Adapter(self.name, revision, parts)
-
-
-def stamp_of(path: Path) -> tuple[int, int]:
-    """When a file was last changed, in nanoseconds, and its size in bytes; zeros if it is gone."""
-    try:
-        status = path.stat()
-    except OSError:
-        return 0, 0
-    return status.st_mtime_ns, status.st_size
 
 
 def _header(path: Path) -> Header:

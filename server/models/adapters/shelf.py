@@ -11,7 +11,8 @@ from weakref import WeakValueDictionary
 
 from server.errors import AdapterMismatch, Overloaded
 from server.lru import ByteBoundedLRU
-from server.models.adapters.adapter_file import AdapterFile, stamp_of
+from server.models.adapters.adapter_file import AdapterFile
+from server.models.folder import stamp_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Mapping, Sequence

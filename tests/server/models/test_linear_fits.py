@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from guidance.linear_fit import FitIdentity, LinearFit
 from server.models.linear_fits import LinearFits, fit_file
@@ -13,8 +15,8 @@ from server.models.linear_fits import LinearFits, fit_file
 IDENTITY = FitIdentity("0123456789abcdef", "plan", "rule", 2)
 
 
-def store(folder: Path, identity: FitIdentity) -> None:
-    made = LinearFit(np.zeros((2, 3)), identity, 1, np.zeros(2))
+def store(folder: Path, identity: FitIdentity, runs: int = 1) -> None:
+    made = LinearFit(np.zeros((2, 3)), identity, runs, np.zeros(2))
     made.save(fit_file(folder, "ddim", 2, identity))
 
 
@@ -40,4 +42,28 @@ def test_a_search_goes_on_while_another_one_reads_new_files(tmp_path: Path) -> N
 
     meanwhile = Meanwhile()
     assert fits.find(meanwhile) is None  # type: ignore[arg-type]
-    assert meanwhile.compared > 3
+    assert meanwhile.compared == 3
+
+
+@pytest.mark.parametrize("stale", [None, replace(IDENTITY, model="fedcba9876543210"), IDENTITY])
+def test_a_file_that_is_written_anew_is_read_again(
+    stale: FitIdentity | None, tmp_path: Path
+) -> None:
+    """As after `weft linear-ag` for other weights, in place of a damaged file, or with more runs.
+
+    The name of a file does not depend on the weights.
+    """
+    file = fit_file(tmp_path, "ddim", 2, IDENTITY)
+    if stale is None:
+        file.parent.mkdir()
+        file.write_bytes(b"damaged")
+    else:
+        store(tmp_path, stale)
+    # Clocks of file systems may not tell two writes in a row apart.
+    os.utime(file, (0, 0))
+    fits = LinearFits(tmp_path)
+    fits.find(IDENTITY)
+    store(tmp_path, IDENTITY, runs=20)
+    found = fits.find(IDENTITY)
+    assert found is not None
+    assert found.runs == 20
