@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import product
 from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 from server.engine.scheduler import Priority
+from server.latencies import Latencies
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,24 +19,6 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 
 LATENCY_BUCKETS = (0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
 """Upper bounds in seconds, of which those below 1 are meant for live frames."""
-
-
-@dataclass(slots=True)
-class Latencies:
-    """A histogram of the seconds that images took.
-
-    Attributes:
-        counts: images by bucket of ``LATENCY_BUCKETS``, then those above the last.
-        total_s: of all images.
-    """
-
-    counts: list[int] = field(default_factory=lambda: [0] * (len(LATENCY_BUCKETS) + 1))
-    total_s: float = 0.0
-
-    def add(self, seconds: float) -> None:
-        """Count one image."""
-        self.counts[bisect_left(LATENCY_BUCKETS, seconds)] += 1
-        self.total_s += seconds
 
 
 @dataclass(slots=True)
@@ -71,10 +53,12 @@ class EngineMeasurements:
     encode_s: float = 0.0
     images: int = 0
     latencies: dict[Priority, Latencies] = field(
-        default_factory=lambda: {priority: Latencies() for priority in Priority}
+        default_factory=lambda: {priority: Latencies(LATENCY_BUCKETS) for priority in Priority}
     )
     stages: dict[tuple[Priority, Stage], Latencies] = field(
-        default_factory=lambda: {key: Latencies() for key in product(Priority, STAGES)}
+        default_factory=lambda: {
+            key: Latencies(LATENCY_BUCKETS) for key in product(Priority, STAGES)
+        }
     )
     failed: int = 0
     cancelled: int = 0

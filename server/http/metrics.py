@@ -16,9 +16,10 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from server.engine.engine import Engine
-from server.engine.metrics import LATENCY_BUCKETS, EngineMeasurements, Latencies
+from server.engine.metrics import EngineMeasurements
+from server.latencies import Latencies
 from server.service.service import Service
-from server.service.stream_counts import FRAME_OUTCOMES, LATENCY_BUCKETS_S
+from server.service.stream_counts import FRAME_OUTCOMES
 from server.service.streams import Streams
 
 __all__ = ["exposition"]
@@ -61,12 +62,11 @@ def _live(streams: Streams) -> Iterable[Metric]:
     yield CounterMetricFamily("weft_streams", "Live streams opened.", float(counts.opened))
     outcomes = {name: counts.frames[name] for name in FRAME_OUTCOMES}
     yield _labelled("weft_stream_frames", "Frames of live streams.", "outcome", outcomes)
-    bounds = (*(str(bound) for bound in LATENCY_BUCKETS_S), "+Inf")
     yield HistogramMetricFamily(
         "weft_stream_latency_seconds",
         "Seconds from the arrival of an input frame to its encoded output.",
-        buckets=list(zip(bounds, accumulate(map(float, counts.latencies)), strict=True)),
-        sum_value=counts.latency_s,
+        buckets=_buckets(counts.latencies),
+        sum_value=counts.latencies.total_s,
     )
 
 
@@ -139,7 +139,7 @@ def _latencies(counted: EngineMeasurements) -> Iterable[Metric]:
 
 
 def _buckets(latencies: Latencies) -> list[tuple[str, float]]:
-    bounds = [*(str(float(bound)) for bound in LATENCY_BUCKETS), "+Inf"]
+    bounds = [*(str(float(bound)) for bound in latencies.bounds), "+Inf"]
     return list(zip(bounds, map(float, accumulate(latencies.counts)), strict=True))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,7 +10,9 @@ from typing import Any, Final, Literal, TypeAlias, get_args
 
 import numpy as np
 
-__all__ = ["FRAME_OUTCOMES", "LATENCY_BUCKETS_S", "SessionCounts", "StreamCounts"]
+from server.latencies import Latencies
+
+__all__ = ["FRAME_OUTCOMES", "SessionCounts", "StreamCounts"]
 
 Outcome: TypeAlias = Literal["sent", "skipped", "dropped", "failed"]
 FRAME_OUTCOMES: Final[tuple[Outcome, ...]] = get_args(Outcome)
@@ -28,15 +29,12 @@ class StreamCounts:
     Attributes:
         opened: sessions.
         frames: by outcome; a skipped frame is sent too, and counted as skipped alone.
-        latency_s: sum over all frames that were sent and not skipped.
-        latencies: how many of them were in each bucket of ``LATENCY_BUCKETS_S``, the last of which
-            has no bound.
+        latencies: of all frames that were sent and not skipped, from the arrival of their input.
     """
 
     opened: int = 0
     frames: Counter[Outcome] = field(default_factory=Counter["Outcome"])
-    latency_s: float = 0.0
-    latencies: list[int] = field(default_factory=lambda: [0] * (len(LATENCY_BUCKETS_S) + 1))
+    latencies: Latencies = field(default_factory=lambda: Latencies(LATENCY_BUCKETS_S))
 
 
 class SessionCounts:
@@ -72,8 +70,7 @@ class SessionCounts:
         if skipped:
             return
         self._latencies.append(latency_s)
-        self._of_all.latency_s += latency_s
-        self._of_all.latencies[bisect_left(LATENCY_BUCKETS_S, latency_s)] += 1
+        self._of_all.latencies.add(latency_s)
 
     def statistics(self, in_flight: int) -> Mapping[str, Any]:
         """What a client is told.
