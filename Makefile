@@ -29,7 +29,7 @@ setup: ## create .venv and install what the server needs
 setup-dev: ## the same, and the tools that `make test` needs
 	@scripts/install.sh --dev
 
-serve: setup ## start the server on the embedded model (HOST=127.0.0.1, PORT=8000)
+serve: setup ## start the server on the models that ship with it (HOST=127.0.0.1, PORT=8000)
 	@printf '%s\n' '' \
 	  'Weft is starting on http://$(HOST):$(PORT)/ (Ctrl-C stops it). Open that page in a browser,' \
 	  'or send a request from another terminal:' '' \

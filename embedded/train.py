@@ -16,7 +16,7 @@ import torch
 from diffusers import AutoencoderTiny
 from PIL import Image
 
-from embedded import MODEL_FOLDER
+from embedded import MODEL_FOLDER, STUDENT_FOLDER
 from embedded.autoencoder_training import AutoencoderSettings, train_autoencoder
 from embedded.checkpoint import metadata_of
 from embedded.components import (
@@ -72,6 +72,9 @@ def _arguments() -> argparse.Namespace:
         "--out", type=Path, default=Path("out/embedded"), help="folder for checkpoints"
     )
     parser.add_argument("--model", type=Path, default=MODEL_FOLDER, help="model folder to write")
+    parser.add_argument(
+        "--student", type=Path, default=STUDENT_FOLDER, help="folder that gets the decoder too"
+    )
     parser.add_argument("--notes", type=Path, help="text file appended to the report")
     return parser.parse_args()
 
@@ -172,8 +175,11 @@ def run_decoder(options: argparse.Namespace) -> bool:
         seed=options.seed,
     )
     components.autoencoder = train_decoder(components, settings, checkpoint)
-    save_autoencoder(components.autoencoder, options.model)
-    return _passes(components.autoencoder, options.device)
+    if not _passes(components.autoencoder, options.device):
+        return False
+    for folder in (options.model, options.student):
+        save_autoencoder(components.autoencoder, folder)
+    return True
 
 
 def _unet_settings(options: argparse.Namespace) -> UNetSettings:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from server.models.folder import embedded_folders
 from server.requests.schema import GenerateRequest
 from server.service.generation import Progress
 from server.service.hosting import Hosted, Tell, host
@@ -26,7 +27,7 @@ async def generate(
     tell: Callable[[Progress], None],
     tell_loading: Tell,
 ) -> Pictures:
-    """Load the models, generate the images of one request, and stop.
+    """Load the request's model, generate its images, and stop.
 
     Args:
         settings: which models, and on which device.
@@ -40,12 +41,23 @@ async def generate(
     # How many rows every tick is to have, where that is fixed, has to be measured.
     measured = settings.deterministic and settings.row_budget is None
     guessed = None if measured else GUESSED_COSTS
-    hosted = await asyncio.to_thread(host, settings, guessed_costs=guessed, tell=tell_loading)
+    one = _of_one_model(settings, request.model)
+    hosted = await asyncio.to_thread(host, one, guessed_costs=guessed, tell=tell_loading)
     try:
         tell_loading("warming up", 0, 0)
         return await _follow(hosted, settings, request, tell)
     finally:
         await asyncio.to_thread(hosted.engine.stop, ENGINE_STOP_S)
+
+
+def _of_one_model(settings: Settings, name: str | None) -> Settings:
+    """The same settings with the model of that name alone, or the default one; all if unknown."""
+    folders = settings.model_folders(embedded_folders())
+    name = next(iter(folders)) if name is None else name
+    if name not in folders:
+        return settings
+    only = (f"{name}={folders[name]}",)
+    return settings.model_copy(update={"models": only, "models_folder": None})
 
 
 async def _follow(

@@ -22,10 +22,13 @@ from embedded import MODEL_FOLDER
 from guidance.linear_fit import LinearFit
 from server.cli import _guidance, app
 from server.engine.cost_model import MOST_ROWS
+from server.models.hosted import HostedModel
 from server.models.inputs import RowInputs
+from server.models.loading import load_model
 from server.models.unet_model import UNetModel
 from server.requests.catalog import catalog
 from server.requests.schema import GenerateRequest
+from server.service import hosting
 from server.settings import Settings
 from tests.server.models.adapters import files
 from tests.server.models.adapters.low_rank import changes
@@ -117,6 +120,21 @@ def test_generate_evaluates_the_model_for_its_own_image_alone(
     assert done.exit_code == 0, done.output
     # Both images in every forward, each with its two predictions.
     assert rows == [4, 4, 4]
+
+
+def test_generate_loads_the_model_of_its_request_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str] = []
+
+    def noted(folder: Path, *, name: str, **options: Any) -> HostedModel:
+        loaded.append(name)
+        return load_model(folder, name=name, **options)
+
+    monkeypatch.setattr(hosting, "load_model", noted)
+    done = weft("generate", PROMPT, "--steps", "1", "-o", str(tmp_path / "out.png"))
+    assert done.exit_code == 0, done.output
+    assert loaded == ["embedded"]
 
 
 def test_generate_says_what_has_no_effect(tmp_path: Path) -> None:
