@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
+import os
 import select
 import subprocess
 import sys
@@ -15,13 +15,14 @@ from dataclasses import asdict
 from io import BufferedReader, BufferedWriter
 from pathlib import Path
 from threading import Lock
+from time import monotonic
 from typing import Final, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from server.decoding.worker import Answer, Job
-from server.errors import InvalidRequest, Overloaded, TooLarge
+from server.errors import InvalidRequest, Overloaded, TooLarge, WeftError
 from server.settings import Limits
 
 __all__ = ["DecodePool"]
@@ -91,7 +92,8 @@ class DecodePool:
         Raises:
             InvalidRequest: it is not such a file, is damaged, or takes too long.
             TooLarge: it has too many pixels, scans or bytes.
-            Overloaded: too many pictures wait to be decoded.
+            Overloaded: too many pictures wait to be decoded, or no process starts in time.
+            WeftError: a process cannot start at all.
         """
         return await self._decode(data, field, size, mask=False)
 
@@ -168,7 +170,12 @@ class DecodePool:
 
 
 class _Worker:
-    """A decoding process, which belongs to one thread at a time."""
+    """A decoding process, which belongs to one thread at a time.
+
+    Raises:
+        Overloaded: it does not start in time.
+        WeftError: it ends while it starts.
+    """
 
     def __init__(self, memory: int) -> None:
         self._process = subprocess.Popen(  # noqa: S603 - this interpreter, with our own module
@@ -182,10 +189,9 @@ class _Worker:
         )
         self._jobs = cast("BufferedWriter", self._process.stdin)
         self._answers = cast("BufferedReader", self._process.stdout)
-        # The time that it takes to start is not the first picture's.
-        if not self._line(START_S):
-            self.end()
-            raise RuntimeError(f"the decoding process ended with {self._process.returncode}")
+        # A process that reads nothing must not hold the thread that writes.
+        os.set_blocking(self._jobs.fileno(), False)
+        self._await_start()
 
     @property
     def alive(self) -> bool:
@@ -195,9 +201,7 @@ class _Worker:
         self._process.kill()
         self._process.wait()
         for pipe in (self._jobs, self._answers):
-            # What is left in the buffer of a broken pipe has no reader.
-            with contextlib.suppress(OSError):
-                pipe.close()
+            pipe.close()
 
     def decode(self, job: Job, content: bytes, seconds: float) -> NDArray[np.uint8]:
         try:
@@ -217,16 +221,43 @@ class _Worker:
             ) from None
         raise (TooLarge if answer.too_large else InvalidRequest)(job.field, answer.refusal)
 
+    def _await_start(self) -> None:
+        """Wait until it is ready: the time that it takes to start is not the first picture's."""
+        try:
+            ready = self._line(START_S)
+        except TimeoutError:
+            self.end()
+            log.error("the decoding process did not start within %g s", START_S)
+            raise Overloaded(
+                RETRY_AFTER_S,
+                f"The process that decodes uploaded images did not start within {START_S:g} s; "
+                f"try again in {RETRY_AFTER_S:.0f} s.",
+            ) from None
+        if not ready:
+            self.end()
+            log.error("the decoding process ended with %s", self._process.returncode)
+            raise WeftError("The process that decodes uploaded images ended while it started.")
+
     def _asked(self, job: Job, content: bytes, seconds: float) -> Answer:
-        self._jobs.write(json.dumps(asdict(job)).encode() + b"\n")
-        self._jobs.write(content)
-        self._jobs.flush()
-        return Answer(**json.loads(self._line(seconds)))
+        until = monotonic() + seconds
+        self._write(json.dumps(asdict(job)).encode() + b"\n", until)
+        self._write(content, until)
+        return Answer(**json.loads(self._line(until - monotonic())))
+
+    def _write(self, data: bytes, until: float) -> None:
+        pipe = self._jobs.fileno()
+        taken = select.poll()
+        taken.register(pipe, select.POLLOUT)
+        left = memoryview(data)
+        while left:
+            if not taken.poll(1000 * max(0.0, until - monotonic())):
+                raise TimeoutError
+            left = left[os.write(pipe, left) :]
 
     def _line(self, within_s: float) -> bytes:
         answered = select.poll()
         answered.register(self._answers, select.POLLIN)
-        if not answered.poll(1000 * within_s):
+        if not answered.poll(1000 * max(0.0, within_s)):
             raise TimeoutError
         return self._answers.readline()
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import base64
 import gc
+import signal
 import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Timer
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from server.decoding.pool import DecodePool
-from server.errors import InvalidRequest, Overloaded, TooLarge
+from server.errors import InvalidRequest, Overloaded, TooLarge, WeftError
 from server.settings import Limits
 from tests.server.decoding.files import repeated_scans, saved
 
@@ -32,6 +34,15 @@ def pool() -> Iterator[DecodePool]:
 
 def processes(pool: DecodePool) -> list[int]:
     return [worker._process.pid for worker in pool._idle]
+
+
+def children() -> set[str]:
+    """Processes that were started here and have not been ended."""
+    return {
+        process
+        for thread in Path("/proc/self/task").iterdir()
+        for process in (thread / "children").read_text().split()
+    }
 
 
 def test_files_and_base64_become_pixels_of_the_size_that_is_asked_for(pool: DecodePool) -> None:
@@ -105,6 +116,41 @@ def test_a_process_that_dies_of_a_picture_blames_the_picture(pool: DecodePool) -
             await decoding
 
     asyncio.run(run())
+
+
+def test_a_process_that_does_not_start_in_time_is_ended_and_the_client_may_try_again(
+    pool: DecodePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = children()
+    monkeypatch.setattr("server.decoding.pool.START_S", 0.0)
+    with pytest.raises(Overloaded, match=r"did not start within 0 s; try again in 2 s"):
+        asyncio.run(pool.picture(RED, "image"))
+    assert children() == before
+    monkeypatch.undo()
+    assert asyncio.run(pool.picture(RED, "image")).shape == (16, 32, 3)
+
+
+def test_a_process_that_ends_while_it_starts_is_an_error_with_a_sentence(
+    pool: DecodePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.decoding.pool.sys.executable", "/bin/false")
+    with pytest.raises(WeftError, match=r"images ended while it started"):
+        asyncio.run(pool.picture(RED, "image"))
+
+
+def test_a_process_that_reads_nothing_is_ended_when_the_time_is_over() -> None:
+    pool = DecodePool(Limits(decode_s=0.2), processes=1, waiting=1)
+    asyncio.run(pool.picture(RED, "image"))
+    process = pool._idle[0]._process
+    process.send_signal(signal.SIGSTOP)
+    # A write without a limit would end in another error, of a process that is gone.
+    rescue = Timer(5, process.kill)
+    rescue.start()
+    with pytest.raises(TooLarge, match=r"^image takes longer than 0.2 s to decode"):
+        asyncio.run(pool.picture(bytes(2**20), "image"))
+    rescue.cancel()
+    assert processes(pool) == []
+    pool.close()
 
 
 def test_only_so_many_pictures_wait_and_one_whose_client_left_counts_until_it_is_done(
