@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from guidance import CFG
+from samplers import LCMSpacing
 from samplers.names import of_diffusers
 from server.errors import ModelMismatch
 from server.models.conventions import CONVENTIONS, defaults_by, numbers
 from server.models.folder import DERIVED, read_json
+from server.models.unet_model import SCHEDULER
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
     from server.models.defaults import ModelDefaults
 
-__all__ = ["STATED", "distilled_as", "stated"]
+__all__ = ["STATED", "distilled_as", "distilled_spacing", "stated"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,17 +42,20 @@ class _Stated(BaseModel):
     scale: Annotated[float, Field(ge=1, le=20)] | None = None
 
 
-def stated(folder: Path, *, embeds_scale: bool) -> ModelDefaults | None:
+def stated(
+    folder: Path, scheduler: Mapping[str, Any], *, embeds_scale: bool
+) -> ModelDefaults | None:
     """The convention that the operator names in the folder; None where there is no such file.
 
     Args:
         folder: of the model.
+        scheduler: its scheduler's config, which has the times of a convention of spacing ``lcm``.
         embeds_scale: whether its U-Net is told a guidance scale.
 
     Raises:
         ModelMismatch: the file says something else, names a convention that is not known or is
-            not for such a model, a number of steps that the convention has not, or a guidance
-            scale that nothing is told.
+            not for such a model, a number of steps that the convention or the scheduler has not,
+            or a guidance scale that nothing is told.
     """
     if not (folder / STATED).exists():
         return None
@@ -96,12 +101,50 @@ def stated(folder: Path, *, embeds_scale: bool) -> ModelDefaults | None:
             f"{where} has the scale {said.scale:g}; models of the convention {said.convention!r} "
             "are told none."
         )
+    steps, spacing = said.steps, None
+    if convention.spacing.name == "lcm":
+        spacing = distilled_spacing(folder, scheduler)
+        steps = _steps_within(spacing.distilled_steps, said, where)
     return defaults_by(
         said.convention,
         f"{STATED} in its folder says so",
-        steps=said.steps,
+        steps=steps,
+        spacing=spacing,
         rule=None if said.scale is None else CFG(scale=said.scale),
     )
+
+
+def _steps_within(most: int, said: _Stated, where: str) -> int:
+    if said.steps is None:
+        return min(CONVENTIONS[said.convention].steps, most)
+    if said.steps > most:
+        raise ModelMismatch(
+            f"{where} has the steps {said.steps}; at most {most} are allowed, the "
+            f"original_inference_steps of its {SCHEDULER}."
+        )
+    return said.steps
+
+
+def distilled_spacing(folder: Path, scheduler: Mapping[str, Any]) -> LCMSpacing:
+    """The times that a consistency model was distilled at, by its scheduler's config.
+
+    Args:
+        folder: of the model.
+        scheduler: the config. Those written before ``original_inference_steps`` existed leave it
+            out, which is 50.
+
+    Raises:
+        ModelMismatch: the entry is no number of steps that the spacing has.
+    """
+    distilled = scheduler.get("original_inference_steps", 50)
+    allowed = LCMSpacing.model_json_schema()["properties"]["distilled_steps"]
+    if type(distilled) is not int or not allowed["minimum"] <= distilled <= allowed["maximum"]:
+        raise ModelMismatch(
+            f"{SCHEDULER} of model folder {str(folder)!r} has the original_inference_steps "
+            f"{str(distilled)[:40]!r}; a whole number from {allowed['minimum']} to "
+            f"{allowed['maximum']} is allowed."
+        )
+    return LCMSpacing(distilled_steps=distilled)
 
 
 def distilled_as(
@@ -119,7 +162,7 @@ def distilled_as(
     Raises:
         ModelMismatch: what the operator states is refused, see :func:`stated`.
     """
-    if said := stated(folder, embeds_scale=embeds_scale):
+    if said := stated(folder, scheduler, embeds_scale=embeds_scale):
         return said
     match scheduler.get("_class_name"):
         case "LCMScheduler":

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from samplers.timesteps import LCMSpacing
 from server.errors import ModelMismatch
 from server.models.conventions import CONVENTIONS, defaults_by
-from server.models.distilled import stated
+from server.models.distilled import distilled_spacing, stated
 from server.models.folder import Revisions, component_class, read_json
 from server.models.stable_diffusion import load_stable_diffusion
 from server.models.unet_model import SCHEDULER
@@ -43,10 +42,10 @@ def load_latent_consistency(
             f"unet of model folder {str(folder)!r} has no time_cond_proj_dim; latent consistency "
             "models are told a guidance scale through it."
         )
-    defaults = _defaults_of(folder, read_json(folder, SCHEDULER))
-    return load_stable_diffusion(
-        folder, name, revisions, device, dtype, stated(folder, embeds_scale=True) or defaults
-    )
+    scheduler = read_json(folder, SCHEDULER)
+    defaults = _defaults_of(folder, scheduler)
+    said = stated(folder, scheduler, embeds_scale=True)
+    return load_stable_diffusion(folder, name, revisions, device, dtype, said or defaults)
 
 
 def _defaults_of(folder: Path, scheduler: Mapping[str, Any]) -> ModelDefaults:
@@ -56,16 +55,7 @@ def _defaults_of(folder: Path, scheduler: Mapping[str, Any]) -> ModelDefaults:
                 f"{SCHEDULER} of model folder {str(folder)!r} has the {entry} {str(given)[:40]!r}; "
                 f"allowed is {only!r}."
             )
-    # Configs written before this entry existed leave it out.
-    distilled = scheduler.get("original_inference_steps", 50)
-    allowed = LCMSpacing.model_json_schema()["properties"]["distilled_steps"]
-    if type(distilled) is not int or not allowed["minimum"] <= distilled <= allowed["maximum"]:
-        raise ModelMismatch(
-            f"{SCHEDULER} of model folder {str(folder)!r} has the original_inference_steps "
-            f"{str(distilled)[:40]!r}; a whole number from {allowed['minimum']} to "
-            f"{allowed['maximum']} is allowed."
-        )
     reason = "its pipeline is a LatentConsistencyModelPipeline"
-    steps = min(CONVENTIONS["lcm"].steps, distilled)
-    spacing = LCMSpacing(distilled_steps=distilled)
+    spacing = distilled_spacing(folder, scheduler)
+    steps = min(CONVENTIONS["lcm"].steps, spacing.distilled_steps)
     return defaults_by("lcm", reason, steps=steps, spacing=spacing)

@@ -22,6 +22,7 @@ from diffusers.schedulers import scheduling_ddim, scheduling_lcm, scheduling_tcd
 from torch import Tensor
 
 from embedded import STUDENT_FOLDER
+from samplers import LCMSpacing
 from server.engine.state.noise import stage_noise, start_noise
 from server.errors import ModelMismatch
 from server.models.distilled import STATED
@@ -293,6 +294,24 @@ def test_what_the_operator_states_comes_before_what_the_configs_tell(copy: Path)
     own = load(copy).facts.defaults
     assert own is not None
     assert own.convention == "hyper_unified"
+
+
+@pytest.mark.parametrize(("distilled", "steps"), [(40, 4), (2, 2)])
+def test_a_stated_convention_keeps_the_times_of_the_scheduler(
+    distilled: int, steps: int, copy: Path
+) -> None:
+    reschedule(copy, "LCMScheduler", original_inference_steps=distilled)
+    state(copy, {"convention": "lcm_lora"})
+    own = load(copy).facts.defaults
+    assert own is not None
+    assert (own.spacing, own.steps) == (LCMSpacing(distilled_steps=distilled), steps)
+
+
+def test_a_stated_number_of_steps_is_one_that_the_scheduler_has(copy: Path) -> None:
+    reschedule(copy, "LCMScheduler", original_inference_steps=2)
+    state(copy, {"convention": "lcm_lora", "steps": 3})
+    with pytest.raises(ModelMismatch, match="has the steps 3; at most 2 are allowed, the original"):
+        load(copy)
 
 
 def test_a_model_that_is_told_a_scale_may_state_its_own() -> None:
