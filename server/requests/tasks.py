@@ -9,6 +9,7 @@ from server.engine.scheduler import Priority
 from server.engine.task import Group, ImageTask, Stream
 from server.engine.terms.registry import terms_of
 from server.engine.terms.term import Run
+from server.models.adapters.adapter import Weighted
 from server.models.blend import Blend
 from server.models.hosted import HostedModel
 from server.requests.adapters import load_adapters
@@ -33,6 +34,7 @@ def tasks_of(
     reference: Tensor | None = None,
     blend: Blend | None = None,
     stream: Stream | None = None,
+    adapters: tuple[Weighted, ...] | None = None,
 ) -> list[ImageTask]:
     """One task for each image.
 
@@ -44,9 +46,11 @@ def tasks_of(
         reference: picture to keep away from, as ``image``.
         blend: what the network is told instead of the request's prompt.
         stream: that the images are frames of; their priority is live then.
+        adapters: of the request, where they are loaded already.
 
     Raises:
         InvalidRequest: guidance that needs a single prompt, with a blend.
+        Overloaded: the adapters of requests under way leave no room for the request's.
     """
     resolved, plan = prepared.request, prepared.plan
     rule, policy = split(resolved.guidance)
@@ -61,7 +65,8 @@ def tasks_of(
         reference=reference,
     )
     terms = terms_of((setting for _, setting in chosen(resolved.guidance)), run)
-    adapters = load_adapters(resolved.adapters, model)
+    if adapters is None:
+        adapters = load_adapters(resolved.adapters, model)
     group = Group() if is_group(resolved.guidance) else None
     return [
         ImageTask(

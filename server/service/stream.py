@@ -15,6 +15,7 @@ from server.engine.task import Stream
 from server.errors import InvalidRequest, NotReady, Overloaded, RowFailed, TooLarge, WeftError
 from server.image_codec import encode
 from server.models.blend import Blend
+from server.requests.adapters import load_adapters
 from server.requests.checks.limits import check_limits, check_tokens
 from server.requests.schema import MAX_SEED
 from server.requests.stream_schema import StreamSettings, read_settings
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from server.models.adapters.adapter import Weighted
     from server.models.hosted import HostedModel
     from server.requests.resolve import Prepared
     from server.settings import Limits, StreamLimits
@@ -58,12 +60,14 @@ class Current:
         settings: as sent.
         prepared: the request for one frame.
         model: that serves it.
+        adapters: of the settings, loaded once for all frames.
         in_flight: most frames in the engine.
     """
 
     settings: StreamSettings
     prepared: Prepared
     model: HostedModel
+    adapters: tuple[Weighted, ...]
     in_flight: int
 
 
@@ -136,6 +140,7 @@ class StreamSession:
         Raises:
             InvalidRequest: a field has an invalid value; the settings are what they were.
             UnknownModel: no such model is hosted.
+            Overloaded: the adapters of requests under way leave no room for those of the settings.
             NotReady: the server is broken or about to stop.
         """
         merged = {k: v for k, v in {**self._fields, **fields}.items() if v is not None}
@@ -250,11 +255,13 @@ class StreamSession:
             alone = prepared.request.model_copy(update={"prompt": one.text})
             check_limits(alone, self._limits)
             check_tokens(alone, model)
-        current = Current(settings, prepared, model, self._most_in_flight(settings, prepared))
+        in_flight = self._most_in_flight(settings, prepared)
         # What is incompatible with a blend says so now, and not with each frame.
         blended = settings.transition_frames > 0 or isinstance(settings.told, Blend)
-        tasks_of(prepared, model, blend=Blend(((settings.told, 1.0),)) if blended else None)
-        return current
+        blend = Blend(((settings.told, 1.0),)) if blended else None
+        tasks_of(prepared, model, blend=blend, adapters=())
+        adapters = load_adapters(prepared.request.adapters, model)
+        return Current(settings, prepared, model, adapters, in_flight)
 
     def _most_in_flight(self, settings: StreamSettings, prepared: Prepared) -> int:
         most = self._stream_limits.in_flight
@@ -388,15 +395,23 @@ class StreamSession:
                     frame.skipped = True
                     return
             told = self._transition.told
-            tasks = tasks_of(
-                replace(current.prepared, request=request.model_copy(update={"seed": frame.seed})),
-                current.model,
-                image=image,
-                blend=told if isinstance(told, Blend) else None,
-                stream=self._stream,
-            )
-            frame.submitted = monotonic()
-            frame.submission = room.submit(tasks, FrameListener(frame, self.loop, self._heard))
+            try:
+                tasks = tasks_of(
+                    replace(
+                        current.prepared, request=request.model_copy(update={"seed": frame.seed})
+                    ),
+                    current.model,
+                    image=image,
+                    blend=told if isinstance(told, Blend) else None,
+                    stream=self._stream,
+                    adapters=current.adapters,
+                )
+                frame.submitted = monotonic()
+                frame.submission = room.submit(tasks, FrameListener(frame, self.loop, self._heard))
+            except WeftError:
+                # There will be no image for later frames to repeat.
+                self._filter.forget()
+                raise
         if self._closed:
             frame.submission.cancel()
 

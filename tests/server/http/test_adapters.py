@@ -12,12 +12,15 @@ from typing import Any
 import httpx2
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from server.models.adapters.adapter import Adapter
+from server.models.adapters.shelf import AdapterShelf
 from tests.server.conftest import Running
 from tests.server.models.adapters import files
 from tests.server.models.adapters.low_rank import changes
-from tests.server.stream_client import opened
+from tests.server.stream_client import SMALL, opened
 
 Generate = Callable[..., httpx2.Response]
 
@@ -91,3 +94,42 @@ def test_the_frames_of_a_stream_have_its_adapters(
     running.settle()
     alone = generate(output_format="jpeg", **settings)
     assert np.array_equal(frame, np.asarray(Image.open(io.BytesIO(file_of(alone)))))
+
+
+def test_the_adapters_of_a_stream_are_loaded_once_for_all_frames(
+    running: Running, pastel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str] = []
+    load = AdapterShelf.load
+
+    def counted(self: AdapterShelf, name: str) -> Adapter:
+        loaded.append(name)
+        return load(self, name)
+
+    monkeypatch.setattr(AdapterShelf, "load", counted)
+    with opened(running.url) as stream:
+        stream.settings(**SMALL, adapters=[pastel], source="text", seed_step=1)
+        for _ in range(3):
+            stream.output()
+    running.settle()
+    assert loaded == [pastel]
+
+
+def test_settings_whose_adapters_find_no_room_are_refused_and_the_stream_goes_on(
+    running: Running, adapters_folder: Path, pastel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = adapters_folder / "charcoal.safetensors"
+    other.write_bytes((adapters_folder / f"{pastel}.safetensors").read_bytes())
+    shelf = running.app.state.service.model("embedded").adapters
+    with opened(running.url) as stream, opened(running.url) as later:
+        stream.settings(**SMALL, adapters=[pastel], source="text")
+        stream.output()
+        room_for_one = shelf.find(pastel).nbytes(torch.float32)
+        monkeypatch.setattr(shelf._memory, "most_bytes", room_for_one)
+        error = later.settings(**SMALL, adapters=[other.stem], source="text")["error"]
+        assert error["code"] == "overloaded"
+        assert error["message"].startswith("The adapters of the requests under way fill the memory")
+        later.settings(**SMALL, source="text")
+        assert later.output().header["frame"] == 0
+    other.unlink()
+    running.settle()

@@ -175,6 +175,17 @@ def test_like_frames_are_answered_with_the_image_before_until_too_many_were(
     assert changed.image != outputs[0].image
 
 
+def test_a_frame_that_is_refused_is_none_that_later_ones_are_like(
+    client_of_stream: StreamClient,
+) -> None:
+    wide = {"name": "composed", "prompts": [{"prompt": f"{k} stars"} for k in range(8)]}
+    filtered = {"threshold": 0.5, "max_skip": 3}
+    client_of_stream.settings(**SMALL | {"guidance": wide, "similarity_filter": filtered})
+    for _ in range(2):
+        client_of_stream.tell(file_of(90))
+        assert client_of_stream.heard()["error"]["param"] == "guidance"
+
+
 def test_without_input_frames_a_stream_makes_images_of_the_prompt(
     client_of_stream: StreamClient, alone: Alone
 ) -> None:
