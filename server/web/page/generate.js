@@ -61,8 +61,8 @@ async function generate(asked) {
         caption.textContent = `seed ${seed}${ancestor ?? ""}`;
       });
       const { spent, saved } = data.evaluations;
-      const cost = `${spent} evaluations, ${saved} saved, ${data.timings.total_s.toFixed(2)} s`;
-      return say([cost, ...data.warnings].join(". "));
+      const cost = `${spent} evaluations, ${saved} saved, ${data.timings.total_s.toFixed(2)} s.`;
+      return say([cost, ...data.notes, ...data.warnings].join(" "));
     }
   }
   throw new Error("The server closed the connection before the images were complete.");

@@ -80,10 +80,10 @@ function refresh() {
 }
 
 const heard = {
-  settings({ warnings, stages, settings: { seed } }) {
+  settings({ warnings, notes, stages, settings: { seed } }) {
     hasFailed = false;
     form.seed.placeholder = seed;
-    say([`Live, ${stages} ${stages === 1 ? "evaluation" : "evaluations"} a frame.`, ...warnings].join(" "));
+    say([`Live, ${stages} ${stages === 1 ? "evaluation" : "evaluations"} a frame.`, ...notes, ...warnings].join(" "));
     refresh();
   },
   picture(blob, { fps, latency, dropped }) {
