@@ -8,7 +8,11 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from typing_extensions import override
+from uvicorn.config import Config
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from uvicorn.server import ServerState
+from websockets.frames import CloseCode, Frame
+from websockets.protocol import State
 
 from server.settings import StreamLimits
 
@@ -25,8 +29,26 @@ LEAST_MESSAGE_BYTES: Final = 2**20
 """Room for any settings."""
 
 
+MOST_FRAGMENTS: Final = 4096
+"""Of one message: empty ones add nothing to its size, but each is an object here."""
+
+
 class StreamProtocol(WebSocketsSansIOProtocol):
-    """A socket that keeps few bytes for its client, and is gone soon after its stream ends."""
+    """A socket that keeps few bytes for its client, and is gone soon after its stream ends.
+
+    While a client does not read, only its last ping waits for an answer (RFC 6455, section 5.5.3,
+    allows it). Reading goes on meanwhile: otherwise input frames would become stale.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self._waiting_pong = b""
 
     @override
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -37,6 +59,33 @@ class StreamProtocol(WebSocketsSansIOProtocol):
         internet = connection.family in (socket.AF_INET, socket.AF_INET6)
         if internet and hasattr(socket, "TCP_NOTSENT_LOWAT"):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
+
+    @override
+    def handle_ping(self) -> None:
+        if self.writable.is_set() or self.conn.state is not State.OPEN:
+            super().handle_ping()
+        elif pongs := self.conn.data_to_send():
+            self._waiting_pong = pongs[-1]
+
+    @override
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        pong, self._waiting_pong = self._waiting_pong, b""
+        if pong and self.conn.state is State.OPEN:
+            self.transport.write(pong)
+
+    @override
+    def handle_cont(self, event: Frame) -> None:
+        if self.close_sent:
+            return
+        if len(self.frames) == MOST_FRAGMENTS:
+            self.frames = []
+            self.conn.fail(
+                CloseCode.MESSAGE_TOO_BIG, f"message has more than {MOST_FRAGMENTS} fragments"
+            )
+            self.handle_parser_exception()
+            return
+        super().handle_cont(event)
 
     @override
     def on_task_complete(self, task: asyncio.Task[None]) -> None:

@@ -20,7 +20,7 @@ from server.errors import Overloaded
 from server.http import stream
 from server.settings import StreamLimits
 from tests.server.conftest import Running
-from tests.server.stream_client import SMALL, StreamClient, file_of, opened
+from tests.server.stream_client import PATIENCE_S, SMALL, StreamClient, file_of, opened
 
 Unloaded = Callable[..., TestClient]
 
@@ -149,6 +149,19 @@ def test_a_message_beyond_all_bounds_ends_the_stream_alone(running: Running) -> 
     running.settle()
 
 
+def test_a_message_of_endless_fragments_ends_the_stream_alone(running: Running) -> None:
+    with opened(running.url) as client:
+        nothing = b"\x80mask"
+        client.socket.socket.sendall(b"\x01" + nothing + 5000 * (b"\x00" + nothing))
+        client.socket.socket.sendall(b"\x80" + nothing)
+        with pytest.raises(ConnectionClosed) as closed:
+            client.heard()
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 1009
+        assert closed.value.rcvd.reason == "message has more than 4096 fragments"
+    running.wait(lambda: len(running.app.state.streams) == 0)
+
+
 def reset(client: StreamClient) -> None:
     """Be gone as a machine that lost its power: without a closing handshake."""
     hard = struct.pack("ii", 1, 0)
@@ -192,6 +205,32 @@ def test_a_client_that_does_not_read_costs_nothing_and_is_cut_off(
         assert made - before <= 12, "what it has not read is bounded"
         assert images.pending == 0
     running.settle()
+
+
+def test_pings_of_a_client_that_does_not_read_are_not_all_kept(running: Running) -> None:
+    upgrade = (
+        "GET /v1/stream HTTP/1.1",
+        f"host: {running.address[0]}",
+        "connection: upgrade",
+        "upgrade: websocket",
+        "sec-websocket-version: 13",
+        "sec-websocket-key: AAAAAAAAAAAAAAAAAAAAAA==",
+    )
+    with narrow(running) as client:
+        client.settimeout(PATIENCE_S)
+        client.sendall("\r\n".join([*upgrade, "", ""]).encode())
+        assert client.recv(4096).startswith(b"HTTP/1.1 101")
+        running.wait(lambda: running.app.state.streams.sessions)
+        [session] = running.app.state.streams.sessions
+        # All masked with zeros: pings of 125 bytes, one of four, and a message.
+        pings = 16_000 * (b"\x89\xfd" + bytes(4) + bytes(125))
+        client.sendall(pings + b"\x89\x84" + bytes(4) + b"last" + b"\x82\x81" + bytes(5))
+        running.wait(lambda: session.counts.received == 1)
+        received = b""
+        while b"\x8a\x04last" not in received:
+            received += client.recv(65536)
+        assert len(received) < len(pings) / 2
+    running.wait(lambda: len(running.app.state.streams) == 0)
 
 
 def test_a_client_that_vanishes_while_messages_wait_for_it_is_no_error_of_the_server(
