@@ -6,9 +6,10 @@ import asyncio
 from asyncio import to_thread
 from collections.abc import Callable, Coroutine
 from functools import partial
-from typing import Any, Final, Self, get_args
+from typing import Any, ClassVar, Final, Self, get_args
 
 from fastapi import Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
@@ -102,7 +103,13 @@ class _Share:
 
 
 class JsonRoute(APIRoute):
-    """A route whose JSON body is read here instead of by FastAPI, which bounds nothing but size."""
+    """A route whose JSON body is read here instead of by FastAPI, which bounds nothing but size.
+
+    Attributes:
+        counted: whether a body that is refused counts among the service's outcomes.
+    """
+
+    counted: ClassVar[bool] = True
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """The handler, which reads the body and then does as FastAPI's."""
@@ -116,13 +123,22 @@ class JsonRoute(APIRoute):
                 try:
                     body = await _read(request, uploads, share)
                 except WeftError as refusal:
-                    request.app.state.service.outcomes[outcome_of(refusal)] += 1
+                    self._count(request, outcome_of(refusal))
                     raise
                 except ClientDisconnect:
                     return Response(status_code=499)
-                return await handle(_WithBody(request, body))
+                try:
+                    return await handle(_WithBody(request, body))
+                except RequestValidationError:
+                    self._count(request, "invalid")
+                    raise
 
         return read_and_handle
+
+    def _count(self, request: Request, outcome: str) -> None:
+        if self.counted:
+            service: Service = request.app.state.service
+            service.outcomes[outcome] += 1
 
 
 class _WithBody(Request):

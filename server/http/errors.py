@@ -75,7 +75,6 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        request.app.state.service.outcomes["invalid"] += 1
         return answer(explain(error.errors(), _body_model(request), within=1))
 
     @app.exception_handler(HTTPException)

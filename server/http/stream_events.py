@@ -26,7 +26,14 @@ from server.service.streams import Streams
 
 __all__ = ["router"]
 
-router = APIRouter(tags=["stream"], route_class=JsonRoute)
+
+class StreamRoute(JsonRoute):
+    """A route of streams, which have metrics of their own."""
+
+    counted = False
+
+
+router = APIRouter(tags=["stream"], route_class=StreamRoute)
 
 WITHOUT_EFFECT: Final = ("paused", "similarity_filter", "transition_frames")
 """Fields that say something about input frames or later changes, of which there are none here."""

@@ -79,6 +79,18 @@ def test_what_needs_a_socket_is_refused(
     assert len(running.app.state.streams) == 0
 
 
+def test_a_stream_is_not_counted_among_the_requests_for_images(
+    running: Running, client: httpx2.Client
+) -> None:
+    outcomes = running.app.state.service.outcomes
+    before = dict(outcomes)
+    headers = {"content-type": "application/json"}
+    assert client.post("/v1/stream", content="{", headers=headers).status_code == 400
+    assert client.post("/v1/stream", json={"prompt": 3}).status_code == 422
+    assert client.post("/v1/stream", json=SETTINGS | {"paused": True}).status_code == 422
+    assert dict(outcomes) == before
+
+
 def test_a_server_that_is_about_to_stop_ends_the_events_with_an_error(
     running: Running, client: httpx2.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
