@@ -11,12 +11,17 @@ from __future__ import annotations
 
 import argparse
 import json
-from http.client import HTTPConnection
 from statistics import quantiles
 from threading import Event, Thread
 from time import perf_counter, sleep
+from typing import TYPE_CHECKING
 
-from benchmarks.real_server import serving, status
+from benchmarks.real_server import SERVE, served
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from benchmarks.real_server import Served
 
 PACE_S = 0.02
 
@@ -27,18 +32,18 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--clients", type=int, default=32)
     options = parser.parse_args()
-    with serving() as port:
-        idle = _poll(port, options.seconds / 4)
+    with served(SERVE) as server:
+        idle = _poll(server, options.seconds / 4)
         stop = Event()
         done = [0] * options.clients
         clients = [
-            Thread(target=_keep_asking, args=(port, i, done, stop), daemon=True)
+            Thread(target=_keep_asking, args=(server, i, done, stop), daemon=True)
             for i in range(options.clients)
         ]
         for client in clients:
             client.start()
         sleep(2)
-        busy = _poll(port, options.seconds)
+        busy = _poll(server, options.seconds)
         stop.set()
         for client in clients:
             client.join(60)
@@ -46,36 +51,35 @@ def main() -> None:
     print("| server | polls | p50 ms | p99 ms | worst ms |")
     print("|---|---|---|---|---|")
     for name, times in (("idle", idle), ("saturated", busy)):
-        cuts = quantiles(times, n=100)
-        print(f"| {name} | {len(times)} | {cuts[49]:.1f} | {cuts[98]:.1f} | {max(times):.1f} |")
+        print(f"| {name} | {len(times)} | {percentiles(times)} |")
 
 
-def _poll(port: int, seconds: float) -> list[float]:
+def percentiles(times: Sequence[float]) -> str:
+    """The 50th and the 99th percentile and the maximum, as cells of the table."""
+    cuts = quantiles(times, n=100)
+    return f"{cuts[49]:.1f} | {cuts[98]:.1f} | {max(times):.1f}"
+
+
+def _poll(server: Served, seconds: float) -> list[float]:
     """Milliseconds of each response, each over its own connection."""
     times: list[float] = []
     end = perf_counter() + seconds
     while perf_counter() < end:
         began = perf_counter()
-        if status(port, "/livez") != 200:
+        if server.ask("GET", "/livez")[0] != 200:
             raise RuntimeError("/livez did not answer 200")
         times.append(1000 * (perf_counter() - began))
         sleep(PACE_S)
     return times
 
 
-def _keep_asking(port: int, client: int, done: list[int], stop: Event) -> None:
+def _keep_asking(server: Served, client: int, done: list[int], stop: Event) -> None:
     seed = 0
     while not stop.is_set():
         body = {"prompt": "a red circle", "seed": seed, "steps": 20, "guidance": "apg"}
-        connection = HTTPConnection("127.0.0.1", port, timeout=120)
-        connection.request(
-            "POST", "/v1/generate", json.dumps(body), {"content-type": "application/json"}
-        )
-        answer = connection.getresponse()
-        answer.read()
-        if answer.status == 200:
+        sent = json.dumps(body).encode()
+        if server.ask("POST", "/v1/generate", sent, timeout_s=120)[0] == 200:
             done[client] += 1
-        connection.close()
         seed += 1
 
 

@@ -1,55 +1,155 @@
-"""The real server in a process of its own."""
+"""The real server in a process of its own, and what can be asked of it and of its process."""
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import dataclass
 from http.client import HTTPConnection
 from pathlib import Path
-from time import sleep
-from typing import TYPE_CHECKING
+from tempfile import TemporaryDirectory
+from time import monotonic, perf_counter, sleep
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Mapping, Sequence
 
-START_S = 120
+__all__ = ["AUTHORIZATION", "KEY", "MIB", "SERVE", "Served", "served"]
+
+KEY: Final = "servers-are-measured-with-this-key"
+AUTHORIZATION: Final = {"authorization": f"Bearer {KEY}"}
+SERVE: Final = ("-c", "from server.cli import main; main()", "serve")
+"""Arguments of Python for `weft serve`."""
+
+START_S: Final = 180
+END_S: Final = 40
+MIB: Final = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A running server.
+
+    Attributes:
+        port: that it listens on, at 127.0.0.1.
+        process: its own.
+        log: what it wrote.
+    """
+
+    port: int
+    process: int
+    log: Path
+
+    def connect(self, timeout_s: float = 60) -> socket.socket:
+        """A connection of one's own."""
+        return socket.create_connection(("127.0.0.1", self.port), timeout_s)
+
+    def ask(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+        *,
+        timeout_s: float = 30,
+    ) -> tuple[int, Mapping[str, str], bytes]:
+        """Status, headers (names in lower case) and content; status 0 if there is no answer."""
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=timeout_s)
+        sent = {**AUTHORIZATION, "content-type": "application/json"}
+        try:
+            connection.request(method, path, body, {**sent, **(headers or {})})
+            answer = connection.getresponse()
+            told = {name.lower(): value for name, value in answer.getheaders()}
+            return answer.status, told, answer.read()
+        except OSError:
+            return 0, {}, b""
+        finally:
+            connection.close()
+
+    def generate(self, **fields: Any) -> tuple[int, Mapping[str, str], bytes]:
+        """A request for images."""
+        body = {"prompt": "a red circle", "steps": 2, "seed": 1} | fields
+        return self.ask("POST", "/v1/generate", json.dumps(body).encode())
+
+    def head(self, method: str, path: str, length: int) -> bytes:
+        """The first bytes of a request, for a connection of one's own."""
+        lines = (
+            f"{method} {path} HTTP/1.1",
+            "host: 127.0.0.1",
+            f"authorization: Bearer {KEY}",
+            "content-type: application/json",
+            f"content-length: {length}",
+        )
+        return "\r\n".join((*lines, "", "")).encode()
+
+    def resident(self) -> int:
+        """Bytes of memory of the server's process and of those that it started."""
+        return sum(_resident(process) for process in (self.process, *_children(self.process)))
+
+    def metric(self, name: str) -> float:
+        """The value of a metric without labels."""
+        lines = self.ask("GET", "/metrics")[2].decode().splitlines()
+        return next(float(line.split()[1]) for line in lines if line.startswith(f"{name} "))
+
+    def livez_s(self) -> float:
+        """Seconds that `/livez` takes, over a connection of its own."""
+        began = perf_counter()
+        self.ask("GET", "/livez", timeout_s=60)
+        return perf_counter() - began
 
 
 @contextmanager
-def serving(*options: str, threads: int | None = None) -> Generator[int]:
-    """Run `weft serve` on a free port until the block ends.
+def served(arguments: Sequence[str], **environment: str) -> Generator[Served]:
+    """Start a server, wait until it is ready, and stop it at the end.
 
     Args:
-        options: of the command.
-        threads: that its networks run on; None leaves it to torch.
+        arguments: of Python, without the port, which is added; see `SERVE`.
+        environment: settings.
 
-    Yields:
-        The port, once the server is ready.
+    Raises:
+        RuntimeError: it ended before it was ready; the message is what it wrote.
+        TimeoutError: it was not ready in time; the message is what it wrote.
     """
-    port = _free_port()
-    command = [str(Path(sys.executable).with_name("weft")), "serve", "--port", str(port), *options]
-    environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
-    quiet = subprocess.DEVNULL
-    server = subprocess.Popen(command, stdout=quiet, stderr=quiet, env=environment)
-    try:
-        _wait_until_ready(port)
-        yield port
-    finally:
-        server.terminate()
-        server.wait(60)
+    with TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        port = _free_port()
+        with log.open("wb") as written:
+            process = subprocess.Popen(
+                [sys.executable, *arguments, "--port", str(port)],
+                stdout=written,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "WEFT_API_KEYS": KEY, **environment},
+            )
+            server = Served(port, process.pid, log)
+            try:
+                _wait_until_ready(server, process)
+                yield server
+            finally:
+                _end(process)
 
 
-def status(port: int, path: str) -> int:
-    """The status of a response, over a connection of its own."""
-    connection = HTTPConnection("127.0.0.1", port, timeout=30)
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
     try:
-        connection.request("GET", path)
-        return connection.getresponse().status
-    finally:
-        connection.close()
+        process.wait(END_S)
+    except subprocess.TimeoutExpired:
+        # A weakened server may still decode what nobody waits for.
+        process.kill()
+        process.wait()
+
+
+def _wait_until_ready(server: Served, process: subprocess.Popen[bytes]) -> None:
+    until = monotonic() + START_S
+    while server.ask("GET", "/readyz", timeout_s=5)[0] != 200:
+        if process.poll() is not None:
+            raise RuntimeError(server.log.read_text())
+        if monotonic() > until:
+            raise TimeoutError(server.log.read_text())
+        sleep(0.2)
 
 
 def _free_port() -> int:
@@ -58,12 +158,17 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _wait_until_ready(port: int) -> None:
-    for _ in range(START_S * 5):
-        try:
-            if status(port, "/readyz") == 200:
-                return
-        except OSError:
-            pass
-        sleep(0.2)
-    raise TimeoutError(f"the server was not ready within {START_S} s")
+def _resident(process: int) -> int:
+    try:
+        pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return pages * os.sysconf("SC_PAGESIZE")
+
+
+def _children(process: int) -> list[int]:
+    try:
+        listed = Path(f"/proc/{process}/task/{process}/children").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+    return [int(child) for child in listed.split()]

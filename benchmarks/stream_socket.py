@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from websockets.asyncio.client import connect
 
+from benchmarks.real_server import AUTHORIZATION
 from benchmarks.stream_runs import CAMERA_FPS, SETTLING_S, Ran
 
 if TYPE_CHECKING:
@@ -17,19 +18,21 @@ if TYPE_CHECKING:
 
     from websockets.asyncio.client import ClientConnection
 
+    from benchmarks.real_server import Served
+
 
 def run_socket(
-    port: int, settings: Mapping[str, Any], files: Sequence[bytes], seconds: float
+    server: Served, settings: Mapping[str, Any], files: Sequence[bytes], seconds: float
 ) -> Ran:
     """Send frames at a camera's pace, and time what comes back.
 
     Args:
-        port: of the server on this machine.
+        server: that is running.
         settings: of the stream.
         files: frames, which are sent again and again.
         seconds: that are counted.
     """
-    return asyncio.run(_run(f"ws://127.0.0.1:{port}/v1/stream", settings, files, seconds))
+    return asyncio.run(_run(f"ws://127.0.0.1:{server.port}/v1/stream", settings, files, seconds))
 
 
 async def _run(
@@ -37,7 +40,7 @@ async def _run(
 ) -> Ran:
     sent: list[float] = []
     latencies: list[float] = []
-    async with connect(address, max_size=None) as socket:
+    async with connect(address, max_size=None, additional_headers=AUTHORIZATION) as socket:
         await socket.send(json.dumps(settings))
         film = asyncio.create_task(_film(socket, files, sent))
         began = perf_counter()

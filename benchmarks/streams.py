@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks.real_server import serving
+from benchmarks.real_server import SERVE, served
 from benchmarks.stream_clients import StreamingWeft, jpeg
 from benchmarks.stream_diffusion import StreamDiffusionPeer
 from benchmarks.stream_socket import run_socket
@@ -98,12 +98,13 @@ def main() -> None:
 def _one_stream(weft: StreamingWeft, options: argparse.Namespace) -> None:
     stream = settings()
     files = [jpeg(frame) for frame in weft.frames(0)]
-    with serving("--model", f"model={options.model}", threads=options.threads) as port:
+    command, threads = [*SERVE, "--model", f"model={options.model}"], str(options.threads)
+    with served(command, OMP_NUM_THREADS=threads) as server:
         systems: dict[str, Callable[[], Ran]] = {
             "Weft's engine": lambda: weft.run([stream], options.seconds),
             "Weft's session*": lambda: weft.run_sessions([stream], options.seconds)[0],
             "Weft's socket*": lambda: run_socket(
-                port, {"max_fps": 1000.0, **stream}, files, options.seconds
+                server, {"max_fps": 1000.0, **stream}, files, options.seconds
             ),
             **_peers(weft, options, STAGES, ("none",)),
         }

@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from benchmarks.promises import access, answers, costs
-from benchmarks.promises.served import served
+from benchmarks.real_server import SERVE, served
 
 if TYPE_CHECKING:
     from benchmarks.promises.promise import Outcome, Promise
 
 PAGE: Final = Path(__file__).resolve().parents[2] / "docs/promises.md"
 PROMISES: Final = (*access.PROMISES, *answers.PROMISES, *costs.PROMISES)
-COMMAND: Final = "from server.cli import main; main()"
-STRONG: Final = ["-c", COMMAND, "serve", "--deterministic", "--row-budget", "8"]
+STRONG: Final = [*SERVE, "--deterministic", "--row-budget", "8"]
 WEAK: Final = ["-m", "benchmarks.promises.weak", "--row-budget", "8", "--max-pending", "65536"]
 
 HEAD: Final = """# Promises

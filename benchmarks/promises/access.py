@@ -15,7 +15,7 @@ from server.settings import Settings
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from benchmarks.promises.served import Served
+    from benchmarks.real_server import Served
 
 __all__ = ["PROMISES"]
 

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 from benchmarks.promises.promise import Outcome, Promise
-from benchmarks.promises.served import KEY, Served
+from benchmarks.real_server import KEY, Served
 from server.requests.schema import CHOICES, GenerateRequest
 
 __all__ = ["PROMISES"]

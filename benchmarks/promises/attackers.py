@@ -18,7 +18,7 @@ from PIL import Image
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping, Sequence
 
-    from benchmarks.promises.served import Served
+    from benchmarks.real_server import Served
 
 __all__ = ["BODIES", "SLOW_PICTURE", "TURN_S", "attack", "bombs", "picture", "request_with"]
 

@@ -18,7 +18,7 @@ from benchmarks.promises.attackers import (
     request_with,
 )
 from benchmarks.promises.promise import Outcome, Promise
-from benchmarks.promises.served import MIB, Served
+from benchmarks.real_server import MIB, Served
 
 if TYPE_CHECKING:
     import socket

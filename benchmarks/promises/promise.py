@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from benchmarks.promises.served import Served
+    from benchmarks.real_server import Served
 
 __all__ = ["Outcome", "Promise"]
 

@@ -25,13 +25,12 @@ from threading import Event, Thread
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, Final
 
-from benchmarks.promises.served import MIB, Served, served
+from benchmarks.real_server import MIB, SERVE, Served, served
 from benchmarks.soak.clients import KINDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-WHOLE: Final = ["-c", "from server.cli import main; main()", "serve"]
 LEAKY: Final = ["-m", "benchmarks.soak.leaky"]
 OPTIONS: Final = ["--row-budget", "8"]
 SETTINGS: Final = {"WEFT_STREAMS__STALL_S": "2", "WEFT_MAX_PENDING": "24"}
@@ -90,7 +89,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--leak", action="store_true", help="use a server that leaks on purpose")
     options = parser.parse_args()
-    with served([*(LEAKY if options.leak else WHOLE), *OPTIONS], **SETTINGS) as server:
+    with served([*(LEAKY if options.leak else SERVE), *OPTIONS], **SETTINGS) as server:
         visits, failures, samples = _soaked(server, 60 * options.minutes, Random(options.seed))
         figures = [*_growth(samples), *_left(server), *_broken(server, failures)]
         figures.append(_throughput(samples))

@@ -15,17 +15,16 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake
 
 from benchmarks.promises.attackers import bombs
-from benchmarks.promises.served import KEY
+from benchmarks.real_server import AUTHORIZATION
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
     from random import Random
 
-    from benchmarks.promises.served import Served
+    from benchmarks.real_server import Served
 
 __all__ = ["KINDS", "BrokenServer"]
 
-AUTHORIZATION: Final = {"authorization": f"Bearer {KEY}"}
 SAMPLERS: Final = ("dpm_solver_pp", "euler", "heun", "lcm", "unipc", "ddim")
 RULES: Final = ("none", "cfg", "apg", "cfg_pp")
 SIZES: Final = (64, 128, 192)
