@@ -10,8 +10,9 @@ import select
 import subprocess
 import sys
 import weakref
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from dataclasses import field as of_dataclass
 from io import BufferedReader, BufferedWriter
 from pathlib import Path
 from threading import Lock
@@ -21,6 +22,7 @@ from typing import Final, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from server.decoding.turns import Turns
 from server.decoding.worker import Answer, Job
 from server.errors import InvalidRequest, Overloaded, TooLarge, WeftError
 from server.settings import Limits
@@ -47,8 +49,22 @@ MEMORY_RETURNED: Final = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 """Whatever is larger than this goes back to the system as soon as it is freed."""
 
 
+@dataclass(slots=True, eq=False)
+class _Picture:
+    """What waits for its turn, and its pixels once it had it."""
+
+    data: str | bytes
+    field: str
+    size: tuple[int | None, int | None]
+    mask: bool
+    pixels: Future[NDArray[np.uint8]] = of_dataclass(default_factory=Future)
+
+
 class DecodePool:
     """Decodes uploaded pictures in processes of its own, which start with the first upload.
+
+    Frames of live streams go before other pictures and are never refused: a stream has one of them
+    here at a time, and the number of streams has a limit of its own.
 
     A file that takes too long or brings its process down costs that process alone. Nothing else
     waits for the pool: not the event loop, and not the threads that it hands other work to.
@@ -57,7 +73,7 @@ class DecodePool:
         limits: the operator's, for the pixels and bytes of a picture, the pixels of an image, and
             the seconds of decoding, after which a process is replaced.
         processes: pictures decoded at once.
-        waiting: pictures that may wait for a process; more are refused.
+        waiting: other pictures that may wait for a process; more are refused.
     """
 
     def __init__(self, limits: Limits, *, processes: int, waiting: int) -> None:
@@ -71,6 +87,7 @@ class DecodePool:
         self._idle: list[_Worker] = []
         self._closed = False
         self._lock = Lock()
+        self._turns: Turns[_Picture] = Turns()
         self._threads = ThreadPoolExecutor(processes, thread_name_prefix="weft-decode")
         # A pool that nobody closes takes its processes with it.
         weakref.finalize(self, _end, self._idle)
@@ -95,7 +112,16 @@ class DecodePool:
             Overloaded: too many pictures wait to be decoded, or no process starts in time.
             WeftError: a process cannot start at all.
         """
-        return await self._decode(data, field, size, mask=False)
+        return await self._uploaded(_Picture(data, field, size, mask=False))
+
+    async def frame(self, data: bytes, size: tuple[int, int]) -> NDArray[np.uint8]:
+        """Decode an input frame of a live stream, before all pictures that are none.
+
+        Args:
+            data: a PNG, JPEG or WebP file.
+            size: as of :meth:`picture`, which describes result and errors too.
+        """
+        return await self._decoded(_Picture(data, "frame", size, mask=False), frame=True)
 
     async def mask(
         self, data: str | bytes, field: str, size: tuple[int | None, int | None] = (None, None)
@@ -105,48 +131,63 @@ class DecodePool:
         Arguments and errors are those of :meth:`picture`; a mask that is black or transparent
         everywhere is refused too.
         """
-        return await self._decode(data, field, size, mask=True)
+        return await self._uploaded(_Picture(data, field, size, mask=True))
 
     def close(self) -> None:
         """End the processes; one that is decoding ends after its picture."""
         with self._lock:
             self._closed = True
             _end(self._idle)
+            waiting = list(iter(self._turns.next, None))
         self._threads.shutdown(wait=False, cancel_futures=True)
+        for picture in waiting:
+            picture.pixels.cancel()
 
-    async def _decode(
-        self, data: str | bytes, field: str, size: tuple[int | None, int | None], *, mask: bool
-    ) -> NDArray[np.uint8]:
+    async def _uploaded(self, picture: _Picture) -> NDArray[np.uint8]:
         with self._lock:
             if not self._room:
                 raise Overloaded(RETRY_AFTER_S, "Too many uploaded images wait to be decoded.")
             self._room -= 1
-        # The executor keeps what it was given until its turn comes, also if that was cancelled.
-        held = [data]
-        decoding = self._threads.submit(self._run, held, field, size, mask)
-        decoding.add_done_callback(self._leave)
-        try:
-            return await asyncio.wrap_future(decoding)
-        finally:
-            held.clear()
+        picture.pixels.add_done_callback(self._leave)
+        return await self._decoded(picture, frame=False)
 
     def _leave(self, _: object) -> None:
         with self._lock:
             self._room += 1
 
-    def _run(
-        self, held: list[str | bytes], field: str, size: tuple[int | None, int | None], mask: bool
-    ) -> NDArray[np.uint8]:
-        data = held.pop()
+    async def _decoded(self, picture: _Picture, *, frame: bool) -> NDArray[np.uint8]:
+        with self._lock:
+            self._turns.add(picture, frame=frame)
+            self._threads.submit(self._take_turn)
+        try:
+            return await asyncio.wrap_future(picture.pixels)
+        finally:
+            with self._lock:
+                self._turns.withdraw(picture)
+
+    def _take_turn(self) -> None:
+        with self._lock:
+            picture = self._turns.next()
+        if picture is None or not picture.pixels.set_running_or_notify_cancel():
+            return
+        try:
+            pixels = self._pixels(picture)
+        except BaseException as error:  # noqa: BLE001 - it belongs to whoever waits for the pixels
+            picture.pixels.set_exception(error)
+        else:
+            picture.pixels.set_result(pixels)
+
+    def _pixels(self, picture: _Picture) -> NDArray[np.uint8]:
+        data = picture.data
         content = data.encode(errors="replace") if isinstance(data, str) else data
         job = Job(
             length=len(content),
-            field=field,
-            mask=mask,
+            field=picture.field,
+            mask=picture.mask,
             encoded=isinstance(data, str),
             max_pixels=self._limits.upload_pixels,
-            width=size[0],
-            height=size[1],
+            width=picture.size[0],
+            height=picture.size[1],
             max_resampled=self._limits.pixels,
         )
         worker = self._worker()

@@ -374,7 +374,7 @@ class StreamSession:
     async def _decoded(self, taken: InputFrame, current: Current) -> NDArray[np.uint8]:
         request = current.prepared.request
         size = request.width, request.height
-        return await self._service.decoding.picture(taken.data, "frame", size)
+        return await self._service.decoding.frame(taken.data, size)
 
     def _begin(self, frame: Frame, current: Current, pixels: NDArray[np.uint8] | None) -> None:
         """Submit a frame or skip it, in a thread of its own.

@@ -174,6 +174,35 @@ def test_only_so_many_pictures_wait_and_one_whose_client_left_counts_until_it_is
     asyncio.run(run())
 
 
+def test_a_frame_of_a_stream_passes_the_uploads_that_wait_and_needs_no_room(
+    pool: DecodePool,
+) -> None:
+    async def run() -> None:
+        uploads = [asyncio.ensure_future(pool.picture(SLOW, "image")) for _ in range(2)]
+        await asyncio.sleep(0.01)
+        with pytest.raises(Overloaded):
+            await pool.picture(RED, "image")
+        assert (await pool.frame(RED, (8, 8))).shape == (8, 8, 3)
+        assert [upload.done() for upload in uploads] == [True, False]
+        await uploads[1]
+
+    asyncio.run(run())
+
+
+def test_whoever_waits_when_the_pool_is_closed_hears_of_it() -> None:
+    async def run() -> None:
+        pool = DecodePool(Limits(), processes=1, waiting=1)
+        uploads = [asyncio.ensure_future(pool.picture(SLOW, "image")) for _ in range(2)]
+        await asyncio.sleep(0.01)
+        pool.close()
+        done, left = await asyncio.wait(uploads[1:], timeout=5)
+        assert not left
+        assert all(one.cancelled() for one in done)
+        await uploads[0]
+
+    asyncio.run(run())
+
+
 def test_a_picture_whose_client_left_before_its_turn_is_let_go_of(pool: DecodePool) -> None:
     class Text(str):
         """A text that can be watched."""
