@@ -185,7 +185,9 @@ class Engine:
         with self._wake:
             self._check_open()
             if self.measurements.pending_of(live=live) + images > self._max_pending:
-                self.measurements.refused += images
+                if not live:
+                    # A frame of a stream waits for room; its stream asks again and again.
+                    self.measurements.refused += images
                 raise Overloaded(self._seconds_of_work())
             self._count_pending(images, live=live)
         return Reservation(

@@ -37,7 +37,7 @@ class EngineMeasurements:
         stages: what of that they spent where, by priority and stage.
         failed: ended without a picture, cancelled ones apart.
         cancelled: ended by the client.
-        refused: turned away because the queue was full.
+        refused: turned away because the queue was full; frames of streams wait instead.
         evaluations: rows evaluated.
         saved: evaluations saved, by policy.
         pending: images waiting or under way.

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from server.engine.reservation import Reservation
     from server.models.adapters.adapter import Weighted
     from server.models.hosted import HostedModel
     from server.requests.resolve import Prepared
@@ -344,8 +345,9 @@ class StreamSession:
         # Before it is submitted, so that closing the stream finds it.
         self._under_way.append(frame)
         try:
-            pixels = None if taken is None else await self._decoded(taken, current)
-            await asyncio.to_thread(self._begin, frame, current, pixels)
+            with self._service.ready_engine().reserve(1, live=True) as room:
+                pixels = None if taken is None else await self._decoded(taken, current)
+                await asyncio.to_thread(self._begin, frame, current, pixels, room)
         except Overloaded:
             self._under_way.remove(frame)
             self._put_back(taken)
@@ -376,42 +378,46 @@ class StreamSession:
         size = request.width, request.height
         return await self._service.decoding.frame(taken.data, size)
 
-    def _begin(self, frame: Frame, current: Current, pixels: NDArray[np.uint8] | None) -> None:
+    def _begin(
+        self,
+        frame: Frame,
+        current: Current,
+        pixels: NDArray[np.uint8] | None,
+        room: Reservation,
+    ) -> None:
         """Submit a frame or skip it, in a thread of its own.
 
         Args:
             frame: to be submitted.
             current: its settings.
             pixels: of the input frame at the size of the output, if there is one.
+            room: for it in the engine.
         """
-        request = current.prepared.request
-        with self._service.ready_engine().reserve(1, live=True) as room:
-            image = None
-            if pixels is not None:
-                image = pixels_tensor(pixels)
-                wanted = current.settings.similarity_filter
-                must = self._transition.under_way
-                if wanted is not None and self._filter.skips(image, wanted, must_run=must):
-                    frame.skipped = True
-                    return
-            told = self._transition.told
-            try:
-                tasks = tasks_of(
-                    replace(
-                        current.prepared, request=request.model_copy(update={"seed": frame.seed})
-                    ),
-                    current.model,
-                    image=image,
-                    blend=told if isinstance(told, Blend) else None,
-                    stream=self._stream,
-                    adapters=current.adapters,
-                )
-                frame.submitted = monotonic()
-                frame.submission = room.submit(tasks, FrameListener(frame, self.loop, self._heard))
-            except WeftError:
-                # There will be no image for later frames to repeat.
-                self._filter.forget()
-                raise
+        image = None
+        if pixels is not None:
+            image = pixels_tensor(pixels)
+            wanted = current.settings.similarity_filter
+            must = self._transition.under_way
+            if wanted is not None and self._filter.skips(image, wanted, must_run=must):
+                frame.skipped = True
+                return
+        told = self._transition.told
+        request = current.prepared.request.model_copy(update={"seed": frame.seed})
+        try:
+            tasks = tasks_of(
+                replace(current.prepared, request=request),
+                current.model,
+                image=image,
+                blend=told if isinstance(told, Blend) else None,
+                stream=self._stream,
+                adapters=current.adapters,
+            )
+            frame.submitted = monotonic()
+            frame.submission = room.submit(tasks, FrameListener(frame, self.loop, self._heard))
+        except WeftError:
+            # There will be no image for later frames to repeat.
+            self._filter.forget()
+            raise
         if self._closed:
             frame.submission.cancel()
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from server.decoding.pool import DecodePool
 from server.engine.state.sequence import Sequence
 from server.engine.tick import newcomers
 from server.engine.tick.pictures import encode_pictures
@@ -252,14 +253,25 @@ def test_statistics_and_metrics_count_what_was_sent(
 
 
 def test_a_full_queue_is_no_error_and_the_newest_frame_waits_for_room(
-    running: Running, client: httpx2.Client, client_of_stream: StreamClient
+    running: Running, client_of_stream: StreamClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    decoded: list[bytes] = []
+    picture = DecodePool.picture
+
+    async def noted(self: DecodePool, data: bytes, *rest: Any) -> NDArray[np.uint8]:
+        decoded.append(data)
+        return await picture(self, data, *rest)
+
+    monkeypatch.setattr(DecodePool, "picture", noted)
     client_of_stream.settings(**SMALL)
     engine = running.app.state.service.engine
+    refused = engine.measurements.refused
     with engine.reserve(8 - engine.measurements.live_pending, live=True):
         for shade in range(3):
             client_of_stream.tell(file_of(shade))
         time.sleep(0.2)
+        assert not decoded, "what cannot be taken in is not decoded"
+        assert engine.measurements.refused == refused, "a frame that waits is not refused"
     output = client_of_stream.output()
     assert (output.header["source"], output.header["dropped"]) == (2, 2)
 
