@@ -15,6 +15,7 @@ from starlette.websockets import WebSocketState
 
 from server.errors import NotReady, RequestTimeout, TooLarge, WeftError
 from server.http.errors import answer, body_of
+from server.http.statistics_clock import StatisticsClock
 from server.requests.stream_schema import message_fields
 from server.service.stream import StreamSession
 from server.service.stream_frame import FailedFrame, OutputFrame
@@ -153,12 +154,16 @@ class Conversation:
                 self._active = monotonic()
 
     async def _report(self) -> None:
+        clock = StatisticsClock()
         while True:
             self._changed.clear()
-            try:
-                await asyncio.wait_for(self._changed.wait(), self._session.stats_s)
-            except TimeoutError:
+            left = clock.left(self._session.stats_s)
+            if left == 0:
+                clock.told()
                 await self._send({"stats": self._session.statistics()})
+                continue
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), left)
 
     async def _send(self, said: Mapping[str, Any], image: bytes | None = None) -> None:
         """Send a message, and the image that belongs to it.

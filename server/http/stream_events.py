@@ -6,7 +6,6 @@ import asyncio
 import base64
 import json
 from collections.abc import AsyncIterator, Mapping
-from time import monotonic
 from typing import Any, Final
 
 from fastapi import APIRouter, Request
@@ -17,6 +16,7 @@ from server.errors import InvalidRequest, WeftError
 from server.http.body import JsonRoute
 from server.http.errors import ErrorBody, body_of
 from server.http.events import PING_S
+from server.http.statistics_clock import StatisticsClock
 from server.http.stream import failure, header
 from server.image_codec import MEDIA_TYPES
 from server.requests.stream_schema import StreamSettings
@@ -99,23 +99,26 @@ class FrameEvents(EventSourceResponse):
             stopping.cancel()
 
     async def _frames(self, stopping: asyncio.Task[None]) -> AsyncIterator[bytes]:
-        session, reported = self._session, monotonic()
+        session, clock = self._session, StatisticsClock()
         upcoming = asyncio.create_task(session.next())
         try:
             while True:
+                left = clock.left(session.stats_s)
+                if left == 0:
+                    clock.told()
+                    yield _event("stats", {"stats": session.statistics()})
+                    continue
+                silent_s = PING_S if left is None else min(PING_S, left)
                 await asyncio.wait(
-                    {upcoming, stopping}, timeout=PING_S, return_when="FIRST_COMPLETED"
+                    {upcoming, stopping}, timeout=silent_s, return_when="FIRST_COMPLETED"
                 )
                 if stopping.done():
                     await stopping
-                if not upcoming.done():
+                if upcoming.done():
+                    yield _frame(await upcoming)
+                    upcoming = asyncio.create_task(session.next())
+                elif silent_s == PING_S:
                     yield KEEPALIVE_COMMENT
-                    continue
-                yield _frame(await upcoming)
-                upcoming = asyncio.create_task(session.next())
-                if session.stats_s is not None and monotonic() - reported >= session.stats_s:
-                    reported = monotonic()
-                    yield _event("stats", {"stats": session.statistics()})
         finally:
             upcoming.cancel()
 

@@ -252,6 +252,15 @@ def test_statistics_and_metrics_count_what_was_sent(
     assert metric("weft_stream_latency_seconds_count") == before[1] + 1
 
 
+def test_changes_of_settings_hold_no_statistics_up(client_of_stream: StreamClient) -> None:
+    client_of_stream.settings(**SMALL | {"stats_s": 0.3})
+    said: list[dict[str, Any]] = []
+    for seed in range(10):
+        said.append(client_of_stream.settings(seed=seed))
+        time.sleep(0.1)
+    assert sum("stats" in one for one in said) >= 2
+
+
 def test_a_full_queue_is_no_error_and_the_newest_frame_waits_for_room(
     running: Running, client_of_stream: StreamClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -53,6 +53,19 @@ def test_events_bring_the_images_of_rising_seeds_until_the_client_leaves(
         assert pixels(data) == pixels(alone["images"][0]["b64_json"])
 
 
+def test_statistics_come_in_time_while_there_is_no_frame(
+    running: Running, client: httpx2.Client
+) -> None:
+    body = SETTINGS | {"stats_s": 0.1, "max_fps": 0.5}
+    with client.stream("POST", "/v1/stream", json=body) as stream:
+        told = events(stream.iter_lines())
+        # The second frame does not wait for the first one's time to be over.
+        while next(told)[1].get("frame") != 1:
+            pass
+        assert [next(told)[0] for _ in range(3)] == ["stats"] * 3
+    running.settle()
+
+
 def pixels(data: str) -> bytes:
     return pixels_of(base64.b64decode(data)).tobytes()
 
