@@ -78,6 +78,7 @@ class Conversation:
         self._limits = streams.limits
         self._writing = asyncio.Lock()
         self._changed = asyncio.Event()
+        self._image_owed = False
         self._opened = self._active = monotonic()
 
     async def hold(self) -> None:
@@ -179,7 +180,9 @@ class Conversation:
                 async with asyncio.timeout(self._limits.stall_s):
                     await self._websocket.send_text(json.dumps(said))
                     if image is not None:
+                        self._image_owed = True
                         await self._websocket.send_bytes(image)
+                        self._image_owed = False
             except TimeoutError:
                 raise Stalled from None
 
@@ -191,8 +194,9 @@ class Conversation:
             code = POLICY_VIOLATION
         reason = error.message.encode()[:MOST_REASON_BYTES].decode(errors="ignore")
         with contextlib.suppress(TimeoutError, *GONE):
-            await self._send(body_of(error))
             async with asyncio.timeout(CLOSE_S):
+                if not self._image_owed:
+                    await self._send(body_of(error))
                 await self._websocket.close(code, reason)
 
 

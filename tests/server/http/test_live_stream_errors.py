@@ -13,12 +13,15 @@ from typing import Any
 
 import pytest
 from starlette.testclient import TestClient, WebSocketDenialResponse
+from starlette.types import Message
+from starlette.websockets import WebSocket
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from server.api_keys import ApiKey
-from server.errors import Overloaded
+from server.errors import NotReady, Overloaded
 from server.http import stream
-from server.settings import StreamLimits
+from server.service.streams import Streams
+from server.settings import Settings, StreamLimits
 from tests.server.conftest import Running
 from tests.server.stream_client import PATIENCE_S, SMALL, StreamClient, file_of, opened
 
@@ -178,15 +181,16 @@ def narrow(running: Running) -> socket.socket:
 
 
 def test_a_client_that_vanishes_leaves_no_row_behind(running: Running) -> None:
-    cancelled = running.app.state.service.engine.measurements.cancelled
+    measured = running.app.state.service.engine.measurements
+    cancelled, ticks = measured.cancelled, measured.ticks
     with opened(running.url) as client:
         client.settings(**SMALL | {"steps": 200, "strength": 1.0})
         client.tell(file_of(1))
-        running.wait(lambda: running.app.state.service.engine.measurements.pending > 0)
+        running.wait(lambda: measured.ticks > ticks)
         reset(client)
         running.settle()
         running.wait(lambda: len(running.app.state.streams) == 0)
-    assert running.app.state.service.engine.measurements.cancelled == cancelled + 1
+    assert measured.cancelled == cancelled + 1
 
 
 def test_a_client_that_does_not_read_costs_nothing_and_is_cut_off(
@@ -293,6 +297,69 @@ def test_a_server_that_is_about_to_stop_says_so_and_closes(
         assert closed.value.rcvd is not None
         assert closed.value.rcvd.code == 1012
     monkeypatch.undo()
+    running.settle()
+
+
+def test_a_client_that_does_not_read_does_not_hold_the_stop_up(
+    running: Running, limited: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limited(stall_s=6.0)
+    leaving = asyncio.Event()
+    monkeypatch.setattr(running.app.state.service, "leaving", leaving)
+    with opened(running.url, max_queue=1, sock=narrow(running)) as client:
+        client.tell(json.dumps(SMALL | {"source": "text", "seed_step": 1, "steps": 1}))
+        running.wait(lambda: running.app.state.streams.sessions)
+        [session] = running.app.state.streams.sessions
+        running.wait(lambda: session.full and not session.statistics()["in_flight"])
+        began = time.monotonic()
+        session.loop.call_soon_threadsafe(leaving.set)
+        running.wait(lambda: len(running.app.state.streams) == 0)
+        assert time.monotonic() - began < stream.CLOSE_S + 2
+        reset(client)
+    monkeypatch.undo()
+    running.settle()
+
+
+def test_no_message_comes_between_a_header_and_the_end_of_a_stream_that_has_no_image_for_it(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def stopped_before_an_image() -> list[Message]:
+        streams = Streams(running.app.state.service, Settings())
+        session, stopping = streams.open(), asyncio.Event()
+        sent: list[Message] = []
+
+        async def until_stopping() -> None:
+            await stopping.wait()
+            raise NotReady("The server is stopping.")
+
+        async def receive() -> Message:
+            if not asked:
+                await asyncio.Event().wait()
+            return asked.pop(0)
+
+        async def send(message: Message) -> None:
+            if message.get("bytes") is not None:
+                stopping.set()
+                await asyncio.Event().wait()
+            sent.append(message)
+
+        monkeypatch.setattr(streams, "until_stopping", until_stopping)
+        settings = json.dumps(SMALL | {"source": "text"})
+        asked: list[Message] = [
+            {"type": "websocket.connect"},
+            {"type": "websocket.receive", "text": settings},
+        ]
+        websocket = WebSocket({"type": "websocket"}, receive, send)
+        await websocket.accept()
+        try:
+            await stream.Conversation(websocket, session, streams).hold()
+        finally:
+            streams.close(session)
+        return sent
+
+    *_, header, last = asyncio.run(stopped_before_an_image())
+    assert json.loads(header["text"])["frame"] == 0
+    assert (last["type"], last["code"]) == ("websocket.close", 1012)
     running.settle()
 
 
