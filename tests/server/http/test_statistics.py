@@ -126,5 +126,5 @@ def test_where_there_are_none_the_answer_says_what_there_is(
 
 
 def test_the_catalog_says_what_there_are_statistics_of(client: httpx2.Client) -> None:
-    [model] = client.get("/v1/catalog").json()["models"]
-    assert model["statistics"] == ["none", "cfg 2", "cfg 4", "cfg 7.5"]
+    models = {one["name"]: one for one in client.get("/v1/catalog").json()["models"]}
+    assert models["embedded"]["statistics"] == ["none", "cfg 2", "cfg 4", "cfg 7.5"]
