@@ -9,7 +9,6 @@ from samplers.gaussian import GaussianMixtureDenoiser
 from samplers.heavy_ball import GHVB
 from samplers.timesteps import LogSNR
 from samplers.unipc import UniPC
-from tests.covering import EVERY_CELL
 from tests.samplers.cases import (
     CANCELLING,
     COLD,
@@ -24,7 +23,7 @@ from tests.samplers.cases import (
     said,
 )
 
-STEPS = (80, 160, 320) if EVERY_CELL else (100, 200)
+STEPS = (80, 160, 320)
 TOLERANCE = 0.25
 
 # Lowering the order at the end is a matter of few steps, and would hide the slope. Leading errors

@@ -61,7 +61,8 @@ def test_the_reference_has_no_error(study: Study) -> None:
     itself = Contender("unipc", {"name": "unipc", "order": 3})
     assert study.run(error_cell(itself, SIZES.reference_steps))["errors"] == [0.0, 0.0]
     converged = Cell("picture", Contender("2M", {"name": "dpm_solver_pp"}), "", 4, 4.0, 3)
-    assert study.run(converged)["errors"] == [0.0, 0.0]
+    # Three images are drawn in one batch here, and two for the reference.
+    assert study.run(converged)["errors"] == pytest.approx([0.0, 0.0], abs=1e-5)
 
 
 def test_more_evaluations_come_closer_to_the_reference(study: Study) -> None:

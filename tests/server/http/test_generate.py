@@ -418,7 +418,7 @@ def test_a_large_picture_is_refused(generate: Generate) -> None:
 
 def test_an_unknown_model_is_not_found(generate: Generate) -> None:
     answer = generate(model="../etc")
-    expected = "model '../etc' is not hosted here; allowed are: embedded."
+    expected = "model '../etc' is not hosted here; allowed are: embedded, embedded-lcm."
     assert message_of(answer, 404) == expected
 
 
