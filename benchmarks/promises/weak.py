@@ -43,7 +43,8 @@ def weaken() -> None:
     _replace(connection, "connections", _plain_connections)
     _replace(picture, "MOST_SCANS", MANY)
     _replace(picture, "MOST_ASPECT", MANY)
-    _replace(DecodePool, "_decode", _decode_in_a_thread)
+    for method in ("_uploaded", "_decoded"):
+        _replace(DecodePool, method, _decode_in_a_thread)
     _replace(generate, "_unless_disconnected", _whether_or_not_disconnected)
     _replace(errors, "explain", _stumble)
     _replace(newcomers, "start_noise", _any_noise)
@@ -60,11 +61,11 @@ def _plain_connections(_: Settings) -> type[asyncio.Protocol]:
     return HttpToolsProtocol
 
 
-async def _decode_in_a_thread(
-    _: DecodePool, data: str | bytes, field: str, size: tuple[int | None, int | None], *, mask: bool
-) -> NDArray[np.uint8]:
-    content = data.encode() if isinstance(data, str) else data
-    job = Job(len(content), field, mask, isinstance(data, str), MANY, *size, MANY)
+async def _decode_in_a_thread(_: DecodePool, one: Any, **__: bool) -> NDArray[np.uint8]:
+    content = one.data.encode() if isinstance(one.data, str) else one.data
+    width, height = one.size
+    coded = isinstance(one.data, str)
+    job = Job(len(content), one.field, one.mask, coded, MANY, width, height, MANY)
     return np.asarray(await asyncio.to_thread(decoded, job, content))
 
 
