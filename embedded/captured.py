@@ -1,10 +1,10 @@
 """A training step as a CUDA graph, since launching the kernels of small networks costs most."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _WARM_UP: Final = 5
 """Steps before the capture, which must not meet anything that is set up on first use."""
@@ -33,3 +33,23 @@ def captured(step: Callable[[], Tensor], device: str) -> Callable[[], Tensor]:
         return result
 
     return replay
+
+
+def adam(
+    parameters: Iterable[nn.Parameter], rate: float, betas: tuple[float, float], device: str
+) -> torch.optim.AdamW:
+    """Adam without weight decay, whose rate is a tensor that a captured step reads."""
+    return torch.optim.AdamW(
+        parameters,
+        lr=torch.tensor(rate, device=device),
+        betas=betas,
+        weight_decay=0.0,
+        fused=True,
+        capturable=torch.device(device).type == "cuda",
+    )
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give an optimiser of :func:`adam` another rate."""
+    for group in optimizer.param_groups:
+        group["lr"].fill_(rate)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from samplers.lcm import SIGMA_DATA, TIMESTEP_SCALING
@@ -54,6 +55,26 @@ def ddim(v: Tensor, x: Tensor, times: Tensor, following: Tensor, levels: AlphaSi
     alpha, sigma = levels.at(times)
     next_alpha, next_sigma = levels.at(following)
     return next_alpha * (alpha * x - sigma * v) + next_sigma * (sigma * x + alpha * v)
+
+
+def guided(unet: UNet2DConditionModel, empty: Tensor, text: Tensor, scales: Tensor) -> Model:
+    """The U-Net with classifier-free guidance, both predictions in one call.
+
+    Args:
+        unet: predicts v.
+        empty: what it reads of the empty caption, ``[1, tokens, features]``.
+        text: of each row's caption, ``[rows, tokens, features]``.
+        scales: of guidance, ``[rows]``; 1 is the caption alone.
+    """
+    both = torch.cat([empty.expand_as(text), text])
+    weights = scales[:, None, None, None]
+
+    def model(x: Tensor, times: Tensor) -> Tensor:
+        v = unet(x.repeat(2, 1, 1, 1), times.repeat(2), both, return_dict=False)[0]
+        without, with_text = v.float().chunk(2)
+        return without + weights * (with_text - without)
+
+    return model
 
 
 def solved(

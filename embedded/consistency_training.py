@@ -11,10 +11,10 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from embedded.captured import captured
+from embedded.captured import adam, captured, set_rate
 from embedded.checkpoint import RunningAverage, TrainingState
 from embedded.components import Components, make_scheduler, make_unet
-from embedded.consistency import AlphaSigma, consistency, distance, solved
+from embedded.consistency import AlphaSigma, consistency, distance, guided, solved
 from embedded.schedule import TrainingClock
 from embedded.unet_training import Corpus
 from server.models.unet_model import embedding_of_scales
@@ -127,14 +127,7 @@ def distil(
         RunningAverage(student, average, settings.average_decay),
     ]
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained,
-        lr=torch.tensor(settings.rate, device=device),
-        betas=(0.9, 0.98),
-        weight_decay=0.0,
-        fused=True,
-        capturable=torch.device(device).type == "cuda",
-    )
+    optimizer = adam(trained, settings.rate, (0.9, 0.98), device)
     clock = TrainingClock(settings.steps, settings.minutes)
     modules: dict[str, nn.Module] = {"student": student, "target": target, "average": average}
     state = TrainingState(modules, optimizer, clock)
@@ -147,8 +140,7 @@ def distil(
     total, published_s = torch.zeros((), device=device), clock.elapsed_s
     while clock.progress < 1:
         rate = clock.rate(settings.rate, warm_up=_WARM_UP_STEPS, floor=_LEAST_RATE)
-        for group in optimizer.param_groups:
-            group["lr"].fill_(rate)
+        set_rate(optimizer, rate)
         batch.draw()
         total += run()
         clock.step += 1
@@ -199,16 +191,9 @@ def _step(
         alpha, sigma = levels.at(batch.times)
         x = alpha * latents[batch.chosen].float() + sigma * batch.noise
         told = _told(student, batch.scales)
-        both = torch.cat([empty.float().expand_as(text), text])
-        scales = batch.scales[:, None, None, None]
-
-        def guided(x: Tensor, times: Tensor) -> Tensor:
-            v = teacher.unet(x.repeat(2, 1, 1, 1), times.repeat(2), both, return_dict=False)[0]
-            without, with_text = v.float().chunk(2)
-            return without + scales * (with_text - without)
-
+        taught = guided(teacher.unet, empty.float(), text, batch.scales)
         with torch.no_grad(), autocast():
-            there, reached = solved(guided, x, batch.times, span, settings.solver_steps, levels)
+            there, reached = solved(taught, x, batch.times, span, settings.solver_steps, levels)
             v = target(there, reached.clamp(min=0), text, return_dict=False, **told)[0]
             goal = consistency(v.float(), there, reached, levels)
         with autocast():

@@ -15,10 +15,10 @@ from diffusers import AutoencoderTiny
 from diffusers.models.unets.unet_2d_blocks import AutoencoderTinyBlock
 from torch import Tensor, nn
 
-from embedded.captured import captured
+from embedded.captured import adam, captured, set_rate
 from embedded.checkpoint import RunningAverage, TrainingState
 from embedded.components import Components, make_autoencoder, make_scheduler
-from embedded.consistency import AlphaSigma, solved
+from embedded.consistency import AlphaSigma, guided, solved
 from embedded.scenes import make_scene, render
 from embedded.schedule import TrainingClock
 from embedded.unet_training import tokens_of
@@ -96,14 +96,7 @@ def train_decoder(
     nn.Module.to(model, device)
     average = copy.deepcopy(model).requires_grad_(requires_grad=False)
     averaging = RunningAverage(model.decoder, average.decoder, _AVERAGE_DECAY)
-    optimizer = torch.optim.AdamW(
-        model.decoder.parameters(),
-        lr=torch.tensor(settings.rate, device=device),
-        betas=(0.9, 0.99),
-        weight_decay=0.0,
-        fused=True,
-        capturable=torch.device(device).type == "cuda",
-    )
+    optimizer = adam(model.decoder.parameters(), settings.rate, (0.9, 0.99), device)
     clock = TrainingClock(settings.steps, settings.minutes)
     state = TrainingState({"model": model, "average": average}, optimizer, clock)
     if checkpoint.exists():
@@ -137,8 +130,7 @@ def train_decoder(
     total = torch.zeros((), device=device)
     while clock.progress < 1:
         rate = clock.rate(settings.rate, warm_up=_WARM_UP_STEPS, floor=_LEAST_RATE)
-        for group in optimizer.param_groups:
-            group["lr"].fill_(rate)
+        set_rate(optimizer, rate)
         draw()
         total += run()
         clock.step += 1
@@ -182,20 +174,15 @@ def make_pairs(components: Components, settings: DecoderSettings) -> _Pairs:
         clean = torch.cat([components.autoencoder.encoder(part) for part in drawn.split(64)])
         tokens = tokens_of([scene.caption for scene in scenes]).to(device)
         text = components.text_encoder(tokens).last_hidden_state
-        both = torch.cat([empty.expand_as(text), text])
-        scales = torch.empty(rows, 1, 1, 1, device=device).uniform_(*_SCALES, generator=rng)
+        scales = torch.empty(rows, device=device).uniform_(*_SCALES, generator=rng)
         times = torch.randint(40, _LATEST, (rows,), generator=rng, device=device)
         noise = torch.randn(clean.shape, generator=rng, device=device)
         alpha, sigma = levels.at(times)
 
-        def guided(x: Tensor, t: Tensor, both: Tensor = both, scales: Tensor = scales) -> Tensor:
-            v = components.unet(x.repeat(2, 1, 1, 1), t.repeat(2), both, return_dict=False)[0]
-            without, with_text = v.float().chunk(2)
-            return without + scales * (with_text - without)
-
+        teacher = guided(components.unet, empty, text, scales)
         with torch.autocast(torch.device(device).type, torch.bfloat16):
             restored, _ = solved(
-                guided, alpha * clean + sigma * noise, times, _LATEST, _SOLVER_STEPS, levels
+                teacher, alpha * clean + sigma * noise, times, _LATEST, _SOLVER_STEPS, levels
             )
         moved = (restored - clean).abs().mean((1, 2, 3))
         kept = moved.argsort()[: int(rows * (1 - _DROPPED))]
