@@ -1,8 +1,15 @@
-"""The models that benchmarks run on, in the form that each system needs."""
+"""The models that benchmarks run on, in the form that each system needs.
+
+    python -m benchmarks.architectures sd15 FOLDER --device cuda
+
+writes one of them as a model folder, for benchmarks that start a server on it.
+"""
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -132,3 +139,20 @@ def _both(pipeline: Any, device: torch.device, dtype: torch.dtype, side: int) ->
         text=OneEncoder(CLIP(pipeline.text_encoder, pipeline.tokenizer, device)),
     )
     return Architecture(hosted, pipeline, side)
+
+
+def main() -> None:
+    """Write a model folder."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.architectures")
+    parser.add_argument("architecture", choices=("embedded", "sd15"))
+    parser.add_argument("folder", type=Path, help="to write")
+    parser.add_argument("--device", default="auto", help="where random weights are drawn")
+    parser.add_argument("--dtype", default="auto", help="that they are kept in")
+    options = parser.parse_args()
+    build(options.architecture, options.device, options.dtype).pipeline.save_pretrained(
+        options.folder
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -192,20 +192,25 @@ class StreamingWeft:
 
     def _networks_s(self, ticks: Counter[int], *, encoded: int, decoded: int) -> float:
         """Seconds of the networks alone for these ticks, measured now."""
-        size = self.side, self.side
+        size, device = (self.side, self.side), self.model.device
         shape = self.model.latent_shape(*size)
         [told] = self.model.encode_prompts([None], *size)
 
         def forward(rows: int) -> float:
-            x, t = torch.randn(rows, *shape), torch.full((rows,), 500.0)
+            x = torch.randn(rows, *shape, device=device)
+            t = torch.full((rows,), 500.0, device=device)
             inputs = RowInputs(self.model.stack([told] * rows))
-            return _timed(lambda: self.model.evaluate(x, t, inputs))
+            return _timed(lambda: self.model.evaluate(x, t, inputs), device)
 
         with torch.inference_mode():
             usual = sorted(n for n, count in ticks.items() if count >= 0.05 * ticks.total())
             seconds = [forward(n) for n in usual]
-            encoder = _timed(lambda: self.model.encode_image(torch.zeros(1, 3, *size)))
-            decoder = _timed(lambda: self.model.decode(torch.zeros(1, *shape)))
+            picture = torch.zeros(1, 3, *size, device=device)
+            latent = torch.zeros(1, *shape, device=device)
+            encoder = _timed(lambda: self.model.encode_image(picture), device)
+            decoder = _timed(
+                lambda: self.model.decode(torch.zeros(1, *shape, device=device)), device
+            )
         denoiser = sum(
             count * float(np.interp(rows, usual, seconds)) for rows, count in ticks.items()
         )
@@ -291,11 +296,13 @@ def jpeg(frame: NDArray[np.uint8]) -> bytes:
     return file.getvalue()
 
 
-def _timed(call: Callable[[], object]) -> float:
-    """Median seconds of a call."""
+def _timed(call: Callable[[], object], device: torch.device) -> float:
+    """Median seconds of a call, until the device has done what it asks for."""
     seconds: list[float] = []
     for _ in range(TIMINGS):
         began = perf_counter()
         call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         seconds.append(perf_counter() - began)
     return median(seconds)

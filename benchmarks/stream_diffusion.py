@@ -68,7 +68,9 @@ class StreamDiffusionPeer:
     ) -> None:
         if str(package) not in sys.path:
             sys.path.insert(0, str(package))
-        if not torch.cuda.is_available():
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = torch.float16 if device.type == "cuda" else torch.float32
+        if device.type == "cpu":
             torch.cuda.Event = _Event  # type: ignore[misc, assignment]
             torch.cuda.synchronize = lambda *_: None
         from diffusers import StableDiffusionPipeline
@@ -76,7 +78,10 @@ class StreamDiffusionPeer:
             StreamDiffusion,  # pyright: ignore[reportUnknownVariableType]
         )
 
-        pipeline: Any = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
+        pipeline: Any = StableDiffusionPipeline.from_pretrained(
+            model, safety_checker=None, dtype=dtype
+        )
+        pipeline.to(device)
         if channels_last:
             for network in (pipeline.unet, pipeline.vae):
                 network.to(memory_format=torch.channels_last)
@@ -84,7 +89,7 @@ class StreamDiffusionPeer:
         self._stream: Any = StreamDiffusion(
             pipeline,
             STAGES[stages],
-            torch_dtype=torch.float32,
+            torch_dtype=dtype,
             width=side,
             height=side,
             cfg_type=guidance,
@@ -102,7 +107,14 @@ class StreamDiffusionPeer:
         while perf_counter() - start < seconds:
             began.append(perf_counter())
             picture = self._stream(inputs[len(began) % len(inputs)])
-            _ = ((picture[0] / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+            _ = (
+                ((picture[0] / 2 + 0.5).clamp(0, 1) * 255)
+                .round()
+                .byte()
+                .permute(1, 2, 0)
+                .cpu()
+                .numpy()
+            )
             ended.append(perf_counter())
         late = self._stages - 1
         latencies = [b - a for a, b in zip(began, ended[late:], strict=False)]
