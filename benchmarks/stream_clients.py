@@ -208,9 +208,7 @@ class StreamingWeft:
             picture = torch.zeros(1, 3, *size, device=device)
             latent = torch.zeros(1, *shape, device=device)
             encoder = _timed(lambda: self.model.encode_image(picture), device)
-            decoder = _timed(
-                lambda: self.model.decode(torch.zeros(1, *shape, device=device)), device
-            )
+            decoder = _timed(lambda: self.model.decode(latent), device)
         denoiser = sum(
             count * float(np.interp(rows, usual, seconds)) for rows, count in ticks.items()
         )
