@@ -10,6 +10,8 @@ from samplers.other_names import (
     COMFYUI,
     COMFYUI_SAMPLERS,
     DIFFUSERS,
+    FORGE,
+    FORGE_SCHEDULE_TYPES,
     LACKING,
     SCHEDULE_TYPES,
 )
@@ -21,7 +23,7 @@ from samplers.spacings import SPACINGS
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
-    from samplers.other_names import Fields, Scheduler
+    from samplers.other_names import Fields, Label, Scheduler
 
 Kind = TypeVar("Kind", Sampler, Spacing)
 
@@ -29,30 +31,51 @@ _NOT_HERE: Final[Mapping[str, Any]] = {"thresholding": True, "final_sigmas_type"
 """Options of diffusers' schedulers that no sampler here has."""
 
 
+_LABELS: Final[Mapping[str, Label]] = {**AUTOMATIC1111, **FORGE}
+_TYPES: Final[Mapping[str, Fields]] = {**SCHEDULE_TYPES, **FORGE_SCHEDULE_TYPES}
+
+
 class NoEqual(ValueError):
     """What another program has under this name, this one has not."""
+
+
+class UnknownName(ValueError):
+    """No program calls anything so.
+
+    Attributes:
+        near: names that are like it, nearest first.
+    """
+
+    def __init__(self, field: str, text: str, known: Iterable[str]) -> None:
+        by_case = {name.casefold(): name for name in known}
+        found = get_close_matches(text.strip().casefold(), by_case, n=3, cutoff=0.5)
+        self.near = tuple(by_case[name] for name in found)
+        hint = f"; near are: {', '.join(self.near)}" if self.near else ""
+        super().__init__(
+            f"{field} {text[:60]!r} is no name that AUTOMATIC1111, ComfyUI or diffusers use{hint}."
+        )
 
 
 def named(text: str) -> tuple[Sampler, Spacing | None]:
     """What another program's name for a sampler stands for.
 
     Args:
-        text: a sampler of AUTOMATIC1111, alone or with a schedule type after it ("DPM++ 2M
-            Karras"), a class of diffusers' schedulers at its defaults, or a sampler of ComfyUI.
-            Case does not count.
+        text: a sampler of AUTOMATIC1111 or Forge, alone or with a schedule type after it ("DPM++
+            2M Karras"), a class of diffusers' schedulers at its defaults, or a sampler of ComfyUI.
+            Case does not count. Where two programs have a name, it is AUTOMATIC1111's.
 
     Returns:
         The sampler, and the spacing if the name says one.
 
     Raises:
         NoEqual: it is known, and nothing here is equal.
-        ValueError: no program calls anything so; near names are listed.
+        UnknownName: no program calls anything so; near names are listed.
     """
     wanted = text.strip().casefold()
-    for label, known in AUTOMATIC1111.items():
+    for label, known in _LABELS.items():
+        types = {kind: fields for kind, fields in _TYPES.items() if kind != "LCM"}
+        types["Automatic"] = _TYPES[known.automatic]
         for one in (label, *known.aliases):
-            types = {kind: fields for kind, fields in SCHEDULE_TYPES.items() if kind != "LCM"}
-            types["Automatic"] = SCHEDULE_TYPES[known.automatic]
             spacings = {f"{one} {kind}".casefold(): fields for kind, fields in types.items()}
             if wanted == one.casefold():
                 return _built(SAMPLERS, known.fields), None
@@ -64,25 +87,36 @@ def named(text: str) -> tuple[Sampler, Spacing | None]:
     if (plain := wanted.removesuffix("_gpu")) in COMFYUI_SAMPLERS:
         return _built(SAMPLERS, COMFYUI_SAMPLERS[plain]), None
     _refuse_lacking(text)
-    raise ValueError(
-        _unknown("sampler", text, [*COMFYUI_SAMPLERS, *AUTOMATIC1111, *DIFFUSERS, *LACKING])
-    )
+    raise UnknownName("sampler", text, [*COMFYUI_SAMPLERS, *_LABELS, *DIFFUSERS, *LACKING])
+
+
+def automatic(text: str) -> Spacing | None:
+    """The spacing that AUTOMATIC1111 or Forge choose for a sampler of theirs; None for others.
+
+    Args:
+        text: their label or alias of the sampler; case does not count.
+    """
+    wanted = text.strip().casefold()
+    for label, known in _LABELS.items():
+        if wanted in (one.casefold() for one in (label, *known.aliases)):
+            return _built(SPACINGS, _TYPES[known.automatic])
+    return None
 
 
 def schedule_type(text: str) -> Spacing:
-    """What AUTOMATIC1111 or ComfyUI's name for a schedule stands for; case does not count.
+    """What AUTOMATIC1111's, Forge's or ComfyUI's name for a schedule stands for.
 
-    Where both have a name, it is AUTOMATIC1111's.
+    Case does not count. Where two have a name, it is AUTOMATIC1111's.
 
     Raises:
-        ValueError: there is no such schedule type; near names are listed.
+        UnknownName: there is no such schedule type; near names are listed.
     """
-    for label, fields in SCHEDULE_TYPES.items():
+    for label, fields in _TYPES.items():
         if text.strip().casefold() in (label.casefold(), label.casefold().replace(" ", "_")):
             return _built(SPACINGS, fields)
     if (name := text.strip().casefold()) in COMFYUI:
         return _built(SPACINGS, COMFYUI[name])
-    raise ValueError(_unknown("spacing", text, [*COMFYUI, *SCHEDULE_TYPES]))
+    raise UnknownName("spacing", text, [*COMFYUI, *_TYPES])
 
 
 def of_diffusers(config: Mapping[str, Any]) -> tuple[Sampler, Spacing]:
@@ -96,12 +130,12 @@ def of_diffusers(config: Mapping[str, Any]) -> tuple[Sampler, Spacing]:
 
     Raises:
         NoEqual: the class, or an option of it, has no equal here.
-        ValueError: the class is not known; near names are listed.
+        UnknownName: the class is not known; near names are listed.
     """
     name = str(config.get("_class_name", ""))
     _refuse_lacking(name)
     if name not in DIFFUSERS:
-        raise ValueError(_unknown("sampler", name, DIFFUSERS))
+        raise UnknownName("sampler", name, DIFFUSERS)
     known = DIFFUSERS[name]
     for option, value in _NOT_HERE.items():
         if option in config and config[option] == value:
@@ -186,10 +220,3 @@ def _refuse_lacking(text: str) -> None:
     for name, why in LACKING.items():
         if text.strip().casefold() == name.casefold():
             raise NoEqual(f"sampler {name!r} has no equal here: {why}.")
-
-
-def _unknown(field: str, text: str, known: Iterable[str]) -> str:
-    by_case = {name.casefold(): name for name in known}
-    near = get_close_matches(text.strip().casefold(), by_case, n=3, cutoff=0.5)
-    hint = f"; near are: {', '.join(by_case[name] for name in near)}" if near else ""
-    return f"{field} {text[:60]!r} is no name that AUTOMATIC1111, ComfyUI or diffusers use{hint}."

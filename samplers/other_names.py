@@ -1,4 +1,4 @@
-"""Tables of what AUTOMATIC1111 and diffusers call the samplers and spacings of this library."""
+"""Tables of what other programs call the samplers and spacings of this library."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Fields: TypeAlias = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """A sampler of AUTOMATIC1111.
+    """A sampler of AUTOMATIC1111 or Forge.
 
     Attributes:
         fields: our sampler.
@@ -122,6 +122,23 @@ SCHEDULE_TYPES: Final[Mapping[str, Fields]] = MappingProxyType(
 )
 """Schedule types of AUTOMATIC1111 by their label; LCM is the one that its sampler LCM brings."""
 
+FORGE: Final[Mapping[str, Label]] = MappingProxyType(
+    {
+        "DDPM": Label({"name": "ddim", "eta": 1.0}, "Uniform", ("ddpm",)),
+        "IPNDM": Label({"name": "hb", "order": 4.0, "beta": 1.0}, "Uniform", ("ipndm",)),
+    }
+)
+"""Samplers that Forge has beside those of AUTOMATIC1111."""
+
+FORGE_SCHEDULE_TYPES: Final[Mapping[str, Fields]] = MappingProxyType(
+    {
+        "Turbo": {"name": "trailing"},
+        # Its table of eleven levels is the authors' of ten steps, which is also the other's.
+        "Align Your Steps 11": {"name": "align_your_steps"},
+    }
+)
+"""Schedule types that Forge has beside those of AUTOMATIC1111."""
+
 COMFYUI_SAMPLERS: Final[Mapping[str, Fields]] = MappingProxyType(
     {
         "euler": {"name": "euler"},
@@ -148,7 +165,8 @@ COMFYUI_SAMPLERS: Final[Mapping[str, Fields]] = MappingProxyType(
         "res_multistep": {"name": "dpm_solver_pp", "solver_type": "taylor"} | _NEVER_LOWERED,
         "res_2s": {"name": "dpm_solver_pp_singlestep", "order": 2, "solver_type": "taylor"},
         "gradient_estimation": {"name": "gradient_estimation"},
-        "ddim": {"name": "ddim"},
+        # Its code runs Euler's method there; in requests the name is our own sampler's.
+        "ddim": {"name": "euler"},
         "uni_pc": {"name": "unipc", "order": 3, "variant": "bh1", "lower_order_final": "always"},
         "uni_pc_bh2": {
             "name": "unipc",

@@ -1,9 +1,10 @@
-"""Says which settings a model's convention chose for a request that left them out."""
+"""Says how a request was read, and which settings a model's convention chose for it."""
 
 from __future__ import annotations
 
 from server.models.hosted import HostedModel
 from server.requests.defaults import own_defaults
+from server.requests.foreign_names import shown
 from server.requests.schema import GenerateRequest, ResolvedRequest
 
 __all__ = ["notes_for"]
@@ -12,16 +13,21 @@ __all__ = ["notes_for"]
 def notes_for(
     request: GenerateRequest, resolved: ResolvedRequest, model: HostedModel
 ) -> tuple[str, ...]:
-    """One sentence about what was chosen for a distilled model; none where nothing was.
+    """One sentence for each setting that was translated, and one about those that were chosen.
 
     Args:
         request: as sent.
         resolved: the same with every default filled in.
         model: that will serve it.
     """
+    read = request.reading.notes
+    if request.reading.rule_left_out:
+        scale = getattr(resolved.guidance, "scale", None)
+        rule = {"name": resolved.guidance.name} | ({} if scale is None else {"scale": scale})
+        read = (*read, f"guidance names no rule and is {shown(rule)}.")
     own = own_defaults(model, resolved.adapters)
     if own is None:
-        return ()
+        return read
     guidance = f"guidance {resolved.guidance.name!r}"
     if resolved.guidance.policy.embeds:
         guidance += f" with policy {resolved.guidance.policy.name!r}"
@@ -33,8 +39,9 @@ def notes_for(
     }
     chosen = [text for field, text in said.items() if getattr(request, field) is None]
     if not chosen:
-        return ()
+        return read
     return (
+        *read,
         f"Chosen for model {model.facts.name!r}, which is sampled by the convention "
         f"{own.convention!r} because {own.reason}: {', '.join(chosen)}.",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from server.errors import InvalidRequest
 from server.requests.adapters import check_adapters
 from server.requests.schema import (
     DEFAULT_STEPS,
@@ -11,6 +12,7 @@ from server.requests.schema import (
     default_guidance,
     default_sampler,
     guidance_of,
+    merged,
 )
 
 if TYPE_CHECKING:
@@ -22,7 +24,14 @@ if TYPE_CHECKING:
     from server.requests.adapters import WeightedName
     from server.requests.schema import Guidance
 
-__all__ = ["guidance_for", "own_defaults", "sampler_for", "spacing_for", "steps_for"]
+__all__ = [
+    "guidance_for",
+    "guidance_with",
+    "own_defaults",
+    "sampler_for",
+    "spacing_for",
+    "steps_for",
+]
 
 
 def own_defaults(model: HostedModel, adapters: Sequence[WeightedName] = ()) -> ModelDefaults | None:
@@ -87,3 +96,28 @@ def guidance_for(own: ModelDefaults | None, sampler: Sampler) -> Guidance:
         sampler: of the request.
     """
     return default_guidance(sampler) if own is None else guidance_of(own.rule, own.policy)
+
+
+def guidance_with(given: Guidance, default: Guidance, model: str) -> Guidance:
+    """The guidance of a request that states fields of it and no rule.
+
+    Args:
+        given: as validated, with a rule that the request does not name.
+        default: what the request would get without them.
+        model: its name, for the error.
+
+    Raises:
+        InvalidRequest: a field that the default's rule does not have.
+    """
+    fields = given.model_fields_set - {"name"}
+    if not default.combines and getattr(given, "scale", None) in (0, 1):
+        # Both say that a distilled model is sampled without guidance.
+        fields -= {"scale"}
+    for field in sorted(fields):
+        if field not in type(default).model_fields:
+            raise InvalidRequest(
+                f"guidance.{field}",
+                f"guidance has {field} and no name, and the default for model {model!r} is "
+                f"{default.name!r}, which has no {field}; name a rule, or leave {field} out.",
+            )
+    return merged(default, given, fields)

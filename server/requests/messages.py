@@ -12,6 +12,7 @@ from guidance.parts import PARTS
 from server.errors import InvalidRequest, MalformedBody
 from server.requests.adapters import WeightedName
 from server.requests.choice import listed
+from server.requests.reading import SAME
 from server.requests.schema import CHOICES
 
 __all__ = ["explain"]
@@ -72,6 +73,8 @@ def explain(
         return MalformedBody(None, f"The body is not valid JSON: {reason} at {error['loc'][-1]}.")
     loc = error["loc"][within:]
     path = _path(loc)
+    if not path and error["type"] == "sentence":
+        return InvalidRequest(error["ctx"]["field"], str(error["msg"]))
     if not path and error["type"] == "string_unicode":
         return InvalidRequest(None, "The body has a field whose name is not valid Unicode.")
     if not path:
@@ -101,7 +104,9 @@ def _sentence(param: str, error: Mapping[str, Any]) -> str:
 def _unknown(param: str, allowed: Sequence[str]) -> str:
     if not allowed:
         return f"{_clean(param)} is not a known field; remove it."
-    near = get_close_matches(param.rpartition(".")[2][:_SHOWN], allowed, n=1)
+    name = param.rpartition(".")[2][:_SHOWN]
+    same = [SAME[name]] if SAME.get(name) in allowed else []
+    near = same or get_close_matches(name, allowed, n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
     return f"{_clean(param)} is not a known field{hint}; allowed are: {listed(allowed)}."
 

@@ -27,6 +27,7 @@ from server.requests.checks.guidance import check_guidance, check_windows, coeff
 from server.requests.checks.limits import check_limits, check_size, check_tokens
 from server.requests.defaults import (
     guidance_for,
+    guidance_with,
     own_defaults,
     sampler_for,
     spacing_for,
@@ -49,7 +50,8 @@ class Prepared:
         coefficients: what its guidance policy was fitted to, ``[stages, n]``; None if it needs
             none.
         warnings: one sentence for each setting that has no effect or does not suit the model.
-        notes: one sentence about the settings that a distilled model's convention chose.
+        notes: one sentence for each setting that was translated, and one about those that a
+            distilled model's convention chose.
     """
 
     request: ResolvedRequest
@@ -84,6 +86,8 @@ def resolve(
     sampler = request.sampler or sampler_for(own)
     spacing = request.spacing or spacing_for(own, sampler, request.steps)
     guidance = request.guidance or guidance_for(own, sampler)
+    if request.guidance is not None and request.reading.rule_left_out:
+        guidance = guidance_with(guidance, guidance_for(own, sampler), model.facts.name)
     width, height = upload_size or (model.facts.default_width, model.facts.default_height)
     # Every value was validated when the request was read.
     resolved = ResolvedRequest.model_construct(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, create_model
@@ -23,8 +23,9 @@ from guidance.parts import PARTS, Part
 from samplers import SAMPLERS, SPACINGS, Sampler, Spacing
 from server.image_codec import OutputFormat
 from server.requests.adapters import MOST, AdapterChoices
-from server.requests.aliases import sampler_elsewhere, spacing_elsewhere
 from server.requests.choice import choice, name_of
+from server.requests.foreign_names import why_no_sampler, why_no_spacing
+from server.requests.reading import DEFAULT_RULE, Readable
 from server.requests.upload import Upload
 from server.settings import PROMPT_BYTES_CEILING
 
@@ -40,12 +41,13 @@ __all__ = [
     "default_guidance",
     "default_sampler",
     "guidance_of",
+    "merged",
     "split",
 ]
 
 DEFAULT_STEPS: Final = 25
 DEFAULT_SAMPLER: Final = "dpm_solver_pp"
-DEFAULT_GUIDANCE: Final = {"name": "apg", "scale": 4.0}
+DEFAULT_GUIDANCE: Final = {"name": DEFAULT_RULE, "scale": 4.0}
 """As accurate as plain guidance at that scale, and closer to the data in appearance
 (docs/guidance.md)."""
 GUIDANCE_OF_STATISTICS: Final = {"name": "cfg", "scale": 4.0}
@@ -66,8 +68,8 @@ if TYPE_CHECKING:
         particles: FeynmanKac | None
         negtome: NegToMe | None
 else:
-    SamplerChoice = choice("sampler", SAMPLERS, sampler_elsewhere)
-    SpacingChoice = choice("spacing", SPACINGS, spacing_elsewhere)
+    SamplerChoice = choice("sampler", SAMPLERS, why_no_sampler)
+    SpacingChoice = choice("spacing", SPACINGS, why_no_spacing)
 
     def _field_of(part: Part) -> tuple[Any, Any]:
         """Type and default of a part of `guidance`."""
@@ -113,13 +115,13 @@ Prompt = Annotated[str, Field(max_length=PROMPT_BYTES_CEILING), AfterValidator(_
 Count = Annotated[int, Field(strict=True)]
 
 
-class GenerateRequest(BaseModel):
+class GenerateRequest(Readable):
     """One request for images of one prompt.
 
     Fields that are left out take their defaults; the response's `settings` contain all of them.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    renamed = True
 
     prompt: Prompt = Field(description="Describes the image.", examples=["a red circle"])
     negative_prompt: Prompt | None = Field(
@@ -146,14 +148,15 @@ class GenerateRequest(BaseModel):
         default=None,
         ge=0,
         le=MAX_SEED,
-        description="Seed of the first image; image i has seed + i. Default: random, and reported "
-        "in the response.",
+        description="Seed of the first image; image i has seed + i. Default, and with -1: random, "
+        "and reported in the response.",
     )
     n: Count = Field(default=1, ge=1, description="Number of images.")
     sampler: SamplerChoice | None = Field(
         default=None,
-        description="How the noise is removed. Default: that of the model's entry in the catalog, "
-        f"usually `{DEFAULT_SAMPLER}`.",
+        description="How the noise is removed; names of AUTOMATIC1111, ComfyUI and diffusers are "
+        "understood too. Default: that of the model's entry in the catalog, usually "
+        f"`{DEFAULT_SAMPLER}`.",
     )
     spacing: SpacingChoice | None = Field(
         default=None,
@@ -164,7 +167,8 @@ class GenerateRequest(BaseModel):
         default=None,
         description="How the images are made to follow the prompt: the name and fields of a rule, "
         "and optionally "
-        f"{', '.join(f'`{part.field}`' for part in PARTS)}. "
+        f"{', '.join(f'`{part.field}`' for part in PARTS)}. Without a name, the fields go to the "
+        "default rule. "
         "Default: that of the model's entry in the catalog, usually "
         f"`{json.dumps(DEFAULT_GUIDANCE)}`, or `{json.dumps(GUIDANCE_OF_STATISTICS)}` with a "
         "sampler that uses model statistics.",
@@ -263,6 +267,11 @@ def default_guidance(sampler: Sampler) -> Guidance:
 def guidance_of(rule: Rule, policy: Policy) -> Guidance:
     """A request's guidance of a rule and a policy, and nothing else."""
     return _GUIDANCE.validate_python({**rule.model_dump(), "policy": policy.model_dump()})
+
+
+def merged(default: Guidance, given: Guidance, fields: Collection[str]) -> Guidance:
+    """A request's guidance with some fields of another one."""
+    return _GUIDANCE.validate_python(default.model_dump() | given.model_dump(include=set(fields)))
 
 
 def split(guidance: Guidance) -> tuple[Rule, Policy]:

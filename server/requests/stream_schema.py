@@ -14,6 +14,7 @@ from server.models.blend import Blend, BlendKind
 from server.requests.adapters import AdapterChoices
 from server.requests.checks.shape import check_shape
 from server.requests.messages import explain
+from server.requests.reading import Readable
 from server.requests.schema import (
     Count,
     GenerateRequest,
@@ -96,10 +97,8 @@ Prompts = Annotated[
 ]
 
 
-class StreamSettings(BaseModel):
+class StreamSettings(Readable):
     """Settings of a live stream; fields that are left out take their defaults."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     prompt: Prompts = Field(
         description="Describes the images: a string, or a list of weighted prompts."
@@ -179,7 +178,7 @@ class StreamSettings(BaseModel):
         fields = {
             name: getattr(self, name) for name in GenerateRequest.model_fields if name in _SHARED
         }
-        return GenerateRequest(prompt=self.prompt[0].text, **fields)
+        return GenerateRequest(prompt=self.prompt[0].text, **fields).read_as(self.reading)
 
     def own(self) -> dict[str, Any]:
         """JSON of the fields that a request for a single image does not have, and of the prompt."""

@@ -22,6 +22,8 @@ from samplers.other_names import (
     COMFYUI,
     COMFYUI_SAMPLERS,
     DIFFUSERS,
+    FORGE,
+    FORGE_SCHEDULE_TYPES,
     LACKING,
     SCHEDULE_TYPES,
 )
@@ -239,6 +241,9 @@ def tables() -> list[str]:
     samplers += [f"| {a} | {written(b.fields)} | {b.automatic} |" for a, b in AUTOMATIC1111.items()]
     types = ["| AUTOMATIC1111's schedule type | here |", "|---|---|"]
     types += [f"| {a} | {written(b)} |" for a, b in SCHEDULE_TYPES.items()]
+    forge = ["| Forge's sampler or schedule type | here |", "|---|---|"]
+    forge += [f"| {a} | {written(b.fields)} |" for a, b in FORGE.items()]
+    forge += [f"| {a} | {written(b)} |" for a, b in FORGE_SCHEDULE_TYPES.items()]
     theirs = ["| ComfyUI's sampler | here |", "|---|---|"]
     theirs += [f"| {a} | {written(b)} |" for a, b in COMFYUI_SAMPLERS.items()]
     comfyui = ["| ComfyUI's scheduler | here |", "|---|---|"]
@@ -251,7 +256,8 @@ def tables() -> list[str]:
     ]
     lacking = ["| there | why not here |", "|---|---|"]
     lacking += [f"| {name} | {why} |" for name, why in LACKING.items()]
-    return ["\n".join(table) for table in (samplers, types, theirs, comfyui, schedulers, lacking)]
+    found = (samplers, types, forge, theirs, comfyui, schedulers, lacking)
+    return ["\n".join(table) for table in found]
 
 
 @pytest.mark.parametrize("table", tables(), ids=lambda table: table.splitlines()[0])

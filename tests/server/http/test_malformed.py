@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
 from server.http.app import create_app
+from server.requests.reading import SAME, SCALES
 from server.requests.schema import CHOICES, GenerateRequest
 from server.settings import Settings
 
@@ -53,7 +54,7 @@ def test_any_json_is_answered(body: dict[str, Any]) -> None:
 
 
 @settings(max_examples=120, suppress_health_check=[HealthCheck.too_slow])
-@given(st.sampled_from(sorted(GenerateRequest.model_fields)), VALUES)
+@given(st.sampled_from(sorted({*GenerateRequest.model_fields, *SAME, *SCALES, "size"})), VALUES)
 def test_any_value_of_any_field_is_answered(field: str, value: Any) -> None:
     assert_answered(json.dumps({"prompt": "x"} | {field: value}).encode())
 

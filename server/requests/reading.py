@@ -1,0 +1,230 @@
+"""Reads a request that uses the words of other programs and services."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, ClassVar, Final, Self
+
+from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, PrivateAttr, model_validator
+from pydantic_core import PydanticCustomError
+
+from guidance.parts import PARTS
+from samplers import SAMPLERS, SPACINGS
+from server.requests.choice import name_of
+from server.requests.foreign_names import fields_of, sampler_of, schedule_of, shown
+
+__all__ = ["SAME", "SCALES", "Readable", "Reading", "in_our_words"]
+
+SAME: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "num_inference_steps": "steps",
+        "sampling_steps": "steps",
+        "sampler_name": "sampler",
+        "scheduler": "spacing",
+        "schedule_type": "spacing",
+        "num_images_per_prompt": "n",
+        "num_images": "n",
+        "num_outputs": "n",
+        "batch_size": "n",
+        "denoising_strength": "strength",
+    }
+)
+"""Fields of other services, and ours that mean the same."""
+
+SCALES: Final = ("cfg_scale", "guidance_scale")
+"""What other services call `guidance.scale`."""
+
+_SIZE: Final = re.compile(r"(\d{1,6})\s*[x×*]\s*(\d{1,6})", re.IGNORECASE)
+_SAMPLERS: Final = frozenset(map(name_of, SAMPLERS))
+_SPACINGS: Final = frozenset(map(name_of, SPACINGS))
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How a request was read.
+
+    Attributes:
+        notes: one sentence for each choice that was read into the request.
+        rule_left_out: whether `guidance` is an object without a name, whose fields go to the rule
+            that the request gets by default.
+    """
+
+    notes: tuple[str, ...] = ()
+    rule_left_out: bool = False
+
+
+DEFAULT_RULE: Final = "apg"
+"""The rule by which an object of `guidance` without a name is validated; its fields may go to
+another one, if the request's model has one of its own."""
+
+
+class Readable(BaseModel):
+    """A request that is read before it is validated."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    renamed: ClassVar[bool] = False
+    """Whether fields may have other services' names."""
+
+    _reading: Reading = PrivateAttr(default_factory=Reading)
+
+    @property
+    def reading(self) -> Reading:
+        """How it was read."""
+        return self._reading
+
+    def read_as(self, reading: Reading) -> Self:
+        """The request, as if it had been read in that way."""
+        self._reading = reading
+        return self
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _read(cls, given: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        if not isinstance(given, dict):
+            return validate(given)
+        fields, reading = in_our_words(given, cls.model_fields if cls.renamed else ())
+        return validate(fields).read_as(reading)
+
+
+def in_our_words(
+    given: Mapping[str, Any], known: Collection[str]
+) -> tuple[dict[str, Any], Reading]:
+    """A request whose fields and names are those of this server.
+
+    Nothing is validated but what is translated; fields that nobody knows stay as they are.
+
+    Args:
+        given: as sent.
+        known: the fields that other services' names may stand for.
+
+    Raises:
+        PydanticCustomError: a field says what another one says too, or is in the wrong place.
+    """
+    fields, notes = dict(given), list[str]()
+    _rename(fields, known, notes)
+    _read_scale(fields, known)
+    _read_size(fields, known)
+    if type(seed := fields.get("seed")) is int and seed == -1:
+        del fields["seed"]
+    for part in PARTS:
+        if part.field in fields:
+            raise _refused(
+                part.field,
+                f"{part.field} is a field of guidance; send it within: "
+                f'{{"guidance": {{"{part.field}": ...}}}}.',
+            )
+    _read_names(fields, notes)
+    guidance = fields.get("guidance")
+    if isinstance(guidance, int | float) and not isinstance(guidance, bool):
+        guidance = {"scale": guidance}
+    if not isinstance(guidance, dict) or "name" in guidance:
+        return fields, Reading(tuple(notes))
+    fields["guidance"] = {"name": DEFAULT_RULE, **guidance}
+    return fields, Reading(tuple(notes), rule_left_out=True)
+
+
+def _rename(fields: dict[str, Any], known: Collection[str], notes: list[str]) -> None:
+    renamed: list[str] = []
+    for theirs, ours in SAME.items():
+        if theirs not in fields or ours not in known:
+            continue
+        value = fields.pop(theirs)
+        if value is None:
+            continue
+        # diffusers calls a sampler a scheduler.
+        if theirs == "scheduler" and isinstance(value, str) and value.endswith("Scheduler"):
+            ours = "sampler"
+        if fields.get(ours) is not None:
+            raise _refused(theirs, f"{theirs} means {ours}, which is there too; send one of them.")
+        fields[ours] = value
+        renamed.append(f"{theirs} as {ours}")
+    if renamed:
+        notes.append(f"Read {', '.join(renamed)}.")
+
+
+def _read_scale(fields: dict[str, Any], known: Collection[str]) -> None:
+    for theirs in SCALES:
+        if theirs not in fields or "guidance" not in known:
+            continue
+        scale = fields.pop(theirs)
+        if scale is None:
+            continue
+        guidance = fields.get("guidance") or {}
+        if isinstance(guidance, str):
+            guidance = {"name": guidance}
+        if not isinstance(guidance, dict) or "scale" in guidance:
+            raise _refused(
+                theirs, f"{theirs} means guidance.scale, which is there too; send one of them."
+            )
+        fields["guidance"] = {**guidance, "scale": scale}
+
+
+def _read_size(fields: dict[str, Any], known: Collection[str]) -> None:
+    size = fields.get("size")
+    if not isinstance(size, str) or "width" not in known:
+        return
+    del fields["size"]
+    if size.strip().casefold() == "auto":
+        return
+    found = _SIZE.fullmatch(size.strip())
+    if found is None:
+        raise _refused(
+            "size",
+            f"size is {size[:60]!r}; it must be like '512x512', or width and height instead.",
+        )
+    for name, value in zip(("width", "height"), found.groups(), strict=True):
+        if fields.get(name) is not None:
+            raise _refused("size", f"size says the {name}, which is there too; send one of them.")
+        fields[name] = int(value)
+
+
+def _read_names(fields: dict[str, Any], notes: list[str]) -> None:
+    """Translate the names of samplers and spacings that are another program's.
+
+    What has no equal stays, and is refused with the reason where the field is validated.
+    """
+    theirs, rest = _name_in(fields.get("sampler"))
+    schedule, _ = _name_in(fields.get("spacing"))
+    if schedule is not None and schedule.strip().casefold() in ("", "automatic"):
+        del fields["spacing"]
+        schedule = "automatic"
+    if theirs is not None and theirs not in _SAMPLERS:
+        try:
+            sampler, spacing = sampler_of(theirs, schedule if schedule == "automatic" else None)
+        except ValueError:
+            return
+        ours = fields_of(sampler)
+        fields["sampler"] = ours | rest
+        said = f"sampler {theirs!r} is {shown(ours)} here"
+        if spacing is not None and fields.get("spacing") is None:
+            fields["spacing"] = fields_of(spacing)
+            said += f", with spacing {shown(fields['spacing'])}"
+        notes.append(f"{said}.")
+    if schedule is None or schedule == "automatic" or schedule in _SPACINGS:
+        return
+    try:
+        found = schedule_of(schedule)
+    except ValueError:
+        return
+    if found is not None:
+        _, rest = _name_in(fields["spacing"])
+        ours = fields_of(found)
+        fields["spacing"] = ours | rest
+        notes.append(f"spacing {schedule!r} is {shown(ours)} here.")
+
+
+def _name_in(value: Any) -> tuple[str | None, dict[str, Any]]:
+    """The name in a choice, and its other fields; no name where it says none."""
+    if isinstance(value, str):
+        return value, {}
+    if isinstance(value, dict) and isinstance(name := value.get("name"), str):
+        return name, {key: one for key, one in value.items() if key != "name"}
+    return None, {}
+
+
+def _refused(field: str, sentence: str) -> PydanticCustomError:
+    return PydanticCustomError("sentence", "{sentence}", {"sentence": sentence, "field": field})
