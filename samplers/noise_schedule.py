@@ -107,13 +107,24 @@ class NoiseSchedule(Levels):
         return LinearVP(beta_min, beta_max)
 
     @staticmethod
-    def flow(shift: float = 1.0) -> NoiseSchedule:
+    def flow(
+        shift: float = 1.0, *, terminal: float | None = None, steps: int | None = None
+    ) -> NoiseSchedule:
         """Rectified flow, alpha = 1 - sigma; ``shift`` > 1 spends more steps at high noise.
 
+        Args:
+            shift: of even times, ``shift u / (1 + (shift - 1) u)``.
+            terminal: sigma of the last evaluation of a run of ``steps`` steps of spacing
+                ``trailing``, to which all its levels are stretched; None stretches nothing.
+            steps: of that run; a run of 1 step has nothing to stretch.
+
         Raises:
-            ValueError: unless ``shift`` is above 0.
+            ValueError: unless ``shift`` is above 0, ``terminal`` within (0, 1) and given together
+                with ``steps``.
         """
-        return FlowMatching(shift=shift)
+        if terminal is not None and steps == 1:
+            terminal = steps = None
+        return FlowMatching(shift=shift, terminal=terminal, steps=steps)
 
     @staticmethod
     def trigflow() -> NoiseSchedule:
@@ -248,15 +259,28 @@ class LinearVP(VariancePreserving):
 
 @dataclass(frozen=True)
 class FlowMatching(NoiseSchedule):
-    """Rectified flow: sigma = t, alpha = 1 - t on t in [0, 1]; the network reads T * t."""
+    """Rectified flow: sigma = t, alpha = 1 - t on t in [0, 1]; the network reads T * t.
+
+    With a ``terminal``, the shifted levels from pure noise to the last evaluation of ``steps``
+    trailing ones are stretched so that this one has the sigma ``terminal`` (``shift_terminal`` of
+    diffusers' config); from there sigma falls evenly to 0.
+    """
 
     shift: float = 1.0
     trained_steps: int = TRAINED_STEPS
+    terminal: float | None = None
+    steps: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.shift < np.inf:
             raise ValueError(f"shift is {self.shift:g}; it must be finite and above 0.")
         whole_number("trained_steps", self.trained_steps, least=2)
+        if (self.terminal is None) != (self.steps is None):
+            raise ValueError("terminal and steps go together; give both or neither.")
+        if self.terminal is not None and not 0 < self.terminal < 1:
+            raise ValueError(f"terminal is {self.terminal:g}; it must be above 0 and below 1.")
+        if self.steps is not None:
+            whole_number("steps", self.steps, least=2)
 
     @property
     @override
@@ -271,12 +295,31 @@ class FlowMatching(NoiseSchedule):
         return float(self.shifted(np.array(1 / self.trained_steps)))
 
     def shifted(self, u: F64) -> F64:
-        """Sigma of an even time u (SD3, arXiv 2403.03206, section 5.3.2)."""
-        return self.shift * u / (1 + (self.shift - 1) * u)
+        """Sigma of an even time u (SD3, arXiv 2403.03206, section 5.3.2), stretched."""
+        sigma = self._unstretched(u)
+        if self.terminal is None or self.steps is None:
+            return sigma
+        below = self.terminal * self.steps * u
+        stretched = 1 - self._stretch(self.terminal, self.steps) * (1 - sigma)
+        return np.where(below < self.terminal, below, stretched)
 
     @override
     def measure(self, t: F64) -> F64:
-        return t / (self.shift - (self.shift - 1) * t)
+        if self.terminal is None or self.steps is None:
+            return self._even(t)
+        above = self._even(1 - (1 - t) / self._stretch(self.terminal, self.steps))
+        return np.where(t < self.terminal, t / (self.terminal * self.steps), above)
+
+    def _unstretched(self, u: F64) -> F64:
+        return self.shift * u / (1 + (self.shift - 1) * u)
+
+    def _even(self, sigma: F64) -> F64:
+        return sigma / (self.shift - (self.shift - 1) * sigma)
+
+    def _stretch(self, terminal: float, steps: int) -> float:
+        """Factor on alpha that brings the last evaluation to ``terminal``."""
+        last = float(self._unstretched(np.array(1 / steps)))
+        return (1 - terminal) / (1 - last)
 
     @override
     def time_of_measure(self, measure: F64) -> F64:

@@ -5,10 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor, device
+
+MASK = "mask"
+"""Of stacked conditioning, which of a row's tokens are its own, bool ``[rows, tokens]``."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,3 +79,31 @@ class StackedConditioning:
                 for name, tensor in self.tensors.items()
             }
         )
+
+
+def stack_alike(rows: Sequence[Conditioning]) -> StackedConditioning:
+    """The conditioning of rows whose tensors have the same shapes, in their order."""
+    return StackedConditioning(
+        {name: torch.stack([row.tensors[name] for row in rows]) for name in rows[0].tensors}
+    )
+
+
+def stack_padded(rows: Sequence[Conditioning], text: str) -> StackedConditioning:
+    """The conditioning of rows of different lengths, in their order.
+
+    Args:
+        rows: all of the same names. Tensors other than the text are of one shape.
+        text: name of the tensor ``[tokens, ...]`` that is as long as the prompt. It is padded with
+            zeros to the longest of the rows, and ``MASK`` is added.
+    """
+    texts = [row.tensors[text] for row in rows]
+    own = [tensor.new_ones(len(tensor), dtype=torch.bool) for tensor in texts]
+    others = {
+        name: torch.stack([row.tensors[name] for row in rows])
+        for name in rows[0].tensors
+        if name != text
+    }
+    return StackedConditioning(
+        {text: pad_sequence(texts, batch_first=True), MASK: pad_sequence(own, batch_first=True)}
+        | others
+    )

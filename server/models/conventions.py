@@ -1,7 +1,8 @@
-"""How published few-step models are sampled: the conventions by name.
+"""How published models are sampled that differ from the server's defaults: conventions by name.
 
 Each is a sampler, a spacing, a number of steps and guidance that the authors of a kind of models
-distilled them for. ``docs/families.md`` has them as a table, which a test holds to this one.
+made them for, most of them by distilling them to few steps. ``docs/families.md`` has them as a
+table, which a test holds to this one.
 """
 
 from __future__ import annotations
@@ -40,10 +41,10 @@ EVALUATED: Final = Always()
 
 @dataclass(frozen=True, slots=True)
 class Convention:
-    """How a kind of few-step models is sampled.
+    """How a kind of models is sampled.
 
     Attributes:
-        models: that are distilled so, for the reader.
+        models: that are made so, for the reader.
         source: paper, or model card.
         sampler: of their runs.
         spacing: of their steps.
@@ -160,6 +161,16 @@ CONVENTIONS: Final[Mapping[str, Convention]] = MappingProxyType(
             steps=4,
             counts=(1, 2, 3, 4, 5, 6, 7, 8),
         ),
+        "flux_dev": Convention(
+            "FLUX.1 dev, shift by size: sigma 1, .9045, .7595, .5128 in 4 steps at 1024 x 1024",
+            "its model card, and diffusers' pipeline",
+            Euler(),
+            Trailing(),
+            steps=28,
+            rule=CFG(scale=3.5),
+            policy=Embedded(),
+            flow=True,
+        ),
         "flux_schnell": Convention(
             "FLUX.1 schnell, shift 1: sigma 1, .75, .5, .25",
             "its model card, and scheduler's config",
@@ -176,6 +187,15 @@ CONVENTIONS: Final[Mapping[str, Convention]] = MappingProxyType(
             Trailing(),
             steps=4,
             counts=(4,),
+            flow=True,
+        ),
+        "flux2_klein_base": Convention(
+            "FLUX.2 klein, base: shift by size and steps",
+            "its model card, and diffusers' pipeline",
+            Euler(),
+            Trailing(),
+            steps=50,
+            rule=CFG(scale=4.0),
             flow=True,
         ),
         "z_image_turbo": Convention(

@@ -43,14 +43,15 @@ class _Stated(BaseModel):
 
 
 def stated(
-    folder: Path, scheduler: Mapping[str, Any], *, embeds_scale: bool
+    folder: Path, scheduler: Mapping[str, Any], *, embeds_scale: bool, flow: bool = False
 ) -> ModelDefaults | None:
     """The convention that the operator names in the folder; None where there is no such file.
 
     Args:
         folder: of the model.
         scheduler: its scheduler's config, which has the times of a convention of spacing ``lcm``.
-        embeds_scale: whether its U-Net is told a guidance scale.
+        embeds_scale: whether its denoiser is told a guidance scale.
+        flow: whether it is a flow-matching model.
 
     Raises:
         ModelMismatch: the file says something else, names a convention that is not known or is
@@ -75,15 +76,17 @@ def stated(
             f"{', '.join(CONVENTIONS)}."
         )
     convention = CONVENTIONS[said.convention]
-    if convention.flow:
+    if convention.flow is not flow:
+        theirs = "flow-matching models" if convention.flow else "models that predict noise"
         raise ModelMismatch(
-            f"{where} names the convention {said.convention!r}, which is for flow-matching models; "
-            "this one predicts noise."
+            f"{where} names the convention {said.convention!r}, which is for {theirs}; "
+            f"this one {'matches a flow' if flow else 'predicts noise'}."
         )
     if convention.policy.embeds and not embeds_scale:
+        lacks = "guidance_embeds" if flow else "time_cond_proj_dim"
         raise ModelMismatch(
             f"{where} names the convention {said.convention!r}, for models that are told a "
-            "guidance scale; this one has no time_cond_proj_dim."
+            f"guidance scale; this one has no {lacks}."
         )
     counts = convention.counts
     if said.steps is None and convention.weights_of_counts:

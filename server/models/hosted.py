@@ -10,7 +10,7 @@ import torch
 
 from server.models.adapters.placing import Target
 from server.models.adapters.shelf import AdapterMemory, AdapterShelf
-from server.models.conditioning import StackedConditioning
+from server.models.conditioning import stack_alike
 from server.models.inputs import RowInputs
 from server.models.linear_fits import LinearFits
 from server.models.statistics import ModelStatistics
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from samplers.levels import F64
     from server.models.adapters.adapter import RowAdapters
     from server.models.classifier import LatentClassifier
-    from server.models.conditioning import Conditioning
+    from server.models.conditioning import Conditioning, StackedConditioning
     from server.models.defaults import ModelDefaults
 
 
@@ -48,7 +48,7 @@ class ModelFacts:
         default_width: in pixels.
         default_height: in pixels.
         max_tokens: tokens of a prompt, without the markers of start and end.
-        embeds_scale: whether the network is told a guidance scale, as LCMs are.
+        embeds_scale: whether the network is told a guidance scale, as LCMs and FLUX.1 dev are.
         defaults: settings of requests that leave them out; None for the server's own.
     """
 
@@ -152,10 +152,7 @@ class HostedModel(ABC):
 
     def stack(self, rows: Sequence[Conditioning]) -> StackedConditioning:
         """The conditioning of the rows of a forward, in their order; here all are of one shape."""
-        names = rows[0].tensors
-        return StackedConditioning(
-            {name: torch.stack([row.tensors[name] for row in rows]) for name in names}
-        )
+        return stack_alike(rows)
 
     def inputs(
         self, prompts: Sequence[str | None], width: int | None = None, height: int | None = None

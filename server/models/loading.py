@@ -9,6 +9,7 @@ import torch
 
 from server.errors import ModelMismatch
 from server.models.classifier import LatentClassifier
+from server.models.flux1 import load_flux1
 from server.models.folder import classifier_file, read_json, revisions_of, without_folder
 from server.models.latent_consistency import load_latent_consistency
 from server.models.linear_fits import LinearFits
@@ -26,11 +27,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FAMILIES = {
+    "FluxPipeline": load_flux1,
     "LatentConsistencyModelPipeline": load_latent_consistency,
     "StableDiffusionPipeline": load_stable_diffusion,
     "StableDiffusionXLPipeline": load_stable_diffusion_xl,
 }
 """Loader of each pipeline class that a model folder may name."""
+
+IN_BFLOAT16 = frozenset({"FluxPipeline"})
+"""Pipeline classes whose text encoders or transformers overflow in float16."""
 
 
 def load_model(
@@ -47,7 +52,8 @@ def load_model(
         folder: the folder that holds ``model_index.json``.
         name: what requests call the model.
         device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda``, ``cuda:1``.
-        dtype: ``auto`` (float16 on CUDA, else float32), ``float32``, ``float16``, ``bfloat16``.
+        dtype: ``auto`` (on CUDA float16, or bfloat16 where the family needs its range; else
+            float32), ``float32``, ``float16``, ``bfloat16``.
         tell: called with the bytes of the weights that are read so far, and with all of them.
 
     Raises:
@@ -63,9 +69,10 @@ def load_model(
 
     disable_progress_bar()
     place = choose_device(device)
+    half = torch.bfloat16 if family in IN_BFLOAT16 else torch.float16
     revisions = revisions_of(folder, tell)
     try:
-        model = FAMILIES[family](folder, name, revisions, place, choose_dtype(dtype, place))
+        model = FAMILIES[family](folder, name, revisions, place, choose_dtype(dtype, place, half))
         check_loaded(folder, model.modules())
     except ModelMismatch:
         raise
@@ -112,8 +119,16 @@ def choose_device(device: str) -> torch.device:
     return chosen
 
 
-def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The torch type of a setting."""
+def choose_dtype(
+    dtype: str, device: torch.device, half: torch.dtype = torch.float16
+) -> torch.dtype:
+    """The torch type of a setting.
+
+    Args:
+        dtype: the setting.
+        device: where the model runs.
+        half: what ``auto`` means on CUDA.
+    """
     if dtype == "auto":
-        return torch.float16 if device.type == "cuda" else torch.float32
+        return half if device.type == "cuda" else torch.float32
     return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[dtype]

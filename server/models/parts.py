@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
+from torch.overrides import TorchFunctionMode
+from typing_extensions import override
 
 from server.errors import ModelMismatch
 from server.models.folder import component_class, read_json
@@ -24,8 +26,25 @@ if TYPE_CHECKING:
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 NAMES_SHOWN = 3
+OLD_ROPE = ("rope_theta", "rope_scaling")
 FEWEST_TOKENS = 3
 """Tokens of a prompt with one word: its own, and the markers of start and end."""
+
+
+class _WithoutMemory(TorchFunctionMode):
+    """Layers are made without memory for their weights, while what they compute is computed.
+
+    On torch's device ``meta`` tables of positions would be lost, which no weights file holds.
+    """
+
+    @override
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs = kwargs | {"device": "meta"}
+        return func(*args, **kwargs)
 
 
 def load_network(folder: Path, part: str, allowed: Sequence[Any], dtype: torch.dtype) -> Any:
@@ -48,7 +67,7 @@ def load_network(folder: Path, part: str, allowed: Sequence[Any], dtype: torch.d
 def build_network(folder: Path, part: str, kind: Any, dtype: torch.dtype) -> Any:
     """A network of diffusers whose class is known; see :func:`load_network`."""
     config = known_entries(read_json(folder, f"{part}/config.json"), kind.__init__)
-    with torch.device("meta"):
+    with _WithoutMemory():
         network = kind(**config)
     weights = _weights_of(folder, part)
     # Autoencoders of 2022 name their attention's layers otherwise.
@@ -65,7 +84,10 @@ def build_network(folder: Path, part: str, kind: Any, dtype: torch.dtype) -> Any
             if name in weights and weights[name].shape != tensor.shape
         ],
     )
-    cast = {name: tensor.to(dtype) for name, tensor in weights.items()}
+    cast = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in weights.items()
+    }
     network.load_state_dict(cast, assign=True)
     return network.eval().requires_grad_(requires_grad=False)
 
@@ -84,10 +106,9 @@ def load_text_encoder(folder: Path, part: str, kind: Any, dtype: torch.dtype) ->
     """
     component_class(folder, part, frozenset({kind.__name__}))
     config = read_json(folder, f"{part}/config.json")
-    config_class = kind.config_class
     encoder, found = kind.from_pretrained(
         folder / part,
-        config=config_class(**known_entries(config, config_class.__init__)),
+        config=_config_of_text(config, kind.config_class),
         dtype=dtype,
         attn_implementation="sdpa",
         use_safetensors=True,
@@ -137,6 +158,19 @@ def known_entries(config: Mapping[str, Any], constructor: Callable[..., Any]) ->
     """The entries of a config that its class declares as parameters; all others are left out."""
     declared = signature(constructor).parameters
     return {name: value for name, value in config.items() if name in declared and name != "self"}
+
+
+def _config_of_text(config: Mapping[str, Any], kind: Any) -> Any:
+    """A config of transformers, nested ones included."""
+    declared = signature(kind.__init__).parameters
+    entries = known_entries(config, kind.__init__)
+    # Configs of before transformers 5 state what turns the positions under these names.
+    if "rope_parameters" in declared:
+        entries |= {name: config[name] for name in OLD_ROPE if name in config}
+    for name, nested in kind.sub_configs.items():
+        if isinstance(own := config.get(name), dict):
+            entries[name] = _config_of_text(own, nested)
+    return kind(**entries)
 
 
 def check_loaded(folder: Path, modules: Mapping[str, nn.Module]) -> None:

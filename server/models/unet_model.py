@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack, nullcontext
 from math import log
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from typing_extensions import override
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from server.models.defaults import ModelDefaults
     from server.models.folder import Revisions
     from server.models.inputs import RowInputs
+    from server.models.text_side import TextSide
 
 TEXT = "encoder_hidden_states"
 """Of conditioning, what the U-Net's cross-attention reads, ``[tokens, features]``.
@@ -49,29 +50,8 @@ LONGEST_PERIOD = log(10_000)
 """Logarithm of how much slower the last angle of a scale's embedding turns than the first."""
 
 
-class TextSide(Protocol):
-    """How a family turns prompts into conditioning."""
-
-    @property
-    def max_tokens(self) -> int:
-        """Tokens of the longest prompt, markers not counted."""
-        ...
-
-    def count_tokens(self, text: str) -> int:
-        """Tokens of a prompt, markers not counted; safe from any thread."""
-        ...
-
-    def encode(self, prompts: Sequence[str | None], width: int, height: int) -> list[Conditioning]:
-        """See ``HostedModel.encode_prompts``; one of the tensors is ``TEXT``."""
-        ...
-
-    def modules(self) -> Mapping[str, nn.Module]:
-        """The text encoders by their names in a model folder."""
-        ...
-
-
 class UNetModel(HostedModel):
-    """A diffusers U-Net, an autoencoder and a family's text side.
+    """A diffusers U-Net, an autoencoder and a family's text side, one of whose tensors is ``TEXT``.
 
     Args:
         facts: what is known of the model.

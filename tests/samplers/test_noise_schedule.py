@@ -62,6 +62,31 @@ def test_flow_sigmas_are_those_of_diffusers(shift: float) -> None:
     np.testing.assert_allclose(ours.conditioning(sigmas), scheduler.timesteps.numpy(), rtol=1e-5)
 
 
+def test_levels_stretched_to_a_terminal_sigma_are_those_of_diffusers() -> None:
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=3.0, shift_terminal=0.02)
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 7, 7))
+    ours = NoiseSchedule.flow(3.0, terminal=0.02, steps=7)
+    theirs = scheduler.sigmas.double().numpy()
+    np.testing.assert_allclose(ours.uniform(8, 1.0, 0.0), theirs, rtol=1e-5, atol=1e-12)
+    t = np.linspace(0, 1, 50)
+    np.testing.assert_allclose(ours.time_of_measure(ours.measure(t)), t, atol=1e-12)
+    assert NoiseSchedule.flow(3.0, terminal=0.02, steps=1) == NoiseSchedule.flow(3.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"terminal": 0.02}, "terminal and steps go together; give both or neither"),
+        ({"terminal": 1.0, "steps": 4}, "terminal is 1; it must be above 0 and below 1"),
+    ],
+)
+def test_a_terminal_sigma_is_a_share_of_a_number_of_steps(
+    options: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ValueError, match=says):
+        NoiseSchedule.flow(**options)
+
+
 def test_configs_choose_the_kind_of_schedule() -> None:
     kind = NoiseSchedule.from_diffusers
     assert kind({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}) == FlowMatching(3)

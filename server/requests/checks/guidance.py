@@ -129,8 +129,8 @@ def _against_policy(guidance: Guidance, model: HostedModel, *, has_picture: bool
         )
     if policy.embeds and not model.facts.embeds_scale:
         return (
-            f"model {model.facts.name!r} does not take a guidance scale as input (its U-Net has no "
-            "`time_cond_proj_dim`); choose another policy"
+            f"model {model.facts.name!r} does not take a guidance scale as input (its config has "
+            "neither `time_cond_proj_dim` nor `guidance_embeds`); choose another policy"
         )
     return None
 

@@ -85,7 +85,7 @@ def test_guidance_inside_the_network_needs_a_network_that_is_told() -> None:
     assert refusal(Toy(embeds_scale=False), policy="embedded") == (
         "guidance.policy",
         "guidance.policy is 'embedded'; model 'toy' does not take a guidance scale as input (its "
-        "U-Net has no `time_cond_proj_dim`); choose another policy.",
+        "config has neither `time_cond_proj_dim` nor `guidance_embeds`); choose another policy.",
     )
     assert refusal(Toy(), name="apg", policy="embedded") == (
         "guidance.policy",

@@ -1,0 +1,195 @@
+"""FLUX.1, dev and schnell: CLIP's pooled vector, T5's tokens, a transformer on packed latents.
+
+As ``FluxPipeline`` of diffusers runs it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from server.models.autoencoder import Autoencoder
+from server.models.clip import CLIP
+from server.models.conditioning import Conditioning
+from server.models.conventions import defaults_by
+from server.models.distilled import stated
+from server.models.flow_matching import SCHEDULER, FlowSchedules
+from server.models.folder import Revisions, read_json
+from server.models.hosted import ModelFacts
+from server.models.parts import load_network, load_text_encoder, load_tokenizer
+from server.models.t5 import T5
+from server.models.transformer_model import TRANSFORMER, TransformerModel, default_side
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from torch import Tensor, nn
+
+    from server.models.defaults import ModelDefaults
+    from server.models.inputs import RowInputs
+
+PATCH = 2
+"""Latent cells along a side of a token."""
+
+TEXT = "encoder_hidden_states"
+POOLED = "pooled_projections"
+
+LENGTH = 512
+LENGTH_UNGUIDED = 256
+"""Tokens of every prompt: of dev, and of schnell, which was trained on fewer (its model card)."""
+
+THOUSAND = 1000
+"""Trained timesteps; the transformer multiplies what it is told by them."""
+
+
+class ClipAndT5:
+    """T5's last hidden states, padding among them, and CLIP's pooled vector.
+
+    The unconditional is the empty prompt.
+    """
+
+    def __init__(self, clip: CLIP, t5: T5) -> None:
+        self._clip = clip
+        self._t5 = t5
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of the longest prompt that T5 does not cut off; CLIP reads the first 75 or so."""
+        return self._t5.max_tokens
+
+    def count_tokens(self, text: str) -> int:
+        """T5's tokens of a prompt, without the marker; safe from any thread."""
+        return self._t5.count_tokens(text)
+
+    def encode(self, prompts: Sequence[str | None], width: int, height: int) -> list[Conditioning]:
+        """Conditioning of each prompt, whatever the size of the picture."""
+        texts = [prompt or "" for prompt in prompts]
+        pooled: Tensor = self._clip.encode(texts).pooler_output
+        # T5 reads its padding as text here, and so does the transformer.
+        states = self._t5.encode(texts, masked=False).states
+        return [
+            # Views would keep the whole batch of prompts in memory.
+            Conditioning({TEXT: row.clone(), POOLED: vector.clone()}, len(row))
+            for row, vector in zip(states, pooled, strict=True)
+        ]
+
+    def modules(self) -> Mapping[str, nn.Module]:
+        """The text encoders by their names in a model folder."""
+        return {"text_encoder": self._clip.encoder, "text_encoder_2": self._t5.encoder}
+
+
+class FluxDenoiser:
+    """The transformer on latents packed to tokens of 2 x 2 cells.
+
+    Args:
+        network: a ``FluxTransformer2DModel`` in inference mode.
+        device: where it runs.
+    """
+
+    def __init__(self, network: Any, device: torch.device) -> None:
+        self.network = network.to(device)
+
+    def __call__(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
+        """See ``HostedModel.evaluate``; a row without an embedded scale is told the scale 1."""
+        network, conditioning = self.network, inputs.conditioning.tensors
+        text = conditioning[TEXT]
+        guidance = None
+        if network.config.guidance_embeds:
+            scales = inputs.scale_embedding
+            guidance = torch.ones_like(t) if scales is None else scales + 1
+        height, width = x.shape[-2] // PATCH, x.shape[-1] // PATCH
+        velocity = network(
+            hidden_states=packed(x).to(network.dtype),
+            # The thousandfold is what is rounded, as in diffusers' pipeline.
+            timestep=t.to(network.dtype) / THOUSAND,
+            guidance=guidance,
+            pooled_projections=conditioning[POOLED],
+            encoder_hidden_states=text,
+            txt_ids=torch.zeros(text.shape[1], 3, device=x.device),
+            img_ids=positions(height, width, x.device),
+            return_dict=False,
+        )[0]
+        return unpacked(velocity, height, width).float()
+
+
+def packed(latents: Tensor) -> Tensor:
+    """Tokens ``[rows, h/2 * w/2, 4 C]`` of latents ``[rows, C, h, w]``: (channel, y, x) inside."""
+    return F.pixel_unshuffle(latents, PATCH).flatten(2).transpose(1, 2)
+
+
+def unpacked(tokens: Tensor, height: int, width: int) -> Tensor:
+    """Latents ``[rows, C, 2 height, 2 width]`` of tokens ``[rows, height * width, 4 C]``."""
+    cells = tokens.transpose(1, 2).unflatten(2, (height, width))
+    return F.pixel_shuffle(cells, PATCH)
+
+
+def positions(height: int, width: int, device: torch.device) -> Tensor:
+    """``(0, y, x)`` of each token of a picture, ``[height * width, 3]`` float32."""
+    rows, columns = torch.meshgrid(
+        torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij"
+    )
+    return torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1).float()
+
+
+def load_flux1(
+    folder: Path, name: str, revisions: Revisions, device: torch.device, dtype: torch.dtype
+) -> TransformerModel:
+    """Load the parts of a diffusers folder from safetensors alone.
+
+    Raises:
+        ModelMismatch: a part that this family cannot run.
+    """
+    from diffusers import AutoencoderKL, FluxTransformer2DModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    transformer = load_network(folder, TRANSFORMER, [FluxTransformer2DModel], dtype)
+    vae = load_network(folder, "vae", [AutoencoderKL], dtype)
+    clip = load_text_encoder(folder, "text_encoder", CLIPTextModel, dtype)
+    tokenizer = load_tokenizer(
+        folder, "tokenizer", CLIPTokenizer, clip.config.max_position_embeddings
+    )
+    guided = bool(transformer.config.guidance_embeds)
+    t5 = T5.load(folder, "_2", LENGTH if guided else LENGTH_UNGUIDED, device, dtype)
+    text = ClipAndT5(CLIP(clip, tokenizer, device), t5)
+    latent_scale = 2 ** (len(vae.config.block_out_channels) - 1)
+    multiple = PATCH * latent_scale
+    side = default_side(vae, multiple)
+    facts = ModelFacts(
+        name=name,
+        revision=revisions.weights,
+        denoiser=revisions.denoiser,
+        prediction="flow",
+        latent_channels=transformer.config.in_channels // PATCH**2,
+        latent_scale=latent_scale,
+        size_multiple=multiple,
+        default_width=side,
+        default_height=side,
+        max_tokens=text.max_tokens,
+        embeds_scale=guided,
+        defaults=_defaults_of(folder, guided=guided),
+    )
+    return TransformerModel(
+        facts,
+        device,
+        dtype,
+        schedule=FlowSchedules(folder, multiple),
+        denoiser=FluxDenoiser(transformer, device),
+        autoencoder=Autoencoder(vae, device),
+        text=text,
+    )
+
+
+def _defaults_of(folder: Path, *, guided: bool) -> ModelDefaults | None:
+    """How the model was distilled to be sampled; None for the server's defaults."""
+    scheduler = read_json(folder, SCHEDULER)
+    if said := stated(folder, scheduler, embeds_scale=guided, flow=True):
+        return said
+    if guided:
+        return defaults_by("flux_dev", "its transformer is told a guidance scale")
+    if not scheduler.get("use_dynamic_shifting"):
+        reason = "its transformer is told no guidance scale and its shift is the same for all sizes"
+        return defaults_by("flux_schnell", reason)
+    return None

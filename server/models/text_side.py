@@ -1,0 +1,33 @@
+"""What a family supplies of its text encoders, whatever its denoiser."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import nn
+
+    from server.models.conditioning import Conditioning
+
+
+class TextSide(Protocol):
+    """How a family turns prompts into conditioning."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of the longest prompt, markers not counted."""
+        ...
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a prompt, markers not counted; safe from any thread."""
+        ...
+
+    def encode(self, prompts: Sequence[str | None], width: int, height: int) -> list[Conditioning]:
+        """See ``HostedModel.encode_prompts``."""
+        ...
+
+    def modules(self) -> Mapping[str, nn.Module]:
+        """The text encoders by their names in a model folder."""
+        ...

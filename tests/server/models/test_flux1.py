@@ -1,0 +1,148 @@
+"""FLUX.1 is what diffusers' own pipeline makes of the same weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from server.engine.engine import Engine
+from server.engine.state.noise import start_noise
+from server.engine.task import ImageTask
+from server.models.flux1 import POOLED, TEXT, packed
+from server.models.hosted import HostedModel
+from server.models.loading import load_model
+from server.requests.resolve import make_plan, prepare, resolve
+from server.requests.schema import GenerateRequest
+from server.requests.tasks import tasks_of
+from server.settings import Limits
+from tests.server.models.tiny_flux1 import DEV, SCHNELL, make
+from tests.server.models.tiny_sdxl import saved
+from tests.server.models.tiny_text import LENGTH
+from tests.server.toy_model import run
+
+PROMPT = "a red circle"
+WIDTH, HEIGHT = 32, 24
+SHAPE = (4, HEIGHT // 2, WIDTH // 2)
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Any:
+    return make(DEV, guided=True)
+
+
+@pytest.fixture(scope="module")
+def model(pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> HostedModel:
+    return load(saved(pipeline, tmp_path_factory.mktemp("models") / "dev"))
+
+
+def load(folder: Path, dtype: str = "float32") -> HostedModel:
+    return load_model(folder, name="flux", device="cpu", dtype=dtype)
+
+
+def asked(model: HostedModel, **fields: Any) -> ImageTask:
+    body = {
+        "prompt": PROMPT,
+        "width": WIDTH,
+        "height": HEIGHT,
+        "steps": 4,
+        "seed": 5,
+        **fields,
+    }
+    resolved = resolve(GenerateRequest.model_validate(body), model, Limits(), None)
+    schedule = model.schedule(resolved.width, resolved.height, resolved.steps)
+    layout = resolved.sampler, resolved.spacing, resolved.steps, resolved.strength
+    [task] = tasks_of(prepare(resolved, model, make_plan(schedule, *layout)), model)
+    return task
+
+
+@torch.inference_mode()
+def theirs(pipeline: Any, seed: int = 5, steps: int = 4, **fields: Any) -> Tensor:
+    """Final latents of their pipeline, from the same x as ours."""
+    noise = start_noise(seed, SHAPE)[None]
+    given = {
+        "prompt": PROMPT,
+        "latents": pipeline._pack_latents(noise, *noise.shape),
+        "num_inference_steps": steps,
+        "width": WIDTH,
+        "height": HEIGHT,
+        "max_sequence_length": LENGTH,
+        "output_type": "latent",
+        **fields,
+    }
+    return pipeline._unpack_latents(pipeline(**given).images, HEIGHT, WIDTH, 2)[0]
+
+
+def assert_among(seen: list[Tensor], expected: Tensor) -> None:
+    alike = [one for one in seen if one.shape == expected.shape]
+    errors = [float((one - expected).norm() / expected.norm()) for one in alike]
+    assert min(errors) < 1e-4, errors
+
+
+def assert_apart(ours: Tensor, sprung: Tensor) -> None:
+    """A trap must be visible, or a test that avoids it shows nothing."""
+    assert float((ours - sprung).norm() / ours.norm()) > 1e-2
+
+
+def test_a_bare_request_is_drawn_as_diffusers_draws_it(
+    pipeline: Any, model: HostedModel, engine: Engine, decoded: list[Tensor]
+) -> None:
+    run(engine, [asked(model, steps=None)])
+    assert_among(decoded, theirs(pipeline, steps=28, guidance_scale=3.5))
+
+
+def test_final_latents_in_mixed_company_are_those_of_diffusers(
+    pipeline: Any, model: HostedModel, engine: Engine, decoded: list[Tensor]
+) -> None:
+    told: dict[str, Any] = {"name": "cfg", "policy": "embedded"}
+    company: list[dict[str, Any]] = [
+        {},
+        {"prompt": "a star", "guidance": told | {"scale": 2.0}, "seed": 6},
+        {"negative_prompt": "blue", "guidance": {"name": "cfg", "scale": 4.0}, "seed": 7},
+        {"guidance": "none", "steps": 3, "seed": 8},
+        {"sampler": "dpm_solver_pp", "guidance": "apg", "steps": 3, "seed": 9},
+        {"sampler": "heun", "spacing": "karras", "seed": 10},
+    ]
+    ear = run(engine, [asked(model, **fields) for fields in company])
+    assert not ear.errors, ear.errors
+    assert_among(decoded, theirs(pipeline, guidance_scale=3.5))
+    assert_among(decoded, theirs(pipeline, 6, prompt="a star", guidance_scale=2.0))
+    true_cfg: dict[str, Any] = {"guidance_scale": 1.0, "true_cfg_scale": 4.0}
+    assert_among(decoded, theirs(pipeline, 7, negative_prompt="blue", **true_cfg))
+    assert_among(decoded, theirs(pipeline, 8, steps=3, guidance_scale=1.0))
+
+
+@torch.inference_mode()
+def test_t5_reads_its_padding_and_the_padding_is_kept(pipeline: Any, model: HostedModel) -> None:
+    [ours] = model.encode_prompts([PROMPT], WIDTH, HEIGHT)
+    expected, pooled, _ = pipeline.encode_prompt(PROMPT, max_sequence_length=LENGTH)
+    torch.testing.assert_close(ours.tensors[TEXT], expected[0])
+    torch.testing.assert_close(ours.tensors[POOLED], pooled[0])
+    tokens = pipeline.tokenizer_2(PROMPT, padding="max_length", return_tensors="pt")
+    masked = pipeline.text_encoder_2(**tokens).last_hidden_state[0]
+    own = int(tokens.attention_mask.sum())
+    assert own < LENGTH
+    assert_apart(ours.tensors[TEXT][:own], masked[:own])
+
+
+def test_latents_are_packed_in_the_order_of_channel_row_column(pipeline: Any) -> None:
+    latents = torch.randn(1, *SHAPE)
+    torch.testing.assert_close(packed(latents), pipeline._pack_latents(latents, 1, *SHAPE))
+
+
+def test_schnell_follows_its_own_convention(tmp_path: Path) -> None:
+    schnell = make(SCHNELL, guided=False)
+    hosted = load(saved(schnell, tmp_path / "schnell"))
+    own = hosted.facts.defaults
+    assert own is not None
+    assert own.convention == "flux_schnell"
+    task = asked(hosted, steps=None)
+    assert task.plan.t.tolist() == [1, 0.75, 0.5, 0.25, 0]
+
+
+def test_edits_inside_the_network_are_refused_in_one_sentence(model: HostedModel) -> None:
+    with pytest.raises(Exception, match=r"guidance.perturbed\S*: model 'flux' has a FluxTransf"):
+        asked(model, guidance={"name": "cfg", "perturbed": ["pag"]})
