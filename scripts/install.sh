@@ -91,11 +91,17 @@ install() {
         say "creating $VENV with $(find_python)"
         "$(find_python)" -m venv --clear "$VENV"
     fi
-    install_torch
+    # Unpacking takes most of the time, so torch is installed beside the others, which stay silent.
     say "installing the packages of requirements/$lock.lock"
     # The lock is complete and only wheels are used: nothing is unpinned, and no package runs code
     # while it is installed.
-    pip_install --no-deps --only-binary :all: --require-hashes -r "requirements/$lock.lock"
+    pip_install --no-deps --only-binary :all: --require-hashes -r "requirements/$lock.lock" \
+        >/dev/null &
+    others=$!
+    trap 'kill $others 2>/dev/null || true' EXIT
+    install_torch
+    wait $others
+    trap - EXIT
     if [ $project = yes ]; then
         say "installing weft"
         pip_install --no-deps --no-build-isolation --no-index --editable .
