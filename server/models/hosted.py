@@ -150,8 +150,14 @@ class HostedModel(ABC):
                 where no prompt has any.
         """
 
-    def stack(self, rows: Sequence[Conditioning]) -> StackedConditioning:
-        """The conditioning of the rows of a forward, in their order; here all are of one shape."""
+    def stack(self, rows: Sequence[Conditioning], *, fixed: bool = False) -> StackedConditioning:
+        """The conditioning of the rows of a forward, in their order; here all are of one shape.
+
+        Args:
+            rows: of the forward.
+            fixed: to a shape that does not depend on the rows' lengths, so that no row's bits
+                depend on its company.
+        """
         return stack_alike(rows)
 
     def inputs(

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 MIDDLE = "middle"
 """Stands for the mid block of a U-Net, and for the middle one of a transformer's blocks."""
 
-BLOCKS = ("BasicTransformerBlock", "JointTransformerBlock")
+BLOCKS = ("BasicTransformerBlock", "JointTransformerBlock", "ZImageTransformerBlock")
 """Classes of blocks that can be skipped; the first one's self-attention can be changed too."""
 
 PROJECTIONS = ("encoder_hid_proj", "caption_projection")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
 from typing_extensions import override
 
+from guidance.edits import SkippedBlocks
 from server.models.adapters.adapted_network import AdaptedNetwork
 from server.models.hosted import HostedModel, ModelFacts
+from server.models.row_edits import RowEdits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -18,18 +20,31 @@ if TYPE_CHECKING:
 
     from guidance.edits import Edit
     from samplers import NoiseSchedule
+    from samplers.levels import F64
     from server.models.adapters.adapter import RowAdapters
-    from server.models.conditioning import Conditioning
+    from server.models.conditioning import Conditioning, StackedConditioning
     from server.models.inputs import RowInputs
     from server.models.text_side import TextSide
 
-__all__ = ["Denoiser", "LatentCoder", "TransformerModel"]
+__all__ = ["Denoiser", "LatentCoder", "Stack", "TransformerModel"]
 
 TRANSFORMER = "transformer"
 """Name of the denoiser in a model folder."""
 
 DEFAULT_SIDE = 1024
 """Pixels along a side of a picture where the configs say no size."""
+
+
+ADAPTED_TEXT = "CLIP"
+"""How the classes of text encoders begin that adapters may change; LoRA files leave others be."""
+
+
+class Stack(Protocol):
+    """How a family stacks conditioning."""
+
+    def __call__(self, rows: Sequence[Conditioning], *, fixed: bool) -> StackedConditioning:
+        """See ``HostedModel.stack``."""
+        ...
 
 
 class Denoiser(Protocol):
@@ -73,6 +88,8 @@ class TransformerModel(HostedModel):
         denoiser: calls the transformer.
         autoencoder: decodes and encodes.
         text: encodes prompts.
+        stack: conditioning of the rows of a forward; by default all are of one shape.
+        told: what the transformer is told at times of the schedule; by default what that says.
     """
 
     def __init__(
@@ -85,12 +102,17 @@ class TransformerModel(HostedModel):
         denoiser: Denoiser,
         autoencoder: LatentCoder,
         text: TextSide,
+        stack: Stack | None = None,
+        told: Callable[[F64], F64] | None = None,
     ) -> None:
         super().__init__(facts, device, dtype)
         self._schedule = schedule
         self._denoiser = denoiser
         self._autoencoder = autoencoder
         self._text = text
+        self._stack = stack
+        self._told = told
+        self._edits = RowEdits(denoiser.network)
         self._adapted = {
             part: AdaptedNetwork(part, network, device)
             for part, network in self.adaptable().items()
@@ -99,6 +121,10 @@ class TransformerModel(HostedModel):
     @override
     def schedule(self, width: int, height: int, steps: int) -> NoiseSchedule:
         return self._schedule(width, height, steps)
+
+    @override
+    def told(self, t: F64) -> F64:
+        return super().told(t) if self._told is None else self._told(t)
 
     @override
     def count_tokens(self, text: str) -> int:
@@ -113,24 +139,44 @@ class TransformerModel(HostedModel):
         adapters: RowAdapters | None = None,
     ) -> list[Conditioning]:
         with ExitStack() as adapted:
-            for part in self._text.modules():
-                adapted.enter_context(self._adapted[part].applied(adapters))
+            for part, network in self._adapted.items():
+                if part != TRANSFORMER:
+                    adapted.enter_context(network.applied(adapters))
             return self._text.encode(prompts, width, height)
 
     @override
+    def stack(self, rows: Sequence[Conditioning], *, fixed: bool = False) -> StackedConditioning:
+        return super().stack(rows) if self._stack is None else self._stack(rows, fixed=fixed)
+
+    @override
     def evaluate(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
-        with self._adapted[TRANSFORMER].applied(inputs.adapters):
+        edited = self._edits.applied(inputs.edits, x) if any(inputs.edits) else nullcontext()
+        with edited, self._adapted[TRANSFORMER].applied(inputs.adapters):
             return self._denoiser(x, t, inputs)
 
     @override
     def adaptable(self) -> Mapping[str, nn.Module]:
-        return {TRANSFORMER: self._denoiser.network, **self._text.modules()}
+        texts = {
+            part: network
+            for part, network in self._text.modules().items()
+            if type(network).__name__.startswith(ADAPTED_TEXT)
+        }
+        return {TRANSFORMER: self._denoiser.network, **texts}
+
+    @override
+    def layers(self) -> tuple[str, ...]:
+        return self._edits.layers()
 
     @override
     def refuses(self, edit: Edit) -> str | None:
+        skips = bool(self.layers())
+        if skips and isinstance(edit, SkippedBlocks):
+            return self._edits.refuses(edit)
+        inside = "attention" if skips else "attention and blocks"
+        instead = "`slg`, which skips blocks, or " if skips else ""
         return (
-            f"has a {type(self._denoiser.network).__name__}, whose attention and blocks cannot be "
-            "edited; use guidance without it, such as `cfg` or `apg`"
+            f"has a {type(self._denoiser.network).__name__}, whose {inside} cannot be edited; use "
+            f"{instead}guidance without it, such as `cfg` or `apg`"
         )
 
     @override

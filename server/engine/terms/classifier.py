@@ -139,7 +139,8 @@ class AwayFromChosen(Term):
             first.append(len(told))
             told += [texts[alternative] for alternative in term.alternatives]
         # Chosen on the device, so that the tick need not wait for it.
-        chosen = seen.lane.model.stack(told).select(seen.lane.indices(first) + choices)
+        stacked = seen.lane.model.stack(told, fixed=seen.fixed_rows is not None)
+        chosen = stacked.select(seen.lane.indices(first) + choices)
         rows = seen.lane.indices([row for rows in own for row in rows.term])
         forward.conditioning = forward.conditioning.put(rows, chosen)
         seen.states[:] = strengths.unbind()

@@ -58,6 +58,7 @@ class AgainstNegative(Term):
     ) -> None:
         rows = [places.image[0] for places in own]
         told = [texts[term.negative] for texts, term in zip(seen.texts, terms, strict=True)]
-        forward.lead_away(seen.lane.indices(rows), seen.lane.model.stack(told))
+        away = seen.lane.model.stack(told, fixed=seen.fixed_rows is not None)
+        forward.lead_away(seen.lane.indices(rows), away)
         for row, term in zip(rows, terms, strict=True):
             forward.edit(row, term.edit)

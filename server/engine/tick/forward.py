@@ -35,7 +35,7 @@ def forward_rows(batch: Batch) -> ForwardRows:
     ]
     return ForwardRows(
         x=batch.columns[:, 0].index_select(0, batch.lane.indices(batch.owners)),
-        conditioning=batch.lane.model.stack(told),
+        conditioning=batch.lane.model.stack(told, fixed=batch.fixed_rows is not None),
         edits=[prediction.edits for prediction in predictions],
     )
 
