@@ -207,6 +207,15 @@ CONVENTIONS: Final[Mapping[str, Convention]] = MappingProxyType(
             counts=(8,),
             flow=True,
         ),
+        "z_image": Convention(
+            "Z-Image, the base model, shift 6",
+            "diffusers' `ZImagePipeline`, whose scale of 5 counts from 0",
+            Euler(),
+            Trailing(),
+            steps=50,
+            rule=CFG(scale=6.0),
+            flow=True,
+        ),
         "sd35_turbo": Convention(
             "Stable Diffusion 3.5 Turbo, shift 3: sigma 1, .8577, .6022, .0089",
             "its model card, and diffusers' pipeline",

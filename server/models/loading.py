@@ -17,6 +17,7 @@ from server.models.parts import check_loaded
 from server.models.stable_diffusion import load_stable_diffusion
 from server.models.stable_diffusion_xl import load_stable_diffusion_xl
 from server.models.statistics import ModelStatistics
+from server.models.z_image import load_z_image
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,10 +32,11 @@ FAMILIES = {
     "LatentConsistencyModelPipeline": load_latent_consistency,
     "StableDiffusionPipeline": load_stable_diffusion,
     "StableDiffusionXLPipeline": load_stable_diffusion_xl,
+    "ZImagePipeline": load_z_image,
 }
 """Loader of each pipeline class that a model folder may name."""
 
-IN_BFLOAT16 = frozenset({"FluxPipeline"})
+IN_BFLOAT16 = frozenset({"FluxPipeline", "ZImagePipeline"})
 """Pipeline classes whose text encoders or transformers overflow in float16."""
 
 

@@ -1,0 +1,250 @@
+"""Z-Image, base and Turbo: a single-stream flow-matching transformer, a Qwen3 text encoder.
+
+Z-Image Team, arXiv 2511.22699; as ``ZImagePipeline`` of diffusers runs it.
+"""
+
+from __future__ import annotations
+
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from server.models.autoencoder import Autoencoder
+from server.models.conditioning import LENGTHS, MASK, Conditioning, stack_padded
+from server.models.conventions import defaults_by
+from server.models.distilled import stated
+from server.models.flow_matching import SCHEDULER, FlowSchedules
+from server.models.folder import Revisions, read_json
+from server.models.hosted import ModelFacts
+from server.models.parts import load_network, load_text_encoder, load_tokenizer
+from server.models.transformer_model import TRANSFORMER, TransformerModel, default_side
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from torch import Tensor, nn
+
+    from samplers.levels import F64
+    from server.models.conditioning import StackedConditioning
+    from server.models.defaults import ModelDefaults
+    from server.models.inputs import RowInputs
+
+TEXT = "cap_feats"
+
+MULTIPLE = 32
+"""Tokens of a text and of a picture are filled up to multiples of this with learned ones."""
+
+PATCH = 2
+PLACES = 512
+"""Tokens of the longest text, its template included."""
+
+HEAD, TAIL = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
+"""Qwen3's chat template around a prompt, with thinking enabled."""
+
+LAYER = -2
+"""Of the text encoder's hidden states, those that the transformer reads."""
+
+TURBO_SHIFT = 3.0
+"""Of Turbo's scheduler; that of the base model is 6."""
+
+
+class Qwen3Text:
+    """Hidden states before the last layer of Qwen3 at a prompt's own length, without padding.
+
+    Args:
+        encoder: a ``Qwen3Model`` in inference mode.
+        tokenizer: of the encoder.
+        device: where the encoder runs.
+    """
+
+    def __init__(self, encoder: Any, tokenizer: Any, device: torch.device) -> None:
+        self._encoder = encoder.to(device)
+        self._tokenizer = tokenizer
+        self._device = device
+        # A fast tokenizer refuses two threads at once.
+        self._tokenizing = Lock()
+        self._markers = len(self._tokens(""))
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of the longest prompt, the template not counted."""
+        return PLACES - self._markers
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a prompt, the template not counted; safe from any thread."""
+        return len(self._tokens(text)) - self._markers
+
+    def encode(self, prompts: Sequence[str | None], width: int, height: int) -> list[Conditioning]:
+        """Conditioning of each prompt; the unconditional is the empty prompt."""
+        # One by one: no place is wasted on padding, and no bit depends on the other prompts.
+        encoded = [self._encoded(prompt or "") for prompt in prompts]
+        return [Conditioning({TEXT: states}, len(states)) for states in encoded]
+
+    def modules(self) -> Mapping[str, nn.Module]:
+        """The text encoder by its name in a model folder."""
+        return {"text_encoder": self._encoder}
+
+    def _encoded(self, prompt: str) -> Tensor:
+        tokens = torch.tensor([self._tokens(prompt)[:PLACES]], device=self._device)
+        states = self._encoder(tokens, output_hidden_states=True, use_cache=False).hidden_states
+        return states[LAYER][0].clone()
+
+    def _tokens(self, prompt: str) -> list[int]:
+        with self._tokenizing:
+            return self._tokenizer(f"{HEAD}{prompt}{TAIL}", verbose=False).input_ids
+
+
+class ZImageDenoiser:
+    """Calls the transformer, which is told the share of signal and puts out a negative velocity.
+
+    Args:
+        network: a ``ZImageTransformer2DModel`` in inference mode.
+        device: where it runs.
+    """
+
+    def __init__(self, network: Any, device: torch.device) -> None:
+        self.network = network.to(device)
+
+    def __call__(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
+        """See ``HostedModel.evaluate``."""
+        told = inputs.conditioning.tensors
+        texts = told[TEXT], told[LENGTHS], told.get(MASK)
+        return -evaluate(self.network, x.to(self.network.dtype), t, *texts).float()
+
+
+def load_z_image(
+    folder: Path, name: str, revisions: Revisions, device: torch.device, dtype: torch.dtype
+) -> TransformerModel:
+    """Load the parts of a diffusers folder from safetensors alone.
+
+    Raises:
+        ModelMismatch: a part that this family cannot run.
+    """
+    from diffusers import AutoencoderKL, ZImageTransformer2DModel
+    from transformers import Qwen2Tokenizer, Qwen3Model
+
+    encoder = load_text_encoder(folder, "text_encoder", Qwen3Model, dtype)
+    positions = encoder.config.max_position_embeddings
+    tokenizer = load_tokenizer(folder, "tokenizer", Qwen2Tokenizer, positions)
+    text = Qwen3Text(encoder, tokenizer, device)
+    transformer = load_network(folder, TRANSFORMER, [ZImageTransformer2DModel], dtype)
+    vae = load_network(folder, "vae", [AutoencoderKL], dtype)
+    latent_scale = 2 ** (len(vae.config.block_out_channels) - 1)
+    multiple = PATCH * latent_scale
+    side = default_side(vae, multiple)
+    facts = ModelFacts(
+        name=name,
+        revision=revisions.weights,
+        denoiser=revisions.denoiser,
+        prediction="flow",
+        latent_channels=transformer.config.in_channels,
+        latent_scale=latent_scale,
+        size_multiple=multiple,
+        default_width=side,
+        default_height=side,
+        max_tokens=text.max_tokens,
+        defaults=_defaults_of(folder),
+    )
+    return TransformerModel(
+        facts,
+        device,
+        dtype,
+        schedule=FlowSchedules(folder, multiple),
+        denoiser=ZImageDenoiser(transformer, device),
+        autoencoder=Autoencoder(vae, device),
+        text=text,
+        stack=stack,
+        told=alpha_of,
+    )
+
+
+def stack(rows: Sequence[Conditioning], *, fixed: bool) -> StackedConditioning:
+    """Texts of several lengths, each with the learned tokens behind it."""
+    return stack_padded(rows, TEXT, multiple=MULTIPLE, places=PLACES if fixed else None)
+
+
+def alpha_of(t: F64) -> F64:
+    """What the transformer is told at a sigma of ``t``."""
+    return 1 - t
+
+
+def _defaults_of(folder: Path) -> ModelDefaults:
+    scheduler = read_json(folder, SCHEDULER)
+    if said := stated(folder, scheduler, embeds_scale=False, flow=True):
+        return said
+    if scheduler.get("shift") == TURBO_SHIFT:
+        return defaults_by("z_image_turbo", "the shift of its scheduler is 3")
+    return defaults_by("z_image", "it is a ZImagePipeline whose scheduler's shift is not 3")
+
+
+def evaluate(
+    network: Any, x: Tensor, t: Tensor, text: Tensor, lengths: Tensor, mask: Tensor | None
+) -> Tensor:
+    """What ``ZImageTransformer2DModel`` puts out, for texts of several lengths at once.
+
+    Its own forward takes lists, and so builds each row's positions and masks by itself and waits
+    for the device to learn the lengths. Here the same layers get all rows as one tensor.
+
+    Args:
+        network: the transformer.
+        x: ``[rows, C, h, w]`` of the network's type.
+        t: what it is told, ``[rows]`` float32.
+        text: hidden states, ``[rows, L, features]``; L is a multiple of ``MULTIPLE``.
+        lengths: tokens of each text, int64 ``[rows]``.
+        mask: which of the L places a row attends to, bool ``[rows, L]``; None for all.
+
+    Returns:
+        ``[rows, C, h, w]``.
+    """
+    key = f"{PATCH}-1"
+    time = network.t_embedder(t * network.t_scale).type_as(x)
+    image = network.all_x_embedder[key](_patches(x))
+    count, missing = image.shape[1], -image.shape[1] % MULTIPLE
+    image = torch.cat([image, network.x_pad_token.expand(len(x), missing, -1)], 1)
+    place = torch.arange(text.shape[1], device=x.device)
+    words = network.cap_embedder(text)
+    words = torch.where((place < lengths[:, None])[..., None], words, network.cap_pad_token)
+    # A picture stands one place behind its text; learned tokens behind it stand at the origin.
+    behind = lengths + -lengths % MULTIPLE + 1
+    image_rope = _rope(network, _grid(x, behind, missing))
+    text_rope = _rope(network, torch.stack([place + 1, 0 * place, 0 * place], -1)[None])
+    for block in network.noise_refiner:
+        image = block(image, None, image_rope, time)
+    for block in network.context_refiner:
+        words = block(words, mask, text_rope)
+    joint = torch.cat([image, words], 1)
+    rope = torch.cat([image_rope, text_rope.expand(len(x), -1, -1)], 1)
+    if mask is not None:
+        mask = torch.cat([mask.new_ones(image.shape[:2]), mask], 1)
+    for block in network.layers:
+        joint = block(joint, mask, rope, time)
+    made = network.all_final_layer[key](joint, c=time)[:, :count]
+    return _unpatched(made, *x.shape[-2:])
+
+
+def _patches(x: Tensor) -> Tensor:
+    """Tokens ``[rows, h/2 * w/2, 4 C]`` in the order of lines, channels last within a patch."""
+    rows, channels, height, width = x.shape
+    cells = x.view(rows, channels, height // PATCH, PATCH, width // PATCH, PATCH)
+    return cells.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
+def _unpatched(tokens: Tensor, height: int, width: int) -> Tensor:
+    cells = tokens.view(len(tokens), height // PATCH, width // PATCH, PATCH, PATCH, -1)
+    return cells.permute(0, 5, 1, 3, 2, 4).reshape(len(tokens), -1, height, width)
+
+
+def _grid(x: Tensor, behind: Tensor, missing: int) -> Tensor:
+    """Positions of a picture's tokens, int64 ``[rows, tokens + missing, 3]``."""
+    lines, columns = (torch.arange(size // PATCH, device=x.device) for size in x.shape[-2:])
+    grid = torch.cartesian_prod(lines, columns).expand(len(x), -1, -1)
+    first = behind[:, None, None].expand(-1, grid.shape[1], 1)
+    places = torch.cat([first, grid], -1)
+    return torch.cat([places, places.new_zeros(len(x), missing, 3)], 1)
+
+
+def _rope(network: Any, places: Tensor) -> Tensor:
+    """Complex rotations ``[rows, tokens, half a head]``."""
+    return network.rope_embedder(places.flatten(0, 1)).view(*places.shape[:2], -1)

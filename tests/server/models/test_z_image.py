@@ -1,0 +1,185 @@
+"""Z-Image is what diffusers' own pipeline makes of the same weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from guidance.edits import IdentityAttention, SkippedBlocks
+from server.engine.engine import Engine
+from server.engine.state.noise import start_noise
+from server.models.conditioning import MASK
+from server.models.hosted import HostedModel
+from server.models.inputs import RowInputs
+from server.models.loading import load_model
+from server.models.z_image import TEXT
+from server.requests.resolve import resolve
+from server.requests.schema import GenerateRequest
+from server.settings import Limits
+from tests.server.models.alike import assert_among, assert_apart, task_of
+from tests.server.models.tiny_z_image import BASE_SHIFT, TURBO_SHIFT, make
+from tests.server.toy_model import run, started
+
+PROMPT = "a large red circle"
+WIDTH, HEIGHT = 48, 40
+SHAPE = (4, HEIGHT // 2, WIDTH // 2)
+LONG = "a small blue square above " * 3
+GUIDED = {"name": "cfg", "scale": 4.0}
+SLG = {"name": "slg", "start": 0.0, "stop": 1.0}
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Any:
+    return make(BASE_SHIFT)
+
+
+@pytest.fixture(scope="module")
+def model(pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> HostedModel:
+    folder = tmp_path_factory.mktemp("models") / "z"
+    pipeline.save_pretrained(folder)
+    return load(folder)
+
+
+def load(folder: Path) -> HostedModel:
+    return load_model(folder, name="z", device="cpu", dtype="float32")
+
+
+def asked(model: HostedModel, **fields: Any) -> Any:
+    body: dict[str, Any] = {"prompt": PROMPT, "width": WIDTH, "height": HEIGHT, "seed": 5}
+    return task_of(model, **body | {"steps": 3, "guidance": GUIDED} | fields)
+
+
+@torch.inference_mode()
+def theirs(
+    pipeline: Any, seed: int = 5, prompt: str = PROMPT, scale: float = 3.0, **fields: Any
+) -> Tensor:
+    """Final latents of their pipeline, whose scale counts from 0."""
+    latents = start_noise(seed, SHAPE)[None]
+    given: dict[str, Any] = {"num_inference_steps": 3, "width": WIDTH, "height": HEIGHT}
+    answer = pipeline(
+        prompt, guidance_scale=scale, latents=latents, output_type="latent", **given | fields
+    )
+    return answer.images[0]
+
+
+def test_final_latents_alone_are_those_of_diffusers(
+    pipeline: Any, model: HostedModel, engine: Engine, decoded: list[Tensor]
+) -> None:
+    run(engine, [asked(model)])
+    assert_among(decoded, theirs(pipeline))
+    # Their scale of 4 is ours of 5.
+    assert_apart(decoded[0], theirs(pipeline, scale=4.0))
+
+
+def test_final_latents_in_mixed_company_are_those_of_diffusers(
+    pipeline: Any, model: HostedModel, engine: Engine, decoded: list[Tensor]
+) -> None:
+    company: list[dict[str, Any]] = [
+        {},
+        {"prompt": LONG, "negative_prompt": "a green star", "seed": 6},
+        {"prompt": LONG, "guidance": "none", "seed": 7},
+        {"prompt": LONG * 2, "sampler": "dpm_solver_pp", "guidance": "apg", "seed": 8},
+        {"sampler": "heun", "steps": 2, "guidance": {**GUIDED, "perturbed": [SLG]}, "seed": 9},
+    ]
+    ear = run(engine, [asked(model, **fields) for fields in company])
+    assert not ear.errors, ear.errors
+    assert_among(decoded, theirs(pipeline))
+    assert_among(decoded, theirs(pipeline, 6, LONG, negative_prompt="a green star"))
+    assert_among(decoded, theirs(pipeline, 7, LONG, scale=0.0))
+
+
+@torch.inference_mode()
+def test_rows_of_unlike_texts_are_what_the_transformers_own_forward_makes(
+    pipeline: Any, model: HostedModel
+) -> None:
+    texts = ["", PROMPT, LONG]
+    told = model.encode_prompts(texts, WIDTH, HEIGHT)
+    x = torch.stack([start_noise(seed, SHAPE) for seed in range(3)])
+    t = torch.tensor([0.1, 0.5, 0.9])
+    captions = [one.tensors[TEXT] for one in told]
+    made = pipeline.transformer(list(x.unsqueeze(2)), t, captions, return_dict=False)[0]
+    stacked = model.stack(told)
+    assert MASK in stacked.tensors
+    ours = model.evaluate(x, t, RowInputs(stacked))
+    torch.testing.assert_close(ours, -torch.stack(made)[:, :, 0], rtol=1e-5, atol=1e-5)
+    # Texts are filled up with learned tokens that are attended to, and no further.
+    stacked.tensors[MASK].fill_(True)
+    assert_apart(ours[0], model.evaluate(x, t, RowInputs(stacked))[0])
+
+
+@torch.inference_mode()
+def test_the_text_is_the_state_before_the_last_layer_with_thinking_enabled(
+    pipeline: Any, model: HostedModel
+) -> None:
+    [ours] = model.encode_prompts([PROMPT], WIDTH, HEIGHT)
+    [expected] = pipeline._encode_prompt(PROMPT)
+    torch.testing.assert_close(ours.tensors[TEXT], expected, rtol=1e-4, atol=1e-3)
+    messages, template = [{"role": "user", "content": PROMPT}], pipeline.tokenizer
+    for thinking in (True, False):
+        tokens = template.apply_chat_template(
+            messages, add_generation_prompt=True, enable_thinking=thinking, return_tensors="pt"
+        ).input_ids
+        assert (tokens.shape[1] == len(expected)) == thinking
+        if thinking:
+            last = pipeline.text_encoder(tokens).last_hidden_state[0]
+            assert_apart(ours.tensors[TEXT], last)
+
+
+def test_prompts_are_counted_without_the_template(model: HostedModel) -> None:
+    assert model.count_tokens(PROMPT) == len(PROMPT)
+    assert model.facts.max_tokens == 512 - len("user\n\nassistant\n") - 3
+
+
+def test_the_unconditional_is_the_empty_prompt(model: HostedModel) -> None:
+    nothing, empty = model.encode_prompts([None, ""], WIDTH, HEIGHT)
+    assert torch.equal(nothing.tensors[TEXT], empty.tensors[TEXT])
+
+
+def test_blocks_can_be_skipped_and_attention_cannot_be_edited(model: HostedModel) -> None:
+    assert model.refuses(SkippedBlocks(("layers.1",))) is None
+    assert model.refuses(IdentityAttention(("layers.1",))) == (
+        "has a ZImageTransformer2DModel, whose attention cannot be edited; use `slg`, which skips "
+        "blocks, or guidance without it, such as `cfg` or `apg`"
+    )
+    assert set(model.adaptable()) == {"transformer"}
+
+
+def test_a_picture_comes_back_from_its_latents_as_diffusers_scales_them(
+    pipeline: Any, model: HostedModel
+) -> None:
+    pixels = torch.rand(2, 3, HEIGHT, WIDTH) * 2 - 1
+    with torch.inference_mode():
+        latents = model.encode_image(pixels)
+        mean = pipeline.vae.encode(pixels).latent_dist.mode()
+        torch.testing.assert_close(latents, (mean - 0.1159) * 0.3611)
+        torch.testing.assert_close(model.decode(latents), pipeline.vae.decode(mean).sample)
+
+
+def test_a_row_is_equal_to_the_bit_beside_longer_texts_where_that_is_asked_for(
+    model: HostedModel, decoded: list[Tensor]
+) -> None:
+    engine = started(model, 4, deterministic=True)
+    decoded.clear()
+    run(engine, [asked(model, steps=2)])
+    alone = decoded[0]
+    decoded.clear()
+    run(engine, [asked(model, steps=2), asked(model, steps=2, prompt=LONG, seed=6)])
+    engine.stop(0)
+    assert any(torch.equal(alone, one) for one in decoded)
+
+
+@pytest.mark.parametrize(
+    ("shift", "steps", "guidance"), [(BASE_SHIFT, 50, "cfg"), (TURBO_SHIFT, 8, "none")]
+)
+def test_a_bare_request_takes_what_the_model_was_made_for(
+    shift: float, steps: int, guidance: str, tmp_path: Path
+) -> None:
+    make(shift).save_pretrained(tmp_path)
+    settings = resolve(GenerateRequest(prompt=PROMPT), load(tmp_path), Limits(), None).settings()
+    assert settings["sampler"]["name"] == "euler"
+    assert settings["spacing"]["name"] == "trailing"
+    assert (settings["steps"], settings["guidance"]["name"]) == (steps, guidance)

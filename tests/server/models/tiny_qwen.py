@@ -1,0 +1,27 @@
+"""A tokenizer of Qwen's kind whose tokens are single bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tokenizers import pre_tokenizers
+from transformers import Qwen2Tokenizer
+
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+VOCABULARY = 256 + len(SPECIAL)
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n"
+    "{% endif %}{% endif %}"
+)
+"""What Qwen3's own makes of one message of a user."""
+
+
+def byte_tokenizer() -> Any:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: place for place, token in enumerate((*alphabet, *SPECIAL))}
+    tokenizer: Any = Qwen2Tokenizer(vocab=vocabulary, merges=[], extra_special_tokens=SPECIAL[1:])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
