@@ -59,6 +59,7 @@ class ImageTask:
         image: picture to start from, ``[3, H, W]`` float32 in [-1, 1]; the plan then starts
             part way.
         mask: ``[H, W]`` float32, 1 to repaint, 0 to keep.
+        from_noise: whether x starts as noise alone, although there is a picture.
         previews: attach a small picture to each progress report.
     """
 
@@ -79,4 +80,5 @@ class ImageTask:
     stream: Stream | None = None
     image: Tensor | None = None
     mask: Tensor | None = None
+    from_noise: bool = False
     previews: bool = False

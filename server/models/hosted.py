@@ -49,6 +49,7 @@ class ModelFacts:
         default_height: in pixels.
         max_tokens: tokens of a prompt, without the markers of start and end.
         embeds_scale: whether the network is told a guidance scale, as LCMs and FLUX.1 dev are.
+        reads_mask: whether the network is shown what is repainted and what is around it.
         defaults: settings of requests that leave them out; None for the server's own.
     """
 
@@ -63,6 +64,7 @@ class ModelFacts:
     default_height: int
     max_tokens: int
     embeds_scale: bool = False
+    reads_mask: bool = False
     defaults: ModelDefaults | None = None
 
     @property
@@ -172,6 +174,22 @@ class HostedModel(ABC):
         """
         size = width or self.facts.default_width, height or self.facts.default_height
         return RowInputs(self.stack(self.encode_prompts(prompts, *size)))
+
+    def channels(
+        self, picture: Tensor | None, mask: Tensor | None, width: int, height: int
+    ) -> Tensor | None:
+        """What the denoiser reads behind the channels of an image's latent, ``[channels, h, w]``.
+
+        Args:
+            picture: that the image starts from, ``[3, H, W]`` in [-1, 1]; None where it has none.
+            mask: of the part that is repainted, ``[H, W]``, 1 to repaint; None for all of it.
+            width: of the image in pixels.
+            height: of the image in pixels.
+
+        Returns:
+            None where the denoiser reads the latent alone, as most do.
+        """
+        return None
 
     @abstractmethod
     def evaluate(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:

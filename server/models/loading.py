@@ -30,7 +30,9 @@ logger = logging.getLogger(__name__)
 FAMILIES = {
     "FluxPipeline": load_flux1,
     "LatentConsistencyModelPipeline": load_latent_consistency,
+    "StableDiffusionInpaintPipeline": load_stable_diffusion,
     "StableDiffusionPipeline": load_stable_diffusion,
+    "StableDiffusionXLInpaintPipeline": load_stable_diffusion_xl,
     "StableDiffusionXLPipeline": load_stable_diffusion_xl,
     "ZImagePipeline": load_z_image,
 }

@@ -16,6 +16,7 @@ from server.models.adapters.adapted_network import AdaptedNetwork
 from server.models.autoencoder import Autoencoder
 from server.models.folder import read_json
 from server.models.hosted import HostedModel, ModelFacts
+from server.models.inpainting import MaskChannels
 from server.models.parts import build_network
 from server.models.row_edits import RowEdits
 
@@ -82,6 +83,9 @@ class UNetModel(HostedModel):
         self._edits = RowEdits(self._unet)
         self._weak = weak and weak.to(device, memory_format=torch.channels_last)
         self._autoencoder = Autoencoder(vae, device)
+        self._beside = None
+        if facts.reads_mask:
+            self._beside = MaskChannels(self._autoencoder, facts.latent_scale, device)
         self._text = text
         self._adapted = {
             part: AdaptedNetwork(part, network, device)
@@ -115,6 +119,16 @@ class UNetModel(HostedModel):
             return self._text.encode(prompts, width, height)
 
     @override
+    def channels(
+        self, picture: Tensor | None, mask: Tensor | None, width: int, height: int
+    ) -> Tensor | None:
+        if self._beside is None:
+            return None
+        if picture is None or mask is None:
+            return self._beside.without_picture(*self.latent_shape(width, height)[1:])
+        return self._beside.of(picture, mask)
+
+    @override
     def evaluate(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
         told = {}
         if self.facts.embeds_scale:
@@ -122,8 +136,11 @@ class UNetModel(HostedModel):
             scales = t.new_zeros(len(t)) if scales is None else scales
             size = self._unet.config.time_cond_proj_dim
             told["timestep_cond"] = embedding_of_scales(scales, size).to(self.dtype)
-        if inputs.channels is not None:
-            x = torch.cat([x, inputs.channels], 1)
+        channels = inputs.channels
+        if channels is None and self._beside is not None:
+            channels = self._beside.without_picture(*x.shape[2:]).expand(len(x), -1, -1, -1)
+        if channels is not None:
+            x = torch.cat([x, channels], 1)
         against = None if inputs.against is None else inputs.against.tensors[TEXT]
         edited = self._edits.applied(inputs.edits, x, against)
         adapted = self._adapted["unet"].applied(inputs.adapters)
@@ -190,14 +207,16 @@ def facts_of(
         defaults: settings of requests that leave them out; None for the server's own.
 
     Raises:
-        ModelMismatch: a U-Net that reads more than the latents, or an unknown prediction type.
+        ModelMismatch: a U-Net that reads something else than latents and a mask, or an unknown
+            prediction type.
     """
     scheduler = read_json(folder, SCHEDULER)
     config, latent_scale = unet.config, 2 ** (len(vae.config.block_out_channels) - 1)
-    if config.in_channels != config.out_channels:
+    latents, reads = config.out_channels, config.in_channels
+    if reads not in (latents, 2 * latents + 1):
         raise ModelMismatch(
-            f"model {name!r} has a U-Net of {config.in_channels} input channels; "
-            f"only those with as many as they put out ({config.out_channels}) are hosted."
+            f"model {name!r} has a U-Net of {reads} input channels; allowed are {latents}, its "
+            f"latents alone, and {2 * latents + 1}, with a mask and the latents of a masked image."
         )
     prediction = scheduler.get("prediction_type", "epsilon")
     if defaults is not None and defaults.prediction is not None:
@@ -214,13 +233,14 @@ def facts_of(
         revision=revisions.weights,
         denoiser=revisions.denoiser,
         prediction=prediction,
-        latent_channels=config.in_channels,
+        latent_channels=latents,
         latent_scale=latent_scale,
         size_multiple=latent_scale * 2 ** (len(config.block_out_channels) - 1),
         default_width=width * latent_scale,
         default_height=height * latent_scale,
         max_tokens=max_tokens,
         embeds_scale=config.time_cond_proj_dim is not None,
+        reads_mask=reads > latents,
         defaults=defaults,
     )
 

@@ -67,6 +67,8 @@ def tasks_of(
     terms = terms_of((setting for _, setting in chosen(resolved.guidance)), run)
     if adapters is None:
         adapters = load_adapters(resolved.adapters, model)
+    # A network that is shown the picture does not need it in x, and was not trained with it there.
+    from_noise = mask is not None and model.facts.reads_mask and resolved.strength == 1
     group = Group() if is_group(resolved.guidance) else None
     return [
         ImageTask(
@@ -87,6 +89,7 @@ def tasks_of(
             stream=stream,
             image=image,
             mask=mask,
+            from_noise=from_noise,
             previews=resolved.stream,
         )
         for seed in seeds_of(resolved)

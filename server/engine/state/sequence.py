@@ -90,6 +90,8 @@ class Sequence:
 
     Attributes:
         conditioning: of all that the network may be told, by text.
+        channels: what the network reads behind x, ``[channels, h, w]``; None where it reads x
+            alone.
         term_states: what each of the task's terms keeps of this image.
         ancestor: the image that it goes back to, where images are resampled; else itself.
         effective: how many images of its group counted at each resampling.
@@ -113,6 +115,7 @@ class Sequence:
     conditioning: Mapping[Told, Conditioning] = field(default_factory=dict)
     compiled: CompiledPlan | None = None
     known: Known | None = None
+    channels: Tensor | None = None
     term_states: list[Any] = field(default_factory=list[Any])
     ancestor: int = field(init=False)
     effective: list[float] = field(default_factory=list)

@@ -23,10 +23,13 @@ class Submission:
     Attributes:
         latents: of the pictures that its images start from or refer to, by the picture's identity,
             or why there are none; the engine's own.
+        channels: what the network reads behind the latents of its images, by the identity of their
+            mask and their size; the engine's own.
     """
 
     def __init__(self, images: int) -> None:
         self.latents: dict[int, Tensor | Exception] = {}
+        self.channels: dict[tuple[int, int, int], Tensor | None] = {}
         self._left = images
         self._cancelled = False
         self._lock = Lock()

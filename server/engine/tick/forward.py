@@ -65,16 +65,18 @@ def forward(batch: Batch, rows: ForwardRows, x: Tensor, t: Tensor) -> Tensor:
 
 
 def _inputs(batch: Batch, rows: ForwardRows, t: Tensor) -> RowInputs:
+    owners = [batch.sequences[i] for i in batch.owners]
     scales: Tensor | None = None
     if any(sequence.guidance.told_scale is not None for sequence in batch.sequences):
-        owners = [batch.sequences[i] for i in batch.owners]
         scales = t.new_tensor([owner.guidance.told_scale or 0.0 for owner in owners])
     edits = rows.edits if any(rows.edits) else ()
-    adapters = RowAdapters(tuple(batch.sequences[i].task.adapters for i in batch.owners))
+    adapters = RowAdapters(tuple(owner.task.adapters for owner in owners))
+    channels = [owner.channels for owner in owners if owner.channels is not None]
     return RowInputs(
         rows.conditioning,
         edits,
         scales,
+        torch.stack(channels) if channels else None,
         against=rows.against,
         adapters=adapters if adapters else None,
     )

@@ -129,12 +129,24 @@ def _start(sequence: Sequence, lane: Lane) -> Start:
         term.begin(None if term.picture is None else latents_of(sequence, term.picture), noise)
         for term in task.terms
     ]
+    sequence.channels = _channels(sequence, lane)
     if task.image is None:
         return Start(plan.start_scale * noise)
     latents = latents_of(sequence, task.image)
-    if task.mask is not None:
+    if task.from_noise:
+        return Start(plan.start_scale * noise, latents)
+    if task.mask is not None and sequence.channels is None:
         sequence.known = Known(latents, noise, _latent_mask(task.mask, lane))
     return Start(float(plan.alpha[0]) * latents + float(plan.sigma[0]) * noise, latents)
+
+
+def _channels(sequence: Sequence, lane: Lane) -> Tensor | None:
+    """What the network reads behind the latent, made once for all images of a request."""
+    task, made = sequence.task, sequence.submission.channels
+    key = id(task.mask), task.width, task.height
+    if key not in made:
+        made[key] = lane.model.channels(task.image, task.mask, task.width, task.height)
+    return made[key]
 
 
 def _latent_mask(mask: Tensor, lane: Lane) -> Tensor:

@@ -133,11 +133,11 @@ def weights(folder, part):
     return next((folder / part).glob("*.safetensors"))
 
 
-def refuse_inpainting_unet(folder):
+def refuse_depth_unet(folder):
     def widen(tensors):
-        tensors["conv_in.weight"] = tensors["conv_in.weight"].repeat(1, 3, 1, 1)[:, :9].clone()
+        tensors["conv_in.weight"] = tensors["conv_in.weight"].repeat(1, 2, 1, 1)[:, :5].clone()
 
-    edit(folder / "unet" / "config.json", in_channels=9)
+    edit(folder / "unet" / "config.json", in_channels=5)
     retouch(weights(folder, "unet"), widen)
 
 
@@ -212,7 +212,7 @@ def refuse_shards_elsewhere(folder):
         (refuse_list_index, "holds no JSON object"),
         (refuse_remote_code, "names 'Unet' as its unet; allowed are UNet2DConditionModel"),
         (refuse_pickled_weights, "no safetensors weights; other formats are refused"),
-        (refuse_inpainting_unet, "has a U-Net of 9 input channels"),
+        (refuse_depth_unet, "has a U-Net of 5 input channels; allowed are 4, .* and 9"),
         (refuse_truncated_weights, "could not be loaded"),
         (refuse_list_as_pipeline, r"names the pipeline .*; allowed are .*StableDiffusionPipeline"),
         (refuse_list_as_class, r"names .* as its vae; allowed are AutoencoderKL, AutoencoderTiny"),
