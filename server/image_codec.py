@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import ExifTags, Image, PngImagePlugin
 
-__all__ = ["MEDIA_TYPES", "ImageText", "OutputFormat", "encode"]
+__all__ = ["MEDIA_TYPES", "ImageText", "OutputFormat", "encode", "resized"]
 
 OutputFormat = Literal["png", "jpeg", "webp"]
 
@@ -66,6 +66,12 @@ def encode(
         details = {} if description is None else {"exif": _exif(description).tobytes()}
         image.save(buffer, output_format, quality=_QUALITY, **_SAVING[output_format], **details)
     return buffer.getvalue()
+
+
+def resized(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
+    """A picture at another size: uint8 `[height, width, 3]` of uint8 `[h, w, 3]`."""
+    image = Image.fromarray(pixels, mode="RGB").resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(image)
 
 
 def _png_chunks(description: ImageText | None) -> PngImagePlugin.PngInfo:

@@ -7,14 +7,26 @@ import binascii
 import io
 import re
 import struct
-from typing import Final
+from typing import Final, Literal
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageChops, ImageOps
 from PIL.Image import Resampling
 
 from server.errors import InvalidRequest, TooLarge
 
-__all__ = ["MOST_ASPECT", "MOST_SCANS", "decode_mask", "decode_picture", "file_of", "fit"]
+__all__ = [
+    "MOST_ASPECT",
+    "MOST_SCANS",
+    "Repaints",
+    "decode_mask",
+    "decode_picture",
+    "file_of",
+    "fit",
+]
+
+Repaints = Literal["white", "clear", "own_clear"]
+"""What a mask repaints: what is white in it; what is transparent in it, as OpenAI's masks have it;
+or what is transparent in the picture itself, which may be nothing."""
 
 MOST_ASPECT: Final = 64
 """A PNG of 1 x 8388608 takes 467 MB, because every row has its own pointer and padding."""
@@ -68,13 +80,25 @@ def decode_picture(data: bytes, *, field: str, max_pixels: int) -> Image.Image:
     return _flatten(_open(data, field, max_pixels), "white")
 
 
-def decode_mask(data: bytes, *, field: str, max_pixels: int) -> Image.Image:
-    """Decode a mask to grayscale; transparency is flattened over black.
+def decode_mask(
+    data: bytes, *, field: str, max_pixels: int, repaints: Repaints = "white"
+) -> Image.Image:
+    """Decode a mask to grayscale, white where the picture is repainted.
 
-    Arguments and errors are those of :func:`decode_picture`; a mask that is black everywhere, and
-    so would change nothing, is an `InvalidRequest` too.
+    Arguments and errors are those of :func:`decode_picture`; a mask that would change nothing is an
+    `InvalidRequest` too.
+
+    Args:
+        data: the file.
+        field: the request's field, for the error message.
+        max_pixels: checked against the header.
+        repaints: `white` flattens transparency over black. `clear` inverts the alpha channel; a
+            file that has none is read as `white`. `own_clear` is the same of a picture that need
+            not have any transparency, and is black then.
     """
     image = _open(data, field, max_pixels)
+    if repaints != "white" and (image.has_transparency_data or repaints == "own_clear"):
+        return _clear_pixels(image, field, required=repaints == "clear")
     mask = _flatten(image, "black").convert("L")
     if mask.getextrema() == (0, 0):
         clear = image.has_transparency_data and _alpha(image).getextrema() == (0, 0)
@@ -209,6 +233,22 @@ def _flatten(image: Image.Image, background: str) -> Image.Image:
     image = image.convert("RGBA")
     canvas = Image.new("RGBA", image.size, background)
     return Image.alpha_composite(canvas, image).convert("RGB")
+
+
+def _clear_pixels(image: Image.Image, field: str, *, required: bool) -> Image.Image:
+    """A mask that is the whiter, the more transparent the image is.
+
+    Raises:
+        InvalidRequest: nothing is transparent, although that is required.
+    """
+    mask = ImageChops.invert(_alpha(image))
+    if required and mask.getextrema() == (0, 0):
+        raise InvalidRequest(
+            field,
+            f"{field} has no transparent pixel, so that nothing would be repainted; make "
+            "transparent what should change.",
+        )
+    return mask
 
 
 def _alpha(image: Image.Image) -> Image.Image:

@@ -22,6 +22,7 @@ from typing import Final, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from server.decoding.picture import Repaints
 from server.decoding.turns import Turns
 from server.decoding.worker import Answer, Job
 from server.errors import InvalidRequest, Overloaded, TooLarge, WeftError
@@ -56,7 +57,7 @@ class _Picture:
     data: str | bytes
     field: str
     size: tuple[int | None, int | None]
-    mask: bool
+    repaints: Repaints | None = None
     pixels: Future[NDArray[np.uint8]] = of_dataclass(default_factory=Future)
 
 
@@ -112,7 +113,7 @@ class DecodePool:
             Overloaded: too many pictures wait to be decoded, or no process starts in time.
             WeftError: a process cannot start at all.
         """
-        return await self._uploaded(_Picture(data, field, size, mask=False))
+        return await self._uploaded(_Picture(data, field, size))
 
     async def frame(self, data: bytes, size: tuple[int, int]) -> NDArray[np.uint8]:
         """Decode an input frame of a live stream, before all pictures that are none.
@@ -121,17 +122,27 @@ class DecodePool:
             data: a PNG, JPEG or WebP file.
             size: as of :meth:`picture`, which describes result and errors too.
         """
-        return await self._decoded(_Picture(data, "frame", size, mask=False), frame=True)
+        return await self._decoded(_Picture(data, "frame", size), frame=True)
 
     async def mask(
-        self, data: str | bytes, field: str, size: tuple[int | None, int | None] = (None, None)
+        self,
+        data: str | bytes,
+        field: str,
+        size: tuple[int | None, int | None] = (None, None),
+        repaints: Repaints = "white",
     ) -> NDArray[np.uint8]:
-        """Decode a mask to uint8 `[height, width]`; transparency is flattened over black.
+        """Decode a mask to uint8 `[height, width]`, 255 where the picture is repainted.
 
-        Arguments and errors are those of :meth:`picture`; a mask that is black or transparent
-        everywhere is refused too.
+        Arguments and errors are those of :meth:`picture`; a mask that would repaint nothing is
+        refused too.
+
+        Args:
+            data: base64 or a data URI if text, a file if bytes.
+            field: the request's field, for error messages.
+            size: width and height to resample to, each its own where None.
+            repaints: how the file says what is repainted.
         """
-        return await self._uploaded(_Picture(data, field, size, mask=True))
+        return await self._uploaded(_Picture(data, field, size, repaints))
 
     def close(self) -> None:
         """End the processes; one that is decoding ends after its picture."""
@@ -183,7 +194,7 @@ class DecodePool:
         job = Job(
             length=len(content),
             field=picture.field,
-            mask=picture.mask,
+            repaints=picture.repaints,
             encoded=isinstance(data, str),
             max_pixels=self._limits.upload_pixels,
             width=picture.size[0],

@@ -17,7 +17,7 @@ from typing import IO
 # Pillow loads a format's module when it first meets the format.
 from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
-from server.decoding.picture import decode_mask, decode_picture, file_of, fit
+from server.decoding.picture import Repaints, decode_mask, decode_picture, file_of, fit
 from server.errors import InvalidRequest, TooLarge
 
 __all__ = ["Answer", "Job", "decoded", "main"]
@@ -32,7 +32,7 @@ class Job:
     Attributes:
         length: bytes that follow.
         field: the request's field, for error messages.
-        mask: whether it is a mask, decoded to grayscale.
+        repaints: of a mask, which is decoded to grayscale; None for a picture.
         encoded: whether the bytes are base64 or a data URI, rather than a file.
         max_pixels: of the picture.
         width: to resample to; None for the picture's own.
@@ -42,7 +42,7 @@ class Job:
 
     length: int
     field: str
-    mask: bool
+    repaints: Repaints | None
     encoded: bool
     max_pixels: int
     width: int | None
@@ -102,7 +102,7 @@ def _answer(job: Job, data: bytes) -> tuple[Answer, bytes]:
     except MemoryError:
         sentence = f"{job.field} needs more memory than decoding it may use."
         return Answer(refusal=sentence, too_large=True), b""
-    shape = (image.height, image.width) if job.mask else (image.height, image.width, 3)
+    shape = (image.height, image.width) if job.repaints else (image.height, image.width, 3)
     return Answer(shape), image.tobytes()
 
 
@@ -114,8 +114,10 @@ def decoded(job: Job, data: bytes) -> Image.Image:
     """
     if job.encoded:
         data = file_of(data, job.field)
-    decode = decode_mask if job.mask else decode_picture
-    image = decode(data, field=job.field, max_pixels=job.max_pixels)
+    if job.repaints is None:
+        image = decode_picture(data, field=job.field, max_pixels=job.max_pixels)
+    else:
+        image = decode_mask(data, field=job.field, max_pixels=job.max_pixels, repaints=job.repaints)
     size = job.width or image.width, job.height or image.height
     return image if size[0] * size[1] > job.max_resampled else fit(image, *size)
 

@@ -16,7 +16,17 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from server.errors import WeftError
-from server.http import catalog, documents, errors, generate, health, stream, stream_events
+from server.http import (
+    catalog,
+    documents,
+    errors,
+    generate,
+    health,
+    models,
+    openai_images,
+    stream,
+    stream_events,
+)
 from server.http.body import Bodies
 from server.http.drain import Farewell
 from server.http.gate import PROBES, Gate, RequestId
@@ -62,7 +72,15 @@ def create_app(settings: Settings, *, on_failure: Callable[[], None] | None = No
     app.state.streams = Streams(app.state.service, settings)
     app.state.exposition = exposition(app.state.service, app.state.streams)
     errors.install(app)
-    for router in (generate.router, stream_events.router, catalog.router, health.router):
+    for router in (
+        generate.router,
+        openai_images.generations,
+        openai_images.edits,
+        models.router,
+        stream_events.router,
+        catalog.router,
+        health.router,
+    ):
         # Not of the application as a whole: there the limit answers before the gate, in plain text.
         app.include_router(router, max_body_size=settings.limits.body_bytes)
     app.include_router(stream.router)

@@ -1,4 +1,4 @@
-"""Reads the JSON body of a request: bounded in time and memory, and without stopping the loop."""
+"""Reads the body of a request: bounded in time and memory, and without stopping the loop."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from server.service.generation import outcome_of
 from server.service.service import Service
 from server.settings import Settings
 
-__all__ = ["Bodies", "JsonRoute"]
+__all__ = ["Bodies", "JsonRoute", "Share", "media_type", "received"]
 
 SMALL_BYTES: Final = 64 * 2**10
 """Bodies up to this size are read whatever else is going on; each connection may hold one."""
@@ -78,7 +78,7 @@ class Bodies:
             loop.run_in_executor(None, return_free_memory)
 
 
-class _Share:
+class Share:
     """What one body holds of the bytes; leaving its `with` block gives back the rest."""
 
     def __init__(self, bodies: Bodies) -> None:
@@ -86,14 +86,20 @@ class _Share:
         self._held = 0
 
     def grow_to(self, count: int) -> None:
+        """Hold so many bytes in all; raises Overloaded if there is no room for them."""
         if count > max(self._held, SMALL_BYTES):
             self._bodies.take(count - self._held)
             self._held = count
 
     def give_back(self, count: int) -> None:
+        """Hold so many bytes less."""
         count = min(count, self._held)
         self._held -= count
         self._bodies.give_back(count)
+
+    def upload(self, data: str | bytes) -> Upload:
+        """A picture of the body, whose bytes are given back when it is decoded."""
+        return Upload(data, partial(self.give_back, len(data)))
 
     def __enter__(self) -> Self:
         return self
@@ -119,9 +125,9 @@ class JsonRoute(APIRoute):
         uploads = _uploads_of(self.body_field.field_info.annotation)
 
         async def read_and_handle(request: Request) -> Response:
-            with _Share(request.app.state.bodies) as share:
+            with Share(request.app.state.bodies) as share:
                 try:
-                    body = await _read(request, uploads, share)
+                    body = await self.read(request, uploads, share)
                 except WeftError as refusal:
                     self._count(request, outcome_of(refusal))
                     raise
@@ -134,6 +140,34 @@ class JsonRoute(APIRoute):
                     raise
 
         return read_and_handle
+
+    async def read(self, request: Request, uploads: frozenset[str], share: Share) -> Any:
+        """The parsed body, in which pictures are uploads; None without a body.
+
+        Args:
+            request: whose body it is.
+            uploads: fields that hold pictures.
+            share: holds the bytes of the body.
+
+        Raises:
+            WeftError: it is no such body, or too large, or too slow.
+        """
+        _check_media_type(request)
+        body = await received(request, share, text=True)
+        if not body:
+            return None
+        try:
+            # The parser holds Python's lock for 5 ms with 32 MB of base64.
+            small = len(body) <= SMALL_BYTES
+            parsed = from_json(body) if small else await to_thread(from_json, body)
+        except ValueError as error:
+            raise MalformedBody(None, f"The body is not valid JSON: {error}.") from None
+        check_shape(parsed, uploads)
+        if isinstance(parsed, dict):
+            for name in uploads & parsed.keys():
+                if isinstance(parsed[name], str):
+                    parsed[name] = share.upload(parsed[name])
+        return parsed
 
     def _count(self, request: Request, outcome: str) -> None:
         if self.counted:
@@ -156,30 +190,20 @@ class _WithBody(Request):
         return self._parsed
 
 
-async def _read(request: Request, uploads: frozenset[str], share: _Share) -> Any:
-    """The parsed body, in which pictures are uploads; None without a body."""
-    _check_media_type(request)
-    body = await _received(request, share)
-    if not body:
-        return None
-    try:
-        # The parser holds Python's lock for 5 ms with 32 MB of base64.
-        parsed = from_json(body) if len(body) <= SMALL_BYTES else await to_thread(from_json, body)
-    except ValueError as error:
-        raise MalformedBody(None, f"The body is not valid JSON: {error}.") from None
-    check_shape(parsed, uploads)
-    if isinstance(parsed, dict):
-        for name in uploads & parsed.keys():
-            if isinstance(parsed[name], str):
-                parsed[name] = _upload(parsed[name], share)
-    return parsed
+async def received(request: Request, share: Share, *, text: bool) -> bytearray:
+    """The bytes of a body.
 
+    Args:
+        request: whose body it is.
+        share: holds the bytes.
+        text: whether it is JSON, of which only so much may be anything but pictures.
 
-def _upload(text: str, share: _Share) -> Upload:
-    return Upload(text, partial(share.give_back, len(text)))
-
-
-async def _received(request: Request, share: _Share) -> bytearray:
+    Raises:
+        TooLarge: there are too many bytes, or too many beside the pictures.
+        RequestTimeout: they do not arrive in time.
+        NotReady: the server does not accept requests now.
+        Overloaded: there is no room for them, or the queue is full.
+    """
     settings: Settings = request.app.state.settings
     most = settings.limits.body_bytes
     announced = request.headers.get("content-length", "0")
@@ -192,8 +216,9 @@ async def _received(request: Request, share: _Share) -> bytearray:
                     _check_room(request, len(body) + len(chunk), most)
                 share.grow_to(len(body) + len(chunk))
                 body += chunk
-                meter.feed(chunk)
-                _check_text(meter)
+                if text:
+                    meter.feed(chunk)
+                    _check_text(meter)
                 if len(body) > most:
                     raise TooLarge.body(most)
     except TimeoutError:
@@ -227,10 +252,15 @@ def _check_text(meter: TextMeter) -> None:
         )
 
 
+def media_type(request: Request) -> str:
+    """The media type that a body is declared as, in lower case and without parameters."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
 def _check_media_type(request: Request) -> None:
     """Refuse a body not declared as JSON, since any web page can send other types unasked."""
-    declared = request.headers.get("content-type", "")
-    if declared.partition(";")[0].strip().lower() != "application/json":
+    if media_type(request) != "application/json":
+        declared = request.headers.get("content-type", "")
         raise UnsupportedMediaType(
             "content-type", f"content-type is {declared[:60]!r}; it must be application/json."
         )

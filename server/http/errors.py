@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Final
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -23,6 +23,10 @@ from server.http.headers import make_safe
 from server.requests.messages import explain
 
 __all__ = ["ErrorBody", "answer", "body_of", "install"]
+
+
+OPENAI_IMAGES: Final = "/v1/images/"
+"""Below this path an invalid value has the status that OpenAI's API gives it, 400."""
 
 
 class ErrorDetail(BaseModel):
@@ -55,14 +59,16 @@ def body_of(error: Exception) -> dict[str, Any]:
     return ErrorBody(error=detail).model_dump()
 
 
-def answer(error: Exception) -> JSONResponse:
-    """The HTTP response for an error."""
+def answer(error: Exception, path: str = "") -> JSONResponse:
+    """The HTTP response for an error, in the form that clients of a path expect."""
     headers: dict[str, str] = {}
     if isinstance(error, Overloaded | NotReady):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
     status = error.status if isinstance(error, WeftError) else WeftError.status
+    if path.startswith(OPENAI_IMAGES) and status == InvalidRequest.status:
+        status = 400
     return JSONResponse(body_of(error), status, headers)
 
 
@@ -70,12 +76,13 @@ def install(app: FastAPI) -> None:
     """Make `app` answer every error in this format."""
 
     @app.exception_handler(WeftError)
-    async def _ours(_: Request, error: WeftError) -> JSONResponse:
-        return answer(error)
+    async def _ours(request: Request, error: WeftError) -> JSONResponse:
+        return answer(error, request.url.path)
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return answer(explain(error.errors(), _body_model(request), within=1))
+        refusal = explain(error.errors(), _body_model(request), within=1)
+        return answer(refusal, request.url.path)
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> JSONResponse:

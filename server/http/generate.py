@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Coroutine
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Path, Request
@@ -14,11 +12,10 @@ from server.http.body import JsonRoute
 from server.http.dependencies import IdentifierDep, ServiceDep
 from server.http.errors import ErrorBody
 from server.http.events import GenerationStream
+from server.http.making import make
 from server.http.negotiation import negotiate
 from server.image_codec import MEDIA_TYPES
 from server.requests.schema import GenerateRequest
-from server.service.generation import Generation
-from server.service.service import Pictures, Service
 
 __all__ = ["router"]
 
@@ -63,7 +60,7 @@ async def generate(
     if wanted == "events":
         generation = await service.admit(body, identifier)
         return GenerationStream(service, generation)
-    made = await _unless_disconnected(request, _made(service, body, identifier))
+    made = await make(request, service, body, identifier)
     if made is None:
         return Response(status_code=499)
     generation, pictures = made
@@ -89,32 +86,3 @@ async def cancel(
     """
     service.cancel(identifier)
     return CancelResponse(id=identifier, cancelled=True)
-
-
-async def _made(
-    service: Service, body: GenerateRequest, identifier: str
-) -> tuple[Generation, Pictures]:
-    generation = await service.admit(body, identifier)
-    try:
-        return generation, await service.pictures(generation)
-    finally:
-        service.release(generation)
-
-
-async def _unless_disconnected(
-    request: Request, work: Coroutine[Any, Any, tuple[Generation, Pictures]]
-) -> tuple[Generation, Pictures] | None:
-    """What `work` returns; None if the client disconnects first, which cancels the work."""
-    working = asyncio.ensure_future(work)
-    watching = asyncio.ensure_future(_disconnected(request))
-    try:
-        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
-        return await working if working.done() else None
-    finally:
-        watching.cancel()
-        working.cancel()
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

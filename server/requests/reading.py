@@ -34,7 +34,7 @@ SAME: Final[Mapping[str, str]] = MappingProxyType(
 )
 """Fields of other services, and ours that mean the same."""
 
-SCALES: Final = ("cfg_scale", "guidance_scale")
+SCALES: Final = ("cfg_scale", "guidance_scale", "true_cfg_scale")
 """What other services call `guidance.scale`."""
 
 _SIZE: Final = re.compile(r"(\d{1,6})\s*[x×*]\s*(\d{1,6})", re.IGNORECASE)

@@ -1,45 +1,81 @@
-"""The text of a picture in a request: large, and so let go of as soon as it is decoded."""
+"""A picture in a request: large, and so let go of as soon as it is decoded."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
+
+if TYPE_CHECKING:
+    from server.decoding.picture import Repaints
 
 __all__ = ["Upload"]
 
 
 class Upload:
-    """Base64, or a data URI of it, that is handed out once.
+    """Base64 or a data URI of it, or a file, that is handed out once.
 
-    A request is kept until its images are made, and would keep megabytes of text with it.
+    A request is kept until its images are made, and would keep megabytes with it.
 
     Args:
-        text: as it was sent.
-        released: called when the text is no longer held.
+        data: as it was sent: text in JSON, bytes in a form.
+        released: called when the data is no longer held.
+        repaints: how a mask says what is repainted.
     """
 
-    def __init__(self, text: str, released: Callable[[], None] = lambda: None) -> None:
-        self._text: str | None = text
+    def __init__(
+        self,
+        data: str | bytes,
+        released: Callable[[], None] = lambda: None,
+        repaints: Repaints = "white",
+    ) -> None:
+        self.repaints: Repaints = repaints
+        self._data: str | bytes | None = data
         self._released = released
 
-    @contextmanager
-    def opened(self) -> Generator[str]:
-        """The text, which is gone afterwards.
+    def as_mask(self, repaints: Repaints) -> Upload:
+        """The same data, to be decoded as a mask; this one is left with nothing.
+
+        Args:
+            repaints: how it says what is repainted.
 
         Raises:
             ValueError: it was handed out before.
         """
-        text, self._text = self._text, None
-        if text is None:
-            raise ValueError("the upload was opened before")
+        mask = Upload(self._taken(), self._released, repaints)
+        self._released = lambda: None
+        return mask
+
+    def copied(self, repaints: Repaints) -> Upload:
+        """The same data once more, to be decoded as a mask beside this picture.
+
+        Raises:
+            ValueError: it was handed out before.
+        """
+        self._data = data = self._taken()
+        return Upload(data, repaints=repaints)
+
+    @contextmanager
+    def opened(self) -> Generator[str | bytes]:
+        """The data, which is gone afterwards.
+
+        Raises:
+            ValueError: it was handed out before.
+        """
+        data = self._taken()
         try:
-            yield text
+            yield data
         finally:
             self._released()
+
+    def _taken(self) -> str | bytes:
+        data, self._data = self._data, None
+        if data is None:
+            raise ValueError("the upload was opened before")
+        return data
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
@@ -108,12 +109,14 @@ class Service:
         decode_processes: uploaded images decoded at once.
 
     Attributes:
+        started: Unix time at which the server started.
         outcomes: how many requests ended how.
         leaving: set once the server is about to stop; whoever holds a connection open without an
             end of its own ends it then.
     """
 
     def __init__(self, limits: Limits, *, decode_processes: int = 2) -> None:
+        self.started = time.time()
         self.outcomes: Counter[str] = Counter()
         self.decoding = DecodePool(limits, processes=decode_processes, waiting=UPLOADS_WAITING)
         self.leaving = asyncio.Event()
@@ -388,7 +391,7 @@ class Service:
             image = await self._picture(request.image, "image", size)
         if request.mask is not None:
             with request.mask.opened() as text:
-                mask = await self.decoding.mask(text, "mask", size)
+                mask = await self.decoding.mask(text, "mask", size, request.mask.repaints)
         if request.reference is not None:
             reference = await self._picture(request.reference, "reference", size)
         return Uploads(image, mask, reference)

@@ -150,6 +150,30 @@ def test_a_mask_that_would_change_nothing_is_refused(pixels: Image.Image, looks:
         mask(saved(pixels, "PNG"))
 
 
+def test_a_mask_may_repaint_what_is_clear() -> None:
+    """OpenAI's masks are white everywhere and have a hole where the picture is edited."""
+    pixels = np.full((4, 6, 4), 255, np.uint8)
+    pixels[1:3, 2:5, 3] = 0
+    hole = saved(Image.fromarray(pixels), "PNG")
+    for repaints in ("clear", "own_clear"):
+        found = np.asarray(decode_mask(hole, field="mask", max_pixels=LIMIT, repaints=repaints))
+        assert (found == 255 - pixels[..., 3]).all()
+
+
+def test_a_mask_without_an_alpha_channel_repaints_what_is_white() -> None:
+    plain = saved(Image.fromarray(np.eye(8, dtype=np.uint8) * 255), "PNG")
+    found = decode_mask(plain, field="mask", max_pixels=LIMIT, repaints="clear")
+    assert (np.asarray(found) == np.eye(8) * 255).all()
+    own = decode_mask(plain, field="image", max_pixels=LIMIT, repaints="own_clear")
+    assert not np.asarray(own).any()
+
+
+def test_a_mask_with_an_alpha_channel_and_no_clear_pixel_is_refused() -> None:
+    opaque = saved(Image.new("RGBA", (8, 8), "white"), "PNG")
+    with pytest.raises(InvalidRequest, match="no transparent pixel"):
+        decode_mask(opaque, field="mask", max_pixels=LIMIT, repaints="clear")
+
+
 def test_the_scans_of_a_jpeg_are_limited() -> None:
     usual = repeated_scans(32, 32, 0)
     assert picture(usual).size == (32, 32)

@@ -1,0 +1,162 @@
+"""Reads multipart forms as if they were JSON: files are uploads, texts are values."""
+
+from __future__ import annotations
+
+import re
+from asyncio import to_thread
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+from fastapi import Request
+from pydantic_core import from_json
+from python_multipart.multipart import parse_options_header
+from typing_extensions import override
+
+from server.errors import InvalidRequest, MalformedBody
+from server.http.body import JsonRoute, Share, media_type, received
+from server.requests.checks.shape import check_shape
+
+__all__ = ["FormRoute", "Part", "fields_of", "parts_of"]
+
+MOST_PARTS: Final = 128
+"""More than any request has; each field of an object is a part of its own."""
+
+MOST_VALUE: Final = 8192
+"""Characters up to which a text may be JSON; longer ones can only be a picture in base64."""
+
+MOST_HEAD_BYTES: Final = 1024
+"""Of one part's headers."""
+
+MOST_DEPTH: Final = 8
+
+TEXTS: Final = frozenset({"prompt", "negative_prompt", "model", "user", "size"})
+"""Fields whose values are texts even where they look like numbers."""
+
+_NAME: Final = re.compile(r"([^\[\]]+)((?:\[[^\[\]]*\])*)")
+_SUBSCRIPT: Final = re.compile(r"\[([^\[\]]*)\]")
+
+
+class Part(NamedTuple):
+    """One part of a form."""
+
+    name: str
+    content: bytes
+    is_file: bool
+
+
+class FormRoute(JsonRoute):
+    """A route that takes `multipart/form-data` as well as JSON."""
+
+    @override
+    async def read(self, request: Request, uploads: frozenset[str], share: Share) -> Any:
+        """The body as :class:`JsonRoute` would have it, whichever of the two it is."""
+        if media_type(request) != "multipart/form-data":
+            return await super().read(request, uploads, share)
+        _, options = parse_options_header(request.headers["content-type"])
+        body = bytes(await received(request, share, text=False))
+        parts = await to_thread(parts_of, body, options.get(b"boundary", b""))
+        parsed = fields_of(parts)
+        check_shape(parsed, uploads)
+        for name, value in parsed.items():
+            if name in uploads:
+                parsed[name] = _uploads_in(value, share)
+            elif isinstance(value, bytes):
+                raise InvalidRequest(name, f"{name} is a file; it must be text.")
+        # FastAPI looks at the type before it asks for the parsed body.
+        request.scope["headers"] = [
+            (key, b"application/json" if key == b"content-type" else value)
+            for key, value in request.scope["headers"]
+        ]
+        return parsed
+
+
+def parts_of(body: bytes, boundary: bytes) -> list[Part]:
+    """The parts of a form.
+
+    The boundary occurs in no part, so the body is split at it: no content makes this slow.
+
+    Args:
+        body: all of it.
+        boundary: as the content-type has it.
+
+    Raises:
+        MalformedBody: it is no such form.
+        InvalidRequest: it has more than `MOST_PARTS` parts.
+    """
+    if not boundary:
+        raise MalformedBody(None, "The form has no boundary in its content-type.")
+    _, *found = (b"\r\n" + body).split(b"\r\n--" + boundary, MOST_PARTS + 2)
+    if len(found) > MOST_PARTS + 1:
+        raise InvalidRequest(None, f"The form has more than {MOST_PARTS} fields.")
+    if not found or not found[-1].startswith(b"--"):
+        raise MalformedBody(None, "The form ends before its last boundary.")
+    return [_part(part) for part in found[:-1]]
+
+
+def fields_of(parts: Sequence[Part]) -> dict[str, Any]:
+    """The fields of a form: `a[b]` is a field of an object, `a[]` an entry of a list.
+
+    Texts that are numbers, true, false, null, objects or lists in JSON become these.
+
+    Args:
+        parts: of the form, in its order.
+
+    Raises:
+        InvalidRequest: a name is used for two different things, or a text is not UTF-8.
+    """
+    fields: dict[str, Any] = {}
+    for name, content, is_file in parts:
+        match = _NAME.fullmatch(name)
+        path = [name] if match is None else [match[1], *_SUBSCRIPT.findall(match[2])]
+        if len(path) > MOST_DEPTH:
+            raise InvalidRequest(None, f"A field is nested deeper than {MOST_DEPTH} levels.")
+        _put(fields, path, content if is_file else _value(path, content))
+    return fields
+
+
+def _put(fields: dict[str, Any], path: list[str], value: Any) -> None:
+    name, *below = path
+    if not below:
+        # A name that comes twice is a list, as httpx sends one.
+        fields[name] = value if name not in fields else [*_listed(fields[name]), value]
+    elif below == [""]:
+        fields[name] = [*_listed(fields.get(name, [])), value]
+    else:
+        inner = fields.setdefault(name, {})
+        if not isinstance(inner, dict) or "" in below[:-1]:
+            raise InvalidRequest(name, f"{name} is both a value and an object.")
+        _put(inner, below, value)
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _value(path: list[str], content: bytes) -> Any:
+    try:
+        text = content.decode()
+    except UnicodeDecodeError:
+        raise InvalidRequest(path[0], f"{path[0]} is not UTF-8 text.") from None
+    if path[-1] in TEXTS or len(text) > MOST_VALUE:
+        return text
+    try:
+        return from_json(text)
+    except ValueError:
+        return text
+
+
+def _uploads_in(value: Any, share: Share) -> Any:
+    if isinstance(value, list):
+        return [_uploads_in(entry, share) for entry in value]
+    return share.upload(value) if isinstance(value, str | bytes) else value
+
+
+def _part(part: bytes) -> Part:
+    head_end = part.find(b"\r\n\r\n", 0, MOST_HEAD_BYTES)
+    for line in part[: max(head_end, 0)].split(b"\r\n"):
+        header, _, value = line.partition(b":")
+        if header.strip().lower() == b"content-disposition":
+            _, options = parse_options_header(value.strip())
+            name = options.get(b"name", b"").decode(errors="replace")
+            return Part(name, part[head_end + 4 :], b"filename" in options)
+    raise MalformedBody(None, "The form has a part without a name.")

@@ -1,0 +1,61 @@
+"""Makes the images of a request that is answered as a whole, unless its client disconnects."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+from fastapi import Request
+
+from server.requests.schema import GenerateRequest
+from server.service.generation import Generation
+from server.service.service import Pictures, Service
+
+__all__ = ["make"]
+
+
+async def make(
+    request: Request, service: Service, body: GenerateRequest, identifier: str
+) -> tuple[Generation, Pictures] | None:
+    """The images; None if the client disconnects first, which cancels the work.
+
+    Args:
+        request: whose connection is watched.
+        service: that makes the images.
+        body: what is asked for.
+        identifier: of the generation.
+
+    Raises:
+        WeftError: as of :meth:`Service.admit` and :meth:`Service.pictures`.
+    """
+    return await _unless_disconnected(request, _made(service, body, identifier))
+
+
+async def _made(
+    service: Service, body: GenerateRequest, identifier: str
+) -> tuple[Generation, Pictures]:
+    generation = await service.admit(body, identifier)
+    try:
+        return generation, await service.pictures(generation)
+    finally:
+        service.release(generation)
+
+
+async def _unless_disconnected(
+    request: Request, work: Coroutine[Any, Any, tuple[Generation, Pictures]]
+) -> tuple[Generation, Pictures] | None:
+    """What `work` returns; None if the client disconnects first, which cancels the work."""
+    working = asyncio.ensure_future(work)
+    watching = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        return await working if working.done() else None
+    finally:
+        watching.cancel()
+        working.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,150 @@
+"""The bodies of OpenAI's answers and stream events for images."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, Field
+
+from server.image_codec import MEDIA_TYPES, encode, resized
+from server.requests.schema import ResolvedRequest
+from server.service.generation import Generation
+from server.service.service import Picture, Pictures
+
+__all__ = ["Event", "ImagesAnswer", "Kind", "answered", "finished", "previewed"]
+
+Kind = Literal["image_generation", "image_edit"]
+
+
+class InputTokens(BaseModel):
+    """Tokens of the input, of which none are counted."""
+
+    text_tokens: int = 0
+    image_tokens: int = 0
+
+
+class Usage(BaseModel):
+    """What OpenAI charges for; nothing is charged here, and all of it is 0."""
+
+    input_tokens: int = 0
+    input_tokens_details: InputTokens = InputTokens()
+    output_tokens: int = 0
+    total_tokens: int = 0
+
+
+class ImageData(BaseModel):
+    """One image."""
+
+    b64_json: str | None = Field(default=None, description="The image file in base64.")
+    url: str | None = Field(
+        default=None, description="The same as a data URI, if it was asked for."
+    )
+    seed: int = Field(description="As in `POST /v1/generate`.")
+
+
+class ImagesAnswer(BaseModel):
+    """OpenAI's answer, and beside it what `POST /v1/generate` would say."""
+
+    created: int = Field(description="Unix time at which the request arrived.")
+    data: list[ImageData]
+    size: str = Field(description="Width and height, such as `512x512`.")
+    background: Literal["opaque"] = "opaque"
+    output_format: str
+    usage: Usage = Usage()
+    id: str
+    model: str
+    settings: dict[str, Any] = Field(description="As in `POST /v1/generate`.")
+    warnings: list[str] = Field(description="As in `POST /v1/generate`, and what was ignored.")
+    notes: list[str] = Field(description="As in `POST /v1/generate`.")
+
+
+class Event(BaseModel):
+    """One event of a stream: a preview, or an image."""
+
+    type: str
+    b64_json: str
+    partial_image_index: int | None = Field(default=None, description="Of a preview, from 0.")
+    created_at: int = Field(description="Unix time at which the request arrived.")
+    size: str
+    quality: Literal["auto"] = "auto"
+    background: Literal["opaque"] = "opaque"
+    output_format: str
+    usage: Usage | None = Field(default=None, description="Of an image.")
+    seed: int | None = Field(default=None, description="Of an image.")
+    warnings: list[str] | None = Field(default=None, description="Of an image.")
+
+
+def answered(
+    generation: Generation, pictures: Pictures, ignored: Sequence[str], *, as_url: bool
+) -> ImagesAnswer:
+    """The answer with the images of a generation.
+
+    Args:
+        generation: that made them.
+        pictures: the images.
+        ignored: sentences about fields without effect.
+        as_url: whether each is a data URI instead of base64.
+    """
+    request = generation.request
+    return ImagesAnswer(
+        created=int(generation.created),
+        data=[_data(picture, request, as_url=as_url) for picture in pictures.pictures],
+        size=_size(request),
+        output_format=request.output_format,
+        id=generation.id,
+        model=request.model,
+        settings=dict(pictures.settings),
+        warnings=[*ignored, *generation.warnings],
+        notes=list(generation.notes),
+    )
+
+
+def previewed(kind: Kind, generation: Generation, index: int, preview: np.ndarray) -> Event:
+    """The event for a preview, at the size and in the format of the image.
+
+    Args:
+        kind: of the stream.
+        generation: that makes the image.
+        index: of the preview, from 0.
+        preview: uint8 `[h, w, 3]`.
+    """
+    request = generation.request
+    pixels = resized(preview, request.width, request.height)
+    return Event(
+        type=f"{kind}.partial_image",
+        b64_json=base64.b64encode(encode(pixels, request.output_format)).decode(),
+        partial_image_index=index,
+        created_at=int(generation.created),
+        size=_size(request),
+        output_format=request.output_format,
+    )
+
+
+def finished(kind: Kind, generation: Generation, picture: Picture, ignored: Sequence[str]) -> Event:
+    """The event for an image."""
+    request = generation.request
+    return Event(
+        type=f"{kind}.completed",
+        b64_json=base64.b64encode(picture.data).decode(),
+        created_at=int(generation.created),
+        size=_size(request),
+        output_format=request.output_format,
+        usage=Usage(),
+        seed=picture.seed,
+        warnings=[*ignored, *generation.warnings],
+    )
+
+
+def _data(picture: Picture, request: ResolvedRequest, *, as_url: bool) -> ImageData:
+    text = base64.b64encode(picture.data).decode()
+    if as_url:
+        url = f"data:{MEDIA_TYPES[request.output_format]};base64,{text}"
+        return ImageData(url=url, seed=picture.seed)
+    return ImageData(b64_json=text, seed=picture.seed)
+
+
+def _size(request: ResolvedRequest) -> str:
+    return f"{request.width}x{request.height}"

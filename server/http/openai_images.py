@@ -1,0 +1,156 @@
+"""`/v1/images`: images as OpenAI's clients ask for them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Final
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
+from typing_extensions import override
+
+from server.errors import WeftError
+from server.http.body import JsonRoute
+from server.http.dependencies import IdentifierDep, ServiceDep
+from server.http.errors import ErrorBody, body_of
+from server.http.events import PING_S, GenerationStream
+from server.http.forms import FormRoute
+from server.http.making import make
+from server.http.openai_answers import Event, ImagesAnswer, Kind, answered, finished, previewed
+from server.requests.openai_images import ImageEdit, ImageGeneration, request_of
+from server.requests.schema import GenerateRequest
+from server.service.generation import Generation, Progress
+from server.service.own_mask import with_own_mask
+from server.service.service import Service
+
+__all__ = ["edits", "generations"]
+
+_RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
+    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
+    **{
+        status: {"model": ErrorBody}
+        for status in (400, 401, 403, 404, 408, 409, 413, 415, 429, 503)
+    },
+}
+
+generations = APIRouter(tags=["openai"], route_class=JsonRoute)
+edits = APIRouter(tags=["openai"], route_class=FormRoute)
+
+
+@generations.post("/v1/images/generations", response_model=ImagesAnswer, responses=_RESPONSES)
+async def generate(
+    body: ImageGeneration, request: Request, service: ServiceDep, identifier: IdentifierDep
+) -> Any:
+    """Generate images, as OpenAI's API of the same path does.
+
+    With `stream` the events are `image_generation.partial_image`, as many as `partial_images` says,
+    and `image_generation.completed` for each image.
+    """
+    wanted, ignored = request_of(body)
+    return await _answer("image_generation", body, wanted, ignored, request, service, identifier)
+
+
+@edits.post(
+    "/v1/images/edits",
+    response_model=ImagesAnswer,
+    responses=_RESPONSES,
+    openapi_extra={
+        "requestBody": {
+            "content": {
+                "multipart/form-data": {"schema": {"$ref": "#/components/schemas/ImageEdit"}}
+            }
+        }
+    },
+)
+async def edit(
+    body: ImageEdit, request: Request, service: ServiceDep, identifier: IdentifierDep
+) -> Any:
+    """Change an image, as OpenAI's API of the same path does: transparent pixels are repainted.
+
+    The events of a stream begin with `image_edit` instead of `image_generation`.
+    """
+    wanted, ignored = request_of(body)
+    wanted = await with_own_mask(wanted, service.decoding)
+    return await _answer("image_edit", body, wanted, ignored, request, service, identifier)
+
+
+async def _answer(
+    kind: Kind,
+    body: ImageGeneration,
+    wanted: GenerateRequest,
+    ignored: Sequence[str],
+    request: Request,
+    service: Service,
+    identifier: str,
+) -> Response:
+    if body.stream:
+        generation = await service.admit(wanted, identifier)
+        return ImagesStream(kind, service, generation, body.partial_images, ignored)
+    made = await make(request, service, wanted, identifier)
+    if made is None:
+        return Response(status_code=499)
+    answer = answered(*made, ignored, as_url=body.response_format == "url")
+    return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")
+
+
+class ImagesStream(GenerationStream):
+    """Streams previews of the first image, and then all images.
+
+    Args:
+        kind: how the events' names begin.
+        service: that makes the images.
+        generation: that was admitted.
+        previews: how many there are at most.
+        ignored: sentences about fields without effect.
+    """
+
+    def __init__(
+        self,
+        kind: Kind,
+        service: Service,
+        generation: Generation,
+        previews: int,
+        ignored: Sequence[str],
+    ) -> None:
+        self._kind: Kind = kind
+        self._previews = previews
+        self._ignored = ignored
+        super().__init__(service, generation)
+
+    @override
+    async def _events(self) -> AsyncIterator[bytes]:
+        generation, kind = self._generation, self._kind
+        shown = 0
+        try:
+            while not generation.done:
+                news = await generation.news(PING_S)
+                for progress in news:
+                    if progress.preview is None or not self._due(progress, shown):
+                        continue
+                    event = await asyncio.to_thread(
+                        previewed, kind, generation, shown, progress.preview
+                    )
+                    yield _event(event)
+                    shown += 1
+                if not news and not generation.done:
+                    yield KEEPALIVE_COMMENT
+            pictures = await self._service.pictures(generation)
+            for picture in pictures.pictures:
+                yield _event(finished(kind, generation, picture, self._ignored))
+        except WeftError as error:
+            data = {"type": "error", **body_of(error)}
+            yield format_sse_event(event="error", data_str=json.dumps(data))
+
+    def _due(self, progress: Progress, shown: int) -> bool:
+        """Whether this is the time of the next preview; they divide the steps evenly."""
+        if progress.index != 0 or shown == self._previews:
+            return False
+        share = (shown + 1) / (self._previews + 1)
+        return share * progress.steps <= progress.step < progress.steps
+
+
+def _event(event: Event) -> bytes:
+    return format_sse_event(event=event.type, data_str=event.model_dump_json(exclude_none=True))

@@ -1,0 +1,134 @@
+"""OpenAI's requests for images, as requests of our own."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from server.requests.schema import Count, GenerateRequest
+from server.requests.upload import Upload
+
+__all__ = ["ImageEdit", "ImageGeneration", "request_of"]
+
+_THEIR_MODELS: Final = re.compile(r"(dall-e|gpt-image|chatgpt-image)[\w.-]*")
+_WITHOUT_EFFECT: Final = ("quality", "moderation", "style", "output_compression", "input_fidelity")
+_NEUTRAL: Final = {
+    "quality": ("auto",),
+    "moderation": ("auto",),
+    "output_compression": (100,),
+}
+"""Values that ask for nothing, so that it need not be said that they have no effect."""
+
+
+class ImageGeneration(GenerateRequest):
+    """A request of OpenAI's `POST /v1/images/generations`.
+
+    Every field of `POST /v1/generate` may stand beside OpenAI's own; the SDK sends them from
+    `extra_body`. Unknown fields are ignored, and named in the answer's `warnings`.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    size: str | None = Field(
+        default=None,
+        description="Width and height, `512x512`; `auto` is the model's own size, or the image's.",
+    )
+    response_format: Literal["b64_json", "url"] = Field(
+        default="b64_json", description="`url` answers with a data URI, which needs no server."
+    )
+    background: Literal["auto", "opaque"] = Field(
+        default="auto", description="Images are opaque; `transparent` is refused."
+    )
+    partial_images: Count = Field(
+        default=0, ge=0, le=3, description="Previews in a stream, before the image itself."
+    )
+    quality: str = Field(default="auto", max_length=60, description="Has no effect.")
+    moderation: str = Field(default="auto", max_length=60, description="Has no effect.")
+    style: str | None = Field(default=None, max_length=60, description="Has no effect.")
+    output_compression: Count = Field(default=100, ge=0, le=100, description="Has no effect.")
+    user: str | None = Field(default=None, max_length=512, description="Is not looked at.")
+    safety_identifier: str | None = Field(
+        default=None, max_length=512, description="Is not looked at."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_what_says_nothing(cls, data: Any) -> Any:
+        """OpenAI's clients send null for a default."""
+        if not isinstance(data, dict):
+            return data
+        return {
+            name: value
+            for name, value in data.items()
+            if value is not None and (name, value) != ("model", "")
+        }
+
+
+class ImageEdit(ImageGeneration):
+    """A request of OpenAI's `POST /v1/images/edits`, as a multipart form or as JSON."""
+
+    image: Upload | None = Field(
+        repr=False,
+        description="The image to edit: PNG, JPEG or WebP. Without a mask, its own transparent "
+        "pixels are repainted; an opaque image is changed as a whole, by `strength`.",
+    )
+    mask: Upload | None = Field(
+        default=None,
+        repr=False,
+        description="Transparent where the image is repainted. A mask without an alpha channel is "
+        "white there.",
+    )
+    input_fidelity: str | None = Field(default=None, max_length=60, description="Has no effect.")
+
+    @field_validator("mask", mode="after")
+    @classmethod
+    def _repaint_what_is_clear(cls, mask: Upload | None) -> Upload | None:
+        return None if mask is None else mask.as_mask("clear")
+
+    @field_validator("image", mode="before")
+    @classmethod
+    def _take_one_image(cls, value: Any) -> Any:
+        """The SDK sends a list of one image as `image[]`."""
+        if not isinstance(value, list):
+            return value
+        if len(value) != 1:
+            raise PydanticCustomError(
+                "sentence",
+                "image has {count} images; one is edited at a time.",
+                {"count": len(value)},
+            )
+        return value[0]
+
+
+def request_of(body: ImageGeneration) -> tuple[GenerateRequest, tuple[str, ...]]:
+    """The request, and one sentence for each thing that has no effect.
+
+    Args:
+        body: as sent.
+    """
+    own = GenerateRequest.model_fields.keys() & body.model_fields_set
+    given: dict[str, Any] = {name: getattr(body, name) for name in own}
+    # Previews are made for a stream alone, and only where it shows them.
+    given["stream"] = body.stream and body.partial_images > 0
+    notes = _ignored(body)
+    if body.model is not None and _THEIR_MODELS.fullmatch(body.model):
+        del given["model"]
+        notes = (*notes, f"model {body.model!r} is OpenAI's; the default model draws instead.")
+    # Every value was validated when the body was read.
+    return GenerateRequest.model_construct(**given).read_as(body.reading), notes
+
+
+def _ignored(body: BaseModel) -> tuple[str, ...]:
+    """One sentence that names the fields without effect, if there are any."""
+    named = [
+        field
+        for field in _WITHOUT_EFFECT
+        if field in body.model_fields_set and getattr(body, field) not in _NEUTRAL.get(field, ())
+    ]
+    named += [name[:60] for name in body.model_extra or ()]
+    if not named:
+        return ()
+    return (f"Ignored, because nothing here corresponds: {', '.join(sorted(named))}.",)

@@ -1,0 +1,28 @@
+"""Lets an image say by its own transparency what of it is repainted, as OpenAI's edits do."""
+
+from __future__ import annotations
+
+from server.decoding.pool import DecodePool
+from server.requests.schema import GenerateRequest
+
+__all__ = ["with_own_mask"]
+
+
+async def with_own_mask(request: GenerateRequest, decoding: DecodePool) -> GenerateRequest:
+    """The request, with its image's transparent pixels as the mask if it has any.
+
+    Args:
+        request: with an image; one with a mask is returned as it is.
+        decoding: reads the image.
+
+    Raises:
+        InvalidRequest: the image cannot be decoded.
+        Overloaded: too many images wait to be decoded.
+    """
+    if request.image is None or request.mask is not None:
+        return request
+    with request.image.copied("own_clear").opened() as data:
+        clear = await decoding.mask(data, "image", repaints="own_clear")
+    if not clear.any():
+        return request
+    return request.model_copy(update={"mask": request.image.copied("own_clear")})

@@ -1,0 +1,235 @@
+"""OpenAI's own client against a running server; nothing of it is changed."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx2
+import numpy as np
+import openai
+import pytest
+from numpy.typing import NDArray
+from openai import OpenAI
+from PIL import Image
+
+from tests.server.conftest import PATIENCE_S, Running
+
+FAST: dict[str, Any] = {"seed": 5, "steps": 4}
+SIDE = 128
+
+
+@pytest.fixture(scope="module")
+def sdk(running: Running) -> Iterator[OpenAI]:
+    with OpenAI(
+        base_url=f"{running.url}/v1", api_key="unused", max_retries=0, timeout=PATIENCE_S
+    ) as made:
+        yield made
+
+
+def pixels_of(b64: str | None) -> NDArray[np.uint8]:
+    assert b64 is not None
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(b64))).convert("RGB"))
+
+
+def png(pixels: NDArray[np.uint8]) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+WHITE = np.full((SIDE, SIDE, 4), 255, np.uint8)
+HOLE = WHITE.copy()
+HOLE[32:96, 32:96, 3] = 0
+REPAINTED = HOLE[..., 3] == 0
+
+
+def native(client: httpx2.Client, **fields: Any) -> list[NDArray[np.uint8]]:
+    answer = client.post("/v1/generate", json={"prompt": "a red circle"} | FAST | fields).json()
+    return [pixels_of(image["b64_json"]) for image in answer["images"]]
+
+
+def b64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def test_the_sdk_gets_the_images_of_the_native_route(sdk: OpenAI, client: httpx2.Client) -> None:
+    guidance = {"name": "cfg", "scale": 3}
+    ours = FAST | {"sampler": "unipc", "guidance": guidance}
+    answer = sdk.images.generate(prompt="a red circle", n=2, size="128x128", extra_body=ours)
+    assert (answer.size, answer.output_format, answer.background) == ("128x128", "png", "opaque")
+    assert answer.usage is not None
+    expected = native(client, n=2, sampler="unipc", guidance=guidance)
+    assert answer.data is not None
+    for image, pixels in zip(answer.data, expected, strict=True):
+        assert (pixels_of(image.b64_json) == pixels).all()
+    assert answer.model_extra is not None
+    assert answer.model_extra["settings"]["sampler"]["name"] == "unipc"
+    assert answer.model_extra["warnings"] == []
+
+
+def test_what_has_no_effect_is_named(sdk: OpenAI) -> None:
+    answer = sdk.images.generate(
+        prompt="a red circle",
+        model="gpt-image-1",
+        quality="high",
+        style="vivid",
+        moderation="auto",
+        user="me",
+        extra_body=FAST | {"unheard_of": 1},
+    )
+    assert answer.model_extra is not None
+    ignored, drawn_by = answer.model_extra["warnings"]
+    assert ignored.endswith(": quality, style, unheard_of.")
+    assert "'gpt-image-1' is OpenAI's" in drawn_by
+    assert answer.model_extra["model"] == "embedded"
+
+
+def test_a_url_is_a_data_uri(sdk: OpenAI, client: httpx2.Client) -> None:
+    answer = sdk.images.generate(
+        prompt="a red circle", response_format="url", output_format="webp", extra_body=FAST
+    )
+    assert answer.data is not None
+    assert answer.data[0].b64_json is None
+    head, _, data = (answer.data[0].url or "").partition(",")
+    assert head == "data:image/webp;base64"
+    assert pixels_of(data).shape == (SIDE, SIDE, 3)
+
+
+def test_partial_images_come_nearer_to_the_image(sdk: OpenAI, client: httpx2.Client) -> None:
+    steps = {"seed": 5, "steps": 8}
+    stream = sdk.images.generate(
+        prompt="a red circle", stream=True, partial_images=3, extra_body=steps
+    )
+    *partial, last = stream
+    assert [event.type for event in partial] == ["image_generation.partial_image"] * len(partial)
+    # A slow reader may miss one.
+    assert 1 <= len(partial) <= 3
+    assert [getattr(event, "partial_image_index", None) for event in partial] == list(
+        range(len(partial))
+    )
+    assert last.type == "image_generation.completed"
+    assert last.usage.total_tokens == 0
+    final = pixels_of(last.b64_json)
+    assert (final == native(client, steps=8)[0]).all()
+    away = [np.abs(pixels_of(event.b64_json) - final.astype(float)).mean() for event in partial]
+    assert away == sorted(away, reverse=True)
+    assert {event.size for event in (*partial, last)} == {"128x128"}
+
+
+def test_a_stream_of_several_images_completes_each(sdk: OpenAI, client: httpx2.Client) -> None:
+    events = list(sdk.images.generate(prompt="a red circle", stream=True, n=2, extra_body=FAST))
+    assert [event.type for event in events] == ["image_generation.completed"] * 2
+    for event, pixels in zip(events, native(client, n=2), strict=True):
+        assert (pixels_of(event.b64_json) == pixels).all()
+
+
+@pytest.mark.parametrize("name", ["image", "image[]"])
+def test_an_edit_repaints_what_is_transparent(
+    sdk: OpenAI, client: httpx2.Client, name: str
+) -> None:
+    image = png(WHITE[..., :3])
+    answer = sdk.images.edit(
+        image=image if name == "image" else [image],
+        mask=png(HOLE),
+        prompt="a red circle",
+        extra_body=FAST | {"guidance": {"name": "cfg", "policy": {"name": "reuse"}}},
+    )
+    assert answer.data is not None
+    edited = pixels_of(answer.data[0].b64_json)
+    assert (edited[:16] == 255).all()
+    assert edited[REPAINTED].std() > 10
+    mask = png(REPAINTED.astype(np.uint8) * 255)
+    guidance = {"name": "cfg", "policy": "reuse"}
+    (expected,) = native(client, image=b64(image), mask=b64(mask), guidance=guidance)
+    assert (edited == expected).all()
+
+
+def test_an_image_may_be_its_own_mask_and_an_opaque_one_is_changed_as_a_whole(
+    sdk: OpenAI, client: httpx2.Client
+) -> None:
+    answer = sdk.images.edit(image=png(HOLE), prompt="a red circle", extra_body=FAST)
+    assert answer.data is not None
+    edited = pixels_of(answer.data[0].b64_json)
+    assert (edited[:16] == 255).all()
+    assert edited[REPAINTED].std() > 10
+    whole = sdk.images.edit(image=png(WHITE), prompt="a red circle", extra_body=FAST)
+    assert whole.data is not None
+    assert whole.model_extra is not None
+    assert whole.model_extra["settings"]["strength"] == 0.75
+    (expected,) = native(client, image=b64(png(WHITE)))
+    assert (pixels_of(whole.data[0].b64_json) == expected).all()
+
+
+def test_an_edit_streams_events_of_its_own(sdk: OpenAI) -> None:
+    events = sdk.images.edit(
+        image=png(WHITE), mask=png(HOLE), prompt="a red circle", stream=True, extra_body=FAST
+    )
+    assert [event.type for event in events] == ["image_edit.completed"]
+
+
+Refused = tuple[type[openai.APIStatusError], str, str]
+BAD = openai.BadRequestError
+REFUSED: dict[str, tuple[Callable[[OpenAI], Any], Refused]] = {
+    "size": (
+        lambda sdk: sdk.images.generate(prompt="x", size="large"),
+        (BAD, "size", "'large'"),
+    ),
+    "steps": (
+        lambda sdk: sdk.images.generate(prompt="x", extra_body={"steps": 1000}),
+        (BAD, "steps", "at most 200"),
+    ),
+    "background": (
+        lambda sdk: sdk.images.generate(prompt="x", background="transparent"),
+        (BAD, "background", "must be one of"),
+    ),
+    "model": (
+        lambda sdk: sdk.images.generate(prompt="x", model="nowhere"),
+        (openai.NotFoundError, "model", "embedded"),
+    ),
+    "images": (
+        lambda sdk: sdk.images.edit(prompt="x", image=[png(WHITE)] * 2),
+        (BAD, "image", "2 images"),
+    ),
+    "mask": (
+        lambda sdk: sdk.images.edit(prompt="x", image=png(WHITE), mask=png(WHITE)),
+        (BAD, "mask", "no transparent pixel"),
+    ),
+    "stream": (
+        lambda sdk: list(sdk.images.generate(prompt="x", stream=True, n=1000)),
+        (BAD, "n", "at most"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_the_sdk_raises_its_own_errors(sdk: OpenAI, name: str) -> None:
+    call, (kind, param, words) = REFUSED[name]
+    with pytest.raises(kind) as refusal:
+        call(sdk)
+    assert refusal.value.param == param
+    assert words in refusal.value.message
+    assert refusal.value.request_id == refusal.value.response.headers["x-request-id"]
+
+
+def test_the_sdk_lists_the_models(sdk: OpenAI) -> None:
+    assert [model.id for model in sdk.models.list()] == ["embedded", "embedded-lcm"]
+    assert sdk.models.retrieve("embedded").object == "model"
+    with pytest.raises(openai.NotFoundError):
+        sdk.models.retrieve("some/where")
+
+
+def test_open_webui_s_calls_are_answered(client: httpx2.Client) -> None:
+    """What its OpenAI image engine sends, and what it then reads of the answer."""
+    headers = {"Authorization": "Bearer none", "Content-Type": "application/json"}
+    body = {"model": "embedded-lcm", "prompt": "a red circle", "n": 1, "size": "128x128"}
+    body |= {"response_format": "b64_json"}
+    answer = client.post("/v1/images/generations", json=body, headers=headers)
+    answer.raise_for_status()
+    for image in answer.json()["data"]:
+        assert image.get("url") is None
+        assert pixels_of(image["b64_json"]).shape == (SIDE, SIDE, 3)
+    refused = client.post("/v1/images/generations", json=body | {"model": "?"}, headers=headers)
+    assert "is not hosted here" in refused.json()["error"]["message"]
