@@ -216,6 +216,15 @@ CONVENTIONS: Final[Mapping[str, Convention]] = MappingProxyType(
             rule=CFG(scale=6.0),
             flow=True,
         ),
+        "sd3": Convention(
+            "Stable Diffusion 3 and 3.5, shift 3",
+            "diffusers' `StableDiffusion3Pipeline`",
+            Euler(),
+            Linspace(twice_shifted=True),
+            steps=28,
+            rule=CFG(scale=7.0),
+            flow=True,
+        ),
         "sd35_turbo": Convention(
             "Stable Diffusion 3.5 Turbo, shift 3: sigma 1, .8577, .6022, .0089",
             "its model card, and diffusers' pipeline",

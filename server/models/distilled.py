@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from server.models.defaults import ModelDefaults
 
-__all__ = ["STATED", "distilled_as", "distilled_spacing", "stated"]
+__all__ = ["STATED", "distilled_as", "distilled_spacing", "is_called_turbo", "stated"]
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +178,7 @@ def distilled_as(
         case "EulerDiscreteScheduler" | "EulerAncestralDiscreteScheduler" as kind:
             trailing = scheduler.get("timestep_spacing") == "trailing"
             of_noise = scheduler.get("prediction_type", "epsilon") == "epsilon"
-            if not (trailing and of_noise and _is_called_turbo(folder)):
+            if not (trailing and of_noise and is_called_turbo(folder, "unet")):
                 return None
             ancestral = kind == "EulerAncestralDiscreteScheduler"
             reason = "its configs are named after a Turbo model, and its scheduler is trailing"
@@ -198,7 +198,12 @@ def _by_config(name: str, reason: str, scheduler: Mapping[str, Any]) -> ModelDef
     return defaults_by(name, reason, spacing=spacing, steps=min(CONVENTIONS[name].steps, most))
 
 
-def _is_called_turbo(folder: Path) -> bool:
-    """Whether the path that diffusers noted of the original has the word turbo in it."""
-    configs = (read_json(folder, name) for name in ("model_index.json", "unet/config.json"))
+def is_called_turbo(folder: Path, denoiser: str) -> bool:
+    """Whether the path that diffusers noted of the original has the word turbo in it.
+
+    Args:
+        folder: of the model.
+        denoiser: its name in the folder.
+    """
+    configs = (read_json(folder, name) for name in ("model_index.json", f"{denoiser}/config.json"))
     return any(TURBO.search(str(config.get("_name_or_path", ""))) for config in configs)

@@ -48,6 +48,8 @@ class ModelFacts:
         default_width: in pixels.
         default_height: in pixels.
         max_tokens: tokens of a prompt, without the markers of start and end.
+        longest_side: pixels of the longest width or height that it has positions for; None where
+            there is no such bound.
         embeds_scale: whether the network is told a guidance scale, as LCMs and FLUX.1 dev are.
         reads_mask: whether the network is shown what is repainted and what is around it.
         defaults: settings of requests that leave them out; None for the server's own.
@@ -63,6 +65,7 @@ class ModelFacts:
     default_width: int
     default_height: int
     max_tokens: int
+    longest_side: int | None = None
     embeds_scale: bool = False
     reads_mask: bool = False
     defaults: ModelDefaults | None = None

@@ -15,6 +15,7 @@ from server.models.latent_consistency import load_latent_consistency
 from server.models.linear_fits import LinearFits
 from server.models.parts import check_loaded
 from server.models.stable_diffusion import load_stable_diffusion
+from server.models.stable_diffusion_3 import load_stable_diffusion_3
 from server.models.stable_diffusion_xl import load_stable_diffusion_xl
 from server.models.statistics import ModelStatistics
 from server.models.z_image import load_z_image
@@ -31,6 +32,7 @@ FAMILIES = {
     "FluxPipeline": load_flux1,
     "LatentConsistencyModelPipeline": load_latent_consistency,
     "StableDiffusionInpaintPipeline": load_stable_diffusion,
+    "StableDiffusion3Pipeline": load_stable_diffusion_3,
     "StableDiffusionPipeline": load_stable_diffusion,
     "StableDiffusionXLInpaintPipeline": load_stable_diffusion_xl,
     "StableDiffusionXLPipeline": load_stable_diffusion_xl,
@@ -38,7 +40,7 @@ FAMILIES = {
 }
 """Loader of each pipeline class that a model folder may name."""
 
-IN_BFLOAT16 = frozenset({"FluxPipeline", "ZImagePipeline"})
+IN_BFLOAT16 = frozenset({"FluxPipeline", "StableDiffusion3Pipeline", "ZImagePipeline"})
 """Pipeline classes whose text encoders or transformers overflow in float16."""
 
 

@@ -145,6 +145,7 @@ def load_z_image(
         default_width=side,
         default_height=side,
         max_tokens=text.max_tokens,
+        longest_side=multiple * min(transformer.config.axes_lens[1:]),
         defaults=_defaults_of(folder),
     )
     return TransformerModel(

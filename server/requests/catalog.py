@@ -100,6 +100,10 @@ class ModelEntry(BaseModel):
     width: int = Field(description="Default, in pixels.")
     height: int = Field(description="Default, in pixels.")
     size_multiple: int = Field(description="Width and height are multiples of this.")
+    longest_side: int | None = Field(
+        description="The most that width and height may be, in pixels; null if only the server's "
+        "limit counts."
+    )
     max_tokens: int = Field(description="Length of the longest prompt, in tokens.")
     statistics: tuple[str, ...] = Field(
         description="Guidance for which this model has statistics; samplers whose `properties` say "

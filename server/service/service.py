@@ -204,6 +204,7 @@ class Service:
                 width=model.facts.default_width,
                 height=model.facts.default_height,
                 size_multiple=model.facts.size_multiple,
+                longest_side=model.facts.longest_side,
                 max_tokens=model.facts.max_tokens,
                 statistics=model.statistics.available,
                 classifier={} if model.classifier is None else model.classifier.heads,

@@ -44,7 +44,8 @@ def check_size(resolved: ResolvedRequest, facts: ModelFacts, limits: Limits) -> 
     """Refuse a size that the model cannot draw, or that is too large for this server.
 
     Raises:
-        InvalidRequest: a side is no multiple of what the model needs, or there are too many pixels.
+        InvalidRequest: a side is no multiple of what the model needs or is longer than it has
+            positions for, or there are too many pixels.
     """
     width, height = resolved.width, resolved.height
     for field, side in (("width", width), ("height", height)):
@@ -53,6 +54,11 @@ def check_size(resolved: ResolvedRequest, facts: ModelFacts, limits: Limits) -> 
                 field,
                 f"{field} is {side}; model {facts.name!r} needs a multiple of "
                 f"{facts.size_multiple}.",
+            )
+        if facts.longest_side is not None and side > facts.longest_side:
+            raise InvalidRequest(
+                field,
+                f"{field} is {side}; model {facts.name!r} draws at most {facts.longest_side}.",
             )
     if width * height > limits.pixels:
         raise InvalidRequest(

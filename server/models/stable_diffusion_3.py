@@ -1,0 +1,188 @@
+"""Stable Diffusion 3 and 3.5: two CLIP text encoders and T5, a transformer of joint blocks.
+
+Esser et al., arXiv 2403.03206; as ``StableDiffusion3Pipeline`` of diffusers runs it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from server.models.autoencoder import Autoencoder
+from server.models.clip import CLIP
+from server.models.conditioning import Conditioning
+from server.models.conventions import defaults_by
+from server.models.distilled import is_called_turbo, stated
+from server.models.flow_matching import SCHEDULER, FlowSchedules
+from server.models.folder import Revisions, read_json
+from server.models.hosted import ModelFacts
+from server.models.parts import load_network, load_text_encoder, load_tokenizer
+from server.models.t5 import T5
+from server.models.transformer_model import TRANSFORMER, TransformerModel
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from torch import Tensor, nn
+
+    from server.models.defaults import ModelDefaults
+    from server.models.inputs import RowInputs
+
+TEXT = "encoder_hidden_states"
+POOLED = "pooled_projections"
+
+LAYER = -2
+"""Of CLIP's hidden states, those that the transformer reads: before the last layer."""
+
+T5_LENGTH = 256
+"""Tokens of every prompt for T5, padding among them."""
+
+
+class ClipsAndT5:
+    """CLIP's hidden states side by side, T5's behind them, and both pooled vectors of CLIP.
+
+    The unconditional is the empty prompt.
+
+    Args:
+        first: CLIP ViT-L with a projection.
+        second: OpenCLIP ViT-bigG with a projection.
+        t5: None for a model that is run without it, whose tokens are then zeros.
+        width: features of a token.
+    """
+
+    def __init__(self, first: CLIP, second: CLIP, t5: T5 | None, width: int) -> None:
+        self._clips = first, second
+        self._t5 = t5
+        self._width = width
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of the longest prompt that T5 does not cut off; CLIP reads the first 75 or so."""
+        return self._readers[0].max_tokens
+
+    def count_tokens(self, text: str) -> int:
+        """T5's tokens of a prompt without markers, or CLIP's; safe from any thread."""
+        return max(reader.count_tokens(text) for reader in self._readers)
+
+    def encode(self, prompts: Sequence[str | None], width: int, height: int) -> list[Conditioning]:
+        """Conditioning of each prompt, whatever the size of the picture."""
+        texts = [prompt or "" for prompt in prompts]
+        encoded = [clip.encode(texts) for clip in self._clips]
+        clips = torch.cat([one.hidden_states[LAYER] for one in encoded], -1)
+        clips = F.pad(clips, (0, self._width - clips.shape[-1]))
+        pooled = torch.cat([one.text_embeds for one in encoded], -1)
+        if self._t5 is None:
+            states = clips.new_zeros(len(texts), T5_LENGTH, self._width)
+        else:
+            # T5 reads its padding as text here, and so does the transformer.
+            states = self._t5.encode(texts, masked=False).states
+        hidden = torch.cat([clips, states], 1)
+        return [
+            # Views would keep the whole batch of prompts in memory.
+            Conditioning({TEXT: row.clone(), POOLED: vector.clone()}, len(row))
+            for row, vector in zip(hidden, pooled, strict=True)
+        ]
+
+    def modules(self) -> Mapping[str, nn.Module]:
+        """The text encoders by their names in a model folder."""
+        first, second = self._clips
+        found = {"text_encoder": first.encoder, "text_encoder_2": second.encoder}
+        return found if self._t5 is None else found | {"text_encoder_3": self._t5.encoder}
+
+    @property
+    def _readers(self) -> tuple[T5] | tuple[CLIP, CLIP]:
+        """Those whose length counts."""
+        return self._clips if self._t5 is None else (self._t5,)
+
+
+class SD3Denoiser:
+    """The transformer, which packs latents itself and puts out their velocity.
+
+    Args:
+        network: an ``SD3Transformer2DModel`` in inference mode.
+        device: where it runs.
+    """
+
+    def __init__(self, network: Any, device: torch.device) -> None:
+        self.network = network.to(device)
+
+    def __call__(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
+        """See ``HostedModel.evaluate``."""
+        told = inputs.conditioning.tensors
+        return self.network(
+            hidden_states=x.to(self.network.dtype),
+            timestep=t,
+            encoder_hidden_states=told[TEXT],
+            pooled_projections=told[POOLED],
+            return_dict=False,
+        )[0].float()
+
+
+def load_stable_diffusion_3(
+    folder: Path, name: str, revisions: Revisions, device: torch.device, dtype: torch.dtype
+) -> TransformerModel:
+    """Load the parts of a diffusers folder from safetensors alone.
+
+    Raises:
+        ModelMismatch: a part that this family cannot run.
+    """
+    from diffusers import AutoencoderKL, SD3Transformer2DModel
+    from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+    clips: list[CLIP] = []
+    for suffix in ("", "_2"):
+        encoder = load_text_encoder(
+            folder, f"text_encoder{suffix}", CLIPTextModelWithProjection, dtype
+        )
+        positions = encoder.config.max_position_embeddings
+        tokenizer = load_tokenizer(folder, f"tokenizer{suffix}", CLIPTokenizer, positions)
+        clips.append(CLIP(encoder, tokenizer, device))
+    first, second = clips
+    t5 = T5.load(folder, "_3", T5_LENGTH, device, dtype) if _has_t5(folder) else None
+    transformer = load_network(folder, TRANSFORMER, [SD3Transformer2DModel], dtype)
+    vae = load_network(folder, "vae", [AutoencoderKL], dtype)
+    text = ClipsAndT5(first, second, t5, transformer.config.joint_attention_dim)
+    latent_scale = 2 ** (len(vae.config.block_out_channels) - 1)
+    multiple = transformer.config.patch_size * latent_scale
+    side = transformer.config.sample_size * latent_scale
+    facts = ModelFacts(
+        name=name,
+        revision=revisions.weights,
+        denoiser=revisions.denoiser,
+        prediction="flow",
+        latent_channels=transformer.config.in_channels,
+        latent_scale=latent_scale,
+        size_multiple=multiple,
+        default_width=side,
+        default_height=side,
+        max_tokens=text.max_tokens,
+        longest_side=multiple * transformer.config.pos_embed_max_size,
+        defaults=_defaults_of(folder),
+    )
+    return TransformerModel(
+        facts,
+        device,
+        dtype,
+        schedule=FlowSchedules(folder, multiple),
+        denoiser=SD3Denoiser(transformer, device),
+        autoencoder=Autoencoder(vae, device),
+        text=text,
+    )
+
+
+def _has_t5(folder: Path) -> bool:
+    """Whether the folder names a third text encoder; its absence is written as two nulls."""
+    named = read_json(folder, "model_index.json").get("text_encoder_3")
+    return named not in (None, [None, None])
+
+
+def _defaults_of(folder: Path) -> ModelDefaults:
+    scheduler = read_json(folder, SCHEDULER)
+    if said := stated(folder, scheduler, embeds_scale=False, flow=True):
+        return said
+    if is_called_turbo(folder, TRANSFORMER):
+        return defaults_by("sd35_turbo", "its configs are named after a Turbo model")
+    return defaults_by("sd3", "it is a StableDiffusion3Pipeline and nothing names it Turbo")
