@@ -10,6 +10,7 @@ import torch
 from server.errors import ModelMismatch
 from server.models.classifier import LatentClassifier
 from server.models.flux1 import load_flux1
+from server.models.flux2 import load_flux2_klein
 from server.models.folder import classifier_file, read_json, revisions_of, without_folder
 from server.models.latent_consistency import load_latent_consistency
 from server.models.linear_fits import LinearFits
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FAMILIES = {
+    "Flux2KleinPipeline": load_flux2_klein,
     "FluxPipeline": load_flux1,
     "LatentConsistencyModelPipeline": load_latent_consistency,
     "StableDiffusionInpaintPipeline": load_stable_diffusion,
@@ -40,7 +42,14 @@ FAMILIES = {
 }
 """Loader of each pipeline class that a model folder may name."""
 
-IN_BFLOAT16 = frozenset({"FluxPipeline", "StableDiffusion3Pipeline", "ZImagePipeline"})
+IN_BFLOAT16 = frozenset(
+    {
+        "Flux2KleinPipeline",
+        "FluxPipeline",
+        "StableDiffusion3Pipeline",
+        "ZImagePipeline",
+    }
+)
 """Pipeline classes whose text encoders or transformers overflow in float16."""
 
 

@@ -35,7 +35,15 @@ if TYPE_CHECKING:
 MIDDLE = "middle"
 """Stands for the mid block of a U-Net, and for the middle one of a transformer's blocks."""
 
-BLOCKS = ("BasicTransformerBlock", "JointTransformerBlock", "ZImageTransformerBlock")
+BLOCKS = (
+    "BasicTransformerBlock",
+    "Flux2SingleTransformerBlock",
+    "Flux2TransformerBlock",
+    "FluxSingleTransformerBlock",
+    "FluxTransformerBlock",
+    "JointTransformerBlock",
+    "ZImageTransformerBlock",
+)
 """Classes of blocks that can be skipped; the first one's self-attention can be changed too."""
 
 PROJECTIONS = ("encoder_hid_proj", "caption_projection")

@@ -17,6 +17,12 @@ PATCHES = 2
 CELLS = 16
 """Pictures to fit on, patches of colour and latent cells along their sides."""
 
+MOST_MULTIPLIED = 32
+"""Channels of a latent whose products are features."""
+
+RIDGE = 1e-8
+"""Penalty of the fit, as a share of the mean square of its features."""
+
 ENLARGED = 4
 """Preview pixels along one side of a latent cell."""
 
@@ -33,7 +39,7 @@ def fit_preview(model: HostedModel) -> Tensor:
     pixels = F.interpolate(patches, size=(side, side), mode="nearest").to(model.device)
     latents = model.encode_image(pixels).movedim(1, -1)
     colours = F.avg_pool2d(pixels, model.facts.latent_scale).movedim(1, -1)
-    return torch.linalg.lstsq(_features(latents).flatten(0, 2), colours.flatten(0, 2)).solution
+    return _ridge(_features(latents).flatten(0, 2).double(), colours.flatten(0, 2).double()).float()
 
 
 def previews(denoised: Tensor, colours: Tensor) -> Tensor:
@@ -43,11 +49,21 @@ def previews(denoised: Tensor, colours: Tensor) -> Tensor:
     return to_uint8(pictures)
 
 
+def _ridge(features: Tensor, colours: Tensor) -> Tensor:
+    """Least squares that neither features of many channels nor flat patches make ambiguous."""
+    products = features.mT @ features
+    products.diagonal().add_(RIDGE * products.diagonal().mean())
+    return torch.linalg.solve(products, features.mT @ colours)
+
+
 def _features(cells: Tensor) -> Tensor:
     """``[..., C]`` to ``[..., C + C (C + 1) / 2 + 1]``: the channels, their products, and 1.
 
-    The products matter: on the embedded model channels alone leave white a light green.
+    The products matter: on the embedded model channels alone leave white a light green. Beyond
+    ``MOST_MULTIPLIED`` channels there would be more of them than cells to fit them on.
     """
+    if cells.shape[-1] > MOST_MULTIPLIED:
+        return torch.cat([cells, torch.ones_like(cells[..., :1])], -1)
     first, second = torch.triu_indices(cells.shape[-1], cells.shape[-1], device=cells.device)
     products = cells[..., first] * cells[..., second]
     return torch.cat([cells, products, torch.ones_like(cells[..., :1])], -1)

@@ -1,6 +1,8 @@
 import torch
+import torch.nn.functional as F
 
 from server.engine.tick.preview import fit_preview, previews, to_uint8
+from tests.server.toy_model import Toy
 
 
 def test_a_preview_shows_the_colours_of_the_picture(model):
@@ -17,6 +19,22 @@ def test_a_preview_shows_the_colours_of_the_picture(model):
         ours = small[8:56, left].reshape(-1, 3).mean(0)
         theirs = decoded[16:112, right].reshape(-1, 3).mean(0)
         assert abs(ours - theirs).max() < 40
+
+
+class ManyChannels(Toy):
+    """Says each colour in many channels, so that there is no one way to read it."""
+
+    def encode_image(self, pixels):
+        return F.avg_pool2d(pixels, 8).repeat(1, 43, 1, 1)[:, :128]
+
+
+def test_a_preview_of_many_channels_needs_no_products_of_them():
+    model = ManyChannels()
+    factors = fit_preview(model)
+    assert factors.shape == (129, 3)
+    orange = torch.tensor([1.0, 0.0, -1.0]).view(1, 3, 1, 1).expand(1, 3, 32, 32)
+    small = previews(model.encode_image(orange), factors)[0]
+    assert small[8, 8].tolist() == [255, 128, 0]
 
 
 def test_pixels_are_rounded_as_diffusers_rounds_them():

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+import pytest
+import torch
+from torch import Tensor, nn
 
+from guidance.edits import SkippedBlocks
 from server.engine.task import ImageTask
 from server.models.hosted import HostedModel
 from server.requests.resolve import make_plan, prepare, resolve
@@ -36,3 +40,17 @@ def assert_among(seen: list[Tensor], expected: Tensor) -> None:
 def assert_apart(ours: Tensor, sprung: Tensor) -> None:
     """A trap must be visible, or a test that avoids it shows nothing."""
     assert difference(sprung, ours) > 1e-2
+
+
+@torch.inference_mode()
+def assert_skipped(model: HostedModel, x: Tensor, prompt: str, blocks: str) -> None:
+    """A row without the one block of a list is as of a network that does not have it."""
+    t, inputs = torch.full((2,), 500.0), model.inputs([prompt, prompt])
+    rows = torch.stack([x, x])
+    edits = [(SkippedBlocks((f"{blocks}.0",)),), ()]
+    skipped, plain = model.evaluate(rows, t, replace(inputs, edits=edits))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(model.modules()["transformer"]._modules, blocks, nn.ModuleList())
+        without, _ = model.evaluate(rows, t, inputs)
+    torch.testing.assert_close(skipped, without)
+    assert_apart(plain, without)

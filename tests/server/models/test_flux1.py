@@ -12,13 +12,11 @@ from torch import Tensor
 from server.engine.engine import Engine
 from server.engine.state.noise import start_noise
 from server.engine.task import ImageTask
+from server.errors import InvalidRequest
 from server.models.flux1 import POOLED, TEXT, packed
 from server.models.hosted import HostedModel
 from server.models.loading import load_model
-from server.requests.resolve import make_plan, prepare, resolve
-from server.requests.schema import GenerateRequest
-from server.requests.tasks import tasks_of
-from server.settings import Limits
+from tests.server.models.alike import assert_among, assert_apart, assert_skipped, task_of
 from tests.server.models.tiny_flux1 import DEV, SCHNELL, make
 from tests.server.models.tiny_sdxl import saved
 from tests.server.models.tiny_text import LENGTH
@@ -44,19 +42,8 @@ def load(folder: Path, dtype: str = "float32") -> HostedModel:
 
 
 def asked(model: HostedModel, **fields: Any) -> ImageTask:
-    body = {
-        "prompt": PROMPT,
-        "width": WIDTH,
-        "height": HEIGHT,
-        "steps": 4,
-        "seed": 5,
-        **fields,
-    }
-    resolved = resolve(GenerateRequest.model_validate(body), model, Limits(), None)
-    schedule = model.schedule(resolved.width, resolved.height, resolved.steps)
-    layout = resolved.sampler, resolved.spacing, resolved.steps, resolved.strength
-    [task] = tasks_of(prepare(resolved, model, make_plan(schedule, *layout)), model)
-    return task
+    usual = {"prompt": PROMPT, "width": WIDTH, "height": HEIGHT, "steps": 4, "seed": 5}
+    return task_of(model, **usual | fields)
 
 
 @torch.inference_mode()
@@ -74,17 +61,6 @@ def theirs(pipeline: Any, seed: int = 5, steps: int = 4, **fields: Any) -> Tenso
         **fields,
     }
     return pipeline._unpack_latents(pipeline(**given).images, HEIGHT, WIDTH, 2)[0]
-
-
-def assert_among(seen: list[Tensor], expected: Tensor) -> None:
-    alike = [one for one in seen if one.shape == expected.shape]
-    errors = [float((one - expected).norm() / expected.norm()) for one in alike]
-    assert min(errors) < 1e-4, errors
-
-
-def assert_apart(ours: Tensor, sprung: Tensor) -> None:
-    """A trap must be visible, or a test that avoids it shows nothing."""
-    assert float((ours - sprung).norm() / ours.norm()) > 1e-2
 
 
 def test_a_bare_request_is_drawn_as_diffusers_draws_it(
@@ -110,6 +86,7 @@ def test_final_latents_in_mixed_company_are_those_of_diffusers(
     assert not ear.errors, ear.errors
     assert_among(decoded, theirs(pipeline, guidance_scale=3.5))
     assert_among(decoded, theirs(pipeline, 6, prompt="a star", guidance_scale=2.0))
+    assert_apart(theirs(pipeline, guidance_scale=3.5), theirs(pipeline, guidance_scale=1.0))
     true_cfg: dict[str, Any] = {"guidance_scale": 1.0, "true_cfg_scale": 4.0}
     assert_among(decoded, theirs(pipeline, 7, negative_prompt="blue", **true_cfg))
     assert_among(decoded, theirs(pipeline, 8, steps=3, guidance_scale=1.0))
@@ -143,6 +120,13 @@ def test_schnell_follows_its_own_convention(tmp_path: Path) -> None:
     assert task.plan.t.tolist() == [1, 0.75, 0.5, 0.25, 0]
 
 
-def test_edits_inside_the_network_are_refused_in_one_sentence(model: HostedModel) -> None:
-    with pytest.raises(Exception, match=r"guidance.perturbed\S*: model 'flux' has a FluxTransf"):
+@pytest.mark.parametrize("blocks", ["transformer_blocks", "single_transformer_blocks"])
+def test_blocks_of_both_kinds_can_be_skipped(model: HostedModel, blocks: str) -> None:
+    assert_skipped(model, start_noise(0, SHAPE), PROMPT, blocks)
+
+
+def test_attention_cannot_be_edited_which_is_said_in_one_sentence(model: HostedModel) -> None:
+    with pytest.raises(
+        InvalidRequest, match=r"^guidance.perturbed\S*: model 'flux' has a FluxTransf"
+    ):
         asked(model, guidance={"name": "cfg", "perturbed": ["pag"]})

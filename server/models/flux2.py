@@ -1,0 +1,222 @@
+"""FLUX.2 klein, 4B and 9B: tokens of three layers of Qwen3, a transformer on packed latents.
+
+As ``Flux2KleinPipeline`` of diffusers runs it.
+"""
+
+from __future__ import annotations
+
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from server.errors import ModelMismatch
+from server.models.conditioning import Conditioning
+from server.models.conventions import defaults_by
+from server.models.distilled import stated
+from server.models.flow_matching import SCHEDULER, FlowSchedules, empirical_mu
+from server.models.flux1 import THOUSAND
+from server.models.folder import Revisions, read_json
+from server.models.hosted import ModelFacts
+from server.models.parts import load_network, load_text_encoder, load_tokenizer
+from server.models.transformer_model import TRANSFORMER, TransformerModel, default_side
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from torch import Tensor, nn
+
+    from server.models.defaults import ModelDefaults
+    from server.models.inputs import RowInputs
+
+PATCH = 2
+"""Cells of the autoencoder along a side of a latent cell, which is one token."""
+
+TEXT = "encoder_hidden_states"
+
+LENGTH = 512
+"""Tokens of every prompt, with the template and the padding."""
+
+LAYERS = (9, 18, 27)
+"""Of the text encoder's hidden states, those that the transformer reads, side by side."""
+
+HEAD, TAIL = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+"""Qwen3's chat template around a prompt, with thinking switched off."""
+
+
+class Qwen3Layers:
+    """Hidden states of three layers of Qwen3, padding among them.
+
+    The unconditional is the empty prompt.
+
+    Args:
+        encoder: a ``Qwen3ForCausalLM`` in inference mode.
+        tokenizer: whose ``model_max_length`` is the length.
+        device: where the encoder runs.
+    """
+
+    def __init__(self, encoder: Any, tokenizer: Any, device: torch.device) -> None:
+        # Nobody reads the layers behind the last of them, and words are not what is wanted.
+        self._encoder = encoder.model
+        del self._encoder.layers[LAYERS[-1] + 1 :]
+        self._encoder.config.num_hidden_layers = len(self._encoder.layers)
+        self._encoder.to(device)
+        self._tokenizer = tokenizer
+        self._device = device
+        # A fast tokenizer refuses two threads at once.
+        self._tokenizing = Lock()
+        self._template = self._count("")
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of the longest prompt, the template not counted."""
+        return self._tokenizer.model_max_length - self._template
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a prompt, the template not counted; safe from any thread."""
+        return self._count(text) - self._template
+
+    def encode(self, prompts: Sequence[str | None], width: int, height: int) -> list[Conditioning]:
+        """Conditioning of each prompt, whatever the size of the picture."""
+        with self._tokenizing:
+            tokens = self._tokenizer(
+                [_as_message(prompt or "") for prompt in prompts],
+                padding="max_length",
+                max_length=self._tokenizer.model_max_length,
+                truncation=True,
+                return_tensors="pt",
+            ).to(self._device)
+        states = self._encoder(**tokens, output_hidden_states=True, use_cache=False).hidden_states
+        # Prompts do not see their padding, but the transformer reads what the encoder makes of it.
+        joined = torch.cat([states[layer] for layer in LAYERS], -1)
+        return [Conditioning({TEXT: row.clone()}, len(row)) for row in joined]
+
+    def modules(self) -> Mapping[str, nn.Module]:
+        """The text encoder by its name in a model folder."""
+        return {"text_encoder": self._encoder}
+
+    def _count(self, prompt: str) -> int:
+        with self._tokenizing:
+            return len(self._tokenizer(_as_message(prompt), verbose=False).input_ids)
+
+
+class Flux2Denoiser:
+    """The transformer on latents whose cells are its tokens.
+
+    Args:
+        network: a ``Flux2Transformer2DModel`` in inference mode.
+        device: where it runs.
+    """
+
+    def __init__(self, network: Any, device: torch.device) -> None:
+        self.network = network.to(device)
+
+    def __call__(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
+        """See ``HostedModel.evaluate``."""
+        text, network = inputs.conditioning.tensors[TEXT], self.network
+        height, width = x.shape[-2:]
+        velocity = network(
+            hidden_states=x.flatten(2).transpose(1, 2).to(network.dtype),
+            # The thousandfold is what is rounded, as in diffusers' pipeline.
+            timestep=t.to(network.dtype) / THOUSAND,
+            guidance=None,
+            encoder_hidden_states=text,
+            txt_ids=positions(1, 1, text.shape[1], x.device),
+            img_ids=positions(height, width, 1, x.device),
+            return_dict=False,
+        )[0]
+        return velocity.transpose(1, 2).unflatten(2, (height, width)).float()
+
+
+class Flux2Autoencoder:
+    """An autoencoder whose latents are packed 2 x 2 and normalised channel by channel.
+
+    Args:
+        network: an ``AutoencoderKLFlux2`` in inference mode.
+        device: where it runs.
+    """
+
+    def __init__(self, network: Any, device: torch.device) -> None:
+        self.network = network.to(device, memory_format=torch.channels_last)
+        self._mean = network.bn.running_mean.float().view(1, -1, 1, 1)
+        variance = network.bn.running_var.float() + network.config.batch_norm_eps
+        self._deviation = variance.sqrt().view(1, -1, 1, 1)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures ``[rows, 3, H, W]`` float32 in [-1, 1] of clean latents ``[rows, C, h, w]``."""
+        cells = F.pixel_shuffle(latents * self._deviation + self._mean, PATCH)
+        return self.network.decode(cells.to(self.network.dtype), return_dict=False)[0].float()
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Clean latents ``[rows, C, h, w]`` float32 of pictures ``[rows, 3, H, W]`` in [-1, 1]."""
+        # The mean of the posterior, not a sample: the same picture gives the same latent.
+        cells = self.network.encode(pixels.to(self.network.dtype)).latent_dist.mode().float()
+        return (F.pixel_unshuffle(cells, PATCH) - self._mean) / self._deviation
+
+
+def positions(height: int, width: int, words: int, device: torch.device) -> Tensor:
+    """``(0, y, x, word)`` of each token, int64 ``[height * width * words, 4]``."""
+    sizes = (1, height, width, words)
+    return torch.cartesian_prod(*(torch.arange(size, device=device) for size in sizes))
+
+
+def load_flux2_klein(
+    folder: Path, name: str, revisions: Revisions, device: torch.device, dtype: torch.dtype
+) -> TransformerModel:
+    """Load the parts of a diffusers folder from safetensors alone.
+
+    Raises:
+        ModelMismatch: a part that this family cannot run.
+    """
+    from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
+    from transformers import Qwen2Tokenizer, Qwen3ForCausalLM
+
+    encoder = load_text_encoder(folder, "text_encoder", Qwen3ForCausalLM, dtype)
+    if encoder.config.num_hidden_layers <= LAYERS[-1]:
+        raise ModelMismatch(
+            f"text_encoder of model folder {str(folder)!r} has {encoder.config.num_hidden_layers} "
+            f"layers; the transformer reads what is behind layer {LAYERS[-1]} of more."
+        )
+    tokenizer = load_tokenizer(folder, "tokenizer", Qwen2Tokenizer, LENGTH)
+    text = Qwen3Layers(encoder, tokenizer, device)
+    transformer = load_network(folder, TRANSFORMER, [Flux2Transformer2DModel], dtype)
+    vae = load_network(folder, "vae", [AutoencoderKLFlux2], dtype)
+    latent_scale = PATCH * 2 ** (len(vae.config.block_out_channels) - 1)
+    side = default_side(vae, latent_scale)
+    facts = ModelFacts(
+        name=name,
+        revision=revisions.weights,
+        denoiser=revisions.denoiser,
+        prediction="flow",
+        latent_channels=transformer.config.in_channels,
+        latent_scale=latent_scale,
+        size_multiple=latent_scale,
+        default_width=side,
+        default_height=side,
+        max_tokens=text.max_tokens,
+        defaults=_defaults_of(folder),
+    )
+    return TransformerModel(
+        facts,
+        device,
+        dtype,
+        schedule=FlowSchedules(folder, latent_scale, empirical_mu),
+        denoiser=Flux2Denoiser(transformer, device),
+        autoencoder=Flux2Autoencoder(vae, device),
+        text=text,
+    )
+
+
+def _as_message(prompt: str) -> str:
+    return f"{HEAD}{prompt}{TAIL}"
+
+
+def _defaults_of(folder: Path) -> ModelDefaults:
+    """How the model is sampled: the base model in many steps with guidance, or as distilled."""
+    if said := stated(folder, read_json(folder, SCHEDULER), embeds_scale=False, flow=True):
+        return said
+    if read_json(folder, "model_index.json").get("is_distilled") is True:
+        return defaults_by("flux2_klein", "its model_index.json has is_distilled true")
+    return defaults_by("flux2_klein_base", "it is a Flux2KleinPipeline that is not distilled")

@@ -1,0 +1,150 @@
+"""FLUX.2 klein is what diffusers' own pipeline makes of the same weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from server.engine.engine import Engine
+from server.engine.state.noise import start_noise
+from server.engine.task import ImageTask
+from server.errors import ModelMismatch
+from server.models.flux2 import TEXT
+from server.models.hosted import HostedModel
+from server.models.loading import load_model
+from tests.server.models.alike import assert_among, assert_apart, assert_skipped, task_of
+from tests.server.models.tiny_flux2 import LENGTH, make
+from tests.server.models.tiny_sdxl import saved
+from tests.server.toy_model import run
+
+PROMPT = "a red circle"
+WIDTH, HEIGHT = 32, 24
+SHAPE = (16, HEIGHT // 4, WIDTH // 4)
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Any:
+    return make(distilled=False)
+
+
+@pytest.fixture(scope="module")
+def folder(pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(pipeline, tmp_path_factory.mktemp("models") / "klein")
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> HostedModel:
+    return load(folder)
+
+
+def load(folder: Path) -> HostedModel:
+    return load_model(folder, name="klein", device="cpu", dtype="float32")
+
+
+def asked(model: HostedModel, **fields: Any) -> ImageTask:
+    usual = {"prompt": PROMPT, "width": WIDTH, "height": HEIGHT, "steps": 4, "seed": 5}
+    return task_of(model, **usual | fields)
+
+
+@torch.inference_mode()
+def theirs(pipeline: Any, seed: int = 5, steps: int = 4, **fields: Any) -> Tensor:
+    """Final latents of their pipeline, from the same x as ours and before its batch norm."""
+    given = {
+        "prompt": PROMPT,
+        "latents": start_noise(seed, SHAPE)[None],
+        "num_inference_steps": steps,
+        "width": WIDTH,
+        "height": HEIGHT,
+        "max_sequence_length": LENGTH,
+        "output_type": "latent",
+        **fields,
+    }
+    normal = pipeline.vae.bn
+    cells = pipeline._patchify_latents(pipeline(**given).images)
+    return normal(cells)[0]
+
+
+def test_a_bare_request_to_the_base_model_is_drawn_as_diffusers_draws_it(
+    pipeline: Any, model: HostedModel, engine: Engine, decoded: list[Tensor]
+) -> None:
+    run(engine, [asked(model, steps=None)])
+    assert_among(decoded, theirs(pipeline, steps=50, guidance_scale=4.0))
+
+
+def test_final_latents_in_mixed_company_are_those_of_diffusers(
+    pipeline: Any, model: HostedModel, engine: Engine, decoded: list[Tensor]
+) -> None:
+    company: list[dict[str, Any]] = [
+        {"guidance": {"name": "cfg", "scale": 3.0}},
+        {"prompt": "a star", "guidance": "none", "steps": 3, "seed": 6},
+        {"negative_prompt": "blue", "sampler": "dpm_solver_pp", "steps": 3, "seed": 7},
+        {"sampler": "heun", "guidance": "apg", "spacing": "karras", "seed": 8},
+    ]
+    ear = run(engine, [asked(model, **fields) for fields in company])
+    assert not ear.errors, ear.errors
+    assert_among(decoded, theirs(pipeline, guidance_scale=3.0))
+    assert_among(decoded, theirs(pipeline, 6, 3, prompt="a star", guidance_scale=1.0))
+    assert_apart(theirs(pipeline, guidance_scale=3.0), theirs(pipeline, guidance_scale=1.0))
+
+
+def test_mu_follows_the_number_of_steps(model: HostedModel) -> None:
+    few, many = (model.schedule(WIDTH, HEIGHT, steps) for steps in (4, 50))
+    assert few != many
+
+
+@torch.inference_mode()
+def test_three_layers_are_read_with_their_padding_and_without_thinking(
+    pipeline: Any, model: HostedModel
+) -> None:
+    [ours] = model.encode_prompts([PROMPT], WIDTH, HEIGHT)
+    expected, _ = pipeline.encode_prompt(PROMPT, max_sequence_length=LENGTH)
+    torch.testing.assert_close(ours.tensors[TEXT], expected[0])
+    assert ours.length == LENGTH
+    other, _ = pipeline.encode_prompt(
+        PROMPT, max_sequence_length=LENGTH, text_encoder_out_layers=(8, 17, 26)
+    )
+    assert_apart(ours.tensors[TEXT], other[0])
+    encode, messages = pipeline.tokenizer, [{"role": "user", "content": PROMPT}]
+    thinking = encode.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, enable_thinking=True
+    )
+    tokens = encode(thinking, padding="max_length", max_length=LENGTH, return_tensors="pt")
+    states = pipeline.text_encoder(**tokens, output_hidden_states=True).hidden_states
+    sprung = torch.cat([states[layer][0] for layer in (9, 18, 27)], -1)
+    assert_apart(ours.tensors[TEXT], sprung)
+
+
+@torch.inference_mode()
+def test_latents_are_normalised_by_the_batch_norm_of_the_autoencoder(
+    pipeline: Any, model: HostedModel
+) -> None:
+    pixels = torch.rand(1, 3, HEIGHT, WIDTH) * 2 - 1
+    latents = model.encode_image(pixels)
+    torch.testing.assert_close(latents, pipeline._encode_vae_image(pixels, None))
+    theirs = pipeline.vae.decode(pipeline.vae.encode(pixels).latent_dist.mode()).sample
+    torch.testing.assert_close(model.decode(latents), theirs, atol=1e-4, rtol=1e-3)
+    assert_apart(theirs, pipeline.vae.decode(pipeline._unpatchify_latents(latents)).sample)
+
+
+@pytest.mark.parametrize("blocks", ["transformer_blocks", "single_transformer_blocks"])
+def test_blocks_of_both_kinds_can_be_skipped(model: HostedModel, blocks: str) -> None:
+    assert_skipped(model, start_noise(0, SHAPE), PROMPT, blocks)
+
+
+def test_the_distilled_model_follows_its_own_convention(folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "klein"))
+    index = json.loads((copy / "model_index.json").read_text())
+    (copy / "model_index.json").write_text(json.dumps(index | {"is_distilled": True}))
+    own = load(copy).facts.defaults
+    assert own is not None
+    assert (own.convention, own.steps, own.rule.name) == ("flux2_klein", 4, "none")
+    index["text_encoder"] = ["transformers", "Qwen3Model"]
+    (copy / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelMismatch, match="allowed are Qwen3ForCausalLM"):
+        load(copy)
