@@ -15,16 +15,19 @@ from samplers.dpm_solver_pp import DPMSolverPP
 from samplers.dpm_solver_pp_sde import DPMSolverPPSDE
 from samplers.dpm_solver_pp_singlestep import DPMSolverPPSinglestep
 from samplers.dpm_solver_v3 import DPMSolverV3
+from samplers.er_sde import ERSDE
 from samplers.euler import Euler, EulerAncestral
 from samplers.exponential import Exponential
 from samplers.gradient_estimation import GradientEstimation
 from samplers.grid import Grid
 from samplers.heavy_ball import GHVB, HB, Nesterov
 from samplers.heun import Heun
+from samplers.heunpp2 import HeunPP2
 from samplers.kl_optimal import KLOptimal
 from samplers.laplace import Laplace
 from samplers.lcm import LCM
 from samplers.linear_quadratic import LinearQuadratic
+from samplers.lms import LMS
 from samplers.noise_schedule import NoiseSchedule
 from samplers.plan import Columns, Plan, advance, integrate
 from samplers.plan_error import PlanError
@@ -34,6 +37,7 @@ from samplers.restart import Restart
 from samplers.sa_solver import SASolver
 from samplers.sampler import FittedSampler, Sampler
 from samplers.score_sde_pc import ScoreSDEPC
+from samplers.seeds import SEEDS
 from samplers.spacing import Spacing
 from samplers.statistics import Statistics, StatisticsIdentity
 from samplers.tcd import TCD
@@ -58,11 +62,14 @@ __all__ = [
     "DDIM",
     "DEIS",
     "DPM2",
+    "ERSDE",
     "GHVB",
     "HB",
     "LCM",
+    "LMS",
     "PLMS",
     "SAMPLERS",
+    "SEEDS",
     "SPACINGS",
     "TCD",
     "AlignYourSteps",
@@ -82,6 +89,7 @@ __all__ = [
     "GradientEstimation",
     "Grid",
     "Heun",
+    "HeunPP2",
     "KLOptimal",
     "Karras",
     "LCMSpacing",

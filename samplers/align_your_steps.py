@@ -24,10 +24,37 @@ TIMESTEPS: Final[Mapping[str, tuple[int, ...]]] = MappingProxyType(
     }
 )
 """Ten steps between trained timesteps of 1000."""
+# fmt: off
 SIGMAS: Final[Mapping[str, tuple[float, ...]]] = MappingProxyType(
-    {"svd": (700.0, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034, 0.002)}
+    {
+        "svd": (
+            700.0, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034, 0.002,
+        ),
+        "sd15_32": (
+            14.615, 11.23951352, 8.64363081, 6.64729424, 5.57250862, 4.71648546, 3.99196065,
+            3.5195609, 3.13490466, 2.79228788, 2.48773628, 2.21663865, 1.97508351, 1.7793172,
+            1.61475335, 1.46540953, 1.314849, 1.16642497, 1.03475547, 0.91573744, 0.80748169,
+            0.71202361, 0.621739, 0.53065202, 0.4529096, 0.37491455, 0.27461819, 0.2011529,
+            0.14105873, 0.06682881, 0.03166121, 0.015,
+        ),
+        "sdxl_32": (
+            14.615, 11.1491618, 8.50522127, 6.48827151, 5.43707402, 4.60398619, 3.89854704,
+            3.27407457, 2.74396527, 2.29968659, 1.95448514, 1.67108715, 1.42878152, 1.23181009,
+            1.06789649, 0.92579443, 0.80290886, 0.69660121, 0.60436903, 0.52852552, 0.46773344,
+            0.41393379, 0.36258186, 0.31008517, 0.26518925, 0.22326461, 0.17653877, 0.13959192,
+            0.10587381, 0.05519369, 0.02877334, 0.015,
+        ),
+        "gits_sd15": (
+            14.615, 4.617, 2.507, 1.236, 0.702, 0.402, 0.24, 0.156, 0.104, 0.094, 0.029,
+        ),
+        "gits_sdxl": (
+            14.615, 4.734, 2.567, 1.529, 0.987, 0.652, 0.418, 0.268, 0.179, 0.127, 0.029,
+        ),
+    }
 )
-"""Ten steps between noise levels, for models that were trained on a continuum of them."""
+# fmt: on
+"""Steps between noise levels. Those of svd are the authors'; those of 32 levels continue the
+authors' method, and those of gits are from the search of arXiv 2405.11326, both as in Forge."""
 TRAINED: Final = 1000
 START_TOLERANCE: Final = 0.1
 """How far, in share, a schedule's noisiest level may be from the first of the table."""
@@ -36,6 +63,7 @@ START_TOLERANCE: Final = 0.1
 class AlignYourSteps(ListedSpacing, frozen=True):
     """Align Your Steps (Sabour et al., arXiv 2404.14507): tables that bound the error at 10 steps.
 
+    GITS (Chen et al., arXiv 2405.11326) is a search for such tables by the trajectories' geometry.
     Ten steps evaluate at the first ten entries and go from the tenth to the clean picture, as
     diffusers and ComfyUI do. Other counts interpolate log sigma between the entries by their
     index, as the authors do. The tables were found on the named models; on others with the same
@@ -45,8 +73,12 @@ class AlignYourSteps(ListedSpacing, frozen=True):
     summary: ClassVar[str] = "Published optimal levels for about 10 steps of SD 1.5, SDXL or SVD."
     source: ClassVar[str] = "Sabour et al., arXiv 2404.14507; the authors' quick start."
     name: Literal["align_your_steps"] = "align_your_steps"
-    table: Literal["sd15", "sdxl", "svd"] = Field(
-        default="sd15", description="The model whose published table is used."
+    table: Literal["sd15", "sdxl", "svd", "sd15_32", "sdxl_32", "gits_sd15", "gits_sdxl"] = Field(
+        default="sd15",
+        description=(
+            "The model whose published table is used; those with 32 are for about 31 steps, gits "
+            "are of another method."
+        ),
     )
 
     @override

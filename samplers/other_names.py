@@ -90,6 +90,7 @@ AUTOMATIC1111: Final[Mapping[str, Label]] = MappingProxyType(
         "DPM2 a": Label({"name": "dpm_2", "eta": 1.0}, "Karras", ("k_dpm_2_a",)),
         "Restart": Label({"name": "restart"}, "Karras", ("restart",)),
         "DDIM": Label({"name": "ddim"}, "DDIM", ("ddim",)),
+        "LMS": Label({"name": "lms"}, "Uniform", ("k_lms",)),
         "PLMS": Label({"name": "plms"}, "DDIM", ("plms",)),
         # Order 3, bh1 and a lowered order are the settings there unless a user changes them.
         "UniPC": Label(
@@ -125,7 +126,10 @@ SCHEDULE_TYPES: Final[Mapping[str, Fields]] = MappingProxyType(
 FORGE: Final[Mapping[str, Label]] = MappingProxyType(
     {
         "DDPM": Label({"name": "ddim", "eta": 1.0}, "Uniform", ("ddpm",)),
+        "HeunPP2": Label({"name": "heunpp2"}, "Uniform", ("heunpp2",)),
         "IPNDM": Label({"name": "hb", "order": 4.0, "beta": 1.0}, "Uniform", ("ipndm",)),
+        # Their weights of orders 3 and 4 miss those of the formula, which are lms's.
+        "IPNDM_V": Label({"name": "lms"}, "Uniform", ("ipndm_v",)),
     }
 )
 """Samplers that Forge has beside those of AUTOMATIC1111."""
@@ -135,6 +139,8 @@ FORGE_SCHEDULE_TYPES: Final[Mapping[str, Fields]] = MappingProxyType(
         "Turbo": {"name": "trailing"},
         # Its table of eleven levels is the authors' of ten steps, which is also the other's.
         "Align Your Steps 11": {"name": "align_your_steps"},
+        "Align Your Steps 32": {"name": "align_your_steps", "table": "sd15_32"},
+        "Align Your Steps GITS": {"name": "align_your_steps", "table": "gits_sd15"},
     }
 )
 """Schedule types that Forge has beside those of AUTOMATIC1111."""
@@ -161,10 +167,24 @@ COMFYUI_SAMPLERS: Final[Mapping[str, Fields]] = MappingProxyType(
         | _NEVER_LOWERED,
         "ddpm": {"name": "ddim", "eta": 1.0},
         "lcm": {"name": "lcm"},
+        "lms": {"name": "lms"},
+        "heunpp2": {"name": "heunpp2"},
         "ipndm": {"name": "hb", "order": 4.0, "beta": 1.0},
+        "ipndm_v": {"name": "lms"},
         "res_multistep": {"name": "dpm_solver_pp", "solver_type": "taylor"} | _NEVER_LOWERED,
+        "res_multistep_ancestral": {
+            "name": "dpm_solver_pp",
+            "variant": "sde",
+            "solver_type": "taylor",
+        }
+        | _NEVER_LOWERED,
         "res_2s": {"name": "dpm_solver_pp_singlestep", "order": 2, "solver_type": "taylor"},
         "gradient_estimation": {"name": "gradient_estimation"},
+        "er_sde": {"name": "er_sde"},
+        "seeds_2": {"name": "seeds"},
+        "seeds_3": {"name": "seeds", "method": "three"},
+        "exp_heun_2_x0": {"name": "seeds", "method": "heun", "eta": 0.0},
+        "exp_heun_2_x0_sde": {"name": "seeds", "method": "heun"},
         # Its code runs Euler's method there; in requests the name is our own sampler's.
         "ddim": {"name": "euler"},
         "uni_pc": {"name": "unipc", "order": 3, "variant": "bh1", "lower_order_final": "always"},
@@ -216,6 +236,7 @@ DIFFUSERS: Final[Mapping[str, Scheduler]] = MappingProxyType(
         "HeunDiscreteScheduler": Scheduler({"name": "heun"}, _LINSPACE),
         "KDPM2DiscreteScheduler": Scheduler({"name": "dpm_2"}, _LINSPACE),
         "KDPM2AncestralDiscreteScheduler": Scheduler({"name": "dpm_2", "eta": 1.0}, _LINSPACE),
+        "LMSDiscreteScheduler": Scheduler({"name": "lms"}, _LINSPACE),
         "DPMSolverMultistepScheduler": Scheduler(
             {"name": "dpm_solver_pp"} | _LOWERED[True],
             _TO_THE_LAST_STRIDE,
@@ -307,28 +328,37 @@ DIFFUSERS: Final[Mapping[str, Scheduler]] = MappingProxyType(
 )
 """Schedulers of diffusers by their class."""
 
+_CFG_PLUS_PLUS: Final = "here it is a guidance, cfg_plus_plus, which goes with any sampler"
+_DEIS: Final = (
+    "it fits the noise over time there, and ours over log sigma; nearest is deis with order 3"
+)
+
 LACKING: Final[Mapping[str, str]] = MappingProxyType(
     {
-        "LMS": "a linear multistep method; nearest is hb with order 4, beta 1 and weights variable",
         "DPM fast": "singlestep steps of mixed orders; nearest is dpm_solver_pp_singlestep",
         "DPM adaptive": "its steps depend on the picture; nearest is dpm_solver_pp_singlestep",
-        "DDIM CFG++": "here it is a guidance, cfg_plus_plus, which goes with any sampler",
+        "DDIM CFG++": _CFG_PLUS_PLUS,
         "dpm_fast": "singlestep steps of mixed orders; nearest is dpm_solver_pp_singlestep",
         "dpm_adaptive": "its steps depend on the picture; nearest is dpm_solver_pp_singlestep",
-        "heunpp2": "Heun's method with up to three weighted slopes; nearest is heun",
-        "ipndm_v": "a linear multistep method with weights of its own; nearest is hb with order 4,"
-        " beta 1 and weights variable",
-        "exp_heun_2_x0": "its second point is the end of the step; nearest is"
-        " dpm_solver_pp_singlestep with solver_type taylor",
-        "er_sde": "a stochastic solver with a noise scale of its own; nearest is sa_solver",
-        "seeds_2": "a two-stage stochastic solver; nearest is dpm_solver_pp_singlestep with eta 1",
-        "seeds_3": "a three-stage stochastic solver; nearest is dpm_solver_pp_singlestep with eta"
-        " 1",
-        "res_multistep_ancestral": "nearest is dpm_solver_pp with variant sde",
+        "DEIS": _DEIS,
+        "deis": _DEIS,
+        "sa_solver": "it corrects with order 4 and draws noise in the middle of a run there; ours"
+        " of that name draws it throughout",
         "sa_solver_pece": "it evaluates twice a step; nearest is sa_solver",
-        "euler_cfg_pp": "here it is a guidance, cfg_plus_plus, which goes with any sampler",
-        "LMSDiscreteScheduler": "a linear multistep method; nearest is hb with order 4, beta 1 and"
-        " weights variable",
+        **dict.fromkeys(
+            (
+                "euler_cfg_pp",
+                "euler_ancestral_cfg_pp",
+                "dpmpp_2s_ancestral_cfg_pp",
+                "dpmpp_2m_cfg_pp",
+                "res_multistep_cfg_pp",
+                "res_multistep_ancestral_cfg_pp",
+                "gradient_estimation_cfg_pp",
+            ),
+            _CFG_PLUS_PLUS,
+        ),
+        "cfgpp_ud10_ab": "an undocumented blend of CFG++, two slopes and an extrapolation, with"
+        " weights of its own; nearest is lms with the guidance cfg_plus_plus",
     }
 )
 """What the three programs have and this one lacks, with why or what comes nearest."""

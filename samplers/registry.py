@@ -9,17 +9,21 @@ from samplers.dpm_solver_pp import DPMSolverPP
 from samplers.dpm_solver_pp_sde import DPMSolverPPSDE
 from samplers.dpm_solver_pp_singlestep import DPMSolverPPSinglestep
 from samplers.dpm_solver_v3 import DPMSolverV3
+from samplers.er_sde import ERSDE
 from samplers.euler import Euler, EulerAncestral
 from samplers.gradient_estimation import GradientEstimation
 from samplers.heavy_ball import GHVB, HB, Nesterov
 from samplers.heun import Heun
+from samplers.heunpp2 import HeunPP2
 from samplers.installed import with_installed
 from samplers.lcm import LCM
+from samplers.lms import LMS
 from samplers.plms import PLMS
 from samplers.restart import Restart
 from samplers.sa_solver import SASolver
 from samplers.sampler import Sampler
 from samplers.score_sde_pc import ScoreSDEPC
+from samplers.seeds import SEEDS
 from samplers.tcd import TCD
 from samplers.unipc import UniPC
 
@@ -43,7 +47,11 @@ SAMPLERS: tuple[type[Sampler], ...] = with_installed(
         Nesterov,
         GHVB,
         GradientEstimation,
+        LMS,
+        HeunPP2,
         SASolver,
+        ERSDE,
+        SEEDS,
         ScoreSDEPC,
         Restart,
         LCM,

@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from samplers import SAMPLERS, SPACINGS, Grid, NoiseSchedule, Sampler, Spacing
 from samplers.dpm_solver_v3 import DPMSolverV3
 from samplers.heavy_ball import GHVB, HB, MomentumSampler, Nesterov
+from samplers.lms import LMS
 from samplers.noise_schedule import DiscreteVP
 from samplers.sa_solver import SASolver
 from samplers.spacing import ListedSpacing
@@ -68,7 +69,7 @@ def _v3(order: int, corrector: str) -> Sampler:
     )
 
 
-COLD: list[Sampler] = [_v3(3, "none"), _v3(3, "exact")]
+COLD: list[Sampler] = [_v3(3, "none"), _v3(3, "exact"), LMS(order=4)]
 """Solvers whose first step, of order one and never corrected, hides the slope at usual steps."""
 FAINT: list[Sampler] = [Nesterov(order=1.8, weights="variable"), _v3(2, "exact")]
 """Solvers with so small a leading error that the next power still shows at usual steps."""

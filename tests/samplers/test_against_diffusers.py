@@ -36,6 +36,7 @@ from diffusers import (
     KDPM2AncestralDiscreteScheduler,
     KDPM2DiscreteScheduler,
     LCMScheduler,
+    LMSDiscreteScheduler,
     PNDMScheduler,
     SASolverScheduler,
     StableDiffusionPipeline,
@@ -70,6 +71,7 @@ from samplers.euler import Euler, EulerAncestral
 from samplers.exponential import Exponential
 from samplers.heun import Heun
 from samplers.lcm import LCM
+from samplers.lms import LMS
 from samplers.plms import PLMS
 from samplers.sa_solver import SASolver
 from samplers.step_order import LowerOrder
@@ -443,6 +445,7 @@ PAIRS = {
     "plms-landing-on-a-trained-step": Pair(
         PLMSOfNoise, LEADING | TRAINED_END | PLMS_ALONE, PLMS(), Leading(), 7
     ),
+    "lms": Pair(LMSDiscreteScheduler, LEADING, LMS(), Leading()),
     "heun-leading": Pair(HeunDiscreteScheduler, LEADING, Heun(), Leading(), 5),
     **{
         f"dpm_2-eta-{eta}": Pair(kind, LEADING, DPM2(eta=eta), Leading(), tolerance=BETWEEN_TIMES)

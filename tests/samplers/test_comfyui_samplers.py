@@ -1,6 +1,7 @@
 """Samplers that ComfyUI and RES4LYF have by other names, written out in float64."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,13 +19,13 @@ DATA = GaussianMixtureDenoiser(EDM)
 GRID = EDM.grid(Karras(), 9)
 STEPS = list(zip(GRID.sigma[:-1].tolist(), GRID.sigma[1:].tolist(), strict=True))
 START = 80 * torch.linspace(-1.5, 1.5, 7, dtype=torch.float64)[None]
-NOISE = torch.randn(9, 1, 7, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+NOISE = torch.randn(27, 1, 7, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 
 
 def ddpm() -> Tensor:
     """The ancestral step of Ho et al., on the unit-variance x."""
     x = START
-    for noise, (sigma, to) in zip(NOISE, STEPS, strict=True):
+    for noise, (sigma, to) in zip(NOISE, STEPS, strict=False):
         bar, bar_next = 1 / (1 + sigma**2), 1 / (1 + to**2)
         alpha = bar / bar_next
         eps = (x - DATA(x, sigma)) / sigma
@@ -81,8 +82,134 @@ def ipndm() -> Tensor:
     return x
 
 
+def lms() -> Tensor:
+    """k-diffusion's: the integrals of Lagrange's polynomials over the noise level."""
+    sigmas, x, slopes = GRID.sigma, START, list[Tensor]()
+    for i, sigma in enumerate(sigmas[:-1]):
+        slopes.insert(0, (x - DATA(x, float(sigma))) / sigma)
+        nodes = sigmas[i::-1][:4]
+        for slope, node in zip(slopes, nodes, strict=False):
+            others = [one for one in nodes if one != node]
+            scale = np.prod(node - np.array(others))
+            basis = np.polynomial.Polynomial(np.atleast_1d(np.poly(others))[::-1] / scale)
+            x = x + (basis.integ()(sigmas[i + 1]) - basis.integ()(sigma)) * slope
+    return x
+
+
+def heunpp2() -> Tensor:
+    """Up to three slopes, weighted by the noise at their levels."""
+    sigmas, x = GRID.sigma, START
+    for i in range(GRID.steps):
+        ahead, slopes = x, list[Tensor]()
+        levels = sigmas[i:-1][:3]
+        for j, sigma in enumerate(levels, i):
+            slopes.append((ahead - DATA(ahead, float(sigma))) / sigma)
+            ahead = ahead + slopes[-1] * (sigmas[j + 1] - sigma)
+        weights = [level / (len(levels) * sigmas[0]) for level in levels[1:]]
+        mean = (1 - sum(weights)) * slopes[0]
+        for weight, slope in zip(weights, slopes[1:], strict=True):
+            mean = mean + weight * slope
+        x = x + (sigmas[i + 1] - sigmas[i]) * mean
+    return x
+
+
+def res_multistep_ancestral() -> Tensor:
+    """res_multistep to below the next level, and the noise that makes up for it."""
+    x, older, before, below_before = START, None, 0.0, 0.0
+    for noise, (sigma, to) in zip(NOISE, STEPS, strict=False):
+        D = DATA(x, sigma)
+        if to == 0:
+            return D
+        up = min(to, (to**2 * (sigma**2 - to**2) / sigma**2) ** 0.5)
+        below = (to**2 - up**2) ** 0.5
+        if older is None:
+            x = x + (below - sigma) * (x - D) / sigma
+        else:
+            h = np.log(sigma / below)
+            phi_1 = -np.expm1(-h) / h
+            of_older = (1 - phi_1) / h / (np.log(below_before / before) / h)
+            x = np.exp(-h) * x + h * ((phi_1 - of_older) * D + of_older * older)
+        x = x + up * noise
+        older, before, below_before = D, sigma, below
+    return x
+
+
+def seeds(points: tuple[float, ...], eta: float, *, phi_2: bool) -> Tensor:
+    """The exponential Runge-Kutta method with its last two slopes, and noise by increments."""
+    x, draws = START, iter(NOISE)
+    for sigma, to in STEPS:
+        D = [DATA(x, sigma)]
+        if to == 0:
+            return D[0]
+        h, noise, before, landed = np.log(sigma / to), torch.zeros_like(x), 0.0, x
+        for share, newest in zip((*points, 1.0), (0.0, *points), strict=True):
+            z = (1 + eta) * share * h
+            of_newest = 0.0
+            if newest and (phi_2 or share < 1):
+                of_newest = share / newest * (1 - -np.expm1(-z) / z)
+            elif newest:
+                of_newest = -np.expm1(-z) / (2 * newest)
+            mean = -np.expm1(-z) * D[0] + of_newest * (D[-1] - D[0])
+            noise = np.exp(-eta * (share - before) * h) * noise
+            noise = noise + (-np.expm1(-2 * eta * (share - before) * h)) ** 0.5 * next(draws)
+            at = sigma * np.exp(-share * h)
+            landed = np.exp(-z) * x + mean + at * noise
+            before = share
+            if share < 1 or len(D) < len(points) + 1:
+                D.append(DATA(landed, at))
+        x = landed
+    raise AssertionError("the last sigma is 0")
+
+
+def seeds_2() -> Tensor:
+    return seeds((1 / 2,), 1.0, phi_2=False)
+
+
+def seeds_3() -> Tensor:
+    return seeds((1 / 3, 2 / 3), 1.0, phi_2=True)
+
+
+def exp_heun_2_x0() -> Tensor:
+    return seeds((1.0,), 0.0, phi_2=True)
+
+
+def exp_heun_2_x0_sde() -> Tensor:
+    return seeds((1.0,), 1.0, phi_2=True)
+
+
+def er_sde() -> Tensor:
+    """Order 3, with the authors' sums of 200 points."""
+
+    def phi(r: Any) -> Any:
+        return r * (np.exp(r**0.3) + 10)
+
+    r, x, known, slopes = GRID.sigma, START, list[Tensor](), list[Tensor]()
+    for i, noise in enumerate(NOISE[: GRID.steps]):
+        known.insert(0, DATA(x, float(r[i])))
+        if r[i + 1] == 0:
+            return known[0]
+        kept, dt = phi(r[i + 1]) / phi(r[i]), r[i + 1] - r[i]
+        x = kept * x + (1 - kept) * known[0]
+        at = r[i + 1] - np.arange(200) * dt / 200
+        if i > 0:
+            slopes.insert(0, (known[0] - known[1]) / (r[i] - r[i - 1]))
+            total = np.sum(1 / phi(at)) * -dt / 200
+            x = x + (dt + total * phi(r[i + 1])) * slopes[0]
+        if i > 1:
+            bend = (slopes[0] - slopes[1]) / ((r[i] - r[i - 2]) / 2)
+            total = np.sum((at - r[i]) / phi(at)) * -dt / 200
+            x = x + (dt**2 / 2 + total * phi(r[i + 1])) * bend
+        x = x + (r[i + 1] ** 2 - (r[i] * kept) ** 2) ** 0.5 * noise
+    raise AssertionError("the last sigma is 0")
+
+
 @pytest.mark.parametrize(
-    "theirs", [ddpm, res_multistep, res_2s, ipndm], ids=lambda one: one.__name__
+    "theirs",
+    [
+        *(ddpm, res_multistep, res_multistep_ancestral, res_2s, ipndm, lms, heunpp2, er_sde),
+        *(seeds_2, seeds_3, exp_heun_2_x0, exp_heun_2_x0_sde),
+    ],
+    ids=lambda one: one.__name__,
 )
 def test_whole_runs_are_theirs(theirs: Callable[[], Tensor]) -> None:
     sampler, _ = named(theirs.__name__)

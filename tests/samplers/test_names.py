@@ -42,6 +42,27 @@ THEIR_SCHEDULE_TYPES = [
     *("Uniform", "Karras", "Exponential", "Polyexponential", "SGM Uniform", "KL Optimal"),
     *("Align Your Steps", "Simple", "Normal", "DDIM", "Beta"),
 ]
+# What Forge has beside them: its sd_samplers_kdiffusion, alter_samplers and sd_schedulers.
+FORGES_SAMPLERS = ["HeunPP2", "IPNDM", "IPNDM_V", "DEIS", "DDPM"]
+FORGES_SCHEDULE_TYPES = [
+    *("Turbo", "Align Your Steps GITS", "Align Your Steps 11", "Align Your Steps 32"),
+]
+# As comfy/samplers.py lists them, without those of video models.
+COMFYUIS_SAMPLERS = [
+    *("euler", "euler_cfg_pp", "euler_ancestral", "euler_ancestral_cfg_pp", "heun", "heunpp2"),
+    *("exp_heun_2_x0", "exp_heun_2_x0_sde", "dpm_2", "dpm_2_ancestral", "lms", "dpm_fast"),
+    *("dpm_adaptive", "dpmpp_2s_ancestral", "dpmpp_2s_ancestral_cfg_pp", "dpmpp_sde"),
+    *("dpmpp_sde_gpu", "dpmpp_2m", "dpmpp_2m_cfg_pp", "dpmpp_2m_sde", "dpmpp_2m_sde_gpu"),
+    *("dpmpp_2m_sde_heun", "dpmpp_2m_sde_heun_gpu", "dpmpp_3m_sde", "dpmpp_3m_sde_gpu", "ddpm"),
+    *("lcm", "ipndm", "ipndm_v", "deis", "cfgpp_ud10_ab", "res_multistep"),
+    *("res_multistep_cfg_pp", "res_multistep_ancestral", "res_multistep_ancestral_cfg_pp"),
+    *("gradient_estimation", "gradient_estimation_cfg_pp", "er_sde", "seeds_2", "seeds_3"),
+    *("sa_solver", "sa_solver_pece", "ddim", "uni_pc", "uni_pc_bh2"),
+]
+COMFYUIS_SCHEDULERS = [
+    *("simple", "sgm_uniform", "karras", "exponential", "ddim_uniform", "beta", "normal"),
+    *("linear_quadratic", "kl_optimal"),
+]
 AS_DIFFUSERS = DPMSolverPP(lower_order_final="below_15_steps")
 THREE_M_SDE = DPMSolverPP(order=3, variant="sde", solver_type="taylor", lower_order_final=False)
 DOCUMENT = (Path(__file__).parents[2] / "docs/names.md").read_text("utf-8")
@@ -60,8 +81,36 @@ def test_every_schedule_type_of_automatic1111_is_mapped() -> None:
     assert set(SCHEDULE_TYPES) <= {*THEIR_SCHEDULE_TYPES, "LCM"}
 
 
+def test_every_name_of_forge_is_mapped_or_named_as_lacking() -> None:
+    for label in FORGES_SAMPLERS:
+        assert (label in FORGE) != (label in LACKING), label
+    assert set(FORGE_SCHEDULE_TYPES) == set(FORGES_SCHEDULE_TYPES)
+    for label, kind in product(FORGE, FORGE_SCHEDULE_TYPES):
+        sampler, spacing = named(f"{label} {kind}")
+        assert spacing is not None
+        plan = sampler.plan(SCHEDULES["scaled_linear"].grid(spacing, 10))
+        assert np.isfinite(plan.tables).all()
+
+
+@pytest.mark.parametrize(
+    ("label", "levels"),
+    [("Align Your Steps GITS", [14.615, 4.617, 2.507, 1.236]), ("Align Your Steps 32", [14.615])],
+)
+def test_levels_of_a_table_are_as_listed(label: str, levels: list[float]) -> None:
+    grid = SCHEDULES["scaled_linear"].grid(schedule_type(label), 10)
+    sigmas = grid.sigma / grid.alpha
+    # The schedule's own noisiest level is 14.6146.
+    np.testing.assert_allclose(sigmas[: len(levels)], levels, rtol=5e-5)
+
+
+def test_every_name_of_comfyui_is_mapped_or_named_as_lacking() -> None:
+    for name in COMFYUIS_SAMPLERS:
+        assert (name.removesuffix("_gpu") in COMFYUI_SAMPLERS) != (name in LACKING), name
+    assert set(COMFYUIS_SCHEDULERS) <= set(COMFYUI)
+
+
 def test_every_scheduler_named_is_one_of_diffusers() -> None:
-    for name in (*DIFFUSERS, *(name for name in LACKING if name.endswith("Scheduler"))):
+    for name in DIFFUSERS:
         assert hasattr(diffusers, name), name
 
 
@@ -188,8 +237,6 @@ def test_what_is_lacking_is_said_with_its_reason(name: str) -> None:
 def test_options_without_an_equal_are_refused(config: dict[str, Any], sentence: str) -> None:
     with pytest.raises(NoEqual, match=f"^{sentence}"):
         of_diffusers({"_class_name": "DPMSolverMultistepScheduler"} | config)
-    with pytest.raises(NoEqual, match=r"^sampler 'LMSDiscreteScheduler' has no equal here"):
-        of_diffusers({"_class_name": "LMSDiscreteScheduler"})
 
 
 def test_unknown_names_are_answered_with_near_ones() -> None:

@@ -226,6 +226,7 @@ def test_names_for_other_faces() -> None:
     assert sampler_of("euler", "Karras") == (CHOICES["sampler"]["euler"](), Karras())
     assert sampler_of("unipc")[1] is None
     assert schedule_of("Automatic") is None
-    for name in LACKING:
+    # Ours have two of the names.
+    for name in set(LACKING) - set(CHOICES["sampler"]):
         with pytest.raises(NoEqual, match=" has no equal here: "):
             sampler_of(name)

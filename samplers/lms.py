@@ -1,0 +1,50 @@
+"""LMS: Adams and Bashforth's method along the noise level."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+from typing_extensions import override
+
+from samplers.linear_multistep import Line, combined
+from samplers.plan import Columns, Plan
+from samplers.sampler import Sampler
+
+if TYPE_CHECKING:
+    from samplers.grid import Grid
+    from samplers.levels import F64
+
+
+class LMS(Sampler, frozen=True):
+    """The linear multistep method of k-diffusion: the polynomial through the last slopes.
+
+    One evaluation a step, history of up to three slopes. Its first steps are of lower order, whose
+    error shows only after some hundred steps; ``hb`` with ``beta`` 1 and variable weights makes
+    them again once the slopes are known. Works along the schedule's own line, as ``heun`` does.
+    """
+
+    summary: ClassVar[str] = "Adams-Bashforth: the polynomial through the last slopes."
+    source: ClassVar[str] = (
+        "Hairer, Norsett and Wanner, Solving ODEs I, III.5; k-diffusion, sample_lms."
+    )
+    name: Literal["lms"] = "lms"
+    order: Literal[2, 3, 4] = Field(default=4, description="Number of slopes that a step uses.")
+
+    @property
+    @override
+    def convergence_order(self) -> int:
+        return self.order
+
+    @override
+    def plan(self, grid: Grid) -> Plan:
+        slots = tuple(f"slope{k}" for k in range(1, self.order))
+        columns = Columns("x", *slots)
+        line = Line.of_schedule(grid)
+        tables: list[F64] = []
+        for i in range(grid.steps):
+            slopes = [line.slope(i, columns), *line.recalled(i, columns, slots[:i])]
+            mean = combined(line.mean_weights(i, len(slopes), "variable"), slopes)
+            x = line.step(i, columns, mean)
+            tables.append(columns.table(x=x, **line.kept(i + 1, x, slopes, slots)))
+        return Plan.of_steps(grid, tables)
