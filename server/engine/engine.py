@@ -13,19 +13,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 
+from server.engine.client import ANYONE, Client
 from server.engine.cost_model import MOST_ROWS, CostModel, TickCost
+from server.engine.fair_queue import TURN_S, Turns
+from server.engine.fair_tick import fair_tick
 from server.engine.faults import attempt, free_memory, is_out_of_memory, lost_device
-from server.engine.live_share import ORDINARY_SHARE, LaneCosts, Shares, share_tick
+from server.engine.live_share import ORDINARY_SHARE, Shares, share_tick
 from server.engine.metrics import EngineMeasurements
 from server.engine.reservation import Reservation
 from server.engine.scheduler import (
     LONGEST_TICK_S,
     Candidate,
+    LaneCosts,
     Load,
     Priority,
-    load_of,
     rows_of_tick,
-    select,
 )
 from server.engine.state.arrivals import Arrivals
 from server.engine.state.lane import Lane
@@ -35,6 +37,7 @@ from server.engine.tick import weave
 from server.engine.tick.decode import Decoder
 from server.engine.tick.host_copy import HostCopy
 from server.engine.tick.newcomers import Admission
+from server.engine.tick.pictures import PicturesOfATick
 from server.engine.tick.preview import fit_preview, previews
 from server.engine.tick.resampling import resample
 from server.engine.tick.stopwatch import Stopwatch
@@ -76,6 +79,12 @@ ADMITTED_A_TICK = 16
 
 ADMITTED_BESIDE_LIVE = 2
 """Ordinary images likewise while live frames are expected, which wait while these are encoded."""
+
+FAIR_TICK_S = 0.1
+"""Seconds of a tick beside images of other clients or sizes, which wait while it runs."""
+
+FAIR_THROUGHPUT = 0.96
+"""Share of the best throughput that such ticks reach, even if they take longer than that."""
 
 LEAST_THROUGHPUT = 0.8
 """Share of the best that live ticks reach, even if they take longer than wished: where one row
@@ -136,6 +145,7 @@ class Engine:
         self._live_tick_s = live_tick_s
         self._live_at = -inf
         self._shares = Shares()
+        self._turns = Turns()
         self._costs = CostModel()
         self._fixed_rows: int | None = None
         self._lanes: dict[Hashable, Lane] = {}
@@ -143,7 +153,7 @@ class Engine:
         self._colours: dict[str, Tensor] = {}
         self._arrived = Arrivals()
         self._active: list[Sequence] = []
-        self._decoder = Decoder(self._device, fixed=deterministic)
+        self._decoder = Decoder(self._device, self._turns, fixed=deterministic)
         self._previewed: tuple[list[StepsDone], HostCopy] | None = None
         self._wake = Condition()
         self._stop_at: float | None = None
@@ -167,7 +177,7 @@ class Engine:
         if self._thread.is_alive():
             self._thread.join(None if last_tick_s is None else timeout_s + last_tick_s)
 
-    def reserve(self, images: int, *, live: bool = False) -> Reservation:
+    def reserve(self, images: int, *, live: bool = False, client: Client = ANYONE) -> Reservation:
         """Room for the images of one request; safe from any thread.
 
         Reserve before uploads are decoded or plans are made, so that a request that is turned away
@@ -175,6 +185,7 @@ class Engine:
 
         Args:
             images: how many.
+            client: whose they are, whose share of the device they have.
             live: they are of live priority, for which there is as much room again: a queue that is
                 full of ordinary requests does not hold up a stream.
 
@@ -192,11 +203,13 @@ class Engine:
             self._count_pending(images, live=live)
         return Reservation(
             images,
-            partial(self._take_in, live=live),
+            partial(self._take_in, client, live=live),
             lambda unused: self._count_pending(-unused, live=live),
         )
 
-    def submit(self, tasks: Listed[ImageTask], listener: Listener) -> Submission:
+    def submit(
+        self, tasks: Listed[ImageTask], listener: Listener, client: Client = ANYONE
+    ) -> Submission:
         """Queue the images of one request, for which no room was reserved; safe from any thread.
 
         Raises:
@@ -205,16 +218,17 @@ class Engine:
             InvalidRequest: an image or a group needs more rows at once than a forward has.
         """
         live = all(task.priority is Priority.LIVE for task in tasks)
-        with self.reserve(len(tasks), live=live) as room:
+        with self.reserve(len(tasks), live=live, client=client) as room:
             return room.submit(tasks, listener)
 
-    def _take_in(self, tasks: Listed[ImageTask], listener: Listener, *, live: bool) -> Submission:
+    def _take_in(
+        self, client: Client, tasks: Listed[ImageTask], listener: Listener, *, live: bool
+    ) -> Submission:
         if any((task.priority is Priority.LIVE) != live for task in tasks):
             raise ValueError("room is reserved either for live images or for others")
-        submission = Submission(len(tasks))
-        tick = self.measurements.ticks
+        submission = Submission(len(tasks), client)
         sequences = [
-            Sequence(task, index, listener, submission, tick) for index, task in enumerate(tasks)
+            Sequence(task, index, listener, submission) for index, task in enumerate(tasks)
         ]
         self._check_width(sequences)
         with self._wake:
@@ -331,14 +345,24 @@ class Engine:
         self._admit()
         chosen = self._select()
         if chosen:
+            rows = {sequence: sequence.rows for sequence in chosen}
+            began = perf_counter()
             self._weave(chosen)
+            self._charge(rows, perf_counter() - began)
         self._collect(idle=not chosen)
 
     def _admit(self) -> None:
         """Take in newcomers, and let go of what was cancelled, before any work is done for it."""
         with self._wake:
             ordinary = ADMITTED_BESIDE_LIVE if self._expects_live else ADMITTED_A_TICK
-            newcomers = self._arrived.take(ADMITTED_A_TICK, ordinary)
+            waiting = [one for one in (*self._active, *self._arrived) if not one.live]
+            self._turns.wait({one.flow for one in waiting}, monotonic())
+            pictures = PicturesOfATick()
+            newcomers = self._arrived.take(
+                ADMITTED_A_TICK,
+                ordinary,
+                lambda one: pictures.take(one, due=self._turns.flow_due(one.flow, TURN_S)),
+            )
         self._active.extend(newcomers)
         cancelled = {sequence for sequence in self._active if sequence.submission.cancelled}
         for sequence in cancelled:
@@ -353,56 +377,72 @@ class Engine:
             self.measurements.encode_s += seconds
             live = sum(sequence.live for sequence in staying) / len(staying)
             self._share_out(live_s=live * seconds, ordinary_s=(1 - live) * seconds)
+            self._charge(pictures.parts(staying), seconds)
+
+    def _charge(self, parts: Mapping[Sequence, float], seconds: float) -> None:
+        """Count seconds of the device as had by the clients of some images, by their parts."""
+        for sequence, part in parts.items():
+            if not sequence.live:
+                self._turns.charge(sequence.flow, seconds * part / sum(parts.values()))
 
     def _select(self) -> list[Sequence]:
-        tick = self.measurements.ticks
         running = [sequence for sequence in self._active if not sequence.done]
+        lanes = {id(sequence.lane): sequence.lane for sequence in running}
+        live = any(sequence.live for sequence in running)
+        costs = {key: self._costs_of(lane, live=live) for key, lane in lanes.items()}
+        prices = {key: cost.seconds_a_row for key, cost in costs.items()}
+        now = monotonic()
         candidates = [
             Candidate(
-                s.rows,
-                s.remaining,
-                tick - s.arrived_tick,
-                s.task.priority,
-                id(s.lane),
-                None if s.task.group is None else id(s.task.group),
-                s.stream,
+                rows=s.rows,
+                remaining=s.remaining * prices[id(s.lane)],
+                age=now - s.submitted_at,
+                priority=s.task.priority,
+                lane=id(s.lane),
+                group=None if s.task.group is None else id(s.task.group),
+                stream=s.stream,
+                flow=s.flow,
             )
             for s in running
         ]
-        lanes = {id(sequence.lane): sequence.lane for sequence in running}
 
         def rows_of(load: Load) -> int:
             return self.rows_of_tick(load, lanes[load.lane])
 
-        if any(candidate.stream is not None for candidate in candidates):
-            self._live_at = monotonic()
-            costs = {key: self._costs_of(lane) for key, lane in lanes.items()}
-            choice = share_tick(candidates, self._shares, costs, rows_of)
+        if live:
+            self._live_at = now
+            choice = share_tick(candidates, self._shares, self._turns, costs, rows_of)
             self._shares = choice.shares
             return [running[i] for i in choice.chosen]
-        load = load_of(candidates)
-        return [] if load is None else [running[i] for i in select(candidates, rows_of(load))]
+        return [running[i] for i in fair_tick(candidates, self._turns, costs, rows_of)]
 
     def rows_of_tick(self, load: Load, lane: Lane) -> int:
         """How many rows the next tick has, in the engine's thread."""
-        costs = self._costs_of(lane)
+        costs = self._costs_of(lane, live=load.live)
         if self._fixed_rows is not None:
             return costs.most
-        longest_s = costs.longest_s if load.live else self._longest_ordinary_s()
-        return rows_of_tick(load, costs.most, costs.seconds, longest_s, self.measurements.ticks)
+        ticks = self.measurements.ticks
+        return rows_of_tick(load, costs.most, costs.seconds, costs.longest_s, ticks)
 
-    def _costs_of(self, lane: Lane) -> LaneCosts:
+    def _costs_of(self, lane: Lane, *, live: bool) -> LaneCosts:
         cost, fixed = lane.cost, self._fixed_rows
         most = min(self.measurements.row_budget, lane.row_cap.rows)
-        longest_s = max(self._live_tick_s, cost.seconds_at(LEAST_THROUGHPUT, most))
+        if live:
+            longest_s = max(self._live_tick_s, cost.seconds_at(LEAST_THROUGHPUT, most))
+        else:
+            longest_s = self._longest_ordinary_s(cost, most)
         seconds = cost.seconds if fixed is None else lambda _: cost.seconds(fixed)
         return LaneCosts(most, seconds, longest_s)
 
-    def _longest_ordinary_s(self) -> float:
-        """A live frame that comes during a tick waits for no longer than there was none."""
-        if not self._expects_live:
-            return LONGEST_TICK_S
-        return min(self._live_tick_s, monotonic() - self._live_at)
+    def _longest_ordinary_s(self, cost: TickCost, most: int) -> float:
+        """Whoever comes during a tick waits for its end."""
+        if self._expects_live:
+            # A live frame waits for no longer than there was none.
+            return min(self._live_tick_s, monotonic() - self._live_at)
+        if self._turns.contended:
+            fair_s = max(FAIR_TICK_S, cost.seconds_at(FAIR_THROUGHPUT, most))
+            return min(LONGEST_TICK_S, fair_s)
+        return LONGEST_TICK_S
 
     @property
     def _expects_live(self) -> bool:

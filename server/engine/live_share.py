@@ -13,30 +13,17 @@ from collections import deque
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from server.engine.scheduler import Load, select, units_of, urgency
+from server.engine.fair_tick import in_turn
+from server.engine.scheduler import Load, fill, units_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from server.engine.scheduler import Candidate
+    from server.engine.fair_queue import Turns
+    from server.engine.scheduler import Candidate, LaneCosts
 
 ORDINARY_SHARE = 0.25
 """Of the device's time, what ordinary images are promised while live ones would take all of it."""
-
-
-@dataclass(frozen=True, slots=True)
-class LaneCosts:
-    """What a lane's ticks cost and may cost.
-
-    Attributes:
-        most: rows that a tick may have.
-        seconds: expected for a tick of so many rows.
-        longest_s: that a tick may take, where fewer rows can help it.
-    """
-
-    most: int
-    seconds: Callable[[int], float]
-    longest_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +97,7 @@ class Riders(NamedTuple):
 def share_tick(
     candidates: Sequence[Candidate],
     shares: Shares,
+    turns: Turns,
     lanes: Mapping[int, LaneCosts],
     rows_of: Callable[[Load], int],
 ) -> Choice:
@@ -123,12 +111,13 @@ def share_tick(
     Args:
         candidates: every image under way, oldest first, at least one of them of a stream.
         shares: as the last tick left them.
+        turns: what the clients of ordinary images have had, who share their part.
         lanes: of all candidates.
         rows_of: the best number of rows for a load.
     """
     units, members = units_of(candidates)
     waiting = [i for i, unit in enumerate(units) if unit.stream is None]
-    ordinary = sorted(waiting, key=lambda i: urgency(units[i]))
+    ordinary = list(in_turn(units, waiting, turns, lanes))
     starts = _starts(units, shares)
     clock = min(starts.values())
     turn = _turn(units, starts, lanes, rows_of)
@@ -191,7 +180,7 @@ def _own_tick(
 ) -> tuple[list[int], float]:
     """Ordinary images that have a tick of their own now, and its seconds; else none.
 
-    It is due where the most urgent one cannot come along with live ones and is paid for.
+    It is due where the first in turn cannot come along with live ones and is paid for.
     """
     if not ordinary or turn.has_room_for(units[ordinary[0]]):
         return [], 0.0
@@ -203,7 +192,7 @@ def _own_tick(
     wide = [units[i].rows for i in here]
     paid = bisect_right(range(1, costs.most + 1), credit, key=costs.seconds)
     rows = min(paid, rows_of(Load(head.lane, sum(wide), max(wide), live=True)))
-    chosen = [here[i] for i in select([units[i] for i in here], rows)]
+    chosen = fill(units, here, max(rows, head.rows))
     return chosen, costs.seconds(sum(units[i].rows for i in chosen))
 
 
@@ -212,7 +201,7 @@ def _riders(
 ) -> Riders:
     """Ordinary images that come along, until one is too wide or not paid for.
 
-    The next ones must not go before it, or it would never be paid for. Where the most urgent one
+    The next ones must not go before it, or it would never be paid for. Where the first in turn
     is of another lane the others come along if that costs nothing.
     """
     chosen: list[int] = []

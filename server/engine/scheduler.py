@@ -1,4 +1,4 @@
-"""Which ordinary rows run in the next tick, and how many: pure, touches no device."""
+"""What a tick chooses among: images, their urgency, and how many rows: pure, touches no device."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
+from server.engine.client import ANY_FLOW, Flow
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 
 class Priority(IntEnum):
@@ -18,12 +20,13 @@ class Priority(IntEnum):
     BATCH = 2
 
 
-BATCH_DELAY = 1000.0
-"""Evaluations by which interactive images go before batch ones. Ageing overtakes it after 4000
-ticks, so that nothing starves; no ageing overtakes live images (``live_share.py``)."""
+BATCH_WAIT_S = 600.0
+"""Seconds after which a batch image counts as interactive, so that it does not starve; no waiting
+makes an image count as live (``live_share.py``)."""
 
 AGEING = 0.25
-"""Evaluations of lead that a tick of age is worth."""
+"""Seconds of lead that a second of age is worth: an image that takes the device for 3 s in all goes
+before all later ones of its client and size once it is 12 s old, however short they are."""
 
 NEAR_BEST = 0.995
 """Share of the best throughput that is good enough, where fewer rows mean less latency."""
@@ -41,21 +44,23 @@ class Candidate:
 
     Attributes:
         rows: rows of the forward that its next stage needs.
-        remaining: evaluations that it still needs in all.
-        age: ticks since it arrived.
+        remaining: seconds of the device that it still needs in all.
+        age: seconds since it arrived.
         priority: its class.
         lane: images of one lane can share a forward.
         group: images of one group run in the same ticks or not at all; None is of none.
         stream: the live stream that it is a frame of; None is an ordinary image.
+        flow: whose it is, and which of its client's images cost the same.
     """
 
     rows: int
-    remaining: int
-    age: int
+    remaining: float
+    age: float
     priority: Priority
     lane: int
     group: int | None = None
     stream: int | None = None
+    flow: Flow = ANY_FLOW
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,14 +80,24 @@ class Load:
     live: bool
 
 
-def load_of(candidates: Sequence[Candidate]) -> Load | None:
-    """The load of the lane that the most urgent ordinary image runs in; None if there is none."""
-    units, _ = units_of(candidates)
-    if not units:
-        return None
-    lane = min(units, key=urgency).lane
-    rows = [unit.rows for unit in units if unit.lane == lane]
-    return Load(lane, sum(rows), max(rows), live=False)
+@dataclass(frozen=True, slots=True)
+class LaneCosts:
+    """What a lane's ticks cost and may cost.
+
+    Attributes:
+        most: rows that a tick may have.
+        seconds: expected for a tick of so many rows.
+        longest_s: that a tick may take, where fewer rows can help it.
+    """
+
+    most: int
+    seconds: Callable[[int], float]
+    longest_s: float
+
+    @property
+    def seconds_a_row(self) -> float:
+        """Of a row in the largest tick."""
+        return self.seconds(self.most) / self.most
 
 
 def rows_of_tick(
@@ -126,29 +141,24 @@ def _equal_ticks(waiting: int, widest: int, most: int) -> Iterator[tuple[int, in
         rows = min(even - 1, even * 7 // 8)
 
 
-def select(candidates: Sequence[Candidate], rows: int) -> list[int]:
-    """The candidates of the next tick without live images: all of one lane, of about so many rows.
-
-    Shortest remaining work first, which gives the least mean latency, with ageing against
-    starvation. The first in this order always runs and decides the lane; later ones fill what
-    room is left, a smaller one where a larger does not fit.
+def fill(units: Sequence[Candidate], order: Iterable[int], rows: int) -> list[int]:
+    """As many of some images as there is room for; a smaller one where a larger does not fit.
 
     Args:
-        candidates: every image under way, oldest first.
-        rows: of the forward; more only where the first needs more.
+        units: images and groups.
+        order: indices of some of them, in the order of their turns.
+        rows: that there is room for.
 
     Returns:
-        Indices into ``candidates``, in order of urgency, those of a group side by side.
+        Indices of those that have room, in their order.
     """
-    units, members = units_of(candidates)
-    order = sorted(range(len(units)), key=lambda i: urgency(units[i]))
     chosen: list[int] = []
-    left = rows
     for i in order:
-        unit = units[i]
-        if not chosen or (unit.rows <= left and unit.lane == units[order[0]].lane):
-            chosen.extend(members[i])
-            left -= unit.rows
+        if rows <= 0:
+            break
+        if units[i].rows <= rows:
+            chosen.append(i)
+            rows -= units[i].rows
     return chosen
 
 
@@ -179,6 +189,14 @@ def units_of(
 
 
 def urgency(candidate: Candidate) -> float:
-    """Of an ordinary image, in evaluations; lower goes first."""
-    delay = BATCH_DELAY if candidate.priority is Priority.BATCH else 0.0
-    return candidate.remaining + delay - AGEING * candidate.age
+    """Of an ordinary image among those of its client and size, in seconds; lower goes first.
+
+    Shortest remaining work first gives the least mean latency, and ageing keeps it from starving
+    the long ones.
+    """
+    return candidate.remaining - AGEING * candidate.age
+
+
+def in_time(candidate: Candidate) -> bool:
+    """Whether an ordinary image goes before batch ones that do not wait for long yet."""
+    return candidate.priority is not Priority.BATCH or candidate.age >= BATCH_WAIT_S

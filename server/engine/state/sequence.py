@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol
 
+from server.engine.client import Flow
 from server.engine.guidance_plan import plan_guidance
 from server.engine.scheduler import Priority
 
@@ -101,7 +102,6 @@ class Sequence:
     index: int
     listener: Listener
     submission: Submission
-    arrived_tick: int
     guidance: GuidancePlan = field(init=False)
     stage: int = 0
     settled: bool = False
@@ -128,6 +128,12 @@ class Sequence:
     def live(self) -> bool:
         """Whether it is a frame of a live stream."""
         return self.task.priority is Priority.LIVE
+
+    @property
+    def flow(self) -> Flow:
+        """Whose it is, and which of that client's images cost the same."""
+        task = self.task
+        return Flow(self.submission.client, (task.model, task.width, task.height))
 
     @property
     def stream(self) -> int | None:

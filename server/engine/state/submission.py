@@ -5,6 +5,8 @@ from __future__ import annotations
 from threading import Lock
 from typing import TYPE_CHECKING
 
+from server.engine.client import ANYONE, Client
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -19,15 +21,18 @@ class Submission:
 
     Args:
         images: how many there are.
+        client: whose they are.
 
     Attributes:
+        client: whose they are.
         latents: of the pictures that its images start from or refer to, by the picture's identity,
             or why there are none; the engine's own.
         channels: what the network reads behind the latents of its images, by the identity of their
             mask and their size; the engine's own.
     """
 
-    def __init__(self, images: int) -> None:
+    def __init__(self, images: int, client: Client = ANYONE) -> None:
+        self.client = client
         self.latents: dict[int, Tensor | Exception] = {}
         self.channels: dict[tuple[int, int, int], Tensor | None] = {}
         self._left = images

@@ -6,11 +6,13 @@ import logging
 from collections import deque
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from server.engine.fair_queue import TURN_S
 from server.engine.faults import attempt, free_memory, is_out_of_memory
 from server.engine.state.sequence import ImageResult
 from server.engine.tick.decoder_queue import DecoderQueue
@@ -24,12 +26,17 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from server.engine.fair_queue import Turns
     from server.engine.state.sequence import Sequence
 
 log = logging.getLogger(__name__)
 
 DECODED_AT_ONCE = 4
 """Most pictures in one call of a GPU's decoder beside ticks; always in deterministic mode."""
+
+PIXELS_AT_ONCE = 4 * 512 * 512
+"""Most pixels of such a call, or one picture, and of the ordinary pictures that a CPU decodes
+between two ticks: others wait for no more than one large picture."""
 
 IDLE_PIXELS = 16 * 512 * 512
 """Most pixels in one call of the decoder on a GPU that has nothing else to do.
@@ -59,11 +66,14 @@ class Decoder:
     On CUDA the decoder has a stream of its own, so that it works while ticks go on, and ordinary
     images have a share of its calls (:class:`DecoderQueue`). On a CPU it can only take turns with
     the ticks: between two ticks it decodes all live frames, one after another,
-    as their clients wait for each of them, and then makes one call for the others, of one picture
-    unless more than ``TICKS_OF_BACKLOG`` wait.
+    as their clients wait for each of them, and then some of the others: one picture unless more
+    than ``TICKS_OF_BACKLOG`` wait, and one if pictures are large. A picture of a client or size
+    that has had more than its turn (:class:`~server.engine.fair_queue.Turns`) waits until it is
+    due, so that large pictures do not come between the ticks of a small one.
 
     Args:
         device: of all models.
+        turns: what the clients of ordinary images have had, to which decoding is charged.
         fixed: always decode the same number at once, so that a picture's bits do not depend on
             how many finished with it.
 
@@ -72,12 +82,13 @@ class Decoder:
         live_s: of these, on frames of live streams.
     """
 
-    def __init__(self, device: torch.device, *, fixed: bool) -> None:
+    def __init__(self, device: torch.device, turns: Turns, *, fixed: bool) -> None:
         self.seconds = 0.0
         self.live_s = 0.0
         self._device = device
         self._fixed = fixed
-        self._queue = DecoderQueue()
+        self._turns = turns
+        self._queue = DecoderQueue(turns)
         self._in_flight: deque[Decoding] = deque()
         self._failed: list[tuple[Sequence, Exception]] = []
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -103,14 +114,40 @@ class Decoder:
         Raises:
             DeviceLost: the device no longer answers.
         """
-        while self._stream is None and self._queue.live:
-            self._start(self._next(self._queue.live, DECODED_AT_ONCE if self._fixed else 1))
-            yield from self._finished(idle=False)
-        room = 1 if self._stream is None else IN_FLIGHT
-        while self._queue and len(self._in_flight) < room:
-            queue = self._queue.turn()
-            self._start(self._next(queue, self._most(queue, idle=idle)))
+        if self._stream is None:
+            yield from self._between_ticks(idle=idle)
+            return
+        while self._queue and len(self._in_flight) < IN_FLIGHT:
+            if self._queue.live_turn():
+                some = self._queue.take_live(self._most(self._queue.live[0], idle=idle))
+            else:
+                some = self._queue.take_ordinary(lambda one: self._most(one, idle=idle))
+            self._start(some)
         yield from self._finished(idle=idle)
+
+    def _between_ticks(self, *, idle: bool) -> Iterator[tuple[Sequence, ImageResult | Exception]]:
+        """On a CPU: all live frames, and some ordinary images, one flow's after another's."""
+        while self._queue.live:
+            self._start(self._queue.take_live(DECODED_AT_ONCE if self._fixed else 1))
+            yield from self._finished(idle=False)
+        pictures = -(-self._queue.ordinary // TICKS_OF_BACKLOG)
+        pixels = PIXELS_AT_ONCE
+        while pictures > 0 and pixels > 0:
+            some = self._queue.take_ordinary(partial(self._due, pictures, pixels, idle))
+            if not some:
+                return
+            self._start(some)
+            yield from self._finished(idle=False)
+            pictures -= len(some)
+            pixels -= len(some) * _pixels(some[0])
+
+    def _due(self, pictures: int, pixels: int, idle: bool, first: Sequence) -> int:
+        """How many images of a flow may be decoded between two ticks, given the first of them."""
+        if not (idle or self._turns.flow_due(first.flow, TURN_S)):
+            return 0
+        if self._fixed:
+            return DECODED_AT_ONCE
+        return max(1, min(pictures, pixels // _pixels(first)))
 
     def _finished(self, *, idle: bool) -> Iterator[tuple[Sequence, ImageResult | Exception]]:
         while self._in_flight and (idle or self._in_flight[0].pixels_and_finite.ready):
@@ -119,21 +156,13 @@ class Decoder:
         failed, self._failed = self._failed, []
         yield from failed
 
-    def _most(self, queue: deque[Sequence], *, idle: bool) -> int:
-        """How many images of a queue the next call may take."""
+    def _most(self, first: Sequence, *, idle: bool) -> int:
+        """How many images the next call of a GPU's decoder may take, given the first of them."""
         if self._fixed:
             return DECODED_AT_ONCE
-        if self._stream is None:
-            return -(-len(queue) // TICKS_OF_BACKLOG)
-        task = queue[0].task
-        return max(DECODED_AT_ONCE, IDLE_PIXELS // (task.width * task.height) if idle else 0)
-
-    def _next(self, queue: deque[Sequence], most: int) -> list[Sequence]:
-        """The next images of a queue to decode at once, all of one lane."""
-        some = [queue.popleft()]
-        while queue and len(some) < most and queue[0].lane is some[0].lane:
-            some.append(queue.popleft())
-        return some
+        if idle:
+            return max(DECODED_AT_ONCE, IDLE_PIXELS // _pixels(first))
+        return max(1, min(DECODED_AT_ONCE, PIXELS_AT_ONCE // _pixels(first)))
 
     def _start(self, some: list[Sequence]) -> None:
         """Decode some images, one by one where all at once is an error."""
@@ -195,7 +224,10 @@ class Decoder:
             return
         seconds = decoding.watch.seconds()
         self.seconds += seconds
-        self.live_s += seconds if decoding.sequences[0].live else 0.0
+        if decoding.sequences[0].live:
+            self.live_s += seconds
+        else:
+            self._turns.charge(decoding.sequences[0].flow, seconds)
         pixels, finite = fetched
         now = monotonic()
         rows = zip(decoding.sequences, finite.tolist(), pixels.numpy(), strict=True)
@@ -218,3 +250,7 @@ class Decoder:
                     effective=tuple(sequence.effective),
                 ),
             )
+
+
+def _pixels(sequence: Sequence) -> int:
+    return sequence.task.width * sequence.task.height

@@ -24,6 +24,45 @@ ENCODED_AT_ONCE = 4
 """Pictures in one call of the encoder, and always so many in deterministic mode."""
 
 
+PIXELS_A_TICK = 1024 * 1024
+"""Most pixels of ordinary images' pictures that are encoded before a tick, or one picture."""
+
+LEAST_PIXELS = 64 * 64
+"""Pixels whose encoding costs about as much as that of a prompt."""
+
+
+class PicturesOfATick:
+    """The pictures that are encoded before one tick, which waits for it."""
+
+    def __init__(self) -> None:
+        self._pixels: dict[tuple[int, int], int] = {}
+        self._by_image: dict[Sequence, int] = {}
+
+    def take(self, sequence: Sequence, *, due: bool) -> bool:
+        """Whether there is room for the pictures of an ordinary image; if so, they have it.
+
+        Args:
+            sequence: that would be taken in before this tick.
+            due: whether it is its turn; if not, what has no picture to encode has room.
+        """
+        own = {
+            (id(sequence.submission), id(picture)): picture.shape[-2] * picture.shape[-1]
+            for picture in _pictures(sequence)
+            if id(picture) not in sequence.submission.latents
+        }
+        new = {key: pixels for key, pixels in own.items() if key not in self._pixels}
+        taken = sum(self._pixels.values())
+        if new and (not due or (taken and taken + sum(new.values()) > PIXELS_A_TICK)):
+            return False
+        self._pixels |= new
+        self._by_image[sequence] = sum(new.values())
+        return True
+
+    def parts(self, sequences: Iterable[Sequence]) -> dict[Sequence, float]:
+        """What each of some images has of the work of taking them in, in pixels."""
+        return {one: max(LEAST_PIXELS, self._by_image.get(one, 0)) for one in sequences}
+
+
 def encode_pictures(model: HostedModel, members: list[Sequence], *, fixed: bool) -> None:
     """Leave the latents of all pictures of some images with their submissions.
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from server.engine.client import ANYONE, Client
 from server.engine.scheduler import Priority
 from server.engine.state.arrivals import Arrivals
 from server.engine.state.sequence import Sequence
@@ -15,8 +16,8 @@ from server.engine.task import Group
 
 @pytest.fixture
 def arrived(task, listen):
-    def make(**fields: Any) -> Sequence:
-        return Sequence(task(rule="none", **fields), 0, listen(1), Submission(1), 0)
+    def make(client: Client = ANYONE, **fields: Any) -> Sequence:
+        return Sequence(task(rule="none", **fields), 0, listen(1), Submission(1, client))
 
     return make
 
@@ -38,3 +39,22 @@ def test_a_group_is_not_divided(arrived):
     queue = Arrivals()
     queue.extend([arrived(), *members, arrived()])
     assert len(queue.take(16, 2)) == 4
+
+
+def test_a_flood_does_not_hold_up_another_client_or_size(arrived):
+    flood = [arrived() for _ in range(9)]
+    other, large = arrived(Client("other")), arrived(width=256)
+    queue = Arrivals()
+    queue.extend([*flood, other, large])
+    assert queue.take(0, 4) == [flood[0], other, large, flood[1]]
+    late = arrived(Client("late"))
+    queue.extend([late])
+    assert queue.take(0, 2) == [flood[2], late]
+
+
+def test_a_flow_whose_next_image_may_not_come_waits_and_keeps_its_order(arrived):
+    first, second, other = arrived(), arrived(), arrived(Client("other"))
+    queue = Arrivals()
+    queue.extend([first, second, other])
+    assert queue.take(0, 9, lambda one: one is not first) == [other]
+    assert list(queue) == [first, second]

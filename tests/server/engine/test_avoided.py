@@ -223,7 +223,7 @@ def packed(model: HostedModel, tasks: Listed[ImageTask], fixed_rows: int | None)
     """The batch of a first tick, as the engine makes it."""
     lane = Lane(model, model.latent_shape(128, 128), TickCost({1: 1.0}), 8)
     sequences = [
-        Sequence(one, k, None, Submission(1), 0)  # type: ignore[arg-type]
+        Sequence(one, k, None, Submission(1))  # type: ignore[arg-type]
         for k, one in enumerate(tasks)
     ]
     admission = Admission({one.model: model for one in tasks}, lambda *_: lane, deterministic=False)

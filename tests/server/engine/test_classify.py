@@ -82,7 +82,7 @@ def packed(model: Any, task: Any) -> Callable[..., Batch]:
         sequences: list[Sequence] = []
         generator = torch.Generator().manual_seed(5)
         for index, one in enumerate(tasks):
-            sequence = Sequence(one, index, None, Submission(1), 0)  # type: ignore[arg-type]
+            sequence = Sequence(one, index, None, Submission(1))  # type: ignore[arg-type]
             sequence.lane = lane
             texts = sequence.guidance.texts
             encoded = model.encode_prompts(texts, 128, 128)

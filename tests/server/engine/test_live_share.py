@@ -11,8 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.engine.live_share import ORDINARY_SHARE, LaneCosts, Shares, share_tick
-from server.engine.scheduler import Candidate, Load, Priority, load_of, rows_of_tick, select
+from server.engine.client import ANY_FLOW, ANYONE, Flow
+from server.engine.fair_queue import Turns
+from server.engine.fair_tick import fair_tick
+from server.engine.live_share import ORDINARY_SHARE, Shares, share_tick
+from server.engine.scheduler import Candidate, LaneCosts, Load, Priority, rows_of_tick
 
 MOST = 128
 LIVE_TICK_S = 0.1
@@ -46,7 +49,6 @@ class Image:
     stream: int | None
     priority: Priority
     began: float
-    tick: int
 
 
 @dataclass
@@ -72,6 +74,7 @@ class Simulation:
     now: float = 0.0
     ticks: int = 0
     shares: Shares = field(default_factory=Shares)
+    turns: Turns = field(default_factory=Turns)
     frames: Counter[int] = field(default_factory=Counter[int])
     latencies: list[float] = field(default_factory=list[float])
     seconds: defaultdict[int | None, float] = field(default_factory=lambda: defaultdict(float))
@@ -80,9 +83,7 @@ class Simulation:
     def ordinary(self, count: int, *, left: int = 20, rows: int = 2, lane: int = 0) -> None:
         """Put ordinary images in the queue."""
         for _ in range(count):
-            self.waiting.append(
-                Image(rows, left, lane, None, Priority.INTERACTIVE, self.now, self.ticks)
-            )
+            self.waiting.append(Image(rows, left, lane, None, Priority.INTERACTIVE, self.now))
 
     def run(self, seconds: float) -> Simulation:
         """So many seconds."""
@@ -98,25 +99,23 @@ class Simulation:
 
     def _frame(self, number: int, stream: Stream) -> Image:
         about = stream.rows, stream.stages, stream.lane, number, Priority.LIVE
-        return Image(*about, self.now, self.ticks)
+        return Image(*about, self.now)
 
     def _tick(self) -> None:
         images = list(self.waiting)
         candidates = [self._candidate(image) for image in images]
+        ordinary = {candidate.flow for candidate in candidates if candidate.stream is None}
+        self.turns.wait(ordinary, self.now)
+        lanes = {lane: LaneCosts(MOST, curve, LIVE_TICK_S) for lane, curve in self.curves.items()}
+
+        def rows_for(load: Load) -> int:
+            return rows_of(load, self.curves[load.lane])
+
         if any(image.stream is not None for image in images):
-            lanes = {
-                lane: LaneCosts(MOST, curve, LIVE_TICK_S) for lane, curve in self.curves.items()
-            }
-            chosen, self.shares = share_tick(
-                candidates,
-                self.shares,
-                lanes,
-                lambda load: rows_of(load, self.curves[load.lane]),
-            )
+            about = candidates, self.shares, self.turns, lanes, rows_for
+            chosen, self.shares = share_tick(*about)
         else:
-            load = load_of(candidates)
-            assert load is not None
-            chosen = select(candidates, rows_of(load, self.curves[load.lane]))
+            chosen = fair_tick(candidates, self.turns, lanes, rows_for)
         ran = [images[i] for i in chosen]
         assert len({image.lane for image in ran}) == 1
         rows = sum(image.rows for image in ran)
@@ -125,6 +124,8 @@ class Simulation:
         self.ticks += 1
         for image in ran:
             self.seconds[image.stream] += took * image.rows / rows
+            if image.stream is None:
+                self.turns.charge(Flow(ANYONE, image.lane), took * image.rows / rows)
             image.left -= 1
             if not image.left:
                 self.waiting.remove(image)
@@ -133,11 +134,12 @@ class Simulation:
     def _candidate(self, image: Image) -> Candidate:
         return Candidate(
             rows=image.rows,
-            remaining=image.left,
-            age=self.ticks - image.tick,
+            remaining=0.01 * image.left,
+            age=self.now - image.began,
             priority=image.priority,
             lane=image.lane,
             stream=image.stream,
+            flow=Flow(ANYONE, image.lane),
         )
 
     def _end(self, image: Image) -> None:
@@ -218,7 +220,9 @@ def test_where_every_tick_has_the_same_rows_those_that_are_free_are_given_away()
     live = [Candidate(1, left, 0, Priority.LIVE, 0, stream=1) for left in (2, 3)]
     ordinary = [Candidate(2, 9, 0, Priority.INTERACTIVE, 0) for _ in range(5)]
     fixed = LaneCosts(8, lambda _: 0.05, LIVE_TICK_S)
-    chosen, _ = share_tick([*live, *ordinary], Shares(), {0: fixed}, lambda _: 8)
+    turns = Turns()
+    turns.wait({ANY_FLOW}, 0.0)
+    chosen, _ = share_tick([*live, *ordinary], Shares(), turns, {0: fixed}, lambda _: 8)
     assert sorted(chosen) == [0, 1, 2, 3, 4]
 
 
@@ -261,7 +265,7 @@ def test_ordinary_images_of_another_lane_are_not_starved_by_those_beside_the_str
 
 def test_a_batch_image_never_overtakes_live_ones_but_ends():
     ran = Simulation([Stream()])
-    ran.waiting.append(Image(1, 10, 0, None, Priority.BATCH, 0.0, -100_000))
+    ran.waiting.append(Image(1, 10, 0, None, Priority.BATCH, -100_000))
     ran.run(20)
     assert len(ran.done) == 1
     assert ran.fps(0) >= 0.7 * Simulation([Stream()]).run(20).fps(0)
@@ -303,9 +307,12 @@ def test_a_tick_has_one_lane_and_its_bound_and_no_stream_overtakes_itself(
     waiting: list[Candidate], credit: float, most: int
 ):
     lanes = {lane: LaneCosts(most, cpu, LIVE_TICK_S) for lane in range(3)}
+    turns = Turns()
+    turns.wait({ANY_FLOW}, 0.0)
     chosen, shares = share_tick(
         waiting,
         Shares(credit),
+        turns,
         lanes,
         lambda load: rows_of_tick(load, most, cpu, LIVE_TICK_S, tick=1),
     )

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from server.engine.tick.pictures import ENCODED_AT_ONCE
+from server.engine.state.sequence import Sequence
+from server.engine.state.submission import Submission
+from server.engine.tick.pictures import ENCODED_AT_ONCE, LEAST_PIXELS, PicturesOfATick
 
 
 class Counting:
@@ -78,3 +80,20 @@ def test_in_deterministic_mode_the_encoder_always_has_one_shape(start, counting,
     engine.submit([from_picture(task, picture(0.1 * k), k) for k in range(3)], heard)
     heard.wait()
     assert set(counting.batches) == {ENCODED_AT_ONCE}
+
+
+def test_a_tick_waits_for_one_large_picture_at_most(task, listen):
+    def of(submission, image, side):
+        one = task(rule="none", image=image, width=side, height=side)
+        return Sequence(one, 0, listen(1), submission)
+
+    before = PicturesOfATick()
+    big, request = torch.zeros(3, 1024, 1024), Submission(2)
+    first, sibling = of(request, big, 1024), of(request, big, 1024)
+    assert before.take(first, due=True)
+    assert before.take(sibling, due=True), "it shares the picture"
+    assert not before.take(of(Submission(1), torch.zeros(3, 64, 64), 64), due=True)
+    text = of(Submission(1), None, 64)
+    assert before.take(text, due=False), "it has no picture to encode"
+    assert not PicturesOfATick().take(first, due=False)
+    assert before.parts([first, text]) == {first: 1024 * 1024, text: LEAST_PIXELS}

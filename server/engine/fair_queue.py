@@ -1,0 +1,139 @@
+"""Whose turn it is: fair queueing by seconds of the device, and not by numbers of images.
+
+Start-time fair queueing (Goyal, Vin and Cheng, 1996). Whoever has work is served in the order of a
+virtual time, which is what it has had of the device divided by its weight. Nothing has to be known
+of the cost of a request before it is served, which suits work that is served in ticks: each tick is
+charged when it has run, by the seconds that it took. Deficit round robin would serve each client
+for a quantum in turn; here a tick serves many clients at once, and there is no turn to end.
+
+One departure: whoever comes back from a pause begins a little before the clock (:data:`BURST_S`),
+where start-time fair queueing would have it begin at the clock. So a client that leaves most of its
+share unused is served at once, as long as it does, and can never be owed more than that.
+"""
+
+from __future__ import annotations
+
+from math import inf
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from server.engine.client import Client, Flow
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Hashable, Iterable, Mapping
+
+__all__ = ["BURST_S", "CONTENDED_S", "TURN_S", "FairQueue", "Turns"]
+
+BURST_S = 2.0
+"""Seconds of the device that whoever was away may have before the others have any."""
+
+TURN_S = 0.1
+"""Seconds by which whoever is next may be passed: turns cannot be finer than ticks."""
+
+CONTENDED_S = 10.0
+"""Seconds after which a flow that has no work any more is not expected back."""
+
+Key = TypeVar("Key", bound="Hashable")
+
+
+class FairQueue(Generic[Key]):
+    """What each of some has had of the device, in seconds by weight.
+
+    Attributes:
+        clock: what the least served of those with work has had; it never goes back.
+    """
+
+    def __init__(self) -> None:
+        self.clock = 0.0
+        self._had: dict[Key, float] = {}
+        self._waiting: set[Key] = set()
+
+    def wait(self, waiting: Collection[Key]) -> None:
+        """Note who has work now.
+
+        Newcomers begin before the clock if others had work already, else at it. Those without work
+        are forgotten once they would begin there as newcomers.
+        """
+        known = [self._had[one] for one in waiting if one in self._waiting]
+        if known:
+            self.clock = max(self.clock, min(known))
+        start = self.clock - BURST_S if known else self.clock
+        had = {one: self._had.get(one, start) for one in waiting}
+        had |= {one: max(start, had[one]) for one in waiting if one not in self._waiting}
+        self._had = {one: spent for one, spent in self._had.items() if spent > start} | had
+        self._waiting = set(waiting)
+
+    def had(self, one: Key) -> float:
+        """Its virtual time; whoever has least is next."""
+        return self._had.get(one, self.clock - BURST_S)
+
+    def charge(self, one: Key, seconds: float, weight: float = 1.0) -> None:
+        """Count seconds of the device."""
+        self._had[one] = self.had(one) + seconds / weight
+
+
+class Turns:
+    """Clients share the device by their weights, and the flows of a client share its part equally.
+
+    Flows and not requests, so that requests of one client that can share a forward are ordered for
+    the least mean latency (``scheduler.py``), while large pictures and small ones take turns.
+    """
+
+    def __init__(self) -> None:
+        self._clients = FairQueue[Client]()
+        self._kinds: dict[Client, FairQueue[Hashable]] = {}
+        self._seen: dict[Flow, float] = {}
+        self._waiting: Collection[Flow] = ()
+
+    def wait(self, flows: Iterable[Flow], now: float) -> None:
+        """Note which flows have work.
+
+        Args:
+            flows: those whose images wait, run or are to be decoded.
+            now: in seconds, of any clock.
+        """
+        self._waiting = set(flows)
+        self._seen |= dict.fromkeys(self._waiting, now)
+        self._seen = {flow: at for flow, at in self._seen.items() if at > now - CONTENDED_S}
+        kinds: dict[Client, set[Hashable]] = {}
+        for client, kind in self._waiting:
+            kinds.setdefault(client, set()).add(kind)
+        self._clients.wait(kinds)
+        known = {flow.client for flow in self._seen}
+        self._kinds = {client: own for client, own in self._kinds.items() if client in known}
+        for client, own in kinds.items():
+            self._kinds.setdefault(client, FairQueue()).wait(own)
+
+    @property
+    def contended(self) -> bool:
+        """Whether several flows have had work lately, so that a long tick makes others wait."""
+        return len(self._seen) > 1
+
+    def clients(self) -> Mapping[Client, float]:
+        """Virtual times of the clients that have work."""
+        return {client: self._clients.had(client) for client, _ in self._waiting}
+
+    def kinds(self, client: Client) -> Mapping[Hashable, float]:
+        """Virtual times of a client's flows that have work, by their kind."""
+        queue = self._kinds[client]
+        return {kind: queue.had(kind) for owner, kind in self._waiting if owner == client}
+
+    def standing(self, flow: Flow) -> tuple[float, float]:
+        """Virtual times of its client, and of the flow among those of its client; least is next."""
+        kinds = self._kinds.get(flow.client)
+        return self._clients.had(flow.client), -inf if kinds is None else kinds.had(flow.kind)
+
+    def due(self, client: Client, within_s: float) -> bool:
+        """Whether a client is owed service, or is ahead of the next one by no more than that."""
+        had = self._clients.had(client)
+        return had < self._clients.clock or had <= min(self.clients().values()) + within_s
+
+    def flow_due(self, flow: Flow, within_s: float) -> bool:
+        """The same for one flow of a client."""
+        own = self._kinds[flow.client].had(flow.kind)
+        least = min(self.kinds(flow.client).values())
+        return self.due(flow.client, within_s) and own <= least + within_s
+
+    def charge(self, flow: Flow, seconds: float) -> None:
+        """Count seconds of the device that were spent on a flow."""
+        self._clients.charge(flow.client, seconds, flow.client.weight)
+        self._kinds.setdefault(flow.client, FairQueue()).charge(flow.kind, seconds)

@@ -1,0 +1,137 @@
+"""The ordinary images of the next tick, by fair turns of their clients: pure, no device."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import deque
+from itertools import chain
+from typing import TYPE_CHECKING
+
+from server.engine.scheduler import Load, fill, in_time, units_of, urgency
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+
+    from server.engine.client import Client
+    from server.engine.fair_queue import Turns
+    from server.engine.scheduler import Candidate, LaneCosts
+
+__all__ = ["STRETCH", "fair_tick", "in_turn"]
+
+STRETCH = 1.5
+"""So many times as long as without them may a tick take with images that it is not the turn of."""
+
+
+def fair_tick(
+    candidates: Sequence[Candidate],
+    turns: Turns,
+    lanes: Mapping[int, LaneCosts],
+    rows_of: Callable[[Load], int],
+) -> list[int]:
+    """The next tick without live images: all of one lane.
+
+    The client that has had least, the flow of it that has had least, and the most urgent image of
+    that decide the lane, and that image runs in any case. The number of rows is chosen for the
+    images of the lane whose client is due, which is one that is owed service or ahead of the first
+    by no more than a tick. Those of other clients, and batch images beside others, come along where
+    they do not lengthen the tick by more than :data:`STRETCH`. Interactive images of all clients go
+    before batch ones.
+
+    Args:
+        candidates: every image under way, oldest first.
+        turns: what their clients have had.
+        lanes: of all candidates.
+        rows_of: the best number of rows for a load.
+
+    Returns:
+        Indices into ``candidates``, in the order of their turns, those of a group side by side.
+    """
+    units, members = units_of(candidates)
+    if not units:
+        return []
+    ready = _ready(units, range(len(units)))
+    first = next(_turn_by_turn(units, ready, turns, lanes))
+    lane, costs = units[first].lane, lanes[units[first].lane]
+    here = [i for i, unit in enumerate(units) if unit.lane == lane]
+    clients = {units[i].flow.client for i in here}
+    owed = {client for client in clients if turns.due(client, costs.longest_s)}
+    due = [i for i in here if i in ready and units[i].flow.client in owed]
+    wanted = [units[i].rows for i in due]
+    rows = rows_of(Load(lane, sum(wanted), max(wanted), live=False))
+    chosen = fill(units, _turn_by_turn(units, due, turns, lanes), max(rows, units[first].rows))
+    if len(chosen) == len(due):
+        others = [i for i in here if i not in set(due)]
+        room = _stretched(sum(wanted), costs) - sum(wanted)
+        chosen += fill(units, in_turn(units, others, turns, lanes), room)
+    return [i for unit in chosen for i in members[unit]]
+
+
+def in_turn(
+    units: Sequence[Candidate],
+    among: Iterable[int],
+    turns: Turns,
+    lanes: Mapping[int, LaneCosts],
+) -> Iterator[int]:
+    """The order in which images are served if each is served alone.
+
+    Args:
+        units: images and groups.
+        among: indices of those that are ordered.
+        turns: what their clients have had.
+        lanes: of all of them.
+    """
+    indices = list(among)
+    ready = _ready(units, indices)
+    later = [i for i in indices if i not in ready]
+    return chain(
+        _turn_by_turn(units, ready, turns, lanes), _turn_by_turn(units, later, turns, lanes)
+    )
+
+
+def _ready(units: Sequence[Candidate], among: Sequence[int]) -> set[int]:
+    """Indices of all but batch images, or of all where there are no others."""
+    return {i for i in among if in_time(units[i])} or set(among)
+
+
+def _turn_by_turn(
+    units: Sequence[Candidate],
+    among: Iterable[int],
+    turns: Turns,
+    lanes: Mapping[int, LaneCosts],
+) -> Iterator[int]:
+    waiting: dict[Client, dict[Hashable, deque[int]]] = {}
+    for i in sorted(among, key=lambda i: urgency(units[i])):
+        client, kind = units[i].flow
+        waiting.setdefault(client, {}).setdefault(kind, deque()).append(i)
+    had = {client: turns.standing(units[i].flow)[0] for client, i in _firsts(waiting)}
+    own = {
+        client: {kind: turns.standing(units[queue[0]].flow)[1] for kind, queue in kinds.items()}
+        for client, kinds in waiting.items()
+    }
+    while waiting:
+        client = min(waiting, key=had.__getitem__)
+        kinds = waiting[client]
+        kind = min(kinds, key=own[client].__getitem__)
+        i = kinds[kind].popleft()
+        yield i
+        seconds = units[i].rows * lanes[units[i].lane].seconds_a_row
+        had[client] += seconds / client.weight
+        own[client][kind] += seconds
+        if not kinds[kind]:
+            del kinds[kind]
+        if not kinds:
+            del waiting[client]
+
+
+def _firsts(
+    waiting: Mapping[Client, Mapping[Hashable, deque[int]]],
+) -> Iterator[tuple[Client, int]]:
+    for client, kinds in waiting.items():
+        yield client, next(iter(kinds.values()))[0]
+
+
+def _stretched(rows: int, costs: LaneCosts) -> int:
+    """How many rows a tick may have that would have so many."""
+    alone = costs.seconds(rows)
+    longest = max(alone, min(STRETCH * alone, costs.longest_s))
+    return max(rows, bisect_right(range(1, costs.most + 1), longest, key=costs.seconds))

@@ -1,0 +1,184 @@
+"""The engine's choice of ordinary ticks against curves of cost: exact device time, no waiting."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+
+from server.engine.client import Client, Flow
+from server.engine.engine import FAIR_THROUGHPUT, FAIR_TICK_S
+from server.engine.fair_queue import Turns
+from server.engine.fair_tick import fair_tick
+from server.engine.scheduler import (
+    LONGEST_TICK_S,
+    Candidate,
+    LaneCosts,
+    Load,
+    Priority,
+    fill,
+    rows_of_tick,
+)
+
+MOST = 128
+
+Curve = Callable[[int], float]
+Choose = Callable[["Device", list[Candidate]], list[int]]
+
+
+def cpu(rows: int) -> float:
+    """As the embedded model on one core: 22 ms for a row, 8.2 ms a row in large ticks."""
+    return 0.0138 + 0.0081 * rows
+
+
+def gpu(rows: int) -> float:
+    """Small ticks all cost the same."""
+    return max(0.023, 0.01 + 0.0033 * rows)
+
+
+def large(rows: int) -> float:
+    """Of large pictures, which fill the device one by one."""
+    return 0.7 * rows
+
+
+@cache
+def least_s(curve: Curve, share: float) -> float:
+    """Seconds of the shortest tick with that share of the best throughput."""
+    best = min(curve(rows) / rows for rows in range(1, MOST + 1))
+    return next(curve(n) for n in range(1, MOST + 1) if curve(n) <= n * best / share)
+
+
+@dataclass
+class Request:
+    """Images of one size, which each need some stages of ``rows``."""
+
+    client: Client
+    lane: int
+    stages: int
+    rows: int
+    images: int
+    came: float
+    left: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.left = [self.stages] * self.images
+
+
+@dataclass
+class Sender:
+    """Keeps ``at_once`` requests under way, and pauses before it sends the next one."""
+
+    client: Client
+    at_once: int = 1
+    stages: int = 4
+    rows: int = 2
+    images: int = 1
+    lane: int = 0
+    pause_s: float = 0.0
+
+
+@dataclass
+class Device:
+    """A device that runs ticks, and what it did.
+
+    Attributes:
+        curves: seconds of a tick by its rows, of each lane.
+        latencies: of finished requests, by sender.
+        seconds: of the device, by client.
+        rows: that were evaluated, by lane.
+    """
+
+    senders: Sequence[Sender]
+    curves: dict[int, Curve]
+    choose: Choose
+    now: float = 0.0
+    turns: Turns = field(default_factory=Turns)
+    latencies: dict[int, list[float]] = field(default_factory=dict[int, list[float]])
+    seconds: defaultdict[Client, float] = field(default_factory=lambda: defaultdict(float))
+    rows: Counter[int] = field(default_factory=Counter[int])
+    lanes_run: list[int] = field(default_factory=list[int])
+
+    def run(self, seconds: float) -> Device:
+        """So many seconds."""
+        under_way: list[tuple[int, Request]] = []
+        next_at = [deque([self.now] * sender.at_once) for sender in self.senders]
+        until = self.now + seconds
+        while self.now < until:
+            for number, sender in enumerate(self.senders):
+                while next_at[number] and next_at[number][0] <= self.now:
+                    came = next_at[number].popleft()
+                    about = sender.client, sender.lane, sender.stages, sender.rows, sender.images
+                    under_way.append((number, Request(*about, came)))
+            if not under_way:
+                self.now = min(times[0] for times in next_at if times)
+                continue
+            self._tick([request for _, request in under_way])
+            for number, request in under_way:
+                if not any(request.left):
+                    self.latencies.setdefault(number, []).append(self.now - request.came)
+                    next_at[number].append(self.now + self.senders[number].pause_s)
+            under_way = [one for one in under_way if any(one[1].left)]
+        return self
+
+    def cost(self, lane: int) -> LaneCosts:
+        """As the engine has it."""
+        curve = self.curves[lane]
+        fair_s = min(LONGEST_TICK_S, max(FAIR_TICK_S, least_s(curve, FAIR_THROUGHPUT)))
+        return LaneCosts(MOST, curve, fair_s if self.turns.contended else LONGEST_TICK_S)
+
+    def rows_of(self, load: Load) -> int:
+        """As the engine chooses it."""
+        costs = self.cost(load.lane)
+        return rows_of_tick(load, MOST, costs.seconds, costs.longest_s, tick=1)
+
+    def _tick(self, requests: list[Request]) -> None:
+        images = [(one, k) for one in requests for k, left in enumerate(one.left) if left]
+        candidates = [
+            Candidate(
+                rows=one.rows,
+                remaining=one.left[k] * one.rows * self.cost(one.lane).seconds_a_row,
+                age=self.now - one.came,
+                priority=Priority.INTERACTIVE,
+                lane=one.lane,
+                flow=Flow(one.client, one.lane),
+            )
+            for one, k in images
+        ]
+        self.turns.wait({candidate.flow for candidate in candidates}, self.now)
+        chosen = self.choose(self, candidates)
+        lanes = {candidates[i].lane for i in chosen}
+        assert len(lanes) == 1
+        lane = lanes.pop()
+        rows = sum(candidates[i].rows for i in chosen)
+        seconds = self.curves[lane](rows)
+        self.now += seconds
+        self.rows[lane] += rows
+        self.lanes_run.append(lane)
+        for i in chosen:
+            request, k = images[i]
+            request.left[k] -= 1
+            part = seconds * candidates[i].rows / rows
+            self.seconds[request.client] += part
+            self.turns.charge(candidates[i].flow, part)
+
+
+def fairly(device: Device, candidates: list[Candidate]) -> list[int]:
+    """As the engine does."""
+    lanes = {lane: device.cost(lane) for lane in device.curves}
+    return fair_tick(candidates, device.turns, lanes, device.rows_of)
+
+
+def first_come(device: Device, candidates: list[Candidate]) -> list[int]:
+    """First come, first served, in as large ticks as pay: what fairness is measured against."""
+    lane = candidates[0].lane
+    here = [i for i, one in enumerate(candidates) if one.lane == lane]
+    wide = [candidates[i].rows for i in here]
+    load = Load(lane, sum(wide), max(wide), live=False)
+    rows = rows_of_tick(load, MOST, device.curves[lane], LONGEST_TICK_S, tick=1)
+    return fill(candidates, here, rows)
+
+
+def jain(values: Sequence[float]) -> float:
+    """Jain's index of fairness: 1 where all have the same, 1 / n where one has all."""
+    return sum(values) ** 2 / (len(values) * sum(value**2 for value in values))

@@ -1,0 +1,84 @@
+"""The arithmetic of fair turns."""
+
+from __future__ import annotations
+
+import pytest
+
+from server.engine.client import Client, Flow
+from server.engine.fair_queue import BURST_S, CONTENDED_S, FairQueue, Turns
+
+A, B, HEAVY = Client("a"), Client("b"), Client("heavy", weight=3.0)
+
+
+def served(queue: FairQueue[Client], waiting: list[Client], seconds: float) -> dict[Client, float]:
+    """Who gets what of so many seconds, in ticks of a tenth."""
+    had = dict.fromkeys(waiting, 0.0)
+    for _ in range(round(seconds / 0.1)):
+        queue.wait(waiting)
+        first = min(waiting, key=queue.had)
+        queue.charge(first, 0.1, first.weight)
+        had[first] += 0.1
+    return had
+
+
+def test_those_with_work_share_by_their_weights():
+    had = served(FairQueue(), [A, B, HEAVY], 10)
+    assert had[A] == pytest.approx(2, abs=0.11)
+    assert had[B] == pytest.approx(2, abs=0.11)
+    assert had[HEAVY] == pytest.approx(6, abs=0.11)
+
+
+def test_whoever_was_away_is_owed_the_burst_and_not_all_that_it_left():
+    queue = FairQueue[Client]()
+    served(queue, [A], 100)
+    back = served(queue, [A, B], 10)
+    assert back[B] - back[A] == pytest.approx(BURST_S, abs=0.11)
+
+
+def test_to_leave_and_come_back_earns_nothing_beyond_the_burst():
+    queue = FairQueue[Client]()
+    total = {A: 0.0, B: 0.0}
+    for _ in range(50):
+        for client, seconds in served(queue, [A, B], 4).items():
+            total[client] += seconds
+        queue.wait([A])
+    assert total[B] - total[A] <= BURST_S + 0.11
+
+
+def test_whoever_is_ahead_stays_ahead_over_a_pause():
+    queue = FairQueue[Client]()
+    queue.wait([A, B])
+    queue.charge(B, 5.0)
+    queue.wait([A])
+    assert served(queue, [A, B], 4) == {A: pytest.approx(4), B: 0}
+
+
+def test_a_client_s_flows_share_what_is_its_own():
+    turns = Turns()
+    flows = [Flow(A, "large"), Flow(A, "small"), Flow(B, "small")]
+    had = dict.fromkeys(flows, 0.0)
+    for tick in range(400):
+        turns.wait(flows, 0.1 * tick)
+        first = min(flows, key=turns.standing)
+        turns.charge(first, 0.1)
+        had[first] += 0.1
+    assert list(had.values()) == pytest.approx([10, 10, 20], abs=0.3)
+
+
+def test_others_are_expected_for_a_while_after_their_last_work():
+    turns = Turns()
+    turns.wait([Flow(A, 0), Flow(B, 0)], 0.0)
+    turns.wait([Flow(A, 0)], CONTENDED_S - 0.1)
+    assert turns.contended
+    turns.wait([Flow(A, 0)], CONTENDED_S)
+    assert not turns.contended
+
+
+def test_a_client_is_due_unless_it_is_ahead_of_another_by_more_than_a_tick():
+    turns = Turns()
+    flows = [Flow(A, 0), Flow(B, 0)]
+    turns.wait(flows, 0.0)
+    turns.charge(flows[0], 1.0)
+    assert turns.due(B, within_s=0.1)
+    assert not turns.due(A, within_s=0.9)
+    assert turns.due(A, within_s=1.0)
