@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
 from server.errors import AdapterMismatch
 from server.models.adapters.adapter import Adapter, LowRank
@@ -40,6 +41,7 @@ class AdapterFile:
         path: of the file.
         stamp: by which a change of the file is noticed.
         parts: its changes, by network and by layer.
+        target: the model.
         defaults: what a model with it is sampled with by a request that leaves it out; None where
             the file does not say.
     """
@@ -48,6 +50,7 @@ class AdapterFile:
     path: Path
     stamp: tuple[int, int]
     parts: Mapping[str, Mapping[str, Placed]]
+    target: Target
     defaults: ModelDefaults | None
 
     @classmethod
@@ -66,7 +69,7 @@ class AdapterFile:
         try:
             header = _header(path)
             defaults = stated_defaults(name, header.metadata)
-            return cls(name, path, stamp, place(header, target), defaults)
+            return cls(name, path, stamp, place(header, target), target, defaults)
         except (OSError, SafetensorError) as error:
             raise AdapterMismatch(
                 f"adapter {name!r} is no readable safetensors file: {without_folder(error, path)}."
@@ -99,13 +102,13 @@ class AdapterFile:
             AdapterMismatch: the file has changed since its header was read.
         """
         try:
-            with safe_open(self.path, framework="pt") as opened:
-                parts = {
-                    part: {
-                        layer: _loaded(opened, one, device, dtype) for layer, one in layers.items()
-                    }
-                    for part, layers in self.parts.items()
+            state = self.target.converted(load_file(self.path))
+            parts = {
+                part: {
+                    layer: _loaded(state[part], one, device, dtype) for layer, one in layers.items()
                 }
+                for part, layers in self.parts.items()
+            }
             revision = _revision(self.path)
         except (OSError, SafetensorError) as error:
             raise AdapterMismatch(
@@ -139,12 +142,14 @@ def _header(path: Path) -> Header:
     return Header(shapes, alphas, metadata)
 
 
-def _loaded(opened: Any, one: Placed, device: torch.device, dtype: torch.dtype) -> LowRank:
-    down, up = opened.get_tensor(one.down), opened.get_tensor(one.up)
+def _loaded(
+    state: Mapping[str, Tensor], one: Placed, device: torch.device, dtype: torch.dtype
+) -> LowRank:
+    down, up = state[one.down], state[one.up]
     # In float32, so that a small factor does not round away in the model's precision.
     up = (one.scale * up.float()).flatten(1)
     # Few ranks, so that many adapters share one batch of products; zeros change nothing.
-    missing = _padded_rank(one.rank) - one.rank
+    missing = _padded_rank(len(down)) - len(down)
     down = F.pad(down, (*(0, 0) * (down.ndim - 1), 0, missing))
     up = F.pad(up, (0, missing))
     return LowRank(_placed(down, device, dtype), _placed(up, device, dtype))

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from server.errors import AdapterMismatch
+from server.models.adapters.conversion import CONVERTERS, StandIn, converted
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["LARGEST_ALPHA", "Header", "Placed", "Target", "place"]
-
-PARTS = ("unet", "text_encoder", "text_encoder_2")
-"""Networks that the converters know, by which converted names begin."""
 
 DORA = ("dora_scale", "lora_magnitude_vector")
 """What tensors of weight-decomposed adapters are called."""
@@ -63,11 +61,13 @@ class Target:
         layers: shapes of the weights of its linear layers and convolutions, by the network's name
             in a model folder and by the layer's name in that network.
         unet_config: of its U-Net, by which the converters number blocks; None where it has none.
+        converter: of the files of its transformer; None for those of U-Nets.
     """
 
     model: str
     layers: Mapping[str, Mapping[str, tuple[int, ...]]]
     unet_config: Any
+    converter: str | None = None
 
     @classmethod
     def of(cls, model: str, networks: Mapping[str, nn.Module]) -> Target:
@@ -86,15 +86,35 @@ class Target:
             }
             for part, network in networks.items()
         }
-        return cls(model, layers, getattr(networks.get("unet"), "config", None))
+        converters = (CONVERTERS.get(type(network).__name__) for network in networks.values())
+        return cls(
+            model,
+            layers,
+            getattr(networks.get("unet"), "config", None),
+            next((one for one in converters if one is not None), None),
+        )
+
+    def converted(self, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """The tensors of a file under peft's names, by network and by name as the model has it.
+
+        Args:
+            tensors: of the file, or stand-ins for them.
+
+        Raises:
+            AdapterMismatch: the names are of no known format.
+        """
+        return {
+            part: {_as_in(self.layers.get(part, {}), name): one for name, one in own.items()}
+            for part, own in converted(tensors, self.converter, self.unet_config).items()
+        }
 
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """The change of one layer, in a file.
+    """The change of one layer.
 
     Attributes:
-        down: name of the first factor in the file.
+        down: name of the first factor in its network, under peft's names.
         up: name of the second factor.
         shapes: of both.
         scale: factor on their product, alpha / rank.
@@ -116,7 +136,7 @@ def place(header: Header, target: Target) -> dict[str, dict[str, Placed]]:
 
     Args:
         header: of the file: peft's names as diffusers saves them, diffusers' older ones, kohya's,
-            or LyCORIS' for LoRA of convolutions (LoCon).
+            LyCORIS' for LoRA of convolutions (LoCon), or others that diffusers converts.
         target: the model.
 
     Raises:
@@ -125,55 +145,25 @@ def place(header: Header, target: Target) -> dict[str, dict[str, Placed]]:
     """
     if dora := [name for name in header.shapes if any(part in name for part in DORA)]:
         raise AdapterMismatch(f"is a DoRA ({_listed(dora)}), which is not supported")
-    stand_ins = {name: torch.empty(shape, device="meta") for name, shape in header.shapes.items()}
+    stand_ins: dict[str, Tensor] = {
+        name: StandIn.of(name, shape) for name, shape in header.shapes.items()
+    }
     stand_ins |= {name: torch.tensor(value) for name, value in header.alphas.items()}
-    names = {id(tensor): name for name, tensor in stand_ins.items()}
     placed: dict[str, dict[str, Placed]] = {}
-    for part, layer, down, up in _pairs(_converted(stand_ins, target), names):
-        shapes = header.shapes[down], header.shapes[up]
+    used: set[str] = set()
+    for part, layer, down, up in _pairs(target.converted(stand_ins)):
+        shapes = tuple(down.shape), tuple(up.shape)
         _check(target, part, layer, shapes)
         scale = _scale(header, part, layer, down, shapes[0][0])
-        placed.setdefault(part, {})[layer] = Placed(down, up, shapes, scale)
-    used = {
-        name for part in placed.values() for one in part.values() for name in (one.down, one.up)
-    }
+        names = f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
+        placed.setdefault(part, {})[layer] = Placed(*names, shapes, scale)
+        used |= down.sources | up.sources
     used |= {_alpha_of(name) for name in used}
     if unused := [name for name in stand_ins if name not in used]:
         raise AdapterMismatch(f"has tensors that are not understood: {_listed(unused)}")
     if not placed:
         raise AdapterMismatch("has no tensors")
     return placed
-
-
-def _converted(stand_ins: Mapping[str, Tensor], target: Target) -> dict[str, dict[str, Tensor]]:
-    """The tensors under peft's names, by network and by name in that network."""
-    from diffusers.loaders.lora_pipeline import StableDiffusionLoraLoaderMixin
-    from diffusers.utils.state_dict_utils import (
-        convert_state_dict_to_diffusers,
-        convert_state_dict_to_peft,
-        convert_unet_state_dict_to_peft,
-    )
-
-    try:
-        state: Any = StableDiffusionLoraLoaderMixin.lora_state_dict(
-            dict(stand_ins), unet_config=target.unet_config
-        )[0]
-        converted: dict[str, dict[str, Tensor]] = {}
-        for part in PARTS:
-            prefix = f"{part}."
-            own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-            if own and not all("lora_A" in name or "lora_B" in name for name in own):
-                if part != "unet":
-                    own = convert_state_dict_to_diffusers(own)
-                    own = convert_state_dict_to_peft(own)
-                else:
-                    own = convert_unet_state_dict_to_peft(own)
-            known = target.layers.get(part, {})
-            converted[part] = {_as_in(known, name): tensor for name, tensor in own.items()}
-    except Exception as error:
-        # The converters raise whatever their string handling comes across.
-        raise AdapterMismatch(f"is in no known LoRA format ({_shortened(str(error))})") from error
-    return converted
 
 
 def _as_in(known: Mapping[str, Any], name: str) -> str:
@@ -184,18 +174,19 @@ def _as_in(known: Mapping[str, Any], name: str) -> str:
 
 
 def _pairs(
-    converted: Mapping[str, Mapping[str, Tensor]], names: Mapping[int, str]
-) -> Iterator[tuple[str, str, str, str]]:
-    """Network, layer, and the names in the file of its two factors."""
-    for part, tensors in converted.items():
-        factors: dict[str, dict[str, str]] = {}
+    state: Mapping[str, Mapping[str, Tensor]],
+) -> Iterator[tuple[str, str, StandIn, StandIn]]:
+    """Network, layer, and its two factors."""
+    for part, tensors in state.items():
+        factors: dict[str, dict[str, StandIn]] = {}
         for name, tensor in tensors.items():
-            if match := FACTOR.fullmatch(name):
-                factors.setdefault(match["layer"], {})[match["factor"]] = names[id(tensor)]
+            match = FACTOR.fullmatch(name)
+            if match and isinstance(tensor, StandIn):
+                factors.setdefault(match["layer"], {})[match["factor"]] = tensor
         for layer, own in factors.items():
             if len(own) < 2:
                 [alone] = own.values()
-                raise AdapterMismatch(f"has {alone} without its other factor")
+                raise AdapterMismatch(f"has {_listed(alone.sources)} without its other factor")
             yield part, layer, own["A"], own["B"]
 
 
@@ -219,10 +210,14 @@ def _check(
         )
 
 
-def _scale(header: Header, part: str, layer: str, down: str, rank: int) -> float:
-    """Alpha / rank: of kohya's files by tensor, of peft's by config, otherwise 1."""
-    if (alpha := header.alphas.get(_alpha_of(down))) is not None:
-        return alpha / rank
+def _scale(header: Header, part: str, layer: str, down: StandIn, rank: int) -> float:
+    """Alpha / rank: of kohya's files by tensor, of peft's by config, otherwise 1.
+
+    A converter that made new factors has put it into them.
+    """
+    [source, *_] = down.sources
+    if (alpha := header.alphas.get(_alpha_of(source))) is not None:
+        return alpha / rank if down.kept else 1.0
     config = _config(header, part)
     if config.get("use_dora"):
         raise AdapterMismatch(f"is a DoRA ({CONFIG} says so), which is not supported")
