@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 TRAINED_STEPS = 1000
 
+ENDS_WITHOUT_SIGNAL = "DDIM", "DDPM", "LCM", "TCD"
+"""Schedulers of diffusers whose last alpha is 0 with zero terminal SNR; others have 2^-12."""
+
 
 class NoiseSchedule(Levels):
     """The levels of a model, and how a run is laid over them; the five kinds say all there is."""
@@ -95,7 +98,14 @@ class NoiseSchedule(Levels):
         # and a TCDScheduler whatever it says.
         clean = config.get("set_alpha_to_one", not name.startswith("PNDM"))
         clean = clean and not name.startswith("TCD")
-        return DiscreteVP(_log_alphas_of(config), set_alpha_to_one=clean is not False)
+        kind, log_alphas = DiscreteVP, _log_alphas_of(config)
+        if config.get("rescale_betas_zero_snr"):
+            # Noise tells nothing of a picture where there is no signal.
+            of_noise = config.get("prediction_type", "epsilon") == "epsilon"
+            exact = name.startswith(ENDS_WITHOUT_SIGNAL) and not of_noise
+            kind = ZeroTerminalVP if exact else DiscreteVP
+            log_alphas = _without_final_signal(log_alphas, 2.0**-20 if exact else 2.0**-12)
+        return kind(log_alphas, set_alpha_to_one=clean is not False)
 
     @staticmethod
     def vp_linear(beta_min: float = 0.1, beta_max: float = 20.0) -> NoiseSchedule:
@@ -216,6 +226,29 @@ class DiscreteVP(VariancePreserving):
     def time_of_half_log_snr(self, half_log_snr: F64) -> F64:
         log_alpha = log_alpha_of_half_log_snr(half_log_snr)
         return np.interp(-log_alpha, -self.log_alphas, np.arange(self.whole_timesteps))
+
+
+class ZeroTerminalVP(DiscreteVP):
+    """A schedule whose last trained step is pure noise (Lin et al., arXiv 2305.08891).
+
+    Alpha is 2^-20 there, which moves no float32 number of a prediction.
+    """
+
+    @override
+    def noise_level(self, t: F64) -> F64:
+        """Sigma of the flow between the same data and noise, at most 1."""
+        alpha, sigma = self.level(t)
+        return sigma / (alpha + sigma)
+
+    @override
+    def time_of_noise_level(self, noise_level: F64) -> F64:
+        with np.errstate(divide="ignore"):
+            return self.time_of_half_log_snr(np.log1p(-noise_level) - np.log(noise_level))
+
+    @override
+    def line_scale(self, alpha: F64) -> F64:
+        # The line of that flow: sigma / alpha is a million at pure noise.
+        return alpha + np.sqrt(1 - alpha**2)
 
 
 @dataclass(frozen=True)
@@ -473,10 +506,7 @@ def _log_alphas_of(config: Mapping[str, Any]) -> F64:
         raise ValueError(
             f"beta_schedule is {kind!r}; allowed are linear, scaled_linear and squaredcos_cap_v2."
         )
-    log_alphas = 0.5 * np.cumsum(np.log1p(-betas))
-    if config.get("rescale_betas_zero_snr"):
-        return _without_final_signal(log_alphas)
-    return log_alphas
+    return 0.5 * np.cumsum(np.log1p(-betas))
 
 
 def _trained_steps(config: Mapping[str, Any]) -> int:
@@ -503,13 +533,15 @@ def _listed_betas(listed: Any) -> F64:
     return betas
 
 
-def _without_final_signal(log_alphas: F64) -> F64:
+def _without_final_signal(log_alphas: F64, last: float) -> F64:
     """Alpha shifted and scaled until the last one is 0 (Lin et al., arXiv 2305.08891, algorithm 1).
 
-    The last is 2^-12 in place of 0, as in diffusers, so that its logarithm is finite; but half of
-    the one before where that is lower already, as with linear betas, so that alpha always falls.
+    Args:
+        log_alphas: logarithms of alpha, falling.
+        last: in place of 0, so that its logarithm is finite; 2^-12 in most of diffusers. But half
+            of the one before where that is lower already, as with linear betas, so that alpha
+            always falls.
     """
     alphas = np.exp(log_alphas)
     alphas = (alphas - alphas[-1]) * alphas[0] / (alphas[0] - alphas[-1])
-    last = 2.0**-12 if alphas[-2] > 2.0**-12 else alphas[-2] / 2
-    return np.log(np.append(alphas[:-1], last))
+    return np.log(np.append(alphas[:-1], last if alphas[-2] > last else alphas[-2] / 2))

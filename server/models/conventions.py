@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
-from guidance import CFG, Always, Policy, Rule, Unguided
+from guidance import CFG, Always, CFGRescale, Policy, Rule, Unguided
 from guidance.embedded import Embedded
 from samplers import (
     DDIM,
@@ -160,6 +160,14 @@ CONVENTIONS: Final[Mapping[str, Convention]] = MappingProxyType(
             LCMSpacing(),
             steps=4,
             counts=(1, 2, 3, 4, 5, 6, 7, 8),
+        ),
+        "zero_snr": Convention(
+            "models of zero terminal SNR, which predict velocities and start from noise alone",
+            "arXiv 2305.08891, sections 3.3 and 3.4",
+            DDIM(),
+            Trailing(),
+            steps=25,
+            rule=CFGRescale(scale=7.5),
         ),
         "flux_dev": Convention(
             "FLUX.1 dev, shift by size: sigma 1, .9045, .7595, .5128 in 4 steps at 1024 x 1024",

@@ -153,9 +153,10 @@ def distilled_spacing(folder: Path, scheduler: Mapping[str, Any]) -> LCMSpacing:
 def distilled_as(
     folder: Path, scheduler: Mapping[str, Any], *, embeds_scale: bool
 ) -> ModelDefaults | None:
-    """How a model of a U-Net was distilled to be sampled; None where nothing says that it was.
+    """How a model of a U-Net was made to be sampled; None where nothing says so.
 
-    What the operator states counts first, then the class of the scheduler, then a name.
+    What the operator states counts first, then the class of the scheduler, then a name, then zero
+    terminal SNR.
 
     Args:
         folder: of the model.
@@ -167,6 +168,21 @@ def distilled_as(
     """
     if said := stated(folder, scheduler, embeds_scale=embeds_scale):
         return said
+    told = _distilled_by_scheduler(folder, scheduler, embeds_scale=embeds_scale)
+    if told is None and is_zero_snr(scheduler):
+        return defaults_by("zero_snr", "rescale_betas_zero_snr of its scheduler is true")
+    return told
+
+
+def is_zero_snr(scheduler: Mapping[str, Any]) -> bool:
+    """Whether a scheduler's config is that of a model that starts from noise alone."""
+    of_velocity = scheduler.get("prediction_type") == "v_prediction"
+    return of_velocity and bool(scheduler.get("rescale_betas_zero_snr"))
+
+
+def _distilled_by_scheduler(
+    folder: Path, scheduler: Mapping[str, Any], *, embeds_scale: bool
+) -> ModelDefaults | None:
     match scheduler.get("_class_name"):
         case "LCMScheduler":
             if embeds_scale:

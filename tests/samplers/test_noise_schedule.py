@@ -14,7 +14,7 @@ from diffusers import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from samplers import NoiseSchedule
+from samplers import SAMPLERS, NoiseSchedule, Sampler
 from samplers.levels import F64
 from samplers.noise_schedule import EDM, DiscreteVP, FlowMatching, LinearVP, TrigFlow
 from tests.samplers.cases import SCHEDULES, each_schedule
@@ -49,6 +49,48 @@ def test_zero_terminal_snr_is_that_of_diffusers() -> None:
     ours = NoiseSchedule.from_diffusers(config | {"rescale_betas_zero_snr": True})
     alpha, _ = ours.level(np.arange(1000.0))
     np.testing.assert_allclose(alpha**2, theirs.alphas_cumprod.double().numpy(), rtol=3e-4)
+
+
+ZERO_SNR: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "rescale_betas_zero_snr": True,
+}
+ALL_NOISE = {**ZERO_SNR, "_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}
+
+
+def test_zero_terminal_snr_is_exact_where_that_of_diffusers_is() -> None:
+    theirs = DDIMScheduler(**ZERO_SNR).alphas_cumprod.double().numpy()
+    ours = NoiseSchedule.from_diffusers(ALL_NOISE)
+    alpha, sigma = ours.level(np.arange(1000.0))
+    assert theirs[-1] == 0
+    np.testing.assert_allclose(alpha**2, theirs, rtol=3e-4, atol=1e-12)
+    assert np.float32(sigma[-1]) == 1
+    # Between trained steps, into the last one and from it.
+    t = np.array([0.0, 0.5, 500.2, 997.5, 998.0, 998.9, 999.0])
+    np.testing.assert_allclose(ours.time_of_half_log_snr(ours.half_log_snr(t)), t, atol=1e-9)
+    np.testing.assert_allclose(ours.time_of_noise_level(ours.noise_level(t)), t, atol=1e-9)
+    # Of noise alone a network that predicts noise says nothing of the picture.
+    of_noise = NoiseSchedule.from_diffusers({**ALL_NOISE, "prediction_type": "epsilon"})
+    assert of_noise.level(np.array(999.0))[0] == pytest.approx(2.0**-12)
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_every_sampler_starts_from_noise_alone(kind: type[Sampler]) -> None:
+    """The data is one picture, which velocities tell at every level and noise does not at all."""
+    fields: dict[str, Any] = {"statistics": "none"} if "statistics" in kind.model_fields else {}
+    grid = NoiseSchedule.from_diffusers(ALL_NOISE).grid("trailing", 5)
+    plan = kind.model_validate(fields).plan(grid)
+    noise, picture = np.random.default_rng(1).standard_normal((2, 64))
+    columns = np.zeros((plan.slots + 3, 64))
+    columns[0], columns[-1] = plan.start_scale * noise, 1
+    for stage, table in enumerate(plan.tables):
+        alpha, sigma = plan.alpha[stage], plan.sigma[stage]
+        eps = (columns[0] - alpha * picture) / sigma
+        columns[-3] = alpha * columns[0] - sigma * (alpha * eps - sigma * picture)
+        columns[: plan.slots] = table @ columns
+    np.testing.assert_allclose(columns[0], picture, atol=1e-9)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
