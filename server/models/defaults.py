@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from guidance.cfg_norm import CFGNorm
 from guidance.policy import Policy
 from guidance.rule import Rule
 from samplers import PredictionType, Sampler, Spacing, Trailing
@@ -26,6 +27,7 @@ class ModelDefaults:
         policy: of guidance.
         convention: name of the convention that these settings are, in ``CONVENTIONS``.
         reason: how it is known that the model follows it, as a clause.
+        cfg_norm: of guidance; None for none.
         counts: the numbers of steps that the model was distilled for; empty for any number.
         prediction: what the network puts out, where the scheduler's config cannot say.
     """
@@ -37,6 +39,7 @@ class ModelDefaults:
     policy: Policy
     convention: str
     reason: str
+    cfg_norm: CFGNorm | None = None
     counts: tuple[int, ...] = ()
     prediction: PredictionType | None = None
 

@@ -15,6 +15,7 @@ from server.models.folder import classifier_file, read_json, revisions_of, witho
 from server.models.latent_consistency import load_latent_consistency
 from server.models.linear_fits import LinearFits
 from server.models.parts import check_loaded
+from server.models.qwen_image import load_qwen_image
 from server.models.stable_diffusion import load_stable_diffusion
 from server.models.stable_diffusion_3 import load_stable_diffusion_3
 from server.models.stable_diffusion_xl import load_stable_diffusion_xl
@@ -34,6 +35,7 @@ FAMILIES = {
     "FluxPipeline": load_flux1,
     "LatentConsistencyModelPipeline": load_latent_consistency,
     "StableDiffusionInpaintPipeline": load_stable_diffusion,
+    "QwenImagePipeline": load_qwen_image,
     "StableDiffusion3Pipeline": load_stable_diffusion_3,
     "StableDiffusionPipeline": load_stable_diffusion,
     "StableDiffusionXLInpaintPipeline": load_stable_diffusion_xl,
@@ -46,6 +48,7 @@ IN_BFLOAT16 = frozenset(
     {
         "Flux2KleinPipeline",
         "FluxPipeline",
+        "QwenImagePipeline",
         "StableDiffusion3Pipeline",
         "ZImagePipeline",
     }

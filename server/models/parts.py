@@ -168,7 +168,9 @@ def _config_of_text(config: Mapping[str, Any], kind: Any) -> Any:
     if "rope_parameters" in declared:
         entries |= {name: config[name] for name in OLD_ROPE if name in config}
     for name, nested in kind.sub_configs.items():
-        if isinstance(own := config.get(name), dict):
+        # Configs of before transformers 4.52 state the text model's entries beside the others.
+        own = config.get(name, config if name == "text_config" else None)
+        if isinstance(own, dict):
             entries[name] = _config_of_text(own, nested)
     return kind(**entries)
 

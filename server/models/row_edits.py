@@ -42,6 +42,7 @@ BLOCKS = (
     "FluxSingleTransformerBlock",
     "FluxTransformerBlock",
     "JointTransformerBlock",
+    "QwenImageTransformerBlock",
     "ZImageTransformerBlock",
 )
 """Classes of blocks that can be skipped; the first one's self-attention can be changed too."""

@@ -5,13 +5,13 @@ Z-Image Team, arXiv 2511.22699; as ``ZImagePipeline`` of diffusers runs it.
 
 from __future__ import annotations
 
-from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from server.models.autoencoder import Autoencoder
-from server.models.conditioning import LENGTHS, MASK, Conditioning, stack_padded
+from server.models.chat_text import TEXT, ChatTemplate, ChatText
+from server.models.conditioning import LENGTHS, MASK, stack_padded
 from server.models.conventions import defaults_by
 from server.models.distilled import stated
 from server.models.flow_matching import SCHEDULER, FlowSchedules
@@ -21,79 +21,28 @@ from server.models.parts import load_network, load_text_encoder, load_tokenizer
 from server.models.transformer_model import TRANSFORMER, TransformerModel, default_side
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from samplers.levels import F64
-    from server.models.conditioning import StackedConditioning
+    from server.models.conditioning import Conditioning, StackedConditioning
     from server.models.defaults import ModelDefaults
     from server.models.inputs import RowInputs
-
-TEXT = "cap_feats"
 
 MULTIPLE = 32
 """Tokens of a text and of a picture are filled up to multiples of this with learned ones."""
 
 PATCH = 2
-PLACES = 512
-"""Tokens of the longest text, its template included."""
-
-HEAD, TAIL = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
-"""Qwen3's chat template around a prompt, with thinking enabled."""
+TEMPLATE = ChatTemplate("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", places=512)
+"""Qwen3's own around a prompt, with thinking enabled."""
 
 LAYER = -2
 """Of the text encoder's hidden states, those that the transformer reads."""
 
 TURBO_SHIFT = 3.0
 """Of Turbo's scheduler; that of the base model is 6."""
-
-
-class Qwen3Text:
-    """Hidden states before the last layer of Qwen3 at a prompt's own length, without padding.
-
-    Args:
-        encoder: a ``Qwen3Model`` in inference mode.
-        tokenizer: of the encoder.
-        device: where the encoder runs.
-    """
-
-    def __init__(self, encoder: Any, tokenizer: Any, device: torch.device) -> None:
-        self._encoder = encoder.to(device)
-        self._tokenizer = tokenizer
-        self._device = device
-        # A fast tokenizer refuses two threads at once.
-        self._tokenizing = Lock()
-        self._markers = len(self._tokens(""))
-
-    @property
-    def max_tokens(self) -> int:
-        """Tokens of the longest prompt, the template not counted."""
-        return PLACES - self._markers
-
-    def count_tokens(self, text: str) -> int:
-        """Tokens of a prompt, the template not counted; safe from any thread."""
-        return len(self._tokens(text)) - self._markers
-
-    def encode(self, prompts: Sequence[str | None], width: int, height: int) -> list[Conditioning]:
-        """Conditioning of each prompt; the unconditional is the empty prompt."""
-        # One by one: no place is wasted on padding, and no bit depends on the other prompts.
-        encoded = [self._encoded(prompt or "") for prompt in prompts]
-        return [Conditioning({TEXT: states}, len(states)) for states in encoded]
-
-    def modules(self) -> Mapping[str, nn.Module]:
-        """The text encoder by its name in a model folder."""
-        return {"text_encoder": self._encoder}
-
-    def _encoded(self, prompt: str) -> Tensor:
-        tokens = torch.tensor([self._tokens(prompt)[:PLACES]], device=self._device)
-        states = self._encoder(tokens, output_hidden_states=True, use_cache=False).hidden_states
-        return states[LAYER][0].clone()
-
-    def _tokens(self, prompt: str) -> list[int]:
-        with self._tokenizing:
-            return self._tokenizer(f"{HEAD}{prompt}{TAIL}", verbose=False).input_ids
 
 
 class ZImageDenoiser:
@@ -128,7 +77,12 @@ def load_z_image(
     encoder = load_text_encoder(folder, "text_encoder", Qwen3Model, dtype)
     positions = encoder.config.max_position_embeddings
     tokenizer = load_tokenizer(folder, "tokenizer", Qwen2Tokenizer, positions)
-    text = Qwen3Text(encoder, tokenizer, device)
+    encoder.to(device)
+
+    def states(tokens: Tensor) -> Tensor:
+        return encoder(tokens, output_hidden_states=True, use_cache=False).hidden_states[LAYER]
+
+    text = ChatText(encoder, states, tokenizer, TEMPLATE, device)
     transformer = load_network(folder, TRANSFORMER, [ZImageTransformer2DModel], dtype)
     vae = load_network(folder, "vae", [AutoencoderKL], dtype)
     latent_scale = 2 ** (len(vae.config.block_out_channels) - 1)
@@ -163,7 +117,7 @@ def load_z_image(
 
 def stack(rows: Sequence[Conditioning], *, fixed: bool) -> StackedConditioning:
     """Texts of several lengths, each with the learned tokens behind it."""
-    return stack_padded(rows, TEXT, multiple=MULTIPLE, places=PLACES if fixed else None)
+    return stack_padded(rows, TEXT, multiple=MULTIPLE, places=TEMPLATE.places if fixed else None)
 
 
 def alpha_of(t: F64) -> F64:

@@ -31,6 +31,8 @@ def notes_for(
     guidance = f"guidance {resolved.guidance.name!r}"
     if resolved.guidance.policy.embeds:
         guidance += f" with policy {resolved.guidance.policy.name!r}"
+    if resolved.guidance.cfg_norm is not None:
+        guidance += " with cfg_norm"
     said = {
         "sampler": f"sampler {resolved.sampler.name!r}",
         "spacing": f"spacing {resolved.spacing.name!r}",

@@ -95,7 +95,9 @@ def guidance_for(own: ModelDefaults | None, sampler: Sampler) -> Guidance:
         own: of the model; None if it has none.
         sampler: of the request.
     """
-    return default_guidance(sampler) if own is None else guidance_of(own.rule, own.policy)
+    if own is None:
+        return default_guidance(sampler)
+    return guidance_of(own.rule, own.policy, own.cfg_norm)
 
 
 def guidance_with(given: Guidance, default: Guidance, model: str) -> Guidance:

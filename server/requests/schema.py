@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from guidance import (
     RULES,
+    CFGNorm,
     ClassifierGuidance,
     FeynmanKac,
     NegToMe,
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
         skip_tuning: SkipTuning | None
         particles: FeynmanKac | None
         negtome: NegToMe | None
+        cfg_norm: CFGNorm | None
 else:
     SamplerChoice = choice("sampler", SAMPLERS, why_no_sampler)
     SpacingChoice = choice("spacing", SPACINGS, why_no_spacing)
@@ -264,9 +266,11 @@ def default_guidance(sampler: Sampler) -> Guidance:
     return _GUIDANCE.validate_python(named)
 
 
-def guidance_of(rule: Rule, policy: Policy) -> Guidance:
-    """A request's guidance of a rule and a policy, and nothing else."""
-    return _GUIDANCE.validate_python({**rule.model_dump(), "policy": policy.model_dump()})
+def guidance_of(rule: Rule, policy: Policy, cfg_norm: CFGNorm | None = None) -> Guidance:
+    """A request's guidance of a rule, a policy and a norm, and nothing else."""
+    norm = None if cfg_norm is None else cfg_norm.model_dump()
+    given = {**rule.model_dump(), "policy": policy.model_dump(), "cfg_norm": norm}
+    return _GUIDANCE.validate_python(given)
 
 
 def merged(default: Guidance, given: Guidance, fields: Collection[str]) -> Guidance:

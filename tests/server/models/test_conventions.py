@@ -54,10 +54,12 @@ def written(one: BaseModel) -> str:
 
 def row(name: str, one: Convention) -> str:
     guidance = written(one.rule)
-    if one.policy.embeds:
+    beside: dict[str, Any] = {"policy": one.policy.name} if one.policy.embeds else {}
+    if one.cfg_norm is not None:
+        beside["cfg_norm"] = one.cfg_norm.model_dump(mode="json", exclude_defaults=True)
+    if beside:
         fields = one.rule.model_dump(mode="json", exclude_defaults=True)
-        both = {"name": one.rule.name, **fields, "policy": one.policy.name}
-        guidance = f"`{json.dumps(both)}`"
+        guidance = f"`{json.dumps({'name': one.rule.name, **fields, **beside})}`"
     sampler, spacing = written(one.sampler), written(one.spacing)
     if one.one_step is not None:
         sampler += f"; 1 step: {written(one.one_step[0])}"

@@ -12,11 +12,11 @@ from torch import Tensor
 from guidance.edits import IdentityAttention, SkippedBlocks
 from server.engine.engine import Engine
 from server.engine.state.noise import start_noise
+from server.models.chat_text import TEXT
 from server.models.conditioning import MASK
 from server.models.hosted import HostedModel
 from server.models.inputs import RowInputs
 from server.models.loading import load_model
-from server.models.z_image import TEXT
 from server.requests.resolve import resolve
 from server.requests.schema import GenerateRequest
 from server.settings import Limits

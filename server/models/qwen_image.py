@@ -1,0 +1,176 @@
+"""Qwen-Image: a transformer of joint blocks on packed latents, Qwen2.5-VL as its text encoder.
+
+Qwen Team, arXiv 2508.02324; as ``QwenImagePipeline`` of diffusers runs it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from server.errors import ModelMismatch
+from server.models.chat_text import TEXT, ChatTemplate, ChatText
+from server.models.conditioning import MASK, stack_padded
+from server.models.conventions import defaults_by
+from server.models.distilled import stated
+from server.models.flow_matching import SCHEDULER, FlowSchedules
+from server.models.flux1 import THOUSAND, packed, unpacked
+from server.models.folder import Revisions, read_json
+from server.models.hosted import ModelFacts
+from server.models.parts import load_network, load_text_encoder, load_tokenizer
+from server.models.transformer_model import TRANSFORMER, TransformerModel, default_side
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from server.models.conditioning import Conditioning, StackedConditioning
+    from server.models.defaults import ModelDefaults
+    from server.models.inputs import RowInputs
+
+PATCH = 2
+"""Latent cells along a side of a token."""
+
+TEMPLATE = ChatTemplate(
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, "
+    "quantity, text, spatial relationships of the objects and background:<|im_end|>\n"
+    "<|im_start|>user\n",
+    "<|im_end|>\n<|im_start|>assistant\n",
+    places=512,
+    dropped=34,
+)
+"""The pipeline's own; what is dropped are the tokens of its head."""
+
+UNCONDITIONAL = " "
+"""What the model card guides away from; the pipeline has no unconditional of its own."""
+
+UNSUPPORTED = ("guidance_embeds", "use_additional_t_cond", "use_layer3d_rope")
+"""Entries of the transformer's config by which it takes more than the pipeline gives it."""
+
+
+class QwenDenoiser:
+    """The transformer on latents packed to tokens of 2 x 2 cells.
+
+    Args:
+        network: a ``QwenImageTransformer2DModel`` in inference mode.
+        device: where it runs.
+    """
+
+    def __init__(self, network: Any, device: torch.device) -> None:
+        self.network = network.to(device)
+
+    def __call__(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
+        """See ``HostedModel.evaluate``."""
+        told, network = inputs.conditioning.tensors, self.network
+        height, width = x.shape[-2] // PATCH, x.shape[-1] // PATCH
+        velocity = network(
+            hidden_states=packed(x).to(network.dtype),
+            # The thousandfold is what is rounded, as in diffusers' pipeline.
+            timestep=t.to(network.dtype) / THOUSAND,
+            encoder_hidden_states=told[TEXT],
+            encoder_hidden_states_mask=told.get(MASK),
+            img_shapes=[[(1, height, width)]] * len(x),
+            return_dict=False,
+        )[0]
+        return unpacked(velocity, height, width).float()
+
+
+class QwenAutoencoder:
+    """A video autoencoder on pictures, which are films of one frame.
+
+    Args:
+        network: an ``AutoencoderKLQwenImage`` in inference mode.
+        device: where it runs.
+    """
+
+    def __init__(self, network: Any, device: torch.device) -> None:
+        self.network = network.to(device)
+        self._mean, self._deviation = (
+            torch.tensor(values, device=device).view(1, -1, 1, 1)
+            for values in (network.config.latents_mean, network.config.latents_std)
+        )
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures ``[rows, 3, H, W]`` float32 in [-1, 1] of clean latents ``[rows, C, h, w]``."""
+        frames = (latents * self._deviation + self._mean)[:, :, None]
+        return self.network.decode(frames.to(self.network.dtype), return_dict=False)[0][
+            :, :, 0
+        ].float()
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Clean latents ``[rows, C, h, w]`` float32 of pictures ``[rows, 3, H, W]`` in [-1, 1]."""
+        encoded = self.network.encode(pixels[:, :, None].to(self.network.dtype)).latent_dist
+        # The mean of the posterior, not a sample: the same picture gives the same latent.
+        return (encoded.mode()[:, :, 0].float() - self._mean) / self._deviation
+
+
+def load_qwen_image(
+    folder: Path, name: str, revisions: Revisions, device: torch.device, dtype: torch.dtype
+) -> TransformerModel:
+    """Load the parts of a diffusers folder from safetensors alone.
+
+    Raises:
+        ModelMismatch: a part that this family cannot run.
+    """
+    from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
+    from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+
+    transformer = load_network(folder, TRANSFORMER, [QwenImageTransformer2DModel], dtype)
+    for entry in UNSUPPORTED:
+        if transformer.config[entry]:
+            raise ModelMismatch(
+                f"{TRANSFORMER} of model folder {str(folder)!r} has {entry} true; Qwen-Image has "
+                "false, and its relatives are not hosted."
+            )
+    encoder = load_text_encoder(folder, "text_encoder", Qwen2_5_VLForConditionalGeneration, dtype)
+    # What looks at pictures, and what says words, is not needed and stays where it is.
+    language = encoder.model.language_model.to(device)
+
+    def states(tokens: Tensor) -> Tensor:
+        return language(tokens, use_cache=False).last_hidden_state
+
+    positions = language.config.max_position_embeddings
+    tokenizer = load_tokenizer(folder, "tokenizer", Qwen2Tokenizer, positions)
+    text = ChatText(encoder, states, tokenizer, TEMPLATE, device, UNCONDITIONAL)
+    vae = load_network(folder, "vae", [AutoencoderKLQwenImage], dtype)
+    latent_scale = 2 ** len(vae.config.temperal_downsample)
+    multiple = PATCH * latent_scale
+    side = default_side(vae, multiple)
+    facts = ModelFacts(
+        name=name,
+        revision=revisions.weights,
+        denoiser=revisions.denoiser,
+        prediction="flow",
+        latent_channels=transformer.config.in_channels // PATCH**2,
+        latent_scale=latent_scale,
+        size_multiple=multiple,
+        default_width=side,
+        default_height=side,
+        max_tokens=text.max_tokens,
+        defaults=_defaults_of(folder),
+    )
+    return TransformerModel(
+        facts,
+        device,
+        dtype,
+        schedule=FlowSchedules(folder, multiple),
+        denoiser=QwenDenoiser(transformer, device),
+        autoencoder=QwenAutoencoder(vae, device),
+        text=text,
+        stack=stack,
+    )
+
+
+def stack(rows: Sequence[Conditioning], *, fixed: bool) -> StackedConditioning:
+    """Texts of several lengths, with a mask."""
+    return stack_padded(rows, TEXT, places=TEMPLATE.places if fixed else None)
+
+
+def _defaults_of(folder: Path) -> ModelDefaults:
+    scheduler = read_json(folder, SCHEDULER)
+    if said := stated(folder, scheduler, embeds_scale=False, flow=True):
+        return said
+    return defaults_by("qwen_image", "it is a QwenImagePipeline")
