@@ -18,13 +18,21 @@ from server.requests.tasks import tasks_of
 from server.settings import Limits
 
 
-def task_of(model: HostedModel, **fields: Any) -> ImageTask:
-    """The task of a request of one image, whose fields are those of a JSON body."""
+def task_of(model: HostedModel, *, image: Tensor | None = None, **fields: Any) -> ImageTask:
+    """The task of a request of one image, whose fields are those of a JSON body.
+
+    Args:
+        model: that will serve it.
+        image: picture to start from, ``[3, H, W]`` in [-1, 1].
+        fields: of the request.
+    """
     request = GenerateRequest.model_validate(fields)
-    resolved = resolve(request, model, Limits(), None)
+    size = None if image is None else (image.shape[-1], image.shape[-2])
+    resolved = resolve(request, model, Limits(), size)
     schedule = model.schedule(resolved.width, resolved.height, resolved.steps)
     layout = resolved.sampler, resolved.spacing, resolved.steps, resolved.strength
-    [task] = tasks_of(prepare(resolved, model, make_plan(schedule, *layout)), model)
+    prepared = prepare(resolved, model, make_plan(schedule, *layout))
+    [task] = tasks_of(prepared, model, image=image)
     return task
 
 

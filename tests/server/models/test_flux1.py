@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FluxImg2ImgPipeline
+from diffusers.pipelines.flux import pipeline_flux_img2img
 from torch import Tensor
 
 from server.engine.engine import Engine
@@ -33,8 +35,13 @@ def pipeline() -> Any:
 
 
 @pytest.fixture(scope="module")
-def model(pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> HostedModel:
-    return load(saved(pipeline, tmp_path_factory.mktemp("models") / "dev"))
+def folder(pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(pipeline, tmp_path_factory.mktemp("models") / "dev")
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> HostedModel:
+    return load(folder)
 
 
 def load(folder: Path, dtype: str = "float32") -> HostedModel:
@@ -42,7 +49,13 @@ def load(folder: Path, dtype: str = "float32") -> HostedModel:
 
 
 def asked(model: HostedModel, **fields: Any) -> ImageTask:
-    usual = {"prompt": PROMPT, "width": WIDTH, "height": HEIGHT, "steps": 4, "seed": 5}
+    usual: dict[str, Any] = {
+        "prompt": PROMPT,
+        "width": WIDTH,
+        "height": HEIGHT,
+        "steps": 4,
+        "seed": 5,
+    }
     return task_of(model, **usual | fields)
 
 
@@ -90,6 +103,44 @@ def test_final_latents_in_mixed_company_are_those_of_diffusers(
     true_cfg: dict[str, Any] = {"guidance_scale": 1.0, "true_cfg_scale": 4.0}
     assert_among(decoded, theirs(pipeline, 7, negative_prompt="blue", **true_cfg))
     assert_among(decoded, theirs(pipeline, 8, steps=3, guidance_scale=1.0))
+
+
+@torch.inference_mode()
+def test_a_picture_is_drawn_anew_as_diffusers_draws_it(
+    pipeline: Any,
+    model: HostedModel,
+    engine: Engine,
+    decoded: list[Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    picture = torch.rand(3, HEIGHT, WIDTH) * 2 - 1
+    latents = model.encode_image(picture[None])
+    mean = pipeline.vae.encode(picture[None]).latent_dist.mode()
+    torch.testing.assert_close(latents, (mean - 0.1159) * 0.3611)
+    run(engine, [asked(model, image=picture, strength=0.5)])
+    monkeypatch.setattr(
+        pipeline_flux_img2img, "randn_tensor", lambda *_, **__: start_noise(5, SHAPE)[None]
+    )
+    anew: Any = FluxImg2ImgPipeline(**pipeline.components)
+    anew.set_progress_bar_config(disable=True)
+    # Of as many channels as latents have, it is taken for latents.
+    given = {"image": latents, "strength": 0.5, "num_inference_steps": 4, "guidance_scale": 3.5}
+    same = {"width": WIDTH, "height": HEIGHT, "max_sequence_length": LENGTH}
+    packed_ones = anew(PROMPT, output_type="latent", **given, **same).images
+    assert_among(decoded, pipeline._unpack_latents(packed_ones, HEIGHT, WIDTH, 2)[0])
+
+
+@torch.inference_mode()
+def test_in_bfloat16_the_thousandfold_of_sigma_is_rounded_as_by_diffusers(folder: Path) -> None:
+    half = load(folder, "bfloat16")
+    network = half.modules()["transformer"]
+    told: list[float] = []
+    network.get_submodule("time_text_embed").register_forward_pre_hook(
+        lambda _, args: told.append(float(args[0][0]))
+    )
+    half.evaluate(torch.zeros(1, *SHAPE), torch.tensor([857.7]), half.inputs([PROMPT]))
+    # Sigma itself would have been rounded to what is told as 860.
+    assert told == [856.0]
 
 
 @torch.inference_mode()

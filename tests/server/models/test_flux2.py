@@ -43,12 +43,18 @@ def model(folder: Path) -> HostedModel:
     return load(folder)
 
 
-def load(folder: Path) -> HostedModel:
-    return load_model(folder, name="klein", device="cpu", dtype="float32")
+def load(folder: Path, dtype: str = "float32") -> HostedModel:
+    return load_model(folder, name="klein", device="cpu", dtype=dtype)
 
 
 def asked(model: HostedModel, **fields: Any) -> ImageTask:
-    usual = {"prompt": PROMPT, "width": WIDTH, "height": HEIGHT, "steps": 4, "seed": 5}
+    usual: dict[str, Any] = {
+        "prompt": PROMPT,
+        "width": WIDTH,
+        "height": HEIGHT,
+        "steps": 4,
+        "seed": 5,
+    }
     return task_of(model, **usual | fields)
 
 
@@ -118,6 +124,17 @@ def test_three_layers_are_read_with_their_padding_and_without_thinking(
     states = pipeline.text_encoder(**tokens, output_hidden_states=True).hidden_states
     sprung = torch.cat([states[layer][0] for layer in (9, 18, 27)], -1)
     assert_apart(ours.tensors[TEXT], sprung)
+
+
+@torch.inference_mode()
+def test_in_bfloat16_the_thousandfold_of_sigma_is_rounded_as_by_diffusers(folder: Path) -> None:
+    half = load(folder, "bfloat16")
+    told: list[float] = []
+    embeds = half.modules()["transformer"].get_submodule("time_guidance_embed")
+    embeds.register_forward_pre_hook(lambda _, args: told.append(float(args[0][0])))
+    half.evaluate(torch.zeros(1, *SHAPE), torch.tensor([857.7]), half.inputs([PROMPT]))
+    # Sigma itself would have been rounded to what is told as 860.
+    assert told == [856.0]
 
 
 @torch.inference_mode()
