@@ -7,9 +7,10 @@ import binascii
 import io
 import re
 import struct
+from dataclasses import dataclass
 from typing import Final, Literal
 
-from PIL import Image, ImageChops, ImageOps
+from PIL import Image, ImageChops, ImageFilter, ImageOps
 from PIL.Image import Resampling
 
 from server.errors import InvalidRequest, TooLarge
@@ -17,16 +18,41 @@ from server.errors import InvalidRequest, TooLarge
 __all__ = [
     "MOST_ASPECT",
     "MOST_SCANS",
+    "MaskForm",
     "Repaints",
     "decode_mask",
     "decode_picture",
     "file_of",
     "fit",
+    "open_picture",
 ]
 
-Repaints = Literal["white", "clear", "own_clear"]
-"""What a mask repaints: what is white in it; what is transparent in it, as OpenAI's masks have it;
-or what is transparent in the picture itself, which may be nothing."""
+Repaints = Literal["white", "clear", "own_clear", "opaque"]
+
+
+@dataclass(frozen=True, slots=True)
+class MaskForm:
+    """How a file says what of a picture is repainted.
+
+    Attributes:
+        repaints: `white` is what is white, transparency being black. `clear` is what is
+            transparent, as OpenAI's masks have it; `own_clear` the same of the picture itself, of
+            which nothing need be. `opaque` is what is opaque, as AUTOMATIC1111's masks have it. A
+            file without transparency is read as `white`, or as nothing for `own_clear`.
+        inverted: whether the rest is repainted instead.
+        blur: standard deviation of the Gaussian that the mask is blurred with, in its own pixels,
+            along its width and its height.
+    """
+
+    repaints: Repaints = "white"
+    inverted: bool = False
+    blur: tuple[float, float] = (0.0, 0.0)
+
+
+WHITE: Final = MaskForm()
+
+HALF: Final = 128
+"""AUTOMATIC1111 repaints where a mask is more opaque than this."""
 
 MOST_ASPECT: Final = 64
 """A PNG of 1 x 8388608 takes 467 MB, because every row has its own pointer and padding."""
@@ -77,12 +103,10 @@ def decode_picture(data: bytes, *, field: str, max_pixels: int) -> Image.Image:
         TooLarge: it has more than `max_pixels`, more than `MOST_SCANS` scans, or is more than
             `MOST_ASPECT` times as long as it is wide or high.
     """
-    return _flatten(_open(data, field, max_pixels), "white")
+    return _flatten(open_picture(data, field, max_pixels), "white")
 
 
-def decode_mask(
-    data: bytes, *, field: str, max_pixels: int, repaints: Repaints = "white"
-) -> Image.Image:
+def decode_mask(data: bytes, *, field: str, max_pixels: int, form: MaskForm = WHITE) -> Image.Image:
     """Decode a mask to grayscale, white where the picture is repainted.
 
     Arguments and errors are those of :func:`decode_picture`; a mask that would change nothing is an
@@ -92,22 +116,16 @@ def decode_mask(
         data: the file.
         field: the request's field, for the error message.
         max_pixels: checked against the header.
-        repaints: `white` flattens transparency over black. `clear` inverts the alpha channel; a
-            file that has none is read as `white`. `own_clear` is the same of a picture that need
-            not have any transparency, and is black then.
+        form: how the file says what is repainted.
     """
-    image = _open(data, field, max_pixels)
-    if repaints != "white" and (image.has_transparency_data or repaints == "own_clear"):
-        return _clear_pixels(image, field, required=repaints == "clear")
-    mask = _flatten(image, "black").convert("L")
-    if mask.getextrema() == (0, 0):
-        clear = image.has_transparency_data and _alpha(image).getextrema() == (0, 0)
+    mask = _repainted(open_picture(data, field, max_pixels), field, form.repaints)
+    if form.inverted:
+        mask = ImageChops.invert(mask)
+    if mask.getextrema() == (0, 0) and form.repaints != "own_clear":
         raise InvalidRequest(
-            field,
-            f"{field} is {'transparent' if clear else 'black'} everywhere, so that nothing would "
-            "be repainted; paint white and opaque what should change.",
+            field, f"{field} keeps everything, so that nothing would be repainted."
         )
-    return mask
+    return mask.filter(ImageFilter.GaussianBlur(form.blur)) if any(form.blur) else mask
 
 
 def fit(image: Image.Image, width: int, height: int) -> Image.Image:
@@ -117,7 +135,8 @@ def fit(image: Image.Image, width: int, height: int) -> Image.Image:
     return image.resize((width, height), Resampling.LANCZOS)
 
 
-def _open(data: bytes, field: str, max_pixels: int) -> Image.Image:
+def open_picture(data: bytes, field: str, max_pixels: int) -> Image.Image:
+    """Decode a picture as it is; arguments and errors are those of :func:`decode_picture`."""
     try:
         _check_webp_canvas(data, field, max_pixels)
         image = Image.open(io.BytesIO(data), formats=_READABLE)
@@ -235,18 +254,33 @@ def _flatten(image: Image.Image, background: str) -> Image.Image:
     return Image.alpha_composite(canvas, image).convert("RGB")
 
 
-def _clear_pixels(image: Image.Image, field: str, *, required: bool) -> Image.Image:
-    """A mask that is the whiter, the more transparent the image is.
+def _repainted(image: Image.Image, field: str, repaints: Repaints) -> Image.Image:
+    """A mask that is white where the file says that the picture is repainted.
 
     Raises:
-        InvalidRequest: nothing is transparent, although that is required.
+        InvalidRequest: it says so nowhere, although it should.
     """
-    mask = ImageChops.invert(_alpha(image))
-    if required and mask.getextrema() == (0, 0):
+    if repaints == "own_clear":
+        return ImageChops.invert(_alpha(image))
+    see_through = image.has_transparency_data
+    if repaints == "clear" and see_through:
+        mask = ImageChops.invert(_alpha(image))
+        if mask.getextrema() == (0, 0):
+            raise InvalidRequest(
+                field,
+                f"{field} has no transparent pixel, so that nothing would be repainted; make "
+                "transparent what should change.",
+            )
+        return mask
+    if repaints == "opaque" and see_through and _alpha(image).getextrema() != (255, 255):
+        return _alpha(image).point([255 if value > HALF else 0 for value in range(256)])
+    mask = _flatten(image, "black").convert("L")
+    if mask.getextrema() == (0, 0):
+        clear = see_through and _alpha(image).getextrema() == (0, 0)
         raise InvalidRequest(
             field,
-            f"{field} has no transparent pixel, so that nothing would be repainted; make "
-            "transparent what should change.",
+            f"{field} is {'transparent' if clear else 'black'} everywhere, so that nothing would "
+            "be repainted; paint white and opaque what should change.",
         )
     return mask
 

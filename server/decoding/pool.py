@@ -17,12 +17,12 @@ from io import BufferedReader, BufferedWriter
 from pathlib import Path
 from threading import Lock
 from time import monotonic
-from typing import Final, cast
+from typing import Final, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from server.decoding.picture import Repaints
+from server.decoding.picture import WHITE, MaskForm
 from server.decoding.turns import Turns
 from server.decoding.worker import Answer, Job
 from server.errors import InvalidRequest, Overloaded, TooLarge, WeftError
@@ -50,15 +50,23 @@ MEMORY_RETURNED: Final = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 """Whatever is larger than this goes back to the system as soon as it is freed."""
 
 
+class _Read(NamedTuple):
+    """What was read of a picture: its pixels, or its texts."""
+
+    pixels: NDArray[np.uint8]
+    texts: dict[str, str]
+
+
 @dataclass(slots=True, eq=False)
 class _Picture:
-    """What waits for its turn, and its pixels once it had it."""
+    """What waits for its turn, and what was read of it once it had it."""
 
     data: str | bytes
     field: str
     size: tuple[int | None, int | None]
-    repaints: Repaints | None = None
-    pixels: Future[NDArray[np.uint8]] = of_dataclass(default_factory=Future)
+    mask: MaskForm | None = None
+    texts: bool = False
+    read: Future[_Read] = of_dataclass(default_factory=Future)
 
 
 class DecodePool:
@@ -113,7 +121,7 @@ class DecodePool:
             Overloaded: too many pictures wait to be decoded, or no process starts in time.
             WeftError: a process cannot start at all.
         """
-        return await self._uploaded(_Picture(data, field, size))
+        return (await self._uploaded(_Picture(data, field, size))).pixels
 
     async def frame(self, data: bytes, size: tuple[int, int]) -> NDArray[np.uint8]:
         """Decode an input frame of a live stream, before all pictures that are none.
@@ -122,14 +130,14 @@ class DecodePool:
             data: a PNG, JPEG or WebP file.
             size: as of :meth:`picture`, which describes result and errors too.
         """
-        return await self._decoded(_Picture(data, "frame", size), frame=True)
+        return (await self._decoded(_Picture(data, "frame", size), frame=True)).pixels
 
     async def mask(
         self,
         data: str | bytes,
         field: str,
         size: tuple[int | None, int | None] = (None, None),
-        repaints: Repaints = "white",
+        form: MaskForm = WHITE,
     ) -> NDArray[np.uint8]:
         """Decode a mask to uint8 `[height, width]`, 255 where the picture is repainted.
 
@@ -140,9 +148,16 @@ class DecodePool:
             data: base64 or a data URI if text, a file if bytes.
             field: the request's field, for error messages.
             size: width and height to resample to, each its own where None.
-            repaints: how the file says what is repainted.
+            form: how the file says what is repainted.
         """
-        return await self._uploaded(_Picture(data, field, size, repaints))
+        return (await self._uploaded(_Picture(data, field, size, form))).pixels
+
+    async def texts(self, data: str | bytes, field: str) -> dict[str, str]:
+        """What a picture says about how it was made, by the names of its texts.
+
+        Arguments and errors are those of :meth:`picture`.
+        """
+        return (await self._uploaded(_Picture(data, field, (None, None), texts=True))).texts
 
     def close(self) -> None:
         """End the processes; one that is decoding ends after its picture."""
@@ -152,26 +167,26 @@ class DecodePool:
             waiting = list(iter(self._turns.next, None))
         self._threads.shutdown(wait=False, cancel_futures=True)
         for picture in waiting:
-            picture.pixels.cancel()
+            picture.read.cancel()
 
-    async def _uploaded(self, picture: _Picture) -> NDArray[np.uint8]:
+    async def _uploaded(self, picture: _Picture) -> _Read:
         with self._lock:
             if not self._room:
                 raise Overloaded(RETRY_AFTER_S, "Too many uploaded images wait to be decoded.")
             self._room -= 1
-        picture.pixels.add_done_callback(self._leave)
+        picture.read.add_done_callback(self._leave)
         return await self._decoded(picture, frame=False)
 
     def _leave(self, _: object) -> None:
         with self._lock:
             self._room += 1
 
-    async def _decoded(self, picture: _Picture, *, frame: bool) -> NDArray[np.uint8]:
+    async def _decoded(self, picture: _Picture, *, frame: bool) -> _Read:
         with self._lock:
             self._turns.add(picture, frame=frame)
             self._threads.submit(self._take_turn)
         try:
-            return await asyncio.wrap_future(picture.pixels)
+            return await asyncio.wrap_future(picture.read)
         finally:
             with self._lock:
                 self._turns.withdraw(picture)
@@ -179,22 +194,23 @@ class DecodePool:
     def _take_turn(self) -> None:
         with self._lock:
             picture = self._turns.next()
-        if picture is None or not picture.pixels.set_running_or_notify_cancel():
+        if picture is None or not picture.read.set_running_or_notify_cancel():
             return
         try:
-            pixels = self._pixels(picture)
+            read = self._read(picture)
         except BaseException as error:  # noqa: BLE001 - it belongs to whoever waits for the pixels
-            picture.pixels.set_exception(error)
+            picture.read.set_exception(error)
         else:
-            picture.pixels.set_result(pixels)
+            picture.read.set_result(read)
 
-    def _pixels(self, picture: _Picture) -> NDArray[np.uint8]:
+    def _read(self, picture: _Picture) -> _Read:
         data = picture.data
         content = data.encode(errors="replace") if isinstance(data, str) else data
         job = Job(
             length=len(content),
             field=picture.field,
-            repaints=picture.repaints,
+            mask=picture.mask,
+            texts=picture.texts,
             encoded=isinstance(data, str),
             max_pixels=self._limits.upload_pixels,
             width=picture.size[0],
@@ -255,11 +271,11 @@ class _Worker:
         for pipe in (self._jobs, self._answers):
             pipe.close()
 
-    def decode(self, job: Job, content: bytes, seconds: float) -> NDArray[np.uint8]:
+    def decode(self, job: Job, content: bytes, seconds: float) -> _Read:
         try:
             answer = self._asked(job, content, seconds)
             if answer.refusal is None:
-                return self._pixels(answer.shape)
+                return _Read(self._pixels(answer.shape), answer.texts)
         except TimeoutError:
             self.end()
             raise TooLarge(

@@ -11,13 +11,14 @@ import json
 import os
 import resource
 import sys
-from dataclasses import asdict, dataclass
-from typing import IO
+from dataclasses import asdict, dataclass, field, replace
+from typing import IO, Any
 
 # Pillow loads a format's module when it first meets the format.
 from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
-from server.decoding.picture import Repaints, decode_mask, decode_picture, file_of, fit
+from server.decoding.picture import MaskForm, decode_mask, decode_picture, file_of, fit
+from server.decoding.texts import texts_of
 from server.errors import InvalidRequest, TooLarge
 
 __all__ = ["Answer", "Job", "decoded", "main"]
@@ -32,7 +33,8 @@ class Job:
     Attributes:
         length: bytes that follow.
         field: the request's field, for error messages.
-        repaints: of a mask, which is decoded to grayscale; None for a picture.
+        texts: whether its texts are asked for, rather than its pixels.
+        mask: its form, if it is a mask, which is decoded to grayscale; None for a picture.
         encoded: whether the bytes are base64 or a data URI, rather than a file.
         max_pixels: of the picture.
         width: to resample to; None for the picture's own.
@@ -42,7 +44,8 @@ class Job:
 
     length: int
     field: str
-    repaints: Repaints | None
+    texts: bool
+    mask: MaskForm | None
     encoded: bool
     max_pixels: int
     width: int | None
@@ -58,11 +61,13 @@ class Answer:
         shape: `[height, width, 3]`, or `[height, width]` of a mask, uint8.
         refusal: the sentence for the user; None if the pixels follow.
         too_large: whether the refusal is that of a picture that is too large.
+        texts: that the picture contains, by their names, if they were asked for.
     """
 
     shape: tuple[int, ...] = (0,)
     refusal: str | None = None
     too_large: bool = False
+    texts: dict[str, str] = field(default_factory=dict)
 
 
 def main() -> None:
@@ -87,22 +92,34 @@ def _serve(jobs: IO[bytes], answers: IO[bytes]) -> None:
     answers.write(b"\n")
     answers.flush()
     while line := jobs.readline():
-        job = Job(**json.loads(line))
+        job = _job(json.loads(line))
         answer, pixels = _answer(job, jobs.read(job.length))
         answers.write(json.dumps(asdict(answer)).encode() + b"\n")
         answers.write(pixels)
         answers.flush()
 
 
+def _job(fields: dict[str, Any]) -> Job:
+    job = Job(**fields)
+    if job.mask is None:
+        return job
+    form = MaskForm(**fields["mask"])
+    return replace(job, mask=replace(form, blur=tuple(form.blur)))
+
+
 def _answer(job: Job, data: bytes) -> tuple[Answer, bytes]:
     try:
+        if job.texts:
+            data = file_of(data, job.field) if job.encoded else data
+            texts = texts_of(data, field=job.field, max_pixels=job.max_pixels)
+            return Answer(texts=texts), b""
         image = decoded(job, data)
     except InvalidRequest as error:
         return Answer(refusal=error.message, too_large=isinstance(error, TooLarge)), b""
     except MemoryError:
         sentence = f"{job.field} needs more memory than decoding it may use."
         return Answer(refusal=sentence, too_large=True), b""
-    shape = (image.height, image.width) if job.repaints else (image.height, image.width, 3)
+    shape = (image.height, image.width) if job.mask else (image.height, image.width, 3)
     return Answer(shape), image.tobytes()
 
 
@@ -114,10 +131,10 @@ def decoded(job: Job, data: bytes) -> Image.Image:
     """
     if job.encoded:
         data = file_of(data, job.field)
-    if job.repaints is None:
+    if job.mask is None:
         image = decode_picture(data, field=job.field, max_pixels=job.max_pixels)
     else:
-        image = decode_mask(data, field=job.field, max_pixels=job.max_pixels, repaints=job.repaints)
+        image = decode_mask(data, field=job.field, max_pixels=job.max_pixels, form=job.mask)
     size = job.width or image.width, job.height or image.height
     return image if size[0] * size[1] > job.max_resampled else fit(image, *size)
 

@@ -17,6 +17,8 @@ from starlette.middleware.cors import CORSMiddleware
 
 from server.errors import WeftError
 from server.http import (
+    automatic1111,
+    automatic1111_settings,
     catalog,
     documents,
     errors,
@@ -27,6 +29,8 @@ from server.http import (
     stream,
     stream_events,
 )
+from server.http.automatic1111_checkpoints import Checkpoints
+from server.http.automatic1111_jobs import Jobs
 from server.http.body import Bodies
 from server.http.drain import Farewell
 from server.http.gate import PROBES, Gate, RequestId
@@ -71,12 +75,16 @@ def create_app(settings: Settings, *, on_failure: Callable[[], None] | None = No
     app.state.bodies = Bodies(settings.bodies_bytes)
     app.state.streams = Streams(app.state.service, settings)
     app.state.exposition = exposition(app.state.service, app.state.streams)
+    app.state.automatic1111_jobs = Jobs(app.state.service)
+    app.state.automatic1111_checkpoints = Checkpoints()
     errors.install(app)
     for router in (
         generate.router,
         openai_images.generations,
         openai_images.edits,
         models.router,
+        automatic1111.router,
+        automatic1111_settings.router,
         stream_events.router,
         catalog.router,
         health.router,

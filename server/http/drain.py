@@ -93,7 +93,7 @@ class Farewell:
         answer: turns an error into a response.
     """
 
-    def __init__(self, app: ASGIApp, answer: Callable[[WeftError], Response]) -> None:
+    def __init__(self, app: ASGIApp, answer: Callable[[WeftError, str], Response]) -> None:
         self._app = app
         self._answer = answer
 
@@ -115,4 +115,4 @@ class Farewell:
             # uvicorn cancels what is still running when its time is up, and at no other time.
             if not started:
                 error = NotReady("The server stopped before it had the whole request.")
-                await self._answer(error)(scope, receive, send)
+                await self._answer(error, scope["path"])(scope, receive, send)

@@ -22,11 +22,14 @@ from server.errors import (
 from server.http.headers import make_safe
 from server.requests.messages import explain
 
-__all__ = ["ErrorBody", "answer", "body_of", "install"]
+__all__ = ["AUTOMATIC1111", "ErrorBody", "answer", "body_of", "install"]
 
 
 OPENAI_IMAGES: Final = "/v1/images/"
 """Below this path an invalid value has the status that OpenAI's API gives it, 400."""
+
+AUTOMATIC1111: Final = ("/sdapi/", "/internal/")
+"""Below these paths errors have the form that AUTOMATIC1111 gives them."""
 
 
 class ErrorDetail(BaseModel):
@@ -65,11 +68,23 @@ def answer(error: Exception, path: str = "") -> JSONResponse:
     if isinstance(error, Overloaded | NotReady):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     if isinstance(error, Unauthorized):
-        headers["WWW-Authenticate"] = "Bearer"
+        headers["WWW-Authenticate"] = "Basic" if path.startswith(AUTOMATIC1111) else "Bearer"
     status = error.status if isinstance(error, WeftError) else WeftError.status
     if path.startswith(OPENAI_IMAGES) and status == InvalidRequest.status:
         status = 400
-    return JSONResponse(body_of(error), status, headers)
+    return JSONResponse(_in_form_of(path, body_of(error)), status, headers)
+
+
+def _in_form_of(path: str, body: dict[str, Any]) -> dict[str, Any]:
+    if not path.startswith(AUTOMATIC1111):
+        return body
+    detail = body["error"]
+    return {
+        "error": detail["code"],
+        "detail": detail["message"],
+        "body": "",
+        "errors": detail["message"],
+    }
 
 
 def install(app: FastAPI) -> None:
@@ -91,7 +106,7 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def _unforeseen(request: Request, error: Exception) -> JSONResponse:
         # This answer is made outside of all other middleware.
-        response = answer(error)
+        response = answer(error, request.url.path)
         response.headers["x-request-id"] = request.state.request_id
         make_safe(response.headers)
         return response
@@ -105,7 +120,8 @@ def _body_model(request: Request) -> type[BaseModel] | None:
 
 def _of_http(request: Request, error: HTTPException) -> JSONResponse:
     if error.status_code == TooLarge.status:
-        return answer(TooLarge.body(request.app.state.settings.limits.body_bytes))
+        most = request.app.state.settings.limits.body_bytes
+        return answer(TooLarge.body(most), request.url.path)
     sentences = {
         400: "The body cannot be read as JSON.",
         404: f"There is nothing at {request.url.path}.",
@@ -114,6 +130,7 @@ def _of_http(request: Request, error: HTTPException) -> JSONResponse:
     message = sentences.get(error.status_code, f"{error.detail}.")
     body = body_of(InvalidRequest(None, message))
     body["error"]["code"] = error.detail.lower().replace(" ", "_")
+    body = _in_form_of(request.url.path, body)
     return JSONResponse(body, error.status_code, dict(error.headers or {}))
 
 

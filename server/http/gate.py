@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.api_keys import ApiKey
 from server.errors import Forbidden, TooLarge, Unauthorized, WeftError
 from server.http import documents
+from server.http.errors import AUTOMATIC1111
 from server.settings import Settings
 
 __all__ = ["PROBES", "PUBLIC", "Gate", "RequestId"]
@@ -78,7 +79,7 @@ class Gate:
     """
 
     def __init__(
-        self, app: ASGIApp, settings: Settings, answer: Callable[[WeftError], Response]
+        self, app: ASGIApp, settings: Settings, answer: Callable[[WeftError, str], Response]
     ) -> None:
         self._app = app
         self._answer = answer
@@ -96,7 +97,7 @@ class Gate:
             self._admit(scope, Headers(scope=scope))
         except WeftError as refusal:
             # To a socket too: the servers that we run under refuse it with an HTTP response.
-            await self._answer(refusal)(scope, receive, send)
+            await self._answer(refusal, scope["path"])(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
@@ -107,7 +108,10 @@ class Gate:
             self._check_origin(headers.getlist("origin"), host)
         if self._keys and path not in PUBLIC:
             socket_key = _key_in_subprotocol(scope.get("subprotocols", ()))
-            key = self._key(socket_key or headers.getlist("authorization"))
+            offered = headers.getlist("authorization")
+            if path.startswith(AUTOMATIC1111):
+                offered = [_bearer_of_basic(one) for one in offered]
+            key = self._key(socket_key or offered)
             scope.setdefault("state", {})["api_key"] = key
         announced = headers.get("content-length", "0")
         most = self._body_bytes if scope.get("method") in WITH_BODY else BODILESS_BYTES
@@ -155,6 +159,18 @@ class Gate:
         if scheme.lower() != "bearer" or not known:
             raise Unauthorized("A valid API key is required; send 'Authorization: Bearer <key>'.")
         return known[0]
+
+
+def _bearer_of_basic(authorization: str) -> str:
+    """The key that clients of AUTOMATIC1111 send as a password, of whatever user."""
+    scheme, _, encoded = authorization.partition(" ")
+    if scheme.lower() != "basic":
+        return authorization
+    try:
+        pair = base64.b64decode(encoded, validate=True).decode()
+    except ValueError:
+        return "Bearer"
+    return f"Bearer {pair.partition(':')[2]}"
 
 
 def _key_in_subprotocol(offered: Sequence[str]) -> list[str]:

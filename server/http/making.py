@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request
 
@@ -12,7 +12,9 @@ from server.requests.schema import GenerateRequest
 from server.service.generation import Generation
 from server.service.service import Pictures, Service
 
-__all__ = ["make"]
+__all__ = ["make", "unless_disconnected"]
+
+Made = TypeVar("Made")
 
 
 async def make(
@@ -29,7 +31,7 @@ async def make(
     Raises:
         WeftError: as of :meth:`Service.admit` and :meth:`Service.pictures`.
     """
-    return await _unless_disconnected(request, _made(service, body, identifier))
+    return await unless_disconnected(request, _made(service, body, identifier))
 
 
 async def _made(
@@ -42,9 +44,7 @@ async def _made(
         service.release(generation)
 
 
-async def _unless_disconnected(
-    request: Request, work: Coroutine[Any, Any, tuple[Generation, Pictures]]
-) -> tuple[Generation, Pictures] | None:
+async def unless_disconnected(request: Request, work: Coroutine[Any, Any, Made]) -> Made | None:
     """What `work` returns; None if the client disconnects first, which cancels the work."""
     working = asyncio.ensure_future(work)
     watching = asyncio.ensure_future(_disconnected(request))

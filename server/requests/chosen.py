@@ -40,6 +40,8 @@ def notes_for(
         "guidance": guidance,
     }
     chosen = [text for field, text in said.items() if getattr(request, field) is None]
+    if request.reading.habitual and request.guidance not in (None, resolved.guidance):
+        read = (*read, f"Guidance is that of model {model.facts.name!r}: {guidance}.")
     if not chosen:
         return read
     return (

@@ -22,9 +22,11 @@ if TYPE_CHECKING:
     from server.models.defaults import ModelDefaults
     from server.models.hosted import HostedModel
     from server.requests.adapters import WeightedName
+    from server.requests.reading import Reading
     from server.requests.schema import Guidance
 
 __all__ = [
+    "guidance_despite",
     "guidance_for",
     "guidance_with",
     "own_defaults",
@@ -123,3 +125,20 @@ def guidance_with(given: Guidance, default: Guidance, model: str) -> Guidance:
                 f"{default.name!r}, which has no {field}; name a rule, or leave {field} out.",
             )
     return merged(default, given, fields)
+
+
+def guidance_despite(given: Guidance, own: Guidance, reading: Reading) -> Guidance:
+    """The guidance of a request whose client sends a scale whatever the model.
+
+    Args:
+        given: classifier-free guidance at that scale, or none.
+        own: that the model was distilled for.
+        reading: of the request, with the scale for models that are told one.
+    """
+    if own.policy.embeds and reading.told_scale is not None:
+        return own.model_copy(update={"scale": reading.told_scale})
+    if not own.combines:
+        return own
+    if own.policy.embeds:
+        return merged(own, given, {"scale"}) if given.combines else own
+    return merged(own, given, {"scale"}) if given.combines else given

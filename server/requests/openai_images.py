@@ -8,6 +8,7 @@ from typing import Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from server.decoding.picture import MaskForm
 from server.requests.schema import Count, GenerateRequest
 from server.requests.upload import Upload
 
@@ -86,7 +87,7 @@ class ImageEdit(ImageGeneration):
     @field_validator("mask", mode="after")
     @classmethod
     def _repaint_what_is_clear(cls, mask: Upload | None) -> Upload | None:
-        return None if mask is None else mask.as_mask("clear")
+        return None if mask is None else mask.as_mask(MaskForm("clear"))
 
     @field_validator("image", mode="before")
     @classmethod

@@ -50,10 +50,15 @@ class Reading:
         notes: one sentence for each choice that was read into the request.
         rule_left_out: whether `guidance` is an object without a name, whose fields go to the rule
             that the request gets by default.
+        habitual: whether `guidance` is what a client sends whatever the model, so that a distilled
+            model's own counts instead.
+        told_scale: the scale that such a client sends for distilled models that are told one.
     """
 
     notes: tuple[str, ...] = ()
     rule_left_out: bool = False
+    habitual: bool = False
+    told_scale: float | None = None
 
 
 DEFAULT_RULE: Final = "apg"

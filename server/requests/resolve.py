@@ -26,6 +26,7 @@ from server.requests.checks.group import check_group, check_noise_of_particles
 from server.requests.checks.guidance import check_guidance, check_windows, coefficients_for
 from server.requests.checks.limits import check_limits, check_size, check_tokens
 from server.requests.defaults import (
+    guidance_despite,
     guidance_for,
     guidance_with,
     own_defaults,
@@ -34,7 +35,7 @@ from server.requests.defaults import (
     steps_for,
 )
 from server.requests.ineffective import warnings_for
-from server.requests.schema import GenerateRequest, Guidance, ResolvedRequest
+from server.requests.schema import GenerateRequest, Guidance, ResolvedRequest, guidance_of
 from server.settings import Limits
 
 __all__ = ["Prepared", "make_plan", "prepare", "resolve", "statistics_for"]
@@ -88,6 +89,8 @@ def resolve(
     guidance = request.guidance or guidance_for(own, sampler)
     if request.guidance is not None and request.reading.rule_left_out:
         guidance = guidance_with(guidance, guidance_for(own, sampler), model.facts.name)
+    if own is not None and request.reading.habitual:
+        guidance = guidance_despite(guidance, guidance_of(own.rule, own.policy), request.reading)
     width, height = upload_size or (model.facts.default_width, model.facts.default_height)
     # Every value was validated when the request was read.
     resolved = ResolvedRequest.model_construct(

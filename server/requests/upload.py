@@ -10,7 +10,7 @@ from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
 if TYPE_CHECKING:
-    from server.decoding.picture import Repaints
+    from server.decoding.picture import MaskForm
 
 __all__ = ["Upload"]
 
@@ -23,40 +23,40 @@ class Upload:
     Args:
         data: as it was sent: text in JSON, bytes in a form.
         released: called when the data is no longer held.
-        repaints: how a mask says what is repainted.
+        form: of a mask, how it says what is repainted.
     """
 
     def __init__(
         self,
         data: str | bytes,
         released: Callable[[], None] = lambda: None,
-        repaints: Repaints = "white",
+        form: MaskForm | None = None,
     ) -> None:
-        self.repaints: Repaints = repaints
+        self.form = form
         self._data: str | bytes | None = data
         self._released = released
 
-    def as_mask(self, repaints: Repaints) -> Upload:
+    def as_mask(self, form: MaskForm) -> Upload:
         """The same data, to be decoded as a mask; this one is left with nothing.
 
         Args:
-            repaints: how it says what is repainted.
+            form: how it says what is repainted.
 
         Raises:
             ValueError: it was handed out before.
         """
-        mask = Upload(self._taken(), self._released, repaints)
+        mask = Upload(self._taken(), self._released, form)
         self._released = lambda: None
         return mask
 
-    def copied(self, repaints: Repaints) -> Upload:
+    def copied(self, form: MaskForm) -> Upload:
         """The same data once more, to be decoded as a mask beside this picture.
 
         Raises:
             ValueError: it was handed out before.
         """
         self._data = data = self._taken()
-        return Upload(data, repaints=repaints)
+        return Upload(data, form=form)
 
     @contextmanager
     def opened(self) -> Generator[str | bytes]:

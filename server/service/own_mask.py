@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Final
+
+from server.decoding.picture import MaskForm
 from server.decoding.pool import DecodePool
 from server.requests.schema import GenerateRequest
 
 __all__ = ["with_own_mask"]
+
+OWN: Final = MaskForm("own_clear")
 
 
 async def with_own_mask(request: GenerateRequest, decoding: DecodePool) -> GenerateRequest:
@@ -21,8 +26,8 @@ async def with_own_mask(request: GenerateRequest, decoding: DecodePool) -> Gener
     """
     if request.image is None or request.mask is not None:
         return request
-    with request.image.copied("own_clear").opened() as data:
-        clear = await decoding.mask(data, "image", repaints="own_clear")
+    with request.image.copied(OWN).opened() as data:
+        clear = await decoding.mask(data, "image", form=OWN)
     if not clear.any():
         return request
-    return request.model_copy(update={"mask": request.image.copied("own_clear")})
+    return request.model_copy(update={"mask": request.image.copied(OWN)})

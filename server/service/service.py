@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from samplers import Plan, StatisticsIdentity
+from server.decoding.picture import MaskForm
 from server.decoding.pool import DecodePool
 from server.engine.engine import Engine
 from server.engine.reservation import Reservation
@@ -54,10 +55,17 @@ VERSION = f"weft {version('weft')}"
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """An encoded image, and the seed that makes it."""
+    """An encoded image.
+
+    Attributes:
+        data: the file.
+        seed: that makes it.
+        text: its settings in the format of AUTOMATIC1111, which the file has too.
+    """
 
     data: bytes
     seed: int
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,14 +258,13 @@ class Service:
         while not generation.done:
             await generation.news()
         indices = range(generation.request.n)
-        encoded = await asyncio.gather(
-            *(asyncio.to_thread(self._encode, generation, index) for index in indices)
-        )
+        pixels = {index: generation.results[index].pixels for index in indices}
+        encoded = await self.encoded(generation, pixels)
         generation.complete()
         results = generation.results.values()
         particles = generation.request.guidance.particles is not None
         return Pictures(
-            pictures=tuple(encoded),
+            pictures=encoded,
             settings=generation.request.settings(),
             spent=sum(result.evaluations for result in results),
             saved=sum(result.saved for result in results),
@@ -270,6 +277,23 @@ class Service:
             warnings=generation.warnings,
             notes=generation.notes,
         )
+
+    async def encoded(
+        self, generation: Generation, pixels: Mapping[int, NDArray[np.uint8]]
+    ) -> tuple[Picture, ...]:
+        """Encode pixels as images of a generation, with the settings that make these.
+
+        Args:
+            generation: that was admitted.
+            pixels: uint8 `[H, W, 3]` of each image by its index.
+        """
+        encoded = await asyncio.gather(
+            *(
+                asyncio.to_thread(self._encode, generation, index, pixels[index])
+                for index in sorted(pixels)
+            )
+        )
+        return tuple(encoded)
 
     def cancel(self, identifier: str) -> None:
         """Stop a generation; its rows are free at the next tick.
@@ -392,7 +416,8 @@ class Service:
             image = await self._picture(request.image, "image", size)
         if request.mask is not None:
             with request.mask.opened() as text:
-                mask = await self.decoding.mask(text, "mask", size, request.mask.repaints)
+                form = request.mask.form or MaskForm()
+                mask = await self.decoding.mask(text, "mask", size, form)
         if request.reference is not None:
             reference = await self._picture(request.reference, "reference", size)
         return Uploads(image, mask, reference)
@@ -403,7 +428,7 @@ class Service:
         with upload.opened() as text:
             return await self.decoding.picture(text, field, size)
 
-    def _encode(self, generation: Generation, index: int) -> Picture:
+    def _encode(self, generation: Generation, index: int, pixels: NDArray[np.uint8]) -> Picture:
         request = generation.request
         seed = seeds_of(request)[index]
         # An image of a group cannot be made without the others.
@@ -415,9 +440,8 @@ class Service:
             statistics=generation.statistics,
             version=VERSION,
         )
-        pixels = generation.results[index].pixels
         description = ImageText(text, alone.settings())
-        return Picture(encode(pixels, request.output_format, description), seed)
+        return Picture(encode(pixels, request.output_format, description), seed, text)
 
 
 def _stopping() -> NotReady:

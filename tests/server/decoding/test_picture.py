@@ -3,13 +3,22 @@
 import base64
 import struct
 import zlib
+from math import erf
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from server.decoding.picture import MOST_SCANS, decode_mask, decode_picture, file_of, fit
+from server.decoding.picture import (
+    MOST_SCANS,
+    MaskForm,
+    Repaints,
+    decode_mask,
+    decode_picture,
+    file_of,
+    fit,
+)
 from server.errors import InvalidRequest, TooLarge
 from server.image_codec import OutputFormat, encode
 from tests.server.decoding.files import (
@@ -155,23 +164,54 @@ def test_a_mask_may_repaint_what_is_clear() -> None:
     pixels = np.full((4, 6, 4), 255, np.uint8)
     pixels[1:3, 2:5, 3] = 0
     hole = saved(Image.fromarray(pixels), "PNG")
-    for repaints in ("clear", "own_clear"):
-        found = np.asarray(decode_mask(hole, field="mask", max_pixels=LIMIT, repaints=repaints))
+    kinds: tuple[Repaints, ...] = ("clear", "own_clear")
+    for repaints in kinds:
+        found = np.asarray(
+            decode_mask(hole, field="mask", max_pixels=LIMIT, form=MaskForm(repaints))
+        )
         assert (found == 255 - pixels[..., 3]).all()
 
 
 def test_a_mask_without_an_alpha_channel_repaints_what_is_white() -> None:
     plain = saved(Image.fromarray(np.eye(8, dtype=np.uint8) * 255), "PNG")
-    found = decode_mask(plain, field="mask", max_pixels=LIMIT, repaints="clear")
+    found = decode_mask(plain, field="mask", max_pixels=LIMIT, form=MaskForm("clear"))
     assert (np.asarray(found) == np.eye(8) * 255).all()
-    own = decode_mask(plain, field="image", max_pixels=LIMIT, repaints="own_clear")
+    own = decode_mask(plain, field="image", max_pixels=LIMIT, form=MaskForm("own_clear"))
     assert not np.asarray(own).any()
+
+
+def test_a_mask_may_repaint_what_is_opaque_or_the_rest_of_it() -> None:
+    """AUTOMATIC1111 reads brush strokes on a transparent ground, of any colour, as a mask."""
+    pixels = np.zeros((4, 6, 4), np.uint8)
+    pixels[1:3, 2:5, 3] = 255
+    strokes = saved(Image.fromarray(pixels), "PNG")
+    form = MaskForm("opaque")
+    found = np.asarray(decode_mask(strokes, field="mask", max_pixels=LIMIT, form=form))
+    assert (found == pixels[..., 3]).all()
+    rest = MaskForm("opaque", inverted=True)
+    found = np.asarray(decode_mask(strokes, field="mask", max_pixels=LIMIT, form=rest))
+    assert (found == 255 - pixels[..., 3]).all()
+    whole = saved(Image.new("L", (8, 8), 255), "PNG")
+    with pytest.raises(InvalidRequest, match="keeps everything"):
+        decode_mask(whole, field="mask", max_pixels=LIMIT, form=rest)
+
+
+def test_a_mask_is_blurred_by_a_gaussian() -> None:
+    edge = np.zeros((16, 64), np.uint8)
+    edge[:, 32:] = 255
+    form = MaskForm(blur=(4.0, 4.0))
+    blurred = decode_mask(
+        saved(Image.fromarray(edge), "PNG"), field="mask", max_pixels=LIMIT, form=form
+    )
+    distance = (np.arange(64) - 31.5) / 4
+    exact = 255 * np.array([0.5 * (1 + erf(d / 2**0.5)) for d in distance])
+    assert np.abs(np.asarray(blurred)[8] - exact).max() < 5
 
 
 def test_a_mask_with_an_alpha_channel_and_no_clear_pixel_is_refused() -> None:
     opaque = saved(Image.new("RGBA", (8, 8), "white"), "PNG")
     with pytest.raises(InvalidRequest, match="no transparent pixel"):
-        decode_mask(opaque, field="mask", max_pixels=LIMIT, repaints="clear")
+        decode_mask(opaque, field="mask", max_pixels=LIMIT, form=MaskForm("clear"))
 
 
 def test_the_scans_of_a_jpeg_are_limited() -> None:

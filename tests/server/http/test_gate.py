@@ -9,6 +9,7 @@ from starlette.testclient import TestClient
 
 from server.http.app import create_app
 from server.http.documents import PATHS
+from server.http.errors import AUTOMATIC1111
 from server.http.gate import PROBES, PUBLIC
 from server.service.service import Service
 from server.settings import Settings
@@ -50,6 +51,12 @@ def test_the_list_of_routes_is_the_application_s() -> None:
         if isinstance(route, APIRoute) and route.include_in_schema
     }
     assert paths <= {path for _, path in ROUTES}
+
+
+def names_the_field(path: str, body: dict[str, Any], field: str) -> bool:
+    if path.startswith(AUTOMATIC1111):
+        return f"{field} " in body["detail"].lower()
+    return body["error"]["param"] == field
 
 
 FOREIGN_HOSTS = [
@@ -94,7 +101,7 @@ def test_a_foreign_host_or_page_is_refused(
             assert answer.status_code != 403, value
         else:
             assert answer.status_code == 403, value
-            assert method == "HEAD" or answer.json()["error"]["param"] == header
+            assert method == "HEAD" or names_the_field(path, answer.json(), header)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1:8000", "localhost", "LOCALHOST:1", "[::1]:8000"])
@@ -143,8 +150,10 @@ def test_every_route_needs_a_key_where_there_are_keys(method: str, path: str) ->
         answer = call(client, method, path, **headers)
         assert (answer.status_code == 401) == (path not in PUBLIC), headers
         if answer.status_code == 401:
-            assert answer.headers["www-authenticate"] == "Bearer"
-            assert answer.json()["error"]["code"] == "invalid_api_key"
+            automatic = path.startswith(AUTOMATIC1111)
+            assert answer.headers["www-authenticate"] == ("Basic" if automatic else "Bearer")
+            error = answer.json()["error"]
+            assert (error if automatic else error["code"]) == "invalid_api_key"
 
 
 @pytest.mark.parametrize("key", [KEY, OTHER])
@@ -152,6 +161,17 @@ def test_any_of_the_keys_opens(unloaded: Unloaded, key: str) -> None:
     client = unloaded(api_keys=[KEY, OTHER])
     assert call(client, "GET", "/v1/catalog", authorization=f"Bearer {key}").status_code == 200
     assert call(client, "GET", "/v1/catalog", authorization=f"bearer {key}").status_code == 200
+
+
+def test_clients_of_automatic1111_send_a_key_as_a_password(unloaded: Unloaded) -> None:
+    client = unloaded(api_keys=[KEY])
+    path = "/sdapi/v1/samplers"
+    assert client.get(path, auth=("anybody", KEY)).status_code == 200
+    assert call(client, "GET", path, authorization=f"Bearer {KEY}").status_code == 200
+    for refused in (("anybody", "wrong"), (KEY, ""), ("", "")):
+        assert client.get(path, auth=refused).status_code == 401
+    assert client.get("/v1/catalog", auth=("anybody", KEY)).status_code == 401
+    assert call(unloaded(), "GET", path, authorization="Basic ").status_code == 200
 
 
 def test_a_body_announced_as_too_large_is_refused_unread(unloaded: Unloaded) -> None:

@@ -1,0 +1,134 @@
+"""`/sdapi/v1`: images as AUTOMATIC1111's clients ask for them, their progress and interruption."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any, Final
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from server.errors import Cancelled
+from server.http.automatic1111_answers import (
+    ImagesAnswer,
+    Progress,
+    answered,
+    idle,
+    parameters_of,
+    progress_of,
+)
+from server.http.automatic1111_checkpoints import CheckpointsDep, chosen, named
+from server.http.automatic1111_jobs import Job, JobsDep, owner_of
+from server.http.automatic1111_route import ERRORS, TolerantRoute
+from server.http.dependencies import IdentifierDep, ServiceDep
+from server.http.making import unless_disconnected
+from server.image_codec import resized
+from server.requests.automatic1111 import Img2Img, Translated, Txt2Img, translated
+from server.requests.schema import GenerateRequest
+from server.service.generation import Generation
+from server.service.service import Picture, Service
+
+__all__ = ["router"]
+
+LATENT_CELL: Final = 8
+"""Pixels of one, where it is not known yet of which pixels a model draws multiples."""
+
+router = APIRouter(prefix="/sdapi/v1", tags=["automatic1111"], route_class=TolerantRoute)
+
+
+@router.post("/txt2img", response_model=ImagesAnswer, responses=ERRORS)
+async def txt2img(
+    body: Txt2Img,
+    request: Request,
+    service: ServiceDep,
+    jobs: JobsDep,
+    checkpoints: CheckpointsDep,
+    identifier: IdentifierDep,
+) -> Any:
+    """Generate images from a prompt."""
+    wanted = _translated(body, service, checkpoints.of(owner_of(request)))
+    job = Job(owner_of(request), wanted.request.n, wanted.request.steps or 0)
+    with jobs.added(identifier, job):
+        made = await unless_disconnected(request, _made(service, wanted.request, job, identifier))
+    if made is None:
+        return Response(status_code=499)
+    generation, pictures = made
+    if generation is None:
+        info = json.dumps({"infotexts": [], "warnings": ["Interrupted before it began."]})
+        return ImagesAnswer(images=[], parameters=parameters_of(body), info=info)
+    return answered(body, wanted, generation, pictures)
+
+
+@router.post("/img2img", response_model=ImagesAnswer, responses=ERRORS)
+async def img2img(
+    body: Img2Img,
+    request: Request,
+    service: ServiceDep,
+    jobs: JobsDep,
+    checkpoints: CheckpointsDep,
+    identifier: IdentifierDep,
+) -> Any:
+    """Generate images from an image and a prompt; with a mask, repaint a part of it."""
+    return await txt2img(body, request, service, jobs, checkpoints, identifier)
+
+
+@router.get("/progress")
+async def progress(
+    request: Request, jobs: JobsDep, *, skip_current_image: bool = False
+) -> Progress:
+    """The progress of the client's oldest request under way, with a preview."""
+    own = jobs.of(owner_of(request))
+    if not own:
+        return idle()
+    return await asyncio.to_thread(progress_of, own, with_image=not skip_current_image)
+
+
+@router.post("/interrupt")
+@router.post("/skip")
+async def interrupt(request: Request, jobs: JobsDep) -> dict[str, Any]:
+    """End the client's oldest request under way, which is answered with its images so far."""
+    jobs.interrupt(owner_of(request))
+    return {}
+
+
+def _translated(body: Txt2Img, service: Service, checkpoint: str | None) -> Translated:
+    models = service.models()
+    asked = body.override_settings.get("sd_model_checkpoint")
+    model = named(asked, models) if isinstance(asked, str) and asked else checkpoint
+    entries = chosen(model, models)
+    adapters = {one.name for entry in entries for one in entry.adapters}
+    multiple = max((entry.size_multiple for entry in entries), default=LATENT_CELL)
+    return translated(body, model, adapters, multiple)
+
+
+async def _made(
+    service: Service, wanted: GenerateRequest, job: Job, identifier: str
+) -> tuple[Generation | None, tuple[Picture, ...]]:
+    """The generation and its images; after an interruption those that there are, or previews."""
+    try:
+        generation = await service.admit(wanted, identifier)
+    except Cancelled:
+        if job.interrupted:
+            return None, ()
+        raise
+    try:
+        await job.follow(generation)
+        return generation, (await service.pictures(generation)).pictures
+    except Cancelled:
+        if not job.interrupted:
+            raise
+        return generation, await _so_far(service, generation, job)
+    finally:
+        service.release(generation)
+
+
+async def _so_far(service: Service, generation: Generation, job: Job) -> tuple[Picture, ...]:
+    size = generation.request.width, generation.request.height
+    previews = {
+        index: resized(one.preview, *size)
+        for index, one in job.progress.items()
+        if one.preview is not None
+    }
+    finished = {index: result.pixels for index, result in generation.results.items()}
+    return await service.encoded(generation, previews | finished)

@@ -1,0 +1,164 @@
+"""The bodies of AUTOMATIC1111's answers."""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+from server.http.automatic1111_jobs import Job
+from server.image_codec import encode
+from server.requests.automatic1111 import Translated, Txt2Img
+from server.service.generation import Generation
+from server.service.service import Picture
+
+__all__ = ["ImagesAnswer", "Progress", "answered", "idle", "progress_of"]
+
+
+class ImagesAnswer(BaseModel):
+    """The images of a request."""
+
+    images: list[str] = Field(description="Image files in base64.")
+    parameters: dict[str, Any] = Field(description="The request as it was read, without images.")
+    info: str = Field(description="JSON: seeds, settings, and the text of each image.")
+
+
+class State(BaseModel):
+    """How far a job is."""
+
+    skipped: bool = False
+    interrupted: bool = False
+    stopping_generation: bool = False
+    job: str = ""
+    job_count: int = Field(default=0, description="Images of the job; 0 if there is none.")
+    job_timestamp: str = "0"
+    job_no: int = Field(default=0, description="Images of it that are finished.")
+    sampling_step: int = 0
+    sampling_steps: int = 0
+
+
+class Progress(BaseModel):
+    """The progress of a client's oldest job."""
+
+    progress: float = Field(default=0.0, description="From 0 to 1; 0 if there is no job.")
+    eta_relative: float = Field(default=0.0, description="Seconds that are left.")
+    state: State = State()
+    current_image: str | None = Field(default=None, description="A preview, PNG in base64.")
+    textinfo: str | None = None
+
+
+LEAST: float = 0.01
+"""Of a job that has just begun: 0 would say that there is none."""
+
+
+def idle() -> Progress:
+    """The progress of no job."""
+    return Progress()
+
+
+def progress_of(jobs: Sequence[Job], *, with_image: bool) -> Progress:
+    """The progress of the oldest job.
+
+    Args:
+        jobs: of one client, at least one, the oldest first.
+        with_image: whether a preview is wanted.
+    """
+    job = jobs[0]
+    share = max(LEAST, job.share)
+    preview = job.preview if with_image else None
+    elapsed = time.monotonic() - job.began
+    steps = [one.step for one in job.progress.values()]
+    return Progress(
+        progress=share,
+        eta_relative=elapsed / share - elapsed,
+        state=State(
+            interrupted=job.interrupted,
+            job=f"{len(jobs)} under way",
+            job_count=job.images,
+            job_no=sum(one.step == one.steps for one in job.progress.values()),
+            sampling_step=min(steps, default=0),
+            sampling_steps=job.steps,
+        ),
+        current_image=None
+        if preview is None
+        else base64.b64encode(encode(preview, "png")).decode(),
+    )
+
+
+def answered(
+    body: Txt2Img,
+    wanted: Translated,
+    generation: Generation,
+    pictures: Sequence[Picture],
+) -> ImagesAnswer:
+    """The answer with images.
+
+    Args:
+        body: as sent.
+        wanted: the same as a request of our own.
+        generation: that made the images, or some of them.
+        pictures: the images.
+    """
+    return ImagesAnswer(
+        images=[base64.b64encode(picture.data).decode() for picture in pictures]
+        if body.send_images
+        else [],
+        parameters=parameters_of(body),
+        info=json.dumps(_info(body, wanted, generation, pictures)),
+    )
+
+
+def parameters_of(body: Txt2Img) -> dict[str, Any]:
+    """The request as it was read, without images."""
+    return body.model_dump(mode="json", exclude={"init_images", "mask", "infotext"})
+
+
+def _info(
+    body: Txt2Img, wanted: Translated, generation: Generation, pictures: Sequence[Picture]
+) -> dict[str, Any]:
+    request = generation.request
+    count = len(pictures)
+    seeds = [picture.seed for picture in pictures]
+    scale = getattr(request.guidance, "scale", 1.0)
+    return {
+        "prompt": body.prompt,
+        "all_prompts": [body.prompt] * count,
+        "negative_prompt": body.negative_prompt,
+        "all_negative_prompts": [body.negative_prompt] * count,
+        "seed": request.seed,
+        "all_seeds": seeds,
+        "subseed": request.seed,
+        "all_subseeds": seeds,
+        "subseed_strength": 0,
+        "width": request.width,
+        "height": request.height,
+        "sampler_name": wanted.sampler_name or request.sampler.name,
+        "cfg_scale": scale,
+        "steps": request.steps,
+        "batch_size": body.batch_size,
+        "restore_faces": False,
+        "face_restoration_model": None,
+        "sd_model_name": request.model,
+        "sd_model_hash": generation.model_revision[:10],
+        "sd_vae_name": None,
+        "sd_vae_hash": None,
+        "seed_resize_from_w": -1,
+        "seed_resize_from_h": -1,
+        "denoising_strength": request.strength,
+        "extra_generation_params": {},
+        "index_of_first_image": 0,
+        "infotexts": [picture.text for picture in pictures],
+        "styles": list(body.styles),
+        "job_timestamp": time.strftime("%Y%m%d%H%M%S", time.localtime(generation.created)),
+        "clip_skip": 1,
+        "is_using_inpainting_conditioning": False,
+        "version": f"weft {version('weft')}",
+        "settings": request.settings(),
+        "warnings": [*wanted.ignored, *generation.warnings],
+        "notes": list(generation.notes),
+    }

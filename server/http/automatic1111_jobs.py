@@ -1,0 +1,118 @@
+"""Requests of AUTOMATIC1111's clients that are under way, for their progress and interruption.
+
+Its server runs one job at a time, and its clients ask how "the" job is doing. Here each client has
+its own: those of its key and address, of which the oldest is the one that is spoken of.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Annotated, TypeAlias
+
+import numpy as np
+from fastapi import Depends, Request
+
+from server.errors import UnknownGeneration
+from server.service.generation import Generation, Progress
+from server.service.service import Service
+
+__all__ = ["Job", "Jobs", "JobsDep", "Owner", "owner_of"]
+
+Owner: TypeAlias = "tuple[bytes, str]"
+"""Digest of a client's key, and its address."""
+
+
+def owner_of(request: Request) -> Owner:
+    """Whom a request comes from."""
+    key = request.scope["state"].get("api_key")
+    return b"" if key is None else key.digest, "" if request.client is None else request.client.host
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A request under way.
+
+    Attributes:
+        owner: who sent it.
+        images: that it asks for.
+        steps: of each, as far as is known.
+        began: seconds of a monotonic clock.
+        progress: the latest of each image that has begun.
+        interrupted: whether its client had enough of it.
+    """
+
+    owner: Owner
+    images: int
+    steps: int
+    began: float = field(default_factory=time.monotonic)
+    progress: dict[int, Progress] = field(default_factory=dict)
+    interrupted: bool = False
+
+    @property
+    def share(self) -> float:
+        """How much of the work is done, from 0 to 1."""
+        done = sum(one.step / one.steps for one in self.progress.values() if one.steps)
+        return min(1.0, done / self.images)
+
+    @property
+    def preview(self) -> np.ndarray | None:
+        """Of the first image that is not finished, uint8 `[h, w, 3]`; None before the first."""
+        shown = [one for one in self.progress.values() if one.preview is not None]
+        unfinished = [one for one in shown if one.step < one.steps] or shown
+        return min(unfinished, key=lambda one: one.index).preview if unfinished else None
+
+    async def follow(self, generation: Generation) -> None:
+        """Take in the progress of a generation until all images are finished.
+
+        Raises:
+            WeftError: an image failed, or the job was interrupted.
+        """
+        while not generation.done:
+            for progress in await generation.news():
+                self.progress[progress.index] = progress
+                self.steps = progress.steps
+
+
+class Jobs:
+    """All of them, in the order in which they came.
+
+    Args:
+        service: that makes the images.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._jobs: dict[str, Job] = {}
+
+    @contextmanager
+    def added(self, identifier: str, job: Job) -> Generator[None]:
+        """Know of a job for the time of the `with` block."""
+        self._jobs[identifier] = job
+        try:
+            yield
+        finally:
+            del self._jobs[identifier]
+
+    def of(self, owner: Owner) -> list[Job]:
+        """The jobs of a client, the oldest first."""
+        return [job for job in self._jobs.values() if job.owner == owner]
+
+    def interrupt(self, owner: Owner) -> None:
+        """End the oldest job of a client, which is answered with what there is of it."""
+        for identifier, job in self._jobs.items():
+            if job.owner == owner and not job.interrupted:
+                job.interrupted = True
+                # It may have ended just now.
+                with suppress(UnknownGeneration):
+                    self._service.cancel(identifier)
+                return
+
+
+def _jobs(request: Request) -> Jobs:
+    return request.app.state.automatic1111_jobs
+
+
+JobsDep = Annotated[Jobs, Depends(_jobs)]

@@ -1,0 +1,64 @@
+"""Routes whose bodies may have whatever fields AUTOMATIC1111's clients send."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from pydantic import BaseModel
+from typing_extensions import override
+
+from server.http.body import JsonRoute
+
+__all__ = ["ERRORS", "AutomaticError", "TolerantRoute"]
+
+
+class AutomaticError(BaseModel):
+    """The body of every error response here."""
+
+    error: str
+    detail: str
+    body: str
+    errors: str
+
+
+ERRORS: Final[dict[int | str, dict[str, Any]]] = {
+    status: {"model": AutomaticError}
+    for status in (400, 401, 403, 404, 408, 409, 413, 415, 422, 429, 503)
+}
+
+MANY_IMAGES: Final = "init_images after the first"
+
+
+class TolerantRoute(JsonRoute):
+    """A route that looks at the fields it knows, and lets clients send whatever else."""
+
+    @override
+    def narrowed(self, parsed: Any) -> Any:
+        """The fields that the route knows; others may be large.
+
+        Of a list of images it is the first, and of scripts the names of those that would act.
+        """
+        if not isinstance(parsed, dict):
+            return parsed
+        annotation = getattr(getattr(self.body_field, "field_info", None), "annotation", None)
+        known: Mapping[str, Any] = getattr(annotation, "model_fields", {})
+        narrow = {name: value for name, value in parsed.items() if name in known}
+        scripts = _acting(parsed.get("alwayson_scripts"))
+        if isinstance(images := narrow.get("init_images"), list):
+            narrow["init_images"] = images[0] if images else None
+            scripts += [MANY_IMAGES] if len(images) > 1 else []
+        return narrow | {"scripts": scripts} if scripts else narrow
+
+
+def _acting(scripts: Any) -> list[str]:
+    """The names of the scripts that are not switched off by their arguments."""
+    if not isinstance(scripts, dict):
+        return []
+    acting: list[str] = []
+    for name, told in scripts.items():
+        arguments = told.get("args") if isinstance(told, dict) else told
+        first = arguments[0] if isinstance(arguments, list) and arguments else arguments
+        if first and not (isinstance(first, dict) and first.get("enabled") is False):
+            acting.append(str(name)[:60])
+    return acting[:8]

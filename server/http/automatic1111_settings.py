@@ -1,0 +1,181 @@
+"""`/sdapi/v1`: what AUTOMATIC1111's clients ask a server before and beside images."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from typing import Any, Final
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, ConfigDict, Field
+
+from server.http.automatic1111_checkpoints import CheckpointsDep, chosen, named
+from server.http.automatic1111_jobs import owner_of
+from server.http.automatic1111_route import ERRORS, TolerantRoute
+from server.http.dependencies import ServiceDep
+from server.requests.automatic1111_names import sampler_labels, schedule_labels
+from server.requests.read_infotext import read_infotext
+from server.requests.upload import Upload
+
+__all__ = ["router"]
+
+router = APIRouter(tags=["automatic1111"], route_class=TolerantRoute)
+
+EMPTY: Final[dict[str, Any]] = {
+    "/internal/ping": {},
+    "/sdapi/v1/cmd-flags": {},
+    "/sdapi/v1/embeddings": {"loaded": {}, "skipped": {}},
+    "/sdapi/v1/face-restorers": [],
+    "/sdapi/v1/hypernetworks": [],
+    "/sdapi/v1/latent-upscale-modes": [],
+    "/sdapi/v1/prompt-styles": [],
+    "/sdapi/v1/realesrgan-models": [],
+    "/sdapi/v1/script-info": [],
+    "/sdapi/v1/scripts": {"txt2img": [], "img2img": []},
+    "/sdapi/v1/sd-vae": [],
+    "/sdapi/v1/upscalers": [],
+}
+"""What there is none of here, by the path that lists it."""
+
+
+class Options(BaseModel):
+    """The settings that act here; a client may send all of its own, as it got them."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    sd_model_checkpoint: str | None = Field(
+        default=None, max_length=256, description="The model of this client's requests."
+    )
+
+
+class PngInfo(BaseModel):
+    """An image file."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    image: Upload = Field(description="PNG, JPEG or WebP in base64.")
+
+
+class PngInfoAnswer(BaseModel):
+    """What an image says about how it was made."""
+
+    info: str = Field(description="Its text; empty if it has none.")
+    items: dict[str, str] = Field(description="Its other texts by their names.")
+    parameters: dict[str, str] = Field(description="The fields of the text.")
+
+
+@router.get("/sdapi/v1/options")
+async def options(
+    request: Request, service: ServiceDep, checkpoints: CheckpointsDep
+) -> dict[str, Any]:
+    """The settings of this client."""
+    entries = chosen(checkpoints.of(owner_of(request)), service.models())
+    return {
+        "sd_model_checkpoint": entries[0].name if entries else None,
+        "sd_checkpoint_hash": entries[0].revision if entries else None,
+        "sd_vae": "Automatic",
+        "CLIP_stop_at_last_layers": 1,
+        "samples_format": "png",
+    }
+
+
+@router.post("/sdapi/v1/options", responses=ERRORS)
+async def set_options(
+    body: Options, request: Request, service: ServiceDep, checkpoints: CheckpointsDep
+) -> dict[str, Any]:
+    """Choose the model of this client's requests."""
+    if body.sd_model_checkpoint:
+        name = named(body.sd_model_checkpoint, service.models())
+        checkpoints.choose(owner_of(request), name)
+    return {}
+
+
+@router.get("/sdapi/v1/sd-models")
+async def sd_models(service: ServiceDep) -> list[dict[str, Any]]:
+    """The hosted models."""
+    return [
+        {
+            "title": entry.name,
+            "model_name": entry.name,
+            "hash": entry.revision[:10],
+            "sha256": entry.revision,
+            "filename": entry.name,
+            "config": None,
+        }
+        for entry in service.models()
+    ]
+
+
+@router.get("/sdapi/v1/samplers")
+async def samplers() -> list[dict[str, Any]]:
+    """Samplers: AUTOMATIC1111's and Forge's that have an equal here, and this server's own."""
+    return [
+        {"name": label, "aliases": list(aliases), "options": {}}
+        for label, aliases in sampler_labels().items()
+    ]
+
+
+@router.get("/sdapi/v1/schedulers")
+async def schedulers() -> list[dict[str, Any]]:
+    """Schedule types: AUTOMATIC1111's and Forge's, and this server's own spacings."""
+    return [
+        {
+            "name": label.casefold().replace(" ", "_"),
+            "label": label,
+            "aliases": [],
+            "default_rho": -1,
+            "need_inner_model": False,
+        }
+        for label in ("Automatic", *schedule_labels())
+    ]
+
+
+@router.get("/sdapi/v1/loras")
+async def loras(service: ServiceDep) -> list[dict[str, Any]]:
+    """The adapters of all models, for `<lora:name:weight>` in a prompt."""
+    names = dict.fromkeys(one.name for entry in service.models() for one in entry.adapters)
+    return [
+        {"name": name, "alias": name, "path": f"{name}.safetensors", "metadata": {}}
+        for name in names
+    ]
+
+
+@router.get("/sdapi/v1/memory")
+async def memory() -> dict[str, Any]:
+    """The memory of the machine and the most that this process had of it, in bytes."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    unit = 1 if sys.platform == "darwin" else 1024
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {
+        "ram": {"free": total - used, "used": used, "total": total},
+        "cuda": {"error": "not reported here; see /metrics"},
+    }
+
+
+@router.post("/sdapi/v1/png-info", responses=ERRORS)
+async def png_info(body: PngInfo, service: ServiceDep) -> PngInfoAnswer:
+    """Read the settings that an image file contains."""
+    with body.image.opened() as data:
+        texts = await service.decoding.texts(data, "image")
+    text = texts.pop("parameters", "")
+    return PngInfoAnswer(info=text, items=texts, parameters=read_infotext(text) if text else {})
+
+
+@router.post("/sdapi/v1/refresh-checkpoints")
+@router.post("/sdapi/v1/refresh-loras")
+@router.post("/sdapi/v1/refresh-vae")
+async def refresh() -> dict[str, Any]:
+    """Do nothing: folders are looked at when they are asked for."""
+    return {}
+
+
+def _serve(path: str, listed: Any) -> None:
+    @router.get(path, name=path)
+    async def nothing() -> Any:
+        """Empty: there is none here."""
+        return listed
+
+
+for _path, _listed in EMPTY.items():
+    _serve(_path, _listed)

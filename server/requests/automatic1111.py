@@ -1,0 +1,311 @@
+"""AUTOMATIC1111's requests for images, as requests of our own."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from typing_extensions import override
+
+from samplers import Sampler
+from server.decoding.picture import MaskForm
+from server.errors import InvalidRequest
+from server.requests.automatic1111_names import sampler_and_spacing
+from server.requests.foreign_names import fields_of
+from server.requests.lora_tags import read_tags
+from server.requests.messages import explain
+from server.requests.read_infotext import read_infotext
+from server.requests.reading import Reading
+from server.requests.schema import DEFAULT_STEPS, MAX_SEED, GenerateRequest
+from server.requests.upload import Upload
+
+__all__ = ["Img2Img", "Translated", "Txt2Img", "translated"]
+
+_CLEAR_OF: Final[Mapping[str, tuple[Any, ...]]] = {
+    "styles": ((),),
+    "subseed_strength": (0,),
+    "seed_resize_from_w": (-1, 0),
+    "seed_resize_from_h": (-1, 0),
+    "restore_faces": (False,),
+    "tiling": (False,),
+    "enable_hr": (False,),
+    "s_churn": (0,),
+    "s_tmin": (0,),
+    "s_noise": (1,),
+    "clip_skip": (1, 0),
+    "refiner_checkpoint": ("", "None"),
+    "script_name": ("", "None"),
+    "scripts": ((),),
+    "resize_mode": (0,),
+    "inpainting_fill": (1,),
+    "inpaint_full_res": (False, 0),
+    "initial_noise_multiplier": (1,),
+}
+"""Fields that nothing here corresponds to, and their values that ask for nothing."""
+
+_SETTINGS: Final = {"sd_vae": "Automatic", "CLIP_stop_at_last_layers": 1}
+"""Settings of `override_settings` that ask for nothing."""
+
+_OF_A_MASK: Final = frozenset({"inpainting_fill", "inpaint_full_res"})
+
+_LEAST_STEPS: Final = 1.001
+"""From an image one step is run at least, also by a strength of 0."""
+
+_OF_INFOTEXT: Final[Mapping[str, str]] = {
+    "prompt": "Prompt",
+    "negative_prompt": "Negative prompt",
+    "steps": "Steps",
+    "sampler_name": "Sampler",
+    "scheduler": "Schedule type",
+    "cfg_scale": "CFG scale",
+    "seed": "Seed",
+    "width": "Size-1",
+    "height": "Size-2",
+    "denoising_strength": "Denoising strength",
+}
+
+
+class Txt2Img(BaseModel):
+    """A request of AUTOMATIC1111's `POST /sdapi/v1/txt2img`; unknown fields are ignored.
+
+    Fields without a description have no effect. Those that would change the image are named in
+    `warnings` of the answer's `info`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+    prompt: str = Field(
+        default="", description="Describes the image; `<lora:name:weight>` chooses an adapter."
+    )
+    negative_prompt: str = Field(default="", description="Describes what is steered away from.")
+    seed: int = Field(default=-1, description="Of the first image; -1 is a random one.")
+    sampler_name: str | None = Field(
+        default=None, max_length=128, description="A name of AUTOMATIC1111, or of this server."
+    )
+    sampler_index: str | None = Field(
+        default=None, max_length=128, description="Another name for `sampler_name`."
+    )
+    scheduler: str | None = Field(
+        default=None,
+        max_length=128,
+        description="Schedule type; `Automatic` is the sampler's own.",
+    )
+    steps: int | None = Field(default=None, description="Default: the model's own.")
+    cfg_scale: float | None = Field(
+        default=None,
+        ge=0,
+        description="Scale of classifier-free guidance; up to 1 there is none. Default: the "
+        "model's own guidance.",
+    )
+    distilled_cfg_scale: float | None = Field(
+        default=None, ge=1, le=20, description="Forge's: the scale that a distilled model is told."
+    )
+    width: int | None = Field(default=None, description="Default: the model's own.")
+    height: int | None = Field(default=None, description="Default: the model's own.")
+    batch_size: int = Field(default=1, ge=1, le=1024, description="Times `n_iter`: the images.")
+    n_iter: int = Field(default=1, ge=1, le=1024, description="Times `batch_size`: the images.")
+    eta: float | None = Field(
+        default=None, description="Of samplers that add noise, and of DDIM; 0 to 1."
+    )
+    denoising_strength: float | None = Field(
+        default=None, ge=0, le=1, description="Share of the steps that is run from an image."
+    )
+    override_settings: dict[str, Any] = Field(
+        default={}, description="`sd_model_checkpoint` names the model."
+    )
+    send_images: bool = Field(default=True, description="Whether the answer has the images.")
+    infotext: str | None = Field(
+        default=None, description="Text of an image, for the fields that are left out."
+    )
+    styles: tuple[str, ...] = ()
+    subseed: int = -1
+    subseed_strength: float = 0
+    seed_resize_from_h: int = -1
+    seed_resize_from_w: int = -1
+    restore_faces: bool = False
+    tiling: bool = False
+    enable_hr: bool = False
+    s_churn: float = 0
+    s_tmin: float = 0
+    s_noise: float = 1
+    clip_skip: int = 1
+    refiner_checkpoint: str = ""
+    script_name: str = ""
+    scripts: tuple[str, ...] = Field(default=(), description="Names in `alwayson_scripts`.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, data: Any) -> Any:
+        """Leave out what is null, and take from the infotext what is left out."""
+        if not isinstance(data, dict):
+            return data
+        given = {name: value for name, value in data.items() if value is not None}
+        if isinstance(text := given.get("infotext"), str):
+            found = read_infotext(text)
+            of_text = {ours: found[name] for ours, name in _OF_INFOTEXT.items() if found.get(name)}
+            given = of_text | given
+        return given
+
+    def picture(self) -> dict[str, Any]:
+        """Fields of our own about the image to start from."""
+        return {}
+
+
+class Img2Img(Txt2Img):
+    """A request of AUTOMATIC1111's `POST /sdapi/v1/img2img`; unknown fields are ignored."""
+
+    init_images: Upload = Field(
+        repr=False, description="A list with the image to start from, in base64."
+    )
+    mask: Upload | None = Field(
+        default=None,
+        repr=False,
+        description="White, or opaque if it has transparency, where the image is repainted.",
+    )
+    mask_blur: float = Field(default=4, ge=0, le=512, description="Radius in pixels of the mask.")
+    mask_blur_x: float | None = Field(default=None, ge=0, le=512)
+    mask_blur_y: float | None = Field(default=None, ge=0, le=512)
+    inpainting_mask_invert: bool = Field(
+        default=False, description="Repaint what the mask keeps, and keep the rest."
+    )
+    include_init_images: bool = Field(
+        default=False, description="Whether `parameters` of the answer has the images sent."
+    )
+    denoising_strength: float | None = Field(
+        default=0.75, ge=0, le=1, description="Share of the steps that is run."
+    )
+    resize_mode: int = 0
+    inpainting_fill: int = 0
+    inpaint_full_res: bool = True
+    initial_noise_multiplier: float = 1
+
+    @override
+    def picture(self) -> dict[str, Any]:
+        strength = 0.75 if self.denoising_strength is None else self.denoising_strength
+        image: dict[str, Any] = {
+            "image": self.init_images,
+            "strength": max(strength, _LEAST_STEPS / (self.steps or DEFAULT_STEPS)),
+        }
+        if self.mask is None:
+            return image
+        across, down = self.mask_blur_x, self.mask_blur_y
+        blur = (
+            self.mask_blur if across is None else across,
+            self.mask_blur if down is None else down,
+        )
+        form = MaskForm("opaque", inverted=self.inpainting_mask_invert, blur=blur)
+        return image | {"mask": self.mask.as_mask(form)}
+
+
+@dataclass(frozen=True, slots=True)
+class Translated:
+    """A request, and what its answer says beside it.
+
+    Attributes:
+        request: of our own.
+        sampler_name: as it was asked for; empty for the model's own.
+        ignored: one sentence for each thing that has no effect.
+    """
+
+    request: GenerateRequest
+    sampler_name: str
+    ignored: tuple[str, ...]
+
+
+def translated(
+    body: Txt2Img, model: str | None, adapters: Collection[str], multiple: int
+) -> Translated:
+    """The request of our own that a request of AUTOMATIC1111 stands for.
+
+    Args:
+        body: as sent.
+        model: that its settings name; None for the default.
+        adapters: names of the model's adapters.
+        multiple: pixels of which the model draws whole multiples; AUTOMATIC1111 leaves out what a
+            size has beyond them.
+
+    Raises:
+        InvalidRequest: a value that no request may have.
+    """
+    tags, negative = read_tags(body.prompt), read_tags(body.negative_prompt)
+    loras = {name: weight for name, weight in tags.loras.items() if name in adapters}
+    sampler_name = body.sampler_name or body.sampler_index or ""
+    given: dict[str, Any] = {
+        "prompt": tags.prompt,
+        "negative_prompt": negative.prompt or None,
+        "model": model,
+        "width": _side(body.width, multiple),
+        "height": _side(body.height, multiple),
+        "steps": body.steps,
+        "seed": None if body.seed < 0 else body.seed % MAX_SEED,
+        "n": body.batch_size * body.n_iter,
+        "adapters": [{"name": name, "weight": weight} for name, weight in loras.items()],
+        # For the previews of `GET /sdapi/v1/progress`, and for what an interruption leaves.
+        "stream": True,
+        **_sampler(sampler_name, body.scheduler, body.eta),
+        **_guidance(body),
+        **body.picture(),
+    }
+    try:
+        request = GenerateRequest.model_validate(given)
+    except ValidationError as error:
+        raise explain(error.errors(), GenerateRequest) from None
+    ignored = [*_without_effect(body), *tags.others, *negative.others]
+    ignored += [f"<lora:{name}>" for name in (tags.loras.keys() - loras.keys())]
+    said = f"Ignored, because nothing here corresponds: {', '.join(ignored)}."
+    reading = Reading(habitual=True, told_scale=body.distilled_cfg_scale)
+    return Translated(request.read_as(reading), sampler_name, (said,) if ignored else ())
+
+
+def _side(pixels: int | None, multiple: int) -> int | None:
+    return None if pixels is None else max(pixels - pixels % multiple, multiple)
+
+
+def _sampler(name: str, schedule: str | None, eta: float | None) -> dict[str, Any]:
+    """The fields `sampler` and `spacing`.
+
+    Raises:
+        InvalidRequest: no such sampler or schedule type is here.
+    """
+    if not name:
+        return {}
+    try:
+        sampler, spacing = sampler_and_spacing(name, schedule)
+    except ValueError as unknown:
+        raise InvalidRequest("sampler_name", str(unknown)) from None
+    fields = fields_of(sampler)
+    if eta is not None and _takes_eta(sampler):
+        fields["eta"] = eta
+    return {"sampler": fields} | ({} if spacing is None else {"spacing": fields_of(spacing)})
+
+
+def _takes_eta(sampler: Sampler) -> bool:
+    """Whether AUTOMATIC1111's sampler does: those that add noise, and DDIM."""
+    return sampler.name == "ddim" or getattr(sampler, "eta", 0) > 0
+
+
+def _guidance(body: Txt2Img) -> dict[str, Any]:
+    """The field `guidance`, for models that are not distilled for guidance of their own."""
+    if body.cfg_scale is None:
+        return {}
+    scale = body.cfg_scale
+    return {"guidance": {"name": "cfg", "scale": scale} if scale > 1 else "none"}
+
+
+def _without_effect(body: Txt2Img) -> list[str]:
+    """Names of the fields that ask for something that nothing here corresponds to."""
+    names = [
+        name
+        for name, neutral in _CLEAR_OF.items()
+        if getattr(body, name, neutral[0]) not in neutral
+    ]
+    if getattr(body, "mask", None) is None:
+        names = [name for name in names if name not in _OF_A_MASK]
+    asked = {
+        name
+        for name, value in body.override_settings.items()
+        if value and value != _SETTINGS.get(name)
+    } - {"sd_model_checkpoint"}
+    return names + [f"override_settings.{name[:60]}" for name in sorted(asked)]

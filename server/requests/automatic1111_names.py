@@ -1,0 +1,56 @@
+"""Names of samplers and schedule types as AUTOMATIC1111's clients mean and list them.
+
+Where a name is also one of this server's own, AUTOMATIC1111's meaning counts here.
+"""
+
+from __future__ import annotations
+
+from samplers import SAMPLERS, SPACINGS, Sampler, Spacing
+from samplers.names import automatic, named, schedule_type
+from samplers.other_names import AUTOMATIC1111, FORGE, FORGE_SCHEDULE_TYPES, SCHEDULE_TYPES
+from server.requests.choice import name_of
+from server.requests.foreign_names import AUTOMATIC, sampler_of, schedule_of
+
+__all__ = ["sampler_and_spacing", "sampler_labels", "schedule_labels"]
+
+_LISTS = {"custom"}
+"""Spacings that are lists of a request's own, so that their name alone says nothing."""
+
+
+def sampler_and_spacing(name: str, schedule: str | None) -> tuple[Sampler, Spacing | None]:
+    """The sampler and spacing that a client asks for.
+
+    Args:
+        name: of the sampler, with or without a schedule type after it.
+        schedule: type of schedule; None and "Automatic" leave it to the sampler.
+
+    Raises:
+        NoEqual: another program has the sampler, and nothing here is equal.
+        ValueError: no program has one of them; near names are listed.
+    """
+    try:
+        sampler, spacing = named(name)
+    except ValueError:
+        sampler, spacing = sampler_of(name)
+    if spacing is not None:
+        return sampler, spacing
+    if schedule is None or schedule.strip().casefold() in ("", AUTOMATIC):
+        return sampler, automatic(name)
+    try:
+        return sampler, schedule_type(schedule)
+    except ValueError:
+        return sampler, schedule_of(schedule)
+
+
+def sampler_labels() -> dict[str, tuple[str, ...]]:
+    """Labels and aliases of AUTOMATIC1111's and Forge's samplers, and names of our own others."""
+    labels = {label: known.aliases for label, known in {**AUTOMATIC1111, **FORGE}.items()}
+    taken = {one.casefold() for label, aliases in labels.items() for one in (label, *aliases)}
+    return labels | {name: () for name in map(name_of, SAMPLERS) if name not in taken}
+
+
+def schedule_labels() -> tuple[str, ...]:
+    """Labels of AUTOMATIC1111's and Forge's schedule types, and names of our own other spacings."""
+    labels = (*SCHEDULE_TYPES, *FORGE_SCHEDULE_TYPES)
+    taken = {label.casefold().replace(" ", "_") for label in labels}
+    return (*labels, *(name for name in map(name_of, SPACINGS) if name not in taken | _LISTS))

@@ -1,0 +1,288 @@
+"""Clients of AUTOMATIC1111 against a running server; `webuiapi` is not changed."""
+
+from __future__ import annotations
+
+import base64
+import io
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx2
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+from webuiapi import WebUIApi, WebUIApiResult
+
+from tests.server.conftest import Running
+
+SIDE = 128
+SMALL: dict[str, Any] = {"prompt": "a red circle", "seed": 5, "width": SIDE, "height": SIDE}
+
+
+@pytest.fixture(scope="module")
+def api(running: Running) -> Iterator[WebUIApi]:
+    host, port = running.address
+    made = WebUIApi(host=host, port=port, sampler="Euler", steps=4)
+    yield made
+    made.session.close()
+
+
+def array(image: Image.Image) -> NDArray[np.uint8]:
+    return np.asarray(image.convert("RGB"))
+
+
+def native(client: httpx2.Client, **fields: Any) -> list[NDArray[np.uint8]]:
+    body = SMALL | {"steps": 4, "sampler": "euler", "spacing": "linspace"} | fields
+    answer = client.post("/v1/generate", json=body)
+    assert answer.status_code == 200, answer.text
+    files = (base64.b64decode(image["b64_json"]) for image in answer.json()["images"])
+    return [array(Image.open(io.BytesIO(file))) for file in files]
+
+
+def b64(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def txt2img(api: WebUIApi, **fields: Any) -> WebUIApiResult:
+    result = api.txt2img(**fields)
+    assert isinstance(result, WebUIApiResult)
+    return result
+
+
+def img2img(api: WebUIApi, images: list[Image.Image], **fields: Any) -> WebUIApiResult:
+    result = api.img2img(images, **fields)
+    assert isinstance(result, WebUIApiResult)
+    return result
+
+
+def test_txt2img_makes_the_images_of_the_native_route(api: WebUIApi, client: httpx2.Client) -> None:
+    result = txt2img(api, **SMALL, cfg_scale=4, batch_size=2, negative_prompt="a square")
+    guidance = {"name": "cfg", "scale": 4}
+    expected = native(client, n=2, guidance=guidance, negative_prompt="a square")
+    assert len(result.images) == 2
+    for image, pixels in zip(result.images, expected, strict=True):
+        assert (array(image) == pixels).all()
+    assert result.info["all_seeds"] == [5, 6]
+    assert result.info["sampler_name"] == "Euler"
+    assert result.info["warnings"] == []
+    assert result.info["infotexts"][1].startswith("a red circle\nNegative prompt: a square\nSteps:")
+    assert result.parameters["steps"] == 4
+
+
+def test_img2img_starts_from_an_image_and_repaints_what_the_mask_says(
+    api: WebUIApi, client: httpx2.Client
+) -> None:
+    start = Image.new("RGB", (SIDE, SIDE), "white")
+    guidance = {"name": "cfg", "scale": 7}
+    changed = img2img(api, [start], **SMALL, denoising_strength=0.5)
+    (expected,) = native(client, image=b64(start), strength=0.5, guidance=guidance)
+    assert (array(changed.image) == expected).all()
+    mask = Image.new("L", (SIDE, SIDE))
+    mask.paste(255, (32, 32, 96, 96))
+    painted = img2img(
+        api,
+        [start],
+        **SMALL,
+        mask_image=mask,
+        mask_blur=0,
+        inpainting_fill=1,
+        inpaint_full_res=False,
+        denoising_strength=1,
+    )
+    (expected,) = native(client, image=b64(start), mask=b64(mask), guidance=guidance)
+    assert (array(painted.image) == expected).all()
+    assert painted.info["warnings"] == []
+    black: dict[str, Any] = SMALL | {"prompt": "a red circle on a black background"}
+    inverted = {"mask_blur": 0, "inpainting_mask_invert": 1, "denoising_strength": 1}
+    kept = array(img2img(api, [start], **black, mask_image=mask, **inverted).image)
+    assert (kept[48:80, 48:80] == 255).all()
+    assert kept[:24].mean() < 200
+
+
+def test_lists_are_what_the_client_expects(api: WebUIApi) -> None:
+    samplers, schedulers = api.util_get_sampler_names(), api.util_get_scheduler_names()
+    assert {"Euler a", "DPM++ 2M", "UniPC", "ghvb"} <= set(samplers)
+    assert {"automatic", "karras", "sgm_uniform", "align_your_steps"} <= set(schedulers)
+    assert [one["name"] for one in api.get_loras()] == ["embedded-lcm-lora"]
+    assert api.get_memory()["ram"]["total"] > 2**30
+    assert api.get_embeddings() == {"loaded": {}, "skipped": {}}
+    for empty in (api.get_sd_vae, api.get_upscalers, api.get_prompt_styles, api.get_hypernetworks):
+        assert empty() == []
+    assert api.refresh_checkpoints() == {}
+
+
+def test_a_model_is_chosen_by_a_setting_and_by_a_request(api: WebUIApi) -> None:
+    assert api.util_get_model_names() == ["embedded", "embedded-lcm"]
+    api.util_set_model("Embedded-LCM")
+    try:
+        assert api.util_get_current_model() == "embedded-lcm"
+        few = txt2img(api, **SMALL, sampler_name="LCM")
+        assert few.info["sd_model_name"] == "embedded-lcm"
+        # Its guidance is told to the network, whatever the client sends.
+        assert "Guidance policy: embedded" in few.info["infotexts"][0]
+        named = {"sd_model_checkpoint": "embedded.safetensors [0123456789]"}
+        other = txt2img(api, **SMALL, override_settings=named)
+        assert other.info["sd_model_name"] == "embedded"
+    finally:
+        api.set_options(api.get_options() | {"sd_model_checkpoint": "embedded"})
+    with pytest.raises(RuntimeError, match="is not hosted here"):
+        txt2img(api, **SMALL, override_settings={"sd_model_checkpoint": "other"})
+
+
+def test_a_prompt_chooses_loras(api: WebUIApi, client: httpx2.Client) -> None:
+    tagged: dict[str, Any] = SMALL | {"prompt": "a red circle <lora:embedded-lcm-lora:0.5>"}
+    result = txt2img(api, **tagged, cfg_scale=1)
+    adapters = [{"name": "embedded-lcm-lora", "weight": 0.5}]
+    (expected,) = native(client, adapters=adapters, guidance="none")
+    assert (array(result.image) == expected).all()
+
+
+def test_progress_shows_a_preview_and_an_interruption_returns_it(
+    running: Running, api: WebUIApi
+) -> None:
+    api.util_wait_for_ready()
+    results: list[Any] = []
+    long: dict[str, Any] = SMALL | {"steps": 200, "batch_size": 2}
+    drawing = threading.Thread(target=lambda: results.append(txt2img(api, **long)))
+    drawing.start()
+    seen: list[dict[str, Any]] = []
+
+    def shown() -> bool:
+        seen.append(api.get_progress())
+        return bool(seen[-1]["current_image"])
+
+    running.wait(shown)
+    assert 0 < seen[-1]["progress"] < 1
+    assert seen[-1]["eta_relative"] > 0
+    assert seen[-1]["state"]["job_count"] == 2
+    assert seen[-1]["state"]["sampling_steps"] == 200
+    preview = Image.open(io.BytesIO(base64.b64decode(seen[-1]["current_image"])))
+    assert preview.format == "PNG"
+    assert api.interrupt() == {}
+    drawing.join()
+    assert [image.size for image in results[0].images] == [(SIDE, SIDE)] * 2
+    running.settle()
+    assert api.get_progress()["progress"] == 0
+    assert api.skip() == {}
+
+
+def test_png_info_reads_what_was_written(api: WebUIApi, client: httpx2.Client) -> None:
+    result = txt2img(api, **SMALL)
+    told = api.png_info(result.image)
+    assert told.info == result.info["infotexts"][0]
+    assert told.parameters["Sampler"] == "Euler"
+    assert (told.parameters["Size-1"], told.parameters["Prompt"]) == ("128", "a red circle")
+    assert set(told.json["items"]) == {"weft"}
+    webp = client.post("/v1/generate", json=SMALL | {"steps": 1, "output_format": "webp"}).json()
+    body = {"image": webp["images"][0]["b64_json"]}
+    answer = client.post("/sdapi/v1/png-info", json=body).json()
+    assert answer["info"].startswith("a red circle\nSteps: 1, Sampler: DPM++ 2M")
+    blank = client.post("/sdapi/v1/png-info", json={"image": b64(Image.new("L", (8, 8)))}).json()
+    assert blank == {"info": "", "items": {}, "parameters": {}}
+
+
+REFUSED: dict[str, tuple[Callable[[WebUIApi], Any], str]] = {
+    "sampler": (lambda api: txt2img(api, **SMALL, sampler_name="Euler b"), "near are: Euler a"),
+    "steps": (lambda api: txt2img(api, prompt="x", steps=1000), "at most 200"),
+    "images": (lambda api: img2img(api, [], **SMALL), "init_images is required"),
+    "size": (lambda api: txt2img(api, prompt="x", width=8000, height=8000), "pixels are allowed"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_refusal_is_a_sentence(api: WebUIApi, name: str) -> None:
+    call, words = REFUSED[name]
+    with pytest.raises(RuntimeError) as refusal:
+        call(api)
+    status, text = refusal.value.args
+    assert status == 422
+    assert words in text
+
+
+def test_errors_have_the_form_of_automatic1111(client: httpx2.Client) -> None:
+    for answer in (
+        client.post("/sdapi/v1/txt2img", json={"steps": 0}),
+        client.post("/sdapi/v1/txt2img", content="{", headers={"content-type": "application/json"}),
+        client.get("/sdapi/v1/none"),
+    ):
+        assert answer.status_code in (400, 404, 422)
+        assert set(answer.json()) == {"error", "detail", "body", "errors"}
+        assert answer.json()["detail"].endswith(".")
+
+
+def test_fields_and_scripts_of_other_programs_do_no_harm(client: httpx2.Client) -> None:
+    unit = {"enabled": True, "image": "A" * 100_000}
+    scripts = {"ADetailer": {"args": [False]}, "ControlNet": {"args": [unit]}}
+    body = SMALL | {"steps": 1, "alwayson_scripts": scripts, "hr_prompt": "x" * 50_000, "y": None}
+    answer = client.post("/sdapi/v1/txt2img", json=body)
+    assert answer.status_code == 200, answer.text
+    assert "nothing here corresponds: scripts." in answer.json()["info"]
+
+
+def test_sillytavern_s_calls_are_answered(client: httpx2.Client) -> None:
+    """What its server sends, in its order (src/endpoints/stable-diffusion.js)."""
+    client.headers["authorization"] = "Basic Og=="
+    try:
+        assert client.get("/internal/ping").status_code == 200
+        for path in ("upscalers", "latent-upscale-modes", "sd-vae"):
+            assert client.get(f"/sdapi/v1/{path}").json() == []
+        assert all(one["name"] for one in client.get("/sdapi/v1/samplers").json())
+        assert all(one["name"] for one in client.get("/sdapi/v1/schedulers").json())
+        titles = [one["title"] for one in client.get("/sdapi/v1/sd-models").json()]
+        options = client.get("/sdapi/v1/options").json()
+        assert options["sd_model_checkpoint"] in titles
+        assert "forge_preset" not in options
+        answer = client.post("/sdapi/v1/options", json=options)
+        assert answer.status_code == 200
+        state = client.get("/sdapi/v1/progress").json()
+        assert state["progress"] == 0.0
+        assert state["state"]["job_count"] == 0
+        body = SMALL | {
+            "negative_prompt": "",
+            "sampler_name": "Euler a",
+            "scheduler": "normal",
+            "steps": 2,
+            "cfg_scale": 7,
+            "restore_faces": False,
+            "enable_hr": False,
+            "hr_upscaler": "Latent",
+            "hr_scale": 1,
+            "hr_additional_modules": [],
+            "denoising_strength": 0.7,
+            "hr_second_pass_steps": 0,
+            "seed": -1,
+            "override_settings": {"CLIP_stop_at_last_layers": 1, "sd_vae": "Automatic"},
+            "override_settings_restore_afterwards": True,
+            "clip_skip": 1,
+            "save_images": True,
+            "send_images": True,
+            "do_not_save_grid": False,
+            "do_not_save_samples": False,
+        }
+        answer = client.post("/sdapi/v1/txt2img", json=body).json()
+        image = Image.open(io.BytesIO(base64.b64decode(answer["images"][0])))
+        assert image.size == (SIDE, SIDE)
+        assert '"warnings": []' in answer["info"]
+        assert client.post("/sdapi/v1/interrupt").status_code == 200
+    finally:
+        del client.headers["authorization"]
+
+
+def test_open_webui_s_calls_are_answered(client: httpx2.Client) -> None:
+    """What its AUTOMATIC1111 image engine sends, in its order."""
+    headers = {"authorization": ""}
+    assert client.get("/sdapi/v1/options", headers=headers).status_code == 200
+    models = client.get("/sdapi/v1/sd-models", headers=headers).json()
+    assert all(one["title"] and one["model_name"] for one in models)
+    options = client.get("/sdapi/v1/options", headers=headers).json()
+    options["sd_model_checkpoint"] = models[0]["title"]
+    assert client.post("/sdapi/v1/options", json=options, headers=headers).status_code == 200
+    body = {"prompt": "a red circle", "batch_size": 1, "width": SIDE, "height": SIDE, "steps": 2}
+    body |= {"cfg_scale": 5.0, "sampler_name": "DPM++ 2M", "scheduler": "Karras"}
+    answer = client.post("/sdapi/v1/txt2img", json=body, headers=headers).json()
+    for image in answer["images"]:
+        assert Image.open(io.BytesIO(base64.b64decode(image))).size == (SIDE, SIDE)

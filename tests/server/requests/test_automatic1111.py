@@ -1,0 +1,161 @@
+"""What AUTOMATIC1111's clients say, in our own words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from samplers import SAMPLERS, SPACINGS
+from server.errors import InvalidRequest
+from server.requests.automatic1111 import Txt2Img, translated
+from server.requests.automatic1111_names import (
+    sampler_and_spacing,
+    sampler_labels,
+    schedule_labels,
+)
+from server.requests.choice import name_of
+from server.requests.infotext import infotext
+from server.requests.lora_tags import Tagged, read_tags
+from server.requests.read_infotext import read_infotext
+from server.requests.schema import GenerateRequest, ResolvedRequest
+
+
+def request(**fields: Any) -> GenerateRequest:
+    return translated(Txt2Img.model_validate(fields), None, ("ink",), 32).request
+
+
+def ignored(**fields: Any) -> tuple[str, ...]:
+    return translated(Txt2Img.model_validate(fields), None, ("ink",), 32).ignored
+
+
+@pytest.mark.parametrize(
+    ("prompt", "tagged"),
+    [
+        ("a cat", Tagged("a cat", {}, ())),
+        ("a <lora:ink:0.5> cat", Tagged("a  cat", {"ink": 0.5}, ())),
+        ("<lora:ink>", Tagged("", {"ink": 1.0}, ())),
+        ("<LORA:ink:0.2:0.7>", Tagged("", {"ink": 0.7}, ())),
+        ("<lora:ink:te=0.2:unet=0.7>", Tagged("", {"ink": 0.7}, ())),
+        ("<lora:ink:te=0.2>", Tagged("", {"ink": 0.2}, ())),
+        ("<lora:ink:1><lora:ink:-2>", Tagged("", {"ink": -2.0}, ())),
+        ("<hypernet:old:1>", Tagged("", {}, ("<hypernet:old:1>",))),
+        ("<lora:ink:much>", Tagged("", {}, ("<lora:ink:much>",))),
+        ("1 < 2 <b>", Tagged("1 < 2 <b>", {}, ())),
+    ],
+)
+def test_tags_are_taken_out_of_a_prompt(prompt: str, tagged: Tagged) -> None:
+    assert read_tags(prompt) == tagged
+
+
+def test_a_lora_of_the_model_acts_and_another_is_named() -> None:
+    prompt = "a cat <lora:ink:0.5><lora:oil:1>"
+    (adapter,) = request(prompt=prompt).adapters
+    assert (adapter.name, adapter.weight) == ("ink", 0.5)
+    assert ignored(prompt=prompt) == ("Ignored, because nothing here corresponds: <lora:oil>.",)
+
+
+def test_every_listed_sampler_and_schedule_type_is_taken() -> None:
+    for label, aliases in sampler_labels().items():
+        for name in (label, *aliases):
+            sampler_and_spacing(name, "automatic")
+    for label in schedule_labels():
+        for name in (label, label.casefold().replace(" ", "_")):
+            sampler_and_spacing("Euler", name)
+    ours = {request(sampler_name=name).sampler for name in sampler_labels()}
+    assert {one.name for one in ours if one} == {name_of(kind) for kind in SAMPLERS}
+    spaced = {sampler_and_spacing("Euler", name)[1] for name in schedule_labels()}
+    assert {one.name for one in spaced if one} == {name_of(kind) for kind in SPACINGS} - {"custom"}
+
+
+def test_a_name_means_what_it_means_to_automatic1111() -> None:
+    """`UniPC` is of order 3 there and `unipc` of order 2 here, `Beta` over sigma and over time."""
+    sampler, spacing = sampler_and_spacing("unipc", "beta")
+    assert sampler.model_dump()["order"] == 3
+    assert spacing is not None
+    assert spacing.model_dump()["over"] == "sigma"
+    karras = sampler_and_spacing("DPM++ 2M", "Automatic")[1]
+    assert karras is not None
+    assert karras.name == "karras"
+
+
+def test_eta_goes_to_samplers_that_take_it_there() -> None:
+    for name, taken in (("Euler a", True), ("DDIM", True), ("DPM2 a", True), ("DPM2", False)):
+        sampler = request(sampler_name=name, eta=0.25).sampler
+        assert sampler is not None
+        assert (sampler.model_dump()["eta"] == 0.25) is taken, name
+
+
+@pytest.mark.parametrize(
+    ("fields", "ours"),
+    [
+        ({"seed": -1}, {"seed": None}),
+        ({"seed": "7", "steps": 20.0}, {"seed": 7, "steps": 20}),
+        ({"batch_size": 2, "n_iter": 3}, {"n": 6}),
+        ({"width": 517, "height": 3}, {"width": 512, "height": 32}),
+        ({"negative_prompt": ""}, {"negative_prompt": None}),
+        ({"prompt": None, "hr_scale": 2, "foo": {}}, {"prompt": ""}),
+    ],
+)
+def test_fields_are_read_as_there(fields: dict[str, Any], ours: dict[str, Any]) -> None:
+    assert request(**fields).model_dump(include=set(ours)) == ours
+
+
+def test_a_scale_is_plain_guidance_and_up_to_one_is_none() -> None:
+    guided, plain, own = request(cfg_scale=7), request(cfg_scale=1), request()
+    assert guided.guidance is not None
+    assert (guided.guidance.name, guided.guidance.model_dump()["scale"]) == ("cfg", 7)
+    assert plain.guidance is not None
+    assert plain.guidance.name == "none"
+    assert own.guidance is None
+
+
+def test_what_would_change_the_image_is_named_and_defaults_are_not() -> None:
+    assert ignored(restore_faces=False, styles=[], script_name=None, s_noise=1.0) == ()
+    (sentence,) = ignored(tiling=True, styles=["x"], override_settings={"eta_noise_seed_delta": 1})
+    assert sentence.endswith(": styles, tiling, override_settings.eta_noise_seed_delta.")
+
+
+def test_a_refusal_names_the_field() -> None:
+    with pytest.raises(InvalidRequest, match="steps is 0"):
+        request(steps=0)
+    with pytest.raises(InvalidRequest, match="near are: Euler a"):
+        request(sampler_name="Euler b")
+
+
+def test_our_own_text_reads_back() -> None:
+    given = {
+        "prompt": 'a "red", cat\nSteps: away',
+        "negative_prompt": "blurry, low",
+        "model": "a, b",
+        "width": 128,
+        "height": 64,
+        "steps": 7,
+        "seed": 42,
+        "n": 1,
+        "sampler": {"name": "dpm_solver_pp", "lower_order_final": False},
+        "spacing": "karras",
+        "guidance": {"name": "cfg", "scale": 5.5},
+        "strength": 0.5,
+        "output_format": "png",
+        "stream": False,
+    }
+    settings = ResolvedRequest.model_validate(given)
+    text = infotext(settings, model_revision="0123456789abcdef", version="1")
+    found = read_infotext(text)
+    assert found["Prompt"] == 'a "red", cat\nSteps : away'
+    assert found["Model"] == "a, b"
+    again = request(infotext=text, steps=9)
+    assert again.model_dump(include={"seed", "width", "height", "steps", "negative_prompt"}) == {
+        "seed": 42,
+        "width": 128,
+        "height": 64,
+        "steps": 9,
+        "negative_prompt": "blurry, low",
+    }
+    assert again.sampler == settings.sampler
+    assert again.spacing == settings.spacing
+
+
+def test_a_text_of_few_fields_is_a_prompt() -> None:
+    assert read_infotext("a cat, Steps: 3") == {"Prompt": "a cat, Steps: 3", "Negative prompt": ""}
