@@ -20,8 +20,10 @@ from server.models.flux2 import Flux2Denoiser
 from server.models.hosted import HostedModel
 from server.models.inputs import RowInputs
 from server.models.loading import load_model
+from server.models.qwen_image import QwenDenoiser
+from server.models.stable_diffusion_3 import SD3Denoiser
 from server.models.z_image import ZImageDenoiser
-from tests.server.models import tiny_flux1, tiny_flux2, tiny_z_image
+from tests.server.models import tiny_flux1, tiny_flux2, tiny_qwen_image, tiny_sd3, tiny_z_image
 from tests.server.models.adapters import files
 from tests.server.models.adapters.low_rank import changes
 from tests.server.models.alike import difference
@@ -67,6 +69,12 @@ FAMILIES = {
         Flux2Denoiser,
         FLUX | {"single_blocks.0.linear1": ("single_transformer_blocks.0.attn.to_qkv_mlp_proj",)},
     ),
+    "qwen_image": Family(
+        tiny_qwen_image.make,
+        QwenDenoiser,
+        {"transformer_blocks.0.attn.to_q": ("transformer_blocks.0.attn.to_q",)},
+    ),
+    "sd3": Family(tiny_sd3.make, SD3Denoiser, {}),
     "z_image": Family(
         lambda: tiny_z_image.make(3.0),
         ZImageDenoiser,
@@ -148,6 +156,10 @@ def trainer(network: nn.Module, names: Mapping[str, tuple[str, ...]]) -> Tensors
         ("flux2", peft),
         ("flux2", kohya),
         ("flux2", trainer),
+        ("qwen_image", peft),
+        ("qwen_image", kohya),
+        ("qwen_image", trainer),
+        ("sd3", peft),
         ("z_image", peft),
         ("z_image", kohya),
         ("z_image", trainer),
