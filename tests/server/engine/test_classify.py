@@ -25,6 +25,7 @@ from server.engine.terms.classifier import AwayFromChosen, UpGradient
 from server.engine.tick import weave
 from server.errors import RowFailed
 from tests.server.by_hand import terms_for
+from tests.server.engine.conftest import SIDE
 
 HEADS = {"shape": ("circle", "square", "star"), "minority": ("tenth 9", "tenth 10")}
 TOLD = ("a small red square", "a small red star")
@@ -56,7 +57,7 @@ class Linear(nn.Module):
 def linear(model: Any) -> Iterator[Linear]:
     """Stands in for the model's own classifier."""
     kept = model.classifier
-    model.classifier = Linear(model.latent_shape(128, 128))
+    model.classifier = Linear(model.latent_shape(SIDE, SIDE))
     yield model.classifier
     model.classifier = kept
 
@@ -78,14 +79,14 @@ def packed(model: Any, task: Any) -> Callable[..., Batch]:
     """The batch of a first tick, as the engine makes it."""
 
     def pack(tasks: list[Any], fixed_rows: int | None = None) -> Batch:
-        lane = Lane(model, model.latent_shape(128, 128), TickCost({1: 1.0}), 8)
+        lane = Lane(model, model.latent_shape(SIDE, SIDE), TickCost({1: 1.0}), 8)
         sequences: list[Sequence] = []
         generator = torch.Generator().manual_seed(5)
         for index, one in enumerate(tasks):
             sequence = Sequence(one, index, None, Submission(1))  # type: ignore[arg-type]
             sequence.lane = lane
             texts = sequence.guidance.texts
-            encoded = model.encode_prompts(texts, 128, 128)
+            encoded = model.encode_prompts(texts, SIDE, SIDE)
             sequence.conditioning = dict(zip(texts, encoded, strict=True))
             sequence.term_states = [None] * len(one.terms)
             sequence.slot = lane.pool.take(one.plan.slots)
@@ -235,7 +236,7 @@ def led(model: Any, task: Any) -> Callable[..., list[Any]]:
     """Tasks that ask the model's own classifier, as requests make them."""
 
     def make(term: Any, seeds: range, prompt: str) -> list[Any]:
-        plain = task("dpm_solver_pp", steps=8, prompt=prompt)
+        plain = task("dpm_solver_pp", steps=8, prompt=prompt, width=128, height=128)
         terms = terms_for((term,), plain.plan, model, prompt=prompt)
         return [replace(plain, seed=seed, terms=terms) for seed in seeds]
 

@@ -32,6 +32,7 @@ from server.engine.tick.decode import DECODED_AT_ONCE
 from server.engine.tick.preview import to_uint8
 from server.errors import Cancelled, NotReady, Overloaded, RowFailed
 from tests.covering import EVERY_CELL
+from tests.server.engine.conftest import SIDE
 
 NAMES = [sampler.model_fields["name"].default for sampler in SAMPLERS]
 RULE_NAMES = [rule.model_fields["name"].default for rule in RULES]
@@ -113,6 +114,8 @@ def test_an_image_is_what_diffusers_own_pipeline_gives(engine, task, run):
         negative_prompt="green",
         num_inference_steps=5,
         guidance_scale=4.0,
+        width=SIDE,
+        height=SIDE,
         generator=torch.Generator("cpu").manual_seed(11),
         output_type="np",
     )
@@ -176,7 +179,7 @@ def test_deterministic_images_are_bit_identical_alone_and_in_any_mix(
 
 
 def test_at_the_fixed_shapes_a_row_does_not_feel_its_place_or_company(model):
-    shape = model.latent_shape(128, 128)
+    shape = model.latent_shape(SIDE, SIDE)
     prompts = model.inputs(["a red circle", None])
 
     def placed(row: torch.Tensor, rows: int, place: int) -> torch.Tensor:
@@ -275,7 +278,7 @@ def test_cancelling_frees_the_rows_and_leaves_the_others_alone(start, task, list
 
 
 def test_a_nan_row_ends_its_own_request_alone(fixed_engine, task, run):
-    poisoned = task(image=torch.full((3, 128, 128), torch.nan), strength=1.0)
+    poisoned = task(image=torch.full((3, SIDE, SIDE), torch.nan), strength=1.0)
     sound = [task(s, seed=k) for k, s in enumerate(("unipc", "ddim", "euler_ancestral"))]
     clean = run(fixed_engine, sound).pixels()
     for position in (0, 2):
@@ -395,12 +398,12 @@ def test_an_engine_that_cannot_warm_up_says_why_and_takes_nothing(model, task, l
 def test_progress_counts_steps_not_evaluations_and_carries_previews(engine, task, run):
     heard = run(engine, [task("heun", steps=4, previews=True)])
     assert heard.steps == [(0, k, 4) for k in (1, 2, 3, 4)]
-    assert [p.shape for p in heard.previews] == [(64, 64, 3)] * 3
+    assert [p.shape for p in heard.previews] == [(SIDE // 2, SIDE // 2, 3)] * 3
 
 
 def test_images_of_other_sizes_run_in_a_lane_of_their_own(engine, task, run):
-    heard = run(engine, [task(), task(width=160, height=96), task(width=96, height=160)])
-    assert [p.shape for p in heard.pixels()] == [(128, 128, 3), (96, 160, 3), (160, 96, 3)]
+    heard = run(engine, [task(), task(width=64, height=32), task(width=32, height=64)])
+    assert [p.shape for p in heard.pixels()] == [(SIDE, SIDE, 3), (32, 64, 3), (64, 32, 3)]
 
 
 def test_ever_new_sizes_do_not_pile_up_lanes(start, task, run):
@@ -414,9 +417,9 @@ def test_ever_new_sizes_do_not_pile_up_lanes(start, task, run):
 
 def picture() -> torch.Tensor:
     """White with a red disc."""
-    y, x = torch.meshgrid(torch.arange(128), torch.arange(128), indexing="ij")
-    image = torch.ones(3, 128, 128)
-    image[1:, (x - 64) ** 2 + (y - 64) ** 2 < 900] = -1
+    y, x = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
+    image = torch.ones(3, SIDE, SIDE)
+    image[1:, (x - 48) ** 2 + (y - 48) ** 2 < 500] = -1
     return image
 
 
@@ -431,8 +434,8 @@ def test_image_to_image_stays_nearer_to_the_picture_at_lower_strength(engine, mo
 
 
 def test_inpainting_keeps_to_the_pixel_what_it_was_to_keep(engine, task, run):
-    mask = torch.zeros(128, 128)
-    mask[32:96, 32:96] = 1
+    mask = torch.zeros(SIDE, SIDE)
+    mask[24:72, 24:72] = 1
     tasks = [
         task(s, image=picture(), mask=mask, steps=4, strength=1.0, seed=k)
         for k, s in enumerate(("ddim", "unipc", "heun", "euler_ancestral"))
@@ -444,11 +447,12 @@ def test_inpainting_keeps_to_the_pixel_what_it_was_to_keep(engine, task, run):
         assert not np.array_equal(pixels[~kept], original[~kept])
 
 
-def test_an_elementwise_table_shares_a_tick_with_scalar_ones(fixed_engine, task, run):
+def test_an_elementwise_table_shares_a_tick_with_scalar_ones(fixed_engine, model, task, run):
     """The same coefficients written out per element give the same picture."""
     scalar = task(DPMSolverPP(order=3), steps=4)
     spread = np.broadcast_to(
-        scalar.plan.tables[..., None, None, None], (*scalar.plan.tables.shape, 4, 16, 16)
+        scalar.plan.tables[..., None, None, None],
+        (*scalar.plan.tables.shape, *model.latent_shape(SIDE, SIDE)),
     )
     elementwise = replace(scalar, plan=replace(scalar.plan, tables=spread.copy()))
     first, second, _ = run(fixed_engine, [scalar, elementwise, task("unipc")]).pixels()
@@ -479,7 +483,7 @@ def test_rows_of_elementwise_and_per_channel_tables_share_a_tick(fixed_engine, m
     grid = model.default_schedule.grid(Trailing(), 4)
     statistics = model.statistics.load(model.statistics.exact("cfg", 4.0), (4, 16, 16))
     tasks = [
-        replace(task(steps=4), plan=DPMSolverV3().plan(grid, given))
+        replace(task(steps=4, width=128, height=128), plan=DPMSolverV3().plan(grid, given))
         for given in (statistics, statistics.per_channel())
     ]
     together = run(fixed_engine, tasks).pixels()

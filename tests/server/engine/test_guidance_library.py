@@ -48,7 +48,8 @@ def test_the_documented_loop_gives_the_servers_picture(
     found: dict[str, Any] = {"OTHER_RULE": rule}
     exec(code.replace("rule = APG(scale=8)\n", "rule = OTHER_RULE\n"), found)  # noqa: S102 - ours
     prompt = "a small red circle on a white background"
-    one = task("ddim", rule, steps=found["STEPS"], seed=found["SEED"], prompt=prompt)
+    told = {"steps": found["STEPS"], "seed": found["SEED"], "prompt": prompt}
+    one = task("ddim", rule, width=128, height=128, **told)
     [ours] = run(engine, [one]).pixels()
     theirs = to_uint8(found["picture"])[0].numpy()
     assert int(np.abs(ours.astype(int) - np.asarray(theirs).astype(int)).max()) <= CLOSE
@@ -76,7 +77,7 @@ def test_each_prediction_reaches_a_rule_of_several_prompts_in_its_place(
     plan = one.plan
     told = [branch.text(one.prompt, one.negative_prompt) for branch in rule.branches]
     texts = model.inputs([one.prompt, *told])
-    x = start_noise(one.seed, model.latent_shape(128, 128))[None]
+    x = start_noise(one.seed, model.latent_shape(one.width, one.height))[None]
     with torch.inference_mode():
         for i, alpha, sigma in zip(
             range(4), plan.alpha.tolist(), plan.sigma.tolist(), strict=False

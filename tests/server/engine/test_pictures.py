@@ -9,6 +9,7 @@ import torch
 from server.engine.state.sequence import Sequence
 from server.engine.state.submission import Submission
 from server.engine.tick.pictures import ENCODED_AT_ONCE, LEAST_PIXELS, PicturesOfATick
+from tests.server.engine.conftest import SIDE
 
 
 class Counting:
@@ -29,7 +30,7 @@ class Counting:
 
 
 def picture(grey: float) -> torch.Tensor:
-    return torch.full((3, 128, 128), grey)
+    return torch.full((3, SIDE, SIDE), grey)
 
 
 @pytest.fixture

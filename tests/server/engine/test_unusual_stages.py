@@ -6,6 +6,7 @@ import torch
 
 from samplers.restart import Restart
 from samplers.score_sde_pc import ScoreSDEPC
+from tests.server.engine.conftest import SIDE
 from tests.server.engine.test_engine import CLOSE, apart, by_hand, picture
 
 COMPANY = ("ddim", "unipc", "heun", "euler_ancestral")
@@ -38,8 +39,8 @@ def test_a_langevin_move_acts(engine, task, run):
 
 @pytest.mark.parametrize("sampler", [Restart(restarts=2), ScoreSDEPC(snr=0.16)])
 def test_inpainting_keeps_what_it_was_to_keep_where_levels_rise_or_stay(engine, task, run, sampler):
-    mask = torch.zeros(128, 128)
-    mask[32:96, 32:96] = 1
+    mask = torch.zeros(SIDE, SIDE)
+    mask[24:72, 24:72] = 1
     heard = run(engine, [task(sampler, image=picture(), mask=mask, steps=4, strength=1.0)])
     [pixels] = heard.pixels()
     original = ((picture() + 1) / 2 * 255).round().byte().permute(1, 2, 0).numpy()

@@ -36,9 +36,11 @@ def drawn(model: Any, unet: Any, one: Any, setting: NAG, scale: float) -> Any:
     """A run by hand, every evaluation in a batch of its own."""
     guided, _ = guided_attention(unet, setting.scale, setting.tau, setting.alpha)
     plan, schedule = one.plan, model.default_schedule
-    prompt, negative = model.encode_prompts([one.prompt, one.negative_prompt], 128, 128)
+    prompt, negative = model.encode_prompts(
+        [one.prompt, one.negative_prompt], one.width, one.height
+    )
     told, against = (text.tensors["encoder_hidden_states"][None] for text in (prompt, negative))
-    state = torch.zeros(plan.slots, *model.latent_shape(128, 128))
+    state = torch.zeros(plan.slots, *model.latent_shape(one.width, one.height))
     state[0] = plan.start_scale * start_noise(one.seed, state.shape[1:])
     for i in range(plan.evaluations):
         x = state[:1]
