@@ -20,16 +20,14 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from server.cli import main as command_line
 from server.decoding import picture
-from server.decoding.pool import DecodePool
+from server.decoding.pool import Decoded, DecodePool
 from server.decoding.worker import Job, decoded
 from server.engine.tick import newcomers
-from server.http import body, connection, errors, gate, generate
+from server.http import body, connection, errors, gate, making
 from server.service.service import Service
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
-
-    from numpy.typing import NDArray
 
     from server.settings import Settings
 
@@ -45,7 +43,7 @@ def weaken() -> None:
     _replace(picture, "MOST_ASPECT", MANY)
     for method in ("_uploaded", "_decoded"):
         _replace(DecodePool, method, _decode_in_a_thread)
-    _replace(generate, "_unless_disconnected", _whether_or_not_disconnected)
+    _replace(making, "unless_disconnected", _whether_or_not_disconnected)
     _replace(errors, "explain", _stumble)
     _replace(newcomers, "start_noise", _any_noise)
     _replace(Service, "admit", _tell_the_log(Service.admit))
@@ -61,12 +59,12 @@ def _plain_connections(_: Settings) -> type[asyncio.Protocol]:
     return HttpToolsProtocol
 
 
-async def _decode_in_a_thread(_: DecodePool, one: Any, **__: bool) -> NDArray[np.uint8]:
+async def _decode_in_a_thread(_: DecodePool, one: Any, **__: bool) -> Decoded:
     content = one.data.encode() if isinstance(one.data, str) else one.data
     width, height = one.size
     coded = isinstance(one.data, str)
-    job = Job(len(content), one.field, one.mask, coded, MANY, width, height, MANY)
-    return np.asarray(await asyncio.to_thread(decoded, job, content))
+    job = Job(len(content), one.field, False, one.mask, coded, MANY, width, height, MANY)
+    return Decoded(np.asarray(await asyncio.to_thread(decoded, job, content)), {})
 
 
 async def _whether_or_not_disconnected(_: Any, work: Coroutine[Any, Any, Any]) -> Any:

@@ -28,7 +28,7 @@ from server.decoding.worker import Answer, Job
 from server.errors import InvalidRequest, Overloaded, TooLarge, WeftError
 from server.settings import Limits
 
-__all__ = ["DecodePool"]
+__all__ = ["DecodePool", "Decoded"]
 
 log = logging.getLogger("weft")
 
@@ -50,7 +50,7 @@ MEMORY_RETURNED: Final = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 """Whatever is larger than this goes back to the system as soon as it is freed."""
 
 
-class _Read(NamedTuple):
+class Decoded(NamedTuple):
     """What was read of a picture: its pixels, or its texts."""
 
     pixels: NDArray[np.uint8]
@@ -66,7 +66,7 @@ class _Picture:
     size: tuple[int | None, int | None]
     mask: MaskForm | None = None
     texts: bool = False
-    read: Future[_Read] = of_dataclass(default_factory=Future)
+    read: Future[Decoded] = of_dataclass(default_factory=Future)
 
 
 class DecodePool:
@@ -169,7 +169,7 @@ class DecodePool:
         for picture in waiting:
             picture.read.cancel()
 
-    async def _uploaded(self, picture: _Picture) -> _Read:
+    async def _uploaded(self, picture: _Picture) -> Decoded:
         with self._lock:
             if not self._room:
                 raise Overloaded(RETRY_AFTER_S, "Too many uploaded images wait to be decoded.")
@@ -181,7 +181,7 @@ class DecodePool:
         with self._lock:
             self._room += 1
 
-    async def _decoded(self, picture: _Picture, *, frame: bool) -> _Read:
+    async def _decoded(self, picture: _Picture, *, frame: bool) -> Decoded:
         with self._lock:
             self._turns.add(picture, frame=frame)
             self._threads.submit(self._take_turn)
@@ -203,7 +203,7 @@ class DecodePool:
         else:
             picture.read.set_result(read)
 
-    def _read(self, picture: _Picture) -> _Read:
+    def _read(self, picture: _Picture) -> Decoded:
         data = picture.data
         content = data.encode(errors="replace") if isinstance(data, str) else data
         job = Job(
@@ -271,11 +271,11 @@ class _Worker:
         for pipe in (self._jobs, self._answers):
             pipe.close()
 
-    def decode(self, job: Job, content: bytes, seconds: float) -> _Read:
+    def decode(self, job: Job, content: bytes, seconds: float) -> Decoded:
         try:
             answer = self._asked(job, content, seconds)
             if answer.refusal is None:
-                return _Read(self._pixels(answer.shape), answer.texts)
+                return Decoded(self._pixels(answer.shape), answer.texts)
         except TimeoutError:
             self.end()
             raise TooLarge(
