@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from server.models.adapters.convolution import convolve_by_products, multiplies
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
 
@@ -172,6 +174,10 @@ def _down(layer: Layer, x: Tensor, changes: Sequence[LowRank], rows: _Rows) -> T
     """What the first factors make of a layer's input, ``[rows, tokens, rank]``."""
     if isinstance(layer, nn.Conv2d):
         if not _pointwise(layer):
+            if x.is_cuda and multiplies(layer):
+                kernels = torch.stack([change.down for change in rows.padded(changes)])
+                made = convolve_by_products(layer, rows.of(x), kernels)
+                return made.permute(0, 2, 3, 1).flatten(1, 2)
             # Row by row: a grouped convolution costs up to five times as much on a CPU.
             conv: Any = F.conv2d
             reach = layer.stride, layer.padding, layer.dilation

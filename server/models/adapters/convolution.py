@@ -1,0 +1,44 @@
+"""Convolutions of rows that have a kernel each."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+__all__ = ["convolve_by_products", "multiplies"]
+
+
+def multiplies(layer: nn.Conv2d) -> bool:
+    """Whether :func:`convolve_by_products` can do what the layer does."""
+    usual = layer.stride == (1, 1) and layer.dilation == (1, 1)
+    return usual and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+
+
+def convolve_by_products(layer: nn.Conv2d, x: Tensor, kernels: Tensor) -> Tensor:
+    """One batch of products for all rows, however many kernels they have.
+
+    It tells what every cell contributes to each of its neighbours; then these are added up. That
+    is as much arithmetic as the convolutions are, in a few kernels of the device.
+
+    Args:
+        layer: whose padding is used; see :func:`multiplies`.
+        x: ``[rows, in, height, width]``.
+        kernels: ``[rows, rank, in, kernel height, kernel width]``.
+
+    Returns:
+        ``[rows, rank, new height, new width]``.
+    """
+    size = kernels.shape[-2], kernels.shape[-1]
+    # A cell is to the left of that which it is the right neighbour of.
+    turned = kernels.flip(-2, -1).permute(0, 1, 3, 4, 2).flatten(1, 3)
+    contributions = torch.bmm(turned, x.flatten(2))
+    padding = [int(one) for one in layer.padding]
+    new = [n + 2 * p - k + 1 for n, p, k in zip(x.shape[-2:], padding, size, strict=True)]
+    beyond = [k - 1 - p for k, p in zip(size, padding, strict=True)]
+    fold: Any = F.fold
+    return fold(contributions, new, size, padding=beyond)
