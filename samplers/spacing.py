@@ -23,6 +23,8 @@ class Spacing(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan
 
     summary: ClassVar[str]
     source: ClassVar[str]
+    needs_whole_timesteps: ClassVar[bool] = False
+    """Whether it suits only models that were trained at whole timesteps."""
     name: str
 
     @property

@@ -196,6 +196,7 @@ class LCMSpacing(ListedSpacing, frozen=True):
         "A selection of the 50 times that consistency models were distilled at."
     )
     source: ClassVar[str] = "LCM (arXiv 2310.04378), algorithm 3."
+    needs_whole_timesteps: ClassVar[bool] = True
     name: Literal["lcm"] = "lcm"
     distilled_steps: int = Field(
         default=50,

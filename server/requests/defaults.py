@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from samplers import Trailing
 from server.errors import InvalidRequest
 from server.requests.adapters import check_adapters
 from server.requests.schema import (
@@ -65,7 +66,13 @@ def sampler_for(own: ModelDefaults | None) -> Sampler:
     return default_sampler() if own is None else own.sampler
 
 
-def spacing_for(own: ModelDefaults | None, sampler: Sampler, steps: int | None = None) -> Spacing:
+def spacing_for(
+    own: ModelDefaults | None,
+    sampler: Sampler,
+    steps: int | None = None,
+    *,
+    whole_timesteps: bool = True,
+) -> Spacing:
     """The spacing of a request that leaves it out.
 
     Args:
@@ -73,8 +80,12 @@ def spacing_for(own: ModelDefaults | None, sampler: Sampler, steps: int | None =
         sampler: of the request. One that the model does not use keeps its own spacing, but where
             that is the model's by name, with the model's parameters.
         steps: that the request names; None if it leaves them out.
+        whole_timesteps: whether the model was trained at whole timesteps alone. Others get
+            ``trailing`` in place of a spacing that needs these.
     """
     named = sampler.default_spacing
+    if not whole_timesteps and SPACING_BY_NAME[named].needs_whole_timesteps:
+        named = Trailing().name
     if own is not None and (sampler.name == own.sampler.name or named == own.spacing.name):
         return own.spacing_of(steps)
     return SPACING_BY_NAME[named].model_validate({})

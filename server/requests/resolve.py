@@ -85,7 +85,8 @@ def resolve(
     has_picture, has_reference = upload_size is not None, request.reference is not None
     own = own_defaults(model, request.adapters)
     sampler = request.sampler or sampler_for(own)
-    spacing = request.spacing or spacing_for(own, sampler, request.steps)
+    whole = model.default_schedule.whole_timesteps is not None
+    spacing = request.spacing or spacing_for(own, sampler, request.steps, whole_timesteps=whole)
     guidance = request.guidance or guidance_for(own, sampler)
     if request.guidance is not None and request.reading.rule_left_out:
         guidance = guidance_with(guidance, guidance_for(own, sampler), model.facts.name)

@@ -11,6 +11,8 @@ from diffusers import FluxImg2ImgPipeline
 from diffusers.pipelines.flux import pipeline_flux_img2img
 from torch import Tensor
 
+from samplers import FittedSampler
+from samplers.registry import SAMPLERS
 from server.engine.engine import Engine
 from server.engine.state.noise import start_noise
 from server.engine.task import ImageTask
@@ -103,6 +105,17 @@ def test_final_latents_in_mixed_company_are_those_of_diffusers(
     true_cfg: dict[str, Any] = {"guidance_scale": 1.0, "true_cfg_scale": 4.0}
     assert_among(decoded, theirs(pipeline, 7, negative_prompt="blue", **true_cfg))
     assert_among(decoded, theirs(pipeline, 8, steps=3, guidance_scale=1.0))
+
+
+def test_every_sampler_runs_with_its_own_spacing(model: HostedModel, engine: Engine) -> None:
+    # What is fitted to a model has to be fitted first.
+    kinds = [kind for kind in SAMPLERS if not issubclass(kind, FittedSampler)]
+    names = [kind.model_fields["name"].default for kind in kinds]
+    tasks = [asked(model, sampler=name, seed=seed) for seed, name in enumerate(names)]
+    ear = run(engine, tasks)
+    assert not ear.errors, ear.errors
+    # Those for distilled models are given times of continuous ones.
+    assert tasks[names.index("lcm")].plan.t[0] == 1
 
 
 @torch.inference_mode()
