@@ -19,6 +19,7 @@ from samplers import (
     TCD,
     Angles,
     Custom,
+    DPMSolverPP,
     Euler,
     EulerAncestral,
     LCMSpacing,
@@ -162,6 +163,14 @@ CONVENTIONS: Final[Mapping[str, Convention]] = MappingProxyType(
             LCMSpacing(),
             steps=4,
             counts=(1, 2, 3, 4, 5, 6, 7, 8),
+        ),
+        "pixart": Convention(
+            "PixArt-alpha and PixArt-Sigma",
+            "diffusers' `PixArtAlphaPipeline` and `PixArtSigmaPipeline`",
+            DPMSolverPP(),
+            Linspace(endpoint=False),
+            steps=20,
+            rule=CFG(scale=4.5),
         ),
         "zero_snr": Convention(
             "models of zero terminal SNR, which predict velocities and start from noise alone",

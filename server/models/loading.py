@@ -15,6 +15,7 @@ from server.models.folder import classifier_file, read_json, revisions_of, witho
 from server.models.latent_consistency import load_latent_consistency
 from server.models.linear_fits import LinearFits
 from server.models.parts import check_loaded
+from server.models.pixart import load_pixart
 from server.models.qwen_image import load_qwen_image
 from server.models.stable_diffusion import load_stable_diffusion
 from server.models.stable_diffusion_3 import load_stable_diffusion_3
@@ -34,9 +35,11 @@ FAMILIES = {
     "Flux2KleinPipeline": load_flux2_klein,
     "FluxPipeline": load_flux1,
     "LatentConsistencyModelPipeline": load_latent_consistency,
-    "StableDiffusionInpaintPipeline": load_stable_diffusion,
+    "PixArtAlphaPipeline": load_pixart,
+    "PixArtSigmaPipeline": load_pixart,
     "QwenImagePipeline": load_qwen_image,
     "StableDiffusion3Pipeline": load_stable_diffusion_3,
+    "StableDiffusionInpaintPipeline": load_stable_diffusion,
     "StableDiffusionPipeline": load_stable_diffusion,
     "StableDiffusionXLInpaintPipeline": load_stable_diffusion_xl,
     "StableDiffusionXLPipeline": load_stable_diffusion_xl,
@@ -48,6 +51,8 @@ IN_BFLOAT16 = frozenset(
     {
         "Flux2KleinPipeline",
         "FluxPipeline",
+        "PixArtAlphaPipeline",
+        "PixArtSigmaPipeline",
         "QwenImagePipeline",
         "StableDiffusion3Pipeline",
         "ZImagePipeline",

@@ -1,0 +1,181 @@
+"""PixArt-alpha and PixArt-Sigma: T5's text without its padding, and a transformer of noise.
+
+Chen et al., arXiv 2310.00426 and 2403.04692; as ``PixArtAlphaPipeline`` and
+``PixArtSigmaPipeline`` of diffusers run them, but at the size that is asked for, and with prompts
+that are lowered and stripped in place of being cleaned.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from server.errors import ModelMismatch
+from server.models.autoencoder import Autoencoder
+from server.models.conditioning import MASK, Conditioning, StackedConditioning, stack_padded
+from server.models.conventions import defaults_by
+from server.models.distilled import distilled_spacing, stated
+from server.models.folder import component_class, read_json
+from server.models.hosted import ModelFacts
+from server.models.parts import build_network, load_network
+from server.models.t5 import MARKERS, T5
+from server.models.transformer_model import TRANSFORMER, TransformerModel
+from server.models.unet_model import SCHEDULER, schedule_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from torch import Tensor, nn
+
+    from server.models.defaults import ModelDefaults
+    from server.models.folder import Revisions
+    from server.models.inputs import RowInputs
+
+__all__ = ["load_pixart"]
+
+TEXT = "text"
+"""Of conditioning, the hidden states of T5, ``[tokens, features]``."""
+
+LENGTHS: Mapping[str, int] = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}
+"""Tokens of the longest prompt, with the marker of its end, by pipeline class."""
+
+TRANSFORMERS = "PixArtTransformer2DModel", "Transformer2DModel"
+"""What folders call the transformer's class; the second is its name before diffusers 0.28."""
+
+
+class MaskedT5:
+    """The last hidden states of a prompt's own tokens; the unconditional is the empty prompt.
+
+    Args:
+        t5: whose attention leaves the padding out.
+    """
+
+    def __init__(self, t5: T5) -> None:
+        self._t5 = t5
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of the longest prompt, the marker of its end not counted."""
+        return self._t5.max_tokens
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a prompt, the marker of its end not counted; safe from any thread."""
+        return self._t5.count_tokens(_as_trained(text))
+
+    def encode(self, prompts: Sequence[str | None], width: int, height: int) -> list[Conditioning]:
+        """Conditioning of each prompt at its own length, whatever the size of the picture."""
+        encoded = self._t5.encode([_as_trained(prompt or "") for prompt in prompts], masked=True)
+        # Choosing the tokens copies them: a view would keep the whole batch of prompts in memory.
+        texts = [states[mask] for states, mask in zip(*encoded, strict=True)]
+        return [Conditioning({TEXT: text}, len(text)) for text in texts]
+
+    def modules(self) -> Mapping[str, nn.Module]:
+        """The text encoder by its name in a model folder."""
+        return {"text_encoder": self._t5.encoder}
+
+
+class PixArtDenoiser:
+    """The transformer; the half of its output that is a learned variance is left out.
+
+    Args:
+        network: a ``PixArtTransformer2DModel`` in inference mode.
+        latent_scale: pixels along one side of a latent cell.
+        device: where it runs.
+    """
+
+    def __init__(self, network: Any, latent_scale: int, device: torch.device) -> None:
+        self.network = network.to(device)
+        self._latent_scale = latent_scale
+
+    def __call__(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
+        """See ``HostedModel.evaluate``."""
+        told, dtype = inputs.conditioning.tensors, self.network.dtype
+        added: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
+        if self.network.use_additional_conditions:
+            height, width = (size * self._latent_scale for size in x.shape[2:])
+            added = {
+                "resolution": x.new_tensor([[height, width]], dtype=dtype).expand(len(x), -1),
+                "aspect_ratio": x.new_tensor([[height / width]], dtype=dtype).expand(len(x), -1),
+            }
+        raw = self.network(
+            x.to(dtype),
+            encoder_hidden_states=told[TEXT],
+            encoder_attention_mask=told.get(MASK),
+            timestep=t,
+            added_cond_kwargs=added,
+            return_dict=False,
+        )[0]
+        return raw[:, : x.shape[1]].float()
+
+
+def load_pixart(
+    folder: Path, name: str, revisions: Revisions, device: torch.device, dtype: torch.dtype
+) -> TransformerModel:
+    """Load the parts of a diffusers folder from safetensors alone.
+
+    Raises:
+        ModelMismatch: a part that this family cannot run.
+    """
+    from diffusers import AutoencoderKL, PixArtTransformer2DModel
+
+    length = LENGTHS[read_json(folder, "model_index.json")["_class_name"]]
+    text = MaskedT5(T5.load(folder, "", length, device, dtype))
+    component_class(folder, TRANSFORMER, frozenset(TRANSFORMERS))
+    transformer = build_network(folder, TRANSFORMER, PixArtTransformer2DModel, dtype)
+    channels = transformer.config.in_channels
+    if transformer.out_channels not in (channels, 2 * channels):
+        raise ModelMismatch(
+            f"transformer of model folder {str(folder)!r} has {transformer.out_channels} output "
+            f"channels; allowed are {channels}, and {2 * channels} with a learned variance."
+        )
+    # In float16 the autoencoder that Sigma shares with SDXL overflows.
+    upcast = read_json(folder, "vae/config.json").get("force_upcast", True)
+    vae_dtype = torch.float32 if upcast and dtype == torch.float16 else dtype
+    vae = load_network(folder, "vae", [AutoencoderKL], vae_dtype)
+    latent_scale = 2 ** (len(vae.config.block_out_channels) - 1)
+    side = transformer.config.sample_size * latent_scale
+    facts = ModelFacts(
+        name=name,
+        revision=revisions.weights,
+        denoiser=revisions.denoiser,
+        prediction="epsilon",
+        latent_channels=channels,
+        latent_scale=latent_scale,
+        size_multiple=transformer.config.patch_size * latent_scale,
+        default_width=side,
+        default_height=side,
+        max_tokens=text.max_tokens,
+        defaults=_defaults_of(folder),
+    )
+    schedule = schedule_of(folder)
+
+    def stack(rows: Sequence[Conditioning], *, fixed: bool) -> StackedConditioning:
+        return stack_padded(rows, TEXT, places=text.max_tokens + MARKERS if fixed else None)
+
+    return TransformerModel(
+        facts,
+        device,
+        dtype,
+        schedule=lambda *_: schedule,
+        denoiser=PixArtDenoiser(transformer, latent_scale, device),
+        autoencoder=Autoencoder(vae, device),
+        text=text,
+        stack=stack,
+    )
+
+
+def _as_trained(prompt: str) -> str:
+    """The prompt as the pipelines' own preprocessing leaves it."""
+    return prompt.lower().strip()
+
+
+def _defaults_of(folder: Path) -> ModelDefaults:
+    scheduler = read_json(folder, SCHEDULER)
+    if said := stated(folder, scheduler, embeds_scale=False):
+        return said
+    if scheduler.get("_class_name") == "LCMScheduler":
+        spacing = distilled_spacing(folder, scheduler)
+        return defaults_by("lcm_lora", "its scheduler is an LCMScheduler", spacing=spacing)
+    return defaults_by("pixart", "it is a PixArt pipeline whose scheduler is no LCMScheduler")
