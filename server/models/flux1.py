@@ -18,9 +18,14 @@ from server.models.distilled import stated
 from server.models.flow_matching import SCHEDULER, FlowSchedules
 from server.models.folder import Revisions, read_json
 from server.models.hosted import ModelFacts
-from server.models.parts import load_network, load_text_encoder, load_tokenizer
+from server.models.parts import load_autoencoder, load_network, load_text_encoder, load_tokenizer
 from server.models.t5 import T5
-from server.models.transformer_model import TRANSFORMER, TransformerModel, default_side
+from server.models.transformer_model import (
+    TRANSFORMER,
+    TransformerModel,
+    check_channels,
+    default_side,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -146,7 +151,7 @@ def load_flux1(
     from transformers import CLIPTextModel, CLIPTokenizer
 
     transformer = load_network(folder, TRANSFORMER, [FluxTransformer2DModel], dtype)
-    vae = load_network(folder, "vae", [AutoencoderKL], dtype)
+    vae = load_autoencoder(folder, [AutoencoderKL], dtype)
     clip = load_text_encoder(folder, "text_encoder", CLIPTextModel, dtype)
     tokenizer = load_tokenizer(
         folder, "tokenizer", CLIPTokenizer, clip.config.max_position_embeddings
@@ -157,12 +162,14 @@ def load_flux1(
     latent_scale = 2 ** (len(vae.config.block_out_channels) - 1)
     multiple = PATCH * latent_scale
     side = default_side(vae, multiple)
+    channels = transformer.config.in_channels // PATCH**2
+    check_channels(folder, channels, vae.config.latent_channels)
     facts = ModelFacts(
         name=name,
         revision=revisions.weights,
         denoiser=revisions.denoiser,
         prediction="flow",
-        latent_channels=transformer.config.in_channels // PATCH**2,
+        latent_channels=channels,
         latent_scale=latent_scale,
         size_multiple=multiple,
         default_width=side,

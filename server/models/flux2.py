@@ -20,7 +20,12 @@ from server.models.flux1 import THOUSAND
 from server.models.folder import Revisions, read_json
 from server.models.hosted import ModelFacts
 from server.models.parts import load_network, load_text_encoder, load_tokenizer
-from server.models.transformer_model import TRANSFORMER, TransformerModel, default_side
+from server.models.transformer_model import (
+    TRANSFORMER,
+    TransformerModel,
+    check_channels,
+    default_side,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -185,12 +190,14 @@ def load_flux2_klein(
     vae = load_network(folder, "vae", [AutoencoderKLFlux2], dtype)
     latent_scale = PATCH * 2 ** (len(vae.config.block_out_channels) - 1)
     side = default_side(vae, latent_scale)
+    channels = transformer.config.in_channels
+    check_channels(folder, channels, PATCH**2 * vae.config.latent_channels)
     facts = ModelFacts(
         name=name,
         revision=revisions.weights,
         denoiser=revisions.denoiser,
         prediction="flow",
-        latent_channels=transformer.config.in_channels,
+        latent_channels=channels,
         latent_scale=latent_scale,
         size_multiple=latent_scale,
         default_width=side,

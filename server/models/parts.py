@@ -64,6 +64,24 @@ def load_network(folder: Path, part: str, allowed: Sequence[Any], dtype: torch.d
     return build_network(folder, part, kind, dtype)
 
 
+def load_autoencoder(folder: Path, allowed: Sequence[Any], dtype: torch.dtype) -> Any:
+    """The part ``vae``, in float32 in place of float16 where its config says ``force_upcast``.
+
+    That of Stable Diffusion XL overflows in float16, and so may those of its successors.
+
+    Args:
+        folder: of the model.
+        allowed: classes that the folder may name.
+        dtype: of the model.
+
+    Raises:
+        ModelMismatch: another class, or weights that are not those of the config.
+    """
+    upcast = read_json(folder, "vae/config.json").get("force_upcast", True)
+    own = torch.float32 if upcast and dtype == torch.float16 else dtype
+    return load_network(folder, "vae", allowed, own)
+
+
 def build_network(folder: Path, part: str, kind: Any, dtype: torch.dtype) -> Any:
     """A network of diffusers whose class is known; see :func:`load_network`."""
     config = known_entries(read_json(folder, f"{part}/config.json"), kind.__init__)

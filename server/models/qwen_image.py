@@ -19,7 +19,12 @@ from server.models.flux1 import THOUSAND, packed, unpacked
 from server.models.folder import Revisions, read_json
 from server.models.hosted import ModelFacts
 from server.models.parts import load_network, load_text_encoder, load_tokenizer
-from server.models.transformer_model import TRANSFORMER, TransformerModel, default_side
+from server.models.transformer_model import (
+    TRANSFORMER,
+    TransformerModel,
+    check_channels,
+    default_side,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -139,12 +144,14 @@ def load_qwen_image(
     latent_scale = 2 ** len(vae.config.temperal_downsample)
     multiple = PATCH * latent_scale
     side = default_side(vae, multiple)
+    channels = transformer.config.in_channels // PATCH**2
+    check_channels(folder, channels, vae.config.z_dim)
     facts = ModelFacts(
         name=name,
         revision=revisions.weights,
         denoiser=revisions.denoiser,
         prediction="flow",
-        latent_channels=transformer.config.in_channels // PATCH**2,
+        latent_channels=channels,
         latent_scale=latent_scale,
         size_multiple=multiple,
         default_width=side,

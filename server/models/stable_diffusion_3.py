@@ -18,9 +18,9 @@ from server.models.distilled import is_called_turbo, stated
 from server.models.flow_matching import SCHEDULER, FlowSchedules
 from server.models.folder import Revisions, read_json
 from server.models.hosted import ModelFacts
-from server.models.parts import load_network, load_text_encoder, load_tokenizer
+from server.models.parts import load_autoencoder, load_network, load_text_encoder, load_tokenizer
 from server.models.t5 import T5
-from server.models.transformer_model import TRANSFORMER, TransformerModel
+from server.models.transformer_model import TRANSFORMER, TransformerModel, check_channels
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -143,17 +143,19 @@ def load_stable_diffusion_3(
     first, second = clips
     t5 = T5.load(folder, "_3", T5_LENGTH, device, dtype) if _has_t5(folder) else None
     transformer = load_network(folder, TRANSFORMER, [SD3Transformer2DModel], dtype)
-    vae = load_network(folder, "vae", [AutoencoderKL], dtype)
+    vae = load_autoencoder(folder, [AutoencoderKL], dtype)
     text = ClipsAndT5(first, second, t5, transformer.config.joint_attention_dim)
     latent_scale = 2 ** (len(vae.config.block_out_channels) - 1)
     multiple = transformer.config.patch_size * latent_scale
     side = transformer.config.sample_size * latent_scale
+    channels = transformer.config.in_channels
+    check_channels(folder, channels, vae.config.latent_channels)
     facts = ModelFacts(
         name=name,
         revision=revisions.weights,
         denoiser=revisions.denoiser,
         prediction="flow",
-        latent_channels=transformer.config.in_channels,
+        latent_channels=channels,
         latent_scale=latent_scale,
         size_multiple=multiple,
         default_width=side,

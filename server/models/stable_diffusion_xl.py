@@ -15,7 +15,7 @@ from server.models.conditioning import Conditioning
 from server.models.conventions import defaults_by
 from server.models.distilled import distilled_as
 from server.models.folder import Revisions, read_json
-from server.models.parts import load_network, load_text_encoder, load_tokenizer
+from server.models.parts import load_autoencoder, load_network, load_text_encoder, load_tokenizer
 from server.models.unet_model import (
     SCHEDULER,
     TEXT,
@@ -112,10 +112,7 @@ def load_stable_diffusion_xl(
             f"unet of model folder {str(folder)!r} has the addition_embed_type "
             f"{unet.config.addition_embed_type!r}; Stable Diffusion XL has 'text_time'."
         )
-    # In float16 the autoencoder of the base model overflows.
-    upcast = read_json(folder, "vae/config.json").get("force_upcast", True)
-    vae_dtype = torch.float32 if upcast and dtype == torch.float16 else dtype
-    vae = load_network(folder, "vae", [AutoencoderKL, AutoencoderTiny], vae_dtype)
+    vae = load_autoencoder(folder, [AutoencoderKL, AutoencoderTiny], dtype)
     index = read_json(folder, "model_index.json")
     text = TwoEncoders(
         first,

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 from typing_extensions import override
 
 from guidance.edits import SkippedBlocks
+from server.errors import ModelMismatch
 from server.models.adapters.adapted_network import AdaptedNetwork
 from server.models.hosted import HostedModel, ModelFacts
 from server.models.row_edits import RowEdits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
 
     import torch
     from torch import Tensor, nn
@@ -194,6 +196,25 @@ class TransformerModel(HostedModel):
             "vae": self._autoencoder.network,
             **self._text.modules(),
         }
+
+
+def check_channels(folder: Path, taken: int, coded: int) -> None:
+    """Refuse a transformer that reads more than the latents, or other ones.
+
+    Args:
+        folder: of the model.
+        taken: channels of a latent cell that the transformer takes.
+        coded: channels of a latent cell that the autoencoder makes.
+
+    Raises:
+        ModelMismatch: they differ.
+    """
+    if taken != coded:
+        raise ModelMismatch(
+            f"{TRANSFORMER} of model folder {str(folder)!r} takes latents of {taken} channels; "
+            f"its autoencoder makes latents of {coded}, and transformers that read anything else "
+            "are not hosted."
+        )
 
 
 def default_side(vae: Any, size_multiple: int) -> int:

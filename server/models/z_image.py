@@ -17,8 +17,13 @@ from server.models.distilled import stated
 from server.models.flow_matching import SCHEDULER, FlowSchedules
 from server.models.folder import Revisions, read_json
 from server.models.hosted import ModelFacts
-from server.models.parts import load_network, load_text_encoder, load_tokenizer
-from server.models.transformer_model import TRANSFORMER, TransformerModel, default_side
+from server.models.parts import load_autoencoder, load_network, load_text_encoder, load_tokenizer
+from server.models.transformer_model import (
+    TRANSFORMER,
+    TransformerModel,
+    check_channels,
+    default_side,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -84,16 +89,18 @@ def load_z_image(
 
     text = ChatText(encoder, states, tokenizer, TEMPLATE, device)
     transformer = load_network(folder, TRANSFORMER, [ZImageTransformer2DModel], dtype)
-    vae = load_network(folder, "vae", [AutoencoderKL], dtype)
+    vae = load_autoencoder(folder, [AutoencoderKL], dtype)
     latent_scale = 2 ** (len(vae.config.block_out_channels) - 1)
     multiple = PATCH * latent_scale
     side = default_side(vae, multiple)
+    channels = transformer.config.in_channels
+    check_channels(folder, channels, vae.config.latent_channels)
     facts = ModelFacts(
         name=name,
         revision=revisions.weights,
         denoiser=revisions.denoiser,
         prediction="flow",
-        latent_channels=transformer.config.in_channels,
+        latent_channels=channels,
         latent_scale=latent_scale,
         size_multiple=multiple,
         default_width=side,

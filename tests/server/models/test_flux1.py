@@ -16,7 +16,7 @@ from samplers.registry import SAMPLERS
 from server.engine.engine import Engine
 from server.engine.state.noise import start_noise
 from server.engine.task import ImageTask
-from server.errors import InvalidRequest
+from server.errors import InvalidRequest, ModelMismatch
 from server.models.flux1 import POOLED, TEXT, packed
 from server.models.hosted import HostedModel
 from server.models.loading import load_model
@@ -187,6 +187,12 @@ def test_schnell_follows_its_own_convention(tmp_path: Path) -> None:
 @pytest.mark.parametrize("blocks", ["transformer_blocks", "single_transformer_blocks"])
 def test_blocks_of_both_kinds_can_be_skipped(model: HostedModel, blocks: str) -> None:
     assert_skipped(model, start_noise(0, SHAPE), PROMPT, blocks)
+
+
+def test_a_transformer_that_reads_more_than_the_latents_is_refused(tmp_path: Path) -> None:
+    fill = saved(make(DEV, guided=True, channels=32), tmp_path / "fill")
+    with pytest.raises(ModelMismatch, match="takes latents of 8 channels; its autoencoder makes l"):
+        load(fill)
 
 
 def test_attention_cannot_be_edited_which_is_said_in_one_sentence(model: HostedModel) -> None:

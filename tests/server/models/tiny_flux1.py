@@ -30,16 +30,17 @@ DEV: dict[str, Any] = {"shift": 3.0, "use_dynamic_shifting": True}
 SCHNELL: dict[str, Any] = {"shift": 1.0}
 
 
-def make(scheduler: dict[str, Any], *, guided: bool) -> Any:
+def make(scheduler: dict[str, Any], *, guided: bool, channels: int = 16) -> Any:
     """The pipeline.
 
     Args:
         scheduler: entries of its scheduler's config.
         guided: whether the transformer is told a guidance scale, as that of dev is.
+        channels: that the transformer reads of a token; those of 2 x 2 cells are 16.
     """
     torch.manual_seed(0)
     transformer = FluxTransformer2DModel(
-        in_channels=16,
+        in_channels=channels,
         num_layers=1,
         num_single_layers=1,
         attention_head_dim=16,
