@@ -19,6 +19,7 @@
     |- NotReady                      503  loading, draining or broken
     |   `- DeviceLost                503  the GPU failed in a way that only a restart mends
     |- ModelMismatch                 500  a model folder is unsupported
+    |- ModelTooLarge                 507  a model does not fit in memory
     |- CannotListen                  500  the address or port cannot be listened on
     |- AdapterMismatch               500  an adapter cannot be used with a model
     `- RowFailed                     500  one image failed
@@ -43,6 +44,7 @@ __all__ = [
     "MalformedBody",
     "MalformedRequest",
     "ModelMismatch",
+    "ModelTooLarge",
     "NotAcceptable",
     "NotReady",
     "Overloaded",
@@ -252,6 +254,16 @@ class ModelMismatch(WeftError):
     """A model folder that this server cannot host; the message says why."""
 
     code = "model_mismatch"
+
+
+class ModelTooLarge(WeftError):
+    """A model that the memory cannot hold, whatever else is unloaded."""
+
+    status = 507
+    code = "model_too_large"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, field="model")
 
 
 class CannotListen(WeftError):

@@ -63,6 +63,12 @@ class ByteBoundedLRU(Generic[Key, Value]):
                 _, gone = self._values.popitem(last=False)
                 self._bytes -= self._size(gone)
 
+    def discard(self, unwanted: Callable[[Key], bool]) -> None:
+        """Let go of the values of all keys that are unwanted."""
+        with self._lock:
+            for key in [key for key in self._values if unwanted(key)]:
+                self._bytes -= self._size(self._values.pop(key))
+
     def get(self, key: Key, make: Callable[[], Value]) -> Value:
         """The value of a key, made where it is not kept."""
         found = self.find(key)

@@ -113,12 +113,25 @@ class Settings(BaseSettings):
 
     models: Names = Field(
         default=(),
-        description="Model folders, each `path` or `name=path`; the embedded models if empty.",
+        description="Model folders, each `path` or `name=path`, loaded at the start; the embedded "
+        "models if empty.",
     )
     models_folder: Path | None = Field(
         default=None,
         description="A folder of model folders: each subfolder with a `model_index.json` is hosted "
-        "under its own name, after those of `models`.",
+        "under its own name, after those of `models`, and loaded when a request names it.",
+    )
+    memory_gib: float | None = Field(
+        default=None,
+        gt=0,
+        description="Memory for the weights of all loaded models, in GiB; beyond it the least "
+        "recently used are unloaded. Default: what the device has free, of a GPU all but a tenth.",
+    )
+    load_s: float = Field(
+        default=300,
+        gt=0,
+        le=3600,
+        description="Seconds that a request waits for its model to be loaded.",
     )
     device: str = Field(default="auto", description="Device: `auto`, `cpu`, `cuda` or `cuda:N`.")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
@@ -278,6 +291,20 @@ class Settings(BaseSettings):
 
         Args:
             embedded: folders of the embedded models, which are hosted if no other is given.
+
+        Raises:
+            ValueError: two models of one name, or a folder of models that is none.
+        """
+        folders = self.named_folders()
+        for folder in self.found_folders():
+            folders.setdefault(folder.name, folder)
+        return folders or dict(embedded)
+
+    def named_folders(self) -> dict[str, Path]:
+        """The folder of each model in `models` by name.
+
+        Raises:
+            ValueError: two models of one name.
         """
         folders: dict[str, Path] = {}
         for entry in self.models:
@@ -289,12 +316,14 @@ class Settings(BaseSettings):
                     f"models has two models named {name!r}; write `name=path` to rename one."
                 )
             folders[name] = folder
-        for folder in self._found():
-            folders.setdefault(folder.name, folder)
-        return folders or dict(embedded)
+        return folders
 
-    def _found(self) -> list[Path]:
-        """The model folders in `models_folder`, by name."""
+    def found_folders(self) -> list[Path]:
+        """The model folders in `models_folder` as it is now, by name.
+
+        Raises:
+            ValueError: it is no folder.
+        """
         if self.models_folder is None:
             return []
         if not self.models_folder.is_dir():

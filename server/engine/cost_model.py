@@ -127,6 +127,11 @@ class CostModel:
         self._costs[model, shape] = cost
         self._measured[model] = shape[1] * shape[2], cost
 
+    def forget(self, model: str) -> None:
+        """Drop the costs of a model."""
+        del self._measured[model]
+        self._costs = {key: cost for key, cost in self._costs.items() if key[0] != model}
+
     def of(self, model: str, shape: tuple[int, int, int]) -> TickCost:
         """The cost at a shape; a guess by its area until it has ticks of its own."""
         if (model, shape) not in self._costs:

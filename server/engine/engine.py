@@ -9,10 +9,11 @@ from itertools import chain
 from math import inf
 from threading import Condition, Thread
 from time import monotonic, perf_counter
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 
+from server.engine.chores import Chores
 from server.engine.client import ANYONE, Client
 from server.engine.cost_model import MOST_ROWS, CostModel, TickCost
 from server.engine.fair_queue import TURN_S, Turns
@@ -41,7 +42,7 @@ from server.engine.tick.pictures import PicturesOfATick
 from server.engine.tick.preview import fit_preview, previews
 from server.engine.tick.resampling import resample
 from server.engine.tick.stopwatch import Stopwatch
-from server.engine.warmup import time_forwards
+from server.engine.warmup import Warmth, time_forwards, warm_up
 from server.errors import (
     Cancelled,
     DeviceLost,
@@ -63,8 +64,13 @@ if TYPE_CHECKING:
     from server.engine.task import ImageTask
     from server.models.hosted import HostedModel
 
+LaneKey: TypeAlias = "tuple[str, tuple[int, int, int], Hashable]"
+"""Model, latent shape, and what else images of one forward have in common."""
+
 StepsDone: TypeAlias = "tuple[Sequence, int]"
 """An image, and how many of its sampler steps are done."""
+
+Result = TypeVar("Result")
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +107,8 @@ class Engine:
     """Weaves the rows of all images under way through one forward a tick, in its own thread.
 
     Args:
-        models: hosted models by name, all on one device.
+        models: hosted models by name, at least one, all on one device. Others may be added and
+            removed while it runs.
         row_budget: most rows of a forward, at least 2; what a tick has is chosen from what waits
             and from what ticks cost. In deterministic mode every forward has so many, and where
             None is given, as many as its cost recommends at the start.
@@ -135,7 +142,7 @@ class Engine:
         self.ready = False
         self.failure: BaseException | None = None
         self.measurements = EngineMeasurements()
-        self._models = models
+        self._models = dict(models)
         self._asked_budget = row_budget
         self._deterministic = deterministic
         self._max_pending = max_pending
@@ -148,14 +155,15 @@ class Engine:
         self._turns = Turns()
         self._costs = CostModel()
         self._fixed_rows: int | None = None
-        self._lanes: dict[Hashable, Lane] = {}
-        self._admission = Admission(models, self._lane_of, deterministic=deterministic)
+        self._lanes: dict[LaneKey, Lane] = {}
+        self._admission = Admission(self._models, self._lane_of, deterministic=deterministic)
         self._colours: dict[str, Tensor] = {}
         self._arrived = Arrivals()
         self._active: list[Sequence] = []
         self._decoder = Decoder(self._device, self._turns, fixed=deterministic)
         self._previewed: tuple[list[StepsDone], HostCopy] | None = None
         self._wake = Condition()
+        self._chores = Chores(self._wake)
         self._stop_at: float | None = None
         self._thread = Thread(target=self._run, name="weft-engine", daemon=True)
 
@@ -176,6 +184,67 @@ class Engine:
             self._wake.notify()
         if self._thread.is_alive():
             self._thread.join(None if last_tick_s is None else timeout_s + last_tick_s)
+
+    @property
+    def device(self) -> torch.device:
+        """Where all models are."""
+        return self._device
+
+    def add_model(self, model: HostedModel) -> None:
+        """Serve one more model, on the same device, from the next tick on.
+
+        The first forwards of the model run in the caller's thread, so that ticks go on meanwhile.
+        They are only a few: its ticks teach the rest of what it costs.
+
+        Args:
+            model: loaded, under a name that none of the others has; the engine's from now on.
+
+        Raises:
+            MemoryError: not even one row of it fits in memory.
+            NotReady: the engine is not warm yet, or has stopped or failed.
+        """
+        self._check_open()
+        with torch.inference_mode():
+            warmth = warm_up(model)
+        self._in_own_thread(lambda: self._take_model(model, warmth))
+
+    def remove_model(self, name: str) -> bool:
+        """Serve a model no longer, and let go of all that was made for it; from any thread.
+
+        Returns:
+            Whether it is removed; it stays while images of it are waiting or under way.
+
+        Raises:
+            NotReady: the engine is not warm yet, or has stopped or failed.
+        """
+        return self._in_own_thread(lambda: self._let_go_of_model(name))
+
+    def _in_own_thread(self, work: Callable[[], Result]) -> Result:
+        with self._wake:
+            self._check_open()
+            done = self._chores.ask(work)
+        return done.result()
+
+    def _take_model(self, model: HostedModel, warmth: Warmth) -> None:
+        name = model.facts.name
+        self._colours[name] = warmth.colours
+        self._costs.start(name, self._default_shape(model), warmth.cost)
+        self._admission.add(name, model)
+        with self._wake:
+            self._models[name] = model
+
+    def _let_go_of_model(self, name: str) -> bool:
+        # Those that wait to be shown hold their lane, and it the model.
+        self._show_previews()
+        with self._wake:
+            if any(one.task.model == name for one in chain(self._arrived, self._active)):
+                return False
+            del self._models[name]
+        del self._colours[name]
+        self._costs.forget(name)
+        self._admission.forget(name)
+        self._lanes = {key: lane for key, lane in self._lanes.items() if key[0] != name}
+        return True
 
     def reserve(self, images: int, *, live: bool = False, client: Client = ANYONE) -> Reservation:
         """Room for the images of one request; safe from any thread.
@@ -233,6 +302,8 @@ class Engine:
         self._check_width(sequences)
         with self._wake:
             self._check_open()
+            if gone := {task.model for task in tasks} - self._models.keys():
+                raise NotReady(f"Model {gone.pop()!r} was unloaded; send the request again.")
             self._arrived.extend(sequences)
             self._wake.notify()
         return submission
@@ -335,13 +406,14 @@ class Engine:
     def _wait_for_work(self) -> bool:
         """Sleep until there is work; False when it is time to end."""
         with self._wake:
-            while not (self._arrived or self._active or self._stop_at is not None):
+            while not (self._arrived or self._active or self._chores or self._stop_at is not None):
                 self._wake.wait()
             if self._stop_at is None:
                 return True
             return bool(self._arrived or self._active) and monotonic() < self._stop_at
 
     def _tick(self) -> None:
+        self._chores.do()
         self._admit()
         chosen = self._select()
         if chosen:
@@ -668,6 +740,7 @@ class Engine:
             # Nothing is accepted from here on, whatever ended the loop.
             self._stop_at = self._stop_at or monotonic()
             self._active.extend(self._arrived.take_all())
+        self._chores.refuse(self._refusal("The server is stopping."))
         for sequence in list(self._active):
             self._fail(sequence, self._refusal("The image was not finished: the server stopped."))
 

@@ -1,23 +1,58 @@
-"""The first forwards of a model, and how long they take."""
+"""The first calls of a model's networks, and how long its forwards take."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from server.engine.cost_model import measured
+from server.engine.cost_model import TickCost, measured
 from server.engine.faults import free_memory, is_out_of_memory
+from server.engine.tick.preview import fit_preview
 from server.models.inputs import RowInputs
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from server.models.hosted import HostedModel
 
 
 STEPS = 20
 """Of the schedule in whose middle the rows are."""
+
+
+FEW_ROWS = 4
+"""Rows of the largest forward that is timed of a model that is added beside others' ticks."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Warmth:
+    """What the engine wants to know of a model before its first image.
+
+    Attributes:
+        colours: of previews, see :func:`fit_preview`.
+        cost: of its ticks at its default size, to begin with.
+    """
+
+    colours: Tensor
+    cost: TickCost
+
+
+def warm_up(model: HostedModel) -> Warmth:
+    """Run each network of a model that is not the engine's yet, in the caller's thread.
+
+    Raises:
+        MemoryError: not even one row fits.
+    """
+    facts = model.facts
+    shape = model.latent_shape(facts.default_width, facts.default_height)
+    colours = fit_preview(model)
+    model.decode(torch.zeros(1, *shape, device=model.device))
+    # Only a guess: what else runs on the device meanwhile is in these times.
+    return Warmth(colours, TickCost(time_forwards(model, FEW_ROWS), guessed=True))
 
 
 def time_forwards(model: HostedModel, most: int) -> dict[int, float]:

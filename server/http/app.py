@@ -71,7 +71,9 @@ def create_app(settings: Settings, *, on_failure: Callable[[], None] | None = No
         middleware=_middleware(settings),
     )
     app.state.settings = settings
-    app.state.service = Service(settings.limits, decode_processes=settings.decode_processes)
+    app.state.service = Service(
+        settings.limits, decode_processes=settings.decode_processes, load_s=settings.load_s
+    )
     app.state.bodies = Bodies(settings.bodies_bytes)
     app.state.streams = Streams(app.state.service, settings)
     app.state.exposition = exposition(app.state.service, app.state.streams)
@@ -157,7 +159,7 @@ def _open(service: Service, settings: Settings, failed: Callable[[float], None])
         service.give_up("The models could not be loaded; the server's log says why.")
         failed(0)
         return
-    service.open(hosted.engine, hosted.models)
+    service.open(hosted.engine, hosted.models, hosted.source)
     if service.leaving.is_set():
         hosted.engine.stop(0)
 

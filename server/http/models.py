@@ -1,52 +1,86 @@
-"""`/v1/models`: the hosted models, as OpenAI's clients list them."""
+"""`/v1/models`: the models of the server, and which are loaded."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Final, Literal
 
 from fastapi import APIRouter, Path
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from server.errors import UnknownModel
 from server.http.dependencies import ServiceDep
 from server.http.errors import ErrorBody
-from server.service.service import Service
+from server.service.model_shelf import ModelState
 
-__all__ = ["router"]
+__all__ = ["ModelCard", "ModelList", "card_of", "router"]
 
 router = APIRouter(tags=["openai"])
 
+_UNKNOWN: Final[dict[int | str, dict[str, Any]]] = {404: {"model": ErrorBody}}
 
-class Model(BaseModel):
-    """One hosted model."""
 
-    id: str = Field(description="Its name, for `model` in requests.")
+class ModelCard(BaseModel):
+    """One model, with the fields of OpenAI's API and some of its own."""
+
+    model_config = ConfigDict(frozen=True)
+
+    id: str = Field(description="Its name in a request.")
     object: Literal["model"] = "model"
-    created: int = Field(description="Unix time at which the server started.")
+    created: int = Field(description="When its files were made, in seconds of Unix time.")
     owned_by: Literal["weft"] = "weft"
+    default: bool = Field(description="Whether requests that name no model get this one.")
+    loaded: bool = Field(
+        description="Whether it is in memory; a request for one that is not waits until it is."
+    )
+    loading: float | None = Field(
+        description="Share of its weights that is read, from 0 to 1, while it is being loaded."
+    )
+    memory_bytes: int = Field(description="Memory that its weights take; 0 if it is not loaded.")
+    loaded_since: float | None = Field(description="Seconds of Unix time; null if not loaded.")
+    device: str | None = Field(description="Device that it is on; null if it is not loaded.")
+    dtype: str | None = Field(description="Type of its weights; null if it is not loaded.")
+    attention: str | None = Field(
+        description="Kernels of its attention; null if it is not loaded. `sdpa` stands for those "
+        "that torch's scaled_dot_product_attention chooses."
+    )
 
 
-class Models(BaseModel):
-    """All hosted models; the first is the default."""
+class ModelList(BaseModel):
+    """All models of the server, the default one first."""
+
+    model_config = ConfigDict(frozen=True)
 
     object: Literal["list"] = "list"
-    data: list[Model]
+    data: tuple[ModelCard, ...]
+
+
+def card_of(state: ModelState) -> ModelCard:
+    """A model as it is listed."""
+    model = state.model
+    return ModelCard(
+        id=state.name,
+        created=state.created,
+        default=state.default,
+        loaded=model is not None,
+        loading=state.loading,
+        memory_bytes=state.memory_bytes,
+        loaded_since=state.loaded_since,
+        device=None if model is None else str(model.device),
+        dtype=None if model is None else str(model.dtype).removeprefix("torch."),
+        attention=None if model is None else model.attention,
+    )
 
 
 @router.get("/v1/models")
-def list_models(service: ServiceDep) -> Models:
-    """The hosted models, the default one first; none while they are loading."""
-    return Models(data=_models(service))
+def list_models(service: ServiceDep) -> ModelList:
+    """The models that requests may name, loaded or not; empty until the server has loaded."""
+    return ModelList(data=tuple(map(card_of, service.model_states())))
 
 
-@router.get("/v1/models/{name:path}", responses={404: {"model": ErrorBody}})
-def read_model(name: Annotated[str, Path(max_length=256)], service: ServiceDep) -> Model:
-    """One hosted model."""
-    models = {model.id: model for model in _models(service)}
-    if name not in models:
-        raise UnknownModel(name[:60], models)
-    return models[name]
-
-
-def _models(service: Service) -> list[Model]:
-    return [Model(id=entry.name, created=int(service.started)) for entry in service.models()]
+@router.get("/v1/models/{name:path}", responses=_UNKNOWN)
+def read_model(name: Annotated[str, Path(max_length=256)], service: ServiceDep) -> ModelCard:
+    """One model."""
+    states = {state.name: state for state in service.model_states()}
+    if name not in states:
+        raise UnknownModel(name[:60], states)
+    return card_of(states[name])

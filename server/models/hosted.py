@@ -129,6 +129,11 @@ class HostedModel(ABC):
         """
         return None
 
+    @property
+    def attention(self) -> str:
+        """Which kernels its networks attend by; ``sdpa`` is torch's own choice of them."""
+        return "sdpa"
+
     def make_differentiable(self) -> None:  # noqa: B027 - most need nothing
         """Let torch's forward mode pass through ``evaluate`` from now on, at some speed."""
 

@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from server.errors import ModelMismatch
 from server.models.folder import component_class, read_json
+from server.models.weight_files import NETWORK, TEXT_ENCODER, weight_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 NAMES_SHOWN = 3
 OLD_ROPE = ("rope_theta", "rope_scaling")
 FEWEST_TOKENS = 3
@@ -124,8 +124,9 @@ def load_text_encoder(folder: Path, part: str, kind: Any, dtype: torch.dtype) ->
     """
     component_class(folder, part, frozenset({kind.__name__}))
     config = read_json(folder, f"{part}/config.json")
-    encoder, found = kind.from_pretrained(
+    encoder, found = _of_default_type(kind, dtype).from_pretrained(
         folder / part,
+        variant=weight_files(folder, part, TEXT_ENCODER).variant,
         config=_config_of_text(config, kind.config_class),
         dtype=dtype,
         attn_implementation="sdpa",
@@ -204,18 +205,38 @@ def check_loaded(folder: Path, modules: Mapping[str, nn.Module]) -> None:
         _check_tensors(folder, part, missing=[k for k, v in tensors.items() if v.is_meta])
 
 
+def _of_default_type(kind: Any, dtype: torch.dtype) -> Any:
+    """A class of transformers that is made without changing torch's default type meanwhile.
+
+    That type is of all threads: noise that another one draws in the meantime would be rounded to
+    it, and a picture change because a model is loaded.
+    """
+
+    def init_context(cls: Any, _: torch.dtype, *given: Any) -> Any:
+        return super(made, cls).get_init_context(torch.get_default_dtype(), *given)
+
+    def init(self: Any, *given: Any, **named: Any) -> None:
+        super(made, self).__init__(*given, **named)
+        # Still on the device "meta"; weights are converted to the type that they find.
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(dtype)
+
+    same = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+    made = type(
+        kind.__name__,
+        (kind,),
+        {**same, "get_init_context": classmethod(init_context), "__init__": init},
+    )
+    return made
+
+
 def _weights_of(folder: Path, part: str) -> dict[str, Tensor]:
-    index = f"{part}/{WEIGHTS}.index.json"
-    files = {WEIGHTS}
-    if (folder / index).exists():
-        shards = read_json(folder, index).get("weight_map")
-        files = set(shards.values()) if isinstance(shards, dict) else set[str]()
     weights: dict[str, Tensor] = {}
-    for name in sorted(files, key=str):
-        file = folder / part / str(name)
+    for name in weight_files(folder, part, NETWORK).names:
+        file = folder / part / name
         if file.parent != folder / part or not file.is_file():
             raise ModelMismatch(
-                f"model folder {str(folder)!r} has no {part}/{str(name)[:80]}; weights are "
+                f"model folder {str(folder)!r} has no {part}/{name[:80]}; weights are "
                 "expected there as safetensors."
             )
         weights |= load_file(file)

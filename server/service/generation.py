@@ -6,9 +6,9 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from server.requests.schema import ResolvedRequest
 
 __all__ = ["Generation", "Progress", "outcome_of"]
 
+Result = TypeVar("Result")
 
 log = logging.getLogger("weft")
 
@@ -129,6 +130,23 @@ class Generation:
         self.check()
         news, self._news = list(self._news.values()), {}
         return news
+
+    async def unless_ended(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """What some work before the start returns; it is cancelled if the generation ends first.
+
+        Raises:
+            WeftError: the generation was cancelled or abandoned.
+        """
+        working = asyncio.ensure_future(work)
+        ending = asyncio.ensure_future(self._wake.wait())
+        try:
+            await asyncio.wait({working, ending}, return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                self.check()
+            return await working
+        finally:
+            ending.cancel()
+            working.cancel()
 
     def complete(self) -> None:
         """Record that its images are ready; from here on it cannot be cancelled.

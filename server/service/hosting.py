@@ -1,20 +1,25 @@
-"""Loads the models and starts the engine."""
+"""Loads the models, at the start and on demand, and starts the engine."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
 from server.engine.engine import Engine
+from server.errors import ModelMismatch, ModelTooLarge
 from server.models.adapters.placing import Target
 from server.models.adapters.shelf import AdapterMemory, AdapterShelf
-from server.models.folder import adapters_folder, embedded_folders
+from server.models.folder import adapters_folder, embedded_folders, stamp_of
 from server.models.hosted import HostedModel
-from server.models.loading import load_model
+from server.models.loading import choose_device, choose_dtype, load_model
+from server.models.memory import bytes_of, measure
+from server.models.weight_files import bytes_in_memory
+from server.service.model_shelf import Room, Source
 from server.settings import Settings
 
 __all__ = ["Hosted", "host"]
@@ -26,10 +31,11 @@ Tell: TypeAlias = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Hosted:
-    """A running engine and the models it serves, the default one first."""
+    """A running engine, the models that are loaded, the default one first, and all others."""
 
     engine: Engine
     models: Mapping[str, HostedModel]
+    source: Source
 
 
 def host(
@@ -40,6 +46,9 @@ def host(
 ) -> Hosted:
     """Load the models and start the engine; takes seconds to minutes.
 
+    Loaded are the models that ``models`` names as far as there is memory for them; where it names
+    none, the first of ``models_folder``, or the embedded ones. All others wait for a request.
+
     Args:
         settings: everything that may be set.
         on_failure: called, in the engine's thread, once the engine can never work again.
@@ -48,6 +57,7 @@ def host(
 
     Raises:
         ModelMismatch: a folder does not hold a supported model.
+        ModelTooLarge: not even the first model fits in memory.
     """
     embedded = embedded_folders()
     folders = settings.model_folders(embedded)
@@ -56,17 +66,21 @@ def host(
             "%s has no model folder with a model_index.json: only the embedded models are hosted",
             settings.models_folder,
         )
-    models = {
-        name: load_model(
-            folder,
-            name=name,
-            device=settings.device,
-            dtype=settings.dtype,
-            tell=None if tell is None else partial(_in_megabytes, tell, f"loading {name} (MB)"),
-        )
-        for name, folder in folders.items()
-    }
-    _give_adapters(models, folders, settings)
+    named = settings.named_folders() or (folders if folders == embedded else list(folders)[:1])
+    source = _Folders(settings, folders, AdapterMemory(settings.adapter_bytes))
+    models: dict[str, HostedModel] = {}
+    for name in named:
+        needed, room = source.bytes_of(name), source.room(sum(map(bytes_of, models.values())))
+        if needed > room.free and models:
+            log.warning("%s is loaded when a request names it: memory is short", name)
+            continue
+        if needed > room.free:
+            raise ModelTooLarge(
+                f"model {name!r} needs {needed} bytes for its weights; {room.free} bytes of memory "
+                "are free for them."
+            )
+        told = None if tell is None else partial(_in_megabytes, tell, f"loading {name} (MB)")
+        models[name] = source.load_from_folder(name, told)
     engine = Engine(
         models,
         row_budget=settings.row_budget,
@@ -77,22 +91,96 @@ def host(
         guessed_costs=guessed_costs,
     )
     engine.start()
-    return Hosted(engine, models)
+    return Hosted(engine, models, source)
 
 
-def _give_adapters(
-    models: Mapping[str, HostedModel], folders: Mapping[str, Path], settings: Settings
-) -> None:
-    """Let each model have the adapters of its own folder and of the server's."""
-    memory = AdapterMemory(settings.adapter_bytes)
-    shared = () if settings.adapters is None else (settings.adapters,)
-    for name, model in models.items():
+@dataclass(frozen=True, slots=True)
+class _Folders:
+    """Models in folders, as the shelf of models wants them.
+
+    Attributes:
+        settings: on which device, and what memory they may take.
+        first: the folders that there were at the start, by name.
+        adapters: memory that all models share.
+    """
+
+    settings: Settings
+    first: Mapping[str, Path]
+    adapters: AdapterMemory
+
+    def names(self) -> Iterable[str]:
+        return list(self._folders())
+
+    def created(self, name: str) -> int:
+        folder = self._folders().get(name, Path())
+        return stamp_of(folder / "model_index.json")[0] // 10**9
+
+    def needs(self, name: str) -> int:
+        with self._told_to_clients(name):
+            return self.bytes_of(name)
+
+    def room(self, loaded_bytes: int) -> Room:
+        free, most = measure(choose_device(self.settings.device))
+        if self.settings.memory_gib is None:
+            return Room(free, most)
+        allowed = int(self.settings.memory_gib * 2**30)
+        return Room(min(free, allowed - loaded_bytes), min(most, allowed))
+
+    def load(self, name: str, tell: Callable[[int, int], None]) -> HostedModel:
+        with self._told_to_clients(name):
+            return self.load_from_folder(name, tell)
+
+    def bytes_of(self, name: str) -> int:
+        """As :meth:`needs`, with a sentence for the operator if it is no model."""
+        device = choose_device(self.settings.device)
+        return bytes_in_memory(self._folder(name), choose_dtype(self.settings.dtype, device))
+
+    def load_from_folder(self, name: str, tell: Callable[[int, int], None] | None) -> HostedModel:
+        """Load a model, with the adapters of its own folder and of the server's.
+
+        Raises:
+            ModelMismatch: with a sentence for the operator, which says where the folder is.
+        """
+        folder = self._folder(name)
+        model = load_model(
+            folder, name=name, device=self.settings.device, dtype=self.settings.dtype, tell=tell
+        )
+        shared = () if self.settings.adapters is None else (self.settings.adapters,)
         target = Target.of(name, model.adaptable())
-        places = (*shared, adapters_folder(folders[name]))
-        model.adapters = AdapterShelf(places, target, memory, model.device, model.dtype)
+        places = (*shared, adapters_folder(folder))
+        model.adapters = AdapterShelf(places, target, self.adapters, model.device, model.dtype)
         # Headers are read now, so that no request waits for all of them.
         if known := [file.name for file in model.adapters.available()]:
             log.info("%s: adapters %s", name, ", ".join(known))
+        return model
+
+    def _folders(self) -> Mapping[str, Path]:
+        """Those of the start, and what has come into the folder of models since."""
+        if self.settings.models_folder is None or not self.settings.models_folder.is_dir():
+            return self.first
+        found = {folder.name: folder for folder in self.settings.found_folders()}
+        return {**found, **self.first}
+
+    def _folder(self, name: str) -> Path:
+        folders = self._folders()
+        if name not in folders:
+            raise ModelMismatch(f"Model {name!r} is no longer in the folder of models.")
+        return folders[name]
+
+    @contextmanager
+    def _told_to_clients(self, name: str) -> Generator[None]:
+        """Log an error about a folder, and raise it without the folder, which is no client's."""
+        try:
+            yield
+        except ModelMismatch as error:
+            log.exception("model %s cannot be loaded", name)
+            if error.__cause__ is not None:
+                # Of a library: its text may name any file.
+                sentence = f"Model {name!r} could not be loaded; the server's log says why."
+                raise ModelMismatch(sentence) from None
+            folder = str(self._folders().get(name, name))
+            sentence = error.message.replace(f"model folder {folder!r}", f"model {name!r}")
+            raise ModelMismatch(sentence.replace(folder, name)) from None
 
 
 def _in_megabytes(tell: Tell, stage: str, done: int, total: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import Counter
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
@@ -21,13 +20,7 @@ from server.decoding.pool import DecodePool
 from server.engine.engine import Engine
 from server.engine.reservation import Reservation
 from server.engine.task import ImageTask
-from server.errors import (
-    DuplicateGeneration,
-    NotReady,
-    UnknownGeneration,
-    UnknownModel,
-    WeftError,
-)
+from server.errors import DuplicateGeneration, NotReady, UnknownGeneration, WeftError
 from server.image_codec import ImageText, encode
 from server.lru import ByteBoundedLRU
 from server.models.hosted import HostedModel
@@ -42,6 +35,7 @@ from server.requests.schema import GenerateRequest, ResolvedRequest
 from server.requests.tasks import seeds_of, tasks_of
 from server.requests.upload import Upload
 from server.service.generation import Generation
+from server.service.model_shelf import Lease, ModelShelf, ModelState, Source
 from server.settings import Limits
 
 __all__ = ["Picture", "Pictures", "Service", "pixels_tensor"]
@@ -115,31 +109,41 @@ class Service:
     Args:
         limits: the operator's limits for one request.
         decode_processes: uploaded images decoded at once.
+        load_s: seconds that a request waits for its model to be loaded.
 
     Attributes:
-        started: Unix time at which the server started.
         outcomes: how many requests ended how.
         leaving: set once the server is about to stop; whoever holds a connection open without an
             end of its own ends it then.
     """
 
-    def __init__(self, limits: Limits, *, decode_processes: int = 2) -> None:
-        self.started = time.time()
+    def __init__(self, limits: Limits, *, decode_processes: int = 2, load_s: float = 300.0) -> None:
         self.outcomes: Counter[str] = Counter()
         self.decoding = DecodePool(limits, processes=decode_processes, waiting=UPLOADS_WAITING)
         self.leaving = asyncio.Event()
         self._limits = limits
         self._engine: Engine | None = None
-        self._models: Mapping[str, HostedModel] = {}
+        self._load_s = load_s
+        self._shelf: ModelShelf | None = None
+        self._leases: dict[Generation, Lease] = {}
         self._failure: str | None = None
         self._under_way: dict[str, Generation] = {}
         self._plans: ByteBoundedLRU[Hashable, Plan] = ByteBoundedLRU(
             PLANS_KEPT_BYTES, lambda plan: plan.tables.nbytes
         )
 
-    def open(self, engine: Engine, models: Mapping[str, HostedModel]) -> None:
-        """Accept requests from now on; the first model is the default."""
-        self._models, self._engine = models, engine
+    def open(
+        self, engine: Engine, models: Mapping[str, HostedModel], source: Source | None = None
+    ) -> None:
+        """Accept requests from now on.
+
+        Args:
+            engine: runs the models.
+            models: that are loaded; the first is the default.
+            source: where others come from when a request names them.
+        """
+        self._shelf = ModelShelf(engine, models, source, self._load_s)
+        self._engine = engine
 
     def close(self) -> None:
         """End the processes that decode uploads."""
@@ -157,6 +161,8 @@ class Service:
         """End all requests under way with :class:`NotReady`."""
         for generation in list(self._under_way.values()):
             generation.abandon(_stopping())
+        if self._shelf is not None:
+            self._shelf.close(_stopping())
 
     @property
     def engine(self) -> Engine | None:
@@ -203,8 +209,12 @@ class Service:
         """
         self.ready_engine().reserve(1).release()
 
+    def model_states(self) -> tuple[ModelState, ...]:
+        """All models, loaded or not, the default one first; empty until the server has loaded."""
+        return () if self._shelf is None else self._shelf.states()
+
     def models(self) -> tuple[ModelEntry, ...]:
-        """The catalog's entry for each hosted model."""
+        """The catalog's entry for each loaded model."""
         return tuple(
             ModelEntry(
                 name=model.facts.name,
@@ -219,7 +229,7 @@ class Service:
                 adapters=adapter_entries(model),
                 defaults=defaults_of(model.facts.defaults),
             )
-            for model in self._models.values()
+            for model in (() if self._shelf is None else self._shelf.loaded())
         )
 
     async def admit(self, request: GenerateRequest, identifier: str) -> Generation:
@@ -230,6 +240,8 @@ class Service:
         Raises:
             InvalidRequest: a field has an invalid value.
             UnknownModel: no such model is hosted.
+            ModelMismatch: the model was to be loaded, and cannot be.
+            ModelTooLarge: the model does not fit in memory.
             DuplicateGeneration: the identifier is in use.
             Overloaded: the queue is full.
             NotReady: the models are still loading, or the server is about to stop or broken.
@@ -310,13 +322,19 @@ class Service:
         if self._under_way.pop(generation.id, None) is None:
             return
         generation.close()
+        if lease := self._leases.pop(generation, None):
+            lease.release()
         self.outcomes[generation.outcome] += 1
 
     async def _begin(self, generation: Generation, request: GenerateRequest) -> None:
-        engine = self.ready_engine()
-        model = self.model(request.model)
+        engine, shelf = self.ready_engine(), self.ready_shelf()
+        shelf.check(request.model)
         check_count(request, self._limits)
         with engine.reserve(request.n) as room:
+            self._leases[generation] = lease = await generation.unless_ended(
+                shelf.lend(request.model)
+            )
+            model = lease.model
             image, size = await self._image_for_its_size(request)
             prepared = await asyncio.to_thread(self.prepare, request, model, size)
             uploads = await self._uploads(request, prepared[0].request, image)
@@ -364,17 +382,15 @@ class Service:
         prepared = prepare(resolved, model, plan)
         return replace(prepared, notes=notes_for(request, resolved, model)), fitted_to
 
-    def model(self, name: str | None) -> HostedModel:
-        """A hosted model by its name; None is the default one.
+    def ready_shelf(self) -> ModelShelf:
+        """The models, which are lent to who uses them.
 
         Raises:
-            UnknownModel: no such model is hosted.
+            NotReady: they are still loading.
         """
-        if name is None:
-            return next(iter(self._models.values()))
-        if name not in self._models:
-            raise UnknownModel(name[:60], self._models)
-        return self._models[name]
+        if self._shelf is None:
+            raise NotReady("The model is still loading.")
+        return self._shelf
 
     def _plan(
         self, resolved: ResolvedRequest, model: HostedModel, identity: StatisticsIdentity | None

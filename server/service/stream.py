@@ -20,6 +20,7 @@ from server.requests.checks.limits import check_limits, check_tokens
 from server.requests.schema import MAX_SEED
 from server.requests.stream_schema import StreamSettings, read_settings
 from server.requests.tasks import tasks_of
+from server.service.model_shelf import Lease
 from server.service.service import Service, pixels_tensor
 from server.service.similarity import FrameFilter
 from server.service.stream_counts import SessionCounts
@@ -60,16 +61,21 @@ class Current:
     Attributes:
         settings: as sent.
         prepared: the request for one frame.
-        model: that serves it.
+        lease: of the model, which stays loaded as long as it may be asked for a frame.
         adapters: of the settings, loaded once for all frames.
         in_flight: most frames in the engine.
     """
 
     settings: StreamSettings
     prepared: Prepared
-    model: HostedModel
+    lease: Lease
     adapters: tuple[Weighted, ...]
     in_flight: int
+
+    @property
+    def model(self) -> HostedModel:
+        """The model that serves it."""
+        return self.lease.model
 
 
 class StreamSession:
@@ -141,16 +147,25 @@ class StreamSession:
         Raises:
             InvalidRequest: a field has an invalid value; the settings are what they were.
             UnknownModel: no such model is hosted.
+            ModelMismatch: the model was to be loaded, and cannot be.
+            ModelTooLarge: the model does not fit in memory.
             Overloaded: the adapters of requests under way leave no room for those of the settings.
             NotReady: the server is broken or about to stop.
         """
         merged = {k: v for k, v in {**self._fields, **fields}.items() if v is not None}
-        current = await asyncio.to_thread(self._prepare, read_settings(merged))
-        async with self._changing:
-            self._adopt(current)
-            # One seed for all of the stream, also where it was chosen here.
-            self._fields = merged | {"seed": current.prepared.request.seed}
-            first = self.next_number
+        settings = read_settings(merged)
+        self._service.ready_engine()
+        lease = await self._service.ready_shelf().lend(settings.model)
+        try:
+            current = await asyncio.to_thread(self._prepare, settings, lease)
+            async with self._changing:
+                self._adopt(current)
+                # One seed for all of the stream, also where it was chosen here.
+                self._fields = merged | {"seed": current.prepared.request.seed}
+                first = self.next_number
+        except BaseException:
+            lease.release()
+            raise
         self._room.set()
         return {
             "settings": _answer(current),
@@ -217,6 +232,8 @@ class StreamSession:
         for frame in self._under_way:
             if frame.submission is not None and not frame.done:
                 frame.submission.cancel()
+        if self._current is not None:
+            self._current.lease.release()
 
     @property
     def _in_engine(self) -> int:
@@ -232,10 +249,9 @@ class StreamSession:
         finished = sum(frame.done for frame in self._under_way)
         return finished + (self._sending is not None) >= OUTGOING
 
-    def _prepare(self, settings: StreamSettings) -> Current:
+    def _prepare(self, settings: StreamSettings, lease: Lease) -> Current:
         """Check and plan settings, in a thread of its own."""
-        self._service.ready_engine()
-        model = self._service.model(settings.model)
+        model = lease.model
         from_frames = settings.source == "frames"
         if not from_frames and settings.strength is not None:
             raise InvalidRequest(
@@ -262,7 +278,7 @@ class StreamSession:
         blend = Blend(((settings.told, 1.0),)) if blended else None
         tasks_of(prepared, model, blend=blend, adapters=())
         adapters = load_adapters(prepared.request.adapters, model)
-        return Current(settings, prepared, model, adapters, in_flight)
+        return Current(settings, prepared, lease, adapters, in_flight)
 
     def _most_in_flight(self, settings: StreamSettings, prepared: Prepared) -> int:
         most = self._stream_limits.in_flight
@@ -290,6 +306,11 @@ class StreamSession:
             self.counts.count("dropped")
         self._owed = max(1, self._transition.left)
         self._current = current
+        if self._closed:
+            current.lease.release()
+        if before is not None:
+            # Frames of it in the engine keep its model there by themselves.
+            before.lease.release()
 
     async def _take_in_frames(self) -> None:
         try:

@@ -60,9 +60,17 @@ class Admission:
         self._models = models
         self._lane_of = lane_of
         self._deterministic = deterministic
-        self._prompts = {
-            name: PromptCache(model, fixed=deterministic) for name, model in models.items()
-        }
+        self._prompts: dict[str, PromptCache] = {}
+        for name, model in models.items():
+            self.add(name, model)
+
+    def add(self, name: str, model: HostedModel) -> None:
+        """Take in images of a model from now on."""
+        self._prompts[name] = PromptCache(model, fixed=self._deterministic)
+
+    def forget(self, name: str) -> None:
+        """Let go of a model and of its encoded prompts; none of its images may come."""
+        del self._prompts[name]
 
     def admit(self, newcomers: list[Sequence]) -> Iterator[tuple[Sequence, Exception]]:
         """Make the newcomers ready to run; yields those that cannot be, with the reason."""

@@ -6,7 +6,7 @@ import logging
 import re
 from os import scandir
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 from weakref import WeakValueDictionary
 
 from server.errors import AdapterMismatch, Overloaded
@@ -15,7 +15,7 @@ from server.models.adapters.adapter_file import AdapterFile
 from server.models.folder import stamp_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     import torch
@@ -34,6 +34,9 @@ in pictures gives a meaning to."""
 
 FULL_RETRY_S = 5.0
 
+Key: TypeAlias = "tuple[str, Path, tuple[int, int]]"
+"""The name of the model, and the file with the stamp of when it was read."""
+
 
 class AdapterMemory:
     """The loaded adapters of all models, bounded by bytes; safe from any thread.
@@ -46,10 +49,10 @@ class AdapterMemory:
 
     def __init__(self, most_bytes: int) -> None:
         self.most_bytes = most_bytes
-        self._kept: ByteBoundedLRU[Hashable, Adapter] = ByteBoundedLRU(
+        self._kept: ByteBoundedLRU[Key, Adapter] = ByteBoundedLRU(
             most_bytes, lambda adapter: adapter.nbytes
         )
-        self._alive: WeakValueDictionary[Hashable, Adapter] = WeakValueDictionary()
+        self._alive: WeakValueDictionary[Key, Adapter] = WeakValueDictionary()
         self._loading = Lock()
 
     @property
@@ -57,7 +60,7 @@ class AdapterMemory:
         """Of all adapters that are kept or in use."""
         return sum(adapter.nbytes for adapter in list(self._alive.values()))
 
-    def get(self, key: Hashable, nbytes: int, load: Callable[[], Adapter]) -> Adapter:
+    def get(self, key: Key, nbytes: int, load: Callable[[], Adapter]) -> Adapter:
         """The adapter of a key, loaded where it is not there.
 
         Args:
@@ -78,6 +81,10 @@ class AdapterMemory:
                 self._alive[key] = found
             self._kept.put(key, found)
             return found
+
+    def forget(self, model: str) -> None:
+        """Let go of the adapters of a model, whose keys begin with its name."""
+        self._kept.discard(lambda key: key[0] == model)
 
     def _make_room(self, nbytes: int) -> None:
         for kept in (self.most_bytes - nbytes, 0):
@@ -155,6 +162,10 @@ class AdapterShelf:
         return self._memory.get(
             key, file.nbytes(self._dtype), lambda: file.load(self._device, self._dtype)
         )
+
+    def forget(self) -> None:
+        """Let go of the loaded adapters; the next request loads its own again."""
+        self._memory.forget(self._target.model)
 
     def _paths(self) -> Mapping[str, Path]:
         paths: dict[str, Path] = {}

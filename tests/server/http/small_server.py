@@ -15,6 +15,7 @@ import uvicorn
 
 from server.http.app import create_app
 from server.http.connection import connections
+from server.service.hosting import Hosted
 from server.settings import Settings
 from tests.server.toy_model import Toy, started
 
@@ -22,12 +23,21 @@ PATIENCE_S = 60
 
 
 class SmallServer:
-    """uvicorn in a thread; its event loop's longest stop is watched."""
+    """uvicorn in a thread; its event loop's longest stop is watched.
 
-    def __init__(self, settings: Settings) -> None:
+    Args:
+        settings: of the server.
+        hosted: its engine and models, if not the toy.
+    """
+
+    def __init__(self, settings: Settings, hosted: Hosted | None = None) -> None:
         self.app = create_app(settings)
-        self.engine = started(Toy(), 8, max_pending=settings.max_pending)
-        self.app.state.service.open(self.engine, {"toy": Toy()})
+        if hosted is None:
+            self.engine = started(Toy(), 8, max_pending=settings.max_pending)
+            self.app.state.service.open(self.engine, {"toy": Toy()})
+        else:
+            self.engine = hosted.engine
+            self.app.state.service.open(hosted.engine, hosted.models, hosted.source)
         config = uvicorn.Config(
             self.app,
             http=connections(settings),

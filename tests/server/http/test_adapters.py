@@ -27,7 +27,7 @@ Generate = Callable[..., httpx2.Response]
 
 @pytest.fixture(scope="module")
 def pastel(running: Running, adapters_folder: Path) -> str:
-    networks = running.app.state.service.model("embedded").adaptable()
+    networks = running.app.state.service.ready_shelf().loaded()[0].adaptable()
     parts = {part: changes(network, 4, seed=7) for part, network in networks.items()}
     files.saved(files.peft(parts), adapters_folder / "pastel.safetensors")
     return "pastel"
@@ -120,7 +120,7 @@ def test_settings_whose_adapters_find_no_room_are_refused_and_the_stream_goes_on
 ) -> None:
     other = adapters_folder / "charcoal.safetensors"
     other.write_bytes((adapters_folder / f"{pastel}.safetensors").read_bytes())
-    shelf = running.app.state.service.model("embedded").adapters
+    shelf = running.app.state.service.ready_shelf().loaded()[0].adapters
     with opened(running.url) as stream, opened(running.url) as later:
         stream.settings(**SMALL, adapters=[pastel], source="text")
         stream.output()

@@ -128,7 +128,7 @@ def test_a_frame_that_fails_in_the_engine_is_named_and_the_next_one_is_served(
     running: Running, speaker: StreamClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = speaker.turned(file_of(70))
-    model = running.app.state.service.model(None)
+    model = running.app.state.service.ready_shelf().loaded()[0]
     encode = model.encode_image
     monkeypatch.setattr(model, "encode_image", lambda pixels: encode(pixels) * float("nan"))
     speaker.tell(file_of(70))

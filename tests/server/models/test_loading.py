@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel
 
 from embedded import MODEL_FOLDER
 from server.errors import ModelMismatch
 from server.models.folder import classifier_file, revisions_of
 from server.models.loading import choose_device, choose_dtype, load_model
+from server.models.memory import bytes_of
 from server.models.unet_model import TEXT
+from server.models.weight_files import bytes_in_memory
 
 
 @pytest.fixture
@@ -308,3 +311,43 @@ def test_what_is_said_of_a_spoilt_classifier_names_no_folder(folder):
     lacks = load(folder).classifier_lacks
     assert "'classifier.safetensors' cannot be read" in lacks
     assert str(folder) not in lacks
+
+
+def test_torchs_default_type_stays_what_it_is_while_a_model_is_loaded(monkeypatch):
+    """It is of all threads: noise that the engine draws meanwhile would be rounded to it."""
+    chosen, choose = [], torch.set_default_dtype
+
+    def watched(dtype):
+        chosen.append(dtype)
+        choose(dtype)
+
+    with monkeypatch.context() as watching:
+        watching.setattr(torch, "set_default_dtype", watched)
+        model = load_model(MODEL_FOLDER, name="m", device="cpu", dtype="float16")
+    assert set(chosen) <= {torch.float32}
+    plain = CLIPTextModel.from_pretrained(MODEL_FOLDER / "text_encoder", dtype=torch.float16)
+    theirs, ours = plain.state_dict(), model.modules()["text_encoder"].state_dict()
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
+    assert all(theirs[name].dtype == ours[name].dtype for name in theirs)
+
+
+def test_weights_of_the_fp16_variant_serve_where_there_are_no_others(folder):
+    plain = load(folder)
+    for file in folder.glob("*/*.safetensors"):
+        if file.parent.name != "weft":
+            file.rename(file.with_suffix(".fp16.safetensors"))
+    variant = load(folder)
+    for part, network in variant.modules().items():
+        weights = plain.modules()[part].state_dict()
+        assert all(torch.equal(tensor, weights[k]) for k, tensor in network.state_dict().items())
+    assert bytes_in_memory(folder, torch.float32) == bytes_in_memory(MODEL_FOLDER, torch.float32)
+
+
+def test_what_a_model_takes_is_said_by_its_headers(folder):
+    whole, half = (bytes_in_memory(folder, dtype) for dtype in (torch.float32, torch.float16))
+    assert whole == pytest.approx(bytes_of(load(folder)), rel=0.01)
+    assert half < 0.6 * whole
+    next(folder.glob("unet/*.safetensors")).write_bytes(b"\xff" * 20)
+    with pytest.raises(ModelMismatch, match=r"unet/.* is no safetensors file"):
+        bytes_in_memory(folder, torch.float32)

@@ -1,0 +1,91 @@
+"""Memory of a device as it is now, and what a loaded model takes of it."""
+
+from __future__ import annotations
+
+import gc
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import psutil
+import torch
+
+if TYPE_CHECKING:
+    from server.models.hosted import HostedModel
+
+__all__ = ["DeviceMemory", "bytes_of", "measure", "reclaim"]
+
+ACTIVATIONS: Final = 0.1
+"""Share of a GPU's memory that weights leave to activations, prompts and states."""
+
+CGROUPS: Final = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        "/sys/fs/cgroup/memory/memory.stat",
+    ),
+)
+"""Limit, use and statistics of a container, of both versions of control groups."""
+
+
+class DeviceMemory(NamedTuple):
+    """Bytes that weights may have: those that are free now, and all there are."""
+
+    free: int
+    most: int
+
+
+def measure(device: torch.device) -> DeviceMemory:
+    """What weights may have of a device's memory; on a CPU, of the machine's or the container's."""
+    if device.type != "cuda":
+        return _of_host()
+    free, most = torch.cuda.mem_get_info(device)
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    left_alone = int(ACTIVATIONS * most)
+    # What torch keeps of freed tensors is free for weights too.
+    return DeviceMemory(max(0, free + kept - left_alone), most - left_alone)
+
+
+def reclaim(device: torch.device) -> None:
+    """Free what was let go of: networks with hooks refer to themselves."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def bytes_of(model: HostedModel) -> int:
+    """Bytes of a model's weights and buffers; what two networks share counts once."""
+    networks = list(model.modules().values())
+    if model.classifier is not None:
+        networks.append(model.classifier)
+    tensors = chain.from_iterable(
+        chain(network.parameters(), network.buffers()) for network in networks
+    )
+    storages = {one.untyped_storage().data_ptr(): one.untyped_storage() for one in tensors}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def _of_host() -> DeviceMemory:
+    memory = psutil.virtual_memory()
+    free, most = memory.available, memory.total
+    for paths in CGROUPS:
+        limit, used, statistics = (_read(path) for path in paths)
+        # "max" is no limit.
+        if limit.strip().isdigit() and used.strip().isdigit() and int(limit) < most:
+            most = int(limit)
+            free = min(free, most - int(used) + _inactive(statistics))
+    return DeviceMemory(max(0, free), most)
+
+
+def _inactive(statistics: str) -> int:
+    """Bytes of files that the kernel keeps in memory as long as nobody else wants it."""
+    values = dict(line.split() for line in statistics.splitlines() if len(line.split()) == 2)
+    return int(values.get("total_inactive_file", values.get("inactive_file", "0")))
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text("ascii")
+    except OSError:
+        return ""

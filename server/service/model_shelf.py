@@ -1,0 +1,429 @@
+"""The models of a server: those that are loaded, and those that are loaded when wanted."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
+from copy import copy
+from dataclasses import dataclass
+from threading import Condition, Thread
+from typing import Final, Protocol, Self
+
+from server.engine.engine import Engine
+from server.engine.faults import is_out_of_memory
+from server.errors import ModelMismatch, ModelTooLarge, NotReady, UnknownModel, WeftError
+from server.models.hosted import HostedModel
+from server.models.memory import bytes_of, reclaim
+
+__all__ = ["Lease", "ModelShelf", "ModelState", "Room", "Source"]
+
+log = logging.getLogger("weft")
+
+RETRY_S: Final = 0.2
+"""Until a model that found no room is tried again."""
+
+REFUSED_S: Final = 10.0
+"""For so long a model that could not be loaded is refused without reading its files again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Bytes that weights may have: now, and if no other model were loaded."""
+
+    free: int
+    most: int
+
+
+class Source(Protocol):
+    """Where models that are not loaded come from; called in the shelf's own thread."""
+
+    def names(self) -> Iterable[str]:
+        """The models that can be loaded; from any thread."""
+        ...
+
+    def created(self, name: str) -> int:
+        """When the model was made, in seconds of Unix time; from any thread."""
+        ...
+
+    def needs(self, name: str) -> int:
+        """Bytes that the weights of a model will take; raises as :meth:`load`."""
+        ...
+
+    def room(self, loaded_bytes: int) -> Room:
+        """What weights may have beside the models that are loaded, of so many bytes."""
+        ...
+
+    def load(self, name: str, tell: Callable[[int, int], None]) -> HostedModel:
+        """Load a model; raises ModelMismatch with a sentence for clients."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ModelState:
+    """A model of the server as it is now.
+
+    Attributes:
+        name: as requests say it.
+        default: whether requests that name none get it.
+        created: when it was made, in seconds of Unix time.
+        model: if it is loaded.
+        memory_bytes: of its weights; 0 if it is not loaded.
+        loaded_since: seconds of Unix time; None if it is not loaded.
+        loading: share of it that is read, while it is being loaded.
+    """
+
+    name: str
+    default: bool
+    created: int
+    model: HostedModel | None
+    memory_bytes: int
+    loaded_since: float | None
+    loading: float | None
+
+
+class Lease:
+    """A loaded model, which stays loaded until the lease is released; ``with`` does that."""
+
+    def __init__(self, model: HostedModel, give_back: Callable[[], None]) -> None:
+        self.model = model
+        self._give_back: Callable[[], None] | None = give_back
+
+    def release(self) -> None:
+        """Let the model be unloaded again; does nothing the second time."""
+        give_back, self._give_back = self._give_back, None
+        if give_back is not None:
+            give_back()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+@dataclass(slots=True, eq=False)
+class _Place:
+    """What the shelf keeps of one model.
+
+    Attributes:
+        users: leases, and requests that wait for one.
+        used_at: when the last of them ended.
+        loading: has the error that a load came to, or None; while one is wanted.
+        progress: share of its bytes that are read.
+        crowded: other models that are in use leave no room for it.
+        refusal: why it could not be loaded, and until when that is believed.
+    """
+
+    name: str
+    model: HostedModel | None = None
+    memory_bytes: int = 0
+    loaded_since: float | None = None
+    users: int = 0
+    used_at: float = 0.0
+    loading: Future[WeftError | None] | None = None
+    progress: float = 0.0
+    crowded: bool = False
+    refusal: tuple[WeftError, float] | None = None
+
+    def hold(self, model: HostedModel) -> None:
+        self.model, self.memory_bytes = model, bytes_of(model)
+        self.loaded_since, self.used_at = time.time(), time.monotonic()
+
+
+class ModelShelf:
+    """Lends models to requests, and loads those that are not there; safe from any thread.
+
+    One model is loaded at a time, in a thread of its own. Where memory is short, the least recently
+    used models that nobody has a lease of, and the engine no image of, are unloaded first.
+
+    Args:
+        engine: that runs them.
+        models: that are loaded already; the first is the default.
+        source: where others come from; None for nowhere.
+        patience_s: seconds that a request waits for a model to be loaded.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        models: Mapping[str, HostedModel],
+        source: Source | None = None,
+        patience_s: float = 300.0,
+    ) -> None:
+        self._engine = engine
+        self._source = source
+        self._patience_s = patience_s
+        self._default = next(iter(models))
+        self._places: dict[str, _Place] = {}
+        self._wake = Condition()
+        self._jobs: list[_Place] = []
+        self._closed: WeftError | None = None
+        self._thread: Thread | None = None
+        for name, model in models.items():
+            self._place(name).hold(model)
+
+    def check(self, name: str | None) -> None:
+        """Refuse a name that is no model's.
+
+        Raises:
+            UnknownModel: no such model is hosted.
+        """
+        known = self._names()
+        if name is not None and name not in known:
+            raise UnknownModel(name[:60], known)
+
+    def loaded(self) -> tuple[HostedModel, ...]:
+        """The models that are loaded, the default one first if it is."""
+        places = [self._places[name] for name in self._names() if name in self._places]
+        return tuple(place.model for place in places if place.model is not None)
+
+    def states(self) -> tuple[ModelState, ...]:
+        """All models, the default one first."""
+        return tuple(self._state(name) for name in self._names())
+
+    async def lend(self, name: str | None) -> Lease:
+        """A model by its name, None for the default one; waits until it is loaded.
+
+        Raises:
+            UnknownModel: no such model is hosted.
+            ModelMismatch: it cannot be loaded.
+            ModelTooLarge: it does not fit in memory, even alone.
+            NotReady: it is not loaded in time, or the server is about to stop.
+        """
+        self.check(name)
+        place = self._place(self._default if name is None else name)
+        with self._wake:
+            place.users += 1
+        try:
+            await self._loaded(place)
+            model = place.model
+            if model is None:
+                raise RuntimeError(f"model {place.name!r} was unloaded though it was in use")
+        except BaseException:
+            self._give_back(place)
+            raise
+        return Lease(model, lambda: self._give_back(place))
+
+    def close(self, error: WeftError) -> None:
+        """Load no more models; whoever waits for one gets the error."""
+        with self._wake:
+            self._closed = error
+            for place in list(self._jobs):
+                self._settle(place, error)
+            self._wake.notify_all()
+
+    async def _loaded(self, place: _Place) -> None:
+        with self._wake:
+            if place.model is not None:
+                return
+            loading = self._wanted(place)
+        waiting = asyncio.wrap_future(loading)
+        done, _ = await asyncio.wait({waiting}, timeout=self._patience_s)
+        if not done:
+            raise NotReady(self._late(place), retry_after_s=30)
+        error = waiting.result()
+        if error is not None:
+            # Each waits for it in a task of its own, which adds to the traceback.
+            raise copy(error)
+
+    def _wanted(self, place: _Place) -> Future[WeftError | None]:
+        """The outcome of the load that is under way, or of a new one."""
+        if place.loading is not None:
+            return place.loading
+        loading: Future[WeftError | None] = Future()
+        known = self._closed or _believed(place)
+        if known is not None:
+            loading.set_result(known)
+            return loading
+        place.loading, place.progress, place.crowded = loading, 0.0, False
+        self._jobs.append(place)
+        if self._thread is None:
+            self._thread = Thread(target=self._work, name="weft-loader", daemon=True)
+            self._thread.start()
+        self._wake.notify_all()
+        return loading
+
+    def _late(self, place: _Place) -> str:
+        waited = f"after {self._patience_s:.0f} s"
+        if place.crowded:
+            return (
+                f"Model {place.name!r} is not loaded {waited}: the models in use leave no room for "
+                "it; send the request again later."
+            )
+        return f"Model {place.name!r} is still being loaded {waited}; send the request again."
+
+    def _give_back(self, place: _Place) -> None:
+        with self._wake:
+            place.users -= 1
+            place.used_at = time.monotonic()
+            self._wake.notify_all()
+
+    def _work(self) -> None:
+        """Load what is wanted, in the shelf's own thread."""
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._jobs or self._closed)
+                if self._closed is not None:
+                    return
+                jobs = list(self._jobs)
+            if any(self._attempt(place) for place in jobs):
+                continue
+            with self._wake:
+                self._wake.wait(RETRY_S)
+
+    def _attempt(self, place: _Place) -> bool:
+        """Load a model if there is room; whether its job is over."""
+        with self._wake:
+            if place.loading is None:
+                return True
+            if place.users == 0 or place.model is not None:
+                self._settle(place, None)
+                return True
+        try:
+            place.crowded = not self._make_room(place)
+            if place.crowded:
+                return False
+            self._load(place)
+        except WeftError as error:
+            # Without its traceback, whose frames hold what was loaded.
+            refusal = copy(error)
+        except Exception as error:
+            log.exception("model %s could not be loaded", place.name)
+            refusal = _refusal(place.name, error)
+        else:
+            self._settle(place, None)
+            return True
+        place.refusal = refusal, time.monotonic() + REFUSED_S
+        reclaim(self._engine.device)
+        self._settle(place, refusal)
+        return True
+
+    def _load(self, place: _Place) -> None:
+        source = self._required_source()
+        log.info("loading model %s", place.name)
+        began = time.monotonic()
+
+        def tell(done: int, total: int) -> None:
+            place.progress = done / total if total else 0.0
+
+        model = source.load(place.name, tell)
+        self._engine.add_model(model)
+        with self._wake:
+            place.hold(model)
+        log.info(
+            "model %s is loaded: %d MB in %.1f s",
+            place.name,
+            place.memory_bytes // 2**20,
+            time.monotonic() - began,
+        )
+
+    def _make_room(self, place: _Place) -> bool:
+        """Unload others until a model fits; False while those that are in use leave no room."""
+        source = self._required_source()
+        needed = source.needs(place.name)
+        while True:
+            room = source.room(self._loaded_bytes())
+            if needed > room.most:
+                raise ModelTooLarge(
+                    f"Model {place.name!r} needs {needed} bytes for its weights; at most "
+                    f"{room.most} bytes are allowed here."
+                )
+            if needed <= room.free:
+                return True
+            idle = self._idle()
+            if needed > room.free + sum(one.memory_bytes for one in idle):
+                if len(idle) == len(self.loaded()):
+                    raise NotReady(
+                        f"Model {place.name!r} needs {needed} bytes for its weights; "
+                        f"{room.free} bytes are free, and unloading others would not be enough.",
+                        retry_after_s=60,
+                    )
+                return False
+            if not self._unload(idle[0]):
+                return False
+
+    def _idle(self) -> list[_Place]:
+        """Loaded models that nobody uses, the least recently used first."""
+        with self._wake:
+            idle = [one for one in self._places.values() if one.model is not None and not one.users]
+            return sorted(idle, key=lambda one: one.used_at)
+
+    def _unload(self, place: _Place) -> bool:
+        with self._wake:
+            if place.users or place.model is None:
+                return False
+            model, place.model = place.model, None
+        removed = False
+        try:
+            removed = self._engine.remove_model(place.name)
+        finally:
+            with self._wake:
+                if removed:
+                    place.memory_bytes, place.loaded_since = 0, None
+                else:
+                    place.model = model
+        if removed:
+            device = model.device
+            model.adapters.forget()
+            del model
+            reclaim(device)
+            log.info("model %s is unloaded", place.name)
+        return removed
+
+    def _settle(self, place: _Place, error: WeftError | None) -> None:
+        with self._wake:
+            loading, place.loading = place.loading, None
+            if place in self._jobs:
+                self._jobs.remove(place)
+        if loading is not None:
+            loading.set_result(error)
+
+    def _required_source(self) -> Source:
+        if self._source is None:
+            raise NotReady("No models are loaded on demand here.")
+        return self._source
+
+    def _loaded_bytes(self) -> int:
+        with self._wake:
+            return sum(one.memory_bytes for one in self._places.values())
+
+    def _names(self) -> tuple[str, ...]:
+        """The default one, others that are loaded, and those of the source."""
+        found = () if self._source is None else self._source.names()
+        with self._wake:
+            held = [place.name for place in self._places.values() if place.model or place.loading]
+            return tuple(dict.fromkeys((self._default, *held, *found)))
+
+    def _place(self, name: str) -> _Place:
+        with self._wake:
+            return self._places.setdefault(name, _Place(name))
+
+    def _state(self, name: str) -> ModelState:
+        place = self._place(name)
+        with self._wake:
+            return ModelState(
+                name=name,
+                default=name == self._default,
+                created=0 if self._source is None else self._source.created(name),
+                model=place.model,
+                memory_bytes=place.memory_bytes,
+                loaded_since=place.loaded_since,
+                loading=None if place.loading is None else place.progress,
+            )
+
+
+def _believed(place: _Place) -> WeftError | None:
+    """Why the model could not be loaded a moment ago."""
+    if place.refusal is None or place.refusal[1] < time.monotonic():
+        return None
+    return place.refusal[0]
+
+
+def _refusal(name: str, error: Exception) -> WeftError:
+    """What clients are told of an error that nobody expected."""
+    if is_out_of_memory(error):
+        return NotReady(f"There is not enough memory for model {name!r}.", retry_after_s=60)
+    return ModelMismatch(f"Model {name!r} could not be loaded; the server's log says why.")

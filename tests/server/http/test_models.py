@@ -1,0 +1,147 @@
+"""A real server loads models of a folder on demand, and lists them as OpenAI's API does."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+import openai
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from embedded import MODEL_FOLDER
+from server.models.memory import bytes_of
+from server.models.weight_files import bytes_in_memory
+from server.service.hosting import host
+from server.service.one_shot import GUESSED_COSTS
+from server.settings import Settings
+from tests.server.http.small_server import SmallServer
+
+PATIENCE_S = 120
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of models: "one", "two" and "three" are the embedded model, the others are no such thing."""
+    made = tmp_path_factory.mktemp("models")
+    for name in ("one", "two", "three"):
+        (made / name).symlink_to(MODEL_FOLDER)
+    broken = made / "broken"
+    shutil.copytree(MODEL_FOLDER, broken, ignore=shutil.ignore_patterns("weft", "vae"))
+    huge = made / "huge"
+    shutil.copytree(MODEL_FOLDER, huge, ignore=shutil.ignore_patterns("weft", "unet"))
+    claim_a_tebibyte(huge / "unet" / "diffusion_pytorch_model.safetensors")
+    return made
+
+
+def claim_a_tebibyte(file: Path) -> None:
+    """A safetensors file of one tensor, of which no byte is on the disk."""
+    tensor = {"dtype": "F16", "shape": [2**39], "data_offsets": [0, 2**40]}
+    header = json.dumps({"weight": tensor}).encode()
+    file.parent.mkdir()
+    file.write_bytes(len(header).to_bytes(8, "little") + header)
+    with file.open("r+b") as stream:
+        stream.truncate(8 + len(header) + 2**40)
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[SmallServer]:
+    """With memory for two of the models."""
+    both = 2.2 * bytes_in_memory(MODEL_FOLDER, torch.float32) / 2**30
+    settings = Settings(models=(f"first={MODEL_FOLDER}",), models_folder=folder, memory_gib=both)
+    made = SmallServer(settings, host(settings, guessed_costs=GUESSED_COSTS))
+    made.start()
+    made.wait(lambda: made.engine.ready)
+    yield made
+    made.stop()
+
+
+@pytest.fixture(scope="module")
+def client(server: SmallServer) -> Iterator[httpx2.Client]:
+    url = f"http://127.0.0.1:{server.port}"
+    with httpx2.Client(base_url=url, timeout=PATIENCE_S) as made:
+        yield made
+
+
+def picture(client: httpx2.Client, **fields: Any) -> NDArray[np.uint8]:
+    body = {"prompt": "a red circle", "steps": 2, "seed": 5} | fields
+    answer = client.post("/v1/generate", json=body)
+    assert answer.status_code == 200, answer.text
+    data = base64.b64decode(answer.json()["images"][0]["b64_json"])
+    return np.asarray(Image.open(io.BytesIO(data)))
+
+
+def refusal(client: httpx2.Client, model: str) -> tuple[int, dict[str, Any]]:
+    answer = client.post("/v1/generate", json={"prompt": "x", "steps": 2, "model": model})
+    return answer.status_code, answer.json()["error"]
+
+
+def listed(client: httpx2.Client) -> dict[str, dict[str, Any]]:
+    return {card["id"]: card for card in client.get("/v1/models").json()["data"]}
+
+
+def test_models_of_the_folder_come_and_go_as_requests_name_them(
+    client: httpx2.Client, server: SmallServer
+) -> None:
+    cards = listed(client)
+    assert list(cards) == ["first", "broken", "huge", "one", "three", "two"]
+    assert [name for name, card in cards.items() if card["loaded"]] == ["first"]
+    expected = picture(client)
+    assert np.array_equal(picture(client, model="one"), expected)
+    assert np.array_equal(picture(client, model="two"), expected)
+    cards = listed(client)
+    assert [name for name, card in cards.items() if card["loaded"]] == ["one", "two"]
+    [model, _] = server.app.state.service.ready_shelf().loaded()
+    assert cards["one"]["memory_bytes"] == bytes_of(model)
+    shown = {key: cards["one"][key] for key in ("device", "dtype", "attention", "loading")}
+    assert shown == {"device": "cpu", "dtype": "float32", "attention": "sdpa", "loading": None}
+    # The default is loaded again when it is wanted.
+    assert np.array_equal(picture(client), expected)
+    assert listed(client)["first"]["default"]
+    # What its headers say of a model is what it takes.
+    said = bytes_in_memory(MODEL_FOLDER, torch.float32)
+    assert said == pytest.approx(bytes_of(model), rel=0.01)
+
+
+def test_a_model_that_cannot_be_loaded_is_refused_without_its_place(
+    client: httpx2.Client, folder: Path
+) -> None:
+    status, error = refusal(client, "broken")
+    assert (status, error["code"]) == (500, "model_mismatch")
+    assert (
+        error["message"]
+        == "model 'broken' has no vae/config.json; a folder in the diffusers layout has one."
+    )
+    status, error = refusal(client, "huge")
+    assert (status, error["code"], error["param"]) == (507, "model_too_large", "model")
+    [needed, allowed] = map(int, re.findall(r"\d{6,}", error["message"]))
+    assert needed > 2**41 > allowed
+    assert str(folder) not in error["message"]
+    assert refusal(client, "none")[0] == 404
+    assert picture(client).shape == (128, 128, 3)
+
+
+def test_openais_client_lists_the_models(client: httpx2.Client) -> None:
+    with openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="none") as theirs:
+        models = theirs.models.list().data
+        assert {model.id for model in models} == listed(client).keys()
+        assert theirs.models.retrieve("one").created > 0
+        with pytest.raises(openai.NotFoundError):
+            theirs.models.retrieve("none")
+
+
+def test_a_folder_that_comes_later_is_known_at_once(client: httpx2.Client, folder: Path) -> None:
+    (folder / "later").symlink_to(MODEL_FOLDER)
+    assert not listed(client)["later"]["loaded"]
+    (folder / "later").unlink()
+    assert "later" not in listed(client)

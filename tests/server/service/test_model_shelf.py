@@ -1,0 +1,311 @@
+"""Models are loaded when a request names them, and unloaded where memory is short."""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from threading import Event
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import nn
+
+from server.engine.engine import Engine
+from server.errors import (
+    Cancelled,
+    ModelMismatch,
+    ModelTooLarge,
+    NotReady,
+    UnknownModel,
+    WeftError,
+)
+from server.models.hosted import HostedModel
+from server.requests.schema import GenerateRequest
+from server.service.generation import Generation
+from server.service.model_shelf import Room
+from server.service.service import Service
+from server.service.streams import Streams
+from server.settings import Limits, Settings
+from tests.server.toy_model import Toy, started
+
+BYTES = 4000
+"""Of each model; of memory there is enough for two of them."""
+
+PATIENCE_S = 30
+
+
+class Weighty(Toy):
+    """A toy with weights."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name=name)
+        self._weights = nn.Linear(BYTES // 4, 1, bias=False)
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"unet": self._weights}
+
+
+class Store:
+    """Where more toys come from: "slow" waits for a sign, "big" and "broken" cannot be loaded."""
+
+    def __init__(self) -> None:
+        self.may_load = Event()
+        self.loading = Event()
+        self.loads: list[str] = []
+
+    def names(self) -> Iterable[str]:
+        return ("a", "b", "c", "slow", "big", "broken", "failing")
+
+    def created(self, name: str) -> int:
+        return 7
+
+    def needs(self, name: str) -> int:
+        return 3 * BYTES if name == "big" else BYTES
+
+    def room(self, loaded_bytes: int) -> Room:
+        return Room(2 * BYTES - loaded_bytes, 2 * BYTES)
+
+    def load(self, name: str, tell: Callable[[int, int], None]) -> HostedModel:
+        self.loads.append(name)
+        tell(1, 4)
+        if name == "broken":
+            raise ModelMismatch("Model 'broken' has no unet.")
+        if name == "failing":
+            raise OSError("/secret/failing is gone")
+        if name == "slow":
+            self.loading.set()
+            assert self.may_load.wait(PATIENCE_S)
+        return Weighty(name)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    made = started(Weighty("a"), 8)
+    yield made
+    made.stop(0)
+
+
+@pytest.fixture
+def store() -> Store:
+    return Store()
+
+
+@pytest.fixture
+def service(engine: Engine, store: Store) -> Iterator[Service]:
+    """With the model "a" loaded."""
+    for name in store.names():
+        if name != "a" and name in engine._models:
+            engine.remove_model(name)
+    if "a" not in engine._models:
+        engine.add_model(Weighty("a"))
+    made = Service(Limits(steps=200), load_s=PATIENCE_S)
+    made.open(engine, {"a": engine._models["a"]}, store)
+    yield made
+    made.abandon()
+    made.close()
+
+
+async def made(service: Service, model: str | None, identifier: str = "", **fields: Any) -> Any:
+    """The pixels of an image."""
+    generation = await begun(service, model, identifier, **fields)
+    try:
+        while not generation.done:
+            await generation.news()
+        return generation.results[0].pixels
+    finally:
+        service.release(generation)
+
+
+async def begun(
+    service: Service, model: str | None, identifier: str = "", **fields: Any
+) -> Generation:
+    body = {"prompt": "x", "steps": 2, "seed": 1, "model": model} | fields
+    request = GenerateRequest.model_validate(body)
+    return await service.admit(request, identifier or f"for {model}")
+
+
+def loaded(service: Service) -> list[str]:
+    return [state.name for state in service.model_states() if state.model is not None]
+
+
+def test_a_model_is_loaded_by_the_first_request_that_names_it(
+    service: Service, store: Store
+) -> None:
+    assert [state.name for state in service.model_states()] == list(store.names())
+    assert loaded(service) == ["a"]
+
+    async def run() -> list[Any]:
+        return await asyncio.gather(*(made(service, "b", f"{i}") for i in range(3)))
+
+    first, second, third = asyncio.run(run())
+    assert store.loads == ["b"]
+    assert np.array_equal(first, second)
+    assert np.array_equal(first, third)
+    assert np.array_equal(first, asyncio.run(made(service, None)))
+    state = service.model_states()[1]
+    assert (state.name, state.default, state.memory_bytes) == ("b", False, BYTES)
+    assert state.loaded_since is not None
+
+
+def test_the_least_recently_used_model_goes_where_memory_is_short(
+    service: Service, store: Store, engine: Engine
+) -> None:
+    gone = weakref.ref(service.ready_shelf().loaded()[0])
+    engine_knew = set(engine._models)
+    asyncio.run(made(service, "b"))
+    asyncio.run(made(service, "c"))
+    assert loaded(service) == ["b", "c"]
+    # Nothing of the one that went is kept anywhere.
+    assert gone() is None
+    assert "a" in engine_knew
+    assert all(name != "a" for name, _, _ in engine.tick_costs())
+    assert all(key[0] != "a" for key in engine._lanes)
+    asyncio.run(made(service, "b"))
+    asyncio.run(made(service, None))
+    assert loaded(service) == ["a", "b"]
+    assert store.loads == ["b", "c", "a"]
+
+
+def test_ticks_go_on_while_a_model_is_loaded_and_its_progress_is_told(
+    service: Service, store: Store
+) -> None:
+    async def run() -> None:
+        waiting = asyncio.ensure_future(made(service, "slow"))
+        await asyncio.to_thread(store.loading.wait, PATIENCE_S)
+        for i in range(3):
+            await made(service, "a", f"{i}")
+        [state] = [state for state in service.model_states() if state.name == "slow"]
+        assert (state.loading, state.model) == (0.25, None)
+        assert not waiting.done()
+        store.may_load.set()
+        await waiting
+
+    asyncio.run(run())
+
+
+def test_a_model_in_use_is_never_unloaded_and_the_request_waits(service: Service) -> None:
+    async def run() -> None:
+        held = await begun(service, "a", steps=100)
+        other = await begun(service, "b", steps=100)
+        waiting = asyncio.ensure_future(made(service, "c"))
+        await asyncio.sleep(0.5)
+        assert loaded(service) == ["a", "b"]
+        assert not waiting.done()
+        service.release(other)
+        await waiting
+        assert loaded(service) == ["a", "c"]
+        service.release(held)
+
+    asyncio.run(run())
+
+
+def test_who_waits_too_long_is_told_what_for(
+    service: Service, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf = service.ready_shelf()
+    monkeypatch.setattr(shelf, "_patience_s", 0.3)
+
+    async def run() -> None:
+        in_use = "'c' is not loaded after 0 s: the models in use"
+        with (
+            await shelf.lend("a"),
+            await shelf.lend("b"),
+            pytest.raises(NotReady, match=in_use),
+        ):
+            await shelf.lend("c")
+        # Nobody waits for it any more, so that it is not loaded later.
+        await asyncio.sleep(0.5)
+        assert "c" not in store.loads
+        with pytest.raises(NotReady, match="'slow' is still being loaded"):
+            await shelf.lend("slow")
+        store.may_load.set()
+
+    asyncio.run(run())
+
+
+def test_a_model_larger_than_the_memory_is_refused_in_bytes_before_it_is_read(
+    service: Service, store: Store
+) -> None:
+    with pytest.raises(ModelTooLarge, match=rf"'big' needs {3 * BYTES} bytes .* {2 * BYTES} bytes"):
+        asyncio.run(made(service, "big"))
+    assert store.loads == []
+    assert loaded(service) == ["a"]
+
+
+def test_a_model_that_cannot_be_loaded_is_nobody_elses_trouble(
+    service: Service, store: Store
+) -> None:
+    async def run() -> list[Any]:
+        requests = (made(service, "broken", f"{i}") for i in range(2))
+        return await asyncio.gather(*requests, made(service, "a"), return_exceptions=True)
+
+    *refused, picture = asyncio.run(run())
+    assert [str(error) for error in refused] == ["Model 'broken' has no unet."] * 2
+    assert all(isinstance(error, ModelMismatch) for error in refused)
+    assert isinstance(picture, np.ndarray)
+    with pytest.raises(ModelMismatch):
+        asyncio.run(made(service, "broken"))
+    # Its files are not read again for each of many requests.
+    assert store.loads == ["broken"]
+
+
+def test_what_a_library_says_of_a_file_is_not_told(service: Service) -> None:
+    with pytest.raises(ModelMismatch) as refused:
+        asyncio.run(made(service, "failing"))
+    assert "secret" not in refused.value.message
+
+
+def test_a_name_of_no_model_is_refused_at_once(service: Service) -> None:
+    with pytest.raises(UnknownModel, match="allowed are: a, b, big, broken"):
+        asyncio.run(made(service, "d"))
+
+
+@pytest.mark.parametrize("end", ["cancel", "stop"])
+def test_who_waits_hears_of_a_cancellation_and_of_the_end(
+    service: Service, store: Store, end: str
+) -> None:
+    async def run() -> WeftError:
+        waiting = asyncio.ensure_future(made(service, "slow", "it"))
+        await asyncio.to_thread(store.loading.wait, PATIENCE_S)
+        if end == "cancel":
+            service.cancel("it")
+        else:
+            service.drain()
+            service.abandon()
+        with pytest.raises(WeftError) as ended:
+            await asyncio.wait_for(waiting, PATIENCE_S)
+        return ended.value
+
+    ended = asyncio.run(run())
+    store.may_load.set()
+    assert isinstance(ended, Cancelled if end == "cancel" else NotReady)
+
+
+def test_the_model_of_an_open_stream_stays(service: Service) -> None:
+    async def run() -> None:
+        session = Streams(service, Settings()).open()
+        await session.change({"prompt": "x", "model": "b"})
+        await made(service, "c")
+        assert loaded(service) == ["b", "c"]
+        await session.change({"model": "c"})
+        await made(service, "a")
+        assert loaded(service) == ["a", "c"]
+        session.close()
+        await made(service, "b")
+        await made(service, "a")
+        assert loaded(service) == ["a", "b"]
+
+    asyncio.run(run())
+
+
+def test_the_engine_keeps_a_model_while_it_has_images_of_it(
+    service: Service, engine: Engine
+) -> None:
+    async def run() -> None:
+        generation = await begun(service, "a", steps=200)
+        assert not engine.remove_model("a")
+        service.release(generation)
+
+    asyncio.run(run())
