@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -174,13 +175,20 @@ def test_sides_beyond_its_positions_and_edits_of_its_attention_are_refused(
     assert reason.startswith("has a SD3Transformer2DModel, whose attention cannot be edited")
 
 
-def test_a_bare_request_takes_what_the_model_was_made_for(folder: Path) -> None:
-    request = GenerateRequest(prompt=PROMPT)
-    for name, steps, guidance in (("stable-diffusion-3.5-large-turbo", 4, "none"), ("", 28, "cfg")):
-        file = folder / "transformer/config.json"
+def test_a_bare_request_takes_what_the_model_was_made_for(folder: Path, tmp_path: Path) -> None:
+    request, copy = GenerateRequest(prompt=PROMPT), Path(shutil.copytree(folder, tmp_path / "sd3"))
+    for name, steps, guidance in (
+        ("stable-diffusion-3.5-large-turbo", 4, "none"),
+        ("", 28, "cfg"),
+        (None, 4, "none"),
+    ):
+        if name is None:
+            (copy / "weft").mkdir()
+            (copy / "weft/defaults.json").write_text('{"convention": "sd35_turbo"}')
+        file = copy / "transformer/config.json"
         config = json.loads(file.read_text()) | {"_name_or_path": name}
         file.write_text(json.dumps(config))
-        settings = resolve(request, load(folder), Limits(), None).settings()
+        settings = resolve(request, load(copy), Limits(), None).settings()
         assert settings["sampler"]["name"] == "euler"
         assert settings["spacing"]["name"] == "linspace"
         assert settings["spacing"]["twice_shifted"]
