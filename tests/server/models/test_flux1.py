@@ -17,6 +17,7 @@ from server.engine.engine import Engine
 from server.engine.state.noise import start_noise
 from server.engine.task import ImageTask
 from server.errors import InvalidRequest, ModelMismatch
+from server.models.distilled import stated
 from server.models.flux1 import POOLED, TEXT, packed
 from server.models.hosted import HostedModel
 from server.models.loading import load_model
@@ -187,6 +188,20 @@ def test_schnell_follows_its_own_convention(tmp_path: Path) -> None:
 @pytest.mark.parametrize("blocks", ["transformer_blocks", "single_transformer_blocks"])
 def test_blocks_of_both_kinds_can_be_skipped(model: HostedModel, blocks: str) -> None:
     assert_skipped(model, start_noise(0, SHAPE), PROMPT, blocks)
+
+
+def test_an_operator_may_state_a_convention_of_flow_matching_models_alone(tmp_path: Path) -> None:
+    file = tmp_path / "weft/defaults.json"
+    file.parent.mkdir()
+    file.write_text('{"convention": "flux_dev", "steps": 8}')
+    own = stated(tmp_path, {}, embeds_scale=True, flow=True)
+    assert own is not None
+    assert (own.steps, own.policy.name) == (8, "embedded")
+    with pytest.raises(ModelMismatch, match="guidance scale; this one has no guidance_embeds"):
+        stated(tmp_path, {}, embeds_scale=False, flow=True)
+    file.write_text('{"convention": "lcm_lora"}')
+    with pytest.raises(ModelMismatch, match="models that predict noise; this one matches a flow"):
+        stated(tmp_path, {}, embeds_scale=True, flow=True)
 
 
 def test_a_transformer_that_reads_more_than_the_latents_is_refused(tmp_path: Path) -> None:

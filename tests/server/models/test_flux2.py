@@ -91,11 +91,16 @@ def test_final_latents_in_mixed_company_are_those_of_diffusers(
         {"prompt": "a star", "guidance": "none", "steps": 3, "seed": 6},
         {"negative_prompt": "blue", "sampler": "dpm_solver_pp", "steps": 3, "seed": 7},
         {"sampler": "heun", "guidance": "apg", "spacing": "karras", "seed": 8},
+        {"guidance": "none", "width": HEIGHT, "height": WIDTH, "seed": 9},
     ]
     ear = run(engine, [asked(model, **fields) for fields in company])
     assert not ear.errors, ear.errors
     assert_among(decoded, theirs(pipeline, guidance_scale=3.0))
     assert_among(decoded, theirs(pipeline, 6, 3, prompt="a star", guidance_scale=1.0))
+    # As many tokens, but not the same places: rows of both in one forward would get those of one.
+    upright = start_noise(9, (SHAPE[0], SHAPE[2], SHAPE[1]))[None]
+    size: dict[str, Any] = {"width": HEIGHT, "height": WIDTH, "latents": upright}
+    assert_among(decoded, theirs(pipeline, guidance_scale=1.0, **size))
     assert_apart(theirs(pipeline, guidance_scale=3.0), theirs(pipeline, guidance_scale=1.0))
 
 
