@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from server.engine.engine import Engine
 from server.engine.state.noise import start_noise
@@ -20,6 +21,7 @@ from server.models.hosted import HostedModel
 from server.models.loading import load_model
 from tests.server.models.alike import assert_among, assert_apart, assert_skipped, task_of
 from tests.server.models.tiny_flux2 import LENGTH, make
+from tests.server.models.tiny_flux2 import TEXT as TINY_TEXT
 from tests.server.models.tiny_sdxl import saved
 from tests.server.toy_model import run
 
@@ -102,6 +104,19 @@ def test_final_latents_in_mixed_company_are_those_of_diffusers(
     size: dict[str, Any] = {"width": HEIGHT, "height": WIDTH, "latents": upright}
     assert_among(decoded, theirs(pipeline, guidance_scale=1.0, **size))
     assert_apart(theirs(pipeline, guidance_scale=3.0), theirs(pipeline, guidance_scale=1.0))
+
+
+def test_layers_of_the_text_encoder_that_nobody_reads_are_dropped(
+    pipeline: Any, model: HostedModel, folder: Path, tmp_path: Path
+) -> None:
+    layers = model.modules()["text_encoder"].get_submodule("layers")
+    assert (len(list(layers.children())), len(pipeline.text_encoder.model.layers)) == (28, 30)
+    copy = Path(shutil.copytree(folder, tmp_path / "shallow"))
+    sizes: dict[str, Any] = TINY_TEXT | {"num_hidden_layers": 27}
+    short = Qwen3ForCausalLM(Qwen3Config(**sizes))
+    short.save_pretrained(copy / "text_encoder")
+    with pytest.raises(ModelMismatch, match="has 27 layers; the transformer reads what is behind"):
+        load(copy)
 
 
 def test_mu_follows_the_number_of_steps(model: HostedModel) -> None:
