@@ -11,6 +11,8 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from diffusers import QwenImageImg2ImgPipeline
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_img2img
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -68,8 +70,16 @@ def load(folder: Path) -> HostedModel:
 
 
 def asked(model: HostedModel, **fields: Any) -> Any:
-    body: dict[str, Any] = {"prompt": PROMPT, "width": WIDTH, "height": HEIGHT, "seed": 5}
-    return task_of(model, **body | {"steps": 4, "guidance": GUIDED} | fields)
+    body: dict[str, Any] = {
+        "prompt": PROMPT,
+        "width": WIDTH,
+        "height": HEIGHT,
+        "seed": 5,
+        "steps": 4,
+        "guidance": GUIDED,
+        **fields,
+    }
+    return task_of(model, **body)
 
 
 @torch.inference_mode()
@@ -179,6 +189,31 @@ def test_pictures_are_films_of_one_frame_whose_channels_have_their_own_scales(
     )
     torch.testing.assert_close(latents, (mode[:, :, 0] - mean) / deviation)
     torch.testing.assert_close(model.decode(latents), pipeline.vae.decode(mode).sample[:, :, 0])
+
+
+@torch.inference_mode()
+def test_image_to_image_is_that_of_diffusers(
+    pipeline: Any,
+    model: HostedModel,
+    engine: Engine,
+    decoded: list[Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    picture = torch.rand(3, HEIGHT, WIDTH) * 2 - 1
+    run(engine, [asked(model, image=picture, strength=0.5, steps=4)])
+    monkeypatch.setattr(
+        pipeline_qwenimage_img2img,
+        "randn_tensor",
+        lambda *_, **__: start_noise(5, SHAPE)[None, None],
+    )
+    anew: Any = QwenImageImg2ImgPipeline(**pipeline.components)
+    anew.set_progress_bar_config(disable=True)
+    # Of as many channels as latents have, it is taken for latents.
+    given: dict[str, Any] = {"image": model.encode_image(picture[None]), "strength": 0.5}
+    same = {"width": WIDTH, "height": HEIGHT, "num_inference_steps": 4, "output_type": "latent"}
+    told: dict[str, Any] = {"negative_prompt": " ", "true_cfg_scale": 4.0}
+    made = anew(PROMPT, **told, **given, **same).images
+    assert_among(decoded, pipeline._unpack_latents(made, HEIGHT, WIDTH, 2)[0, :, 0])
 
 
 @torch.inference_mode()

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusion3Img2ImgPipeline
+from diffusers.pipelines.stable_diffusion_3 import pipeline_stable_diffusion_3_img2img
 from torch import Tensor
 
 from guidance.edits import IdentityAttention
@@ -61,8 +63,16 @@ def load(folder: Path) -> HostedModel:
 
 
 def asked(model: HostedModel, **fields: Any) -> Any:
-    body: dict[str, Any] = {"prompt": PROMPT, "width": WIDTH, "height": HEIGHT, "seed": 5}
-    return task_of(model, **body | {"steps": 4, "guidance": GUIDED} | fields)
+    body: dict[str, Any] = {
+        "prompt": PROMPT,
+        "width": WIDTH,
+        "height": HEIGHT,
+        "seed": 5,
+        "steps": 4,
+        "guidance": GUIDED,
+        **fields,
+    }
+    return task_of(model, **body)
 
 
 @torch.inference_mode()
@@ -163,6 +173,31 @@ def test_a_picture_comes_back_from_its_latents_as_diffusers_scales_them(
     with torch.inference_mode():
         mean = pipeline.vae.encode(pixels).latent_dist.mode()
         torch.testing.assert_close(model.encode_image(pixels), (mean - 0.0609) * 1.5305)
+
+
+@torch.inference_mode()
+def test_image_to_image_is_that_of_diffusers(
+    pipeline: Any,
+    model: HostedModel,
+    engine: Engine,
+    decoded: list[Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    picture = torch.rand(3, HEIGHT, WIDTH) * 2 - 1
+    run(engine, [asked(model, image=picture, strength=0.5, steps=4)])
+    monkeypatch.setattr(
+        pipeline_stable_diffusion_3_img2img,
+        "randn_tensor",
+        lambda *_, **__: start_noise(5, SHAPE)[None],
+    )
+    anew: Any = StableDiffusion3Img2ImgPipeline(**pipeline.components)
+    anew.set_progress_bar_config(disable=True)
+    # Of as many channels as latents have, it is taken for latents.
+    given: dict[str, Any] = {"image": model.encode_image(picture[None]), "strength": 0.5}
+    same = {"width": WIDTH, "height": HEIGHT, "num_inference_steps": 4, "output_type": "latent"}
+    told: dict[str, Any] = {"guidance_scale": 4.0, "max_sequence_length": LENGTH}
+    made = anew(PROMPT, **told, **given, **same).images
+    assert_among(decoded, made[0])
 
 
 def test_sides_beyond_its_positions_and_edits_of_its_attention_are_refused(

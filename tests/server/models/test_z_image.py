@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import ZImageImg2ImgPipeline
+from diffusers.pipelines.z_image import pipeline_z_image_img2img
 from torch import Tensor
 
 from guidance.edits import IdentityAttention, SkippedBlocks
@@ -49,8 +51,16 @@ def load(folder: Path) -> HostedModel:
 
 
 def asked(model: HostedModel, **fields: Any) -> Any:
-    body: dict[str, Any] = {"prompt": PROMPT, "width": WIDTH, "height": HEIGHT, "seed": 5}
-    return task_of(model, **body | {"steps": 3, "guidance": GUIDED} | fields)
+    body: dict[str, Any] = {
+        "prompt": PROMPT,
+        "width": WIDTH,
+        "height": HEIGHT,
+        "seed": 5,
+        "steps": 3,
+        "guidance": GUIDED,
+        **fields,
+    }
+    return task_of(model, **body)
 
 
 @torch.inference_mode()
@@ -157,6 +167,28 @@ def test_a_picture_comes_back_from_its_latents_as_diffusers_scales_them(
         mean = pipeline.vae.encode(pixels).latent_dist.mode()
         torch.testing.assert_close(latents, (mean - 0.1159) * 0.3611)
         torch.testing.assert_close(model.decode(latents), pipeline.vae.decode(mean).sample)
+
+
+@torch.inference_mode()
+def test_image_to_image_is_that_of_diffusers(
+    pipeline: Any,
+    model: HostedModel,
+    engine: Engine,
+    decoded: list[Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    picture = torch.rand(3, HEIGHT, WIDTH) * 2 - 1
+    run(engine, [asked(model, image=picture, strength=0.5, steps=4)])
+    monkeypatch.setattr(
+        pipeline_z_image_img2img, "randn_tensor", lambda *_, **__: start_noise(5, SHAPE)[None]
+    )
+    anew: Any = ZImageImg2ImgPipeline(**pipeline.components)
+    anew.set_progress_bar_config(disable=True)
+    # Of as many channels as latents have, it is taken for latents.
+    given: dict[str, Any] = {"image": model.encode_image(picture[None]), "strength": 0.5}
+    same = {"width": WIDTH, "height": HEIGHT, "num_inference_steps": 4, "output_type": "latent"}
+    made = anew(PROMPT, guidance_scale=3.0, **given, **same).images
+    assert_among(decoded, made[0])
 
 
 def test_a_row_is_equal_to_the_bit_beside_longer_texts_where_that_is_asked_for(
