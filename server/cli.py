@@ -209,6 +209,10 @@ def generate(
         float | None,
         typer.Option(help="Fraction of the steps to run on --image, above 0 and up to 1."),
     ] = None,
+    resize_mode: Annotated[
+        str | None,
+        typer.Option(help="What becomes of --image of other proportions: stretch, crop or fill."),
+    ] = None,
     adapter: Annotated[
         list[str] | None,
         typer.Option(help="LoRA to draw with: its name, or NAME=WEIGHT; repeat it for several."),
@@ -246,6 +250,7 @@ def generate(
         mask=_base64_of(mask),
         reference=_base64_of(reference),
         strength=strength,
+        resize_mode=resize_mode,
         adapters=[_weighted(one) for one in adapter or ()],
     )
     try:

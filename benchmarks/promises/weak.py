@@ -61,9 +61,8 @@ def _plain_connections(_: Settings) -> type[asyncio.Protocol]:
 
 async def _decode_in_a_thread(_: DecodePool, one: Any, **__: bool) -> Decoded:
     content = one.data.encode() if isinstance(one.data, str) else one.data
-    width, height = one.size
     coded = isinstance(one.data, str)
-    job = Job(len(content), one.field, False, one.mask, coded, MANY, width, height, MANY)
+    job = Job(len(content), one.field, False, one.mask, coded, MANY, one.target, MANY)
     return Decoded(np.asarray(await asyncio.to_thread(decoded, job, content)), {})
 
 

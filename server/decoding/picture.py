@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from PIL import Image, ImageChops, ImageFilter, ImageOps
-from PIL.Image import Resampling
 
 from server.errors import InvalidRequest, TooLarge
 
@@ -23,7 +22,6 @@ __all__ = [
     "decode_mask",
     "decode_picture",
     "file_of",
-    "fit",
     "open_picture",
 ]
 
@@ -126,13 +124,6 @@ def decode_mask(data: bytes, *, field: str, max_pixels: int, form: MaskForm = WH
             field, f"{field} keeps everything, so that nothing would be repainted."
         )
     return mask.filter(ImageFilter.GaussianBlur(form.blur)) if any(form.blur) else mask
-
-
-def fit(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The image at a size, resampled if it has another."""
-    if image.size == (width, height):
-        return image
-    return image.resize((width, height), Resampling.LANCZOS)
 
 
 def open_picture(data: bytes, field: str, max_pixels: int) -> Image.Image:

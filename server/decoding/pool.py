@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from server.decoding.picture import WHITE, MaskForm
+from server.decoding.sizing import Target
 from server.decoding.turns import Turns
 from server.decoding.worker import Answer, Job
 from server.errors import InvalidRequest, Overloaded, TooLarge, WeftError
@@ -37,6 +38,8 @@ ROOT: Final = Path(__file__).parents[2]
 RETRY_AFTER_S: Final = 2.0
 
 START_S: Final = 60.0
+
+OWN_SIZE: Final = Target()
 
 OWN_BYTES: Final = 256 * 2**20
 """Address space of a process before it decodes anything, and some room."""
@@ -63,7 +66,7 @@ class _Picture:
 
     data: str | bytes
     field: str
-    size: tuple[int | None, int | None]
+    target: Target
     mask: MaskForm | None = None
     texts: bool = False
     read: Future[Decoded] = of_dataclass(default_factory=Future)
@@ -102,15 +105,15 @@ class DecodePool:
         weakref.finalize(self, _end, self._idle)
 
     async def picture(
-        self, data: str | bytes, field: str, size: tuple[int | None, int | None] = (None, None)
+        self, data: str | bytes, field: str, target: Target = OWN_SIZE
     ) -> NDArray[np.uint8]:
         """Decode a picture to RGB; transparency is flattened over white.
 
         Args:
             data: base64 or a data URI if text, a PNG, JPEG or WebP file if bytes.
             field: the request's field, for error messages.
-            size: width and height to resample to, each its own where None. A picture that would
-                get more pixels than an image may have is not resampled.
+            target: what it is brought to. A picture that would get more pixels than an image may
+                have is not resampled.
 
         Returns:
             uint8 `[height, width, 3]`.
@@ -121,22 +124,22 @@ class DecodePool:
             Overloaded: too many pictures wait to be decoded, or no process starts in time.
             WeftError: a process cannot start at all.
         """
-        return (await self._uploaded(_Picture(data, field, size))).pixels
+        return (await self._uploaded(_Picture(data, field, target))).pixels
 
-    async def frame(self, data: bytes, size: tuple[int, int]) -> NDArray[np.uint8]:
+    async def frame(self, data: bytes, target: Target) -> NDArray[np.uint8]:
         """Decode an input frame of a live stream, before all pictures that are none.
 
         Args:
             data: a PNG, JPEG or WebP file.
-            size: as of :meth:`picture`, which describes result and errors too.
+            target: as of :meth:`picture`, which describes result and errors too.
         """
-        return (await self._decoded(_Picture(data, "frame", size), frame=True)).pixels
+        return (await self._decoded(_Picture(data, "frame", target), frame=True)).pixels
 
     async def mask(
         self,
         data: str | bytes,
         field: str,
-        size: tuple[int | None, int | None] = (None, None),
+        target: Target = OWN_SIZE,
         form: MaskForm = WHITE,
     ) -> NDArray[np.uint8]:
         """Decode a mask to uint8 `[height, width]`, 255 where the picture is repainted.
@@ -147,17 +150,17 @@ class DecodePool:
         Args:
             data: base64 or a data URI if text, a file if bytes.
             field: the request's field, for error messages.
-            size: width and height to resample to, each its own where None.
+            target: what it is brought to.
             form: how the file says what is repainted.
         """
-        return (await self._uploaded(_Picture(data, field, size, form))).pixels
+        return (await self._uploaded(_Picture(data, field, target, form))).pixels
 
     async def texts(self, data: str | bytes, field: str) -> dict[str, str]:
         """What a picture says about how it was made, by the names of its texts.
 
         Arguments and errors are those of :meth:`picture`.
         """
-        return (await self._uploaded(_Picture(data, field, (None, None), texts=True))).texts
+        return (await self._uploaded(_Picture(data, field, OWN_SIZE, texts=True))).texts
 
     def close(self) -> None:
         """End the processes; one that is decoding ends after its picture."""
@@ -213,8 +216,7 @@ class DecodePool:
             texts=picture.texts,
             encoded=isinstance(data, str),
             max_pixels=self._limits.upload_pixels,
-            width=picture.size[0],
-            height=picture.size[1],
+            target=picture.target,
             max_resampled=self._limits.pixels,
         )
         worker = self._worker()

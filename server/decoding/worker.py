@@ -17,7 +17,8 @@ from typing import IO, Any
 # Pillow loads a format's module when it first meets the format.
 from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
-from server.decoding.picture import MaskForm, decode_mask, decode_picture, file_of, fit
+from server.decoding.picture import MaskForm, decode_mask, decode_picture, file_of
+from server.decoding.sizing import Target, brought_to
 from server.decoding.texts import texts_of
 from server.errors import InvalidRequest, TooLarge
 
@@ -37,8 +38,7 @@ class Job:
         mask: its form, if it is a mask, which is decoded to grayscale; None for a picture.
         encoded: whether the bytes are base64 or a data URI, rather than a file.
         max_pixels: of the picture.
-        width: to resample to; None for the picture's own.
-        height: to resample to; None for the picture's own.
+        target: what it is brought to.
         max_resampled: pixels of the result; a picture that would get more keeps its own size.
     """
 
@@ -48,8 +48,7 @@ class Job:
     mask: MaskForm | None
     encoded: bool
     max_pixels: int
-    width: int | None
-    height: int | None
+    target: Target
     max_resampled: int
 
 
@@ -100,7 +99,7 @@ def _serve(jobs: IO[bytes], answers: IO[bytes]) -> None:
 
 
 def _job(fields: dict[str, Any]) -> Job:
-    job = Job(**fields)
+    job = replace(Job(**fields), target=Target(**fields["target"]))
     if job.mask is None:
         return job
     form = MaskForm(**fields["mask"])
@@ -135,8 +134,7 @@ def decoded(job: Job, data: bytes) -> Image.Image:
         image = decode_picture(data, field=job.field, max_pixels=job.max_pixels)
     else:
         image = decode_mask(data, field=job.field, max_pixels=job.max_pixels, form=job.mask)
-    size = job.width or image.width, job.height or image.height
-    return image if size[0] * size[1] > job.max_resampled else fit(image, *size)
+    return brought_to(image, job.target, job.max_resampled)
 
 
 if __name__ == "__main__":

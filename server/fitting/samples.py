@@ -16,7 +16,7 @@ from torch import Tensor
 from samplers import NoiseSchedule, integrate, preconditioning
 from samplers.dpm_solver_pp import DPMSolverPP
 from samplers.timesteps import Trailing
-from server.decoding.picture import fit
+from server.decoding.sizing import fit
 from server.engine.state.noise import start_noise
 from server.errors import InvalidRequest
 from server.models.folder import prompts_file

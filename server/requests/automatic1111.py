@@ -17,7 +17,7 @@ from server.requests.foreign_names import fields_of
 from server.requests.lora_tags import read_tags
 from server.requests.messages import explain
 from server.requests.read_infotext import read_infotext
-from server.requests.reading import Reading
+from server.requests.reading import RESIZE_MODES, Reading
 from server.requests.schema import DEFAULT_STEPS, MAX_SEED, GenerateRequest
 from server.requests.upload import Upload
 
@@ -38,7 +38,7 @@ _CLEAR_OF: Final[Mapping[str, tuple[Any, ...]]] = {
     "refiner_checkpoint": ("", "None"),
     "script_name": ("", "None"),
     "scripts": ((),),
-    "resize_mode": (0,),
+    "resize_mode": tuple(range(len(RESIZE_MODES))),
     "inpainting_fill": (1,),
     "inpaint_full_res": (False, 0),
     "initial_noise_multiplier": (1,),
@@ -176,7 +176,9 @@ class Img2Img(Txt2Img):
     denoising_strength: float | None = Field(
         default=0.75, ge=0, le=1, description="Share of the steps that is run."
     )
-    resize_mode: int = 0
+    resize_mode: int = Field(
+        default=0, description="0 stretches the image, 1 crops it, 2 fits it in and fills up."
+    )
     inpainting_fill: int = 0
     inpaint_full_res: bool = True
     initial_noise_multiplier: float = 1
@@ -187,6 +189,8 @@ class Img2Img(Txt2Img):
         image: dict[str, Any] = {
             "image": self.init_images,
             "strength": max(strength, _LEAST_STEPS / (self.steps or DEFAULT_STEPS)),
+            # The one beyond them stretches the latent.
+            "resize_mode": dict(enumerate(RESIZE_MODES)).get(self.resize_mode, "stretch"),
         }
         if self.mask is None:
             return image

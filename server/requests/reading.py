@@ -16,7 +16,7 @@ from samplers import SAMPLERS, SPACINGS
 from server.requests.choice import name_of
 from server.requests.foreign_names import fields_of, sampler_of, schedule_of, shown
 
-__all__ = ["SAME", "SCALES", "Readable", "Reading", "in_our_words"]
+__all__ = ["RESIZE_MODES", "SAME", "SCALES", "Readable", "Reading", "in_our_words"]
 
 SAME: Final[Mapping[str, str]] = MappingProxyType(
     {
@@ -36,6 +36,9 @@ SAME: Final[Mapping[str, str]] = MappingProxyType(
 
 SCALES: Final = ("cfg_scale", "guidance_scale", "true_cfg_scale")
 """What other services call `guidance.scale`."""
+
+RESIZE_MODES: Final = ("stretch", "crop", "fill")
+"""What AUTOMATIC1111 calls the modes 0 to 2."""
 
 _SIZE: Final = re.compile(r"(\d{1,6})\s*[x×*]\s*(\d{1,6})", re.IGNORECASE)
 _SAMPLERS: Final = frozenset(map(name_of, SAMPLERS))
@@ -115,6 +118,8 @@ def in_our_words(
     _read_size(fields, known)
     if type(seed := fields.get("seed")) is int and seed == -1:
         del fields["seed"]
+    if type(mode := fields.get("resize_mode")) is int and 0 <= mode < len(RESIZE_MODES):
+        fields["resize_mode"] = RESIZE_MODES[mode]
     for part in PARTS:
         if part.field in fields:
             raise _refused(

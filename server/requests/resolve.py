@@ -35,7 +35,13 @@ from server.requests.defaults import (
     steps_for,
 )
 from server.requests.ineffective import warnings_for
-from server.requests.schema import GenerateRequest, Guidance, ResolvedRequest, guidance_of
+from server.requests.schema import (
+    DEFAULT_RESIZE_MODE,
+    GenerateRequest,
+    Guidance,
+    ResolvedRequest,
+    guidance_of,
+)
 from server.settings import Limits
 
 __all__ = ["Prepared", "make_plan", "prepare", "resolve", "statistics_for"]
@@ -108,6 +114,7 @@ def resolve(
         guidance=_with_source_to_avoid(guidance, has_reference=has_reference),
         adapters=request.adapters,
         strength=_strength(request, has_picture=has_picture),
+        resize_mode=request.resize_mode,
         output_format=request.output_format,
         stream=request.stream,
         priority=request.priority,
@@ -116,6 +123,7 @@ def resolve(
     check_size(resolved, model.facts, limits)
     check_guidance(resolved.guidance, model, has_picture=has_picture)
     check_group(resolved, has_picture=has_picture, has_reference=has_reference)
+    resolved = _with_resize_mode(resolved, has_upload=has_picture or has_reference)
     check_classifier(resolved, model)
     check_tokens(resolved, model)
     return resolved
@@ -203,6 +211,17 @@ def _with_source_to_avoid(guidance: Guidance, *, has_reference: bool) -> Guidanc
         return guidance
     source = "reference" if has_reference else "first"
     return guidance.model_copy(update={"negtome": negtome.model_copy(update={"away_from": source})})
+
+
+def _with_resize_mode(resolved: ResolvedRequest, *, has_upload: bool) -> ResolvedRequest:
+    if has_upload:
+        mode = resolved.resize_mode or DEFAULT_RESIZE_MODE
+        return resolved.model_copy(update={"resize_mode": mode})
+    if resolved.resize_mode is not None:
+        raise InvalidRequest(
+            "resize_mode", "resize_mode needs an image; send one or leave resize_mode out."
+        )
+    return resolved
 
 
 def _strength(request: GenerateRequest, *, has_picture: bool) -> float | None:

@@ -22,6 +22,7 @@ from guidance import (
 )
 from guidance.parts import PARTS, Part
 from samplers import SAMPLERS, SPACINGS, Sampler, Spacing
+from server.decoding.sizing import ResizeMode
 from server.image_codec import OutputFormat
 from server.requests.adapters import MOST, AdapterChoices
 from server.requests.choice import choice, name_of
@@ -32,6 +33,7 @@ from server.settings import PROMPT_BYTES_CEILING
 
 __all__ = [
     "CHOICES",
+    "DEFAULT_RESIZE_MODE",
     "DEFAULT_SAMPLER",
     "DEFAULT_STEPS",
     "MAX_SEED",
@@ -48,6 +50,7 @@ __all__ = [
 
 DEFAULT_STEPS: Final = 25
 DEFAULT_SAMPLER: Final = "dpm_solver_pp"
+DEFAULT_RESIZE_MODE: Final[ResizeMode] = "stretch"
 DEFAULT_GUIDANCE: Final = {"name": DEFAULT_RULE, "scale": 4.0}
 """As accurate as plain guidance at that scale, and closer to the data in appearance
 (docs/guidance.md)."""
@@ -185,7 +188,13 @@ class GenerateRequest(Readable):
         default=None,
         repr=False,
         description="An image to start from: PNG, JPEG or WebP, as base64 or a base64 data URI. It "
-        "is resampled to `width` x `height`, which default to its own size.",
+        "is brought to `width` x `height`. One of them that is left out follows from its "
+        "proportions; without both it keeps its size, rounded to what the model draws.",
+    )
+    resize_mode: ResizeMode | None = Field(
+        default=None,
+        description="What becomes of an image of other proportions: stretch distorts it, crop cuts "
+        "it around the middle, fill fits it in and repeats its edges. Default: stretch.",
     )
     strength: float | None = Field(
         default=None,
@@ -237,6 +246,7 @@ class ResolvedRequest(BaseModel):
     guidance: Guidance
     adapters: AdapterChoices = ()
     strength: float | None
+    resize_mode: ResizeMode | None = None
     output_format: OutputFormat
     stream: bool
     priority: Literal["interactive", "batch"] = "interactive"

@@ -17,6 +17,7 @@ from torch import Tensor
 from samplers import Plan, StatisticsIdentity
 from server.decoding.picture import MaskForm
 from server.decoding.pool import DecodePool
+from server.decoding.sizing import Target
 from server.engine.engine import Engine
 from server.engine.reservation import Reservation
 from server.engine.task import ImageTask
@@ -31,7 +32,7 @@ from server.requests.checks.limits import check_count
 from server.requests.chosen import notes_for
 from server.requests.infotext import infotext
 from server.requests.resolve import Prepared, make_plan, prepare, resolve, statistics_for
-from server.requests.schema import GenerateRequest, ResolvedRequest
+from server.requests.schema import DEFAULT_RESIZE_MODE, GenerateRequest, ResolvedRequest
 from server.requests.tasks import seeds_of, tasks_of
 from server.requests.upload import Upload
 from server.service.generation import Generation
@@ -335,7 +336,7 @@ class Service:
                 shelf.lend(request.model)
             )
             model = lease.model
-            image, size = await self._image_for_its_size(request)
+            image, size = await self._image_for_its_size(request, model)
             prepared = await asyncio.to_thread(self.prepare, request, model, size)
             uploads = await self._uploads(request, prepared[0].request, image)
             await asyncio.to_thread(self._submit, generation, *prepared, model, uploads, room)
@@ -407,7 +408,7 @@ class Service:
         return self._plans.get(key, make)
 
     async def _image_for_its_size(
-        self, request: GenerateRequest
+        self, request: GenerateRequest, model: HostedModel
     ) -> tuple[NDArray[np.uint8] | None, tuple[int, int] | None]:
         """The size of the image that the request starts from, and the image if that took it.
 
@@ -417,7 +418,14 @@ class Service:
             return None, None
         if request.width is not None and request.height is not None:
             return None, (request.width, request.height)
-        image = await self._picture(request.image, "image", (request.width, request.height))
+        target = Target(
+            request.width,
+            request.height,
+            request.resize_mode or DEFAULT_RESIZE_MODE,
+            model.facts.size_multiple,
+            model.facts.longest_side,
+        )
+        image = await self._picture(request.image, "image", target)
         return image, (image.shape[1], image.shape[0])
 
     async def _uploads(
@@ -426,23 +434,22 @@ class Service:
         resolved: ResolvedRequest,
         image: NDArray[np.uint8] | None,
     ) -> Uploads:
-        size = resolved.width, resolved.height
+        mode = resolved.resize_mode or DEFAULT_RESIZE_MODE
+        target = Target(resolved.width, resolved.height, mode)
         mask = reference = None
         if image is None and request.image is not None:
-            image = await self._picture(request.image, "image", size)
+            image = await self._picture(request.image, "image", target)
         if request.mask is not None:
             with request.mask.opened() as text:
                 form = request.mask.form or MaskForm()
-                mask = await self.decoding.mask(text, "mask", size, form)
+                mask = await self.decoding.mask(text, "mask", target, form)
         if request.reference is not None:
-            reference = await self._picture(request.reference, "reference", size)
+            reference = await self._picture(request.reference, "reference", target)
         return Uploads(image, mask, reference)
 
-    async def _picture(
-        self, upload: Upload, field: str, size: tuple[int | None, int | None]
-    ) -> NDArray[np.uint8]:
+    async def _picture(self, upload: Upload, field: str, target: Target) -> NDArray[np.uint8]:
         with upload.opened() as text:
-            return await self.decoding.picture(text, field, size)
+            return await self.decoding.picture(text, field, target)
 
     def _encode(self, generation: Generation, index: int, pixels: NDArray[np.uint8]) -> Picture:
         request = generation.request

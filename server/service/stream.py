@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
+from server.decoding.sizing import Target
 from server.engine.task import Stream
 from server.errors import InvalidRequest, NotReady, Overloaded, RowFailed, TooLarge, WeftError
 from server.image_codec import encode
@@ -397,7 +398,7 @@ class StreamSession:
     async def _decoded(self, taken: InputFrame, current: Current) -> NDArray[np.uint8]:
         request = current.prepared.request
         size = request.width, request.height
-        return await self._service.decoding.frame(taken.data, size)
+        return await self._service.decoding.frame(taken.data, Target(*size))
 
     def _begin(
         self,

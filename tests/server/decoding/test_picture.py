@@ -17,7 +17,6 @@ from server.decoding.picture import (
     decode_mask,
     decode_picture,
     file_of,
-    fit,
 )
 from server.errors import InvalidRequest, TooLarge
 from server.image_codec import OutputFormat, encode
@@ -69,10 +68,6 @@ def test_a_file_is_read_from_base64_and_data_uris(head: str) -> None:
 def test_what_is_not_base64_is_refused(text: str) -> None:
     with pytest.raises(InvalidRequest, match=r"^image is .*base64"):
         file_of(text.encode(), "image")
-
-
-def test_a_picture_is_resampled_to_a_size() -> None:
-    assert fit(picture(encode(gradient(), "png")), 8, 16).size == (8, 16)
 
 
 # Two pixels, from the definitions of the format: a dark one, and white.

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from server.decoding.pool import DecodePool
+from server.decoding.sizing import Target
 from server.errors import InvalidRequest, Overloaded, TooLarge, WeftError
 from server.settings import Limits
 from tests.server.decoding.files import repeated_scans, saved
@@ -50,9 +51,12 @@ def test_files_and_base64_become_pixels_of_the_size_that_is_asked_for(pool: Deco
         own = await pool.picture(RED, "image")
         assert own.shape == (16, 32, 3)
         assert own.reshape(-1, 3).tolist() == [[255, 0, 0]] * 512
-        wide = await pool.picture(base64.b64encode(RED).decode(), "image", (64, None))
-        assert wide.shape == (16, 64, 3)
-        grey = await pool.mask(RED, "mask", (8, 8))
+        wide = await pool.picture(base64.b64encode(RED).decode(), "image", Target(width=64))
+        assert wide.shape == (32, 64, 3)
+        large = saved(Image.new("L", (2000, 3000)), "PNG")
+        drawable = await pool.picture(large, "image", Target(multiple=32))
+        assert drawable.shape == (1248, 832, 3)
+        grey = await pool.mask(RED, "mask", Target(8, 8))
         assert grey.shape == (8, 8)
         assert grey.dtype == np.uint8
 
@@ -61,7 +65,7 @@ def test_files_and_base64_become_pixels_of_the_size_that_is_asked_for(pool: Deco
 
 
 def test_a_size_that_no_image_may_have_costs_no_memory(pool: DecodePool) -> None:
-    pixels = asyncio.run(pool.picture(RED, "image", (16384, 16384)))
+    pixels = asyncio.run(pool.picture(RED, "image", Target(16384, 16384)))
     assert pixels.shape == (16, 32, 3)
 
 
@@ -182,7 +186,7 @@ def test_a_frame_of_a_stream_passes_the_uploads_that_wait_and_needs_no_room(
         await asyncio.sleep(0.01)
         with pytest.raises(Overloaded):
             await pool.picture(RED, "image")
-        assert (await pool.frame(RED, (8, 8))).shape == (8, 8, 3)
+        assert (await pool.frame(RED, Target(8, 8))).shape == (8, 8, 3)
         assert [upload.done() for upload in uploads] == [True, False]
         await uploads[1]
 

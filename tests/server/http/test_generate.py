@@ -41,6 +41,11 @@ def pixels_of(data: bytes) -> NDArray[np.uint8]:
     return np.asarray(Image.open(io.BytesIO(data)))
 
 
+def settings_text(data: bytes) -> str:
+    """The settings that a file holds."""
+    return Image.open(io.BytesIO(data)).info["weft"]
+
+
 def message_of(answer: httpx2.Response, status: int = 422) -> str:
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]
@@ -336,6 +341,43 @@ def test_the_size_of_a_picture_is_the_default_size(generate: Generate) -> None:
     assert pixels_of(file_of(resized)).shape == (64, 64, 3)
 
 
+def test_an_upload_of_any_size_is_drawn(generate: Generate) -> None:
+    """One that the model cannot draw is brought to one that it can."""
+    settings = generate(image=b64_png(WHITE[:103, :75]), steps=2).json()["settings"]
+    assert (settings["width"], settings["height"]) == (64, 96)
+    assert settings["resize_mode"] == "stretch"
+
+
+def test_an_upload_is_cropped_on_request(generate: Generate) -> None:
+    """A mask repaints nothing of the middle, so the picture there is the one that was sent."""
+    picture = np.zeros((128, 256, 3), np.uint8)
+    picture[:, 64:192] = 255
+    corner = np.zeros((128, 256), np.uint8)
+    corner[:16, 64:80] = 255
+    uploads = {"image": b64_png(picture), "mask": b64_png(corner), "width": 128, "height": 128}
+    cropped, stretched = (
+        pixels_of(file_of(generate(**uploads, resize_mode=mode, steps=2))) for mode in (1, 0)
+    )
+    assert (cropped[64:] == 255).all()
+    assert (stretched[64:, 40:88] == 255).all()
+    assert (stretched[64:, :24] == 0).all()
+
+
+def test_settings_of_a_file_post_back_with_its_uploads(
+    client: httpx2.Client, generate: Generate
+) -> None:
+    """Unchanged: image to image and inpainting, by other programs' names."""
+    mask = np.zeros((128, 128), np.uint8)
+    mask[:, 64:] = 255
+    picture = {"image": b64_png(WHITE[:70]), "resize_mode": "fill"}
+    fields = {"sampler": "er_sde", "spacing": "beta57", "cfg_scale": 3, "steps": 2, "n": 2}
+    for uploads in (picture, picture | {"mask": b64_png(mask), "width": 128, "height": 128}):
+        first = file_of(generate(**fields, **uploads), 1)
+        settings = json.loads(settings_text(first))
+        again = {name: data for name, data in uploads.items() if name in ("image", "mask")}
+        assert file_of(client.post("/v1/generate", json=settings | again)) == first
+
+
 def test_settings_of_a_started_picture_are_refused_without_it(
     client: httpx2.Client, generate: Generate
 ) -> None:
@@ -377,8 +419,12 @@ def test_settings_of_a_started_picture_are_refused_without_it(
             "strength is 0.1, which leaves none of 4 steps; at least 0.25 is needed.",
         ),
         (
-            {"image": b64_png(WHITE[:100])},
+            {"image": b64_png(WHITE), "height": 100},
             "height is 100; model 'embedded' needs a multiple of 32.",
+        ),
+        (
+            {"resize_mode": "crop"},
+            "resize_mode needs an image; send one or leave resize_mode out.",
         ),
         (
             {"image": "AAAA"},

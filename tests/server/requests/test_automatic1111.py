@@ -8,7 +8,7 @@ import pytest
 
 from samplers import SAMPLERS, SPACINGS
 from server.errors import InvalidRequest
-from server.requests.automatic1111 import Txt2Img, translated
+from server.requests.automatic1111 import Img2Img, Txt2Img, translated
 from server.requests.automatic1111_names import (
     sampler_and_spacing,
     sampler_labels,
@@ -114,6 +114,17 @@ def test_what_would_change_the_image_is_named_and_defaults_are_not() -> None:
     assert ignored(restore_faces=False, styles=[], script_name=None, s_noise=1.0) == ()
     (sentence,) = ignored(tiling=True, styles=["x"], override_settings={"eta_noise_seed_delta": 1})
     assert sentence.endswith(": styles, tiling, override_settings.eta_noise_seed_delta.")
+
+
+@pytest.mark.parametrize(
+    ("mode", "ours", "said"),
+    [(0, "stretch", False), (1, "crop", False), (2, "fill", False), (3, "stretch", True)],
+)
+def test_images_are_resized_as_there(mode: int, ours: str, said: bool) -> None:
+    body = Img2Img.model_validate({"init_images": "x", "resize_mode": mode})
+    read = translated(body, None, (), 32)
+    assert read.request.resize_mode == ours
+    assert bool(read.ignored) == said
 
 
 def test_a_refusal_names_the_field() -> None:

@@ -115,7 +115,7 @@ def test_every_name_of_other_programs_is_accepted() -> None:
         # A name that is ours means what it means here, though ComfyUI's ddim is Euler's method.
         ({"sampler": "ddim", "spacing": "beta"}, {"sampler": {"name": "ddim"}}, None),
         ({"size": "64x32", "seed": -1, "scheduler": None}, {"width": 64, "height": 32}, None),
-        ({"size": "auto"}, {}, None),
+        ({"size": "auto", "resize_mode": 1}, {"resize_mode": "crop"}, None),
     ],
     ids=str,
 )

@@ -1,0 +1,103 @@
+"""The size that an uploaded picture is brought to, and how; needs nothing but Pillow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import sqrt
+from typing import Literal
+
+from PIL import Image, ImageOps
+from PIL.Image import Resampling
+
+__all__ = ["ResizeMode", "Target", "brought_to", "fit"]
+
+ResizeMode = Literal["stretch", "crop", "fill"]
+"""What becomes of other proportions: they are stretched, the picture is cropped around its middle,
+or it is fitted in and its edges are repeated."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a picture is brought to.
+
+    Attributes:
+        width: in pixels; None for what the picture's own proportions and size say.
+        height: in pixels; likewise.
+        mode: what becomes of other proportions.
+        multiple: sides that are not given become multiples of it.
+        longest: they become no longer; None for no limit.
+    """
+
+    width: int | None = None
+    height: int | None = None
+    mode: ResizeMode = "stretch"
+    multiple: int = 1
+    longest: int | None = None
+
+    def size_of(self, width: int, height: int, most_pixels: int) -> tuple[int, int]:
+        """The size that a picture gets: the sides given, and others that suit them and the limits.
+
+        Args:
+            width: of the picture.
+            height: of the picture.
+            most_pixels: that the sides which are not given leave room for.
+        """
+        if self.width is not None and self.height is not None:
+            return self.width, self.height
+        if self.width is not None:
+            most = most_pixels // self.width
+            return self.width, self._side(height * self.width / width, most)
+        if self.height is not None:
+            most = most_pixels // self.height
+            return self._side(width * self.height / height, most), self.height
+        scale = min(1.0, sqrt(most_pixels / (width * height)))
+        if self.longest is not None:
+            scale = min(scale, self.longest / max(width, height))
+        found = self._side(width * scale, most_pixels)
+        return found, self._side(height * scale, most_pixels // found)
+
+    def _side(self, wanted: float, most: int) -> int:
+        """The multiple nearest to a side, at least one of them and no more than there may be."""
+        most = most if self.longest is None else min(most, self.longest)
+        steps = min(round(wanted / self.multiple), most // self.multiple)
+        return max(steps, 1) * self.multiple
+
+
+def brought_to(image: Image.Image, target: Target, most_pixels: int) -> Image.Image:
+    """The picture at the size of its target; as it is if that has more than ``most_pixels``."""
+    width, height = target.size_of(image.width, image.height, most_pixels)
+    if width * height > most_pixels:
+        return image
+    match target.mode:
+        case "stretch":
+            return fit(image, width, height)
+        case "crop":
+            return ImageOps.fit(image, (width, height), Resampling.LANCZOS)
+        case "fill":
+            return _filled(image, width, height)
+
+
+def fit(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The image at a size, resampled if it has another."""
+    if image.size == (width, height):
+        return image
+    return image.resize((width, height), Resampling.LANCZOS)
+
+
+def _filled(image: Image.Image, width: int, height: int) -> Image.Image:
+    inner = ImageOps.contain(image, (width, height), Resampling.LANCZOS)
+    left, top = (width - inner.width) // 2, (height - inner.height) // 2
+    right, bottom = left + inner.width, top + inner.height
+    filled = Image.new(image.mode, (width, height))
+    filled.paste(inner, (left, top))
+    # One of the two pairs of borders is empty.
+    for border, edge in (
+        ((0, 0, left, height), (left, 0, left + 1, height)),
+        ((right, 0, width, height), (right - 1, 0, right, height)),
+        ((0, 0, width, top), (0, top, width, top + 1)),
+        ((0, bottom, width, height), (0, bottom - 1, width, bottom)),
+    ):
+        size = border[2] - border[0], border[3] - border[1]
+        if all(size):
+            filled.paste(filled.crop(edge).resize(size, Resampling.NEAREST), border[:2])
+    return filled
