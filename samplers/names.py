@@ -5,6 +5,7 @@ from __future__ import annotations
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from samplers.noise_schedule import leaves_out_pure_noise
 from samplers.other_names import (
     AUTOMATIC1111,
     COMFYUI,
@@ -185,6 +186,8 @@ def _spacing_of(config: Mapping[str, Any], known: Scheduler) -> Fields:
     for option, fields in by_option.items():
         if config.get(option):
             return fields
+    if leaves_out_pure_noise(config):
+        return {"name": "trailing"}
     match config.get("timestep_spacing"):
         case "leading":
             offset = config.get("steps_offset", 0)

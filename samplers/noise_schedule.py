@@ -83,9 +83,11 @@ class NoiseSchedule(Levels):
             or ("shift" in config and not has_betas)
         ):
             shifts = (config.get("shift"), config.get("flow_shift"), 1.0)
+            trained = _trained_steps(config)
             return FlowMatching(
                 shift=float(next(shift for shift in shifts if shift is not None)),
-                trained_steps=_trained_steps(config),
+                trained_steps=trained,
+                noisiest=1 - 1 / trained if leaves_out_pure_noise(config) else 1.0,
             )
         if name.startswith("SCM") or config.get("prediction_type") == "trigflow":
             return TrigFlow()
@@ -152,6 +154,12 @@ class NoiseSchedule(Levels):
             ValueError: unless ``0 < sigma_min < sigma_max``.
         """
         return EDM(sigma_min, sigma_max)
+
+
+def leaves_out_pure_noise(config: Mapping[str, Any]) -> bool:
+    """Whether a diffusers scheduler runs a flow from its second noisiest trained level."""
+    solver = str(config.get("_class_name", "")).startswith(("DEIS", "DPMSolver", "SASolver"))
+    return solver and bool(config.get("use_flow_sigmas"))
 
 
 class VariancePreserving(NoiseSchedule):
@@ -296,13 +304,15 @@ class FlowMatching(NoiseSchedule):
 
     With a ``terminal``, the shifted levels from pure noise to the last evaluation of ``steps``
     trailing ones are stretched so that this one has the sigma ``terminal`` (``shift_terminal`` of
-    diffusers' config); from there sigma falls evenly to 0.
+    diffusers' config); from there sigma falls evenly to 0. ``noisiest`` is the even time of the
+    noisiest level, before the shift.
     """
 
     shift: float = 1.0
     trained_steps: int = TRAINED_STEPS
     terminal: float | None = None
     steps: int | None = None
+    noisiest: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 < self.shift < np.inf:
@@ -319,7 +329,7 @@ class FlowMatching(NoiseSchedule):
     @override
     def t_start(self) -> float:
         """The noisiest time."""
-        return 1.0
+        return float(self.shifted(np.array(self.noisiest)))
 
     @property
     @override

@@ -14,7 +14,7 @@ class Autoencoder:
     """Decodes and encodes at the network's own type.
 
     Args:
-        network: an ``AutoencoderKL`` or ``AutoencoderTiny`` in inference mode.
+        network: an ``AutoencoderKL``, ``AutoencoderTiny`` or ``AutoencoderDC`` in inference mode.
         device: where it runs.
     """
 
@@ -40,7 +40,9 @@ class Autoencoder:
         """Clean latents ``[rows, C, h, w]`` float32 of pictures ``[rows, 3, H, W]`` in [-1, 1]."""
         encoded = self.network.encode(pixels.to(self.network.dtype))
         # The mean of the posterior, not a sample: the same picture gives the same latent.
-        latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+        latents = (
+            encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.to_tuple()[0]
+        )
         if self._mean is None or self._deviation is None:
             return (latents.float() - self._shift) * self._scale
         return (latents.float() - self._mean) * self._scale / self._deviation

@@ -263,6 +263,15 @@ CONVENTIONS: Final[Mapping[str, Convention]] = MappingProxyType(
             counts=(4,),
             flow=True,
         ),
+        "sana": Convention(
+            "SANA, shift 3: sigma .9997, .8996, .7496, .4997 in 4 steps",
+            "its scheduler's config, and diffusers' `SanaPipeline`",
+            DPMSolverPP(),
+            Trailing(),
+            steps=20,
+            rule=CFG(scale=4.5),
+            flow=True,
+        ),
         "sana_sprint": Convention(
             "SANA-Sprint: angles 1.5708 and 1.3",
             "arXiv 2503.09641; diffusers' `SanaSprintPipeline`",

@@ -160,6 +160,14 @@ class HostedModel(ABC):
                 where no prompt has any.
         """
 
+    def negative(self, prompt: str | None) -> str | None:
+        """The text that stands for a negative prompt among those of ``encode_prompts``.
+
+        Args:
+            prompt: None is the unconditional, and stays it.
+        """
+        return prompt
+
     def stack(self, rows: Sequence[Conditioning], *, fixed: bool = False) -> StackedConditioning:
         """The conditioning of the rows of a forward, in their order; here all are of one shape.
 

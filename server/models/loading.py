@@ -17,6 +17,7 @@ from server.models.linear_fits import LinearFits
 from server.models.parts import check_loaded
 from server.models.pixart import load_pixart
 from server.models.qwen_image import load_qwen_image
+from server.models.sana import load_sana, load_sana_sprint
 from server.models.stable_diffusion import load_stable_diffusion
 from server.models.stable_diffusion_3 import load_stable_diffusion_3
 from server.models.stable_diffusion_xl import load_stable_diffusion_xl
@@ -38,6 +39,8 @@ FAMILIES = {
     "PixArtAlphaPipeline": load_pixart,
     "PixArtSigmaPipeline": load_pixart,
     "QwenImagePipeline": load_qwen_image,
+    "SanaPipeline": load_sana,
+    "SanaSprintPipeline": load_sana_sprint,
     "StableDiffusion3Pipeline": load_stable_diffusion_3,
     "StableDiffusionInpaintPipeline": load_stable_diffusion,
     "StableDiffusionPipeline": load_stable_diffusion,
@@ -54,6 +57,8 @@ IN_BFLOAT16 = frozenset(
         "PixArtAlphaPipeline",
         "PixArtSigmaPipeline",
         "QwenImagePipeline",
+        "SanaPipeline",
+        "SanaSprintPipeline",
         "StableDiffusion3Pipeline",
         "ZImagePipeline",
     }

@@ -129,7 +129,7 @@ def load_text_encoder(folder: Path, part: str, kind: Any, dtype: torch.dtype) ->
         variant=weight_files(folder, part, TEXT_ENCODER).variant,
         config=_config_of_text(config, kind.config_class),
         dtype=dtype,
-        attn_implementation="sdpa",
+        attn_implementation="sdpa" if kind._supports_sdpa else "eager",
         use_safetensors=True,
         local_files_only=True,
         ignore_mismatched_sizes=True,

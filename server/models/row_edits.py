@@ -42,6 +42,7 @@ BLOCKS = (
     "FluxSingleTransformerBlock",
     "FluxTransformerBlock",
     "JointTransformerBlock",
+    "SanaTransformerBlock",
     "QwenImageTransformerBlock",
     "ZImageTransformerBlock",
 )

@@ -92,6 +92,7 @@ class TransformerModel(HostedModel):
         text: encodes prompts.
         stack: conditioning of the rows of a forward; by default all are of one shape.
         told: what the transformer is told at times of the schedule; by default what that says.
+        negative: marks a negative prompt; None where it is encoded like any other.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class TransformerModel(HostedModel):
         text: TextSide,
         stack: Stack | None = None,
         told: Callable[[F64], F64] | None = None,
+        negative: Callable[[str | None], str | None] | None = None,
     ) -> None:
         super().__init__(facts, device, dtype)
         self._schedule = schedule
@@ -114,6 +116,7 @@ class TransformerModel(HostedModel):
         self._text = text
         self._stack = stack
         self._told = told
+        self._negative = negative
         self._edits = RowEdits(denoiser.network)
         self._adapted = {
             part: AdaptedNetwork(part, network, device)
@@ -145,6 +148,10 @@ class TransformerModel(HostedModel):
                 if part != TRANSFORMER:
                     adapted.enter_context(network.applied(adapters))
             return self._text.encode(prompts, width, height)
+
+    @override
+    def negative(self, prompt: str | None) -> str | None:
+        return prompt if self._negative is None else self._negative(prompt)
 
     @override
     def stack(self, rows: Sequence[Conditioning], *, fixed: bool = False) -> StackedConditioning:

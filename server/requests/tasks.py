@@ -55,13 +55,14 @@ def tasks_of(
     resolved, plan = prepared.request, prepared.plan
     rule, policy = split(resolved.guidance)
     prompt = resolved.prompt if blend is None else blend
+    negative_prompt = model.negative(resolved.negative_prompt)
     run = Run(
         model=model,
         schedule=model.schedule(resolved.width, resolved.height, resolved.steps),
         plan=plan,
         rule=rule,
         prompt=prompt,
-        negative_prompt=resolved.negative_prompt,
+        negative_prompt=negative_prompt,
         reference=reference,
     )
     terms = terms_of((setting for _, setting in chosen(resolved.guidance)), run)
@@ -74,7 +75,7 @@ def tasks_of(
         ImageTask(
             model=model.facts.name,
             prompt=prompt,
-            negative_prompt=resolved.negative_prompt,
+            negative_prompt=negative_prompt,
             width=resolved.width,
             height=resolved.height,
             seed=seed,
