@@ -21,6 +21,7 @@ from studies.guidance.page import write
 from studies.guidance.results import Results
 from studies.guidance.sitters import WHITE, Sitters
 from studies.guidance.study import Sizes, Study
+from tests.server.full_ticks import full_ticks
 
 SIZES = Sizes(
     captions=4,
@@ -33,6 +34,13 @@ SIZES = Sizes(
 )
 FEW = 2
 """Steps of a run here."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_starts() -> Iterator[None]:
+    """Engines that do not measure first what their ticks cost."""
+    with full_ticks():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +178,7 @@ def test_the_study_resumes_and_writes_its_page(
     capsys.readouterr()
     # A run that was cut off goes on where it ended.
     data.write_text("\n".join(lines[:-2]) + "\n" + lines[-1] + "\n")
+    monkeypatch.setattr("studies.guidance.__main__.write", lambda *_: None)
     main([str(argument) for argument in arguments])
     assert capsys.readouterr().out.count("pictures captions") == 1
     assert sorted(data.read_text().splitlines()) == sorted(lines)
