@@ -18,6 +18,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from server.api_keys import ApiKey, keys_of
+from server.models.hub import HubModel
 
 __all__ = ["LOOPBACK_NAMES", "Limits", "Settings", "StreamLimits"]
 
@@ -35,6 +36,16 @@ def _listed(value: Any) -> Any:
     if text.startswith("["):
         return json.loads(text)
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _place(text: str) -> Path | HubModel:
+    """What the operator named: a folder, where there is one, before a model of the hub."""
+    path = Path(text).expanduser()
+    return path if path.exists() else HubModel.of(text) or path
+
+
+def _name(place: Path | HubModel) -> str:
+    return place.name if isinstance(place, HubModel) else place.resolve().name
 
 
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_listed)]
@@ -113,8 +124,8 @@ class Settings(BaseSettings):
 
     models: Names = Field(
         default=(),
-        description="Model folders, each `path` or `name=path`, loaded at the start; the embedded "
-        "models if empty.",
+        description="Models, each `path` or `name=path` of a folder, or `org/name@revision` of the "
+        "Hugging Face hub, loaded at the start; the embedded models if empty.",
     )
     models_folder: Path | None = Field(
         default=None,
@@ -286,8 +297,8 @@ class Settings(BaseSettings):
             return ("*",)
         return (*LOOPBACK_NAMES, self.host)
 
-    def model_folders(self, embedded: Mapping[str, Path]) -> dict[str, Path]:
-        """The folder of each hosted model by name; the first is the default.
+    def model_folders(self, embedded: Mapping[str, Path]) -> dict[str, Path | HubModel]:
+        """Where each hosted model is, by name; the first is the default.
 
         Args:
             embedded: folders of the embedded models, which are hosted if no other is given.
@@ -300,22 +311,22 @@ class Settings(BaseSettings):
             folders.setdefault(folder.name, folder)
         return folders or dict(embedded)
 
-    def named_folders(self) -> dict[str, Path]:
-        """The folder of each model in `models` by name.
+    def named_folders(self) -> dict[str, Path | HubModel]:
+        """Where each model in `models` is, by name.
 
         Raises:
             ValueError: two models of one name.
         """
-        folders: dict[str, Path] = {}
+        folders: dict[str, Path | HubModel] = {}
         for entry in self.models:
             name, separator, path = entry.partition("=")
-            folder = Path(path if separator else entry).expanduser()
-            name = name if separator else folder.resolve().name
+            place = _place(path if separator else entry)
+            name = name if separator else _name(place)
             if name in folders:
                 raise ValueError(
                     f"models has two models named {name!r}; write `name=path` to rename one."
                 )
-            folders[name] = folder
+            folders[name] = place
         return folders
 
     def found_folders(self) -> list[Path]:

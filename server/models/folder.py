@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 CHUNK = 1 << 22
+INDEX = "model_index.json"
+UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
+"""Parts that a folder may have and Weft leaves alone."""
 AUTOENCODER = "vae"
 DERIVED = "weft"
 """Folder inside a model folder for what was made from its weights, and is no part of them."""
@@ -53,6 +56,18 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ModelMismatch(f"{name} of model folder {str(folder)!r} holds no JSON object.")
     return value
+
+
+def parts_of(folder: Path) -> list[str]:
+    """The subfolders with what is loaded of a model, by its ``model_index.json``.
+
+    Raises:
+        ModelMismatch: it is missing or holds no object.
+    """
+    # Entries of parts that a model lacks are two nulls, and settings are no lists.
+    index = read_json(folder, INDEX).items()
+    named = [part for part, entry in index if isinstance(entry, list) and any(entry)]
+    return [part for part in named if part not in UNUSED]
 
 
 def component_class(folder: Path, part: str, allowed: frozenset[str]) -> str:

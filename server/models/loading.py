@@ -11,7 +11,7 @@ from server.errors import ModelMismatch
 from server.models.classifier import LatentClassifier
 from server.models.flux1 import load_flux1
 from server.models.flux2 import load_flux2_klein
-from server.models.folder import classifier_file, read_json, revisions_of, without_folder
+from server.models.folder import INDEX, classifier_file, read_json, revisions_of, without_folder
 from server.models.latent_consistency import load_latent_consistency
 from server.models.linear_fits import LinearFits
 from server.models.parts import check_loaded
@@ -87,12 +87,7 @@ def load_model(
     Raises:
         ModelMismatch: the folder is no model that can be hosted; the sentence says why.
     """
-    family = read_json(folder, "model_index.json").get("_class_name")
-    if not isinstance(family, str) or family not in FAMILIES:
-        raise ModelMismatch(
-            f"model folder {str(folder)!r} names the pipeline {str(family)[:80]!r}; "
-            f"allowed are {', '.join(sorted(FAMILIES))}."
-        )
+    family = family_of(folder)
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -110,6 +105,21 @@ def load_model(
     _add_classifier(model, folder)
     model.linear_fits = LinearFits(folder)
     return model
+
+
+def family_of(folder: Path) -> str:
+    """The pipeline class that a folder names.
+
+    Raises:
+        ModelMismatch: it names none, or one that is not known.
+    """
+    family = read_json(folder, INDEX).get("_class_name")
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise ModelMismatch(
+            f"model folder {str(folder)!r} names the pipeline {str(family)[:80]!r}; "
+            f"allowed are {', '.join(sorted(FAMILIES))}."
+        )
+    return family
 
 
 def _add_classifier(model: HostedModel, folder: Path) -> None:

@@ -6,15 +6,15 @@ import json
 from math import prod
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-import torch
-
 from server.errors import ModelMismatch
-from server.models.folder import AUTOENCODER, DERIVED, classifier_file, read_json
+from server.models.folder import AUTOENCODER, DERIVED, classifier_file, parts_of, read_json
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["NETWORK", "TEXT_ENCODER", "WeightFiles", "bytes_in_memory", "weight_files"]
+    import torch
+
+__all__ = ["FLOAT32", "NETWORK", "TEXT_ENCODER", "WeightFiles", "bytes_in_memory", "weight_files"]
 
 NETWORK: Final = "diffusion_pytorch_model"
 TEXT_ENCODER: Final = "model"
@@ -26,6 +26,7 @@ VARIANTS: Final = (None, "fp16")
 WHOLE_NUMBERS: Final = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "I32": 4, "I64": 8}
 """Bytes of the types that are not converted."""
 
+FLOAT32: Final = 4
 LONGEST_HEADER: Final = 100_000_000
 """Bytes, as safetensors itself allows."""
 
@@ -77,10 +78,9 @@ def bytes_in_memory(folder: Path, dtype: torch.dtype) -> int:
     Raises:
         ModelMismatch: no model folder, or a file that is no safetensors file.
     """
-    parts = [name for name, named in read_json(folder, "model_index.json").items() if named]
     total = 0
-    for part in (*parts, f"{DERIVED}/weak"):
-        width = torch.float32.itemsize if part == AUTOENCODER else dtype.itemsize
+    for part in (*parts_of(folder), f"{DERIVED}/weak"):
+        width = FLOAT32 if part == AUTOENCODER else dtype.itemsize
         for stem in (NETWORK, TEXT_ENCODER):
             for name in weight_files(folder, part, stem).names:
                 file = folder / part / name
@@ -89,7 +89,7 @@ def bytes_in_memory(folder: Path, dtype: torch.dtype) -> int:
                     total += _bytes_of_file(folder, f"{part}/{name}", width)
     classifier = classifier_file(folder)
     if classifier.is_file():
-        total += _bytes_of_file(folder, str(classifier.relative_to(folder)), width=4)
+        total += _bytes_of_file(folder, str(classifier.relative_to(folder)), width=FLOAT32)
     return total
 
 

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeAlias
+from time import monotonic
+from typing import Final, TypeAlias
 
 from server.engine.engine import Engine
 from server.errors import ModelMismatch, ModelTooLarge
@@ -16,15 +17,18 @@ from server.models.adapters.placing import Target
 from server.models.adapters.shelf import AdapterMemory, AdapterShelf
 from server.models.folder import adapters_folder, embedded_folders, stamp_of
 from server.models.hosted import HostedModel
-from server.models.loading import choose_device, choose_dtype, load_model
+from server.models.hub import HubModel, fetch
+from server.models.loading import choose_device, choose_dtype, family_of, load_model
 from server.models.memory import bytes_of, measure
-from server.models.weight_files import bytes_in_memory
+from server.models.weight_files import FLOAT32, bytes_in_memory
 from server.service.model_shelf import Room, Source
 from server.settings import Settings
 
 __all__ = ["Hosted", "host"]
 
 log = logging.getLogger("weft")
+
+LOGGED_EVERY_S: Final = 10.0
 
 Tell: TypeAlias = Callable[[str, int, int], None]
 
@@ -56,17 +60,20 @@ def host(
         tell: called with what is being loaded, how much of it is done, and of how much, in MB.
 
     Raises:
-        ModelMismatch: a folder does not hold a supported model.
+        ModelMismatch: a folder does not hold a supported model, or one of the hub cannot be
+            fetched.
         ModelTooLarge: not even the first model fits in memory.
     """
     embedded = embedded_folders()
-    folders = settings.model_folders(embedded)
+    places = settings.model_folders(embedded)
+    folders = {name: _folder_of(place, settings, tell) for name, place in places.items()}
     if settings.models_folder is not None and folders == embedded:
         log.warning(
             "%s has no model folder with a model_index.json: only the embedded models are hosted",
             settings.models_folder,
         )
-    named = settings.named_folders() or (folders if folders == embedded else list(folders)[:1])
+    first = folders if folders == embedded else list(folders)[:1]
+    named = settings.named_folders() or first
     source = _Folders(settings, folders, AdapterMemory(settings.adapter_bytes))
     models: dict[str, HostedModel] = {}
     for name in named:
@@ -181,6 +188,28 @@ class _Folders:
             folder = str(self._folders().get(name, name))
             sentence = error.message.replace(f"model folder {folder!r}", f"model {name!r}")
             raise ModelMismatch(sentence.replace(folder, name)) from None
+
+
+def _folder_of(place: Path | HubModel, settings: Settings, tell: Tell | None) -> Path:
+    """The folder of a model, which is fetched if it is one of the hub."""
+    if isinstance(place, Path):
+        return place
+    half = choose_dtype(settings.dtype, choose_device(settings.device)).itemsize < FLOAT32
+    told = partial(_in_megabytes, tell or _logged(), f"fetching {place} (MB)")
+    return fetch(place, half=half, check=family_of, tell=told)
+
+
+def _logged() -> Tell:
+    """Writes into the log how far it is, every few seconds."""
+    due = monotonic() + LOGGED_EVERY_S
+
+    def tell(stage: str, done: int, total: int) -> None:
+        nonlocal due
+        if monotonic() >= due:
+            due = monotonic() + LOGGED_EVERY_S
+            log.info("%s: %d of %d", stage, done, total)
+
+    return tell
 
 
 def _in_megabytes(tell: Tell, stage: str, done: int, total: int) -> None:

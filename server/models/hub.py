@@ -1,0 +1,230 @@
+"""Models of the Hugging Face hub: named with a revision, fetched once into the hub's own cache.
+
+Only what is loaded is fetched: safetensors weights, configs and tokenizer files of the parts that
+``model_index.json`` lists, and the ``fp16`` variant where the weights are to be in half precision
+and there is one. Pickles, code and the same weights in other formats are left where they are.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Self
+
+from server.errors import ModelMismatch
+from server.models.folder import INDEX, parts_of
+from server.models.weight_files import NETWORK, TEXT_ENCODER, weight_files
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+__all__ = ["HubModel", "chosen_files", "fetch"]
+
+log = logging.getLogger("weft")
+
+NEWEST: Final = "main"
+NAMED: Final = re.compile(
+    r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>\w[\w./-]*))?"
+)
+WEIGHTS: Final = re.compile(
+    r"(diffusion_pytorch_model|model)"
+    r"((\.fp16)?(-\d{5}-of-\d{5})?(\.fp16)?\.safetensors|\.safetensors\.index(\.fp16)?\.json)"
+)
+TEXTS: Final = re.compile(r"[\w.-]+\.(json|txt|model)")
+OTHER_INDICES: Final = re.compile(r".*\.index(\.\w+)?\.json")
+
+
+@dataclass(frozen=True, slots=True)
+class HubModel:
+    """A repository of the hub at a revision: a commit, a tag or a branch."""
+
+    repository: str
+    revision: str
+
+    @classmethod
+    def of(cls, text: str) -> Self | None:
+        """The model that ``org/name`` or ``org/name@revision`` names; None for other texts."""
+        named = NAMED.fullmatch(text)
+        if named is None or ".." in text:
+            return None
+        return cls(named["repository"], named["revision"] or NEWEST)
+
+    @property
+    def name(self) -> str:
+        """What requests call it if the operator gives it no name."""
+        return self.repository.partition("/")[2]
+
+    def __str__(self) -> str:
+        return f"{self.repository}@{self.revision}"
+
+
+def fetch(
+    model: HubModel,
+    *,
+    half: bool,
+    check: Callable[[Path], object],
+    tell: Callable[[int, int], None] | None = None,
+) -> Path:
+    """The folder of a model in the hub's cache; what is not there is fetched.
+
+    A model that is in the cache is never looked up, so that a branch stays at the commit that it
+    was first fetched at. A fetch that was interrupted goes on where it stopped.
+
+    Args:
+        model: of the hub that ``HF_ENDPOINT`` names, with the token ``HF_TOKEN`` where it is set.
+        half: whether the weights are to be in half precision.
+        check: refuses a folder by its ``model_index.json``, before its weights are fetched.
+        tell: called with the bytes that are fetched so far, and with those of all files.
+
+    Raises:
+        ModelMismatch: it cannot be fetched, or is refused.
+    """
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return _snapshot(model, half, check, tell, cached=True)
+    except (EntryNotFoundError, OSError):
+        log.info("fetching %s from the hub", model)
+    try:
+        folder = _snapshot(model, half, check, tell, cached=False)
+    except ModelMismatch:
+        raise
+    except Exception as error:
+        raise ModelMismatch(_sentence(model, error)) from error
+    if model.revision == NEWEST:
+        log.warning("%s is not pinned; write %s@%s", model, model.repository, folder.name)
+    return folder
+
+
+def chosen_files(paths: Iterable[str], parts: Iterable[str], *, half: bool) -> list[str]:
+    """The files of a repository that are fetched.
+
+    Args:
+        paths: of all files of the repository.
+        parts: subfolders that ``model_index.json`` lists.
+        half: prefer the variant ``fp16``.
+    """
+    chosen = [INDEX]
+    listed = sorted(paths)
+    for part in parts:
+        names = [path.partition("/")[2] for path in listed if path.startswith(f"{part}/")]
+        weights = [name for name in names if WEIGHTS.fullmatch(name)]
+        variant = [name for name in weights if ".fp16" in name]
+        plain = [name for name in weights if ".fp16" not in name]
+        taken = (variant or plain) if half else (plain or variant)
+        texts = [n for n in names if TEXTS.fullmatch(n) and not OTHER_INDICES.fullmatch(n)]
+        chosen += [f"{part}/{name}" for name in (*taken, *texts)]
+    return chosen
+
+
+def _snapshot(
+    model: HubModel,
+    half: bool,
+    check: Callable[[Path], object],
+    tell: Callable[[int, int], None] | None,
+    *,
+    cached: bool,
+) -> Path:
+    """The model's folder with all that is chosen of it, from the cache alone or from the hub."""
+    from huggingface_hub import get_cached_repo_tree, hf_hub_download, list_repo_tree
+    from huggingface_hub import snapshot_download as download
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub.hf_api import RepoFile
+
+    here: Any = {"repo_id": model.repository, "revision": model.revision}
+    folder = Path(hf_hub_download(**here, filename=INDEX, local_files_only=cached)).parent
+    check(folder)
+    parts = parts_of(folder)
+    try:
+        tree = get_cached_repo_tree(**here) if cached else list_repo_tree(**here, recursive=True)
+    except CachedRepoTreeNotFoundError:
+        # Fetched by an older client, which keeps no list of what there is to fetch.
+        if _has_weights(folder, parts):
+            return folder
+        raise LocalEntryNotFoundError(f"{folder} is not complete") from None
+    paths = [one.path for one in tree if isinstance(one, RepoFile)]
+    files = chosen_files(paths, parts, half=half)
+    return Path(
+        download(**here, allow_patterns=files, local_files_only=cached, tqdm_class=_progress(tell))
+    )
+
+
+def _has_weights(folder: Path, parts: Iterable[str]) -> bool:
+    """Whether each part is there, and the weights of those that are networks."""
+    for part in parts:
+        if not (folder / part).is_dir():
+            return False
+        networks = [weight_files(folder, part, stem).names for stem in (NETWORK, TEXT_ENCODER)]
+        whole = [all((folder / part / name).is_file() for name in names) for names in networks]
+        if (folder / part / "config.json").exists() and not any(whole):
+            return False
+    return True
+
+
+def _progress(tell: Callable[[int, int], None] | None) -> Any:
+    """A bar that shows nothing, and tells of the bytes that the hub's client counts on it."""
+    from tqdm.std import tqdm
+
+    bar: Any = tqdm
+
+    class Told(bar):
+        monitor_interval = 0
+
+        def __init__(self, *given: Any, **named: Any) -> None:
+            super().__init__(*given, **named, file=_NOWHERE)
+
+        def update(self, n: float | None = 1) -> bool | None:
+            shown = super().update(n)
+            if tell is not None and self.unit == "B":
+                tell(int(self.n), int(self.total or self.n))
+            return shown
+
+    return Told
+
+
+class _Nowhere:
+    def write(self, _: str) -> None: ...
+
+    def flush(self) -> None: ...
+
+
+_NOWHERE: Final = _Nowhere()
+
+
+def _sentence(model: HubModel, error: Exception) -> str:
+    from httpx2 import TransportError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    match error:
+        case GatedRepoError():
+            return (
+                f"hub model {str(model)!r} is gated: accept its conditions on its page, and set "
+                "HF_TOKEN to a token of that account."
+            )
+        case RepositoryNotFoundError():
+            return (
+                f"hub model {str(model)!r} does not exist, or HF_TOKEN has no access to it; there "
+                "is no folder of that name either."
+            )
+        case RevisionNotFoundError():
+            return f"hub model {model.repository!r} has no revision {model.revision!r}."
+        case LocalEntryNotFoundError() | OfflineModeIsEnabled() | TransportError():
+            offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+            return (
+                f"hub model {str(model)!r} is not complete in the cache, and the hub cannot be "
+                f"reached{offline}; there is no folder of that name either."
+            )
+        case EntryNotFoundError():
+            return f"hub model {str(model)!r} has no {INDEX}; only diffusers models are hosted."
+        case _:
+            return f"hub model {str(model)!r} could not be fetched: {error}"

@@ -1,0 +1,162 @@
+"""Models of the hub: what is fetched of them, from a hub on this machine, and what is kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import constants
+
+from embedded import MODEL_FOLDER
+from server.errors import ModelMismatch
+from server.models.hub import HubModel, chosen_files
+from server.models.loading import load_model
+from server.service.hosting import host
+from server.service.one_shot import GUESSED_COSTS
+from server.settings import Settings
+from tests.server.models.fake_hub import COMMIT, Hub, serving
+
+FETCH = """
+import json, sys
+from server.errors import WeftError
+from server.models.hub import HubModel, fetch
+
+for text in sys.argv[1:]:
+    told = []
+    try:
+        folder = fetch(
+            HubModel.of(text), half=True, check=lambda _: None, tell=lambda *read: told.append(read)
+        )
+        print(json.dumps({"folder": str(folder), "told": told[-1:]}))
+    except WeftError as error:
+        print(json.dumps({"error": error.message}))
+"""
+
+Fetch = Callable[..., list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model as a repository, with much that is not to be fetched."""
+    folder = tmp_path_factory.mktemp("hub") / "tiny"
+    shutil.copytree(MODEL_FOLDER, folder, ignore=shutil.ignore_patterns("weft"))
+    index = json.loads((folder / "model_index.json").read_text())
+    unused = {"safety_checker": ["stable_diffusion", "Checker"], "image_encoder": [None, None]}
+    (folder / "model_index.json").write_text(json.dumps(index | unused))
+    unet = folder / "unet"
+    weights = unet / "diffusion_pytorch_model.safetensors"
+    shutil.copy(weights, unet / "diffusion_pytorch_model.fp16.safetensors")
+    for name in ("diffusion_pytorch_model.bin", "diffusion_pytorch_model.non_ema.safetensors"):
+        (unet / name).write_text("pickle")
+    (unet / "modeling.py").write_text("code")
+    (folder / "safety_checker").mkdir()
+    (folder / "safety_checker" / "model.safetensors").write_text("large")
+    (folder / "tiny.safetensors").write_text("all in one file")
+    return folder
+
+
+@pytest.fixture
+def fetch(tmp_path: Path) -> Fetch:
+    """Fetch models with a cache of the test's own."""
+
+    def run(hub: Hub, *models: str, token: str = "") -> list[dict[str, Any]]:
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+        own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_TOKEN": token}
+        command = [sys.executable, "-c", FETCH, *models]
+        done = subprocess.run(command, env=kept | own, capture_output=True, text=True, check=True)
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    return run
+
+
+def test_a_model_is_fetched_once_and_goes_on_where_it_was_cut(
+    repository: Path, fetch: Fetch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "unet/diffusion_pytorch_model.fp16.safetensors"
+    with serving(Hub(repository, cut=name)) as hub:
+        [fetched] = fetch(hub, "org/tiny@v1")
+    assert sorted(hub.sent) == [
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "text_encoder/config.json",
+        "text_encoder/model.safetensors",
+        "tokenizer/tokenizer.json",
+        "tokenizer/tokenizer_config.json",
+        "unet/config.json",
+        name,
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+    ]
+    sizes = {file: (repository / file).stat().st_size for file in hub.sent}
+    # Nothing was sent twice, also of the file whose first answer was cut.
+    assert hub.sent == sizes
+    [[done, total]] = fetched["told"]
+    assert done == total == sum(sizes.values()) - sizes["model_index.json"]
+    folder = Path(fetched["folder"])
+    assert folder.name == COMMIT
+    # The hub is gone: what is in the cache serves, and what is incomplete says so.
+    assert fetch(hub, "org/tiny@v1", f"org/tiny@{COMMIT}") == 2 * [
+        {"folder": str(folder), "told": []}
+    ]
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    settings = Settings(models=("org/tiny@v1",), dtype="bfloat16")
+    hosted = host(settings, guessed_costs=GUESSED_COSTS)
+    hosted.engine.stop(0)
+    assert list(hosted.models) == ["tiny"]
+    theirs = load_model(MODEL_FOLDER, name="m", device="cpu", dtype="bfloat16").modules()["unet"]
+    ours = hosted.models["tiny"].modules()["unet"].state_dict()
+    assert all(torch.equal(tensor, ours[key]) for key, tensor in theirs.state_dict().items())
+    # In full precision other files are wanted.
+    with pytest.raises(ModelMismatch, match=r"cannot be reached \(HF_HUB_OFFLINE is set\)"):
+        host(Settings(models=("org/tiny@v1",), dtype="float32"))
+    (folder / name).unlink()
+    [missing] = fetch(hub, "org/tiny@v1")
+    assert "'org/tiny@v1' is not complete in the cache, and the hub cannot be" in missing["error"]
+
+
+def test_what_cannot_be_fetched_says_why(repository: Path, fetch: Fetch) -> None:
+    with serving(Hub(repository, token="hf_secret")) as hub:
+        [gated] = fetch(hub, "org/tiny")
+        unknown, gone, opened = fetch(hub, "org/none", "org/tiny@v2", "org/tiny", token=hub.token)
+    assert "'org/tiny@main' is gated" in gated["error"]
+    assert "'org/none@main' does not exist, or HF_TOKEN has no access" in unknown["error"]
+    assert "'org/tiny' has no revision 'v2'" in gone["error"]
+    assert Path(opened["folder"]).name == COMMIT
+
+
+def test_of_weights_in_two_forms_one_is_fetched() -> None:
+    shards = [f"unet/diffusion_pytorch_model{form}.safetensors" for form in FORMS]
+    indices = [f"unet/diffusion_pytorch_model.safetensors.index{v}.json" for v in ("", ".fp16")]
+    others = ["unet/pytorch_model.bin.index.json", "unet/config.json", "unet/deeper/x.json"]
+    paths = [*shards, *indices, *others, "model_index.json", "vae/config.json"]
+    half = chosen_files(paths, ["unet"], half=True)
+    full = chosen_files(paths, ["unet"], half=False)
+    assert set(half) == {"model_index.json", "unet/config.json", shards[1], shards[3], indices[1]}
+    assert set(full) == {"model_index.json", "unet/config.json", shards[0], shards[2], indices[0]}
+
+
+FORMS = ("-00001-of-00002", ".fp16-00001-of-00002", "-00002-of-00002", "-00002-of-00002.fp16")
+
+
+@pytest.mark.parametrize(
+    ("text", "model"),
+    [
+        ("org/name", HubModel("org/name", "main")),
+        ("org/my.name-2@refs/pr/3", HubModel("org/my.name-2", "refs/pr/3")),
+        ("name", None),
+        ("/org/name", None),
+        ("org/na..me", None),
+        ("../name", None),
+        ("a/b/c", None),
+    ],
+)
+def test_names_of_the_hub_are_told_from_paths(text: str, model: HubModel | None) -> None:
+    assert HubModel.of(text) == model
