@@ -8,6 +8,7 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 PYTEST_ARGS ?=
 MINUTES ?= 10
+FOLDER ?= docs/gpu
 # Processes of `make test`. Each loads torch and holds a model: about 1 GB.
 WORKERS ?= 2
 UV_VERSION := 0.13.8
@@ -60,10 +61,8 @@ format: setup-dev ## format the code and apply the fixes that ruff offers
 	@$(BIN)/ruff check --fix --exit-zero --quiet .
 	@$(BIN)/ruff format .
 
-gpu: setup-dev ## on a machine with a GPU: the tests that need it, then a benchmark of 3 minutes
-	@$(BIN)/pytest -q -m cuda tests
-	@$(BIN)/python -m benchmarks.throughput --architecture sd15 --device cuda --requests 24 --rounds 2
-	@$(BIN)/python -m benchmarks.throughput --architecture sd15 --device cuda --requests 64 --rounds 2 --mix homogeneous
+gpu: setup-dev ## on a machine with a GPU: its tests and benchmarks, into FOLDER=docs/gpu; again to go on (25 minutes)
+	@$(BIN)/python -m benchmarks.gpu --folder $(FOLDER)
 
 promises: setup-dev ## attack a running server, weaken it, attack it again, and write docs/promises.md (5 minutes)
 	@$(BIN)/python -m benchmarks.promises

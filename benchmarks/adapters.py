@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from benchmarks.architectures import build
+from benchmarks.architectures import ARCHITECTURES, build
 from server.models.adapters.adapter import Adapter, LowRank, RowAdapters, Weighted
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.adapters")
-    parser.add_argument("--architecture", choices=("embedded", "sd15"), default="embedded")
+    parser.add_argument("--architecture", choices=ARCHITECTURES, default="embedded")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--size", type=int, help="pixels of a side; by default the model's own")

@@ -9,32 +9,37 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from benchmarks.random_models import sd15, sdxl, z_image
 from embedded import MODEL_FOLDER
-from samplers import NoiseSchedule
-from server.models.clip import CLIP
-from server.models.hosted import ModelFacts
-from server.models.loading import choose_device, choose_dtype
-from server.models.stable_diffusion import OneEncoder
-from server.models.unet_model import UNetModel
+from server.models.loading import choose_device, choose_dtype, load_model
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from server.models.hosted import HostedModel
 
-SCALED_LINEAR: dict[str, Any] = {
-    "num_train_timesteps": 1000,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "prediction_type": "epsilon",
-    "timestep_spacing": "trailing",
-    "steps_offset": 1,
-    "clip_sample": False,
+__all__ = ["ARCHITECTURES", "RANDOM", "Architecture", "build", "write"]
+
+RANDOM: dict[str, Callable[[torch.device, torch.dtype], Any]] = {
+    "sd15": sd15,
+    "sdxl": sdxl,
+    "z_image": z_image,
+    "tiny_sdxl": partial(sdxl, tiny=True),
+    "tiny_z_image": partial(z_image, tiny=True),
 }
+"""Sizes of published models with random weights, and tiny ones for trying a benchmark."""
+
+ARCHITECTURES = ("embedded", *RANDOM)
+
+IN_BFLOAT16 = ("z_image",)
+"""What overflows in float16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +48,7 @@ class Architecture:
 
     Attributes:
         hosted: for the engine.
-        pipeline: a ``StableDiffusionPipeline``.
+        pipeline: diffusers'.
         side: width and height of the pictures in pixels.
     """
 
@@ -51,107 +56,63 @@ class Architecture:
     pipeline: Any
     side: int
 
+    @property
+    def denoiser(self) -> Any:
+        """The pipeline's U-Net or transformer."""
+        return getattr(self.pipeline, "unet", None) or self.pipeline.transformer
+
 
 def build(architecture: str, device: str, dtype: str) -> Architecture:
-    """``embedded``, or ``sd15``: Stable Diffusion 1.5's sizes with random weights."""
+    """A model by its name in ``ARCHITECTURES``.
+
+    Args:
+        architecture: the name.
+        device: as the server's setting.
+        dtype: as the server's setting; ``auto`` is half precision on a GPU.
+    """
+    with TemporaryDirectory() as temporary:
+        folder = MODEL_FOLDER
+        if architecture in RANDOM:
+            folder = Path(temporary)
+            write(architecture, folder, device, dtype)
+        hosted = load_model(folder, name="model", device=device, dtype=dtype)
+        pipeline = _pipeline(folder, hosted)
+    return Architecture(hosted, pipeline, hosted.facts.default_width)
+
+
+def write(architecture: str, folder: Path, device: str, dtype: str) -> None:
+    """Write a model of random weights as a model folder.
+
+    Args:
+        architecture: its name in ``ARCHITECTURES``, but not the embedded model.
+        folder: to write.
+        device: where the weights are drawn.
+        dtype: that they are kept in.
+    """
     place = choose_device(device)
-    kind = choose_dtype(dtype, place)
-    return {"embedded": _embedded, "sd15": _sd15}[architecture](place, kind)
-
-
-def _embedded(device: torch.device, dtype: torch.dtype) -> Architecture:
-    from diffusers import StableDiffusionPipeline
-
-    pipeline: Any = StableDiffusionPipeline.from_pretrained(MODEL_FOLDER, dtype=dtype)
-    pipeline.to(device)
-    return _both(pipeline, device, dtype, 128)
-
-
-def _sd15(device: torch.device, dtype: torch.dtype) -> Architecture:
-    from diffusers import (
-        AutoencoderKL,
-        DDIMScheduler,
-        StableDiffusionPipeline,
-        UNet2DConditionModel,
-    )
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-    torch.manual_seed(0)
-    tokenizer = CLIPTokenizer.from_pretrained(MODEL_FOLDER / "tokenizer", model_max_length=77)
-    text = CLIPTextConfig(
-        hidden_size=768,
-        intermediate_size=3072,
-        num_attention_heads=12,
-        num_hidden_layers=12,
-        max_position_embeddings=77,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    vae: dict[str, Any] = {
-        "block_out_channels": (128, 256, 512, 512),
-        "down_block_types": ("DownEncoderBlock2D",) * 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 4,
-        "layers_per_block": 2,
-        "latent_channels": 4,
-        "sample_size": 512,
-    }
-    with device:
-        models: dict[str, Any] = {
-            "unet": UNet2DConditionModel(sample_size=64, cross_attention_dim=768),
-            "vae": AutoencoderKL(**vae),
-            "text_encoder": CLIPTextModel(text),
-        }
-    parts: dict[str, Any] = {
-        **{name: model.to(dtype=dtype) for name, model in models.items()},
-        "tokenizer": tokenizer,
-        "scheduler": DDIMScheduler(**SCALED_LINEAR),
-        "safety_checker": None,
-        "feature_extractor": None,
-    }
-    pipeline = StableDiffusionPipeline(**parts, requires_safety_checker=False)
-    return _both(pipeline, device, dtype, 512)
-
-
-def _both(pipeline: Any, device: torch.device, dtype: torch.dtype, side: int) -> Architecture:
+    half = torch.bfloat16 if architecture in IN_BFLOAT16 else torch.float16
+    pipeline = RANDOM[architecture](place, choose_dtype(dtype, place, half))
     pipeline.set_progress_bar_config(disable=True)
-    config = pipeline.scheduler.config
-    facts = ModelFacts(
-        name="model",
-        revision="",
-        denoiser="",
-        prediction=config.prediction_type,
-        latent_channels=pipeline.unet.config.in_channels,
-        latent_scale=pipeline.vae_scale_factor,
-        size_multiple=pipeline.vae_scale_factor,
-        default_width=side,
-        default_height=side,
-        max_tokens=pipeline.tokenizer.model_max_length - 2,
-    )
-    for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
-        module.eval().requires_grad_(requires_grad=False)
-    hosted = UNetModel(
-        facts,
-        device,
-        dtype,
-        schedule=NoiseSchedule.from_diffusers(config),
-        unet=pipeline.unet,
-        vae=pipeline.vae,
-        text=OneEncoder(CLIP(pipeline.text_encoder, pipeline.tokenizer, device)),
-    )
-    return Architecture(hosted, pipeline, side)
+    pipeline.save_pretrained(folder)
+
+
+def _pipeline(folder: Path, hosted: HostedModel) -> Any:
+    from diffusers import DiffusionPipeline
+
+    pipeline: Any = DiffusionPipeline.from_pretrained(folder, dtype=hosted.dtype)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(hosted.device)
 
 
 def main() -> None:
     """Write a model folder."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.architectures")
-    parser.add_argument("architecture", choices=("embedded", "sd15"))
+    parser.add_argument("architecture", choices=RANDOM)
     parser.add_argument("folder", type=Path, help="to write")
     parser.add_argument("--device", default="auto", help="where random weights are drawn")
     parser.add_argument("--dtype", default="auto", help="that they are kept in")
     options = parser.parse_args()
-    build(options.architecture, options.device, options.dtype).pipeline.save_pretrained(
-        options.folder
-    )
+    write(options.architecture, options.folder, options.device, options.dtype)
 
 
 if __name__ == "__main__":

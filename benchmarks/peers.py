@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 from threading import Event
 from time import perf_counter, sleep
@@ -18,7 +19,7 @@ from server.engine.engine import Engine
 from server.engine.task import ImageTask
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
@@ -103,6 +104,23 @@ class Weft:
         batches = [rows for rows, ticks in sizes.items() for _ in range(ticks)]
         return Outcome([listener.latency() for listener in listeners], total, spent, batches)
 
+    def follow(self, clients: Sequence[Sequence[Request]]) -> tuple[float, list[float]]:
+        """Clients that ask for the next image when they have the one before.
+
+        Args:
+            clients: what each asks for.
+
+        Returns:
+            Seconds until all are done, and of each image from its request to the picture.
+        """
+        tasks = [[self._task(request) for request in client] for client in clients]
+        began = perf_counter()
+        followers = [_Follower(self._engine, own) for own in tasks]
+        for follower in followers:
+            follower.ask()
+        latencies = [one for follower in followers for one in follower.latencies()]
+        return perf_counter() - began, latencies
+
     def stop(self) -> None:
         """End the engine's thread."""
         self._engine.stop(0)
@@ -159,6 +177,47 @@ class _Arrival:
         self.ended.set()
 
 
+class _Follower:
+    """One client, which is told of its images in the engine's thread."""
+
+    def __init__(self, engine: Engine, tasks: Sequence[ImageTask]) -> None:
+        self._engine = engine
+        self._tasks = deque(tasks)
+        self._asked_at = 0.0
+        self._latencies: list[float] = []
+        self._failure: Exception | None = None
+        self._ended = Event()
+
+    def ask(self) -> None:
+        """Ask for the next image; without one the client is done."""
+        if not self._tasks:
+            self._ended.set()
+            return
+        self._asked_at = perf_counter()
+        self._engine.submit([self._tasks.popleft()], self)
+
+    def latencies(self) -> list[float]:
+        """Of all its images, once it is done."""
+        self._ended.wait()
+        if self._failure is not None:
+            raise self._failure
+        return self._latencies
+
+    def started(self, index: int) -> None: ...
+
+    def progress(self, index: int, step: int, steps: int, preview: object) -> None: ...
+
+    def finished(self, index: int, result: ImageResult) -> None:
+        del index, result
+        self._latencies.append(perf_counter() - self._asked_at)
+        self.ask()
+
+    def failed(self, index: int, error: Exception) -> None:
+        del index
+        self._failure = error
+        self._ended.set()
+
+
 class Diffusers:
     """diffusers' own pipeline and schedulers.
 
@@ -174,6 +233,7 @@ class Diffusers:
 
     def __init__(self, architecture: Architecture, *, largest: int) -> None:
         self._pipeline = architecture.pipeline
+        self._denoiser = architecture.denoiser
         self._side = architecture.side
         self._largest = largest
         self._busy_s = 0.0
@@ -182,7 +242,7 @@ class Diffusers:
     def run(self, requests: list[Request]) -> Outcome:
         """All requests at their times of arrival."""
         self._busy_s = 0.0
-        unet, vae = _Clock(self._pipeline.unet), _Clock(self._pipeline.vae.decoder)
+        unet, vae = _Clock(self._denoiser), _Clock(self._pipeline.vae.decoder)
         latencies = [0.0] * len(requests)
         batches: list[int] = []
         waiting = list(range(len(requests)))

@@ -6,11 +6,8 @@
 Prints Markdown tables: one stream beside the peer, several streams of different settings beside
 what the networks alone would allow, streams beside ordinary requests, and what residual guidance
 and the similarity filter save. Each figure is the median over rounds, in which the systems take
-turns. Everything runs on the GPU if there is one. A model of Stable Diffusion 1.5's sizes comes
-from
-
-    python -m benchmarks.architectures sd15 FOLDER
-    python -m benchmarks.streams --model FOLDER
+turns. Everything runs on the GPU if there is one; `--architecture sd15` is a model of Stable
+Diffusion 1.5's sizes with random weights.
 """
 
 from __future__ import annotations
@@ -20,10 +17,12 @@ import logging
 import platform
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from benchmarks.architectures import RANDOM, write
 from benchmarks.real_server import SERVE, served
 from benchmarks.stream_clients import StreamingWeft, jpeg
 from benchmarks.stream_diffusion import StreamDiffusionPeer
@@ -93,10 +92,14 @@ def main() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     torch.set_num_threads(options.threads)
     print(_heading(options))
-    weft = StreamingWeft(options.model)
-    for name in options.only or PARTS:
-        PARTS[name](weft, options)
-    weft.stop()
+    with TemporaryDirectory() as temporary:
+        if options.architecture is not None:
+            options.model = Path(temporary) / options.architecture
+            write(options.architecture, options.model, "auto", "auto")
+        weft = StreamingWeft(options.model)
+        for name in options.only or PARTS:
+            PARTS[name](weft, options)
+        weft.stop()
 
 
 def _one_stream(weft: StreamingWeft, options: argparse.Namespace) -> None:
@@ -268,6 +271,7 @@ def _beside(runs: Sequence[Ran], others: Sequence[Ran]) -> str:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.streams")
     parser.add_argument("--model", type=Path, default=MODEL_FOLDER, help="model folder")
+    parser.add_argument("--architecture", choices=RANDOM, help="of random weights, instead of it")
     parser.add_argument("--peer", type=Path, help="folder of the package streamdiffusion 0.1.1")
     parser.add_argument("--seconds", type=float, default=3.0, help="of each run")
     parser.add_argument("--rounds", type=int, default=3)
@@ -280,7 +284,7 @@ def _heading(options: argparse.Namespace) -> str:
     machine = platform.processor() or platform.machine()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else machine
     return (
-        f"{options.model.name}, {device}, "
+        f"{options.architecture or options.model.name}, {device}, "
         f"{options.threads} threads, torch {torch.__version__}; {options.rounds} rounds of "
         f"{options.seconds:g} s"
     )

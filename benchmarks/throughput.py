@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 LARGEST_BATCH = 16
 """Images in a static batch of mixed traffic; a guided one is two rows of the forward each."""
 
+U_NETS = ("embedded", "sd15", "sdxl", "tiny_sdxl")
+"""Architectures that diffusers has all the samplers for."""
+
 BATCHES = (8, 16, 32)
 """Images in a static batch of homogeneous traffic, each a system of its own."""
 
@@ -105,7 +108,7 @@ def _cold_starts(architecture: Architecture, options: argparse.Namespace, begin:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.throughput")
-    parser.add_argument("--architecture", choices=("embedded", "sd15"), default="embedded")
+    parser.add_argument("--architecture", choices=U_NETS, default="embedded")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--requests", type=int, default=64)

@@ -1,0 +1,238 @@
+"""All that is to be measured on a GPU, part by part, into one folder.
+
+    python -m benchmarks.gpu --folder docs/gpu/h100
+    python -m benchmarks.gpu --folder FOLDER --only tests at-once-sd15 --seconds 500
+    python -m benchmarks.gpu --folder FOLDER --rehearse     # CPU, tiny sizes
+
+Each part is a command of its own. What it prints becomes ``PART.md``, with the command, the device
+and the versions; all its output and its times are kept in ``PART.json``. A part that has succeeded
+is not run again, so a measurement that was cut off goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["PARTS", "Part", "main"]
+
+PACKAGES = ("torch", "diffusers", "transformers")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One measurement.
+
+    Attributes:
+        title: of its table.
+        command: arguments of Python.
+        rehearsal: the same at sizes that a CPU runs in seconds.
+        seconds: that it may take.
+    """
+
+    title: str
+    command: tuple[str, ...]
+    rehearsal: tuple[str, ...]
+    seconds: int = 240
+
+
+def _measured(module: str, full: str, tiny: str) -> dict[str, Any]:
+    return {
+        "command": ("-m", module, *full.split()),
+        "rehearsal": ("-m", module, *tiny.split(), "--threads", "1"),
+    }
+
+
+FEW = "--counts 1 2 --batches 1 --images 1 --rounds 1"
+ONE_RUN = "--rounds 1 --requests 3 --steps 4"
+
+PARTS: Mapping[str, Part] = {
+    "tests": Part(
+        "Tests that need CUDA",
+        ("-m", "pytest", "-q", "-m", "cuda", "tests/server"),
+        ("-m", "pytest", "-q", "-m", "cuda", "tests/server/engine/test_cuda.py"),
+    ),
+    "at-once-sd15": Part(
+        "Stable Diffusion 1.5's sizes, 512 pixels, 20 steps with cfg",
+        **_measured("benchmarks.at_once", "--architecture sd15 --compile", f"--steps 2 {FEW}"),
+    ),
+    "at-once-sd15-4-steps": Part(
+        "The same in 4 steps without guidance",
+        **_measured(
+            "benchmarks.at_once",
+            "--architecture sd15 --steps 4 --scale 0 --images 4",
+            f"--steps 2 --scale 0 {FEW}",
+        ),
+    ),
+    "mixed-sd15": Part(
+        "Mixed traffic, Stable Diffusion 1.5's sizes",
+        **_measured(
+            "benchmarks.throughput", "--architecture sd15 --requests 24 --rounds 2", ONE_RUN
+        ),
+    ),
+    "homogeneous-sd15": Part(
+        "Homogeneous traffic, Stable Diffusion 1.5's sizes",
+        **_measured(
+            "benchmarks.throughput",
+            "--architecture sd15 --requests 64 --rounds 2 --mix homogeneous",
+            "--architecture tiny_sdxl --requests 2 --rounds 1 --mix homogeneous",
+        ),
+    ),
+    "adapters-sd15": Part(
+        "Adapters, Stable Diffusion 1.5's sizes",
+        **_measured("benchmarks.adapters", "--architecture sd15", "--rounds 1"),
+    ),
+    "tick-costs-sd15": Part(
+        "Plans and guidance beside the denoiser, Stable Diffusion 1.5's sizes",
+        **_measured("benchmarks.tick_costs", "--architecture sd15", "--steps 5 --rows 1 8"),
+    ),
+    "streams-sd15": Part(
+        "Live streams, Stable Diffusion 1.5's sizes, 4 stages",
+        **_measured(
+            "benchmarks.streams",
+            "--architecture sd15 --only several one --rounds 1 --threads 8",
+            "--only one --seconds 2 --rounds 1",
+        ),
+    ),
+    "at-once-sdxl": Part(
+        "Stable Diffusion XL's sizes, 1024 pixels, 20 steps with cfg",
+        **_measured(
+            "benchmarks.at_once",
+            "--architecture sdxl --counts 1 4 8 --batches 1 4 8 --images 1 --rounds 1 --compile",
+            f"--architecture tiny_sdxl --steps 2 {FEW}",
+        ),
+    ),
+    "mixed-sdxl": Part(
+        "Mixed traffic, Stable Diffusion XL's sizes",
+        **_measured(
+            "benchmarks.throughput",
+            "--architecture sdxl --requests 12 --rounds 1 --steps 20",
+            f"--architecture tiny_sdxl {ONE_RUN}",
+        ),
+    ),
+    "at-once-z-image": Part(
+        "Z-Image Turbo's sizes, 1024 pixels, 8 steps without guidance",
+        **_measured(
+            "benchmarks.at_once",
+            "--architecture z_image --steps 8 --scale 0 --counts 1 2 4 8 --batches 1 4 --rounds 1",
+            f"--architecture tiny_z_image --steps 2 --scale 0 {FEW}",
+        ),
+    ),
+}
+
+
+def main() -> int:
+    """Run the parts that are not done; 1 if one of them failed."""
+    options = _options()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    began, failed = monotonic(), False
+    for name in options.only or PARTS:
+        record = options.folder / f"{name}.json"
+        if record.exists() and json.loads(record.read_text())["code"] == 0:
+            print(f"{name}: done before", flush=True)
+            continue
+        left = options.seconds - (monotonic() - began)
+        if left < 1:
+            print(f"{name}: no time left", flush=True)
+            failed = True
+            continue
+        done = _run(name, options, left)
+        record.write_text(json.dumps(done, indent=1) + "\n")
+        failed |= done["code"] != 0
+        print(f"{name}: {'done' if done['code'] == 0 else 'failed'}", flush=True)
+    _write_index(options.folder)
+    return int(failed)
+
+
+def _run(name: str, options: argparse.Namespace, left: float) -> dict[str, Any]:
+    part = PARTS[name]
+    arguments = part.rehearsal if options.rehearse else part.command
+    began = monotonic()
+    try:
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            capture_output=True,
+            text=True,
+            timeout=min(left, part.seconds),
+            check=False,
+        )
+        code, out, err = done.returncode, done.stdout, done.stderr
+    except subprocess.TimeoutExpired as late:
+        code, out, err = 124, _text(late.stdout), _text(late.stderr)
+    record = {
+        "title": part.title,
+        "command": " ".join(("python", *arguments)),
+        "code": code,
+        "seconds": round(monotonic() - began, 1),
+        "date": datetime.now(UTC).date().isoformat(),
+        "device": _device(),
+        "versions": {package: version(package) for package in PACKAGES},
+        "stdout": out,
+        "stderr": err,
+    }
+    if code == 0:
+        (options.folder / f"{name}.md").write_text(_document(record))
+    return record
+
+
+def _text(output: bytes | str | None) -> str:
+    return output.decode(errors="replace") if isinstance(output, bytes) else output or ""
+
+
+def _document(record: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+    return (
+        f"# {record['title']}\n\n    {record['command']}\n\n"
+        f"{record['device']}, {versions}; {record['date']}, {record['seconds']:g} s.\n\n"
+        f"{record['stdout'].strip()}\n"
+    )
+
+
+def _write_index(folder: Path) -> None:
+    """What was measured, what failed and what was not run."""
+    lines = ["# Measured", "", "| part | | command |", "|---|---|---|"]
+    for name, part in PARTS.items():
+        file = folder / f"{name}.json"
+        record = json.loads(file.read_text()) if file.exists() else None
+        if record is None:
+            lines.append(f"| {part.title} | not measured | |")
+        elif record["code"]:
+            lines.append(f"| {part.title} | failed | `{record['command']}` |")
+        else:
+            lines.append(
+                f"| [{part.title}]({name}.md) | {record['date']} | `{record['command']}` |"
+            )
+    (folder / "README.md").write_text("\n".join(lines) + "\n")
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.processor() or platform.machine()} (no GPU: a rehearsal)"
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu")
+    parser.add_argument("--folder", type=Path, required=True, help="for tables and records")
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="parts to run")
+    parser.add_argument("--seconds", type=float, default=1500.0, help="in all")
+    parser.add_argument("--rehearse", action="store_true", help="tiny sizes, on a CPU")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

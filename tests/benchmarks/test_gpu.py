@@ -1,0 +1,49 @@
+"""The measurements of a GPU are kept part by part."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING
+
+from benchmarks import gpu
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import pytest
+
+
+def part(code: str) -> gpu.Part:
+    return gpu.Part("A title", ("-c", "raise SystemExit(3)"), ("-c", code))
+
+
+def run(folder: Path, monkeypatch: pytest.MonkeyPatch, **parts: gpu.Part) -> int:
+    monkeypatch.setattr(gpu, "PARTS", parts)
+    monkeypatch.setattr(sys, "argv", ["gpu", "--folder", str(folder), "--rehearse"])
+    return gpu.main()
+
+
+def test_what_is_done_is_not_run_again_and_what_failed_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(tmp_path, monkeypatch, one=part("print('first')"), two=part("raise KeyError")) == 1
+    assert "failed" in (tmp_path / "README.md").read_text()
+    assert not (tmp_path / "two.md").exists()
+    assert "KeyError" in json.loads((tmp_path / "two.json").read_text())["stderr"]
+
+    assert run(tmp_path, monkeypatch, one=part("print('again')"), two=part("print('now')")) == 0
+
+    assert "first" in (tmp_path / "one.md").read_text()
+    assert "now" in (tmp_path / "two.md").read_text()
+    assert "failed" not in (tmp_path / "README.md").read_text()
+
+
+def test_a_part_that_takes_too_long_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endless = gpu.Part("A title", (), ("-uc", "print('begun'); import time; time.sleep(60)"), 1)
+    assert run(tmp_path, monkeypatch, one=endless) == 1
+    record = json.loads((tmp_path / "one.json").read_text())
+    assert record["code"] == 124
+    assert record["seconds"] < 30
