@@ -6,11 +6,14 @@ import hashlib
 import hmac
 import json
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
-from pydantic import SecretStr
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+
+from server.engine.client import Client
 
 __all__ = ["ApiKey", "keys_of"]
 
@@ -29,26 +32,67 @@ class ApiKey:
 
     Attributes:
         digest: the key's SHA-256.
+        client: whose share of the device its requests have.
     """
 
     digest: bytes
+    client: Client
 
     def opens_for(self, offered: str) -> bool:
         """Whether this is the key, in a time that does not depend on how much of it is right."""
         return hmac.compare_digest(self.digest, _digest(offered))
 
 
+class KeyEntry(BaseModel):
+    """A key with what its holder may have of the server."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    key: str = Field(description="The key, or `sha256:` and the digits of its SHA-256.")
+    name: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9._-]{1,64}$",
+        description="Under which the metrics count it; by default `key-1`, `key-2` and so on.",
+    )
+    weight: float = Field(
+        default=1,
+        ge=0.01,
+        le=100,
+        description="Its share of the device beside those of other keys with work.",
+    )
+    images: int | None = Field(
+        default=None, ge=1, description="Images that it may have waiting or running."
+    )
+    device_s: float | None = Field(
+        default=None,
+        gt=0,
+        description="Seconds of the device that these may need, as estimated.",
+    )
+    priority: Literal["interactive", "batch"] = Field(
+        default="interactive",
+        description="`batch` makes all its requests batch ones, after all interactive ones.",
+    )
+
+
 def keys_of(value: Any) -> Any:
     """The keys of a setting: a list of keys, or one text with a JSON list or commas between them.
 
+    A key is a text, or an object with the fields of :class:`KeyEntry`.
+
     Raises:
-        ValueError: a key is empty, too short or too long, or could not be sent in a header.
+        ValueError: a key is empty, too short or too long, or could not be sent in a header; a
+            field of an object has an invalid value; two keys have one name.
     """
     if isinstance(value, str):
         value = _split(value.strip())
     if not isinstance(value, Iterable):
         return value
-    return tuple(_read(number, key) for number, key in enumerate(value, start=1))
+    keys = tuple(_read(number, key) for number, key in enumerate(value, start=1))
+    names = Counter(key.client.name for key in keys if isinstance(key, ApiKey))
+    for name, count in names.items():
+        if count > 1:
+            raise ValueError(f"{count} keys have the name {name!r}; a name is for one key.")
+    return keys
 
 
 def _split(text: str) -> Any:
@@ -60,10 +104,33 @@ def _split(text: str) -> Any:
 def _read(number: int, key: Any) -> Any:
     if isinstance(key, SecretStr):
         key = key.get_secret_value()
-    if not isinstance(key, str):
+    entry = {"key": key} if isinstance(key, str) else key
+    if not isinstance(entry, Mapping):
         return key
+    try:
+        about = KeyEntry.model_validate(entry)
+    except ValidationError as refusal:
+        raise ValueError(_explained(number, refusal)) from None
+    client = Client(
+        about.name or f"key-{number}",
+        weight=about.weight,
+        most_images=about.images,
+        most_seconds=about.device_s,
+        batch=about.priority == "batch",
+    )
+    return ApiKey(_digest_of(number, about.key), client)
+
+
+def _explained(number: int, refusal: ValidationError) -> str:
+    """The first thing that is wrong with an entry, without what was entered."""
+    first = refusal.errors(include_input=False, include_url=False)[0]
+    field = ".".join(map(str, first["loc"]))
+    return f"key {number} has an invalid `{field}`: {first['msg']}."
+
+
+def _digest_of(number: int, key: str) -> bytes:
     if key.startswith(_HASHED):
-        return ApiKey(_given_digest(number, key.removeprefix(_HASHED)))
+        return _given_digest(number, key.removeprefix(_HASHED))
     if not FEWEST_CHARACTERS <= len(key) <= MOST_CHARACTERS:
         length = f"has {len(key)} characters" if key else "is empty"
         raise ValueError(
@@ -75,7 +142,7 @@ def _read(number: int, key: Any) -> Any:
             f"key {number} has characters that an HTTP header cannot carry; allowed are printable "
             "ASCII characters, with spaces only inside."
         )
-    return ApiKey(_digest(key))
+    return _digest(key)
 
 
 def _given_digest(number: int, digits: str) -> bytes:

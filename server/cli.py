@@ -121,7 +121,7 @@ def serve(
         int | None,
         typer.Option(
             help="Maximum images queued or running; beyond it requests get 429.",
-            show_default="256",
+            show_default="1024",
         ),
     ] = None,
     insecure: Annotated[

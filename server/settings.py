@@ -179,11 +179,24 @@ class Settings(BaseSettings):
         "running.",
     )
     max_pending: int = Field(
-        default=256,
+        default=1024,
         ge=1,
         le=65536,
         description="Maximum images queued or running, frames of live streams apart; requests "
         "beyond it get status 429.",
+    )
+    max_pending_s: float = Field(
+        default=300,
+        ge=1,
+        le=86400,
+        description="Maximum seconds of the device that these images need, as estimated; requests "
+        "beyond it get status 429. Clients that have nothing queued or running are served anyway.",
+    )
+    max_pending_bytes: int = Field(
+        default=4 * 2**30,
+        ge=2**20,
+        description="Maximum bytes that these images need, as estimated from the sizes of their "
+        "latents, uploads and results; requests beyond it get status 429.",
     )
     decode_processes: int = Field(
         default=2,
@@ -197,7 +210,9 @@ class Settings(BaseSettings):
     api_keys: Keys = Field(
         default=(),
         description="Accepted bearer keys, each of 16 to 256 characters or as `sha256:` and the 64 "
-        "hexadecimal digits of its SHA-256. Without keys, anyone who can reach the port is served.",
+        "hexadecimal digits of its SHA-256, or as an object with `key`, `name`, `weight`, "
+        "`images`, `device_s` and `priority`. Without keys, anyone who can reach the port is "
+        "served.",
     )
     insecure: bool = Field(
         default=False,

@@ -18,10 +18,16 @@ class Client:
     Attributes:
         name: under which it is counted; unique among clients.
         weight: its share of the device beside those of the other clients that have work.
+        most_images: that it may have waiting or running.
+        most_seconds: of the device likewise, as estimated.
+        batch: all its images have the priority batch.
     """
 
     name: str
     weight: float = 1.0
+    most_images: int | None = None
+    most_seconds: float | None = None
+    batch: bool = False
 
 
 ANYONE = Client("anyone")

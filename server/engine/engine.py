@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 
+from server.engine.backlog import Amounts, Backlog, Bounds, Holding
 from server.engine.chores import Chores
 from server.engine.client import ANYONE, Client
 from server.engine.cost_model import MOST_ROWS, CostModel, TickCost
 from server.engine.fair_queue import TURN_S, Turns
 from server.engine.fair_tick import fair_tick
 from server.engine.faults import attempt, free_memory, is_out_of_memory, lost_device
+from server.engine.footprint import Kind, footprint
 from server.engine.live_share import ORDINARY_SHARE, Shares, share_tick
 from server.engine.metrics import EngineMeasurements
 from server.engine.reservation import Reservation
@@ -118,6 +120,8 @@ class Engine:
             on what else is in the batch.
         max_pending: images waiting or under way; more are refused. Frames of live streams are
             counted by themselves.
+        max_pending_s: seconds of the device that these images may need, as estimated.
+        max_pending_bytes: bytes that they may need, likewise.
         on_failure: called in the engine's thread once it can never work again, when everybody has
             heard of it.
         guessed_costs: seconds of a tick by rows to begin with, which the ticks then correct. By
@@ -131,7 +135,9 @@ class Engine:
         row_budget: int | None = None,
         live_tick_s: float = 0.1,
         deterministic: bool = False,
-        max_pending: int = 256,
+        max_pending: int = 1024,
+        max_pending_s: float = inf,
+        max_pending_bytes: float = inf,
         on_failure: Callable[[], None] | None = None,
         guessed_costs: Mapping[int, float] | None = None,
     ) -> None:
@@ -146,6 +152,9 @@ class Engine:
         self._asked_budget = row_budget
         self._deterministic = deterministic
         self._max_pending = max_pending
+        bounds = Bounds(max_pending, max_pending_s, max_pending_bytes)
+        self._backlog = Backlog(bounds, self._seconds_a_row)
+        self._told_bytes = Counter[str]()
         self._on_failure = on_failure
         self._guessed_costs = guessed_costs
         self._device = next(iter(models.values())).device
@@ -250,7 +259,8 @@ class Engine:
         """Room for the images of one request; safe from any thread.
 
         Reserve before uploads are decoded or plans are made, so that a request that is turned away
-        costs nothing. Submit to the reservation, and release it whatever happens.
+        costs nothing, and claim what the images cost as soon as that is known. Submit to the
+        reservation, and release it whatever happens.
 
         Args:
             images: how many.
@@ -260,20 +270,23 @@ class Engine:
 
         Raises:
             Overloaded: there is no room for all of them.
+            InvalidRequest: the client may never have so many.
             NotReady: the engine is not warm yet, or has stopped or failed.
         """
         with self._wake:
             self._check_open()
-            if self.measurements.pending_of(live=live) + images > self._max_pending:
-                if not live:
-                    # A frame of a stream waits for room; its stream asks again and again.
-                    self.measurements.refused += images
-                raise Overloaded(self._seconds_of_work())
+            if live:
+                holding = self._reserve_live(client, images)
+            else:
+                holding = self._counting_refusals(
+                    images, lambda: self._backlog.reserve(client, images, self._pace)
+                )
             self._count_pending(images, live=live)
         return Reservation(
             images,
-            partial(self._take_in, client, live=live),
-            lambda unused: self._count_pending(-unused, live=live),
+            partial(self._claim, holding, live=live),
+            partial(self._take_in, holding, live=live),
+            partial(self._give_back, holding, live=live),
         )
 
     def submit(
@@ -284,34 +297,98 @@ class Engine:
         Raises:
             Overloaded: there is no room for all of them.
             NotReady: the engine is not warm yet, or has stopped or failed.
-            InvalidRequest: an image or a group needs more rows at once than a forward has.
+            InvalidRequest: an image or a group needs more rows at once than a forward has, or the
+                client may never have so many images.
         """
         live = all(task.priority is Priority.LIVE for task in tasks)
         with self.reserve(len(tasks), live=live, client=client) as room:
             return room.submit(tasks, listener)
 
+    def waiting(self) -> dict[Client, Amounts]:
+        """What ordinary images of each client wait or run, as estimated; safe from any thread."""
+        with self._wake:
+            return self._backlog.by_client()
+
+    def spent(self) -> dict[Client, float]:
+        """Seconds of the device that each client's ordinary images had; safe from any thread."""
+        return dict(self._turns.spent)
+
+    def _reserve_live(self, client: Client, images: int) -> Holding:
+        if self.measurements.live_pending + images > self._max_pending:
+            # A frame of a stream waits for room; its stream asks again and again.
+            raise Overloaded(1.0)
+        return Holding(client, images)
+
+    def _counting_refusals(self, images: int, admit: Callable[[], Result]) -> Result:
+        try:
+            return admit()
+        except Overloaded:
+            self.measurements.refused += images
+            raise
+
+    def _claim(self, holding: Holding, tasks: Listed[ImageTask], *, live: bool) -> None:
+        if live:
+            return
+        self._check_models(tasks)
+        needed = footprint(tasks, self._kind, self._told_bytes.__getitem__)
+        with self._wake:
+            self._counting_refusals(
+                holding.images, lambda: self._backlog.claim(holding, *needed, self._pace)
+            )
+
     def _take_in(
-        self, client: Client, tasks: Listed[ImageTask], listener: Listener, *, live: bool
+        self, holding: Holding, tasks: Listed[ImageTask], listener: Listener, *, live: bool
     ) -> Submission:
         if any((task.priority is Priority.LIVE) != live for task in tasks):
             raise ValueError("room is reserved either for live images or for others")
-        submission = Submission(len(tasks), client)
+        images = len(tasks)
+        submission = Submission(images, Holding(holding.client, images))
         sequences = [
             Sequence(task, index, listener, submission) for index, task in enumerate(tasks)
         ]
         self._check_width(sequences)
         with self._wake:
             self._check_open()
-            if gone := {task.model for task in tasks} - self._models.keys():
-                raise NotReady(f"Model {gone.pop()!r} was unloaded; send the request again.")
+            self._check_models(tasks)
+            if not live:
+                submission.holding = self._backlog.move(holding, images)
+                for sequence in sequences:
+                    self._count_rows(sequence)
             self._arrived.extend(sequences)
             self._wake.notify()
         return submission
+
+    def _give_back(self, holding: Holding, images: int, *, live: bool) -> None:
+        with self._wake:
+            self._backlog.release(holding)
+            self._count_pending(-images, live=live)
 
     def _count_pending(self, images: int, *, live: bool) -> None:
         with self._wake:
             self.measurements.pending += images
             self.measurements.live_pending += images * live
+
+    def _count_rows(self, sequence: Sequence, remaining: int | None = None) -> None:
+        """Keep in the backlog what an ordinary image still needs."""
+        remaining = sequence.remaining if remaining is None else remaining
+        more = remaining - sequence.counted
+        self._backlog.count_rows(sequence.submission.holding, self._kind(sequence.task), more)
+        sequence.counted = remaining
+
+    def _seconds_a_row(self, kind: Kind) -> float:
+        if kind[0] not in self._models:
+            # Unloaded, so nothing of it waits.
+            return 0.0
+        return self._costs.of(*kind).seconds_a_row(self.measurements.row_budget)
+
+    @property
+    def _pace(self) -> float:
+        """Share of the device that ordinary images have."""
+        return ORDINARY_SHARE if self._expects_live else 1.0
+
+    def _check_models(self, tasks: Listed[ImageTask]) -> None:
+        if gone := {task.model for task in tasks} - self._models.keys():
+            raise NotReady(f"Model {gone.pop()!r} was unloaded; send the request again.")
 
     def _check_open(self) -> None:
         if not self.ready or self._stop_at is not None:
@@ -339,16 +416,6 @@ class Engine:
                     f"guidance needs {rows} rows of a forward at once{together}; at most {budget} "
                     f"are allowed here, so ask for fewer {fewer} or perturbations.",
                 )
-
-    def _seconds_of_work(self) -> float:
-        """Until the ordinary images that wait are done, at the best row choice."""
-        waiting = Counter[tuple[str, tuple[int, int, int]]]()
-        for sequence in [*self._arrived, *self._active]:
-            if not sequence.live:
-                waiting[self._kind(sequence.task)] += sequence.remaining
-        most = self.measurements.row_budget
-        costs = (rows * self._costs.of(*kind).seconds_a_row(most) for kind, rows in waiting.items())
-        return max(1.0, sum(costs) / (ORDINARY_SHARE if self._expects_live else 1.0))
 
     def _run(self) -> None:
         try:
@@ -421,6 +488,10 @@ class Engine:
             began = perf_counter()
             self._weave(chosen)
             self._charge(rows, perf_counter() - began)
+            with self._wake:
+                for sequence in chosen:
+                    if not sequence.live and sequence.slot >= 0:
+                        self._count_rows(sequence)
         self._collect(idle=not chosen)
 
     def _admit(self) -> None:
@@ -450,6 +521,10 @@ class Engine:
             live = sum(sequence.live for sequence in staying) / len(staying)
             self._share_out(live_s=live * seconds, ordinary_s=(1 - live) * seconds)
             self._charge(pictures.parts(staying), seconds)
+            for sequence in staying:
+                told = [one.nbytes for one in sequence.conditioning.values()]
+                name = sequence.task.model
+                self._told_bytes[name] = max(self._told_bytes[name], *told)
 
     def _charge(self, parts: Mapping[Sequence, float], seconds: float) -> None:
         """Count seconds of the device as had by the clients of some images, by their parts."""
@@ -469,7 +544,7 @@ class Engine:
                 rows=s.rows,
                 remaining=s.remaining * prices[id(s.lane)],
                 age=now - s.submitted_at,
-                priority=s.task.priority,
+                priority=s.priority,
                 lane=id(s.lane),
                 group=None if s.task.group is None else id(s.task.group),
                 stream=s.stream,
@@ -710,13 +785,17 @@ class Engine:
             sequence.lane.pool.give_back(sequence.slot)
             sequence.slot = -1
         self._active.remove(sequence)
-        self._count_pending(-1, live=sequence.live)
+        with self._wake:
+            if not sequence.live:
+                self._count_rows(sequence, 0)
+                self._backlog.end_image(sequence.submission.holding)
+            self._count_pending(-1, live=sequence.live)
 
     def tick_costs(self) -> list[tuple[str, tuple[int, int, int], TickCost]]:
         """What ticks cost by model and latent shape; safe from any thread."""
         return self._costs.all()
 
-    def _kind(self, task: ImageTask) -> tuple[str, tuple[int, int, int]]:
+    def _kind(self, task: ImageTask) -> Kind:
         return task.model, self._models[task.model].latent_shape(task.width, task.height)
 
     def _lane_of(self, task: ImageTask, length: int) -> Lane:

@@ -76,6 +76,9 @@ class Turns:
 
     Flows and not requests, so that requests of one client that can share a forward are ordered for
     the least mean latency (``scheduler.py``), while large pictures and small ones take turns.
+
+    Attributes:
+        spent: seconds of the device that each client has had since the start.
     """
 
     def __init__(self) -> None:
@@ -83,6 +86,7 @@ class Turns:
         self._kinds: dict[Client, FairQueue[Hashable]] = {}
         self._seen: dict[Flow, float] = {}
         self._waiting: Collection[Flow] = ()
+        self.spent: dict[Client, float] = {}
 
     def wait(self, flows: Iterable[Flow], now: float) -> None:
         """Note which flows have work.
@@ -135,5 +139,6 @@ class Turns:
 
     def charge(self, flow: Flow, seconds: float) -> None:
         """Count seconds of the device that were spent on a flow."""
+        self.spent[flow.client] = self.spent.get(flow.client, 0.0) + seconds
         self._clients.charge(flow.client, seconds, flow.client.weight)
         self._kinds.setdefault(flow.client, FairQueue()).charge(flow.kind, seconds)

@@ -24,6 +24,7 @@ class Reservation:
 
     Args:
         images: how many there is room for.
+        claim: takes the room that tasks need beyond their number.
         take_in: queues tasks in the reserved room.
         give_back: returns room for so many images.
     """
@@ -31,18 +32,36 @@ class Reservation:
     def __init__(
         self,
         images: int,
+        claim: Callable[[Sequence[ImageTask]], None],
         take_in: Callable[[Sequence[ImageTask], Listener], Submission],
         give_back: Callable[[int], None],
     ) -> None:
         self._left = images
+        self._claim: Callable[[Sequence[ImageTask]], None] | None = claim
         self._take_in = take_in
         self._give_back = give_back
         self._lock = Lock()
 
-    def submit(self, tasks: Sequence[ImageTask], listener: Listener) -> Submission:
-        """Queue the images that the room was reserved for.
+    def claim(self, tasks: Sequence[ImageTask]) -> None:
+        """Take the room that the images need by their cost, before they are submitted.
+
+        Args:
+            tasks: all of them; their pictures need no content yet.
 
         Raises:
+            InvalidRequest: they cost more than is ever allowed.
+            Overloaded: there is no room for them now.
+        """
+        with self._lock:
+            if self._claim is not None:
+                self._claim(tasks)
+            self._claim = None
+
+    def submit(self, tasks: Sequence[ImageTask], listener: Listener) -> Submission:
+        """Queue the images that the room was reserved for, whose cost is claimed if it was not.
+
+        Raises:
+            Overloaded: there is no room for what they cost.
             ValueError: there are more of them than there is room for, or it was released.
             NotReady: the engine has stopped or failed since.
             InvalidRequest: an image or a group needs more rows at once than a forward has.
@@ -50,6 +69,9 @@ class Reservation:
         with self._lock:
             if len(tasks) > self._left:
                 raise ValueError(f"tasks are {len(tasks)}; room is reserved for {self._left}")
+            if self._claim is not None:
+                self._claim(tasks)
+                self._claim = None
             submission = self._take_in(tasks, listener)
             self._left -= len(tasks)
             return submission

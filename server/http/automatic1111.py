@@ -9,6 +9,7 @@ from typing import Any, Final
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from server.engine.client import Client
 from server.errors import Cancelled
 from server.http.automatic1111_answers import (
     ImagesAnswer,
@@ -21,7 +22,7 @@ from server.http.automatic1111_answers import (
 from server.http.automatic1111_checkpoints import CheckpointsDep, chosen, named
 from server.http.automatic1111_jobs import Job, JobsDep, owner_of
 from server.http.automatic1111_route import ERRORS, TolerantRoute
-from server.http.dependencies import IdentifierDep, ServiceDep
+from server.http.dependencies import IdentifierDep, ServiceDep, client_of
 from server.http.making import unless_disconnected
 from server.image_codec import resized
 from server.requests.automatic1111 import Img2Img, Translated, Txt2Img, translated
@@ -50,7 +51,8 @@ async def txt2img(
     wanted = _translated(body, service, checkpoints.of(owner_of(request)))
     job = Job(owner_of(request), wanted.request.n, wanted.request.steps or 0)
     with jobs.added(identifier, job):
-        made = await unless_disconnected(request, _made(service, wanted.request, job, identifier))
+        work = _made(service, wanted.request, job, identifier, client_of(request))
+        made = await unless_disconnected(request, work)
     if made is None:
         return Response(status_code=499)
     generation, pictures = made
@@ -103,11 +105,11 @@ def _translated(body: Txt2Img, service: Service, checkpoint: str | None) -> Tran
 
 
 async def _made(
-    service: Service, wanted: GenerateRequest, job: Job, identifier: str
+    service: Service, wanted: GenerateRequest, job: Job, identifier: str, client: Client
 ) -> tuple[Generation | None, tuple[Picture, ...]]:
     """The generation and its images; after an interruption those that there are, or previews."""
     try:
-        generation = await service.admit(wanted, identifier)
+        generation = await service.admit(wanted, identifier, client)
     except Cancelled:
         if job.interrupted:
             return None, ()

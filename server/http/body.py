@@ -25,6 +25,7 @@ from server.errors import (
     WeftError,
 )
 from server.heap import return_free_memory
+from server.http.dependencies import client_of
 from server.http.text_meter import QUOTES, TEXT_BYTES, TextMeter
 from server.requests.checks.shape import check_shape
 from server.requests.upload import Upload
@@ -245,7 +246,7 @@ def _check_room(request: Request, size: int, most: int) -> None:
         raise TooLarge.body(most)
     if size > SMALL_BYTES:
         service: Service = request.app.state.service
-        service.check_room()
+        service.check_room(client_of(request))
 
 
 def _check_text(meter: TextMeter) -> None:

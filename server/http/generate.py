@@ -9,7 +9,7 @@ from fastapi.responses import Response
 
 from server.http.answers import CancelResponse, GenerateResponse, completed
 from server.http.body import JsonRoute
-from server.http.dependencies import IdentifierDep, ServiceDep
+from server.http.dependencies import IdentifierDep, ServiceDep, client_of
 from server.http.errors import ErrorBody
 from server.http.events import GenerationStream
 from server.http.making import make
@@ -58,7 +58,7 @@ async def generate(
     """
     wanted, body = negotiate(request.headers.get("accept", ""), body)
     if wanted == "events":
-        generation = await service.admit(body, identifier)
+        generation = await service.admit(body, identifier, client_of(request))
         return GenerationStream(service, generation)
     made = await make(request, service, body, identifier)
     if made is None:

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 
+from server.engine.client import Client
+from server.http.dependencies import client_of
 from server.requests.schema import GenerateRequest
 from server.service.generation import Generation
 from server.service.service import Pictures, Service
@@ -23,7 +25,7 @@ async def make(
     """The images; None if the client disconnects first, which cancels the work.
 
     Args:
-        request: whose connection is watched.
+        request: whose connection is watched, and whose key says whose share of the device it has.
         service: that makes the images.
         body: what is asked for.
         identifier: of the generation.
@@ -31,13 +33,14 @@ async def make(
     Raises:
         WeftError: as of :meth:`Service.admit` and :meth:`Service.pictures`.
     """
-    return await unless_disconnected(request, _made(service, body, identifier))
+    work = _made(service, body, identifier, client_of(request))
+    return await unless_disconnected(request, work)
 
 
 async def _made(
-    service: Service, body: GenerateRequest, identifier: str
+    service: Service, body: GenerateRequest, identifier: str, client: Client
 ) -> tuple[Generation, Pictures]:
-    generation = await service.admit(body, identifier)
+    generation = await service.admit(body, identifier, client)
     try:
         return generation, await service.pictures(generation)
     finally:

@@ -54,6 +54,7 @@ class _Gathered(Collector):
         if service.engine is not None:
             yield from _engine(service.engine.measurements)
             yield _tick_costs(service.engine)
+            yield from _clients(service.engine)
 
 
 def _live(streams: Streams) -> Iterable[Metric]:
@@ -117,6 +118,38 @@ def _tick_costs(engine: Engine) -> Metric:
         for rows, seconds in cost.estimates().items():
             family.add_metric([model, f"{width}x{height}", str(rows)], seconds)
     return family
+
+
+def _clients(engine: Engine) -> Iterable[Metric]:
+    """What each API key has waiting and has had, by the key's name; there are as many as keys."""
+    waiting = engine.waiting()
+    for name, documentation, values in (
+        (
+            "weft_waiting_images",
+            "Images queued or running, frames of live streams apart, by API key.",
+            {client: float(amounts.images) for client, amounts in waiting.items()},
+        ),
+        (
+            "weft_waiting_device_seconds",
+            "Seconds of the device that these images still need, as estimated.",
+            {client: amounts.seconds for client, amounts in waiting.items()},
+        ),
+        (
+            "weft_waiting_bytes",
+            "Bytes of memory that these images need, as estimated.",
+            {client: float(amounts.nbytes) for client, amounts in waiting.items()},
+        ),
+    ):
+        family = GaugeMetricFamily(name, documentation, labels=["key"])
+        for client, value in values.items():
+            family.add_metric([client.name], value)
+        yield family
+    yield _labelled(
+        "weft_device_seconds",
+        "Seconds of the device that images had, frames of live streams apart.",
+        "key",
+        {client.name: seconds for client, seconds in engine.spent().items()},
+    )
 
 
 def _latencies(counted: EngineMeasurements) -> Iterable[Metric]:

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from server.errors import WeftError
 from server.http.body import JsonRoute
-from server.http.dependencies import IdentifierDep, ServiceDep
+from server.http.dependencies import IdentifierDep, ServiceDep, client_of
 from server.http.errors import ErrorBody, body_of
 from server.http.events import PING_S, GenerationStream
 from server.http.forms import FormRoute
@@ -87,7 +87,7 @@ async def _answer(
     identifier: str,
 ) -> Response:
     if body.stream:
-        generation = await service.admit(wanted, identifier)
+        generation = await service.admit(wanted, identifier, client_of(request))
         return ImagesStream(kind, service, generation, body.partial_images, ignored)
     made = await make(request, service, wanted, identifier)
     if made is None:

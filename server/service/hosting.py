@@ -94,6 +94,8 @@ def host(
         live_tick_s=settings.live_tick_s,
         deterministic=settings.deterministic,
         max_pending=settings.max_pending,
+        max_pending_s=settings.max_pending_s,
+        max_pending_bytes=settings.max_pending_bytes,
         on_failure=on_failure,
         guessed_costs=guessed_costs,
     )

@@ -18,6 +18,7 @@ from samplers import Plan, StatisticsIdentity
 from server.decoding.picture import MaskForm
 from server.decoding.pool import DecodePool
 from server.decoding.sizing import Target
+from server.engine.client import ANYONE, Client
 from server.engine.engine import Engine
 from server.engine.reservation import Reservation
 from server.engine.task import ImageTask
@@ -201,14 +202,17 @@ class Service:
             raise NotReady("The model is still loading.")
         return self._engine
 
-    def check_room(self) -> None:
+    def check_room(self, client: Client = ANYONE) -> None:
         """Refuse a request that could not be admitted now, before its body is read.
+
+        Args:
+            client: whose request it is.
 
         Raises:
             NotReady: the models are still loading, or the server is broken.
             Overloaded: the queue is full.
         """
-        self.ready_engine().reserve(1).release()
+        self.ready_engine().reserve(1, client=client).release()
 
     def model_states(self) -> tuple[ModelState, ...]:
         """All models, loaded or not, the default one first; empty until the server has loaded."""
@@ -233,10 +237,17 @@ class Service:
             for model in (() if self._shelf is None else self._shelf.loaded())
         )
 
-    async def admit(self, request: GenerateRequest, identifier: str) -> Generation:
+    async def admit(
+        self, request: GenerateRequest, identifier: str, client: Client = ANYONE
+    ) -> Generation:
         """Check a request, fill in its defaults and submit it to the engine.
 
         The caller must :meth:`release` the generation, whatever happens.
+
+        Args:
+            request: as sent.
+            identifier: of the generation.
+            client: whose request it is.
 
         Raises:
             InvalidRequest: a field has an invalid value.
@@ -252,7 +263,7 @@ class Service:
         generation = Generation(identifier, asyncio.get_running_loop())
         self._under_way[identifier] = generation
         try:
-            await self._begin(generation, request)
+            await self._begin(generation, request, client)
         except BaseException as error:
             generation.end(error)
             self.release(generation)
@@ -327,17 +338,20 @@ class Service:
             lease.release()
         self.outcomes[generation.outcome] += 1
 
-    async def _begin(self, generation: Generation, request: GenerateRequest) -> None:
+    async def _begin(
+        self, generation: Generation, request: GenerateRequest, client: Client
+    ) -> None:
         engine, shelf = self.ready_engine(), self.ready_shelf()
         shelf.check(request.model)
         check_count(request, self._limits)
-        with engine.reserve(request.n) as room:
+        with engine.reserve(request.n, client=client) as room:
             self._leases[generation] = lease = await generation.unless_ended(
                 shelf.lend(request.model)
             )
             model = lease.model
             image, size = await self._image_for_its_size(request, model)
             prepared = await asyncio.to_thread(self.prepare, request, model, size)
+            await asyncio.to_thread(_claim, room, request, prepared[0], model)
             uploads = await self._uploads(request, prepared[0].request, image)
             await asyncio.to_thread(self._submit, generation, *prepared, model, uploads, room)
 
@@ -480,6 +494,23 @@ def _tasks(prepared: Prepared, model: HostedModel, uploads: Uploads) -> list[Ima
         mask=None if mask is None else _mask_tensor(mask),
         reference=None if reference is None else pixels_tensor(reference),
     )
+
+
+def _claim(
+    room: Reservation, request: GenerateRequest, prepared: Prepared, model: HostedModel
+) -> None:
+    """Claim what a request costs before its images are decoded, of which the sizes are known."""
+    size = prepared.request.height, prepared.request.width
+    picture, mask = (torch.empty(*shape, device="meta") for shape in ((3, *size), size))
+    tasks = tasks_of(
+        prepared,
+        model,
+        image=None if request.image is None else picture,
+        mask=None if request.mask is None else mask,
+        reference=None if request.reference is None else picture.clone(),
+        adapters=(),
+    )
+    room.claim(tasks)
 
 
 def pixels_tensor(pixels: np.ndarray) -> Tensor:

@@ -1,9 +1,11 @@
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
 from pydantic import SecretStr, ValidationError
 
+from server.engine.client import Client
 from server.settings import Settings
 
 KEY = "a-key-of-the-test-suite"
@@ -45,6 +47,10 @@ def test_the_environment_takes_lists_both_ways(monkeypatch: pytest.MonkeyPatch) 
         ("x" * 257, "key 1 has 257 characters"),
         ('["       padded       "]', "key 1 has characters that an HTTP header cannot carry"),
         ('["schlüssel-schlüssel"]', "key 1 has characters that an HTTP header cannot carry"),
+        (f'[{{"key": "{KEY}", "weight": 0}}]', "key 1 has an invalid `weight`: Input should be"),
+        (f'[{{"key": "{KEY}", "shares": 2}}]', "key 1 has an invalid `shares`: Extra inputs are"),
+        ('[{"key": "tiny"}]', "key 1 has 4 characters"),
+        (f'["{KEY}2", {{"key": "{KEY}", "name": "key-1"}}]', "2 keys have the name 'key-1'"),
         (f"sha256:{'0' * 63}", "key 1 begins with 'sha256:'; 64 hexadecimal digits must follow"),
     ],
 )
@@ -63,6 +69,15 @@ def test_a_key_may_be_given_by_its_hash_alone() -> None:
     assert key.opens_for(KEY)
     assert not key.opens_for(f"{KEY}x")
     assert not key.opens_for("")
+
+
+def test_a_key_may_say_what_its_holder_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = {"key": KEY, "name": "art", "weight": 2, "images": 8, "device_s": 60}
+    monkeypatch.setenv("WEFT_API_KEYS", json.dumps([entry, f"{KEY}2"]))
+    first, second = Settings().api_keys
+    assert first.opens_for(KEY)
+    assert first.client == Client("art", weight=2, most_images=8, most_seconds=60)
+    assert second.client == Client("key-2")
 
 
 def test_keys_are_kept_as_hashes_alone() -> None:

@@ -93,6 +93,7 @@ class Sequence:
         conditioning: of all that the network may be told, by text.
         channels: what the network reads behind x, ``[channels, h, w]``; None where it reads x
             alone.
+        counted: evaluations still needed, as they were last counted in the backlog.
         term_states: what each of the task's terms keeps of this image.
         ancestor: the image that it goes back to, where images are resampled; else itself.
         effective: how many images of its group counted at each resampling.
@@ -107,6 +108,7 @@ class Sequence:
     settled: bool = False
     slot: int = -1
     lane: Lane = field(init=False)
+    counted: int = 0
     evaluations: int = 0
     saved: int = 0
     submitted_at: float = field(default_factory=monotonic)
@@ -128,6 +130,12 @@ class Sequence:
     def live(self) -> bool:
         """Whether it is a frame of a live stream."""
         return self.task.priority is Priority.LIVE
+
+    @property
+    def priority(self) -> Priority:
+        """Of its task, unless its client may only have batch images."""
+        demoted = self.submission.client.batch and not self.live
+        return Priority.BATCH if demoted else self.task.priority
 
     @property
     def flow(self) -> Flow:

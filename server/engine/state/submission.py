@@ -5,6 +5,7 @@ from __future__ import annotations
 from threading import Lock
 from typing import TYPE_CHECKING
 
+from server.engine.backlog import Holding
 from server.engine.client import ANYONE, Client
 
 if TYPE_CHECKING:
@@ -21,23 +22,28 @@ class Submission:
 
     Args:
         images: how many there are.
-        client: whose they are.
+        holding: what they have of the queue; by default something of nobody's queue.
 
     Attributes:
-        client: whose they are.
+        holding: what they have of the queue.
         latents: of the pictures that its images start from or refer to, by the picture's identity,
             or why there are none; the engine's own.
         channels: what the network reads behind the latents of its images, by the identity of their
             mask and their size; the engine's own.
     """
 
-    def __init__(self, images: int, client: Client = ANYONE) -> None:
-        self.client = client
+    def __init__(self, images: int, holding: Holding | None = None) -> None:
+        self.holding = holding or Holding(ANYONE, images)
         self.latents: dict[int, Tensor | Exception] = {}
         self.channels: dict[tuple[int, int, int], Tensor | None] = {}
         self._left = images
         self._cancelled = False
         self._lock = Lock()
+
+    @property
+    def client(self) -> Client:
+        """Whose images they are."""
+        return self.holding.client
 
     @property
     def cancelled(self) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from server.engine.backlog import Holding
 from server.engine.client import ANYONE, Client
 from server.engine.scheduler import Priority
 from server.engine.state.arrivals import Arrivals
@@ -17,7 +18,9 @@ from server.engine.task import Group
 @pytest.fixture
 def arrived(task, listen):
     def make(client: Client = ANYONE, **fields: Any) -> Sequence:
-        return Sequence(task(rule="none", **fields), 0, listen(1), Submission(1, client))
+        return Sequence(
+            task(rule="none", **fields), 0, listen(1), Submission(1, Holding(client, 1))
+        )
 
     return make
 

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 import pytest
 
+from server.engine.backlog import Holding
 from server.engine.client import ANYONE, Client
 from server.engine.fair_queue import Turns
 from server.engine.scheduler import Priority
@@ -23,7 +24,7 @@ def finished(task: Callable[..., Any], listen: Callable[..., Any]) -> Finish:
         priority: Priority = Priority.INTERACTIVE, client: Client = ANYONE, **fields: Any
     ) -> Sequence:
         one = task(rule="none", priority=priority, **fields)
-        sequence = Sequence(one, 0, listen(1), Submission(1, client))
+        sequence = Sequence(one, 0, listen(1), Submission(1, Holding(client, 1)))
         sequence.lane = None  # type: ignore[assignment]
         return sequence
 

@@ -6,7 +6,10 @@ from dataclasses import replace
 from threading import Thread
 
 import pytest
+import torch
 
+from server.engine.client import ANYONE
+from server.engine.footprint import footprint
 from server.engine.scheduler import Priority
 from server.engine.state.submission import Submission
 from server.errors import Cancelled, NotReady, Overloaded
@@ -60,6 +63,33 @@ def test_room_is_given_back_once_whatever_happens(start, task, listen):
     assert engine.measurements.pending == 0
     with pytest.raises(NotReady):
         engine.reserve(1)
+
+
+def test_room_is_taken_by_what_images_cost_and_given_back_as_they_are_made(start, task, listen):
+    engine = start(max_pending_s=2.0)
+    heard = [listen(1) for _ in range(2)]
+    running = [engine.submit([task(steps=400)], each) for each in heard]
+    waiting = engine.waiting()[ANYONE]
+    assert waiting.images == 2
+    assert waiting.seconds == pytest.approx(2.0, rel=0.5), "a request counts for half at most"
+    with engine.reserve(1) as room, pytest.raises(Overloaded):
+        room.claim([task(steps=400, width=512, height=512)])
+    for submission, each in zip(running, heard, strict=True):
+        submission.cancel()
+        each.wait()
+    assert engine.waiting() == {}
+    assert engine.spent()[ANYONE] > 0
+
+
+def test_the_footprint_of_a_request_counts_its_shared_pictures_once(task, model):
+    picture = torch.zeros(3, 128, 128)
+    about = {"steps": 3, "strength": 1, "image": picture, "width": 128, "height": 128}
+    tasks = [task(seed=seed, **about) for seed in (1, 2)]
+    kind = "embedded", (4, 16, 16)
+    needed = footprint(tasks, lambda _: kind, lambda _: 1000)
+    assert needed.rows == {kind: 2 * 3 * 2}
+    state, texts = 4 * 4 * 16 * 16 * (tasks[0].plan.slots + 2), 2 * 1000
+    assert needed.nbytes == 2 * (state + 3 * 128 * 128) + texts + picture.nbytes
 
 
 def test_of_a_cancellation_and_the_last_picture_one_wins():

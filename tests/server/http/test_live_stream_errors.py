@@ -18,6 +18,7 @@ from starlette.websockets import WebSocket
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from server.api_keys import ApiKey
+from server.engine.client import Client
 from server.errors import NotReady, Overloaded
 from server.http import stream
 from server.service.streams import Streams
@@ -384,7 +385,10 @@ def test_streams_of_one_key_leave_room_for_those_of_another(
     running: Running, limited: Callable[..., None]
 ) -> None:
     limited(sessions=3, sessions_per_key=1)
-    streams, keys = running.app.state.streams, [ApiKey(bytes([k])) for k in range(2)]
+    streams, keys = (
+        running.app.state.streams,
+        [ApiKey(bytes([k]), Client(f"{k}")) for k in range(2)],
+    )
 
     async def open_some() -> None:
         one_of_each = [streams.open(key) for key in keys]

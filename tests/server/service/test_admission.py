@@ -83,7 +83,7 @@ def test_a_request_that_finds_the_queue_full_costs_nothing(
         make(service, **upload)
     assert done == []
     assert len(make(service, **upload).pictures) == 1
-    assert done == ["resolve", "make_plan", "picture", "mask", "tasks_of"]
+    assert done == ["resolve", "make_plan", "tasks_of", "picture", "mask", "tasks_of"]
 
 
 def test_a_request_that_is_refused_for_its_settings_costs_no_decoding(
@@ -96,7 +96,7 @@ def test_a_request_that_is_refused_for_its_settings_costs_no_decoding(
 
 def test_an_image_that_gives_its_size_is_decoded_first(service: Service, done: list[str]) -> None:
     make(service, image=picture(64), width=32)
-    assert done == ["picture", "resolve", "make_plan", "tasks_of"]
+    assert done == ["picture", "resolve", "make_plan", "tasks_of", "tasks_of"]
 
 
 def test_too_many_images_are_refused_for_good_and_not_until_there_is_room(

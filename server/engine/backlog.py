@@ -1,0 +1,289 @@
+"""How much may wait: bounds on images, seconds of the device and bytes, divided among clients."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from math import inf
+from typing import TYPE_CHECKING, NamedTuple
+
+from server.engine.client import ANYONE, Client
+from server.errors import InvalidRequest, Overloaded
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from server.engine.footprint import Kind
+
+__all__ = ["Amounts", "Backlog", "Bounds", "Holding"]
+
+LATITUDE = 4.0
+"""A client of weight 1 may have so many times what is free: 4/5 of everything if it is alone, so
+that whoever comes next finds room, and equal parts of 4 n / (4 n + 1) if there are n of them.
+
+These are the dynamic thresholds of Choudhury and Hahne (1998) for queues that share a memory."""
+
+LARGEST_PART = 0.5
+"""Of the seconds that may wait, what one request counts for at most: a larger one is possible."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """The most that may wait or run at once, frames of live streams apart.
+
+    Attributes:
+        images: how many.
+        seconds: of the device, as estimated.
+        nbytes: of states and pictures, as estimated.
+    """
+
+    images: int
+    seconds: float = inf
+    nbytes: float = inf
+
+
+class Amounts(NamedTuple):
+    """What some work comes to."""
+
+    images: int = 0
+    seconds: float = 0.0
+    nbytes: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Holding:
+    """What one request has of the queue; the backlog alone changes it.
+
+    Attributes:
+        client: whose it is.
+        images: that are not done.
+        rows: evaluations that they still need, by model and shape of the latents.
+        nbytes: that they need at once.
+        part: of its seconds, what is counted; less than 1 for a request of very many.
+    """
+
+    client: Client
+    images: int
+    rows: Counter[Kind] = field(default_factory=Counter["Kind"])
+    nbytes: int = 0
+    part: float = 1.0
+
+
+@dataclass(slots=True)
+class Total:
+    """What the holdings of a client come to; rows are those that are counted."""
+
+    images: int = 0
+    rows: dict[Kind, float] = field(default_factory=dict["Kind", float])
+    nbytes: int = 0
+
+
+class Backlog:
+    """Admits work by what it costs; not safe from several threads.
+
+    A request that finds nothing else of its client is admitted whatever it takes and whoever else
+    waits, as far as images and bytes allow: a limit is no reason to shut a client out.
+
+    Args:
+        bounds: for all clients together.
+        seconds_a_row: what an evaluation costs, by model and shape.
+    """
+
+    def __init__(self, bounds: Bounds, seconds_a_row: Callable[[Kind], float]) -> None:
+        self._bounds = bounds
+        self._seconds_a_row = seconds_a_row
+        self._totals: dict[Client, Total] = {}
+
+    def reserve(self, client: Client, images: int, pace: float = 1.0) -> Holding:
+        """Room for some images whose cost is not known yet.
+
+        Args:
+            client: whose images.
+            images: how many.
+            pace: share of the device that ordinary images have now.
+
+        Raises:
+            InvalidRequest: the client may never have so many.
+            Overloaded: there is no room now.
+        """
+        if client.most_images is not None and images > client.most_images:
+            raise InvalidRequest(
+                "n",
+                f"n is {images}; at most {client.most_images} images of this key may wait or run "
+                "at once.",
+            )
+        self._check_images(client, images, pace)
+        self._check_seconds(client, 0.0, pace)
+        holding = Holding(client, 0)
+        self._count(holding, images=images)
+        return holding
+
+    def claim(
+        self, holding: Holding, rows: Mapping[Kind, int], nbytes: int, pace: float = 1.0
+    ) -> None:
+        """Room for what the images of a holding cost, which is now known.
+
+        Raises:
+            InvalidRequest: they cost more than their client may ever have, or need more memory
+                than there is for all.
+            Overloaded: there is no room now.
+        """
+        client, seconds = holding.client, self._seconds(rows)
+        if nbytes > self._bounds.nbytes:
+            raise InvalidRequest(
+                _largest_field(holding),
+                f"The request needs about {_megabytes(nbytes)} for its images; at most "
+                f"{_megabytes(self._bounds.nbytes)} are allowed, so ask for fewer or smaller ones.",
+            )
+        if client.most_seconds is not None and seconds > client.most_seconds:
+            raise InvalidRequest(
+                _largest_field(holding),
+                f"The request needs about {seconds:.0f} s of the device; at most "
+                f"{client.most_seconds:g} s of this key may wait or run at once, so ask for fewer "
+                "images, fewer steps or a smaller size.",
+            )
+        # Its own images are no reason to refuse them.
+        self._count(holding, images=-(images := holding.images))
+        try:
+            self._check_seconds(client, seconds, pace)
+            self._check_bytes(client, nbytes, pace)
+        finally:
+            self._count(holding, images=images)
+        if seconds > 0:
+            holding.part = min(1.0, LARGEST_PART * self._bounds.seconds / seconds)
+        self._count(holding, rows=rows, nbytes=nbytes)
+
+    def move(self, holding: Holding, images: int) -> Holding:
+        """Count some images of a holding by themselves, without rows, which are to be counted."""
+        own = Holding(holding.client, 0, part=holding.part)
+        part = images / holding.images
+        nbytes = round(part * holding.nbytes)
+        rows = {kind: round(part * count) for kind, count in holding.rows.items()}
+        self._count(holding, -images, {kind: -count for kind, count in rows.items()}, -nbytes)
+        self._count(own, images, nbytes=nbytes)
+        return own
+
+    def count_rows(self, holding: Holding, kind: Kind, more: int) -> None:
+        """Count evaluations that images of a holding need more, or less, than was counted."""
+        self._count(holding, rows={kind: more})
+
+    def end_image(self, holding: Holding) -> None:
+        """Count one image less, whose rows are counted apart."""
+        self._count(holding, images=-1, nbytes=-round(holding.nbytes / holding.images))
+
+    def release(self, holding: Holding) -> None:
+        """Count nothing of it any longer."""
+        rows = {kind: -count for kind, count in holding.rows.items()}
+        self._count(holding, -holding.images, rows, -holding.nbytes)
+
+    def by_client(self) -> dict[Client, Amounts]:
+        """What waits or runs."""
+        return {
+            client: Amounts(total.images, max(0.0, self._seconds(total.rows)), total.nbytes)
+            for client, total in self._totals.items()
+        }
+
+    def _count(
+        self,
+        holding: Holding,
+        images: int = 0,
+        rows: Mapping[Kind, int] | None = None,
+        nbytes: int = 0,
+    ) -> None:
+        total = self._totals.setdefault(holding.client, Total())
+        holding.images += images
+        holding.nbytes += nbytes
+        total.images += images
+        total.nbytes += nbytes
+        for kind, count in (rows or {}).items():
+            holding.rows[kind] += count
+            total.rows[kind] = total.rows.get(kind, 0.0) + holding.part * count
+        if not total.images:
+            # Rounding must not add up for ever.
+            del self._totals[holding.client]
+
+    def _check_images(self, client: Client, images: int, pace: float) -> None:
+        waiting = self.by_client()
+        own = waiting.get(client, Amounts())
+        if client.most_images is not None and own.images + images > client.most_images:
+            excess = (own.images + images - client.most_images) / own.images
+            raise _quota_used(
+                self._until(client, waiting, excess, pace),
+                f"{own.images} images",
+                str(client.most_images),
+            )
+        total = sum(one.images for one in waiting.values())
+        self._check_room(client, waiting, own.images, images, total, self._bounds.images, pace)
+
+    def _check_seconds(self, client: Client, seconds: float, pace: float) -> None:
+        waiting = self.by_client()
+        own = waiting.get(client, Amounts())
+        if client.most_seconds is not None and own.seconds + seconds > client.most_seconds:
+            excess = (own.seconds + seconds - client.most_seconds) / own.seconds
+            raise _quota_used(
+                self._until(client, waiting, excess, pace),
+                f"about {own.seconds:.0f} s of work",
+                f"{client.most_seconds:g} s",
+            )
+        if not own.images:
+            return
+        total = sum(one.seconds for one in waiting.values())
+        part = min(seconds, LARGEST_PART * self._bounds.seconds)
+        self._check_room(client, waiting, own.seconds, part, total, self._bounds.seconds, pace)
+
+    def _check_bytes(self, client: Client, nbytes: int, pace: float) -> None:
+        waiting = self.by_client()
+        own = waiting.get(client, Amounts())
+        total = sum(one.nbytes for one in waiting.values())
+        self._check_room(client, waiting, own.nbytes, nbytes, total, self._bounds.nbytes, pace)
+
+    def _check_room(
+        self,
+        client: Client,
+        waiting: Mapping[Client, Amounts],
+        own: float,
+        more: float,
+        total: float,
+        most: float,
+        pace: float,
+    ) -> None:
+        """Whether there is room for more of one measure, of which the client has its own part."""
+        if total + more > most:
+            excess = (total + more - most) / (total or more)
+            raise Overloaded(self._until_all(waiting, excess, pace))
+        if client == ANYONE or not own:
+            return
+        allowed = LATITUDE * client.weight * (most - total)
+        if own + more > allowed:
+            excess = (own + more - allowed) / own
+            raise Overloaded(self._until(client, waiting, excess, pace))
+
+    def _until(
+        self, client: Client, waiting: Mapping[Client, Amounts], part: float, pace: float
+    ) -> float:
+        """Seconds until a client's work is less by some part of it, at its share of the device."""
+        share = client.weight / sum(one.weight for one in {client, *waiting})
+        return max(1.0, min(1.0, part) * waiting[client].seconds / (share * pace))
+
+    def _until_all(self, waiting: Mapping[Client, Amounts], part: float, pace: float) -> float:
+        seconds = sum(one.seconds for one in waiting.values())
+        return max(1.0, min(1.0, part) * seconds / pace)
+
+    def _seconds(self, rows: Mapping[Kind, float]) -> float:
+        return sum(count * self._seconds_a_row(kind) for kind, count in rows.items())
+
+
+def _largest_field(holding: Holding) -> str:
+    return "n" if holding.images > 1 else "width"
+
+
+def _quota_used(retry_after_s: float, has: str, most: str) -> Overloaded:
+    return Overloaded(
+        retry_after_s,
+        f"This key has {has} waiting or running; at most {most} are allowed. Try again in "
+        f"{retry_after_s:.0f} s.",
+    )
+
+
+def _megabytes(nbytes: float) -> str:
+    return f"{nbytes / 2**20:.0f} MB"

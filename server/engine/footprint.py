@@ -1,0 +1,72 @@
+"""What the images of a request need at once, as estimated: evaluations and bytes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from math import prod
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+
+from server.engine.guidance_plan import plan_guidance
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Sequence
+
+    from torch import Tensor
+
+    from server.engine.guidance_plan import GuidancePlan
+    from server.engine.task import ImageTask
+
+__all__ = ["Footprint", "Kind", "footprint"]
+
+Kind: TypeAlias = "tuple[str, tuple[int, int, int]]"
+"""Model, and shape of the latents ``(C, h, w)``."""
+
+NUMBER_BYTES = 4
+"""States and pictures are float32."""
+
+
+class Footprint(NamedTuple):
+    """What some images need.
+
+    Attributes:
+        rows: evaluations, by model and shape.
+        nbytes: of their states, of the pictures that they start from or refer to, of what the
+            network is told, and of the finished pictures.
+    """
+
+    rows: Counter[Kind]
+    nbytes: int
+
+
+def footprint(
+    tasks: Sequence[ImageTask],
+    kind_of: Callable[[ImageTask], Kind],
+    told_bytes: Callable[[str], int],
+) -> Footprint:
+    """What the images of a request need.
+
+    Args:
+        tasks: the images; only the sizes of their pictures matter.
+        kind_of: model and shape of a task.
+        told_bytes: of one encoded text of a model.
+    """
+    rows = Counter[Kind]()
+    states = 0
+    pictures: dict[int, Tensor] = {}
+    texts = set[tuple[str, object]]()
+    planned: dict[Hashable, GuidancePlan] = {}
+    for task in tasks:
+        # The images of a request share what their guidance is planned from.
+        kinds = id(task.plan), id(task.rule), id(task.policy), id(task.terms)
+        key = kinds, task.prompt, task.negative_prompt
+        guidance = planned.get(key) or planned.setdefault(key, plan_guidance(task))
+        kind = kind_of(task)
+        rows[kind] += guidance.left[0]
+        slots = task.plan.slots + 2 + task.rule.memory_slots + guidance.policy_slots
+        states += NUMBER_BYTES * slots * prod(kind[1]) + 3 * task.width * task.height
+        texts |= {(task.model, text) for text in guidance.texts}
+        for picture in (task.image, task.mask, *(term.picture for term in task.terms)):
+            if picture is not None:
+                pictures[id(picture)] = picture
+    told = sum(told_bytes(model) for model, _ in texts)
+    return Footprint(rows, states + told + sum(one.nbytes for one in pictures.values()))

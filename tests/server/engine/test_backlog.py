@@ -1,0 +1,146 @@
+"""What may wait: by seconds of the device and bytes, and each client with room of its own."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from server.engine.backlog import LARGEST_PART, LATITUDE, Amounts, Backlog, Bounds, Holding
+from server.engine.client import ANYONE, Client
+from server.engine.footprint import Kind
+from server.errors import InvalidRequest, Overloaded
+
+A, B = Client("a"), Client("b")
+SMALL: Kind = ("model", (4, 16, 16))
+LARGE: Kind = ("model", (4, 128, 128))
+SECONDS: dict[Kind, float] = {SMALL: 0.01, LARGE: 1.0}
+
+
+def backlog(images: int = 1000, seconds: float = 100.0, nbytes: float = 1000.0) -> Backlog:
+    return Backlog(Bounds(images, seconds, nbytes), SECONDS.__getitem__)
+
+
+def admit(
+    queue: Backlog,
+    client: Client,
+    rows: int = 100,
+    kind: Kind = SMALL,
+    images: int = 1,
+    nbytes: int = 0,
+) -> Holding:
+    """A request, of 1 s unless told otherwise."""
+    holding = queue.reserve(client, images)
+    try:
+        queue.claim(holding, Counter({kind: rows}), nbytes)
+    except (Overloaded, InvalidRequest):
+        queue.release(holding)
+        raise
+    return holding
+
+
+def fill(queue: Backlog, client: Client, **request: Any) -> int:
+    """How many equal requests are admitted before one is refused."""
+    count = 0
+    while True:
+        try:
+            admit(queue, client, **request)
+        except Overloaded:
+            return count
+        count += 1
+
+
+def test_the_queue_is_as_long_as_its_seconds_and_not_as_many_images():
+    assert fill(backlog(), ANYONE) == 100
+    assert fill(backlog(), ANYONE, images=4) == 100
+    assert fill(backlog(), ANYONE, rows=10, images=1) == 1000, "which is the last bound"
+
+
+def test_what_is_done_makes_room():
+    queue = backlog()
+    held = [admit(queue, ANYONE) for _ in range(100)]
+    with pytest.raises(Overloaded) as full:
+        admit(queue, ANYONE)
+    assert full.value.retry_after_s == pytest.approx(1.0)
+    queue.count_rows(held[0], SMALL, -50)
+    queue.release(held[1])
+    waiting = queue.by_client()[ANYONE]
+    assert waiting == Amounts(99, waiting.seconds, 0)
+    assert waiting.seconds == pytest.approx(98.5)
+    admit(queue, ANYONE)
+
+
+def test_one_client_leaves_room_for_the_next_and_equal_ones_get_equal_parts():
+    queue = backlog()
+    alone = fill(queue, A)
+    assert alone == 100 * LATITUDE / (1 + LATITUDE)
+    assert fill(queue, B) >= 100 / (1 + LATITUDE) / 1.3
+    assert fill(queue, A) == 0
+
+
+def test_a_client_with_nothing_waiting_is_admitted_though_others_fill_the_queue():
+    queue = backlog()
+    others = [Client(str(number)) for number in range(60)]
+    for other in others:
+        fill(queue, other)
+    admit(queue, A)
+    with pytest.raises(Overloaded):
+        admit(queue, A)
+
+
+def test_a_request_larger_than_the_queue_is_possible_and_shuts_nobody_out():
+    queue = backlog()
+    admit(queue, ANYONE, rows=5000, kind=LARGE)
+    assert queue.by_client()[ANYONE].seconds == LARGEST_PART * 100
+    assert fill(queue, ANYONE) == 50
+
+
+def test_bytes_are_bounded_for_good():
+    queue = backlog()
+    assert fill(queue, ANYONE, rows=1, nbytes=100) == 10
+    with pytest.raises(InvalidRequest, match=r"for its images; at most 0 MB are allowed") as never:
+        admit(backlog(), ANYONE, nbytes=1001, images=2)
+    assert never.value.field == "n"
+
+
+def test_quotas_of_a_key_say_what_is_used_up_and_what_is_never_allowed():
+    queue = backlog()
+    few = Client("few", most_images=3, most_seconds=5.0)
+    with pytest.raises(InvalidRequest, match="n is 4; at most 3 images of this key") as never:
+        admit(queue, few, images=4)
+    assert never.value.field == "n"
+    with pytest.raises(InvalidRequest, match="needs about 6 s of the device; at most 5 s of this"):
+        admit(queue, few, rows=600)
+    admit(queue, few, images=2, rows=300)
+    with pytest.raises(Overloaded, match="has 2 images waiting or running; at most 3 are allowed"):
+        admit(queue, few, images=2)
+    with pytest.raises(Overloaded, match=r"has about 3 s of work waiting.* at most 5 s") as used:
+        admit(queue, few, rows=400)
+    assert used.value.retry_after_s == pytest.approx(2.0)
+    admit(queue, A)
+
+
+def test_the_wait_follows_from_the_client_s_share():
+    queue = backlog()
+    heavy = Client("heavy", weight=3.0)
+    fill(queue, heavy)
+    fill(queue, A)
+    waiting = queue.by_client()
+    own, free = waiting[A].seconds, 100 - sum(one.seconds for one in waiting.values())
+    with pytest.raises(Overloaded) as refusal:
+        admit(queue, A)
+    assert refusal.value.retry_after_s == pytest.approx(max(1, 4 * (own - LATITUDE * free)))
+
+
+def test_images_that_are_submitted_and_end_keep_the_count():
+    queue = backlog()
+    room = admit(queue, A, images=4, nbytes=400)
+    own = queue.move(room, 3)
+    queue.count_rows(own, SMALL, 75)
+    assert (room.images, room.nbytes, room.rows[SMALL], own.nbytes) == (1, 100, 25, 300)
+    for _ in range(3):
+        queue.count_rows(own, SMALL, -25)
+        queue.end_image(own)
+    queue.release(room)
+    assert queue.by_client() == {}
