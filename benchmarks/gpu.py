@@ -100,6 +100,10 @@ PARTS: Mapping[str, Part] = {
         "Plans and guidance beside the denoiser, Stable Diffusion 1.5's sizes",
         **_measured("benchmarks.tick_costs", "--architecture sd15", "--steps 5 --rows 1 8"),
     ),
+    "first-forwards-sd15": Part(
+        "First calls of their size after warming up, Stable Diffusion 1.5's sizes",
+        **_measured("benchmarks.first_forwards", "--architecture sd15", ""),
+    ),
     "streams-sd15": Part(
         "Live streams, Stable Diffusion 1.5's sizes, 4 stages",
         **_measured(

@@ -1,0 +1,101 @@
+"""How much longer the first call of its size takes, on a model that has been warmed up.
+
+    python -m benchmarks.first_forwards --architecture sd15
+
+Prints a Markdown table. A server warms up at some numbers of rows; a tick or a call of the
+autoencoder at another number is the first of its size, for which a GPU's libraries may have to
+choose or load kernels while clients wait.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import torch
+
+from benchmarks.architectures import ARCHITECTURES, build
+from server.engine.cost_model import MOST_ROWS
+from server.engine.warmup import time_forwards
+from server.models.inputs import RowInputs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from benchmarks.architectures import Architecture
+
+ROWS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
+PICTURES = (1, 2, 3, 4)
+
+
+def main() -> None:
+    """Call everything twice and print the report."""
+    options = _options()
+    torch.set_num_threads(options.threads)
+    architecture = build(options.architecture, options.device, options.dtype)
+    began = perf_counter()
+    with torch.inference_mode():
+        time_forwards(architecture.hosted, MOST_ROWS)
+        warmed_s = perf_counter() - began
+        calls = _calls(architecture)
+        machine = platform.processor() or platform.machine()
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else machine
+        print(
+            f"{options.architecture}, {options.dtype}, {device}, {options.threads} threads, torch "
+            f"{torch.__version__}; warmed up in {warmed_s:.1f} s\n\n"
+            "| network | rows | first, ms | second, ms |\n|---|---|---|---|"
+        )
+        for name, (call, sizes) in calls.items():
+            for rows in sizes:
+                first, second = _seconds(call, rows), _seconds(call, rows)
+                print(f"| {name} | {rows} | {1000 * first:.0f} | {1000 * second:.0f} |", flush=True)
+
+
+def _calls(
+    architecture: Architecture,
+) -> dict[str, tuple[Callable[[int], Tensor], tuple[int, ...]]]:
+    model, side = architecture.hosted, architecture.side
+    shape = model.latent_shape(side, side)
+    [told] = model.encode_prompts([None], side, side)
+    middle = 0.5 if model.facts.prediction == "flow" else 500.0
+
+    def denoise(rows: int) -> Tensor:
+        x = torch.randn(rows, *shape, device=model.device)
+        t = torch.full((rows,), middle, device=model.device)
+        return model.evaluate(x, t, RowInputs(model.stack([told] * rows)))
+
+    def decode(rows: int) -> Tensor:
+        return model.decode(torch.zeros(rows, *shape, device=model.device))
+
+    def encode(rows: int) -> Tensor:
+        return model.encode_image(torch.zeros(rows, 3, side, side, device=model.device))
+
+    return {
+        "denoiser": (denoise, ROWS),
+        "encoder": (encode, PICTURES),
+        "decoder": (decode, PICTURES),
+    }
+
+
+def _seconds(call: Callable[[int], Tensor], rows: int) -> float:
+    began = perf_counter()
+    # Reading one number waits for the device.
+    call(rows).flatten()[0].item()
+    return perf_counter() - began
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.first_forwards")
+    parser.add_argument("--architecture", choices=ARCHITECTURES, default="embedded")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
