@@ -35,6 +35,7 @@ from samplers.plms import PLMS
 from samplers.prediction import Preconditioning, PredictionType, preconditioning
 from samplers.restart import Restart
 from samplers.sa_solver import SASolver
+from samplers.sa_solver_pece import SASolverPECE
 from samplers.sampler import FittedSampler, Sampler
 from samplers.score_sde_pc import ScoreSDEPC
 from samplers.seeds import SEEDS
@@ -106,6 +107,7 @@ __all__ = [
     "PredictionType",
     "Restart",
     "SASolver",
+    "SASolverPECE",
     "SGMUniform",
     "Sampler",
     "ScoreSDEPC",

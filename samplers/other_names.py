@@ -181,6 +181,7 @@ COMFYUI_SAMPLERS: Final[Mapping[str, Fields]] = MappingProxyType(
         "res_2s": {"name": "dpm_solver_pp_singlestep", "order": 2, "solver_type": "taylor"},
         "gradient_estimation": {"name": "gradient_estimation"},
         "er_sde": {"name": "er_sde"},
+        "sa_solver_pece": {"name": "sa_solver_pece"},
         "seeds_2": {"name": "seeds"},
         "seeds_3": {"name": "seeds", "method": "three"},
         "exp_heun_2_x0": {"name": "seeds", "method": "heun", "eta": 0.0},
@@ -344,7 +345,6 @@ LACKING: Final[Mapping[str, str]] = MappingProxyType(
         "deis": _DEIS,
         "sa_solver": "it corrects with order 4 and draws noise in the middle of a run there; ours"
         " of that name draws it throughout",
-        "sa_solver_pece": "it evaluates twice a step; nearest is sa_solver",
         **dict.fromkeys(
             (
                 "euler_cfg_pp",

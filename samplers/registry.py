@@ -21,6 +21,7 @@ from samplers.lms import LMS
 from samplers.plms import PLMS
 from samplers.restart import Restart
 from samplers.sa_solver import SASolver
+from samplers.sa_solver_pece import SASolverPECE
 from samplers.sampler import Sampler
 from samplers.score_sde_pc import ScoreSDEPC
 from samplers.seeds import SEEDS
@@ -50,6 +51,7 @@ SAMPLERS: tuple[type[Sampler], ...] = with_installed(
         LMS,
         HeunPP2,
         SASolver,
+        SASolverPECE,
         ERSDE,
         SEEDS,
         ScoreSDEPC,

@@ -76,55 +76,71 @@ class SASolver(Sampler, frozen=True):
     def plan(self, grid: Grid) -> Plan:
         columns = Columns("x", "D1", "D2", "D3")
         D, history = columns.denoised, [columns["D1"], columns["D2"], columns["D3"]]
-        lam = grid.finite_half_log_snr
-        predictor: list[F64] = []
+        predictor: list[float] = []
         tables: list[F64] = []
         for i in range(grid.steps):
             x = columns["x"]
             if i > 0 and self.corrector_order > 0:
                 # The predictor's terms go and the corrector's come; the noise stays. Starting from
                 # x keeps what guidance or inpainting moved x by.
-                corrector = self._weights(grid, lam, i - 1, i, min(self.corrector_order, i + 1))
-                x = x - _sum(predictor, history) + _sum(corrector, [D, *history])
+                corrector = self._weights(grid, i - 1, i, min(self.corrector_order, i + 1))
+                x = x - weighted(predictor, history) + weighted(corrector, [D, *history])
             order = 1 if grid.sigma[i + 1] == 0 else min(self.predictor_order, i + 1)
-            predictor = self._weights(grid, lam, i, i, order)
-            shrink, fresh = self._linear_part(grid, i)
-            x = shrink * x + _sum(predictor, [D, *history]) + fresh * columns.noise
+            predictor = self._weights(grid, i, i, order)
+            shrink, fresh = linear_part(grid, i, self.tau)
+            x = shrink * x + weighted(predictor, [D, *history]) + fresh * columns.noise
             tables.append(columns.table(x=x, D1=D, D2=history[0], D3=history[1]))
         return Plan.of_steps(grid, tables)
 
-    def _linear_part(self, grid: Grid, i: int) -> tuple[float, float]:
-        """Factor of x, and deviation of the noise, in the step from point i."""
-        ratio = grid.sigma[i + 1] / grid.sigma[i]
-        if self.tau == 0:
-            return ratio, 0.0
-        # sigma' alpha / (sigma alpha') is e^-h.
-        decay = (ratio * grid.alpha[i] / grid.alpha[i + 1]) ** (self.tau**2)
-        return ratio * decay, grid.sigma[i + 1] * np.sqrt(1 - decay**2)
-
-    def _weights(self, grid: Grid, lam: F64, i: int, newest: int, order: int) -> list[F64]:
-        """Of the predictions at ``newest`` and before it, in the step from point i.
-
-        Those of ``c alpha' int e^(-c (lam' - lam)) D(lam) dlam``, c = 1 + tau^2, with D the
-        polynomial through them.
-        """
-        shrink, _ = self._linear_part(grid, i)
-        # What a constant prediction adds, finite also at pure noise and at the clean end.
-        total = grid.alpha[i + 1] - grid.alpha[i] * shrink
-        if order == 1:
-            return [total]
-        h = lam[i + 1] - lam[i]
-        z = (1 + self.tau**2) * h
-        moments = grid.alpha[i + 1] * _moments(z, order)
-        moments[0] = total
-        if order == 2 and self.second_order == "rounded" and grid.alpha[i] > 0:
-            moments[1] = grid.alpha[i + 1] * z / 2
-        nodes = (lam[newest - np.arange(order)] - lam[i]) / h
-        return list(np.linalg.solve(np.vander(nodes, increasing=True).T, moments))
+    def _weights(self, grid: Grid, i: int, newest: int, order: int) -> list[float]:
+        rounded = self.second_order == "rounded"
+        return adams_weights(grid, i, newest, order, self.tau, rounded=rounded)
 
 
-def _sum(weights: list[F64], predictions: list[F64]) -> F64:
-    """Of the weighted predictions, as many as there are weights."""
+def linear_part(grid: Grid, i: int, tau: float) -> tuple[float, float]:
+    """Factor of x, and deviation of the noise, in the step from point i."""
+    ratio = float(grid.sigma[i + 1] / grid.sigma[i])
+    if tau == 0:
+        return ratio, 0.0
+    # sigma' alpha / (sigma alpha') is e^-h.
+    decay = float(ratio * grid.alpha[i] / grid.alpha[i + 1]) ** (tau**2)
+    return ratio * decay, float(grid.sigma[i + 1] * np.sqrt(1 - decay**2))
+
+
+def adams_weights(
+    grid: Grid, i: int, newest: int, order: int, tau: float, *, rounded: bool = False
+) -> list[float]:
+    """Of the predictions at ``newest`` and before it, in the step from point i.
+
+    Those of ``c alpha' int e^(-c (lam' - lam)) D(lam) dlam``, c = 1 + tau^2, with D the polynomial
+    through them.
+
+    Args:
+        grid: the points.
+        i: index of the point that is left.
+        newest: index of the newest prediction's point, i for a predictor and i + 1 for a corrector.
+        order: predictions to use, 1 to 4.
+        tau: noise of the step, relative to the reverse diffusion's.
+        rounded: whether those of order 2 are rounded as in the authors' code.
+    """
+    shrink, _ = linear_part(grid, i, tau)
+    # What a constant prediction adds, finite also at pure noise and at the clean end.
+    total = float(grid.alpha[i + 1] - grid.alpha[i] * shrink)
+    if order == 1:
+        return [total]
+    lam = grid.finite_half_log_snr
+    h = lam[i + 1] - lam[i]
+    z = (1 + tau**2) * h
+    moments = grid.alpha[i + 1] * _moments(z, order)
+    moments[0] = total
+    if order == 2 and rounded and grid.alpha[i] > 0:
+        moments[1] = grid.alpha[i + 1] * z / 2
+    nodes = (lam[newest - np.arange(order)] - lam[i]) / h
+    return np.linalg.solve(np.vander(nodes, increasing=True).T, moments).tolist()
+
+
+def weighted(weights: list[float], predictions: list[F64]) -> F64:
+    """The sum of the weighted predictions, as many as there are weights."""
     first, *others = (w * D for w, D in zip(weights, predictions, strict=False))
     return sum(others, first)
 

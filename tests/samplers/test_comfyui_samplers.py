@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.integrate import quad
 from torch import Tensor
 
 from samplers import integrate
@@ -201,6 +202,62 @@ def er_sde() -> Tensor:
             x = x + (dt**2 / 2 + total * phi(r[i + 1])) * bend
         x = x + (r[i + 1] ** 2 - (r[i] * kept) ** 2) ** 0.5 * noise
     raise AssertionError("the last sigma is 0")
+
+
+def adams(lams: list[float], start: float, end: float, tau: float) -> list[float]:
+    """Weights of predictions at ``lams`` in a step of SA-Solver, over alpha, by quadrature."""
+    c, weights = 1 + tau**2, list[float]()
+    for lam in lams:
+        others = [one for one in lams if one != lam]
+        basis = np.poly1d(np.poly(others)) / np.prod(lam - np.array(others))
+
+        def integrand(r: float, basis: Any = basis) -> float:
+            return c * np.exp(-c * (end - r)) * basis(r)
+
+        weights.append(quad(integrand, start, end, epsabs=1e-14, epsrel=1e-13)[0])
+    return weights
+
+
+def test_sa_solver_pece_is_theirs() -> None:
+    """Predictor 3, corrector 4, noise between 20 and 80 % of the trained times, in x / alpha."""
+    schedule = SCHEDULES["scaled_linear"]
+    data, grid = GaussianMixtureDenoiser(schedule), schedule.grid(Karras(), 8)
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    trained = 0.5 * np.log(1 / np.cumprod(1 - betas) - 1)
+    end, start = np.exp(np.interp([0.2 * 999, 0.8 * 999], np.arange(1000), trained))
+    sigmas = (grid.sigma / grid.alpha).tolist()
+    lam = -np.log(sigmas[:-1])
+    sent = torch.linspace(-2, 2, 7, dtype=torch.float64)[None]
+    x, known, tau, drawn = sent / grid.alpha[0], list[Tensor](), 0.0, torch.zeros_like(sent)
+
+    def denoised(x: Tensor, i: int) -> Tensor:
+        return data(x * grid.alpha[i], float(grid.t[i]))
+
+    corrected, taus = x, list[float]()
+    for i in range(grid.steps):
+        known = [*known, denoised(x, i)][-4:]
+        if i > 0:
+            order = min(4, i + 1, grid.steps - i)
+            weights = adams(lam[i - order + 1 : i + 1].tolist(), lam[i - 1], lam[i], tau)
+            decay = np.exp(-(tau**2) * (lam[i] - lam[i - 1]))
+            corrected = sigmas[i] / sigmas[i - 1] * decay * corrected + drawn
+            corrected = corrected + sum(w * D for w, D in zip(weights, known[-order:], strict=True))
+            known[-1] = denoised(corrected, i)
+        if sigmas[i + 1] == 0:
+            corrected = known[-1]
+            break
+        tau = 1.0 if start >= sigmas[i + 1] >= end else 0.0
+        taus.append(tau)
+        order = min(3, i + 1, grid.steps - 1 - i)
+        weights = adams(lam[i - order + 1 : i + 1].tolist(), lam[i], lam[i + 1], tau)
+        h = lam[i + 1] - lam[i]
+        drawn = NOISE[2 * i] * sigmas[i + 1] * (-np.expm1(-2 * tau**2 * h)) ** 0.5
+        x = sigmas[i + 1] / sigmas[i] * np.exp(-(tau**2) * h) * corrected + drawn
+        x = x + sum(w * D for w, D in zip(weights, known[-order:], strict=True))
+    assert set(taus) == {0.0, 1.0}
+    sampler, _ = named("sa_solver_pece_gpu")
+    ours = integrate(sampler.plan(grid), data, sent, NOISE.__getitem__)
+    torch.testing.assert_close(ours, corrected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize(
