@@ -3,7 +3,7 @@
 `make lock` runs it with uv at hand. Versions already in constraints.txt are kept unless
 `--upgrade` is given. It writes:
 
-- `requirements/runtime.lock`: what the server needs besides torch, with hashes;
+- `requirements/runtime.lock`: what the server needs besides torch, durable jobs included, with hashes;
 - `requirements/dev.lock`: the same and the tools of `make test`, with hashes;
 - `requirements/torch.lock`: PyPI's build of torch and the CUDA packages it brings, with hashes.
 - `requirements/torch-cpu.lock`: the CPU builds for Linux, from PyTorch's own index, with hashes;
@@ -26,6 +26,8 @@ CPU_INDEX = "https://download.pytorch.org/whl/cpu/torch/"
 CPU_WHEELS = (
     r"torch-{version}%2Bcpu-cp31[1-4]-cp31[1-4]-manylinux[^#\"]*\.whl#sha256=([0-9a-f]{{64}})"
 )
+SERVED = ["jobs", "postgresql"]
+"""Extras that every environment of `make setup` has."""
 HEADER = "# Written by `make lock` from pyproject.toml. Do not edit.\n"
 
 
@@ -75,10 +77,10 @@ def main() -> None:
     parser.add_argument("--upgrade", action="store_true", help="take the newest versions")
     upgrade = parser.parse_args().upgrade
 
-    dev = resolve(["dev"], upgrade)
+    dev = resolve([*SERVED, "dev"], upgrade)
     write(CONSTRAINTS, [block.split(" \\\n")[0] for block in dev])
     # The second resolution keeps to the versions that the first has just written.
-    runtime = resolve([], upgrade=False)
+    runtime = resolve(SERVED, upgrade=False)
     write(ROOT / "requirements/torch.lock", [b for b in runtime if TORCH_AND_CUDA.match(b)])
     lock_cpu_builds()
     write(ROOT / "requirements/runtime.lock", [b for b in runtime if not TORCH_AND_CUDA.match(b)])

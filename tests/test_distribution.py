@@ -65,9 +65,9 @@ def test_runtime_packages_are_the_same_under_test() -> None:
 
 def declared() -> list[Requirement]:
     lines = [*PROJECT["project"]["dependencies"], *PROJECT["build-system"]["requires"]]
-    return [
-        Requirement(line) for line in [*lines, *PROJECT["project"]["optional-dependencies"]["dev"]]
-    ]
+    for extra in ("jobs", "postgresql", "dev"):
+        lines += PROJECT["project"]["optional-dependencies"][extra]
+    return [Requirement(line) for line in lines]
 
 
 def test_declared_dependencies_are_locked_at_a_version_they_allow() -> None:
