@@ -15,6 +15,13 @@ from server.requests.schema import ResolvedRequest
 
 __all__ = ["warnings_for"]
 
+LED_BY_THE_FIRST_SLOPE = frozenset({"heun", "plms", "restart"})
+"""Samplers that overshoot where the first steps go through thousands of sigma."""
+
+THOUSANDS = 1000.0
+STEPS_TO_RECOVER = 20
+"""Measured on models of zero terminal SNR whose schedule begins at sigma 4096."""
+
 
 def warnings_for(resolved: ResolvedRequest, model: HostedModel, plan: Plan) -> tuple[str, ...]:
     """One sentence for each setting that has no effect, or that the model was not made for.
@@ -34,6 +41,12 @@ def warnings_for(resolved: ResolvedRequest, model: HostedModel, plan: Plan) -> t
             f"steps is {resolved.steps}; use {numbers(own.counts)}, which model "
             f"{model.facts.name!r}{adapted} was distilled for."
         )
+    if _overshoots(resolved, model, plan):
+        found.append(
+            f"sampler {resolved.sampler.name!r} overshoots in fewer than {STEPS_TO_RECOVER} steps "
+            f"on model {model.facts.name!r}, which begins at sigma "
+            f"{plan.sigma[0] / plan.alpha[0]:.0f}; take more steps, or 'ddim', 'euler' or 'unipc'."
+        )
     guidance = resolved.guidance
     of_one = model.facts.one_prediction or (own is not None and not own.rule.combines)
     if of_one and guidance.branches and not guidance.policy.embeds:
@@ -48,6 +61,14 @@ def warnings_for(resolved: ResolvedRequest, model: HostedModel, plan: Plan) -> t
             "accurate here."
         )
     return tuple(found)
+
+
+def _overshoots(resolved: ResolvedRequest, model: HostedModel, plan: Plan) -> bool:
+    """Whether the sampler loses the picture to its first step, of sigma in the thousands."""
+    if resolved.sampler.name not in LED_BY_THE_FIRST_SLOPE or resolved.steps >= STEPS_TO_RECOVER:
+        return False
+    schedule = model.schedule(resolved.width, resolved.height, resolved.steps)
+    return bool(plan.sigma[0] > THOUSANDS * schedule.line_scale(plan.alpha[:1])[0])
 
 
 def _fitted(resolved: ResolvedRequest) -> str | None:

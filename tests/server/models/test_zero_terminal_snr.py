@@ -13,7 +13,7 @@ from server.engine.engine import Engine
 from server.engine.state.noise import start_noise
 from server.models.hosted import HostedModel
 from server.models.loading import load_model
-from server.requests.resolve import resolve
+from server.requests.resolve import make_plan, prepare, resolve
 from server.requests.schema import GenerateRequest
 from server.settings import Limits
 from tests.server.models.alike import assert_among, assert_apart, task_of
@@ -95,6 +95,26 @@ def test_final_latents_alone_and_in_mixed_company_are_those_of_diffusers(
     assert all(latents.isfinite().all() for latents in decoded)
     assert_among(decoded, expected)
     assert_among(decoded, theirs(pipeline, 6, guidance_rescale=0.7))
+
+
+def test_samplers_that_overshoot_from_sigma_4096_in_few_steps_say_so(
+    pipeline: Any, model: HostedModel
+) -> None:
+    begins_at_4096 = isinstance(pipeline.scheduler, EulerDiscreteScheduler)
+    for sampler, steps, overshoots in (
+        ("heun", 10, True),
+        ("heun", 20, False),
+        ("euler", 4, False),
+    ):
+        request = GenerateRequest.model_validate(
+            {"prompt": PROMPT, "sampler": sampler, "spacing": "trailing", "steps": steps}
+        )
+        resolved = resolve(request, model, Limits(), None)
+        schedule = model.schedule(resolved.width, resolved.height, steps)
+        plan = make_plan(schedule, resolved.sampler, resolved.spacing, steps, None)
+        warnings = " ".join(prepare(resolved, model, plan).warnings)
+        said = "overshoots in fewer than 20 steps on model 'zero', which begins at sigma 4096"
+        assert (said in warnings) == (overshoots and begins_at_4096)
 
 
 def test_a_bare_request_starts_from_noise_alone_and_rescales_its_guidance(
