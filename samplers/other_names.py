@@ -330,6 +330,15 @@ DIFFUSERS: Final[Mapping[str, Scheduler]] = MappingProxyType(
 """Schedulers of diffusers by their class."""
 
 _CFG_PLUS_PLUS: Final = "here it is a guidance, cfg_plus_plus, which goes with any sampler"
+CFG_PLUS_PLUS: Final[Mapping[str, Fields]] = MappingProxyType(
+    {
+        "euler_cfg_pp": {"name": "euler"},
+        "euler_ancestral_cfg_pp": {"name": "euler_ancestral"},
+        "DDIM CFG++": {"name": "ddim"},
+    }
+)
+"""Samplers whose steps are those of ours under the guidance `cfg_plus_plus`."""
+
 _DEIS: Final = (
     "it fits the noise over time there, and ours over log sigma; nearest is deis with order 3"
 )

@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from guidance.parts import PARTS
 from samplers import SAMPLERS, SPACINGS
+from samplers.other_names import CFG_PLUS_PLUS
 from server.requests.choice import name_of
 from server.requests.foreign_names import fields_of, sampler_of, schedule_of, shown
 
@@ -39,6 +40,8 @@ SCALES: Final = ("cfg_scale", "guidance_scale", "true_cfg_scale")
 
 RESIZE_MODES: Final = ("stretch", "crop", "fill")
 """What AUTOMATIC1111 calls the modes 0 to 2."""
+
+RULE_OF_CFG_PP: Final = "cfg_plus_plus"
 
 _SIZE: Final = re.compile(r"(\d{1,6})\s*[x×*]\s*(\d{1,6})", re.IGNORECASE)
 _SAMPLERS: Final = frozenset(map(name_of, SAMPLERS))
@@ -127,6 +130,7 @@ def in_our_words(
                 f"{part.field} is a field of guidance; send it within: "
                 f'{{"guidance": {{"{part.field}": ...}}}}.',
             )
+    _read_cfg_plus_plus(fields, notes)
     _read_names(fields, notes)
     guidance = fields.get("guidance")
     if isinstance(guidance, int | float) and not isinstance(guidance, bool):
@@ -190,6 +194,31 @@ def _read_size(fields: dict[str, Any], known: Collection[str]) -> None:
         if fields.get(name) is not None:
             raise _refused("size", f"size says the {name}, which is there too; send one of them.")
         fields[name] = int(value)
+
+
+def _read_cfg_plus_plus(fields: dict[str, Any], notes: list[str]) -> None:
+    """Translate a sampler that is CFG++ on one of ours to that one and the guidance.
+
+    Raises:
+        PydanticCustomError: the request names another rule.
+    """
+    theirs, rest = _name_in(fields.get("sampler"))
+    wanted = "" if theirs is None else theirs.strip().casefold().removesuffix("_gpu")
+    for name, ours in CFG_PLUS_PLUS.items():
+        if name.casefold() != wanted:
+            continue
+        guidance = fields.get("guidance") or {}
+        guidance = {"name": guidance} if isinstance(guidance, str) else guidance
+        guidance = {"scale": guidance} if isinstance(guidance, int | float) else guidance
+        if not isinstance(guidance, dict) or guidance.get("name", RULE_OF_CFG_PP) != RULE_OF_CFG_PP:
+            raise _refused(
+                "sampler",
+                f"sampler {theirs!r} is {shown(ours)} here, with guidance {RULE_OF_CFG_PP!r}; name "
+                "no other rule.",
+            )
+        fields["sampler"] = {**ours, **rest}
+        fields["guidance"] = {**guidance, "name": RULE_OF_CFG_PP}
+        notes.append(f"sampler {theirs!r} is {shown(ours)} here, with guidance {RULE_OF_CFG_PP!r}.")
 
 
 def _read_names(fields: dict[str, Any], notes: list[str]) -> None:

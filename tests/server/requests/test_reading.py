@@ -112,6 +112,14 @@ def test_every_name_of_other_programs_is_accepted() -> None:
             {"sampler": {"name": "euler"}, "spacing": {"name": "linspace"}},
             "Read scheduler as sampler.",
         ),
+        (
+            {"sampler": "euler_cfg_pp", "cfg_scale": 0.8},
+            {
+                "sampler": {"name": "euler"},
+                "guidance": {"name": "cfg_plus_plus", "scale": 0.8},
+            },
+            "sampler 'euler_cfg_pp' is 'euler' here, with guidance 'cfg_plus_plus'.",
+        ),
         # A name that is ours means what it means here, though ComfyUI's ddim is Euler's method.
         ({"sampler": "ddim", "spacing": "beta"}, {"sampler": {"name": "ddim"}}, None),
         ({"size": "64x32", "seed": -1, "scheduler": None}, {"width": 64, "height": 32}, None),
@@ -150,6 +158,11 @@ def test_what_is_meant_is_read(
             {"size": "64x64", "width": 64},
             "size",
             "size says the width, which is there too; send one of them.",
+        ),
+        (
+            {"sampler": "DDIM CFG++", "guidance": "cfg"},
+            "sampler",
+            "sampler 'DDIM CFG++' is 'ddim' here, with guidance 'cfg_plus_plus'; name no other r",
         ),
         ({"cfg_scale": "7"}, "guidance.scale", "guidance.scale is '7'; it must be a number."),
     ],
