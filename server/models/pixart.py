@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from server.models.folder import Revisions
     from server.models.inputs import RowInputs
 
-__all__ = ["load_pixart"]
+__all__ = ["PixArtDenoiser", "load_pixart"]
 
 TEXT = "text"
 """Of conditioning, the hidden states of T5, ``[tokens, features]``."""

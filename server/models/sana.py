@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from server.models.folder import Revisions
     from server.models.inputs import RowInputs
 
-__all__ = ["load_sana", "load_sana_sprint"]
+__all__ = ["SanaDenoiser", "load_sana", "load_sana_sprint"]
 
 TEXT = "text"
 """Of conditioning, the hidden states of Gemma, ``[tokens, features]``."""

@@ -34,6 +34,9 @@ CONFIG = "lora_adapter_metadata"
 
 FACTOR = re.compile(r"(?P<layer>.+)\.lora_(?P<factor>[AB])\.weight")
 LARGEST_ALPHA = 1e6
+NOT_BY_ROWS = "resolution_embedder"
+"""Part of PixArt-alpha's transformer that reads height and width as two entries of a row."""
+
 NAMES_SHOWN = 3
 
 
@@ -81,8 +84,11 @@ class Target:
             part: {
                 name: tuple(layer.weight.shape)
                 for name, layer in network.named_modules()
-                if isinstance(layer, nn.Linear)
-                or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
+                if NOT_BY_ROWS not in name.split(".")
+                and (
+                    isinstance(layer, nn.Linear)
+                    or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
+                )
             }
             for part, network in networks.items()
         }

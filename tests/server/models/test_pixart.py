@@ -14,15 +14,21 @@ from torch import Tensor
 from guidance.edits import IdentityAttention
 from server.engine.engine import Engine
 from server.engine.state.noise import start_noise
+from server.errors import AdapterMismatch
+from server.models.adapters.adapter import RowAdapters, Weighted
+from server.models.adapters.adapter_file import AdapterFile
+from server.models.adapters.placing import Target
 from server.models.conditioning import MASK
 from server.models.hosted import HostedModel
 from server.models.inputs import RowInputs
 from server.models.loading import load_model
-from server.models.pixart import TEXT
+from server.models.pixart import TEXT, PixArtDenoiser
 from server.requests.resolve import resolve
 from server.requests.schema import GenerateRequest
 from server.settings import Limits
-from tests.server.models.alike import assert_among, assert_apart, task_of
+from tests.server.models.adapters import files
+from tests.server.models.adapters.low_rank import changes, merged
+from tests.server.models.alike import assert_among, assert_apart, difference, task_of
 from tests.server.models.tiny_pixart import KINDS, make
 from tests.server.toy_model import run
 
@@ -119,6 +125,9 @@ def test_a_row_does_not_attend_to_the_padding_behind_its_text(model: HostedModel
     for row, text in enumerate(texts):
         [alone] = model.evaluate(x[row, None], t[row, None], model.inputs([text], WIDTH, HEIGHT))
         torch.testing.assert_close(together[row], alone, rtol=1e-4, atol=1e-5)
+    fixed = model.stack(model.encode_prompts(texts, WIDTH, HEIGHT), fixed=True)
+    assert fixed.tensors[TEXT].shape[1] == model.facts.max_tokens + 1
+    torch.testing.assert_close(model.evaluate(x, t, RowInputs(fixed)), together)
     told = {name: one for name, one in both.conditioning.tensors.items() if name != MASK}
     unmasked = model.evaluate(x, t, RowInputs(type(both.conditioning)(told)))
     assert_apart(together[0], unmasked[0])
@@ -159,6 +168,35 @@ def test_the_transformers_old_class_name_and_an_lcm_scheduler_are_known(
     loaded = load_model(copy, name="old", device="cpu", dtype="float32")
     assert loaded.facts.defaults is not None
     assert loaded.facts.defaults.convention == "lcm_lora"
+
+
+@torch.inference_mode()
+def test_an_adapter_is_as_if_added_to_the_weights_and_none_is_of_the_size(
+    pipeline: Any, model: HostedModel, tmp_path: Path
+) -> None:
+    by_rows = {
+        name: change
+        for name, change in changes(pipeline.transformer, 4).items()
+        if "resolution_embedder" not in name
+    }
+    target = Target.of("pixart", model.adaptable())
+    path = files.saved(files.peft({"transformer": by_rows}), tmp_path / "one.safetensors")
+    adapter = AdapterFile.read("one", path, target).load(torch.device("cpu"), torch.float32)
+    x, t, inputs = torch.randn(2, *SHAPE), torch.ones(2), model.inputs(["a star"] * 2)
+    adapters = RowAdapters(((Weighted(adapter, 0.5),), ()))
+    ours, beside = model.evaluate(x, t, RowInputs(inputs.conditioning, adapters=adapters))
+    plain = model.evaluate(x, t, inputs)
+    fused = merged(pipeline.transformer, "transformer", [Weighted(adapter, 0.5)])
+    expected = PixArtDenoiser(fused, model.facts.latent_scale, torch.device("cpu"))(x, t, inputs)
+    assert difference(ours, expected[0]) < 1e-4
+    assert_apart(plain[0], ours)
+    assert torch.equal(beside, plain[1])
+    if pipeline.transformer.use_additional_conditions:
+        of_size = changes(pipeline.transformer.adaln_single.emb, 4, within="resolution_embedder")
+        named = {f"adaln_single.emb.{name}": change for name, change in of_size.items()}
+        path = files.saved(files.peft({"transformer": named}), tmp_path / "two.safetensors")
+        with pytest.raises(AdapterMismatch, match="resolution_embedder"):
+            AdapterFile.read("two", path, target)
 
 
 def test_attention_inside_is_refused_in_one_sentence(model: HostedModel) -> None:

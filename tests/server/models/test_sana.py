@@ -145,6 +145,9 @@ def test_a_row_does_not_attend_to_the_padding_behind_its_text(model: HostedModel
     for row, text in enumerate(texts):
         [alone] = model.evaluate(x[row, None], t[row, None], model.inputs([text], WIDTH, HEIGHT))
         torch.testing.assert_close(together[row], alone, rtol=1e-4, atol=1e-5)
+    fixed = model.stack(model.encode_prompts(texts, WIDTH, HEIGHT), fixed=True)
+    assert fixed.tensors[TEXT].shape[1] == LENGTH
+    torch.testing.assert_close(model.evaluate(x, t, RowInputs(fixed)), together)
     told = {name: one for name, one in both.conditioning.tensors.items() if name != MASK}
     unmasked = model.evaluate(x, t, RowInputs(type(both.conditioning)(told)))
     assert not torch.allclose(together[0], unmasked[0], atol=1e-3)

@@ -18,7 +18,10 @@ Network = TypeVar("Network", bound=nn.Module)
 def changes(
     network: nn.Module, rank: int, seed: int = 0, size: float = 0.3, within: str = ""
 ) -> dict[str, LowRank]:
-    """Of all linear layers and convolutions whose names match a regular expression within."""
+    """Of all linear layers and convolutions whose names match a regular expression within.
+
+    Not of convolutions in groups, which no adapter changes.
+    """
     generator = torch.Generator().manual_seed(seed)
     like = next(network.parameters())
 
@@ -31,7 +34,7 @@ def changes(
             continue
         if isinstance(layer, nn.Linear):
             made[name] = LowRank(drawn(rank, layer.in_features), drawn(layer.out_features, rank))
-        elif isinstance(layer, nn.Conv2d):
+        elif isinstance(layer, nn.Conv2d) and layer.groups == 1:
             down = drawn(rank, layer.in_channels, *layer.kernel_size)
             made[name] = LowRank(down, drawn(layer.out_channels, rank))
     return made

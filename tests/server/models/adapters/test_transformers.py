@@ -21,9 +21,17 @@ from server.models.hosted import HostedModel
 from server.models.inputs import RowInputs
 from server.models.loading import load_model
 from server.models.qwen_image import QwenDenoiser
+from server.models.sana import SanaDenoiser
 from server.models.stable_diffusion_3 import SD3Denoiser
 from server.models.z_image import ZImageDenoiser
-from tests.server.models import tiny_flux1, tiny_flux2, tiny_qwen_image, tiny_sd3, tiny_z_image
+from tests.server.models import (
+    tiny_flux1,
+    tiny_flux2,
+    tiny_qwen_image,
+    tiny_sana,
+    tiny_sd3,
+    tiny_z_image,
+)
 from tests.server.models.adapters import files
 from tests.server.models.adapters.low_rank import changes
 from tests.server.models.alike import difference
@@ -74,6 +82,7 @@ FAMILIES = {
         QwenDenoiser,
         {"transformer_blocks.0.attn.to_q": ("transformer_blocks.0.attn.to_q",)},
     ),
+    "sana": Family(lambda: tiny_sana.make(sprint=False), SanaDenoiser, {}),
     "sd3": Family(tiny_sd3.make, SD3Denoiser, {}),
     "z_image": Family(
         lambda: tiny_z_image.make(3.0),
@@ -159,6 +168,7 @@ def trainer(network: nn.Module, names: Mapping[str, tuple[str, ...]]) -> Tensors
         ("qwen_image", peft),
         ("qwen_image", kohya),
         ("qwen_image", trainer),
+        ("sana", peft),
         ("sd3", peft),
         ("z_image", peft),
         ("z_image", kohya),
