@@ -9,7 +9,7 @@ PORT ?= 8000
 PYTEST_ARGS ?=
 MINUTES ?= 10
 FOLDER ?= docs/gpu
-CONTRACT_EXAMPLES ?= 200
+CONTRACT_EXAMPLES ?= 300
 # Processes of `make test`. Each loads torch and holds a model: about 1 GB.
 WORKERS ?= 2
 UV_VERSION := 0.13.8
@@ -65,8 +65,8 @@ format: setup-dev ## format the code and apply the fixes that ruff offers
 gpu: setup-dev ## on a machine with a GPU: its tests and benchmarks, into FOLDER=docs/gpu; again to go on (25 minutes)
 	@$(BIN)/python -m benchmarks.gpu --folder $(FOLDER)
 
-contract: setup-dev ## call every route with CONTRACT_EXAMPLES=200 cases of each kind drawn from its schema (minutes)
-	@CONTRACT_EXAMPLES=$(CONTRACT_EXAMPLES) $(BIN)/pytest -q tests/server/http/test_contract.py
+contract: setup-dev ## call every route with CONTRACT_EXAMPLES=300 cases of each kind drawn from its schema (minutes)
+	@CONTRACT_EXAMPLES=$(CONTRACT_EXAMPLES) $(BIN)/pytest -q -s tests/server/http/test_contract.py
 
 promises: setup-dev ## attack a running server, weaken it, attack it again, and write docs/promises.md (5 minutes)
 	@$(BIN)/python -m benchmarks.promises

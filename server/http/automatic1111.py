@@ -95,13 +95,15 @@ async def interrupt(request: Request, jobs: JobsDep) -> dict[str, Any]:
 
 
 def _translated(body: Txt2Img, service: Service, checkpoint: str | None) -> Translated:
-    models = service.models()
+    states = service.model_states()
     asked = body.override_settings.get("sd_model_checkpoint")
-    model = named(asked, models) if isinstance(asked, str) and asked else checkpoint
-    entries = chosen(model, models)
+    name = named(asked, states) if isinstance(asked, str) and asked else checkpoint
+    state = chosen(name, states)
+    if state is None or state.model is None:
+        return translated(body, name, adapters=None, multiple=LATENT_CELL)
+    entries = [entry for entry in service.models() if entry.name == state.name]
     adapters = {one.name for entry in entries for one in entry.adapters}
-    multiple = max((entry.size_multiple for entry in entries), default=LATENT_CELL)
-    return translated(body, model, adapters, multiple)
+    return translated(body, name, adapters, state.model.facts.size_multiple)
 
 
 async def _made(

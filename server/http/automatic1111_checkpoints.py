@@ -11,11 +11,14 @@ from fastapi import Depends, Request
 
 from server.errors import UnknownModel
 from server.http.automatic1111_jobs import Owner
-from server.requests.catalog import ModelEntry
+from server.service.model_shelf import ModelState
 
 __all__ = ["Checkpoints", "CheckpointsDep", "chosen", "named"]
 
 MOST_OWNERS: Final = 1024
+
+FEWEST_DIGITS: Final = 8
+"""Of a hash that is to mean a model."""
 
 _SUFFIX: Final = re.compile(r"(\.(safetensors|ckpt|gguf))?( \[[0-9a-f]+\])?$", re.IGNORECASE)
 """What AUTOMATIC1111 writes after a model's name in its title."""
@@ -42,7 +45,7 @@ class Checkpoints:
         return self._names.get(owner)
 
 
-def named(text: str, models: Sequence[ModelEntry]) -> str:
+def named(text: str, models: Sequence[ModelState]) -> str:
     """The name of the model that a text means: a name, a title, or the beginning of a hash.
 
     Raises:
@@ -50,19 +53,18 @@ def named(text: str, models: Sequence[ModelEntry]) -> str:
     """
     wanted = text.strip().casefold()
     plain = _SUFFIX.sub("", wanted)
-    for entry in models:
-        if entry.name.casefold() in (wanted, plain) or (
-            len(wanted) >= 8 and entry.revision.startswith(wanted)
-        ):
-            return entry.name
-    raise UnknownModel(text[:60], [entry.name for entry in models])
+    for state in models:
+        revision = "" if state.model is None else state.model.facts.revision
+        by_hash = len(wanted) >= FEWEST_DIGITS and revision.startswith(wanted)
+        if by_hash or state.name.casefold() in (wanted, plain):
+            return state.name
+    raise UnknownModel(text[:60], [state.name for state in models])
 
 
-def chosen(name: str | None, models: Sequence[ModelEntry]) -> Sequence[ModelEntry]:
-    """The entry of a model, or of the default one; none while models are loading."""
-    if name is None:
-        return models[:1]
-    return [entry for entry in models if entry.name == name]
+def chosen(name: str | None, models: Sequence[ModelState]) -> ModelState | None:
+    """A model, or the default one; None while models are loading."""
+    found = [state for state in models if name in (None, state.name)]
+    return found[0] if found else None
 
 
 def _checkpoints(request: Request) -> Checkpoints:

@@ -17,6 +17,7 @@ from server.http.dependencies import ServiceDep
 from server.requests.automatic1111_names import sampler_labels, schedule_labels
 from server.requests.read_infotext import read_infotext
 from server.requests.upload import Upload
+from server.service.model_shelf import ModelState
 
 __all__ = ["router"]
 
@@ -70,10 +71,10 @@ async def options(
     request: Request, service: ServiceDep, checkpoints: CheckpointsDep
 ) -> dict[str, Any]:
     """The settings of this client."""
-    entries = chosen(checkpoints.of(owner_of(request)), service.models())
+    state = chosen(checkpoints.of(owner_of(request)), service.model_states())
     return {
-        "sd_model_checkpoint": entries[0].name if entries else None,
-        "sd_checkpoint_hash": entries[0].revision if entries else None,
+        "sd_model_checkpoint": None if state is None else state.name,
+        "sd_checkpoint_hash": None if state is None else _revision(state),
         "sd_vae": "Automatic",
         "CLIP_stop_at_last_layers": 1,
         "samples_format": "png",
@@ -86,24 +87,24 @@ async def set_options(
 ) -> dict[str, Any]:
     """Choose the model of this client's requests."""
     if body.sd_model_checkpoint:
-        name = named(body.sd_model_checkpoint, service.models())
+        name = named(body.sd_model_checkpoint, service.model_states())
         checkpoints.choose(owner_of(request), name)
     return {}
 
 
 @router.get("/sdapi/v1/sd-models")
 async def sd_models(service: ServiceDep) -> list[dict[str, Any]]:
-    """The hosted models."""
+    """The models of the server; those that are not loaded have no hash yet."""
     return [
         {
-            "title": entry.name,
-            "model_name": entry.name,
-            "hash": entry.revision[:10],
-            "sha256": entry.revision,
-            "filename": entry.name,
+            "title": state.name,
+            "model_name": state.name,
+            "hash": (_revision(state) or "")[:10] or None,
+            "sha256": _revision(state),
+            "filename": state.name,
             "config": None,
         }
-        for entry in service.models()
+        for state in service.model_states()
     ]
 
 
@@ -168,6 +169,10 @@ async def png_info(body: PngInfo, service: ServiceDep) -> PngInfoAnswer:
 async def refresh() -> dict[str, Any]:
     """Do nothing: folders are looked at when they are asked for."""
     return {}
+
+
+def _revision(state: ModelState) -> str | None:
+    return None if state.model is None else state.model.facts.revision
 
 
 def _serve(path: str, listed: Any) -> None:

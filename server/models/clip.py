@@ -5,10 +5,17 @@ from __future__ import annotations
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from server.models.emphasis import Chunk, WeightedPrompt, chunks_of, segments_of
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import torch
+    from torch import Tensor
+
+COMMA = ",</w>"
+"""Token of a comma that ends a word."""
 
 MARKERS = 2
 """Tokens of start and end, which count towards the text encoder's length."""
@@ -36,7 +43,12 @@ class CLIP:
         return self._tokenizer.model_max_length - MARKERS
 
     def count_tokens(self, text: str) -> int:
-        """Tokens of a prompt, markers not counted; safe from any thread."""
+        """Tokens of a prompt, markers not counted; safe from any thread.
+
+        Of a weighted prompt, those of its chunks, which are filled up.
+        """
+        if isinstance(text, WeightedPrompt):
+            return len(self._chunks(text)) * self.max_tokens
         with self._tokenizing:
             return len(self._tokenizer(text, verbose=False).input_ids) - MARKERS
 
@@ -51,3 +63,29 @@ class CLIP:
                 return_tensors="pt",
             ).input_ids
         return self.encoder(tokens.to(self._device), output_hidden_states=True, return_dict=True)
+
+    def encode_weighted(self, prompt: WeightedPrompt) -> tuple[Any, Tensor]:
+        """The encoder's output for the chunks of a prompt, and the weights of their tokens.
+
+        Returns:
+            The output as of :meth:`encode`, a row a chunk, and ``[chunks, tokens]``.
+        """
+        start, end = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
+        filler = self._tokenizer.pad_token_id
+        rows: list[list[int]] = []
+        weights: list[list[float]] = []
+        for chunk in self._chunks(prompt):
+            left = self.max_tokens - len(chunk.tokens)
+            rows.append([start, *chunk.tokens, end, *[filler] * left])
+            weights.append([1.0, *chunk.weights, 1.0, *[1.0] * left])
+        tokens = torch.tensor(rows, device=self._device)
+        output = self.encoder(tokens, output_hidden_states=True, return_dict=True)
+        return output, torch.tensor(weights, device=self._device)
+
+    def _chunks(self, prompt: WeightedPrompt) -> list[Chunk]:
+        with self._tokenizing:
+            comma = self._tokenizer.get_vocab().get(COMMA, -1)
+            return chunks_of(segments_of(prompt), self._tokens, comma=comma, room=self.max_tokens)
+
+    def _tokens(self, text: str) -> list[int]:
+        return self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from samplers import NoiseSchedule, PredictionType
     from samplers.levels import F64
     from server.models.adapters.adapter import RowAdapters
+    from server.models.blend import Told
     from server.models.classifier import LatentClassifier
     from server.models.conditioning import Conditioning, StackedConditioning
     from server.models.defaults import ModelDefaults
@@ -81,7 +82,12 @@ class HostedModel(ABC):
     """A loaded model; one subclass a family, each in its own file.
 
     All methods but ``count_tokens`` belong to the engine's thread.
+
+    Attributes:
+        weighs_prompts: whether it reads a ``WeightedPrompt`` as more than plain text.
     """
+
+    weighs_prompts: ClassVar[bool] = False
 
     def __init__(self, facts: ModelFacts, device: torch.device, dtype: torch.dtype) -> None:
         self.facts = facts
@@ -177,6 +183,14 @@ class HostedModel(ABC):
                 depend on its company.
         """
         return stack_alike(rows)
+
+    def levelled(self, texts: Mapping[Told, Conditioning]) -> dict[Told, Conditioning]:
+        """The conditioning of one image in the lengths that its rows are stacked with.
+
+        Args:
+            texts: all that its rows may be told.
+        """
+        return dict(texts)
 
     def inputs(
         self, prompts: Sequence[str | None], width: int | None = None, height: int | None = None

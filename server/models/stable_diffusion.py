@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from server.models.clip import CLIP
 from server.models.conditioning import Conditioning
 from server.models.distilled import distilled_as
+from server.models.emphasis import WeightedPrompt, plain_text, rescaled
 from server.models.folder import Revisions, read_json
 from server.models.parts import load_network, load_text_encoder, load_tokenizer
 from server.models.unet_model import (
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
-    from torch import nn
+    from torch import Tensor, nn
 
     from server.models.defaults import ModelDefaults
 
@@ -45,9 +46,17 @@ class OneEncoder:
 
     def encode(self, prompts: Sequence[str | None], width: int, height: int) -> list[Conditioning]:
         """Conditioning of each prompt, whatever the size of the picture."""
-        hidden = self._clip.encode([prompt or "" for prompt in prompts]).last_hidden_state
+        hidden = self._clip.encode([plain_text(prompt) for prompt in prompts]).last_hidden_state
         # A view would keep the whole batch of prompts in memory.
-        return [Conditioning({TEXT: row.clone()}, len(row)) for row in hidden]
+        rows = [
+            self._weighted(prompt) if isinstance(prompt, WeightedPrompt) else row.clone()
+            for prompt, row in zip(prompts, hidden, strict=True)
+        ]
+        return [Conditioning({TEXT: row}, len(row)) for row in rows]
+
+    def _weighted(self, prompt: WeightedPrompt) -> Tensor:
+        output, weights = self._clip.encode_weighted(prompt)
+        return rescaled(output.last_hidden_state, weights).flatten(0, 1)
 
     def modules(self) -> Mapping[str, nn.Module]:
         """The text encoder by its name in a model folder."""

@@ -14,6 +14,7 @@ from server.models.clip import CLIP
 from server.models.conditioning import Conditioning
 from server.models.conventions import defaults_by
 from server.models.distilled import distilled_as
+from server.models.emphasis import WeightedPrompt, plain_text, rescaled
 from server.models.folder import Revisions, read_json
 from server.models.parts import load_autoencoder, load_network, load_text_encoder, load_tokenizer
 from server.models.unet_model import (
@@ -70,7 +71,7 @@ class TwoEncoders:
 
     def encode(self, prompts: Sequence[str | None], width: int, height: int) -> list[Conditioning]:
         """Conditioning of each prompt, for an uncropped picture of the size that is drawn."""
-        texts = [prompt or "" for prompt in prompts]
+        texts = [plain_text(prompt) for prompt in prompts]
         first, second = self._first.encode(texts), self._second.encode(texts)
         hidden = torch.cat([first.hidden_states[LAYER], second.hidden_states[LAYER]], -1)
         pooled: Tensor = second.text_embeds
@@ -79,9 +80,25 @@ class TwoEncoders:
         made: list[Conditioning] = []
         for prompt, states, vector in zip(prompts, hidden, pooled, strict=True):
             factor = 0 if prompt is None and self._zero_unconditional else 1
-            tensors = {TEXT: factor * states, "text_embeds": factor * vector, "time_ids": sizes}
-            made.append(Conditioning(tensors, len(states)))
+            told = factor * states, factor * vector
+            if isinstance(prompt, WeightedPrompt):
+                told = self._weighted(prompt)
+            tensors = {TEXT: told[0], "text_embeds": told[1], "time_ids": sizes}
+            made.append(Conditioning(tensors, len(told[0])))
         return made
+
+    def _weighted(self, prompt: WeightedPrompt) -> tuple[Tensor, Tensor]:
+        """Hidden states of all chunks, and the pooled vector of the first."""
+        first, weights = self._first.encode_weighted(prompt)
+        second, weights_2 = self._second.encode_weighted(prompt)
+        states = torch.cat(
+            [
+                rescaled(first.hidden_states[LAYER], weights),
+                rescaled(second.hidden_states[LAYER], weights_2),
+            ],
+            -1,
+        )
+        return states.flatten(0, 1), second.text_embeds[0]
 
     def modules(self) -> Mapping[str, nn.Module]:
         """The text encoders by their names in a model folder."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, nullcontext
-from math import log
+from math import lcm, log
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +14,7 @@ from samplers import NoiseSchedule, PredictionType
 from server.errors import ModelMismatch
 from server.models.adapters.adapted_network import AdaptedNetwork
 from server.models.autoencoder import Autoencoder
+from server.models.conditioning import Conditioning
 from server.models.folder import read_json
 from server.models.hosted import HostedModel, ModelFacts
 from server.models.inpainting import MaskChannels
@@ -21,14 +22,14 @@ from server.models.parts import build_network
 from server.models.row_edits import RowEdits
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Hashable, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor, nn
 
     from guidance.edits import Edit
     from server.models.adapters.adapter import RowAdapters
-    from server.models.conditioning import Conditioning
+    from server.models.blend import Told
     from server.models.defaults import ModelDefaults
     from server.models.folder import Revisions
     from server.models.inputs import RowInputs
@@ -64,6 +65,8 @@ class UNetModel(HostedModel):
         text: encodes prompts.
         weak: a weaker U-Net of the same latents, for autoguidance.
     """
+
+    weighs_prompts = True
 
     def __init__(
         self,
@@ -117,6 +120,16 @@ class UNetModel(HostedModel):
             for part in self._text.modules():
                 adapted.enter_context(self._adapted[part].applied(adapters))
             return self._text.encode(prompts, width, height)
+
+    @override
+    def group_key(self, width: int, height: int, length: int) -> Hashable:
+        return length
+
+    @override
+    def levelled(self, texts: Mapping[Told, Conditioning]) -> dict[Told, Conditioning]:
+        # Attention to a text that is repeated as a whole is attention to the text.
+        common = lcm(*(one.length for one in texts.values()))
+        return {told: _repeated(one, common // one.length) for told, one in texts.items()}
 
     @override
     def channels(
@@ -184,6 +197,13 @@ class UNetModel(HostedModel):
             **self._text.modules(),
             **weak,
         }
+
+
+def _repeated(one: Conditioning, times: int) -> Conditioning:
+    if times == 1:
+        return one
+    text = one.tensors[TEXT].repeat(times, 1)
+    return Conditioning({**one.tensors, TEXT: text}, times * one.length)
 
 
 def facts_of(

@@ -12,6 +12,7 @@ from typing_extensions import override
 from samplers import Sampler
 from server.decoding.picture import MaskForm
 from server.errors import InvalidRequest
+from server.models.emphasis import is_long, is_weighted
 from server.requests.automatic1111_names import sampler_and_spacing
 from server.requests.foreign_names import fields_of
 from server.requests.lora_tags import read_tags
@@ -219,14 +220,14 @@ class Translated:
 
 
 def translated(
-    body: Txt2Img, model: str | None, adapters: Collection[str], multiple: int
+    body: Txt2Img, model: str | None, adapters: Collection[str] | None, multiple: int
 ) -> Translated:
     """The request of our own that a request of AUTOMATIC1111 stands for.
 
     Args:
         body: as sent.
         model: that its settings name; None for the default.
-        adapters: names of the model's adapters.
+        adapters: names of the model's adapters; None if the model is not loaded yet.
         multiple: pixels of which the model draws whole multiples; AUTOMATIC1111 leaves out what a
             size has beyond them.
 
@@ -234,11 +235,14 @@ def translated(
         InvalidRequest: a value that no request may have.
     """
     tags, negative = read_tags(body.prompt), read_tags(body.negative_prompt)
-    loras = {name: weight for name, weight in tags.loras.items() if name in adapters}
+    loras = {
+        name: weight for name, weight in tags.loras.items() if adapters is None or name in adapters
+    }
     sampler_name = body.sampler_name or body.sampler_index or ""
     given: dict[str, Any] = {
         "prompt": tags.prompt,
         "negative_prompt": negative.prompt or None,
+        "prompt_syntax": _syntax(tags.prompt, negative.prompt),
         "model": model,
         "width": _side(body.width, multiple),
         "height": _side(body.height, multiple),
@@ -261,6 +265,12 @@ def translated(
     said = f"Ignored, because nothing here corresponds: {', '.join(ignored)}."
     reading = Reading(habitual=True, told_scale=body.distilled_cfg_scale)
     return Translated(request.read_as(reading), sampler_name, (said,) if ignored else ())
+
+
+def _syntax(*texts: str) -> str | None:
+    """The syntax of prompts, where they are more than plain text of one chunk."""
+    read = any(is_weighted(text) or is_long(text) for text in texts)
+    return "automatic1111" if read else None
 
 
 def _side(pixels: int | None, multiple: int) -> int | None:

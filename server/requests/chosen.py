@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from server.models.emphasis import is_weighted
 from server.models.hosted import HostedModel
 from server.requests.defaults import own_defaults
 from server.requests.foreign_names import shown
@@ -25,6 +26,12 @@ def notes_for(
         scale = getattr(resolved.guidance, "scale", None)
         rule = {"name": resolved.guidance.name} | ({} if scale is None else {"scale": scale})
         read = (*read, f"guidance names no rule and is {shown(rule)}.")
+    texts = (request.prompt, request.negative_prompt or "")
+    if request.prompt_syntax != resolved.prompt_syntax and any(map(is_weighted, texts)):
+        read = (
+            *read,
+            f"Weights in prompts are plain text, as model {model.facts.name!r} reads them.",
+        )
     own = own_defaults(model, resolved.adapters)
     if own is None:
         return read

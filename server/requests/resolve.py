@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -103,6 +104,7 @@ def resolve(
     resolved = ResolvedRequest.model_construct(
         prompt=request.prompt,
         negative_prompt=request.negative_prompt,
+        prompt_syntax=_prompt_syntax(request, model),
         model=model.facts.name,
         width=request.width or width,
         height=request.height or height,
@@ -222,6 +224,18 @@ def _with_resize_mode(resolved: ResolvedRequest, *, has_upload: bool) -> Resolve
             "resize_mode", "resize_mode needs an image; send one or leave resize_mode out."
         )
     return resolved
+
+
+def _prompt_syntax(request: GenerateRequest, model: HostedModel) -> Literal["automatic1111"] | None:
+    if request.prompt_syntax is None or model.weighs_prompts:
+        return request.prompt_syntax
+    if request.reading.habitual:
+        return None
+    raise InvalidRequest(
+        "prompt_syntax",
+        f"prompt_syntax is {request.prompt_syntax!r}, but model {model.facts.name!r} reads prompts "
+        "as plain text; leave it out.",
+    )
 
 
 def _strength(request: GenerateRequest, *, has_picture: bool) -> float | None:

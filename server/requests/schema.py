@@ -134,6 +134,12 @@ class GenerateRequest(Readable):
         description="Describes what guidance steers away from. Default: the model's unconditional "
         "prediction, which for some models is not that of the empty text.",
     )
+    prompt_syntax: Literal["automatic1111"] | None = Field(
+        default=None,
+        description="How `prompt` and `negative_prompt` are read: `automatic1111` takes "
+        "`(word:1.2)`, `(word)` and `[word]` for weights and `BREAK` for a break, and reads more "
+        "tokens than the encoder takes at once in chunks; for U-Net models. Default: plain text.",
+    )
     model: str | None = Field(
         default=None, max_length=256, description="Name of a hosted model. Default: the first one."
     )
@@ -235,6 +241,7 @@ class ResolvedRequest(BaseModel):
 
     prompt: str
     negative_prompt: str | None = None
+    prompt_syntax: Literal["automatic1111"] | None = None
     model: str
     width: int
     height: int

@@ -11,6 +11,7 @@ from server.engine.terms.registry import terms_of
 from server.engine.terms.term import Run
 from server.models.adapters.adapter import Weighted
 from server.models.blend import Blend
+from server.models.emphasis import written_in
 from server.models.hosted import HostedModel
 from server.requests.adapters import load_adapters
 from server.requests.checks.group import is_group
@@ -54,8 +55,10 @@ def tasks_of(
     """
     resolved, plan = prepared.request, prepared.plan
     rule, policy = split(resolved.guidance)
-    prompt = resolved.prompt if blend is None else blend
-    negative_prompt = model.negative(resolved.negative_prompt)
+    syntax = resolved.prompt_syntax
+    prompt = written_in(syntax, resolved.prompt) if blend is None else blend
+    away_from = model.negative(resolved.negative_prompt)
+    negative_prompt = None if away_from is None else written_in(syntax, away_from)
     run = Run(
         model=model,
         schedule=model.schedule(resolved.width, resolved.height, resolved.steps),

@@ -105,7 +105,8 @@ class Admission:
         task = sequence.task
         told = sequence.guidance.texts
         known = {text: _known(encoded[text]) for one in told for text in texts_of(one)}
-        sequence.conditioning = {one: conditioning_of(one, known) for one in told}
+        texts = {one: conditioning_of(one, known) for one in told}
+        sequence.conditioning = self._models[task.model].levelled(texts)
         longest = max(one.length for one in sequence.conditioning.values())
         lane = self._lane_of(task, longest)
         sequence.lane = lane

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from server.errors import InvalidRequest
+from server.models.emphasis import MOST_CHUNKS, written_in
 from server.models.hosted import HostedModel, ModelFacts
 from server.requests.checks.classifier import alternatives_of
 from server.requests.schema import MAX_SEED, GenerateRequest, ResolvedRequest
@@ -73,17 +74,25 @@ def check_tokens(resolved: ResolvedRequest, model: HostedModel) -> None:
     Raises:
         InvalidRequest: a prompt has too many tokens.
     """
-    texts = [("prompt", resolved.prompt), ("negative_prompt", resolved.negative_prompt)]
-    texts += [("guidance", b.prompt) for b in resolved.guidance.branches if b.told == "own"]
-    texts += [("guidance.classifier", text) for text in alternatives_of(resolved, model)]
-    for field, text in texts:
-        tokens = model.count_tokens(text or "")
-        if tokens > model.facts.max_tokens:
-            raise InvalidRequest(
-                field,
-                f"{field} has {tokens} tokens; model {model.facts.name!r} takes at most "
-                f"{model.facts.max_tokens}.",
-            )
+    most = model.facts.max_tokens
+    for field, text in (("prompt", resolved.prompt), ("negative_prompt", resolved.negative_prompt)):
+        written = written_in(resolved.prompt_syntax, text or "")
+        chunks = MOST_CHUNKS if resolved.prompt_syntax else 1
+        _check_tokens(field, written, model, chunks * most)
+    for branch in resolved.guidance.branches:
+        if branch.told == "own":
+            _check_tokens("guidance", branch.prompt, model, most)
+    for text in alternatives_of(resolved, model):
+        _check_tokens("guidance.classifier", text, model, most)
+
+
+def _check_tokens(field: str, text: str, model: HostedModel, most: int) -> None:
+    tokens = model.count_tokens(text)
+    if tokens > most:
+        raise InvalidRequest(
+            field,
+            f"{field} has {tokens} tokens; model {model.facts.name!r} takes at most {most}.",
+        )
 
 
 def _at_most(field: str, value: int, most: int) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import io
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Final, cast
@@ -59,6 +60,7 @@ def client() -> Iterator[httpx2.Client]:
         url = f"http://127.0.0.1:{server.port}"
         with httpx2.Client(base_url=url, timeout=PATIENCE_S) as made:
             yield made
+    sys.stderr.write(f"{sum(SERVED.values())} calls: {dict(sorted(SERVED.items()))}\n")
     # Of thousands of cases some were in order, and most were not.
     assert SERVED[200]
     assert SERVED[422]

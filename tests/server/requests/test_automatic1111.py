@@ -95,6 +95,9 @@ def test_eta_goes_to_samplers_that_take_it_there() -> None:
         ({"width": 517, "height": 3}, {"width": 512, "height": 32}),
         ({"negative_prompt": ""}, {"negative_prompt": None}),
         ({"prompt": None, "hr_scale": 2, "foo": {}}, {"prompt": ""}),
+        ({"prompt": "a (cat:1.2)"}, {"prompt_syntax": "automatic1111"}),
+        ({"prompt": "a cat", "negative_prompt": "x " * 50}, {"prompt_syntax": "automatic1111"}),
+        ({"prompt": "a cat", "negative_prompt": "x"}, {"prompt_syntax": None}),
     ],
 )
 def test_fields_are_read_as_there(fields: dict[str, Any], ours: dict[str, Any]) -> None:

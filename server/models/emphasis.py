@@ -1,0 +1,244 @@
+"""Prompts in the syntax of AUTOMATIC1111: weighted words, and more tokens than the encoder takes.
+
+As its ``prompt_parser.parse_prompt_attention``, ``TextConditionalModel.tokenize_line`` and
+``EmphasisOriginal`` do it (stable-diffusion-webui 1.10). Departures: ``BREAK`` breaks inside of
+brackets too, weights are bounded by ``STRONGEST``, a mean of about zero is not restored, and each
+prompt is rescaled by itself, where there it is with the others of its batch. Schedules
+(``[a:b:0.5]``) and ``AND`` are not read.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from torch import Tensor
+
+__all__ = [
+    "MOST_CHUNKS",
+    "Chunk",
+    "Segment",
+    "WeightedPrompt",
+    "chunks_of",
+    "is_long",
+    "is_weighted",
+    "plain_text",
+    "rescaled",
+    "segments_of",
+    "written_in",
+]
+
+MOST_CHUNKS: Final = 4
+"""Of one prompt. Prompts of one image are repeated to one length, of at most 12 chunks."""
+
+SURELY_ONE_CHUNK: Final = 75
+"""Bytes of a text; CLIP's tokens have at least one each, and its chunks 75 tokens."""
+
+STRONGEST: Final = 16.0
+
+ROUND: Final = 1.1
+"""Weight of what stands in round brackets; square ones divide by it."""
+
+NO_MEAN: Final = 1e-4
+"""Share of their root mean square below which hidden states have no mean to restore."""
+
+BACKTRACK: Final = 20
+"""Tokens since the last comma that go to the next chunk when one is full."""
+
+_CLOSING: Final = {")": ("(", ROUND), "]": ("[", 1 / ROUND)}
+"""The bracket that another one closes, and the factor on what is inside."""
+
+_PIECE: Final = re.compile(
+    r"\\.|\(|\[|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|\)|\]|[^\\()\[\]:]+|:|\\", re.DOTALL
+)
+_BREAK: Final = re.compile(r"\s*\bBREAK\b\s*")
+_SYNTAX: Final = re.compile(r"[\\()\[\]]|\bBREAK\b")
+
+
+class WeightedPrompt(str):
+    """A prompt whose brackets are weights; no model that does not know it reads them.
+
+    It is equal to no plain text, so that both are encoded.
+    """
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, WeightedPrompt) and str.__eq__(self, other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash((WeightedPrompt, str(self)))
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A part of a prompt; without a weight it begins a new chunk, and has no text."""
+
+    text: str
+    weight: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """As many tokens as the encoder takes, or fewer, each with its weight; without markers."""
+
+    tokens: tuple[int, ...]
+    weights: tuple[float, ...]
+
+
+def is_weighted(text: str) -> bool:
+    """Whether a text says anything in this syntax."""
+    return _SYNTAX.search(text) is not None
+
+
+def is_long(text: str) -> bool:
+    """Whether a text may have more tokens than one chunk."""
+    return len(text.encode()) > SURELY_ONE_CHUNK
+
+
+def written_in(syntax: str | None, text: str) -> str:
+    """A text as the model is to read it.
+
+    Args:
+        syntax: of the text; None for none.
+        text: a prompt.
+    """
+    return text if syntax is None else WeightedPrompt(text)
+
+
+def plain_text(prompt: str | None) -> str:
+    """What is encoded in the batch of plain prompts, which keeps its size, for any prompt."""
+    return "" if prompt is None or isinstance(prompt, WeightedPrompt) else prompt
+
+
+def segments_of(text: str) -> list[Segment]:
+    """The parts of a prompt with their weights; neighbours of one weight are one."""
+    parts: list[tuple[str, float | None]] = []
+    opened: dict[str, list[int]] = {"(": [], "[": []}
+
+    def weigh(start: int, factor: float) -> None:
+        parts[start:] = [
+            (part, None if weight is None else weight * factor) for part, weight in parts[start:]
+        ]
+
+    for match in _PIECE.finditer(text):
+        piece, weight = match[0], match[1]
+        if piece.startswith("\\"):
+            parts.append((piece[1:], 1.0))
+        elif piece in opened:
+            opened[piece].append(len(parts))
+        elif weight is not None and opened["("]:
+            weigh(opened["("].pop(), float(weight))
+        elif piece in _CLOSING and opened[_CLOSING[piece][0]]:
+            opening, factor = _CLOSING[piece]
+            weigh(opened[opening].pop(), factor)
+        else:
+            parts += _broken(piece)
+    for opening, factor in _CLOSING.values():
+        for start in opened[opening]:
+            weigh(start, factor)
+    return _merged(parts)
+
+
+def _broken(text: str) -> Iterator[tuple[str, float | None]]:
+    for number, part in enumerate(_BREAK.split(text)):
+        if number:
+            yield "", None
+        yield part, 1.0
+
+
+def _merged(parts: Sequence[tuple[str, float | None]]) -> list[Segment]:
+    merged: list[Segment] = []
+    for text, weight in parts:
+        if weight is not None:
+            weight = max(-STRONGEST, min(STRONGEST, weight))
+        if merged and weight is not None and merged[-1].weight == weight:
+            merged[-1] = Segment(merged[-1].text + text, weight)
+        else:
+            merged.append(Segment(text, weight))
+    return merged
+
+
+def chunks_of(
+    segments: Sequence[Segment],
+    tokenize: Callable[[str], Sequence[int]],
+    *,
+    comma: int,
+    room: int,
+) -> list[Chunk]:
+    """The tokens of a prompt in chunks of at most `room`, which break after a comma if they can.
+
+    Args:
+        segments: of the prompt.
+        tokenize: tokens of a text, without markers.
+        comma: token of a comma that ends a word.
+        room: tokens that the encoder takes beside its markers.
+
+    Returns:
+        At least one chunk, which may be empty.
+    """
+    chunks: list[Chunk] = []
+    tokens: list[int] = []
+    weights: list[float] = []
+    after_comma = 0
+
+    def close(kept: int) -> None:
+        nonlocal after_comma
+        chunks.append(Chunk(tuple(tokens[:kept]), tuple(weights[:kept])))
+        del tokens[:kept], weights[:kept]
+        after_comma = 0
+
+    for token, weight in _weighted_tokens(segments, tokenize):
+        if token is None:
+            close(len(tokens))
+            continue
+        if len(tokens) == room:
+            near = token != comma and after_comma and room - after_comma < BACKTRACK
+            close(after_comma if near else room)
+        tokens.append(token)
+        weights.append(weight)
+        if token == comma:
+            after_comma = len(tokens)
+    if tokens or not chunks:
+        close(len(tokens))
+    return chunks
+
+
+def _weighted_tokens(
+    segments: Sequence[Segment], tokenize: Callable[[str], Sequence[int]]
+) -> Iterator[tuple[int | None, float]]:
+    """Each token with its weight; None where a new chunk begins."""
+    for segment in segments:
+        if segment.weight is None:
+            yield None, 1.0
+            continue
+        for token in tokenize(segment.text):
+            yield token, segment.weight
+
+
+def rescaled(hidden: Tensor, weights: Tensor) -> Tensor:
+    """Hidden states times their weights, with the mean of each chunk as it was.
+
+    Args:
+        hidden: ``[chunks, tokens, features]``.
+        weights: ``[chunks, tokens]``.
+    """
+    exact = hidden.float()
+    weighed = exact * weights[..., None].to(exact)
+    before = exact.mean((1, 2), keepdim=True)
+    after = weighed.mean((1, 2), keepdim=True)
+    size = exact.square().mean((1, 2), keepdim=True).sqrt()
+    lost = torch.minimum(before.abs(), after.abs()) < NO_MEAN * size
+    ratio = torch.where(lost, 1.0, before / after)
+    # Without weights, bit for bit what the encoder puts out.
+    plain = (weights == 1).all(1)[:, None, None].to(hidden.device)
+    return torch.where(plain, hidden, (weighed * ratio).to(hidden.dtype))
