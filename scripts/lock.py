@@ -3,7 +3,7 @@
 `make lock` runs it with uv at hand. Versions already in constraints.txt are kept unless
 `--upgrade` is given. It writes:
 
-- `requirements/runtime.lock`: what the server needs besides torch, durable jobs included, with hashes;
+- `requirements/runtime.lock`: what the server needs besides torch, with durable jobs, with hashes;
 - `requirements/dev.lock`: the same and the tools of `make test`, with hashes;
 - `requirements/torch.lock`: PyPI's build of torch and the CUDA packages it brings, with hashes.
 - `requirements/torch-cpu.lock`: the CPU builds for Linux, from PyTorch's own index, with hashes;
