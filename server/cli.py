@@ -47,8 +47,8 @@ Models = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="Model folder, as PATH or NAME=PATH, or ORG/NAME@REVISION of the Hugging Face hub; "
-        "repeat the option to host several.",
+        help="Model folder or .safetensors checkpoint, as PATH or NAME=PATH, or ORG/NAME@REVISION "
+        "of the Hugging Face hub; repeat the option to host several.",
         show_default="the embedded models",
     ),
 ]

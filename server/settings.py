@@ -22,6 +22,7 @@ from server.models.hub import HubModel
 
 __all__ = ["LOOPBACK_NAMES", "Limits", "Settings", "StreamLimits"]
 
+CHECKPOINT = ".safetensors"
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "::1")
 
 PROMPT_BYTES_CEILING = 8192
@@ -45,7 +46,9 @@ def _place(text: str) -> Path | HubModel:
 
 
 def _name(place: Path | HubModel) -> str:
-    return place.name if isinstance(place, HubModel) else place.resolve().name
+    if isinstance(place, HubModel):
+        return place.name
+    return place.stem if place.suffix == CHECKPOINT else place.resolve().name
 
 
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_listed)]
@@ -124,13 +127,18 @@ class Settings(BaseSettings):
 
     models: Names = Field(
         default=(),
-        description="Models, each `path` or `name=path` of a folder, or `org/name@revision` of the "
-        "Hugging Face hub, loaded at the start; the embedded models if empty.",
+        description="Models, each `path` or `name=path` of a folder or a "
+        "`.safetensors` checkpoint, or `org/name@revision` of the Hugging Face hub, loaded at the "
+        "start; the embedded models if empty.",
     )
     models_folder: Path | None = Field(
         default=None,
         description="A folder of model folders: each subfolder with a `model_index.json` is hosted "
         "under its own name, after those of `models`, and loaded when a request names it.",
+    )
+    cache: Path = Field(
+        default=Path("~/.cache/weft"),
+        description="Folder for what single-file checkpoints are converted to.",
     )
     memory_gib: float | None = Field(
         default=None,

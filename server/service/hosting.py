@@ -15,6 +15,7 @@ from server.engine.engine import Engine
 from server.errors import ModelMismatch, ModelTooLarge
 from server.models.adapters.placing import Target
 from server.models.adapters.shelf import AdapterMemory, AdapterShelf
+from server.models.checkpoint import converted
 from server.models.folder import adapters_folder, embedded_folders, stamp_of
 from server.models.hosted import HostedModel
 from server.models.hub import HubModel, fetch
@@ -193,7 +194,13 @@ class _Folders:
 
 
 def _folder_of(place: Path | HubModel, settings: Settings, tell: Tell | None) -> Path:
-    """The folder of a model, which is fetched if it is one of the hub."""
+    """The folder of a model: fetched if it is one of the hub, converted if it is a single file."""
+    if isinstance(place, Path) and place.is_file():
+        return converted(
+            place,
+            settings.cache.expanduser(),
+            tell=lambda: log.info("converting %s to a folder in the diffusers layout", place),
+        )
     if isinstance(place, Path):
         return place
     half = choose_dtype(settings.dtype, choose_device(settings.device)).itemsize < FLOAT32

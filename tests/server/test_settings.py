@@ -6,6 +6,7 @@ import pytest
 from pydantic import SecretStr, ValidationError
 
 from server.engine.client import Client
+from server.models.hub import HubModel
 from server.settings import Settings
 
 KEY = "a-key-of-the-test-suite"
@@ -92,6 +93,17 @@ def test_models_are_named_by_folder_or_by_choice(tmp_path: Path) -> None:
     assert Settings(models=(str(folder), f"big={folder}")).model_folders(embedded) == {
         "sd15": folder,
         "big": folder,
+    }
+
+
+def test_models_of_the_hub_and_checkpoints_have_names_too(tmp_path: Path) -> None:
+    file = tmp_path / "dream.v2.safetensors"
+    file.touch()
+    settings = Settings(models=("org/tiny@v1", str(file), f"mine={file}"))
+    assert settings.named_folders() == {
+        "tiny": HubModel("org/tiny", "v1"),
+        "dream.v2": file,
+        "mine": file,
     }
 
 

@@ -1,0 +1,223 @@
+"""Single-file checkpoints of Stable Diffusion, converted once to a folder in the diffusers layout.
+
+Names are converted by diffusers' own converters. Configs and the vocabulary of the text encoders
+ship with Weft (``single_file/``), so nothing is fetched. The folder is read like any other: tensors
+that are missing or left over are refused by name.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import shutil
+from hashlib import sha256
+from importlib.resources import files
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import TYPE_CHECKING, Any, Final
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from server.errors import ModelMismatch
+from server.models.folder import INDEX, stamp_of
+from server.models.weight_files import NETWORK, TEXT_ENCODER
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch import Tensor
+
+__all__ = ["converted", "write_tokenizer"]
+
+log = logging.getLogger("weft")
+
+TEMPLATES: Final = {"v1": "sd15", "inpainting": "sd15", "xl_base": "sdxl", "xl_inpaint": "sdxl"}
+"""Configs of each kind of checkpoint, as diffusers names the kinds."""
+
+UNET: Final = "model.diffusion_model."
+AUTOENCODER: Final = "first_stage_model."
+CLIP: Final = ("cond_stage_model.transformer.", "conditioner.embedders.0.transformer.")
+OPEN_CLIP: Final = "conditioner.embedders.1.model."
+OF_TRAINING: Final = (
+    "model_ema.",
+    "alphas_cumprod",
+    "betas",
+    "denoiser.sigmas",
+    "log_one_minus_alphas_cumprod",
+    "logvar",
+    "posterior_",
+    "sqrt_",
+    "scale_factor",
+)
+"""What checkpoints hold beside the weights that are sampled with."""
+
+V_PREDICTION: Final = "v_pred"
+ZERO_TERMINAL_SNR: Final = "ztsnr"
+"""Entries by which a checkpoint says how it was trained."""
+
+UNUSED: Final = ("position_ids", "logit_scale")
+COPIED: Final = (".in_proj_weight", ".in_proj_bias", ".text_projection")
+"""Tensors of OpenCLIP that are divided or turned, and so are not the same in memory."""
+
+NAMES_SHOWN: Final = 3
+
+
+def converted(
+    file: Path, cache: Path, templates: Path | None = None, tell: Callable[[], None] | None = None
+) -> Path:
+    """The folder that a checkpoint was or is now converted to.
+
+    Args:
+        file: ``.safetensors``, with the names of the original Stable Diffusion 1.x or XL.
+        cache: where folders of converted checkpoints are kept.
+        templates: with the configs of each kind; by default those that ship with Weft.
+        tell: called if it has to be converted.
+
+    Raises:
+        ModelMismatch: another kind of file, or tensors that belong to none of the networks.
+        OSError: the folder cannot be written.
+    """
+    identity = f"{file.resolve()} {stamp_of(file)}"
+    folder = cache / f"{file.stem}-{sha256(identity.encode()).hexdigest()[:16]}"
+    if (folder / INDEX).is_file():
+        return folder
+    if tell is not None:
+        tell()
+    cache.mkdir(parents=True, exist_ok=True)
+    made = Path(mkdtemp(dir=cache, prefix=f"{file.stem}-unfinished-"))
+    try:
+        _convert(file, made, templates or Path(str(files("server.models") / "single_file")))
+        made.rename(folder)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
+    return folder
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Write the vocabulary of CLIP's text encoders, as their tokenizers read it."""
+    packed = files("server.models") / "single_file" / "clip_merges.txt.gz"
+    merges = gzip.decompress(packed.read_bytes()).decode().splitlines()
+    letters = _letters()
+    words = [*letters, *(f"{one}</w>" for one in letters)]
+    words += ["".join(merge.split()) for merge in merges]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), "utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), "utf-8")
+
+
+def _letters() -> list[str]:
+    """The characters that stand for the 256 bytes: those that can be printed, then others."""
+    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    return [*map(chr, printed), *(chr(256 + i) for i in range(256 - len(printed)))]
+
+
+def _convert(file: Path, folder: Path, templates: Path) -> None:
+    weights = _read(file)
+    kind = _kind(file, weights)
+    shutil.copytree(templates / TEMPLATES[kind], folder, dirs_exist_ok=True)
+    for tokenizer in folder.glob("tokenizer*"):
+        if not (tokenizer / "tokenizer.json").exists():
+            write_tokenizer(tokenizer)
+    _adapt_configs(folder, kind, weights)
+    try:
+        parts = _parts(folder, weights)
+    except KeyError as error:
+        raise ModelMismatch(f"model file {str(file)!r} lacks the tensor {error}.") from None
+    if unknown := _left_over(weights, parts):
+        raise ModelMismatch(
+            f"model file {str(file)!r} has tensors that its networks do not: "
+            f"{', '.join(unknown[:NAMES_SHOWN])}."
+        )
+    for part, own in parts.items():
+        stem = TEXT_ENCODER if part.startswith("text_encoder") else NETWORK
+        save_file(
+            {name: tensor.contiguous() for name, tensor in own.items()},
+            folder / part / f"{stem}.safetensors",
+        )
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ModelMismatch(f"model file {str(file)!r} cannot be read: {error}.") from None
+
+
+def _kind(file: Path, weights: Mapping[str, Tensor]) -> str:
+    from diffusers.loaders.single_file_utils import infer_diffusers_model_type
+
+    # What diffusers does not recognise it takes for Stable Diffusion 1.
+    kind = infer_diffusers_model_type(weights)
+    stands = f"{UNET}input_blocks.0.0.weight" in weights
+    if kind not in TEMPLATES or not stands:
+        raise ModelMismatch(
+            f"model file {str(file)!r} is no complete checkpoint of Stable Diffusion 1.x or XL; "
+            "models of other families are hosted as folders in the diffusers layout."
+        )
+    known = (UNET, AUTOENCODER, *CLIP, OPEN_CLIP, *OF_TRAINING, V_PREDICTION, ZERO_TERMINAL_SNR)
+    if strange := sorted(name for name in weights if not name.startswith(known)):
+        raise ModelMismatch(
+            f"model file {str(file)!r} has tensors that belong to none of its networks: "
+            f"{', '.join(strange[:NAMES_SHOWN])}."
+        )
+    return kind
+
+
+def _adapt_configs(folder: Path, kind: str, weights: Mapping[str, Tensor]) -> None:
+    if kind in ("inpainting", "xl_inpaint"):
+        _change(folder / "unet" / "config.json", in_channels=9)
+        index = json.loads((folder / INDEX).read_text("utf-8"))
+        family = index["_class_name"].replace("Pipeline", "InpaintPipeline")
+        _change(folder / INDEX, _class_name=family)
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    if V_PREDICTION in weights:
+        _change(scheduler, prediction_type="v_prediction")
+    if ZERO_TERMINAL_SNR in weights:
+        _change(scheduler, rescale_betas_zero_snr=True)
+
+
+def _change(file: Path, **entries: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | entries, indent=2), "utf-8")
+
+
+def _parts(folder: Path, weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The weights of each network under diffusers' names."""
+    from diffusers.loaders import single_file_utils as theirs
+
+    unet = json.loads((folder / "unet" / "config.json").read_text("utf-8"))
+    vae = json.loads((folder / "vae" / "config.json").read_text("utf-8"))
+    parts = {
+        "unet": theirs.convert_ldm_unet_checkpoint(_of(weights, UNET), unet),
+        "vae": theirs.convert_ldm_vae_checkpoint(_of(weights, AUTOENCODER), vae),
+        "text_encoder": theirs.convert_ldm_clip_checkpoint(_of(weights, *CLIP)),
+    }
+    if (folder / "text_encoder_2").is_dir():
+        # It asks the model only for what a checkpoint without a projection lacks.
+        second = theirs.convert_open_clip_checkpoint(None, _of(weights, OPEN_CLIP), OPEN_CLIP)
+        parts["text_encoder_2"] = second
+    return parts
+
+
+def _left_over(
+    weights: Mapping[str, Tensor], parts: Mapping[str, Mapping[str, Tensor]]
+) -> list[str]:
+    """Names of tensors that were converted to nothing; the converters pass them over in silence."""
+    used = {tensor.data_ptr() for own in parts.values() for tensor in own.values()}
+    of_networks = _of(weights, UNET, AUTOENCODER, *CLIP, OPEN_CLIP)
+    return sorted(
+        name
+        for name, tensor in of_networks.items()
+        if tensor.data_ptr() not in used and not name.endswith(COPIED)
+    )
+
+
+def _of(weights: Mapping[str, Tensor], *prefixes: str) -> dict[str, Tensor]:
+    return {
+        name: tensor
+        for name, tensor in weights.items()
+        if name.startswith(prefixes) and not name.endswith(UNUSED)
+    }

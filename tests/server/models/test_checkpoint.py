@@ -1,0 +1,146 @@
+"""Single-file checkpoints become folders with the same weights, and what is no such file is not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+
+from server.errors import ModelMismatch
+from server.models.checkpoint import converted, write_tokenizer
+from server.models.loading import load_model
+from server.service.hosting import host
+from server.settings import Settings
+from tests.server.models import tiny_sdxl
+from tests.server.models.original_names import checkpoint
+
+SHIPPED = Path(str(files("server.models") / "single_file"))
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Any:
+    """With ten layers in the second text encoder, by which an SDXL file is told from others."""
+    made = tiny_sdxl.make(tiny_sdxl.BASE)
+    entries: dict[str, Any] = tiny_sdxl.text_config(48).to_dict() | {"num_hidden_layers": 10}
+    made.text_encoder_2 = CLIPTextModelWithProjection(CLIPTextConfig(**entries)).eval()
+    return made
+
+
+@pytest.fixture(scope="module")
+def file(pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("file") / "tiny.safetensors"
+    of_training = {"model_ema.decay": torch.ones(1), "alphas_cumprod": torch.ones(1000)}
+    save_file({**checkpoint(pipeline), **of_training}, made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def templates(pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The configs of the tiny pipeline in place of those that ship."""
+    made = tmp_path_factory.mktemp("templates")
+    tiny_sdxl.saved(pipeline, made / "sdxl")
+    for weights in made.rglob("*.safetensors"):
+        weights.unlink()
+    return made
+
+
+def test_a_checkpoint_becomes_a_folder_of_the_same_weights(
+    pipeline: Any, file: Path, templates: Path, tmp_path: Path
+) -> None:
+    folder = converted(file, tmp_path, templates)
+    model = load_model(folder, name="m", device="cpu", dtype="float32")
+    networks = model.modules()
+    assert {"unet", "vae", "text_encoder", "text_encoder_2"} <= networks.keys()
+    for part, network in networks.items():
+        theirs = getattr(pipeline, part).state_dict()
+        ours = network.state_dict()
+        assert theirs.keys() == ours.keys(), part
+        assert all(torch.equal(theirs[name], ours[name]) for name in theirs), part
+    # It is converted once.
+    shutil.rmtree(folder / "unet")
+    assert converted(file, tmp_path, templates) == folder
+    assert not (folder / "unet").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"lora_unet_down.weight": torch.ones(1)}, "none of its networks: lora_unet_down.weight"),
+        (
+            {"model.diffusion_model.odd.weight": torch.ones(1)},
+            "that its networks do not: model.diffusion_model.odd.weight",
+        ),
+        ({"model.diffusion_model.label_emb.0.0.weight": None}, "lacks the tensor 'label_emb.0.0."),
+        ({"model.diffusion_model.input_blocks.0.0.weight": None}, "is no complete checkpoint"),
+    ],
+)
+def test_tensors_that_are_left_over_or_missing_are_named(
+    changed: dict[str, Any], sentence: str, file: Path, templates: Path, tmp_path: Path
+) -> None:
+    weights = {name: one for name, one in (load_file(file) | changed).items() if one is not None}
+    save_file(weights, tmp_path / "other.safetensors")
+    with pytest.raises(ModelMismatch) as refused:
+        converted(tmp_path / "other.safetensors", tmp_path / "cache", templates)
+    assert sentence in refused.value.message
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_server_is_not_started_on_another_kind_of_file(tmp_path: Path) -> None:
+    save_file({"weight": torch.ones(1)}, tmp_path / "other.safetensors")
+    settings = Settings(models=(str(tmp_path / "other.safetensors"),), cache=tmp_path / "cache")
+    with pytest.raises(ModelMismatch, match=r"other.safetensors' is no complete checkpoint of"):
+        host(settings)
+
+
+def test_what_the_file_says_of_its_training_reaches_the_scheduler(
+    file: Path, templates: Path, tmp_path: Path
+) -> None:
+    said = {"v_pred": torch.ones(1), "ztsnr": torch.ones(1)}
+    save_file({**load_file(file), **said}, tmp_path / "v.safetensors")
+    folder = converted(tmp_path / "v.safetensors", tmp_path / "cache", templates)
+    scheduler = json.loads((folder / "scheduler/scheduler_config.json").read_text())
+    assert scheduler["prediction_type"] == "v_prediction"
+    assert scheduler["rescale_betas_zero_snr"]
+
+
+def test_the_configs_that_ship_are_those_of_the_published_networks() -> None:
+    """By their numbers of parameters, as published."""
+    with torch.device("meta"):
+        counts = {
+            f"{kind}/{part}": sum(
+                one.numel() for one in network(SHIPPED / kind / part).parameters()
+            )
+            for kind, part in (("sd15", "unet"), ("sd15", "vae"), ("sdxl", "unet"))
+        }
+        second = json.loads((SHIPPED / "sdxl/text_encoder_2/config.json").read_text())
+        encoder = CLIPTextModelWithProjection(CLIPTextConfig(**second))
+    assert counts == {
+        "sd15/unet": 859_520_964,
+        "sd15/vae": 83_653_863,
+        "sdxl/unet": 2_567_463_684,
+    }
+    assert sum(one.numel() for one in encoder.parameters()) == 694_659_840
+
+
+def network(folder: Path) -> nn.Module:
+    config = json.loads((folder / "config.json").read_text())
+    kinds = {"UNet2DConditionModel": UNet2DConditionModel, "AutoencoderKL": AutoencoderKL}
+    return kinds[config.pop("_class_name")](**config)
+
+
+def test_the_vocabulary_is_that_of_clip(tmp_path: Path) -> None:
+    shutil.copytree(SHIPPED / "sdxl/tokenizer_2", tmp_path, dirs_exist_ok=True)
+    write_tokenizer(tmp_path)
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path)
+    # As OpenAI's own tokenizer has it.
+    assert tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
+    assert (len(tokenizer), tokenizer.pad_token_id) == (49408, 0)
