@@ -172,6 +172,8 @@ def _report(options: argparse.Namespace) -> None:
         for name, (pipeline, scale) in systems.items()
         for steps in sorted(STEPS, reverse=True)
     }
+    # What follows the table was written by hand.
+    _, heading, training = _REPORT.read_text().partition("\n## Training\n")
     _REPORT.write_text(
         f"""# Few steps
 
@@ -185,7 +187,7 @@ caption mentions is.
 {_table(scores, "model | steps")}
 
 Written by `python -m embedded.distil {" ".join(sys.argv[1:])}`.
-"""
+{heading}{training}"""
     )
     print(f"wrote {_REPORT}")
 
