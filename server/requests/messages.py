@@ -12,7 +12,7 @@ from guidance.parts import PARTS
 from server.errors import InvalidRequest, MalformedBody
 from server.requests.adapters import WeightedName
 from server.requests.choice import listed
-from server.requests.reading import SAME
+from server.requests.reading import LIKE, SAME
 from server.requests.schema import CHOICES
 
 __all__ = ["explain"]
@@ -105,8 +105,8 @@ def _unknown(param: str, allowed: Sequence[str]) -> str:
     if not allowed:
         return f"{_clean(param)} is not a known field; remove it."
     name = param.rpartition(".")[2][:_SHOWN]
-    same = [SAME[name]] if SAME.get(name) in allowed else []
-    near = same or get_close_matches(name, allowed, n=1)
+    like = {**LIKE, **SAME}.get(name)
+    near = [like] if like in allowed else get_close_matches(name, allowed, n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
     return f"{_clean(param)} is not a known field{hint}; allowed are: {listed(allowed)}."
 

@@ -17,7 +17,7 @@ from samplers.other_names import CFG_PLUS_PLUS
 from server.requests.choice import name_of
 from server.requests.foreign_names import fields_of, sampler_of, schedule_of, shown
 
-__all__ = ["RESIZE_MODES", "SAME", "SCALES", "Readable", "Reading", "in_our_words"]
+__all__ = ["LIKE", "RESIZE_MODES", "SAME", "SCALES", "Readable", "Reading", "in_our_words"]
 
 SAME: Final[Mapping[str, str]] = MappingProxyType(
     {
@@ -34,6 +34,22 @@ SAME: Final[Mapping[str, str]] = MappingProxyType(
     }
 )
 """Fields of other services, and ours that mean the same."""
+
+LIKE: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "init_image": "image",
+        "init_images": "image",
+        "input_image": "image",
+        "image_url": "image",
+        "mask_image": "mask",
+        "mask_url": "mask",
+        "lora": "adapters",
+        "loras": "adapters",
+        "true_cfg_scale": "guidance",
+        "format": "output_format",
+    }
+)
+"""Fields of other services, and ours that come nearest, for error messages."""
 
 SCALES: Final = ("cfg_scale", "guidance_scale", "true_cfg_scale")
 """What other services call `guidance.scale`."""

@@ -16,6 +16,7 @@ from samplers.heavy_ball import GHVB, HB, MomentumSampler, Nesterov
 from samplers.lms import LMS
 from samplers.noise_schedule import DiscreteVP
 from samplers.sa_solver import SASolver
+from samplers.sa_solver_pece import SASolverPECE
 from samplers.spacing import ListedSpacing
 from samplers.spacings import spacing_named as spacing_named
 from tests.covering import EVERY_CELL, covering
@@ -126,10 +127,13 @@ def label(setting: BaseModel) -> str:
 def _says_nothing_new(sampler: Sampler) -> bool:
     """Pseudo derivatives are exact below order 3; the fraction of an order is its beta.
 
-    Rounded weights are those of order 2 alone. Where others lower the order is test_step_order's.
+    Without noise it does not matter where it is drawn. Rounded weights are those of order 2 alone.
+    Where others lower the order is test_step_order's.
     """
     if isinstance(getattr(sampler, "lower_order_final", None), str):
         return True
+    if isinstance(sampler, SASolverPECE) and sampler.tau == 0:
+        return sampler.noise == "throughout"
     if isinstance(sampler, MomentumSampler):
         return sampler.beta in (1, sampler.order)
     if isinstance(sampler, SASolver) and sampler.second_order == "rounded":

@@ -267,6 +267,7 @@ def test_a_missing_prompt_is_required() -> None:
     ("fields", "field", "hint"),
     [
         ({"step": 3}, "step", "did you mean steps?"),
+        ({"init_images": ["x"]}, "init_images", "did you mean image?"),
         ({"guidance": {"name": "apg", "scael": 3}}, "guidance.scael", "did you mean scale?"),
         ({"guidance": {"name": "cfg", "polcy": 3}}, "guidance.polcy", "did you mean policy?"),
         ({"sampler": {"name": "ddim", "etta": 3}}, "sampler.etta", "did you mean eta?"),
