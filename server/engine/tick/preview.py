@@ -26,6 +26,10 @@ RIDGE = 1e-8
 ENLARGED = 4
 """Preview pixels along one side of a latent cell."""
 
+EDGE = 2
+"""Cells along each side that show their inner neighbours' colours: what an autoencoder says at the
+edge of a picture, which it pads with zeros, is not what it says of these colours elsewhere."""
+
 
 def fit_preview(model: HostedModel) -> Tensor:
     """The map from the features of a latent cell to its mean colour, ``[features, 3]``.
@@ -37,16 +41,32 @@ def fit_preview(model: HostedModel) -> Tensor:
     side = max(model.facts.size_multiple, CELLS * model.facts.latent_scale)
     patches = torch.rand(SAMPLES, 3, PATCHES, PATCHES, generator=generator) * 2 - 1
     pixels = F.interpolate(patches, size=(side, side), mode="nearest").to(model.device)
-    latents = model.encode_image(pixels).movedim(1, -1)
-    colours = F.avg_pool2d(pixels, model.facts.latent_scale).movedim(1, -1)
+    latents = _inner(model.encode_image(pixels)).movedim(1, -1)
+    colours = _inner(F.avg_pool2d(pixels, model.facts.latent_scale)).movedim(1, -1)
     return _ridge(_features(latents).flatten(0, 2).double(), colours.flatten(0, 2).double()).float()
 
 
 def previews(denoised: Tensor, colours: Tensor) -> Tensor:
     """uint8 ``[images, 4 h, 4 w, 3]`` of denoised predictions ``[images, C, h, w]``."""
-    flat = _features(denoised.movedim(1, -1)) @ colours
+    flat = _features(_beyond_edge(denoised).movedim(1, -1)) @ colours
     pictures = F.interpolate(flat.movedim(-1, 1), scale_factor=ENLARGED, mode="bilinear")
     return to_uint8(pictures)
+
+
+def _inner(cells: Tensor) -> Tensor:
+    """Cells ``[n, C, h, w]`` without those at the edge."""
+    return cells[..., EDGE:-EDGE, EDGE:-EDGE]
+
+
+def _beyond_edge(cells: Tensor) -> Tensor:
+    """Cells ``[n, C, h, w]`` where those at the edge are their inner neighbours."""
+    rows, columns = (_clear_of_edge(side).to(cells.device) for side in cells.shape[-2:])
+    return cells.index_select(-2, rows).index_select(-1, columns)
+
+
+def _clear_of_edge(side: int) -> Tensor:
+    """The places along a side, each no nearer to its ends than ``EDGE``, if it is long enough."""
+    return torch.arange(side).clamp(min(EDGE, side // 2), max(side - 1 - EDGE, side // 2))
 
 
 def _ridge(features: Tensor, colours: Tensor) -> Tensor:

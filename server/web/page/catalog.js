@@ -4,8 +4,9 @@ import { create, equal, object, select } from "./fields.js";
 
 /** A choice among entries of the catalog, with the fields of the chosen one. */
 function picker({ title, description, blank }) {
-  const element = create("fieldset");
+  const element = create("fieldset", { className: "picker" });
   let entry, fields, names, untouched;
+  let isTaken = false;
   element.offer = (entries, chosen) => {
     const known = entries.map((one) => one.name);
     names = select(blank ? [null, ...known] : known, chosen ? chosen.name ?? known[0] : null, blank);
@@ -17,17 +18,29 @@ function picker({ title, description, blank }) {
       fields = object({ properties }, { ...entry.defaults, ...(chosen?.name === entry.defaults.name && chosen) }, $defs);
       details.replaceChildren(create("small", { title: entry.source }, entry.summary), fields);
     };
+    names.ariaLabel = title;
     names.addEventListener("change", show);
-    element.replaceChildren(create("legend", { title: description }, title), names, details);
+    element.replaceChildren(create("legend", {}, title), names, create("small", {}, description), details);
     show();
     untouched = element.read();
+    isTaken = false;
+  };
+  /** Shows a choice that stays where defaults change. */
+  element.take = (entries, chosen) => {
+    element.offer(entries, chosen);
+    isTaken = true;
+  };
+  /** Goes back to following the defaults. */
+  element.release = () => {
+    untouched = element.read();
+    isTaken = false;
   };
   element.read = () => {
     if (!entry) return undefined;
     const changed = Object.entries(fields.read()).filter(([name, value]) => !equal(value, entry.defaults[name]));
     return { ...("name" in entry.defaults && { name: entry.name }), ...Object.fromEntries(changed) };
   };
-  element.isUntouched = () => equal(element.read(), untouched);
+  element.isUntouched = () => !isTaken && equal(element.read(), untouched);
   return element;
 }
 
@@ -39,6 +52,16 @@ function put(into, [first, ...rest], value) {
 
 /** Where a request states a choice; for a list, its first entry. */
 const path = ({ field, most }) => [...field.split("."), ...(most > 1 ? ["0"] : [])];
+
+/**
+ * What a request states for a choice: undefined where the server chooses, null for none. Guidance
+ * that is named states all of its parts.
+ */
+function stated(choice, request) {
+  const chosen = path(choice).reduce((within, field) => within?.[field], request);
+  if (choice.field === "guidance") return chosen?.name ? chosen : undefined;
+  return chosen ?? (choice.field.startsWith("guidance.") && request.guidance?.name && choice.blank ? null : undefined);
+}
 
 /** The terms of the model's classifier, with a choice among the classes that it has. */
 function aimed(entries, classes) {
@@ -60,7 +83,7 @@ function aimed(entries, classes) {
 export function pickersOf({ choices, ...offered }, place) {
   const placed = choices.filter(place);
   const pickers = {};
-  let model;
+  let model, lists;
   for (const choice of placed) {
     pickers[choice.entries] = picker(choice);
     place(choice).append(pickers[choice.entries]);
@@ -75,11 +98,21 @@ export function pickersOf({ choices, ...offered }, place) {
   };
   const follow = (chosenModel) => {
     model = chosenModel;
-    const lists = { ...offered, classifiers: aimed(offered.classifiers, model.classifier) };
+    lists = { ...offered, classifiers: aimed(offered.classifiers, model.classifier) };
     for (const choice of placed) {
       const picked = pickers[choice.entries];
       const chosen = path(choice).reduce((within, field) => within?.[field], model.defaults);
       if (picked.isUntouched() || choice.entries === "classifiers") picked.offer(lists[choice.entries], chosen);
+    }
+    followSampler();
+  };
+  /** Shows what a request states for a model, and that model's defaults for the rest. */
+  const take = (request, chosenModel) => {
+    for (const choice of placed) pickers[choice.entries].release();
+    follow(chosenModel);
+    for (const choice of placed) {
+      const chosen = stated(choice, request);
+      if (chosen !== undefined) pickers[choice.entries].take(lists[choice.entries], chosen);
     }
     followSampler();
   };
@@ -92,5 +125,5 @@ export function pickersOf({ choices, ...offered }, place) {
     return request;
   };
   pickers.samplers.addEventListener("change", followSampler);
-  return { follow, fill };
+  return { follow, take, fill };
 }

@@ -10,9 +10,10 @@ const DIRECTIONS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], A
  * @param cursor an element over it, which shows where the keyboard draws.
  * @param pen gives the colour and the width, in pixels of the canvas.
  * @param onChange called after each change.
+ * @param paper colour of the empty canvas.
  * @returns a function that clears the canvas.
  */
-export function drawOn(canvas, cursor, pen, onChange) {
+export function drawOn(canvas, cursor, pen, onChange, paper = "white") {
   const context = canvas.getContext("2d");
   let from = null;
   let at = [0.5, 0.5];
@@ -34,7 +35,7 @@ export function drawOn(canvas, cursor, pen, onChange) {
     onChange();
   };
   const clear = () => {
-    context.fillStyle = "white";
+    context.fillStyle = paper;
     context.fillRect(0, 0, canvas.width, canvas.height);
     onChange();
   };

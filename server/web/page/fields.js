@@ -75,11 +75,11 @@ export function object(schema, value = {}, definitions) {
   for (const [name, field] of Object.entries(schema.properties)) {
     if ("const" in field) continue;
     const one = inputs[name] = input(field, name in value ? value[name] : field.default, definitions);
-    const title = field.description ?? "";
+    const words = create("small", {}, field.description ?? "");
     element.append(
       one.matches("div")
-        ? create("fieldset", { title }, create("legend", {}, name), one)
-        : create("label", { title }, `${name} `, one)
+        ? create("fieldset", {}, create("legend", {}, name), words, one)
+        : create("label", {}, `${name} `, one, words)
     );
   }
   const read = () => Object.fromEntries(Object.entries(inputs).map(([name, one]) => [name, one.read()]));

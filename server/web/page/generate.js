@@ -1,23 +1,22 @@
-/** The tab for single images. */
+/** The tab for pictures: asks for them, shows them as they come, and takes settings back. */
 
-import { pickersOf } from "./catalog.js";
+import { examplesOf } from "./examples.js";
 import { create } from "./fields.js";
-import { answered, events, headers, loaded, needsKey } from "./server.js";
+import * as gallery from "./gallery.js";
+import { generation } from "./generation.js";
+import { settingsIn } from "./png_text.js";
+import { PRESETS } from "./presets.js";
+import { requestForm, segments } from "./request_form.js";
+import { loaded, needsKey } from "./server.js";
 
 const $ = (id) => document.getElementById(id);
 const form = $("form");
-let pickers;
+let asking;
+let catalog;
 
 function say(text, isError = false) {
   $("said").textContent = text;
   $("said").className = isError ? "error" : "";
-}
-
-function body() {
-  const made = { prompt: form.prompt.value, model: form.model.value };
-  if (form.negative_prompt.value) made.negative_prompt = form.negative_prompt.value;
-  for (const name of ["steps", "n", "seed"]) if (form[name].value) made[name] = Number(form[name].value);
-  return pickers.fill(made);
 }
 
 /** The equivalent command; it saves a single image as a file, and several as JSON. */
@@ -28,83 +27,173 @@ function curl(asked) {
   return `curl ${location.origin}/v1/generate -H 'content-type: application/json' ${key}${answer} -d '${text}'`;
 }
 
+const blobOf = (base64, type) => new Blob([Uint8Array.from(atob(base64), (one) => one.charCodeAt(0))], { type });
+
+const waiting = (before) => ({ caption: `waiting, ${before + 1} in line` });
+
+/** The request for one image of an answer alone, if it does not depend on the others. */
+function requestOf(asked, { settings, particles }, seed) {
+  const isAlone = !particles && !settings.guidance.negtome;
+  const uploads = Object.fromEntries(["image", "mask", "reference"].filter((name) => asked[name]).map((name) => [name, asked[name]]));
+  return { ...settings, ...(isAlone && { seed, n: 1 }), ...uploads };
+}
+
 async function generate(asked) {
-  const response = await answered(await fetch("/v1/generate", {
-    method: "POST",
-    headers: { "content-type": "application/json", ...headers() },
-    body: JSON.stringify({ ...asked, stream: true }),
-  }));
-  const shares = {};
-  let figures = [];
-  for await (const [name, data] of events(response)) {
-    if (name === "error") throw new Error(data.error.message);
-    if (name === "queued") {
-      const { n, seed, prompt } = data.settings;
-      $("curl").textContent = curl({ ...asked, seed });
-      figures = Array.from({ length: n }, () => create("figure", {}, create("img", { alt: prompt }), create("figcaption", {}, "waiting")));
-      $("pictures").replaceChildren(...figures);
-      $("answer").scrollIntoView({ block: "nearest" });
+  const controller = new AbortController();
+  const pictures = gallery.begin(asked.prompt, asked.n ?? asking.model().defaults.n, () => controller.abort());
+  const all = (changes) => pictures.forEach((picture) => gallery.tell(picture, changes));
+  let command = curl(asked);
+  all({ command });
+  try {
+    for await (const [name, data] of generation(asked, controller.signal, (before) => all(waiting(before)))) {
+      if (name === "queued") {
+        command = curl({ ...asked, seed: data.settings.seed });
+        all({ command, caption: "waiting for the model" });
+      }
+      if (name === "progress") {
+        const { index, step, steps, preview } = data;
+        gallery.tell(pictures[index], { caption: `step ${step} of ${steps}`, share: step / steps, ...(preview && { src: preview }) });
+      }
+      if (name === "completed") {
+        const kind = `image/${data.settings.output_format}`;
+        const { spent, saved } = data.evaluations;
+        const cost = `${spent} evaluations, ${saved} saved, ${data.timings.total_s.toFixed(2)} s.`;
+        say([cost, ...data.notes, ...data.warnings].join(" "));
+        await Promise.all(data.images.map(({ b64_json, seed }, index) => {
+          const ancestor = data.particles ? `, from image ${data.particles.ancestors[index] + 1}` : "";
+          return gallery.finish(pictures[index], blobOf(b64_json, kind), `seed ${seed}${ancestor}`, requestOf(asked, data, seed));
+        }));
+      }
     }
-    if (name === "progress") {
-      const { index, step, steps, preview } = data;
-      const [image, caption] = figures[index].children;
-      caption.textContent = `step ${step} of ${steps}`;
-      if (preview) image.src = preview;
-      shares[index] = step / steps / figures.length;
-      $("progress").value = Object.values(shares).reduce((sum, share) => sum + share);
-    }
-    if (name === "completed") {
-      data.images.forEach(({ b64_json, seed }, index) => {
-        const [image, caption] = figures[index].children;
-        const ancestor = data.particles && `, from image ${data.particles.ancestors[index] + 1}`;
-        image.src = `data:image/png;base64,${b64_json}`;
-        caption.textContent = `seed ${seed}${ancestor ?? ""}`;
-      });
-      const { spent, saved } = data.evaluations;
-      const cost = `${spent} evaluations, ${saved} saved, ${data.timings.total_s.toFixed(2)} s.`;
-      return say([cost, ...data.notes, ...data.warnings].join(" "));
-    }
+  } catch (error) {
+    gallery.drop(pictures);
+    say(controller.signal.aborted ? "Cancelled." : error.message, !controller.signal.aborted);
   }
-  throw new Error("The server closed the connection before the images were complete.");
+}
+
+const asPng = async (blob) => {
+  if (blob.type === "image/png") return blob;
+  const bitmap = await createImageBitmap(blob);
+  const canvas = create("canvas", { width: bitmap.width, height: bitmap.height });
+  canvas.getContext("2d").drawImage(bitmap, 0, 0);
+  return new Promise((resolve) => canvas.toBlob(resolve, "image/png"));
+};
+
+const asDataUri = (blob) => new Promise((resolve) => {
+  const reader = new FileReader();
+  reader.onload = () => resolve(reader.result);
+  reader.readAsDataURL(blob);
+});
+
+async function showSettings(request) {
+  await asking.show(request);
+  tellPreset(null);
+  const isHosted = catalog.models.some(({ name }) => name === request.model);
+  if (!isHosted) say(`Model ${request.model} is not loaded here; the chosen one stays.`, true);
+  else if (request.strength && !request.image) say("These settings start from a picture; choose it under Start from a picture.");
+  else say("The settings of the picture are back.");
+}
+
+/** What may be done with the picture that is shown large. */
+const ACTIONS = {
+  "Use settings": ({ request }) => showSettings(request),
+  "Reuse seed": ({ request }) => {
+    form.seed.value = request.seed;
+    say(`The next picture has seed ${request.seed}.`);
+  },
+  "Start from it": async ({ blob, request }) => {
+    const { width, height } = request;
+    Object.assign(form.width, { value: width });
+    Object.assign(form.height, { value: height });
+    asking.startFrom(await asDataUri(blob));
+    const details = $("image-upload").closest("details");
+    details.open = true;
+    details.scrollIntoView({ block: "nearest" });
+  },
+  Copy: async ({ blob }) => {
+    if (!navigator.clipboard) throw new Error("Browsers copy pictures only on pages of HTTPS or of this machine.");
+    await navigator.clipboard.write([new ClipboardItem({ "image/png": asPng(blob) })]);
+    say("Copied.");
+  },
+  Download: ({ blob, src, request }) => create("a", { href: src, download: `weft-${request.seed}.${blob.type.split("/")[1]}` }).click(),
+  Delete: (picture) => gallery.discard(picture),
+};
+
+for (const [textContent, act] of Object.entries(ACTIONS)) {
+  const onclick = async () => {
+    try { await act(gallery.current()); } catch (error) { say(error.message, true); }
+  };
+  $("actions").append(create("button", { type: "button", textContent, onclick }));
+}
+
+gallery.whenShown((picture) => {
+  $("actions").hidden = !picture?.isDone;
+  const command = picture?.command ?? (picture?.request && !picture.request.image && curl(picture.request));
+  $("about").hidden = !command;
+  $("curl").textContent = command || "";
+});
+
+function tellPreset(name) {
+  for (const radio of $("presets").querySelectorAll("input")) radio.checked = radio.value === name;
+  const preset = PRESETS.find((one) => one.name === name);
+  $("preset-words").textContent = preset ? preset.words(asking.model(), catalog.models) : "Your own settings.";
+}
+
+function offerExamples() {
+  const examples = examplesOf(form.model.value);
+  $("examples").hidden = !examples;
+  if (!examples) return;
+  $("empty").textContent = `${examples.words} Press one of the examples.`;
+  $("examples").replaceChildren(...examples.prompts.map((textContent) => {
+    const onclick = () => {
+      form.prompt.value = textContent;
+      form.requestSubmit();
+    };
+    return create("button", { type: "button", textContent, onclick });
+  }));
 }
 
 async function start() {
-  const catalog = await loaded(say);
-  const { models } = catalog;
-  form.model.replaceChildren(...models.map((model) => new Option(model.name)));
-  pickers = pickersOf(catalog, ({ blank }) => $(blank === "off" ? "added" : "needed"));
-  const follow = () => {
-    const model = models[form.model.selectedIndex];
-    form.steps.placeholder = model.defaults.steps;
-    form.n.placeholder = model.defaults.n;
-    pickers.follow(model);
-  };
-  form.model.addEventListener("change", follow);
-  follow();
+  catalog = await loaded(say);
+  asking = requestForm(form, catalog);
+  const opening = asking.model().defaults.convention === null ? "balanced" : "fast";
+  segments($("presets"), PRESETS, (name) => {
+    asking.choose(PRESETS.find((one) => one.name === name).fields(asking.model(), catalog.models));
+    tellPreset(name);
+    offerExamples();
+  });
+  tellPreset(opening);
+  offerExamples();
+  form.model.addEventListener("change", offerExamples);
+  $("more").addEventListener("change", () => tellPreset(null));
   return true;
 }
 
 let started = false;
+await gallery.restore();
 try { started = await start(); } catch (error) { say(error.message, true); }
 
 form.addEventListener("submit", async (event) => {
   event.preventDefault();
-  const button = form.querySelector("button:not([type])");
-  button.disabled = true;
   say("");
   try {
     started ||= await start();
-    const asked = body();
-    $("curl").hidden = false;
-    $("curl").textContent = curl(asked);
-    $("progress").value = 0;
-    $("progress").hidden = false;
-    await generate(asked);
+    await generate(asking.read());
   } catch (error) {
     say(error.message, true);
-    $("answer").scrollIntoView({ block: "nearest" });
-  } finally {
-    button.disabled = false;
-    $("progress").hidden = true;
   }
+});
+
+form.addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
+});
+
+window.addEventListener("dragover", (event) => event.preventDefault());
+window.addEventListener("drop", async (event) => {
+  const [file] = event.dataTransfer.files;
+  if (!file) return;
+  event.preventDefault();
+  const request = started && (await settingsIn(file));
+  if (request) await showSettings(request);
+  else say(`${file.name} is no PNG with settings of this server.`, true);
 });

@@ -21,6 +21,21 @@ def test_a_preview_shows_the_colours_of_the_picture(model):
         assert abs(ours - theirs).max() < 40
 
 
+def test_a_preview_has_no_border_that_the_picture_has_not(model):
+    picture = torch.tensor([-0.6, 0.1, 0.7]).view(1, 3, 1, 1).expand(1, 3, 128, 128)
+    with torch.inference_mode():
+        small = previews(model.encode_image(picture), fit_preview(model))[0].float()
+    middle = small[24:40, 24:40].mean((0, 1))
+    assert (small - middle).abs().max() < 24
+
+
+def test_a_preview_of_a_single_cell_is_one_colour():
+    model = Toy()
+    small = previews(torch.ones(1, 4, 1, 1), fit_preview(model))
+    assert small.shape == (1, 4, 4, 3)
+    assert len(small.flatten(0, 2).unique(dim=0)) == 1
+
+
 class ManyChannels(Toy):
     """Says each colour in many channels, so that there is no one way to read it."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import itertools
 import json
 import shlex
@@ -11,6 +12,7 @@ from typing import Any
 
 import httpx2
 import pytest
+from PIL import Image
 
 from guidance import CFG
 from guidance.embedded import Embedded
@@ -22,7 +24,9 @@ from server.requests.schema import GenerateRequest, guidance_of
 from tests.server.http.browser import Tab, new_tab
 
 PAGE = "\n".join(
-    file.read_text("utf-8") for file in (WEB / "index.html", *sorted((WEB / "page").iterdir()))
+    file.read_text("utf-8")
+    for file in (WEB / "index.html", *sorted((WEB / "page").iterdir()))
+    if file.name != "presets.js"
 )
 CHOICES = {
     choice.entries: choice.field + (".0" if choice.most > 1 else "") for choice in catalog().choices
@@ -30,32 +34,54 @@ CHOICES = {
 """Where the page puts what it chose from each list of the catalog."""
 
 TOOLS = """
-const form = document.forms[0];
+const $ = (id) => document.getElementById(id);
+const form = $("form");
 const until = async (there) => {
-  while (!there()) await new Promise((resolve) => setTimeout(resolve, 10));
+  while (!await there()) await new Promise((resolve) => setTimeout(resolve, 10));
 };
-const selects = () => [...document.querySelectorAll("#choices > div > fieldset > select")];
+const selects = () => [...document.querySelectorAll("#more fieldset.picker > select")];
 const titles = TITLES;
 const select = (title) => selects()[titles.indexOf(title)];
 const pick = (title, option) => {
   select(title).value = option;
   select(title).dispatchEvent(new Event("change", { bubbles: true }));
 };
+const tiles = (kind = "") => [...document.querySelectorAll(`#pictures .tile${kind}`)];
+const ended = () => until(() => !tiles(".running").length);
 const press = async () => {
   form.requestSubmit();
-  await until(() => !form.querySelector("button").disabled);
+  await ended();
 };
 const texts = (selector) => [...document.querySelectorAll(selector)].map((one) => one.textContent);
-const pictures = () => [...document.querySelectorAll("#answer img")].map((image) => image.src);
+const base64 = (blob) => new Promise((resolve) => {
+  const reader = new FileReader();
+  reader.onload = () => resolve(reader.result.split(",")[1]);
+  reader.readAsDataURL(blob);
+});
+const kept = async () => (await import("/page/gallery_store.js")).kept();
+/** The gallery's files in base64, the oldest first. */
+const pictures = async () => {
+  await until(async () => (await kept()).length === tiles().length);
+  return Promise.all((await kept()).map(({ blob }) => base64(blob)));
+};
+const act = (name) => [...$("actions").children].find((one) => one.textContent === name).click();
 """.replace("TITLES", json.dumps([*CHOICES]))
+
+FRESH = """
+if (!sessionStorage.fresh) indexedDB.deleteDatabase("weft");
+sessionStorage.fresh = true;
+"""
+"""Empties the browser's gallery before a tab first looks into it."""
+
+READY = f"await until(() => selects().length === {len(CHOICES)});"
 
 
 @pytest.fixture
 def tab(browser: str, client: httpx2.Client) -> Iterator[Tab]:
     """The server's page, ready to use."""
     with new_tab(browser, TOOLS) as tab:
-        tab.open(str(client.base_url))
-        tab.run(f"await until(() => selects().length === {len(CHOICES)}); form.steps.value = 2")
+        tab.open(str(client.base_url), FRESH)
+        tab.run(f"{READY} form.steps.value = 2")
         yield tab
 
 
@@ -76,7 +102,7 @@ def test_the_api_s_page_is_drawn_without_any_other_server(tab: Tab, client: http
 
 
 def test_the_page_offers_every_list_of_the_catalog(tab: Tab) -> None:
-    legends = tab.run("return texts('#choices > div > fieldset > legend')")
+    legends = tab.run("return texts('#more fieldset.picker > legend')")
     assert sorted(legends) == sorted(choice.title for choice in catalog().choices)
     assert {*CHOICES} == {*Catalog.model_fields} - {"choices", "defaults", "models"}
 
@@ -90,9 +116,11 @@ def test_the_page_spells_nothing_that_the_catalog_lists(title: str) -> None:
 def test_the_page_as_it_opens_is_a_request_that_leaves_all_out(
     tab: Tab, generate: Callable[..., httpx2.Response]
 ) -> None:
-    shown = tab.run("form.seed.value = 5; await press(); return [form.prompt.value, pictures()]")
+    shown = tab.run(
+        "form.seed.value = 5; await press(); return [form.prompt.value, await pictures()]"
+    )
     [picture] = generate(prompt=shown[0]).json()["images"]
-    assert shown[1] == [f"data:image/png;base64,{picture['b64_json']}"]
+    assert shown[1] == [picture["b64_json"]]
 
 
 def test_the_page_opens_with_what_the_server_would_choose(tab: Tab, client: httpx2.Client) -> None:
@@ -242,16 +270,16 @@ def test_the_page_shows_every_image_of_a_group(tab: Tab) -> None:
         form.n.value = 3; form.seed.value = 5;
         pick("negtome", "negtome");
         await press();
-        return { pictures: pictures(), captions: texts("figcaption") };
+        const labels = tiles().map(({ ariaLabel }) => ariaLabel.split(", ").at(-1));
+        return { pictures: await pictures(), labels };
         """
     )
     assert len(set(shown["pictures"])) == 3
-    assert all(picture.startswith("data:image/png;base64,") for picture in shown["pictures"])
-    assert shown["captions"] == ["seed 5", "seed 6", "seed 7"]
+    assert shown["labels"] == ["seed 5", "seed 6", "seed 7"]
 
 
 def test_the_page_shows_why_a_request_is_refused(tab: Tab) -> None:
-    said = tab.run('pick("particles", "fkc"); await press(); return texts("#said, .error")')
+    said = tab.run('pick("particles", "fkc"); await press(); return texts("#said.error")')
     assert said == ["n is 1; guidance.particles needs at least 2 images."]
 
 
@@ -262,14 +290,14 @@ def test_the_page_aims_at_what_the_model_s_classifier_knows(
     shown = tab.run(
         """
         pick("classifiers", "elucd");
-        const labels = document.querySelectorAll("fieldset fieldset label");
+        const labels = document.querySelectorAll("#more fieldset fieldset label");
         const classes = [...labels].map((label) => {
           const aim = label.querySelector("select");
           aim.selectedIndex = aim.options.length - 1;
           return [label.firstChild.data.trim(), [...aim.options].slice(1).map(({ text }) => text)];
         });
         await press();
-        return { classes, text: texts("#curl"), pictures: pictures() };
+        return { classes, text: texts("#curl"), pictures: await pictures() };
         """
     )
     assert dict(shown["classes"]) == model["classifier"]
@@ -285,7 +313,7 @@ def test_the_command_that_the_page_shows_makes_the_same(
     prompt = 'it\'s a "red" circle,\n100% of $HOME, `sh` and \\!'
     shown = tab.run(
         f"form.prompt.value = {json.dumps(prompt)}; form.n.value = {n};"
-        "await press(); return { curl: texts('#curl')[0], pictures: pictures() }"
+        "await press(); return { curl: texts('#curl')[0], pictures: await pictures() }"
     )
     headers, body = _posted(shown["curl"])
     assert body["prompt"] == prompt
@@ -295,7 +323,7 @@ def test_the_command_that_the_page_shows_makes_the_same(
         made = [image["b64_json"] for image in answer.json()["images"]]
     else:
         made = [base64.b64encode(answer.content).decode()]
-    assert shown["pictures"] == [f"data:image/png;base64,{picture}" for picture in made]
+    assert shown["pictures"] == made
 
 
 def _posted(command: str) -> tuple[dict[str, str], Any]:
@@ -304,3 +332,136 @@ def _posted(command: str) -> tuple[dict[str, str], Any]:
     options = list(itertools.pairwise(words))
     headers = dict(word.split(": ", 1) for option, word in options if option == "-H")
     return headers, json.loads(next(word for option, word in options if option == "-d"))
+
+
+def test_pictures_come_first_on_phones_and_desktops(tab: Tab) -> None:
+    for width, height in ((390, 844), (1280, 800)):
+        tab.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=False,
+        )
+        bottom, folded, across = tab.run(
+            """
+            const open = [...document.querySelectorAll("#more details")].filter((one) => one.open);
+            const { scrollWidth } = document.documentElement;
+            return [$("viewer").getBoundingClientRect().bottom, !open.length, scrollWidth];
+            """
+        )
+        assert bottom <= height
+        assert folded
+        assert across <= width
+
+
+def test_presets_ask_for_what_the_server_takes_without_a_warning(
+    tab: Tab, client: httpx2.Client
+) -> None:
+    sent = tab.run(
+        """
+        const sent = [];
+        window.fetch = async (_, { body }) => { sent.push(body); throw new Error("kept"); };
+        for (const radio of $("presets").querySelectorAll("input")) {
+          radio.click();
+          await press();
+        }
+        return sent;
+        """
+    )
+    bodies = [json.loads(body) for body in sent]
+    shown = [(body["model"], body.get("steps")) for body in bodies]
+    assert shown == [("embedded-lcm", None), ("embedded", None), ("embedded", 20)]
+    assert GenerateRequest.model_validate(bodies[2]).guidance is not None
+    for body in bodies:
+        answer = client.post("/v1/generate", json={**body, "stream": False, "steps": 4})
+        assert answer.status_code == 200
+        assert answer.json()["warnings"] == []
+
+
+def test_settings_come_back_from_the_gallery_and_from_a_dropped_file(
+    tab: Tab, client: httpx2.Client
+) -> None:
+    again, dropped = tab.run(
+        """
+        form.prompt.value = "a blue square"; form.negative_prompt.value = "red";
+        form.seed.value = 7;
+        pick("samplers", "deis"); pick("policies", "reuse"); pick("cfg_norm", "cfg_norm");
+        await press();
+        const fields = ["prompt", "seed", "steps", "negative_prompt"];
+        const lists = ["samplers", "policies", "cfg_norm"];
+        const shown = () => [
+          ...fields.map((one) => form[one].value), ...lists.map((one) => select(one).value),
+        ];
+        const clear = () => {
+          $("presets").querySelector("[value=balanced]").click();
+          form.prompt.value = "another"; form.seed.value = form.negative_prompt.value = "";
+        };
+        await until(async () => (await kept()).length);
+        clear();
+        act("Use settings");
+        await until(() => form.seed.value === "7");
+        const again = shown();
+        clear();
+        const [{ blob }] = await kept();
+        const data = new DataTransfer();
+        data.items.add(new File([blob], "made.png"));
+        window.dispatchEvent(new DragEvent("drop", { dataTransfer: data, cancelable: true }));
+        await until(() => form.seed.value === "7");
+        return [again, shown()];
+        """
+    )
+    assert again == ["a blue square", "7", "2", "red", "deis", "reuse", "cfg_norm"]
+    assert dropped == again
+    tab.open(str(client.base_url))
+    after_reload = tab.run(
+        READY + "await until(() => tiles().length); return tiles().map((one) => one.ariaLabel);"
+    )
+    assert after_reload == ["a blue square, seed 7"]
+
+
+def test_several_requests_run_at_once_and_each_is_cancelled_alone(tab: Tab) -> None:
+    got = tab.run(
+        """
+        form.steps.value = 60;
+        for (let n = 0; n < 7; n += 1) form.requestSubmit();
+        await until(() => tiles(".running").some(({ ariaLabel }) => ariaLabel.includes("step ")));
+        const labels = tiles(".running").map(({ ariaLabel }) => ariaLabel);
+        const inLine = labels.filter((label) => label.includes("in line"));
+        const stops = () => [...document.querySelectorAll("#pictures .stop")];
+        stops().at(-1).click();
+        await until(() => tiles().length === 6);
+        const said = $("said").textContent;
+        for (const stop of stops()) stop.click();
+        await until(() => !tiles().length);
+        return [labels.length, inLine.length, said, $("said").className];
+        """
+    )
+    assert got == [7, 2, "Cancelled.", ""]
+
+
+def test_a_part_painted_with_the_keyboard_is_the_mask_of_the_request(tab: Tab) -> None:
+    sent = tab.run(
+        """
+        form.seed.value = 5;
+        await press();
+        act("Start from it");
+        const canvas = document.querySelector(".mask canvas");
+        await until(() => !document.querySelector(".mask").hidden && canvas.width === 512);
+        canvas.focus();
+        for (const key of [" ", "ArrowLeft", "ArrowLeft"]) {
+          canvas.dispatchEvent(new KeyboardEvent("keydown", { key }));
+        }
+        form.strength.value = 1;
+        await press();
+        await until(async () => (await kept()).length === 2);
+        const { image, mask, strength, width } = (await kept()).at(-1).request;
+        return { image, mask, strength, width, said: $("said").className };
+        """
+    )
+    assert sent["said"] == ""
+    assert sent["strength"] == 1
+    assert sent["image"].startswith("data:image/png;base64,")
+    mask = Image.open(io.BytesIO(base64.b64decode(sent["mask"].split(",")[1]))).convert("L")
+    assert mask.size == (512, 512)
+    assert [mask.getpixel(at) for at in ((250, 256), (10, 10))] == [255, 0]

@@ -1,0 +1,105 @@
+/** The form of a request: what it asks for, and how a request is shown in it. */
+
+import { pickersOf } from "./catalog.js";
+import { create } from "./fields.js";
+import { maskPainter } from "./mask.js";
+import { upload } from "./upload.js";
+
+const NUMBERS = ["width", "height", "steps", "n", "seed", "strength"];
+const TEXTS = ["negative_prompt"];
+const SHOWN = new Set(["prompt", "model", "output_format", "sampler", "spacing", "guidance", "image", "mask", "reference", ...NUMBERS, ...TEXTS]);
+
+/** What the form has no input for: unknown fields, and all but the first perturbation. */
+function others(request) {
+  const rest = Object.entries(request).filter(([name, value]) => !SHOWN.has(name) && value?.length !== 0);
+  const perturbed = request.guidance?.perturbed;
+  return { ...Object.fromEntries(rest), ...(perturbed?.length > 1 && { guidance: { perturbed } }) };
+}
+
+/**
+ * Lets a form ask for what a catalog offers.
+ *
+ * @param form with the inputs of `index.html`.
+ * @param catalog the server's.
+ */
+export function requestForm(form, catalog) {
+  const { models } = catalog;
+  const picture = upload("Picture", "A PNG, JPEG or WebP that the result starts from.");
+  const reference = upload("Reference", "A picture to move away from; needs NegToMe, under More guidance.");
+  const mask = maskPainter();
+  form.querySelector("#image-upload").replaceChildren(picture);
+  form.querySelector("#reference-upload").replaceChildren(reference);
+  form.querySelector("#mask").replaceChildren(mask);
+  form.model.replaceChildren(...models.map(({ name }) => new Option(name)));
+  picture.addEventListener("change", () => mask.over(picture.read()));
+
+  const places = [...form.querySelectorAll("[data-choices]")];
+  const placeOf = ({ entries }) =>
+    places.find(({ dataset }) => dataset.choices.split(" ").includes(entries)) ?? places.at(-1);
+  const pickers = pickersOf(catalog, placeOf);
+  const model = () => models[form.model.selectedIndex];
+
+  const follow = () => {
+    const { defaults, width, height, size_multiple: multiple } = model();
+    form.steps.placeholder = defaults.steps;
+    form.n.placeholder = defaults.n;
+    Object.assign(form.width, { placeholder: width, step: multiple, min: multiple });
+    Object.assign(form.height, { placeholder: height, step: multiple, min: multiple });
+    pickers.follow(model());
+  };
+  form.model.addEventListener("change", follow);
+  // The browser shows what is wrong with a field only where the field is seen.
+  form.addEventListener("invalid", ({ target }) => { target.closest("details")?.setAttribute("open", ""); }, true);
+  follow();
+
+  /** The request that the form states; throws a sentence if a field cannot be read. */
+  const read = () => {
+    const made = { prompt: form.prompt.value, model: form.model.value };
+    for (const name of TEXTS) if (form[name].value) made[name] = form[name].value;
+    for (const name of NUMBERS) if (form[name].value) made[name] = Number(form[name].value);
+    if (form.output_format.selectedIndex) made.output_format = form.output_format.value;
+    for (const [name, input] of Object.entries({ image: picture, mask, reference })) {
+      if (input.read()) made[name] = input.read();
+    }
+    pickers.fill(made);
+    if (!form.extra.value.trim()) return made;
+    let extra;
+    try { extra = JSON.parse(form.extra.value); } catch { extra = null; }
+    if (extra === null || typeof extra !== "object") throw new Error("Other fields must be a JSON object, such as {\"adapters\": []}.");
+    const { guidance, ...fields } = extra;
+    return { ...made, ...fields, ...(guidance && { guidance: { ...made.guidance, ...guidance } }) };
+  };
+
+  /** Shows choices of model, steps, sampler and guidance; the rest of the form stays. */
+  const choose = (request) => {
+    if (models.some(({ name }) => name === request.model)) form.model.value = request.model;
+    form.steps.value = request.steps ?? "";
+    follow();
+    pickers.take(request, model());
+  };
+
+  /** Shows a whole request. */
+  const show = async (request) => {
+    form.prompt.value = request.prompt;
+    choose(request);
+    for (const name of [...TEXTS, ...NUMBERS]) form[name].value = request[name] ?? "";
+    form.output_format.value = request.output_format ?? "png";
+    const rest = others(request);
+    form.extra.value = Object.keys(rest).length ? JSON.stringify(rest) : "";
+    picture.put(request.image ?? null);
+    reference.put(request.reference ?? null);
+    await mask.over(request.image ?? null);
+    if (request.mask) await mask.put(request.mask);
+  };
+
+  return { read, choose, show, model, startFrom: picture.put };
+}
+
+/** Buttons among which one is pressed. */
+export function segments(fieldset, entries, onChoose) {
+  for (const { name, title } of entries) {
+    const radio = create("input", { type: "radio", name: "preset", value: name });
+    radio.addEventListener("change", () => onChoose(name));
+    fieldset.append(create("label", {}, radio, title));
+  }
+}

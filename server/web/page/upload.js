@@ -1,0 +1,48 @@
+/** An input for a picture: chosen, dropped or pasted. */
+
+import { create } from "./fields.js";
+
+const asDataUri = (file) => new Promise((resolve, reject) => {
+  const reader = new FileReader();
+  reader.onload = () => resolve(reader.result);
+  reader.onerror = () => reject(reader.error);
+  reader.readAsDataURL(file);
+});
+
+/**
+ * An input for a picture.
+ *
+ * @param label over it.
+ * @param words that explain it.
+ * @returns its element, with `read()` and `put(dataUri or null)`; it tells of changes by `change`.
+ */
+export function upload(label, words) {
+  const file = create("input", { type: "file", accept: "image/png,image/jpeg,image/webp" });
+  const preview = create("img", { alt: `${label}: chosen picture`, hidden: true });
+  const clear = create("button", { type: "button", textContent: "Remove", hidden: true });
+  const element = create("div", { className: "upload" }, create("label", { className: "wide" }, label, file), preview, clear, create("small", {}, words));
+  let value = null;
+  element.read = () => value;
+  element.put = (dataUri) => {
+    value = dataUri;
+    if (value) preview.src = value;
+    else file.value = "";
+    preview.hidden = clear.hidden = !value;
+    element.dispatchEvent(new Event("change", { bubbles: true }));
+  };
+  element.take = async (chosen) => element.put(await asDataUri(chosen));
+  file.addEventListener("change", (event) => {
+    event.stopPropagation();
+    if (file.files[0]) element.take(file.files[0]);
+  });
+  clear.addEventListener("click", () => element.put(null));
+  element.addEventListener("dragover", (event) => event.preventDefault());
+  element.addEventListener("drop", (event) => {
+    const [dropped] = event.dataTransfer.files;
+    if (!dropped) return;
+    event.preventDefault();
+    event.stopPropagation();
+    element.take(dropped);
+  });
+  return element;
+}
