@@ -24,7 +24,7 @@ SMALL: dict[str, Any] = {"prompt": "a red circle", "seed": 5, "width": SIDE, "he
 @pytest.fixture(scope="module")
 def api(running: Running) -> Iterator[WebUIApi]:
     host, port = running.address
-    made = WebUIApi(host=host, port=port, sampler="Euler", steps=4)
+    made = WebUIApi(host=host, port=port, sampler="Euler", steps=2)
     yield made
     made.session.close()
 
@@ -34,7 +34,7 @@ def array(image: Image.Image) -> NDArray[np.uint8]:
 
 
 def native(client: httpx2.Client, **fields: Any) -> list[NDArray[np.uint8]]:
-    body = SMALL | {"steps": 4, "sampler": "euler", "spacing": "linspace"} | fields
+    body = SMALL | {"steps": 2, "sampler": "euler", "spacing": "linspace"} | fields
     answer = client.post("/v1/generate", json=body)
     assert answer.status_code == 200, answer.text
     files = (base64.b64decode(image["b64_json"]) for image in answer.json()["images"])
@@ -70,7 +70,7 @@ def test_txt2img_makes_the_images_of_the_native_route(api: WebUIApi, client: htt
     assert result.info["sampler_name"] == "Euler"
     assert result.info["warnings"] == []
     assert result.info["infotexts"][1].startswith("a red circle\nNegative prompt: a square\nSteps:")
-    assert result.parameters["steps"] == 4
+    assert result.parameters["steps"] == 2
 
 
 def test_img2img_starts_from_an_image_and_repaints_what_the_mask_says(
