@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from server.models.tiling import pixels_a_cell, with_tiles
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -34,11 +36,13 @@ class Autoencoder:
             scaled = latents / self._scale + self._shift
         else:
             scaled = latents * self._deviation / self._scale + self._mean
-        return self.network.decode(scaled.to(self.network.dtype), return_dict=False)[0].float()
+        network = with_tiles(self.network, scaled, pixels_a_cell(self.network.config))
+        return network.decode(scaled.to(network.dtype), return_dict=False)[0].float()
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Clean latents ``[rows, C, h, w]`` float32 of pictures ``[rows, 3, H, W]`` in [-1, 1]."""
-        encoded = self.network.encode(pixels.to(self.network.dtype))
+        network = with_tiles(self.network, pixels, scale=1)
+        encoded = network.encode(pixels.to(network.dtype))
         # The mean of the posterior, not a sample: the same picture gives the same latent.
         latents = (
             encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.to_tuple()[0]

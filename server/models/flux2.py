@@ -20,6 +20,7 @@ from server.models.flux1 import THOUSAND
 from server.models.folder import Revisions, read_json
 from server.models.hosted import ModelFacts
 from server.models.parts import load_network, load_text_encoder, load_tokenizer
+from server.models.tiling import pixels_a_cell, with_tiles
 from server.models.transformer_model import (
     TRANSFORMER,
     TransformerModel,
@@ -152,12 +153,14 @@ class Flux2Autoencoder:
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures ``[rows, 3, H, W]`` float32 in [-1, 1] of clean latents ``[rows, C, h, w]``."""
         cells = F.pixel_shuffle(latents * self._deviation + self._mean, PATCH)
-        return self.network.decode(cells.to(self.network.dtype), return_dict=False)[0].float()
+        network = with_tiles(self.network, cells, pixels_a_cell(self.network.config))
+        return network.decode(cells.to(network.dtype), return_dict=False)[0].float()
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Clean latents ``[rows, C, h, w]`` float32 of pictures ``[rows, 3, H, W]`` in [-1, 1]."""
         # The mean of the posterior, not a sample: the same picture gives the same latent.
-        cells = self.network.encode(pixels.to(self.network.dtype)).latent_dist.mode().float()
+        network = with_tiles(self.network, pixels, scale=1)
+        cells = network.encode(pixels.to(network.dtype)).latent_dist.mode().float()
         return (F.pixel_unshuffle(cells, PATCH) - self._mean) / self._deviation
 
 

@@ -19,6 +19,7 @@ from server.models.flux1 import THOUSAND, packed, unpacked
 from server.models.folder import Revisions, read_json
 from server.models.hosted import ModelFacts
 from server.models.parts import load_network, load_text_encoder, load_tokenizer
+from server.models.tiling import pixels_a_cell, with_tiles
 from server.models.transformer_model import (
     TRANSFORMER,
     TransformerModel,
@@ -101,13 +102,13 @@ class QwenAutoencoder:
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures ``[rows, 3, H, W]`` float32 in [-1, 1] of clean latents ``[rows, C, h, w]``."""
         frames = (latents * self._deviation + self._mean)[:, :, None]
-        return self.network.decode(frames.to(self.network.dtype), return_dict=False)[0][
-            :, :, 0
-        ].float()
+        network = with_tiles(self.network, frames, pixels_a_cell(self.network.config))
+        return network.decode(frames.to(network.dtype), return_dict=False)[0][:, :, 0].float()
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Clean latents ``[rows, C, h, w]`` float32 of pictures ``[rows, 3, H, W]`` in [-1, 1]."""
-        encoded = self.network.encode(pixels[:, :, None].to(self.network.dtype)).latent_dist
+        network = with_tiles(self.network, pixels, scale=1)
+        encoded = network.encode(pixels[:, :, None].to(network.dtype)).latent_dist
         # The mean of the posterior, not a sample: the same picture gives the same latent.
         return (encoded.mode()[:, :, 0].float() - self._mean) / self._deviation
 

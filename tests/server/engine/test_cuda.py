@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch
 from embedded import MODEL_FOLDER
 from server.models.adapters.adapter import Weighted
 from server.models.loading import load_model
+from server.models.memory import bytes_of, measure, reclaim
 from tests.server.models.adapters.low_rank import adapter, changes
 
 pytestmark = pytest.mark.cuda
@@ -75,6 +78,23 @@ def test_half_precision_stays_finite_and_books_device_time(start, task, run, dty
     assert not run(engine, mix(task)).errors
     assert engine.measurements.denoise_s > 0
     assert model.dtype == getattr(torch, dtype)
+
+
+def test_a_model_that_comes_and_goes_leaves_the_memory_of_a_gpu_as_it_was(start, on_gpu, task, run):
+    engine = start(model=on_gpu)
+    run(engine, [task()]).pixels()
+    reclaim(engine.device)
+    before = torch.cuda.memory_allocated(), measure(engine.device).free
+    extra = load_model(MODEL_FOLDER, name="extra", device="cuda", dtype="float32")
+    weights = bytes_of(extra)
+    engine.add_model(extra)
+    run(engine, [replace(task(), model="extra")]).pixels()
+    assert torch.cuda.memory_allocated() - before[0] >= weights
+    assert before[1] - measure(engine.device).free >= weights
+    assert engine.remove_model("extra")
+    del extra
+    reclaim(engine.device)
+    assert torch.cuda.memory_allocated() - before[0] < weights / 10
 
 
 class Cramped:
