@@ -1,4 +1,4 @@
-/** The tab for pictures: asks for them, shows them as they come, and takes settings back. */
+/** The tab Create: asks for pictures, shows them as they come, and takes settings back. */
 
 import { examplesOf } from "./examples.js";
 import { create } from "./fields.js";
@@ -169,15 +169,32 @@ async function start() {
   return true;
 }
 
+/** Loads the catalog, unless it is loaded. */
+async function ready() {
+  started ||= await start();
+}
+
+/** What the form asks for now, and the catalog; throws a sentence if the server or the form has none. */
+export async function asked() {
+  await ready();
+  return { request: asking.read(), catalog };
+}
+
+/** Shows a request in the form, on its tab. */
+export async function open(request) {
+  $("images-tab").click();
+  await showSettings(request);
+}
+
 let started = false;
 await gallery.restore();
-try { started = await start(); } catch (error) { say(error.message, true); }
+try { await ready(); } catch (error) { say(error.message, true); }
 
 form.addEventListener("submit", async (event) => {
   event.preventDefault();
   say("");
   try {
-    started ||= await start();
+    await ready();
     await generate(asking.read());
   } catch (error) {
     say(error.message, true);

@@ -465,3 +465,46 @@ def test_a_part_painted_with_the_keyboard_is_the_mask_of_the_request(tab: Tab) -
     mask = Image.open(io.BytesIO(base64.b64decode(sent["mask"].split(",")[1]))).convert("L")
     assert mask.size == (512, 512)
     assert [mask.getpixel(at) for at in ((250, 256), (10, 10))] == [255, 0]
+
+
+def test_a_grid_compares_two_parameters_on_one_seed_and_is_saved_as_one_picture(
+    tab: Tab, generate: Callable[..., httpx2.Response]
+) -> None:
+    got = tab.run(
+        """
+        form.prompt.value = "a red circle"; form.seed.value = 5;
+        $("compare-tab").click();
+        const axes = $("compare-form");
+        await until(() => axes.across.options.length);
+        const along = (side, name, values) => {
+          axes[side].value = name;
+          axes[side].dispatchEvent(new Event("change"));
+          axes[`${side}_values`].value = values;
+        };
+        along("across", "sampler", "ddim, deis");
+        along("down", "guidance.scale", "1, 4");
+        axes.requestSubmit();
+        await until(() => !$("compare-save").disabled);
+        const cells = [...document.querySelectorAll("#grid td button")];
+        const labels = cells.map(({ ariaLabel }) => ariaLabel.split(":")[0]);
+        const [image] = cells[3].children;
+        const saved = await (await import("/page/compare.js")).save();
+        const { width, height } = await createImageBitmap(saved);
+        cells[3].click();
+        await until(() => select("samplers").value === "deis");
+        const seed = form.seed.value;
+        return { labels, last: image.src.split(",")[1], size: [width, height], seed };
+        """
+    )
+    assert got["labels"] == [
+        f"sampler {sampler}, guidance.scale {scale}"
+        for scale in (1, 4)
+        for sampler in ("ddim", "deis")
+    ]
+    guidance = {"name": "apg", "scale": 4}
+    [made] = generate(sampler="deis", guidance=guidance).json()["images"]
+    assert got["last"] == made["b64_json"]
+    width, height = got["size"]
+    assert width > 2 * 256
+    assert height > 2 * 256
+    assert got["seed"] == "5"
