@@ -558,12 +558,16 @@ def test_final_latents_are_those_of_diffusers(pipeline: Any, pair: Pair, latents
 
 NOT_THEIRS = {
     "dpm_solver_pp_sde",
+    "er_sde",
     "ghvb",
     "gradient_estimation",
     "hb",
+    "heunpp2",
     "nesterov",
     "restart",
+    "sa_solver_pece",
     "score_sde_pc",
+    "seeds",
 }
 """What diffusers has no scheduler of, none for latent models, or one that needs torchsde; their own
 tests hold them to their sources."""
