@@ -12,14 +12,19 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from benchmarks.promises import access, answers, costs
-from benchmarks.real_server import SERVE, served
+from benchmarks.promises import access, answers, costs, fairness
+from benchmarks.real_server import KEY, SERVE, served
 
 if TYPE_CHECKING:
     from benchmarks.promises.promise import Outcome, Promise
 
 PAGE: Final = Path(__file__).resolve().parents[2] / "docs/promises.md"
-PROMISES: Final = (*access.PROMISES, *answers.PROMISES, *costs.PROMISES)
+PROMISES: Final = (
+    *access.PROMISES,
+    *answers.PROMISES,
+    *costs.PROMISES,
+    *fairness.PROMISES,
+)
 STRONG: Final = [*SERVE, "--deterministic", "--row-budget", "8"]
 WEAK: Final = ["-m", "benchmarks.promises.weak", "--row-budget", "8", "--max-pending", "65536"]
 
@@ -46,8 +51,9 @@ def main() -> int:
     load = os.getloadavg()[0]
     words = [word.lower() for word in options.only or ("",)]
     chosen = [one for one in PROMISES if any(word in one.claim.lower() for word in words)]
-    measured = _measured(chosen, STRONG, costs.SETTINGS)
-    weakened = {**costs.SETTINGS}
+    settings = {**costs.SETTINGS, "WEFT_API_KEYS": f"{KEY},{fairness.OTHER}"}
+    measured = _measured(chosen, STRONG, settings)
+    weakened = {**settings}
     del weakened["WEFT_MAX_PENDING"]
     controls = _measured(chosen, WEAK, weakened)
     lines = [_line(*row) for row in zip(chosen, measured, controls, strict=True)]

@@ -22,13 +22,16 @@ from server.cli import main as command_line
 from server.decoding import picture
 from server.decoding.pool import Decoded, DecodePool
 from server.decoding.worker import Job, decoded
+from server.engine import engine, fair_queue
+from server.engine.scheduler import fill
 from server.engine.tick import newcomers
 from server.http import body, connection, errors, gate, making
 from server.service.service import Service
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Coroutine, Mapping, Sequence
 
+    from server.engine.scheduler import Candidate, LaneCosts
     from server.settings import Settings
 
 MANY: Final = 10**9
@@ -46,6 +49,9 @@ def weaken() -> None:
     _replace(making, "unless_disconnected", _whether_or_not_disconnected)
     _replace(errors, "explain", _stumble)
     _replace(newcomers, "start_noise", _any_noise)
+    _replace(engine, "fair_tick", _oldest_first)
+    _replace(fair_queue.Turns, "flow_due", lambda *_: True)
+    _replace(fair_queue.Turns, "standing", lambda *_: (0.0, 0.0))
     _replace(Service, "admit", _tell_the_log(Service.admit))
 
 
@@ -78,10 +84,24 @@ def _any_noise(_: int, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.randn(shape)
 
 
+def _oldest_first(
+    candidates: Sequence[Candidate],
+    _: Any,
+    lanes: Mapping[int, LaneCosts],
+    *__: Any,
+) -> list[int]:
+    """First come, first served, in ticks as large as they may be."""
+    if not candidates:
+        return []
+    lane = candidates[0].lane
+    here = [i for i, one in enumerate(candidates) if one.lane == lane]
+    return fill(candidates, here, lanes[lane].most)
+
+
 def _tell_the_log(admit: Any) -> Any:
-    async def admit_and_tell(service: Service, request: Any, identifier: str) -> Any:
+    async def admit_and_tell(service: Service, request: Any, *more: Any) -> Any:
         logging.getLogger("weft").warning("admitting %r", request)
-        return await admit(service, request, identifier)
+        return await admit(service, request, *more)
 
     return admit_and_tell
 
