@@ -12,16 +12,20 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from benchmarks.promises import access, answers, costs, fairness
+from benchmarks.promises import access, answers, costs, fairness, processes
 from benchmarks.real_server import KEY, SERVE, served
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from benchmarks.promises.promise import Outcome, Promise
+    from benchmarks.real_server import Served
 
 PAGE: Final = Path(__file__).resolve().parents[2] / "docs/promises.md"
 PROMISES: Final = (
     *access.PROMISES,
     *answers.PROMISES,
+    *processes.PROMISES,
     *costs.PROMISES,
     *fairness.PROMISES,
 )
@@ -52,10 +56,11 @@ def main() -> int:
     words = [word.lower() for word in options.only or ("",)]
     chosen = [one for one in PROMISES if any(word in one.claim.lower() for word in words)]
     settings = {**costs.SETTINGS, "WEFT_API_KEYS": f"{KEY},{fairness.OTHER}"}
-    measured = _measured(chosen, STRONG, settings)
+    measured = _measured([(one.claim, one.measure) for one in chosen], STRONG, settings)
     weakened = {**settings}
     del weakened["WEFT_MAX_PENDING"]
-    controls = _measured(chosen, WEAK, weakened)
+    spoilt = [(one.claim, one.control or one.measure) for one in chosen]
+    controls = _measured(spoilt, WEAK, weakened)
     lines = [_line(*row) for row in zip(chosen, measured, controls, strict=True)]
     page = HEAD.format(cores=os.cpu_count(), load=load) + "".join(lines)
     if options.only:
@@ -68,13 +73,15 @@ def main() -> int:
 
 
 def _measured(
-    promises: list[Promise], arguments: list[str], environment: dict[str, str]
+    measurements: list[tuple[str, Callable[[Served], Outcome]]],
+    arguments: list[str],
+    environment: dict[str, str],
 ) -> list[Outcome]:
     with served(arguments, **environment) as server:
         outcomes: list[Outcome] = []
-        for promise in promises:
-            outcomes.append(promise.measure(server))
-            print(f"{promise.claim} {outcomes[-1].figure}", file=sys.stderr, flush=True)
+        for claim, measure in measurements:
+            outcomes.append(measure(server))
+            print(f"{claim} {outcomes[-1].figure}", file=sys.stderr, flush=True)
         return outcomes
 
 

@@ -36,6 +36,7 @@ class Promise:
         target: the figure that keeps the promise.
         weakness: what is taken away from the server for the negative control.
         measure: the measurement; on the weakened server it has to find the promise broken.
+        control: the measurement for the negative control, where what is weakened is no server's.
     """
 
     claim: str
@@ -43,3 +44,4 @@ class Promise:
     target: str
     weakness: str
     measure: Callable[[Served], Outcome]
+    control: Callable[[Served], Outcome] | None = None
