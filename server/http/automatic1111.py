@@ -26,14 +26,17 @@ from server.http.dependencies import IdentifierDep, ServiceDep, client_of
 from server.http.making import unless_disconnected
 from server.image_codec import resized
 from server.requests.automatic1111 import Img2Img, Translated, Txt2Img, translated
-from server.requests.schema import GenerateRequest
 from server.service.generation import Generation
+from server.service.masked_region import Region, cut_out
 from server.service.service import Picture, Service
 
 __all__ = ["router"]
 
 LATENT_CELL: Final = 8
 """Pixels of one, where it is not known yet of which pixels a model draws multiples."""
+
+USUAL_SIZE: Final = 512, 512
+"""Of an image, where the model's own is not known yet: AUTOMATIC1111's default."""
 
 router = APIRouter(prefix="/sdapi/v1", tags=["automatic1111"], route_class=TolerantRoute)
 
@@ -51,7 +54,7 @@ async def txt2img(
     wanted = _translated(body, service, checkpoints.of(owner_of(request)))
     job = Job(owner_of(request), wanted.request.n, wanted.request.steps or 0)
     with jobs.added(identifier, job):
-        work = _made(service, wanted.request, job, identifier, client_of(request))
+        work = _made(service, wanted, job, identifier, client_of(request))
         made = await unless_disconnected(request, work)
     if made is None:
         return Response(status_code=499)
@@ -100,34 +103,47 @@ def _translated(body: Txt2Img, service: Service, checkpoint: str | None) -> Tran
     name = named(asked, states) if isinstance(asked, str) and asked else checkpoint
     state = chosen(name, states)
     if state is None or state.model is None:
-        return translated(body, name, adapters=None, multiple=LATENT_CELL)
+        return translated(body, name, adapters=None, multiple=LATENT_CELL, size=USUAL_SIZE)
     entries = [entry for entry in service.models() if entry.name == state.name]
     adapters = {one.name for entry in entries for one in entry.adapters}
-    return translated(body, name, adapters, state.model.facts.size_multiple)
+    facts = state.model.facts
+    size = facts.default_width, facts.default_height
+    return translated(body, name, adapters, facts.size_multiple, size)
 
 
 async def _made(
-    service: Service, wanted: GenerateRequest, job: Job, identifier: str, client: Client
+    service: Service, wanted: Translated, job: Job, identifier: str, client: Client
 ) -> tuple[Generation | None, tuple[Picture, ...]]:
     """The generation and its images; after an interruption those that there are, or previews."""
+    request, region = wanted.request, None
+    if wanted.padding is not None:
+        request, region = await cut_out(request, wanted.padding, wanted.size, service.decoding)
+        if job.interrupted:
+            return None, ()
     try:
-        generation = await service.admit(wanted, identifier, client)
+        generation = await service.admit(request, identifier, client)
     except Cancelled:
         if job.interrupted:
             return None, ()
         raise
     try:
         await job.follow(generation)
-        return generation, (await service.pictures(generation)).pictures
+        if region is None:
+            return generation, (await service.pictures(generation)).pictures
+        pictures = await _so_far(service, generation, job, region)
+        generation.complete()
+        return generation, pictures
     except Cancelled:
         if not job.interrupted:
             raise
-        return generation, await _so_far(service, generation, job)
+        return generation, await _so_far(service, generation, job, region)
     finally:
         service.release(generation)
 
 
-async def _so_far(service: Service, generation: Generation, job: Job) -> tuple[Picture, ...]:
+async def _so_far(
+    service: Service, generation: Generation, job: Job, region: Region | None
+) -> tuple[Picture, ...]:
     size = generation.request.width, generation.request.height
     previews = {
         index: resized(one.preview, *size)
@@ -135,4 +151,9 @@ async def _so_far(service: Service, generation: Generation, job: Job) -> tuple[P
         if one.preview is not None
     }
     finished = {index: result.pixels for index, result in generation.results.items()}
-    return await service.encoded(generation, previews | finished)
+    pixels = previews | finished
+    if region is not None:
+        pixels = {
+            index: await asyncio.to_thread(region.put_back, part) for index, part in pixels.items()
+        }
+    return await service.encoded(generation, pixels)

@@ -24,7 +24,7 @@ from server.requests.upload import Upload
 
 __all__ = ["Img2Img", "Translated", "Txt2Img", "translated"]
 
-_CLEAR_OF: Final[Mapping[str, tuple[Any, ...]]] = {
+_NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     "styles": ((),),
     "subseed_strength": (0,),
     "seed_resize_from_w": (-1, 0),
@@ -41,7 +41,6 @@ _CLEAR_OF: Final[Mapping[str, tuple[Any, ...]]] = {
     "scripts": ((),),
     "resize_mode": tuple(range(len(RESIZE_MODES))),
     "inpainting_fill": (1,),
-    "inpaint_full_res": (False, 0),
     "initial_noise_multiplier": (1,),
 }
 """Fields that nothing here corresponds to, and their values that ask for nothing."""
@@ -49,7 +48,7 @@ _CLEAR_OF: Final[Mapping[str, tuple[Any, ...]]] = {
 _SETTINGS: Final = {"sd_vae": "Automatic", "CLIP_stop_at_last_layers": 1}
 """Settings of `override_settings` that ask for nothing."""
 
-_OF_A_MASK: Final = frozenset({"inpainting_fill", "inpaint_full_res"})
+_OF_A_MASK: Final = frozenset({"inpainting_fill"})
 
 _LEAST_STEPS: Final = 1.001
 """From an image one step is run at least, also by a strength of 0."""
@@ -153,6 +152,11 @@ class Txt2Img(BaseModel):
         """Fields of our own about the image to start from."""
         return {}
 
+    @property
+    def padding(self) -> int | None:
+        """Pixels around a mask, if its region alone is drawn."""
+        return None
+
 
 class Img2Img(Txt2Img):
     """A request of AUTOMATIC1111's `POST /sdapi/v1/img2img`; unknown fields are ignored."""
@@ -181,8 +185,21 @@ class Img2Img(Txt2Img):
         default=0, description="0 stretches the image, 1 crops it, 2 fits it in and fills up."
     )
     inpainting_fill: int = 0
-    inpaint_full_res: bool = True
+    inpaint_full_res: bool = Field(
+        default=True,
+        description="With a mask: whether the region around it is drawn at `width` x `height` and "
+        "put back into the image, which keeps its own size.",
+    )
+    inpaint_full_res_padding: int = Field(
+        default=0, ge=0, le=4096, description="Pixels around the mask that the region has."
+    )
     initial_noise_multiplier: float = 1
+
+    @property
+    @override
+    def padding(self) -> int | None:
+        whole = self.mask is None or not self.inpaint_full_res
+        return None if whole else self.inpaint_full_res_padding
 
     @override
     def picture(self) -> dict[str, Any]:
@@ -211,16 +228,24 @@ class Translated:
     Attributes:
         request: of our own.
         sampler_name: as it was asked for; empty for the model's own.
+        size: width and height that are drawn.
+        padding: pixels around the mask, if its region alone is drawn.
         ignored: one sentence for each thing that has no effect.
     """
 
     request: GenerateRequest
     sampler_name: str
+    size: tuple[int, int]
+    padding: int | None
     ignored: tuple[str, ...]
 
 
 def translated(
-    body: Txt2Img, model: str | None, adapters: Collection[str] | None, multiple: int
+    body: Txt2Img,
+    model: str | None,
+    adapters: Collection[str] | None,
+    multiple: int,
+    size: tuple[int, int],
 ) -> Translated:
     """The request of our own that a request of AUTOMATIC1111 stands for.
 
@@ -230,6 +255,7 @@ def translated(
         adapters: names of the model's adapters; None if the model is not loaded yet.
         multiple: pixels of which the model draws whole multiples; AUTOMATIC1111 leaves out what a
             size has beyond them.
+        size: the model's own width and height.
 
     Raises:
         InvalidRequest: a value that no request may have.
@@ -264,7 +290,13 @@ def translated(
     ignored += [f"<lora:{name}>" for name in (tags.loras.keys() - loras.keys())]
     said = f"Ignored, because nothing here corresponds: {', '.join(ignored)}."
     reading = Reading(habitual=True, told_scale=body.distilled_cfg_scale)
-    return Translated(request.read_as(reading), sampler_name, (said,) if ignored else ())
+    return Translated(
+        request.read_as(reading),
+        sampler_name,
+        (request.width or size[0], request.height or size[1]),
+        body.padding,
+        (said,) if ignored else (),
+    )
 
 
 def _syntax(*texts: str) -> str | None:
@@ -311,9 +343,7 @@ def _guidance(body: Txt2Img) -> dict[str, Any]:
 def _without_effect(body: Txt2Img) -> list[str]:
     """Names of the fields that ask for something that nothing here corresponds to."""
     names = [
-        name
-        for name, neutral in _CLEAR_OF.items()
-        if getattr(body, name, neutral[0]) not in neutral
+        name for name, neutral in _NEUTRAL.items() if getattr(body, name, neutral[0]) not in neutral
     ]
     if getattr(body, "mask", None) is None:
         names = [name for name in names if name not in _OF_A_MASK]

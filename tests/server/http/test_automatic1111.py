@@ -103,6 +103,20 @@ def test_img2img_starts_from_an_image_and_repaints_what_the_mask_says(
     assert kept[:24].mean() < 200
 
 
+def test_the_region_around_a_mask_is_drawn_at_full_size_and_put_back(api: WebUIApi) -> None:
+    start = Image.new("RGB", (3 * SIDE, 2 * SIDE), "green")
+    mask = Image.new("L", start.size)
+    mask.paste(255, (200, 100, 264, 164))
+    options = {"mask_blur": 0, "inpainting_fill": 1, "denoising_strength": 1}
+    result = img2img(api, [start], **SMALL, mask_image=mask, **options)
+    pixels, painted = array(result.image), np.asarray(mask) > 0
+    assert result.image.size == start.size
+    assert (pixels[~painted] == array(start)[~painted]).all()
+    assert pixels[painted].std() > 10
+    assert result.info["width"] == SIDE
+    assert result.info["warnings"] == []
+
+
 def test_lists_are_what_the_client_expects(api: WebUIApi) -> None:
     samplers, schedulers = api.util_get_sampler_names(), api.util_get_scheduler_names()
     assert {"Euler a", "DPM++ 2M", "UniPC", "ghvb"} <= set(samplers)

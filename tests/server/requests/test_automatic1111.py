@@ -22,11 +22,11 @@ from server.requests.schema import GenerateRequest, ResolvedRequest
 
 
 def request(**fields: Any) -> GenerateRequest:
-    return translated(Txt2Img.model_validate(fields), None, ("ink",), 32).request
+    return translated(Txt2Img.model_validate(fields), None, ("ink",), 32, (64, 64)).request
 
 
 def ignored(**fields: Any) -> tuple[str, ...]:
-    return translated(Txt2Img.model_validate(fields), None, ("ink",), 32).ignored
+    return translated(Txt2Img.model_validate(fields), None, ("ink",), 32, (64, 64)).ignored
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_what_would_change_the_image_is_named_and_defaults_are_not() -> None:
 )
 def test_images_are_resized_as_there(mode: int, ours: str, said: bool) -> None:
     body = Img2Img.model_validate({"init_images": "x", "resize_mode": mode})
-    read = translated(body, None, (), 32)
+    read = translated(body, None, (), 32, (64, 64))
     assert read.request.resize_mode == ours
     assert bool(read.ignored) == said
 

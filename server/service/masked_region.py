@@ -1,0 +1,137 @@
+"""Repaints the region around a mask at the request's full size, as AUTOMATIC1111's "only masked".
+
+The region is cut out, drawn at the width and height of the request, and put back, so that a small
+part of a large picture gets all of the model's detail (modules/masking.py there).
+"""
+
+from __future__ import annotations
+
+import io
+from asyncio import to_thread
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from server.decoding.picture import MaskForm
+from server.decoding.pool import DecodePool
+from server.decoding.sizing import Target
+from server.errors import InvalidRequest
+from server.image_codec import resized
+from server.requests.schema import GenerateRequest
+from server.requests.upload import Upload
+
+__all__ = ["Box", "Region", "around", "cut_out"]
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A part of a picture: its edges in pixels, right and bottom exclusive."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+    @property
+    def where(self) -> tuple[slice, slice]:
+        """Of an array `[height, width, ...]`."""
+        return slice(self.top, self.bottom), slice(self.left, self.right)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Region:
+    """A picture of which a part is repainted.
+
+    Attributes:
+        picture: uint8 `[H, W, 3]`.
+        mask: uint8 `[H, W]`, 255 where it is repainted.
+        box: the part.
+    """
+
+    picture: NDArray[np.uint8]
+    mask: NDArray[np.uint8]
+    box: Box
+
+    def put_back(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """The whole picture with its part repainted.
+
+        Args:
+            pixels: uint8 `[h, w, 3]`, the part at the size that it was drawn at.
+        """
+        rows, columns = self.box.where
+        part = self.picture[rows, columns]
+        drawn = resized(pixels, part.shape[1], part.shape[0]).astype(np.float32)
+        share = self.mask[rows, columns, None].astype(np.float32) / 255
+        whole = self.picture.copy()
+        whole[rows, columns] = np.rint(part + share * (drawn - part)).astype(np.uint8)
+        return whole
+
+
+def around(mask: NDArray[np.uint8], padding: int, width: int, height: int) -> Box:
+    """The box around what a mask repaints, in the proportions of the drawing if there is room.
+
+    Args:
+        mask: uint8 `[H, W]`; at least one pixel is not 0.
+        padding: pixels around it.
+        width: of the drawing.
+        height: of the drawing.
+    """
+    most_y, most_x = mask.shape
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    left, right = _padded(int(columns[0]), int(columns[-1]) + 1, padding, most_x)
+    top, bottom = _padded(int(rows[0]), int(rows[-1]) + 1, padding, most_y)
+    wanted = max((right - left) / width, (bottom - top) / height)
+    left, right = _widened(left, right, round(wanted * width), most_x)
+    top, bottom = _widened(top, bottom, round(wanted * height), most_y)
+    return Box(left, top, right, bottom)
+
+
+def _padded(first: int, last: int, padding: int, most: int) -> tuple[int, int]:
+    return max(0, first - padding), min(most, last + padding)
+
+
+def _widened(first: int, last: int, size: int, most: int) -> tuple[int, int]:
+    """The same middle with a size, moved inside of the picture, and no larger than it."""
+    size = min(max(size, last - first), most)
+    first = min(max(0, first - (size - (last - first)) // 2), most - size)
+    return first, first + size
+
+
+async def cut_out(
+    request: GenerateRequest, padding: int, size: tuple[int, int], decoding: DecodePool
+) -> tuple[GenerateRequest, Region]:
+    """The request for the part around the mask alone, and what it is a part of.
+
+    Args:
+        request: with an image and a mask.
+        padding: pixels around what is repainted.
+        size: width and height of the drawing.
+        decoding: reads image and mask.
+
+    Raises:
+        InvalidRequest: there is no image or mask, or one cannot be decoded.
+        Overloaded: too many images wait to be decoded.
+    """
+    if request.image is None or request.mask is None:
+        raise InvalidRequest("mask", "mask is required, and an image that it is for.")
+    with request.image.opened() as data:
+        picture = await decoding.picture(data, "image")
+    same_size = Target(picture.shape[1], picture.shape[0])
+    with request.mask.opened() as data:
+        form = request.mask.form or MaskForm()
+        mask = await decoding.mask(data, "mask", same_size, form)
+    if not mask.any():
+        raise InvalidRequest("mask", "mask is so small that its blur leaves nothing of it.")
+    region = Region(picture, mask, around(mask, padding, *size))
+    parts = [await to_thread(_png, whole[region.box.where]) for whole in (picture, mask)]
+    image_part, mask_part = map(Upload, parts)
+    part = {"image": image_part, "mask": mask_part, "width": size[0], "height": size[1]}
+    return request.model_copy(update=part | {"resize_mode": "stretch"}), region
+
+
+def _png(pixels: NDArray[np.uint8]) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
