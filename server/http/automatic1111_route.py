@@ -24,7 +24,7 @@ class AutomaticError(BaseModel):
 
 ERRORS: Final[dict[int | str, dict[str, Any]]] = {
     status: {"model": AutomaticError}
-    for status in (400, 401, 403, 404, 408, 409, 413, 415, 422, 429, 503)
+    for status in (400, 401, 403, 404, 408, 409, 413, 415, 422, 429, 503, 507)
 }
 
 MANY_IMAGES: Final = "init_images after the first"

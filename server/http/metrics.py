@@ -54,6 +54,7 @@ class _Gathered(Collector):
         if service.engine is not None:
             yield from _engine(service.engine.measurements)
             yield _tick_costs(service.engine)
+            yield _model_memory(service)
             yield from _clients(service.engine)
 
 
@@ -150,6 +151,16 @@ def _clients(engine: Engine) -> Iterable[Metric]:
         "key",
         {client.name: seconds for client, seconds in engine.spent().items()},
     )
+
+
+def _model_memory(service: Service) -> Metric:
+    family = GaugeMetricFamily(
+        "weft_model_memory_bytes", "Memory of the weights of each loaded model.", labels=["model"]
+    )
+    for state in service.model_states():
+        if state.model is not None:
+            family.add_metric([state.name], float(state.memory_bytes))
+    return family
 
 
 def _latencies(counted: EngineMeasurements) -> Iterable[Metric]:

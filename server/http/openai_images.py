@@ -32,7 +32,7 @@ _RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
     200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
     **{
         status: {"model": ErrorBody}
-        for status in (400, 401, 403, 404, 408, 409, 413, 415, 429, 503)
+        for status in (400, 401, 403, 404, 408, 409, 413, 415, 429, 503, 507)
     },
 }
 

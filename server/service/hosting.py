@@ -183,8 +183,9 @@ class _Folders:
         try:
             yield
         except ModelMismatch as error:
-            log.exception("model %s cannot be loaded", name)
-            if error.__cause__ is not None:
+            unforeseen = error.__cause__ is not None
+            log.error("model %s cannot be loaded: %s", name, error, exc_info=unforeseen)
+            if unforeseen:
                 # Of a library: its text may name any file.
                 sentence = f"Model {name!r} could not be loaded; the server's log says why."
                 raise ModelMismatch(sentence) from None

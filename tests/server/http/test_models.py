@@ -103,6 +103,8 @@ def test_models_of_the_folder_come_and_go_as_requests_name_them(
     assert [name for name, card in cards.items() if card["loaded"]] == ["one", "two"]
     [model, _] = server.app.state.service.ready_shelf().loaded()
     assert cards["one"]["memory_bytes"] == bytes_of(model)
+    metrics = client.get("/metrics").text
+    assert re.findall(r'weft_model_memory_bytes{model="(\w+)"}', metrics) == ["one", "two"]
     shown = {key: cards["one"][key] for key in ("device", "dtype", "attention", "loading")}
     assert shown == {"device": "cpu", "dtype": "float32", "attention": "sdpa", "loading": None}
     # The default is loaded again when it is wanted.
