@@ -148,8 +148,10 @@ class Service:
         self._engine = engine
 
     def close(self) -> None:
-        """End the processes that decode uploads."""
+        """End the processes that decode uploads, and the thread that loads models."""
         self.decoding.close()
+        if self._shelf is not None:
+            self._shelf.close(_stopping())
 
     def give_up(self, reason: str) -> None:
         """Refuse all requests for good, because the models could not be loaded."""
@@ -163,8 +165,6 @@ class Service:
         """End all requests under way with :class:`NotReady`."""
         for generation in list(self._under_way.values()):
             generation.abandon(_stopping())
-        if self._shelf is not None:
-            self._shelf.close(_stopping())
 
     @property
     def engine(self) -> Engine | None:
