@@ -151,7 +151,8 @@ def serve(
         insecure=insecure,
     )
     logging.basicConfig(level=logging.INFO, format="%(levelname)s:     %(message)s")
-    logging.getLogger("httpx2").setLevel(logging.WARNING)
+    for talkative in ("alembic", "httpx2"):
+        logging.getLogger(talkative).setLevel(logging.WARNING)
     from server.errors import WeftError
     from server.http.serving import end_process, listen, run
 

@@ -7,12 +7,15 @@
     |   |- HeadersTooLarge           431  the headers are too large
     |   |- NotAcceptable             406  no media type in the Accept header is supported
     |   |- UnsupportedMediaType      415  the body is not declared as JSON
+    |   |- ReusedKey                 422  an idempotency key came with another body before
     |   |- TooLarge                  413  the body or an image in it is too large
     |   `- RequestTimeout            408  the request did not arrive in time
     |- Unauthorized                  401  the key is missing or wrong
     |- Forbidden                     403  the Host or Origin header is not allowed
     |- UnknownModel                  404  no model of that name is hosted
     |- UnknownGeneration             404  no generation of that identifier is running
+    |- UnknownJob                    404  the client has no job of that identifier
+    |- JobsOff                       404  there are no durable jobs here
     |- DuplicateGeneration           409  the identifier is in use by a running generation
     |- Cancelled                     409  the client cancelled the generation
     |- Overloaded                    429  the queue is full
@@ -41,6 +44,7 @@ __all__ = [
     "Forbidden",
     "HeadersTooLarge",
     "InvalidRequest",
+    "JobsOff",
     "MalformedBody",
     "MalformedRequest",
     "ModelMismatch",
@@ -49,10 +53,12 @@ __all__ = [
     "NotReady",
     "Overloaded",
     "RequestTimeout",
+    "ReusedKey",
     "RowFailed",
     "TooLarge",
     "Unauthorized",
     "UnknownGeneration",
+    "UnknownJob",
     "UnknownModel",
     "UnsupportedMediaType",
     "WeftError",
@@ -187,6 +193,44 @@ class UnknownGeneration(WeftError):
 
     def __init__(self, identifier: str) -> None:
         super().__init__(f"No generation {identifier!r} is running.", field="id")
+
+
+class UnknownJob(WeftError):
+    """The client has no job of this identifier; it may have expired."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "prediction_not_found"
+
+    def __init__(self, identifier: str) -> None:
+        super().__init__(f"There is no prediction {identifier[:64]!r} of yours.", field="id")
+
+
+class JobsOff(WeftError):
+    """The operator has not turned on durable jobs."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "predictions_off"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "This server keeps no predictions; the operator can turn them on with "
+            "WEFT_JOBS__FOLDER. POST /v1/generate makes images without them."
+        )
+
+
+class ReusedKey(InvalidRequest):
+    """An idempotency key came with another body before."""
+
+    code = "idempotency_key_reused"
+
+    def __init__(self, key: str) -> None:
+        super().__init__(
+            "idempotency-key",
+            f"idempotency-key is {key[:60]!r}, which came with another body before; choose a new "
+            "key for a new prediction.",
+        )
 
 
 class DuplicateGeneration(WeftError):

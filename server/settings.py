@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -13,6 +15,7 @@ from pydantic import (
     ConfigDict,
     DirectoryPath,
     Field,
+    SecretStr,
     model_validator,
 )
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -20,7 +23,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from server.api_keys import ApiKey, keys_of
 from server.models.hub import HubModel
 
-__all__ = ["LOOPBACK_NAMES", "Limits", "Settings", "StreamLimits"]
+__all__ = ["LOOPBACK_NAMES", "JobSettings", "Limits", "Settings", "StreamLimits"]
 
 CHECKPOINT = ".safetensors"
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "::1")
@@ -108,6 +111,114 @@ class StreamLimits(BaseModel):
         description="Seconds without a message from the client and without a frame to it after "
         "which its stream ends.",
     )
+
+
+class JobSettings(BaseModel):
+    """Durable jobs, `/v1/predictions`; off unless `folder` or `database` is given."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    folder: Path | None = Field(
+        default=None,
+        description="Folder in which jobs survive the end of the process: an SQLite database and "
+        "their pictures. `/v1/predictions` needs this or `database`.",
+    )
+    database: SecretStr | None = Field(
+        default=None,
+        description="URL of a PostgreSQL database for the jobs instead, such as "
+        "`postgresql://user:password@host/name`; several servers may share it.",
+    )
+    pictures: str | None = Field(
+        default=None,
+        description="Where the pictures of jobs are, as a path or a URL of fsspec such as "
+        "`s3://bucket/jobs`. Default: a subfolder of `folder`.",
+    )
+    running: int = Field(
+        default=32,
+        ge=1,
+        le=4096,
+        description="Jobs given to the engine at once, in turns of the keys; others wait.",
+    )
+    waiting: int = Field(
+        default=1000,
+        ge=1,
+        le=1_000_000,
+        description="Jobs of one key that may wait; one more gets status 429.",
+    )
+    attempts: int = Field(
+        default=3,
+        ge=1,
+        le=100,
+        description="How often a job is begun in all, if the process ends while it runs.",
+    )
+    keep_s: float = Field(
+        default=86400,
+        gt=0,
+        description="Seconds after its end for which a job and its pictures are kept.",
+    )
+    webhook_secret: SecretStr | None = Field(
+        default=None,
+        description="Signs webhooks: `whsec_` and the base64 of 24 to 64 bytes, such as "
+        "`whsec_$(openssl rand -base64 32)`. Without it no webhooks are accepted.",
+    )
+    webhook_private: bool = Field(
+        default=False,
+        description="Let webhooks go to private and loopback addresses too.",
+    )
+
+    @property
+    def on(self) -> bool:
+        """Whether there are durable jobs."""
+        return self.folder is not None or self.database is not None
+
+    @property
+    def place_of_jobs(self) -> Path:
+        """The folder, from the root of the file system."""
+        return (self.folder or Path()).expanduser().absolute()
+
+    @property
+    def place_of_pictures(self) -> str:
+        """A path or a URL of fsspec."""
+        return self.pictures or str(self.place_of_jobs / "pictures")
+
+    @model_validator(mode="after")
+    def _find_places(self) -> Self:
+        if self.database is not None:
+            scheme = self.database.get_secret_value().partition("://")[0]
+            if scheme not in ("postgresql", "postgres"):
+                raise ValueError("database must be a URL that begins with postgresql://.")
+            if self.folder is None and self.pictures is None:
+                raise ValueError("database is given without a place for pictures; set pictures.")
+        return self
+
+    @model_validator(mode="after")
+    def _need_packages(self) -> Self:
+        needed = [("jobs", "sqlalchemy"), ("jobs", "alembic"), ("jobs", "fsspec")]
+        if self.database is not None:
+            needed.append(("postgresql", "psycopg"))
+        lacking = {extra: None for extra, module in needed if self.on and not find_spec(module)}
+        if lacking:
+            raise ValueError(
+                "durable jobs are on, and packages that they need are not installed; install them "
+                f"with: pip install 'weft[{','.join(lacking)}]'."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_secret(self) -> Self:
+        if self.webhook_secret is None:
+            return self
+        prefix, _, encoded = self.webhook_secret.get_secret_value().partition("_")
+        try:
+            size = len(base64.b64decode(encoded, validate=True)) if prefix == "whsec" else 0
+        except ValueError:
+            size = 0
+        if not 24 <= size <= 64:
+            raise ValueError(
+                "webhook_secret must be whsec_ and the base64 of 24 to 64 bytes, for example "
+                "whsec_ and what `openssl rand -base64 32` prints."
+            )
+        return self
 
 
 class Settings(BaseSettings):
@@ -214,6 +325,7 @@ class Settings(BaseSettings):
     )
     limits: Limits = Limits()
     streams: StreamLimits = StreamLimits()
+    jobs: JobSettings = JobSettings()
 
     api_keys: Keys = Field(
         default=(),

@@ -26,6 +26,7 @@ from server.http import (
     health,
     models,
     openai_images,
+    predictions,
     stream,
     stream_events,
 )
@@ -36,6 +37,7 @@ from server.http.drain import Farewell
 from server.http.gate import PROBES, Gate, RequestId
 from server.http.headers import SafeHeaders
 from server.http.metrics import exposition
+from server.http.prediction_answers import predicted
 from server.service.hosting import host
 from server.service.service import Service
 from server.service.streams import Streams
@@ -79,11 +81,13 @@ def create_app(settings: Settings, *, on_failure: Callable[[], None] | None = No
     app.state.exposition = exposition(app.state.service, app.state.streams)
     app.state.automatic1111_jobs = Jobs(app.state.service)
     app.state.automatic1111_checkpoints = Checkpoints()
+    app.state.jobs = _jobs(settings, app.state.service)
     errors.install(app)
     for router in (
         generate.router,
         openai_images.generations,
         openai_images.edits,
+        predictions.router,
         models.router,
         automatic1111.router,
         automatic1111_settings.router,
@@ -99,6 +103,16 @@ def create_app(settings: Settings, *, on_failure: Callable[[], None] | None = No
     return app
 
 
+def _jobs(settings: Settings, service: Service) -> Any:
+    """Durable jobs; None without."""
+    if not settings.jobs.on:
+        return None
+    # What it needs is not installed everywhere.
+    from server.jobs.jobs import Jobs
+
+    return Jobs(settings, service, lambda job: predicted(job).model_dump_json().encode())
+
+
 def _middleware(settings: Settings) -> list[Middleware]:
     gate = Middleware(Gate, settings=settings, answer=errors.answer)
     outer = [
@@ -112,7 +126,13 @@ def _middleware(settings: Settings) -> list[Middleware]:
         CORSMiddleware,
         allow_origins=settings.allowed_origins,
         allow_methods=["GET", "POST", "DELETE"],
-        allow_headers=["authorization", "content-type", "x-request-id"],
+        allow_headers=[
+            "authorization",
+            "content-type",
+            "idempotency-key",
+            "prefer",
+            "x-request-id",
+        ],
         expose_headers=["x-request-id", "x-seed", "retry-after"],
     )
     # A preflight carries no key: it is answered before the gate asks for one.
@@ -136,11 +156,15 @@ def _lifespan(
         # Not in the loop's own threads, which a process that ends waits for: nothing interrupts
         # the loading of a large model.
         loading = Thread(target=_open, args=(service, settings, failed), daemon=True)
+        if app.state.jobs is not None:
+            await app.state.jobs.open()
         loading.start()
         try:
             yield
         finally:
             service.drain()
+            if app.state.jobs is not None:
+                await app.state.jobs.close()
             service.abandon()
             service.close()
             if service.engine is not None:

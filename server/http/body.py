@@ -33,7 +33,7 @@ from server.service.generation import outcome_of
 from server.service.service import Service
 from server.settings import Settings
 
-__all__ = ["Bodies", "JsonRoute", "Share", "media_type", "received"]
+__all__ = ["Bodies", "JsonRoute", "Share", "media_type", "received", "uploads_of"]
 
 SMALL_BYTES: Final = 64 * 2**10
 """Bodies up to this size are read whatever else is going on; each connection may hold one."""
@@ -123,7 +123,7 @@ class JsonRoute(APIRoute):
         handle = super().get_route_handler()
         if self.body_field is None:
             return handle
-        uploads = _uploads_of(self.body_field.field_info.annotation)
+        uploads = uploads_of(self.body_field.field_info.annotation)
 
         async def read_and_handle(request: Request) -> Response:
             with Share(request.app.state.bodies) as share:
@@ -164,12 +164,28 @@ class JsonRoute(APIRoute):
         except ValueError as error:
             raise MalformedBody(None, f"The body is not valid JSON: {error}.") from None
         parsed = self.narrowed(parsed)
-        check_shape(parsed, uploads)
+        self.take_uploads(parsed, uploads, share)
+        return parsed
+
+    def take_uploads(
+        self, parsed: Any, uploads: frozenset[str], share: Share, path: tuple[str, ...] = ()
+    ) -> None:
+        """Check the shape of a parsed body, and make uploads of its pictures.
+
+        Args:
+            parsed: the body, or the part of it that has pictures; changed in place.
+            uploads: fields that hold them.
+            share: holds their bytes.
+            path: of the part within the body.
+
+        Raises:
+            InvalidRequest: something is larger than in any request.
+        """
+        check_shape(parsed, uploads, path)
         if isinstance(parsed, dict):
             for name in uploads & parsed.keys():
                 if isinstance(parsed[name], str):
                     parsed[name] = share.upload(parsed[name])
-        return parsed
 
     def narrowed(self, parsed: Any) -> Any:
         """The part of a parsed body that is looked at; all of it, unless a route says otherwise."""
@@ -272,7 +288,7 @@ def _check_media_type(request: Request) -> None:
         )
 
 
-def _uploads_of(model: Any) -> frozenset[str]:
+def uploads_of(model: Any) -> frozenset[str]:
     """Fields of a body that hold pictures."""
     if not (isinstance(model, type) and issubclass(model, BaseModel)):
         return frozenset()

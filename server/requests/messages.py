@@ -138,7 +138,7 @@ def _siblings(model: type[BaseModel] | None, loc: Sequence[Any]) -> list[str]:
 def _inside(model: type[BaseModel] | None, field: str) -> type[BaseModel] | None:
     """The class of the objects that a field takes, where it takes those of one class only."""
     info = None if model is None else model.model_fields.get(field)
-    kinds = () if info is None else get_args(info.annotation)
+    kinds = () if info is None else get_args(info.annotation) or (info.annotation,)
     found = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
     return found[0] if len(found) == 1 else None
 

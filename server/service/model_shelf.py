@@ -180,6 +180,10 @@ class ModelShelf:
         places = [self._places[name] for name in self._names() if name in self._places]
         return tuple(place.model for place in places if place.model is not None)
 
+    def if_loaded(self, name: str | None) -> HostedModel | None:
+        """A model by its name, None for the default one; None if it is not loaded now."""
+        return self._place(self._default if name is None else name).model
+
     def states(self) -> tuple[ModelState, ...]:
         """All models, the default one first."""
         return tuple(self._state(name) for name in self._names())

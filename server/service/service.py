@@ -237,6 +237,30 @@ class Service:
             for model in (() if self._shelf is None else self._shelf.loaded())
         )
 
+    async def check(self, request: GenerateRequest) -> None:
+        """Refuse a request that could never be served, as far as that is known at once.
+
+        What depends on a model that is not loaded, or on the size of an uploaded image, is left
+        for :meth:`admit`.
+
+        Raises:
+            InvalidRequest: a field has an invalid value.
+            UnknownModel: no such model is hosted.
+            NotReady: the models are still loading, or the server is about to stop or broken.
+        """
+        self.ready_engine()
+        shelf = self.ready_shelf()
+        shelf.check(request.model)
+        check_count(request, self._limits)
+        model = shelf.if_loaded(request.model)
+        if model is None:
+            return
+        if request.image is None:
+            await asyncio.to_thread(self.prepare, request, model, None)
+        elif request.width is not None and request.height is not None:
+            size = request.width, request.height
+            await asyncio.to_thread(self.prepare, request, model, size)
+
     async def admit(
         self, request: GenerateRequest, identifier: str, client: Client = ANYONE
     ) -> Generation:

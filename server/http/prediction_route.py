@@ -1,0 +1,49 @@
+"""The route that takes a durable job, whose pictures are one level deeper than elsewhere."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final
+
+from fastapi import Request
+from typing_extensions import override
+
+from server.http.body import JsonRoute, Share, uploads_of
+from server.requests.schema import GenerateRequest
+from server.requests.upload import Upload
+
+__all__ = ["PredictionRoute", "sent_input"]
+
+UPLOADS: Final = uploads_of(GenerateRequest)
+
+
+class PredictionRoute(JsonRoute):
+    """A route that keeps what was sent as `input`, to be read again when the job is begun."""
+
+    counted = False
+
+    @override
+    async def read(self, request: Request, uploads: frozenset[str], share: Share) -> Any:
+        """The parsed body, as of :meth:`JsonRoute.read`."""
+        parsed = await super().read(request, uploads, share)
+        if isinstance(parsed, dict) and isinstance(given := parsed.get("input"), dict):
+            plain = {name: value for name, value in given.items() if not isinstance(value, Upload)}
+            # As text, since validation may change what it is given.
+            request.state.sent_input = json.dumps(plain)
+        return parsed
+
+    @override
+    def take_uploads(
+        self, parsed: Any, uploads: frozenset[str], share: Share, path: tuple[str, ...] = ()
+    ) -> None:
+        """Take those of `input`."""
+        if not isinstance(parsed, dict):
+            super().take_uploads(parsed, frozenset(), share)
+            return
+        super().take_uploads({**parsed, "input": None}, frozenset(), share)
+        super().take_uploads(parsed.get("input"), UPLOADS, share, ("input",))
+
+
+def sent_input(request: Request) -> dict[str, Any]:
+    """The fields of `input` as they were sent, without its pictures."""
+    return json.loads(request.state.sent_input)

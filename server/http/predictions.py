@@ -1,0 +1,218 @@
+"""`/v1/predictions`: images that are made even if the client leaves or the server restarts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from asyncio import to_thread
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+from fastapi import APIRouter, Depends, Header, Path, Query, Request
+from fastapi.responses import Response
+
+from server.errors import InvalidRequest, JobsOff, UnknownJob
+from server.http.dependencies import ServiceDep
+from server.http.errors import ErrorBody
+from server.http.prediction_answers import PATH, Prediction, PredictionPage, predicted
+from server.http.prediction_route import UPLOADS, PredictionRoute, sent_input
+from server.http.prefer import waiting_s
+from server.image_codec import MEDIA_TYPES
+from server.jobs.job import Job, NewJob
+from server.requests.prediction import PredictionRequest
+
+if TYPE_CHECKING:
+    from server.jobs.jobs import Jobs
+else:
+    # What it needs is not installed everywhere.
+    Jobs = Any
+
+__all__ = ["router"]
+
+router = APIRouter(tags=["predictions"], route_class=PredictionRoute)
+
+_ERRORS: Final[dict[int | str, dict[str, Any]]] = {
+    status: {"model": ErrorBody} for status in (400, 401, 403, 404, 422, 503)
+}
+_MORE_ERRORS: Final[dict[int | str, dict[str, Any]]] = {
+    status: {"model": ErrorBody} for status in (408, 413, 415, 429)
+}
+
+PAGE: Final = 100
+
+
+def _jobs(request: Request) -> Jobs:
+    jobs: Jobs | None = request.app.state.jobs
+    if jobs is None:
+        raise JobsOff
+    return jobs
+
+
+def _owner(request: Request) -> str:
+    key = getattr(request.state, "api_key", None)
+    return "" if key is None else key.digest.hex()
+
+
+JobsDep = Annotated[Jobs, Depends(_jobs)]
+OwnerDep = Annotated[str, Depends(_owner)]
+Identifier = Annotated[str, Path(max_length=64)]
+
+
+@router.post(
+    PATH,
+    status_code=201,
+    response_model=Prediction,
+    responses=_ERRORS
+    | _MORE_ERRORS
+    | {202: {"model": Prediction, "description": "Accepted, and not at its end yet."}},
+)
+async def create(
+    body: PredictionRequest,
+    request: Request,
+    service: ServiceDep,
+    jobs: JobsDep,
+    owner: OwnerDep,
+    prefer: Annotated[str, Header(max_length=200)] = "",
+    idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
+) -> Any:
+    """Accept a job, which is on the disk when this is answered.
+
+    The status is 201 if it has ended, for which `Prefer: wait` (at most 60 s, or as many as
+    `wait=10` says) lets the answer wait, and 202 otherwise. The same `Idempotency-Key` with the
+    same body is the same job, however often and wherever it is sent.
+    """
+    wait_s = waiting_s(prefer)
+    if body.input.stream:
+        raise InvalidRequest(
+            "input.stream",
+            f"input.stream is true; a prediction's events are at {PATH}/ID/events.",
+        )
+    jobs.check_webhook(body.webhook)
+    try:
+        await service.check(body.input)
+    except InvalidRequest as error:
+        error.field = f"input.{error.field}" if error.field else "input"
+        raise
+    uploads = await to_thread(_uploads, body)
+    new = _new(body, sent_input(request), uploads, owner, idempotency_key)
+    job = await jobs.add(new, uploads)
+    if wait_s:
+        job = await jobs.ended(job, wait_s)
+    return await _answer(jobs, job, 201 if job.ended else 202)
+
+
+@router.get(PATH, responses=_ERRORS)
+async def listed(
+    jobs: JobsDep,
+    owner: OwnerDep,
+    cursor: Annotated[str | None, Query(max_length=64)] = None,
+    limit: Annotated[int, Query(ge=1, le=PAGE)] = PAGE,
+) -> PredictionPage:
+    """The jobs of this key, the newest first, in pages."""
+    try:
+        found = await jobs.page(owner, cursor, limit + 1)
+    except UnknownJob:
+        raise InvalidRequest(
+            "cursor", "cursor is of no prediction of yours, or of an expired one; begin again."
+        ) from None
+    page = found[:limit]
+    positions = await jobs.positions(page)
+    more = f"{PATH}?cursor={page[-1].id}&limit={limit}" if len(found) > limit else None
+    return PredictionPage(
+        results=[predicted(job, positions.get(job.id)) for job in page], next=more
+    )
+
+
+@router.get(PATH + "/{identifier}", response_model=Prediction, responses=_ERRORS)
+async def get(identifier: Identifier, jobs: JobsDep, owner: OwnerDep) -> Any:
+    """A job of this key."""
+    return await _answer(jobs, await jobs.get(owner, identifier))
+
+
+@router.post(PATH + "/{identifier}/cancel", response_model=Prediction, responses=_ERRORS)
+async def cancel(identifier: Identifier, jobs: JobsDep, owner: OwnerDep) -> Any:
+    """Cancel a job of this key; one that has ended stays as it is."""
+    return await _answer(jobs, await jobs.cancel(owner, identifier))
+
+
+@router.get(
+    PATH + "/{identifier}/events",
+    responses=_ERRORS | {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+)
+async def events(identifier: Identifier, jobs: JobsDep, owner: OwnerDep) -> Response:
+    """Server-sent events: `status` at once, at each change and at the end; `progress`.
+
+    Who stops reading cancels nothing, and may read again.
+    """
+    from server.http.prediction_events import PredictionStream
+
+    return PredictionStream(jobs, await jobs.get(owner, identifier))
+
+
+@router.get(
+    PATH + "/{identifier}/output/{index}",
+    response_class=Response,
+    responses=_ERRORS
+    | {
+        200: {
+            "content": {
+                media: {"schema": {"type": "string", "format": "binary"}}
+                for media in MEDIA_TYPES.values()
+            }
+        }
+    },
+)
+async def output(
+    identifier: Identifier,
+    index: Annotated[int, Path(ge=0, le=10**6)],
+    jobs: JobsDep,
+    owner: OwnerDep,
+) -> Response:
+    """An image of a job that succeeded."""
+    job = await jobs.get(owner, identifier)
+    if job.result is None or index >= len(job.result["seeds"]):
+        raise UnknownJob(f"{identifier}/output/{index}")
+    try:
+        data = await jobs.picture(job, index)
+    except FileNotFoundError:
+        raise UnknownJob(identifier) from None
+    return Response(data, media_type=MEDIA_TYPES[job.result["output_format"]])
+
+
+async def _answer(jobs: Jobs, job: Job, status: int = 200) -> Response:
+    position = (await jobs.positions([job])).get(job.id)
+    headers = {"location": f"{PATH}/{job.id}"} if status != 200 else {}
+    text = predicted(job, position).model_dump_json()
+    return Response(text, status, headers, media_type="application/json")
+
+
+def _uploads(body: PredictionRequest) -> dict[str, bytes]:
+    """The pictures of a body by field, as they were sent."""
+    found: dict[str, bytes] = {}
+    for name in sorted(UPLOADS):
+        upload = getattr(body.input, name)
+        if upload is not None:
+            with upload.opened() as data:
+                found[name] = data if isinstance(data, bytes) else data.encode()
+    return found
+
+
+def _new(
+    body: PredictionRequest,
+    sent: dict[str, Any],
+    uploads: dict[str, bytes],
+    owner: str,
+    key: str | None,
+) -> NewJob:
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in uploads.items()}
+    whole = [sent, digests, body.webhook, sorted(body.webhook_events_filter)]
+    return NewJob(
+        id=uuid.uuid4().hex,
+        owner=owner,
+        input=sent,
+        uploads=tuple(uploads),
+        digest=hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest(),
+        idempotency_key=key,
+        webhook=body.webhook,
+        webhook_events=body.webhook_events_filter,
+    )

@@ -1,0 +1,38 @@
+"""The header `Prefer` (RFC 7240): whether a client waits for its job, and how long."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from server.errors import InvalidRequest
+
+__all__ = ["MOST_S", "waiting_s"]
+
+MOST_S: Final = 60
+"""Seconds of `wait` without a number, and the most that there may be."""
+
+_WAIT: Final = re.compile(r"wait(?:\s*=\s*\"?(\d{1,6})\"?)?", re.IGNORECASE)
+
+
+def waiting_s(prefer: str) -> float:
+    """Seconds for which the answer waits for the job's end; 0 to answer at once.
+
+    Args:
+        prefer: the header, empty without one; preferences of other names are ignored.
+
+    Raises:
+        InvalidRequest: `wait` has a value that is no number of seconds, or is beside
+            `respond-async`.
+    """
+    preferences = [part.partition(";")[0].strip() for part in prefer.split(",")]
+    waits = [one for one in preferences if one.lower().startswith("wait")]
+    if not waits:
+        return 0.0
+    match = _WAIT.fullmatch(waits[0])
+    if match is None or len(waits) > 1 or "respond-async" in map(str.lower, preferences):
+        raise InvalidRequest(
+            "prefer",
+            f"prefer is {prefer[:60]!r}; allowed are wait, wait=SECONDS and respond-async.",
+        )
+    return float(min(MOST_S, int(match[1]))) if match[1] else float(MOST_S)

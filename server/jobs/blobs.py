@@ -1,0 +1,87 @@
+"""Pictures of jobs, in a folder or wherever fsspec can write."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+__all__ = ["Blobs"]
+
+
+class Blobs:
+    """Files below one place, which are there whole or not at all.
+
+    Names are made of identifiers of the server's own, never of what a client sends.
+
+    Args:
+        place: a path, or a URL of fsspec.
+    """
+
+    def __init__(self, place: str) -> None:
+        found: tuple[Any, str] = url_to_fs(place)
+        self._files, self._root = found
+        self._local = isinstance(self._files, LocalFileSystem)
+
+    async def write(self, name: str, data: bytes) -> None:
+        """Store a file; on return it is on the disk, or with the store of the URL."""
+        await asyncio.to_thread(self._write, self._path(name), data)
+
+    async def read(self, name: str) -> bytes:
+        """A file; raises FileNotFoundError if there is none."""
+        return await asyncio.to_thread(self._files.cat_file, self._path(name))
+
+    async def delete(self, names: Sequence[str]) -> None:
+        """Delete files and folders with all that is in them, if they are there."""
+        await asyncio.to_thread(self._delete, [self._path(name) for name in names])
+
+    async def names(self) -> list[str]:
+        """The folders at the top."""
+
+        def listed() -> list[str]:
+            self._files.invalidate_cache()
+            if not self._files.exists(self._root):
+                return []
+            return [
+                path.rstrip("/").rpartition("/")[2] for path in self._files.ls(self._root, False)
+            ]
+
+        return await asyncio.to_thread(listed)
+
+    def _path(self, name: str) -> str:
+        return f"{self._root.rstrip('/')}/{name}"
+
+    def _write(self, path: str, data: bytes) -> None:
+        if self._local:
+            _write_durably(Path(path), data)
+        else:
+            # Stores of objects replace an object as a whole.
+            self._files.pipe_file(path, data)
+
+    def _delete(self, paths: Sequence[str]) -> None:
+        self._files.invalidate_cache()
+        for path in paths:
+            if self._files.exists(path):
+                self._files.rm(path, recursive=True)
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".part")
+    with unfinished.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+    # The file's name, and those of the folders that may be new.
+    for folder in list(path.parents)[:3]:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,131 @@
+"""The connection to the database, used away from the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar
+
+from alembic.command import upgrade
+from alembic.config import Config
+from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy.pool import StaticPool
+
+from server.errors import NotReady
+
+__all__ = ["Database", "of_folder", "of_url"]
+
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
+
+PRAGMAS: Final = ("journal_mode=WAL", "synchronous=FULL", "mmap_size=0", "foreign_keys=ON")
+"""A transaction is on the disk before it is acknowledged."""
+
+CONNECTIONS: Final = 4
+"""To PostgreSQL."""
+
+MIGRATING: Final = 0x77656674
+"""PostgreSQL's lock by which of several servers one migrates."""
+
+
+class Database:
+    """Runs transactions in threads.
+
+    Args:
+        engine: of SQLAlchemy.
+        threads: transactions at once.
+        lock: an open file whose lock is held; -1 without one.
+        alone: whether no other process uses the database.
+    """
+
+    def __init__(self, engine: Engine, threads: int, lock: int = -1, *, alone: bool) -> None:
+        self.alone = alone
+        self._engine = engine
+        self._lock = lock
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="jobs")
+
+    async def run(
+        self,
+        work: Callable[Concatenate[Connection, Given], Result],
+        *given: Given.args,
+        **named: Given.kwargs,
+    ) -> Result:
+        """What `work` returns, after the transaction that it was is on the disk.
+
+        Once begun, a transaction runs to its end, also if whoever waits for it gives up.
+        """
+
+        def transaction() -> Result:
+            with self._engine.begin() as connection:
+                return work(connection, *given, **named)
+
+        return await asyncio.get_running_loop().run_in_executor(self._threads, transaction)
+
+    def close(self) -> None:
+        """Close the connections, after the transactions under way."""
+        self._threads.shutdown()
+        self._engine.dispose()
+        if self._lock >= 0:
+            os.close(self._lock)
+
+
+def of_folder(folder: Path) -> Database:
+    """The SQLite database of a folder, which this process has for itself.
+
+    All transactions run one after another through one connection. SQLite 3.7.0 to 3.51.2 can
+    corrupt a database in WAL mode that several connections write and checkpoint at once
+    (https://sqlite.org/wal.html#walresetbug), and Python 3.11 comes with such a version.
+
+    Raises:
+        NotReady: another server uses the folder.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise NotReady(f"jobs.folder is {str(folder)!r}, which another server uses.") from None
+    engine = create_engine(
+        f"sqlite:///{folder / 'jobs.sqlite'}",
+        poolclass=StaticPool,
+        connect_args={"check_same_thread": False},
+    )
+    event.listen(engine, "connect", _prepare)
+    event.listen(engine, "begin", _begin)
+    _migrate(engine)
+    return Database(engine, 1, lock, alone=True)
+
+
+def of_url(url: str) -> Database:
+    """A PostgreSQL database, which several servers may share."""
+    psycopg = make_url(url).set(drivername="postgresql+psycopg")
+    engine = create_engine(psycopg, pool_size=CONNECTIONS, pool_pre_ping=True)
+    _migrate(engine)
+    return Database(engine, CONNECTIONS, alone=False)
+
+
+def _prepare(connection: Any, _: Any) -> None:
+    # Python's module would begin no transaction before changes of tables.
+    connection.isolation_level = None
+    for pragma in PRAGMAS:
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _begin(connection: Connection) -> None:
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def _migrate(engine: Engine) -> None:
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    config.set_main_option("path_separator", "os")
+    with engine.begin() as connection:
+        if engine.dialect.name == "postgresql":
+            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATING})
+        config.attributes["connection"] = connection
+        upgrade(config, "head")

@@ -1,0 +1,193 @@
+"""The one door to durable jobs: opens what they need, and takes, shows and cancels them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, Final
+
+from server.errors import InvalidRequest, WeftError
+from server.jobs import store
+from server.jobs.blobs import Blobs
+from server.jobs.database import Database, of_folder, of_url
+from server.jobs.deliveries import Deliveries
+from server.jobs.job import Job, NewJob
+from server.jobs.runner import Runner, output_name, upload_name
+from server.jobs.watching import Watches
+from server.jobs.webhooks import check_url
+from server.service.service import Service
+from server.settings import JobSettings, Settings
+
+__all__ = ["Jobs"]
+
+log = logging.getLogger("weft")
+
+LOOK_S: Final = 1.0
+"""Between looks at a job that another server may be processing."""
+
+AGAIN_S: Final = 1.0
+"""Between tries while the database or the disk fails."""
+
+
+class Jobs:
+    """Durable jobs, from :meth:`open` to :meth:`close`.
+
+    Args:
+        settings: of the server.
+        service: that makes pictures.
+        describe: the body of a webhook that tells of a job.
+
+    Attributes:
+        watches: who waits for news of which job.
+        leaving: set once the server is about to stop.
+    """
+
+    def __init__(
+        self, settings: Settings, service: Service, describe: Callable[[Job], bytes]
+    ) -> None:
+        self.watches = Watches()
+        self.leaving = service.leaving
+        self._settings: JobSettings = settings.jobs
+        self._clients = {key.digest.hex(): key.client for key in settings.api_keys}
+        self._service = service
+        self._describe = describe
+        self._database: Database
+        self._blobs: Blobs
+        self._runner: Runner
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def open(self) -> None:
+        """Open the database, bring it up to date, and begin to run its jobs.
+
+        Raises:
+            NotReady: another server uses the folder.
+            SQLAlchemyError: there is no database.
+        """
+        settings = self._settings
+        self._database = await asyncio.to_thread(_database, settings)
+        self._blobs = await asyncio.to_thread(Blobs, settings.place_of_pictures)
+        if self._database.alone:
+            await self._database.run(store.free_all)
+        self._runner = Runner(
+            self._service, self._database, self._blobs, self.watches, settings, self._clients
+        )
+        work = [self._runner.run, self._runner.renew, self._runner.sweep]
+        if settings.webhook_secret is not None:
+            deliveries = Deliveries(
+                self._database,
+                settings.webhook_secret.get_secret_value(),
+                self._describe,
+                private=settings.webhook_private,
+            )
+            work.append(deliveries.run)
+        self._tasks = [asyncio.create_task(_for_ever(one)) for one in work]
+
+    async def close(self) -> None:
+        """Stop; jobs under way wait for the next start."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._runner.stop()
+        await asyncio.to_thread(self._database.close)
+
+    def check_webhook(self, url: str | None) -> None:
+        """Refuse a webhook that could not be sent.
+
+        Raises:
+            InvalidRequest: it is no URL, or a private one, or this server sends none.
+        """
+        if url is None:
+            return
+        if self._settings.webhook_secret is None:
+            raise InvalidRequest(
+                "webhook",
+                "webhook is given, and this server sends none; the operator can set "
+                "WEFT_JOBS__WEBHOOK_SECRET.",
+            )
+        check_url(url, private=self._settings.webhook_private)
+
+    async def add(self, new: NewJob, uploads: Mapping[str, bytes]) -> Job:
+        """Accept a job: on return it is on the disk, and will be brought to an end.
+
+        Args:
+            new: what was asked for.
+            uploads: its pictures by field, as they were sent.
+
+        Raises:
+            Overloaded: as many jobs of its owner wait as may.
+            ReusedKey: its idempotency key came with another body.
+        """
+        # Most repetitions are found before their pictures are stored once more.
+        same = await self._database.run(store.repeated, new.owner, new.idempotency_key, new.digest)
+        if same is not None:
+            return same
+        try:
+            for field, data in uploads.items():
+                await self._blobs.write(upload_name(new.id, field), data)
+            job = await self._database.run(store.add, new, self._settings.waiting, time.time())
+        except WeftError:
+            await self._blobs.delete([new.id])
+            raise
+        if job.id != new.id:
+            await self._blobs.delete([new.id])
+        self._runner.wake()
+        return job
+
+    async def get(self, owner: str, identifier: str) -> Job:
+        """A job of an owner; raises UnknownJob if there is none."""
+        return await self._database.run(store.get, owner, identifier)
+
+    async def page(self, owner: str, after: str | None, count: int) -> list[Job]:
+        """So many jobs of an owner from `after` on, the newest first; raises UnknownJob."""
+        return await self._database.run(store.page, owner, after, count)
+
+    async def positions(self, jobs: list[Job]) -> dict[str, int]:
+        """How many jobs are begun before each of these, as far as they wait."""
+        waiting = [job.id for job in jobs if job.status == "starting"]
+        if not waiting:
+            return {}
+        return await self._database.run(store.positions, waiting)
+
+    async def cancel(self, owner: str, identifier: str) -> Job:
+        """Cancel a job, unless it has ended; raises UnknownJob."""
+        job = await self._database.run(
+            store.cancel, owner, identifier, self._settings.keep_s, time.time()
+        )
+        self._runner.cancel(identifier)
+        self.watches.tell(identifier)
+        return job
+
+    async def picture(self, job: Job, index: int) -> bytes:
+        """A picture of a job that succeeded; raises FileNotFoundError if it was deleted."""
+        attempt = 0 if job.result is None else job.result["attempt"]
+        return await self._blobs.read(output_name(job.id, attempt, index))
+
+    async def ended(self, job: Job, within_s: float) -> Job:
+        """A job once it has ended, or as it is after some seconds or when the server stops."""
+        until = time.monotonic() + within_s
+        with self.watches.on(job.id) as watch:
+            while not job.ended and not self.leaving.is_set():
+                job = await self.get(job.owner, job.id)
+                left = until - time.monotonic()
+                if job.ended or left <= 0:
+                    break
+                await watch.news(min(left, LOOK_S))
+        return job
+
+
+async def _for_ever(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Do something again whenever it fails, as it does while the database cannot be reached."""
+    while True:
+        try:
+            await work()
+        except Exception:
+            log.exception("durable jobs: something failed, and is tried again")
+            await asyncio.sleep(AGAIN_S)
+
+
+def _database(settings: JobSettings) -> Database:
+    if settings.database is not None:
+        return of_url(settings.database.get_secret_value())
+    return of_folder(settings.place_of_jobs)

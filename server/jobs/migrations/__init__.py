@@ -1,0 +1,1 @@
+"""Changes of the database from version to version, which Alembic applies in their order."""

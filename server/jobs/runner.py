@@ -1,0 +1,228 @@
+"""Takes jobs from the database, has them made, and stores what comes of them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+import uuid
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import partial
+from typing import Any, Final
+
+from server.engine.client import ANYONE, Client
+from server.errors import Cancelled, NotReady, Overloaded, UnknownGeneration, WeftError
+from server.jobs import store
+from server.jobs.blobs import Blobs
+from server.jobs.database import Database
+from server.jobs.job import Job
+from server.jobs.watching import Watches
+from server.requests.schema import GenerateRequest
+from server.service.service import Pictures, Service
+from server.settings import JobSettings
+
+__all__ = ["Runner", "output_name", "upload_name"]
+
+log = logging.getLogger("weft")
+
+LEASE_S: Final = 45.0
+RENEW_S: Final = 10.0
+LOOK_S: Final = 1.0
+"""Between looks for jobs that other servers accepted, or whose time to be tried again has come."""
+
+SWEEP_S: Final = 30.0
+SWEPT_AT_ONCE: Final = 100
+
+
+def upload_name(identifier: str, field: str) -> str:
+    """Where a picture that came with a job is."""
+    return f"{identifier}/{field}"
+
+
+def output_name(identifier: str, attempt: int, index: int) -> str:
+    """Where a picture that an attempt made is."""
+    return f"{identifier}/{attempt}/{index}"
+
+
+class Runner:
+    """Runs jobs in the engine of this process.
+
+    Args:
+        service: that makes pictures.
+        database: with the jobs.
+        blobs: with their pictures.
+        watches: told of progress and changes.
+        settings: how many at once, how often, and for how long they are kept.
+        clients: whose share of the device the jobs of an owner have.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        database: Database,
+        blobs: Blobs,
+        watches: Watches,
+        settings: JobSettings,
+        clients: Mapping[str, Client],
+    ) -> None:
+        self._service = service
+        self._database = database
+        self._blobs = blobs
+        self._watches = watches
+        self._settings = settings
+        self._clients = clients
+        self._worker = uuid.uuid4().hex
+        self._wake = asyncio.Event()
+        self._under_way: dict[str, tuple[Job, asyncio.Task[None]]] = {}
+
+    def wake(self) -> None:
+        """There may be a job to begin."""
+        self._wake.set()
+
+    def cancel(self, identifier: str) -> None:
+        """Stop the work on a job that was cancelled, if it is done here."""
+        if identifier in self._under_way:
+            job, _ = self._under_way[identifier]
+            # It may be about to begin, or have just ended; then its result is not taken.
+            with suppress(UnknownGeneration):
+                self._service.cancel(_generation_of(job))
+
+    async def run(self) -> None:
+        """Begin jobs as long as there are any and there is room, until cancelled."""
+        while True:
+            self._wake.clear()
+            while self._service.ready and len(self._under_way) < self._settings.running:
+                job = await self._database.run(store.begin, self._worker, LEASE_S, time.time())
+                if job is None:
+                    break
+                task = asyncio.create_task(self._attempt(job))
+                self._under_way[job.id] = job, task
+                task.add_done_callback(partial(self._ended, job))
+                self._watches.tell(job.id)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), LOOK_S)
+
+    async def renew(self) -> None:
+        """Keep the jobs under way, and stop those that are no longer this server's."""
+        while True:
+            await asyncio.sleep(RENEW_S)
+            mine = list(self._under_way)
+            kept = await self._database.run(store.renew, self._worker, mine, LEASE_S, time.time())
+            for identifier in set(mine) - kept:
+                self.cancel(identifier)
+
+    async def sweep(self) -> None:
+        """Delete what has been kept for long enough, and pictures of jobs that never were."""
+        await self._delete_strays()
+        while True:
+            over = await self._database.run(store.expired, time.time(), SWEPT_AT_ONCE)
+            # Pictures first: what is interrupted here is done again.
+            await self._blobs.delete(over)
+            await self._database.run(store.forget, over)
+            if len(over) < SWEPT_AT_ONCE:
+                await asyncio.sleep(SWEEP_S)
+
+    async def stop(self) -> None:
+        """Give up the jobs under way, which wait for the next start."""
+        under_way = list(self._under_way.values())
+        for _, task in under_way:
+            task.cancel()
+        await asyncio.gather(*(task for _, task in under_way), return_exceptions=True)
+        for job, _ in under_way:
+            await self._database.run(store.requeue, job, 0.0, spare=True)
+
+    async def _delete_strays(self) -> None:
+        """Delete pictures that a process stored before it ended, without the job itself."""
+        if not self._database.alone:
+            # Another server may be about to accept their job.
+            return
+        there = await self._blobs.names()
+        known = await self._database.run(store.known, there)
+        await self._blobs.delete([name for name in there if name not in known])
+
+    def _ended(self, job: Job, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and task.exception() is not None:
+            # Nobody renews it from here on: it is begun again when its lease is over.
+            log.error("what came of job %s was not stored", job.id, exc_info=task.exception())
+        del self._under_way[job.id]
+        self._watches.tell(job.id)
+        self.wake()
+
+    async def _attempt(self, job: Job) -> None:
+        """Bring a job to its end, or let it wait again."""
+        if job.attempt - job.spared > self._settings.attempts:
+            await self._fail(job, "interrupted", "The server ended while it worked on this, again.")
+            return
+        try:
+            made = await self._made(job)
+        except Overloaded as error:
+            await self._wait(job, error.retry_after_s, spare=True)
+        except NotReady as error:
+            # A device that this very job breaks must not be broken by it for ever.
+            await self._wait(job, error.retry_after_s, spare=self._service.broken is None)
+        except Cancelled:
+            await self._end(job, "canceled")
+        except WeftError as error:
+            await self._fail(job, error.code, error.message, error.field)
+        except Exception:
+            log.exception("job %s failed", job.id)
+            sentence = "An unexpected error occurred; the server's log has the details."
+            await self._fail(job, WeftError.code, sentence)
+        else:
+            await self._store(job, *made)
+
+    async def _made(self, job: Job) -> tuple[Pictures, str]:
+        fields: dict[str, Any] = dict(job.input)
+        for field in job.uploads:
+            fields[field] = (await self._blobs.read(upload_name(job.id, field))).decode()
+        request = GenerateRequest.model_validate(fields)
+        client = self._clients.get(job.owner, ANYONE)
+        generation = await self._service.admit(request, _generation_of(job), client)
+        try:
+            while not generation.done:
+                for progress in await generation.news():
+                    self._watches.tell(job.id, progress)
+            return await self._service.pictures(generation), generation.request.output_format
+        finally:
+            self._service.release(generation)
+
+    async def _store(self, job: Job, pictures: Pictures, output_format: str) -> None:
+        for index, picture in enumerate(pictures.pictures):
+            await self._blobs.write(output_name(job.id, job.attempt, index), picture.data)
+        result = {
+            "attempt": job.attempt,
+            "output_format": output_format,
+            "model": pictures.settings["model"],
+            "seeds": [picture.seed for picture in pictures.pictures],
+            "settings": pictures.settings,
+            "warnings": pictures.warnings,
+            "notes": pictures.notes,
+            "queue_s": pictures.queue_s,
+            "denoise_s": pictures.denoise_s,
+            "decode_s": pictures.decode_s,
+        }
+        if await self._end(job, "succeeded", result=result):
+            # What earlier attempts left, and the pictures that came with the job.
+            left = [f"{job.id}/{attempt}" for attempt in range(1, job.attempt)]
+            await self._blobs.delete([*left, *(upload_name(job.id, one) for one in job.uploads)])
+        else:
+            await self._blobs.delete([f"{job.id}/{job.attempt}"])
+
+    async def _end(self, job: Job, status: Any, **outcome: Mapping[str, Any]) -> bool:
+        return await self._database.run(
+            store.finish, job, status, self._settings.keep_s, time.time(), **outcome
+        )
+
+    async def _fail(self, job: Job, code: str, sentence: str, field: str | None = None) -> None:
+        param = None if field is None else f"input.{field}"
+        await self._end(job, "failed", error={"message": sentence, "code": code, "param": param})
+
+    async def _wait(self, job: Job, wait_s: float, *, spare: bool) -> None:
+        again_at = time.time() + max(LOOK_S, math.ceil(wait_s))
+        await self._database.run(store.requeue, job, again_at, spare=spare)
+
+
+def _generation_of(job: Job) -> str:
+    return f"{job.id}.{job.attempt}"

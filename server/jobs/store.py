@@ -1,0 +1,347 @@
+"""What is done with stored jobs, each within one transaction.
+
+A job may be begun more than once, and ends once: whoever commits names the attempt that he made,
+and only the latest attempt of a job that is still processing is taken.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Collection, Mapping
+from typing import Any, Final
+
+from sqlalchemy import (
+    Connection,
+    Row,
+    and_,
+    delete,
+    func,
+    insert,
+    or_,
+    select,
+    update,
+)
+from sqlalchemy.exc import IntegrityError
+
+from server.errors import Overloaded, ReusedKey, UnknownJob
+from server.jobs.job import ENDED, WAITING, Delivery, Event, Job, NewJob, Status
+from server.jobs.tables import DELIVERIES, JOBS
+
+__all__ = [
+    "add",
+    "begin",
+    "cancel",
+    "delivered",
+    "due",
+    "expired",
+    "finish",
+    "forget",
+    "free_all",
+    "get",
+    "known",
+    "page",
+    "positions",
+    "renew",
+    "repeated",
+    "requeue",
+]
+
+RETRY_AFTER_S: Final = 30.0
+SENDING_S: Final = 120.0
+"""For which nobody else sends a webhook that is being sent."""
+
+_SHOWN: Final = [JOBS.c[name] for name in Job.__dataclass_fields__]
+
+
+def add(connection: Connection, new: NewJob, waiting: int, now: float) -> Job:
+    """Accept a job, or find the one that was accepted with the same idempotency key and body.
+
+    Args:
+        connection: in a transaction.
+        new: what was asked for.
+        waiting: how many jobs of the owner may wait.
+        now: Unix time.
+
+    Raises:
+        Overloaded: as many jobs of the owner wait.
+        ReusedKey: the idempotency key came with another body.
+    """
+    same = repeated(connection, new.owner, new.idempotency_key, new.digest)
+    if same is not None:
+        return same
+    count = select(func.count()).where(JOBS.c.status == WAITING, JOBS.c.owner == new.owner)
+    if connection.execute(count).scalar_one() >= waiting:
+        raise Overloaded(
+            RETRY_AFTER_S,
+            f"{waiting} predictions of yours are waiting, and no more may; try again in "
+            f"{RETRY_AFTER_S:.0f} s.",
+        )
+    row = {name: getattr(new, name) for name in NewJob.__dataclass_fields__}
+    row |= {"uploads": list(new.uploads), "webhook_events": list(new.webhook_events)}
+    try:
+        with connection.begin_nested():
+            added = insert(JOBS).values(**row, status=WAITING, created_at=now).returning(*_SHOWN)
+            return _job(connection.execute(added).one())
+    except IntegrityError:
+        # Another server was faster.
+        same = repeated(connection, new.owner, new.idempotency_key, new.digest)
+        if same is None:
+            raise
+        return same
+
+
+def repeated(connection: Connection, owner: str, key: str | None, digest: str) -> Job | None:
+    """The job of the same idempotency key, if there is one.
+
+    Raises:
+        ReusedKey: it had another body.
+    """
+    if key is None:
+        return None
+    found = select(*_SHOWN).where(JOBS.c.owner == owner, JOBS.c.idempotency_key == key)
+    row = connection.execute(found).one_or_none()
+    if row is None:
+        return None
+    if row.digest != digest:
+        raise ReusedKey(key)
+    return _job(row)
+
+
+def get(connection: Connection, owner: str, identifier: str) -> Job:
+    """A job of an owner; raises UnknownJob if he has none of that identifier."""
+    found = select(*_SHOWN).where(JOBS.c.owner == owner, JOBS.c.id == identifier)
+    row = connection.execute(found).one_or_none()
+    if row is None:
+        raise UnknownJob(identifier)
+    return _job(row)
+
+
+def page(connection: Connection, owner: str, after: str | None, count: int) -> list[Job]:
+    """So many jobs of an owner, the newest first.
+
+    Args:
+        connection: in a transaction.
+        owner: whose jobs.
+        after: identifier of the job before the first of them; None to begin with the newest.
+        count: at most so many.
+
+    Raises:
+        UnknownJob: he has no job `after`.
+    """
+    found = select(*_SHOWN).where(JOBS.c.owner == owner)
+    if after is not None:
+        at = select(JOBS.c.seq).where(JOBS.c.owner == owner, JOBS.c.id == after)
+        seq = connection.execute(at).scalar_one_or_none()
+        if seq is None:
+            raise UnknownJob(after)
+        found = found.where(JOBS.c.seq < seq)
+    rows = connection.execute(found.order_by(JOBS.c.seq.desc()).limit(count))
+    return [_job(row) for row in rows]
+
+
+def positions(connection: Connection, identifiers: Collection[str]) -> dict[str, int]:
+    """How many jobs are begun before each waiting one, if owners take turns and none is new."""
+    turn = func.row_number().over(partition_by=JOBS.c.owner, order_by=JOBS.c.seq).label("turn")
+    turns = select(JOBS.c.id, JOBS.c.seq, turn).where(JOBS.c.status == WAITING).subquery()
+    place = func.row_number().over(order_by=(turns.c.turn, turns.c.seq)).label("place")
+    places = select(turns.c.id, place).subquery()
+    found = select(places.c.id, places.c.place).where(places.c.id.in_(identifiers))
+    return {row.id: row.place - 1 for row in connection.execute(found)}
+
+
+def begin(connection: Connection, worker: str, lease_s: float, now: float) -> Job | None:
+    """Begin the next job: the oldest one of the owner of whom the fewest are processing.
+
+    A job whose worker has not been heard of for `lease_s` is begun again.
+
+    Args:
+        connection: in a transaction.
+        worker: who begins it.
+        lease_s: seconds within which he has to :func:`renew`.
+        now: Unix time.
+    """
+    running = and_(JOBS.c.status == "processing", JOBS.c.lease_until >= now)
+    counts = select(JOBS.c.owner, func.count().label("jobs")).where(running).group_by(JOBS.c.owner)
+    busy = {row.owner: row.jobs for row in connection.execute(counts)}
+    ready = or_(
+        and_(JOBS.c.status == WAITING, JOBS.c.not_before <= now),
+        and_(JOBS.c.status == "processing", JOBS.c.lease_until < now),
+    )
+    oldest = select(JOBS.c.owner, func.min(JOBS.c.seq)).where(ready).group_by(JOBS.c.owner)
+    heads = [(busy.get(owner, 0), seq) for owner, seq in connection.execute(oldest)]
+    for _, seq in sorted(heads):
+        # The condition again: another server may have begun it in the meantime.
+        begun = (
+            update(JOBS)
+            .where(JOBS.c.seq == seq, ready)
+            .values(
+                status="processing",
+                attempt=JOBS.c.attempt + 1,
+                worker=worker,
+                lease_until=now + lease_s,
+                started_at=func.coalesce(JOBS.c.started_at, now),
+            )
+            .returning(*_SHOWN)
+        )
+        row = connection.execute(begun).one_or_none()
+        if row is not None:
+            if row.attempt == 1:
+                _tell(connection, row.id, "start", now)
+            return _job(row)
+    return None
+
+
+def renew(
+    connection: Connection, worker: str, identifiers: Collection[str], lease_s: float, now: float
+) -> set[str]:
+    """Keep jobs for another `lease_s`.
+
+    Returns:
+        Those that are still this worker's; others were cancelled, or begun by somebody else.
+    """
+    kept = (
+        update(JOBS)
+        .where(JOBS.c.id.in_(identifiers), JOBS.c.worker == worker, JOBS.c.status == "processing")
+        .values(lease_until=now + lease_s)
+        .returning(JOBS.c.id)
+    )
+    return set(connection.execute(kept).scalars())
+
+
+def free_all(connection: Connection) -> None:
+    """Let all jobs that are processing be begun again at once, since nobody processes them."""
+    connection.execute(update(JOBS).where(JOBS.c.status == "processing").values(lease_until=0.0))
+
+
+def finish(
+    connection: Connection,
+    job: Job,
+    status: Status,
+    keep_s: float,
+    now: float,
+    *,
+    result: Mapping[str, Any] | None = None,
+    error: Mapping[str, Any] | None = None,
+) -> bool:
+    """End a job, unless it has ended or was begun again since.
+
+    Args:
+        connection: in a transaction.
+        job: as the attempt that ends it began it.
+        status: that it ends with.
+        keep_s: seconds for which it is kept.
+        now: Unix time.
+        result: of an attempt that succeeded.
+        error: of one that failed.
+
+    Returns:
+        Whether this attempt has ended it.
+    """
+    ended = (
+        update(JOBS)
+        .where(JOBS.c.id == job.id, JOBS.c.attempt == job.attempt, JOBS.c.status == "processing")
+        .values(**_end(status, keep_s, now), result=result, error=error)
+    )
+    if connection.execute(ended).rowcount == 0:
+        return False
+    _tell(connection, job.id, "completed", now)
+    return True
+
+
+def requeue(connection: Connection, job: Job, not_before: float, *, spare: bool) -> bool:
+    """Let a job wait again, unless it has ended or was begun again since.
+
+    Args:
+        connection: in a transaction.
+        job: as the attempt that gives it up began it.
+        not_before: Unix time.
+        spare: whether the attempt does not count.
+    """
+    waits = (
+        update(JOBS)
+        .where(JOBS.c.id == job.id, JOBS.c.attempt == job.attempt, JOBS.c.status == "processing")
+        .values(
+            status=WAITING, not_before=not_before, worker=None, spared=JOBS.c.spared + int(spare)
+        )
+    )
+    return connection.execute(waits).rowcount == 1
+
+
+def cancel(connection: Connection, owner: str, identifier: str, keep_s: float, now: float) -> Job:
+    """End a job that has not ended; returns it as it is then. Raises UnknownJob."""
+    ended = (
+        update(JOBS)
+        .where(JOBS.c.owner == owner, JOBS.c.id == identifier, JOBS.c.status.not_in(ENDED))
+        .values(**_end("canceled", keep_s, now))
+    )
+    if connection.execute(ended).rowcount:
+        _tell(connection, identifier, "completed", now)
+    return get(connection, owner, identifier)
+
+
+def expired(connection: Connection, now: float, count: int) -> list[str]:
+    """So many jobs whose time to be kept is over."""
+    over = select(JOBS.c.id).where(JOBS.c.expires_at < now).limit(count)
+    return list(connection.execute(over).scalars())
+
+
+def forget(connection: Connection, identifiers: Collection[str]) -> None:
+    """Delete jobs, and the webhooks that were still to be sent of them."""
+    connection.execute(delete(JOBS).where(JOBS.c.id.in_(identifiers)))
+
+
+def known(connection: Connection, identifiers: Collection[str]) -> set[str]:
+    """Those of the identifiers that are of a job."""
+    found = select(JOBS.c.id).where(JOBS.c.id.in_(identifiers))
+    return set(connection.execute(found).scalars())
+
+
+def due(connection: Connection, now: float, count: int) -> list[Delivery]:
+    """So many webhooks that are to be sent now; nobody else gets them for some time."""
+    ready = (
+        select(DELIVERIES.c.id)
+        .where(DELIVERIES.c.next_at <= now)
+        .order_by(DELIVERIES.c.next_at)
+        .limit(count)
+        .with_for_update(skip_locked=True)
+    )
+    identifiers = list(connection.execute(ready).scalars())
+    if not identifiers:
+        return []
+    mine = DELIVERIES.c.id.in_(identifiers)
+    connection.execute(update(DELIVERIES).where(mine).values(next_at=now + SENDING_S))
+    columns = [DELIVERIES.c.id.label("delivery"), DELIVERIES.c.event, DELIVERIES.c.tries]
+    both = select(*columns, *_SHOWN).join(JOBS, JOBS.c.id == DELIVERIES.c.job).where(mine)
+    return [
+        Delivery(row.delivery, _job(row), row.event, row.tries) for row in connection.execute(both)
+    ]
+
+
+def delivered(connection: Connection, delivery: Delivery, again_at: float | None) -> None:
+    """Record a try: the webhook is sent again at some time, or not any more."""
+    this = DELIVERIES.c.id == delivery.id
+    if again_at is None:
+        connection.execute(delete(DELIVERIES).where(this))
+        return
+    tried = update(DELIVERIES).where(this)
+    connection.execute(tried.values(tries=delivery.tries + 1, next_at=again_at))
+
+
+def _end(status: Status, keep_s: float, now: float) -> dict[str, Any]:
+    return {"status": status, "completed_at": now, "expires_at": now + keep_s}
+
+
+def _tell(connection: Connection, identifier: str, event: Event, now: float) -> None:
+    """Have a webhook sent, if the job wants one of the event."""
+    wanted = select(JOBS.c.webhook, JOBS.c.webhook_events).where(JOBS.c.id == identifier)
+    row = connection.execute(wanted).one()
+    if row.webhook is not None and event in row.webhook_events:
+        name = f"msg_{uuid.uuid4().hex}"
+        told = {"id": name, "job": identifier, "event": event, "next_at": now}
+        connection.execute(insert(DELIVERIES).values(**told))
+
+
+def _job(row: Row[Any]) -> Job:
+    fields: dict[str, Any] = {name: getattr(row, name) for name in Job.__dataclass_fields__}
+    fields["uploads"] = tuple(fields["uploads"])
+    return Job(**fields)

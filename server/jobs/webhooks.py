@@ -1,0 +1,166 @@
+"""One webhook: checked, signed and sent to an address that was looked up once.
+
+The signature is that of Standard Webhooks (https://www.standardwebhooks.com, version 1), which its
+libraries verify: HMAC-SHA256 of `id.timestamp.body`, in base64 behind `v1,`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import ipaddress
+import re
+import socket
+import ssl
+from collections.abc import Mapping
+from typing import Final
+from urllib.parse import SplitResult, urlsplit
+
+from server.errors import InvalidRequest
+from server.jobs.addresses import is_public
+
+__all__ = ["Refused", "check_url", "send", "signed"]
+
+MOST_URL: Final = 2048
+ANSWER_S: Final = 15.0
+"""From the look-up of the name to the status of the answer."""
+
+LINE_BYTES: Final = 4096
+_STATUS: Final = re.compile(rb"HTTP/1\.[01] (\d{3})\b")
+_SENDABLE: Final = re.compile(r"[!-~]+")
+_DEFAULT_PORTS: Final = {"http": 80, "https": 443}
+
+
+class Refused(Exception):
+    """A webhook is not sent, because of where it would go."""
+
+
+def check_url(url: str, *, private: bool) -> None:
+    """Check what can be known of a webhook's URL without looking up its name.
+
+    Args:
+        url: as sent.
+        private: whether it may be a private address.
+
+    Raises:
+        InvalidRequest: no webhook can be sent there.
+    """
+    try:
+        parts, _ = _parsed(url)
+    except ValueError as error:
+        raise InvalidRequest("webhook", f"webhook is {url[:60]!r}: {error}.") from None
+    host = parts.hostname or ""
+    if not private and _is_address(host) and not is_public(host):
+        raise InvalidRequest(
+            "webhook",
+            f"webhook is {url[:60]!r}, and {host} is no public address; webhooks go to addresses "
+            "of the internet only.",
+        )
+
+
+def signed(secret: str, identifier: str, timestamp: int, body: bytes) -> dict[str, str]:
+    """The headers by which a receiver knows that a webhook is from this server.
+
+    Args:
+        secret: `whsec_` and the base64 of the key.
+        identifier: of the webhook, the same at each try.
+        timestamp: Unix time at which it is sent.
+        body: that is sent.
+    """
+    key = base64.b64decode(secret.removeprefix("whsec_"))
+    content = f"{identifier}.{timestamp}.".encode() + body
+    digest = base64.b64encode(hmac.digest(key, content, hashlib.sha256)).decode()
+    return {
+        "webhook-id": identifier,
+        "webhook-timestamp": str(timestamp),
+        "webhook-signature": f"v1,{digest}",
+    }
+
+
+async def send(url: str, headers: Mapping[str, str], body: bytes, *, private: bool) -> int:
+    """Post a body, and return the status of the answer; redirects are not followed.
+
+    The name is looked up once, and the connection goes to the address that was checked.
+
+    Args:
+        url: that :func:`check_url` let through.
+        headers: beside those of every request.
+        body: JSON.
+        private: whether the address may be private.
+
+    Raises:
+        Refused: the name has an address that is not public.
+        OSError: there is no such name, no connection, or no answer in time.
+    """
+    parts, port = _parsed(url)
+    host = parts.hostname or ""
+    async with asyncio.timeout(ANSWER_S):
+        address = await _address(host, port, private=private)
+        context = ssl.create_default_context() if parts.scheme == "https" else None
+        reader, writer = await asyncio.open_connection(
+            address,
+            port,
+            ssl=context,
+            server_hostname=host if context else None,
+            limit=LINE_BYTES,
+        )
+        try:
+            writer.write(_head(parts, headers, len(body)) + body)
+            await writer.drain()
+            return _status(await reader.readline())
+        except ValueError:
+            raise ConnectionError("the answer is not HTTP") from None
+        finally:
+            writer.transport.abort()
+
+
+def _parsed(url: str) -> tuple[SplitResult, int]:
+    """The parts of a URL and its port; raises ValueError with the reason why it is none."""
+    if len(url) > MOST_URL or not _SENDABLE.fullmatch(url):
+        raise ValueError(f"it must have at most {MOST_URL} characters, all printable ASCII")
+    parts = urlsplit(url)
+    if parts.scheme not in _DEFAULT_PORTS:
+        raise ValueError("it must begin with https:// or http://")
+    if not parts.hostname or parts.username is not None or parts.password is not None:
+        raise ValueError("it must have a host, and no user or password")
+    return parts, parts.port or _DEFAULT_PORTS[parts.scheme]
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+async def _address(host: str, port: int, *, private: bool) -> str:
+    loop = asyncio.get_running_loop()
+    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    addresses = [str(entry[4][0]) for entry in found]
+    if not private and not all(map(is_public, addresses)):
+        raise Refused(f"{host} has an address that is not public")
+    return addresses[0]
+
+
+def _head(parts: SplitResult, headers: Mapping[str, str], size: int) -> bytes:
+    path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    lines = [
+        f"POST {path} HTTP/1.1",
+        f"Host: {parts.netloc}",
+        "Content-Type: application/json",
+        f"Content-Length: {size}",
+        "Connection: close",
+        "User-Agent: weft",
+        *(f"{name}: {value}" for name, value in headers.items()),
+    ]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("ascii")
+
+
+def _status(line: bytes) -> int:
+    match = _STATUS.match(line)
+    if match is None:
+        raise ConnectionError("the answer is not HTTP")
+    return int(match[1])

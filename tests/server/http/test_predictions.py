@@ -1,0 +1,272 @@
+"""Durable jobs over HTTP, from a real server."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import io
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from PIL import Image
+from starlette.testclient import TestClient
+
+from server.http.prefer import waiting_s
+from server.jobs import deliveries, store
+from server.jobs.database import of_folder
+from server.jobs.job import ENDED, Job
+from server.settings import JobSettings, Limits, Settings
+from tests.server.conftest import PATIENCE_S, Running
+
+MINE, OTHER = "correct horse battery staple", "0123456789abcdef"
+SECRET = "whsec_" + base64.b64encode(bytes(range(32))).decode()
+INPUT = {"prompt": "a red circle", "steps": 2, "seed": 5}
+SLOW = INPUT | {"steps": 200, "guidance": "none"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("jobs")
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[Running]:
+    jobs = {
+        "folder": folder,
+        "running": 2,
+        "webhook_secret": SECRET,
+        "webhook_private": True,
+    }
+    settings = Settings.model_validate(
+        {
+            "api_keys": [MINE, OTHER],
+            "row_budget": 8,
+            "deterministic": True,
+            "limits": Limits(),
+            "jobs": JobSettings.model_validate(jobs),
+        }
+    )
+    running = Running(settings)
+    running.start()
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="module")
+def mine(server: Running) -> Iterator[httpx2.Client]:
+    headers = {"authorization": f"Bearer {MINE}"}
+    with httpx2.Client(base_url=server.url, timeout=PATIENCE_S, headers=headers) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def other(server: Running) -> Iterator[httpx2.Client]:
+    headers = {"authorization": f"Bearer {OTHER}"}
+    with httpx2.Client(base_url=server.url, timeout=PATIENCE_S, headers=headers) as client:
+        yield client
+
+
+def post(client: httpx2.Client, given: dict[str, Any] = INPUT, **headers: str) -> httpx2.Response:
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return client.post("/v1/predictions", json={"input": given}, headers=named)
+
+
+def all_ended(client: httpx2.Client) -> bool:
+    found = client.get("/v1/predictions").json()["results"]
+    return all(job["status"] in ENDED for job in found)
+
+
+def until(happened: Callable[[], Any]) -> None:
+    last = time.monotonic() + PATIENCE_S
+    while not happened():
+        assert time.monotonic() < last
+        time.sleep(0.02)
+
+
+def test_a_job_makes_the_image_that_a_request_makes(mine: httpx2.Client) -> None:
+    answer = post(mine, prefer="wait")
+    assert answer.status_code == 201
+    job = answer.json()
+    assert (job["status"], job["seeds"], job["attempts"]) == ("succeeded", [5], 1)
+    assert answer.headers["location"] == job["urls"]["get"]
+    assert mine.get(job["urls"]["get"]).json() == job
+    picture = mine.get(job["output"][0])
+    assert picture.headers["content-type"] == "image/png"
+    headers = {"accept": "image/png"}
+    assert mine.post("/v1/generate", json=INPUT, headers=headers).content == picture.content
+    assert mine.get(f"{job['urls']['get']}/output/1").status_code == 404
+
+
+def test_a_job_starts_from_the_picture_that_came_with_it(mine: httpx2.Client) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), "blue").save(file, "png")
+    given = INPUT | {"image": base64.b64encode(file.getvalue()).decode(), "strength": 0.5}
+    job = post(mine, given, prefer="wait").json()
+    assert "image" not in job["input"]
+    picture = mine.get(job["output"][0])
+    headers = {"accept": "image/png"}
+    assert mine.post("/v1/generate", json=given, headers=headers).content == picture.content
+
+
+def test_a_job_is_of_the_key_that_made_it(mine: httpx2.Client, other: httpx2.Client) -> None:
+    jobs = [post(mine).json()["id"] for _ in range(3)]
+    theirs = post(other).json()["id"]
+    for method, suffix in (
+        ("GET", ""),
+        ("GET", "/events"),
+        ("GET", "/output/0"),
+        ("POST", "/cancel"),
+    ):
+        path = f"/v1/predictions/{jobs[0]}{suffix}"
+        answer = other.request(method, path)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "prediction_not_found")
+    page = mine.get("/v1/predictions", params={"limit": 2}).json()
+    assert [job["id"] for job in page["results"]] == jobs[:0:-1]
+    assert mine.get(page["next"]).json()["results"][0]["id"] == jobs[0]
+    assert [job["id"] for job in other.get("/v1/predictions").json()["results"]] == [theirs]
+    assert other.get("/v1/predictions", params={"cursor": jobs[0]}).status_code == 422
+
+
+def test_a_hundred_posts_with_one_key_are_one_job(mine: httpx2.Client) -> None:
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda _: post(mine, idempotency_key="k"), range(100)))
+    assert {answer.status_code for answer in answers} <= {201, 202}
+    assert len({answer.json()["id"] for answer in answers}) == 1
+    changed = post(mine, INPUT | {"seed": 6}, idempotency_key="k")
+    assert (changed.status_code, changed.json()["error"]["param"]) == (422, "idempotency-key")
+
+
+def test_events_tell_of_the_queue_and_cancel_ends_the_work(
+    mine: httpx2.Client, server: Running
+) -> None:
+    until(lambda: all_ended(mine))
+    first, second, third = (post(mine, SLOW | {"seed": seed}).json() for seed in (1, 2, 3))
+    told: list[tuple[str, dict[str, Any]]] = []
+    with mine.stream("GET", third["urls"]["stream"]) as stream:
+        name = ""
+        for line in stream.iter_lines():
+            if line.startswith("event: "):
+                name = line.removeprefix("event: ")
+            if not line.startswith("data: "):
+                continue
+            told.append((name, json.loads(line.removeprefix("data: "))))
+            if len(told) == 1:
+                for job in (first, second):
+                    assert mine.post(job["urls"]["cancel"]).json()["status"] == "canceled"
+            if name == "progress":
+                mine.post(third["urls"]["cancel"])
+    assert (told[0][1]["status"], told[0][1]["queue_position"]) == ("starting", 0)
+    assert (told[-1][0], told[-1][1]["status"]) == ("status", "canceled")
+    assert any(name == "progress" and 0 < data["step"] <= 200 for name, data in told)
+    server.settle()
+    assert mine.post(third["urls"]["cancel"]).json()["status"] == "canceled"
+
+
+def test_a_webhook_tells_of_the_end_in_a_way_that_can_be_verified(
+    mine: httpx2.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deliveries, "AGAIN_S", (0.1, 0.1))
+    heard: list[tuple[dict[str, str], bytes]] = []
+    statuses = iter((500, 204))
+
+    class Receiver(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            heard.append(({k.lower(): v for k, v in self.headers.items()}, body))
+            self.send_response(next(statuses, 204))
+            self.end_headers()
+
+        def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+            pass
+
+    receiver = HTTPServer(("127.0.0.1", 0), Receiver)
+    threading.Thread(target=receiver.serve_forever).start()
+    body = {
+        "input": INPUT,
+        "webhook": f"http://127.0.0.1:{receiver.server_port}/hook",
+        "webhook_events_filter": ["completed"],
+    }
+    job = mine.post("/v1/predictions", json=body, headers={"prefer": "wait"}).json()
+    until(lambda: len(heard) == 2)
+    receiver.shutdown()
+    receiver.server_close()
+    for headers, content in heard:
+        signed = f"{headers['webhook-id']}.{headers['webhook-timestamp']}.".encode() + content
+        mac = hmac.new(bytes(range(32)), signed, hashlib.sha256).digest()
+        assert headers["webhook-signature"] == "v1," + base64.b64encode(mac).decode()
+        assert json.loads(content)["id"] == job["id"]
+        assert json.loads(content)["output"] == job["output"]
+    assert heard[0][0]["webhook-id"] == heard[1][0]["webhook-id"]
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"input": INPUT | {"steps": 9999}}, "input.steps"),
+        ({"input": INPUT | {"stepz": 1}}, "input.stepz"),
+        ({"input": INPUT | {"model": "none"}}, "model"),
+        ({"input": INPUT | {"stream": True}}, "input.stream"),
+        ({"input": INPUT, "webhook": "ftp://x.example"}, "webhook"),
+        ({"input": INPUT, "webhook_events_filter": ["logs"]}, "webhook_events_filter.0"),
+        ({}, "input"),
+    ],
+)
+def test_what_could_never_be_made_is_refused_at_once(
+    mine: httpx2.Client, body: dict[str, Any], param: str
+) -> None:
+    answer = mine.post("/v1/predictions", json=body)
+    assert answer.status_code in (404, 422)
+    assert answer.json()["error"]["param"] == param
+
+
+def test_without_a_folder_there_are_no_jobs(unloaded: Callable[..., TestClient]) -> None:
+    client = unloaded()
+    for answer in (
+        client.get("/v1/predictions"),
+        client.post("/v1/predictions", json={"input": INPUT}),
+    ):
+        assert answer.status_code == 404
+        assert "WEFT_JOBS__FOLDER" in answer.json()["error"]["message"]
+
+
+def test_a_server_without_a_secret_takes_no_webhooks(
+    unloaded: Callable[..., TestClient], tmp_path: Path
+) -> None:
+    client = unloaded(jobs=JobSettings(folder=tmp_path))
+    body = {"input": INPUT, "webhook": "https://x.example/"}
+    answer = client.post("/v1/predictions", json=body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (422, "webhook")
+
+
+def test_prefer_says_how_long_to_wait() -> None:
+    waits = ("", "respond-async", "wait", "wait=5", "wait=500", "return=minimal, wait=2; x=y")
+    assert [waiting_s(one) for one in waits] == [0, 0, 60, 5, 60, 2]
+
+
+def test_a_server_that_stops_lets_its_jobs_wait(
+    mine: httpx2.Client, server: Running, folder: Path
+) -> None:
+    """The last test, since it stops the server."""
+    accepted = [post(mine, SLOW | {"seed": seed}).json()["id"] for seed in (1, 2, 3)]
+    until(lambda: mine.get(f"/v1/predictions/{accepted[1]}").json()["status"] == "processing")
+    server.stop()
+    database = of_folder(folder)
+
+    async def found() -> list[Job]:
+        return await database.run(store.page, hashlib.sha256(MINE.encode()).hexdigest(), None, 3)
+
+    jobs = asyncio.run(found())
+    database.close()
+    assert [job.id for job in jobs] == accepted[::-1]
+    assert {job.status for job in jobs} == {"starting"}
+    assert all(job.attempt == job.spared for job in jobs)

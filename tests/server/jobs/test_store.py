@@ -1,0 +1,167 @@
+"""What the database promises: each job ends once, and owners take turns."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection, text
+
+from server.errors import NotReady, Overloaded, ReusedKey, UnknownJob
+from server.jobs import store
+from server.jobs.database import Database, of_folder
+from server.jobs.job import Job, NewJob
+
+LEASE_S = 30.0
+KEEP_S = 100.0
+
+Work = Callable[[Database], Awaitable[None]]
+
+
+def new(owner: str = "a", key: str | None = None, digest: str = "d", **more: Any) -> NewJob:
+    fields: dict[str, Any] = {"webhook": None, "webhook_events": ()} | more
+    return NewJob(uuid.uuid4().hex, owner, {"prompt": "x"}, (), digest, key, **fields)
+
+
+@asynccontextmanager
+async def opened(folder: Path) -> AsyncGenerator[Database]:
+    database = await asyncio.to_thread(of_folder, folder)
+    try:
+        yield database
+    finally:
+        database.close()
+
+
+def with_database(folder: Path, work: Work) -> None:
+    async def run() -> None:
+        async with opened(folder) as database:
+            await work(database)
+
+    asyncio.run(run())
+
+
+async def added(database: Database, *owners: str) -> list[Job]:
+    return [await database.run(store.add, new(owner), 100, 1.0) for owner in owners]
+
+
+def test_a_late_result_of_an_old_attempt_is_refused(tmp_path: Path) -> None:
+    async def work(database: Database) -> None:
+        for _ in range(100):
+            await added(database, "a")
+            old = await database.run(store.begin, "one", LEASE_S, 10.0)
+            assert old is not None
+            later = 11.0 + LEASE_S
+            again = await database.run(store.begin, "two", LEASE_S, later)
+            assert again is not None
+            assert (again.id, again.attempt) == (old.id, 2)
+            finish = store.finish
+            assert not await database.run(finish, old, "succeeded", KEEP_S, later, result={"by": 1})
+            assert await database.run(finish, again, "succeeded", KEEP_S, later, result={"by": 2})
+            assert not await database.run(finish, again, "failed", KEEP_S, later)
+            ended = await database.run(store.get, "a", old.id)
+            assert (ended.status, ended.result) == ("succeeded", {"by": 2})
+
+    with_database(tmp_path, work)
+
+
+def test_a_lease_that_is_renewed_is_kept_and_a_cancelled_job_loses_it(tmp_path: Path) -> None:
+    async def work(database: Database) -> None:
+        one, other = await added(database, "a", "a")
+        for _ in range(2):
+            await database.run(store.begin, "w", LEASE_S, 10.0)
+        await database.run(store.cancel, "a", other.id, KEEP_S, 20.0)
+        kept = await database.run(store.renew, "w", [one.id, other.id], LEASE_S, 35.0)
+        assert kept == {one.id}
+        assert await database.run(store.begin, "x", LEASE_S, 60.0) is None
+        with pytest.raises(UnknownJob):
+            await database.run(store.cancel, "b", one.id, KEEP_S, 60.0)
+
+    with_database(tmp_path, work)
+
+
+def test_one_key_and_body_are_one_job_also_at_once(tmp_path: Path) -> None:
+    async def work(database: Database) -> None:
+        posts = (database.run(store.add, new(key="k"), 100, 1.0) for _ in range(100))
+        assert len({job.id for job in await asyncio.gather(*posts)}) == 1
+        assert (await database.run(store.add, new("b", "k"), 100, 1.0)).owner == "b"
+        with pytest.raises(ReusedKey):
+            await database.run(store.add, new(key="k", digest="other"), 100, 1.0)
+
+    with_database(tmp_path, work)
+
+
+def test_owners_take_turns_and_positions_say_so(tmp_path: Path) -> None:
+    async def work(database: Database) -> None:
+        jobs = await added(database, "a", "a", "a", "b", "b")
+        promised = await database.run(store.positions, [job.id for job in jobs])
+        begun = [await database.run(store.begin, "w", LEASE_S, 2.0) for _ in jobs]
+        order = [job.id for job in begun if job is not None]
+        assert sorted(promised, key=lambda one: promised[one]) == order
+        assert [job.owner for job in begun if job is not None] == ["a", "b", "a", "b", "a"]
+
+    with_database(tmp_path, work)
+
+
+def test_more_than_may_wait_are_refused(tmp_path: Path) -> None:
+    async def work(database: Database) -> None:
+        await added(database, "a", "a")
+        with pytest.raises(Overloaded):
+            await database.run(store.add, new("a"), 2, 1.0)
+        await database.run(store.add, new("b"), 2, 1.0)
+
+    with_database(tmp_path, work)
+
+
+def test_pages_go_from_the_newest_to_the_oldest(tmp_path: Path) -> None:
+    async def work(database: Database) -> None:
+        jobs = await added(database, "a", "b", "a", "a")
+        own = [jobs[3].id, jobs[2].id, jobs[0].id]
+        first = await database.run(store.page, "a", None, 2)
+        assert [job.id for job in first] == own[:2]
+        rest = await database.run(store.page, "a", first[-1].id, 2)
+        assert [job.id for job in rest] == own[2:]
+        with pytest.raises(UnknownJob):
+            await database.run(store.page, "a", jobs[1].id, 2)
+
+    with_database(tmp_path, work)
+
+
+def test_ended_jobs_expire_with_their_webhooks(tmp_path: Path) -> None:
+    async def work(database: Database) -> None:
+        told: dict[str, Any] = {"webhook": "https://x.example", "webhook_events": ("completed",)}
+        job = await database.run(store.add, new(**told), 9, 1.0)
+        await added(database, "a")
+        await database.run(store.cancel, "a", job.id, KEEP_S, 10.0)
+        (delivery,) = await database.run(store.due, 10.0, 9)
+        assert (delivery.job.id, delivery.event) == (job.id, "completed")
+        assert await database.run(store.due, 11.0, 9) == []
+        assert await database.run(store.expired, 10.0 + KEEP_S, 9) == []
+        assert await database.run(store.expired, 11.0 + KEEP_S, 9) == [job.id]
+        await database.run(store.forget, [job.id])
+        assert await database.run(store.due, 1e9, 9) == []
+
+    with_database(tmp_path, work)
+
+
+def test_the_database_is_durable_and_one_server_s(tmp_path: Path) -> None:
+    def pragma(connection: Connection, name: str) -> Any:
+        return connection.execute(text(f"PRAGMA {name}")).scalar_one()
+
+    async def work(database: Database) -> None:
+        assert await database.run(pragma, "journal_mode") == "wal"
+        assert await database.run(pragma, "synchronous") == 2
+        await added(database, "a")
+        with pytest.raises(NotReady, match="another server uses"):
+            of_folder(tmp_path)
+
+    with_database(tmp_path, work)
+
+    async def again(database: Database) -> None:
+        assert len(await database.run(store.page, "a", None, 9)) == 1
+
+    with_database(tmp_path, again)
