@@ -26,8 +26,8 @@ RUN useradd --create-home --uid 10001 --user-group weft \
     && mkdir /models && install --directory --owner weft --group weft --mode 700 /data
 COPY --from=builder /opt/weft /opt/weft
 # USER is what torch looks up where the user who runs the container has no name. Nothing is written
-# but what libraries may put into /tmp, so the root file system can be read-only, and durable jobs, if they
-# are turned on, for which a volume belongs at /data.
+# but what libraries may put into /tmp, so the root file system can be read-only, and durable
+# jobs, if they are turned on, for which a volume belongs at /data.
 ENV PATH=/opt/weft/bin:$PATH \
     USER=weft \
     HF_HOME=/tmp/huggingface \
