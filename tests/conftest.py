@@ -18,23 +18,29 @@ settings.load_profile("weft")
 
 
 LONGEST = (
-    "test_against_diffusers.py",
-    "test_derive.py",
-    "test_drain.py",
     "test_engine.py",
-    "test_generate.py",
+    "test_cli.py",
+    "test_convergence.py",
     "test_guidance_study.py",
-    "test_live_stream.py",
-    "test_live_stream_errors.py",
+    "test_generate.py",
     "test_lost_device.py",
+    "test_distil.py",
+    "test_drain.py",
+    "test_live_stream.py",
     "test_model_statistics.py",
+    "test_contract.py",
+    "test_distilled.py",
+    "test_against_diffusers.py",
+    "test_samplers_study.py",
 )
-"""Files that take longest. They go first, so that no process begins one when all else is done."""
+"""Files that take longest, in this order. They go first, so that no process begins one when all
+else is done."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the longest files first, and skip what needs a CUDA device where there is none."""
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
     needy = [item for item in items if item.get_closest_marker("cuda")]
     if not needy:
         return
