@@ -39,7 +39,7 @@ MANY: Final = 10**9
 
 def weaken() -> None:
     """Do without each defence as other servers do."""
-    _replace(gate.Gate, "_admit", lambda *_: None)
+    _replace(gate.Gate, "_admit", _let_everybody_in)
     _replace(body.JsonRoute, "get_route_handler", APIRoute.get_route_handler)
     _replace(connection, "connections", _plain_connections)
     _replace(picture, "MOST_SCANS", MANY)
@@ -59,6 +59,14 @@ def _replace(owner: Any, name: str, value: Any) -> None:
     if not hasattr(owner, name):
         raise AttributeError(f"{owner} has no {name}; the negative control is out of date")
     setattr(owner, name, value)
+
+
+def _let_everybody_in(own: Any, scope: Any, headers: Any) -> None:
+    """Know a key, so that its work can be counted, and ask nobody for one."""
+    offered = headers.get("authorization", "").removeprefix("Bearer ")
+    for key in own._keys:
+        if key.opens_for(offered):
+            scope.setdefault("state", {})["api_key"] = key
 
 
 def _plain_connections(_: Settings) -> type[asyncio.Protocol]:
