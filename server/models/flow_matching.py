@@ -11,6 +11,7 @@ from math import exp
 from typing import TYPE_CHECKING, Any, Final
 
 from samplers import NoiseSchedule
+from samplers.noise_schedule import TRAINED_STEPS
 from server.errors import ModelMismatch
 from server.models.folder import component_class, read_json
 
@@ -31,6 +32,21 @@ REFUSED: Final = (
     "stochastic_sampling",
 )
 """Entries of its config that no published model sets; samplers and spacings are for requests."""
+
+NUMBERS: Final[Mapping[str, tuple[float, float]]] = {
+    "shift": (0.01, 100),
+    "base_shift": (-10, 10),
+    "max_shift": (-10, 10),
+    "base_image_seq_len": (1, 1_000_000),
+    "max_image_seq_len": (1, 1_000_000),
+    "shift_terminal": (0, 0.99),
+    "num_train_timesteps": (TRAINED_STEPS, TRAINED_STEPS),
+}
+"""Entries of its config with the least and the most that is allowed."""
+
+LARGEST_MU: Final = 30
+"""Of exponential shifts; FLUX.1 dev reaches it at 6700 x 6700 pixels. Beyond, float64 has no digits
+left for what differs from pure noise."""
 
 SCHEDULES_KEPT: Final = 512
 LONGEST_INTERPOLATED: Final = 4300
@@ -69,14 +85,15 @@ class FlowSchedules:
                 f"{SCHEDULER} of model folder {str(folder)!r} has the time_shift_type "
                 f"{str(kind)[:40]!r}; allowed are exponential and linear."
             )
+        _check_numbers(folder, config)
         self._cell = cell
         self._exponential = kind == "exponential"
         self._terminal: float | None = config.get("shift_terminal") or None
         self._shift = float(config.get("shift", 1.0))
         self._mu = (mu or mu_of_scheduler(config)) if config.get("use_dynamic_shifting") else None
         self._made = lru_cache(SCHEDULES_KEPT)(_schedule)
-        # What is wrong with the numbers is said while the model is loaded.
-        self(16 * cell, 16 * cell, 2)
+        # One token has the smallest shift; what is wrong with it is said while the model is loaded.
+        self(cell, cell, 2)
 
     def __call__(self, width: int, height: int, steps: int) -> NoiseSchedule:
         """The schedule of a run.
@@ -89,14 +106,13 @@ class FlowSchedules:
         shift = self._shift
         if self._mu is not None:
             mu = self._mu((width // self._cell) * (height // self._cell), steps)
-            shift = exp(mu) if self._exponential else mu
+            shift = exp(min(mu, LARGEST_MU)) if self._exponential else mu
         return self._made(shift, self._terminal, None if self._terminal is None else steps)
 
 
 def mu_of_scheduler(config: Mapping[str, Any]) -> Callable[[int, int], float]:
     """Mu on the line between the two lengths of a scheduler's config, whatever the steps."""
-    lengths = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    shifts = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    lengths, shifts = _ends_of_mu(config)
     return lambda tokens, _: interpolated_mu(tokens, lengths, shifts)
 
 
@@ -123,6 +139,34 @@ def empirical_mu(tokens: int, steps: int) -> float:
     if tokens > LONGEST_INTERPOLATED:
         return at_200
     return at_200 + (steps - 200) * (at_200 - at_10) / 190
+
+
+def _check_numbers(folder: Path, config: Mapping[str, Any]) -> None:
+    where = f"{SCHEDULER} of model folder {str(folder)!r}"
+    for entry, (least, most) in NUMBERS.items():
+        value = config.get(entry, least)
+        if value is None and entry == "shift_terminal":
+            continue
+        if type(value) not in (int, float) or not least <= value <= most:
+            allowed = f"a number from {least:g} to {most:g}" if least < most else f"only {most:g}"
+            raise ModelMismatch(
+                f"{where} has the {entry} {str(value)[:40]!r}; {allowed} is allowed."
+            )
+    lengths, shifts = _ends_of_mu(config)
+    if lengths[0] >= lengths[1] or shifts[0] > shifts[1]:
+        raise ModelMismatch(
+            f"{where} goes from base_shift {shifts[0]:g} at {lengths[0]:g} tokens to max_shift "
+            f"{shifts[1]:g} at {lengths[1]:g}; base_image_seq_len must be below "
+            "max_image_seq_len, and base_shift at most max_shift."
+        )
+
+
+def _ends_of_mu(config: Mapping[str, Any]) -> tuple[tuple[float, float], tuple[float, float]]:
+    """The two lengths of a scheduler's config, and mu there."""
+    return (
+        (config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)),
+        (config.get("base_shift", 0.5), config.get("max_shift", 1.15)),
+    )
 
 
 def _schedule(shift: float, terminal: float | None, steps: int | None) -> NoiseSchedule:

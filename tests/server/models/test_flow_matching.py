@@ -82,10 +82,22 @@ def test_a_schedule_is_one_object_for_all_that_it_does_not_depend_on(tmp_path: P
         ({"invert_sigmas": True}, "has invert_sigmas 'True'; only false is supported"),
         ({"use_karras_sigmas": True}, "each request names its sampler and spacing"),
         (DYNAMIC | {"time_shift_type": "cubic"}, "allowed are exponential and linear"),
+        ({"shift": [3]}, r"has the shift '\[3\]'; a number from 0.01 to 100 is allowed"),
+        (DYNAMIC | {"max_shift": 500}, "has the max_shift '500'"),
+        (DYNAMIC | {"max_image_seq_len": 256}, "must be below max_image_seq_len"),
+        (DYNAMIC | {"time_shift_type": "linear", "base_shift": 0.02}, "shift is -"),
+        ({"num_train_timesteps": 10}, "only 1000 is allowed"),
     ],
 )
 def test_configs_that_no_published_model_has_are_refused(
     tmp_path: Path, config: dict[str, Any], says: str
 ) -> None:
-    with pytest.raises(ModelMismatch, match=says):
+    with pytest.raises((ModelMismatch, ValueError), match=says):
         schedules(tmp_path, config)
+
+
+def test_a_steep_shift_has_levels_at_every_size(tmp_path: Path) -> None:
+    steep = schedules(tmp_path, DYNAMIC | {"max_image_seq_len": 257})(8192, 8192, 4)
+    first, *others = levels(steep, 4)
+    assert first == 1
+    assert (np.diff(others) < 0).all()
