@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from server.errors import ModelMismatch
 from server.models.autoencoder import Autoencoder
 from server.models.chat_text import TEXT, ChatTemplate, ChatText
 from server.models.conditioning import LENGTHS, MASK, stack_padded
@@ -40,6 +41,9 @@ MULTIPLE = 32
 """Tokens of a text and of a picture are filled up to multiples of this with learned ones."""
 
 PATCH = 2
+KEY = f"{PATCH}-1"
+"""Of the layers for tokens of so many cells along a side, of one frame."""
+
 TEMPLATE = ChatTemplate("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", places=512)
 """Qwen3's own around a prompt, with thinking enabled."""
 
@@ -95,6 +99,7 @@ def load_z_image(
     side = default_side(vae, multiple)
     channels = transformer.config.in_channels
     check_channels(folder, channels, vae.config.latent_channels)
+    _check_positions(folder, transformer)
     facts = ModelFacts(
         name=name,
         revision=revisions.weights,
@@ -120,6 +125,25 @@ def load_z_image(
         stack=stack,
         told=alpha_of,
     )
+
+
+def _check_positions(folder: Path, transformer: Any) -> None:
+    """Refuse a transformer of other tokens, or of fewer positions than a text has.
+
+    A position that it does not have would be an error of the device, which nobody survives.
+    """
+    if KEY not in transformer.all_x_embedder:
+        raise ModelMismatch(
+            f"{TRANSFORMER} of model folder {str(folder)!r} has no tokens of {PATCH} x {PATCH} "
+            "cells; Z-Image has."
+        )
+    # A text begins at 1, and the picture stands behind it.
+    needed, held = TEMPLATE.places + 2, transformer.config.axes_lens[0]
+    if held < needed:
+        raise ModelMismatch(
+            f"{TRANSFORMER} of model folder {str(folder)!r} has axes_lens that begin with {held}; "
+            f"texts of {TEMPLATE.places} tokens need at least {needed}."
+        )
 
 
 def stack(rows: Sequence[Conditioning], *, fixed: bool) -> StackedConditioning:
@@ -160,9 +184,8 @@ def evaluate(
     Returns:
         ``[rows, C, h, w]``.
     """
-    key = f"{PATCH}-1"
     time = network.t_embedder(t * network.t_scale).type_as(x)
-    image = network.all_x_embedder[key](_patches(x))
+    image = network.all_x_embedder[KEY](_patches(x))
     count, missing = image.shape[1], -image.shape[1] % MULTIPLE
     image = torch.cat([image, network.x_pad_token.expand(len(x), missing, -1)], 1)
     place = torch.arange(text.shape[1], device=x.device)
@@ -182,7 +205,7 @@ def evaluate(
         mask = torch.cat([mask.new_ones(image.shape[:2]), mask], 1)
     for block in network.layers:
         joint = block(joint, mask, rope, time)
-    made = network.all_final_layer[key](joint, c=time)[:, :count]
+    made = network.all_final_layer[KEY](joint, c=time)[:, :count]
     return _unpatched(made, *x.shape[-2:])
 
 

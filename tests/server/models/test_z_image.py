@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import ZImageImg2ImgPipeline
+from diffusers import ZImageImg2ImgPipeline, ZImageTransformer2DModel
 from diffusers.pipelines.z_image import pipeline_z_image_img2img
 from torch import Tensor
 
 from guidance.edits import IdentityAttention, SkippedBlocks
 from server.engine.engine import Engine
 from server.engine.state.noise import start_noise
+from server.errors import ModelMismatch
 from server.models.chat_text import TEXT
 from server.models.conditioning import MASK
 from server.models.hosted import HostedModel
@@ -23,7 +24,7 @@ from server.requests.resolve import resolve
 from server.requests.schema import GenerateRequest
 from server.settings import Limits
 from tests.server.models.alike import assert_among, assert_apart, task_of
-from tests.server.models.tiny_z_image import BASE_SHIFT, TURBO_SHIFT, make
+from tests.server.models.tiny_z_image import BASE_SHIFT, TRANSFORMER, TURBO_SHIFT, make
 from tests.server.toy_model import run, started
 
 PROMPT = "a large red circle"
@@ -202,6 +203,22 @@ def test_a_row_is_equal_to_the_bit_beside_longer_texts_where_that_is_asked_for(
     run(engine, [asked(model, steps=2), asked(model, steps=2, prompt=LONG, seed=6)])
     engine.stop(0)
     assert any(torch.equal(alone, one) for one in decoded)
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"axes_lens": [256, 64, 64]}, "axes_lens that begin with 256; .* need at least 514"),
+        ({"all_patch_size": [4]}, "has no tokens of 2 x 2 cells"),
+    ],
+)
+def test_a_transformer_without_positions_for_a_text_or_of_other_tokens_is_refused(
+    pipeline: Any, tmp_path: Path, config: dict[str, Any], says: str
+) -> None:
+    pipeline.save_pretrained(tmp_path)
+    ZImageTransformer2DModel(**{**TRANSFORMER, **config}).save_pretrained(tmp_path / "transformer")
+    with pytest.raises(ModelMismatch, match=says):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize(
