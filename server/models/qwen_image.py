@@ -132,7 +132,7 @@ def load_qwen_image(
                 "false, and its relatives are not hosted."
             )
     encoder = load_text_encoder(folder, "text_encoder", Qwen2_5_VLForConditionalGeneration, dtype)
-    # What looks at pictures, and what says words, is not needed and stays where it is.
+    # What looks at pictures, and what says words, is not needed and not kept.
     language = encoder.model.language_model.to(device)
 
     def states(tokens: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ def load_qwen_image(
 
     positions = language.config.max_position_embeddings
     tokenizer = load_tokenizer(folder, "tokenizer", Qwen2Tokenizer, positions)
-    text = ChatText(encoder, states, tokenizer, TEMPLATE, device, UNCONDITIONAL)
+    text = ChatText(language, states, tokenizer, TEMPLATE, device, UNCONDITIONAL)
     vae = load_network(folder, "vae", [AutoencoderKLQwenImage], dtype)
     latent_scale = 2 ** len(vae.config.temperal_downsample)
     multiple = PATCH * latent_scale

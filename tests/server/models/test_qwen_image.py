@@ -170,6 +170,8 @@ def test_the_text_is_the_last_state_behind_the_head_of_the_template(
     torch.testing.assert_close(ours.tensors[TEXT], expected[0])
     assert torch.equal(unconditional.tensors[TEXT], spaced.tensors[TEXT])
     assert model.count_tokens(PROMPT) == len(PROMPT)
+    # What looks at pictures, and what says words, is not kept in memory.
+    assert type(model.modules()["text_encoder"]).__name__ == "Qwen2_5_VLTextModel"
     # What is read of a longer prompt is cut off where the pipeline does.
     [cut] = model.encode_prompts(["a" * 600], WIDTH, HEIGHT)
     expected, _ = pipeline.encode_prompt("a" * 600, max_sequence_length=512)
