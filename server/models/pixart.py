@@ -14,13 +14,14 @@ import torch
 from server.errors import ModelMismatch
 from server.models.autoencoder import Autoencoder
 from server.models.conditioning import MASK, Conditioning, StackedConditioning, stack_padded
-from server.models.conventions import defaults_by
+from server.models.conventions import CONVENTIONS, defaults_by
 from server.models.distilled import distilled_spacing, stated
 from server.models.folder import component_class, read_json
 from server.models.hosted import ModelFacts
-from server.models.parts import build_network, load_network
+from server.models.parts import build_network, load_autoencoder
 from server.models.t5 import MARKERS, T5
-from server.models.transformer_model import TRANSFORMER, TransformerModel
+from server.models.text_side import lowered
+from server.models.transformer_model import TRANSFORMER, TransformerModel, check_channels
 from server.models.unet_model import SCHEDULER, schedule_of
 
 if TYPE_CHECKING:
@@ -62,11 +63,11 @@ class MaskedT5:
 
     def count_tokens(self, text: str) -> int:
         """Tokens of a prompt, the marker of its end not counted; safe from any thread."""
-        return self._t5.count_tokens(_as_trained(text))
+        return self._t5.count_tokens(lowered(text))
 
     def encode(self, prompts: Sequence[str | None], width: int, height: int) -> list[Conditioning]:
         """Conditioning of each prompt at its own length, whatever the size of the picture."""
-        encoded = self._t5.encode([_as_trained(prompt or "") for prompt in prompts], masked=True)
+        encoded = self._t5.encode([lowered(prompt or "") for prompt in prompts], masked=True)
         # Choosing the tokens copies them: a view would keep the whole batch of prompts in memory.
         texts = [states[mask] for states, mask in zip(*encoded, strict=True)]
         return [Conditioning({TEXT: text}, len(text)) for text in texts]
@@ -95,9 +96,11 @@ class PixArtDenoiser:
         added: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if self.network.use_additional_conditions:
             height, width = (size * self._latent_scale for size in x.shape[2:])
+            # Filled, as a tensor of a list would wait for the device.
+            one = x.new_ones(len(x), 1, dtype=dtype)
             added = {
-                "resolution": x.new_tensor([[height, width]], dtype=dtype).expand(len(x), -1),
-                "aspect_ratio": x.new_tensor([[height / width]], dtype=dtype).expand(len(x), -1),
+                "resolution": torch.cat([height * one, width * one], 1),
+                "aspect_ratio": (height / width) * one,
             }
         raw = self.network(
             x.to(dtype),
@@ -130,10 +133,8 @@ def load_pixart(
             f"transformer of model folder {str(folder)!r} has {transformer.out_channels} output "
             f"channels; allowed are {channels}, and {2 * channels} with a learned variance."
         )
-    # In float16 the autoencoder that Sigma shares with SDXL overflows.
-    upcast = read_json(folder, "vae/config.json").get("force_upcast", True)
-    vae_dtype = torch.float32 if upcast and dtype == torch.float16 else dtype
-    vae = load_network(folder, "vae", [AutoencoderKL], vae_dtype)
+    vae = load_autoencoder(folder, [AutoencoderKL], dtype)
+    check_channels(folder, channels, vae.config.latent_channels)
     latent_scale = 2 ** (len(vae.config.block_out_channels) - 1)
     side = transformer.config.sample_size * latent_scale
     facts = ModelFacts(
@@ -150,6 +151,12 @@ def load_pixart(
         defaults=_defaults_of(folder),
     )
     schedule = schedule_of(folder)
+    predicts = read_json(folder, SCHEDULER).get("prediction_type", "epsilon")
+    if predicts != "epsilon":
+        raise ModelMismatch(
+            f"{SCHEDULER} of model folder {str(folder)!r} has the prediction_type "
+            f"{str(predicts)[:40]!r}; PixArt predicts noise, so only epsilon is allowed."
+        )
 
     def stack(rows: Sequence[Conditioning], *, fixed: bool) -> StackedConditioning:
         return stack_padded(rows, TEXT, places=text.max_tokens + MARKERS if fixed else None)
@@ -166,16 +173,13 @@ def load_pixart(
     )
 
 
-def _as_trained(prompt: str) -> str:
-    """The prompt as the pipelines' own preprocessing leaves it."""
-    return prompt.lower().strip()
-
-
 def _defaults_of(folder: Path) -> ModelDefaults:
     scheduler = read_json(folder, SCHEDULER)
     if said := stated(folder, scheduler, embeds_scale=False):
         return said
     if scheduler.get("_class_name") == "LCMScheduler":
         spacing = distilled_spacing(folder, scheduler)
-        return defaults_by("lcm_lora", "its scheduler is an LCMScheduler", spacing=spacing)
+        steps = min(CONVENTIONS["lcm_lora"].steps, spacing.distilled_steps)
+        reason = "its scheduler is an LCMScheduler"
+        return defaults_by("lcm_lora", reason, spacing=spacing, steps=steps)
     return defaults_by("pixart", "it is a PixArt pipeline whose scheduler is no LCMScheduler")

@@ -25,7 +25,8 @@ from server.models.distilled import stated
 from server.models.folder import component_class, read_json
 from server.models.hosted import ModelFacts
 from server.models.parts import load_network, load_text_encoder, load_tokenizer
-from server.models.transformer_model import TRANSFORMER, TransformerModel
+from server.models.text_side import lowered
+from server.models.transformer_model import TRANSFORMER, TransformerModel, check_channels
 from server.models.unet_model import SCHEDULER
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ class InstructedGemma:
     def count_tokens(self, text: str) -> int:
         """Tokens of a prompt, the marker of its start not counted; safe from any thread."""
         with self._tokenizing:
-            return len(self._tokenizer(_as_trained(text), verbose=False).input_ids) - 1
+            return len(self._tokenizer(lowered(text), verbose=False).input_ids) - 1
 
     def encode(self, prompts: Sequence[str | None], width: int, height: int) -> list[Conditioning]:
         """Conditioning of each prompt at its own length, whatever the size of the picture."""
@@ -125,7 +126,7 @@ class InstructedGemma:
         return {"text_encoder": self._encoder}
 
     def _tokens_of(self, prompt: str | None) -> list[int]:
-        text = _as_trained((prompt or "").removeprefix(NEGATIVE))
+        text = lowered((prompt or "").removeprefix(NEGATIVE))
         most = LENGTH
         if not _is_negative(prompt):
             text, most = INSTRUCTION + text, self._instruction + LENGTH - 2
@@ -228,6 +229,7 @@ def _load(
     text = InstructedGemma(encoder, tokenizer, device)
     transformer = load_network(folder, TRANSFORMER, [SanaTransformer2DModel], dtype)
     vae = load_network(folder, "vae", [AutoencoderDC], dtype)
+    check_channels(folder, transformer.config.in_channels, vae.config.latent_channels)
     latent_scale = 2 ** (len(vae.config.encoder_block_out_channels) - 1)
     side = transformer.config.sample_size * latent_scale
     facts = ModelFacts(
@@ -268,11 +270,6 @@ def _negative(prompt: str | None) -> str | None:
 
 def _is_negative(prompt: str | None) -> bool:
     return prompt is None or prompt.startswith(NEGATIVE)
-
-
-def _as_trained(prompt: str) -> str:
-    """The prompt as the pipelines' own preprocessing leaves it."""
-    return prompt.lower().strip()
 
 
 def _itself(t: F64) -> F64:

@@ -12,6 +12,11 @@ if TYPE_CHECKING:
     from server.models.conditioning import Conditioning
 
 
+def lowered(prompt: str) -> str:
+    """A prompt in small letters, as the pipelines of PixArt and SANA prepare theirs."""
+    return prompt.lower().strip()
+
+
 class TextSide(Protocol):
     """How a family turns prompts into conditioning."""
 

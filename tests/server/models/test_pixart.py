@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor
 
 from guidance.edits import IdentityAttention
 from server.engine.engine import Engine
 from server.engine.state.noise import start_noise
-from server.errors import AdapterMismatch
+from server.errors import AdapterMismatch, ModelMismatch
 from server.models.adapters.adapter import RowAdapters, Weighted
 from server.models.adapters.adapter_file import AdapterFile
 from server.models.adapters.placing import Target
@@ -30,6 +31,7 @@ from tests.server.models.adapters import files
 from tests.server.models.adapters.low_rank import changes, merged
 from tests.server.models.alike import assert_among, assert_apart, difference, task_of
 from tests.server.models.tiny_pixart import KINDS, make
+from tests.server.models.tiny_sdxl import VAE
 from tests.server.toy_model import run
 
 PROMPT = "a Red circle "
@@ -164,10 +166,37 @@ def test_the_transformers_old_class_name_and_an_lcm_scheduler_are_known(
 ) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "old"))
     edit(copy / "model_index.json", transformer=["diffusers", "Transformer2DModel"])
-    edit(copy / "scheduler" / "scheduler_config.json", _class_name="LCMScheduler")
+    scheduler = copy / "scheduler" / "scheduler_config.json"
+    edit(scheduler, _class_name="LCMScheduler", original_inference_steps=2)
     loaded = load_model(copy, name="old", device="cpu", dtype="float32")
     assert loaded.facts.defaults is not None
     assert loaded.facts.defaults.convention == "lcm_lora"
+    assert loaded.facts.defaults.steps == 2
+
+
+def test_other_predictions_and_other_latents_are_refused(folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "other"))
+    scheduler = copy / "scheduler" / "scheduler_config.json"
+    edit(scheduler, prediction_type="v_prediction")
+    with pytest.raises(ModelMismatch, match="'v_prediction'; PixArt predicts noise"):
+        load_model(copy, name="other", device="cpu", dtype="float32")
+    edit(scheduler, prediction_type="epsilon")
+    AutoencoderKL(**{**VAE, "latent_channels": 8}).save_pretrained(copy / "vae")
+    with pytest.raises(ModelMismatch, match=r"of 4 channels; its autoencoder makes .* 8"):
+        load_model(copy, name="other", device="cpu", dtype="float32")
+
+
+@torch.inference_mode()
+def test_a_forward_makes_no_tensor_of_a_list_which_waits_for_the_device(
+    model: HostedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = model.inputs([PROMPT], WIDTH, HEIGHT)
+
+    def waits(*_: Any, **__: Any) -> None:
+        pytest.fail("a tensor is made of numbers on the device")
+
+    monkeypatch.setattr(Tensor, "new_tensor", waits)
+    assert model.evaluate(torch.randn(1, *SHAPE), torch.ones(1), inputs).isfinite().all()
 
 
 @torch.inference_mode()

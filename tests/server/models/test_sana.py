@@ -29,7 +29,7 @@ from server.requests.resolve import resolve
 from server.requests.schema import GenerateRequest
 from server.settings import Limits
 from tests.server.models.alike import assert_among, assert_apart, assert_skipped, task_of
-from tests.server.models.tiny_sana import make
+from tests.server.models.tiny_sana import autoencoder, make
 from tests.server.toy_model import run, started
 
 PROMPT = "a Red circle "
@@ -241,8 +241,13 @@ def test_a_scheduler_of_eulers_tells_timesteps_as_they_are(folder: Path, tmp_pat
     t = model.default_schedule.grid("trailing", 3).t[:-1]
     assert model.told(t).tolist() == (1000 * t).tolist()
     config = copy / "scheduler" / "scheduler_config.json"
+    euler = config.read_text()
     config.write_text(json.dumps({"_class_name": "DPMSolverMultistepScheduler"}))
     with pytest.raises(ModelMismatch, match="DPMSolverMultistepScheduler' and no use_flow_sigmas"):
+        load(copy)
+    config.write_text(euler)
+    autoencoder(latent_channels=8).save_pretrained(copy / "vae")
+    with pytest.raises(ModelMismatch, match=r"of 4 channels; its autoencoder makes .* 8"):
         load(copy)
 
 

@@ -42,7 +42,7 @@ def gemma_encoder() -> Any:
     return Gemma2Model(config).eval()
 
 
-def autoencoder() -> Any:
+def autoencoder(latent_channels: int = 4) -> Any:
     sides: dict[str, Any] = {}
     for side in ("encoder", "decoder"):
         sides |= {
@@ -51,7 +51,9 @@ def autoencoder() -> Any:
             f"{side}_layers_per_block": (1, 1),
             f"{side}_qkv_multiscales": ((), (5,)),
         }
-    return AutoencoderDC(latent_channels=4, attention_head_dim=8, scaling_factor=0.41407, **sides)
+    return AutoencoderDC(
+        latent_channels=latent_channels, attention_head_dim=8, scaling_factor=0.41407, **sides
+    )
 
 
 def make(*, sprint: bool) -> Any:
