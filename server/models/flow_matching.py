@@ -147,7 +147,8 @@ def _check_numbers(folder: Path, config: Mapping[str, Any]) -> None:
         value = config.get(entry, least)
         if value is None and entry == "shift_terminal":
             continue
-        if type(value) not in (int, float) or not least <= value <= most:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not least <= value <= most:
             allowed = f"a number from {least:g} to {most:g}" if least < most else f"only {most:g}"
             raise ModelMismatch(
                 f"{where} has the {entry} {str(value)[:40]!r}; {allowed} is allowed."

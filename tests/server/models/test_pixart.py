@@ -181,7 +181,8 @@ def test_other_predictions_and_other_latents_are_refused(folder: Path, tmp_path:
     with pytest.raises(ModelMismatch, match="'v_prediction'; PixArt predicts noise"):
         load_model(copy, name="other", device="cpu", dtype="float32")
     edit(scheduler, prediction_type="epsilon")
-    AutoencoderKL(**{**VAE, "latent_channels": 8}).save_pretrained(copy / "vae")
+    wider: dict[str, Any] = {**VAE, "latent_channels": 8}
+    AutoencoderKL(**wider).save_pretrained(copy / "vae")
     with pytest.raises(ModelMismatch, match=r"of 4 channels; its autoencoder makes .* 8"):
         load_model(copy, name="other", device="cpu", dtype="float32")
 
