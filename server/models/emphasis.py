@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
 import torch
 
 if TYPE_CHECKING:
@@ -55,9 +56,9 @@ _CLOSING: Final = {")": ("(", ROUND), "]": ("[", 1 / ROUND)}
 """The bracket that another one closes, and the factor on what is inside."""
 
 _PIECE: Final = re.compile(
-    r"\\.|\(|\[|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|\)|\]|[^\\()\[\]:]+|:|\\", re.DOTALL
+    r"\\.|\(|\[|:\s*+([+-]?(?:\d++\.?\d*+|\.\d++))\s*+\)|\)|\]|[^\\()\[\]:]++|:|\\", re.DOTALL
 )
-_BREAK: Final = re.compile(r"\s*\bBREAK\b\s*")
+_BREAK: Final = re.compile(r"\bBREAK\b")
 _SYNTAX: Final = re.compile(r"[\\()\[\]]|\bBREAK\b")
 
 
@@ -122,18 +123,17 @@ def plain_text(prompt: str | None) -> str:
 
 def segments_of(text: str) -> list[Segment]:
     """The parts of a prompt with their weights; neighbours of one weight are one."""
-    parts: list[tuple[str, float | None]] = []
+    parts: list[str | None] = []
     opened: dict[str, list[int]] = {"(": [], "[": []}
+    closed: list[tuple[slice, float]] = []
 
     def weigh(start: int, factor: float) -> None:
-        parts[start:] = [
-            (part, None if weight is None else weight * factor) for part, weight in parts[start:]
-        ]
+        closed.append((slice(start, len(parts)), factor))
 
     for match in _PIECE.finditer(text):
         piece, weight = match[0], match[1]
         if piece.startswith("\\"):
-            parts.append((piece[1:], 1.0))
+            parts.append(piece[1:])
         elif piece in opened:
             opened[piece].append(len(parts))
         elif weight is not None and opened["("]:
@@ -146,22 +146,32 @@ def segments_of(text: str) -> list[Segment]:
     for opening, factor in _CLOSING.values():
         for start in opened[opening]:
             weigh(start, factor)
-    return _merged(parts)
+    weights = np.ones(len(parts))
+    # Thousands of brackets around thousands of parts, as nobody but an attacker writes them.
+    with np.errstate(over="ignore", invalid="ignore"):
+        for inside, factor in closed:
+            weights[inside] *= factor
+    return _merged(parts, weights.tolist())
 
 
-def _broken(text: str) -> Iterator[tuple[str, float | None]]:
-    for number, part in enumerate(_BREAK.split(text)):
-        if number:
-            yield "", None
-        yield part, 1.0
+def _broken(text: str) -> Iterator[str | None]:
+    """What is between the breaks, each of which is None and takes the blanks around it."""
+    first, *others = _BREAK.split(text)
+    for part in others:
+        yield first.rstrip()
+        yield None
+        first = part.lstrip()
+    yield first
 
 
-def _merged(parts: Sequence[tuple[str, float | None]]) -> list[Segment]:
+def _merged(parts: Sequence[str | None], weights: Sequence[float]) -> list[Segment]:
     merged: list[Segment] = []
-    for text, weight in parts:
-        if weight is not None:
-            weight = max(-STRONGEST, min(STRONGEST, weight))
-        if merged and weight is not None and merged[-1].weight == weight:
+    for text, factor in zip(parts, weights, strict=True):
+        if text is None:
+            merged.append(Segment("", None))
+            continue
+        weight = max(-STRONGEST, min(STRONGEST, factor))
+        if merged and merged[-1].weight == weight:
             merged[-1] = Segment(merged[-1].text + text, weight)
         else:
             merged.append(Segment(text, weight))

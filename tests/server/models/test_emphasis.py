@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,13 @@ def test_weights_are_bounded() -> None:
     assert segments_of("(" * 5000 + "a") == [Segment("a", 16.0)]
     assert segments_of("(a:-1e) b")[0].text.startswith("a:-1e")
     assert segments_of("(a:-99)") == [Segment("a", -16.0)]
+
+
+def test_no_text_takes_long_to_read() -> None:
+    began = time.process_time()
+    for hostile in (" " * 8000, ":" + " " * 8000, ":" + "1" * 8000, "(a" * 4000, "(a[b" * 2000):
+        segments_of(hostile)
+    assert time.process_time() - began < 1.5
 
 
 def tokenize(text: str) -> list[int]:

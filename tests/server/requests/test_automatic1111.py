@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -173,3 +174,10 @@ def test_our_own_text_reads_back() -> None:
 
 def test_a_text_of_few_fields_is_a_prompt() -> None:
     assert read_infotext("a cat, Steps: 3") == {"Prompt": "a cat, Steps: 3", "Negative prompt": ""}
+
+
+@pytest.mark.parametrize("text", ["a" + " " * 1500 + "b", "a" * 30000, 'a: "b,' * 10000])
+def test_the_time_to_read_a_text_is_proportional_to_its_length(text: str) -> None:
+    began = time.process_time()
+    read_infotext(text)
+    assert time.process_time() - began < 2
