@@ -94,6 +94,8 @@ def of_folder(folder: Path) -> Database:
         f"sqlite:///{folder / 'jobs.sqlite'}",
         poolclass=StaticPool,
         connect_args={"check_same_thread": False},
+        # Prompts are nobody's business who reads the log.
+        hide_parameters=True,
     )
     event.listen(engine, "connect", _prepare)
     event.listen(engine, "begin", _begin)
@@ -104,7 +106,7 @@ def of_folder(folder: Path) -> Database:
 def of_url(url: str) -> Database:
     """A PostgreSQL database, which several servers may share."""
     psycopg = make_url(url).set(drivername="postgresql+psycopg")
-    engine = create_engine(psycopg, pool_size=CONNECTIONS, pool_pre_ping=True)
+    engine = create_engine(psycopg, pool_size=CONNECTIONS, pool_pre_ping=True, hide_parameters=True)
     _migrate(engine)
     return Database(engine, CONNECTIONS, alone=False)
 

@@ -8,7 +8,9 @@ import time
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Final
 
-from server.errors import InvalidRequest, WeftError
+from sqlalchemy.exc import SQLAlchemyError
+
+from server.errors import InvalidRequest, NotReady, WeftError
 from server.jobs import store
 from server.jobs.blobs import Blobs
 from server.jobs.database import Database, of_folder, of_url
@@ -118,7 +120,15 @@ class Jobs:
         Raises:
             Overloaded: as many jobs of its owner wait as may.
             ReusedKey: its idempotency key came with another body.
+            NotReady: the disk is full, or the database cannot be reached.
         """
+        try:
+            return await self._add(new, uploads)
+        except (OSError, SQLAlchemyError):
+            log.exception("a job could not be stored")
+            raise NotReady("The prediction could not be stored; try again later.") from None
+
+    async def _add(self, new: NewJob, uploads: Mapping[str, bytes]) -> Job:
         # Most repetitions are found before their pictures are stored once more.
         same = await self._database.run(store.repeated, new.owner, new.idempotency_key, new.digest)
         if same is not None:

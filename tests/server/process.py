@@ -69,11 +69,14 @@ class Server:
         """Let the change take effect."""
         self._flag.touch()
 
-    def ask(self, path: str, body: dict[str, Any] | None = None) -> tuple[int, str]:
+    def ask(
+        self, path: str, body: dict[str, Any] | None = None, key: str | None = None
+    ) -> tuple[int, str]:
         """Status and text of an answer."""
         data = None if body is None else json.dumps(body).encode()
         url = f"http://127.0.0.1:{self.port}{path}"
-        request = Request(url, data, {"content-type": "application/json"})
+        headers = {} if key is None else {"authorization": f"Bearer {key}"}
+        request = Request(url, data, {"content-type": "application/json", **headers})
         try:
             with urlopen(request, timeout=PATIENCE_S) as answer:  # noqa: S310
                 return answer.status, answer.read().decode()

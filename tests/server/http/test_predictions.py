@@ -8,6 +8,7 @@ import hashlib
 import hmac
 import io
 import json
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,10 +24,12 @@ from starlette.testclient import TestClient
 
 from server.http.prefer import waiting_s
 from server.jobs import deliveries, store
+from server.jobs.blobs import Blobs
 from server.jobs.database import of_folder
 from server.jobs.job import ENDED, Job
 from server.settings import JobSettings, Limits, Settings
 from tests.server.conftest import PATIENCE_S, Running
+from tests.server.process import served
 
 MINE, OTHER = "correct horse battery staple", "0123456789abcdef"
 SECRET = "whsec_" + base64.b64encode(bytes(range(32))).decode()
@@ -36,11 +39,42 @@ SLOW = INPUT | {"steps": 200, "guidance": "none"}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of all servers here."""
     return tmp_path_factory.mktemp("jobs")
 
 
 @pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[Running]:
+def accepted(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Jobs that a server accepted that was killed while it processed some and had ended others."""
+    given = {"WEFT_JOBS__FOLDER": str(folder), "WEFT_JOBS__RUNNING": "2", "WEFT_API_KEYS": MINE}
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in given.items():
+            environment.setenv(name, value)
+        place = tmp_path_factory.mktemp("killed")
+        with served(place, "time.sleep(0.02)", "--row-budget", "4") as server:
+            server.wait_for("/readyz", 200)
+            server.disturb()
+            identifiers: list[str] = []
+            for seed in range(8):
+                body = {"input": INPUT | {"seed": seed}}
+                status, text = server.ask("/v1/predictions", body, MINE)
+                assert status == 202
+                identifiers.append(json.loads(text)["id"])
+
+            def statuses() -> set[str]:
+                page = json.loads(server.ask("/v1/predictions", key=MINE)[1])
+                return {job["status"] for job in page["results"]}
+
+            until(lambda: statuses() == {"succeeded", "processing", "starting"})
+            server.process.send_signal(signal.SIGKILL)
+            server.process.wait(PATIENCE_S)
+    stray = folder / "pictures" / "0123"
+    stray.mkdir()
+    return identifiers
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path, accepted: list[str]) -> Iterator[Running]:
     jobs = {
         "folder": folder,
         "running": 2,
@@ -91,6 +125,20 @@ def until(happened: Callable[[], Any]) -> None:
     while not happened():
         assert time.monotonic() < last
         time.sleep(0.02)
+
+
+def test_what_a_killed_server_accepted_ends_once(
+    mine: httpx2.Client, accepted: list[str], folder: Path
+) -> None:
+    """The first test, since others add to the list."""
+    until(lambda: all_ended(mine))
+    jobs = mine.get("/v1/predictions").json()["results"]
+    assert [job["id"] for job in jobs] == accepted[::-1]
+    assert {job["status"] for job in jobs} == {"succeeded"}
+    assert {job["attempts"] for job in jobs} == {1, 2}
+    pictures = [path for path in (folder / "pictures").rglob("*") if path.is_file()]
+    assert sorted(path.parts[-3] for path in pictures) == sorted(accepted)
+    assert not (folder / "pictures" / "0123").exists()
 
 
 def test_a_job_makes_the_image_that_a_request_makes(mine: httpx2.Client) -> None:
@@ -246,6 +294,18 @@ def test_a_server_without_a_secret_takes_no_webhooks(
     body = {"input": INPUT, "webhook": "https://x.example/"}
     answer = client.post("/v1/predictions", json=body)
     assert (answer.status_code, answer.json()["error"]["param"]) == (422, "webhook")
+
+
+def test_what_cannot_be_stored_is_not_accepted(mine: httpx2.Client, server: Running) -> None:
+    jobs = server.app.state.jobs
+    before = mine.get("/v1/predictions").json()["results"]
+    given = INPUT | {"image": base64.b64encode(bytes(9)).decode(), "width": 64, "height": 64}
+    with pytest.MonkeyPatch.context() as patch:
+        # A file is where its folder should be, as root may write into every folder.
+        patch.setattr(jobs, "_blobs", Blobs(__file__))
+        answer = post(mine, given)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")
+    assert len(mine.get("/v1/predictions").json()["results"]) == len(before)
 
 
 def test_prefer_says_how_long_to_wait() -> None:

@@ -51,7 +51,7 @@ async def added(database: Database, *owners: str) -> list[Job]:
 
 def test_a_late_result_of_an_old_attempt_is_refused(tmp_path: Path) -> None:
     async def work(database: Database) -> None:
-        for _ in range(100):
+        for _ in range(25):
             await added(database, "a")
             old = await database.run(store.begin, "one", LEASE_S, 10.0)
             assert old is not None
