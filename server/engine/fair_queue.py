@@ -126,16 +126,21 @@ class Turns:
         kinds = self._kinds.get(flow.client)
         return self._clients.had(flow.client), -inf if kinds is None else kinds.had(flow.kind)
 
-    def due(self, client: Client, within_s: float) -> bool:
-        """Whether a client is owed service, or is ahead of the next one by no more than that."""
+    def due(self, client: Client, latest: float) -> bool:
+        """Whether a client is owed service, or has had no more than that."""
         had = self._clients.had(client)
-        return had < self._clients.clock or had <= min(self.clients().values()) + within_s
+        return had < self._clients.clock or had <= latest
 
     def flow_due(self, flow: Flow, within_s: float) -> bool:
-        """The same for one flow of a client."""
-        own = self._kinds[flow.client].had(flow.kind)
-        least = min(self.kinds(flow.client).values())
-        return self.due(flow.client, within_s) and own <= least + within_s
+        """Whether it is a flow's turn, or it is ahead of those before it by no more than that.
+
+        It is never the turn of a flow that has no work, or has to leave the device to others.
+        """
+        if flow not in self._waiting:
+            return False
+        own, kinds = self._kinds[flow.client].had(flow.kind), self.kinds(flow.client)
+        latest = min(self.clients().values()) + within_s
+        return self.due(flow.client, latest) and own <= min(kinds.values()) + within_s
 
     def charge(self, flow: Flow, seconds: float) -> None:
         """Count seconds of the device that were spent on a flow."""

@@ -54,7 +54,9 @@ def fair_tick(
     lane, costs = units[first].lane, lanes[units[first].lane]
     here = [i for i, unit in enumerate(units) if unit.lane == lane]
     clients = {units[i].flow.client for i in here}
-    owed = {client for client in clients if turns.due(client, costs.longest_s)}
+    # Beside those that can run now: others may be ahead of all of them, and have to wait.
+    latest = turns.standing(units[first].flow)[0] + costs.longest_s
+    owed = {client for client in clients if turns.due(client, latest)}
     due = [i for i in here if i in ready and units[i].flow.client in owed]
     wanted = [units[i].rows for i in due]
     rows = rows_of(Load(lane, sum(wanted), max(wanted), live=False))

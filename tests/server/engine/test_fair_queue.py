@@ -79,6 +79,7 @@ def test_a_client_is_due_unless_it_is_ahead_of_another_by_more_than_a_tick():
     flows = [Flow(A, 0), Flow(B, 0)]
     turns.wait(flows, 0.0)
     turns.charge(flows[0], 1.0)
-    assert turns.due(B, within_s=0.1)
-    assert not turns.due(A, within_s=0.9)
-    assert turns.due(A, within_s=1.0)
+    assert turns.flow_due(flows[1], within_s=0.1)
+    assert not turns.flow_due(flows[0], within_s=0.9)
+    assert turns.flow_due(flows[0], within_s=1.0)
+    assert not turns.flow_due(Flow(HEAVY, 0), within_s=9.0), "it has no work"

@@ -14,6 +14,8 @@ from server.engine.fair_tick import STRETCH, fair_tick
 from server.engine.scheduler import AGEING, BATCH_WAIT_S, Candidate, LaneCosts, Priority
 
 SOMEBODY = Client("somebody")
+ELSEWHERE = Flow(Client("elsewhere"), 0)
+"""Of a client that has had nothing, whose images wait for the decoder, so that none can run."""
 
 
 def candidate(client: Client, lane: int, **fields: Any) -> Candidate:
@@ -56,16 +58,19 @@ def select(
 ) -> list[int]:
     """The images of a tick of so many rows, of at most 16."""
     turns = Turns()
-    turns.wait({candidate.flow for candidate in waiting}, 0.0)
+    turns.wait({candidate.flow for candidate in waiting} | {ELSEWHERE}, 0.0)
     for flow, spent in (had or {}).items():
         turns.charge(flow, spent)
     lanes = {lane: LaneCosts(rows, seconds, longest_s) for lane in range(3)}
     return fair_tick(waiting, turns, lanes, lambda _: rows)
 
 
-@given(candidates, st.integers(2, 16))
-def test_a_tick_keeps_the_budget_and_one_lane_and_leaves_no_room_unused(waiting, budget):
-    chosen = select(waiting, budget)
+flows = st.builds(Flow, st.sampled_from([ANYONE, SOMEBODY]), st.integers(0, 2))
+
+
+@given(candidates, st.integers(2, 16), st.dictionaries(flows, st.floats(0, 1000)))
+def test_a_tick_keeps_the_budget_and_one_lane_and_leaves_no_room_unused(waiting, budget, had):
+    chosen = select(waiting, budget, had=had)
     used = sum(waiting[i].rows for i in chosen)
     assert used <= budget
     assert len(set(chosen)) == len(chosen)
