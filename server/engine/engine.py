@@ -360,7 +360,8 @@ class Engine:
 
     def _give_back(self, holding: Holding, images: int, *, live: bool) -> None:
         with self._wake:
-            self._backlog.release(holding)
+            if not live:
+                self._backlog.release(holding)
             self._count_pending(-images, live=live)
 
     def _count_pending(self, images: int, *, live: bool) -> None:
@@ -524,7 +525,7 @@ class Engine:
             for sequence in staying:
                 told = [one.nbytes for one in sequence.conditioning.values()]
                 name = sequence.task.model
-                self._told_bytes[name] = max(self._told_bytes[name], *told)
+                self._told_bytes[name] = max([self._told_bytes[name], *told])
 
     def _charge(self, parts: Mapping[Sequence, float], seconds: float) -> None:
         """Count seconds of the device as had by the clients of some images, by their parts."""

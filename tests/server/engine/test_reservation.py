@@ -44,6 +44,8 @@ def test_a_queue_full_of_ordinary_images_has_room_for_live_ones(start, task, lis
                 engine.reserve(1, live=True)
             with pytest.raises(ValueError, match="either for live images or for others"):
                 room.submit([task()], listen(1))
+        engine.reserve(2, live=True).release()
+        assert engine.waiting()[ANYONE].images == 2, "frames that never came take no part of it"
     assert (engine.measurements.pending, engine.measurements.live_pending) == (0, 0)
 
 
