@@ -487,5 +487,6 @@ class StreamSession:
 def _answer(current: Current) -> dict[str, Any]:
     """Settings with every default filled in, which open the same stream again."""
     settings = current.prepared.request.settings() | current.settings.own()
-    del settings["n"]
-    return settings | {"in_flight": current.in_flight}
+    # Some fields are of requests alone.
+    known = {name: value for name, value in settings.items() if name in StreamSettings.model_fields}
+    return known | {"in_flight": current.in_flight}
