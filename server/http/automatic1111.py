@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
+import numpy as np
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
+from numpy.typing import NDArray
 
 from server.engine.client import Client
 from server.errors import Cancelled
@@ -22,6 +26,7 @@ from server.http.automatic1111_answers import (
 from server.http.automatic1111_checkpoints import CheckpointsDep, chosen, named
 from server.http.automatic1111_jobs import Job, JobsDep, owner_of
 from server.http.automatic1111_route import ERRORS, TolerantRoute
+from server.http.body import Share
 from server.http.dependencies import IdentifierDep, ServiceDep, client_of
 from server.http.making import unless_disconnected
 from server.image_codec import resized
@@ -51,10 +56,12 @@ async def txt2img(
     identifier: IdentifierDep,
 ) -> Any:
     """Generate images from a prompt."""
-    wanted = _translated(body, service, checkpoints.of(owner_of(request)))
+    # It looks for adapters in folders.
+    chosen_one = checkpoints.of(owner_of(request))
+    wanted = await asyncio.to_thread(_translated, body, service, chosen_one)
     job = Job(owner_of(request), wanted.request.n, wanted.request.steps or 0)
     with jobs.added(identifier, job):
-        work = _made(service, wanted, job, identifier, client_of(request))
+        work = _made(service, wanted, job, identifier, client_of(request), request.state.share)
         made = await unless_disconnected(request, work)
     if made is None:
         return Response(status_code=499)
@@ -112,14 +119,17 @@ def _translated(body: Txt2Img, service: Service, checkpoint: str | None) -> Tran
 
 
 async def _made(
-    service: Service, wanted: Translated, job: Job, identifier: str, client: Client
+    service: Service, wanted: Translated, job: Job, identifier: str, client: Client, share: Share
 ) -> tuple[Generation | None, tuple[Picture, ...]]:
     """The generation and its images; after an interruption those that there are, or previews."""
     request, region = wanted.request, None
     if wanted.padding is not None:
-        request, region = await cut_out(request, wanted.padding, wanted.size, service.decoding)
-        if job.interrupted:
-            return None, ()
+        service.check_room(client)
+        request, region = await cut_out(
+            request, wanted.padding, wanted.size, service.decoding, share.hold
+        )
+    if job.interrupted:
+        return None, ()
     try:
         generation = await service.admit(request, identifier, client)
     except Cancelled:
@@ -145,15 +155,18 @@ async def _so_far(
     service: Service, generation: Generation, job: Job, region: Region | None
 ) -> tuple[Picture, ...]:
     size = generation.request.width, generation.request.height
-    previews = {
-        index: resized(one.preview, *size)
+    parts: dict[int, Callable[[], NDArray[np.uint8]]] = {
+        index: partial(resized, one.preview, *size)
         for index, one in job.progress.items()
         if one.preview is not None
     }
-    finished = {index: result.pixels for index, result in generation.results.items()}
-    pixels = previews | finished
-    if region is not None:
-        pixels = {
-            index: await asyncio.to_thread(region.put_back, part) for index, part in pixels.items()
-        }
-    return await service.encoded(generation, pixels)
+    for index, result in generation.results.items():
+        parts[index] = partial(np.asarray, result.pixels)
+    pictures: list[Picture] = []
+    # One after the other: with a region each has the size of the picture that was sent.
+    for index in sorted(parts):
+        pixels = await asyncio.to_thread(parts[index])
+        if region is not None:
+            pixels = await asyncio.to_thread(region.put_back, pixels)
+        pictures += await service.encoded(generation, {index: pixels})
+    return tuple(pictures)

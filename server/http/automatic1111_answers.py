@@ -72,7 +72,7 @@ def progress_of(jobs: Sequence[Job], *, with_image: bool) -> Progress:
     share = max(LEAST, job.share)
     preview = job.preview if with_image else None
     elapsed = time.monotonic() - job.began
-    steps = [one.step for one in job.progress.values()]
+    seen = job.seen
     return Progress(
         progress=share,
         eta_relative=elapsed / share - elapsed,
@@ -80,8 +80,8 @@ def progress_of(jobs: Sequence[Job], *, with_image: bool) -> Progress:
             interrupted=job.interrupted,
             job=f"{len(jobs)} under way",
             job_count=job.images,
-            job_no=sum(one.step == one.steps for one in job.progress.values()),
-            sampling_step=min(steps, default=0),
+            job_no=sum(one.step == one.steps for one in seen),
+            sampling_step=min((one.step for one in seen), default=0),
             sampling_steps=job.steps,
         ),
         current_image=None

@@ -52,15 +52,20 @@ class Job:
     interrupted: bool = False
 
     @property
+    def seen(self) -> tuple[Progress, ...]:
+        """The progress of each image that has begun, as it is now; from any thread."""
+        return tuple(self.progress.values())
+
+    @property
     def share(self) -> float:
         """How much of the work is done, from 0 to 1."""
-        done = sum(one.step / one.steps for one in self.progress.values() if one.steps)
+        done = sum(one.step / one.steps for one in self.seen if one.steps)
         return min(1.0, done / self.images)
 
     @property
     def preview(self) -> np.ndarray | None:
         """Of the first image that is not finished, uint8 `[h, w, 3]`; None before the first."""
-        shown = [one for one in self.progress.values() if one.preview is not None]
+        shown = [one for one in self.seen if one.preview is not None]
         unfinished = [one for one in shown if one.step < one.steps] or shown
         return min(unfinished, key=lambda one: one.index).preview if unfinished else None
 
@@ -85,24 +90,25 @@ class Jobs:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._jobs: dict[str, Job] = {}
+        # Not by their identifiers: clients choose these, and may send one twice.
+        self._jobs: dict[Job, str] = {}
 
     @contextmanager
     def added(self, identifier: str, job: Job) -> Generator[None]:
         """Know of a job for the time of the `with` block."""
-        self._jobs[identifier] = job
+        self._jobs[job] = identifier
         try:
             yield
         finally:
-            del self._jobs[identifier]
+            del self._jobs[job]
 
     def of(self, owner: Owner) -> list[Job]:
         """The jobs of a client, the oldest first."""
-        return [job for job in self._jobs.values() if job.owner == owner]
+        return [job for job in self._jobs if job.owner == owner]
 
     def interrupt(self, owner: Owner) -> None:
         """End the oldest job of a client, which is answered with what there is of it."""
-        for identifier, job in self._jobs.items():
+        for job, identifier in self._jobs.items():
             if job.owner == owner and not job.interrupted:
                 job.interrupted = True
                 # It may have ended just now.

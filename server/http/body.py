@@ -92,6 +92,15 @@ class Share:
             self._bodies.take(count - self._held)
             self._held = count
 
+    def hold(self, count: int) -> None:
+        """Hold so many bytes more, until the answer: of what was made from the body.
+
+        Raises:
+            Overloaded: there is no room for them.
+        """
+        self._bodies.take(count)
+        self._held += count
+
     def give_back(self, count: int) -> None:
         """Hold so many bytes less."""
         count = min(count, self._held)
@@ -127,6 +136,7 @@ class JsonRoute(APIRoute):
 
         async def read_and_handle(request: Request) -> Response:
             with Share(request.app.state.bodies) as share:
+                request.state.share = share
                 try:
                     body = await self.read(request, uploads, share)
                 except WeftError as refusal:

@@ -102,8 +102,8 @@ class Txt2Img(BaseModel):
     distilled_cfg_scale: float | None = Field(
         default=None, ge=1, le=20, description="Forge's: the scale that a distilled model is told."
     )
-    width: int | None = Field(default=None, description="Default: the model's own.")
-    height: int | None = Field(default=None, description="Default: the model's own.")
+    width: int | None = Field(default=None, ge=1, description="Default: the model's own.")
+    height: int | None = Field(default=None, ge=1, description="Default: the model's own.")
     batch_size: int = Field(default=1, ge=1, le=1024, description="Times `n_iter`: the images.")
     n_iter: int = Field(default=1, ge=1, le=1024, description="Times `batch_size`: the images.")
     eta: float | None = Field(
@@ -206,7 +206,7 @@ class Img2Img(Txt2Img):
         strength = 0.75 if self.denoising_strength is None else self.denoising_strength
         image: dict[str, Any] = {
             "image": self.init_images,
-            "strength": max(strength, _LEAST_STEPS / (self.steps or DEFAULT_STEPS)),
+            "strength": min(1.0, max(strength, _LEAST_STEPS / (self.steps or DEFAULT_STEPS))),
             # The one beyond them stretches the latent.
             "resize_mode": dict(enumerate(RESIZE_MODES)).get(self.resize_mode, "stretch"),
         }

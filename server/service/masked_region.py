@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from asyncio import to_thread
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,7 +101,11 @@ def _widened(first: int, last: int, size: int, most: int) -> tuple[int, int]:
 
 
 async def cut_out(
-    request: GenerateRequest, padding: int, size: tuple[int, int], decoding: DecodePool
+    request: GenerateRequest,
+    padding: int,
+    size: tuple[int, int],
+    decoding: DecodePool,
+    hold: Callable[[int], None],
 ) -> tuple[GenerateRequest, Region]:
     """The request for the part around the mask alone, and what it is a part of.
 
@@ -109,15 +114,18 @@ async def cut_out(
         padding: pixels around what is repainted.
         size: width and height of the drawing.
         decoding: reads image and mask.
+        hold: called with the bytes that the region keeps until the answer; may refuse them.
 
     Raises:
         InvalidRequest: there is no image or mask, or one cannot be decoded.
-        Overloaded: too many images wait to be decoded.
+        Overloaded: too many images wait to be decoded, or `hold` has no room.
     """
     if request.image is None or request.mask is None:
         raise InvalidRequest("mask", "mask is required, and an image that it is for.")
     with request.image.opened() as data:
         picture = await decoding.picture(data, "image")
+    # Of its own size, which the limits of a drawing say nothing about; the mask has a third of it.
+    hold(picture.nbytes + picture.nbytes // 3)
     same_size = Target(picture.shape[1], picture.shape[0])
     with request.mask.opened() as data:
         form = request.mask.form or MaskForm()

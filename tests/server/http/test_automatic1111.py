@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from webuiapi import WebUIApi, WebUIApiResult
 
+from server.http.body import Bodies
 from tests.server.conftest import Running
 
 SIDE = 128
@@ -199,6 +200,43 @@ def test_progress_shows_a_preview_and_an_interruption_returns_it(
     running.settle()
     assert api.get_progress()["progress"] == 0
     assert api.skip() == {}
+
+
+def test_an_identifier_that_is_sent_twice_harms_neither_request(client: httpx2.Client) -> None:
+    headers = {"x-request-id": "the-same"}
+    answers: list[int] = []
+
+    def draw(steps: int) -> None:
+        body = SMALL | {"steps": steps}
+        answers.append(client.post("/sdapi/v1/txt2img", json=body, headers=headers).status_code)
+
+    long = threading.Thread(target=lambda: draw(200))
+    long.start()
+    while client.get("/sdapi/v1/progress").json()["state"]["job_count"] == 0:
+        pass
+    draw(1)
+    assert client.get("/sdapi/v1/progress").json()["state"]["job_count"] == 1
+    client.post("/sdapi/v1/interrupt")
+    long.join()
+    assert answers == [409, 200]
+
+
+def test_a_picture_that_a_region_is_put_back_into_counts_as_a_body(
+    running: Running, client: httpx2.Client
+) -> None:
+    bodies: Bodies = running.app.state.bodies
+    mask = Image.new("L", (SIDE, SIDE))
+    mask.paste(255, (32, 32, 96, 96))
+    body = SMALL | {"steps": 1, "init_images": [b64(Image.new("RGB", (SIDE, SIDE)))]}
+    body |= {"mask": b64(mask), "inpaint_full_res": True}
+    most, bodies._most = bodies._most, SIDE * SIDE
+    try:
+        assert client.post("/sdapi/v1/img2img", json=body).status_code == 429
+        bodies._most = SIDE * SIDE * 4
+        assert client.post("/sdapi/v1/img2img", json=body).status_code == 200
+    finally:
+        bodies._most = most
+    assert bodies.held == 0
 
 
 def test_png_info_reads_what_was_written(api: WebUIApi, client: httpx2.Client) -> None:

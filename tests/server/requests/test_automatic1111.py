@@ -172,6 +172,11 @@ def test_our_own_text_reads_back() -> None:
     assert again.spacing == settings.spacing
 
 
+def test_from_an_image_one_step_is_run_at_least() -> None:
+    one = {"init_images": "AA==", "steps": 1, "denoising_strength": 0}
+    assert translated(Img2Img.model_validate(one), None, (), 32, (512, 512)).request.strength == 1
+
+
 def test_a_text_of_few_fields_is_a_prompt() -> None:
     assert read_infotext("a cat, Steps: 3") == {"Prompt": "a cat, Steps: 3", "Negative prompt": ""}
 
