@@ -30,6 +30,7 @@ from server.engine.scheduler import (
     LaneCosts,
     Load,
     Priority,
+    in_time,
     rows_of_tick,
 )
 from server.engine.state.arrivals import Arrivals
@@ -499,8 +500,7 @@ class Engine:
         """Take in newcomers, and let go of what was cancelled, before any work is done for it."""
         with self._wake:
             ordinary = ADMITTED_BESIDE_LIVE if self._expects_live else ADMITTED_A_TICK
-            waiting = [one for one in (*self._active, *self._arrived) if not one.live]
-            self._turns.wait({one.flow for one in waiting}, monotonic())
+            self._note_who_waits()
             pictures = PicturesOfATick()
             newcomers = self._arrived.take(
                 ADMITTED_A_TICK,
@@ -526,6 +526,19 @@ class Engine:
                 told = [one.nbytes for one in sequence.conditioning.values()]
                 name = sequence.task.model
                 self._told_bytes[name] = max([self._told_bytes[name], *told])
+
+    def _note_who_waits(self) -> None:
+        """Tell of the flows that have a turn; batch work has none while other images are to run.
+
+        Else its client would seem to be served least for as long as it may not be served, and
+        whatever goes by turns would wait for it.
+        """
+        ordinary = [one for one in (*self._active, *self._arrived) if not one.live]
+        now = monotonic()
+        running = [one for one in ordinary if not one.done]
+        first = [one for one in running if in_time(one.priority, now - one.submitted_at)]
+        done = [one for one in ordinary if one.done]
+        self._turns.wait({one.flow for one in chain(done, first or running)}, now)
 
     def _charge(self, parts: Mapping[Sequence, float], seconds: float) -> None:
         """Count seconds of the device as had by the clients of some images, by their parts."""

@@ -92,7 +92,7 @@ def in_turn(
 
 def _ready(units: Sequence[Candidate], among: Sequence[int]) -> set[int]:
     """Indices of all but batch images, or of all where there are no others."""
-    return {i for i in among if in_time(units[i])} or set(among)
+    return {i for i in among if in_time(units[i].priority, units[i].age)} or set(among)
 
 
 def _turn_by_turn(

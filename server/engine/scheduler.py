@@ -197,6 +197,6 @@ def urgency(candidate: Candidate) -> float:
     return candidate.remaining - AGEING * candidate.age
 
 
-def in_time(candidate: Candidate) -> bool:
+def in_time(priority: Priority, age: float) -> bool:
     """Whether an ordinary image goes before batch ones that do not wait for long yet."""
-    return candidate.priority is not Priority.BATCH or candidate.age >= BATCH_WAIT_S
+    return priority is not Priority.BATCH or age >= BATCH_WAIT_S

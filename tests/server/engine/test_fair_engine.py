@@ -9,7 +9,7 @@ import pytest
 
 from server.engine.client import Client
 from server.engine.fair_queue import Turns
-from server.engine.scheduler import Candidate, LaneCosts, Load, fill
+from server.engine.scheduler import Candidate, LaneCosts, Load, Priority, fill
 from tests.server.engine.test_fairness import A, B
 
 LARGE, SMALL = 192, 64
@@ -100,3 +100,18 @@ def test_a_flood_of_one_client_does_not_hold_up_another(
     before = engine.measurements.ticks
     beside(engine, listen, flood, [task(steps=4, width=SMALL, height=SMALL)], [A, B])
     assert (engine.measurements.ticks - before <= 2 * 4 + 2) == fair
+
+
+def test_a_finished_picture_waits_for_no_batch_work_of_another_client(
+    start: Any, model: Any, task: Any, listen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.engine.fair_queue.BURST_S", 0.0)
+    log = Log(model)
+    engine = start(model=log, row_budget=2)
+    log.calls.clear()
+    batch = task(steps=100, width=SMALL, height=SMALL, priority=Priority.BATCH)
+    beside(engine, listen, [batch], [task(steps=20, width=LARGE, height=LARGE)], [A, B])
+    sides = [side for _, side in log.calls]
+    of_b = [i for i, side in enumerate(sides) if side == LARGE // 8]
+    assert len(of_b) == 20 + 1, "twenty ticks and a call of the decoder"
+    assert sides[of_b[0] :][: len(of_b)] == [LARGE // 8] * len(of_b)
