@@ -200,7 +200,10 @@ def _check(
     target: Target, part: str, layer: str, shapes: tuple[tuple[int, ...], tuple[int, ...]]
 ) -> None:
     if part not in target.layers:
-        raise AdapterMismatch(f"changes {part}, which model {target.model!r} does not have")
+        allowed = ", ".join(target.layers) or "nothing"
+        raise AdapterMismatch(
+            f"changes {part}; of model {target.model!r} adapters can change {allowed}"
+        )
     weight = target.layers[part].get(layer)
     if weight is None:
         raise AdapterMismatch(

@@ -170,7 +170,7 @@ REFUSED: dict[str, tuple[dict[str, Tensor], dict[str, str], str]] = {
             B.replace("unet", "text_encoder"): factors()[B],
         },
         {},
-        "changes text_encoder, which model 'small' does not have",
+        "changes text_encoder; of model 'small' adapters can change unet",
     ),
     "another width": (
         {**factors(), A: torch.ones(2, 7)},
