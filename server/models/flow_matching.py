@@ -144,11 +144,14 @@ def empirical_mu(tokens: int, steps: int) -> float:
 def _check_numbers(folder: Path, config: Mapping[str, Any]) -> None:
     where = f"{SCHEDULER} of model folder {str(folder)!r}"
     for entry, (least, most) in NUMBERS.items():
-        value = config.get(entry, least)
+        value: Any = config.get(entry, least)
         if value is None and entry == "shift_terminal":
             continue
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not least <= value <= most:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not least <= value <= most
+        ):
             allowed = f"a number from {least:g} to {most:g}" if least < most else f"only {most:g}"
             raise ModelMismatch(
                 f"{where} has the {entry} {str(value)[:40]!r}; {allowed} is allowed."

@@ -181,6 +181,12 @@ def load_sana(
             "use_flow_sigmas; SANA matches a flow, so one of FlowMatchEulerDiscreteScheduler and "
             "a scheduler with use_flow_sigmas is needed."
         )
+    predicts = scheduler.get("prediction_type", "flow_prediction")
+    if predicts != "flow_prediction":
+        raise ModelMismatch(
+            f"{SCHEDULER} of model folder {str(folder)!r} has the prediction_type "
+            f"{str(predicts)[:40]!r}; SANA predicts a velocity, so only flow_prediction is allowed."
+        )
     schedule = NoiseSchedule.from_diffusers(scheduler)
     scale = float(read_json(folder, f"{TRANSFORMER}/config.json").get("timestep_scale", 1.0))
     # Solvers that are given the noise schedule of a flow tell whole timesteps.
