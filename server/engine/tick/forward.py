@@ -68,7 +68,8 @@ def _inputs(batch: Batch, rows: ForwardRows, t: Tensor) -> RowInputs:
     owners = [batch.sequences[i] for i in batch.owners]
     scales: Tensor | None = None
     if any(sequence.guidance.told_scale is not None for sequence in batch.sequences):
-        scales = t.new_tensor([owner.guidance.told_scale or 0.0 for owner in owners])
+        told = torch.tensor([owner.guidance.told_scale or 0.0 for owner in owners])
+        scales = told.to(t.device, non_blocking=True)
     edits = rows.edits if any(rows.edits) else ()
     adapters = RowAdapters(tuple(owner.task.adapters for owner in owners))
     channels = [owner.channels for owner in owners if owner.channels is not None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -231,9 +231,9 @@ def _filled(
         constants = [sequence.guidance.constants[sequence.stage] for sequence in sequences]
         parameters = {
             **policy.parameters([sequence.task.policy for sequence in sequences], rows.x[:1]),
-            "constants": _as_factors(rows.x.new_tensor(np.stack(constants)), rows.x),
+            "constants": _as_factors(_on_device(batch.lane, np.stack(constants)), rows.x),
         }
-        evaluated = torch.tensor([s.ask.evaluated for s in sequences], device=rows.x.device)
+        evaluated = _on_device(batch.lane, [s.ask.evaluated for s in sequences]) > 0
         fixed, parameters = _fixed(rows, parameters, batch.fixed_rows)
         filled = policy.fill(
             fixed,
@@ -307,7 +307,7 @@ def _stacked(
                 sequence.closes_step,
             )
         )
-    columns = (_as_factor(column, x) for column in _tensor(batch.lane, scalars).unbind(1))
+    columns = (_as_factor(column, x) for column in _on_device(batch.lane, scalars).unbind(1))
     alpha, sigma, progress, opens, closes = columns
     rows = batch.lane.indices([row for i in members for row in others[i]])
     memory = batch.lane.pool.rule_memory[:, :memory_slots]
@@ -337,10 +337,11 @@ def _columns_of(
     batch: Batch, positions: list[int], of: Callable[[CompiledPlan, int], tuple[float, ...]]
 ) -> Tensor:
     """Scalars of the current stage of each position, float32 ``[positions, scalars]``."""
-    return _tensor(batch.lane, [of(batch.plans[i], batch.sequences[i].stage) for i in positions])
+    return _on_device(batch.lane, [of(batch.plans[i], batch.sequences[i].stage) for i in positions])
 
 
-def _tensor(lane: Lane, values: list[tuple[float, ...]]) -> Tensor:
+def _on_device(lane: Lane, values: Any) -> Tensor:
+    """Numbers as float32 on the device; made there, they would wait for it."""
     return torch.tensor(values, dtype=torch.float32).to(lane.model.device, non_blocking=True)
 
 
