@@ -23,7 +23,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from server.settings import Settings
+from server.settings import JobSettings, Settings
 from tests.covering import covering
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -222,6 +222,20 @@ def test_the_image_is_configured_by_settings_alone() -> None:
     settings = Settings.model_validate(given | {"insecure": True})
     assert settings.models_folder == Path("/models")
     assert settings.drain_s < 10, "what `docker stop` waits before it kills"
+
+
+def test_compose_keeps_jobs_in_the_database_that_it_starts() -> None:
+    services = yaml.safe_load((ROOT / "compose.jobs.yaml").read_text())["services"]
+    given = {
+        name.removeprefix("WEFT_JOBS__").lower(): value
+        for name, value in services["weft"]["environment"].items()
+    }
+    jobs = JobSettings.model_validate(given)
+    assert jobs.place_of_pictures == "/data"
+    assert [volume.partition(":")[2] for volume in services["weft"]["volumes"]] == ["/data"]
+    assert f"@{[*services][1]}/{services['postgres']['environment']['POSTGRES_USER']}" in str(
+        given["database"]
+    )
 
 
 def test_compose_starts_the_image_with_settings_that_exist() -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import uuid
 from asyncio import to_thread
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request
@@ -20,6 +21,7 @@ from server.http.prefer import waiting_s
 from server.image_codec import MEDIA_TYPES
 from server.jobs.job import Job, NewJob
 from server.requests.prediction import PredictionRequest
+from server.requests.upload import Upload
 
 if TYPE_CHECKING:
     from server.jobs.jobs import Jobs
@@ -95,9 +97,7 @@ async def create(
     except InvalidRequest as error:
         error.field = f"input.{error.field}" if error.field else "input"
         raise
-    uploads = await to_thread(_uploads, body)
-    new = _new(body, sent_input(request), uploads, owner, idempotency_key)
-    job = await jobs.add(new, uploads)
+    job = await _accepted(jobs, body, sent_input(request), owner, idempotency_key)
     if wait_s:
         job = await jobs.ended(job, wait_s)
     return await _answer(jobs, job, 201 if job.ended else 202)
@@ -188,15 +188,19 @@ async def _answer(jobs: Jobs, job: Job, status: int = 200) -> Response:
     return Response(text, status, headers, media_type="application/json")
 
 
-def _uploads(body: PredictionRequest) -> dict[str, bytes]:
-    """The pictures of a body by field, as they were sent."""
-    found: dict[str, bytes] = {}
-    for name in sorted(UPLOADS):
-        upload = getattr(body.input, name)
-        if upload is not None:
-            with upload.opened() as data:
-                found[name] = data if isinstance(data, bytes) else data.encode()
-    return found
+async def _accepted(
+    jobs: Jobs, body: PredictionRequest, sent: dict[str, Any], owner: str, key: str | None
+) -> Job:
+    """The stored job; the pictures of the body are let go of as soon as they are stored."""
+    with ExitStack() as opened:
+        uploads: dict[str, bytes] = {}
+        for name in sorted(UPLOADS):
+            upload: Upload | None = getattr(body.input, name)
+            if upload is not None:
+                data = opened.enter_context(upload.opened())
+                uploads[name] = data if isinstance(data, bytes) else data.encode()
+        new = await to_thread(_new, body, sent, uploads, owner, key)
+        return await jobs.add(new, uploads)
 
 
 def _new(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
 import uuid
 from collections.abc import Mapping
@@ -31,6 +30,9 @@ LEASE_S: Final = 45.0
 RENEW_S: Final = 10.0
 LOOK_S: Final = 1.0
 """Between looks for jobs that other servers accepted, or whose time to be tried again has come."""
+
+LONGEST_WAIT_S: Final = 10.0
+"""Until a job that the queue had no room for is tried again; there may be room sooner than told."""
 
 SWEEP_S: Final = 30.0
 SWEPT_AT_ONCE: Final = 100
@@ -94,7 +96,9 @@ class Runner:
         while True:
             self._wake.clear()
             while self._service.ready and len(self._under_way) < self._settings.running:
-                job = await self._database.run(store.begin, self._worker, LEASE_S, time.time())
+                job = await self._database.run(
+                    store.begin, self._worker, LEASE_S, time.time(), list(self._under_way)
+                )
                 if job is None:
                     break
                 task = asyncio.create_task(self._attempt(job))
@@ -220,7 +224,7 @@ class Runner:
         await self._end(job, "failed", error={"message": sentence, "code": code, "param": param})
 
     async def _wait(self, job: Job, wait_s: float, *, spare: bool) -> None:
-        again_at = time.time() + max(LOOK_S, math.ceil(wait_s))
+        again_at = time.time() + min(max(LOOK_S, wait_s), LONGEST_WAIT_S)
         await self._database.run(store.requeue, job, again_at, spare=spare)
 
 

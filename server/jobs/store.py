@@ -149,7 +149,9 @@ def positions(connection: Connection, identifiers: Collection[str]) -> dict[str,
     return {row.id: row.place - 1 for row in connection.execute(found)}
 
 
-def begin(connection: Connection, worker: str, lease_s: float, now: float) -> Job | None:
+def begin(
+    connection: Connection, worker: str, lease_s: float, now: float, but: Collection[str] = ()
+) -> Job | None:
     """Begin the next job: the oldest one of the owner of whom the fewest are processing.
 
     A job whose worker has not been heard of for `lease_s` is begun again.
@@ -159,13 +161,14 @@ def begin(connection: Connection, worker: str, lease_s: float, now: float) -> Jo
         worker: who begins it.
         lease_s: seconds within which he has to :func:`renew`.
         now: Unix time.
+        but: jobs that he works on, even if he was too slow to renew them.
     """
     running = and_(JOBS.c.status == "processing", JOBS.c.lease_until >= now)
     counts = select(JOBS.c.owner, func.count().label("jobs")).where(running).group_by(JOBS.c.owner)
     busy = {row.owner: row.jobs for row in connection.execute(counts)}
     ready = or_(
         and_(JOBS.c.status == WAITING, JOBS.c.not_before <= now),
-        and_(JOBS.c.status == "processing", JOBS.c.lease_until < now),
+        and_(JOBS.c.status == "processing", JOBS.c.lease_until < now, JOBS.c.id.not_in(but)),
     )
     oldest = select(JOBS.c.owner, func.min(JOBS.c.seq)).where(ready).group_by(JOBS.c.owner)
     heads = [(busy.get(owner, 0), seq) for owner, seq in connection.execute(oldest)]

@@ -78,6 +78,7 @@ def test_a_lease_that_is_renewed_is_kept_and_a_cancelled_job_loses_it(tmp_path: 
         kept = await database.run(store.renew, "w", [one.id, other.id], LEASE_S, 35.0)
         assert kept == {one.id}
         assert await database.run(store.begin, "x", LEASE_S, 60.0) is None
+        assert await database.run(store.begin, "w", LEASE_S, 99.0, [one.id]) is None
         with pytest.raises(UnknownJob):
             await database.run(store.cancel, "b", one.id, KEEP_S, 60.0)
 
