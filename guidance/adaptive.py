@@ -9,6 +9,7 @@ from pydantic import Field
 from typing_extensions import override
 
 from guidance.policy import Policy
+from guidance.rule import numbers_like
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -58,7 +59,7 @@ class Adaptive(Policy, frozen=True):
     def parameters(  # pyright: ignore[reportIncompatibleMethodOverride] - Self narrows with it
         cls, settings: Sequence[Self], like: Tensor
     ) -> Mapping[str, Tensor]:
-        of_noise = like.new_tensor([float(one.space == "noise") for one in settings])
+        of_noise = numbers_like(like, [float(one.space == "noise") for one in settings])
         of_noise = of_noise.view(-1, *[1] * (like.ndim - 1))
         return {**super().parameters(settings, like), "of_noise": of_noise}
 

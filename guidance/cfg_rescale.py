@@ -8,7 +8,7 @@ from pydantic import Field
 from typing_extensions import override
 
 from guidance.reductions import covariance
-from guidance.rule import Guided, Rows, ScaledRule, stack
+from guidance.rule import Guided, Rows, ScaledRule, numbers_like, stack
 from guidance.velocity import velocity_share
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class CFGRescale(ScaledRule, frozen=True):
         ones = [1] * (like.ndim - 1)
         for space in ("velocity", "noise"):
             chosen = [float(setting.space == space) for setting in settings]
-            numbers[space] = like.new_tensor(chosen).view(-1, *ones)
+            numbers[space] = numbers_like(like, chosen).view(-1, *ones)
         return numbers
 
     @classmethod

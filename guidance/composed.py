@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field
 from typing_extensions import override
 
 from guidance.branch import NEGATIVE, Branch
-from guidance.rule import Guided, Rows, Rule
+from guidance.rule import Guided, Rows, Rule, numbers_like
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -65,8 +65,8 @@ class Composed(Rule, frozen=True):
         scales = [setting.scale for setting in settings]
         weights = [[one.weight for one in setting.prompts if one.weight] for setting in settings]
         return {
-            "scale": like.new_tensor(scales).view(-1, *ones),
-            "weights": like.new_tensor(weights).view(len(settings), -1, *ones),
+            "scale": numbers_like(like, scales).view(-1, *ones),
+            "weights": numbers_like(like, weights).view(len(settings), -1, *ones),
         }
 
     @classmethod

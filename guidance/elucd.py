@@ -9,6 +9,7 @@ from pydantic import Field
 from typing_extensions import override
 
 from guidance.classifier_guidance import UNAIMED, GradientGuidance, Target
+from guidance.rule import numbers_like
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -73,8 +74,8 @@ class EluCD(GradientGuidance, frozen=True):
         cls, settings: Sequence[Self], like: Tensor
     ) -> Mapping[str, Tensor]:
         return {
-            "joint": like.new_tensor([one.joint_temperature for one in settings]),
-            "marginal": like.new_tensor([one.marginal_temperature for one in settings]),
+            "joint": numbers_like(like, [one.joint_temperature for one in settings]),
+            "marginal": numbers_like(like, [one.marginal_temperature for one in settings]),
         }
 
     @classmethod

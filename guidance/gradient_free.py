@@ -71,7 +71,7 @@ class GradientFree(ReferenceGuidance, frozen=True):
             share = seen.softmax(1)
             others = (arange(share.shape[1], device=share.device) != aimed) & (aimed != UNAIMED)
             doubt = 1 - share.gather(1, aimed.clamp(min=0))
-            taken.append(share.where(others, share.new_tensor(-1.0)))
+            taken.append(share.where(others, share.new_full((), -1.0)))
             candidates.append(others)
             doubts.append(doubt.expand_as(share))
         place = cat(taken, 1).argmax(1, keepdim=True)

@@ -131,13 +131,26 @@ def stack(settings: Sequence[BaseModel], like: Tensor) -> dict[str, Tensor]:
     ones = [1] * (like.ndim - 1)
     scalars = [field for field, value in settings[0] if _is_number(value)]
     values = [[getattr(one, field) for field in scalars] for one in settings]
-    table = like.new_tensor(values).reshape(len(settings), len(scalars), *ones)
+    table = numbers_like(like, values).reshape(len(settings), len(scalars), *ones)
     stacked = dict(zip(scalars, table.unbind(1), strict=True))
     for field, value in settings[0]:
         if isinstance(value, tuple) and all(map(_is_number, value)):
             values = [getattr(one, field) for one in settings]
-            stacked[field] = like.new_tensor(values).reshape(len(settings), len(value), *ones)
+            stacked[field] = numbers_like(like, values).reshape(len(settings), len(value), *ones)
     return stacked
+
+
+def numbers_like(like: Tensor, values: object) -> Tensor:
+    """Numbers as a tensor of the type of ``like``, on its device.
+
+    Args:
+        like: gives type and device.
+        values: a number, or lists of numbers.
+    """
+    from torch import tensor
+
+    # Not `new_tensor`, which waits for the device.
+    return tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
 
 
 def _is_number(value: object) -> bool:
