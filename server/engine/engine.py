@@ -24,6 +24,7 @@ from server.engine.footprint import Kind, footprint
 from server.engine.live_share import ORDINARY_SHARE, Shares, share_tick
 from server.engine.metrics import EngineMeasurements
 from server.engine.reservation import Reservation
+from server.engine.row_watch import RowWatch
 from server.engine.scheduler import (
     LONGEST_TICK_S,
     Candidate,
@@ -149,6 +150,7 @@ class Engine:
         self.ready = False
         self.failure: BaseException | None = None
         self.measurements = EngineMeasurements()
+        self.row_watch = RowWatch()
         self._models = dict(models)
         self._asked_budget = row_budget
         self._deterministic = deterministic
@@ -675,6 +677,7 @@ class Engine:
         self._book(rows.rows, denoise_s, tick_s - denoise_s)
         lane.cost.observe(self._fixed_rows or rows.rows, tick_s)
         lane.row_cap.fit(rows.rows)
+        self.row_watch.see(rows, self.measurements.ticks, tick_s, self.measurements.pending)
         return StageOutcome(sound, settled, denoised)
 
     def _book(self, rows: int, denoise_s: float, weave_s: float) -> None:

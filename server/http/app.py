@@ -27,6 +27,7 @@ from server.http import (
     models,
     openai_images,
     predictions,
+    rows,
     stream,
     stream_events,
 )
@@ -92,6 +93,7 @@ def create_app(settings: Settings, *, on_failure: Callable[[], None] | None = No
         automatic1111.router,
         automatic1111_settings.router,
         stream_events.router,
+        rows.router,
         catalog.router,
         health.router,
     ):

@@ -194,7 +194,7 @@ form.addEventListener("submit", async (event) => {
   event.preventDefault();
   say("");
   try {
-    await ready();
+    if (!started) await ready();
     await generate(asking.read());
   } catch (error) {
     say(error.message, true);

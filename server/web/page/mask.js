@@ -5,6 +5,13 @@ import { create } from "./fields.js";
 
 const LONGEST = 512;
 
+/** Resolves once an image shows what is at an address; `decode()` may wait until its tab is seen. */
+const showing = (image, src) => new Promise((resolve, reject) => {
+  image.onload = resolve;
+  image.onerror = () => reject(new Error("This browser cannot show the picture."));
+  image.src = src;
+});
+
 /** An element to paint a mask in, with `over(dataUri or null)`, `read()` and `put(dataUri)`. */
 export function maskPainter() {
   const picture = create("img", { alt: "" });
@@ -34,8 +41,7 @@ export function maskPainter() {
       empty();
       return;
     }
-    picture.src = dataUri;
-    await picture.decode();
+    await showing(picture, dataUri);
     const scale = LONGEST / Math.max(picture.naturalWidth, picture.naturalHeight);
     canvas.width = Math.round(picture.naturalWidth * scale);
     canvas.height = Math.round(picture.naturalHeight * scale);
@@ -43,8 +49,8 @@ export function maskPainter() {
   };
   element.read = () => (isPainted && !element.hidden ? canvas.toDataURL("image/png") : null);
   element.put = async (dataUri) => {
-    const image = create("img", { src: dataUri });
-    await image.decode();
+    const image = create("img");
+    await showing(image, dataUri);
     canvas.getContext("2d").drawImage(image, 0, 0, canvas.width, canvas.height);
     isPainted = true;
   };

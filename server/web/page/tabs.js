@@ -8,6 +8,7 @@ function open(chosen) {
     const isChosen = tab === chosen;
     tab.ariaSelected = isChosen;
     tab.tabIndex = isChosen ? 0 : -1;
+    if (!isChosen && !panelOf(tab).hidden) panelOf(tab).dispatchEvent(new Event("close"));
     panelOf(tab).hidden = !isChosen;
   }
   panelOf(chosen).dispatchEvent(new Event("open"));

@@ -206,7 +206,7 @@ def test_the_tabs_are_those_of_the_address_and_of_the_arrow_keys(tab: Tab) -> No
         return opened;
         """
     )
-    assert got == [["live-panel"], ["images-panel", "#images"], ["live-panel", "#live"]]
+    assert got == [["live-panel"], ["rows-panel", "#rows"], ["live-panel", "#live"]]
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from server.http.documents import WEB
 from server.models.defaults import ModelDefaults
 from server.requests.catalog import Catalog, catalog, defaults_of
 from server.requests.schema import GenerateRequest, guidance_of
+from tests.server.conftest import Running
 from tests.server.http.browser import Tab, new_tab
 
 PAGE = "\n".join(
@@ -37,7 +38,11 @@ TOOLS = """
 const $ = (id) => document.getElementById(id);
 const form = $("form");
 const until = async (there) => {
-  while (!await there()) await new Promise((resolve) => setTimeout(resolve, 10));
+  const late = performance.now() + 30000;
+  while (!await there()) {
+    if (performance.now() > late) throw new Error(`late: ${there}; "${$("said").textContent}"`);
+    await new Promise((resolve) => setTimeout(resolve, 10));
+  }
 };
 const selects = () => [...document.querySelectorAll("#more fieldset.picker > select")];
 const titles = TITLES;
@@ -420,7 +425,9 @@ def test_settings_come_back_from_the_gallery_and_from_a_dropped_file(
     assert after_reload == ["a blue square, seed 7"]
 
 
-def test_several_requests_run_at_once_and_each_is_cancelled_alone(tab: Tab) -> None:
+def test_several_requests_run_at_once_and_each_is_cancelled_alone(
+    tab: Tab, running: Running
+) -> None:
     got = tab.run(
         """
         form.steps.value = 60;
@@ -437,6 +444,7 @@ def test_several_requests_run_at_once_and_each_is_cancelled_alone(tab: Tab) -> N
         return [labels.length, inLine.length, said, $("said").className];
         """
     )
+    running.settle()
     assert got == [7, 2, "Cancelled.", ""]
 
 
@@ -508,3 +516,25 @@ def test_a_grid_compares_two_parameters_on_one_seed_and_is_saved_as_one_picture(
     assert width > 2 * 256
     assert height > 2 * 256
     assert got["seed"] == "5"
+
+
+def test_the_rows_of_a_request_are_shown_as_they_are_woven(tab: Tab, running: Running) -> None:
+    got = tab.run(
+        """
+        form.steps.value = 50;
+        form.requestSubmit();
+        $("rows-tab").click();
+        await until(() => document.querySelectorAll("#weft .pass").length > 1);
+        const cells = [...$("weft").lastChild.querySelectorAll(".cell")];
+        const got = [cells.map(({ dataset }) => dataset.branch), texts("#threads li")];
+        $("images-tab").click();
+        document.querySelector("#pictures .stop").click();
+        await ended();
+        return got;
+        """
+    )
+    running.settle()
+    branches, threads = got
+    assert branches == ["prompt", "negative"]
+    assert len(threads) == 1
+    assert "of 50, apg, always, 2 rows" in threads[0]

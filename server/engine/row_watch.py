@@ -1,0 +1,151 @@
+"""Samples of what the ticks weave, for whoever watches; they say nothing of any prompt."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from threading import Lock
+from time import monotonic
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias
+from weakref import WeakKeyDictionary
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from server.engine.state.batch import Batch
+    from server.engine.state.sequence import Sequence
+    from server.engine.state.submission import Submission
+
+__all__ = ["SAMPLED_EVERY_S", "RowWatch", "WovenImage", "WovenTick"]
+
+SAMPLED_EVERY_S: Final = 0.2
+"""Seconds from one sample to the next."""
+
+BranchKind: TypeAlias = Literal["prompt", "negative", "other prompt", "perturbed"]
+"""What a row of the forward pass predicts."""
+
+
+@dataclass(frozen=True, slots=True)
+class WovenImage:
+    """An image in a tick.
+
+    Attributes:
+        request: number of its request, counted from the first one that was sampled.
+        image: index of the image within its request.
+        timestep: that the network was told.
+        step: sampler step that the tick belongs to, from 1.
+        steps: in all.
+        rule: name of its guidance rule.
+        policy: name of its guidance policy.
+        live: whether it is a frame of a live stream.
+        branches: what its rows predict, one entry a row.
+    """
+
+    request: int
+    image: int
+    timestep: float
+    step: int
+    steps: int
+    rule: str
+    policy: str
+    live: bool
+    branches: tuple[BranchKind, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WovenTick:
+    """One forward pass.
+
+    Attributes:
+        tick: its number since the engine started.
+        model: that evaluated it.
+        seconds: that the tick took.
+        waiting: images that were waiting or under way, but not in it.
+        images: whose rows it evaluated.
+    """
+
+    tick: int
+    model: str
+    seconds: float
+    waiting: int
+    images: tuple[WovenImage, ...]
+
+
+class RowWatch:
+    """The latest sample; none is taken while nobody watches.
+
+    Attributes:
+        latest: of the ticks since somebody began to watch, or an older one; None before the first.
+        watchers: how many watch now.
+    """
+
+    def __init__(self) -> None:
+        self.latest: WovenTick | None = None
+        self.watchers = 0
+        self._due = 0.0
+        self._lock = Lock()
+        self._next = count(1)
+        self._numbers: WeakKeyDictionary[Submission, int] = WeakKeyDictionary()
+
+    @contextmanager
+    def watching(self) -> Generator[None]:
+        """Have samples taken inside the ``with`` block; safe from any thread."""
+        with self._lock:
+            self.watchers += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.watchers -= 1
+
+    def see(self, batch: Batch, tick: int, seconds: float, pending: int) -> None:
+        """Sample a tick that has just run, in the engine's thread, if it is time to.
+
+        Args:
+            batch: its rows; the images are still at the stage that it ran.
+            tick: its number.
+            seconds: that it took.
+            pending: images waiting or under way, those of the tick included.
+        """
+        if not self.watchers or (now := monotonic()) < self._due:
+            return
+        self._due = now + SAMPLED_EVERY_S
+        self.latest = WovenTick(
+            tick=tick,
+            model=batch.lane.model.facts.name,
+            seconds=seconds,
+            waiting=max(0, pending - len(batch.sequences)),
+            images=tuple(
+                self._woven(sequence, plan.t[sequence.stage])
+                for sequence, plan in zip(batch.sequences, batch.plans, strict=True)
+            ),
+        )
+
+    def _woven(self, sequence: Sequence, timestep: float) -> WovenImage:
+        task = sequence.task
+        number = self._numbers.get(sequence.submission)
+        if number is None:
+            number = self._numbers[sequence.submission] = next(self._next)
+        return WovenImage(
+            request=number,
+            image=sequence.index,
+            timestep=timestep,
+            step=task.plan.step[sequence.stage] + 1,
+            steps=task.plan.steps,
+            rule=task.rule.name,
+            policy=task.policy.name,
+            live=sequence.live,
+            branches=("prompt", *(_kind(sequence, number) for number in sequence.ask.numbers)),
+        )
+
+
+def _kind(sequence: Sequence, number: int) -> BranchKind:
+    """What the prediction of this number is, of those beside the prompt's."""
+    branches = sequence.task.rule.branches
+    if number > len(branches):
+        return "perturbed" if sequence.guidance.predictions[number].edits else "other prompt"
+    branch = branches[number - 1]
+    if branch.edit is not None:
+        return "perturbed"
+    return "negative" if branch.told in ("negative", "empty") else "other prompt"
