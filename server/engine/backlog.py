@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cache
 from math import inf
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,6 +26,10 @@ These are the dynamic thresholds of Choudhury and Hahne (1998) for queues that s
 
 LARGEST_PART = 0.5
 """Of the seconds that may wait, what one request counts for at most: a larger one is possible."""
+
+
+NOTHING = 1e-6
+"""Fewer evaluations are what rounding left of none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +133,8 @@ class Backlog:
                 than there is for all.
             Overloaded: there is no room now.
         """
-        client, seconds = holding.client, self._seconds(rows)
+        client = holding.client
+        seconds = sum(count * self._seconds_a_row(kind) for kind, count in rows.items())
         if nbytes > self._bounds.nbytes:
             raise InvalidRequest(
                 _largest_field(holding),
@@ -178,8 +184,14 @@ class Backlog:
 
     def by_client(self) -> dict[Client, Amounts]:
         """What waits or runs."""
+        # Clients have sizes in common.
+        a_row = cache(self._seconds_a_row)
         return {
-            client: Amounts(total.images, max(0.0, self._seconds(total.rows)), total.nbytes)
+            client: Amounts(
+                total.images,
+                sum(count * a_row(kind) for kind, count in total.rows.items()),
+                total.nbytes,
+            )
             for client, total in self._totals.items()
         }
 
@@ -197,7 +209,11 @@ class Backlog:
         total.nbytes += nbytes
         for kind, count in (rows or {}).items():
             holding.rows[kind] += count
-            total.rows[kind] = total.rows.get(kind, 0.0) + holding.part * count
+            left = total.rows.get(kind, 0.0) + holding.part * count
+            if left < NOTHING:
+                total.rows.pop(kind, None)
+            else:
+                total.rows[kind] = left
         if not total.images:
             # Rounding must not add up for ever.
             del self._totals[holding.client]
@@ -268,9 +284,6 @@ class Backlog:
     def _until_all(self, waiting: Mapping[Client, Amounts], part: float, pace: float) -> float:
         seconds = sum(one.seconds for one in waiting.values())
         return max(1.0, min(1.0, part) * seconds / pace)
-
-    def _seconds(self, rows: Mapping[Kind, float]) -> float:
-        return sum(count * self._seconds_a_row(kind) for kind, count in rows.items())
 
 
 def _largest_field(holding: Holding) -> str:

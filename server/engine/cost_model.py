@@ -48,6 +48,8 @@ STALE_GAIN = 0.3
 OUTLIER = log(1.5)
 """A surprise counts for no more than this."""
 
+SHAPES_KEPT = 64
+
 FIRST_TICKS = 8
 """Of a lane whose cost is a guess: its first ticks count as they are, and more."""
 
@@ -133,11 +135,26 @@ class CostModel:
         self._costs = {key: cost for key, cost in self._costs.items() if key[0] != model}
 
     def of(self, model: str, shape: tuple[int, int, int]) -> TickCost:
-        """The cost at a shape; a guess by its area until it has ticks of its own."""
-        if (model, shape) not in self._costs:
-            area, cost = self._measured[model]
-            self._costs[model, shape] = cost.scaled(shape[1] * shape[2] / area)
-        return self._costs[model, shape]
+        """The cost at a shape, or a guess by its area; asking leaves nothing behind."""
+        if (known := self._costs.get((model, shape))) is not None:
+            return known
+        area, cost = self._measured[model]
+        return cost.scaled(shape[1] * shape[2] / area)
+
+    def keep(self, model: str, shape: tuple[int, int, int]) -> TickCost:
+        """The cost at a shape that has ticks from now on, which are to teach it.
+
+        Of other shapes the :data:`SHAPES_KEPT` last ones are remembered: those of ever new requests
+        must fill neither the memory nor the metrics.
+        """
+        costs = dict(self._costs)
+        costs[model, shape] = costs.pop((model, shape), None) or self.of(model, shape)
+        firsts = [cost for _, cost in self._measured.values()]
+        others = [key for key, cost in costs.items() if cost not in firsts]
+        for key in others[:-SHAPES_KEPT]:
+            del costs[key]
+        self._costs = costs
+        return costs[model, shape]
 
     def all(self) -> list[tuple[str, tuple[int, int, int], TickCost]]:
         """Model, latent shape and cost of all that are known."""

@@ -821,7 +821,7 @@ class Engine:
         key = task.model, shape, model.group_key(task.width, task.height, length)
         if key not in self._lanes:
             self._forget_idle_lanes()
-            cost = self._costs.of(task.model, shape)
+            cost = self._costs.keep(task.model, shape)
             self._lanes[key] = Lane(model, shape, cost, self.measurements.row_budget)
         return self._lanes[key]
 

@@ -71,6 +71,22 @@ def test_what_is_done_makes_room():
     admit(queue, ANYONE)
 
 
+def test_a_client_that_always_has_work_leaves_no_sizes_behind():
+    prices = Counter[Kind]()
+
+    def priced(kind: Kind) -> float:
+        prices[kind] += 1
+        return 0.001
+
+    queue = Backlog(Bounds(1000), priced)
+    admit(queue, ANYONE)
+    for side in range(100):
+        queue.release(admit(queue, ANYONE, kind=("model", (4, 8, 8 + side))))
+    prices.clear()
+    assert queue.by_client()[ANYONE].seconds == pytest.approx(0.1)
+    assert list(prices) == [SMALL]
+
+
 def test_one_client_leaves_room_for_the_next_and_equal_ones_get_equal_parts():
     queue = backlog()
     alone = fill(queue, A)

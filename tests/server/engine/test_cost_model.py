@@ -9,7 +9,15 @@ from itertools import pairwise
 import pytest
 import torch
 
-from server.engine.cost_model import AGREEING, MOST_ROWS, NODES, CostModel, TickCost, measured
+from server.engine.cost_model import (
+    AGREEING,
+    MOST_ROWS,
+    NODES,
+    SHAPES_KEPT,
+    CostModel,
+    TickCost,
+    measured,
+)
 from server.engine.scheduler import LONGEST_TICK_S, Load, rows_of_tick
 from server.engine.warmup import time_forwards
 from server.errors import Overloaded
@@ -196,13 +204,26 @@ def test_one_slow_tick_moves_the_cost_little():
 def test_another_shape_starts_from_its_area_and_learns_fast():
     costs = CostModel()
     costs.start("model", (4, 64, 64), TickCost(H100))
-    large = costs.of("model", (4, 128, 128))
+    large = costs.keep("model", (4, 128, 128))
     assert large.seconds(8) == pytest.approx(4 * h100(8))
     for _ in range(8):
         large.observe(8, 9 * h100(8))
     assert large.seconds(8) == pytest.approx(9 * h100(8), rel=0.05)
     assert costs.of("model", (4, 128, 128)) is large
     assert costs.of("model", (4, 64, 64)).seconds(8) == pytest.approx(h100(8))
+
+
+def test_requests_of_ever_new_shapes_leave_no_more_than_the_last_ones_behind():
+    costs = CostModel()
+    first = TickCost(H100)
+    costs.start("model", (4, 64, 64), first)
+    for width in range(1, 200):
+        costs.of("model", (4, 256, width))
+        costs.keep("model", (4, 128, width))
+    shapes = [shape for _, shape, _ in costs.all()]
+    assert sorted(shapes[-3:]) == [(4, 128, width) for width in (197, 198, 199)]
+    assert len(shapes) == SHAPES_KEPT + 1
+    assert costs.of("model", (4, 64, 64)) is first
 
 
 def rows(waiting: int, curve=h100, *, widest=1, most=MOST_ROWS, longest_s=LONGEST_TICK_S) -> int:
@@ -248,8 +269,10 @@ def test_the_engine_learns_from_its_ticks_and_tells_the_seconds_of_waiting_work(
     [(name, shape, cost)] = engine.tick_costs()
     assert (name, shape) == ("embedded", (4, 16, 16))
     before = cost.estimates()
+    default = {"width": 128, "height": 128}
     heard = listen(2)
-    submission = engine.submit([task(rule="none", steps=150, seed=seed) for seed in (1, 2)], heard)
+    images = [task(rule="none", steps=150, seed=seed, **default) for seed in (1, 2)]
+    submission = engine.submit(images, heard)
     with pytest.raises(Overloaded) as refusal:
         engine.reserve(1)
     expected = 300 * cost.seconds_a_row(4)
@@ -257,7 +280,7 @@ def test_the_engine_learns_from_its_ticks_and_tells_the_seconds_of_waiting_work(
     heard.begun.wait(10)
     submission.cancel()
     heard.wait()
-    run(engine, [task(steps=5)])
+    run(engine, [task(steps=5, **default)])
     assert cost.estimates() != before
     run(engine, [task(steps=2, width=64, height=64)])
     assert [shape for _, shape, _ in engine.tick_costs()] == [(4, 16, 16), (4, 8, 8)]
@@ -265,6 +288,6 @@ def test_the_engine_learns_from_its_ticks_and_tells_the_seconds_of_waiting_work(
 
 def test_an_engine_starts_from_a_guess_and_corrects_it(start, task, run):
     engine = start(guessed_costs={1: 9.0, 6: 9.0})
-    run(engine, [task(steps=10)])
+    run(engine, [task(steps=10, width=128, height=128)])
     [(_, _, cost)] = engine.tick_costs()
     assert all(seconds < 5 for seconds in cost.estimates().values())
