@@ -89,11 +89,21 @@ def converted(
     made = Path(mkdtemp(dir=cache, prefix=f"{file.stem}-unfinished-"))
     try:
         _convert(file, made, templates or Path(str(files("server.models") / "single_file")))
-        made.rename(folder)
+        _put(made, folder)
     except BaseException:
         shutil.rmtree(made, ignore_errors=True)
         raise
     return folder
+
+
+def _put(made: Path, folder: Path) -> None:
+    """Give a folder its name, unless another process was faster, as where one serves each GPU."""
+    try:
+        made.rename(folder)
+    except OSError:
+        if not (folder / INDEX).is_file():
+            raise
+        shutil.rmtree(made, ignore_errors=True)
 
 
 def write_tokenizer(folder: Path) -> None:

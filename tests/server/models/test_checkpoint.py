@@ -71,6 +71,17 @@ def test_a_checkpoint_becomes_a_folder_of_the_same_weights(
     assert not (folder / "unet").exists()
 
 
+def test_two_servers_may_convert_a_file_at_once(
+    file: Path, templates: Path, tmp_path: Path
+) -> None:
+    def other() -> None:
+        """Is done before the first one is."""
+        converted(file, tmp_path, templates)
+
+    folder = converted(file, tmp_path, templates, other)
+    assert list(tmp_path.iterdir()) == [folder]
+
+
 @pytest.mark.parametrize(
     ("changed", "sentence"),
     [
