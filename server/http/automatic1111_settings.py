@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import sys
+from asyncio import to_thread
 from typing import Any, Final
 
 from fastapi import APIRouter, Request
@@ -71,7 +72,7 @@ async def options(
     request: Request, service: ServiceDep, checkpoints: CheckpointsDep
 ) -> dict[str, Any]:
     """The settings of this client."""
-    state = chosen(checkpoints.of(owner_of(request)), service.model_states())
+    state = chosen(checkpoints.of(owner_of(request)), await to_thread(service.model_states))
     return {
         "sd_model_checkpoint": None if state is None else state.name,
         "sd_checkpoint_hash": None if state is None else _revision(state),
@@ -87,7 +88,7 @@ async def set_options(
 ) -> dict[str, Any]:
     """Choose the model of this client's requests."""
     if body.sd_model_checkpoint:
-        name = named(body.sd_model_checkpoint, service.model_states())
+        name = named(body.sd_model_checkpoint, await to_thread(service.model_states))
         checkpoints.choose(owner_of(request), name)
     return {}
 
@@ -104,7 +105,7 @@ async def sd_models(service: ServiceDep) -> list[dict[str, Any]]:
             "filename": state.name,
             "config": None,
         }
-        for state in service.model_states()
+        for state in await to_thread(service.model_states)
     ]
 
 
@@ -135,7 +136,8 @@ async def schedulers() -> list[dict[str, Any]]:
 @router.get("/sdapi/v1/loras")
 async def loras(service: ServiceDep) -> list[dict[str, Any]]:
     """The adapters of all models, for `<lora:name:weight>` in a prompt."""
-    names = dict.fromkeys(one.name for entry in service.models() for one in entry.adapters)
+    entries = await to_thread(service.models)
+    names = dict.fromkeys(one.name for entry in entries for one in entry.adapters)
     return [
         {"name": name, "alias": name, "path": f"{name}.safetensors", "metadata": {}}
         for name in names

@@ -12,7 +12,7 @@ from server.http.body import JsonRoute
 from server.http.dependencies import IdentifierDep, ServiceDep, client_of
 from server.http.errors import ErrorBody
 from server.http.events import GenerationStream
-from server.http.making import make
+from server.http.making import make, unless_disconnected
 from server.http.negotiation import negotiate
 from server.image_codec import MEDIA_TYPES
 from server.requests.schema import GenerateRequest
@@ -58,7 +58,10 @@ async def generate(
     """
     wanted, body = negotiate(request.headers.get("accept", ""), body)
     if wanted == "events":
-        generation = await service.admit(body, identifier, client_of(request))
+        admitting = service.admit(body, identifier, client_of(request))
+        generation = await unless_disconnected(request, admitting)
+        if generation is None:
+            return Response(status_code=499)
         return GenerationStream(service, generation)
     made = await make(request, service, body, identifier)
     if made is None:

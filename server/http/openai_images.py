@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
+from asyncio import to_thread
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Final
 
@@ -18,7 +18,7 @@ from server.http.dependencies import IdentifierDep, ServiceDep, client_of
 from server.http.errors import ErrorBody, body_of
 from server.http.events import PING_S, GenerationStream
 from server.http.forms import FormRoute
-from server.http.making import make
+from server.http.making import make, unless_disconnected
 from server.http.openai_answers import Event, ImagesAnswer, Kind, answered, finished, previewed
 from server.requests.openai_images import ImageEdit, ImageGeneration, request_of
 from server.requests.schema import GenerateRequest
@@ -49,7 +49,7 @@ async def generate(
     With `stream` the events are `image_generation.partial_image`, as many as `partial_images` says,
     and `image_generation.completed` for each image.
     """
-    wanted, ignored = request_of(body)
+    wanted, ignored = await to_thread(request_of, body, service.hosts)
     return await _answer("image_generation", body, wanted, ignored, request, service, identifier)
 
 
@@ -72,7 +72,9 @@ async def edit(
 
     The events of a stream begin with `image_edit` instead of `image_generation`.
     """
-    wanted, ignored = request_of(body)
+    wanted, ignored = await to_thread(request_of, body, service.hosts)
+    # Before anything is decoded.
+    service.check_room(client_of(request))
     wanted = await with_own_mask(wanted, service.decoding)
     return await _answer("image_edit", body, wanted, ignored, request, service, identifier)
 
@@ -87,7 +89,10 @@ async def _answer(
     identifier: str,
 ) -> Response:
     if body.stream:
-        generation = await service.admit(wanted, identifier, client_of(request))
+        admitting = service.admit(wanted, identifier, client_of(request))
+        generation = await unless_disconnected(request, admitting)
+        if generation is None:
+            return Response(status_code=499)
         return ImagesStream(kind, service, generation, body.partial_images, ignored)
     made = await make(request, service, wanted, identifier)
     if made is None:
@@ -130,9 +135,7 @@ class ImagesStream(GenerationStream):
                 for progress in news:
                     if progress.preview is None or not self._due(progress, shown):
                         continue
-                    event = await asyncio.to_thread(
-                        previewed, kind, generation, shown, progress.preview
-                    )
+                    event = await to_thread(previewed, kind, generation, shown, progress.preview)
                     yield _event(event)
                     shown += 1
                 if not news and not generation.done:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -104,20 +105,24 @@ class ImageEdit(ImageGeneration):
         return value[0]
 
 
-def request_of(body: ImageGeneration) -> tuple[GenerateRequest, tuple[str, ...]]:
+def request_of(
+    body: ImageGeneration, hosts: Callable[[str], bool]
+) -> tuple[GenerateRequest, tuple[str, ...]]:
     """The request, and one sentence for each thing that has no effect.
 
     Args:
         body: as sent.
+        hosts: whether a model has a name; the operator may have given one of OpenAI's.
     """
     own = GenerateRequest.model_fields.keys() & body.model_fields_set
     given: dict[str, Any] = {name: getattr(body, name) for name in own}
     # Previews are made for a stream alone, and only where it shows them.
     given["stream"] = body.stream and body.partial_images > 0
     notes = _ignored(body)
-    if body.model is not None and _THEIR_MODELS.fullmatch(body.model):
+    named = body.model
+    if named is not None and _THEIR_MODELS.fullmatch(named) and not hosts(named):
         del given["model"]
-        notes = (*notes, f"model {body.model!r} is OpenAI's; the default model draws instead.")
+        notes = (*notes, f"model {named!r} is OpenAI's; the default model draws instead.")
     # Every value was validated when the body was read.
     return GenerateRequest.model_construct(**given).read_as(body.reading), notes
 

@@ -122,7 +122,9 @@ class _Folders:
         return list(self._folders())
 
     def created(self, name: str) -> int:
-        folder = self._folders().get(name, Path())
+        # Without a look at all others: this is asked for each of them.
+        others = self.settings.models_folder or Path()
+        folder = self.first.get(name, others / name)
         return stamp_of(folder / "model_index.json")[0] // 10**9
 
     def needs(self, name: str) -> int:

@@ -171,8 +171,13 @@ class ModelShelf:
         Raises:
             UnknownModel: no such model is hosted.
         """
+        with self._wake:
+            place = self._places.get(name) if name is not None else None
+            if name is None or (place is not None and place.model is not None):
+                return
+        # This looks into folders.
         known = self._names()
-        if name is not None and name not in known:
+        if name not in known:
             raise UnknownModel(name[:60], known)
 
     def loaded(self) -> tuple[HostedModel, ...]:
@@ -407,11 +412,12 @@ class ModelShelf:
 
     def _state(self, name: str) -> ModelState:
         place = self._place(name)
+        created = 0 if self._source is None else self._source.created(name)
         with self._wake:
             return ModelState(
                 name=name,
                 default=name == self._default,
-                created=0 if self._source is None else self._source.created(name),
+                created=created,
                 model=place.model,
                 memory_bytes=place.memory_bytes,
                 loaded_since=place.loaded_since,

@@ -22,7 +22,7 @@ from server.engine.client import ANYONE, Client
 from server.engine.engine import Engine
 from server.engine.reservation import Reservation
 from server.engine.task import ImageTask
-from server.errors import DuplicateGeneration, NotReady, UnknownGeneration, WeftError
+from server.errors import DuplicateGeneration, NotReady, UnknownGeneration, UnknownModel, WeftError
 from server.image_codec import ImageText, encode
 from server.lru import ByteBoundedLRU
 from server.models.hosted import HostedModel
@@ -213,6 +213,18 @@ class Service:
             Overloaded: the queue is full.
         """
         self.ready_engine().reserve(1, client=client).release()
+
+    def hosts(self, name: str) -> bool:
+        """Whether a model has this name; safe from any thread.
+
+        Raises:
+            NotReady: the models are still loading.
+        """
+        try:
+            self.ready_shelf().check(name)
+        except UnknownModel:
+            return False
+        return True
 
     def model_states(self) -> tuple[ModelState, ...]:
         """All models, loaded or not, the default one first; empty until the server has loaded."""

@@ -7,8 +7,9 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import httpx2
@@ -20,12 +21,16 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from embedded import MODEL_FOLDER
+from server.errors import ModelMismatch
+from server.models.hosted import HostedModel
 from server.models.memory import bytes_of
 from server.models.weight_files import bytes_in_memory
-from server.service.hosting import host
+from server.service.hosting import Hosted, host
+from server.service.model_shelf import Room
 from server.service.one_shot import GUESSED_COSTS
 from server.settings import Settings
 from tests.server.http.small_server import SmallServer
+from tests.server.toy_model import Toy, started
 
 PATIENCE_S = 120
 
@@ -140,6 +145,60 @@ def test_openais_client_lists_the_models(client: httpx2.Client) -> None:
         assert theirs.models.retrieve("one").created > 0
         with pytest.raises(openai.NotFoundError):
             theirs.models.retrieve("none")
+
+
+def test_the_folder_is_looked_into_once_for_all_models(
+    client: httpx2.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[None] = []
+    look = Settings.found_folders
+    monkeypatch.setattr(Settings, "found_folders", lambda self: looked.append(None) or look(self))
+    assert len(listed(client)) > 5
+    assert len(looked) == 1
+    assert picture(client, model="first").any()
+    assert len(looked) == 1
+
+
+class Slow:
+    """Where one more model comes from, at some time."""
+
+    def __init__(self) -> None:
+        self.may_fail = Event()
+
+    def names(self) -> Iterable[str]:
+        return ("slow",)
+
+    def created(self, name: str) -> int:
+        return 0
+
+    def needs(self, name: str) -> int:
+        return 0
+
+    def room(self, loaded_bytes: int) -> Room:
+        return Room(1, 1)
+
+    def load(self, name: str, tell: Callable[[int, int], None]) -> HostedModel:
+        self.may_fail.wait(PATIENCE_S)
+        raise ModelMismatch("It is gone.")
+
+
+def test_who_leaves_while_the_model_of_a_stream_is_loaded_is_forgotten() -> None:
+    source = Slow()
+    made = SmallServer(Settings(), Hosted(started(Toy(), 8), {"toy": Toy()}, source))
+    made.start()
+    under_way = made.app.state.service._under_way
+    body = json.dumps({"prompt": "x", "model": "slow", "stream": True}).encode()
+    try:
+        for path in ("/v1/generate", "/v1/images/generations"):
+            with made.connect() as leaving:
+                head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}"
+                head += "\r\nContent-Type: application/json\r\n\r\n"
+                leaving.sendall(head.encode() + body)
+                made.wait(lambda: under_way)
+            made.wait(lambda: not under_way)
+    finally:
+        source.may_fail.set()
+        made.stop()
 
 
 def test_a_folder_that_comes_later_is_known_at_once(client: httpx2.Client, folder: Path) -> None:

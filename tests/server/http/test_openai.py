@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Callable, Iterator
+from threading import Thread
 from typing import Any
 
 import httpx2
@@ -158,6 +159,23 @@ def test_an_image_may_be_its_own_mask_and_an_opaque_one_is_changed_as_a_whole(
     assert whole.model_extra["settings"]["strength"] == 0.75
     (expected,) = native(client, image=b64(png(WHITE)))
     assert (pixels_of(whole.data[0].b64_json) == expected).all()
+
+
+def test_an_image_is_decoded_only_if_the_queue_has_room(
+    running: Running, client: httpx2.Client
+) -> None:
+    body = {"prompt": "x", "steps": 200, "n": 8}
+    headers = {"x-request-id": "fills-the-queue"}
+    filling = Thread(target=lambda: client.post("/v1/generate", json=body, headers=headers))
+    filling.start()
+    running.wait(lambda: running.app.state.service.engine.measurements.pending == 8)
+    try:
+        form = {"prompt": (None, "x"), "image": ("a.png", b"no image")}
+        assert client.post("/v1/images/edits", files=form).status_code == 429
+    finally:
+        client.delete("/v1/generate/fills-the-queue")
+        filling.join()
+        running.settle()
 
 
 def test_an_edit_streams_events_of_its_own(sdk: OpenAI) -> None:
