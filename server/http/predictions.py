@@ -57,9 +57,7 @@ def _owner(request: Request) -> str:
 
 JobsDep = Annotated[Jobs, Depends(_jobs)]
 OwnerDep = Annotated[str, Depends(_owner)]
-IDENTIFIER: Final = r"^[A-Za-z0-9]{1,64}$"
-
-Identifier = Annotated[str, Path(pattern=IDENTIFIER)]
+Identifier = Annotated[str, Path(max_length=64)]
 
 
 @router.post(
@@ -107,7 +105,7 @@ async def create(
 async def listed(
     jobs: JobsDep,
     owner: OwnerDep,
-    cursor: Annotated[str | None, Query(pattern=IDENTIFIER)] = None,
+    cursor: Annotated[str | None, Query(max_length=64)] = None,
     limit: Annotated[int, Query(ge=1, le=PAGE)] = PAGE,
 ) -> PredictionPage:
     """The jobs of this key, the newest first, in pages."""

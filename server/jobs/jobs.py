@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from server.errors import InvalidRequest, NotReady, WeftError
+from server.errors import InvalidRequest, NotReady, UnknownJob, WeftError
 from server.jobs import store
 from server.jobs.blobs import Blobs
 from server.jobs.database import Database, of_folder, of_url
@@ -147,10 +147,13 @@ class Jobs:
 
     async def get(self, owner: str, identifier: str) -> Job:
         """A job of an owner; raises UnknownJob if there is none."""
+        _check(identifier)
         return await self._database.run(store.get, owner, identifier)
 
     async def page(self, owner: str, after: str | None, count: int) -> list[Job]:
         """So many jobs of an owner from `after` on, the newest first; raises UnknownJob."""
+        if after is not None:
+            _check(after)
         return await self._database.run(store.page, owner, after, count)
 
     async def positions(self, jobs: list[Job]) -> dict[str, int]:
@@ -162,6 +165,7 @@ class Jobs:
 
     async def cancel(self, owner: str, identifier: str) -> Job:
         """Cancel a job, unless it has ended; raises UnknownJob."""
+        _check(identifier)
         job = await self._database.run(
             store.cancel, owner, identifier, self._settings.keep_s, time.time()
         )
@@ -195,6 +199,12 @@ async def _for_ever(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         except Exception:
             log.exception("durable jobs: something failed, and is tried again")
             await asyncio.sleep(AGAIN_S)
+
+
+def _check(identifier: str) -> None:
+    """Refuse what is no identifier of a job, and may be no text to the database either."""
+    if not (identifier.isascii() and identifier.isalnum()):
+        raise UnknownJob(identifier)
 
 
 def _database(settings: JobSettings) -> Database:

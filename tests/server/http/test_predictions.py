@@ -27,11 +27,14 @@ from server.jobs import deliveries, store
 from server.jobs.blobs import Blobs
 from server.jobs.database import of_folder
 from server.jobs.job import ENDED, Job
-from server.settings import JobSettings, Limits, Settings
+from server.models.folder import embedded_folders
+from server.settings import JobSettings, Settings
 from tests.server.conftest import PATIENCE_S, Running
 from tests.server.process import served
 
 MINE, OTHER = "correct horse battery staple", "0123456789abcdef"
+MODEL = f"embedded={embedded_folders()['embedded']}"
+"""One is enough."""
 SECRET = "whsec_" + base64.b64encode(bytes(range(32))).decode()
 INPUT = {"prompt": "a red circle", "steps": 2, "seed": 5}
 SLOW = INPUT | {"steps": 200, "guidance": "none"}
@@ -51,7 +54,7 @@ def accepted(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str
         for name, value in given.items():
             environment.setenv(name, value)
         place = tmp_path_factory.mktemp("killed")
-        with served(place, "time.sleep(0.02)", "--row-budget", "4") as server:
+        with served(place, "time.sleep(0.02)", "--row-budget", "4", "--model", MODEL) as server:
             server.wait_for("/readyz", 200)
             server.disturb()
             identifiers: list[str] = []
@@ -84,9 +87,9 @@ def server(folder: Path, accepted: list[str]) -> Iterator[Running]:
     settings = Settings.model_validate(
         {
             "api_keys": [MINE, OTHER],
+            "models": [MODEL],
             "row_budget": 8,
             "deterministic": True,
-            "limits": Limits(),
             "jobs": JobSettings.model_validate(jobs),
         }
     )
@@ -152,7 +155,9 @@ def test_a_job_makes_the_image_that_a_request_makes(mine: httpx2.Client) -> None
     assert picture.headers["content-type"] == "image/png"
     headers = {"accept": "image/png"}
     assert mine.post("/v1/generate", json=INPUT, headers=headers).content == picture.content
-    assert mine.get(f"{job['urls']['get']}/output/1").status_code == 404
+    for nothing in ("output/1", "output/%00"):
+        assert mine.get(f"{job['urls']['get']}/{nothing}").status_code in (404, 422)
+    assert mine.get("/v1/predictions/%00").status_code == 404
 
 
 def test_a_job_starts_from_the_picture_that_came_with_it(mine: httpx2.Client) -> None:
