@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
-from server.errors import WeftError
+from server.errors import NotReady, WeftError
 from server.http import (
     automatic1111,
     automatic1111_settings,
@@ -115,6 +115,17 @@ def _jobs(settings: Settings, service: Service) -> Any:
     return Jobs(settings, service, lambda job: predicted(job).model_dump_json().encode())
 
 
+async def _opened(jobs: Any, service: Service) -> bool:
+    """Open durable jobs; False if that failed, which ends the server."""
+    try:
+        await jobs.open()
+    except NotReady as error:
+        log.critical("durable jobs cannot be opened: %s", error.message)
+        service.give_up("Durable jobs could not be opened; the server's log says why.")
+        return False
+    return True
+
+
 def _middleware(settings: Settings) -> list[Middleware]:
     gate = Middleware(Gate, settings=settings, answer=errors.answer)
     outer = [
@@ -158,9 +169,11 @@ def _lifespan(
         # Not in the loop's own threads, which a process that ends waits for: nothing interrupts
         # the loading of a large model.
         loading = Thread(target=_open, args=(service, settings, failed), daemon=True)
-        if app.state.jobs is not None:
-            await app.state.jobs.open()
-        loading.start()
+        if app.state.jobs is None or await _opened(app.state.jobs, service):
+            loading.start()
+        else:
+            app.state.jobs = None
+            failed(0)
         try:
             yield
         finally:

@@ -64,12 +64,15 @@ class Jobs:
         """Open the database, bring it up to date, and begin to run its jobs.
 
         Raises:
-            NotReady: another server uses the folder.
-            SQLAlchemyError: there is no database.
+            NotReady: another server uses the folder, or the database or the place of the pictures
+                cannot be used.
         """
         settings = self._settings
-        self._database = await asyncio.to_thread(_database, settings)
-        self._blobs = await asyncio.to_thread(Blobs, settings.place_of_pictures)
+        try:
+            self._blobs = await asyncio.to_thread(Blobs, settings.place_of_pictures)
+            self._database = await asyncio.to_thread(_database, settings)
+        except (OSError, ImportError, ValueError, SQLAlchemyError) as error:
+            raise NotReady(str(getattr(error, "orig", error)).partition("\n")[0]) from error
         if self._database.alone:
             await self._database.run(store.free_all)
         self._runner = Runner(

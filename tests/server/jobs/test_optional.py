@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import importlib.util
 from pathlib import Path
 
@@ -11,7 +12,10 @@ from pydantic import ValidationError
 
 import server
 from server import settings
-from server.settings import JobSettings
+from server.errors import NotReady
+from server.jobs.jobs import Jobs
+from server.service.service import Service
+from server.settings import JobSettings, Limits, Settings
 
 ROOT = Path(server.__file__).parent
 WITHOUT = {"server.jobs.job"}
@@ -65,3 +69,25 @@ def test_what_to_install_is_said(
 def test_settings_that_do_not_fit_are_refused(given: dict[str, str], said: str) -> None:
     with pytest.raises(ValidationError, match=said):
         JobSettings.model_validate(given)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"database": "postgresql://u:secret@127.0.0.1:1/x", "pictures": "/x"}, "refused"),
+        ({"folder": __file__}, "File exists"),
+        ({"folder": "HERE", "pictures": "nothing://x"}, "nothing"),
+    ],
+)
+def test_places_that_cannot_be_used_are_named_at_the_start(
+    tmp_path: Path, given: dict[str, str], said: str
+) -> None:
+    found = JobSettings.model_validate(given)
+    if found.folder == Path("HERE"):
+        found = found.model_copy(update={"folder": tmp_path})
+    service = Service(Limits())
+    jobs = Jobs(Settings(jobs=found), service, lambda _: b"")
+    with pytest.raises(NotReady, match=said) as refusal:
+        asyncio.run(jobs.open())
+    assert "secret" not in refusal.value.message
+    service.close()
