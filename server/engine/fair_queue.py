@@ -85,7 +85,7 @@ class Turns:
         self._clients = FairQueue[Client]()
         self._kinds: dict[Client, FairQueue[Hashable]] = {}
         self._seen: dict[Flow, float] = {}
-        self._waiting: Collection[Flow] = ()
+        self._waiting: Mapping[Client, Collection[Hashable]] = {}
         self.spent: dict[Client, float] = {}
 
     def wait(self, flows: Iterable[Flow], now: float) -> None:
@@ -95,12 +95,12 @@ class Turns:
             flows: those whose images wait, run or are to be decoded.
             now: in seconds, of any clock.
         """
-        self._waiting = set(flows)
-        self._seen |= dict.fromkeys(self._waiting, now)
-        self._seen = {flow: at for flow, at in self._seen.items() if at > now - CONTENDED_S}
         kinds: dict[Client, set[Hashable]] = {}
-        for client, kind in self._waiting:
-            kinds.setdefault(client, set()).add(kind)
+        for flow in flows:
+            kinds.setdefault(flow.client, set()).add(flow.kind)
+            self._seen[flow] = now
+        self._seen = {flow: at for flow, at in self._seen.items() if at > now - CONTENDED_S}
+        self._waiting = kinds
         self._clients.wait(kinds)
         known = {flow.client for flow in self._seen}
         self._kinds = {client: own for client, own in self._kinds.items() if client in known}
@@ -114,12 +114,12 @@ class Turns:
 
     def clients(self) -> Mapping[Client, float]:
         """Virtual times of the clients that have work."""
-        return {client: self._clients.had(client) for client, _ in self._waiting}
+        return {client: self._clients.had(client) for client in self._waiting}
 
     def kinds(self, client: Client) -> Mapping[Hashable, float]:
         """Virtual times of a client's flows that have work, by their kind."""
         queue = self._kinds[client]
-        return {kind: queue.had(kind) for owner, kind in self._waiting if owner == client}
+        return {kind: queue.had(kind) for kind in self._waiting.get(client, ())}
 
     def standing(self, flow: Flow) -> tuple[float, float]:
         """Virtual times of its client, and of the flow among those of its client; least is next."""
@@ -136,7 +136,7 @@ class Turns:
 
         It is never the turn of a flow that has no work, or has to leave the device to others.
         """
-        if flow not in self._waiting:
+        if flow.kind not in self._waiting.get(flow.client, ()):
             return False
         own, kinds = self._kinds[flow.client].had(flow.kind), self.kinds(flow.client)
         latest = min(self.clients().values()) + within_s

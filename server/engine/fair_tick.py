@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import deque
+from heapq import heapify, heappop, heapreplace
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -105,24 +106,30 @@ def _turn_by_turn(
     for i in sorted(among, key=lambda i: urgency(units[i])):
         client, kind = units[i].flow
         waiting.setdefault(client, {}).setdefault(kind, deque()).append(i)
-    had = {client: turns.standing(units[i].flow)[0] for client, i in _firsts(waiting)}
+    prices = {lane: costs.seconds_a_row for lane, costs in lanes.items()}
+    clients = [
+        (turns.standing(units[i].flow)[0], number, client)
+        for number, (client, i) in enumerate(_firsts(waiting))
+    ]
+    heapify(clients)
     own = {
         client: {kind: turns.standing(units[queue[0]].flow)[1] for kind, queue in kinds.items()}
         for client, kinds in waiting.items()
     }
-    while waiting:
-        client = min(waiting, key=had.__getitem__)
+    while clients:
+        had, number, client = clients[0]
         kinds = waiting[client]
         kind = min(kinds, key=own[client].__getitem__)
         i = kinds[kind].popleft()
         yield i
-        seconds = units[i].rows * lanes[units[i].lane].seconds_a_row
-        had[client] += seconds / client.weight
+        seconds = units[i].rows * prices[units[i].lane]
         own[client][kind] += seconds
         if not kinds[kind]:
             del kinds[kind]
-        if not kinds:
-            del waiting[client]
+        if kinds:
+            heapreplace(clients, (had + seconds / client.weight, number, client))
+        else:
+            heappop(clients)
 
 
 def _firsts(

@@ -90,6 +90,7 @@ class Sequence:
     """One image under way: its task, and how far it has come.
 
     Attributes:
+        flow: whose it is, and which of that client's images cost the same.
         conditioning: of all that the network may be told, by text.
         channels: what the network reads behind x, ``[channels, h, w]``; None where it reads x
             alone.
@@ -104,6 +105,7 @@ class Sequence:
     listener: Listener
     submission: Submission
     guidance: GuidancePlan = field(init=False)
+    flow: Flow = field(init=False)
     stage: int = 0
     settled: bool = False
     slot: int = -1
@@ -123,7 +125,9 @@ class Sequence:
     effective: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.guidance = plan_guidance(self.task)
+        task = self.task
+        self.guidance = plan_guidance(task)
+        self.flow = Flow(self.submission.client, (task.model, task.width, task.height))
         self.ancestor = self.index
 
     @property
@@ -136,12 +140,6 @@ class Sequence:
         """Of its task, unless its client may only have batch images."""
         demoted = self.submission.client.batch and not self.live
         return Priority.BATCH if demoted else self.task.priority
-
-    @property
-    def flow(self) -> Flow:
-        """Whose it is, and which of that client's images cost the same."""
-        task = self.task
-        return Flow(self.submission.client, (task.model, task.width, task.height))
 
     @property
     def stream(self) -> int | None:
