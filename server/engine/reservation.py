@@ -51,8 +51,11 @@ class Reservation:
         Raises:
             InvalidRequest: they cost more than is ever allowed.
             Overloaded: there is no room for them now.
+            ValueError: it was released, so that nothing would give back what they cost.
         """
         with self._lock:
+            if not self._left:
+                raise ValueError("the reservation was released")
             if self._claim is not None:
                 self._claim(tasks)
             self._claim = None

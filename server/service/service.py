@@ -381,15 +381,22 @@ class Service:
         shelf.check(request.model)
         check_count(request, self._limits)
         with engine.reserve(request.n, client=client) as room:
-            self._leases[generation] = lease = await generation.unless_ended(
-                shelf.lend(request.model)
-            )
-            model = lease.model
+            model = await generation.unless_ended(self._lent(shelf, generation, request.model))
             image, size = await self._image_for_its_size(request, model)
             prepared = await asyncio.to_thread(self.prepare, request, model, size)
             await asyncio.to_thread(_claim, room, request, prepared[0], model)
             uploads = await self._uploads(request, prepared[0].request, image)
             await asyncio.to_thread(self._submit, generation, *prepared, model, uploads, room)
+
+    async def _lent(
+        self, shelf: ModelShelf, generation: Generation, name: str | None
+    ) -> HostedModel:
+        """The model, which :meth:`release` gives back.
+
+        Kept here and not by who waits: a cancellation of both would leave it lent for ever.
+        """
+        lease = self._leases[generation] = await shelf.lend(name)
+        return lease.model
 
     def _submit(
         self,

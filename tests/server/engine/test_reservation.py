@@ -8,6 +8,7 @@ from threading import Thread
 import pytest
 import torch
 
+from server.engine.backlog import Amounts
 from server.engine.client import ANYONE
 from server.engine.footprint import footprint
 from server.engine.scheduler import Priority
@@ -65,6 +66,17 @@ def test_room_is_given_back_once_whatever_happens(start, task, listen):
     assert engine.measurements.pending == 0
     with pytest.raises(NotReady):
         engine.reserve(1)
+
+
+def test_what_is_claimed_after_the_room_was_given_back_is_counted_by_nobody(start, task):
+    """As by a thread whose request was cancelled meanwhile."""
+    engine = start(max_pending=3)
+    with engine.reserve(1):
+        room = engine.reserve(1)
+        room.release()
+        with pytest.raises(ValueError, match="was released"):
+            room.claim([task(steps=40)])
+        assert engine.waiting()[ANYONE] == Amounts(images=1)
 
 
 def test_room_is_taken_by_what_images_cost_and_given_back_as_they_are_made(start, task, listen):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from threading import Event
 from typing import Any
 
@@ -281,6 +282,21 @@ def test_who_waits_hears_of_a_cancellation_and_of_the_end(
     ended = asyncio.run(run())
     store.may_load.set()
     assert isinstance(ended, Cancelled if end == "cancel" else NotReady)
+
+
+def test_a_request_that_is_cancelled_as_it_gets_its_model_gives_it_back(service: Service) -> None:
+    async def leave(turns: int) -> None:
+        request = GenerateRequest(prompt="x", steps=1)
+        admitted = asyncio.create_task(service.admit(request, "leaving"))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        admitted.cancel()
+        with suppress(asyncio.CancelledError):
+            service.release(await admitted)
+
+    for turns in range(12):
+        asyncio.run(leave(turns))
+    assert {place.users for place in service.ready_shelf()._places.values()} == {0}
 
 
 def test_the_model_of_an_open_stream_stays(service: Service) -> None:
