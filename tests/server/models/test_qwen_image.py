@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -239,6 +241,18 @@ def test_a_folder_that_older_transformers_saved_is_read_alike(
     save_file(older, weights, {"format": "pt"})
     [ours], [theirs_] = (one.encode_prompts([PROMPT], WIDTH, HEIGHT) for one in (load(copy), model))
     torch.testing.assert_close(ours.tensors[TEXT], theirs_.tensors[TEXT])
+
+
+@torch.inference_mode()
+def test_a_model_that_is_let_go_of_leaves_its_positions_in_no_cache(folder: Path) -> None:
+    model = load(folder)
+    inputs = model.inputs([PROMPT], WIDTH, HEIGHT)
+    model.evaluate(start_noise(5, SHAPE)[None], torch.ones(1), inputs)
+    positions = weakref.ref(model.modules()["transformer"].pos_embed)
+    assert positions() is not None
+    del model
+    gc.collect()
+    assert positions() is None
 
 
 def test_relatives_and_edits_of_attention_are_refused(
