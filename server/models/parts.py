@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from server.errors import ModelMismatch
 from server.models.folder import component_class, read_json
+from server.models.sentencepiece_file import t5_tokenizer
 from server.models.weight_files import NETWORK, TEXT_ENCODER, weight_files
 
 if TYPE_CHECKING:
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 NAMES_SHOWN = 3
 OLD_ROPE = ("rope_theta", "rope_scaling")
+TOKENIZER, SENTENCEPIECE = "tokenizer.json", "spiece.model"
+"""Files of a tokenizer; the second is that of T5's where older folders lack the first."""
+
 FEWEST_TOKENS = 3
 """Tokens of a prompt with one word: its own, and the markers of start and end."""
 
@@ -156,9 +160,11 @@ def load_tokenizer(folder: Path, part: str, kind: Any, positions: int) -> Any:
             such as the one that stands for none, is lowered to it.
 
     Raises:
-        ModelMismatch: another class, or a ``model_max_length`` that leaves no room for a word.
+        ModelMismatch: another class, no vocabulary, or a ``model_max_length`` that leaves no room
+            for a word.
     """
     component_class(folder, part, frozenset({kind.__name__, f"{kind.__name__}Fast"}))
+    _check_vocabulary(folder, part, kind)
     name = f"{part}/tokenizer_config.json"
     config = read_json(folder, name) if (folder / name).exists() else {}
     longest = config.get("model_max_length", positions)
@@ -168,9 +174,26 @@ def load_tokenizer(folder: Path, part: str, kind: Any, positions: int) -> Any:
             f"{name} of model folder {str(folder)!r} has the model_max_length "
             f"{str(longest)[:40]!r}; a whole number of at least {FEWEST_TOKENS} is needed."
         )
-    tokenizer = kind.from_pretrained(folder / part, local_files_only=True)
+    if (folder / part / SENTENCEPIECE).is_file() and not (folder / part / TOKENIZER).is_file():
+        tokenizer = t5_tokenizer(folder, f"{part}/{SENTENCEPIECE}", kind)
+    else:
+        tokenizer = kind.from_pretrained(folder / part, local_files_only=True)
     tokenizer.model_max_length = int(min(longest, positions))
     return tokenizer
+
+
+def _check_vocabulary(folder: Path, part: str, kind: Any) -> None:
+    """Refuse a tokenizer without its files, which transformers makes with an empty vocabulary."""
+    own = sorted(name for name in kind.vocab_files_names.values() if name != TOKENIZER)
+    if (folder / part / TOKENIZER).is_file():
+        return
+    if own and all((folder / part / one).is_file() for one in own):
+        return
+    alternative = f", or {' and '.join(own)}" if own else ""
+    raise ModelMismatch(
+        f"model folder {str(folder)!r} has no vocabulary of its {part}; "
+        f"{part}/{TOKENIZER} is needed{alternative}."
+    )
 
 
 def known_entries(config: Mapping[str, Any], constructor: Callable[..., Any]) -> dict[str, Any]:
