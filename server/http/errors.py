@@ -22,7 +22,7 @@ from server.errors import (
 from server.http.headers import make_safe
 from server.requests.messages import explain
 
-__all__ = ["AUTOMATIC1111", "ErrorBody", "answer", "body_of", "install"]
+__all__ = ["AUTOMATIC1111", "CHALLENGE", "ErrorBody", "answer", "body_of", "install"]
 
 
 OPENAI_IMAGES: Final = "/v1/images/"
@@ -30,6 +30,10 @@ OPENAI_IMAGES: Final = "/v1/images/"
 
 AUTOMATIC1111: Final = ("/sdapi/", "/internal/")
 """Below these paths errors have the form that AUTOMATIC1111 gives them."""
+
+
+CHALLENGE: Final = 'Basic realm="weft"'
+"""To their clients, which send a key as a password; the realm is required (RFC 7617)."""
 
 
 class ErrorDetail(BaseModel):
@@ -68,7 +72,7 @@ def answer(error: Exception, path: str = "") -> JSONResponse:
     if isinstance(error, Overloaded | NotReady):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     if isinstance(error, Unauthorized):
-        headers["WWW-Authenticate"] = "Basic" if path.startswith(AUTOMATIC1111) else "Bearer"
+        headers["WWW-Authenticate"] = CHALLENGE if path.startswith(AUTOMATIC1111) else "Bearer"
     status = error.status if isinstance(error, WeftError) else WeftError.status
     if path.startswith(OPENAI_IMAGES) and status == InvalidRequest.status:
         status = 400

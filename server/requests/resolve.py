@@ -100,6 +100,7 @@ def resolve(
     if own is not None and request.reading.habitual:
         guidance = guidance_despite(guidance, guidance_of(own.rule, own.policy), request.reading)
     width, height = upload_size or (model.facts.default_width, model.facts.default_height)
+    steps = request.steps or steps_for(own, spacing)
     # Every value was validated when the request was read.
     resolved = ResolvedRequest.model_construct(
         prompt=request.prompt,
@@ -108,14 +109,14 @@ def resolve(
         model=model.facts.name,
         width=request.width or width,
         height=request.height or height,
-        steps=request.steps or steps_for(own, spacing),
+        steps=steps,
         seed=secrets.randbelow(2**32) if request.seed is None else request.seed,
         n=request.n,
         sampler=sampler,
         spacing=spacing,
         guidance=_with_source_to_avoid(guidance, has_reference=has_reference),
         adapters=request.adapters,
-        strength=_strength(request, has_picture=has_picture),
+        strength=_strength(request, steps, has_picture=has_picture),
         resize_mode=request.resize_mode,
         output_format=request.output_format,
         stream=request.stream,
@@ -238,9 +239,10 @@ def _prompt_syntax(request: GenerateRequest, model: HostedModel) -> Literal["aut
     )
 
 
-def _strength(request: GenerateRequest, *, has_picture: bool) -> float | None:
+def _strength(request: GenerateRequest, steps: int, *, has_picture: bool) -> float | None:
     if has_picture:
-        default = 0.75 if request.mask is None else 1.0
+        # A single step is run as a whole or not at all.
+        default = 0.75 if request.mask is None and steps > 1 else 1.0
         return default if request.strength is None else request.strength
     for field in ("strength", "mask"):
         if getattr(request, field) is not None:

@@ -207,7 +207,8 @@ class GenerateRequest(Readable):
         gt=0,
         le=1,
         strict=True,
-        description="Share of the steps that is run from `image`. Default: 0.75, or 1 with a mask.",
+        description="Share of the steps that is run from `image`. Default: 0.75, or 1 with a mask "
+        "or a single step.",
     )
     mask: Upload | None = Field(
         default=None,

@@ -118,7 +118,8 @@ class StreamSettings(Readable):
         gt=0,
         le=1,
         strict=True,
-        description="Share of the steps that runs from an input frame. Default: 0.75.",
+        description="Share of the steps that runs from an input frame. Default: 0.75, or 1 "
+        "of a single step.",
     )
     output_format: OutputFormat = Field(
         default="jpeg", description="File format of the output frames."

@@ -9,7 +9,7 @@ from starlette.testclient import TestClient
 
 from server.http.app import create_app
 from server.http.documents import PATHS
-from server.http.errors import AUTOMATIC1111
+from server.http.errors import AUTOMATIC1111, CHALLENGE
 from server.http.gate import PROBES, PUBLIC
 from server.service.service import Service
 from server.settings import Settings
@@ -151,7 +151,7 @@ def test_every_route_needs_a_key_where_there_are_keys(method: str, path: str) ->
         assert (answer.status_code == 401) == (path not in PUBLIC), headers
         if answer.status_code == 401:
             automatic = path.startswith(AUTOMATIC1111)
-            assert answer.headers["www-authenticate"] == ("Basic" if automatic else "Bearer")
+            assert answer.headers["www-authenticate"] == (CHALLENGE if automatic else "Bearer")
             error = answer.json()["error"]
             assert (error if automatic else error["code"]) == "invalid_api_key"
 

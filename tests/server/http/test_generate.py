@@ -310,6 +310,7 @@ def test_img2img_goes_through_a_share_of_the_steps(generate: Generate) -> None:
 def test_strength_defaults_to_three_quarters_and_to_all_under_a_mask(generate: Generate) -> None:
     picture = b64_png(WHITE)
     assert generate(image=picture, steps=4).json()["settings"]["strength"] == 0.75
+    assert generate(image=picture, steps=1).json()["settings"]["strength"] == 1.0
     masked = generate(image=picture, mask=picture, steps=4)
     assert masked.json()["settings"]["strength"] == 1.0
 
