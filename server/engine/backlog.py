@@ -267,7 +267,8 @@ class Backlog:
         if total + more > most:
             excess = (total + more - most) / (total or more)
             raise Overloaded(self._until_all(waiting, excess, pace))
-        if client == ANYONE or not own:
+        # A key may have the name, and be equal to it.
+        if client is ANYONE or not own:
             return
         allowed = LATITUDE * client.weight * (most - total)
         if own + more > allowed:

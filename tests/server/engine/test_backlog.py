@@ -87,12 +87,13 @@ def test_a_client_that_always_has_work_leaves_no_sizes_behind():
     assert list(prices) == [SMALL]
 
 
-def test_one_client_leaves_room_for_the_next_and_equal_ones_get_equal_parts():
+@pytest.mark.parametrize("client", [A, Client(ANYONE.name)])
+def test_one_client_leaves_room_for_the_next_and_equal_ones_get_equal_parts(client):
     queue = backlog()
-    alone = fill(queue, A)
+    alone = fill(queue, client)
     assert alone == 100 * LATITUDE / (1 + LATITUDE)
     assert fill(queue, B) >= 100 / (1 + LATITUDE) / 1.3
-    assert fill(queue, A) == 0
+    assert fill(queue, client) == 0
 
 
 def test_a_client_with_nothing_waiting_is_admitted_though_others_fill_the_queue():
