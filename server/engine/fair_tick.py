@@ -60,12 +60,14 @@ def fair_tick(
     owed = {client for client in clients if turns.due(client, latest)}
     due = [i for i in here if i in ready and units[i].flow.client in owed]
     wanted = [units[i].rows for i in due]
-    rows = rows_of(Load(lane, sum(wanted), max(wanted), live=False))
-    chosen = fill(units, _turn_by_turn(units, due, turns, lanes), max(rows, units[first].rows))
+    rows = max(units[first].rows, rows_of(Load(lane, sum(wanted), max(wanted), live=False)))
+    chosen = fill(units, _turn_by_turn(units, due, turns, lanes), rows)
     if len(chosen) == len(due):
-        others = [i for i in here if i not in set(due)]
-        room = _stretched(sum(wanted), costs) - sum(wanted)
-        chosen += fill(units, in_turn(units, others, turns, lanes), room)
+        rows = _stretched(sum(wanted), costs)
+    room = rows - sum(units[i].rows for i in chosen)
+    if room > 0:
+        others = set(here) - set(due)
+        chosen += fill(units, in_turn(units, sorted(others), turns, lanes), room)
     return [i for unit in chosen for i in members[unit]]
 
 
