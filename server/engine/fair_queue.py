@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["BURST_S", "CONTENDED_S", "TURN_S", "FairQueue", "Turns"]
 
 BURST_S = 2.0
-"""Seconds of the device that whoever was away may have before the others have any."""
+"""Seconds of the device, by weight, that whoever was away may have before the others have any."""
 
 TURN_S = 0.1
 """Seconds by which whoever is next may be passed: turns cannot be finer than ticks."""
@@ -38,12 +38,18 @@ Key = TypeVar("Key", bound="Hashable")
 class FairQueue(Generic[Key]):
     """What each of some has had of the device, in seconds by weight.
 
+    Args:
+        endless: ever new ones may come. So that not all of them go before whoever stays, the clock
+            also goes by what equal parts of all service come to.
+
     Attributes:
         clock: what the least served of those with work has had; it never goes back.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, endless: bool = False) -> None:
         self.clock = 0.0
+        self._endless = endless
+        self._served = 0.0
         self._had: dict[Key, float] = {}
         self._waiting: set[Key] = set()
 
@@ -55,7 +61,9 @@ class FairQueue(Generic[Key]):
         """
         known = [self._had[one] for one in waiting if one in self._waiting]
         if known:
-            self.clock = max(self.clock, min(known))
+            equal = self._served / len(self._waiting) if self._endless else 0.0
+            self.clock = max(self.clock + equal, min(known))
+        self._served = 0.0
         start = self.clock - BURST_S if known else self.clock
         had = {one: self._had.get(one, start) for one in waiting}
         had |= {one: max(start, had[one]) for one in waiting if one not in self._waiting}
@@ -69,6 +77,7 @@ class FairQueue(Generic[Key]):
     def charge(self, one: Key, seconds: float, weight: float = 1.0) -> None:
         """Count seconds of the device."""
         self._had[one] = self.had(one) + seconds / weight
+        self._served += seconds / weight
 
 
 class Turns:
@@ -105,7 +114,7 @@ class Turns:
         known = {flow.client for flow in self._seen}
         self._kinds = {client: own for client, own in self._kinds.items() if client in known}
         for client, own in kinds.items():
-            self._kinds.setdefault(client, FairQueue()).wait(own)
+            self._kinds.setdefault(client, FairQueue(endless=True)).wait(own)
 
     @property
     def contended(self) -> bool:
@@ -146,4 +155,4 @@ class Turns:
         """Count seconds of the device that were spent on a flow."""
         self.spent[flow.client] = self.spent.get(flow.client, 0.0) + seconds
         self._clients.charge(flow.client, seconds, flow.client.weight)
-        self._kinds.setdefault(flow.client, FairQueue()).charge(flow.kind, seconds)
+        self._kinds.setdefault(flow.client, FairQueue(endless=True)).charge(flow.kind, seconds)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import count
+
 import pytest
 
 from server.engine.client import Client, Flow
@@ -83,3 +85,23 @@ def test_a_client_is_due_unless_it_is_ahead_of_another_by_more_than_a_tick():
     assert not turns.flow_due(flows[0], within_s=0.9)
     assert turns.flow_due(flows[0], within_s=1.0)
     assert not turns.flow_due(Flow(HEAVY, 0), within_s=9.0), "it has no work"
+
+
+def test_ever_new_sizes_leave_a_flow_that_stays_its_part():
+    turns = Turns()
+    stays, sizes = Flow(A, "stays"), count()
+    left: dict[Flow, int] = {}
+    had = 0
+    for tick in range(600):
+        while len(left) < 2:
+            left[Flow(A, next(sizes))] = 10
+        turns.wait([stays, *left], 0.1 * tick)
+        first = min([stays, *left], key=turns.standing)
+        turns.charge(first, 0.1)
+        if first == stays:
+            had += 1
+        elif left[first] > 1:
+            left[first] -= 1
+        else:
+            del left[first]
+    assert had == pytest.approx(200, abs=3 * BURST_S / 0.1)
