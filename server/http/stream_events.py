@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any, Final
 
 from fastapi import APIRouter, Request
+from fastapi.responses import Response
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 from starlette.types import Receive, Scope, Send
 
@@ -16,6 +17,7 @@ from server.errors import InvalidRequest, WeftError
 from server.http.body import JsonRoute
 from server.http.errors import ErrorBody, body_of
 from server.http.events import PING_S
+from server.http.making import unless_disconnected
 from server.http.statistics_clock import StatisticsClock
 from server.http.stream import failure, header
 from server.image_codec import MEDIA_TYPES
@@ -48,7 +50,7 @@ _RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
 
 
 @router.post("/v1/stream", response_model=None, responses=_RESPONSES)
-async def stream_events(body: StreamSettings, request: Request) -> EventSourceResponse:
+async def stream_events(body: StreamSettings, request: Request) -> Response:
     """Stream images of a prompt, each with another seed.
 
     The events are `settings`, then `frame` for each image (a data URI in `image`), `stats` every
@@ -59,7 +61,12 @@ async def stream_events(body: StreamSettings, request: Request) -> EventSourceRe
     streams: Streams = request.app.state.streams
     session = streams.open(request.scope["state"].get("api_key"))
     try:
-        return FrameEvents(streams, session, await session.change(fields))
+        # The model may have to be loaded first.
+        said = await unless_disconnected(request, session.change(fields))
+        if said is None:
+            streams.close(session)
+            return Response(status_code=499)
+        return FrameEvents(streams, session, said)
     except BaseException:
         streams.close(session)
         raise

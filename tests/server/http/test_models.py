@@ -186,16 +186,25 @@ def test_who_leaves_while_the_model_of_a_stream_is_loaded_is_forgotten() -> None
     source = Slow()
     made = SmallServer(Settings(), Hosted(started(Toy(), 8), {"toy": Toy()}, source))
     made.start()
-    under_way = made.app.state.service._under_way
-    body = json.dumps({"prompt": "x", "model": "slow", "stream": True}).encode()
+    state = made.app.state
+    asked: dict[str, dict[str, Any]] = {
+        "/v1/generate": {"stream": True},
+        "/v1/images/generations": {"stream": True},
+        "/v1/stream": {},
+    }
+
+    def waiting() -> bool:
+        return bool(state.service._under_way or state.streams.sessions)
+
     try:
-        for path in ("/v1/generate", "/v1/images/generations"):
+        for path, fields in asked.items():
+            body = json.dumps({"prompt": "x", "model": "slow"} | fields).encode()
             with made.connect() as leaving:
                 head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}"
                 head += "\r\nContent-Type: application/json\r\n\r\n"
                 leaving.sendall(head.encode() + body)
-                made.wait(lambda: under_way)
-            made.wait(lambda: not under_way)
+                made.wait(waiting)
+            made.wait(lambda: not waiting())
     finally:
         source.may_fail.set()
         made.stop()
