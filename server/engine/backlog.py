@@ -278,9 +278,13 @@ class Backlog:
     def _until(
         self, client: Client, waiting: Mapping[Client, Amounts], part: float, pace: float
     ) -> float:
-        """Seconds until a client's work is less by some part of it, at its share of the device."""
+        """Seconds until a client's work is less by some part of it, at its share of the device.
+
+        At most until all that waits is done: a small weight counts only beside others' work.
+        """
         share = client.weight / sum(one.weight for one in {client, *waiting})
-        return max(1.0, min(1.0, part) * waiting[client].seconds / (share * pace))
+        own = min(1.0, part) * waiting[client].seconds / share
+        return max(1.0, min(own, sum(one.seconds for one in waiting.values())) / pace)
 
     def _until_all(self, waiting: Mapping[Client, Amounts], part: float, pace: float) -> float:
         seconds = sum(one.seconds for one in waiting.values())

@@ -150,6 +150,16 @@ def test_the_wait_follows_from_the_client_s_share():
     assert refusal.value.retry_after_s == pytest.approx(max(1, 4 * (own - LATITUDE * free)))
 
 
+def test_a_small_weight_waits_for_no_longer_than_all_work_takes():
+    queue = backlog()
+    small, large = Client("small", weight=0.01, most_seconds=2.0), Client("large", weight=100.0)
+    admit(queue, large, rows=1000)
+    admit(queue, small, rows=200)
+    with pytest.raises(Overloaded) as refusal:
+        admit(queue, small)
+    assert refusal.value.retry_after_s == pytest.approx(10 + 2)
+
+
 def test_images_that_are_submitted_and_end_keep_the_count():
     queue = backlog()
     room = admit(queue, A, images=4, nbytes=400)
