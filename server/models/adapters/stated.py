@@ -23,9 +23,9 @@ STEPS: Final = "weft.steps"
 ALLOWED: Final = tuple(
     name
     for name, one in CONVENTIONS.items()
-    if not (one.flow or one.policy.embeds or one.one_step_prediction)
+    if not (one.flow or one.policy.embeds or one.one_step_prediction or one.rule.combines)
 )
-"""Conventions that change nothing about how the base model's output is read."""
+"""Conventions of distilled models that change nothing about how the base model's output is read."""
 
 
 def stated_defaults(name: str, metadata: Mapping[str, str]) -> ModelDefaults | None:

@@ -22,6 +22,7 @@ from server.engine.state.noise import stage_noise, start_noise
 from server.engine.task import ImageTask, Stream
 from server.engine.tick.preview import to_uint8
 from server.models.hosted import HostedModel
+from tests.server.engine.conftest import SIDE
 
 FRAMES = 5
 GAMMA, DELTA, SEED = 1.4, 0.8, 11
@@ -34,8 +35,8 @@ def frames() -> list[Tensor]:
     """A bar that moves over a plain ground."""
     drawn: list[Tensor] = []
     for k in range(FRAMES):
-        frame = torch.full((3, 128, 128), 0.2 * k - 0.5)
-        frame[:, 30:90, 10 * k : 10 * k + 40] = torch.tensor([0.9, -0.5, -0.5])[:, None, None]
+        frame = torch.full((3, SIDE, SIDE), 0.2 * k - 0.5)
+        frame[:, 20:70, 10 * k : 10 * k + 40] = torch.tensor([0.9, -0.5, -0.5])[:, None, None]
         drawn.append(frame)
     return drawn
 
@@ -55,7 +56,7 @@ class PublishedStream:
         self.c_skip, self.c_out = (_column(one) for one in scalings.T)
         self.alpha, self.beta = _column(level.sqrt()), _column((1 - level).sqrt())
         self.model, self.times, self.kind = model, torch.tensor(times).float(), kind
-        shape = model.latent_shape(128, 128)
+        shape = model.latent_shape(SIDE, SIDE)
         fresh = [stage_noise(SEED, stage, shape) for stage in range(len(times) - 1)]
         self.noise = torch.stack([start_noise(SEED, shape), *fresh])
         self.under_way = torch.zeros(len(times) - 1, *shape)
