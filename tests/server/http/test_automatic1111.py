@@ -122,7 +122,8 @@ def test_lists_are_what_the_client_expects(api: WebUIApi) -> None:
     samplers, schedulers = api.util_get_sampler_names(), api.util_get_scheduler_names()
     assert {"Euler a", "DPM++ 2M", "UniPC", "ghvb"} <= set(samplers)
     assert {"automatic", "karras", "sgm_uniform", "align_your_steps"} <= set(schedulers)
-    assert [one["name"] for one in api.get_loras()] == ["embedded-lcm-lora"]
+    # Other tests put their own into the folder of the same server.
+    assert "embedded-lcm-lora" in {one["name"] for one in api.get_loras()}
     assert api.get_memory()["ram"]["total"] > 2**30
     assert api.get_embeddings() == {"loaded": {}, "skipped": {}}
     for empty in (api.get_sd_vae, api.get_upscalers, api.get_prompt_styles, api.get_hypernetworks):
