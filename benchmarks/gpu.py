@@ -57,14 +57,17 @@ def _measured(module: str, full: str, tiny: str) -> dict[str, Any]:
     }
 
 
+CUDA_TESTS = ("tests/server/engine/test_cuda.py", "tests/server/test_lost_device.py")
+"""By name: to collect all files takes half a minute, and needs the extras."""
+
 FEW = "--counts 1 2 --batches 1 --images 1 --rounds 1"
 ONE_RUN = "--rounds 1 --requests 3 --steps 4"
 
 PARTS: Mapping[str, Part] = {
     "tests": Part(
         "Tests that need CUDA",
-        ("-m", "pytest", "-q", "-m", "cuda", "tests/server"),
-        ("-m", "pytest", "-q", "-m", "cuda", "tests/server/engine/test_cuda.py"),
+        ("-m", "pytest", "-q", "-m", "cuda", *CUDA_TESTS),
+        ("-m", "pytest", "-q", "-m", "cuda", CUDA_TESTS[0]),
     ),
     "at-once-sd15": Part(
         "Stable Diffusion 1.5's sizes, 512 pixels, 20 steps with cfg",
@@ -168,7 +171,8 @@ def _run(name: str, options: argparse.Namespace, left: float) -> dict[str, Any]:
     began = monotonic()
     try:
         done = subprocess.run(
-            [sys.executable, *arguments],
+            # Unbuffered, so that a part that is cut off leaves what it had printed.
+            [sys.executable, "-u", *arguments],
             capture_output=True,
             text=True,
             timeout=min(left, part.seconds),

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks import gpu
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import pytest
+
+TESTS = Path(__file__).parents[1]
 
 
 def part(code: str) -> gpu.Part:
@@ -42,8 +43,16 @@ def test_what_is_done_is_not_run_again_and_what_failed_is(
 def test_a_part_that_takes_too_long_is_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    endless = gpu.Part("A title", (), ("-uc", "print('begun'); import time; time.sleep(60)"), 1)
+    endless = gpu.Part("A title", (), ("-c", "print('begun'); import time; time.sleep(60)"), 1)
     assert run(tmp_path, monkeypatch, one=endless) == 1
     record = json.loads((tmp_path / "one.json").read_text())
     assert record["code"] == 124
     assert record["seconds"] < 30
+
+
+def test_all_tests_that_need_cuda_are_run() -> None:
+    marked = [file for file in TESTS.rglob("*.py") if "mark.cuda" in file.read_text()]
+    marked.remove(Path(__file__))
+    assert sorted(gpu.CUDA_TESTS) == sorted(
+        file.relative_to(TESTS.parent).as_posix() for file in marked
+    )
