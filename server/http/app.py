@@ -16,29 +16,22 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from server.errors import NotReady, WeftError
-from server.http import (
-    automatic1111,
-    automatic1111_settings,
-    catalog,
-    documents,
-    errors,
-    generate,
-    health,
-    models,
-    openai_images,
-    predictions,
-    rows,
-    stream,
-    stream_events,
-)
-from server.http.automatic1111_checkpoints import Checkpoints
-from server.http.automatic1111_jobs import Jobs
+from server.http import documents, errors, health
+from server.http.automatic1111 import images as automatic1111_images
+from server.http.automatic1111 import settings as automatic1111_settings
+from server.http.automatic1111.checkpoints import Checkpoints
+from server.http.automatic1111.jobs import Jobs
 from server.http.body import Bodies
 from server.http.drain import Farewell
 from server.http.gate import PROBES, Gate, RequestId
 from server.http.headers import SafeHeaders
+from server.http.live import events as stream_events
+from server.http.live import stream
 from server.http.metrics import exposition
-from server.http.prediction_answers import predicted
+from server.http.native import catalog, generate, models, rows
+from server.http.openai import images as openai_images
+from server.http.predictions import routes as predictions
+from server.http.predictions.answers import predicted
 from server.service.hosting import host
 from server.service.service import Service
 from server.service.streams import Streams
@@ -90,7 +83,7 @@ def create_app(settings: Settings, *, on_failure: Callable[[], None] | None = No
         openai_images.edits,
         predictions.router,
         models.router,
-        automatic1111.router,
+        automatic1111_images.router,
         automatic1111_settings.router,
         stream_events.router,
         rows.router,

@@ -95,7 +95,7 @@ def run(settings: Settings, listeners: list[socket.socket]) -> int:
     from server.http.app import create_app
     from server.http.connection import connections
     from server.http.drain import CLOSE_S, DrainingServer
-    from server.http.websockets import websocket_options
+    from server.http.live.websockets import websocket_options
 
     failed: list[bool] = []
 

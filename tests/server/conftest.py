@@ -16,7 +16,7 @@ from starlette.testclient import TestClient
 
 from server.http.app import create_app
 from server.http.connection import connections
-from server.http.websockets import websocket_options
+from server.http.live.websockets import websocket_options
 from server.settings import Limits, Settings
 
 PATIENCE_S = 120

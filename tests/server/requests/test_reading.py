@@ -20,7 +20,7 @@ from samplers.other_names import (
 )
 from samplers.timesteps import Karras, Linspace
 from server.errors import InvalidRequest
-from server.http.answers import completed
+from server.http.native.answers import completed
 from server.models.conventions import defaults_by
 from server.requests.foreign_names import sampler_of, schedule_of
 from server.requests.messages import explain

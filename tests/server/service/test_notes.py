@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from server.http.answers import completed, queued
+from server.http.native.answers import completed, queued
 from server.models.conventions import defaults_by
 from server.requests.schema import GenerateRequest
 from server.service.service import Service

@@ -1,7 +1,7 @@
 import pytest
 
 from server.errors import NotAcceptable
-from server.http.negotiation import Wanted, negotiate
+from server.http.native.negotiation import Wanted, negotiate
 from server.requests.schema import GenerateRequest
 
 BODY = GenerateRequest(prompt="x")

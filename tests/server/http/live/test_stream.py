@@ -14,7 +14,7 @@ import httpx2
 import pytest
 from PIL import Image
 
-from server.http import events as event_stream
+from server.http.native import events as event_stream
 
 LONG = {"prompt": "a blue square", "steps": 200, "seed": 1}
 

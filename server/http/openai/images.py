@@ -16,10 +16,10 @@ from server.errors import WeftError
 from server.http.body import JsonRoute
 from server.http.dependencies import IdentifierDep, ServiceDep, client_of
 from server.http.errors import ErrorBody, body_of
-from server.http.events import PING_S, GenerationStream
 from server.http.forms import FormRoute
 from server.http.making import make, unless_disconnected
-from server.http.openai_answers import Event, ImagesAnswer, Kind, answered, finished, previewed
+from server.http.native.events import PING_S, GenerationStream
+from server.http.openai.answers import Event, ImagesAnswer, Kind, answered, finished, previewed
 from server.requests.openai_images import ImageEdit, ImageGeneration, request_of
 from server.requests.schema import GenerateRequest
 from server.service.generation import Generation, Progress

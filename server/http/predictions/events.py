@@ -9,8 +9,8 @@ from typing import Final
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 from pydantic import BaseModel
 
-from server.http.events import PING_S
-from server.http.prediction_answers import Step, predicted
+from server.http.native.events import PING_S
+from server.http.predictions.answers import Step, predicted
 from server.jobs.job import Job
 from server.jobs.jobs import LOOK_S, Jobs
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from server.http import statistics_clock
-from server.http.statistics_clock import StatisticsClock
+from server.http.live import statistics_clock
+from server.http.live.statistics_clock import StatisticsClock
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from server.http.automatic1111_jobs import Job
+from server.http.automatic1111.jobs import Job
 from server.image_codec import encode
 from server.requests.automatic1111 import Translated, Txt2Img
 from server.service.generation import Generation

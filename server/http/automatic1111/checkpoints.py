@@ -10,7 +10,7 @@ from typing import Annotated, Final
 from fastapi import Depends, Request
 
 from server.errors import UnknownModel
-from server.http.automatic1111_jobs import Owner
+from server.http.automatic1111.jobs import Owner
 from server.service.model_shelf import ModelState
 
 __all__ = ["Checkpoints", "CheckpointsDep", "chosen", "named"]

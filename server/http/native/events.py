@@ -12,8 +12,8 @@ from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
 from server.errors import WeftError
-from server.http.answers import completed, progressed, queued
 from server.http.errors import body_of
+from server.http.native.answers import completed, progressed, queued
 from server.service.generation import Generation
 from server.service.service import Service
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from server.engine.client import Client
 from server.errors import Cancelled
-from server.http.automatic1111_answers import (
+from server.http.automatic1111.answers import (
     ImagesAnswer,
     Progress,
     answered,
@@ -23,9 +23,9 @@ from server.http.automatic1111_answers import (
     parameters_of,
     progress_of,
 )
-from server.http.automatic1111_checkpoints import CheckpointsDep, chosen, named
-from server.http.automatic1111_jobs import Job, JobsDep, owner_of
-from server.http.automatic1111_route import ERRORS, TolerantRoute
+from server.http.automatic1111.checkpoints import CheckpointsDep, chosen, named
+from server.http.automatic1111.jobs import Job, JobsDep, owner_of
+from server.http.automatic1111.route import ERRORS, TolerantRoute
 from server.http.body import Share
 from server.http.dependencies import IdentifierDep, ServiceDep, client_of
 from server.http.making import unless_disconnected

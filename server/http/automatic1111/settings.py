@@ -11,9 +11,9 @@ from typing import Any, Final
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
-from server.http.automatic1111_checkpoints import CheckpointsDep, chosen, named
-from server.http.automatic1111_jobs import owner_of
-from server.http.automatic1111_route import ERRORS, TolerantRoute
+from server.http.automatic1111.checkpoints import CheckpointsDep, chosen, named
+from server.http.automatic1111.jobs import owner_of
+from server.http.automatic1111.route import ERRORS, TolerantRoute
 from server.http.dependencies import ServiceDep
 from server.requests.automatic1111_names import sampler_labels, schedule_labels
 from server.requests.read_infotext import read_infotext

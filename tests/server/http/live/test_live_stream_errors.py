@@ -20,7 +20,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from server.api_keys import ApiKey
 from server.engine.client import Client
 from server.errors import NotReady, Overloaded
-from server.http import stream
+from server.http.live import stream
 from server.service.streams import Streams
 from server.settings import Settings, StreamLimits
 from tests.server.conftest import Running

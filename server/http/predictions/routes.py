@@ -15,9 +15,9 @@ from fastapi.responses import Response
 from server.errors import InvalidRequest, JobsOff, UnknownJob
 from server.http.dependencies import ServiceDep
 from server.http.errors import ErrorBody
-from server.http.prediction_answers import PATH, Prediction, PredictionPage, predicted
-from server.http.prediction_route import UPLOADS, PredictionRoute, sent_input
-from server.http.prefer import waiting_s
+from server.http.predictions.answers import PATH, Prediction, PredictionPage, predicted
+from server.http.predictions.body import UPLOADS, PredictionRoute, sent_input
+from server.http.predictions.prefer import waiting_s
 from server.image_codec import MEDIA_TYPES
 from server.jobs.job import Job, NewJob
 from server.requests.prediction import PredictionRequest
@@ -144,7 +144,7 @@ async def events(identifier: Identifier, jobs: JobsDep, owner: OwnerDep) -> Resp
 
     Who stops reading cancels nothing, and may read again.
     """
-    from server.http.prediction_events import PredictionStream
+    from server.http.predictions.events import PredictionStream
 
     return PredictionStream(jobs, await jobs.get(owner, identifier))
 

@@ -15,7 +15,7 @@ from starlette.websockets import WebSocketState
 
 from server.errors import NotReady, RequestTimeout, TooLarge, WeftError
 from server.http.errors import answer, body_of
-from server.http.statistics_clock import StatisticsClock
+from server.http.live.statistics_clock import StatisticsClock
 from server.requests.stream_schema import message_fields
 from server.service.stream import StreamSession
 from server.service.stream_frame import FailedFrame, OutputFrame

@@ -17,7 +17,7 @@ from server.engine.row_watch import SAMPLED_EVERY_S, RowWatch
 from server.errors import Overloaded
 from server.http.dependencies import ServiceDep
 from server.http.errors import ErrorBody
-from server.http.events import PING_S
+from server.http.native.events import PING_S
 from server.service.service import Service
 
 __all__ = ["MOST_WATCHERS", "router"]

@@ -7,13 +7,13 @@ from typing import Annotated, Any, Final
 from fastapi import APIRouter, Path, Request
 from fastapi.responses import Response
 
-from server.http.answers import CancelResponse, GenerateResponse, completed
 from server.http.body import JsonRoute
 from server.http.dependencies import IdentifierDep, ServiceDep, client_of
 from server.http.errors import ErrorBody
-from server.http.events import GenerationStream
 from server.http.making import make, unless_disconnected
-from server.http.negotiation import negotiate
+from server.http.native.answers import CancelResponse, GenerateResponse, completed
+from server.http.native.events import GenerationStream
+from server.http.native.negotiation import negotiate
 from server.image_codec import MEDIA_TYPES
 from server.requests.schema import GenerateRequest
 

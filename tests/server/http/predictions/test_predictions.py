@@ -22,7 +22,7 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from server.http.prefer import waiting_s
+from server.http.predictions.prefer import waiting_s
 from server.jobs import deliveries, store
 from server.jobs.blobs import Blobs
 from server.jobs.database import of_folder

@@ -15,7 +15,7 @@ from PIL import Image, ImageSequence
 from tests.server.conftest import Running
 from tests.server.stream_client import file_of, pixels_of
 
-EXAMPLE = Path(__file__).parents[3] / "examples" / "stream.py"
+EXAMPLE = Path(__file__).parents[4] / "examples" / "stream.py"
 SETTINGS = json.dumps({"steps": 2, "seed": 5})
 
 

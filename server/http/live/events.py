@@ -16,10 +16,10 @@ from starlette.types import Receive, Scope, Send
 from server.errors import InvalidRequest, WeftError
 from server.http.body import JsonRoute
 from server.http.errors import ErrorBody, body_of
-from server.http.events import PING_S
+from server.http.live.statistics_clock import StatisticsClock
+from server.http.live.stream import failure, header
 from server.http.making import unless_disconnected
-from server.http.statistics_clock import StatisticsClock
-from server.http.stream import failure, header
+from server.http.native.events import PING_S
 from server.image_codec import MEDIA_TYPES
 from server.requests.stream_schema import StreamSettings
 from server.service.stream import StreamSession

@@ -11,7 +11,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from server.http.rows import MOST_WATCHERS
+from server.http.native.rows import MOST_WATCHERS
 from tests.server.conftest import Running
 from tests.server.http.small_server import small_server
 

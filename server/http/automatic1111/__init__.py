@@ -1,0 +1,1 @@
+"""Images as AUTOMATIC1111's clients ask for them."""

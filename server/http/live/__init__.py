@@ -1,0 +1,1 @@
+"""Live streams, over a socket and as events."""
