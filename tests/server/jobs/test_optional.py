@@ -20,7 +20,7 @@ from server.settings import JobSettings, Limits, Settings
 ROOT = Path(server.__file__).parent
 WITHOUT = {"server.jobs.job"}
 """What other packages import of it."""
-LATER = {"http/prediction_events.py"}
+LATER = {"http/predictions/events.py"}
 """Imported when jobs are on."""
 
 
