@@ -9,7 +9,7 @@ from itertools import chain
 from math import inf
 from threading import Condition, Thread
 from time import monotonic, perf_counter
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 
@@ -38,14 +38,12 @@ from server.engine.state.arrivals import Arrivals
 from server.engine.state.lane import Lane
 from server.engine.state.sequence import Sequence
 from server.engine.state.submission import Submission
-from server.engine.tick import weave
 from server.engine.tick.decode import Decoder
 from server.engine.tick.host_copy import HostCopy
 from server.engine.tick.newcomers import Admission
 from server.engine.tick.pictures import PicturesOfATick
 from server.engine.tick.preview import fit_preview, previews
-from server.engine.tick.resampling import resample
-from server.engine.tick.stopwatch import Stopwatch
+from server.engine.tick.stage import Outcome, run_stage
 from server.engine.warmup import Warmth, time_forwards, warm_up
 from server.errors import (
     Cancelled,
@@ -652,41 +650,18 @@ class Engine:
         self._weave([*chain(*units[:half])])
         self._weave([*chain(*units[half:])])
 
-    def _stage(self, chosen: list[Sequence]) -> StageOutcome:
-        """Evaluate, guide and advance; nothing is written unless all of it succeeds."""
-        began = perf_counter()
-        lane = chosen[0].lane
-        rows = weave.pack(lane, chosen, self._fixed_rows)
-        watch = Stopwatch(lane.model.device)
-        with watch:
-            predictions = weave.evaluate(rows)
-        guidance = weave.guide(rows, predictions)
-        state = weave.step(rows, guidance)
-        finite = guidance.denoised.flatten(1).sum(1).isfinite()
-        # The tick's one wait for the device.
-        sound, settled = torch.stack([finite, guidance.settled]).tolist()
-        denoised = guidance.denoised
-        resampling = resample(rows, predictions, sound)
-        if resampling is not None:
-            state, denoised = resampling.taken_over(state), resampling.taken_over(denoised)
-            sound = [sound[origin] for origin in resampling.origins]
-        weave.write_back(rows, state, guidance)
-        if resampling is not None:
-            resampling.note(chosen)
-        denoise_s, tick_s = watch.seconds(), perf_counter() - began
-        self._book(rows.rows, denoise_s, tick_s - denoise_s)
-        lane.cost.observe(self._fixed_rows or rows.rows, tick_s)
-        lane.row_cap.fit(rows.rows)
-        self.row_watch.see(rows, self.measurements.ticks, tick_s, self.measurements.pending)
-        return StageOutcome(sound, settled, denoised)
-
-    def _book(self, rows: int, denoise_s: float, weave_s: float) -> None:
-        m = self.measurements
+    def _stage(self, chosen: list[Sequence]) -> Outcome:
+        outcome = run_stage(chosen, self._fixed_rows)
+        batch, lane, m = outcome.batch, chosen[0].lane, self.measurements
         m.ticks += 1
-        m.rows_per_tick[rows] += 1
-        m.evaluations += rows
-        m.denoise_s += denoise_s
-        m.weave_s += weave_s
+        m.rows_per_tick[batch.rows] += 1
+        m.evaluations += batch.rows
+        m.denoise_s += outcome.denoise_s
+        m.weave_s += outcome.seconds - outcome.denoise_s
+        lane.cost.observe(self._fixed_rows or batch.rows, outcome.seconds)
+        lane.row_cap.fit(batch.rows)
+        self.row_watch.see(batch, m.ticks, outcome.seconds, m.pending)
+        return outcome
 
     def _report(self, images: list[tuple[Sequence, int]], denoised: Tensor) -> None:
         """Tell of the steps that this stage closed.
@@ -839,20 +814,6 @@ class Engine:
         self._chores.refuse(self._refusal("The server is stopping."))
         for sequence in list(self._active):
             self._fail(sequence, self._refusal("The image was not finished: the server stopped."))
-
-
-class StageOutcome(NamedTuple):
-    """What a stage leaves of its images.
-
-    Attributes:
-        sound: whether each image's prediction is finite.
-        settled: whether each image's guidance ends here.
-        denoised: the guided predictions ``[images, C, h, w]``.
-    """
-
-    sound: list[bool]
-    settled: list[bool]
-    denoised: Tensor
 
 
 def _units(sequences: Listed[Sequence]) -> list[list[Sequence]]:
