@@ -36,6 +36,7 @@ from server.engine.scheduler import (
 )
 from server.engine.state.arrivals import Arrivals
 from server.engine.state.lane import Lane
+from server.engine.state.overflows import Overflows
 from server.engine.state.sequence import Sequence
 from server.engine.state.submission import Submission
 from server.engine.tick.decode import Decoder
@@ -53,6 +54,7 @@ from server.errors import (
     Overloaded,
     RowFailed,
 )
+from server.models.memory import unused_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Mapping
@@ -165,6 +167,7 @@ class Engine:
         self._turns = Turns()
         self._costs = CostModel()
         self._fixed_rows: int | None = None
+        self._overflows = Overflows()
         self._lanes: dict[LaneKey, Lane] = {}
         self._admission = Admission(self._models, self._lane_of, deterministic=deterministic)
         self._colours: dict[str, Tensor] = {}
@@ -253,6 +256,7 @@ class Engine:
         del self._colours[name]
         self._costs.forget(name)
         self._admission.forget(name)
+        self._overflows.forget()
         self._lanes = {key: lane for key, lane in self._lanes.items() if key[0] != name}
         return True
 
@@ -418,6 +422,8 @@ class Engine:
                     f"guidance needs {rows} rows of a forward at once{together}; at most {budget} "
                     f"are allowed here, so ask for fewer {fewer} or perturbations.",
                 )
+            task = members[0].task
+            self._overflows.check(task.model, task.width, task.height, rows)
 
     def _run(self) -> None:
         try:
@@ -643,6 +649,7 @@ class Engine:
             free_memory(self._device)
         if len(units) == 1:
             log.error("an image failed in its stage", exc_info=error)
+            self._note_overflow(chosen[0], error, sum(sequence.rows for sequence in chosen))
             for sequence in chosen:
                 self._fail(sequence, error)
             return
@@ -728,6 +735,7 @@ class Engine:
         before_s, live_before_s = self._decoder.seconds, self._decoder.live_s
         for sequence, outcome in self._decoder.work(idle=idle):
             if isinstance(outcome, Exception):
+                self._note_overflow(sequence, outcome)
                 self._fail(sequence, outcome)
                 continue
             if not sequence.submission.finish():
@@ -751,6 +759,12 @@ class Engine:
         self.measurements.decode_s = self._decoder.seconds
         live_s = self._decoder.live_s - live_before_s
         self._share_out(live_s=live_s, ordinary_s=self._decoder.seconds - before_s - live_s)
+
+    def _note_overflow(self, sequence: Sequence, error: Exception, rows: int = 1) -> None:
+        """Remember what did not fit into memory by itself, so that as much is refused at once."""
+        if is_out_of_memory(error):
+            task, free = sequence.task, unused_bytes(self._device)
+            self._overflows.note(task.model, task.width, task.height, rows, free)
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
         if isinstance(error, Cancelled):

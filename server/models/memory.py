@@ -13,7 +13,7 @@ import torch
 if TYPE_CHECKING:
     from server.models.hosted import HostedModel
 
-__all__ = ["DeviceMemory", "bytes_of", "measure", "reclaim"]
+__all__ = ["DeviceMemory", "bytes_of", "measure", "reclaim", "unused_bytes"]
 
 ACTIVATIONS: Final = 0.1
 """Share of a GPU's memory that weights leave to activations, prompts and states."""
@@ -40,11 +40,17 @@ def measure(device: torch.device) -> DeviceMemory:
     """What weights may have of a device's memory; on a CPU, of the machine's or the container's."""
     if device.type != "cuda":
         return _of_host()
-    free, most = torch.cuda.mem_get_info(device)
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    _, most = torch.cuda.mem_get_info(device)
     left_alone = int(ACTIVATIONS * most)
-    # What torch keeps of freed tensors is free for weights too.
-    return DeviceMemory(max(0, free + kept - left_alone), most - left_alone)
+    return DeviceMemory(max(0, unused_bytes(device) - left_alone), most - left_alone)
+
+
+def unused_bytes(device: torch.device) -> int:
+    """Bytes of a device's memory that nothing uses; what torch keeps of freed tensors counts."""
+    if device.type != "cuda":
+        return _of_host().free
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def reclaim(device: torch.device) -> None:

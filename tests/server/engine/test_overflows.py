@@ -1,0 +1,51 @@
+"""What did not fit into memory by itself is refused, and as much with it, for a while."""
+
+from __future__ import annotations
+
+import pytest
+
+from server.engine.state.overflows import BELIEVED_S, Overflows
+from server.errors import InvalidRequest
+
+MB = 2**20
+
+
+class Clock:
+    seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+def test_only_as_much_of_the_same_model_is_refused() -> None:
+    known = Overflows(Clock())
+    known.note("m", 1024, 1024, 2, free=300 * MB)
+    known.check("m", 1024, 1024, 1)
+    known.check("m", 1024, 1016, 2)
+    known.check("other", 2048, 2048, 8)
+    for width, height in ((1024, 1024), (512, 2048), (2048, 1024)):
+        with pytest.raises(InvalidRequest, match="1024 x 1024 pixels did not fit into the 300 MB"):
+            known.check("m", width, height, 2)
+
+
+def test_rows_that_are_too_many_are_said_to_be_what_is_wrong() -> None:
+    known = Overflows(Clock())
+    known.note("m", 1024, 1024, 2, free=0)
+    with pytest.raises(InvalidRequest, match="fewer branches") as refusal:
+        known.check("m", 768, 768, 4)
+    assert refusal.value.field == "guidance"
+
+
+def test_the_smallest_overflow_counts_until_it_is_believed_no_longer() -> None:
+    clock = Clock()
+    known = Overflows(clock)
+    known.note("m", 512, 512, 1, free=0)
+    clock.seconds = BELIEVED_S / 2
+    known.note("m", 1024, 1024, 1, free=0)
+    with pytest.raises(InvalidRequest):
+        known.check("m", 512, 512, 1)
+    clock.seconds = BELIEVED_S
+    known.check("m", 1024, 1024, 1)
+    known.note("m", 512, 512, 1, free=0)
+    known.forget()
+    known.check("m", 512, 512, 1)
