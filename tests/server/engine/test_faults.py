@@ -97,6 +97,52 @@ def test_the_rows_of_a_lane_halve_with_its_memory_and_recover_slowly():
     assert cap.rows == 64
 
 
+@pytest.mark.parametrize("place", ["evaluate", "decode"])
+@pytest.mark.parametrize("fault", [RuntimeError(LOST), SystemExit("thread's end")])
+def test_a_lost_device_ends_everything_at_once_with_one_sentence(model, task, listen, place, fault):
+    ended = Event()
+    faulty: Any = Faulty(model)
+    engine = Engine({"embedded": faulty}, row_budget=4, on_failure=ended.set)
+    engine.start()
+    while not engine.ready:
+        Event().wait(0.01)
+    heard = listen(3)
+    faulty.faults[place] = fault
+    engine.submit([task(steps=1, seed=seed) for seed in range(3)], heard)
+    heard.wait()
+    assert ended.wait(2)
+    sentences = {str(error) for error in heard.errors.values()}
+    assert len(heard.errors) == 3
+    assert len(sentences) == 1
+    assert all(isinstance(error, NotReady) for error in heard.errors.values())
+    assert engine.failure is not None
+    assert not engine.ready
+    assert engine.measurements.pending == 0
+    with pytest.raises(NotReady, match="must"):
+        engine.reserve(1)
+    if isinstance(fault, RuntimeError):
+        assert "an illegal memory access was encountered" in sentences.pop()
+
+
+def test_an_engine_that_cannot_even_tell_its_listeners_says_that_it_failed(model, task, listen):
+    ended = Event()
+    faulty: Any = Faulty(model)
+    engine = Engine({"embedded": faulty}, row_budget=4, on_failure=ended.set)
+    engine.start()
+    while not engine.ready:
+        Event().wait(0.01)
+    heard = listen(1)
+
+    def fail(*_):
+        raise SystemExit
+
+    heard.failed = fail
+    faulty.faults["evaluate"] = RuntimeError(LOST)
+    engine.submit([task(steps=1)], heard)
+    assert ended.wait(10)
+    assert isinstance(engine.failure, DeviceLost)
+
+
 def test_what_did_not_fit_alone_is_refused_at_once_where_it_is_as_large(start, model, task, run):
     faulty = Faulty(model)
     engine = start(model=faulty)
