@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from server.models.adapters.placing import Target
-from server.models.adapters.shelf import AdapterMemory, AdapterShelf
+from server.models.adapters.shelf import AdapterShelf
 from server.models.conditioning import stack_alike
 from server.models.inputs import RowInputs
 from server.models.linear_fits import LinearFits
 from server.models.statistics import ModelStatistics
+from server.models.weight_memory import WeightMemory
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping, Sequence
@@ -98,7 +99,7 @@ class HostedModel(ABC):
         self.classifier_lacks = "it has none"
         self.linear_fits = LinearFits()
         nothing = Target(facts.name, {}, None)
-        self.adapters = AdapterShelf((), nothing, AdapterMemory(0), device, dtype)
+        self.adapters = AdapterShelf((), nothing, WeightMemory(0, "adapters"), device, dtype)
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """``(C, h, w)`` of the latent of a picture of the given size in pixels."""

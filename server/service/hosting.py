@@ -13,8 +13,9 @@ from typing import Final, TypeAlias
 
 from server.engine.engine import Engine
 from server.errors import ModelMismatch, ModelTooLarge
+from server.models.adapters.adapter import Adapter
 from server.models.adapters.placing import Target
-from server.models.adapters.shelf import AdapterMemory, AdapterShelf
+from server.models.adapters.shelf import AdapterShelf
 from server.models.checkpoint import converted
 from server.models.folder import adapters_folder, embedded_folders, stamp_of
 from server.models.hosted import HostedModel
@@ -22,6 +23,7 @@ from server.models.hub import HubModel, fetch
 from server.models.loading import choose_device, choose_dtype, family_of, load_model
 from server.models.memory import bytes_of, measure
 from server.models.weight_files import FLOAT32, bytes_in_memory
+from server.models.weight_memory import WeightMemory
 from server.service.model_shelf import Room, Source
 from server.settings import Settings
 
@@ -75,7 +77,7 @@ def host(
         )
     first = folders if folders == embedded else list(folders)[:1]
     named = settings.named_folders() or first
-    source = _Folders(settings, folders, AdapterMemory(settings.adapter_bytes))
+    source = _Folders(settings, folders, WeightMemory(settings.adapter_bytes, "adapters"))
     models: dict[str, HostedModel] = {}
     for name in named:
         needed, room = source.bytes_of(name), source.room(sum(map(bytes_of, models.values())))
@@ -116,7 +118,7 @@ class _Folders:
 
     settings: Settings
     first: Mapping[str, Path]
-    adapters: AdapterMemory
+    adapters: WeightMemory[Adapter]
 
     def names(self) -> Iterable[str]:
         return list(self._folders())

@@ -5,25 +5,23 @@ from __future__ import annotations
 import logging
 import re
 from os import scandir
-from threading import Lock
-from typing import TYPE_CHECKING, TypeAlias
-from weakref import WeakValueDictionary
+from typing import TYPE_CHECKING
 
-from server.errors import AdapterMismatch, Overloaded
-from server.lru import ByteBoundedLRU
+from server.errors import AdapterMismatch
 from server.models.adapters.adapter_file import AdapterFile
 from server.models.folder import stamp_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     import torch
 
     from server.models.adapters.adapter import Adapter
     from server.models.adapters.placing import Target
+    from server.models.weight_memory import WeightMemory
 
-__all__ = ["AdapterMemory", "AdapterShelf"]
+__all__ = ["NAME", "AdapterShelf"]
 
 log = logging.getLogger(__name__)
 
@@ -31,71 +29,6 @@ ENDING = ".safetensors"
 NAME = re.compile(r"\w[\w .+-]{0,126}")
 """File names without their ending that can be adapters' names: no path, and no sign that the text
 in pictures gives a meaning to."""
-
-FULL_RETRY_S = 5.0
-
-Key: TypeAlias = "tuple[str, Path, tuple[int, int]]"
-"""The name of the model, and the file with the stamp of when it was read."""
-
-
-class AdapterMemory:
-    """The loaded adapters of all models, bounded by bytes; safe from any thread.
-
-    Those of requests under way count too, whether or not they are kept for the next request.
-
-    Args:
-        most_bytes: of all adapters together.
-    """
-
-    def __init__(self, most_bytes: int) -> None:
-        self.most_bytes = most_bytes
-        self._kept: ByteBoundedLRU[Key, Adapter] = ByteBoundedLRU(
-            most_bytes, lambda adapter: adapter.nbytes
-        )
-        self._alive: WeakValueDictionary[Key, Adapter] = WeakValueDictionary()
-        self._loading = Lock()
-
-    @property
-    def bytes(self) -> int:
-        """Of all adapters that are kept or in use."""
-        return sum(adapter.nbytes for adapter in list(self._alive.values()))
-
-    def get(self, key: Key, nbytes: int, load: Callable[[], Adapter]) -> Adapter:
-        """The adapter of a key, loaded where it is not there.
-
-        Args:
-            key: of the adapter.
-            nbytes: of it, at most ``most_bytes``.
-            load: reads it.
-
-        Raises:
-            Overloaded: the adapters of requests under way leave no room for it.
-        """
-        if (kept := self._kept.find(key)) is not None:
-            return kept
-        with self._loading:
-            found = self._kept.find(key) or self._alive.get(key)
-            if found is None:
-                self._make_room(nbytes)
-                found = load()
-                self._alive[key] = found
-            self._kept.put(key, found)
-            return found
-
-    def forget(self, model: str) -> None:
-        """Let go of the adapters of a model, whose keys begin with its name."""
-        self._kept.discard(lambda key: key[0] == model)
-
-    def _make_room(self, nbytes: int) -> None:
-        for kept in (self.most_bytes - nbytes, 0):
-            self._kept.shrink(kept)
-            if self.bytes + nbytes <= self.most_bytes:
-                return
-        raise Overloaded(
-            FULL_RETRY_S,
-            "The adapters of the requests under way fill the memory for adapters; "
-            f"try again in {FULL_RETRY_S:.0f} s.",
-        )
 
 
 class AdapterShelf:
@@ -116,7 +49,7 @@ class AdapterShelf:
         self,
         folders: Sequence[Path],
         target: Target,
-        memory: AdapterMemory,
+        memory: WeightMemory[Adapter],
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:

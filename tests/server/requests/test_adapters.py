@@ -10,9 +10,11 @@ from pydantic import ValidationError
 from torch import nn
 
 from server.errors import InvalidRequest
+from server.models.adapters.adapter import Adapter
 from server.models.adapters.placing import Target
-from server.models.adapters.shelf import AdapterMemory, AdapterShelf
+from server.models.adapters.shelf import AdapterShelf
 from server.models.hosted import HostedModel
+from server.models.weight_memory import WeightMemory
 from server.requests.catalog import adapter_entries, defaults_of
 from server.requests.ineffective import warnings_for
 from server.requests.messages import explain
@@ -35,7 +37,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> HostedModel:
         tensors, _ = files.peft({"unet": changes(NETWORK, 2)})
         files.saved((tensors, metadata), folder / f"{name}.safetensors")
     toy = Toy(embeds_scale=False)
-    target, memory = Target.of("toy", {"unet": NETWORK}), AdapterMemory(2**20)
+    target, memory = Target.of("toy", {"unet": NETWORK}), WeightMemory[Adapter](2**20, "adapters")
     toy.adapters = AdapterShelf([folder], target, memory, torch.device("cpu"), torch.float32)
     return toy
 

@@ -14,14 +14,15 @@ from torch import Tensor
 from server.engine.engine import Engine
 from server.engine.state.noise import start_noise
 from server.engine.task import ImageTask
-from server.models.adapters.adapter import RowAdapters, Weighted
+from server.models.adapters.adapter import Adapter, RowAdapters, Weighted
 from server.models.adapters.adapter_file import AdapterFile
 from server.models.adapters.placing import Target
-from server.models.adapters.shelf import AdapterMemory, AdapterShelf
+from server.models.adapters.shelf import AdapterShelf
 from server.models.hosted import HostedModel
 from server.models.inputs import RowInputs
 from server.models.loading import load_model
 from server.models.unet_model import TEXT
+from server.models.weight_memory import WeightMemory
 from server.requests.resolve import make_plan, prepare, resolve
 from server.requests.schema import GenerateRequest
 from server.requests.tasks import tasks_of
@@ -169,7 +170,7 @@ def test_an_image_with_an_adapter_is_that_of_their_pipeline(
 ) -> None:
     """Guided, from the request to the final latents, beside an image without it."""
     path = files.saved(files.kohya(parts(model, 4, 1)), tmp_path / "style.safetensors")
-    target, memory = Target.of("xl", model.adaptable()), AdapterMemory(2**24)
+    target, memory = Target.of("xl", model.adaptable()), WeightMemory[Adapter](2**24, "adapters")
     model.adapters = AdapterShelf((tmp_path,), target, memory, model.device, model.dtype)
     body = {
         "prompt": PROMPT,

@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from server.errors import AdapterMismatch, Overloaded
+from server.models.adapters.adapter import Adapter
 from server.models.adapters.placing import Target
-from server.models.adapters.shelf import AdapterMemory, AdapterShelf
+from server.models.adapters.shelf import AdapterShelf
+from server.models.weight_memory import WeightMemory
 from tests.server.models.adapters import files
 from tests.server.models.adapters.low_rank import changes
 
@@ -20,8 +22,10 @@ BYTES = 4 * 2 * (6 + 5)
 """Of an adapter of rank 2 once it is loaded."""
 
 
-def shelved(*folders: Path, most_bytes: int = 3 * BYTES) -> tuple[AdapterShelf, AdapterMemory]:
-    memory = AdapterMemory(most_bytes)
+def shelved(
+    *folders: Path, most_bytes: int = 3 * BYTES
+) -> tuple[AdapterShelf, WeightMemory[Adapter]]:
+    memory = WeightMemory[Adapter](most_bytes, "adapters")
     target = Target.of("small", {"unet": NETWORK})
     return AdapterShelf(folders, target, memory, torch.device("cpu"), torch.float32), memory
 
