@@ -83,6 +83,10 @@ Adapters = Annotated[
     Path | None,
     typer.Option(help="Folder with the LoRA files, NAME.safetensors, that requests may name."),
 ]
+Controls = Annotated[
+    Path | None,
+    typer.Option(help="Folder with ControlNets, each a folder NAME, that requests may name."),
+]
 Described = "a name, or a JSON object with its fields."
 
 
@@ -113,6 +117,7 @@ def serve(
     ] = None,
     model: Models = None,
     adapters: Adapters = None,
+    controls: Controls = None,
     device: Device = None,
     dtype: Dtype = None,
     deterministic: Deterministic = None,
@@ -143,6 +148,7 @@ def serve(
         port=port,
         models=model,
         adapters=adapters,
+        controls=controls,
         device=device,
         dtype=dtype,
         deterministic=deterministic,

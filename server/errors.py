@@ -25,6 +25,7 @@
     |- ModelTooLarge                 507  a model does not fit in memory
     |- CannotListen                  500  the address or port cannot be listened on
     |- AdapterMismatch               500  an adapter cannot be used with a model
+    |- ControlMismatch               500  a ControlNet cannot be used with a model
     `- RowFailed                     500  one image failed
 
 Each carries the sentence that the user reads; only `server.http.errors` turns them into responses.
@@ -39,6 +40,7 @@ __all__ = [
     "AdapterMismatch",
     "Cancelled",
     "CannotListen",
+    "ControlMismatch",
     "DeviceLost",
     "DuplicateGeneration",
     "Forbidden",
@@ -323,6 +325,12 @@ class AdapterMismatch(WeftError):
     """An adapter that cannot be used with a model; the message says why."""
 
     code = "adapter_mismatch"
+
+
+class ControlMismatch(WeftError):
+    """A ControlNet that cannot be used with a model; the message says why."""
+
+    code = "control_mismatch"
 
 
 class RowFailed(WeftError):

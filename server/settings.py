@@ -278,6 +278,16 @@ class Settings(BaseSettings):
         ge=0,
         description="Memory for loaded adapters of all models, in bytes.",
     )
+    controls: DirectoryPath | None = Field(
+        default=None,
+        description="Folder with ControlNets, each a folder in the diffusers layout, that requests "
+        "may name in `controls`.",
+    )
+    control_bytes: int = Field(
+        default=8 * 2**30,
+        ge=0,
+        description="Memory for loaded ControlNets of all models, in bytes.",
+    )
     deterministic: bool = Field(
         default=False,
         description="Make every image bit-identical whatever else is in its batch, at some cost in "

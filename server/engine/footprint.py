@@ -30,8 +30,8 @@ class Footprint(NamedTuple):
 
     Attributes:
         rows: evaluations, by model and shape.
-        nbytes: of their states, of the pictures that they start from or refer to, of what the
-            network is told, and of the finished pictures.
+        nbytes: of their states, of the pictures that they start from, refer to or are steered
+            by, of what the network is told, and of the finished pictures.
     """
 
     rows: Counter[Kind]
@@ -65,7 +65,8 @@ def footprint(
         slots = task.plan.slots + 2 + task.rule.memory_slots + guidance.policy_slots
         states += NUMBER_BYTES * slots * prod(kind[1]) + 3 * task.width * task.height
         texts |= {(task.model, text) for text in guidance.texts}
-        for picture in (task.image, task.mask, *(term.picture for term in task.terms)):
+        steering = (use.picture for use in task.controls)
+        for picture in (task.image, task.mask, *(term.picture for term in task.terms), *steering):
             if picture is not None:
                 pictures[id(picture)] = picture
     told = sum(told_bytes(model) for model, _ in texts)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from server.engine.terms.term import Term
     from server.models.adapters.adapter import Weighted
     from server.models.blend import Blend
+    from server.models.controls.control import ControlUse
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,6 +52,7 @@ class ImageTask:
         terms: what is added to the guidance beside the rule, in the order of
             ``server.engine.terms.registry.TERMS``.
         adapters: that all its rows have, whatever they are told.
+        controls: what steers all its rows beside the prompt.
         coefficients: what a policy that is fitted was fitted to, ``[stages, n]``.
         group: the images that this one runs in lockstep with.
         priority: who goes first.
@@ -74,6 +76,7 @@ class ImageTask:
     policy: Policy
     terms: tuple[Term, ...] = ()
     adapters: tuple[Weighted, ...] = ()
+    controls: tuple[ControlUse, ...] = ()
     coefficients: NDArray[np.float64] | None = None
     group: Group | None = None
     priority: Priority = Priority.INTERACTIVE

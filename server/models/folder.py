@@ -112,6 +112,11 @@ def adapters_folder(folder: Path) -> Path:
     return folder / DERIVED / "adapters"
 
 
+def controls_folder(folder: Path) -> Path:
+    """Where a model folder may keep ControlNets that were made for it."""
+    return folder / DERIVED / "controls"
+
+
 def without_folder(error: Exception, file: Path) -> str:
     """What an error about a file says, less the folder, which is no client's business."""
     return str(error).replace(f"{file.parent}/", "")

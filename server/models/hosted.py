@@ -11,6 +11,8 @@ import torch
 from server.models.adapters.placing import Target
 from server.models.adapters.shelf import AdapterShelf
 from server.models.conditioning import stack_alike
+from server.models.controls.control import Control
+from server.models.controls.shelf import ControlShelf
 from server.models.inputs import RowInputs
 from server.models.linear_fits import LinearFits
 from server.models.statistics import ModelStatistics
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from server.models.blend import Told
     from server.models.classifier import LatentClassifier
     from server.models.conditioning import Conditioning, StackedConditioning
+    from server.models.controls.control_kind import ControlKind
     from server.models.defaults import ModelDefaults
 
 
@@ -100,6 +103,8 @@ class HostedModel(ABC):
         self.linear_fits = LinearFits()
         nothing = Target(facts.name, {}, None)
         self.adapters = AdapterShelf((), nothing, WeightMemory(0, "adapters"), device, dtype)
+        memory = WeightMemory[Control](0, "ControlNets")
+        self.controls = ControlShelf((), facts.name, None, memory, device, dtype)
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """``(C, h, w)`` of the latent of a picture of the given size in pixels."""
@@ -276,6 +281,11 @@ class HostedModel(ABC):
     def adaptable(self) -> Mapping[str, nn.Module]:
         """The networks that adapters may change, by their names in a model folder."""
         return {}
+
+    @property
+    def control_kind(self) -> ControlKind | None:
+        """The ControlNets that its denoiser takes; None where it takes none."""
+        return None
 
     def layers(self) -> tuple[str, ...]:
         """Names of the blocks that edits may name."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from guidance.edits import Edit
     from server.models.adapters.adapter import RowAdapters
     from server.models.conditioning import StackedConditioning
+    from server.models.controls.control import RowControls
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,6 +35,7 @@ class RowInputs:
         against: the text that each row's attention is led away from, for the edit
             ``NormalizedAttention``; of rows without it, any. None where no row has it.
         adapters: low-rank changes of each row's layers; None where no row has any.
+        controls: ControlNets that act on each row; None where none acts on any.
     """
 
     conditioning: StackedConditioning
@@ -42,6 +44,7 @@ class RowInputs:
     channels: Tensor | None = None
     against: StackedConditioning | None = None
     adapters: RowAdapters | None = None
+    controls: RowControls | None = None
 
     def of(self, rows: Sequence[int], where: Tensor | None = None) -> RowInputs:
         """The inputs of some rows; references of edits are counted among those rows.
@@ -63,19 +66,26 @@ class RowInputs:
             channels,
             None if self.against is None else self.against.select(where),
             None if self.adapters is None else self.adapters.of(rows),
+            None if self.controls is None else self.controls.of(rows),
         )
 
     def padded(self, count: int | None) -> RowInputs:
-        """The same with the first row repeated, without its adapters, until there are ``count``.
+        """The same with the first row repeated until there are ``count``.
+
+        Repeated rows have neither adapters nor ControlNets.
 
         Args:
             count: of rows that every forward has; None adds none.
         """
         if count is None:
             return self
-        rows, adapters = len(self.conditioning), self.adapters
+        rows, adapters, controls = len(self.conditioning), self.adapters, self.controls
         repeated = self if count == rows else self.of([*range(rows), *[0] * (count - rows)])
-        return repeated if adapters is None else replace(repeated, adapters=adapters.padded(count))
+        return replace(
+            repeated,
+            adapters=None if adapters is None else adapters.padded(count),
+            controls=None if controls is None else controls.padded(count),
+        )
 
 
 def _located(edits: Sequence[tuple[Edit, ...]], rows: Sequence[int]) -> list[tuple[Edit, ...]]:

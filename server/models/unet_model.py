@@ -15,6 +15,7 @@ from server.errors import ModelMismatch
 from server.models.adapters.adapted_network import AdaptedNetwork
 from server.models.autoencoder import Autoencoder
 from server.models.conditioning import Conditioning
+from server.models.controls.unet_control import UNetControl
 from server.models.folder import read_json
 from server.models.hosted import HostedModel, ModelFacts
 from server.models.inpainting import MaskChannels
@@ -90,6 +91,7 @@ class UNetModel(HostedModel):
         if facts.reads_mask:
             self._beside = MaskChannels(self._autoencoder, facts.latent_scale, device)
         self._text = text
+        self._control = UNetControl(self._unet, facts, device)
         self._adapted = {
             part: AdaptedNetwork(part, network, device)
             for part, network in self.adaptable().items()
@@ -143,7 +145,10 @@ class UNetModel(HostedModel):
 
     @override
     def evaluate(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
-        told = {}
+        told: dict[str, Any] = {}
+        if inputs.controls is not None:
+            own = x.to(self.dtype), t, inputs.conditioning, inputs.controls
+            told |= self._control.residuals(*own)
         if self.facts.embeds_scale:
             scales = inputs.scale_embedding
             scales = t.new_zeros(len(t)) if scales is None else scales
@@ -169,6 +174,11 @@ class UNetModel(HostedModel):
     @override
     def adaptable(self) -> Mapping[str, nn.Module]:
         return {"unet": self._unet, **self._text.modules()}
+
+    @property
+    @override
+    def control_kind(self) -> UNetControl:
+        return self._control
 
     @override
     def layers(self) -> tuple[str, ...]:
@@ -301,7 +311,7 @@ def embedding_of_scales(scales: Tensor, size: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], 1)
 
 
-def _forward(unet: Any, x: Tensor, t: Tensor, inputs: RowInputs, **told: Tensor) -> Tensor:
+def _forward(unet: Any, x: Tensor, t: Tensor, inputs: RowInputs, **told: Any) -> Tensor:
     added = dict(inputs.conditioning.tensors)
     text = added.pop(TEXT)
     if added:

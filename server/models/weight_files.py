@@ -14,7 +14,15 @@ if TYPE_CHECKING:
 
     import torch
 
-__all__ = ["FLOAT32", "NETWORK", "TEXT_ENCODER", "WeightFiles", "bytes_in_memory", "weight_files"]
+__all__ = [
+    "FLOAT32",
+    "NETWORK",
+    "TEXT_ENCODER",
+    "WeightFiles",
+    "bytes_in_memory",
+    "bytes_of_part",
+    "weight_files",
+]
 
 NETWORK: Final = "diffusion_pytorch_model"
 TEXT_ENCODER: Final = "model"
@@ -81,16 +89,29 @@ def bytes_in_memory(folder: Path, dtype: torch.dtype) -> int:
     total = 0
     for part in (*parts_of(folder), f"{DERIVED}/weak"):
         width = FLOAT32 if part == AUTOENCODER else dtype.itemsize
-        for stem in (NETWORK, TEXT_ENCODER):
-            for name in weight_files(folder, part, stem).names:
-                file = folder / part / name
-                # An index may name any path; what is elsewhere is refused when it is loaded.
-                if file.parent == folder / part and file.is_file():
-                    total += _bytes_of_file(folder, f"{part}/{name}", width)
+        total += sum(bytes_of_part(folder, part, stem, width) for stem in (NETWORK, TEXT_ENCODER))
     classifier = classifier_file(folder)
     if classifier.is_file():
         total += _bytes_of_file(folder, str(classifier.relative_to(folder)), width=FLOAT32)
     return total
+
+
+def bytes_of_part(folder: Path, part: str, stem: str, width: int) -> int:
+    """What one network will take, from the headers of its files.
+
+    Args:
+        folder: of the model.
+        part: the subfolder.
+        stem: ``NETWORK`` or ``TEXT_ENCODER``.
+        width: bytes of a number once it is loaded.
+
+    Raises:
+        ModelMismatch: a file that is no safetensors file.
+    """
+    files = [folder / part / name for name in weight_files(folder, part, stem).names]
+    # An index may name any path; what is elsewhere is refused when it is loaded.
+    own = [file for file in files if file.parent == folder / part and file.is_file()]
+    return sum(_bytes_of_file(folder, f"{part}/{file.name}", width) for file in own)
 
 
 def _bytes_of_file(folder: Path, name: str, width: int) -> int:

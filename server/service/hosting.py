@@ -17,7 +17,9 @@ from server.models.adapters.adapter import Adapter
 from server.models.adapters.placing import Target
 from server.models.adapters.shelf import AdapterShelf
 from server.models.checkpoint import converted
-from server.models.folder import adapters_folder, embedded_folders, stamp_of
+from server.models.controls.control import Control
+from server.models.controls.shelf import ControlShelf
+from server.models.folder import adapters_folder, controls_folder, embedded_folders, stamp_of
 from server.models.hosted import HostedModel
 from server.models.hub import HubModel, fetch
 from server.models.loading import choose_device, choose_dtype, family_of, load_model
@@ -77,7 +79,12 @@ def host(
         )
     first = folders if folders == embedded else list(folders)[:1]
     named = settings.named_folders() or first
-    source = _Folders(settings, folders, WeightMemory(settings.adapter_bytes, "adapters"))
+    source = _Folders(
+        settings,
+        folders,
+        WeightMemory(settings.adapter_bytes, "adapters"),
+        WeightMemory(settings.control_bytes, "ControlNets"),
+    )
     models: dict[str, HostedModel] = {}
     for name in named:
         needed, room = source.bytes_of(name), source.room(sum(map(bytes_of, models.values())))
@@ -113,12 +120,14 @@ class _Folders:
     Attributes:
         settings: on which device, and what memory they may take.
         first: the folders that there were at the start, by name.
-        adapters: memory that all models share.
+        adapters: memory of adapters, which all models share.
+        controls: memory of ControlNets, which all models share.
     """
 
     settings: Settings
     first: Mapping[str, Path]
     adapters: WeightMemory[Adapter]
+    controls: WeightMemory[Control]
 
     def names(self) -> Iterable[str]:
         return list(self._folders())
@@ -150,7 +159,7 @@ class _Folders:
         return bytes_in_memory(self._folder(name), choose_dtype(self.settings.dtype, device))
 
     def load_from_folder(self, name: str, tell: Callable[[int, int], None] | None) -> HostedModel:
-        """Load a model, with the adapters of its own folder and of the server's.
+        """Load a model, with the adapters and ControlNets of its own folder and of the server's.
 
         Raises:
             ModelMismatch: with a sentence for the operator, which says where the folder is.
@@ -166,6 +175,13 @@ class _Folders:
         # Headers are read now, so that no request waits for all of them.
         if known := [file.name for file in model.adapters.available()]:
             log.info("%s: adapters %s", name, ", ".join(known))
+        shared = () if self.settings.controls is None else (self.settings.controls,)
+        places = (*shared, controls_folder(folder))
+        model.controls = ControlShelf(
+            places, name, model.control_kind, self.controls, model.device, model.dtype
+        )
+        if known := [one.name for one in model.controls.available()]:
+            log.info("%s: ControlNets %s", name, ", ".join(known))
         return model
 
     def _folders(self) -> Mapping[str, Path]:

@@ -377,6 +377,7 @@ class ModelShelf:
         if removed:
             device = model.device
             model.adapters.forget()
+            model.controls.forget()
             del model
             reclaim(device)
             log.info("model %s is unloaded", place.name)

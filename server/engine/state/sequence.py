@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from server.engine.client import Flow
 from server.engine.guidance_plan import plan_guidance
 from server.engine.scheduler import Priority
+from server.models.controls.control import RowControl
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -94,6 +95,7 @@ class Sequence:
         conditioning: of all that the network may be told, by text.
         channels: what the network reads behind x, ``[channels, h, w]``; None where it reads x
             alone.
+        hints: what each of the task's ControlNets reads of its picture.
         counted: evaluations still needed, as they were last counted in the backlog.
         term_states: what each of the task's terms keeps of this image.
         ancestor: the image that it goes back to, where images are resampled; else itself.
@@ -120,6 +122,7 @@ class Sequence:
     compiled: CompiledPlan | None = None
     known: Known | None = None
     channels: Tensor | None = None
+    hints: tuple[Tensor, ...] = ()
     term_states: list[Any] = field(default_factory=list[Any])
     ancestor: int = field(init=False)
     effective: list[float] = field(default_factory=list)
@@ -160,6 +163,16 @@ class Sequence:
     def rows(self) -> int:
         """Rows of the forward that the next stage needs."""
         return 1 + len(self.ask.numbers)
+
+    @property
+    def controls(self) -> tuple[RowControl, ...]:
+        """The ControlNets that act on the rows of the next stage."""
+        stage, stages = self.stage, self.task.plan.evaluations
+        return tuple(
+            RowControl(use.control, hint, use.scale)
+            for use, hint in zip(self.task.controls, self.hints, strict=True)
+            if use.acts(stage, stages)
+        )
 
     @property
     def remaining(self) -> int:

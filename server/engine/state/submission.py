@@ -30,12 +30,15 @@ class Submission:
             or why there are none; the engine's own.
         channels: what the network reads behind the latents of its images, by the identity of their
             mask and their size; the engine's own.
+        hints: what ControlNets read of their pictures, by the identity of the use; the engine's
+            own.
     """
 
     def __init__(self, images: int, holding: Holding | None = None) -> None:
         self.holding = holding or Holding(ANYONE, images)
         self.latents: dict[int, Tensor | Exception] = {}
         self.channels: dict[tuple[int, int, int], Tensor | None] = {}
+        self.hints: dict[int, Tensor] = {}
         self._left = images
         self._cancelled = False
         self._lock = Lock()

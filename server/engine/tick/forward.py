@@ -11,6 +11,7 @@ from guidance.edits import WeakModel
 from server.engine.state.padding import padded
 from server.engine.terms.seen import ForwardRows
 from server.models.adapters.adapter import RowAdapters
+from server.models.controls.control import RowControls
 from server.models.inputs import RowInputs
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def _inputs(batch: Batch, rows: ForwardRows, t: Tensor) -> RowInputs:
         scales = told.to(t.device, non_blocking=True)
     edits = rows.edits if any(rows.edits) else ()
     adapters = RowAdapters(tuple(owner.task.adapters for owner in owners))
+    controls = RowControls(tuple(owner.controls for owner in owners))
     channels = [owner.channels for owner in owners if owner.channels is not None]
     return RowInputs(
         rows.conditioning,
@@ -80,6 +82,7 @@ def _inputs(batch: Batch, rows: ForwardRows, t: Tensor) -> RowInputs:
         torch.stack(channels) if channels else None,
         against=rows.against,
         adapters=adapters if adapters else None,
+        controls=controls if controls else None,
     )
 
 

@@ -139,6 +139,7 @@ def _start(sequence: Sequence, lane: Lane) -> Start:
         for term in task.terms
     ]
     sequence.channels = _channels(sequence, lane)
+    sequence.hints = _hints(sequence, lane)
     if task.image is None:
         return Start(plan.start_scale * noise)
     latents = latents_of(sequence, task.image)
@@ -156,6 +157,17 @@ def _channels(sequence: Sequence, lane: Lane) -> Tensor | None:
     if key not in made:
         made[key] = lane.model.channels(task.image, task.mask, task.width, task.height)
     return made[key]
+
+
+def _hints(sequence: Sequence, lane: Lane) -> tuple[Tensor, ...]:
+    """What ControlNets read of their pictures, made once for all images of a request."""
+    uses, kind, made = sequence.task.controls, lane.model.control_kind, sequence.submission.hints
+    if kind is None:
+        return ()
+    for use in uses:
+        if id(use) not in made:
+            made[id(use)] = kind.hint(use.control.network, use.picture)
+    return tuple(made[id(use)] for use in uses)
 
 
 def _latent_mask(mask: Tensor, lane: Lane) -> Tensor:

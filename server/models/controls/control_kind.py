@@ -1,0 +1,68 @@
+"""What a family says of the ControlNets that its denoiser takes."""
+
+from __future__ import annotations
+
+from inspect import signature
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+__all__ = ["ControlKind", "first_misfit"]
+
+
+class ControlKind(Protocol):
+    """The ControlNets of a family; what they add is taken inside the family's own forward."""
+
+    @property
+    def kind(self) -> Any:
+        """Their class in diffusers."""
+        ...
+
+    def misfit(self, config: Mapping[str, Any]) -> str | None:
+        """What in a ControlNet's config does not fit the model, as a clause; None where all does.
+
+        Args:
+            config: entries of a ``config.json``; those that are missing have the class's defaults.
+        """
+        ...
+
+    def prepared(self, network: Any) -> Any:
+        """The network as it is kept, on the model's device.
+
+        Args:
+            network: of the class, in inference mode on the CPU.
+        """
+        ...
+
+    def hint(self, network: Any, picture: Tensor) -> Tensor:
+        """What a network reads of a picture, the same at all stages.
+
+        Args:
+            network: that was prepared.
+            picture: ``[3, H, W]`` float32 in [-1, 1].
+        """
+        ...
+
+
+def first_misfit(kind: Any, config: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:
+    """The first entry of a config that has another value than it must have, as a clause.
+
+    Args:
+        kind: the class, whose defaults missing entries have.
+        config: the entries.
+        expected: what they must be.
+    """
+    declared = signature(kind.__init__).parameters
+    for name, value in expected.items():
+        found = _plain(config.get(name, declared[name].default))
+        if found != _plain(value):
+            return f"has {name} {str(found)[:60]}, where {_plain(value)} is needed"
+    return None
+
+
+def _plain(value: Any) -> Any:
+    """A value in which lists, as JSON has them, are tuples."""
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,129 @@
+"""ControlNets of U-Nets: a copy of the encoder, whose outputs are added to the skip connections.
+
+As ``StableDiffusionControlNetPipeline`` and ``StableDiffusionXLControlNetPipeline`` of diffusers
+run them, in both branches of classifier-free guidance (without guess mode).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from server.models.controls.control import summed
+from server.models.controls.control_kind import first_misfit
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+    from server.models.conditioning import StackedConditioning
+    from server.models.controls.control import RowControls, SameControl
+    from server.models.hosted import ModelFacts
+
+__all__ = ["UNetControl"]
+
+TEXT = "encoder_hidden_states"
+
+ALIKE = (
+    "block_out_channels",
+    "cross_attention_dim",
+    "addition_embed_type",
+    "addition_time_embed_dim",
+    "projection_class_embeddings_input_dim",
+    "class_embed_type",
+    "num_class_embeds",
+    "encoder_hid_dim_type",
+)
+"""Entries of the U-Net's config that a ControlNet's must equal. Its blocks may attend less often,
+as those of the small ControlNets of Stable Diffusion XL do."""
+
+
+class UNetControl:
+    """The ControlNets of a U-Net.
+
+    Args:
+        unet: the U-Net.
+        facts: of its model.
+        device: where it runs.
+    """
+
+    def __init__(self, unet: Any, facts: ModelFacts, device: torch.device) -> None:
+        from diffusers import ControlNetModel
+
+        self.kind: Any = ControlNetModel
+        self._facts = facts
+        self._device = device
+        self._expected = {name: unet.config[name] for name in ALIKE} | {
+            "in_channels": facts.latent_channels,
+            "conditioning_channels": 3,
+            "layers_per_block": _number(unet.config.layers_per_block),
+            # Those that pool act on the prompt's prediction alone.
+            "global_pool_conditions": False,
+        }
+
+    def misfit(self, config: Mapping[str, Any]) -> str | None:
+        """See ``ControlKind.misfit``."""
+        if differs := first_misfit(self.kind, config, self._expected):
+            return differs
+        name = "conditioning_embedding_out_channels"
+        widths = config.get(name, (16, 32, 96, 256))
+        scale = self._facts.latent_scale
+        if not isinstance(widths, list | tuple) or 2 ** (len(widths) - 1) != scale:
+            return f"has {name} {str(widths)[:60]}, which does not reduce pictures {scale} times"
+        return None
+
+    def prepared(self, network: Any) -> Any:
+        """See ``ControlKind.prepared``; its picture is embedded apart from its forward."""
+        network.embed_picture = network.controlnet_cond_embedding
+        network.controlnet_cond_embedding = nn.Identity()
+        network.reverses_channels = network.config.controlnet_conditioning_channel_order == "bgr"
+        # The forward would reverse the channels of what is embedded.
+        network.register_to_config(controlnet_conditioning_channel_order="rgb")
+        return network.to(self._device, memory_format=torch.channels_last)
+
+    def hint(self, network: Any, picture: Tensor) -> Tensor:
+        """The embedded picture, ``[features, h, w]``."""
+        pixels = picture.to(self._device)[None] / 2 + 0.5
+        pixels = pixels.flip(1) if network.reverses_channels else pixels
+        return network.embed_picture(pixels.to(network.dtype))[0]
+
+    def residuals(
+        self, x: Tensor, t: Tensor, conditioning: StackedConditioning, controls: RowControls
+    ) -> dict[str, Any]:
+        """What is added to the rows, by the names of the U-Net's arguments.
+
+        Args:
+            x: latents as the U-Net takes them, without other channels, ``[rows, C, h, w]``.
+            t: what it is told of the noise level, ``[rows]``.
+            conditioning: what each row is told.
+            controls: of each row.
+        """
+
+        def evaluate(same: SameControl, rows: Tensor) -> Sequence[Tensor]:
+            told = dict(conditioning.select(rows).tensors)
+            text = told.pop(TEXT)
+            network = same.control.network
+            skips, middle = network(
+                x.index_select(0, rows),
+                t.index_select(0, rows),
+                text,
+                same.hints,
+                added_cond_kwargs=told,
+                return_dict=False,
+            )
+            return [*skips, middle]
+
+        *skips, middle = summed(controls, evaluate)
+        return {
+            "down_block_additional_residuals": tuple(skips),
+            "mid_block_additional_residual": middle,
+        }
+
+
+def _number(layers: Any) -> Any:
+    """The number of layers, where a config says the same for each block."""
+    alike = isinstance(layers, list | tuple) and len(set(layers)) == 1
+    return layers[0] if alike else layers

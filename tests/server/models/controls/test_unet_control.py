@@ -1,0 +1,187 @@
+"""Images steered by ControlNets are those of diffusers' own pipelines with the same weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    MultiControlNetModel,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionXLControlNetPipeline,
+)
+from torch import Tensor
+
+from server.engine.engine import Engine
+from server.engine.state.noise import start_noise
+from server.engine.task import ImageTask
+from server.models.controls.control import ControlUse, RowControl, RowControls
+from server.models.hosted import HostedModel
+from server.models.loading import load_model
+from tests.server.models import tiny_sd, tiny_sdxl
+from tests.server.models.alike import assert_among, assert_apart, task_of
+from tests.server.models.controls.tiny_controls import of_unet, saved, shelf_of, use
+from tests.server.models.tiny_sdxl import BASE
+from tests.server.toy_model import run, started
+
+PROMPT = "a large red circle"
+SIZE = WIDTH, HEIGHT = 32, 24
+STEPS = 4
+SHAPE = (4, HEIGHT // 2, WIDTH // 2)
+NAMES = ("depth", "edges")
+
+
+class Steered:
+    """A pipeline without ControlNets, its model here, and ControlNets of both."""
+
+    def __init__(self, pipeline: Any, folder: Path) -> None:
+        pipeline.save_pretrained(folder / "model")
+        self.pipeline = pipeline
+        self.networks = {
+            name: saved(of_unet(pipeline.unet, seed), folder / "controls", name)
+            for seed, name in enumerate(NAMES)
+        }
+        self.model = load_model(folder / "model", name="tiny", device="cpu", dtype="float32")
+        self.model.controls = shelf_of(self.model, folder / "controls")
+
+    @torch.inference_mode()
+    def theirs(self, *uses: ControlUse, seed: int = 5, **fields: Any) -> Tensor:
+        """Final latents of their pipeline, from the same x as ours."""
+        networks = [self.networks[one.control.name] for one in uses]
+        xl = "text_encoder_2" in self.pipeline.components
+        kind = StableDiffusionXLControlNetPipeline if xl else StableDiffusionControlNetPipeline
+        own: dict[str, Any] = (
+            {"add_watermarker": False} if xl else {"requires_safety_checker": False}
+        )
+        pipeline: Any = kind(
+            **self.pipeline.components,
+            controlnet=networks[0] if len(networks) == 1 else MultiControlNetModel(networks),
+            **own,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.scheduler.set_timesteps(STEPS)
+        sigma = float(pipeline.scheduler.sigmas[0])
+        noise = start_noise(seed, SHAPE)[None]
+        latents = noise * (1 + sigma**2) ** 0.5 / float(pipeline.scheduler.init_noise_sigma)
+        pictures = [one.picture[None] / 2 + 0.5 for one in uses]
+        one = len(uses) == 1
+        return pipeline(
+            PROMPT,
+            image=pictures[0] if one else pictures,
+            controlnet_conditioning_scale=uses[0].scale if one else [u.scale for u in uses],
+            control_guidance_start=[u.start for u in uses],
+            control_guidance_end=[u.end for u in uses],
+            num_inference_steps=STEPS,
+            latents=latents,
+            output_type="latent",
+            **{"guidance_scale": 5.0, **fields},
+        ).images[0]
+
+
+@pytest.fixture(scope="module")
+def steered(tmp_path_factory: pytest.TempPathFactory) -> Steered:
+    return Steered(tiny_sd.make(BASE), tmp_path_factory.mktemp("steered"))
+
+
+@pytest.fixture(scope="module")
+def model(steered: Steered) -> HostedModel:
+    return steered.model
+
+
+def asked(model: HostedModel, *uses: ControlUse, **fields: Any) -> ImageTask:
+    body: dict[str, Any] = {
+        "prompt": PROMPT,
+        "width": WIDTH,
+        "height": HEIGHT,
+        "steps": STEPS,
+        "seed": 5,
+        "sampler": "euler",
+        "spacing": {"name": "leading", "offset": 1},
+        "guidance": {"name": "cfg", "scale": 5.0},
+        **fields,
+    }
+    return replace(task_of(model, **body), controls=uses)
+
+
+def test_an_image_alone_is_that_of_diffusers(
+    steered: Steered, model: HostedModel, engine: Engine, decoded: list[Tensor]
+) -> None:
+    depth = use(model, "depth", 1, SIZE)
+    ear = run(engine, [asked(model, depth)])
+    assert not ear.errors, ear.errors
+    assert_among(decoded, steered.theirs(depth))
+    assert_apart(decoded[0], steered.theirs(use(model, "depth", 2, SIZE)))
+
+
+def test_images_in_mixed_company_are_those_of_diffusers(
+    steered: Steered, model: HostedModel, engine: Engine, decoded: list[Tensor]
+) -> None:
+    """Others' controls, none, several, other strengths and windows, one branch and two."""
+    depth = use(model, "depth", 1, SIZE)
+    weak = use(model, "depth", 2, SIZE, scale=0.4)
+    early, late = use(model, "edges", 3, SIZE, end=0.5), use(model, "edges", 4, SIZE, start=0.3)
+    tasks = [
+        asked(model, depth),
+        asked(model, seed=6),
+        asked(model, weak, seed=7, guidance="none"),
+        asked(model, early, seed=8, negative_prompt="a green star"),
+        asked(model, late, seed=9),
+        asked(model, depth, early, replace(weak, start=0.25), seed=10),
+        asked(model, late, seed=11, sampler="heun", guidance="apg", steps=3),
+    ]
+    ear = run(engine, tasks)
+    assert not ear.errors, ear.errors
+    assert_among(decoded, steered.theirs(depth))
+    assert_among(decoded, steered.theirs(replace(depth, scale=0.0), seed=6))
+    assert_among(decoded, steered.theirs(weak, seed=7, guidance_scale=1.0))
+    assert_among(decoded, steered.theirs(early, seed=8, negative_prompt="a green star"))
+    assert_among(decoded, steered.theirs(late, seed=9))
+    assert_among(decoded, steered.theirs(depth, early, replace(weak, start=0.25), seed=10))
+    assert_apart(steered.theirs(early, seed=8), steered.theirs(replace(early, end=1.0), seed=8))
+
+
+def test_images_of_stable_diffusion_xl_are_those_of_diffusers(tmp_path: Path) -> None:
+    steered = Steered(tiny_sdxl.make(BASE), tmp_path)
+    seen: list[Tensor] = []
+    decode = steered.model.decode
+    steered.model.decode = lambda latents: seen.extend(latents.clone()) or decode(latents)
+    depth = use(steered.model, "depth", 1, SIZE)
+    engine = started(steered.model, 16)
+    ear = run(engine, [asked(steered.model, depth), asked(steered.model, seed=6)])
+    engine.stop(0)
+    assert not ear.errors, ear.errors
+    assert_among(seen, steered.theirs(depth))
+    assert_among(seen, steered.theirs(replace(depth, scale=0.0), seed=6))
+
+
+@torch.inference_mode()
+def test_rows_without_are_not_moved_by_a_bit(model: HostedModel) -> None:
+    x, t = torch.randn(3, *SHAPE), torch.tensor([900.0, 500.0, 100.0])
+    plain = model.inputs([PROMPT, "", "a star"], WIDTH, HEIGHT)
+    depth = use(model, "depth", 1, SIZE)
+    assert model.control_kind is not None
+    hint = model.control_kind.hint(depth.control.network, depth.picture)
+    rows = RowControls(((), (RowControl(depth.control, hint, 1.0),), ()))
+    without, with_one = (
+        model.evaluate(x, t, inputs) for inputs in (plain, replace(plain, controls=rows))
+    )
+    assert torch.equal(without[[0, 2]], with_one[[0, 2]])
+    assert_apart(without[1], with_one[1])
+
+
+def test_an_image_is_bit_identical_alone_and_in_company_where_the_server_is_deterministic(
+    model: HostedModel, decoded: list[Tensor]
+) -> None:
+    depth, edges = use(model, "depth", 1, SIZE), use(model, "edges", 2, SIZE, scale=0.5)
+    engine = started(model, 8, deterministic=True)
+    decoded.clear()
+    company = [asked(model, seed=6), asked(model, edges, seed=7), asked(model, depth, edges, depth)]
+    for tasks in (company[2:], company):
+        ear = run(engine, tasks)
+        assert not ear.errors, ear.errors
+    engine.stop(0)
+    alone, *together = decoded
+    assert any(torch.equal(alone, one) for one in together)

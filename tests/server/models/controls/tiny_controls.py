@@ -1,0 +1,59 @@
+"""Tiny ControlNets with random weights, as diffusers makes and saves them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ControlNetModel
+from torch import nn
+
+from server.models.controls.control import Control, ControlUse
+from server.models.controls.shelf import ControlShelf
+from server.models.hosted import HostedModel
+from server.models.weight_memory import WeightMemory
+
+ROOM = 2**26
+
+
+def of_unet(unet: Any, seed: int, **config: Any) -> Any:
+    """A ControlNet of a U-Net whose latents have half the sides of its pictures.
+
+    Args:
+        unet: the U-Net.
+        seed: of the weights.
+        config: entries in place of those that follow from the U-Net.
+    """
+    torch.manual_seed(seed)
+    made = ControlNetModel.from_unet(
+        unet, conditioning_embedding_out_channels=(16, 32), load_weights_from_unet=False
+    )
+    made = ControlNetModel(**{**made.config, **config})
+    return with_an_effect(made)
+
+
+def with_an_effect(network: Any) -> Any:
+    """The network, whose layers that begin as zeros do something."""
+    for parameter in network.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.2)
+    return network.eval().requires_grad_(requires_grad=False)
+
+
+def saved(network: Any, folder: Path, name: str) -> Any:
+    network.save_pretrained(folder / name)
+    return network
+
+
+def shelf_of(model: HostedModel, *folders: Path, most_bytes: int = ROOM) -> ControlShelf:
+    memory = WeightMemory[Control](most_bytes, "ControlNets")
+    facts, kind = model.facts, model.control_kind
+    return ControlShelf(folders, facts.name, kind, memory, model.device, model.dtype)
+
+
+def use(model: HostedModel, name: str, seed: int, size: tuple[int, int], **how: Any) -> ControlUse:
+    """A ControlNet of the model's with a random picture of a width and a height."""
+    generator = torch.Generator().manual_seed(seed)
+    picture = torch.rand(3, size[1], size[0], generator=generator) * 2 - 1
+    return ControlUse(model.controls.load(name), picture, **how)
