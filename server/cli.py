@@ -553,7 +553,10 @@ def _with_stages(work: Callable[[Tell], Result]) -> Result:
 def _with_bar(settings: Settings, request: GenerateRequest) -> Pictures:
     with _bars() as bar:
         loading = bar.add_task("starting", total=None)
-        from server.service.one_shot import generate as make
+        from server.heap import kept_for_good
+
+        with kept_for_good():
+            from server.service.one_shot import generate as make
 
         def tell_loading(stage: str, done: int, total: int) -> None:
             bar.update(loading, description=stage, completed=done, total=total or None)

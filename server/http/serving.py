@@ -13,6 +13,7 @@ import threading
 from typing import Any, Final, NoReturn
 
 from server.errors import CannotListen
+from server.heap import kept_for_good
 from server.settings import Settings
 
 __all__ = ["end_process", "listen", "run"]
@@ -90,12 +91,13 @@ def run(settings: Settings, listeners: list[socket.socket]) -> int:
 
     _allow_open_files(settings.max_connections + OTHER_FILES)
 
-    import uvicorn
+    with kept_for_good():
+        import uvicorn
 
-    from server.http.app import create_app
-    from server.http.connection import connections
-    from server.http.drain import CLOSE_S, DrainingServer
-    from server.http.live.websockets import websocket_options
+        from server.http.app import create_app
+        from server.http.connection import connections
+        from server.http.drain import CLOSE_S, DrainingServer
+        from server.http.live.websockets import websocket_options
 
     failed: list[bool] = []
 

@@ -13,6 +13,7 @@ from typing import Final, TypeAlias
 
 from server.engine.engine import Engine
 from server.errors import ModelMismatch, ModelTooLarge
+from server.heap import collection_paused
 from server.models.adapters.adapter import Adapter
 from server.models.adapters.placing import Target
 from server.models.adapters.shelf import AdapterShelf
@@ -97,7 +98,8 @@ def host(
                 "are free for them."
             )
         told = None if tell is None else partial(_in_megabytes, tell, f"loading {name} (MB)")
-        models[name] = source.load_from_folder(name, told)
+        with collection_paused():
+            models[name] = source.load_from_folder(name, told)
     engine = Engine(
         models,
         row_budget=settings.row_budget,

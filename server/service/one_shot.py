@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from server.heap import kept_for_good
 from server.models.folder import embedded_folders
 from server.requests.schema import GenerateRequest
 from server.service.generation import Progress
@@ -42,7 +43,8 @@ async def generate(
     measured = settings.deterministic and settings.row_budget is None
     guessed = None if measured else GUESSED_COSTS
     one = _of_one_model(settings, request.model)
-    hosted = await asyncio.to_thread(host, one, guessed_costs=guessed, tell=tell_loading)
+    with kept_for_good():
+        hosted = await asyncio.to_thread(host, one, guessed_costs=guessed, tell=tell_loading)
     try:
         tell_loading("warming up", 0, 0)
         return await _follow(hosted, settings, request, tell)

@@ -1,0 +1,50 @@
+"""The collector of reference cycles while a process starts."""
+
+import gc
+import weakref
+
+import pytest
+
+from server.heap import collection_paused, kept_for_good
+
+
+class Cycle:
+    """An object that only the collector can free."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def many_cycles() -> list[weakref.ref[Cycle]]:
+    """More than the collector lets pile up; those that nothing else holds are garbage."""
+    return [weakref.ref(Cycle()) for _ in range(10 * gc.get_threshold()[0])]
+
+
+def test_nothing_is_collected_while_collection_is_paused_and_everything_after() -> None:
+    with collection_paused():
+        cycles = many_cycles()
+        assert all(cycle() for cycle in cycles)
+    gc.collect()
+    assert not any(cycle() for cycle in cycles)
+
+
+def test_a_pause_within_a_pause_and_an_error_leave_the_collector_as_it_was() -> None:
+    with collection_paused():
+        with collection_paused():
+            pass
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    with pytest.raises(ValueError, match="while it starts"), collection_paused():
+        raise ValueError("while it starts")
+    assert gc.isenabled()
+
+
+def test_the_collector_never_looks_at_what_is_kept_for_good() -> None:
+    before = gc.get_freeze_count()
+    try:
+        with kept_for_good():
+            kept = [Cycle() for _ in range(100)]
+        assert gc.get_freeze_count() >= before + len(kept)
+        assert not any(seen is kept[0] for seen in gc.get_objects())
+    finally:
+        gc.unfreeze()
