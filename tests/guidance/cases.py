@@ -11,36 +11,15 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from torch import Tensor
 
-from guidance import PERTURBATIONS, POLICIES, RULES, Guided, Perturbation, Policy, Rows, Rule
+from guidance import PERTURBATIONS, POLICIES, RULES, Perturbation, Policy, Rows, Rule
 from guidance.composed import Composed, WeightedPrompt
+from guidance.testing import SHAPE as SHAPE
+from guidance.testing import combine
+from guidance.testing import draw as draw
+from guidance.testing import one_row as one_row
 from tests.covering import covering
 
-SHAPE = (4, 6, 5)
-
-
-def draw(rows: int, seed: int = 0, dtype: torch.dtype = torch.float64, branches: int = 1) -> Rows:
-    """Random predictions at random variance-preserving levels, with room for no memory.
-
-    They are of a run's second half, as there are rules that hold still at first.
-    """
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal() -> Tensor:
-        return torch.randn(rows, *SHAPE, generator=generator, dtype=dtype)
-
-    sigma = torch.rand(rows, 1, 1, 1, generator=generator, dtype=dtype) * 0.98 + 0.01
-    cond = normal()
-    return Rows(
-        cond=cond,
-        others=torch.stack([cond + 0.3 * normal() for _ in range(branches)], 1),
-        x=normal(),
-        alpha=(1 - sigma.square()).sqrt(),
-        sigma=sigma,
-        progress=(1 + torch.rand(rows, 1, 1, 1, generator=generator, dtype=dtype)) / 2,
-        memory=cond.new_zeros(rows, 0, *SHAPE),
-        opens_step=torch.ones(rows, 1, 1, 1, dtype=torch.bool),
-        closes_step=torch.ones(rows, 1, 1, 1, dtype=torch.bool),
-    )
+apply = combine
 
 
 def with_memory(rows: Rows, slots: int, seed: int = 1) -> Rows:
@@ -49,17 +28,6 @@ def with_memory(rows: Rows, slots: int, seed: int = 1) -> Rows:
     shape = (len(rows.cond), slots, *SHAPE)
     memory = torch.randn(shape, generator=generator, dtype=rows.cond.dtype)
     return replace(rows, memory=memory)
-
-
-def one_row(rows: Rows, i: int) -> Rows:
-    """Row i alone."""
-    picked = {name: getattr(rows, name)[i : i + 1] for name in Rows.__slots__}
-    return Rows(**picked)
-
-
-def apply(rule: Rule, rows: Rows) -> Guided:
-    """A rule with the same parameters for all rows."""
-    return rule.combine(rows, rule.parameters([rule] * len(rows.cond), rows.x[:1]))
 
 
 def with_other(rows: Rows, other: Tensor) -> Rows:

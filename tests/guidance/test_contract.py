@@ -12,10 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from guidance import PERTURBATIONS, POLICIES, RULES, Perturbation, Policy, Rows, Rule
+from guidance import PERTURBATIONS, POLICIES, RULES, Perturbation, Policy, Rule
 from guidance.cfg import CFG
 from guidance.composed import Composed, WeightedPrompt
 from guidance.residual import Residual
+from guidance.testing import (
+    check_agreement,
+    check_branches,
+    check_description,
+    check_inputs_are_kept,
+    check_moves_open_a_step,
+    check_shapes,
+)
 from tests.covering import covering
 from tests.guidance.cases import (
     PERTURBATION_VARIANTS,
@@ -43,8 +51,6 @@ def each_kind_of(rules: Iterable[Rule]) -> pytest.MarkDecorator:
 
 
 each_rule = each_kind_of(RULE_VARIANTS)
-each_guiding_rule = each_kind_of(rule for rule in RULE_VARIANTS if rule.branches)
-each_idle_rule = each_kind_of(rule for rule in RULE_VARIANTS if not rule.branches)
 each_policy = pytest.mark.parametrize("policy", POLICY_VARIANTS, ids=label)
 each_perturbation = pytest.mark.parametrize("perturbation", PERTURBATION_VARIANTS, ids=label)
 
@@ -62,9 +68,8 @@ def branches_of(rule: Rule) -> int:
 def test_names_and_texts_are_there_once(registry: tuple[type[Rule], ...]) -> None:
     names = [kind.model_fields["name"].default for kind in registry]
     assert len(set(names)) == len(names)
-    assert all(kind.summary and kind.source and kind.__doc__ for kind in registry)
-    fields = [f for kind in registry for name, f in kind.model_fields.items() if name != "name"]
-    assert all(field.description for field in fields)
+    for kind in registry:
+        check_description(kind)
 
 
 SEVERAL = Composed(prompts=(WeightedPrompt(prompt="x"), WeightedPrompt(prompt="y", weight=-1)))
@@ -143,19 +148,15 @@ def test_a_rule_and_a_policy_make_a_run_together(
 
 
 @each_rule
+def test_results_have_the_shapes_and_the_type_of_what_went_in(variants: list[Rule]) -> None:
+    for rule in variants:
+        check_shapes(rule)
+
+
+@each_rule
 def test_predictions_that_agree_are_left_alone(variants: list[Rule]) -> None:
     for rule in variants:
-        rows = draw(3, branches=branches_of(rule))
-        # Small, as what lies within a threshold's limit is left alone too.
-        rows = replace(rows, cond=0.01 * rows.cond)
-        rows = replace(
-            rows,
-            others=rows.cond[:, None].expand_as(rows.others),
-            memory=torch.zeros(3, rule.memory_slots, 4, 6, 5, dtype=torch.float64),
-        )
-        result = apply(rule, rows)
-        assert torch.allclose(result.denoised, rows.cond, rtol=1e-12, atol=1e-12), label(rule)
-        assert torch.allclose(result.x, rows.x, rtol=1e-12, atol=1e-12), label(rule)
+        check_agreement(rule)
 
 
 NEUTRAL: dict[str, dict[str, float]] = {
@@ -193,46 +194,16 @@ def test_each_rule_can_be_plain_cfg(name: str) -> None:
         assert torch.equal(result.x, rows.x)
 
 
-@each_idle_rule
-def test_a_rule_that_asks_for_nothing_gives_the_prompts_prediction(variants: list[Rule]) -> None:
-    for rule in variants:
-        rows = with_memory(draw(3), rule.memory_slots)
-        result = apply(rule, rows)
-        assert torch.allclose(result.denoised, rows.cond, rtol=1e-12, atol=1e-12), label(rule)
-        assert torch.equal(result.x, rows.x), label(rule)
-
-
-def moved(rule: Rule, rows: Rows, others: Tensor) -> bool:
-    """Whether other predictions of the branches change what the rule gives."""
-    first, second = apply(rule, rows), apply(rule, replace(rows, others=others))
-    return not (torch.equal(first.denoised, second.denoised) and torch.equal(first.x, second.x))
-
-
 @each_rule
 def test_branches_are_asked_for_only_where_they_can_matter(variants: list[Rule]) -> None:
     for rule in variants:
-        count = branches_of(rule)
-        rows = with_memory(draw(3, 0, branches=count), rule.memory_slots)
-        others = draw(3, 1, branches=count).others
-        assert moved(rule, rows, others) == bool(rule.branches), label(rule)
-
-
-@each_guiding_rule
-def test_each_branch_that_is_asked_for_matters(variants: list[Rule]) -> None:
-    for rule in variants:
-        rows = with_memory(draw(3, 0, branches=len(rule.branches)), rule.memory_slots)
-        for k in range(len(rule.branches)):
-            others = rows.others.clone()
-            others[:, k] = draw(3, 1).other
-            assert moved(rule, rows, others), (label(rule), k)
+        check_branches(rule)
 
 
 def test_no_rule_moves_x_within_a_step() -> None:
     """Only CFG++ moves it, and the samplers count on one move a step."""
     for rule in RULE_VARIANTS:
-        rows = with_memory(draw(2, branches=branches_of(rule)), rule.memory_slots)
-        within = apply(rule, replace(rows, opens_step=~rows.opens_step))
-        assert torch.equal(within.x, rows.x), label(rule)
+        check_moves_open_a_step(rule)
 
 
 @pytest.mark.parametrize("kind", RULES)
@@ -258,11 +229,7 @@ def test_rows_with_their_own_parameters_get_what_each_gets_alone(
 @each_rule
 def test_rules_leave_their_inputs_alone(variants: list[Rule]) -> None:
     for rule in variants:
-        rows = with_memory(draw(2, branches=branches_of(rule)), rule.memory_slots)
-        before = {name: getattr(rows, name).clone() for name in type(rows).__slots__}
-        apply(rule, rows)
-        for name, kept in before.items():
-            assert torch.equal(getattr(rows, name), kept), (label(rule), name)
+        check_inputs_are_kept(rule)
 
 
 @each_policy

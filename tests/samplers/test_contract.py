@@ -10,6 +10,14 @@ from numpy.typing import NDArray
 
 from samplers import SAMPLERS, SPACINGS, NoiseSchedule, Plan, Sampler, advance, integrate
 from samplers.gaussian import GaussianDenoiser
+from samplers.testing import (
+    check_description,
+    check_evaluations,
+    check_moves,
+    check_noise,
+    check_one_step,
+    check_plan,
+)
 from tests.samplers.cases import (
     DISCRETE,
     DISTILLED,
@@ -74,9 +82,8 @@ def test_names_and_texts_are_there_once() -> None:
     for registry in (SAMPLERS, SPACINGS):
         names = [kind.model_fields["name"].default for kind in registry]
         assert len(set(names)) == len(names)
-        assert all(kind.summary and kind.source and kind.__doc__ for kind in registry)
-        fields = [f for kind in registry for n, f in kind.model_fields.items() if n != "name"]
-        assert all(field.description for field in fields)
+        for kind in registry:
+            check_description(kind)
 
 
 @each_pair
@@ -88,20 +95,14 @@ def test_every_plan_is_finite_and_lands_on_the_clean_picture(
         if grid is None:
             assert may_refuse(spacing, schedule)
             continue
-        plan = sampler.plan(grid)
-        assert np.isfinite(plan.tables).all(), (label(spacing), steps)
-        assert plan.tables.shape == (plan.evaluations, plan.slots, plan.slots + 3)
-        assert plan.t.shape == plan.alpha.shape == plan.sigma.shape == (plan.evaluations + 1,)
-        assert (plan.alpha[-1], plan.sigma[-1]) == (1, 0)
-        assert (np.diff(plan.step) >= 0).all()
+        check_plan(sampler.plan(grid), f"{label(spacing)}, {steps} steps")
 
 
 @each_sampler(variants=FEW_VARIANTS)
 def test_evaluations_are_as_declared(variants: list[Sampler]) -> None:
     for sampler, steps in product(variants, STEPS):
+        check_evaluations(sampler, DISCRETE, steps)
         plan = plan_of(sampler, DISCRETE, steps)
-        assert plan.steps == sampler.steps_taken(steps)
-        assert plan.evaluations == sampler.evaluations(steps), label(sampler)
         told: list[float] = []
         integrate(
             plan,
@@ -115,19 +116,13 @@ def test_evaluations_are_as_declared(variants: list[Sampler]) -> None:
 @each_sampler(variants=FEW_VARIANTS)
 def test_noise_is_drawn_exactly_when_declared(variants: list[Sampler]) -> None:
     for sampler in variants:
-        noisy = plan_of(sampler, DISCRETE, 5).noisy
-        assert any(noisy) == sampler.stochastic, label(sampler)
-        assert not noisy[-1], label(sampler)
+        check_noise(sampler, DISCRETE)
 
 
 @each_sampler(cells=PAIRS)
 def test_one_step_to_zero_gives_the_denoised_picture(cells: list[Cell]) -> None:
-    picture = torch.tensor([[0.3, -0.8, 0.1]], dtype=torch.float64)
-    start = torch.tensor([[1.5, 0.2, -2.0]], dtype=torch.float64)
     for sampler, schedule in cells:
-        landed = integrate(plan_of(sampler, schedule, 1), lambda _x, _t: picture, start)
-        # The consistency function keeps 2.5e-9 of x at the noisiest step.
-        assert (landed - picture).abs().max() < 1e-8, (label(sampler), said(schedule))
+        check_one_step(sampler, schedule)
 
 
 @each_sampler(cells=LINEAR_PAIRS)
@@ -146,21 +141,7 @@ def test_point_data_has_its_exact_marginal_at_every_level(cells: list[Cell]) -> 
     ("sampler", "schedule"), over_schedules(DETERMINISTIC, EACH_KIND, EACH_KIND), ids=said
 )
 def test_a_point_moved_before_a_step_stays_moved(schedule: NoiseSchedule, sampler: Sampler) -> None:
-    """Guidance and inpainting move x; a solver that stepped from a stored point would lose it.
-
-    With a constant prediction the distance from it shrinks with sigma, and the move with it.
-    """
-    grid = schedule.grid(spacing_named("logsnr"), 6, t_end=0.1)
-    plan = sampler.plan(grid)
-    K = plan.slots
-    for stage in range(plan.evaluations):
-        if stage and plan.step[stage] == plan.step[stage - 1]:
-            continue
-        move = np.zeros(K)
-        move[0] = 1.0
-        for table in plan.tables[stage:]:
-            move = table[:, :K] @ move
-        assert move[0] == pytest.approx(plan.sigma[-1] / plan.sigma[stage])
+    check_moves(sampler, schedule)
 
 
 @pytest.mark.parametrize(

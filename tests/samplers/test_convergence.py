@@ -1,13 +1,10 @@
 """Declared orders against slopes measured on a Gaussian mixture, whose flow is known."""
 
-import numpy as np
 import pytest
-import torch
 
-from samplers import NoiseSchedule, Sampler, integrate
-from samplers.gaussian import GaussianMixtureDenoiser
+from samplers import NoiseSchedule, Sampler
 from samplers.heavy_ball import GHVB
-from samplers.timesteps import LogSNR
+from samplers.testing import Flow, check_order, measured_order
 from samplers.unipc import UniPC
 from tests.samplers.cases import (
     CANCELLING,
@@ -23,9 +20,6 @@ from tests.samplers.cases import (
     said,
 )
 
-STEPS = (80, 160, 320)
-TOLERANCE = 0.25
-
 # Lowering the order at the end is a matter of few steps, and would hide the slope. Leading errors
 # of some SA-Solvers all but cancel and give no one slope: test_sa_solver bounds those. Some
 # of DPM-Solver-v3 start too coarsely: test_dpm_solver_v3 measures them from smaller first steps.
@@ -40,16 +34,6 @@ SOLVERS = [
 ]
 
 
-def errors(sampler: Sampler, schedule: NoiseSchedule, t_start: float, t_end: float) -> list[float]:
-    """Largest distance from the exact flow after runs of ``STEPS`` steps, even in log SNR."""
-    data = GaussianMixtureDenoiser(schedule)
-    reach = 1.6 * float(data.spread(t_start).max())
-    x = torch.linspace(-reach, reach, 17, dtype=torch.float64)[None]
-    exact = data.transport(x, t_start, t_end)
-    plans = (sampler.plan(schedule.grid(LogSNR(), steps, t_start, t_end)) for steps in STEPS)
-    return [float((integrate(plan, data, x) - exact).abs().max()) for plan in plans]
-
-
 RANGES = {VP: (1.0, 0.02), FLOW: (0.99, 0.05), EDM: (20.0, 0.05)}
 
 
@@ -59,9 +43,7 @@ RANGES = {VP: (1.0, 0.02), FLOW: (0.99, 0.05), EDM: (20.0, 0.05)}
 def test_error_falls_with_the_declared_power_of_the_step(
     sampler: Sampler, schedule: NoiseSchedule
 ) -> None:
-    found = errors(sampler, schedule, *RANGES[schedule])
-    slope = -np.polyfit(np.log(STEPS), np.log(found), 1)[0]
-    assert abs(slope - sampler.convergence_order) < TOLERANCE, f"{slope:.2f}: {found}"
+    check_order(sampler, Flow(schedule, *RANGES[schedule]))
 
 
 @pytest.mark.parametrize(
@@ -71,9 +53,7 @@ def test_error_falls_with_the_declared_power_of_the_step(
 )
 def test_orders_above_three_do_not_show_from_low_noise(sampler: Sampler) -> None:
     """The first steps, of lower order, are then made where the prediction moves."""
-    found = errors(sampler, FLOW, 0.8, 0.1)
-    slope = -np.polyfit(np.log(STEPS), np.log(found), 1)[0]
-    assert 3.2 < slope < 3.8
+    assert 3.2 < measured_order(sampler, Flow(FLOW, 0.8, 0.1)) < 3.8
 
 
 def test_every_sampler_that_solves_the_flow_is_measured() -> None:

@@ -1,0 +1,249 @@
+"""What every guidance rule promises, as checks that the author of a new one calls from a test.
+
+``check_rule(MyRule(), MyRule(scale=7.5))`` makes all of them. Each raises AssertionError with a
+sentence that says which promise is broken, and at which parameters. Weft holds its own rules to the
+same checks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Final
+
+from guidance.rule import Guided, Rows
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor, dtype
+
+    from guidance.perturbation import Perturbation
+    from guidance.policy import Policy
+    from guidance.rule import Rule
+
+SHAPE: Final = (4, 6, 5)
+"""Of the latents that rules are checked on: no two axes alike."""
+CLOSE: Final = 1e-12
+"""What float64 leaves of a difference, relative and absolute."""
+
+
+def check_rule(*settings: Rule) -> None:
+    """All promises of a rule, at each of these parameters and in one batch of all of them.
+
+    Args:
+        settings: of one rule: its defaults, and whatever else it does differently.
+
+    Raises:
+        AssertionError: a promise is broken; says which.
+    """
+    check_description(type(settings[0]))
+    for rule in settings:
+        check_inputs_are_kept(rule)
+        check_shapes(rule)
+        check_agreement(rule)
+        check_branches(rule)
+        check_moves_open_a_step(rule)
+    # Rows that ask for as many branches share a call, as they do in the server.
+    for count in sorted({len(rule.branches) for rule in settings}):
+        together = [rule for rule in settings if len(rule.branches) == count]
+        check_rows_are_independent(together)
+
+
+def check_description(kind: type[Rule | Policy | Perturbation]) -> None:
+    """A name, a summary, a source and a docstring, and a sentence for each field.
+
+    They reach the API's documentation, the catalog and the command line.
+
+    Raises:
+        AssertionError: one of them is missing.
+    """
+    for said in ("summary", "source", "__doc__"):
+        _hold(getattr(kind, said, None), f"{kind.__name__} has no {said}")
+    for name, field in kind.model_fields.items():
+        if name == "name":
+            _hold(isinstance(field.default, str), f"{kind.__name__}.name has no default")
+        else:
+            _hold(field.description, f"{kind.__name__}.{name} has no description")
+
+
+def check_shapes(rule: Rule) -> None:
+    """What comes out has the shapes and the type of what went in, and is finite.
+
+    Raises:
+        AssertionError: it has others, or holds what is no number.
+    """
+    from torch import float32, float64
+
+    for kind in (float32, float64):
+        rows = rows_for(rule, 3, dtype=kind)
+        result = combine(rule, rows)
+        for name, like in (("denoised", rows.cond), ("x", rows.x), ("memory", rows.memory)):
+            found: Tensor = getattr(result, name)
+            _hold(
+                found.shape == like.shape and found.dtype == kind,
+                f"{rule!r}: {name} is {list(found.shape)} of {found.dtype}, "
+                f"not {list(like.shape)} of {kind}",
+            )
+            _hold(bool(found.isfinite().all()), f"{rule!r}: {name} is not finite")
+
+
+def check_agreement(rule: Rule) -> None:
+    """Where all predictions agree there is nothing to guide: they are the result.
+
+    Raises:
+        AssertionError: the result, or the point to step from, is another.
+    """
+    rows = rows_for(rule, 3)
+    # Small, as what lies within a threshold's limit is left alone too.
+    cond = 0.01 * rows.cond
+    others = cond[:, None].expand_as(rows.others)
+    rows = replace(rows, cond=cond, others=others, memory=rows.memory * 0)
+    result = combine(rule, rows)
+    _hold(_same(result.denoised, cond), f"{rule!r} changes predictions that all agree")
+    _hold(_same(result.x, rows.x), f"{rule!r} moves x where all predictions agree")
+
+
+def check_branches(rule: Rule) -> None:
+    """Each branch that is asked for changes the result, and where none is asked for none does.
+
+    Raises:
+        AssertionError: an evaluation is spent for nothing, or a branch that matters is not asked
+            for.
+    """
+    rows = rows_for(rule, 3)
+    for k in range(rows.others.shape[1]):
+        others = rows.others.clone()
+        others[:, k] = rows_for(rule, 3, seed=1).others[:, k]
+        first, second = combine(rule, rows), combine(rule, replace(rows, others=others))
+        matters = not (first.denoised.equal(second.denoised) and first.x.equal(second.x))
+        if rule.branches:
+            _hold(matters, f"{rule!r} asks for branch {k} and does not use it")
+        else:
+            _hold(not matters, f"{rule!r} uses a branch that it does not ask for")
+    if not rule.branches:
+        result = combine(rule, rows)
+        alone = _same(result.denoised, rows.cond) and _same(result.x, rows.x)
+        _hold(alone, f"{rule!r} asks for no branch and changes the prompt's prediction")
+
+
+def check_inputs_are_kept(rule: Rule) -> None:
+    """A rule changes nothing that it is given: others read the same tensors.
+
+    Raises:
+        AssertionError: it writes into one.
+    """
+    rows = rows_for(rule, 2)
+    before = {field.name: getattr(rows, field.name).clone() for field in fields(rows)}
+    combine(rule, rows)
+    for name, kept in before.items():
+        _hold(getattr(rows, name).equal(kept), f"{rule!r} writes into rows.{name}")
+
+
+def check_moves_open_a_step(rule: Rule) -> None:
+    """Within a step x stays where it is: a sampler counts on one move a step, before it.
+
+    Raises:
+        AssertionError: x is moved where ``rows.opens_step`` is false.
+    """
+    rows = rows_for(rule, 2)
+    within = combine(rule, replace(rows, opens_step=~rows.opens_step))
+    _hold(within.x.equal(rows.x), f"{rule!r} moves x within a step, where opens_step is false")
+
+
+def check_rows_are_independent(settings: Sequence[Rule]) -> None:
+    """Rows with parameters of their own get together what each gets alone.
+
+    Args:
+        settings: of one rule, all with as many branches.
+
+    Raises:
+        AssertionError: a row's result depends on its neighbours.
+    """
+    from torch import arange
+
+    kind = type(settings[0])
+    # Two rows each, so that neighbours of equal parameters are covered too.
+    own = [*settings, *settings]
+    rows = rows_for(settings[0], len(own))
+    odd = arange(len(own)).view(-1, 1, 1, 1) % 2 == 1
+    rows = replace(rows, opens_step=odd, closes_step=~odd)
+    together = kind.combine(rows, kind.parameters(own, rows.x[:1]))
+    for i, rule in enumerate(own):
+        alone = combine(rule, one_row(rows, i))
+        for name in Guided._fields:
+            mine: Tensor = getattr(together, name)[i : i + 1]
+            _hold(_same(mine, getattr(alone, name)), f"{rule!r}: {name} depends on other rows")
+
+
+def rows_for(rule: Rule, count: int, seed: int = 0, dtype: dtype | None = None) -> Rows:
+    """Random rows of as many branches and slots of memory as a rule asks for.
+
+    There is one branch where it asks for none, which must not matter then.
+
+    Args:
+        rule: with its parameters.
+        count: of rows.
+        seed: of the random numbers.
+        dtype: of the tensors; float64 by default.
+    """
+    return draw(count, seed, dtype, len(rule.branches) or 1, rule.memory_slots)
+
+
+def draw(
+    count: int, seed: int = 0, dtype: dtype | None = None, branches: int = 1, slots: int = 0
+) -> Rows:
+    """Random predictions at random variance-preserving levels, as in the midst of a run.
+
+    They are of a run's second half, as there are rules that hold still at first.
+
+    Args:
+        count: of rows.
+        seed: of the random numbers.
+        dtype: of the tensors; float64 by default.
+        branches: predictions of each row beside the prompt's, at least 1.
+        slots: of memory.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    kind = torch.float64 if dtype is None else dtype
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=kind)
+
+    def uniform() -> Tensor:
+        return torch.rand(count, 1, 1, 1, generator=generator, dtype=kind)
+
+    sigma = uniform() * 0.98 + 0.01
+    cond = normal(count, *SHAPE)
+    yes = torch.ones(count, 1, 1, 1, dtype=torch.bool)
+    return Rows(
+        cond=cond,
+        others=cond[:, None] + 0.3 * normal(count, branches, *SHAPE),
+        x=normal(count, *SHAPE),
+        alpha=(1 - sigma.square()).sqrt(),
+        sigma=sigma,
+        progress=(1 + uniform()) / 2,
+        memory=normal(count, slots, *SHAPE),
+        opens_step=yes,
+        closes_step=yes.clone(),
+    )
+
+
+def one_row(rows: Rows, i: int) -> Rows:
+    """Row i alone."""
+    return Rows(**{field.name: getattr(rows, field.name)[i : i + 1] for field in fields(rows)})
+
+
+def combine(rule: Rule, rows: Rows) -> Guided:
+    """A rule with the same parameters for all rows."""
+    return rule.combine(rows, rule.parameters([rule] * len(rows.cond), rows.x[:1]))
+
+
+def _same(found: Tensor, wanted: Tensor) -> bool:
+    return found.allclose(wanted, rtol=CLOSE, atol=CLOSE)
+
+
+def _hold(promise: object, broken: str) -> None:
+    if not promise:
+        raise AssertionError(broken)

@@ -1,0 +1,254 @@
+"""What every sampler promises, as checks that the author of a new one calls from a test.
+
+``check_sampler(MySampler())`` makes all of them. Each raises AssertionError with a sentence that
+says which promise is broken, and where. Weft holds its own samplers to the same checks.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import numpy as np
+
+from samplers.noise_schedule import NoiseSchedule
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from samplers.plan import Plan
+    from samplers.sampler import Sampler
+    from samplers.spacing import Spacing
+
+
+class Flow(NamedTuple):
+    """A schedule, and the times between which a sampler's order is measured on it."""
+
+    schedule: NoiseSchedule
+    t_start: float
+    t_end: float
+
+
+FLOWS: Final = (
+    Flow(NoiseSchedule.vp_linear(), 1.0, 0.02),
+    Flow(NoiseSchedule.flow(), 0.99, 0.05),
+    Flow(NoiseSchedule.edm(), 20.0, 0.05),
+)
+"""One schedule of each kind: variance preserving, flow matching, variance exploding."""
+STEPS: Final = (1, 2, 3, 5, 20)
+"""Runs that plans are checked for; one step and two are what samplers forget most easily."""
+SLOPE_STEPS: Final = (80, 160, 320)
+"""Runs that an order is measured by."""
+
+
+def check_sampler(sampler: Sampler, flows: Sequence[Flow] = FLOWS) -> None:
+    """All promises of a sampler, over schedules of each kind and few and many steps.
+
+    Call it once for each setting that behaves differently. A field that lowers the order of the
+    last steps hides the order, so switch it off where the order is above 1.
+
+    Args:
+        sampler: with its parameters.
+        flows: schedules to check it on; leave out those that its default spacing does not suit.
+
+    Raises:
+        AssertionError: a promise is broken; says which.
+    """
+    check_description(type(sampler))
+    for flow in flows:
+        for steps in STEPS:
+            plan = _plan(sampler, flow.schedule, steps)
+            check_plan(plan, f"{sampler.name} with {steps} steps on {flow.schedule}")
+            check_evaluations(sampler, flow.schedule, steps)
+        check_noise(sampler, flow.schedule)
+        check_one_step(sampler, flow.schedule)
+        if not sampler.stochastic:
+            check_moves(sampler, flow.schedule, flow.t_end)
+        check_order(sampler, flow)
+
+
+def check_description(kind: type[Sampler | Spacing]) -> None:
+    """A name, a summary, a source and a docstring, and a sentence for each field.
+
+    They reach the API's documentation, the catalog and the command line.
+
+    Raises:
+        AssertionError: one of them is missing.
+    """
+    for said in ("summary", "source", "__doc__"):
+        _hold(getattr(kind, said, None), f"{kind.__name__} has no {said}")
+    for name, field in kind.model_fields.items():
+        if name == "name":
+            _hold(isinstance(field.default, str), f"{kind.__name__}.name has no default")
+        else:
+            _hold(field.description, f"{kind.__name__}.{name} has no description")
+
+
+def check_plan(plan: Plan, where: str) -> None:
+    """A plan is finite, of agreeing shapes, lands on the clean picture, and never steps back.
+
+    Args:
+        plan: of a run to the clean picture.
+        where: said in the error.
+
+    Raises:
+        AssertionError: it is not.
+    """
+    stages, slots = plan.evaluations, plan.slots
+    _hold(np.isfinite(plan.tables).all(), f"{where}: its tables are not finite")
+    _hold(
+        plan.tables.shape[:3] == (stages, slots, slots + 3),
+        f"{where}: its tables have shape {plan.tables.shape}, not [stages, K, K + 3]",
+    )
+    for name, points in (("t", plan.t), ("alpha", plan.alpha), ("sigma", plan.sigma)):
+        _hold(
+            points.shape == (stages + 1,),
+            f"{where}: {name} has shape {points.shape}; {stages} stages have {stages + 1} points",
+        )
+    landing = float(plan.alpha[-1]), float(plan.sigma[-1])
+    _hold(
+        landing == (1, 0),
+        f"{where}: it lands on alpha, sigma = {landing} and not on the clean picture",
+    )
+    _hold(plan.step[0] == 0, f"{where}: its first stage belongs to step {plan.step[0]}, not 0")
+    _hold((np.diff(plan.step) >= 0).all(), f"{where}: it goes back to an earlier step")
+
+
+def check_evaluations(sampler: Sampler, schedule: NoiseSchedule, steps: int) -> None:
+    """A run takes as many steps and evaluations as declared.
+
+    Raises:
+        AssertionError: it takes others.
+    """
+    plan = _plan(sampler, schedule, steps)
+    for name, declared, found in (
+        ("steps", sampler.steps_taken(steps), plan.steps),
+        ("evaluations", sampler.evaluations(steps), plan.evaluations),
+    ):
+        _hold(
+            declared == found,
+            f"{sampler.name} with {steps} steps declares {declared} {name}; its plan has {found}",
+        )
+
+
+def check_noise(sampler: Sampler, schedule: NoiseSchedule, steps: int = 5) -> None:
+    """Fresh noise is drawn exactly where ``stochastic`` is declared, and none in the last stage.
+
+    Raises:
+        AssertionError: noise is drawn that is not declared, or declared and not drawn.
+    """
+    noisy = _plan(sampler, schedule, steps).noisy
+    _hold(
+        any(noisy) == sampler.stochastic,
+        f"{sampler.name} declares stochastic = {sampler.stochastic}, but its plan draws "
+        f"{'noise' if any(noisy) else 'none'}",
+    )
+    _hold(not noisy[-1], f"{sampler.name} adds noise to the finished picture")
+
+
+def check_one_step(sampler: Sampler, schedule: NoiseSchedule) -> None:
+    """A run of a single step gives the denoised prediction.
+
+    Raises:
+        AssertionError: it gives another picture.
+    """
+    from torch import float64, tensor
+
+    from samplers.plan import integrate
+
+    picture = tensor([[0.3, -0.8, 0.1]], dtype=float64)
+    start = tensor([[1.5, 0.2, -2.0]], dtype=float64)
+    landed = integrate(_plan(sampler, schedule, 1), lambda _x, _t: picture, start)
+    apart = float((landed - picture).abs().max())
+    # A consistency function keeps 2.5e-9 of x at the noisiest step.
+    _hold(
+        apart < 1e-8,
+        f"{sampler.name} misses the denoised picture by {apart:.2g} in a run of one step",
+    )
+
+
+def check_moves(sampler: Sampler, schedule: NoiseSchedule, t_end: float = 0.1) -> None:
+    """A point that is moved before a step stays moved.
+
+    Guidance such as CFG++ and inpainting move x between steps. A solver that steps from a stored
+    point loses the move, and one that compares the new slope with a stored one takes it for a turn
+    of the flow. Keep a past slope as the signal ``x - sigma slope`` that it implies at the new
+    point, which moves along. With a constant prediction the distance from it shrinks with sigma,
+    and the move with it.
+
+    Args:
+        sampler: without fresh noise.
+        schedule: to run on.
+        t_end: time at which the run ends, with noise left.
+
+    Raises:
+        AssertionError: a move is lost or comes out longer or shorter.
+    """
+    grid = schedule.grid("logsnr", 6, t_end=t_end)
+    plan = sampler.plan(grid)
+    slots = plan.slots
+    for stage in range(plan.evaluations):
+        if not plan.opens_step(stage):
+            continue
+        move = np.eye(slots)[0]
+        for table in plan.tables[stage:]:
+            move = table[:, :slots] @ move
+        wanted = plan.sigma[-1] / plan.sigma[stage]
+        _hold(
+            np.isclose(move[0], wanted, rtol=1e-6, atol=1e-12),
+            f"{sampler.name}: of a move of x before stage {stage} {move[0]:.4g} is left at the "
+            f"end, where sigma says {wanted:.4g}; its history must move with x",
+        )
+
+
+def measured_order(
+    sampler: Sampler, flow: Flow = FLOWS[0], steps: Sequence[int] = SLOPE_STEPS
+) -> float:
+    """The power of the step with which the error falls, against a flow that is known exactly.
+
+    The data are a mixture of Gaussians (:class:`samplers.gaussian.GaussianMixtureDenoiser`), in
+    float64, over steps that are even in log SNR.
+
+    Args:
+        sampler: without fresh noise.
+        flow: schedule and range.
+        steps: of the runs, rising.
+    """
+    from torch import float64, linspace
+
+    from samplers.gaussian import GaussianMixtureDenoiser
+    from samplers.plan import integrate
+
+    schedule, t_start, t_end = flow
+    data = GaussianMixtureDenoiser(schedule)
+    reach = 1.6 * float(data.spread(t_start).max())
+    x = linspace(-reach, reach, 17, dtype=float64)[None]
+    exact = data.transport(x, t_start, t_end)
+    plans = (sampler.plan(schedule.grid("logsnr", count, t_start, t_end)) for count in steps)
+    errors = [float((integrate(plan, data, x) - exact).abs().max()) for plan in plans]
+    return -float(np.polyfit(np.log(steps), np.log(errors), 1)[0])
+
+
+def check_order(sampler: Sampler, flow: Flow = FLOWS[0], tolerance: float = 0.25) -> None:
+    """The order of convergence is the declared one; a sampler that declares 0 passes.
+
+    Raises:
+        AssertionError: the measured slope differs by more than the tolerance.
+    """
+    declared = sampler.convergence_order
+    if declared == 0:
+        return
+    found = measured_order(sampler, flow)
+    _hold(
+        abs(found - declared) < tolerance,
+        f"{sampler.name} declares order {declared}; its error falls with the power {found:.2f} "
+        f"on {flow.schedule}",
+    )
+
+
+def _plan(sampler: Sampler, schedule: NoiseSchedule, steps: int) -> Plan:
+    return sampler.plan(schedule.grid(sampler.default_spacing, steps))
+
+
+def _hold(promise: object, broken: str) -> None:
+    if not promise:
+        raise AssertionError(broken)

@@ -1,0 +1,83 @@
+"""The checks for authors of samplers: each finds the defect that it is for, and says it."""
+
+from typing import ClassVar, Literal
+
+import numpy as np
+import pytest
+from typing_extensions import override
+
+from samplers import DDIM, LCM, Columns, Grid, NoiseSchedule, Plan, Sampler, UniPC
+from samplers.testing import Flow, check_sampler
+
+
+class Broken(Sampler, frozen=True):
+    """Euler's method with one defect of choice."""
+
+    summary: ClassVar[str] = "Broken."
+    source: ClassVar[str] = "None."
+    name: Literal["broken"] = "broken"
+    defect: ClassVar[str] = ""
+
+    @property
+    @override
+    def convergence_order(self) -> int:
+        return 2 if self.defect == "order" else 1
+
+    @property
+    @override
+    def evaluations_per_step(self) -> int:
+        return 2 if self.defect == "evaluations" else 1
+
+    @override
+    def plan(self, grid: Grid) -> Plan:
+        columns = Columns("x", "stored")
+        x, D = columns["x"], columns.denoised
+        tables: list[np.ndarray] = []
+        for i in range(grid.steps):
+            if self.defect == "moves" and i:
+                # A point that was stored before guidance could move it.
+                x = columns["stored"]
+            landing = grid.alpha[i + 1] * D
+            landing = landing + grid.sigma[i + 1] * (x - grid.alpha[i] * D) / grid.sigma[i]
+            if self.defect == "landing":
+                landing = landing + 1e-3 * x
+            if self.defect == "noise":
+                landing = landing + grid.sigma[i + 1] * columns.noise
+            tables.append(columns.table(x=landing, stored=landing))
+        if self.defect == "finite":
+            tables[0] = tables[0] / 0.0
+        return Plan.of_steps(grid, tables)
+
+
+@pytest.mark.parametrize(
+    ("defect", "sentence"),
+    [
+        ("order", r"declares order 2; its error falls with the power (0\.9|1\.0)"),
+        ("evaluations", "with 2 steps declares 3 evaluations; its plan has 2"),
+        ("noise", "declares stochastic = False, but its plan draws noise"),
+        ("landing", "misses the denoised picture by"),
+        ("moves", "its history must move with x"),
+        ("finite", "with 1 steps on .*: its tables are not finite"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:(divide by zero|invalid value):RuntimeWarning")
+def test_a_broken_promise_is_named(
+    defect: str, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Broken, "defect", defect)
+    with pytest.raises(AssertionError, match=sentence):
+        check_sampler(Broken())
+
+
+def test_missing_texts_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Broken, "summary", "")
+    with pytest.raises(AssertionError, match="Broken has no summary"):
+        check_sampler(Broken())
+
+
+def test_samplers_that_keep_their_promises_pass() -> None:
+    check_sampler(Broken())
+    check_sampler(DDIM(eta=1.0))
+    check_sampler(UniPC(order=3, lower_order_final=False))
+    whole = NoiseSchedule.from_diffusers({"beta_schedule": "scaled_linear"})
+    check_sampler(LCM(), [Flow(whole, 999.0, 20.0)])
