@@ -1,55 +1,53 @@
 """Guidance: rules, policies, perturbations and classifiers' terms, usable without the server."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from guidance.adaptive import Adaptive
+from guidance.always import Always
+from guidance.apg import APG
+from guidance.autoguidance import Autoguidance
 from guidance.branch import EMPTY, NEGATIVE, Branch
+from guidance.cfg import CFG
+from guidance.cfg_norm import CFGNorm
+from guidance.cfg_plus_plus import CFGPlusPlus
+from guidance.cfg_rescale import CFGRescale
+from guidance.cfg_zero_star import CFGZeroStar
 from guidance.classifier_guidance import (
     ClassifierGuidance,
     GradientGuidance,
     Reference,
     ReferenceGuidance,
 )
-from guidance.diffusion_levels import DiffusionLevels
-from guidance.edits import Edit
-from guidance.feynman_kac import FeynmanKac
-from guidance.inversion import invert
-from guidance.loop import guide
-from guidance.nag import NAG
-from guidance.negtome import NegToMe
-from guidance.perturbation import Perturbation
-from guidance.policy import Filled, Policy
-from guidance.rule import Guided, Rows, Rule, stack
-from guidance.skip_tuning import SkipTuning
-
-# isort: split
-# Last, as the rules, policies and terms of installed packages import the names above.
-from guidance.registry import CLASSIFIERS, PERTURBATIONS, POLICIES, RULES
-
-# isort: split
-from guidance.parts import PARTS, Part
-
-# isort: split
-from guidance.adaptive import Adaptive
-from guidance.always import Always
-from guidance.apg import APG
-from guidance.autoguidance import Autoguidance
-from guidance.cfg import CFG
-from guidance.cfg_norm import CFGNorm
-from guidance.cfg_plus_plus import CFGPlusPlus
-from guidance.cfg_rescale import CFGRescale
-from guidance.cfg_zero_star import CFGZeroStar
 from guidance.composed import Composed, WeightedPrompt
+from guidance.diffusion_levels import DiffusionLevels
 from guidance.dynamic_thresholding import DynamicThresholding
+from guidance.edits import Edit
 from guidance.elucd import EluCD
+from guidance.feynman_kac import FeynmanKac
 from guidance.frequency_decoupled import FrequencyDecoupled
 from guidance.gradient_free import GradientFree
 from guidance.interval import Interval
+from guidance.inversion import invert
+from guidance.loop import guide
 from guidance.magnitude_aware import MagnitudeAware
 from guidance.minority import Minority
+from guidance.nag import NAG
+from guidance.negtome import NegToMe
 from guidance.pag import PAG
 from guidance.perp_neg import PerpNeg
+from guidance.perturbation import Perturbation
+from guidance.policy import Filled, Policy
+from guidance.rule import Guided, Rows, Rule, stack
 from guidance.seg import SEG
+from guidance.skip_tuning import SkipTuning
 from guidance.slg import SLG
 from guidance.tcfg import TCFG
 from guidance.unguided import Unguided
+
+if TYPE_CHECKING:
+    from guidance.parts import PARTS, Part
+    from guidance.registry import CLASSIFIERS, PERTURBATIONS, POLICIES, RULES
 
 __all__ = [
     "APG",
@@ -105,3 +103,16 @@ __all__ = [
     "invert",
     "stack",
 ]
+
+# These load the rules, policies and terms of installed packages, which import the names above.
+_LATER = {
+    **dict.fromkeys(("CLASSIFIERS", "PERTURBATIONS", "POLICIES", "RULES"), "guidance.registry"),
+    **dict.fromkeys(("PARTS", "Part"), "guidance.parts"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """What is imported when it is first asked for, and not with the package."""
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LATER[name]), name)
