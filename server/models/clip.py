@@ -31,7 +31,7 @@ class CLIP:
     """
 
     def __init__(self, encoder: Any, tokenizer: Any, device: torch.device) -> None:
-        self.encoder = encoder.to(device)
+        self.encoder = encoder
         self._tokenizer = tokenizer
         self._device = device
         # A fast tokenizer refuses two threads at once.

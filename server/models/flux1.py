@@ -91,11 +91,10 @@ class FluxDenoiser:
 
     Args:
         network: a ``FluxTransformer2DModel`` in inference mode.
-        device: where it runs.
     """
 
-    def __init__(self, network: Any, device: torch.device) -> None:
-        self.network = network.to(device)
+    def __init__(self, network: Any) -> None:
+        self.network = network
 
     def __call__(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
         """See ``HostedModel.evaluate``; a row without an embedded scale is told the scale 1."""
@@ -183,7 +182,7 @@ def load_flux1(
         device,
         dtype,
         schedule=FlowSchedules(folder, multiple),
-        denoiser=FluxDenoiser(transformer, device),
+        denoiser=FluxDenoiser(transformer),
         autoencoder=Autoencoder(vae, device),
         text=text,
     )

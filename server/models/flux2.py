@@ -68,7 +68,6 @@ class Qwen3Layers:
         self._encoder = encoder.model
         del self._encoder.layers[LAYERS[-1] + 1 :]
         self._encoder.config.num_hidden_layers = len(self._encoder.layers)
-        self._encoder.to(device)
         self._tokenizer = tokenizer
         self._device = device
         # A fast tokenizer refuses two threads at once.
@@ -113,11 +112,10 @@ class Flux2Denoiser:
 
     Args:
         network: a ``Flux2Transformer2DModel`` in inference mode.
-        device: where it runs.
     """
 
-    def __init__(self, network: Any, device: torch.device) -> None:
-        self.network = network.to(device)
+    def __init__(self, network: Any) -> None:
+        self.network = network
 
     def __call__(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
         """See ``HostedModel.evaluate``."""
@@ -213,7 +211,7 @@ def load_flux2_klein(
         device,
         dtype,
         schedule=FlowSchedules(folder, latent_scale, empirical_mu),
-        denoiser=Flux2Denoiser(transformer, device),
+        denoiser=Flux2Denoiser(transformer),
         autoencoder=Flux2Autoencoder(vae, device),
         text=text,
     )

@@ -97,6 +97,8 @@ def load_model(
     try:
         model = FAMILIES[family](folder, name, revisions, place, choose_dtype(dtype, place, half))
         check_loaded(folder, model.modules())
+        for network in model.modules().values():
+            network.to(model.device)
     except ModelMismatch:
         raise
     except Exception as error:

@@ -83,11 +83,10 @@ class PixArtDenoiser:
     Args:
         network: a ``PixArtTransformer2DModel`` in inference mode.
         latent_scale: pixels along one side of a latent cell.
-        device: where it runs.
     """
 
-    def __init__(self, network: Any, latent_scale: int, device: torch.device) -> None:
-        self.network = network.to(device)
+    def __init__(self, network: Any, latent_scale: int) -> None:
+        self.network = network
         self._latent_scale = latent_scale
 
     def __call__(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
@@ -166,7 +165,7 @@ def load_pixart(
         device,
         dtype,
         schedule=lambda *_: schedule,
-        denoiser=PixArtDenoiser(transformer, latent_scale, device),
+        denoiser=PixArtDenoiser(transformer, latent_scale),
         autoencoder=Autoencoder(vae, device),
         text=text,
         stack=stack,

@@ -67,11 +67,10 @@ class QwenDenoiser:
 
     Args:
         network: a ``QwenImageTransformer2DModel`` in inference mode.
-        device: where it runs.
     """
 
-    def __init__(self, network: Any, device: torch.device) -> None:
-        self.network = network.to(device)
+    def __init__(self, network: Any) -> None:
+        self.network = network
         # Diffusers caches these by class, which would keep them of models that are let go of.
         positions = network.pos_embed
         for name in ("_get_device_freqs", "_compute_video_freqs"):
@@ -143,7 +142,7 @@ def load_qwen_image(
             )
     encoder = load_text_encoder(folder, "text_encoder", Qwen2_5_VLForConditionalGeneration, dtype)
     # What looks at pictures, and what says words, is not needed and not kept.
-    language = encoder.model.language_model.to(device)
+    language = encoder.model.language_model
 
     def states(tokens: Tensor) -> Tensor:
         return language(tokens, use_cache=False).last_hidden_state
@@ -175,7 +174,7 @@ def load_qwen_image(
         device,
         dtype,
         schedule=FlowSchedules(folder, multiple),
-        denoiser=QwenDenoiser(transformer, device),
+        denoiser=QwenDenoiser(transformer),
         autoencoder=QwenAutoencoder(vae, device),
         text=text,
         stack=stack,

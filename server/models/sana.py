@@ -88,7 +88,7 @@ class InstructedGemma:
     """
 
     def __init__(self, encoder: Any, tokenizer: Any, device: torch.device) -> None:
-        self._encoder = encoder.to(device)
+        self._encoder = encoder
         self._tokenizer = tokenizer
         self._device = device
         # A fast tokenizer refuses two threads at once.
@@ -139,11 +139,10 @@ class SanaDenoiser:
 
     Args:
         network: a ``SanaTransformer2DModel`` in inference mode.
-        device: where it runs.
     """
 
-    def __init__(self, network: Any, device: torch.device) -> None:
-        self.network = network.to(device)
+    def __init__(self, network: Any) -> None:
+        self.network = network
 
     def __call__(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
         """See ``HostedModel.evaluate``."""
@@ -257,7 +256,7 @@ def _load(
         device,
         dtype,
         schedule=lambda *_: schedule,
-        denoiser=SanaDenoiser(transformer, device),
+        denoiser=SanaDenoiser(transformer),
         autoencoder=Autoencoder(vae, device),
         text=text,
         stack=_stack,

@@ -103,11 +103,10 @@ class SD3Denoiser:
 
     Args:
         network: an ``SD3Transformer2DModel`` in inference mode.
-        device: where it runs.
     """
 
-    def __init__(self, network: Any, device: torch.device) -> None:
-        self.network = network.to(device)
+    def __init__(self, network: Any) -> None:
+        self.network = network
 
     def __call__(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
         """See ``HostedModel.evaluate``."""
@@ -169,7 +168,7 @@ def load_stable_diffusion_3(
         device,
         dtype,
         schedule=FlowSchedules(folder, multiple),
-        denoiser=SD3Denoiser(transformer, device),
+        denoiser=SD3Denoiser(transformer),
         autoencoder=Autoencoder(vae, device),
         text=text,
     )

@@ -40,7 +40,7 @@ class T5:
     """
 
     def __init__(self, encoder: Any, tokenizer: Any, device: torch.device) -> None:
-        self.encoder = encoder.to(device)
+        self.encoder = encoder
         self._tokenizer = tokenizer
         self._device = device
         # A fast tokenizer refuses two threads at once.

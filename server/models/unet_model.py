@@ -83,9 +83,9 @@ class UNetModel(HostedModel):
     ) -> None:
         super().__init__(facts, device, dtype)
         self._schedule = schedule
-        self._unet = unet.to(device, memory_format=torch.channels_last)
+        self._unet = unet.to(memory_format=torch.channels_last)
         self._edits = RowEdits(self._unet)
-        self._weak = weak and weak.to(device, memory_format=torch.channels_last)
+        self._weak = weak and weak.to(memory_format=torch.channels_last)
         self._autoencoder = Autoencoder(vae, device)
         self._beside = None
         if facts.reads_mask:

@@ -5,6 +5,7 @@ Z-Image Team, arXiv 2511.22699; as ``ZImagePipeline`` of diffusers runs it.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,17 +60,18 @@ class ZImageDenoiser:
 
     Args:
         network: a ``ZImageTransformer2DModel`` in inference mode.
-        device: where it runs.
     """
 
-    def __init__(self, network: Any, device: torch.device) -> None:
-        self.network = network.to(device)
+    def __init__(self, network: Any) -> None:
+        self.network = network
+        # Called through the network, whose hooks then run.
+        network.forward = partial(evaluate, network)
 
     def __call__(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
         """See ``HostedModel.evaluate``."""
         told = inputs.conditioning.tensors
         texts = told[TEXT], told[LENGTHS], told.get(MASK)
-        return -evaluate(self.network, x.to(self.network.dtype), t, *texts).float()
+        return -self.network(x.to(self.network.dtype), t, *texts).float()
 
 
 def load_z_image(
@@ -86,7 +88,6 @@ def load_z_image(
     encoder = load_text_encoder(folder, "text_encoder", Qwen3Model, dtype)
     positions = encoder.config.max_position_embeddings
     tokenizer = load_tokenizer(folder, "tokenizer", Qwen2Tokenizer, positions)
-    encoder.to(device)
 
     def states(tokens: Tensor) -> Tensor:
         return encoder(tokens, output_hidden_states=True, use_cache=False).hidden_states[LAYER]
@@ -119,7 +120,7 @@ def load_z_image(
         device,
         dtype,
         schedule=FlowSchedules(folder, multiple),
-        denoiser=ZImageDenoiser(transformer, device),
+        denoiser=ZImageDenoiser(transformer),
         autoencoder=Autoencoder(vae, device),
         text=text,
         stack=stack,

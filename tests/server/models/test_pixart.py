@@ -217,7 +217,7 @@ def test_an_adapter_is_as_if_added_to_the_weights_and_none_is_of_the_size(
     ours, beside = model.evaluate(x, t, RowInputs(inputs.conditioning, adapters=adapters))
     plain = model.evaluate(x, t, inputs)
     fused = merged(pipeline.transformer, "transformer", [Weighted(adapter, 0.5)])
-    expected = PixArtDenoiser(fused, model.facts.latent_scale, torch.device("cpu"))(x, t, inputs)
+    expected = PixArtDenoiser(fused, model.facts.latent_scale)(x, t, inputs)
     assert difference(ours, expected[0]) < 1e-4
     assert_apart(plain[0], ours)
     assert torch.equal(beside, plain[1])
