@@ -2,9 +2,9 @@
 
     python -m benchmarks.first_forwards --architecture sd15
 
-Prints a Markdown table. A server warms up at some numbers of rows; a tick or a call of the
-autoencoder at another number is the first of its size, for which a GPU's libraries may have to
-choose or load kernels while clients wait.
+Prints a Markdown table. Before a server is ready it runs forwards at some numbers of rows, and
+others while nothing waits; rows of a tick are filled up to such a number. A forward at another
+number is the first of its size, for which a GPU's libraries choose or load kernels.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from benchmarks.architectures import ARCHITECTURES, build
-from server.engine.cost_model import MOST_ROWS
+from server.engine.cost_model import MOST_ROWS, TickCost
+from server.engine.preparation import AT_START, Preparation
 from server.engine.warmup import time_forwards
 from server.models.inputs import RowInputs
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from benchmarks.architectures import Architecture
+    from server.engine.forwards import Forwards
 
 ROWS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
 PICTURES = (1, 2, 3, 4)
@@ -39,9 +41,15 @@ def main() -> None:
     architecture = build(options.architecture, options.device, options.dtype)
     began = perf_counter()
     with torch.inference_mode():
-        time_forwards(architecture.hosted, MOST_ROWS)
+        model = architecture.hosted
+        cost = TickCost(time_forwards(model, MOST_ROWS))
+        shape = model.latent_shape(architecture.side, architecture.side)
+        preparation = Preparation()
+        forwards = preparation.add(model, shape, cost, MOST_ROWS)
+        while piece := preparation.next(AT_START):
+            piece()
         warmed_s = perf_counter() - began
-        calls = _calls(architecture)
+        calls = _calls(architecture, forwards)
         machine = platform.processor() or platform.machine()
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else machine
         print(
@@ -56,7 +64,7 @@ def main() -> None:
 
 
 def _calls(
-    architecture: Architecture,
+    architecture: Architecture, forwards: Forwards
 ) -> dict[str, tuple[Callable[[int], Tensor], tuple[int, ...]]]:
     model, side = architecture.hosted, architecture.side
     shape = model.latent_shape(side, side)
@@ -66,7 +74,7 @@ def _calls(
     def denoise(rows: int) -> Tensor:
         x = torch.randn(rows, *shape, device=model.device)
         t = torch.full((rows,), middle, device=model.device)
-        return model.evaluate(x, t, RowInputs(model.stack([told] * rows)))
+        return forwards.evaluate(x, t, RowInputs(model.stack([told] * rows)), MOST_ROWS)
 
     def decode(rows: int) -> Tensor:
         return model.decode(torch.zeros(rows, *shape, device=model.device))

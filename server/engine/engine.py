@@ -23,6 +23,7 @@ from server.engine.faults import attempt, free_memory, is_out_of_memory, lost_de
 from server.engine.footprint import Kind, footprint
 from server.engine.live_share import ORDINARY_SHARE, Shares, share_tick
 from server.engine.metrics import EngineMeasurements
+from server.engine.preparation import AT_START, Preparation
 from server.engine.reservation import Reservation
 from server.engine.row_watch import RowWatch
 from server.engine.scheduler import (
@@ -103,6 +104,9 @@ alone takes that long, ticks of one row would only make all frames late."""
 LIVE_PAUSE_S = 10.0
 """Seconds without a live frame after which none is expected."""
 
+QUIET_S = 1.0
+"""Seconds without work after which the engine prepares for what may come."""
+
 LANES_KEPT = 8
 """Lanes kept for their next image though none is under way in them."""
 
@@ -128,6 +132,9 @@ class Engine:
             heard of it.
         guessed_costs: seconds of a tick by rows to begin with, which the ticks then correct. By
             default forwards are timed at the start, which takes longer than one image.
+        prepares: run forwards at few numbers of rows, and all of these before they are needed:
+            some at the start, the others while nothing waits. By default on a GPU; never in
+            deterministic mode, where all forwards have the same number of rows.
     """
 
     def __init__(
@@ -142,6 +149,7 @@ class Engine:
         max_pending_bytes: float = inf,
         on_failure: Callable[[], None] | None = None,
         guessed_costs: Mapping[int, float] | None = None,
+        prepares: bool | None = None,
     ) -> None:
         if row_budget is not None and row_budget < LEAST_BUDGET:
             raise ValueError(
@@ -166,6 +174,9 @@ class Engine:
         self._shares = Shares()
         self._turns = Turns()
         self._costs = CostModel()
+        if prepares is None:
+            prepares = self._device.type == "cuda"
+        self._preparation = Preparation() if prepares and not deterministic else None
         self._fixed_rows: int | None = None
         self._overflows = Overflows()
         self._lanes: dict[LaneKey, Lane] = {}
@@ -242,6 +253,9 @@ class Engine:
         name = model.facts.name
         self._colours[name] = warmth.colours
         self._costs.start(name, self._default_shape(model), warmth.cost)
+        if self._preparation is not None:
+            most = self.measurements.row_budget
+            self._preparation.add(model, self._default_shape(model), warmth.cost, most)
         self._admission.add(name, model)
         with self._wake:
             self._models[name] = model
@@ -257,6 +271,8 @@ class Engine:
         self._costs.forget(name)
         self._admission.forget(name)
         self._overflows.forget()
+        if self._preparation is not None:
+            self._preparation.forget(name)
         self._lanes = {key: lane for key, lane in self._lanes.items() if key[0] != name}
         return True
 
@@ -450,6 +466,8 @@ class Engine:
             self._colours[name] = fit_preview(model)
             model.decode(torch.zeros(1, *self._default_shape(model), device=model.device))
             self._costs.start(name, self._default_shape(model), self._first_costs(name, most))
+        if self._preparation is not None:
+            self._prepare_first(self._preparation, most)
         if self._deterministic:
             asked = self._asked_budget or self._recommended_rows()
             self._fixed_rows = -(-asked // FIXED_ROWS_MULTIPLE) * FIXED_ROWS_MULTIPLE
@@ -466,6 +484,15 @@ class Engine:
         log.info("%s: ms per forward pass, by rows: %s", name, _milliseconds(samples))
         return TickCost(samples)
 
+    def _prepare_first(self, preparation: Preparation, most: int) -> None:
+        """What runs before the server is ready: all but the large forwards."""
+        for name, model in self._models.items():
+            shape = self._default_shape(model)
+            preparation.add(model, shape, self._costs.of(name, shape), most)
+        if self._guessed_costs is None:
+            while piece := preparation.next(AT_START):
+                self._prepare(piece)
+
     def _recommended_rows(self) -> int:
         """Rows of every forward in deterministic mode, which none of the models finds too many."""
         long_queue = Load(lane=0, rows=8 * MOST_ROWS, widest=1, live=False)
@@ -479,13 +506,42 @@ class Engine:
         return model.latent_shape(model.facts.default_width, model.facts.default_height)
 
     def _wait_for_work(self) -> bool:
-        """Sleep until there is work; False when it is time to end."""
+        """Sleep until there is work, and prepare for it meanwhile; False when it is time to end."""
+        quiet_s: float | None = QUIET_S
+        while not self._wait(quiet_s):
+            quiet_s = self._prepare_next()
+        if self._stop_at is None:
+            return True
+        return bool(self._arrived or self._active) and monotonic() < self._stop_at
+
+    def _wait(self, most_s: float | None) -> bool:
+        """Whether there is something to do, at the latest after so many seconds."""
         with self._wake:
-            while not (self._arrived or self._active or self._chores or self._stop_at is not None):
-                self._wake.wait()
-            if self._stop_at is None:
-                return True
-            return bool(self._arrived or self._active) and monotonic() < self._stop_at
+            return self._wake.wait_for(
+                lambda: (
+                    bool(self._arrived or self._active or self._chores) or self._stop_at is not None
+                ),
+                most_s,
+            )
+
+    def _prepare_next(self) -> float | None:
+        """Make one piece of the preparation; how long to wait for other work before the next one.
+
+        Live streams have pauses between their frames that are shorter than a piece.
+        """
+        if self._expects_live:
+            return QUIET_S
+        piece = None if self._preparation is None else self._preparation.next()
+        if piece is None:
+            return None
+        self._prepare(piece)
+        return 0.0
+
+    def _prepare(self, piece: Callable[[], object]) -> None:
+        failed = attempt(piece, self._device)
+        if isinstance(failed, Exception):
+            log.warning("what was tried before it was needed failed", exc_info=failed)
+            free_memory(self._device)
 
     def _tick(self) -> None:
         self._chores.do()
@@ -598,7 +654,10 @@ class Engine:
             longest_s = max(self._live_tick_s, cost.seconds_at(LEAST_THROUGHPUT, most))
         else:
             longest_s = self._longest_ordinary_s(cost, most)
-        seconds = cost.seconds if fixed is None else lambda _: cost.seconds(fixed)
+
+        def seconds(rows: int) -> float:
+            return cost.seconds(fixed or lane.size_of(rows))
+
         return LaneCosts(most, seconds, longest_s)
 
     def _longest_ordinary_s(self, cost: TickCost, most: int) -> float:
@@ -658,14 +717,19 @@ class Engine:
         self._weave([*chain(*units[half:])])
 
     def _stage(self, chosen: list[Sequence]) -> Outcome:
+        lane, m = chosen[0].lane, self.measurements
+        size = self._fixed_rows or lane.size_of(sum(sequence.rows for sequence in chosen))
+        known = lane.sizes_known
         outcome = run_stage(chosen, self._fixed_rows)
-        batch, lane, m = outcome.batch, chosen[0].lane, self.measurements
+        batch = outcome.batch
         m.ticks += 1
         m.rows_per_tick[batch.rows] += 1
         m.evaluations += batch.rows
         m.denoise_s += outcome.denoise_s
         m.weave_s += outcome.seconds - outcome.denoise_s
-        lane.cost.observe(self._fixed_rows or batch.rows, outcome.seconds)
+        if lane.sizes_known == known:
+            # The first forward of a size tells nothing of those after it.
+            lane.cost.observe(size, outcome.seconds)
         lane.row_cap.fit(batch.rows)
         self.row_watch.see(batch, m.ticks, outcome.seconds, m.pending)
         return outcome
@@ -811,7 +875,10 @@ class Engine:
         if key not in self._lanes:
             self._forget_idle_lanes()
             cost = self._costs.keep(task.model, shape)
-            self._lanes[key] = Lane(model, shape, cost, self.measurements.row_budget)
+            most, forwards = self.measurements.row_budget, None
+            if self._preparation is not None:
+                forwards = self._preparation.forwards(model, shape, cost, most)
+            self._lanes[key] = Lane(model, shape, cost, most, forwards)
         return self._lanes[key]
 
     def _forget_idle_lanes(self) -> None:

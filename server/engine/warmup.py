@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from time import perf_counter
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from server.engine.cost_model import TickCost, measured
-from server.engine.faults import free_memory, is_out_of_memory
+from server.engine.rehearsal import Rehearsal
+from server.engine.tick.decode import DECODED_AT_ONCE, PIXELS_AT_ONCE
 from server.engine.tick.preview import fit_preview
-from server.models.inputs import RowInputs
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from torch import Tensor
 
     from server.models.hosted import HostedModel
-
-
-STEPS = 20
-"""Of the schedule in whose middle the rows are."""
 
 
 FEW_ROWS = 4
@@ -55,6 +51,26 @@ def warm_up(model: HostedModel) -> Warmth:
     return Warmth(colours, TickCost(time_forwards(model, FEW_ROWS), guessed=True))
 
 
+def first_calls(model: HostedModel) -> Iterator[Callable[[], object]]:
+    """Calls of a model's autoencoder at the numbers of pictures that come in ticks.
+
+    Each is to be made once in the thread that runs the ticks, as torch keeps a thread's choices of
+    kernels for itself.
+    """
+    width, height = model.facts.default_width, model.facts.default_height
+    shape, device = model.latent_shape(width, height), model.device
+
+    def decode(pictures: int) -> Tensor:
+        return model.decode(torch.zeros(pictures, *shape, device=device))
+
+    def encode(pictures: int) -> Tensor:
+        return model.encode_image(torch.zeros(pictures, 3, height, width, device=device))
+
+    for pictures in range(1, max(1, min(DECODED_AT_ONCE, PIXELS_AT_ONCE // (width * height))) + 1):
+        for call in (decode, encode):
+            yield lambda call=call, pictures=pictures: call(pictures)
+
+
 def time_forwards(model: HostedModel, most: int) -> dict[int, float]:
     """Seconds of a forward by its rows, at the model's default picture size.
 
@@ -65,25 +81,5 @@ def time_forwards(model: HostedModel, most: int) -> dict[int, float]:
     Raises:
         MemoryError: not even one row fits.
     """
-    size = model.facts.default_width, model.facts.default_height
-    shape = model.latent_shape(*size)
-    [unconditional] = model.encode_prompts([None], *size)
-    schedule = model.schedule(*size, STEPS)
-    told = float(model.told(np.array((schedule.t_start + schedule.t_end) / 2)))
-
-    def time_of(rows: int) -> float:
-        try:
-            x = torch.randn(rows, *shape, device=model.device)
-            t = torch.full((rows,), told, device=x.device)
-            inputs = RowInputs(model.stack([unconditional] * rows))
-            began = perf_counter()
-            # Reading one number waits for the device.
-            model.evaluate(x, t, inputs).flatten()[0].item()
-            return perf_counter() - began
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-        free_memory(model.device)
-        raise MemoryError(f"{rows} rows do not fit in memory")
-
-    return measured(time_of, most)
+    rehearsal = Rehearsal(model, model.facts.default_width, model.facts.default_height)
+    return measured(lambda rows: rehearsal.seconds(rows, model.evaluate), most)

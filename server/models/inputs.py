@@ -69,22 +69,26 @@ class RowInputs:
             None if self.controls is None else self.controls.of(rows),
         )
 
-    def padded(self, count: int | None) -> RowInputs:
+    def padded(self, count: int | None, *, fixed: bool = True) -> RowInputs:
         """The same with the first row repeated until there are ``count``.
 
         Repeated rows have neither adapters nor ControlNets.
 
         Args:
-            count: of rows that every forward has; None adds none.
+            count: of rows; None adds none.
+            fixed: all forwards have so many, so that a row's bits do not depend on its company;
+                otherwise repeated rows make no edits either.
         """
         if count is None:
             return self
         rows, adapters, controls = len(self.conditioning), self.adapters, self.controls
         repeated = self if count == rows else self.of([*range(rows), *[0] * (count - rows)])
+        edits = [*self.edits, *[()] * (count - rows)] if self.edits else ()
         return replace(
             repeated,
-            adapters=None if adapters is None else adapters.padded(count),
-            controls=None if controls is None else controls.padded(count),
+            edits=repeated.edits if fixed else edits,
+            adapters=None if adapters is None else adapters.padded(count, fixed=fixed),
+            controls=None if controls is None else controls.padded(count, fixed=fixed),
         )
 
 

@@ -50,16 +50,16 @@ def forward(batch: Batch, rows: ForwardRows, x: Tensor, t: Tensor) -> Tensor:
         x: at the network's own scale, ``[rows, C, h, w]``.
         t: what it is told of the noise level, ``[rows]``.
     """
-    inputs, model = _inputs(batch, rows, t), batch.lane.model
+    inputs, lane = _inputs(batch, rows, t), batch.lane
     weak = [row for row, changes in enumerate(inputs.edits) if WEAK in changes]
     if not weak:
-        return _evaluated(model.evaluate, x, t, inputs, batch.fixed_rows)
+        return _evaluated(lane.evaluate, x, t, inputs, batch.fixed_rows)
     strong = [row for row, changes in enumerate(inputs.edits) if WEAK not in changes]
     raw = torch.empty_like(x)
     plain = replace(inputs, edits=())
-    parts = (model.evaluate_weak, plain, weak), (model.evaluate, inputs, strong)
+    parts = (lane.model.evaluate_weak, plain, weak), (lane.evaluate, inputs, strong)
     for evaluate, of_all, part in parts:
-        where = batch.lane.indices(part)
+        where = lane.indices(part)
         own = x.index_select(0, where), t.index_select(0, where), of_all.of(part, where)
         raw.index_copy_(0, where, _evaluated(evaluate, *own, batch.fixed_rows))
     return raw

@@ -91,7 +91,7 @@ class RowAdapters:
         """Those of some rows, which may be repeated."""
         return replace(self, rows=tuple(self.rows[row] for row in rows))
 
-    def padded(self, count: int) -> RowAdapters:
-        """The same, fixed, followed by rows without adapters until there are ``count``."""
+    def padded(self, count: int, *, fixed: bool) -> RowAdapters:
+        """The same, followed by rows without adapters until there are ``count``."""
         missing: tuple[tuple[Weighted, ...], ...] = ((),) * (count - len(self.rows))
-        return RowAdapters((*self.rows, *missing), fixed=True)
+        return RowAdapters((*self.rows, *missing), fixed=fixed)

@@ -114,10 +114,10 @@ class RowControls:
         """Those of some rows, which may be repeated."""
         return replace(self, rows=tuple(self.rows[row] for row in rows))
 
-    def padded(self, count: int) -> RowControls:
-        """The same, fixed, followed by rows without ControlNets until there are ``count``."""
+    def padded(self, count: int, *, fixed: bool) -> RowControls:
+        """The same, followed by rows without ControlNets until there are ``count``."""
         missing: tuple[tuple[RowControl, ...], ...] = ((),) * (count - len(self.rows))
-        return RowControls((*self.rows, *missing), fixed=True)
+        return RowControls((*self.rows, *missing), fixed=fixed)
 
     def by_control(self) -> list[SameControl]:
         """The rows of each ControlNet, in an order in which no row's company has a say.

@@ -1,0 +1,82 @@
+"""Forwards of one model at one latent shape, at few numbers of rows that are soon known."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from server.engine.rehearsal import Rehearsal
+from server.engine.row_sizes import RowSizes
+from server.engine.state.padding import padded
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from server.engine.cost_model import TickCost
+    from server.models.hosted import HostedModel
+    from server.models.inputs import RowInputs
+
+__all__ = ["Forwards"]
+
+LONGEST_PIECE_S = 1.0
+"""Seconds of the longest forward that runs before it is needed: whoever comes waits for its end."""
+
+
+class Forwards:
+    """Runs forwards filled up to sizes that have run before, and runs sizes before they are needed.
+
+    A row that fills up repeats the first one without what that changes inside the network.
+
+    Args:
+        model: whose forwards.
+        shape: of the latents, ``(C, h, w)``.
+        cost: of the ticks.
+        most: rows of a forward.
+    """
+
+    def __init__(
+        self, model: HostedModel, shape: tuple[int, int, int], cost: TickCost, most: int
+    ) -> None:
+        self.sizes = RowSizes(most)
+        self._model = model
+        self._shape = shape
+        self._cost = cost
+        self._rehearsal: Rehearsal | None = None
+
+    def size_of(self, rows: int, most: int) -> int:
+        """The number of rows that a forward of some rows runs at.
+
+        Args:
+            rows: that there are.
+            most: rows that fit into memory.
+        """
+        return self.sizes.of(rows, most, self._cost.seconds)
+
+    def evaluate(self, x: Tensor, t: Tensor, inputs: RowInputs, most: int) -> Tensor:
+        """See ``HostedModel.evaluate``; ``most`` rows fit into memory."""
+        rows = len(x)
+        size = self.size_of(rows, most)
+        given = padded(x, size), padded(t, size), inputs.padded(size, fixed=False)
+        raw = self._model.evaluate(*given)[:rows]
+        self.sizes.note(rows, size, self._cost.seconds)
+        return raw
+
+    def wants(self, most: int | None = None) -> bool:
+        """Whether a size of at most so many rows is to be run before it is needed."""
+        return any(
+            (most is None or size <= most) and self._cost.seconds(size) <= LONGEST_PIECE_S
+            for size in self.sizes.wanted[:1]
+        )
+
+    def prepare(self) -> None:
+        """Run the smallest size that is wanted; one that fails is not tried again."""
+        size = self.sizes.wanted[0]
+        if self._rehearsal is None:
+            scale = self._model.facts.latent_scale
+            height, width = (scale * side for side in self._shape[1:])
+            self._rehearsal = Rehearsal(self._model, width, height)
+        try:
+            self._rehearsal.seconds(size, self._model.evaluate)
+        except Exception:
+            self.sizes.leave_out(size)
+            raise
+        self.sizes.note(size, size, self._cost.seconds)

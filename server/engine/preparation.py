@@ -1,0 +1,83 @@
+"""What a GPU does before anybody needs it: the first calls of every size."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, TypeAlias
+
+from server.engine.forwards import Forwards
+from server.engine.warmup import first_calls
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from server.engine.cost_model import TickCost
+    from server.models.hosted import HostedModel
+
+__all__ = ["AT_START", "Preparation"]
+
+AT_START = 16
+"""Rows of the largest forward that runs before the server is ready: larger ones take as long as
+all of these together, and are rare right after a start."""
+
+SHAPES_KEPT = 8
+"""Latent shapes, beside the default ones, whose forwards are prepared."""
+
+Shape: TypeAlias = "tuple[int, int, int]"
+
+
+class Preparation:
+    """The forwards of all models, and their first calls, in pieces that each take about a second.
+
+    It belongs to the engine's thread, as torch keeps a thread's choices of kernels for itself.
+    """
+
+    def __init__(self) -> None:
+        self._first_calls: deque[tuple[str, Callable[[], object]]] = deque()
+        self._forwards: dict[tuple[str, Shape], Forwards] = {}
+        self._defaults: set[tuple[str, Shape]] = set()
+
+    def add(self, model: HostedModel, shape: Shape, cost: TickCost, most: int) -> Forwards:
+        """Take in a model with its default latent shape.
+
+        Args:
+            model: loaded.
+            shape: of its latents at its default size, ``(C, h, w)``.
+            cost: of its ticks at that shape.
+            most: rows of a forward.
+        """
+        name = model.facts.name
+        self._first_calls.extend((name, call) for call in first_calls(model))
+        self._defaults.add((name, shape))
+        return self.forwards(model, shape, cost, most)
+
+    def forwards(self, model: HostedModel, shape: Shape, cost: TickCost, most: int) -> Forwards:
+        """The forwards of a model at a latent shape, which are prepared from now on."""
+        key = model.facts.name, shape
+        made = self._forwards.pop(key, None)
+        if made is None:
+            made = Forwards(model, shape, cost, most)
+            others = [one for one in self._forwards if one not in self._defaults]
+            for old in others[: max(0, len(others) + 1 - SHAPES_KEPT)]:
+                del self._forwards[old]
+        self._forwards[key] = made
+        return made
+
+    def forget(self, name: str) -> None:
+        """Let go of a model."""
+        self._first_calls = deque(one for one in self._first_calls if one[0] != name)
+        self._forwards = {key: one for key, one in self._forwards.items() if key[0] != name}
+        self._defaults = {key for key in self._defaults if key[0] != name}
+
+    def next(self, most: int | None = None) -> Callable[[], object] | None:
+        """The piece that is most likely to be needed soon; None where all is done.
+
+        Args:
+            most: rows of the largest forward that counts; None for all.
+        """
+        if self._first_calls:
+            return self._first_calls.popleft()[1]
+        waiting = [one for one in self._forwards.values() if one.wants(most)]
+        if not waiting:
+            return None
+        return min(waiting, key=lambda one: one.sizes.wanted[0]).prepare

@@ -1,0 +1,69 @@
+"""Forwards of a model as of images without a prompt, before any image asks for them."""
+
+from __future__ import annotations
+
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from server.engine.faults import free_memory, is_out_of_memory
+from server.models.inputs import RowInputs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from server.models.hosted import HostedModel
+
+    Evaluate = Callable[[Tensor, Tensor, RowInputs], Tensor]
+
+__all__ = ["Rehearsal"]
+
+STEPS = 20
+"""Of the schedule in whose middle the rows are."""
+
+
+class Rehearsal:
+    """What rows of a picture size are given half way through a run.
+
+    Args:
+        model: loaded.
+        width: of the picture in pixels.
+        height: of the picture in pixels.
+    """
+
+    def __init__(self, model: HostedModel, width: int, height: int) -> None:
+        self._model = model
+        self._shape = model.latent_shape(width, height)
+        [self._unconditional] = model.encode_prompts([None], width, height)
+        schedule = model.schedule(width, height, STEPS)
+        self._told = float(model.told(np.array((schedule.t_start + schedule.t_end) / 2)))
+
+    def seconds(self, rows: int, evaluate: Evaluate) -> float:
+        """Of a forward of so many rows.
+
+        Args:
+            rows: of the forward.
+            evaluate: the model's, or what stands for it.
+
+        Raises:
+            MemoryError: they do not fit into memory.
+        """
+        device = self._model.device
+        try:
+            # Drawn on the CPU: a GPU's generator belongs to no thread alone.
+            x = torch.randn(rows, *self._shape).to(device)
+            t = torch.full((rows,), self._told, device=device)
+            inputs = RowInputs(self._model.stack([self._unconditional] * rows))
+            began = perf_counter()
+            # Reading one number waits for the device.
+            evaluate(x, t, inputs).flatten()[0].item()
+            return perf_counter() - began
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        free_memory(device)
+        raise MemoryError(f"{rows} rows do not fit in memory")

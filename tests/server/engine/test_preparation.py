@@ -1,0 +1,176 @@
+"""Sizes of forwards run before they are needed: some at the start, others while nothing waits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from threading import Event
+from time import monotonic
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from guidance.edits import IdentityAttention
+from server.engine import engine as engine_module
+from server.engine.cost_model import TickCost
+from server.engine.engine import Engine
+from server.engine.forwards import Forwards
+from server.engine.preparation import AT_START, SHAPES_KEPT, Preparation
+from server.engine.row_sizes import ROW_SIZES
+from server.engine.scheduler import Load
+from server.engine.state.lane import Lane
+from server.models.adapters.adapter import Adapter, RowAdapters, Weighted
+from server.models.inputs import RowInputs
+from tests.server.by_hand import task
+from tests.server.toy_model import FACTS, SIDE, Toy, run, started
+
+SHAPE = (4, 4, 4)
+MOST = 40
+
+
+class Busy(Toy):
+    """Has room for some rows, and counts those that were tried and the pictures it was shown."""
+
+    def __init__(self, room: int = MOST, **facts: object) -> None:
+        super().__init__(**facts)
+        self.room = room
+        self.tried: list[int] = []
+        self.pictures: list[int] = []
+
+    def evaluate(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
+        self.tried.append(len(x))
+        if len(x) > self.room:
+            raise torch.OutOfMemoryError("no room")
+        return super().evaluate(x, t, inputs)
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        self.pictures.append(len(pixels))
+        return super().encode_image(pixels)
+
+
+@pytest.fixture
+def begin(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Engine]]:
+    """Engines that find every moment without work quiet; stops them."""
+    monkeypatch.setattr(engine_module, "QUIET_S", 0.01)
+    engines: list[Engine] = []
+
+    def make(model: Toy, **options: bool) -> Engine:
+        engines.append(started(model, MOST, prepares=True, **options))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.stop(0)
+
+
+def sizes_of(model: Toy) -> set[int]:
+    return {len(x) for x in model.seen}
+
+
+def wait_for(model: Busy, size: int) -> None:
+    until = monotonic() + 20
+    while size not in model.tried:
+        assert monotonic() < until, sorted(set(model.tried))
+        Event().wait(0.005)
+
+
+def test_small_sizes_have_run_when_the_server_is_ready_and_all_of_them_soon_after(begin):
+    model = Busy()
+    begin(model)
+    assert {size for size in ROW_SIZES if size <= AT_START} <= sizes_of(model)
+    assert model.pictures[-4:] == [1, 2, 3, 4]
+    wait_for(model, MOST)
+    assert sorted(set(model.tried)) == [size for size in ROW_SIZES if size <= MOST]
+
+
+def test_images_are_the_same_and_no_tick_is_the_first_of_its_size(begin):
+    tasks = [task(seed=seed, steps=3 + seed) for seed in range(9)]
+    plain = started(Toy(), MOST)
+    expected = run(plain, tasks).results
+    plain.stop(0)
+    model = Busy()
+    engine = begin(model)
+    wait_for(model, MOST)
+    before = len(model.seen)
+    results = run(engine, tasks).results
+    for i in range(len(tasks)):
+        assert np.array_equal(results[i].pixels, expected[i].pixels)
+    assert {len(x) for x in model.seen[before:]} <= set(ROW_SIZES)
+
+
+def test_rows_that_fill_up_change_nothing_inside_the_network():
+    class Inside(Toy):
+        """Keeps what is changed inside it."""
+
+        def evaluate(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
+            self.given = inputs
+            return super().evaluate(x, t, inputs)
+
+    model = Inside()
+    forwards = Forwards(model, SHAPE, TickCost({1: 0.01}), 16)
+    ink = Weighted(Adapter("ink", "", {}), 1.0)
+    edits = [(IdentityAttention(("middle",)),)] * 5
+    told = model.stack(model.encode_prompts(["a star"] * 5, SIDE, SIDE))
+    inputs = RowInputs(told, edits, adapters=RowAdapters(((ink,),) * 5))
+    x, t = torch.randn(5, *SHAPE), torch.full((5,), 500.0)
+    raw = forwards.evaluate(x, t, inputs, most=16)
+    assert len(model.seen[-1]) == 6
+    assert model.given.edits == [*edits, ()]
+    assert model.given.adapters == RowAdapters((*((ink,),) * 5, ()))
+    assert torch.equal(raw, Toy().evaluate(x, t, inputs))
+
+
+def test_what_has_no_room_is_tried_once_and_the_server_goes_on(begin):
+    model = Busy(room=20)
+    engine = begin(model)
+    wait_for(model, 24)
+    run(engine, [task(seed=seed) for seed in range(12)])
+    Event().wait(0.1)
+    assert model.tried.count(24) <= 2
+    assert max(model.tried) == 24
+    assert engine.failure is None
+
+
+def test_deterministic_engines_keep_to_their_one_size(begin):
+    model = Busy()
+    engine = begin(model, deterministic=True)
+    run(engine, [task()])
+    assert sizes_of(model) == {MOST}
+
+
+def test_a_tick_is_planned_by_the_size_that_it_is_filled_up_to(begin):
+    """18 rows would run as 20, so two ticks of 9 are done sooner."""
+    engine = begin(Busy())
+    cost = TickCost({1: 0.02, 128: 1.29})
+    forwards = Forwards(Toy(), SHAPE, cost, MOST)
+    for size in (1, 9, 20):
+        forwards.sizes.note(size, size, cost.seconds)
+    lane = Lane(Toy(), SHAPE, cost, MOST, forwards)
+    assert engine.rows_of_tick(Load(lane=0, rows=18, widest=1, live=False), lane) == 9
+
+
+def test_other_latent_shapes_are_prepared_smallest_forwards_first_as_long_as_they_are_short():
+    model, preparation = Busy(), Preparation()
+    default = preparation.add(model, SHAPE, TickCost({1: 0.01}), MOST)
+    for size in ROW_SIZES:
+        default.sizes.note(size, size, lambda _: 0.01)
+    large = preparation.forwards(model, (4, 8, 8), TickCost({1: 0.3}), MOST)
+    while piece := preparation.next():
+        piece()
+    assert large.sizes.known == (1, 2, 3)
+    assert {x.shape[1:] for x in model.seen} == {(4, 8, 8)}
+
+
+def test_shapes_of_ever_new_requests_leave_nothing_behind_but_the_default_one_stays():
+    model, preparation = Busy(), Preparation()
+    default = preparation.add(model, SHAPE, TickCost({1: 0.01}), MOST)
+    made = [
+        preparation.forwards(model, (4, side, 8), TickCost({1: 0.01}), MOST)
+        for side in range(8, 12 + SHAPES_KEPT)
+    ]
+    assert preparation.forwards(model, SHAPE, TickCost({1: 0.01}), MOST) is default
+    assert preparation.forwards(model, (4, 11 + SHAPES_KEPT, 8), TickCost({1: 1}), 4) is made[-1]
+    assert preparation.forwards(model, (4, 8, 8), TickCost({1: 0.01}), MOST) is not made[0]
+    preparation.forget(FACTS.name)
+    assert preparation.next() is None
