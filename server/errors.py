@@ -15,6 +15,7 @@
     |- UnknownModel                  404  no model of that name is hosted
     |- UnknownGeneration             404  no generation of that identifier is running
     |- UnknownJob                    404  the client has no job of that identifier
+    |- UnknownResult                 404  there is no image at this URL any more
     |- JobsOff                       404  there are no durable jobs here
     |- DuplicateGeneration           409  the identifier is in use by a running generation
     |- Cancelled                     409  the client cancelled the generation
@@ -62,6 +63,7 @@ __all__ = [
     "UnknownGeneration",
     "UnknownJob",
     "UnknownModel",
+    "UnknownResult",
     "UnsupportedMediaType",
     "WeftError",
 ]
@@ -206,6 +208,17 @@ class UnknownJob(WeftError):
 
     def __init__(self, identifier: str) -> None:
         super().__init__(f"There is no prediction {identifier[:64]!r} of yours.", field="id")
+
+
+class UnknownResult(WeftError):
+    """There is no image at this URL; it may have expired."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "result_not_found"
+
+    def __init__(self) -> None:
+        super().__init__("There is no image at this URL; it may have expired.")
 
 
 class JobsOff(WeftError):

@@ -23,7 +23,14 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from server.api_keys import ApiKey, keys_of
 from server.models.hub import HubModel
 
-__all__ = ["LOOPBACK_NAMES", "JobSettings", "Limits", "Settings", "StreamLimits"]
+__all__ = [
+    "LOOPBACK_NAMES",
+    "JobSettings",
+    "Limits",
+    "ResultSettings",
+    "Settings",
+    "StreamLimits",
+]
 
 CHECKPOINT = ".safetensors"
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "::1")
@@ -193,7 +200,7 @@ class JobSettings(BaseModel):
 
     @model_validator(mode="after")
     def _need_packages(self) -> Self:
-        needed = [("jobs", "sqlalchemy"), ("jobs", "alembic"), ("jobs", "fsspec")]
+        needed = [("jobs", "sqlalchemy"), ("jobs", "alembic")]
         if self.database is not None:
             needed.append(("postgresql", "psycopg"))
         lacking = {extra: None for extra, module in needed if self.on and not find_spec(module)}
@@ -219,6 +226,37 @@ class JobSettings(BaseModel):
                 "whsec_ and what `openssl rand -base64 32` prints."
             )
         return self
+
+
+class ResultSettings(BaseModel):
+    """Images that requests have answered as URLs, with `"response_format": "url"`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    place: str | None = Field(
+        default=None,
+        description="Where the images behind URLs are, as a path or a URL of fsspec. Default: the "
+        "subfolder `results` of `WEFT_JOBS__FOLDER`, or without that a temporary folder, which "
+        "ends with the process.",
+    )
+    keep_s: float = Field(
+        default=3600,
+        ge=1,
+        le=365 * 86400,
+        description="Seconds for which an image can be fetched at its URL.",
+    )
+    total_bytes: int = Field(
+        default=2**30,
+        ge=2**20,
+        description="Bytes of all images behind URLs; beyond it the oldest ones of the key that "
+        "has most are deleted early.",
+    )
+    base_url: str | None = Field(
+        default=None,
+        pattern="^https?://[^/]",
+        description="What URLs begin with, such as `https://images.example`, where a proxy gives "
+        "this server another address. Default: the address that the request was sent to.",
+    )
 
 
 class Settings(BaseSettings):
@@ -336,6 +374,7 @@ class Settings(BaseSettings):
     limits: Limits = Limits()
     streams: StreamLimits = StreamLimits()
     jobs: JobSettings = JobSettings()
+    results: ResultSettings = ResultSettings()
 
     api_keys: Keys = Field(
         default=(),
@@ -432,6 +471,13 @@ class Settings(BaseSettings):
     def loopback(self) -> bool:
         """Whether only this machine can reach the server."""
         return self.host in LOOPBACK_NAMES
+
+    @property
+    def place_of_results(self) -> str | None:
+        """A path or a URL of fsspec; None for a temporary folder."""
+        if self.results.place is None and self.jobs.folder is not None:
+            return str(self.jobs.place_of_jobs / "results")
+        return self.results.place
 
     @property
     def hosts(self) -> tuple[str, ...]:

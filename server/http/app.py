@@ -16,14 +16,14 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from server.errors import NotReady, WeftError
-from server.http import documents, errors, health
+from server.http import documents, errors, health, results
 from server.http.automatic1111 import images as automatic1111_images
 from server.http.automatic1111 import settings as automatic1111_settings
 from server.http.automatic1111.checkpoints import Checkpoints
 from server.http.automatic1111.jobs import Jobs
 from server.http.body import Bodies
 from server.http.drain import Farewell
-from server.http.gate import PROBES, Gate, RequestId
+from server.http.gate import Gate, RequestId, needs_key
 from server.http.headers import SafeHeaders
 from server.http.live import events as stream_events
 from server.http.live import stream
@@ -32,6 +32,7 @@ from server.http.native import catalog, generate, models, rows
 from server.http.openai import images as openai_images
 from server.http.predictions import routes as predictions
 from server.http.predictions.answers import predicted
+from server.results import Results
 from server.service.hosting import host
 from server.service.service import Service
 from server.service.streams import Streams
@@ -76,6 +77,9 @@ def create_app(settings: Settings, *, on_failure: Callable[[], None] | None = No
     app.state.automatic1111_jobs = Jobs(app.state.service)
     app.state.automatic1111_checkpoints = Checkpoints()
     app.state.jobs = _jobs(settings, app.state.service)
+    app.state.results = Results(
+        settings.place_of_results, settings.results.keep_s, settings.results.total_bytes
+    )
     errors.install(app)
     for router in (
         generate.router,
@@ -87,6 +91,7 @@ def create_app(settings: Settings, *, on_failure: Callable[[], None] | None = No
         automatic1111_settings.router,
         stream_events.router,
         rows.router,
+        results.router,
         catalog.router,
         health.router,
     ):
@@ -108,13 +113,22 @@ def _jobs(settings: Settings, service: Service) -> Any:
     return Jobs(settings, service, lambda job: predicted(job).model_dump_json().encode())
 
 
-async def _opened(jobs: Any, service: Service) -> bool:
-    """Open durable jobs; False if that failed, which ends the server."""
+async def _opened(app: FastAPI, settings: Settings) -> bool:
+    """Open the places that the operator named; False if that failed, which ends the server."""
+    service: Service = app.state.service
     try:
-        await jobs.open()
+        if app.state.jobs is not None:
+            await app.state.jobs.open()
     except NotReady as error:
         log.critical("durable jobs cannot be opened: %s", error.message)
         service.give_up("Durable jobs could not be opened; the server's log says why.")
+        return False
+    try:
+        if settings.place_of_results is not None:
+            await app.state.results.open()
+    except NotReady as error:
+        log.critical("%s", error.message)
+        service.give_up("Images cannot be kept for URLs; the server's log says why.")
         return False
     return True
 
@@ -162,7 +176,7 @@ def _lifespan(
         # Not in the loop's own threads, which a process that ends waits for: nothing interrupts
         # the loading of a large model.
         loading = Thread(target=_open, args=(service, settings, failed), daemon=True)
-        if app.state.jobs is None or await _opened(app.state.jobs, service):
+        if await _opened(app, settings):
             loading.start()
         else:
             app.state.jobs = None
@@ -173,6 +187,7 @@ def _lifespan(
             service.drain()
             if app.state.jobs is not None:
                 await app.state.jobs.close()
+            await app.state.results.close()
             service.abandon()
             service.close()
             if service.engine is not None:
@@ -210,8 +225,9 @@ def _complete_schema(app: FastAPI, settings: Settings) -> None:
         if settings.api_keys:
             schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
             schema["security"] = [{"key": []}]
-            for probe in PROBES:
-                schema["paths"][probe]["get"]["security"] = []
+            for path in schema["paths"]:
+                if not needs_key(path):
+                    schema["paths"][path]["get"]["security"] = []
         return schema
 
     app.openapi = openapi

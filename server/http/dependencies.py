@@ -10,7 +10,7 @@ from server.api_keys import ApiKey
 from server.engine.client import ANYONE, Client
 from server.service.service import Service
 
-__all__ = ["IdentifierDep", "ServiceDep", "client_of"]
+__all__ = ["IdentifierDep", "OwnerDep", "ServiceDep", "client_of", "owner_of"]
 
 
 def _service(request: Request) -> Service:
@@ -23,9 +23,16 @@ def client_of(request: Request) -> Client:
     return ANYONE if key is None else key.client
 
 
+def owner_of(request: Request) -> str:
+    """Whose what a request makes is: SHA-256 of its key in hexadecimal digits; empty without."""
+    key: ApiKey | None = getattr(request.state, "api_key", None)
+    return "" if key is None else key.digest.hex()
+
+
 def _identifier(request: Request) -> str:
     return request.state.request_id
 
 
 ServiceDep = Annotated[Service, Depends(_service)]
+OwnerDep = Annotated[str, Depends(owner_of)]
 IdentifierDep = Annotated[str, Depends(_identifier)]

@@ -22,13 +22,16 @@ from server.http import documents
 from server.http.errors import AUTOMATIC1111
 from server.settings import Settings
 
-__all__ = ["PROBES", "PUBLIC", "Gate", "RequestId"]
+__all__ = ["PROBES", "PUBLIC", "RESULTS", "Gate", "RequestId", "needs_key"]
 
 PROBES: Final = frozenset({"/livez", "/readyz"})
 """Called by orchestrators, which use an address as the host and have no key."""
 
 PUBLIC: Final = PROBES | documents.PATHS | {"/openapi.json"}
-"""Paths that never need a key; if keys are set, all others do."""
+"""Paths that never need a key; if keys are set, all others do, but those below `RESULTS`."""
+
+RESULTS: Final = "/v1/results/"
+"""Below this path are images by names that nobody can guess, which need no key."""
 
 WITH_BODY: Final = frozenset({"POST", "PUT", "PATCH"})
 
@@ -106,7 +109,7 @@ class Gate:
         if path not in PROBES:
             host = self._check_host(headers.getlist("host"))
             self._check_origin(headers.getlist("origin"), host)
-        if self._keys and path not in PUBLIC:
+        if self._keys and needs_key(path):
             socket_key = _key_in_subprotocol(scope.get("subprotocols", ()))
             offered = headers.getlist("authorization")
             if path.startswith(AUTOMATIC1111):
@@ -159,6 +162,11 @@ class Gate:
         if scheme.lower() != "bearer" or not known:
             raise Unauthorized("A valid API key is required; send 'Authorization: Bearer <key>'.")
         return known[0]
+
+
+def needs_key(path: str) -> bool:
+    """Whether a path needs a key on a server with keys."""
+    return path not in PUBLIC and not path.startswith(RESULTS)
 
 
 def _bearer_of_basic(authorization: str) -> str:

@@ -10,9 +10,9 @@ from typing import Any, Final
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from server.blobs import Blobs
 from server.errors import InvalidRequest, NotReady, UnknownJob, WeftError
 from server.jobs import store
-from server.jobs.blobs import Blobs
 from server.jobs.database import Database, of_folder, of_url
 from server.jobs.deliveries import Deliveries
 from server.jobs.job import Job, NewJob

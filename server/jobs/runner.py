@@ -11,10 +11,10 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Final
 
+from server.blobs import Blobs
 from server.engine.client import ANYONE, Client
 from server.errors import Cancelled, NotReady, Overloaded, UnknownGeneration, WeftError
 from server.jobs import store
-from server.jobs.blobs import Blobs
 from server.jobs.database import Database
 from server.jobs.job import Job
 from server.jobs.watching import Watches
@@ -142,7 +142,7 @@ class Runner:
         if not self._database.alone:
             # Another server may be about to accept their job.
             return
-        there = await self._blobs.names()
+        there = list(await self._blobs.sizes())
         known = await self._database.run(store.known, there)
         await self._blobs.delete([name for name in there if name not in known])
 

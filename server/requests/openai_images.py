@@ -38,9 +38,6 @@ class ImageGeneration(GenerateRequest):
         default=None,
         description="Width and height, `512x512`; `auto` is the model's own size, or the image's.",
     )
-    response_format: Literal["b64_json", "url"] = Field(
-        default="b64_json", description="`url` answers with a data URI, which needs no server."
-    )
     background: Literal["auto", "opaque"] = Field(
         default="auto", description="Images are opaque; `transparent` is refused."
     )

@@ -223,6 +223,11 @@ class GenerateRequest(Readable):
         "like `image`.",
     )
     output_format: OutputFormat = Field(default="png", description="File format of the images.")
+    response_format: Literal["b64_json", "url"] = Field(
+        default="b64_json",
+        description="Whether the response contains the images in base64, or a URL of each, which "
+        "works without a key and for a limited time.",
+    )
     stream: bool = Field(
         default=False,
         strict=True,

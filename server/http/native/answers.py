@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel, Field
 
+from server.http.results import Link
 from server.image_codec import encode
 from server.service.generation import Generation, Progress
-from server.service.service import Pictures
+from server.service.service import Picture, Pictures
 
 __all__ = [
     "CancelResponse",
@@ -25,7 +27,13 @@ __all__ = [
 class ImageOut(BaseModel):
     """One image."""
 
-    b64_json: str = Field(description="The image file in base64.")
+    b64_json: str | None = Field(
+        default=None, description="The image file in base64, unless a URL was asked for."
+    )
+    url: str | None = Field(default=None, description="Where it is, if that was asked for.")
+    expires_at: int | None = Field(
+        default=None, description="Unix time from which on it is not at its URL."
+    )
     seed: int = Field(
         description="This seed with n = 1 makes this image again, unless the images of the "
         "request depend on each other through `guidance.particles`, or through "
@@ -115,16 +123,21 @@ class CancelResponse(BaseModel):
     cancelled: bool
 
 
-def completed(generation: Generation, pictures: Pictures) -> GenerateResponse:
-    """The response with the images of a generation."""
+def completed(
+    generation: Generation, pictures: Pictures, links: Sequence[Link] | None = None
+) -> GenerateResponse:
+    """The response with the images of a generation.
+
+    Args:
+        generation: that made them.
+        pictures: the images.
+        links: where each can be fetched, if that was asked for.
+    """
     return GenerateResponse(
         id=generation.id,
         created=int(generation.created),
         model=generation.request.model,
-        images=[
-            ImageOut(b64_json=base64.b64encode(picture.data).decode(), seed=picture.seed)
-            for picture in pictures.pictures
-        ],
+        images=_images(pictures.pictures, links),
         settings=dict(pictures.settings),
         statistics=generation.statistics,
         warnings=list(generation.warnings),
@@ -140,6 +153,18 @@ def completed(generation: Generation, pictures: Pictures) -> GenerateResponse:
             total_s=pictures.total_s,
         ),
     )
+
+
+def _images(pictures: Sequence[Picture], links: Sequence[Link] | None) -> list[ImageOut]:
+    if links is None:
+        return [
+            ImageOut(b64_json=base64.b64encode(picture.data).decode(), seed=picture.seed)
+            for picture in pictures
+        ]
+    return [
+        ImageOut(url=link.url, expires_at=link.expires_at, seed=picture.seed)
+        for picture, link in zip(pictures, links, strict=True)
+    ]
 
 
 def queued(generation: Generation) -> QueuedEvent:

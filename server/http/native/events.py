@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
-from typing import Final
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Final, TypeAlias
 
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 from pydantic import BaseModel
@@ -14,23 +14,40 @@ from starlette.types import Receive, Scope, Send
 from server.errors import WeftError
 from server.http.errors import body_of
 from server.http.native.answers import completed, progressed, queued
+from server.http.results import Link
 from server.service.generation import Generation
-from server.service.service import Service
+from server.service.service import Pictures, Service
 
-__all__ = ["GenerationStream"]
+__all__ = ["GenerationStream", "Linking"]
+
+Linking: TypeAlias = "Callable[[Generation, Pictures], Awaitable[list[Link] | None]]"
+"""Where the images of a generation can be fetched; None if they are answered themselves."""
 
 PING_S: Final = 15.0
 """Seconds of silence after which a stream sends a keep-alive comment."""
 
 
-class GenerationStream(EventSourceResponse):
-    """Streams the events of one generation, which ends when the connection does."""
+async def _in_the_answer(generation: Generation, pictures: Pictures) -> None:
+    """No links: the events contain the images."""
 
-    def __init__(self, service: Service, generation: Generation) -> None:
+
+class GenerationStream(EventSourceResponse):
+    """Streams the events of one generation, which ends when the connection does.
+
+    Args:
+        service: that makes the images.
+        generation: that was admitted.
+        linking: gives the images URLs, if that was asked for.
+    """
+
+    def __init__(
+        self, service: Service, generation: Generation, linking: Linking = _in_the_answer
+    ) -> None:
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
         super().__init__(self._events(), headers=headers)
         self._service = service
         self._generation = generation
+        self._linking = linking
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events."""
@@ -50,7 +67,8 @@ class GenerationStream(EventSourceResponse):
                 if not news and not generation.done:
                     yield KEEPALIVE_COMMENT
             pictures = await self._service.pictures(generation)
-            yield _event("completed", completed(generation, pictures))
+            links = await self._linking(generation, pictures)
+            yield _event("completed", completed(generation, pictures, links))
         except WeftError as error:
             yield format_sse_event(event="error", data_str=json.dumps(body_of(error)))
 

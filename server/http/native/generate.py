@@ -12,10 +12,13 @@ from server.http.dependencies import IdentifierDep, ServiceDep, client_of
 from server.http.errors import ErrorBody
 from server.http.making import make, unless_disconnected
 from server.http.native.answers import CancelResponse, GenerateResponse, completed
-from server.http.native.events import GenerationStream
+from server.http.native.events import GenerationStream, Linking
 from server.http.native.negotiation import negotiate
+from server.http.results import Link, links_to
 from server.image_codec import MEDIA_TYPES
 from server.requests.schema import GenerateRequest
+from server.service.generation import Generation
+from server.service.service import Pictures
 
 __all__ = ["router"]
 
@@ -62,7 +65,7 @@ async def generate(
         generation = await unless_disconnected(request, admitting)
         if generation is None:
             return Response(status_code=499)
-        return GenerationStream(service, generation)
+        return GenerationStream(service, generation, _links(request, body))
     made = await make(request, service, body, identifier)
     if made is None:
         return Response(status_code=499)
@@ -74,9 +77,19 @@ async def generate(
             media_type=MEDIA_TYPES[generation.request.output_format],
             headers={"x-seed": str(picture.seed)},
         )
-    return Response(
-        completed(generation, pictures).model_dump_json(), media_type="application/json"
-    )
+    answer = completed(generation, pictures, await _links(request, body)(generation, pictures))
+    return Response(answer.model_dump_json(), media_type="application/json")
+
+
+def _links(request: Request, body: GenerateRequest) -> Linking:
+    """How the images of a request get URLs, if it wants them."""
+
+    async def linked(generation: Generation, pictures: Pictures) -> list[Link] | None:
+        if body.response_format != "url":
+            return None
+        return await links_to(request, pictures.pictures, generation.request.output_format)
+
+    return linked
 
 
 @router.delete("/v1/generate/{identifier}", responses={404: {"model": ErrorBody}})

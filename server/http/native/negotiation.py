@@ -75,6 +75,12 @@ def _as_bytes(body: GenerateRequest, image: OutputFormat | None) -> GenerateRequ
             f"n is {body.n}, but an image/* response holds one image; set n to 1 or accept "
             "application/json.",
         )
+    if body.response_format == "url":
+        raise InvalidRequest(
+            "response_format",
+            "response_format is 'url', but an image/* response is the image itself; leave it out "
+            "or accept application/json.",
+        )
     if image is None:
         return body
     if "output_format" in body.model_fields_set and body.output_format != image:

@@ -9,7 +9,8 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, Field
 
-from server.image_codec import MEDIA_TYPES, encode, resized
+from server.http.results import Link
+from server.image_codec import encode, resized
 from server.requests.schema import ResolvedRequest
 from server.service.generation import Generation
 from server.service.service import Picture, Pictures
@@ -40,7 +41,7 @@ class ImageData(BaseModel):
 
     b64_json: str | None = Field(default=None, description="The image file in base64.")
     url: str | None = Field(
-        default=None, description="The same as a data URI, if it was asked for."
+        default=None, description="Where it is for a limited time, if that was asked for."
     )
     seed: int = Field(description="As in `POST /v1/generate`.")
 
@@ -78,20 +79,23 @@ class Event(BaseModel):
 
 
 def answered(
-    generation: Generation, pictures: Pictures, ignored: Sequence[str], *, as_url: bool
+    generation: Generation,
+    pictures: Pictures,
+    links: Sequence[Link] | None,
+    ignored: Sequence[str],
 ) -> ImagesAnswer:
     """The answer with the images of a generation.
 
     Args:
         generation: that made them.
         pictures: the images.
+        links: where each can be fetched, if that was asked for.
         ignored: sentences about fields without effect.
-        as_url: whether each is a data URI instead of base64.
     """
     request = generation.request
     return ImagesAnswer(
         created=int(generation.created),
-        data=[_data(picture, request, as_url=as_url) for picture in pictures.pictures],
+        data=_data(pictures.pictures, links),
         size=_size(request),
         output_format=request.output_format,
         id=generation.id,
@@ -138,12 +142,16 @@ def finished(kind: Kind, generation: Generation, picture: Picture, ignored: Sequ
     )
 
 
-def _data(picture: Picture, request: ResolvedRequest, *, as_url: bool) -> ImageData:
-    text = base64.b64encode(picture.data).decode()
-    if as_url:
-        url = f"data:{MEDIA_TYPES[request.output_format]};base64,{text}"
-        return ImageData(url=url, seed=picture.seed)
-    return ImageData(b64_json=text, seed=picture.seed)
+def _data(pictures: Sequence[Picture], links: Sequence[Link] | None) -> list[ImageData]:
+    if links is not None:
+        return [
+            ImageData(url=link.url, seed=picture.seed)
+            for picture, link in zip(pictures, links, strict=True)
+        ]
+    return [
+        ImageData(b64_json=base64.b64encode(picture.data).decode(), seed=picture.seed)
+        for picture in pictures
+    ]
 
 
 def _size(request: ResolvedRequest) -> str:

@@ -12,7 +12,7 @@ from fastapi.responses import Response
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from typing_extensions import override
 
-from server.errors import WeftError
+from server.errors import InvalidRequest, WeftError
 from server.http.body import JsonRoute
 from server.http.dependencies import IdentifierDep, ServiceDep, client_of
 from server.http.errors import ErrorBody, body_of
@@ -20,6 +20,7 @@ from server.http.forms import FormRoute
 from server.http.making import make, unless_disconnected
 from server.http.native.events import PING_S, GenerationStream
 from server.http.openai.answers import Event, ImagesAnswer, Kind, answered, finished, previewed
+from server.http.results import links_to
 from server.requests.openai_images import ImageEdit, ImageGeneration, request_of
 from server.requests.schema import GenerateRequest
 from server.service.generation import Generation, Progress
@@ -88,6 +89,12 @@ async def _answer(
     service: Service,
     identifier: str,
 ) -> Response:
+    if body.stream and body.response_format == "url":
+        raise InvalidRequest(
+            "response_format",
+            "response_format is 'url', but the events of a stream contain the images; leave it "
+            "out, or set stream to false.",
+        )
     if body.stream:
         admitting = service.admit(wanted, identifier, client_of(request))
         generation = await unless_disconnected(request, admitting)
@@ -97,7 +104,11 @@ async def _answer(
     made = await make(request, service, wanted, identifier)
     if made is None:
         return Response(status_code=499)
-    answer = answered(*made, ignored, as_url=body.response_format == "url")
+    generation, pictures = made
+    links = None
+    if body.response_format == "url":
+        links = await links_to(request, pictures.pictures, generation.request.output_format)
+    answer = answered(generation, pictures, links, ignored)
     return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")
 
 

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Depends, Header, Path, Query, Request
 from fastapi.responses import Response
 
 from server.errors import InvalidRequest, JobsOff, UnknownJob
-from server.http.dependencies import ServiceDep
+from server.http.dependencies import OwnerDep, ServiceDep
 from server.http.errors import ErrorBody
 from server.http.predictions.answers import PATH, Prediction, PredictionPage, predicted
 from server.http.predictions.body import UPLOADS, PredictionRoute, sent_input
@@ -50,13 +50,7 @@ def _jobs(request: Request) -> Jobs:
     return jobs
 
 
-def _owner(request: Request) -> str:
-    key = getattr(request.state, "api_key", None)
-    return "" if key is None else key.digest.hex()
-
-
 JobsDep = Annotated[Jobs, Depends(_jobs)]
-OwnerDep = Annotated[str, Depends(_owner)]
 Identifier = Annotated[str, Path(max_length=64)]
 
 
@@ -88,6 +82,12 @@ async def create(
         raise InvalidRequest(
             "input.stream",
             f"input.stream is true; a prediction's events are at {PATH}/ID/events.",
+        )
+    if "response_format" in body.input.model_fields_set:
+        raise InvalidRequest(
+            "input.response_format",
+            f"input.response_format is {body.input.response_format!r}; a prediction's images are "
+            "at the paths that its output lists, so leave it out.",
         )
     jobs.check_webhook(body.webhook)
     try:

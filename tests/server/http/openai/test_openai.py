@@ -88,17 +88,6 @@ def test_what_has_no_effect_is_named(sdk: OpenAI) -> None:
     assert answer.model_extra["model"] == "embedded"
 
 
-def test_a_url_is_a_data_uri(sdk: OpenAI, client: httpx2.Client) -> None:
-    answer = sdk.images.generate(
-        prompt="a red circle", response_format="url", output_format="webp", extra_body=FAST
-    )
-    assert answer.data is not None
-    assert answer.data[0].b64_json is None
-    head, _, data = (answer.data[0].url or "").partition(",")
-    assert head == "data:image/webp;base64"
-    assert pixels_of(data).shape == (SIDE, SIDE, 3)
-
-
 def test_partial_images_come_nearer_to_the_image(sdk: OpenAI, client: httpx2.Client) -> None:
     steps = {"seed": 5, "steps": 6}
     stream = sdk.images.generate(

@@ -22,9 +22,9 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
+from server.blobs import Blobs
 from server.http.predictions.prefer import waiting_s
 from server.jobs import deliveries, store
-from server.jobs.blobs import Blobs
 from server.jobs.database import of_folder
 from server.jobs.job import ENDED, Job
 from server.models.folder import embedded_folders
@@ -269,6 +269,7 @@ def test_a_webhook_tells_of_the_end_in_a_way_that_can_be_verified(
         ({"input": INPUT | {"stepz": 1}}, "input.stepz"),
         ({"input": INPUT | {"model": "none"}}, "model"),
         ({"input": INPUT | {"stream": True}}, "input.stream"),
+        ({"input": INPUT | {"response_format": "url"}}, "input.response_format"),
         ({"input": INPUT, "webhook": "ftp://x.example"}, "webhook"),
         ({"input": INPUT, "webhook_events_filter": ["logs"]}, "webhook_events_filter.0"),
         ({}, "input"),

@@ -1,4 +1,4 @@
-"""Pictures of jobs, in a folder or wherever fsspec can write."""
+"""Files in a folder, or wherever fsspec can write."""
 
 from __future__ import annotations
 
@@ -28,6 +28,12 @@ class Blobs:
         self._files, self._root = found
         self._local = isinstance(self._files, LocalFileSystem)
 
+    async def create(self) -> None:
+        """Make the folder, if the place is one; raises OSError if there can be none."""
+        if self._local:
+            folder = Path(self._root)
+            await asyncio.to_thread(folder.mkdir, mode=0o700, parents=True, exist_ok=True)
+
     async def write(self, name: str, data: bytes) -> None:
         """Store a file; on return it is on the disk, or with the store of the URL."""
         await asyncio.to_thread(self._write, self._path(name), data)
@@ -40,16 +46,20 @@ class Blobs:
         """Delete files and folders with all that is in them, if they are there."""
         await asyncio.to_thread(self._delete, [self._path(name) for name in names])
 
-    async def names(self) -> list[str]:
-        """The folders at the top."""
+    async def sizes(self) -> dict[str, int]:
+        """The bytes of each file at the top, and 0 of each folder there."""
 
-        def listed() -> list[str]:
+        def listed() -> dict[str, int]:
             self._files.invalidate_cache()
             if not self._files.exists(self._root):
-                return []
-            return [
-                path.rstrip("/").rpartition("/")[2] for path in self._files.ls(self._root, False)
-            ]
+                return {}
+            found: list[dict[str, Any]] = self._files.ls(self._root, True)
+            return {
+                one["name"].rstrip("/").rpartition("/")[2]: one["size"]
+                if one["type"] == "file"
+                else 0
+                for one in found
+            }
 
         return await asyncio.to_thread(listed)
 

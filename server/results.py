@@ -1,0 +1,219 @@
+"""Images that clients fetch by URL for some time, in a folder or wherever fsspec can write."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import re
+import secrets
+import shutil
+import tempfile
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from server.errors import InvalidRequest, NotReady, UnknownResult
+from server.image_codec import OutputFormat
+
+if TYPE_CHECKING:
+    from server.blobs import Blobs
+
+__all__ = ["Kept", "Results"]
+
+log = logging.getLogger("weft")
+
+RANDOM_BYTES: Final = 24
+LONGEST_SLEEP_S: Final = 60.0
+SHORTEST_SLEEP_S: Final = 0.05
+
+_NAME: Final = re.compile(r"([0-9a-f]{8})-[A-Za-z0-9_-]{32}\.(?:png|jpeg|webp)")
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """An image that is kept.
+
+    Attributes:
+        name: of its file: the time at which it expires, and 192 random bits.
+        owner: whose it is.
+        nbytes: of its file.
+        expires_at: Unix time from which on it is not served.
+    """
+
+    name: str
+    owner: str
+    nbytes: int
+    expires_at: int
+
+
+class Results:
+    """Images by names that nobody can guess.
+
+    A name contains the time at which its image expires. Any server that reaches the place can
+    therefore serve the image and delete it in time, without a database and without a secret.
+
+    Args:
+        place: a path, or a URL of fsspec; None for a temporary folder that ends with the process.
+        keep_s: seconds for which an image is kept.
+        most_bytes: of all images; beyond it the oldest ones of whoever has most are deleted.
+    """
+
+    def __init__(self, place: str | None, keep_s: float, most_bytes: int) -> None:
+        self._place = place
+        self._keep_s = keep_s
+        self._most_bytes = most_bytes
+        self._opening = asyncio.Lock()
+        self._blobs: Blobs | None = None
+        # The oldest first.
+        self._kept: dict[str, Kept] = {}
+        self._sweeping: asyncio.Task[None] | None = None
+        self._discard: Callable[[], object] | None = None
+
+    async def open(self) -> Blobs:
+        """The files; those that an earlier process left are counted from here on.
+
+        Raises:
+            NotReady: the place cannot be used.
+        """
+        async with self._opening:
+            if self._blobs is not None:
+                return self._blobs
+            try:
+                blobs = await asyncio.to_thread(_blobs_at, self._place or self._temporary())
+                await blobs.create()
+                left = await blobs.sizes()
+            except (OSError, ImportError, ValueError) as error:
+                raise NotReady(f"Images cannot be kept for URLs: {error}.") from error
+            for name in sorted(left):
+                if (expires_at := _expiry_of(name)) is not None:
+                    self._kept[name] = Kept(name, "", left[name], expires_at)
+            self._blobs = blobs
+            self._watch()
+            return blobs
+
+    async def close(self) -> None:
+        """Delete a temporary folder; what expires in another is left for the next process."""
+        if self._sweeping is not None:
+            self._sweeping.cancel()
+        if self._discard is not None:
+            await asyncio.to_thread(self._discard)
+
+    async def keep(
+        self, owner: str, output_format: OutputFormat, files: Sequence[bytes]
+    ) -> list[Kept]:
+        """Store images.
+
+        Args:
+            owner: whose they are; empty where there are no keys.
+            output_format: of the files.
+            files: the images.
+
+        Raises:
+            InvalidRequest: they are larger than everything that may be kept.
+            NotReady: they cannot be stored.
+        """
+        needed = sum(map(len, files))
+        if needed > self._most_bytes:
+            raise InvalidRequest(
+                "response_format",
+                f"response_format is 'url', but the images have {needed} bytes and at most "
+                f"{self._most_bytes} are kept; ask for 'b64_json' or for fewer images.",
+            )
+        blobs = await self.open()
+        expires_at = math.ceil(time.time() + self._keep_s)
+        kept = [
+            Kept(_new_name(expires_at, output_format), owner, len(file), expires_at)
+            for file in files
+        ]
+        crowded_out = self._make_room(needed)
+        self._kept |= {one.name: one for one in kept}
+        try:
+            await blobs.delete(crowded_out)
+            for one, file in zip(kept, files, strict=True):
+                await blobs.write(one.name, file)
+        except OSError:
+            log.exception("images could not be stored for their URLs")
+            await self._drop(one.name for one in kept)
+            raise NotReady(
+                "The images could not be stored; try again later, or ask for 'b64_json'."
+            ) from None
+        # Others may have needed the room while these were being written.
+        await blobs.delete([one.name for one in kept if one.name not in self._kept])
+        self._watch()
+        return kept
+
+    async def read(self, name: str) -> tuple[bytes, float]:
+        """An image, and the seconds for which it will still be kept.
+
+        Raises:
+            UnknownResult: there is none of this name, or not any more.
+        """
+        expires_at = _expiry_of(name)
+        left_s = 0.0 if expires_at is None else expires_at - time.time()
+        if left_s <= 0:
+            raise UnknownResult
+        try:
+            return await (await self.open()).read(name), left_s
+        except FileNotFoundError:
+            raise UnknownResult from None
+
+    def _make_room(self, needed: int) -> list[str]:
+        """Forget as many images as it takes, and return their names."""
+        held = Counter[str]()
+        for one in self._kept.values():
+            held[one.owner] += one.nbytes
+        forgotten: list[str] = []
+        while held.total() + needed > self._most_bytes:
+            greediest, _ = held.most_common(1)[0]
+            oldest = next(one for one in self._kept.values() if one.owner == greediest)
+            del self._kept[oldest.name]
+            held[greediest] -= oldest.nbytes
+            forgotten.append(oldest.name)
+        return forgotten
+
+    def _watch(self) -> None:
+        if self._kept and (self._sweeping is None or self._sweeping.done()):
+            self._sweeping = asyncio.create_task(self._sweep())
+
+    async def _sweep(self) -> None:
+        """Delete images as they expire, until there are none."""
+        while self._kept:
+            now = time.time()
+            await self._drop([one.name for one in self._kept.values() if one.expires_at <= now])
+            next_s = min((one.expires_at for one in self._kept.values()), default=now) - now
+            await asyncio.sleep(min(max(next_s, SHORTEST_SLEEP_S), LONGEST_SLEEP_S))
+
+    async def _drop(self, names: Iterable[str]) -> None:
+        gone = [name for name in names if self._kept.pop(name, None) is not None]
+        try:
+            await (await self.open()).delete(gone)
+        except OSError:
+            # Nobody can fetch them any more, and the next process deletes them.
+            log.exception("images that have expired could not be deleted")
+
+    def _temporary(self) -> str:
+        folder = tempfile.mkdtemp(prefix="weft-results-")
+        # Also where nobody closes it.
+        self._discard = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        return folder
+
+
+def _blobs_at(place: str) -> Blobs:
+    # fsspec takes a moment to import, and most servers never need it.
+    from server.blobs import Blobs
+
+    return Blobs(place)
+
+
+def _new_name(expires_at: int, output_format: OutputFormat) -> str:
+    return f"{expires_at:08x}-{secrets.token_urlsafe(RANDOM_BYTES)}.{output_format}"
+
+
+def _expiry_of(name: str) -> int | None:
+    """When an image of this name expires; None if no image is named so."""
+    match = _NAME.fullmatch(name)
+    return None if match is None else int(match[1], 16)

@@ -1,0 +1,146 @@
+"""Images at URLs are there for their time, and take no more room than they may."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from server.errors import InvalidRequest, NotReady, UnknownResult
+from server.results import Results
+
+FILE = b"\x89PNG" + bytes(96)
+
+
+def run(work: Callable[[], Awaitable[None]]) -> None:
+    async def main() -> None:
+        await work()
+
+    asyncio.run(main())
+
+
+def files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+async def gone(store: Results, name: str) -> bool:
+    try:
+        await store.read(name)
+    except UnknownResult:
+        return True
+    return False
+
+
+def test_an_image_is_deleted_when_its_time_is_over(tmp_path: Path) -> None:
+    async def work() -> None:
+        store = Results(str(tmp_path), 0.5, 1000)
+        (kept,) = await store.keep("", "png", [FILE])
+        assert await store.read(kept.name) == (FILE, pytest.approx(1, abs=1))
+        assert kept.expires_at - time.time() <= 1.5
+        await asyncio.sleep(kept.expires_at - time.time())
+        assert await gone(store, kept.name)
+        await asyncio.sleep(0.2)
+        assert files(tmp_path) == set()
+        await store.close()
+
+    run(work)
+
+
+def test_a_process_goes_on_where_another_was_killed(tmp_path: Path) -> None:
+    async def first() -> None:
+        (kept,) = await Results(str(tmp_path), 3600, 1000).keep("", "png", [FILE])
+        names.append(kept.name)
+
+    async def second() -> None:
+        (tmp_path / old).write_bytes(FILE)
+        store = Results(str(tmp_path), 3600, 250)
+        await store.open()
+        await asyncio.sleep(0.1)
+        assert files(tmp_path) == {*names, "notes.txt"}
+        assert (await store.read(names[0]))[0] == FILE
+        # What was found counts.
+        await store.keep("", "png", [FILE, FILE])
+        assert await gone(store, names[0])
+        await store.close()
+
+    names: list[str] = []
+    old = f"{int(time.time()) - 9:08x}-{'x' * 32}.png"
+    (tmp_path / "notes.txt").write_text("of the operator")
+    run(first)
+    run(second)
+
+
+def test_beyond_the_bound_whoever_has_most_loses_the_oldest(tmp_path: Path) -> None:
+    async def work() -> None:
+        store = Results(str(tmp_path), 3600, 500)
+        (few,) = await store.keep("one", "png", [FILE])
+        first, second, third, fourth = await store.keep("another", "png", [FILE] * 4)
+        (more,) = await store.keep("one", "webp", [FILE])
+        assert files(tmp_path) == {one.name for one in (few, second, third, fourth, more)}
+        assert await gone(store, first.name)
+        with pytest.raises(InvalidRequest, match="at most 500 are kept"):
+            await store.keep("one", "png", [bytes(501)])
+        await store.close()
+
+    run(work)
+
+
+def test_no_name_is_guessed_or_leads_elsewhere(tmp_path: Path) -> None:
+    async def work() -> None:
+        store = Results(str(tmp_path / "results"), 3600, 1000)
+        kept = await store.keep("", "png", [FILE, FILE])
+        tokens = {one.name[9:-4] for one in kept}
+        assert len(tokens) == 2
+        assert all(len(token) == 32 for token in tokens)
+        later = f"{kept[0].expires_at + 60:08x}{kept[0].name[8:]}"
+        for name in (later, "", "..", "../secret", kept[0].name[:-4], f"{kept[0].name}.part"):
+            assert await gone(store, name), name
+        await store.close()
+
+    (tmp_path / "secret").write_bytes(FILE)
+    run(work)
+
+
+def test_a_place_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    async def work() -> None:
+        for place, said in ((__file__, "kept for URLs"), ("nothing://x", "nothing")):
+            with pytest.raises(NotReady, match=said):
+                await Results(place, 3600, 1000).open()
+
+    run(work)
+
+
+def test_what_cannot_be_written_is_given_up(
+    tmp_path: Path,
+) -> None:
+    async def work() -> None:
+        store = Results(str(tmp_path / "results"), 3600, 150)
+        await store.open()
+        (tmp_path / "results").rmdir()
+        (tmp_path / "results").write_bytes(b"")
+        with pytest.raises(NotReady, match="b64_json"):
+            await store.keep("", "png", [FILE])
+        (tmp_path / "results").unlink()
+        # It holds no room.
+        await store.keep("", "png", [FILE])
+        await store.close()
+
+    run(work)
+
+
+def test_without_a_place_there_is_a_folder_that_ends_with_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work() -> None:
+        store = Results(None, 3600, 1000)
+        await store.keep("", "png", [FILE])
+        assert len(files(tmp_path)) == 1
+        await store.close()
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    run(work)
+    assert files(tmp_path) == set()
