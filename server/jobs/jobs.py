@@ -11,6 +11,7 @@ from typing import Any, Final
 from sqlalchemy.exc import SQLAlchemyError
 
 from server.blobs import Blobs
+from server.engine.client import ANYONE
 from server.errors import InvalidRequest, NotReady, UnknownJob, WeftError
 from server.jobs import store
 from server.jobs.database import Database, of_folder, of_url
@@ -52,7 +53,9 @@ class Jobs:
         self.watches = Watches()
         self.leaving = service.leaving
         self._settings: JobSettings = settings.jobs
-        self._clients = {key.digest.hex(): key.client for key in settings.api_keys}
+        keys = {key.digest.hex(): key.client for key in settings.api_keys}
+        # Without keys all jobs are everybody's.
+        self._clients = keys or {"": ANYONE}
         self._service = service
         self._describe = describe
         self._database: Database

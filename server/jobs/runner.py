@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, Final
 
 from server.blobs import Blobs
-from server.engine.client import ANYONE, Client
+from server.engine.client import Client
 from server.errors import Cancelled, NotReady, Overloaded, UnknownGeneration, WeftError
 from server.jobs import store
 from server.jobs.database import Database
@@ -33,6 +33,12 @@ LOOK_S: Final = 1.0
 
 LONGEST_WAIT_S: Final = 10.0
 """Until a job that the queue had no room for is tried again; there may be room sooner than told."""
+
+KEY_REMOVED: Final = {
+    "message": "The API key that asked for this is not accepted any more.",
+    "code": "key_removed",
+    "param": None,
+}
 
 SWEEP_S: Final = 30.0
 SWEPT_AT_ONCE: Final = 100
@@ -57,7 +63,7 @@ class Runner:
         blobs: with their pictures.
         watches: told of progress and changes.
         settings: how many at once, how often, and for how long they are kept.
-        clients: whose share of the device the jobs of an owner have.
+        clients: whose share of the device the jobs of an owner have; nobody else's are begun.
     """
 
     def __init__(
@@ -97,7 +103,12 @@ class Runner:
             self._wake.clear()
             while self._service.ready and len(self._under_way) < self._settings.running:
                 job = await self._database.run(
-                    store.begin, self._worker, LEASE_S, time.time(), list(self._under_way)
+                    store.begin,
+                    self._worker,
+                    LEASE_S,
+                    time.time(),
+                    list(self._clients),
+                    list(self._under_way),
                 )
                 if job is None:
                     break
@@ -118,9 +129,10 @@ class Runner:
                 self.cancel(identifier)
 
     async def sweep(self) -> None:
-        """Delete what has been kept for long enough, and pictures of jobs that never were."""
+        """Delete what was kept for long enough, pictures without a job, and jobs without a key."""
         await self._delete_strays()
         while True:
+            await self._disown()
             over = await self._database.run(store.expired, time.time(), SWEPT_AT_ONCE)
             # Pictures first: what is interrupted here is done again.
             await self._blobs.delete(over)
@@ -145,6 +157,24 @@ class Runner:
         there = list(await self._blobs.sizes())
         known = await self._database.run(store.known, there)
         await self._blobs.delete([name for name in there if name not in known])
+
+    async def _disown(self) -> None:
+        """End the jobs of keys that were removed, which would otherwise wait for ever."""
+        # Another server may have been told of a new key already, and this one not yet.
+        patience_s = 0.0 if self._database.alone else self._settings.keep_s
+        now = time.time()
+        ended = await self._database.run(
+            store.disown,
+            list(self._clients),
+            now - patience_s,
+            KEY_REMOVED,
+            self._settings.keep_s,
+            now,
+        )
+        if ended:
+            log.warning("jobs of keys that are not accepted any more failed: %s", ", ".join(ended))
+            for identifier in ended:
+                self._watches.tell(identifier)
 
     def _ended(self, job: Job, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and task.exception() is not None:
@@ -182,8 +212,9 @@ class Runner:
         for field in job.uploads:
             fields[field] = (await self._blobs.read(upload_name(job.id, field))).decode()
         request = GenerateRequest.model_validate(fields)
-        client = self._clients.get(job.owner, ANYONE)
-        generation = await self._service.admit(request, _generation_of(job), client)
+        generation = await self._service.admit(
+            request, _generation_of(job), self._clients[job.owner]
+        )
         try:
             while not generation.done:
                 for progress in await generation.news():

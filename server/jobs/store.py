@@ -32,6 +32,7 @@ __all__ = [
     "begin",
     "cancel",
     "delivered",
+    "disown",
     "due",
     "expired",
     "finish",
@@ -150,7 +151,12 @@ def positions(connection: Connection, identifiers: Collection[str]) -> dict[str,
 
 
 def begin(
-    connection: Connection, worker: str, lease_s: float, now: float, but: Collection[str] = ()
+    connection: Connection,
+    worker: str,
+    lease_s: float,
+    now: float,
+    owners: Collection[str],
+    but: Collection[str] = (),
 ) -> Job | None:
     """Begin the next job: the oldest one of the owner of whom the fewest are processing.
 
@@ -161,14 +167,18 @@ def begin(
         worker: who begins it.
         lease_s: seconds within which he has to :func:`renew`.
         now: Unix time.
+        owners: whose jobs he may begin.
         but: jobs that he works on, even if he was too slow to renew them.
     """
     running = and_(JOBS.c.status == "processing", JOBS.c.lease_until >= now)
     counts = select(JOBS.c.owner, func.count().label("jobs")).where(running).group_by(JOBS.c.owner)
     busy = {row.owner: row.jobs for row in connection.execute(counts)}
-    ready = or_(
-        and_(JOBS.c.status == WAITING, JOBS.c.not_before <= now),
-        and_(JOBS.c.status == "processing", JOBS.c.lease_until < now, JOBS.c.id.not_in(but)),
+    ready = and_(
+        JOBS.c.owner.in_(owners),
+        or_(
+            and_(JOBS.c.status == WAITING, JOBS.c.not_before <= now),
+            and_(JOBS.c.status == "processing", JOBS.c.lease_until < now, JOBS.c.id.not_in(but)),
+        ),
     )
     oldest = select(JOBS.c.owner, func.min(JOBS.c.seq)).where(ready).group_by(JOBS.c.owner)
     heads = [(busy.get(owner, 0), seq) for owner, seq in connection.execute(oldest)]
@@ -280,6 +290,41 @@ def cancel(connection: Connection, owner: str, identifier: str, keep_s: float, n
     if connection.execute(ended).rowcount:
         _tell(connection, identifier, "completed", now)
     return get(connection, owner, identifier)
+
+
+def disown(
+    connection: Connection,
+    owners: Collection[str],
+    accepted_before: float,
+    error: Mapping[str, Any],
+    keep_s: float,
+    now: float,
+) -> list[str]:
+    """Let the jobs of owners whose keys are not accepted any more fail, and return which.
+
+    Args:
+        connection: in a transaction.
+        owners: whose keys are accepted.
+        accepted_before: Unix time; newer jobs wait on.
+        error: that they fail with.
+        keep_s: seconds for which they are kept.
+        now: Unix time.
+    """
+    nobody_works_on_it = or_(
+        JOBS.c.status == WAITING,
+        and_(JOBS.c.status == "processing", JOBS.c.lease_until < now),
+    )
+    ended = (
+        update(JOBS)
+        .where(JOBS.c.owner.not_in(owners), JOBS.c.created_at <= accepted_before)
+        .where(nobody_works_on_it)
+        .values(**_end("failed", keep_s, now), error=error)
+        .returning(JOBS.c.id)
+    )
+    identifiers = list(connection.execute(ended).scalars())
+    for identifier in identifiers:
+        _tell(connection, identifier, "completed", now)
+    return identifiers
 
 
 def expired(connection: Connection, now: float, count: int) -> list[str]:

@@ -76,13 +76,13 @@ async def _each_is_begun_once(one: Database, other: Database) -> None:
 
     async def begin(database: Database, worker: str) -> list[Any]:
         found: list[Any] = []
-        while job := await database.run(store.begin, worker, LEASE_S, 3.0):
+        while job := await database.run(store.begin, worker, LEASE_S, 3.0, ["a", "b"]):
             found.append(job)
         return found
 
     begun = list(chain(*await asyncio.gather(begin(one, "one"), begin(other, "other"))))
     assert Counter(job.id for job in begun) == Counter(job.id for job in accepted)
-    again = await other.run(store.begin, "other", LEASE_S, 4.0 + LEASE_S)
+    again = await other.run(store.begin, "other", LEASE_S, 4.0 + LEASE_S, ["a", "b"])
     assert again is not None
     assert again.attempt == 2
     first = next(job for job in begun if job.id == again.id)

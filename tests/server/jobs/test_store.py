@@ -16,9 +16,13 @@ from server.errors import NotReady, Overloaded, ReusedKey, UnknownJob
 from server.jobs import store
 from server.jobs.database import Database, of_folder
 from server.jobs.job import Job, NewJob
+from server.jobs.jobs import Jobs
+from server.service.service import Service
+from server.settings import Limits, Settings
 
 LEASE_S = 30.0
 KEEP_S = 100.0
+OWNERS = ["a", "b"]
 
 Work = Callable[[Database], Awaitable[None]]
 
@@ -53,10 +57,10 @@ def test_a_late_result_of_an_old_attempt_is_refused(tmp_path: Path) -> None:
     async def work(database: Database) -> None:
         for _ in range(25):
             await added(database, "a")
-            old = await database.run(store.begin, "one", LEASE_S, 10.0)
+            old = await database.run(store.begin, "one", LEASE_S, 10.0, OWNERS)
             assert old is not None
             later = 11.0 + LEASE_S
-            again = await database.run(store.begin, "two", LEASE_S, later)
+            again = await database.run(store.begin, "two", LEASE_S, later, OWNERS)
             assert again is not None
             assert (again.id, again.attempt) == (old.id, 2)
             finish = store.finish
@@ -73,12 +77,12 @@ def test_a_lease_that_is_renewed_is_kept_and_a_cancelled_job_loses_it(tmp_path: 
     async def work(database: Database) -> None:
         one, other = await added(database, "a", "a")
         for _ in range(2):
-            await database.run(store.begin, "w", LEASE_S, 10.0)
+            await database.run(store.begin, "w", LEASE_S, 10.0, OWNERS)
         await database.run(store.cancel, "a", other.id, KEEP_S, 20.0)
         kept = await database.run(store.renew, "w", [one.id, other.id], LEASE_S, 35.0)
         assert kept == {one.id}
-        assert await database.run(store.begin, "x", LEASE_S, 60.0) is None
-        assert await database.run(store.begin, "w", LEASE_S, 99.0, [one.id]) is None
+        assert await database.run(store.begin, "x", LEASE_S, 60.0, OWNERS) is None
+        assert await database.run(store.begin, "w", LEASE_S, 99.0, OWNERS, [one.id]) is None
         with pytest.raises(UnknownJob):
             await database.run(store.cancel, "b", one.id, KEEP_S, 60.0)
 
@@ -100,12 +104,58 @@ def test_owners_take_turns_and_positions_say_so(tmp_path: Path) -> None:
     async def work(database: Database) -> None:
         jobs = await added(database, "a", "a", "a", "b", "b")
         promised = await database.run(store.positions, [job.id for job in jobs])
-        begun = [await database.run(store.begin, "w", LEASE_S, 2.0) for _ in jobs]
+        begun = [await database.run(store.begin, "w", LEASE_S, 2.0, OWNERS) for _ in jobs]
         order = [job.id for job in begun if job is not None]
         assert sorted(promised, key=lambda one: promised[one]) == order
         assert [job.owner for job in begun if job is not None] == ["a", "b", "a", "b", "a"]
 
     with_database(tmp_path, work)
+
+
+def test_jobs_of_a_removed_key_are_never_begun_and_fail_by_name(tmp_path: Path) -> None:
+    async def work(database: Database) -> None:
+        job, kept, late = await added(database, "removed", "a", "removed")
+        await database.run(store.begin, "w", LEASE_S, 10.0, ["removed"])
+        error = {"message": "m", "code": "c", "param": None}
+        disown = store.disown, ["a"], 5.0, error, KEEP_S
+        # Another server works on the first one.
+        assert await database.run(*disown, 20.0) == [late.id]
+        assert await database.run(*disown, 11.0 + LEASE_S) == [job.id]
+        ended = await database.run(store.get, "removed", job.id)
+        assert (ended.status, ended.error) == ("failed", error)
+        (accepted_later,) = await added(database, "removed")
+        assert await database.run(store.disown, ["a"], 0.5, error, KEEP_S, 99.0) == []
+        begun = [await database.run(store.begin, "w", LEASE_S, 99.0, ["a"]) for _ in range(2)]
+        assert [one and one.id for one in begun] == [kept.id, None]
+        waiting = await database.run(store.get, "removed", accepted_later.id)
+        assert waiting.status == "starting"
+
+    with_database(tmp_path, work)
+
+
+@pytest.mark.parametrize("keys", [[], ["another key of the server"]])
+def test_a_server_without_a_job_s_key_fails_it_when_it_starts(
+    tmp_path: Path, keys: list[str]
+) -> None:
+    async def before(database: Database) -> None:
+        identifiers.extend(job.id for job in await added(database, "removed"))
+
+    async def start() -> Job:
+        settings = Settings.model_validate({"jobs": {"folder": tmp_path}, "api_keys": keys})
+        service = Service(Limits())
+        jobs = Jobs(settings, service, lambda _: b"")
+        await jobs.open()
+        try:
+            return await jobs.ended(await jobs.get("removed", identifiers[0]), LEASE_S)
+        finally:
+            await jobs.close()
+            service.close()
+
+    identifiers: list[str] = []
+    with_database(tmp_path, before)
+    job = asyncio.run(start())
+    assert job.error is not None
+    assert job.error["code"] == "key_removed"
 
 
 def test_more_than_may_wait_are_refused(tmp_path: Path) -> None:
