@@ -13,7 +13,7 @@ COPY pyproject.toml constraints.txt ./
 COPY requirements requirements
 COPY scripts/install.sh scripts/install.sh
 RUN scripts/install.sh --dependencies-only
-COPY LICENSE README.md ./
+COPY LICENSE README.md weft.py ./
 COPY samplers samplers
 COPY guidance guidance
 COPY server server

@@ -10,7 +10,7 @@ import sys
 import threading
 import tomllib
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.metadata import packages_distributions
 from itertools import product
@@ -139,22 +139,86 @@ def test_no_source_lifts_the_ban() -> None:
     assert "TID251" not in json.dumps(PROJECT["tool"]["ruff"])
 
 
-def test_the_wheel_carries_every_file_of_the_packages(tmp_path: Path) -> None:
-    source = tmp_path / "source"
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel that pip builds of the packages."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
     skipped = shutil.ignore_patterns("__pycache__", "*.pyc")
     for package in PACKAGES:
-        if (ROOT / package).exists():
-            shutil.copytree(ROOT / package, source / package, ignore=skipped)
-    files = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
-    for name in ("pyproject.toml", "LICENSE"):
+        shutil.copytree(ROOT / package, source / package, ignore=skipped)
+    for name in ("pyproject.toml", "LICENSE", "weft.py"):
         shutil.copy(ROOT / name, source)
-
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index"]
-    command += ["--no-build-isolation", "--wheel-dir", str(tmp_path), str(source)]
+    command += ["--no-build-isolation", "--wheel-dir", str(folder), str(source)]
     subprocess.run(command, check=True, capture_output=True)
+    [built] = folder.glob("weft-*.whl")
+    return built
 
-    (wheel,) = tmp_path.glob("weft-*.whl")
-    assert files <= set(zipfile.ZipFile(wheel).namelist())
+
+def test_the_wheel_carries_every_file_of_the_packages(wheel: Path) -> None:
+    source = wheel.parent / "source"
+    files = [path for package in PACKAGES for path in (source / package).rglob("*")]
+    named = {path.relative_to(source).as_posix() for path in files if path.is_file()}
+    assert named | {"weft.py"} <= set(zipfile.ZipFile(wheel).namelist())
+
+
+def fake_guidance(folder: Path) -> None:
+    """What pip leaves of another distribution with a package `guidance`."""
+    (folder / "guidance").mkdir(parents=True, exist_ok=True)
+    (folder / "guidance/__init__.py").write_text("")
+    (folder / "guidance/_grammar.py").write_text("")
+    described = folder / "guidance-0.3.1.dist-info"
+    described.mkdir()
+    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: guidance\nVersion: 0.3.1\n")
+    (described / "RECORD").write_text("guidance/__init__.py,,\nguidance/_grammar.py,,\n")
+
+
+def test_the_command_names_a_distribution_that_it_cannot_share_an_environment_with(
+    wheel: Path, tmp_path: Path
+) -> None:
+    """`guidance` is on the package index; whichever was installed last overwrote the other."""
+    site = tmp_path / "site"
+    ours = zipfile.ZipFile(wheel)
+    needed = [n for n in ours.namelist() if n.endswith(".py") or ".dist-info/" in n]
+
+    def run(*arguments: str, folders: Sequence[Path] = (site,)) -> tuple[int, str]:
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            env={"PYTHONPATH": ":".join(map(str, folders))},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    def clash(*folders: Path) -> str:
+        """What is found in an environment of these folders alone."""
+        return run("-S", "-c", "import weft; print(weft.clash())", folders=folders)[1].strip()
+
+    ours.extractall(site, needed)
+    status, told = run("-c", "import weft; weft.main()", "--help")
+    assert (status, "Usage" in told) == (0, True)
+    (site / "guidance/notes.txt").write_text("a file of the user's own is no clash")
+    assert clash(site) == "None"
+
+    fake_guidance(site)
+    shared = "the distribution guidance 0.3.1 and Weft have both installed a package `guidance`"
+    status, told = run("-c", "import weft; weft.main()", "--help")
+    assert status == 1
+    assert f"weft: {shared}" in told
+    ours.extract("guidance/__init__.py", site)
+    assert clash(site).startswith(shared)
+
+    fake_guidance(tmp_path / "before")
+    hidden = clash(tmp_path / "before", site)
+    assert f"the package `guidance` from {tmp_path / 'before/guidance'}" in hidden
+    assert "belongs to the distribution guidance 0.3.1, and not from Weft's own" in hidden
+
+    # `pip uninstall guidance` takes Weft's module with it.
+    (site / "guidance/__init__.py").unlink()
+    assert clash(site).startswith("Weft's package `guidance` is not in")
 
 
 class Readyz(HTTPServer):

@@ -1,0 +1,94 @@
+"""The command `weft`: `server.cli`, once it is sure that Weft's packages are its own.
+
+Weft installs packages with common names, and other distributions have packages of the same names:
+`guidance` is one on the package index. In one environment they overwrite or hide each other, and
+what fails then names neither. This module's name is Weft's alone, so it can tell.
+"""
+
+from __future__ import annotations
+
+import sys
+from base64 import urlsafe_b64encode
+from hashlib import sha256
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Final
+
+PACKAGES: Final = ("samplers", "guidance", "server", "embedded")
+HOME: Final = Path(__file__).resolve().parent
+
+
+def main() -> None:
+    """Run the command line, or say with which distribution Weft cannot share an environment."""
+    if refusal := clash():
+        sys.exit(f"weft: {refusal}")
+    from server.cli import main as command
+
+    command()
+
+
+def clash() -> str | None:
+    """Why a package of Weft cannot be used here: another distribution has one of its name.
+
+    Returns:
+        A sentence that names both, or None if all packages are Weft's own.
+    """
+    for name in PACKAGES:
+        folder = _imported_from(name)
+        if folder is None:
+            return (
+                f"Weft's package `{name}` is not in {HOME} any more; pip removes it with another "
+                "distribution that has one of that name. Install Weft again, into an environment "
+                "of its own."
+            )
+        if folder != HOME / name:
+            owner = _owner_of(name)
+            return (
+                f"Python imports the package `{name}` from {folder}"
+                f"{f', which belongs to the distribution {owner}' if owner else ''}, and not from "
+                f"Weft's own {HOME / name}. Install Weft into an environment of its own."
+            )
+        # Reading what every distribution has installed takes as long as the rest of the start.
+        if _looks_strange(name) and (owner := _owner_of(name)):
+            return (
+                f"the distribution {owner} and Weft have both installed a package `{name}` into "
+                f"{folder}, so that one has overwritten the other. Install Weft into an "
+                "environment of its own."
+            )
+    return None
+
+
+def _imported_from(name: str) -> Path | None:
+    """The folder of a package, without importing it; None if there is none."""
+    spec = find_spec(name)
+    return Path(spec.origin).resolve().parent if spec is not None and spec.origin else None
+
+
+def _looks_strange(name: str) -> bool:
+    """Whether a package is not as the wheel had it; never so in a checkout, which has no list."""
+    for record in HOME.glob("weft-*.dist-info/RECORD"):
+        rows = (line.split(",") for line in record.read_text("utf-8").splitlines())
+        hashes = {row[0]: row[1] for row in rows if row[0].startswith(f"{name}/")}
+        known = {path.split("/")[1] for path in hashes} | {"__pycache__"}
+        first = (HOME / name / "__init__.py").read_bytes()
+        digest = urlsafe_b64encode(sha256(first).digest()).decode().rstrip("=")
+        if hashes[f"{name}/__init__.py"] != f"sha256={digest}":
+            return True
+        if any(entry.name not in known for entry in (HOME / name).iterdir()):
+            return True
+    return False
+
+
+def _owner_of(name: str) -> str | None:
+    """The other distribution that has installed a package of that name, with its version."""
+    from importlib.metadata import distributions
+
+    for one in distributions():
+        installed = (one.read_text("RECORD") or "").splitlines()
+        if one.name != "weft" and any(path.startswith(f"{name}/") for path in installed):
+            return f"{one.name} {one.version}"
+    return None
+
+
+if __name__ == "__main__":
+    main()
