@@ -24,6 +24,7 @@ from server.errors import (
     WeftError,
 )
 from server.requests.schema import ResolvedRequest
+from server.service.waiting_line import WaitingLine
 
 __all__ = ["Generation", "Progress", "outcome_of"]
 
@@ -58,9 +59,10 @@ class Generation:
     Args:
         identifier: unique among running generations.
         loop: the event loop that reads.
+        line: in which it waits until the first of its images begins.
     """
 
-    def __init__(self, identifier: str, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, identifier: str, loop: asyncio.AbstractEventLoop, line: WaitingLine) -> None:
         self.id = identifier
         self.created = time.time()
         self.results: dict[int, ImageResult] = {}
@@ -70,8 +72,11 @@ class Generation:
         self.statistics: str | None = None
         self.warnings: tuple[str, ...] = ()
         self.notes: tuple[str, ...] = ()
+        self.begun_at: float | None = None
         self._born = time.monotonic()
         self._loop = loop
+        self._line = line
+        self._ticket = line.join()
         self._news: dict[int, Progress] = {}
         self._wake = asyncio.Event()
         self._error: Exception | None = None
@@ -110,6 +115,11 @@ class Generation:
         return self._submission is not None and len(self.results) == self.request.n
 
     @property
+    def queue_position(self) -> int | None:
+        """How many requests that came before it have not begun either; None once it has begun."""
+        return self._line.position(self._ticket)
+
+    @property
     def elapsed_s(self) -> float:
         """Seconds since the request arrived."""
         return time.monotonic() - self._born
@@ -130,6 +140,19 @@ class Generation:
         self.check()
         news, self._news = list(self._news.values()), {}
         return news
+
+    async def begun(self, within_s: float) -> None:
+        """Wait until the first of its images begins, at most so long; takes no progress in.
+
+        Raises:
+            WeftError: an image failed, or the generation was cancelled.
+        """
+        if self.queue_position is not None and self._error is None:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), within_s)
+            if not self._news:
+                self._wake.clear()
+        self.check()
 
     async def unless_ended(self, work: Coroutine[Any, Any, Result]) -> Result:
         """What some work before the start returns; it is cancelled if the generation ends first.
@@ -189,11 +212,13 @@ class Generation:
     def close(self) -> None:
         """Stop reading: unfinished work ends at the next tick."""
         self._closed = True
+        self._line.leave(self._ticket)
         if self._submission is not None and not self.done:
             self._submission.cancel()
 
     def started(self, index: int) -> None:
         """An image left the queue (called in the engine's thread)."""
+        self._tell(self._begun)
 
     def progress(self, index: int, step: int, steps: int, preview: np.ndarray | None) -> None:
         """An image completed a step (called in the engine's thread)."""
@@ -214,6 +239,12 @@ class Generation:
         # A closed loop has no reader left, which must not disturb the engine's thread.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(call, *arguments)
+
+    def _begun(self) -> None:
+        if self.begun_at is None:
+            self.begun_at = time.monotonic()
+            self._line.leave(self._ticket)
+            self._wake.set()
 
     def _moved(self, progress: Progress) -> None:
         self._news[progress.index] = progress

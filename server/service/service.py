@@ -38,6 +38,7 @@ from server.requests.tasks import seeds_of, tasks_of
 from server.requests.upload import Upload
 from server.service.generation import Generation
 from server.service.model_shelf import Lease, ModelShelf, ModelState, Source
+from server.service.waiting_line import WaitingLine
 from server.settings import Limits
 
 __all__ = ["Picture", "Pictures", "Service", "pixels_tensor"]
@@ -130,6 +131,7 @@ class Service:
         self._leases: dict[Generation, Lease] = {}
         self._failure: str | None = None
         self._under_way: dict[str, Generation] = {}
+        self._line = WaitingLine()
         self._plans: ByteBoundedLRU[Hashable, Plan] = ByteBoundedLRU(
             PLANS_KEPT_BYTES, lambda plan: plan.tables.nbytes
         )
@@ -296,7 +298,7 @@ class Service:
         """
         if identifier in self._under_way:
             raise DuplicateGeneration(identifier)
-        generation = Generation(identifier, asyncio.get_running_loop())
+        generation = Generation(identifier, asyncio.get_running_loop(), self._line)
         self._under_way[identifier] = generation
         try:
             await self._begin(generation, request, client)

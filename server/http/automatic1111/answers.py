@@ -46,10 +46,12 @@ class Progress(BaseModel):
     """The progress of a client's oldest job."""
 
     progress: float = Field(default=0.0, description="From 0 to 1; 0 if there is no job.")
-    eta_relative: float = Field(default=0.0, description="Seconds that are left.")
+    eta_relative: float = Field(
+        default=0.0, description="Seconds that are left; 0 while nothing is known of them."
+    )
     state: State = State()
     current_image: str | None = Field(default=None, description="A preview, PNG in base64.")
-    textinfo: str | None = None
+    textinfo: str | None = Field(default=None, description="How many requests it waits for.")
 
 
 LEAST: float = 0.01
@@ -69,13 +71,11 @@ def progress_of(jobs: Sequence[Job], *, with_image: bool) -> Progress:
         with_image: whether a preview is wanted.
     """
     job = jobs[0]
-    share = max(LEAST, job.share)
     preview = job.preview if with_image else None
-    elapsed = time.monotonic() - job.began
     seen = job.seen
     return Progress(
-        progress=share,
-        eta_relative=elapsed / share - elapsed,
+        progress=max(LEAST, job.share),
+        eta_relative=job.left_s,
         state=State(
             interrupted=job.interrupted,
             job=f"{len(jobs)} under way",
@@ -87,7 +87,15 @@ def progress_of(jobs: Sequence[Job], *, with_image: bool) -> Progress:
         current_image=None
         if preview is None
         else base64.b64encode(encode(preview, "png")).decode(),
+        textinfo=_of_the_queue(job.queue_position),
     )
+
+
+def _of_the_queue(position: int | None) -> str | None:
+    """What clients show while a job waits."""
+    if not position:
+        return None
+    return f"Waiting: {position} {'request is' if position == 1 else 'requests are'} before this."
 
 
 def answered(

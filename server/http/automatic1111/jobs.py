@@ -39,7 +39,7 @@ class Job:
         owner: who sent it.
         images: that it asks for.
         steps: of each, as far as is known.
-        began: seconds of a monotonic clock.
+        generation: that makes them, once it is admitted.
         progress: the latest of each image that has begun.
         interrupted: whether its client had enough of it.
     """
@@ -47,7 +47,7 @@ class Job:
     owner: Owner
     images: int
     steps: int
-    began: float = field(default_factory=time.monotonic)
+    generation: Generation | None = None
     progress: dict[int, Progress] = field(default_factory=dict)
     interrupted: bool = False
 
@@ -63,6 +63,19 @@ class Job:
         return min(1.0, done / self.images)
 
     @property
+    def queue_position(self) -> int | None:
+        """How many requests are before it that have not begun; None if it has begun itself."""
+        return None if self.generation is None else self.generation.queue_position
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until it ends, if it goes on as it began; 0 while nothing is known of that."""
+        share, generation = self.share, self.generation
+        if generation is None or generation.begun_at is None or not share:
+            return 0.0
+        return (time.monotonic() - generation.begun_at) * (1 - share) / share
+
+    @property
     def preview(self) -> np.ndarray | None:
         """Of the first image that is not finished, uint8 `[h, w, 3]`; None before the first."""
         shown = [one for one in self.seen if one.preview is not None]
@@ -75,6 +88,7 @@ class Job:
         Raises:
             WeftError: an image failed, or the job was interrupted.
         """
+        self.generation = generation
         while not generation.done:
             for progress in await generation.news():
                 self.progress[progress.index] = progress

@@ -16,6 +16,7 @@ from server.service.service import Picture, Pictures
 __all__ = [
     "CancelResponse",
     "GenerateResponse",
+    "PositionEvent",
     "ProgressEvent",
     "QueuedEvent",
     "completed",
@@ -102,9 +103,20 @@ class QueuedEvent(BaseModel):
     created: int
     model: str
     settings: dict[str, Any]
+    queue_position: int | None = Field(
+        default=None,
+        description="How many requests that came before it have not begun either; null if it has "
+        "begun. Keys take turns, so that requests of other keys may begin before those.",
+    )
     statistics: str | None = Field(default=None, description="As in the answer.")
     warnings: list[str] = Field(description="As in the answer.")
     notes: list[str] = Field(description="As in the answer.")
+
+
+class PositionEvent(BaseModel):
+    """Another position in the queue, told at most once a second until the request begins."""
+
+    queue_position: int = Field(description="As in the event `queued`.")
 
 
 class ProgressEvent(BaseModel):
@@ -174,6 +186,7 @@ def queued(generation: Generation) -> QueuedEvent:
         created=int(generation.created),
         model=generation.request.model,
         settings=generation.request.settings(),
+        queue_position=generation.queue_position,
         statistics=generation.statistics,
         warnings=list(generation.warnings),
         notes=list(generation.notes),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Final, TypeAlias
 
@@ -13,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from server.errors import WeftError
 from server.http.errors import body_of
-from server.http.native.answers import completed, progressed, queued
+from server.http.native.answers import PositionEvent, completed, progressed, queued
 from server.http.results import Link
 from server.service.generation import Generation
 from server.service.service import Pictures, Service
@@ -25,6 +26,9 @@ Linking: TypeAlias = "Callable[[Generation, Pictures], Awaitable[list[Link] | No
 
 PING_S: Final = 15.0
 """Seconds of silence after which a stream sends a keep-alive comment."""
+
+LOOK_S: Final = 1.0
+"""Between looks at the position of a request that waits."""
 
 
 async def _in_the_answer(generation: Generation, pictures: Pictures) -> None:
@@ -58,8 +62,11 @@ class GenerationStream(EventSourceResponse):
 
     async def _events(self) -> AsyncIterator[bytes]:
         generation = self._generation
-        yield _event("queued", queued(generation))
+        told = queued(generation)
+        yield _event("queued", told)
         try:
+            async for event in self._of_the_queue(told.queue_position):
+                yield event
             while not generation.done:
                 news = await generation.news(PING_S)
                 for progress in news:
@@ -71,6 +78,18 @@ class GenerationStream(EventSourceResponse):
             yield _event("completed", completed(generation, pictures, links))
         except WeftError as error:
             yield format_sse_event(event="error", data_str=json.dumps(body_of(error)))
+
+    async def _of_the_queue(self, told: int | None) -> AsyncIterator[bytes]:
+        """The generation's position in the queue whenever it changes, until it begins."""
+        spoke = time.monotonic()
+        while (position := self._generation.queue_position) is not None:
+            if position != told:
+                told, spoke = position, time.monotonic()
+                yield _event("position", PositionEvent(queue_position=position))
+            elif time.monotonic() - spoke > PING_S:
+                spoke = time.monotonic()
+                yield KEEPALIVE_COMMENT
+            await self._generation.begun(LOOK_S)
 
 
 def _event(name: str, data: BaseModel) -> bytes:

@@ -53,7 +53,8 @@ async def generate(
 
     The `Accept` header chooses the form of the response: JSON; `image/png`, `image/jpeg` or
     `image/webp` for one image file; `text/event-stream` (or `stream: true`) for the events
-    `queued`, `progress`, and `completed` or `error`. Disconnecting cancels the generation.
+    `queued`, `position` while it waits, `progress`, and `completed` or `error`. Disconnecting
+    cancels the generation.
 
     The header `x-request-id` of the request (1 to 64 letters, digits, dots, dashes, underscores)
     becomes the generation's id, so that `DELETE /v1/generate/{id}` can cancel it at once; without

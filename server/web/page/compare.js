@@ -47,6 +47,7 @@ async function fill(cell, request, signal) {
   const events = generation(request, signal, (before) => { words.textContent = `${before + 1} in line`; });
   for await (const [name, data] of events) {
     if (name === "queued") words.textContent = "waiting for the model";
+    if (data.queue_position) words.textContent = `${data.queue_position + 1} in line`;
     if (name === "progress") {
       words.textContent = `step ${data.step} of ${data.steps}`;
       if (data.preview) Object.assign(image, { src: data.preview, hidden: false });

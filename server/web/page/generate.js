@@ -50,6 +50,7 @@ async function generate(asked) {
         command = curl({ ...asked, seed: data.settings.seed });
         all({ command, caption: "waiting for the model" });
       }
+      if (data.queue_position) all(waiting(data.queue_position));
       if (name === "progress") {
         const { index, step, steps, preview } = data;
         gallery.tell(pictures[index], { caption: `step ${step} of ${steps}`, share: step / steps, ...(preview && { src: preview }) });
