@@ -22,6 +22,7 @@ from guidance.classifier_guidance import (
 from guidance.composed import Composed, WeightedPrompt
 from guidance.diffusion_levels import DiffusionLevels
 from guidance.dynamic_thresholding import DynamicThresholding
+from guidance.easy_cache import EasyCache
 from guidance.edits import Edit
 from guidance.elucd import EluCD
 from guidance.feynman_kac import FeynmanKac
@@ -42,12 +43,13 @@ from guidance.rule import Guided, Rows, Rule, stack
 from guidance.seg import SEG
 from guidance.skip_tuning import SkipTuning
 from guidance.slg import SLG
+from guidance.step_cache import StepCache
 from guidance.tcfg import TCFG
 from guidance.unguided import Unguided
 
 if TYPE_CHECKING:
     from guidance.parts import PARTS, Part
-    from guidance.registry import CLASSIFIERS, PERTURBATIONS, POLICIES, RULES
+    from guidance.registry import CLASSIFIERS, PERTURBATIONS, POLICIES, RULES, STEP_CACHES
 
 __all__ = [
     "APG",
@@ -63,6 +65,7 @@ __all__ = [
     "RULES",
     "SEG",
     "SLG",
+    "STEP_CACHES",
     "TCFG",
     "Adaptive",
     "Always",
@@ -76,6 +79,7 @@ __all__ = [
     "Composed",
     "DiffusionLevels",
     "DynamicThresholding",
+    "EasyCache",
     "Edit",
     "EluCD",
     "FeynmanKac",
@@ -97,6 +101,7 @@ __all__ = [
     "Rows",
     "Rule",
     "SkipTuning",
+    "StepCache",
     "Unguided",
     "WeightedPrompt",
     "guide",
@@ -106,7 +111,9 @@ __all__ = [
 
 # These load the rules, policies and terms of installed packages, which import the names above.
 _LATER = {
-    **dict.fromkeys(("CLASSIFIERS", "PERTURBATIONS", "POLICIES", "RULES"), "guidance.registry"),
+    **dict.fromkeys(
+        ("CLASSIFIERS", "PERTURBATIONS", "POLICIES", "RULES", "STEP_CACHES"), "guidance.registry"
+    ),
     **dict.fromkeys(("PARTS", "Part"), "guidance.parts"),
 }
 

@@ -1,4 +1,4 @@
-"""All rules, policies, perturbations and classifiers' terms: ours and those of packages."""
+"""Rules, policies, perturbations, classifiers' terms and step caches: ours and packages'."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from guidance.cfg_zero_star import CFGZeroStar
 from guidance.classifier_guidance import ClassifierGuidance
 from guidance.composed import Composed
 from guidance.dynamic_thresholding import DynamicThresholding
+from guidance.easy_cache import EasyCache
 from guidance.elucd import EluCD
 from guidance.embedded import Embedded
 from guidance.frequency_decoupled import FrequencyDecoupled
@@ -31,6 +32,7 @@ from guidance.reuse import Reuse
 from guidance.rule import Rule
 from guidance.seg import SEG
 from guidance.slg import SLG
+from guidance.step_cache import StepCache
 from guidance.tcfg import TCFG
 from guidance.unguided import Unguided
 
@@ -86,4 +88,8 @@ CLASSIFIERS: tuple[type[ClassifierGuidance], ...] = with_installed(
         Minority,
         GradientFree,
     ),
+)
+
+STEP_CACHES: tuple[type[StepCache], ...] = with_installed(
+    "weft.step_caches", StepCache, (EasyCache,)
 )
