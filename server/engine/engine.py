@@ -552,6 +552,7 @@ class Engine:
             began = perf_counter()
             self._weave(chosen)
             self._charge(rows, perf_counter() - began)
+            self._recall(chosen)
             with self._wake:
                 for sequence in chosen:
                     if not sequence.live and sequence.slot >= 0:
@@ -698,6 +699,7 @@ class Engine:
         self._report(sound, outcome.denoised)
         for sequence, row in sound:
             sequence.settled |= outcome.settled[row]
+            sequence.recollection.recalls = outcome.recalls[row] and sequence.may_recall
         self._retire([sequence for sequence, _ in sound if sequence.done])
 
     def _divide(self, chosen: list[Sequence], error: Exception) -> None:
@@ -716,12 +718,22 @@ class Engine:
         self._weave([*chain(*units[:half])])
         self._weave([*chain(*units[half:])])
 
+    def _recall(self, chosen: list[Sequence]) -> None:
+        """Run the stages that need no row of a forward, until each image needs one or is done."""
+        while recalling := [one for one in chosen if one.recalls and one.slot >= 0]:
+            began = perf_counter()
+            self._weave(recalling)
+            self._charge(dict.fromkeys(recalling, 1), perf_counter() - began)
+
     def _stage(self, chosen: list[Sequence]) -> Outcome:
         lane, m = chosen[0].lane, self.measurements
         size = self._fixed_rows or lane.size_of(sum(sequence.rows for sequence in chosen))
         known = lane.sizes_known
         outcome = run_stage(chosen, self._fixed_rows)
         batch = outcome.batch
+        if batch.recalls:
+            m.weave_s += outcome.seconds
+            return outcome
         m.ticks += 1
         m.rows_per_tick[batch.rows] += 1
         m.evaluations += batch.rows
@@ -818,6 +830,8 @@ class Engine:
                 self._live_at = monotonic()
             if sequence.saved:
                 self.measurements.saved[sequence.task.policy.name] += sequence.saved
+            if sequence.task.cache is not None:
+                self.measurements.saved[sequence.task.cache.name] += sequence.recollection.saved
             self._leave(sequence)
             self._tell(sequence, sequence.listener.finished, sequence.index, outcome)
         self.measurements.decode_s = self._decoder.seconds

@@ -57,12 +57,13 @@ def footprint(
     planned: dict[Hashable, GuidancePlan] = {}
     for task in tasks:
         # The images of a request share what their guidance is planned from.
-        kinds = id(task.plan), id(task.rule), id(task.policy), id(task.terms)
+        kinds = id(task.plan), id(task.rule), id(task.policy), id(task.terms), id(task.cache)
         key = kinds, task.prompt, task.negative_prompt
         guidance = planned.get(key) or planned.setdefault(key, plan_guidance(task))
         kind = kind_of(task)
         rows[kind] += guidance.left[0]
-        slots = task.plan.slots + 2 + task.rule.memory_slots + guidance.policy_slots
+        slots = task.plan.slots + 2 + task.rule.memory_slots
+        slots += guidance.policy_slots + guidance.cache_slots
         states += NUMBER_BYTES * slots * prod(kind[1]) + 3 * task.width * task.height
         texts |= {(task.model, text) for text in guidance.texts}
         steering = (use.picture for use in task.controls)

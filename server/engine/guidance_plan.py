@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from server.engine.state.recollection import FIRST_OUTPUT
 from server.engine.terms.registry import order_of
 from server.engine.terms.term import RowSpec
 
@@ -80,6 +81,8 @@ class GuidancePlan:
         rule_key: equal for images whose predictions one call can combine.
         policy_slots: latent-sized slots that the policy keeps.
         policy_key: equal for images whose branches one call can fill in.
+        may_recall: of each stage, whether the step cache may decide that it is not evaluated.
+        cache_slots: latent-sized slots that the step cache keeps.
     """
 
     branches: int
@@ -96,6 +99,8 @@ class GuidancePlan:
     rule_key: tuple[Any, ...]
     policy_slots: int
     policy_key: tuple[Any, ...]
+    may_recall: list[bool]
+    cache_slots: int
 
 
 def plan_guidance(task: ImageTask) -> GuidancePlan:
@@ -122,6 +127,10 @@ def plan_guidance(task: ImageTask) -> GuidancePlan:
     settled = [_ask((), False, False, own) for own in wanted]
     texts: list[Told] = [one.text for one in predictions]
     texts += [text for term in task.terms for text in term.texts]
+    may_recall, cache_slots = np.zeros(plan.evaluations, np.bool_), 0
+    if task.cache is not None:
+        may_recall = task.cache.may_recall(noise_ratio, progress)
+        cache_slots = FIRST_OUTPUT + len(predictions)
     constants, slots = np.zeros((plan.evaluations, 0)), 0
     if branches:
         constants = policy.constants(plan.evaluations, len(branches), task.coefficients)
@@ -141,6 +150,8 @@ def plan_guidance(task: ImageTask) -> GuidancePlan:
         rule_key=(type(rule), len(branches), *_kind(rule)),
         policy_slots=slots,
         policy_key=(type(policy), len(branches), slots, constants.shape[1], *_kind(policy)),
+        may_recall=may_recall.tolist(),
+        cache_slots=cache_slots,
     )
 
 

@@ -39,7 +39,7 @@ class EngineMeasurements:
         cancelled: ended by the client.
         refused: turned away because the queue was full; frames of streams wait instead.
         evaluations: rows evaluated.
-        saved: evaluations saved, by policy.
+        saved: evaluations saved, by the name of the policy or the step cache.
         pending: images waiting or under way.
         live_pending: of these, frames of live streams.
         row_budget: rows of a tick.

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from guidance import Policy, Rule
+    from guidance import Policy, Rule, StepCache
     from samplers import Plan
     from server.engine.terms.term import Term
     from server.models.adapters.adapter import Weighted
@@ -53,6 +53,7 @@ class ImageTask:
             ``server.engine.terms.registry.TERMS``.
         adapters: that all its rows have, whatever they are told.
         controls: what steers all its rows beside the prompt.
+        cache: decides at which stages the network is not evaluated; None evaluates it at all.
         coefficients: what a policy that is fitted was fitted to, ``[stages, n]``.
         group: the images that this one runs in lockstep with.
         priority: who goes first.
@@ -77,6 +78,7 @@ class ImageTask:
     terms: tuple[Term, ...] = ()
     adapters: tuple[Weighted, ...] = ()
     controls: tuple[ControlUse, ...] = ()
+    cache: StepCache | None = None
     coefficients: NDArray[np.float64] | None = None
     group: Group | None = None
     priority: Priority = Priority.INTERACTIVE

@@ -84,6 +84,11 @@ class Batch:
         """Rows of the forward, padding not counted."""
         return len(self.owners)
 
+    @property
+    def recalls(self) -> bool:
+        """Whether its images recall this stage, so that there is no forward; all do or none."""
+        return self.sequences[0].recalls
+
     def rows_of(self, stacked: StackedTerms) -> list[OwnRows]:
         """Where the rows of the terms' images are."""
         found: list[OwnRows] = []

@@ -33,6 +33,7 @@ class Pool:
         self.columns = self._empty(FIRST_CAPACITY, self.slots + 2)
         self.rule_memory = self._empty(FIRST_CAPACITY, 0)
         self.policy_memory = self._empty(FIRST_CAPACITY, 0)
+        self.cache_memory = self._empty(FIRST_CAPACITY, 0)
         self._free = list(range(FIRST_CAPACITY))
 
     @property
@@ -40,16 +41,18 @@ class Pool:
         """Whether no image has a row."""
         return len(self._free) == len(self.columns)
 
-    def take(self, slots: int, rule_slots: int = 0, policy_slots: int = 0) -> int:
-        """A zeroed row for a plan of ``slots``, and memory of rule and policy.
+    def take(
+        self, slots: int, rule_slots: int = 0, policy_slots: int = 0, cache_slots: int = 0
+    ) -> int:
+        """A zeroed row for a plan of ``slots``, and memory of rule, policy and step cache.
 
         Raises:
             torch.OutOfMemoryError: there is no memory for another row.
         """
-        self._grow(slots, rule_slots, policy_slots)
+        self._grow(slots, rule_slots, policy_slots, cache_slots)
         row = self._free[-1]
         # Not only for tidiness: a NaN left here would survive a coefficient of zero.
-        for tensor in (self.columns, self.rule_memory, self.policy_memory):
+        for tensor in (self.columns, self.rule_memory, self.policy_memory, self.cache_memory):
             tensor[row].zero_()
         return self._free.pop()
 
@@ -57,7 +60,7 @@ class Pool:
         """The image of this row is done."""
         self._free.append(row)
 
-    def _grow(self, slots: int, rule_slots: int, policy_slots: int) -> None:
+    def _grow(self, slots: int, rule_slots: int, policy_slots: int, cache_slots: int) -> None:
         count = len(self.columns)
         rows = count if self._free else 2 * count
         deepest = max(slots, self.slots)
@@ -65,7 +68,9 @@ class Pool:
         columns = self._grown(self.columns, rows, deepest + 2, kept=self.slots)
         rule_memory = self._grown(self.rule_memory, rows, rule_slots)
         policy_memory = self._grown(self.policy_memory, rows, policy_slots)
+        cache_memory = self._grown(self.cache_memory, rows, cache_slots)
         self.columns, self.rule_memory, self.policy_memory = columns, rule_memory, policy_memory
+        self.cache_memory = cache_memory
         self.slots = deepest
         self._free.extend(range(count, rows))
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from server.engine.client import Flow
 from server.engine.guidance_plan import plan_guidance
 from server.engine.scheduler import Priority
+from server.engine.state.recollection import Recollection
 from server.models.controls.control import RowControl
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ class ImageResult:
     Attributes:
         pixels: uint8 ``[H, W, 3]``.
         evaluations: rows of the denoiser that it took.
-        saved: rows that the policy saved against always evaluating the rule's branches.
+        saved: rows that the policy saved against always evaluating the rule's branches, and those
+            that the step cache saved.
         queue_s: seconds from submission to the first evaluation.
         denoise_s: seconds from there to the clean latent.
         decode_s: seconds from there to the pixels.
@@ -97,6 +99,7 @@ class Sequence:
             alone.
         hints: what each of the task's ControlNets reads of its picture.
         counted: evaluations still needed, as they were last counted in the backlog.
+        recollection: what the task's step cache keeps of this image, if it has one.
         term_states: what each of the task's terms keeps of this image.
         ancestor: the image that it goes back to, where images are resampled; else itself.
         effective: how many images of its group counted at each resampling.
@@ -123,6 +126,7 @@ class Sequence:
     known: Known | None = None
     channels: Tensor | None = None
     hints: tuple[Tensor, ...] = ()
+    recollection: Recollection = field(default_factory=Recollection)
     term_states: list[Any] = field(default_factory=list[Any])
     ancestor: int = field(init=False)
     effective: list[float] = field(default_factory=list)
@@ -175,8 +179,29 @@ class Sequence:
         )
 
     @property
+    def inside(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Numbers of the terms and of the ControlNets that change the network at the next stage."""
+        terms = tuple(acting.index for acting in self.ask.acting if acting.kind.prepares)
+        stage, stages = self.stage, self.task.plan.evaluations
+        uses = enumerate(self.task.controls)
+        return terms, tuple(k for k, use in uses if use.acts(stage, stages))
+
+    @property
+    def may_recall(self) -> bool:
+        """Whether what the next stage needs was evaluated last, by the network as it is then."""
+        if self.done or not self.guidance.may_recall[self.stage]:
+            return False
+        last = self.recollection
+        return last.predictions.issuperset(self.ask.numbers) and last.inside == self.inside
+
+    @property
+    def recalls(self) -> bool:
+        """Whether the next stage recalls its predictions, and evaluates none."""
+        return self.recollection.recalls
+
+    @property
     def remaining(self) -> int:
-        """Evaluations still needed, if guidance goes on as planned."""
+        """Evaluations still needed, if guidance goes on as planned and no stage is recalled."""
         guidance = self.guidance
         return (guidance.left_settled if self.settled else guidance.left)[self.stage]
 
@@ -198,6 +223,9 @@ class Sequence:
     def count(self) -> None:
         """Book the evaluations of the stage that just ran, and go on to the next."""
         ask = self.ask
-        self.evaluations += 1 + len(ask.numbers)
+        if self.recalls:
+            self.recollection.saved += self.rows
+        else:
+            self.evaluations += self.rows
         self.saved += 0 if ask.evaluated else self.guidance.branches
         self.stage += 1

@@ -242,7 +242,7 @@ class Decoder:
                     # Of its own: pinned memory is scarce, and a view would hold all of it.
                     pixels=picture.copy(),
                     evaluations=sequence.evaluations,
-                    saved=sequence.saved,
+                    saved=sequence.saved + sequence.recollection.saved,
                     queue_s=sequence.started_at - sequence.submitted_at,
                     denoise_s=sequence.denoised_at - sequence.started_at,
                     decode_s=now - sequence.denoised_at,

@@ -111,11 +111,12 @@ class Admission:
         lane = self._lane_of(task, longest)
         sequence.lane = lane
         start = _start(sequence, lane)
+        guidance = sequence.guidance
         sequence.slot = lane.pool.take(
-            task.plan.slots, task.rule.memory_slots, sequence.guidance.policy_slots
+            task.plan.slots, task.rule.memory_slots, guidance.policy_slots, guidance.cache_slots
         )
         lane.pool.columns[sequence.slot, 0] = start.x
-        keeps = sequence.guidance.policy_slots > 0
+        keeps = guidance.policy_slots > 0
         if keeps and task.policy.wants_reference and start.latents is not None:
             lane.pool.policy_memory[sequence.slot, 0] = start.latents
 

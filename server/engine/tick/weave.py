@@ -36,6 +36,20 @@ class NewMemory(NamedTuple):
     memory: Tensor
 
 
+class Evaluated(NamedTuple):
+    """What the network was given and put out for all rows of a batch, each ``[rows, C, h, w]``.
+
+    Attributes:
+        points: its input, at its own scale.
+        raw: its output, as it is.
+        denoised: the predictions that come of it.
+    """
+
+    points: Tensor
+    raw: Tensor
+    denoised: Tensor
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class GuidedImages:
     """Guided predictions ``[images, C, h, w]``, and what the guidance leaves behind.
@@ -95,27 +109,34 @@ def _compiled(lane: Lane, sequence: Sequence) -> CompiledPlan:
     return made
 
 
-def evaluate(batch: Batch) -> Tensor:
-    """One forward for all rows of the batch; one more where rows ask for the weaker companion.
-
-    Returns:
-        Denoised predictions ``[rows, C, h, w]``.
-    """
+def evaluate(batch: Batch) -> Evaluated:
+    """One forward for all rows of the batch; one more where rows ask for the weaker companion."""
     rows = forward_rows(batch)
     for stacked in batch.terms:
         if stacked.kind.prepares:
             seen = batch.seen_by(stacked, padded=False)
             stacked.kind.prepare(stacked.terms, rows, batch.rows_of(stacked), seen)
             stacked.states = seen.states
+    return evaluated(batch, rows.x, lambda points, t: forward(batch, rows, points, t))
+
+
+def evaluated(batch: Batch, x: Tensor, output: Callable[[Tensor, Tensor], Tensor]) -> Evaluated:
+    """The predictions of all rows of the batch.
+
+    Args:
+        batch: the images.
+        x: of each row, ``[rows, C, h, w]``.
+        output: of the network, given its inputs and what it is told of the noise, ``[rows]``.
+    """
     scalars = _columns_of(
         batch,
         batch.owners,
         lambda plan, i: (plan.t[i], plan.scale_in[i], plan.skip[i], plan.out[i]),
     )
-    x = rows.x
     t, scale_in, skip, out = scalars.unbind(1)
-    raw = forward(batch, rows, _as_factor(scale_in, x) * x, t)
-    return _as_factor(skip, x) * x + _as_factor(out, x) * raw
+    points = _as_factor(scale_in, x) * x
+    raw = output(points, t)
+    return Evaluated(points, raw, _as_factor(skip, x) * x + _as_factor(out, x) * raw)
 
 
 def guide(batch: Batch, predictions: Tensor) -> GuidedImages:

@@ -1,0 +1,259 @@
+"""Step caches in the engine: held to the authors' loop, and to diffusers' pipeline with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from torch import Tensor
+
+from embedded import MODEL_FOLDER
+from guidance import CFG, PAG, Adaptive, EasyCache, Edit, Interval
+from guidance.apg import APG
+from guidance.cfg_plus_plus import CFGPlusPlus
+from guidance.reuse import Reuse
+from guidance.unguided import Unguided
+from samplers.ddim import DDIM
+from samplers.heun import Heun
+from server.engine.engine import Engine
+from server.engine.state.noise import start_noise
+from server.engine.task import ImageTask
+from server.engine.tick.preview import to_uint8
+from tests.server.by_hand import Asked, ByHand
+from tests.server.by_hand import task as toy_task
+from tests.server.toy_model import Toy, run, started
+
+EASY = EasyCache(threshold=0.1, start=0.1)
+STEPS = 14
+
+
+class AuthorsLoop(ByHand):
+    """Calls the network as ``easycache_forward_`` of the authors' EasyCache4Wan2.2 does.
+
+    The prompt's call decides for the other calls of its stage. Theirs are the same at every stage;
+    here a stage that has one which the last evaluated stage had not is evaluated, too.
+    """
+
+    def __init__(self, model: Toy, task: Asked) -> None:
+        super().__init__(model, task)
+        assert isinstance(task.cache, EasyCache)
+        self.cache = task.cache
+        self.k: float | None = None
+        self.accumulated_error = 0.0
+        self.previous_raw_input: Tensor | None = None
+        self.prev_prev_raw_input: Tensor | None = None
+        self.previous_raw_output: Tensor | None = None
+        self.differences: dict[Any, Tensor] = {}
+        self.should_calc = True
+        self.spent = self.saved = 0
+
+    def denoised(self, i: int, x: Tensor, text: str | None, *edits: Edit) -> Tensor:
+        raw_input, key = float(self.scales.scale_in[i]) * x, (text, edits)
+        of_prompt = key == (self.task.text, ())
+        if of_prompt:
+            self.should_calc = self.decides(i, raw_input)
+            if self.should_calc:
+                self.differences = {}
+            self.previous_raw_input = raw_input
+        if not self.should_calc:
+            self.saved += 1
+            output = raw_input + self.differences[key]
+            return float(self.scales.skip[i]) * x + float(self.scales.out[i]) * output
+        self.spent += 1
+        denoised = super().denoised(i, x, text, *edits)
+        output = (denoised - float(self.scales.skip[i]) * x) / float(self.scales.out[i])
+        if of_prompt:
+            if self.previous_raw_output is not None:
+                output_change = (output - self.previous_raw_output).abs().mean()
+                assert self.prev_prev_raw_input is not None
+                self.k = float(output_change / (raw_input - self.prev_prev_raw_input).abs().mean())
+            self.prev_prev_raw_input, self.previous_raw_output = raw_input, output
+        self.differences[key] = output - raw_input
+        return denoised
+
+    def decides(self, i: int, raw_input: Tensor) -> bool:
+        inside = self.cache.start <= self.progress[i] < self.cache.stop
+        if not inside or i == self.plan.evaluations - 1:
+            self.accumulated_error = 0
+            return True
+        if self.k is None or not self.differences.keys() >= self.asks(i):
+            return True
+        assert self.previous_raw_input is not None
+        assert self.previous_raw_output is not None
+        change = (raw_input - self.previous_raw_input).abs().mean()
+        self.accumulated_error += self.k * float(change / self.previous_raw_output.abs().mean())
+        if self.accumulated_error < self.cache.threshold:
+            return False
+        self.accumulated_error = 0
+        return True
+
+    def asks(self, i: int) -> set[Any]:
+        task = self.task
+        asked: set[Any] = {(task.text, ())}
+        if not self.settled and self.evaluated[i]:
+            asked |= {(b.text(task.text, task.negative_prompt), ()) for b in task.rule.branches}
+        for term in self.perturbed:
+            if term.evaluates(self.ratio[i : i + 1], self.progress[i : i + 1])[0]:
+                asked.add((task.text, (term.edit,)))
+        return asked
+
+
+@pytest.fixture(scope="module")
+def toy() -> Toy:
+    return Toy()
+
+
+@pytest.fixture(scope="module")
+def of_toys(toy: Toy) -> Iterator[Engine]:
+    made = started(toy, 16)
+    yield made
+    made.stop(0)
+
+
+@pytest.fixture(scope="module")
+def fixed(toy: Toy) -> Iterator[Engine]:
+    """Its ticks take as many rows as fit, which are few."""
+    made = started(toy, 4, deterministic=True)
+    yield made
+    made.stop(0)
+
+
+def test_any_mix_is_what_each_image_is_by_the_authors_loop(of_toys: Engine, toy: Toy) -> None:
+    """The same evaluations are skipped, beside images without a cache, which are as ever."""
+    fields: dict[str, Any] = {"cache": EASY, "steps": STEPS}
+    later: dict[str, Any] = {**fields, "cache": EasyCache(threshold=0.2, start=0.3, stop=0.6)}
+    cached = [
+        toy_task(**fields),
+        toy_task(Unguided(), seed=1, **fields),
+        toy_task(APG(), settings=(PAG(start=0.5),), sampler=DDIM(), seed=2, **fields),
+        toy_task(CFGPlusPlus(), sampler=Heun(), seed=3, **fields),
+        toy_task(policy=Interval(low=0, high=1e9, start=0.3, stop=0.7), seed=4, **fields),
+        toy_task(policy=Reuse(every=3), seed=5, **fields),
+        toy_task(policy=Adaptive(threshold=0.97), seed=6, **fields),
+        toy_task(sampler=DDIM(eta=1.0), seed=7, **fields),
+        toy_task(seed=8, **later),
+    ]
+    plain = [toy_task(seed=9 + k, steps=STEPS - k) for k in range(3)]
+    with pytest.MonkeyPatch.context() as patch:
+        # It waits for the device, which a tick does once, at its end.
+        patch.setattr(torch.Tensor, "new_tensor", None)
+        ear = run(of_toys, [*cached, *plain])
+    assert not ear.errors, ear.errors
+    skipped = 0
+    for k, one in enumerate(cached):
+        peer = AuthorsLoop(toy, one)
+        assert np.abs(ear.results[k].pixels - peer.pixels().astype(int)).max() <= 2, k
+        assert ear.results[k].evaluations == peer.spent, k
+        skipped += peer.saved > 0
+    assert skipped == len(cached) - 1
+    for k, one in enumerate(plain, len(cached)):
+        expected = ByHand(toy, one).pixels().astype(int)
+        assert np.abs(ear.results[k].pixels - expected).max() <= 2
+
+
+def test_what_is_saved_is_counted_for_the_cache_and_for_the_policy(of_toys: Engine) -> None:
+    policy = Interval(low=0, high=1e9, start=0.3, stop=0.7)
+    one = toy_task(policy=policy, cache=EASY, steps=STEPS)
+    before = of_toys.measurements.saved.copy()
+    result = run(of_toys, [one]).results[0]
+    gained = of_toys.measurements.saved - before
+    assert result.evaluations + result.saved == 2 * STEPS
+    assert gained["easy_cache"] > 0
+    assert gained == {"easy_cache": gained["easy_cache"], "interval": STEPS - 5}
+    assert result.saved == gained.total()
+
+
+def test_a_stage_that_is_skipped_takes_no_tick_and_no_row(of_toys: Engine, toy: Toy) -> None:
+    toy.seen.clear()
+    ticks = of_toys.measurements.ticks
+    ear = run(of_toys, [toy_task(cache=EASY, steps=STEPS)])
+    forwards = ear.results[0].evaluations // 2
+    assert forwards < STEPS
+    assert [len(x) for x in toy.seen] == [2] * forwards
+    assert of_toys.measurements.ticks - ticks == forwards
+    assert [step for _, step in ear.steps] == [*range(1, STEPS + 1)]
+
+
+def test_a_cached_image_is_the_same_to_the_bit_alone_and_among_others(fixed: Engine) -> None:
+    tasks = [toy_task(cache=EASY, steps=STEPS, seed=k) for k in range(3)]
+    others = [
+        toy_task(steps=STEPS - 1, seed=4),
+        toy_task(Unguided(), steps=STEPS, cache=EASY, seed=5),
+    ]
+    together = run(fixed, [*tasks, *others]).results
+    for k, one in enumerate(tasks):
+        alone = run(fixed, [one]).results[0]
+        assert np.array_equal(alone.pixels, together[k].pixels)
+        assert alone.evaluations == together[k].evaluations < 2 * STEPS
+
+
+def test_with_a_threshold_of_0_it_is_the_run_without_a_cache_to_the_bit(fixed: Engine) -> None:
+    never = EasyCache(threshold=0, start=0)
+    cached, plain = (
+        run(fixed, [toy_task(cache=one, steps=STEPS)]).results[0] for one in (never, None)
+    )
+    assert np.array_equal(cached.pixels, plain.pixels)
+    assert (cached.evaluations, cached.saved) == (2 * STEPS, 0)
+
+
+def test_rows_that_are_skipped_are_taken_by_others(fixed: Engine) -> None:
+    """Of four images two have room in a tick; a row that one skips makes room for the next."""
+    ticks: list[int] = []
+    for cache in (None, EASY):
+        before = fixed.measurements.ticks
+        ear = run(fixed, [toy_task(cache=cache, steps=STEPS, seed=k) for k in range(4)])
+        spent = sum(result.evaluations for result in ear.results.values())
+        ticks.append(fixed.measurements.ticks - before)
+        assert ticks[-1] <= spent // 4 + 2
+    assert ticks[1] < ticks[0]
+
+
+def test_the_embedded_model_draws_what_diffusers_draws_with_the_authors_forward(
+    engine: Engine, task: Callable[..., ImageTask]
+) -> None:
+    pipeline: Any = StableDiffusionPipeline.from_pretrained(MODEL_FOLDER)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    cache, steps, prompt = EasyCache(threshold=0.1), 20, "a large red circle at sunset"
+    forward = pipeline.unet.forward
+    was: dict[str, Any] = {"count": 0, "evaluated": 0, "error": 0.0, "k": None}
+
+    def easycache_forward(sample: Tensor, *told: Any, **also: Any) -> tuple[Tensor, ...]:
+        """Of both predictions; the second is the prompt's."""
+        count, x = was["count"], sample[1]
+        calculates = count / steps < cache.start or count == steps - 1 or was["k"] is None
+        if calculates:
+            was["error"] = 0.0
+        else:
+            moved = (x - was["x"]).abs().mean()
+            was["error"] += was["k"] * moved / was["output"].abs().mean()
+            calculates = not was["error"] < cache.threshold
+        was["count"], was["x"] = count + 1, x
+        if not calculates:
+            return (sample + was["cache"],)
+        (output, *rest) = forward(sample, *told, **also)
+        if was["evaluated"]:
+            moved = (x - was["evaluated_x"]).abs().mean()
+            was["k"] = (output[1] - was["output"]).abs().mean() / moved
+        was.update(evaluated_x=x, output=output[1], cache=output - sample, error=0.0)
+        was["evaluated"] += 1
+        return (output, *rest)
+
+    pipeline.unet.forward = easycache_forward
+    start = start_noise(7, (4, 12, 12))
+    answer = pipeline(
+        prompt,
+        num_inference_steps=steps,
+        guidance_scale=4.0,
+        latents=start[None],
+        output_type="latent",
+    )
+    drawn = pipeline.vae.decode(answer.images / pipeline.vae.config.scaling_factor).sample
+    ours = run(engine, [task(rule=CFG(scale=4.0), steps=steps, cache=cache, prompt=prompt)])
+    assert 2 * was["evaluated"] == ours.results[0].evaluations < 2 * steps
+    expected = to_uint8(drawn)[0].numpy().astype(int)
+    assert np.abs(ours.results[0].pixels - expected).max() <= 2
