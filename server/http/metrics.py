@@ -101,7 +101,7 @@ def _engine(counted: EngineMeasurements) -> Iterable[Metric]:
     )
     yield _labelled(
         "weft_evaluations_saved",
-        "Denoiser rows that a guidance policy did not have to evaluate.",
+        "Denoiser rows left out, by the guidance policy or step cache that did so.",
         "policy",
         dict(counted.saved),
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from guidance import RULES
+from guidance import RULES, STEP_CACHES
 from guidance.parts import PARTS, Part
 from samplers import SAMPLERS, SPACINGS
 from server.requests.choice import name_of
@@ -139,6 +139,7 @@ class _Offered(BaseModel):
     samplers: tuple[Entry, ...] = Field(description="Choices of `sampler`.")
     spacings: tuple[Entry, ...] = Field(description="Choices of `spacing`.")
     rules: tuple[Entry, ...] = Field(description="Choices of `guidance`.")
+    caches: tuple[Entry, ...] = Field(description="Choices of `cache`.")
     choices: tuple[Choice, ...] = Field(description="The choices that a form offers, in order.")
     defaults: Defaults = Field(description="Of models that have none of their own.")
     models: tuple[ModelEntry, ...] = Field(
@@ -170,6 +171,7 @@ def catalog(models: tuple[ModelEntry, ...] = ()) -> Catalog:
         samplers=_entries(SAMPLERS),
         spacings=_entries(SPACINGS),
         rules=_entries(RULES),
+        caches=_entries(STEP_CACHES),
         choices=CHOICES,
         defaults=defaults_of(None),
         models=models,
@@ -248,6 +250,14 @@ CHOICES: Final = (
             blank="off" if part.default is None else None,
         )
         for part in PARTS
+    ),
+    Choice(
+        entries="caches",
+        field="cache",
+        title="Step cache",
+        description="Leaves out evaluations of the network that would change little.",
+        most=1,
+        blank="off",
     ),
 )
 

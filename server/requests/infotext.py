@@ -41,6 +41,7 @@ def infotext(
         "Denoising strength": None if settings.strength is None else f"{settings.strength:g}",
         "Guidance": guidance.name,
         **{f"Guidance {part.label}": _part(getattr(guidance, part.field)) for part in PARTS},
+        "Step cache": _part(settings.cache),
         "Lora": " ".join(f"<lora:{one.name}:{one.weight:g}>" for one in settings.adapters) or None,
         "Sampler statistics": statistics,
         "Version": version,

@@ -21,6 +21,12 @@ _SHOWN = 60
 
 _OF_ONE_KIND: Mapping[str, type[BaseModel]] = {
     "adapters": WeightedName,
+    **{
+        field: kind
+        for field, kinds in CHOICES.items()
+        for kind in kinds.values()
+        if len(kinds) == 1
+    },
     **{part.field: part.kinds[0] for part in PARTS if len(part.kinds) == 1},
 }
 """Fields that hold objects with no tag in their path."""

@@ -22,6 +22,7 @@ from samplers import (
 )
 from server.errors import InvalidRequest
 from server.models.hosted import HostedModel
+from server.requests.checks.cache import check_cache, check_cache_along
 from server.requests.checks.classifier import check_classifier
 from server.requests.checks.group import check_group, check_noise_of_particles
 from server.requests.checks.guidance import check_guidance, check_windows, coefficients_for
@@ -115,6 +116,7 @@ def resolve(
         sampler=sampler,
         spacing=spacing,
         guidance=_with_source_to_avoid(guidance, has_reference=has_reference),
+        cache=request.cache,
         adapters=request.adapters,
         strength=_strength(request, steps, has_picture=has_picture),
         resize_mode=request.resize_mode,
@@ -126,6 +128,7 @@ def resolve(
     check_size(resolved, model.facts, limits)
     check_guidance(resolved.guidance, model, has_picture=has_picture)
     check_group(resolved, has_picture=has_picture, has_reference=has_reference)
+    check_cache(resolved)
     resolved = _with_resize_mode(resolved, has_upload=has_picture or has_reference)
     check_classifier(resolved, model)
     check_tokens(resolved, model)
@@ -141,10 +144,12 @@ def prepare(resolved: ResolvedRequest, model: HostedModel, plan: Plan) -> Prepar
         plan: of its sampler.
 
     Raises:
-        InvalidRequest: guidance that cannot act along this plan, or is not fitted to it.
+        InvalidRequest: guidance or a cache that cannot act along this plan, or guidance that is not
+            fitted to it.
     """
     check_windows(resolved.guidance, plan)
     check_noise_of_particles(resolved, plan)
+    check_cache_along(resolved, plan)
     coefficients = coefficients_for(resolved, model, plan)
     return Prepared(resolved, plan, coefficients, warnings_for(resolved, model, plan))
 

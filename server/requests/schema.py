@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from guidance import (
     RULES,
+    STEP_CACHES,
     CFGNorm,
     ClassifierGuidance,
     FeynmanKac,
@@ -19,6 +20,7 @@ from guidance import (
     Policy,
     Rule,
     SkipTuning,
+    StepCache,
 )
 from guidance.parts import PARTS, Part
 from samplers import SAMPLERS, SPACINGS, Sampler, Spacing
@@ -61,6 +63,7 @@ MAX_SEED: Final = 2**63 - 1
 if TYPE_CHECKING:
     SamplerChoice = Sampler
     SpacingChoice = Spacing
+    StepCacheChoice = StepCache
 
     class Guidance(Rule, frozen=True):
         """A rule's own fields, and a field for each of `guidance.parts.PARTS`."""
@@ -75,6 +78,7 @@ if TYPE_CHECKING:
 else:
     SamplerChoice = choice("sampler", SAMPLERS, why_no_sampler)
     SpacingChoice = choice("spacing", SPACINGS, why_no_spacing)
+    StepCacheChoice = choice("cache", STEP_CACHES)
 
     def _field_of(part: Part) -> tuple[Any, Any]:
         """Type and default of a part of `guidance`."""
@@ -100,6 +104,7 @@ CHOICES: Final[Mapping[str, Mapping[str, type[BaseModel]]]] = {
     "sampler": {name_of(member): member for member in SAMPLERS},
     "spacing": SPACING_BY_NAME,
     "guidance": _RULES,
+    "cache": {name_of(member): member for member in STEP_CACHES},
     **{part.field: part.by_name for part in PARTS if part.named},
 }
 """Classes by field and name, for error sentences about the fields inside them."""
@@ -184,6 +189,12 @@ class GenerateRequest(Readable):
         f"`{json.dumps(DEFAULT_GUIDANCE)}`, or `{json.dumps(GUIDANCE_OF_STATISTICS)}` with a "
         "sampler that uses model statistics.",
     )
+    cache: StepCacheChoice | None = Field(
+        default=None,
+        description="Leaves out evaluations of the network whose outputs it predicts to be nearly "
+        "those of the last one, which changes the image a little. Default: every evaluation is "
+        "made.",
+    )
     adapters: AdapterChoices = Field(
         default=(),
         max_length=MOST,
@@ -257,6 +268,7 @@ class ResolvedRequest(BaseModel):
     sampler: SamplerChoice
     spacing: SpacingChoice
     guidance: Guidance
+    cache: StepCacheChoice | None = None
     adapters: AdapterChoices = ()
     strength: float | None
     resize_mode: ResizeMode | None = None

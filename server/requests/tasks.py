@@ -86,6 +86,7 @@ def tasks_of(
             rule=rule,
             policy=policy,
             terms=terms,
+            cache=resolved.cache,
             adapters=adapters,
             coefficients=prepared.coefficients,
             group=group,

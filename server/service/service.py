@@ -73,7 +73,7 @@ class Pictures:
         pictures: the images in the order of their seeds.
         settings: with every default filled in; posted back, they make the same images.
         spent: evaluations of the denoiser, summed over the images.
-        saved: evaluations that the guidance policy made unnecessary.
+        saved: evaluations that guidance policies and step caches made unnecessary.
         ancestors: for particles, the image that each descends from; otherwise empty.
         effective: for particles, their effective number at each resampling.
         queue_s: longest wait of an image.

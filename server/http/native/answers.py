@@ -46,7 +46,9 @@ class Evaluations(BaseModel):
     """Evaluations of the denoiser: one for each prediction of each image at each stage."""
 
     spent: int = Field(description="Evaluations made.")
-    saved: int = Field(description="Evaluations that the guidance policy made unnecessary.")
+    saved: int = Field(
+        description="Evaluations that guidance policies and step caches made unnecessary."
+    )
 
 
 class Particles(BaseModel):

@@ -7,7 +7,7 @@ import { upload } from "./upload.js";
 
 const NUMBERS = ["width", "height", "steps", "n", "seed", "strength"];
 const TEXTS = ["negative_prompt"];
-const SHOWN = new Set(["prompt", "model", "output_format", "sampler", "spacing", "guidance", "image", "mask", "reference", ...NUMBERS, ...TEXTS]);
+const SHOWN = new Set(["prompt", "model", "output_format", "sampler", "spacing", "guidance", "cache", "image", "mask", "reference", ...NUMBERS, ...TEXTS]);
 
 /** What the form has no input for: unknown fields, and all but the first perturbation. */
 function others(request) {

@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
 from embedded import MODEL_FOLDER
-from guidance import CFG, PAG, Adaptive, EasyCache, Edit, Interval
+from guidance import CFG, NAG, PAG, Adaptive, EasyCache, Edit, Interval
 from guidance.apg import APG
 from guidance.cfg_plus_plus import CFGPlusPlus
 from guidance.reuse import Reuse
@@ -23,9 +23,10 @@ from server.engine.engine import Engine
 from server.engine.state.noise import start_noise
 from server.engine.task import ImageTask
 from server.engine.tick.preview import to_uint8
+from server.models.inputs import RowInputs
 from tests.server.by_hand import Asked, ByHand
 from tests.server.by_hand import task as toy_task
-from tests.server.toy_model import Toy, run, started
+from tests.server.toy_model import SCHEDULE, Toy, run, started
 
 EASY = EasyCache(threshold=0.1, start=0.1)
 STEPS = 14
@@ -102,27 +103,39 @@ class AuthorsLoop(ByHand):
         return asked
 
 
-@pytest.fixture(scope="module")
-def toy() -> Toy:
-    return Toy()
+class Timed(Toy):
+    """Remembers what it is told of the noise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times: list[float] = []
+
+    def evaluate(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
+        self.times.append(float(t[0]))
+        return super().evaluate(x, t, inputs)
 
 
 @pytest.fixture(scope="module")
-def of_toys(toy: Toy) -> Iterator[Engine]:
+def toy() -> Timed:
+    return Timed()
+
+
+@pytest.fixture(scope="module")
+def of_toys(toy: Timed) -> Iterator[Engine]:
     made = started(toy, 16)
     yield made
     made.stop(0)
 
 
 @pytest.fixture(scope="module")
-def fixed(toy: Toy) -> Iterator[Engine]:
+def fixed(toy: Timed) -> Iterator[Engine]:
     """Its ticks take as many rows as fit, which are few."""
     made = started(toy, 4, deterministic=True)
     yield made
     made.stop(0)
 
 
-def test_any_mix_is_what_each_image_is_by_the_authors_loop(of_toys: Engine, toy: Toy) -> None:
+def test_any_mix_is_what_each_image_is_by_the_authors_loop(of_toys: Engine, toy: Timed) -> None:
     """The same evaluations are skipped, beside images without a cache, which are as ever."""
     fields: dict[str, Any] = {"cache": EASY, "steps": STEPS}
     later: dict[str, Any] = {**fields, "cache": EasyCache(threshold=0.2, start=0.3, stop=0.6)}
@@ -167,7 +180,21 @@ def test_what_is_saved_is_counted_for_the_cache_and_for_the_policy(of_toys: Engi
     assert result.saved == gained.total()
 
 
-def test_a_stage_that_is_skipped_takes_no_tick_and_no_row(of_toys: Engine, toy: Toy) -> None:
+def test_where_the_network_begins_to_be_changed_it_is_evaluated(
+    of_toys: Engine, toy: Timed
+) -> None:
+    """Otherwise the cache would go on with what the network said before."""
+    times = SCHEDULE.conditioning(toy_task(steps=STEPS).plan.t[:-1]).astype(np.float32)
+    toy.times.clear()
+    run(of_toys, [toy_task(cache=EASY, steps=STEPS)])
+    first = next(k for k, time in enumerate(times) if time not in toy.times)
+    toy.times.clear()
+    away = NAG(start=first / STEPS)
+    run(of_toys, [toy_task(settings=(away,), cache=EASY, steps=STEPS)])
+    assert times[first] in toy.times
+
+
+def test_a_stage_that_is_skipped_takes_no_tick_and_no_row(of_toys: Engine, toy: Timed) -> None:
     toy.seen.clear()
     ticks = of_toys.measurements.ticks
     ear = run(of_toys, [toy_task(cache=EASY, steps=STEPS)])

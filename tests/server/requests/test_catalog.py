@@ -7,7 +7,7 @@ import httpx2
 import pytest
 from pydantic import BaseModel
 
-from guidance import CFG, PARTS, RULES, Part
+from guidance import CFG, PARTS, RULES, STEP_CACHES, Part
 from guidance.embedded import Embedded
 from samplers import LCM, SAMPLERS, SPACINGS, LCMSpacing
 from server.models.defaults import ModelDefaults
@@ -22,6 +22,7 @@ LISTS: dict[str, tuple[type[BaseModel], ...]] = {
     "spacings": SPACINGS,
     "rules": RULES,
     **{part.plural: part.kinds for part in PARTS},
+    "caches": STEP_CACHES,
 }
 
 
@@ -34,6 +35,7 @@ FIELDS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "spacings": lambda one: {"spacing": one},
     "rules": lambda one: {"guidance": one},
     **{part.plural: _beside_a_rule(part) for part in PARTS},
+    "caches": lambda one: {"cache": one},
 }
 """What a request says to choose one of a list."""
 

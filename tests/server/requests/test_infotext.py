@@ -52,6 +52,11 @@ def test_every_part_of_guidance_is_written() -> None:
     assert "Guidance skip-tuning: on, Guidance NegToMe: stop 0.5; away_from first, Ver" in written
 
 
+def test_a_step_cache_is_named() -> None:
+    assert ", Step cache: easy_cache, Ver" in text_of(cache="easy_cache")
+    assert "Step cache" not in text_of()
+
+
 def test_an_empty_negative_prompt_has_no_line() -> None:
     assert len(text_of().split("\n")) == 2
 
