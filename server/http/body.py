@@ -6,7 +6,7 @@ import asyncio
 from asyncio import to_thread
 from collections.abc import Callable, Coroutine
 from functools import partial
-from typing import Any, ClassVar, Final, Self, get_args
+from typing import Any, ClassVar, Final, Self, get_args, get_origin
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
@@ -27,13 +27,21 @@ from server.errors import (
 from server.heap import return_free_memory
 from server.http.dependencies import client_of
 from server.http.text_meter import QUOTES, TEXT_BYTES, TextMeter
-from server.requests.checks.shape import check_shape
+from server.requests.checks.shape import below, check_shape
 from server.requests.upload import Upload
 from server.service.generation import outcome_of
 from server.service.service import Service
 from server.settings import Settings
 
-__all__ = ["Bodies", "JsonRoute", "Share", "media_type", "received", "uploads_of"]
+__all__ = [
+    "Bodies",
+    "JsonRoute",
+    "Share",
+    "make_uploads",
+    "media_type",
+    "received",
+    "uploads_of",
+]
 
 SMALL_BYTES: Final = 64 * 2**10
 """Bodies up to this size are read whatever else is going on; each connection may hold one."""
@@ -157,7 +165,7 @@ class JsonRoute(APIRoute):
 
         Args:
             request: whose body it is.
-            uploads: fields that hold pictures.
+            uploads: fields that hold pictures, as :func:`uploads_of` names them.
             share: holds the bytes of the body.
 
         Raises:
@@ -192,10 +200,7 @@ class JsonRoute(APIRoute):
             InvalidRequest: something is larger than in any request.
         """
         check_shape(parsed, uploads, path)
-        if isinstance(parsed, dict):
-            for name in uploads & parsed.keys():
-                if isinstance(parsed[name], str):
-                    parsed[name] = share.upload(parsed[name])
+        make_uploads(parsed, uploads, share)
 
     def narrowed(self, parsed: Any) -> Any:
         """The part of a parsed body that is looked at; all of it, unless a route says otherwise."""
@@ -299,11 +304,42 @@ def _check_media_type(request: Request) -> None:
 
 
 def uploads_of(model: Any) -> frozenset[str]:
-    """Fields of a body that hold pictures."""
+    """Fields of a body that hold pictures: dotted paths, in which entries of a list are not named.
+
+    Those of objects are found in lists of one class.
+    """
     if not (isinstance(model, type) and issubclass(model, BaseModel)):
         return frozenset()
-    return frozenset(
-        name
-        for name, field in model.model_fields.items()
-        if Upload in (field.annotation, *get_args(field.annotation))
-    )
+    found: set[str] = set()
+    for name, field in model.model_fields.items():
+        held = field.annotation, *get_args(field.annotation)
+        if Upload in held:
+            found.add(name)
+        elif get_origin(field.annotation) is tuple:
+            found |= {f"{name}.{inner}" for inner in uploads_of(held[1])}
+    return frozenset(found)
+
+
+def make_uploads(value: Any, uploads: frozenset[str], share: Share) -> None:
+    """Make uploads of the pictures of a body, in place.
+
+    Args:
+        value: the body, or a part of it.
+        uploads: fields that hold pictures, as :func:`uploads_of` names them.
+        share: holds their bytes.
+    """
+    if isinstance(value, list):
+        for entry in value:
+            make_uploads(entry, uploads, share)
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            if name in uploads:
+                value[name] = _uploaded(inner, share)
+            else:
+                make_uploads(inner, below(uploads, name), share)
+
+
+def _uploaded(value: Any, share: Share) -> Any:
+    if isinstance(value, list):
+        return [_uploaded(entry, share) for entry in value]
+    return share.upload(value) if isinstance(value, str | bytes) else value

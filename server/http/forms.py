@@ -13,7 +13,7 @@ from python_multipart.multipart import parse_options_header
 from typing_extensions import override
 
 from server.errors import InvalidRequest, MalformedBody
-from server.http.body import JsonRoute, Share, media_type, received
+from server.http.body import JsonRoute, Share, make_uploads, media_type, received
 from server.requests.checks.shape import check_shape
 
 __all__ = ["FormRoute", "Part", "fields_of", "parts_of"]
@@ -57,11 +57,8 @@ class FormRoute(JsonRoute):
         parts = await to_thread(parts_of, body, options.get(b"boundary", b""))
         parsed = fields_of(parts)
         check_shape(parsed, uploads)
-        for name, value in parsed.items():
-            if name in uploads:
-                parsed[name] = _uploads_in(value, share)
-            elif isinstance(value, bytes):
-                raise InvalidRequest(name, f"{name} is a file; it must be text.")
+        make_uploads(parsed, uploads, share)
+        _check_files(parsed)
         # FastAPI looks at the type before it asks for the parsed body.
         request.scope["headers"] = [
             (key, b"application/json" if key == b"content-type" else value)
@@ -94,7 +91,7 @@ def parts_of(body: bytes, boundary: bytes) -> list[Part]:
 
 
 def fields_of(parts: Sequence[Part]) -> dict[str, Any]:
-    """The fields of a form: `a[b]` is a field of an object, `a[]` an entry of a list.
+    """The fields of a form: `a[b]` is a field of an object, `a[]` and `a[0]` entries of a list.
 
     Texts that are numbers, true, false, null, objects or lists in JSON become these.
 
@@ -111,7 +108,7 @@ def fields_of(parts: Sequence[Part]) -> dict[str, Any]:
         if len(path) > MOST_DEPTH:
             raise InvalidRequest(None, f"A field is nested deeper than {MOST_DEPTH} levels.")
         _put(fields, path, content if is_file else _value(path, content))
-    return fields
+    return {name: _with_lists(value) for name, value in fields.items()}
 
 
 def _put(fields: dict[str, Any], path: list[str], value: Any) -> None:
@@ -145,10 +142,25 @@ def _value(path: list[str], content: bytes) -> Any:
         return text
 
 
-def _uploads_in(value: Any, share: Share) -> Any:
+def _with_lists(value: Any) -> Any:
+    """The value, in which objects whose fields are numbered from 0 are lists."""
     if isinstance(value, list):
-        return [_uploads_in(entry, share) for entry in value]
-    return share.upload(value) if isinstance(value, str | bytes) else value
+        return [_with_lists(entry) for entry in value]
+    if not isinstance(value, dict):
+        return value
+    inner = {name: _with_lists(one) for name, one in value.items()}
+    places = [str(place) for place in range(len(inner))]
+    return [inner[place] for place in places] if set(inner) == set(places) and inner else inner
+
+
+def _check_files(value: Any, path: tuple[str, ...] = ()) -> None:
+    """Refuse files in fields that hold no pictures, whose files are uploads by now."""
+    if isinstance(value, bytes):
+        field = ".".join(path)
+        raise InvalidRequest(field, f"{field} is a file; it must be text.")
+    entries = enumerate(value) if isinstance(value, list) else ()
+    for name, inner in value.items() if isinstance(value, dict) else entries:
+        _check_files(inner, (*path, str(name)))
 
 
 def _part(part: bytes) -> Part:

@@ -25,7 +25,7 @@ class NewJob:
         id: new and random.
         owner: SHA-256 of the client's key in hexadecimal digits; empty on a server without keys.
         input: the request as sent, without its pictures.
-        uploads: fields whose pictures are stored beside it.
+        uploads: dotted paths of the fields whose pictures are stored beside it.
         digest: SHA-256 of the body; equal for equal bodies.
         idempotency_key: under which the client may send it again.
         webhook: URL that is told of the job.

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
+from copy import deepcopy
 from functools import partial
 from typing import Any, Final
 
@@ -19,6 +20,7 @@ from server.jobs.database import Database
 from server.jobs.job import Job
 from server.jobs.watching import Watches
 from server.requests.schema import GenerateRequest
+from server.requests.upload import put_upload
 from server.service.service import Pictures, Service
 from server.settings import JobSettings
 
@@ -208,9 +210,10 @@ class Runner:
             await self._store(job, *made)
 
     async def _made(self, job: Job) -> tuple[Pictures, str]:
-        fields: dict[str, Any] = dict(job.input)
+        fields: dict[str, Any] = deepcopy(dict(job.input))
         for field in job.uploads:
-            fields[field] = (await self._blobs.read(upload_name(job.id, field))).decode()
+            picture = await self._blobs.read(upload_name(job.id, field))
+            put_upload(fields, field, picture.decode())
         request = GenerateRequest.model_validate(fields)
         generation = await self._service.admit(
             request, _generation_of(job), self._clients[job.owner]

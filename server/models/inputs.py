@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from guidance.edits import Edit
     from server.models.adapters.adapter import RowAdapters
     from server.models.conditioning import StackedConditioning
-    from server.models.controls.control import RowControls
+    from server.models.controls.row_controls import RowControls
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -23,11 +23,13 @@ __all__ = [
     "AdapterEntry",
     "Catalog",
     "Choice",
+    "ControlEntry",
     "Defaults",
     "Entry",
     "ModelEntry",
     "adapter_entries",
     "catalog",
+    "control_entries",
     "defaults_of",
 ]
 
@@ -90,6 +92,14 @@ class AdapterEntry(BaseModel):
     )
 
 
+class ControlEntry(BaseModel):
+    """One ControlNet of a hosted model."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str = Field(description="Its name in a request.")
+
+
 class ModelEntry(BaseModel):
     """One hosted model."""
 
@@ -114,6 +124,9 @@ class ModelEntry(BaseModel):
     )
     adapters: tuple[AdapterEntry, ...] = Field(
         description="The LoRA adapters that fit this model; choices of `adapters`."
+    )
+    controls: tuple[ControlEntry, ...] = Field(
+        description="The ControlNets that fit this model; choices of `controls`."
     )
     defaults: Defaults = Field(description="Of requests to this model.")
 
@@ -190,6 +203,11 @@ def adapter_entries(model: HostedModel) -> tuple[AdapterEntry, ...]:
         )
         for file in model.adapters.available()
     )
+
+
+def control_entries(model: HostedModel) -> tuple[ControlEntry, ...]:
+    """The catalog's entry for each ControlNet of a model."""
+    return tuple(ControlEntry(name=one.name) for one in model.controls.available())
 
 
 @cache

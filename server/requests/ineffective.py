@@ -10,6 +10,7 @@ from guidance.parts import chosen
 from samplers import Plan
 from server.models.conventions import numbers
 from server.models.hosted import HostedModel
+from server.requests.controls import controls_without_effect
 from server.requests.defaults import own_defaults
 from server.requests.schema import ResolvedRequest
 
@@ -55,12 +56,16 @@ def warnings_for(resolved: ResolvedRequest, model: HostedModel, plan: Plan) -> t
             f"{model.facts.name!r}{adapted} was distilled to be sampled from one; "
             f"{_of_one(model)}."
         )
-    if any(one.weight for one in resolved.adapters) and (fitted := _fitted(resolved)):
-        found.append(
-            f"{fitted} is fitted to model {model.facts.name!r} without adapters, so it may be less "
-            "accurate here."
-        )
-    return tuple(found)
+    for beside, acts in (
+        ("adapters", any(one.weight for one in resolved.adapters)),
+        ("ControlNets", any(one.scale for one in resolved.controls)),
+    ):
+        if acts and (fitted := _fitted(resolved)):
+            found.append(
+                f"{fitted} is fitted to model {model.facts.name!r} without {beside}, so it may be "
+                "less accurate here."
+            )
+    return (*found, *controls_without_effect(resolved.controls, plan))
 
 
 def _overshoots(resolved: ResolvedRequest, model: HostedModel, plan: Plan) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 from guidance.parts import PARTS
 from samplers.names import label_of, schedule_type_of
+from server.requests.controls import ControlSettings
 from server.requests.schema import ResolvedRequest
 
 __all__ = ["infotext"]
@@ -43,6 +44,7 @@ def infotext(
         **{f"Guidance {part.label}": _part(getattr(guidance, part.field)) for part in PARTS},
         "Step cache": _part(settings.cache),
         "Lora": " ".join(f"<lora:{one.name}:{one.weight:g}>" for one in settings.adapters) or None,
+        **{f"ControlNet {i}": _control(one) for i, one in enumerate(settings.controls)},
         "Sampler statistics": statistics,
         "Version": version,
     }
@@ -67,6 +69,12 @@ def _part(held: Any) -> str | None:
         return None
     own = held.model_dump(mode="json", exclude_defaults=True)
     return getattr(held, "name", None) or _listed(own) or "on"
+
+
+def _control(control: ControlSettings) -> str:
+    """As AUTOMATIC1111's extension for ControlNets writes one."""
+    window = f"Guidance Start: {control.start:g}, Guidance End: {control.end:g}"
+    return f"Model: {control.name}, Weight: {control.scale:g}, {window}"
 
 
 def _listed(fields: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from guidance.parts import PARTS
 from server.errors import InvalidRequest, MalformedBody
 from server.requests.adapters import WeightedName
 from server.requests.choice import listed
+from server.requests.controls import ControlChoice
 from server.requests.reading import LIKE, SAME
 from server.requests.schema import CHOICES
 
@@ -21,6 +22,7 @@ _SHOWN = 60
 
 _OF_ONE_KIND: Mapping[str, type[BaseModel]] = {
     "adapters": WeightedName,
+    "controls": ControlChoice,
     **{
         field: kind
         for field, kinds in CHOICES.items()

@@ -45,6 +45,8 @@ LIKE: Final[Mapping[str, str]] = MappingProxyType(
         "mask_url": "mask",
         "lora": "adapters",
         "loras": "adapters",
+        "controlnet": "controls",
+        "control_image": "controls",
         "true_cfg_scale": "guidance",
         "format": "output_format",
     }

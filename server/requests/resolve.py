@@ -27,6 +27,7 @@ from server.requests.checks.classifier import check_classifier
 from server.requests.checks.group import check_group, check_noise_of_particles
 from server.requests.checks.guidance import check_guidance, check_windows, coefficients_for
 from server.requests.checks.limits import check_limits, check_size, check_tokens
+from server.requests.controls import check_controls
 from server.requests.defaults import (
     guidance_despite,
     guidance_for,
@@ -118,6 +119,7 @@ def resolve(
         guidance=_with_source_to_avoid(guidance, has_reference=has_reference),
         cache=request.cache,
         adapters=request.adapters,
+        controls=tuple(one.settings for one in request.controls),
         strength=_strength(request, steps, has_picture=has_picture),
         resize_mode=request.resize_mode,
         output_format=request.output_format,
@@ -126,10 +128,12 @@ def resolve(
     )
     check_limits(resolved, limits)
     check_size(resolved, model.facts, limits)
+    check_controls(resolved.controls, model)
     check_guidance(resolved.guidance, model, has_picture=has_picture)
     check_group(resolved, has_picture=has_picture, has_reference=has_reference)
     check_cache(resolved)
-    resolved = _with_resize_mode(resolved, has_upload=has_picture or has_reference)
+    has_upload = has_picture or has_reference or bool(resolved.controls)
+    resolved = _with_resize_mode(resolved, has_upload=has_upload)
     check_classifier(resolved, model)
     check_tokens(resolved, model)
     return resolved
@@ -173,6 +177,8 @@ def statistics_for(resolved: ResolvedRequest, model: HostedModel) -> StatisticsI
             raise model.statistics.refusal(f"guidance with `{part.field}`")
     if any(one.weight for one in resolved.adapters):
         raise model.statistics.refusal("a request with `adapters`")
+    if any(one.scale for one in resolved.controls):
+        raise model.statistics.refusal("a request with `controls`")
     return model.statistics.exact("cfg" if guidance.combines else "none", scale)
 
 

@@ -28,6 +28,8 @@ from server.decoding.sizing import ResizeMode
 from server.image_codec import OutputFormat
 from server.requests.adapters import MOST, AdapterChoices
 from server.requests.choice import choice, name_of
+from server.requests.controls import MOST as MOST_CONTROLS
+from server.requests.controls import ControlChoice, ControlSettings
 from server.requests.foreign_names import why_no_sampler, why_no_spacing
 from server.requests.reading import DEFAULT_RULE, Readable
 from server.requests.upload import Upload
@@ -233,6 +235,12 @@ class GenerateRequest(Readable):
         description="An image that the results move away from, with `guidance.negtome`; resampled "
         "like `image`.",
     )
+    controls: tuple[ControlChoice, ...] = Field(
+        default=(),
+        max_length=MOST_CONTROLS,
+        description="ControlNets that steer the images, added up: names of the model's ControlNets "
+        "in the catalog, each with the picture that it reads.",
+    )
     output_format: OutputFormat = Field(default="png", description="File format of the images.")
     response_format: Literal["b64_json", "url"] = Field(
         default="b64_json",
@@ -270,6 +278,7 @@ class ResolvedRequest(BaseModel):
     guidance: Guidance
     cache: StepCacheChoice | None = None
     adapters: AdapterChoices = ()
+    controls: tuple[ControlSettings, ...] = ()
     strength: float | None
     resize_mode: ResizeMode | None = None
     output_format: OutputFormat
@@ -279,7 +288,8 @@ class ResolvedRequest(BaseModel):
     def settings(self) -> dict[str, Any]:
         """JSON that makes the same images when posted back.
 
-        A request that started from an image is refused unless that image is sent again.
+        A request that started from an image, or was steered by some, is refused unless these are
+        sent again.
         """
         return self.model_dump(mode="json", exclude={"stream", "priority"}, exclude_none=True)
 

@@ -11,6 +11,7 @@ from server.engine.terms.registry import terms_of
 from server.engine.terms.term import Run
 from server.models.adapters.adapter import Weighted
 from server.models.blend import Blend
+from server.models.controls.control import ControlUse
 from server.models.emphasis import written_in
 from server.models.hosted import HostedModel
 from server.requests.adapters import load_adapters
@@ -36,6 +37,7 @@ def tasks_of(
     blend: Blend | None = None,
     stream: Stream | None = None,
     adapters: tuple[Weighted, ...] | None = None,
+    controls: tuple[ControlUse, ...] = (),
 ) -> list[ImageTask]:
     """One task for each image.
 
@@ -48,6 +50,7 @@ def tasks_of(
         blend: what the network is told instead of the request's prompt.
         stream: that the images are frames of; their priority is live then.
         adapters: of the request, where they are loaded already.
+        controls: of the request, loaded.
 
     Raises:
         InvalidRequest: guidance that needs a single prompt, with a blend.
@@ -88,6 +91,7 @@ def tasks_of(
             terms=terms,
             cache=resolved.cache,
             adapters=adapters,
+            controls=controls,
             coefficients=prepared.coefficients,
             group=group,
             priority=Priority[resolved.priority.upper()] if stream is None else Priority.LIVE,

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from pydantic import GetCoreSchemaHandler
+from pydantic import BaseModel, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
 if TYPE_CHECKING:
     from server.decoding.picture import MaskForm
 
-__all__ = ["Upload"]
+__all__ = ["Upload", "put_upload", "uploads_in", "without_uploads"]
 
 
 class Upload:
@@ -83,3 +83,44 @@ class Upload:
             return value if isinstance(value, Upload) else cls(validate(value))
 
         return core_schema.no_info_wrap_validator_function(upload, core_schema.str_schema())
+
+
+def uploads_in(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Upload]]:
+    """The pictures of a request, each with its dotted path.
+
+    Args:
+        value: the request, or a part of it.
+        path: of that part.
+    """
+    if isinstance(value, Upload):
+        yield ".".join(path), value
+    elif isinstance(value, BaseModel):
+        for name in type(value).model_fields:
+            yield from uploads_in(getattr(value, name), (*path, name))
+    elif isinstance(value, tuple):
+        for index, entry in enumerate(value):
+            yield from uploads_in(entry, (*path, str(index)))
+
+
+def without_uploads(value: Any) -> Any:
+    """Parsed JSON without the fields that were made uploads."""
+    if isinstance(value, list):
+        return [without_uploads(entry) for entry in value]
+    if isinstance(value, dict):
+        return {k: without_uploads(one) for k, one in value.items() if not isinstance(one, Upload)}
+    return value
+
+
+def put_upload(fields: dict[str, Any], path: str, data: str) -> None:
+    """Put a picture back where it was in parsed JSON; the opposite of :func:`without_uploads`.
+
+    Args:
+        fields: the JSON, changed in place.
+        path: as of :func:`uploads_in`.
+        data: base64.
+    """
+    *above, name = path.split(".")
+    inner: Any = fields
+    for step in above:
+        inner = inner[int(step)] if isinstance(inner, list) else inner[step]
+    inner[name] = data

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any, NamedTuple
@@ -27,10 +27,11 @@ from server.image_codec import ImageText, encode
 from server.lru import ByteBoundedLRU
 from server.models.hosted import HostedModel
 from server.models.statistics import guidance_name
-from server.requests.catalog import ModelEntry, adapter_entries, defaults_of
+from server.requests.catalog import ModelEntry, adapter_entries, control_entries, defaults_of
 from server.requests.checks.group import is_group
 from server.requests.checks.limits import check_count
 from server.requests.chosen import notes_for
+from server.requests.controls import load_controls, unloaded_controls
 from server.requests.infotext import infotext
 from server.requests.resolve import Prepared, make_plan, prepare, resolve, statistics_for
 from server.requests.schema import DEFAULT_RESIZE_MODE, GenerateRequest, ResolvedRequest
@@ -104,6 +105,7 @@ class Uploads(NamedTuple):
     image: NDArray[np.uint8] | None
     mask: NDArray[np.uint8] | None
     reference: NDArray[np.uint8] | None
+    controls: Sequence[NDArray[np.uint8]]
 
 
 class Service:
@@ -246,6 +248,7 @@ class Service:
                 statistics=model.statistics.available,
                 classifier={} if model.classifier is None else model.classifier.heads,
                 adapters=adapter_entries(model),
+                controls=control_entries(model),
                 defaults=defaults_of(model.facts.defaults),
             )
             for model in (() if self._shelf is None else self._shelf.loaded())
@@ -504,7 +507,11 @@ class Service:
                 mask = await self.decoding.mask(text, "mask", target, form)
         if request.reference is not None:
             reference = await self._picture(request.reference, "reference", target)
-        return Uploads(image, mask, reference)
+        controls = [
+            await self._picture(one.image, f"controls.{place}.image", target)
+            for place, one in enumerate(request.controls)
+        ]
+        return Uploads(image, mask, reference, controls)
 
     async def _picture(self, upload: Upload, field: str, target: Target) -> NDArray[np.uint8]:
         with upload.opened() as text:
@@ -531,13 +538,16 @@ def _stopping() -> NotReady:
 
 
 def _tasks(prepared: Prepared, model: HostedModel, uploads: Uploads) -> list[ImageTask]:
-    image, mask, reference = uploads
+    image, mask, reference, controls = uploads
     return tasks_of(
         prepared,
         model,
         image=None if image is None else pixels_tensor(image),
         mask=None if mask is None else _mask_tensor(mask),
         reference=None if reference is None else pixels_tensor(reference),
+        controls=load_controls(
+            prepared.request.controls, [pixels_tensor(one) for one in controls], model
+        ),
     )
 
 
@@ -554,6 +564,7 @@ def _claim(
         mask=None if request.mask is None else mask,
         reference=None if request.reference is None else picture.clone(),
         adapters=(),
+        controls=unloaded_controls([picture.clone() for _ in request.controls]),
     )
     room.claim(tasks)
 

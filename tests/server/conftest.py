@@ -76,7 +76,13 @@ def adapters_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def running(adapters_folder: Path) -> Iterator[Running]:
+def controls_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the running server, which sees new ControlNets at once."""
+    return tmp_path_factory.mktemp("controls")
+
+
+@pytest.fixture(scope="session")
+def running(adapters_folder: Path, controls_folder: Path) -> Iterator[Running]:
     server = Running(
         Settings(
             row_budget=8,
@@ -84,6 +90,7 @@ def running(adapters_folder: Path) -> Iterator[Running]:
             max_pending=MAX_IMAGES,
             limits=Limits(images=MAX_IMAGES),
             adapters=adapters_folder,
+            controls=controls_folder,
         )
     )
     server.start()

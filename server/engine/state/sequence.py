@@ -10,7 +10,7 @@ from server.engine.client import Flow
 from server.engine.guidance_plan import plan_guidance
 from server.engine.scheduler import Priority
 from server.engine.state.recollection import Recollection
-from server.models.controls.control import RowControl
+from server.models.controls.row_controls import RowControl
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

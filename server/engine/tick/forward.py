@@ -11,7 +11,7 @@ from guidance.edits import WeakModel
 from server.engine.state.padding import padded
 from server.engine.terms.seen import ForwardRows
 from server.models.adapters.adapter import RowAdapters
-from server.models.controls.control import RowControls
+from server.models.controls.row_controls import RowControls
 from server.models.inputs import RowInputs
 
 if TYPE_CHECKING:

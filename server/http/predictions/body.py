@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from server.http.body import JsonRoute, Share, uploads_of
 from server.requests.schema import GenerateRequest
-from server.requests.upload import Upload
+from server.requests.upload import without_uploads
 
 __all__ = ["PredictionRoute", "sent_input"]
 
@@ -27,9 +27,8 @@ class PredictionRoute(JsonRoute):
         """The parsed body, as of :meth:`JsonRoute.read`."""
         parsed = await super().read(request, uploads, share)
         if isinstance(parsed, dict) and isinstance(given := parsed.get("input"), dict):
-            plain = {name: value for name, value in given.items() if not isinstance(value, Upload)}
             # As text, since validation may change what it is given.
-            request.state.sent_input = json.dumps(plain)
+            request.state.sent_input = json.dumps(without_uploads(given))
         return parsed
 
     @override

@@ -16,12 +16,12 @@ from server.errors import InvalidRequest, JobsOff, UnknownJob
 from server.http.dependencies import OwnerDep, ServiceDep
 from server.http.errors import ErrorBody
 from server.http.predictions.answers import PATH, Prediction, PredictionPage, predicted
-from server.http.predictions.body import UPLOADS, PredictionRoute, sent_input
+from server.http.predictions.body import PredictionRoute, sent_input
 from server.http.predictions.prefer import waiting_s
 from server.image_codec import MEDIA_TYPES
 from server.jobs.job import Job, NewJob
 from server.requests.prediction import PredictionRequest
-from server.requests.upload import Upload
+from server.requests.upload import uploads_in
 
 if TYPE_CHECKING:
     from server.jobs.jobs import Jobs
@@ -192,11 +192,9 @@ async def _accepted(
     """The stored job; the pictures of the body are let go of as soon as they are stored."""
     with ExitStack() as opened:
         uploads: dict[str, bytes] = {}
-        for name in sorted(UPLOADS):
-            upload: Upload | None = getattr(body.input, name)
-            if upload is not None:
-                data = opened.enter_context(upload.opened())
-                uploads[name] = data if isinstance(data, bytes) else data.encode()
+        for name, upload in uploads_in(body.input):
+            data = opened.enter_context(upload.opened())
+            uploads[name] = data if isinstance(data, bytes) else data.encode()
         new = await to_thread(_new, body, sent, uploads, owner, key)
         return await jobs.add(new, uploads)
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from server.models.controls.control import summed
 from server.models.controls.control_kind import first_misfit
+from server.models.controls.row_controls import summed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from server.models.conditioning import StackedConditioning
-    from server.models.controls.control import RowControls, SameControl
+    from server.models.controls.row_controls import RowControls, SameControl
     from server.models.hosted import ModelFacts
 
 __all__ = ["UNetControl"]

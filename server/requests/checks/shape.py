@@ -8,7 +8,7 @@ from typing import Any, Final
 from server.errors import InvalidRequest
 from server.settings import PROMPT_BYTES_CEILING
 
-__all__ = ["check_shape"]
+__all__ = ["below", "check_shape"]
 
 MOST_FIELDS: Final = 64
 MOST_ENTRIES: Final = 2048
@@ -23,7 +23,8 @@ def check_shape(value: Any, uploads: Collection[str], path: tuple[str, ...] = ()
 
     Args:
         value: parsed JSON.
-        uploads: fields of the outermost object that may hold long texts.
+        uploads: dotted paths of the fields that may hold long texts; entries of a list have the
+            path of the list.
         path: of the value within the body.
 
     Raises:
@@ -34,7 +35,7 @@ def check_shape(value: Any, uploads: Collection[str], path: tuple[str, ...] = ()
     elif isinstance(value, list):
         _at_most(path, len(value), MOST_ENTRIES, "entries")
         for index, entry in enumerate(value):
-            check_shape(entry, (), (*path, str(index)))
+            check_shape(entry, uploads, (*path, str(index)))
     elif isinstance(value, dict):
         _at_most(path, len(value), MOST_FIELDS, "fields")
         for name, inner in value.items():
@@ -45,7 +46,13 @@ def check_shape(value: Any, uploads: Collection[str], path: tuple[str, ...] = ()
                     f"{MOST_NAME} are allowed.",
                 )
             if name not in uploads or not isinstance(inner, str):
-                check_shape(inner, (), (*path, name))
+                check_shape(inner, below(uploads, name), (*path, name))
+
+
+def below(paths: Collection[str], name: str) -> frozenset[str]:
+    """The paths within a field, of dotted paths that begin with it."""
+    start = f"{name}."
+    return frozenset(path.removeprefix(start) for path in paths if path.startswith(start))
 
 
 def _at_most(path: tuple[str, ...], count: int, most: int, what: str) -> None:

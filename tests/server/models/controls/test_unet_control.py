@@ -18,7 +18,8 @@ from torch import Tensor
 from server.engine.engine import Engine
 from server.engine.state.noise import start_noise
 from server.engine.task import ImageTask
-from server.models.controls.control import ControlUse, RowControl, RowControls
+from server.models.controls.control import ControlUse
+from server.models.controls.row_controls import RowControl, RowControls
 from server.models.hosted import HostedModel
 from server.models.loading import load_model
 from tests.server.models import tiny_sd, tiny_sdxl

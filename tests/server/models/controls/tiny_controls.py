@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ControlNetModel
-from torch import nn
+from diffusers import ConfigMixin, ControlNetModel, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
 
 from server.models.controls.control import Control, ControlUse
+from server.models.controls.control_kind import first_misfit
 from server.models.controls.shelf import ControlShelf
 from server.models.hosted import HostedModel
 from server.models.weight_memory import WeightMemory
@@ -57,3 +60,31 @@ def use(model: HostedModel, name: str, seed: int, size: tuple[int, int], **how: 
     generator = torch.Generator().manual_seed(seed)
     picture = torch.rand(3, size[1], size[0], generator=generator) * 2 - 1
     return ControlUse(model.controls.load(name), picture, **how)
+
+
+class Network(ModelMixin, ConfigMixin):
+    """A class that diffusers saves and loads, of one layer."""
+
+    @register_to_config
+    def __init__(self, width: int = 2, depth: int = 1) -> None:
+        super().__init__()
+        self.layer = nn.Linear(width, width)
+
+
+class Plain:
+    """The ControlNets of a model that takes those of width 2."""
+
+    kind: Any = Network
+
+    def misfit(self, config: Mapping[str, Any]) -> str | None:
+        return first_misfit(Network, config, {"width": 2})
+
+    def prepared(self, network: Any) -> Any:
+        return network
+
+    def hint(self, network: Any, picture: Tensor) -> Tensor:
+        return picture
+
+
+def put_plain(folder: Path, name: str, **config: Any) -> None:
+    Network(**config).save_pretrained(folder / name)

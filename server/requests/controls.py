@@ -1,0 +1,147 @@
+"""The field `controls` of a request: ControlNets, the pictures they read, how strongly and when."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from server.errors import ControlMismatch, InvalidRequest
+from server.models.controls.control import UNLOADED, ControlUse, in_window
+from server.requests.upload import Upload
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from samplers import Plan
+    from server.models.hosted import HostedModel
+
+__all__ = [
+    "MOST",
+    "ControlChoice",
+    "ControlSettings",
+    "check_controls",
+    "controls_without_effect",
+    "load_controls",
+    "unloaded_controls",
+]
+
+MOST: Final = 4
+STRONGEST: Final = 4.0
+
+
+class ControlSettings(BaseModel):
+    """One ControlNet of a request, without its picture."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    name: str = Field(
+        min_length=1,
+        max_length=128,
+        description="Name of a ControlNet, as the catalog lists it for the model.",
+    )
+    scale: float = Field(
+        default=1.0,
+        ge=0,
+        le=STRONGEST,
+        strict=True,
+        description="Factor on what the ControlNet adds (diffusers' "
+        "`controlnet_conditioning_scale`); 0 switches it off.",
+    )
+    start: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        strict=True,
+        description="Share of the run after which it begins to act (diffusers' "
+        "`control_guidance_start`).",
+    )
+    end: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        strict=True,
+        description="Share of the run after which it no longer acts (diffusers' "
+        "`control_guidance_end`).",
+    )
+
+    @model_validator(mode="after")
+    def _check_window(self) -> Self:
+        if self.start >= self.end:
+            raise ValueError(f"start is {self.start:g}; it must be less than end, {self.end:g}")
+        return self
+
+
+class ControlChoice(ControlSettings):
+    """One ControlNet of a request."""
+
+    image: Upload = Field(
+        repr=False,
+        description="What it reads, such as edges, a depth map or a pose, prepared as it was "
+        "trained with: PNG, JPEG or WebP, as base64 or a base64 data URI. It is brought to `width` "
+        "x `height` by `resize_mode`.",
+    )
+
+    @property
+    def settings(self) -> ControlSettings:
+        """The same without the picture."""
+        return ControlSettings.model_construct(**self.model_dump(exclude={"image"}))
+
+
+def check_controls(chosen: Sequence[ControlSettings], model: HostedModel) -> None:
+    """Refuse ControlNets that the model does not have.
+
+    Raises:
+        InvalidRequest: one is none of the model's.
+    """
+    for place, one in enumerate(chosen):
+        try:
+            model.controls.find(one.name)
+        except ControlMismatch as refusal:
+            field = f"controls.{place}.name"
+            raise InvalidRequest(field, f"{field}: {refusal.message}") from None
+
+
+def load_controls(
+    chosen: Sequence[ControlSettings], pictures: Sequence[Tensor], model: HostedModel
+) -> tuple[ControlUse, ...]:
+    """The ControlNets of a checked request, loaded; those of scale 0 are left out.
+
+    Args:
+        chosen: of the request.
+        pictures: what each of them reads, ``[3, H, W]`` float32 in [-1, 1].
+        model: that will serve it.
+
+    Raises:
+        InvalidRequest: a folder was changed or removed after the check, or its weights are not
+            those that its config describes.
+        Overloaded: the ControlNets of requests under way, or the device, leave no room.
+    """
+    loaded: list[ControlUse] = []
+    for place, (one, picture) in enumerate(zip(chosen, pictures, strict=True)):
+        if one.scale == 0:
+            continue
+        try:
+            control = model.controls.load(one.name)
+        except ControlMismatch as refusal:
+            field = f"controls.{place}.name"
+            raise InvalidRequest(field, f"{field}: {refusal.message}") from None
+        loaded.append(ControlUse(control, picture, one.scale, one.start, one.end))
+    return tuple(loaded)
+
+
+def unloaded_controls(pictures: Sequence[Tensor]) -> tuple[ControlUse, ...]:
+    """What stands for the ControlNets of a request before any is loaded: their pictures."""
+    return tuple(ControlUse(UNLOADED, picture) for picture in pictures)
+
+
+def controls_without_effect(chosen: Sequence[ControlSettings], plan: Plan) -> tuple[str, ...]:
+    """One sentence for each ControlNet that acts at no stage of a plan."""
+    stages = plan.evaluations
+    return tuple(
+        f"controls.{place} has no effect: no evaluation of this run lies within its start, "
+        f"{one.start:g}, and end, {one.end:g}."
+        for place, one in enumerate(chosen)
+        if not any(in_window(one.start, one.end, stage, stages) for stage in range(stages))
+    )

@@ -1,0 +1,180 @@
+"""ControlNets by name: which fit a model, what they cost in memory, and what is refused."""
+
+from __future__ import annotations
+
+import gc
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+
+from server.errors import ControlMismatch, Overloaded
+from server.models.controls import control_folder
+from server.models.controls.control import Control
+from server.models.controls.shelf import ControlShelf
+from server.models.controls.unet_control import UNetControl
+from server.models.hosted import ModelFacts
+from server.models.memory import DeviceMemory
+from server.models.weight_memory import WeightMemory
+from tests.server.models.controls.tiny_controls import Plain, put_plain
+from tests.server.models.tiny_sdxl import UNET
+
+BYTES = 4 * (2 * 2 + 2)
+"""Of a ControlNet of width 2."""
+
+
+def shelved(
+    folder: Path, most_bytes: int = 3 * BYTES
+) -> tuple[ControlShelf, WeightMemory[Control]]:
+    memory = WeightMemory[Control](most_bytes, "ControlNets")
+    cpu = torch.device("cpu")
+    return ControlShelf([folder], "small", Plain(), memory, cpu, torch.float32), memory
+
+
+def test_those_are_listed_that_fit_the_model(tmp_path: Path) -> None:
+    for name in ("line art", "depth"):
+        put_plain(tmp_path, name)
+    put_plain(tmp_path, "wide", width=3)
+    put_plain(tmp_path, "<lora:x:1>")
+    (tmp_path / "file.safetensors").touch()
+    (tmp_path / "empty").mkdir()
+    shelf, _ = shelved(tmp_path)
+    assert [one.name for one in shelf.available()] == ["depth", "line art"]
+    put_plain(tmp_path, "later")
+    assert "later" in [one.name for one in shelf.available()]
+
+
+def other_class(folder: Path) -> None:
+    edit(folder / "config.json", _class_name="FluxControlNetModel")
+
+
+def other_width(folder: Path) -> None:
+    edit(folder / "config.json", width=3)
+
+
+def no_json(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+
+def no_tensors(folder: Path) -> None:
+    (folder / "diffusion_pytorch_model.safetensors").write_text("a pickle")
+
+
+def no_weights(folder: Path) -> None:
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+
+
+def one_missing(folder: Path) -> None:
+    file = folder / "diffusion_pytorch_model.safetensors"
+    save_file({"layer.bias": load_file(file)["layer.bias"]}, file)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (
+            other_class,
+            "ControlNet 'depth' is a FluxControlNetModel; those of model 'small' are of Network.",
+        ),
+        (
+            other_width,
+            "ControlNet 'depth' does not fit model 'small': it has width 3, where 2 is needed.",
+        ),
+        (no_json, "config.json of ControlNet 'depth' is not valid JSON: "),
+        (
+            no_tensors,
+            "diffusion_pytorch_model.safetensors of ControlNet 'depth' is no safetensors file.",
+        ),
+        (
+            no_weights,
+            "ControlNet 'depth' has no diffusion_pytorch_model.safetensors; weights are expected",
+        ),
+        (one_missing, "ControlNet 'depth' lacks the tensor layer.weight."),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name_and_without_its_place(
+    tmp_path: Path, spoil: Any, says: str
+) -> None:
+    put_plain(tmp_path, "depth")
+    spoil(tmp_path / "depth")
+    shelf, _ = shelved(tmp_path)
+    with pytest.raises(ControlMismatch, match=f"^{re.escape(says)}") as refused:
+        shelf.load("depth")
+    assert str(tmp_path) not in refused.value.message
+
+
+def test_a_controlnet_is_read_once_while_there_is_room_and_again_when_it_changed(
+    tmp_path: Path,
+) -> None:
+    for name in ("a", "b", "c", "d"):
+        put_plain(tmp_path, name)
+    shelf, memory = shelved(tmp_path)
+    first = shelf.load("a")
+    assert shelf.load("a") is first
+    held = [shelf.load(name) for name in ("b", "c")]
+    assert memory.bytes == 3 * BYTES
+    with pytest.raises(Overloaded, match="The ControlNets of the requests under way fill"):
+        shelf.load("d")
+    del held
+    gc.collect()
+    assert shelf.load("d").name == "d"
+    put_plain(tmp_path, "a")
+    del first
+    gc.collect()
+    shelf.forget()
+    assert memory.bytes == 0
+
+
+def test_one_that_could_never_be_loaded_is_refused_and_one_that_cannot_be_now_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_plain(tmp_path, "depth")
+    shelf, _ = shelved(tmp_path, most_bytes=BYTES - 1)
+    with pytest.raises(
+        ControlMismatch, match=f"takes {BYTES} bytes of memory; at most {BYTES - 1}"
+    ):
+        shelf.find("depth")
+    monkeypatch.setattr(control_folder, "measure", lambda _: DeviceMemory(BYTES - 1, 10**9))
+    with pytest.raises(Overloaded, match=f"needs {BYTES} bytes of memory, of which {BYTES - 1}"):
+        shelved(tmp_path)[0].load("depth")
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({}, None),
+        ({"down_block_types": ["DownBlock2D", "DownBlock2D"]}, None),
+        ({"cross_attention_dim": 1024}, "has cross_attention_dim 1024, where 80 is needed"),
+        ({"block_out_channels": [320, 640]}, "has block_out_channels (320, 640), where (32, 64)"),
+        ({"global_pool_conditions": True}, "has global_pool_conditions True, where False"),
+        (
+            {"conditioning_embedding_out_channels": [16, 32, 64]},
+            "has conditioning_embedding_out_channels [16, 32, 64], which does not reduce",
+        ),
+    ],
+)
+def test_the_controlnets_of_a_unet_have_its_widths(
+    config: dict[str, Any], says: str | None
+) -> None:
+    facts: Any = ModelFacts("xl", "", "", "epsilon", 4, 2, 4, 64, 64, 30)
+    alike = (
+        "block_out_channels",
+        "cross_attention_dim",
+        "layers_per_block",
+        "addition_embed_type",
+        "addition_time_embed_dim",
+        "projection_class_embeddings_input_dim",
+    )
+    own = {name: UNET[name] for name in alike} | {"conditioning_embedding_out_channels": [16, 32]}
+    kind = UNetControl(UNet2DConditionModel(**UNET), facts, torch.device("cpu"))
+    found = kind.misfit(own | config)
+    assert found is None if says is None else found is not None and found.startswith(says)
+
+
+def edit(file: Path, **fields: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
