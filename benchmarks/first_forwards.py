@@ -4,7 +4,8 @@
 
 Prints a Markdown table. Before a server is ready it runs forwards at some numbers of rows, and
 others while nothing waits; rows of a tick are filled up to such a number. A forward at another
-number is the first of its size, for which a GPU's libraries choose or load kernels.
+number is the first of its size, for which a GPU's libraries choose or load kernels. The last column
+is of forwards that were recorded as CUDA graphs, which a server does while nothing waits.
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from benchmarks.architectures import ARCHITECTURES, build
+from server.engine.capture import CudaRecorder
 from server.engine.cost_model import MOST_ROWS, TickCost
-from server.engine.preparation import AT_START, Preparation
-from server.engine.warmup import time_forwards
+from server.engine.forwards import Forwards
+from server.engine.graphs import Graphs
+from server.engine.preparation import AT_START
+from server.engine.warmup import first_calls, time_forwards
 from server.models.inputs import RowInputs
 
 if TYPE_CHECKING:
@@ -28,7 +32,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from benchmarks.architectures import Architecture
-    from server.engine.forwards import Forwards
 
 ROWS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
 PICTURES = (1, 2, 3, 4)
@@ -44,10 +47,13 @@ def main() -> None:
         model = architecture.hosted
         cost = TickCost(time_forwards(model, MOST_ROWS))
         shape = model.latent_shape(architecture.side, architecture.side)
-        preparation = Preparation()
-        forwards = preparation.add(model, shape, cost, MOST_ROWS)
-        while piece := preparation.next(AT_START):
-            piece()
+        on_gpu = model.device.type == "cuda"
+        graphs = Graphs(model, CudaRecorder(model.device)) if on_gpu else None
+        forwards = Forwards(model, shape, cost, MOST_ROWS, graphs)
+        for call in first_calls(model):
+            call()
+        while forwards.wants(AT_START):
+            forwards.prepare()
         warmed_s = perf_counter() - began
         calls = _calls(architecture, forwards)
         machine = platform.processor() or platform.machine()
@@ -55,12 +61,19 @@ def main() -> None:
         print(
             f"{options.architecture}, {options.dtype}, {device}, {options.threads} threads, torch "
             f"{torch.__version__}; warmed up in {warmed_s:.1f} s\n\n"
-            "| network | rows | first, ms | second, ms |\n|---|---|---|---|"
+            "| network | rows | first, ms | second, ms | recorded, ms |\n|---|---|---|---|---|"
         )
         for name, (call, sizes) in calls.items():
             for rows in sizes:
                 first, second = _seconds(call, rows), _seconds(call, rows)
-                print(f"| {name} | {rows} | {1000 * first:.0f} | {1000 * second:.0f} |", flush=True)
+                recorded = "-"
+                while graphs is not None and graphs.wanted:
+                    graphs.record()
+                size = forwards.size_of(rows, MOST_ROWS)
+                if graphs is not None and name == "denoiser" and size in graphs.rows:
+                    recorded = f"{1000 * min(_seconds(call, rows) for _ in range(3)):.1f}"
+                times = f"{1000 * first:.1f} | {1000 * second:.1f}"
+                print(f"| {name} | {rows} | {times} | {recorded} |", flush=True)
 
 
 def _calls(

@@ -111,6 +111,16 @@ class TickCost:
         everywhere = exp(level * surprise)
         self._seconds = [one * everywhere for one in self._seconds]
 
+    def correct(self, rows: int, seconds: float) -> None:
+        """Believe a measurement made apart from the ticks, as where forwards take another way now.
+
+        Args:
+            rows: whose seconds are replaced if they are kept, as those of ``NODES`` are.
+            seconds: of a tick of so many rows from now on.
+        """
+        if rows in NODES:
+            self._seconds[NODES.index(rows)] = seconds
+
     def scaled(self, factor: float) -> TickCost:
         """A guess for a lane whose pictures are so many times as large."""
         scaled = {rows: seconds * factor for rows, seconds in self.estimates().items()}

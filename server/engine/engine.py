@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from math import inf
-from threading import Condition, Thread
+from threading import Condition, Lock, Thread
 from time import monotonic, perf_counter
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 
 from server.engine.backlog import Amounts, Backlog, Bounds, Holding
+from server.engine.capture import CudaRecorder
 from server.engine.chores import Chores
 from server.engine.client import ANYONE, Client
 from server.engine.cost_model import MOST_ROWS, CostModel, TickCost
@@ -58,7 +60,7 @@ from server.errors import (
 from server.models.memory import unused_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Mapping
+    from collections.abc import Callable, Generator, Hashable, Mapping
     from collections.abc import Sequence as Listed
 
     import numpy as np
@@ -135,6 +137,7 @@ class Engine:
         prepares: run forwards at few numbers of rows, and all of these before they are needed:
             some at the start, the others while nothing waits. By default on a GPU; never in
             deterministic mode, where all forwards have the same number of rows.
+        cuda_graphs: record the forwards that are prepared on a GPU, and replay them.
     """
 
     def __init__(
@@ -150,6 +153,7 @@ class Engine:
         on_failure: Callable[[], None] | None = None,
         guessed_costs: Mapping[int, float] | None = None,
         prepares: bool | None = None,
+        cuda_graphs: bool = True,
     ) -> None:
         if row_budget is not None and row_budget < LEAST_BUDGET:
             raise ValueError(
@@ -174,9 +178,12 @@ class Engine:
         self._shares = Shares()
         self._turns = Turns()
         self._costs = CostModel()
-        if prepares is None:
-            prepares = self._device.type == "cuda"
-        self._preparation = Preparation() if prepares and not deterministic else None
+        on_gpu = self._device.type == "cuda"
+        self._preparation: Preparation | None = None
+        if (on_gpu if prepares is None else prepares) and not deterministic:
+            records = on_gpu and cuda_graphs
+            self._preparation = Preparation(_recorder_of if records else None)
+        self._undisturbed = Lock()
         self._fixed_rows: int | None = None
         self._overflows = Overflows()
         self._lanes: dict[LaneKey, Lane] = {}
@@ -184,7 +191,9 @@ class Engine:
         self._colours: dict[str, Tensor] = {}
         self._arrived = Arrivals()
         self._active: list[Sequence] = []
-        self._decoder = Decoder(self._device, self._turns, fixed=deterministic)
+        self._decoder = Decoder(
+            self._device, self._turns, self._give_back_memory, fixed=deterministic
+        )
         self._previewed: tuple[list[StepsDone], HostCopy] | None = None
         self._wake = Condition()
         self._chores = Chores(self._wake)
@@ -231,6 +240,16 @@ class Engine:
         with torch.inference_mode():
             warmth = warm_up(model)
         self._in_own_thread(lambda: self._take_model(model, warmth))
+
+    @contextmanager
+    def undisturbed(self) -> Generator[None]:
+        """Keep the engine from preparing for later work while another thread uses the device.
+
+        A model that is loaded and memory that is given back would spoil a CUDA graph that is being
+        recorded. Ticks go on.
+        """
+        with self._undisturbed:
+            yield
 
     def remove_model(self, name: str) -> bool:
         """Serve a model no longer, and let go of all that was made for it; from any thread.
@@ -531,11 +550,16 @@ class Engine:
         """
         if self._expects_live:
             return QUIET_S
-        piece = None if self._preparation is None else self._preparation.next()
-        if piece is None:
-            return None
-        self._prepare(piece)
-        return 0.0
+        if not self._undisturbed.acquire(blocking=False):
+            return QUIET_S
+        try:
+            piece = None if self._preparation is None else self._preparation.next()
+            if piece is None:
+                return None
+            self._prepare(piece)
+            return 0.0
+        finally:
+            self._undisturbed.release()
 
     def _prepare(self, piece: Callable[[], object]) -> None:
         failed = attempt(piece, self._device)
@@ -707,7 +731,7 @@ class Engine:
         units = _units(chosen)
         if is_out_of_memory(error):
             chosen[0].lane.row_cap.overflow(sum(sequence.rows for sequence in chosen))
-            free_memory(self._device)
+            self._give_back_memory()
         if len(units) == 1:
             log.error("an image failed in its stage", exc_info=error)
             self._note_overflow(chosen[0], error, sum(sequence.rows for sequence in chosen))
@@ -724,6 +748,11 @@ class Engine:
             began = perf_counter()
             self._weave(recalling)
             self._charge(dict.fromkeys(recalling, 1), perf_counter() - began)
+
+    def _give_back_memory(self) -> None:
+        if self._preparation is not None:
+            self._preparation.release()
+        free_memory(self._device)
 
     def _stage(self, chosen: list[Sequence]) -> Outcome:
         lane, m = chosen[0].lane, self.measurements
@@ -909,6 +938,10 @@ class Engine:
         self._chores.refuse(self._refusal("The server is stopping."))
         for sequence in list(self._active):
             self._fail(sequence, self._refusal("The image was not finished: the server stopped."))
+
+
+def _recorder_of(model: HostedModel) -> CudaRecorder:
+    return CudaRecorder(model.device)
 
 
 def _units(sequences: Listed[Sequence]) -> list[list[Sequence]]:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from server.engine.cost_model import TickCost
+    from server.engine.graphs import Graphs
     from server.models.hosted import HostedModel
     from server.models.inputs import RowInputs
 
@@ -31,15 +32,22 @@ class Forwards:
         shape: of the latents, ``(C, h, w)``.
         cost: of the ticks.
         most: rows of a forward.
+        graphs: recordings of the model's forwards; None for none.
     """
 
     def __init__(
-        self, model: HostedModel, shape: tuple[int, int, int], cost: TickCost, most: int
+        self,
+        model: HostedModel,
+        shape: tuple[int, int, int],
+        cost: TickCost,
+        most: int,
+        graphs: Graphs | None = None,
     ) -> None:
         self.sizes = RowSizes(most)
         self._model = model
         self._shape = shape
         self._cost = cost
+        self._graphs = graphs
         self._rehearsal: Rehearsal | None = None
 
     def size_of(self, rows: int, most: int) -> int:
@@ -56,7 +64,7 @@ class Forwards:
         rows = len(x)
         size = self.size_of(rows, most)
         given = padded(x, size), padded(t, size), inputs.padded(size, fixed=False)
-        raw = self._model.evaluate(*given)[:rows]
+        raw = self._evaluated(*given)[:rows]
         self.sizes.note(rows, size, self._cost.seconds)
         return raw
 
@@ -75,8 +83,13 @@ class Forwards:
             height, width = (scale * side for side in self._shape[1:])
             self._rehearsal = Rehearsal(self._model, width, height)
         try:
-            self._rehearsal.seconds(size, self._model.evaluate)
+            self._rehearsal.seconds(size, self._evaluated)
         except Exception:
             self.sizes.leave_out(size)
             raise
         self.sizes.note(size, size, self._cost.seconds)
+
+    def _evaluated(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
+        if self._graphs is None:
+            return self._model.evaluate(x, t, inputs)
+        return self._graphs.evaluate(x, t, inputs, self._cost.correct)

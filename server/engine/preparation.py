@@ -6,12 +6,14 @@ from collections import deque
 from typing import TYPE_CHECKING, TypeAlias
 
 from server.engine.forwards import Forwards
+from server.engine.graphs import Graphs
 from server.engine.warmup import first_calls
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from server.engine.cost_model import TickCost
+    from server.engine.graphs import Recorder
     from server.models.hosted import HostedModel
 
 __all__ = ["AT_START", "Preparation"]
@@ -30,9 +32,14 @@ class Preparation:
     """The forwards of all models, and their first calls, in pieces that each take about a second.
 
     It belongs to the engine's thread, as torch keeps a thread's choices of kernels for itself.
+
+    Args:
+        recorder_of: makes what records forwards of a model; None where they are not recorded.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, recorder_of: Callable[[HostedModel], Recorder] | None = None) -> None:
+        self._recorder_of = recorder_of
+        self._graphs: dict[str, Graphs] = {}
         self._first_calls: deque[tuple[str, Callable[[], object]]] = deque()
         self._forwards: dict[tuple[str, Shape], Forwards] = {}
         self._defaults: set[tuple[str, Shape]] = set()
@@ -49,6 +56,8 @@ class Preparation:
         name = model.facts.name
         self._first_calls.extend((name, call) for call in first_calls(model))
         self._defaults.add((name, shape))
+        if self._recorder_of is not None:
+            self._graphs[name] = Graphs(model, self._recorder_of(model))
         return self.forwards(model, shape, cost, most)
 
     def forwards(self, model: HostedModel, shape: Shape, cost: TickCost, most: int) -> Forwards:
@@ -56,7 +65,7 @@ class Preparation:
         key = model.facts.name, shape
         made = self._forwards.pop(key, None)
         if made is None:
-            made = Forwards(model, shape, cost, most)
+            made = Forwards(model, shape, cost, most, self._graphs.get(key[0]))
             others = [one for one in self._forwards if one not in self._defaults]
             for old in others[: max(0, len(others) + 1 - SHAPES_KEPT)]:
                 del self._forwards[old]
@@ -65,19 +74,30 @@ class Preparation:
 
     def forget(self, name: str) -> None:
         """Let go of a model."""
+        if name in self._graphs:
+            self._graphs.pop(name).release()
         self._first_calls = deque(one for one in self._first_calls if one[0] != name)
         self._forwards = {key: one for key, one in self._forwards.items() if key[0] != name}
         self._defaults = {key for key in self._defaults if key[0] != name}
+
+    def release(self) -> None:
+        """Give back the memory of all recordings, as memory is short."""
+        for graphs in self._graphs.values():
+            graphs.release()
 
     def next(self, most: int | None = None) -> Callable[[], object] | None:
         """The piece that is most likely to be needed soon; None where all is done.
 
         Args:
-            most: rows of the largest forward that counts; None for all.
+            most: rows of the largest forward that counts; None for all, and to record forwards.
         """
         if self._first_calls:
             return self._first_calls.popleft()[1]
         waiting = [one for one in self._forwards.values() if one.wants(most)]
-        if not waiting:
-            return None
-        return min(waiting, key=lambda one: one.sizes.wanted[0]).prepare
+        waiting.sort(key=lambda one: one.sizes.wanted[0])
+        if waiting and waiting[0].wants(AT_START):
+            return waiting[0].prepare
+        recorded = [one for one in self._graphs.values() if one.wanted and most is None]
+        if recorded:
+            return recorded[0].record
+        return waiting[0].prepare if waiting else None

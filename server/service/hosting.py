@@ -105,6 +105,7 @@ def host(
         row_budget=settings.row_budget,
         live_tick_s=settings.live_tick_s,
         deterministic=settings.deterministic,
+        cuda_graphs=settings.cuda_graphs == "auto",
         max_pending=settings.max_pending,
         max_pending_s=settings.max_pending_s,
         max_pending_bytes=settings.max_pending_bytes,

@@ -278,7 +278,9 @@ class ModelShelf:
                 if self._closed is not None:
                     return
                 jobs = list(self._jobs)
-            if any(self._attempt(place) for place in jobs):
+            with self._engine.undisturbed():
+                over = any(self._attempt(place) for place in jobs)
+            if over:
                 continue
             with self._wake:
                 self._wake.wait(RETRY_S)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from server.engine.fair_queue import TURN_S
-from server.engine.faults import attempt, free_memory, is_out_of_memory
+from server.engine.faults import attempt, is_out_of_memory
 from server.engine.state.sequence import ImageResult
 from server.engine.tick.decoder_queue import DecoderQueue
 from server.engine.tick.host_copy import HostCopy
@@ -22,7 +22,7 @@ from server.engine.tick.stopwatch import Stopwatch
 from server.errors import RowFailed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
@@ -76,16 +76,20 @@ class Decoder:
         turns: what the clients of ordinary images have had, to which decoding is charged.
         fixed: always decode the same number at once, so that a picture's bits do not depend on
             how many finished with it.
+        give_back: frees memory that can be done without.
 
     Attributes:
         seconds: that the device has spent in decoding.
         live_s: of these, on frames of live streams.
     """
 
-    def __init__(self, device: torch.device, turns: Turns, *, fixed: bool) -> None:
+    def __init__(
+        self, device: torch.device, turns: Turns, give_back: Callable[[], None], *, fixed: bool
+    ) -> None:
         self.seconds = 0.0
         self.live_s = 0.0
         self._device = device
+        self._give_back = give_back
         self._fixed = fixed
         self._turns = turns
         self._queue = DecoderQueue(turns)
@@ -172,7 +176,7 @@ class Decoder:
             return
         if is_out_of_memory(made):
             self._settle()
-            free_memory(self._device)
+            self._give_back()
         if len(some) == 1:
             log.error("an image failed in decoding", exc_info=made)
             self._failed.append((some[0], made))

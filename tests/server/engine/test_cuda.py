@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from time import monotonic, sleep
 
 import numpy as np
 import pytest
 import torch
 
 from embedded import MODEL_FOLDER
+from server.engine.capture import CudaRecorder
+from server.engine.cost_model import TickCost
+from server.engine.graphs import Graphs
 from server.models.adapters.adapter import Weighted
+from server.models.inputs import RowInputs
 from server.models.loading import load_model
 from server.models.memory import bytes_of, measure, reclaim
 from tests.server.models.adapters.low_rank import adapter, changes
@@ -138,3 +143,85 @@ def test_images_that_finish_while_others_run_are_what_they_are_alone(start, on_g
     together = run(engine, tasks).pixels()
     alone = [run(engine, [one]).pixels()[0] for one in tasks]
     assert all(np.array_equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def rows_of(model, rows, seed):
+    """What a forward of some rows of the embedded model is given."""
+    prompts = [f"{size} red circle" for size in ("a large", "a small", "a")] * rows
+    told = model.stack(model.encode_prompts(prompts[:rows], 128, 128))
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, *model.latent_shape(128, 128), generator=generator).cuda()
+    return x, torch.full((rows,), 100.0 + seed, device="cuda"), RowInputs(told)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@torch.inference_mode()
+def test_recorded_forwards_equal_those_they_were_made_of_to_the_bit(dtype):
+    model = load_model(MODEL_FOLDER, name="embedded", device="cuda", dtype=dtype)
+    graphs = Graphs(model, CudaRecorder(model.device))
+    learn = TickCost({1: 1.0}).correct
+    for rows in (1, 3, 8):
+        graphs.evaluate(*rows_of(model, rows, 1), learn)
+    while graphs.wanted:
+        graphs.record()
+    assert graphs.rows == [1, 3, 8]
+    for seed, rows in enumerate((8, 1, 3, 1, 8)):
+        given = rows_of(model, rows, 2 + seed)
+        assert torch.equal(graphs.evaluate(*given, learn), model.evaluate(*given))
+
+
+@torch.inference_mode()
+def test_released_recordings_give_all_their_memory_back_and_can_be_made_again(on_gpu):
+    graphs, learn = Graphs(on_gpu, CudaRecorder(on_gpu.device)), TickCost({1: 1.0}).correct
+    # What libraries keep of a stream stays.
+    graphs.evaluate(*rows_of(on_gpu, 4, 0), learn)
+    graphs.record()
+    graphs.release()
+    reclaim(on_gpu.device)
+    before = torch.cuda.memory_reserved()
+    for _ in range(2):
+        graphs._rests_until = 0.0
+        for rows in (2, 4):
+            graphs.evaluate(*rows_of(on_gpu, rows, 1), learn)
+        while graphs.wanted:
+            graphs.record()
+        assert graphs.rows == [2, 4]
+        assert torch.cuda.memory_reserved() > before
+        graphs.release()
+        reclaim(on_gpu.device)
+        assert torch.cuda.memory_reserved() == before
+
+
+def recorded(engine, rows):
+    """Wait until an engine without work has recorded forwards of so many rows."""
+    until = monotonic() + 60
+    while rows not in (made := engine._preparation._graphs["embedded"].rows):
+        assert monotonic() < until, made
+        sleep(0.05)
+    return engine
+
+
+def test_recorded_ticks_draw_the_images_of_other_ticks_to_the_bit(start, on_gpu, task, run):
+    plain = start(model=on_gpu, cuda_graphs=False)
+    images = [task("unipc", "cfg", seed=1), task("heun", "none", seed=2), task(previews=True)]
+    # One after another, so that the numbers of rows are the same.
+    expected = [run(plain, [one]).pixels()[0] for one in images]
+    engine = recorded(start(model=on_gpu), 2)
+    for one, theirs in zip(images, expected, strict=True):
+        assert np.array_equal(run(engine, [one]).pixels()[0], theirs)
+
+
+def test_the_decoder_works_beside_recorded_ticks(start, on_gpu, task, run):
+    engine = recorded(start(model=on_gpu), 6)
+    tasks = [task("unipc", steps=1 + seed % 7, seed=seed) for seed in range(24)]
+    together = run(engine, tasks).pixels()
+    alone = [run(engine, [one]).pixels()[0] for one in tasks]
+    for ours, theirs in zip(together, alone, strict=True):
+        assert np.abs(ours.astype(int) - theirs.astype(int)).mean() < 1
+
+
+def test_adapted_rows_run_beside_recorded_forwards_as_they_are(start, on_gpu, task, run):
+    expected = run(start(model=on_gpu, cuda_graphs=False), adapted(task, on_gpu)).pixels()
+    engine = recorded(start(model=on_gpu), 6)
+    for ours, theirs in zip(run(engine, adapted(task, on_gpu)).pixels(), expected, strict=True):
+        assert np.abs(ours.astype(int) - theirs.astype(int)).mean() < 1

@@ -1,0 +1,130 @@
+"""Records a forward as a CUDA graph, in memory that the graphs of a model share."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from server.models.memory import measure
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+__all__ = ["CapturedForward", "CudaRecorder"]
+
+SHARE = 0.125
+"""Of a GPU's memory, that the graphs of one model may have."""
+
+
+class CudaRecorder:
+    """Records forwards of one model as CUDA graphs, which never run at the same time.
+
+    Args:
+        device: of the model.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool: Any = None
+        self._bytes = 0
+
+    def fits(self, forward: Callable[[], Tensor]) -> bool:
+        """Whether there is memory for a graph of a forward, which is run to learn what it takes.
+
+        It runs on the stream of the graphs, so that libraries have made what they make once in a
+        stream, which must not be part of a graph.
+        """
+        before = torch.cuda.memory_allocated(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        stream, here = _stream(self._device), torch.cuda.current_stream(self._device)
+        stream.wait_stream(here)
+        with torch.cuda.stream(stream):
+            forward()
+        here.wait_stream(stream)
+        torch.cuda.synchronize(self._device)
+        needed = torch.cuda.max_memory_allocated(self._device) - before
+        torch.cuda.empty_cache()
+        free, most = measure(self._device)
+        return needed <= SHARE * most and needed - self._bytes <= free
+
+    def record(self, evaluate: Callable[..., Tensor], given: Sequence[Tensor]) -> CapturedForward:
+        """Record a forward.
+
+        Args:
+            evaluate: of the tensors; it must have run before in these shapes, see :meth:`fits`.
+            given: tensors of the shapes to record.
+        """
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved(self._device)
+        made = CapturedForward(evaluate, given, self._pool, self._device)
+        self._bytes += max(0, torch.cuda.memory_reserved(self._device) - before)
+        return made
+
+    def begin_anew(self) -> None:
+        """Take other memory from now on: that of graphs which are all gone is not used again."""
+        self._pool, self._bytes = None, 0
+
+
+class CapturedForward:
+    """A forward that is repeated on the same memory, with what is copied there before.
+
+    Args:
+        evaluate: of the tensors.
+        given: tensors of the shapes to record.
+        pool: memory that it shares with graphs that never run at the same time.
+        device: of the tensors.
+    """
+
+    def __init__(
+        self,
+        evaluate: Callable[..., Tensor],
+        given: Sequence[Tensor],
+        pool: Any,
+        device: torch.device,
+    ) -> None:
+        self._given = [one.clone() for one in given]
+        self._graph = torch.cuda.CUDAGraph()
+        try:
+            # Only this thread must do nothing that cannot be recorded: another one may load an
+            # adapter meanwhile.
+            with torch.cuda.graph(
+                self._graph,
+                pool=pool,
+                stream=_stream(device),
+                capture_error_mode="thread_local",
+            ):
+                self._raw = evaluate(*self._given)
+        except BaseException:
+            # Where the recording could not be ended, the allocator waits for its end for ever,
+            # and gives back no memory that two streams have used.
+            with suppress(RuntimeError):
+                end: Any = torch._C._cuda_endAllocateToPool  # pyright: ignore[reportPrivateUsage]
+                end(device.index or 0, pool)
+            raise
+
+    def __call__(self, *given: Tensor) -> Tensor:
+        """What the forward puts out for other tensors of the same shapes, on the current stream."""
+        for mine, theirs in zip(self._given, given, strict=True):
+            mine.copy_(theirs)
+        self._graph.replay()
+        # The next graph to run may use the memory of the original.
+        return self._raw.clone()
+
+    def release(self) -> None:
+        """Give back its memory; it cannot be called any more."""
+        torch.cuda.synchronize()
+        self._graph.reset()
+        del self._raw, self._given
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One stream for all recordings, as each stream costs the libraries' own memory."""
+    return torch.cuda.Stream(device)

@@ -1,0 +1,309 @@
+"""Forwards that a GPU repeats from a recording, without a word from Python: CUDA graphs.
+
+Below about 12 rows a GPU waits for its orders: a U-Net has some thousand kernels, and Python takes
+longer to ask for them than an H100 to run them. A graph asks for all of them at once.
+
+Recorded are plain forwards, of rows that neither change anything inside the network nor have
+adapters or ControlNets; all others run as ever, and so does a plain one until it is recorded, which
+happens while nothing waits. A recording is of one shape: of rows, latents and conditioning.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, fields, replace
+from math import inf
+from time import monotonic, perf_counter
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
+
+import torch
+
+from server.engine.faults import free_memory, is_out_of_memory, lost_device
+from server.engine.unrepeatable import unrepeatable
+from server.models.conditioning import StackedConditioning
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from server.models.hosted import HostedModel
+    from server.models.inputs import RowInputs
+
+__all__ = ["Graphs"]
+
+log = logging.getLogger(__name__)
+
+HELD = ("conditioning", "scale_embedding", "channels")
+"""What of the inputs a recording reads beside x and t; no forward with anything else is plain."""
+
+PAYS = 0.95
+"""Share of the time without a recording that a forward with one may take, to be worth keeping."""
+
+TIMED = 3
+"""Forwards of which the fastest counts."""
+
+CLOSE = 0.01
+"""By how much of the largest number a recording may differ from the forward that it was made of.
+
+They are equal to the bit where libraries choose the same kernels; an error of a recording is large.
+"""
+
+WANTED_KEPT = 16
+MOST_GRAPHS = 64
+
+REST_S = 300.0
+"""Seconds after memory was short in which nothing is recorded."""
+
+Given: TypeAlias = "tuple[Tensor, Tensor, RowInputs]"
+
+
+class Replay(Protocol):
+    """A recording of a forward."""
+
+    def __call__(self, *given: Tensor) -> Tensor:
+        """What the forward puts out for other tensors of the same shapes."""
+        ...
+
+    def release(self) -> None:
+        """Give back its memory."""
+        ...
+
+
+class Recorder(Protocol):
+    """Makes the recordings of one model."""
+
+    def fits(self, forward: Callable[[], Tensor]) -> bool:
+        """Whether there is memory for the recording of a forward; may run it."""
+        ...
+
+    def record(self, evaluate: Callable[..., Tensor], given: Sequence[Tensor]) -> Replay:
+        """Record a function of tensors like the given ones."""
+        ...
+
+    def begin_anew(self) -> None:
+        """There is no recording any more."""
+        ...
+
+
+class Shape(NamedTuple):
+    """What shapes a plain forward.
+
+    Attributes:
+        rows: of the forward.
+        others: name, size beyond the rows, and type of each tensor.
+    """
+
+    rows: int
+    others: tuple[tuple[str, torch.Size, torch.dtype], ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Wanted:
+    """A forward that ran without a recording, and who learns how long one with it takes."""
+
+    given: Given
+    learn: Callable[[int, float], None]
+
+
+class Graphs:
+    """The recordings of one model's forwards, which share their memory.
+
+    Args:
+        model: whose forwards.
+        recorder: makes them.
+    """
+
+    def __init__(self, model: HostedModel, recorder: Recorder) -> None:
+        self._model = model
+        self._recorder = recorder
+        self._recorded: dict[Shape, Replay] = {}
+        self._wanted: dict[Shape, _Wanted] = {}
+        self._repeatable: dict[tuple[object, ...], bool] = {}
+        self._ends: dict[tuple[object, ...], int] = {}
+        self._rests_until = -inf
+        # For its first look at operations torch imports for seconds, which nobody is to wait for.
+        unrepeatable(lambda: torch.empty(1), torch.device("cpu"))
+
+    @property
+    def rows(self) -> list[int]:
+        """Numbers of rows that are recorded, in order."""
+        return sorted({shape.rows for shape in list(self._recorded)})
+
+    @property
+    def wanted(self) -> bool:
+        """Whether a forward is to be recorded."""
+        return bool(self._wanted)
+
+    def evaluate(
+        self, x: Tensor, t: Tensor, inputs: RowInputs, learn: Callable[[int, float], None]
+    ) -> Tensor:
+        """See ``HostedModel.evaluate``.
+
+        Args:
+            x: of all rows.
+            t: of all rows.
+            inputs: of all rows.
+            learn: is told the rows and the seconds of a forward, should this one be recorded.
+        """
+        tensors = tensors_of(x, t, inputs)
+        if tensors is None:
+            return self._model.evaluate(x, t, inputs)
+        shape = shape_of(tensors)
+        recorded = self._recorded.get(shape)
+        if recorded is not None:
+            return recorded(*tensors.values())
+        if self._may_be_recorded(shape):
+            self._wanted[shape] = _Wanted((x, t, inputs), learn)
+            while len(self._wanted) > WANTED_KEPT:
+                del self._wanted[next(iter(self._wanted))]
+        return self._model.evaluate(x, t, inputs)
+
+    def record(self) -> None:
+        """Record the smallest forward that is wanted, while nothing else uses the device.
+
+        Raises:
+            Exception: the device is lost.
+        """
+        shape = min(self._wanted, key=lambda one: one.rows)
+        wanted = self._wanted.pop(shape)
+        if not self._may_be_recorded(shape):
+            return
+        try:
+            self._record(shape, wanted)
+        except Exception as error:
+            if lost_device(error, self._model.device):
+                raise
+            if is_out_of_memory(error):
+                self.release()
+                return
+            self._give_up(shape, "recording it failed", error)
+        finally:
+            free_memory(self._model.device)
+
+    def release(self) -> None:
+        """Give all memory back, and record nothing for a while."""
+        for one in self._recorded.values():
+            one.release()
+        self._recorded = {}
+        self._recorder.begin_anew()
+        self._rest()
+
+    def _rest(self) -> None:
+        self._wanted = {}
+        self._rests_until = monotonic() + REST_S
+
+    def _may_be_recorded(self, shape: Shape) -> bool:
+        if monotonic() < self._rests_until or not self._repeatable.get(shape.others, True):
+            return False
+        return shape.rows < self._ends.get(shape.others, inf)
+
+    def _record(self, shape: Shape, wanted: _Wanted) -> None:
+        x, t, inputs = wanted.given
+        tensors = tensors_of(x, t, inputs) or {}
+        if shape.others not in self._repeatable:
+            obstacle = unrepeatable(lambda: self._model.evaluate(x, t, inputs), x.device)
+            self._repeatable[shape.others] = obstacle is None
+            if obstacle is not None:
+                self._give_up(shape, obstacle, None)
+                return
+        if not self._recorder.fits(lambda: self._model.evaluate(x, t, inputs)):
+            log.info("%s: no memory for more CUDA graphs", self._model.facts.name)
+            self._rest()
+            return
+        evaluate = self._of_tensors(inputs)
+        made = self._recorder.record(evaluate, list(tensors.values()))
+        # Other numbers than those that were recorded, which a recording must not have kept.
+        others = [one * 0.5 if one.is_floating_point() else one for one in tensors.values()]
+        for given in (list(tensors.values()), others):
+            expected = evaluate(*given)
+            if not (made(*given) - expected).abs().max() <= CLOSE * expected.abs().max():
+                self._discard(made)
+                self._give_up(shape, "its recording gives other numbers", None)
+                return
+        plain_s = _least_seconds(lambda: evaluate(*tensors.values()))
+        seconds = _least_seconds(lambda: made(*tensors.values()))
+        if seconds > PAYS * plain_s:
+            self._discard(made)
+            self._ends[shape.others] = shape.rows
+            return
+        if len(self._recorded) == MOST_GRAPHS:
+            self._recorded.pop(next(iter(self._recorded))).release()
+        self._recorded[shape] = made
+        wanted.learn(shape.rows, seconds)
+        log.info(
+            "%s: forward of %d rows recorded, %.1f ms instead of %.1f",
+            self._model.facts.name,
+            shape.rows,
+            1000 * seconds,
+            1000 * plain_s,
+        )
+
+    def _discard(self, made: Replay) -> None:
+        made.release()
+        if not self._recorded:
+            self._recorder.begin_anew()
+
+    def _of_tensors(self, inputs: RowInputs) -> Callable[..., Tensor]:
+        """The model's forward as a function of its tensors alone."""
+
+        def evaluate(*tensors: Tensor) -> Tensor:
+            x, t, *held = tensors
+            return self._model.evaluate(x, t, _with_tensors(inputs, held))
+
+        return evaluate
+
+    def _give_up(self, shape: Shape, reason: str, error: Exception | None) -> None:
+        """Run all forwards of these shapes as ever from now on."""
+        self._repeatable[shape.others] = False
+        log.warning(
+            "%s: forwards of %s run without CUDA graphs: %s",
+            self._model.facts.name,
+            ", ".join(f"{name} {list(size)}" for name, size, _ in shape.others),
+            reason,
+            exc_info=error,
+        )
+
+
+def tensors_of(x: Tensor, t: Tensor, inputs: RowInputs) -> dict[str, Tensor] | None:
+    """All tensors that a plain forward reads, by name; None of one that is not plain."""
+    if any(inputs.edits):
+        return None
+    for field in fields(inputs):
+        if field.name not in (*HELD, "edits") and getattr(inputs, field.name) is not None:
+            return None
+    found = {"x": x, "t": t}
+    found |= {f"text {name}": one for name, one in inputs.conditioning.tensors.items()}
+    if inputs.scale_embedding is not None:
+        found["scale_embedding"] = inputs.scale_embedding
+    if inputs.channels is not None:
+        found["channels"] = inputs.channels
+    return found
+
+
+def shape_of(tensors: dict[str, Tensor]) -> Shape:
+    """The shape of a plain forward."""
+    rows = len(tensors["x"])
+    return Shape(rows, tuple((name, one.shape[1:], one.dtype) for name, one in tensors.items()))
+
+
+def _with_tensors(inputs: RowInputs, held: list[Tensor]) -> RowInputs:
+    """The inputs of a plain forward with other tensors, in the order of :func:`tensors_of`."""
+    names = inputs.conditioning.tensors
+    told, rest = dict(zip(names, held, strict=False)), held[len(names) :]
+    return replace(
+        inputs,
+        conditioning=StackedConditioning(told),
+        scale_embedding=None if inputs.scale_embedding is None else rest.pop(0),
+        channels=None if inputs.channels is None else rest.pop(0),
+    )
+
+
+def _least_seconds(call: Callable[[], Tensor]) -> float:
+    taken: list[float] = []
+    for _ in range(TIMED):
+        began = perf_counter()
+        # Reading one number waits for the device.
+        call().flatten()[0].item()
+        taken.append(perf_counter() - began)
+    return min(taken)

@@ -1,0 +1,256 @@
+"""Which forwards are recorded, when, and what becomes of the recordings.
+
+What records on a CPU here runs the forward anew, on the memory that it copied the inputs to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from time import monotonic, sleep
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from guidance.edits import IdentityAttention
+from server.engine import graphs as graphs_module
+from server.engine.cost_model import TickCost
+from server.engine.graphs import Graphs
+from server.engine.preparation import Preparation
+from server.engine.row_sizes import ROW_SIZES
+from server.models.adapters.adapter import Adapter, RowAdapters, Weighted
+from server.models.inputs import RowInputs
+from tests.server.by_hand import task
+from tests.server.toy_model import SIDE, Toy, run, started
+
+SHAPE = (4, 4, 4)
+SIZES = [size for size in ROW_SIZES if size <= 16]
+
+CALLS_OF_A_RECORD = 2 + graphs_module.TIMED
+"""Calls of a recording before it is used: it is held to the forward, and timed."""
+
+
+class Waiting(Toy):
+    """Takes a while unless it is replayed, if it has few rows."""
+
+    def __init__(self, few: int = 100, *, reads_values: bool = False) -> None:
+        super().__init__()
+        self.few = few
+        self.reads_values = reads_values
+        self.replayed = False
+        self.slept = 0
+
+    def evaluate(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
+        if not self.replayed:
+            self.slept += 1
+        if not self.replayed or len(x) >= self.few:
+            sleep(0.005)
+        if self.reads_values:
+            x = x * float(t.max() > -1)
+        return super().evaluate(x, t, inputs)
+
+
+class Recording:
+    """A forward on memory of its own."""
+
+    def __init__(
+        self, model: Waiting, evaluate: Callable[..., Tensor], given: Sequence[Tensor], error: float
+    ) -> None:
+        self.calls = 0
+        self.released = False
+        self._model, self._evaluate, self._error = model, evaluate, error
+        self._held = [one.clone() for one in given]
+
+    def __call__(self, *given: Tensor) -> Tensor:
+        assert not self.released
+        self.calls += 1
+        for mine, theirs in zip(self._held, given, strict=True):
+            mine.copy_(theirs)
+        self._model.replayed = True
+        try:
+            return self._evaluate(*self._held) + self._error
+        finally:
+            self._model.replayed = False
+
+    def release(self) -> None:
+        self.released = True
+
+
+class Tape:
+    """Records on a CPU."""
+
+    def __init__(self, model: Waiting, *, room: int = 100, error: float = 0.0) -> None:
+        self.made: list[Recording] = []
+        self.pools = 1
+        self._model, self._room, self._error = model, room, error
+
+    def fits(self, forward: Callable[[], Tensor]) -> bool:
+        return len(forward()) <= self._room
+
+    def record(self, evaluate: Callable[..., Tensor], given: Sequence[Tensor]) -> Recording:
+        self.made.append(Recording(self._model, evaluate, given, self._error))
+        return self.made[-1]
+
+    def begin_anew(self) -> None:
+        self.pools += 1
+
+
+def forward(model: Toy, rows: int, seed: int = 0) -> tuple[Tensor, Tensor, RowInputs]:
+    prompts = [f"a star {seed + row}" for row in range(rows)]
+    told = model.stack(model.encode_prompts(prompts, SIDE, SIDE))
+    x = torch.randn(rows, *SHAPE, generator=torch.Generator().manual_seed(seed))
+    return x, torch.full((rows,), 500.0 + seed), RowInputs(told)
+
+
+def evaluate(graphs: Graphs, given: tuple[Tensor, Tensor, RowInputs]) -> Tensor:
+    return graphs.evaluate(*given, TickCost({1: 0.002}).correct)
+
+
+def recorded(model: Waiting, tape: Tape, rows: Sequence[int] = (2,)) -> Graphs:
+    """After a forward of each number of rows, and a quiet moment."""
+    graphs = Graphs(model, tape)
+    for count in rows:
+        evaluate(graphs, forward(model, count))
+    while graphs.wanted:
+        graphs.record()
+    return graphs
+
+
+def test_a_forward_runs_as_ever_until_it_is_recorded_and_then_gives_the_same_bits() -> None:
+    model = Waiting()
+    tape, learned = Tape(model), list[tuple[int, float]]()
+    graphs = Graphs(model, tape)
+    first = graphs.evaluate(*forward(model, 2), lambda *taken: learned.append(taken))
+    assert (graphs.wanted, tape.made) == (True, [])
+    graphs.record()
+    assert (graphs.wanted, graphs.rows) == (False, [2])
+    assert learned[0][0] == 2
+    assert 0 < learned[0][1] < 0.005
+    calls = tape.made[0].calls
+    assert torch.equal(evaluate(graphs, forward(model, 2)), first)
+    other = forward(model, 2, seed=5)
+    assert torch.equal(evaluate(graphs, other), Toy().evaluate(*other))
+    assert tape.made[0].calls == calls + 2
+
+
+def test_every_tensor_that_shapes_a_forward_makes_a_recording_of_its_own() -> None:
+    model = Waiting()
+    graphs = recorded(model, Tape(model))
+    x, t, inputs = forward(model, 2)
+    told = RowInputs(inputs.conditioning, scale_embedding=torch.ones(2))
+    larger = torch.randn(2, 4, 8, 8)
+    for given in ((x, t, told), (larger, t, inputs), forward(model, 3)):
+        assert torch.equal(evaluate(graphs, given), Toy().evaluate(*given))
+        assert graphs.wanted
+        graphs.record()
+        assert torch.equal(evaluate(graphs, given), Toy().evaluate(*given))
+        assert not graphs.wanted
+
+
+def test_forwards_that_change_something_inside_the_network_are_not_recorded() -> None:
+    model = Waiting()
+    tape = Tape(model)
+    graphs = recorded(model, tape)
+    calls = tape.made[0].calls
+    x, t, inputs = forward(model, 2)
+    ink = Weighted(Adapter("ink", "", {}), 1.0)
+    for changed in (
+        RowInputs(inputs.conditioning, [(IdentityAttention(("middle",)),), ()]),
+        RowInputs(inputs.conditioning, adapters=RowAdapters(((ink,), ()))),
+        RowInputs(inputs.conditioning, against=inputs.conditioning),
+    ):
+        evaluate(graphs, (x, t, changed))
+        assert not graphs.wanted
+    assert tape.made[0].calls == calls
+
+
+def test_what_becomes_no_faster_is_not_kept_and_larger_forwards_are_not_tried() -> None:
+    model = Waiting(few=4)
+    tape = Tape(model)
+    graphs = recorded(model, tape, rows=(1, 2, 4, 8))
+    assert graphs.rows == [1, 2]
+    assert [one.released for one in tape.made] == [False, False, True]
+    evaluate(graphs, forward(model, 16))
+    assert not graphs.wanted
+
+
+def test_a_forward_that_waits_for_a_value_is_never_recorded(caplog) -> None:
+    model = Waiting(reads_values=True)
+    tape = Tape(model)
+    graphs = recorded(model, tape, rows=(1, 2))
+    assert (tape.made, graphs.wanted) == ([], False)
+    evaluate(graphs, forward(model, 3))
+    assert not graphs.wanted
+    [line] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "run without CUDA graphs" in line
+    assert "makes the host wait for a value" in line
+
+
+def test_a_recording_with_other_numbers_than_the_forward_is_not_used(caplog) -> None:
+    model = Waiting()
+    tape = Tape(model, error=0.5)
+    graphs = recorded(model, tape)
+    assert (graphs.rows, graphs.wanted) == ([], False)
+    assert tape.made[0].released
+    assert "gives other numbers" in caplog.text
+
+
+def test_where_recording_fails_forwards_run_as_ever(caplog, monkeypatch) -> None:
+    model = Waiting()
+    tape = Tape(model)
+
+    def fail(*_: object) -> Recording:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(tape, "record", fail)
+    graphs = recorded(model, tape)
+    assert (graphs.rows, graphs.wanted) == ([], False)
+    assert torch.equal(evaluate(graphs, forward(model, 2)), Toy().evaluate(*forward(model, 2)))
+    assert "recording it failed" in caplog.text
+
+
+@pytest.mark.parametrize("short", ["no room", "out of memory"])
+def test_while_memory_is_short_nothing_is_recorded(short, monkeypatch) -> None:
+    model = Waiting()
+    tape = Tape(model, room=2)
+    graphs = recorded(model, tape, rows=(2,))
+    evaluate(graphs, forward(model, 3))
+    if short == "out of memory":
+        graphs.release()
+        assert tape.made[0].released
+        assert (graphs.rows, tape.pools) == ([], 2)
+    else:
+        graphs.record()
+        assert graphs.rows == [2]
+    evaluate(graphs, forward(model, 3))
+    assert not graphs.wanted
+    later = graphs_module.monotonic() + graphs_module.REST_S
+    monkeypatch.setattr(graphs_module, "monotonic", lambda: later + 1)
+    evaluate(graphs, forward(model, 3))
+    assert graphs.wanted
+
+
+def test_an_engine_replays_its_small_ticks_and_draws_the_same_images(monkeypatch) -> None:
+    monkeypatch.setattr("server.engine.engine.QUIET_S", 0.01)
+    tasks = [task(seed=seed, steps=3 + seed) for seed in range(5)]
+    plain = started(Toy(), 16)
+    expected = run(plain, tasks).results
+    plain.stop(0)
+    model = Waiting()
+    tape = Tape(model)
+    preparation = Preparation(lambda _: tape)
+    monkeypatch.setattr("server.engine.engine.Preparation", lambda _: preparation)
+    engine = started(model, 16, prepares=True)
+    until = monotonic() + 20
+    while len(tape.made) < len(SIZES) or not tape.made[-1].calls >= CALLS_OF_A_RECORD:
+        assert monotonic() < until
+        sleep(0.01)
+    before = model.slept
+    results = run(engine, tasks).results
+    for i in range(len(tasks)):
+        assert np.array_equal(results[i].pixels, expected[i].pixels)
+    assert model.slept == before
+    assert engine.remove_model("toy")
+    assert all(one.released for one in tape.made)
+    engine.stop(0)
