@@ -572,10 +572,10 @@ class Engine:
         self._admit()
         chosen = self._select()
         if chosen:
-            rows = {sequence: sequence.rows for sequence in chosen}
+            work = {sequence: sequence.work for sequence in chosen}
             began = perf_counter()
             self._weave(chosen)
-            self._charge(rows, perf_counter() - began)
+            self._charge(work, perf_counter() - began)
             self._recall(chosen)
             with self._wake:
                 for sequence in chosen:
@@ -756,7 +756,9 @@ class Engine:
 
     def _stage(self, chosen: list[Sequence]) -> Outcome:
         lane, m = chosen[0].lane, self.measurements
-        size = self._fixed_rows or lane.size_of(sum(sequence.rows for sequence in chosen))
+        rows = sum(sequence.rows for sequence in chosen)
+        work = sum(sequence.work for sequence in chosen)
+        size = self._fixed_rows or lane.size_of(rows)
         known = lane.sizes_known
         outcome = run_stage(chosen, self._fixed_rows)
         batch = outcome.batch
@@ -769,8 +771,9 @@ class Engine:
         m.denoise_s += outcome.denoise_s
         m.weave_s += outcome.seconds - outcome.denoise_s
         if lane.sizes_known == known:
-            # The first forward of a size tells nothing of those after it.
-            lane.cost.observe(size, outcome.seconds)
+            # The first forward of a size tells nothing of those after it, and what ControlNets
+            # took of this one is no part of others.
+            lane.cost.observe(size, outcome.seconds * rows / work)
         lane.row_cap.fit(batch.rows)
         self.row_watch.see(batch, m.ticks, outcome.seconds, m.pending)
         return outcome

@@ -200,6 +200,11 @@ class Sequence:
         return self.recollection.recalls
 
     @property
+    def work(self) -> float:
+        """What the next stage costs in rows of the denoiser; ControlNets count by their size."""
+        return self.rows * (1 + sum(one.control.cost for one in self.controls))
+
+    @property
     def remaining(self) -> int:
         """Evaluations still needed, if guidance goes on as planned and no stage is recalled."""
         guidance = self.guidance

@@ -22,14 +22,16 @@ class Control:
         name: as requests say it.
         network: of diffusers, in inference mode on the model's device.
         nbytes: memory of its weights.
+        cost: what a row of it costs, in rows of the denoiser: the ratio of their weights.
     """
 
     name: str
     network: Any
     nbytes: int
+    cost: float
 
 
-UNLOADED = Control("", None, 0)
+UNLOADED = Control("", None, 0, 0.0)
 """Stands for a ControlNet of images that are only counted."""
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
+    from torch import nn
 
     from server.models.controls.control_kind import ControlKind
 
@@ -106,13 +107,18 @@ class ControlFolder:
             raise ControlMismatch(
                 f"ControlNet {self.name!r} is not understood: {reason}."
             ) from error
-        return Control(self.name, self.kind.prepared(network), needed)
+        cost = _weights(network) / _weights(self.kind.denoiser)
+        return Control(self.name, self.kind.prepared(network), needed, cost)
 
 
 def folder_stamp(path: Path) -> tuple[int, int]:
     """When a file of a ControlNet was last changed, and the bytes of all its files."""
     stamps = [stamp_of(file) for file in (path / CONFIG, *path.glob("*.safetensors"))]
     return max(changed for changed, _ in stamps), sum(size for _, size in stamps)
+
+
+def _weights(network: nn.Module) -> int:
+    return sum(one.numel() for one in network.parameters())
 
 
 def _refused(name: str, path: Path, error: ModelMismatch) -> ControlMismatch:

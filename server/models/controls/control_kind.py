@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
 __all__ = ["ControlKind", "first_misfit"]
 
@@ -19,6 +19,11 @@ class ControlKind(Protocol):
     @property
     def kind(self) -> Any:
         """Their class in diffusers."""
+        ...
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The network that they steer."""
         ...
 
     def misfit(self, config: Mapping[str, Any]) -> str | None:

@@ -54,6 +54,7 @@ class UNetControl:
         from diffusers import ControlNetModel
 
         self.kind: Any = ControlNetModel
+        self.denoiser: nn.Module = unet
         self._facts = facts
         self._device = device
         self._expected = {name: unet.config[name] for name in ALIKE} | {

@@ -15,9 +15,12 @@ from diffusers import (
 )
 from torch import Tensor
 
+from server.engine import engine as loop
+from server.engine.cost_model import TickCost
 from server.engine.engine import Engine
 from server.engine.state.noise import start_noise
 from server.engine.task import ImageTask
+from server.engine.tick.stage import run_stage
 from server.models.controls.control import ControlUse
 from server.models.controls.row_controls import RowControl, RowControls
 from server.models.hosted import HostedModel
@@ -171,6 +174,27 @@ def test_rows_without_are_not_moved_by_a_bit(model: HostedModel) -> None:
     )
     assert torch.equal(without[[0, 2]], with_one[[0, 2]])
     assert_apart(without[1], with_one[1])
+
+
+def test_what_controls_take_of_a_tick_is_no_cost_of_other_ticks(
+    model: HostedModel, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[float] = []
+    observed: list[float] = []
+
+    def recorded(*given: Any) -> Any:
+        outcome = run_stage(*given)
+        taken.append(outcome.seconds)
+        return outcome
+
+    monkeypatch.setattr(loop, "run_stage", recorded)
+    monkeypatch.setattr(TickCost, "observe", lambda _, __, seconds: observed.append(seconds))
+    depth, early = use(model, "depth", 1, SIZE), use(model, "edges", 2, SIZE, end=0.5)
+    run(engine, [asked(model, depth, early, guidance="none")])
+    one = depth.control.cost
+    assert 0.3 < one < 0.7
+    expected = [1 + 2 * one, 1 + 2 * one, 1 + one, 1 + one]
+    assert [a / b for a, b in zip(taken, observed, strict=True)] == pytest.approx(expected)
 
 
 def test_an_image_is_bit_identical_alone_and_in_company_where_the_server_is_deterministic(

@@ -75,6 +75,7 @@ class Plain:
     """The ControlNets of a model that takes those of width 2."""
 
     kind: Any = Network
+    denoiser: nn.Module = nn.Linear(5, 2)
 
     def misfit(self, config: Mapping[str, Any]) -> str | None:
         return first_misfit(Network, config, {"width": 2})
