@@ -146,6 +146,14 @@ class HostedModel(ABC):
         """Which kernels its networks attend by; ``sdpa`` is torch's own choice of them."""
         return "sdpa"
 
+    @property
+    def mixes_sizes(self) -> bool:
+        """Whether rows of several latent shapes can share a forward, ``evaluate_sizes``.
+
+        Such a model reads nothing behind the channels of x, and has no weaker companion.
+        """
+        return False
+
     def make_differentiable(self) -> None:  # noqa: B027 - most need nothing
         """Let torch's forward mode pass through ``evaluate`` from now on, at some speed."""
 
@@ -239,6 +247,22 @@ class HostedModel(ABC):
         Returns:
             The raw output ``[rows, C, h, w]`` in float32.
         """
+
+    def evaluate_sizes(self, x: Sequence[Tensor], t: Tensor, inputs: RowInputs) -> list[Tensor]:
+        """One forward of the denoiser for rows of several latent shapes.
+
+        Args:
+            x: the rows of each shape, ``[rows, C, h, w]`` float32.
+            t: of all rows in that order, float32, as for ``evaluate``.
+            inputs: of all rows in that order.
+
+        Returns:
+            The raw output for the rows of each shape, as ``evaluate`` would give it.
+
+        Raises:
+            RuntimeError: the model cannot, which ``mixes_sizes`` says beforehand.
+        """
+        raise RuntimeError(f"model {self.facts.name!r} cannot evaluate several sizes at once")
 
     def evaluate_weak(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
         """One forward of the weaker companion, for rows with the edit ``WeakModel``.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
 from typing_extensions import override
@@ -14,7 +14,7 @@ from server.models.hosted import HostedModel, ModelFacts
 from server.models.row_edits import RowEdits
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Generator, Mapping, Sequence
     from pathlib import Path
 
     import torch
@@ -62,6 +62,14 @@ class Denoiser(Protocol):
         ...
 
 
+class SizesDenoiser(Protocol):
+    """How a transformer is called for rows of several latent shapes."""
+
+    def __call__(self, x: Sequence[Tensor], t: Tensor, inputs: RowInputs) -> list[Tensor]:
+        """See ``HostedModel.evaluate_sizes``."""
+        ...
+
+
 class LatentCoder(Protocol):
     """Between pictures and the latents of a family, see ``HostedModel``."""
 
@@ -88,6 +96,7 @@ class TransformerModel(HostedModel):
         dtype: of the transformer and the text encoders.
         schedule: of a width and a height in pixels and a number of steps.
         denoiser: calls the transformer.
+        sizes: calls it for several latent shapes at once; None where it takes one.
         autoencoder: decodes and encodes.
         text: encodes prompts.
         stack: conditioning of the rows of a forward; by default all are of one shape.
@@ -103,6 +112,7 @@ class TransformerModel(HostedModel):
         *,
         schedule: Callable[[int, int, int], NoiseSchedule],
         denoiser: Denoiser,
+        sizes: SizesDenoiser | None = None,
         autoencoder: LatentCoder,
         text: TextSide,
         stack: Stack | None = None,
@@ -112,6 +122,7 @@ class TransformerModel(HostedModel):
         super().__init__(facts, device, dtype)
         self._schedule = schedule
         self._denoiser = denoiser
+        self._sizes = sizes
         self._autoencoder = autoencoder
         self._text = text
         self._stack = stack
@@ -159,9 +170,27 @@ class TransformerModel(HostedModel):
 
     @override
     def evaluate(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
+        with self._changed(inputs, x):
+            return self._denoiser(x, t, inputs)
+
+    @property
+    @override
+    def mixes_sizes(self) -> bool:
+        return self._sizes is not None
+
+    @override
+    def evaluate_sizes(self, x: Sequence[Tensor], t: Tensor, inputs: RowInputs) -> list[Tensor]:
+        if self._sizes is None:
+            return super().evaluate_sizes(x, t, inputs)
+        with self._changed(inputs, x[0]):
+            return self._sizes(x, t, inputs)
+
+    @contextmanager
+    def _changed(self, inputs: RowInputs, x: Tensor) -> Generator[None]:
+        """The transformer with what the rows change inside it."""
         edited = self._edits.applied(inputs.edits, x) if any(inputs.edits) else nullcontext()
         with edited, self._adapted[TRANSFORMER].applied(inputs.adapters):
-            return self._denoiser(x, t, inputs)
+            yield
 
     @override
     def adaptable(self) -> Mapping[str, nn.Module]:

@@ -8,8 +8,6 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from server.errors import ModelMismatch
 from server.models.autoencoder import Autoencoder
 from server.models.chat_text import TEXT, ChatTemplate, ChatText
@@ -26,24 +24,19 @@ from server.models.transformer_model import (
     check_channels,
     default_side,
 )
+from server.models.z_image_forward import KEY, MULTIPLE, PATCH, evaluate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    import torch
     from torch import Tensor
 
     from samplers.levels import F64
     from server.models.conditioning import Conditioning, StackedConditioning
     from server.models.defaults import ModelDefaults
     from server.models.inputs import RowInputs
-
-MULTIPLE = 32
-"""Tokens of a text and of a picture are filled up to multiples of this with learned ones."""
-
-PATCH = 2
-KEY = f"{PATCH}-1"
-"""Of the layers for tokens of so many cells along a side, of one frame."""
 
 TEMPLATE = ChatTemplate("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", places=512)
 """Qwen3's own around a prompt, with thinking enabled."""
@@ -69,9 +62,14 @@ class ZImageDenoiser:
 
     def __call__(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
         """See ``HostedModel.evaluate``."""
+        return self.of_sizes([x], t, inputs)[0]
+
+    def of_sizes(self, x: Sequence[Tensor], t: Tensor, inputs: RowInputs) -> list[Tensor]:
+        """See ``HostedModel.evaluate_sizes``."""
         told = inputs.conditioning.tensors
         texts = told[TEXT], told[LENGTHS], told.get(MASK)
-        return -self.network(x.to(self.network.dtype), t, *texts).float()
+        cells = [part.to(self.network.dtype) for part in x]
+        return [-made.float() for made in self.network(cells, t, *texts)]
 
 
 def load_z_image(
@@ -115,12 +113,14 @@ def load_z_image(
         longest_side=multiple * min(transformer.config.axes_lens[1:]),
         defaults=_defaults_of(folder),
     )
+    denoiser = ZImageDenoiser(transformer)
     return TransformerModel(
         facts,
         device,
         dtype,
         schedule=FlowSchedules(folder, multiple),
-        denoiser=ZImageDenoiser(transformer),
+        denoiser=denoiser,
+        sizes=denoiser.of_sizes,
         autoencoder=Autoencoder(vae, device),
         text=text,
         stack=stack,
@@ -164,73 +164,3 @@ def _defaults_of(folder: Path) -> ModelDefaults:
     if scheduler.get("shift") == TURBO_SHIFT:
         return defaults_by("z_image_turbo", "the shift of its scheduler is 3")
     return defaults_by("z_image", "it is a ZImagePipeline whose scheduler's shift is not 3")
-
-
-def evaluate(
-    network: Any, x: Tensor, t: Tensor, text: Tensor, lengths: Tensor, mask: Tensor | None
-) -> Tensor:
-    """What ``ZImageTransformer2DModel`` puts out, for texts of several lengths at once.
-
-    Its own forward takes lists, and so builds each row's positions and masks by itself and waits
-    for the device to learn the lengths. Here the same layers get all rows as one tensor.
-
-    Args:
-        network: the transformer.
-        x: ``[rows, C, h, w]`` of the network's type.
-        t: what it is told, ``[rows]`` float32.
-        text: hidden states, ``[rows, L, features]``; L is a multiple of ``MULTIPLE``.
-        lengths: tokens of each text, int64 ``[rows]``.
-        mask: which of the L places a row attends to, bool ``[rows, L]``; None for all.
-
-    Returns:
-        ``[rows, C, h, w]``.
-    """
-    time = network.t_embedder(t * network.t_scale).type_as(x)
-    image = network.all_x_embedder[KEY](_patches(x))
-    count, missing = image.shape[1], -image.shape[1] % MULTIPLE
-    image = torch.cat([image, network.x_pad_token.expand(len(x), missing, -1)], 1)
-    place = torch.arange(text.shape[1], device=x.device)
-    words = network.cap_embedder(text)
-    words = torch.where((place < lengths[:, None])[..., None], words, network.cap_pad_token)
-    # A picture stands one place behind its text; learned tokens behind it stand at the origin.
-    behind = lengths + -lengths % MULTIPLE + 1
-    image_rope = _rope(network, _grid(x, behind, missing))
-    text_rope = _rope(network, torch.stack([place + 1, 0 * place, 0 * place], -1)[None])
-    for block in network.noise_refiner:
-        image = block(image, None, image_rope, time)
-    for block in network.context_refiner:
-        words = block(words, mask, text_rope)
-    joint = torch.cat([image, words], 1)
-    rope = torch.cat([image_rope, text_rope.expand(len(x), -1, -1)], 1)
-    if mask is not None:
-        mask = torch.cat([mask.new_ones(image.shape[:2]), mask], 1)
-    for block in network.layers:
-        joint = block(joint, mask, rope, time)
-    made = network.all_final_layer[KEY](joint, c=time)[:, :count]
-    return _unpatched(made, *x.shape[-2:])
-
-
-def _patches(x: Tensor) -> Tensor:
-    """Tokens ``[rows, h/2 * w/2, 4 C]`` in the order of lines, channels last within a patch."""
-    rows, channels, height, width = x.shape
-    cells = x.view(rows, channels, height // PATCH, PATCH, width // PATCH, PATCH)
-    return cells.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
-
-
-def _unpatched(tokens: Tensor, height: int, width: int) -> Tensor:
-    cells = tokens.view(len(tokens), height // PATCH, width // PATCH, PATCH, PATCH, -1)
-    return cells.permute(0, 5, 1, 3, 2, 4).reshape(len(tokens), -1, height, width)
-
-
-def _grid(x: Tensor, behind: Tensor, missing: int) -> Tensor:
-    """Positions of a picture's tokens, int64 ``[rows, tokens + missing, 3]``."""
-    lines, columns = (torch.arange(size // PATCH, device=x.device) for size in x.shape[-2:])
-    grid = torch.cartesian_prod(lines, columns).expand(len(x), -1, -1)
-    first = behind[:, None, None].expand(-1, grid.shape[1], 1)
-    places = torch.cat([first, grid], -1)
-    return torch.cat([places, places.new_zeros(len(x), missing, 3)], 1)
-
-
-def _rope(network: Any, places: Tensor) -> Tensor:
-    """Complex rotations ``[rows, tokens, half a head]``."""
-    return network.rope_embedder(places.flatten(0, 1)).view(*places.shape[:2], -1)

@@ -123,6 +123,27 @@ def test_rows_of_unlike_texts_are_what_the_transformers_own_forward_makes(
 
 
 @torch.inference_mode()
+def test_rows_of_unlike_sizes_are_what_the_transformers_own_forward_makes_of_each_alone(
+    pipeline: Any, model: HostedModel
+) -> None:
+    # Pictures of 1024, 120 and 176 tokens, of which the latter two are filled up with learned ones.
+    texts, shapes = [PROMPT, PROMPT, LONG, ""], [(64, 64), SHAPE[1:], SHAPE[1:], (16, 44)]
+    told = model.encode_prompts(texts, WIDTH, HEIGHT)
+    x = [start_noise(seed, (4, *shape)) for seed, shape in enumerate(shapes)]
+    t = torch.tensor([0.1, 0.5, 0.9, 0.3])
+    parts = [x[0][None], torch.stack(x[1:3]), x[3][None]]
+    assert model.mixes_sizes
+    ours = model.evaluate_sizes(parts, t, RowInputs(model.stack(told)))
+    assert [part.shape for part in ours] == [part.shape for part in parts]
+    for row, made in enumerate(one for part in ours for one in part):
+        caption = [told[row].tensors[TEXT]]
+        alone = pipeline.transformer(
+            [x[row].unsqueeze(1)], t[row : row + 1], caption, return_dict=False
+        )[0]
+        torch.testing.assert_close(made, -alone[0][:, 0], rtol=1e-5, atol=1e-5)
+
+
+@torch.inference_mode()
 def test_the_text_is_the_state_before_the_last_layer_with_thinking_enabled(
     pipeline: Any, model: HostedModel
 ) -> None:
