@@ -121,6 +121,12 @@ class TickCost:
         if rows in NODES:
             self._seconds[NODES.index(rows)] = seconds
 
+    def shift(self, factor: float) -> None:
+        """Move the level of all sizes: another lane's tick took so many times what it should."""
+        surprise = max(-OUTLIER, min(OUTLIER, log(max(factor, 1e-9))))
+        everywhere = exp(LEVEL_GAIN * surprise)
+        self._seconds = [one * everywhere for one in self._seconds]
+
     def scaled(self, factor: float) -> TickCost:
         """A guess for a lane whose pictures are so many times as large."""
         scaled = {rows: seconds * factor for rows, seconds in self.estimates().items()}

@@ -38,7 +38,7 @@ from server.engine.scheduler import (
     rows_of_tick,
 )
 from server.engine.state.arrivals import Arrivals
-from server.engine.state.lane import Lane
+from server.engine.state.lane import Lane, largest
 from server.engine.state.overflows import Overflows
 from server.engine.state.sequence import Sequence
 from server.engine.state.submission import Submission
@@ -47,7 +47,7 @@ from server.engine.tick.host_copy import HostCopy
 from server.engine.tick.newcomers import Admission
 from server.engine.tick.pictures import PicturesOfATick
 from server.engine.tick.preview import fit_preview, previews
-from server.engine.tick.stage import Outcome, run_stage
+from server.engine.tick.stage import run_stage
 from server.engine.warmup import Warmth, time_forwards, warm_up
 from server.errors import (
     Cancelled,
@@ -69,6 +69,7 @@ if TYPE_CHECKING:
 
     from server.engine.state.sequence import Listener
     from server.engine.task import ImageTask
+    from server.engine.tick.stage import Outcome, Stage
     from server.models.hosted import HostedModel
 
 LaneKey: TypeAlias = "tuple[str, tuple[int, int, int], Hashable]"
@@ -194,7 +195,7 @@ class Engine:
         self._decoder = Decoder(
             self._device, self._turns, self._give_back_memory, fixed=deterministic
         )
-        self._previewed: tuple[list[StepsDone], HostCopy] | None = None
+        self._previewed: list[tuple[list[StepsDone], HostCopy]] = []
         self._wake = Condition()
         self._chores = Chores(self._wake)
         self._stop_at: float | None = None
@@ -572,10 +573,11 @@ class Engine:
         self._admit()
         chosen = self._select()
         if chosen:
-            work = {sequence: sequence.work for sequence in chosen}
+            # Sizes that share a forward do so as it costs less: each has its part of what is saved.
+            parts = {sequence: sequence.work * sequence.lane.area for sequence in chosen}
             began = perf_counter()
             self._weave(chosen)
-            self._charge(work, perf_counter() - began)
+            self._charge(parts, perf_counter() - began)
             self._recall(chosen)
             with self._wake:
                 for sequence in chosen:
@@ -683,7 +685,7 @@ class Engine:
         def seconds(rows: int) -> float:
             return cost.seconds(fixed or lane.size_of(rows))
 
-        return LaneCosts(most, seconds, longest_s)
+        return LaneCosts(most, seconds, longest_s, lane.area, lane.mixes)
 
     def _longest_ordinary_s(self, cost: TickCost, most: int) -> float:
         """Whoever comes during a tick waits for its end."""
@@ -710,12 +712,18 @@ class Engine:
             if not sequence.started_at:
                 sequence.started_at = monotonic()
                 self._tell(sequence, sequence.listener.started, sequence.index)
-        outcome = attempt(lambda: self._stage(chosen), self._device)
-        if isinstance(outcome, Exception):
-            self._divide(chosen, outcome)
+        stage = attempt(lambda: self._stage(chosen), self._device)
+        if isinstance(stage, Exception):
+            self._divide(chosen, stage)
             return
+        self._show_previews()
+        for outcome in stage.outcomes:
+            self._hear(outcome)
+
+    def _hear(self, outcome: Outcome) -> None:
+        """Take the images of one lane on by the stage that they have run."""
         sound: list[tuple[Sequence, int]] = []
-        for row, sequence in enumerate(chosen):
+        for row, sequence in enumerate(outcome.batch.sequences):
             if outcome.sound[row]:
                 sound.append((sequence, row))
             else:
@@ -730,7 +738,8 @@ class Engine:
         """Run the two halves of what together is an error; one image or group fails by it."""
         units = _units(chosen)
         if is_out_of_memory(error):
-            chosen[0].lane.row_cap.overflow(sum(sequence.rows for sequence in chosen))
+            rows = sum(sequence.rows for sequence in chosen)
+            largest(sequence.lane for sequence in chosen).row_cap.overflow(rows)
             self._give_back_memory()
         if len(units) == 1:
             log.error("an image failed in its stage", exc_info=error)
@@ -754,29 +763,32 @@ class Engine:
             self._preparation.release()
         free_memory(self._device)
 
-    def _stage(self, chosen: list[Sequence]) -> Outcome:
-        lane, m = chosen[0].lane, self.measurements
+    def _stage(self, chosen: list[Sequence]) -> Stage:
+        lanes, m = {sequence.lane for sequence in chosen}, self.measurements
         rows = sum(sequence.rows for sequence in chosen)
         work = sum(sequence.work for sequence in chosen)
-        size = self._fixed_rows or lane.size_of(rows)
-        known = lane.sizes_known
-        outcome = run_stage(chosen, self._fixed_rows)
-        batch = outcome.batch
-        if batch.recalls:
-            m.weave_s += outcome.seconds
-            return outcome
+        widest = largest(lanes)
+        size = self._fixed_rows or widest.size_of(rows)
+        known = widest.sizes_known
+        stage = run_stage(chosen, self._fixed_rows)
+        if chosen[0].recalls:
+            m.weave_s += stage.seconds
+            return stage
         m.ticks += 1
-        m.rows_per_tick[batch.rows] += 1
-        m.evaluations += batch.rows
-        m.denoise_s += outcome.denoise_s
-        m.weave_s += outcome.seconds - outcome.denoise_s
-        if lane.sizes_known == known:
+        m.rows_per_tick[rows] += 1
+        m.evaluations += rows
+        m.denoise_s += stage.denoise_s
+        m.weave_s += stage.seconds - stage.denoise_s
+        if widest.sizes_known == known:
             # The first forward of a size tells nothing of those after it, and what ControlNets
             # took of this one is no part of others.
-            lane.cost.observe(size, outcome.seconds * rows / work)
-        lane.row_cap.fit(batch.rows)
-        self.row_watch.see(batch, m.ticks, outcome.seconds, m.pending)
-        return outcome
+            seconds = stage.seconds * rows / work
+            for lane in lanes - {widest}:
+                lane.cost.shift(seconds / widest.cost.seconds(size))
+            widest.cost.observe(size, seconds)
+        widest.row_cap.fit(rows)
+        self.row_watch.see(stage.batches, m.ticks, stage.seconds, m.pending)
+        return stage
 
     def _report(self, images: list[tuple[Sequence, int]], denoised: Tensor) -> None:
         """Tell of the steps that this stage closed.
@@ -785,7 +797,6 @@ class Engine:
             images: each with its row of the predictions.
             denoised: the predictions, ``[rows, C, h, w]``.
         """
-        self._show_previews()
         wanted: list[StepsDone] = []
         rows: list[int] = []
         for sequence, row in images:
@@ -814,18 +825,18 @@ class Engine:
             for progress in wanted:
                 self._tell_progress(progress, None)
             return
-        self._previewed = wanted, made
+        self._previewed.append((wanted, made))
         if made.ready:
             self._show_previews()
 
     def _show_previews(self) -> None:
-        if self._previewed is None:
-            return
-        (wanted, copy), self._previewed = self._previewed, None
-        fetched = attempt(copy.fetch, self._device)
-        pictures = [None] * len(wanted) if isinstance(fetched, Exception) else fetched[0].numpy()
-        for progress, picture in zip(wanted, pictures, strict=True):
-            self._tell_progress(progress, picture)
+        previewed, self._previewed = self._previewed, []
+        for wanted, copy in previewed:
+            fetched = attempt(copy.fetch, self._device)
+            failed = isinstance(fetched, Exception)
+            pictures = [None] * len(wanted) if failed else fetched[0].numpy()
+            for progress, picture in zip(wanted, pictures, strict=True):
+                self._tell_progress(progress, picture)
 
     def _tell_progress(self, progress: StepsDone, picture: NDArray[np.uint8] | None) -> None:
         sequence, step = progress
@@ -917,14 +928,18 @@ class Engine:
     def _lane_of(self, task: ImageTask, length: int) -> Lane:
         model = self._models[task.model]
         shape = model.latent_shape(task.width, task.height)
-        key = task.model, shape, model.group_key(task.width, task.height, length)
+        group = model.group_key(task.width, task.height, length)
+        key = task.model, shape, group
         if key not in self._lanes:
             self._forget_idle_lanes()
             cost = self._costs.keep(task.model, shape)
             most, forwards = self.measurements.row_budget, None
             if self._preparation is not None:
                 forwards = self._preparation.forwards(model, shape, cost, most)
-            self._lanes[key] = Lane(model, shape, cost, most, forwards)
+            # Another shape of a forward may sum in another order.
+            mixes = model.mixes_sizes and not self._deterministic
+            mixed = (task.model, group) if mixes else None
+            self._lanes[key] = Lane(model, shape, cost, most, forwards, mixed)
         return self._lanes[key]
 
     def _forget_idle_lanes(self) -> None:

@@ -8,6 +8,7 @@ from heapq import heapify, heappop, heapreplace
 from itertools import chain
 from typing import TYPE_CHECKING
 
+from server.engine.mixed_tick import joining, largest
 from server.engine.scheduler import Load, fill, in_time, units_of, urgency
 
 if TYPE_CHECKING:
@@ -29,14 +30,15 @@ def fair_tick(
     lanes: Mapping[int, LaneCosts],
     rows_of: Callable[[Load], int],
 ) -> list[int]:
-    """The next tick without live images: all of one lane.
+    """The next tick without live images: all of one lane, and of those that it can be mixed with.
 
     The client that has had least, the flow of it that has had least, and the most urgent image of
     that decide the lane, and that image runs in any case. The number of rows is chosen for the
     images of the lane whose client is due, which is one that is owed service or ahead of the first
-    by no more than a tick. Those of other clients, and batch images beside others, come along where
-    they do not lengthen the tick by more than :data:`STRETCH`. Interactive images of all clients go
-    before batch ones.
+    by no more than a tick. Due images of other sizes join if the model can evaluate them in the
+    same forward and that takes less time (``mixed_tick.py``). Those of other clients, and batch
+    images beside others, come along where they do not lengthen the tick by more than
+    :data:`STRETCH`. Interactive images of all clients go before batch ones.
 
     Args:
         candidates: every image under way, oldest first.
@@ -54,7 +56,12 @@ def fair_tick(
     first = next(_turn_by_turn(units, ready, turns, lanes))
     lane, costs = units[first].lane, lanes[units[first].lane]
     here = [i for i, unit in enumerate(units) if unit.lane == lane]
-    clients = {units[i].flow.client for i in here}
+    mixable = [
+        i
+        for i, unit in enumerate(units)
+        if unit.lane != lane and costs.mixes_with(lanes[unit.lane])
+    ]
+    clients = {units[i].flow.client for i in (*here, *mixable)}
     # Beside those that can run now: others may be ahead of all of them, and have to wait.
     latest = turns.standing(units[first].flow)[0] + costs.longest_s
     owed = {client for client in clients if turns.due(client, latest)}
@@ -63,11 +70,16 @@ def fair_tick(
     rows = max(units[first].rows, rows_of(Load(lane, sum(wanted), max(wanted), live=False)))
     chosen = fill(units, _turn_by_turn(units, due, turns, lanes), rows)
     if len(chosen) == len(due):
-        rows = _stretched(sum(wanted), costs)
+        others = [i for i in mixable if i in ready and units[i].flow.client in owed]
+        chosen += joining(units, chosen, _turn_by_turn(units, others, turns, lanes), lanes)
+        costs = largest(units, chosen, lanes)
+        rows = _stretched(sum(units[i].rows for i in chosen), costs)
     room = rows - sum(units[i].rows for i in chosen)
     if room > 0:
-        others = set(here) - set(due)
-        chosen += fill(units, in_turn(units, sorted(others), turns, lanes), room)
+        left = in_turn(units, sorted({*here} - {*due}), turns, lanes)
+        chosen += fill(units, left, room)
+        left = in_turn(units, sorted({*mixable} - {*chosen}), turns, lanes)
+        chosen += joining(units, chosen, left, lanes, costs.seconds(rows))
     return [i for unit in chosen for i in members[unit]]
 
 

@@ -9,6 +9,8 @@ from server.engine.row_sizes import RowSizes
 from server.engine.state.padding import padded
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from server.engine.cost_model import TickCost
@@ -67,6 +69,17 @@ class Forwards:
         raw = self._evaluated(*given)[:rows]
         self.sizes.note(rows, size, self._cost.seconds)
         return raw
+
+    def evaluate_sizes(
+        self, x: Sequence[Tensor], t: Tensor, inputs: RowInputs, most: int
+    ) -> list[Tensor]:
+        """See ``HostedModel.evaluate_sizes``: the network's own shapes are those of the largest."""
+        rows, last = len(t), len(x[-1])
+        size = self.size_of(rows, most)
+        filled = [*x[:-1], padded(x[-1], last + size - rows)]
+        raw = self._model.evaluate_sizes(filled, padded(t, size), inputs.padded(size, fixed=False))
+        self.sizes.note(rows, size, self._cost.seconds)
+        return [*raw[:-1], raw[-1][:last]]
 
     def wants(self, most: int | None = None) -> bool:
         """Whether a size of at most so many rows is to be run before it is needed."""

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 
 if TYPE_CHECKING:
     from collections.abc import Generator
+    from collections.abc import Sequence as Listed
 
     from server.engine.state.batch import Batch
     from server.engine.state.sequence import Sequence
@@ -99,11 +100,11 @@ class RowWatch:
             with self._lock:
                 self.watchers -= 1
 
-    def see(self, batch: Batch, tick: int, seconds: float, pending: int) -> None:
+    def see(self, batches: Listed[Batch], tick: int, seconds: float, pending: int) -> None:
         """Sample a tick that has just run, in the engine's thread, if it is time to.
 
         Args:
-            batch: its rows; the images are still at the stage that it ran.
+            batches: its rows by lane; the images are still at the stage that it ran.
             tick: its number.
             seconds: that it took.
             pending: images waiting or under way, those of the tick included.
@@ -111,15 +112,17 @@ class RowWatch:
         if not self.watchers or (now := monotonic()) < self._due:
             return
         self._due = now + SAMPLED_EVERY_S
+        images = tuple(
+            self._woven(sequence, plan.t[sequence.stage])
+            for batch in batches
+            for sequence, plan in zip(batch.sequences, batch.plans, strict=True)
+        )
         self.latest = WovenTick(
             tick=tick,
-            model=batch.lane.model.facts.name,
+            model=batches[0].lane.model.facts.name,
             seconds=seconds,
-            waiting=max(0, pending - len(batch.sequences)),
-            images=tuple(
-                self._woven(sequence, plan.t[sequence.stage])
-                for sequence, plan in zip(batch.sequences, batch.plans, strict=True)
-            ),
+            waiting=max(0, pending - len(images)),
+            images=images,
         )
 
     def _woven(self, sequence: Sequence, timestep: float) -> WovenImage:

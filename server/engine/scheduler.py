@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from server.engine.client import ANY_FLOW, Flow
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 
 
 class Priority(IntEnum):
@@ -88,11 +88,19 @@ class LaneCosts:
         most: rows that a tick may have.
         seconds: expected for a tick of so many rows.
         longest_s: that a tick may take, where fewer rows can help it.
+        area: cells of a latent; the rows of a forward of several sizes cost those of the largest.
+        mixes: equal for lanes of several sizes that can share a forward; None where none can.
     """
 
     most: int
     seconds: Callable[[int], float]
     longest_s: float
+    area: int = 0
+    mixes: Hashable = None
+
+    def mixes_with(self, other: LaneCosts) -> bool:
+        """Whether images of both lanes can share a forward."""
+        return self.mixes is not None and self.mixes == other.mixes
 
     @property
     def seconds_a_row(self) -> float:

@@ -69,6 +69,18 @@ class StackedConditioning:
             {name: tensor.index_select(0, rows) for name, tensor in self.tensors.items()}
         )
 
+    def divided(self, counts: Sequence[int]) -> list[StackedConditioning]:
+        """That of the first rows, of those that follow, and so on.
+
+        Args:
+            counts: of rows, which add up to all.
+        """
+        split = {name: tensor.split([*counts]) for name, tensor in self.tensors.items()}
+        return [
+            StackedConditioning({name: parts[i] for name, parts in split.items()})
+            for i in range(len(counts))
+        ]
+
     def put(self, rows: Tensor, others: StackedConditioning) -> StackedConditioning:
         """The same with some rows replaced.
 
@@ -82,6 +94,16 @@ class StackedConditioning:
                 for name, tensor in self.tensors.items()
             }
         )
+
+
+def joined(parts: Sequence[StackedConditioning]) -> StackedConditioning:
+    """The rows of one after those of another, all from one stack."""
+    if len(parts) == 1:
+        return parts[0]
+    names = parts[0].tensors
+    return StackedConditioning(
+        {name: torch.cat([one.tensors[name] for one in parts]) for name in names}
+    )
 
 
 def stack_alike(rows: Sequence[Conditioning]) -> StackedConditioning:

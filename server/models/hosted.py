@@ -150,7 +150,8 @@ class HostedModel(ABC):
     def mixes_sizes(self) -> bool:
         """Whether rows of several latent shapes can share a forward, ``evaluate_sizes``.
 
-        Such a model reads nothing behind the channels of x, and has no weaker companion.
+        Such a model reads nothing behind the channels of x, and has neither ControlNets nor a
+        weaker companion.
         """
         return False
 

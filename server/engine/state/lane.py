@@ -1,4 +1,4 @@
-"""A lane: the images that can share a forward, of one model and one latent shape."""
+"""A lane: images of one model and one latent shape, which can share a forward."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from server.engine.state.pool import Pool
 from server.engine.state.row_cap import RowCap
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Hashable, Iterable, Sequence
 
     from torch import Tensor
 
@@ -32,6 +32,7 @@ class Lane:
         cost: of its ticks.
         most_rows: of a forward, memory allowing.
         forwards: fills up the rows of its forwards; None where they run as they are.
+        mixes: equal for lanes of several sizes that can share a forward; None where none can.
     """
 
     def __init__(
@@ -41,9 +42,12 @@ class Lane:
         cost: TickCost,
         most_rows: int,
         forwards: Forwards | None = None,
+        mixes: Hashable = None,
     ) -> None:
         self.model = model
         self.shape = shape
+        self.area = shape[1] * shape[2]
+        self.mixes = mixes
         self.pool = Pool(shape, model.device)
         self.cost = cost
         self.row_cap = RowCap(most_rows)
@@ -66,6 +70,12 @@ class Lane:
             return self.model.evaluate(x, t, inputs)
         return self._forwards.evaluate(x, t, inputs, self.row_cap.rows)
 
+    def evaluate_sizes(self, x: Sequence[Tensor], t: Tensor, inputs: RowInputs) -> list[Tensor]:
+        """See ``HostedModel.evaluate_sizes``; of the sizes, this lane's is the largest."""
+        if self._forwards is None:
+            return self.model.evaluate_sizes(x, t, inputs)
+        return self._forwards.evaluate_sizes(x, t, inputs, self.row_cap.rows)
+
     def compiled(self, plan: Plan) -> CompiledPlan:
         """The plan on this lane's device, shared by all images under way that follow it."""
         key = id(plan), self.pool.slots
@@ -78,3 +88,8 @@ class Lane:
     def indices(self, positions: Sequence[int]) -> Tensor:
         """The positions as int64 on the lane's device, sent without waiting for it."""
         return torch.tensor(positions, dtype=torch.int64).to(self.model.device, non_blocking=True)
+
+
+def largest(lanes: Iterable[Lane]) -> Lane:
+    """The lane whose size all rows of a forward of several cost as much as."""
+    return max(lanes, key=lambda lane: lane.area)

@@ -7,50 +7,77 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from guidance.edits import WeakModel
+from guidance.edits import ApartFrom, WeakModel
+from server.engine.state.lane import largest
 from server.engine.state.padding import padded
 from server.engine.terms.seen import ForwardRows
 from server.models.adapters.adapter import RowAdapters
+from server.models.conditioning import joined
 from server.models.controls.row_controls import RowControls
 from server.models.inputs import RowInputs
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from collections.abc import Sequence as Listed
 
     from torch import Tensor
 
+    from guidance.edits import Edit
     from server.engine.state.batch import Batch
 
 WEAK = WeakModel()
 
 
-def forward_rows(batch: Batch) -> ForwardRows:
-    """What the rows of the forward are given by their images' own settings, terms aside."""
+def forward_rows(batches: Listed[Batch]) -> list[ForwardRows]:
+    """What the rows of the forward are given by their images' own settings, terms aside.
+
+    Args:
+        batches: all of one model; their rows follow each other in the forward.
+    """
     predictions = [
-        batch.sequences[i].guidance.predictions[number]
-        for i, number in zip(batch.owners, batch.numbers, strict=True)
+        [
+            batch.sequences[i].guidance.predictions[number]
+            for i, number in zip(batch.owners, batch.numbers, strict=True)
+        ]
+        for batch in batches
     ]
     told = [
         batch.sequences[i].conditioning[prediction.text]
-        for i, prediction in zip(batch.owners, predictions, strict=True)
+        for batch, own in zip(batches, predictions, strict=True)
+        for i, prediction in zip(batch.owners, own, strict=True)
     ]
-    return ForwardRows(
-        x=batch.columns[:, 0].index_select(0, batch.lane.indices(batch.owners)),
-        conditioning=batch.lane.model.stack(told, fixed=batch.fixed_rows is not None),
-        edits=[prediction.edits for prediction in predictions],
-    )
+    lane, fixed = batches[0].lane, batches[0].fixed_rows is not None
+    texts = lane.model.stack(told, fixed=fixed).divided([batch.rows for batch in batches])
+    return [
+        ForwardRows(
+            x=batch.columns[:, 0].index_select(0, lane.indices(batch.owners)),
+            conditioning=conditioning,
+            edits=[prediction.edits for prediction in own],
+        )
+        for batch, conditioning, own in zip(batches, texts, predictions, strict=True)
+    ]
 
 
-def forward(batch: Batch, rows: ForwardRows, x: Tensor, t: Tensor) -> Tensor:
+def forward(
+    batches: Listed[Batch], rows: Listed[ForwardRows], x: Listed[Tensor], t: Listed[Tensor]
+) -> list[Tensor]:
     """What the network puts out for the rows, and its companion for those that are to be weak.
 
     Args:
-        batch: the rows' images.
+        batches: the rows' images; several only of a model that mixes sizes.
         rows: what they are given.
-        x: at the network's own scale, ``[rows, C, h, w]``.
-        t: what it is told of the noise level, ``[rows]``.
+        x: at the network's own scale, ``[rows, C, h, w]`` of each batch.
+        t: what it is told of the noise level, ``[rows]`` of each batch.
     """
-    inputs, lane = _inputs(batch, rows, t), batch.lane
+    inputs = _inputs(batches, rows, t[0])
+    if len(batches) == 1:
+        return [_of_one_size(batches[0], inputs, x[0], t[0])]
+    lane = largest(batch.lane for batch in batches)
+    return lane.evaluate_sizes(x, torch.cat([*t]), inputs)
+
+
+def _of_one_size(batch: Batch, inputs: RowInputs, x: Tensor, t: Tensor) -> Tensor:
+    lane = batch.lane
     weak = [row for row, changes in enumerate(inputs.edits) if WEAK in changes]
     if not weak:
         return _evaluated(lane.evaluate, x, t, inputs, batch.fixed_rows)
@@ -65,25 +92,41 @@ def forward(batch: Batch, rows: ForwardRows, x: Tensor, t: Tensor) -> Tensor:
     return raw
 
 
-def _inputs(batch: Batch, rows: ForwardRows, t: Tensor) -> RowInputs:
-    owners = [batch.sequences[i] for i in batch.owners]
+def _inputs(batches: Listed[Batch], rows: Listed[ForwardRows], t: Tensor) -> RowInputs:
+    owners = [batch.sequences[i] for batch in batches for i in batch.owners]
     scales: Tensor | None = None
-    if any(sequence.guidance.told_scale is not None for sequence in batch.sequences):
+    if any(owner.guidance.told_scale is not None for owner in owners):
         told = torch.tensor([owner.guidance.told_scale or 0.0 for owner in owners])
         scales = told.to(t.device, non_blocking=True)
-    edits = rows.edits if any(rows.edits) else ()
+    edits = _edits(rows)
     adapters = RowAdapters(tuple(owner.task.adapters for owner in owners))
     controls = RowControls(tuple(owner.controls for owner in owners))
     channels = [owner.channels for owner in owners if owner.channels is not None]
+    led_away = any(part.against is not None for part in rows)
     return RowInputs(
-        rows.conditioning,
-        edits,
+        joined([part.conditioning for part in rows]),
+        edits if any(edits) else (),
         scales,
         torch.stack(channels) if channels else None,
-        against=rows.against,
+        against=joined([part.against or part.conditioning for part in rows]) if led_away else None,
         adapters=adapters if adapters else None,
         controls=controls if controls else None,
     )
+
+
+def _edits(rows: Listed[ForwardRows]) -> list[tuple[Edit, ...]]:
+    """Of all rows, whose references are counted among all of them."""
+    edits: list[tuple[Edit, ...]] = []
+    for part in rows:
+        before = len(edits)
+        edits += [tuple(_moved(edit, before) for edit in own) for own in part.edits]
+    return edits
+
+
+def _moved(edit: Edit, by: int) -> Edit:
+    if not isinstance(edit, ApartFrom) or edit.reference is None:
+        return edit
+    return replace(edit, reference=edit.reference + by)
 
 
 def _evaluated(

@@ -16,7 +16,7 @@ from guidance import StepCache
 from guidance.step_cache import Evaluation
 from server.engine.state.padding import padded
 from server.engine.state.recollection import FIRST_OUTPUT, INPUT
-from server.engine.tick.weave import Evaluated, evaluated
+from server.engine.tick.weave import Evaluated, scales_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,7 +55,10 @@ def recall(batch: Batch) -> Evaluated:
     kept = memory.flatten(0, 1)
     last = Evaluation(*(kept.index_select(0, lane.indices(rows)) for rows in (inputs, outputs)))
     x = batch.columns[:, 0].index_select(0, lane.indices(batch.owners))
-    return evaluated(batch, x, lambda points, _: StepCache.recalled(last, points))
+    scales = scales_of(batch)
+    points = scales.points(x)
+    raw = StepCache.recalled(last, points)
+    return Evaluated(points, raw, scales.denoised(x, raw))
 
 
 def foresee(batch: Batch, stage: Evaluated, state: Tensor) -> Foresight:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -16,23 +16,25 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from server.engine.state.batch import Batch
+    from server.engine.state.lane import Lane
     from server.engine.state.sequence import Sequence
+    from server.engine.tick.recall import Foresight
+    from server.engine.tick.resampling import Resampling
+    from server.engine.tick.weave import Evaluated, GuidedImages
 
-__all__ = ["Outcome", "run_stage"]
+__all__ = ["Outcome", "Stage", "run_stage"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Outcome:
-    """What a stage leaves of its images.
+    """What a stage leaves of its images of one lane.
 
     Attributes:
-        batch: the images and the rows of their forward.
+        batch: the images and their rows of the forward.
         sound: whether each image's prediction is finite.
         settled: whether each image's guidance ends here.
         recalls: whether each image is to recall its next stage, if it may.
         denoised: the guided predictions ``[images, C, h, w]``.
-        denoise_s: seconds of the forward.
-        seconds: of the whole stage.
     """
 
     batch: Batch
@@ -40,38 +42,113 @@ class Outcome:
     settled: list[bool]
     recalls: list[bool]
     denoised: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stage:
+    """A stage that has run.
+
+    Attributes:
+        outcomes: of each lane.
+        denoise_s: seconds of the forward.
+        seconds: in all.
+    """
+
+    outcomes: list[Outcome]
     denoise_s: float
     seconds: float
 
+    @property
+    def batches(self) -> list[Batch]:
+        """The images of each lane."""
+        return [outcome.batch for outcome in self.outcomes]
 
-def run_stage(chosen: list[Sequence], fixed_rows: int | None) -> Outcome:
+
+def run_stage(chosen: list[Sequence], fixed_rows: int | None) -> Stage:
     """Evaluate, guide and advance; nothing is written unless all of it succeeds.
 
     Args:
-        chosen: images of one lane, those of a group side by side; all recall the stage, or none.
+        chosen: images of lanes that share a forward, those of a group side by side; all recall the
+            stage, or none.
         fixed_rows: where set, the rows that every operation runs at.
     """
     began = perf_counter()
-    lane = chosen[0].lane
-    batch = weave.pack(lane, chosen, fixed_rows)
-    watch = Stopwatch(lane.model.device)
+    batches = [weave.pack(lane, own, fixed_rows) for lane, own in _by_lane(chosen).items()]
+    watch = Stopwatch(batches[0].lane.model.device)
     with watch:
-        stage = recall.recall(batch) if batch.recalls else weave.evaluate(batch)
-    predictions = stage.denoised
-    guidance = weave.guide(batch, predictions)
+        if chosen[0].recalls:
+            evaluated = [recall.recall(batch) for batch in batches]
+        else:
+            evaluated = weave.evaluate(batches)
+    steps = [_step(*both) for both in zip(batches, evaluated, strict=True)]
+    told = _told(steps)
+    resamplings = [
+        resample(step.batch, step.evaluated.denoised, own.sound)
+        for step, own in zip(steps, told, strict=True)
+    ]
+    outcomes = [_written(*each) for each in zip(steps, told, resamplings, strict=True)]
+    return Stage(outcomes, watch.seconds(), perf_counter() - began)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Step:
+    """A step of the images of one lane that is not written yet."""
+
+    batch: Batch
+    evaluated: Evaluated
+    guidance: GuidedImages
+    state: Tensor
+    foresight: Foresight
+
+
+class _Told(NamedTuple):
+    """What the host learns of the images of one lane."""
+
+    sound: list[bool]
+    settled: list[bool]
+    recalls: list[bool]
+
+
+def _by_lane(chosen: list[Sequence]) -> dict[Lane, list[Sequence]]:
+    lanes: dict[Lane, list[Sequence]] = {}
+    for sequence in chosen:
+        lanes.setdefault(sequence.lane, []).append(sequence)
+    return lanes
+
+
+def _step(batch: Batch, evaluated: Evaluated) -> _Step:
+    guidance = weave.guide(batch, evaluated.denoised)
     state = weave.step(batch, guidance)
-    finite = guidance.denoised.flatten(1).sum(1).isfinite()
-    foresight = recall.foresee(batch, stage, state)
+    return _Step(batch, evaluated, guidance, state, recall.foresee(batch, evaluated, state))
+
+
+def _told(steps: list[_Step]) -> list[_Told]:
+    flags = torch.cat(
+        [
+            torch.stack(
+                [
+                    step.guidance.denoised.flatten(1).sum(1).isfinite(),
+                    step.guidance.settled,
+                    step.foresight.recalls,
+                ]
+            )
+            for step in steps
+        ],
+        dim=1,
+    )
     # The tick's one wait for the device.
-    sound, settled, recalls = torch.stack([finite, guidance.settled, foresight.recalls]).tolist()
-    denoised = guidance.denoised
-    resampling = resample(batch, predictions, sound)
+    parts = flags.cpu().split([len(step.batch.sequences) for step in steps], dim=1)
+    return [_Told(*part.tolist()) for part in parts]
+
+
+def _written(step: _Step, told: _Told, resampling: Resampling | None) -> Outcome:
+    """The outcome, with new states in the pool of images that may have given way to others."""
+    batch, state, denoised, sound = step.batch, step.state, step.guidance.denoised, told.sound
     if resampling is not None:
         state, denoised = resampling.taken_over(state), resampling.taken_over(denoised)
         sound = [sound[origin] for origin in resampling.origins]
-    weave.write_back(batch, state, guidance)
-    recall.keep(batch, stage, foresight)
+    weave.write_back(batch, state, step.guidance)
+    recall.keep(batch, step.evaluated, step.foresight)
     if resampling is not None:
-        resampling.note(chosen)
-    seconds = watch.seconds(), perf_counter() - began
-    return Outcome(batch, sound, settled, recalls, denoised, *seconds)
+        resampling.note(batch.sequences)
+    return Outcome(batch, sound, told.settled, told.recalls, denoised)

@@ -18,6 +18,7 @@ from server.engine.tick.forward import forward, forward_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Sequence as Listed
 
     from torch import Tensor
 
@@ -48,6 +49,30 @@ class Evaluated(NamedTuple):
     points: Tensor
     raw: Tensor
     denoised: Tensor
+
+
+class Scales(NamedTuple):
+    """Scalars of the stage of each row of a batch, float32 ``[rows]``.
+
+    Attributes:
+        t: what the network is told of the noise.
+        scale_in: of its input.
+        skip: of x in the prediction.
+        out: of its output there.
+    """
+
+    t: Tensor
+    scale_in: Tensor
+    skip: Tensor
+    out: Tensor
+
+    def points(self, x: Tensor) -> Tensor:
+        """The network's input at x ``[rows, C, h, w]``."""
+        return _as_factor(self.scale_in, x) * x
+
+    def denoised(self, x: Tensor, raw: Tensor) -> Tensor:
+        """The predictions at x that come of the network's output, ``[rows, C, h, w]``."""
+        return _as_factor(self.skip, x) * x + _as_factor(self.out, x) * raw
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -109,34 +134,36 @@ def _compiled(lane: Lane, sequence: Sequence) -> CompiledPlan:
     return made
 
 
-def evaluate(batch: Batch) -> Evaluated:
-    """One forward for all rows of the batch; one more where rows ask for the weaker companion."""
-    rows = forward_rows(batch)
-    for stacked in batch.terms:
-        if stacked.kind.prepares:
-            seen = batch.seen_by(stacked, padded=False)
-            stacked.kind.prepare(stacked.terms, rows, batch.rows_of(stacked), seen)
-            stacked.states = seen.states
-    return evaluated(batch, rows.x, lambda points, t: forward(batch, rows, points, t))
-
-
-def evaluated(batch: Batch, x: Tensor, output: Callable[[Tensor, Tensor], Tensor]) -> Evaluated:
-    """The predictions of all rows of the batch.
+def evaluate(batches: Listed[Batch]) -> list[Evaluated]:
+    """One forward for all rows; one more where rows ask for the weaker companion.
 
     Args:
-        batch: the images.
-        x: of each row, ``[rows, C, h, w]``.
-        output: of the network, given its inputs and what it is told of the noise, ``[rows]``.
+        batches: one of each size, of a model that mixes sizes where there are several.
     """
+    parts = forward_rows(batches)
+    for batch, rows in zip(batches, parts, strict=True):
+        for stacked in batch.terms:
+            if stacked.kind.prepares:
+                seen = batch.seen_by(stacked, padded=False)
+                stacked.kind.prepare(stacked.terms, rows, batch.rows_of(stacked), seen)
+                stacked.states = seen.states
+    scales = [scales_of(batch) for batch in batches]
+    points = [own.points(rows.x) for own, rows in zip(scales, parts, strict=True)]
+    raw = forward(batches, parts, points, [own.t for own in scales])
+    return [
+        Evaluated(at, made, own.denoised(rows.x, made))
+        for own, rows, at, made in zip(scales, parts, points, raw, strict=True)
+    ]
+
+
+def scales_of(batch: Batch) -> Scales:
+    """What stands between the rows of a batch and the network."""
     scalars = _columns_of(
         batch,
         batch.owners,
         lambda plan, i: (plan.t[i], plan.scale_in[i], plan.skip[i], plan.out[i]),
     )
-    t, scale_in, skip, out = scalars.unbind(1)
-    points = _as_factor(scale_in, x) * x
-    raw = output(points, t)
-    return Evaluated(points, raw, _as_factor(skip, x) * x + _as_factor(out, x) * raw)
+    return Scales(*scalars.unbind(1))
 
 
 def guide(batch: Batch, predictions: Tensor) -> GuidedImages:

@@ -84,6 +84,7 @@ class Device:
 
     Attributes:
         curves: seconds of a tick by its rows, of each lane.
+        areas: of the latents of each lane, where the lanes can share a forward.
         latencies: of finished requests, by sender.
         seconds: of the device, by client.
         rows: that were evaluated, by lane.
@@ -92,6 +93,7 @@ class Device:
     senders: Sequence[Sender]
     curves: dict[int, Curve]
     choose: Choose
+    areas: dict[int, int] = field(default_factory=dict[int, int])
     now: float = 0.0
     turns: Turns = field(default_factory=Turns)
     latencies: dict[int, list[float]] = field(default_factory=dict[int, list[float]])
@@ -125,7 +127,9 @@ class Device:
         """As the engine has it."""
         curve = self.curves[lane]
         fair_s = min(LONGEST_TICK_S, max(FAIR_TICK_S, least_s(curve, FAIR_THROUGHPUT)))
-        return LaneCosts(MOST, curve, fair_s if self.turns.contended else LONGEST_TICK_S)
+        longest_s = fair_s if self.turns.contended else LONGEST_TICK_S
+        mixes = True if self.areas else None
+        return LaneCosts(MOST, curve, longest_s, self.areas.get(lane, 0), mixes)
 
     def rows_of(self, load: Load) -> int:
         """As the engine chooses it."""
@@ -148,19 +152,20 @@ class Device:
         self.turns.wait({candidate.flow for candidate in candidates}, self.now)
         chosen = self.choose(self, candidates)
         lanes = {candidates[i].lane for i in chosen}
-        assert len(lanes) == 1
-        lane = lanes.pop()
+        assert len(lanes) == 1 or lanes <= self.areas.keys()
+        largest = max(lanes, key=lambda lane: self.areas.get(lane, 0))
         rows = sum(candidates[i].rows for i in chosen)
-        seconds = self.curves[lane](rows)
+        seconds = self.curves[largest](rows)
         self.now += seconds
-        self.rows[lane] += rows
-        self.lanes_run.append(lane)
-        for i in chosen:
+        self.lanes_run.append(largest)
+        parts = [candidates[i].rows * self.areas.get(candidates[i].lane, 1) for i in chosen]
+        for i, part in zip(chosen, parts, strict=True):
             request, k = images[i]
             request.left[k] -= 1
-            part = seconds * candidates[i].rows / rows
-            self.seconds[request.client] += part
-            self.turns.charge(candidates[i].flow, part)
+            self.rows[request.lane] += request.rows
+            part_s = seconds * part / sum(parts)
+            self.seconds[request.client] += part_s
+            self.turns.charge(candidates[i].flow, part_s)
 
 
 def fairly(device: Device, candidates: list[Candidate]) -> list[int]:

@@ -99,7 +99,7 @@ def packed(model: Any, task: Any) -> Callable[..., Batch]:
 
 
 def guided(batch: Batch) -> Tensor:
-    return weave.guide(batch, weave.evaluate(batch).denoised).denoised
+    return weave.guide(batch, weave.evaluate([batch])[0].denoised).denoised
 
 
 @torch.inference_mode()
@@ -139,7 +139,7 @@ def test_the_reference_is_told_the_likeliest_wrong_class_and_weighed_by_doubt(
     linear, packed, task, model
 ):
     batch = packed([task(rule=Unguided(), terms=(reference(2.0, 0, 0),)) for _ in range(4)])
-    predictions = weave.evaluate(batch).denoised
+    predictions = weave.evaluate([batch])[0].denoised
     assert batch.rows == 8
     x = batch.columns[:, 0]
     logits = x.flatten(1) @ linear.weights["shape"].T * (1 + batch.plans[0].sigma[0])

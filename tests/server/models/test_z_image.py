@@ -69,11 +69,9 @@ def theirs(
     pipeline: Any, seed: int = 5, prompt: str = PROMPT, scale: float = 3.0, **fields: Any
 ) -> Tensor:
     """Final latents of their pipeline, whose scale counts from 0."""
-    latents = start_noise(seed, SHAPE)[None]
-    given: dict[str, Any] = {"num_inference_steps": 3, "width": WIDTH, "height": HEIGHT}
-    answer = pipeline(
-        prompt, guidance_scale=scale, latents=latents, output_type="latent", **given | fields
-    )
+    given = {"num_inference_steps": 3, "width": WIDTH, "height": HEIGHT, **fields}
+    latents = start_noise(seed, (4, given["height"] // 2, given["width"] // 2))[None]
+    answer = pipeline(prompt, guidance_scale=scale, latents=latents, output_type="latent", **given)
     return answer.images[0]
 
 
@@ -101,6 +99,23 @@ def test_final_latents_in_mixed_company_are_those_of_diffusers(
     assert_among(decoded, theirs(pipeline))
     assert_among(decoded, theirs(pipeline, 6, LONG, negative_prompt="a green star"))
     assert_among(decoded, theirs(pipeline, 7, LONG, scale=0.0))
+
+
+def test_final_latents_among_other_sizes_are_those_of_diffusers(
+    pipeline: Any, model: HostedModel, decoded: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.engine.cost_model.TickCost.observe", lambda *_: None)
+    sizes = (WIDTH, HEIGHT), (32, 80), (64, 64)
+    engine = started(model, 16)
+    before = engine.measurements.ticks
+    tasks = [asked(model, seed=seed, width=w, height=h) for seed, (w, h) in enumerate(sizes, 5)]
+    ear = run(engine, [*tasks, asked(model, prompt=LONG, guidance="none", seed=8)])
+    engine.stop(0)
+    assert not ear.errors, ear.errors
+    assert engine.measurements.ticks - before == 3
+    for seed, (width, height) in enumerate(sizes, 5):
+        assert_among(decoded, theirs(pipeline, seed, width=width, height=height))
+    assert_among(decoded, theirs(pipeline, 8, LONG, scale=0.0))
 
 
 @torch.inference_mode()

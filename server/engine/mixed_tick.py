@@ -1,0 +1,73 @@
+"""Images of several sizes in one forward, where that saves time: pure, touches no device."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from server.engine.scheduler import Candidate, LaneCosts
+
+__all__ = ["joining", "largest"]
+
+
+def largest(
+    units: Sequence[Candidate], chosen: Iterable[int], lanes: Mapping[int, LaneCosts]
+) -> LaneCosts:
+    """The costs of a tick: each of its rows costs as much as one of its largest size.
+
+    Args:
+        units: images and groups.
+        chosen: indices of those of the tick, at least one.
+        lanes: of all of them.
+    """
+    return max((lanes[units[i].lane] for i in chosen), key=lambda costs: costs.area)
+
+
+def joining(
+    units: Sequence[Candidate],
+    chosen: Sequence[int],
+    order: Iterable[int],
+    lanes: Mapping[int, LaneCosts],
+    longest_s: float | None = None,
+) -> list[int]:
+    """Images of other sizes that are to be evaluated in a tick.
+
+    A size joins with as many of its images as save most: what they lengthen the tick by, against
+    what their rows would cost in a tick of all that waits in their own lane.
+
+    Args:
+        units: images and groups.
+        chosen: indices of those of the tick so far, at least one.
+        order: indices of those that may join, in the order of their turns; of lanes that share a
+            forward with those chosen.
+        lanes: of all of them.
+        longest_s: seconds that the tick may take; by default what its largest lane allows.
+
+    Returns:
+        Indices of those that join.
+    """
+    waiting: dict[int, list[int]] = {}
+    for i in order:
+        waiting.setdefault(units[i].lane, []).append(i)
+    joined: list[int] = []
+    for lane, own in waiting.items():
+        tick = [*chosen, *joined]
+        before, after = largest(units, tick, lanes), largest(units, [*tick, own[0]], lanes)
+        rows = sum(units[i].rows for i in tick)
+        in_all = min(sum(units[i].rows for i in own), lanes[lane].most)
+        price = lanes[lane].seconds(in_all) / in_all
+        most = min(before.most, lanes[lane].most)
+        until_s = after.longest_s if longest_s is None else longest_s
+        count, saved_s = 0, 0.0
+        for number, more in enumerate(accumulate(units[i].rows for i in own), 1):
+            seconds = after.seconds(rows + more)
+            if rows + more > most or seconds > until_s:
+                break
+            saving_s = more * price - (seconds - before.seconds(rows))
+            if saving_s > saved_s:
+                count, saved_s = number, saving_s
+        joined += own[:count]
+    return joined

@@ -1,0 +1,249 @@
+"""Images of several sizes in one forward of the engine, with a model that can."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from time import sleep
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from guidance import NegToMe
+from guidance.apg import APG
+from guidance.cfg import CFG
+from guidance.pag import PAG
+from guidance.unguided import Unguided
+from samplers.ddim import DDIM
+from samplers.unipc import UniPC
+from server.engine.client import Client, Flow
+from server.engine.engine import Engine
+from server.engine.fair_queue import Turns
+from server.engine.task import Group
+from server.errors import RowFailed
+from server.models.inputs import RowInputs
+from tests.server.by_hand import Asked, task
+from tests.server.toy_model import Ear, Neighbourly, run, started
+
+SIZES = {"small": (32, 32), "wide": (48, 32), "large": (64, 64)}
+STEPS = 6
+
+
+class Mixing(Neighbourly):
+    """A toy that mixes sizes, and keeps how many rows of each its forwards had.
+
+    Args:
+        mixes: whether it says so.
+
+    Attributes:
+        forwards: of each, the rows by width and height of their latents.
+        most: rows that have room in its memory at once.
+        pause_s: seconds that a forward takes beside.
+    """
+
+    def __init__(self, *, mixes: bool = True) -> None:
+        super().__init__()
+        self.forwards: list[dict[tuple[int, int], int]] = []
+        self.most = 1000
+        self.pause_s = 0.0
+        self._mixes = mixes
+
+    @property
+    def mixes_sizes(self) -> bool:
+        return self._mixes
+
+    def evaluate(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
+        self._count([x])
+        return super().evaluate(x, t, inputs)
+
+    def evaluate_sizes(self, x: Sequence[Tensor], t: Tensor, inputs: RowInputs) -> list[Tensor]:
+        self._count(x)
+        rows = torch.arange(len(t)).split([len(part) for part in x])
+        return [
+            super(Mixing, self).evaluate(part, t[own], inputs.of(own.tolist()))
+            for part, own in zip(x, rows, strict=True)
+        ]
+
+    def _count(self, x: Sequence[Tensor]) -> None:
+        self.forwards.append({(part.shape[-1], part.shape[-2]): len(part) for part in x})
+        if sum(map(len, x)) > self.most:
+            raise torch.OutOfMemoryError("no room")
+        sleep(self.pause_s)
+
+
+@pytest.fixture(scope="module")
+def model() -> Mixing:
+    return Mixing()
+
+
+@pytest.fixture(scope="module")
+def shared(model: Mixing) -> Iterator[Engine]:
+    made = started(model, 24)
+    yield made
+    made.stop(0)
+
+
+@pytest.fixture(autouse=True)
+def _steady_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ticks take on a busy machine must not decide which images share them."""
+    monkeypatch.setattr("server.engine.cost_model.TickCost.observe", lambda *_: None)
+    monkeypatch.setattr("server.engine.cost_model.TickCost.shift", lambda *_: None)
+
+
+@pytest.fixture
+def engine(model: Mixing, shared: Engine) -> Engine:
+    model.forwards.clear()
+    return shared
+
+
+def of(size: str, *given: Any, **fields: Any) -> Asked:
+    width, height = SIZES[size]
+    return replace(task(*given, steps=STEPS, **fields), width=width, height=height)
+
+
+def pair(size: str, strength: float) -> list[Asked]:
+    """Two images that keep apart from each other."""
+    group = Group()
+    apart = NegToMe(strength=strength, layers=("middle",), stop=1.0)
+    return [
+        replace(of(size, settings=(apart,), sampler=DDIM(eta=1), seed=40 + k), group=group)
+        for k in range(2)
+    ]
+
+
+def various() -> list[Asked]:
+    return [
+        of("small", CFG(scale=3.0)),
+        of("large", APG(scale=4.0), sampler=UniPC(), seed=4),
+        *pair("wide", 2.0),
+        of("wide", Unguided(), settings=(PAG(layers=("middle",)),), seed=5),
+        *pair("small", 1.0),
+    ]
+
+
+def pixels(ear: Ear) -> list[NDArray[np.uint8]]:
+    assert not ear.errors, ear.errors
+    return [ear.results[i].pixels for i in range(len(ear.results))]
+
+
+def apart(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> int:
+    assert a.shape == b.shape
+    return int(np.abs(a.astype(int) - b).max())
+
+
+def test_an_image_is_the_same_alone_and_among_other_sizes(model: Mixing, engine: Engine) -> None:
+    tasks = various()
+    mixed = pixels(run(engine, tasks))
+    assert [len(forward) for forward in model.forwards] == [len(SIZES)] * STEPS
+    units = tasks[:1], tasks[1:2], tasks[2:4], tasks[4:5], tasks[5:]
+    alone = [one for unit in units for one in pixels(run(engine, unit))]
+    for ours, own in zip(mixed, alone, strict=True):
+        assert apart(ours, own) <= 1
+    assert apart(mixed[2], mixed[3]) > 1
+
+
+@pytest.mark.parametrize("mixes", [True, False])
+def test_sizes_at_once_take_the_forwards_of_one_where_the_model_mixes_them(mixes: bool) -> None:
+    model = Mixing(mixes=mixes)
+    engine = started(model, 24)
+    model.forwards.clear()
+    pixels(run(engine, [of(size, CFG()) for size in SIZES]))
+    engine.stop(0)
+    assert len(model.forwards) == STEPS * (1 if mixes else len(SIZES))
+    assert sum(sum(forward.values()) for forward in model.forwards) == 2 * STEPS * len(SIZES)
+
+
+def test_mixed_forwards_are_filled_up_as_others_are_where_few_sizes_are_known(
+    model: Mixing, engine: Engine
+) -> None:
+    tasks = [of("small", Unguided()), *(of(size, CFG(), seed=4) for size in SIZES)]
+    expected = pixels(run(engine, tasks))
+    filled = Mixing()
+    engine = started(filled, 24, prepares=True)
+    filled.forwards.clear()
+    ours = pixels(run(engine, tasks))
+    engine.stop(0)
+    mixed = [forward for forward in filled.forwards if len(forward) > 1]
+    assert [sum(forward.values()) for forward in mixed] == [8] * STEPS
+    assert max(apart(a, b) for a, b in zip(expected, ours, strict=True)) <= 1
+
+
+def test_where_bits_must_not_depend_on_company_sizes_stay_apart() -> None:
+    model = Mixing()
+    engine = started(model, 8, deterministic=True)
+    model.forwards.clear()
+    pixels(run(engine, [of(size, Unguided()) for size in SIZES]))
+    engine.stop(0)
+    assert {len(forward) for forward in model.forwards} == {1}
+
+
+def test_running_out_of_memory_divides_a_mixed_tick_and_caps_its_largest_size_alone(
+    model: Mixing, engine: Engine
+) -> None:
+    tasks = various()
+    expected = pixels(run(engine, tasks))
+    engine = started(model, 24)
+    model.forwards.clear()
+    model.most = 6
+    survived = pixels(run(engine, tasks))
+    smalls = pixels(run(engine, [of("small", Unguided(), seed=seed) for seed in range(6)]))
+    model.most = 1000
+    engine.stop(0)
+    assert max(apart(a, b) for a, b in zip(expected, survived, strict=True)) <= 1
+    failed = [forward for forward in model.forwards if sum(forward.values()) > 6]
+    assert len(failed) <= 2, "what did not fit is not tried again"
+    assert any(len(forward) > 1 and sum(forward.values()) <= 6 for forward in model.forwards)
+    assert len(smalls) == max(forward.get((4, 4), 0) for forward in model.forwards[-STEPS:])
+
+
+def test_an_image_that_breaks_ends_alone_among_other_sizes(engine: Engine) -> None:
+    broken = of("wide", CFG(), image=torch.full((3, 32, 48), torch.nan))
+    ear = run(engine, [of("small", CFG()), broken, of("large", CFG())])
+    assert list(ear.errors) == [1]
+    assert isinstance(ear.errors[1], RowFailed)
+    assert sorted(ear.results) == [0, 2]
+
+
+def test_previews_are_of_each_image_s_own_size(engine: Engine) -> None:
+    class Watching(Ear):
+        shapes: dict[int, set[Any]]
+
+        def progress(self, index: int, step: int, steps: int, preview: Any) -> None:
+            if preview is not None:
+                self.shapes.setdefault(index, set()).add(preview.shape)
+
+    ear = Watching(len(SIZES))
+    ear.shapes = {}
+    engine.submit([of(size, CFG(), previews=True) for size in SIZES], ear)
+    pixels(ear.wait())
+    shapes = [{(height // 2, width // 2, 3)} for width, height in SIZES.values()]
+    assert ear.shapes == dict(enumerate(shapes))
+
+
+def test_each_client_pays_for_a_mixed_tick_by_the_area_of_its_rows(
+    model: Mixing, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    charges: list[tuple[Client, float]] = []
+    charge = Turns.charge
+
+    def noted(turns: Turns, flow: Flow, seconds: float) -> None:
+        charges.append((flow.client, seconds))
+        charge(turns, flow, seconds)
+
+    monkeypatch.setattr(Turns, "charge", noted)
+    # The second image comes during the first tick of the first one.
+    monkeypatch.setattr(model, "pause_s", 0.02)
+    small, large = Client("small"), Client("large")
+    ears = [Ear(1), Ear(1)]
+    engine.submit([of("small", Unguided(), seed=1)], ears[0], small)
+    engine.submit([of("large", Unguided(), seed=1)], ears[1], large)
+    for ear in ears:
+        pixels(ear.wait())
+    by_tick = [dict(both) for both in pairwise(charges) if len(dict(both)) == 2]
+    mixed = [tick for tick in by_tick if tick[large] == pytest.approx(4 * tick[small])]
+    assert len(mixed) >= STEPS - 1
