@@ -1,5 +1,6 @@
 """Options of the whole suite: threads, no network, the `cuda` marker, hypothesis, a umask."""
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -15,6 +16,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # A machine under load is slow without being wrong; CI runs the same examples each time.
 settings.register_profile("weft", deadline=None, derandomize="CI" in os.environ, print_blob=True)
 settings.load_profile("weft")
+
+# The objects that imports make are many, and the collector would go through them again and again.
+gc.disable()
 
 
 LONGEST = (
@@ -49,6 +53,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in needy:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """Begin to collect cycles, but not among what was imported, which stays to the end."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture
