@@ -16,6 +16,9 @@ __all__ = ["unrepeatable"]
 BY_VALUES = "index"
 """Of the names of operations that choose entries: by integers, or by bools whose number counts."""
 
+COPIES = ("copy", "aten.to.")
+"""Likewise of those that copy; in inference mode the second is not taken apart into the first."""
+
 
 def unrepeatable(forward: Callable[[], object], device: torch.device) -> str | None:
     """Run a forward, and say why its kernels alone are not all of it; None where they are.
@@ -71,6 +74,7 @@ class _Operations(TorchDispatchMode):
         sizeable = {one.device.type for one in read if one.ndim} | {one.device.type for one in made}
         if self._device.type in places and len(sizeable) > 1:
             return f"{func} copies between the host and the device"
-        if "copy" in str(func) and len(places) > 1 and self._device.type in places:
+        copies = any(part in str(func) for part in COPIES)
+        if copies and len(places) > 1 and self._device.type in places:
             return f"{func} copies between the host and the device"
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -11,8 +11,18 @@ from torch import Tensor
 from server.engine.unrepeatable import unrepeatable
 
 CPU = torch.device("cpu")
+
+pytestmark = pytest.mark.usefixtures("as_in_the_engine")
+
 AFAR = torch.device("meta")
 """Stands for a device that is not the host."""
+
+
+@pytest.fixture
+def as_in_the_engine() -> Iterator[None]:
+    """In inference mode operations reach whoever looks at them in other forms."""
+    with torch.inference_mode():
+        yield
 
 
 @pytest.mark.parametrize(
