@@ -17,6 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from server.errors import NotReady, WeftError
 from server.http import documents, errors, health, results
+from server.http.automatic1111 import extras as automatic1111_extras
 from server.http.automatic1111 import images as automatic1111_images
 from server.http.automatic1111 import settings as automatic1111_settings
 from server.http.automatic1111.checkpoints import Checkpoints
@@ -88,6 +89,7 @@ def create_app(settings: Settings, *, on_failure: Callable[[], None] | None = No
         predictions.router,
         models.router,
         automatic1111_images.router,
+        automatic1111_extras.router,
         automatic1111_settings.router,
         stream_events.router,
         rows.router,

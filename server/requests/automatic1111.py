@@ -22,7 +22,7 @@ from server.requests.reading import RESIZE_MODES, Reading
 from server.requests.schema import DEFAULT_STEPS, MAX_SEED, GenerateRequest
 from server.requests.upload import Upload
 
-__all__ = ["Img2Img", "Translated", "Txt2Img", "translated"]
+__all__ = ["LATENT", "UPSCALERS", "Img2Img", "Translated", "Txt2Img", "translated"]
 
 _NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     "styles": ((),),
@@ -31,7 +31,6 @@ _NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     "seed_resize_from_h": (-1, 0),
     "restore_faces": (False,),
     "tiling": (False,),
-    "enable_hr": (False,),
     "s_churn": (0,),
     "s_tmin": (0,),
     "s_noise": (1,),
@@ -44,6 +43,33 @@ _NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     "initial_noise_multiplier": (1,),
 }
 """Fields that nothing here corresponds to, and their values that ask for nothing."""
+
+_OF_PICTURES: Final = {"enable_hr": (False,)}
+"""Likewise, of requests that start from an image."""
+
+_OF_SECOND_RUNS: Final = {
+    "hr_checkpoint_name": ("", "Use same checkpoint"),
+    "hr_sampler_name": ("", "Use same sampler"),
+    "hr_scheduler": ("", "Use same scheduler"),
+    "hr_prompt": ("",),
+    "hr_negative_prompt": ("",),
+    "hr_cfg": (0, 1),
+}
+"""Likewise, of requests with `enable_hr`; what the first run has asks for nothing either."""
+
+_FIRST: Final = {
+    "hr_sampler_name": "sampler_name",
+    "hr_scheduler": "scheduler",
+    "hr_prompt": "prompt",
+    "hr_negative_prompt": "negative_prompt",
+    "hr_cfg": "cfg_scale",
+}
+
+UPSCALERS: Final = ("None", "Lanczos")
+"""Both are Lanczos: AUTOMATIC1111 resizes by it where no upscaler is chosen."""
+
+LATENT: Final = "Latent"
+"""Begins the names of its upscalers of latents, which are read as Lanczos."""
 
 _SETTINGS: Final = {"sd_vae": "Automatic", "CLIP_stop_at_last_layers": 1}
 """Settings of `override_settings` that ask for nothing."""
@@ -64,6 +90,14 @@ _OF_INFOTEXT: Final[Mapping[str, str]] = {
     "width": "Size-1",
     "height": "Size-2",
     "denoising_strength": "Denoising strength",
+}
+
+_OF_HIRES: Final[Mapping[str, str]] = {
+    "hr_scale": "Hires upscale",
+    "hr_resize_x": "Hires resize-1",
+    "hr_resize_y": "Hires resize-2",
+    "hr_second_pass_steps": "Hires steps",
+    "hr_upscaler": "Hires upscaler",
 }
 
 
@@ -126,7 +160,24 @@ class Txt2Img(BaseModel):
     seed_resize_from_w: int = -1
     restore_faces: bool = False
     tiling: bool = False
-    enable_hr: bool = False
+    enable_hr: bool = Field(
+        default=False, description="Whether each image is enlarged and drawn once more."
+    )
+    hr_scale: float = Field(default=2, ge=1, le=8, description="By what the sides are multiplied.")
+    hr_resize_x: int = Field(default=0, ge=0, le=16384, description="Width instead; 0 is none.")
+    hr_resize_y: int = Field(default=0, ge=0, le=16384, description="Height instead; 0 is none.")
+    hr_upscaler: str = Field(
+        default=LATENT, max_length=128, description="`Lanczos`, which `Latent` is read as."
+    )
+    hr_second_pass_steps: int = Field(
+        default=0, ge=0, description="Steps of the second run; 0 is as many as of the first."
+    )
+    hr_checkpoint_name: str = ""
+    hr_sampler_name: str = ""
+    hr_scheduler: str = ""
+    hr_prompt: str = ""
+    hr_negative_prompt: str = ""
+    hr_cfg: float = 1
     s_churn: float = 0
     s_tmin: float = 0
     s_noise: float = 1
@@ -145,12 +196,43 @@ class Txt2Img(BaseModel):
         if isinstance(text := given.get("infotext"), str):
             found = read_infotext(text)
             of_text = {ours: found[name] for ours, name in _OF_INFOTEXT.items() if found.get(name)}
+            if any(name in found for name in _OF_HIRES.values()):
+                of_text |= {ours: found[name] for ours, name in _OF_HIRES.items() if name in found}
+                of_text["enable_hr"] = "true"
             given = of_text | given
         return given
 
     def picture(self) -> dict[str, Any]:
         """Fields of our own about the image to start from."""
         return {}
+
+    def hires(self, size: tuple[int, int]) -> dict[str, Any]:
+        """Fields of our own about a second run.
+
+        Args:
+            size: width and height of the first one.
+
+        Raises:
+            InvalidRequest: an upscaler that is not here.
+        """
+        if not self.enable_hr:
+            return {}
+        if not (self.hr_upscaler in UPSCALERS or self.hr_upscaler.startswith(LATENT)):
+            raise InvalidRequest(
+                "hr_upscaler",
+                f"hr_upscaler is {self.hr_upscaler!r}; allowed are: {', '.join(UPSCALERS)}, and "
+                f"{LATENT}, which is read as Lanczos.",
+            )
+        asked = 0.75 if self.denoising_strength is None else self.denoising_strength
+        steps = self.hr_second_pass_steps or self.steps or DEFAULT_STEPS
+        made: dict[str, Any] = {"strength": min(1.0, max(asked, _LEAST_STEPS / steps))}
+        if self.hr_second_pass_steps:
+            made["steps"] = self.hr_second_pass_steps
+        width, height = self.hr_resize_x, self.hr_resize_y
+        if width and height:
+            return {"hires": {**made, "width": width, "height": height}}
+        scale = max(width / size[0], height / size[1]) or self.hr_scale
+        return {"hires": {**made, "scale": scale}}
 
     @property
     def padding(self) -> int | None:
@@ -200,6 +282,10 @@ class Img2Img(Txt2Img):
     def padding(self) -> int | None:
         whole = self.mask is None or not self.inpaint_full_res
         return None if whole else self.inpaint_full_res_padding
+
+    @override
+    def hires(self, size: tuple[int, int]) -> dict[str, Any]:
+        return {}
 
     @override
     def picture(self) -> dict[str, Any]:
@@ -265,13 +351,15 @@ def translated(
         name: weight for name, weight in tags.loras.items() if adapters is None or name in adapters
     }
     sampler_name = body.sampler_name or body.sampler_index or ""
+    width, height = _side(body.width, multiple), _side(body.height, multiple)
+    drawn = width or size[0], height or size[1]
     given: dict[str, Any] = {
         "prompt": tags.prompt,
         "negative_prompt": negative.prompt or None,
         "prompt_syntax": _syntax(tags.prompt, negative.prompt),
         "model": model,
-        "width": _side(body.width, multiple),
-        "height": _side(body.height, multiple),
+        "width": width,
+        "height": height,
         "steps": body.steps,
         "seed": None if body.seed < 0 else body.seed % MAX_SEED,
         "n": body.batch_size * body.n_iter,
@@ -281,6 +369,7 @@ def translated(
         **_sampler(sampler_name, body.scheduler, body.eta),
         **_guidance(body),
         **body.picture(),
+        **body.hires(drawn),
     }
     try:
         request = GenerateRequest.model_validate(given)
@@ -288,14 +377,16 @@ def translated(
         raise explain(error.errors(), GenerateRequest) from None
     ignored = [*_without_effect(body), *tags.others, *negative.others]
     ignored += [f"<lora:{name}>" for name in (tags.loras.keys() - loras.keys())]
-    said = f"Ignored, because nothing here corresponds: {', '.join(ignored)}."
+    said = [f"Ignored, because nothing here corresponds: {', '.join(ignored)}."] if ignored else []
+    if request.hires is not None and body.hr_upscaler.startswith(LATENT):
+        said.append(f"hr_upscaler {body.hr_upscaler!r} is read as 'Lanczos'.")
     reading = Reading(habitual=True, told_scale=body.distilled_cfg_scale)
     return Translated(
         request.read_as(reading),
         sampler_name,
-        (request.width or size[0], request.height or size[1]),
+        drawn,
         body.padding,
-        (said,) if ignored else (),
+        tuple(said),
     )
 
 
@@ -345,6 +436,12 @@ def _without_effect(body: Txt2Img) -> list[str]:
     names = [
         name for name, neutral in _NEUTRAL.items() if getattr(body, name, neutral[0]) not in neutral
     ]
+    if isinstance(body, Img2Img):
+        names += [
+            name for name, neutral in _OF_PICTURES.items() if getattr(body, name) not in neutral
+        ]
+    elif body.enable_hr:
+        names += _different_in_the_second_run(body)
     if getattr(body, "mask", None) is None:
         names = [name for name in names if name not in _OF_A_MASK]
     asked = {
@@ -353,3 +450,13 @@ def _without_effect(body: Txt2Img) -> list[str]:
         if value and value != _SETTINGS.get(name)
     } - {"sd_model_checkpoint"}
     return names + [f"override_settings.{name[:60]}" for name in sorted(asked)]
+
+
+def _different_in_the_second_run(body: Txt2Img) -> list[str]:
+    """Names of fields that ask for what the second run has from the first one."""
+    return [
+        name
+        for name, neutral in _OF_SECOND_RUNS.items()
+        if (told := getattr(body, name)) not in neutral
+        and told != getattr(body, _FIRST.get(name, ""), None)
+    ]

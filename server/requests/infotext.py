@@ -29,7 +29,8 @@ def infotext(
         version: of this program.
         statistics: guidance whose model statistics the sampler was planned with, if any.
     """
-    guidance = settings.guidance
+    guidance, hires = settings.guidance, settings.hires
+    strength = settings.strength if hires is None else hires.strength
     fields = {
         "Steps": settings.steps,
         "Sampler": label_of(settings.sampler),
@@ -39,7 +40,8 @@ def infotext(
         "Size": f"{settings.width}x{settings.height}",
         "Model hash": model_revision[:10],
         "Model": settings.model,
-        "Denoising strength": None if settings.strength is None else f"{settings.strength:g}",
+        "Denoising strength": None if strength is None else f"{strength:g}",
+        **_hires(settings),
         "Guidance": guidance.name,
         **{f"Guidance {part.label}": _part(getattr(guidance, part.field)) for part in PARTS},
         "Step cache": _part(settings.cache),
@@ -54,6 +56,19 @@ def infotext(
     negative = settings.negative_prompt
     told = f"Negative prompt: {_harmless(negative)}\n" if negative else ""
     return f"{_harmless(settings.prompt)}\n{told}{line}"
+
+
+def _hires(settings: ResolvedRequest) -> dict[str, Any]:
+    """The fields of a second run, as AUTOMATIC1111 names them."""
+    hires = settings.hires
+    if hires is None:
+        return {}
+    width, height = hires.size
+    return {
+        "Hires resize": f"{width}x{height}",
+        "Hires steps": hires.steps,
+        "Hires upscaler": "Lanczos",
+    }
 
 
 def _harmless(prompt: str) -> str:

@@ -37,6 +37,7 @@ from server.requests.defaults import (
     spacing_for,
     steps_for,
 )
+from server.requests.hires import Hires
 from server.requests.ineffective import warnings_for
 from server.requests.schema import (
     DEFAULT_RESIZE_MODE,
@@ -45,6 +46,7 @@ from server.requests.schema import (
     ResolvedRequest,
     guidance_of,
 )
+from server.requests.second_run import check_hires
 from server.settings import Limits
 
 __all__ = ["Prepared", "make_plan", "prepare", "resolve", "statistics_for"]
@@ -62,6 +64,7 @@ class Prepared:
         warnings: one sentence for each setting that has no effect or does not suit the model.
         notes: one sentence for each setting that was translated, and one about those that a
             distilled model's convention chose.
+        second: the run that draws the images once more, larger; None without `hires`.
     """
 
     request: ResolvedRequest
@@ -69,6 +72,7 @@ class Prepared:
     coefficients: NDArray[np.float64] | None
     warnings: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    second: Prepared | None = None
 
 
 def resolve(
@@ -102,6 +106,7 @@ def resolve(
     if own is not None and request.reading.habitual:
         guidance = guidance_despite(guidance, guidance_of(own.rule, own.policy), request.reading)
     width, height = upload_size or (model.facts.default_width, model.facts.default_height)
+    width, height = request.width or width, request.height or height
     steps = request.steps or steps_for(own, spacing)
     # Every value was validated when the request was read.
     resolved = ResolvedRequest.model_construct(
@@ -109,8 +114,8 @@ def resolve(
         negative_prompt=request.negative_prompt,
         prompt_syntax=_prompt_syntax(request, model),
         model=model.facts.name,
-        width=request.width or width,
-        height=request.height or height,
+        width=width,
+        height=height,
         steps=steps,
         seed=secrets.randbelow(2**32) if request.seed is None else request.seed,
         n=request.n,
@@ -121,6 +126,7 @@ def resolve(
         adapters=request.adapters,
         controls=tuple(one.settings for one in request.controls),
         strength=_strength(request, steps, has_picture=has_picture),
+        hires=_hires(request, width, height, steps, model),
         resize_mode=request.resize_mode,
         output_format=request.output_format,
         stream=request.stream,
@@ -129,6 +135,7 @@ def resolve(
     check_limits(resolved, limits)
     check_size(resolved, model.facts, limits)
     check_controls(resolved.controls, model)
+    check_hires(resolved, has_picture=has_picture, has_reference=has_reference)
     check_guidance(resolved.guidance, model, has_picture=has_picture)
     check_group(resolved, has_picture=has_picture, has_reference=has_reference)
     check_cache(resolved)
@@ -248,6 +255,14 @@ def _prompt_syntax(request: GenerateRequest, model: HostedModel) -> Literal["aut
         f"prompt_syntax is {request.prompt_syntax!r}, but model {model.facts.name!r} reads prompts "
         "as plain text; leave it out.",
     )
+
+
+def _hires(
+    request: GenerateRequest, width: int, height: int, steps: int, model: HostedModel
+) -> Hires | None:
+    if request.hires is None:
+        return None
+    return request.hires.filled_in(width, height, steps, model.facts.size_multiple)
 
 
 def _strength(request: GenerateRequest, steps: int, *, has_picture: bool) -> float | None:

@@ -31,6 +31,7 @@ from server.requests.choice import choice, name_of
 from server.requests.controls import MOST as MOST_CONTROLS
 from server.requests.controls import ControlChoice, ControlSettings
 from server.requests.foreign_names import why_no_sampler, why_no_spacing
+from server.requests.hires import Hires
 from server.requests.reading import DEFAULT_RULE, Readable
 from server.requests.upload import Upload
 from server.settings import PROMPT_BYTES_CEILING
@@ -241,6 +242,11 @@ class GenerateRequest(Readable):
         description="ControlNets that steer the images, added up: names of the model's ControlNets "
         "in the catalog, each with the picture that it reads.",
     )
+    hires: Hires | None = Field(
+        default=None,
+        description="A second run that draws each image once more, larger, from what the first "
+        "one drew; `{}` is twice the size. Each image counts as two. Default: a single run.",
+    )
     output_format: OutputFormat = Field(default="png", description="File format of the images.")
     response_format: Literal["b64_json", "url"] = Field(
         default="b64_json",
@@ -281,9 +287,15 @@ class ResolvedRequest(BaseModel):
     controls: tuple[ControlSettings, ...] = ()
     strength: float | None
     resize_mode: ResizeMode | None = None
+    hires: Hires | None = None
     output_format: OutputFormat
     stream: bool
     priority: Literal["interactive", "batch"] = "interactive"
+
+    @property
+    def drawn_size(self) -> tuple[int, int]:
+        """Width and height of the images."""
+        return (self.width, self.height) if self.hires is None else self.hires.size
 
     def settings(self) -> dict[str, Any]:
         """JSON that makes the same images when posted back.

@@ -8,12 +8,11 @@ import logging
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from server.engine.state.sequence import ImageResult
-from server.engine.state.submission import Submission
 from server.errors import (
     Cancelled,
     InvalidRequest,
@@ -50,6 +49,14 @@ class Progress:
     preview: np.ndarray | None
 
 
+class Cancellable(Protocol):
+    """A request's images in the engine."""
+
+    def cancel(self) -> bool:
+        """End those that still wait or run; returns whether there may have been any."""
+        ...
+
+
 class Generation:
     """A request that was admitted, and the listener that the engine's thread reports to.
 
@@ -80,7 +87,7 @@ class Generation:
         self._news: dict[int, Progress] = {}
         self._wake = asyncio.Event()
         self._error: Exception | None = None
-        self._submission: Submission | None = None
+        self._submission: Cancellable | None = None
         self._closed = False
         self._ended = False
 
@@ -91,7 +98,7 @@ class Generation:
         statistics: str | None,
         warnings: tuple[str, ...],
         notes: tuple[str, ...],
-        submission: Submission,
+        submission: Cancellable,
     ) -> None:
         """Record what was submitted; a generation closed in the meantime is cancelled at once.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any, NamedTuple
@@ -12,7 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from samplers import Plan, StatisticsIdentity
 from server.decoding.picture import MaskForm
@@ -29,20 +29,23 @@ from server.models.hosted import HostedModel
 from server.models.statistics import guidance_name
 from server.requests.catalog import ModelEntry, adapter_entries, control_entries, defaults_of
 from server.requests.checks.group import is_group
-from server.requests.checks.limits import check_count
+from server.requests.checks.limits import check_count, drawings_of
 from server.requests.chosen import notes_for
 from server.requests.controls import load_controls, unloaded_controls
 from server.requests.infotext import infotext
 from server.requests.resolve import Prepared, make_plan, prepare, resolve, statistics_for
 from server.requests.schema import DEFAULT_RESIZE_MODE, GenerateRequest, ResolvedRequest
+from server.requests.second_run import naming_hires, second_run
 from server.requests.tasks import seeds_of, tasks_of
 from server.requests.upload import Upload
 from server.service.generation import Generation
 from server.service.model_shelf import Lease, ModelShelf, ModelState, Source
+from server.service.pixels import mask_tensor, pixels_tensor
+from server.service.second_run import SecondRun, enlarged
 from server.service.waiting_line import WaitingLine
 from server.settings import Limits
 
-__all__ = ["Picture", "Pictures", "Service", "pixels_tensor"]
+__all__ = ["Picture", "Pictures", "Service"]
 
 PLANS_KEPT_BYTES = 512 * 2**20
 """An elementwise plan of dpm_solver_v3 in 25 steps at 1024 x 1024 pixels has up to 367 MB."""
@@ -385,13 +388,18 @@ class Service:
         engine, shelf = self.ready_engine(), self.ready_shelf()
         shelf.check(request.model)
         check_count(request, self._limits)
-        with engine.reserve(request.n, client=client) as room:
+        with ExitStack() as held:
+            room = held.enter_context(engine.reserve(drawings_of(request), client=client))
             model = await generation.unless_ended(self._lent(shelf, generation, request.model))
             image, size = await self._image_for_its_size(request, model)
             prepared = await asyncio.to_thread(self.prepare, request, model, size)
             await asyncio.to_thread(_claim, room, request, prepared[0], model)
             uploads = await self._uploads(request, prepared[0].request, image)
-            await asyncio.to_thread(self._submit, generation, *prepared, model, uploads, room)
+            loop = asyncio.get_running_loop()
+            await asyncio.to_thread(self._submit, generation, *prepared, model, uploads, room, loop)
+            if prepared[0].second is not None:
+                # The second run gives its room back by itself.
+                held.pop_all()
 
     async def _lent(
         self, shelf: ModelShelf, generation: Generation, name: str | None
@@ -411,8 +419,15 @@ class Service:
         model: HostedModel,
         uploads: Uploads,
         room: Reservation,
+        loop: asyncio.AbstractEventLoop,
     ) -> None:
-        submission = room.submit(_tasks(prepared, model, uploads), generation)
+        tasks = _tasks(prepared, model, uploads)
+        if prepared.second is None:
+            submission = room.submit(tasks, generation)
+        else:
+            again = _tasks_again(prepared.second, tasks[0], model, uploads)
+            submission = SecondRun(generation, loop, room, tasks[0], again)
+            submission.submit(tasks)
         statistics = fitted_to and guidance_name(fitted_to.rule, fitted_to.scale)
         generation.begin(
             prepared.request,
@@ -443,7 +458,17 @@ class Service:
         fitted_to = statistics_for(resolved, model)
         plan = self._plan(resolved, model, fitted_to)
         prepared = prepare(resolved, model, plan)
-        return replace(prepared, notes=notes_for(request, resolved, model)), fitted_to
+        notes = notes_for(request, resolved, model)
+        return replace(prepared, notes=notes, second=self._second(resolved, model)), fitted_to
+
+    def _second(self, resolved: ResolvedRequest, model: HostedModel) -> Prepared | None:
+        """The second run of a request with `hires`."""
+        if resolved.hires is None:
+            return None
+        second = second_run(resolved, model.facts, self._limits)
+        with naming_hires():
+            plan = self._plan(second, model, statistics_for(second, model))
+            return prepare(second, model, plan)
 
     def ready_shelf(self) -> ModelShelf:
         """The models, which are lent to who uses them.
@@ -543,12 +568,22 @@ def _tasks(prepared: Prepared, model: HostedModel, uploads: Uploads) -> list[Ima
         prepared,
         model,
         image=None if image is None else pixels_tensor(image),
-        mask=None if mask is None else _mask_tensor(mask),
+        mask=None if mask is None else mask_tensor(mask),
         reference=None if reference is None else pixels_tensor(reference),
         controls=load_controls(
             prepared.request.controls, [pixels_tensor(one) for one in controls], model
         ),
     )
+
+
+def _tasks_again(
+    second: Prepared, first: ImageTask, model: HostedModel, uploads: Uploads
+) -> list[ImageTask]:
+    """The tasks of the second run, without the images that they start from."""
+    request = second.request
+    pictures = [enlarged(one, request.width, request.height) for one in uploads.controls]
+    controls = load_controls(request.controls, list(map(pixels_tensor, pictures)), model)
+    return tasks_of(second, model, adapters=first.adapters, controls=controls)
 
 
 def _claim(
@@ -566,14 +601,9 @@ def _claim(
         adapters=(),
         controls=unloaded_controls([picture.clone() for _ in request.controls]),
     )
+    if prepared.second is not None:
+        size = prepared.second.request.height, prepared.second.request.width
+        larger = torch.empty(3, *size, device="meta")
+        controls = unloaded_controls([larger.clone() for _ in request.controls])
+        tasks += tasks_of(prepared.second, model, image=larger, adapters=(), controls=controls)
     room.claim(tasks)
-
-
-def pixels_tensor(pixels: np.ndarray) -> Tensor:
-    """`[3, H, W]` float32 in [-1, 1] of uint8 `[H, W, 3]`."""
-    return torch.tensor(pixels).permute(2, 0, 1).float().div(127.5).sub(1).contiguous()
-
-
-def _mask_tensor(grey: np.ndarray) -> Tensor:
-    """`[H, W]` float32 in [0, 1] of uint8 `[H, W]`."""
-    return torch.tensor(grey).float().div(255)

@@ -22,7 +22,8 @@ from server.requests.schema import MAX_SEED
 from server.requests.stream_schema import StreamSettings, read_settings
 from server.requests.tasks import tasks_of
 from server.service.model_shelf import Lease
-from server.service.service import Service, pixels_tensor
+from server.service.pixels import pixels_tensor
+from server.service.service import Service
 from server.service.similarity import FrameFilter
 from server.service.stream_counts import SessionCounts
 from server.service.stream_frame import (

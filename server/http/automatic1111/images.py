@@ -154,7 +154,7 @@ async def _made(
 async def _so_far(
     service: Service, generation: Generation, job: Job, region: Region | None
 ) -> tuple[Picture, ...]:
-    size = generation.request.width, generation.request.height
+    size = generation.request.drawn_size
     parts: dict[int, Callable[[], NDArray[np.uint8]]] = {
         index: partial(resized, one.preview, *size)
         for index, one in job.progress.items()

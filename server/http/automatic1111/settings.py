@@ -15,6 +15,7 @@ from server.http.automatic1111.checkpoints import CheckpointsDep, chosen, named
 from server.http.automatic1111.jobs import owner_of
 from server.http.automatic1111.route import ERRORS, TolerantRoute
 from server.http.dependencies import ServiceDep
+from server.requests.automatic1111 import LATENT, UPSCALERS
 from server.requests.automatic1111_names import sampler_labels, schedule_labels
 from server.requests.read_infotext import read_infotext
 from server.requests.upload import Upload
@@ -30,13 +31,11 @@ EMPTY: Final[dict[str, Any]] = {
     "/sdapi/v1/embeddings": {"loaded": {}, "skipped": {}},
     "/sdapi/v1/face-restorers": [],
     "/sdapi/v1/hypernetworks": [],
-    "/sdapi/v1/latent-upscale-modes": [],
     "/sdapi/v1/prompt-styles": [],
     "/sdapi/v1/realesrgan-models": [],
     "/sdapi/v1/script-info": [],
     "/sdapi/v1/scripts": {"txt2img": [], "img2img": []},
     "/sdapi/v1/sd-vae": [],
-    "/sdapi/v1/upscalers": [],
 }
 """What there is none of here, by the path that lists it."""
 
@@ -131,6 +130,19 @@ async def schedulers() -> list[dict[str, Any]]:
         }
         for label in ("Automatic", *schedule_labels())
     ]
+
+
+@router.get("/sdapi/v1/upscalers")
+async def upscalers() -> list[dict[str, Any]]:
+    """How an image is enlarged before it is drawn again, or by `extra-single-image`."""
+    named = {"model_name": None, "model_path": None, "model_url": None, "scale": 4.0}
+    return [{"name": name, **named} for name in UPSCALERS]
+
+
+@router.get("/sdapi/v1/latent-upscale-modes")
+async def latent_upscale_modes() -> list[dict[str, Any]]:
+    """A name that `hr_upscaler` takes, and reads as `Lanczos`."""
+    return [{"name": LATENT}]
 
 
 @router.get("/sdapi/v1/loras")

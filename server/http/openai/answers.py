@@ -116,7 +116,7 @@ def previewed(kind: Kind, generation: Generation, index: int, preview: np.ndarra
         preview: uint8 `[h, w, 3]`.
     """
     request = generation.request
-    pixels = resized(preview, request.width, request.height)
+    pixels = resized(preview, *request.drawn_size)
     return Event(
         type=f"{kind}.partial_image",
         b64_json=base64.b64encode(encode(pixels, request.output_format)).decode(),
@@ -155,4 +155,4 @@ def _data(pictures: Sequence[Picture], links: Sequence[Link] | None) -> list[Ima
 
 
 def _size(request: ResolvedRequest) -> str:
-    return f"{request.width}x{request.height}"
+    return "{}x{}".format(*request.drawn_size)

@@ -9,7 +9,7 @@ from server.requests.checks.classifier import alternatives_of
 from server.requests.schema import MAX_SEED, GenerateRequest, ResolvedRequest
 from server.settings import Limits
 
-__all__ = ["check_count", "check_limits", "check_size", "check_tokens"]
+__all__ = ["check_count", "check_limits", "check_size", "check_tokens", "drawings_of"]
 
 
 def check_count(request: GenerateRequest, limits: Limits) -> None:
@@ -19,6 +19,17 @@ def check_count(request: GenerateRequest, limits: Limits) -> None:
         InvalidRequest: `n` is beyond the limit.
     """
     _at_most("n", request.n, limits.images)
+    if drawings_of(request) > limits.images:
+        raise InvalidRequest(
+            "n",
+            f"n is {request.n}; with hires each image is drawn twice, so at most "
+            f"{limits.images // 2} are allowed.",
+        )
+
+
+def drawings_of(request: GenerateRequest) -> int:
+    """How many images the engine draws for a request, those that are drawn again included."""
+    return request.n if request.hires is None else 2 * request.n
 
 
 def check_limits(request: ResolvedRequest, limits: Limits) -> None:

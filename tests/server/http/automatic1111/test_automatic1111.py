@@ -126,7 +126,8 @@ def test_lists_are_what_the_client_expects(api: WebUIApi) -> None:
     assert "embedded-lcm-lora" in {one["name"] for one in api.get_loras()}
     assert api.get_memory()["ram"]["total"] > 2**30
     assert api.get_embeddings() == {"loaded": {}, "skipped": {}}
-    for empty in (api.get_sd_vae, api.get_upscalers, api.get_prompt_styles, api.get_hypernetworks):
+    assert [one["name"] for one in api.get_upscalers()] == ["None", "Lanczos"]
+    for empty in (api.get_sd_vae, api.get_prompt_styles, api.get_hypernetworks):
         assert empty() == []
     assert api.refresh_checkpoints() == {}
 
@@ -255,6 +256,23 @@ def test_png_info_reads_what_was_written(api: WebUIApi, client: httpx2.Client) -
     assert blank == {"info": "", "items": {}, "parameters": {}}
 
 
+def test_an_image_is_enlarged(api: WebUIApi) -> None:
+    ramp = Image.linear_gradient("L").convert("RGB").resize((40, 20))
+    twice = api.extra_single_image(ramp, upscaler_1="Lanczos", upscaling_resize=2)
+    assert isinstance(twice, WebUIApiResult)
+    assert (array(twice.image) == array(ramp.resize((80, 40), Image.Resampling.LANCZOS))).all()
+    to_size: dict[str, Any] = {"resize_mode": 1, "upscaling_resize_w": 30, "upscaling_resize_h": 30}
+    cropped = api.extra_single_image(ramp, upscaler_1="Lanczos", upscaling_crop=True, **to_size)
+    assert isinstance(cropped, WebUIApiResult)
+    assert cropped.image.size == (30, 30)
+    with pytest.raises(RuntimeError, match="allowed are: None, Lanczos"):
+        api.extra_single_image(ramp, upscaler_1="R-ESRGAN 4x+")
+    with pytest.raises(RuntimeError, match="pixels are allowed"):
+        api.extra_single_image(ramp, upscaler_1="Lanczos", upscaling_resize=8000)
+    with pytest.raises(RuntimeError, match="gfpgan_visibility is 1"):
+        api.extra_single_image(ramp, gfpgan_visibility=1)
+
+
 REFUSED: dict[str, tuple[Callable[[WebUIApi], Any], str]] = {
     "sampler": (lambda api: txt2img(api, **SMALL, sampler_name="Euler b"), "near are: Euler a"),
     "steps": (lambda api: txt2img(api, prompt="x", steps=1000), "at most 200"),
@@ -287,7 +305,12 @@ def test_errors_have_the_form_of_automatic1111(client: httpx2.Client) -> None:
 def test_fields_and_scripts_of_other_programs_do_no_harm(client: httpx2.Client) -> None:
     unit = {"enabled": True, "image": "A" * 100_000}
     scripts = {"ADetailer": {"args": [False]}, "ControlNet": {"args": [unit]}}
-    body = SMALL | {"steps": 1, "alwayson_scripts": scripts, "hr_prompt": "x" * 50_000, "y": None}
+    body = SMALL | {
+        "steps": 1,
+        "alwayson_scripts": scripts,
+        "adetailer_prompt": "x" * 50_000,
+        "y": None,
+    }
     answer = client.post("/sdapi/v1/txt2img", json=body)
     assert answer.status_code == 200, answer.text
     assert "nothing here corresponds: scripts." in answer.json()["info"]
@@ -298,8 +321,9 @@ def test_sillytavern_s_calls_are_answered(client: httpx2.Client) -> None:
     client.headers["authorization"] = "Basic Og=="
     try:
         assert client.get("/internal/ping").status_code == 200
-        for path in ("upscalers", "latent-upscale-modes", "sd-vae"):
-            assert client.get(f"/sdapi/v1/{path}").json() == []
+        for path in ("upscalers", "latent-upscale-modes"):
+            assert all(one["name"] for one in client.get(f"/sdapi/v1/{path}").json())
+        assert client.get("/sdapi/v1/sd-vae").json() == []
         assert all(one["name"] for one in client.get("/sdapi/v1/samplers").json())
         assert all(one["name"] for one in client.get("/sdapi/v1/schedulers").json())
         titles = [one["title"] for one in client.get("/sdapi/v1/sd-models").json()]

@@ -1,0 +1,114 @@
+"""`/sdapi/v1/extra-single-image`: an image enlarged, without a model."""
+
+from __future__ import annotations
+
+import base64
+from asyncio import to_thread
+
+import numpy as np
+from fastapi import APIRouter, Request
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from pydantic import BaseModel, ConfigDict, Field
+
+from server.errors import InvalidRequest
+from server.http.automatic1111.route import ERRORS, TolerantRoute
+from server.http.dependencies import ServiceDep
+from server.image_codec import encode
+from server.requests.automatic1111 import UPSCALERS
+from server.requests.upload import Upload
+
+__all__ = ["router"]
+
+router = APIRouter(prefix="/sdapi/v1", tags=["automatic1111"], route_class=TolerantRoute)
+
+
+class Enlarge(BaseModel):
+    """A request of AUTOMATIC1111's `POST /sdapi/v1/extra-single-image`; unknown fields are ignored.
+
+    What repairs faces, and a second upscaler, are refused when they would act.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+    image: Upload = Field(repr=False, description="PNG, JPEG or WebP in base64.")
+    upscaler_1: str = Field(
+        default="None", max_length=128, description="`Lanczos`; `None` leaves the image as it is."
+    )
+    resize_mode: int = Field(
+        default=0, ge=0, le=1, description="0 takes `upscaling_resize`, 1 the width and height."
+    )
+    upscaling_resize: float = Field(
+        default=2, gt=0, le=10**4, description="By what the sides are multiplied."
+    )
+    upscaling_resize_w: int = Field(default=512, ge=1, le=10**5, description="Width to get.")
+    upscaling_resize_h: int = Field(default=512, ge=1, le=10**5, description="Height to get.")
+    upscaling_crop: bool = Field(
+        default=True,
+        description="Whether an image of other proportions is cropped; otherwise it is fitted in.",
+    )
+    gfpgan_visibility: float = 0
+    codeformer_visibility: float = 0
+    extras_upscaler_2_visibility: float = 0
+
+    def size_of(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height of the result for an image of a size."""
+        if self.upscaler_1 == "None":
+            return width, height
+        if self.resize_mode == 0:
+            factor = self.upscaling_resize
+            return max(1, round(factor * width)), max(1, round(factor * height))
+        wide, high = self.upscaling_resize_w, self.upscaling_resize_h
+        if self.upscaling_crop:
+            return wide, high
+        factor = min(wide / width, high / height)
+        return max(1, round(factor * width)), max(1, round(factor * height))
+
+
+class Enlarged(BaseModel):
+    """The image."""
+
+    html_info: str = ""
+    image: str = Field(description="PNG in base64.")
+
+
+@router.post("/extra-single-image", responses=ERRORS)
+async def extra_single_image(body: Enlarge, request: Request, service: ServiceDep) -> Enlarged:
+    """Enlarge an image by Lanczos."""
+    _check(body)
+    with body.image.opened() as data:
+        picture = await service.decoding.picture(data, "image")
+    width, height = body.size_of(picture.shape[1], picture.shape[0])
+    most = request.app.state.settings.limits.upload_pixels
+    if width * height > most:
+        raise InvalidRequest(
+            "upscaling_resize",
+            f"upscaling_resize makes an image of {width} x {height}; at most {most} pixels are "
+            "allowed.",
+        )
+    request.state.share.hold(picture.nbytes + 3 * width * height)
+    return Enlarged(image=await to_thread(_made, picture, width, height))
+
+
+def _check(body: Enlarge) -> None:
+    """Refuse what nothing here does.
+
+    Raises:
+        InvalidRequest: another upscaler, or what repairs faces.
+    """
+    if body.upscaler_1 not in UPSCALERS:
+        raise InvalidRequest(
+            "upscaler_1",
+            f"upscaler_1 is {body.upscaler_1!r}; allowed are: {', '.join(UPSCALERS)}.",
+        )
+    for name in ("gfpgan_visibility", "codeformer_visibility", "extras_upscaler_2_visibility"):
+        if getattr(body, name):
+            raise InvalidRequest(
+                name, f"{name} is {getattr(body, name)}; there is none here, so leave it at 0."
+            )
+
+
+def _made(picture: NDArray[np.uint8], width: int, height: int) -> str:
+    image = Image.fromarray(picture, mode="RGB")
+    larger = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+    return base64.b64encode(encode(np.asarray(larger), "png")).decode()

@@ -1,0 +1,82 @@
+"""A second run that draws an image once more, larger, from what the first run drew."""
+
+from __future__ import annotations
+
+from typing import Annotated, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+__all__ = ["DEFAULT_SCALE", "Hires"]
+
+DEFAULT_SCALE = 2.0
+
+Count = Annotated[int, Field(strict=True)]
+
+
+class Hires(BaseModel):
+    """How each image is enlarged (Lanczos) and drawn once more, as AUTOMATIC1111's "hires fix".
+
+    Models draw compositions well at the size that they were trained at, and repeat motifs beyond
+    it. So the first run composes the image at `width` x `height`, and the second one, from the
+    enlarged image and a part of the way, draws the details.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    scale: float | None = Field(
+        default=None,
+        ge=1,
+        le=8,
+        description="By what width and height are multiplied, down to what the model draws. "
+        f"Default: {DEFAULT_SCALE:g}, without `width` and `height`.",
+    )
+    width: Count | None = Field(
+        default=None, ge=8, le=16384, description="Of the second run in pixels, with `height`."
+    )
+    height: Count | None = Field(
+        default=None,
+        ge=8,
+        le=16384,
+        description="Of the second run in pixels. In other proportions than those of the first, "
+        "the image is cropped around its middle.",
+    )
+    strength: float = Field(
+        default=0.5, gt=0, le=1, description="Share of the steps of the second run that is run."
+    )
+    steps: Count | None = Field(
+        default=None, ge=1, description="Steps of the second run. Default: those of the first."
+    )
+
+    @model_validator(mode="after")
+    def _say_the_size_once(self) -> Self:
+        if (self.width is None) != (self.height is None):
+            raise PydanticCustomError(
+                "sentence", "hires has one of width and height; send both, or scale instead."
+            )
+        if self.width is not None and self.scale is not None:
+            raise PydanticCustomError(
+                "sentence", "hires has scale beside width and height; send one or the other."
+            )
+        return self
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the second run, where they are known."""
+        return self.width or 0, self.height or 0
+
+    def filled_in(self, width: int, height: int, steps: int, multiple: int) -> Hires:
+        """The same with its size and steps.
+
+        Args:
+            width: of the first run.
+            height: of the first run.
+            steps: of the first run.
+            multiple: pixels of which the model draws whole multiples.
+        """
+        scale = DEFAULT_SCALE if self.scale is None else self.scale
+        sides = (round(scale * side) for side in (width, height))
+        larger = (max(multiple, side - side % multiple) for side in sides)
+        wide, high = self.size if self.width else larger
+        given = {"scale": None, "width": wide, "height": high, "steps": self.steps or steps}
+        return self.model_copy(update=given)

@@ -1,0 +1,20 @@
+"""Pictures as tensors."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+__all__ = ["mask_tensor", "pixels_tensor"]
+
+
+def pixels_tensor(pixels: NDArray[np.uint8]) -> Tensor:
+    """`[3, H, W]` float32 in [-1, 1] of uint8 `[H, W, 3]`."""
+    return torch.tensor(pixels).permute(2, 0, 1).float().div(127.5).sub(1).contiguous()
+
+
+def mask_tensor(grey: NDArray[np.uint8]) -> Tensor:
+    """`[H, W]` float32 in [0, 1] of uint8 `[H, W]`."""
+    return torch.tensor(grey).float().div(255)

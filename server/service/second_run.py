@@ -1,0 +1,172 @@
+"""Draws the images of a request once more, larger, each as soon as its first run has ended."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from threading import Lock
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from server.engine.reservation import Reservation
+from server.engine.state.sequence import ImageResult
+from server.engine.state.submission import Submission
+from server.engine.task import ImageTask
+from server.service.generation import Generation
+from server.service.pixels import pixels_tensor
+
+__all__ = ["SecondRun", "enlarged"]
+
+
+class SecondRun:
+    """Hears of the first run in the generation's place, and submits the second of each image.
+
+    The generation hears of both as of one run, and cancels them as one submission.
+
+    Args:
+        generation: whose images they are.
+        loop: its event loop, in whose threads images are enlarged.
+        room: reserved for both runs of all images; given back when they are cancelled.
+        first: a task of the first run.
+        tasks: of the second run, without the images that they start from.
+    """
+
+    def __init__(
+        self,
+        generation: Generation,
+        loop: asyncio.AbstractEventLoop,
+        room: Reservation,
+        first: ImageTask,
+        tasks: Sequence[ImageTask],
+    ) -> None:
+        self._generation = generation
+        self._loop = loop
+        self._room = room
+        self._tasks = tasks
+        self._first_steps: Final = first.plan.steps
+        self._steps: Final = first.plan.steps + tasks[0].plan.steps
+        self._submissions: list[Submission] = []
+        self._cancelled = False
+        self._lock = Lock()
+
+    def submit(self, first: Sequence[ImageTask]) -> None:
+        """Submit the first run.
+
+        Raises:
+            WeftError: as of :meth:`Reservation.submit`.
+        """
+        submission = self._room.submit(first, self)
+        with self._lock:
+            self._submissions.append(submission)
+
+    def cancel(self) -> bool:
+        """End all images that wait or run; returns whether there may have been any."""
+        with self._lock:
+            self._cancelled = True
+            submissions = list(self._submissions)
+        self._room.release()
+        ended = [submission.cancel() for submission in submissions]
+        return any(ended)
+
+    def started(self, index: int) -> None:
+        """An image left the queue."""
+        self._generation.started(index)
+
+    def progress(
+        self, index: int, step: int, steps: int, preview: NDArray[np.uint8] | None
+    ) -> None:
+        """A step of the first run is done."""
+        self._generation.progress(index, step, self._steps, preview)
+
+    def finished(self, index: int, result: ImageResult) -> None:
+        """The first run of an image has ended."""
+        # A closed loop has no reader left. Enlarging takes too long for the engine's thread.
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(
+                self._loop.run_in_executor, None, self._again, index, result
+            )
+
+    def failed(self, index: int, error: Exception) -> None:
+        """An image failed in its first run."""
+        self._generation.failed(index, error)
+
+    def _again(self, index: int, first: ImageResult) -> None:
+        task = self._tasks[index]
+        listener = _Second(self._generation, index, first, self._first_steps, self._steps)
+        try:
+            pixels = pixels_tensor(enlarged(first.pixels, task.width, task.height))
+            with self._lock:
+                if not self._cancelled:
+                    own = replace(task, image=pixels)
+                    self._submissions.append(self._room.submit([own], listener))
+        except Exception as error:  # noqa: BLE001 - the generation reports it
+            self._generation.failed(index, error)
+
+
+class _Second:
+    """Hears of the second run of one image.
+
+    Args:
+        generation: whose image it is.
+        index: of the image.
+        first: what came of its first run.
+        first_steps: of the first run.
+        steps: of both.
+    """
+
+    def __init__(
+        self,
+        generation: Generation,
+        index: int,
+        first: ImageResult,
+        first_steps: int,
+        steps: int,
+    ) -> None:
+        self._generation = generation
+        self._index = index
+        self._first = first
+        self._first_steps = first_steps
+        self._steps = steps
+
+    def started(self, index: int) -> None:
+        """The second run begins."""
+
+    def progress(
+        self, index: int, step: int, steps: int, preview: NDArray[np.uint8] | None
+    ) -> None:
+        """A step of the second run is done."""
+        self._generation.progress(self._index, self._first_steps + step, self._steps, preview)
+
+    def finished(self, index: int, result: ImageResult) -> None:
+        """The image is finished, with what both runs took."""
+        first = self._first
+        both = replace(
+            result,
+            evaluations=first.evaluations + result.evaluations,
+            saved=first.saved + result.saved,
+            queue_s=first.queue_s,
+            denoise_s=first.denoise_s + first.decode_s + result.queue_s + result.denoise_s,
+            ancestor=self._index,
+        )
+        self._generation.finished(self._index, both)
+
+    def failed(self, index: int, error: Exception) -> None:
+        """The image failed in its second run."""
+        self._generation.failed(self._index, error)
+
+
+def enlarged(pixels: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:
+    """A picture at a larger size, cropped around its middle to other proportions.
+
+    Args:
+        pixels: uint8 `[h, w, 3]`.
+        width: of the result.
+        height: of the result.
+    """
+    image = Image.fromarray(pixels, mode="RGB")
+    return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
