@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from server.models.autoencoder import Autoencoder
 from server.models.clip import CLIP
 from server.models.conditioning import Conditioning
+from server.models.controls.flux_control import FluxControl
 from server.models.conventions import defaults_by
 from server.models.distilled import stated
 from server.models.flow_matching import SCHEDULER, FlowSchedules
@@ -91,29 +92,38 @@ class FluxDenoiser:
 
     Args:
         network: a ``FluxTransformer2DModel`` in inference mode.
+        control: the ControlNets that it takes.
     """
 
-    def __init__(self, network: Any) -> None:
+    def __init__(self, network: Any, control: FluxControl) -> None:
         self.network = network
+        self._control = control
 
     def __call__(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
         """See ``HostedModel.evaluate``; a row without an embedded scale is told the scale 1."""
         network, conditioning = self.network, inputs.conditioning.tensors
-        text = conditioning[TEXT]
-        guidance = None
-        if network.config.guidance_embeds:
-            scales = inputs.scale_embedding
-            guidance = torch.ones_like(t) if scales is None else scales + 1
+        text, scales = conditioning[TEXT], inputs.scale_embedding
+        guidance = torch.ones_like(t) if scales is None else scales + 1
         height, width = x.shape[-2] // PATCH, x.shape[-1] // PATCH
-        velocity = network(
-            hidden_states=packed(x).to(network.dtype),
+        rows = {
+            "hidden_states": packed(x).to(network.dtype),
             # The thousandfold is what is rounded, as in diffusers' pipeline.
-            timestep=t.to(network.dtype) / THOUSAND,
-            guidance=guidance,
-            pooled_projections=conditioning[POOLED],
-            encoder_hidden_states=text,
-            txt_ids=torch.zeros(text.shape[1], 3, device=x.device),
-            img_ids=positions(height, width, x.device),
+            "timestep": t.to(network.dtype) / THOUSAND,
+            "pooled_projections": conditioning[POOLED],
+            "encoder_hidden_states": text,
+        }
+        places = {
+            "txt_ids": torch.zeros(text.shape[1], 3, device=x.device),
+            "img_ids": positions(height, width, x.device),
+        }
+        added: dict[str, Any] = {}
+        if inputs.controls is not None:
+            added = self._control.residuals(rows, places, guidance, inputs.controls)
+        velocity = network(
+            **rows,
+            **places,
+            **added,
+            guidance=guidance if network.config.guidance_embeds else None,
             return_dict=False,
         )[0]
         return unpacked(velocity, height, width).float()
@@ -177,13 +187,16 @@ def load_flux1(
         embeds_scale=guided,
         defaults=_defaults_of(folder, guided=guided),
     )
+    autoencoder = Autoencoder(vae, device)
+    control = FluxControl(transformer, autoencoder.encode, packed, device)
     return TransformerModel(
         facts,
         device,
         dtype,
         schedule=FlowSchedules(folder, multiple),
-        denoiser=FluxDenoiser(transformer),
-        autoencoder=Autoencoder(vae, device),
+        denoiser=FluxDenoiser(transformer, control),
+        autoencoder=autoencoder,
+        control=control,
         text=text,
     )
 

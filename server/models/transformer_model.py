@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from samplers.levels import F64
     from server.models.adapters.adapter import RowAdapters
     from server.models.conditioning import Conditioning, StackedConditioning
+    from server.models.controls.control_kind import ControlKind
     from server.models.inputs import RowInputs
     from server.models.text_side import TextSide
 
@@ -102,6 +103,7 @@ class TransformerModel(HostedModel):
         stack: conditioning of the rows of a forward; by default all are of one shape.
         told: what the transformer is told at times of the schedule; by default what that says.
         negative: marks a negative prompt; None where it is encoded like any other.
+        control: the ControlNets that the denoiser takes; None where it takes none.
     """
 
     def __init__(
@@ -118,6 +120,7 @@ class TransformerModel(HostedModel):
         stack: Stack | None = None,
         told: Callable[[F64], F64] | None = None,
         negative: Callable[[str | None], str | None] | None = None,
+        control: ControlKind | None = None,
     ) -> None:
         super().__init__(facts, device, dtype)
         self._schedule = schedule
@@ -128,6 +131,7 @@ class TransformerModel(HostedModel):
         self._stack = stack
         self._told = told
         self._negative = negative
+        self._control = control
         self._edits = RowEdits(denoiser.network)
         self._adapted = {
             part: AdaptedNetwork(part, network, device)
@@ -200,6 +204,11 @@ class TransformerModel(HostedModel):
             if type(network).__name__.startswith(ADAPTED_TEXT)
         }
         return {TRANSFORMER: self._denoiser.network, **texts}
+
+    @property
+    @override
+    def control_kind(self) -> ControlKind | None:
+        return self._control
 
     @override
     def layers(self) -> tuple[str, ...]:

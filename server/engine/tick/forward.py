@@ -100,7 +100,7 @@ def _inputs(batches: Listed[Batch], rows: Listed[ForwardRows], t: Tensor) -> Row
         scales = told.to(t.device, non_blocking=True)
     edits = _edits(rows)
     adapters = RowAdapters(tuple(owner.task.adapters for owner in owners))
-    controls = RowControls(tuple(owner.controls for owner in owners))
+    controls = RowControls(tuple(owner.controls for owner in owners), _prompts(batches))
     channels = [owner.channels for owner in owners if owner.channels is not None]
     led_away = any(part.against is not None for part in rows)
     return RowInputs(
@@ -112,6 +112,15 @@ def _inputs(batches: Listed[Batch], rows: Listed[ForwardRows], t: Tensor) -> Row
         adapters=adapters if adapters else None,
         controls=controls if controls else None,
     )
+
+
+def _prompts(batches: Listed[Batch]) -> tuple[int, ...]:
+    """For each row, the row of its image's prompt: these come first, in the order of the images."""
+    found: list[int] = []
+    for batch in batches:
+        before = len(found)
+        found += [before + i for i in batch.owners]
+    return tuple(found)
 
 
 def _edits(rows: Listed[ForwardRows]) -> list[tuple[Edit, ...]]:

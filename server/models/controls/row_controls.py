@@ -23,7 +23,7 @@ class RowControl:
 
     Attributes:
         control: the ControlNet.
-        hint: what it reads of its picture, as the model's ``control_hint`` made it.
+        hint: what it reads of its picture, see ``ControlKind.hint``.
         scale: factor on what it adds.
     """
 
@@ -38,15 +38,20 @@ class SameControl:
 
     Attributes:
         control: the ControlNet.
-        rows: their positions; where the number of rows is fixed, the first is repeated.
-        hints: ``[rows, ...]``.
-        scales: factors on what is added, one a row; repeated rows have none.
+        rows: those that it runs over, int64; where the number of rows is fixed, the first is
+            repeated.
+        hints: of these, ``[rows, ...]``.
+        onto: the rows that it acts on, int64 ``[n]``.
+        run: which of ``rows`` gives what is added to each of them, int64 ``[n]``.
+        scales: the factor on it, float32 ``[n]``.
     """
 
     control: Control
-    rows: Sequence[int]
+    rows: Tensor
     hints: Tensor
-    scales: Sequence[float]
+    onto: Tensor
+    run: Tensor
+    scales: Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,11 +60,14 @@ class RowControls:
 
     Attributes:
         rows: of each row, in order. What several add is summed.
+        prompts: for each row, the row of its image that is told the prompt; it has the same
+            ControlNets.
         fixed: whether a ControlNet runs over as many rows as the forward has, so that a row's bits
             do not depend on how many rows have it.
     """
 
     rows: tuple[tuple[RowControl, ...], ...]
+    prompts: tuple[int, ...]
     fixed: bool = False
 
     def __bool__(self) -> bool:
@@ -68,18 +76,30 @@ class RowControls:
 
     def of(self, rows: Sequence[int]) -> RowControls:
         """Those of some rows, which may be repeated."""
-        return replace(self, rows=tuple(self.rows[row] for row in rows))
+        places: dict[int, int] = {}
+        for place, row in enumerate(rows):
+            places.setdefault(row, place)
+        return replace(
+            self,
+            rows=tuple(self.rows[row] for row in rows),
+            # Where the prompt's row stays behind, a row stands for it by itself.
+            prompts=tuple(places.get(self.prompts[row], places[row]) for row in rows),
+        )
 
     def padded(self, count: int, *, fixed: bool) -> RowControls:
         """The same, followed by rows without ControlNets until there are ``count``."""
-        missing: tuple[tuple[RowControl, ...], ...] = ((),) * (count - len(self.rows))
-        return RowControls((*self.rows, *missing), fixed=fixed)
+        here = len(self.rows)
+        missing: tuple[tuple[RowControl, ...], ...] = ((),) * (count - here)
+        return RowControls((*self.rows, *missing), (*self.prompts, *range(here, count)), fixed)
 
-    def by_control(self) -> list[SameControl]:
+    def by_control(self, *, once: bool) -> list[SameControl]:
         """The rows of each ControlNet, in an order in which no row's company has a say.
 
         A row that has the same ControlNet twice, with two pictures, is among its rows twice, and
         the second time apart from the first.
+
+        Args:
+            once: run a ControlNet over the prompt's row of an image alone, for all of its rows.
         """
         found: dict[tuple[str, int, int], dict[int, RowControl]] = {}
         for row, own in enumerate(self.rows):
@@ -88,44 +108,71 @@ class RowControls:
                 again = times[one.control] = times.get(one.control, -1) + 1
                 key = one.control.name, again, id(one.control)
                 found.setdefault(key, {})[row] = one
-        return [self._together(found[key]) for key in sorted(found)]
+        return [self._together(found[key], once=once) for key in sorted(found)]
 
-    def _together(self, found: dict[int, RowControl]) -> SameControl:
-        rows, own = list(found), list(found.values())
-        hints = [one.hint for one in own]
+    def _together(self, found: dict[int, RowControl], *, once: bool) -> SameControl:
+        runs = {row: self.prompts[row] if once else row for row in found}
+        rows = list(dict.fromkeys(runs.values()))
+        places = {row: place for place, row in enumerate(rows)}
         missing = len(self.rows) - len(rows) if self.fixed else 0
+        filled = [*rows, *[rows[0]] * missing]
+        hints = torch.stack([found[row].hint for row in filled])
+
+        def sent(values: Sequence[float], dtype: torch.dtype) -> Tensor:
+            return torch.tensor(values, dtype=dtype).to(hints.device, non_blocking=True)
+
         return SameControl(
-            own[0].control,
-            [*rows, *[rows[0]] * missing],
-            torch.stack([*hints, *[hints[0]] * missing]),
-            [one.scale for one in own],
+            found[rows[0]].control,
+            sent(filled, torch.int64),
+            hints,
+            sent(list(found), torch.int64),
+            sent([places[run] for run in runs.values()], torch.int64),
+            sent([one.scale for one in found.values()], torch.float32),
         )
 
 
 def summed(
-    controls: RowControls, evaluate: Callable[[SameControl, Tensor], Sequence[Tensor]]
-) -> list[Tensor]:
+    controls: RowControls,
+    evaluate: Callable[[SameControl], Sequence[Tensor | None]],
+    *,
+    once: bool = False,
+) -> list[Tensor | None]:
     """What all ControlNets of a forward add to its rows.
 
     Args:
         controls: of all rows, at least one of which has any.
-        evaluate: runs a ControlNet over its rows, whose positions it is given as int64 on the
-            device too, and returns what it adds to them at each place, ``[rows, ...]``.
+        evaluate: runs a ControlNet over its rows, and returns what it adds at each place of the
+            network, ``[rows, ...]``. Places may have the same tensor, or none.
+        once: see ``RowControls.by_control``.
 
     Returns:
-        What is added to all rows at each place, ``[all rows, ...]``; 0 where nothing is.
+        What is added to all rows at each place, ``[all rows, ...]``; 0 for rows without, and None
+        where nothing is added to any. Places to which the same is added have the same tensor.
     """
-    sums: list[Tensor] = []
-    for same in controls.by_control():
-        device = same.hints.device
-        rows = torch.tensor(same.rows).to(device, non_blocking=True)
-        count = len(same.scales)
-        scales = torch.tensor(same.scales, dtype=torch.float32).to(device, non_blocking=True)
-        residuals = evaluate(same, rows)
-        if not sums:
-            sums = [one.new_zeros(len(controls.rows), *one.shape[1:]) for one in residuals]
-        for total, one in zip(sums, residuals, strict=True):
-            factors = scales.view(-1, *[1] * (one.ndim - 1))
-            # A place of a row has one summand of each ControlNet, so no order of sums is open.
-            total.index_add_(0, rows[:count], (one[:count] * factors).to(total.dtype))
-    return sums
+    each = controls.by_control(once=once)
+    found = [evaluate(same) for same in each]
+    sums: dict[tuple[int, ...], Tensor | None] = {}
+    places: list[Tensor | None] = []
+    for residuals in zip(*found, strict=True):
+        key = tuple(map(id, residuals))
+        if key not in sums:
+            sums[key] = _sum(len(controls.rows), each, residuals)
+        places.append(sums[key])
+    return places
+
+
+def _sum(
+    count: int, each: Sequence[SameControl], residuals: Sequence[Tensor | None]
+) -> Tensor | None:
+    """What ControlNets add to ``count`` rows at one place."""
+    total: Tensor | None = None
+    for same, residual in zip(each, residuals, strict=True):
+        if residual is None:
+            continue
+        if total is None:
+            total = residual.new_zeros(count, *residual.shape[1:])
+        factors = same.scales.view(-1, *[1] * (residual.ndim - 1))
+        added = (residual.index_select(0, same.run) * factors).to(total.dtype)
+        # No row is there twice, so no order of sums is open.
+        total.index_add_(0, same.onto, added)
+    return total

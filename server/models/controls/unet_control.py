@@ -103,13 +103,13 @@ class UNetControl:
             controls: of each row.
         """
 
-        def evaluate(same: SameControl, rows: Tensor) -> Sequence[Tensor]:
-            told = dict(conditioning.select(rows).tensors)
+        def evaluate(same: SameControl) -> Sequence[Tensor]:
+            told = dict(conditioning.select(same.rows).tensors)
             text = told.pop(TEXT)
             network = same.control.network
             skips, middle = network(
-                x.index_select(0, rows),
-                t.index_select(0, rows),
+                x.index_select(0, same.rows),
+                t.index_select(0, same.rows),
                 text,
                 same.hints,
                 added_cond_kwargs=told,

@@ -168,7 +168,7 @@ def test_rows_without_are_not_moved_by_a_bit(model: HostedModel) -> None:
     depth = use(model, "depth", 1, SIZE)
     assert model.control_kind is not None
     hint = model.control_kind.hint(depth.control.network, depth.picture)
-    rows = RowControls(((), (RowControl(depth.control, hint, 1.0),), ()))
+    rows = RowControls(((), (RowControl(depth.control, hint, 1.0),), ()), (0, 1, 2))
     without, with_one = (
         model.evaluate(x, t, inputs) for inputs in (plain, replace(plain, controls=rows))
     )

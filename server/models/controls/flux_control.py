@@ -1,0 +1,143 @@
+"""ControlNets of FLUX.1: blocks of the same kind, whose outputs are added to those of its blocks.
+
+As ``FluxControlNetPipeline`` of diffusers runs them: over the prompt's row alone, for both branches
+of true classifier-free guidance. A picture is encoded to the mean of the autoencoder's posterior,
+where the pipeline draws a sample.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from server.models.controls.control_kind import first_misfit
+from server.models.controls.row_controls import summed
+from server.models.controls.spread import in_runs, in_turn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    import torch
+    from torch import Tensor, nn
+
+    from server.models.controls.row_controls import RowControls, SameControl
+
+__all__ = ["FluxControl"]
+
+ALIKE = (
+    "in_channels",
+    "num_attention_heads",
+    "attention_head_dim",
+    "joint_attention_dim",
+    "pooled_projection_dim",
+    "axes_dims_rope",
+)
+"""Entries of the transformer's config that a ControlNet's must equal."""
+
+
+PATCH = 2
+"""Latent cells along a side of a token."""
+
+
+class FluxControl:
+    """The ControlNets of a FLUX.1 transformer.
+
+    Args:
+        transformer: a ``FluxTransformer2DModel``.
+        encode: clean latents ``[rows, C, h, w]`` of pictures.
+        packed: tokens of latents.
+        device: where it runs.
+    """
+
+    def __init__(
+        self,
+        transformer: Any,
+        encode: Callable[[Tensor], Tensor],
+        packed: Callable[[Tensor], Tensor],
+        device: torch.device,
+    ) -> None:
+        from diffusers import FluxControlNetModel
+
+        self.kind: Any = FluxControlNetModel
+        self.denoiser: nn.Module = transformer
+        self._layers = len(transformer.transformer_blocks)
+        self._single_layers = len(transformer.single_transformer_blocks)
+        self._encode = encode
+        self._packed = packed
+        self._device = device
+        self._expected = {name: transformer.config[name] for name in ALIKE} | {
+            # A union of several would have to be told which of them is meant.
+            "num_mode": None,
+        }
+
+    def misfit(self, config: Mapping[str, Any]) -> str | None:
+        """See ``ControlKind.misfit``."""
+        if differs := first_misfit(self.kind, config, self._expected):
+            return differs
+        for name, most in (
+            ("num_layers", self._layers),
+            ("num_single_layers", self._single_layers),
+        ):
+            layers = config.get(name, most)
+            if not isinstance(layers, int) or not 0 <= layers <= most:
+                return f"has {name} {str(layers)[:60]}, where at most {most} are possible"
+        embeds = config.get("conditioning_embedding_channels") is not None
+        if embeds and config.get("patch_size") != PATCH:
+            return f"embeds pictures, and has a patch_size other than {PATCH}"
+        return None
+
+    def prepared(self, network: Any) -> Any:
+        """See ``ControlKind.prepared``; its picture is embedded apart from its forward."""
+        network.embed_picture, network.input_hint_block = network.input_hint_block, None
+        return network.to(self._device)
+
+    def hint(self, network: Any, picture: Tensor) -> Tensor:
+        """The picture's tokens ``[tokens, 4 C]``."""
+        pixels = picture.to(self._device)[None]
+        if network.embed_picture is None:
+            cells = self._encode(pixels)
+        else:
+            cells = network.embed_picture(pixels.to(network.dtype))
+        return self._packed(cells)[0].to(network.dtype)
+
+    def residuals(
+        self,
+        rows: Mapping[str, Tensor],
+        positions: Mapping[str, Tensor],
+        scale: Tensor,
+        controls: RowControls,
+    ) -> dict[str, Any]:
+        """What is added to the rows, by the names of the transformer's arguments.
+
+        Args:
+            rows: arguments of the transformer that have an entry a row.
+            positions: those that are the same for all rows.
+            scale: that the rows are told, where a ControlNet is told one, ``[rows]``.
+            controls: of each row.
+        """
+
+        def evaluate(same: SameControl) -> Sequence[Tensor | None]:
+            network = same.control.network
+            told = {name: one.index_select(0, same.rows) for name, one in rows.items()}
+            guided = network.config.guidance_embeds
+            blocks, single_blocks = network(
+                **told,
+                **positions,
+                controlnet_cond=same.hints,
+                guidance=scale.index_select(0, same.rows) if guided else None,
+                return_dict=False,
+            )
+            # Of those that embed the picture themselves, by XLabs, outputs take turns.
+            spread = in_runs if network.embed_picture is None else in_turn
+            return [
+                *spread(blocks or (), self._layers),
+                *in_runs(single_blocks or (), self._single_layers),
+            ]
+
+        added = summed(controls, evaluate, once=True)
+        parts = added[: self._layers], added[self._layers :]
+        names = "controlnet_block_samples", "controlnet_single_block_samples"
+        return {
+            # A ControlNet adds to all blocks of a sort or to none.
+            name: None if any(one is None for one in part) else part
+            for name, part in zip(names, parts, strict=True)
+        }
