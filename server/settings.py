@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
@@ -22,6 +22,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from server.api_keys import ApiKey, keys_of
 from server.models.hub import HubModel
+from server.models.quantization import Quantization, missing_package
 
 __all__ = [
     "LOOPBACK_NAMES",
@@ -304,7 +305,19 @@ class Settings(BaseSettings):
     device: str = Field(default="auto", description="Device: `auto`, `cpu`, `cuda` or `cuda:N`.")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         default="auto",
-        description="Precision of the model; `auto` is float32 on a CPU and float16 on a GPU.",
+        description="Precision of the models; `auto` is float32 on a CPU, and on a GPU bfloat16 "
+        "for families that need its range and float16 for the others.",
+    )
+    quantize: Names = Field(
+        default=(),
+        description="Weights in fewer bits: `int8`, `fp8` or `nf4` for all models, or "
+        "`name=int8` for one, `name=none` to leave it as it is. Needs the extra `quantized`.",
+    )
+    offload: Literal["auto", "none", "text", "all"] = Field(
+        default="auto",
+        description="What of a model stays in host memory and is copied to the GPU block by block "
+        "as it runs: `text` for its text encoders, `all` for the denoiser too. `auto` takes the "
+        "first of `none`, `text` and `all` that fits; on a CPU it is `none`.",
     )
     adapters: DirectoryPath | None = Field(
         default=None,
@@ -456,6 +469,22 @@ class Settings(BaseSettings):
         return self
 
     @model_validator(mode="after")
+    def _check_quantize(self) -> Self:
+        for entry in self.quantize:
+            kind, kinds = entry.rpartition("=")[2], get_args(Quantization)
+            if kind not in kinds:
+                raise ValueError(
+                    f"quantize has {entry[:80]!r}; allowed are {', '.join(kinds)}, alone or after "
+                    "`name=`."
+                )
+            if package := missing_package(kind):
+                raise ValueError(
+                    f"quantize has {entry[:80]!r}, which needs {package}; install it with: "
+                    "pip install 'weft[quantized]'."
+                )
+        return self
+
+    @model_validator(mode="after")
     def _let_one_request_in(self) -> Self:
         if self.max_pending < self.limits.images:
             raise ValueError(
@@ -493,6 +522,12 @@ class Settings(BaseSettings):
         if self.api_keys and not self.loopback:
             return ("*",)
         return (*LOOPBACK_NAMES, self.host)
+
+    def quantization_of(self, model: str) -> Quantization:
+        """How many bits the weights of a model have, by its name."""
+        parts = [entry.rpartition("=") for entry in self.quantize]
+        kinds: dict[str, Any] = {name: kind for name, _, kind in parts}
+        return kinds.get(model, kinds.get("", "none"))
 
     def model_folders(self, embedded: Mapping[str, Path]) -> dict[str, Path | HubModel]:
         """Where each hosted model is, by name; the first is the default.

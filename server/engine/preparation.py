@@ -56,7 +56,8 @@ class Preparation:
         name = model.facts.name
         self._first_calls.extend((name, call) for call in first_calls(model))
         self._defaults.add((name, shape))
-        if self._recorder_of is not None:
+        # A graph would read the copies of blocks that are gone.
+        if self._recorder_of is not None and model.placement.offload != "all":
             self._graphs[name] = Graphs(model, self._recorder_of(model))
         return self.forwards(model, shape, cost, most)
 

@@ -15,6 +15,7 @@ from server.models.controls.control import Control
 from server.models.controls.shelf import ControlShelf
 from server.models.inputs import RowInputs
 from server.models.linear_fits import LinearFits
+from server.models.placement import Placement
 from server.models.statistics import ModelStatistics
 from server.models.weight_memory import WeightMemory
 
@@ -97,6 +98,7 @@ class HostedModel(ABC):
         self.facts = facts
         self.device = device
         self.dtype = dtype
+        self.placement = Placement()
         self.statistics = ModelStatistics()
         self.classifier: LatentClassifier | None = None
         self.classifier_lacks = "it has none"

@@ -16,6 +16,7 @@ from server.models.latent_consistency import load_latent_consistency
 from server.models.linear_fits import LinearFits
 from server.models.parts import check_loaded
 from server.models.pixart import load_pixart
+from server.models.placement import Placement, put_on_device
 from server.models.qwen_image import load_qwen_image
 from server.models.sana import load_sana, load_sana_sprint
 from server.models.stable_diffusion import load_stable_diffusion
@@ -63,7 +64,12 @@ IN_BFLOAT16 = frozenset(
         "ZImagePipeline",
     }
 )
-"""Pipeline classes whose text encoders or transformers overflow in float16."""
+"""Pipeline classes whose text encoders or transformers may overflow in float16.
+
+Their model cards and diffusers' documentation run them in bfloat16. T5 was trained in it, and
+transformers keeps a layer of each of its blocks in float32 even so; diffusers' page on FLUX.1 says
+that activations of its text encoders are clipped in float16.
+"""
 
 
 def load_model(
@@ -72,6 +78,7 @@ def load_model(
     name: str,
     device: str,
     dtype: str,
+    placement: Placement | None = None,
     tell: Callable[[int, int], None] | None = None,
 ) -> HostedModel:
     """Load a diffusers-format folder; weights from safetensors only, no code from the folder.
@@ -82,6 +89,7 @@ def load_model(
         device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda``, ``cuda:1``.
         dtype: ``auto`` (on CUDA float16, or bfloat16 where the family needs its range; else
             float32), ``float32``, ``float16``, ``bfloat16``.
+        placement: how its networks are kept; by default as they are, on the device.
         tell: called with the bytes of the weights that are read so far, and with all of them.
 
     Raises:
@@ -93,12 +101,18 @@ def load_model(
     disable_progress_bar()
     place = choose_device(device)
     half = torch.bfloat16 if family in IN_BFLOAT16 else torch.float16
+    chosen = choose_dtype(dtype, place, half)
+    if chosen == torch.float16 and half == torch.bfloat16:
+        logger.warning(
+            "%s: a %s may overflow in float16, which spoils pictures; bfloat16 and auto are safe",
+            name,
+            family,
+        )
     revisions = revisions_of(folder, tell)
     try:
-        model = FAMILIES[family](folder, name, revisions, place, choose_dtype(dtype, place, half))
+        model = FAMILIES[family](folder, name, revisions, place, chosen)
         check_loaded(folder, model.modules())
-        for network in model.modules().values():
-            network.to(model.device)
+        put_on_device(model, placement or Placement())
     except ModelMismatch:
         raise
     except Exception as error:

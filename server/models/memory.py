@@ -5,15 +5,28 @@ from __future__ import annotations
 import gc
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import psutil
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from server.models.hosted import HostedModel
 
-__all__ = ["DeviceMemory", "bytes_of", "measure", "reclaim", "unused_bytes"]
+__all__ = [
+    "DeviceMemory",
+    "attainable_bytes",
+    "bytes_of",
+    "measure",
+    "offloaded_bytes_of",
+    "reclaim",
+    "unused_bytes",
+]
+
+HOST: Final = "cpu"
 
 ACTIVATIONS: Final = 0.1
 """Share of a GPU's memory that weights leave to activations, prompts and states."""
@@ -45,6 +58,13 @@ def measure(device: torch.device) -> DeviceMemory:
     return DeviceMemory(max(0, unused_bytes(device) - left_alone), most - left_alone)
 
 
+def attainable_bytes(device: torch.device) -> int:
+    """Bytes that weights may have of a device's memory once this process has unloaded its own."""
+    free, most = measure(device)
+    own = torch.cuda.memory_allocated(device) if device.type == "cuda" else most
+    return min(free + own, most)
+
+
 def unused_bytes(device: torch.device) -> int:
     """Bytes of a device's memory that nothing uses; what torch keeps of freed tensors counts."""
     if device.type != "cuda":
@@ -61,15 +81,40 @@ def reclaim(device: torch.device) -> None:
 
 
 def bytes_of(model: HostedModel) -> int:
-    """Bytes of a model's weights and buffers; what two networks share counts once."""
+    """Bytes of a model's weights and buffers on its device; what is shared counts once."""
+    return _bytes_on(model, model.device.type)
+
+
+def offloaded_bytes_of(model: HostedModel) -> int:
+    """Bytes of a model's weights that stay in host memory, though its device is another one."""
+    return 0 if model.device.type == HOST else _bytes_on(model, HOST)
+
+
+def _bytes_on(model: HostedModel, device: str) -> int:
     networks = list(model.modules().values())
     if model.classifier is not None:
         networks.append(model.classifier)
-    tensors = chain.from_iterable(
+    own = chain.from_iterable(
         chain(network.parameters(), network.buffers()) for network in networks
     )
-    storages = {one.untyped_storage().data_ptr(): one.untyped_storage() for one in tensors}
+    held = [one for tensor in own for one in _held_by(tensor) if one.device.type == device]
+    storages = {one.untyped_storage().data_ptr(): one.untyped_storage() for one in held}
     return sum(storage.nbytes() for storage in storages.values())
+
+
+def _held_by(tensor: Tensor) -> list[Tensor]:
+    """The tensors that have memory: of a quantised weight, its numbers and its scales."""
+    if is_traceable_wrapper_subclass(tensor):
+        names, _ = tensor.__tensor_flatten__()
+        return [one for name in names for one in _held_by(getattr(tensor, name))]
+    state = getattr(tensor, "quant_state", None)
+    return [tensor] if state is None else [tensor, *_scales_of(state)]
+
+
+def _scales_of(state: Any) -> list[Tensor]:
+    """What bitsandbytes keeps beside the numbers of a weight, and beside its scales in turn."""
+    scales = [value for value in vars(state).values() if isinstance(value, torch.Tensor)]
+    return scales if state.state2 is None else [*scales, *_scales_of(state.state2)]
 
 
 def _of_host() -> DeviceMemory:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from math import prod
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from server.errors import ModelMismatch
 from server.models.folder import AUTOENCODER, DERIVED, classifier_file, parts_of, read_json
+from server.models.placement import Placement
+from server.models.quantization import BITS, LEAST_FEATURES
+from server.models.streamed import STREAMED_BLOCKS
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     import torch
@@ -35,6 +41,9 @@ WHOLE_NUMBERS: Final = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "I32": 4, "I64": 
 """Bytes of the types that are not converted."""
 
 FLOAT32: Final = 4
+BLOCK: Final = re.compile(r".*?\.\d+\.")
+"""Name of a tensor up to the number of its block."""
+
 LONGEST_HEADER: Final = 100_000_000
 """Bytes, as safetensors itself allows."""
 
@@ -74,25 +83,40 @@ def weight_files(folder: Path, part: str, stem: str) -> WeightFiles:
     return WeightFiles((f"{stem}.safetensors",), None)
 
 
-def bytes_in_memory(folder: Path, dtype: torch.dtype) -> int:
-    """What the networks of a model folder will take, from the headers of its files.
+def bytes_in_memory(folder: Path, dtype: torch.dtype, placement: Placement | None = None) -> int:
+    """What the networks of a model folder will take of its device, from the headers of its files.
 
     The autoencoder counts in float32, which some keep; files that are missing count nothing.
 
     Args:
         folder: of the model.
         dtype: that the weights are converted to.
+        placement: how the networks are to be kept; by default as they are, on the device.
 
     Raises:
         ModelMismatch: no model folder, or a file that is no safetensors file.
     """
+    placement = placement or Placement()
     total = 0
     for part in (*parts_of(folder), f"{DERIVED}/weak"):
         width = FLOAT32 if part == AUTOENCODER else dtype.itemsize
-        total += sum(bytes_of_part(folder, part, stem, width) for stem in (NETWORK, TEXT_ENCODER))
+        bits = BITS[placement.quantization] if placement.quantizes(part) else None
+        blocks = Counter[str]()
+        for stem in (NETWORK, TEXT_ENCODER):
+            for name, tensor in _tensors_of_part(folder, part, stem):
+                block = BLOCK.match(name)
+                if bits is not None and block is not None and _is_matrix(name, tensor):
+                    nbytes = int(tensor.numbers * bits / 8)
+                else:
+                    nbytes = tensor.nbytes(width)
+                blocks[block[0] if block else ""] += nbytes
+        outside = blocks.pop("", 0)
+        at_once = STREAMED_BLOCKS if placement.streams(part) else len(blocks)
+        total += outside + sum(sorted(blocks.values(), reverse=True)[:at_once])
     classifier = classifier_file(folder)
     if classifier.is_file():
-        total += _bytes_of_file(folder, str(classifier.relative_to(folder)), width=FLOAT32)
+        name = str(classifier.relative_to(folder))
+        total += sum(tensor.nbytes(FLOAT32) for _, tensor in _tensors_of_file(folder, name))
     return total
 
 
@@ -108,14 +132,33 @@ def bytes_of_part(folder: Path, part: str, stem: str, width: int) -> int:
     Raises:
         ModelMismatch: a file that is no safetensors file.
     """
+    return sum(tensor.nbytes(width) for _, tensor in _tensors_of_part(folder, part, stem))
+
+
+class _Tensor(NamedTuple):
+    """A tensor as a file's header describes it."""
+
+    shape: Sequence[int]
+    dtype: str
+
+    @property
+    def numbers(self) -> int:
+        return prod(self.shape)
+
+    def nbytes(self, width: int) -> int:
+        """Bytes once it is loaded, where a number that is converted has some width."""
+        return self.numbers * WHOLE_NUMBERS.get(self.dtype, width)
+
+
+def _tensors_of_part(folder: Path, part: str, stem: str) -> list[tuple[str, _Tensor]]:
     files = [folder / part / name for name in weight_files(folder, part, stem).names]
     # An index may name any path; what is elsewhere is refused when it is loaded.
     own = [file for file in files if file.parent == folder / part and file.is_file()]
-    return sum(_bytes_of_file(folder, f"{part}/{file.name}", width) for file in own)
+    return [one for file in own for one in _tensors_of_file(folder, f"{part}/{file.name}")]
 
 
-def _bytes_of_file(folder: Path, name: str, width: int) -> int:
-    """Bytes by the file's header; it is not mapped, which may fail where it is large.
+def _tensors_of_file(folder: Path, name: str) -> list[tuple[str, _Tensor]]:
+    """The tensors by the file's header; it is not mapped, which may fail where it is large.
 
     Raises:
         ModelMismatch: it has no such header.
@@ -124,9 +167,21 @@ def _bytes_of_file(folder: Path, name: str, width: int) -> int:
         with (folder / name).open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(min(length, LONGEST_HEADER)))
-        tensors = [entry for key, entry in header.items() if key != "__metadata__"]
-        return sum(prod(one["shape"]) * WHOLE_NUMBERS.get(one["dtype"], width) for one in tensors)
+        tensors = [
+            (key, _Tensor(entry["shape"], entry["dtype"]))
+            for key, entry in header.items()
+            if key != "__metadata__"
+        ]
+        # What is no list of numbers is found out here.
+        sum(tensor.nbytes(FLOAT32) for _, tensor in tensors)
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
         raise ModelMismatch(
             f"{name} of model folder {str(folder)!r} is no safetensors file."
         ) from None
+    return tensors
+
+
+def _is_matrix(name: str, tensor: _Tensor) -> bool:
+    """Whether this is the weight of a linear layer that is large enough to be quantised."""
+    shape = tensor.shape
+    return name.endswith(".weight") and len(shape) == 2 and min(shape) >= LEAST_FEATURES

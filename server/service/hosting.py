@@ -24,7 +24,8 @@ from server.models.folder import adapters_folder, controls_folder, embedded_fold
 from server.models.hosted import HostedModel
 from server.models.hub import HubModel, fetch
 from server.models.loading import choose_device, choose_dtype, family_of, load_model
-from server.models.memory import bytes_of, measure
+from server.models.memory import attainable_bytes, bytes_of, measure
+from server.models.placement import Placement, first_that_fits, options
 from server.models.weight_files import FLOAT32, bytes_in_memory
 from server.models.weight_memory import WeightMemory
 from server.service.model_shelf import Room, Source
@@ -35,6 +36,12 @@ __all__ = ["Hosted", "host"]
 log = logging.getLogger("weft")
 
 LOGGED_EVERY_S: Final = 10.0
+
+OFFLOADED: Final = {
+    "text": "its text encoders stay in host memory, block by block on the device as they run",
+    "all": "its denoiser and text encoders stay in host memory, block by block on the device as "
+    "they run, which is slow",
+}
 
 Tell: TypeAlias = Callable[[str, int, int], None]
 
@@ -158,8 +165,24 @@ class _Folders:
 
     def bytes_of(self, name: str) -> int:
         """As :meth:`needs`, with a sentence for the operator if it is no model."""
-        device = choose_device(self.settings.device)
-        return bytes_in_memory(self._folder(name), choose_dtype(self.settings.dtype, device))
+        return self._bytes_in(name, self.placement(name))
+
+    def placement(self, name: str) -> Placement:
+        """How a model is kept: of what the operator allows, the first that fits if it is alone.
+
+        Raises:
+            ModelMismatch: what the operator chose cannot be had on this device.
+        """
+        settings, device = self.settings, choose_device(self.settings.device)
+        choices = options(settings.offload, settings.quantization_of(name), device)
+        most = attainable_bytes(device)
+        if settings.memory_gib is not None:
+            most = min(most, int(settings.memory_gib * 2**30))
+        return first_that_fits(choices, partial(self._bytes_in, name), most)
+
+    def _bytes_in(self, name: str, placement: Placement) -> int:
+        dtype = choose_dtype(self.settings.dtype, choose_device(self.settings.device))
+        return bytes_in_memory(self._folder(name), dtype, placement)
 
     def load_from_folder(self, name: str, tell: Callable[[int, int], None] | None) -> HostedModel:
         """Load a model, with the adapters and ControlNets of its own folder and of the server's.
@@ -169,8 +192,15 @@ class _Folders:
         """
         folder = self._folder(name)
         model = load_model(
-            folder, name=name, device=self.settings.device, dtype=self.settings.dtype, tell=tell
+            folder,
+            name=name,
+            device=self.settings.device,
+            dtype=self.settings.dtype,
+            placement=(placement := self.placement(name)),
+            tell=tell,
         )
+        if placement.offload != "none":
+            log.info("%s: %s", name, OFFLOADED[placement.offload])
         shared = () if self.settings.adapters is None else (self.settings.adapters,)
         target = Target.of(name, model.adaptable())
         places = (*shared, adapters_folder(folder))

@@ -16,7 +16,7 @@ from server.engine.engine import Engine
 from server.engine.faults import is_out_of_memory
 from server.errors import ModelMismatch, ModelTooLarge, NotReady, UnknownModel, WeftError
 from server.models.hosted import HostedModel
-from server.models.memory import bytes_of, reclaim
+from server.models.memory import bytes_of, offloaded_bytes_of, reclaim
 
 __all__ = ["Lease", "ModelShelf", "ModelState", "Room", "Source"]
 
@@ -70,7 +70,8 @@ class ModelState:
         default: whether requests that name none get it.
         created: when it was made, in seconds of Unix time.
         model: if it is loaded.
-        memory_bytes: of its weights; 0 if it is not loaded.
+        memory_bytes: of its weights on its device; 0 if it is not loaded.
+        offloaded_bytes: of its weights in host memory beside another device.
         loaded_since: seconds of Unix time; None if it is not loaded.
         loading: share of it that is read, while it is being loaded.
     """
@@ -80,6 +81,7 @@ class ModelState:
     created: int
     model: HostedModel | None
     memory_bytes: int
+    offloaded_bytes: int
     loaded_since: float | None
     loading: float | None
 
@@ -120,6 +122,7 @@ class _Place:
     name: str
     model: HostedModel | None = None
     memory_bytes: int = 0
+    offloaded_bytes: int = 0
     loaded_since: float | None = None
     users: int = 0
     used_at: float = 0.0
@@ -130,6 +133,7 @@ class _Place:
 
     def hold(self, model: HostedModel) -> None:
         self.model, self.memory_bytes = model, bytes_of(model)
+        self.offloaded_bytes = offloaded_bytes_of(model)
         self.loaded_since, self.used_at = time.time(), time.monotonic()
 
 
@@ -373,7 +377,8 @@ class ModelShelf:
         finally:
             with self._wake:
                 if removed:
-                    place.memory_bytes, place.loaded_since = 0, None
+                    place.memory_bytes, place.offloaded_bytes = 0, 0
+                    place.loaded_since = None
                 else:
                     place.model = model
         if removed:
@@ -423,6 +428,7 @@ class ModelShelf:
                 created=created,
                 model=place.model,
                 memory_bytes=place.memory_bytes,
+                offloaded_bytes=place.offloaded_bytes,
                 loaded_since=place.loaded_since,
                 loading=None if place.loading is None else place.progress,
             )

@@ -137,3 +137,24 @@ def test_two_models_of_one_name_are_refused(tmp_path: Path) -> None:
 def test_the_largest_request_fits_the_queue() -> None:
     with pytest.raises(ValidationError, match=r"max_pending is 4; it must be at least"):
         Settings(max_pending=4)
+
+
+def test_weights_are_quantised_for_all_models_or_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.settings.missing_package", {}.get)
+    settings = Settings(quantize=("int8", "flux=nf4", "small=none"))
+    assert [settings.quantization_of(name) for name in ("sdxl", "flux", "small")] == [
+        "int8",
+        "nf4",
+        "none",
+    ]
+    assert Settings().quantization_of("sdxl") == "none"
+    with pytest.raises(ValidationError, match="quantize has 'flux=int4'; allowed are none, int8"):
+        Settings(quantize=("flux=int4",))
+
+
+def test_a_quantization_whose_package_is_missing_says_how_to_install_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("server.models.quantization.find_spec", {}.get)
+    with pytest.raises(ValidationError, match=r"needs bitsandbytes; .* 'weft\[quantized\]'"):
+        Settings(quantize=("nf4",))

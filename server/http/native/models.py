@@ -35,10 +35,21 @@ class ModelCard(BaseModel):
     loading: float | None = Field(
         description="Share of its weights that is read, from 0 to 1, while it is being loaded."
     )
-    memory_bytes: int = Field(description="Memory that its weights take; 0 if it is not loaded.")
+    memory_bytes: int = Field(
+        description="Memory of the device that its weights take; 0 if it is not loaded."
+    )
+    offloaded_bytes: int = Field(description="Host memory that its offloaded weights take.")
     loaded_since: float | None = Field(description="Seconds of Unix time; null if not loaded.")
     device: str | None = Field(description="Device that it is on; null if it is not loaded.")
     dtype: str | None = Field(description="Type of its weights; null if it is not loaded.")
+    quantization: str | None = Field(
+        description="`none`, or the type of the weights in the blocks of its denoiser and text "
+        "encoders: `int8`, `fp8` or `nf4`; null if it is not loaded."
+    )
+    offload: str | None = Field(
+        description="What stays in host memory and is copied to the device as it runs: `none`, "
+        "`text` for its text encoders, `all` for its denoiser too; null if it is not loaded."
+    )
     attention: str | None = Field(
         description="Kernels of its attention; null if it is not loaded. `sdpa` stands for those "
         "that torch's scaled_dot_product_attention chooses."
@@ -64,9 +75,12 @@ def card_of(state: ModelState) -> ModelCard:
         loaded=model is not None,
         loading=state.loading,
         memory_bytes=state.memory_bytes,
+        offloaded_bytes=state.offloaded_bytes,
         loaded_since=state.loaded_since,
         device=None if model is None else str(model.device),
         dtype=None if model is None else str(model.dtype).removeprefix("torch."),
+        quantization=None if model is None else model.placement.quantization,
+        offload=None if model is None else model.placement.offload,
         attention=None if model is None else model.attention,
     )
 

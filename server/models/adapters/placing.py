@@ -82,7 +82,7 @@ class Target:
         """
         layers = {
             part: {
-                name: tuple(layer.weight.shape)
+                name: _shape_of(layer)
                 for name, layer in network.named_modules()
                 if NOT_BY_ROWS not in name.split(".")
                 and (
@@ -135,6 +135,13 @@ class Placed:
     def rank(self) -> int:
         """Inner size of the product."""
         return self.shapes[0][0]
+
+
+def _shape_of(layer: nn.Linear | nn.Conv2d) -> tuple[int, ...]:
+    """Of the weight, which a quantised layer keeps in another shape."""
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    return tuple(layer.weight.shape)
 
 
 def place(header: Header, target: Target) -> dict[str, dict[str, Placed]]:

@@ -16,7 +16,9 @@ from server.engine.graphs import Graphs
 from server.models.adapters.adapter import Weighted
 from server.models.inputs import RowInputs
 from server.models.loading import load_model
-from server.models.memory import bytes_of, measure, reclaim
+from server.models.memory import bytes_of, measure, offloaded_bytes_of, reclaim
+from server.models.placement import Placement
+from server.models.quantization import missing_package
 from tests.server.models.adapters.low_rank import adapter, changes
 
 pytestmark = pytest.mark.cuda
@@ -225,3 +227,34 @@ def test_adapted_rows_run_beside_recorded_forwards_as_they_are(start, on_gpu, ta
     engine = recorded(start(model=on_gpu), 6)
     for ours, theirs in zip(run(engine, adapted(task, on_gpu)).pixels(), expected, strict=True):
         assert np.abs(ours.astype(int) - theirs.astype(int)).mean() < 1
+
+
+def test_a_streamed_model_draws_the_same_pictures_in_a_part_of_the_memory(start, on_gpu, task, run):
+    whole = run(start(model=on_gpu), [*mix(task), *adapted(task, on_gpu)]).pixels()
+    streamed = load_model(
+        MODEL_FOLDER,
+        name="embedded",
+        device="cuda",
+        dtype="float32",
+        placement=Placement("none", "all"),
+    )
+    ours = run(start(model=streamed), [*mix(task), *adapted(task, streamed)]).pixels()
+    for one, theirs in zip(ours, whole, strict=True):
+        assert np.abs(one.astype(int) - theirs.astype(int)).mean() < 2
+    assert bytes_of(streamed) < 0.7 * bytes_of(on_gpu)
+    assert bytes_of(streamed) + offloaded_bytes_of(streamed) == pytest.approx(bytes_of(on_gpu))
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8", "nf4"])
+def test_quantised_weights_draw_on_a_gpu_what_they_draw_on_a_cpu(start, task, run, kind):
+    if package := missing_package(kind):
+        pytest.skip(f"{package} is not installed")
+    on_cpu, on_gpu = (
+        load_model(
+            MODEL_FOLDER, name="embedded", device=device, dtype="float32", placement=Placement(kind)
+        )
+        for device in ("cpu", "cuda")
+    )
+    expected, ours = (run(start(model=one), mix(task)).pixels() for one in (on_cpu, on_gpu))
+    for one, theirs in zip(ours, expected, strict=True):
+        assert np.abs(one.astype(int) - theirs.astype(int)).mean() < 4

@@ -20,7 +20,9 @@ from server.engine.graphs import Graphs
 from server.engine.preparation import Preparation
 from server.engine.row_sizes import ROW_SIZES
 from server.models.adapters.adapter import Adapter, RowAdapters, Weighted
+from server.models.hosted import HostedModel
 from server.models.inputs import RowInputs
+from server.models.placement import Placement
 from tests.server.by_hand import task
 from tests.server.toy_model import SIDE, Toy, run, started
 
@@ -254,3 +256,18 @@ def test_an_engine_replays_its_small_ticks_and_draws_the_same_images(monkeypatch
     assert engine.remove_model("toy")
     assert all(one.released for one in tape.made)
     engine.stop(0)
+
+
+def test_forwards_of_a_network_whose_blocks_come_and_go_are_not_recorded() -> None:
+    asked: list[str] = []
+
+    def recorder_of(model: HostedModel) -> Tape:
+        asked.append(model.facts.name)
+        return Tape(Waiting())
+
+    preparation = Preparation(recorder_of)
+    for placement in (Placement(offload="text"), Placement(offload="all")):
+        model = Toy(name=placement.offload)
+        model.placement = placement
+        preparation.add(model, SHAPE, TickCost({1: 0.01}), 8)
+    assert asked == ["text"]

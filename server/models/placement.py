@@ -1,0 +1,116 @@
+"""Where the networks of a loaded model are, and how many bits their weights have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias
+
+from server.errors import ModelMismatch
+from server.models.folder import AUTOENCODER
+from server.models.quantization import Quantization
+from server.models.quantized import quantize
+from server.models.streamed import stream_blocks
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import torch
+
+    from server.models.hosted import HostedModel
+
+__all__ = ["Offload", "Placement", "first_that_fits", "options", "put_on_device"]
+
+Offload: TypeAlias = Literal["none", "text", "all"]
+"""Which networks' blocks are kept in host memory and streamed to the device as they run: none, the
+text encoders', or the denoiser's too."""
+
+LEVELS: Final[Sequence[Offload]] = ("none", "text", "all")
+
+TEXT: Final = "text_encoder"
+"""How the names of text encoders in a model folder begin."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """How a model is kept in memory.
+
+    Attributes:
+        quantization: of its denoiser and its text encoders.
+        offload: what is streamed from host memory.
+    """
+
+    quantization: Quantization = "none"
+    offload: Offload = "none"
+
+    def quantizes(self, part: str) -> bool:
+        """Whether a network, by its name in a model folder, is quantised."""
+        return self.quantization != "none" and part != AUTOENCODER
+
+    def streams(self, part: str) -> bool:
+        """Whether a network, by its name in a model folder, is streamed."""
+        if part.startswith(TEXT):
+            return self.offload != "none"
+        return self.offload == "all" and part != AUTOENCODER
+
+
+def options(
+    offload: Literal["auto", "none", "text", "all"],
+    quantization: Quantization,
+    device: torch.device,
+) -> tuple[Placement, ...]:
+    """The placements that a model may have, the one that needs least of the host first.
+
+    Args:
+        offload: as the operator chose.
+        quantization: likewise.
+        device: where the model is to be.
+
+    Raises:
+        ModelMismatch: they cannot be had together, or not on this device.
+    """
+    if device.type == "cpu" and offload in ("text", "all"):
+        raise ModelMismatch(
+            f"offload is {offload!r}, but the device is a CPU, whose memory is the host's own; use "
+            "auto or none."
+        )
+    if quantization == "nf4" and offload in ("text", "all"):
+        raise ModelMismatch(
+            f"offload is {offload!r} and quantize is 'nf4', whose weights cannot be streamed; use "
+            "int8 or fp8, or offload none."
+        )
+    as_it_is = Placement(quantization)
+    if device.type == "cpu" or quantization == "nf4":
+        return (as_it_is,)
+    levels = LEVELS if offload == "auto" else (offload,)
+    return tuple(replace(as_it_is, offload=level) for level in levels)
+
+
+def first_that_fits(
+    placements: Sequence[Placement], needs: Callable[[Placement], int], most: int
+) -> Placement:
+    """The first placement whose bytes fit; the last one if none does.
+
+    Args:
+        placements: at least one.
+        needs: bytes of the device that the model takes so.
+        most: bytes that it may take.
+    """
+    return next((one for one in placements if needs(one) <= most), placements[-1])
+
+
+def put_on_device(model: HostedModel, placement: Placement) -> None:
+    """Bring the networks of a model to its device.
+
+    Args:
+        model: whose networks are in host memory.
+        placement: how they are to be kept.
+    """
+    for part, network in model.modules().items():
+        streamed = placement.streams(part)
+        if placement.quantizes(part):
+            quantize(network, placement.quantization, model.device)
+        if streamed:
+            stream_blocks(network, model.device)
+        else:
+            network.to(model.device)
+    model.placement = placement

@@ -1,0 +1,29 @@
+"""In how many bits the weights of a model may be kept, and what that needs."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["BITS", "LEAST_FEATURES", "Quantization", "missing_package"]
+
+Quantization: TypeAlias = Literal["none", "int8", "fp8", "nf4"]
+"""``int8`` and ``fp8`` (e4m3) have a scale for each row of a matrix; ``nf4`` is QLoRA's
+type of four bits (arXiv 2305.14314, section 3), with a scale for each 64 weights."""
+
+PACKAGES: Final[Mapping[str, str]] = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes"}
+
+BITS: Final[Mapping[str, float]] = {"int8": 8.0, "fp8": 8.0, "nf4": 4.5}
+"""Of a weight, with its part of the scales of ``nf4``; those of a row count next to nothing."""
+
+LEAST_FEATURES: Final = 64
+"""Layers with fewer inputs or outputs hold too few weights to be worth it."""
+
+
+def missing_package(kind: str) -> str | None:
+    """The package that a quantization needs and that is not installed; None if there is none."""
+    package = PACKAGES.get(kind)
+    return package if package is not None and find_spec(package) is None else None

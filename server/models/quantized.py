@@ -1,0 +1,82 @@
+"""Weights in eight or four bits: the linear layers in a network's repeated blocks.
+
+These hold nearly all weights of a transformer. What stands outside of the blocks stays in the
+model's own type: embeddings of tokens, patches and times, and the last norm and projection, whose
+errors nothing evens out. So do norms, convolutions and the autoencoder. A layer computes in the
+model's type with weights that are restored as it runs, so whatever is added to the output of the
+layer row by row, as adapters are, is added as before.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from server.models.quantization import LEAST_FEATURES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+    from torch import Tensor
+
+    from server.models.quantization import Quantization
+
+__all__ = ["layers_in_blocks", "quantize"]
+
+
+def layers_in_blocks(network: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers that are quantised, by name: those in elements of a ``ModuleList``."""
+    found: dict[str, nn.Linear] = {}
+    for name, blocks in network.named_modules():
+        if not isinstance(blocks, nn.ModuleList):
+            continue
+        for inner, layer in blocks.named_modules():
+            if not isinstance(layer, nn.Linear):
+                continue
+            if min(layer.in_features, layer.out_features) >= LEAST_FEATURES:
+                found[f"{name}.{inner}"] = layer
+    return found
+
+
+def quantize(network: nn.Module, kind: Quantization, device: torch.device) -> None:
+    """Quantise a network in place, a layer at a time, each on the device that it is to be on.
+
+    So no more than one layer in its full type is there at once.
+
+    Args:
+        network: in inference mode, in host memory.
+        kind: any but ``none``.
+        device: where the quantised layers are afterwards; the rest of the network stays.
+    """
+    one = _by_bitsandbytes if kind == "nf4" else _by_torchao(kind)
+    for layer in layers_in_blocks(network).values():
+        one(layer.to(device))
+
+
+def _by_torchao(kind: str) -> Callable[[nn.Linear], None]:
+    torchao: Any = import_module("torchao.quantization")
+    made = torchao.Int8WeightOnlyConfig if kind == "int8" else torchao.Float8WeightOnlyConfig
+    # Compilers are configured by whoever compiles.
+    config = made(set_inductor_config=False)
+    return lambda layer: torchao.quantize_(layer, config)
+
+
+def _by_bitsandbytes(layer: nn.Linear) -> None:
+    """Give a layer four-bit weights, and the product that reads them.
+
+    The layer stays the same object, which hooks and adapters know.
+    """
+    library: Any = import_module("bitsandbytes")
+    target: Any = layer
+    device = layer.weight.device
+    # It is quantised on its way to a device, even if that is the CPU.
+    whole = library.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
+    target.weight = weight = whole.to(device)
+
+    def forward(x: Tensor) -> Tensor:
+        return library.matmul_4bit(x, weight.t(), quant_state=weight.quant_state, bias=layer.bias)
+
+    target.forward = forward

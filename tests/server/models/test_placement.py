@@ -1,0 +1,63 @@
+"""What of a model is streamed from host memory, by what the operator chose and what fits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from server.errors import ModelMismatch
+from server.models.placement import Placement, first_that_fits, options
+from server.models.weight_files import bytes_in_memory
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def test_no_more_is_streamed_than_must_be() -> None:
+    choices = options("auto", "none", CUDA)
+    needs = dict(zip(choices, (300, 200, 100), strict=True))
+    chosen = [first_that_fits(choices, needs.__getitem__, most) for most in (300, 299, 199, 0)]
+    # What does not fit even so is refused by whoever asks for the room.
+    assert [one.offload for one in chosen] == ["none", "text", "all", "all"]
+
+
+def test_what_a_placement_takes_is_read_from_the_headers(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"transformer": ["diffusers", "X"]}')
+    (tmp_path / "transformer").mkdir()
+    blocks = {f"blocks.{i}.to_q.weight": torch.zeros(64, 64 * (i + 1)) for i in range(3)}
+    others = {"blocks.0.norm.weight": torch.zeros(64), "proj_out.weight": torch.zeros(64, 64)}
+    file = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({**blocks, **others}, file)
+    first, second, third, norm, outside = 64 * 64, 2 * 64 * 64, 3 * 64 * 64, 64, 64 * 64
+
+    def needs(placement: Placement) -> int:
+        return bytes_in_memory(tmp_path, torch.float16, placement)
+
+    assert needs(Placement()) == 2 * (first + norm + second + third + outside)
+    assert needs(Placement(offload="text")) == needs(Placement())
+    assert needs(Placement(offload="all")) == 2 * (second + third + outside)
+    assert needs(Placement("int8")) == first + second + third + 2 * (norm + outside)
+    assert needs(Placement("fp8", "all")) == second + third + 2 * outside
+
+
+def test_on_a_cpu_nothing_is_streamed() -> None:
+    assert options("auto", "int8", CPU) == (Placement("int8"),)
+    with pytest.raises(ModelMismatch, match="offload is 'text', but the device is a CPU"):
+        options("text", "none", CPU)
+
+
+def test_weights_of_four_bits_are_not_streamed() -> None:
+    assert options("auto", "nf4", CUDA) == (Placement("nf4"),)
+    with pytest.raises(ModelMismatch, match="quantize is 'nf4', whose weights cannot be streamed"):
+        options("all", "nf4", CUDA)
+
+
+def test_autoencoders_are_neither_quantised_nor_streamed() -> None:
+    placement = Placement("int8", "all")
+    parts = ("unet", "transformer", "text_encoder_2", "vae")
+    assert [placement.quantizes(part) for part in parts] == [True, True, True, False]
+    assert [placement.streams(part) for part in parts] == [True, True, True, False]
+    only_text = Placement("none", "text")
+    assert [only_text.streams(part) for part in parts] == [False, False, True, False]
