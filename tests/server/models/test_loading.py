@@ -332,6 +332,15 @@ def test_torchs_default_type_stays_what_it_is_while_a_model_is_loaded(monkeypatc
     assert all(theirs[name].dtype == ours[name].dtype for name in theirs)
 
 
+def test_a_family_that_may_overflow_in_float16_says_so(folder, caplog):
+    edit(folder / "model_index.json", _class_name="ZImagePipeline")
+    for dtype, warned in (("bfloat16", False), ("float16", True)):
+        caplog.clear()
+        with pytest.raises(ModelMismatch):
+            load_model(folder, name="m", device="cpu", dtype=dtype)
+        assert ("a ZImagePipeline may overflow in float16" in caplog.text) == warned
+
+
 def test_weights_of_the_fp16_variant_serve_where_there_are_no_others(folder):
     plain = load(folder)
     for file in folder.glob("*/*.safetensors"):
