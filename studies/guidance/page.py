@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from studies.common.page import fill
+from studies.common.records import Records
 from studies.guidance import inner_tables, plots, tables
+from studies.guidance.decoders import DATA, decoders
 from studies.guidance.results import Results
-
-if TYPE_CHECKING:
-    from studies.common.records import Records
 
 TEMPLATE = Path(__file__).with_name("page.md")
 
@@ -25,7 +23,8 @@ def write(records: Records, path: Path, images: Path) -> None:
     """
     results = Results(records)
     plots.draw(results, images)
-    fill(TEMPLATE, _entries(results), path)
+    entries = _entries(results) | {"decoders": decoders(records, Records(DATA))}
+    fill(TEMPLATE, entries, path)
 
 
 def _entries(results: Results) -> dict[str, str]:
