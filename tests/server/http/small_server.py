@@ -95,7 +95,12 @@ class SmallServer:
     def _run(self) -> None:
         async def serve() -> None:
             watching = asyncio.ensure_future(self._watch())
+            jobs: Any = self.app.state.jobs
+            if jobs is not None:
+                await jobs.open()
             await self.server.serve()
+            if jobs is not None:
+                await jobs.close()
             watching.cancel()
 
         with asyncio.Runner(loop_factory=self.server.config.get_loop_factory()) as runner:

@@ -55,8 +55,10 @@ SERVED: Counter[int] = Counter()
 
 
 @pytest.fixture(scope="module")
-def client() -> Iterator[httpx2.Client]:
-    with small_server(limits=LIMITS) as server:
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx2.Client]:
+    # A job for each case; all of them may wait.
+    jobs = {"folder": tmp_path_factory.mktemp("jobs"), "waiting": 10**6}
+    with small_server(limits=LIMITS, jobs=jobs) as server:
         url = f"http://127.0.0.1:{server.port}"
         with httpx2.Client(base_url=url, timeout=PATIENCE_S) as made:
             yield made
@@ -81,7 +83,18 @@ PLAUSIBLE: Final[dict[str, Any]] = {
     "mask": PICTURE,
     "reference": PICTURE,
 }
-LEFT_OUT: Final = ("model", "width", "height", "size", "adapters", "override_settings", "infotext")
+LEFT_OUT: Final = (
+    "model",
+    "width",
+    "height",
+    "size",
+    "adapters",
+    "controls",
+    "override_settings",
+    "infotext",
+    "webhook",
+)
+NOT_OF_JOBS: Final = ("response_format", "stream")
 
 
 def made_plausible(body: Any) -> Any:
@@ -89,7 +102,18 @@ def made_plausible(body: Any) -> Any:
     if not isinstance(body, dict):
         return body
     fields = {name: PLAUSIBLE.get(name, value) for name, value in body.items()}
+    if "input" in fields:
+        given = made_plausible(fields["input"])
+        if isinstance(given, dict):
+            given = {name: value for name, value in given.items() if name not in NOT_OF_JOBS}
+        fields["input"] = given
     return {name: value for name, value in fields.items() if name not in LEFT_OUT}
+
+
+def job_of(client: httpx2.Client) -> str:
+    """The identifier of a job that has succeeded."""
+    body = {"input": {"prompt": "a cat", "steps": 1}}
+    return client.post("/v1/predictions", json=body, headers={"prefer": "wait"}).json()["id"]
 
 
 def sent(client: httpx2.Client, case: Any) -> tuple[int, bytes]:
@@ -150,11 +174,15 @@ def test_a_plain_call_is_answered(client: httpx2.Client, label: str) -> None:
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
 @pytest.mark.parametrize("label", VARIED)
 def test_any_call_is_answered(client: httpx2.Client, label: str, mode: GenerationMode) -> None:
+    job = job_of(client)
+
     @UNDER
     @given(case=OPERATIONS[label].as_strategy(generation_mode=mode), plausible=st.booleans())
     def call(case: Any, plausible: bool) -> None:
         if plausible and mode is GenerationMode.POSITIVE:
             case.body = made_plausible(case.body)
+            if "/predictions/" in label:
+                case.path_parameters["identifier"] = job
         check(client, case)
 
     call()

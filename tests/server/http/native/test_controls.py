@@ -37,6 +37,12 @@ def png(seed: int) -> bytes:
     return file.getvalue()
 
 
+def encoded(picture: Image.Image) -> str:
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
 def control(seed: int = 1, **fields: Any) -> dict[str, Any]:
     return {"name": "depth", "image": base64.b64encode(png(seed)).decode(), **fields}
 
@@ -81,6 +87,22 @@ def test_a_form_has_the_pictures_of_controls_as_files(client: httpx2.Client, dep
     made, same, unsteered = (one.json()["data"][0]["b64_json"] for one in (form, *sent))
     assert made == same
     assert made != unsteered
+
+
+def test_a_second_run_is_steered_by_the_enlarged_picture(generate: Generate, depth: str) -> None:
+    noise = Image.open(io.BytesIO(png(1))).resize((64, 64))
+    small = {"name": depth, "image": encoded(noise)}
+    larger = noise.resize((96, 96), Image.Resampling.LANCZOS)
+    sizes = {"width": 64, "height": 64}
+    both = generate(**sizes, controls=[small], hires={"scale": 1.5, "strength": 1})
+    first = Image.open(io.BytesIO(file_of(generate(**sizes, controls=[small]))))
+    second = generate(
+        image=encoded(first.resize((96, 96), Image.Resampling.LANCZOS)),
+        strength=1,
+        controls=[{"name": depth, "image": encoded(larger)}],
+    )
+    made, expected = (Image.open(io.BytesIO(file_of(answer))) for answer in (both, second))
+    assert made.tobytes() == expected.tobytes()
 
 
 def test_what_is_wrong_with_a_control_is_said(
