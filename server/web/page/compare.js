@@ -53,7 +53,8 @@ async function fill(cell, request, signal) {
       if (data.preview) Object.assign(image, { src: data.preview, hidden: false });
     }
     if (name === "completed") {
-      Object.assign(image, { src: `data:image/${data.settings.output_format};base64,${data.images[0].b64_json}`, hidden: false });
+      const { b64_json, url } = data.images[0];
+      Object.assign(image, { src: url ?? `data:image/${data.settings.output_format};base64,${b64_json}`, hidden: false });
       cell.isDone = true;
       words.textContent = `${data.evaluations.spent} evaluations`;
       words.title = [...data.notes, ...data.warnings].join(" ");

@@ -60,9 +60,10 @@ async function generate(asked) {
         const { spent, saved } = data.evaluations;
         const cost = `${spent} evaluations, ${saved} saved, ${data.timings.total_s.toFixed(2)} s.`;
         say([cost, ...data.notes, ...data.warnings].join(" "));
-        await Promise.all(data.images.map(({ b64_json, seed }, index) => {
+        await Promise.all(data.images.map(async ({ b64_json, url, seed }, index) => {
+          const blob = url ? await (await fetch(url)).blob() : blobOf(b64_json, kind);
           const ancestor = data.particles ? `, from image ${data.particles.ancestors[index] + 1}` : "";
-          return gallery.finish(pictures[index], blobOf(b64_json, kind), `seed ${seed}${ancestor}`, requestOf(asked, data, seed));
+          return gallery.finish(pictures[index], blob, `seed ${seed}${ancestor}`, requestOf(asked, data, seed));
         }));
       }
     }
@@ -158,11 +159,7 @@ async function start() {
   catalog = await loaded(say);
   asking = requestForm(form, catalog);
   const opening = asking.model().defaults.convention === null ? "balanced" : "fast";
-  segments($("presets"), PRESETS, (name) => {
-    asking.choose(PRESETS.find((one) => one.name === name).fields(asking.model(), catalog.models));
-    tellPreset(name);
-    offerExamples();
-  });
+  $("presets").disabled = false;
   tellPreset(opening);
   offerExamples();
   form.model.addEventListener("change", offerExamples);
@@ -188,6 +185,12 @@ export async function open(request) {
 }
 
 let started = false;
+// They are there from the beginning, and can be pressed once it is known what they ask for.
+segments($("presets"), PRESETS, (name) => {
+  asking.choose(PRESETS.find((one) => one.name === name).fields(asking.model(), catalog.models));
+  tellPreset(name);
+  offerExamples();
+});
 await gallery.restore();
 try { await ready(); } catch (error) { say(error.message, true); }
 

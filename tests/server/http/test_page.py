@@ -360,6 +360,22 @@ def test_pictures_come_first_on_phones_and_desktops(tab: Tab) -> None:
         assert across <= width
 
 
+def test_presets_wait_for_the_catalog(browser: str, client: httpx2.Client) -> None:
+    """A server that loads, as the page sees it: the answer to its first question comes late."""
+    held = "window.held = new Promise((go) => { window.go = go; }); const ask = window.fetch;"
+    held += "window.fetch = async (...asked) => { await window.held; return ask(...asked); };"
+    with new_tab(browser, TOOLS) as tab:
+        tab.open(str(client.base_url), FRESH + held)
+        shown = """
+            await until(() => $("presets").querySelectorAll("input").length === 3);
+            return [$("presets").disabled, $("preset-words").textContent];
+        """
+        assert tab.run(shown) == [True, "Waiting for what the server offers."]
+        disabled, words = tab.run(f"window.go(); {READY} {shown}")
+        assert not disabled
+        assert words.startswith("What the server chooses")
+
+
 def test_presets_ask_for_what_the_server_takes_without_a_warning(
     tab: Tab, client: httpx2.Client
 ) -> None:
