@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TypeAlias
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from benchmarks.real_server import Served
 
-    from benchmarks.real_server import Served
-
-__all__ = ["Outcome", "Promise"]
+__all__ = ["Measure", "Outcome", "Promise"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,10 +18,15 @@ class Outcome:
     Attributes:
         figure: in words, with its unit.
         kept: whether it is within the target.
+        endless: whether the measurement came to no end in its time.
     """
 
     figure: str
     kept: bool
+    endless: bool = False
+
+
+Measure: TypeAlias = Callable[[Served], Outcome]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,5 +46,5 @@ class Promise:
     method: str
     target: str
     weakness: str
-    measure: Callable[[Served], Outcome]
-    control: Callable[[Served], Outcome] | None = None
+    measure: Measure
+    control: Measure | None = None

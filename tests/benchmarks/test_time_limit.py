@@ -1,0 +1,56 @@
+"""A measurement that comes to no end is ended, with all that it started."""
+
+import os
+import time
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from subprocess import Popen
+
+import pytest
+
+from benchmarks.promises.promise import Outcome
+from benchmarks.promises.time_limit import within
+from benchmarks.real_server import Served
+
+SERVER = Served(port=9, process=os.getpid(), log=Path("none"))
+
+
+def its_port(server: Served) -> Outcome:
+    return Outcome(f"port {server.port}", kept=True)
+
+
+def endless(started: Path, _: Served) -> Outcome:
+    started.write_text(str(Popen(["sleep", "60"]).pid))
+    time.sleep(60)
+    return Outcome("never", kept=True)
+
+
+def failing(_: Served) -> Outcome:
+    raise ValueError("no measurement")
+
+
+def test_a_measurement_says_what_it_found() -> None:
+    assert within(30, its_port, SERVER) == Outcome("port 9", kept=True)
+
+
+def test_a_measurement_without_an_end_is_broken_and_killed_with_its_processes(
+    tmp_path: Path,
+) -> None:
+    began = time.monotonic()
+    outcome = within(1, partial(endless, tmp_path / "started"), SERVER)
+    assert outcome == Outcome("no answer within 1 s", kept=False, endless=True)
+    assert time.monotonic() - began < 30
+    assert not _runs(int((tmp_path / "started").read_text()))
+
+
+def test_a_measurement_that_fails_is_no_figure() -> None:
+    with pytest.raises(RuntimeError, match="a measurement failed"):
+        within(30, failing, SERVER)
+
+
+def _runs(process: int) -> bool:
+    """Whether it still does anything: whoever adopted it may not have noticed its end yet."""
+    with suppress(FileNotFoundError):
+        return "\nState:\tZ" not in Path(f"/proc/{process}/status").read_text()
+    return False
