@@ -9,7 +9,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
-from http.client import HTTPConnection
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import monotonic, perf_counter, sleep
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping, Sequence
+    from http.client import HTTPResponse
 
 __all__ = ["AUTHORIZATION", "KEY", "MIB", "SERVE", "Served", "served"]
 
@@ -58,15 +59,41 @@ class Served:
         timeout_s: float = 30,
     ) -> tuple[int, Mapping[str, str], bytes]:
         """Status, headers (names in lower case) and content; status 0 if there is no answer."""
+        try:
+            with self._answer(method, path, body, headers, timeout_s) as answer:
+                told = {name.lower(): value for name, value in answer.getheaders()}
+                return answer.status, told, answer.read()
+        except (OSError, HTTPException):
+            return 0, {}, b""
+
+    def status(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> int:
+        """Status of an answer whose content may have no end and is not read; 0 if there is none."""
+        try:
+            with self._answer(method, path, body, headers, 30) as answer:
+                return answer.status
+        except (OSError, HTTPException):
+            return 0
+
+    @contextmanager
+    def _answer(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None,
+        headers: Mapping[str, str] | None,
+        timeout_s: float,
+    ) -> Generator[HTTPResponse]:
         connection = HTTPConnection("127.0.0.1", self.port, timeout=timeout_s)
         sent = {**AUTHORIZATION, "content-type": "application/json"}
         try:
             connection.request(method, path, body, {**sent, **(headers or {})})
-            answer = connection.getresponse()
-            told = {name.lower(): value for name, value in answer.getheaders()}
-            return answer.status, told, answer.read()
-        except OSError:
-            return 0, {}, b""
+            yield connection.getresponse()
         finally:
             connection.close()
 

@@ -61,8 +61,8 @@ def _sockets(routes: Sequence[Any]) -> Iterator[WebSocketRoute]:
 
 def _asked(server: Served, method: str, path: str, header: str, value: str) -> int:
     if method == "WS":
-        return server.ask("GET", path, None, {**UPGRADE, header: value})[0]
-    return server.ask(method, path, b"{}" if method == "POST" else None, {header: value})[0]
+        return server.status("GET", path, None, {**UPGRADE, header: value})
+    return server.status(method, path, b"{}" if method == "POST" else None, {header: value})
 
 
 def _let_through(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
 from benchmarks import real_server
-from benchmarks.real_server import served
+from benchmarks.real_server import Served, served
 
 STUBBORN = """
 import signal, sys
@@ -37,3 +41,26 @@ def test_a_server_that_ends_before_it_is_ready_says_why() -> None:
     command = ["-c", "exit('no such model')"]
     with pytest.raises(RuntimeError, match="no such model"), served(command):
         pass
+
+
+class Endless(BaseHTTPRequestHandler):
+    """Answers with a stream that does not end while anybody reads it."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        with suppress(OSError):
+            while True:
+                self.wfile.write(b"data: x\n\n")
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - its name there
+        """Keep the terminal clean."""
+
+
+def test_a_status_is_had_without_the_content_that_has_no_end() -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Endless) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        served_there = Served(server.server_port, os.getpid(), Path("none"))
+        assert served_there.status("GET", "/") == 200
+        server.shutdown()
+    assert served_there.status("GET", "/") == 0
