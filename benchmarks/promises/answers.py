@@ -7,6 +7,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
+from benchmarks.promises.attackers import FORM, form_with
 from benchmarks.promises.promise import Outcome, Promise
 from benchmarks.real_server import KEY, Served
 from server.requests.schema import CHOICES, GenerateRequest
@@ -81,7 +82,12 @@ def _private(server: Served) -> Outcome:
     server.generate(prompt=f"\x07{CANARY}")
     server.generate(prompt="x", image=picture)
     server.generate(prompt="x", sampler=CANARY)
+    server.generate(model=CANARY)
+    server.generate(adapters=[CANARY])
     server.generate(**{CANARY: 1})
+    server.ask("POST", "/v1/images/edits", form_with(f"{CANARY}.png", "x"), FORM)
+    server.ask("POST", "/v1/images/edits", form_with(f"{CANARY}/../x", "\x07"), FORM)
+    server.ask("GET", f"/v1/models/{CANARY}")
     server.ask("GET", f"/{CANARY}")
     server.ask("GET", "/metrics", headers={"authorization": f"Bearer {CANARY}"})
     told = server.log.read_bytes() + server.ask("GET", "/metrics")[2]
@@ -106,9 +112,9 @@ PROMISES: Final = (
         _same_seed,
     ),
     Promise(
-        "Prompts, pictures and keys stay private.",
-        "a canary in each, in requests that succeed and that fail; searched for in the log and "
-        "the metrics",
+        "Prompts, pictures, keys and names stay private.",
+        "a canary in each, and in the names of adapters, models, fields and uploads, in requests "
+        "that succeed and that fail; searched for in the log and the metrics",
         "0 found",
         "requests written to the log",
         _private,

@@ -20,7 +20,17 @@ if TYPE_CHECKING:
 
     from benchmarks.real_server import Served
 
-__all__ = ["BODIES", "SLOW_PICTURE", "TURN_S", "attack", "bombs", "picture", "request_with"]
+__all__ = [
+    "BODIES",
+    "FORM",
+    "SLOW_PICTURE",
+    "TURN_S",
+    "attack",
+    "bombs",
+    "form_with",
+    "picture",
+    "request_with",
+]
 
 MIB: Final = 2**20
 TURN_S: Final = 2.0
@@ -32,6 +42,26 @@ def request_with(picture: bytes) -> bytes:
     """A request that is in order and starts from a picture."""
     fields = b'{"prompt": "x", "steps": 1, "strength": 1, "width": 64, "height": 64, "image": "'
     return fields + base64.b64encode(picture) + b'"}'
+
+
+FORM: Final = {"content-type": "multipart/form-data; boundary=edge"}
+"""The header of :func:`form_with`."""
+
+
+def form_with(name: str, text: str) -> bytes:
+    """A form with a prompt, and a picture in order whose file has this name."""
+    quoted = name.replace("\x00", "%00").replace("\\", "\\\\")
+    lines = (
+        b"--edge",
+        b'Content-Disposition: form-data; name="prompt"\r\n',
+        text.encode(),
+        b"--edge",
+        f'Content-Disposition: form-data; name="image"; filename="{quoted}"'.encode(),
+        b"Content-Type: image/png\r\n",
+        picture(),
+        b"--edge--\r\n",
+    )
+    return b"\r\n".join(lines)
 
 
 BODIES: Final[Mapping[str, Callable[[], bytes]]] = {
