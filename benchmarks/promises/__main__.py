@@ -13,7 +13,17 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Final
 
-from benchmarks.promises import access, answers, costs, fairness, processes
+from benchmarks.promises import (
+    access,
+    answers,
+    costs,
+    fairness,
+    memory,
+    names,
+    processes,
+    stopping,
+)
+from benchmarks.promises.promise import WEAK
 from benchmarks.promises.time_limit import within
 from benchmarks.real_server import KEY, SERVE, served
 
@@ -23,13 +33,16 @@ if TYPE_CHECKING:
 PAGE: Final = Path(__file__).resolve().parents[2] / "docs/promises.md"
 PROMISES: Final = (
     *access.PROMISES,
+    *names.PROMISES,
     *answers.PROMISES,
     *processes.PROMISES,
+    *memory.PROMISES,
+    *stopping.PROMISES,
     *costs.PROMISES,
     *fairness.PROMISES,
 )
 STRONG: Final = [*SERVE, "--deterministic", "--row-budget", "8"]
-WEAK: Final = ["-m", "benchmarks.promises.weak", "--row-budget", "8", "--max-pending", "65536"]
+WEAKENED: Final = [*WEAK, "--row-budget", "8", "--max-pending", "65536"]
 
 LIMIT_S: Final = 90.0
 """For one measurement; all take a few seconds on an idle machine."""
@@ -62,7 +75,7 @@ def main() -> int:
     weakened = {**settings}
     del weakened["WEFT_MAX_PENDING"]
     spoilt = [(one.claim, one.control or one.measure) for one in chosen]
-    controls = _measured(spoilt, WEAK, weakened)
+    controls = _measured(spoilt, WEAKENED, weakened)
     lines = [_line(*row) for row in zip(chosen, measured, controls, strict=True)]
     page = HEAD.format(cores=os.cpu_count(), load=load) + "".join(lines)
     if options.only:

@@ -6,13 +6,14 @@ import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from statistics import median, quantiles
 from threading import Event
 from time import perf_counter, sleep
 from typing import TYPE_CHECKING, Any, Final
 
 from benchmarks.promises.promise import Outcome, Promise
-from benchmarks.real_server import KEY
+from benchmarks.real_server import KEY, SERVE, served
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -35,6 +36,17 @@ LARGE: Final = {"n": 8, "steps": 6, "width": 192, "height": 192, "guidance": "cf
 SMALL: Final[dict[str, Any]] = {"steps": 4, "width": 64, "height": 64, "guidance": "cfg"}
 TRIES: Final = 3
 TICKS: Final = 2
+IN_ORDER: Final = (
+    "-c",
+    "from benchmarks.promises import weak; from server.cli import main; weak.serve_in_order(); "
+    "main()",
+    "serve",
+)
+"""Arguments of Python for a server without fairness, and without it alone."""
+
+TURNS: Final = 4
+TURN_S: Final = 2.0
+OF_IN_ORDER: Final = 0.92
 
 
 def _one_at_a_time(server: Served) -> Outcome:
@@ -96,6 +108,30 @@ def _ticks_beside(server: Served) -> int:
     return round(ticks) - SMALL["steps"]
 
 
+def _throughput(_: Served, budget: str = "16") -> Outcome:
+    """Evaluations of two floods on a fair server, and on one that serves in order, by turns."""
+    keys = {"WEFT_API_KEYS": f"{KEY},{OTHER}"}
+    with (
+        served([*SERVE, "--row-budget", budget], **keys) as fair,
+        served([*IN_ORDER, "--row-budget", "16"], **keys) as in_order,
+    ):
+        rates: dict[int, list[float]] = {fair.port: [], in_order.port: []}
+        for turn in range(2 * TURNS):
+            # The first of a pair changes, so that a machine that slows down favours neither.
+            server = (fair, in_order)[(turn + turn // 2) % 2]
+            with _flood(server, KEY, FLOOD, **ONE), _flood(server, OTHER, FLOOD, **ONE):
+                began, before = perf_counter(), server.metric("weft_tick_rows_sum")
+                sleep(TURN_S)
+                rows = server.metric("weft_tick_rows_sum") - before
+                rates[server.port].append(rows / (perf_counter() - began))
+    shared, ordered = (median(one) for one in rates.values())
+    figure = (
+        f"{shared:.0f} evaluations a second, {ordered:.0f} in order of arrival: "
+        f"{shared / ordered:.2f} x"
+    )
+    return Outcome(figure, shared >= OF_IN_ORDER * ordered)
+
+
 @contextmanager
 def _flood(server: Served, key: str, at_once: int, **fields: Any) -> Generator[None]:
     """Keep so many requests of a key under way."""
@@ -138,6 +174,16 @@ PROMISES: Final = (
         f"Jain's index of fairness at least {EQUAL:g}",
         "first come, first served",
         _equal_shares,
+    ),
+    Promise(
+        "Fairness costs little throughput.",
+        f"evaluations while two keys keep {FLOOD} requests each under way, of 64 x 64 pixels in "
+        f"{STEPS} steps, on this server and on one that serves in order of arrival; {TURNS} turns "
+        f"of {TURN_S:g} s each, alternating, the medians",
+        f"at least {OF_IN_ORDER:g} x",
+        "one row in a forward",
+        _throughput,
+        partial(_throughput, budget="1"),
     ),
     Promise(
         "A large picture does not hold up a small one.",

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 from benchmarks.real_server import Served
 
-__all__ = ["Measure", "Outcome", "Promise"]
+__all__ = ["WEAK", "Measure", "Outcome", "Promise"]
+
+WEAK: Final = ("-m", "benchmarks.promises.weak")
+"""Arguments of Python for the server without its defences."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import torch
 from fastapi.routing import APIRoute
+from uvicorn import Server
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from server.cli import main as command_line
@@ -25,7 +26,9 @@ from server.decoding.worker import Job, decoded
 from server.engine import engine, fair_queue
 from server.engine.scheduler import fill
 from server.engine.tick import newcomers
-from server.http import body, connection, errors, gate, making
+from server.http import body, connection, drain, errors, gate, making
+from server.models.adapters.adapter_file import AdapterFile
+from server.models.adapters.shelf import AdapterShelf
 from server.service.service import Service
 
 if TYPE_CHECKING:
@@ -49,10 +52,20 @@ def weaken() -> None:
     _replace(making, "unless_disconnected", _whether_or_not_disconnected)
     _replace(errors, "explain", _stumble)
     _replace(newcomers, "start_noise", _any_noise)
+    serve_in_order()
+    _replace(Service, "admit", _tell_the_log(Service.admit))
+    _replace(AdapterShelf, "find", _wherever_it_is)
+    _replace(engine.Engine, "_divide", _end_all)
+    _replace(drain.DrainingServer, "handle_exit", Server.handle_exit)
+    _replace(drain.DrainingServer, "on_tick", Server.on_tick)
+    _replace(drain.Farewell, "__call__", _say_nothing)
+
+
+def serve_in_order() -> None:
+    """Give nobody a share of the device: first come, first served."""
     _replace(engine, "fair_tick", _oldest_first)
     _replace(fair_queue.Turns, "flow_due", lambda *_: True)
     _replace(fair_queue.Turns, "standing", lambda *_: (0.0, 0.0))
-    _replace(Service, "admit", _tell_the_log(Service.admit))
 
 
 def _replace(owner: Any, name: str, value: Any) -> None:
@@ -104,6 +117,22 @@ def _oldest_first(
     lane = candidates[0].lane
     here = [i for i, one in enumerate(candidates) if one.lane == lane]
     return fill(candidates, here, lanes[lane].most)
+
+
+def _end_all(own: Any, chosen: Sequence[Any], error: Exception) -> None:
+    """Take what happens to a tick for an error of all its images."""
+    for sequence in chosen:
+        own._fail(sequence, error)
+
+
+async def _say_nothing(own: Any, *connection: Any) -> None:
+    await own._app(*connection)
+
+
+def _wherever_it_is(shelf: Any, name: str) -> AdapterFile:
+    """Join the name of an adapter to the folder, whatever it is."""
+    path = shelf._folders[0] / f"{name.removesuffix('.safetensors')}.safetensors"
+    return AdapterFile.read(name, path, shelf._target)
 
 
 def _tell_the_log(admit: Any) -> Any:
