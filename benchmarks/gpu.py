@@ -139,6 +139,14 @@ PARTS: Mapping[str, Part] = {
             f"--architecture tiny_z_image --steps 2 --scale 0 {FEW}",
         ),
     ),
+    "mixed-sizes-z-image": Part(
+        "Pictures of several sizes in one forward, Z-Image Turbo's sizes",
+        **_measured(
+            "benchmarks.mixed_sizes",
+            "--architecture z_image --counts 4 --images 1 --rounds 2",
+            "--steps 2 --counts 2 --images 1 --rounds 1",
+        ),
+    ),
 }
 
 

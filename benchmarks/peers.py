@@ -85,6 +85,11 @@ class Weft:
         """Most rows of a tick."""
         return self._engine.measurements.row_budget
 
+    @property
+    def forwards(self) -> int:
+        """Ticks since the start."""
+        return self._engine.measurements.ticks
+
     def run(self, requests: list[Request]) -> Outcome:
         """All requests at their times of arrival."""
         tasks = [self._task(request) for request in requests]
@@ -128,13 +133,15 @@ class Weft:
     def _task(self, request: Request) -> ImageTask:
         sampler = _named(SAMPLERS, request.sampler)()
         rule = _named(RULES, request.guidance)
-        grid = self._architecture.hosted.default_schedule.grid(Trailing(), request.steps)
+        width, height = request.size or (self._architecture.side, self._architecture.side)
+        schedule = self._architecture.hosted.schedule(width, height, request.steps)
+        grid = schedule.grid(Trailing(), request.steps)
         return ImageTask(
             model="model",
             prompt=request.prompt,
             negative_prompt="",
-            width=self._architecture.side,
-            height=self._architecture.side,
+            width=width,
+            height=height,
             seed=request.seed,
             plan=sampler.plan(grid),
             rule=rule() if request.guidance == "none" else rule(scale=SCALES[request.guidance]),

@@ -23,6 +23,7 @@ class Request:
         guidance: name of the rule.
         steps: sampler steps.
         seed: of the image.
+        size: width and height of the image in pixels; None for the model's own.
     """
 
     arrival_s: float
@@ -31,6 +32,7 @@ class Request:
     guidance: str
     steps: int
     seed: int
+    size: tuple[int, int] | None = None
 
     @property
     def evaluations(self) -> int:

@@ -291,3 +291,13 @@ def test_an_engine_starts_from_a_guess_and_corrects_it(start, task, run):
     run(engine, [task(steps=10, width=128, height=128)])
     [(_, _, cost)] = engine.tick_costs()
     assert all(seconds < 5 for seconds in cost.estimates().values())
+
+
+def test_a_size_that_only_runs_in_ticks_of_a_larger_one_follows_the_machine():
+    large, small = (TickCost({rows: steep(rows) * area for rows in NODES}) for area in (2, 1))
+    for _ in range(40):
+        seconds = steep(6) * 2 / 3
+        small.shift(seconds / large.seconds(6))
+        large.observe(6, seconds)
+    assert large.seconds(6) == pytest.approx(steep(6) * 2 / 3, rel=0.02)
+    assert small.seconds(6) == pytest.approx(steep(6) / 3, rel=0.1)

@@ -22,6 +22,7 @@ from guidance.unguided import Unguided
 from samplers.ddim import DDIM
 from samplers.unipc import UniPC
 from server.engine.client import Client, Flow
+from server.engine.cost_model import TickCost
 from server.engine.engine import Engine
 from server.engine.fair_queue import Turns
 from server.engine.task import Group
@@ -247,3 +248,24 @@ def test_each_client_pays_for_a_mixed_tick_by_the_area_of_its_rows(
     by_tick = [dict(both) for both in pairwise(charges) if len(dict(both)) == 2]
     mixed = [tick for tick in by_tick if tick[large] == pytest.approx(4 * tick[small])]
     assert len(mixed) >= STEPS - 1
+
+
+def test_a_mixed_tick_teaches_the_cost_of_its_largest_size_and_tells_the_others_of_the_machine(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taught: dict[TickCost, list[tuple[int, float]]] = {}
+    told: dict[TickCost, list[float]] = {}
+
+    def observe(cost: TickCost, rows: int, seconds: float) -> None:
+        taught.setdefault(cost, []).append((rows, seconds))
+
+    def shift(cost: TickCost, factor: float) -> None:
+        told.setdefault(cost, []).append(factor)
+
+    monkeypatch.setattr(TickCost, "observe", observe)
+    monkeypatch.setattr(TickCost, "shift", shift)
+    pixels(run(engine, [of(size, CFG()) for size in SIZES]))
+    [(largest, ticks)] = taught.items()
+    assert [rows for rows, _ in ticks] == [2 * len(SIZES)] * STEPS
+    slower = [seconds / largest.seconds(rows) for rows, seconds in ticks]
+    assert list(told.values()) == [slower] * (len(SIZES) - 1)

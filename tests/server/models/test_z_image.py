@@ -15,6 +15,7 @@ from guidance.edits import IdentityAttention, SkippedBlocks
 from server.engine.engine import Engine
 from server.engine.state.noise import start_noise
 from server.errors import ModelMismatch
+from server.models.adapters.adapter import Adapter, LowRank, RowAdapters, Weighted
 from server.models.chat_text import TEXT
 from server.models.conditioning import MASK
 from server.models.hosted import HostedModel
@@ -156,6 +157,29 @@ def test_rows_of_unlike_sizes_are_what_the_transformers_own_forward_makes_of_eac
             [x[row].unsqueeze(1)], t[row : row + 1], caption, return_dict=False
         )[0]
         torch.testing.assert_close(made, -alone[0][:, 0], rtol=1e-5, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_what_a_row_changes_inside_the_network_is_its_own_among_other_sizes(
+    model: HostedModel,
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(2, 4, 20, width, generator=generator) for width in (24, 36)]
+    layers: dict[str, LowRank] = {
+        name: LowRank(torch.randn(2, read), torch.randn(64, 2))
+        for name, read in {"all_x_embedder.2-1": 16, "layers.0.attention.to_q": 64}.items()
+    }
+    adapted = (Weighted(Adapter("one", "0", {"transformer": layers}), 0.5),)
+    skipped = (SkippedBlocks(("layers.1",)),)
+    told = model.stack(model.encode_prompts([PROMPT], WIDTH, HEIGHT) * 4)
+    adapters = RowAdapters((adapted, (), (), adapted))
+    inputs, t = RowInputs(told, [(), skipped, skipped, ()], adapters=adapters), torch.rand(4)
+    ours = [row for part in model.evaluate_sizes(parts, t, inputs) for row in part]
+    for k, x in enumerate(row for part in parts for row in part):
+        [alone] = model.evaluate(x[None], t[k : k + 1], inputs.of([k]))
+        torch.testing.assert_close(ours[k], alone, rtol=1e-4, atol=1e-5)
+        [plain] = model.evaluate(x[None], t[k : k + 1], model.inputs([PROMPT]))
+        assert_apart(plain, ours[k])
 
 
 @torch.inference_mode()
