@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from guidance import NegToMe
+from guidance import EasyCache, NegToMe
 from guidance.apg import APG
 from guidance.cfg import CFG
 from guidance.pag import PAG
@@ -104,7 +104,7 @@ def engine(model: Mixing, shared: Engine) -> Engine:
 
 def of(size: str, *given: Any, **fields: Any) -> Asked:
     width, height = SIZES[size]
-    return replace(task(*given, steps=STEPS, **fields), width=width, height=height)
+    return replace(task(*given, **{"steps": STEPS, **fields}), width=width, height=height)
 
 
 def pair(size: str, strength: float) -> list[Asked]:
@@ -146,6 +146,17 @@ def test_an_image_is_the_same_alone_and_among_other_sizes(model: Mixing, engine:
     for ours, own in zip(mixed, alone, strict=True):
         assert apart(ours, own) <= 1
     assert apart(mixed[2], mixed[3]) > 1
+
+
+def test_images_of_several_sizes_recall_the_same_stages_as_alone(engine: Engine) -> None:
+    cache = EasyCache(threshold=0.1, start=0.1)
+    tasks = [of(size, CFG(), cache=cache, steps=14) for size in SIZES]
+    mixed = run(engine, tasks)
+    for index, one in enumerate(tasks):
+        ours, [alone] = mixed.results[index], run(engine, [one]).results.values()
+        assert apart(ours.pixels, alone.pixels) <= 1
+        assert (ours.evaluations, ours.saved) == (alone.evaluations, alone.saved)
+        assert ours.saved > 0
 
 
 @pytest.mark.parametrize("mixes", [True, False])
