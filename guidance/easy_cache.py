@@ -31,7 +31,8 @@ class EasyCache(StepCache, frozen=True):
     reaches the threshold, the stage is evaluated and E starts from 0. These are the formulas of
     the authors' code for Wan 2.1 and 2.2 and HunyuanVideo, and the last evaluation of a run is
     always made, as there. Their threshold is 0.05 (0.025 for HunyuanVideo), and they evaluate the
-    first 7 of 40 to 50 steps (5 of 50). The means are taken in float64.
+    first 7 of 40 to 50 steps (5 of 50). Those networks predict the velocity, and any other is
+    treated as if it did. The means are taken in float64.
     """
 
     summary: ClassVar[str] = "Skips the network while its output is predicted to change little."

@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
 
 class Evaluation(NamedTuple):
-    """What the network was given and put out for the prompts of some images.
+    """What a network that predicts the velocity was given and put out.
+
+    Predictions of any other network are to be written as the velocity first. An error of it counts
+    sigma times in the denoised prediction; one of the noise counts sigma / alpha times, which early
+    in a run is many times more.
 
     Attributes:
         x: its input, at its own scale, ``[rows, C, h, w]``.

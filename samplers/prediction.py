@@ -54,3 +54,22 @@ def preconditioning(
     raise ValueError(
         f"prediction_type is {prediction!r}; allowed are epsilon, v_prediction, sample, flow, edm."
     )
+
+
+def as_velocity(prediction: PredictionType, alpha: F64, sigma: F64) -> Preconditioning:
+    """The scalars of a network that predicts the velocity, in the place of one that may not.
+
+    ``flow`` and ``v_prediction`` do. The predictions of any other network are those of some network
+    of ``v_prediction`` at x scaled to ``alpha^2 + sigma^2 = 1``, whose output is
+    ``(denoised - skip * x) / out``.
+
+    Args:
+        prediction: what the network predicts.
+        alpha: signal scale, any shape.
+        sigma: noise scale above 0, same shape.
+    """
+    if prediction in ("flow", "v_prediction"):
+        return preconditioning(prediction, alpha, sigma)
+    scale = 1 / np.hypot(alpha, sigma)
+    own = preconditioning("v_prediction", alpha * scale, sigma * scale)
+    return Preconditioning(scale, own.skip * scale, own.out)

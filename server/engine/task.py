@@ -53,7 +53,7 @@ class ImageTask:
             ``server.engine.terms.registry.TERMS``.
         adapters: that all its rows have, whatever they are told.
         controls: what steers all its rows beside the prompt.
-        cache: decides at which stages the network is not evaluated; None evaluates it at all.
+        cache: decides at which stages the network is not evaluated; None evaluates it at every one.
         coefficients: what a policy that is fitted was fitted to, ``[stages, n]``.
         group: the images that this one runs in lockstep with.
         priority: who goes first.

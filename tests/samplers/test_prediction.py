@@ -1,9 +1,12 @@
 """The scalars from a network's output to the denoised prediction."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
 
 from samplers import NoiseSchedule, PredictionType, preconditioning
+from samplers.prediction import as_velocity
 from tests.samplers.cases import DISCRETE, EDM, FLOW
 
 CLEAN, NOISE = np.array([0.4, -1.1, 2.0]), np.array([0.9, 0.1, -1.7])
@@ -44,6 +47,21 @@ def test_edm_is_table_1_of_karras() -> None:
     np.testing.assert_allclose(target_variance, 1)
     # Minimal amplification of the network's errors.
     np.testing.assert_allclose(skip, 0.25 / (0.25 + sigma**2))
+
+
+@pytest.mark.parametrize("prediction", get_args(PredictionType))
+def test_the_predictions_of_any_network_are_those_of_one_of_the_velocity(
+    prediction: PredictionType,
+) -> None:
+    schedule = {"flow": FLOW, "edm": EDM}.get(prediction, DISCRETE)
+    alpha, sigma = schedule.level(np.array([0.3, 0.5, 0.9]) * schedule.t_start)
+    scale, skip, out = as_velocity(prediction, alpha, sigma)
+    x = alpha * CLEAN + sigma * NOISE
+    velocity = NOISE - CLEAN
+    if prediction != "flow":
+        velocity = scale * (alpha * NOISE - sigma * CLEAN)
+        np.testing.assert_allclose(scale**2 * (alpha**2 + sigma**2), 1)
+    np.testing.assert_allclose(skip * x + out * velocity, CLEAN, rtol=1e-9)
 
 
 def test_an_unknown_prediction_is_refused_by_name() -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from samplers import preconditioning
+from samplers.prediction import as_velocity
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +29,8 @@ class CompiledPlan:
         scale_in: of the network's input.
         skip: ``denoised = skip * x + out * raw``.
         out: see ``skip``.
+        as_velocity: scale of x, skip and out of a network that predicts the velocity, as step
+            caches see this one.
         slots: K, of the pool that it was made for.
         device: where the tables are wanted.
     """
@@ -39,6 +42,7 @@ class CompiledPlan:
     scale_in: list[float]
     skip: list[float]
     out: list[float]
+    as_velocity: list[tuple[float, float, float]]
     slots: int
     device: torch.device
     _made: tuple[range, Tensor] | None = field(default=None, init=False)
@@ -85,7 +89,9 @@ class CompiledPlan:
 
 def compile_plan(plan: Plan, model: HostedModel, slots: int) -> CompiledPlan:
     """The plan for states of ``slots`` slots, for a model and its device."""
-    scales = preconditioning(model.facts.prediction, plan.alpha[:-1], plan.sigma[:-1])
+    levels = plan.alpha[:-1], plan.sigma[:-1]
+    scales = preconditioning(model.facts.prediction, *levels)
+    velocity = as_velocity(model.facts.prediction, *levels)
     return CompiledPlan(
         plan=plan,
         t=model.told(plan.t[:-1]).tolist(),
@@ -94,6 +100,7 @@ def compile_plan(plan: Plan, model: HostedModel, slots: int) -> CompiledPlan:
         scale_in=scales.scale_in.tolist(),
         skip=scales.skip.tolist(),
         out=scales.out.tolist(),
+        as_velocity=[*zip(*(one.tolist() for one in velocity), strict=True)],
         slots=slots,
         device=model.device,
     )

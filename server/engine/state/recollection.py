@@ -12,7 +12,8 @@ __all__ = ["FIRST_OUTPUT", "INPUT", "Recollection"]
 
 INPUT, FIRST_OUTPUT = 0, 1
 """Slots of the pool's cache memory: the network's input at the last stage that was evaluated, and
-from the second on its outputs there, by the number of the prediction."""
+from the second on its outputs there, by the number of the prediction; both as a network has them
+that predicts the velocity."""
 
 
 @dataclass(slots=True, eq=False)

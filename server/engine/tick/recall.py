@@ -1,8 +1,11 @@
-"""Stages that a step cache stands in for: what the network put out is kept, and recalled.
+"""Stages that a step cache stands in for: what the network predicted is kept, and recalled.
 
 Whether an image recalls its next stage is decided at the end of this one, from the x that the step
 has led to, and is known with the tick's one wait for the device. Images that recall take no row of
 a forward: they go on in the same tick, until they need the network again.
+
+Caches are shown every network as one that predicts the velocity, as those are for which they were
+published; see :class:`guidance.step_cache.Evaluation`.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from guidance import StepCache
 from guidance.step_cache import Evaluation
 from server.engine.state.padding import padded
 from server.engine.state.recollection import FIRST_OUTPUT, INPUT
-from server.engine.tick.weave import Evaluated, scales_of
+from server.engine.tick.weave import Evaluated
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,15 +38,35 @@ class NewNumbers(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Foresight:
-    """What the step caches of a tick decided.
+    """What the step caches of a tick saw and decided.
 
     Attributes:
-        recalls: which images are to recall their next stage if they may, bool ``[images]``.
+        recalls: which images recall their next stage if they may, bool ``[images]``.
         numbers: of the images that have a cache.
+        rows: all rows of the batch, as caches see them.
     """
 
     recalls: Tensor
     numbers: list[NewNumbers]
+    rows: Evaluation
+
+
+class AsVelocity(NamedTuple):
+    """Factors of each row of a batch, ``[rows, 1, 1, 1]``.
+
+    Attributes:
+        scale: of x, for the input of a network that predicts the velocity.
+        skip: of x in the prediction.
+        out: of the velocity in the prediction, not 0.
+    """
+
+    scale: Tensor
+    skip: Tensor
+    out: Tensor
+
+    def seen(self, stage: Evaluated) -> Evaluation:
+        """The predictions, as inputs and outputs of such a network."""
+        return Evaluation(self.scale * stage.x, (stage.denoised - self.skip * stage.x) / self.out)
 
 
 def recall(batch: Batch) -> Evaluated:
@@ -55,10 +78,9 @@ def recall(batch: Batch) -> Evaluated:
     kept = memory.flatten(0, 1)
     last = Evaluation(*(kept.index_select(0, lane.indices(rows)) for rows in (inputs, outputs)))
     x = batch.columns[:, 0].index_select(0, lane.indices(batch.owners))
-    scales = scales_of(batch)
-    points = scales.points(x)
-    raw = StepCache.recalled(last, points)
-    return Evaluated(points, raw, scales.denoised(x, raw))
+    form = _as_velocity(batch)
+    velocity = StepCache.recalled(last, form.scale * x)
+    return Evaluated(x, form.skip * x + form.out * velocity)
 
 
 def foresee(batch: Batch, stage: Evaluated, state: Tensor) -> Foresight:
@@ -70,19 +92,22 @@ def foresee(batch: Batch, stage: Evaluated, state: Tensor) -> Foresight:
         state: their states after it, ``[images, K, C, h, w]``.
     """
     recalls = torch.zeros(len(batch.sequences), dtype=torch.bool, device=state.device)
-    new: list[NewNumbers] = []
     by_kind: dict[type[StepCache], list[int]] = {}
     for i, sequence in enumerate(batch.sequences):
         if sequence.task.cache is not None:
             by_kind.setdefault(type(sequence.task.cache), []).append(i)
+    if not by_kind:
+        return Foresight(recalls, [], Evaluation(*stage))
+    rows = _as_velocity(batch).seen(stage)
+    new: list[NewNumbers] = []
     for kind, members in by_kind.items():
-        decided, numbers = _decided(batch, kind, members, stage, state)
+        decided, numbers = _decided(batch, kind, members, rows, state)
         recalls.index_copy_(0, batch.lane.indices(members), decided)
         new.append(NewNumbers(members, numbers))
-    return Foresight(recalls, new)
+    return Foresight(recalls, new, rows)
 
 
-def keep(batch: Batch, stage: Evaluated, foresight: Foresight) -> None:
+def keep(batch: Batch, foresight: Foresight) -> None:
     """Remember the stage; to be called when all else has succeeded."""
     members = [i for new in foresight.numbers for i in new.positions]
     for new in foresight.numbers:
@@ -97,10 +122,11 @@ def keep(batch: Batch, stage: Evaluated, foresight: Foresight) -> None:
         if sequence.task.cache is not None:
             rows.append(row)
             places.append(sequence.slot * memory.shape[1] + FIRST_OUTPUT + number)
-    outputs = stage.raw.index_select(0, lane.indices(rows)).to(memory.dtype)
+    outputs = foresight.rows.output.index_select(0, lane.indices(rows))
     memory.flatten(0, 1).index_copy_(0, lane.indices(places), outputs)
     slots = lane.indices([batch.sequences[i].slot for i in members])
-    memory[:, INPUT].index_copy_(0, slots, stage.points.index_select(0, lane.indices(members)))
+    inputs = foresight.rows.x.index_select(0, lane.indices(members))
+    memory[:, INPUT].index_copy_(0, slots, inputs)
     for i in members:
         sequence = batch.sequences[i]
         sequence.recollection.predictions = frozenset((0, *sequence.ask.numbers))
@@ -108,33 +134,43 @@ def keep(batch: Batch, stage: Evaluated, foresight: Foresight) -> None:
 
 
 def _decided(
-    batch: Batch, kind: type[StepCache], members: list[int], stage: Evaluated, state: Tensor
+    batch: Batch, kind: type[StepCache], members: list[int], rows: Evaluation, state: Tensor
 ) -> tuple[Tensor, Tensor]:
     """What the caches of one class say of their images, bool ``[members]``, and their numbers."""
     sequences, where = [batch.sequences[i] for i in members], batch.lane.indices(members)
     slots = batch.lane.indices([sequence.slot for sequence in sequences])
     memory = batch.lane.pool.cache_memory[:, : FIRST_OUTPUT + 1].index_select(0, slots)
     last = Evaluation(_fixed(batch, memory[:, INPUT]), _fixed(batch, memory[:, FIRST_OUTPUT]))
-    x = _fixed(batch, stage.points.index_select(0, where))
+    now = Evaluation(*(_fixed(batch, one.index_select(0, where)) for one in rows))
     if batch.recalls:
         counted = [one for s in sequences if (one := s.recollection.numbers) is not None]
         numbers = _fixed(batch, torch.stack(counted))
     else:
-        now = Evaluation(x, _fixed(batch, stage.raw.index_select(0, where)).to(x.dtype))
         numbers, last = kind.learned(last, now), now
-    scales = torch.tensor([_scale_ahead(batch, i) for i in members], dtype=state.dtype)
-    scales = scales.to(state.device, non_blocking=True).view(-1, *[1] * (x.ndim - 1))
-    following = _fixed(batch, scales * state[:, 0].index_select(0, where))
+    ahead = _factors(batch, [_scale_ahead(batch, i) for i in members])
+    following = _fixed(batch, ahead * state[:, 0].index_select(0, where))
     caches = [cache for s in sequences if (cache := s.task.cache) is not None]
-    parameters = {k: _fixed(batch, value) for k, value in kind.parameters(caches, x).items()}
-    decision = kind.decide(last, numbers, x, following, parameters)
+    parameters = {k: _fixed(batch, value) for k, value in kind.parameters(caches, now.x).items()}
+    decision = kind.decide(last, numbers, now.x, following, parameters)
     return decision.recalls[: len(members)], decision.numbers[: len(members)]
 
 
+def _as_velocity(batch: Batch) -> AsVelocity:
+    stages = [sequence.stage for sequence in batch.sequences]
+    scalars = [batch.plans[i].as_velocity[stages[i]] for i in batch.owners]
+    return AsVelocity(*_factors(batch, scalars).unbind(1))
+
+
 def _scale_ahead(batch: Batch, i: int) -> float:
-    """Of the network's input at the next stage; after the last one any number will do."""
-    scales = batch.plans[i].scale_in
-    return scales[min(batch.sequences[i].stage + 1, len(scales) - 1)]
+    """Of x at the next stage; after the last one any number will do."""
+    scalars = batch.plans[i].as_velocity
+    return scalars[min(batch.sequences[i].stage + 1, len(scalars) - 1)][0]
+
+
+def _factors(batch: Batch, values: list[float] | list[tuple[float, float, float]]) -> Tensor:
+    """Numbers on the device as float32 ``[..., 1, 1, 1]``, sent without waiting for it."""
+    numbers = torch.tensor(values, dtype=torch.float32)
+    return numbers.view(*numbers.shape, 1, 1, 1).to(batch.lane.model.device, non_blocking=True)
 
 
 def _fixed(batch: Batch, rows: Tensor) -> Tensor:

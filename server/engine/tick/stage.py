@@ -148,7 +148,7 @@ def _written(step: _Step, told: _Told, resampling: Resampling | None) -> Outcome
         state, denoised = resampling.taken_over(state), resampling.taken_over(denoised)
         sound = [sound[origin] for origin in resampling.origins]
     weave.write_back(batch, state, step.guidance)
-    recall.keep(batch, step.evaluated, step.foresight)
+    recall.keep(batch, step.foresight)
     if resampling is not None:
         resampling.note(batch.sequences)
     return Outcome(batch, sound, told.settled, told.recalls, denoised)

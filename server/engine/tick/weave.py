@@ -38,16 +38,14 @@ class NewMemory(NamedTuple):
 
 
 class Evaluated(NamedTuple):
-    """What the network was given and put out for all rows of a batch, each ``[rows, C, h, w]``.
+    """The predictions of all rows of a batch, each ``[rows, C, h, w]``.
 
     Attributes:
-        points: its input, at its own scale.
-        raw: its output, as it is.
-        denoised: the predictions that come of it.
+        x: where they were made.
+        denoised: the predictions.
     """
 
-    points: Tensor
-    raw: Tensor
+    x: Tensor
     denoised: Tensor
 
 
@@ -151,8 +149,8 @@ def evaluate(batches: Listed[Batch]) -> list[Evaluated]:
     points = [own.points(rows.x) for own, rows in zip(scales, parts, strict=True)]
     raw = forward(batches, parts, points, [own.t for own in scales])
     return [
-        Evaluated(at, made, own.denoised(rows.x, made))
-        for own, rows, at, made in zip(scales, parts, points, raw, strict=True)
+        Evaluated(rows.x, own.denoised(rows.x, made))
+        for own, rows, made in zip(scales, parts, raw, strict=True)
     ]
 
 
