@@ -1,8 +1,8 @@
-"""What every guidance rule promises, as checks that the author of a new one calls from a test.
+"""What rules and step caches promise, as checks that the author of a new one calls from a test.
 
-``check_rule(MyRule(), MyRule(scale=7.5))`` makes all of them. Each raises AssertionError with a
-sentence that says which promise is broken, and at which parameters. Weft holds its own rules to the
-same checks.
+``check_rule(MyRule(), MyRule(scale=7.5))`` makes all of those of a rule, and ``check_step_cache``
+those of a step cache. Each raises AssertionError with a sentence that says which promise is broken,
+and at which parameters. Weft holds its own to the same checks.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Final
 
 from guidance.rule import Guided, Rows
+from guidance.step_cache import Evaluation
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from guidance.perturbation import Perturbation
     from guidance.policy import Policy
     from guidance.rule import Rule
+    from guidance.step_cache import Decision, StepCache
 
 SHAPE: Final = (4, 6, 5)
 """Of the latents that rules are checked on: no two axes alike."""
@@ -49,7 +51,47 @@ def check_rule(*settings: Rule) -> None:
         check_rows_are_independent(together)
 
 
-def check_description(kind: type[Rule | Policy | Perturbation]) -> None:
+def check_step_cache(*settings: StepCache) -> None:
+    """All promises of a step cache, at each of these parameters and in one batch of all of them.
+
+    It decides nothing before its warm-up nor about the last stage, and what it learns and decides
+    of a row depends on no other row.
+
+    Args:
+        settings: of one cache: its defaults, and whatever else it does differently.
+
+    Raises:
+        AssertionError: a promise is broken; says which.
+    """
+    from numpy import arange, logspace
+
+    kind, stages = type(settings[0]), 12
+    check_description(kind)
+    for cache in settings:
+        able = cache.may_recall(logspace(2, -2, stages), arange(stages) / stages)
+        _hold(len(able) == stages, f"{cache!r} does not answer for each stage")
+        _hold(not able[: kind.warm_up].any(), f"{cache!r} decides before its warm-up")
+        _hold(not able[-1], f"{cache!r} leaves out the last evaluation of a run")
+    rows = [draw(len(settings), seed) for seed in range(4)]
+    together = _decide(settings, rows)
+    for i, cache in enumerate(settings):
+        alone = _decide([cache], [one_row(one, i) for one in rows])
+        for name, mine in zip(together._fields, together, strict=True):
+            found, wanted = mine[i : i + 1].double(), getattr(alone, name).double()
+            same = found.allclose(wanted, rtol=CLOSE, atol=CLOSE, equal_nan=True)
+            _hold(same, f"{cache!r}: {name} depends on other rows")
+
+
+def _decide(settings: Sequence[StepCache], rows: Sequence[Rows]) -> Decision:
+    """After two evaluations and a stage that recalled them; inputs and outputs are random."""
+    kind, (first, second, third, following) = type(settings[0]), rows
+    before, last = Evaluation(first.x, first.cond), Evaluation(second.x, second.cond)
+    parameters = kind.parameters(settings, last.x)
+    once = kind.decide(last, kind.learned(before, last), last.x, third.x, parameters)
+    return kind.decide(last, once.numbers, third.x, following.x, parameters)
+
+
+def check_description(kind: type[Rule | Policy | Perturbation | StepCache]) -> None:
     """A name, a summary, a source and a docstring, and a sentence for each field.
 
     They reach the API's documentation, the catalog and the command line.

@@ -12,7 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from guidance import PERTURBATIONS, POLICIES, RULES, Perturbation, Policy, Rule
+from guidance import (
+    PERTURBATIONS,
+    POLICIES,
+    RULES,
+    STEP_CACHES,
+    Perturbation,
+    Policy,
+    Rule,
+    StepCache,
+)
 from guidance.cfg import CFG
 from guidance.composed import Composed, WeightedPrompt
 from guidance.residual import Residual
@@ -23,6 +32,7 @@ from guidance.testing import (
     check_inputs_are_kept,
     check_moves_open_a_step,
     check_shapes,
+    check_step_cache,
 )
 from tests.covering import covering
 from tests.guidance.cases import (
@@ -62,8 +72,8 @@ def branches_of(rule: Rule) -> int:
 
 @pytest.mark.parametrize(
     "registry",
-    [RULES, POLICIES, PERTURBATIONS],
-    ids=["rules", "policies", "perturbations"],
+    [RULES, POLICIES, PERTURBATIONS, STEP_CACHES],
+    ids=["rules", "policies", "perturbations", "step caches"],
 )
 def test_names_and_texts_are_there_once(registry: tuple[type[Rule], ...]) -> None:
     names = [kind.model_fields["name"].default for kind in registry]
@@ -298,6 +308,11 @@ def test_each_branch_is_filled_in_as_if_it_were_the_only_one(policy: Policy) -> 
         torch.testing.assert_close(together[:, k], run(k)[:, 0], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", STEP_CACHES)
+def test_step_caches_keep_their_promises(kind: type[StepCache]) -> None:
+    check_step_cache(kind.model_validate({}), kind.model_validate({"start": 0.5, "stop": 0.75}))
+
+
 @each_perturbation
 def test_perturbations_answer_for_each_stage_and_change_something(
     perturbation: Perturbation,
@@ -310,7 +325,7 @@ def test_perturbations_answer_for_each_stage_and_change_something(
     assert hash(perturbation.edit) == hash(perturbation.model_copy().edit)
 
 
-@pytest.mark.parametrize("kind", [*RULES, *POLICIES, *PERTURBATIONS])
+@pytest.mark.parametrize("kind", [*RULES, *POLICIES, *PERTURBATIONS, *STEP_CACHES])
 def test_parameters_are_frozen_and_strange_ones_refused(kind: type[Rule]) -> None:
     with pytest.raises(ValueError, match="frozen"):
         setattr(kind.model_validate({}), "name", "other")  # noqa: B010
@@ -346,12 +361,13 @@ def test_parameters_are_frozen_and_strange_ones_refused(kind: type[Rule]) -> Non
         ("pag", "scale", -1, "greater than or equal to 0"),
         ("pag", "layers", [], "at least 1 item"),
         ("pag", "start", 1, "less than 1"),
+        ("easy_cache", "threshold", 1.1, "less than or equal to 1"),
     ],
 )
 def test_values_out_of_range_say_what_is_allowed(
     name: str, field: str, value: Any, sentence: str
 ) -> None:
-    everything = (*RULES, *POLICIES, *PERTURBATIONS)
+    everything = (*RULES, *POLICIES, *PERTURBATIONS, *STEP_CACHES)
     kinds = {kind.model_fields["name"].default: kind for kind in everything}
     with pytest.raises(ValueError, match=f"(?s){field}.*{sentence}"):
         kinds[name].model_validate({field: value})

@@ -1,4 +1,4 @@
-"""The checks for authors of rules: each finds the defect that it is for, and says it."""
+"""The checks for authors of rules and step caches: each finds its defect, and says it."""
 
 from collections.abc import Mapping
 from typing import ClassVar, Literal
@@ -7,10 +7,11 @@ import pytest
 from torch import Tensor
 from typing_extensions import override
 
-from guidance import APG, CFG, Branch, CFGPlusPlus, Guided, Rows, Unguided
+from guidance import APG, CFG, Branch, CFGPlusPlus, EasyCache, Guided, Rows, Unguided
 from guidance.branch import EMPTY, NEGATIVE
 from guidance.rule import ScaledRule
-from guidance.testing import check_rule
+from guidance.step_cache import Evaluation
+from guidance.testing import check_rule, check_step_cache
 
 
 class Broken(ScaledRule, frozen=True):
@@ -86,3 +87,18 @@ def test_rules_that_keep_their_promises_pass() -> None:
     check_rule(APG(), APG(momentum=0.0, eta=1.0))
     check_rule(CFGPlusPlus())
     check_rule(Unguided())
+
+
+class OfTheBatch(EasyCache, frozen=True):
+    """Takes its rate from all rows together, as code does that was written for one image."""
+
+    @classmethod
+    @override
+    def learned(cls, before: Evaluation, now: Evaluation) -> Tensor:
+        return super().learned(before, now).mean(0, keepdim=True).expand(len(now.x), -1)
+
+
+def test_a_step_cache_that_mixes_its_rows_is_found() -> None:
+    check_step_cache(EasyCache(), EasyCache(threshold=0.5))
+    with pytest.raises(AssertionError, match="numbers depends on other rows"):
+        check_step_cache(OfTheBatch(), OfTheBatch(threshold=0.5))
