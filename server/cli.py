@@ -195,6 +195,9 @@ def generate(
             help=f"Guidance policy, of --guidance or of the server's default rule: {Described}"
         ),
     ] = None,
+    cache: Annotated[
+        str | None, typer.Option(help=f"Step cache, which leaves out evaluations: {Described}")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Number of sampling steps.")] = None,
     seed: Annotated[
         int | None, typer.Option(help="Seed of the first image; random by default.")
@@ -249,6 +252,7 @@ def generate(
         sampler=_named(sampler),
         spacing=_named(spacing),
         guidance=_guidance(sampler, guidance, scale, policy),
+        cache=_named(cache),
         steps=steps,
         seed=seed,
         n=n,

@@ -74,9 +74,9 @@ def test_the_catalog_lists_everything() -> None:
 
 def test_generate_writes_the_file_with_its_settings(tmp_path: Path) -> None:
     output = tmp_path / "out.png"
-    arguments = ["--steps", "2", "--seed", "7", "--sampler", "unipc", "-o", str(output)]
+    arguments = ["--steps", "4", "--seed", "7", "--sampler", "unipc", "-o", str(output)]
     guidance = ["--guidance", "apg", "--scale", "3", "--policy", '{"name": "adaptive"}']
-    done = weft("generate", PROMPT, *arguments, *guidance)
+    done = weft("generate", PROMPT, *arguments, *guidance, "--cache", "easy_cache")
     assert done.exit_code == 0, done.output
     assert done.stdout.strip() == str(output)
     with Image.open(output) as picture:
@@ -86,6 +86,7 @@ def test_generate_writes_the_file_with_its_settings(tmp_path: Path) -> None:
     assert settings["guidance"]["name"] == "apg"
     assert settings["guidance"]["scale"] == 3
     assert settings["guidance"]["policy"]["name"] == "adaptive"
+    assert settings["cache"]["name"] == "easy_cache"
 
 
 def test_generate_draws_with_adapters_of_a_folder(tmp_path: Path) -> None:
