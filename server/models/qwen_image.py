@@ -5,7 +5,6 @@ Qwen Team, arXiv 2508.02324; as ``QwenImagePipeline`` of diffusers runs it.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +12,7 @@ import torch
 from server.errors import ModelMismatch
 from server.models.chat_text import TEXT, ChatTemplate, ChatText
 from server.models.conditioning import MASK, stack_padded
+from server.models.controls.qwen_control import QwenControl
 from server.models.conventions import defaults_by
 from server.models.distilled import stated
 from server.models.flow_matching import SCHEDULER, FlowSchedules
@@ -20,6 +20,7 @@ from server.models.flux1 import THOUSAND, packed, unpacked
 from server.models.folder import Revisions, read_json
 from server.models.hosted import ModelFacts
 from server.models.parts import load_network, load_text_encoder, load_tokenizer
+from server.models.qwen_positions import keep_own_positions
 from server.models.tiling import pixels_a_cell, with_tiles
 from server.models.transformer_model import (
     TRANSFORMER,
@@ -58,38 +59,35 @@ UNSUPPORTED = ("guidance_embeds", "use_additional_t_cond", "use_layer3d_rope")
 """Entries of the transformer's config by which it takes more than the pipeline gives it."""
 
 
-SIZES_KEPT = 32
-"""Sizes of pictures whose positions are kept, 2 MB each at 1024 x 1024 pixels."""
-
-
 class QwenDenoiser:
     """The transformer on latents packed to tokens of 2 x 2 cells.
 
     Args:
         network: a ``QwenImageTransformer2DModel`` in inference mode.
+        control: the ControlNets that it takes.
     """
 
-    def __init__(self, network: Any) -> None:
+    def __init__(self, network: Any, control: QwenControl) -> None:
         self.network = network
-        # Diffusers caches these by class, which would keep them of models that are let go of.
-        positions = network.pos_embed
-        for name in ("_get_device_freqs", "_compute_video_freqs"):
-            method = getattr(type(positions), name).__wrapped__.__get__(positions)
-            setattr(positions, name, lru_cache(SIZES_KEPT)(method))
+        self._control = control
+        keep_own_positions(network)
 
     def __call__(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
         """See ``HostedModel.evaluate``."""
         told, network = inputs.conditioning.tensors, self.network
         height, width = x.shape[-2] // PATCH, x.shape[-1] // PATCH
-        velocity = network(
-            hidden_states=packed(x).to(network.dtype),
+        rows = {
+            "hidden_states": packed(x).to(network.dtype),
             # The thousandfold is what is rounded, as in diffusers' pipeline.
-            timestep=t.to(network.dtype) / THOUSAND,
-            encoder_hidden_states=told[TEXT],
-            encoder_hidden_states_mask=told.get(MASK),
-            img_shapes=[[(1, height, width)]] * len(x),
-            return_dict=False,
-        )[0]
+            "timestep": t.to(network.dtype) / THOUSAND,
+            "encoder_hidden_states": told[TEXT],
+        }
+        if MASK in told:
+            rows["encoder_hidden_states_mask"] = told[MASK]
+        shape, added = (1, height, width), dict[str, Any]()
+        if inputs.controls is not None:
+            added = self._control.residuals(rows, shape, inputs.controls)
+        velocity = network(**rows, **added, img_shapes=[[shape]] * len(x), return_dict=False)[0]
         return unpacked(velocity, height, width).float()
 
 
@@ -169,13 +167,16 @@ def load_qwen_image(
         max_tokens=text.max_tokens,
         defaults=_defaults_of(folder),
     )
+    autoencoder = QwenAutoencoder(vae, device)
+    control = QwenControl(transformer, autoencoder.encode, packed, device)
     return TransformerModel(
         facts,
         device,
         dtype,
         schedule=FlowSchedules(folder, multiple),
-        denoiser=QwenDenoiser(transformer),
-        autoencoder=QwenAutoencoder(vae, device),
+        denoiser=QwenDenoiser(transformer, control),
+        autoencoder=autoencoder,
+        control=control,
         text=text,
         stack=stack,
     )

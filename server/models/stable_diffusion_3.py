@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from server.models.autoencoder import Autoencoder
 from server.models.clip import CLIP
 from server.models.conditioning import Conditioning
+from server.models.controls.sd3_control import SD3Control
 from server.models.conventions import defaults_by
 from server.models.distilled import is_called_turbo, stated
 from server.models.flow_matching import SCHEDULER, FlowSchedules
@@ -103,19 +104,26 @@ class SD3Denoiser:
 
     Args:
         network: an ``SD3Transformer2DModel`` in inference mode.
+        control: the ControlNets that it takes.
     """
 
-    def __init__(self, network: Any) -> None:
+    def __init__(self, network: Any, control: SD3Control) -> None:
         self.network = network
+        self._control = control
 
     def __call__(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
         """See ``HostedModel.evaluate``."""
-        told = inputs.conditioning.tensors
+        told, latents = inputs.conditioning.tensors, x.to(self.network.dtype)
+        added: dict[str, Any] = {}
+        if inputs.controls is not None:
+            rows = latents, t, told[TEXT], told[POOLED]
+            added = self._control.residuals(*rows, inputs.controls)
         return self.network(
-            hidden_states=x.to(self.network.dtype),
+            hidden_states=latents,
             timestep=t,
             encoder_hidden_states=told[TEXT],
             pooled_projections=told[POOLED],
+            **added,
             return_dict=False,
         )[0].float()
 
@@ -163,14 +171,18 @@ def load_stable_diffusion_3(
         longest_side=multiple * transformer.config.pos_embed_max_size,
         defaults=_defaults_of(folder),
     )
+    autoencoder = Autoencoder(vae, device)
+    shift = (vae.config.shift_factor or 0.0) * vae.config.scaling_factor
+    control = SD3Control(transformer, autoencoder.encode, shift, device)
     return TransformerModel(
         facts,
         device,
         dtype,
         schedule=FlowSchedules(folder, multiple),
-        denoiser=SD3Denoiser(transformer),
-        autoencoder=Autoencoder(vae, device),
+        denoiser=SD3Denoiser(transformer, control),
+        autoencoder=autoencoder,
         text=text,
+        control=control,
     )
 
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-__all__ = ["ControlKind", "first_misfit"]
+__all__ = ["ControlKind", "first_misfit", "first_outside"]
 
 
 class ControlKind(Protocol):
@@ -65,6 +65,20 @@ def first_misfit(kind: Any, config: Mapping[str, Any], expected: Mapping[str, An
         found = _plain(config.get(name, declared[name].default))
         if found != _plain(value):
             return f"has {name} {str(found)[:60]}, where {_plain(value)} is needed"
+    return None
+
+
+def first_outside(config: Mapping[str, Any], allowed: Mapping[str, range]) -> str | None:
+    """The first entry of a config that is none of the numbers it may be, as a clause.
+
+    Args:
+        config: entries of a ``config.json``.
+        allowed: numbers by the names of entries.
+    """
+    for name, numbers in allowed.items():
+        found = config.get(name)
+        if not isinstance(found, int) or found not in numbers:
+            return f"has {name} {str(found)[:60]}, where {numbers[0]} to {numbers[-1]} are possible"
     return None
 
 

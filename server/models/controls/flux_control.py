@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from server.models.controls.control_kind import first_misfit
+from server.models.controls.control_kind import first_misfit, first_outside
 from server.models.controls.row_controls import summed
 from server.models.controls.spread import in_runs, in_turn
 
@@ -73,13 +73,12 @@ class FluxControl:
         """See ``ControlKind.misfit``."""
         if differs := first_misfit(self.kind, config, self._expected):
             return differs
-        for name, most in (
-            ("num_layers", self._layers),
-            ("num_single_layers", self._single_layers),
-        ):
-            layers = config.get(name, most)
-            if not isinstance(layers, int) or not 0 <= layers <= most:
-                return f"has {name} {str(layers)[:60]}, where at most {most} are possible"
+        layers = {
+            "num_layers": range(1, self._layers + 1),
+            "num_single_layers": range(self._single_layers + 1),
+        }
+        if differs := first_outside(config, layers):
+            return differs
         embeds = config.get("conditioning_embedding_channels") is not None
         if embeds and config.get("patch_size") != PATCH:
             return f"embeds pictures, and has a patch_size other than {PATCH}"

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["in_runs", "in_turn"]
+__all__ = ["in_runs", "in_turn", "stretched"]
 
 
 def in_runs(residuals: Sequence[Tensor], layers: int) -> list[Tensor | None]:
@@ -31,3 +31,14 @@ def in_turn(residuals: Sequence[Tensor], layers: int) -> list[Tensor | None]:
     if not residuals:
         return [None] * layers
     return [residuals[layer % len(residuals)] for layer in range(layers)]
+
+
+def stretched(residuals: Sequence[Tensor], layers: int) -> list[Tensor | None]:
+    """Each for as many layers as any other, give or take one.
+
+    Args:
+        residuals: of the ControlNet, at least one and no more than ``layers``.
+        layers: of the network.
+    """
+    each = layers / len(residuals)
+    return [residuals[int(layer / each)] for layer in range(layers)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from diffusers import (
     FluxMultiControlNetModel,
     FluxTransformer2DModel,
 )
-from diffusers.pipelines.flux import pipeline_flux_controlnet
 from torch import Tensor
 
 from server.engine.engine import Engine
@@ -25,7 +23,13 @@ from server.models.controls.control import ControlUse
 from server.models.hosted import HostedModel
 from server.models.loading import load_model
 from tests.server.models.alike import assert_among, assert_apart, task_of
-from tests.server.models.controls.tiny_controls import saved, shelf_of, use, with_an_effect
+from tests.server.models.controls.tiny_controls import (
+    encoding_to_the_mean,
+    saved,
+    shelf_of,
+    use,
+    with_an_effect,
+)
 from tests.server.models.tiny_flux1 import DEV, VAE, make
 from tests.server.models.tiny_text import LENGTH
 from tests.server.toy_model import run, started
@@ -82,14 +86,6 @@ def hosted(pipeline: Any, networks: dict[str, Any], folder: Path) -> HostedModel
     return model
 
 
-@pytest.fixture(autouse=True)
-def mean(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their pipeline encodes pictures to the mean of the posterior instead of a sample."""
-    module = pipeline_flux_controlnet
-    latents = partial(module.retrieve_latents, sample_mode="argmax")
-    monkeypatch.setattr(module, "retrieve_latents", lambda one, **_: latents(one))
-
-
 @torch.inference_mode()
 def theirs(
     pipeline: Any, networks: dict[str, Any], *uses: ControlUse, seed: int = 5, **fields: Any
@@ -108,20 +104,21 @@ def theirs(
     pictures = [one.picture[None] for one in uses]
     scales = [one.scale for one in uses]
     given: dict[str, Any] = {"guidance_scale": 3.5, **fields}
-    tokens = made(
-        PROMPT,
-        latents=made._pack_latents(noise, *noise.shape),
-        num_inference_steps=3,
-        width=width,
-        height=height,
-        control_image=pictures[0] if alone else pictures,
-        controlnet_conditioning_scale=scales[0] if alone else scales,
-        control_guidance_start=[one.start for one in uses],
-        control_guidance_end=[one.end for one in uses],
-        max_sequence_length=LENGTH,
-        output_type="latent",
-        **given,
-    ).images
+    with encoding_to_the_mean():
+        tokens = made(
+            PROMPT,
+            latents=made._pack_latents(noise, *noise.shape),
+            num_inference_steps=3,
+            width=width,
+            height=height,
+            control_image=pictures[0] if alone else pictures,
+            controlnet_conditioning_scale=scales[0] if alone else scales,
+            control_guidance_start=[one.start for one in uses],
+            control_guidance_end=[one.end for one in uses],
+            max_sequence_length=LENGTH,
+            output_type="latent",
+            **given,
+        ).images
     return made._unpack_latents(tokens, height, width, scale)[0]
 
 
@@ -211,7 +208,7 @@ def test_one_that_embeds_its_picture_adds_to_the_blocks_in_turn(
     [
         ({}, None),
         ({"num_mode": 10}, "has num_mode 10, where None is needed"),
-        ({"num_layers": 4}, "has num_layers 4, where at most 3 are possible"),
+        ({"num_layers": 4}, "has num_layers 4, where 1 to 3 are possible"),
         ({"conditioning_embedding_channels": 4}, "embeds pictures, and has a patch_size other"),
     ],
 )

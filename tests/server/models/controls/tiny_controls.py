@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from diffusers import ConfigMixin, ControlNetModel, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 from server.models.controls.control import Control, ControlUse
@@ -42,6 +45,15 @@ def with_an_effect(network: Any) -> Any:
         if not parameter.any():
             nn.init.normal_(parameter, std=0.2)
     return network.eval().requires_grad_(requires_grad=False)
+
+
+@contextmanager
+def encoding_to_the_mean() -> Generator[None]:
+    """Diffusers' pipelines encode pictures to the mean of the posterior instead of a sample."""
+    with pytest.MonkeyPatch.context() as patch:
+        posterior = DiagonalGaussianDistribution
+        patch.setattr(posterior, "sample", lambda self, *_, **__: posterior.mode(self))
+        yield
 
 
 def saved(network: Any, folder: Path, name: str) -> Any:

@@ -1,0 +1,121 @@
+"""ControlNets of Stable Diffusion 3: blocks whose outputs are added to those of its transformer.
+
+As ``StableDiffusion3ControlNetPipeline`` of diffusers runs them, in both branches of guidance. A
+picture is encoded to the mean of the autoencoder's posterior, where the pipeline draws a sample.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from server.models.controls.control_kind import first_misfit, first_outside
+from server.models.controls.row_controls import summed
+from server.models.controls.spread import stretched
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from torch import Tensor
+
+    from server.models.controls.row_controls import RowControls, SameControl
+
+__all__ = ["SD3Control"]
+
+ALIKE = (
+    "in_channels",
+    "patch_size",
+    "num_attention_heads",
+    "attention_head_dim",
+    "pooled_projection_dim",
+    "pos_embed_max_size",
+)
+"""Entries of the transformer's config that a ControlNet's must equal."""
+
+OF_TEXT = "joint_attention_dim", "caption_projection_dim"
+"""The same of ControlNets that read the text."""
+
+
+class SD3Control:
+    """The ControlNets of a Stable Diffusion 3 transformer.
+
+    Args:
+        transformer: an ``SD3Transformer2DModel``.
+        encode: clean latents ``[rows, C, h, w]`` of pictures.
+        shift: what the autoencoder's shift takes off these latents.
+        device: where it runs.
+    """
+
+    def __init__(
+        self,
+        transformer: Any,
+        encode: Callable[[Tensor], Tensor],
+        shift: float,
+        device: torch.device,
+    ) -> None:
+        from diffusers import SD3ControlNetModel
+
+        self.kind: Any = SD3ControlNetModel
+        self.denoiser: Any = transformer
+        self._layers = len(transformer.transformer_blocks)
+        self._encode = encode
+        self._shift = shift
+        self._device = device
+        self._expected = {name: transformer.config[name] for name in ALIKE} | {
+            "extra_conditioning_channels": 0,
+        }
+        self._of_text = {name: transformer.config[name] for name in OF_TEXT}
+
+    def misfit(self, config: Mapping[str, Any]) -> str | None:
+        """See ``ControlKind.misfit``."""
+        reads_text = config.get("joint_attention_dim", 0) is not None
+        expected = self._expected | (self._of_text if reads_text else {})
+        differs = first_misfit(self.kind, config, expected)
+        return differs or first_outside(config, {"num_layers": range(1, self._layers + 1)})
+
+    def prepared(self, network: Any) -> Any:
+        """See ``ControlKind.prepared``; those without positions have the transformer's."""
+        if network.pos_embed is None:
+            positions = network._get_pos_embed_from_transformer(self.denoiser)
+            network.pos_embed = positions.to(network.dtype).requires_grad_(requires_grad=False)
+        return network.to(self._device)
+
+    def hint(self, network: Any, picture: Tensor) -> Tensor:
+        """The picture's latents ``[C, h, w]``."""
+        latents = self._encode(picture.to(self._device)[None])[0]
+        if network.config.force_zeros_for_pooled_projection:
+            # InstantX's know no shift.
+            latents = latents + self._shift
+        return latents.to(network.dtype)
+
+    def residuals(
+        self, x: Tensor, t: Tensor, text: Tensor, pooled: Tensor, controls: RowControls
+    ) -> dict[str, Any]:
+        """What is added to the rows, by the name of the transformer's argument.
+
+        Args:
+            x: latents as the transformer takes them, ``[rows, C, h, w]``.
+            t: what it is told of the noise level, ``[rows]``.
+            text: ``[rows, tokens, features]``.
+            pooled: ``[rows, features]``.
+            controls: of each row.
+        """
+
+        def evaluate(same: SameControl) -> Sequence[Tensor | None]:
+            network = same.control.network
+            reads_text = network.context_embedder is not None
+            vectors = pooled.index_select(0, same.rows)
+            if network.config.force_zeros_for_pooled_projection:
+                vectors = torch.zeros_like(vectors)
+            [blocks] = network(
+                hidden_states=x.index_select(0, same.rows),
+                timestep=t.index_select(0, same.rows),
+                encoder_hidden_states=text.index_select(0, same.rows) if reads_text else None,
+                pooled_projections=vectors,
+                controlnet_cond=same.hints,
+                return_dict=False,
+            )
+            return stretched(blocks, self._layers)
+
+        return {"block_controlnet_hidden_states": summed(controls, evaluate)}
