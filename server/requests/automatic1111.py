@@ -6,13 +6,21 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 from typing_extensions import override
 
 from samplers import Sampler
 from server.decoding.picture import MaskForm
 from server.errors import InvalidRequest
 from server.models.emphasis import is_long, is_weighted
+from server.requests.automatic1111_hires import (
+    LATENT,
+    LEAST_STEPS,
+    HiresFields,
+    different,
+    hires,
+    written,
+)
 from server.requests.automatic1111_names import sampler_and_spacing
 from server.requests.foreign_names import fields_of
 from server.requests.lora_tags import read_tags
@@ -22,7 +30,7 @@ from server.requests.reading import RESIZE_MODES, Reading
 from server.requests.schema import DEFAULT_STEPS, MAX_SEED, GenerateRequest
 from server.requests.upload import Upload
 
-__all__ = ["LATENT", "UPSCALERS", "Img2Img", "Translated", "Txt2Img", "translated"]
+__all__ = ["Img2Img", "Translated", "Txt2Img", "translated"]
 
 _NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     "styles": ((),),
@@ -47,37 +55,10 @@ _NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
 _OF_PICTURES: Final = {"enable_hr": (False,)}
 """Likewise, of requests that start from an image."""
 
-_OF_SECOND_RUNS: Final = {
-    "hr_checkpoint_name": ("", "Use same checkpoint"),
-    "hr_sampler_name": ("", "Use same sampler"),
-    "hr_scheduler": ("", "Use same scheduler"),
-    "hr_prompt": ("",),
-    "hr_negative_prompt": ("",),
-    "hr_cfg": (0, 1),
-}
-"""Likewise, of requests with `enable_hr`; what the first run has asks for nothing either."""
-
-_FIRST: Final = {
-    "hr_sampler_name": "sampler_name",
-    "hr_scheduler": "scheduler",
-    "hr_prompt": "prompt",
-    "hr_negative_prompt": "negative_prompt",
-    "hr_cfg": "cfg_scale",
-}
-
-UPSCALERS: Final = ("None", "Lanczos")
-"""Both are Lanczos: AUTOMATIC1111 resizes by it where no upscaler is chosen."""
-
-LATENT: Final = "Latent"
-"""Begins the names of its upscalers of latents, which are read as Lanczos."""
-
 _SETTINGS: Final = {"sd_vae": "Automatic", "CLIP_stop_at_last_layers": 1}
 """Settings of `override_settings` that ask for nothing."""
 
 _OF_A_MASK: Final = frozenset({"inpainting_fill"})
-
-_LEAST_STEPS: Final = 1.001
-"""From an image one step is run at least, also by a strength of 0."""
 
 _OF_INFOTEXT: Final[Mapping[str, str]] = {
     "prompt": "Prompt",
@@ -92,16 +73,8 @@ _OF_INFOTEXT: Final[Mapping[str, str]] = {
     "denoising_strength": "Denoising strength",
 }
 
-_OF_HIRES: Final[Mapping[str, str]] = {
-    "hr_scale": "Hires upscale",
-    "hr_resize_x": "Hires resize-1",
-    "hr_resize_y": "Hires resize-2",
-    "hr_second_pass_steps": "Hires steps",
-    "hr_upscaler": "Hires upscaler",
-}
 
-
-class Txt2Img(BaseModel):
+class Txt2Img(HiresFields):
     """A request of AUTOMATIC1111's `POST /sdapi/v1/txt2img`; unknown fields are ignored.
 
     Fields without a description have no effect. Those that would change the image are named in
@@ -160,24 +133,6 @@ class Txt2Img(BaseModel):
     seed_resize_from_w: int = -1
     restore_faces: bool = False
     tiling: bool = False
-    enable_hr: bool = Field(
-        default=False, description="Whether each image is enlarged and drawn once more."
-    )
-    hr_scale: float = Field(default=2, ge=1, le=8, description="By what the sides are multiplied.")
-    hr_resize_x: int = Field(default=0, ge=0, le=16384, description="Width instead; 0 is none.")
-    hr_resize_y: int = Field(default=0, ge=0, le=16384, description="Height instead; 0 is none.")
-    hr_upscaler: str = Field(
-        default=LATENT, max_length=128, description="`Lanczos`, which `Latent` is read as."
-    )
-    hr_second_pass_steps: int = Field(
-        default=0, ge=0, description="Steps of the second run; 0 is as many as of the first."
-    )
-    hr_checkpoint_name: str = ""
-    hr_sampler_name: str = ""
-    hr_scheduler: str = ""
-    hr_prompt: str = ""
-    hr_negative_prompt: str = ""
-    hr_cfg: float = 1
     s_churn: float = 0
     s_tmin: float = 0
     s_noise: float = 1
@@ -196,43 +151,12 @@ class Txt2Img(BaseModel):
         if isinstance(text := given.get("infotext"), str):
             found = read_infotext(text)
             of_text = {ours: found[name] for ours, name in _OF_INFOTEXT.items() if found.get(name)}
-            if any(name in found for name in _OF_HIRES.values()):
-                of_text |= {ours: found[name] for ours, name in _OF_HIRES.items() if name in found}
-                of_text["enable_hr"] = "true"
-            given = of_text | given
+            given = of_text | written(found) | given
         return given
 
     def picture(self) -> dict[str, Any]:
         """Fields of our own about the image to start from."""
         return {}
-
-    def hires(self, size: tuple[int, int]) -> dict[str, Any]:
-        """Fields of our own about a second run.
-
-        Args:
-            size: width and height of the first one.
-
-        Raises:
-            InvalidRequest: an upscaler that is not here.
-        """
-        if not self.enable_hr:
-            return {}
-        if not (self.hr_upscaler in UPSCALERS or self.hr_upscaler.startswith(LATENT)):
-            raise InvalidRequest(
-                "hr_upscaler",
-                f"hr_upscaler is {self.hr_upscaler!r}; allowed are: {', '.join(UPSCALERS)}, and "
-                f"{LATENT}, which is read as Lanczos.",
-            )
-        asked = 0.75 if self.denoising_strength is None else self.denoising_strength
-        steps = self.hr_second_pass_steps or self.steps or DEFAULT_STEPS
-        made: dict[str, Any] = {"strength": min(1.0, max(asked, _LEAST_STEPS / steps))}
-        if self.hr_second_pass_steps:
-            made["steps"] = self.hr_second_pass_steps
-        width, height = self.hr_resize_x, self.hr_resize_y
-        if width and height:
-            return {"hires": {**made, "width": width, "height": height}}
-        scale = max(width / size[0], height / size[1]) or self.hr_scale
-        return {"hires": {**made, "scale": scale}}
 
     @property
     def padding(self) -> int | None:
@@ -284,15 +208,11 @@ class Img2Img(Txt2Img):
         return None if whole else self.inpaint_full_res_padding
 
     @override
-    def hires(self, size: tuple[int, int]) -> dict[str, Any]:
-        return {}
-
-    @override
     def picture(self) -> dict[str, Any]:
         strength = 0.75 if self.denoising_strength is None else self.denoising_strength
         image: dict[str, Any] = {
             "image": self.init_images,
-            "strength": min(1.0, max(strength, _LEAST_STEPS / (self.steps or DEFAULT_STEPS))),
+            "strength": min(1.0, max(strength, LEAST_STEPS / (self.steps or DEFAULT_STEPS))),
             # The one beyond them stretches the latent.
             "resize_mode": dict(enumerate(RESIZE_MODES)).get(self.resize_mode, "stretch"),
         }
@@ -369,7 +289,7 @@ def translated(
         **_sampler(sampler_name, body.scheduler, body.eta),
         **_guidance(body),
         **body.picture(),
-        **body.hires(drawn),
+        **_second_run(body, drawn),
     }
     try:
         request = GenerateRequest.model_validate(given)
@@ -388,6 +308,13 @@ def translated(
         body.padding,
         tuple(said),
     )
+
+
+def _second_run(body: Txt2Img, size: tuple[int, int]) -> dict[str, Any]:
+    """The field `hires`, for requests that start from noise; AUTOMATIC1111 has it for these."""
+    if isinstance(body, Img2Img):
+        return {}
+    return hires(body, size, body.steps, body.denoising_strength)
 
 
 def _syntax(*texts: str) -> str | None:
@@ -441,7 +368,7 @@ def _without_effect(body: Txt2Img) -> list[str]:
             name for name, neutral in _OF_PICTURES.items() if getattr(body, name) not in neutral
         ]
     elif body.enable_hr:
-        names += _different_in_the_second_run(body)
+        names += different(body)
     if getattr(body, "mask", None) is None:
         names = [name for name in names if name not in _OF_A_MASK]
     asked = {
@@ -450,13 +377,3 @@ def _without_effect(body: Txt2Img) -> list[str]:
         if value and value != _SETTINGS.get(name)
     } - {"sd_model_checkpoint"}
     return names + [f"override_settings.{name[:60]}" for name in sorted(asked)]
-
-
-def _different_in_the_second_run(body: Txt2Img) -> list[str]:
-    """Names of fields that ask for what the second run has from the first one."""
-    return [
-        name
-        for name, neutral in _OF_SECOND_RUNS.items()
-        if (told := getattr(body, name)) not in neutral
-        and told != getattr(body, _FIRST.get(name, ""), None)
-    ]

@@ -15,7 +15,7 @@ from server.errors import InvalidRequest
 from server.http.automatic1111.route import ERRORS, TolerantRoute
 from server.http.dependencies import ServiceDep
 from server.image_codec import encode
-from server.requests.automatic1111 import UPSCALERS
+from server.requests.automatic1111_hires import UPSCALERS
 from server.requests.upload import Upload
 
 __all__ = ["router"]

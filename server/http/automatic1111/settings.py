@@ -15,7 +15,7 @@ from server.http.automatic1111.checkpoints import CheckpointsDep, chosen, named
 from server.http.automatic1111.jobs import owner_of
 from server.http.automatic1111.route import ERRORS, TolerantRoute
 from server.http.dependencies import ServiceDep
-from server.requests.automatic1111 import LATENT, UPSCALERS
+from server.requests.automatic1111_hires import LATENT, UPSCALERS
 from server.requests.automatic1111_names import sampler_labels, schedule_labels
 from server.requests.read_infotext import read_infotext
 from server.requests.upload import Upload

@@ -1,0 +1,125 @@
+"""AUTOMATIC1111's hires fix, as a second run of our own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from server.errors import InvalidRequest
+from server.requests.schema import DEFAULT_STEPS
+
+__all__ = ["LATENT", "LEAST_STEPS", "UPSCALERS", "HiresFields", "different", "hires", "written"]
+
+UPSCALERS: Final = ("None", "Lanczos")
+"""Both are Lanczos: AUTOMATIC1111 resizes by it where no upscaler is chosen."""
+
+LATENT: Final = "Latent"
+"""Begins the names of its upscalers of latents, which are read as Lanczos."""
+
+LEAST_STEPS: Final = 1.001
+"""From an image one step is run at least, also by a strength of 0."""
+
+DEFAULT_STRENGTH: Final = 0.75
+
+_NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
+    "hr_checkpoint_name": ("", "Use same checkpoint"),
+    "hr_sampler_name": ("", "Use same sampler"),
+    "hr_scheduler": ("", "Use same scheduler"),
+    "hr_prompt": ("",),
+    "hr_negative_prompt": ("",),
+    "hr_cfg": (0, 1),
+}
+"""Fields of a second run that it has from the first one, and values that ask for nothing."""
+
+_FIRST: Final = {
+    "hr_sampler_name": "sampler_name",
+    "hr_scheduler": "scheduler",
+    "hr_prompt": "prompt",
+    "hr_negative_prompt": "negative_prompt",
+    "hr_cfg": "cfg_scale",
+}
+
+_OF_INFOTEXT: Final[Mapping[str, str]] = {
+    "hr_scale": "Hires upscale",
+    "hr_resize_x": "Hires resize-1",
+    "hr_resize_y": "Hires resize-2",
+    "hr_second_pass_steps": "Hires steps",
+    "hr_upscaler": "Hires upscaler",
+}
+
+
+class HiresFields(BaseModel):
+    """The fields of a second run."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+    enable_hr: bool = Field(
+        default=False, description="Whether each image is enlarged and drawn once more."
+    )
+    hr_scale: float = Field(default=2, ge=1, le=8, description="By what the sides are multiplied.")
+    hr_resize_x: int = Field(default=0, ge=0, le=16384, description="Width instead; 0 is none.")
+    hr_resize_y: int = Field(default=0, ge=0, le=16384, description="Height instead; 0 is none.")
+    hr_upscaler: str = Field(
+        default=LATENT, max_length=128, description="`Lanczos`, which `Latent` is read as."
+    )
+    hr_second_pass_steps: int = Field(
+        default=0, ge=0, description="Steps of the second run; 0 is as many as of the first."
+    )
+    hr_checkpoint_name: str = ""
+    hr_sampler_name: str = ""
+    hr_scheduler: str = ""
+    hr_prompt: str = ""
+    hr_negative_prompt: str = ""
+    hr_cfg: float = 1
+
+
+def hires(
+    fields: HiresFields, size: tuple[int, int], steps: int | None, denoising_strength: float | None
+) -> dict[str, Any]:
+    """The field `hires` of our own; empty without a second run.
+
+    Args:
+        fields: as sent.
+        size: width and height of the first run.
+        steps: of the first run.
+        denoising_strength: as sent.
+
+    Raises:
+        InvalidRequest: an upscaler that is not here.
+    """
+    if not fields.enable_hr:
+        return {}
+    if not (fields.hr_upscaler in UPSCALERS or fields.hr_upscaler.startswith(LATENT)):
+        raise InvalidRequest(
+            "hr_upscaler",
+            f"hr_upscaler is {fields.hr_upscaler!r}; allowed are: {', '.join(UPSCALERS)}, and "
+            f"{LATENT}, which is read as Lanczos.",
+        )
+    asked = DEFAULT_STRENGTH if denoising_strength is None else denoising_strength
+    least = LEAST_STEPS / (fields.hr_second_pass_steps or steps or DEFAULT_STEPS)
+    made: dict[str, Any] = {"strength": min(1.0, max(asked, least))}
+    if fields.hr_second_pass_steps:
+        made["steps"] = fields.hr_second_pass_steps
+    width, height = fields.hr_resize_x, fields.hr_resize_y
+    if width and height:
+        return {"hires": {**made, "width": width, "height": height}}
+    scale = max(width / size[0], height / size[1]) or fields.hr_scale
+    return {"hires": {**made, "scale": scale}}
+
+
+def different(fields: HiresFields) -> list[str]:
+    """Names of fields that ask for what the second run has from the first one."""
+    return [
+        name
+        for name, neutral in _NEUTRAL.items()
+        if (told := getattr(fields, name)) not in neutral
+        and told != getattr(fields, _FIRST.get(name, ""), None)
+    ]
+
+
+def written(infotext: Mapping[str, str]) -> dict[str, str]:
+    """The fields of a second run that the text of an image names; empty if it had none."""
+    found = {ours: infotext[name] for ours, name in _OF_INFOTEXT.items() if name in infotext}
+    return found | {"enable_hr": "true"} if found else {}
