@@ -49,6 +49,8 @@ LIKE: Final[Mapping[str, str]] = MappingProxyType(
         "control_image": "controls",
         "true_cfg_scale": "guidance",
         "format": "output_format",
+        "enable_hr": "hires",
+        "hr_scale": "hires",
     }
 )
 """Fields of other services, and ours that come nearest, for error messages."""

@@ -56,6 +56,37 @@ def test_a_lora_of_the_model_acts_and_another_is_named() -> None:
     assert ignored(prompt=prompt) == ("Ignored, because nothing here corresponds: <lora:oil>.",)
 
 
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, {"scale": 2, "strength": 0.75}),
+        ({"hr_scale": 1.5, "denoising_strength": 0.4}, {"scale": 1.5, "strength": 0.4}),
+        ({"width": 64, "hr_resize_x": 160}, {"scale": 2.5, "strength": 0.75}),
+        ({"hr_resize_x": 96, "hr_resize_y": 128}, {"width": 96, "height": 128, "strength": 0.75}),
+        ({"denoising_strength": 0, "hr_second_pass_steps": 10}, {"steps": 10, "strength": 0.1001}),
+    ],
+)
+def test_hires_fix_is_a_second_run(fields: dict[str, Any], expected: dict[str, Any]) -> None:
+    second = request(prompt="x", enable_hr=True, hr_upscaler="Lanczos", **fields).hires
+    assert second is not None
+    if "scale" in expected:
+        assert second.scale == expected.pop("scale")
+    told = second.model_dump(exclude_none=True, exclude={"scale"})
+    assert told == pytest.approx(expected)
+    assert request(prompt="x", **fields).hires is None
+
+
+def test_what_the_second_run_has_from_the_first_is_named_only_if_it_differs() -> None:
+    told = {"prompt": "x", "sampler_name": "Euler", "enable_hr": True, "hr_upscaler": "None"}
+    assert ignored(**told, hr_sampler_name="Euler", hr_prompt="x", hr_scheduler=None) == ()
+    (sentence,) = ignored(**told, hr_sampler_name="DDIM", hr_prompt="y")
+    assert sentence.endswith("corresponds: hr_sampler_name, hr_prompt.")
+    body = Img2Img.model_validate({"init_images": "x", "enable_hr": True})
+    started = translated(body, None, (), 32, (64, 64))
+    assert started.request.hires is None
+    assert "enable_hr" in started.ignored[0]
+
+
 def test_every_listed_sampler_and_schedule_type_is_taken() -> None:
     for label, aliases in sampler_labels().items():
         for name in (label, *aliases):
