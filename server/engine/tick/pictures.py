@@ -45,10 +45,13 @@ class PicturesOfATick:
             sequence: that would be taken in before this tick.
             due: whether it is its turn; if not, what has no picture to encode has room.
         """
+        request = sequence.submission
+        pictures = [one for one in _pictures(sequence) if id(one) not in request.latents]
+        # ControlNets read theirs in another way, which takes about as long.
+        steering = [use.picture for use in sequence.task.controls if id(use) not in request.hints]
         own = {
-            (id(sequence.submission), id(picture)): picture.shape[-2] * picture.shape[-1]
-            for picture in _pictures(sequence)
-            if id(picture) not in sequence.submission.latents
+            (id(request), id(picture)): picture.shape[-2] * picture.shape[-1]
+            for picture in (*pictures, *steering)
         }
         new = {key: pixels for key, pixels in own.items() if key not in self._pixels}
         taken = sum(self._pixels.values())

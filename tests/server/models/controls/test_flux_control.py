@@ -194,7 +194,7 @@ def test_one_that_embeds_its_picture_adds_to_the_blocks_in_turn(
     seen: list[Tensor] = []
     decode = model.decode
     model.decode = lambda latents: seen.extend(latents.clone()) or decode(latents)
-    engine = started(model, 4)
+    engine = started(model, 4, guessed_costs={1: 0.01})
     xlabs = use(model, "xlabs", 1, (32, 48))
     run(engine, [asked(model, xlabs, width=32, height=48)])
     engine.stop(0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ SIZE = WIDTH, HEIGHT = 32, 24
 STEPS = 4
 SHAPE = (4, HEIGHT // 2, WIDTH // 2)
 NAMES = ("depth", "edges")
+COSTS = {1: 0.01, 8: 0.04}
 
 
 class Steered:
@@ -153,7 +156,7 @@ def test_images_of_stable_diffusion_xl_are_those_of_diffusers(tmp_path: Path) ->
     decode = steered.model.decode
     steered.model.decode = lambda latents: seen.extend(latents.clone()) or decode(latents)
     depth = use(steered.model, "depth", 1, SIZE)
-    engine = started(steered.model, 16)
+    engine = started(steered.model, 16, guessed_costs=COSTS)
     ear = run(engine, [asked(steered.model, depth), asked(steered.model, seed=6)])
     engine.stop(0)
     assert not ear.errors, ear.errors
@@ -201,7 +204,7 @@ def test_an_image_is_bit_identical_alone_and_in_company_where_the_server_is_dete
     model: HostedModel, decoded: list[Tensor]
 ) -> None:
     depth, edges = use(model, "depth", 1, SIZE), use(model, "edges", 2, SIZE, scale=0.5)
-    engine = started(model, 8, deterministic=True)
+    engine = started(model, 8, deterministic=True, guessed_costs=COSTS)
     decoded.clear()
     company = [asked(model, seed=6), asked(model, edges, seed=7), asked(model, depth, edges, depth)]
     for tasks in (company[2:], company):
@@ -210,3 +213,16 @@ def test_an_image_is_bit_identical_alone_and_in_company_where_the_server_is_dete
     engine.stop(0)
     alone, *together = decoded
     assert any(torch.equal(alone, one) for one in together)
+
+
+def test_a_controlnet_is_let_go_of_with_the_last_image_that_has_it(
+    steered: Steered, model: HostedModel, engine: Engine
+) -> None:
+    passing = use(model, "edges", 1, SIZE)
+    gone = weakref.ref(passing.control)
+    run(engine, [asked(model, passing)])
+    run(engine, [asked(model)])
+    del passing
+    model.controls.forget()
+    gc.collect()
+    assert gone() is None
