@@ -169,3 +169,27 @@ def test_slow_uploads_do_not_delay_what_needs_no_upload(engine: Engine) -> None:
 
     assert asyncio.run(run()) == MOST - 1
     service.close()
+
+
+def test_both_runs_of_a_request_are_admitted_at_once_and_nothing_of_them_is_left(
+    service: Service, engine: Engine
+) -> None:
+    """A second client finds no room between the two runs, which the first would need then."""
+
+    async def run() -> Pictures:
+        fields = {"prompt": "x", "steps": 50, "n": MOST // 2, "hires": {"strength": 1}}
+        generation = await service.admit(GenerateRequest.model_validate(fields), "one")
+        try:
+            with pytest.raises(Overloaded):
+                engine.reserve(1)
+            made = await service.pictures(generation)
+        finally:
+            service.release(generation)
+        return made
+
+    made = asyncio.run(run())
+    assert made.spent == 2 * 50 * 2 * (MOST // 2)
+    engine.reserve(MOST).release()
+    with pytest.raises(InvalidRequest, match="drawn twice, so at most 2 are allowed"):
+        make(service, n=MOST // 2 + 1, hires={})
+    engine.reserve(MOST).release()
