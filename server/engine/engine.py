@@ -663,8 +663,12 @@ class Engine:
             self._live_at = now
             choice = share_tick(candidates, self._shares, self._turns, costs, rows_of)
             self._shares = choice.shares
-            return [running[i] for i in choice.chosen]
-        return [running[i] for i in fair_tick(candidates, self._turns, costs, rows_of)]
+            chosen = choice.chosen
+        else:
+            chosen = fair_tick(candidates, self._turns, costs, rows_of)
+        # Oldest first, whoever's turn it is: rows keep their order from tick to tick, and with it
+        # what is kept for the adapters of these rows.
+        return [running[i] for i in sorted(chosen)]
 
     def rows_of_tick(self, load: Load, lane: Lane) -> int:
         """How many rows the next tick has, in the engine's thread."""

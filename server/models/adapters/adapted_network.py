@@ -1,75 +1,61 @@
 """Adapters of some rows of a forward, while the other rows pass the network as it is.
 
 Nothing is merged into the weights: after a layer has put out all rows, the changes of the rows that
-have adapters are added to theirs. Rows of different adapters share the matrix products: one batch
-of matrices for all rows whose changes have the same rank. The other rows stay as they are, to the
-bit.
+have adapters are added to theirs. Rows of different adapters share the matrix products: two for
+each layer, however many adapters there are. The other rows stay as they are, to the bit.
+
+What these products multiply with, the factors of all rows side by side, is kept for the next
+forward while rows have the same adapters in the same order, as they have from tick to tick.
 """
 
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from operator import itemgetter
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+from weakref import ref
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from server.models.adapters.convolution import convolve_by_products, multiplies
+from server.lru import ByteBoundedLRU
+from server.models.adapters.layer_changes import layer_changes
+from server.models.memory import measure
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Sequence
+    from collections.abc import Callable, Generator, Mapping, Sequence
 
     from torch import Tensor
 
-    from server.models.adapters.adapter import LowRank, RowAdapters
+    from server.models.adapters.adapter import Adapter, RowAdapters
+    from server.models.adapters.layer_changes import LayerChanges
+    from server.models.adapters.stack import Layer
 
 __all__ = ["AdaptedNetwork"]
 
-Value = TypeVar("Value")
-Layer: TypeAlias = "nn.Linear | nn.Conv2d"
+KEPT_SHARE = 1 / 32
+"""Of the device's memory, that stacks which are kept for later forwards may have."""
+
 Hook: TypeAlias = "Callable[[Layer, tuple[Tensor, ...], Tensor], Tensor]"
+
+Key: TypeAlias = "tuple[bool, tuple[tuple[tuple[ref[Adapter], float], ...], ...]]"
+"""Whether a forward is fixed, and the adapters and weights of its rows.
+
+It holds no adapter: their memory belongs to the requests.
+"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Rows:
-    """Some rows of the forward, and the weight of the adapter that each of them has.
+class _Plan:
+    """What is added in a forward.
 
     Attributes:
-        positions: of the rows, padding not counted.
-        all: whether they are all rows of the forward, which need no gathering.
-        where: the positions, int64 on the device; padded with the first one.
-        weights: float32 ``[rows, 1, 1]``, padded alike.
+        layers: changes by the name of the layer.
+        nbytes: of their stacks.
     """
 
-    positions: Sequence[int]
-    all: bool
-    where: Tensor
-    weights: Tensor
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """Those rows of a tensor of all rows."""
-        return tensor if self.all else tensor.index_select(0, self.where)
-
-    def put(self, rows: Tensor, into: Tensor) -> None:
-        """Replace those rows of a tensor of all rows."""
-        count = len(self.positions)
-        into.index_copy_(0, self.where[:count], rows[:count])
-
-    def padded(self, values: Sequence[Value]) -> list[Value]:
-        """The values, one for each row, padded with the first one."""
-        return [*values, *[values[0]] * (len(self.where) - len(values))]
-
-
-@dataclass(slots=True, eq=False)
-class _Pass:
-    """The changes of one layer that one batch of products computes, at most one for each row."""
-
-    changes: list[LowRank] = field(default_factory=list["LowRank"])
-    positions: list[int] = field(default_factory=list[int])
-    weights: list[float] = field(default_factory=list[float])
+    layers: Mapping[str, Sequence[LayerChanges]]
+    nbytes: int
 
 
 class AdaptedNetwork:
@@ -79,16 +65,37 @@ class AdaptedNetwork:
         part: the network's name in a model folder, by which adapters name it.
         network: whose layers take and put out one entry for each row.
         device: where it is.
+        by_products: whether to make convolutions products of matrices, see ``convolution``. By
+            default on a GPU.
+        most_bytes: of stacks that are kept; by default a share of the device's memory.
     """
 
-    def __init__(self, part: str, network: nn.Module, device: torch.device) -> None:
+    def __init__(
+        self,
+        part: str,
+        network: nn.Module,
+        device: torch.device,
+        *,
+        by_products: bool | None = None,
+        most_bytes: int | None = None,
+    ) -> None:
         self._part = part
         self._device = device
-        self._layers = {
+        self._by_products = device.type == "cuda" if by_products is None else by_products
+        if most_bytes is None:
+            most_bytes = int(KEPT_SHARE * measure(device).most)
+        self._most_bytes = most_bytes
+        self._plans: ByteBoundedLRU[Key, _Plan] = ByteBoundedLRU(most_bytes, lambda one: one.nbytes)
+        self._layers: dict[str, Layer] = {
             name: module
             for name, module in network.named_modules()
             if isinstance(module, nn.Linear | nn.Conv2d)
         }
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of stacks that are kept for the next forward."""
+        return self._plans.bytes
 
     @contextmanager
     def applied(self, adapters: RowAdapters | None) -> Generator[None]:
@@ -97,6 +104,7 @@ class AdaptedNetwork:
         Args:
             adapters: of the rows of that forward; None where no row has any.
         """
+        self._plans.discard(_has_died)
         # Before all other hooks, so that those which edit a layer's output see it adapted; and
         # gone afterwards, so that forwards without adapters pay nothing.
         handles = [
@@ -105,52 +113,33 @@ class AdaptedNetwork:
         ]
         try:
             yield
+        except torch.OutOfMemoryError:
+            self._plans.shrink(0)
+            raise
         finally:
             for handle in handles:
                 handle.remove()
 
     def _hooks(self, adapters: RowAdapters) -> dict[str, Hook]:
         """By name of the layer, the hook that adds the changes of all rows."""
-        passes: dict[str, dict[tuple[int, int], _Pass]] = {}
-        for row, own in enumerate(adapters.rows):
-            # A weight of 0 adds nothing, not even the rounding of a zero.
-            for place, one in enumerate(weighted for weighted in own if weighted.weight):
-                for name, change in one.adapter.parts.get(self._part, {}).items():
-                    added = passes.setdefault(name, {}).setdefault((place, change.rank), _Pass())
-                    added.changes.append(change)
-                    added.positions.append(row)
-                    added.weights.append(one.weight)
-        known: dict[tuple[tuple[int, ...], tuple[float, ...]], _Rows] = {}
+        rows = (tuple((ref(one.adapter), one.weight) for one in own) for own in adapters.rows)
+        plan = self._plans.get((adapters.fixed, tuple(rows)), lambda: self._plan(adapters))
+        keep = plan.nbytes <= self._most_bytes
+        return {name: _adding(changes, keep=keep) for name, changes in plan.layers.items()}
 
-        def rows_of(added: _Pass) -> _Rows:
-            key = tuple(added.positions), tuple(added.weights)
-            if key not in known:
-                known[key] = self._rows(added, adapters)
-            return known[key]
-
-        return {
-            name: _adding(
-                [(one.changes, rows_of(one)) for _, one in sorted(own.items(), key=itemgetter(0))]
-            )
-            for name, own in passes.items()
-        }
-
-    def _rows(self, added: _Pass, adapters: RowAdapters) -> _Rows:
-        count, total = len(added.positions), len(adapters.rows)
-        missing = total - count if adapters.fixed else 0
-        positions = added.positions + added.positions[:1] * missing
-        weights = added.weights + added.weights[:1] * missing
-        return _Rows(
-            positions=added.positions,
-            # In place, products may take other paths than those of gathered rows do.
-            all=count == total and not adapters.fixed,
-            where=torch.tensor(positions).to(self._device, non_blocking=True),
-            weights=torch.tensor(weights).view(-1, 1, 1).to(self._device, non_blocking=True),
-        )
+    def _plan(self, adapters: RowAdapters) -> _Plan:
+        own = self._part, self._layers, adapters, self._device
+        layers = layer_changes(*own, by_products=self._by_products)
+        return _Plan(layers, sum(one.nbytes for changes in layers.values() for one in changes))
 
 
-def _adding(passes: Sequence[tuple[Sequence[LowRank], _Rows]]) -> Hook:
-    """A hook of one layer that adds changes, one pass after another."""
+def _has_died(key: Key) -> bool:
+    """Whether an adapter of a plan has no request any more that has it."""
+    return any(adapter() is None for own in key[1] for adapter, _ in own)
+
+
+def _adding(changes: Sequence[LayerChanges], *, keep: bool) -> Hook:
+    """A hook of one layer that adds its changes, one batch after another."""
 
     def add(layer: Layer, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if isinstance(layer, nn.Conv2d):
@@ -158,39 +147,8 @@ def _adding(passes: Sequence[tuple[Sequence[LowRank], _Rows]]) -> Hook:
         # Views: what is added to the tokens is added to the output.
         tokens = output.permute(0, 2, 3, 1) if isinstance(layer, nn.Conv2d) else output
         tokens = tokens.view(len(tokens), -1, tokens.shape[-1])
-        for changes, rows in passes:
-            down = _down(layer, args[0], changes, rows)
-            up = torch.stack([change.up for change in rows.padded(changes)]).mul_(rows.weights)
-            if rows.all:
-                tokens.baddbmm_(down, up.mT)
-            else:
-                rows.put(torch.baddbmm(rows.of(tokens), down, up.mT), tokens)
+        for one in changes:
+            one.stack(keep=keep).add(layer, args[0], tokens)
         return output
 
     return add
-
-
-def _down(layer: Layer, x: Tensor, changes: Sequence[LowRank], rows: _Rows) -> Tensor:
-    """What the first factors make of a layer's input, ``[rows, tokens, rank]``."""
-    if isinstance(layer, nn.Conv2d):
-        if not _pointwise(layer):
-            if x.is_cuda and multiplies(layer):
-                kernels = torch.stack([change.down for change in rows.padded(changes)])
-                made = convolve_by_products(layer, rows.of(x), kernels)
-                return made.permute(0, 2, 3, 1).flatten(1, 2)
-            # Row by row: a grouped convolution costs up to five times as much on a CPU.
-            conv: Any = F.conv2d
-            reach = layer.stride, layer.padding, layer.dilation
-            made = [
-                conv(x[row : row + 1], change.down, None, *reach)
-                for row, change in zip(rows.positions, changes, strict=True)
-            ]
-            return torch.cat(rows.padded(made)).permute(0, 2, 3, 1).flatten(1, 2)
-        x = x.permute(0, 2, 3, 1)
-    tokens = rows.of(x.reshape(len(x), -1, x.shape[-1]))
-    down = torch.stack([change.down for change in rows.padded(changes)])
-    return torch.bmm(tokens, down.flatten(2).mT)
-
-
-def _pointwise(layer: nn.Conv2d) -> bool:
-    return layer.kernel_size == layer.stride == (1, 1) and layer.padding == (0, 0)

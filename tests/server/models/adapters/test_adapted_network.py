@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from guidance.edits import (
     BlurredQueries,
@@ -83,8 +85,15 @@ def forward(network: Any, x: Tensor, t: Tensor, told: Tensor) -> Tensor:
     return network(x, t, told, return_dict=False)[0]
 
 
-def adapted(network: nn.Module, rows: list[Row], *, fixed: bool = False) -> Tensor:
-    with AdaptedNetwork("unet", network, CPU).applied(RowAdapters(tuple(rows), fixed)):
+def adapted(
+    network: nn.Module,
+    rows: list[Row],
+    *,
+    fixed: bool = False,
+    by: AdaptedNetwork | None = None,
+) -> Tensor:
+    by = by or AdaptedNetwork("unet", network, CPU)
+    with by.applied(RowAdapters(tuple(rows), fixed)):
         return forward(network, *drawn(len(rows)))
 
 
@@ -101,6 +110,27 @@ def test_each_row_is_that_of_a_network_with_its_adapters_merged(
     for i, own in enumerate(company):
         row = slice(i, i + 1)
         assert_near(ours[row], forward(merged(unet, "unet", own), x[row], t[row], told[row]))
+
+
+@pytest.mark.parametrize(
+    "layout", ["-aa--", "aaaa", "aabb", "aaab", "-aabb-", "a-a-"], ids=lambda layout: layout
+)
+def test_rows_that_share_their_factors_are_adapted_too(
+    unet: nn.Module, company: list[Row], layout: str
+) -> None:
+    """Side by side in part or all of the forward, or not; one adapter, or several in a row."""
+    rows = [{"-": (), "a": company[2], "b": company[1]}[one] for one in layout]
+    ours = adapted(unet, rows)
+    x, t, told = drawn(len(rows))
+    for i, own in enumerate(rows):
+        row = slice(i, i + 1)
+        assert_near(ours[row], forward(merged(unet, "unet", own), x[row], t[row], told[row]))
+
+
+def test_convolutions_as_products_give_the_same_rows(unet: nn.Module, company: list[Row]) -> None:
+    """With a stride as well as without."""
+    by_products = AdaptedNetwork("unet", unet, CPU, by_products=True)
+    assert_near(adapted(unet, company, by=by_products), adapted(unet, company))
 
 
 def test_rows_without_adapters_are_not_touched_at_all(unet: nn.Module, company: list[Row]) -> None:
@@ -193,3 +223,76 @@ def test_an_edited_row_is_edited_as_adapted(unet: nn.Module, company: list[Row])
         alone, row = merged(unet, "unet", own), slice(i, i + 1)
         with RowEdits(alone).applied(edits[row], x[row], against[row]):
             assert_near(ours[row], forward(alone, x[row], t[row], told[row]))
+
+
+class Operations(TorchDispatchMode):
+    """Counts what a device would be asked to run; views cost it nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = Counter[str]()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if not func.is_view:
+            self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_each_layer_of_the_next_forward_costs_two_operations(
+    unet: nn.Module, adapters: dict[str, Adapter], company: list[Row]
+) -> None:
+    """Nothing is stacked or sent to the device again while rows have the same adapters."""
+    rows: list[Row] = [(Weighted(adapters["attention"], 0.1 * i),) for i in range(1, 5)]
+    network, plain, again = AdaptedNetwork("unet", unet, CPU), Operations(), Operations()
+    adapted(unet, rows, by=network)
+    with plain:
+        forward(unet, *drawn(len(rows)))
+    with again:
+        adapted(unet, rows, by=network)
+    layers = len(adapters["attention"].parts["unet"])
+    assert again.counts - plain.counts == {"bmm": layers, "baddbmm_": layers}
+
+
+def test_what_is_kept_is_not_given_to_other_rows_adapters_or_weights(
+    unet: nn.Module, company: list[Row]
+) -> None:
+    network, moved = AdaptedNetwork("unet", unet, CPU), [*company[1:], company[0]]
+    heavier: list[Row] = [
+        tuple(Weighted(one.adapter, 2 * one.weight) for one in own) for own in company
+    ]
+    for rows in (company, moved, heavier, company):
+        assert torch.equal(adapted(unet, rows, by=network), adapted(unet, rows))
+
+
+def test_what_is_kept_goes_with_the_adapter(unet: nn.Module) -> None:
+    network = AdaptedNetwork("unet", unet, CPU)
+    passing, staying = (adapter(name, {"unet": changes(unet, 4)}) for name in "ps")
+    adapted(unet, [(Weighted(staying, 1.0),), ()], by=network)
+    alone = network.kept_bytes
+    adapted(unet, [(Weighted(staying, 1.0),), (Weighted(passing, 1.0),)], by=network)
+    assert network.kept_bytes == 3 * alone == 3 * staying.nbytes
+    del passing
+    with network.applied(None):
+        assert network.kept_bytes == alone
+
+
+def test_nothing_is_kept_beyond_the_bound(unet: nn.Module, company: list[Row]) -> None:
+    network = AdaptedNetwork("unet", unet, CPU, most_bytes=1000)
+    assert torch.equal(adapted(unet, company, by=network), adapted(unet, company))
+    assert torch.equal(adapted(unet, company, by=network), adapted(unet, company))
+    assert network.kept_bytes == 0
+
+
+def test_a_forward_may_be_differentiated_that_reads_what_another_has_left(
+    unet: nn.Module, company: list[Row]
+) -> None:
+    network = AdaptedNetwork("unet", unet, CPU)
+    with torch.inference_mode():
+        adapted(unet, company, by=network)
+    x, t, told = drawn(len(company))
+    x.requires_grad_()
+    with network.applied(RowAdapters(tuple(company))):
+        unet(x, t, told).sample.square().sum().backward()
+    assert x.grad is not None

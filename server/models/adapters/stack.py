@@ -1,0 +1,155 @@
+"""The changes of some rows of one layer, stacked for one batch of matrix products."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import gcd
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from server.models.adapters.convolution import convolve_by_products, multiplies, turned
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from server.models.adapters.adapter import LowRank
+
+__all__ = ["Changes", "Layer", "Rows", "Stack", "longest_run", "stacked"]
+
+Layer: TypeAlias = "nn.Linear | nn.Conv2d"
+
+Changes: TypeAlias = "list[tuple[LowRank, float]]"
+"""All that changes a layer of one row, with its weights."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """Some rows of a forward, in runs of rows with the same changes.
+
+    Attributes:
+        where: None for all rows; a slice where they stand side by side; else their positions,
+            int64 on the device, behind which the first one may be repeated.
+        count: rows, repeated ones not counted.
+        run: rows that each entry of a stack is for.
+    """
+
+    where: slice | Tensor | None
+    count: int
+    run: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Those rows of a tensor of all rows."""
+        if self.where is None:
+            return tensor
+        if isinstance(self.where, slice):
+            return tensor[self.where]
+        return tensor.index_select(0, self.where)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stack:
+    """The factors of some rows' changes of a layer; all changes of a row are one product.
+
+    Attributes:
+        rows: of the forward.
+        down: ``[entries, rank, in]``. Of a convolution that reaches further than its own cell, as
+            ``convolution.turned`` makes it, or a kernel ``[rank, in, height, width]`` an entry.
+        up: ``[entries, out, rank]``, the weights multiplied in.
+    """
+
+    rows: Rows
+    down: Tensor | list[Tensor]
+    up: Tensor
+
+    def add(self, layer: Layer, x: Tensor, tokens: Tensor) -> None:
+        """Add the changes to what the layer has put out.
+
+        Args:
+            layer: that is changed.
+            x: its input, of all rows.
+            tokens: its output in memory order, ``[all rows, tokens, out]``; changed in place.
+        """
+        where, down, up = self.rows.where, self._down(layer, self.rows.of(x)), self.up.mT
+        own = self.rows.of(tokens)
+        entries = own.view(len(up), -1, own.shape[-1])
+        if not isinstance(where, torch.Tensor):
+            entries.baddbmm_(down, up)
+            return
+        count = self.rows.count
+        made = torch.baddbmm(entries, down, up).view(own.shape)
+        tokens.index_copy_(0, where[:count], made[:count])
+
+    def _down(self, layer: Layer, x: Tensor) -> Tensor:
+        """What the first factors make of the input of those rows, ``[entries, tokens, rank]``."""
+        if not isinstance(self.down, torch.Tensor):
+            made = self._convolved(layer, x, self.down)
+        elif reaches(layer):
+            made = convolve_by_products(layer, x, self.down)
+        else:
+            x = x.permute(0, 2, 3, 1) if isinstance(layer, nn.Conv2d) else x
+            return torch.bmm(x.reshape(len(self.up), -1, x.shape[-1]), self.down.mT)
+        return made.permute(0, 2, 3, 1).reshape(len(self.up), -1, self.up.shape[-1])
+
+    def _convolved(self, layer: Any, x: Tensor, kernels: list[Tensor]) -> Tensor:
+        # Run by run: a grouped convolution costs up to five times as much on a CPU.
+        conv: Any = F.conv2d
+        reach = layer.stride, layer.padding, layer.dilation
+        runs = zip(x.split(self.rows.run), kernels, strict=True)
+        return torch.cat([conv(own, kernel, None, *reach) for own, kernel in runs])
+
+
+def stacked(
+    layer: Layer, rows: Rows, changes: Sequence[Changes], weights: Tensor, *, by_products: bool
+) -> Stack:
+    """Stack the factors of a layer's changes.
+
+    Args:
+        layer: that is changed.
+        rows: of the forward.
+        changes: of each entry.
+        weights: of each entry, ``[entries, 1, rank]``: each change's, as often as its rank, and 0
+            up to the largest rank of all entries.
+        by_products: whether convolutions are to be products of matrices, where they can be.
+    """
+    rank = weights.shape[-1]
+    down = [_filled([change.down for change, _ in own], 0, rank) for own in changes]
+    up = torch.stack([_filled([change.up for change, _ in own], 1, rank) for own in changes])
+    up.mul_(weights)
+    if not reaches(layer):
+        return Stack(rows, torch.stack(down).flatten(2), up)
+    if by_products and multiplies(layer):
+        # Of rows of one entry, neighbouring cells are not neighbours in memory.
+        single = replace(rows, run=1)
+        kernels = turned(torch.stack(down)).repeat_interleave(rows.run, 0)
+        return Stack(single, kernels, up.repeat_interleave(rows.run, 0))
+    return Stack(rows, down, up)
+
+
+def reaches(layer: Layer) -> TypeGuard[nn.Conv2d]:
+    """Whether a layer's output at a cell depends on other cells than that."""
+    return isinstance(layer, nn.Conv2d) and not (
+        layer.kernel_size == layer.stride == (1, 1) and layer.padding == (0, 0)
+    )
+
+
+def _filled(factors: list[Tensor], axis: int, rank: int) -> Tensor:
+    """Factors one behind the other along their ranks, and zeros behind them."""
+    whole = factors[0] if len(factors) == 1 else torch.cat(factors, axis)
+    missing = rank - whole.shape[axis]
+    if not missing:
+        return whole
+    return F.pad(whole, (*(0, 0) * (whole.ndim - 1 - axis), 0, missing))
+
+
+def longest_run(changes: Sequence[object]) -> int:
+    """The largest number of rows for which all that follow each other have the same changes."""
+    run, begun = 0, 0
+    for row in range(1, len(changes) + 1):
+        if row == len(changes) or changes[row] != changes[begun]:
+            run, begun = gcd(run, row - begun), row
+    return run
