@@ -181,9 +181,9 @@ PROMISES: Final = (
         f"{STEPS} steps, on this server and on one that serves in order of arrival; {TURNS} turns "
         f"of {TURN_S:g} s each, alternating, the medians",
         f"at least {OF_IN_ORDER:g} x",
-        "one row in a forward",
+        "two rows in a forward",
         _throughput,
-        partial(_throughput, budget="1"),
+        partial(_throughput, budget="2"),
     ),
     Promise(
         "A large picture does not hold up a small one.",

@@ -1,0 +1,84 @@
+"""docs/promises.md: a table with a line for each promise, each as it was last measured."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from benchmarks.promises.promise import Outcome, Promise
+
+__all__ = ["line", "page"]
+
+TITLES: Final = (
+    "promise",
+    "how it is measured",
+    "target",
+    "figure",
+    "kept",
+    "without",
+    "figure then",
+    "load",
+)
+HEAD: Final = """# Promises
+
+What the server promises, measured on `weft serve` with the embedded model by `make promises`, which
+writes this page. Each measurement is made a second time on a server from which the defence is taken
+away, where it has to find the promise broken: a measurement that cannot fail shows nothing. Routes
+and fields come from the application's own tables, so that a new one is measured too. Limits are
+lower than the defaults where waiting for them would take minutes; docs/operating.md has the limits.
+
+Measured on {cores} cores. The load is the machine's load average before the measurement, by other
+work: where it exceeds the cores, times are longer than on an idle machine and shares of it noisy.
+
+"""
+
+
+def line(promise: Promise, outcome: Outcome, control: Outcome, load: float) -> str:
+    """The line of a promise.
+
+    Args:
+        promise: that was measured.
+        outcome: on the server.
+        control: on the weakened one.
+        load: load average before.
+    """
+    return _row(
+        promise.claim,
+        promise.method,
+        promise.target,
+        outcome.figure,
+        "yes" if outcome.kept else "**no**",
+        promise.weakness,
+        control.figure if not control.kept else f"{control.figure} (**not noticed**)",
+        f"{load:.1f}",
+    )
+
+
+def page(promises: Sequence[Promise], lines: Sequence[str], before: str) -> str:
+    """The page with new lines, and those of the page before for promises without one.
+
+    Args:
+        promises: all there are, in their order.
+        lines: that were measured.
+        before: the page so far.
+    """
+    known = {_claim(one): one for one in before.splitlines(keepends=True) if _is_row(one)}
+    known |= {_claim(one): one for one in lines}
+    table = [known[one.claim] for one in promises if one.claim in known]
+    ruler = "|" + "---|" * len(TITLES) + "\n"
+    return HEAD.format(cores=os.cpu_count()) + _row(*TITLES) + ruler + "".join(table)
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |\n"
+
+
+def _is_row(text: str) -> bool:
+    return text.count(" | ") == len(TITLES) - 1
+
+
+def _claim(row: str) -> str:
+    return row.removeprefix("| ").partition(" | ")[0]
