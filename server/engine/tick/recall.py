@@ -43,12 +43,12 @@ class Foresight:
     Attributes:
         recalls: which images recall their next stage if they may, bool ``[images]``.
         numbers: of the images that have a cache.
-        rows: all rows of the batch, as caches see them.
+        rows: all rows of the batch, as caches see them; None where no image has a cache.
     """
 
     recalls: Tensor
     numbers: list[NewNumbers]
-    rows: Evaluation
+    rows: Evaluation | None
 
 
 class AsVelocity(NamedTuple):
@@ -97,7 +97,7 @@ def foresee(batch: Batch, stage: Evaluated, state: Tensor) -> Foresight:
         if sequence.task.cache is not None:
             by_kind.setdefault(type(sequence.task.cache), []).append(i)
     if not by_kind:
-        return Foresight(recalls, [], Evaluation(*stage))
+        return Foresight(recalls, [], None)
     rows = _as_velocity(batch).seen(stage)
     new: list[NewNumbers] = []
     for kind, members in by_kind.items():
@@ -109,11 +109,10 @@ def foresee(batch: Batch, stage: Evaluated, state: Tensor) -> Foresight:
 
 def keep(batch: Batch, foresight: Foresight) -> None:
     """Remember the stage; to be called when all else has succeeded."""
-    members = [i for new in foresight.numbers for i in new.positions]
     for new in foresight.numbers:
         for i, numbers in zip(new.positions, new.numbers.unbind(), strict=True):
             batch.sequences[i].recollection.numbers = numbers
-    if not members or batch.recalls:
+    if foresight.rows is None or batch.recalls:
         return
     lane, memory = batch.lane, batch.lane.pool.cache_memory
     rows, places = list[int](), list[int]()
@@ -124,6 +123,7 @@ def keep(batch: Batch, foresight: Foresight) -> None:
             places.append(sequence.slot * memory.shape[1] + FIRST_OUTPUT + number)
     outputs = foresight.rows.output.index_select(0, lane.indices(rows))
     memory.flatten(0, 1).index_copy_(0, lane.indices(places), outputs)
+    members = [i for new in foresight.numbers for i in new.positions]
     slots = lane.indices([batch.sequences[i].slot for i in members])
     inputs = foresight.rows.x.index_select(0, lane.indices(members))
     memory[:, INPUT].index_copy_(0, slots, inputs)

@@ -22,13 +22,15 @@ from samplers.ddim import DDIM
 from samplers.heun import Heun
 from server.engine.engine import Engine
 from server.engine.state.noise import start_noise
-from server.engine.state.sequence import ImageResult
+from server.engine.state.sequence import ImageResult, Sequence
+from server.engine.state.submission import Submission
 from server.engine.task import ImageTask
 from server.engine.tick.preview import to_uint8
+from server.models.controls.control import ControlUse
 from server.models.inputs import RowInputs
 from tests.server.by_hand import Asked, ByHand
 from tests.server.by_hand import task as toy_task
-from tests.server.toy_model import SCHEDULE, Toy, run, started
+from tests.server.toy_model import SCHEDULE, SIDE, Ear, Toy, run, started
 
 EASY = EasyCache(threshold=0.5, start=0.1)
 STEPS = 20
@@ -223,6 +225,17 @@ def test_where_the_network_begins_to_be_changed_it_is_evaluated(
     away = NAG(start=first / STEPS)
     run(of_toys, [toy_task(settings=(away,), cache=EASY, steps=STEPS)])
     assert times[first] in toy.times
+
+
+def test_a_controlnet_that_begins_to_act_changes_the_network() -> None:
+    control: Any = None
+    use = ControlUse(control, torch.zeros(3, SIDE, SIDE), start=0.5)
+    sequence = Sequence(toy_task(controls=(use,), steps=4), 0, Ear(1), Submission(1))
+    found: list[tuple[int, ...]] = []
+    for stage in range(4):
+        sequence.stage = stage
+        found.append(sequence.inside[1])
+    assert found == [(), (), (0,), (0,)]
 
 
 def test_a_stage_that_is_skipped_takes_no_tick_and_no_row(of_toys: Engine, toy: Timed) -> None:
