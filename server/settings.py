@@ -22,7 +22,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from server.api_keys import ApiKey, keys_of
 from server.models.hub import HubModel
-from server.models.quantization import Quantization, missing_package
+from server.models.quantization import Quantization, fetches_code, missing_package
 
 __all__ = [
     "LOOPBACK_NAMES",
@@ -481,6 +481,11 @@ class Settings(BaseSettings):
                 raise ValueError(
                     f"quantize has {entry[:80]!r}, which needs {package}; install it with: "
                     "pip install 'weft[quantized]'."
+                )
+            if fetches_code(kind):
+                raise ValueError(
+                    f"quantize has {entry[:80]!r}, for which bitsandbytes fetches code from a hub "
+                    "while the package kernels is installed; uninstall kernels."
                 )
         return self
 

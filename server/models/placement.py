@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
+import torch
+
 from server.errors import ModelMismatch
 from server.models.folder import AUTOENCODER
 from server.models.quantization import Quantization
@@ -13,8 +15,6 @@ from server.models.streamed import stream_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-
-    import torch
 
     from server.models.hosted import HostedModel
 
@@ -25,6 +25,8 @@ Offload: TypeAlias = Literal["none", "text", "all"]
 text encoders', or the denoiser's too."""
 
 LEVELS: Final[Sequence[Offload]] = ("none", "text", "all")
+
+HOST: Final = torch.device("cpu")
 
 TEXT: Final = "text_encoder"
 """How the names of text encoders in a model folder begin."""
@@ -108,7 +110,8 @@ def put_on_device(model: HostedModel, placement: Placement) -> None:
     for part, network in model.modules().items():
         streamed = placement.streams(part)
         if placement.quantizes(part):
-            quantize(network, placement.quantization, model.device)
+            home = HOST if streamed else model.device
+            quantize(network, placement.quantization, model.device, home)
         if streamed:
             stream_blocks(network, model.device)
         else:

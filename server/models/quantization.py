@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["BITS", "LEAST_FEATURES", "Quantization", "missing_package"]
+__all__ = ["BITS", "LEAST_FEATURES", "Quantization", "fetches_code", "missing_package"]
 
 Quantization: TypeAlias = Literal["none", "int8", "fp8", "nf4"]
 """``int8`` and ``fp8`` (e4m3) have a scale for each row of a matrix; ``nf4`` is QLoRA's
@@ -27,3 +27,8 @@ def missing_package(kind: str) -> str | None:
     """The package that a quantization needs and that is not installed; None if there is none."""
     package = PACKAGES.get(kind)
     return package if package is not None and find_spec(package) is None else None
+
+
+def fetches_code(kind: str) -> bool:
+    """Whether its package would fetch code from a hub, as bitsandbytes does by ``kernels``."""
+    return PACKAGES.get(kind) == "bitsandbytes" and find_spec("kernels") is not None

@@ -41,19 +41,23 @@ def layers_in_blocks(network: nn.Module) -> dict[str, nn.Linear]:
     return found
 
 
-def quantize(network: nn.Module, kind: Quantization, device: torch.device) -> None:
-    """Quantise a network in place, a layer at a time, each on the device that it is to be on.
+def quantize(
+    network: nn.Module, kind: Quantization, device: torch.device, home: torch.device
+) -> None:
+    """Quantise a network in place, a layer at a time.
 
-    So no more than one layer in its full type is there at once.
+    So no more than one layer in its full type is on the device at once.
 
     Args:
         network: in inference mode, in host memory.
         kind: any but ``none``.
-        device: where the quantised layers are afterwards; the rest of the network stays.
+        device: that quantises.
+        home: where the quantised layers are afterwards; the rest of the network stays.
     """
     one = _by_bitsandbytes if kind == "nf4" else _by_torchao(kind)
     for layer in layers_in_blocks(network).values():
         one(layer.to(device))
+        layer.to(home)
 
 
 def _by_torchao(kind: str) -> Callable[[nn.Linear], None]:

@@ -141,6 +141,7 @@ def test_the_largest_request_fits_the_queue() -> None:
 
 def test_weights_are_quantised_for_all_models_or_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.settings.missing_package", {}.get)
+    monkeypatch.setattr("server.settings.fetches_code", {}.get)
     settings = Settings(quantize=("int8", "flux=nf4", "small=none"))
     assert [settings.quantization_of(name) for name in ("sdxl", "flux", "small")] == [
         "int8",
@@ -158,3 +159,10 @@ def test_a_quantization_whose_package_is_missing_says_how_to_install_it(
     monkeypatch.setattr("server.models.quantization.find_spec", {}.get)
     with pytest.raises(ValidationError, match=r"needs bitsandbytes; .* 'weft\[quantized\]'"):
         Settings(quantize=("nf4",))
+
+
+def test_a_package_that_would_fetch_code_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.models.quantization.find_spec", lambda name: name)
+    with pytest.raises(ValidationError, match="fetches code from a hub"):
+        Settings(quantize=("nf4",))
+    assert Settings(quantize=("int8",)).quantization_of("any") == "int8"
