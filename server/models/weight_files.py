@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from server.errors import ModelMismatch
 from server.models.folder import AUTOENCODER, DERIVED, classifier_file, parts_of, read_json
-from server.models.placement import Placement
 from server.models.quantization import BITS, LEAST_FEATURES
-from server.models.streamed import STREAMED_BLOCKS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
     import torch
+
+    from server.models.placement import Placement
 
 __all__ = [
     "FLOAT32",
@@ -96,6 +96,10 @@ def bytes_in_memory(folder: Path, dtype: torch.dtype, placement: Placement | Non
     Raises:
         ModelMismatch: no model folder, or a file that is no safetensors file.
     """
+    # These load torch, without which settings and the catalog read what is in a folder.
+    from server.models.placement import Placement
+    from server.models.streamed import STREAMED_BLOCKS
+
     placement = placement or Placement()
     total = 0
     for part in (*parts_of(folder), f"{DERIVED}/weak"):
