@@ -15,19 +15,14 @@ import pytest
 from PIL import Image
 
 from tests.server.conftest import Running
-from tests.server.models.controls.tiny_controls import of_unet, saved
+from tests.server.models.controls.tiny_controls import put_depth
 
 Generate = Callable[..., httpx2.Response]
 
 
 @pytest.fixture(scope="module")
 def depth(running: Running, controls_folder: Path) -> str:
-    model = running.app.state.service.ready_shelf().loaded()[0]
-    unet: Any = model.modules()["unet"]
-    steps = model.facts.latent_scale.bit_length()
-    widths = [16 * 2**step for step in range(steps)]
-    saved(of_unet(unet, 1, conditioning_embedding_out_channels=widths), controls_folder, "depth")
-    return "depth"
+    return put_depth(running.app.state.service.ready_shelf().loaded()[0], controls_folder)
 
 
 def png(seed: int) -> bytes:

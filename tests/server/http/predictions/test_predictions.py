@@ -30,6 +30,7 @@ from server.jobs.job import ENDED, Job
 from server.models.folder import embedded_folders
 from server.settings import JobSettings, Settings
 from tests.server.conftest import PATIENCE_S, Running
+from tests.server.models.controls.tiny_controls import put_depth
 from tests.server.process import served
 
 MINE, OTHER = "correct horse battery staple", "0123456789abcdef"
@@ -77,7 +78,13 @@ def accepted(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str
 
 
 @pytest.fixture(scope="module")
-def server(folder: Path, accepted: list[str]) -> Iterator[Running]:
+def controls(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the server's ControlNets."""
+    return tmp_path_factory.mktemp("controls")
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path, controls: Path, accepted: list[str]) -> Iterator[Running]:
     jobs = {
         "folder": folder,
         "running": 2,
@@ -88,6 +95,7 @@ def server(folder: Path, accepted: list[str]) -> Iterator[Running]:
         {
             "api_keys": [MINE, OTHER],
             "models": [MODEL],
+            "controls": controls,
             "row_budget": 8,
             "deterministic": True,
             "jobs": JobSettings.model_validate(jobs),
@@ -160,12 +168,18 @@ def test_a_job_makes_the_image_that_a_request_makes(mine: httpx2.Client) -> None
     assert mine.get("/v1/predictions/%00").status_code == 404
 
 
-def test_a_job_starts_from_the_picture_that_came_with_it(mine: httpx2.Client) -> None:
+def test_a_job_has_the_pictures_that_came_with_it(
+    server: Running, mine: httpx2.Client, controls: Path
+) -> None:
+    model = server.app.state.service.ready_shelf().loaded()[0]
     file = io.BytesIO()
     Image.new("RGB", (64, 64), "blue").save(file, "png")
-    given = INPUT | {"image": base64.b64encode(file.getvalue()).decode(), "strength": 0.5}
+    blue = base64.b64encode(file.getvalue()).decode()
+    steered = [{"name": put_depth(model, controls), "image": blue}]
+    given = INPUT | {"image": blue, "strength": 0.5, "controls": steered}
     job = post(mine, given, prefer="wait").json()
     assert "image" not in job["input"]
+    assert job["input"]["controls"] == [{"name": "depth"}]
     picture = mine.get(job["output"][0])
     headers = {"accept": "image/png"}
     assert mine.post("/v1/generate", json=given, headers=headers).content == picture.content

@@ -39,6 +39,14 @@ def of_unet(unet: Any, seed: int, **config: Any) -> Any:
     return with_an_effect(made)
 
 
+def put_depth(model: HostedModel, folder: Path) -> str:
+    """A ControlNet ``depth`` of a hosted model's U-Net, in a folder of ControlNets."""
+    unet: Any = model.modules()["unet"]
+    widths = [16 * 2**step for step in range(model.facts.latent_scale.bit_length())]
+    saved(of_unet(unet, 1, conditioning_embedding_out_channels=widths), folder, "depth")
+    return "depth"
+
+
 def with_an_effect(network: Any) -> Any:
     """The network, whose layers that begin as zeros do something."""
     for parameter in network.parameters():
