@@ -23,6 +23,7 @@ from server.engine.fair_queue import TURN_S, Turns
 from server.engine.fair_tick import fair_tick
 from server.engine.faults import attempt, free_memory, is_out_of_memory, lost_device
 from server.engine.footprint import Kind, footprint
+from server.engine.forwards import LONGEST_PIECE_S
 from server.engine.live_share import ORDINARY_SHARE, Shares, share_tick
 from server.engine.metrics import EngineMeasurements
 from server.engine.preparation import AT_START, Preparation
@@ -110,6 +111,10 @@ LIVE_PAUSE_S = 10.0
 QUIET_S = 1.0
 """Seconds without work after which the engine prepares for what may come."""
 
+PIECE_REST = 4
+"""How many times as long as a piece of preparation between ticks the ticks run on before the next.
+"""
+
 LANES_KEPT = 8
 """Lanes kept for their next image though none is under way in them."""
 
@@ -184,6 +189,7 @@ class Engine:
         if (on_gpu if prepares is None else prepares) and not deterministic:
             records = on_gpu and cuda_graphs
             self._preparation = Preparation(_recorder_of if records else None)
+        self._prepares_at = -inf
         self._undisturbed = Lock()
         self._fixed_rows: int | None = None
         self._overflows = Overflows()
@@ -562,6 +568,21 @@ class Engine:
         finally:
             self._undisturbed.release()
 
+    def _prepare_beside_ticks(self) -> None:
+        """Make a small piece of the preparation where there are no quiet moments."""
+        if self._preparation is None or monotonic() < self._prepares_at:
+            return
+        most_s = self._live_tick_s if self._expects_live else LONGEST_PIECE_S
+        piece = self._preparation.next_beside_ticks(most_s)
+        if piece is None or not self._undisturbed.acquire(blocking=False):
+            return
+        began = monotonic()
+        try:
+            self._prepare(piece)
+        finally:
+            self._undisturbed.release()
+        self._prepares_at = monotonic() + PIECE_REST * (monotonic() - began)
+
     def _prepare(self, piece: Callable[[], object]) -> None:
         failed = attempt(piece, self._device)
         if isinstance(failed, Exception):
@@ -584,6 +605,7 @@ class Engine:
                     if not sequence.live and sequence.slot >= 0:
                         self._count_rows(sequence)
         self._collect(idle=not chosen)
+        self._prepare_beside_ticks()
 
     def _admit(self) -> None:
         """Take in newcomers, and let go of what was cancelled, before any work is done for it."""

@@ -105,4 +105,4 @@ class Forwards:
     def _evaluated(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
         if self._graphs is None:
             return self._model.evaluate(x, t, inputs)
-        return self._graphs.evaluate(x, t, inputs, self._cost.correct)
+        return self._graphs.evaluate(x, t, inputs, self._cost)

@@ -4,8 +4,9 @@ Below about 12 rows a GPU waits for its orders: a U-Net has some thousand kernel
 longer to ask for them than an H100 to run them. A graph asks for all of them at once.
 
 Recorded are plain forwards, of rows that neither change anything inside the network nor have
-adapters or ControlNets; all others run as ever, and so does a plain one until it is recorded, which
-happens while nothing waits. A recording is of one shape: of rows, latents and conditioning.
+adapters or ControlNets; all others run as ever, and so does a plain one until it is recorded. That
+happens while nothing waits, or, if there is always something, in pieces between ticks once a
+forward has run often. A recording is of one shape: of rows, latents and conditioning.
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ from server.engine.unrepeatable import unrepeatable
 from server.models.conditioning import StackedConditioning
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Generator, Sequence
 
     from torch import Tensor
 
+    from server.engine.cost_model import TickCost
     from server.models.hosted import HostedModel
     from server.models.inputs import RowInputs
 
-__all__ = ["Graphs"]
+__all__ = ["Graphs", "pays_beside_ticks"]
 
 log = logging.getLogger(__name__)
 
@@ -41,13 +43,24 @@ PAYS = 0.95
 """Share of the time without a recording that a forward with one may take, to be worth keeping."""
 
 TIMED = 3
-"""Forwards of which the fastest counts."""
+"""Forwards of which the fastest counts, without a recording and with it."""
 
 CLOSE = 0.01
 """By how much of the largest number a recording may differ from the forward that it was made of.
 
 They are equal to the bit where libraries choose the same kernels; an error of a recording is large.
 """
+
+OFTEN = 40
+"""Forwards of a shape after which it is recorded though something waits.
+
+A recording takes about 10 forwards, and one saves half of a forward of few rows, or more: so twice
+what it takes is lost by then, and at most a quarter is added to it where nothing is saved.
+"""
+
+PIECE_FORWARDS = 3
+"""Forwards that the longest piece of a recording takes: one that is watched operation by operation,
+or two and a replay."""
 
 WANTED_KEPT = 16
 MOST_GRAPHS = 64
@@ -100,10 +113,17 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Wanted:
-    """A forward that ran without a recording, and who learns how long one with it takes."""
+    """A forward that ran without a recording.
+
+    Attributes:
+        given: to the last one.
+        cost: of ticks, which learns how long they take with a recording.
+        runs: how often there was one.
+    """
 
     given: Given
-    learn: Callable[[int, float], None]
+    cost: TickCost
+    runs: int
 
 
 class Graphs:
@@ -119,6 +139,7 @@ class Graphs:
         self._recorder = recorder
         self._recorded: dict[Shape, Replay] = {}
         self._wanted: dict[Shape, _Wanted] = {}
+        self._under_way: Generator[None] | None = None
         self._repeatable: dict[tuple[object, ...], bool] = {}
         self._ends: dict[tuple[object, ...], int] = {}
         self._rests_until = -inf
@@ -132,19 +153,25 @@ class Graphs:
 
     @property
     def wanted(self) -> bool:
-        """Whether a forward is to be recorded."""
-        return bool(self._wanted)
+        """Whether a forward is to be recorded, or is being recorded."""
+        return self._under_way is not None or bool(self._wanted)
 
-    def evaluate(
-        self, x: Tensor, t: Tensor, inputs: RowInputs, learn: Callable[[int, float], None]
-    ) -> Tensor:
+    def due(self, most_s: float) -> bool:
+        """Whether to record the next piece though something waits.
+
+        Args:
+            most_s: seconds that a piece may take.
+        """
+        return self._under_way is not None or self._often(most_s) is not None
+
+    def evaluate(self, x: Tensor, t: Tensor, inputs: RowInputs, cost: TickCost) -> Tensor:
         """See ``HostedModel.evaluate``.
 
         Args:
             x: of all rows.
             t: of all rows.
             inputs: of all rows.
-            learn: is told the rows and the seconds of a forward, should this one be recorded.
+            cost: of the ticks, which is corrected should this forward be recorded.
         """
         tensors = tensors_of(x, t, inputs)
         if tensors is None:
@@ -154,40 +181,77 @@ class Graphs:
         if recorded is not None:
             return recorded(*tensors.values())
         if self._may_be_recorded(shape):
-            self._wanted[shape] = _Wanted((x, t, inputs), learn)
+            before = self._wanted.pop(shape, None)
+            runs = 1 if before is None else before.runs + 1
+            self._wanted[shape] = _Wanted((x, t, inputs), cost, runs)
             while len(self._wanted) > WANTED_KEPT:
                 del self._wanted[next(iter(self._wanted))]
         return self._model.evaluate(x, t, inputs)
 
     def record(self) -> None:
-        """Record the smallest forward that is wanted, while nothing else uses the device.
+        """Record the smallest forward that is wanted, while nothing else waits for the device.
 
         Raises:
             Exception: the device is lost.
         """
-        shape = min(self._wanted, key=lambda one: one.rows)
-        wanted = self._wanted.pop(shape)
-        if not self._may_be_recorded(shape):
-            return
-        try:
-            self._record(shape, wanted)
-        except Exception as error:
-            if lost_device(error, self._model.device):
-                raise
-            if is_out_of_memory(error):
-                self.release()
-                return
-            self._give_up(shape, "recording it failed", error)
-        finally:
-            free_memory(self._model.device)
+        shape = None if self._under_way else min(self._wanted, key=lambda one: one.rows)
+        self._advance(shape)
+        while self._under_way is not None:
+            self._advance(None)
+
+    def record_piece(self, most_s: float) -> None:
+        """Record a piece of a forward that is :meth:`due`, between two ticks.
+
+        Raises:
+            Exception: the device is lost.
+        """
+        self._advance(None if self._under_way else self._often(most_s))
 
     def release(self) -> None:
         """Give all memory back, and record nothing for a while."""
+        if self._under_way is not None:
+            self._under_way.close()
+            self._under_way = None
         for one in self._recorded.values():
             one.release()
         self._recorded = {}
         self._recorder.begin_anew()
         self._rest()
+
+    def _often(self, most_s: float) -> Shape | None:
+        """The forward that has run most often, of those that are worth a recording now."""
+        often = {
+            shape: one.runs
+            for shape, one in self._wanted.items()
+            if pays_beside_ticks(one.runs, one.cost.seconds(shape.rows), most_s)
+        }
+        return max(often, key=lambda shape: often[shape]) if often else None
+
+    def _advance(self, shape: Shape | None) -> None:
+        """Go on with the recording under way, or begin that of a shape."""
+        if shape is not None:
+            self._under_way = self._pieces(shape, self._wanted.pop(shape))
+        if self._under_way is None:
+            return
+        try:
+            next(self._under_way)
+        except StopIteration:
+            self._under_way = None
+            free_memory(self._model.device)
+
+    def _pieces(self, shape: Shape, wanted: _Wanted) -> Generator[None]:
+        if not self._may_be_recorded(shape):
+            return
+        try:
+            yield from self._record(shape, wanted)
+        except Exception as error:
+            if lost_device(error, self._model.device):
+                raise
+            if is_out_of_memory(error):
+                self._under_way = None
+                self.release()
+                return
+            self._give_up(shape, "recording it failed", error)
 
     def _rest(self) -> None:
         self._wanted = {}
@@ -198,7 +262,7 @@ class Graphs:
             return False
         return shape.rows < self._ends.get(shape.others, inf)
 
-    def _record(self, shape: Shape, wanted: _Wanted) -> None:
+    def _record(self, shape: Shape, wanted: _Wanted) -> Generator[None]:
         x, t, inputs = wanted.given
         tensors = tensors_of(x, t, inputs) or {}
         if shape.others not in self._repeatable:
@@ -207,30 +271,37 @@ class Graphs:
             if obstacle is not None:
                 self._give_up(shape, obstacle, None)
                 return
+            yield
         if not self._recorder.fits(lambda: self._model.evaluate(x, t, inputs)):
             log.info("%s: no memory for more CUDA graphs", self._model.facts.name)
             self._rest()
             return
+        yield
         evaluate = self._of_tensors(inputs)
         made = self._recorder.record(evaluate, list(tensors.values()))
-        # Other numbers than those that were recorded, which a recording must not have kept.
-        others = [one * 0.5 if one.is_floating_point() else one for one in tensors.values()]
-        for given in (list(tensors.values()), others):
-            expected = evaluate(*given)
-            if not (made(*given) - expected).abs().max() <= CLOSE * expected.abs().max():
-                self._discard(made)
-                self._give_up(shape, "its recording gives other numbers", None)
+        try:
+            yield
+            # Other numbers than those that were recorded, which a recording must not have kept.
+            others = [one * 0.5 if one.is_floating_point() else one for one in tensors.values()]
+            for given in (list(tensors.values()), others):
+                expected = evaluate(*given)
+                if not (made(*given) - expected).abs().max() <= CLOSE * expected.abs().max():
+                    self._give_up(shape, "its recording gives other numbers", None)
+                    return
+                yield
+            plain_s = seconds = inf
+            for _ in range(TIMED):
+                plain_s = min(plain_s, _seconds(lambda: evaluate(*tensors.values())))
+                seconds = min(seconds, _seconds(lambda: made(*tensors.values())))
+                yield
+            if seconds > PAYS * plain_s:
+                self._ends[shape.others] = shape.rows
                 return
-        plain_s = _least_seconds(lambda: evaluate(*tensors.values()))
-        seconds = _least_seconds(lambda: made(*tensors.values()))
-        if seconds > PAYS * plain_s:
-            self._discard(made)
-            self._ends[shape.others] = shape.rows
-            return
-        if len(self._recorded) == MOST_GRAPHS:
-            self._recorded.pop(next(iter(self._recorded))).release()
-        self._recorded[shape] = made
-        wanted.learn(shape.rows, seconds)
+            self._keep(shape, made)
+        finally:
+            if self._recorded.get(shape) is not made:
+                self._discard(made)
+        wanted.cost.correct(shape.rows, seconds)
         log.info(
             "%s: forward of %d rows recorded, %.1f ms instead of %.1f",
             self._model.facts.name,
@@ -238,6 +309,13 @@ class Graphs:
             1000 * seconds,
             1000 * plain_s,
         )
+
+    def _keep(self, shape: Shape, made: Replay) -> None:
+        if len(self._recorded) == MOST_GRAPHS:
+            self._recorded.pop(next(iter(self._recorded))).release()
+        self._recorded[shape] = made
+        # It may have run again since its recording began.
+        self._wanted.pop(shape, None)
 
     def _discard(self, made: Replay) -> None:
         made.release()
@@ -299,11 +377,19 @@ def _with_tensors(inputs: RowInputs, held: list[Tensor]) -> RowInputs:
     )
 
 
-def _least_seconds(call: Callable[[], Tensor]) -> float:
-    taken: list[float] = []
-    for _ in range(TIMED):
-        began = perf_counter()
-        # Reading one number waits for the device.
-        call().flatten()[0].item()
-        taken.append(perf_counter() - began)
-    return min(taken)
+def pays_beside_ticks(runs: int, forward_s: float, most_s: float) -> bool:
+    """Whether to record a forward between ticks, as there is no quiet moment.
+
+    Args:
+        runs: how often it has run without a recording.
+        forward_s: seconds that it takes.
+        most_s: seconds that a piece of the recording may take.
+    """
+    return runs >= OFTEN and PIECE_FORWARDS * forward_s <= most_s
+
+
+def _seconds(call: Callable[[], Tensor]) -> float:
+    began = perf_counter()
+    # Reading one number waits for the device.
+    call().flatten()[0].item()
+    return perf_counter() - began

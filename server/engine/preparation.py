@@ -102,3 +102,14 @@ class Preparation:
         if recorded:
             return recorded[0].record
         return waiting[0].prepare if waiting else None
+
+    def next_beside_ticks(self, most_s: float) -> Callable[[], object] | None:
+        """The next piece of a recording that is worth making though there is no quiet moment.
+
+        Args:
+            most_s: seconds that it may take.
+        """
+        for graphs in self._graphs.values():
+            if graphs.due(most_s):
+                return lambda: graphs.record_piece(most_s)
+        return None

@@ -161,22 +161,22 @@ def rows_of(model, rows, seed):
 def test_recorded_forwards_equal_those_they_were_made_of_to_the_bit(dtype):
     model = load_model(MODEL_FOLDER, name="embedded", device="cuda", dtype=dtype)
     graphs = Graphs(model, CudaRecorder(model.device))
-    learn = TickCost({1: 1.0}).correct
+    cost = TickCost({1: 1.0})
     for rows in (1, 3, 8):
-        graphs.evaluate(*rows_of(model, rows, 1), learn)
+        graphs.evaluate(*rows_of(model, rows, 1), cost)
     while graphs.wanted:
         graphs.record()
     assert graphs.rows == [1, 3, 8]
     for seed, rows in enumerate((8, 1, 3, 1, 8)):
         given = rows_of(model, rows, 2 + seed)
-        assert torch.equal(graphs.evaluate(*given, learn), model.evaluate(*given))
+        assert torch.equal(graphs.evaluate(*given, cost), model.evaluate(*given))
 
 
 @torch.inference_mode()
 def test_released_recordings_give_all_their_memory_back_and_can_be_made_again(on_gpu):
-    graphs, learn = Graphs(on_gpu, CudaRecorder(on_gpu.device)), TickCost({1: 1.0}).correct
+    graphs, cost = Graphs(on_gpu, CudaRecorder(on_gpu.device)), TickCost({1: 1.0})
     # What libraries keep of a stream stays.
-    graphs.evaluate(*rows_of(on_gpu, 4, 0), learn)
+    graphs.evaluate(*rows_of(on_gpu, 4, 0), cost)
     graphs.record()
     graphs.release()
     reclaim(on_gpu.device)
@@ -184,7 +184,7 @@ def test_released_recordings_give_all_their_memory_back_and_can_be_made_again(on
     for _ in range(2):
         graphs._rests_until = 0.0
         for rows in (2, 4):
-            graphs.evaluate(*rows_of(on_gpu, rows, 1), learn)
+            graphs.evaluate(*rows_of(on_gpu, rows, 1), cost)
         while graphs.wanted:
             graphs.record()
         assert graphs.rows == [2, 4]
@@ -219,6 +219,21 @@ def test_the_decoder_works_beside_recorded_ticks(start, on_gpu, task, run):
     together = run(engine, tasks).pixels()
     alone = [run(engine, [one]).pixels()[0] for one in tasks]
     for ours, theirs in zip(together, alone, strict=True):
+        assert np.abs(ours.astype(int) - theirs.astype(int)).mean() < 1
+
+
+def test_forwards_are_recorded_between_the_ticks_of_a_server_that_is_never_idle(
+    start, on_gpu, task, run, monkeypatch
+):
+    monkeypatch.setattr("server.engine.engine.QUIET_S", 1000.0)
+    monkeypatch.setattr("server.engine.engine.PIECE_REST", 0)
+    tasks = [task("unipc", steps=10 + seed % 7, seed=seed) for seed in range(24)]
+    plain = start(model=on_gpu, cuda_graphs=False)
+    expected = run(plain, tasks).pixels()
+    engine = start(model=on_gpu)
+    run(engine, [task(steps=120)])
+    assert engine._preparation._graphs["embedded"].rows
+    for ours, theirs in zip(run(engine, tasks).pixels(), expected, strict=True):
         assert np.abs(ours.astype(int) - theirs.astype(int)).mean() < 1
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from guidance.edits import IdentityAttention
 from server.engine import graphs as graphs_module
 from server.engine.cost_model import TickCost
-from server.engine.graphs import Graphs
+from server.engine.graphs import OFTEN, PIECE_FORWARDS, Graphs, pays_beside_ticks
 from server.engine.preparation import Preparation
 from server.engine.row_sizes import ROW_SIZES
 from server.models.adapters.adapter import Adapter, RowAdapters, Weighted
@@ -106,7 +106,7 @@ def forward(model: Toy, rows: int, seed: int = 0) -> tuple[Tensor, Tensor, RowIn
 
 
 def evaluate(graphs: Graphs, given: tuple[Tensor, Tensor, RowInputs]) -> Tensor:
-    return graphs.evaluate(*given, TickCost({1: 0.002}).correct)
+    return graphs.evaluate(*given, TickCost({1: 0.002}))
 
 
 def recorded(model: Waiting, tape: Tape, rows: Sequence[int] = (2,)) -> Graphs:
@@ -121,14 +121,13 @@ def recorded(model: Waiting, tape: Tape, rows: Sequence[int] = (2,)) -> Graphs:
 
 def test_a_forward_runs_as_ever_until_it_is_recorded_and_then_gives_the_same_bits() -> None:
     model = Waiting()
-    tape, learned = Tape(model), list[tuple[int, float]]()
+    tape, cost = Tape(model), TickCost({2: 0.005})
     graphs = Graphs(model, tape)
-    first = graphs.evaluate(*forward(model, 2), lambda *taken: learned.append(taken))
+    first = graphs.evaluate(*forward(model, 2), cost)
     assert (graphs.wanted, tape.made) == (True, [])
     graphs.record()
     assert (graphs.wanted, graphs.rows) == (False, [2])
-    assert learned[0][0] == 2
-    assert 0 < learned[0][1] < 0.005
+    assert 0 < cost.seconds(2) < 0.005
     calls = tape.made[0].calls
     assert torch.equal(evaluate(graphs, forward(model, 2)), first)
     other = forward(model, 2, seed=5)
@@ -231,6 +230,76 @@ def test_while_memory_is_short_nothing_is_recorded(short, monkeypatch) -> None:
     monkeypatch.setattr(graphs_module, "monotonic", lambda: later + 1)
     evaluate(graphs, forward(model, 3))
     assert graphs.wanted
+
+
+@pytest.mark.parametrize(
+    ("runs", "forward_s", "most_s", "pays"),
+    [
+        (OFTEN - 1, 0.01, 1.0, False),
+        (OFTEN, 0.01, 1.0, True),
+        (OFTEN, 0.03, 0.1, True),
+        (100 * OFTEN, 0.04, 0.1, False),
+    ],
+)
+def test_a_forward_is_recorded_between_ticks_once_it_has_run_often_and_if_pieces_are_short(
+    runs: int, forward_s: float, most_s: float, pays: bool
+) -> None:
+    assert pays_beside_ticks(runs, forward_s, most_s) == pays
+
+
+def often_run(model: Waiting, tape: Tape) -> Graphs:
+    """After many forwards of 2 rows, and not quite as many of 1."""
+    graphs = Graphs(model, tape)
+    for rows in [1, 2] * (OFTEN - 1):
+        evaluate(graphs, forward(model, rows))
+    assert not graphs.due(1.0)
+    evaluate(graphs, forward(model, 2))
+    return graphs
+
+
+def test_a_forward_that_runs_often_is_recorded_in_pieces_between_others() -> None:
+    model = Waiting()
+    tape = Tape(model)
+    graphs = often_run(model, tape)
+    while graphs.due(1.0):
+        slept, calls = model.slept, sum(one.calls for one in tape.made)
+        graphs.record_piece(1.0)
+        replays = sum(one.calls for one in tape.made) - calls
+        assert model.slept - slept + replays <= PIECE_FORWARDS
+        given = forward(model, 2, seed=9)
+        assert torch.equal(evaluate(graphs, given), Toy().evaluate(*given))
+    assert graphs.rows == [2]
+    assert len(tape.made) == 1
+    while graphs.wanted:
+        graphs.record()
+    assert graphs.rows == [1, 2]
+    assert len(tape.made) == 2
+
+
+def test_a_recording_under_way_is_let_go_of_when_memory_is_short() -> None:
+    model = Waiting()
+    tape = Tape(model)
+    graphs = often_run(model, tape)
+    while not tape.made:
+        graphs.record_piece(1.0)
+    graphs.release()
+    assert tape.made[0].released
+    assert (graphs.rows, graphs.wanted, graphs.due(1.0)) == ([], False, False)
+
+
+def test_an_engine_that_is_never_idle_records_its_ticks(monkeypatch) -> None:
+    monkeypatch.setattr("server.engine.engine.QUIET_S", 1000.0)
+    monkeypatch.setattr("server.engine.engine.PIECE_REST", 0)
+    model = Waiting()
+    tape = Tape(model)
+    preparation = Preparation(lambda _: tape)
+    monkeypatch.setattr("server.engine.engine.Preparation", lambda _: preparation)
+    engine = started(model, 16, prepares=True)
+    assert tape.made == []
+    run(engine, [task(steps=3 * OFTEN)])
+    engine.stop(0)
+    assert len(tape.made) == 1
+    assert tape.made[0].calls > OFTEN
 
 
 def test_an_engine_replays_its_small_ticks_and_draws_the_same_images(monkeypatch) -> None:
