@@ -29,9 +29,9 @@ class EasyCache(StepCache, frozen=True):
 
     Stage i is not evaluated while E < threshold; ``v_i = x_i + (v_n - x_n)`` stands in. Once E
     reaches the threshold, the stage is evaluated and E starts from 0. These are the formulas of
-    the authors' code for Wan 2.1 and 2.2 and HunyuanVideo, and the last evaluation of a run is
-    always made, as there. Their threshold is 0.05 (0.025 for HunyuanVideo), and they evaluate the
-    first 7 of 40 to 50 steps (5 of 50). Those networks predict the velocity, and any other is
+    the authors' code for Wan 2.2 and HunyuanVideo, and the last evaluation of a run is always made,
+    as there. Their defaults for Wan 2.2 are a threshold of 0.05 and 7 first steps that are always
+    evaluated, for HunyuanVideo 0.025 and 5. Those networks predict the velocity, and any other is
     treated as if it did. The means are taken in float64.
     """
 
