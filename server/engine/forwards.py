@@ -91,11 +91,11 @@ class Forwards:
     def prepare(self) -> None:
         """Run the smallest size that is wanted; one that fails is not tried again."""
         size = self.sizes.wanted[0]
-        if self._rehearsal is None:
-            scale = self._model.facts.latent_scale
-            height, width = (scale * side for side in self._shape[1:])
-            self._rehearsal = Rehearsal(self._model, width, height)
         try:
+            if self._rehearsal is None:
+                scale = self._model.facts.latent_scale
+                height, width = (scale * side for side in self._shape[1:])
+                self._rehearsal = Rehearsal(self._model, width, height)
             self._rehearsal.seconds(size, self._evaluated)
         except Exception:
             self.sizes.leave_out(size)

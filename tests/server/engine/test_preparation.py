@@ -21,6 +21,7 @@ from server.engine.row_sizes import ROW_SIZES
 from server.engine.scheduler import Load
 from server.engine.state.lane import Lane
 from server.models.adapters.adapter import Adapter, RowAdapters, Weighted
+from server.models.conditioning import Conditioning
 from server.models.inputs import RowInputs
 from tests.server.by_hand import task
 from tests.server.toy_model import FACTS, SIDE, Toy, run, started
@@ -130,6 +131,23 @@ def test_what_has_no_room_is_tried_once_and_the_server_goes_on(begin):
     assert model.tried.count(24) <= 2
     assert max(model.tried) == 24
     assert engine.failure is None
+
+
+def test_where_a_rehearsal_cannot_even_begin_its_size_is_given_up():
+    class Speechless(Busy):
+        """Has no room for its text encoder's forward."""
+
+        def encode_prompts(self, *_: object, **__: object) -> list[Conditioning]:
+            raise torch.OutOfMemoryError("no room")
+
+    preparation, failed = Preparation(), 0
+    shape = preparation.forwards(Speechless(), SHAPE, TickCost({1: 0.01}), MOST)
+    while piece := preparation.next():
+        with pytest.raises(torch.OutOfMemoryError):
+            piece()
+        failed += 1
+        assert failed <= len(ROW_SIZES), "the engine would try for ever"
+    assert not shape.sizes.known
 
 
 def test_deterministic_engines_keep_to_their_one_size(begin):
