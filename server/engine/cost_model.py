@@ -92,12 +92,17 @@ class TickCost:
         """Expected seconds by rows, at the sizes that are kept."""
         return dict(zip(NODES, self._seconds, strict=True))
 
-    def observe(self, rows: int, seconds: float) -> None:
-        """Learn from a tick that took so long."""
+    def observe(self, rows: int, seconds: float) -> float:
+        """Learn from a tick that took so long.
+
+        Returns:
+            The factor by which the level of all sizes has moved, as the machine's pace has; 1 while
+            the cost is a guess, whose error is its own.
+        """
         self._ticks += 1
         surprise = log(max(seconds, 1e-9) / self.seconds(rows))
-        level = LEVEL_GAIN
-        if self._guesses_left:
+        level, guessed = LEVEL_GAIN, self._guesses_left > 0
+        if guessed:
             self._guesses_left -= 1
             level = 0.5
         else:
@@ -109,7 +114,8 @@ class TickCost:
             self._seconds[node] *= exp(gain * surprise)
             self._seen_at[node] += weight * age
         everywhere = exp(level * surprise)
-        self._seconds = [one * everywhere for one in self._seconds]
+        self.shift(everywhere)
+        return 1.0 if guessed else everywhere
 
     def correct(self, rows: int, seconds: float) -> None:
         """Believe a measurement made apart from the ticks, as where forwards take another way now.
@@ -122,10 +128,8 @@ class TickCost:
             self._seconds[NODES.index(rows)] = seconds
 
     def shift(self, factor: float) -> None:
-        """Move the level of all sizes: another lane's tick took so many times what it should."""
-        surprise = max(-OUTLIER, min(OUTLIER, log(max(factor, 1e-9))))
-        everywhere = exp(LEVEL_GAIN * surprise)
-        self._seconds = [one * everywhere for one in self._seconds]
+        """Move the level of all sizes by a factor, as that of another lane has moved."""
+        self._seconds = [one * factor for one in self._seconds]
 
     def scaled(self, factor: float) -> TickCost:
         """A guess for a lane whose pictures are so many times as large."""

@@ -808,10 +808,13 @@ class Engine:
         if widest.sizes_known == known:
             # The first forward of a size tells nothing of those after it, and what ControlNets
             # took of this one is no part of others.
-            seconds = stage.seconds * rows / work
-            for lane in lanes - {widest}:
-                lane.cost.shift(seconds / widest.cost.seconds(size))
-            widest.cost.observe(size, seconds)
+            moved = widest.cost.observe(size, stage.seconds * rows / work)
+            # Sizes that mostly come along follow the machine's pace by larger ones. They do so at
+            # all ticks of these: what is seen at mixed ones alone, which take longer than others,
+            # would add up from one to the next.
+            for lane in self._lanes.values():
+                if lane.mixes_with(widest) and lane.area < widest.area:
+                    lane.cost.shift(moved)
         widest.row_cap.fit(rows)
         self.row_watch.see(stage.batches, m.ticks, stage.seconds, m.pending)
         return stage

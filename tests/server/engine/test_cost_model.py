@@ -11,6 +11,7 @@ import torch
 
 from server.engine.cost_model import (
     AGREEING,
+    FIRST_TICKS,
     MOST_ROWS,
     NODES,
     SHAPES_KEPT,
@@ -296,8 +297,13 @@ def test_an_engine_starts_from_a_guess_and_corrects_it(start, task, run):
 def test_a_size_that_only_runs_in_ticks_of_a_larger_one_follows_the_machine():
     large, small = (TickCost({rows: steep(rows) * area for rows in NODES}) for area in (2, 1))
     for _ in range(40):
-        seconds = steep(6) * 2 / 3
-        small.shift(seconds / large.seconds(6))
-        large.observe(6, seconds)
+        small.shift(large.observe(6, steep(6) * 2 / 3))
     assert large.seconds(6) == pytest.approx(steep(6) * 2 / 3, rel=0.02)
     assert small.seconds(6) == pytest.approx(steep(6) / 3, rel=0.1)
+
+
+def test_the_error_of_a_guess_says_nothing_of_other_sizes():
+    guess = TickCost({rows: 5 * steep(rows) for rows in NODES}, guessed=True)
+    assert {guess.observe(6, steep(6)) for _ in range(FIRST_TICKS)} == {1.0}
+    assert guess.seconds(6) == pytest.approx(steep(6), rel=0.05)
+    assert guess.observe(6, steep(6) * 2) > 1.1

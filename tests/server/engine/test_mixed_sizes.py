@@ -26,6 +26,7 @@ from server.engine.cost_model import TickCost
 from server.engine.engine import Engine
 from server.engine.fair_queue import Turns
 from server.engine.task import Group
+from server.engine.tick.stage import Stage, run_stage
 from server.errors import RowFailed
 from server.models.inputs import RowInputs
 from tests.server.by_hand import Asked, task
@@ -33,6 +34,7 @@ from tests.server.toy_model import Ear, Neighbourly, run, started
 
 SIZES = {"small": (32, 32), "wide": (48, 32), "large": (64, 64)}
 STEPS = 6
+OBSERVE, SHIFT = TickCost.observe, TickCost.shift
 
 
 class Mixing(Neighbourly):
@@ -92,7 +94,7 @@ def shared(model: Mixing) -> Iterator[Engine]:
 @pytest.fixture(autouse=True)
 def _steady_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     """What ticks take on a busy machine must not decide which images share them."""
-    monkeypatch.setattr("server.engine.cost_model.TickCost.observe", lambda *_: None)
+    monkeypatch.setattr("server.engine.cost_model.TickCost.observe", lambda *_: 1.0)
     monkeypatch.setattr("server.engine.cost_model.TickCost.shift", lambda *_: None)
 
 
@@ -267,8 +269,9 @@ def test_a_mixed_tick_teaches_the_cost_of_its_largest_size_and_tells_the_others_
     taught: dict[TickCost, list[tuple[int, float]]] = {}
     told: dict[TickCost, list[float]] = {}
 
-    def observe(cost: TickCost, rows: int, seconds: float) -> None:
+    def observe(cost: TickCost, rows: int, seconds: float) -> float:
         taught.setdefault(cost, []).append((rows, seconds))
+        return 1.25
 
     def shift(cost: TickCost, factor: float) -> None:
         told.setdefault(cost, []).append(factor)
@@ -278,5 +281,31 @@ def test_a_mixed_tick_teaches_the_cost_of_its_largest_size_and_tells_the_others_
     pixels(run(engine, [of(size, CFG()) for size in SIZES]))
     [(largest, ticks)] = taught.items()
     assert [rows for rows, _ in ticks] == [2 * len(SIZES)] * STEPS
-    slower = [seconds / largest.seconds(rows) for rows, seconds in ticks]
-    assert list(told.values()) == [slower] * (len(SIZES) - 1)
+    assert list(told.values()) == [[1.25] * STEPS] * (len(SIZES) - 1)
+
+
+def test_what_mixed_ticks_take_longer_does_not_add_up_in_the_cost_of_the_small(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def timed(chosen: list[Any], fixed_rows: int | None) -> Stage:
+        """Takes 0.02 s, or 0.03 s where sizes are mixed."""
+        stage = run_stage(chosen, fixed_rows)
+        return replace(stage, seconds=0.01 * (1 + min(2, len(stage.outcomes))))
+
+    monkeypatch.setattr(TickCost, "observe", OBSERVE)
+    monkeypatch.setattr(TickCost, "shift", SHIFT)
+    monkeypatch.setattr("server.engine.engine.run_stage", timed)
+    model = Mixing()
+    engine = started(model, 24, guessed_costs={1: 0.02, 128: 0.02})
+    sizes = [of("small", CFG()), of("large", CFG())]
+    for one in (*sizes, *sizes):
+        # No guesses are left.
+        pixels(run(engine, [one]))
+    small = engine.tick_costs()[0][2]
+    before = small.seconds(2)
+    for _ in range(12):
+        pixels(run(engine, sizes))
+        pixels(run(engine, sizes[1:]))
+    engine.stop(0)
+    assert {(4, 4), (8, 8)} in [forward.keys() for forward in model.forwards]
+    assert small.seconds(2) == pytest.approx(before, rel=0.5)
