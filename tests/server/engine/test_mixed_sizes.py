@@ -279,7 +279,7 @@ def test_a_mixed_tick_teaches_the_cost_of_its_largest_size_and_tells_the_others_
     monkeypatch.setattr(TickCost, "observe", observe)
     monkeypatch.setattr(TickCost, "shift", shift)
     pixels(run(engine, [of(size, CFG()) for size in SIZES]))
-    [(largest, ticks)] = taught.items()
+    [ticks] = taught.values()
     assert [rows for rows, _ in ticks] == [2 * len(SIZES)] * STEPS
     assert list(told.values()) == [[1.25] * STEPS] * (len(SIZES) - 1)
 
