@@ -13,6 +13,7 @@ import torch
 from diffusers import (
     MultiControlNetModel,
     StableDiffusionControlNetPipeline,
+    StableDiffusionInpaintPipeline,
     StableDiffusionXLControlNetPipeline,
 )
 from torch import Tensor
@@ -27,6 +28,7 @@ from server.models.controls.control import ControlUse
 from server.models.controls.row_controls import RowControl, RowControls
 from server.models.hosted import HostedModel
 from server.models.loading import load_model
+from server.models.unet_model import TEXT
 from tests.server.models import tiny_sd, tiny_sdxl
 from tests.server.models.alike import assert_among, assert_apart, task_of
 from tests.server.models.controls.tiny_controls import of_unet, saved, shelf_of, use
@@ -226,3 +228,31 @@ def test_a_controlnet_is_let_go_of_with_the_last_image_that_has_it(
     model.controls.forget()
     gc.collect()
     assert gone() is None
+
+
+@torch.inference_mode()
+def test_beside_a_mask_a_controlnet_reads_the_latents_alone(tmp_path: Path) -> None:
+    """As ``StableDiffusionControlNetInpaintPipeline`` calls both networks."""
+    pipeline = tiny_sd.make(BASE, StableDiffusionInpaintPipeline, in_channels=9)
+    pipeline.save_pretrained(tmp_path / "model")
+    network = saved(of_unet(pipeline.unet, 1, in_channels=4), tmp_path / "controls", "depth")
+    model = load_model(tmp_path / "model", name="tiny", device="cpu", dtype="float32")
+    model.controls = shelf_of(model, tmp_path / "controls")
+    depth = use(model, "depth", 1, SIZE)
+    x, t, channels = torch.randn(1, *SHAPE), torch.tensor([500.0]), torch.randn(1, 5, *SHAPE[1:])
+    plain = model.inputs([PROMPT], WIDTH, HEIGHT)
+    assert model.control_kind is not None
+    hint = model.control_kind.hint(depth.control.network, depth.picture)
+    rows = RowControls(((RowControl(depth.control, hint, 0.5),),), (0,))
+    ours = model.evaluate(x, t, replace(plain, channels=channels, controls=rows))
+    text, pixels = plain.conditioning.tensors[TEXT], depth.picture[None] / 2 + 0.5
+    skips, middle = network(x, t, text, pixels, conditioning_scale=0.5, return_dict=False)
+    [theirs] = pipeline.unet(
+        torch.cat([x, channels], 1),
+        t,
+        text,
+        down_block_additional_residuals=skips,
+        mid_block_additional_residual=middle,
+        return_dict=False,
+    )
+    torch.testing.assert_close(ours, theirs)
