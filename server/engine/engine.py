@@ -26,7 +26,7 @@ from server.engine.footprint import Kind, footprint
 from server.engine.forwards import LONGEST_PIECE_S
 from server.engine.live_share import ORDINARY_SHARE, Shares, share_tick
 from server.engine.metrics import EngineMeasurements
-from server.engine.preparation import AT_START, Preparation
+from server.engine.preparation import AT_START, Preparation, Prepared
 from server.engine.reservation import Reservation
 from server.engine.row_watch import RowWatch
 from server.engine.scheduler import (
@@ -518,6 +518,9 @@ class Engine:
         if self._guessed_costs is None:
             while piece := preparation.next(AT_START):
                 self._prepare(piece)
+        for name, model in self._models.items():
+            sizes = ", ".join(map(str, self.prepared(model).rows)) or "not yet known numbers of"
+            log.info("%s: forward passes are filled up to %s rows", name, sizes)
 
     def _recommended_rows(self) -> int:
         """Rows of every forward in deterministic mode, which none of the models finds too many."""
@@ -946,6 +949,12 @@ class Engine:
                 self._count_rows(sequence, 0)
                 self._backlog.end_image(sequence.submission.holding)
             self._count_pending(-1, live=sequence.live)
+
+    def prepared(self, model: HostedModel) -> Prepared:
+        """What has been done for the forwards of a hosted model; safe from any thread."""
+        if self._preparation is None:
+            return Prepared()
+        return self._preparation.of(model.facts.name, self._default_shape(model))
 
     def tick_costs(self) -> list[tuple[str, tuple[int, int, int], TickCost]]:
         """What ticks cost by model and latent shape; safe from any thread."""

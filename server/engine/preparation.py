@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from server.engine.forwards import Forwards
 from server.engine.graphs import Graphs
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from server.engine.graphs import Recorder
     from server.models.hosted import HostedModel
 
-__all__ = ["AT_START", "Preparation"]
+__all__ = ["AT_START", "Preparation", "Prepared"]
 
 AT_START = 16
 """Rows of the largest forward that runs before the server is ready: larger ones take as long as
@@ -26,6 +26,18 @@ SHAPES_KEPT = 8
 """Latent shapes, beside the default ones, whose forwards are prepared."""
 
 Shape: TypeAlias = "tuple[int, int, int]"
+
+
+class Prepared(NamedTuple):
+    """What has been done for a model's forwards.
+
+    Attributes:
+        rows: at which forwards of its default size have run, from the smallest.
+        recorded: rows of the forwards that are recorded as CUDA graphs.
+    """
+
+    rows: tuple[int, ...] = ()
+    recorded: tuple[int, ...] = ()
 
 
 class Preparation:
@@ -72,6 +84,14 @@ class Preparation:
                 del self._forwards[old]
         self._forwards[key] = made
         return made
+
+    def of(self, name: str, shape: Shape) -> Prepared:
+        """What has been done for a model's forwards at a latent shape; safe from any thread."""
+        forwards, graphs = self._forwards.get((name, shape)), self._graphs.get(name)
+        return Prepared(
+            () if forwards is None else forwards.sizes.known,
+            () if graphs is None else tuple(graphs.rows),
+        )
 
     def forget(self, name: str) -> None:
         """Let go of a model."""

@@ -149,6 +149,11 @@ class HostedModel(ABC):
         return "sdpa"
 
     @property
+    def memory_format(self) -> str:
+        """How its denoiser's activations lie in memory, by torch's name for it."""
+        return "contiguous_format"
+
+    @property
     def mixes_sizes(self) -> bool:
         """Whether rows of several latent shapes can share a forward, ``evaluate_sizes``.
 

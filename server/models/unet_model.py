@@ -101,6 +101,14 @@ class UNetModel(HostedModel):
     def schedule(self, width: int, height: int, steps: int) -> NoiseSchedule:
         return self._schedule
 
+    @property
+    @override
+    def memory_format(self) -> str:
+        # A GPU's and a CPU's convolutions are made for it.
+        weight = self._unet.conv_in.weight
+        by_channels = weight.is_contiguous(memory_format=torch.channels_last)
+        return "channels_last" if by_channels else super().memory_format
+
     @override
     def make_differentiable(self) -> None:
         # Group norm has no forward mode over channels_last.

@@ -199,6 +199,7 @@ class _Folders:
             placement=(placement := self.placement(name)),
             tell=tell,
         )
+        log.info("%s: attention by %s, memory in %s", name, model.attention, model.memory_format)
         if placement.offload != "none":
             log.info("%s: %s", name, OFFLOADED[placement.offload])
         shared = () if self.settings.adapters is None else (self.settings.adapters,)

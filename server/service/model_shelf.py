@@ -14,6 +14,7 @@ from typing import Final, Protocol, Self
 
 from server.engine.engine import Engine
 from server.engine.faults import is_out_of_memory
+from server.engine.preparation import Prepared
 from server.errors import ModelMismatch, ModelTooLarge, NotReady, UnknownModel, WeftError
 from server.models.hosted import HostedModel
 from server.models.memory import bytes_of, offloaded_bytes_of, reclaim
@@ -74,6 +75,7 @@ class ModelState:
         offloaded_bytes: of its weights in host memory beside another device.
         loaded_since: seconds of Unix time; None if it is not loaded.
         loading: share of it that is read, while it is being loaded.
+        prepared: what the engine has done for its forwards.
     """
 
     name: str
@@ -84,6 +86,7 @@ class ModelState:
     offloaded_bytes: int
     loaded_since: float | None
     loading: float | None
+    prepared: Prepared
 
 
 class Lease:
@@ -431,6 +434,7 @@ class ModelShelf:
                 offloaded_bytes=place.offloaded_bytes,
                 loaded_since=place.loaded_since,
                 loading=None if place.loading is None else place.progress,
+                prepared=Prepared() if place.model is None else self._engine.prepared(place.model),
             )
 
 

@@ -54,6 +54,20 @@ class ModelCard(BaseModel):
         description="Kernels of its attention; null if it is not loaded. `sdpa` stands for those "
         "that torch's scaled_dot_product_attention chooses."
     )
+    memory_format: str | None = Field(
+        description="How its denoiser's activations lie in memory, by torch's name: "
+        "`channels_last` of U-Nets, whose convolutions are faster so, else `contiguous_format`; "
+        "null if it is not loaded."
+    )
+    forward_rows: tuple[int, ...] = Field(
+        description="Numbers of rows that its forward passes at its default size are filled up "
+        "to, as the first pass of a number is slow on a GPU; empty on a CPU, where passes have as "
+        "many rows as there are."
+    )
+    recorded_rows: tuple[int, ...] = Field(
+        description="Numbers of rows whose forward passes are replayed from CUDA graphs, as that "
+        "was measured to be faster."
+    )
 
 
 class ModelList(BaseModel):
@@ -82,6 +96,9 @@ def card_of(state: ModelState) -> ModelCard:
         quantization=None if model is None else model.placement.quantization,
         offload=None if model is None else model.placement.offload,
         attention=None if model is None else model.attention,
+        memory_format=None if model is None else model.memory_format,
+        forward_rows=state.prepared.rows,
+        recorded_rows=state.prepared.recorded,
     )
 
 

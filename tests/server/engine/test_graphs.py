@@ -318,6 +318,7 @@ def test_an_engine_replays_its_small_ticks_and_draws_the_same_images(monkeypatch
         assert monotonic() < until
         sleep(0.01)
     before = model.slept
+    assert engine.prepared(model) == (tuple(SIZES), tuple(SIZES))
     results = run(engine, tasks).results
     for i in range(len(tasks)):
         assert np.array_equal(results[i].pixels, expected[i].pixels)

@@ -112,6 +112,8 @@ def test_models_of_the_folder_come_and_go_as_requests_name_them(
     assert re.findall(r'weft_model_memory_bytes{model="(\w+)"}', metrics) == ["one", "two"]
     shown = {key: cards["one"][key] for key in ("device", "dtype", "attention", "loading")}
     assert shown == {"device": "cpu", "dtype": "float32", "attention": "sdpa", "loading": None}
+    run = [cards["one"][key] for key in ("memory_format", "forward_rows", "recorded_rows")]
+    assert run == ["channels_last", [], []]
     kept = [cards["one"][key] for key in ("quantization", "offload", "offloaded_bytes")]
     assert kept == ["none", "none", 0]
     # The default is loaded again when it is wanted.
