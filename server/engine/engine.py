@@ -913,7 +913,7 @@ class Engine:
         live_s = self._decoder.live_s - live_before_s
         self._share_out(live_s=live_s, ordinary_s=self._decoder.seconds - before_s - live_s)
 
-    def _note_overflow(self, sequence: Sequence, error: Exception, rows: int = 1) -> None:
+    def _note_overflow(self, sequence: Sequence, error: Exception, rows: int | None = None) -> None:
         """Remember what did not fit into memory by itself, so that as much is refused at once."""
         if is_out_of_memory(error):
             task, free = sequence.task, unused_bytes(self._device)

@@ -25,7 +25,7 @@ class _Overflow:
     Attributes:
         width: in pixels.
         height: in pixels.
-        rows: that its forward had; 1 where the autoencoder ran out of memory, which takes one
+        rows: that its forward had; None where the autoencoder ran out of memory, which takes one
             picture at a time.
         free: bytes that there were for it.
         until: when it is believed no longer.
@@ -33,18 +33,20 @@ class _Overflow:
 
     width: int
     height: int
-    rows: int
+    rows: int | None
     free: int
     until: float
 
     @property
     def pixels(self) -> int:
         """Of all rows: what a forward needs grows at least as fast."""
-        return self.rows * self.width * self.height
+        return (self.rows or 1) * self.width * self.height
 
 
 class Overflows:
     """The smallest work of each model that lately did not fit into memory by itself.
+
+    What is known of its forwards says nothing of its autoencoder, nor the other way round.
 
     Args:
         now: seconds of a clock.
@@ -52,22 +54,24 @@ class Overflows:
 
     def __init__(self, now: Callable[[], float] = monotonic) -> None:
         self._now = now
-        self._of_models: dict[str, _Overflow] = {}
+        self._of_forwards: dict[str, _Overflow] = {}
+        self._of_autoencoders: dict[str, _Overflow] = {}
 
-    def note(self, model: str, width: int, height: int, rows: int, free: int) -> None:
+    def note(self, model: str, width: int, height: int, rows: int | None, free: int) -> None:
         """Some work did not fit, though it ran alone.
 
         Args:
             model: by name.
             width: of its images in pixels.
             height: of its images in pixels.
-            rows: of its forward; 1 for the autoencoder.
+            rows: of its forward; None for the autoencoder.
             free: bytes that there were for it.
         """
         new = _Overflow(width, height, rows, free, self._now() + BELIEVED_S)
-        known = self._believed(model)
+        of_models = self._of_autoencoders if rows is None else self._of_forwards
+        known = self._believed(of_models.get(model))
         if known is None or new.pixels <= known.pixels:
-            self._of_models[model] = new
+            of_models[model] = new
 
     def check(self, model: str, width: int, height: int, rows: int) -> None:
         """Refuse work that is at least as large as what did not fit.
@@ -76,32 +80,42 @@ class Overflows:
             InvalidRequest: with the field ``width``, or ``guidance`` where only the rows are too
                 many.
         """
-        known = self._believed(model)
-        if known is None or rows * width * height < known.pixels:
+        forward = self._believed(self._of_forwards.get(model))
+        picture = self._believed(self._of_autoencoders.get(model))
+        if picture is not None and width * height >= picture.pixels:
+            raise _too_large(model, width, height, picture)
+        if forward is None or rows * width * height < forward.pixels:
             return
-        megabytes = known.free / 2**20
-        what = f"{known.width} x {known.height} pixels"
-        if width * height < known.width * known.height:
+        if width * height < forward.width * forward.height:
+            what = f"{forward.width} x {forward.height} pixels"
             raise InvalidRequest(
                 "guidance",
                 f"guidance needs {rows} rows of {width} x {height} pixels in one forward pass; "
-                f"{known.rows} of {what} did not fit into the {megabytes:.0f} MB of memory that "
-                f"were free for model {model!r}, so ask for fewer branches or a smaller size.",
+                f"{forward.rows} of {what} did not fit into the {_megabytes(forward)} of memory "
+                f"that were free for model {model!r}, so ask for fewer branches or a smaller size.",
             )
-        raise InvalidRequest(
-            "width",
-            f"width x height is {width} x {height}; an image of {what} did not fit into the "
-            f"{megabytes:.0f} MB of memory that were free for model {model!r}, so ask for a "
-            "smaller one.",
-        )
+        raise _too_large(model, width, height, forward)
 
     def forget(self, model: str | None = None) -> None:
         """Believe nothing any longer of a model, or of any: there may be more room now."""
-        if model is None:
-            self._of_models.clear()
-        else:
-            self._of_models.pop(model, None)
+        for known in (self._of_forwards, self._of_autoencoders):
+            if model is None:
+                known.clear()
+            else:
+                known.pop(model, None)
 
-    def _believed(self, model: str) -> _Overflow | None:
-        known = self._of_models.get(model)
+    def _believed(self, known: _Overflow | None) -> _Overflow | None:
         return known if known is not None and self._now() < known.until else None
+
+
+def _too_large(model: str, width: int, height: int, known: _Overflow) -> InvalidRequest:
+    return InvalidRequest(
+        "width",
+        f"width x height is {width} x {height}; an image of {known.width} x {known.height} pixels "
+        f"did not fit into the {_megabytes(known)} of memory that were free for model {model!r}, "
+        "so ask for a smaller one.",
+    )
+
+
+def _megabytes(known: _Overflow) -> str:
+    return f"{known.free / 2**20:.0f} MB"

@@ -49,3 +49,15 @@ def test_the_smallest_overflow_counts_until_it_is_believed_no_longer() -> None:
     known.note("m", 512, 512, 1, free=0)
     known.forget()
     known.check("m", 512, 512, 1)
+
+
+def test_the_autoencoder_s_overflow_says_nothing_of_many_rows_of_smaller_pictures() -> None:
+    known = Overflows(Clock())
+    known.note("m", 2048, 2048, None, free=0)
+    known.check("m", 1536, 1536, 2)
+    known.check("m", 512, 512, 64)
+    with pytest.raises(InvalidRequest, match="2048 x 2048 pixels did not fit"):
+        known.check("m", 2048, 2048, 1)
+    known.note("m", 2560, 2560, 1, free=0)
+    with pytest.raises(InvalidRequest, match="2048 x 2048 pixels did not fit"):
+        known.check("m", 2048, 2048, 1)
