@@ -60,6 +60,11 @@ class Family(NamedTuple):
     names: Mapping[str, tuple[str, ...]]
 
 
+def without_controls(denoiser: Callable[[Any, Any], Any]) -> Callable[[Any], Any]:
+    """For rows that no ControlNet acts on, which never look at the one they might have."""
+    return lambda network: denoiser(network, None)
+
+
 FLUX = {
     "double_blocks.0.img_attn.qkv": tuple(
         f"transformer_blocks.0.attn.{name}" for name in ("to_q", "to_k", "to_v")
@@ -69,7 +74,7 @@ FLUX = {
 FAMILIES = {
     "flux1": Family(
         lambda: tiny_flux1.make(tiny_flux1.DEV, guided=True),
-        FluxDenoiser,
+        without_controls(FluxDenoiser),
         FLUX | {"single_blocks.0.linear2": ("single_transformer_blocks.0.proj_out",)},
     ),
     "flux2": Family(
@@ -79,11 +84,11 @@ FAMILIES = {
     ),
     "qwen_image": Family(
         tiny_qwen_image.make,
-        QwenDenoiser,
+        without_controls(QwenDenoiser),
         {"transformer_blocks.0.attn.to_q": ("transformer_blocks.0.attn.to_q",)},
     ),
     "sana": Family(lambda: tiny_sana.make(sprint=False), SanaDenoiser, {}),
-    "sd3": Family(tiny_sd3.make, SD3Denoiser, {}),
+    "sd3": Family(tiny_sd3.make, without_controls(SD3Denoiser), {}),
     "z_image": Family(
         lambda: tiny_z_image.make(3.0),
         ZImageDenoiser,
