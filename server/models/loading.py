@@ -13,6 +13,7 @@ from server.models.flux1 import load_flux1
 from server.models.flux2 import load_flux2_klein
 from server.models.folder import INDEX, classifier_file, read_json, revisions_of, without_folder
 from server.models.latent_consistency import load_latent_consistency
+from server.models.libraries import import_libraries
 from server.models.linear_fits import LinearFits
 from server.models.parts import check_loaded
 from server.models.pixart import load_pixart
@@ -96,6 +97,7 @@ def load_model(
         ModelMismatch: the folder is no model that can be hosted; the sentence says why.
     """
     family = family_of(folder)
+    import_libraries()
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
