@@ -10,18 +10,22 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from torch import Tensor
 
 from embedded import MODEL_FOLDER
 from guidance.autoguidance import Autoguidance
 from guidance.negtome import NegToMe
 from guidance.pag import PAG
+from server.engine.client import Client
 from server.engine.engine import Engine
 from server.engine.task import Group, ImageTask
-from server.models.adapters.adapter import Weighted
+from server.models.adapters.adapter import Adapter, Weighted
 from server.models.hosted import HostedModel
+from server.models.inputs import RowInputs
 from server.models.loading import load_model
+from tests.server import by_hand, toy_model
 from tests.server.models.adapters.low_rank import adapter, changes, merged
-from tests.server.toy_model import run, started
+from tests.server.toy_model import Toy, run, started
 
 Make = Callable[..., ImageTask]
 
@@ -125,3 +129,33 @@ def test_an_adapter_is_let_go_of_with_the_last_image_that_has_it(
     del passing
     gc.collect()
     assert gone() is None
+
+
+class Overheard(Toy):
+    """Remembers the adapters of the rows of its forwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.orders: list[tuple[str, ...]] = []
+
+    def evaluate(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
+        if inputs.adapters is not None:
+            self.orders.append(tuple(one.adapter.name for [one] in inputs.adapters.rows))
+        return super().evaluate(x, t, inputs)
+
+
+def test_rows_keep_their_order_whoever_is_served_first() -> None:
+    """What is kept for rows with the same adapters is of use only in the same order."""
+    model = Overheard()
+    engine = toy_model.started(model, 16)
+    ears = [toy_model.Ear(1) for _ in range(8)]
+    for i, ear in enumerate(ears):
+        style = Weighted(Adapter(f"style {i}", "", {}), 1.0)
+        steps = 20 + i % 3
+        engine.submit(
+            [by_hand.task(seed=i, steps=steps, adapters=(style,))], ear, Client(f"{i % 3}")
+        )
+    for ear in ears:
+        ear.wait()
+    engine.stop(0)
+    assert len({tuple(sorted(order)) for order in model.orders}) == len({*model.orders})
