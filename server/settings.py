@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
@@ -530,9 +530,17 @@ class Settings(BaseSettings):
 
     def quantization_of(self, model: str) -> Quantization:
         """How many bits the weights of a model have, by its name."""
-        parts = [entry.rpartition("=") for entry in self.quantize]
-        kinds: dict[str, Any] = {name: kind for name, _, kind in parts}
+        kinds = self._quantizations()
         return kinds.get(model, kinds.get("", "none"))
+
+    def unknown_quantized(self, models: Collection[str]) -> list[str]:
+        """Names in `quantize` that none of these models has."""
+        return [name for name in self._quantizations() if name and name not in models]
+
+    def _quantizations(self) -> dict[str, Any]:
+        """By name of the model; that of all others is without a name."""
+        parts = [entry.rpartition("=") for entry in self.quantize]
+        return {name: kind for name, _, kind in parts}
 
     def model_folders(self, embedded: Mapping[str, Path]) -> dict[str, Path | HubModel]:
         """Where each hosted model is, by name; the first is the default.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -79,6 +79,7 @@ def host(
     """
     embedded = embedded_folders()
     places = settings.model_folders(embedded)
+    _check_quantized(settings, places)
     folders = {name: _folder_of(place, settings, tell) for name, place in places.items()}
     if settings.models_folder is not None and folders == embedded:
         log.warning(
@@ -246,6 +247,15 @@ class _Folders:
             folder = str(self._folders().get(name, name))
             sentence = error.message.replace(f"model folder {folder!r}", f"model {name!r}")
             raise ModelMismatch(sentence.replace(folder, name)) from None
+
+
+def _check_quantized(settings: Settings, names: Collection[str]) -> None:
+    """Refuse names of no model, which would be kept in full; others may come into the folder."""
+    for name in settings.unknown_quantized(names):
+        sentence = f"quantize names the model {name!r}; there are {', '.join(names)}."
+        if settings.models_folder is None:
+            raise ModelMismatch(sentence)
+        log.warning("%s", sentence)
 
 
 def _folder_of(place: Path | HubModel, settings: Settings, tell: Tell | None) -> Path:

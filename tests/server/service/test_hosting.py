@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from embedded import MODEL_FOLDER
+from server.errors import ModelMismatch
 from server.models.placement import Offload, Placement
 from server.models.weight_files import bytes_in_memory
 from server.models.weight_memory import WeightMemory
@@ -45,3 +48,15 @@ def test_each_model_is_kept_in_the_bits_that_are_chosen_for_it(
     assert chosen.placement("one") == Placement("int8")
     assert chosen.placement("two") == Placement()
     assert chosen.bytes_of("one") < chosen.bytes_of("two")
+
+
+def test_a_name_in_quantize_that_no_model_has_is_refused_unless_it_may_come_yet(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("server.settings.missing_package", {}.get)
+    chosen = Settings(quantize=("none", "one=int8", "onne=int8"), models=(f"one={MODEL_FOLDER}",))
+    with pytest.raises(ModelMismatch, match="quantize names the model 'onne'; there are one"):
+        hosting.host(chosen)
+    filled = chosen.model_copy(update={"models_folder": tmp_path})
+    hosting._check_quantized(filled, ["one"])
+    assert "quantize names the model 'onne'" in caplog.text
