@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -34,6 +34,7 @@ def with_installed(
             name = _name_of(one)
             if not name or name in taken:
                 raise ValueError(f"its name {name!r} is {'taken' if name else 'missing'}")
+            _check(one, name)
         except Exception as error:  # noqa: BLE001 - another distribution's code may raise anything
             distribution = entry.dist.name if entry.dist else "an unknown distribution"
             logger.warning(
@@ -42,7 +43,7 @@ def with_installed(
                 entry.name,
                 distribution,
                 type(error).__name__,
-                error,
+                " ".join(str(error).split()),
             )
         else:
             taken.add(name)
@@ -54,3 +55,12 @@ def _name_of(kind: type) -> str:
     """The default of its field `name`, by which requests choose it."""
     field = getattr(kind, "model_fields", {}).get("name")
     return "" if field is None else str(field.default)
+
+
+def _check(one: Any, name: str) -> None:
+    """Raise what requests and the catalog would come to, which have all classes in one schema."""
+    if get_args(one.model_fields["name"].annotation) != (name,):
+        raise TypeError("its field name must be a Literal with one name, which is its default")
+    # What its bare name stands for.
+    one.model_validate({})
+    one.model_json_schema()

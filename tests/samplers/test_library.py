@@ -80,11 +80,21 @@ def test_both_libraries_treat_plug_ins_alike() -> None:
     assert ours.read_bytes() == Path(guidance.__file__).with_name("installed.py").read_bytes()
 
 
+SUBCLASS = """
+from typing import Literal
+from samplers import DDIM
+class Mine(DDIM, arbitrary_types_allowed=True):
+    {}
+"""
+
 BROKEN = {
     "raises": "raise RuntimeError('a bad day')",
     "absent": "",
     "no_sampler": "class Mine: ...",
     "taken": "from samplers import DDIM as Mine",
+    "unnamed": SUBCLASS.format('name: str = "unnamed"'),
+    "needy": SUBCLASS.format('name: Literal["needy"] = "needy"; strength: float'),
+    "unwritten": SUBCLASS.format('name: Literal["unwritten"] = "unwritten"; of: slice = slice(1)'),
 }
 
 
@@ -110,7 +120,15 @@ def test_a_plug_in_that_cannot_be_used_is_named_and_left_out(tmp_path: Path) -> 
         *(f"weft.samplers {name!r}" for name in BROKEN),
         "weft.guidance_rules 'raises'",
     ]
-    for said in ("a bad day", "no attribute 'Mine'", "not a subclass", "'ddim' is taken"):
+    for said in (
+        "a bad day",
+        "no attribute 'Mine'",
+        "not a subclass",
+        "'ddim' is taken",
+        "its field name must be a Literal",
+        "strength Field required",
+        "PydanticInvalidForJsonSchema",
+    ):
         assert said in done.stderr
 
 
