@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 __all__ = ["Blobs"]
+
+UNFINISHED: Final = ".part"
 
 
 class Blobs:
@@ -21,7 +24,12 @@ class Blobs:
 
     Args:
         place: a path, or a URL of fsspec.
+
+    Attributes:
+        unfinished: ends the name of a file that is being written, or whose writer was killed.
     """
+
+    unfinished: Final = UNFINISHED
 
     def __init__(self, place: str) -> None:
         found: tuple[Any, str] = url_to_fs(place)
@@ -76,18 +84,25 @@ class Blobs:
     def _delete(self, paths: Sequence[str]) -> None:
         self._files.invalidate_cache()
         for path in paths:
-            if self._files.exists(path):
-                self._files.rm(path, recursive=True)
+            # Another server of the same place may delete it at this moment.
+            with suppress(FileNotFoundError):
+                if self._files.exists(path):
+                    self._files.rm(path, recursive=True)
 
 
 def _write_durably(path: Path, data: bytes) -> None:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".part")
-    with unfinished.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+    unfinished = path.with_name(path.name + UNFINISHED)
+    try:
+        with unfinished.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except OSError:
+        # A full disk would be filled by what was to be on it.
+        unfinished.unlink(missing_ok=True)
+        raise
     # The file's name, and those of the folders that may be new.
     for folder in list(path.parents)[:3]:
         descriptor = os.open(folder, os.O_RDONLY)

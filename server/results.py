@@ -89,7 +89,8 @@ class Results:
             except (OSError, ImportError, ValueError) as error:
                 raise NotReady(f"Images cannot be kept for URLs: {error}.") from error
             for name in sorted(left):
-                if (expires_at := _expiry_of(name)) is not None:
+                # Those too of which a process that was killed had written a part.
+                if (expires_at := _expiry_of(name.removesuffix(blobs.unfinished))) is not None:
                     self._kept[name] = Kept(name, "", left[name], expires_at)
             self._blobs = blobs
             self._watch()

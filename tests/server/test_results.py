@@ -56,7 +56,8 @@ def test_a_process_goes_on_where_another_was_killed(tmp_path: Path) -> None:
         names.append(kept.name)
 
     async def second() -> None:
-        (tmp_path / old).write_bytes(FILE)
+        for name in (old, f"{old}.part"):
+            (tmp_path / name).write_bytes(FILE)
         store = Results(str(tmp_path), 3600, 250)
         await store.open()
         await asyncio.sleep(0.1)
