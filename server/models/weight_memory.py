@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from threading import Lock
 from typing import TYPE_CHECKING, Generic, Protocol, TypeAlias, TypeVar
 from weakref import WeakValueDictionary
@@ -63,10 +64,11 @@ class WeightMemory(Generic[Weights]):
         Args:
             key: of the weights.
             nbytes: of them, at most ``most_bytes``.
-            load: reads them.
+            load: reads them; where it finds no room on the device, it is called again without
+                those that are only kept.
 
         Raises:
-            Overloaded: those of requests under way leave no room for them.
+            Overloaded: those of requests under way, or the device, leave no room for them.
         """
         if (kept := self._kept.find(key)) is not None:
             return kept
@@ -74,7 +76,7 @@ class WeightMemory(Generic[Weights]):
             found = self._kept.find(key) or self._alive.get(key)
             if found is None:
                 self._make_room(nbytes)
-                found = load()
+                found = self._loaded(load)
                 self._alive[key] = found
             self._kept.put(key, found)
             return found
@@ -82,6 +84,16 @@ class WeightMemory(Generic[Weights]):
     def forget(self, model: str) -> None:
         """Let go of the weights of a model, whose keys begin with its name."""
         self._kept.discard(lambda key: key[0] == model)
+
+    def _loaded(self, load: Callable[[], Weights]) -> Weights:
+        try:
+            return load()
+        except Overloaded:
+            # The device may have less room than all weights are allowed. Nobody would ever let go
+            # of those that no request uses.
+            self._kept.shrink(0)
+        gc.collect()
+        return load()
 
     def _make_room(self, nbytes: int) -> None:
         for kept in (self.most_bytes - nbytes, 0):

@@ -144,6 +144,26 @@ def test_one_that_could_never_be_loaded_is_refused_and_one_that_cannot_be_now_la
         shelved(tmp_path)[0].load("depth")
 
 
+def test_one_that_nobody_uses_makes_room_on_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All weights are allowed more bytes than the device has beside its model."""
+    for name in ("canny", "depth"):
+        put_plain(tmp_path, name)
+    shelf, memory = shelved(tmp_path)
+
+    def measured(_: torch.device) -> DeviceMemory:
+        return DeviceMemory(BYTES - memory.bytes, BYTES)
+
+    monkeypatch.setattr(control_folder, "measure", measured)
+    shelf.load("canny")
+    used = shelf.load("depth")
+    assert memory.bytes == BYTES
+    with pytest.raises(Overloaded, match="of which 0 are free"):
+        shelf.load("canny")
+    assert used.name == "depth"
+
+
 @pytest.mark.parametrize(
     ("config", "says"),
     [
