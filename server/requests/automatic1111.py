@@ -289,7 +289,7 @@ def translated(
         **_sampler(sampler_name, body.scheduler, body.eta),
         **_guidance(body),
         **body.picture(),
-        **_second_run(body, drawn),
+        **_second_run(body, drawn, multiple),
     }
     try:
         request = GenerateRequest.model_validate(given)
@@ -310,11 +310,11 @@ def translated(
     )
 
 
-def _second_run(body: Txt2Img, size: tuple[int, int]) -> dict[str, Any]:
+def _second_run(body: Txt2Img, size: tuple[int, int], multiple: int) -> dict[str, Any]:
     """The field `hires`, for requests that start from noise; AUTOMATIC1111 has it for these."""
     if isinstance(body, Img2Img):
         return {}
-    return hires(body, size, body.steps, body.denoising_strength)
+    return hires(body, size, body.steps, body.denoising_strength, multiple)
 
 
 def _syntax(*texts: str) -> str | None:

@@ -76,7 +76,11 @@ class HiresFields(BaseModel):
 
 
 def hires(
-    fields: HiresFields, size: tuple[int, int], steps: int | None, denoising_strength: float | None
+    fields: HiresFields,
+    size: tuple[int, int],
+    steps: int | None,
+    denoising_strength: float | None,
+    multiple: int,
 ) -> dict[str, Any]:
     """The field `hires` of our own; empty without a second run.
 
@@ -85,6 +89,8 @@ def hires(
         size: width and height of the first run.
         steps: of the first run.
         denoising_strength: as sent.
+        multiple: pixels of which the model draws whole multiples; AUTOMATIC1111 leaves out what a
+            size has beyond them.
 
     Raises:
         InvalidRequest: an upscaler that is not here.
@@ -104,7 +110,8 @@ def hires(
         made["steps"] = fields.hr_second_pass_steps
     width, height = fields.hr_resize_x, fields.hr_resize_y
     if width and height:
-        return {"hires": {**made, "width": width, "height": height}}
+        wide, high = (max(side - side % multiple, multiple) for side in (width, height))
+        return {"hires": {**made, "width": wide, "height": high}}
     scale = max(width / size[0], height / size[1]) or fields.hr_scale
     return {"hires": {**made, "scale": scale}}
 

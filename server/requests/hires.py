@@ -28,6 +28,7 @@ class Hires(BaseModel):
         default=None,
         ge=1,
         le=8,
+        strict=True,
         description="By what width and height are multiplied, down to what the model draws. "
         f"Default: {DEFAULT_SCALE:g}, without `width` and `height`.",
     )
@@ -42,7 +43,11 @@ class Hires(BaseModel):
         "the image is cropped around its middle.",
     )
     strength: float = Field(
-        default=0.5, gt=0, le=1, description="Share of the steps of the second run that is run."
+        default=0.5,
+        gt=0,
+        le=1,
+        strict=True,
+        description="Share of the steps of the second run that is run.",
     )
     steps: Count | None = Field(
         default=None, ge=1, description="Steps of the second run. Default: those of the first."

@@ -14,8 +14,8 @@ from server.settings import Limits
 
 __all__ = ["check_hires", "naming_hires", "second_run"]
 
-FIELDS = ("width", "height", "steps")
-"""That both runs have, each its own."""
+FIELDS = ("width", "height", "steps", "strength")
+"""That a second run has of its own."""
 
 
 def check_hires(resolved: ResolvedRequest, *, has_picture: bool, has_reference: bool) -> None:

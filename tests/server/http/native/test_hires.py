@@ -101,6 +101,10 @@ def test_automatic1111_s_hires_fix(running: Running, generate: Post) -> None:
         "images"
     ]
     assert (pixels(Image.open(io.BytesIO(base64.b64decode(again)))) == pixels(expected)).all()
+    # What a size has beyond what the model draws is left out, as of `width` and `height`.
+    odd = api.txt2img(**SMALL, enable_hr=True, hr_resize_x=100, hr_resize_y=103)
+    assert isinstance(odd, WebUIApiResult)
+    assert odd.image.size == (96, 96)
     with pytest.raises(RuntimeError, match="allowed are: None, Lanczos"):
         api.txt2img(**SMALL, enable_hr=True, hr_upscaler=HiResUpscaler.ESRGAN_4x)
     api.session.close()
@@ -118,6 +122,8 @@ PICTURE = base64.b64encode(b"of no matter").decode()
         ({"hires": {"width": 128, "height": 100}}, "hires.height", "hires.height is 100"),
         ({"hires": {"width": 4096, "height": 4096}}, "hires.width", "pixels are allowed"),
         ({"hires": {"steps": 999}}, "hires.steps", "hires.steps is 999; at most 200"),
+        ({"hires": {"strength": 0.1}}, "hires.strength", "hires.strength is 0.1, which leaves"),
+        ({"hires": {"scale": True}}, "hires.scale", "must be a number"),
         ({"hires": {"width": 128}}, "hires", "send both"),
         ({"hires": {"scale": 2, "width": 128, "height": 128}}, "hires", "one or the other"),
         (
