@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+from bisect import bisect_right
 from collections import Counter
 from contextlib import contextmanager
 from functools import partial
-from itertools import chain
+from itertools import accumulate, chain
 from math import inf
 from threading import Condition, Lock, Thread
 from time import monotonic, perf_counter
@@ -602,12 +603,13 @@ class Engine:
             began = perf_counter()
             self._weave(chosen)
             self._charge(parts, perf_counter() - began)
-            self._recall(chosen)
+        recalled = self._recall()
+        if chosen or recalled:
             with self._wake:
-                for sequence in chosen:
+                for sequence in {*chosen, *recalled}:
                     if not sequence.live and sequence.slot >= 0:
                         self._count_rows(sequence)
-        self._collect(idle=not chosen)
+        self._collect(idle=not (chosen or recalled))
         self._prepare_beside_ticks()
 
     def _admit(self) -> None:
@@ -661,7 +663,7 @@ class Engine:
                 self._turns.charge(sequence.flow, seconds * part / sum(parts.values()))
 
     def _select(self) -> list[Sequence]:
-        running = [sequence for sequence in self._active if not sequence.done]
+        running = [one for one in self._active if not (one.done or one.recalls)]
         lanes = {id(sequence.lane): sequence.lane for sequence in running}
         live = any(sequence.live for sequence in running)
         costs = {key: self._costs_of(lane, live=live) for key, lane in lanes.items()}
@@ -780,12 +782,33 @@ class Engine:
         self._weave([*chain(*units[:half])])
         self._weave([*chain(*units[half:])])
 
-    def _recall(self, chosen: list[Sequence]) -> None:
-        """Run the stages that need no row of a forward, until each image needs one or is done."""
-        while recalling := [one for one in chosen if one.recalls and one.slot >= 0]:
-            began = perf_counter()
+    def _recall(self) -> set[Sequence]:
+        """Run stages that need no row of a forward, for about as long as a fair tick takes.
+
+        A run may recall nearly all of its stages at once, which whoever comes would wait for.
+
+        Returns:
+            The images that went on; those that recall further stages do so in later ticks.
+        """
+        longest_s = ORDINARY_SHARE * self._live_tick_s if self._expects_live else FAIR_TICK_S
+        recalled: set[Sequence] = set()
+        began = perf_counter()
+        while (now := perf_counter()) - began < longest_s and (recalling := self._recalling()):
             self._weave(recalling)
-            self._charge(dict.fromkeys(recalling, 1), perf_counter() - began)
+            seconds = perf_counter() - now
+            recalled.update(recalling)
+            self._charge(dict.fromkeys(recalling, 1), seconds)
+            live = sum(one.live for one in recalling) / len(recalling)
+            self._share_out(live_s=live * seconds, ordinary_s=(1 - live) * seconds)
+        return recalled
+
+    def _recalling(self) -> list[Sequence]:
+        """Images whose next stages are recalled at once, as many as a tick may have rows."""
+        waiting = [one for one in self._active if one.recalls]
+        waiting.sort(key=lambda one: (not one.live, self._turns.standing(one.flow)))
+        most = min([self.measurements.row_budget, *(one.lane.row_cap.rows for one in waiting)])
+        fitting = bisect_right([*accumulate(one.rows for one in waiting)], most)
+        return waiting[: max(1, fitting)]
 
     def _give_back_memory(self) -> None:
         if self._preparation is not None:

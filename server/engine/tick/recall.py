@@ -2,7 +2,7 @@
 
 Whether an image recalls its next stage is decided at the end of this one, from the x that the step
 has led to, and is known with the tick's one wait for the device. Images that recall take no row of
-a forward: they go on in the same tick, until they need the network again.
+a forward: they go on in the same tick, until they need the network again or the tick takes long.
 
 Caches are shown every network as one that predicts the velocity, as those are for which they were
 published; see :class:`guidance.step_cache.Evaluation`.

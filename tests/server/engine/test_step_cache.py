@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from threading import Event
+from time import sleep
 from typing import Any
 
 import numpy as np
@@ -16,16 +18,22 @@ from guidance import CFG, NAG, PAG, Adaptive, EasyCache, Edit, Interval
 from guidance.apg import APG
 from guidance.cfg_plus_plus import CFGPlusPlus
 from guidance.reuse import Reuse
+from guidance.step_cache import Decision
 from guidance.unguided import Unguided
 from samplers import Plan
 from samplers.ddim import DDIM
 from samplers.heun import Heun
+from server.engine.client import Client
 from server.engine.engine import Engine
+from server.engine.state.batch import Batch
 from server.engine.state.noise import start_noise
 from server.engine.state.sequence import ImageResult, Sequence
 from server.engine.state.submission import Submission
 from server.engine.task import ImageTask
+from server.engine.tick import recall
 from server.engine.tick.preview import to_uint8
+from server.engine.tick.weave import Evaluated
+from server.errors import Cancelled
 from server.models.controls.control import ControlUse
 from server.models.inputs import RowInputs
 from tests.server.by_hand import Asked, ByHand
@@ -247,6 +255,38 @@ def test_a_stage_that_is_skipped_takes_no_tick_and_no_row(of_toys: Engine, toy: 
     assert [len(x) for x in toy.seen] == [2] * forwards
     assert of_toys.measurements.ticks - ticks == forwards
     assert [step for _, step in ear.steps] == [*range(1, STEPS + 1)]
+
+
+def test_nobody_waits_for_all_stages_that_another_image_recalls(
+    of_toys: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that recalls nearly all of its stages would take seconds of one tick."""
+    decide = EasyCache.decide
+
+    def always(*given: Any) -> Decision:
+        made = decide(*given)
+        return made._replace(recalls=torch.ones_like(made.recalls))
+
+    monkeypatch.setattr(EasyCache, "decide", always)
+    slow = Event()
+    real = recall.recall
+
+    def slowly(batch: Batch) -> Evaluated:
+        slow.set()
+        sleep(0.03)
+        return real(batch)
+
+    monkeypatch.setattr(recall, "recall", slowly)
+    lazy = toy_task(cache=EasyCache(start=0), steps=100)
+    ears = Ear(1), Ear(1)
+    submission = of_toys.submit([lazy], ears[0], Client("first"))
+    assert slow.wait(10)
+    of_toys.submit([toy_task(steps=3)], ears[1], Client("second"))
+    assert not ears[1].wait().errors
+    assert not ears[0].results
+    submission.cancel()
+    assert isinstance(ears[0].wait().errors[0], Cancelled)
+    assert len(ears[0].steps) < 100
 
 
 def test_a_cached_image_is_the_same_to_the_bit_alone_and_among_others(fixed: Engine) -> None:
