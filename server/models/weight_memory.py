@@ -81,6 +81,10 @@ class WeightMemory(Generic[Weights]):
             self._kept.put(key, found)
             return found
 
+    def has(self, key: Key) -> bool:
+        """Whether the weights of a key are there without waiting for any to be loaded."""
+        return self._kept.find(key) is not None
+
     def forget(self, model: str) -> None:
         """Let go of the weights of a model, whose keys begin with its name."""
         self._kept.discard(lambda key: key[0] == model)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -137,6 +139,9 @@ class Service:
         self._failure: str | None = None
         self._under_way: dict[str, Generation] = {}
         self._line = WaitingLine()
+        # They are loaded one after another. Whoever waits for that is not to hold the threads that
+        # all other requests need.
+        self._weights = ThreadPoolExecutor(1, thread_name_prefix="weft-weights")
         self._plans: ByteBoundedLRU[Hashable, Plan] = ByteBoundedLRU(
             PLANS_KEPT_BYTES, lambda plan: plan.tables.nbytes
         )
@@ -155,8 +160,9 @@ class Service:
         self._engine = engine
 
     def close(self) -> None:
-        """End the processes that decode uploads, and the thread that loads models."""
+        """End the processes that decode uploads, and the threads that load weights."""
         self.decoding.close()
+        self._weights.shutdown(wait=False)
         if self._shelf is not None:
             self._shelf.close(_stopping())
 
@@ -396,7 +402,9 @@ class Service:
             await asyncio.to_thread(_claim, room, request, prepared[0], model)
             uploads = await self._uploads(request, prepared[0].request, image)
             loop = asyncio.get_running_loop()
-            await asyncio.to_thread(self._submit, generation, *prepared, model, uploads, room, loop)
+            ready = await asyncio.to_thread(_weights_loaded, prepared[0].request, model)
+            submit = partial(self._submit, generation, *prepared, model, uploads, room, loop)
+            await loop.run_in_executor(None if ready else self._weights, submit)
             if prepared[0].second is not None:
                 # The second run gives its room back by itself.
                 held.pop_all()
@@ -560,6 +568,13 @@ class Service:
 
 def _stopping() -> NotReady:
     return NotReady("The server is stopping; send the request again in a few seconds.")
+
+
+def _weights_loaded(request: ResolvedRequest, model: HostedModel) -> bool:
+    """Whether the adapters and ControlNets of a request are in memory."""
+    return all(
+        model.adapters.is_loaded(one.name) for one in request.adapters if one.weight
+    ) and all(model.controls.is_loaded(one.name) for one in request.controls if one.scale)
 
 
 def _tasks(prepared: Prepared, model: HostedModel, uploads: Uploads) -> list[ImageTask]:

@@ -83,6 +83,11 @@ class AdapterShelf:
             raise AdapterMismatch(outcome.message)
         return outcome
 
+    def is_loaded(self, name: str) -> bool:
+        """Whether :meth:`load` would neither read the disk nor wait for others to be read."""
+        path = self._paths().get(name)
+        return path is not None and self._memory.has((self._target.model, path, stamp_of(path)))
+
     def load(self, name: str) -> Adapter:
         """The adapter of a name, with its weights; reads the disk where it is not in memory.
 

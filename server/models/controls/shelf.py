@@ -85,6 +85,11 @@ class ControlShelf:
             raise ControlMismatch(outcome.message)
         return outcome
 
+    def is_loaded(self, name: str) -> bool:
+        """Whether :meth:`load` would neither read the disk nor wait for others to be read."""
+        path = self._paths().get(name)
+        return path is not None and self._memory.has((self._model, path, folder_stamp(path)))
+
     def load(self, name: str) -> Control:
         """The ControlNet of a name, with its weights; reads the disk where it is not in memory.
 

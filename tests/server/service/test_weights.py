@@ -1,0 +1,91 @@
+"""Requests whose weights are in memory do not wait for those whose weights are being read."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import torch
+from PIL import Image
+from typing_extensions import override
+
+from server.models.controls.control import Control
+from server.models.controls.control_kind import ControlKind
+from server.models.controls.shelf import ControlShelf
+from server.models.weight_memory import WeightMemory
+from server.requests.schema import GenerateRequest
+from server.service.service import Service
+from server.settings import Limits
+from tests.server.decoding.files import saved
+from tests.server.models.controls.tiny_controls import Plain, put_plain
+from tests.server.toy_model import Toy, started
+
+PATIENCE_S = 20
+THREADS = 2
+"""Of the event loop, in place of as many as there are cores and some."""
+
+
+class Slow(Plain):
+    """ControlNets that are read for as long as an event is not set."""
+
+    def __init__(self) -> None:
+        self.begun, self.readable = Event(), Event()
+
+    @override
+    def prepared(self, network: Any) -> Any:
+        self.begun.set()
+        assert self.readable.wait(PATIENCE_S)
+        return network
+
+
+class Steered(Toy):
+    """The toy, which takes ControlNets and draws as without."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.kind = Slow()
+        memory = WeightMemory[Control](2**20, "ControlNets")
+        cpu = torch.device("cpu")
+        self.controls = ControlShelf([folder], "toy", self.kind, memory, cpu, torch.float32)
+
+    @property
+    @override
+    def control_kind(self) -> ControlKind:
+        return self.kind
+
+
+def test_one_that_is_read_slowly_holds_up_those_alone_that_want_it(tmp_path: Path) -> None:
+    put_plain(tmp_path, "depth")
+    model = Steered(tmp_path)
+    engine = started(model, 8, max_pending=16)
+    service = Service(Limits())
+    service.open(engine, {"toy": model})
+    picture = base64.b64encode(saved(Image.new("RGB", (32, 32)), "PNG")).decode()
+    steered = {"controls": [{"name": "depth", "image": picture}]}
+
+    async def make(identifier: str, **fields: Any) -> int:
+        request = GenerateRequest.model_validate({"prompt": "x", "steps": 2} | fields)
+        generation = await service.admit(request, identifier)
+        try:
+            return len((await service.pictures(generation)).pictures)
+        finally:
+            service.release(generation)
+
+    async def run() -> None:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS))
+        waiting = [asyncio.ensure_future(make(f"{i}", **steered)) for i in range(THREADS + 1)]
+        assert await asyncio.to_thread(model.kind.begun.wait, PATIENCE_S)
+        assert await asyncio.wait_for(make("plain"), PATIENCE_S / 2) == 1
+        assert not any(one.done() for one in waiting)
+        model.kind.readable.set()
+        assert await asyncio.gather(*waiting) == [1] * len(waiting)
+
+    try:
+        asyncio.run(run())
+    finally:
+        service.close()
+        engine.stop(0)
