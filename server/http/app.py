@@ -77,6 +77,7 @@ def create_app(settings: Settings, *, on_failure: Callable[[], None] | None = No
     app.state.exposition = exposition(app.state.service, app.state.streams)
     app.state.automatic1111_jobs = Jobs(app.state.service)
     app.state.automatic1111_checkpoints = Checkpoints()
+    app.state.enlarging = asyncio.Lock()
     app.state.jobs = _jobs(settings, app.state.service)
     app.state.results = Results(
         settings.place_of_results, settings.results.keep_s, settings.results.total_bytes

@@ -81,13 +81,15 @@ async def extra_single_image(body: Enlarge, request: Request, service: ServiceDe
     width, height = body.size_of(picture.shape[1], picture.shape[0])
     most = request.app.state.settings.limits.upload_pixels
     if width * height > most:
+        field = "upscaling_resize" if body.resize_mode == 0 else "upscaling_resize_w"
         raise InvalidRequest(
-            "upscaling_resize",
-            f"upscaling_resize makes an image of {width} x {height}; at most {most} pixels are "
-            "allowed.",
+            field,
+            f"{field} makes an image of {width} x {height}; at most {most} pixels are allowed.",
         )
     request.state.share.hold(picture.nbytes + 3 * width * height)
-    return Enlarged(image=await to_thread(_made, picture, width, height))
+    # A large one takes seconds, in threads that all other requests need.
+    async with request.app.state.enlarging:
+        return Enlarged(image=await to_thread(_made, picture, width, height))
 
 
 def _check(body: Enlarge) -> None:

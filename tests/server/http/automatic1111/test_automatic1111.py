@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx2
@@ -15,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from webuiapi import WebUIApi, WebUIApiResult
 
+from server.http.automatic1111 import extras
 from server.http.body import Bodies
 from tests.server.conftest import Running
 
@@ -271,6 +274,31 @@ def test_an_image_is_enlarged(api: WebUIApi) -> None:
         api.extra_single_image(ramp, upscaler_1="Lanczos", upscaling_resize=8000)
     with pytest.raises(RuntimeError, match="gfpgan_visibility is 1"):
         api.extra_single_image(ramp, gfpgan_visibility=1)
+
+
+def test_images_are_enlarged_one_after_the_other(
+    client: httpx2.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All at once they would hold the threads that every request needs, for seconds."""
+    make, at_once = extras._made, [0, 0]
+
+    def counting(*arguments: Any) -> str:
+        at_once[0] += 1
+        at_once[1] = max(at_once)
+        time.sleep(0.05)
+        made = make(*arguments)
+        at_once[0] -= 1
+        return made
+
+    monkeypatch.setattr(extras, "_made", counting)
+    body = {"image": b64(Image.new("RGB", (8, 8))), "upscaler_1": "Lanczos"}
+
+    def enlarge(_: int) -> int:
+        return client.post("/sdapi/v1/extra-single-image", json=body).status_code
+
+    with ThreadPoolExecutor(4) as threads:
+        assert set(threads.map(enlarge, range(4))) == {200}
+    assert at_once == [0, 1]
 
 
 REFUSED: dict[str, tuple[Callable[[WebUIApi], Any], str]] = {
