@@ -8,7 +8,7 @@ from collections import Counter
 from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate, chain
-from math import inf
+from math import ceil, inf
 from threading import Condition, Lock, Thread
 from time import monotonic, perf_counter
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
@@ -466,7 +466,8 @@ class Engine:
                     f"are allowed here, so ask for fewer {fewer} or perturbations.",
                 )
             task = members[0].task
-            self._overflows.check(task.model, task.width, task.height, rows)
+            heaviest = ceil(sum(member.heaviest for member in members))
+            self._overflows.check(task.model, task.width, task.height, heaviest)
 
     def _run(self) -> None:
         try:
@@ -774,7 +775,8 @@ class Engine:
             self._give_back_memory()
         if len(units) == 1:
             log.error("an image failed in its stage", exc_info=error)
-            self._note_overflow(chosen[0], error, sum(sequence.rows for sequence in chosen))
+            # What ControlNets took is no reason to refuse as many rows without.
+            self._note_overflow(chosen[0], error, ceil(sum(one.work for one in chosen)))
             for sequence in chosen:
                 self._fail(sequence, error)
             return

@@ -25,8 +25,8 @@ class _Overflow:
     Attributes:
         width: in pixels.
         height: in pixels.
-        rows: that its forward had; None where the autoencoder ran out of memory, which takes one
-            picture at a time.
+        rows: that its forward had, what ControlNets take counted as rows; None where the
+            autoencoder ran out of memory, which takes one picture at a time.
         free: bytes that there were for it.
         until: when it is believed no longer.
     """
@@ -64,7 +64,7 @@ class Overflows:
             model: by name.
             width: of its images in pixels.
             height: of its images in pixels.
-            rows: of its forward; None for the autoencoder.
+            rows: of its forward, what ControlNets take counted as rows; None for the autoencoder.
             free: bytes that there were for it.
         """
         new = _Overflow(width, height, rows, free, self._now() + BELIEVED_S)

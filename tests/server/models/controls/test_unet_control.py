@@ -24,9 +24,11 @@ from server.engine.engine import Engine
 from server.engine.state.noise import start_noise
 from server.engine.task import ImageTask
 from server.engine.tick.stage import run_stage
+from server.errors import InvalidRequest, RowFailed
 from server.models.controls.control import ControlUse
 from server.models.controls.row_controls import RowControl, RowControls
 from server.models.hosted import HostedModel
+from server.models.inputs import RowInputs
 from server.models.loading import load_model
 from server.models.unet_model import TEXT
 from tests.server.models import tiny_sd, tiny_sdxl
@@ -200,6 +202,25 @@ def test_what_controls_take_of_a_tick_is_no_cost_of_other_ticks(
     assert 0.3 < one < 0.7
     expected = [1 + 2 * one, 1 + 2 * one, 1 + one, 1 + one]
     assert [a / b for a, b in zip(taken, observed, strict=True)] == pytest.approx(expected)
+
+
+def test_what_did_not_fit_with_controls_is_refused_with_them_alone(
+    model: HostedModel, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate = model.evaluate
+
+    def short(x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
+        if inputs.controls is not None:
+            raise torch.OutOfMemoryError("no room")
+        return evaluate(x, t, inputs)
+
+    monkeypatch.setattr(model, "evaluate", short)
+    steered = asked(model, use(model, "depth", 1, SIZE))
+    assert isinstance(run(engine, [steered]).errors[0], RowFailed)
+    assert not run(engine, [asked(model)]).errors
+    with pytest.raises(InvalidRequest, match="did not fit"):
+        run(engine, [steered])
+    engine._overflows.forget()
 
 
 def test_an_image_is_bit_identical_alone_and_in_company_where_the_server_is_deterministic(
