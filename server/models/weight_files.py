@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from math import prod
+from os.path import isfile
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from server.errors import ModelMismatch
@@ -76,8 +77,8 @@ def weight_files(folder: Path, part: str, stem: str) -> WeightFiles:
         index = f"{part}/{stem}.safetensors.index{dotted}.json"
         if (folder / index).exists():
             shards = read_json(folder, index).get("weight_map")
-            names = set(shards.values()) if isinstance(shards, dict) else set[str]()
-            return WeightFiles(tuple(sorted(map(str, names))), variant)
+            listed = shards.values() if isinstance(shards, dict) else ()
+            return WeightFiles(tuple(sorted(set(map(str, listed)))), variant)
         if (folder / part / f"{stem}{dotted}.safetensors").is_file():
             return WeightFiles((f"{stem}{dotted}.safetensors",), variant)
     return WeightFiles((f"{stem}.safetensors",), None)
@@ -156,8 +157,8 @@ class _Tensor(NamedTuple):
 
 def _tensors_of_part(folder: Path, part: str, stem: str) -> list[tuple[str, _Tensor]]:
     files = [folder / part / name for name in weight_files(folder, part, stem).names]
-    # An index may name any path; what is elsewhere is refused when it is loaded.
-    own = [file for file in files if file.parent == folder / part and file.is_file()]
+    # An index may name any path, and what can be no file's name; it is refused when it is loaded.
+    own = [file for file in files if file.parent == folder / part and isfile(file)]
     return [one for file in own for one in _tensors_of_file(folder, f"{part}/{file.name}")]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from server.errors import ControlMismatch, ModelMismatch, Overloaded
 from server.models.controls.control import Control
 from server.models.folder import read_json, stamp_of
@@ -15,7 +17,6 @@ from server.models.weight_files import NETWORK, bytes_of_part
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import torch
     from torch import nn
 
     from server.models.controls.control_kind import ControlKind
@@ -93,11 +94,7 @@ class ControlFolder:
         """
         needed, free = self.nbytes(dtype), measure(device).free
         if needed > free:
-            raise Overloaded(
-                FULL_RETRY_S,
-                f"ControlNet {self.name!r} needs {needed} bytes of memory, of which {free} are "
-                f"free; try again in {FULL_RETRY_S:.0f} s.",
-            )
+            raise self._no_room(needed, f"of which {free} are free")
         try:
             network: Any = build_network(self.path, HERE, self.kind.kind, dtype)
         except ModelMismatch as error:
@@ -108,7 +105,19 @@ class ControlFolder:
                 f"ControlNet {self.name!r} is not understood: {reason}."
             ) from error
         cost = _weights(network) / _weights(self.kind.denoiser)
-        return Control(self.name, self.kind.prepared(network), needed, cost)
+        try:
+            prepared = self.kind.prepared(network)
+        except torch.OutOfMemoryError:
+            # A tick may have taken since what was free.
+            raise self._no_room(needed, "which are not free now") from None
+        return Control(self.name, prepared, needed, cost)
+
+    def _no_room(self, needed: int, reason: str) -> Overloaded:
+        return Overloaded(
+            FULL_RETRY_S,
+            f"ControlNet {self.name!r} needs {needed} bytes of memory, {reason}; try again in "
+            f"{FULL_RETRY_S:.0f} s.",
+        )
 
 
 def folder_stamp(path: Path) -> tuple[int, int]:

@@ -74,6 +74,11 @@ def one_missing(folder: Path) -> None:
     save_file({"layer.bias": load_file(file)["layer.bias"]}, file)
 
 
+def strange_index(folder: Path) -> None:
+    index = {"weight_map": {"layer.weight": ["a list"], "layer.bias": "a" * 300}}
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+
+
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
@@ -94,6 +99,7 @@ def one_missing(folder: Path) -> None:
             no_weights,
             "ControlNet 'depth' has no diffusion_pytorch_model.safetensors; weights are expected",
         ),
+        (strange_index, "ControlNet 'depth' has no "),
         (one_missing, "ControlNet 'depth' lacks the tensor layer.weight."),
     ],
 )
@@ -141,6 +147,14 @@ def test_one_that_could_never_be_loaded_is_refused_and_one_that_cannot_be_now_la
         shelf.find("depth")
     monkeypatch.setattr(control_folder, "measure", lambda _: DeviceMemory(BYTES - 1, 10**9))
     with pytest.raises(Overloaded, match=f"needs {BYTES} bytes of memory, of which {BYTES - 1}"):
+        shelved(tmp_path)[0].load("depth")
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(control_folder, "measure", lambda _: DeviceMemory(BYTES, 10**9))
+    monkeypatch.setattr(Plain, "prepared", full)
+    with pytest.raises(Overloaded, match=f"needs {BYTES} bytes of memory, which are not free now"):
         shelved(tmp_path)[0].load("depth")
 
 
