@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, ParamSpec, TypeVar
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
@@ -15,6 +17,10 @@ from fsspec.implementations.local import LocalFileSystem
 __all__ = ["Blobs"]
 
 UNFINISHED: Final = ".part"
+THREADS: Final = 8
+
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
 
 
 class Blobs:
@@ -35,24 +41,26 @@ class Blobs:
         found: tuple[Any, str] = url_to_fs(place)
         self._files, self._root = found
         self._local = isinstance(self._files, LocalFileSystem)
+        # A store that answers slowly is not to hold the threads that all requests need.
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="weft-files")
 
     async def create(self) -> None:
         """Make the folder, if the place is one; raises OSError if there can be none."""
         if self._local:
             folder = Path(self._root)
-            await asyncio.to_thread(folder.mkdir, mode=0o700, parents=True, exist_ok=True)
+            await self._in_thread(folder.mkdir, mode=0o700, parents=True, exist_ok=True)
 
     async def write(self, name: str, data: bytes) -> None:
         """Store a file; on return it is on the disk, or with the store of the URL."""
-        await asyncio.to_thread(self._write, self._path(name), data)
+        await self._in_thread(self._write, self._path(name), data)
 
     async def read(self, name: str) -> bytes:
         """A file; raises FileNotFoundError if there is none."""
-        return await asyncio.to_thread(self._files.cat_file, self._path(name))
+        return await self._in_thread(self._files.cat_file, self._path(name))
 
     async def delete(self, names: Sequence[str]) -> None:
         """Delete files and folders with all that is in them, if they are there."""
-        await asyncio.to_thread(self._delete, [self._path(name) for name in names])
+        await self._in_thread(self._delete, [self._path(name) for name in names])
 
     async def sizes(self) -> dict[str, int]:
         """The bytes of each file at the top, and 0 of each folder there."""
@@ -69,7 +77,13 @@ class Blobs:
                 for one in found
             }
 
-        return await asyncio.to_thread(listed)
+        return await self._in_thread(listed)
+
+    async def _in_thread(
+        self, work: Callable[Given, Result], *given: Given.args, **named: Given.kwargs
+    ) -> Result:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, partial(work, *given, **named))
 
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from server.blobs import Blobs
+
+PATIENCE_S = 20
 
 
 def test_two_servers_may_delete_the_same_files_at_once(
@@ -35,3 +40,25 @@ def test_what_could_not_be_written_leaves_nothing_behind(tmp_path: Path) -> None
     with pytest.raises(OSError, match="taken"):
         asyncio.run(Blobs(str(tmp_path)).write("taken", b"a picture"))
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_a_store_that_answers_slowly_holds_up_nobody_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = Event()
+
+    def slow(*_: object) -> bytes:
+        assert answers.wait(PATIENCE_S)
+        return b"a picture"
+
+    async def run() -> None:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        reading = [asyncio.ensure_future(store.read("one.png")) for _ in range(20)]
+        await asyncio.sleep(0)
+        assert await asyncio.wait_for(asyncio.to_thread(int, 5), PATIENCE_S / 2) == 5
+        answers.set()
+        assert await asyncio.gather(*reading) == [b"a picture"] * 20
+
+    store = Blobs(str(tmp_path))
+    monkeypatch.setattr(LocalFileSystem, "cat_file", slow)
+    asyncio.run(run())
