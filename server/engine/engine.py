@@ -23,7 +23,7 @@ from server.engine.cost_model import MOST_ROWS, CostModel, TickCost
 from server.engine.fair_queue import TURN_S, Turns
 from server.engine.fair_tick import fair_tick
 from server.engine.faults import attempt, free_memory, is_out_of_memory, lost_device
-from server.engine.footprint import Kind, footprint
+from server.engine.footprint import Kind, footprint, heaviest
 from server.engine.forwards import LONGEST_PIECE_S
 from server.engine.live_share import ORDINARY_SHARE, Shares, share_tick
 from server.engine.metrics import EngineMeasurements
@@ -352,6 +352,23 @@ class Engine:
         with self.reserve(len(tasks), live=live, client=client) as room:
             return room.submit(tasks, listener)
 
+    def check_memory(self, tasks: Listed[ImageTask]) -> None:
+        """Refuse images like those that lately had no room on the device, before any work is done.
+
+        Args:
+            tasks: of a request; their pictures need no content yet. Safe from any thread.
+
+        Raises:
+            InvalidRequest: one of them, or a group, is as large.
+        """
+        groups: dict[object, list[ImageTask]] = {}
+        for task in tasks:
+            if self._overflows.knows(task.model):
+                groups.setdefault(task.group or task, []).append(task)
+        for members in groups.values():
+            first, rows = members[0], ceil(sum(map(heaviest, members)))
+            self._overflows.check(first.model, first.width, first.height, rows)
+
     def waiting(self) -> dict[Client, Amounts]:
         """What ordinary images of each client wait or run, as estimated; safe from any thread."""
         with self._wake:
@@ -395,6 +412,7 @@ class Engine:
             Sequence(task, index, listener, submission) for index, task in enumerate(tasks)
         ]
         self._check_width(sequences)
+        self.check_memory(tasks)
         with self._wake:
             self._check_open()
             self._check_models(tasks)
@@ -465,9 +483,6 @@ class Engine:
                     f"guidance needs {rows} rows of a forward at once{together}; at most {budget} "
                     f"are allowed here, so ask for fewer {fewer} or perturbations.",
                 )
-            task = members[0].task
-            heaviest = ceil(sum(member.heaviest for member in members))
-            self._overflows.check(task.model, task.width, task.height, heaviest)
 
     def _run(self) -> None:
         try:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from server.engine.guidance_plan import GuidancePlan
     from server.engine.task import ImageTask
 
-__all__ = ["Footprint", "Kind", "footprint"]
+__all__ = ["Footprint", "Kind", "footprint", "heaviest"]
 
 Kind: TypeAlias = "tuple[str, tuple[int, int, int]]"
 """Model, and shape of the latents ``(C, h, w)``."""
@@ -72,3 +72,8 @@ def footprint(
                 pictures[id(picture)] = picture
     told = sum(told_bytes(model) for model, _ in texts)
     return Footprint(rows, states + told + sum(one.nbytes for one in pictures.values()))
+
+
+def heaviest(task: ImageTask) -> float:
+    """Most that a stage of an image costs in rows of the denoiser, if all its ControlNets act."""
+    return plan_guidance(task).widest * (1 + sum(use.control.cost for use in task.controls))

@@ -17,6 +17,7 @@ from server.engine.reservation import Reservation
 from server.engine.state.sequence import ImageResult
 from server.engine.state.submission import Submission
 from server.engine.task import ImageTask
+from server.requests.second_run import naming_hires
 from server.service.generation import Generation
 from server.service.pixels import pixels_tensor
 
@@ -100,7 +101,7 @@ class SecondRun:
         listener = _Second(self._generation, index, first, self._first_steps, self._steps)
         try:
             pixels = pixels_tensor(enlarged(first.pixels, task.width, task.height))
-            with self._lock:
+            with self._lock, naming_hires():
                 if not self._cancelled:
                     own = replace(task, image=pixels)
                     self._submissions.append(self._room.submit([own], listener))

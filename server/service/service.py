@@ -399,7 +399,7 @@ class Service:
             model = await generation.unless_ended(self._lent(shelf, generation, request.model))
             image, size = await self._image_for_its_size(request, model)
             prepared = await asyncio.to_thread(self.prepare, request, model, size)
-            await asyncio.to_thread(_claim, room, request, prepared[0], model)
+            await asyncio.to_thread(_claim, engine, room, request, prepared[0], model)
             uploads = await self._uploads(request, prepared[0].request, image)
             loop = asyncio.get_running_loop()
             ready = await asyncio.to_thread(_weights_loaded, prepared[0].request, model)
@@ -602,7 +602,11 @@ def _tasks_again(
 
 
 def _claim(
-    room: Reservation, request: GenerateRequest, prepared: Prepared, model: HostedModel
+    engine: Engine,
+    room: Reservation,
+    request: GenerateRequest,
+    prepared: Prepared,
+    model: HostedModel,
 ) -> None:
     """Claim what a request costs before its images are decoded, of which the sizes are known."""
     size = prepared.request.height, prepared.request.width
@@ -616,9 +620,13 @@ def _claim(
         adapters=(),
         controls=unloaded_controls([picture.clone() for _ in request.controls]),
     )
+    engine.check_memory(tasks)
     if prepared.second is not None:
         size = prepared.second.request.height, prepared.second.request.width
         larger = torch.empty(3, *size, device="meta")
         controls = unloaded_controls([larger.clone() for _ in request.controls])
-        tasks += tasks_of(prepared.second, model, image=larger, adapters=(), controls=controls)
+        again = tasks_of(prepared.second, model, image=larger, adapters=(), controls=controls)
+        with naming_hires():
+            engine.check_memory(again)
+        tasks += again
     room.claim(tasks)

@@ -73,6 +73,11 @@ class Overflows:
         if known is None or new.pixels <= known.pixels:
             of_models[model] = new
 
+    def knows(self, model: str) -> bool:
+        """Whether anything of a model did not fit lately."""
+        known = self._of_forwards.get(model), self._of_autoencoders.get(model)
+        return any(self._believed(one) for one in known)
+
     def check(self, model: str, width: int, height: int, rows: int) -> None:
         """Refuse work that is at least as large as what did not fit.
 

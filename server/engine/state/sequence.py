@@ -205,11 +205,6 @@ class Sequence:
         return self.rows * (1 + sum(one.control.cost for one in self.controls))
 
     @property
-    def heaviest(self) -> float:
-        """Likewise of the stage that costs most, if all of its ControlNets act there."""
-        return self.guidance.widest * (1 + sum(use.control.cost for use in self.task.controls))
-
-    @property
     def remaining(self) -> int:
         """Evaluations still needed, if guidance goes on as planned and no stage is recalled."""
         guidance = self.guidance

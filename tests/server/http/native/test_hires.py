@@ -76,6 +76,25 @@ def test_progress_counts_both_runs_and_a_cancelled_second_run_frees_its_room(
     assert running.app.state.service.engine.waiting() == {}
 
 
+def test_a_second_run_that_lately_had_no_room_is_refused_before_the_first(
+    running: Running, generate: Post
+) -> None:
+    engine = running.app.state.service.engine
+    before = engine.measurements.evaluations
+    engine._overflows.note("embedded", 96, 96, None, free=0)
+    try:
+        answer = generate(**SMALL, hires={"scale": 1.9})
+        assert generate(**SMALL).status_code == 200
+    finally:
+        engine._overflows.forget()
+    assert answer.status_code == 422
+    assert answer.json()["error"]["param"] == "hires.width"
+    assert (
+        "hires.width x height is 96 x 96; an image of 96 x 96" in answer.json()["error"]["message"]
+    )
+    assert engine.measurements.evaluations - before == 2 * SMALL["steps"]
+
+
 def test_automatic1111_s_hires_fix(running: Running, generate: Post) -> None:
     host, port = running.address
     api = WebUIApi(host=host, port=port)
