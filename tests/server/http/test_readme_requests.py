@@ -34,6 +34,7 @@ def test_the_requests_of_the_readme_draw_what_it_says(running, tmp_path: Path) -
             settings = json.loads(picture.text["weft"])  # type: ignore[attr-defined]
         steps[file.stem] = settings["steps"]
         guided[file.stem] = settings["guidance"]["name"], settings["guidance"]["scale"]
-    assert steps == {"star": 20, "shapes": 12, "ring": 4, "changed": 10}
-    assert guided["star"] == guided["changed"] == ("apg", 4.0)
-    assert guided["shapes"] == guided["ring"] == ("cfg", 2.0)
+    assert steps == {"fast": 4, "balanced": 25, "best": 20, "changed": 25, "star": 20, "shapes": 12}
+    assert guided["balanced"] == guided["changed"] == guided["star"] == ("apg", 4.0)
+    assert guided["best"] == ("magnitude_aware", 7.5)
+    assert guided["shapes"] == ("cfg", 2.0)
