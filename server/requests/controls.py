@@ -90,10 +90,10 @@ class ControlChoice(ControlSettings):
 
 
 def check_controls(chosen: Sequence[ControlSettings], model: HostedModel) -> None:
-    """Refuse ControlNets that the model does not have.
+    """Refuse ControlNets that the model does not have, or that are too large together.
 
     Raises:
-        InvalidRequest: one is none of the model's.
+        InvalidRequest: one is none of the model's, or they can never be in memory at once.
     """
     for place, one in enumerate(chosen):
         try:
@@ -101,6 +101,12 @@ def check_controls(chosen: Sequence[ControlSettings], model: HostedModel) -> Non
         except ControlMismatch as refusal:
             field = f"controls.{place}.name"
             raise InvalidRequest(field, f"{field}: {refusal.message}") from None
+    acting = {one.name for one in chosen if one.scale}
+    if len(acting) > 1:
+        try:
+            model.controls.check_together(acting)
+        except ControlMismatch as refusal:
+            raise InvalidRequest("controls", f"controls: {refusal.message}") from None
 
 
 def load_controls(

@@ -11,7 +11,7 @@ from server.models.adapters.shelf import NAME
 from server.models.controls.control_folder import CONFIG, ControlFolder, folder_stamp
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
 
     import torch
@@ -84,6 +84,22 @@ class ControlShelf:
             # Not the same object again: each raise would lengthen its traceback.
             raise ControlMismatch(outcome.message)
         return outcome
+
+    def check_together(self, names: Collection[str]) -> None:
+        """Refuse ControlNets that can never be in memory at once.
+
+        Args:
+            names: of those that :meth:`find` finds, each once.
+
+        Raises:
+            ControlMismatch: they take more memory than is allowed for all.
+        """
+        nbytes = sum(self.find(name).nbytes(self._dtype) for name in names)
+        if nbytes > (most := self._memory.most_bytes):
+            raise ControlMismatch(
+                f"the ControlNets of this request take {nbytes} bytes of memory together; at most "
+                f"{most} are allowed."
+            )
 
     def is_loaded(self, name: str) -> bool:
         """Whether :meth:`load` would neither read the disk nor wait for others to be read."""

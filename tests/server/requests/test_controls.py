@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -101,6 +102,23 @@ def test_a_control_must_be_one_of_the_model(model: HostedModel) -> None:
     )
     with pytest.raises(InvalidRequest, match="model 'toy' takes no ControlNets"):
         resolved(Toy(), {"name": "edges"})
+
+
+def test_those_that_never_fit_together_are_refused_for_good(tmp_path: Path) -> None:
+    for name in ("edges", "depth"):
+        put_plain(tmp_path, name)
+    toy = Toy(embeds_scale=False)
+    memory = WeightMemory[Control](40, "ControlNets")
+    toy.controls = ControlShelf([tmp_path], "toy", Plain(), memory, toy.device, toy.dtype)
+    with pytest.raises(InvalidRequest) as refused:
+        resolved(toy, {"name": "edges"}, {"name": "depth"})
+    assert refused.value.field == "controls"
+    assert refused.value.message == (
+        "controls: the ControlNets of this request take 48 bytes of memory together; at most 40 "
+        "are allowed."
+    )
+    # One with two pictures is there once, and one of scale 0 not at all.
+    resolved(toy, {"name": "edges"}, {"name": "edges"}, {"name": "depth", "scale": 0})
 
 
 def test_those_of_scale_0_are_not_loaded(model: HostedModel) -> None:
