@@ -259,6 +259,17 @@ class Engine:
         with self._undisturbed:
             yield
 
+    def release_recordings(self) -> bool:
+        """Give back the memory of CUDA graphs, which are recorded again later; from any thread.
+
+        Returns:
+            Whether there were any.
+
+        Raises:
+            NotReady: the engine is not warm yet, or has stopped or failed.
+        """
+        return self._in_own_thread(self._let_go_of_recordings)
+
     def remove_model(self, name: str) -> bool:
         """Serve a model no longer, and let go of all that was made for it; from any thread.
 
@@ -286,6 +297,12 @@ class Engine:
         self._admission.add(name, model)
         with self._wake:
             self._models[name] = model
+
+    def _let_go_of_recordings(self) -> bool:
+        released = self._preparation is not None and self._preparation.release()
+        if released:
+            free_memory(self._device)
+        return released
 
     def _let_go_of_model(self, name: str) -> bool:
         # Those that wait to be shown hold their lane, and it the model.

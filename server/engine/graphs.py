@@ -207,8 +207,13 @@ class Graphs:
         """
         self._advance(None if self._under_way else self._often(most_s))
 
-    def release(self) -> None:
-        """Give all memory back, and record nothing for a while."""
+    def release(self) -> bool:
+        """Give all memory back, and record nothing for a while.
+
+        Returns:
+            Whether there was anything to give back.
+        """
+        held = bool(self._recorded or self._wanted or self._under_way)
         if self._under_way is not None:
             self._under_way.close()
             self._under_way = None
@@ -217,6 +222,7 @@ class Graphs:
         self._recorded = {}
         self._recorder.begin_anew()
         self._rest()
+        return held
 
     def _often(self, most_s: float) -> Shape | None:
         """The forward that has run most often, of those that are worth a recording now."""

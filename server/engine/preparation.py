@@ -101,10 +101,10 @@ class Preparation:
         self._forwards = {key: one for key, one in self._forwards.items() if key[0] != name}
         self._defaults = {key for key in self._defaults if key[0] != name}
 
-    def release(self) -> None:
-        """Give back the memory of all recordings, as memory is short."""
-        for graphs in self._graphs.values():
-            graphs.release()
+    def release(self) -> bool:
+        """Give back the memory of all recordings, as memory is short; whether there was any."""
+        released = [graphs.release() for graphs in self._graphs.values()]
+        return any(released)
 
     def next(self, most: int | None = None) -> Callable[[], object] | None:
         """The piece that is most likely to be needed soon; None where all is done.

@@ -353,6 +353,8 @@ class ModelShelf:
                 return True
             idle = self._idle()
             if needed > room.free + sum(one.memory_bytes for one in idle):
+                if self._engine.release_recordings():
+                    continue
                 if len(idle) == len(self.loaded()):
                     raise NotReady(
                         f"Model {place.name!r} needs {needed} bytes for its weights; "

@@ -282,8 +282,9 @@ def test_a_recording_under_way_is_let_go_of_when_memory_is_short() -> None:
     graphs = often_run(model, tape)
     while not tape.made:
         graphs.record_piece(1.0)
-    graphs.release()
+    assert graphs.release()
     assert tape.made[0].released
+    assert not graphs.release()
     assert (graphs.rows, graphs.wanted, graphs.due(1.0)) == ([], False, False)
 
 
@@ -297,6 +298,9 @@ def test_an_engine_that_is_never_idle_records_its_ticks(monkeypatch) -> None:
     engine = started(model, 16, prepares=True)
     assert tape.made == []
     run(engine, [task(steps=3 * OFTEN)])
+    assert engine.release_recordings()
+    assert tape.made[0].released
+    assert not engine.release_recordings()
     engine.stop(0)
     assert len(tape.made) == 1
     assert tape.made[0].calls > OFTEN

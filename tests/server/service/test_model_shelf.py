@@ -14,6 +14,7 @@ import pytest
 from torch import nn
 
 from server.engine.engine import Engine
+from server.engine.preparation import Preparation
 from server.errors import (
     Cancelled,
     ModelMismatch,
@@ -200,6 +201,26 @@ def test_a_model_in_use_is_never_unloaded_and_the_request_waits(service: Service
         service.release(held)
 
     asyncio.run(run())
+
+
+def test_recordings_of_forwards_make_room_where_models_in_use_cannot(
+    service: Service, engine: Engine, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = [BYTES]
+    monkeypatch.setattr(
+        store, "room", lambda loaded: Room(2 * BYTES - loaded - sum(held), 2 * BYTES)
+    )
+    preparation = Preparation()
+    monkeypatch.setattr(preparation, "release", lambda: bool(held) and bool(held.pop()))
+    monkeypatch.setattr(engine, "_preparation", preparation)
+
+    async def run() -> None:
+        async with asyncio.timeout(PATIENCE_S / 2):
+            with await service.ready_shelf().lend("a"):
+                await made(service, "b")
+
+    asyncio.run(run())
+    assert loaded(service) == ["a", "b"]
 
 
 def test_who_waits_too_long_is_told_what_for(
