@@ -61,6 +61,6 @@ def _check(one: Any, name: str) -> None:
     """Raise what requests and the catalog would come to, which have all classes in one schema."""
     if get_args(one.model_fields["name"].annotation) != (name,):
         raise TypeError("its field name must be a Literal with one name, which is its default")
-    # What its bare name stands for.
-    one.model_validate({})
+    # What its bare name stands for; plans are kept, and rows grouped, by what is equal.
+    hash(one.model_validate({}))
     one.model_json_schema()

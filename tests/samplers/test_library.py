@@ -94,6 +94,7 @@ BROKEN = {
     "taken": "from samplers import DDIM as Mine",
     "unnamed": SUBCLASS.format('name: str = "unnamed"'),
     "needy": SUBCLASS.format('name: Literal["needy"] = "needy"; strength: float'),
+    "listed": SUBCLASS.format('name: Literal["listed"] = "listed"; weights: list[float] = [1.0]'),
     "unwritten": SUBCLASS.format('name: Literal["unwritten"] = "unwritten"; of: slice = slice(1)'),
 }
 
@@ -127,6 +128,7 @@ def test_a_plug_in_that_cannot_be_used_is_named_and_left_out(tmp_path: Path) -> 
         "'ddim' is taken",
         "its field name must be a Literal",
         "strength Field required",
+        "unhashable type: 'list'",
         "PydanticInvalidForJsonSchema",
     ):
         assert said in done.stderr
