@@ -802,9 +802,14 @@ class Engine:
         """Run the two halves of what together is an error; one image or group fails by it."""
         units = _units(chosen)
         if is_out_of_memory(error):
-            rows = sum(sequence.rows for sequence in chosen)
-            largest(sequence.lane for sequence in chosen).row_cap.overflow(rows)
+            lane, rows = largest(one.lane for one in chosen), sum(one.rows for one in chosen)
+            filled_up = lane.size_of(rows) > rows
+            lane.row_cap.overflow(rows)
             self._give_back_memory()
+            if len(units) == 1 and filled_up:
+                # Rows that nobody reads took the room. Under the cap there are none.
+                self._weave(chosen)
+                return
         if len(units) == 1:
             log.error("an image failed in its stage", exc_info=error)
             # What ControlNets took is no reason to refuse as many rows without.

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from guidance import CFG, PAG, SEG, SLG
 from guidance.edits import IdentityAttention
 from server.engine import engine as engine_module
 from server.engine.cost_model import TickCost
@@ -131,6 +132,18 @@ def test_what_has_no_room_is_tried_once_and_the_server_goes_on(begin):
     assert model.tried.count(24) <= 2
     assert max(model.tried) == 24
     assert engine.failure is None
+
+
+def test_no_image_fails_for_rows_that_only_fill_up(begin):
+    model = Busy()
+    engine = begin(model)
+    wait_for(model, MOST)
+    # Others have taken the room since.
+    model.room = 5
+    before = len(model.tried)
+    beside = PAG(layers=("middle",)), SEG(layers=("middle",)), SLG(start=0, stop=1)
+    assert not run(engine, [task(CFG(), settings=beside)]).errors
+    assert model.tried[before:] == [6, *[5] * 6]
 
 
 def test_where_a_rehearsal_cannot_even_begin_its_size_is_given_up():
