@@ -95,7 +95,7 @@ BROKEN = {
     "unnamed": SUBCLASS.format('name: str = "unnamed"'),
     "needy": SUBCLASS.format('name: Literal["needy"] = "needy"; strength: float'),
     "listed": SUBCLASS.format('name: Literal["listed"] = "listed"; weights: list[float] = [1.0]'),
-    "unwritten": SUBCLASS.format('name: Literal["unwritten"] = "unwritten"; of: slice = slice(1)'),
+    "unwritten": SUBCLASS.format('name: Literal["unwritten"] = "unwritten"; of: range = range(1)'),
 }
 
 
