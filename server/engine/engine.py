@@ -663,7 +663,7 @@ class Engine:
                 self._fail(sequence, Cancelled())
         began = perf_counter()
         staying = [sequence for sequence in newcomers if sequence not in cancelled]
-        for sequence, error in self._admission.admit(staying):
+        for sequence, error in self._not_admitted(staying):
             self._fail(sequence, error)
         if staying:
             seconds = perf_counter() - began
@@ -675,6 +675,17 @@ class Engine:
                 told = [one.nbytes for one in sequence.conditioning.values()]
                 name = sequence.task.model
                 self._told_bytes[name] = max([self._told_bytes[name], *told])
+
+    def _not_admitted(self, newcomers: list[Sequence]) -> list[tuple[Sequence, Exception]]:
+        """Newcomers that cannot be made ready, none of them for memory that recordings have."""
+        failed = list(self._admission.admit(newcomers))
+        short = [one for one, error in failed if is_out_of_memory(error) and one.slot < 0]
+        if not short or not self._let_go_of_recordings():
+            return failed
+        for one in short:
+            one.submission.forget_shortage()
+        others = [(one, error) for one, error in failed if one not in short]
+        return [*others, *self._admission.admit(short)]
 
     def _note_who_waits(self) -> None:
         """Tell of the flows that have a turn; batch work has none while other images are to run.

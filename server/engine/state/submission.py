@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from server.engine.backlog import Holding
 from server.engine.client import ANYONE, Client
+from server.engine.faults import is_out_of_memory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,6 +72,14 @@ class Submission:
             if not self._cancelled:
                 self._left -= 1
             return not self._cancelled
+
+    def forget_shortage(self) -> None:
+        """Have pictures encoded again for which there was no memory."""
+        self.latents = {
+            picture: made
+            for picture, made in self.latents.items()
+            if not (isinstance(made, Exception) and is_out_of_memory(made))
+        }
 
     def fail(self) -> None:
         """Count an image as ended without a picture."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from time import monotonic, sleep
+from typing import Any
 
 import numpy as np
 import pytest
@@ -304,6 +305,33 @@ def test_an_engine_that_is_never_idle_records_its_ticks(monkeypatch) -> None:
     engine.stop(0)
     assert len(tape.made) == 1
     assert tape.made[0].calls > OFTEN
+
+
+def test_no_image_fails_before_recordings_have_given_their_memory_back(monkeypatch) -> None:
+    monkeypatch.setattr("server.engine.engine.QUIET_S", 1000.0)
+    monkeypatch.setattr("server.engine.engine.PIECE_REST", 0)
+    model = Waiting()
+    tape = Tape(model)
+    preparation = Preparation(lambda _: tape)
+    monkeypatch.setattr("server.engine.engine.Preparation", lambda _: preparation)
+    engine = started(model, 16, prepares=True)
+    run(engine, [task(steps=3 * OFTEN)])
+
+    def short(encode: Any) -> Any:
+        def encoded(*given: Any) -> Any:
+            if not tape.made[0].released:
+                raise torch.OutOfMemoryError("no room")
+            return encode(*given)
+
+        return encoded
+
+    for name in ("encode_prompts", "encode_image"):
+        monkeypatch.setattr(model, name, short(getattr(model, name)))
+    image = torch.zeros(3, SIDE, SIDE)
+    ear = run(engine, [task(prompt="unheard of", image=image, steps=2) for _ in range(2)])
+    engine.stop(0)
+    assert not ear.errors
+    assert tape.made[0].released
 
 
 def test_an_engine_replays_its_small_ticks_and_draws_the_same_images(monkeypatch) -> None:
