@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_right
-from collections import Counter
 from contextlib import contextmanager
-from functools import partial
 from itertools import accumulate, chain
 from math import ceil, inf
 from threading import Condition, Lock, Thread
@@ -15,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 
-from server.engine.backlog import Amounts, Backlog, Bounds, Holding
+from server.engine.backlog import Amounts, Bounds
 from server.engine.capture import CudaRecorder
 from server.engine.chores import Chores
 from server.engine.client import ANYONE, Client
@@ -23,26 +21,24 @@ from server.engine.cost_model import MOST_ROWS, CostModel, TickCost
 from server.engine.fair_queue import TURN_S, Turns
 from server.engine.fair_tick import fair_tick
 from server.engine.faults import attempt, free_memory, is_out_of_memory, lost_device
-from server.engine.footprint import Kind, footprint, heaviest
 from server.engine.forwards import LONGEST_PIECE_S
 from server.engine.live_share import ORDINARY_SHARE, Shares, share_tick
 from server.engine.metrics import EngineMeasurements
 from server.engine.preparation import AT_START, Preparation, Prepared
-from server.engine.reservation import Reservation
+from server.engine.reception import Reception
 from server.engine.row_watch import RowWatch
 from server.engine.scheduler import (
     LONGEST_TICK_S,
     Candidate,
     LaneCosts,
     Load,
-    Priority,
     in_time,
     rows_of_tick,
 )
 from server.engine.state.arrivals import Arrivals
 from server.engine.state.lane import Lane, largest
 from server.engine.state.overflows import Overflows
-from server.engine.state.sequence import Sequence
+from server.engine.state.sequence import Sequence, units_of
 from server.engine.state.submission import Submission
 from server.engine.tick.decode import Decoder
 from server.engine.tick.host_copy import HostCopy
@@ -51,14 +47,7 @@ from server.engine.tick.pictures import PicturesOfATick
 from server.engine.tick.preview import fit_preview, previews
 from server.engine.tick.stage import run_stage
 from server.engine.warmup import Warmth, time_forwards, warm_up
-from server.errors import (
-    Cancelled,
-    DeviceLost,
-    InvalidRequest,
-    NotReady,
-    Overloaded,
-    RowFailed,
-)
+from server.errors import Cancelled, DeviceLost, NotReady, RowFailed
 from server.models.memory import unused_bytes
 
 if TYPE_CHECKING:
@@ -69,6 +58,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from server.engine.reservation import Reservation
     from server.engine.state.sequence import Listener
     from server.engine.task import ImageTask
     from server.engine.tick.stage import Outcome, Stage
@@ -173,10 +163,6 @@ class Engine:
         self._models = dict(models)
         self._asked_budget = row_budget
         self._deterministic = deterministic
-        self._max_pending = max_pending
-        bounds = Bounds(max_pending, max_pending_s, max_pending_bytes)
-        self._backlog = Backlog(bounds, self._seconds_a_row)
-        self._told_bytes = Counter[str]()
         self._on_failure = on_failure
         self._guessed_costs = guessed_costs
         self._device = next(iter(models.values())).device
@@ -206,6 +192,17 @@ class Engine:
         self._wake = Condition()
         self._chores = Chores(self._wake)
         self._stop_at: float | None = None
+        self._reception = Reception(
+            self._models,
+            Bounds(max_pending, max_pending_s, max_pending_bytes),
+            wake=self._wake,
+            arrived=self._arrived,
+            overflows=self._overflows,
+            costs=self._costs,
+            measurements=self.measurements,
+            pace=lambda: ORDINARY_SHARE if self._expects_live else 1.0,
+            check_open=self._check_open,
+        )
         self._thread = Thread(target=self._run, name="weft-engine", daemon=True)
 
     def start(self) -> None:
@@ -321,158 +318,26 @@ class Engine:
         return True
 
     def reserve(self, images: int, *, live: bool = False, client: Client = ANYONE) -> Reservation:
-        """Room for the images of one request; safe from any thread.
-
-        Reserve before uploads are decoded or plans are made, so that a request that is turned away
-        costs nothing, and claim what the images cost as soon as that is known. Submit to the
-        reservation, and release it whatever happens.
-
-        Args:
-            images: how many.
-            client: whose they are, whose share of the device they have.
-            live: they are of live priority, for which there is as much room again: a queue that is
-                full of ordinary requests does not hold up a stream.
-
-        Raises:
-            Overloaded: there is no room for all of them.
-            InvalidRequest: the client may never have so many.
-            NotReady: the engine is not warm yet, or has stopped or failed.
-        """
-        with self._wake:
-            self._check_open()
-            if live:
-                holding = self._reserve_live(client, images)
-            else:
-                holding = self._counting_refusals(
-                    images, lambda: self._backlog.reserve(client, images, self._pace)
-                )
-            self._count_pending(images, live=live)
-        return Reservation(
-            images,
-            partial(self._claim, holding, live=live),
-            partial(self._take_in, holding, live=live),
-            partial(self._give_back, holding, live=live),
-        )
+        """See :meth:`Reception.reserve`."""
+        return self._reception.reserve(images, live=live, client=client)
 
     def submit(
         self, tasks: Listed[ImageTask], listener: Listener, client: Client = ANYONE
     ) -> Submission:
-        """Queue the images of one request, for which no room was reserved; safe from any thread.
-
-        Raises:
-            Overloaded: there is no room for all of them.
-            NotReady: the engine is not warm yet, or has stopped or failed.
-            InvalidRequest: an image or a group needs more rows at once than a forward has, or the
-                client may never have so many images.
-        """
-        live = all(task.priority is Priority.LIVE for task in tasks)
-        with self.reserve(len(tasks), live=live, client=client) as room:
-            return room.submit(tasks, listener)
+        """See :meth:`Reception.submit`."""
+        return self._reception.submit(tasks, listener, client)
 
     def check_memory(self, tasks: Listed[ImageTask]) -> None:
-        """Refuse images like those that lately had no room on the device, before any work is done.
-
-        Args:
-            tasks: of a request; their pictures need no content yet. Safe from any thread.
-
-        Raises:
-            InvalidRequest: one of them, or a group, is as large.
-        """
-        groups: dict[object, list[ImageTask]] = {}
-        for task in tasks:
-            if self._overflows.knows(task.model):
-                groups.setdefault(task.group or task, []).append(task)
-        for members in groups.values():
-            first, rows = members[0], ceil(sum(map(heaviest, members)))
-            self._overflows.check(first.model, first.width, first.height, rows)
+        """See :meth:`Reception.check_memory`."""
+        self._reception.check_memory(tasks)
 
     def waiting(self) -> dict[Client, Amounts]:
-        """What ordinary images of each client wait or run, as estimated; safe from any thread."""
-        with self._wake:
-            return self._backlog.by_client()
+        """See :meth:`Reception.waiting`."""
+        return self._reception.waiting()
 
     def spent(self) -> dict[Client, float]:
         """Seconds of the device that each client's ordinary images had; safe from any thread."""
         return dict(self._turns.spent)
-
-    def _reserve_live(self, client: Client, images: int) -> Holding:
-        if self.measurements.live_pending + images > self._max_pending:
-            # A frame of a stream waits for room; its stream asks again and again.
-            raise Overloaded(1.0)
-        return Holding(client, images)
-
-    def _counting_refusals(self, images: int, admit: Callable[[], Result]) -> Result:
-        try:
-            return admit()
-        except Overloaded:
-            self.measurements.refused += images
-            raise
-
-    def _claim(self, holding: Holding, tasks: Listed[ImageTask], *, live: bool) -> None:
-        if live:
-            return
-        self._check_models(tasks)
-        needed = footprint(tasks, self._kind, self._told_bytes.__getitem__)
-        with self._wake:
-            self._counting_refusals(
-                holding.images, lambda: self._backlog.claim(holding, *needed, self._pace)
-            )
-
-    def _take_in(
-        self, holding: Holding, tasks: Listed[ImageTask], listener: Listener, *, live: bool
-    ) -> Submission:
-        if any((task.priority is Priority.LIVE) != live for task in tasks):
-            raise ValueError("room is reserved either for live images or for others")
-        images = len(tasks)
-        submission = Submission(images, Holding(holding.client, images))
-        sequences = [
-            Sequence(task, index, listener, submission) for index, task in enumerate(tasks)
-        ]
-        self._check_width(sequences)
-        self.check_memory(tasks)
-        with self._wake:
-            self._check_open()
-            self._check_models(tasks)
-            if not live:
-                submission.holding = self._backlog.move(holding, images)
-                for sequence in sequences:
-                    self._count_rows(sequence)
-            self._arrived.extend(sequences)
-            self._wake.notify()
-        return submission
-
-    def _give_back(self, holding: Holding, images: int, *, live: bool) -> None:
-        with self._wake:
-            if not live:
-                self._backlog.release(holding)
-            self._count_pending(-images, live=live)
-
-    def _count_pending(self, images: int, *, live: bool) -> None:
-        with self._wake:
-            self.measurements.pending += images
-            self.measurements.live_pending += images * live
-
-    def _count_rows(self, sequence: Sequence, remaining: int | None = None) -> None:
-        """Keep in the backlog what an ordinary image still needs."""
-        remaining = sequence.remaining if remaining is None else remaining
-        more = remaining - sequence.counted
-        self._backlog.count_rows(sequence.submission.holding, self._kind(sequence.task), more)
-        sequence.counted = remaining
-
-    def _seconds_a_row(self, kind: Kind) -> float:
-        if kind[0] not in self._models:
-            # Unloaded, so nothing of it waits.
-            return 0.0
-        return self._costs.of(*kind).seconds_a_row(self.measurements.row_budget)
-
-    @property
-    def _pace(self) -> float:
-        """Share of the device that ordinary images have."""
-        return ORDINARY_SHARE if self._expects_live else 1.0
-
-    def _check_models(self, tasks: Listed[ImageTask]) -> None:
-        if gone := {task.model for task in tasks} - self._models.keys():
-            raise NotReady(f"Model {gone.pop()!r} was unloaded; send the request again.")
 
     def _check_open(self) -> None:
         if not self.ready or self._stop_at is not None:
@@ -485,21 +350,6 @@ class Engine:
         if self.failure is not None:
             return NotReady("The engine failed; the server must be restarted.", retry_after_s=60)
         return NotReady(otherwise)
-
-    def _check_width(self, sequences: Listed[Sequence]) -> None:
-        """Nothing is taken in that no tick could ever run."""
-        budget = self.measurements.row_budget
-        for members in _units(sequences):
-            rows = sum(member.guidance.widest for member in members)
-            if rows > budget:
-                images = len(members)
-                together = f" for the {images} images of its group" if images > 1 else ""
-                fewer = "images, branches" if images > 1 else "branches"
-                raise InvalidRequest(
-                    "guidance",
-                    f"guidance needs {rows} rows of a forward at once{together}; at most {budget} "
-                    f"are allowed here, so ask for fewer {fewer} or perturbations.",
-                )
 
     def _run(self) -> None:
         try:
@@ -641,7 +491,7 @@ class Engine:
             with self._wake:
                 for sequence in {*chosen, *recalled}:
                     if not sequence.live and sequence.slot >= 0:
-                        self._count_rows(sequence)
+                        self._reception.count_rows(sequence)
         self._collect(idle=not (chosen or recalled))
         self._prepare_beside_ticks()
 
@@ -672,9 +522,7 @@ class Engine:
             self._share_out(live_s=live * seconds, ordinary_s=(1 - live) * seconds)
             self._charge(pictures.parts(staying), seconds)
             for sequence in staying:
-                told = [one.nbytes for one in sequence.conditioning.values()]
-                name = sequence.task.model
-                self._told_bytes[name] = max([self._told_bytes[name], *told])
+                self._reception.note_told(sequence)
 
     def _not_admitted(self, newcomers: list[Sequence]) -> list[tuple[Sequence, Exception]]:
         """Newcomers that cannot be made ready, none of them for memory that recordings have."""
@@ -811,7 +659,7 @@ class Engine:
 
     def _divide(self, chosen: list[Sequence], error: Exception) -> None:
         """Run the two halves of what together is an error; one image or group fails by it."""
-        units = _units(chosen)
+        units = units_of(chosen)
         if is_out_of_memory(error):
             lane, rows = largest(one.lane for one in chosen), sum(one.rows for one in chosen)
             filled_up = lane.size_of(rows) > rows
@@ -1017,11 +865,7 @@ class Engine:
             sequence.lane.pool.give_back(sequence.slot)
             sequence.slot = -1
         self._active.remove(sequence)
-        with self._wake:
-            if not sequence.live:
-                self._count_rows(sequence, 0)
-                self._backlog.end_image(sequence.submission.holding)
-            self._count_pending(-1, live=sequence.live)
+        self._reception.see_off(sequence)
 
     def prepared(self, model: HostedModel) -> Prepared:
         """What has been done for the forwards of a hosted model; safe from any thread."""
@@ -1032,9 +876,6 @@ class Engine:
     def tick_costs(self) -> list[tuple[str, tuple[int, int, int], TickCost]]:
         """What ticks cost by model and latent shape; safe from any thread."""
         return self._costs.all()
-
-    def _kind(self, task: ImageTask) -> Kind:
-        return task.model, self._models[task.model].latent_shape(task.width, task.height)
 
     def _lane_of(self, task: ImageTask, length: int) -> Lane:
         model = self._models[task.model]
@@ -1071,17 +912,6 @@ class Engine:
 
 def _recorder_of(model: HostedModel) -> CudaRecorder:
     return CudaRecorder(model.device)
-
-
-def _units(sequences: Listed[Sequence]) -> list[list[Sequence]]:
-    """Images by themselves, and groups, whose members stand side by side."""
-    units: list[list[Sequence]] = []
-    for sequence in sequences:
-        if units and units[-1][-1].together_with(sequence):
-            units[-1].append(sequence)
-        else:
-            units.append([sequence])
-    return units
 
 
 def _milliseconds(samples: Mapping[int, float]) -> str:

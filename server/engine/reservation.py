@@ -19,7 +19,7 @@ __all__ = ["Reservation"]
 class Reservation:
     """Room for the images of one request; leaving its ``with`` block gives back what is unused.
 
-    Made by ``Engine.reserve``; safe from any thread, so that whoever waits for a thread that
+    Made by ``Reception.reserve``; safe from any thread, so that whoever waits for a thread that
     submits may give up and release.
 
     Args:

@@ -14,6 +14,7 @@ from server.models.controls.row_controls import RowControl
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from collections.abc import Sequence as Listed
 
     import numpy as np
     from numpy.typing import NDArray
@@ -234,3 +235,14 @@ class Sequence:
             self.evaluations += self.rows
         self.saved += 0 if ask.evaluated else self.guidance.branches
         self.stage += 1
+
+
+def units_of(sequences: Listed[Sequence]) -> list[list[Sequence]]:
+    """Images by themselves, and groups, whose members stand side by side."""
+    units: list[list[Sequence]] = []
+    for sequence in sequences:
+        if units and units[-1][-1].together_with(sequence):
+            units[-1].append(sequence)
+        else:
+            units.append([sequence])
+    return units

@@ -1,0 +1,255 @@
+"""Where requests meet the engine: room for their images, and the queue of those that arrived."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import partial
+from math import ceil
+from typing import TYPE_CHECKING, TypeVar
+
+from server.engine.backlog import Amounts, Backlog, Bounds, Holding
+from server.engine.client import ANYONE, Client
+from server.engine.footprint import Kind, footprint, heaviest
+from server.engine.reservation import Reservation
+from server.engine.scheduler import Priority
+from server.engine.state.sequence import Sequence, units_of
+from server.engine.state.submission import Submission
+from server.errors import InvalidRequest, NotReady, Overloaded
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from collections.abc import Sequence as Listed
+    from threading import Condition
+
+    from server.engine.cost_model import CostModel
+    from server.engine.metrics import EngineMeasurements
+    from server.engine.state.arrivals import Arrivals
+    from server.engine.state.overflows import Overflows
+    from server.engine.state.sequence import Listener
+    from server.engine.task import ImageTask
+    from server.models.hosted import HostedModel
+
+__all__ = ["Reception"]
+
+Result = TypeVar("Result")
+
+
+class Reception:
+    """Admits images to an engine, and counts them until they leave it; safe from any thread.
+
+    What it is given is the engine's own and changes with it.
+
+    Args:
+        models: hosted models by name.
+        bounds: on what may wait or run. Frames of live streams are counted by themselves, and as
+            many as images are allowed.
+        wake: held while anything here changes, and notified of arrivals.
+        arrived: images that the engine has not taken in yet.
+        overflows: what lately did not fit into memory.
+        costs: of ticks, by which the seconds of waiting images are estimated.
+        measurements: that say what is pending, and what was refused.
+        pace: the share of the device that ordinary images have.
+        check_open: raises NotReady while the engine takes no work.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, HostedModel],
+        bounds: Bounds,
+        *,
+        wake: Condition,
+        arrived: Arrivals,
+        overflows: Overflows,
+        costs: CostModel,
+        measurements: EngineMeasurements,
+        pace: Callable[[], float],
+        check_open: Callable[[], None],
+    ) -> None:
+        self._models = models
+        self._bounds = bounds
+        self._wake = wake
+        self._arrived = arrived
+        self._overflows = overflows
+        self._costs = costs
+        self._measurements = measurements
+        self._pace = pace
+        self._check_open = check_open
+        self._backlog = Backlog(bounds, self._seconds_a_row)
+        self._told_bytes = Counter[str]()
+
+    def reserve(self, images: int, *, live: bool = False, client: Client = ANYONE) -> Reservation:
+        """Room for the images of one request; safe from any thread.
+
+        Reserve before uploads are decoded or plans are made, so that a request that is turned away
+        costs nothing, and claim what the images cost as soon as that is known. Submit to the
+        reservation, and release it whatever happens.
+
+        Args:
+            images: how many.
+            client: whose they are, whose share of the device they have.
+            live: they are of live priority, for which there is as much room again: a queue that is
+                full of ordinary requests does not hold up a stream.
+
+        Raises:
+            Overloaded: there is no room for all of them.
+            InvalidRequest: the client may never have so many.
+            NotReady: the engine is not warm yet, or has stopped or failed.
+        """
+        with self._wake:
+            self._check_open()
+            if live:
+                holding = self._reserve_live(client, images)
+            else:
+                holding = self._counting_refusals(
+                    images, lambda: self._backlog.reserve(client, images, self._pace())
+                )
+            self._count_pending(images, live=live)
+        return Reservation(
+            images,
+            partial(self._claim, holding, live=live),
+            partial(self._take_in, holding, live=live),
+            partial(self._give_back, holding, live=live),
+        )
+
+    def submit(
+        self, tasks: Listed[ImageTask], listener: Listener, client: Client = ANYONE
+    ) -> Submission:
+        """Queue the images of one request, for which no room was reserved; safe from any thread.
+
+        Raises:
+            Overloaded: there is no room for all of them.
+            NotReady: the engine is not warm yet, or has stopped or failed.
+            InvalidRequest: an image or a group needs more rows at once than a forward has, or the
+                client may never have so many images.
+        """
+        live = all(task.priority is Priority.LIVE for task in tasks)
+        with self.reserve(len(tasks), live=live, client=client) as room:
+            return room.submit(tasks, listener)
+
+    def check_memory(self, tasks: Listed[ImageTask]) -> None:
+        """Refuse images like those that lately had no room on the device, before any work is done.
+
+        Args:
+            tasks: of a request; their pictures need no content yet. Safe from any thread.
+
+        Raises:
+            InvalidRequest: one of them, or a group, is as large.
+        """
+        groups: dict[object, list[ImageTask]] = {}
+        for task in tasks:
+            if self._overflows.knows(task.model):
+                groups.setdefault(task.group or task, []).append(task)
+        for members in groups.values():
+            first, rows = members[0], ceil(sum(map(heaviest, members)))
+            self._overflows.check(first.model, first.width, first.height, rows)
+
+    def waiting(self) -> dict[Client, Amounts]:
+        """What ordinary images of each client wait or run, as estimated; safe from any thread."""
+        with self._wake:
+            return self._backlog.by_client()
+
+    def count_rows(self, sequence: Sequence, remaining: int | None = None) -> None:
+        """Keep in the backlog what an ordinary image still needs, while ``wake`` is held."""
+        remaining = sequence.remaining if remaining is None else remaining
+        more = remaining - sequence.counted
+        self._backlog.count_rows(sequence.submission.holding, self._kind(sequence.task), more)
+        sequence.counted = remaining
+
+    def see_off(self, sequence: Sequence) -> None:
+        """Give back the room of an image that has left the engine."""
+        with self._wake:
+            if not sequence.live:
+                self.count_rows(sequence, 0)
+                self._backlog.end_image(sequence.submission.holding)
+            self._count_pending(-1, live=sequence.live)
+
+    def note_told(self, sequence: Sequence) -> None:
+        """Remember how large what its model is told is, by which later images are estimated."""
+        told = [one.nbytes for one in sequence.conditioning.values()]
+        name = sequence.task.model
+        self._told_bytes[name] = max([self._told_bytes[name], *told])
+
+    def _reserve_live(self, client: Client, images: int) -> Holding:
+        if self._measurements.live_pending + images > self._bounds.images:
+            # A frame of a stream waits for room; its stream asks again and again.
+            raise Overloaded(1.0)
+        return Holding(client, images)
+
+    def _counting_refusals(self, images: int, admit: Callable[[], Result]) -> Result:
+        try:
+            return admit()
+        except Overloaded:
+            self._measurements.refused += images
+            raise
+
+    def _claim(self, holding: Holding, tasks: Listed[ImageTask], *, live: bool) -> None:
+        if live:
+            return
+        self._check_models(tasks)
+        needed = footprint(tasks, self._kind, self._told_bytes.__getitem__)
+        with self._wake:
+            self._counting_refusals(
+                holding.images, lambda: self._backlog.claim(holding, *needed, self._pace())
+            )
+
+    def _take_in(
+        self, holding: Holding, tasks: Listed[ImageTask], listener: Listener, *, live: bool
+    ) -> Submission:
+        if any((task.priority is Priority.LIVE) != live for task in tasks):
+            raise ValueError("room is reserved either for live images or for others")
+        images = len(tasks)
+        submission = Submission(images, Holding(holding.client, images))
+        sequences = [
+            Sequence(task, index, listener, submission) for index, task in enumerate(tasks)
+        ]
+        self._check_width(sequences)
+        self.check_memory(tasks)
+        with self._wake:
+            self._check_open()
+            self._check_models(tasks)
+            if not live:
+                submission.holding = self._backlog.move(holding, images)
+                for sequence in sequences:
+                    self.count_rows(sequence)
+            self._arrived.extend(sequences)
+            self._wake.notify()
+        return submission
+
+    def _give_back(self, holding: Holding, images: int, *, live: bool) -> None:
+        with self._wake:
+            if not live:
+                self._backlog.release(holding)
+            self._count_pending(-images, live=live)
+
+    def _count_pending(self, images: int, *, live: bool) -> None:
+        with self._wake:
+            self._measurements.pending += images
+            self._measurements.live_pending += images * live
+
+    def _seconds_a_row(self, kind: Kind) -> float:
+        if kind[0] not in self._models:
+            # Unloaded, so nothing of it waits.
+            return 0.0
+        return self._costs.of(*kind).seconds_a_row(self._measurements.row_budget)
+
+    def _check_models(self, tasks: Listed[ImageTask]) -> None:
+        if gone := {task.model for task in tasks} - self._models.keys():
+            raise NotReady(f"Model {gone.pop()!r} was unloaded; send the request again.")
+
+    def _check_width(self, sequences: Listed[Sequence]) -> None:
+        """Nothing is taken in that no tick could ever run."""
+        budget = self._measurements.row_budget
+        for members in units_of(sequences):
+            rows = sum(member.guidance.widest for member in members)
+            if rows > budget:
+                images = len(members)
+                together = f" for the {images} images of its group" if images > 1 else ""
+                fewer = "images, branches" if images > 1 else "branches"
+                raise InvalidRequest(
+                    "guidance",
+                    f"guidance needs {rows} rows of a forward at once{together}; at most {budget} "
+                    f"are allowed here, so ask for fewer {fewer} or perturbations.",
+                )
+
+    def _kind(self, task: ImageTask) -> Kind:
+        return task.model, self._models[task.model].latent_shape(task.width, task.height)
