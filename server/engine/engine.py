@@ -664,9 +664,9 @@ class Engine:
             lane, rows = largest(one.lane for one in chosen), sum(one.rows for one in chosen)
             filled_up = lane.size_of(rows) > rows
             lane.row_cap.overflow(rows)
-            self._give_back_memory()
-            if len(units) == 1 and filled_up:
-                # Rows that nobody reads took the room. Under the cap there are none.
+            released = self._give_back_memory()
+            if len(units) == 1 and (filled_up or released):
+                # Recordings, or rows that nobody reads, took the room. Now there are none.
                 self._weave(chosen)
                 return
         if len(units) == 1:
@@ -708,10 +708,11 @@ class Engine:
         fitting = bisect_right([*accumulate(one.rows for one in waiting)], most)
         return waiting[: max(1, fitting)]
 
-    def _give_back_memory(self) -> None:
-        if self._preparation is not None:
-            self._preparation.release()
+    def _give_back_memory(self) -> bool:
+        """Free what can be done without; whether that were recordings of forwards."""
+        released = self._preparation is not None and self._preparation.release()
         free_memory(self._device)
+        return released
 
     def _stage(self, chosen: list[Sequence]) -> Stage:
         lanes, m = {sequence.lane for sequence in chosen}, self.measurements

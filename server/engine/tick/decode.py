@@ -76,7 +76,7 @@ class Decoder:
         turns: what the clients of ordinary images have had, to which decoding is charged.
         fixed: always decode the same number at once, so that a picture's bits do not depend on
             how many finished with it.
-        give_back: frees memory that can be done without.
+        give_back: frees memory that can be done without, and says whether there was any.
 
     Attributes:
         seconds: that the device has spent in decoding.
@@ -84,7 +84,7 @@ class Decoder:
     """
 
     def __init__(
-        self, device: torch.device, turns: Turns, give_back: Callable[[], None], *, fixed: bool
+        self, device: torch.device, turns: Turns, give_back: Callable[[], bool], *, fixed: bool
     ) -> None:
         self.seconds = 0.0
         self.live_s = 0.0
@@ -176,7 +176,9 @@ class Decoder:
             return
         if is_out_of_memory(made):
             self._settle()
-            self._give_back()
+            if self._give_back():
+                self._start(some)
+                return
         if len(some) == 1:
             log.error("an image failed in decoding", exc_info=made)
             self._failed.append((some[0], made))

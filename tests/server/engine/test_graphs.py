@@ -307,7 +307,12 @@ def test_an_engine_that_is_never_idle_records_its_ticks(monkeypatch) -> None:
     assert tape.made[0].calls > OFTEN
 
 
-def test_no_image_fails_before_recordings_have_given_their_memory_back(monkeypatch) -> None:
+@pytest.mark.parametrize(
+    "short_in", [("encode_prompts", "encode_image"), ("evaluate",), ("decode",)]
+)
+def test_no_image_fails_before_recordings_have_given_their_memory_back(
+    short_in: tuple[str, ...], monkeypatch
+) -> None:
     monkeypatch.setattr("server.engine.engine.QUIET_S", 1000.0)
     monkeypatch.setattr("server.engine.engine.PIECE_REST", 0)
     model = Waiting()
@@ -325,10 +330,10 @@ def test_no_image_fails_before_recordings_have_given_their_memory_back(monkeypat
 
         return encoded
 
-    for name in ("encode_prompts", "encode_image"):
+    for name in short_in:
         monkeypatch.setattr(model, name, short(getattr(model, name)))
     image = torch.zeros(3, SIDE, SIDE)
-    ear = run(engine, [task(prompt="unheard of", image=image, steps=2) for _ in range(2)])
+    ear = run(engine, [task(prompt="unheard of", image=image, steps=2)])
     engine.stop(0)
     assert not ear.errors
     assert tape.made[0].released
