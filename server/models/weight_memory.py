@@ -11,7 +11,7 @@ from server.errors import Overloaded
 from server.lru import ByteBoundedLRU
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
 __all__ = ["WeightMemory"]
@@ -80,6 +80,19 @@ class WeightMemory(Generic[Weights]):
                 self._alive[key] = found
             self._kept.put(key, found)
             return found
+
+    def never_together(self, sizes: Iterable[int]) -> str | None:
+        """Why weights of these bytes can never be in memory at once, as a clause; None if they can.
+
+        Args:
+            sizes: bytes of all that one request needs.
+        """
+        if (nbytes := sum(sizes)) <= self.most_bytes:
+            return None
+        return (
+            f"the {self._what} of this request take {nbytes} bytes of memory together; at most "
+            f"{self.most_bytes} are allowed."
+        )
 
     def has(self, key: Key) -> bool:
         """Whether the weights of a key are there without waiting for any to be loaded."""

@@ -71,7 +71,8 @@ def check_adapters(chosen: Sequence[WeightedName], model: HostedModel) -> tuple[
     """The files of a request's adapters.
 
     Raises:
-        InvalidRequest: one is named twice, or is none of the model's adapters.
+        InvalidRequest: one is named twice, or is none of the model's adapters, or they can never be
+            in memory at once.
     """
     files: list[AdapterFile] = []
     for place, one in enumerate(chosen):
@@ -82,6 +83,12 @@ def check_adapters(chosen: Sequence[WeightedName], model: HostedModel) -> tuple[
             files.append(model.adapters.find(one.name))
         except AdapterMismatch as refusal:
             raise InvalidRequest(field, f"{field}: {refusal.message}") from None
+    try:
+        model.adapters.check_together(
+            file for file, one in zip(files, chosen, strict=True) if one.weight
+        )
+    except AdapterMismatch as refusal:
+        raise InvalidRequest("adapters", f"adapters: {refusal.message}") from None
     return tuple(files)
 
 

@@ -12,7 +12,7 @@ from server.models.adapters.adapter_file import AdapterFile
 from server.models.folder import stamp_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     import torch
@@ -82,6 +82,18 @@ class AdapterShelf:
             # Not the same object again: each raise would lengthen its traceback.
             raise AdapterMismatch(outcome.message)
         return outcome
+
+    def check_together(self, files: Iterable[AdapterFile]) -> None:
+        """Refuse adapters that can never be in memory at once.
+
+        Args:
+            files: as :meth:`find` finds them, each once.
+
+        Raises:
+            AdapterMismatch: they take more memory than is allowed for all.
+        """
+        if refusal := self._memory.never_together(file.nbytes(self._dtype) for file in files):
+            raise AdapterMismatch(refusal)
 
     def is_loaded(self, name: str) -> bool:
         """Whether :meth:`load` would neither read the disk nor wait for others to be read."""

@@ -94,12 +94,9 @@ class ControlShelf:
         Raises:
             ControlMismatch: they take more memory than is allowed for all.
         """
-        nbytes = sum(self.find(name).nbytes(self._dtype) for name in names)
-        if nbytes > (most := self._memory.most_bytes):
-            raise ControlMismatch(
-                f"the ControlNets of this request take {nbytes} bytes of memory together; at most "
-                f"{most} are allowed."
-            )
+        sizes = (self.find(name).nbytes(self._dtype) for name in names)
+        if refusal := self._memory.never_together(sizes):
+            raise ControlMismatch(refusal)
 
     def is_loaded(self, name: str) -> bool:
         """Whether :meth:`load` would neither read the disk nor wait for others to be read."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -180,3 +181,24 @@ def test_statistics_of_the_model_alone_serve_no_adapter(model: HostedModel) -> N
     request = resolved(model, "pastel", sampler=exact, guidance="none")
     with pytest.raises(InvalidRequest, match="a request with `adapters`"):
         statistics_for(request, model)
+
+
+def test_those_that_never_fit_together_are_refused_for_good(tmp_path: Path) -> None:
+    for name in ("pastel", "ink"):
+        files.saved(files.peft({"unet": changes(NETWORK, 2)}), tmp_path / f"{name}.safetensors")
+    toy = Toy(embeds_scale=False)
+    target, cpu = Target.of("toy", {"unet": NETWORK}), torch.device("cpu")
+    [one, _] = AdapterShelf(
+        [tmp_path], target, WeightMemory[Adapter](2**20, ""), cpu, torch.float32
+    ).available()
+    nbytes = one.nbytes(torch.float32)
+    memory = WeightMemory[Adapter](2 * nbytes - 1, "adapters")
+    toy.adapters = AdapterShelf([tmp_path], target, memory, cpu, torch.float32)
+    with pytest.raises(InvalidRequest) as refused:
+        resolved(toy, ["pastel", "ink"])
+    assert refused.value.field == "adapters"
+    assert refused.value.message == (
+        f"adapters: the adapters of this request take {2 * nbytes} bytes of memory together; at "
+        f"most {2 * nbytes - 1} are allowed."
+    )
+    resolved(toy, ["pastel", {"name": "ink", "weight": 0}])
