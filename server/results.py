@@ -130,7 +130,7 @@ class Results:
             Kept(_new_name(expires_at, output_format), owner, len(file), expires_at)
             for file in files
         ]
-        crowded_out = self._make_room(needed)
+        crowded_out = self._make_room(owner, needed)
         self._kept |= {one.name: one for one in kept}
         try:
             await blobs.delete(crowded_out)
@@ -162,17 +162,21 @@ class Results:
         except FileNotFoundError:
             raise UnknownResult from None
 
-    def _make_room(self, needed: int) -> list[str]:
-        """Forget as many images as it takes, and return their names."""
-        held = Counter[str]()
+    def _make_room(self, owner: str, needed: int) -> list[str]:
+        """Forget as many images as it takes for those of an owner, and return their names."""
+        # With what is to be stored: else others would make room for whoever has most by then.
+        held = Counter({owner: needed})
+        stored = Counter[str]()
         for one in self._kept.values():
             held[one.owner] += one.nbytes
+            stored[one.owner] += 1
         forgotten: list[str] = []
-        while held.total() + needed > self._most_bytes:
-            greediest, _ = held.most_common(1)[0]
+        while held.total() > self._most_bytes:
+            greediest = max(+stored, key=held.__getitem__)
             oldest = next(one for one in self._kept.values() if one.owner == greediest)
             del self._kept[oldest.name]
             held[greediest] -= oldest.nbytes
+            stored[greediest] -= 1
             forgotten.append(oldest.name)
         return forgotten
 

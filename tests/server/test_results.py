@@ -90,6 +90,18 @@ def test_beyond_the_bound_whoever_has_most_loses_the_oldest(tmp_path: Path) -> N
     run(work)
 
 
+def test_whoever_would_have_most_makes_room_for_it(tmp_path: Path) -> None:
+    async def work() -> None:
+        store = Results(str(tmp_path), 3600, 500)
+        await store.keep("one", "png", [FILE] * 2)
+        others = await store.keep("another", "png", [FILE[:-1]] * 3)
+        again = await store.keep("one", "png", [FILE] * 2)
+        assert files(tmp_path) == {one.name for one in (*others, *again)}
+        await store.close()
+
+    run(work)
+
+
 def test_no_name_is_guessed_or_leads_elsewhere(tmp_path: Path) -> None:
     async def work() -> None:
         store = Results(str(tmp_path / "results"), 3600, 1000)
