@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 import uuid
 from collections.abc import Mapping
@@ -41,6 +42,9 @@ KEY_REMOVED: Final = {
     "code": "key_removed",
     "param": None,
 }
+
+IDENTIFIER: Final = re.compile("[0-9a-f]{32}")
+"""Of a job, and the name of the folder with its pictures."""
 
 SWEEP_S: Final = 30.0
 SWEPT_AT_ONCE: Final = 100
@@ -156,7 +160,8 @@ class Runner:
         if not self._database.alone:
             # Another server may be about to accept their job.
             return
-        there = list(await self._blobs.sizes())
+        # The operator may have named a place with other files in it.
+        there = [name for name in await self._blobs.sizes() if IDENTIFIER.fullmatch(name)]
         known = await self._database.run(store.known, there)
         await self._blobs.delete([name for name in there if name not in known])
 

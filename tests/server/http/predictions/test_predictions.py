@@ -33,6 +33,7 @@ from tests.server.conftest import PATIENCE_S, Running
 from tests.server.models.controls.tiny_controls import put_depth
 from tests.server.process import served
 
+STRAY = "0123456789abcdef" * 2
 MINE, OTHER = "correct horse battery staple", "0123456789abcdef"
 MODEL = f"embedded={embedded_folders()['embedded']}"
 """One is enough."""
@@ -72,8 +73,8 @@ def accepted(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str
             until(lambda: statuses() == {"succeeded", "processing", "starting"})
             server.process.send_signal(signal.SIGKILL)
             server.process.wait(PATIENCE_S)
-    stray = folder / "pictures" / "0123"
-    stray.mkdir()
+    for name in (STRAY, "holidays"):
+        (folder / "pictures" / name).mkdir()
     return identifiers
 
 
@@ -149,7 +150,9 @@ def test_what_a_killed_server_accepted_ends_once(
     assert {job["attempts"] for job in jobs} == {1, 2}
     pictures = [path for path in (folder / "pictures").rglob("*") if path.is_file()]
     assert sorted(path.parts[-3] for path in pictures) == sorted(accepted)
-    assert not (folder / "pictures" / "0123").exists()
+    assert not (folder / "pictures" / STRAY).exists()
+    # The operator's own.
+    assert (folder / "pictures" / "holidays").exists()
 
 
 def test_a_job_makes_the_image_that_a_request_makes(mine: httpx2.Client) -> None:
