@@ -380,12 +380,18 @@ class StreamSession:
         except WeftError as error:
             self.counts.count("failed")
             frame.number, frame.error = None, error
+            # Or it would be refused again at once, for as long as the reason lasts.
+            self._pace(settings, now)
         else:
             self.next_number += 1
             self._transition = self._transition.onward()
-            self._owed = max(0, self._owed - 1)
-            self._not_before = max(self._not_before + 1 / settings.max_fps, now)
+            self._pace(settings, now)
         self._news.set()
+
+    def _pace(self, settings: StreamSettings, now: float) -> None:
+        """One frame is answered; the next one is due by the most that there may be in a second."""
+        self._owed = max(0, self._owed - 1)
+        self._not_before = max(self._not_before + 1 / settings.max_fps, now)
 
     def _put_back(self, taken: InputFrame | None) -> None:
         if taken is None:

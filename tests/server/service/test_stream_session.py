@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
-from server.service.stream import StreamSession
+from server.service.stream import FailedFrame, StreamSession
 from server.service.streams import Streams
 from server.settings import Settings
 from tests.server.conftest import Running
@@ -42,4 +43,28 @@ def test_no_frame_is_made_from_the_prompt_after_a_change_to_input_frames(
     changing = asyncio.Event()
     monkeypatch.setattr(StreamSession, "_begin", submit_and_start)
     asyncio.run(change_while_a_frame_is_taken_in())
+    running.settle()
+
+
+def test_frames_that_are_refused_come_no_faster_than_others(running: Running) -> None:
+    engine = running.app.state.service.engine
+
+    async def listen() -> int:
+        streams = Streams(running.app.state.service, Settings())
+        session = streams.open()
+        failed = 0
+        try:
+            sizes = {"width": 64, "height": 64, "max_fps": 10}
+            await session.change(SMALL | sizes | {"source": "text", "seed_step": 1})
+            engine._overflows.note("embedded", 64, 64, None, free=0)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(1):
+                    while True:
+                        failed += isinstance(await session.next(), FailedFrame)
+        finally:
+            engine._overflows.forget()
+            streams.close(session)
+        return failed
+
+    assert 2 <= asyncio.run(listen()) <= 11
     running.settle()
