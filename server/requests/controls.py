@@ -104,7 +104,7 @@ def check_controls(chosen: Sequence[ControlSettings], model: HostedModel) -> Non
     acting = {one.name for one in chosen if one.scale}
     if len(acting) > 1:
         try:
-            model.controls.check_together(acting)
+            model.controls.check_together(map(model.controls.find, acting))
         except ControlMismatch as refusal:
             raise InvalidRequest("controls", f"controls: {refusal.message}") from None
 
