@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from server.engine.cost_model import TickCost, measured
+from server.engine.cost_model import MOST_ROWS, TickCost, measured
 from server.engine.rehearsal import Rehearsal
+from server.engine.scheduler import LONGEST_TICK_S, Load, rows_of_tick
 from server.engine.tick.decode import DECODED_AT_ONCE, PIXELS_AT_ONCE
 from server.engine.tick.preview import fit_preview
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from torch import Tensor
 
     from server.models.hosted import HostedModel
 
+log = logging.getLogger(__name__)
 
 FEW_ROWS = 4
 """Rows of the largest forward that is timed of a model that is added beside others' ticks."""
@@ -37,18 +40,44 @@ class Warmth:
     cost: TickCost
 
 
-def warm_up(model: HostedModel) -> Warmth:
+def warm_up(
+    model: HostedModel, most: int, guessed_costs: Mapping[int, float] | None = None
+) -> Warmth:
+    """Run each network of a model before the engine works, in its own thread.
+
+    Args:
+        model: loaded.
+        most: rows of a forward.
+        guessed_costs: seconds of a tick by rows, instead of those of timed forwards.
+
+    Raises:
+        MemoryError: not even one row fits.
+    """
+    colours = _first_colours(model)
+    if guessed_costs is not None:
+        return Warmth(colours, TickCost(guessed_costs, guessed=True))
+    samples = time_forwards(model, most)
+    timed = ", ".join(f"{rows}: {1000 * seconds:.1f}" for rows, seconds in samples.items())
+    log.info("%s: ms per forward pass, by rows: %s", model.facts.name, timed)
+    return Warmth(colours, TickCost(samples))
+
+
+def warm_up_beside_ticks(model: HostedModel) -> Warmth:
     """Run each network of a model that is not the engine's yet, in the caller's thread.
 
     Raises:
         MemoryError: not even one row fits.
     """
-    facts = model.facts
-    shape = model.latent_shape(facts.default_width, facts.default_height)
-    colours = fit_preview(model)
-    model.decode(torch.zeros(1, *shape, device=model.device))
     # Only a guess: what else runs on the device meanwhile is in these times.
-    return Warmth(colours, TickCost(time_forwards(model, FEW_ROWS), guessed=True))
+    return Warmth(_first_colours(model), TickCost(time_forwards(model, FEW_ROWS), guessed=True))
+
+
+def recommended_rows(costs: Iterable[TickCost]) -> int:
+    """Rows of every forward in deterministic mode, which none of the costs finds too many."""
+    long_queue = Load(lane=0, rows=8 * MOST_ROWS, widest=1, live=False)
+    return min(
+        rows_of_tick(long_queue, MOST_ROWS, cost.seconds, LONGEST_TICK_S, tick=1) for cost in costs
+    )
 
 
 def first_calls(model: HostedModel) -> Iterator[Callable[[], object]]:
@@ -58,7 +87,7 @@ def first_calls(model: HostedModel) -> Iterator[Callable[[], object]]:
     kernels for itself.
     """
     width, height = model.facts.default_width, model.facts.default_height
-    shape, device = model.latent_shape(width, height), model.device
+    shape, device = model.default_shape, model.device
 
     def decode(pictures: int) -> Tensor:
         return model.decode(torch.zeros(pictures, *shape, device=device))
@@ -69,6 +98,13 @@ def first_calls(model: HostedModel) -> Iterator[Callable[[], object]]:
     for pictures in range(1, max(1, min(DECODED_AT_ONCE, PIXELS_AT_ONCE // (width * height))) + 1):
         for call in (decode, encode):
             yield lambda call=call, pictures=pictures: call(pictures)
+
+
+def _first_colours(model: HostedModel) -> Tensor:
+    """Colours of previews, once the decoder has run."""
+    colours = fit_preview(model)
+    model.decode(torch.zeros(1, *model.default_shape, device=model.device))
+    return colours
 
 
 def time_forwards(model: HostedModel, most: int) -> dict[int, float]:

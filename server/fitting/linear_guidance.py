@@ -193,7 +193,7 @@ def _run(
         ``[1 + branches, runs, stages, ...]``.
     """
     facts = model.facts
-    shape = model.latent_shape(facts.default_width, facts.default_height)
+    shape = model.default_shape
     texts = (branch.text(prompt, None) for branch in rule.branches for prompt in prompts)
     inputs = model.inputs([*prompts, *texts])
     scales = np.stack(preconditioning(facts.prediction, plan.alpha[:-1], plan.sigma[:-1]), 1)

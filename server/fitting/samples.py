@@ -134,7 +134,7 @@ def draw(
         tell: called with the number of samples that are done.
     """
     facts = model.facts
-    shape = model.latent_shape(facts.default_width, facts.default_height)
+    shape = model.default_shape
     schedule = model.schedule(facts.default_width, facts.default_height, steps)
     plan = DPMSolverPP().plan(schedule.grid(Trailing(), steps))
     chosen = [prompts[k % len(prompts)] for k in range(count)]

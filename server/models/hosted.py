@@ -114,6 +114,11 @@ class HostedModel(ABC):
         return self.facts.latent_channels, height // scale, width // scale
 
     @property
+    def default_shape(self) -> tuple[int, int, int]:
+        """``(C, h, w)`` of the latent of a picture of the model's own size."""
+        return self.latent_shape(self.facts.default_width, self.facts.default_height)
+
+    @property
     def default_schedule(self) -> NoiseSchedule:
         """The noise schedule at the model's own size, for what is measured without a request."""
         facts = self.facts

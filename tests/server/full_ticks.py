@@ -12,4 +12,4 @@ from unittest.mock import patch
 
 def full_ticks() -> AbstractContextManager[Any]:
     """Within it, engines start as if ticks of all sizes took the same time."""
-    return patch("server.engine.engine.time_forwards", lambda _, most: {1: 0.01, most: 0.01})
+    return patch("server.engine.warmup.time_forwards", lambda _, most: {1: 0.01, most: 0.01})

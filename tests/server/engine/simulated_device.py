@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from functools import cache
 
 from server.engine.client import Client, Flow
-from server.engine.engine import FAIR_THROUGHPUT, FAIR_TICK_S
 from server.engine.fair_queue import Turns
 from server.engine.fair_tick import fair_tick
 from server.engine.scheduler import (
@@ -20,6 +19,7 @@ from server.engine.scheduler import (
     fill,
     rows_of_tick,
 )
+from server.engine.selection import FAIR_THROUGHPUT, FAIR_TICK_S
 
 MOST = 128
 

@@ -194,10 +194,14 @@ def test_released_recordings_give_all_their_memory_back_and_can_be_made_again(on
         assert torch.cuda.memory_reserved() == before
 
 
+def recorded_rows(engine):
+    return engine.prepared(engine._models["embedded"]).recorded
+
+
 def recorded(engine, rows):
     """Wait until an engine without work has recorded forwards of so many rows."""
     until = monotonic() + 60
-    while rows not in (made := engine._preparation._graphs["embedded"].rows):
+    while rows not in (made := recorded_rows(engine)):
         assert monotonic() < until, made
         sleep(0.05)
     return engine
@@ -225,14 +229,14 @@ def test_the_decoder_works_beside_recorded_ticks(start, on_gpu, task, run):
 def test_forwards_are_recorded_between_the_ticks_of_a_server_that_is_never_idle(
     start, on_gpu, task, run, monkeypatch
 ):
-    monkeypatch.setattr("server.engine.engine.QUIET_S", 1000.0)
-    monkeypatch.setattr("server.engine.engine.PIECE_REST", 0)
+    monkeypatch.setattr("server.engine.idle_work.QUIET_S", 1000.0)
+    monkeypatch.setattr("server.engine.idle_work.PIECE_REST", 0)
     tasks = [task("unipc", steps=10 + seed % 7, seed=seed) for seed in range(24)]
     plain = start(model=on_gpu, cuda_graphs=False)
     expected = run(plain, tasks).pixels()
     engine = start(model=on_gpu)
     run(engine, [task(steps=120)])
-    assert engine._preparation._graphs["embedded"].rows
+    assert recorded_rows(engine)
     for ours, theirs in zip(run(engine, tasks).pixels(), expected, strict=True):
         assert np.abs(ours.astype(int) - theirs.astype(int)).mean() < 1
 

@@ -25,7 +25,8 @@ from samplers import SAMPLERS, integrate, preconditioning
 from samplers.dpm_solver_pp import DPMSolverPP
 from samplers.dpm_solver_v3 import DPMSolverV3
 from samplers.timesteps import Trailing
-from server.engine.engine import FIXED_ROWS_MULTIPLE, LANES_KEPT, Engine
+from server.engine.engine import FIXED_ROWS_MULTIPLE, Engine
+from server.engine.state.lanes import LANES_KEPT
 from server.engine.state.noise import stage_noise, start_noise
 from server.engine.task import ImageTask
 from server.engine.tick.decode import DECODED_AT_ONCE

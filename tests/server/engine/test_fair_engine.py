@@ -48,7 +48,7 @@ def oldest_first(
 
 
 FIRST_COME = {
-    "server.engine.engine.fair_tick": oldest_first,
+    "server.engine.selection.fair_tick": oldest_first,
     "server.engine.fair_queue.Turns.flow_due": lambda *_: True,
     "server.engine.fair_queue.Turns.standing": lambda *_: (0.0, 0.0),
 }

@@ -166,7 +166,7 @@ def test_a_preview_that_fails_costs_the_preview(start, task, run, monkeypatch):
 
     engine = start()
     plain = run(engine, [task(steps=3)]).pixels()[0]
-    monkeypatch.setattr("server.engine.engine.previews", fail)
+    monkeypatch.setattr("server.engine.reports.previews", fail)
     heard = run(engine, [task(steps=3, previews=True)])
     assert np.array_equal(heard.pixels()[0], plain)
     assert heard.steps == [(0, k, 3) for k in (1, 2, 3)]
@@ -188,7 +188,7 @@ def test_a_listener_that_raises_costs_its_own_images(start, task, run, listen):
 
 
 def test_all_previews_of_a_tick_are_one_transfer(start, task, run, monkeypatch):
-    import server.engine.engine as module
+    import server.engine.reports as module
 
     made: list[int] = []
     real = module.previews

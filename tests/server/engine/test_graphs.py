@@ -290,12 +290,12 @@ def test_a_recording_under_way_is_let_go_of_when_memory_is_short() -> None:
 
 
 def test_an_engine_that_is_never_idle_records_its_ticks(monkeypatch) -> None:
-    monkeypatch.setattr("server.engine.engine.QUIET_S", 1000.0)
-    monkeypatch.setattr("server.engine.engine.PIECE_REST", 0)
+    monkeypatch.setattr("server.engine.idle_work.QUIET_S", 1000.0)
+    monkeypatch.setattr("server.engine.idle_work.PIECE_REST", 0)
     model = Waiting()
     tape = Tape(model)
     preparation = Preparation(lambda _: tape)
-    monkeypatch.setattr("server.engine.engine.Preparation", lambda _: preparation)
+    monkeypatch.setattr("server.engine.idle_work.Preparation", lambda _: preparation)
     engine = started(model, 16, prepares=True)
     assert tape.made == []
     run(engine, [task(steps=3 * OFTEN)])
@@ -313,12 +313,12 @@ def test_an_engine_that_is_never_idle_records_its_ticks(monkeypatch) -> None:
 def test_no_image_fails_before_recordings_have_given_their_memory_back(
     short_in: tuple[str, ...], monkeypatch
 ) -> None:
-    monkeypatch.setattr("server.engine.engine.QUIET_S", 1000.0)
-    monkeypatch.setattr("server.engine.engine.PIECE_REST", 0)
+    monkeypatch.setattr("server.engine.idle_work.QUIET_S", 1000.0)
+    monkeypatch.setattr("server.engine.idle_work.PIECE_REST", 0)
     model = Waiting()
     tape = Tape(model)
     preparation = Preparation(lambda _: tape)
-    monkeypatch.setattr("server.engine.engine.Preparation", lambda _: preparation)
+    monkeypatch.setattr("server.engine.idle_work.Preparation", lambda _: preparation)
     engine = started(model, 16, prepares=True)
     run(engine, [task(steps=3 * OFTEN)])
 
@@ -340,7 +340,7 @@ def test_no_image_fails_before_recordings_have_given_their_memory_back(
 
 
 def test_an_engine_replays_its_small_ticks_and_draws_the_same_images(monkeypatch) -> None:
-    monkeypatch.setattr("server.engine.engine.QUIET_S", 0.01)
+    monkeypatch.setattr("server.engine.idle_work.QUIET_S", 0.01)
     tasks = [task(seed=seed, steps=3 + seed) for seed in range(5)]
     plain = started(Toy(), 16)
     expected = run(plain, tasks).results
@@ -348,7 +348,7 @@ def test_an_engine_replays_its_small_ticks_and_draws_the_same_images(monkeypatch
     model = Waiting()
     tape = Tape(model)
     preparation = Preparation(lambda _: tape)
-    monkeypatch.setattr("server.engine.engine.Preparation", lambda _: preparation)
+    monkeypatch.setattr("server.engine.idle_work.Preparation", lambda _: preparation)
     engine = started(model, 16, prepares=True)
     until = monotonic() + 20
     while len(tape.made) < len(SIZES) or not tape.made[-1].calls >= CALLS_OF_A_RECORD:

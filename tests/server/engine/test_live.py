@@ -8,7 +8,9 @@ from typing import Any
 
 from server.engine.cost_model import TickCost
 from server.engine.live_share import ORDINARY_SHARE
+from server.engine.metrics import EngineMeasurements
 from server.engine.scheduler import Load, Priority
+from server.engine.selection import Selection
 from server.engine.state.lane import Lane
 from server.engine.state.sequence import ImageResult
 from server.engine.task import ImageTask, Stream
@@ -104,10 +106,10 @@ def test_live_frames_that_finish_together_are_all_decoded_before_the_next_tick(
     assert [call for call in between_ticks(diary.entries) if call] == [[1] * 6, [1]]
 
 
-def test_where_every_tick_takes_long_live_ticks_still_have_enough_rows(start, model):
+def test_where_every_tick_takes_long_live_ticks_still_have_enough_rows(model):
     """Ticks of one row would be the shortest, and all frames late."""
-    engine = start(row_budget=12, live_tick_s=0.0001)
+    selection = Selection(EngineMeasurements(row_budget=12), live_tick_s=0.0001)
     cost = TickCost({1: 0.5, 12: 1.0})
     lane = Lane(model, (4, 16, 16), cost, most_rows=12)
-    rows = engine.rows_of_tick(Load(lane=0, rows=16, widest=1, live=True), lane)
+    rows = selection.rows_of_tick(Load(lane=0, rows=16, widest=1, live=True), lane)
     assert rows / cost.seconds(rows) >= 0.8 * 12 / cost.seconds(12)

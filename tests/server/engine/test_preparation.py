@@ -13,13 +13,15 @@ from torch import Tensor
 
 from guidance import CFG, PAG, SEG, SLG
 from guidance.edits import IdentityAttention
-from server.engine import engine as engine_module
+from server.engine import idle_work
 from server.engine.cost_model import TickCost
 from server.engine.engine import Engine
 from server.engine.forwards import Forwards
+from server.engine.metrics import EngineMeasurements
 from server.engine.preparation import AT_START, SHAPES_KEPT, Preparation
 from server.engine.row_sizes import ROW_SIZES
 from server.engine.scheduler import Load
+from server.engine.selection import Selection
 from server.engine.state.lane import Lane
 from server.models.adapters.adapter import Adapter, RowAdapters, Weighted
 from server.models.conditioning import Conditioning
@@ -54,7 +56,7 @@ class Busy(Toy):
 @pytest.fixture
 def begin(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Engine]]:
     """Engines that find every moment without work quiet; stops them."""
-    monkeypatch.setattr(engine_module, "QUIET_S", 0.01)
+    monkeypatch.setattr(idle_work, "QUIET_S", 0.01)
     engines: list[Engine] = []
 
     def make(model: Toy, **options: bool) -> Engine:
@@ -170,15 +172,15 @@ def test_deterministic_engines_keep_to_their_one_size(begin):
     assert sizes_of(model) == {MOST}
 
 
-def test_a_tick_is_planned_by_the_size_that_it_is_filled_up_to(begin):
+def test_a_tick_is_planned_by_the_size_that_it_is_filled_up_to():
     """18 rows would run as 20, so two ticks of 9 are done sooner."""
-    engine = begin(Busy())
+    selection = Selection(EngineMeasurements(row_budget=MOST), live_tick_s=0.1)
     cost = TickCost({1: 0.02, 128: 1.29})
     forwards = Forwards(Toy(), SHAPE, cost, MOST)
     for size in (1, 9, 20):
         forwards.sizes.note(size, size, cost.seconds)
     lane = Lane(Toy(), SHAPE, cost, MOST, forwards)
-    assert engine.rows_of_tick(Load(lane=0, rows=18, widest=1, live=False), lane) == 9
+    assert selection.rows_of_tick(Load(lane=0, rows=18, widest=1, live=False), lane) == 9
 
 
 def test_other_latent_shapes_are_prepared_smallest_forwards_first_as_long_as_they_are_short():

@@ -163,7 +163,7 @@ def test_the_least_recently_used_model_goes_where_memory_is_short(
     assert gone() is None
     assert "a" in engine_knew
     assert all(name != "a" for name, _, _ in engine.tick_costs())
-    assert all(key[0] != "a" for key in engine._lanes)
+    assert all(lane.model.facts.name != "a" for lane in engine._lanes)
     asyncio.run(made(service, "b"))
     asyncio.run(made(service, None))
     assert loaded(service) == ["a", "b"]
@@ -212,7 +212,7 @@ def test_recordings_of_forwards_make_room_where_models_in_use_cannot(
     )
     preparation = Preparation()
     monkeypatch.setattr(preparation, "release", lambda: bool(held) and bool(held.pop()))
-    monkeypatch.setattr(engine, "_preparation", preparation)
+    monkeypatch.setattr(engine._idle_work, "_preparation", preparation)
 
     async def run() -> None:
         async with asyncio.timeout(PATIENCE_S / 2):

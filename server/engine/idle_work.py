@@ -1,0 +1,164 @@
+"""When the engine prepares for later work: before it is ready, in quiet moments, between ticks."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import contextmanager
+from math import inf
+from threading import Lock
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from server.engine.capture import CudaRecorder
+from server.engine.faults import attempt, free_memory
+from server.engine.preparation import AT_START, Preparation, Prepared
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterable
+
+    import torch
+
+    from server.engine.cost_model import TickCost
+    from server.engine.forwards import Forwards
+    from server.models.hosted import HostedModel
+
+__all__ = ["IdleWork"]
+
+log = logging.getLogger(__name__)
+
+QUIET_S = 1.0
+"""Seconds without work after which the engine prepares for what may come."""
+
+PIECE_REST = 4
+"""How many times as long as a piece of preparation between ticks the ticks run on before the next.
+"""
+
+
+class IdleWork:
+    """Does the pieces of a preparation where they delay nobody, or little.
+
+    It belongs to the engine's thread, but for :meth:`undisturbed` and :meth:`prepared`.
+
+    Args:
+        device: of all models.
+        prepares: run forwards at few numbers of rows, and all of these before they are needed;
+            otherwise there is nothing to do here.
+        records: record the forwards that are prepared as CUDA graphs.
+    """
+
+    def __init__(self, device: torch.device, *, prepares: bool, records: bool) -> None:
+        self._device = device
+        self._preparation: Preparation | None = None
+        if prepares:
+            self._preparation = Preparation(_recorder_of if records else None)
+        self._undisturbed = Lock()
+        self._rests_until = -inf
+
+    @contextmanager
+    def undisturbed(self) -> Generator[None]:
+        """Do nothing here inside the ``with`` block, which waits for the piece that is being made.
+
+        From any thread but the engine's.
+        """
+        with self._undisturbed:
+            yield
+
+    def add(self, model: HostedModel, cost: TickCost, most: int) -> None:
+        """Prepare a model from now on.
+
+        Args:
+            model: loaded.
+            cost: of its ticks at its default size.
+            most: rows of a forward.
+        """
+        if self._preparation is not None:
+            self._preparation.add(model, model.default_shape, cost, most)
+
+    def forget(self, name: str) -> None:
+        """Let go of a model."""
+        if self._preparation is not None:
+            self._preparation.forget(name)
+
+    def forwards(
+        self, model: HostedModel, shape: tuple[int, int, int], cost: TickCost, most: int
+    ) -> Forwards | None:
+        """The forwards of a model at a latent shape; None where they run as they are."""
+        if self._preparation is None:
+            return None
+        return self._preparation.forwards(model, shape, cost, most)
+
+    def prepared(self, model: HostedModel) -> Prepared:
+        """What has been done for the forwards of a model; safe from any thread."""
+        if self._preparation is None:
+            return Prepared()
+        return self._preparation.of(model.facts.name, model.default_shape)
+
+    def release(self) -> bool:
+        """Free the memory of all recordings; whether there was any."""
+        released = self._preparation is not None and self._preparation.release()
+        if released:
+            free_memory(self._device)
+        return released
+
+    def before_ready(self, models: Iterable[HostedModel]) -> None:
+        """Prepare all but the large forwards of the first models."""
+        if self._preparation is None:
+            return
+        while piece := self._preparation.next(AT_START):
+            self._do(piece)
+        for model in models:
+            sizes = ", ".join(map(str, self.prepared(model).rows))
+            log.info("%s: forward passes are filled up to %s rows", model.facts.name, sizes)
+
+    def until(self, wait: Callable[[float | None], bool], live: Callable[[], bool]) -> None:
+        """Prepare in quiet moments until there is other work.
+
+        Args:
+            wait: for other work, at most so many seconds; whether there is any.
+            live: whether frames of live streams are expected, which have pauses between them that
+                are shorter than a piece.
+        """
+        quiet_s: float | None = QUIET_S
+        while not wait(quiet_s):
+            quiet_s = QUIET_S if live() else self._next()
+
+    def beside_ticks(self, most_s: float) -> None:
+        """Make a small piece where there are no quiet moments.
+
+        Args:
+            most_s: seconds that it may take.
+        """
+        if self._preparation is None or monotonic() < self._rests_until:
+            return
+        piece = self._preparation.next_beside_ticks(most_s)
+        if piece is None or not self._undisturbed.acquire(blocking=False):
+            return
+        began = monotonic()
+        try:
+            self._do(piece)
+        finally:
+            self._undisturbed.release()
+        self._rests_until = monotonic() + PIECE_REST * (monotonic() - began)
+
+    def _next(self) -> float | None:
+        """Make a piece; how long to wait before the next one, None where there is none."""
+        if not self._undisturbed.acquire(blocking=False):
+            return QUIET_S
+        try:
+            piece = None if self._preparation is None else self._preparation.next()
+            if piece is None:
+                return None
+            self._do(piece)
+            return 0.0
+        finally:
+            self._undisturbed.release()
+
+    def _do(self, piece: Callable[[], object]) -> None:
+        failed = attempt(piece, self._device)
+        if isinstance(failed, Exception):
+            log.warning("what was tried before it was needed failed", exc_info=failed)
+            free_memory(self._device)
+
+
+def _recorder_of(model: HostedModel) -> CudaRecorder:
+    return CudaRecorder(model.device)

@@ -1,0 +1,122 @@
+"""What listeners hear of their images: that they run, how far they are, previews."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from server.engine.faults import attempt
+from server.engine.tick.host_copy import HostCopy
+from server.engine.tick.preview import previews
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from server.engine.state.sequence import ImageResult, Sequence
+
+__all__ = ["Reports"]
+
+log = logging.getLogger(__name__)
+
+StepsDone: TypeAlias = "tuple[Sequence, int]"
+"""An image, and how many of its sampler steps are done."""
+
+
+class Reports:
+    """Tells listeners, whose own errors cancel their images and touch nobody else's.
+
+    Args:
+        device: of all models.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._colours: dict[str, Tensor] = {}
+        self._previewed: list[tuple[list[StepsDone], HostCopy]] = []
+
+    def add(self, model: str, colours: Tensor) -> None:
+        """Draw previews of a model by these colours, see ``fit_preview``."""
+        self._colours[model] = colours
+
+    def forget(self, model: str) -> None:
+        """Let go of a model that no image is under way of."""
+        # Images whose previews wait to be shown hold their lane, and it the model.
+        self.show()
+        del self._colours[model]
+
+    def started(self, sequence: Sequence) -> None:
+        """An image is about to be evaluated for the first time."""
+        _tell(sequence, sequence.listener.started, sequence.index)
+
+    def finished(self, sequence: Sequence, result: ImageResult) -> None:
+        """An image is done."""
+        _tell(sequence, sequence.listener.finished, sequence.index, result)
+
+    def failed(self, sequence: Sequence, error: Exception) -> None:
+        """An image ended without a picture."""
+        _tell(sequence, sequence.listener.failed, sequence.index, error)
+
+    def steps(self, closed: list[tuple[Sequence, int]], denoised: Tensor) -> None:
+        """A stage has closed sampler steps, of which some images want a preview.
+
+        Args:
+            closed: images of one lane, at their next stage, each with its row of the predictions.
+            denoised: the predictions, ``[rows, C, h, w]``.
+        """
+        wanted: list[StepsDone] = []
+        rows: list[int] = []
+        for sequence, row in closed:
+            progress = sequence, sequence.task.plan.step[sequence.stage - 1] + 1
+            if sequence.task.previews and not sequence.done:
+                wanted.append(progress)
+                rows.append(row)
+            else:
+                _tell_progress(progress, None)
+        if wanted:
+            self._preview(wanted, denoised, rows)
+
+    def show(self) -> None:
+        """Send the previews that were begun, whose copies to the host are over or waited for."""
+        previewed, self._previewed = self._previewed, []
+        for wanted, copy in previewed:
+            fetched = attempt(copy.fetch, self._device)
+            failed = isinstance(fetched, Exception)
+            pictures = [None] * len(wanted) if failed else fetched[0].numpy()
+            for progress, picture in zip(wanted, pictures, strict=True):
+                _tell_progress(progress, picture)
+
+    def _preview(self, wanted: list[StepsDone], denoised: Tensor, rows: list[int]) -> None:
+        """Start the previews of a tick; on a GPU they are there with the next tick's wait."""
+        lane, colours = wanted[0][0].lane, self._colours[wanted[0][0].task.model]
+        made = attempt(
+            lambda: HostCopy(previews(denoised.index_select(0, lane.indices(rows)), colours)),
+            self._device,
+        )
+        if isinstance(made, Exception):
+            log.warning("previews failed", exc_info=made)
+            for progress in wanted:
+                _tell_progress(progress, None)
+            return
+        self._previewed.append((wanted, made))
+        if made.ready:
+            self.show()
+
+
+def _tell_progress(progress: StepsDone, picture: NDArray[np.uint8] | None) -> None:
+    sequence, step = progress
+    if sequence.slot >= 0:
+        told = sequence.index, step, sequence.task.plan.steps, picture
+        _tell(sequence, sequence.listener.progress, *told)
+
+
+def _tell(sequence: Sequence, call: Callable[..., None], *said: Any) -> None:
+    try:
+        call(*said)
+    except Exception:
+        log.exception("a listener failed; its images are cancelled")
+        sequence.submission.cancel()

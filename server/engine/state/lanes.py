@@ -1,0 +1,89 @@
+"""The lanes that there are, and the one of an image."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeAlias
+
+from server.engine.state.lane import Lane
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Iterator, Mapping
+
+    from server.engine.cost_model import CostModel, TickCost
+    from server.engine.forwards import Forwards
+    from server.engine.metrics import EngineMeasurements
+    from server.engine.task import ImageTask
+    from server.models.hosted import HostedModel
+
+__all__ = ["LANES_KEPT", "Lanes"]
+
+LANES_KEPT = 8
+"""Lanes kept for their next image though none is under way in them."""
+
+Key: TypeAlias = "tuple[str, tuple[int, int, int], Hashable]"
+"""Model, latent shape, and what else images of one forward have in common."""
+
+
+class Lanes:
+    """Makes a lane for the first image of its kind, and keeps some that have no image any more.
+
+    What it is given is the engine's own and changes with it.
+
+    Args:
+        models: hosted models by name.
+        costs: of ticks.
+        measurements: that say how many rows a forward may have.
+        forwards_of: the forwards of a model at a latent shape; None where they run as they are.
+        mixed: images of several sizes may share a forward if their model can evaluate them.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, HostedModel],
+        costs: CostModel,
+        measurements: EngineMeasurements,
+        forwards_of: Callable[[HostedModel, tuple[int, int, int], TickCost, int], Forwards | None],
+        *,
+        mixed: bool,
+    ) -> None:
+        self._models = models
+        self._costs = costs
+        self._measurements = measurements
+        self._forwards_of = forwards_of
+        self._mixed = mixed
+        self._lanes: dict[Key, Lane] = {}
+
+    def __len__(self) -> int:
+        return len(self._lanes)
+
+    def __iter__(self) -> Iterator[Lane]:
+        return iter(self._lanes.values())
+
+    def of(self, task: ImageTask, length: int) -> Lane:
+        """The lane of an image.
+
+        Args:
+            task: of the image.
+            length: of its longest conditioning, in tokens.
+        """
+        model = self._models[task.model]
+        shape = model.latent_shape(task.width, task.height)
+        group = model.group_key(task.width, task.height, length)
+        key = task.model, shape, group
+        if key not in self._lanes:
+            self._forget_idle()
+            cost, most = self._costs.keep(task.model, shape), self._measurements.row_budget
+            forwards = self._forwards_of(model, shape, cost, most)
+            mixes = (task.model, group) if self._mixed and model.mixes_sizes else None
+            self._lanes[key] = Lane(model, shape, cost, most, forwards, mixes)
+        return self._lanes[key]
+
+    def forget(self, model: str) -> None:
+        """Drop the lanes of a model."""
+        self._lanes = {key: lane for key, lane in self._lanes.items() if key[0] != model}
+
+    def _forget_idle(self) -> None:
+        """Requests of ever new sizes must not fill the memory with empty pools."""
+        idle = [key for key, lane in self._lanes.items() if lane.pool.idle]
+        for key in idle[: max(0, len(self._lanes) + 1 - LANES_KEPT)]:
+            del self._lanes[key]
