@@ -34,6 +34,7 @@ from server.engine.tick.decode import Decoder
 from server.engine.tick.newcomers import Admission
 from server.engine.tick.pictures import PicturesOfATick
 from server.engine.tick.stage import run_stage
+from server.engine.tick.undecoded import undecoded
 from server.engine.warmup import recommended_rows, warm_up, warm_up_beside_ticks
 from server.errors import Cancelled, DeviceLost, NotReady, RowFailed
 from server.models.memory import unused_bytes
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
     from server.engine.preparation import Prepared
     from server.engine.reservation import Reservation
-    from server.engine.state.sequence import Listener
+    from server.engine.state.sequence import ImageResult, Listener
     from server.engine.task import ImageTask
     from server.engine.tick.stage import Outcome, Stage
     from server.engine.warmup import Warmth
@@ -443,9 +444,16 @@ class Engine:
             if sequence.done:
                 done.append(sequence)
         self._reports.steps(closed, outcome.denoised)
+        self._retire(done)
+
+    def _retire(self, done: list[Sequence]) -> None:
+        """Have images whose last stage has run decoded; those that are not are finished."""
         for sequence in done:
             sequence.denoised_at = monotonic()
-        self._decoder.add(done)
+        self._decoder.add([one for one in done if not one.task.undecoded])
+        for sequence in done:
+            if sequence.task.undecoded:
+                self._finish(sequence, attempt(lambda one=sequence: undecoded(one), self._device))
 
     def _divide(self, chosen: list[Sequence], error: Exception) -> None:
         """Run the two halves of what together is an error; one image or group fails by it."""
@@ -531,33 +539,33 @@ class Engine:
         """Let the decoder work, and send what it has finished."""
         before_s, live_before_s = self._decoder.seconds, self._decoder.live_s
         for sequence, outcome in self._decoder.work(idle=idle):
-            if isinstance(outcome, Exception):
-                self._note_overflow(sequence, outcome)
-                self._fail(sequence, outcome)
-                continue
-            if not sequence.submission.finish():
-                self._fail(sequence, Cancelled())
-                continue
-            self.measurements.finished(
-                sequence.task.priority,
-                monotonic() - sequence.submitted_at,
-                {
-                    "queue": outcome.queue_s,
-                    "denoise": outcome.denoise_s,
-                    "decode": outcome.decode_s,
-                },
-            )
-            if sequence.live:
-                self._selection.note_live()
-            if sequence.saved:
-                self.measurements.saved[sequence.task.policy.name] += sequence.saved
-            if sequence.task.cache is not None:
-                self.measurements.saved[sequence.task.cache.name] += sequence.recollection.saved
-            self._leave(sequence)
-            self._reports.finished(sequence, outcome)
+            self._finish(sequence, outcome)
         self.measurements.decode_s = self._decoder.seconds
         seconds, live_s = self._decoder.seconds - before_s, self._decoder.live_s - live_before_s
         self._selection.share_out(self._active, seconds, live_s=live_s)
+
+    def _finish(self, sequence: Sequence, outcome: ImageResult | Exception) -> None:
+        """Send what came of an image whose last stage has run."""
+        if isinstance(outcome, Exception):
+            self._note_overflow(sequence, outcome)
+            self._fail(sequence, outcome)
+            return
+        if not sequence.submission.finish():
+            self._fail(sequence, Cancelled())
+            return
+        self.measurements.finished(
+            sequence.task.priority,
+            monotonic() - sequence.submitted_at,
+            {"queue": outcome.queue_s, "denoise": outcome.denoise_s, "decode": outcome.decode_s},
+        )
+        if sequence.live:
+            self._selection.note_live()
+        if sequence.saved:
+            self.measurements.saved[sequence.task.policy.name] += sequence.saved
+        if sequence.task.cache is not None:
+            self.measurements.saved[sequence.task.cache.name] += sequence.recollection.saved
+        self._leave(sequence)
+        self._reports.finished(sequence, outcome)
 
     def _note_overflow(self, sequence: Sequence, error: Exception, rows: int | None = None) -> None:
         """Remember what did not fit into memory by itself, so that as much is refused at once."""

@@ -67,7 +67,8 @@ def footprint(
         states += NUMBER_BYTES * slots * prod(kind[1]) + 3 * task.width * task.height
         texts |= {(task.model, text) for text in guidance.texts}
         steering = (use.picture for use in task.controls)
-        for picture in (task.image, task.mask, *(term.picture for term in task.terms), *steering):
+        shown = (task.image, task.latents, task.mask, *(term.picture for term in task.terms))
+        for picture in (*shown, *steering):
             if picture is not None:
                 pictures[id(picture)] = picture
     told = sum(told_bytes(model) for model, _ in texts)

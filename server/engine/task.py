@@ -61,8 +61,10 @@ class ImageTask:
             images of its submission are a stream.
         image: picture to start from, ``[3, H, W]`` float32 in [-1, 1]; the plan then starts
             part way.
+        latents: clean latents to start from instead of a picture, ``[C, h, w]`` float32.
         mask: ``[H, W]`` float32, 1 to repaint, 0 to keep.
         from_noise: whether x starts as noise alone, although there is a picture.
+        undecoded: whether the result is the clean latents, which are not decoded.
         previews: attach a small picture to each progress report.
     """
 
@@ -84,6 +86,8 @@ class ImageTask:
     priority: Priority = Priority.INTERACTIVE
     stream: Stream | None = None
     image: Tensor | None = None
+    latents: Tensor | None = None
     mask: Tensor | None = None
     from_noise: bool = False
+    undecoded: bool = False
     previews: bool = False

@@ -14,7 +14,6 @@ from server.decoding.picture import MaskForm
 from server.errors import InvalidRequest
 from server.models.emphasis import is_long, is_weighted
 from server.requests.automatic1111_hires import (
-    LATENT,
     LEAST_STEPS,
     HiresFields,
     different,
@@ -298,8 +297,6 @@ def translated(
     ignored = [*_without_effect(body), *tags.others, *negative.others]
     ignored += [f"<lora:{name}>" for name in (tags.loras.keys() - loras.keys())]
     said = [f"Ignored, because nothing here corresponds: {', '.join(ignored)}."] if ignored else []
-    if request.hires is not None and body.hr_upscaler.startswith(LATENT):
-        said.append(f"hr_upscaler {body.hr_upscaler!r} is read as 'Lanczos'.")
     reading = Reading(habitual=True, told_scale=body.distilled_cfg_scale)
     return Translated(
         request.read_as(reading),

@@ -8,15 +8,31 @@ from typing import Any, Final
 from pydantic import BaseModel, ConfigDict, Field
 
 from server.errors import InvalidRequest
+from server.requests.hires import UPSCALER_LABELS, Upscaler
 from server.requests.schema import DEFAULT_STEPS
 
-__all__ = ["LATENT", "LEAST_STEPS", "UPSCALERS", "HiresFields", "different", "hires", "written"]
+__all__ = [
+    "LATENT_UPSCALERS",
+    "LEAST_STEPS",
+    "UPSCALERS",
+    "HiresFields",
+    "different",
+    "hires",
+    "written",
+]
 
-UPSCALERS: Final = ("None", "Lanczos")
-"""Both are Lanczos: AUTOMATIC1111 resizes by it where no upscaler is chosen."""
+UPSCALERS: Final = ("None", UPSCALER_LABELS["lanczos"])
+"""Of pixels. Both are Lanczos: AUTOMATIC1111 resizes by it where no upscaler is chosen."""
 
-LATENT: Final = "Latent"
-"""Begins the names of its upscalers of latents, which are read as Lanczos."""
+LATENT_UPSCALERS: Final = tuple(
+    label for label in UPSCALER_LABELS.values() if label not in UPSCALERS
+)
+"""Of latents, its default first."""
+
+_UPSCALERS: Final[Mapping[str, Upscaler]] = {
+    "None": "lanczos",
+    **{label: name for name, label in UPSCALER_LABELS.items()},
+}
 
 LEAST_STEPS: Final = 1.001
 """From an image one step is run at least, also by a strength of 0."""
@@ -62,7 +78,9 @@ class HiresFields(BaseModel):
     hr_resize_x: int = Field(default=0, ge=0, le=16384, description="Width instead; 0 is none.")
     hr_resize_y: int = Field(default=0, ge=0, le=16384, description="Height instead; 0 is none.")
     hr_upscaler: str = Field(
-        default=LATENT, max_length=128, description="`Lanczos`, which `Latent` is read as."
+        default=LATENT_UPSCALERS[0],
+        max_length=128,
+        description="How each image is enlarged: a name in `upscalers` or `latent-upscale-modes`.",
     )
     hr_second_pass_steps: int = Field(
         default=0, ge=0, description="Steps of the second run; 0 is as many as of the first."
@@ -97,15 +115,15 @@ def hires(
     """
     if not fields.enable_hr:
         return {}
-    if not (fields.hr_upscaler in UPSCALERS or fields.hr_upscaler.startswith(LATENT)):
+    upscaler = _UPSCALERS.get(fields.hr_upscaler)
+    if upscaler is None:
         raise InvalidRequest(
             "hr_upscaler",
-            f"hr_upscaler is {fields.hr_upscaler!r}; allowed are: {', '.join(UPSCALERS)}, and "
-            f"{LATENT}, which is read as Lanczos.",
+            f"hr_upscaler is {fields.hr_upscaler!r}; allowed are: {', '.join(_UPSCALERS)}.",
         )
     asked = DEFAULT_STRENGTH if denoising_strength is None else denoising_strength
     least = LEAST_STEPS / (fields.hr_second_pass_steps or steps or DEFAULT_STEPS)
-    made: dict[str, Any] = {"strength": min(1.0, max(asked, least))}
+    made: dict[str, Any] = {"strength": min(1.0, max(asked, least)), "upscaler": upscaler}
     if fields.hr_second_pass_steps:
         made["steps"] = fields.hr_second_pass_steps
     width, height = fields.hr_resize_x, fields.hr_resize_y

@@ -2,20 +2,45 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Annotated, Final, Literal, Self, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-__all__ = ["DEFAULT_SCALE", "Hires"]
+__all__ = ["DEFAULT_SCALE", "UPSCALER_LABELS", "Hires", "Upscaler"]
 
 DEFAULT_SCALE = 2.0
+
+Upscaler: TypeAlias = Literal[
+    "lanczos",
+    "latent",
+    "latent_antialiased",
+    "latent_bicubic",
+    "latent_bicubic_antialiased",
+    "latent_nearest",
+    "latent_nearest_exact",
+]
+
+UPSCALER_LABELS: Final[Mapping[Upscaler, str]] = MappingProxyType(
+    {
+        "lanczos": "Lanczos",
+        "latent": "Latent",
+        "latent_antialiased": "Latent (antialiased)",
+        "latent_bicubic": "Latent (bicubic)",
+        "latent_bicubic_antialiased": "Latent (bicubic antialiased)",
+        "latent_nearest": "Latent (nearest)",
+        "latent_nearest_exact": "Latent (nearest-exact)",
+    }
+)
+"""What AUTOMATIC1111 calls them."""
 
 Count = Annotated[int, Field(strict=True)]
 
 
 class Hires(BaseModel):
-    """How each image is enlarged (Lanczos) and drawn once more, as AUTOMATIC1111's "hires fix".
+    """How each image is enlarged and drawn once more, as AUTOMATIC1111's "hires fix".
 
     Models draw compositions well at the size that they were trained at, and repeat motifs beyond
     it. So the first run composes the image at `width` x `height`, and the second one, from the
@@ -52,6 +77,17 @@ class Hires(BaseModel):
     steps: Count | None = Field(
         default=None, ge=1, description="Steps of the second run. Default: those of the first."
     )
+    upscaler: Upscaler = Field(
+        default="lanczos",
+        description="How the image is enlarged: its pixels, by `lanczos`, or its latents, by "
+        "`latent` (bilinear) and the others, which neither decode nor encode it. Enlarged latents "
+        "are blurred and need a `strength` of about 0.5 or more.",
+    )
+
+    @property
+    def of_latents(self) -> bool:
+        """Whether the latents are enlarged, and the first run is not decoded."""
+        return self.upscaler != "lanczos"
 
     @model_validator(mode="after")
     def _say_the_size_once(self) -> Self:

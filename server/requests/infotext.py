@@ -9,6 +9,7 @@ from typing import Any
 from guidance.parts import PARTS
 from samplers.names import label_of, schedule_type_of
 from server.requests.controls import ControlSettings
+from server.requests.hires import UPSCALER_LABELS
 from server.requests.schema import ResolvedRequest
 
 __all__ = ["infotext"]
@@ -67,7 +68,7 @@ def _hires(settings: ResolvedRequest) -> dict[str, Any]:
     return {
         "Hires resize": f"{width}x{height}",
         "Hires steps": hires.steps,
-        "Hires upscaler": "Lanczos",
+        "Hires upscaler": UPSCALER_LABELS[hires.upscaler],
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Collection, Generator, Sequence
 from contextlib import contextmanager
 
 from server.errors import InvalidRequest
@@ -12,7 +12,7 @@ from server.requests.checks.limits import check_limits, check_size
 from server.requests.schema import ResolvedRequest
 from server.settings import Limits
 
-__all__ = ["check_hires", "naming_hires", "second_run"]
+__all__ = ["check_hires", "naming_hires", "second_run", "warned_again"]
 
 FIELDS = ("width", "height", "steps", "strength")
 """That a second run has of its own."""
@@ -78,3 +78,13 @@ def naming_hires() -> Generator[None]:
         field = f"hires.{refusal.field}" if own else "hires"
         said = f"hires.{refusal.message}" if own else f"In the second run, {refusal.message}"
         raise InvalidRequest(field, said) from None
+
+
+def warned_again(first: Collection[str], second: Sequence[str]) -> tuple[str, ...]:
+    """What the second run alone is warned of.
+
+    Args:
+        first: warnings of the first run.
+        second: of the second.
+    """
+    return tuple(f"In the second run, {warning}" for warning in second if warning not in first)

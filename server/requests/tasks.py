@@ -99,6 +99,7 @@ def tasks_of(
             image=image,
             mask=mask,
             from_noise=from_noise,
+            undecoded=resolved.hires is not None and resolved.hires.of_latents,
             previews=resolved.stream,
         )
         for seed in seeds_of(resolved)

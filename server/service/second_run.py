@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from threading import Lock
-from typing import Final
+from typing import Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 
 from server.engine.reservation import Reservation
 from server.engine.state.sequence import ImageResult
@@ -19,9 +18,11 @@ from server.engine.state.submission import Submission
 from server.engine.task import ImageTask
 from server.requests.second_run import naming_hires
 from server.service.generation import Generation
-from server.service.pixels import pixels_tensor
 
-__all__ = ["SecondRun", "enlarged"]
+__all__ = ["SecondRun", "Started"]
+
+Started: TypeAlias = Callable[[ImageTask, ImageResult], ImageTask]
+"""Makes a task of the second run start from what the first run drew."""
 
 
 class SecondRun:
@@ -34,7 +35,8 @@ class SecondRun:
         loop: its event loop, in whose threads images are enlarged.
         room: reserved for both runs of all images; given back when they are cancelled.
         first: a task of the first run.
-        tasks: of the second run, without the images that they start from.
+        tasks: of the second run, without what they start from.
+        started_from: lets one of these start from the result of its first run.
     """
 
     def __init__(
@@ -44,11 +46,13 @@ class SecondRun:
         room: Reservation,
         first: ImageTask,
         tasks: Sequence[ImageTask],
+        started_from: Started,
     ) -> None:
         self._generation = generation
         self._loop = loop
         self._room = room
         self._tasks = tasks
+        self._started_from: Final = started_from
         self._first_steps: Final = first.plan.steps
         self._steps: Final = first.plan.steps + tasks[0].plan.steps
         self._submissions: list[Submission] = []
@@ -97,13 +101,11 @@ class SecondRun:
         self._generation.failed(index, error)
 
     def _again(self, index: int, first: ImageResult) -> None:
-        task = self._tasks[index]
         listener = _Second(self._generation, index, first, self._first_steps, self._steps)
         try:
-            pixels = pixels_tensor(enlarged(first.pixels, task.width, task.height))
+            own = self._started_from(self._tasks[index], first)
             with self._lock, naming_hires():
                 if not self._cancelled:
-                    own = replace(task, image=pixels)
                     self._submissions.append(self._room.submit([own], listener))
         except Exception as error:  # noqa: BLE001 - the generation reports it
             self._generation.failed(index, error)
@@ -159,15 +161,3 @@ class _Second:
     def failed(self, index: int, error: Exception) -> None:
         """The image failed in its second run."""
         self._generation.failed(self._index, error)
-
-
-def enlarged(pixels: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:
-    """A picture at a larger size, cropped around its middle to other proportions.
-
-    Args:
-        pixels: uint8 `[h, w, 3]`.
-        width: of the result.
-        height: of the result.
-    """
-    image = Image.fromarray(pixels, mode="RGB")
-    return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))

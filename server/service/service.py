@@ -37,13 +37,14 @@ from server.requests.controls import load_controls, unloaded_controls
 from server.requests.infotext import infotext
 from server.requests.resolve import Prepared, make_plan, prepare, resolve, statistics_for
 from server.requests.schema import DEFAULT_RESIZE_MODE, GenerateRequest, ResolvedRequest
-from server.requests.second_run import naming_hires, second_run
+from server.requests.second_run import naming_hires, second_run, warned_again
 from server.requests.tasks import seeds_of, tasks_of
 from server.requests.upload import Upload
+from server.service.enlarging import started_from
 from server.service.generation import Generation
 from server.service.model_shelf import Lease, ModelShelf, ModelState, Source
 from server.service.pixels import mask_tensor, pixels_tensor
-from server.service.second_run import SecondRun, enlarged
+from server.service.second_run import SecondRun
 from server.service.waiting_line import WaitingLine
 from server.settings import Limits
 
@@ -105,12 +106,13 @@ class Pictures:
 
 
 class Uploads(NamedTuple):
-    """The images that were sent with a request, at the size of its results."""
+    """The images that were sent with a request, at the size of its run, or of the second one."""
 
     image: NDArray[np.uint8] | None
     mask: NDArray[np.uint8] | None
     reference: NDArray[np.uint8] | None
     controls: Sequence[NDArray[np.uint8]]
+    controls_again: Sequence[NDArray[np.uint8]]
 
 
 class Service:
@@ -400,7 +402,7 @@ class Service:
             image, size = await self._image_for_its_size(request, model)
             prepared = await asyncio.to_thread(self.prepare, request, model, size)
             await asyncio.to_thread(_claim, engine, room, request, prepared[0], model)
-            uploads = await self._uploads(request, prepared[0].request, image)
+            uploads = await self._uploads(request, prepared[0], image)
             loop = asyncio.get_running_loop()
             ready = await asyncio.to_thread(_weights_loaded, prepared[0].request, model)
             submit = partial(self._submit, generation, *prepared, model, uploads, room, loop)
@@ -429,12 +431,13 @@ class Service:
         room: Reservation,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
-        tasks = _tasks(prepared, model, uploads)
-        if prepared.second is None:
+        tasks, hires = _tasks(prepared, model, uploads), prepared.request.hires
+        if prepared.second is None or hires is None:
             submission = room.submit(tasks, generation)
         else:
             again = _tasks_again(prepared.second, tasks[0], model, uploads)
-            submission = SecondRun(generation, loop, room, tasks[0], again)
+            enlarge = started_from(hires.upscaler, model)
+            submission = SecondRun(generation, loop, room, tasks[0], again, enlarge)
             submission.submit(tasks)
         statistics = fitted_to and guidance_name(fitted_to.rule, fitted_to.scale)
         generation.begin(
@@ -466,8 +469,15 @@ class Service:
         fitted_to = statistics_for(resolved, model)
         plan = self._plan(resolved, model, fitted_to)
         prepared = prepare(resolved, model, plan)
-        notes = notes_for(request, resolved, model)
-        return replace(prepared, notes=notes, second=self._second(resolved, model)), fitted_to
+        second = self._second(resolved, model)
+        again = () if second is None else warned_again(prepared.warnings, second.warnings)
+        whole = replace(
+            prepared,
+            warnings=(*prepared.warnings, *again),
+            notes=notes_for(request, resolved, model),
+            second=second,
+        )
+        return whole, fitted_to
 
     def _second(self, resolved: ResolvedRequest, model: HostedModel) -> Prepared | None:
         """The second run of a request with `hires`."""
@@ -526,11 +536,10 @@ class Service:
     async def _uploads(
         self,
         request: GenerateRequest,
-        resolved: ResolvedRequest,
+        prepared: Prepared,
         image: NDArray[np.uint8] | None,
     ) -> Uploads:
-        mode = resolved.resize_mode or DEFAULT_RESIZE_MODE
-        target = Target(resolved.width, resolved.height, mode)
+        target = _target(prepared.request)
         mask = reference = None
         if image is None and request.image is not None:
             image = await self._picture(request.image, "image", target)
@@ -540,11 +549,16 @@ class Service:
                 mask = await self.decoding.mask(text, "mask", target, form)
         if request.reference is not None:
             reference = await self._picture(request.reference, "reference", target)
-        controls = [
-            await self._picture(one.image, f"controls.{place}.image", target)
-            for place, one in enumerate(request.controls)
-        ]
-        return Uploads(image, mask, reference, controls)
+        controls = list[NDArray[np.uint8]]()
+        controls_again = list[NDArray[np.uint8]]()
+        for place, control in enumerate(request.controls):
+            field = f"controls.{place}.image"
+            with control.image.opened() as text:
+                controls.append(await self.decoding.picture(text, field, target))
+                if prepared.second is not None:
+                    larger = _target(prepared.second.request)
+                    controls_again.append(await self.decoding.picture(text, field, larger))
+        return Uploads(image, mask, reference, controls, controls_again)
 
     async def _picture(self, upload: Upload, field: str, target: Target) -> NDArray[np.uint8]:
         with upload.opened() as text:
@@ -566,6 +580,12 @@ class Service:
         return Picture(encode(pixels, request.output_format, description), seed, text)
 
 
+def _target(resolved: ResolvedRequest) -> Target:
+    """What an uploaded image is brought to."""
+    mode = resolved.resize_mode or DEFAULT_RESIZE_MODE
+    return Target(resolved.width, resolved.height, mode)
+
+
 def _stopping() -> NotReady:
     return NotReady("The server is stopping; send the request again in a few seconds.")
 
@@ -578,7 +598,7 @@ def _weights_loaded(request: ResolvedRequest, model: HostedModel) -> bool:
 
 
 def _tasks(prepared: Prepared, model: HostedModel, uploads: Uploads) -> list[ImageTask]:
-    image, mask, reference, controls = uploads
+    image, mask, reference, controls, _ = uploads
     return tasks_of(
         prepared,
         model,
@@ -594,10 +614,9 @@ def _tasks(prepared: Prepared, model: HostedModel, uploads: Uploads) -> list[Ima
 def _tasks_again(
     second: Prepared, first: ImageTask, model: HostedModel, uploads: Uploads
 ) -> list[ImageTask]:
-    """The tasks of the second run, without the images that they start from."""
-    request = second.request
-    pictures = [enlarged(one, request.width, request.height) for one in uploads.controls]
-    controls = load_controls(request.controls, list(map(pixels_tensor, pictures)), model)
+    """The tasks of the second run, without what they start from."""
+    pictures = list(map(pixels_tensor, uploads.controls_again))
+    controls = load_controls(second.request.controls, pictures, model)
     return tasks_of(second, model, adapters=first.adapters, controls=controls)
 
 

@@ -41,7 +41,8 @@ class ImageResult:
     """A finished image.
 
     Attributes:
-        pixels: uint8 ``[H, W, 3]``.
+        pixels: uint8 ``[H, W, 3]``; without rows and columns if the task is undecoded.
+        latents: of an undecoded task, float32 ``[C, h, w]`` on the CPU.
         evaluations: rows of the denoiser that it took.
         saved: rows that the policy saved against always evaluating the rule's branches, and those
             that the step cache saved.
@@ -60,6 +61,7 @@ class ImageResult:
     decode_s: float
     ancestor: int
     effective: tuple[float, ...]
+    latents: Tensor | None = None
 
 
 class Listener(Protocol):
@@ -225,6 +227,25 @@ class Sequence:
     def closes_step(self) -> bool:
         """Whether the next evaluation is the last one of its sampler step."""
         return self.task.plan.closes_step(self.stage)
+
+    def result(self, pixels: NDArray[np.uint8], latents: Tensor | None = None) -> ImageResult:
+        """The image, which ends now.
+
+        Args:
+            pixels: see :class:`ImageResult`.
+            latents: likewise.
+        """
+        return ImageResult(
+            pixels=pixels,
+            evaluations=self.evaluations,
+            saved=self.saved + self.recollection.saved,
+            queue_s=self.started_at - self.submitted_at,
+            denoise_s=self.denoised_at - self.started_at,
+            decode_s=monotonic() - self.denoised_at,
+            ancestor=self.ancestor,
+            effective=tuple(self.effective),
+            latents=latents,
+        )
 
     def count(self) -> None:
         """Book the evaluations of the stage that just ran, and go on to the next."""

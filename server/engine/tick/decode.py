@@ -7,14 +7,12 @@ from collections import deque
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from server.engine.fair_queue import TURN_S
 from server.engine.faults import attempt, is_out_of_memory
-from server.engine.state.sequence import ImageResult
 from server.engine.tick.decoder_queue import DecoderQueue
 from server.engine.tick.host_copy import HostCopy
 from server.engine.tick.preview import to_uint8
@@ -27,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from server.engine.fair_queue import Turns
-    from server.engine.state.sequence import Sequence
+    from server.engine.state.sequence import ImageResult, Sequence
 
 log = logging.getLogger(__name__)
 
@@ -235,27 +233,14 @@ class Decoder:
         else:
             self._turns.charge(decoding.sequences[0].flow, seconds)
         pixels, finite = fetched
-        now = monotonic()
         rows = zip(decoding.sequences, finite.tolist(), pixels.numpy(), strict=True)
         for sequence, sound, picture in rows:
             if not sound:
                 broken = RowFailed("The image became NaN or infinite while it was decoded.")
                 yield sequence, broken
                 continue
-            yield (
-                sequence,
-                ImageResult(
-                    # Of its own: pinned memory is scarce, and a view would hold all of it.
-                    pixels=picture.copy(),
-                    evaluations=sequence.evaluations,
-                    saved=sequence.saved + sequence.recollection.saved,
-                    queue_s=sequence.started_at - sequence.submitted_at,
-                    denoise_s=sequence.denoised_at - sequence.started_at,
-                    decode_s=now - sequence.denoised_at,
-                    ancestor=sequence.ancestor,
-                    effective=tuple(sequence.effective),
-                ),
-            )
+            # Of its own: pinned memory is scarce, and a view would hold all of it.
+            yield sequence, sequence.result(picture.copy())
 
 
 def _pixels(sequence: Sequence) -> int:

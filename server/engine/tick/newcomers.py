@@ -34,7 +34,7 @@ Prompts: TypeAlias = "tuple[str | None, ...]"
 
 
 class Start(NamedTuple):
-    """The first x of a run ``[C, h, w]``, and the latent of the picture it starts from."""
+    """The first x of a run ``[C, h, w]``, and the latents of what it starts from."""
 
     x: Tensor
     latents: Tensor | None = None
@@ -141,9 +141,12 @@ def _start(sequence: Sequence, lane: Lane) -> Start:
     ]
     sequence.channels = _channels(sequence, lane)
     sequence.hints = _hints(sequence, lane)
-    if task.image is None:
+    if task.latents is not None:
+        latents = task.latents.to(noise)
+    elif task.image is not None:
+        latents = latents_of(sequence, task.image)
+    else:
         return Start(plan.start_scale * noise)
-    latents = latents_of(sequence, task.image)
     if task.from_noise:
         return Start(plan.start_scale * noise, latents)
     if task.mask is not None and sequence.channels is None:

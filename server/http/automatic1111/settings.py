@@ -15,7 +15,7 @@ from server.http.automatic1111.checkpoints import CheckpointsDep, chosen, named
 from server.http.automatic1111.jobs import owner_of
 from server.http.automatic1111.route import ERRORS, TolerantRoute
 from server.http.dependencies import ServiceDep
-from server.requests.automatic1111_hires import LATENT, UPSCALERS
+from server.requests.automatic1111_hires import LATENT_UPSCALERS, UPSCALERS
 from server.requests.automatic1111_names import sampler_labels, schedule_labels
 from server.requests.read_infotext import read_infotext
 from server.requests.upload import Upload
@@ -141,8 +141,8 @@ async def upscalers() -> list[dict[str, Any]]:
 
 @router.get("/sdapi/v1/latent-upscale-modes")
 async def latent_upscale_modes() -> list[dict[str, Any]]:
-    """A name that `hr_upscaler` takes, and reads as `Lanczos`."""
-    return [{"name": LATENT}]
+    """How the latents of an image are enlarged before it is drawn again."""
+    return [{"name": name} for name in LATENT_UPSCALERS]
 
 
 @router.get("/sdapi/v1/loras")

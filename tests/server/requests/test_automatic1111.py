@@ -6,16 +6,19 @@ import time
 from typing import Any
 
 import pytest
+from webuiapi import HiResUpscaler
 
 from samplers import SAMPLERS, SPACINGS
 from server.errors import InvalidRequest
 from server.requests.automatic1111 import Img2Img, Txt2Img, translated
+from server.requests.automatic1111_hires import LATENT_UPSCALERS
 from server.requests.automatic1111_names import (
     sampler_and_spacing,
     sampler_labels,
     schedule_labels,
 )
 from server.requests.choice import name_of
+from server.requests.hires import UPSCALER_LABELS
 from server.requests.infotext import infotext
 from server.requests.lora_tags import Tagged, read_tags
 from server.requests.read_infotext import read_infotext
@@ -71,9 +74,19 @@ def test_hires_fix_is_a_second_run(fields: dict[str, Any], expected: dict[str, A
     assert second is not None
     if "scale" in expected:
         assert second.scale == expected.pop("scale")
-    told = second.model_dump(exclude_none=True, exclude={"scale"})
+    assert second.upscaler == "lanczos"
+    told = second.model_dump(exclude_none=True, exclude={"scale", "upscaler"})
     assert told == pytest.approx(expected)
     assert request(prompt="x", **fields).hires is None
+
+
+def test_every_upscaler_of_latents_is_taken_by_its_name() -> None:
+    theirs = [one.value for one in HiResUpscaler if one.value.startswith("Latent")]
+    for name in theirs:
+        second = request(prompt="x", enable_hr=True, hr_upscaler=name).hires
+        assert second is not None
+        assert UPSCALER_LABELS[second.upscaler] == name
+    assert sorted(theirs) == sorted(LATENT_UPSCALERS)
 
 
 def test_what_the_second_run_has_from_the_first_is_named_only_if_it_differs() -> None:

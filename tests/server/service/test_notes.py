@@ -12,6 +12,23 @@ from server.settings import Limits
 from tests.server.toy_model import Toy, started
 
 
+def test_what_the_second_run_alone_is_warned_of_is_said() -> None:
+    model = Toy(embeds_scale=False, defaults=defaults_by("lcm_lora", ""))
+    service = Service(Limits())
+
+    def warnings(steps: int, hires: dict[str, int]) -> tuple[str, ...]:
+        body = GenerateRequest.model_validate({"prompt": "a", "steps": steps, "hires": hires})
+        return service.prepare(body, model, None)[0].warnings
+
+    said = "steps is 25; use 1 to 8, which model 'toy' was distilled for."
+    try:
+        assert warnings(4, {}) == ()
+        assert warnings(4, {"steps": 25}) == (f"In the second run, {said}",)
+        assert warnings(25, {}) == (said,)
+    finally:
+        service.close()
+
+
 def test_the_answer_and_the_first_event_say_what_was_chosen() -> None:
     model = Toy(embeds_scale=False, defaults=defaults_by("tcd", "its name says so"))
     engine = started(model, 4)

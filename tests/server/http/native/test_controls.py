@@ -84,17 +84,18 @@ def test_a_form_has_the_pictures_of_controls_as_files(client: httpx2.Client, dep
     assert made != unsteered
 
 
-def test_a_second_run_is_steered_by_the_enlarged_picture(generate: Generate, depth: str) -> None:
-    noise = Image.open(io.BytesIO(png(1))).resize((64, 64))
-    small = {"name": depth, "image": encoded(noise)}
-    larger = noise.resize((96, 96), Image.Resampling.LANCZOS)
+def test_a_second_run_reads_the_picture_of_a_control_at_its_own_size(
+    generate: Generate, depth: str
+) -> None:
+    """Not at that of the first run, which would lose its detail."""
+    steered = {"name": depth, "image": encoded(Image.open(io.BytesIO(png(1))).resize((96, 96)))}
     sizes = {"width": 64, "height": 64}
-    both = generate(**sizes, controls=[small], hires={"scale": 1.5, "strength": 1})
-    first = Image.open(io.BytesIO(file_of(generate(**sizes, controls=[small]))))
+    both = generate(**sizes, controls=[steered], hires={"scale": 1.5, "strength": 1})
+    first = Image.open(io.BytesIO(file_of(generate(**sizes, controls=[steered]))))
     second = generate(
         image=encoded(first.resize((96, 96), Image.Resampling.LANCZOS)),
         strength=1,
-        controls=[{"name": depth, "image": encoded(larger)}],
+        controls=[steered],
     )
     made, expected = (Image.open(io.BytesIO(file_of(answer))) for answer in (both, second))
     assert made.tobytes() == expected.tobytes()
