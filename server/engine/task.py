@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from server.engine.scheduler import Priority
+from server.models.text_options import AS_USUAL
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from server.models.adapters.adapter import Weighted
     from server.models.blend import Blend
     from server.models.controls.control import ControlUse
+    from server.models.text_options import TextOptions
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,6 +53,7 @@ class ImageTask:
         policy: where the second prediction comes from.
         terms: what is added to the guidance beside the rule, in the order of
             ``server.engine.terms.registry.TERMS``.
+        text: how all that its rows are told is encoded.
         adapters: that all its rows have, whatever they are told.
         controls: what steers all its rows beside the prompt.
         cache: decides at which stages the network is not evaluated; None evaluates it at every one.
@@ -78,6 +81,7 @@ class ImageTask:
     rule: Rule
     policy: Policy
     terms: tuple[Term, ...] = ()
+    text: TextOptions = AS_USUAL
     adapters: tuple[Weighted, ...] = ()
     controls: tuple[ControlUse, ...] = ()
     cache: StepCache | None = None

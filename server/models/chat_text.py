@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from server.models.text_options import TextOptions
+
 __all__ = ["TEXT", "ChatTemplate", "ChatText"]
 
 TEXT: Final = "text"
@@ -78,7 +80,9 @@ class ChatText:
         """Tokens of a prompt, the template not counted; safe from any thread."""
         return len(self._tokens(text)) - self._markers
 
-    def encode(self, prompts: Sequence[str | None], width: int, height: int) -> list[Conditioning]:
+    def encode(
+        self, prompts: Sequence[str | None], width: int, height: int, options: TextOptions
+    ) -> list[Conditioning]:
         """Conditioning of each prompt, whatever the size of the picture."""
         # One by one: no place is wasted on padding, and no bit depends on the other prompts.
         return [

@@ -42,6 +42,23 @@ class CLIP:
         """Tokens of the longest prompt, markers not counted."""
         return self._tokenizer.model_max_length - MARKERS
 
+    @property
+    def layers(self) -> int:
+        """How many the encoder has."""
+        return self.encoder.config.num_hidden_layers
+
+    def normalised(self, output: Any, skip: int) -> Tensor:
+        """The hidden states of a layer, by the norm that follows the last one.
+
+        Args:
+            output: of the encoder.
+            skip: the layer, counted from the last, which is 1.
+        """
+        if skip == 1:
+            return output.last_hidden_state
+        trunk = getattr(self.encoder, "text_model", self.encoder)
+        return trunk.final_layer_norm(output.hidden_states[-skip])
+
     def count_tokens(self, text: str) -> int:
         """Tokens of a prompt, markers not counted; safe from any thread.
 
@@ -89,3 +106,13 @@ class CLIP:
 
     def _tokens(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+
+def clip_skips(own: int, *clips: CLIP) -> range:
+    """The layers, counted from the last, whose hidden states all of some encoders have.
+
+    Args:
+        own: the one that the model was trained with.
+        clips: the encoders.
+    """
+    return range(own, min(clip.layers for clip in clips) + 1)

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from server.models.defaults import ModelDefaults
     from server.models.inputs import RowInputs
+    from server.models.text_options import TextOptions
 
 PATCH = 2
 """Latent cells along a side of a token."""
@@ -70,7 +71,9 @@ class ClipAndT5:
         """T5's tokens of a prompt, without the marker; safe from any thread."""
         return self._t5.count_tokens(text)
 
-    def encode(self, prompts: Sequence[str | None], width: int, height: int) -> list[Conditioning]:
+    def encode(
+        self, prompts: Sequence[str | None], width: int, height: int, options: TextOptions
+    ) -> list[Conditioning]:
         """Conditioning of each prompt, whatever the size of the picture."""
         texts = [prompt or "" for prompt in prompts]
         pooled: Tensor = self._clip.encode(texts).pooler_output

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from server.models.defaults import ModelDefaults
     from server.models.inputs import RowInputs
+    from server.models.text_options import TextOptions
 
 PATCH = 2
 """Cells of the autoencoder along a side of a latent cell, which is one token."""
@@ -83,7 +84,9 @@ class Qwen3Layers:
         """Tokens of a prompt, the template not counted; safe from any thread."""
         return self._count(text) - self._template
 
-    def encode(self, prompts: Sequence[str | None], width: int, height: int) -> list[Conditioning]:
+    def encode(
+        self, prompts: Sequence[str | None], width: int, height: int, options: TextOptions
+    ) -> list[Conditioning]:
         """Conditioning of each prompt, whatever the size of the picture."""
         with self._tokenizing:
             tokens = self._tokenizer(

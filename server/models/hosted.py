@@ -17,6 +17,7 @@ from server.models.inputs import RowInputs
 from server.models.linear_fits import LinearFits
 from server.models.placement import Placement
 from server.models.statistics import ModelStatistics
+from server.models.text_options import AS_USUAL
 from server.models.weight_memory import WeightMemory
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from server.models.conditioning import Conditioning, StackedConditioning
     from server.models.controls.control_kind import ControlKind
     from server.models.defaults import ModelDefaults
+    from server.models.text_options import TextOptions
 
 
 USUAL_STEPS = 25
@@ -58,6 +60,8 @@ class ModelFacts:
             there is no such bound.
         embeds_scale: whether the network is told a guidance scale, as LCMs and FLUX.1 dev are.
         reads_mask: whether the network is shown what is repainted and what is around it.
+        clip_skips: layers of its CLIP text encoders, counted from the last, whose hidden states the
+            denoiser can be given; the first is the model's own. Empty where it reads none.
         defaults: settings of requests that leave them out; None for the server's own.
     """
 
@@ -74,6 +78,7 @@ class ModelFacts:
     longest_side: int | None = None
     embeds_scale: bool = False
     reads_mask: bool = False
+    clip_skips: range = range(0)
     defaults: ModelDefaults | None = None
 
     @property
@@ -181,6 +186,7 @@ class HostedModel(ABC):
         width: int,
         height: int,
         adapters: RowAdapters | None = None,
+        options: TextOptions = AS_USUAL,
     ) -> list[Conditioning]:
         """Conditioning of the denoiser, one a prompt.
 
@@ -191,6 +197,7 @@ class HostedModel(ABC):
             height: of the picture in pixels.
             adapters: of each prompt, whose changes of the text encoders it is encoded with; None
                 where no prompt has any.
+            options: of all prompts; a family that has no use for one is never given it.
         """
 
     def negative(self, prompt: str | None) -> str | None:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from server.models.defaults import ModelDefaults
     from server.models.folder import Revisions
     from server.models.inputs import RowInputs
+    from server.models.text_options import TextOptions
 
 __all__ = ["PixArtDenoiser", "load_pixart"]
 
@@ -65,7 +66,9 @@ class MaskedT5:
         """Tokens of a prompt, the marker of its end not counted; safe from any thread."""
         return self._t5.count_tokens(lowered(text))
 
-    def encode(self, prompts: Sequence[str | None], width: int, height: int) -> list[Conditioning]:
+    def encode(
+        self, prompts: Sequence[str | None], width: int, height: int, options: TextOptions
+    ) -> list[Conditioning]:
         """Conditioning of each prompt at its own length, whatever the size of the picture."""
         encoded = self._t5.encode([lowered(prompt or "") for prompt in prompts], masked=True)
         # Choosing the tokens copies them: a view would keep the whole batch of prompts in memory.

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from server.models.defaults import ModelDefaults
     from server.models.folder import Revisions
     from server.models.inputs import RowInputs
+    from server.models.text_options import TextOptions
 
 __all__ = ["SanaDenoiser", "load_sana", "load_sana_sprint"]
 
@@ -105,7 +106,9 @@ class InstructedGemma:
         with self._tokenizing:
             return len(self._tokenizer(lowered(text), verbose=False).input_ids) - 1
 
-    def encode(self, prompts: Sequence[str | None], width: int, height: int) -> list[Conditioning]:
+    def encode(
+        self, prompts: Sequence[str | None], width: int, height: int, options: TextOptions
+    ) -> list[Conditioning]:
         """Conditioning of each prompt at its own length, whatever the size of the picture."""
         tokens = [self._tokens_of(prompt) for prompt in prompts]
         longest = max(map(len, tokens))

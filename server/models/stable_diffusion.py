@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from server.models.clip import CLIP
+from server.models.clip import CLIP, clip_skips
 from server.models.conditioning import Conditioning
 from server.models.distilled import distilled_as
 from server.models.emphasis import WeightedPrompt, plain_text, rescaled
@@ -27,10 +27,15 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from server.models.defaults import ModelDefaults
+    from server.models.text_options import TextOptions
+
+
+LAST_LAYER = 1
+"""Of hidden states, those that the U-Net reads unless a request chooses others."""
 
 
 class OneEncoder:
-    """The last hidden states of one CLIP text encoder; the unconditional is the empty prompt."""
+    """Normalised hidden states of one CLIP text encoder; the unconditional is the empty prompt."""
 
     def __init__(self, clip: CLIP) -> None:
         self._clip = clip
@@ -40,23 +45,32 @@ class OneEncoder:
         """Tokens of the longest prompt, markers not counted."""
         return self._clip.max_tokens
 
+    @property
+    def clip_skips(self) -> range:
+        """See ``ModelFacts``."""
+        return clip_skips(LAST_LAYER, self._clip)
+
     def count_tokens(self, text: str) -> int:
         """Tokens of a prompt, markers not counted; safe from any thread."""
         return self._clip.count_tokens(text)
 
-    def encode(self, prompts: Sequence[str | None], width: int, height: int) -> list[Conditioning]:
+    def encode(
+        self, prompts: Sequence[str | None], width: int, height: int, options: TextOptions
+    ) -> list[Conditioning]:
         """Conditioning of each prompt, whatever the size of the picture."""
-        hidden = self._clip.encode([plain_text(prompt) for prompt in prompts]).last_hidden_state
+        skip = options.clip_skip or LAST_LAYER
+        output = self._clip.encode([plain_text(prompt) for prompt in prompts])
+        hidden = self._clip.normalised(output, skip)
         # A view would keep the whole batch of prompts in memory.
         rows = [
-            self._weighted(prompt) if isinstance(prompt, WeightedPrompt) else row.clone()
+            self._weighted(prompt, skip) if isinstance(prompt, WeightedPrompt) else row.clone()
             for prompt, row in zip(prompts, hidden, strict=True)
         ]
         return [Conditioning({TEXT: row}, len(row)) for row in rows]
 
-    def _weighted(self, prompt: WeightedPrompt) -> Tensor:
+    def _weighted(self, prompt: WeightedPrompt, skip: int) -> Tensor:
         output, weights = self._clip.encode_weighted(prompt)
-        return rescaled(output.last_hidden_state, weights).flatten(0, 1)
+        return rescaled(self._clip.normalised(output, skip), weights).flatten(0, 1)
 
     def modules(self) -> Mapping[str, nn.Module]:
         """The text encoder by its name in a model folder."""
@@ -97,7 +111,7 @@ def load_stable_diffusion(
         embeds_scale = unet.config.time_cond_proj_dim is not None
         defaults = distilled_as(folder, read_json(folder, SCHEDULER), embeds_scale=embeds_scale)
     return UNetModel(
-        facts_of(folder, name, revisions, unet, vae, text.max_tokens, defaults),
+        facts_of(folder, name, revisions, unet, vae, text, defaults),
         device,
         dtype,
         schedule=schedule_of(folder),

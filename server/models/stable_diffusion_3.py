@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from server.models.autoencoder import Autoencoder
-from server.models.clip import CLIP
+from server.models.clip import CLIP, clip_skips
 from server.models.conditioning import Conditioning
 from server.models.controls.sd3_control import SD3Control
 from server.models.conventions import defaults_by
@@ -31,12 +31,13 @@ if TYPE_CHECKING:
 
     from server.models.defaults import ModelDefaults
     from server.models.inputs import RowInputs
+    from server.models.text_options import TextOptions
 
 TEXT = "encoder_hidden_states"
 POOLED = "pooled_projections"
 
-LAYER = -2
-"""Of CLIP's hidden states, those that the transformer reads: before the last layer."""
+OWN_LAYER = 2
+"""Of CLIP's layers, counted from the last, whose hidden states the transformer reads."""
 
 T5_LENGTH = 256
 """Tokens of every prompt for T5, padding among them."""
@@ -64,15 +65,23 @@ class ClipsAndT5:
         """Tokens of the longest prompt that T5 does not cut off; CLIP reads the first 75 or so."""
         return self._readers[0].max_tokens
 
+    @property
+    def clip_skips(self) -> range:
+        """See ``ModelFacts``."""
+        return clip_skips(OWN_LAYER, *self._clips)
+
     def count_tokens(self, text: str) -> int:
         """T5's tokens of a prompt without markers, or CLIP's; safe from any thread."""
         return max(reader.count_tokens(text) for reader in self._readers)
 
-    def encode(self, prompts: Sequence[str | None], width: int, height: int) -> list[Conditioning]:
+    def encode(
+        self, prompts: Sequence[str | None], width: int, height: int, options: TextOptions
+    ) -> list[Conditioning]:
         """Conditioning of each prompt, whatever the size of the picture."""
         texts = [prompt or "" for prompt in prompts]
         encoded = [clip.encode(texts) for clip in self._clips]
-        clips = torch.cat([one.hidden_states[LAYER] for one in encoded], -1)
+        layer = -(options.clip_skip or OWN_LAYER)
+        clips = torch.cat([one.hidden_states[layer] for one in encoded], -1)
         clips = F.pad(clips, (0, self._width - clips.shape[-1]))
         pooled = torch.cat([one.text_embeds for one in encoded], -1)
         if self._t5 is None:
@@ -169,6 +178,7 @@ def load_stable_diffusion_3(
         default_height=side,
         max_tokens=text.max_tokens,
         longest_side=multiple * transformer.config.pos_embed_max_size,
+        clip_skips=text.clip_skips,
         defaults=_defaults_of(folder),
     )
     autoencoder = Autoencoder(vae, device)

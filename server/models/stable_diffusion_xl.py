@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from server.errors import ModelMismatch
-from server.models.clip import CLIP
+from server.models.clip import CLIP, clip_skips
 from server.models.conditioning import Conditioning
 from server.models.conventions import defaults_by
 from server.models.distilled import distilled_as
@@ -33,9 +33,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from server.models.defaults import ModelDefaults
+    from server.models.text_options import TextOptions
 
-LAYER = -2
-"""Of the hidden states, those that the U-Net reads: before the last layer, not normalised."""
+OWN_LAYER = 2
+"""Of the layers, counted from the last, whose hidden states the U-Net reads, not normalised."""
 
 TURBO_SCHEDULER: Mapping[str, str] = {
     "_class_name": "EulerAncestralDiscreteScheduler",
@@ -65,15 +66,23 @@ class TwoEncoders:
         """Tokens of the longest prompt that neither encoder cuts off, markers not counted."""
         return min(self._first.max_tokens, self._second.max_tokens)
 
+    @property
+    def clip_skips(self) -> range:
+        """See ``ModelFacts``."""
+        return clip_skips(OWN_LAYER, self._first, self._second)
+
     def count_tokens(self, text: str) -> int:
         """Tokens of a prompt, markers not counted; safe from any thread."""
         return max(self._first.count_tokens(text), self._second.count_tokens(text))
 
-    def encode(self, prompts: Sequence[str | None], width: int, height: int) -> list[Conditioning]:
+    def encode(
+        self, prompts: Sequence[str | None], width: int, height: int, options: TextOptions
+    ) -> list[Conditioning]:
         """Conditioning of each prompt, for an uncropped picture of the size that is drawn."""
         texts = [plain_text(prompt) for prompt in prompts]
         first, second = self._first.encode(texts), self._second.encode(texts)
-        hidden = torch.cat([first.hidden_states[LAYER], second.hidden_states[LAYER]], -1)
+        layer = -(options.clip_skip or OWN_LAYER)
+        hidden = torch.cat([first.hidden_states[layer], second.hidden_states[layer]], -1)
         pooled: Tensor = second.text_embeds
         # Original height and width, top and left of the crop, height and width that are drawn.
         sizes = hidden.new_tensor([height, width, 0, 0, height, width], dtype=torch.float32)
@@ -82,19 +91,19 @@ class TwoEncoders:
             factor = 0 if prompt is None and self._zero_unconditional else 1
             told = factor * states, factor * vector
             if isinstance(prompt, WeightedPrompt):
-                told = self._weighted(prompt)
+                told = self._weighted(prompt, layer)
             tensors = {TEXT: told[0], "text_embeds": told[1], "time_ids": sizes}
             made.append(Conditioning(tensors, len(told[0])))
         return made
 
-    def _weighted(self, prompt: WeightedPrompt) -> tuple[Tensor, Tensor]:
+    def _weighted(self, prompt: WeightedPrompt, layer: int) -> tuple[Tensor, Tensor]:
         """Hidden states of all chunks, and the pooled vector of the first."""
         first, weights = self._first.encode_weighted(prompt)
         second, weights_2 = self._second.encode_weighted(prompt)
         states = torch.cat(
             [
-                rescaled(first.hidden_states[LAYER], weights),
-                rescaled(second.hidden_states[LAYER], weights_2),
+                rescaled(first.hidden_states[layer], weights),
+                rescaled(second.hidden_states[layer], weights_2),
             ],
             -1,
         )
@@ -137,7 +146,7 @@ def load_stable_diffusion_xl(
         zero_unconditional=index.get("force_zeros_for_empty_prompt", True) is not False,
     )
     return UNetModel(
-        facts_of(folder, name, revisions, unet, vae, text.max_tokens, _defaults_of(folder, unet)),
+        facts_of(folder, name, revisions, unet, vae, text, _defaults_of(folder, unet)),
         device,
         dtype,
         schedule=schedule_of(folder),

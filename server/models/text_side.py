@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from server.models.conditioning import Conditioning
+    from server.models.text_options import TextOptions
 
 
 def lowered(prompt: str) -> str:
@@ -29,10 +30,21 @@ class TextSide(Protocol):
         """Tokens of a prompt, markers not counted; safe from any thread."""
         ...
 
-    def encode(self, prompts: Sequence[str | None], width: int, height: int) -> list[Conditioning]:
+    def encode(
+        self, prompts: Sequence[str | None], width: int, height: int, options: TextOptions
+    ) -> list[Conditioning]:
         """See ``HostedModel.encode_prompts``."""
         ...
 
     def modules(self) -> Mapping[str, nn.Module]:
         """The text encoders by their names in a model folder."""
+        ...
+
+
+class ClipText(TextSide, Protocol):
+    """A text side of CLIP encoders whose hidden states the denoiser reads."""
+
+    @property
+    def clip_skips(self) -> range:
+        """See ``ModelFacts``."""
         ...

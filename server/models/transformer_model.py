@@ -12,6 +12,7 @@ from server.errors import ModelMismatch
 from server.models.adapters.adapted_network import AdaptedNetwork
 from server.models.hosted import HostedModel, ModelFacts
 from server.models.row_edits import RowEdits
+from server.models.text_options import AS_USUAL
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping, Sequence
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from server.models.conditioning import Conditioning, StackedConditioning
     from server.models.controls.control_kind import ControlKind
     from server.models.inputs import RowInputs
+    from server.models.text_options import TextOptions
     from server.models.text_side import TextSide
 
 __all__ = ["Denoiser", "LatentCoder", "Stack", "TransformerModel"]
@@ -157,12 +159,13 @@ class TransformerModel(HostedModel):
         width: int,
         height: int,
         adapters: RowAdapters | None = None,
+        options: TextOptions = AS_USUAL,
     ) -> list[Conditioning]:
         with ExitStack() as adapted:
             for part, network in self._adapted.items():
                 if part != TRANSFORMER:
                     adapted.enter_context(network.applied(adapters))
-            return self._text.encode(prompts, width, height)
+            return self._text.encode(prompts, width, height, options)
 
     @override
     def negative(self, prompt: str | None) -> str | None:

@@ -21,6 +21,7 @@ from server.models.hosted import HostedModel, ModelFacts
 from server.models.inpainting import MaskChannels
 from server.models.parts import build_network
 from server.models.row_edits import RowEdits
+from server.models.text_options import AS_USUAL
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping, Sequence
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
     from server.models.defaults import ModelDefaults
     from server.models.folder import Revisions
     from server.models.inputs import RowInputs
-    from server.models.text_side import TextSide
+    from server.models.text_options import TextOptions
+    from server.models.text_side import ClipText
 
 TEXT = "encoder_hidden_states"
 """Of conditioning, what the U-Net's cross-attention reads, ``[tokens, features]``.
@@ -78,7 +80,7 @@ class UNetModel(HostedModel):
         schedule: NoiseSchedule,
         unet: Any,
         vae: Any,
-        text: TextSide,
+        text: ClipText,
         weak: Any = None,
     ) -> None:
         super().__init__(facts, device, dtype)
@@ -125,11 +127,12 @@ class UNetModel(HostedModel):
         width: int,
         height: int,
         adapters: RowAdapters | None = None,
+        options: TextOptions = AS_USUAL,
     ) -> list[Conditioning]:
         with ExitStack() as adapted:
             for part in self._text.modules():
                 adapted.enter_context(self._adapted[part].applied(adapters))
-            return self._text.encode(prompts, width, height)
+            return self._text.encode(prompts, width, height, options)
 
     @override
     def group_key(self, width: int, height: int, length: int) -> Hashable:
@@ -230,7 +233,7 @@ def facts_of(
     revisions: Revisions,
     unet: Any,
     vae: Any,
-    max_tokens: int,
+    text: ClipText,
     defaults: ModelDefaults | None = None,
 ) -> ModelFacts:
     """What the configs of a folder say of a model.
@@ -241,7 +244,7 @@ def facts_of(
         revisions: of its weights.
         unet: the network.
         vae: the network.
-        max_tokens: tokens of the longest prompt, markers not counted.
+        text: encodes prompts.
         defaults: settings of requests that leave them out; None for the server's own.
 
     Raises:
@@ -276,9 +279,10 @@ def facts_of(
         size_multiple=latent_scale * 2 ** (len(config.block_out_channels) - 1),
         default_width=width * latent_scale,
         default_height=height * latent_scale,
-        max_tokens=max_tokens,
+        max_tokens=text.max_tokens,
         embeds_scale=config.time_cond_proj_dim is not None,
         reads_mask=reads > latents,
+        clip_skips=text.clip_skips,
         defaults=defaults,
     )
 

@@ -41,7 +41,6 @@ _NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     "s_churn": (0,),
     "s_tmin": (0,),
     "s_noise": (1,),
-    "clip_skip": (1, 0),
     "refiner_checkpoint": ("", "None"),
     "script_name": ("", "None"),
     "scripts": ((),),
@@ -54,8 +53,11 @@ _NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
 _OF_PICTURES: Final = {"enable_hr": (False,)}
 """Likewise, of requests that start from an image."""
 
-_SETTINGS: Final = {"sd_vae": "Automatic", "CLIP_stop_at_last_layers": 1}
+_SETTINGS: Final = {"sd_vae": "Automatic"}
 """Settings of `override_settings` that ask for nothing."""
+
+_CLIP_SKIP: Final = "CLIP_stop_at_last_layers"
+"""What the setting behind "Clip skip" is called there."""
 
 _OF_A_MASK: Final = frozenset({"inpainting_fill"})
 
@@ -70,6 +72,7 @@ _OF_INFOTEXT: Final[Mapping[str, str]] = {
     "width": "Size-1",
     "height": "Size-2",
     "denoising_strength": "Denoising strength",
+    "clip_skip": "Clip skip",
 }
 
 
@@ -119,7 +122,14 @@ class Txt2Img(HiresFields):
         default=None, ge=0, le=1, description="Share of the steps that is run from an image."
     )
     override_settings: dict[str, Any] = Field(
-        default={}, description="`sd_model_checkpoint` names the model."
+        default={},
+        description="`sd_model_checkpoint` names the model, `CLIP_stop_at_last_layers` is "
+        "`clip_skip`.",
+    )
+    clip_skip: int = Field(
+        default=1,
+        description="Layer of the text encoders that the model reads, counted from the last; 0 and "
+        "1 are the model's own.",
     )
     send_images: bool = Field(default=True, description="Whether the answer has the images.")
     infotext: str | None = Field(
@@ -135,7 +145,6 @@ class Txt2Img(HiresFields):
     s_churn: float = 0
     s_tmin: float = 0
     s_noise: float = 1
-    clip_skip: int = 1
     refiner_checkpoint: str = ""
     script_name: str = ""
     scripts: tuple[str, ...] = Field(default=(), description="Names in `alwayson_scripts`.")
@@ -276,6 +285,7 @@ def translated(
         "prompt": tags.prompt,
         "negative_prompt": negative.prompt or None,
         "prompt_syntax": _syntax(tags.prompt, negative.prompt),
+        "clip_skip": _clip_skip(body),
         "model": model,
         "width": width,
         "height": height,
@@ -318,6 +328,12 @@ def _syntax(*texts: str) -> str | None:
     """The syntax of prompts, where they are more than plain text of one chunk."""
     read = any(is_weighted(text) or is_long(text) for text in texts)
     return "automatic1111" if read else None
+
+
+def _clip_skip(body: Txt2Img) -> int | None:
+    """The layer that is asked for; None for the model's own, which 1 is there for all models."""
+    skip = body.override_settings.get(_CLIP_SKIP) or body.clip_skip
+    return None if skip in (0, 1) else skip
 
 
 def _side(pixels: int | None, multiple: int) -> int | None:
@@ -372,5 +388,5 @@ def _without_effect(body: Txt2Img) -> list[str]:
         name
         for name, value in body.override_settings.items()
         if value and value != _SETTINGS.get(name)
-    } - {"sd_model_checkpoint"}
+    } - {"sd_model_checkpoint", _CLIP_SKIP}
     return names + [f"override_settings.{name[:60]}" for name in sorted(asked)]

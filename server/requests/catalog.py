@@ -115,6 +115,9 @@ class ModelEntry(BaseModel):
         "limit counts."
     )
     max_tokens: int = Field(description="Length of the longest prompt, in tokens.")
+    clip_skips: tuple[int, ...] = Field(
+        description="Choices of `clip_skip`, the model's own first; empty if it takes none."
+    )
     statistics: tuple[str, ...] = Field(
         description="Guidance for which this model has statistics; samplers whose `properties` say "
         "so use them."

@@ -32,6 +32,8 @@ def notes_for(
             *read,
             f"Weights in prompts are plain text, as model {model.facts.name!r} reads them.",
         )
+    if request.clip_skip != resolved.clip_skip:
+        read = (*read, f"clip_skip is left out, as model {model.facts.name!r} has no use for it.")
     own = own_defaults(model, resolved.adapters)
     if own is None:
         return read

@@ -41,6 +41,7 @@ def infotext(
         "Size": f"{settings.width}x{settings.height}",
         "Model hash": model_revision[:10],
         "Model": settings.model,
+        "Clip skip": settings.clip_skip if (settings.clip_skip or 1) > 1 else None,
         "Denoising strength": None if strength is None else f"{strength:g}",
         **_hires(settings),
         "Guidance": guidance.name,

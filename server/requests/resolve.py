@@ -113,6 +113,7 @@ def resolve(
         prompt=request.prompt,
         negative_prompt=request.negative_prompt,
         prompt_syntax=_prompt_syntax(request, model),
+        clip_skip=_clip_skip(request, model),
         model=model.facts.name,
         width=width,
         height=height,
@@ -254,6 +255,25 @@ def _prompt_syntax(request: GenerateRequest, model: HostedModel) -> Literal["aut
         "prompt_syntax",
         f"prompt_syntax is {request.prompt_syntax!r}, but model {model.facts.name!r} reads prompts "
         "as plain text; leave it out.",
+    )
+
+
+def _clip_skip(request: GenerateRequest, model: HostedModel) -> int | None:
+    skip, allowed = request.clip_skip, model.facts.clip_skips
+    if skip is None or skip in allowed:
+        return skip
+    if allowed:
+        raise InvalidRequest(
+            "clip_skip",
+            f"clip_skip is {skip}; model {model.facts.name!r} takes {allowed[0]} to {allowed[-1]}, "
+            f"and {allowed[0]} is its own.",
+        )
+    if request.reading.habitual:
+        return None
+    raise InvalidRequest(
+        "clip_skip",
+        f"clip_skip is {skip}, but model {model.facts.name!r} reads no hidden states of a CLIP "
+        "text encoder; leave it out.",
     )
 
 

@@ -148,6 +148,14 @@ class GenerateRequest(Readable):
         "`(word:1.2)`, `(word)` and `[word]` for weights and `BREAK` for a break, and reads more "
         "tokens than the encoder takes at once in chunks; for U-Net models. Default: plain text.",
     )
+    clip_skip: Count | None = Field(
+        default=None,
+        ge=1,
+        description="Which layer of its CLIP text encoders the model reads, counted from the last, "
+        "as AUTOMATIC1111 counts: 1 is the last, 2 the one before it. Holds for all texts of the "
+        "request. Default: the model's own, the first of its `clip_skips` in the catalog, which is "
+        "1 for Stable Diffusion 1.x and 2 for XL.",
+    )
     model: str | None = Field(
         default=None, max_length=256, description="Name of a hosted model. Default: the first one."
     )
@@ -273,6 +281,7 @@ class ResolvedRequest(BaseModel):
     prompt: str
     negative_prompt: str | None = None
     prompt_syntax: Literal["automatic1111"] | None = None
+    clip_skip: int | None = None
     model: str
     width: int
     height: int

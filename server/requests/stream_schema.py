@@ -104,6 +104,7 @@ class StreamSettings(Readable):
         description="Describes the images: a string, or a list of weighted prompts."
     )
     negative_prompt: Prompt | None = _as_in_requests("negative_prompt")
+    clip_skip: Count | None = _as_in_requests("clip_skip")
     model: str | None = _as_in_requests("model")
     width: Count | None = _as_in_requests("width")
     height: Count | None = _as_in_requests("height")

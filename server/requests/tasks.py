@@ -14,6 +14,7 @@ from server.models.blend import Blend
 from server.models.controls.control import ControlUse
 from server.models.emphasis import written_in
 from server.models.hosted import HostedModel
+from server.models.text_options import TextOptions
 from server.requests.adapters import load_adapters
 from server.requests.checks.group import is_group
 from server.requests.resolve import Prepared
@@ -90,6 +91,7 @@ def tasks_of(
             policy=policy,
             terms=terms,
             cache=resolved.cache,
+            text=TextOptions(clip_skip=resolved.clip_skip),
             adapters=adapters,
             controls=controls,
             coefficients=prepared.coefficients,

@@ -21,6 +21,7 @@ from server.models.adapters.adapter import RowAdapters
 from server.models.conditioning import Conditioning
 from server.models.hosted import HostedModel, ModelFacts
 from server.models.inputs import RowInputs
+from server.models.text_options import AS_USUAL, TextOptions
 from tests.server.full_ticks import full_ticks
 
 SIDE = 32
@@ -59,6 +60,7 @@ class Toy(HostedModel):
         width: int,
         height: int,
         adapters: RowAdapters | None = None,
+        options: TextOptions = AS_USUAL,
     ) -> list[Conditioning]:
         shifts = [sum(map(ord, prompt or "")) % 17 / 17 for prompt in prompts]
         return [Conditioning({"shift": torch.tensor(shift)}, 1) for shift in shifts]

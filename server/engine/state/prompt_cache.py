@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from server.engine.faults import attempt, free_memory, is_out_of_memory
 from server.lru import ByteBoundedLRU
 from server.models.adapters.adapter import RowAdapters
+from server.models.text_options import AS_USUAL, TextOptions
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Key: TypeAlias = "tuple[str | None, int, int, tuple[tuple[str, float], ...]]"
-"""A prompt, the width and height that it was encoded for, and with which adapters.
+Key: TypeAlias = "tuple[str | None, int, int, tuple[tuple[str, float], ...], TextOptions]"
+"""A prompt, the width and height that it was encoded for, with which adapters and options.
 
 Adapters are named by revision and weight: holding them here would keep them in memory.
 """
@@ -56,6 +57,7 @@ class PromptCache:
         width: int,
         height: int,
         adapters: tuple[Weighted, ...] = (),
+        options: TextOptions = AS_USUAL,
     ) -> dict[str | None, Conditioning | Exception]:
         """Conditioning of each prompt, or the error that is its own.
 
@@ -64,6 +66,7 @@ class PromptCache:
             width: of the pictures in pixels.
             height: of the pictures in pixels.
             adapters: that all of them are encoded with.
+            options: of all of them.
 
         Raises:
             DeviceLost: the device no longer answers.
@@ -72,27 +75,34 @@ class PromptCache:
         found: dict[str | None, Conditioning | Exception] = {}
         missing: list[str | None] = []
         for prompt in dict.fromkeys(prompts):
-            kept = self._kept.find((prompt, width, height, revisions))
+            kept = self._kept.find((prompt, width, height, revisions, options))
             if kept is None:
                 missing.append(prompt)
             else:
                 found[prompt] = kept
         for first in range(0, len(missing), ENCODED_AT_ONCE):
             chunk = missing[first : first + ENCODED_AT_ONCE]
-            for prompt, outcome in self._encoded(chunk, width, height, adapters):
+            for prompt, outcome in self._encoded(chunk, width, height, adapters, options):
                 found[prompt] = outcome
                 if not isinstance(outcome, Exception):
-                    self._kept.put((prompt, width, height, revisions), outcome)
+                    self._kept.put((prompt, width, height, revisions, options), outcome)
         return found
 
     def _encoded(
-        self, prompts: list[str | None], width: int, height: int, adapters: tuple[Weighted, ...]
+        self,
+        prompts: list[str | None],
+        width: int,
+        height: int,
+        adapters: tuple[Weighted, ...],
+        options: TextOptions,
     ) -> Iterator[tuple[str | None, Conditioning | Exception]]:
         """Encode some, and halve them on an error until it is one prompt's."""
         filler = [None] * (ENCODED_AT_ONCE - len(prompts)) if self._fixed else []
         texts, device = prompts + filler, self._model.device
         of_rows = RowAdapters((adapters,) * len(texts)) if adapters else None
-        encoded = attempt(lambda: self._model.encode_prompts(texts, width, height, of_rows), device)
+        encoded = attempt(
+            lambda: self._model.encode_prompts(texts, width, height, of_rows, options), device
+        )
         if not isinstance(encoded, Exception):
             yield from zip(prompts, map(_on_its_own, encoded), strict=False)
             return
@@ -103,8 +113,8 @@ class PromptCache:
             yield prompts[0], encoded
             return
         half = len(prompts) // 2
-        yield from self._encoded(prompts[:half], width, height, adapters)
-        yield from self._encoded(prompts[half:], width, height, adapters)
+        yield from self._encoded(prompts[:half], width, height, adapters, options)
+        yield from self._encoded(prompts[half:], width, height, adapters, options)
 
 
 def _on_its_own(conditioning: Conditioning) -> Conditioning:

@@ -26,11 +26,15 @@ if TYPE_CHECKING:
     from server.models.adapters.adapter import Weighted
     from server.models.conditioning import Conditioning
     from server.models.hosted import HostedModel
+    from server.models.text_options import TextOptions
 
 log = logging.getLogger(__name__)
 
 Prompts: TypeAlias = "tuple[str | None, ...]"
 """All that must be encoded for an image; None is the model's unconditional."""
+
+Likeness: TypeAlias = "tuple[str, int, int, tuple[Weighted, ...], TextOptions]"
+"""Model, width, height, adapters and options: images that agree in them are encoded together."""
 
 
 class Start(NamedTuple):
@@ -74,7 +78,7 @@ class Admission:
 
     def admit(self, newcomers: list[Sequence]) -> Iterator[tuple[Sequence, Exception]]:
         """Make the newcomers ready to run; yields those that cannot be, with the reason."""
-        alike: dict[tuple[str, int, int, tuple[Weighted, ...]], dict[Sequence, Prompts]] = {}
+        alike: dict[Likeness, dict[Sequence, Prompts]] = {}
         for sequence in newcomers:
             task = sequence.task
             prompts = attempt(lambda one=sequence: _prompts(one), self._models[task.model].device)
@@ -83,12 +87,12 @@ class Admission:
                 yield sequence, prompts
                 continue
             of_text = tuple(one for one in task.adapters if one.adapter.changes_text)
-            key = task.model, task.width, task.height, of_text
+            key = task.model, task.width, task.height, of_text, task.text
             alike.setdefault(key, {})[sequence] = prompts
-        for (name, width, height, of_text), prompts_of in alike.items():
+        for (name, width, height, of_text, options), prompts_of in alike.items():
             members = list(prompts_of)
             prompts = chain.from_iterable(prompts_of.values())
-            encoded = self._prompts[name].of(prompts, width, height, of_text)
+            encoded = self._prompts[name].of(prompts, width, height, of_text, options)
             encode_pictures(self._models[name], members, fixed=self._deterministic)
             for sequence in members:
                 placed = attempt(

@@ -10,6 +10,7 @@ from torch import Tensor
 from server.models.adapters.adapter import RowAdapters
 from server.models.conditioning import Conditioning, StackedConditioning
 from server.models.inputs import RowInputs
+from server.models.text_options import AS_USUAL, TextOptions
 from tests.server.by_hand import task
 from tests.server.toy_model import Toy, run, started
 
@@ -29,6 +30,7 @@ class Wordy(Toy):
         width: int,
         height: int,
         adapters: RowAdapters | None = None,
+        options: TextOptions = AS_USUAL,
     ) -> list[Conditioning]:
         made: list[Conditioning] = []
         for one, prompt in zip(

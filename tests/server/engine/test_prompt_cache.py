@@ -22,7 +22,7 @@ class Encoder:
     def __init__(self):
         self.calls: list[list[str]] = []
 
-    def encode_prompts(self, prompts, width, height, adapters=None):
+    def encode_prompts(self, prompts, width, height, *how):
         self.calls.append(list(prompts))
         if "a bad one" in prompts:
             raise RuntimeError("cannot encode this")
@@ -89,10 +89,10 @@ def test_an_image_whose_prompt_cannot_be_encoded_is_the_only_one_to_fail(start, 
         def __getattr__(self, name):
             return getattr(model, name)
 
-        def encode_prompts(self, prompts, width, height, adapters=None):
+        def encode_prompts(self, prompts, width, height, *how):
             if "a bad one" in prompts:
                 raise RuntimeError("cannot encode this")
-            return model.encode_prompts(prompts, width, height, adapters)
+            return model.encode_prompts(prompts, width, height, *how)
 
     engine = start(model=Choosy())
     heard = run(engine, [task(steps=1), task(steps=1, prompt="a bad one"), task(steps=1)])

@@ -62,6 +62,24 @@ def test_a_lora_of_the_model_acts_and_another_is_named() -> None:
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
+        ({}, None),
+        ({"clip_skip": 1, "override_settings": {"CLIP_stop_at_last_layers": 0}}, None),
+        ({"clip_skip": 2}, 2),
+        ({"clip_skip": 2, "override_settings": {"CLIP_stop_at_last_layers": 3}}, 3),
+        ({"clip_skip": 2, "override_settings": {"CLIP_stop_at_last_layers": 1}}, None),
+        ({"infotext": "a cat\nSteps: 20, Clip skip: 2, Seed: 5"}, 2),
+    ],
+)
+def test_clip_skip_is_the_setting_and_one_is_the_models_own(
+    fields: dict[str, Any], expected: int | None
+) -> None:
+    assert request(**fields).clip_skip == expected
+    assert not ignored(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
         ({}, {"scale": 2, "strength": 0.75}),
         ({"hr_scale": 1.5, "denoising_strength": 0.4}, {"scale": 1.5, "strength": 0.4}),
         ({"width": 64, "hr_resize_x": 160}, {"scale": 2.5, "strength": 0.75}),

@@ -40,6 +40,11 @@ def test_the_lines_are_prompt_negative_and_settings() -> None:
     ]
 
 
+def test_clip_skip_is_written_as_there_unless_it_is_the_last_layer() -> None:
+    assert "Model: embedded, Clip skip: 2, " in text_of(clip_skip=2)
+    assert "Clip skip" not in text_of(clip_skip=1)
+
+
 def test_every_part_of_guidance_is_written() -> None:
     guidance = {
         "name": "cfg",

@@ -1,0 +1,189 @@
+"""Hidden states of earlier layers of CLIP are those that diffusers' pipelines read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import CLIPTextModel
+
+from server.engine.engine import Engine
+from server.engine.state.noise import start_noise
+from server.engine.task import ImageTask
+from server.errors import InvalidRequest
+from server.models.emphasis import WeightedPrompt
+from server.models.hosted import HostedModel
+from server.models.loading import load_model
+from server.models.text_options import TextOptions
+from server.models.unet_model import TEXT
+from server.requests.chosen import notes_for
+from server.requests.reading import Reading
+from server.requests.resolve import make_plan, prepare, resolve
+from server.requests.schema import GenerateRequest
+from server.requests.tasks import tasks_of
+from server.settings import Limits
+from tests.server.models import tiny_sd3
+from tests.server.models.tiny_sd import make
+from tests.server.models.tiny_sdxl import BASE, saved
+from tests.server.models.tiny_sdxl import make as make_xl
+from tests.server.toy_model import Toy, run
+
+PROMPT, NEGATIVE = "a large red circle", "a green star"
+WIDTH, HEIGHT, STEPS = 64, 48, 3
+SHAPE = (4, HEIGHT // 2, WIDTH // 2)
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Any:
+    made = make(BASE)
+    # As trained norms do, so that a state without its norm shows.
+    made.text_encoder.final_layer_norm.bias.data.fill_(0.3)
+    return made
+
+
+@pytest.fixture(scope="module")
+def model(pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> HostedModel:
+    return load(saved(pipeline, tmp_path_factory.mktemp("models") / "sd"))
+
+
+def load(folder: Path) -> HostedModel:
+    return load_model(folder, name="sd", device="cpu", dtype="float32")
+
+
+@torch.inference_mode()
+def read(model: HostedModel, prompt: str | None, skip: int | None) -> Tensor:
+    [one] = model.encode_prompts([prompt], WIDTH, HEIGHT, None, TextOptions(clip_skip=skip))
+    return one.tensors[TEXT]
+
+
+@pytest.fixture(autouse=True)
+def as_diffusers_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 5 has no trunk inside of this class, and diffusers 0.42 looks for one."""
+    monkeypatch.setattr(CLIPTextModel, "text_model", property(lambda self: self), raising=False)
+
+
+@torch.inference_mode()
+def theirs(pipeline: Any, prompt: str, clip_skip: int | None) -> Tensor:
+    """Hidden states by diffusers, whose numbers begin with 1 at the layer before its default."""
+    encoded = pipeline.encode_prompt(
+        prompt,
+        device="cpu",
+        num_images_per_prompt=1,
+        do_classifier_free_guidance=False,
+        clip_skip=clip_skip,
+    )
+    return encoded[0][0]
+
+
+def test_each_layer_is_that_of_diffusers(pipeline: Any, model: HostedModel) -> None:
+    assert list(model.facts.clip_skips) == [1, 2, 3]
+    for skip, their in ((None, None), (1, 0), (2, 1), (3, 2)):
+        torch.testing.assert_close(read(model, PROMPT, skip), theirs(pipeline, PROMPT, their))
+    assert torch.equal(read(model, PROMPT, 1), read(model, PROMPT, None))
+
+
+@pytest.mark.parametrize(
+    ("made", "options"),
+    [
+        (lambda: make_xl(BASE), {"prompt_2": None}),
+        (tiny_sd3.make, {"prompt_2": None, "prompt_3": None}),
+    ],
+    ids=["xl", "sd3"],
+)
+@torch.inference_mode()
+def test_models_that_read_the_layer_before_the_last_begin_with_that(
+    made: Any, options: dict[str, Any], tmp_path: Path
+) -> None:
+    pipeline = made()
+    model = load(saved(pipeline, tmp_path / "model"))
+    assert list(model.facts.clip_skips) == [2, 3]
+    for skip, their in ((None, None), (2, 0), (3, 1)):
+        expected, *_ = pipeline.encode_prompt(
+            PROMPT, **options, do_classifier_free_guidance=False, clip_skip=their
+        )
+        # T5's places are behind those of CLIP.
+        places = pipeline.tokenizer.model_max_length
+        torch.testing.assert_close(read(model, PROMPT, skip)[:places], expected[0, :places])
+
+
+def test_weights_and_chunks_are_those_of_the_layer(model: HostedModel) -> None:
+    plain = read(model, "a red circle", 2)
+    torch.testing.assert_close(read(model, WeightedPrompt("a red circle"), 2), plain)
+    weighted = read(model, WeightedPrompt("a (red:1.5) circle"), 2)
+    expected = plain.clone()
+    expected[2] *= 1.5
+    expected *= plain.mean() / expected.mean()
+    torch.testing.assert_close(weighted, expected, rtol=1e-5, atol=1e-5)
+    both = read(model, WeightedPrompt("a red circle BREAK a (red:1.5) circle"), 2)
+    torch.testing.assert_close(both, torch.cat([plain, weighted]))
+
+
+def asked(model: HostedModel, **fields: Any) -> ImageTask:
+    body: dict[str, Any] = {
+        "prompt": PROMPT,
+        "negative_prompt": NEGATIVE,
+        "width": WIDTH,
+        "height": HEIGHT,
+        "steps": STEPS,
+        "seed": 5,
+        "sampler": "euler",
+        "spacing": {"name": "leading", "offset": 1},
+        "guidance": {"name": "cfg", "scale": 5.0},
+    }
+    request = GenerateRequest.model_validate(body | fields)
+    resolved = resolve(request, model, Limits(), None)
+    schedule = model.schedule(resolved.width, resolved.height, resolved.steps)
+    layout = resolved.sampler, resolved.spacing, resolved.steps, resolved.strength
+    [task] = tasks_of(prepare(resolved, model, make_plan(schedule, *layout)), model)
+    return task
+
+
+@torch.inference_mode()
+def drawn(pipeline: Any, clip_skip: int | None) -> Tensor:
+    """Final latents of diffusers. It leaves the negative prompt's layer alone; we do not."""
+    pipeline.scheduler.set_timesteps(STEPS)
+    sigma = float(pipeline.scheduler.sigmas[0])
+    noise = start_noise(5, SHAPE)[None]
+    answer = pipeline(
+        PROMPT,
+        negative_prompt_embeds=theirs(pipeline, NEGATIVE, clip_skip)[None],
+        clip_skip=clip_skip,
+        latents=noise * (1 + sigma**2) ** 0.5 / float(pipeline.scheduler.init_noise_sigma),
+        num_inference_steps=STEPS,
+        guidance_scale=5.0,
+        width=WIDTH,
+        height=HEIGHT,
+        output_type="latent",
+    )
+    return answer.images[0]
+
+
+def test_images_of_several_layers_in_one_batch_are_each_those_of_diffusers(
+    pipeline: Any, model: HostedModel, engine: Engine, decoded: list[Tensor]
+) -> None:
+    """The same prompts each time, so that none may be taken for another that is kept."""
+    ear = run(engine, [asked(model), asked(model, clip_skip=2), asked(model, clip_skip=3)])
+    assert not ear.errors, ear.errors
+    for their in (None, 1, 2):
+        expected = drawn(pipeline, their)
+        errors = [float((one - expected).norm() / expected.norm()) for one in decoded]
+        assert sorted(errors)[0] < 1e-5
+        assert sorted(errors)[1] > 1e-2
+
+
+def test_layers_that_the_model_does_not_have_are_refused(model: HostedModel) -> None:
+    with pytest.raises(InvalidRequest, match=r"^clip_skip is 4; model 'sd' takes 1 to 3"):
+        asked(model, clip_skip=4)
+
+
+def test_a_model_without_clip_refuses_it_and_habitual_clients_are_told_so() -> None:
+    request = GenerateRequest.model_validate({"prompt": "a", "clip_skip": 2})
+    with pytest.raises(InvalidRequest, match=r"^clip_skip is 2, but model 'toy' reads no hidden"):
+        resolve(request, Toy(), Limits(), None)
+    habitual = request.read_as(Reading(habitual=True))
+    resolved = resolve(habitual, Toy(), Limits(), None)
+    assert resolved.clip_skip is None
+    assert any("clip_skip is left out" in note for note in notes_for(habitual, resolved, Toy()))
