@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from itertools import chain
-from math import ceil, inf
+from math import inf
 from threading import Condition, Thread
 from time import monotonic, perf_counter
 from typing import TYPE_CHECKING, TypeVar
@@ -24,16 +24,15 @@ from server.engine.reception import Reception
 from server.engine.reports import Reports
 from server.engine.row_watch import RowWatch
 from server.engine.selection import Selection
+from server.engine.stages import Failure, Stages
 from server.engine.state.arrivals import Arrivals
-from server.engine.state.lane import largest
 from server.engine.state.lanes import Lanes
 from server.engine.state.overflows import Overflows
-from server.engine.state.sequence import Sequence, units_of
+from server.engine.state.sequence import Sequence
 from server.engine.state.submission import Submission
 from server.engine.tick.decode import Decoder
 from server.engine.tick.newcomers import Admission
 from server.engine.tick.pictures import PicturesOfATick
-from server.engine.tick.stage import run_stage
 from server.engine.tick.undecoded import undecoded
 from server.engine.warmup import recommended_rows, warm_up, warm_up_beside_ticks
 from server.errors import Cancelled, DeviceLost, NotReady, RowFailed
@@ -48,7 +47,7 @@ if TYPE_CHECKING:
     from server.engine.reservation import Reservation
     from server.engine.state.sequence import ImageResult, Listener
     from server.engine.task import ImageTask
-    from server.engine.tick.stage import Outcome, Stage
+    from server.engine.tick.stage import Outcome
     from server.engine.warmup import Warmth
     from server.models.hosted import HostedModel
 
@@ -143,12 +142,20 @@ class Engine:
             # Another shape of a forward may sum in another order.
             mixed=not deterministic,
         )
+        self._stages = Stages(
+            self._device,
+            self._lanes,
+            self._overflows,
+            self.measurements,
+            self.row_watch,
+            self._idle_work.give_back,
+        )
         self._admission = Admission(self._models, self._lanes.of, deterministic=deterministic)
         self._reports = Reports(self._device)
         self._arrived = Arrivals()
         self._active: list[Sequence] = []
         self._decoder = Decoder(
-            self._device, self._selection.turns, self._give_back_memory, fixed=deterministic
+            self._device, self._selection.turns, self._idle_work.give_back, fixed=deterministic
         )
         self._wake = Condition()
         self._chores = Chores(self._wake)
@@ -398,8 +405,7 @@ class Engine:
         if staying:
             seconds = perf_counter() - began
             self.measurements.encode_s += seconds
-            self._selection.share_out(self._active, seconds, live_s=_live_part(staying) * seconds)
-            self._selection.charge(pictures.parts(staying), seconds)
+            self._selection.charge_aside(pictures.parts(staying), seconds, self._active)
             for sequence in staying:
                 self._reception.note_told(sequence)
 
@@ -415,18 +421,19 @@ class Engine:
         return [*others, *self._admission.admit(short)]
 
     def _weave(self, chosen: list[Sequence]) -> None:
-        """Run a stage of the chosen; halve them on an error until it is one image's or group's."""
+        """Take images on by a stage, as far as they can be."""
         for sequence in chosen:
             if not sequence.started_at:
                 sequence.started_at = monotonic()
                 self._reports.started(sequence)
-        stage = attempt(lambda: self._stage(chosen), self._device)
-        if isinstance(stage, Exception):
-            self._divide(chosen, stage)
-            return
-        self._reports.show()
-        for outcome in stage.outcomes:
-            self._hear(outcome)
+        for part in self._stages.run(chosen, self._selection.fixed_rows):
+            if isinstance(part, Failure):
+                for sequence in part.images:
+                    self._fail(sequence, part.error)
+                continue
+            self._reports.show()
+            for outcome in part.outcomes:
+                self._hear(outcome)
 
     def _hear(self, outcome: Outcome) -> None:
         """Take the images of one lane on by the stage that they have run."""
@@ -455,29 +462,6 @@ class Engine:
             if sequence.task.undecoded:
                 self._finish(sequence, attempt(lambda one=sequence: undecoded(one), self._device))
 
-    def _divide(self, chosen: list[Sequence], error: Exception) -> None:
-        """Run the two halves of what together is an error; one image or group fails by it."""
-        units = units_of(chosen)
-        if is_out_of_memory(error):
-            lane, rows = largest(one.lane for one in chosen), sum(one.rows for one in chosen)
-            filled_up = lane.size_of(rows) > rows
-            lane.row_cap.overflow(rows)
-            released = self._give_back_memory()
-            if len(units) == 1 and (filled_up or released):
-                # Recordings, or rows that nobody reads, took the room. Now there are none.
-                self._weave(chosen)
-                return
-        if len(units) == 1:
-            log.error("an image failed in its stage", exc_info=error)
-            # What ControlNets took is no reason to refuse as many rows without.
-            self._note_overflow(chosen[0], error, ceil(sum(one.work for one in chosen)))
-            for sequence in chosen:
-                self._fail(sequence, error)
-            return
-        half = len(units) // 2
-        self._weave([*chain(*units[:half])])
-        self._weave([*chain(*units[half:])])
-
     def _recall(self) -> set[Sequence]:
         """Run stages that need no row of a forward, for about as long as a fair tick takes.
 
@@ -495,45 +479,8 @@ class Engine:
             self._weave(recalling)
             seconds = perf_counter() - now
             recalled.update(recalling)
-            self._selection.charge(dict.fromkeys(recalling, 1), seconds)
-            self._selection.share_out(self._active, seconds, live_s=_live_part(recalling) * seconds)
+            self._selection.charge_aside(dict.fromkeys(recalling, 1), seconds, self._active)
         return recalled
-
-    def _give_back_memory(self) -> bool:
-        """Free what can be done without; whether that were recordings of forwards."""
-        released = self._idle_work.release()
-        free_memory(self._device)
-        return released
-
-    def _stage(self, chosen: list[Sequence]) -> Stage:
-        lanes, m = {sequence.lane for sequence in chosen}, self.measurements
-        rows = sum(sequence.rows for sequence in chosen)
-        work = sum(sequence.work for sequence in chosen)
-        widest, fixed = largest(lanes), self._selection.fixed_rows
-        size = fixed or widest.size_of(rows)
-        known = widest.sizes_known
-        stage = run_stage(chosen, fixed)
-        if chosen[0].recalls:
-            m.weave_s += stage.seconds
-            return stage
-        m.ticks += 1
-        m.rows_per_tick[rows] += 1
-        m.evaluations += rows
-        m.denoise_s += stage.denoise_s
-        m.weave_s += stage.seconds - stage.denoise_s
-        if widest.sizes_known == known:
-            # The first forward of a size tells nothing of those after it, and what ControlNets
-            # took of this one is no part of others.
-            moved = widest.cost.observe(size, stage.seconds * rows / work)
-            # Sizes that mostly come along follow the machine's pace by larger ones. They do so at
-            # all ticks of these: what is seen at mixed ones alone, which take longer than others,
-            # would add up from one to the next.
-            for lane in self._lanes:
-                if lane.mixes_with(widest) and lane.area < widest.area:
-                    lane.cost.shift(moved)
-        widest.row_cap.fit(rows)
-        self.row_watch.see(stage.batches, m.ticks, stage.seconds, m.pending)
-        return stage
 
     def _collect(self, *, idle: bool) -> None:
         """Let the decoder work, and send what it has finished."""
@@ -553,25 +500,17 @@ class Engine:
         if not sequence.submission.finish():
             self._fail(sequence, Cancelled())
             return
-        self.measurements.finished(
-            sequence.task.priority,
-            monotonic() - sequence.submitted_at,
-            {"queue": outcome.queue_s, "denoise": outcome.denoise_s, "decode": outcome.decode_s},
-        )
+        self.measurements.finished(sequence, outcome)
         if sequence.live:
             self._selection.note_live()
-        if sequence.saved:
-            self.measurements.saved[sequence.task.policy.name] += sequence.saved
-        if sequence.task.cache is not None:
-            self.measurements.saved[sequence.task.cache.name] += sequence.recollection.saved
         self._leave(sequence)
         self._reports.finished(sequence, outcome)
 
-    def _note_overflow(self, sequence: Sequence, error: Exception, rows: int | None = None) -> None:
-        """Remember what did not fit into memory by itself, so that as much is refused at once."""
+    def _note_overflow(self, sequence: Sequence, error: Exception) -> None:
+        """Remember a picture that the decoder had no room for, to refuse others as large."""
         if is_out_of_memory(error):
             task, free = sequence.task, unused_bytes(self._device)
-            self._overflows.note(task.model, task.width, task.height, rows, free)
+            self._overflows.note(task.model, task.width, task.height, None, free)
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
         if isinstance(error, Cancelled):
@@ -609,11 +548,6 @@ class Engine:
         self._chores.refuse(self._refusal("The server is stopping."))
         for sequence in list(self._active):
             self._fail(sequence, self._refusal("The image was not finished: the server stopped."))
-
-
-def _live_part(images: Listed[Sequence]) -> float:
-    """Which part of some images are frames of live streams, from 0 to 1."""
-    return sum(image.live for image in images) / len(images)
 
 
 def _broken(sequence: Sequence) -> str:

@@ -100,6 +100,13 @@ class IdleWork:
             free_memory(self._device)
         return released
 
+    def give_back(self) -> bool:
+        """Free all memory that can be done without; whether recordings had any of it."""
+        released = self.release()
+        if not released:
+            free_memory(self._device)
+        return released
+
     def before_ready(self, models: Iterable[HostedModel]) -> None:
         """Prepare all but the large forwards of the first models."""
         if self._preparation is None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import product
+from time import monotonic
 from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 from server.engine.scheduler import Priority
 from server.latencies import Latencies
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from server.engine.state.sequence import ImageResult, Sequence
 
 Stage: TypeAlias = Literal["queue", "denoise", "decode"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -69,12 +70,22 @@ class EngineMeasurements:
     live_pending: int = 0
     row_budget: int = 0
 
-    def finished(self, priority: Priority, seconds: float, by_stage: Mapping[Stage, float]) -> None:
-        """Count an image that took so long from its submission."""
+    def finished(self, sequence: Sequence, result: ImageResult) -> None:
+        """Count an image that has its pixels, and what its policy and its step cache saved."""
+        task = sequence.task
         self.images += 1
-        self.latencies[priority].add(seconds)
-        for stage, spent in by_stage.items():
-            self.stages[priority, stage].add(spent)
+        self.latencies[task.priority].add(monotonic() - sequence.submitted_at)
+        stages: dict[Stage, float] = {
+            "queue": result.queue_s,
+            "denoise": result.denoise_s,
+            "decode": result.decode_s,
+        }
+        for stage, spent in stages.items():
+            self.stages[task.priority, stage].add(spent)
+        if sequence.saved:
+            self.saved[task.policy.name] += sequence.saved
+        if task.cache is not None:
+            self.saved[task.cache.name] += sequence.recollection.saved
 
     def pending_of(self, *, live: bool) -> int:
         """Images waiting or under way, of live streams or of others."""

@@ -104,9 +104,24 @@ class Selection:
 
     def charge(self, parts: Mapping[Sequence, float], seconds: float) -> None:
         """Count seconds of the device as had by the clients of some images, by their parts."""
+        whole = sum(parts.values())
         for sequence, part in parts.items():
             if not sequence.live:
-                self.turns.charge(sequence.flow, seconds * part / sum(parts.values()))
+                self.turns.charge(sequence.flow, seconds * part / whole)
+
+    def charge_aside(
+        self, parts: Mapping[Sequence, float], seconds: float, active: Listed[Sequence]
+    ) -> None:
+        """Count work beside the ticks as had by the clients of some images, and by live ones.
+
+        Args:
+            parts: of the work, by image.
+            seconds: that it took.
+            active: all images that are taken in.
+        """
+        live = sum(sequence.live for sequence in parts) / len(parts)
+        self.share_out(active, seconds, live_s=live * seconds)
+        self.charge(parts, seconds)
 
     def share_out(self, active: Listed[Sequence], seconds: float, *, live_s: float) -> None:
         """Count work beside the ticks towards the shares of live and ordinary images.

@@ -294,7 +294,7 @@ def test_what_mixed_ticks_take_longer_does_not_add_up_in_the_cost_of_the_small(
 
     monkeypatch.setattr(TickCost, "observe", OBSERVE)
     monkeypatch.setattr(TickCost, "shift", SHIFT)
-    monkeypatch.setattr("server.engine.engine.run_stage", timed)
+    monkeypatch.setattr("server.engine.stages.run_stage", timed)
     model = Mixing()
     engine = started(model, 24, guessed_costs={1: 0.02, 128: 0.02})
     sizes = [of("small", CFG()), of("large", CFG())]

@@ -289,6 +289,27 @@ def test_nobody_waits_for_all_stages_that_another_image_recalls(
     assert len(ears[0].steps) < 100
 
 
+def test_memory_that_recalling_lacks_says_nothing_of_how_many_rows_a_forward_may_have(
+    of_toys: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No forward ran; and a lane's cap recovers only after hundreds of full ticks."""
+    real, attempts = recall.recall, list[int]()
+
+    def for_one(batch: Batch) -> Evaluated:
+        attempts.append(len(batch.sequences))
+        if len(batch.sequences) > 1:
+            raise torch.OutOfMemoryError("no room")
+        return real(batch)
+
+    monkeypatch.setattr(recall, "recall", for_one)
+    tasks = [toy_task(cache=EASY, steps=STEPS, seed=seed) for seed in range(2)]
+    assert not run(of_toys, tasks).errors
+    assert {1, 2} <= set(attempts)
+    caps = {lane.row_cap.rows for lane in of_toys._lanes}
+    assert caps == {of_toys.measurements.row_budget}
+    assert not of_toys._overflows.knows("toy")
+
+
 def test_a_cached_image_is_the_same_to_the_bit_alone_and_among_others(fixed: Engine) -> None:
     tasks = [toy_task(cache=EASY, steps=STEPS, seed=k) for k in range(3)]
     others = [

@@ -1,0 +1,150 @@
+"""Runs stages of images, and learns from them what ticks cost and what fits into memory."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from itertools import chain
+from math import ceil
+from typing import TYPE_CHECKING
+
+from server.engine.faults import attempt, is_out_of_memory
+from server.engine.state.lane import largest
+from server.engine.state.sequence import units_of
+from server.engine.tick.stage import Stage, run_stage
+from server.models.memory import unused_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import torch
+
+    from server.engine.metrics import EngineMeasurements
+    from server.engine.row_watch import RowWatch
+    from server.engine.state.lanes import Lanes
+    from server.engine.state.overflows import Overflows
+    from server.engine.state.sequence import Sequence
+
+__all__ = ["Failure", "Stages"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Failure:
+    """An error that is an image's own, or that of the images of a group."""
+
+    images: list[Sequence]
+    error: Exception
+
+
+class Stages:
+    """Runs a stage of several images at once, or of fewer where that is an error.
+
+    What it is given is the engine's own and changes with it.
+
+    Args:
+        device: of all models.
+        lanes: that there are.
+        overflows: learns what did not fit into memory by itself.
+        measurements: of the ticks.
+        row_watch: is shown what ticks weave.
+        give_back: frees memory that can be done without; whether recordings of forwards had any.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        lanes: Lanes,
+        overflows: Overflows,
+        measurements: EngineMeasurements,
+        row_watch: RowWatch,
+        give_back: Callable[[], bool],
+    ) -> None:
+        self._device = device
+        self._lanes = lanes
+        self._overflows = overflows
+        self._measurements = measurements
+        self._row_watch = row_watch
+        self._give_back = give_back
+
+    def run(self, chosen: list[Sequence], fixed_rows: int | None) -> Iterator[Stage | Failure]:
+        """Run a stage of the chosen; halve them on an error until it is one image's or group's.
+
+        Args:
+            chosen: images of lanes that share a forward, those of a group side by side; all recall
+                the stage, or none.
+            fixed_rows: where set, the rows that every operation runs at.
+
+        Yields:
+            Each part when it has run, or failed.
+
+        Raises:
+            DeviceLost: the device no longer answers.
+        """
+        stage = attempt(lambda: self._stage(chosen, fixed_rows), self._device)
+        if isinstance(stage, Stage):
+            yield stage
+            return
+        units, again = units_of(chosen), False
+        if is_out_of_memory(stage):
+            again = self._make_room(chosen)
+        if len(units) > 1:
+            half = len(units) // 2
+            yield from self.run([*chain(*units[:half])], fixed_rows)
+            yield from self.run([*chain(*units[half:])], fixed_rows)
+        elif again:
+            yield from self.run(chosen, fixed_rows)
+        else:
+            log.error("an image failed in its stage", exc_info=stage)
+            if is_out_of_memory(stage) and not chosen[0].recalls:
+                self._note_overflow(chosen)
+            yield Failure(chosen, stage)
+
+    def _make_room(self, chosen: list[Sequence]) -> bool:
+        """Whether what did not fit into memory may fit now, by itself."""
+        filled_up = False
+        # Where no forward ran, this says nothing of how many rows of one fit.
+        if not chosen[0].recalls:
+            lane, rows = largest(one.lane for one in chosen), sum(one.rows for one in chosen)
+            filled_up = lane.size_of(rows) > rows
+            lane.row_cap.overflow(rows)
+        # Recordings, or rows that nobody reads, may have taken the room.
+        return self._give_back() or filled_up
+
+    def _note_overflow(self, chosen: list[Sequence]) -> None:
+        """Remember what did not fit by itself, so that as much is refused at once."""
+        task, free = chosen[0].task, unused_bytes(self._device)
+        # What ControlNets took is no reason to refuse as many rows without.
+        rows = ceil(sum(one.work for one in chosen))
+        self._overflows.note(task.model, task.width, task.height, rows, free)
+
+    def _stage(self, chosen: list[Sequence], fixed_rows: int | None) -> Stage:
+        lanes, m = {sequence.lane for sequence in chosen}, self._measurements
+        rows = sum(sequence.rows for sequence in chosen)
+        work = sum(sequence.work for sequence in chosen)
+        widest = largest(lanes)
+        size = fixed_rows or widest.size_of(rows)
+        known = widest.sizes_known
+        stage = run_stage(chosen, fixed_rows)
+        if chosen[0].recalls:
+            m.weave_s += stage.seconds
+            return stage
+        m.ticks += 1
+        m.rows_per_tick[rows] += 1
+        m.evaluations += rows
+        m.denoise_s += stage.denoise_s
+        m.weave_s += stage.seconds - stage.denoise_s
+        if widest.sizes_known == known:
+            # The first forward of a size tells nothing of those after it, and what ControlNets
+            # took of this one is no part of others.
+            moved = widest.cost.observe(size, stage.seconds * rows / work)
+            # Sizes that mostly come along follow the machine's pace by larger ones. They do so at
+            # all ticks of these: what is seen at mixed ones alone, which take longer than others,
+            # would add up from one to the next.
+            for lane in self._lanes:
+                if lane.mixes_with(widest) and lane.area < widest.area:
+                    lane.cost.shift(moved)
+        widest.row_cap.fit(rows)
+        self._row_watch.see(stage.batches, m.ticks, stage.seconds, m.pending)
+        return stage
