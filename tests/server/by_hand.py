@@ -48,7 +48,7 @@ class Asked(ImageTask):
     reference: Tensor | None = None
 
     @property
-    def text(self) -> str:
+    def prompt_text(self) -> str:
         """The prompt, which here is never a blend of several."""
         assert isinstance(self.prompt, str)
         return self.prompt
@@ -150,14 +150,14 @@ class ByHand:
         return float(self.scales.skip[i]) * x + float(self.scales.out[i]) * raw
 
     def guided(self, i: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        cond = self.denoised(i, x, self.task.text)
+        cond = self.denoised(i, x, self.task.prompt_text)
         result, moved = cond, x
         if not self.settled and (self.evaluated[i] or self.estimated[i]):
             result, moved = self.combined(i, x, cond)
         for term in self.perturbed:
             if term.evaluates(self.ratio[i : i + 1], self.progress[i : i + 1])[0]:
                 strength = float(term.strengths(self.levels)[i])
-                away = cond - self.denoised(i, x, self.task.text, term.edit)
+                away = cond - self.denoised(i, x, self.task.prompt_text, term.edit)
                 result = result + strength * away
         return result, moved
 
@@ -166,7 +166,7 @@ class ByHand:
         others = [cond] * len(rule.branches)
         if self.evaluated[i]:
             others = [
-                self.denoised(i, x, branch.text(task.text, task.negative_prompt))
+                self.denoised(i, x, branch.text(task.prompt_text, task.negative_prompt))
                 for branch in rule.branches
             ]
         opens = self.plan.step[i] not in self.plan.step[:i]

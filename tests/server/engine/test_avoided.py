@@ -75,7 +75,7 @@ class AwayByHand(ByHand):
             float(self.scales.scale_in[i]) * points,
             torch.full((2,), float(self.times[i])),
             replace(
-                self.model.inputs([task.text, text]),
+                self.model.inputs([task.prompt_text, text]),
                 edits=[(*self.edits,), (*changes, replace(negtome.edit, reference=0))],
                 scale_embedding=torch.full((2,), scale) if task.policy.embeds else None,
             ),
@@ -280,7 +280,7 @@ def test_rows_equal_a_batch_of_their_own_under_an_ordinary_hook(
     logits[shapes.index("ring")] = -torch.inf
     likeliest = "a blue ring".replace("ring", shapes[int(logits.argmax())])
     [chosen] = embedded.inputs([likeliest]).conditioning.tensors[TEXT]
-    both = embedded.inputs([tasks[1].text, tasks[1].negative_prompt])
+    both = embedded.inputs([tasks[1].prompt_text, tasks[1].negative_prompt])
     prompt, negative = both.conditioning.tensors[TEXT]
     texts = {1: prompt, 2: prompt, 6: negative, 8: negative, 10: chosen}
     moved: list[float] = []

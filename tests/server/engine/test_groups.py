@@ -119,7 +119,7 @@ class ByHand:
         apart = next((one for one in settings if isinstance(one, NegToMe)), None)
         t = torch.full((count,), float(self.times[i]))
         found = []
-        for text in (self.tasks[0].text, self.tasks[0].negative_prompt):
+        for text in (self.tasks[0].prompt_text, self.tasks[0].negative_prompt):
             inputs = self.model.inputs([text] * count)
             if apart is not None and i / STEPS < apart.stop:
                 push = ApartFrom(apart.layers, apart.strength, apart.threshold, 0)

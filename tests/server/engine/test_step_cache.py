@@ -68,7 +68,7 @@ class AuthorsLoop(ByHand):
         """Their networks predict the velocity, ``(alpha x - D) / sigma``, and the toy the noise."""
         alpha, sigma = float(self.plan.alpha[i]), float(self.plan.sigma[i])
         raw_input, key = x.clone(), (text, edits)
-        of_prompt = key == (self.task.text, ())
+        of_prompt = key == (self.task.prompt_text, ())
         if of_prompt:
             self.should_calc = self.decides(i, raw_input)
             if self.should_calc:
@@ -106,12 +106,13 @@ class AuthorsLoop(ByHand):
 
     def asks(self, i: int) -> set[Any]:
         task = self.task
-        asked: set[Any] = {(task.text, ())}
+        asked: set[Any] = {(task.prompt_text, ())}
         if not self.settled and self.evaluated[i]:
-            asked |= {(b.text(task.text, task.negative_prompt), ()) for b in task.rule.branches}
+            told = task.prompt_text, task.negative_prompt
+            asked |= {(branch.text(*told), ()) for branch in task.rule.branches}
         for term in self.perturbed:
             if term.evaluates(self.ratio[i : i + 1], self.progress[i : i + 1])[0]:
-                asked.add((task.text, (term.edit,)))
+                asked.add((task.prompt_text, (term.edit,)))
         return asked
 
 

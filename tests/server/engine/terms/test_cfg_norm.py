@@ -23,7 +23,7 @@ class LengthsByHand(ByHand):
         guided, moved = super().guided(i, x)
         for norm in self.task.settings:
             if isinstance(norm, CFGNorm) and norm.start <= self.progress[i] < norm.stop:
-                cond = self.denoised(i, x, self.task.text)
+                cond = self.denoised(i, x, self.task.prompt_text)
                 if norm.variant == "denoised":
                     ratio = cond.norm(dim=1, keepdim=True) / guided.norm(dim=1, keepdim=True)
                     guided = guided * ratio.clamp(max=1) * norm.strength
