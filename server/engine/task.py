@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from guidance import Policy, Rule, StepCache
     from samplers import Plan
+    from server.engine.state.noise import Variation
     from server.engine.terms.term import Term
     from server.models.adapters.adapter import Weighted
     from server.models.blend import Blend
@@ -48,6 +49,9 @@ class ImageTask:
         width: in pixels.
         height: in pixels.
         seed: of this image, 0 to 2^63 - 1.
+        variation: turns the start noise towards that of another seed.
+        noise_size: width and height in pixels of the picture whose start noise the middle of the
+            image has.
         plan: the sampler's table.
         rule: how predictions are combined.
         policy: where the second prediction comes from.
@@ -92,6 +96,8 @@ class ImageTask:
     image: Tensor | None = None
     latents: Tensor | None = None
     mask: Tensor | None = None
+    variation: Variation | None = None
+    noise_size: tuple[int, int] | None = None
     from_noise: bool = False
     undecoded: bool = False
     previews: bool = False

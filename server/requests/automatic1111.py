@@ -26,16 +26,14 @@ from server.requests.lora_tags import read_tags
 from server.requests.messages import explain
 from server.requests.read_infotext import read_infotext
 from server.requests.reading import RESIZE_MODES, Reading
-from server.requests.schema import DEFAULT_STEPS, MAX_SEED, GenerateRequest
+from server.requests.schema import DEFAULT_STEPS, GenerateRequest
+from server.requests.start_noise import MAX_SEED
 from server.requests.upload import Upload
 
 __all__ = ["Img2Img", "Translated", "Txt2Img", "translated"]
 
 _NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     "styles": ((),),
-    "subseed_strength": (0,),
-    "seed_resize_from_w": (-1, 0),
-    "seed_resize_from_h": (-1, 0),
     "restore_faces": (False,),
     "tiling": (False,),
     "s_churn": (0,),
@@ -69,6 +67,10 @@ _OF_INFOTEXT: Final[Mapping[str, str]] = {
     "scheduler": "Schedule type",
     "cfg_scale": "CFG scale",
     "seed": "Seed",
+    "subseed": "Variation seed",
+    "subseed_strength": "Variation seed strength",
+    "seed_resize_from_w": "Seed resize from-1",
+    "seed_resize_from_h": "Seed resize from-2",
     "width": "Size-1",
     "height": "Size-2",
     "denoising_strength": "Denoising strength",
@@ -90,6 +92,21 @@ class Txt2Img(HiresFields):
     )
     negative_prompt: str = Field(default="", description="Describes what is steered away from.")
     seed: int = Field(default=-1, description="Of the first image; -1 is a random one.")
+    subseed: int = Field(
+        default=-1, description="Variation seed of the first image; -1 is a random one."
+    )
+    subseed_strength: float = Field(
+        default=0,
+        ge=0,
+        le=1,
+        description="How far the start noise is turned towards that of the variation seed.",
+    )
+    seed_resize_from_w: int = Field(
+        default=-1,
+        le=16384,
+        description="Width of the picture whose start noise the middle has, with the height.",
+    )
+    seed_resize_from_h: int = Field(default=-1, le=16384, description="Likewise its height.")
     sampler_name: str | None = Field(
         default=None, max_length=128, description="A name of AUTOMATIC1111, or of this server."
     )
@@ -136,10 +153,6 @@ class Txt2Img(HiresFields):
         default=None, description="Text of an image, for the fields that are left out."
     )
     styles: tuple[str, ...] = ()
-    subseed: int = -1
-    subseed_strength: float = 0
-    seed_resize_from_h: int = -1
-    seed_resize_from_w: int = -1
     restore_faces: bool = False
     tiling: bool = False
     s_churn: float = 0
@@ -291,6 +304,7 @@ def translated(
         "height": height,
         "steps": body.steps,
         "seed": None if body.seed < 0 else body.seed % MAX_SEED,
+        **_start_noise(body, multiple),
         "n": body.batch_size * body.n_iter,
         "adapters": [{"name": name, "weight": weight} for name, weight in loras.items()],
         # For the previews of `GET /sdapi/v1/progress`, and for what an interruption leaves.
@@ -334,6 +348,19 @@ def _clip_skip(body: Txt2Img) -> int | None:
     """The layer that is asked for; None for the model's own, which 1 is there for all models."""
     skip = body.override_settings.get(_CLIP_SKIP) or body.clip_skip
     return None if skip in (0, 1) else skip
+
+
+def _start_noise(body: Txt2Img, multiple: int) -> dict[str, Any]:
+    """The fields `variation` and `noise_size`."""
+    fields: dict[str, Any] = {}
+    if body.subseed_strength:
+        seed = None if body.subseed < 0 else body.subseed % MAX_SEED
+        fields["variation"] = {"seed": seed, "strength": body.subseed_strength}
+    width, height = body.seed_resize_from_w, body.seed_resize_from_h
+    if width > 0 and height > 0:
+        size = {"width": _side(width, multiple), "height": _side(height, multiple)}
+        fields["noise_size"] = size
+    return fields
 
 
 def _side(pixels: int | None, multiple: int) -> int | None:

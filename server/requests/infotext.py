@@ -42,6 +42,7 @@ def infotext(
         "Model hash": model_revision[:10],
         "Model": settings.model,
         "Clip skip": settings.clip_skip if (settings.clip_skip or 1) > 1 else None,
+        **_start_noise(settings),
         "Denoising strength": None if strength is None else f"{strength:g}",
         **_hires(settings),
         "Guidance": guidance.name,
@@ -58,6 +59,16 @@ def infotext(
     negative = settings.negative_prompt
     told = f"Negative prompt: {_harmless(negative)}\n" if negative else ""
     return f"{_harmless(settings.prompt)}\n{told}{line}"
+
+
+def _start_noise(settings: ResolvedRequest) -> dict[str, Any]:
+    """What the noise is made of beside the seed, as AUTOMATIC1111 names it."""
+    variation, size = settings.variation, settings.noise_size
+    return {
+        "Variation seed": None if variation is None else variation.seed,
+        "Variation seed strength": None if variation is None else f"{variation.strength:g}",
+        "Seed resize from": None if size is None else f"{size.width}x{size.height}",
+    }
 
 
 def _hires(settings: ResolvedRequest) -> dict[str, Any]:

@@ -47,6 +47,7 @@ from server.requests.schema import (
     guidance_of,
 )
 from server.requests.second_run import check_hires
+from server.requests.start_noise import VariationChoice
 from server.settings import Limits
 
 __all__ = ["Prepared", "make_plan", "prepare", "resolve", "statistics_for"]
@@ -120,6 +121,8 @@ def resolve(
         steps=steps,
         seed=secrets.randbelow(2**32) if request.seed is None else request.seed,
         n=request.n,
+        variation=_variation(request.variation),
+        noise_size=request.noise_size,
         sampler=sampler,
         spacing=spacing,
         guidance=_with_source_to_avoid(guidance, has_reference=has_reference),
@@ -275,6 +278,12 @@ def _clip_skip(request: GenerateRequest, model: HostedModel) -> int | None:
         f"clip_skip is {skip}, but model {model.facts.name!r} reads no hidden states of a CLIP "
         "text encoder; leave it out.",
     )
+
+
+def _variation(asked: VariationChoice | None) -> VariationChoice | None:
+    if asked is None or asked.seed is not None:
+        return asked
+    return asked.model_copy(update={"seed": secrets.randbelow(2**32)})
 
 
 def _hires(

@@ -33,6 +33,7 @@ from server.requests.controls import ControlChoice, ControlSettings
 from server.requests.foreign_names import why_no_sampler, why_no_spacing
 from server.requests.hires import Hires
 from server.requests.reading import DEFAULT_RULE, Readable
+from server.requests.start_noise import MAX_SEED, NoiseSize, VariationChoice
 from server.requests.upload import Upload
 from server.settings import PROMPT_BYTES_CEILING
 
@@ -41,7 +42,6 @@ __all__ = [
     "DEFAULT_RESIZE_MODE",
     "DEFAULT_SAMPLER",
     "DEFAULT_STEPS",
-    "MAX_SEED",
     "SPACING_BY_NAME",
     "GenerateRequest",
     "Guidance",
@@ -61,7 +61,6 @@ DEFAULT_GUIDANCE: Final = {"name": DEFAULT_RULE, "scale": 4.0}
 (docs/guidance.md)."""
 GUIDANCE_OF_STATISTICS: Final = {"name": "cfg", "scale": 4.0}
 """For samplers planned with model statistics, which are measured under plain guidance."""
-MAX_SEED: Final = 2**63 - 1
 
 if TYPE_CHECKING:
     SamplerChoice = Sampler
@@ -179,6 +178,16 @@ class GenerateRequest(Readable):
         "and reported in the response.",
     )
     n: Count = Field(default=1, ge=1, description="Number of images.")
+    variation: VariationChoice | None = Field(
+        default=None,
+        description="Images near that of `seed`, whose start noise is turned towards that of other "
+        "seeds. Default: image i has the noise of seed + i.",
+    )
+    noise_size: NoiseSize | None = Field(
+        default=None,
+        description="Size of a picture whose start noise the middle of the images has, so that "
+        "they are like it at another size. Default: the images' own size.",
+    )
     sampler: SamplerChoice | None = Field(
         default=None,
         description="How the noise is removed; names of AUTOMATIC1111, ComfyUI and diffusers are "
@@ -288,6 +297,8 @@ class ResolvedRequest(BaseModel):
     steps: int
     seed: int
     n: int
+    variation: VariationChoice | None = None
+    noise_size: NoiseSize | None = None
     sampler: SamplerChoice
     spacing: SpacingChoice
     guidance: Guidance

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from guidance.parts import chosen
 from server.engine.scheduler import Priority
+from server.engine.state.noise import Variation
 from server.engine.task import Group, ImageTask, Stream
 from server.engine.terms.registry import terms_of
 from server.engine.terms.term import Run
@@ -20,12 +21,21 @@ from server.requests.checks.group import is_group
 from server.requests.resolve import Prepared
 from server.requests.schema import ResolvedRequest, split
 
-__all__ = ["seeds_of", "tasks_of"]
+__all__ = ["alone", "tasks_of"]
 
 
-def seeds_of(resolved: ResolvedRequest) -> range:
-    """The seeds of the request's images, in their order."""
-    return range(resolved.seed, resolved.seed + resolved.n)
+def alone(resolved: ResolvedRequest, index: int) -> ResolvedRequest:
+    """The request for one of its images, counted from 0, by itself.
+
+    Images of a group are not the same by themselves.
+    """
+    variation, seed = resolved.variation, resolved.seed + index
+    if variation is None:
+        return resolved.model_copy(update={"seed": seed, "n": 1})
+    if variation.seed is None:
+        raise ValueError("variation has no seed; the request is not resolved")
+    other = variation.model_copy(update={"seed": variation.seed + index})
+    return resolved.model_copy(update={"variation": other, "n": 1})
 
 
 def tasks_of(
@@ -77,6 +87,7 @@ def tasks_of(
         adapters = load_adapters(resolved.adapters, model)
     # A network that is shown the picture does not need it in x, and was not trained with it there.
     from_noise = mask is not None and model.facts.reads_mask and resolved.strength == 1
+    size = resolved.noise_size
     group = Group() if is_group(resolved.guidance) else None
     return [
         ImageTask(
@@ -85,7 +96,9 @@ def tasks_of(
             negative_prompt=negative_prompt,
             width=resolved.width,
             height=resolved.height,
-            seed=seed,
+            seed=one.seed,
+            variation=_variation(one),
+            noise_size=None if size is None else (size.width, size.height),
             plan=plan,
             rule=rule,
             policy=policy,
@@ -104,5 +117,12 @@ def tasks_of(
             undecoded=resolved.hires is not None and resolved.hires.of_latents,
             previews=resolved.stream,
         )
-        for seed in seeds_of(resolved)
+        for one in (alone(resolved, index) for index in range(resolved.n))
     ]
+
+
+def _variation(resolved: ResolvedRequest) -> Variation | None:
+    chosen = resolved.variation
+    if chosen is None or chosen.seed is None:
+        return None
+    return Variation(chosen.seed, chosen.strength)

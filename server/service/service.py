@@ -38,7 +38,7 @@ from server.requests.infotext import infotext
 from server.requests.resolve import Prepared, make_plan, prepare, resolve, statistics_for
 from server.requests.schema import DEFAULT_RESIZE_MODE, GenerateRequest, ResolvedRequest
 from server.requests.second_run import naming_hires, second_run, warned_again
-from server.requests.tasks import seeds_of, tasks_of
+from server.requests.tasks import alone, tasks_of
 from server.requests.upload import Upload
 from server.service.enlarging import started_from
 from server.service.generation import Generation
@@ -567,18 +567,17 @@ class Service:
 
     def _encode(self, generation: Generation, index: int, pixels: NDArray[np.uint8]) -> Picture:
         request = generation.request
-        seed = seeds_of(request)[index]
+        single = alone(request, index)
         # An image of a group cannot be made without the others.
-        together = is_group(request.guidance)
-        alone = request if together else request.model_copy(update={"seed": seed, "n": 1})
+        written = request if is_group(request.guidance) else single
         text = infotext(
-            alone,
+            written,
             model_revision=generation.model_revision,
             statistics=generation.statistics,
             version=VERSION,
         )
-        description = ImageText(text, alone.settings())
-        return Picture(encode(pixels, request.output_format, description), seed, text)
+        description = ImageText(text, written.settings())
+        return Picture(encode(pixels, request.output_format, description), single.seed, text)
 
 
 def _target(resolved: ResolvedRequest) -> Target:

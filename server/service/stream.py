@@ -18,7 +18,7 @@ from server.image_codec import encode
 from server.models.blend import Blend
 from server.requests.adapters import load_adapters
 from server.requests.checks.limits import check_limits, check_tokens
-from server.requests.schema import MAX_SEED
+from server.requests.start_noise import MAX_SEED
 from server.requests.stream_schema import StreamSettings, read_settings
 from server.requests.tasks import tasks_of
 from server.service.model_shelf import Lease

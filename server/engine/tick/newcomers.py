@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 import torch.nn.functional as F
 
 from server.engine.faults import attempt
-from server.engine.state.noise import start_noise
+from server.engine.state.noise import varied_noise
 from server.engine.state.prompt_cache import PromptCache
 from server.engine.state.sequence import Known
 from server.engine.tick.pictures import encode_pictures, latents_of
@@ -137,7 +137,8 @@ def _prompts(sequence: Sequence) -> Prompts:
 
 def _start(sequence: Sequence, lane: Lane) -> Start:
     task, plan = sequence.task, sequence.task.plan
-    noise = start_noise(task.seed, lane.shape).to(lane.model.device)
+    inner = None if task.noise_size is None else lane.model.latent_shape(*task.noise_size)
+    noise = varied_noise(task.seed, lane.shape, task.variation, inner).to(lane.model.device)
     # Made anew each time, as an attempt to start may be repeated.
     sequence.term_states = [
         term.begin(None if term.picture is None else latents_of(sequence, term.picture), noise)

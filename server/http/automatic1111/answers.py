@@ -132,6 +132,8 @@ def _info(
     request = generation.request
     count = len(pictures)
     seeds = [picture.seed for picture in pictures]
+    variation, noise_size = request.variation, request.noise_size
+    subseed = request.seed if variation is None else variation.seed or 0
     scale = getattr(request.guidance, "scale", 1.0)
     return {
         "prompt": body.prompt,
@@ -140,9 +142,9 @@ def _info(
         "all_negative_prompts": [body.negative_prompt] * count,
         "seed": request.seed,
         "all_seeds": seeds,
-        "subseed": request.seed,
-        "all_subseeds": seeds,
-        "subseed_strength": 0,
+        "subseed": subseed,
+        "all_subseeds": [subseed + index for index in range(count)],
+        "subseed_strength": 0 if variation is None else variation.strength,
         "width": request.width,
         "height": request.height,
         "sampler_name": wanted.sampler_name or request.sampler.name,
@@ -155,8 +157,8 @@ def _info(
         "sd_model_hash": generation.model_revision[:10],
         "sd_vae_name": None,
         "sd_vae_hash": None,
-        "seed_resize_from_w": -1,
-        "seed_resize_from_h": -1,
+        "seed_resize_from_w": -1 if noise_size is None else noise_size.width,
+        "seed_resize_from_h": -1 if noise_size is None else noise_size.height,
         "denoising_strength": request.strength,
         "extra_generation_params": {},
         "index_of_first_image": 0,

@@ -40,7 +40,7 @@ def check_group(resolved: ResolvedRequest, *, has_picture: bool, has_reference: 
             needs = f"{NEGTOME} needs at least 2 images, or an image in `reference`"
         raise InvalidRequest("n", f"n is {resolved.n}; {needs}.")
     if guidance.particles is not None and (
-        reason := _against_particles(guidance, has_picture=has_picture)
+        reason := _against_particles(resolved, has_picture=has_picture)
     ):
         raise InvalidRequest(PARTICLES, f"{PARTICLES} is {guidance.particles.name!r}; {reason}.")
     if reason := _against_negtome(guidance):
@@ -87,7 +87,10 @@ def _check_reference(negtome: NegToMe | None, *, has_reference: bool) -> None:
     )
 
 
-def _against_particles(guidance: Guidance, *, has_picture: bool) -> str | None:
+def _against_particles(resolved: ResolvedRequest, *, has_picture: bool) -> str | None:
+    guidance = resolved.guidance
+    if resolved.variation is not None:
+        return "particles need seeds of their own, so leave `variation` out"
     if has_picture:
         return "particles need a run from pure noise, so leave `image` out"
     if not guidance.plain_cfg:

@@ -6,7 +6,8 @@ from server.errors import InvalidRequest
 from server.models.emphasis import MOST_CHUNKS, written_in
 from server.models.hosted import HostedModel, ModelFacts
 from server.requests.checks.classifier import alternatives_of
-from server.requests.schema import MAX_SEED, GenerateRequest, ResolvedRequest
+from server.requests.schema import GenerateRequest, ResolvedRequest
+from server.requests.start_noise import MAX_SEED
 from server.settings import Limits
 
 __all__ = ["check_count", "check_limits", "check_size", "check_tokens", "drawings_of"]
@@ -46,9 +47,12 @@ def check_limits(request: ResolvedRequest, limits: Limits) -> None:
             raise InvalidRequest(
                 field, f"{field} has {size} bytes; at most {limits.prompt_bytes} are allowed."
             )
-    if request.seed + request.n - 1 > MAX_SEED:
+    variation, field, seed = request.variation, "seed", request.seed
+    if variation is not None and variation.seed is not None:
+        field, seed = "variation.seed", variation.seed
+    if seed + request.n - 1 > MAX_SEED:
         raise InvalidRequest(
-            "seed", f"seed is {request.seed}; seed + n - 1 must be at most {MAX_SEED}."
+            field, f"{field} is {seed}; {field} + n - 1 must be at most {MAX_SEED}."
         )
 
 
@@ -59,24 +63,9 @@ def check_size(resolved: ResolvedRequest, facts: ModelFacts, limits: Limits) -> 
         InvalidRequest: a side is no multiple of what the model needs or is longer than it has
             positions for, or there are too many pixels.
     """
-    width, height = resolved.width, resolved.height
-    for field, side in (("width", width), ("height", height)):
-        if side % facts.size_multiple:
-            raise InvalidRequest(
-                field,
-                f"{field} is {side}; model {facts.name!r} needs a multiple of "
-                f"{facts.size_multiple}.",
-            )
-        if facts.longest_side is not None and side > facts.longest_side:
-            raise InvalidRequest(
-                field,
-                f"{field} is {side}; model {facts.name!r} draws at most {facts.longest_side}.",
-            )
-    if width * height > limits.pixels:
-        raise InvalidRequest(
-            "width",
-            f"width x height is {width} x {height}; at most {limits.pixels} pixels are allowed.",
-        )
+    _check_size("", resolved.width, resolved.height, facts, limits)
+    if (noise := resolved.noise_size) is not None:
+        _check_size("noise_size.", noise.width, noise.height, facts, limits)
 
 
 def check_tokens(resolved: ResolvedRequest, model: HostedModel) -> None:
@@ -95,6 +84,28 @@ def check_tokens(resolved: ResolvedRequest, model: HostedModel) -> None:
             _check_tokens("guidance", branch.prompt, model, most)
     for text in alternatives_of(resolved, model):
         _check_tokens("guidance.classifier", text, model, most)
+
+
+def _check_size(within: str, width: int, height: int, facts: ModelFacts, limits: Limits) -> None:
+    for name, side in (("width", width), ("height", height)):
+        field = f"{within}{name}"
+        if side % facts.size_multiple:
+            raise InvalidRequest(
+                field,
+                f"{field} is {side}; model {facts.name!r} needs a multiple of "
+                f"{facts.size_multiple}.",
+            )
+        if facts.longest_side is not None and side > facts.longest_side:
+            raise InvalidRequest(
+                field,
+                f"{field} is {side}; model {facts.name!r} draws at most {facts.longest_side}.",
+            )
+    if width * height > limits.pixels:
+        raise InvalidRequest(
+            f"{within}width",
+            f"{within}width x height is {width} x {height}; at most {limits.pixels} pixels are "
+            "allowed.",
+        )
 
 
 def _check_tokens(field: str, text: str, model: HostedModel, most: int) -> None:

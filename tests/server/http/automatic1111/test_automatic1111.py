@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -75,6 +76,34 @@ def test_txt2img_makes_the_images_of_the_native_route(api: WebUIApi, client: htt
     assert result.info["warnings"] == []
     assert result.info["infotexts"][1].startswith("a red circle\nNegative prompt: a square\nSteps:")
     assert result.parameters["steps"] == 2
+
+
+def test_variations_of_a_seed_are_those_of_the_native_route_and_read_back_from_their_text(
+    api: WebUIApi, client: httpx2.Client
+) -> None:
+    told: dict[str, Any] = {"subseed": 40, "subseed_strength": 0.3}
+    resized: dict[str, Any] = {"seed_resize_from_w": 64, "seed_resize_from_h": SIDE + 3}
+    result = txt2img(api, **SMALL, **told, **resized, cfg_scale=1, batch_size=2)
+    assert result.info["warnings"] == []
+    assert (result.info["all_seeds"], result.info["all_subseeds"]) == ([5, 5], [40, 41])
+    ours = {"variation": {"seed": 40, "strength": 0.3}, "noise_size": {"width": 64, "height": SIDE}}
+    expected = native(client, n=2, guidance="none", **ours)
+    for image, pixels in zip(result.images, expected, strict=True):
+        assert (array(image) == pixels).all()
+    assert (expected[0] != expected[1]).any()
+    # Each image says what makes it alone, in AUTOMATIC1111's text and in our own.
+    text: str = result.info["infotexts"][1]
+    said = "Variation seed: 41, Variation seed strength: 0.3, Seed resize from: 64x128"
+    assert said in text
+    answer = client.post("/sdapi/v1/txt2img", json={"infotext": text, "cfg_scale": 1})
+    (again,) = answer.json()["images"]
+    assert (array(Image.open(io.BytesIO(base64.b64decode(again)))) == expected[1]).all()
+    (own,) = native(client, **json.loads(result.images[1].info["weft"]))
+    assert (own == expected[1]).all()
+    # Turned as far as it goes, it is the image of the other seed.
+    (other,) = native(client, variation={"seed": 40, "strength": 1.0}, guidance="none")
+    (there,) = native(client, seed=40, guidance="none")
+    assert np.abs(other.astype(int) - there).max() <= 1
 
 
 def test_img2img_starts_from_an_image_and_repaints_what_the_mask_says(

@@ -1,0 +1,45 @@
+"""What the start noise of images is made of, beside their seed."""
+
+from __future__ import annotations
+
+from typing import Annotated, Final
+
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = ["MAX_SEED", "NoiseSize", "VariationChoice"]
+
+MAX_SEED: Final = 2**63 - 1
+
+Count = Annotated[int, Field(strict=True)]
+
+
+class VariationChoice(BaseModel):
+    """Images near that of a seed: its start noise, turned towards the noise of another seed.
+
+    As AUTOMATIC1111's variation seeds. All images of the request have the same `seed`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    seed: Count | None = Field(
+        default=None,
+        ge=0,
+        le=MAX_SEED,
+        description="Seed of the other noise for the first image; image i has seed + i. Default: "
+        "random, and reported in the response.",
+    )
+    strength: float = Field(
+        gt=0,
+        le=1,
+        strict=True,
+        description="How far the noise is turned: 1 is the image of the other seed.",
+    )
+
+
+class NoiseSize(BaseModel):
+    """The size of another picture whose start noise the middle of the images has."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    width: Count = Field(ge=8, le=16384, description="Of that picture in pixels.")
+    height: Count = Field(ge=8, le=16384, description="Of that picture in pixels.")
