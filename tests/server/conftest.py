@@ -18,6 +18,7 @@ from server.http.app import create_app
 from server.http.connection import connections
 from server.http.live.websockets import websocket_options
 from server.settings import Limits, Settings
+from tests.server.process import Forks
 
 PATIENCE_S = 120
 MAX_IMAGES = 8
@@ -67,6 +68,13 @@ class Running:
     def stop(self) -> None:
         self._server.should_exit = True
         self._thread.join(PATIENCE_S)
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    made = Forks()
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="session")

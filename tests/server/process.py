@@ -1,8 +1,10 @@
-"""A server in a process of its own, for what happens when it starts, breaks and stops."""
+"""Processes of `weft`, for what happens when it starts, breaks and stops."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -14,7 +16,127 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+from embedded import MODEL_FOLDER
+
 PATIENCE_S = 120
+SMALL = ("--row-budget", "4", "--model", f"embedded={MODEL_FOLDER}")
+"""Options of a server that is soon ready."""
+
+FORKING = """
+import json
+import os
+import sys
+
+import server.cli
+import server.http.app
+from embedded import MODEL_FOLDER
+from server.models.loading import load_model
+
+# For what it imports.
+load_model(MODEL_FOLDER, name="embedded", device="cpu", dtype="float32")
+answers = os.fdopen(os.dup(1), "w")
+CREATED = os.O_CREAT | os.O_WRONLY | os.O_TRUNC
+for line in sys.stdin:
+    asked = json.loads(line)
+    if isinstance(asked, int):
+        ended, status = os.waitpid(asked, os.WNOHANG)
+        answer = os.waitstatus_to_exitcode(status) if ended else None
+    else:
+        answer = os.fork()
+        if answer == 0:
+            break
+    print(json.dumps(answer), file=answers, flush=True)
+else:
+    sys.exit()
+
+answers.close()
+streams = os.open(os.devnull, os.O_RDONLY), os.open(asked["log"], CREATED)
+for number, opened in enumerate((*streams, streams[1])):
+    os.dup2(opened, number)
+os.environ.clear()
+os.environ.update(asked["environment"])
+sys.argv[1:] = asked["arguments"]
+exec(asked["code"])
+"""
+"""Forks processes, and says how they ended.
+
+It has imported what a server does, which takes several seconds, and has one thread. A fork goes on
+with its code to the end of the interpreter, as `python -c` does.
+"""
+
+
+class Process:
+    """A process that a :class:`Forks` began."""
+
+    def __init__(self, forks: Forks, pid: int) -> None:
+        self._forks = forks
+        self._status: int | None = None
+        self.pid = pid
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def poll(self) -> int | None:
+        """The exit status, or minus the number of the signal that ended it; None while it runs."""
+        if self._status is None:
+            self._status = self._forks.ask(self.pid)
+        return self._status
+
+    def wait(self, patience_s: float) -> int:
+        until = time.monotonic() + patience_s
+        while (status := self.poll()) is None:
+            if time.monotonic() > until:
+                raise TimeoutError(f"process {self.pid} did not end")
+            time.sleep(0.02)
+        return status
+
+
+class Forks:
+    """Begins processes that need not import torch, diffusers and transformers again."""
+
+    def __init__(self) -> None:
+        self._parent = subprocess.Popen(
+            [sys.executable, "-c", FORKING],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+        )
+
+    def ask(self, order: Any) -> Any:
+        assert self._parent.stdin is not None
+        assert self._parent.stdout is not None
+        print(json.dumps(order), file=self._parent.stdin)
+        return json.loads(self._parent.stdout.readline())
+
+    @contextmanager
+    def begun(self, log: Path, code: str, *arguments: str) -> Generator[Process]:
+        """A process that runs the code, and is killed if the test leaves it running.
+
+        Args:
+            log: file for what it writes to its standard output and error.
+            code: that it runs, as `python -c` does.
+            arguments: of its command line.
+        """
+        order = {
+            "log": str(log),
+            "code": code,
+            "arguments": arguments,
+            "environment": dict(os.environ),
+        }
+        process = Process(self, self.ask(order))
+        try:
+            yield process
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait(PATIENCE_S)
+
+    def close(self) -> None:
+        with self._parent as parent:
+            assert parent.stdin is not None
+            parent.stdin.close()
+
 
 SCRIPT = """
 import sys
@@ -46,24 +168,13 @@ main()
 
 
 class Server:
-    """A `weft serve` whose denoiser breaks or slows down at a sign.
+    """A `weft serve` whose denoiser breaks or slows down at a sign."""
 
-    Args:
-        folder: for the flag and the log.
-        change: statement that the denoiser runs first, from `disturb` on.
-        options: of `weft serve`.
-    """
-
-    def __init__(self, folder: Path, change: str, options: tuple[str, ...]) -> None:
-        self._flag = folder / "flag"
-        self.log = folder / "log"
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
-        code = SCRIPT.format(change=change)
-        command = [sys.executable, "-c", code, str(self._flag), "serve", "--port", str(self.port)]
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen([*command, *options], stderr=log)
+    def __init__(self, process: Process, port: int, flag: Path, log: Path) -> None:
+        self.process = process
+        self.port = port
+        self.log = log
+        self._flag = flag
 
     def disturb(self) -> None:
         """Let the change take effect."""
@@ -97,11 +208,19 @@ class Server:
 
 
 @contextmanager
-def served(folder: Path, change: str, *options: str) -> Generator[Server]:
-    """A server that is killed if the test leaves it running."""
-    server = Server(folder, change, options)
-    try:
-        yield server
-    finally:
-        server.process.kill()
-        server.process.wait()
+def served(forks: Forks, folder: Path, change: str, *options: str) -> Generator[Server]:
+    """A server that is killed if the test leaves it running.
+
+    Args:
+        forks: that begin it.
+        folder: for the flag and the log.
+        change: statement that the denoiser runs first, from `disturb` on.
+        options: of `weft serve`, beside those of a small one.
+    """
+    flag, log = folder / "flag", folder / "log"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    given = [str(flag), "serve", "--port", str(port), *SMALL, *options]
+    with forks.begun(log, SCRIPT.format(change=change), *given) as process:
+        yield Server(process, port, flag, log)

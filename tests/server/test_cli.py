@@ -1,5 +1,4 @@
 import json
-import os
 import re
 import shlex
 import shutil
@@ -32,6 +31,7 @@ from server.service import hosting
 from server.settings import Settings
 from tests.server.models.adapters import files
 from tests.server.models.adapters.low_rank import changes
+from tests.server.process import PATIENCE_S, Forks
 
 PROMPT = "a red circle"
 
@@ -209,14 +209,14 @@ def test_an_open_port_needs_a_decision(host: str) -> None:
     assert "other machines can reach; set WEFT_API_KEYS, or pass --insecure" in done.stderr
 
 
-def test_a_server_without_its_model_ends(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "from server.cli import main; main()"]
+WEFT = "from server.cli import main; main()"
+
+
+def test_a_server_without_its_model_ends(forks: Forks, tmp_path: Path) -> None:
     arguments = ["serve", "--port", "0", "--model", str(tmp_path / "none")]
-    done = subprocess.run(
-        [*command, *arguments], capture_output=True, text=True, timeout=120, env=os.environ
-    )
-    assert done.returncode == 1
-    assert "the models could not be loaded" in done.stderr
+    with forks.begun(tmp_path / "log", WEFT, *arguments) as process:
+        assert process.wait(PATIENCE_S) == 1
+    assert "the models could not be loaded" in (tmp_path / "log").read_text()
 
 
 INTERRUPTED = """
@@ -271,21 +271,18 @@ def test_a_signal_ends_a_command_that_is_still_importing(number: str, status: in
     assert "terminate called" not in done.stderr
 
 
-def test_ctrl_c_ends_a_command_that_is_still_loading(tmp_path: Path) -> None:
-    flag, output = tmp_path / "loading", tmp_path / "out.png"
-    command = [sys.executable, "-c", INTERRUPTED, str(flag), "generate", PROMPT, "-o", str(output)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            until = time.monotonic() + 120
-            while not flag.exists():
-                assert time.monotonic() < until
-                assert process.poll() is None
-                time.sleep(0.05)
-            process.send_signal(signal.SIGINT)
-            _, said = process.communicate(timeout=60)
-        finally:
-            process.kill()
-    assert process.returncode == 130
+def test_ctrl_c_ends_a_command_that_is_still_loading(forks: Forks, tmp_path: Path) -> None:
+    flag, output, log = (tmp_path / name for name in ("loading", "out.png", "log"))
+    arguments = [str(flag), "generate", PROMPT, "-o", str(output)]
+    with forks.begun(log, INTERRUPTED, *arguments) as process:
+        until = time.monotonic() + PATIENCE_S
+        while not flag.exists():
+            assert time.monotonic() < until
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(PATIENCE_S) == 130
+    said = log.read_text()
     assert "Traceback" not in said
     assert "terminate called" not in said
     assert not output.exists()

@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.server.process import served
-
-SMALL = ("--row-budget", "4")
+from tests.server.process import Forks, served
 
 
 @pytest.mark.parametrize(
@@ -25,9 +23,9 @@ SMALL = ("--row-budget", "4")
     ],
 )
 def test_a_lost_device_is_said_within_two_seconds_and_ends_the_process(
-    tmp_path: Path, device: str, fault: str
+    forks: Forks, tmp_path: Path, device: str, fault: str
 ) -> None:
-    with served(tmp_path, fault, "--device", device, *SMALL) as server:
+    with served(forks, tmp_path, fault, "--device", device) as server:
         server.wait_for("/readyz", 200)
         assert server.ask("/livez")[0] == 200
         server.disturb()
@@ -43,10 +41,9 @@ def test_a_lost_device_is_said_within_two_seconds_and_ends_the_process(
         assert server.process.wait(60) not in (0, None)
 
 
-def test_a_server_that_cannot_warm_up_ends(tmp_path: Path) -> None:
-    with served(
-        tmp_path, 'raise SystemExit("an error that no handler of errors catches")'
-    ) as server:
+def test_a_server_that_cannot_warm_up_ends(forks: Forks, tmp_path: Path) -> None:
+    fault = 'raise SystemExit("an error that no handler of errors catches")'
+    with served(forks, tmp_path, fault) as server:
         server.disturb()
         server.wait_for("/livez", 503)
         assert server.ask("/v1/generate", {"prompt": "a red circle"})[0] == 503

@@ -22,7 +22,7 @@ from server.http.drain import FAREWELL_S, DrainingServer
 from server.service.service import Service
 from server.settings import Settings
 from tests.covering import EVERY_CELL
-from tests.server.process import PATIENCE_S, Server, served
+from tests.server.process import PATIENCE_S, Forks, Server, served
 
 SLOW = "time.sleep(0.1)"
 
@@ -42,8 +42,8 @@ def half_a_request(server: Server) -> socket.socket:
     return connection
 
 
-def test_requests_under_way_finish_or_hear_why_not(tmp_path: Path) -> None:
-    with served(tmp_path, SLOW, "--row-budget", "4") as server:
+def test_requests_under_way_finish_or_hear_why_not(forks: Forks, tmp_path: Path) -> None:
+    with served(forks, tmp_path, SLOW) as server:
         server.wait_for("/readyz", 200)
         server.disturb()
         _stop_amid_work(server)
@@ -80,9 +80,13 @@ def _stop_amid_work(server: Server) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM][0 if EVERY_CELL else 1 :])
-def test_a_server_that_is_still_loading_ends_cleanly(tmp_path: Path, number: int) -> None:
-    with served(tmp_path, SLOW) as server:
+def test_a_server_that_is_still_loading_ends_cleanly(
+    forks: Forks, tmp_path: Path, number: int
+) -> None:
+    with served(forks, tmp_path, "time.sleep(2)") as server:
+        server.disturb()
         server.wait_for("/livez", 200)
+        server.wait_for("/readyz", 503)
         server.process.send_signal(number)
         assert server.process.wait(PATIENCE_S) == 0
     assert "Traceback" not in server.log.read_text()

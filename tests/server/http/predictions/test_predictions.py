@@ -31,7 +31,7 @@ from server.models.folder import embedded_folders
 from server.settings import JobSettings, Settings
 from tests.server.conftest import PATIENCE_S, Running
 from tests.server.models.controls.tiny_controls import put_depth
-from tests.server.process import served
+from tests.server.process import Forks, served
 
 STRAY = "0123456789abcdef" * 2
 MINE, OTHER = "correct horse battery staple", "0123456789abcdef"
@@ -49,14 +49,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def accepted(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def accepted(forks: Forks, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Jobs that a server accepted that was killed while it processed some and had ended others."""
     given = {"WEFT_JOBS__FOLDER": str(folder), "WEFT_JOBS__RUNNING": "2", "WEFT_API_KEYS": MINE}
     with pytest.MonkeyPatch.context() as environment:
         for name, value in given.items():
             environment.setenv(name, value)
         place = tmp_path_factory.mktemp("killed")
-        with served(place, "time.sleep(0.02)", "--row-budget", "4", "--model", MODEL) as server:
+        with served(forks, place, "time.sleep(0.02)") as server:
             server.wait_for("/readyz", 200)
             server.disturb()
             identifiers: list[str] = []
