@@ -23,8 +23,9 @@ from server.cli import main as command_line
 from server.decoding import picture
 from server.decoding.pool import Decoded, DecodePool
 from server.decoding.worker import Job, decoded
-from server.engine import engine, fair_queue
+from server.engine import fair_queue, selection
 from server.engine.scheduler import fill
+from server.engine.stages import Failure, Stages
 from server.engine.tick import newcomers
 from server.http import body, connection, drain, errors, gate, making
 from server.models.adapters.adapter_file import AdapterFile
@@ -32,7 +33,7 @@ from server.models.adapters.shelf import AdapterShelf
 from server.service.service import Service
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Mapping, Sequence
+    from collections.abc import Coroutine, Iterator, Mapping, Sequence
 
     from server.engine.scheduler import Candidate, LaneCosts
     from server.settings import Settings
@@ -55,7 +56,7 @@ def weaken() -> None:
     serve_in_order()
     _replace(Service, "admit", _tell_the_log(Service.admit))
     _replace(AdapterShelf, "find", _wherever_it_is)
-    _replace(engine.Engine, "_divide", _end_all)
+    _replace(Stages, "_divided", _end_all)
     _replace(drain.DrainingServer, "handle_exit", Server.handle_exit)
     _replace(drain.DrainingServer, "on_tick", Server.on_tick)
     _replace(drain.Farewell, "__call__", _say_nothing)
@@ -63,7 +64,7 @@ def weaken() -> None:
 
 def serve_in_order() -> None:
     """Give nobody a share of the device: first come, first served."""
-    _replace(engine, "fair_tick", _oldest_first)
+    _replace(selection, "fair_tick", _oldest_first)
     _replace(fair_queue.Turns, "flow_due", lambda *_: True)
     _replace(fair_queue.Turns, "standing", lambda *_: (0.0, 0.0))
 
@@ -119,10 +120,9 @@ def _oldest_first(
     return fill(candidates, here, lanes[lane].most)
 
 
-def _end_all(own: Any, chosen: Sequence[Any], error: Exception) -> None:
+def _end_all(_: Any, chosen: list[Any], __: int | None, error: Exception) -> Iterator[Failure]:
     """Take what happens to a tick for an error of all its images."""
-    for sequence in chosen:
-        own._fail(sequence, error)
+    yield Failure(chosen, error)
 
 
 async def _say_nothing(own: Any, *connection: Any) -> None:

@@ -85,9 +85,15 @@ class Stages:
         stage = attempt(lambda: self._stage(chosen, fixed_rows), self._device)
         if isinstance(stage, Stage):
             yield stage
-            return
+        else:
+            yield from self._divided(chosen, fixed_rows, stage)
+
+    def _divided(
+        self, chosen: list[Sequence], fixed_rows: int | None, error: Exception
+    ) -> Iterator[Stage | Failure]:
+        """Run the two halves of what together is an error; one image or group fails by it."""
         units, again = units_of(chosen), False
-        if is_out_of_memory(stage):
+        if is_out_of_memory(error):
             again = self._make_room(chosen)
         if len(units) > 1:
             half = len(units) // 2
@@ -96,10 +102,10 @@ class Stages:
         elif again:
             yield from self.run(chosen, fixed_rows)
         else:
-            log.error("an image failed in its stage", exc_info=stage)
-            if is_out_of_memory(stage) and not chosen[0].recalls:
+            log.error("an image failed in its stage", exc_info=error)
+            if is_out_of_memory(error) and not chosen[0].recalls:
                 self._note_overflow(chosen)
-            yield Failure(chosen, stage)
+            yield Failure(chosen, error)
 
     def _make_room(self, chosen: list[Sequence]) -> bool:
         """Whether what did not fit into memory may fit now, by itself."""

@@ -18,7 +18,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from server.engine import engine as loop
+from server.engine import stages
 from server.engine.cost_model import TickCost
 from server.engine.engine import Engine
 from server.engine.state.noise import start_noise
@@ -194,7 +194,7 @@ def test_what_controls_take_of_a_tick_is_no_cost_of_other_ticks(
         taken.append(outcome.seconds)
         return outcome
 
-    monkeypatch.setattr(loop, "run_stage", recorded)
+    monkeypatch.setattr(stages, "run_stage", recorded)
     monkeypatch.setattr(TickCost, "observe", lambda _, __, seconds: observed.append(seconds))
     depth, early = use(model, "depth", 1, SIZE), use(model, "edges", 2, SIZE, end=0.5)
     run(engine, [asked(model, depth, early, guidance="none")])
