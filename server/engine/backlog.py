@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache
 from math import inf
@@ -62,14 +61,15 @@ class Holding:
     Attributes:
         client: whose it is.
         images: that are not done.
-        rows: evaluations that they still need, by model and shape of the latents.
+        rows: evaluations that they still need, by model and shape of the latents; what ControlNets
+            cost is counted as further ones.
         nbytes: that they need at once.
         part: of its seconds, what is counted; less than 1 for a request of very many.
     """
 
     client: Client
     images: int
-    rows: Counter[Kind] = field(default_factory=Counter["Kind"])
+    rows: dict[Kind, float] = field(default_factory=dict["Kind", float])
     nbytes: int = 0
     part: float = 1.0
 
@@ -124,7 +124,7 @@ class Backlog:
         return holding
 
     def claim(
-        self, holding: Holding, rows: Mapping[Kind, int], nbytes: int, pace: float = 1.0
+        self, holding: Holding, rows: Mapping[Kind, float], nbytes: int, pace: float = 1.0
     ) -> None:
         """Room for what the images of a holding cost, which is now known.
 
@@ -159,17 +159,27 @@ class Backlog:
             holding.part = min(1.0, LARGEST_PART * self._bounds.seconds / seconds)
         self._count(holding, rows=rows, nbytes=nbytes)
 
-    def move(self, holding: Holding, images: int) -> Holding:
-        """Count some images of a holding by themselves, without rows, which are to be counted."""
+    def move(
+        self, holding: Holding, images: int, rows: Mapping[Kind, float], nbytes: int
+    ) -> Holding:
+        """Count some images of a holding by themselves, without rows, which are to be counted.
+
+        Args:
+            holding: whose cost was claimed.
+            images: how many of its images.
+            rows: evaluations that they need, as at the claim.
+            nbytes: that they need, likewise; the last images have all that is left.
+        """
         own = Holding(holding.client, 0, part=holding.part)
-        part = images / holding.images
-        nbytes = round(part * holding.nbytes)
-        rows = {kind: round(part * count) for kind, count in holding.rows.items()}
-        self._count(holding, -images, {kind: -count for kind, count in rows.items()}, -nbytes)
+        if images == holding.images:
+            rows, nbytes = holding.rows, holding.nbytes
+        nbytes = min(nbytes, holding.nbytes)
+        moved = {kind: -min(count, holding.rows.get(kind, 0.0)) for kind, count in rows.items()}
+        self._count(holding, -images, moved, -nbytes)
         self._count(own, images, nbytes=nbytes)
         return own
 
-    def count_rows(self, holding: Holding, kind: Kind, more: int) -> None:
+    def count_rows(self, holding: Holding, kind: Kind, more: float) -> None:
         """Count evaluations that images of a holding need more, or less, than was counted."""
         self._count(holding, rows={kind: more})
 
@@ -199,7 +209,7 @@ class Backlog:
         self,
         holding: Holding,
         images: int = 0,
-        rows: Mapping[Kind, int] | None = None,
+        rows: Mapping[Kind, float] | None = None,
         nbytes: int = 0,
     ) -> None:
         total = self._totals.setdefault(holding.client, Total())
@@ -208,7 +218,7 @@ class Backlog:
         total.images += images
         total.nbytes += nbytes
         for kind, count in (rows or {}).items():
-            holding.rows[kind] += count
+            holding.rows[kind] = holding.rows.get(kind, 0.0) + count
             left = total.rows.get(kind, 0.0) + holding.part * count
             if left < NOTHING:
                 total.rows.pop(kind, None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
@@ -29,12 +28,12 @@ class Footprint(NamedTuple):
     """What some images need.
 
     Attributes:
-        rows: evaluations, by model and shape.
+        rows: evaluations, by model and shape; ControlNets count by their cost.
         nbytes: of their states, of the pictures that they start from, refer to or are steered
             by, of what the network is told, and of the finished pictures.
     """
 
-    rows: Counter[Kind]
+    rows: dict[Kind, float]
     nbytes: int
 
 
@@ -50,18 +49,18 @@ def footprint(
         kind_of: model and shape of a task.
         told_bytes: of one encoded text of a model.
     """
-    rows = Counter[Kind]()
+    rows = dict[Kind, float]()
     states = 0
     pictures: dict[int, Tensor] = {}
     texts = set[tuple[str, object]]()
     planned: dict[Hashable, GuidancePlan] = {}
     for task in tasks:
         # The images of a request share what their guidance is planned from.
-        kinds = id(task.plan), id(task.rule), id(task.policy), id(task.terms), id(task.cache)
-        key = kinds, task.prompt, task.negative_prompt
+        kinds = task.plan, task.rule, task.policy, task.terms, task.cache, task.controls
+        key = tuple(map(id, kinds)), task.prompt, task.negative_prompt
         guidance = planned.get(key) or planned.setdefault(key, plan_guidance(task))
         kind = kind_of(task)
-        rows[kind] += guidance.left[0]
+        rows[kind] = rows.get(kind, 0.0) + guidance.left[0]
         slots = task.plan.slots + 2 + task.rule.memory_slots
         slots += guidance.policy_slots + guidance.cache_slots
         states += NUMBER_BYTES * slots * prod(kind[1]) + 3 * task.width * task.height

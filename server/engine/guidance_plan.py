@@ -69,7 +69,8 @@ class GuidancePlan:
         branches: how many the rule has at these parameters.
         asks: of each stage, while guidance goes on.
         settled: of each stage, once the policy has ended it.
-        left: evaluations from each stage on, and 0 at the end.
+        left: rows of the denoiser that the stages from each on cost, those that ControlNets take
+            as long as counted, and 0 at the end.
         left_settled: the same once guidance has ended.
         widest: most rows of a forward that a stage needs.
         progress: share of the steps done before each stage.
@@ -88,8 +89,8 @@ class GuidancePlan:
     branches: int
     asks: list[Ask]
     settled: list[Ask]
-    left: list[int]
-    left_settled: list[int]
+    left: list[float]
+    left_settled: list[float]
     widest: int
     progress: list[float]
     constants: NDArray[np.float64]
@@ -131,6 +132,7 @@ def plan_guidance(task: ImageTask) -> GuidancePlan:
     if task.cache is not None:
         may_recall = task.cache.may_recall(noise_ratio, progress)
         cache_slots = FIRST_OUTPUT + len(predictions)
+    costs = _costs(task)
     constants, slots = np.zeros((plan.evaluations, 0)), 0
     if branches:
         constants = policy.constants(plan.evaluations, len(branches), task.coefficients)
@@ -139,8 +141,8 @@ def plan_guidance(task: ImageTask) -> GuidancePlan:
         branches=len(branches),
         asks=asks,
         settled=settled,
-        left=_left(asks),
-        left_settled=_left(settled),
+        left=_left(asks, costs),
+        left_settled=_left(settled, costs),
         widest=1 + max(len(ask.numbers) for ask in asks),
         progress=progress.tolist(),
         constants=constants,
@@ -196,9 +198,19 @@ def _ask(
     return Ask(tuple(numbers), evaluated, estimated, tuple(acting))
 
 
-def _left(asks: Sequence[Ask]) -> list[int]:
-    rows = (1 + len(ask.numbers) for ask in reversed(asks))
-    return list(accumulate(rows, initial=0))[::-1]
+def _costs(task: ImageTask) -> list[float]:
+    """What a row costs at each stage, in rows of the denoiser: more where ControlNets act."""
+    stages = task.plan.evaluations
+    return [
+        1 + sum(use.control.cost for use in task.controls if use.acts(stage, stages))
+        for stage in range(stages)
+    ]
+
+
+def _left(asks: Sequence[Ask], costs: Sequence[float]) -> list[float]:
+    stages = zip(reversed(asks), reversed(costs), strict=True)
+    rows = (cost * (1 + len(ask.numbers)) for ask, cost in stages)
+    return list(accumulate(rows, initial=0.0))[::-1]
 
 
 def _kind(setting: BaseModel) -> tuple[Any, ...]:

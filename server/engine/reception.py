@@ -148,7 +148,7 @@ class Reception:
         with self._wake:
             return self._backlog.by_client()
 
-    def count_rows(self, sequence: Sequence, remaining: int | None = None) -> None:
+    def count_rows(self, sequence: Sequence, remaining: float | None = None) -> None:
         """Keep in the backlog what an ordinary image still needs, while ``wake`` is held."""
         remaining = sequence.remaining if remaining is None else remaining
         more = remaining - sequence.counted
@@ -204,11 +204,13 @@ class Reception:
         ]
         self._check_width(sequences)
         self.check_memory(tasks)
+        self._check_models(tasks)
+        needed = footprint(tasks, self._kind, self._told_bytes.__getitem__)
         with self._wake:
             self._check_open()
             self._check_models(tasks)
             if not live:
-                submission.holding = self._backlog.move(holding, images)
+                submission.holding = self._backlog.move(holding, images, *needed)
                 for sequence in sequences:
                     self.count_rows(sequence)
             self._arrived.extend(sequences)

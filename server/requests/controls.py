@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from server.errors import ControlMismatch, InvalidRequest
-from server.models.controls.control import UNLOADED, ControlUse, in_window
+from server.models.controls.control import Control, ControlUse, in_window
 from server.requests.upload import Upload
 
 if TYPE_CHECKING:
@@ -96,11 +97,8 @@ def check_controls(chosen: Sequence[ControlSettings], model: HostedModel) -> Non
         InvalidRequest: one is none of the model's, or they can never be in memory at once.
     """
     for place, one in enumerate(chosen):
-        try:
+        with _naming(place):
             model.controls.find(one.name)
-        except ControlMismatch as refusal:
-            field = f"controls.{place}.name"
-            raise InvalidRequest(field, f"{field}: {refusal.message}") from None
     acting = {one.name for one in chosen if one.scale}
     if len(acting) > 1:
         try:
@@ -128,18 +126,33 @@ def load_controls(
     for place, (one, picture) in enumerate(zip(chosen, pictures, strict=True)):
         if one.scale == 0:
             continue
-        try:
+        with _naming(place):
             control = model.controls.load(one.name)
-        except ControlMismatch as refusal:
-            field = f"controls.{place}.name"
-            raise InvalidRequest(field, f"{field}: {refusal.message}") from None
         loaded.append(ControlUse(control, picture, one.scale, one.start, one.end))
     return tuple(loaded)
 
 
-def unloaded_controls(pictures: Sequence[Tensor]) -> tuple[ControlUse, ...]:
-    """What stands for the ControlNets of a request before any is loaded: their pictures."""
-    return tuple(ControlUse(UNLOADED, picture) for picture in pictures)
+def unloaded_controls(
+    chosen: Sequence[ControlSettings], picture: Tensor, model: HostedModel
+) -> tuple[ControlUse, ...]:
+    """The ControlNets of a checked request before any is loaded, by what they will cost.
+
+    Args:
+        chosen: of the request.
+        picture: of the size that each of them will read one of; its content does not matter.
+        model: that will serve it.
+
+    Raises:
+        InvalidRequest: a folder was changed or removed after the check.
+    """
+    uses: list[ControlUse] = []
+    for place, one in enumerate(chosen):
+        if one.scale == 0:
+            continue
+        with _naming(place):
+            control = Control(one.name, None, 0, model.controls.find(one.name).cost())
+        uses.append(ControlUse(control, picture.clone(), one.scale, one.start, one.end))
+    return tuple(uses)
 
 
 def controls_without_effect(chosen: Sequence[ControlSettings], plan: Plan) -> tuple[str, ...]:
@@ -151,3 +164,13 @@ def controls_without_effect(chosen: Sequence[ControlSettings], plan: Plan) -> tu
         for place, one in enumerate(chosen)
         if not any(in_window(one.start, one.end, stage, stages) for stage in range(stages))
     )
+
+
+@contextmanager
+def _naming(place: int) -> Generator[None]:
+    """Let refusals within the `with` block say which ControlNet of a request they are about."""
+    try:
+        yield
+    except ControlMismatch as refusal:
+        field = f"controls.{place}.name"
+        raise InvalidRequest(field, f"{field}: {refusal.message}") from None

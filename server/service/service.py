@@ -637,13 +637,13 @@ def _claim(
         mask=None if request.mask is None else mask,
         reference=None if request.reference is None else picture.clone(),
         adapters=(),
-        controls=unloaded_controls([picture.clone() for _ in request.controls]),
+        controls=unloaded_controls(prepared.request.controls, picture, model),
     )
     engine.check_memory(tasks)
     if prepared.second is not None:
         size = prepared.second.request.height, prepared.second.request.width
         larger = torch.empty(3, *size, device="meta")
-        controls = unloaded_controls([larger.clone() for _ in request.controls])
+        controls = unloaded_controls(prepared.second.request.controls, larger, model)
         again = tasks_of(prepared.second, model, image=larger, adapters=(), controls=controls)
         with naming_hires():
             engine.check_memory(again)

@@ -101,7 +101,7 @@ class Sequence:
         channels: what the network reads behind x, ``[channels, h, w]``; None where it reads x
             alone.
         hints: what each of the task's ControlNets reads of its picture.
-        counted: evaluations still needed, as they were last counted in the backlog.
+        counted: what is still needed, as it was last counted in the backlog.
         recollection: what the task's step cache keeps of this image, if it has one.
         term_states: what each of the task's terms keeps of this image.
         ancestor: the image that it goes back to, where images are resampled; else itself.
@@ -118,7 +118,7 @@ class Sequence:
     settled: bool = False
     slot: int = -1
     lane: Lane = field(init=False)
-    counted: int = 0
+    counted: float = 0.0
     evaluations: int = 0
     saved: int = 0
     submitted_at: float = field(default_factory=monotonic)
@@ -208,8 +208,11 @@ class Sequence:
         return self.rows * (1 + sum(one.control.cost for one in self.controls))
 
     @property
-    def remaining(self) -> int:
-        """Evaluations still needed, if guidance goes on as planned and no stage is recalled."""
+    def remaining(self) -> float:
+        """Rows of the denoiser that it still costs, its ControlNets counted by their size.
+
+        That is if guidance goes on as planned and no stage is recalled.
+        """
         guidance = self.guidance
         return (guidance.left_settled if self.settled else guidance.left)[self.stage]
 

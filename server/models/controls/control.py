@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["UNLOADED", "Control", "ControlUse", "in_window"]
+__all__ = ["Control", "ControlUse", "in_window"]
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -20,7 +20,8 @@ class Control:
 
     Attributes:
         name: as requests say it.
-        network: of diffusers, in inference mode on the model's device.
+        network: of diffusers, in inference mode on the model's device; None of images that are only
+            counted.
         nbytes: memory of its weights.
         cost: what a row of it costs, in rows of the denoiser: the ratio of their weights.
     """
@@ -29,10 +30,6 @@ class Control:
     network: Any
     nbytes: int
     cost: float
-
-
-UNLOADED = Control("", None, 0, 0.0)
-"""Stands for a ControlNet of images that are only counted."""
 
 
 def in_window(start: float, end: float, stage: int, stages: int) -> bool:

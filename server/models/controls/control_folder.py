@@ -80,10 +80,15 @@ class ControlFolder:
         Raises:
             ControlMismatch: they cannot be read.
         """
-        try:
-            return bytes_of_part(self.path, HERE, NETWORK, dtype.itemsize)
-        except ModelMismatch as error:
-            raise _refused(self.name, self.path, error) from None
+        return self._bytes(dtype.itemsize)
+
+    def cost(self) -> float:
+        """What a row of it costs, in rows of the denoiser: the ratio of their weights.
+
+        Raises:
+            ControlMismatch: its files cannot be read.
+        """
+        return self._bytes(1) / _weights(self.kind.denoiser)
 
     def load(self, device: torch.device, dtype: torch.dtype) -> Control:
         """Read the weights.
@@ -104,13 +109,19 @@ class ControlFolder:
             raise ControlMismatch(
                 f"ControlNet {self.name!r} is not understood: {reason}."
             ) from error
-        cost = _weights(network) / _weights(self.kind.denoiser)
         try:
             prepared = self.kind.prepared(network)
         except torch.OutOfMemoryError:
             # A tick may have taken since what was free.
             raise self._no_room(needed, "which are not free now") from None
-        return Control(self.name, prepared, needed, cost)
+        return Control(self.name, prepared, needed, self.cost())
+
+    def _bytes(self, width: int) -> int:
+        """Of its weights at so many bytes a number, from the headers of its files."""
+        try:
+            return bytes_of_part(self.path, HERE, NETWORK, width)
+        except ModelMismatch as error:
+            raise _refused(self.name, self.path, error) from None
 
     def _no_room(self, needed: int, reason: str) -> Overloaded:
         return Overloaded(

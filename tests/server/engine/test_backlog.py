@@ -160,10 +160,31 @@ def test_a_small_weight_waits_for_no_longer_than_all_work_takes():
     assert refusal.value.retry_after_s == pytest.approx(10 + 2)
 
 
+def test_the_images_of_a_second_larger_run_stay_counted_when_those_of_the_first_are_submitted():
+    queue = backlog()
+    room = queue.reserve(A, 4)
+    queue.claim(room, {SMALL: 40.0, LARGE: 20.0}, 400)
+    first = queue.move(room, 2, {SMALL: 40.0}, 80)
+    queue.count_rows(first, SMALL, 40.0)
+    waiting = queue.by_client()[A]
+    assert waiting == (4, pytest.approx(20.4), 400)
+    for _ in range(2):
+        queue.count_rows(first, SMALL, -20.0)
+        queue.end_image(first)
+    for images in (2, 1):
+        assert queue.by_client()[A] == (images, pytest.approx(10.0 * images), 160 * images)
+        second = queue.move(room, 1, {LARGE: 10.0}, 160)
+        queue.count_rows(second, LARGE, 10.0)
+        assert queue.by_client()[A] == (images, pytest.approx(10.0 * images), 160 * images)
+        queue.count_rows(second, LARGE, -10.0)
+        queue.end_image(second)
+    assert queue.by_client() == {}
+
+
 def test_images_that_are_submitted_and_end_keep_the_count():
     queue = backlog()
     room = admit(queue, A, images=4, nbytes=400)
-    own = queue.move(room, 3)
+    own = queue.move(room, 3, {SMALL: 75}, 300)
     queue.count_rows(own, SMALL, 75)
     assert (room.images, room.nbytes, room.rows[SMALL], own.nbytes) == (1, 100, 25, 300)
     for _ in range(3):

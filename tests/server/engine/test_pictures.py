@@ -9,7 +9,7 @@ import torch
 from server.engine.state.sequence import Sequence
 from server.engine.state.submission import Submission
 from server.engine.tick.pictures import ENCODED_AT_ONCE, LEAST_PIXELS, PicturesOfATick
-from server.requests.controls import unloaded_controls
+from server.models.controls.control import Control, ControlUse
 from tests.server.engine.conftest import SIDE
 
 
@@ -97,7 +97,9 @@ def test_a_tick_waits_for_one_large_picture_at_most(task, listen):
     assert not before.take(of(Submission(1), torch.zeros(3, 64, 64), 64), due=True)
     text = of(Submission(1), None, 64)
     assert before.take(text, due=False), "it has no picture to encode"
-    steered = of(Submission(1), None, 64, unloaded_controls([torch.zeros(3, 64, 64)]))
+    steered = of(
+        Submission(1), None, 64, (ControlUse(Control("", None, 0, 0.0), torch.zeros(3, 64, 64)),)
+    )
     assert not before.take(steered, due=True), "its ControlNet has a picture to read"
     assert not PicturesOfATick().take(first, due=False)
     assert before.parts([first, text]) == {first: 1024 * 1024, text: LEAST_PIXELS}

@@ -34,7 +34,7 @@ from server.engine.tick import recall
 from server.engine.tick.preview import to_uint8
 from server.engine.tick.weave import Evaluated
 from server.errors import Cancelled
-from server.models.controls.control import ControlUse
+from server.models.controls.control import Control, ControlUse
 from server.models.inputs import RowInputs
 from tests.server.by_hand import Asked, ByHand
 from tests.server.by_hand import task as toy_task
@@ -237,7 +237,7 @@ def test_where_the_network_begins_to_be_changed_it_is_evaluated(
 
 
 def test_a_controlnet_that_begins_to_act_changes_the_network() -> None:
-    control: Any = None
+    control = Control("", None, 0, 1.0)
     use = ControlUse(control, torch.zeros(3, SIDE, SIDE), start=0.5)
     sequence = Sequence(toy_task(controls=(use,), steps=4), 0, Ear(1), Submission(1))
     found: list[tuple[int, ...]] = []

@@ -19,6 +19,7 @@ from diffusers import (
 from torch import Tensor
 
 from server.engine import stages
+from server.engine.client import ANYONE
 from server.engine.cost_model import TickCost
 from server.engine.engine import Engine
 from server.engine.state.noise import start_noise
@@ -31,6 +32,7 @@ from server.models.hosted import HostedModel
 from server.models.inputs import RowInputs
 from server.models.loading import load_model
 from server.models.unet_model import TEXT
+from server.requests.controls import ControlSettings, unloaded_controls
 from tests.server.models import tiny_sd, tiny_sdxl
 from tests.server.models.alike import assert_among, assert_apart, task_of
 from tests.server.models.controls.tiny_controls import of_unet, saved, shelf_of, use
@@ -202,6 +204,25 @@ def test_what_controls_take_of_a_tick_is_no_cost_of_other_ticks(
     assert 0.3 < one < 0.7
     expected = [1 + 2 * one, 1 + 2 * one, 1 + one, 1 + one]
     assert [a / b for a, b in zip(taken, observed, strict=True)] == pytest.approx(expected)
+
+
+def test_room_is_taken_for_what_controls_cost_before_they_are_loaded(
+    model: HostedModel, engine: Engine
+) -> None:
+    """A burst of requests with them would overrun what may wait."""
+    chosen = [
+        ControlSettings(name="depth"),
+        ControlSettings(name="edges", end=0.5),
+        ControlSettings(name="edges", scale=0),
+    ]
+    picture = torch.empty(3, HEIGHT, WIDTH, device="meta")
+    seconds: list[float] = []
+    for uses in ((), unloaded_controls(chosen, picture, model)):
+        with engine.reserve(1) as room:
+            room.claim([asked(model, *uses, guidance="none")])
+            seconds.append(engine.waiting()[ANYONE].seconds)
+    one = use(model, "depth", 1, SIZE).control.cost
+    assert seconds[1] / seconds[0] == pytest.approx(1 + one + one / 2)
 
 
 def test_what_did_not_fit_with_controls_is_refused_with_them_alone(
