@@ -52,7 +52,7 @@ def weaken() -> None:
         _replace(DecodePool, method, _decode_in_a_thread)
     _replace(making, "unless_disconnected", _whether_or_not_disconnected)
     _replace(errors, "explain", _stumble)
-    _replace(newcomers, "start_noise", _any_noise)
+    _replace(newcomers, "varied_noise", _any_noise)
     serve_in_order()
     _replace(Service, "admit", _tell_the_log(Service.admit))
     _replace(AdapterShelf, "find", _wherever_it_is)
@@ -102,7 +102,7 @@ def _stumble(*_: Any, **__: Any) -> None:
     raise LookupError("an error while an error was explained")
 
 
-def _any_noise(_: int, shape: tuple[int, ...]) -> torch.Tensor:
+def _any_noise(_: int, shape: tuple[int, ...], *__: Any) -> torch.Tensor:
     return torch.randn(shape)
 
 
