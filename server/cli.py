@@ -87,6 +87,10 @@ Controls = Annotated[
     Path | None,
     typer.Option(help="Folder with ControlNets, each a folder NAME, that requests may name."),
 ]
+Embeddings = Annotated[
+    Path | None,
+    typer.Option(help="Folder with embeddings, NAME.safetensors, that prompts may name."),
+]
 Described = "a name, or a JSON object with its fields."
 
 
@@ -117,6 +121,7 @@ def serve(
     ] = None,
     model: Models = None,
     adapters: Adapters = None,
+    embeddings: Embeddings = None,
     controls: Controls = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -148,6 +153,7 @@ def serve(
         port=port,
         models=model,
         adapters=adapters,
+        embeddings=embeddings,
         controls=controls,
         device=device,
         dtype=dtype,
@@ -230,6 +236,7 @@ def generate(
     ] = None,
     model: Models = None,
     adapters: Adapters = None,
+    embeddings: Embeddings = None,
     device: Device = None,
     dtype: Dtype = None,
     deterministic: Deterministic = None,
@@ -239,7 +246,12 @@ def generate(
     from server.output_files import OutputFiles
 
     settings = _settings(
-        models=model, adapters=adapters, device=device, dtype=dtype, deterministic=deterministic
+        models=model,
+        adapters=adapters,
+        embeddings=embeddings,
+        device=device,
+        dtype=dtype,
+        deterministic=deterministic,
     )
     try:
         files = OutputFiles(output, force=force)

@@ -27,6 +27,7 @@
     |- CannotListen                  500  the address or port cannot be listened on
     |- AdapterMismatch               500  an adapter cannot be used with a model
     |- ControlMismatch               500  a ControlNet cannot be used with a model
+    |- EmbeddingMismatch             500  an embedding cannot be used with a model
     `- RowFailed                     500  one image failed
 
 Each carries the sentence that the user reads; only `server.http.errors` turns them into responses.
@@ -344,6 +345,12 @@ class ControlMismatch(WeftError):
     """A ControlNet that cannot be used with a model; the message says why."""
 
     code = "control_mismatch"
+
+
+class EmbeddingMismatch(WeftError):
+    """An embedding that cannot be used with a model; the message says why."""
+
+    code = "embedding_mismatch"
 
 
 class RowFailed(WeftError):

@@ -329,6 +329,11 @@ class Settings(BaseSettings):
         ge=0,
         description="Memory for loaded adapters of all models, in bytes.",
     )
+    embeddings: DirectoryPath | None = Field(
+        default=None,
+        description="Folder with embeddings of textual inversion, `NAME.safetensors`, that prompts "
+        "may name.",
+    )
     controls: DirectoryPath | None = Field(
         default=None,
         description="Folder with ControlNets, each a folder in the diffusers layout, that requests "

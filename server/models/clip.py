@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from itertools import chain
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from server.models.embeddings.naming import divided
 from server.models.emphasis import Chunk, WeightedPrompt, chunks_of, segments_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Generator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -19,6 +23,8 @@ COMMA = ",</w>"
 
 MARKERS = 2
 """Tokens of start and end, which count towards the text encoder's length."""
+
+NONE: Final[Mapping[str, Any]] = MappingProxyType({})
 
 
 class CLIP:
@@ -47,6 +53,11 @@ class CLIP:
         """How many the encoder has."""
         return self.encoder.config.num_hidden_layers
 
+    @property
+    def width(self) -> int:
+        """Of the vector that stands for a token."""
+        return self.encoder.config.hidden_size
+
     def normalised(self, output: Any, skip: int) -> Tensor:
         """The hidden states of a layer, by the norm that follows the last one.
 
@@ -59,50 +70,123 @@ class CLIP:
         trunk = getattr(self.encoder, "text_model", self.encoder)
         return trunk.final_layer_norm(output.hidden_states[-skip])
 
-    def count_tokens(self, text: str) -> int:
+    def count_tokens(self, text: str, embeddings: Mapping[str, int] = NONE) -> int:
         """Tokens of a prompt, markers not counted; safe from any thread.
 
         Of a weighted prompt, those of its chunks, which are filled up.
+
+        Args:
+            text: the prompt.
+            embeddings: how many vectors stand for each name.
         """
+        numbers = self._numbered(embeddings)
         if isinstance(text, WeightedPrompt):
-            return len(self._chunks(text)) * self.max_tokens
+            return len(self._chunks(text, numbers)) * self.max_tokens
         with self._tokenizing:
-            return len(self._tokenizer(text, verbose=False).input_ids) - MARKERS
+            return sum(map(len, self._pieces(text, numbers)))
 
-    def encode(self, prompts: Sequence[str]) -> Any:
-        """The encoder's output, with the hidden states of all its layers."""
+    def encode(self, prompts: Sequence[str], embeddings: Mapping[str, Tensor] = NONE) -> Any:
+        """The encoder's output, with the hidden states of all its layers.
+
+        Args:
+            prompts: each a row; what is longer than the encoder takes is cut off.
+            embeddings: what is read in place of each name, ``[vectors, width]``.
+        """
+        numbers = self._numbered({name: len(own) for name, own in embeddings.items()})
         with self._tokenizing:
-            tokens = self._tokenizer(
-                list(prompts),
-                padding="max_length",
-                max_length=self._tokenizer.model_max_length,
-                truncation=True,
-                return_tensors="pt",
-            ).input_ids
-        return self.encoder(tokens.to(self._device), output_hidden_states=True, return_dict=True)
+            read = [[*chain(*self._pieces(prompt, numbers))] for prompt in prompts]
+        return self._run([self._framed(tokens[: self.max_tokens]) for tokens in read], embeddings)
 
-    def encode_weighted(self, prompt: WeightedPrompt) -> tuple[Any, Tensor]:
+    def encode_weighted(
+        self, prompt: WeightedPrompt, embeddings: Mapping[str, Tensor] = NONE
+    ) -> tuple[Any, Tensor]:
         """The encoder's output for the chunks of a prompt, and the weights of their tokens.
 
+        Args:
+            prompt: whose chunks are the rows.
+            embeddings: what is read in place of each name, ``[vectors, width]``.
+
         Returns:
-            The output as of :meth:`encode`, a row a chunk, and ``[chunks, tokens]``.
+            The output as of :meth:`encode`, and ``[chunks, tokens]``.
         """
-        start, end = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
-        filler = self._tokenizer.pad_token_id
+        numbers = self._numbered({name: len(own) for name, own in embeddings.items()})
         rows: list[list[int]] = []
         weights: list[list[float]] = []
-        for chunk in self._chunks(prompt):
+        for chunk in self._chunks(prompt, numbers):
             left = self.max_tokens - len(chunk.tokens)
-            rows.append([start, *chunk.tokens, end, *[filler] * left])
+            rows.append(self._framed(chunk.tokens))
             weights.append([1.0, *chunk.weights, 1.0, *[1.0] * left])
-        tokens = torch.tensor(rows, device=self._device)
-        output = self.encoder(tokens, output_hidden_states=True, return_dict=True)
-        return output, torch.tensor(weights, device=self._device)
+        return self._run(rows, embeddings), torch.tensor(weights, device=self._device)
 
-    def _chunks(self, prompt: WeightedPrompt) -> list[Chunk]:
+    def _run(self, rows: Sequence[Sequence[int]], embeddings: Mapping[str, Tensor]) -> Any:
+        tokens = torch.tensor(rows)
+        beyond = tokens - self._words
+        # The encoder finds the end of a text by its tokens, of which the start is none.
+        tokens = tokens.where(beyond < 0, self._tokenizer.bos_token_id).to(self._device)
+        with self._replaced(beyond.to(self._device), embeddings):
+            return self.encoder(tokens, output_hidden_states=True, return_dict=True)
+
+    @contextmanager
+    def _replaced(self, beyond: Tensor, embeddings: Mapping[str, Tensor]) -> Generator[None]:
+        """Let vectors take the places where `beyond` is one's number, which is negative elsewhere.
+
+        The places are of this forward alone, and the encoder's own vectors stay as they are.
+        """
+        if not embeddings:
+            yield
+            return
+        vectors = torch.cat([*embeddings.values()])
+
+        def replace(_module: Any, _inputs: Any, embedded: Tensor) -> Tensor:
+            return embedded.where(beyond[..., None] < 0, vectors[beyond.clamp_min(0)])
+
+        hook = self.encoder.get_input_embeddings().register_forward_hook(replace)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    @property
+    def _words(self) -> int:
+        """Tokens that the encoder knows; larger ones are vectors of embeddings."""
+        return self.encoder.config.vocab_size
+
+    def _numbered(self, counts: Mapping[str, int]) -> Mapping[str, tuple[int, ...]]:
+        """The tokens that stand for each name, in the order of all vectors."""
+        numbers, first = dict[str, tuple[int, ...]](), self._words
+        for name, count in counts.items():
+            numbers[name] = (*range(first, first + count),)
+            first += count
+        return numbers
+
+    def _framed(self, tokens: Sequence[int]) -> list[int]:
+        """The tokens of a row: between markers, and filled up."""
+        tokenizer = self._tokenizer
+        left = self.max_tokens - len(tokens)
+        filler = [tokenizer.pad_token_id] * left
+        return [tokenizer.bos_token_id, *tokens, tokenizer.eos_token_id, *filler]
+
+    def _chunks(
+        self, prompt: WeightedPrompt, numbers: Mapping[str, tuple[int, ...]]
+    ) -> list[Chunk]:
         with self._tokenizing:
             comma = self._tokenizer.get_vocab().get(COMMA, -1)
-            return chunks_of(segments_of(prompt), self._tokens, comma=comma, room=self.max_tokens)
+            return chunks_of(
+                segments_of(prompt),
+                lambda text: self._pieces(text, numbers),
+                comma=comma,
+                room=self.max_tokens,
+            )
+
+    def _pieces(self, text: str, numbers: Mapping[str, tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """The tokens of a text, each by itself, and those of an embedding together."""
+        pieces: list[tuple[int, ...]] = []
+        for part, name in divided(text, numbers):
+            if name is None:
+                pieces += ((token,) for token in self._tokens(part))
+            else:
+                pieces.append(numbers[name])
+        return pieces
 
     def _tokens(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids

@@ -180,7 +180,7 @@ def _merged(parts: Sequence[str | None], weights: Sequence[float]) -> list[Segme
 
 def chunks_of(
     segments: Sequence[Segment],
-    tokenize: Callable[[str], Sequence[int]],
+    tokenize: Callable[[str], Sequence[tuple[int, ...]]],
     *,
     comma: int,
     room: int,
@@ -189,7 +189,8 @@ def chunks_of(
 
     Args:
         segments: of the prompt.
-        tokenize: tokens of a text, without markers.
+        tokenize: tokens of a text, without markers, in pieces that stay in one chunk: each token
+            by itself, or all vectors of an embedding. None has more than `room`.
         comma: token of a comma that ends a word.
         room: tokens that the encoder takes beside its markers.
 
@@ -207,32 +208,34 @@ def chunks_of(
         del tokens[:kept], weights[:kept]
         after_comma = 0
 
-    for token, weight in _weighted_tokens(segments, tokenize):
-        if token is None:
+    for piece, weight in _weighted_pieces(segments, tokenize):
+        if piece is None:
             close(len(tokens))
             continue
         if len(tokens) == room:
-            near = token != comma and after_comma and room - after_comma < BACKTRACK
+            near = piece != (comma,) and after_comma and room - after_comma < BACKTRACK
             close(after_comma if near else room)
-        tokens.append(token)
-        weights.append(weight)
-        if token == comma:
+        if len(tokens) + len(piece) > room:
+            close(len(tokens))
+        tokens += piece
+        weights += [weight] * len(piece)
+        if piece == (comma,):
             after_comma = len(tokens)
     if tokens or not chunks:
         close(len(tokens))
     return chunks
 
 
-def _weighted_tokens(
-    segments: Sequence[Segment], tokenize: Callable[[str], Sequence[int]]
-) -> Iterator[tuple[int | None, float]]:
-    """Each token with its weight; None where a new chunk begins."""
+def _weighted_pieces(
+    segments: Sequence[Segment], tokenize: Callable[[str], Sequence[tuple[int, ...]]]
+) -> Iterator[tuple[tuple[int, ...] | None, float]]:
+    """Each piece with its weight; None where a new chunk begins."""
     for segment in segments:
         if segment.weight is None:
             yield None, 1.0
             continue
-        for token in tokenize(segment.text):
-            yield token, segment.weight
+        for piece in tokenize(segment.text):
+            yield piece, segment.weight
 
 
 def rescaled(hidden: Tensor, weights: Tensor) -> Tensor:

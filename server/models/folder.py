@@ -112,6 +112,11 @@ def adapters_folder(folder: Path) -> Path:
     return folder / DERIVED / "adapters"
 
 
+def embeddings_folder(folder: Path) -> Path:
+    """Where a model folder may keep embeddings that were made for it."""
+    return folder / DERIVED / "embeddings"
+
+
 def controls_folder(folder: Path) -> Path:
     """Where a model folder may keep ControlNets that were made for it."""
     return folder / DERIVED / "controls"

@@ -13,6 +13,8 @@ from server.models.adapters.shelf import AdapterShelf
 from server.models.conditioning import stack_alike
 from server.models.controls.control import Control
 from server.models.controls.shelf import ControlShelf
+from server.models.embeddings.embedding_file import EmbeddingTarget
+from server.models.embeddings.shelf import EmbeddingShelf
 from server.models.inputs import RowInputs
 from server.models.linear_fits import LinearFits
 from server.models.placement import Placement
@@ -110,6 +112,9 @@ class HostedModel(ABC):
         self.linear_fits = LinearFits()
         nothing = Target(facts.name, {}, None)
         self.adapters = AdapterShelf((), nothing, WeightMemory(0, "adapters"), device, dtype)
+        self.embeddings = EmbeddingShelf(
+            (), EmbeddingTarget(facts.name, {}, 0), WeightMemory(0, "embeddings"), device, dtype
+        )
         memory = WeightMemory[Control](0, "ControlNets")
         self.controls = ControlShelf((), facts.name, None, memory, device, dtype)
 
@@ -325,6 +330,10 @@ class HostedModel(ABC):
     def adaptable(self) -> Mapping[str, nn.Module]:
         """The networks that adapters may change, by their names in a model folder."""
         return {}
+
+    def embedding_target(self) -> EmbeddingTarget:
+        """What an embedding must fit that prompts may name; here they may name none."""
+        return EmbeddingTarget(self.facts.name, {}, 0)
 
     @property
     def control_kind(self) -> ControlKind | None:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from server.models.text_options import TextOptions
 
 
+PART = "text_encoder"
+
 LAST_LAYER = 1
 """Of hidden states, those that the U-Net reads unless a request chooses others."""
 
@@ -50,31 +52,39 @@ class OneEncoder:
         """See ``ModelFacts``."""
         return clip_skips(LAST_LAYER, self._clip)
 
-    def count_tokens(self, text: str) -> int:
-        """Tokens of a prompt, markers not counted; safe from any thread."""
-        return self._clip.count_tokens(text)
+    @property
+    def widths(self) -> Mapping[str, int]:
+        """See ``EmbeddingTarget``."""
+        return {PART: self._clip.width}
+
+    def count_tokens(self, text: str, embeddings: Mapping[str, int]) -> int:
+        """See ``EmbeddableText``."""
+        return self._clip.count_tokens(text, embeddings)
 
     def encode(
         self, prompts: Sequence[str | None], width: int, height: int, options: TextOptions
     ) -> list[Conditioning]:
         """Conditioning of each prompt, whatever the size of the picture."""
         skip = options.clip_skip or LAST_LAYER
-        output = self._clip.encode([plain_text(prompt) for prompt in prompts])
+        vectors = options.vectors(PART)
+        output = self._clip.encode([plain_text(prompt) for prompt in prompts], vectors)
         hidden = self._clip.normalised(output, skip)
         # A view would keep the whole batch of prompts in memory.
         rows = [
-            self._weighted(prompt, skip) if isinstance(prompt, WeightedPrompt) else row.clone()
+            self._weighted(prompt, skip, vectors)
+            if isinstance(prompt, WeightedPrompt)
+            else row.clone()
             for prompt, row in zip(prompts, hidden, strict=True)
         ]
         return [Conditioning({TEXT: row}, len(row)) for row in rows]
 
-    def _weighted(self, prompt: WeightedPrompt, skip: int) -> Tensor:
-        output, weights = self._clip.encode_weighted(prompt)
+    def _weighted(self, prompt: WeightedPrompt, skip: int, vectors: Mapping[str, Tensor]) -> Tensor:
+        output, weights = self._clip.encode_weighted(prompt, vectors)
         return rescaled(self._clip.normalised(output, skip), weights).flatten(0, 1)
 
     def modules(self) -> Mapping[str, nn.Module]:
         """The text encoder by its name in a model folder."""
-        return {"text_encoder": self._clip.encoder}
+        return {PART: self._clip.encoder}
 
 
 def load_stable_diffusion(
@@ -103,7 +113,7 @@ def load_stable_diffusion(
 
     unet = load_network(folder, "unet", [UNet2DConditionModel], dtype)
     vae = load_network(folder, "vae", [AutoencoderKL, AutoencoderTiny], dtype)
-    encoder = load_text_encoder(folder, "text_encoder", CLIPTextModel, dtype)
+    encoder = load_text_encoder(folder, PART, CLIPTextModel, dtype)
     positions = encoder.config.max_position_embeddings
     tokenizer = load_tokenizer(folder, "tokenizer", CLIPTokenizer, positions)
     text = OneEncoder(CLIP(encoder, tokenizer, device))

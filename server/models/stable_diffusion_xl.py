@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from server.models.defaults import ModelDefaults
     from server.models.text_options import TextOptions
 
+FIRST, SECOND = "text_encoder", "text_encoder_2"
+
 OWN_LAYER = 2
 """Of the layers, counted from the last, whose hidden states the U-Net reads, not normalised."""
 
@@ -71,16 +73,23 @@ class TwoEncoders:
         """See ``ModelFacts``."""
         return clip_skips(OWN_LAYER, self._first, self._second)
 
-    def count_tokens(self, text: str) -> int:
-        """Tokens of a prompt, markers not counted; safe from any thread."""
-        return max(self._first.count_tokens(text), self._second.count_tokens(text))
+    @property
+    def widths(self) -> Mapping[str, int]:
+        """See ``EmbeddingTarget``."""
+        return {FIRST: self._first.width, SECOND: self._second.width}
+
+    def count_tokens(self, text: str, embeddings: Mapping[str, int]) -> int:
+        """See ``EmbeddableText``."""
+        clips = self._first, self._second
+        return max(clip.count_tokens(text, embeddings) for clip in clips)
 
     def encode(
         self, prompts: Sequence[str | None], width: int, height: int, options: TextOptions
     ) -> list[Conditioning]:
         """Conditioning of each prompt, for an uncropped picture of the size that is drawn."""
         texts = [plain_text(prompt) for prompt in prompts]
-        first, second = self._first.encode(texts), self._second.encode(texts)
+        first = self._first.encode(texts, options.vectors(FIRST))
+        second = self._second.encode(texts, options.vectors(SECOND))
         layer = -(options.clip_skip or OWN_LAYER)
         hidden = torch.cat([first.hidden_states[layer], second.hidden_states[layer]], -1)
         pooled: Tensor = second.text_embeds
@@ -91,15 +100,17 @@ class TwoEncoders:
             factor = 0 if prompt is None and self._zero_unconditional else 1
             told = factor * states, factor * vector
             if isinstance(prompt, WeightedPrompt):
-                told = self._weighted(prompt, layer)
+                told = self._weighted(prompt, layer, options)
             tensors = {TEXT: told[0], "text_embeds": told[1], "time_ids": sizes}
             made.append(Conditioning(tensors, len(told[0])))
         return made
 
-    def _weighted(self, prompt: WeightedPrompt, layer: int) -> tuple[Tensor, Tensor]:
+    def _weighted(
+        self, prompt: WeightedPrompt, layer: int, options: TextOptions
+    ) -> tuple[Tensor, Tensor]:
         """Hidden states of all chunks, and the pooled vector of the first."""
-        first, weights = self._first.encode_weighted(prompt)
-        second, weights_2 = self._second.encode_weighted(prompt)
+        first, weights = self._first.encode_weighted(prompt, options.vectors(FIRST))
+        second, weights_2 = self._second.encode_weighted(prompt, options.vectors(SECOND))
         states = torch.cat(
             [
                 rescaled(first.hidden_states[layer], weights),
@@ -111,7 +122,7 @@ class TwoEncoders:
 
     def modules(self) -> Mapping[str, nn.Module]:
         """The text encoders by their names in a model folder."""
-        return {"text_encoder": self._first.encoder, "text_encoder_2": self._second.encoder}
+        return {FIRST: self._first.encoder, SECOND: self._second.encoder}
 
 
 def load_stable_diffusion_xl(

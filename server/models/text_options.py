@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
-__all__ = ["AS_USUAL", "TextOptions"]
+from server.models.embeddings.naming import named
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from server.models.embeddings.embedding import Embedding
+
+__all__ = ["AS_USUAL", "TextKey", "TextOptions"]
+
+TextKey: TypeAlias = "tuple[int | None, tuple[tuple[str, str], ...]]"
+"""What of the options matters to one text: the layer, and the embeddings that it names.
+
+Embeddings are named by name and revision: holding them here would keep them in memory.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,9 +30,25 @@ class TextOptions:
     Attributes:
         clip_skip: layer of the CLIP text encoders, counted from the last, whose hidden states the
             denoiser reads: 1 is the last, 2 the one before it. None is the model's own.
+        embeddings: that the texts name; others of the server are words like any.
     """
 
     clip_skip: int | None = None
+    embeddings: tuple[Embedding, ...] = ()
+
+    def key(self, text: str | None) -> TextKey:
+        """What must be the same for two encodings of a text to be the same."""
+        revisions = {one.name: one.revision for one in self.embeddings}
+        found = named(text or "", revisions) if revisions else ()
+        return self.clip_skip, tuple((name, revisions[name]) for name in found)
+
+    def vectors(self, part: str) -> Mapping[str, Tensor]:
+        """What a text encoder reads in place of each name, ``[vectors, width]``.
+
+        Args:
+            part: the encoder's name in a model folder.
+        """
+        return {one.name: one.vectors[part] for one in self.embeddings}
 
 
 AS_USUAL: Final = TextOptions()

@@ -41,10 +41,39 @@ class TextSide(Protocol):
         ...
 
 
-class ClipText(TextSide, Protocol):
-    """A text side of CLIP encoders whose hidden states the denoiser reads."""
+class EmbeddableText(Protocol):
+    """The text side of a model with a U-Net: CLIP encoders, whose prompts may name embeddings."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of the longest prompt, markers not counted."""
+        ...
 
     @property
     def clip_skips(self) -> range:
         """See ``ModelFacts``."""
+        ...
+
+    @property
+    def widths(self) -> Mapping[str, int]:
+        """See ``EmbeddingTarget``."""
+        ...
+
+    def count_tokens(self, text: str, embeddings: Mapping[str, int]) -> int:
+        """Tokens of a prompt, markers not counted; safe from any thread.
+
+        Args:
+            text: the prompt.
+            embeddings: how many vectors stand for each name.
+        """
+        ...
+
+    def encode(
+        self, prompts: Sequence[str | None], width: int, height: int, options: TextOptions
+    ) -> list[Conditioning]:
+        """See ``HostedModel.encode_prompts``."""
+        ...
+
+    def modules(self) -> Mapping[str, nn.Module]:
+        """The text encoders by their names in a model folder."""
         ...

@@ -16,6 +16,7 @@ from server.models.adapters.adapted_network import AdaptedNetwork
 from server.models.autoencoder import Autoencoder
 from server.models.conditioning import Conditioning
 from server.models.controls.unet_control import UNetControl
+from server.models.embeddings.embedding_file import EmbeddingTarget
 from server.models.folder import read_json
 from server.models.hosted import HostedModel, ModelFacts
 from server.models.inpainting import MaskChannels
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from server.models.folder import Revisions
     from server.models.inputs import RowInputs
     from server.models.text_options import TextOptions
-    from server.models.text_side import ClipText
+    from server.models.text_side import EmbeddableText
 
 TEXT = "encoder_hidden_states"
 """Of conditioning, what the U-Net's cross-attention reads, ``[tokens, features]``.
@@ -80,7 +81,7 @@ class UNetModel(HostedModel):
         schedule: NoiseSchedule,
         unet: Any,
         vae: Any,
-        text: ClipText,
+        text: EmbeddableText,
         weak: Any = None,
     ) -> None:
         super().__init__(facts, device, dtype)
@@ -118,7 +119,13 @@ class UNetModel(HostedModel):
 
     @override
     def count_tokens(self, text: str) -> int:
-        return self._text.count_tokens(text)
+        found = self.embeddings.named_in(text)
+        return self._text.count_tokens(text, {one.name: one.vectors for one in found})
+
+    @override
+    def embedding_target(self) -> EmbeddingTarget:
+        facts = self.facts
+        return EmbeddingTarget(facts.name, self._text.widths, facts.max_tokens)
 
     @override
     def encode_prompts(
@@ -233,7 +240,7 @@ def facts_of(
     revisions: Revisions,
     unet: Any,
     vae: Any,
-    text: ClipText,
+    text: EmbeddableText,
     defaults: ModelDefaults | None = None,
 ) -> ModelFacts:
     """What the configs of a folder say of a model.

@@ -115,6 +115,11 @@ class WeightShelf(ABC, Generic[Here, Weights]):
         outcomes = [self._outcome(name, path) for name, path in sorted(self._paths().items())]
         return tuple(one for one in outcomes if not isinstance(one, str))
 
+    def unfit(self) -> Mapping[str, str]:
+        """Why each of the others cannot be used with the model, a sentence by name."""
+        outcomes = {name: self._outcome(name, path) for name, path in sorted(self._paths().items())}
+        return {name: one for name, one in outcomes.items() if isinstance(one, str)}
+
     def find(self, name: str) -> Here:
         """The one of a name.
 

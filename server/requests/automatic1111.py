@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -12,6 +12,7 @@ from typing_extensions import override
 from samplers import Sampler
 from server.decoding.picture import MaskForm
 from server.errors import InvalidRequest
+from server.models.embeddings.naming import named
 from server.models.emphasis import is_long, is_weighted
 from server.requests.automatic1111_hires import (
     LEAST_STEPS,
@@ -273,6 +274,7 @@ def translated(
     adapters: Collection[str] | None,
     multiple: int,
     size: tuple[int, int],
+    embeddings: Collection[str] | None = (),
 ) -> Translated:
     """The request of our own that a request of AUTOMATIC1111 stands for.
 
@@ -283,6 +285,7 @@ def translated(
         multiple: pixels of which the model draws whole multiples; AUTOMATIC1111 leaves out what a
             size has beyond them.
         size: the model's own width and height.
+        embeddings: names of the model's embeddings; None if the model is not loaded yet.
 
     Raises:
         InvalidRequest: a value that no request may have.
@@ -297,7 +300,7 @@ def translated(
     given: dict[str, Any] = {
         "prompt": tags.prompt,
         "negative_prompt": negative.prompt or None,
-        "prompt_syntax": _syntax(tags.prompt, negative.prompt),
+        "prompt_syntax": _syntax((tags.prompt, negative.prompt), embeddings),
         "clip_skip": _clip_skip(body),
         "model": model,
         "width": width,
@@ -338,10 +341,12 @@ def _second_run(body: Txt2Img, size: tuple[int, int], multiple: int) -> dict[str
     return hires(body, size, body.steps, body.denoising_strength, multiple)
 
 
-def _syntax(*texts: str) -> str | None:
-    """The syntax of prompts, where they are more than plain text of one chunk."""
-    read = any(is_weighted(text) or is_long(text) for text in texts)
-    return "automatic1111" if read else None
+def _syntax(texts: Sequence[str], embeddings: Collection[str] | None) -> str | None:
+    """The syntax of prompts, where they may be more than plain text of one chunk."""
+    if embeddings is None or any(is_weighted(text) or is_long(text) for text in texts):
+        return "automatic1111"
+    # A short word may stand for many vectors.
+    return "automatic1111" if any(named(text, embeddings) for text in texts) else None
 
 
 def _clip_skip(body: Txt2Img) -> int | None:

@@ -31,6 +31,7 @@ __all__ = [
     "catalog",
     "control_entries",
     "defaults_of",
+    "embedding_entries",
 ]
 
 
@@ -92,6 +93,16 @@ class AdapterEntry(BaseModel):
     )
 
 
+class EmbeddingEntry(BaseModel):
+    """One embedding of a hosted model."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str = Field(description="The word that stands for it in prompts.")
+    vectors: int = Field(description="Tokens that it takes of a prompt's length.")
+    width: int = Field(description="Numbers in a vector, for all text encoders together.")
+
+
 class ControlEntry(BaseModel):
     """One ControlNet of a hosted model."""
 
@@ -130,6 +141,12 @@ class ModelEntry(BaseModel):
     )
     controls: tuple[ControlEntry, ...] = Field(
         description="The ControlNets that fit this model; choices of `controls`."
+    )
+    embeddings: tuple[EmbeddingEntry, ...] = Field(
+        description="The embeddings that prompts to this model may name."
+    )
+    unfit_embeddings: dict[str, str] = Field(
+        description="Why the server's other embeddings are plain text to this model, by name."
     )
     defaults: Defaults = Field(description="Of requests to this model.")
 
@@ -205,6 +222,14 @@ def adapter_entries(model: HostedModel) -> tuple[AdapterEntry, ...]:
             defaults=None if file.defaults is None else defaults_of(file.defaults),
         )
         for file in model.adapters.available()
+    )
+
+
+def embedding_entries(model: HostedModel) -> tuple[EmbeddingEntry, ...]:
+    """The catalog's entry for each embedding of a model."""
+    return tuple(
+        EmbeddingEntry(name=one.name, vectors=one.vectors, width=sum(one.widths.values()))
+        for one in model.embeddings.available()
     )
 
 

@@ -12,6 +12,7 @@ from server.models.conventions import numbers
 from server.models.hosted import HostedModel
 from server.requests.controls import controls_without_effect
 from server.requests.defaults import own_defaults
+from server.requests.embeddings import unfit_embeddings
 from server.requests.schema import ResolvedRequest
 
 __all__ = ["warnings_for"]
@@ -65,6 +66,7 @@ def warnings_for(resolved: ResolvedRequest, model: HostedModel, plan: Plan) -> t
                 f"{fitted} is fitted to model {model.facts.name!r} without {beside}, so it may be "
                 "less accurate here."
             )
+    found += unfit_embeddings(resolved, model)
     return (*found, *controls_without_effect(resolved.controls, plan))
 
 

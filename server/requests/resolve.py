@@ -37,6 +37,7 @@ from server.requests.defaults import (
     spacing_for,
     steps_for,
 )
+from server.requests.embeddings import check_embeddings
 from server.requests.hires import Hires
 from server.requests.ineffective import warnings_for
 from server.requests.schema import (
@@ -146,6 +147,7 @@ def resolve(
     has_upload = has_picture or has_reference or bool(resolved.controls)
     resolved = _with_resize_mode(resolved, has_upload=has_upload)
     check_classifier(resolved, model)
+    check_embeddings(resolved, model)
     check_tokens(resolved, model)
     return resolved
 

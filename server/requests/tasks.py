@@ -13,11 +13,13 @@ from server.engine.terms.term import Run
 from server.models.adapters.adapter import Weighted
 from server.models.blend import Blend
 from server.models.controls.control import ControlUse
+from server.models.embeddings.embedding import Embedding
 from server.models.emphasis import written_in
 from server.models.hosted import HostedModel
 from server.models.text_options import TextOptions
 from server.requests.adapters import load_adapters
 from server.requests.checks.group import is_group
+from server.requests.embeddings import load_embeddings, texts_of
 from server.requests.resolve import Prepared
 from server.requests.schema import ResolvedRequest, split
 
@@ -48,6 +50,7 @@ def tasks_of(
     blend: Blend | None = None,
     stream: Stream | None = None,
     adapters: tuple[Weighted, ...] | None = None,
+    embeddings: tuple[Embedding, ...] | None = None,
     controls: tuple[ControlUse, ...] = (),
 ) -> list[ImageTask]:
     """One task for each image.
@@ -61,11 +64,13 @@ def tasks_of(
         blend: what the network is told instead of the request's prompt.
         stream: that the images are frames of; their priority is live then.
         adapters: of the request, where they are loaded already.
+        embeddings: of its texts, where they are loaded already.
         controls: of the request, loaded.
 
     Raises:
         InvalidRequest: guidance that needs a single prompt, with a blend.
-        Overloaded: the adapters of requests under way leave no room for the request's.
+        Overloaded: the adapters or embeddings of requests under way leave no room for the
+            request's.
     """
     resolved, plan = prepared.request, prepared.plan
     rule, policy = split(resolved.guidance)
@@ -85,6 +90,8 @@ def tasks_of(
     terms = terms_of((setting for _, setting in chosen(resolved.guidance)), run)
     if adapters is None:
         adapters = load_adapters(resolved.adapters, model)
+    if embeddings is None:
+        embeddings = load_embeddings([text for _, text in texts_of(resolved, model)], model)
     # A network that is shown the picture does not need it in x, and was not trained with it there.
     from_noise = mask is not None and model.facts.reads_mask and resolved.strength == 1
     size = resolved.noise_size
@@ -104,7 +111,7 @@ def tasks_of(
             policy=policy,
             terms=terms,
             cache=resolved.cache,
-            text=TextOptions(clip_skip=resolved.clip_skip),
+            text=TextOptions(resolved.clip_skip, embeddings),
             adapters=adapters,
             controls=controls,
             coefficients=prepared.coefficients,

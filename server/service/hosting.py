@@ -20,7 +20,15 @@ from server.models.adapters.shelf import AdapterShelf
 from server.models.checkpoint import converted
 from server.models.controls.control import Control
 from server.models.controls.shelf import ControlShelf
-from server.models.folder import adapters_folder, controls_folder, embedded_folders, stamp_of
+from server.models.embeddings.embedding import Embedding
+from server.models.embeddings.shelf import EmbeddingShelf
+from server.models.folder import (
+    adapters_folder,
+    controls_folder,
+    embedded_folders,
+    embeddings_folder,
+    stamp_of,
+)
 from server.models.hosted import HostedModel
 from server.models.hub import HubModel, fetch
 from server.models.loading import choose_device, choose_dtype, family_of, load_model
@@ -36,6 +44,10 @@ __all__ = ["Hosted", "host"]
 log = logging.getLogger("weft")
 
 LOGGED_EVERY_S: Final = 10.0
+
+EMBEDDING_BYTES: Final = 64 * 2**20
+"""Memory for loaded embeddings of all models: a hundred of the longest that there can be of
+Stable Diffusion XL, in float32."""
 
 OFFLOADED: Final = {
     "text": "its text encoders stay in host memory, block by block on the device as they run",
@@ -93,6 +105,7 @@ def host(
         folders,
         WeightMemory(settings.adapter_bytes, "adapters"),
         WeightMemory(settings.control_bytes, "ControlNets"),
+        WeightMemory(EMBEDDING_BYTES, "embeddings"),
     )
     models: dict[str, HostedModel] = {}
     for name in named:
@@ -133,12 +146,14 @@ class _Folders:
         first: the folders that there were at the start, by name.
         adapters: memory of adapters, which all models share.
         controls: memory of ControlNets, which all models share.
+        embeddings: memory of embeddings, which all models share.
     """
 
     settings: Settings
     first: Mapping[str, Path]
     adapters: WeightMemory[Adapter]
     controls: WeightMemory[Control]
+    embeddings: WeightMemory[Embedding]
 
     def names(self) -> Iterable[str]:
         return list(self._folders())
@@ -186,7 +201,7 @@ class _Folders:
         return bytes_in_memory(self._folder(name), dtype, placement)
 
     def load_from_folder(self, name: str, tell: Callable[[int, int], None] | None) -> HostedModel:
-        """Load a model, with the adapters and ControlNets of its own folder and of the server's.
+        """Load a model, with what requests may name, of its own folder and of the server's.
 
         Raises:
             ModelMismatch: with a sentence for the operator, which says where the folder is.
@@ -210,6 +225,16 @@ class _Folders:
         # Headers are read now, so that no request waits for all of them.
         if known := [file.name for file in model.adapters.available()]:
             log.info("%s: adapters %s", name, ", ".join(known))
+        shared = () if self.settings.embeddings is None else (self.settings.embeddings,)
+        model.embeddings = EmbeddingShelf(
+            (*shared, embeddings_folder(folder)),
+            model.embedding_target(),
+            self.embeddings,
+            model.device,
+            model.dtype,
+        )
+        if known := [file.name for file in model.embeddings.available()]:
+            log.info("%s: embeddings %s", name, ", ".join(known))
         shared = () if self.settings.controls is None else (self.settings.controls,)
         places = (*shared, controls_folder(folder))
         model.controls = ControlShelf(

@@ -390,6 +390,7 @@ class ModelShelf:
             device = model.device
             model.adapters.forget()
             model.controls.forget()
+            model.embeddings.forget()
             del model
             reclaim(device)
             log.info("model %s is unloaded", place.name)

@@ -29,11 +29,18 @@ from server.image_codec import ImageText, encode
 from server.lru import ByteBoundedLRU
 from server.models.hosted import HostedModel
 from server.models.statistics import guidance_name
-from server.requests.catalog import ModelEntry, adapter_entries, control_entries, defaults_of
+from server.requests.catalog import (
+    ModelEntry,
+    adapter_entries,
+    control_entries,
+    defaults_of,
+    embedding_entries,
+)
 from server.requests.checks.group import is_group
 from server.requests.checks.limits import check_count, drawings_of
 from server.requests.chosen import notes_for
 from server.requests.controls import load_controls, unloaded_controls
+from server.requests.embeddings import texts_of
 from server.requests.infotext import infotext
 from server.requests.resolve import Prepared, make_plan, prepare, resolve, statistics_for
 from server.requests.schema import DEFAULT_RESIZE_MODE, GenerateRequest, ResolvedRequest
@@ -261,6 +268,8 @@ class Service:
                 classifier={} if model.classifier is None else model.classifier.heads,
                 adapters=adapter_entries(model),
                 controls=control_entries(model),
+                embeddings=embedding_entries(model),
+                unfit_embeddings=dict(model.embeddings.unfit()),
                 defaults=defaults_of(model.facts.defaults),
             )
             for model in (() if self._shelf is None else self._shelf.loaded())
@@ -591,10 +600,13 @@ def _stopping() -> NotReady:
 
 
 def _weights_loaded(request: ResolvedRequest, model: HostedModel) -> bool:
-    """Whether the adapters and ControlNets of a request are in memory."""
-    return all(
-        model.adapters.is_loaded(one.name) for one in request.adapters if one.weight
-    ) and all(model.controls.is_loaded(one.name) for one in request.controls if one.scale)
+    """Whether the adapters, ControlNets and embeddings of a request are in memory."""
+    texts = [text for _, text in texts_of(request, model)]
+    return (
+        all(model.adapters.is_loaded(one.name) for one in request.adapters if one.weight)
+        and all(model.controls.is_loaded(one.name) for one in request.controls if one.scale)
+        and all(model.embeddings.is_loaded(one.name) for one in model.embeddings.named_in(*texts))
+    )
 
 
 def _tasks(prepared: Prepared, model: HostedModel, uploads: Uploads) -> list[ImageTask]:
@@ -617,7 +629,13 @@ def _tasks_again(
     """The tasks of the second run, without what they start from."""
     pictures = list(map(pixels_tensor, uploads.controls_again))
     controls = load_controls(second.request.controls, pictures, model)
-    return tasks_of(second, model, adapters=first.adapters, controls=controls)
+    return tasks_of(
+        second,
+        model,
+        adapters=first.adapters,
+        embeddings=first.text.embeddings,
+        controls=controls,
+    )
 
 
 def _claim(
@@ -637,6 +655,7 @@ def _claim(
         mask=None if request.mask is None else mask,
         reference=None if request.reference is None else picture.clone(),
         adapters=(),
+        embeddings=(),
         controls=unloaded_controls(prepared.request.controls, picture, model),
     )
     engine.check_memory(tasks)
@@ -644,7 +663,9 @@ def _claim(
         size = prepared.second.request.height, prepared.second.request.width
         larger = torch.empty(3, *size, device="meta")
         controls = unloaded_controls(prepared.second.request.controls, larger, model)
-        again = tasks_of(prepared.second, model, image=larger, adapters=(), controls=controls)
+        again = tasks_of(
+            prepared.second, model, image=larger, adapters=(), embeddings=(), controls=controls
+        )
         with naming_hires():
             engine.check_memory(again)
         tasks += again

@@ -18,6 +18,7 @@ from server.image_codec import encode
 from server.models.blend import Blend
 from server.requests.adapters import load_adapters
 from server.requests.checks.limits import check_limits, check_tokens
+from server.requests.embeddings import load_embeddings, texts_of
 from server.requests.start_noise import MAX_SEED
 from server.requests.stream_schema import StreamSettings, read_settings
 from server.requests.tasks import tasks_of
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
     from server.engine.reservation import Reservation
     from server.models.adapters.adapter import Weighted
+    from server.models.embeddings.embedding import Embedding
     from server.models.hosted import HostedModel
     from server.requests.resolve import Prepared
     from server.settings import Limits, StreamLimits
@@ -65,6 +67,7 @@ class Current:
         prepared: the request for one frame.
         lease: of the model, which stays loaded as long as it may be asked for a frame.
         adapters: of the settings, loaded once for all frames.
+        embeddings: that its texts name, and those of the prompt that it leaves.
         in_flight: most frames in the engine.
     """
 
@@ -72,12 +75,19 @@ class Current:
     prepared: Prepared
     lease: Lease
     adapters: tuple[Weighted, ...]
+    embeddings: tuple[Embedding, ...]
     in_flight: int
 
     @property
     def model(self) -> HostedModel:
         """The model that serves it."""
         return self.lease.model
+
+    def leaving(self, before: Current) -> Current:
+        """The same while frames are still told what they were told before."""
+        own = {one.name for one in self.embeddings}
+        theirs = [one for one in before.embeddings if one.name not in own]
+        return replace(self, embeddings=(*self.embeddings, *theirs))
 
 
 class StreamSession:
@@ -278,9 +288,12 @@ class StreamSession:
         # What is incompatible with a blend says so now, and not with each frame.
         blended = settings.transition_frames > 0 or isinstance(settings.told, Blend)
         blend = Blend(((settings.told, 1.0),)) if blended else None
-        tasks_of(prepared, model, blend=blend, adapters=())
+        tasks_of(prepared, model, blend=blend, adapters=(), embeddings=())
         adapters = load_adapters(prepared.request.adapters, model)
-        return Current(settings, prepared, lease, adapters, in_flight)
+        texts = [text for _, text in texts_of(prepared.request, model)]
+        texts += [one.text for one in settings.prompt[1:]]
+        embeddings = load_embeddings(texts, model)
+        return Current(settings, prepared, lease, adapters, embeddings, in_flight)
 
     def _most_in_flight(self, settings: StreamSettings, prepared: Prepared) -> int:
         most = self._stream_limits.in_flight
@@ -299,6 +312,8 @@ class StreamSession:
             self._transition = Transition(settings.told)
         else:
             self._transition = self._transition.to(settings.told, frames, settings.blend)
+            if self._transition.under_way:
+                current = current.leaving(before)
         seed = current.prepared.request.seed
         if before is None or seed != before.prepared.request.seed:
             self._filter = FrameFilter(seed)
@@ -440,6 +455,7 @@ class StreamSession:
                 blend=told if isinstance(told, Blend) else None,
                 stream=self._stream,
                 adapters=current.adapters,
+                embeddings=current.embeddings,
             )
             frame.submitted = monotonic()
             frame.submission = room.submit(tasks, FrameListener(frame, self.loop, self._heard))

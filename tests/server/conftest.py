@@ -90,7 +90,15 @@ def controls_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def running(adapters_folder: Path, controls_folder: Path) -> Iterator[Running]:
+def embeddings_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the running server, which sees new embeddings at once."""
+    return tmp_path_factory.mktemp("embeddings")
+
+
+@pytest.fixture(scope="session")
+def running(
+    adapters_folder: Path, controls_folder: Path, embeddings_folder: Path
+) -> Iterator[Running]:
     server = Running(
         Settings(
             row_budget=8,
@@ -99,6 +107,7 @@ def running(adapters_folder: Path, controls_folder: Path) -> Iterator[Running]:
             limits=Limits(images=MAX_IMAGES),
             adapters=adapters_folder,
             controls=controls_folder,
+            embeddings=embeddings_folder,
         )
     )
     server.start()

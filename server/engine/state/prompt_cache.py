@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from server.engine.faults import attempt, free_memory, is_out_of_memory
 from server.lru import ByteBoundedLRU
 from server.models.adapters.adapter import RowAdapters
-from server.models.text_options import AS_USUAL, TextOptions
+from server.models.text_options import AS_USUAL, TextKey, TextOptions
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Key: TypeAlias = "tuple[str | None, int, int, tuple[tuple[str, float], ...], TextOptions]"
+Key: TypeAlias = "tuple[str | None, int, int, tuple[tuple[str, float], ...], TextKey]"
 """A prompt, the width and height that it was encoded for, with which adapters and options.
 
 Adapters are named by revision and weight: holding them here would keep them in memory.
@@ -75,7 +75,7 @@ class PromptCache:
         found: dict[str | None, Conditioning | Exception] = {}
         missing: list[str | None] = []
         for prompt in dict.fromkeys(prompts):
-            kept = self._kept.find((prompt, width, height, revisions, options))
+            kept = self._kept.find((prompt, width, height, revisions, options.key(prompt)))
             if kept is None:
                 missing.append(prompt)
             else:
@@ -85,7 +85,8 @@ class PromptCache:
             for prompt, outcome in self._encoded(chunk, width, height, adapters, options):
                 found[prompt] = outcome
                 if not isinstance(outcome, Exception):
-                    self._kept.put((prompt, width, height, revisions, options), outcome)
+                    key = prompt, width, height, revisions, options.key(prompt)
+                    self._kept.put(key, outcome)
         return found
 
     def _encoded(

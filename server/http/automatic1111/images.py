@@ -110,12 +110,13 @@ def _translated(body: Txt2Img, service: Service, checkpoint: str | None) -> Tran
     name = named(asked, states) if isinstance(asked, str) and asked else checkpoint
     state = chosen(name, states)
     if state is None or state.model is None:
-        return translated(body, name, adapters=None, multiple=LATENT_CELL, size=USUAL_SIZE)
+        return translated(body, name, None, LATENT_CELL, USUAL_SIZE, embeddings=None)
     entries = [entry for entry in service.models() if entry.name == state.name]
     adapters = {one.name for entry in entries for one in entry.adapters}
     facts = state.model.facts
     size = facts.default_width, facts.default_height
-    return translated(body, name, adapters, facts.size_multiple, size)
+    embeddings = {one.name for entry in entries for one in entry.embeddings}
+    return translated(body, name, adapters, facts.size_multiple, size, embeddings)
 
 
 async def _made(

@@ -28,7 +28,6 @@ router = APIRouter(tags=["automatic1111"], route_class=TolerantRoute)
 EMPTY: Final[dict[str, Any]] = {
     "/internal/ping": {},
     "/sdapi/v1/cmd-flags": {},
-    "/sdapi/v1/embeddings": {"loaded": {}, "skipped": {}},
     "/sdapi/v1/face-restorers": [],
     "/sdapi/v1/hypernetworks": [],
     "/sdapi/v1/prompt-styles": [],
@@ -156,6 +155,26 @@ async def loras(service: ServiceDep) -> list[dict[str, Any]]:
     ]
 
 
+@router.get("/sdapi/v1/embeddings")
+async def embeddings(service: ServiceDep) -> dict[str, dict[str, Any]]:
+    """The embeddings that prompts to some model may name, and those that fit none."""
+    entries = await to_thread(service.models)
+    loaded = {one.name: one for entry in entries for one in entry.embeddings}
+    unfit = {name: why for entry in entries for name, why in entry.unfit_embeddings.items()}
+    unknown = {"step": None, "sd_checkpoint": None, "sd_checkpoint_name": None}
+    return {
+        "loaded": {
+            name: {**unknown, "shape": one.width, "vectors": one.vectors}
+            for name, one in loaded.items()
+        },
+        "skipped": {
+            name: {**unknown, "shape": None, "vectors": 0, "reason": why}
+            for name, why in unfit.items()
+            if name not in loaded
+        },
+    }
+
+
 @router.get("/sdapi/v1/memory")
 async def memory() -> dict[str, Any]:
     """The memory of the machine and the most that this process had of it, in bytes."""
@@ -178,6 +197,7 @@ async def png_info(body: PngInfo, service: ServiceDep) -> PngInfoAnswer:
 
 
 @router.post("/sdapi/v1/refresh-checkpoints")
+@router.post("/sdapi/v1/refresh-embeddings")
 @router.post("/sdapi/v1/refresh-loras")
 @router.post("/sdapi/v1/refresh-vae")
 async def refresh() -> dict[str, Any]:

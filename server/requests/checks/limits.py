@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from server.errors import InvalidRequest
 from server.models.emphasis import MOST_CHUNKS, written_in
 from server.models.hosted import HostedModel, ModelFacts
-from server.requests.checks.classifier import alternatives_of
+from server.requests.embeddings import texts_of
 from server.requests.schema import GenerateRequest, ResolvedRequest
 from server.requests.start_noise import MAX_SEED
 from server.settings import Limits
 
 __all__ = ["check_count", "check_limits", "check_size", "check_tokens", "drawings_of"]
+
+WRITTEN: Final = ("prompt", "negative_prompt")
+"""Fields whose texts `prompt_syntax` is about."""
 
 
 def check_count(request: GenerateRequest, limits: Limits) -> None:
@@ -75,15 +80,12 @@ def check_tokens(resolved: ResolvedRequest, model: HostedModel) -> None:
         InvalidRequest: a prompt has too many tokens.
     """
     most = model.facts.max_tokens
-    for field, text in (("prompt", resolved.prompt), ("negative_prompt", resolved.negative_prompt)):
-        written = written_in(resolved.prompt_syntax, text or "")
-        chunks = MOST_CHUNKS if resolved.prompt_syntax else 1
-        _check_tokens(field, written, model, chunks * most)
-    for branch in resolved.guidance.branches:
-        if branch.told == "own":
-            _check_tokens("guidance", branch.prompt, model, most)
-    for text in alternatives_of(resolved, model):
-        _check_tokens("guidance.classifier", text, model, most)
+    for field, text in texts_of(resolved, model):
+        if resolved.prompt_syntax is not None and field in WRITTEN:
+            written = written_in(resolved.prompt_syntax, text)
+            _check_tokens(field, written, model, MOST_CHUNKS * most)
+        else:
+            _check_tokens(field, text, model, most)
 
 
 def _check_size(within: str, width: int, height: int, facts: ModelFacts, limits: Limits) -> None:

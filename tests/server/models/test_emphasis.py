@@ -85,9 +85,12 @@ def test_no_text_takes_long_to_read() -> None:
     assert time.process_time() - began < 1.5
 
 
-def tokenize(text: str) -> list[int]:
-    """A token a letter; 0 is the comma."""
-    return [0 if letter == "," else ord(letter) for letter in text]
+def tokenize(text: str) -> list[tuple[int, ...]]:
+    """A token a letter; 0 is the comma, and a capital stands for three tokens."""
+    return [
+        (0,) if letter == "," else (ord(letter),) * (3 if letter.isupper() else 1)
+        for letter in text
+    ]
 
 
 def chunked(text: str, room: int) -> list[str]:
@@ -105,6 +108,13 @@ def test_a_full_chunk_breaks_after_a_comma_that_is_near() -> None:
     assert chunked(far, 40) == ["," + "x" * 39, "x"]
     near = "x" * 25 + "," + "y" * 19
     assert chunked(near, 40) == ["x" * 25 + ",", "y" * 19]
+
+
+def test_the_tokens_of_an_embedding_stay_in_one_chunk() -> None:
+    assert chunked("abA", 4) == ["ab", "AAA"]
+    assert chunked("aAAb", 4) == ["aAAA", "AAAb"]
+    assert chunked("ab,cA", 4) == ["ab,", "cAAA"]
+    assert chunked("a,bcA", 4) == ["a,", "bc", "AAA"]
 
 
 def test_a_break_leaves_a_chunk_unfilled() -> None:

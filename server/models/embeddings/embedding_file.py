@@ -1,0 +1,170 @@
+"""Files of textual inversion: headers first, vectors once a prompt names them."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from server.errors import EmbeddingMismatch
+from server.models.embeddings.embedding import Embedding
+from server.models.folder import stamp_of, without_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    import torch
+
+__all__ = ["EmbeddingFile", "EmbeddingTarget"]
+
+DTYPES: Final = ("F16", "BF16", "F32", "F64")
+
+OF_TWO_ENCODERS: Final = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+"""Tensors of a file for Stable Diffusion XL, by the encoder that they are for."""
+
+SHOWN: Final = 40
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingTarget:
+    """The text encoders of a model, as far as embeddings must fit them.
+
+    Attributes:
+        model: its name.
+        widths: of a token's vector, by the encoder's name in a model folder; none where prompts
+            cannot name embeddings.
+        most: tokens that a prompt may have for all of them, markers not counted.
+    """
+
+    model: str
+    widths: Mapping[str, int]
+    most: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EmbeddingFile:
+    """A file that fits a model.
+
+    Attributes:
+        name: the word that stands for it in prompts.
+        path: of the file.
+        stamp: by which a change of the file is noticed.
+        vectors: how many take the place of the word, each a token.
+        tensors: of the file, by the encoder's name in a model folder.
+        widths: of a vector, likewise.
+    """
+
+    name: str
+    path: Path
+    stamp: tuple[int, int]
+    vectors: int
+    tensors: Mapping[str, str]
+    widths: Mapping[str, int]
+
+    @classmethod
+    def read(cls, name: str, path: Path, target: EmbeddingTarget) -> EmbeddingFile:
+        """Read a header, and hold it to a model.
+
+        Known are a single tensor ``[vectors, width]`` or ``[width]`` of any name, as diffusers and
+        AUTOMATIC1111 write them, and ``clip_l`` and ``clip_g`` for Stable Diffusion XL.
+
+        Raises:
+            EmbeddingMismatch: the file cannot be used with the model; the sentence names both.
+        """
+        stamp = stamp_of(path)
+        try:
+            shapes = _shapes(path)
+            tensors = _tensors(shapes, target)
+            vectors = _count({part: shapes[key] for part, key in tensors.items()}, target)
+        except (OSError, SafetensorError) as error:
+            raise EmbeddingMismatch(
+                f"embedding {name!r} is no readable safetensors file: "
+                f"{without_folder(error, path)}."
+            ) from None
+        except EmbeddingMismatch as error:
+            raise EmbeddingMismatch(f"embedding {name!r} {error.message}.") from None
+        return cls(name, path, stamp, vectors, tensors, target.widths)
+
+    def nbytes(self, dtype: torch.dtype) -> int:
+        """Memory of all vectors once they are loaded, in bytes."""
+        return self.vectors * sum(self.widths.values()) * dtype.itemsize
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> Embedding:
+        """Read the vectors.
+
+        Raises:
+            EmbeddingMismatch: the file has changed since its header was read, or a number in it is
+                none of the type's.
+        """
+        try:
+            state = load_file(self.path)
+            revision = hashlib.sha256(self.path.read_bytes()).hexdigest()[:16]
+        except (OSError, SafetensorError) as error:
+            raise EmbeddingMismatch(
+                f"embedding {self.name!r} could not be read: {without_folder(error, self.path)}."
+            ) from None
+        if stamp_of(self.path) != self.stamp:
+            raise EmbeddingMismatch(
+                f"embedding {self.name!r} changed while it was read; try again."
+            )
+        vectors = {
+            part: state[key].reshape(self.vectors, self.widths[part]).to(device, dtype)
+            for part, key in self.tensors.items()
+        }
+        if not all(bool(one.isfinite().all()) for one in vectors.values()):
+            kind = str(dtype).removeprefix("torch.")
+            raise EmbeddingMismatch(
+                f"embedding {self.name!r} has values that are no numbers in {kind}."
+            )
+        return Embedding(self.name, revision, vectors)
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    with safe_open(path, framework="pt") as opened:
+        for key in opened.keys():  # noqa: SIM118 - it is no dictionary
+            entry = opened.get_slice(key)
+            if (dtype := entry.get_dtype()) not in DTYPES:
+                raise EmbeddingMismatch(
+                    f"has the tensor {key[:SHOWN]!r} of type {dtype}; allowed are "
+                    f"{', '.join(DTYPES)}"
+                )
+            shapes[key] = tuple(entry.get_shape())
+    return shapes
+
+
+def _tensors(shapes: Mapping[str, tuple[int, ...]], target: EmbeddingTarget) -> dict[str, str]:
+    """The tensor of each encoder."""
+    model, parts = target.model, list(target.widths)
+    if len(parts) == 1 and len(shapes) == 1:
+        return dict(zip(parts, shapes, strict=True))
+    if parts == [*OF_TWO_ENCODERS] and sorted(shapes) == sorted(OF_TWO_ENCODERS.values()):
+        return OF_TWO_ENCODERS
+    found = ", ".join(repr(key[:SHOWN]) for key in sorted(shapes)[:3]) or "none"
+    wanted = "a single one" if len(parts) == 1 else "clip_l and clip_g"
+    raise EmbeddingMismatch(f"has the tensors {found}; model {model!r} needs {wanted}")
+
+
+def _count(shapes: Mapping[str, tuple[int, ...]], target: EmbeddingTarget) -> int:
+    """How many vectors there are for each encoder."""
+    counts: set[int] = set()
+    for part, shape in shapes.items():
+        width = target.widths[part]
+        if len(shape) not in (1, 2) or shape[-1] != width:
+            raise EmbeddingMismatch(
+                f"has vectors of the shape {[*shape]}; model {target.model!r} needs a width of "
+                f"{width} for its {part}"
+            )
+        counts.add(1 if len(shape) == 1 else shape[0])
+    if len(counts) > 1:
+        raise EmbeddingMismatch("has not as many vectors for each text encoder")
+    [count] = counts
+    if not 1 <= count <= target.most:
+        raise EmbeddingMismatch(
+            f"has {count} vectors; prompts of model {target.model!r} have room for {target.most}"
+        )
+    return count

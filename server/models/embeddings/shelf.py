@@ -1,0 +1,78 @@
+"""The embeddings that prompts of a model may name: found in folders, loaded when they are named."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from typing_extensions import override
+
+from server.errors import EmbeddingMismatch
+from server.models.embeddings.embedding import Embedding
+from server.models.embeddings.embedding_file import EmbeddingFile
+from server.models.embeddings.naming import named
+from server.models.folder import stamp_of
+from server.models.weight_shelf import WeightShelf
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    import torch
+
+    from server.models.embeddings.embedding_file import EmbeddingTarget
+    from server.models.weight_memory import WeightMemory
+
+__all__ = ["EmbeddingShelf"]
+
+
+class EmbeddingShelf(WeightShelf[EmbeddingFile, Embedding]):
+    """The embeddings that fit one model, files ``NAME.safetensors``; see :class:`WeightShelf`.
+
+    Args:
+        folders: that hold the files.
+        target: the model's text encoders.
+        memory: where loaded embeddings are kept.
+        device: where the model is.
+        dtype: of its weights.
+    """
+
+    what = "embedding"
+    ending = ".safetensors"
+    mismatch = EmbeddingMismatch
+
+    def __init__(
+        self,
+        folders: Sequence[Path],
+        target: EmbeddingTarget,
+        memory: WeightMemory[Embedding],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(folders if target.widths else (), target.model, memory, device, dtype)
+        self._target = target
+
+    def named_in(self, *texts: str) -> tuple[EmbeddingFile, ...]:
+        """Those that some texts name and that fit the model, each once."""
+        outcomes = self._outcomes_in(texts)
+        return tuple(one for one in outcomes.values() if not isinstance(one, str))
+
+    def unfit_in(self, *texts: str) -> Mapping[str, str]:
+        """Why each of those that some texts name cannot be used, a sentence by name."""
+        return {name: one for name, one in self._outcomes_in(texts).items() if isinstance(one, str)}
+
+    @override
+    def _is_one(self, path: Path) -> bool:
+        return path.is_file()
+
+    @override
+    def _stamp(self, path: Path) -> tuple[int, int]:
+        return stamp_of(path)
+
+    @override
+    def _understood(self, name: str, path: Path) -> EmbeddingFile:
+        return EmbeddingFile.read(name, path, self._target)
+
+    def _outcomes_in(self, texts: Sequence[str]) -> dict[str, EmbeddingFile | str]:
+        paths = self._paths()
+        found = dict.fromkeys(name for text in texts for name in named(text, paths))
+        return {name: self._outcome(name, paths[name]) for name in found}

@@ -1,0 +1,75 @@
+"""The embeddings that the texts of a request name, as words of theirs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from server.errors import EmbeddingMismatch, InvalidRequest
+from server.requests.checks.classifier import alternatives_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from server.models.embeddings.embedding import Embedding
+    from server.models.hosted import HostedModel
+    from server.requests.schema import ResolvedRequest
+
+__all__ = ["check_embeddings", "load_embeddings", "texts_of", "unfit_embeddings"]
+
+
+def texts_of(resolved: ResolvedRequest, model: HostedModel) -> Iterator[tuple[str, str]]:
+    """All that the images of a request are told, each with the field that says it.
+
+    Args:
+        resolved: the request.
+        model: that will serve it.
+
+    Raises:
+        InvalidRequest: a classifier's target that the prompt does not mention.
+    """
+    yield "prompt", resolved.prompt
+    yield "negative_prompt", resolved.negative_prompt or ""
+    for branch in resolved.guidance.branches:
+        if branch.told == "own":
+            yield "guidance", branch.prompt
+    for text in alternatives_of(resolved, model):
+        yield "guidance.classifier", text
+
+
+def check_embeddings(resolved: ResolvedRequest, model: HostedModel) -> None:
+    """Refuse a request whose embeddings can never be in memory at once.
+
+    Raises:
+        InvalidRequest: they take more memory than is allowed for all.
+    """
+    texts = [text for _, text in texts_of(resolved, model)]
+    try:
+        model.embeddings.check_together(model.embeddings.named_in(*texts))
+    except EmbeddingMismatch as refusal:
+        raise InvalidRequest("prompt", f"prompt: {refusal.message}") from None
+
+
+def unfit_embeddings(resolved: ResolvedRequest, model: HostedModel) -> tuple[str, ...]:
+    """One sentence for each word that names an embedding and is read as plain text."""
+    texts = [text for _, text in texts_of(resolved, model)]
+    return tuple(
+        f"{name!r} is read as plain text: {reason}"
+        for name, reason in model.embeddings.unfit_in(*texts).items()
+    )
+
+
+def load_embeddings(texts: Sequence[str], model: HostedModel) -> tuple[Embedding, ...]:
+    """The embeddings that some texts name, loaded.
+
+    Args:
+        texts: of a checked request.
+        model: that will serve it.
+
+    Raises:
+        InvalidRequest: a file was changed or removed after the check, or holds no numbers.
+        Overloaded: the embeddings of requests under way leave no room.
+    """
+    try:
+        return tuple(model.embeddings.load(one.name) for one in model.embeddings.named_in(*texts))
+    except EmbeddingMismatch as refusal:
+        raise InvalidRequest("prompt", f"prompt: {refusal.message}") from None
