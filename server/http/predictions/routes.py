@@ -123,6 +123,7 @@ async def listed(
     )
 
 
+@router.head(PATH + "/{identifier}", include_in_schema=False)
 @router.get(PATH + "/{identifier}", response_model=Prediction, responses=_ERRORS)
 async def get(identifier: Identifier, jobs: JobsDep, owner: OwnerDep) -> Any:
     """A job of this key."""
@@ -149,6 +150,7 @@ async def events(identifier: Identifier, jobs: JobsDep, owner: OwnerDep) -> Resp
     return PredictionStream(jobs, await jobs.get(owner, identifier))
 
 
+@router.head(PATH + "/{identifier}/output/{index}", include_in_schema=False)
 @router.get(
     PATH + "/{identifier}/output/{index}",
     response_class=Response,

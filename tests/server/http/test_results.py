@@ -44,6 +44,10 @@ def test_a_url_leads_to_the_image(
     assert fetched.headers["x-content-type-options"] == "nosniff"
     assert fetched.headers["cache-control"].startswith("private, max-age=3")
     assert "response_format" not in answer["settings"]
+    asked = client.head(image["url"])
+    assert asked.status_code == 200
+    assert asked.content == b""
+    assert int(asked.headers["content-length"]) == len(fetched.content)
     guessed = client.get(image["url"][:-8] + "AAAA.png")
     assert guessed.status_code == 404
     assert guessed.json()["error"]["code"] == "result_not_found"

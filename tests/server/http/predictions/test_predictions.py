@@ -164,6 +164,10 @@ def test_a_job_makes_the_image_that_a_request_makes(mine: httpx2.Client) -> None
     assert mine.get(job["urls"]["get"]).json() == job
     picture = mine.get(job["output"][0])
     assert picture.headers["content-type"] == "image/png"
+    asked = mine.head(job["output"][0])
+    assert (asked.status_code, asked.content) == (200, b"")
+    assert asked.headers["content-length"] == picture.headers["content-length"]
+    assert mine.head(job["urls"]["get"]).status_code == 200
     headers = {"accept": "image/png"}
     assert mine.post("/v1/generate", json=INPUT, headers=headers).content == picture.content
     for nothing in ("output/1", "output/%00"):
