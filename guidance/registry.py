@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from guidance.adaptive import Adaptive
 from guidance.always import Always
 from guidance.apg import APG
@@ -36,6 +38,18 @@ from guidance.step_cache import StepCache
 from guidance.tcfg import TCFG
 from guidance.unguided import Unguided
 
+BESIDE_RULES: Final = (
+    "policy",
+    "perturbed",
+    "classifier",
+    "skip_tuning",
+    "particles",
+    "negtome",
+    "nag",
+    "cfg_norm",
+)
+"""Fields of a request's guidance that are none of its rule's (guidance/parts.py)."""
+
 RULES: tuple[type[Rule], ...] = with_installed(
     "weft.guidance_rules",
     Rule,
@@ -53,6 +67,7 @@ RULES: tuple[type[Rule], ...] = with_installed(
         PerpNeg,
         Composed,
     ),
+    BESIDE_RULES,
 )
 
 POLICIES: tuple[type[Policy], ...] = with_installed(

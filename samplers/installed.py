@@ -7,7 +7,7 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
 logger = logging.getLogger(__name__)
 
@@ -15,7 +15,10 @@ Kind = TypeVar("Kind")
 
 
 def with_installed(
-    group: str, kind: type[Kind], ours: Iterable[type[Kind]]
+    group: str,
+    kind: type[Kind],
+    ours: Iterable[type[Kind]],
+    reserved: Collection[str] = (),
 ) -> tuple[type[Kind], ...]:
     """Our classes, and those of a group; one that cannot be used is named and left out.
 
@@ -23,6 +26,7 @@ def with_installed(
         group: of entry points.
         kind: what each must be a subclass of.
         ours: whose names are taken.
+        reserved: names that no parameter may have, as requests have fields of these names beside.
     """
     found = list(ours)
     taken = {_name_of(one) for one in found}
@@ -34,7 +38,7 @@ def with_installed(
             name = _name_of(one)
             if not name or name in taken:
                 raise ValueError(f"its name {name!r} is {'taken' if name else 'missing'}")
-            _check(one, name)
+            _check(one, name, reserved)
         except Exception as error:  # noqa: BLE001 - another distribution's code may raise anything
             distribution = entry.dist.name if entry.dist else "an unknown distribution"
             logger.warning(
@@ -57,8 +61,10 @@ def _name_of(kind: type) -> str:
     return "" if field is None else str(field.default)
 
 
-def _check(one: Any, name: str) -> None:
+def _check(one: Any, name: str, reserved: Collection[str]) -> None:
     """Raise what requests and the catalog would come to, which have all classes in one schema."""
+    if taken := [field for field in one.model_fields if field in reserved]:
+        raise ValueError(f"its parameter {taken[0]!r} has the name of another field of requests")
     if get_args(one.model_fields["name"].annotation) != (name,):
         raise TypeError("its field name must be a Literal with one name, which is its default")
     # What its bare name stands for; plans are kept, and rows grouped, by what is equal.
