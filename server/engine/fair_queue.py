@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from server.engine.client import Client, Flow
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Hashable, Iterable, Mapping
+    from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 
 __all__ = ["BURST_S", "CONTENDED_S", "TURN_S", "FairQueue", "Turns"]
 
 BURST_S = 2.0
-"""Seconds of the device, by weight, that whoever was away may have before the others have any."""
+"""Seconds of the device that whoever was away may have before the others have any; of a weight
+below 1 likewise less."""
 
 TURN_S = 0.1
 """Seconds by which whoever is next may be passed: turns cannot be finer than ticks."""
@@ -39,6 +40,7 @@ class FairQueue(Generic[Key]):
     """What each of some has had of the device, in seconds by weight.
 
     Args:
+        weight_of: the share of each beside the others; by default equal ones.
         endless: ever new ones may come. So that not all of them go before whoever stays, the clock
             also goes by what equal parts of all service come to.
 
@@ -46,8 +48,11 @@ class FairQueue(Generic[Key]):
         clock: what the least served of those with work has had; it never goes back.
     """
 
-    def __init__(self, *, endless: bool = False) -> None:
+    def __init__(
+        self, weight_of: Callable[[Key], float] = lambda _: 1.0, *, endless: bool = False
+    ) -> None:
         self.clock = 0.0
+        self._weight_of = weight_of
         self._endless = endless
         self._served = 0.0
         self._had: dict[Key, float] = {}
@@ -64,20 +69,25 @@ class FairQueue(Generic[Key]):
             equal = self._served / len(self._waiting) if self._endless else 0.0
             self.clock = max(self.clock + equal, min(known))
         self._served = 0.0
-        start = self.clock - BURST_S if known else self.clock
-        had = {one: self._had.get(one, start) for one in waiting}
-        had |= {one: max(start, had[one]) for one in waiting if one not in self._waiting}
-        self._had = {one: spent for one, spent in self._had.items() if spent > start} | had
+        start = self._start if known else lambda _: self.clock
+        had = {one: self._had.get(one, start(one)) for one in waiting}
+        had |= {one: max(start(one), had[one]) for one in waiting if one not in self._waiting}
+        self._had = {one: spent for one, spent in self._had.items() if spent > start(one)} | had
         self._waiting = set(waiting)
 
     def had(self, one: Key) -> float:
         """Its virtual time; whoever has least is next."""
-        return self._had.get(one, self.clock - BURST_S)
+        return self._had.get(one, self._start(one))
 
-    def charge(self, one: Key, seconds: float, weight: float = 1.0) -> None:
+    def charge(self, one: Key, seconds: float) -> None:
         """Count seconds of the device."""
-        self._had[one] = self.had(one) + seconds / weight
-        self._served += seconds / weight
+        by_weight = seconds / self._weight_of(one)
+        self._had[one] = self.had(one) + by_weight
+        self._served += by_weight
+
+    def _start(self, one: Key) -> float:
+        """Where whoever was away begins while others have work."""
+        return self.clock - BURST_S / max(1.0, self._weight_of(one))
 
 
 class Turns:
@@ -91,7 +101,7 @@ class Turns:
     """
 
     def __init__(self) -> None:
-        self._clients = FairQueue[Client]()
+        self._clients = FairQueue[Client](lambda client: client.weight)
         self._kinds: dict[Client, FairQueue[Hashable]] = {}
         self._seen: dict[Flow, float] = {}
         self._waiting: Mapping[Client, Collection[Hashable]] = {}
@@ -154,5 +164,5 @@ class Turns:
     def charge(self, flow: Flow, seconds: float) -> None:
         """Count seconds of the device that were spent on a flow."""
         self.spent[flow.client] = self.spent.get(flow.client, 0.0) + seconds
-        self._clients.charge(flow.client, seconds, flow.client.weight)
+        self._clients.charge(flow.client, seconds)
         self._kinds.setdefault(flow.client, FairQueue(endless=True)).charge(flow.kind, seconds)

@@ -12,33 +12,49 @@ from server.engine.fair_queue import BURST_S, CONTENDED_S, FairQueue, Turns
 A, B, HEAVY = Client("a"), Client("b"), Client("heavy", weight=3.0)
 
 
+def of_clients() -> FairQueue[Client]:
+    return FairQueue(lambda client: client.weight)
+
+
 def served(queue: FairQueue[Client], waiting: list[Client], seconds: float) -> dict[Client, float]:
     """Who gets what of so many seconds, in ticks of a tenth."""
     had = dict.fromkeys(waiting, 0.0)
     for _ in range(round(seconds / 0.1)):
         queue.wait(waiting)
         first = min(waiting, key=queue.had)
-        queue.charge(first, 0.1, first.weight)
+        queue.charge(first, 0.1)
         had[first] += 0.1
     return had
 
 
 def test_those_with_work_share_by_their_weights():
-    had = served(FairQueue(), [A, B, HEAVY], 10)
+    had = served(of_clients(), [A, B, HEAVY], 10)
     assert had[A] == pytest.approx(2, abs=0.11)
     assert had[B] == pytest.approx(2, abs=0.11)
     assert had[HEAVY] == pytest.approx(6, abs=0.11)
 
 
 def test_whoever_was_away_is_owed_the_burst_and_not_all_that_it_left():
-    queue = FairQueue[Client]()
+    queue = of_clients()
     served(queue, [A], 100)
     back = served(queue, [A, B], 10)
     assert back[B] - back[A] == pytest.approx(BURST_S, abs=0.11)
 
 
+def test_the_burst_of_a_heavy_client_takes_no_more_seconds_of_the_others() -> None:
+    """By its weight it would have the device to itself for 200 s."""
+    queue, heaviest = of_clients(), Client("heaviest", weight=100.0)
+    served(queue, [A], 100)
+    back = served(queue, [A, heaviest], 101)
+    assert back[A] == pytest.approx((101 - BURST_S) / 101, abs=0.11)
+    # A light one has its part of the burst, and then a third of the rest.
+    light = Client("light", weight=0.5)
+    part = BURST_S * light.weight
+    assert served(queue, [A, light], 4)[light] == pytest.approx(part + (4 - part) / 3, abs=0.21)
+
+
 def test_to_leave_and_come_back_earns_nothing_beyond_the_burst():
-    queue = FairQueue[Client]()
+    queue = of_clients()
     total = {A: 0.0, B: 0.0}
     for _ in range(50):
         for client, seconds in served(queue, [A, B], 4).items():
@@ -48,7 +64,7 @@ def test_to_leave_and_come_back_earns_nothing_beyond_the_burst():
 
 
 def test_whoever_is_ahead_stays_ahead_over_a_pause():
-    queue = FairQueue[Client]()
+    queue = of_clients()
     queue.wait([A, B])
     queue.charge(B, 5.0)
     queue.wait([A])
