@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cache
-from math import inf
+from math import ceil, inf
 from typing import TYPE_CHECKING, NamedTuple
 
 from server.engine.client import ANYONE, Client
@@ -60,7 +60,8 @@ class Holding:
 
     Attributes:
         client: whose it is.
-        images: that are not done.
+        images: that are not done, each drawing of one counted by itself.
+        runs: how often each image is drawn, of which the limit of its client counts one.
         rows: evaluations that they still need, by model and shape of the latents; what ControlNets
             cost is counted as further ones.
         nbytes: that they need at once.
@@ -69,6 +70,7 @@ class Holding:
 
     client: Client
     images: int
+    runs: int = 1
     rows: dict[Kind, float] = field(default_factory=dict["Kind", float])
     nbytes: int = 0
     part: float = 1.0
@@ -76,9 +78,15 @@ class Holding:
 
 @dataclass(slots=True)
 class Total:
-    """What the holdings of a client come to; rows are those that are counted."""
+    """What the holdings of a client come to; rows are those that are counted.
+
+    Attributes:
+        images: that are not done, each drawing of one counted by itself.
+        limited: of these, what its limit counts.
+    """
 
     images: int = 0
+    limited: float = 0.0
     rows: dict[Kind, float] = field(default_factory=dict["Kind", float])
     nbytes: int = 0
 
@@ -99,27 +107,29 @@ class Backlog:
         self._seconds_a_row = seconds_a_row
         self._totals: dict[Client, Total] = {}
 
-    def reserve(self, client: Client, images: int, pace: float = 1.0) -> Holding:
+    def reserve(self, client: Client, images: int, pace: float = 1.0, *, runs: int = 1) -> Holding:
         """Room for some images whose cost is not known yet.
 
         Args:
             client: whose images.
-            images: how many.
+            images: how many, each drawing of one counted by itself.
             pace: share of the device that ordinary images have now.
+            runs: how often each image is drawn.
 
         Raises:
             InvalidRequest: the client may never have so many.
             Overloaded: there is no room now.
         """
-        if client.most_images is not None and images > client.most_images:
+        limited = images / runs
+        if client.most_images is not None and limited > client.most_images:
             raise InvalidRequest(
                 "n",
-                f"n is {images}; at most {client.most_images} images of this key may wait or run "
-                "at once.",
+                f"n is {limited:g}; at most {client.most_images} images of this key may wait or "
+                "run at once.",
             )
-        self._check_images(client, images, pace)
+        self._check_images(client, images, limited, pace)
         self._check_seconds(client, 0.0, pace)
-        holding = Holding(client, 0)
+        holding = Holding(client, 0, runs)
         self._count(holding, images=images)
         return holding
 
@@ -170,7 +180,7 @@ class Backlog:
             rows: evaluations that they need, as at the claim.
             nbytes: that they need, likewise; the last images have all that is left.
         """
-        own = Holding(holding.client, 0, part=holding.part)
+        own = Holding(holding.client, 0, holding.runs, part=holding.part)
         if images == holding.images:
             rows, nbytes = holding.rows, holding.nbytes
         nbytes = min(nbytes, holding.nbytes)
@@ -216,6 +226,7 @@ class Backlog:
         holding.images += images
         holding.nbytes += nbytes
         total.images += images
+        total.limited += images / holding.runs
         total.nbytes += nbytes
         for kind, count in (rows or {}).items():
             holding.rows[kind] = holding.rows.get(kind, 0.0) + count
@@ -228,14 +239,15 @@ class Backlog:
             # Rounding must not add up for ever.
             del self._totals[holding.client]
 
-    def _check_images(self, client: Client, images: int, pace: float) -> None:
+    def _check_images(self, client: Client, images: int, limited: float, pace: float) -> None:
         waiting = self.by_client()
         own = waiting.get(client, Amounts())
-        if client.most_images is not None and own.images + images > client.most_images:
-            excess = (own.images + images - client.most_images) / own.images
+        has = self._totals[client].limited if client in self._totals else 0.0
+        if client.most_images is not None and has + limited > client.most_images:
+            excess = (has + limited - client.most_images) / has
             raise _quota_used(
                 self._until(client, waiting, excess, pace),
-                f"{own.images} images",
+                f"{ceil(has)} images",
                 str(client.most_images),
             )
         total = sum(one.images for one in waiting.values())

@@ -272,9 +272,11 @@ class Engine:
         self._lanes.forget(name)
         return True
 
-    def reserve(self, images: int, *, live: bool = False, client: Client = ANYONE) -> Reservation:
+    def reserve(
+        self, images: int, *, live: bool = False, client: Client = ANYONE, runs: int = 1
+    ) -> Reservation:
         """See :meth:`Reception.reserve`."""
-        return self._reception.reserve(images, live=live, client=client)
+        return self._reception.reserve(images, live=live, client=client, runs=runs)
 
     def submit(
         self, tasks: Listed[ImageTask], listener: Listener, client: Client = ANYONE

@@ -77,7 +77,9 @@ class Reception:
         self._backlog = Backlog(bounds, self._seconds_a_row)
         self._told_bytes = Counter[str]()
 
-    def reserve(self, images: int, *, live: bool = False, client: Client = ANYONE) -> Reservation:
+    def reserve(
+        self, images: int, *, live: bool = False, client: Client = ANYONE, runs: int = 1
+    ) -> Reservation:
         """Room for the images of one request; safe from any thread.
 
         Reserve before uploads are decoded or plans are made, so that a request that is turned away
@@ -85,10 +87,11 @@ class Reception:
         reservation, and release it whatever happens.
 
         Args:
-            images: how many.
+            images: how many, each drawing of one counted by itself.
             client: whose they are, whose share of the device they have.
             live: they are of live priority, for which there is as much room again: a queue that is
                 full of ordinary requests does not hold up a stream.
+            runs: how often each image is drawn, of which the client's limit counts one.
 
         Raises:
             Overloaded: there is no room for all of them.
@@ -101,7 +104,8 @@ class Reception:
                 holding = self._reserve_live(client, images)
             else:
                 holding = self._counting_refusals(
-                    images, lambda: self._backlog.reserve(client, images, self._pace())
+                    images,
+                    lambda: self._backlog.reserve(client, images, self._pace(), runs=runs),
                 )
             self._count_pending(images, live=live)
         return Reservation(

@@ -37,7 +37,7 @@ from server.requests.catalog import (
     embedding_entries,
 )
 from server.requests.checks.group import is_group
-from server.requests.checks.limits import check_count, drawings_of
+from server.requests.checks.limits import check_count, runs_of
 from server.requests.chosen import notes_for
 from server.requests.controls import load_controls, unloaded_controls
 from server.requests.embeddings import texts_of
@@ -407,7 +407,8 @@ class Service:
         shelf.check(request.model)
         check_count(request, self._limits)
         with ExitStack() as held:
-            room = held.enter_context(engine.reserve(drawings_of(request), client=client))
+            runs = runs_of(request)
+            room = held.enter_context(engine.reserve(runs * request.n, client=client, runs=runs))
             model = await generation.unless_ended(self._lent(shelf, generation, request.model))
             image, size = await self._image_for_its_size(request, model)
             prepared = await asyncio.to_thread(self.prepare, request, model, size)

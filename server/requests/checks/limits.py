@@ -12,7 +12,7 @@ from server.requests.schema import GenerateRequest, ResolvedRequest
 from server.requests.start_noise import MAX_SEED
 from server.settings import Limits
 
-__all__ = ["check_count", "check_limits", "check_size", "check_tokens", "drawings_of"]
+__all__ = ["check_count", "check_limits", "check_size", "check_tokens", "runs_of"]
 
 WRITTEN: Final = ("prompt", "negative_prompt")
 """Fields whose texts `prompt_syntax` is about."""
@@ -25,7 +25,7 @@ def check_count(request: GenerateRequest, limits: Limits) -> None:
         InvalidRequest: `n` is beyond the limit.
     """
     _at_most("n", request.n, limits.images)
-    if drawings_of(request) > limits.images:
+    if runs_of(request) * request.n > limits.images:
         raise InvalidRequest(
             "n",
             f"n is {request.n}; with hires each image is drawn twice, so at most "
@@ -33,9 +33,9 @@ def check_count(request: GenerateRequest, limits: Limits) -> None:
         )
 
 
-def drawings_of(request: GenerateRequest) -> int:
-    """How many images the engine draws for a request, those that are drawn again included."""
-    return request.n if request.hires is None else 2 * request.n
+def runs_of(request: GenerateRequest) -> int:
+    """How often the engine draws each image of a request."""
+    return 1 if request.hires is None else 2
 
 
 def check_limits(request: ResolvedRequest, limits: Limits) -> None:

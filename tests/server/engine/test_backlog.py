@@ -138,6 +138,23 @@ def test_quotas_of_a_key_say_what_is_used_up_and_what_is_never_allowed():
     admit(queue, A)
 
 
+def test_an_image_that_is_drawn_twice_is_one_of_those_that_its_key_may_have():
+    queue = backlog()
+    few = Client("few", most_images=3)
+    with pytest.raises(InvalidRequest, match="n is 4; at most 3 images of this key"):
+        queue.reserve(few, 8, runs=2)
+    twice = queue.reserve(few, 4, runs=2)
+    first = queue.move(twice, 2, {}, 0)
+    queue.reserve(few, 1)
+    with pytest.raises(Overloaded, match="has 3 images waiting or running; at most 3 are allowed"):
+        queue.reserve(few, 1)
+    # Both have been drawn once.
+    queue.end_image(first)
+    queue.end_image(first)
+    queue.reserve(few, 1)
+    assert queue.by_client()[few].images == 2 + 1 + 1
+
+
 def test_the_wait_follows_from_the_client_s_share():
     queue = backlog()
     heavy = Client("heavy", weight=3.0)
