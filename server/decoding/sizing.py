@@ -9,11 +9,14 @@ from typing import Literal
 from PIL import Image, ImageOps
 from PIL.Image import Resampling
 
-__all__ = ["ResizeMode", "Target", "brought_to", "fit"]
+__all__ = ["Mode", "ResizeMode", "Target", "brought_to", "fit"]
 
 ResizeMode = Literal["stretch", "crop", "fill"]
 """What becomes of other proportions: they are stretched, the picture is cropped around its middle,
 or it is fitted in and its edges are repeated."""
+
+Mode = ResizeMode | Literal["middle"]
+"""The same, and how the image encoders of CLIP are shown a picture."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,14 +26,14 @@ class Target:
     Attributes:
         width: in pixels; None for what the picture's own proportions and size say.
         height: in pixels; likewise.
-        mode: what becomes of other proportions.
+        mode: what becomes of other proportions; ``middle`` is for squares alone.
         multiple: sides that are not given become multiples of it.
         longest: they become no longer; None for no limit.
     """
 
     width: int | None = None
     height: int | None = None
-    mode: ResizeMode = "stretch"
+    mode: Mode = "stretch"
     multiple: int = 1
     longest: int | None = None
 
@@ -66,6 +69,8 @@ class Target:
 def brought_to(image: Image.Image, target: Target, most_pixels: int) -> Image.Image:
     """The picture at the size of its target; as it is if that has more than ``most_pixels``."""
     width, height = target.size_of(image.width, image.height, most_pixels)
+    if target.mode == "middle":
+        return _middle(image, width)
     if width * height > most_pixels:
         return image
     match target.mode:
@@ -82,6 +87,15 @@ def fit(image: Image.Image, width: int, height: int) -> Image.Image:
     if image.size == (width, height):
         return image
     return image.resize((width, height), Resampling.LANCZOS)
+
+
+def _middle(image: Image.Image, side: int) -> Image.Image:
+    """The square in the middle, as CLIP's image processor of transformers cuts it out."""
+    short = min(image.size)
+    width, height = (int(side * length / short) for length in image.size)
+    resized = image.resize((width, height), Resampling.BICUBIC)
+    left, top = (width - side) // 2, (height - side) // 2
+    return resized.crop((left, top, left + side, top + side))
 
 
 def _filled(image: Image.Image, width: int, height: int) -> Image.Image:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from transformers import CLIPImageProcessorPil
 
 from server.decoding.sizing import ResizeMode, Target, brought_to
 
@@ -54,6 +57,16 @@ def test_what_is_cropped_lies_outside_and_what_is_filled_is_the_edge() -> None:
     filled = row(brought_to(image, Target(64, 64, "fill"), LIMIT))
     # The picture is 16 wide, and its left edge is repeated over 24 columns more.
     assert sum(value > 128 for value in filled) == 24 + 4
+
+
+@pytest.mark.parametrize("size", [(57, 40), (16, 90), (7, 5)])
+def test_the_middle_is_what_the_image_processor_of_clip_shows(size: tuple[int, int]) -> None:
+    noise = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    middle = np.asarray(brought_to(image, Target(24, 24, "middle"), 1))
+    processor: Any = CLIPImageProcessorPil(size=24, crop_size=24, do_normalize=False)
+    [shown] = processor(image, return_tensors="np").pixel_values
+    assert np.array_equal(middle, (255 * shown).round().astype(np.uint8).transpose(1, 2, 0))
 
 
 @pytest.mark.parametrize(
