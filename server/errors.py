@@ -28,6 +28,7 @@
     |- AdapterMismatch               500  an adapter cannot be used with a model
     |- ControlMismatch               500  a ControlNet cannot be used with a model
     |- EmbeddingMismatch             500  an embedding cannot be used with a model
+    |- ImagePromptMismatch           500  an IP-Adapter cannot be used with a model
     `- RowFailed                     500  one image failed
 
 Each carries the sentence that the user reads; only `server.http.errors` turns them into responses.
@@ -47,6 +48,7 @@ __all__ = [
     "DuplicateGeneration",
     "Forbidden",
     "HeadersTooLarge",
+    "ImagePromptMismatch",
     "InvalidRequest",
     "JobsOff",
     "MalformedBody",
@@ -351,6 +353,12 @@ class EmbeddingMismatch(WeftError):
     """An embedding that cannot be used with a model; the message says why."""
 
     code = "embedding_mismatch"
+
+
+class ImagePromptMismatch(WeftError):
+    """An IP-Adapter that cannot be used with a model; the message says why."""
+
+    code = "image_prompt_mismatch"
 
 
 class RowFailed(WeftError):

@@ -122,6 +122,11 @@ def controls_folder(folder: Path) -> Path:
     return folder / DERIVED / "controls"
 
 
+def image_prompts_folder(folder: Path) -> Path:
+    """Where a model folder may keep IP-Adapters that were made for it."""
+    return folder / DERIVED / "image_prompts"
+
+
 def without_folder(error: Exception, file: Path) -> str:
     """What an error about a file says, less the folder, which is no client's business."""
     return str(error).replace(f"{file.parent}/", "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -15,6 +15,7 @@ from server.models.controls.control import Control
 from server.models.controls.shelf import ControlShelf
 from server.models.embeddings.embedding_file import EmbeddingTarget
 from server.models.embeddings.shelf import EmbeddingShelf
+from server.models.image_prompts.shelf import ImagePromptShelf
 from server.models.inputs import RowInputs
 from server.models.linear_fits import LinearFits
 from server.models.placement import Placement
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from server.models.conditioning import Conditioning, StackedConditioning
     from server.models.controls.control_kind import ControlKind
     from server.models.defaults import ModelDefaults
+    from server.models.image_prompts.unet_image_prompts import UNetImagePrompts
     from server.models.text_options import TextOptions
 
 
@@ -117,6 +119,8 @@ class HostedModel(ABC):
         )
         memory = WeightMemory[Control](0, "ControlNets")
         self.controls = ControlShelf((), facts.name, None, memory, device, dtype)
+        none = WeightMemory[Any](0, "IP-Adapters")
+        self.image_prompts = ImagePromptShelf((), facts.name, None, none, device, dtype)
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """``(C, h, w)`` of the latent of a picture of the given size in pixels."""
@@ -338,6 +342,11 @@ class HostedModel(ABC):
     @property
     def control_kind(self) -> ControlKind | None:
         """The ControlNets that its denoiser takes; None where it takes none."""
+        return None
+
+    @property
+    def image_attention(self) -> UNetImagePrompts | None:
+        """How its denoiser attends to pictures beside a prompt; None where it does not."""
         return None
 
     def layers(self) -> tuple[str, ...]:

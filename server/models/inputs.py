@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from server.models.adapters.adapter import RowAdapters
     from server.models.conditioning import StackedConditioning
     from server.models.controls.row_controls import RowControls
+    from server.models.image_prompts.row_image_prompts import RowImagePrompts
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,6 +37,7 @@ class RowInputs:
             ``NormalizedAttention``; of rows without it, any. None where no row has it.
         adapters: low-rank changes of each row's layers; None where no row has any.
         controls: ControlNets that act on each row; None where none acts on any.
+        image_prompts: pictures that each row attends to beside its text; None where no row has any.
     """
 
     conditioning: StackedConditioning
@@ -45,6 +47,7 @@ class RowInputs:
     against: StackedConditioning | None = None
     adapters: RowAdapters | None = None
     controls: RowControls | None = None
+    image_prompts: RowImagePrompts | None = None
 
     def of(self, rows: Sequence[int], where: Tensor | None = None) -> RowInputs:
         """The inputs of some rows; references of edits are counted among those rows.
@@ -67,12 +70,13 @@ class RowInputs:
             None if self.against is None else self.against.select(where),
             None if self.adapters is None else self.adapters.of(rows),
             None if self.controls is None else self.controls.of(rows),
+            None if self.image_prompts is None else self.image_prompts.of(rows),
         )
 
     def padded(self, count: int | None, *, fixed: bool = True) -> RowInputs:
         """The same with the first row repeated until there are ``count``.
 
-        Repeated rows have neither adapters nor ControlNets.
+        Repeated rows have neither adapters nor ControlNets nor image prompts.
 
         Args:
             count: of rows; None adds none.
@@ -82,6 +86,7 @@ class RowInputs:
         if count is None:
             return self
         rows, adapters, controls = len(self.conditioning), self.adapters, self.controls
+        prompts = self.image_prompts
         repeated = self if count == rows else self.of([*range(rows), *[0] * (count - rows)])
         edits = [*self.edits, *[()] * (count - rows)] if self.edits else ()
         return replace(
@@ -89,6 +94,7 @@ class RowInputs:
             edits=repeated.edits if fixed else edits,
             adapters=None if adapters is None else adapters.padded(count, fixed=fixed),
             controls=None if controls is None else controls.padded(count, fixed=fixed),
+            image_prompts=None if prompts is None else prompts.padded(count, fixed=fixed),
         )
 
 

@@ -127,6 +127,11 @@ def load_text_encoder(folder: Path, part: str, kind: Any, dtype: torch.dtype) ->
         ModelMismatch: another class, or weights that are not those of the config.
     """
     component_class(folder, part, frozenset({kind.__name__}))
+    return build_encoder(folder, part, kind, dtype)
+
+
+def build_encoder(folder: Path, part: str, kind: Any, dtype: torch.dtype) -> Any:
+    """An encoder of transformers whose class is known; see :func:`load_text_encoder`."""
     config = read_json(folder, f"{part}/config.json")
     encoder, found = _of_default_type(kind, dtype).from_pretrained(
         folder / part,

@@ -19,6 +19,7 @@ from server.models.controls.unet_control import UNetControl
 from server.models.embeddings.embedding_file import EmbeddingTarget
 from server.models.folder import read_json
 from server.models.hosted import HostedModel, ModelFacts
+from server.models.image_prompts.unet_image_prompts import UNetImagePrompts
 from server.models.inpainting import MaskChannels
 from server.models.parts import build_network
 from server.models.row_edits import RowEdits
@@ -95,6 +96,9 @@ class UNetModel(HostedModel):
             self._beside = MaskChannels(self._autoencoder, facts.latent_scale, device)
         self._text = text
         self._control = UNetControl(self._unet, facts, device)
+        self._pictures: UNetImagePrompts | None = None
+        if UNetImagePrompts.taken_by(self._unet):
+            self._pictures = UNetImagePrompts(self._unet)
         self._adapted = {
             part: AdaptedNetwork(part, network, device)
             for part, network in self.adaptable().items()
@@ -180,7 +184,10 @@ class UNetModel(HostedModel):
         against = None if inputs.against is None else inputs.against.tensors[TEXT]
         edited = self._edits.applied(inputs.edits, x, against)
         adapted = self._adapted["unet"].applied(inputs.adapters)
-        with edited if any(inputs.edits) else nullcontext(), adapted:
+        pictured = nullcontext()
+        if self._pictures is not None:
+            pictured = self._pictures.applied(inputs.image_prompts)
+        with edited if any(inputs.edits) else nullcontext(), adapted, pictured:
             return _forward(self._unet, x.to(self.dtype), t, inputs, **told)
 
     @override
@@ -197,6 +204,11 @@ class UNetModel(HostedModel):
     @override
     def control_kind(self) -> UNetControl:
         return self._control
+
+    @property
+    @override
+    def image_attention(self) -> UNetImagePrompts | None:
+        return self._pictures
 
     @override
     def layers(self) -> tuple[str, ...]:

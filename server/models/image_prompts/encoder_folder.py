@@ -1,0 +1,150 @@
+"""Image encoders in folders beside IP-Adapters: the config first, weights once they are wanted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from server.errors import ImagePromptMismatch, ModelMismatch
+from server.models.folder import read_json, stamp_of, without_folder
+from server.models.image_prompts.image_prompt import ImageEncoder
+from server.models.parts import build_encoder
+from server.models.weight_files import TEXT_ENCODER, bytes_of_part
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from server.models.image_prompts.image_prompt import Kind
+
+__all__ = ["EncoderFolder", "encoder_paths"]
+
+CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
+CLASS = "CLIPVisionModelWithProjection"
+HERE = "."
+"""The folder itself, where a model's parts are in subfolders."""
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+"""Of CLIP's training pictures, where a folder does not say."""
+
+LARGEST_SIDE = 1024
+"""Pixels; those that are published read 224 or 336."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EncoderFolder:
+    """A folder with an image encoder.
+
+    Attributes:
+        path: of the folder.
+        stamp: by which a change of its files is noticed.
+        side: pixels along a side of its pictures.
+        widths: features of what it puts out, by the kind of adapter that reads it.
+        mean: of each channel of its pictures, whose values are from 0 to 1.
+        std: likewise, what they are divided by.
+    """
+
+    path: Path
+    stamp: tuple[int, int]
+    side: int
+    widths: dict[Kind, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def read(cls, path: Path) -> EncoderFolder | None:
+        """Read the config of a folder; None where it is that of something else.
+
+        Raises:
+            ImagePromptMismatch: it cannot be read, or lacks what must be known.
+        """
+        try:
+            config = read_json(path, CONFIG)
+            shown = read_json(path, PREPROCESSOR) if (path / PREPROCESSOR).is_file() else {}
+        except ModelMismatch as error:
+            raise _refused(path, error) from None
+        if config.get("architectures") != [CLASS]:
+            return None
+        entries = [config.get(entry) for entry in ("image_size", "projection_dim", "hidden_size")]
+        sizes = [entry for entry in entries if type(entry) is int and entry > 0]
+        if len(sizes) < len(entries) or sizes[0] > LARGEST_SIDE:
+            raise ImagePromptMismatch(
+                f"{CONFIG} of image encoder {path.name!r} must have the whole numbers image_size, "
+                f"at most {LARGEST_SIDE}, projection_dim and hidden_size."
+            )
+        side, projected, hidden = sizes
+        mean, std = shown.get("image_mean", MEAN), shown.get("image_std", STD)
+        if not _is_colour(mean) or not _is_colour(std) or not all(std):
+            raise ImagePromptMismatch(
+                f"{PREPROCESSOR} of image encoder {path.name!r} must have three numbers as "
+                "image_mean, and three other than 0 as image_std."
+            )
+        stamp = _stamp(path)
+        return cls(path, stamp, side, {"plain": projected, "plus": hidden}, tuple(mean), tuple(std))
+
+    def nbytes(self, dtype: torch.dtype) -> int:
+        """Memory of its weights once they are loaded, in bytes, from the headers of its files.
+
+        Raises:
+            ImagePromptMismatch: they cannot be read.
+        """
+        try:
+            needed = bytes_of_part(self.path, HERE, TEXT_ENCODER, dtype.itemsize)
+        except ModelMismatch as error:
+            raise _refused(self.path, error) from None
+        if not needed:
+            raise ImagePromptMismatch(
+                f"image encoder {self.path.name!r} has no {TEXT_ENCODER}.safetensors with weights."
+            )
+        return needed
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> ImageEncoder:
+        """Read the weights.
+
+        Raises:
+            ImagePromptMismatch: the files are not what the config describes.
+        """
+        from transformers import CLIPVisionModelWithProjection
+
+        try:
+            network: Any = build_encoder(self.path, HERE, CLIPVisionModelWithProjection, dtype)
+        except ModelMismatch as error:
+            raise _refused(self.path, error) from None
+        except Exception as error:
+            reason = without_folder(error, self.path).partition("\n")[0].rstrip(".")
+            raise ImagePromptMismatch(
+                f"image encoder {self.path.name!r} is not understood: {reason}."
+            ) from error
+        mean, std = (torch.tensor(one).view(3, 1, 1).to(device) for one in (self.mean, self.std))
+        return ImageEncoder(network.to(device), mean, std, self.nbytes(dtype))
+
+
+def encoder_paths(folder: Path) -> Iterator[tuple[Path, tuple[int, int]]]:
+    """The subfolders that may hold an image encoder, in order, each with a stamp of its files."""
+    for path in sorted(folder.iterdir()):
+        if (path / CONFIG).is_file():
+            yield path, _stamp(path)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """When a file of an encoder was last changed, and the bytes of all its files."""
+    files = (path / CONFIG, path / PREPROCESSOR, *path.glob("*.safetensors"))
+    stamps = [stamp_of(file) for file in files]
+    return max(changed for changed, _ in stamps), sum(size for _, size in stamps)
+
+
+def _is_colour(value: Any) -> bool:
+    return (
+        isinstance(value, list | tuple)
+        and len(value) == 3
+        and all(type(one) in (int, float) for one in value)
+    )
+
+
+def _refused(path: Path, error: ModelMismatch) -> ImagePromptMismatch:
+    """The refusal of a folder, less where it is, which is no client's business."""
+    message = error.message.replace(f"model folder {str(path)!r}", f"image encoder {path.name!r}")
+    return ImagePromptMismatch(message.removeprefix(f"{HERE} of ").replace(f"{HERE}/", ""))

@@ -1,0 +1,128 @@
+"""Pictures that stand beside a prompt: IP-Adapters once they are loaded, and what they are shown.
+
+Ye et al., "IP-Adapter: Text Compatible Image Prompt Adapter for Text-to-Image Diffusion Models",
+arXiv 2308.06721.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+
+from server.models.controls.control import in_window
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable
+
+    from torch import Tensor
+
+__all__ = ["UNLOADED", "IPAdapter", "ImageEncoder", "ImagePromptUse", "Kind", "Shown", "Widths"]
+
+Kind: TypeAlias = Literal["plain", "plus"]
+"""Whether an adapter reads an encoder's projected embedding, or the hidden states of all patches
+before its last layer."""
+
+
+class Widths(NamedTuple):
+    """What an adapter must fit in a denoiser.
+
+    Attributes:
+        text: features of a token of the text.
+        layers: features of the keys of each cross-attention layer, in the order in which
+            diffusers counts them.
+    """
+
+    text: int
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class ImageEncoder:
+    """An image encoder, loaded.
+
+    Attributes:
+        network: a ``CLIPVisionModelWithProjection`` in inference mode on the model's device.
+        mean: of each channel of its pictures, whose values are from 0 to 1; ``[3, 1, 1]``.
+        std: likewise, what they are divided by.
+        nbytes: memory of its weights.
+    """
+
+    network: Any
+    mean: Tensor
+    std: Tensor
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class IPAdapter:
+    """An IP-Adapter, loaded for one model.
+
+    Attributes:
+        name: as requests say it.
+        kind: what it reads of a picture.
+        encoder: of the pictures.
+        projection: of what the encoder puts out to tokens as wide as those of a text: diffusers'
+            ``ImageProjection`` or ``IPAdapterPlusImageProjection``.
+        keys_and_values: of a token, for one layer after another, ``[features, text width]``.
+        identity: by which an adapter is told from others and from changed files of its name.
+        nbytes: memory of its weights, without those of the encoder.
+    """
+
+    name: str
+    kind: Kind
+    encoder: ImageEncoder
+    projection: Any
+    keys_and_values: Tensor
+    identity: Hashable
+    nbytes: int
+
+
+_NOTHING: Any = None
+
+UNLOADED = IPAdapter("", "plain", _NOTHING, None, _NOTHING, None, 0)
+"""Stands for an adapter of images that are only counted."""
+
+
+class Shown(NamedTuple):
+    """What the cross-attention layers attend to of one picture.
+
+    Attributes:
+        picture: keys and values of all layers, ``[tokens, features]``.
+        nothing: those where the picture is left out, as for a negative prompt.
+    """
+
+    picture: Tensor
+    nothing: Tensor
+
+
+# Not slots: it keeps its digest.
+@dataclass(frozen=True, eq=False)
+class ImagePromptUse:
+    """What stands beside the prompt of a request's images, how strongly and when.
+
+    Attributes:
+        adapter: the IP-Adapter.
+        picture: ``[3, side, side]`` float32 in [-1, 1], of the size that its encoder reads.
+        shown_bytes: memory of what is made of the picture.
+        scale: factor on what is attended to.
+        start: share of the run after which it begins to act.
+        end: share of the run after which it no longer acts.
+    """
+
+    adapter: IPAdapter
+    picture: Tensor
+    shown_bytes: int
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+
+    @cached_property
+    def digest(self) -> bytes:
+        """Of the picture, by which it is known again."""
+        return sha256(self.picture.numpy().tobytes()).digest()
+
+    def acts(self, stage: int, stages: int) -> bool:
+        """Whether it acts at a stage of so many, counted from 0."""
+        return in_window(self.start, self.end, stage, stages)

@@ -1,0 +1,95 @@
+"""The pictures that stand beside the prompts of a forward's rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+__all__ = ["AlikeRows", "RowImagePrompt", "RowImagePrompts"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowImagePrompt:
+    """What a row attends to beside its text.
+
+    Attributes:
+        attended: keys and values of all layers, ``[tokens, features]``.
+        scale: factor on what is attended to.
+    """
+
+    attended: Tensor
+    scale: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AlikeRows:
+    """Rows of a forward that attend to equally many tokens, each once.
+
+    Attributes:
+        rows: int64 ``[n]``; where the number of rows is fixed, the first is repeated.
+        attended: of these, ``[n, tokens, features]``.
+        onto: the rows without those repeated, int64 ``[m]``.
+        scales: of these, ``[m, 1, 1]``.
+    """
+
+    rows: Tensor
+    attended: Tensor
+    onto: Tensor
+    scales: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowImagePrompts:
+    """What the rows of a forward attend to beside their texts.
+
+    Attributes:
+        rows: of each row, in order. What is attended to of several pictures is summed.
+        fixed: whether attention runs over as many rows as the forward has, so that a row's bits do
+            not depend on how many rows have pictures.
+    """
+
+    rows: tuple[tuple[RowImagePrompt, ...], ...]
+    fixed: bool = False
+
+    def __bool__(self) -> bool:
+        """Whether any row has any."""
+        return any(self.rows)
+
+    def of(self, rows: Sequence[int]) -> RowImagePrompts:
+        """Those of some rows, which may be repeated."""
+        return replace(self, rows=tuple(self.rows[row] for row in rows))
+
+    def padded(self, count: int, *, fixed: bool) -> RowImagePrompts:
+        """The same, followed by rows without any until there are ``count``."""
+        missing: tuple[tuple[RowImagePrompt, ...], ...] = ((),) * (count - len(self.rows))
+        return RowImagePrompts((*self.rows, *missing), fixed)
+
+    def alike(self) -> list[AlikeRows]:
+        """The rows by their tokens, in an order in which no row's company has a say.
+
+        A row that has several pictures of equally many tokens is there as often, each time apart.
+        """
+        found: dict[tuple[int, int], dict[int, RowImagePrompt]] = {}
+        for row, own in enumerate(self.rows):
+            times: dict[int, int] = {}
+            for one in own:
+                tokens = len(one.attended)
+                again = times[tokens] = times.get(tokens, -1) + 1
+                found.setdefault((tokens, again), {})[row] = one
+        return [self._together(found[key]) for key in sorted(found)]
+
+    def _together(self, found: dict[int, RowImagePrompt]) -> AlikeRows:
+        rows, own = list(found), list(found.values())
+        filling = len(self.rows) - len(rows) if self.fixed else 0
+        attended = torch.stack([one.attended for one in (*own, *own[:1] * filling)])
+        where = torch.tensor([*rows, *rows[:1] * filling]).to(attended.device, non_blocking=True)
+        scales = torch.tensor([one.scale for one in own], dtype=attended.dtype)
+        scales = scales.to(attended.device, non_blocking=True).view(-1, 1, 1)
+        return AlikeRows(where, attended, where[: len(rows)], scales)

@@ -1,0 +1,109 @@
+"""The IP-Adapters that a model may be given: found in folders by name, loaded on demand."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from typing_extensions import override
+
+from server.errors import ImagePromptMismatch
+from server.models.image_prompts.image_prompt import IPAdapter
+from server.models.image_prompts.ip_adapter_file import (
+    ENDING,
+    IPAdapterFile,
+    stamp_with_encoders,
+)
+from server.models.weight_shelf import WeightShelf
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+
+    import torch
+
+    from server.models.image_prompts.image_prompt import ImageEncoder, Widths
+    from server.models.weight_memory import WeightMemory
+
+__all__ = ["ImagePromptShelf"]
+
+
+class ImagePromptShelf(WeightShelf[IPAdapterFile, IPAdapter]):
+    """The IP-Adapters that fit one model, files ``NAME.safetensors``; see :class:`WeightShelf`.
+
+    The image encoders are folders beside them, each of which is loaded once for all its adapters.
+
+    Args:
+        folders: that hold the files and the encoders.
+        model: name of the model.
+        widths: of its denoiser; None where it takes none.
+        memory: where loaded adapters and encoders are kept.
+        device: where the model is.
+        dtype: of its weights.
+    """
+
+    what = "IP-Adapter"
+    ending = ENDING
+    mismatch = ImagePromptMismatch
+
+    def __init__(
+        self,
+        folders: Sequence[Path],
+        model: str,
+        widths: Widths | None,
+        memory: WeightMemory[Any],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(folders, model, memory, device, dtype)
+        self._widths = widths
+        self._encoders = memory
+
+    @override
+    def available(self) -> tuple[IPAdapterFile, ...]:
+        return () if self._widths is None else super().available()
+
+    @override
+    def find(self, name: str) -> IPAdapterFile:
+        self._taken()
+        return super().find(name)
+
+    @override
+    def check_together(self, found: Iterable[IPAdapterFile]) -> None:
+        files = {one.path: one for one in found}.values()
+        encoders = {one.encoder.path: one.encoder for one in files}.values()
+        sizes = [one.own_bytes(self._dtype) for one in files]
+        sizes += [one.nbytes(self._dtype) for one in encoders]
+        if refusal := self._memory.never_together(sizes):
+            raise self.mismatch(refusal)
+
+    @override
+    def load(self, name: str) -> IPAdapter:
+        found = self.find(name)
+        # Held until the adapter holds it, so that making room does not let go of it.
+        encoder = self._encoder_of(found)
+        return self._memory.get(
+            (self._model, found.path, found.stamp),
+            found.own_bytes(self._dtype),
+            lambda: found.load(self._device, self._dtype, encoder),
+        )
+
+    def _encoder_of(self, found: IPAdapterFile) -> ImageEncoder:
+        return self._encoders.get(
+            (self._model, found.encoder.path, found.encoder.stamp),
+            found.encoder.nbytes(self._dtype),
+            lambda: found.load_encoder(self._device, self._dtype),
+        )
+
+    def _is_one(self, path: Path) -> bool:
+        return path.is_file()
+
+    def _stamp(self, path: Path) -> tuple[int, int]:
+        return stamp_with_encoders(path)
+
+    def _understood(self, name: str, path: Path) -> IPAdapterFile:
+        return IPAdapterFile.read(name, path, self._model, self._taken())
+
+    def _taken(self) -> Widths:
+        if self._widths is None:
+            raise ImagePromptMismatch(f"model {self._model!r} takes no image prompts.")
+        return self._widths

@@ -1,0 +1,172 @@
+"""Image prompts of U-Nets: cross-attention to a picture's tokens, beside that to the text.
+
+As ``StableDiffusionPipeline`` and ``StableDiffusionXLPipeline`` of diffusers run them after
+``load_ip_adapter``. Nothing is put into the network: while a forward runs whose rows have pictures,
+each cross-attention layer adds ``scale * softmax(Q K'^T / sqrt(d)) V'`` (equation 5 of arXiv
+2308.06721) to what these rows attended to of their texts.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from server.models.image_prompts.image_prompt import Shown, Widths
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Sequence
+
+    from torch import Tensor, nn
+
+    from server.models.image_prompts.image_prompt import IPAdapter
+    from server.models.image_prompts.row_image_prompts import AlikeRows, RowImagePrompts
+
+__all__ = ["UNetImagePrompts"]
+
+SELF_ATTENTION = "attn1.processor"
+
+
+class UNetImagePrompts:
+    """The cross-attention layers of a U-Net, and what they attend to beside the text.
+
+    Args:
+        unet: a ``UNet2DConditionModel`` with at least one layer of cross-attention to a text that
+            it does not project.
+    """
+
+    def __init__(self, unet: Any) -> None:
+        # diffusers numbers the layers of an adapter's file in this order.
+        self._layers: list[Any] = [
+            unet.get_submodule(name.removesuffix(".processor"))
+            for name in unet.attn_processors
+            if not name.endswith(SELF_ATTENTION)
+        ]
+        inner = tuple(layer.inner_kv_dim for layer in self._layers)
+        self.widths = Widths(unet.config.cross_attention_dim, inner)
+        # Keys of a layer, its values, keys of the next one.
+        self._bounds = list(pairwise(accumulate((2 * width for width in inner), initial=0)))
+
+    @staticmethod
+    def taken_by(unet: Any) -> bool:
+        """Whether a U-Net attends to a text, and to nothing that it makes of it first."""
+        crosses = any(not name.endswith(SELF_ATTENTION) for name in unet.attn_processors)
+        return (
+            crosses
+            and unet.config.encoder_hid_dim_type is None
+            and isinstance(unet.config.cross_attention_dim, int)
+        )
+
+    def tokens(self, adapter: IPAdapter, pictures: Tensor) -> Tensor:
+        """What an adapter makes of pictures, ``[n, tokens, text width]``.
+
+        Args:
+            adapter: of this U-Net.
+            pictures: ``[n, 3, side, side]`` float32 in [-1, 1].
+        """
+        encoder = adapter.encoder
+        pixels = (pictures.to(encoder.mean.device) / 2 + 0.5 - encoder.mean) / encoder.std
+        return adapter.projection(_read(adapter, pixels))
+
+    def tokens_of_nothing(self, adapter: IPAdapter) -> Tensor:
+        """Tokens ``[tokens, text width]`` of no picture, as the unconditional is given them.
+
+        As in diffusers: a plain adapter projects an embedding of zeros, and one that reads patches
+        sees a picture of zeros, which is the mean of all pictures.
+        """
+        encoder = adapter.encoder
+        side = encoder.network.config.image_size
+        read = _read(adapter, encoder.mean.new_zeros(1, 3, side, side))
+        return adapter.projection(torch.zeros_like(read) if adapter.kind == "plain" else read)[0]
+
+    def shown(self, adapter: IPAdapter, picture: Tensor, nothing: Tensor) -> Shown:
+        """Keys and values of all layers for the tokens of a picture and of no picture.
+
+        Args:
+            adapter: of this U-Net.
+            picture: ``[tokens, text width]``.
+            nothing: as ``picture``.
+        """
+        return Shown(
+            F.linear(picture, adapter.keys_and_values), F.linear(nothing, adapter.keys_and_values)
+        )
+
+    def shown_bytes(self, tokens: int, dtype: torch.dtype) -> int:
+        """Memory of a :class:`Shown` of so many tokens."""
+        return 2 * tokens * 2 * sum(self.widths.layers) * dtype.itemsize
+
+    @contextmanager
+    def applied(self, prompts: RowImagePrompts | None) -> Generator[None]:
+        """Have rows attend to their pictures in the forward that runs inside.
+
+        Args:
+            prompts: of the rows of that forward; None where no row has any.
+        """
+        alike = [] if prompts is None else prompts.alike()
+        handles: list[Any] = []
+        for layer, bounds in zip(self._layers, self._bounds, strict=True) if alike else ():
+            attend = _Attending(layer, alike, bounds)
+            # After all other hooks: of the queries as adapters change them, and onto what is left
+            # of the attention to the text.
+            handles.append(layer.to_q.register_forward_hook(attend.remember))
+            handles.append(layer.to_out[0].register_forward_pre_hook(attend.add))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class _Attending:
+    """The attention of one layer to pictures.
+
+    Args:
+        layer: of cross-attention.
+        alike: the rows that have pictures.
+        bounds: of its keys and values among those of all layers.
+    """
+
+    def __init__(self, layer: Any, alike: Sequence[AlikeRows], bounds: tuple[int, int]) -> None:
+        self._heads = layer.heads
+        self._alike = alike
+        self._bounds = bounds
+        self._queries: Tensor | None = None
+
+    def remember(self, _: nn.Module, __: tuple[Any, ...], queries: Tensor) -> None:
+        self._queries = queries
+
+    def add(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        [attended], queries = args, self._queries
+        if queries is None:
+            raise RuntimeError("attention ended before it had queries")
+        for alike in self._alike:
+            first, last = self._bounds
+            keys, values = alike.attended[..., first:last].chunk(2, -1)
+            own = queries.index_select(0, alike.rows)
+            q, k, v = (self._by_heads(one) for one in (own, keys, values))
+            found = _joined(F.scaled_dot_product_attention(q, k, v))
+            added = alike.scales * found[: len(alike.onto)].to(attended.dtype)
+            # No row is there twice, so no order of sums is open.
+            attended = attended.index_add(0, alike.onto, added)
+        return (attended,)
+
+    def _by_heads(self, tokens: Tensor) -> Tensor:
+        """``[rows, heads, tokens, features of a head]``."""
+        return tokens.unflatten(-1, (self._heads, -1)).transpose(1, 2)
+
+
+def _joined(heads: Tensor) -> Tensor:
+    """``[rows, tokens, features]``."""
+    return heads.transpose(1, 2).flatten(2)
+
+
+def _read(adapter: IPAdapter, pixels: Tensor) -> Tensor:
+    """What an adapter reads of normalised pictures ``[n, 3, side, side]``."""
+    network = adapter.encoder.network
+    pixels = pixels.to(network.dtype)
+    if adapter.kind == "plain":
+        return network(pixels).image_embeds
+    return network(pixels, output_hidden_states=True).hidden_states[-2]
