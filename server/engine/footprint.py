@@ -30,7 +30,7 @@ class Footprint(NamedTuple):
     Attributes:
         rows: evaluations, by model and shape; ControlNets count by their cost.
         nbytes: of their states, of the pictures that they start from, refer to or are steered
-            by, of what the network is told, and of the finished pictures.
+            by, of what the network is told and shown, and of the finished pictures.
     """
 
     rows: dict[Kind, float]
@@ -52,6 +52,7 @@ def footprint(
     rows = dict[Kind, float]()
     states = 0
     pictures: dict[int, Tensor] = {}
+    beside: dict[int, int] = {}
     texts = set[tuple[str, object]]()
     planned: dict[Hashable, GuidancePlan] = {}
     for task in tasks:
@@ -70,7 +71,10 @@ def footprint(
         for picture in (*shown, *steering):
             if picture is not None:
                 pictures[id(picture)] = picture
+        for use in task.image_prompts:
+            beside[id(use)] = use.shown_bytes + use.picture.nbytes
     told = sum(told_bytes(model) for model, _ in texts)
+    states += sum(beside.values())
     return Footprint(rows, states + told + sum(one.nbytes for one in pictures.values()))
 
 

@@ -77,6 +77,8 @@ class GuidancePlan:
         constants: the policy's numbers, ``[stages, n]``.
         predictions: what each prediction is told, and what it changes inside the network, by
             number.
+        pictured: of each prediction, whether the image's picture prompts are shown there, or
+            nothing in their place, as at the branches of the rule that are not told the prompt.
         texts: all that the network may be told.
         told_scale: guidance scale less 1 that the network is told; None where it is told none.
         rule_key: equal for images whose predictions one call can combine.
@@ -95,6 +97,7 @@ class GuidancePlan:
     progress: list[float]
     constants: NDArray[np.float64]
     predictions: tuple[RowSpec, ...]
+    pictured: tuple[bool, ...]
     texts: tuple[Told, ...]
     told_scale: float | None
     rule_key: tuple[Any, ...]
@@ -122,6 +125,7 @@ def plan_guidance(task: ImageTask) -> GuidancePlan:
         text = branch.text(task.prompt, task.negative_prompt)
         predictions.append(RowSpec(text, (branch.edit,) if branch.edit else ()))
     beside = range(1, len(predictions))
+    pictured = [True, *(branch.told == "prompt" for branch in branches)]
     wanted = _wanted(task.terms, plan.evaluations, predictions)
     stages = zip(evaluated.tolist(), estimated.tolist(), wanted, strict=True)
     asks = [_ask(beside if known else (), known, guessed, own) for known, guessed, own in stages]
@@ -147,6 +151,7 @@ def plan_guidance(task: ImageTask) -> GuidancePlan:
         progress=progress.tolist(),
         constants=constants,
         predictions=tuple(predictions),
+        pictured=(*pictured, *[True] * (len(predictions) - len(pictured))),
         texts=tuple(dict.fromkeys(texts)),
         told_scale=getattr(rule, "scale", 1.0) - 1 if policy.embeds else None,
         rule_key=(type(rule), len(branches), *_kind(rule)),

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from server.models.adapters.adapter import Weighted
     from server.models.blend import Blend
     from server.models.controls.control import ControlUse
+    from server.models.image_prompts.image_prompt import ImagePromptUse
     from server.models.text_options import TextOptions
 
 
@@ -60,6 +61,7 @@ class ImageTask:
         text: how all that its rows are told is encoded.
         adapters: that all its rows have, whatever they are told.
         controls: what steers all its rows beside the prompt.
+        image_prompts: pictures that its rows attend to beside their texts.
         cache: decides at which stages the network is not evaluated; None evaluates it at every one.
         coefficients: what a policy that is fitted was fitted to, ``[stages, n]``.
         group: the images that this one runs in lockstep with.
@@ -88,6 +90,7 @@ class ImageTask:
     text: TextOptions = AS_USUAL
     adapters: tuple[Weighted, ...] = ()
     controls: tuple[ControlUse, ...] = ()
+    image_prompts: tuple[ImagePromptUse, ...] = ()
     cache: StepCache | None = None
     coefficients: NDArray[np.float64] | None = None
     group: Group | None = None

@@ -29,7 +29,7 @@ class Recollection:
     """
 
     predictions: frozenset[int] = frozenset()
-    inside: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+    inside: tuple[tuple[int, ...], ...] = ()
     numbers: Tensor | None = None
     recalls: bool = False
     saved: int = 0

@@ -11,6 +11,7 @@ from server.engine.guidance_plan import plan_guidance
 from server.engine.scheduler import Priority
 from server.engine.state.recollection import Recollection
 from server.models.controls.row_controls import RowControl
+from server.models.image_prompts.row_image_prompts import RowImagePrompt
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from server.engine.task import ImageTask
     from server.models.blend import Told
     from server.models.conditioning import Conditioning
+    from server.models.image_prompts.image_prompt import Shown
 
 __all__ = [
     "ImageResult",
@@ -101,6 +103,7 @@ class Sequence:
         channels: what the network reads behind x, ``[channels, h, w]``; None where it reads x
             alone.
         hints: what each of the task's ControlNets reads of its picture.
+        shown: what there is to attend to of each of the task's image prompts.
         counted: what is still needed, as it was last counted in the backlog.
         recollection: what the task's step cache keeps of this image, if it has one.
         term_states: what each of the task's terms keeps of this image.
@@ -129,6 +132,7 @@ class Sequence:
     known: Known | None = None
     channels: Tensor | None = None
     hints: tuple[Tensor, ...] = ()
+    shown: tuple[Shown, ...] = ()
     recollection: Recollection = field(default_factory=Recollection)
     term_states: list[Any] = field(default_factory=list[Any])
     ancestor: int = field(init=False)
@@ -181,13 +185,32 @@ class Sequence:
             if use.acts(stage, stages)
         )
 
+    def image_prompts(self, number: int) -> tuple[RowImagePrompt, ...]:
+        """What the row of a prediction attends to beside its text at the next stage.
+
+        Args:
+            number: of the prediction.
+        """
+        stage, stages = self.stage, self.task.plan.evaluations
+        pictured = self.guidance.pictured[number]
+        return tuple(
+            RowImagePrompt(shown.picture if pictured else shown.nothing, use.scale)
+            for use, shown in zip(self.task.image_prompts, self.shown, strict=True)
+            if use.acts(stage, stages)
+        )
+
     @property
-    def inside(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Numbers of the terms and of the ControlNets that change the network at the next stage."""
+    def inside(self) -> tuple[tuple[int, ...], ...]:
+        """Numbers of what changes the network at the next stage.
+
+        Those of terms, of ControlNets and of image prompts.
+        """
         terms = tuple(acting.index for acting in self.ask.acting if acting.kind.prepares)
         stage, stages = self.stage, self.task.plan.evaluations
-        uses = enumerate(self.task.controls)
-        return terms, tuple(k for k, use in uses if use.acts(stage, stages))
+        return terms, *(
+            tuple(k for k, use in enumerate(uses) if use.acts(stage, stages))
+            for uses in (self.task.controls, self.task.image_prompts)
+        )
 
     @property
     def may_recall(self) -> bool:

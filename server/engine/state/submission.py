@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from server.engine.backlog import Holding
 from server.engine.client import ANYONE, Client
 from server.engine.faults import is_out_of_memory
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
+    from server.models.image_prompts.image_prompt import Shown
+
 __all__ = ["Submission"]
+
+Made = TypeVar("Made")
 
 
 class Submission:
@@ -33,6 +39,8 @@ class Submission:
             mask and their size; the engine's own.
         hints: what ControlNets read of their pictures, by the identity of the use; the engine's
             own.
+        shown: what rows attend to of the pictures beside their texts, by the identity of the use,
+            or why there is nothing; the engine's own.
     """
 
     def __init__(self, images: int, holding: Holding | None = None) -> None:
@@ -40,6 +48,7 @@ class Submission:
         self.latents: dict[int, Tensor | Exception] = {}
         self.channels: dict[tuple[int, int, int], Tensor | None] = {}
         self.hints: dict[int, Tensor] = {}
+        self.shown: dict[int, Shown | Exception] = {}
         self._left = images
         self._cancelled = False
         self._lock = Lock()
@@ -75,13 +84,18 @@ class Submission:
 
     def forget_shortage(self) -> None:
         """Have pictures encoded again for which there was no memory."""
-        self.latents = {
-            picture: made
-            for picture, made in self.latents.items()
-            if not (isinstance(made, Exception) and is_out_of_memory(made))
-        }
+        self.latents = _without_shortage(self.latents)
+        self.shown = _without_shortage(self.shown)
 
     def fail(self) -> None:
         """Count an image as ended without a picture."""
         with self._lock:
             self._left -= 1
+
+
+def _without_shortage(made: Mapping[int, Made | Exception]) -> dict[int, Made | Exception]:
+    return {
+        key: one
+        for key, one in made.items()
+        if not (isinstance(one, Exception) and is_out_of_memory(one))
+    }

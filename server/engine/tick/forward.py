@@ -14,6 +14,7 @@ from server.engine.terms.seen import ForwardRows
 from server.models.adapters.adapter import RowAdapters
 from server.models.conditioning import joined
 from server.models.controls.row_controls import RowControls
+from server.models.image_prompts.row_image_prompts import RowImagePrompts
 from server.models.inputs import RowInputs
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from guidance.edits import Edit
     from server.engine.state.batch import Batch
+    from server.models.image_prompts.row_image_prompts import RowImagePrompt
 
 WEAK = WeakModel()
 
@@ -101,6 +103,7 @@ def _inputs(batches: Listed[Batch], rows: Listed[ForwardRows], t: Tensor) -> Row
     edits = _edits(rows)
     adapters = RowAdapters(tuple(owner.task.adapters for owner in owners))
     controls = RowControls(tuple(owner.controls for owner in owners), _prompts(batches))
+    shown = RowImagePrompts(_image_prompts(batches))
     channels = [owner.channels for owner in owners if owner.channels is not None]
     led_away = any(part.against is not None for part in rows)
     return RowInputs(
@@ -111,6 +114,7 @@ def _inputs(batches: Listed[Batch], rows: Listed[ForwardRows], t: Tensor) -> Row
         against=joined([part.against or part.conditioning for part in rows]) if led_away else None,
         adapters=adapters if adapters else None,
         controls=controls if controls else None,
+        image_prompts=shown if shown else None,
     )
 
 
@@ -121,6 +125,14 @@ def _prompts(batches: Listed[Batch]) -> tuple[int, ...]:
         before = len(found)
         found += [before + i for i in batch.owners]
     return tuple(found)
+
+
+def _image_prompts(batches: Listed[Batch]) -> tuple[tuple[RowImagePrompt, ...], ...]:
+    return tuple(
+        batch.sequences[i].image_prompts(number)
+        for batch in batches
+        for i, number in zip(batch.owners, batch.numbers, strict=True)
+    )
 
 
 def _edits(rows: Listed[ForwardRows]) -> list[tuple[Edit, ...]]:

@@ -12,6 +12,7 @@ from server.engine.faults import attempt
 from server.engine.state.noise import varied_noise
 from server.engine.state.prompt_cache import PromptCache
 from server.engine.state.sequence import Known
+from server.engine.tick.image_prompts import ImagePromptCache, shown_to
 from server.engine.tick.pictures import encode_pictures, latents_of
 from server.models.blend import conditioning_of, texts_of
 
@@ -65,16 +66,18 @@ class Admission:
         self._lane_of = lane_of
         self._deterministic = deterministic
         self._prompts: dict[str, PromptCache] = {}
+        self._image_prompts: dict[str, ImagePromptCache] = {}
         for name, model in models.items():
             self.add(name, model)
 
     def add(self, name: str, model: HostedModel) -> None:
         """Take in images of a model from now on."""
         self._prompts[name] = PromptCache(model, fixed=self._deterministic)
+        self._image_prompts[name] = ImagePromptCache(model, fixed=self._deterministic)
 
     def forget(self, name: str) -> None:
         """Let go of a model and of its encoded prompts; none of its images may come."""
-        del self._prompts[name]
+        del self._prompts[name], self._image_prompts[name]
 
     def admit(self, newcomers: list[Sequence]) -> Iterator[tuple[Sequence, Exception]]:
         """Make the newcomers ready to run; yields those that cannot be, with the reason."""
@@ -94,6 +97,7 @@ class Admission:
             prompts = chain.from_iterable(prompts_of.values())
             encoded = self._prompts[name].of(prompts, width, height, of_text, options)
             encode_pictures(self._models[name], members, fixed=self._deterministic)
+            self._image_prompts[name].encode(members)
             for sequence in members:
                 placed = attempt(
                     lambda one=sequence, texts=encoded: self._place(one, texts),
@@ -146,6 +150,7 @@ def _start(sequence: Sequence, lane: Lane) -> Start:
     ]
     sequence.channels = _channels(sequence, lane)
     sequence.hints = _hints(sequence, lane)
+    sequence.shown = shown_to(sequence)
     if task.latents is not None:
         latents = task.latents.to(noise)
     elif task.image is not None:

@@ -11,7 +11,7 @@ from server.engine.faults import attempt, free_memory, is_out_of_memory
 from server.engine.state.padding import padded
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from torch import Tensor
 
@@ -47,8 +47,10 @@ class PicturesOfATick:
         """
         request = sequence.submission
         pictures = [one for one in _pictures(sequence) if id(one) not in request.latents]
-        # ControlNets read theirs in another way, which takes about as long.
+        # ControlNets and IP-Adapters read theirs in another way, which takes about as long.
         steering = [use.picture for use in sequence.task.controls if id(use) not in request.hints]
+        prompts = sequence.task.image_prompts
+        steering += [use.picture for use in prompts if id(use) not in request.shown]
         own = {
             (id(request), id(picture)): picture.shape[-2] * picture.shape[-1]
             for picture in (*pictures, *steering)
@@ -86,12 +88,34 @@ def encode_pictures(model: HostedModel, members: list[Sequence], *, fixed: bool)
         for picture in _pictures(sequence)
         if id(picture) not in sequence.submission.latents
     }
-    missing = list(wanted.values())
-    for first in range(0, len(missing), ENCODED_AT_ONCE):
-        chunk = missing[first : first + ENCODED_AT_ONCE]
-        outcomes = _encoded(model, [picture for _, picture in chunk], fixed=fixed)
-        for (sequence, picture), outcome in zip(chunk, outcomes, strict=True):
-            sequence.submission.latents[id(picture)] = outcome
+    pictures = [picture for _, picture in wanted.values()]
+    outcomes = encoded(pictures, model.encode_image, model.device, fixed=fixed)
+    for (sequence, picture), outcome in zip(wanted.values(), outcomes, strict=True):
+        sequence.submission.latents[id(picture)] = outcome
+
+
+def encoded(
+    pictures: list[Tensor],
+    encode: Callable[[Tensor], Tensor],
+    device: torch.device,
+    *,
+    fixed: bool,
+) -> Iterator[Tensor | Exception]:
+    """What an encoder makes of each picture, or the error that is its own.
+
+    Args:
+        pictures: of one size.
+        encode: takes some of them, stacked and on the device.
+        device: where the encoder is.
+        fixed: encode at one batch size always, so that a picture's bits do not depend on the
+            pictures that came with it.
+
+    Raises:
+        DeviceLost: the device no longer answers.
+    """
+    for first in range(0, len(pictures), ENCODED_AT_ONCE):
+        chunk = pictures[first : first + ENCODED_AT_ONCE]
+        yield from _encoded(chunk, encode, device, fixed=fixed)
 
 
 def latents_of(sequence: Sequence, picture: Tensor) -> Tensor:
@@ -113,24 +137,28 @@ def _pictures(sequence: Sequence) -> Iterable[Tensor]:
 
 
 def _encoded(
-    model: HostedModel, pictures: list[Tensor], *, fixed: bool
+    pictures: list[Tensor],
+    encode: Callable[[Tensor], Tensor],
+    device: torch.device,
+    *,
+    fixed: bool,
 ) -> Iterator[Tensor | Exception]:
     """Encode some, and halve them on an error until it is one picture's."""
     rows = ENCODED_AT_ONCE if fixed else None
     made = attempt(
-        lambda: model.encode_image(padded(torch.stack(pictures).to(model.device), rows)),
-        model.device,
+        lambda: encode(padded(torch.stack(pictures).to(device), rows)),
+        device,
     )
     if not isinstance(made, Exception):
         # Copies: a view would hold all that were encoded with it.
-        yield from (latents.clone() for latents in made[: len(pictures)])
+        yield from (one.clone() for one in made[: len(pictures)])
         return
     if is_out_of_memory(made):
-        free_memory(model.device)
+        free_memory(device)
     if len(pictures) == 1:
         log.error("a picture could not be encoded", exc_info=made)
         yield made
         return
     half = len(pictures) // 2
-    yield from _encoded(model, pictures[:half], fixed=fixed)
-    yield from _encoded(model, pictures[half:], fixed=fixed)
+    yield from _encoded(pictures[:half], encode, device, fixed=fixed)
+    yield from _encoded(pictures[half:], encode, device, fixed=fixed)

@@ -1,0 +1,137 @@
+"""Image prompts to what rows attend to: once a request, in batches over requests."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, TypeAlias
+
+from server.engine.faults import attempt
+from server.engine.tick.pictures import encoded
+from server.lru import ByteBoundedLRU
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Iterable
+
+    from torch import Tensor
+
+    from server.engine.state.sequence import Sequence
+    from server.engine.state.submission import Submission
+    from server.models.hosted import HostedModel
+    from server.models.image_prompts.image_prompt import ImagePromptUse, IPAdapter, Shown
+    from server.models.image_prompts.unet_image_prompts import UNetImagePrompts
+
+__all__ = ["ImagePromptCache", "shown_to"]
+
+log = logging.getLogger(__name__)
+
+Key: TypeAlias = "tuple[Hashable, bytes]"
+"""The identity of an adapter, and the digest of a picture.
+
+Adapters are named by identity: holding them here would keep them in memory.
+"""
+
+TOKENS_KEPT_BYTES = 64 * 2**20
+"""Of one model: 1,000 pictures of 16 tokens by a width of 2048 in half precision."""
+
+NOTHING = b""
+"""In place of the digest of a picture."""
+
+
+class ImagePromptCache:
+    """The tokens of one model's pictures, of which the least recently used go first.
+
+    Args:
+        model: whose U-Net attends to them.
+        fixed: encode at one batch size always, so that a picture's bits do not depend on the
+            pictures that came with it.
+        most_bytes: bound on all that is kept.
+    """
+
+    def __init__(
+        self, model: HostedModel, *, fixed: bool, most_bytes: int = TOKENS_KEPT_BYTES
+    ) -> None:
+        self._model = model
+        self._fixed = fixed
+        self._kept: ByteBoundedLRU[Key, Tensor] = ByteBoundedLRU(
+            most_bytes, lambda tokens: tokens.nbytes
+        )
+
+    def encode(self, members: Iterable[Sequence]) -> None:
+        """Leave what rows attend to of all pictures of some images with their submissions.
+
+        Raises:
+            DeviceLost: the device no longer answers.
+        """
+        attention = self._model.image_attention
+        if attention is None:
+            return
+        wanted: dict[IPAdapter, dict[tuple[int, int], tuple[Submission, ImagePromptUse]]] = {}
+        for sequence in members:
+            submission = sequence.submission
+            for use in sequence.task.image_prompts:
+                if id(use) not in submission.shown:
+                    of_adapter = wanted.setdefault(use.adapter, {})
+                    of_adapter[id(submission), id(use)] = submission, use
+        for adapter, uses in wanted.items():
+            tokens = self._tokens(adapter, attention, [use for _, use in uses.values()])
+            for submission, use in uses.values():
+                found = tokens[use.digest], tokens[NOTHING]
+                submission.shown[id(use)] = self._shown(adapter, attention, *found)
+
+    def _tokens(
+        self, adapter: IPAdapter, attention: UNetImagePrompts, uses: Iterable[ImagePromptUse]
+    ) -> dict[bytes, Tensor | Exception]:
+        """Tokens of pictures and of nothing, by digest, or the errors that are their own."""
+        pictures = {use.digest: use.picture for use in uses}
+        found: dict[bytes, Tensor | Exception] = {}
+        for digest in (NOTHING, *pictures):
+            kept = self._kept.find((adapter.identity, digest))
+            if kept is not None:
+                found[digest] = kept
+        missing = [digest for digest in pictures if digest not in found]
+        made = encoded(
+            [pictures[digest] for digest in missing],
+            lambda batch: attention.tokens(adapter, batch),
+            self._model.device,
+            fixed=self._fixed,
+        )
+        found.update(zip(missing, made, strict=True))
+        if NOTHING not in found:
+            found[NOTHING] = attempt(
+                lambda: attention.tokens_of_nothing(adapter), self._model.device
+            )
+        for digest, tokens in found.items():
+            if not isinstance(tokens, Exception):
+                self._kept.put((adapter.identity, digest), tokens)
+        return found
+
+    def _shown(
+        self,
+        adapter: IPAdapter,
+        attention: UNetImagePrompts,
+        picture: Tensor | Exception,
+        nothing: Tensor | Exception,
+    ) -> Shown | Exception:
+        if isinstance(picture, Exception):
+            return picture
+        if isinstance(nothing, Exception):
+            log.error("no picture could be encoded", exc_info=nothing)
+            return nothing
+        return attempt(lambda: attention.shown(adapter, picture, nothing), self._model.device)
+
+
+def shown_to(sequence: Sequence) -> tuple[Shown, ...]:
+    """What rows of an image attend to of each of its image prompts, which were encoded.
+
+    Raises:
+        Exception: what encoding one of them ended in.
+    """
+    return tuple(
+        _without_error(sequence.submission.shown[id(use)]) for use in sequence.task.image_prompts
+    )
+
+
+def _without_error(shown: Shown | Exception) -> Shown:
+    if isinstance(shown, Exception):
+        raise shown
+    return shown
