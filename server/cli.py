@@ -91,6 +91,13 @@ Embeddings = Annotated[
     Path | None,
     typer.Option(help="Folder with embeddings, NAME.safetensors, that prompts may name."),
 ]
+ImagePrompts = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder with IP-Adapters, NAME.safetensors, that requests may name, and their image "
+        "encoders, each a folder."
+    ),
+]
 Described = "a name, or a JSON object with its fields."
 
 
@@ -123,6 +130,7 @@ def serve(
     adapters: Adapters = None,
     embeddings: Embeddings = None,
     controls: Controls = None,
+    image_prompts: ImagePrompts = None,
     device: Device = None,
     dtype: Dtype = None,
     deterministic: Deterministic = None,
@@ -155,6 +163,7 @@ def serve(
         adapters=adapters,
         embeddings=embeddings,
         controls=controls,
+        image_prompts=image_prompts,
         device=device,
         dtype=dtype,
         deterministic=deterministic,

@@ -344,6 +344,16 @@ class Settings(BaseSettings):
         ge=0,
         description="Memory for loaded ControlNets of all models, in bytes.",
     )
+    image_prompts: DirectoryPath | None = Field(
+        default=None,
+        description="Folder with IP-Adapters, `NAME.safetensors`, that requests may name in "
+        "`image_prompts`, and the image encoders that they read, each a folder.",
+    )
+    image_prompt_bytes: int = Field(
+        default=8 * 2**30,
+        ge=0,
+        description="Memory for loaded IP-Adapters and image encoders of all models, in bytes.",
+    )
     deterministic: bool = Field(
         default=False,
         description="Make every image bit-identical whatever else is in its batch, at some cost in "

@@ -26,12 +26,14 @@ __all__ = [
     "ControlEntry",
     "Defaults",
     "Entry",
+    "ImagePromptEntry",
     "ModelEntry",
     "adapter_entries",
     "catalog",
     "control_entries",
     "defaults_of",
     "embedding_entries",
+    "image_prompt_entries",
 ]
 
 
@@ -111,6 +113,15 @@ class ControlEntry(BaseModel):
     name: str = Field(description="Its name in a request.")
 
 
+class ImagePromptEntry(BaseModel):
+    """One IP-Adapter of a hosted model."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str = Field(description="Its name in a request.")
+    tokens: int = Field(description="How many tokens it makes of a picture.")
+
+
 class ModelEntry(BaseModel):
     """One hosted model."""
 
@@ -147,6 +158,9 @@ class ModelEntry(BaseModel):
     )
     unfit_embeddings: dict[str, str] = Field(
         description="Why the server's other embeddings are plain text to this model, by name."
+    )
+    image_prompts: tuple[ImagePromptEntry, ...] = Field(
+        description="The IP-Adapters that fit this model; choices of `image_prompts`."
     )
     defaults: Defaults = Field(description="Of requests to this model.")
 
@@ -236,6 +250,12 @@ def embedding_entries(model: HostedModel) -> tuple[EmbeddingEntry, ...]:
 def control_entries(model: HostedModel) -> tuple[ControlEntry, ...]:
     """The catalog's entry for each ControlNet of a model."""
     return tuple(ControlEntry(name=one.name) for one in model.controls.available())
+
+
+def image_prompt_entries(model: HostedModel) -> tuple[ImagePromptEntry, ...]:
+    """The catalog's entry for each IP-Adapter of a model."""
+    found = model.image_prompts.available()
+    return tuple(ImagePromptEntry(name=one.name, tokens=one.tokens) for one in found)
 
 
 @cache

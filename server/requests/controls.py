@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Final, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from server.errors import ControlMismatch, InvalidRequest
-from server.models.controls.control import Control, ControlUse, in_window
+from server.models.controls.control import Control, ControlUse
 from server.requests.upload import Upload
+from server.requests.windows import check_window
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from samplers import Plan
     from server.models.hosted import HostedModel
 
 __all__ = [
@@ -23,7 +23,6 @@ __all__ = [
     "ControlChoice",
     "ControlSettings",
     "check_controls",
-    "controls_without_effect",
     "load_controls",
     "unloaded_controls",
 ]
@@ -69,8 +68,7 @@ class ControlSettings(BaseModel):
 
     @model_validator(mode="after")
     def _check_window(self) -> Self:
-        if self.start >= self.end:
-            raise ValueError(f"start is {self.start:g}; it must be less than end, {self.end:g}")
+        check_window(self.start, self.end)
         return self
 
 
@@ -153,17 +151,6 @@ def unloaded_controls(
             control = Control(one.name, None, 0, model.controls.find(one.name).cost())
         uses.append(ControlUse(control, picture.clone(), one.scale, one.start, one.end))
     return tuple(uses)
-
-
-def controls_without_effect(chosen: Sequence[ControlSettings], plan: Plan) -> tuple[str, ...]:
-    """One sentence for each ControlNet that acts at no stage of a plan."""
-    stages = plan.evaluations
-    return tuple(
-        f"controls.{place} has no effect: no evaluation of this run lies within its start, "
-        f"{one.start:g}, and end, {one.end:g}."
-        for place, one in enumerate(chosen)
-        if not any(in_window(one.start, one.end, stage, stages) for stage in range(stages))
-    )
 
 
 @contextmanager

@@ -10,10 +10,10 @@ from guidance.parts import chosen
 from samplers import Plan
 from server.models.conventions import numbers
 from server.models.hosted import HostedModel
-from server.requests.controls import controls_without_effect
 from server.requests.defaults import own_defaults
 from server.requests.embeddings import unfit_embeddings
 from server.requests.schema import ResolvedRequest
+from server.requests.windows import without_effect
 
 __all__ = ["warnings_for"]
 
@@ -60,6 +60,7 @@ def warnings_for(resolved: ResolvedRequest, model: HostedModel, plan: Plan) -> t
     for beside, acts in (
         ("adapters", any(one.weight for one in resolved.adapters)),
         ("ControlNets", any(one.scale for one in resolved.controls)),
+        ("image prompts", any(one.scale for one in resolved.image_prompts)),
     ):
         if acts and (fitted := _fitted(resolved)):
             found.append(
@@ -67,7 +68,11 @@ def warnings_for(resolved: ResolvedRequest, model: HostedModel, plan: Plan) -> t
                 "less accurate here."
             )
     found += unfit_embeddings(resolved, model)
-    return (*found, *controls_without_effect(resolved.controls, plan))
+    return (
+        *found,
+        *without_effect("controls", resolved.controls, plan),
+        *without_effect("image_prompts", resolved.image_prompts, plan),
+    )
 
 
 def _overshoots(resolved: ResolvedRequest, model: HostedModel, plan: Plan) -> bool:

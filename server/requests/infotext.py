@@ -10,6 +10,7 @@ from guidance.parts import PARTS
 from samplers.names import label_of, schedule_type_of
 from server.requests.controls import ControlSettings
 from server.requests.hires import UPSCALER_LABELS
+from server.requests.image_prompts import ImagePromptSettings
 from server.requests.schema import ResolvedRequest
 
 __all__ = ["infotext"]
@@ -49,7 +50,8 @@ def infotext(
         **{f"Guidance {part.label}": _part(getattr(guidance, part.field)) for part in PARTS},
         "Step cache": _part(settings.cache),
         "Lora": " ".join(f"<lora:{one.name}:{one.weight:g}>" for one in settings.adapters) or None,
-        **{f"ControlNet {i}": _control(one) for i, one in enumerate(settings.controls)},
+        **{f"ControlNet {i}": _windowed(one) for i, one in enumerate(settings.controls)},
+        **{f"IP-Adapter {i}": _windowed(one) for i, one in enumerate(settings.image_prompts)},
         "Sampler statistics": statistics,
         "Version": version,
     }
@@ -99,10 +101,10 @@ def _part(held: Any) -> str | None:
     return getattr(held, "name", None) or _listed(own) or "on"
 
 
-def _control(control: ControlSettings) -> str:
+def _windowed(one: ControlSettings | ImagePromptSettings) -> str:
     """As AUTOMATIC1111's extension for ControlNets writes one."""
-    window = f"Guidance Start: {control.start:g}, Guidance End: {control.end:g}"
-    return f"Model: {control.name}, Weight: {control.scale:g}, {window}"
+    window = f"Guidance Start: {one.start:g}, Guidance End: {one.end:g}"
+    return f"Model: {one.name}, Weight: {one.scale:g}, {window}"
 
 
 def _listed(fields: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from server.errors import InvalidRequest, MalformedBody
 from server.requests.adapters import WeightedName
 from server.requests.choice import listed
 from server.requests.controls import ControlChoice
+from server.requests.image_prompts import ImagePromptChoice
 from server.requests.reading import LIKE, SAME
 from server.requests.schema import CHOICES
 
@@ -23,6 +24,7 @@ _SHOWN = 60
 _OF_ONE_KIND: Mapping[str, type[BaseModel]] = {
     "adapters": WeightedName,
     "controls": ControlChoice,
+    "image_prompts": ImagePromptChoice,
     **{
         field: kind
         for field, kinds in CHOICES.items()

@@ -39,6 +39,7 @@ from server.requests.defaults import (
 )
 from server.requests.embeddings import check_embeddings
 from server.requests.hires import Hires
+from server.requests.image_prompts import check_image_prompts
 from server.requests.ineffective import warnings_for
 from server.requests.schema import (
     DEFAULT_RESIZE_MODE,
@@ -130,6 +131,7 @@ def resolve(
         cache=request.cache,
         adapters=request.adapters,
         controls=tuple(one.settings for one in request.controls),
+        image_prompts=tuple(one.settings for one in request.image_prompts),
         strength=_strength(request, steps, has_picture=has_picture),
         hires=_hires(request, width, height, steps, model),
         resize_mode=request.resize_mode,
@@ -140,6 +142,7 @@ def resolve(
     check_limits(resolved, limits)
     check_size(resolved, model.facts, limits)
     check_controls(resolved.controls, model)
+    check_image_prompts(resolved.image_prompts, model)
     check_hires(resolved, has_picture=has_picture, has_reference=has_reference)
     check_guidance(resolved.guidance, model, has_picture=has_picture)
     check_group(resolved, has_picture=has_picture, has_reference=has_reference)
@@ -192,6 +195,8 @@ def statistics_for(resolved: ResolvedRequest, model: HostedModel) -> StatisticsI
         raise model.statistics.refusal("a request with `adapters`")
     if any(one.scale for one in resolved.controls):
         raise model.statistics.refusal("a request with `controls`")
+    if any(one.scale for one in resolved.image_prompts):
+        raise model.statistics.refusal("a request with `image_prompts`")
     return model.statistics.exact("cfg" if guidance.combines else "none", scale)
 
 

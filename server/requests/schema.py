@@ -32,6 +32,8 @@ from server.requests.controls import MOST as MOST_CONTROLS
 from server.requests.controls import ControlChoice, ControlSettings
 from server.requests.foreign_names import why_no_sampler, why_no_spacing
 from server.requests.hires import Hires
+from server.requests.image_prompts import MOST as MOST_IMAGE_PROMPTS
+from server.requests.image_prompts import ImagePromptChoice, ImagePromptSettings
 from server.requests.reading import DEFAULT_RULE, Readable
 from server.requests.start_noise import MAX_SEED, NoiseSize, VariationChoice
 from server.requests.upload import Upload
@@ -259,6 +261,12 @@ class GenerateRequest(Readable):
         description="ControlNets that steer the images, added up: names of the model's ControlNets "
         "in the catalog, each with the picture that it reads.",
     )
+    image_prompts: tuple[ImagePromptChoice, ...] = Field(
+        default=(),
+        max_length=MOST_IMAGE_PROMPTS,
+        description="Pictures that the images are to be like beside the prompt, added up: names of "
+        "the model's IP-Adapters in the catalog, each with its picture.",
+    )
     hires: Hires | None = Field(
         default=None,
         description="A second run that draws each image once more, larger, from what the first "
@@ -305,6 +313,7 @@ class ResolvedRequest(BaseModel):
     cache: StepCacheChoice | None = None
     adapters: AdapterChoices = ()
     controls: tuple[ControlSettings, ...] = ()
+    image_prompts: tuple[ImagePromptSettings, ...] = ()
     strength: float | None
     resize_mode: ResizeMode | None = None
     hires: Hires | None = None
@@ -320,8 +329,8 @@ class ResolvedRequest(BaseModel):
     def settings(self) -> dict[str, Any]:
         """JSON that makes the same images when posted back.
 
-        A request that started from an image, or was steered by some, is refused unless these are
-        sent again.
+        A request that started from an image, or was steered or prompted by some, is refused unless
+        these are sent again.
         """
         return self.model_dump(mode="json", exclude={"stream", "priority"}, exclude_none=True)
 

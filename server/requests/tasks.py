@@ -16,6 +16,7 @@ from server.models.controls.control import ControlUse
 from server.models.embeddings.embedding import Embedding
 from server.models.emphasis import written_in
 from server.models.hosted import HostedModel
+from server.models.image_prompts.image_prompt import ImagePromptUse
 from server.models.text_options import TextOptions
 from server.requests.adapters import load_adapters
 from server.requests.checks.group import is_group
@@ -52,6 +53,7 @@ def tasks_of(
     adapters: tuple[Weighted, ...] | None = None,
     embeddings: tuple[Embedding, ...] | None = None,
     controls: tuple[ControlUse, ...] = (),
+    image_prompts: tuple[ImagePromptUse, ...] = (),
 ) -> list[ImageTask]:
     """One task for each image.
 
@@ -66,6 +68,7 @@ def tasks_of(
         adapters: of the request, where they are loaded already.
         embeddings: of its texts, where they are loaded already.
         controls: of the request, loaded.
+        image_prompts: of the request, loaded.
 
     Raises:
         InvalidRequest: guidance that needs a single prompt, with a blend.
@@ -114,6 +117,7 @@ def tasks_of(
             text=TextOptions(resolved.clip_skip, embeddings),
             adapters=adapters,
             controls=controls,
+            image_prompts=image_prompts,
             coefficients=prepared.coefficients,
             group=group,
             priority=Priority[resolved.priority.upper()] if stream is None else Priority.LIVE,

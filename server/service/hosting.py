@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from time import monotonic
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from server.engine.engine import Engine
 from server.errors import ModelMismatch, ModelTooLarge
@@ -27,10 +27,12 @@ from server.models.folder import (
     controls_folder,
     embedded_folders,
     embeddings_folder,
+    image_prompts_folder,
     stamp_of,
 )
 from server.models.hosted import HostedModel
 from server.models.hub import HubModel, fetch
+from server.models.image_prompts.shelf import ImagePromptShelf
 from server.models.loading import choose_device, choose_dtype, family_of, load_model
 from server.models.memory import attainable_bytes, bytes_of, measure
 from server.models.placement import Placement, first_that_fits, options
@@ -106,6 +108,7 @@ def host(
         WeightMemory(settings.adapter_bytes, "adapters"),
         WeightMemory(settings.control_bytes, "ControlNets"),
         WeightMemory(EMBEDDING_BYTES, "embeddings"),
+        WeightMemory(settings.image_prompt_bytes, "IP-Adapters"),
     )
     models: dict[str, HostedModel] = {}
     for name in named:
@@ -147,6 +150,7 @@ class _Folders:
         adapters: memory of adapters, which all models share.
         controls: memory of ControlNets, which all models share.
         embeddings: memory of embeddings, which all models share.
+        image_prompts: memory of IP-Adapters and image encoders, which all models share.
     """
 
     settings: Settings
@@ -154,6 +158,7 @@ class _Folders:
     adapters: WeightMemory[Adapter]
     controls: WeightMemory[Control]
     embeddings: WeightMemory[Embedding]
+    image_prompts: WeightMemory[Any]
 
     def names(self) -> Iterable[str]:
         return list(self._folders())
@@ -242,6 +247,19 @@ class _Folders:
         )
         if known := [one.name for one in model.controls.available()]:
             log.info("%s: ControlNets %s", name, ", ".join(known))
+        shared = () if self.settings.image_prompts is None else (self.settings.image_prompts,)
+        places = (*shared, image_prompts_folder(folder))
+        attention = model.image_attention
+        model.image_prompts = ImagePromptShelf(
+            places,
+            name,
+            None if attention is None else attention.widths,
+            self.image_prompts,
+            model.device,
+            model.dtype,
+        )
+        if known := [one.name for one in model.image_prompts.available()]:
+            log.info("%s: IP-Adapters %s", name, ", ".join(known))
         return model
 
     def _folders(self) -> Mapping[str, Path]:

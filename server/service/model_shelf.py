@@ -391,6 +391,7 @@ class ModelShelf:
             model.adapters.forget()
             model.controls.forget()
             model.embeddings.forget()
+            model.image_prompts.forget()
             del model
             reclaim(device)
             log.info("model %s is unloaded", place.name)

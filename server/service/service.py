@@ -35,12 +35,18 @@ from server.requests.catalog import (
     control_entries,
     defaults_of,
     embedding_entries,
+    image_prompt_entries,
 )
 from server.requests.checks.group import is_group
 from server.requests.checks.limits import check_count, runs_of
 from server.requests.chosen import notes_for
 from server.requests.controls import load_controls, unloaded_controls
 from server.requests.embeddings import texts_of
+from server.requests.image_prompts import (
+    load_image_prompts,
+    sides_of_image_prompts,
+    unloaded_image_prompts,
+)
 from server.requests.infotext import infotext
 from server.requests.resolve import Prepared, make_plan, prepare, resolve, statistics_for
 from server.requests.schema import DEFAULT_RESIZE_MODE, GenerateRequest, ResolvedRequest
@@ -113,13 +119,17 @@ class Pictures:
 
 
 class Uploads(NamedTuple):
-    """The images that were sent with a request, at the size of its run, or of the second one."""
+    """The images that were sent with a request, at the size of its run, or of the second one.
+
+    Those beside the prompt have the size that their encoders read.
+    """
 
     image: NDArray[np.uint8] | None
     mask: NDArray[np.uint8] | None
     reference: NDArray[np.uint8] | None
     controls: Sequence[NDArray[np.uint8]]
     controls_again: Sequence[NDArray[np.uint8]]
+    image_prompts: Sequence[NDArray[np.uint8]]
 
 
 class Service:
@@ -270,6 +280,7 @@ class Service:
                 controls=control_entries(model),
                 embeddings=embedding_entries(model),
                 unfit_embeddings=dict(model.embeddings.unfit()),
+                image_prompts=image_prompt_entries(model),
                 defaults=defaults_of(model.facts.defaults),
             )
             for model in (() if self._shelf is None else self._shelf.loaded())
@@ -413,7 +424,7 @@ class Service:
             image, size = await self._image_for_its_size(request, model)
             prepared = await asyncio.to_thread(self.prepare, request, model, size)
             await asyncio.to_thread(_claim, engine, room, request, prepared[0], model)
-            uploads = await self._uploads(request, prepared[0], image)
+            uploads = await self._uploads(request, prepared[0], model, image)
             loop = asyncio.get_running_loop()
             ready = await asyncio.to_thread(_weights_loaded, prepared[0].request, model)
             submit = partial(self._submit, generation, *prepared, model, uploads, room, loop)
@@ -548,6 +559,7 @@ class Service:
         self,
         request: GenerateRequest,
         prepared: Prepared,
+        model: HostedModel,
         image: NDArray[np.uint8] | None,
     ) -> Uploads:
         target = _target(prepared.request)
@@ -569,7 +581,15 @@ class Service:
                 if prepared.second is not None:
                     larger = _target(prepared.second.request)
                     controls_again.append(await self.decoding.picture(text, field, larger))
-        return Uploads(image, mask, reference, controls, controls_again)
+        shown = prepared.request.image_prompts
+        sides = await asyncio.to_thread(sides_of_image_prompts, shown, model)
+        image_prompts = [
+            await self._picture(
+                one.image, f"image_prompts.{place}.image", Target(side, side, "middle")
+            )
+            for place, (one, side) in enumerate(zip(request.image_prompts, sides, strict=True))
+        ]
+        return Uploads(image, mask, reference, controls, controls_again, image_prompts)
 
     async def _picture(self, upload: Upload, field: str, target: Target) -> NDArray[np.uint8]:
         with upload.opened() as text:
@@ -601,25 +621,30 @@ def _stopping() -> NotReady:
 
 
 def _weights_loaded(request: ResolvedRequest, model: HostedModel) -> bool:
-    """Whether the adapters, ControlNets and embeddings of a request are in memory."""
+    """Whether the adapters, ControlNets, embeddings and IP-Adapters of a request are in memory."""
     texts = [text for _, text in texts_of(request, model)]
     return (
         all(model.adapters.is_loaded(one.name) for one in request.adapters if one.weight)
         and all(model.controls.is_loaded(one.name) for one in request.controls if one.scale)
         and all(model.embeddings.is_loaded(one.name) for one in model.embeddings.named_in(*texts))
+        and all(
+            model.image_prompts.is_loaded(one.name) for one in request.image_prompts if one.scale
+        )
     )
 
 
 def _tasks(prepared: Prepared, model: HostedModel, uploads: Uploads) -> list[ImageTask]:
-    image, mask, reference, controls, _ = uploads
+    image, mask, reference, controls, _, shown = uploads
+    request = prepared.request
     return tasks_of(
         prepared,
         model,
         image=None if image is None else pixels_tensor(image),
         mask=None if mask is None else mask_tensor(mask),
         reference=None if reference is None else pixels_tensor(reference),
-        controls=load_controls(
-            prepared.request.controls, [pixels_tensor(one) for one in controls], model
+        controls=load_controls(request.controls, [*map(pixels_tensor, controls)], model),
+        image_prompts=load_image_prompts(
+            request.image_prompts, [*map(pixels_tensor, shown)], model
         ),
     )
 
@@ -636,6 +661,7 @@ def _tasks_again(
         adapters=first.adapters,
         embeddings=first.text.embeddings,
         controls=controls,
+        image_prompts=first.image_prompts,
     )
 
 
@@ -649,6 +675,7 @@ def _claim(
     """Claim what a request costs before its images are decoded, of which the sizes are known."""
     size = prepared.request.height, prepared.request.width
     picture, mask = (torch.empty(*shape, device="meta") for shape in ((3, *size), size))
+    shown = unloaded_image_prompts(prepared.request.image_prompts, model)
     tasks = tasks_of(
         prepared,
         model,
@@ -658,14 +685,20 @@ def _claim(
         adapters=(),
         embeddings=(),
         controls=unloaded_controls(prepared.request.controls, picture, model),
+        image_prompts=shown,
     )
     engine.check_memory(tasks)
     if prepared.second is not None:
         size = prepared.second.request.height, prepared.second.request.width
         larger = torch.empty(3, *size, device="meta")
-        controls = unloaded_controls(prepared.second.request.controls, larger, model)
         again = tasks_of(
-            prepared.second, model, image=larger, adapters=(), embeddings=(), controls=controls
+            prepared.second,
+            model,
+            image=larger,
+            adapters=(),
+            embeddings=(),
+            controls=unloaded_controls(prepared.second.request.controls, larger, model),
+            image_prompts=shown,
         )
         with naming_hires():
             engine.check_memory(again)

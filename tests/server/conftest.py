@@ -96,8 +96,17 @@ def embeddings_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def image_prompts_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the running server, which sees new IP-Adapters at once."""
+    return tmp_path_factory.mktemp("image_prompts")
+
+
+@pytest.fixture(scope="session")
 def running(
-    adapters_folder: Path, controls_folder: Path, embeddings_folder: Path
+    adapters_folder: Path,
+    controls_folder: Path,
+    embeddings_folder: Path,
+    image_prompts_folder: Path,
 ) -> Iterator[Running]:
     server = Running(
         Settings(
@@ -108,6 +117,7 @@ def running(
             adapters=adapters_folder,
             controls=controls_folder,
             embeddings=embeddings_folder,
+            image_prompts=image_prompts_folder,
         )
     )
     server.start()

@@ -10,6 +10,7 @@ from server.engine.state.sequence import Sequence
 from server.engine.state.submission import Submission
 from server.engine.tick.pictures import ENCODED_AT_ONCE, LEAST_PIXELS, PicturesOfATick
 from server.models.controls.control import Control, ControlUse
+from server.models.image_prompts.image_prompt import UNLOADED, ImagePromptUse
 from tests.server.engine.conftest import SIDE
 
 
@@ -85,8 +86,8 @@ def test_in_deterministic_mode_the_encoder_always_has_one_shape(start, counting,
 
 
 def test_a_tick_waits_for_one_large_picture_at_most(task, listen):
-    def of(submission, image, side, controls=()):
-        one = task(rule="none", image=image, width=side, height=side, controls=controls)
+    def of(submission, image, side, **uses):
+        one = task(rule="none", image=image, width=side, height=side, **uses)
         return Sequence(one, 0, listen(1), submission)
 
     before = PicturesOfATick()
@@ -97,9 +98,11 @@ def test_a_tick_waits_for_one_large_picture_at_most(task, listen):
     assert not before.take(of(Submission(1), torch.zeros(3, 64, 64), 64), due=True)
     text = of(Submission(1), None, 64)
     assert before.take(text, due=False), "it has no picture to encode"
-    steered = of(
-        Submission(1), None, 64, (ControlUse(Control("", None, 0, 0.0), torch.zeros(3, 64, 64)),)
-    )
+    steering = ControlUse(Control("", None, 0, 0.0), torch.zeros(3, 64, 64))
+    steered = of(Submission(1), None, 64, controls=(steering,))
     assert not before.take(steered, due=True), "its ControlNet has a picture to read"
+    beside = ImagePromptUse(UNLOADED, torch.zeros(3, 64, 64), 0)
+    prompted = of(Submission(1), None, 64, image_prompts=(beside,))
+    assert not before.take(prompted, due=True), "there is a picture beside its prompt"
     assert not PicturesOfATick().take(first, due=False)
     assert before.parts([first, text]) == {first: 1024 * 1024, text: LEAST_PIXELS}

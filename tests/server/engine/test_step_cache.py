@@ -35,6 +35,7 @@ from server.engine.tick.preview import to_uint8
 from server.engine.tick.weave import Evaluated
 from server.errors import Cancelled
 from server.models.controls.control import Control, ControlUse
+from server.models.image_prompts.image_prompt import UNLOADED, ImagePromptUse
 from server.models.inputs import RowInputs
 from tests.server.by_hand import Asked, ByHand
 from tests.server.by_hand import task as toy_task
@@ -236,15 +237,16 @@ def test_where_the_network_begins_to_be_changed_it_is_evaluated(
     assert times[first] in toy.times
 
 
-def test_a_controlnet_that_begins_to_act_changes_the_network() -> None:
-    control = Control("", None, 0, 1.0)
-    use = ControlUse(control, torch.zeros(3, SIDE, SIDE), start=0.5)
-    sequence = Sequence(toy_task(controls=(use,), steps=4), 0, Ear(1), Submission(1))
-    found: list[tuple[int, ...]] = []
+def test_a_controlnet_or_an_image_prompt_that_begins_to_act_changes_the_network() -> None:
+    steering = ControlUse(Control("", None, 0, 1.0), torch.zeros(3, SIDE, SIDE), start=0.5)
+    shown = ImagePromptUse(UNLOADED, torch.zeros(3, 8, 8), 0, end=0.25)
+    task = toy_task(controls=(steering,), image_prompts=(shown,), steps=4)
+    sequence = Sequence(task, 0, Ear(1), Submission(1))
+    found: list[tuple[tuple[int, ...], ...]] = []
     for stage in range(4):
         sequence.stage = stage
-        found.append(sequence.inside[1])
-    assert found == [(), (), (0,), (0,)]
+        found.append(sequence.inside)
+    assert found == [((), (), (0,)), ((), (), ()), ((), (0,), ()), ((), (0,), ())]
 
 
 def test_a_stage_that_is_skipped_takes_no_tick_and_no_row(of_toys: Engine, toy: Timed) -> None:

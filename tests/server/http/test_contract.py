@@ -90,6 +90,7 @@ LEFT_OUT: Final = (
     "size",
     "adapters",
     "controls",
+    "image_prompts",
     "override_settings",
     "infotext",
     "webhook",

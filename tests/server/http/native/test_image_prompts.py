@@ -1,0 +1,82 @@
+"""Image prompts over HTTP: listed, named by requests, and what is wrong with their pictures."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.server.conftest import Running
+from tests.server.models.image_prompts.tiny_image_prompts import put_adapter, put_encoder
+
+Generate = Callable[..., httpx2.Response]
+
+
+@pytest.fixture(scope="module")
+def style(running: Running, image_prompts_folder: Path) -> str:
+    [model, *_] = running.app.state.service.ready_shelf().loaded()
+    put_encoder(image_prompts_folder)
+    put_adapter(model.modules()["unet"], image_prompts_folder, "style", 1)
+    return "style"
+
+
+def prompt(seed: int = 1, **fields: Any) -> dict[str, Any]:
+    pixels = np.random.default_rng(seed).integers(0, 256, (40, 56, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    image = base64.b64encode(file.getvalue()).decode()
+    return {"name": "style", "image": image, **fields}
+
+
+def picture_of(answer: httpx2.Response) -> Image.Image:
+    assert answer.status_code == 200, answer.text
+    return Image.open(io.BytesIO(base64.b64decode(answer.json()["images"][0]["b64_json"])))
+
+
+def test_a_picture_beside_the_prompt_changes_the_image_and_is_in_its_text(
+    generate: Generate, style: str
+) -> None:
+    pictures = [
+        picture_of(answer)
+        for answer in (
+            generate(),
+            generate(image_prompts=[prompt()]),
+            generate(image_prompts=[prompt(2)]),
+            generate(image_prompts=[prompt(scale=0)]),
+        )
+    ]
+    plain, prompted, otherwise, off = (picture.tobytes() for picture in pictures)
+    assert len({plain, prompted, otherwise}) == 3
+    assert off == plain
+    text = pictures[1].info
+    assert "IP-Adapter 0:" in text["parameters"]
+    written = {"name": style, "scale": 1.0, "start": 0.0, "end": 1.0}
+    assert json.loads(text["weft"])["image_prompts"] == [written]
+
+
+def test_both_runs_of_hires_are_prompted(generate: Generate, style: str) -> None:
+    hires = {"width": 64, "height": 64, "hires": {"scale": 1.5, "strength": 0.9}}
+    made = {picture_of(generate(**hires, image_prompts=[prompt(k)])).tobytes() for k in (1, 2)}
+    assert len(made) == 2
+
+
+def test_what_is_wrong_with_an_image_prompt_is_said(
+    generate: Generate, client: httpx2.Client, style: str
+) -> None:
+    broken = generate(image_prompts=[prompt(), {"name": style, "image": "aGVsbG8="}])
+    assert (broken.status_code, broken.json()["error"]["param"]) == (422, "image_prompts.1.image")
+    unknown = generate(image_prompts=[prompt(name="../style")])
+    assert unknown.status_code == 422
+    assert unknown.json()["error"]["message"] == (
+        "image_prompts.0.name: '../style' is no IP-Adapter of model 'embedded'; there are: style."
+    )
+    models = {one["name"]: one for one in client.get("/v1/catalog").json()["models"]}
+    assert {"name": style, "tokens": 4} in models["embedded"]["image_prompts"]

@@ -1,0 +1,310 @@
+"""Images with image prompts are those of diffusers' own pipelines with the same IP-Adapters."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Generator
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPAGPipeline
+from PIL import Image
+from torch import Tensor
+
+from guidance.edits import NormalizedAttention
+from server.engine.engine import Engine
+from server.engine.state.noise import start_noise
+from server.engine.task import ImageTask
+from server.models.adapters.adapter import Weighted
+from server.models.hosted import HostedModel
+from server.models.image_prompts.image_prompt import ImagePromptUse
+from server.models.image_prompts.row_image_prompts import RowImagePrompt, RowImagePrompts
+from server.models.loading import load_model
+from tests.server.models import tiny_sd, tiny_sdxl
+from tests.server.models.adapters.low_rank import adapter, changes, merged
+from tests.server.models.alike import assert_among, assert_apart, task_of
+from tests.server.models.image_prompts.tiny_image_prompts import (
+    cross_attention,
+    put_adapter,
+    put_encoder,
+    shelf_of,
+    use,
+)
+from tests.server.models.tiny_sdxl import BASE
+from tests.server.toy_model import run, started
+
+PROMPT = "a large red circle"
+SIZE = WIDTH, HEIGHT = 32, 24
+STEPS = 4
+SHAPE = (4, HEIGHT // 2, WIDTH // 2)
+COSTS = {1: 0.01, 8: 0.04}
+
+
+class Prompted:
+    """A pipeline, its model here, and IP-Adapters of both: two plain ones, and one called plus."""
+
+    def __init__(self, pipeline: Any, folder: Path) -> None:
+        pipeline.save_pretrained(folder / "model")
+        self.pipeline = pipeline
+        self.folder = folder / "adapters"
+        put_adapter(pipeline.unet, self.folder, "plain", 1)
+        put_adapter(pipeline.unet, self.folder, "other", 2)
+        put_adapter(pipeline.unet, self.folder, "plus", 3, tokens=5)
+        put_encoder(self.folder)
+        self.model = load_model(folder / "model", name="tiny", device="cpu", dtype="float32")
+        self.model.image_prompts = shelf_of(self.model, self.folder)
+
+    @torch.inference_mode()
+    def theirs(self, *uses: ImagePromptUse, seed: int = 5, **fields: Any) -> Tensor:
+        """Final latents of their pipeline, from the same x as ours."""
+        pipeline = self.pipeline
+        pipeline.scheduler.set_timesteps(STEPS)
+        sigma = float(pipeline.scheduler.sigmas[0])
+        noise = start_noise(seed, SHAPE)[None]
+        latents = noise * (1 + sigma**2) ** 0.5 / float(pipeline.scheduler.init_noise_sigma)
+        settings = {"guidance_scale": 5.0, "num_inference_steps": STEPS, **fields}
+        settings |= {"height": HEIGHT, "width": WIDTH}
+        with self._loaded(uses):
+            shown = {"ip_adapter_image": [pil(one.picture) for one in uses]} if uses else {}
+            return pipeline(
+                PROMPT,
+                latents=latents,
+                output_type="latent",
+                callback_on_step_end=switching(uses),
+                **shown,
+                **settings,
+            ).images[0]
+
+    @contextmanager
+    def _loaded(self, uses: tuple[ImagePromptUse, ...]) -> Generator[None]:
+        if not uses:
+            yield
+            return
+        files = [f"{one.adapter.name}.safetensors" for one in uses]
+        self.pipeline.load_ip_adapter(
+            str(self.folder), subfolder="", weight_name=files, low_cpu_mem_usage=False
+        )
+        self.pipeline.set_ip_adapter_scale([scale_at(one, 0) for one in uses])
+        yield
+        self.pipeline.unload_ip_adapter()
+
+
+def scale_at(one: ImagePromptUse, step: int) -> float:
+    return one.scale if one.acts(step, STEPS) else 0.0
+
+
+def switching(uses: tuple[ImagePromptUse, ...]) -> Any:
+    def switch(pipeline: Any, step: int, _: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if uses and step + 1 < STEPS:
+            pipeline.set_ip_adapter_scale([scale_at(one, step + 1) for one in uses])
+        return tensors
+
+    return switch
+
+
+def pil(picture: Tensor) -> Image.Image:
+    pixels = ((picture + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    return Image.fromarray(np.ascontiguousarray(pixels))
+
+
+@pytest.fixture(scope="module")
+def prompted(tmp_path_factory: pytest.TempPathFactory) -> Prompted:
+    return Prompted(tiny_sd.make(BASE), tmp_path_factory.mktemp("prompted"))
+
+
+@pytest.fixture(scope="module")
+def model(prompted: Prompted) -> HostedModel:
+    return prompted.model
+
+
+def asked(model: HostedModel, *uses: ImagePromptUse, **fields: Any) -> ImageTask:
+    body: dict[str, Any] = {
+        "prompt": PROMPT,
+        "width": WIDTH,
+        "height": HEIGHT,
+        "steps": STEPS,
+        "seed": 5,
+        "sampler": "euler",
+        "spacing": {"name": "leading", "offset": 1},
+        "guidance": {"name": "cfg", "scale": 5.0},
+        **fields,
+    }
+    return replace(task_of(model, **body), image_prompts=uses)
+
+
+@pytest.mark.parametrize("name", ["plain", "plus"])
+def test_an_image_alone_is_that_of_diffusers(
+    prompted: Prompted, model: HostedModel, engine: Engine, decoded: list[Tensor], name: str
+) -> None:
+    one = use(model, name, 1, scale=0.6)
+    ear = run(engine, [asked(model, one)])
+    assert not ear.errors, ear.errors
+    assert_among(decoded, prompted.theirs(one))
+    assert_apart(decoded[0], prompted.theirs(use(model, name, 2, scale=0.6)))
+    assert_apart(decoded[0], prompted.theirs())
+
+
+def test_images_in_mixed_company_are_those_of_diffusers(
+    prompted: Prompted, model: HostedModel, engine: Engine, decoded: list[Tensor]
+) -> None:
+    """Others' adapters and kinds, none, two pictures at once, a window, one branch and two."""
+    plain, other = use(model, "plain", 1, scale=0.6), use(model, "other", 2)
+    plus, again = use(model, "plus", 3, scale=0.6), use(model, "plain", 4, scale=0.3)
+    early = use(model, "plus", 1, end=0.5)
+    tasks = [
+        asked(model, plain, plus),
+        asked(model, seed=6),
+        asked(model, other, seed=7, guidance="none"),
+        asked(model, early, seed=8, negative_prompt=PROMPT),
+        asked(model, plain, again, seed=9),
+        asked(model, plus, seed=10, sampler="heun", guidance="apg", steps=3),
+    ]
+    ear = run(engine, tasks)
+    assert not ear.errors, ear.errors
+    assert_among(decoded, prompted.theirs(plain, plus))
+    assert_among(decoded, prompted.theirs(seed=6))
+    assert_among(decoded, prompted.theirs(other, seed=7, guidance_scale=1.0))
+    # The negative prompt is told the prompt's text here, and is still shown no picture.
+    assert_among(decoded, prompted.theirs(early, seed=8, negative_prompt=PROMPT))
+    assert_among(decoded, prompted.theirs(plain, again, seed=9))
+    assert_apart(prompted.theirs(early, seed=8), prompted.theirs(replace(early, end=1.0), seed=8))
+
+
+def test_images_of_stable_diffusion_xl_are_those_of_diffusers(tmp_path: Path) -> None:
+    prompted = Prompted(tiny_sdxl.make(BASE), tmp_path)
+    model, seen = prompted.model, list[Tensor]()
+    decode = model.decode
+    model.decode = lambda latents: seen.extend(latents.clone()) or decode(latents)
+    plain, plus = use(model, "plain", 1, scale=0.6), use(model, "plus", 2, scale=0.6)
+    engine = started(model, 16, guessed_costs=COSTS)
+    ear = run(engine, [asked(model, plain), asked(model, plus, seed=6), asked(model, seed=7)])
+    engine.stop(0)
+    assert not ear.errors, ear.errors
+    assert_among(seen, prompted.theirs(plain))
+    assert_among(seen, prompted.theirs(plus, seed=6))
+    assert_among(seen, prompted.theirs(seed=7))
+
+
+@torch.inference_mode()
+def test_rows_without_are_not_moved_by_a_bit_nor_those_of_scale_0(model: HostedModel) -> None:
+    x, t = torch.randn(4, *SHAPE), torch.tensor([900.0, 500.0, 500.0, 100.0])
+    plain = model.inputs([PROMPT, "", "", "a star"], WIDTH, HEIGHT)
+    one = use(model, "plain", 1)
+    attention = model.image_attention
+    assert attention is not None
+    tokens = attention.tokens(one.adapter, one.picture[None])[0]
+    shown = attention.shown(one.adapter, tokens, tokens)
+    rows = ((), (RowImagePrompt(shown.picture, 1.0),), (RowImagePrompt(shown.picture, 0.0),), ())
+    without, with_one = (
+        model.evaluate(x, t, inputs)
+        for inputs in (plain, replace(plain, image_prompts=RowImagePrompts(rows)))
+    )
+    assert torch.equal(without[[0, 2, 3]], with_one[[0, 2, 3]])
+    assert_apart(without[1], with_one[1])
+
+
+def test_an_image_is_bit_identical_alone_and_in_company_where_the_server_is_deterministic(
+    model: HostedModel, decoded: list[Tensor]
+) -> None:
+    plain, plus = use(model, "plain", 1), use(model, "plus", 2, scale=0.5)
+    engine = started(model, 8, deterministic=True, guessed_costs=COSTS)
+    company = [
+        asked(model, seed=6),
+        asked(model, use(model, "plus", 3), seed=7),
+        asked(model, use(model, "plain", 3), plus, plain),
+    ]
+    made: list[list[Tensor]] = []
+    for tasks in (company[2:], company):
+        decoded.clear()
+        ear = run(engine, tasks)
+        assert not ear.errors, ear.errors
+        made.append(list(decoded))
+    engine.stop(0)
+    assert any(torch.equal(made[0][0], one) for one in made[1])
+
+
+def test_a_lora_and_a_perturbation_act_beside_it_as_in_diffusers(
+    prompted: Prompted, model: HostedModel, engine: Engine, decoded: list[Tensor]
+) -> None:
+    """A LoRA of the layers that attend to the picture; the perturbed row is shown it too."""
+    style = adapter("style", {"unet": changes(prompted.pipeline.unet, 4, within="attn2")})
+    adapted = (Weighted(style, 0.7),)
+    unet = merged(prompted.pipeline.unet, "unet", adapted)
+    perturbed = copy(prompted)
+    perturbed.pipeline = StableDiffusionPAGPipeline(
+        **prompted.pipeline.components | {"unet": unet}, requires_safety_checker=False
+    )
+    perturbed.pipeline.set_progress_bar_config(disable=True)
+    one = use(model, "plus", 1, scale=0.6)
+    guidance = {"name": "cfg", "scale": 5.0, "perturbed": [{"name": "pag", "scale": 2.0}]}
+    task = replace(asked(model, one, guidance=guidance), adapters=adapted)
+    ear = run(engine, [task, asked(model, seed=6)])
+    assert not ear.errors, ear.errors
+    assert_among(decoded, perturbed.theirs(one, pag_scale=2.0))
+
+
+@torch.inference_mode()
+def test_normalized_attention_guidance_leads_the_attention_to_the_text_alone(
+    model: HostedModel,
+) -> None:
+    """At the first layer, whose inputs are the same for all rows, effects add up."""
+    x, t = torch.randn(1, *SHAPE).expand(4, -1, -1, -1), torch.full((4,), 500.0)
+    inputs = model.inputs([PROMPT] * 4, WIDTH, HEIGHT)
+    one, attention = use(model, "plain", 1), model.image_attention
+    assert attention is not None
+    tokens = attention.tokens(one.adapter, one.picture[None])[0]
+    shown = RowImagePrompt(attention.shown(one.adapter, tokens, tokens).picture, 1.0)
+    led, unled = (NormalizedAttention(scale=5.0, tau=2.5, alpha=0.5),), ()
+    inputs = replace(
+        inputs,
+        edits=[unled, unled, led, led],
+        against=model.inputs(["a green star"] * 4, WIDTH, HEIGHT).conditioning,
+        image_prompts=RowImagePrompts(((), (shown,), (), (shown,))),
+    )
+    attended: list[Tensor] = []
+    first: Any = cross_attention(model.modules()["unet"])[0]
+    watch = first.to_out[0].register_forward_hook(lambda _, args, __: attended.append(args[0]))
+    model.evaluate(x, t, inputs)
+    watch.remove()
+    # The last time: before, the network attended to what it is led away from.
+    plain, pictured, away, both = attended[-1]
+    torch.testing.assert_close(both - away, pictured - plain, rtol=1e-4, atol=1e-5)
+    assert_apart(away, plain)
+    assert_apart(pictured, plain)
+
+
+def test_a_picture_is_encoded_once_for_all_that_show_it(
+    model: HostedModel, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attention = model.image_attention
+    assert attention is not None
+    encode, seen = attention.tokens, list[int]()
+    monkeypatch.setattr(
+        attention, "tokens", lambda one, batch: seen.append(len(batch)) or encode(one, batch)
+    )
+    twice, other = use(model, "plain", 21), use(model, "plain", 22)
+    tasks = [asked(model, twice, other), asked(model, twice, seed=6)]
+    for _ in range(2):
+        ear = run(engine, tasks)
+        assert not ear.errors, ear.errors
+    assert seen == [2]
+
+
+def test_an_adapter_is_let_go_of_with_the_last_image_that_has_it(
+    model: HostedModel, engine: Engine
+) -> None:
+    passing = use(model, "other", 1)
+    gone = weakref.ref(passing.adapter)
+    run(engine, [asked(model, passing)])
+    run(engine, [asked(model)])
+    del passing
+    model.image_prompts.forget()
+    gc.collect()
+    assert gone() is None
