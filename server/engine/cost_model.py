@@ -48,6 +48,10 @@ STALE_GAIN = 0.3
 OUTLIER = log(1.5)
 """A surprise counts for no more than this."""
 
+MIXING_KEPT = 0.998
+"""Of the logarithm of what mixing costs at each tick of one size, so that half is left after 346:
+what seems too dear is tried again."""
+
 SHAPES_KEPT = 64
 
 FIRST_TICKS = 8
@@ -63,9 +67,16 @@ class TickCost:
     Args:
         samples: seconds by rows, at least one.
         guessed: the samples are another lane's.
+
+    Attributes:
+        mixing: how many times as long a tick takes that has smaller sizes as well, at least 1: it
+            masks what fills up their rows, for which a GPU may have slower kernels, and is never
+            replayed from a recording.
     """
 
     def __init__(self, samples: Mapping[int, float], *, guessed: bool = False) -> None:
+        self.mixing = 1.0
+        self._mixing_seen = 1.0
         rows, seconds = zip(*sorted(samples.items()), strict=True)
         self._seconds = [_on_line(rows, seconds, node) for node in NODES]
         self._guesses_left = FIRST_TICKS if guessed else 0
@@ -100,7 +111,8 @@ class TickCost:
             the cost is a guess, whose error is its own.
         """
         self._ticks += 1
-        surprise = log(max(seconds, 1e-9) / self.seconds(rows))
+        before_s = self.seconds(rows)
+        surprise = log(max(seconds, 1e-9) / before_s)
         level, guessed = LEVEL_GAIN, self._guesses_left > 0
         if guessed:
             self._guesses_left -= 1
@@ -115,7 +127,27 @@ class TickCost:
             self._seen_at[node] += weight * age
         everywhere = exp(level * surprise)
         self.shift(everywhere)
+        # Mixed ticks take what they took, which is less of what those of one size take now.
+        self._mixing_seen **= MIXING_KEPT
+        self.mixing = min(self._mixing_seen, max(1.0, self.mixing * before_s / self.seconds(rows)))
         return 1.0 if guessed else everywhere
+
+    def observe_mixed(self, rows: int, seconds: float) -> float:
+        """Learn from a tick that had smaller sizes as well.
+
+        What it took longer than expected is held for the cost of mixing. If the machine is slower
+        instead, mixing seems not to pay, and the ticks of one size that follow will show it.
+
+        Returns:
+            The factor by which the level of all sizes has moved: less than 1 where the tick took
+            less than one of this size alone.
+        """
+        surprise = log(max(seconds, 1e-9) / (self.mixing * self.seconds(rows)))
+        moved = self.mixing * exp(LEVEL_GAIN * max(-OUTLIER, min(OUTLIER, surprise)))
+        self.mixing = self._mixing_seen = max(1.0, moved)
+        everywhere = min(1.0, moved)
+        self.shift(everywhere)
+        return everywhere
 
     def correct(self, rows: int, seconds: float) -> None:
         """Believe a measurement made apart from the ticks, as where forwards take another way now.

@@ -8,7 +8,7 @@ from heapq import heapify, heappop, heapreplace
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from server.engine.mixed_tick import joining, largest
+from server.engine.mixed_tick import costs_of_tick, joining
 from server.engine.scheduler import Load, fill, in_time, units_of, urgency
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def fair_tick(
     if len(chosen) == len(due):
         others = [i for i in mixable if i in ready and units[i].flow.client in owed]
         chosen += joining(units, chosen, _turn_by_turn(units, others, turns, lanes), lanes)
-        costs = largest(units, chosen, lanes)
+        costs = costs_of_tick(units, chosen, lanes)
         rows = _stretched(sum(units[i].rows for i in chosen), costs)
     room = rows - sum(units[i].rows for i in chosen)
     if room > 0:

@@ -46,20 +46,28 @@ class Forwards:
         graphs: Graphs | None = None,
     ) -> None:
         self.sizes = RowSizes(most)
+        self._mixed_sizes = RowSizes(most)
         self._model = model
         self._shape = shape
         self._cost = cost
         self._graphs = graphs
         self._rehearsal: Rehearsal | None = None
 
-    def size_of(self, rows: int, most: int) -> int:
+    @property
+    def known(self) -> int:
+        """At how many numbers of rows forwards of this size, or with smaller ones, have run."""
+        return len(self.sizes.known) + len(self._mixed_sizes.known)
+
+    def size_of(self, rows: int, most: int, *, mixed: bool = False) -> int:
         """The number of rows that a forward of some rows runs at.
 
         Args:
             rows: that there are.
             most: rows that fit into memory.
+            mixed: whether some of them are of smaller sizes.
         """
-        return self.sizes.of(rows, most, self._cost.seconds)
+        sizes = self._mixed_sizes if mixed else self.sizes
+        return sizes.of(rows, most, self._cost.seconds)
 
     def evaluate(self, x: Tensor, t: Tensor, inputs: RowInputs, most: int) -> Tensor:
         """See ``HostedModel.evaluate``; ``most`` rows fit into memory."""
@@ -73,12 +81,15 @@ class Forwards:
     def evaluate_sizes(
         self, x: Sequence[Tensor], t: Tensor, inputs: RowInputs, most: int
     ) -> list[Tensor]:
-        """See ``HostedModel.evaluate_sizes``: the network's own shapes are those of the largest."""
+        """See ``HostedModel.evaluate_sizes``; of the sizes, this is the largest.
+
+        Its masks make it another forward than one of this size alone, which has to be known, too.
+        """
         rows, last = len(t), len(x[-1])
-        size = self.size_of(rows, most)
+        size = self.size_of(rows, most, mixed=True)
         filled = [*x[:-1], padded(x[-1], last + size - rows)]
         raw = self._model.evaluate_sizes(filled, padded(t, size), inputs.padded(size, fixed=False))
-        self.sizes.note(rows, size, self._cost.seconds)
+        self._mixed_sizes.note(rows, size, self._cost.seconds)
         return [*raw[:-1], raw[-1][:last]]
 
     def wants(self, most: int | None = None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -10,20 +11,26 @@ if TYPE_CHECKING:
 
     from server.engine.scheduler import Candidate, LaneCosts
 
-__all__ = ["joining", "largest"]
+__all__ = ["costs_of_tick", "joining"]
 
 
-def largest(
+def costs_of_tick(
     units: Sequence[Candidate], chosen: Iterable[int], lanes: Mapping[int, LaneCosts]
 ) -> LaneCosts:
     """The costs of a tick: each of its rows costs as much as one of its largest size.
+
+    If there are several sizes, all rows take longer, by what mixing them costs.
 
     Args:
         units: images and groups.
         chosen: indices of those of the tick, at least one.
         lanes: of all of them.
     """
-    return max((lanes[units[i].lane] for i in chosen), key=lambda costs: costs.area)
+    sizes = {units[i].lane for i in chosen}
+    costs = max((lanes[lane] for lane in sizes), key=lambda costs: costs.area)
+    if len(sizes) == 1:
+        return costs
+    return replace(costs, seconds=lambda rows: costs.mixing * costs.seconds(rows))
 
 
 def joining(
@@ -55,7 +62,8 @@ def joining(
     joined: list[int] = []
     for lane, own in waiting.items():
         tick = [*chosen, *joined]
-        before, after = largest(units, tick, lanes), largest(units, [*tick, own[0]], lanes)
+        before = costs_of_tick(units, tick, lanes)
+        after = costs_of_tick(units, [*tick, own[0]], lanes)
         rows = sum(units[i].rows for i in tick)
         in_all = min(sum(units[i].rows for i in own), lanes[lane].most)
         price = lanes[lane].seconds(in_all) / in_all

@@ -90,6 +90,7 @@ class LaneCosts:
         longest_s: that a tick may take, where fewer rows can help it.
         area: cells of a latent; the rows of a forward of several sizes cost those of the largest.
         mixes: equal for lanes of several sizes that can share a forward; None where none can.
+        mixing: how many times as long a forward takes if it has smaller sizes as well.
     """
 
     most: int
@@ -97,6 +98,7 @@ class LaneCosts:
     longest_s: float
     area: int = 0
     mixes: Hashable = None
+    mixing: float = 1.0
 
     def mixes_with(self, other: LaneCosts) -> bool:
         """Whether images of both lanes can share a forward."""

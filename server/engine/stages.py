@@ -113,7 +113,8 @@ class Stages:
         # Where no forward ran, this says nothing of how many rows of one fit.
         if not chosen[0].recalls:
             lane, rows = largest(one.lane for one in chosen), sum(one.rows for one in chosen)
-            filled_up = lane.size_of(rows) > rows
+            mixed = any(one.lane is not lane for one in chosen)
+            filled_up = lane.size_of(rows, mixed=mixed) > rows
             lane.row_cap.overflow(rows)
         # Recordings, or rows that nobody reads, may have taken the room.
         return self._give_back() or filled_up
@@ -130,7 +131,8 @@ class Stages:
         rows = sum(sequence.rows for sequence in chosen)
         work = sum(sequence.work for sequence in chosen)
         widest = largest(lanes)
-        size = fixed_rows or widest.size_of(rows)
+        mixed = len(lanes) > 1
+        size = fixed_rows or widest.size_of(rows, mixed=mixed)
         known = widest.sizes_known
         stage = run_stage(chosen, fixed_rows)
         if chosen[0].recalls:
@@ -144,10 +146,9 @@ class Stages:
         if widest.sizes_known == known:
             # The first forward of a size tells nothing of those after it, and what ControlNets
             # took of this one is no part of others.
-            moved = widest.cost.observe(size, stage.seconds * rows / work)
-            # Sizes that mostly come along follow the machine's pace by larger ones. They do so at
-            # all ticks of these: what is seen at mixed ones alone, which take longer than others,
-            # would add up from one to the next.
+            observe = widest.cost.observe_mixed if mixed else widest.cost.observe
+            moved = observe(size, stage.seconds * rows / work)
+            # Sizes that mostly come along follow the machine's pace by larger ones.
             for lane in self._lanes:
                 if lane.mixes_with(widest) and lane.area < widest.area:
                     lane.cost.shift(moved)

@@ -58,15 +58,22 @@ class Lane:
     @property
     def sizes_known(self) -> int:
         """At how many numbers of rows forwards have run, where they are filled up."""
-        return 0 if self._forwards is None else len(self._forwards.sizes.known)
+        return 0 if self._forwards is None else self._forwards.known
 
     def mixes_with(self, other: Lane) -> bool:
         """Whether images of both lanes can share a forward."""
         return self.mixes is not None and self.mixes == other.mixes
 
-    def size_of(self, rows: int) -> int:
-        """The number of rows that a forward of so many rows runs at, those that fill up counted."""
-        return rows if self._forwards is None else self._forwards.size_of(rows, self.row_cap.rows)
+    def size_of(self, rows: int, *, mixed: bool = False) -> int:
+        """The number of rows that a forward of so many rows runs at, those that fill up counted.
+
+        Args:
+            rows: that there are.
+            mixed: whether some of them are of smaller sizes.
+        """
+        if self._forwards is None:
+            return rows
+        return self._forwards.size_of(rows, self.row_cap.rows, mixed=mixed)
 
     def evaluate(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
         """See ``HostedModel.evaluate``."""

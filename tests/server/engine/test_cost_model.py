@@ -195,6 +195,40 @@ def test_a_machine_that_becomes_busy_raises_the_cost_of_all_sizes():
     assert all(cost.seconds(rows) > 1.8 * before[rows] for rows in NODES)
 
 
+def test_what_mixing_sizes_costs_is_learnt_in_a_few_ticks_and_slowly_forgotten():
+    cost = TickCost({1: 0.02, 128: 0.02})
+    for _ in range(12):
+        assert cost.observe_mixed(8, 0.03) == 1
+    assert cost.mixing == pytest.approx(1.5, rel=0.02)
+    cost.observe_mixed(8, 20.0)
+    assert cost.mixing < 1.8, "one stall of the machine is no cost of mixing"
+    assert cost.seconds(8) == pytest.approx(0.02)
+    for _ in range(1000):
+        cost.observe(8, 0.02)
+    assert 1 < cost.mixing < 1.1
+
+
+def test_a_busy_machine_is_no_cost_of_mixing_once_ticks_of_one_size_show_it():
+    cost = TickCost({1: 0.02, 128: 0.02})
+    for _ in range(20):
+        cost.observe_mixed(8, 0.024)
+    for _ in range(20):
+        cost.observe_mixed(8, 0.048)
+    assert cost.mixing == pytest.approx(2.4, rel=0.02)
+    for _ in range(20):
+        cost.observe(8, 0.04)
+    assert cost.mixing == pytest.approx(1.2, rel=0.05)
+    assert cost.seconds(8) == pytest.approx(0.04, rel=0.02)
+
+
+def test_a_machine_that_is_free_again_shows_in_mixed_ticks_alone():
+    cost = TickCost({1: 0.04, 128: 0.04})
+    moved = [cost.observe_mixed(8, 0.02) for _ in range(30)]
+    assert cost.seconds(8) == pytest.approx(0.02, rel=0.02)
+    assert moved[0] < 1
+    assert cost.mixing == 1
+
+
 def test_one_slow_tick_moves_the_cost_little():
     cost = TickCost({1: 0.02, 128: 1.0})
     before = cost.seconds(16)

@@ -34,7 +34,7 @@ from tests.server.toy_model import Ear, Neighbourly, run, started
 
 SIZES = {"small": (32, 32), "wide": (48, 32), "large": (64, 64)}
 STEPS = 6
-OBSERVE, SHIFT = TickCost.observe, TickCost.shift
+OBSERVE, OBSERVE_MIXED, SHIFT = TickCost.observe, TickCost.observe_mixed, TickCost.shift
 
 
 class Mixing(Neighbourly):
@@ -94,7 +94,8 @@ def shared(model: Mixing) -> Iterator[Engine]:
 @pytest.fixture(autouse=True)
 def _steady_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     """What ticks take on a busy machine must not decide which images share them."""
-    monkeypatch.setattr("server.engine.cost_model.TickCost.observe", lambda *_: 1.0)
+    for observe in ("observe", "observe_mixed"):
+        monkeypatch.setattr(f"server.engine.cost_model.TickCost.{observe}", lambda *_: 1.0)
     monkeypatch.setattr("server.engine.cost_model.TickCost.shift", lambda *_: None)
 
 
@@ -263,7 +264,7 @@ def test_each_client_pays_for_a_mixed_tick_by_the_area_of_its_rows(
     assert len(mixed) >= STEPS - 1
 
 
-def test_a_mixed_tick_teaches_the_cost_of_its_largest_size_and_tells_the_others_of_the_machine(
+def test_a_mixed_tick_teaches_what_mixing_costs_its_largest_size_and_tells_others_of_the_machine(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taught: dict[TickCost, list[tuple[int, float]]] = {}
@@ -276,12 +277,39 @@ def test_a_mixed_tick_teaches_the_cost_of_its_largest_size_and_tells_the_others_
     def shift(cost: TickCost, factor: float) -> None:
         told.setdefault(cost, []).append(factor)
 
-    monkeypatch.setattr(TickCost, "observe", observe)
+    monkeypatch.setattr(TickCost, "observe_mixed", observe)
     monkeypatch.setattr(TickCost, "shift", shift)
     pixels(run(engine, [of(size, CFG()) for size in SIZES]))
     [ticks] = taught.values()
     assert [rows for rows, _ in ticks] == [2 * len(SIZES)] * STEPS
     assert list(told.values()) == [[1.25] * STEPS] * (len(SIZES) - 1)
+
+
+def test_sizes_no_longer_share_ticks_once_these_have_shown_that_it_saves_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def timed(chosen: list[Any], fixed_rows: int | None) -> Stage:
+        """Takes 0.02 s, or three times as long where sizes are mixed."""
+        stage = run_stage(chosen, fixed_rows)
+        return replace(stage, seconds=0.02 if len(stage.outcomes) == 1 else 0.06)
+
+    monkeypatch.setattr(TickCost, "observe", OBSERVE)
+    monkeypatch.setattr(TickCost, "observe_mixed", OBSERVE_MIXED)
+    monkeypatch.setattr(TickCost, "shift", SHIFT)
+    monkeypatch.setattr("server.engine.stages.run_stage", timed)
+    model = Mixing()
+    engine = started(model, 24, guessed_costs={1: 0.02, 128: 0.02})
+    sizes = [of("small", CFG(), steps=20), of("large", CFG(), steps=20)]
+    for one in sizes:
+        # No guesses are left.
+        pixels(run(engine, [one]))
+    pixels(run(engine, sizes))
+    assert {(4, 4), (8, 8)} in [forward.keys() for forward in model.forwards]
+    model.forwards.clear()
+    pixels(run(engine, sizes))
+    engine.stop(0)
+    mixed = [forward for forward in model.forwards if len(forward) > 1]
+    assert len(mixed) <= 1
 
 
 def test_what_mixed_ticks_take_longer_does_not_add_up_in_the_cost_of_the_small(
@@ -293,6 +321,7 @@ def test_what_mixed_ticks_take_longer_does_not_add_up_in_the_cost_of_the_small(
         return replace(stage, seconds=0.01 * (1 + min(2, len(stage.outcomes))))
 
     monkeypatch.setattr(TickCost, "observe", OBSERVE)
+    monkeypatch.setattr(TickCost, "observe_mixed", OBSERVE_MIXED)
     monkeypatch.setattr(TickCost, "shift", SHIFT)
     monkeypatch.setattr("server.engine.stages.run_stage", timed)
     model = Mixing()

@@ -35,6 +35,11 @@ def launches(_: int) -> float:
     return 1.0
 
 
+def launches_alike(_: int) -> float:
+    """The same, whatever the size."""
+    return 1.0
+
+
 def arithmetic(rows: int) -> float:
     """Each row takes its own time: a full device."""
     return float(rows)
@@ -45,14 +50,14 @@ def until_full(rows: int) -> float:
     return max(1.0, rows / 8)
 
 
-def lanes_of(curve: Curve, longest_s: float = 100.0) -> dict[int, LaneCosts]:
+def lanes_of(curve: Curve, longest_s: float = 100.0, mixing: float = 1.0) -> dict[int, LaneCosts]:
     """Costs in proportion to the area."""
 
     def of(area: int) -> Curve:
         return lambda rows: curve(rows) * area / AREAS[SMALL]
 
     return {
-        lane: LaneCosts(MOST, of(area), longest_s, area, lane == OTHER_MODEL)
+        lane: LaneCosts(MOST, of(area), longest_s, area, lane == OTHER_MODEL, mixing)
         for lane, area in AREAS.items()
     }
 
@@ -72,6 +77,14 @@ def test_sizes_share_a_forward_that_would_take_its_time_anyway(lead: int) -> Non
 @pytest.mark.parametrize("lead", [SMALL, LARGE])
 def test_sizes_stay_apart_where_filling_up_the_smaller_costs_more_than_a_forward(lead: int) -> None:
     assert join(4, 4, arithmetic, lead=lead) == 0
+
+
+@pytest.mark.parametrize(("mixing", "join_it"), [(1.5, 4), (2.1, 0)])
+def test_sizes_share_a_forward_only_where_that_saves_more_than_mixing_costs(
+    mixing: float, join_it: int
+) -> None:
+    """Twice the time of a forward is that of two."""
+    assert join(4, 4, launches_alike, lead=SMALL, mixing=mixing) == join_it
 
 
 def test_as_many_join_as_save_most() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from threading import Event
 from time import monotonic
 
@@ -123,6 +123,26 @@ def test_rows_that_fill_up_change_nothing_inside_the_network():
     assert model.given.edits == [*edits, ()]
     assert model.given.adapters == RowAdapters((*((ink,),) * 5, ()))
     assert torch.equal(raw, Toy().evaluate(x, t, inputs))
+
+
+def test_a_forward_of_several_sizes_makes_none_of_its_largest_size_known():
+    """It has masks, and with them kernels of its own: a plain one would still be the first."""
+
+    class Mixing(Toy):
+        def evaluate_sizes(self, x: Sequence[Tensor], t: Tensor, inputs: RowInputs) -> list[Tensor]:
+            return list(x)
+
+    model = Mixing()
+    forwards = Forwards(model, SHAPE, TickCost({1: 0.01}), 16)
+    told = model.stack(model.encode_prompts(["a star"] * 5, SIDE, SIDE))
+    x = [torch.randn(2, 4, 2, 2), torch.randn(3, *SHAPE)]
+    raw = forwards.evaluate_sizes(x, torch.zeros(5), RowInputs(told), most=16)
+    assert [len(part) for part in raw] == [2, 3]
+    assert forwards.sizes.known == ()
+    assert forwards.known == 1
+    forwards.sizes.note(12, 12, lambda _: 0.01)
+    assert forwards.size_of(5, 16, mixed=True) == 6
+    assert forwards.size_of(5, 16) == 12
 
 
 def test_what_has_no_room_is_tried_once_and_the_server_goes_on(begin):
