@@ -14,7 +14,6 @@ import shutil
 from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any, Final
 
 from safetensors import SafetensorError
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from server.errors import ModelMismatch
 from server.models.folder import INDEX, stamp_of
+from server.models.unfinished import unfinished
 from server.models.weight_files import NETWORK, TEXT_ENCODER
 
 if TYPE_CHECKING:
@@ -86,13 +86,9 @@ def converted(
     if tell is not None:
         tell()
     cache.mkdir(parents=True, exist_ok=True)
-    made = Path(mkdtemp(dir=cache, prefix=f"{file.stem}-unfinished-"))
-    try:
+    with unfinished(cache) as made:
         _convert(file, made, templates or Path(str(files("server.models") / "single_file")))
         _put(made, folder)
-    except BaseException:
-        shutil.rmtree(made, ignore_errors=True)
-        raise
     return folder
 
 
