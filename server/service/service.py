@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -62,6 +62,8 @@ from server.service.waiting_line import WaitingLine
 from server.settings import Limits
 
 __all__ = ["Picture", "Pictures", "Service"]
+
+Result = TypeVar("Result")
 
 PLANS_KEPT_BYTES = 512 * 2**20
 """An elementwise plan of dpm_solver_v3 in 25 steps at 1024 x 1024 pixels has up to 367 MB."""
@@ -384,9 +386,10 @@ class Service:
             generation: that was admitted.
             pixels: uint8 `[H, W, 3]` of each image by its index.
         """
+        model = self._leases[generation].model
         encoded = await asyncio.gather(
             *(
-                asyncio.to_thread(self._encode, generation, index, pixels[index])
+                asyncio.to_thread(_encoded, generation, model, index, pixels[index])
                 for index in sorted(pixels)
             )
         )
@@ -426,12 +429,28 @@ class Service:
             await asyncio.to_thread(_claim, engine, room, request, prepared[0], model)
             uploads = await self._uploads(request, prepared[0], model, image)
             loop = asyncio.get_running_loop()
-            ready = await asyncio.to_thread(_weights_loaded, prepared[0].request, model)
             submit = partial(self._submit, generation, *prepared, model, uploads, room, loop)
-            await loop.run_in_executor(None if ready else self._weights, submit)
+            await self.with_weights(prepared[0].request, model, submit)
             if prepared[0].second is not None:
                 # The second run gives its room back by itself.
                 held.pop_all()
+
+    async def with_weights(
+        self, request: ResolvedRequest, model: HostedModel, work: Callable[[], Result]
+    ) -> Result:
+        """Do work that loads the adapters and ControlNets of a request, in a thread.
+
+        Where some are not in memory, it is the thread in which all weights are loaded, so that no
+        other work waits for it.
+
+        Args:
+            request: that names them.
+            model: that has them.
+            work: what needs them.
+        """
+        ready = await asyncio.to_thread(_weights_loaded, request, model)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(None if ready else self._weights, work)
 
     async def _lent(
         self, shelf: ModelShelf, generation: Generation, name: str | None
@@ -595,19 +614,22 @@ class Service:
         with upload.opened() as text:
             return await self.decoding.picture(text, field, target)
 
-    def _encode(self, generation: Generation, index: int, pixels: NDArray[np.uint8]) -> Picture:
-        request = generation.request
-        single = alone(request, index)
-        # An image of a group cannot be made without the others.
-        written = request if is_group(request.guidance) else single
-        text = infotext(
-            written,
-            model_revision=generation.model_revision,
-            statistics=generation.statistics,
-            version=VERSION,
-        )
-        description = ImageText(text, written.settings())
-        return Picture(encode(pixels, request.output_format, description), single.seed, text)
+
+def _encoded(
+    generation: Generation, model: HostedModel, index: int, pixels: NDArray[np.uint8]
+) -> Picture:
+    request = generation.request
+    single = alone(request, index)
+    # An image of a group cannot be made without the others.
+    written = request if is_group(request.guidance) else single
+    text = infotext(
+        written,
+        model_revision=generation.model_revision,
+        statistics=generation.statistics,
+        version=VERSION,
+    )
+    description = ImageText(text, written.settings())
+    return Picture(encode(pixels, request.output_format, description), single.seed, text)
 
 
 def _target(resolved: ResolvedRequest) -> Target:

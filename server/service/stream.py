@@ -8,6 +8,7 @@ import logging
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
@@ -169,7 +170,9 @@ class StreamSession:
         self._service.ready_engine()
         lease = await self._service.ready_shelf().lend(settings.model)
         try:
-            current = await asyncio.to_thread(self._prepare, settings, lease)
+            prepared = await asyncio.to_thread(self._prepare, settings, lease.model)
+            load = partial(self._loaded, settings, prepared, lease)
+            current = await self._service.with_weights(prepared.request, lease.model, load)
             async with self._changing:
                 self._adopt(current)
                 # One seed for all of the stream, also where it was chosen here.
@@ -261,9 +264,8 @@ class StreamSession:
         finished = sum(frame.done for frame in self._under_way)
         return finished + (self._sending is not None) >= OUTGOING
 
-    def _prepare(self, settings: StreamSettings, lease: Lease) -> Current:
+    def _prepare(self, settings: StreamSettings, model: HostedModel) -> Prepared:
         """Check and plan settings, in a thread of its own."""
-        model = lease.model
         from_frames = settings.source == "frames"
         if not from_frames and settings.strength is not None:
             raise InvalidRequest(
@@ -284,11 +286,15 @@ class StreamSession:
             alone = prepared.request.model_copy(update={"prompt": one.text})
             check_limits(alone, self._limits)
             check_tokens(alone, model)
-        in_flight = self._most_in_flight(settings, prepared)
         # What is incompatible with a blend says so now, and not with each frame.
         blended = settings.transition_frames > 0 or isinstance(settings.told, Blend)
         blend = Blend(((settings.told, 1.0),)) if blended else None
         tasks_of(prepared, model, blend=blend, adapters=(), embeddings=())
+        return prepared
+
+    def _loaded(self, settings: StreamSettings, prepared: Prepared, lease: Lease) -> Current:
+        """The settings with the weights that they name, in the thread that may wait for these."""
+        in_flight, model = self._most_in_flight(settings, prepared), lease.model
         adapters = load_adapters(prepared.request.adapters, model)
         texts = [text for _, text in texts_of(prepared.request, model)]
         texts += [one.text for one in settings.prompt[1:]]

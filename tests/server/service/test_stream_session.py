@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
+import threading
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from embedded import MODEL_FOLDER
+from server.models.adapters.adapter import Adapter
+from server.models.adapters.shelf import AdapterShelf
 from server.service.stream import FailedFrame, StreamSession
 from server.service.streams import Streams
 from server.settings import Settings
 from tests.server.conftest import Running
 from tests.server.stream_client import SMALL
+
+ADAPTER = MODEL_FOLDER / "weft/adapters/embedded-lcm-lora.safetensors"
 
 
 def test_no_frame_is_made_from_the_prompt_after_a_change_to_input_frames(
@@ -43,6 +51,31 @@ def test_no_frame_is_made_from_the_prompt_after_a_change_to_input_frames(
     changing = asyncio.Event()
     monkeypatch.setattr(StreamSession, "_begin", submit_and_start)
     asyncio.run(change_while_a_frame_is_taken_in())
+    running.settle()
+
+
+def test_adapters_of_a_stream_are_loaded_where_no_other_request_waits_for_them(
+    running: Running, adapters_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(ADAPTER, adapters_folder / "of-a-stream.safetensors")
+    threads: list[str] = []
+    load = AdapterShelf.load
+
+    def noted(shelf: AdapterShelf, name: str) -> Adapter:
+        threads.append(threading.current_thread().name)
+        return load(shelf, name)
+
+    async def change() -> None:
+        streams = Streams(running.app.state.service, Settings())
+        session = streams.open()
+        try:
+            await session.change(SMALL | {"source": "text", "adapters": ["of-a-stream"]})
+        finally:
+            streams.close(session)
+
+    monkeypatch.setattr(AdapterShelf, "load", noted)
+    asyncio.run(change())
+    assert [name.partition("_")[0] for name in threads] == ["weft-weights"]
     running.settle()
 
 
