@@ -21,7 +21,13 @@ _FIELD = re.compile(rf"(negative\s+prompt|(?:\A|(?<={_BREAK}))\s*steps):", re.IG
 
 
 def infotext(
-    settings: ResolvedRequest, *, model_revision: str, version: str, statistics: str | None = None
+    settings: ResolvedRequest,
+    *,
+    model_revision: str,
+    version: str,
+    statistics: str | None = None,
+    dtype: str = "float32",
+    quantization: str = "none",
 ) -> str:
     """The text for one image.
 
@@ -30,6 +36,8 @@ def infotext(
         model_revision: hash of the model's weights, hexadecimal.
         version: of this program.
         statistics: guidance whose model statistics the sampler was planned with, if any.
+        dtype: that the model computes in; written unless it is float32.
+        quantization: of the model's weights; written if there is one.
     """
     guidance, hires = settings.guidance, settings.hires
     strength = settings.strength if hires is None else hires.strength
@@ -42,6 +50,8 @@ def infotext(
         "Size": f"{settings.width}x{settings.height}",
         "Model hash": model_revision[:10],
         "Model": settings.model,
+        "Dtype": None if dtype == "float32" else dtype,
+        "Quantization": None if quantization == "none" else quantization,
         "Clip skip": settings.clip_skip if (settings.clip_skip or 1) > 1 else None,
         **_start_noise(settings),
         "Denoising strength": None if strength is None else f"{strength:g}",

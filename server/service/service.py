@@ -627,6 +627,8 @@ def _encoded(
         model_revision=generation.model_revision,
         statistics=generation.statistics,
         version=VERSION,
+        dtype=str(model.dtype).removeprefix("torch."),
+        quantization=model.placement.quantization,
     )
     description = ImageText(text, written.settings())
     return Picture(encode(pixels, request.output_format, description), single.seed, text)

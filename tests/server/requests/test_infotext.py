@@ -6,25 +6,26 @@ import pytest
 from server.requests.infotext import infotext
 from server.requests.schema import ResolvedRequest
 
+SETTINGS: dict[str, Any] = {
+    "prompt": "a red circle",
+    "negative_prompt": "",
+    "model": "embedded",
+    "width": 128,
+    "height": 64,
+    "steps": 20,
+    "seed": 42,
+    "n": 1,
+    "sampler": "ddim",
+    "spacing": "trailing",
+    "guidance": "none",
+    "strength": None,
+    "output_format": "png",
+    "stream": False,
+}
+
 
 def text_of(statistics: str | None = None, **fields: Any) -> str:
-    settings = {
-        "prompt": "a red circle",
-        "negative_prompt": "",
-        "model": "embedded",
-        "width": 128,
-        "height": 64,
-        "steps": 20,
-        "seed": 42,
-        "n": 1,
-        "sampler": "ddim",
-        "spacing": "trailing",
-        "guidance": "none",
-        "strength": None,
-        "output_format": "png",
-        "stream": False,
-    }
-    resolved = ResolvedRequest.model_validate(settings | fields)
+    resolved = ResolvedRequest.model_validate(SETTINGS | fields)
     return infotext(
         resolved, model_revision="0123456789abcdef", version="weft 1", statistics=statistics
     )
@@ -43,6 +44,15 @@ def test_the_lines_are_prompt_negative_and_settings() -> None:
 def test_clip_skip_is_written_as_there_unless_it_is_the_last_layer() -> None:
     assert "Model: embedded, Clip skip: 2, " in text_of(clip_skip=2)
     assert "Clip skip" not in text_of(clip_skip=1)
+
+
+def test_what_else_than_float32_a_model_computes_in_is_written() -> None:
+    resolved = ResolvedRequest.model_validate(SETTINGS)
+    text = infotext(
+        resolved, model_revision="0", version="1", dtype="bfloat16", quantization="int8"
+    )
+    assert "Model: embedded, Dtype: bfloat16, Quantization: int8, " in text
+    assert "Dtype" not in text_of()
 
 
 def test_every_part_of_guidance_is_written() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+import torch
+
 from server.http.native.answers import completed, queued
 from server.models.conventions import defaults_by
 from server.requests.schema import GenerateRequest
@@ -50,4 +52,25 @@ def test_the_answer_and_the_first_event_say_what_was_chosen() -> None:
         )
         assert asyncio.run(notes(GenerateRequest(prompt="a", steps=2))) == ([said], [said])
     finally:
+        engine.stop(0)
+
+
+def test_the_type_that_the_model_computes_in_is_in_the_text_of_its_images() -> None:
+    model = Toy()
+    engine = started(model, 4)
+    model.dtype = torch.bfloat16
+    service = Service(Limits())
+    service.open(engine, {"toy": model})
+
+    async def text() -> str:
+        generation = await service.admit(GenerateRequest(prompt="a", steps=2), "it")
+        try:
+            return (await service.pictures(generation)).pictures[0].text
+        finally:
+            service.release(generation)
+
+    try:
+        assert "Dtype: bfloat16" in asyncio.run(text())
+    finally:
+        service.close()
         engine.stop(0)
