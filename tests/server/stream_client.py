@@ -14,7 +14,15 @@ from PIL import Image
 from websockets.sync.client import ClientConnection, connect
 
 PATIENCE_S = 60
-SMALL = {"prompt": "a red circle", "steps": 2, "seed": 5, "output_format": "png", "max_fps": 1000}
+SMALL = {
+    "prompt": "a red circle",
+    "steps": 2,
+    "seed": 5,
+    "width": 64,
+    "height": 64,
+    "output_format": "png",
+    "max_fps": 1000,
+}
 """Settings of a stream whose frames are cheap and can be compared to the bit."""
 
 

@@ -28,6 +28,9 @@ from tests.server.stream_client import PATIENCE_S, SMALL, StreamClient, file_of,
 
 Unloaded = Callable[..., TestClient]
 
+LARGE = SMALL | {"source": "text", "seed_step": 1, "steps": 1, "width": 128, "height": 128}
+"""A stream of images of which few fill a connection."""
+
 
 @pytest.fixture
 def speaker(running: Running) -> Iterator[StreamClient]:
@@ -201,7 +204,7 @@ def test_a_client_that_does_not_read_costs_nothing_and_is_cut_off(
     images = running.app.state.service.engine.measurements
     before = images.images
     with opened(running.url, max_queue=1, sock=narrow(running)) as client:
-        client.tell(json.dumps(SMALL | {"source": "text", "seed_step": 1, "steps": 1}))
+        client.tell(json.dumps(LARGE))
         running.wait(lambda: len(running.app.state.streams) == 0)
         running.settle()
         made = images.images
@@ -242,7 +245,7 @@ def test_a_client_that_vanishes_while_messages_wait_for_it_is_no_error_of_the_se
     running: Running, caplog: pytest.LogCaptureFixture
 ) -> None:
     with opened(running.url, max_queue=1, sock=narrow(running)) as client:
-        client.tell(json.dumps(SMALL | {"source": "text", "seed_step": 1, "steps": 1}))
+        client.tell(json.dumps(LARGE))
         running.wait(lambda: running.app.state.streams.sessions)
         [session] = running.app.state.streams.sessions
         running.wait(lambda: session.full and not session.statistics()["in_flight"])
@@ -308,7 +311,7 @@ def test_a_client_that_does_not_read_does_not_hold_the_stop_up(
     leaving = asyncio.Event()
     monkeypatch.setattr(running.app.state.service, "leaving", leaving)
     with opened(running.url, max_queue=1, sock=narrow(running)) as client:
-        client.tell(json.dumps(SMALL | {"source": "text", "seed_step": 1, "steps": 1}))
+        client.tell(json.dumps(LARGE))
         running.wait(lambda: running.app.state.streams.sessions)
         [session] = running.app.state.streams.sessions
         running.wait(lambda: session.full and not session.statistics()["in_flight"])

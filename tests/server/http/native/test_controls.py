@@ -95,6 +95,8 @@ def test_a_second_run_reads_the_picture_of_a_control_at_its_own_size(
     second = generate(
         image=encoded(first.resize((96, 96), Image.Resampling.LANCZOS)),
         strength=1,
+        width=96,
+        height=96,
         controls=[steered],
     )
     made, expected = (Image.open(io.BytesIO(file_of(answer))) for answer in (both, second))

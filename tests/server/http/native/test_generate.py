@@ -23,7 +23,8 @@ from tests.server.conftest import MAX_IMAGES
 Generate = Callable[..., httpx2.Response]
 
 PARTICLES = {"name": "cfg", "particles": "fkc"}
-SMALL = {"width": 64, "height": 64}
+OF_ITS_OWN: dict[str, Any] = {"width": None, "height": None}
+"""A size that the request leaves to the server."""
 WHITE = np.full((128, 128, 3), 255, np.uint8)
 
 
@@ -103,7 +104,8 @@ def test_statistics_of_the_model_need_no_guidance_to_be_named(generate: Generate
 
 
 def test_the_default_is_25_steps(client: httpx2.Client) -> None:
-    answer = client.post("/v1/generate", json={"prompt": "a red circle"}).json()
+    body = {"prompt": "a red circle", "width": 64, "height": 64}
+    answer = client.post("/v1/generate", json=body).json()
     assert answer["settings"]["steps"] == 25
     assert answer["evaluations"]["spent"] == 50
 
@@ -155,9 +157,7 @@ def posted_back(client: httpx2.Client, generate: Generate) -> dict[str, Exchange
         # Exact statistics are those of plain guidance alone.
         nearest = {"statistics": "nearest"} if sampler == "dpm_solver_v3" else {}
         wanted = {"name": sampler} | nearest
-        first = generate(
-            sampler=wanted, guidance=guidance, n=2, negative_prompt="a square", **SMALL
-        )
+        first = generate(sampler=wanted, guidance=guidance, n=2, negative_prompt="a square")
         return first, client.post("/v1/generate", json=first.json().get("settings"))
 
     with ThreadPoolExecutor(MAX_IMAGES // 2) as pool:
@@ -182,7 +182,7 @@ SPACED_AND_GUIDED = covering(product(NAMED_SPACINGS, map(name_of, RULES)), tuple
 @pytest.fixture(scope="module")
 def spaced_and_guided(generate: Generate) -> dict[tuple[str, str], httpx2.Response]:
     def answer(cell: tuple[str, str]) -> httpx2.Response:
-        return generate(spacing=cell[0], guidance=cell[1], **SMALL)
+        return generate(spacing=cell[0], guidance=cell[1])
 
     with ThreadPoolExecutor(MAX_IMAGES) as pool:
         return dict(zip(SPACED_AND_GUIDED, pool.map(answer, SPACED_AND_GUIDED), strict=True))
@@ -257,7 +257,7 @@ def test_a_png_tells_others_of_its_settings(generate: Generate) -> None:
         "Schedule type": "Karras",
         "CFG scale": "4",
         "Seed": "5",
-        "Size": "128x128",
+        "Size": "64x64",
         "Model": "embedded",
         "Guidance": "apg",
         "Guidance policy": "always",
@@ -269,7 +269,7 @@ def test_accept_chooses_bytes(generate: Generate, name: str) -> None:
     media = f"image/{name}"
     answer = generate(headers={"accept": media}, seed=None)
     assert answer.headers["content-type"] == media
-    assert pixels_of(answer.content).shape == (128, 128, 3)
+    assert pixels_of(answer.content).shape == (64, 64, 3)
     seed = int(answer.headers["x-seed"])
     assert file_of(generate(seed=seed, output_format=name)) == answer.content
 
@@ -318,14 +318,19 @@ def test_strength_defaults_to_three_quarters_and_to_all_under_a_mask(generate: G
 def test_inpainting_repaints_the_white_part_alone(generate: Generate) -> None:
     mask = np.zeros((128, 128), np.uint8)
     mask[:, 64:] = 255
-    painted = pixels_of(file_of(generate(image=b64_png(WHITE), mask=b64_png(mask), steps=4)))
+    uploads = {"image": b64_png(WHITE), "mask": b64_png(mask)}
+    painted = pixels_of(file_of(generate(**uploads, **OF_ITS_OWN, steps=4)))
     assert (painted[:, :64] == WHITE[:, :64]).all()
     assert np.abs(painted[:, 64:].astype(float) - WHITE[:, 64:]).mean() > 10
 
 
 def test_pictures_keep_away_from_one_that_was_sent(generate: Generate) -> None:
     picture = np.random.default_rng(0).integers(0, 256, (100, 50, 3), np.uint8)
-    fields = {"guidance": {"name": "cfg", "negtome": {"stop": 0.5, "strength": 3}}, "steps": 4}
+    fields: dict[str, Any] = {
+        "guidance": {"name": "cfg", "negtome": {"stop": 0.5, "strength": 3}},
+        "steps": 4,
+        **OF_ITS_OWN,
+    }
     answer = generate(reference=b64_png(picture), n=2, **fields)
     assert pixels_of(file_of(answer)).shape == (128, 128, 3)
     assert answer.json()["settings"]["guidance"]["negtome"]["away_from"] == "reference"
@@ -338,7 +343,7 @@ def test_pictures_keep_away_from_one_that_was_sent(generate: Generate) -> None:
 
 
 def test_the_size_of_a_picture_is_the_default_size(generate: Generate) -> None:
-    answer = generate(image=b64_png(WHITE[:96]))
+    answer = generate(image=b64_png(WHITE[:96]), **OF_ITS_OWN)
     assert (answer.json()["settings"]["width"], answer.json()["settings"]["height"]) == (128, 96)
     assert pixels_of(file_of(answer)).shape == (96, 128, 3)
     resized = generate(image=b64_png(WHITE[:50]), width=64, height=64)
@@ -347,7 +352,8 @@ def test_the_size_of_a_picture_is_the_default_size(generate: Generate) -> None:
 
 def test_an_upload_of_any_size_is_drawn(generate: Generate) -> None:
     """One that the model cannot draw is brought to one that it can."""
-    settings = generate(image=b64_png(WHITE[:103, :75]), steps=2).json()["settings"]
+    answer = generate(image=b64_png(WHITE[:103, :75]), **OF_ITS_OWN)
+    settings = answer.json()["settings"]
     assert (settings["width"], settings["height"]) == (64, 96)
     assert settings["resize_mode"] == "stretch"
 
@@ -375,7 +381,7 @@ def test_settings_of_a_file_post_back_with_its_uploads(
     mask[:, 64:] = 255
     picture = {"image": b64_png(WHITE[:70]), "resize_mode": "fill"}
     fields = {"sampler": "er_sde", "spacing": "beta57", "cfg_scale": 3, "steps": 2, "n": 2}
-    for uploads in (picture, picture | {"mask": b64_png(mask), "width": 128, "height": 128}):
+    for uploads in (picture | OF_ITS_OWN, picture | {"mask": b64_png(mask)}):
         first = file_of(generate(**fields, **uploads), 1)
         settings = json.loads(settings_text(first))
         again = {name: data for name, data in uploads.items() if name in ("image", "mask")}
