@@ -124,7 +124,8 @@ def test_the_page_as_it_opens_is_a_request_that_leaves_all_out(
     shown = tab.run(
         "form.seed.value = 5; await press(); return [form.prompt.value, await pictures()]"
     )
-    [picture] = generate(prompt=shown[0]).json()["images"]
+    answer = generate(prompt=shown[0], width=None, height=None)
+    [picture] = answer.json()["images"]
     assert shown[1] == [picture["b64_json"]]
 
 
