@@ -7,7 +7,7 @@ import gc
 from collections.abc import Generator
 from contextlib import contextmanager
 
-__all__ = ["collection_paused", "kept_for_good", "return_free_memory"]
+__all__ = ["collect_all", "collection_paused", "kept_for_good", "return_free_memory"]
 
 
 @contextmanager
@@ -29,12 +29,23 @@ def collection_paused() -> Generator[None]:
 
 @contextmanager
 def kept_for_good() -> Generator[None]:
-    """As :func:`collection_paused`, and the collector never looks at what there is afterwards.
+    """As :func:`collection_paused`, and the collector no longer looks at what there is afterwards.
 
-    Only for the start of a process: cycles that are unreachable by then are never freed.
+    Only for the start of a process. Looking at the libraries and the models takes the collector
+    some tenths of a second, in which neither the engine nor the event loop does anything. Cycles
+    that become unreachable later are left to :func:`collect_all`.
     """
     with collection_paused():
         yield
+        gc.freeze()
+
+
+def collect_all() -> None:
+    """Free all unreachable cycles, also those in what is kept for good."""
+    kept = gc.get_freeze_count() > 0
+    gc.unfreeze()
+    gc.collect()
+    if kept:
         gc.freeze()
 
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager
 from importlib.metadata import version
 from threading import Thread
 from typing import Any, Final
@@ -50,13 +50,19 @@ LAST_WORDS_S: Final = 5.0
 """From the engine's failure to the process's end, so that clients and probes hear of it."""
 
 
-def create_app(settings: Settings, *, on_failure: Callable[[], None] | None = None) -> FastAPI:
+def create_app(
+    settings: Settings,
+    *,
+    on_failure: Callable[[], None] | None = None,
+    while_loading: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+) -> FastAPI:
     """The application with an engine of its own, which loads while `/livez` already answers.
 
     Args:
         settings: everything that may be set.
         on_failure: called when the server can never serve: the models cannot be loaded, or the
             engine or its device failed, some seconds after which `/livez` says so.
+        while_loading: makes the context in which the models are loaded.
     """
     app = FastAPI(
         title="Weft",
@@ -65,7 +71,7 @@ def create_app(settings: Settings, *, on_failure: Callable[[], None] | None = No
         "requests share one batch.",
         docs_url=None,
         redoc_url=None,
-        lifespan=_lifespan(settings, on_failure),
+        lifespan=_lifespan(settings, on_failure, while_loading),
         middleware=_middleware(settings),
     )
     app.state.settings = settings
@@ -163,7 +169,9 @@ def _middleware(settings: Settings) -> list[Middleware]:
 
 
 def _lifespan(
-    settings: Settings, on_failure: Callable[[], None] | None
+    settings: Settings,
+    on_failure: Callable[[], None] | None,
+    while_loading: Callable[[], AbstractContextManager[None]],
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
@@ -178,7 +186,8 @@ def _lifespan(
 
         # Not in the loop's own threads, which a process that ends waits for: nothing interrupts
         # the loading of a large model.
-        loading = Thread(target=_open, args=(service, settings, failed), daemon=True)
+        opening = service, settings, failed, while_loading
+        loading = Thread(target=_open, args=opening, daemon=True)
         if await _opened(app, settings):
             loading.start()
         else:
@@ -199,10 +208,16 @@ def _lifespan(
     return lifespan
 
 
-def _open(service: Service, settings: Settings, failed: Callable[[float], None]) -> None:
+def _open(
+    service: Service,
+    settings: Settings,
+    failed: Callable[[float], None],
+    while_loading: Callable[[], AbstractContextManager[None]],
+) -> None:
     """Load the models and let requests in; `failed` is called if that can never be."""
     try:
-        hosted = host(settings, lambda: failed(LAST_WORDS_S))
+        with while_loading():
+            hosted = host(settings, lambda: failed(LAST_WORDS_S))
     except BaseException as error:
         known = isinstance(error, WeftError)
         log.critical("the models could not be loaded: %s", error, exc_info=not known)

@@ -1,4 +1,4 @@
-"""Dependencies that several routes share."""
+"""Dependencies that several routes share; coroutines, since FastAPI runs others in threads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from server.service.service import Service
 __all__ = ["IdentifierDep", "OwnerDep", "ServiceDep", "client_of", "owner_of"]
 
 
-def _service(request: Request) -> Service:
+async def _service(request: Request) -> Service:
     return request.app.state.service
 
 
@@ -29,10 +29,14 @@ def owner_of(request: Request) -> str:
     return "" if key is None else key.digest.hex()
 
 
-def _identifier(request: Request) -> str:
+async def _owner(request: Request) -> str:
+    return owner_of(request)
+
+
+async def _identifier(request: Request) -> str:
     return request.state.request_id
 
 
 ServiceDep = Annotated[Service, Depends(_service)]
-OwnerDep = Annotated[str, Depends(owner_of)]
+OwnerDep = Annotated[str, Depends(_owner)]
 IdentifierDep = Annotated[str, Depends(_identifier)]

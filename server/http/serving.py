@@ -21,6 +21,10 @@ __all__ = ["end_process", "listen", "run"]
 log = logging.getLogger("weft")
 
 NOT_HERE: Final = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+LOCK_S: Final = 0.0002
+"""How long a thread may keep Python's lock when another wants it, by default 5 ms. The engine gives
+it up at each operation of torch, and busy connections would take it for that long each time."""
+
 OTHER_FILES: Final = 512
 """Files that the process may have open beside its connections: models, pipes, devices."""
 
@@ -89,6 +93,7 @@ def run(settings: Settings, listeners: list[socket.socket]) -> int:
     # would bring down the import of torch, and the process with a core dump.
     signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
 
+    sys.setswitchinterval(LOCK_S)
     _allow_open_files(settings.max_connections + OTHER_FILES)
 
     with kept_for_good():
@@ -105,7 +110,7 @@ def run(settings: Settings, listeners: list[socket.socket]) -> int:
         failed.append(True)
         server.should_exit = True
 
-    app = create_app(settings, on_failure=give_up)
+    app = create_app(settings, on_failure=give_up, while_loading=kept_for_good)
     config = uvicorn.Config(
         app,
         http=connections(settings),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -10,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import psutil
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from server.heap import collect_all
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,7 +76,7 @@ def unused_bytes(device: torch.device) -> int:
 
 def reclaim(device: torch.device) -> None:
     """Free what was let go of: networks with hooks refer to themselves."""
-    gc.collect()
+    collect_all()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 

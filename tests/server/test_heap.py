@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 
-from server.heap import collection_paused, kept_for_good
+from server.heap import collect_all, collection_paused, kept_for_good
 
 
 class Cycle:
@@ -48,3 +48,22 @@ def test_the_collector_never_looks_at_what_is_kept_for_good() -> None:
         assert not any(seen is kept[0] for seen in gc.get_objects())
     finally:
         gc.unfreeze()
+
+
+def test_collecting_everything_frees_what_was_kept_for_good_and_keeps_the_rest() -> None:
+    try:
+        with kept_for_good():
+            cycle, kept = weakref.ref(Cycle()), Cycle()
+        gc.collect()
+        assert cycle() is not None
+        collect_all()
+        assert cycle() is None
+        assert not any(seen is kept for seen in gc.get_objects())
+    finally:
+        gc.unfreeze()
+
+
+def test_collecting_everything_keeps_nothing_for_good_by_itself() -> None:
+    gc.unfreeze()
+    collect_all()
+    assert gc.get_freeze_count() == 0

@@ -67,7 +67,7 @@ def chosen(name: str | None, models: Sequence[ModelState]) -> ModelState | None:
     return found[0] if found else None
 
 
-def _checkpoints(request: Request) -> Checkpoints:
+async def _checkpoints(request: Request) -> Checkpoints:
     return request.app.state.automatic1111_checkpoints
 
 

@@ -131,7 +131,7 @@ class Jobs:
                 return
 
 
-def _jobs(request: Request) -> Jobs:
+async def _jobs(request: Request) -> Jobs:
     return request.app.state.automatic1111_jobs
 
 

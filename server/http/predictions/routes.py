@@ -43,7 +43,7 @@ _MORE_ERRORS: Final[dict[int | str, dict[str, Any]]] = {
 PAGE: Final = 100
 
 
-def _jobs(request: Request) -> Jobs:
+async def _jobs(request: Request) -> Jobs:
     jobs: Jobs | None = request.app.state.jobs
     if jobs is None:
         raise JobsOff

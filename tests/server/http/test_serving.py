@@ -1,11 +1,20 @@
 from __future__ import annotations
 
+import asyncio
 import socket
+from collections.abc import Generator
+from contextlib import contextmanager
+from threading import Event
+from threading import enumerate as threads
 
 import pytest
+from fastapi.testclient import TestClient
+from httpx2 import ASGITransport, AsyncClient
 
-from server.errors import CannotListen
+from server.errors import CannotListen, ModelMismatch
+from server.http import app
 from server.http.serving import listen
+from server.settings import Settings
 
 ELSEWHERE = "192.0.2.1"
 """An address of documentation, which no machine has."""
@@ -46,3 +55,39 @@ def test_a_port_that_listens_already_is_refused() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(CannotListen, match=f"port is {port}, which cannot be used on 127"):
             listen("127.0.0.1", port)
+
+
+def test_models_are_loaded_in_the_context_that_the_process_gives(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[str] = []
+    ended = Event()
+
+    @contextmanager
+    def context() -> Generator[None]:
+        told.append("begun")
+        try:
+            yield
+        finally:
+            told.append("ended")
+            ended.set()
+
+    def refuse(*_: object) -> None:
+        told.append("loading")
+        raise ModelMismatch("no such model")
+
+    monkeypatch.setattr(app, "host", refuse)
+    with TestClient(app.create_app(Settings(), while_loading=context)):
+        assert ended.wait(10)
+    assert told == ["begun", "loading", "ended"]
+
+
+def test_what_routes_depend_on_is_found_without_a_thread() -> None:
+    async def threads_of_a_request() -> list[str]:
+        before = set(threads())
+        transport = ASGITransport(app.create_app(Settings()))
+        async with AsyncClient(transport=transport, base_url="http://localhost") as client:
+            assert (await client.delete("/v1/generate/unknown")).status_code == 404
+        return [one.name for one in set(threads()) - before]
+
+    assert asyncio.run(threads_of_a_request()) == []
