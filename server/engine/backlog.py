@@ -127,8 +127,9 @@ class Backlog:
                 f"n is {limited:g}; at most {client.most_images} images of this key may wait or "
                 "run at once.",
             )
-        self._check_images(client, images, limited, pace)
-        self._check_seconds(client, 0.0, pace)
+        waiting = self.by_client()
+        self._check_images(client, waiting, images, limited, pace)
+        self._check_seconds(client, waiting, 0.0, pace)
         holding = Holding(client, 0, runs)
         self._count(holding, images=images)
         return holding
@@ -161,8 +162,9 @@ class Backlog:
         # Its own images are no reason to refuse them.
         self._count(holding, images=-(images := holding.images))
         try:
-            self._check_seconds(client, seconds, pace)
-            self._check_bytes(client, nbytes, pace)
+            waiting = self.by_client()
+            self._check_seconds(client, waiting, seconds, pace)
+            self._check_bytes(client, waiting, nbytes, pace)
         finally:
             self._count(holding, images=images)
         if seconds > 0:
@@ -239,8 +241,14 @@ class Backlog:
             # Rounding must not add up for ever.
             del self._totals[holding.client]
 
-    def _check_images(self, client: Client, images: int, limited: float, pace: float) -> None:
-        waiting = self.by_client()
+    def _check_images(
+        self,
+        client: Client,
+        waiting: Mapping[Client, Amounts],
+        images: int,
+        limited: float,
+        pace: float,
+    ) -> None:
         own = waiting.get(client, Amounts())
         has = self._totals[client].limited if client in self._totals else 0.0
         if client.most_images is not None and has + limited > client.most_images:
@@ -253,8 +261,9 @@ class Backlog:
         total = sum(one.images for one in waiting.values())
         self._check_room(client, waiting, own.images, images, total, self._bounds.images, pace)
 
-    def _check_seconds(self, client: Client, seconds: float, pace: float) -> None:
-        waiting = self.by_client()
+    def _check_seconds(
+        self, client: Client, waiting: Mapping[Client, Amounts], seconds: float, pace: float
+    ) -> None:
         own = waiting.get(client, Amounts())
         if client.most_seconds is not None and own.seconds + seconds > client.most_seconds:
             excess = (own.seconds + seconds - client.most_seconds) / own.seconds
@@ -269,8 +278,9 @@ class Backlog:
         part = min(seconds, LARGEST_PART * self._bounds.seconds)
         self._check_room(client, waiting, own.seconds, part, total, self._bounds.seconds, pace)
 
-    def _check_bytes(self, client: Client, nbytes: int, pace: float) -> None:
-        waiting = self.by_client()
+    def _check_bytes(
+        self, client: Client, waiting: Mapping[Client, Amounts], nbytes: int, pace: float
+    ) -> None:
         own = waiting.get(client, Amounts())
         total = sum(one.nbytes for one in waiting.values())
         self._check_room(client, waiting, own.nbytes, nbytes, total, self._bounds.nbytes, pace)

@@ -91,7 +91,9 @@ class TickCost:
 
     def seconds_a_row(self, most: int) -> float:
         """The least that a row costs, in ticks of at most so many rows."""
-        return min(self.seconds(rows) / rows for rows in (*NODES, most) if rows <= most)
+        kept = zip(NODES, self._seconds, strict=True)
+        least = min(seconds / rows for rows, seconds in kept if rows <= most)
+        return least if most in NODES else min(least, self.seconds(most) / most)
 
     def seconds_at(self, share: float, most: int) -> float:
         """Seconds of the shortest tick with that share of the best throughput of ``most`` rows."""
@@ -190,8 +192,20 @@ class CostModel:
         """The cost at a shape, or a guess by its area; asking leaves nothing behind."""
         if (known := self._costs.get((model, shape))) is not None:
             return known
+        cost, larger = self._nearest(model, shape)
+        return cost.scaled(larger)
+
+    def seconds_a_row(self, model: str, shape: tuple[int, int, int], most: int) -> float:
+        """:meth:`TickCost.seconds_a_row` of :meth:`of`, which every request asks for repeatedly."""
+        if (known := self._costs.get((model, shape))) is not None:
+            return known.seconds_a_row(most)
+        cost, larger = self._nearest(model, shape)
+        return larger * cost.seconds_a_row(most)
+
+    def _nearest(self, model: str, shape: tuple[int, int, int]) -> tuple[TickCost, float]:
+        """What is known of a model, and how many times as large the shape is."""
         area, cost = self._measured[model]
-        return cost.scaled(shape[1] * shape[2] / area)
+        return cost, shape[1] * shape[2] / area
 
     def keep(self, model: str, shape: tuple[int, int, int]) -> TickCost:
         """The cost at a shape that has ticks from now on, which are to teach it.

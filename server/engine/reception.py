@@ -236,7 +236,7 @@ class Reception:
         if kind[0] not in self._models:
             # Unloaded, so nothing of it waits.
             return 0.0
-        return self._costs.of(*kind).seconds_a_row(self._measurements.row_budget)
+        return self._costs.seconds_a_row(*kind, self._measurements.row_budget)
 
     def _check_models(self, tasks: Listed[ImageTask]) -> None:
         if gone := {task.model for task in tasks} - self._models.keys():

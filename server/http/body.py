@@ -46,6 +46,10 @@ __all__ = [
 SMALL_BYTES: Final = 64 * 2**10
 """Bodies up to this size are read whatever else is going on; each connection may hold one."""
 
+PARSED_AT_ONCE: Final = 2**20
+"""Parsing a body of up to this size takes less time than handing it to a thread; with 32 MB of
+base64 the parser holds Python's lock for 5 ms."""
+
 RETRY_AFTER_S: Final = 2.0
 
 TIDY_AFTER_S: Final = 2.0
@@ -176,8 +180,7 @@ class JsonRoute(APIRoute):
         if not body:
             return None
         try:
-            # The parser holds Python's lock for 5 ms with 32 MB of base64.
-            small = len(body) <= SMALL_BYTES
+            small = len(body) <= PARSED_AT_ONCE
             parsed = from_json(body) if small else await to_thread(from_json, body)
         except ValueError as error:
             raise MalformedBody(None, f"The body is not valid JSON: {error}.") from None

@@ -248,6 +248,18 @@ def test_another_shape_starts_from_its_area_and_learns_fast():
     assert costs.of("model", (4, 64, 64)).seconds(8) == pytest.approx(h100(8))
 
 
+@pytest.mark.parametrize("most", [1, 3, 8, 128, 200])
+def test_what_a_row_costs_is_the_least_over_the_ticks_there_may_be(most: int):
+    costs = CostModel()
+    costs.start("model", (4, 64, 64), TickCost(H100))
+    for shape in ((4, 64, 64), (4, 128, 96)):
+        cost = costs.of("model", shape)
+        sizes = [rows for rows in (*NODES, most) if rows <= most]
+        least = pytest.approx(min(cost.seconds(rows) / rows for rows in sizes))
+        assert cost.seconds_a_row(most) == least
+        assert costs.seconds_a_row("model", shape, most) == least
+
+
 def test_requests_of_ever_new_shapes_leave_no_more_than_the_last_ones_behind():
     costs = CostModel()
     first = TickCost(H100)
