@@ -22,9 +22,12 @@ from server.decoding.sizing import Target, brought_to
 from server.decoding.texts import texts_of
 from server.errors import InvalidRequest, TooLarge
 
-__all__ = ["Answer", "Job", "decoded", "main"]
+__all__ = ["NICENESS", "Answer", "Job", "decoded", "main"]
 
 FORMATS = JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+
+NICENESS = 5
+"""Where models run on the processor, decoding has a quarter of a core that both want."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,7 @@ class Answer:
 
 def main() -> None:
     """Decode until the input ends; the argument is how many bytes of memory the process may use."""
+    os.nice(NICENESS)
     _bound(int(sys.argv[1]))
     # Whatever a library prints must not end up between the pixels.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import gc
+import os
 import signal
 import time
 import weakref
@@ -18,6 +19,7 @@ from PIL import Image
 
 from server.decoding.pool import DecodePool
 from server.decoding.sizing import Target
+from server.decoding.worker import NICENESS
 from server.errors import InvalidRequest, Overloaded, TooLarge, WeftError
 from server.settings import Limits
 from tests.server.decoding.files import repeated_scans, saved
@@ -62,6 +64,13 @@ def test_files_and_base64_become_pixels_of_the_size_that_is_asked_for(pool: Deco
 
     asyncio.run(run())
     assert len(processes(pool)) == 1
+
+
+def test_decoding_leaves_the_processor_to_the_models(pool: DecodePool) -> None:
+    asyncio.run(pool.picture(RED, "image"))
+    (process,) = processes(pool)
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    assert os.getpriority(os.PRIO_PROCESS, process) == min(own + NICENESS, 19)
 
 
 def test_a_size_that_no_image_may_have_costs_no_memory(pool: DecodePool) -> None:
@@ -235,7 +244,11 @@ def test_a_pool_that_nobody_closes_leaves_no_process() -> None:
     asyncio.run(pool.picture(RED, "image"))
     (process,) = processes(pool)
     del pool
-    gc.collect()
+    until = time.monotonic() + 10
+    while Path(f"/proc/{process}").exists() and time.monotonic() < until:
+        # Its thread may be about to let go of it still.
+        time.sleep(0.01)
+        gc.collect()
     assert not Path(f"/proc/{process}").exists()
 
 
