@@ -7,7 +7,7 @@ import os
 import socket
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
@@ -194,8 +194,9 @@ def _resident(process: int) -> int:
 
 
 def _children(process: int) -> list[int]:
-    try:
-        listed = Path(f"/proc/{process}/task/{process}/children").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return []
-    return [int(child) for child in listed.split()]
+    """What a process started, whichever of its threads did so."""
+    children: list[int] = []
+    for thread in Path(f"/proc/{process}/task").glob("*"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            children += map(int, (thread / "children").read_text().split())
+    return children

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from subprocess import PIPE, Popen
 from threading import Thread
 
 import pytest
@@ -64,3 +66,18 @@ def test_a_status_is_had_without_the_content_that_has_no_end() -> None:
         assert served_there.status("GET", "/") == 200
         server.shutdown()
     assert served_there.status("GET", "/") == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
+def test_the_memory_of_a_server_has_that_of_processes_which_any_of_its_threads_started() -> None:
+    server = Served(1, os.getpid(), Path("none"))
+    without = server.resident()
+    filling = "held = bytearray(b'x') * 2**27; print(flush=True); input()"
+    with ThreadPoolExecutor(1) as threads:
+        command = [sys.executable, "-c", filling]
+        starting = threads.submit(Popen[bytes], command, stdin=PIPE, stdout=PIPE)
+        with starting.result() as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            assert server.resident() > without + 2**26
+            process.communicate(b"\n")
