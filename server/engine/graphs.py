@@ -4,9 +4,9 @@ Below about 12 rows a GPU waits for its orders: a U-Net has some thousand kernel
 longer to ask for them than an H100 to run them. A graph asks for all of them at once.
 
 Recorded are plain forwards, of rows that neither change anything inside the network nor have
-adapters or ControlNets; all others run as ever, and so does a plain one until it is recorded. That
-happens while nothing waits, or, if there is always something, in pieces between ticks once a
-forward has run often. A recording is of one shape: of rows, latents and conditioning.
+adapters, ControlNets or image prompts; all others run as ever, and so does a plain one until it is
+recorded. That happens while nothing waits, or, if there is always something, in pieces between
+ticks once a forward has run often. A recording is of one shape: of rows, latents and conditioning.
 """
 
 from __future__ import annotations

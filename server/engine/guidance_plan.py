@@ -77,8 +77,8 @@ class GuidancePlan:
         constants: the policy's numbers, ``[stages, n]``.
         predictions: what each prediction is told, and what it changes inside the network, by
             number.
-        pictured: of each prediction, whether the image's picture prompts are shown there, or
-            nothing in their place, as at the branches of the rule that are not told the prompt.
+        pictured: of each prediction, whether its row is shown the image prompts. Branches of the
+            rule that are not told the prompt are not: they are shown no picture in their place.
         texts: all that the network may be told.
         told_scale: guidance scale less 1 that the network is told; None where it is told none.
         rule_key: equal for images whose predictions one call can combine.
