@@ -16,15 +16,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from server.errors import ImagePromptMismatch, Overloaded
+from server.models import parts
+from server.models.folder import read_json
 from server.models.image_prompts import ip_adapter_file
 from server.models.image_prompts.image_prompt import Widths
 from server.models.image_prompts.shelf import ImagePromptShelf
 from server.models.image_prompts.unet_image_prompts import UNetImagePrompts
 from server.models.memory import DeviceMemory
+from server.models.parts import known_entries
 from server.models.weight_memory import WeightMemory
 from tests.server.models.image_prompts.tiny_image_prompts import put_adapter, put_encoder
 from tests.server.models.tiny_sdxl import UNET
 
+SINGLE_FILE = Path(parts.__file__).parent / "single_file"
 LAYER = "ip_adapter.1.to_k_ip.weight"
 
 
@@ -228,11 +232,21 @@ def test_what_never_fits_together_is_refused_for_good_and_what_does_not_now_for_
         shelf.load("plain")
 
 
-def test_layers_are_counted_as_diffusers_does() -> None:
-    """By twos, since it counts those of self-attention too; the middle comes last."""
-    config: dict[str, Any] = UNET | {"cross_attention_dim": 48}
-    layers = UNetImagePrompts(UNet2DConditionModel(**config)).widths
-    assert layers == Widths(48, (64,) * 8)
+@pytest.mark.parametrize(
+    ("family", "text", "layers"),
+    [
+        ("sd15", 768, [320] * 2 + [640] * 2 + [1280] * 5 + [640] * 3 + [320] * 3 + [1280]),
+        ("sdxl", 2048, [640] * 4 + [1280] * 20 + [1280] * 30 + [640] * 6 + [1280] * 10),
+    ],
+)
+def test_layers_are_in_the_order_of_the_published_files(
+    family: str, text: int, layers: list[int]
+) -> None:
+    """The widths of ``ip_adapter.1``, ``ip_adapter.3`` and so on: the middle comes last."""
+    config = read_json(SINGLE_FILE / family, "unet/config.json")
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**known_entries(config, UNet2DConditionModel.__init__))
+    assert UNetImagePrompts(unet).widths == Widths(text, tuple(layers))
 
 
 def edit(file: Path, **fields: Any) -> None:

@@ -41,7 +41,7 @@ from tests.server.models.tiny_sdxl import BASE
 from tests.server.toy_model import run, started
 
 PROMPT = "a large red circle"
-SIZE = WIDTH, HEIGHT = 32, 24
+WIDTH, HEIGHT = 24, 16
 STEPS = 4
 SHAPE = (4, HEIGHT // 2, WIDTH // 2)
 COSTS = {1: 0.01, 8: 0.04}
@@ -147,8 +147,6 @@ def test_an_image_alone_is_that_of_diffusers(
     ear = run(engine, [asked(model, one)])
     assert not ear.errors, ear.errors
     assert_among(decoded, prompted.theirs(one))
-    assert_apart(decoded[0], prompted.theirs(use(model, name, 2, scale=0.6)))
-    assert_apart(decoded[0], prompted.theirs())
 
 
 def test_images_in_mixed_company_are_those_of_diffusers(
@@ -174,7 +172,8 @@ def test_images_in_mixed_company_are_those_of_diffusers(
     # The negative prompt is told the prompt's text here, and is still shown no picture.
     assert_among(decoded, prompted.theirs(early, seed=8, negative_prompt=PROMPT))
     assert_among(decoded, prompted.theirs(plain, again, seed=9))
-    assert_apart(prompted.theirs(early, seed=8), prompted.theirs(replace(early, end=1.0), seed=8))
+    # What each of these shows would be missed if it were not seen.
+    assert_apart(prompted.theirs(plain, plus), prompted.theirs(plain, early))
 
 
 def test_images_of_stable_diffusion_xl_are_those_of_diffusers(tmp_path: Path) -> None:
@@ -184,12 +183,11 @@ def test_images_of_stable_diffusion_xl_are_those_of_diffusers(tmp_path: Path) ->
     model.decode = lambda latents: seen.extend(latents.clone()) or decode(latents)
     plain, plus = use(model, "plain", 1, scale=0.6), use(model, "plus", 2, scale=0.6)
     engine = started(model, 16, guessed_costs=COSTS)
-    ear = run(engine, [asked(model, plain), asked(model, plus, seed=6), asked(model, seed=7)])
+    ear = run(engine, [asked(model, plain), asked(model, plus, seed=6)])
     engine.stop(0)
     assert not ear.errors, ear.errors
     assert_among(seen, prompted.theirs(plain))
     assert_among(seen, prompted.theirs(plus, seed=6))
-    assert_among(seen, prompted.theirs(seed=7))
 
 
 @torch.inference_mode()
@@ -290,11 +288,30 @@ def test_a_picture_is_encoded_once_for_all_that_show_it(
         attention, "tokens", lambda one, batch: seen.append(len(batch)) or encode(one, batch)
     )
     twice, other = use(model, "plain", 21), use(model, "plain", 22)
-    tasks = [asked(model, twice, other), asked(model, twice, seed=6)]
+    alone = {"steps": 1, "guidance": "none"}
+    tasks = [asked(model, twice, other, **alone), asked(model, twice, seed=6, **alone)]
     for _ in range(2):
         ear = run(engine, tasks)
         assert not ear.errors, ear.errors
     assert seen == [2]
+
+
+def test_a_picture_that_cannot_be_encoded_fails_its_own_image(
+    model: HostedModel, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attention = model.image_attention
+    assert attention is not None
+    encode, bad, good = attention.tokens, use(model, "plain", 31), use(model, "plain", 32)
+
+    def breaking(adapter: Any, batch: Tensor) -> Tensor:
+        if any(torch.equal(one, bad.picture) for one in batch):
+            raise ValueError("no such picture")
+        return encode(adapter, batch)
+
+    monkeypatch.setattr(attention, "tokens", breaking)
+    ear = run(engine, [asked(model, one, steps=1) for one in (bad, good)])
+    assert list(ear.errors) == [0]
+    assert list(ear.results) == [1]
 
 
 def test_an_adapter_is_let_go_of_with_the_last_image_that_has_it(
@@ -302,8 +319,8 @@ def test_an_adapter_is_let_go_of_with_the_last_image_that_has_it(
 ) -> None:
     passing = use(model, "other", 1)
     gone = weakref.ref(passing.adapter)
-    run(engine, [asked(model, passing)])
-    run(engine, [asked(model)])
+    run(engine, [asked(model, passing, steps=1)])
+    run(engine, [asked(model, steps=1)])
     del passing
     model.image_prompts.forget()
     gc.collect()
