@@ -9,36 +9,21 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from time import monotonic
-from typing import Any, Final, TypeAlias
+from typing import Final, TypeAlias
 
 from server.engine.engine import Engine
 from server.errors import ModelMismatch, ModelTooLarge
 from server.heap import collection_paused
-from server.models.adapters.adapter import Adapter
-from server.models.adapters.placing import Target
-from server.models.adapters.shelf import AdapterShelf
 from server.models.checkpoint import converted
-from server.models.controls.control import Control
-from server.models.controls.shelf import ControlShelf
-from server.models.embeddings.embedding import Embedding
-from server.models.embeddings.shelf import EmbeddingShelf
-from server.models.folder import (
-    adapters_folder,
-    controls_folder,
-    embedded_folders,
-    embeddings_folder,
-    image_prompts_folder,
-    stamp_of,
-)
+from server.models.folder import embedded_folders, stamp_of
 from server.models.hosted import HostedModel
 from server.models.hub import HubModel, fetch
-from server.models.image_prompts.shelf import ImagePromptShelf
 from server.models.loading import choose_device, choose_dtype, family_of, load_model
 from server.models.memory import attainable_bytes, bytes_of, measure
 from server.models.placement import Placement, first_that_fits, options
 from server.models.weight_files import FLOAT32, bytes_in_memory
-from server.models.weight_memory import WeightMemory
 from server.service.model_shelf import Room, Source
+from server.service.named_weights import NamedWeights
 from server.settings import Settings
 
 __all__ = ["Hosted", "host"]
@@ -46,10 +31,6 @@ __all__ = ["Hosted", "host"]
 log = logging.getLogger("weft")
 
 LOGGED_EVERY_S: Final = 10.0
-
-EMBEDDING_BYTES: Final = 64 * 2**20
-"""Memory for loaded embeddings of all models: a hundred of the longest that there can be of
-Stable Diffusion XL, in float32."""
 
 OFFLOADED: Final = {
     "text": "its text encoders stay in host memory, block by block on the device as they run",
@@ -105,10 +86,7 @@ def host(
     source = _Folders(
         settings,
         folders,
-        WeightMemory(settings.adapter_bytes, "adapters"),
-        WeightMemory(settings.control_bytes, "ControlNets"),
-        WeightMemory(EMBEDDING_BYTES, "embeddings"),
-        WeightMemory(settings.image_prompt_bytes, "IP-Adapters"),
+        NamedWeights(settings),
     )
     models: dict[str, HostedModel] = {}
     for name in named:
@@ -147,18 +125,12 @@ class _Folders:
     Attributes:
         settings: on which device, and what memory they may take.
         first: the folders that there were at the start, by name.
-        adapters: memory of adapters, which all models share.
-        controls: memory of ControlNets, which all models share.
-        embeddings: memory of embeddings, which all models share.
-        image_prompts: memory of IP-Adapters and image encoders, which all models share.
+        named: what requests name beside the model.
     """
 
     settings: Settings
     first: Mapping[str, Path]
-    adapters: WeightMemory[Adapter]
-    controls: WeightMemory[Control]
-    embeddings: WeightMemory[Embedding]
-    image_prompts: WeightMemory[Any]
+    named: NamedWeights
 
     def names(self) -> Iterable[str]:
         return list(self._folders())
@@ -223,43 +195,7 @@ class _Folders:
         log.info("%s: attention by %s, memory in %s", name, model.attention, model.memory_format)
         if placement.offload != "none":
             log.info("%s: %s", name, OFFLOADED[placement.offload])
-        shared = () if self.settings.adapters is None else (self.settings.adapters,)
-        target = Target.of(name, model.adaptable())
-        places = (*shared, adapters_folder(folder))
-        model.adapters = AdapterShelf(places, target, self.adapters, model.device, model.dtype)
-        # Headers are read now, so that no request waits for all of them.
-        if known := [file.name for file in model.adapters.available()]:
-            log.info("%s: adapters %s", name, ", ".join(known))
-        shared = () if self.settings.embeddings is None else (self.settings.embeddings,)
-        model.embeddings = EmbeddingShelf(
-            (*shared, embeddings_folder(folder)),
-            model.embedding_target(),
-            self.embeddings,
-            model.device,
-            model.dtype,
-        )
-        if known := [file.name for file in model.embeddings.available()]:
-            log.info("%s: embeddings %s", name, ", ".join(known))
-        shared = () if self.settings.controls is None else (self.settings.controls,)
-        places = (*shared, controls_folder(folder))
-        model.controls = ControlShelf(
-            places, name, model.control_kind, self.controls, model.device, model.dtype
-        )
-        if known := [one.name for one in model.controls.available()]:
-            log.info("%s: ControlNets %s", name, ", ".join(known))
-        shared = () if self.settings.image_prompts is None else (self.settings.image_prompts,)
-        places = (*shared, image_prompts_folder(folder))
-        attention = model.image_attention
-        model.image_prompts = ImagePromptShelf(
-            places,
-            name,
-            None if attention is None else attention.widths,
-            self.image_prompts,
-            model.device,
-            model.dtype,
-        )
-        if known := [one.name for one in model.image_prompts.available()]:
-            log.info("%s: IP-Adapters %s", name, ", ".join(known))
+        self.named.give(model, folder)
         return model
 
     def _folders(self) -> Mapping[str, Path]:

@@ -11,14 +11,14 @@ from embedded import MODEL_FOLDER
 from server.errors import ModelMismatch
 from server.models.placement import Offload, Placement
 from server.models.weight_files import bytes_in_memory
-from server.models.weight_memory import WeightMemory
 from server.service import hosting
+from server.service.named_weights import NamedWeights
 from server.settings import Settings
 
 
 def folders(settings: Settings) -> hosting._Folders:
     first = {"one": MODEL_FOLDER, "two": MODEL_FOLDER}
-    return hosting._Folders(settings, first, WeightMemory(0, "a"), WeightMemory(0, "c"))
+    return hosting._Folders(settings, first, NamedWeights(settings))
 
 
 def needed(offload: Offload) -> int:
