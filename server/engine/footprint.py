@@ -67,8 +67,8 @@ def footprint(
         states += NUMBER_BYTES * slots * prod(kind[1]) + 3 * task.width * task.height
         texts |= {(task.model, text) for text in guidance.texts}
         steering = (use.picture for use in task.controls)
-        shown = (task.image, task.latents, task.mask, *(term.picture for term in task.terms))
-        for picture in (*shown, *steering):
+        started = (task.image, task.kept, task.latents, task.mask)
+        for picture in (*started, *(term.picture for term in task.terms), *steering):
             if picture is not None:
                 pictures[id(picture)] = picture
         for use in task.image_prompts:

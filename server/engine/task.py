@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from server.engine.scheduler import Priority
 from server.models.text_options import AS_USUAL
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from server.models.controls.control import ControlUse
     from server.models.image_prompts.image_prompt import ImagePromptUse
     from server.models.text_options import TextOptions
+
+
+RepaintedFrom: TypeAlias = Literal["image", "noise", "nothing"]
+"""What is inside of a mask at the start: the image, noise in the place of its latents, or zeros."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,6 +76,9 @@ class ImageTask:
             part way.
         latents: clean latents to start from instead of a picture, ``[C, h, w]`` float32.
         mask: ``[H, W]`` float32, 1 to repaint, 0 to keep.
+        kept: the picture whose part outside of the mask the result has, where ``image`` has been
+            changed; None for ``image``.
+        repainted_from: what the run starts from inside of the mask.
         from_noise: whether x starts as noise alone, although there is a picture.
         undecoded: whether the result is the clean latents, which are not decoded.
         previews: attach a small picture to each progress report.
@@ -99,6 +106,8 @@ class ImageTask:
     image: Tensor | None = None
     latents: Tensor | None = None
     mask: Tensor | None = None
+    kept: Tensor | None = None
+    repainted_from: RepaintedFrom = "image"
     variation: Variation | None = None
     noise_size: tuple[int, int] | None = None
     from_noise: bool = False

@@ -27,7 +27,7 @@ from server.requests.lora_tags import read_tags
 from server.requests.messages import explain
 from server.requests.read_infotext import read_infotext
 from server.requests.reading import RESIZE_MODES, Reading
-from server.requests.schema import DEFAULT_STEPS, GenerateRequest
+from server.requests.schema import DEFAULT_STEPS, GenerateRequest, MaskContent
 from server.requests.start_noise import MAX_SEED
 from server.requests.upload import Upload
 
@@ -44,7 +44,6 @@ _NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     "script_name": ("", "None"),
     "scripts": ((),),
     "resize_mode": tuple(range(len(RESIZE_MODES))),
-    "inpainting_fill": (1,),
     "initial_noise_multiplier": (1,),
 }
 """Fields that nothing here corresponds to, and their values that ask for nothing."""
@@ -58,7 +57,13 @@ _SETTINGS: Final = {"sd_vae": "Automatic"}
 _CLIP_SKIP: Final = "CLIP_stop_at_last_layers"
 """What the setting behind "Clip skip" is called there."""
 
-_OF_A_MASK: Final = frozenset({"inpainting_fill"})
+MASK_CONTENTS: Final[tuple[MaskContent, ...]] = (
+    "fill",
+    "original",
+    "latent_noise",
+    "latent_nothing",
+)
+"""What its values of `inpainting_fill` mean, from 0."""
 
 _OF_INFOTEXT: Final[Mapping[str, str]] = {
     "prompt": "Prompt",
@@ -212,7 +217,13 @@ class Img2Img(Txt2Img):
     resize_mode: int = Field(
         default=0, description="0 stretches the image, 1 crops it, 2 fits it in and fills up."
     )
-    inpainting_fill: int = 0
+    inpainting_fill: int = Field(
+        default=0,
+        ge=0,
+        le=3,
+        description="What the repainted part starts from: 0 the colours around it, 1 the image, 2 "
+        "noise, 3 nothing.",
+    )
     inpaint_full_res: bool = Field(
         default=True,
         description="With a mask: whether the region around it is drawn at `width` x `height` and "
@@ -246,7 +257,8 @@ class Img2Img(Txt2Img):
             self.mask_blur if down is None else down,
         )
         form = MaskForm("opaque", inverted=self.inpainting_mask_invert, blur=blur)
-        return image | {"mask": self.mask.as_mask(form)}
+        content = MASK_CONTENTS[self.inpainting_fill]
+        return image | {"mask": self.mask.as_mask(form), "mask_content": content}
 
 
 @dataclass(frozen=True, slots=True)
@@ -414,8 +426,6 @@ def _without_effect(body: Txt2Img) -> list[str]:
         ]
     elif body.enable_hr:
         names += different(body)
-    if getattr(body, "mask", None) is None:
-        names = [name for name in names if name not in _OF_A_MASK]
     asked = {
         name
         for name, value in body.override_settings.items()

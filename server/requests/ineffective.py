@@ -36,6 +36,12 @@ def warnings_for(resolved: ResolvedRequest, model: HostedModel, plan: Plan) -> t
     found: list[str] = []
     if resolved.negative_prompt and (reason := _without_negative_prompt(resolved, plan)):
         found.append(f"negative_prompt has no effect: {reason}.")
+    drawn_anew = model.facts.reads_mask and resolved.strength == 1
+    if resolved.mask_content not in (None, "original") and drawn_anew:
+        found.append(
+            f"mask_content has no effect: at strength 1 model {model.facts.name!r}, which is shown "
+            "the picture and the mask, starts from noise alone."
+        )
     own = own_defaults(model, resolved.adapters)
     adapted = "" if own is model.facts.defaults else " with these adapters"
     if own is not None and own.counts and resolved.steps not in own.counts:

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Final
 
 from guidance.parts import PARTS
 from samplers.names import label_of, schedule_type_of
 from server.requests.controls import ControlSettings
 from server.requests.hires import UPSCALER_LABELS
 from server.requests.image_prompts import ImagePromptSettings
-from server.requests.schema import ResolvedRequest
+from server.requests.schema import MaskContent, ResolvedRequest
 
 __all__ = ["infotext"]
+
+MASKED_CONTENT: Final[Mapping[MaskContent, str]] = {
+    "fill": "fill",
+    "latent_noise": "latent noise",
+    "latent_nothing": "latent nothing",
+}
+"""What AUTOMATIC1111 calls it, which leaves the original out."""
 
 _BREAK = r"[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]"
 _FIELD = re.compile(rf"(negative\s+prompt|(?:\A|(?<={_BREAK}))\s*steps):", re.IGNORECASE)
@@ -55,6 +63,7 @@ def infotext(
         "Clip skip": settings.clip_skip if (settings.clip_skip or 1) > 1 else None,
         **_start_noise(settings),
         "Denoising strength": None if strength is None else f"{strength:g}",
+        "Masked content": MASKED_CONTENT.get(settings.mask_content or "original"),
         **_hires(settings),
         "Guidance": guidance.name,
         **{f"Guidance {part.label}": _part(getattr(guidance, part.field)) for part in PARTS},

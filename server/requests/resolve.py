@@ -45,6 +45,7 @@ from server.requests.schema import (
     DEFAULT_RESIZE_MODE,
     GenerateRequest,
     Guidance,
+    MaskContent,
     ResolvedRequest,
     guidance_of,
 )
@@ -135,6 +136,7 @@ def resolve(
         strength=_strength(request, steps, has_picture=has_picture),
         hires=_hires(request, width, height, steps, model),
         resize_mode=request.resize_mode,
+        mask_content=_mask_content(request),
         output_format=request.output_format,
         stream=request.stream,
         priority=request.priority,
@@ -299,6 +301,16 @@ def _hires(
     if request.hires is None:
         return None
     return request.hires.filled_in(width, height, steps, model.facts.size_multiple)
+
+
+def _mask_content(request: GenerateRequest) -> MaskContent | None:
+    if request.mask is not None:
+        return request.mask_content or "original"
+    if request.mask_content is not None:
+        raise InvalidRequest(
+            "mask_content", "mask_content needs a mask; send one or leave mask_content out."
+        )
+    return None
 
 
 def _strength(request: GenerateRequest, steps: int, *, has_picture: bool) -> float | None:

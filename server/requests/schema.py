@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, create_model
 from pydantic_core import PydanticCustomError
@@ -47,6 +47,7 @@ __all__ = [
     "SPACING_BY_NAME",
     "GenerateRequest",
     "Guidance",
+    "MaskContent",
     "ResolvedRequest",
     "default_guidance",
     "default_sampler",
@@ -54,6 +55,8 @@ __all__ = [
     "merged",
     "split",
 ]
+
+MaskContent: TypeAlias = Literal["original", "fill", "latent_noise", "latent_nothing"]
 
 DEFAULT_STEPS: Final = 25
 DEFAULT_SAMPLER: Final = "dpm_solver_pp"
@@ -249,6 +252,12 @@ class GenerateRequest(Readable):
         description="Where `image` is repainted (white) and where it is kept (black), resampled "
         "like it.",
     )
+    mask_content: MaskContent | None = Field(
+        default=None,
+        description="What the repainted part starts from: `original` is the image there, `fill` "
+        "the colours around it, `latent_noise` noise and `latent_nothing` nothing in the place of "
+        "its latents. It tells the more, the lower the strength is. Default: original.",
+    )
     reference: Upload | None = Field(
         default=None,
         repr=False,
@@ -316,6 +325,7 @@ class ResolvedRequest(BaseModel):
     image_prompts: tuple[ImagePromptSettings, ...] = ()
     strength: float | None
     resize_mode: ResizeMode | None = None
+    mask_content: MaskContent | None = None
     hires: Hires | None = None
     output_format: OutputFormat
     stream: bool

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Final
+
 from torch import Tensor
 
 from guidance.parts import chosen
 from server.engine.scheduler import Priority
 from server.engine.state.noise import Variation
-from server.engine.task import Group, ImageTask, Stream
+from server.engine.task import Group, ImageTask, RepaintedFrom, Stream
 from server.engine.terms.registry import terms_of
 from server.engine.terms.term import Run
 from server.models.adapters.adapter import Weighted
@@ -22,9 +25,15 @@ from server.requests.adapters import load_adapters
 from server.requests.checks.group import is_group
 from server.requests.embeddings import load_embeddings, texts_of
 from server.requests.resolve import Prepared
-from server.requests.schema import ResolvedRequest, split
+from server.requests.schema import MaskContent, ResolvedRequest, split
 
 __all__ = ["alone", "tasks_of"]
+
+REPAINTED_FROM: Final[Mapping[MaskContent, RepaintedFrom]] = {
+    "latent_noise": "noise",
+    "latent_nothing": "nothing",
+}
+"""Where it is not the image, which `fill` changes before."""
 
 
 def alone(resolved: ResolvedRequest, index: int) -> ResolvedRequest:
@@ -47,6 +56,7 @@ def tasks_of(
     *,
     image: Tensor | None = None,
     mask: Tensor | None = None,
+    kept: Tensor | None = None,
     reference: Tensor | None = None,
     blend: Blend | None = None,
     stream: Stream | None = None,
@@ -62,6 +72,7 @@ def tasks_of(
         model: that will serve it.
         image: picture to start from, ``[3, H, W]`` float32 in [-1, 1].
         mask: ``[H, W]`` float32, 1 to repaint, 0 to keep.
+        kept: the picture as it was sent, where the part to repaint has been filled in ``image``.
         reference: picture to keep away from, as ``image``.
         blend: what the network is told instead of the request's prompt.
         stream: that the images are frames of; their priority is live then.
@@ -124,6 +135,8 @@ def tasks_of(
             stream=stream,
             image=image,
             mask=mask,
+            kept=kept,
+            repainted_from=REPAINTED_FROM.get(resolved.mask_content or "original", "image"),
             from_noise=from_noise,
             undecoded=resolved.hires is not None and resolved.hires.of_latents,
             previews=resolved.stream,

@@ -55,6 +55,7 @@ from server.requests.tasks import alone, tasks_of
 from server.requests.upload import Upload
 from server.service.enlarging import started_from
 from server.service.generation import Generation
+from server.service.mask_content import filled
 from server.service.model_shelf import Lease, ModelShelf, ModelState, Source
 from server.service.pixels import mask_tensor, pixels_tensor
 from server.service.second_run import SecondRun
@@ -123,10 +124,12 @@ class Pictures:
 class Uploads(NamedTuple):
     """The images that were sent with a request, at the size of its run, or of the second one.
 
-    Those beside the prompt have the size that their encoders read.
+    Those beside the prompt have the size that their encoders read. `kept` is the image as it was
+    sent, where the part to repaint is filled in `image`.
     """
 
     image: NDArray[np.uint8] | None
+    kept: NDArray[np.uint8] | None
     mask: NDArray[np.uint8] | None
     reference: NDArray[np.uint8] | None
     controls: Sequence[NDArray[np.uint8]]
@@ -589,6 +592,9 @@ class Service:
             with request.mask.opened() as text:
                 form = request.mask.form or MaskForm()
                 mask = await self.decoding.mask(text, "mask", target, form)
+        kept = None
+        if prepared.request.mask_content == "fill" and image is not None and mask is not None:
+            kept, image = image, await asyncio.to_thread(filled, image, mask)
         if request.reference is not None:
             reference = await self._picture(request.reference, "reference", target)
         controls = list[NDArray[np.uint8]]()
@@ -608,7 +614,7 @@ class Service:
             )
             for place, (one, side) in enumerate(zip(request.image_prompts, sides, strict=True))
         ]
-        return Uploads(image, mask, reference, controls, controls_again, image_prompts)
+        return Uploads(image, kept, mask, reference, controls, controls_again, image_prompts)
 
     async def _picture(self, upload: Upload, field: str, target: Target) -> NDArray[np.uint8]:
         with upload.opened() as text:
@@ -658,12 +664,13 @@ def _weights_loaded(request: ResolvedRequest, model: HostedModel) -> bool:
 
 
 def _tasks(prepared: Prepared, model: HostedModel, uploads: Uploads) -> list[ImageTask]:
-    image, mask, reference, controls, _, shown = uploads
+    image, kept, mask, reference, controls, _, shown = uploads
     request = prepared.request
     return tasks_of(
         prepared,
         model,
         image=None if image is None else pixels_tensor(image),
+        kept=None if kept is None else pixels_tensor(kept),
         mask=None if mask is None else mask_tensor(mask),
         reference=None if reference is None else pixels_tensor(reference),
         controls=load_controls(request.controls, [*map(pixels_tensor, controls)], model),
@@ -704,6 +711,7 @@ def _claim(
         prepared,
         model,
         image=None if request.image is None else picture,
+        kept=picture.clone() if prepared.request.mask_content == "fill" else None,
         mask=None if request.mask is None else mask,
         reference=None if request.reference is None else picture.clone(),
         adapters=(),

@@ -196,10 +196,11 @@ class Decoder:
             with watch:
                 pictures = some[0].lane.model.decode(latents)[: len(some)]
             for i, sequence in enumerate(some):
-                image, mask = sequence.task.image, sequence.task.mask
-                if image is not None and mask is not None:
+                task = sequence.task
+                kept = task.image if task.kept is None else task.kept
+                if kept is not None and (mask := task.mask) is not None:
                     # What the user asked to keep is kept to the pixel, not by the autoencoder.
-                    pictures[i] = torch.lerp(image.to(pictures), pictures[i], mask.to(pictures))
+                    pictures[i] = torch.lerp(kept.to(pictures), pictures[i], mask.to(pictures))
             finite = pictures.flatten(1).sum(1).isfinite()
             # After the watch, whose events are over when the copy is there.
             copy = HostCopy(to_uint8(pictures), finite)

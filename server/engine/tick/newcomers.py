@@ -6,10 +6,11 @@ import logging
 from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
+import torch
 import torch.nn.functional as F
 
 from server.engine.faults import attempt
-from server.engine.state.noise import varied_noise
+from server.engine.state.noise import start_noise, varied_noise
 from server.engine.state.prompt_cache import PromptCache
 from server.engine.state.sequence import Known
 from server.engine.tick.image_prompts import ImagePromptCache, shown_to
@@ -159,9 +160,24 @@ def _start(sequence: Sequence, lane: Lane) -> Start:
         return Start(plan.start_scale * noise)
     if task.from_noise:
         return Start(plan.start_scale * noise, latents)
-    if task.mask is not None and sequence.channels is None:
-        sequence.known = Known(latents, noise, _latent_mask(task.mask, lane))
+    if task.mask is not None:
+        repaint = _latent_mask(task.mask, lane)
+        if sequence.channels is None:
+            sequence.known = Known(latents, noise, repaint)
+        latents = _repainted(task, latents, repaint)
     return Start(float(plan.alpha[0]) * latents + float(plan.sigma[0]) * noise, latents)
+
+
+def _repainted(task: ImageTask, latents: Tensor, repaint: Tensor) -> Tensor:
+    """The latents that a run starts from, with what is asked for where they are repainted."""
+    match task.repainted_from:
+        case "image":
+            return latents
+        case "noise":
+            # As AUTOMATIC1111's, that of the seed, whatever else the start noise is made of.
+            return torch.lerp(latents, start_noise(task.seed, latents.shape).to(latents), repaint)
+        case "nothing":
+            return latents * (1 - repaint)
 
 
 def _channels(sequence: Sequence, lane: Lane) -> Tensor | None:

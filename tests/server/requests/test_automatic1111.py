@@ -248,3 +248,12 @@ def test_the_time_to_read_a_text_is_proportional_to_its_length(text: str) -> Non
     began = time.process_time()
     read_infotext(text)
     assert time.process_time() - began < 2
+
+
+def test_masked_content_is_what_its_number_means_there() -> None:
+    fills = ("fill", "original", "latent_noise", "latent_nothing")
+    for number, content in enumerate(fills):
+        body = {"init_images": "x", "mask": "x", "inpainting_fill": number}
+        read = translated(Img2Img.model_validate(body), None, (), 32, (64, 64))
+        assert read.request.mask_content == content
+        assert read.ignored == ()

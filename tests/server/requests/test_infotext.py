@@ -46,6 +46,11 @@ def test_clip_skip_is_written_as_there_unless_it_is_the_last_layer() -> None:
     assert "Clip skip" not in text_of(clip_skip=1)
 
 
+def test_masked_content_is_written_as_there_unless_it_is_the_original() -> None:
+    assert "Masked content: latent noise, " in text_of(mask_content="latent_noise")
+    assert "Masked content" not in text_of(mask_content="original")
+
+
 def test_what_else_than_float32_a_model_computes_in_is_written() -> None:
     resolved = ResolvedRequest.model_validate(SETTINGS)
     text = infotext(

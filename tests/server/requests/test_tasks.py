@@ -60,6 +60,7 @@ def test_variations_keep_the_seed_and_count_their_own() -> None:
     [
         ({"variation": {"strength": 0.5, "seed": MAX_SEED}}, "variation.seed"),
         ({"noise_size": {"width": 64, "height": 60}}, "noise_size.height"),
+        ({"mask_content": "fill"}, "mask_content"),
         ({"noise_size": {"width": 16384, "height": 16384}}, "noise_size.width"),
         (
             {"variation": {"strength": 0.5}, "guidance": {"name": "cfg", "particles": "fkc"}},
@@ -67,7 +68,7 @@ def test_variations_keep_the_seed_and_count_their_own() -> None:
         ),
     ],
 )
-def test_start_noise_that_cannot_be_is_refused(fields: dict[str, Any], param: str) -> None:
+def test_a_start_that_cannot_be_is_refused(fields: dict[str, Any], param: str) -> None:
     request = GenerateRequest.model_validate({"prompt": "x", "n": 2} | fields)
     with pytest.raises(InvalidRequest) as refused:
         resolve(request, Toy(), Limits(), None)

@@ -1,0 +1,40 @@
+"""What a run starts from where its picture is repainted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from samplers import preconditioning
+from server.engine.state.noise import start_noise
+from server.engine.task import RepaintedFrom
+from tests.server.by_hand import task
+from tests.server.toy_model import SIDE, Toy, run, started
+
+CELLS = SIDE // 8
+
+
+@pytest.mark.parametrize("content", ["image", "noise", "nothing"])
+def test_a_run_starts_from_what_is_asked_for_and_keeps_the_rest(content: RepaintedFrom) -> None:
+    """As AUTOMATIC1111 does with `init_latent` and its two masks (modules/processing.py)."""
+    generator = torch.Generator().manual_seed(1)
+    image = torch.rand((3, SIDE, SIDE), generator=generator) * 2 - 1
+    mask = torch.zeros(SIDE, SIDE)
+    mask[:, : SIDE // 2] = 1
+    one = task(image=image, mask=mask, kept=-image, repainted_from=content)
+    model = Toy()
+    engine = started(model, 8)
+    model.seen.clear()
+    result = run(engine, [one]).results[0]
+    engine.stop(0)
+    noise = start_noise(one.seed, (4, CELLS, CELLS))
+    own = model.encode_image(image[None])[0]
+    inside = {"image": own, "noise": noise, "nothing": torch.zeros_like(own)}[content]
+    latents = torch.where(torch.arange(CELLS) < CELLS // 2, inside, own)
+    x = float(one.plan.alpha[0]) * latents + float(one.plan.sigma[0]) * noise
+    scales = preconditioning("epsilon", one.plan.alpha[:-1], one.plan.sigma[:-1])
+    torch.testing.assert_close(model.seen[0][0], float(scales.scale_in[0]) * x)
+    # What is kept to the pixel is the picture as it was sent.
+    expected = ((1 - image) * 127.5).round().to(torch.uint8).permute(1, 2, 0)
+    right = torch.from_numpy(result.pixels)[:, SIDE // 2 :]
+    assert (right.int() - expected[:, SIDE // 2 :].int()).abs().max() <= 1
