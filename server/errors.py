@@ -7,6 +7,7 @@
     |   |- HeadersTooLarge           431  the headers are too large
     |   |- NotAcceptable             406  no media type in the Accept header is supported
     |   |- UnsupportedMediaType      415  the body is not declared as JSON
+    |   |- DidNotFit                 422  as much lately did not fit into memory
     |   |- ReusedKey                 422  an idempotency key came with another body before
     |   |- TooLarge                  413  the body or an image in it is too large
     |   `- RequestTimeout            408  the request did not arrive in time
@@ -45,6 +46,7 @@ __all__ = [
     "CannotListen",
     "ControlMismatch",
     "DeviceLost",
+    "DidNotFit",
     "DuplicateGeneration",
     "Forbidden",
     "HeadersTooLarge",
@@ -94,6 +96,18 @@ class InvalidRequest(WeftError):
 
     def __init__(self, field: str | None, message: str) -> None:
         super().__init__(message, field=field)
+
+
+class DidNotFit(InvalidRequest):
+    """As much as the request needs at once lately did not fit into the device's memory.
+
+    Args:
+        retry_after_s: seconds until it is tried again, as other images may have had the room.
+    """
+
+    def __init__(self, field: str, message: str, retry_after_s: float) -> None:
+        super().__init__(field, message)
+        self.retry_after_s = retry_after_s
 
 
 class MalformedBody(InvalidRequest):

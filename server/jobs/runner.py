@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from server.blobs import Blobs
 from server.engine.client import Client
-from server.errors import Cancelled, NotReady, Overloaded, UnknownGeneration, WeftError
+from server.errors import Cancelled, DidNotFit, NotReady, Overloaded, UnknownGeneration, WeftError
 from server.jobs import store
 from server.jobs.database import Database
 from server.jobs.job import Job
@@ -198,7 +198,7 @@ class Runner:
             return
         try:
             made = await self._made(job)
-        except Overloaded as error:
+        except (Overloaded, DidNotFit) as error:
             await self._wait(job, error.retry_after_s, spare=True)
         except NotReady as error:
             # A device that this very job breaks must not be broken by it for ever.

@@ -77,7 +77,8 @@ def naming_hires() -> Generator[None]:
         own = refusal.field in FIELDS
         field = f"hires.{refusal.field}" if own else "hires"
         said = f"hires.{refusal.message}" if own else f"In the second run, {refusal.message}"
-        raise InvalidRequest(field, said) from None
+        refusal.field, refusal.message, refusal.args = field, said, (said,)
+        raise
 
 
 def warned_again(first: Collection[str], second: Sequence[str]) -> tuple[str, ...]:

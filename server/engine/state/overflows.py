@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, Final
 
-from server.errors import InvalidRequest
+from server.errors import DidNotFit
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -82,24 +82,25 @@ class Overflows:
         """Refuse work that is at least as large as what did not fit.
 
         Raises:
-            InvalidRequest: with the field ``width``, or ``guidance`` where only the rows are too
+            DidNotFit: with the field ``width``, or ``guidance`` where only the rows are too
                 many.
         """
         forward = self._believed(self._of_forwards.get(model))
         picture = self._believed(self._of_autoencoders.get(model))
         if picture is not None and width * height >= picture.pixels:
-            raise _too_large(model, width, height, picture)
+            raise self._too_large(model, width, height, picture)
         if forward is None or rows * width * height < forward.pixels:
             return
         if width * height < forward.width * forward.height:
             what = f"{forward.width} x {forward.height} pixels"
-            raise InvalidRequest(
+            raise DidNotFit(
                 "guidance",
                 f"guidance needs {rows} rows of {width} x {height} pixels in one forward pass; "
                 f"{forward.rows} of {what} did not fit into the {_megabytes(forward)} of memory "
                 f"that were free for model {model!r}, so ask for fewer branches or a smaller size.",
+                forward.until - self._now(),
             )
-        raise _too_large(model, width, height, forward)
+        raise self._too_large(model, width, height, forward)
 
     def forget(self, model: str | None = None) -> None:
         """Believe nothing any longer of a model, or of any: there may be more room now."""
@@ -112,14 +113,14 @@ class Overflows:
     def _believed(self, known: _Overflow | None) -> _Overflow | None:
         return known if known is not None and self._now() < known.until else None
 
-
-def _too_large(model: str, width: int, height: int, known: _Overflow) -> InvalidRequest:
-    return InvalidRequest(
-        "width",
-        f"width x height is {width} x {height}; an image of {known.width} x {known.height} pixels "
-        f"did not fit into the {_megabytes(known)} of memory that were free for model {model!r}, "
-        "so ask for a smaller one.",
-    )
+    def _too_large(self, model: str, width: int, height: int, known: _Overflow) -> DidNotFit:
+        return DidNotFit(
+            "width",
+            f"width x height is {width} x {height}; an image of {known.width} x {known.height} "
+            f"pixels did not fit into the {_megabytes(known)} of memory that were free for model "
+            f"{model!r}, so ask for a smaller one.",
+            known.until - self._now(),
+        )
 
 
 def _megabytes(known: _Overflow) -> str:

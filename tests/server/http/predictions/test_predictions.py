@@ -340,6 +340,18 @@ def test_prefer_says_how_long_to_wait() -> None:
     assert [waiting_s(one) for one in waits] == [0, 0, 60, 5, 60, 2]
 
 
+def test_a_job_as_large_as_what_lately_did_not_fit_waits_until_it_is_tried_again(
+    mine: httpx2.Client, server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here its second run, of which refusals say so."""
+    monkeypatch.setattr("server.engine.state.overflows.BELIEVED_S", 0.5)
+    overflows = server.app.state.service.engine._overflows
+    overflows.note("embedded", 96, 96, None, free=0)
+    given = INPUT | {"width": 64, "height": 64, "hires": {"scale": 1.5, "strength": 1}}
+    job = post(mine, given, prefer="wait").json()
+    assert job["status"] == "succeeded", job
+
+
 def test_a_server_that_stops_lets_its_jobs_wait(
     mine: httpx2.Client, server: Running, folder: Path
 ) -> None:
