@@ -341,6 +341,14 @@ class ModelTooLarge(WeftError):
     def __init__(self, message: str) -> None:
         super().__init__(message, field="model")
 
+    @classmethod
+    def on_host(cls, name: str, needed: int, free: int) -> Self:
+        """A model whose weights are kept in host memory beside a GPU."""
+        return cls(
+            f"Model {name!r} needs {needed} bytes of host memory for weights that do not fit on "
+            f"the device; {free} bytes are free."
+        )
+
 
 class CannotListen(WeftError):
     """The address or port that the server was told to listen on cannot be used."""

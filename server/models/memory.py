@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from server.models.hosted import HostedModel
 
 __all__ = [
+    "HOST",
     "DeviceMemory",
     "attainable_bytes",
     "bytes_of",
@@ -79,6 +80,8 @@ def reclaim(device: torch.device) -> None:
     collect_all()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+        # What streamed networks had locked of the host's memory, too.
+        torch._C._host_emptyCache()  # pyright: ignore[reportPrivateUsage]
 
 
 def bytes_of(model: HostedModel) -> int:

@@ -14,7 +14,7 @@ from server.models.folder import AUTOENCODER, DERIVED, classifier_file, parts_of
 from server.models.quantization import BITS, LEAST_FEATURES
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     import torch
@@ -28,6 +28,7 @@ __all__ = [
     "WeightFiles",
     "bytes_in_memory",
     "bytes_of_part",
+    "bytes_on_host",
     "weight_files",
 ]
 
@@ -103,18 +104,10 @@ def bytes_in_memory(folder: Path, dtype: torch.dtype, placement: Placement | Non
 
     placement = placement or Placement()
     total = 0
-    for part in (*parts_of(folder), f"{DERIVED}/weak"):
-        width = FLOAT32 if part == AUTOENCODER else dtype.itemsize
-        bits = BITS[placement.quantization] if placement.quantizes(part) else None
+    for part in _networks_of(folder):
         blocks = Counter[str]()
-        for stem in (NETWORK, TEXT_ENCODER):
-            for name, tensor in _tensors_of_part(folder, part, stem):
-                block = BLOCK.match(name)
-                if bits is not None and block is not None and _is_matrix(name, tensor):
-                    nbytes = int(tensor.numbers * bits / 8)
-                else:
-                    nbytes = tensor.nbytes(width)
-                blocks[block[0] if block else ""] += nbytes
+        for block, nbytes in _kept(folder, part, dtype, placement):
+            blocks[block] += nbytes
         outside = blocks.pop("", 0)
         at_once = STREAMED_BLOCKS if placement.streams(part) else len(blocks)
         total += outside + sum(sorted(blocks.values(), reverse=True)[:at_once])
@@ -123,6 +116,29 @@ def bytes_in_memory(folder: Path, dtype: torch.dtype, placement: Placement | Non
         name = str(classifier.relative_to(folder))
         total += sum(tensor.nbytes(FLOAT32) for _, tensor in _tensors_of_file(folder, name))
     return total
+
+
+def bytes_on_host(folder: Path, dtype: torch.dtype, placement: Placement) -> int:
+    """What the networks of a model folder will keep in host memory beside a GPU.
+
+    These are the blocks that are streamed. They are locked there, for which torch takes memory by
+    powers of two.
+
+    Args:
+        folder: of the model.
+        dtype: that the weights are converted to.
+        placement: how the networks are to be kept.
+
+    Raises:
+        ModelMismatch: no model folder, or a file that is no safetensors file.
+    """
+    return sum(
+        1 << (nbytes - 1).bit_length()
+        for part in _networks_of(folder)
+        if placement.streams(part)
+        for block, nbytes in _kept(folder, part, dtype, placement)
+        if block and nbytes
+    )
 
 
 def bytes_of_part(folder: Path, part: str, stem: str, width: int) -> int:
@@ -138,6 +154,25 @@ def bytes_of_part(folder: Path, part: str, stem: str, width: int) -> int:
         ModelMismatch: a file that is no safetensors file.
     """
     return sum(tensor.nbytes(width) for _, tensor in _tensors_of_part(folder, part, stem))
+
+
+def _networks_of(folder: Path) -> tuple[str, ...]:
+    return *parts_of(folder), f"{DERIVED}/weak"
+
+
+def _kept(
+    folder: Path, part: str, dtype: torch.dtype, placement: Placement
+) -> Iterator[tuple[str, int]]:
+    """Each tensor of a part: its block, "" where it is in none, and its bytes once it is loaded."""
+    width = FLOAT32 if part == AUTOENCODER else dtype.itemsize
+    bits = BITS[placement.quantization] if placement.quantizes(part) else None
+    for stem in (NETWORK, TEXT_ENCODER):
+        for name, tensor in _tensors_of_part(folder, part, stem):
+            block = BLOCK.match(name)
+            if bits is not None and block is not None and _is_matrix(name, tensor):
+                yield block[0], int(tensor.numbers * bits / 8)
+            else:
+                yield block[0] if block else "", tensor.nbytes(width)
 
 
 class _Tensor(NamedTuple):

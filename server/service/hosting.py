@@ -11,6 +11,8 @@ from pathlib import Path
 from time import monotonic
 from typing import Final, TypeAlias
 
+import torch
+
 from server.engine.engine import Engine
 from server.errors import ModelMismatch, ModelTooLarge
 from server.heap import collection_paused
@@ -19,9 +21,9 @@ from server.models.folder import embedded_folders, stamp_of
 from server.models.hosted import HostedModel
 from server.models.hub import HubModel, fetch
 from server.models.loading import choose_device, choose_dtype, family_of, load_model
-from server.models.memory import attainable_bytes, bytes_of, measure
+from server.models.memory import HOST, attainable_bytes, bytes_of, measure
 from server.models.placement import Placement, first_that_fits, options
-from server.models.weight_files import FLOAT32, bytes_in_memory
+from server.models.weight_files import FLOAT32, bytes_in_memory, bytes_on_host
 from server.service.model_shelf import Room, Source
 from server.service.named_weights import NamedWeights
 from server.settings import Settings
@@ -91,7 +93,8 @@ def host(
     models: dict[str, HostedModel] = {}
     for name in named:
         needed, room = source.bytes_of(name), source.room(sum(map(bytes_of, models.values())))
-        if needed > room.free and models:
+        on_host, host_free = source.bytes_on_host(name), source.host_free()
+        if (needed > room.free or on_host > host_free) and models:
             log.warning("%s is loaded when a request names it: memory is short", name)
             continue
         if needed > room.free:
@@ -99,6 +102,8 @@ def host(
                 f"model {name!r} needs {needed} bytes for its weights; {room.free} bytes of memory "
                 "are free for them."
             )
+        if on_host > host_free:
+            raise ModelTooLarge.on_host(name, on_host, host_free)
         told = None if tell is None else partial(_in_megabytes, tell, f"loading {name} (MB)")
         with collection_paused():
             models[name] = source.load_from_folder(name, told)
@@ -145,6 +150,13 @@ class _Folders:
         with self._told_to_clients(name):
             return self.bytes_of(name)
 
+    def needs_on_host(self, name: str) -> int:
+        with self._told_to_clients(name):
+            return self.bytes_on_host(name)
+
+    def host_free(self) -> int:
+        return measure(torch.device(HOST)).free
+
     def room(self, loaded_bytes: int) -> Room:
         free, most = measure(choose_device(self.settings.device))
         if self.settings.memory_gib is None:
@@ -159,6 +171,14 @@ class _Folders:
     def bytes_of(self, name: str) -> int:
         """As :meth:`needs`, with a sentence for the operator if it is no model."""
         return self._bytes_in(name, self.placement(name))
+
+    def bytes_on_host(self, name: str) -> int:
+        """As :meth:`needs_on_host`, with a sentence for the operator if it is no model."""
+        device = choose_device(self.settings.device)
+        if device.type == HOST:
+            return 0
+        dtype = choose_dtype(self.settings.dtype, device)
+        return bytes_on_host(self._folder(name), dtype, self.placement(name))
 
     def placement(self, name: str) -> Placement:
         """How a model is kept: of what the operator allows, the first that fits if it is alone.

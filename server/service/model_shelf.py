@@ -53,6 +53,14 @@ class Source(Protocol):
         """Bytes that the weights of a model will take; raises as :meth:`load`."""
         ...
 
+    def needs_on_host(self, name: str) -> int:
+        """Bytes of host memory that a model will keep beside its device; raises as :meth:`load`."""
+        ...
+
+    def host_free(self) -> int:
+        """Bytes of host memory that are free now."""
+        ...
+
     def room(self, loaded_bytes: int) -> Room:
         """What weights may have beside the models that are loaded, of so many bytes."""
         ...
@@ -301,7 +309,7 @@ class ModelShelf:
                 self._settle(place, None)
                 return True
         try:
-            place.crowded = not self._make_room(place)
+            place.crowded = not (self._make_room_on_host(place) and self._make_room(place))
             if place.crowded:
                 return False
             self._load(place)
@@ -364,6 +372,23 @@ class ModelShelf:
                 return False
             if not self._unload(idle[0]):
                 return False
+
+    def _make_room_on_host(self, place: _Place) -> bool:
+        """Unload others until the host has room for what a model keeps there; False to wait."""
+        source = self._required_source()
+        needed = source.needs_on_host(place.name)
+        while needed > (free := source.host_free()):
+            idle = [one for one in self._idle() if one.offloaded_bytes]
+            if not idle and not self._offloaded():
+                raise ModelTooLarge.on_host(place.name, needed, free)
+            if not idle or not self._unload(idle[0]):
+                return False
+        return True
+
+    def _offloaded(self) -> bool:
+        """Whether a loaded model has weights in host memory beside its device."""
+        with self._wake:
+            return any(one.offloaded_bytes for one in self._places.values())
 
     def _idle(self) -> list[_Place]:
         """Loaded models that nobody uses, the least recently used first."""

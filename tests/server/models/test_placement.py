@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from server.errors import ModelMismatch
 from server.models.placement import Placement, first_that_fits, options
-from server.models.weight_files import bytes_in_memory
+from server.models.weight_files import bytes_in_memory, bytes_on_host
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -40,6 +40,15 @@ def test_what_a_placement_takes_is_read_from_the_headers(tmp_path: Path) -> None
     assert needs(Placement(offload="all")) == 2 * (second + third + outside)
     assert needs(Placement("int8")) == first + second + third + 2 * (norm + outside)
     assert needs(Placement("fp8", "all")) == second + third + 2 * outside
+
+    def on_host(placement: Placement) -> int:
+        return bytes_on_host(tmp_path, torch.float16, placement)
+
+    assert on_host(Placement()) == on_host(Placement(offload="text")) == 0
+    # Three blocks take four, as a power of two.
+    rounded = first + second + 4 * first + norm
+    assert on_host(Placement(offload="all")) == 2 * rounded
+    assert on_host(Placement("int8", "all")) == rounded + norm
 
 
 def test_on_a_cpu_nothing_is_streamed() -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from embedded import MODEL_FOLDER
-from server.errors import ModelMismatch
+from server.errors import ModelMismatch, ModelTooLarge
+from server.models.memory import DeviceMemory
 from server.models.placement import Offload, Placement
 from server.models.weight_files import bytes_in_memory
 from server.service import hosting
@@ -38,6 +39,19 @@ def test_a_model_that_does_not_fit_on_a_gpu_is_streamed_and_counted_so(
     assert small.bytes_of("one") == needed("all") < needed("none")
     told_not_to = folders(Settings(memory_gib=less, offload="none"))
     assert told_not_to.bytes_of("one") == needed("none")
+
+
+def test_a_streamed_model_is_refused_before_it_is_read_where_the_host_has_no_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hosting, "choose_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(hosting, "attainable_bytes", lambda _: needed("none") - 1)
+    monkeypatch.setattr(hosting, "measure", lambda _: DeviceMemory(needed("all"), needed("all")))
+    on_host = folders(Settings()).needs_on_host("one")
+    assert on_host > needed("none") - needed("all")
+    monkeypatch.setattr(hosting._Folders, "load_from_folder", lambda *_: pytest.fail("it was read"))
+    with pytest.raises(ModelTooLarge, match=f"needs {on_host} bytes of host memory"):
+        hosting.host(Settings(models=(f"one={MODEL_FOLDER}",)))
 
 
 def test_each_model_is_kept_in_the_bits_that_are_chosen_for_it(

@@ -66,6 +66,12 @@ class Store:
     def needs(self, name: str) -> int:
         return 3 * BYTES if name == "big" else BYTES
 
+    def needs_on_host(self, name: str) -> int:
+        return 0
+
+    def host_free(self) -> int:
+        return BYTES
+
     def room(self, loaded_bytes: int) -> Room:
         return Room(2 * BYTES - loaded_bytes, 2 * BYTES)
 
@@ -221,6 +227,29 @@ def test_recordings_of_forwards_make_room_where_models_in_use_cannot(
 
     asyncio.run(run())
     assert loaded(service) == ["a", "b"]
+
+
+def test_host_memory_that_a_model_needs_beside_its_device_is_found_or_it_is_refused(
+    service: Service, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf = service.ready_shelf()
+    on_host = {"b": BYTES, "c": BYTES}
+    monkeypatch.setattr(store, "needs_on_host", lambda name: on_host.get(name, 0))
+    kept = "server.service.model_shelf.offloaded_bytes_of"
+    monkeypatch.setattr(kept, lambda one: on_host.get(one.facts.name, 0))
+
+    def free() -> int:
+        held = [state.offloaded_bytes for state in shelf.states()]
+        return BYTES - sum(held)
+
+    monkeypatch.setattr(store, "host_free", free)
+    asyncio.run(made(service, "b"))
+    asyncio.run(made(service, "c"))
+    assert loaded(service) == ["a", "c"], "b had to go, though the device had room"
+    on_host["slow"] = 2 * BYTES
+    with pytest.raises(ModelTooLarge, match=r"needs 8000 bytes of host memory .* 4000 bytes are f"):
+        asyncio.run(made(service, "slow"))
+    assert store.loads == ["b", "c"]
 
 
 def test_who_waits_too_long_is_told_what_for(

@@ -178,6 +178,12 @@ class Slow:
     def needs(self, name: str) -> int:
         return 0
 
+    def needs_on_host(self, name: str) -> int:
+        return 0
+
+    def host_free(self) -> int:
+        return 0
+
     def room(self, loaded_bytes: int) -> Room:
         return Room(1, 1)
 
