@@ -76,12 +76,23 @@ class GaussianMixtureDenoiser:
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
         """The posterior mean of the data given x at time t, of the shape of x."""
-        score = self._score(x, t)
-        log_spread = x.new_tensor(self.spread(t)).log()
-        share = torch.softmax(x.new_tensor(self.weights).log() - log_spread - score**2 / 2, -1)
-        components = zip(self.means, self.deviations, strict=True)
-        denoised = [GaussianDenoiser(self.schedule, m, c)(x, t) for m, c in components]
-        return (share * torch.stack(denoised, -1)).sum(-1)
+        alpha, sigma = _level(self.schedule, t)
+        means, deviations = np.array(self.means), np.array(self.deviations)
+        spread = np.hypot(alpha * deviations, sigma)
+        centre, width, weight, intercept, slope = x.new_tensor(
+            np.stack(
+                [
+                    alpha * means,
+                    spread,
+                    np.log(np.array(self.weights) / spread),
+                    sigma**2 * means / spread**2,
+                    alpha * deviations**2 / spread**2,
+                ]
+            )
+        )
+        x = x[..., None]
+        share = torch.softmax(weight - ((x - centre) / width) ** 2 / 2, -1)
+        return (share * (intercept + slope * x)).sum(-1)
 
     def spread(self, t: float) -> F64:
         """Deviations of the components at time t, ``[components]``."""
