@@ -34,7 +34,7 @@ from guidance.testing import (
     check_shapes,
     check_step_cache,
 )
-from tests.covering import covering
+from tests.covering import EVERY_CELL, covering
 from tests.guidance.cases import (
     PERTURBATION_VARIANTS,
     POLICY_VARIANTS,
@@ -52,17 +52,20 @@ NOISE_RATIO = np.array([np.inf, 80.0, 5.42, 1.0, 0.3, 0.28, 0.01])
 PROGRESS = np.arange(7) / 7
 
 
-def each_kind_of(rules: Iterable[Rule]) -> pytest.MarkDecorator:
-    """One case a kind of rule, with all its variants among these."""
-    grouped: dict[str, list[Rule]] = {}
-    for rule in rules:
-        grouped.setdefault(rule.name, []).append(rule)
+def each_kind_of(settings: Iterable[Rule | Policy | Perturbation]) -> pytest.MarkDecorator:
+    """One case a kind of rule, policy or perturbation, with all its variants among these."""
+    grouped: dict[str, list[Rule | Policy | Perturbation]] = {}
+    for one in settings:
+        grouped.setdefault(one.name, []).append(one)
     return pytest.mark.parametrize("variants", grouped.values(), ids=grouped.keys())
 
 
 each_rule = each_kind_of(RULE_VARIANTS)
-each_policy = pytest.mark.parametrize("policy", POLICY_VARIANTS, ids=label)
-each_perturbation = pytest.mark.parametrize("perturbation", PERTURBATION_VARIANTS, ids=label)
+each_policy = each_kind_of(POLICY_VARIANTS)
+each_estimate = pytest.mark.parametrize(
+    "policy", [one for one in POLICY_VARIANTS if one.estimates], ids=label
+)
+each_perturbation = each_kind_of(PERTURBATION_VARIANTS)
 
 
 def branches_of(rule: Rule) -> int:
@@ -217,7 +220,7 @@ def test_no_rule_moves_x_within_a_step() -> None:
 
 
 @pytest.mark.parametrize("kind", RULES)
-@settings(max_examples=40)
+@settings(max_examples=40 if EVERY_CELL else 12)
 @given(data=st.data(), seed=st.integers(0, 1000))
 def test_rows_with_their_own_parameters_get_what_each_gets_alone(
     kind: type[Rule], data: st.DataObject, seed: int
@@ -243,29 +246,32 @@ def test_rules_leave_their_inputs_alone(variants: list[Rule]) -> None:
 
 
 @each_policy
-def test_policies_answer_for_each_stage_and_row(policy: Policy) -> None:
-    answer = policy.evaluates(NOISE_RATIO, PROGRESS)
-    assert answer.shape == (7,)
-    assert answer.dtype == np.bool_
+def test_policies_answer_for_each_stage_and_row(variants: list[Policy]) -> None:
     rows = draw(4)
-    settled = policy.settled(rows, policy.parameters([policy] * 4, rows.x[:1]))
-    one = policy.parameters([policy], rows.x[:1])
-    alone = [policy.settled(one_row(rows, i), one) for i in range(4)]
-    assert settled.tolist() == torch.cat(alone).tolist()
+    for policy in variants:
+        answer = policy.evaluates(NOISE_RATIO, PROGRESS)
+        assert answer.shape == (7,)
+        assert answer.dtype == np.bool_
+        settled = policy.settled(rows, policy.parameters([policy] * 4, rows.x[:1]))
+        one = policy.parameters([policy], rows.x[:1])
+        alone = [policy.settled(one_row(rows, i), one) for i in range(4)]
+        assert settled.tolist() == torch.cat(alone).tolist(), label(policy)
 
 
 @each_policy
-def test_what_was_evaluated_is_kept_where_a_policy_keeps_nothing(policy: Policy) -> None:
-    assert policy.memory_slots(1) or not policy.wants_reference
-    if policy.memory_slots(1):
-        return
+def test_what_was_evaluated_is_kept_where_a_policy_keeps_nothing(variants: list[Policy]) -> None:
     rows = draw(2)
-    filled = policy.fill(rows, rows.memory, {}, torch.ones(2, 1, 1, 1, dtype=torch.bool))
-    assert filled.others is rows.others
-    assert filled.memory is rows.memory
+    for policy in variants:
+        assert policy.memory_slots(1) or not policy.wants_reference
+        if policy.memory_slots(1):
+            continue
+        filled = policy.fill(rows, rows.memory, {}, torch.ones(2, 1, 1, 1, dtype=torch.bool))
+        assert filled.others is rows.others
+        assert filled.memory is rows.memory
 
 
-@pytest.mark.parametrize("policy", [one for one in POLICY_VARIANTS if one.estimates], ids=label)
+@each_estimate
+@settings(max_examples=100 if EVERY_CELL else 10)
 @given(seed=st.integers(0, 1000), branches=st.integers(1, 3))
 def test_each_row_is_filled_in_as_if_it_were_alone(
     policy: Policy, seed: int, branches: int
@@ -287,7 +293,7 @@ def test_each_row_is_filled_in_as_if_it_were_alone(
     assert all(torch.equal(getattr(rows, name), value) for name, value in before.items())
 
 
-@pytest.mark.parametrize("policy", [one for one in POLICY_VARIANTS if one.estimates], ids=label)
+@each_estimate
 def test_each_branch_is_filled_in_as_if_it_were_the_only_one(policy: Policy) -> None:
     """Two stages of three branches: the first is evaluated, the second is not."""
     numbers = torch.from_numpy(np.random.default_rng(0).normal(size=(4, 3, policy.fitted)))
@@ -315,14 +321,15 @@ def test_step_caches_keep_their_promises(kind: type[StepCache]) -> None:
 
 @each_perturbation
 def test_perturbations_answer_for_each_stage_and_change_something(
-    perturbation: Perturbation,
+    variants: list[Perturbation],
 ) -> None:
-    answer = perturbation.evaluates(NOISE_RATIO, PROGRESS)
-    assert answer.shape == (7,)
-    assert answer.dtype == np.bool_
-    assert bool(perturbation.scale) or not answer.any()
-    # Rows that change the same are told so by equality.
-    assert hash(perturbation.edit) == hash(perturbation.model_copy().edit)
+    for perturbation in variants:
+        answer = perturbation.evaluates(NOISE_RATIO, PROGRESS)
+        assert answer.shape == (7,)
+        assert answer.dtype == np.bool_
+        assert bool(perturbation.scale) or not answer.any(), label(perturbation)
+        # Rows that change the same are told so by equality.
+        assert hash(perturbation.edit) == hash(perturbation.model_copy().edit)
 
 
 @pytest.mark.parametrize("kind", [*RULES, *POLICIES, *PERTURBATIONS, *STEP_CACHES])

@@ -158,7 +158,7 @@ HARD = ("zero_snr", "flow_shifted", "edm")
 S = TypeVar("S", Sampler, Spacing)
 
 
-def _fields_in_pairs(settings: Sequence[S]) -> list[S]:
+def fields_in_pairs(settings: Sequence[S]) -> list[S]:
     """Of each kind's variants those in which any two values meet that may."""
     kinds = dict.fromkeys(type(one) for one in settings)
     variants = ([one for one in settings if type(one) is kind] for kind in kinds)
@@ -175,8 +175,8 @@ def is_first(setting: Sampler | Spacing) -> bool:
 
 
 _FIRST = {type(one): one for one in reversed([*VARIANTS, *SPACING_VARIANTS])}
-FEW_VARIANTS: list[Sampler] = _fields_in_pairs(VARIANTS)
-FEW_SPACING_VARIANTS: list[Spacing] = _fields_in_pairs(SPACING_VARIANTS)
+FEW_VARIANTS: list[Sampler] = fields_in_pairs(VARIANTS)
+FEW_SPACING_VARIANTS: list[Spacing] = fields_in_pairs(SPACING_VARIANTS)
 
 each_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
 
@@ -217,16 +217,16 @@ def said(value: Sampler | Spacing | NoiseSchedule) -> str:
 _NAMES = {schedule: name for name, schedule in SCHEDULES.items()}
 
 
-def each_sampler(**of_variants: Iterable[Any]) -> pytest.MarkDecorator:
-    """One case a sampler, with what there is of its variants under the one name given.
+def each_kind(**of_variants: Iterable[Any]) -> pytest.MarkDecorator:
+    """One case a sampler or spacing, with what there is of its variants under the one name given.
 
     That is a list of variants, or of tuples that begin with one.
     """
     [(name, cells)] = of_variants.items()
     grouped: dict[str, list[Any]] = {}
     for cell in cells:
-        sampler = cell if isinstance(cell, Sampler) else cell[0]
-        grouped.setdefault(sampler.name, []).append(cell)
+        variant = cell[0] if isinstance(cell, tuple) else cell
+        grouped.setdefault(variant.name, []).append(cell)
     return pytest.mark.parametrize(name, grouped.values(), ids=grouped.keys())
 
 
@@ -234,10 +234,7 @@ PAIRS = over_schedules(FEW_VARIANTS, SCHEDULES, HARD)
 LINEAR_PAIRS = over_schedules(
     [one for one in VARIANTS if one.name not in NONLINEAR], SCHEDULES, HARD
 )
-each_pair = pytest.mark.parametrize(("sampler", "schedule"), PAIRS, ids=said)
-each_spacing_and_schedule = pytest.mark.parametrize(
-    ("spacing", "schedule"), over_schedules(FEW_SPACING_VARIANTS, SCHEDULES, SCHEDULES), ids=said
-)
+SPACING_PAIRS = over_schedules(FEW_SPACING_VARIANTS, SCHEDULES, SCHEDULES)
 
 _LAYOUTS = covering(product(SCHEDULES.values(), DEFAULT_SPACINGS, STEPS), lambda cell: cell, 2)
 

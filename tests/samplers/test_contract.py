@@ -29,8 +29,8 @@ from tests.samplers.cases import (
     STEPS,
     VARIANTS,
     VP,
-    each_pair,
-    each_sampler,
+    each_kind,
+    fields_in_pairs,
     grid_unless_refused,
     label,
     layouts,
@@ -49,7 +49,6 @@ MEAN, DEVIATION = 0.7, 0.6
 SOLVERS = [one for one in VARIANTS if one.name not in DISTILLED]
 DETERMINISTIC = [one for one in SOLVERS if not one.stochastic]
 STOCHASTIC = [one for one in SOLVERS if one.stochastic and one.name not in NONLINEAR]
-FEW_STOCHASTIC = [one for one in STOCHASTIC if one in FEW_VARIANTS]
 
 
 def plan_of(sampler: Sampler, schedule: NoiseSchedule, steps: int) -> Plan:
@@ -86,23 +85,27 @@ def test_names_and_texts_are_there_once() -> None:
             check_description(kind)
 
 
-@each_pair
-def test_every_plan_is_finite_and_lands_on_the_clean_picture(
-    sampler: Sampler, schedule: NoiseSchedule
-) -> None:
-    for spacing, steps in layouts(sampler, schedule):
-        grid = grid_unless_refused(schedule, spacing, steps)
-        if grid is None:
-            assert may_refuse(spacing, schedule)
-            continue
-        check_plan(sampler.plan(grid), f"{label(spacing)}, {steps} steps")
+@each_kind(cells=PAIRS)
+def test_every_plan_is_finite_and_lands_on_the_clean_picture(cells: list[Cell]) -> None:
+    for sampler, schedule in cells:
+        for spacing, steps in layouts(sampler, schedule):
+            grid = grid_unless_refused(schedule, spacing, steps)
+            if grid is None:
+                assert may_refuse(spacing, schedule)
+                continue
+            where = f"{label(sampler)} on {said(schedule)}, {label(spacing)}, {steps} steps"
+            check_plan(sampler.plan(grid), where)
 
 
-@each_sampler(variants=FEW_VARIANTS)
+@each_kind(variants=FEW_VARIANTS)
 def test_evaluations_are_as_declared(variants: list[Sampler]) -> None:
     for sampler, steps in product(variants, STEPS):
         check_evaluations(sampler, DISCRETE, steps)
-        plan = plan_of(sampler, DISCRETE, steps)
+
+
+def test_the_denoiser_is_told_the_times_of_the_plan() -> None:
+    for sampler in FEW_VARIANTS:
+        plan = plan_of(sampler, DISCRETE, 5)
         told: list[float] = []
         integrate(
             plan,
@@ -110,22 +113,22 @@ def test_evaluations_are_as_declared(variants: list[Sampler]) -> None:
             torch.ones(1, 1),
             lambda _: torch.zeros(1, 1),
         )
-        assert told == plan.t[:-1].tolist()
+        assert told == plan.t[:-1].tolist(), label(sampler)
 
 
-@each_sampler(variants=FEW_VARIANTS)
+@each_kind(variants=FEW_VARIANTS)
 def test_noise_is_drawn_exactly_when_declared(variants: list[Sampler]) -> None:
     for sampler in variants:
         check_noise(sampler, DISCRETE)
 
 
-@each_sampler(cells=PAIRS)
+@each_kind(cells=PAIRS)
 def test_one_step_to_zero_gives_the_denoised_picture(cells: list[Cell]) -> None:
     for sampler, schedule in cells:
         check_one_step(sampler, schedule)
 
 
-@each_sampler(cells=LINEAR_PAIRS)
+@each_kind(cells=LINEAR_PAIRS)
 def test_point_data_has_its_exact_marginal_at_every_level(cells: list[Cell]) -> None:
     for sampler, schedule in cells:
         plan = plan_of(sampler, schedule, 12)
@@ -137,46 +140,46 @@ def test_point_data_has_its_exact_marginal_at_every_level(cells: list[Cell]) -> 
         np.testing.assert_allclose(variances, plan.sigma**2, atol=tolerance, err_msg=where)
 
 
-@pytest.mark.parametrize(
-    ("sampler", "schedule"), over_schedules(DETERMINISTIC, EACH_KIND, EACH_KIND), ids=said
-)
-def test_a_point_moved_before_a_step_stays_moved(schedule: NoiseSchedule, sampler: Sampler) -> None:
-    check_moves(sampler, schedule)
+@each_kind(cells=over_schedules(DETERMINISTIC, EACH_KIND, EACH_KIND))
+def test_a_point_moved_before_a_step_stays_moved(cells: list[Cell]) -> None:
+    for sampler, schedule in cells:
+        check_moves(sampler, schedule)
 
 
-@pytest.mark.parametrize(
-    ("sampler", "schedule"), over_schedules(STOCHASTIC, EACH_KIND, EACH_KIND), ids=said
-)
-def test_stochastic_samplers_approach_the_variance_of_gaussian_data(
-    schedule: NoiseSchedule, sampler: Sampler
-) -> None:
+@each_kind(cells=over_schedules(fields_in_pairs(STOCHASTIC), EACH_KIND, EACH_KIND))
+def test_stochastic_samplers_approach_the_variance_of_gaussian_data(cells: list[Cell]) -> None:
     spacing = spacing_named("logsnr")
-    few, many = (
-        abs(moments(sampler.plan(schedule.grid(spacing, n)), DEVIATION)[1][-1] - 0.36)
-        for n in (50, 100)
-    )
-    # The error falls with the step, at least in proportion, down to the variance that the last
-    # jump from the cleanest trained level leaves out: 1.1e-4 on vp_linear.
-    assert many < max(0.6 * few, 2e-4)
-    assert many < 0.08
+    for sampler, schedule in cells:
+        few, many = (
+            abs(moments(sampler.plan(schedule.grid(spacing, n)), DEVIATION)[1][-1] - 0.36)
+            for n in (50, 100)
+        )
+        # The error falls with the step, at least in proportion, down to the variance that the last
+        # jump from the cleanest trained level leaves out: 1.1e-4 on vp_linear.
+        where = f"{label(sampler)} on {said(schedule)}"
+        assert many < max(0.6 * few, 2e-4), where
+        assert many < 0.08, where
 
 
-@pytest.mark.parametrize("sampler", FEW_STOCHASTIC, ids=label)
-def test_drawn_runs_have_the_moments_that_the_tables_say(sampler: Sampler) -> None:
-    plan = plan_of(sampler, VP, 8)
+@each_kind(variants=fields_in_pairs(STOCHASTIC))
+def test_drawn_runs_have_the_moments_that_the_tables_say(variants: list[Sampler]) -> None:
     runs = 40_000
-    generator = torch.Generator().manual_seed(7)
+    for sampler in variants:
+        plan = plan_of(sampler, VP, 8)
+        generator = torch.Generator().manual_seed(7)
 
-    def noise(stage: int = 0) -> torch.Tensor:
-        return torch.randn(1, runs, generator=generator, dtype=torch.float64)
+        def noise(stage: int = 0, generator: torch.Generator = generator) -> torch.Tensor:
+            return torch.randn(1, runs, generator=generator, dtype=torch.float64)
 
-    alpha, sigma = plan.alpha[0], plan.sigma[0]
-    start = alpha * (MEAN + DEVIATION * noise()) + sigma * noise()
-    landed = integrate(plan, GaussianDenoiser(VP, MEAN, DEVIATION), start, noise)
-    means, variances = moments(plan, DEVIATION)
-    # Five standard errors of either estimate: a false alarm in 900,000 seeds.
-    assert abs(float(landed.mean()) - means[-1]) < 5 * (variances[-1] / runs) ** 0.5
-    assert abs(float(landed.var()) - variances[-1]) < 5 * variances[-1] * (2 / runs) ** 0.5
+        alpha, sigma = plan.alpha[0], plan.sigma[0]
+        start = alpha * (MEAN + DEVIATION * noise()) + sigma * noise()
+        landed = integrate(plan, GaussianDenoiser(VP, MEAN, DEVIATION), start, noise)
+        means, variances = moments(plan, DEVIATION)
+        # Five standard errors of either estimate: a false alarm in 900,000 seeds.
+        mean_error = (variances[-1] / runs) ** 0.5
+        assert abs(float(landed.mean()) - means[-1]) < 5 * mean_error, label(sampler)
+        variance_error = variances[-1] * (2 / runs) ** 0.5
+        assert abs(float(landed.var()) - variances[-1]) < 5 * variance_error, label(sampler)
 
 
 def test_company_never_changes_a_result() -> None:

@@ -10,7 +10,7 @@ from samplers import Columns, Grid, NoiseSchedule, Plan, Sampler, advance, integ
 from samplers.ddim import DDIM
 from samplers.heun import Heun
 from samplers.timesteps import Trailing
-from tests.samplers.cases import DISCRETE, FEW_VARIANTS, each_sampler, label, spacing_named
+from tests.samplers.cases import DISCRETE, FEW_VARIANTS, each_kind, label, spacing_named
 
 
 def elementwise(plan: Plan, shape: tuple[int, ...]) -> Plan:
@@ -21,7 +21,7 @@ def elementwise(plan: Plan, shape: tuple[int, ...]) -> Plan:
     return replace(plan, tables=tables)
 
 
-@each_sampler(variants=FEW_VARIANTS)
+@each_kind(variants=FEW_VARIANTS)
 def test_elementwise_tables_equal_scalar_ones(variants: list[Sampler]) -> None:
     x = torch.randn(2, 2, 3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for sampler in variants:

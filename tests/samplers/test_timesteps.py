@@ -1,5 +1,6 @@
 """Spacings against diffusers' timesteps, where both mean the same by a name."""
 
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,13 @@ from tests.samplers.cases import (
     EDM,
     FLOW,
     SCHEDULES,
+    SPACING_PAIRS,
+    each_kind,
     each_schedule,
-    each_spacing_and_schedule,
     grid_unless_refused,
+    label,
     may_refuse,
+    said,
 )
 
 STEPS = (1, 2, 3, 7, 20, 37, 99, 250)
@@ -124,19 +128,20 @@ def test_continuous_schedules_have_even_strides() -> None:
     np.testing.assert_allclose(Trailing().evaluated(shifted, 4), [1, 0.9, 0.75, 0.5])
 
 
-@each_spacing_and_schedule
+@each_kind(cells=SPACING_PAIRS)
 def test_times_fall_from_no_higher_than_the_noisiest_level(
-    schedule: NoiseSchedule, spacing: Spacing
+    cells: list[tuple[Spacing, NoiseSchedule]],
 ) -> None:
-    for steps in (1, 2, 3, 20, 50):
+    for (spacing, schedule), steps in product(cells, (1, 2, 3, 20, 50)):
         grid = grid_unless_refused(schedule, spacing, steps)
         if grid is None:
             assert may_refuse(spacing, schedule)
             continue
-        assert grid.steps == steps
-        assert (np.diff(grid.half_log_snr[:-1]) > 0).all()
-        assert grid.t[0] <= schedule.t_start * (1 + 1e-12)
-        assert (grid.sigma[:-1] > 0).all()
+        where = f"{label(spacing)} on {said(schedule)}, {steps} steps"
+        assert grid.steps == steps, where
+        assert (np.diff(grid.half_log_snr[:-1]) > 0).all(), where
+        assert grid.t[0] <= schedule.t_start * (1 + 1e-12), where
+        assert (grid.sigma[:-1] > 0).all(), where
 
 
 def test_more_steps_than_the_spacing_has_are_refused() -> None:
