@@ -96,7 +96,6 @@ COURSES = {
     "flow": Course(FLOW, 0.95, 0.05),
     "edm": Course(EDM, 20.0, 0.05),
 }
-each_course = pytest.mark.parametrize("course", COURSES.values(), ids=COURSES.keys())
 
 
 @pytest.mark.parametrize(
@@ -128,38 +127,44 @@ def test_velocities_lag_by_so_many_steps_and_by_nothing_else_of_first_order(
     assert found == pytest.approx(expected, rel=5e-3)
 
 
-@each_course
 @pytest.mark.parametrize(
-    ("corrector", "of_curvature", "of_first_step"),
-    [("none", 5 / 12, 1), ("exact", -1 / 12, 1), ("pseudo", -1 / 4, 0)],
+    ("name", "of"),
+    covering(
+        product(COURSES, [("none", 5 / 12, 1), ("exact", -1 / 12, 1), ("pseudo", -1 / 4, 0)]), tuple
+    ),
 )
 def test_dpm_solver_v3_of_order_two_misses_by_the_square_of_the_step(
-    course: Course, corrector: Correction, of_curvature: float, of_first_step: float
+    name: str, of: tuple[Correction, float, float]
 ) -> None:
     """Its steps integrate ``exp(lam) D`` with a line in place of D, and miss
     ``of_curvature h^3 D''`` each: 5/12 by the line through the last two points, -1/12 by that
     through both ends, and -1/4 by the divided differences, whose first is the slope at the middle
     of the step and not at its start. The first step adds its own where nothing corrects it.
     """
+    course, (corrector, of_curvature, of_first_step) = COURSES[name], of
     c = DEVIATION**2
     first, last = course.squares
 
-    def of(square: float) -> float:
+    def antiderivative(square: float) -> float:
         return -1 / square + 1.5 * c / square**2
 
-    curvature = c * sqrt(last) * (of(first) - of(last)) / 2
+    curvature = c * sqrt(last) * (antiderivative(first) - antiderivative(last)) / 2
     expected = of_first_step * course.first_step - of_curvature * curvature
     assert course.factor(v3(2, corrector), power=2) == pytest.approx(expected, rel=5e-3)
 
 
-@pytest.mark.parametrize("course", [COURSES["flow"], COURSES["edm"]], ids=["flow", "edm"])
 @pytest.mark.parametrize(
-    "sampler", [v3(3, "none"), v3(3, "exact"), DEIS(order=3)], ids=["none", "exact", "deis"]
+    ("name", "sampler"),
+    covering(
+        product(["flow", "edm"], [v3(3, "none"), v3(3, "exact"), DEIS(order=3)]),
+        tuple,
+    ),
 )
 def test_of_the_second_power_order_three_has_its_first_step_alone(
-    course: Course, sampler: Sampler
+    name: str, sampler: Sampler
 ) -> None:
     """So little, where a run starts at high noise, that order three shows at hundreds of steps."""
+    course = COURSES[name]
     assert course.factor(sampler, power=2) == pytest.approx(course.first_step, rel=5e-3)
 
 

@@ -72,14 +72,10 @@ def drawn(count: int) -> Tensor:
 )
 def test_a_gaussian_gives_its_closed_form(name: str, reach: float) -> None:
     schedule = SCHEDULES[name]
+    # Derivatives are averaged over a window of points, which must lie close.
+    points = 80 if reach else 160
     (found,) = compute_statistics(
-        for_all(gaussian(schedule)),
-        schedule,
-        drawn(32),
-        count=32,
-        points=160,
-        reach=reach,
-        chunk=32,
+        for_all(gaussian(schedule)), schedule, drawn(8), count=8, points=points, reach=reach
     )
     rise = C**2 * np.exp(2 * found.half_log_snr)[:, None, None, None]
     exact = 1 / (1 + rise)
@@ -91,7 +87,7 @@ def test_a_gaussian_gives_its_closed_form(name: str, reach: float) -> None:
     assert found.identity is not None
     assert found.identity.schedule == schedule_fingerprint(schedule)
     assert (found.identity.rule, found.identity.scale) == ("none", 1.0)
-    assert (found.identity.samples, found.identity.points) == (32, 160)
+    assert (found.identity.samples, found.identity.points) == (8, points)
 
 
 def test_hutchinson_finds_the_diagonal_of_a_linear_denoiser() -> None:
@@ -178,7 +174,7 @@ def test_derivatives_along_the_flow_are_those_of_the_exact_flow(schedule: NoiseS
     mixed, h = Mixed.of(schedule, reach=0.0), 1e-4
     m = 1 - mixed.found.l
     slope = np.gradient(m, mixed.found.half_log_snr, axis=0)
-    for i in range(HALF_WINDOW, len(m) - HALF_WINDOW, 7):
+    for i in range(HALF_WINDOW, len(m) - HALF_WINDOW, 13):
         m_slope = slope[i - HALF_WINDOW : i + HALF_WINDOW + 1].mean(0)
         high, low = mixed.f(i, h, m[i] + h * m_slope), mixed.f(i, -h, m[i] - h * m_slope)
         mixed.check(i, (high - low) / (2 * h), 2e-4)
@@ -191,7 +187,7 @@ def test_differences_along_the_flow_are_those_of_the_exact_flow(schedule: NoiseS
     m, lam = 1 - mixed.found.l, mixed.found.half_log_snr
     reach = lam[1] - lam[0]
     assert 0.15 < reach < 0.25
-    for i in range(7, len(m) - 1, 7):
+    for i in range(7, len(m) - 1, 13):
         high, low = mixed.f(i, reach, m[i + 1]), mixed.f(i, -reach, m[i - 1])
         mixed.check(i, (high - low) / (2 * reach), 0.02)
 
