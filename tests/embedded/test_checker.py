@@ -10,7 +10,7 @@ from embedded.scenes import Description, Scene, Thing, make_scene, render, to_pi
 from tests.covering import EVERY_CELL
 
 FRESH = 5_000_000_000
-READ = 2000 if EVERY_CELL else 400
+READ = 2000 if EVERY_CELL else 200
 
 RED_STAR = Thing("star", "red", "small", "left")
 BLUE_RING = Thing("ring", "blue", "large", "right")

@@ -115,7 +115,9 @@ def test_the_student_begins_as_its_teacher_at_every_scale() -> None:
         assert torch.equal(taught, teacher(x, t, states, return_dict=False)[0])
 
 
-def test_a_student_and_an_adapter_train_and_resume(tmp_path: Path) -> None:
+def test_a_student_trains_and_resumes_and_an_adapter_trains_alone(
+    tmp_path: Path,
+) -> None:
     teacher = make_components()
     corpus = corpus_of(teacher.autoencoder, 4, "cpu", tmp_path / "corpus.safetensors")
     published: list[int] = []
@@ -133,13 +135,14 @@ def test_a_student_and_an_adapter_train_and_resume(tmp_path: Path) -> None:
             if not value.requires_grad
         }
         checkpoint = tmp_path / f"{name}.safetensors"
-        distil(teacher, student, settings(1), corpus, checkpoint, publish)
-        distil(teacher, student, settings(2), corpus, checkpoint, publish)
-        assert metadata_of(checkpoint)["step"] == "2"
+        steps = (1, 2) if name == "student" else (1,)
+        for count in steps:
+            distil(teacher, student, settings(count), corpus, checkpoint, publish)
+            assert metadata_of(checkpoint)["step"] == str(count)
         assert bool(frozen) == (name == "adapter")
         for key, value in frozen.items():
             assert torch.equal(student.get_parameter(key), value)
-    assert published == [1, 2, 1, 2]
+    assert published == [1, 2, 1]
 
 
 def test_a_stored_adapter_is_read_by_diffusers_and_makes_the_trained_network(

@@ -97,14 +97,14 @@ def test_the_stored_tokenizer_is_the_one_that_training_uses(tokenizer: CLIPToken
 def test_the_encoder_and_decoder_keep_what_the_checker_reads(
     pipeline: StableDiffusionPipeline,
 ) -> None:
-    scenes = [make_scene(4_100_000_000 + number) for number in range(100 if EVERY_CELL else 40)]
+    scenes = [make_scene(4_100_000_000 + number) for number in range(100 if EVERY_CELL else 20)]
     assert score_autoencoder(pipeline.vae, scenes, "cpu").share() >= 0.99
 
 
 def test_latents_are_white(pipeline: StableDiffusionPipeline) -> None:
     with torch.no_grad():
         latents = pipeline.vae.encode(
-            render([make_scene(4_200_000_000 + number) for number in range(100)])
+            render([make_scene(4_200_000_000 + number) for number in range(50)])
         ).latents
     cells = latents.movedim(1, 0).flatten(1)
     assert torch.allclose(cells.mean(1), torch.zeros(len(cells)), atol=0.15)

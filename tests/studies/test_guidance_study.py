@@ -108,7 +108,7 @@ def test_images_of_a_request_are_compared_with_one_another(study: Study) -> None
 
 def test_particles_take_one_another_s_place(study: Study) -> None:
     """Resampled images share a past, so they are more alike than as many of their own."""
-    sitting: dict[str, Any] = {"steps": 6, "sampler": cells.ANCESTRAL, "each": 3}
+    sitting: dict[str, Any] = {"steps": 4, "sampler": cells.ANCESTRAL, "each": 3}
     apart, alike = (
         np.mean(study.run(Cell(cells.PARTICLES[name], **sitting))["apart"])
         for name in ("cfg 4", "cfg 4, fkc")
