@@ -19,6 +19,8 @@ export VENV TORCH PYTHON
 # The packaged pyright runs on the packaged node: checking types fetches nothing.
 export PYRIGHT_PYTHON_GLOBAL_NODE := 0
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+# What is installed is compiled when it is first imported, which takes ten seconds and is to be kept.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup setup-dev serve test gpu test-all lint types format contract promises soak coverage lock
 

@@ -3,6 +3,7 @@
 import gc
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -21,30 +22,30 @@ settings.load_profile("weft")
 gc.disable()
 
 
+TESTS = Path(__file__).parent
 LONGEST = (
-    "test_engine.py",
-    "test_cli.py",
-    "test_convergence.py",
-    "test_guidance_study.py",
-    "test_generate.py",
-    "test_lost_device.py",
-    "test_distil.py",
-    "test_drain.py",
-    "test_live_stream.py",
-    "test_model_statistics.py",
-    "test_contract.py",
-    "test_distilled.py",
-    "test_against_diffusers.py",
-    "test_samplers_study.py",
+    "samplers/test_convergence.py",
+    "server/engine/test_engine.py",
+    "samplers/test_against_diffusers.py",
+    "studies/test_guidance_study.py",
+    "server/http/predictions/test_predictions.py",
+    "test_plugins.py",
+    "server/http/native/test_generate.py",
+    "server/http/test_live_page.py",
+    "server/http/test_page.py",
+    "server/test_cli.py",
+    "server/http/live/test_live_stream.py",
+    "server/http/test_readme_requests.py",
+    "samplers/test_model_statistics.py",
 )
-"""Files that take longest, in this order. They go first, so that no process begins one when all
-else is done."""
+"""Files that take ten seconds and more, the longest first. They go before all others, so that no
+process begins one when all else is done."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the longest files first, and skip what needs a CUDA device where there is none."""
-    places = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+    places = {TESTS / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
     needy = [item for item in items if item.get_closest_marker("cuda")]
     if not needy:
         return

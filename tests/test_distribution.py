@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import shutil
 import socket
@@ -310,3 +311,18 @@ def test_compose_starts_the_image_with_settings_that_exist() -> None:
     assert int(service["stop_grace_period"].rstrip("s")) > service["environment"]["WEFT_DRAIN_S"]
     assert service["volumes"] == ["${MODELS:-./models}:/models:ro"]
     assert [service["build"]["args"]["TORCH"], gpu["build"]["args"]["TORCH"]] == ["cpu", "cuda"]
+
+
+def test_commands_of_the_makefile_keep_what_python_compiles() -> None:
+    """Each process would compile all it imports again, which takes longer than most tests."""
+    shown = subprocess.run(
+        ["make", "-s", "-f", "-", "show"],
+        input="include Makefile\nshow:\n\t@env\n",
+        cwd=ROOT,
+        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "PYRIGHT_PYTHON_IGNORE_WARNINGS=1" in shown.stdout
+    assert "PYTHONDONTWRITEBYTECODE" not in shown.stdout
