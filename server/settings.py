@@ -6,6 +6,7 @@ import base64
 import json
 from collections.abc import Collection, Mapping
 from importlib.util import find_spec
+from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -293,8 +294,9 @@ class Settings(BaseSettings):
     memory_gib: float | None = Field(
         default=None,
         gt=0,
-        description="Memory for the weights of all loaded models, in GiB; beyond it the least "
-        "recently used are unloaded. Default: what the device has free, of a GPU all but a tenth.",
+        description="Memory for the weights of all loaded models and for their CUDA graphs, in "
+        "GiB; beyond it models that were not used for longest are unloaded, and graphs released.  "
+        "Default: what the device has free, of a GPU all but a tenth.",
     )
     load_s: float = Field(
         default=300,
@@ -521,6 +523,11 @@ class Settings(BaseSettings):
                 f"which is {self.limits.body_bytes}."
             )
         return self
+
+    @property
+    def memory_bytes(self) -> float:
+        """What ``memory_gib`` is in bytes; infinite without it."""
+        return inf if self.memory_gib is None else self.memory_gib * 2**30
 
     @property
     def loopback(self) -> bool:

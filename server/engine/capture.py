@@ -33,8 +33,15 @@ class CudaRecorder:
         self._pool: Any = None
         self._bytes = 0
 
-    def fits(self, forward: Callable[[], Tensor]) -> bool:
+    @property
+    def nbytes(self) -> int:
+        """Memory that the graphs hold."""
+        return self._bytes
+
+    def fits(self, forward: Callable[[], Tensor], room: float) -> bool:
         """Whether there is memory for a graph of a forward, which is run to learn what it takes.
+
+        Of the memory that is free, graphs may have no more than ``room`` beside what they hold.
 
         It runs on the stream of the graphs, so that libraries have made what they make once in a
         stream, which must not be part of a graph.
@@ -50,7 +57,7 @@ class CudaRecorder:
         needed = torch.cuda.max_memory_allocated(self._device) - before
         torch.cuda.empty_cache()
         free, most = measure(self._device)
-        return needed <= SHARE * most and needed - self._bytes <= free
+        return needed <= SHARE * most and needed - self._bytes <= min(free, room)
 
     def record(self, evaluate: Callable[..., Tensor], given: Sequence[Tensor]) -> CapturedForward:
         """Record a forward.

@@ -93,6 +93,8 @@ class Engine:
             some at the start, the others while nothing waits. By default on a GPU; never in
             deterministic mode, where all forwards have the same number of rows.
         cuda_graphs: record the forwards that are prepared on a GPU, and replay them.
+        most_bytes: of the device that weights and graphs of all models may have together; what
+            is loaded keeps to it by itself.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class Engine:
         guessed_costs: Mapping[int, float] | None = None,
         prepares: bool | None = None,
         cuda_graphs: bool = True,
+        most_bytes: float = inf,
     ) -> None:
         if row_budget is not None and row_budget < LEAST_BUDGET:
             raise ValueError(
@@ -132,6 +135,7 @@ class Engine:
             self._device,
             prepares=(on_gpu if prepares is None else prepares) and not deterministic,
             records=on_gpu and cuda_graphs,
+            most_bytes=most_bytes,
         )
         self._overflows = Overflows()
         self._lanes = Lanes(
@@ -221,6 +225,11 @@ class Engine:
         recorded. Ticks go on.
         """
         return self._idle_work.undisturbed()
+
+    @property
+    def recorded_bytes(self) -> int:
+        """Memory of CUDA graphs; safe from any thread."""
+        return self._idle_work.recorded_bytes
 
     def release_recordings(self) -> bool:
         """Give back the memory of CUDA graphs, which are recorded again later; from any thread.

@@ -86,8 +86,13 @@ class Replay(Protocol):
 class Recorder(Protocol):
     """Makes the recordings of one model."""
 
-    def fits(self, forward: Callable[[], Tensor]) -> bool:
-        """Whether there is memory for the recording of a forward; may run it."""
+    @property
+    def nbytes(self) -> int:
+        """Memory that the recordings hold."""
+        ...
+
+    def fits(self, forward: Callable[[], Tensor], room: float) -> bool:
+        """Whether a recording of a forward takes no more bytes than that; may run it."""
         ...
 
     def record(self, evaluate: Callable[..., Tensor], given: Sequence[Tensor]) -> Replay:
@@ -132,11 +137,15 @@ class Graphs:
     Args:
         model: whose forwards.
         recorder: makes them.
+        room: bytes that recordings may take, beside what they hold.
     """
 
-    def __init__(self, model: HostedModel, recorder: Recorder) -> None:
+    def __init__(
+        self, model: HostedModel, recorder: Recorder, room: Callable[[], float] = lambda: inf
+    ) -> None:
         self._model = model
         self._recorder = recorder
+        self._room = room
         self._recorded: dict[Shape, Replay] = {}
         self._wanted: dict[Shape, _Wanted] = {}
         self._under_way: Generator[None] | None = None
@@ -150,6 +159,11 @@ class Graphs:
     def rows(self) -> list[int]:
         """Numbers of rows that are recorded, in order."""
         return sorted({shape.rows for shape in list(self._recorded)})
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that they hold."""
+        return self._recorder.nbytes
 
     @property
     def wanted(self) -> bool:
@@ -278,7 +292,7 @@ class Graphs:
                 self._give_up(shape, obstacle, None)
                 return
             yield
-        if not self._recorder.fits(lambda: self._model.evaluate(x, t, inputs)):
+        if not self._recorder.fits(lambda: self._model.evaluate(x, t, inputs), self._room()):
             log.info("%s: no memory for more CUDA graphs", self._model.facts.name)
             self._rest()
             return

@@ -44,13 +44,16 @@ class IdleWork:
         prepares: run forwards at few numbers of rows, and all of these before they are needed;
             otherwise there is nothing to do here.
         records: record the forwards that are prepared as CUDA graphs.
+        most_bytes: of the device that weights and graphs of all models may have together.
     """
 
-    def __init__(self, device: torch.device, *, prepares: bool, records: bool) -> None:
+    def __init__(
+        self, device: torch.device, *, prepares: bool, records: bool, most_bytes: float = inf
+    ) -> None:
         self._device = device
         self._preparation: Preparation | None = None
         if prepares:
-            self._preparation = Preparation(_recorder_of if records else None)
+            self._preparation = Preparation(_recorder_of if records else None, most_bytes)
         self._undisturbed = Lock()
         self._rests_until = -inf
 
@@ -92,6 +95,11 @@ class IdleWork:
         if self._preparation is None:
             return Prepared()
         return self._preparation.of(model.facts.name, model.default_shape)
+
+    @property
+    def recorded_bytes(self) -> int:
+        """Memory that recordings hold; safe from any thread."""
+        return 0 if self._preparation is None else self._preparation.recorded_bytes
 
     def release(self) -> bool:
         """Free the memory of all recordings; whether there was any."""

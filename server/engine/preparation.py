@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
+from math import inf
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from server.engine.forwards import Forwards
 from server.engine.graphs import Graphs
 from server.engine.warmup import first_calls
+from server.models.memory import bytes_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,10 +49,17 @@ class Preparation:
 
     Args:
         recorder_of: makes what records forwards of a model; None where they are not recorded.
+        most_bytes: of the device that weights and recordings of all models may have together.
     """
 
-    def __init__(self, recorder_of: Callable[[HostedModel], Recorder] | None = None) -> None:
+    def __init__(
+        self,
+        recorder_of: Callable[[HostedModel], Recorder] | None = None,
+        most_bytes: float = inf,
+    ) -> None:
         self._recorder_of = recorder_of
+        self._most_bytes = most_bytes
+        self._weights: dict[str, int] = {}
         self._graphs: dict[str, Graphs] = {}
         self._first_calls: deque[tuple[str, Callable[[], object]]] = deque()
         self._forwards: dict[tuple[str, Shape], Forwards] = {}
@@ -68,9 +77,10 @@ class Preparation:
         name = model.facts.name
         self._first_calls.extend((name, call) for call in first_calls(model))
         self._defaults.add((name, shape))
+        self._weights[name] = bytes_of(model)
         # A graph would read the copies of blocks that are gone.
         if self._recorder_of is not None and model.placement.offload != "all":
-            self._graphs[name] = Graphs(model, self._recorder_of(model))
+            self._graphs[name] = Graphs(model, self._recorder_of(model), self._room)
         return self.forwards(model, shape, cost, most)
 
     def forwards(self, model: HostedModel, shape: Shape, cost: TickCost, most: int) -> Forwards:
@@ -95,11 +105,17 @@ class Preparation:
 
     def forget(self, name: str) -> None:
         """Let go of a model."""
+        self._weights.pop(name, None)
         if name in self._graphs:
             self._graphs.pop(name).release()
         self._first_calls = deque(one for one in self._first_calls if one[0] != name)
         self._forwards = {key: one for key, one in self._forwards.items() if key[0] != name}
         self._defaults = {key for key in self._defaults if key[0] != name}
+
+    @property
+    def recorded_bytes(self) -> int:
+        """Memory that recordings hold; safe from any thread."""
+        return sum(graphs.nbytes for graphs in list(self._graphs.values()))
 
     def release(self) -> bool:
         """Give back the memory of all recordings, as memory is short; whether there was any."""
@@ -133,3 +149,6 @@ class Preparation:
             if graphs.due(most_s):
                 return lambda: graphs.record_piece(most_s)
         return None
+
+    def _room(self) -> float:
+        return self._most_bytes - sum(self._weights.values()) - self.recorded_bytes

@@ -118,6 +118,7 @@ def host(
         max_pending_bytes=settings.max_pending_bytes,
         on_failure=on_failure,
         guessed_costs=guessed_costs,
+        most_bytes=settings.memory_bytes,
     )
     engine.start()
     return Hosted(engine, models, source)
@@ -159,10 +160,8 @@ class _Folders:
 
     def room(self, loaded_bytes: int) -> Room:
         free, most = measure(choose_device(self.settings.device))
-        if self.settings.memory_gib is None:
-            return Room(free, most)
-        allowed = int(self.settings.memory_gib * 2**30)
-        return Room(min(free, allowed - loaded_bytes), min(most, allowed))
+        allowed = self.settings.memory_bytes
+        return Room(int(min(free, allowed - loaded_bytes)), int(min(most, allowed)))
 
     def load(self, name: str, tell: Callable[[int, int], None]) -> HostedModel:
         with self._told_to_clients(name):
@@ -188,9 +187,7 @@ class _Folders:
         """
         settings, device = self.settings, choose_device(self.settings.device)
         choices = options(settings.offload, settings.quantization_of(name), device)
-        most = attainable_bytes(device)
-        if settings.memory_gib is not None:
-            most = min(most, int(settings.memory_gib * 2**30))
+        most = int(min(attainable_bytes(device), settings.memory_bytes))
         return first_that_fits(choices, partial(self._bytes_in, name), most)
 
     def _bytes_in(self, name: str, placement: Placement) -> int:

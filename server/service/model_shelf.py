@@ -62,7 +62,7 @@ class Source(Protocol):
         ...
 
     def room(self, loaded_bytes: int) -> Room:
-        """What weights may have beside the models that are loaded, of so many bytes."""
+        """What weights may have beside the models that are loaded, with their CUDA graphs."""
         ...
 
     def load(self, name: str, tell: Callable[[int, int], None]) -> HostedModel:
@@ -437,7 +437,8 @@ class ModelShelf:
 
     def _loaded_bytes(self) -> int:
         with self._wake:
-            return sum(one.memory_bytes for one in self._places.values())
+            weights = sum(one.memory_bytes for one in self._places.values())
+        return weights + self._engine.recorded_bytes
 
     def _names(self) -> tuple[str, ...]:
         """The default one, others that are loaded, and those of the source."""

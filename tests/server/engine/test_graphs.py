@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from guidance.edits import IdentityAttention
 from server.engine import graphs as graphs_module
@@ -83,13 +83,19 @@ class Recording:
 class Tape:
     """Records on a CPU."""
 
+    bytes_each = 1000
+
     def __init__(self, model: Waiting, *, room: int = 100, error: float = 0.0) -> None:
         self.made: list[Recording] = []
         self.pools = 1
         self._model, self._room, self._error = model, room, error
 
-    def fits(self, forward: Callable[[], Tensor]) -> bool:
-        return len(forward()) <= self._room
+    @property
+    def nbytes(self) -> int:
+        return self.bytes_each * sum(not one.released for one in self.made)
+
+    def fits(self, forward: Callable[[], Tensor], room: float) -> bool:
+        return len(forward()) <= self._room and self.bytes_each <= room
 
     def record(self, evaluate: Callable[..., Tensor], given: Sequence[Tensor]) -> Recording:
         self.made.append(Recording(self._model, evaluate, given, self._error))
@@ -277,6 +283,25 @@ def test_a_forward_that_runs_often_is_recorded_in_pieces_between_others() -> Non
     assert len(tape.made) == 2
 
 
+def test_weights_and_recordings_take_no_more_than_is_allowed_together() -> None:
+    class Weighty(Waiting):
+        def modules(self) -> dict[str, nn.Module]:
+            return {"unet": nn.Linear(250, 1, bias=False)}
+
+    model = Weighty()
+    tape = Tape(model)
+    preparation = Preparation(lambda _: tape, most_bytes=1000 + 1999)
+    forwards = preparation.add(model, SHAPE, TickCost({1: 0.002}), 16)
+    for rows in (1, 2):
+        forwards.evaluate(*forward(model, rows), most=16)
+    while piece := preparation.next():
+        piece()
+    assert preparation.of("toy", SHAPE).recorded == (1,)
+    assert preparation.recorded_bytes == 1000
+    preparation.forget("toy")
+    assert preparation.recorded_bytes == 0
+
+
 def test_a_recording_under_way_is_let_go_of_when_memory_is_short() -> None:
     model = Waiting()
     tape = Tape(model)
@@ -295,7 +320,7 @@ def test_an_engine_that_is_never_idle_records_its_ticks(monkeypatch) -> None:
     model = Waiting()
     tape = Tape(model)
     preparation = Preparation(lambda _: tape)
-    monkeypatch.setattr("server.engine.idle_work.Preparation", lambda _: preparation)
+    monkeypatch.setattr("server.engine.idle_work.Preparation", lambda *_: preparation)
     engine = started(model, 16, prepares=True)
     assert tape.made == []
     run(engine, [task(steps=3 * OFTEN)])
@@ -318,7 +343,7 @@ def test_no_image_fails_before_recordings_have_given_their_memory_back(
     model = Waiting()
     tape = Tape(model)
     preparation = Preparation(lambda _: tape)
-    monkeypatch.setattr("server.engine.idle_work.Preparation", lambda _: preparation)
+    monkeypatch.setattr("server.engine.idle_work.Preparation", lambda *_: preparation)
     engine = started(model, 16, prepares=True)
     run(engine, [task(steps=3 * OFTEN)])
 
@@ -348,7 +373,7 @@ def test_an_engine_replays_its_small_ticks_and_draws_the_same_images(monkeypatch
     model = Waiting()
     tape = Tape(model)
     preparation = Preparation(lambda _: tape)
-    monkeypatch.setattr("server.engine.idle_work.Preparation", lambda _: preparation)
+    monkeypatch.setattr("server.engine.idle_work.Preparation", lambda *_: preparation)
     engine = started(model, 16, prepares=True)
     until = monotonic() + 20
     while len(tape.made) < len(SIZES) or not tape.made[-1].calls >= CALLS_OF_A_RECORD:

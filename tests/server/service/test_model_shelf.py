@@ -213,10 +213,8 @@ def test_recordings_of_forwards_make_room_where_models_in_use_cannot(
     service: Service, engine: Engine, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = [BYTES]
-    monkeypatch.setattr(
-        store, "room", lambda loaded: Room(2 * BYTES - loaded - sum(held), 2 * BYTES)
-    )
     preparation = Preparation()
+    monkeypatch.setattr(Preparation, "recorded_bytes", property(lambda _: sum(held)))
     monkeypatch.setattr(preparation, "release", lambda: bool(held) and bool(held.pop()))
     monkeypatch.setattr(engine._idle_work, "_preparation", preparation)
 
