@@ -36,6 +36,9 @@ log = logging.getLogger("weft")
 TEMPLATES: Final = {"v1": "sd15", "inpainting": "sd15", "xl_base": "sdxl", "xl_inpaint": "sdxl"}
 """Configs of each kind of checkpoint, as diffusers names the kinds."""
 
+WITHOUT_PREDICTION: Final = ("v2", "inpainting_v2")
+"""Kinds whose U-Nets predict noise or a velocity, and whose tensors are the same either way."""
+
 UNET: Final = "model.diffusion_model."
 AUTOENCODER: Final = "first_stage_model."
 CLIP: Final = ("cond_stage_model.transformer.", "conditioner.embedders.0.transformer.")
@@ -158,6 +161,12 @@ def _kind(file: Path, weights: Mapping[str, Tensor]) -> str:
 
     # What diffusers does not recognise it takes for Stable Diffusion 1.
     kind = infer_diffusers_model_type(weights)
+    if kind in WITHOUT_PREDICTION:
+        raise ModelMismatch(
+            f"model file {str(file)!r} is a checkpoint of Stable Diffusion 2.x, which does not say "
+            "whether it predicts noise or a velocity; host a folder in the diffusers layout, whose "
+            "scheduler does."
+        )
     stands = f"{UNET}input_blocks.0.0.weight" in weights
     if kind not in TEMPLATES or not stands:
         raise ModelMismatch(

@@ -189,6 +189,11 @@ def load_sana(
             f"{SCHEDULER} of model folder {str(folder)!r} has the prediction_type "
             f"{str(predicts)[:40]!r}; SANA predicts a velocity, so only flow_prediction is allowed."
         )
+    if scheduler.get("shift_terminal"):
+        raise ModelMismatch(
+            f"{SCHEDULER} of model folder {str(folder)!r} has the shift_terminal "
+            f"{str(scheduler['shift_terminal'])[:40]!r}; for SANA only null is supported."
+        )
     schedule = NoiseSchedule.from_diffusers(scheduler)
     scale = float(read_json(folder, f"{TRANSFORMER}/config.json").get("timestep_scale", 1.0))
     # Solvers that are given the noise schedule of a flow tell whole timesteps.

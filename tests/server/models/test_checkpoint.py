@@ -112,6 +112,19 @@ def test_a_server_is_not_started_on_another_kind_of_file(tmp_path: Path) -> None
         host(settings)
 
 
+def test_a_file_of_stable_diffusion_2_is_refused_as_its_prediction_is_not_known(
+    tmp_path: Path,
+) -> None:
+    attention = "input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
+    weights = {
+        f"model.diffusion_model.{attention}": torch.ones(2, 1024),
+        "model.diffusion_model.input_blocks.0.0.weight": torch.ones(2, 4, 3, 3),
+    }
+    save_file(weights, tmp_path / "second.safetensors")
+    with pytest.raises(ModelMismatch, match=r"Stable Diffusion 2\.x, which does not say whether"):
+        converted(tmp_path / "second.safetensors", tmp_path / "cache")
+
+
 def test_what_the_file_says_of_its_training_reaches_the_scheduler(
     file: Path, templates: Path, tmp_path: Path
 ) -> None:

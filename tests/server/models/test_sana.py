@@ -251,6 +251,9 @@ def test_a_scheduler_of_eulers_tells_timesteps_as_they_are(folder: Path, tmp_pat
     config.write_text(json.dumps({"use_flow_sigmas": True, "prediction_type": "epsilon"}))
     with pytest.raises(ModelMismatch, match="'epsilon'; SANA predicts a velocity"):
         load(copy)
+    config.write_text(json.dumps({**json.loads(euler), "shift_terminal": 0.1}))
+    with pytest.raises(ModelMismatch, match=r"shift_terminal '0\.1'; for SANA only null"):
+        load(copy)
     config.write_text(euler)
     autoencoder(latent_channels=8).save_pretrained(copy / "vae")
     with pytest.raises(ModelMismatch, match=r"of 4 channels; its autoencoder makes .* 8"):
