@@ -71,6 +71,14 @@ Deterministic = Annotated[
         show_default="off",
     ),
 ]
+Compile = Annotated[
+    bool | None,
+    typer.Option(
+        "--compile",
+        help="Compile the repeated blocks of denoisers in the background; needs a C++ compiler.",
+        show_default="off",
+    ),
+]
 RowBudget = Annotated[
     int | None,
     typer.Option(
@@ -134,6 +142,7 @@ def serve(
     device: Device = None,
     dtype: Dtype = None,
     deterministic: Deterministic = None,
+    compile_blocks: Compile = None,
     row_budget: RowBudget = None,
     max_pending: Annotated[
         int | None,
@@ -167,6 +176,7 @@ def serve(
         device=device,
         dtype=dtype,
         deterministic=deterministic,
+        compile=compile_blocks,
         row_budget=row_budget,
         max_pending=max_pending,
         insecure=insecure,

@@ -289,7 +289,8 @@ class Settings(BaseSettings):
     )
     cache: Path = Field(
         default=Path("~/.cache/weft"),
-        description="Folder for what single-file checkpoints are converted to.",
+        description="Folder for what single-file checkpoints are converted to, and for compiled "
+        "blocks.",
     )
     memory_gib: float | None = Field(
         default=None,
@@ -360,6 +361,12 @@ class Settings(BaseSettings):
         default=False,
         description="Make every image bit-identical whatever else is in its batch, at some cost in "
         "speed.",
+    )
+    compile: bool = Field(
+        default=False,
+        description="Compile the repeated blocks of denoisers in the background, in a process of "
+        "its own; passes run as ever until that is done. Needs a C++ compiler, and works neither "
+        "with `deterministic` nor for models that are quantised or streamed from host memory.",
     )
     cuda_graphs: Literal["auto", "off"] = Field(
         default="auto",
@@ -482,6 +489,15 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"host is {self.host!r}, which other machines can reach; set WEFT_API_KEYS, "
                 "or pass --insecure to serve without keys."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_compile(self) -> Self:
+        if self.compile and self.deterministic:
+            raise ValueError(
+                "compile is on, and deterministic too; an image's bits would depend on whether its "
+                "blocks were compiled by then. Turn one of them off."
             )
         return self
 

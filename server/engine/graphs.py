@@ -152,6 +152,7 @@ class Graphs:
         self._repeatable: dict[tuple[object, ...], bool] = {}
         self._ends: dict[tuple[object, ...], int] = {}
         self._rests_until = -inf
+        self._generation = 0
         # For its first look at operations torch imports for seconds, which nobody is to wait for.
         unrepeatable(lambda: torch.empty(1), torch.device("cpu"))
 
@@ -190,6 +191,10 @@ class Graphs:
         tensors = tensors_of(x, t, inputs)
         if tensors is None:
             return self._model.evaluate(x, t, inputs)
+        if self._model.blocks is not None and self._model.blocks.generation != self._generation:
+            self._generation = self._model.blocks.generation
+            self._forget()
+            self._wanted, self._repeatable, self._ends = {}, {}, {}
         shape = shape_of(tensors)
         recorded = self._recorded.get(shape)
         if recorded is not None:
@@ -228,6 +233,12 @@ class Graphs:
             Whether there was anything to give back.
         """
         held = bool(self._recorded or self._wanted or self._under_way)
+        self._forget()
+        self._rest()
+        return held
+
+    def _forget(self) -> None:
+        """Let go of all recordings."""
         if self._under_way is not None:
             self._under_way.close()
             self._under_way = None
@@ -235,8 +246,6 @@ class Graphs:
             one.release()
         self._recorded = {}
         self._recorder.begin_anew()
-        self._rest()
-        return held
 
     def _often(self, most_s: float) -> Shape | None:
         """The forward that has run most often, of those that are worth a recording now."""

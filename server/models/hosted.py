@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -25,6 +26,7 @@ from server.models.weight_memory import WeightMemory
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping, Sequence
+    from contextlib import AbstractContextManager
 
     from torch import Tensor, nn
 
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from server.models.adapters.adapter import RowAdapters
     from server.models.blend import Told
     from server.models.classifier import LatentClassifier
+    from server.models.compiling.compiled_blocks import CompiledBlocks
     from server.models.conditioning import Conditioning, StackedConditioning
     from server.models.controls.control_kind import ControlKind
     from server.models.defaults import ModelDefaults
@@ -98,6 +101,8 @@ class HostedModel(ABC):
     All methods but ``count_tokens`` belong to the engine's thread.
 
     Attributes:
+        blocks: of the denoiser, where they are compiled; None where nothing is.
+        runs_eager: why they are not, where the operator wants them compiled.
         weighs_prompts: whether it reads a ``WeightedPrompt`` as more than plain text.
     """
 
@@ -108,6 +113,8 @@ class HostedModel(ABC):
         self.device = device
         self.dtype = dtype
         self.placement = Placement()
+        self.blocks: CompiledBlocks | None = None
+        self.runs_eager: str | None = None
         self.statistics = ModelStatistics()
         self.classifier: LatentClassifier | None = None
         self.classifier_lacks = "it has none"
@@ -263,6 +270,12 @@ class HostedModel(ABC):
             None where the denoiser reads the latent alone, as most do.
         """
         return None
+
+    def blocks_running(self, inputs: RowInputs) -> AbstractContextManager[None]:
+        """Lets the denoiser's blocks run compiled in the forward inside, if all rows are plain."""
+        if self.blocks is None:
+            return nullcontext()
+        return self.blocks.running(plain=inputs.plain)
 
     @abstractmethod
     def evaluate(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Final
 
 import torch
 
@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from server.models.conditioning import StackedConditioning
     from server.models.controls.row_controls import RowControls
     from server.models.image_prompts.row_image_prompts import RowImagePrompts
+
+OUTSIDE_BLOCKS: Final = frozenset(
+    {"conditioning", "edits", "scale_embedding", "channels", "controls"}
+)
+"""Of inputs, what the network reads before and between its blocks; each edit is an exception."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,6 +53,12 @@ class RowInputs:
     adapters: RowAdapters | None = None
     controls: RowControls | None = None
     image_prompts: RowImagePrompts | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether no row changes anything inside the network's blocks."""
+        given = {field.name for field in fields(self) if getattr(self, field.name) is not None}
+        return not any(self.edits) and given <= OUTSIDE_BLOCKS
 
     def of(self, rows: Sequence[int], where: Tensor | None = None) -> RowInputs:
         """The inputs of some rows; references of edits are counted among those rows.

@@ -196,7 +196,8 @@ class TransformerModel(HostedModel):
     def _changed(self, inputs: RowInputs, x: Tensor) -> Generator[None]:
         """The transformer with what the rows change inside it."""
         edited = self._edits.applied(inputs.edits, x) if any(inputs.edits) else nullcontext()
-        with edited, self._adapted[TRANSFORMER].applied(inputs.adapters):
+        adapted = self._adapted[TRANSFORMER].applied(inputs.adapters)
+        with edited, adapted, self.blocks_running(inputs):
             yield
 
     @override

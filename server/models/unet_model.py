@@ -187,7 +187,8 @@ class UNetModel(HostedModel):
         pictured = nullcontext()
         if self._pictures is not None:
             pictured = self._pictures.applied(inputs.image_prompts)
-        with edited if any(inputs.edits) else nullcontext(), adapted, pictured:
+        edited = edited if any(inputs.edits) else nullcontext()
+        with edited, adapted, pictured, self.blocks_running(inputs):
             return _forward(self._unet, x.to(self.dtype), t, inputs, **told)
 
     @override

@@ -17,6 +17,8 @@ from server.engine.engine import Engine
 from server.errors import ModelMismatch, ModelTooLarge
 from server.heap import collection_paused
 from server.models.checkpoint import converted
+from server.models.compiling.compiled_blocks import compile_blocks
+from server.models.compiling.compiler import BlockCompiler, missing_compiler
 from server.models.folder import embedded_folders, stamp_of
 from server.models.hosted import HostedModel
 from server.models.hub import HubModel, fetch
@@ -89,6 +91,7 @@ def host(
         settings,
         folders,
         NamedWeights(settings),
+        _compiler_of(settings),
     )
     models: dict[str, HostedModel] = {}
     for name in named:
@@ -132,11 +135,13 @@ class _Folders:
         settings: on which device, and what memory they may take.
         first: the folders that there were at the start, by name.
         named: what requests name beside the model.
+        compiler: of blocks; a clause that says why there is none, or None if none is wanted.
     """
 
     settings: Settings
     first: Mapping[str, Path]
     named: NamedWeights
+    compiler: BlockCompiler | str | None = None
 
     def names(self) -> Iterable[str]:
         return list(self._folders())
@@ -212,8 +217,18 @@ class _Folders:
         log.info("%s: attention by %s, memory in %s", name, model.attention, model.memory_format)
         if placement.offload != "none":
             log.info("%s: %s", name, OFFLOADED[placement.offload])
+        if self.settings.compile:
+            self._have_compiled(model)
         self.named.give(model, folder)
         return model
+
+    def _have_compiled(self, model: HostedModel) -> None:
+        if isinstance(self.compiler, str):
+            model.runs_eager = self.compiler
+        elif self.compiler is not None:
+            compile_blocks(model, self.compiler)
+        if model.runs_eager is not None:
+            log.warning("%s: runs without compiled blocks: %s", model.facts.name, model.runs_eager)
 
     def _folders(self) -> Mapping[str, Path]:
         """Those of the start, and what has come into the folder of models since."""
@@ -243,6 +258,19 @@ class _Folders:
             folder = str(self._folders().get(name, name))
             sentence = error.message.replace(f"model folder {folder!r}", f"model {name!r}")
             raise ModelMismatch(sentence.replace(folder, name)) from None
+
+
+def _compiler_of(settings: Settings) -> BlockCompiler | str | None:
+    """What compiles blocks; why nothing does, or None if nothing is to."""
+    if not settings.compile:
+        return None
+    if (lacking := missing_compiler()) is not None:
+        return lacking
+    folder = settings.cache.expanduser() / "compiled"
+    try:
+        return BlockCompiler(folder)
+    except OSError as error:
+        return f"the folder {str(folder)!r} cannot be written to: {error.strerror}"
 
 
 def _check_quantized(settings: Settings, names: Collection[str]) -> None:

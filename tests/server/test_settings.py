@@ -153,6 +153,11 @@ def test_weights_are_quantised_for_all_models_or_by_name(monkeypatch: pytest.Mon
         Settings(quantize=("flux=int4",))
 
 
+def test_compiled_blocks_and_equal_bits_exclude_each_other() -> None:
+    with pytest.raises(ValidationError, match="compile is on, and deterministic too"):
+        Settings(compile=True, deterministic=True)
+
+
 def test_a_quantization_whose_package_is_missing_says_how_to_install_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

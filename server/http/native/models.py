@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from server.errors import UnknownModel
 from server.http.dependencies import ServiceDep
 from server.http.errors import ErrorBody
+from server.models.compiling.compiled_blocks import compilation_of
+from server.models.hosted import HostedModel
 from server.service.model_shelf import ModelState
 
 __all__ = ["ModelCard", "ModelList", "card_of", "router"]
@@ -17,6 +19,19 @@ __all__ = ["ModelCard", "ModelList", "card_of", "router"]
 router = APIRouter(tags=["openai"])
 
 _UNKNOWN: Final[dict[int | str, dict[str, Any]]] = {404: {"model": ErrorBody}}
+
+
+class CompilationCard(BaseModel):
+    """How far the repeated blocks of a denoiser are compiled."""
+
+    model_config = ConfigDict(frozen=True)
+
+    compiled: int = Field(description="Shapes of blocks that run compiled.")
+    waiting: int = Field(description="Shapes of blocks that are being compiled.")
+    eager: int = Field(description="Shapes of blocks that run as ever, as compiling did not help.")
+    reason: str | None = Field(
+        description="Why the last of these runs as ever, or why none is compiled."
+    )
 
 
 class ModelCard(BaseModel):
@@ -59,6 +74,10 @@ class ModelCard(BaseModel):
         "`channels_last` of U-Nets, whose convolutions are faster so, else `contiguous_format`; "
         "null if it is not loaded."
     )
+    compilation: CompilationCard | None = Field(
+        description="What is compiled of its denoiser; null if it is not loaded, or if the "
+        "server was started without `compile`."
+    )
     forward_rows: tuple[int, ...] = Field(
         description="Numbers of rows that its forward passes at its default size are filled up "
         "to, as the first pass of a number is slow on a GPU; empty on a CPU, where passes have as "
@@ -97,9 +116,15 @@ def card_of(state: ModelState) -> ModelCard:
         offload=None if model is None else model.placement.offload,
         attention=None if model is None else model.attention,
         memory_format=None if model is None else model.memory_format,
+        compilation=None if model is None else _compilation_of(model),
         forward_rows=state.prepared.rows,
         recorded_rows=state.prepared.recorded,
     )
+
+
+def _compilation_of(model: HostedModel) -> CompilationCard | None:
+    made = compilation_of(model)
+    return None if made is None else CompilationCard.model_validate(made._asdict())
 
 
 @router.get("/v1/models")

@@ -21,12 +21,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from embedded import MODEL_FOLDER
+from server.engine.preparation import Prepared
 from server.errors import ModelMismatch
+from server.http.native.models import CompilationCard, card_of
 from server.models.hosted import HostedModel
 from server.models.memory import bytes_of
 from server.models.weight_files import bytes_in_memory
 from server.service.hosting import Hosted, host
-from server.service.model_shelf import Room
+from server.service.model_shelf import ModelState, Room
 from server.service.one_shot import GUESSED_COSTS
 from server.settings import Settings
 from tests.server.http.small_server import SmallServer
@@ -114,8 +116,10 @@ def test_models_of_the_folder_come_and_go_as_requests_name_them(
     assert shown == {"device": "cpu", "dtype": "float32", "attention": "sdpa", "loading": None}
     run = [cards["one"][key] for key in ("memory_format", "forward_rows", "recorded_rows")]
     assert run == ["channels_last", [], []]
-    kept = [cards["one"][key] for key in ("quantization", "offload", "offloaded_bytes")]
-    assert kept == ["none", "none", 0]
+    kept = [
+        cards["one"][key] for key in ("quantization", "offload", "offloaded_bytes", "compilation")
+    ]
+    assert kept == ["none", "none", 0, None]
     # The default is loaded again when it is wanted.
     assert np.array_equal(picture(client), expected)
     assert listed(client)["first"]["default"]
@@ -225,3 +229,18 @@ def test_a_folder_that_comes_later_is_known_at_once(client: httpx2.Client, folde
     assert not listed(client)["later"]["loaded"]
     (folder / "later").unlink()
     assert "later" not in listed(client)
+
+
+def test_a_server_that_cannot_compile_says_why_and_serves(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    settings = Settings(compile=True, cache=tmp_path, models=(str(MODEL_FOLDER),))
+    hosted = host(settings, guessed_costs={1: 0.01})
+    [model] = hosted.models.values()
+    hosted.engine.stop(0)
+    state = ModelState("m", True, 0, model, 0, 0, 0.0, None, Prepared())
+    reason = "there is no C++ compiler 'no-such-compiler'; install it, or set CXX"
+    assert card_of(state).compilation == CompilationCard(
+        compiled=0, waiting=0, eager=0, reason=reason
+    )

@@ -1,0 +1,248 @@
+"""The repeated blocks of a denoiser, which run compiled as soon as their programs are there.
+
+A block runs as ever until then, so nobody waits for a compiler. Forwards with rows that change
+something inside the network, or have adapters, run as ever for good: hooks inside the blocks make
+these changes, and a program has none.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import Lock
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from weakref import WeakMethod
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from server.models.compiling.block_call import Layout, fits, layout_of, read, template_of
+from server.models.compiling.program import MOST_ROWS, BlockJob
+from server.models.compiling.skeleton import fingerprint, skeleton_of, weights_of
+from server.models.row_edits import BLOCKS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Hashable, Sequence
+
+    from server.models.compiling.block_call import BlockCall
+    from server.models.hosted import HostedModel
+
+__all__ = ["Compilation", "CompiledBlocks", "Compiler", "compilation_of", "compile_blocks"]
+
+log = logging.getLogger("weft")
+
+OFTEN = 40
+"""Calls of a shape after which it is compiled."""
+
+MOST_SHAPES = 64
+"""Shapes that are compiled for a model: a U-Net has about 18 for each size of pictures."""
+
+
+RESNET = "ResnetBlock2D"
+"""Blocks of a U-Net beside those that attend."""
+
+DENOISERS = "unet", "transformer"
+"""Names of denoisers in a model folder."""
+
+
+class Compiler(Protocol):
+    """Compiles in the background."""
+
+    def ask(
+        self,
+        job: BlockJob,
+        identity: str,
+        tell: Callable[[Callable[..., Sequence[Tensor]] | None, str], None],
+    ) -> None:
+        """See ``BlockCompiler.ask``."""
+        ...
+
+
+class Compilation(NamedTuple):
+    """How far the blocks of a model are compiled.
+
+    Attributes:
+        compiled: shapes of blocks that run compiled.
+        waiting: shapes that are being compiled, or are to be.
+        eager: shapes that run as ever for good.
+        reason: why the last of these does, or why nothing is compiled.
+    """
+
+    compiled: int = 0
+    waiting: int = 0
+    eager: int = 0
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Program:
+    """A compiled block, and what it can be called with."""
+
+    run: Callable[..., Sequence[Tensor]]
+    layout: Layout
+    put_out: pytree.TreeSpec
+    constants: tuple[Any, ...]
+
+    def __call__(self, weights: Sequence[Tensor], tensors: Sequence[Tensor]) -> Any:
+        made = iter(self.run(*weights, *tensors))
+        leaves = [next(made) if one is Tensor else one for one in self.constants]
+        return pytree.tree_unflatten(leaves, self.put_out)
+
+
+def compile_blocks(model: HostedModel, compiler: Compiler) -> None:
+    """Have the blocks of a model's denoiser compiled, if they can be.
+
+    Args:
+        model: on its device.
+        compiler: makes the programs.
+    """
+    placement = model.placement
+    if placement.quantization != "none":
+        model.runs_eager = f"its weights are quantised to {placement.quantization}"
+    elif placement.offload == "all":
+        model.runs_eager = "its denoiser is streamed from host memory"
+    else:
+        [network] = [own for part, own in model.modules().items() if part in DENOISERS]
+        kinds = *BLOCKS, RESNET
+        name = model.facts.name
+        model.blocks = CompiledBlocks(name, network, kinds, model.device, compiler)
+
+
+def compilation_of(model: HostedModel) -> Compilation | None:
+    """How far a model is compiled; None where the operator wants nothing compiled."""
+    if model.blocks is not None:
+        return model.blocks.compilation
+    return None if model.runs_eager is None else Compilation(reason=model.runs_eager)
+
+
+class CompiledBlocks:
+    """Sends the blocks of a network to their programs.
+
+    Args:
+        name: of the model, for the log.
+        network: whose blocks; on its device, and never moved again.
+        kinds: names of the classes of these blocks.
+        device: of the network.
+        compiler: makes the programs.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        network: nn.Module,
+        kinds: Sequence[str],
+        device: torch.device,
+        compiler: Compiler,
+    ) -> None:
+        self.generation = 0
+        self._name = name
+        self._device = str(device)
+        self._compiler = compiler
+        self._in_use = False
+        self._lock = Lock()
+        self._calls: Counter[Hashable] = Counter()
+        self._waiting: set[Hashable] = set()
+        self._programs: dict[Hashable, _Program] = {}
+        self._ready: dict[Hashable, _Program] = {}
+        self._reasons: dict[Hashable, str] = {}
+        for block in network.modules():
+            if type(block).__name__ in kinds:
+                self._wrap(block)
+
+    @property
+    def compilation(self) -> Compilation:
+        """How far it is; safe from any thread."""
+        with self._lock:
+            reason = next(reversed(self._reasons.values()), None)
+            waiting = len(self._waiting) + len(self._ready)
+            return Compilation(len(self._programs), waiting, len(self._reasons), reason)
+
+    @contextmanager
+    def running(self, *, plain: bool) -> Generator[None]:
+        """Let blocks run compiled in the forward that runs inside.
+
+        Args:
+            plain: whether no row changes anything inside the network.
+        """
+        self._in_use = plain
+        try:
+            yield
+        finally:
+            self._in_use = False
+
+    def _wrap(self, block: nn.Module) -> None:
+        skeleton = skeleton_of(block)
+        kind, eager, weights = fingerprint(skeleton), block.forward, [*weights_of(block).values()]
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if not self._in_use or torch.is_grad_enabled():
+                return eager(*args, **kwargs)
+            call = read(args, kwargs)
+            if call is None:
+                return eager(*args, **kwargs)
+            key = kind, call.key
+            program = self._programs.get(key)
+            if program is not None and fits(program.layout, call.tensors, MOST_ROWS):
+                return program(weights, call.tensors)
+            put_out = eager(*args, **kwargs)
+            if program is None and self._wants(key):
+                template = template_of(args, kwargs)
+                self._ask(key, skeleton, call, template, put_out)
+            return put_out
+
+        block.forward = forward
+
+    def _wants(self, key: Hashable) -> bool:
+        """Whether a shape has now run often enough to be compiled."""
+        known = self._waiting, self._ready, self._programs, self._reasons
+        with self._lock:
+            if any(key in one for one in known) or sum(map(len, known)) >= MOST_SHAPES:
+                return False
+        self._calls[key] += 1
+        return self._calls[key] >= OFTEN
+
+    def _ask(
+        self, key: Hashable, skeleton: nn.Module, call: BlockCall, template: Any, put_out: Any
+    ) -> None:
+        layout = layout_of(call)
+        if layout is None:
+            return
+        leaves, structure = pytree.tree_flatten(put_out)
+        constants = tuple(Tensor if isinstance(one, Tensor) else one for one in leaves)
+        with self._lock:
+            self._waiting.add(key)
+        heard = WeakMethod(self._hear)
+
+        def tell(run: Callable[..., Sequence[Tensor]] | None, said: str) -> None:
+            # A model that has been unloaded meanwhile hears nothing.
+            hear = heard()
+            if hear is not None:
+                program = None if run is None else _Program(run, layout, structure, constants)
+                hear(key, type(skeleton).__name__, program, said)
+
+        job = BlockJob(skeleton, template, layout, self._device)
+        self._compiler.ask(job, repr((key, template, layout)), tell)
+
+    def _hear(self, key: Hashable, block: str, program: _Program | None, said: str) -> None:
+        with self._lock:
+            self._waiting.discard(key)
+            news = said not in self._reasons.values()
+            if program is None:
+                self._reasons[key] = said
+            else:
+                self._ready[key] = program
+            if not self._waiting and self._ready:
+                # All at once, so that costs are learnt and graphs recorded anew only once.
+                self._programs = {**self._programs, **self._ready}
+                self._ready = {}
+                self.generation += 1
+            compiled, waiting = len(self._programs), len(self._waiting)
+        if program is None and news:
+            log.warning("%s: a %s is not compiled: %s", self._name, block, said)
+        elif program is not None:
+            log.info("%s: a %s is compiled: %s", self._name, block, said)
+        if not waiting:
+            log.info("%s: blocks of %d shapes run compiled", self._name, compiled)

@@ -1,0 +1,74 @@
+"""The process that compiles: tracing and compiling would take Python's lock from the ticks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import warnings
+from contextlib import suppress
+from ctypes import CDLL
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from server.models.compiling.program import BlockJob, Unsuitable, check, compile_to, export
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
+__all__ = ["main"]
+
+REASON_LENGTH = 200
+
+PARENT_DEATH_SIGNAL = 1
+"""Linux's ``PR_SET_PDEATHSIG``; elsewhere this process ends with its job."""
+
+
+def main(jobs: Connection) -> None:
+    """Compile what is asked for, until nobody can ask any more.
+
+    A job is a :class:`BlockJob` and the path of the program. The answer is JSON: ``block_ms`` and
+    ``program_ms``, or ``reason``, a clause that says why there is no program, and ``lasting``,
+    whether that is so for good.
+    """
+    # Ctrl-C is the server's. This process ends with it, and so do the compilers that it started.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end_all)
+    os.setsid()
+    with suppress(OSError, AttributeError):
+        CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGTERM)
+    # The server's own threads go first.
+    os.nice(10)
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    while True:
+        try:
+            job, file = jobs.recv()
+        except EOFError:
+            return
+        jobs.send(_compiled(job, Path(file)))
+
+
+def _end_all(*_: object) -> None:
+    os.killpg(0, signal.SIGKILL)
+
+
+def _compiled(job: BlockJob, file: Path) -> str:
+    partial = file.with_suffix(f".{os.getpid()}")
+    answer: dict[str, Any] = {}
+    try:
+        with torch.no_grad():
+            block_s, program_s = check(job, compile_to(export(job), partial))
+        answer = {"block_ms": 1000 * block_s, "program_ms": 1000 * program_s}
+        partial.replace(file)
+    except Unsuitable as error:
+        answer = {"reason": str(error), "lasting": True}
+    except Exception as error:  # noqa: BLE001 - whatever a compiler raises
+        lines = str(error).strip().splitlines() or [""]
+        reason = f"{type(error).__name__}: {lines[0]}"[:REASON_LENGTH]
+        answer = {"reason": reason, "lasting": False}
+    finally:
+        partial.unlink(missing_ok=True)
+    return json.dumps(answer)

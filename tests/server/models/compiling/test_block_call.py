@@ -1,0 +1,43 @@
+"""Which calls of a block one program can serve."""
+
+import torch
+from torch import Tensor
+
+from server.models.compiling.block_call import BlockCall, fits, layout_of, read
+
+
+def call(rows: int, tokens: int = 6, **kwargs: object) -> BlockCall:
+    made = read((torch.zeros(rows, tokens, 4),), {"rope": torch.zeros(tokens, 2), **kwargs})
+    assert made is not None
+    return made
+
+
+def given(rows: int, mask: Tensor | None = None) -> list[Tensor]:
+    return [torch.zeros(rows, 6, 4), torch.zeros(6, 2) if mask is None else mask]
+
+
+def test_calls_that_differ_in_rows_and_values_alone_are_alike() -> None:
+    assert call(2, mask=None).key == call(5, mask=None).key
+    others = call(2, tokens=8), call(2, mask=True), call(2, mask=1), call(2)
+    assert len({one.key for one in (call(2, mask=None), *others)}) == 5
+    lying = read((torch.zeros(2, 4, 6).mT,), {"rope": torch.zeros(6, 2)})
+    assert lying is not None
+    assert lying.key != call(2).key
+
+
+def test_a_call_of_something_unknown_is_none() -> None:
+    assert read((torch.zeros(2, 3), object()), {}) is None
+    assert read((torch.tensor(1.0),), {}) is None
+    assert read((), {"height": 3}) is None
+
+
+def test_a_call_says_what_has_an_entry_a_row_unless_sizes_coincide() -> None:
+    layout = layout_of(call(3))
+    assert layout == ((None, 6), (24, 2))
+    assert layout_of(call(1)) is None
+    assert layout_of(call(4)) is None
+    assert layout is not None
+    assert [fits(layout, given(rows), 8) for rows in (1, 3, 8, 9)] == [True, True, True, False]
+    assert not fits(layout, given(3, torch.zeros(3, 2)), 8)
+    # The same tensor for all rows lies otherwise than one of each.
+    assert not fits(layout, [torch.zeros(1, 6, 4).expand(3, -1, -1), torch.zeros(6, 2)], 8)

@@ -1,0 +1,220 @@
+"""Which blocks run compiled, when, and what becomes of all others.
+
+Here a program is the copy of a block that would be compiled; `test_compiler.py` compiles it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from embedded import MODEL_FOLDER
+from guidance.edits import IdentityAttention
+from server.engine.cost_model import TickCost
+from server.engine.graphs import Graphs
+from server.models.adapters.adapter import Adapter, LowRank, RowAdapters, Weighted
+from server.models.compiling import compiled_blocks as module
+from server.models.compiling.compiled_blocks import Compilation, compilation_of, compile_blocks
+from server.models.compiling.program import BlockJob, FlatBlock
+from server.models.hosted import HostedModel
+from server.models.inputs import RowInputs
+from server.models.loading import load_model
+from server.models.placement import Placement
+from tests.server.models import tiny_z_image
+
+Tell = Callable[[Callable[..., Sequence[Tensor]] | None, str], None]
+
+
+@dataclass
+class Copied:
+    """Takes jobs down, and makes programs of them when it is told to."""
+
+    asked: list[tuple[BlockJob, str, Tell]] = field(default_factory=list)
+    ran: int = 0
+
+    def ask(self, job: BlockJob, identity: str, tell: Tell) -> None:
+        self.asked.append((job, identity, tell))
+
+    def work(self) -> None:
+        for job, _, tell in self.asked:
+            tell(self._program(job), "copied")
+
+    def refuse(self, reason: str) -> None:
+        for _, _, tell in self.asked:
+            tell(None, reason)
+
+    def _program(self, job: BlockJob) -> Callable[..., Sequence[Tensor]]:
+        block = FlatBlock(job)
+
+        def run(*tensors: Tensor) -> Sequence[Tensor]:
+            self.ran += 1
+            return block(*tensors)
+
+        return run
+
+
+@pytest.fixture(scope="module")
+def unet() -> HostedModel:
+    return load_model(MODEL_FOLDER, name="m", device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def z_image(tmp_path_factory: pytest.TempPathFactory) -> HostedModel:
+    folder = tmp_path_factory.mktemp("z")
+    tiny_z_image.make(tiny_z_image.BASE_SHIFT).save_pretrained(folder)
+    return load_model(folder, name="m", device="cpu", dtype="float32")
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch, unet: HostedModel) -> None:
+    monkeypatch.setattr(module, "OFTEN", 2)
+    # Blocks that nobody lets run compiled run as ever, whoever has wrapped them.
+    monkeypatch.setattr(unet, "blocks", None)
+
+
+@torch.inference_mode()
+def predicted(model: HostedModel, rows: int, **told: Any) -> Tensor:
+    facts = model.facts
+    shape = model.latent_shape(facts.default_width, facts.default_height)
+    x = torch.randn(rows, *shape, generator=torch.Generator().manual_seed(0))
+    inputs = model.inputs(["a red circle", "a blue square and a star", None, "a star"][:rows])
+    return model.evaluate(x, torch.linspace(0.9, 0.1, rows) * 900, replace(inputs, **told))
+
+
+def compiled(model: HostedModel) -> Copied:
+    compiler = Copied()
+    compile_blocks(model, compiler)
+    for _ in range(2):
+        predicted(model, 3)
+    return compiler
+
+
+@pytest.mark.parametrize("family", ["unet", "z_image"])
+def test_a_compiled_forward_gives_the_numbers_of_a_plain_one(
+    family: str, request: pytest.FixtureRequest
+) -> None:
+    model = request.getfixturevalue(family)
+    expected = {rows: predicted(model, rows) for rows in (1, 3)}
+    compiler = compiled(model)
+    shapes = len(compiler.asked)
+    # One for each shape of a block, however many blocks there are.
+    assert len({identity for _, identity, _ in compiler.asked}) == shapes
+    assert (compiler.ran, compilation_of(model)) == (0, Compilation(waiting=shapes))
+    compiler.work()
+    assert compilation_of(model) == Compilation(compiled=shapes)
+    for rows, before in expected.items():
+        ran = compiler.ran
+        now = predicted(model, rows)
+        assert compiler.ran > ran
+        assert (now - before).norm() <= 1e-5 * before.norm()
+
+
+def test_a_program_serves_every_number_of_rows_and_rows_that_change_something_run_as_ever(
+    unet: HostedModel,
+) -> None:
+    layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    low_rank = LowRank(torch.ones(1, 128), torch.ones(128, 1))
+    adapter = Adapter("a", "0" * 16, {"unet": {layer: low_rank}})
+    changed: list[dict[str, Any]] = [
+        {"adapters": RowAdapters(((), (Weighted(adapter, 1.0),)))},
+        {"edits": [(IdentityAttention(("middle",)),), ()]},
+    ]
+    expected = [predicted(unet, 2, **told) for told in changed]
+    compiler = compiled(unet)
+    shapes = len(compiler.asked)
+    compiler.work()
+    for rows in (1, 2, 4, 4):
+        ran = compiler.ran
+        predicted(unet, rows)
+        # All blocks of the network: 11 residual ones and 7 that attend.
+        assert compiler.ran == ran + 18
+    assert len(compiler.asked) == shapes == 12
+    ran = compiler.ran
+    for told, before in zip(changed, expected, strict=True):
+        assert torch.equal(predicted(unet, 2, **told), before)
+    assert compiler.ran == ran
+
+
+def test_what_cannot_be_compiled_runs_as_ever_and_says_why_once(
+    unet: HostedModel, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = predicted(unet, 2)
+    monkeypatch.setattr(module, "MOST_SHAPES", 3)
+    compiler = compiled(unet)
+    # There is a bound, as clients may ask for many sizes.
+    assert len(compiler.asked) == 3
+    compiler.refuse("there is no compiler")
+    assert torch.equal(predicted(unet, 2), expected)
+    assert compilation_of(unet) == Compilation(eager=3, reason="there is no compiler")
+    [warning] = [one.message for one in caplog.records if one.levelname == "WARNING"]
+    assert warning.endswith(" is not compiled: there is no compiler")
+
+
+def test_quantised_and_streamed_models_run_as_ever(
+    unet: HostedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = Copied()
+    assert compilation_of(unet) is None
+    monkeypatch.setattr(unet, "runs_eager", None)
+    for placement, reason in (
+        (Placement(quantization="int8"), "its weights are quantised to int8"),
+        (Placement(offload="all"), "its denoiser is streamed from host memory"),
+    ):
+        monkeypatch.setattr(unet, "placement", placement)
+        compile_blocks(unet, compiler)
+        assert (unet.blocks, compilation_of(unet)) == (None, Compilation(reason=reason))
+
+
+class Tape:
+    """Records nothing, but is asked."""
+
+    def __init__(self) -> None:
+        self.pools = 0
+
+    def fits(self, forward: Callable[[], Tensor]) -> bool:
+        return True
+
+    def record(self, evaluate: Callable[..., Tensor], given: Sequence[Tensor]) -> Any:
+        return Played(evaluate)
+
+    def begin_anew(self) -> None:
+        self.pools += 1
+
+
+class Played:
+    def __init__(self, evaluate: Callable[..., Tensor]) -> None:
+        self._evaluate = evaluate
+
+    def __call__(self, *given: Tensor) -> Tensor:
+        return self._evaluate(*given)
+
+    def release(self) -> None: ...
+
+
+def test_forwards_are_recorded_anew_once_their_blocks_are_compiled(
+    unet: HostedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.engine.graphs.PAYS", 100.0)
+    model, tape, compiler = unet, Tape(), Copied()
+    compile_blocks(model, compiler)
+    graphs, cost = Graphs(model, tape), TickCost({3: 0.1})
+    x, t = torch.zeros(3, 4, 16, 16), torch.full((3,), 500.0)
+    with torch.inference_mode():
+        given: tuple[Tensor, Tensor, RowInputs] = (x, t, model.inputs([None, "a", "a star"]))
+        for _ in range(2):
+            graphs.evaluate(*given, cost)
+        graphs.record()
+        assert (graphs.rows, tape.pools) == ([3], 0)
+        compiler.work()
+        graphs.evaluate(*given, cost)
+        assert (graphs.rows, graphs.wanted, tape.pools) == ([], True, 1)
+        graphs.record()
+        ran = compiler.ran
+        graphs.evaluate(*given, cost)
+        assert compiler.ran > ran
+        assert graphs.rows == [3]

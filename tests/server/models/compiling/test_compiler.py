@@ -1,0 +1,155 @@
+"""Blocks are traced for any number of rows, compiled by another process, and used by this one."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from server.models.compiling import compiler as module
+from server.models.compiling.block_call import layout_of, read, template_of
+from server.models.compiling.compiler import BlockCompiler, missing_compiler
+from server.models.compiling.program import BlockJob, FlatBlock, Unsuitable, check, export
+from server.models.compiling.skeleton import fingerprint, skeleton_of, weights_of
+
+
+class Block(nn.Module):
+    """A small block of a transformer.
+
+    Args:
+        heads: of its attention, which no weight shows.
+    """
+
+    def __init__(self, heads: int = 2) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(8)
+        self.mix = nn.Linear(8, 24)
+
+    def forward(self, hidden: Tensor, rope: Tensor, *, scale: float) -> tuple[Tensor, None]:
+        parts = self.mix(self.norm(hidden) + rope).unflatten(-1, (3, self.heads, -1))
+        mixed = nn.functional.scaled_dot_product_attention(*parts.permute(2, 0, 3, 1, 4))
+        return hidden + scale * mixed.transpose(1, 2).flatten(2), None
+
+
+def job(block: nn.Module, *tensors: Tensor, **kwargs: Any) -> BlockJob:
+    call = read(tensors, kwargs)
+    assert call is not None
+    layout = layout_of(call)
+    assert layout is not None
+    return BlockJob(skeleton_of(block), template_of(tensors, kwargs), layout, "cpu")
+
+
+def own_job() -> BlockJob:
+    return job(Block(), torch.zeros(3, 5, 8), torch.zeros(5, 8), scale=0.5)
+
+
+def test_a_block_is_traced_for_every_number_of_rows() -> None:
+    block = Block().requires_grad_(requires_grad=False)
+    graph = export(own_job()).graph
+    for rows in (1, 2, 5, 64):
+        hidden, rope = torch.randn(rows, 5, 8), torch.randn(5, 8)
+        [made] = graph(*weights_of(block).values(), hidden, rope)
+        assert torch.allclose(made, block(hidden, rope, scale=0.5)[0], atol=1e-6)
+
+
+def test_a_program_with_other_numbers_or_without_gain_is_refused() -> None:
+    one = own_job()
+    block = FlatBlock(one)
+
+    def slow(*tensors: Tensor) -> Sequence[Tensor]:
+        for _ in range(5):
+            block(*tensors)
+        return block(*tensors)
+
+    def wrong(*tensors: Tensor) -> Sequence[Tensor]:
+        return [made + 1e-3 for made in block(*tensors)]
+
+    with pytest.raises(Unsuitable, match="compiled it gives other numbers"):
+        check(one, wrong)
+    with pytest.raises(Unsuitable, match=r"compiled it takes .* ms in place of"):
+        check(one, slow)
+
+
+def test_blocks_are_alike_by_class_settings_and_shapes_and_not_by_weights_or_hooks() -> None:
+    block, other = Block(), Block()
+    block.register_forward_hook(lambda *_: None)
+    mark = fingerprint(skeleton_of(block))
+    assert fingerprint(skeleton_of(other)) == mark
+    assert fingerprint(skeleton_of(Block(heads=4))) != mark
+    assert fingerprint(skeleton_of(other.half())) != mark
+    assert {one.device.type for one in weights_of(skeleton_of(block)).values()} == {"meta"}
+
+
+def test_without_a_compiler_it_is_said_which_one_is_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert missing_compiler() == (
+        "there is no C++ compiler 'no-such-compiler'; install it, or set CXX"
+    )
+
+
+class Told:
+    """What a compiler has said."""
+
+    def __init__(self) -> None:
+        self.program: Callable[..., Sequence[Tensor]] | None = None
+        self.said = ""
+        self._event = Event()
+
+    def __call__(self, program: Callable[..., Sequence[Tensor]] | None, said: str) -> None:
+        self.program, self.said = program, said
+        self._event.set()
+
+    def wait(self) -> None:
+        assert self._event.wait(500)
+
+
+def test_what_was_refused_for_good_is_not_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    compiler, told = BlockCompiler(tmp_path), Told()
+    file = tmp_path / f"{module.key_of('one', 'cpu')}.json"
+    file.write_text(json.dumps({"reason": "it gains nothing", "lasting": True}))
+    compiler.ask(own_job(), "one", told)
+    told.wait()
+    assert (told.program, told.said) == (None, "it gains nothing")
+
+
+@pytest.mark.skipif(
+    "WEFT_TEST_COMPILER" not in os.environ or missing_compiler() is not None,
+    reason="compiles for minutes; set WEFT_TEST_COMPILER=1 where there is a C++ compiler",
+)
+def test_a_compiled_block_comes_from_another_process_and_from_the_folder_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    compiler = BlockCompiler(tmp_path)
+    jobs = [
+        job(nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU()), torch.zeros(3, 5, width))
+        for width in (8, 16)
+    ]
+    for again in range(2):
+        for number, one in enumerate(jobs):
+            told = Told()
+            compiler.ask(one, str(number), told)
+            told.wait()
+            if told.program is None:
+                assert told.said.startswith("compiled it takes")
+                continue
+            weights = [torch.randn(w.shape) for w in weights_of(one.skeleton).values()]
+            hidden = torch.randn(7, 5, 8 * (number + 1))
+            [made] = told.program(*weights, hidden)
+            [expected] = FlatBlock(one)(*weights, hidden)
+            assert torch.allclose(made, expected, atol=1e-5)
+        assert len(list(tmp_path.glob("*.json"))) == len(jobs), again
