@@ -22,6 +22,7 @@ from server.engine.cost_model import (
 from server.engine.scheduler import LONGEST_TICK_S, Load, rows_of_tick
 from server.engine.warmup import time_forwards
 from server.errors import Overloaded
+from tests.covering import EVERY_CELL
 
 H100 = {
     rows: ms / 1000
@@ -111,11 +112,11 @@ def throughput(curve, cost: TickCost, machine: Noisy, ticks: int, since: int = 0
 @pytest.mark.parametrize("curve", CURVES)
 def test_cold_starts_on_a_busy_machine_are_within_a_tenth_of_the_best_throughput(curve):
     reached: list[float] = []
-    for seed in range(100):
+    for seed in range(100 if EVERY_CELL else 20):
         machine = Noisy(curve, seed)
         cost = TickCost(measured(machine, MOST_ROWS))
         reached.append(throughput(curve, cost, machine, ticks=150))
-    assert sum(share >= 0.9 for share in reached) >= 99, sorted(reached)[:5]
+    assert sum(share < 0.9 for share in reached) <= 1, sorted(reached)[:5]
 
 
 @pytest.mark.parametrize("curve", CURVES)

@@ -14,6 +14,7 @@ from server.engine.engine import Engine
 from server.engine.faults import attempt, is_out_of_memory
 from server.engine.state.row_cap import RECOVERY_TICKS, RowCap
 from server.errors import DeviceLost, InvalidRequest, NotReady, RowFailed
+from tests.covering import EVERY_CELL
 
 CPU = torch.device("cpu")
 LOST = "CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be ..."
@@ -97,8 +98,14 @@ def test_the_rows_of_a_lane_halve_with_its_memory_and_recover_slowly():
     assert cap.rows == 64
 
 
-@pytest.mark.parametrize("place", ["evaluate", "decode"])
-@pytest.mark.parametrize("fault", [RuntimeError(LOST), SystemExit("thread's end")])
+FAULTS: list[tuple[str, BaseException]] = [
+    ("evaluate", RuntimeError(LOST)),
+    ("decode", SystemExit("thread's end")),
+]
+CROSSED: list[tuple[str, BaseException]] = [(FAULTS[k][0], FAULTS[1 - k][1]) for k in (0, 1)]
+
+
+@pytest.mark.parametrize(("place", "fault"), FAULTS + CROSSED if EVERY_CELL else FAULTS)
 def test_a_lost_device_ends_everything_at_once_with_one_sentence(model, task, listen, place, fault):
     ended = Event()
     faulty: Any = Faulty(model)
