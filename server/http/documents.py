@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Final
+from urllib.parse import urlsplit
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse
 
 __all__ = ["PATHS", "WEB", "router"]
@@ -13,7 +14,12 @@ __all__ = ["PATHS", "WEB", "router"]
 WEB: Final = Path(__file__).parents[1] / "web"
 
 FRAMED_BY_NOBODY: Final = "frame-ancestors 'none'"
-PAGE_POLICY: Final = f"default-src 'self'; img-src 'self' data: blob:; {FRAMED_BY_NOBODY}"
+PAGE_POLICY: Final = (
+    "default-src 'self'; img-src 'self' data: blob:{images}; connect-src 'self'{images}; "
+    + FRAMED_BY_NOBODY
+)
+"""With the origin of images at URLs, where they have another one than the page."""
+
 DOCS_POLICY: Final = (
     "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; "
     + FRAMED_BY_NOBODY
@@ -39,8 +45,16 @@ router = APIRouter(include_in_schema=False)
 
 def _serve(path: str, name: str, policy: str) -> None:
     @router.api_route(path, methods=["GET", "HEAD"])
-    async def document() -> FileResponse:
-        return FileResponse(WEB / name, headers={"content-security-policy": policy})
+    async def document(request: Request) -> FileResponse:
+        base_url = request.app.state.settings.results.base_url
+        images = "" if base_url is None else f" {_origin_of(base_url)}"
+        allowed = policy.replace("{images}", images)
+        return FileResponse(WEB / name, headers={"content-security-policy": allowed})
+
+
+def _origin_of(url: str) -> str:
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc}"
 
 
 for _path, (_name, _policy) in DOCUMENTS.items():

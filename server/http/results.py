@@ -73,7 +73,11 @@ async def result(name: Annotated[str, Path(max_length=64)], request: Request) ->
     """An image that was answered as a URL, until it expires; needs no key."""
     data, left_s = await _results(request).read(name)
     media = FORMATS[name[name.rindex(".") :]]
-    headers = {"cache-control": f"private, max-age={int(left_s)}, immutable"}
+    headers = {
+        "cache-control": f"private, max-age={int(left_s)}, immutable",
+        # To those origins that the gate lets in, of which the page may have another than images.
+        "access-control-allow-origin": "*",
+    }
     return Response(data, media_type=media, headers=headers)
 
 

@@ -69,6 +69,7 @@ def test_no_answer_is_guessed_at_or_framed(
     policy = answer.headers["content-security-policy"]
     assert policy.startswith("default-src ")
     assert "frame-ancestors 'none'" in policy
+    assert "{" not in policy
 
 
 def test_an_unforeseen_error_is_no_exception(

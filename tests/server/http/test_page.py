@@ -284,6 +284,31 @@ def test_the_page_shows_every_image_of_a_group(tab: Tab) -> None:
     assert shown["labels"] == ["seed 5", "seed 6", "seed 7"]
 
 
+def test_the_page_may_show_images_at_urls_of_another_origin(
+    browser: str, running: Running, client: httpx2.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = running.url.replace("127.0.0.1", "localhost")
+    settings = running.app.state.settings
+    results = settings.results.model_copy(update={"base_url": elsewhere})
+    changed = settings.model_copy(update={"results": results})
+    monkeypatch.setitem(running.app.state._state, "settings", changed)
+    body: dict[str, Any] = {"prompt": "x", "steps": 1, "response_format": "url"}
+    url: str = client.post("/v1/generate", json=body).json()["images"][0]["url"]
+    assert url.startswith(elsewhere)
+    with new_tab(browser, TOOLS) as tab:
+        tab.open(str(client.base_url), FRESH)
+        fetched, shown = tab.run(
+            f"""
+            const blob = await (await fetch("{url}")).blob();
+            const image = new Image();
+            image.src = "{url}";
+            await image.decode();
+            return [blob.type, image.naturalWidth];
+            """
+        )
+    assert (fetched, shown) == ("image/png", 128)
+
+
 def test_the_page_shows_why_a_request_is_refused(tab: Tab) -> None:
     said = tab.run('pick("particles", "fkc"); await press(); return texts("#said.error")')
     assert said == ["n is 1; guidance.particles needs at least 2 images."]

@@ -29,6 +29,16 @@ def warnings(
     return prepare(resolved, model, make_plan(model.default_schedule, *layout)).warnings
 
 
+def test_masked_content_of_a_run_from_noise_alone_is_said_to_have_no_effect() -> None:
+    """What a network that is shown picture and mask draws anew."""
+    sent: dict[str, Any] = {"image": "x", "mask": "x", "mask_content": "fill"}
+    shown = Toy(embeds_scale=False, reads_mask=True)
+    (said,) = warnings("cfg", model=shown, has_picture=True, **sent)
+    assert said.startswith("mask_content has no effect: at strength 1 model 'toy'")
+    assert warnings("cfg", model=shown, has_picture=True, **sent, strength=0.5) == ()
+    assert warnings("cfg", has_picture=True, **sent) == ()
+
+
 @pytest.mark.parametrize(
     ("guidance", "reason"),
     [
