@@ -21,6 +21,7 @@ from server.engine.graphs import OFTEN, PIECE_FORWARDS, Graphs, pays_beside_tick
 from server.engine.preparation import Preparation
 from server.engine.row_sizes import ROW_SIZES
 from server.models.adapters.adapter import Adapter, RowAdapters, Weighted
+from server.models.compiling.compiled_blocks import CompiledBlocks
 from server.models.hosted import HostedModel
 from server.models.inputs import RowInputs
 from server.models.placement import Placement
@@ -140,6 +141,24 @@ def test_a_forward_runs_as_ever_until_it_is_recorded_and_then_gives_the_same_bit
     other = forward(model, 2, seed=5)
     assert torch.equal(evaluate(graphs, other), Toy().evaluate(*other))
     assert tape.made[0].calls == calls + 2
+
+
+class NoCompiler:
+    def ask(self, *_: Any, **__: Any) -> None: ...
+
+
+def test_forwards_are_recorded_anew_once_blocks_of_the_model_are_compiled() -> None:
+    model = Waiting()
+    model.blocks = CompiledBlocks("toy", nn.Module(), (), model.device, NoCompiler())
+    tape = Tape(model)
+    graphs = recorded(model, tape)
+    model.blocks.generation += 1
+    evaluate(graphs, forward(model, 2))
+    assert (graphs.rows, graphs.wanted, tape.pools) == ([], True, 2)
+    assert tape.made[0].released
+    graphs.record()
+    assert graphs.rows == [2]
+    assert not tape.made[1].released
 
 
 def test_every_tensor_that_shapes_a_forward_makes_a_recording_of_its_own() -> None:

@@ -15,14 +15,11 @@ from torch import Tensor
 
 from embedded import MODEL_FOLDER
 from guidance.edits import IdentityAttention
-from server.engine.cost_model import TickCost
-from server.engine.graphs import Graphs
 from server.models.adapters.adapter import Adapter, LowRank, RowAdapters, Weighted
 from server.models.compiling import compiled_blocks as module
 from server.models.compiling.compiled_blocks import Compilation, compilation_of, compile_blocks
 from server.models.compiling.program import BlockJob, FlatBlock
 from server.models.hosted import HostedModel
-from server.models.inputs import RowInputs
 from server.models.loading import load_model
 from server.models.placement import Placement
 from tests.server.models import tiny_z_image
@@ -107,6 +104,9 @@ def test_a_compiled_forward_gives_the_numbers_of_a_plain_one(
     assert (compiler.ran, compilation_of(model)) == (0, Compilation(waiting=shapes))
     compiler.work()
     assert compilation_of(model) == Compilation(compiled=shapes)
+    assert model.blocks is not None
+    # All have changed over at once.
+    assert model.blocks.generation == 1
     for rows, before in expected.items():
         ran = compiler.ran
         now = predicted(model, rows)
@@ -168,53 +168,3 @@ def test_quantised_and_streamed_models_run_as_ever(
         monkeypatch.setattr(unet, "placement", placement)
         compile_blocks(unet, compiler)
         assert (unet.blocks, compilation_of(unet)) == (None, Compilation(reason=reason))
-
-
-class Tape:
-    """Records nothing, but is asked."""
-
-    def __init__(self) -> None:
-        self.pools = 0
-
-    def fits(self, forward: Callable[[], Tensor]) -> bool:
-        return True
-
-    def record(self, evaluate: Callable[..., Tensor], given: Sequence[Tensor]) -> Any:
-        return Played(evaluate)
-
-    def begin_anew(self) -> None:
-        self.pools += 1
-
-
-class Played:
-    def __init__(self, evaluate: Callable[..., Tensor]) -> None:
-        self._evaluate = evaluate
-
-    def __call__(self, *given: Tensor) -> Tensor:
-        return self._evaluate(*given)
-
-    def release(self) -> None: ...
-
-
-def test_forwards_are_recorded_anew_once_their_blocks_are_compiled(
-    unet: HostedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("server.engine.graphs.PAYS", 100.0)
-    model, tape, compiler = unet, Tape(), Copied()
-    compile_blocks(model, compiler)
-    graphs, cost = Graphs(model, tape), TickCost({3: 0.1})
-    x, t = torch.zeros(3, 4, 16, 16), torch.full((3,), 500.0)
-    with torch.inference_mode():
-        given: tuple[Tensor, Tensor, RowInputs] = (x, t, model.inputs([None, "a", "a star"]))
-        for _ in range(2):
-            graphs.evaluate(*given, cost)
-        graphs.record()
-        assert (graphs.rows, tape.pools) == ([3], 0)
-        compiler.work()
-        graphs.evaluate(*given, cost)
-        assert (graphs.rows, graphs.wanted, tape.pools) == ([], True, 1)
-        graphs.record()
-        ran = compiler.ran
-        graphs.evaluate(*given, cost)
-        assert compiler.ran > ran
-        assert graphs.rows == [3]
