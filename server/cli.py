@@ -106,6 +106,13 @@ ImagePrompts = Annotated[
         "encoders, each a folder."
     ),
 ]
+Vaes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--vae",
+        help="NAME=PATH of an autoencoder in place of that of a model; repeat for several.",
+    ),
+]
 Described = "a name, or a JSON object with its fields."
 
 
@@ -135,6 +142,7 @@ def serve(
         int | None, typer.Option(help="Port to listen on.", show_default="8000")
     ] = None,
     model: Models = None,
+    vae: Vaes = None,
     adapters: Adapters = None,
     embeddings: Embeddings = None,
     controls: Controls = None,
@@ -169,6 +177,7 @@ def serve(
         host=host,
         port=port,
         models=model,
+        vaes=vae,
         adapters=adapters,
         embeddings=embeddings,
         controls=controls,
@@ -254,6 +263,7 @@ def generate(
         typer.Option(help="LoRA to draw with: its name, or NAME=WEIGHT; repeat it for several."),
     ] = None,
     model: Models = None,
+    vae: Vaes = None,
     adapters: Adapters = None,
     embeddings: Embeddings = None,
     device: Device = None,
@@ -266,6 +276,7 @@ def generate(
 
     settings = _settings(
         models=model,
+        vaes=vae,
         adapters=adapters,
         embeddings=embeddings,
         device=device,

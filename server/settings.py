@@ -311,6 +311,11 @@ class Settings(BaseSettings):
         description="Precision of the models; `auto` is float32 on a CPU, and on a GPU bfloat16 "
         "for families that need its range and float16 for the others.",
     )
+    vaes: Names = Field(
+        default=(),
+        description="Autoencoders in place of models' own, each `name=path` of a `.safetensors` "
+        "file, by diffusers' names or the original ones, or of a folder in the diffusers layout.",
+    )
     quantize: Names = Field(
         default=(),
         description="Weights in fewer bits: `int8`, `fp8` or `nf4` for all models, or "
@@ -523,6 +528,17 @@ class Settings(BaseSettings):
         return self
 
     @model_validator(mode="after")
+    def _check_vaes(self) -> Self:
+        for entry in self.vaes:
+            name, _, path = entry.partition("=")
+            if not name or not path or not Path(path).exists():
+                raise ValueError(
+                    f"vaes has {entry[:200]!r}; allowed is `name=path`, with the name of a model "
+                    "and the path of a .safetensors file or of a folder in the diffusers layout."
+                )
+        return self
+
+    @model_validator(mode="after")
     def _let_one_request_in(self) -> Self:
         if self.max_pending < self.limits.images:
             raise ValueError(
@@ -571,9 +587,22 @@ class Settings(BaseSettings):
         kinds = self._quantizations()
         return kinds.get(model, kinds.get("", "none"))
 
-    def unknown_quantized(self, models: Collection[str]) -> list[str]:
-        """Names in `quantize` that none of these models has."""
-        return [name for name in self._quantizations() if name and name not in models]
+    def vae_of(self, model: str) -> Path | None:
+        """The autoencoder of a model in place of its own, by its name."""
+        return self._vaes().get(model)
+
+    def unknown_models(self, models: Collection[str]) -> list[tuple[str, str]]:
+        """Names in `quantize` and `vaes` that none of these models has, with the setting."""
+        named = {"quantize": self._quantizations(), "vaes": self._vaes()}
+        return [
+            (field, name)
+            for field, of_models in named.items()
+            for name in of_models
+            if name and name not in models
+        ]
+
+    def _vaes(self) -> dict[str, Path]:
+        return {name: Path(path) for name, _, path in (one.partition("=") for one in self.vaes)}
 
     def _quantizations(self) -> dict[str, Any]:
         """By name of the model; that of all others is without a name."""

@@ -70,6 +70,7 @@ class ModelFacts:
         clip_skips: layers of its CLIP text encoders, counted from the last, whose hidden states the
             denoiser can be given; the first is the model's own. Empty where it reads none.
         defaults: settings of requests that leave them out; None for the server's own.
+        vae: name of the autoencoder that it was given in place of its own, if any.
     """
 
     name: str
@@ -87,6 +88,7 @@ class ModelFacts:
     reads_mask: bool = False
     clip_skips: range = range(0)
     defaults: ModelDefaults | None = None
+    vae: str | None = None
 
     @property
     def one_prediction(self) -> bool:

@@ -12,6 +12,7 @@ from server.models.classifier import LatentClassifier
 from server.models.flux1 import load_flux1
 from server.models.flux2 import load_flux2_klein
 from server.models.folder import INDEX, classifier_file, read_json, revisions_of, without_folder
+from server.models.given_autoencoder import give_autoencoder, with_autoencoder
 from server.models.latent_consistency import load_latent_consistency
 from server.models.libraries import import_libraries
 from server.models.linear_fits import LinearFits
@@ -80,6 +81,7 @@ def load_model(
     device: str,
     dtype: str,
     placement: Placement | None = None,
+    vae: Path | None = None,
     tell: Callable[[int, int], None] | None = None,
 ) -> HostedModel:
     """Load a diffusers-format folder; weights from safetensors only, no code from the folder.
@@ -91,6 +93,8 @@ def load_model(
         dtype: ``auto`` (on CUDA float16, or bfloat16 where the family needs its range; else
             float32), ``float32``, ``float16``, ``bfloat16``.
         placement: how its networks are kept; by default as they are, on the device.
+        vae: of an autoencoder whose weights take the place of its own, a safetensors file or a
+            diffusers folder.
         tell: called with the bytes of the weights that are read so far, and with all of them.
 
     Raises:
@@ -111,9 +115,13 @@ def load_model(
             family,
         )
     revisions = revisions_of(folder, tell)
+    if vae is not None:
+        revisions = with_autoencoder(revisions, vae)
     try:
         model = FAMILIES[family](folder, name, revisions, place, chosen)
         check_loaded(folder, model.modules())
+        if vae is not None:
+            give_autoencoder(model, vae)
         put_on_device(model, placement or Placement())
     except ModelMismatch:
         raise

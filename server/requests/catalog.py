@@ -137,6 +137,9 @@ class ModelEntry(BaseModel):
         "limit counts."
     )
     max_tokens: int = Field(description="Length of the longest prompt, in tokens.")
+    vae: str | None = Field(
+        description="Name of the autoencoder that the model was given; null for its own."
+    )
     clip_skips: tuple[int, ...] = Field(
         description="Choices of `clip_skip`, the model's own first; empty if it takes none."
     )

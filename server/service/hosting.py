@@ -78,7 +78,7 @@ def host(
     """
     embedded = embedded_folders()
     places = settings.model_folders(embedded)
-    _check_quantized(settings, places)
+    _check_names(settings, places)
     folders = {name: _folder_of(place, settings, tell) for name, place in places.items()}
     if settings.models_folder is not None and folders == embedded:
         log.warning(
@@ -212,9 +212,12 @@ class _Folders:
             device=self.settings.device,
             dtype=self.settings.dtype,
             placement=(placement := self.placement(name)),
+            vae=(vae := self.settings.vae_of(name)),
             tell=tell,
         )
         log.info("%s: attention by %s, memory in %s", name, model.attention, model.memory_format)
+        if vae is not None:
+            log.info("%s: autoencoder of %s", name, vae)
         if placement.offload != "none":
             log.info("%s: %s", name, OFFLOADED[placement.offload])
         if self.settings.compile:
@@ -273,10 +276,10 @@ def _compiler_of(settings: Settings) -> BlockCompiler | str | None:
         return f"the folder {str(folder)!r} cannot be written to: {error.strerror}"
 
 
-def _check_quantized(settings: Settings, names: Collection[str]) -> None:
-    """Refuse names of no model, which would be kept in full; others may come into the folder."""
-    for name in settings.unknown_quantized(names):
-        sentence = f"quantize names the model {name!r}; there are {', '.join(names)}."
+def _check_names(settings: Settings, names: Collection[str]) -> None:
+    """Refuse settings for names of no model, unless one may come into the folder."""
+    for field, unknown in settings.unknown_models(names):
+        sentence = f"{field} names the model {unknown!r}; there are {', '.join(names)}."
         if settings.models_folder is None:
             raise ModelMismatch(sentence)
         log.warning("%s", sentence)

@@ -278,6 +278,7 @@ class Service:
                 size_multiple=model.facts.size_multiple,
                 longest_side=model.facts.longest_side,
                 max_tokens=model.facts.max_tokens,
+                vae=model.facts.vae,
                 clip_skips=tuple(model.facts.clip_skips),
                 statistics=model.statistics.available,
                 classifier={} if model.classifier is None else model.classifier.heads,

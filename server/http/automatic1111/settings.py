@@ -34,7 +34,6 @@ EMPTY: Final[dict[str, Any]] = {
     "/sdapi/v1/realesrgan-models": [],
     "/sdapi/v1/script-info": [],
     "/sdapi/v1/scripts": {"txt2img": [], "img2img": []},
-    "/sdapi/v1/sd-vae": [],
 }
 """What there is none of here, by the path that lists it."""
 
@@ -153,6 +152,13 @@ async def loras(service: ServiceDep) -> list[dict[str, Any]]:
         {"name": name, "alias": name, "path": f"{name}.safetensors", "metadata": {}}
         for name in names
     ]
+
+
+@router.get("/sdapi/v1/sd-vae")
+async def sd_vae(service: ServiceDep) -> list[dict[str, str]]:
+    """The autoencoders that models were given in place of their own; requests choose none."""
+    names = dict.fromkeys(one.vae for one in await to_thread(service.models) if one.vae)
+    return [{"model_name": name, "filename": name} for name in names]
 
 
 @router.get("/sdapi/v1/embeddings")

@@ -72,5 +72,5 @@ def test_a_name_in_quantize_that_no_model_has_is_refused_unless_it_may_come_yet(
     with pytest.raises(ModelMismatch, match="quantize names the model 'onne'; there are one"):
         hosting.host(chosen)
     filled = chosen.model_copy(update={"models_folder": tmp_path})
-    hosting._check_quantized(filled, ["one"])
+    hosting._check_names(filled, ["one"])
     assert "quantize names the model 'onne'" in caplog.text

@@ -1,0 +1,124 @@
+"""An autoencoder's weights that the operator gives a model in place of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from server.errors import ModelMismatch
+from server.models.folder import AUTOENCODER, CHUNK, Revisions, read_json
+from server.models.weight_files import NETWORK
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from server.models.hosted import HostedModel
+
+__all__ = ["file_of", "give_autoencoder", "with_autoencoder"]
+
+ORIGINAL: Final = re.compile(r"(?:first_stage_model\.)?(?:encoder\.down|decoder\.up)\.\d")
+"""How the layers of an autoencoder are called in the original Stable Diffusion."""
+
+USED: Final = re.compile(
+    r"(?:first_stage_model\.)?(?:encoder|decoder|quant_conv|post_quant_conv)\."
+)
+"""Tensors of the network; files of its training have others."""
+
+LATENTS: Final = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+"""Entries of an autoencoder's config that say which latents it makes."""
+
+NAMES_SHOWN: Final = 3
+
+
+def file_of(path: Path) -> Path:
+    """The weights of an autoencoder that is a safetensors file, or a folder of diffusers.
+
+    Raises:
+        ModelMismatch: there is no such file.
+    """
+    file = path / f"{NETWORK}.safetensors" if path.is_dir() else path
+    if not file.is_file() or file.suffix != ".safetensors":
+        raise ModelMismatch(
+            f"vae {path.name!r} is neither a .safetensors file nor a folder with {NETWORK}"
+            ".safetensors."
+        )
+    return file
+
+
+def with_autoencoder(revisions: Revisions, path: Path) -> Revisions:
+    """The revisions of a model whose autoencoder is another one.
+
+    Raises:
+        ModelMismatch: there is no such file.
+    """
+    digest = hashlib.sha256(revisions.weights.encode())
+    with file_of(path).open("rb") as stream:
+        while chunk := stream.read(CHUNK):
+            digest.update(chunk)
+    return Revisions(digest.hexdigest()[:16], revisions.denoiser)
+
+
+def give_autoencoder(model: HostedModel, path: Path) -> None:
+    """Replace the weights of a model's autoencoder, which keeps its config.
+
+    Args:
+        model: just loaded.
+        path: a safetensors file with diffusers' names or the original ones, or a diffusers folder.
+
+    Raises:
+        ModelMismatch: the weights are not those of such a network, or a folder's config says that
+            its latents are others.
+    """
+    network: Any = model.modules().get(AUTOENCODER)
+    if network is None:
+        raise ModelMismatch(
+            f"model {model.facts.name!r} has no autoencoder that vae could replace."
+        )
+    if path.is_dir() and (path / "config.json").is_file():
+        _check_latents(path, network)
+    try:
+        weights = _named_as_by_diffusers(load_file(file_of(path)), network)
+    except (OSError, SafetensorError, KeyError) as error:
+        raise ModelMismatch(f"vae {path.name!r} cannot be read: {error}.") from None
+    expected = network.state_dict()
+    wrong = {name for name in expected if name not in weights} | {
+        name
+        for name, one in weights.items()
+        if name not in expected or one.shape != expected[name].shape
+    }
+    if wrong:
+        raise ModelMismatch(
+            f"vae {path.name!r} does not fit model {model.facts.name!r}: in one of them alone, or "
+            f"of another shape, are {', '.join(sorted(wrong)[:NAMES_SHOWN])}."
+        )
+    network.load_state_dict(weights)
+    model.facts = replace(model.facts, vae=path.stem)
+
+
+def _named_as_by_diffusers(weights: Mapping[str, Tensor], network: Any) -> dict[str, Tensor]:
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    own = {name: tensor for name, tensor in weights.items() if USED.match(name)}
+    if any(map(ORIGINAL.match, own)):
+        return convert_ldm_vae_checkpoint(own, network.config)
+    network._fix_state_dict_keys_on_load(own)
+    return own
+
+
+def _check_latents(folder: Path, network: Any) -> None:
+    config = read_json(folder, "config.json")
+    for entry in LATENTS:
+        told, own = config.get(entry), getattr(network.config, entry, None)
+        if entry in config and told != own:
+            raise ModelMismatch(
+                f"vae {folder.name!r} has the {entry} {str(told)[:60]}, but the model's "
+                f"autoencoder has {str(own)[:60]}: its latents are others."
+            )

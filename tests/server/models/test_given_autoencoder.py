@@ -1,0 +1,90 @@
+"""An autoencoder in place of a model's own decodes as it does in diffusers' pipeline."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import save_file
+
+from server.errors import ModelMismatch
+from server.models.hosted import HostedModel
+from server.models.loading import load_model
+from server.settings import Settings
+from tests.server.models.original_names import checkpoint
+from tests.server.models.tiny_sdxl import BASE, VAE, make, saved
+
+ORIGINAL = "first_stage_model."
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Any:
+    """With another autoencoder than the folder below."""
+    made = make(BASE)
+    torch.manual_seed(1)
+    made.vae = AutoencoderKL(**VAE).eval()
+    return made
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(make(BASE), tmp_path_factory.mktemp("models") / "xl")
+
+
+def load(folder: Path, vae: Path | None = None) -> HostedModel:
+    return load_model(folder, name="xl", device="cpu", dtype="float32", vae=vae)
+
+
+@torch.inference_mode()
+def test_each_form_of_a_vae_decodes_as_in_diffusers(
+    pipeline: Any, folder: Path, tmp_path: Path
+) -> None:
+    own = load(folder)
+    whole = {k: v for k, v in checkpoint(pipeline).items() if k.startswith(ORIGINAL)}
+    bare = {name.removeprefix(ORIGINAL): tensor for name, tensor in whole.items()}
+    save_file(whole | {"loss.logvar": torch.ones(1)}, tmp_path / "checkpoint.safetensors")
+    save_file(bare, tmp_path / "original.safetensors")
+    save_file(pipeline.vae.state_dict(), tmp_path / "named.safetensors")
+    pipeline.vae.save_pretrained(tmp_path / "kept")
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    theirs = pipeline.vae.decode(latents / VAE["scaling_factor"], return_dict=False)[0]
+    for name in ("checkpoint.safetensors", "original.safetensors", "named.safetensors", "kept"):
+        model = load(folder, tmp_path / name)
+        torch.testing.assert_close(model.decode(latents), theirs, rtol=1e-5, atol=1e-5)
+        assert model.facts.vae == name.removesuffix(".safetensors")
+        assert model.facts.revision != own.facts.revision
+        assert model.facts.denoiser == own.facts.denoiser
+    assert own.facts.vae is None
+    assert not torch.allclose(own.decode(latents), theirs, atol=1e-2)
+
+
+def test_what_is_no_autoencoder_of_the_model_is_refused(
+    pipeline: Any, folder: Path, tmp_path: Path
+) -> None:
+    weights = pipeline.vae.state_dict()
+    weights["decoder.conv_out.weight"] = weights["decoder.conv_out.weight"][:2].clone()
+    save_file(weights, tmp_path / "narrow.safetensors")
+    save_file({"weight": torch.ones(1)}, tmp_path / "lora.safetensors")
+    (tmp_path / "vae.pt").write_text("a pickle")
+    wide: dict[str, Any] = VAE | {"scaling_factor": 0.18215}
+    AutoencoderKL(**wide).save_pretrained(tmp_path / "sd15")
+    for name, says in (
+        ("narrow.safetensors", "does not fit model 'xl': .* are decoder.conv_out.weight"),
+        ("lora.safetensors", "'lora.safetensors' does not fit model 'xl'"),
+        ("vae.pt", "neither a .safetensors file nor a folder with diffusion_pytorch_model"),
+        ("sd15", re.escape("has the scaling_factor 0.18215, but the model's autoencoder has")),
+    ):
+        with pytest.raises(ModelMismatch, match=says):
+            load(folder, tmp_path / name)
+
+
+def test_the_setting_names_a_model_and_a_path(tmp_path: Path) -> None:
+    assert Settings(vaes=(f"xl={tmp_path}",)).vae_of("xl") == tmp_path
+    assert Settings(vaes=(f"xl={tmp_path}",)).vae_of("other") is None
+    for wrong in (str(tmp_path), f"xl={tmp_path}/none", f"={tmp_path}"):
+        with pytest.raises(ValueError, match="allowed is `name=path`"):
+            Settings(vaes=(wrong,))
