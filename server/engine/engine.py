@@ -16,7 +16,7 @@ from server.engine.chores import Chores
 from server.engine.client import ANYONE, Client
 from server.engine.cost_model import MOST_ROWS, CostModel, TickCost
 from server.engine.fair_queue import TURN_S
-from server.engine.faults import attempt, free_memory, is_out_of_memory, lost_device
+from server.engine.faults import free_memory, is_out_of_memory, lost_device
 from server.engine.forwards import LONGEST_PIECE_S
 from server.engine.idle_work import IdleWork
 from server.engine.metrics import EngineMeasurements
@@ -33,7 +33,6 @@ from server.engine.state.submission import Submission
 from server.engine.tick.decode import Decoder
 from server.engine.tick.newcomers import Admission
 from server.engine.tick.pictures import PicturesOfATick
-from server.engine.tick.undecoded import undecoded
 from server.engine.warmup import recommended_rows, warm_up, warm_up_beside_ticks
 from server.errors import Cancelled, DeviceLost, NotReady, RowFailed
 from server.models.memory import unused_bytes
@@ -452,7 +451,7 @@ class Engine:
         done: list[Sequence] = []
         for row, sequence in enumerate(outcome.batch.sequences):
             if not outcome.sound[row]:
-                self._fail(sequence, RowFailed(_broken(sequence)))
+                self._fail(sequence, outcome.broken(row))
                 continue
             if sequence.closes_step:
                 closed.append((sequence, row))
@@ -462,16 +461,9 @@ class Engine:
             if sequence.done:
                 done.append(sequence)
         self._reports.steps(closed, outcome.denoised)
-        self._retire(done)
-
-    def _retire(self, done: list[Sequence]) -> None:
-        """Have images whose last stage has run decoded; those that are not are finished."""
         for sequence in done:
             sequence.denoised_at = monotonic()
-        self._decoder.add([one for one in done if not one.task.undecoded])
-        for sequence in done:
-            if sequence.task.undecoded:
-                self._finish(sequence, attempt(lambda one=sequence: undecoded(one), self._device))
+        self._decoder.add(done)
 
     def _recall(self) -> set[Sequence]:
         """Run stages that need no row of a forward, for about as long as a fair tick takes.
@@ -505,7 +497,10 @@ class Engine:
     def _finish(self, sequence: Sequence, outcome: ImageResult | Exception) -> None:
         """Send what came of an image whose last stage has run."""
         if isinstance(outcome, Exception):
-            self._note_overflow(sequence, outcome)
+            if is_out_of_memory(outcome):
+                # Others as large are refused for a while.
+                task, free = sequence.task, unused_bytes(self._device)
+                self._overflows.note(task.model, task.width, task.height, None, free)
             self._fail(sequence, outcome)
             return
         if not sequence.submission.finish():
@@ -516,12 +511,6 @@ class Engine:
             self._selection.note_live()
         self._leave(sequence)
         self._reports.finished(sequence, outcome)
-
-    def _note_overflow(self, sequence: Sequence, error: Exception) -> None:
-        """Remember a picture that the decoder had no room for, to refuse others as large."""
-        if is_out_of_memory(error):
-            task, free = sequence.task, unused_bytes(self._device)
-            self._overflows.note(task.model, task.width, task.height, None, free)
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
         if isinstance(error, Cancelled):
@@ -559,11 +548,3 @@ class Engine:
         self._chores.refuse(self._refusal("The server is stopping."))
         for sequence in list(self._active):
             self._fail(sequence, self._refusal("The image was not finished: the server stopped."))
-
-
-def _broken(sequence: Sequence) -> str:
-    step = sequence.task.plan.step[sequence.stage] + 1
-    return (
-        f"The image became NaN or infinite at step {step} of {sequence.task.plan.steps}; "
-        "a lower guidance scale or another sampler may help."
-    )

@@ -17,6 +17,7 @@ from server.engine.tick.decoder_queue import DecoderQueue
 from server.engine.tick.host_copy import HostCopy
 from server.engine.tick.preview import to_uint8
 from server.engine.tick.stopwatch import Stopwatch
+from server.engine.tick.undecoded import undecoded
 from server.errors import RowFailed
 
 if TYPE_CHECKING:
@@ -92,13 +93,17 @@ class Decoder:
         self._turns = turns
         self._queue = DecoderQueue(turns)
         self._in_flight: deque[Decoding] = deque()
+        self._undecoded: list[Sequence] = []
         self._failed: list[tuple[Sequence, Exception]] = []
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def add(self, done: list[Sequence]) -> None:
-        """Take images whose slot 0 is the clean latent."""
+        """Take images whose slot 0 is the clean latent, which is all that some are to have."""
         for sequence in done:
-            self._queue.add(sequence)
+            if sequence.task.undecoded:
+                self._undecoded.append(sequence)
+            else:
+                self._queue.add(sequence)
 
     def drop(self, sequence: Sequence) -> bool:
         """Forget an image that was cancelled; False where it is being decoded already."""
@@ -116,6 +121,9 @@ class Decoder:
         Raises:
             DeviceLost: the device no longer answers.
         """
+        latents, self._undecoded = self._undecoded, []
+        for sequence in latents:
+            yield sequence, attempt(lambda one=sequence: undecoded(one), self._device)
         if self._stream is None:
             yield from self._between_ticks(idle=idle)
             return

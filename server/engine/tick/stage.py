@@ -11,6 +11,7 @@ import torch
 from server.engine.tick import recall, weave
 from server.engine.tick.resampling import resample
 from server.engine.tick.stopwatch import Stopwatch
+from server.errors import RowFailed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,6 +43,15 @@ class Outcome:
     settled: list[bool]
     recalls: list[bool]
     denoised: Tensor
+
+    def broken(self, image: int) -> RowFailed:
+        """What the client of an image is told that is not sound."""
+        sequence = self.batch.sequences[image]
+        plan = sequence.task.plan
+        return RowFailed(
+            f"The image became NaN or infinite at step {plan.step[sequence.stage] + 1} of "
+            f"{plan.steps}; a lower guidance scale or another sampler may help."
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
