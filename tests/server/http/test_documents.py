@@ -9,47 +9,63 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
+from server.http.app import create_app
 from server.http.documents import PATHS
 from server.service.service import Service
+from server.settings import Settings
 
 Unloaded = Callable[..., TestClient]
 
 KEY = "a-key-of-the-test-suite"
 
 
+def client_of(**settings: Any) -> TestClient:
+    app = create_app(Settings.model_validate(settings))
+    return TestClient(app, base_url="http://127.0.0.1:8000")
+
+
+@pytest.fixture(scope="module")
+def locked() -> TestClient:
+    """A client of an application with a key, which makes its schema once."""
+    return client_of(api_keys=[KEY])
+
+
+@pytest.fixture(scope="module")
+def unlocked() -> TestClient:
+    """A client of an application without keys, which makes its schema once."""
+    return client_of()
+
+
 @pytest.mark.parametrize("path", sorted(PATHS))
-def test_a_document_needs_no_key_and_has_a_head(unloaded: Unloaded, path: str) -> None:
-    client = unloaded(api_keys=[KEY])
-    answer, head = client.get(path), client.head(path)
+def test_a_document_needs_no_key_and_has_a_head(locked: TestClient, path: str) -> None:
+    answer, head = locked.get(path), locked.head(path)
     assert answer.status_code == head.status_code == 200
     assert head.headers["content-length"] == str(len(answer.content))
     assert head.content == b""
 
 
-def test_the_api_s_page_takes_everything_from_this_server(unloaded: Unloaded) -> None:
-    client = unloaded(api_keys=[KEY])
-    page = client.get("/docs").text
+def test_the_api_s_page_takes_everything_from_this_server(locked: TestClient) -> None:
+    page = locked.get("/docs").text
     taken = re.findall(r"""(?:src|href)=["']([^"']+)""", page)
     assert set(taken) - {"data:,"} <= PATHS
-    assert "/openapi.json" in client.get("/docs/start.js").text
-    assert client.get("/openapi.json").status_code == 200
-    assert client.get("/redoc", headers={"authorization": f"Bearer {KEY}"}).status_code == 404
+    assert "/openapi.json" in locked.get("/docs/start.js").text
+    assert locked.get("/openapi.json").status_code == 200
+    assert locked.get("/redoc", headers={"authorization": f"Bearer {KEY}"}).status_code == 404
 
 
-def test_the_schema_says_which_routes_need_a_key(unloaded: Unloaded) -> None:
-    schema = unloaded(api_keys=[KEY]).get("/openapi.json").json()
+def test_the_schema_says_which_routes_need_a_key(locked: TestClient, unlocked: TestClient) -> None:
+    schema = locked.get("/openapi.json").json()
     scheme = {"type": "http", "scheme": "bearer"}
     assert schema["components"]["securitySchemes"] == {"key": scheme}
     assert schema["security"] == [{"key": []}]
     assert schema["paths"]["/livez"]["get"]["security"] == []
-    assert "security" not in unloaded().get("/openapi.json").json()
+    assert "security" not in unlocked.get("/openapi.json").json()
 
 
-def test_metrics_are_documented_as_the_text_that_they_are(unloaded: Unloaded) -> None:
-    client = unloaded()
-    answered = client.get("/openapi.json").json()["paths"]["/metrics"]["get"]["responses"]["200"]
+def test_metrics_are_documented_as_the_text_that_they_are(unlocked: TestClient) -> None:
+    answered = unlocked.get("/openapi.json").json()["paths"]["/metrics"]["get"]["responses"]["200"]
     (media,) = answered["content"]
-    assert client.get("/metrics").headers["content-type"].startswith(media)
+    assert unlocked.get("/metrics").headers["content-type"].startswith(media)
 
 
 @pytest.mark.parametrize(
@@ -62,9 +78,9 @@ def test_metrics_are_documented_as_the_text_that_they_are(unloaded: Unloaded) ->
     ],
 )
 def test_no_answer_is_guessed_at_or_framed(
-    unloaded: Unloaded, method: str, path: str, headers: dict[str, str]
+    unlocked: TestClient, method: str, path: str, headers: dict[str, str]
 ) -> None:
-    answer = unloaded().request(method, path, headers=headers)
+    answer = unlocked.request(method, path, headers=headers)
     assert answer.headers["x-content-type-options"] == "nosniff"
     policy = answer.headers["content-security-policy"]
     assert policy.startswith("default-src ")

@@ -33,6 +33,7 @@ from server.requests.resolve import make_plan, prepare, resolve
 from server.requests.schema import GenerateRequest, ResolvedRequest
 from server.requests.tasks import tasks_of
 from server.settings import Limits
+from tests.covering import EVERY_CELL
 from tests.server.models.tiny_sdxl import BASE, make, saved
 from tests.server.toy_model import run, started
 
@@ -254,7 +255,7 @@ def test_a_scheduler_that_no_sampler_is_equal_to_tells_nothing_but_to_the_log(
         ("DDIMScheduler", "stabilityai/sd-turbo", "trailing", None),
     ],
 )
-@pytest.mark.parametrize("file", ["model_index.json", "unet/config.json"])
+@pytest.mark.parametrize("file", ["model_index.json", "unet/config.json"][: 1 + EVERY_CELL])
 def test_a_turbo_model_is_told_by_its_name_and_its_scheduler(
     kind: str, path: str, spacing: str, convention: str | None, file: str, copy: Path
 ) -> None:
@@ -262,6 +263,14 @@ def test_a_turbo_model_is_told_by_its_name_and_its_scheduler(
     edit(copy / file, _name_or_path=path)
     own = load(copy).facts.defaults
     assert (own and own.convention) == convention
+
+
+def test_the_network_s_config_may_name_a_turbo_model_too(copy: Path) -> None:
+    reschedule(copy, "EulerDiscreteScheduler", timestep_spacing="trailing")
+    edit(copy / "unet/config.json", _name_or_path="stabilityai/sd-turbo")
+    own = load(copy).facts.defaults
+    assert own is not None
+    assert own.convention == "sd_turbo"
 
 
 @pytest.mark.parametrize(
