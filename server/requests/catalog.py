@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
@@ -13,7 +13,8 @@ from guidance.parts import PARTS, Part
 from samplers import SAMPLERS, SPACINGS
 from server.requests.choice import name_of
 from server.requests.defaults import guidance_for, sampler_for, spacing_for, steps_for
-from server.requests.schema import GenerateRequest
+from server.requests.hires import Upscaler
+from server.requests.schema import GenerateRequest, MaskContent
 
 if TYPE_CHECKING:
     from server.models.defaults import ModelDefaults
@@ -190,6 +191,8 @@ class _Offered(BaseModel):
     spacings: tuple[Entry, ...] = Field(description="Choices of `spacing`.")
     rules: tuple[Entry, ...] = Field(description="Choices of `guidance`.")
     caches: tuple[Entry, ...] = Field(description="Choices of `cache`.")
+    upscalers: tuple[Upscaler, ...] = Field(description="Choices of `hires.upscaler`.")
+    mask_contents: tuple[MaskContent, ...] = Field(description="Choices of `mask_content`.")
     choices: tuple[Choice, ...] = Field(description="The choices that a form offers, in order.")
     defaults: Defaults = Field(description="Of models that have none of their own.")
     models: tuple[ModelEntry, ...] = Field(
@@ -222,6 +225,8 @@ def catalog(models: tuple[ModelEntry, ...] = ()) -> Catalog:
         spacings=_entries(SPACINGS),
         rules=_entries(RULES),
         caches=_entries(STEP_CACHES),
+        upscalers=get_args(Upscaler),
+        mask_contents=get_args(MaskContent),
         choices=CHOICES,
         defaults=defaults_of(None),
         models=models,

@@ -54,6 +54,11 @@ LIKE: Final[Mapping[str, str]] = MappingProxyType(
         "format": "output_format",
         "enable_hr": "hires",
         "hr_scale": "hires",
+        "hr_upscaler": "hires",
+        "subseed": "variation",
+        "subseed_strength": "variation",
+        "variation_seed": "variation",
+        "inpainting_fill": "mask_content",
     }
 )
 """Fields of other services, and ours that come nearest, for error messages."""

@@ -12,6 +12,7 @@ from guidance.embedded import Embedded
 from samplers import LCM, SAMPLERS, SPACINGS, LCMSpacing
 from server.models.defaults import ModelDefaults
 from server.requests.catalog import Entry, catalog, defaults_of
+from server.requests.hires import Hires
 from server.requests.resolve import resolve
 from server.requests.schema import GenerateRequest, split
 from server.settings import Limits
@@ -141,7 +142,8 @@ def test_the_catalog_needs_no_torch() -> None:
 
 def test_the_catalog_names_the_models(client: httpx2.Client) -> None:
     answer = client.get("/v1/catalog").json()
-    assert set(answer) == {*LISTS, "choices", "defaults", "models"}
+    bare = {"upscalers", "mask_contents"}
+    assert set(answer) == {*LISTS, *bare, "choices", "defaults", "models"}
     assert [model["name"] for model in answer["models"]] == ["embedded", "embedded-lcm"]
     for model in answer["models"]:
         assert model["width"] % model["size_multiple"] == 0
@@ -180,3 +182,12 @@ def test_the_catalog_is_there_before_the_models(unloaded: Callable[..., httpx2.C
     answer = unloaded().get("/v1/catalog")
     assert answer.status_code == 200
     assert answer.json()["models"] == []
+
+
+def test_what_a_field_takes_by_name_alone_is_listed_too() -> None:
+    listed = catalog()
+    for upscaler in listed.upscalers:
+        Hires(upscaler=upscaler)
+    for content in listed.mask_contents:
+        GenerateRequest(prompt="x", mask_content=content)
+    assert (listed.upscalers[0], listed.mask_contents[0]) == ("lanczos", "original")

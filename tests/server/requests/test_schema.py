@@ -269,6 +269,12 @@ def test_a_missing_prompt_is_required() -> None:
         ({"step": 3}, "step", "did you mean steps?"),
         ({"init_images": ["x"]}, "init_images", "did you mean image?"),
         ({"enable_hr": True}, "enable_hr", "did you mean hires?"),
+        ({"subseed": 3}, "subseed", "did you mean variation?"),
+        (
+            {"variation": {"strength": 0.2, "sead": 3}},
+            "variation.sead",
+            "did you mean seed?",
+        ),
         ({"guidance": {"name": "apg", "scael": 3}}, "guidance.scael", "did you mean scale?"),
         ({"guidance": {"name": "cfg", "polcy": 3}}, "guidance.polcy", "did you mean policy?"),
         ({"sampler": {"name": "ddim", "etta": 3}}, "sampler.etta", "did you mean eta?"),
