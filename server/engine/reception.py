@@ -209,7 +209,9 @@ class Reception:
         self._check_width(sequences)
         self.check_memory(tasks)
         self._check_models(tasks)
-        needed = footprint(tasks, self._kind, self._told_bytes.__getitem__)
+        # Frames of live streams are not counted.
+        counted = [] if live else tasks
+        needed = footprint(counted, self._kind, self._told_bytes.__getitem__)
         with self._wake:
             self._check_open()
             self._check_models(tasks)
