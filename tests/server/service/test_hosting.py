@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,16 @@ def test_a_name_in_quantize_that_no_model_has_is_refused_unless_it_may_come_yet(
     filled = chosen.model_copy(update={"models_folder": tmp_path})
     hosting._check_names(filled, ["one"])
     assert "quantize names the model 'onne'" in caplog.text
+
+
+def test_a_model_is_given_the_autoencoder_that_is_set_for_it_and_for_no_other(
+    tmp_path: Path,
+) -> None:
+    vae = tmp_path / "mine"
+    shutil.copytree(MODEL_FOLDER / "vae", vae)
+    chosen = Settings(vaes=(f"one={vae}",), device="cpu")
+    one, two = (folders(chosen).load_from_folder(name, None).facts for name in ("one", "two"))
+    assert (one.vae, two.vae) == ("mine", None)
+    other = chosen.model_copy(update={"models": (f"two={MODEL_FOLDER}",)})
+    with pytest.raises(ModelMismatch, match="vaes names the model 'one'; there are two"):
+        hosting.host(other)

@@ -155,7 +155,7 @@ def test_kept_prompts_are_told_apart_by_the_embeddings_that_they_name(family: Fa
 
 
 def asked(model: HostedModel, **fields: Any) -> Any:
-    body = {"prompt": PLAIN, "width": 64, "height": 64, "steps": 2, "seed": 5, "sampler": "euler"}
+    body = {"prompt": PLAIN, "width": 32, "height": 32, "steps": 1, "seed": 5, "sampler": "euler"}
     resolved = resolve(GenerateRequest.model_validate(body | fields), model, Limits(), None)
     schedule = model.schedule(resolved.width, resolved.height, resolved.steps)
     layout = resolved.sampler, resolved.spacing, resolved.steps, resolved.strength
@@ -173,7 +173,7 @@ def test_requests_that_name_embeddings_run_beside_others(
     assert names == [[], ["oilish"], ["inkish"]]
     assert not run(engine, tasks).errors
     together = list(decoded)
-    for task in tasks:
+    for task in tasks[1:]:
         decoded.clear()
         run(engine, [task])
         [alone] = decoded
