@@ -28,10 +28,10 @@ from diffusers import (
 from embedded import MODEL_FOLDER
 from embedded.report import Sampling, score_model, unseen_scenes
 from server.models.loading import load_model
-from server.models.memory import bytes_of
 from server.models.placement import Placement
 from server.models.quantization import BITS, Quantization, missing_package
 from server.models.quantized import layers_in_blocks
+from server.models.weights_held import bytes_of
 
 if TYPE_CHECKING:
     from embedded.scenes import Scene

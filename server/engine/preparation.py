@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 from server.engine.forwards import Forwards
 from server.engine.graphs import Graphs
 from server.engine.warmup import first_calls
-from server.models.memory import bytes_of
+from server.models.weights_held import bytes_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -18,7 +18,8 @@ from server.models.libraries import import_libraries
 from server.models.linear_fits import LinearFits
 from server.models.parts import check_loaded
 from server.models.pixart import load_pixart
-from server.models.placement import Placement, put_on_device
+from server.models.placement import Placement
+from server.models.placing import put_on_device
 from server.models.qwen_image import load_qwen_image
 from server.models.sana import load_sana, load_sana_sprint
 from server.models.stable_diffusion import load_stable_diffusion

@@ -1,29 +1,20 @@
-"""Memory of a device as it is now, and what a loaded model takes of it."""
+"""Memory of a device as it is now."""
 
 from __future__ import annotations
 
-from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import psutil
 import torch
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from server.heap import collect_all
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from server.models.hosted import HostedModel
 
 __all__ = [
     "HOST",
     "DeviceMemory",
     "attainable_bytes",
-    "bytes_of",
     "measure",
-    "offloaded_bytes_of",
     "reclaim",
     "unused_bytes",
 ]
@@ -82,43 +73,6 @@ def reclaim(device: torch.device) -> None:
         torch.cuda.empty_cache()
         # What streamed networks had locked of the host's memory, too.
         torch._C._host_emptyCache()  # pyright: ignore[reportPrivateUsage]
-
-
-def bytes_of(model: HostedModel) -> int:
-    """Bytes of a model's weights and buffers on its device; what is shared counts once."""
-    return _bytes_on(model, model.device.type)
-
-
-def offloaded_bytes_of(model: HostedModel) -> int:
-    """Bytes of a model's weights that stay in host memory, though its device is another one."""
-    return 0 if model.device.type == HOST else _bytes_on(model, HOST)
-
-
-def _bytes_on(model: HostedModel, device: str) -> int:
-    networks = list(model.modules().values())
-    if model.classifier is not None:
-        networks.append(model.classifier)
-    own = chain.from_iterable(
-        chain(network.parameters(), network.buffers()) for network in networks
-    )
-    held = [one for tensor in own for one in _held_by(tensor) if one.device.type == device]
-    storages = {one.untyped_storage().data_ptr(): one.untyped_storage() for one in held}
-    return sum(storage.nbytes() for storage in storages.values())
-
-
-def _held_by(tensor: Tensor) -> list[Tensor]:
-    """The tensors that have memory: of a quantised weight, its numbers and its scales."""
-    if is_traceable_wrapper_subclass(tensor):
-        names, _ = tensor.__tensor_flatten__()
-        return [one for name in names for one in _held_by(getattr(tensor, name))]
-    state = getattr(tensor, "quant_state", None)
-    return [tensor] if state is None else [tensor, *_scales_of(state)]
-
-
-def _scales_of(state: Any) -> list[Tensor]:
-    """What bitsandbytes keeps beside the numbers of a weight, and beside its scales in turn."""
-    scales = [value for value in vars(state).values() if isinstance(value, torch.Tensor)]
-    return scales if state.state2 is None else [*scales, *_scales_of(state.state2)]
 
 
 def _of_host() -> DeviceMemory:

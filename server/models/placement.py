@@ -5,28 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
-import torch
-
 from server.errors import ModelMismatch
 from server.models.folder import AUTOENCODER
 from server.models.quantization import Quantization
-from server.models.quantized import quantize
-from server.models.streamed import stream_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from server.models.hosted import HostedModel
+    import torch
 
-__all__ = ["Offload", "Placement", "first_that_fits", "options", "put_on_device"]
+
+__all__ = ["Offload", "Placement", "first_that_fits", "options"]
 
 Offload: TypeAlias = Literal["none", "text", "all"]
 """Which networks' blocks are kept in host memory and streamed to the device as they run: none, the
 text encoders', or the denoiser's too."""
 
 LEVELS: Final[Sequence[Offload]] = ("none", "text", "all")
-
-HOST: Final = torch.device("cpu")
 
 TEXT: Final = "text_encoder"
 """How the names of text encoders in a model folder begin."""
@@ -98,22 +93,3 @@ def first_that_fits(
         most: bytes that it may take.
     """
     return next((one for one in placements if needs(one) <= most), placements[-1])
-
-
-def put_on_device(model: HostedModel, placement: Placement) -> None:
-    """Bring the networks of a model to its device.
-
-    Args:
-        model: whose networks are in host memory.
-        placement: how they are to be kept.
-    """
-    for part, network in model.modules().items():
-        streamed = placement.streams(part)
-        if placement.quantizes(part):
-            home = HOST if streamed else model.device
-            quantize(network, placement.quantization, model.device, home)
-        if streamed:
-            stream_blocks(network, model.device)
-        else:
-            network.to(model.device)
-    model.placement = placement

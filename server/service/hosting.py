@@ -17,15 +17,16 @@ from server.engine.engine import Engine
 from server.errors import ModelMismatch, ModelTooLarge
 from server.heap import collection_paused
 from server.models.checkpoint import converted
-from server.models.compiling.compiled_blocks import compile_blocks
 from server.models.compiling.compiler import BlockCompiler, missing_compiler
+from server.models.compiling.model_blocks import compile_blocks
 from server.models.folder import embedded_folders, stamp_of
 from server.models.hosted import HostedModel
 from server.models.hub import HubModel, fetch
 from server.models.loading import choose_device, choose_dtype, family_of, load_model
-from server.models.memory import HOST, attainable_bytes, bytes_of, measure
+from server.models.memory import HOST, attainable_bytes, measure
 from server.models.placement import Placement, first_that_fits, options
 from server.models.weight_files import FLOAT32, bytes_in_memory, bytes_on_host
+from server.models.weights_held import bytes_of
 from server.service.model_shelf import Room, Source
 from server.service.named_weights import NamedWeights
 from server.settings import Settings

@@ -17,7 +17,8 @@ from server.engine.faults import is_out_of_memory
 from server.engine.preparation import Prepared
 from server.errors import ModelMismatch, ModelTooLarge, NotReady, UnknownModel, WeftError
 from server.models.hosted import HostedModel
-from server.models.memory import bytes_of, offloaded_bytes_of, reclaim
+from server.models.memory import reclaim
+from server.models.weights_held import bytes_of, offloaded_bytes_of
 
 __all__ = ["Lease", "ModelShelf", "ModelState", "Room", "Source"]
 

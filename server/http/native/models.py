@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from server.errors import UnknownModel
 from server.http.dependencies import ServiceDep
 from server.http.errors import ErrorBody
-from server.models.compiling.compiled_blocks import compilation_of
+from server.models.compiling.model_blocks import compilation_of
 from server.models.hosted import HostedModel
 from server.service.model_shelf import ModelState
 

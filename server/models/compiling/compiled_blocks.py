@@ -22,15 +22,13 @@ from torch.utils import _pytree as pytree
 from server.models.compiling.block_call import Layout, fits, layout_of, read, template_of
 from server.models.compiling.program import MOST_ROWS, BlockJob
 from server.models.compiling.skeleton import fingerprint, skeleton_of, weights_of
-from server.models.row_edits import BLOCKS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Hashable, Sequence
 
     from server.models.compiling.block_call import BlockCall
-    from server.models.hosted import HostedModel
 
-__all__ = ["Compilation", "CompiledBlocks", "Compiler", "compilation_of", "compile_blocks"]
+__all__ = ["Compilation", "CompiledBlocks", "Compiler"]
 
 log = logging.getLogger("weft")
 
@@ -39,13 +37,6 @@ OFTEN = 40
 
 MOST_SHAPES = 64
 """Shapes that are compiled for a model: a U-Net has about 18 for each size of pictures."""
-
-
-RESNET = "ResnetBlock2D"
-"""Blocks of a U-Net beside those that attend."""
-
-DENOISERS = "unet", "transformer"
-"""Names of denoisers in a model folder."""
 
 
 class Compiler(Protocol):
@@ -90,32 +81,6 @@ class _Program:
         made = iter(self.run(*weights, *tensors))
         leaves = [next(made) if one is Tensor else one for one in self.constants]
         return pytree.tree_unflatten(leaves, self.put_out)
-
-
-def compile_blocks(model: HostedModel, compiler: Compiler) -> None:
-    """Have the blocks of a model's denoiser compiled, if they can be.
-
-    Args:
-        model: on its device.
-        compiler: makes the programs.
-    """
-    placement = model.placement
-    if placement.quantization != "none":
-        model.runs_eager = f"its weights are quantised to {placement.quantization}"
-    elif placement.offload == "all":
-        model.runs_eager = "its denoiser is streamed from host memory"
-    else:
-        [network] = [own for part, own in model.modules().items() if part in DENOISERS]
-        kinds = *BLOCKS, RESNET
-        name = model.facts.name
-        model.blocks = CompiledBlocks(name, network, kinds, model.device, compiler)
-
-
-def compilation_of(model: HostedModel) -> Compilation | None:
-    """How far a model is compiled; None where the operator wants nothing compiled."""
-    if model.blocks is not None:
-        return model.blocks.compilation
-    return None if model.runs_eager is None else Compilation(reason=model.runs_eager)
 
 
 class CompiledBlocks:

@@ -16,9 +16,10 @@ from server.engine.graphs import Graphs
 from server.models.adapters.adapter import Weighted
 from server.models.inputs import RowInputs
 from server.models.loading import load_model
-from server.models.memory import bytes_of, measure, offloaded_bytes_of, reclaim
+from server.models.memory import measure, reclaim
 from server.models.placement import Placement
 from server.models.quantization import missing_package
+from server.models.weights_held import bytes_of, offloaded_bytes_of
 from tests.server.models.adapters.low_rank import adapter, changes
 
 pytestmark = pytest.mark.cuda

@@ -15,9 +15,9 @@ from embedded import MODEL_FOLDER
 from server.errors import ModelMismatch
 from server.models.folder import classifier_file, revisions_of
 from server.models.loading import choose_device, choose_dtype, load_model
-from server.models.memory import bytes_of
 from server.models.unet_model import TEXT
 from server.models.weight_files import bytes_in_memory
+from server.models.weights_held import bytes_of
 
 
 @pytest.fixture

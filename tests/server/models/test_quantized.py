@@ -14,11 +14,11 @@ from server.models.adapters.adapter import Adapter, LowRank, RowAdapters, Weight
 from server.models.adapters.placing import Target
 from server.models.hosted import HostedModel
 from server.models.loading import load_model
-from server.models.memory import bytes_of
 from server.models.placement import Placement
 from server.models.quantization import Quantization, missing_package
 from server.models.quantized import layers_in_blocks
 from server.models.weight_files import bytes_in_memory
+from server.models.weights_held import bytes_of
 
 KINDS: tuple[Quantization, ...] = ("int8", "fp8", "nf4")
 LARGEST_ERROR = {"int8": 0.02, "fp8": 0.06, "nf4": 0.25}

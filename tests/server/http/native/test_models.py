@@ -25,8 +25,8 @@ from server.engine.preparation import Prepared
 from server.errors import ModelMismatch
 from server.http.native.models import CompilationCard, card_of
 from server.models.hosted import HostedModel
-from server.models.memory import bytes_of
 from server.models.weight_files import bytes_in_memory
+from server.models.weights_held import bytes_of
 from server.service.hosting import Hosted, host
 from server.service.model_shelf import ModelState, Room
 from server.service.one_shot import GUESSED_COSTS

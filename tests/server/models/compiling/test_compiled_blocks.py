@@ -17,7 +17,8 @@ from embedded import MODEL_FOLDER
 from guidance.edits import IdentityAttention
 from server.models.adapters.adapter import Adapter, LowRank, RowAdapters, Weighted
 from server.models.compiling import compiled_blocks as module
-from server.models.compiling.compiled_blocks import Compilation, compilation_of, compile_blocks
+from server.models.compiling.compiled_blocks import Compilation
+from server.models.compiling.model_blocks import compilation_of, compile_blocks
 from server.models.compiling.program import BlockJob, FlatBlock
 from server.models.hosted import HostedModel
 from server.models.loading import load_model

@@ -1,0 +1,46 @@
+"""Which blocks of a model are compiled, if they can be."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from server.models.compiling.compiled_blocks import Compilation, CompiledBlocks
+from server.models.row_edits import BLOCKS
+
+if TYPE_CHECKING:
+    from server.models.compiling.compiled_blocks import Compiler
+    from server.models.hosted import HostedModel
+
+__all__ = ["compilation_of", "compile_blocks"]
+
+RESNET = "ResnetBlock2D"
+"""Blocks of a U-Net beside those that attend."""
+
+DENOISERS = "unet", "transformer"
+"""Names of denoisers in a model folder."""
+
+
+def compile_blocks(model: HostedModel, compiler: Compiler) -> None:
+    """Have the blocks of a model's denoiser compiled, if they can be.
+
+    Args:
+        model: on its device.
+        compiler: makes the programs.
+    """
+    placement = model.placement
+    if placement.quantization != "none":
+        model.runs_eager = f"its weights are quantised to {placement.quantization}"
+    elif placement.offload == "all":
+        model.runs_eager = "its denoiser is streamed from host memory"
+    else:
+        [network] = [own for part, own in model.modules().items() if part in DENOISERS]
+        kinds = *BLOCKS, RESNET
+        name = model.facts.name
+        model.blocks = CompiledBlocks(name, network, kinds, model.device, compiler)
+
+
+def compilation_of(model: HostedModel) -> Compilation | None:
+    """How far a model is compiled; None where the operator wants nothing compiled."""
+    if model.blocks is not None:
+        return model.blocks.compilation
+    return None if model.runs_eager is None else Compilation(reason=model.runs_eager)
