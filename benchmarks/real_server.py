@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -117,10 +118,22 @@ class Served:
         """Bytes of memory of the server's process and of those that it started."""
         return sum(_resident(process) for process in (self.process, *_children(self.process)))
 
+    def processor_s(self) -> float:
+        """Seconds of a core that the server's process and those that it started have used."""
+        return sum(_processor_s(process) for process in (self.process, *_children(self.process)))
+
+    def waiting_images(self) -> float | None:
+        """Images queued or running; None if the server does not say so soon."""
+        status, _, content = self.ask("GET", "/metrics", timeout_s=5)
+        return _value(content, "weft_queue_images") if status == 200 else None
+
+    def kill(self) -> None:
+        """End the server at once, whatever it does."""
+        os.kill(self.process, signal.SIGKILL)
+
     def metric(self, name: str) -> float:
         """The value of a metric without labels."""
-        lines = self.ask("GET", "/metrics")[2].decode().splitlines()
-        return next(float(line.split()[1]) for line in lines if line.startswith(f"{name} "))
+        return _value(self.ask("GET", "/metrics")[2], name)
 
     def livez_s(self) -> float:
         """Seconds that `/livez` takes, over a connection of its own."""
@@ -183,6 +196,19 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def _value(metrics: bytes, name: str) -> float:
+    lines = metrics.decode().splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith(f"{name} "))
+
+
+def _processor_s(process: int) -> float:
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _resident(process: int) -> int:

@@ -25,6 +25,7 @@ from benchmarks.promises import (
 )
 from benchmarks.promises.page import line, page
 from benchmarks.promises.promise import WEAK
+from benchmarks.promises.rest import comes_to_rest
 from benchmarks.promises.time_limit import within
 from benchmarks.real_server import KEY, SERVE, served
 
@@ -39,10 +40,13 @@ PROMISES: Final = (
     *processes.PROMISES,
     *memory.PROMISES,
     *stopping.PROMISES,
-    *costs.PROMISES,
     *fairness.PROMISES,
+    *costs.PROMISES,
 )
 STRONG: Final = [*SERVE, "--deterministic", "--row-budget", "8"]
+REST_S: Final = 5.0
+"""What a server has to end what the last measurement left behind; else another one is started."""
+
 WEAKENED: Final = [*WEAK, "--row-budget", "8", "--max-pending", "65536"]
 
 
@@ -81,7 +85,10 @@ def _measured(
     arguments: list[str],
     environment: dict[str, str],
 ) -> list[Outcome]:
-    """What each measurement finds on one server, or on another after one that came to no end."""
+    """What each measurement finds on a server that has nothing else to do.
+
+    It is that of the measurement before if that came to an end, and the server to rest.
+    """
     outcomes: list[Outcome] = []
     while len(outcomes) < len(measurements):
         with served(arguments, **environment) as server:
@@ -92,7 +99,8 @@ def _measured(
                 print(
                     f"{seconds:5.1f} s: {claim} {outcomes[-1].figure}", file=sys.stderr, flush=True
                 )
-                if outcomes[-1].endless:
+                if outcomes[-1].endless or not comes_to_rest(server, REST_S):
+                    server.kill()
                     break
     return outcomes
 

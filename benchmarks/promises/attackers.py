@@ -17,6 +17,7 @@ from PIL import Image
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping, Sequence
+    from multiprocessing.synchronize import Event
 
     from benchmarks.real_server import Served
 
@@ -33,7 +34,8 @@ __all__ = [
 ]
 
 MIB: Final = 2**20
-TURN_S: Final = 2.0
+TURN_S: Final = 1.0
+START_S: Final = 60
 FIELDS: Final = 300_000
 """More make the weakened server stand still for longer than anybody wants to wait."""
 
@@ -101,29 +103,36 @@ def bombs() -> dict[str, bytes]:
 
 @contextmanager
 def attack(server: Served, names: Sequence[str], clients: int) -> Generator[None]:
-    """Post these bodies in turn, `TURN_S` seconds of each, without pause.
+    """Post these bodies in turn, `TURN_S` seconds of each, without pause, from the beginning on.
 
     Args:
         server: the target.
         names: of `BODIES`, or `SLOW_PICTURE`.
         clients: that post at once, in a process of their own.
     """
-    attacker = get_context("spawn").Process(
-        target=_post_in_turn, args=(server, names, clients), daemon=True
+    context = get_context("spawn")
+    begun = context.Event()
+    attacker = context.Process(
+        target=_post_in_turn, args=(server, names, clients, begun), daemon=True
     )
     attacker.start()
     try:
+        if not begun.wait(START_S):
+            raise TimeoutError("the attackers did not start")
         yield
     finally:
         attacker.kill()
         attacker.join()
 
 
-def _post_in_turn(server: Served, names: Sequence[str], clients: int) -> None:
+def _post_in_turn(server: Served, names: Sequence[str], clients: int, begun: Event) -> None:
+    bodies = BODIES | _MORE
     with ThreadPoolExecutor(clients) as threads:
         while True:
             for name in names:
-                body, until = (BODIES | _MORE)[name](), monotonic() + TURN_S
+                body = bodies[name]()
+                begun.set()
+                until = monotonic() + TURN_S
                 for posting in [threads.submit(_post, server, body, until) for _ in range(clients)]:
                     posting.result()
 

@@ -219,7 +219,7 @@ def _vanishing_clients(server: Served) -> Outcome:
         while server.metric("weft_queue_images") < 8 and monotonic() < until:
             sleep(0.02)
     began = monotonic()
-    while server.metric("weft_queue_images") > 0 and monotonic() < began + 15:
+    while server.metric("weft_queue_images") > 0 and monotonic() < began + 5:
         sleep(0.01)
     seconds = monotonic() - began
     return Outcome(f"their images are gone after {seconds:.2f} s", seconds < 1)

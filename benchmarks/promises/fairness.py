@@ -31,7 +31,7 @@ ONE: Final[dict[str, Any]] = {"steps": STEPS, "width": 64, "height": 64, "guidan
 SAMPLES: Final = 12
 SLOWER: Final = 2.0
 EQUAL: Final = 0.9
-SHARED_S: Final = 15.0
+SHARED_S: Final = 8.0
 LARGE: Final = {"n": 8, "steps": 6, "width": 192, "height": 192, "guidance": "cfg"}
 SMALL: Final[dict[str, Any]] = {"steps": 4, "width": 64, "height": 64, "guidance": "cfg"}
 TRIES: Final = 3
@@ -45,7 +45,7 @@ IN_ORDER: Final = (
 """Arguments of Python for a server without fairness, and without it alone."""
 
 TURNS: Final = 4
-TURN_S: Final = 2.0
+TURN_S: Final = 1.5
 OF_IN_ORDER: Final = 0.92
 
 

@@ -30,7 +30,7 @@ __all__ = ["PROMISES"]
 
 SHORT: Final = ("-m", "benchmarks.promises.short_of_memory")
 AT_ONCE: Final = 8
-SIZES: Final = sorted(product(range(32, 256, 32), repeat=2), key=prod)[:40]
+SIZES: Final = sorted(product(range(32, 256, 32), repeat=2), key=prod)[:24]
 """Pixels. Each size has its own largest forward, which shrinks when memory runs out."""
 
 ROUNDING: Final = 1
