@@ -96,12 +96,12 @@ def _breaks(points: F64, lam_s: float, lam_t: float) -> F64:
     """The ends of the step and all points of the statistics between, no two far apart."""
     inner = points[(points > lam_s) & (points < lam_t)]
     ends = np.concatenate([[lam_s], inner, [lam_t]])
-    parts = np.ceil(np.diff(ends) / WIDEST).astype(np.intp)
-    pieces = [
-        np.linspace(a, b, n, endpoint=False)
-        for a, b, n in zip(ends[:-1], ends[1:], parts, strict=True)
-    ]
-    return np.append(np.concatenate(pieces), lam_t)
+    widths = np.diff(ends)
+    parts = np.ceil(widths / WIDEST).astype(np.intp)
+    # Of each part its piece, and its number in there.
+    piece = np.repeat(np.arange(len(parts)), parts)
+    number = np.arange(len(piece)) - (np.cumsum(parts) - parts)[piece]
+    return np.append(ends[piece] + number * (widths / parts)[piece], lam_t)
 
 
 def _flat_at(statistics: Statistics, name: str, at: F64) -> F64:
