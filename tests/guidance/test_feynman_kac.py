@@ -81,7 +81,7 @@ def test_weighted_particles_sample_the_product_and_plain_guidance_does_not(
     mean, variance = product(cond, other, scale)
     sides = GaussianDenoiser(schedule, *cond), GaussianDenoiser(schedule, *other)
     corrected = drawn(Guided(*sides, scale, plan, EXACT))
-    plain = drawn(Guided(*sides, scale, plan))
+    plain = drawn(Guided(*sides, scale, plan), 2_000)
     # Three deviations of the mean of 10,000 draws are .015; the rest is the steps' own error.
     assert float(corrected.mean()) == pytest.approx(mean, abs=0.03)
     assert float(corrected.var()) == pytest.approx(variance, rel=0.08)
@@ -116,7 +116,7 @@ def test_a_product_of_mixtures_is_sampled_in_its_modes_shares(sampler: Sampler) 
     meant = density(other, x) ** (1 - scale) * density(cond, x) ** scale
     meant /= meant.sum()
     corrected = drawn(Guided(cond, other, scale, plan, EXACT)).numpy()
-    plain = drawn(Guided(cond, other, scale, plan)).numpy()
+    plain = drawn(Guided(cond, other, scale, plan), 2_000).numpy()
     below = float(meant[x < 0].sum())
     assert (corrected < 0).mean() == pytest.approx(below, abs=0.015)
     assert abs((plain < 0).mean() - below) > 0.03
