@@ -83,14 +83,18 @@ def _of_host() -> DeviceMemory:
         # "max" is no limit.
         if limit.strip().isdigit() and used.strip().isdigit() and int(limit) < most:
             most = int(limit)
-            free = min(free, most - int(used) + _inactive(statistics))
+            free = min(free, most - int(used) + _of_files(statistics))
     return DeviceMemory(max(0, free), most)
 
 
-def _inactive(statistics: str) -> int:
-    """Bytes of files that the kernel keeps in memory as long as nobody else wants it."""
+def _of_files(statistics: str) -> int:
+    """Bytes of files that the kernel keeps in memory as long as nobody else wants it.
+
+    Files that are read twice, as those of models are, count as active, and are let go of as well.
+    """
     values = dict(line.split() for line in statistics.splitlines() if len(line.split()) == 2)
-    return int(values.get("total_inactive_file", values.get("inactive_file", "0")))
+    lists = ("inactive_file", "active_file")
+    return sum(int(values.get(f"total_{name}", values.get(name, "0"))) for name in lists)
 
 
 def _read(path: str) -> str:
