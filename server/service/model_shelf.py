@@ -379,17 +379,18 @@ class ModelShelf:
         source = self._required_source()
         needed = source.needs_on_host(place.name)
         while needed > (free := source.host_free()):
-            idle = [one for one in self._idle() if one.offloaded_bytes]
-            if not idle and not self._offloaded():
+            loaded, idle = self._offloaded(), [one for one in self._idle() if one.offloaded_bytes]
+            if not loaded or needed > free + _locked_at_most(loaded):
                 raise ModelTooLarge.on_host(place.name, needed, free)
-            if not idle or not self._unload(idle[0]):
+            # Nothing is unloaded that would not be enough.
+            if needed > free + _locked_at_most(idle) or not self._unload(idle[0]):
                 return False
         return True
 
-    def _offloaded(self) -> bool:
-        """Whether a loaded model has weights in host memory beside its device."""
+    def _offloaded(self) -> list[_Place]:
+        """Loaded models that have weights in host memory beside their device."""
         with self._wake:
-            return any(one.offloaded_bytes for one in self._places.values())
+            return [one for one in self._places.values() if one.offloaded_bytes]
 
     def _idle(self) -> list[_Place]:
         """Loaded models that nobody uses, the least recently used first."""
@@ -467,6 +468,11 @@ class ModelShelf:
                 loading=None if place.loading is None else place.progress,
                 prepared=Prepared() if place.model is None else self._engine.prepared(place.model),
             )
+
+
+def _locked_at_most(places: Iterable[_Place]) -> int:
+    """Most host memory that unloading gives back: torch locks it by powers of two."""
+    return 2 * sum(one.offloaded_bytes for one in places)
 
 
 def _believed(place: _Place) -> WeftError | None:

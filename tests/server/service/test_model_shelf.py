@@ -244,10 +244,13 @@ def test_host_memory_that_a_model_needs_beside_its_device_is_found_or_it_is_refu
     asyncio.run(made(service, "b"))
     asyncio.run(made(service, "c"))
     assert loaded(service) == ["a", "c"], "b had to go, though the device had room"
-    on_host["slow"] = 2 * BYTES
-    with pytest.raises(ModelTooLarge, match=r"needs 8000 bytes of host memory .* 4000 bytes are f"):
+    on_host["slow"] = 3 * BYTES
+    with pytest.raises(
+        ModelTooLarge, match=r"needs 12000 bytes of host memory .* 0 bytes are free"
+    ):
         asyncio.run(made(service, "slow"))
     assert store.loads == ["b", "c"]
+    assert loaded(service) == ["a", "c"], "nothing goes for what cannot fit"
 
 
 def test_who_waits_too_long_is_told_what_for(
