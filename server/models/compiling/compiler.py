@@ -101,19 +101,28 @@ class BlockCompiler:
         try:
             while (next_job := self._next()) is not None:
                 job, identity, tell = next_job
-                file = self._folder / f"{key_of(identity, job.device)}.program"
-                told = _read(file)
-                if told is None:
-                    if connection is None:
-                        connection = self._started()
-                    told = self._compiled(connection, job, file)
-                    if told is None:
-                        connection = None
-                        told = {"reason": "the process that compiled it ended or took too long"}
-                self._hand_over(told, file, tell)
+                try:
+                    connection = self._do(job, identity, tell, connection)
+                except Exception as error:  # noqa: BLE001 - other blocks wait for this thread
+                    tell(None, f"it cannot be sent to a compiler: {error}")
         finally:
             if connection is not None:
                 connection.close()
+
+    def _do(
+        self, job: BlockJob, identity: str, tell: Told, connection: Connection | None
+    ) -> Connection | None:
+        """Answer one question; returns the connection to the process that compiles, if it lives."""
+        file = self._folder / f"{key_of(identity, job.device)}.program"
+        told = _read(file)
+        if told is None:
+            connection = connection or self._started()
+            told = self._compiled(connection, job, file)
+            if told is None:
+                connection = None
+                told = {"reason": "the process that compiled it ended or took too long"}
+        self._hand_over(told, file, tell)
+        return connection
 
     def _next(self) -> tuple[BlockJob, str, Told] | None:
         with self._lock:

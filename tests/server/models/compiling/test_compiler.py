@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
+from multiprocessing import Pipe
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -123,6 +124,26 @@ def test_what_was_refused_for_good_is_not_tried_again(
     compiler.ask(own_job(), "one", told)
     told.wait()
     assert (told.program, told.said) == (None, "it gains nothing")
+
+
+def test_a_block_that_cannot_be_sent_to_another_process_holds_up_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    compiler, told = BlockCompiler(tmp_path), [Told(), Told()]
+    ours, theirs = Pipe()
+    monkeypatch.setattr(compiler, "_started", lambda: ours)
+    block = Block()
+    vars(block)["chosen"] = lambda: None
+    file = tmp_path / f"{module.key_of('two', 'cpu')}.json"
+    file.write_text(json.dumps({"reason": "it gains nothing", "lasting": True}))
+    compiler.ask(job(block, torch.zeros(3, 5, 8), torch.zeros(5, 8), scale=0.5), "one", told[0])
+    compiler.ask(own_job(), "two", told[1])
+    for one in told:
+        one.wait()
+    theirs.close()
+    assert told[0].said.startswith("it cannot be sent to a compiler: ")
+    assert told[1].said == "it gains nothing"
 
 
 @pytest.mark.skipif(
