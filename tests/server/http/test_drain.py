@@ -42,7 +42,11 @@ def half_a_request(server: Server) -> socket.socket:
     return connection
 
 
-def test_requests_under_way_finish_or_hear_why_not(forks: Forks, tmp_path: Path) -> None:
+def test_requests_under_way_finish_or_hear_why_not(
+    forks: Forks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # So long that only a second signal ends what is under way.
+    monkeypatch.setenv("WEFT_DRAIN_S", f"{2 * PATIENCE_S}")
     with served(forks, tmp_path, SLOW) as server:
         server.wait_for("/readyz", 200)
         server.disturb()

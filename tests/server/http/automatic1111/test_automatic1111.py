@@ -22,7 +22,7 @@ from server.http.automatic1111 import extras
 from server.http.body import Bodies
 from tests.server.conftest import Running
 
-SIDE = 128
+SIDE = 96
 SMALL: dict[str, Any] = {"prompt": "a red circle", "seed": 5, "width": SIDE, "height": SIDE}
 
 
@@ -93,7 +93,7 @@ def test_variations_of_a_seed_are_those_of_the_native_route_and_read_back_from_t
     assert (expected[0] != expected[1]).any()
     # Each image says what makes it alone, in AUTOMATIC1111's text and in our own.
     text: str = result.info["infotexts"][1]
-    said = "Variation seed: 41, Variation seed strength: 0.3, Seed resize from: 64x128"
+    said = f"Variation seed: 41, Variation seed strength: 0.3, Seed resize from: 64x{SIDE}"
     assert said in text
     answer = client.post("/sdapi/v1/txt2img", json={"infotext": text, "cfg_scale": 1})
     (again,) = answer.json()["images"]
@@ -278,7 +278,7 @@ def test_png_info_reads_what_was_written(api: WebUIApi, client: httpx2.Client) -
     told = api.png_info(result.image)
     assert told.info == result.info["infotexts"][0]
     assert told.parameters["Sampler"] == "Euler"
-    assert (told.parameters["Size-1"], told.parameters["Prompt"]) == ("128", "a red circle")
+    assert (told.parameters["Size-1"], told.parameters["Prompt"]) == (f"{SIDE}", "a red circle")
     assert set(told.json["items"]) == {"weft"}
     webp = client.post("/v1/generate", json=SMALL | {"steps": 1, "output_format": "webp"}).json()
     body = {"image": webp["images"][0]["b64_json"]}

@@ -31,6 +31,7 @@ from server.service.hosting import Hosted, host
 from server.service.model_shelf import ModelState, Room
 from server.service.one_shot import GUESSED_COSTS
 from server.settings import Settings
+from tests.server.full_ticks import full_ticks
 from tests.server.http.small_server import SmallServer
 from tests.server.toy_model import Toy, started
 
@@ -67,10 +68,12 @@ def server(folder: Path) -> Iterator[SmallServer]:
     both = 2.2 * bytes_in_memory(MODEL_FOLDER, torch.float32) / 2**30
     settings = Settings(models=(f"first={MODEL_FOLDER}",), models_folder=folder, memory_gib=both)
     made = SmallServer(settings, host(settings, guessed_costs=GUESSED_COSTS))
-    made.start()
-    made.wait(lambda: made.engine.ready)
-    yield made
-    made.stop()
+    # What the forwards of an added model cost is no matter here.
+    with full_ticks():
+        made.start()
+        made.wait(lambda: made.engine.ready)
+        yield made
+        made.stop()
 
 
 @pytest.fixture(scope="module")
