@@ -11,7 +11,7 @@ from guidance.branch import NEGATIVE, Branch
 from guidance.rule import Guided, Rows, Rule, numbers_like
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from typing import Self
 
     from torch import Tensor
@@ -55,6 +55,11 @@ class Composed(Rule, frozen=True):
     def branches(self) -> tuple[Branch, ...]:
         own = tuple(Branch("own", one.prompt) for one in self.prompts if one.weight)
         return (NEGATIVE, *own) if own or self.scale != 1 else ()
+
+    @override
+    def rewritten(self, read: Callable[[str], str]) -> Self:
+        prompts = (one.model_copy(update={"prompt": read(one.prompt)}) for one in self.prompts)
+        return self.model_copy(update={"prompts": tuple(prompts)})
 
     @classmethod
     @override

@@ -12,7 +12,7 @@ from typing_extensions import override
 from guidance.branch import NEGATIVE
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from typing import Self
 
     from torch import Tensor
@@ -86,6 +86,14 @@ class Rule(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=Fa
     def branches(self) -> tuple[Branch, ...]:
         """The predictions beside the prompt's that can change the result at these parameters."""
         return (NEGATIVE,)
+
+    def rewritten(self, read: Callable[[str], str]) -> Self:
+        """The rule with its own texts as the network is to read them; most rules have none.
+
+        Args:
+            read: a text as it is to be read.
+        """
+        return self
 
     @classmethod
     def parameters(cls, settings: Sequence[Self], like: Tensor) -> Mapping[str, Tensor]:

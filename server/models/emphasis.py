@@ -4,7 +4,7 @@ As its ``prompt_parser.parse_prompt_attention``, ``TextConditionalModel.tokenize
 ``EmphasisOriginal`` do it (stable-diffusion-webui 1.10). Departures: ``BREAK`` breaks inside of
 brackets too, weights are bounded by ``STRONGEST``, a mean of about zero is not restored, and each
 prompt is rescaled by itself, where there it is with the others of its batch. Schedules
-(``[a:b:0.5]``) and ``AND`` are not read.
+(``[a:b:0.5]``) are not read.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from server.requests.automatic1111_hires import (
     written,
 )
 from server.requests.automatic1111_names import sampler_and_spacing
+from server.requests.conjunction import composed_of, split_prompt
 from server.requests.foreign_names import fields_of
 from server.requests.lora_tags import read_tags
 from server.requests.messages import explain
@@ -303,6 +304,7 @@ def translated(
         InvalidRequest: a value that no request may have.
     """
     tags, negative = read_tags(body.prompt), read_tags(body.negative_prompt)
+    parts = split_prompt(tags.prompt)
     loras = {
         name: weight for name, weight in tags.loras.items() if adapters is None or name in adapters
     }
@@ -325,7 +327,7 @@ def translated(
         # For the previews of `GET /sdapi/v1/progress`, and for what an interruption leaves.
         "stream": True,
         **_sampler(sampler_name, body.scheduler, body.eta),
-        **_guidance(body),
+        **(composed_of(parts, body.cfg_scale) if len(parts) > 1 else _guidance(body)),
         **body.picture(),
         **_second_run(body, drawn, multiple),
     }
@@ -336,7 +338,8 @@ def translated(
     ignored = [*_without_effect(body), *tags.others, *negative.others]
     ignored += [f"<lora:{name}>" for name in (tags.loras.keys() - loras.keys())]
     said = [f"Ignored, because nothing here corresponds: {', '.join(ignored)}."] if ignored else []
-    reading = Reading(habitual=True, told_scale=body.distilled_cfg_scale)
+    composes = len(parts) > 1
+    reading = Reading(habitual=True, composes=composes, told_scale=body.distilled_cfg_scale)
     return Translated(
         request.read_as(reading),
         sampler_name,

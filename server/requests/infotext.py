@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from guidance.parts import PARTS
 from samplers.names import label_of, schedule_type_of
+from server.requests.conjunction import conjoined
 from server.requests.controls import ControlSettings
 from server.requests.hires import UPSCALER_LABELS
 from server.requests.image_prompts import ImagePromptSettings
@@ -79,7 +80,9 @@ def infotext(
     )
     negative = settings.negative_prompt
     told = f"Negative prompt: {_harmless(negative)}\n" if negative else ""
-    return f"{_harmless(settings.prompt)}\n{told}{line}"
+    scale, others = getattr(guidance, "scale", 1.0), getattr(guidance, "prompts", ())
+    prompt = conjoined(settings.prompt, scale, others)
+    return f"{_harmless(prompt)}\n{told}{line}"
 
 
 def _start_noise(settings: ResolvedRequest) -> dict[str, Any]:

@@ -86,12 +86,14 @@ class Reading:
             that the request gets by default.
         habitual: whether `guidance` is what a client sends whatever the model, so that a distilled
             model's own counts instead.
+        composes: whether `guidance` draws several prompts together, which no model's own replaces.
         told_scale: the scale that such a client sends for distilled models that are told one.
     """
 
     notes: tuple[str, ...] = ()
     rule_left_out: bool = False
     habitual: bool = False
+    composes: bool = False
     told_scale: float | None = None
 
 

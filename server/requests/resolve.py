@@ -107,7 +107,7 @@ def resolve(
     guidance = request.guidance or guidance_for(own, sampler)
     if request.guidance is not None and request.reading.rule_left_out:
         guidance = guidance_with(guidance, guidance_for(own, sampler), model.facts.name)
-    if own is not None and request.reading.habitual:
+    if own is not None and request.reading.habitual and not request.reading.composes:
         guidance = guidance_despite(guidance, guidance_of(own.rule, own.policy), request.reading)
     width, height = upload_size or (model.facts.default_width, model.facts.default_height)
     width, height = request.width or width, request.height or height

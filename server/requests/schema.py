@@ -148,7 +148,7 @@ class GenerateRequest(Readable):
     )
     prompt_syntax: Literal["automatic1111"] | None = Field(
         default=None,
-        description="How `prompt` and `negative_prompt` are read: `automatic1111` takes "
+        description="How prompts are read, those of `guidance` too: `automatic1111` takes "
         "`(word:1.2)`, `(word)` and `[word]` for weights and `BREAK` for a break, and reads more "
         "tokens than the encoder takes at once in chunks; for U-Net models. Default: plain text.",
     )

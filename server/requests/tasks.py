@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Final
 
 from torch import Tensor
@@ -89,6 +90,7 @@ def tasks_of(
     resolved, plan = prepared.request, prepared.plan
     rule, policy = split(resolved.guidance)
     syntax = resolved.prompt_syntax
+    rule = rule.rewritten(partial(written_in, syntax))
     prompt = written_in(syntax, resolved.prompt) if blend is None else blend
     away_from = model.negative(resolved.negative_prompt)
     negative_prompt = None if away_from is None else written_in(syntax, away_from)

@@ -14,7 +14,7 @@ from server.settings import Limits
 
 __all__ = ["check_count", "check_limits", "check_size", "check_tokens", "runs_of"]
 
-WRITTEN: Final = ("prompt", "negative_prompt")
+WRITTEN: Final = ("prompt", "negative_prompt", "guidance")
 """Fields whose texts `prompt_syntax` is about."""
 
 

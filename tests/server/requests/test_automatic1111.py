@@ -18,6 +18,7 @@ from server.requests.automatic1111_names import (
     schedule_labels,
 )
 from server.requests.choice import name_of
+from server.requests.conjunction import split_prompt
 from server.requests.hires import UPSCALER_LABELS
 from server.requests.infotext import infotext
 from server.requests.lora_tags import Tagged, read_tags
@@ -257,3 +258,30 @@ def test_masked_content_is_what_its_number_means_there() -> None:
         read = translated(Img2Img.model_validate(body), None, (), 32, (64, 64))
         assert read.request.mask_content == content
         assert read.ignored == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("a cat", [("a cat", 1.0)]),
+        ("a cat :1.2", [("a cat :1.2", 1.0)]),
+        ("a cat AND a hat :0.8", [("a cat", 1.0), ("a hat", 0.8)]),
+        ("a cat:-.5 AND a hat AND x: y", [("a cat", -0.5), ("a hat", 1.0), ("x: y", 1.0)]),
+        ("SAND ANDY", [("SAND ANDY", 1.0)]),
+    ],
+)
+def test_prompts_are_parted_as_there(text: str, parts: list[tuple[str, float]]) -> None:
+    assert split_prompt(text) == parts
+
+
+def test_prompts_joined_by_and_are_composed_and_the_first_one_leads_away_from_nothing() -> None:
+    read = request(prompt="a cat :-0.5 AND a hat :2 AND a dog", cfg_scale=3)
+    assert read.prompt == "a hat"
+    assert read.guidance is not None
+    told = read.guidance.model_dump(include={"name", "scale", "prompts"})
+    others = [{"prompt": "a cat", "weight": -1.5}, {"prompt": "a dog", "weight": 3.0}]
+    assert told == {"name": "composed", "scale": 6.0, "prompts": tuple(others)}
+    away = request(prompt="a :-1 AND b :-1", cfg_scale=3).guidance
+    assert away is not None
+    assert away.model_dump()["scale"] == 0
+    assert len(away.model_dump()["prompts"]) == 2

@@ -106,6 +106,31 @@ def test_variations_of_a_seed_are_those_of_the_native_route_and_read_back_from_t
     assert np.abs(other.astype(int) - there).max() <= 1
 
 
+def test_prompts_joined_by_and_are_drawn_together_and_read_back(
+    api: WebUIApi, client: httpx2.Client
+) -> None:
+    told = SMALL | {"prompt": "a (red:1.3) circle AND a blue square :0.5"}
+    result = txt2img(api, **told, cfg_scale=4)
+    assert result.info["warnings"] == []
+    syntax = {"prompt_syntax": "automatic1111"}
+
+    def composed(prompt: str, scale: float, other: str, weight: float) -> NDArray[np.uint8]:
+        others = [{"prompt": other, "weight": weight}]
+        rule = {"name": "composed", "scale": scale, "prompts": others}
+        return native(client, prompt=prompt, guidance=rule, **syntax)[0]
+
+    circle, square = ("a (red:1.3) circle", 4.0), ("a blue square", 2.0)
+    expected = composed(*circle, *square)
+    assert (array(result.image) == expected).all()
+    # Both are read in the same way, whichever is the request's own.
+    assert np.abs(composed(*square, *circle).astype(int) - expected).max() <= 1
+    text: str = result.info["infotexts"][0]
+    assert text.startswith("a (red:1.3) circle :1 AND a blue square :0.5\n")
+    answer = client.post("/sdapi/v1/txt2img", json={"infotext": text})
+    (again,) = answer.json()["images"]
+    assert (array(Image.open(io.BytesIO(base64.b64decode(again)))) == expected).all()
+
+
 def test_img2img_starts_from_an_image_and_repaints_what_the_mask_says(
     api: WebUIApi, client: httpx2.Client
 ) -> None:
