@@ -106,3 +106,11 @@ def test_strange_prompts_are_refused(prompts: object, sentence: str) -> None:
 
 def test_a_prompt_has_a_weight_by_default() -> None:
     assert WeightedPrompt(prompt="a red circle").weight == 4
+
+
+def test_its_prompts_are_rewritten_and_nothing_else() -> None:
+    rule = composed(2.0, 3.0)
+    read = rule.rewritten(str.upper)
+    assert [one.prompt for one in read.prompts] == [one.prompt.upper() for one in rule.prompts]
+    assert read.rewritten(lambda _: rule.prompts[0].prompt) == rule
+    assert CFG(scale=3.0).rewritten(str.upper) == CFG(scale=3.0)
