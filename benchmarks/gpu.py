@@ -62,6 +62,8 @@ CUDA_TESTS = ("tests/server/engine/test_cuda.py", "tests/server/test_lost_device
 
 FEW = "--counts 1 2 --batches 1 --images 1 --rounds 1"
 ONE_RUN = "--rounds 1 --requests 3 --steps 4"
+TINY_PROGRAMS = "--architecture tiny_z_image --rows 1 2 --rounds 1"
+"""Of few blocks: a C++ compiler takes longer for each than all other parts of a rehearsal."""
 
 PARTS: Mapping[str, Part] = {
     "tests": Part(
@@ -107,6 +109,11 @@ PARTS: Mapping[str, Part] = {
         "First calls of their size after warming up, Stable Diffusion 1.5's sizes",
         **_measured("benchmarks.first_forwards", "--architecture sd15", ""),
     ),
+    "compiled-blocks-sd15": Part(
+        "Compiled blocks and CUDA graphs, Stable Diffusion 1.5's sizes",
+        **_measured("benchmarks.compiled_blocks", "--architecture sd15 --wait 480", TINY_PROGRAMS),
+        seconds=540,
+    ),
     "streams-sd15": Part(
         "Live streams, Stable Diffusion 1.5's sizes, 4 stages",
         **_measured(
@@ -122,6 +129,11 @@ PARTS: Mapping[str, Part] = {
             "--architecture sdxl --counts 1 4 8 --batches 1 4 8 --images 1 --rounds 1 --compile",
             f"--architecture tiny_sdxl --steps 2 {FEW}",
         ),
+    ),
+    "compiled-blocks-sdxl": Part(
+        "Compiled blocks and CUDA graphs, Stable Diffusion XL's sizes",
+        **_measured("benchmarks.compiled_blocks", "--architecture sdxl --wait 480", TINY_PROGRAMS),
+        seconds=540,
     ),
     "mixed-sdxl": Part(
         "Mixed traffic, Stable Diffusion XL's sizes",

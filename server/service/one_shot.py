@@ -42,7 +42,8 @@ async def generate(
     # How many rows every tick is to have, where that is fixed, has to be measured.
     measured = settings.deterministic and settings.row_budget is None
     guessed = None if measured else GUESSED_COSTS
-    one = _of_one_model(settings, request.model)
+    # Programs are for many images: to load them takes longer than to draw one without.
+    one = _of_one_model(settings, request.model).model_copy(update={"compile": False})
     with kept_for_good():
         hosted = await asyncio.to_thread(host, one, guessed_costs=guessed, tell=tell_loading)
     try:

@@ -143,7 +143,7 @@ class BlockCompiler:
     def _compiled(self, connection: Connection, job: BlockJob, file: Path) -> dict[str, Any] | None:
         """What the process says of a block; None if it says nothing, and has been ended."""
         try:
-            connection.send((job, str(file)))
+            connection.send((job, str(file), torch.get_num_threads()))
             if not connection.poll(LONGEST_S):
                 raise TimeoutError
             told: dict[str, Any] = json.loads(connection.recv())
@@ -190,9 +190,9 @@ def key_of(identity: str, device: str) -> str:
     """The name of a program on this machine, and by these versions of what compiled it."""
     place = torch.device(device)
     if place.type == "cuda":
-        where = (torch.cuda.get_device_name(place), torch.cuda.get_device_capability(place))
+        where = (device, torch.cuda.get_device_name(place), torch.cuda.get_device_capability(place))
     else:
-        where = (machine(), _instructions())
+        where = (machine(), _instructions(), torch.get_num_threads())
     versions = torch.__version__, version("diffusers")
     return sha256(repr((identity, where, versions)).encode()).hexdigest()
 

@@ -29,9 +29,9 @@ PARENT_DEATH_SIGNAL = 1
 def main(jobs: Connection) -> None:
     """Compile what is asked for, until nobody can ask any more.
 
-    A job is a :class:`BlockJob` and the path of the program. The answer is JSON: ``block_ms`` and
-    ``program_ms``, or ``reason``, a clause that says why there is no program, and ``lasting``,
-    whether that is so for good.
+    A job is a :class:`BlockJob`, the path of its program and the threads of one operation on a CPU.
+    The answer is JSON: ``block_ms`` and ``program_ms``, or ``reason``, a clause that says why there
+    is no program, and ``lasting``, whether that is so for good.
     """
     # Ctrl-C is the server's. This process ends with it, and so do the compilers that it started.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -41,13 +41,14 @@ def main(jobs: Connection) -> None:
         CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGTERM)
     # The server's own threads go first.
     os.nice(10)
-    torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     while True:
         try:
-            job, file = jobs.recv()
+            job, file, threads = jobs.recv()
         except EOFError:
             return
+        # Loops are divided among as many as there are while they are compiled.
+        torch.set_num_threads(threads)
         jobs.send(_compiled(job, Path(file)))
 
 

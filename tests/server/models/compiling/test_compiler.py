@@ -8,17 +8,26 @@ from collections.abc import Callable, Sequence
 from multiprocessing import Pipe
 from pathlib import Path
 from threading import Event
+from time import monotonic
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from server.models.compiling import compiler as module
 from server.models.compiling.block_call import layout_of, read, template_of
 from server.models.compiling.compiler import BlockCompiler, missing_compiler
+from server.models.compiling.model_blocks import compile_blocks
 from server.models.compiling.program import BlockJob, FlatBlock, Unsuitable, check, export
 from server.models.compiling.skeleton import fingerprint, skeleton_of, weights_of
+from server.models.loading import load_model
+from tests.server.models import tiny_sdxl, tiny_z_image
+from tests.server.models.alike import task_of
+from tests.server.toy_model import run, started
 
 
 class Block(nn.Module):
@@ -146,10 +155,13 @@ def test_a_block_that_cannot_be_sent_to_another_process_holds_up_no_other(
     assert told[1].said == "it gains nothing"
 
 
-@pytest.mark.skipif(
+COMPILES = pytest.mark.skipif(
     "WEFT_TEST_COMPILER" not in os.environ or missing_compiler() is not None,
     reason="compiles for minutes; set WEFT_TEST_COMPILER=1 where there is a C++ compiler",
 )
+
+
+@COMPILES
 def test_a_compiled_block_comes_from_another_process_and_from_the_folder_afterwards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,3 +186,37 @@ def test_a_compiled_block_comes_from_another_process_and_from_the_folder_afterwa
             [expected] = FlatBlock(one)(*weights, hidden)
             assert torch.allclose(made, expected, atol=1e-5)
         assert len(list(tmp_path.glob("*.json"))) == len(jobs), again
+
+
+@COMPILES
+@pytest.mark.parametrize("family", ["sdxl", "z_image"])
+def test_images_of_compiled_blocks_are_those_of_plain_ones(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    folder = tmp_path / "model"
+    if family == "sdxl":
+        tiny_sdxl.saved(tiny_sdxl.make(EulerDiscreteScheduler()), folder)
+    else:
+        tiny_z_image.make(tiny_z_image.BASE_SHIFT).save_pretrained(folder)
+    model = load_model(folder, name="m", device="cpu", dtype="float32")
+    engine = started(model, 16)
+    prompts = "a red circle", "a blue square and a star", "a star"
+
+    def drawn() -> list[NDArray[np.uint8]]:
+        tasks = [task_of(model, prompt=one, seed=3, steps=4) for one in prompts]
+        return [one.pixels for _, one in sorted(run(engine, tasks).results.items())]
+
+    plain = drawn()
+    compile_blocks(model, BlockCompiler(tmp_path / "programs"))
+    assert model.blocks is not None
+    ends = monotonic() + 580
+    while model.blocks.compilation.compiled == 0 or model.blocks.compilation.waiting:
+        assert monotonic() < ends
+        drawn()
+    compiled = drawn()
+    engine.stop(0)
+    assert model.blocks.compilation.compiled > 0
+    for ours, before in zip(compiled, plain, strict=True):
+        assert np.abs(ours.astype(int) - before.astype(int)).max() <= 1
