@@ -38,7 +38,7 @@ MINE, OTHER = "correct horse battery staple", "0123456789abcdef"
 MODEL = f"embedded={embedded_folders()['embedded']}"
 """One is enough."""
 SECRET = "whsec_" + base64.b64encode(bytes(range(32))).decode()
-INPUT = {"prompt": "a red circle", "steps": 2, "seed": 5}
+INPUT = {"prompt": "a red circle", "steps": 2, "seed": 5, "width": 64, "height": 64}
 SLOW = INPUT | {"steps": 200, "guidance": "none"}
 
 
