@@ -34,6 +34,12 @@ def test_a_run_starts_from_what_is_asked_for_and_keeps_the_rest(content: Repaint
     x = float(one.plan.alpha[0]) * latents + float(one.plan.sigma[0]) * noise
     scales = preconditioning("epsilon", one.plan.alpha[:-1], one.plan.sigma[:-1])
     torch.testing.assert_close(model.seen[0][0], float(scales.scale_in[0]) * x)
+    # What is kept is shown to the network at the level of each stage.
+    assert len(model.seen) == one.plan.evaluations
+    for stage, shown in enumerate(model.seen):
+        level = float(one.plan.alpha[stage]) * own + float(one.plan.sigma[stage]) * noise
+        kept = float(scales.scale_in[stage]) * level[..., CELLS // 2 :]
+        torch.testing.assert_close(shown[0][..., CELLS // 2 :], kept)
     # What is kept to the pixel is the picture as it was sent.
     expected = ((1 - image) * 127.5).round().to(torch.uint8).permute(1, 2, 0)
     right = torch.from_numpy(result.pixels)[:, SIDE // 2 :]
