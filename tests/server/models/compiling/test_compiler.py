@@ -25,7 +25,7 @@ from server.models.compiling.model_blocks import compile_blocks
 from server.models.compiling.program import BlockJob, FlatBlock, Unsuitable, check, export
 from server.models.compiling.skeleton import fingerprint, skeleton_of, weights_of
 from server.models.loading import load_model
-from tests.server.models import tiny_sdxl, tiny_z_image
+from tests.server.models import tiny_sdxl
 from tests.server.models.alike import task_of
 from tests.server.toy_model import run, started
 
@@ -189,17 +189,13 @@ def test_a_compiled_block_comes_from_another_process_and_from_the_folder_afterwa
 
 
 @COMPILES
-@pytest.mark.parametrize("family", ["sdxl", "z_image"])
 def test_images_of_compiled_blocks_are_those_of_plain_ones(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
     folder = tmp_path / "model"
-    if family == "sdxl":
-        tiny_sdxl.saved(tiny_sdxl.make(EulerDiscreteScheduler()), folder)
-    else:
-        tiny_z_image.make(tiny_z_image.BASE_SHIFT).save_pretrained(folder)
+    tiny_sdxl.saved(tiny_sdxl.make(EulerDiscreteScheduler()), folder)
     model = load_model(folder, name="m", device="cpu", dtype="float32")
     engine = started(model, 16)
     prompts = "a red circle", "a blue square and a star", "a star"
