@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import re
 from abc import ABC, abstractmethod
-from os import scandir
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
+from os import listdir
+from time import time_ns
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, Protocol, TypeVar
 
+from server.models.folder import stamp_of
 from server.models.weight_memory import Weights
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     import torch
@@ -26,6 +28,8 @@ log = logging.getLogger(__name__)
 NAME = re.compile(r"\w[\w .+-]{0,126}")
 """What can be a name: no path, and no sign that the text in pictures gives a meaning to."""
 
+SETTLED_NS: Final = 2 * 10**9
+"""Age of a folder's last change from which on another one has another time in all file systems."""
 
 Loaded = TypeVar("Loaded", covariant=True)
 
@@ -63,8 +67,8 @@ Here = TypeVar("Here", bound=Found[Any])
 class WeightShelf(ABC, Generic[Here, Weights]):
     """Weights of one sort that fit one model, by name; safe from any thread.
 
-    The folders are read again whenever somebody asks, so that something new needs no restart; of
-    what has not changed, nothing is read twice.
+    Whoever asks sees what the folders have by then, so that something new needs no restart; of what
+    has not changed, nothing is read twice.
 
     Args:
         folders: to look in. Of one name in several, the last one counts.
@@ -97,6 +101,7 @@ class WeightShelf(ABC, Generic[Here, Weights]):
         self._device = device
         self._dtype = dtype
         self._read: dict[Path, tuple[tuple[int, int], Here | str]] = {}
+        self._listed: dict[Path, tuple[tuple[int, int], Mapping[str, Path]]] = {}
 
     @abstractmethod
     def _is_one(self, path: Path) -> bool:
@@ -126,7 +131,7 @@ class WeightShelf(ABC, Generic[Here, Weights]):
         Raises:
             WeftError: ``mismatch``; there is none, or it does not fit the model.
         """
-        path = self._paths().get(name)
+        path = self._path(name)
         if path is None:
             known = ", ".join(one.name for one in self.available()) or "none"
             raise self.mismatch(
@@ -151,7 +156,7 @@ class WeightShelf(ABC, Generic[Here, Weights]):
 
     def is_loaded(self, name: str) -> bool:
         """Whether :meth:`load` would neither read the disk nor wait for others to be read."""
-        path = self._paths().get(name)
+        path = self._path(name)
         return path is not None and self._memory.has((self._model, path, self._stamp(path)))
 
     def load(self, name: str) -> Weights:
@@ -172,18 +177,36 @@ class WeightShelf(ABC, Generic[Here, Weights]):
         self._memory.forget(self._model)
 
     def _paths(self) -> Mapping[str, Path]:
-        return {name: path for folder in self._folders for name, path in self._entries(folder)}
+        places = self._places()
+        names = {name for entries in places for name in entries}
+        found = {name: self._chosen(name, places) for name in names}
+        return {name: path for name, path in found.items() if path is not None}
 
-    def _entries(self, folder: Path) -> Iterator[tuple[str, Path]]:
-        if not folder.is_dir():
-            return
-        with scandir(folder) as entries:
-            for entry in entries:
-                name, path = entry.name.removesuffix(self.ending), folder / entry.name
-                if not entry.name.endswith(self.ending) or not NAME.fullmatch(name):
-                    continue
-                if self._is_one(path):
-                    yield name, path
+    def _path(self, name: str) -> Path | None:
+        return self._chosen(name, self._places())
+
+    def _places(self) -> Sequence[Mapping[str, Path]]:
+        """What may be of this sort by its name alone, folder by folder; what counts comes first."""
+        return [self._entries(folder) for folder in reversed(self._folders)]
+
+    def _chosen(self, name: str, places: Sequence[Mapping[str, Path]]) -> Path | None:
+        found = (entries[name] for entries in places if name in entries)
+        return next(filter(self._is_one, found), None)
+
+    def _entries(self, folder: Path) -> Mapping[str, Path]:
+        """The same of one folder, whose thousands are listed again only once it has changed."""
+        stamp = stamp_of(folder)
+        if folder in self._listed and self._listed[folder][0] == stamp:
+            return self._listed[folder][1]
+        try:
+            entries = [entry for entry in listdir(folder) if entry.endswith(self.ending)]
+        except OSError:
+            return {}
+        named = ((entry.removesuffix(self.ending), folder / entry) for entry in entries)
+        listed = {name: path for name, path in named if NAME.fullmatch(name)}
+        if time_ns() - stamp[0] > SETTLED_NS:
+            self._listed[folder] = stamp, listed
+        return listed
 
     def _outcome(self, name: str, path: Path) -> Here | str:
         """What it is, or the sentence why it cannot be used."""

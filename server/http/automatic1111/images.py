@@ -111,11 +111,10 @@ def _translated(body: Txt2Img, service: Service, checkpoint: str | None) -> Tran
     state = chosen(name, states)
     if state is None or state.model is None:
         return translated(body, name, None, LATENT_CELL, USUAL_SIZE, embeddings=None)
-    entries = [entry for entry in service.models() if entry.name == state.name]
-    adapters = {one.name for entry in entries for one in entry.adapters}
+    adapters = {one.name for one in state.model.adapters.available()}
     facts = state.model.facts
     size = facts.default_width, facts.default_height
-    embeddings = {one.name for entry in entries for one in entry.embeddings}
+    embeddings = {one.name for one in state.model.embeddings.available()}
     return translated(body, name, adapters, facts.size_multiple, size, embeddings)
 
 

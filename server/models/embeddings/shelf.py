@@ -73,6 +73,8 @@ class EmbeddingShelf(WeightShelf[EmbeddingFile, Embedding]):
         return EmbeddingFile.read(name, path, self._target)
 
     def _outcomes_in(self, texts: Sequence[str]) -> dict[str, EmbeddingFile | str]:
-        paths = self._paths()
-        found = dict.fromkeys(name for text in texts for name in named(text, paths))
-        return {name: self._outcome(name, paths[name]) for name in found}
+        places = self._places()
+        names = sorted({name for entries in places for name in entries})
+        found = dict.fromkeys(name for text in texts for name in named(text, names))
+        paths = {name: self._chosen(name, places) for name in found}
+        return {name: self._outcome(name, path) for name, path in paths.items() if path}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from typing_extensions import override
 
 from server.errors import EmbeddingMismatch, Overloaded
 from server.models.embeddings.embedding import Embedding
@@ -87,6 +89,35 @@ def test_other_files_are_no_embeddings_and_a_new_one_is_found_at_once(tmp_path: 
     assert str(tmp_path) not in shelf.unfit()["torn"]
     save_file({"emb_params": torch.ones(2, 4)}, tmp_path / "ink.safetensors")
     assert [one.name for one in shelf.named_in("an INK drawing")] == ["ink"]
+
+
+class Counting(EmbeddingShelf):
+    """Counts the files that are looked at."""
+
+    looks = 0
+
+    @override
+    def _is_one(self, path: Path) -> bool:
+        self.looks += 1
+        return super()._is_one(path)
+
+
+def test_of_a_folder_that_has_not_changed_only_what_is_named_is_looked_at(tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    for folder in (tmp_path, own):
+        folder.mkdir(exist_ok=True)
+        for name in ("ink", "oil", "wax"):
+            save_file({"emb_params": torch.ones(2, 4)}, folder / f"{name}.safetensors")
+        os.utime(folder, (1, 1))
+    memory = WeightMemory[Embedding](2**20, "embeddings")
+    shelf = Counting((tmp_path, own), ONE, memory, torch.device("cpu"), torch.float32)
+    assert shelf.named_in("a drawing") == ()
+    assert [one.path for one in shelf.named_in("an ink drawing")] == [own / "ink.safetensors"]
+    assert shelf.looks == 1
+    (own / "ink.safetensors").unlink()
+    (own / "tar.safetensors").mkdir()
+    assert [one.path for one in shelf.named_in("ink, tar")] == [tmp_path / "ink.safetensors"]
+    assert {one.name for one in shelf.available()} == {"ink", "oil", "wax"}
 
 
 def test_values_that_are_no_numbers_are_refused_once_they_are_read(tmp_path: Path) -> None:
