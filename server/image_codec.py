@@ -22,6 +22,8 @@ MEDIA_TYPES: Mapping[OutputFormat, str] = {
 }
 
 _MAKER_NOTE = 0x927C
+_MOST_EXIF = 2**16 - 3
+"""Bytes that a JPEG has room for."""
 _QUALITY = 95
 _SAVING: Mapping[OutputFormat, Mapping[str, int]] = {
     "jpeg": {"subsampling": 0},
@@ -56,14 +58,15 @@ def encode(
         pixels: uint8 `[H, W, 3]`.
         output_format: of the file.
         description: written as PNG text chunks `parameters` and `weft` (iTXt where Latin-1 does
-            not suffice), or as EXIF UserComment and MakerNote in JPEG and WebP.
+            not suffice), or as EXIF UserComment and MakerNote in JPEG and WebP. Of what has no room
+            in a JPEG, the settings are written alone, or nothing.
     """
     image = Image.fromarray(pixels, mode="RGB")
     buffer = io.BytesIO()
     if output_format == "png":
         image.save(buffer, "PNG", pnginfo=_png_chunks(description))
     else:
-        details = {} if description is None else {"exif": _exif(description).tobytes()}
+        details = {} if description is None else {"exif": _exif(description, output_format)}
         image.save(buffer, output_format, quality=_QUALITY, **_SAVING[output_format], **details)
     return buffer.getvalue()
 
@@ -82,10 +85,14 @@ def _png_chunks(description: ImageText | None) -> PngImagePlugin.PngInfo:
     return chunks
 
 
-def _exif(description: ImageText) -> Image.Exif:
-    exif = Image.Exif()
-    tags = exif.get_ifd(ExifTags.IFD.Exif)
+def _exif(description: ImageText, output_format: OutputFormat) -> bytes:
     # AUTOMATIC1111 and its readers take "UNICODE" for big-endian UTF-16.
-    tags[ExifTags.Base.UserComment] = b"UNICODE\0" + description.parameters.encode("utf-16-be")
-    tags[_MAKER_NOTE] = b"weft\0" + description.json.encode()
-    return exif
+    comment = b"UNICODE\0" + description.parameters.encode("utf-16-be")
+    note = b"weft\0" + description.json.encode()
+    for written in ({ExifTags.Base.UserComment: comment, _MAKER_NOTE: note}, {_MAKER_NOTE: note}):
+        exif = Image.Exif()
+        exif.get_ifd(ExifTags.IFD.Exif).update(written)
+        data = exif.tobytes()
+        if output_format != "jpeg" or len(data) <= _MOST_EXIF:
+            return data
+    return b""

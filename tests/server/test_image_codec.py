@@ -42,6 +42,14 @@ def test_the_longest_prompts_fit_the_metadata(file_format: OutputFormat) -> None
     assert read_back(data, file_format) == (prompt, settings)
 
 
+def test_of_what_a_jpeg_has_no_room_for_the_settings_are_kept_or_nothing() -> None:
+    for size, kept in ((20_000, [0x927C]), (70_000, [])):
+        text = ImageText("x" * 30_000, {"prompt": "x" * size})
+        image = Image.open(io.BytesIO(encode(gradient(), "jpeg", text)))
+        assert list(image.getexif().get_ifd(0x8769)) == kept
+        assert read_back(encode(gradient(), "webp", text), "webp")[1] == text.settings
+
+
 @pytest.mark.parametrize("file_format", FORMATS)
 def test_the_same_pixels_are_the_same_bytes(file_format: OutputFormat) -> None:
     made = [encode(gradient(), file_format, ImageText("x", {"seed": 1})) for _ in range(2)]

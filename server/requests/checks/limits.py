@@ -46,8 +46,13 @@ def check_limits(request: ResolvedRequest, limits: Limits) -> None:
     """
     _at_most("steps", request.steps, limits.steps)
     _at_most("n", request.n, limits.images)
-    for field, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
-        size = len((text or "").encode())
+    own = (("guidance", one.prompt) for one in request.guidance.branches if one.told == "own")
+    for field, text in (
+        ("prompt", request.prompt),
+        ("negative_prompt", request.negative_prompt or ""),
+        *own,
+    ):
+        size = len(text.encode())
         if size > limits.prompt_bytes:
             raise InvalidRequest(
                 field, f"{field} has {size} bytes; at most {limits.prompt_bytes} are allowed."

@@ -407,6 +407,10 @@ def test_settings_of_a_started_picture_are_refused_without_it(
         ),
         ({"prompt": "é" * 2049}, "prompt has 4098 bytes; at most 4096 are allowed."),
         (
+            {"guidance": {"name": "composed", "prompts": [{"prompt": "\u3000" * 1366}]}},
+            "guidance has 4098 bytes; at most 4096 are allowed.",
+        ),
+        (
             {"negative_prompt": "x" * 4097},
             "negative_prompt has 4097 bytes; at most 4096 are allowed.",
         ),
