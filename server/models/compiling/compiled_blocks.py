@@ -12,6 +12,7 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
+from time import monotonic
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from weakref import WeakMethod
 
@@ -37,6 +38,14 @@ OFTEN = 40
 
 MOST_SHAPES = 64
 """Shapes that are compiled for a model: a U-Net has about 18 for each size of pictures."""
+
+
+PATIENCE_S = 120.0
+"""For how long programs wait for others, so that forwards change over once. Clients that ask for
+ever other sizes must not keep those of the usual one from being used."""
+
+DEVICE_ERRORS = MemoryError, torch.OutOfMemoryError, torch.AcceleratorError
+"""Not of a program, as the block itself would end in them, too."""
 
 
 class Compiler(Protocol):
@@ -113,6 +122,7 @@ class CompiledBlocks:
         self._programs: dict[Hashable, _Program] = {}
         self._ready: dict[Hashable, _Program] = {}
         self._reasons: dict[Hashable, str] = {}
+        self._changes_at = 0.0
         for block in network.modules():
             if type(block).__name__ in kinds:
                 self._wrap(block)
@@ -151,7 +161,12 @@ class CompiledBlocks:
             key = kind, call.key
             program = self._programs.get(key)
             if program is not None and fits(program.layout, call.tensors, MOST_ROWS):
-                return program(weights, call.tensors)
+                try:
+                    return program(weights, call.tensors)
+                except DEVICE_ERRORS:
+                    raise
+                except Exception as error:  # noqa: BLE001 - the block itself is still there
+                    self._give_up(key, type(skeleton).__name__, error)
             put_out = eager(*args, **kwargs)
             if program is None and self._wants(key):
                 template = template_of(args, kwargs)
@@ -198,8 +213,10 @@ class CompiledBlocks:
             if program is None:
                 self._reasons[key] = said
             else:
+                if not self._ready:
+                    self._changes_at = monotonic() + PATIENCE_S
                 self._ready[key] = program
-            if not self._waiting and self._ready:
+            if self._ready and (not self._waiting or monotonic() >= self._changes_at):
                 # All at once, so that costs are learnt and graphs recorded anew only once.
                 self._programs = {**self._programs, **self._ready}
                 self._ready = {}
@@ -211,3 +228,12 @@ class CompiledBlocks:
             log.info("%s: a %s is compiled: %s", self._name, block, said)
         if not waiting:
             log.info("%s: blocks of %d shapes run compiled", self._name, compiled)
+
+    def _give_up(self, key: Hashable, block: str, error: Exception) -> None:
+        """Run the blocks of a shape as ever from now on, whose program failed."""
+        said = f"its program failed: {type(error).__name__}: {error}"
+        with self._lock:
+            self._programs = {one: kept for one, kept in self._programs.items() if one != key}
+            self._reasons[key] = said
+            self.generation += 1
+        log.warning("%s: a %s runs as ever: %s", self._name, block, said)

@@ -35,8 +35,8 @@ def main(jobs: Connection) -> None:
     """
     # Ctrl-C is the server's. This process ends with it, and so do the compilers that it started.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _end_all)
     os.setsid()
+    signal.signal(signal.SIGTERM, _end_all)
     with suppress(OSError, AttributeError):
         CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGTERM)
     # The server's own threads go first.

@@ -34,6 +34,7 @@ class Copied:
 
     asked: list[tuple[BlockJob, str, Tell]] = field(default_factory=list)
     ran: int = 0
+    fails: Exception | None = None
 
     def ask(self, job: BlockJob, identity: str, tell: Tell) -> None:
         self.asked.append((job, identity, tell))
@@ -51,6 +52,8 @@ class Copied:
 
         def run(*tensors: Tensor) -> Sequence[Tensor]:
             self.ran += 1
+            if self.fails is not None:
+                raise self.fails
             return block(*tensors)
 
         return run
@@ -154,6 +157,35 @@ def test_what_cannot_be_compiled_runs_as_ever_and_says_why_once(
     assert compilation_of(unet) == Compilation(eager=3, reason="there is no compiler")
     [warning] = [one.message for one in caplog.records if one.levelname == "WARNING"]
     assert warning.endswith(" is not compiled: there is no compiler")
+
+
+def test_a_program_that_fails_gives_way_to_the_block_and_takes_no_image_with_it(
+    unet: HostedModel,
+) -> None:
+    expected = predicted(unet, 2)
+    compiler = compiled(unet)
+    shapes = len(compiler.asked)
+    compiler.fails = RuntimeError("wrong stride")
+    compiler.work()
+    assert torch.equal(predicted(unet, 2), expected)
+    reason = "its program failed: RuntimeError: wrong stride"
+    assert compilation_of(unet) == Compilation(eager=shapes, reason=reason)
+    compiler = compiled(unet)
+    compiler.fails = torch.OutOfMemoryError("more")
+    compiler.work()
+    with pytest.raises(torch.OutOfMemoryError):
+        predicted(unet, 2)
+    assert compilation_of(unet) == Compilation(compiled=shapes)
+
+
+def test_programs_do_not_wait_for_ever_other_shapes(
+    unet: HostedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PATIENCE_S", 0)
+    compiler = compiled(unet)
+    del compiler.asked[-1]
+    compiler.work()
+    assert compilation_of(unet) == Compilation(compiled=len(compiler.asked), waiting=1)
 
 
 def test_quantised_and_streamed_models_run_as_ever(
