@@ -22,7 +22,8 @@ from server.models.inputs import RowInputs
 from server.requests.schema import GenerateRequest
 from server.requests.tasks import tasks_of
 from server.service.hosting import host
-from server.service.service import Service, pixels_tensor
+from server.service.pixels import pixels_tensor
+from server.service.service import Service
 from server.service.stream_frame import FailedFrame
 from server.service.streams import Streams
 from server.settings import Settings

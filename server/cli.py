@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from server.requests.catalog import Entry
     from server.requests.schema import GenerateRequest
-    from server.service.service import Pictures
+    from server.service.pictures import Pictures
     from server.settings import Settings
 
 __all__ = ["main"]

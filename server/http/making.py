@@ -12,7 +12,8 @@ from server.engine.client import Client
 from server.http.dependencies import client_of
 from server.requests.schema import GenerateRequest
 from server.service.generation import Generation
-from server.service.service import Pictures, Service
+from server.service.pictures import Pictures
+from server.service.service import Service
 
 __all__ = ["make", "unless_disconnected"]
 

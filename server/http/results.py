@@ -13,7 +13,7 @@ from server.http.errors import ErrorBody
 from server.http.gate import RESULTS
 from server.image_codec import MEDIA_TYPES, OutputFormat
 from server.results import Results
-from server.service.service import Picture
+from server.service.pictures import Picture
 
 __all__ = ["Link", "links_to", "router"]
 

@@ -22,7 +22,8 @@ from server.jobs.job import Job
 from server.jobs.watching import Watches
 from server.requests.schema import GenerateRequest
 from server.requests.upload import put_upload
-from server.service.service import Pictures, Service
+from server.service.pictures import Pictures
+from server.service.service import Service
 from server.settings import JobSettings
 
 __all__ = ["Runner", "output_name", "upload_name"]

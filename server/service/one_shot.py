@@ -10,7 +10,8 @@ from server.models.folder import embedded_folders
 from server.requests.schema import GenerateRequest
 from server.service.generation import Progress
 from server.service.hosting import Hosted, Tell, host
-from server.service.service import Pictures, Service
+from server.service.pictures import Pictures
+from server.service.service import Service
 from server.settings import Settings
 
 __all__ = ["generate"]

@@ -1,4 +1,4 @@
-"""Admits requests to the engine, follows them and encodes their images; HTTP knows no tensors."""
+"""Admits requests to the engine and follows them to their end; HTTP knows no tensors."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -25,7 +24,6 @@ from server.engine.engine import Engine
 from server.engine.reservation import Reservation
 from server.engine.task import ImageTask
 from server.errors import DuplicateGeneration, NotReady, UnknownGeneration, UnknownModel, WeftError
-from server.image_codec import ImageText, encode
 from server.lru import ByteBoundedLRU
 from server.models.hosted import HostedModel
 from server.models.statistics import guidance_name
@@ -37,7 +35,6 @@ from server.requests.catalog import (
     embedding_entries,
     image_prompt_entries,
 )
-from server.requests.checks.group import is_group
 from server.requests.checks.limits import check_count, runs_of
 from server.requests.chosen import notes_for
 from server.requests.controls import load_controls, unloaded_controls
@@ -47,22 +44,22 @@ from server.requests.image_prompts import (
     sides_of_image_prompts,
     unloaded_image_prompts,
 )
-from server.requests.infotext import infotext
 from server.requests.resolve import Prepared, make_plan, prepare, resolve, statistics_for
 from server.requests.schema import DEFAULT_RESIZE_MODE, GenerateRequest, ResolvedRequest
 from server.requests.second_run import naming_hires, second_run, warned_again
-from server.requests.tasks import alone, tasks_of
+from server.requests.tasks import tasks_of
 from server.requests.upload import Upload
 from server.service.enlarging import started_from
 from server.service.generation import Generation
 from server.service.mask_content import filled
 from server.service.model_shelf import Lease, ModelShelf, ModelState, Source
+from server.service.pictures import Picture, Pictures, encoded, pictures_of
 from server.service.pixels import mask_tensor, pixels_tensor
 from server.service.second_run import SecondRun
 from server.service.waiting_line import WaitingLine
 from server.settings import Limits
 
-__all__ = ["Picture", "Pictures", "Service"]
+__all__ = ["Service"]
 
 Result = TypeVar("Result")
 
@@ -70,55 +67,6 @@ PLANS_KEPT_BYTES = 512 * 2**20
 """An elementwise plan of dpm_solver_v3 in 25 steps at 1024 x 1024 pixels has up to 367 MB."""
 UPLOADS_WAITING = 64
 """Uploaded images that may wait to be decoded."""
-VERSION = f"weft {version('weft')}"
-
-
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """An encoded image.
-
-    Attributes:
-        data: the file.
-        seed: that makes it.
-        text: its settings in the format of AUTOMATIC1111, which the file has too.
-    """
-
-    data: bytes
-    seed: int
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Pictures:
-    """The images of a generation, and how they were made.
-
-    Attributes:
-        pictures: the images in the order of their seeds.
-        settings: with every default filled in; posted back, they make the same images.
-        spent: evaluations of the denoiser, summed over the images.
-        saved: evaluations that guidance policies and step caches made unnecessary.
-        ancestors: for particles, the image that each descends from; otherwise empty.
-        effective: for particles, their effective number at each resampling.
-        queue_s: longest wait of an image.
-        denoise_s: longest denoising of an image.
-        decode_s: longest decoding of an image.
-        total_s: seconds from the request's arrival to the last encoded byte.
-        warnings: one sentence for each setting that has no effect or does not suit the model.
-        notes: one sentence about the settings that a distilled model's convention chose.
-    """
-
-    pictures: tuple[Picture, ...]
-    settings: Mapping[str, Any]
-    spent: int
-    saved: int
-    ancestors: tuple[int, ...]
-    effective: tuple[float, ...]
-    queue_s: float
-    denoise_s: float
-    decode_s: float
-    total_s: float
-    warnings: tuple[str, ...]
-    notes: tuple[str, ...]
 
 
 class Uploads(NamedTuple):
@@ -360,26 +308,7 @@ class Service:
         """
         while not generation.done:
             await generation.news()
-        indices = range(generation.request.n)
-        pixels = {index: generation.results[index].pixels for index in indices}
-        encoded = await self.encoded(generation, pixels)
-        generation.complete()
-        results = generation.results.values()
-        particles = generation.request.guidance.particles is not None
-        return Pictures(
-            pictures=encoded,
-            settings=generation.request.settings(),
-            spent=sum(result.evaluations for result in results),
-            saved=sum(result.saved for result in results),
-            ancestors=tuple(generation.results[i].ancestor for i in indices) if particles else (),
-            effective=generation.results[0].effective,
-            queue_s=max(result.queue_s for result in results),
-            denoise_s=max(result.denoise_s for result in results),
-            decode_s=max(result.decode_s for result in results),
-            total_s=generation.elapsed_s,
-            warnings=generation.warnings,
-            notes=generation.notes,
-        )
+        return await pictures_of(generation, self._leases[generation].model)
 
     async def encoded(
         self, generation: Generation, pixels: Mapping[int, NDArray[np.uint8]]
@@ -390,14 +319,7 @@ class Service:
             generation: that was admitted.
             pixels: uint8 `[H, W, 3]` of each image by its index.
         """
-        model = self._leases[generation].model
-        encoded = await asyncio.gather(
-            *(
-                asyncio.to_thread(_encoded, generation, model, index, pixels[index])
-                for index in sorted(pixels)
-            )
-        )
-        return tuple(encoded)
+        return await encoded(generation, self._leases[generation].model, pixels)
 
     def cancel(self, identifier: str) -> None:
         """Stop a generation; its rows are free at the next tick.
@@ -620,25 +542,6 @@ class Service:
     async def _picture(self, upload: Upload, field: str, target: Target) -> NDArray[np.uint8]:
         with upload.opened() as text:
             return await self.decoding.picture(text, field, target)
-
-
-def _encoded(
-    generation: Generation, model: HostedModel, index: int, pixels: NDArray[np.uint8]
-) -> Picture:
-    request = generation.request
-    single = alone(request, index)
-    # An image of a group cannot be made without the others.
-    written = request if is_group(request.guidance) else single
-    text = infotext(
-        written,
-        model_revision=generation.model_revision,
-        statistics=generation.statistics,
-        version=VERSION,
-        dtype=str(model.dtype).removeprefix("torch."),
-        quantization=model.placement.quantization,
-    )
-    description = ImageText(text, written.settings())
-    return Picture(encode(pixels, request.output_format, description), single.seed, text)
 
 
 def _target(resolved: ResolvedRequest) -> Target:

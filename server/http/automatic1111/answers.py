@@ -15,7 +15,7 @@ from server.http.automatic1111.jobs import Job
 from server.image_codec import encode
 from server.requests.automatic1111 import Translated, Txt2Img
 from server.service.generation import Generation
-from server.service.service import Picture
+from server.service.pictures import Picture
 
 __all__ = ["ImagesAnswer", "Progress", "answered", "idle", "progress_of"]
 

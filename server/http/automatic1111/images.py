@@ -33,7 +33,8 @@ from server.image_codec import resized
 from server.requests.automatic1111 import Img2Img, Translated, Txt2Img, translated
 from server.service.generation import Generation
 from server.service.masked_region import Region, cut_out
-from server.service.service import Picture, Service
+from server.service.pictures import Picture
+from server.service.service import Service
 
 __all__ = ["router"]
 

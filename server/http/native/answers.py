@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 from server.http.results import Link
 from server.image_codec import encode
 from server.service.generation import Generation, Progress
-from server.service.service import Picture, Pictures
+from server.service.pictures import Picture, Pictures
 
 __all__ = [
     "CancelResponse",

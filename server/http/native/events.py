@@ -17,7 +17,8 @@ from server.http.errors import body_of
 from server.http.native.answers import PositionEvent, completed, progressed, queued
 from server.http.results import Link
 from server.service.generation import Generation
-from server.service.service import Pictures, Service
+from server.service.pictures import Pictures
+from server.service.service import Service
 
 __all__ = ["GenerationStream", "Linking"]
 

@@ -18,7 +18,7 @@ from server.http.results import Link, links_to
 from server.image_codec import MEDIA_TYPES
 from server.requests.schema import GenerateRequest
 from server.service.generation import Generation
-from server.service.service import Pictures
+from server.service.pictures import Pictures
 
 __all__ = ["router"]
 

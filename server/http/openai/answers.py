@@ -13,7 +13,7 @@ from server.http.results import Link
 from server.image_codec import encode, resized
 from server.requests.schema import ResolvedRequest
 from server.service.generation import Generation
-from server.service.service import Picture, Pictures
+from server.service.pictures import Picture, Pictures
 
 __all__ = ["Event", "ImagesAnswer", "Kind", "answered", "finished", "previewed"]
 

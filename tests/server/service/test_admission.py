@@ -15,7 +15,8 @@ from server.engine.engine import Engine
 from server.errors import InvalidRequest, Overloaded
 from server.requests.schema import GenerateRequest
 from server.service import service as module
-from server.service.service import Pictures, Service
+from server.service.pictures import Pictures
+from server.service.service import Service
 from server.settings import Limits
 from tests.server.decoding.files import repeated_scans, saved
 from tests.server.toy_model import Toy, started

@@ -12,7 +12,7 @@ import pytest
 from server.engine.engine import Engine
 from server.errors import Cancelled, UnknownGeneration
 from server.requests.schema import GenerateRequest
-from server.service import service as module
+from server.service import pictures
 from server.service.service import Service
 from server.settings import Limits
 from tests.server.toy_model import Toy, started
@@ -82,7 +82,7 @@ def test_what_has_its_pictures_cannot_be_cancelled(service: Service) -> None:
 def test_a_cancellation_while_pictures_are_encoded_is_kept(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real: Callable[..., bytes] = module.encode
+    real: Callable[..., bytes] = pictures.encode
 
     async def run() -> None:
         loop = asyncio.get_running_loop()
@@ -94,7 +94,7 @@ def test_a_cancellation_while_pictures_are_encoded_is_kept(
             asyncio.run_coroutine_threadsafe(cancel(), loop).result(5)
             return real(*arguments)
 
-        monkeypatch.setattr(module, "encode", cancelling)
+        monkeypatch.setattr(pictures, "encode", cancelling)
         generation = await service.admit(request(), "one")
         with pytest.raises(Cancelled):
             await service.pictures(generation)
