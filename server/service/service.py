@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from samplers import Plan, StatisticsIdentity
-from server.decoding.picture import MaskForm
 from server.decoding.pool import DecodePool
-from server.decoding.sizing import Target
 from server.engine.client import ANYONE, Client
 from server.engine.engine import Engine
 from server.engine.reservation import Reservation
@@ -41,21 +39,19 @@ from server.requests.controls import load_controls, unloaded_controls
 from server.requests.embeddings import texts_of
 from server.requests.image_prompts import (
     load_image_prompts,
-    sides_of_image_prompts,
     unloaded_image_prompts,
 )
 from server.requests.resolve import Prepared, make_plan, prepare, resolve, statistics_for
-from server.requests.schema import DEFAULT_RESIZE_MODE, GenerateRequest, ResolvedRequest
+from server.requests.schema import GenerateRequest, ResolvedRequest
 from server.requests.second_run import naming_hires, second_run, warned_again
 from server.requests.tasks import tasks_of
-from server.requests.upload import Upload
 from server.service.enlarging import started_from
 from server.service.generation import Generation
-from server.service.mask_content import filled
 from server.service.model_shelf import Lease, ModelShelf, ModelState, Source
 from server.service.pictures import Picture, Pictures, encoded, pictures_of
 from server.service.pixels import mask_tensor, pixels_tensor
 from server.service.second_run import SecondRun
+from server.service.uploads import Uploads, decoded, image_for_its_size
 from server.service.waiting_line import WaitingLine
 from server.settings import Limits
 
@@ -67,22 +63,6 @@ PLANS_KEPT_BYTES = 512 * 2**20
 """An elementwise plan of dpm_solver_v3 in 25 steps at 1024 x 1024 pixels has up to 367 MB."""
 UPLOADS_WAITING = 64
 """Uploaded images that may wait to be decoded."""
-
-
-class Uploads(NamedTuple):
-    """The images that were sent with a request, at the size of its run, or of the second one.
-
-    Those beside the prompt have the size that their encoders read. `kept` is the image as it was
-    sent, where the part to repaint is filled in `image`.
-    """
-
-    image: NDArray[np.uint8] | None
-    kept: NDArray[np.uint8] | None
-    mask: NDArray[np.uint8] | None
-    reference: NDArray[np.uint8] | None
-    controls: Sequence[NDArray[np.uint8]]
-    controls_again: Sequence[NDArray[np.uint8]]
-    image_prompts: Sequence[NDArray[np.uint8]]
 
 
 class Service:
@@ -350,10 +330,10 @@ class Service:
             runs = runs_of(request)
             room = held.enter_context(engine.reserve(runs * request.n, client=client, runs=runs))
             model = await generation.unless_ended(self._lent(shelf, generation, request.model))
-            image, size = await self._image_for_its_size(request, model)
+            image, size = await image_for_its_size(request, model, self.decoding)
             prepared = await asyncio.to_thread(self.prepare, request, model, size)
             await asyncio.to_thread(_claim, engine, room, request, prepared[0], model)
-            uploads = await self._uploads(request, prepared[0], model, image)
+            uploads = await decoded(request, prepared[0], model, image, self.decoding)
             loop = asyncio.get_running_loop()
             submit = partial(self._submit, generation, *prepared, model, uploads, room, loop)
             await self.with_weights(prepared[0].request, model, submit)
@@ -478,76 +458,6 @@ class Service:
 
         key = model.facts.name, schedule, layout, identity, identity and shape
         return self._plans.get(key, make)
-
-    async def _image_for_its_size(
-        self, request: GenerateRequest, model: HostedModel
-    ) -> tuple[NDArray[np.uint8] | None, tuple[int, int] | None]:
-        """The size of the image that the request starts from, and the image if that took it.
-
-        A request that gives its size is checked before its image is decoded.
-        """
-        if request.image is None:
-            return None, None
-        if request.width is not None and request.height is not None:
-            return None, (request.width, request.height)
-        target = Target(
-            request.width,
-            request.height,
-            request.resize_mode or DEFAULT_RESIZE_MODE,
-            model.facts.size_multiple,
-            model.facts.longest_side,
-        )
-        image = await self._picture(request.image, "image", target)
-        return image, (image.shape[1], image.shape[0])
-
-    async def _uploads(
-        self,
-        request: GenerateRequest,
-        prepared: Prepared,
-        model: HostedModel,
-        image: NDArray[np.uint8] | None,
-    ) -> Uploads:
-        target = _target(prepared.request)
-        mask = reference = None
-        if image is None and request.image is not None:
-            image = await self._picture(request.image, "image", target)
-        if request.mask is not None:
-            with request.mask.opened() as text:
-                form = request.mask.form or MaskForm()
-                mask = await self.decoding.mask(text, "mask", target, form)
-        kept = None
-        if prepared.request.mask_content == "fill" and image is not None and mask is not None:
-            kept, image = image, await asyncio.to_thread(filled, image, mask)
-        if request.reference is not None:
-            reference = await self._picture(request.reference, "reference", target)
-        controls = list[NDArray[np.uint8]]()
-        controls_again = list[NDArray[np.uint8]]()
-        for place, control in enumerate(request.controls):
-            field = f"controls.{place}.image"
-            with control.image.opened() as text:
-                controls.append(await self.decoding.picture(text, field, target))
-                if prepared.second is not None:
-                    larger = _target(prepared.second.request)
-                    controls_again.append(await self.decoding.picture(text, field, larger))
-        shown = prepared.request.image_prompts
-        sides = await asyncio.to_thread(sides_of_image_prompts, shown, model)
-        image_prompts = [
-            await self._picture(
-                one.image, f"image_prompts.{place}.image", Target(side, side, "middle")
-            )
-            for place, (one, side) in enumerate(zip(request.image_prompts, sides, strict=True))
-        ]
-        return Uploads(image, kept, mask, reference, controls, controls_again, image_prompts)
-
-    async def _picture(self, upload: Upload, field: str, target: Target) -> NDArray[np.uint8]:
-        with upload.opened() as text:
-            return await self.decoding.picture(text, field, target)
-
-
-def _target(resolved: ResolvedRequest) -> Target:
-    """What an uploaded image is brought to."""
-    mode = resolved.resize_mode or DEFAULT_RESIZE_MODE
-    return Target(resolved.width, resolved.height, mode)
 
 
 def _stopping() -> NotReady:
