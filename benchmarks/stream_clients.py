@@ -166,7 +166,7 @@ class StreamingWeft:
 
     def _tasks(self, settings: Mapping[str, Any], number: int) -> list[ImageTask]:
         request = GenerateRequest.model_validate(settings)
-        prepared, _ = self.service.prepare(request, self.model, (self.side, self.side))
+        prepared, _ = self.service.planner.prepare(request, self.model, (self.side, self.side))
         stream = Stream()
         return [
             task
@@ -181,7 +181,7 @@ class StreamingWeft:
 
     def _ordinary(self) -> list[ImageTask]:
         request = GenerateRequest.model_validate(BACKGROUND)
-        prepared, _ = self.service.prepare(request, self.model, None)
+        prepared, _ = self.service.planner.prepare(request, self.model, None)
         return tasks_of(prepared, self.model)
 
     def _worked_s(self) -> float:

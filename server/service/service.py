@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -15,14 +14,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from samplers import Plan, StatisticsIdentity
+from samplers import StatisticsIdentity
 from server.decoding.pool import DecodePool
 from server.engine.client import ANYONE, Client
 from server.engine.engine import Engine
 from server.engine.reservation import Reservation
 from server.engine.task import ImageTask
 from server.errors import DuplicateGeneration, NotReady, UnknownGeneration, UnknownModel, WeftError
-from server.lru import ByteBoundedLRU
 from server.models.hosted import HostedModel
 from server.models.statistics import guidance_name
 from server.requests.catalog import (
@@ -34,22 +32,19 @@ from server.requests.catalog import (
     image_prompt_entries,
 )
 from server.requests.checks.limits import check_count, runs_of
-from server.requests.chosen import notes_for
 from server.requests.controls import load_controls, unloaded_controls
 from server.requests.embeddings import texts_of
-from server.requests.image_prompts import (
-    load_image_prompts,
-    unloaded_image_prompts,
-)
-from server.requests.resolve import Prepared, make_plan, prepare, resolve, statistics_for
+from server.requests.image_prompts import load_image_prompts, unloaded_image_prompts
+from server.requests.resolve import Prepared
 from server.requests.schema import GenerateRequest, ResolvedRequest
-from server.requests.second_run import naming_hires, second_run, warned_again
+from server.requests.second_run import naming_hires
 from server.requests.tasks import tasks_of
 from server.service.enlarging import started_from
 from server.service.generation import Generation
 from server.service.model_shelf import Lease, ModelShelf, ModelState, Source
 from server.service.pictures import Picture, Pictures, encoded, pictures_of
 from server.service.pixels import mask_tensor, pixels_tensor
+from server.service.planner import Planner
 from server.service.second_run import SecondRun
 from server.service.uploads import Uploads, decoded, image_for_its_size
 from server.service.waiting_line import WaitingLine
@@ -59,8 +54,6 @@ __all__ = ["Service"]
 
 Result = TypeVar("Result")
 
-PLANS_KEPT_BYTES = 512 * 2**20
-"""An elementwise plan of dpm_solver_v3 in 25 steps at 1024 x 1024 pixels has up to 367 MB."""
 UPLOADS_WAITING = 64
 """Uploaded images that may wait to be decoded."""
 
@@ -75,6 +68,8 @@ class Service:
 
     Attributes:
         outcomes: how many requests ended how.
+        decoding: decodes uploaded images.
+        planner: prepares requests.
         leaving: set once the server is about to stop; whoever holds a connection open without an
             end of its own ends it then.
     """
@@ -82,6 +77,7 @@ class Service:
     def __init__(self, limits: Limits, *, decode_processes: int = 2, load_s: float = 300.0) -> None:
         self.outcomes: Counter[str] = Counter()
         self.decoding = DecodePool(limits, processes=decode_processes, waiting=UPLOADS_WAITING)
+        self.planner = Planner(limits)
         self.leaving = asyncio.Event()
         self._limits = limits
         self._engine: Engine | None = None
@@ -94,9 +90,6 @@ class Service:
         # They are loaded one after another. Whoever waits for that is not to hold the threads that
         # all other requests need.
         self._weights = ThreadPoolExecutor(1, thread_name_prefix="weft-weights")
-        self._plans: ByteBoundedLRU[Hashable, Plan] = ByteBoundedLRU(
-            PLANS_KEPT_BYTES, lambda plan: plan.tables.nbytes
-        )
 
     def open(
         self, engine: Engine, models: Mapping[str, HostedModel], source: Source | None = None
@@ -239,10 +232,10 @@ class Service:
         if model is None:
             return
         if request.image is None:
-            await asyncio.to_thread(self.prepare, request, model, None)
+            await asyncio.to_thread(self.planner.prepare, request, model, None)
         elif request.width is not None and request.height is not None:
             size = request.width, request.height
-            await asyncio.to_thread(self.prepare, request, model, size)
+            await asyncio.to_thread(self.planner.prepare, request, model, size)
 
     async def admit(
         self, request: GenerateRequest, identifier: str, client: Client = ANYONE
@@ -331,7 +324,7 @@ class Service:
             room = held.enter_context(engine.reserve(runs * request.n, client=client, runs=runs))
             model = await generation.unless_ended(self._lent(shelf, generation, request.model))
             image, size = await image_for_its_size(request, model, self.decoding)
-            prepared = await asyncio.to_thread(self.prepare, request, model, size)
+            prepared = await asyncio.to_thread(self.planner.prepare, request, model, size)
             await asyncio.to_thread(_claim, engine, room, request, prepared[0], model)
             uploads = await decoded(request, prepared[0], model, image, self.decoding)
             loop = asyncio.get_running_loop()
@@ -396,45 +389,6 @@ class Service:
             submission,
         )
 
-    def prepare(
-        self, request: GenerateRequest, model: HostedModel, size: tuple[int, int] | None
-    ) -> tuple[Prepared, StatisticsIdentity | None]:
-        """Fill in what a request leaves out, check it and plan it; safe from any thread.
-
-        Args:
-            request: as sent.
-            model: that will serve it.
-            size: width and height of the image that it starts from; None without one.
-
-        Returns:
-            The request, and the model statistics that its sampler is planned with, if any.
-
-        Raises:
-            InvalidRequest: a value that the model or the operator does not allow.
-        """
-        resolved = resolve(request, model, self._limits, size)
-        fitted_to = statistics_for(resolved, model)
-        plan = self._plan(resolved, model, fitted_to)
-        prepared = prepare(resolved, model, plan)
-        second = self._second(resolved, model)
-        again = () if second is None else warned_again(prepared.warnings, second.warnings)
-        whole = replace(
-            prepared,
-            warnings=(*prepared.warnings, *again),
-            notes=notes_for(request, resolved, model),
-            second=second,
-        )
-        return whole, fitted_to
-
-    def _second(self, resolved: ResolvedRequest, model: HostedModel) -> Prepared | None:
-        """The second run of a request with `hires`."""
-        if resolved.hires is None:
-            return None
-        second = second_run(resolved, model.facts, self._limits)
-        with naming_hires():
-            plan = self._plan(second, model, statistics_for(second, model))
-            return prepare(second, model, plan)
-
     def ready_shelf(self) -> ModelShelf:
         """The models, which are lent to who uses them.
 
@@ -444,20 +398,6 @@ class Service:
         if self._shelf is None:
             raise NotReady("The model is still loading.")
         return self._shelf
-
-    def _plan(
-        self, resolved: ResolvedRequest, model: HostedModel, identity: StatisticsIdentity | None
-    ) -> Plan:
-        size = resolved.width, resolved.height
-        schedule, shape = model.schedule(*size, resolved.steps), model.latent_shape(*size)
-        layout = resolved.sampler, resolved.spacing, resolved.steps, resolved.strength
-
-        def make() -> Plan:
-            statistics = None if identity is None else model.statistics.load(identity, shape)
-            return make_plan(schedule, *layout, statistics)
-
-        key = model.facts.name, schedule, layout, identity, identity and shape
-        return self._plans.get(key, make)
 
 
 def _stopping() -> NotReady:

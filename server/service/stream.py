@@ -281,7 +281,7 @@ class StreamSession:
                 )
         size = model.facts.default_width, model.facts.default_height
         request = settings.request()
-        prepared, _ = self._service.prepare(request, model, size if from_frames else None)
+        prepared, _ = self._service.planner.prepare(request, model, size if from_frames else None)
         for one in settings.prompt[1:]:
             alone = prepared.request.model_copy(update={"prompt": one.text})
             check_limits(alone, self._limits)

@@ -14,6 +14,7 @@ from server.decoding.pool import DecodePool
 from server.engine.engine import Engine
 from server.errors import InvalidRequest, Overloaded
 from server.requests.schema import GenerateRequest
+from server.service import planner
 from server.service import service as module
 from server.service.pictures import Pictures
 from server.service.service import Service
@@ -69,8 +70,9 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         monkeypatch.setattr(owner, name, noted)
 
-    for name in ("resolve", "make_plan", "tasks_of"):
-        noting(module, name)
+    for name in ("resolve", "make_plan"):
+        noting(planner, name)
+    noting(module, "tasks_of")
     for name in ("picture", "mask"):
         noting(DecodePool, name)
     return seen

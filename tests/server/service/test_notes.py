@@ -9,6 +9,7 @@ import torch
 from server.http.native.answers import completed, queued
 from server.models.conventions import defaults_by
 from server.requests.schema import GenerateRequest
+from server.service.planner import Planner
 from server.service.service import Service
 from server.settings import Limits
 from tests.server.toy_model import Toy, started
@@ -16,19 +17,16 @@ from tests.server.toy_model import Toy, started
 
 def test_what_the_second_run_alone_is_warned_of_is_said() -> None:
     model = Toy(embeds_scale=False, defaults=defaults_by("lcm_lora", ""))
-    service = Service(Limits())
+    planner = Planner(Limits())
 
     def warnings(steps: int, hires: dict[str, int]) -> tuple[str, ...]:
         body = GenerateRequest.model_validate({"prompt": "a", "steps": steps, "hires": hires})
-        return service.prepare(body, model, None)[0].warnings
+        return planner.prepare(body, model, None)[0].warnings
 
     said = "steps is 25; use 1 to 8, which model 'toy' was distilled for."
-    try:
-        assert warnings(4, {}) == ()
-        assert warnings(4, {"steps": 25}) == (f"In the second run, {said}",)
-        assert warnings(25, {}) == (said,)
-    finally:
-        service.close()
+    assert warnings(4, {}) == ()
+    assert warnings(4, {"steps": 25}) == (f"In the second run, {said}",)
+    assert warnings(25, {}) == (said,)
 
 
 def test_the_answer_and_the_first_event_say_what_was_chosen() -> None:
