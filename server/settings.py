@@ -87,7 +87,10 @@ class Limits(BaseModel):
         default=4096 * 2048, ge=64 * 64, description="Width times height of an uploaded image."
     )
     decode_s: float = Field(
-        default=5, gt=0, le=600, description="Seconds that decoding an uploaded image may take."
+        default=5,
+        gt=0,
+        le=600,
+        description="Seconds of the processor that decoding an uploaded image may take.",
     )
     body_bytes: int = Field(default=32 * 2**20, ge=1024, description="Size of a request body.")
 

@@ -39,6 +39,11 @@ RETRY_AFTER_S: Final = 2.0
 
 START_S: Final = 60.0
 
+STARVED: Final = 12
+"""Times the seconds of decoding, after which a process that did not get these is given up."""
+
+LOOKED_EVERY_S: Final = 0.01
+
 OWN_SIZE: Final = Target()
 
 OWN_BYTES: Final = 256 * 2**20
@@ -83,7 +88,8 @@ class DecodePool:
 
     Args:
         limits: the operator's, for the pixels and bytes of a picture, the pixels of an image, and
-            the seconds of decoding, after which a process is replaced.
+            the seconds of decoding, after which a process is replaced. They are of the processor,
+            which may be busy with models: a picture is not refused for what others take.
         processes: pictures decoded at once.
         waiting: other pictures that may wait for a process; more are refused.
     """
@@ -121,7 +127,8 @@ class DecodePool:
         Raises:
             InvalidRequest: it is not such a file, is damaged, or takes too long.
             TooLarge: it has too many pixels, scans or bytes.
-            Overloaded: too many pictures wait to be decoded, or no process starts in time.
+            Overloaded: too many pictures wait to be decoded, no process starts in time, or the
+                processor has no time for it.
             WeftError: a process cannot start at all.
         """
         return (await self._uploaded(_Picture(data, field, target))).pixels
@@ -283,6 +290,10 @@ class _Worker:
             raise TooLarge(
                 job.field, f"{job.field} takes longer than {seconds:g} s to decode."
             ) from None
+        except Overloaded:
+            self.end()
+            log.error("decoding %s got no time of the processor", job.field)
+            raise
         except (OSError, EOFError, ValueError):
             self.end()
             log.warning("decoding %s ended its process: %s", job.field, self._process.returncode)
@@ -309,25 +320,27 @@ class _Worker:
             raise WeftError("The process that decodes uploaded images ended while it started.")
 
     def _asked(self, job: Job, content: bytes, seconds: float) -> Answer:
-        until = monotonic() + seconds
-        self._write(json.dumps(asdict(job)).encode() + b"\n", until)
-        self._write(content, until)
-        return Answer(**json.loads(self._line(until - monotonic())))
+        waited = _Waited(self._process.pid, seconds)
+        self._write(json.dumps(asdict(job)).encode() + b"\n", waited)
+        self._write(content, waited)
+        answered = select.poll()
+        answered.register(self._answers, select.POLLIN)
+        waited.until(answered)
+        return Answer(**json.loads(self._answers.readline()))
 
-    def _write(self, data: bytes, until: float) -> None:
+    def _write(self, data: bytes, waited: _Waited) -> None:
         pipe = self._jobs.fileno()
         taken = select.poll()
         taken.register(pipe, select.POLLOUT)
         left = memoryview(data)
         while left:
-            if not taken.poll(1000 * max(0.0, until - monotonic())):
-                raise TimeoutError
+            waited.until(taken)
             left = left[os.write(pipe, left) :]
 
     def _line(self, within_s: float) -> bytes:
         answered = select.poll()
         answered.register(self._answers, select.POLLIN)
-        if not answered.poll(1000 * max(0.0, within_s)):
+        if not answered.poll(1000 * within_s):
             raise TimeoutError
         return self._answers.readline()
 
@@ -336,6 +349,53 @@ class _Worker:
         if self._answers.readinto(pixels.data.cast("B")) != pixels.nbytes:
             raise EOFError
         return pixels
+
+
+class _Waited:
+    """How long a process may still be waited for, by its own time and by that of the clock.
+
+    Args:
+        process: its identifier.
+        seconds: of the processor that it may take.
+    """
+
+    def __init__(self, process: int, seconds: float) -> None:
+        self._process = process
+        self._last = _processor_s(process) + seconds
+        self._patience_s = STARVED * seconds
+        self._end = monotonic() + self._patience_s
+
+    def until(self, ready: select.poll) -> None:
+        """Wait for a pipe of the process.
+
+        Raises:
+            TimeoutError: it has taken its time.
+            Overloaded: it did not get its time.
+        """
+        while not ready.poll(1000 * max(LOOKED_EVERY_S, min(self._own_s(), self._clock_s()))):
+            if self._own_s() <= 0:
+                raise TimeoutError
+            if self._clock_s() <= 0:
+                raise Overloaded(
+                    RETRY_AFTER_S,
+                    "The processor was too busy to decode an uploaded image within "
+                    f"{self._patience_s:g} s; try again in {RETRY_AFTER_S:.0f} s.",
+                )
+
+    def _own_s(self) -> float:
+        return self._last - _processor_s(self._process)
+
+    def _clock_s(self) -> float:
+        return self._end - monotonic()
+
+
+def _processor_s(process: int) -> float:
+    """Seconds of the processor that a process has taken; of the clock where no system tells."""
+    try:
+        told = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return monotonic()
+    return (int(told[11]) + int(told[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _end(workers: list[_Worker]) -> None:

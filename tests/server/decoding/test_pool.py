@@ -90,9 +90,9 @@ def test_a_refusal_names_the_field_and_keeps_the_process(pool: DecodePool) -> No
 
 
 def test_a_picture_that_takes_too_long_is_refused_and_its_process_replaced() -> None:
-    pool = DecodePool(Limits(decode_s=0.05), processes=1, waiting=1)
+    pool = DecodePool(Limits(decode_s=0.1), processes=1, waiting=1)
     began = time.monotonic()
-    with pytest.raises(TooLarge, match=r"^image takes longer than 0.05 s to decode"):
+    with pytest.raises(TooLarge, match=r"^image takes longer than 0.1 s to decode"):
         asyncio.run(pool.picture(SLOW, "image"))
     assert time.monotonic() - began < 5
     assert processes(pool) == []
@@ -151,16 +151,32 @@ def test_a_process_that_ends_while_it_starts_is_an_error_with_a_sentence(
         asyncio.run(pool.picture(RED, "image"))
 
 
-def test_a_process_that_reads_nothing_is_ended_when_the_time_is_over() -> None:
+def test_a_picture_has_its_seconds_however_busy_the_processor_is() -> None:
     pool = DecodePool(Limits(decode_s=0.2), processes=1, waiting=1)
     asyncio.run(pool.picture(RED, "image"))
     process = pool._idle[0]._process
     process.send_signal(signal.SIGSTOP)
-    # A write without a limit would end in another error, of a process that is gone.
+    later = Timer(0.4, process.send_signal, [signal.SIGCONT])
+    later.start()
+    assert asyncio.run(pool.picture(RED, "image")).shape == (16, 32, 3)
+    later.join()
+    pool.close()
+
+
+# A pipe takes all of the first at once, and not of the second.
+@pytest.mark.parametrize("picture", [RED, bytes(2**20)], ids=["small", "large"])
+def test_a_process_that_gets_no_time_is_ended_and_its_picture_may_come_again(
+    picture: bytes,
+) -> None:
+    pool = DecodePool(Limits(decode_s=0.05), processes=1, waiting=1)
+    asyncio.run(pool.picture(RED, "image"))
+    process = pool._idle[0]._process
+    process.send_signal(signal.SIGSTOP)
+    # Without a limit it would end in another error, of a process that is gone.
     rescue = Timer(5, process.kill)
     rescue.start()
-    with pytest.raises(TooLarge, match=r"^image takes longer than 0.2 s to decode"):
-        asyncio.run(pool.picture(bytes(2**20), "image"))
+    with pytest.raises(Overloaded, match=r"^The processor was too busy to decode"):
+        asyncio.run(pool.picture(picture, "image"))
     rescue.cancel()
     assert processes(pool) == []
     pool.close()
