@@ -8,7 +8,6 @@ these changes, and a program has none.
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
@@ -39,6 +38,9 @@ OFTEN = 40
 MOST_SHAPES = 64
 """Shapes that are compiled for a model: a U-Net has about 18 for each size of pictures."""
 
+
+COUNTED = 1024
+"""Shapes whose calls are counted: clients may ask for ever other sizes."""
 
 PATIENCE_S = 120.0
 """For how long programs wait for others, so that forwards change over once. Clients that ask for
@@ -117,7 +119,7 @@ class CompiledBlocks:
         self._compiler = compiler
         self._in_use = False
         self._lock = Lock()
-        self._calls: Counter[Hashable] = Counter()
+        self._calls: dict[Hashable, int] = {}
         self._waiting: set[Hashable] = set()
         self._programs: dict[Hashable, _Program] = {}
         self._ready: dict[Hashable, _Program] = {}
@@ -181,8 +183,12 @@ class CompiledBlocks:
         with self._lock:
             if any(key in one for one in known) or sum(map(len, known)) >= MOST_SHAPES:
                 return False
-        self._calls[key] += 1
-        return self._calls[key] >= OFTEN
+        calls = self._calls.pop(key, 0) + 1
+        # Behind all others, of which those go first that were called least lately.
+        self._calls[key] = calls
+        while len(self._calls) > COUNTED:
+            del self._calls[next(iter(self._calls))]
+        return calls >= OFTEN
 
     def _ask(
         self, key: Hashable, skeleton: nn.Module, call: BlockCall, template: Any, put_out: Any

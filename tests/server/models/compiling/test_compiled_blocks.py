@@ -188,6 +188,19 @@ def test_programs_do_not_wait_for_ever_other_shapes(
     assert compilation_of(unet) == Compilation(compiled=len(compiler.asked), waiting=1)
 
 
+def test_calls_of_ever_other_shapes_are_not_counted_for_ever(
+    unet: HostedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "COUNTED", 12)
+    compile_blocks(unet, Copied())
+    assert unet.blocks is not None
+    for side in (64, 72, 80):
+        x = torch.zeros(1, *unet.latent_shape(side, 64))
+        with torch.inference_mode():
+            unet.evaluate(x, torch.zeros(1), unet.inputs([None]))
+    assert len(unet.blocks._calls) == 12
+
+
 def test_quantised_and_streamed_models_run_as_ever(
     unet: HostedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
