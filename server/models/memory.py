@@ -24,15 +24,14 @@ HOST: Final = "cpu"
 ACTIVATIONS: Final = 0.1
 """Share of a GPU's memory that weights leave to activations, prompts and states."""
 
-CGROUPS: Final = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"),
-    (
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-        "/sys/fs/cgroup/memory/memory.stat",
-    ),
+GROUPS: Final = "/sys/fs/cgroup"
+OWN_GROUP: Final = "/proc/self/cgroup"
+
+USAGE: Final = "memory.max", "memory.current", "memory.stat"
+USAGE_OF_VERSION_1: Final = tuple(
+    f"memory/memory.{name}" for name in ("limit_in_bytes", "usage_in_bytes", "stat")
 )
-"""Limit, use and statistics of a container, of both versions of control groups."""
+"""Files with the limit, use and statistics of a control group, as of a container or a service."""
 
 
 class DeviceMemory(NamedTuple):
@@ -78,13 +77,26 @@ def reclaim(device: torch.device) -> None:
 def _of_host() -> DeviceMemory:
     memory = psutil.virtual_memory()
     free, most = memory.available, memory.total
-    for paths in CGROUPS:
-        limit, used, statistics = (_read(path) for path in paths)
+    for folder, names in _control_groups():
+        limit, used, statistics = (_read(folder / name) for name in names)
         # "max" is no limit.
         if limit.strip().isdigit() and used.strip().isdigit() and int(limit) < most:
             most = int(limit)
             free = min(free, most - int(used) + _of_files(statistics))
     return DeviceMemory(max(0, free), most)
+
+
+def _control_groups() -> list[tuple[Path, tuple[str, ...]]]:
+    """Folders of the groups that this process is in, with the names of their files.
+
+    A container sees its own group as the outermost one; a service of systemd is further inside.
+    """
+    outermost = Path(GROUPS)
+    lines = _read(Path(OWN_GROUP)).splitlines()
+    own = [line.removeprefix("0::").strip("/") for line in lines if line.startswith("0::")]
+    inner = outermost.joinpath(*own)
+    found = [one for one in (inner, *inner.parents) if one.is_relative_to(outermost)]
+    return [*((one, USAGE) for one in found), (outermost, USAGE_OF_VERSION_1)]
 
 
 def _of_files(statistics: str) -> int:
@@ -97,8 +109,8 @@ def _of_files(statistics: str) -> int:
     return sum(int(values.get(f"total_{name}", values.get(name, "0"))) for name in lists)
 
 
-def _read(path: str) -> str:
+def _read(path: Path) -> str:
     try:
-        return Path(path).read_text("ascii")
+        return path.read_text("ascii")
     except OSError:
         return ""

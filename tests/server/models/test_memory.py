@@ -1,4 +1,4 @@
-"""Memory of the host, as far as a container may have it."""
+"""Memory of the host, as far as a container or a service may have it."""
 
 from pathlib import Path
 
@@ -13,20 +13,37 @@ MOST, USED = 2**20, 2**19
 
 
 @pytest.mark.parametrize(
-    ("statistics", "kept"),
+    ("names", "group", "folder", "statistics", "kept"),
     [
-        ("anon 5\ninactive_file 1000\nactive_file 200000\nfile 7\n", 201_000),
-        ("cache 9\ninactive_file 1\ntotal_inactive_file 300\ntotal_active_file 20\n", 320),
-        ("", 0),
+        (memory.USAGE, "0::/", "", "anon 5\ninactive_file 1000\nactive_file 200000\n", 201_000),
+        (memory.USAGE, "0::/system.slice/weft.service\n", "system.slice/weft.service", "", 0),
+        (memory.USAGE, "0::/a/of/the/host", "", "", 0),
+        (
+            memory.USAGE_OF_VERSION_1,
+            "9:name=systemd:/\n8:memory:/docker/1\n",
+            "",
+            "inactive_file 1\ntotal_inactive_file 300\ntotal_active_file 20\n",
+            320,
+        ),
     ],
+    ids=["container", "service", "container that sees the host's name", "version 1"],
 )
-def test_a_container_has_what_is_below_its_limit_and_what_the_kernel_keeps_of_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, statistics: str, kept: int
+def test_there_is_what_is_below_the_limit_and_what_the_kernel_keeps_of_files(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    names: tuple[str, ...],
+    group: str,
+    folder: str,
+    statistics: str,
+    kept: int,
 ) -> None:
-    files = [tmp_path / name for name in ("limit", "used", "statistics")]
+    files = [tmp_path / folder / name for name in names]
+    files[0].parent.mkdir(parents=True, exist_ok=True)
     for file, content in zip(files, (f"{MOST}\n", f"{USED}\n", statistics), strict=True):
         file.write_text(content)
-    monkeypatch.setattr(memory, "CGROUPS", (tuple(map(str, files)),))
+    (tmp_path / "own").write_text(group)
+    monkeypatch.setattr(memory, "GROUPS", str(tmp_path))
+    monkeypatch.setattr(memory, "OWN_GROUP", str(tmp_path / "own"))
     assert measure(torch.device("cpu")) == (MOST - USED + kept, MOST)
     files[0].write_text("max\n")
     assert measure(torch.device("cpu")).most == psutil.virtual_memory().total
