@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load
 
 from server.errors import EmbeddingMismatch
 from server.models.embeddings.embedding import Embedding
@@ -101,8 +101,11 @@ class EmbeddingFile:
                 none of the type's.
         """
         try:
-            state = load_file(self.path)
-            revision = hashlib.sha256(self.path.read_bytes()).hexdigest()[:16]
+            # Read and not mapped: a file that is overwritten would change what is loaded, and one
+            # that is cut short would end the process.
+            content = self.path.read_bytes()
+            state = load(content)
+            revision = hashlib.sha256(content).hexdigest()[:16]
         except (OSError, SafetensorError) as error:
             raise EmbeddingMismatch(
                 f"embedding {self.name!r} could not be read: {without_folder(error, self.path)}."

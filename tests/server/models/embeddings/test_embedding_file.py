@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 from typing_extensions import override
 
@@ -124,6 +124,15 @@ def test_values_that_are_no_numbers_are_refused_once_they_are_read(tmp_path: Pat
     save_file({"emb_params": torch.full((1, 4), torch.nan)}, tmp_path / "ink.safetensors")
     with pytest.raises(EmbeddingMismatch, match="'ink' has values that are no numbers in float32"):
         shelved(tmp_path, ONE).load("ink")
+
+
+def test_what_is_loaded_stays_as_it_was_when_its_file_is_overwritten(tmp_path: Path) -> None:
+    file = tmp_path / "ink.safetensors"
+    save_file({"emb_params": torch.ones(2, 4)}, file)
+    loaded = shelved(tmp_path, ONE).load("ink")
+    with file.open("r+b") as stream:
+        stream.write(save({"emb_params": torch.full((2, 4), torch.nan)}))
+    assert torch.equal(loaded.vectors["text_encoder"], torch.ones(2, 4))
 
 
 def test_memory_is_bounded_by_bytes(tmp_path: Path) -> None:
