@@ -10,6 +10,7 @@ import signal
 import time
 import weakref
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from threading import Timer
 
@@ -41,11 +42,12 @@ def processes(pool: DecodePool) -> list[int]:
 
 def children() -> set[str]:
     """Processes that were started here and have not been ended."""
-    return {
-        process
-        for thread in Path("/proc/self/task").iterdir()
-        for process in (thread / "children").read_text().split()
-    }
+    found: set[str] = set()
+    for thread in Path("/proc/self/task").iterdir():
+        # Threads of other tests may end meanwhile.
+        with suppress(FileNotFoundError, ProcessLookupError):
+            found.update((thread / "children").read_text().split())
+    return found
 
 
 def test_files_and_base64_become_pixels_of_the_size_that_is_asked_for(pool: DecodePool) -> None:
