@@ -31,11 +31,15 @@ const blobOf = (base64, type) => new Blob([Uint8Array.from(atob(base64), (one) =
 
 const waiting = (before) => ({ caption: `waiting, ${before + 1} in line` });
 
+const UPLOADS = ["image", "mask", "reference", "image_prompts", "controls"];
+
 /** The request for one image of an answer alone, if it does not depend on the others. */
-function requestOf(asked, { settings, particles }, seed) {
+function requestOf(asked, { settings, particles }, seed, index) {
   const isAlone = !particles && !settings.guidance.negtome;
-  const uploads = Object.fromEntries(["image", "mask", "reference"].filter((name) => asked[name]).map((name) => [name, asked[name]]));
-  return { ...settings, ...(isAlone && { seed, n: 1 }), ...uploads };
+  const uploads = Object.fromEntries(UPLOADS.filter((name) => asked[name]).map((name) => [name, asked[name]]));
+  const { variation } = settings;
+  const own = { seed, n: 1, ...(variation && { variation: { ...variation, seed: variation.seed + index } }) };
+  return { ...settings, ...(isAlone && own), ...uploads };
 }
 
 async function generate(asked) {
@@ -63,7 +67,7 @@ async function generate(asked) {
         await Promise.all(data.images.map(async ({ b64_json, url, seed }, index) => {
           const blob = url ? await (await fetch(url)).blob() : blobOf(b64_json, kind);
           const ancestor = data.particles ? `, from image ${data.particles.ancestors[index] + 1}` : "";
-          return gallery.finish(pictures[index], blob, `seed ${seed}${ancestor}`, requestOf(asked, data, seed));
+          return gallery.finish(pictures[index], blob, `seed ${seed}${ancestor}`, requestOf(asked, data, seed, index));
         }));
       }
     }
@@ -93,6 +97,7 @@ async function showSettings(request) {
   const isHosted = catalog.models.some(({ name }) => name === request.model);
   if (!isHosted) say(`Model ${request.model} is not loaded here; the chosen one stays.`, true);
   else if (request.strength && !request.image) say("These settings start from a picture; choose it under Start from a picture.");
+  else if ([...request.image_prompts ?? [], ...request.controls ?? []].some(({ image }) => !image)) say("These settings have pictures beside the prompt; choose them under Image prompts and ControlNets.");
   else say("The settings of the picture are back.");
 }
 
@@ -104,7 +109,7 @@ const ACTIONS = {
     say(`The next picture has seed ${request.seed}.`);
   },
   "Start from it": async ({ blob, request }) => {
-    const { width, height } = request;
+    const { width, height } = request.hires ?? request;
     Object.assign(form.width, { value: width });
     Object.assign(form.height, { value: height });
     asking.startFrom(await asDataUri(blob));

@@ -2,18 +2,48 @@
 
 import { pickersOf } from "./catalog.js";
 import { create } from "./fields.js";
+import { hiresFields, sizeBeside } from "./hires.js";
 import { maskPainter } from "./mask.js";
+import { pictureFields } from "./picture_fields.js";
+import { textFields } from "./texts.js";
 import { upload } from "./upload.js";
 
 const NUMBERS = ["width", "height", "steps", "n", "seed", "strength"];
 const TEXTS = ["negative_prompt"];
-const SHOWN = new Set(["prompt", "model", "output_format", "sampler", "spacing", "guidance", "cache", "image", "mask", "reference", ...NUMBERS, ...TEXTS]);
+const SHOWN = new Set([
+  "prompt", "model", "output_format", "sampler", "spacing", "guidance", "cache", "image", "mask", "mask_content", "reference",
+  "image_prompts", "controls", "hires", "variation", "clip_skip", ...NUMBERS, ...TEXTS,
+]);
 
-/** What the form has no input for: unknown fields, and all but the first perturbation. */
-function others(request) {
+/** What the form has no input for: unknown fields, all but the first perturbation, a size of the second run. */
+function others(request, model) {
   const rest = Object.entries(request).filter(([name, value]) => !SHOWN.has(name) && value?.length !== 0);
   const perturbed = request.guidance?.perturbed;
-  return { ...Object.fromEntries(rest), ...(perturbed?.length > 1 && { guidance: { perturbed } }) };
+  const hires = sizeBeside(request, model);
+  return { ...Object.fromEntries(rest), ...(perturbed?.length > 1 && { guidance: { perturbed } }), ...(hires && { hires }) };
+}
+
+/** The inputs of a form for `variation`. */
+function variationFields(form) {
+  const inputs = { strength: form.variation_strength, seed: form.variation_seed };
+  const fill = (request) => {
+    const stated = Object.entries(inputs).filter(([, { value }]) => value).map(([name, { value }]) => [name, Number(value)]);
+    if (stated.length) request.variation = Object.fromEntries(stated);
+  };
+  const show = ({ variation }) => {
+    for (const [name, input] of Object.entries(inputs)) input.value = variation?.[name] ?? "";
+  };
+  return { fill, show };
+}
+
+/** The input of a form for what a painted part starts from. */
+function maskContentFields(form, names) {
+  form.mask_content.replaceChildren(new Option("as the server chooses", ""), ...names.map((name) => new Option(name)));
+  const fill = (request) => {
+    if (request.mask && form.mask_content.value) request.mask_content = form.mask_content.value;
+  };
+  const show = (request) => { form.mask_content.value = request.mask_content ?? ""; };
+  return { fill, show };
 }
 
 /**
@@ -31,7 +61,19 @@ export function requestForm(form, catalog) {
   form.querySelector("#reference-upload").replaceChildren(reference);
   form.querySelector("#mask").replaceChildren(mask);
   form.model.replaceChildren(...models.map(({ name }) => new Option(name)));
-  picture.addEventListener("change", () => mask.over(picture.read()));
+  picture.addEventListener("change", () => {
+    form.querySelector("#mask-content").hidden = !picture.read();
+    mask.over(picture.read());
+  });
+  const hires = hiresFields(form, catalog.upscalers);
+  const parts = [
+    variationFields(form),
+    hires,
+    textFields(form),
+    maskContentFields(form, catalog.mask_contents),
+    pictureFields(form.querySelector("#image-prompts"), "image_prompts", "image prompt", "What the images are to be like, in content or style. The square in its middle counts."),
+    pictureFields(form.querySelector("#controls"), "controls", "ControlNet", "What it reads, such as edges, a depth map or a pose, prepared as it was trained with."),
+  ];
 
   const places = [...form.querySelectorAll("[data-choices]")];
   const placeOf = ({ entries }) =>
@@ -46,6 +88,7 @@ export function requestForm(form, catalog) {
     Object.assign(form.width, { placeholder: width, step: multiple, min: multiple });
     Object.assign(form.height, { placeholder: height, step: multiple, min: multiple });
     pickers.follow(model());
+    for (const part of parts) part.offer?.(model());
   };
   form.model.addEventListener("change", follow);
   // The browser shows what is wrong with a field only where the field is seen.
@@ -61,13 +104,19 @@ export function requestForm(form, catalog) {
     for (const [name, input] of Object.entries({ image: picture, mask, reference })) {
       if (input.read()) made[name] = input.read();
     }
+    for (const part of parts) part.fill(made);
     pickers.fill(made);
     if (!form.extra.value.trim()) return made;
     let extra;
     try { extra = JSON.parse(form.extra.value); } catch { extra = null; }
     if (extra === null || typeof extra !== "object") throw new Error("Other fields must be a JSON object, such as {\"adapters\": []}.");
-    const { guidance, ...fields } = extra;
-    return { ...made, ...fields, ...(guidance && { guidance: { ...made.guidance, ...guidance } }) };
+    const { guidance, hires, ...fields } = extra;
+    return {
+      ...made,
+      ...fields,
+      ...(guidance && { guidance: { ...made.guidance, ...guidance } }),
+      ...(hires && { hires: { ...made.hires, ...hires } }),
+    };
   };
 
   /** Shows choices of model, steps, sampler and guidance; the rest of the form stays. */
@@ -84,7 +133,8 @@ export function requestForm(form, catalog) {
     choose(request);
     for (const name of [...TEXTS, ...NUMBERS]) form[name].value = request[name] ?? "";
     form.output_format.value = request.output_format ?? "png";
-    const rest = others(request);
+    for (const part of parts) part.show(request, model());
+    const rest = others(request, model());
     form.extra.value = Object.keys(rest).length ? JSON.stringify(rest) : "";
     picture.put(request.image ?? null);
     reference.put(request.reference ?? null);
@@ -92,7 +142,13 @@ export function requestForm(form, catalog) {
     if (request.mask) await mask.put(request.mask);
   };
 
-  return { read, choose, show, model, startFrom: picture.put };
+  /** Shows a picture to start from; a request from a picture has no second run. */
+  const startFrom = (dataUri) => {
+    hires.show({}, model());
+    picture.put(dataUri);
+  };
+
+  return { read, choose, show, model, startFrom };
 }
 
 /** Buttons among which one is pressed. */

@@ -34,6 +34,9 @@ CHOICES = {
 }
 """Where the page puts what it chose from each list of the catalog."""
 
+WORDS = {"upscalers": "upscaler", "mask_contents": "mask_content"}
+"""The page's input for each list of the catalog that has names alone."""
+
 TOOLS = """
 const $ = (id) => document.getElementById(id);
 const form = $("form");
@@ -109,12 +112,16 @@ def test_the_api_s_page_is_drawn_without_any_other_server(tab: Tab, client: http
 def test_the_page_offers_every_list_of_the_catalog(tab: Tab) -> None:
     legends = tab.run("return texts('#more fieldset.picker > legend')")
     assert sorted(legends) == sorted(choice.title for choice in catalog().choices)
-    assert {*CHOICES} == {*Catalog.model_fields} - {"choices", "defaults", "models"}
+    assert {*CHOICES, *WORDS} == {*Catalog.model_fields} - {"choices", "defaults", "models"}
+    for words, name in WORDS.items():
+        offered = tab.run(f"return [...form.{name}.options].slice(1).map(({{ value }}) => value)")
+        assert tuple(offered) == getattr(catalog(), words)
 
 
 @pytest.mark.parametrize("title", CHOICES)
 def test_the_page_spells_nothing_that_the_catalog_lists(title: str) -> None:
     names = {entry.name for entry in getattr(catalog(), title)} - set(CHOICES)
+    names |= {word for words in WORDS for word in getattr(catalog(), words)}
     assert not [name for name in names if f'"{name}"' in PAGE]
 
 
@@ -467,6 +474,116 @@ def test_settings_come_back_from_the_gallery_and_from_a_dropped_file(
     assert after_reload == ["a blue square, seed 7"]
 
 
+MORE = """
+const asked = window.fetch;
+window.fetch = async (...request) => {
+  const answer = await asked(...request);
+  if (request[0] !== "/v1/catalog") return answer;
+  const catalog = await answer.json();
+  Object.assign(catalog.models[0], {
+    embeddings: [{ name: "inkstyle", vectors: 2 }],
+    image_prompts: [{ name: "plain" }, { name: "plus" }],
+    controls: [{ name: "canny" }],
+  });
+  return Response.json(catalog);
+};
+"""
+"""The first model of the catalog, as if it had what the embedded one does not have."""
+
+
+def test_what_some_models_have_is_asked_for_and_comes_back_with_the_settings(
+    tab: Tab, client: httpx2.Client
+) -> None:
+    optional = """["embeddings", "image-prompts", "controls"].map((id) => {
+      return $(id).closest("[hidden]") !== null;
+    })"""
+    assert tab.run(f"return {optional}") == [True] * 3
+    tab.open(str(client.base_url), MORE)
+    hidden, sent, resolved, odd = tab.run(
+        f"""
+        {READY}
+        const hidden = {optional};
+        const sent = [];
+        window.fetch = async (_, {{ body }}) => {{ sent.push(body); throw new Error("kept"); }};
+        const canvas = Object.assign(document.createElement("canvas"), {{ width: 8, height: 8 }});
+        canvas.getContext("2d").fillRect(0, 0, 8, 8);
+        const square = await new Promise((resolve) => canvas.toBlob(resolve));
+        const add = (place) => {{
+          [...place.querySelectorAll("button")].at(-1).click();
+          const dataTransfer = new DataTransfer();
+          dataTransfer.items.add(new File([square], "square.png", {{ type: "image/png" }}));
+          const dropped = new DragEvent("drop", {{ dataTransfer, cancelable: true }});
+          place.querySelector(".upload").dispatchEvent(dropped);
+          const [scale, start, end] = place.querySelectorAll("[type=number]");
+          scale.value = 0.5; start.value = 0.1; end.value = 0.7;
+        }};
+        """
+        """
+        form.upscaler.value = "latent";
+        form.upscaler.dispatchEvent(new Event("change"));
+        form.hires_scale.value = 1.5; form.hires_strength.value = 0.6;
+        form.variation_strength.value = 0.2; form.variation_seed.value = 9;
+        form.clip_skip.value = 2;
+        form.negative_prompt.dispatchEvent(new FocusEvent("focus"));
+        $("embeddings").querySelector("button").click();
+        add($("image-prompts")); add($("controls"));
+        $("image-prompts").querySelector("select").value = "plus";
+        await until(() => document.querySelectorAll(".pictures img[src]").length === 2);
+        await press();
+
+        const { open } = await import("/page/generate.js");
+        const settings = { ...JSON.parse(sent[0]), width: 96, height: 160, steps: 20 };
+        const run = { upscaler: "latent", strength: 0.6, steps: 20 };
+        for (const [width, height] of [[128, 224], [128, 128]]) {
+          await open({ ...settings, hires: { ...run, width, height } });
+          await press();
+        }
+        return [hidden, ...sent];
+        """
+    )
+    assert hidden == [False] * 3
+    first, again, square = map(json.loads, (sent, resolved, odd))
+    GenerateRequest.model_validate(first)
+    shown = {"scale": 0.5, "start": 0.1, "end": 0.7}
+    for field, name in (("image_prompts", "plus"), ("controls", "canny")):
+        image = first[field][0]["image"]
+        assert image.startswith("data:image/png;base64,")
+        assert first[field] == [{"name": name, "image": image, **shown}]
+    assert first["hires"] == {"upscaler": "latent", "scale": 1.5, "strength": 0.6}
+    assert first["variation"] == {"seed": 9, "strength": 0.2}
+    assert first["clip_skip"] == 2
+    assert first["negative_prompt"] == "inkstyle"
+
+    size = {"width": 96, "height": 160, "steps": 20}
+    # In multiples of 32 pixels, that scale makes 128 x 224 of it as 1.5 does.
+    assert again == first | size | {"hires": first["hires"] | {"scale": 1.4}}
+    assert square["hires"] == {"upscaler": "latent", "strength": 0.6, "width": 128, "height": 128}
+
+
+def test_a_picture_of_several_is_drawn_again_from_its_settings(tab: Tab) -> None:
+    drawn, again, start = tab.run(
+        """
+        form.width.value = form.height.value = 64; form.seed.value = 5; form.n.value = 2;
+        form.upscaler.value = "lanczos"; form.variation_strength.value = 0.5;
+        await press();
+        await until(async () => (await kept()).length === 2);
+        const drawn = await pictures();
+        tiles()[1].click();
+        act("Use settings");
+        await until(() => form.variation_seed.value);
+        await press();
+        await until(async () => (await kept()).length === 3);
+        const again = (await pictures()).at(-1);
+        act("Start from it");
+        await until(() => form.querySelector(".mask img").naturalWidth === 128);
+        return [drawn, again, [form.upscaler.value, form.width.value]];
+        """
+    )
+    assert drawn[0] != drawn[1]
+    assert again == drawn[1]
+    assert start == ["", "128"]
+
+
 def test_several_requests_run_at_once_and_each_is_cancelled_alone(
     tab: Tab, running: Running
 ) -> None:
@@ -508,15 +625,16 @@ def test_a_part_painted_with_the_keyboard_is_the_mask_of_the_request(tab: Tab) -
         for (const key of [" ", "ArrowLeft", "ArrowLeft"]) {
           canvas.dispatchEvent(new KeyboardEvent("keydown", { key }));
         }
-        form.strength.value = 1;
+        form.strength.value = 1; form.mask_content.value = "latent_noise";
         await press();
         await until(async () => (await kept()).length === 2);
-        const { image, mask, strength, width } = (await kept()).at(-1).request;
-        return { image, mask, strength, width, said: $("said").className };
+        const { image, mask, strength, mask_content } = (await kept()).at(-1).request;
+        return { image, mask, strength, mask_content, said: $("said").className };
         """
     )
     assert sent["said"] == ""
     assert sent["strength"] == 1
+    assert sent["mask_content"] == "latent_noise"
     assert sent["image"].startswith("data:image/png;base64,")
     mask = Image.open(io.BytesIO(base64.b64decode(sent["mask"].split(",")[1]))).convert("L")
     assert mask.size == (512, 512)
