@@ -49,7 +49,9 @@ def _serve(path: str, name: str, policy: str) -> None:
         base_url = request.app.state.settings.results.base_url
         images = "" if base_url is None else f" {_origin_of(base_url)}"
         allowed = policy.replace("{images}", images)
-        return FileResponse(WEB / name, headers={"content-security-policy": allowed})
+        # A browser that kept a page by its age would keep an old policy, and old scripts, with it.
+        headers = {"content-security-policy": allowed, "cache-control": "no-cache"}
+        return FileResponse(WEB / name, headers=headers)
 
 
 def _origin_of(url: str) -> str:

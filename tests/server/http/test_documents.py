@@ -88,6 +88,11 @@ def test_no_answer_is_guessed_at_or_framed(
     assert "{" not in policy
 
 
+@pytest.mark.parametrize("path", ["/", "/page/generate.js"])
+def test_browsers_ask_for_the_page_whenever_it_is_opened(unlocked: TestClient, path: str) -> None:
+    assert unlocked.get(path).headers["cache-control"] == "no-cache"
+
+
 def test_an_unforeseen_error_is_no_exception(
     unloaded: Unloaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
