@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
+from server.models.compiling.autocast import inline_disabled_autocast
 from server.models.compiling.block_call import Layout, Operand
 from server.models.compiling.skeleton import weights_of
 
@@ -118,6 +119,7 @@ def export(job: BlockJob) -> Exported:
     )
     if len(made.graph_signature.user_inputs) != len(made.graph_signature.input_specs):
         raise Unsuitable("it reads tensors beside its weights and what it is given")
+    inline_disabled_autocast(made.graph_module)
     return Exported(made.graph_module, sample)
 
 

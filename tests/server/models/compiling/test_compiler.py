@@ -22,7 +22,14 @@ from server.models.compiling import compiler as module
 from server.models.compiling.block_call import layout_of, read, template_of
 from server.models.compiling.compiler import BlockCompiler, missing_compiler
 from server.models.compiling.model_blocks import compile_blocks
-from server.models.compiling.program import BlockJob, FlatBlock, Unsuitable, check, export
+from server.models.compiling.program import (
+    BlockJob,
+    FlatBlock,
+    Unsuitable,
+    check,
+    compile_to,
+    export,
+)
 from server.models.compiling.skeleton import fingerprint, skeleton_of, weights_of
 from server.models.loading import load_model
 from tests.server.models import tiny_sdxl
@@ -68,6 +75,28 @@ def test_a_block_is_traced_for_every_number_of_rows() -> None:
         hidden, rope = torch.randn(rows, 5, 8), torch.randn(5, 8)
         [made] = graph(*weights_of(block).values(), hidden, rope)
         assert torch.allclose(made, block(hidden, rope, scale=0.5)[0], atol=1e-6)
+
+
+class Rotating(nn.Module):
+    """Has a region without autocast, as the rotary embedding of Z-Image has."""
+
+    def forward(self, hidden: Tensor, angles: Tensor) -> Tensor:
+        with torch.autocast("cuda", enabled=False):
+            turned = torch.view_as_complex(hidden.unflatten(-1, (-1, 2))) * angles
+        return hidden + torch.view_as_real(turned).flatten(-2)
+
+
+def rotating_job() -> BlockJob:
+    return job(Rotating(), torch.zeros(3, 5, 8), torch.zeros(5, 4, dtype=torch.complex64))
+
+
+def test_a_region_without_autocast_is_part_of_the_graph() -> None:
+    graph = export(rotating_job()).graph
+    assert list(graph.children()) == []
+    for rows in (1, 5):
+        hidden, angles = torch.randn(rows, 5, 8), torch.randn(5, 4, dtype=torch.complex64)
+        [made] = graph(hidden, angles)
+        assert torch.equal(made, Rotating()(hidden, angles))
 
 
 def test_a_program_with_other_numbers_or_without_gain_is_refused() -> None:
@@ -186,6 +215,16 @@ def test_a_compiled_block_comes_from_another_process_and_from_the_folder_afterwa
             [expected] = FlatBlock(one)(*weights, hidden)
             assert torch.allclose(made, expected, atol=1e-5)
         assert len(list(tmp_path.glob("*.json"))) == len(jobs), again
+
+
+@COMPILES
+def test_a_program_with_a_region_without_autocast_can_be_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    with torch.no_grad():
+        compile_to(export(rotating_job()), tmp_path / "program")
+    assert (tmp_path / "program").stat().st_size
 
 
 @COMPILES
