@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import warnings
 from contextlib import suppress
 from ctypes import CDLL
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 REASON_LENGTH = 200
+
+LONGEST_EXIT_S = 5
 
 PARENT_DEATH_SIGNAL = 1
 """Linux's ``PR_SET_PDEATHSIG``; elsewhere this process ends with its job."""
@@ -53,7 +56,16 @@ def main(jobs: Connection) -> None:
 
 
 def _end_all(*_: object) -> None:
-    os.killpg(0, signal.SIGKILL)
+    """End the compilers below this process, and this process by way of what it does at its exit.
+
+    Killed at once, it would leave a half-written program and any semaphores that it holds.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.killpg(0, signal.SIGTERM)
+    # Should a compiler catch the exit, or take long to reach it, the system ends this process.
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(LONGEST_EXIT_S)
+    sys.exit()
 
 
 def _compiled(job: BlockJob, file: Path) -> str:
