@@ -336,6 +336,8 @@ def catalog(
     out = Console()
     for choice in listed.choices:
         out.print(_table(choice.entries, getattr(listed, choice.entries)))
+    out.print(f"upscalers of hires: {', '.join(listed.upscalers)}")
+    out.print(f"mask_contents: {', '.join(listed.mask_contents)}")
 
 
 @app.command()

@@ -49,6 +49,7 @@ __all__ = [
     "Guidance",
     "MaskContent",
     "ResolvedRequest",
+    "check_printable",
     "default_guidance",
     "default_sampler",
     "guidance_of",
@@ -117,7 +118,12 @@ CHOICES: Final[Mapping[str, Mapping[str, type[BaseModel]]]] = {
 """Classes by field and name, for error sentences about the fields inside them."""
 
 
-def _printable(text: str) -> str:
+def check_printable(text: str) -> str:
+    """The text.
+
+    Raises:
+        PydanticCustomError: it has a control character or half a surrogate pair.
+    """
     for position, character in enumerate(text):
         if (character < " " and character not in "\t\n\r") or "\ud800" <= character <= "\udfff":
             raise PydanticCustomError(
@@ -128,7 +134,7 @@ def _printable(text: str) -> str:
     return text
 
 
-Prompt = Annotated[str, Field(max_length=PROMPT_BYTES_CEILING), AfterValidator(_printable)]
+Prompt = Annotated[str, Field(max_length=PROMPT_BYTES_CEILING), AfterValidator(check_printable)]
 Count = Annotated[int, Field(strict=True)]
 
 

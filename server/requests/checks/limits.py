@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Final
 
+from pydantic_core import PydanticCustomError
+
 from server.errors import InvalidRequest
 from server.models.emphasis import MOST_CHUNKS, written_in
 from server.models.hosted import HostedModel, ModelFacts
 from server.requests.embeddings import texts_of
-from server.requests.schema import GenerateRequest, ResolvedRequest
+from server.requests.schema import GenerateRequest, ResolvedRequest, check_printable
 from server.requests.start_noise import MAX_SEED
 from server.settings import Limits
 
@@ -42,11 +44,17 @@ def check_limits(request: ResolvedRequest, limits: Limits) -> None:
     """Refuse what this server's operator does not allow.
 
     Raises:
-        InvalidRequest: a field is beyond its limit.
+        InvalidRequest: a field is beyond its limit, or a text of guidance has characters that are
+            no text.
     """
     _at_most("steps", request.steps, limits.steps)
     _at_most("n", request.n, limits.images)
-    own = (("guidance", one.prompt) for one in request.guidance.branches if one.told == "own")
+    own = [("guidance", one.prompt) for one in request.guidance.branches if one.told == "own"]
+    for field, text in own:
+        try:
+            check_printable(text)
+        except PydanticCustomError as error:
+            raise InvalidRequest(field, f"A prompt of {field} {error.message()}.") from None
     for field, text in (
         ("prompt", request.prompt),
         ("negative_prompt", request.negative_prompt or ""),

@@ -411,6 +411,10 @@ def test_settings_of_a_started_picture_are_refused_without_it(
             "guidance has 4098 bytes; at most 4096 are allowed.",
         ),
         (
+            {"guidance": {"name": "composed", "prompts": [{"prompt": "a\0"}]}},
+            r"A prompt of guidance has the character '\x00' at position 1; only text is allowed.",
+        ),
+        (
             {"negative_prompt": "x" * 4097},
             "negative_prompt has 4097 bytes; at most 4096 are allowed.",
         ),
