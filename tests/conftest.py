@@ -9,8 +9,12 @@ import pytest
 from hypothesis import settings
 
 # Read when torch is imported, which no test module has done yet. Small models on many threads
-# spend their time waiting for one another, and so do processes that share the cores.
-os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+# spend their time waiting for one another, and so do processes that share the cores. A worker of
+# xdist inherits what this file has set in the process that started it.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+else:
+    os.environ.setdefault("OMP_NUM_THREADS", "2")
 # A test that would fetch a model fails at once and says so.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
