@@ -16,6 +16,7 @@ from guidance.always import Always
 from samplers import SAMPLERS
 from samplers.timesteps import Trailing
 from server.engine.engine import Engine
+from server.engine.selection import Selection
 from server.engine.task import ImageTask
 
 if TYPE_CHECKING:
@@ -50,12 +51,16 @@ class Outcome:
     batches: list[int] = field(default_factory=list)
 
 
+class _FilledTicks(Selection):
+    @override
+    def rows_of_tick(self, load: Load, lane: Lane) -> int:
+        return self._measurements.row_budget
+
+
 class _Filled(Engine):
     """An engine whose every tick is as full as its budget allows."""
 
-    @override
-    def rows_of_tick(self, load: Load, lane: Lane) -> int:
-        return self.measurements.row_budget
+    selecting = _FilledTicks
 
 
 class Weft:

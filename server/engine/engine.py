@@ -7,7 +7,7 @@ from itertools import chain
 from math import inf
 from threading import Condition, Thread
 from time import monotonic, perf_counter
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import torch
 
@@ -94,7 +94,12 @@ class Engine:
         cuda_graphs: record the forwards that are prepared on a GPU, and replay them.
         most_bytes: of the device that weights and graphs of all models may have together; what
             is loaded keeps to it by itself.
+
+    Attributes:
+        selecting: chooses the images of each tick; benchmarks choose in other ways.
     """
+
+    selecting: ClassVar[type[Selection]] = Selection
 
     def __init__(
         self,
@@ -127,7 +132,7 @@ class Engine:
         self._guessed_costs = guessed_costs
         self._device = next(iter(models.values())).device
         self._live_tick_s = live_tick_s
-        self._selection = Selection(self.measurements, live_tick_s)
+        self._selection = self.selecting(self.measurements, live_tick_s)
         self._costs = CostModel()
         on_gpu = self._device.type == "cuda"
         self._idle_work = IdleWork(
