@@ -70,7 +70,7 @@ gpu: setup-dev ## on a machine with a GPU: its tests and benchmarks, into FOLDER
 contract: setup-dev ## call every route with CONTRACT_EXAMPLES=300 cases of each kind drawn from its schema (minutes)
 	@CONTRACT_EXAMPLES=$(CONTRACT_EXAMPLES) $(BIN)/pytest -q -s tests/server/http/test_contract.py
 
-promises: setup-dev ## attack a running server, weaken it, attack it again, and write docs/promises.md (8 minutes)
+promises: setup-dev ## attack a running server, weaken it, attack it again, and write docs/promises.md (12 minutes)
 	@$(BIN)/python -m benchmarks.promises
 
 soak: setup-dev ## let clients stall, vanish and flood a server for MINUTES=10, and see what they leave behind
