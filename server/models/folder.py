@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from server.errors import ModelMismatch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Iterator
 
 CHUNK = 1 << 22
 INDEX = "model_index.json"
+HERE = "."
+"""The folder itself as a part, where the parts of a model are in subfolders."""
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts that a folder may have and Weft leaves alone."""
 AUTOENCODER = "vae"
@@ -132,6 +134,18 @@ def without_folder(error: Exception, file: Path) -> str:
     return str(error).replace(f"{file.parent}/", "")
 
 
+def about_folder(error: ModelMismatch, folder: Path, called: str) -> str:
+    """What is wrong with a folder that holds one part of a model and is none itself.
+
+    Args:
+        error: whose message says where the folder is, which is no client's business.
+        folder: read with ``HERE`` as its part.
+        called: what it is, with its name.
+    """
+    message = error.message.replace(f"model folder {str(folder)!r}", called)
+    return message.removeprefix(f"{HERE} of ").replace(f"{HERE}/", "")
+
+
 def stamp_of(path: Path) -> tuple[int, int]:
     """When a file was last changed, in nanoseconds, and its size in bytes; zeros if it is gone."""
     try:
@@ -139,6 +153,23 @@ def stamp_of(path: Path) -> tuple[int, int]:
     except OSError:
         return 0, 0
     return status.st_mtime_ns, status.st_size
+
+
+def joint_stamp(stamps: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """When one of some files was last changed, and the bytes of all of them.
+
+    Args:
+        stamps: of the files, at least one; see :func:`stamp_of`.
+    """
+    changed, sizes = zip(*stamps, strict=True)
+    return max(changed), sum(sizes)
+
+
+def chunks_of(path: Path) -> Iterator[bytes]:
+    """What is in a file, part by part, so that it is never in memory as a whole."""
+    with path.open("rb") as stream:
+        while chunk := stream.read(CHUNK):
+            yield chunk
 
 
 class Revisions(NamedTuple):
@@ -179,11 +210,10 @@ def revisions_of(folder: Path, tell: Callable[[int, int], None] | None = None) -
         concerned = (weights,) if decodes else (weights, denoiser)
         for digest in concerned:
             digest.update(str(file.relative_to(folder)).encode())
-        with file.open("rb") as stream:
-            while chunk := stream.read(CHUNK):
-                for digest in concerned:
-                    digest.update(chunk)
-                done += len(chunk)
-                if tell is not None:
-                    tell(done, total)
+        for chunk in chunks_of(file):
+            for digest in concerned:
+                digest.update(chunk)
+            done += len(chunk)
+            if tell is not None:
+                tell(done, total)
     return Revisions(weights.hexdigest()[:16], denoiser.hexdigest()[:16])

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from server.errors import ModelMismatch
-from server.models.folder import AUTOENCODER, CHUNK, Revisions, read_json
+from server.models.folder import AUTOENCODER, Revisions, chunks_of, read_json
 from server.models.weight_files import NETWORK
 
 if TYPE_CHECKING:
@@ -60,9 +60,8 @@ def with_autoencoder(revisions: Revisions, path: Path) -> Revisions:
         ModelMismatch: there is no such file.
     """
     digest = hashlib.sha256(revisions.weights.encode())
-    with file_of(path).open("rb") as stream:
-        while chunk := stream.read(CHUNK):
-            digest.update(chunk)
+    for chunk in chunks_of(file_of(path)):
+        digest.update(chunk)
     return Revisions(digest.hexdigest()[:16], revisions.denoiser)
 
 

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import psutil
 import torch
 
+from server.errors import Overloaded
 from server.heap import collect_all
 
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
 __all__ = [
+    "FULL_RETRY_S",
     "HOST",
     "DeviceMemory",
     "attainable_bytes",
     "measure",
     "reclaim",
+    "room_for",
     "unused_bytes",
 ]
 
@@ -23,6 +30,9 @@ HOST: Final = "cpu"
 
 ACTIVATIONS: Final = 0.1
 """Share of a GPU's memory that weights leave to activations, prompts and states."""
+
+FULL_RETRY_S: Final = 5.0
+"""After which weights may find room that do not now."""
 
 GROUPS: Final = "/sys/fs/cgroup"
 OWN_GROUP: Final = "/proc/self/cgroup"
@@ -57,6 +67,29 @@ def attainable_bytes(device: torch.device) -> int:
     return min(free + own, most)
 
 
+@contextmanager
+def room_for(called: str, needed: int, device: torch.device) -> Generator[None]:
+    """Refuse weights that do not fit in what is free of a device's memory.
+
+    They are loaded inside the ``with`` block, where a tick may still take what was free.
+
+    Args:
+        called: what they are, with their name.
+        needed: bytes.
+        device: where they are needed.
+
+    Raises:
+        Overloaded: they do not fit now.
+    """
+    free = measure(device).free
+    if needed > free:
+        raise _no_room(called, needed, f"of which {free} are free")
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise _no_room(called, needed, "which are not free now") from None
+
+
 def unused_bytes(device: torch.device) -> int:
     """Bytes of a device's memory that nothing uses; what torch keeps of freed tensors counts."""
     if device.type != "cuda":
@@ -72,6 +105,13 @@ def reclaim(device: torch.device) -> None:
         torch.cuda.empty_cache()
         # What streamed networks had locked of the host's memory, too.
         torch._C._host_emptyCache()  # pyright: ignore[reportPrivateUsage]
+
+
+def _no_room(called: str, needed: int, reason: str) -> Overloaded:
+    return Overloaded(
+        FULL_RETRY_S,
+        f"{called} needs {needed} bytes of memory, {reason}; try again in {FULL_RETRY_S:.0f} s.",
+    )
 
 
 def _of_host() -> DeviceMemory:

@@ -9,14 +9,13 @@ from weakref import WeakValueDictionary
 
 from server.errors import Overloaded
 from server.lru import ByteBoundedLRU
+from server.models.memory import FULL_RETRY_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from pathlib import Path
 
 __all__ = ["WeightMemory"]
-
-FULL_RETRY_S = 5.0
 
 Key: TypeAlias = "tuple[str, Path, tuple[int, int]]"
 """The name of the model, and the file or folder with the stamp of when it was read."""

@@ -62,9 +62,10 @@ class Found(Protocol[Loaded]):
 
 
 Here = TypeVar("Here", bound=Found[Any])
+Wanted = TypeVar("Wanted")
 
 
-class WeightShelf(ABC, Generic[Here, Weights]):
+class WeightShelf(ABC, Generic[Here, Weights, Wanted]):
     """Weights of one sort that fit one model, by name; safe from any thread.
 
     Whoever asks sees what the folders have by then, so that something new needs no restart; of what
@@ -73,6 +74,7 @@ class WeightShelf(ABC, Generic[Here, Weights]):
     Args:
         folders: to look in. Of one name in several, the last one counts.
         model: name of the model.
+        wanted: what must fit the model; None where it takes nothing of the sort.
         memory: where loaded weights are kept.
         device: where the model is.
         dtype: of its weights.
@@ -80,6 +82,9 @@ class WeightShelf(ABC, Generic[Here, Weights]):
 
     what: ClassVar[str]
     """One of them is called."""
+
+    asked: ClassVar[str]
+    """What requests ask for is called, in the plural."""
 
     ending: ClassVar[str] = ""
     """Of their names in the folders, which requests leave out."""
@@ -91,12 +96,14 @@ class WeightShelf(ABC, Generic[Here, Weights]):
         self,
         folders: Sequence[Path],
         model: str,
+        wanted: Wanted | None,
         memory: WeightMemory[Weights],
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self._folders = folders
+        self._folders = folders if wanted is not None else ()
         self._model = model
+        self._wanted = wanted
         self._memory = memory
         self._device = device
         self._dtype = dtype
@@ -112,8 +119,8 @@ class WeightShelf(ABC, Generic[Here, Weights]):
         """By which a change of it is noticed."""
 
     @abstractmethod
-    def _understood(self, name: str, path: Path) -> Here:
-        """What it is; raises ``mismatch`` if it cannot be used with the model."""
+    def _understood(self, name: str, path: Path, wanted: Wanted) -> Here:
+        """What it is; raises ``mismatch`` if it is not what is wanted."""
 
     def available(self) -> tuple[Here, ...]:
         """Those that fit the model, by name."""
@@ -131,6 +138,7 @@ class WeightShelf(ABC, Generic[Here, Weights]):
         Raises:
             WeftError: ``mismatch``; there is none, or it does not fit the model.
         """
+        self._taken()
         path = self._path(name)
         if path is None:
             known = ", ".join(one.name for one in self.available()) or "none"
@@ -176,6 +184,11 @@ class WeightShelf(ABC, Generic[Here, Weights]):
         """Let go of what is loaded; the next request loads its own again."""
         self._memory.forget(self._model)
 
+    def _taken(self) -> Wanted:
+        if self._wanted is None:
+            raise self.mismatch(f"model {self._model!r} takes no {self.asked}.")
+        return self._wanted
+
     def _paths(self) -> Mapping[str, Path]:
         places = self._places()
         names = {name for entries in places for name in entries}
@@ -215,7 +228,7 @@ class WeightShelf(ABC, Generic[Here, Weights]):
             return self._read[path][1]
         outcome: Here | str
         try:
-            outcome = self._understood(name, path)
+            outcome = self._understood(name, path, self._taken())
             if (nbytes := outcome.nbytes(self._dtype)) > self._memory.most_bytes:
                 outcome = (
                     f"{self.what} {name!r} takes {nbytes} bytes of memory; at most "

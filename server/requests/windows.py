@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from server.models.controls.control import in_window
+from server.models.window import in_window
 
 if TYPE_CHECKING:
     from samplers import Plan

@@ -92,7 +92,7 @@ def _places(shared: Path | None, own: Path) -> tuple[Path, ...]:
     return (own,) if shared is None else (shared, own)
 
 
-def _log_found(model: str, shelf: WeightShelf[Any, Any]) -> None:
+def _log_found(model: str, shelf: WeightShelf[Any, Any, Any]) -> None:
     # Headers are read now, so that no request waits for all of them.
     if known := [one.name for one in shelf.available()]:
         log.info("%s: %ss %s", model, shelf.what, ", ".join(known))

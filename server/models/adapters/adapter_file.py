@@ -16,7 +16,7 @@ from server.errors import AdapterMismatch
 from server.models.adapters.adapter import Adapter, LowRank
 from server.models.adapters.placing import LARGEST_ALPHA, Header, Placed, Target, place
 from server.models.adapters.stated import stated_defaults
-from server.models.folder import stamp_of, without_folder
+from server.models.folder import chunks_of, stamp_of, without_folder
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 __all__ = ["AdapterFile"]
 
 DTYPES = ("F16", "BF16", "F32", "F64")
-CHUNK = 1 << 22
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -167,7 +166,6 @@ def _padded_rank(rank: int) -> int:
 
 def _revision(path: Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(CHUNK):
-            digest.update(chunk)
+    for chunk in chunks_of(path):
+        digest.update(chunk)
     return digest.hexdigest()[:16]

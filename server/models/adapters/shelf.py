@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from server.errors import AdapterMismatch
 from server.models.adapters.adapter import Adapter
 from server.models.adapters.adapter_file import AdapterFile
+from server.models.adapters.placing import Target
 from server.models.folder import stamp_of
 from server.models.weight_shelf import WeightShelf
 
@@ -16,13 +17,12 @@ if TYPE_CHECKING:
 
     import torch
 
-    from server.models.adapters.placing import Target
     from server.models.weight_memory import WeightMemory
 
 __all__ = ["AdapterShelf"]
 
 
-class AdapterShelf(WeightShelf[AdapterFile, Adapter]):
+class AdapterShelf(WeightShelf[AdapterFile, Adapter, Target]):
     """The adapters that fit one model, files ``NAME.safetensors``; see :class:`WeightShelf`.
 
     Args:
@@ -34,6 +34,7 @@ class AdapterShelf(WeightShelf[AdapterFile, Adapter]):
     """
 
     what = "adapter"
+    asked = "adapters"
     ending = ".safetensors"
     mismatch = AdapterMismatch
 
@@ -45,8 +46,7 @@ class AdapterShelf(WeightShelf[AdapterFile, Adapter]):
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        super().__init__(folders, target.model, memory, device, dtype)
-        self._target = target
+        super().__init__(folders, target.model, target, memory, device, dtype)
 
     def _is_one(self, path: Path) -> bool:
         return path.is_file()
@@ -54,5 +54,5 @@ class AdapterShelf(WeightShelf[AdapterFile, Adapter]):
     def _stamp(self, path: Path) -> tuple[int, int]:
         return stamp_of(path)
 
-    def _understood(self, name: str, path: Path) -> AdapterFile:
-        return AdapterFile.read(name, path, self._target)
+    def _understood(self, name: str, path: Path, wanted: Target) -> AdapterFile:
+        return AdapterFile.read(name, path, wanted)

@@ -8,10 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from server.models.window import in_window
+
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Control", "ControlUse", "in_window"]
+__all__ = ["Control", "ControlUse"]
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -30,18 +32,6 @@ class Control:
     network: Any
     nbytes: int
     cost: float
-
-
-def in_window(start: float, end: float, stage: int, stages: int) -> bool:
-    """Whether a whole stage lies between two shares of a run, as diffusers' pipelines reckon.
-
-    Args:
-        start: from 0 to 1.
-        end: from 0 to 1.
-        stage: from 0.
-        stages: of the whole run.
-    """
-    return stage / stages >= start and (stage + 1) / stages <= end
 
 
 @dataclass(frozen=True, slots=True, eq=False)

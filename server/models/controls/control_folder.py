@@ -5,18 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from server.errors import ControlMismatch, ModelMismatch, Overloaded
+from server.errors import ControlMismatch, ModelMismatch
 from server.models.controls.control import Control
-from server.models.folder import read_json, stamp_of
-from server.models.memory import measure
+from server.models.folder import HERE, about_folder, joint_stamp, read_json, stamp_of
+from server.models.memory import room_for
 from server.models.parts import build_network
 from server.models.weight_files import NETWORK, bytes_of_part
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import torch
     from torch import nn
 
     from server.models.controls.control_kind import ControlKind
@@ -24,10 +23,6 @@ if TYPE_CHECKING:
 __all__ = ["CONFIG", "ControlFolder"]
 
 CONFIG = "config.json"
-HERE = "."
-"""The folder itself, where a model's parts are in subfolders."""
-
-FULL_RETRY_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,23 +92,18 @@ class ControlFolder:
             ControlMismatch: the files are not what the config describes.
             Overloaded: they do not fit in what is free of the device's memory.
         """
-        needed, free = self.nbytes(dtype), measure(device).free
-        if needed > free:
-            raise self._no_room(needed, f"of which {free} are free")
-        try:
-            network: Any = build_network(self.path, HERE, self.kind.kind, dtype)
-        except ModelMismatch as error:
-            raise _refused(self.name, self.path, error) from None
-        except Exception as error:
-            reason = str(error).partition("\n")[0]
-            raise ControlMismatch(
-                f"ControlNet {self.name!r} is not understood: {reason}."
-            ) from error
-        try:
+        needed = self.nbytes(dtype)
+        with room_for(f"ControlNet {self.name!r}", needed, device):
+            try:
+                network: Any = build_network(self.path, HERE, self.kind.kind, dtype)
+            except ModelMismatch as error:
+                raise _refused(self.name, self.path, error) from None
+            except Exception as error:
+                reason = str(error).partition("\n")[0]
+                raise ControlMismatch(
+                    f"ControlNet {self.name!r} is not understood: {reason}."
+                ) from error
             prepared = self.kind.prepared(network)
-        except torch.OutOfMemoryError:
-            # A tick may have taken since what was free.
-            raise self._no_room(needed, "which are not free now") from None
         return Control(self.name, prepared, needed, self.cost())
 
     def _bytes(self, width: int) -> int:
@@ -123,18 +113,10 @@ class ControlFolder:
         except ModelMismatch as error:
             raise _refused(self.name, self.path, error) from None
 
-    def _no_room(self, needed: int, reason: str) -> Overloaded:
-        return Overloaded(
-            FULL_RETRY_S,
-            f"ControlNet {self.name!r} needs {needed} bytes of memory, {reason}; try again in "
-            f"{FULL_RETRY_S:.0f} s.",
-        )
-
 
 def folder_stamp(path: Path) -> tuple[int, int]:
     """When a file of a ControlNet was last changed, and the bytes of all its files."""
-    stamps = [stamp_of(file) for file in (path / CONFIG, *path.glob("*.safetensors"))]
-    return max(changed for changed, _ in stamps), sum(size for _, size in stamps)
+    return joint_stamp(map(stamp_of, (path / CONFIG, *path.glob("*.safetensors"))))
 
 
 def _weights(network: nn.Module) -> int:
@@ -142,6 +124,4 @@ def _weights(network: nn.Module) -> int:
 
 
 def _refused(name: str, path: Path, error: ModelMismatch) -> ControlMismatch:
-    """The refusal of a folder, less where it is, which is no client's business."""
-    message = error.message.replace(f"model folder {str(path)!r}", f"ControlNet {name!r}")
-    return ControlMismatch(message.removeprefix(f"{HERE} of ").replace(f"{HERE}/", ""))
+    return ControlMismatch(about_folder(error, path, f"ControlNet {name!r}"))

@@ -8,7 +8,7 @@ from typing_extensions import override
 
 from server.errors import EmbeddingMismatch
 from server.models.embeddings.embedding import Embedding
-from server.models.embeddings.embedding_file import EmbeddingFile
+from server.models.embeddings.embedding_file import EmbeddingFile, EmbeddingTarget
 from server.models.embeddings.naming import named
 from server.models.folder import stamp_of
 from server.models.weight_shelf import WeightShelf
@@ -19,13 +19,12 @@ if TYPE_CHECKING:
 
     import torch
 
-    from server.models.embeddings.embedding_file import EmbeddingTarget
     from server.models.weight_memory import WeightMemory
 
 __all__ = ["EmbeddingShelf"]
 
 
-class EmbeddingShelf(WeightShelf[EmbeddingFile, Embedding]):
+class EmbeddingShelf(WeightShelf[EmbeddingFile, Embedding, EmbeddingTarget]):
     """The embeddings that fit one model, files ``NAME.safetensors``; see :class:`WeightShelf`.
 
     Args:
@@ -37,6 +36,7 @@ class EmbeddingShelf(WeightShelf[EmbeddingFile, Embedding]):
     """
 
     what = "embedding"
+    asked = "embeddings"
     ending = ".safetensors"
     mismatch = EmbeddingMismatch
 
@@ -48,8 +48,8 @@ class EmbeddingShelf(WeightShelf[EmbeddingFile, Embedding]):
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        super().__init__(folders if target.widths else (), target.model, memory, device, dtype)
-        self._target = target
+        wanted = target if target.widths else None
+        super().__init__(folders, target.model, wanted, memory, device, dtype)
 
     def named_in(self, *texts: str) -> tuple[EmbeddingFile, ...]:
         """Those that some texts name and that fit the model, each once."""
@@ -69,8 +69,8 @@ class EmbeddingShelf(WeightShelf[EmbeddingFile, Embedding]):
         return stamp_of(path)
 
     @override
-    def _understood(self, name: str, path: Path) -> EmbeddingFile:
-        return EmbeddingFile.read(name, path, self._target)
+    def _understood(self, name: str, path: Path, wanted: EmbeddingTarget) -> EmbeddingFile:
+        return EmbeddingFile.read(name, path, wanted)
 
     def _outcomes_in(self, texts: Sequence[str]) -> dict[str, EmbeddingFile | str]:
         places = self._places()

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from server.errors import ImagePromptMismatch, ModelMismatch
-from server.models.folder import read_json, stamp_of, without_folder
+from server.models.folder import (
+    HERE,
+    about_folder,
+    joint_stamp,
+    read_json,
+    stamp_of,
+    without_folder,
+)
 from server.models.image_prompts.image_prompt import ImageEncoder
 from server.models.parts import build_encoder
 from server.models.weight_files import TEXT_ENCODER, bytes_of_part
@@ -23,9 +30,6 @@ __all__ = ["EncoderFolder", "encoder_paths"]
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 CLASS = "CLIPVisionModelWithProjection"
-HERE = "."
-"""The folder itself, where a model's parts are in subfolders."""
-
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 """Of CLIP's training pictures, where a folder does not say."""
@@ -132,8 +136,7 @@ def encoder_paths(folder: Path) -> Iterator[tuple[Path, tuple[int, int]]]:
 def _stamp(path: Path) -> tuple[int, int]:
     """When a file of an encoder was last changed, and the bytes of all its files."""
     files = (path / CONFIG, path / PREPROCESSOR, *path.glob("*.safetensors"))
-    stamps = [stamp_of(file) for file in files]
-    return max(changed for changed, _ in stamps), sum(size for _, size in stamps)
+    return joint_stamp(map(stamp_of, files))
 
 
 def _is_colour(value: Any) -> bool:
@@ -145,6 +148,4 @@ def _is_colour(value: Any) -> bool:
 
 
 def _refused(path: Path, error: ModelMismatch) -> ImagePromptMismatch:
-    """The refusal of a folder, less where it is, which is no client's business."""
-    message = error.message.replace(f"model folder {str(path)!r}", f"image encoder {path.name!r}")
-    return ImagePromptMismatch(message.removeprefix(f"{HERE} of ").replace(f"{HERE}/", ""))
+    return ImagePromptMismatch(about_folder(error, path, f"image encoder {path.name!r}"))

@@ -11,7 +11,7 @@ from functools import cached_property
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
-from server.models.controls.control import in_window
+from server.models.window import in_window
 
 if TYPE_CHECKING:
     from collections.abc import Hashable

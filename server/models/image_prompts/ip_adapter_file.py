@@ -15,11 +15,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from server.errors import ImagePromptMismatch, Overloaded
-from server.models.folder import stamp_of, without_folder
+from server.errors import ImagePromptMismatch
+from server.models.folder import joint_stamp, stamp_of, without_folder
 from server.models.image_prompts.encoder_folder import EncoderFolder, encoder_paths
 from server.models.image_prompts.image_prompt import IPAdapter
-from server.models.memory import measure
+from server.models.memory import room_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -38,7 +38,6 @@ PLAIN_TOKENS = 4
 """That a plain adapter makes of an embedding, as diffusers takes for granted."""
 
 NAMES_SHOWN = 3
-FULL_RETRY_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -126,25 +125,22 @@ class IPAdapterFile:
             ImagePromptMismatch: the file has changed since its header was read.
             Overloaded: the weights do not fit in what is free of the device's memory.
         """
+        encoder = encoder or self.load_encoder(device, dtype)
+        nbytes = self.own_bytes(dtype)
         try:
-            encoder = encoder or self.load_encoder(device, dtype)
-            check_room(self.name, self.own_bytes(dtype), device)
-            state = load_file(self.path)
-            projection = _network(_part(state, PROJECTION)).to(dtype).to(device)
-            layers = torch.cat([state[name] for name in self.layers]).to(dtype).to(device)
+            with room_for(f"IP-Adapter {self.name!r}", nbytes, device):
+                state = load_file(self.path)
+                projection = _network(_part(state, PROJECTION)).to(dtype).to(device)
+                layers = torch.cat([state[name] for name in self.layers]).to(dtype).to(device)
         except (OSError, SafetensorError, KeyError) as error:
             raise ImagePromptMismatch(
                 f"IP-Adapter {self.name!r} could not be read: {without_folder(error, self.path)}."
             ) from None
-        except torch.OutOfMemoryError:
-            # A tick may have taken since what was free.
-            raise _no_room(self.name, self.nbytes(dtype), "which are not free now") from None
         if stamp_with_encoders(self.path) != self.stamp:
             raise ImagePromptMismatch(
                 f"IP-Adapter {self.name!r} changed while it was read; try again."
             )
         identity = self.path, self.stamp
-        nbytes = self.own_bytes(dtype)
         return IPAdapter(self.name, self.kind, encoder, projection, layers, identity, nbytes)
 
     def load_encoder(self, device: torch.device, dtype: torch.dtype) -> ImageEncoder:
@@ -154,12 +150,8 @@ class IPAdapterFile:
             ImagePromptMismatch: the files are not what the config describes.
             Overloaded: the weights do not fit in what is free of the device's memory.
         """
-        needed = self.encoder.nbytes(dtype)
-        check_room(self.name, needed, device)
-        try:
+        with room_for(f"IP-Adapter {self.name!r}", self.encoder.nbytes(dtype), device):
             return self.encoder.load(device, dtype)
-        except torch.OutOfMemoryError:
-            raise _no_room(self.name, needed, "which are not free now") from None
 
 
 class _Misfit(Exception):
@@ -168,32 +160,7 @@ class _Misfit(Exception):
 
 def stamp_with_encoders(path: Path) -> tuple[int, int]:
     """When a file or an encoder beside it was last changed, and the bytes of all of them."""
-    stamps = [stamp_of(path), *(stamp for _, stamp in encoder_paths(path.parent))]
-    return max(changed for changed, _ in stamps), sum(size for _, size in stamps)
-
-
-def check_room(name: str, needed: int, device: torch.device) -> None:
-    """Refuse what does not fit in what is free of a device's memory.
-
-    Args:
-        name: of the adapter.
-        needed: bytes.
-        device: where they are needed.
-
-    Raises:
-        Overloaded: less is free.
-    """
-    free = measure(device).free
-    if needed > free:
-        raise _no_room(name, needed, f"of which {free} are free")
-
-
-def _no_room(name: str, needed: int, reason: str) -> Overloaded:
-    return Overloaded(
-        FULL_RETRY_S,
-        f"IP-Adapter {name!r} needs {needed} bytes of memory, {reason}; try again in "
-        f"{FULL_RETRY_S:.0f} s.",
-    )
+    return joint_stamp([stamp_of(path), *(stamp for _, stamp in encoder_paths(path.parent))])
 
 
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import override
 
 from server.errors import ImagePromptMismatch
-from server.models.image_prompts.image_prompt import IPAdapter
+from server.models.image_prompts.image_prompt import IPAdapter, Widths
 from server.models.image_prompts.ip_adapter_file import (
     ENDING,
     IPAdapterFile,
@@ -16,56 +16,26 @@ from server.models.image_prompts.ip_adapter_file import (
 from server.models.weight_shelf import WeightShelf
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
     from pathlib import Path
 
-    import torch
-
-    from server.models.image_prompts.image_prompt import ImageEncoder, Widths
+    from server.models.image_prompts.image_prompt import ImageEncoder
     from server.models.weight_memory import WeightMemory
 
 __all__ = ["ImagePromptShelf"]
 
 
-class ImagePromptShelf(WeightShelf[IPAdapterFile, IPAdapter]):
-    """The IP-Adapters that fit one model, files ``NAME.safetensors``; see :class:`WeightShelf`.
+class ImagePromptShelf(WeightShelf[IPAdapterFile, IPAdapter, Widths]):
+    """The IP-Adapters that fit one model, files ``NAME.safetensors``.
 
-    The image encoders are folders beside them, each of which is loaded once for all its adapters.
-
-    Args:
-        folders: that hold the files and the encoders.
-        model: name of the model.
-        widths: of its denoiser; None where it takes none.
-        memory: where loaded adapters and encoders are kept.
-        device: where the model is.
-        dtype: of its weights.
+    The image encoders are folders beside them, each of which is loaded once for all its adapters,
+    and kept in the same memory.
     """
 
     what = "IP-Adapter"
+    asked = "image prompts"
     ending = ENDING
     mismatch = ImagePromptMismatch
-
-    def __init__(
-        self,
-        folders: Sequence[Path],
-        model: str,
-        widths: Widths | None,
-        memory: WeightMemory[Any],
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        super().__init__(folders, model, memory, device, dtype)
-        self._widths = widths
-        self._encoders = memory
-
-    @override
-    def available(self) -> tuple[IPAdapterFile, ...]:
-        return () if self._widths is None else super().available()
-
-    @override
-    def find(self, name: str) -> IPAdapterFile:
-        self._taken()
-        return super().find(name)
 
     @override
     def check_together(self, found: Iterable[IPAdapterFile]) -> None:
@@ -88,7 +58,8 @@ class ImagePromptShelf(WeightShelf[IPAdapterFile, IPAdapter]):
         )
 
     def _encoder_of(self, found: IPAdapterFile) -> ImageEncoder:
-        return self._encoders.get(
+        memory: WeightMemory[Any] = self._memory
+        return memory.get(
             (self._model, found.encoder.path, found.encoder.stamp),
             found.encoder.nbytes(self._dtype),
             lambda: found.load_encoder(self._device, self._dtype),
@@ -100,10 +71,5 @@ class ImagePromptShelf(WeightShelf[IPAdapterFile, IPAdapter]):
     def _stamp(self, path: Path) -> tuple[int, int]:
         return stamp_with_encoders(path)
 
-    def _understood(self, name: str, path: Path) -> IPAdapterFile:
-        return IPAdapterFile.read(name, path, self._model, self._taken())
-
-    def _taken(self) -> Widths:
-        if self._widths is None:
-            raise ImagePromptMismatch(f"model {self._model!r} takes no image prompts.")
-        return self._widths
+    def _understood(self, name: str, path: Path, wanted: Widths) -> IPAdapterFile:
+        return IPAdapterFile.read(name, path, self._model, wanted)

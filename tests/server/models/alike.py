@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from guidance.edits import SkippedBlocks
+from server.engine.state.noise import start_noise
 from server.engine.task import ImageTask
 from server.models.hosted import HostedModel
 from server.requests.resolve import make_plan, prepare, resolve
@@ -34,6 +35,35 @@ def task_of(model: HostedModel, *, image: Tensor | None = None, **fields: Any) -
     prepared = prepare(resolved, model, make_plan(schedule, *layout))
     [task] = tasks_of(prepared, model, image=image)
     return task
+
+
+def as_diffusers(prompt: str, width: int, height: int, steps: int) -> dict[str, Any]:
+    """Fields of a request that draws as a pipeline of Stable Diffusion does by itself."""
+    return {
+        "prompt": prompt,
+        "width": width,
+        "height": height,
+        "steps": steps,
+        "seed": 5,
+        "sampler": "euler",
+        "spacing": {"name": "leading", "offset": 1},
+        "guidance": {"name": "cfg", "scale": 5.0},
+    }
+
+
+def their_start(pipeline: Any, steps: int, shape: tuple[int, ...], seed: int = 5) -> Tensor:
+    """The latents ``[1, C, h, w]`` for a pipeline that starts from the same x as ours.
+
+    Args:
+        pipeline: of Stable Diffusion, with Euler's method.
+        steps: of its run.
+        shape: of the latent of one image.
+        seed: of the image.
+    """
+    pipeline.scheduler.set_timesteps(steps)
+    sigma = float(pipeline.scheduler.sigmas[0])
+    x = start_noise(seed, shape)[None] * (1 + sigma**2) ** 0.5
+    return x / float(pipeline.scheduler.init_noise_sigma)
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:

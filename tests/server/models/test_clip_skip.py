@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from server.engine.engine import Engine
-from server.engine.state.noise import start_noise
 from server.engine.task import ImageTask
 from server.errors import InvalidRequest
 from server.models.emphasis import WeightedPrompt
@@ -21,11 +20,11 @@ from server.models.text_options import TextOptions
 from server.models.unet_model import TEXT
 from server.requests.chosen import notes_for
 from server.requests.reading import Reading
-from server.requests.resolve import make_plan, prepare, resolve
+from server.requests.resolve import resolve
 from server.requests.schema import GenerateRequest
-from server.requests.tasks import tasks_of
 from server.settings import Limits
 from tests.server.models import tiny_sd3
+from tests.server.models.alike import as_diffusers, task_of, their_start
 from tests.server.models.tiny_sd import make
 from tests.server.models.tiny_sdxl import BASE, saved
 from tests.server.models.tiny_sdxl import make as make_xl
@@ -122,36 +121,19 @@ def test_weights_and_chunks_are_those_of_the_layer(model: HostedModel) -> None:
 
 
 def asked(model: HostedModel, **fields: Any) -> ImageTask:
-    body: dict[str, Any] = {
-        "prompt": PROMPT,
-        "negative_prompt": NEGATIVE,
-        "width": WIDTH,
-        "height": HEIGHT,
-        "steps": STEPS,
-        "seed": 5,
-        "sampler": "euler",
-        "spacing": {"name": "leading", "offset": 1},
-        "guidance": {"name": "cfg", "scale": 5.0},
-    }
-    request = GenerateRequest.model_validate(body | fields)
-    resolved = resolve(request, model, Limits(), None)
-    schedule = model.schedule(resolved.width, resolved.height, resolved.steps)
-    layout = resolved.sampler, resolved.spacing, resolved.steps, resolved.strength
-    [task] = tasks_of(prepare(resolved, model, make_plan(schedule, *layout)), model)
-    return task
+    body: dict[str, Any] = as_diffusers(PROMPT, WIDTH, HEIGHT, STEPS)
+    body["negative_prompt"] = NEGATIVE
+    return task_of(model, **body | fields)
 
 
 @torch.inference_mode()
 def drawn(pipeline: Any, clip_skip: int | None) -> Tensor:
     """Final latents of diffusers. It leaves the negative prompt's layer alone; we do not."""
-    pipeline.scheduler.set_timesteps(STEPS)
-    sigma = float(pipeline.scheduler.sigmas[0])
-    noise = start_noise(5, SHAPE)[None]
     answer = pipeline(
         PROMPT,
         negative_prompt_embeds=theirs(pipeline, NEGATIVE, clip_skip)[None],
         clip_skip=clip_skip,
-        latents=noise * (1 + sigma**2) ** 0.5 / float(pipeline.scheduler.init_noise_sigma),
+        latents=their_start(pipeline, STEPS, SHAPE),
         num_inference_steps=STEPS,
         guidance_scale=5.0,
         width=WIDTH,

@@ -25,7 +25,7 @@ from server.requests.tasks import tasks_of
 from server.requests.upload import Upload
 from server.settings import Limits
 from tests.server.models import tiny_sd
-from tests.server.models.alike import assert_among, assert_apart
+from tests.server.models.alike import as_diffusers, assert_among, assert_apart
 from tests.server.models.tiny_sdxl import BASE, VAE, make
 from tests.server.toy_model import run
 
@@ -69,17 +69,7 @@ def model(pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> HostedMode
 def asked(
     model: HostedModel, picture: Tensor | None = None, mask: Tensor | None = None, **fields: Any
 ) -> ImageTask:
-    body = {
-        "prompt": PROMPT,
-        "width": WIDTH,
-        "height": HEIGHT,
-        "steps": STEPS,
-        "seed": 5,
-        "sampler": "euler",
-        "spacing": {"name": "leading", "offset": 1},
-        "guidance": {"name": "cfg", "scale": 5.0},
-        **fields,
-    }
+    body = as_diffusers(PROMPT, WIDTH, HEIGHT, STEPS) | fields
     size = None if picture is None else (WIDTH, HEIGHT)
     sent = (("image", picture), ("mask", mask))
     given = {name: Upload("") for name, one in sent if one is not None}

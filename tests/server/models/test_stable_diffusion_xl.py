@@ -15,16 +15,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from server.engine.engine import Engine
-from server.engine.state.noise import stage_noise, start_noise
+from server.engine.state.noise import stage_noise
 from server.engine.task import ImageTask
 from server.errors import ModelMismatch
 from server.models.hosted import HostedModel
 from server.models.loading import load_model
 from server.models.unet_model import TEXT
-from server.requests.resolve import make_plan, prepare, resolve
+from server.requests.resolve import resolve
 from server.requests.schema import GenerateRequest
-from server.requests.tasks import tasks_of
 from server.settings import Limits
+from tests.server.models.alike import as_diffusers, task_of, their_start
 from tests.server.models.tiny_sdxl import BASE, TURBO, make, saved
 from tests.server.toy_model import run, started
 
@@ -54,32 +54,13 @@ def load(folder: Path, dtype: str = "float32") -> HostedModel:
 
 
 def asked(model: HostedModel, **fields: Any) -> ImageTask:
-    body = {
-        "prompt": PROMPT,
-        "width": WIDTH,
-        "height": HEIGHT,
-        "steps": STEPS,
-        "seed": 5,
-        "sampler": "euler",
-        "spacing": {"name": "leading", "offset": 1},
-        "guidance": {"name": "cfg", "scale": 5.0},
-        **fields,
-    }
-    request = GenerateRequest.model_validate(body)
-    resolved = resolve(request, model, Limits(), None)
-    schedule = model.schedule(resolved.width, resolved.height, resolved.steps)
-    layout = resolved.sampler, resolved.spacing, resolved.steps, resolved.strength
-    [task] = tasks_of(prepare(resolved, model, make_plan(schedule, *layout)), model)
-    return task
+    return task_of(model, **as_diffusers(PROMPT, WIDTH, HEIGHT, STEPS) | fields)
 
 
 @torch.inference_mode()
 def theirs(pipeline: Any, seed: int = 5, steps: int = STEPS, **fields: Any) -> Tensor:
     """Final latents of their pipeline, from the same x as ours."""
-    pipeline.scheduler.set_timesteps(steps)
-    sigma = float(pipeline.scheduler.sigmas[0])
-    noise = start_noise(seed, SHAPE)[None]
-    latents = noise * (1 + sigma**2) ** 0.5 / float(pipeline.scheduler.init_noise_sigma)
+    latents = their_start(pipeline, steps, SHAPE, seed)
     given = {"guidance_scale": 5.0, "width": WIDTH, "height": HEIGHT, **fields}
     answer = pipeline(
         PROMPT, num_inference_steps=steps, latents=latents, output_type="latent", **given

@@ -14,7 +14,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from server.errors import ControlMismatch, Overloaded
-from server.models.controls import control_folder
+from server.models import memory as device_memory
 from server.models.controls.control import Control
 from server.models.controls.shelf import ControlShelf
 from server.models.controls.unet_control import UNetControl
@@ -145,14 +145,14 @@ def test_one_that_could_never_be_loaded_is_refused_and_one_that_cannot_be_now_la
         ControlMismatch, match=f"takes {BYTES} bytes of memory; at most {BYTES - 1}"
     ):
         shelf.find("depth")
-    monkeypatch.setattr(control_folder, "measure", lambda _: DeviceMemory(BYTES - 1, 10**9))
+    monkeypatch.setattr(device_memory, "measure", lambda _: DeviceMemory(BYTES - 1, 10**9))
     with pytest.raises(Overloaded, match=f"needs {BYTES} bytes of memory, of which {BYTES - 1}"):
         shelved(tmp_path)[0].load("depth")
 
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(control_folder, "measure", lambda _: DeviceMemory(BYTES, 10**9))
+    monkeypatch.setattr(device_memory, "measure", lambda _: DeviceMemory(BYTES, 10**9))
     monkeypatch.setattr(Plain, "prepared", full)
     with pytest.raises(Overloaded, match=f"needs {BYTES} bytes of memory, which are not free now"):
         shelved(tmp_path)[0].load("depth")
@@ -169,7 +169,7 @@ def test_one_that_nobody_uses_makes_room_on_the_device(
     def measured(_: torch.device) -> DeviceMemory:
         return DeviceMemory(BYTES - memory.bytes, BYTES)
 
-    monkeypatch.setattr(control_folder, "measure", measured)
+    monkeypatch.setattr(device_memory, "measure", measured)
     shelf.load("canny")
     used = shelf.load("depth")
     assert memory.bytes == BYTES

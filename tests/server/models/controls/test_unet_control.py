@@ -22,7 +22,6 @@ from server.engine import stages
 from server.engine.client import ANYONE
 from server.engine.cost_model import TickCost
 from server.engine.engine import Engine
-from server.engine.state.noise import start_noise
 from server.engine.task import ImageTask
 from server.engine.tick.stage import run_stage
 from server.errors import InvalidRequest, RowFailed
@@ -34,7 +33,13 @@ from server.models.loading import load_model
 from server.models.unet_model import TEXT
 from server.requests.controls import ControlSettings, unloaded_controls
 from tests.server.models import tiny_sd, tiny_sdxl
-from tests.server.models.alike import assert_among, assert_apart, task_of
+from tests.server.models.alike import (
+    as_diffusers,
+    assert_among,
+    assert_apart,
+    task_of,
+    their_start,
+)
 from tests.server.models.controls.tiny_controls import of_unet, saved, shelf_of, use
 from tests.server.models.tiny_sdxl import BASE
 from tests.server.toy_model import run, started
@@ -75,10 +80,7 @@ class Steered:
             **own,
         )
         pipeline.set_progress_bar_config(disable=True)
-        pipeline.scheduler.set_timesteps(STEPS)
-        sigma = float(pipeline.scheduler.sigmas[0])
-        noise = start_noise(seed, SHAPE)[None]
-        latents = noise * (1 + sigma**2) ** 0.5 / float(pipeline.scheduler.init_noise_sigma)
+        latents = their_start(pipeline, STEPS, SHAPE, seed)
         pictures = [one.picture[None] / 2 + 0.5 for one in uses]
         one = len(uses) == 1
         return pipeline(
@@ -105,17 +107,7 @@ def model(steered: Steered) -> HostedModel:
 
 
 def asked(model: HostedModel, *uses: ControlUse, **fields: Any) -> ImageTask:
-    body: dict[str, Any] = {
-        "prompt": PROMPT,
-        "width": WIDTH,
-        "height": HEIGHT,
-        "steps": STEPS,
-        "seed": 5,
-        "sampler": "euler",
-        "spacing": {"name": "leading", "offset": 1},
-        "guidance": {"name": "cfg", "scale": 5.0},
-        **fields,
-    }
+    body = as_diffusers(PROMPT, WIDTH, HEIGHT, STEPS) | fields
     return replace(task_of(model, **body), controls=uses)
 
 

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from server.errors import ImagePromptMismatch, Overloaded
+from server.models import memory as device_memory
 from server.models import parts
 from server.models.folder import read_json
-from server.models.image_prompts import ip_adapter_file
 from server.models.image_prompts.image_prompt import Widths
 from server.models.image_prompts.shelf import ImagePromptShelf
 from server.models.image_prompts.unet_image_prompts import UNetImagePrompts
@@ -227,7 +227,7 @@ def test_what_never_fits_together_is_refused_for_good_and_what_does_not_now_for_
     with pytest.raises(Overloaded, match="IP-Adapters of the requests under way fill"):
         tight.load("plain")
     assert held.name == "plus"
-    monkeypatch.setattr(ip_adapter_file, "measure", lambda _: DeviceMemory(9, 10**9))
+    monkeypatch.setattr(device_memory, "measure", lambda _: DeviceMemory(9, 10**9))
     with pytest.raises(Overloaded, match=r"needs \d+ bytes of memory, of which 9 are free"):
         shelf.load("plain")
 

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from guidance.edits import NormalizedAttention
 from server.engine.engine import Engine
-from server.engine.state.noise import start_noise
 from server.engine.task import ImageTask
 from server.models.adapters.adapter import Weighted
 from server.models.hosted import HostedModel
@@ -29,7 +28,13 @@ from server.models.image_prompts.row_image_prompts import RowImagePrompt, RowIma
 from server.models.loading import load_model
 from tests.server.models import tiny_sd, tiny_sdxl
 from tests.server.models.adapters.low_rank import adapter, changes, merged
-from tests.server.models.alike import assert_among, assert_apart, task_of
+from tests.server.models.alike import (
+    as_diffusers,
+    assert_among,
+    assert_apart,
+    task_of,
+    their_start,
+)
 from tests.server.models.image_prompts.tiny_image_prompts import (
     cross_attention,
     put_adapter,
@@ -65,10 +70,7 @@ class Prompted:
     def theirs(self, *uses: ImagePromptUse, seed: int = 5, **fields: Any) -> Tensor:
         """Final latents of their pipeline, from the same x as ours."""
         pipeline = self.pipeline
-        pipeline.scheduler.set_timesteps(STEPS)
-        sigma = float(pipeline.scheduler.sigmas[0])
-        noise = start_noise(seed, SHAPE)[None]
-        latents = noise * (1 + sigma**2) ** 0.5 / float(pipeline.scheduler.init_noise_sigma)
+        latents = their_start(pipeline, STEPS, SHAPE, seed)
         settings = {"guidance_scale": 5.0, "num_inference_steps": STEPS, **fields}
         settings |= {"height": HEIGHT, "width": WIDTH}
         with self._loaded(uses):
@@ -125,17 +127,7 @@ def model(prompted: Prompted) -> HostedModel:
 
 
 def asked(model: HostedModel, *uses: ImagePromptUse, **fields: Any) -> ImageTask:
-    body: dict[str, Any] = {
-        "prompt": PROMPT,
-        "width": WIDTH,
-        "height": HEIGHT,
-        "steps": STEPS,
-        "seed": 5,
-        "sampler": "euler",
-        "spacing": {"name": "leading", "offset": 1},
-        "guidance": {"name": "cfg", "scale": 5.0},
-        **fields,
-    }
+    body = as_diffusers(PROMPT, WIDTH, HEIGHT, STEPS) | fields
     return replace(task_of(model, **body), image_prompts=uses)
 
 
