@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Request
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, Response
+from starlette.datastructures import Headers
+from starlette.staticfiles import NotModifiedResponse
+
+from server.models.folder import stamp_of
 
 __all__ = ["PATHS", "WEB", "router"]
 
@@ -45,13 +50,25 @@ router = APIRouter(include_in_schema=False)
 
 def _serve(path: str, name: str, policy: str) -> None:
     @router.api_route(path, methods=["GET", "HEAD"])
-    async def document(request: Request) -> FileResponse:
+    async def document(request: Request) -> Response:
         base_url = request.app.state.settings.results.base_url
         images = "" if base_url is None else f" {_origin_of(base_url)}"
         allowed = policy.replace("{images}", images)
         # A browser that kept a page by its age would keep an old policy, and old scripts, with it.
-        headers = {"content-security-policy": allowed, "cache-control": "no-cache"}
+        headers = {
+            "content-security-policy": allowed,
+            "cache-control": "no-cache",
+            "etag": _etag_of(WEB / name, allowed),
+        }
+        if request.headers.get("if-none-match") == headers["etag"]:
+            return NotModifiedResponse(Headers(headers))
         return FileResponse(WEB / name, headers=headers)
+
+
+def _etag_of(file: Path, policy: str) -> str:
+    """Another one with another policy, which the browser keeps with the file."""
+    stamp = *stamp_of(file), policy
+    return f'"{sha256(repr(stamp).encode()).hexdigest()[:32]}"'
 
 
 def _origin_of(url: str) -> str:

@@ -90,7 +90,20 @@ def test_no_answer_is_guessed_at_or_framed(
 
 @pytest.mark.parametrize("path", ["/", "/page/generate.js"])
 def test_browsers_ask_for_the_page_whenever_it_is_opened(unlocked: TestClient, path: str) -> None:
-    assert unlocked.get(path).headers["cache-control"] == "no-cache"
+    first = unlocked.get(path)
+    assert first.headers["cache-control"] == "no-cache"
+    kept = {"if-none-match": first.headers["etag"]}
+    again = unlocked.get(path, headers=kept)
+    assert (again.status_code, again.content) == (304, b"")
+    assert again.headers["etag"] == first.headers["etag"]
+
+
+def test_a_page_that_is_kept_is_sent_again_with_another_policy(unlocked: TestClient) -> None:
+    kept = {"if-none-match": unlocked.get("/").headers["etag"]}
+    other = client_of(results={"base_url": "https://images.example.org"})
+    answer = other.get("/", headers=kept)
+    assert answer.status_code == 200
+    assert "https://images.example.org" in answer.headers["content-security-policy"]
 
 
 def test_an_unforeseen_error_is_no_exception(
