@@ -37,6 +37,7 @@ __all__ = [
     "Bodies",
     "JsonRoute",
     "Share",
+    "check_text",
     "make_uploads",
     "media_type",
     "received",
@@ -258,7 +259,7 @@ async def received(request: Request, share: Share, *, text: bool) -> bytearray:
                 body += chunk
                 if text:
                     meter.feed(chunk)
-                    _check_text(meter)
+                    check_text(meter)
                 if len(body) > most:
                     raise TooLarge.body(most)
     except TimeoutError:
@@ -283,7 +284,12 @@ def _check_room(request: Request, size: int, most: int) -> None:
         service.check_room(client_of(request))
 
 
-def _check_text(meter: TextMeter) -> None:
+def check_text(meter: TextMeter) -> None:
+    """Refuse JSON that takes long to parse.
+
+    Raises:
+        TooLarge: it has more beside its pictures than a request needs.
+    """
     if meter.too_costly:
         raise TooLarge(
             None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from asyncio import to_thread
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
@@ -13,7 +12,16 @@ from python_multipart.multipart import parse_options_header
 from typing_extensions import override
 
 from server.errors import InvalidRequest, MalformedBody
-from server.http.body import JsonRoute, Share, make_uploads, media_type, received
+from server.http.body import (
+    JsonRoute,
+    Share,
+    check_text,
+    make_uploads,
+    media_type,
+    received,
+)
+from server.http.form_names import paths_of
+from server.http.text_meter import TextMeter
 from server.requests.checks.shape import check_shape
 
 __all__ = ["FormRoute", "Part", "fields_of", "parts_of"]
@@ -21,19 +29,14 @@ __all__ = ["FormRoute", "Part", "fields_of", "parts_of"]
 MOST_PARTS: Final = 128
 """More than any request has; each field of an object is a part of its own."""
 
-MOST_VALUE: Final = 8192
-"""Characters up to which a text may be JSON; longer ones can only be a picture in base64."""
+MOST_UNMEASURED: Final = 8192
+"""Bytes of a text up to which it is parsed as JSON without looking how much of it is pictures."""
 
 MOST_HEAD_BYTES: Final = 1024
 """Of one part's headers."""
 
-MOST_DEPTH: Final = 8
-
 TEXTS: Final = frozenset({"prompt", "negative_prompt", "model", "user", "size"})
 """Fields whose values are texts even where they look like numbers."""
-
-_NAME: Final = re.compile(r"([^\[\]]+)((?:\[[^\[\]]*\])*)")
-_SUBSCRIPT: Final = re.compile(r"\[([^\[\]]*)\]")
 
 
 class Part(NamedTuple):
@@ -54,8 +57,7 @@ class FormRoute(JsonRoute):
             return await super().read(request, uploads, share)
         _, options = parse_options_header(request.headers["content-type"])
         body = bytes(await received(request, share, text=False))
-        parts = await to_thread(parts_of, body, options.get(b"boundary", b""))
-        parsed = fields_of(parts)
+        parsed = await to_thread(_parsed, body, options.get(b"boundary", b""))
         check_shape(parsed, uploads)
         make_uploads(parsed, uploads, share)
         _check_files(parsed)
@@ -65,6 +67,10 @@ class FormRoute(JsonRoute):
             for key, value in request.scope["headers"]
         ]
         return parsed
+
+
+def _parsed(body: bytes, boundary: bytes) -> dict[str, Any]:
+    return fields_of(parts_of(body, boundary))
 
 
 def parts_of(body: bytes, boundary: bytes) -> list[Part]:
@@ -91,7 +97,7 @@ def parts_of(body: bytes, boundary: bytes) -> list[Part]:
 
 
 def fields_of(parts: Sequence[Part]) -> dict[str, Any]:
-    """The fields of a form: `a[b]` is a field of an object, `a[]` and `a[0]` entries of a list.
+    """The fields of a form, at the paths that :func:`server.http.form_names.paths_of` reads.
 
     Texts that are numbers, true, false, null, objects or lists in JSON become these.
 
@@ -100,14 +106,13 @@ def fields_of(parts: Sequence[Part]) -> dict[str, Any]:
 
     Raises:
         InvalidRequest: a name is used for two different things, or a text is not UTF-8.
+        TooLarge: what is JSON has more beside its pictures than a request needs.
     """
     fields: dict[str, Any] = {}
-    for name, content, is_file in parts:
-        match = _NAME.fullmatch(name)
-        path = [name] if match is None else [match[1], *_SUBSCRIPT.findall(match[2])]
-        if len(path) > MOST_DEPTH:
-            raise InvalidRequest(None, f"A field is nested deeper than {MOST_DEPTH} levels.")
-        _put(fields, path, content if is_file else _value(path, content))
+    meter = TextMeter()
+    paths = paths_of([part.name for part in parts])
+    for (_, content, is_file), path in zip(parts, paths, strict=True):
+        _put(fields, path, content if is_file else _value(path, content, meter))
     return {name: _with_lists(value) for name, value in fields.items()}
 
 
@@ -116,26 +121,30 @@ def _put(fields: dict[str, Any], path: list[str], value: Any) -> None:
     if not below:
         # A name that comes twice is a list, as httpx sends one.
         fields[name] = value if name not in fields else [*_listed(fields[name]), value]
-    elif below == [""]:
-        fields[name] = [*_listed(fields.get(name, [])), value]
-    else:
-        inner = fields.setdefault(name, {})
-        if not isinstance(inner, dict) or "" in below[:-1]:
-            raise InvalidRequest(name, f"{name} is both a value and an object.")
-        _put(inner, below, value)
+        return
+    inner = fields.setdefault(name, {})
+    if not isinstance(inner, dict):
+        raise InvalidRequest(name, f"{name} is both a value and an object.")
+    _put(inner, below, value)
 
 
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _value(path: list[str], content: bytes) -> Any:
+def _value(path: list[str], content: bytes, meter: TextMeter) -> Any:
     try:
         text = content.decode()
     except UnicodeDecodeError:
         raise InvalidRequest(path[0], f"{path[0]} is not UTF-8 text.") from None
-    if path[-1] in TEXTS or len(text) > MOST_VALUE:
+    if path[-1] in TEXTS:
         return text
+    if len(content) > MOST_UNMEASURED:
+        # A picture in base64 is no JSON.
+        if not text.lstrip().startswith(("{", "[")):
+            return text
+        meter.feed(content)
+        check_text(meter)
     try:
         return from_json(text)
     except ValueError:

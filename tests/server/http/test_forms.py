@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -10,7 +11,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from server.errors import InvalidRequest, MalformedBody, WeftError
+from server.errors import InvalidRequest, MalformedBody, TooLarge, WeftError
 from server.http.forms import MOST_PARTS, Part, fields_of, parts_of
 from tests.server.http.small_server import small_server
 
@@ -67,7 +68,11 @@ def test_texts_become_the_values_that_json_has() -> None:
     ("parts", "words"),
     [
         (texts(("a", "1"), ("a[b]", "2")), "a is both a value and an object"),
-        (texts(("a[][b]", "2")), "a is both a value and an object"),
+        (texts(("a[][b][]", "2")), "a\\[\\]\\[b\\]\\[\\] is a list within a list; send a as JSON"),
+        (
+            texts(("a[][b]", "1"), ("a[][b]", "2"), ("a[][c]", "3")),
+            r"number them, as in a\[0\]\[b\]",
+        ),
         (texts(("a" + "[b]" * 20, "1")), "nested deeper"),
         ([Part("prompt", b"\xff", is_file=False)], "prompt is not UTF-8"),
     ],
@@ -75,6 +80,31 @@ def test_texts_become_the_values_that_json_has() -> None:
 def test_fields_that_say_two_things_are_refused(parts: list[Part], words: str) -> None:
     with pytest.raises(InvalidRequest, match=words):
         fields_of(parts)
+
+
+def test_objects_of_a_list_have_the_fields_that_openai_s_clients_send_for_them() -> None:
+    """All fields of one name together, and entries that are no objects before them."""
+    parts = texts(
+        ("adapters[]", "pastel"),
+        ("adapters[][name]", "ink"),
+        ("adapters[][name]", "oil"),
+        ("adapters[][weight]", "0.5"),
+        ("adapters[][weight]", "2"),
+        ("guidance[perturbed][][name]", "pag"),
+    )
+    assert fields_of(parts) == {
+        "adapters": ["pastel", {"name": "ink", "weight": 0.5}, {"name": "oil", "weight": 2}],
+        "guidance": {"perturbed": [{"name": "pag"}]},
+    }
+
+
+def test_json_in_a_field_may_be_as_long_as_its_pictures() -> None:
+    controls = [{"name": "depth", "image": "A" * 10**6}]
+    assert fields_of(texts(("controls", json.dumps(controls)))) == {"controls": controls}
+    began = time.process_time()
+    with pytest.raises(TooLarge, match="more than a request needs"):
+        fields_of(texts(("controls", json.dumps([{}] * 10**6))))
+    assert time.process_time() - began < 1
 
 
 HEAD = b'--b\r\ncontent-disposition: form-data; name="x"\r\n\r\n'

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
@@ -17,6 +18,7 @@ from openai import OpenAI
 from PIL import Image
 
 from tests.server.conftest import PATIENCE_S, Running
+from tests.server.models.image_prompts.tiny_image_prompts import put_adapter, put_encoder
 
 FAST: dict[str, Any] = {"seed": 5, "steps": 2}
 SIDE = 128
@@ -165,6 +167,25 @@ def test_an_image_is_decoded_only_if_the_queue_has_room(
         client.delete("/v1/generate/fills-the-queue")
         filling.join()
         running.settle()
+
+
+def test_an_edit_may_have_image_prompts(
+    sdk: OpenAI, running: Running, client: httpx2.Client, image_prompts_folder: Path
+) -> None:
+    """The SDK takes its form apart: all names, then all pictures."""
+    [model, *_] = running.app.state.service.ready_shelf().loaded()
+    put_encoder(image_prompts_folder)
+    put_adapter(model.modules()["unet"], image_prompts_folder, "style", 1)
+    noise = np.random.default_rng(1).integers(0, 256, (2, 96, 96, 3), dtype=np.uint8)
+    shown = [
+        {"name": "style", "image": b64(png(one)), "scale": scale}
+        for one, scale in zip(noise, (0.5, 1.5), strict=True)
+    ]
+    extra = FAST | {"image_prompts": shown}
+    answer = sdk.images.edit(image=png(WHITE), prompt="a red circle", extra_body=extra)
+    assert answer.data is not None
+    (expected,) = native(client, image=b64(png(WHITE)), image_prompts=shown)
+    assert (pixels_of(answer.data[0].b64_json) == expected).all()
 
 
 def test_an_edit_streams_events_of_its_own(sdk: OpenAI) -> None:

@@ -1,0 +1,76 @@
+"""The names of a form's fields, as paths in the JSON that they stand for."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Final
+
+from server.errors import InvalidRequest
+
+__all__ = ["paths_of"]
+
+MOST_DEPTH: Final = 8
+
+_NAME: Final = re.compile(r"([^\[\]]+)((?:\[[^\[\]]*\])*)")
+_SUBSCRIPT: Final = re.compile(r"\[([^\[\]]*)\]")
+_NEXT: Final = ""
+"""What stands in the brackets of `a[]`."""
+
+
+def paths_of(names: Sequence[str]) -> list[list[str]]:
+    """The path of each field, in which entries of lists have numbers from 0.
+
+    `a[b]` is a field of an object, and `a[]` the next entry of a list. OpenAI's clients write a
+    list of objects as `a[][b]`, all of one name together, so the first `a[][b]` and the first
+    `a[][c]` belong to the same entry. Entries that are objects come behind those that are not.
+
+    Args:
+        names: of all fields, in the form's order.
+
+    Raises:
+        InvalidRequest: a name has too many levels, or it is not clear to which entry it belongs.
+    """
+    paths = [_path(name) for name in names]
+    times = Counter(map(tuple, paths))
+    seen: Counter[tuple[str, ...]] = Counter()
+    for name, path in zip(names, paths, strict=True):
+        if _NEXT not in path:
+            continue
+        whole, place = tuple(path), path.index(_NEXT)
+        start = whole[: place + 1]
+        if _NEXT in path[place + 1 :]:
+            raise InvalidRequest(
+                path[0],
+                f"{name[:60]} is a list within a list; send {path[0]} as JSON in one field.",
+            )
+        alike = {times[other] for other in times if len(other) > len(start) and _in(other, start)}
+        if len(alike) > 1:
+            raise InvalidRequest(
+                path[0],
+                f"{path[0]} has entries with different fields, so that {name[:60]} may belong to "
+                f"any of them; number them, as in {_numbered(path, place)}, or send {path[0]} as "
+                "JSON in one field.",
+            )
+        path[place] = str(seen[whole] + (times[start] if whole != start else 0))
+        seen[whole] += 1
+    return paths
+
+
+def _path(name: str) -> list[str]:
+    match = _NAME.fullmatch(name)
+    path = [name] if match is None else [match[1], *_SUBSCRIPT.findall(match[2])]
+    if len(path) > MOST_DEPTH:
+        raise InvalidRequest(None, f"A field is nested deeper than {MOST_DEPTH} levels.")
+    return path
+
+
+def _in(path: tuple[str, ...], start: tuple[str, ...]) -> bool:
+    return path[: len(start)] == start
+
+
+def _numbered(path: list[str], place: int) -> str:
+    """The name of a field, as it is written for the first entry."""
+    first, *below = [*path[:place], "0", *path[place + 1 :]]
+    return first + "".join(f"[{one}]" for one in below)
