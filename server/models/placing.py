@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
+from server.models.own_memory import give_own_memory
 from server.models.quantized import quantize
 from server.models.streamed import stream_blocks
 
@@ -34,4 +35,5 @@ def put_on_device(model: HostedModel, placement: Placement) -> None:
             stream_blocks(network, model.device)
         else:
             network.to(model.device)
+            give_own_memory(network, model.device)
     model.placement = placement

@@ -101,7 +101,7 @@ class AdapterFile:
             AdapterMismatch: the file has changed since its header was read.
         """
         try:
-            state = self.target.converted(load_file(self.path))
+            state = self.target.converted(load_file(self.path, backend="pread"))
             parts = {
                 part: {
                     layer: _loaded(state[part], one, device, dtype) for layer, one in layers.items()

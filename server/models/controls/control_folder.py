@@ -9,6 +9,7 @@ from server.errors import ControlMismatch, ModelMismatch
 from server.models.controls.control import Control
 from server.models.folder import HERE, about_folder, joint_stamp, read_json, stamp_of
 from server.models.memory import room_for
+from server.models.own_memory import give_own_memory
 from server.models.parts import build_network
 from server.models.weight_files import NETWORK, bytes_of_part
 
@@ -103,6 +104,7 @@ class ControlFolder:
                 raise ControlMismatch(
                     f"ControlNet {self.name!r} is not understood: {reason}."
                 ) from error
+            give_own_memory(network, device)
             prepared = self.kind.prepared(network)
         return Control(self.name, prepared, needed, self.cost())
 

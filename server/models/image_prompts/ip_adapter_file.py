@@ -129,7 +129,7 @@ class IPAdapterFile:
         nbytes = self.own_bytes(dtype)
         try:
             with room_for(f"IP-Adapter {self.name!r}", nbytes, device):
-                state = load_file(self.path)
+                state = load_file(self.path, backend="pread")
                 projection = _network(_part(state, PROJECTION)).to(dtype).to(device)
                 layers = torch.cat([state[name] for name in self.layers]).to(dtype).to(device)
         except (OSError, SafetensorError, KeyError) as error:
