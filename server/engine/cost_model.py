@@ -57,6 +57,9 @@ SHAPES_KEPT = 64
 FIRST_TICKS = 8
 """Of a lane whose cost is a guess: its first ticks count as they are, and more."""
 
+TEACHING_TICKS = 3
+"""First ticks of such a lane, which leave an eighth of the guess's error."""
+
 
 class TickCost:
     """Seconds of a tick of one lane, by its rows.
@@ -84,6 +87,11 @@ class TickCost:
         # What was not measured is to be learned from the first tick that shows it.
         unseen = -STALE_GAIN / NODE_GAIN
         self._seen_at = [0.0 if guessed or node in samples else unseen for node in NODES]
+
+    @property
+    def is_guess(self) -> bool:
+        """Whether it is still another lane's, as there were too few ticks of this one."""
+        return self._guesses_left > FIRST_TICKS - TEACHING_TICKS
 
     def seconds(self, rows: int) -> float:
         """Expected seconds of a tick of so many rows, at least 1."""

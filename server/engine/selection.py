@@ -197,7 +197,9 @@ class Selection:
         def seconds(rows: int) -> float:
             return cost.seconds(fixed or lane.size_of(rows))
 
-        return LaneCosts(most, seconds, longest_s, lane.area, lane.mixes, cost.mixing)
+        # A size that always shared its ticks would never show what it costs alone.
+        mixes = None if cost.is_guess else lane.mixes
+        return LaneCosts(most, seconds, longest_s, lane.area, mixes, cost.mixing)
 
     def _longest_ordinary_s(self, cost: TickCost, most: int) -> float:
         """Whoever comes during a tick waits for its end."""

@@ -22,7 +22,7 @@ from guidance.unguided import Unguided
 from samplers.ddim import DDIM
 from samplers.unipc import UniPC
 from server.engine.client import Client, Flow
-from server.engine.cost_model import TickCost
+from server.engine.cost_model import TEACHING_TICKS, TickCost
 from server.engine.engine import Engine
 from server.engine.fair_queue import Turns
 from server.engine.task import Group
@@ -35,6 +35,7 @@ from tests.server.toy_model import Ear, Neighbourly, run, started
 SIZES = {"small": (32, 32), "wide": (48, 32), "large": (64, 64)}
 STEPS = 6
 OBSERVE, OBSERVE_MIXED, SHIFT = TickCost.observe, TickCost.observe_mixed, TickCost.shift
+IS_GUESS = TickCost.is_guess
 
 
 class Mixing(Neighbourly):
@@ -97,6 +98,7 @@ def _steady_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     for observe in ("observe", "observe_mixed"):
         monkeypatch.setattr(f"server.engine.cost_model.TickCost.{observe}", lambda *_: 1.0)
     monkeypatch.setattr("server.engine.cost_model.TickCost.shift", lambda *_: None)
+    monkeypatch.setattr("server.engine.cost_model.TickCost.is_guess", False)
 
 
 @pytest.fixture
@@ -283,6 +285,27 @@ def test_a_mixed_tick_teaches_what_mixing_costs_its_largest_size_and_tells_other
     [ticks] = taught.values()
     assert [rows for rows, _ in ticks] == [2 * len(SIZES)] * STEPS
     assert list(told.values()) == [[1.25] * STEPS] * (len(SIZES) - 1)
+
+
+def test_a_size_shares_ticks_once_a_few_of_its_own_have_shown_what_it_costs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(TickCost, "observe", OBSERVE)
+    monkeypatch.setattr(TickCost, "is_guess", IS_GUESS)
+    monkeypatch.setattr(
+        "server.engine.stages.run_stage",
+        lambda *given: replace(run_stage(*given), seconds=0.02),
+    )
+    model = Mixing()
+    engine = started(model, 24, guessed_costs={1: 0.02, 128: 0.02})
+    model.forwards.clear()
+    pixels(run(engine, [of(size, CFG(), steps=20) for size in SIZES]))
+    engine.stop(0)
+    first = next(n for n, forward in enumerate(model.forwards) if len(forward) == len(SIZES))
+    before = [size for forward in model.forwards[:first] if len(forward) == 1 for size in forward]
+    # That of the third size was measured at the start.
+    assert before.count((6, 4)) >= TEACHING_TICKS
+    assert before.count((8, 8)) >= TEACHING_TICKS
 
 
 def test_sizes_no_longer_share_ticks_once_these_have_shown_that_it_saves_nothing(
