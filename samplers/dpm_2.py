@@ -8,23 +8,23 @@ import numpy as np
 from pydantic import Field
 from typing_extensions import override
 
+from samplers.churn import ChurnedSampler
 from samplers.first_order import first_order
 from samplers.linear_multistep import Line
 from samplers.plan import Columns, Plan
-from samplers.sampler import Sampler
 
 if TYPE_CHECKING:
     from samplers.grid import Grid
     from samplers.levels import F64
 
 
-class DPM2(Sampler, frozen=True):
+class DPM2(ChurnedSampler, frozen=True):
     """DPM-Solver-2 as the midpoint method: a step along the slope at its middle in log sigma.
 
     Second order, two evaluations a step (one in the last step to the clean picture, and with
     ``eta`` 1 in a step from pure noise). Works along the schedule's own line, as ``heun`` does.
     With ``eta`` above 0 a step lands below the next level and makes up for it by fresh noise; it
-    is then "DPM2 a".
+    is then "DPM2 a". ``s_churn`` raises the noise before a step instead.
     """
 
     summary: ClassVar[str] = "Second order: the slope at the middle of each step; two evaluations."
@@ -50,10 +50,10 @@ class DPM2(Sampler, frozen=True):
     @property
     @override
     def stochastic(self) -> bool:
-        return self.eta > 0
+        return self.eta > 0 or super().stochastic
 
     @override
-    def plan(self, grid: Grid) -> Plan:
+    def plain_plan(self, grid: Grid) -> Plan:
         columns = Columns("x", "base")
         x, base, D = columns["x"], columns["base"], columns.denoised
         line = Line.of_schedule(grid)

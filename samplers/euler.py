@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 from typing_extensions import override
 
+from samplers.churn import ChurnedSampler
 from samplers.ddim import ancestral_plan
 from samplers.sampler import Sampler
 
@@ -15,24 +16,25 @@ if TYPE_CHECKING:
     from samplers.plan import Plan
 
 
-class Euler(Sampler, frozen=True):
+class Euler(ChurnedSampler, frozen=True):
     """Euler's method on ``d(x/alpha) / d(sigma/alpha) = eps``.
 
     First order, one evaluation a step. In exact arithmetic it is DDIM with eta 0 on the same
-    grid, on flow-matching models too; it has its own name because users look for it.
+    grid, on flow-matching models too; it has its own name because users look for it, and because
+    it has churn.
     """
 
-    summary: ClassVar[str] = "First order; the same step as ddim with eta 0."
-    source: ClassVar[str] = "Karras et al., arXiv 2206.00364, algorithm 1, first order."
+    summary: ClassVar[str] = "First order; the same step as ddim with eta 0. s_churn adds noise."
+    source: ClassVar[str] = "Karras et al., arXiv 2206.00364, algorithms 1 and 2, first order."
     name: Literal["euler"] = "euler"
 
     @property
     @override
     def convergence_order(self) -> int:
-        return 1
+        return 0 if self.stochastic else 1
 
     @override
-    def plan(self, grid: Grid) -> Plan:
+    def plain_plan(self, grid: Grid) -> Plan:
         return ancestral_plan(grid, 0.0)
 
 

@@ -174,8 +174,12 @@ class Grid:
                 f"strength is {strength:g}, which leaves none of {self.steps} steps; "
                 f"at least {1 / self.steps:.3g} is needed.",
             )
-        first = self.steps - kept
-        return Grid(self.schedule, self.t[first:], self.alpha[first:], self.sigma[first:])
+        return self.part(self.steps - kept, self.steps)
+
+    def part(self, first: int, last: int) -> Grid:
+        """The steps between two points, by their indices."""
+        points = slice(first, last + 1)
+        return Grid(self.schedule, self.t[points], self.alpha[points], self.sigma[points])
 
 
 def _within(schedule: Levels, t: F64, least: int) -> F64:

@@ -7,28 +7,29 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 from typing_extensions import override
 
+from samplers.churn import ChurnedSampler
 from samplers.first_order import first_order
 from samplers.linear_multistep import Line
 from samplers.plan import Columns, Plan
-from samplers.sampler import Sampler
 
 if TYPE_CHECKING:
     from samplers.grid import Grid
     from samplers.levels import F64
 
 
-class Heun(Sampler, frozen=True):
+class Heun(ChurnedSampler, frozen=True):
     """Heun's method: an Euler step, then the mean of the slopes at both ends.
 
     Second order, two evaluations a step (one in the last step to the clean picture). Works along
     the schedule's own line: ``x / alpha`` over ``sigma / alpha``, or ``x`` over ``sigma`` on
-    flow-matching models.
+    flow-matching models. With ``s_churn`` it is EDM's stochastic sampler.
     """
 
     summary: ClassVar[str] = (
-        "Second order with two evaluations per step; needs many steps when guided."
+        "Second order with two evaluations per step; needs many steps when guided. s_churn adds"
+        " noise."
     )
-    source: ClassVar[str] = "Karras et al., arXiv 2206.00364, algorithm 1."
+    source: ClassVar[str] = "Karras et al., arXiv 2206.00364, algorithms 1 and 2."
     name: Literal["heun"] = "heun"
 
     @property
@@ -39,10 +40,10 @@ class Heun(Sampler, frozen=True):
     @property
     @override
     def convergence_order(self) -> int:
-        return 2
+        return 0 if self.stochastic else 2
 
     @override
-    def plan(self, grid: Grid) -> Plan:
+    def plain_plan(self, grid: Grid) -> Plan:
         columns = Columns("x", "base", "slope")
         x, base, slope, D = columns["x"], columns["base"], columns["slope"], columns.denoised
         tables: list[F64] = []

@@ -12,11 +12,11 @@ from samplers.dpm_solver_pp import DPMSolverPP
 from samplers.euler import Euler
 from samplers.grid import Grid
 from samplers.heun import Heun
-from samplers.plan import Plan
+from samplers.in_turn import in_turn
 from samplers.sampler import Sampler
 
 if TYPE_CHECKING:
-    from samplers.levels import F64
+    from samplers.plan import Plan
 
 RHO = 7.0
 """A descent's levels lie even in (sigma / alpha)^(1 / RHO)."""
@@ -91,19 +91,8 @@ class Restart(Sampler, frozen=True):
             return base.plan(grid)
         turn = self._turn(grid)
         again = self._interval(grid, turn)
-        runs = [_part(grid, 0, turn), *[again] * self.restarts, _part(grid, turn, grid.steps)]
-        plans = [base.plan(run) for run in runs]
-        tables = [plan.tables for plan in plans]
-        tables[:-2] = [_then_noised(table, grid, turn, again) for table in tables[:-2]]
-        first = np.cumsum([0, *(plan.steps for plan in plans)]).tolist()
-        return Plan(
-            np.concatenate([*(plan.t[:-1] for plan in plans), grid.t[-1:]]),
-            np.concatenate([*(plan.alpha[:-1] for plan in plans), grid.alpha[-1:]]),
-            np.concatenate([*(plan.sigma[:-1] for plan in plans), grid.sigma[-1:]]),
-            np.concatenate(tables),
-            tuple(n + k for n, plan in zip(first, plans, strict=False) for k in plan.step),
-            grid.start_scale,
-        )
+        rest = grid.part(turn, grid.steps)
+        return in_turn([grid.part(0, turn), *[again] * self.restarts, rest], base.plan)
 
     def _descent(self, steps: int) -> int:
         return max(1, round(self.share * steps))
@@ -126,17 +115,3 @@ class Restart(Sampler, frozen=True):
         alpha, sigma = grid.schedule.level(t)
         t[-1], alpha[-1], sigma[-1] = grid.t[turn], grid.alpha[turn], grid.sigma[turn]
         return Grid(grid.schedule, t, alpha, sigma)
-
-
-def _part(grid: Grid, start: int, end: int) -> Grid:
-    points = slice(start, end + 1)
-    return Grid(grid.schedule, grid.t[points], grid.alpha[points], grid.sigma[points])
-
-
-def _then_noised(tables: F64, grid: Grid, turn: int, again: Grid) -> F64:
-    """The tables of a descent to the turn, whose last stage goes on up to the start of the next."""
-    decay = again.alpha[0] / grid.alpha[turn]
-    climbing = tables.copy()
-    climbing[-1, 0] *= decay
-    climbing[-1, 0, -2] = np.sqrt(again.sigma[0] ** 2 - (decay * grid.sigma[turn]) ** 2)
-    return climbing

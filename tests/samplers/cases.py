@@ -80,14 +80,25 @@ PUBLISHED: list[Sampler] = [
     for weights in ("constant", "variable")
 ]
 """Momentum at the order of its paper, which is neither the default nor a bound."""
-WITHOUT_STATISTICS: dict[str, str] = {"statistics": "none", "levels": "asked", "preset": "best"}
-"""Fields that act where a model's statistics are given, as test_dpm_solver_v3 gives them."""
+SET_BY_HAND: dict[str, list[Any]] = {
+    # These act where a model's statistics are given, as test_dpm_solver_v3 gives them.
+    "statistics": ["none"],
+    "levels": ["asked"],
+    "preset": ["best"],
+    # At its bound churn doubles the variance in every step, however short. The others are
+    # test_churn's: they change where noise is added and how much.
+    "s_churn": [0.0, 6.0],
+    "s_tmin": [0.0],
+    "s_tmax": [None],
+    "s_noise": [1.0],
+}
+"""Values to try of fields whose bounds say nothing."""
 
 
 def _choices(name: str, field: FieldInfo) -> list[Any]:
     """Values of a field to try: all named ones, or the default and both bounds."""
-    if name in WITHOUT_STATISTICS:
-        return [WITHOUT_STATISTICS[name]]
+    if name in SET_BY_HAND:
+        return SET_BY_HAND[name]
     annotation: Any = field.annotation
     if NoneType in get_args(annotation):
         annotation = get_args(annotation)[0]
