@@ -9,7 +9,7 @@ from typing import Any, Final
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 from typing_extensions import override
 
-from samplers import Sampler
+from samplers import Sampler, Spacing
 from server.decoding.picture import MaskForm
 from server.errors import InvalidRequest
 from server.models.embeddings.naming import named
@@ -24,6 +24,7 @@ from server.requests.automatic1111_hires import (
 from server.requests.automatic1111_names import sampler_and_spacing
 from server.requests.conjunction import composed_of, split_prompt
 from server.requests.foreign_names import fields_of
+from server.requests.infotext import CHURN
 from server.requests.lora_tags import read_tags
 from server.requests.messages import explain
 from server.requests.read_infotext import read_infotext
@@ -40,6 +41,7 @@ _NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     "tiling": (False,),
     "s_churn": (0,),
     "s_tmin": (0,),
+    "s_tmax": (0,),
     "s_noise": (1,),
     "refiner_checkpoint": ("", "None"),
     "script_name": ("", "None"),
@@ -48,6 +50,9 @@ _NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     "initial_noise_multiplier": (1,),
 }
 """Fields that nothing here corresponds to, and their values that ask for nothing."""
+
+_CHURN: Final = tuple(CHURN.values())
+"""Fields that act with a sampler that has churn."""
 
 _OF_PICTURES: Final = {"enable_hr": (False,)}
 """Likewise, of requests that start from an image."""
@@ -82,6 +87,7 @@ _OF_INFOTEXT: Final[Mapping[str, str]] = {
     "height": "Size-2",
     "denoising_strength": "Denoising strength",
     "clip_skip": "Clip skip",
+    **{field: label for label, field in CHURN.items()},
 }
 
 
@@ -162,9 +168,14 @@ class Txt2Img(HiresFields):
     styles: tuple[str, ...] = ()
     restore_faces: bool = False
     tiling: bool = False
-    s_churn: float = 0
-    s_tmin: float = 0
-    s_noise: float = 1
+    s_churn: float = Field(
+        default=0, description="Fresh noise that Euler, Heun and DPM2 add over the whole run."
+    )
+    s_tmin: float = Field(default=0, description="Lowest sigma at which they add it.")
+    s_tmax: float = Field(
+        default=0, description="Highest sigma at which they add it; 0 is no limit."
+    )
+    s_noise: float = Field(default=1, description="Factor on the noise that they add.")
     refiner_checkpoint: str = ""
     script_name: str = ""
     scripts: tuple[str, ...] = Field(default=(), description="Names in `alwayson_scripts`.")
@@ -309,6 +320,7 @@ def translated(
         name: weight for name, weight in tags.loras.items() if adapters is None or name in adapters
     }
     sampler_name = body.sampler_name or body.sampler_index or ""
+    sampler, spacing = _chosen(sampler_name, body.scheduler)
     width, height = _side(body.width, multiple), _side(body.height, multiple)
     drawn = width or size[0], height or size[1]
     given: dict[str, Any] = {
@@ -326,7 +338,7 @@ def translated(
         "adapters": [{"name": name, "weight": weight} for name, weight in loras.items()],
         # For the previews of `GET /sdapi/v1/progress`, and for what an interruption leaves.
         "stream": True,
-        **_sampler(sampler_name, body.scheduler, body.eta),
+        **_sampler(body, sampler, spacing),
         **(composed_of(parts, body.cfg_scale) if len(parts) > 1 else _guidance(body)),
         **body.picture(),
         **_second_run(body, drawn, multiple),
@@ -335,7 +347,7 @@ def translated(
         request = GenerateRequest.model_validate(given)
     except ValidationError as error:
         raise explain(error.errors(), GenerateRequest) from None
-    ignored = [*_without_effect(body), *tags.others, *negative.others]
+    ignored = [*_without_effect(body, sampler), *tags.others, *negative.others]
     ignored += [f"<lora:{name}>" for name in (tags.loras.keys() - loras.keys())]
     said = [f"Ignored, because nothing here corresponds: {', '.join(ignored)}."] if ignored else []
     composes = len(parts) > 1
@@ -387,27 +399,41 @@ def _side(pixels: int | None, multiple: int) -> int | None:
     return None if pixels is None else max(pixels - pixels % multiple, multiple)
 
 
-def _sampler(name: str, schedule: str | None, eta: float | None) -> dict[str, Any]:
-    """The fields `sampler` and `spacing`.
+def _chosen(name: str, schedule: str | None) -> tuple[Sampler | None, Spacing | None]:
+    """The sampler and spacing that are named; none for the model's own.
 
     Raises:
         InvalidRequest: no such sampler or schedule type is here.
     """
     if not name:
-        return {}
+        return None, None
     try:
-        sampler, spacing = sampler_and_spacing(name, schedule)
+        return sampler_and_spacing(name, schedule)
     except ValueError as unknown:
         raise InvalidRequest("sampler_name", str(unknown)) from None
+
+
+def _sampler(body: Txt2Img, sampler: Sampler | None, spacing: Spacing | None) -> dict[str, Any]:
+    """The fields `sampler` and `spacing`."""
+    if sampler is None:
+        return {}
     fields = fields_of(sampler)
-    if eta is not None and _takes_eta(sampler):
-        fields["eta"] = eta
+    if body.eta is not None and _takes_eta(sampler):
+        fields["eta"] = body.eta
+    if body.s_churn and _takes_churn(sampler):
+        churn = {name: getattr(body, name) for name in _CHURN}
+        fields |= churn | {"s_tmax": body.s_tmax or None}
     return {"sampler": fields} | ({} if spacing is None else {"spacing": fields_of(spacing)})
 
 
 def _takes_eta(sampler: Sampler) -> bool:
     """Whether AUTOMATIC1111's sampler does: those that add noise, and DDIM."""
     return sampler.name == "ddim" or getattr(sampler, "eta", 0) > 0
+
+
+def _takes_churn(sampler: Sampler | None) -> bool:
+    """Whether AUTOMATIC1111's sampler does: Euler, Heun and DPM2, but not "DPM2 a"."""
+    return hasattr(sampler, "s_churn") and not getattr(sampler, "eta", 0)
 
 
 def _guidance(body: Txt2Img) -> dict[str, Any]:
@@ -418,10 +444,13 @@ def _guidance(body: Txt2Img) -> dict[str, Any]:
     return {"guidance": {"name": "cfg", "scale": scale} if scale > 1 else "none"}
 
 
-def _without_effect(body: Txt2Img) -> list[str]:
+def _without_effect(body: Txt2Img, sampler: Sampler | None) -> list[str]:
     """Names of the fields that ask for something that nothing here corresponds to."""
+    acting = _CHURN if _takes_churn(sampler) else ()
     names = [
-        name for name, neutral in _NEUTRAL.items() if getattr(body, name, neutral[0]) not in neutral
+        name
+        for name, neutral in _NEUTRAL.items()
+        if name not in acting and getattr(body, name, neutral[0]) not in neutral
     ]
     if isinstance(body, Img2Img):
         names += [

@@ -49,6 +49,11 @@ def warnings_for(resolved: ResolvedRequest, model: HostedModel, plan: Plan) -> t
             f"steps is {resolved.steps}; use {numbers(own.counts)}, which model "
             f"{model.facts.name!r}{adapted} was distilled for."
         )
+    if getattr(resolved.sampler, "s_churn", 0) and not any(plan.noisy):
+        found.append(
+            f"sampler {resolved.sampler.name!r} adds no noise by s_churn: no step after the first "
+            "begins at a sigma / alpha between s_tmin and s_tmax."
+        )
     if _overshoots(resolved, model, plan):
         found.append(
             f"sampler {resolved.sampler.name!r} overshoots in fewer than {STEPS_TO_RECOVER} steps "

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from guidance.parts import PARTS
+from samplers import Sampler
 from samplers.names import label_of, schedule_type_of
 from server.requests.conjunction import conjoined
 from server.requests.controls import ControlSettings
@@ -15,7 +16,7 @@ from server.requests.hires import UPSCALER_LABELS
 from server.requests.image_prompts import ImagePromptSettings
 from server.requests.schema import MaskContent, ResolvedRequest
 
-__all__ = ["infotext"]
+__all__ = ["CHURN", "infotext"]
 
 MASKED_CONTENT: Final[Mapping[MaskContent, str]] = {
     "fill": "fill",
@@ -23,6 +24,14 @@ MASKED_CONTENT: Final[Mapping[MaskContent, str]] = {
     "latent_nothing": "latent nothing",
 }
 """What AUTOMATIC1111 calls it, which leaves the original out."""
+
+CHURN: Final[Mapping[str, str]] = {
+    "Sigma churn": "s_churn",
+    "Sigma tmin": "s_tmin",
+    "Sigma tmax": "s_tmax",
+    "Sigma noise": "s_noise",
+}
+"""What AUTOMATIC1111 calls the fields of a sampler with churn."""
 
 _BREAK = r"[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]"
 _FIELD = re.compile(rf"(negative\s+prompt|(?:\A|(?<={_BREAK}))\s*steps):", re.IGNORECASE)
@@ -64,6 +73,7 @@ def infotext(
         "Clip skip": settings.clip_skip if (settings.clip_skip or 1) > 1 else None,
         **_start_noise(settings),
         "Denoising strength": None if strength is None else f"{strength:g}",
+        **_churn(settings.sampler),
         "Masked content": MASKED_CONTENT.get(settings.mask_content or "original"),
         **_hires(settings),
         "Guidance": guidance.name,
@@ -93,6 +103,14 @@ def _start_noise(settings: ResolvedRequest) -> dict[str, Any]:
         "Variation seed strength": None if variation is None else f"{variation.strength:g}",
         "Seed resize from": None if size is None else f"{size.width}x{size.height}",
     }
+
+
+def _churn(sampler: Sampler) -> dict[str, str]:
+    """What the sampler adds noise by, as AUTOMATIC1111 names it; its defaults are left out."""
+    if not getattr(sampler, "s_churn", 0):
+        return {}
+    own = sampler.model_dump(exclude_defaults=True)
+    return {label: f"{own[field]:g}" for label, field in CHURN.items() if field in own}
 
 
 def _hires(settings: ResolvedRequest) -> dict[str, Any]:

@@ -150,6 +150,19 @@ def test_eta_goes_to_samplers_that_take_it_there() -> None:
         assert (sampler.model_dump()["eta"] == 0.25) is taken, name
 
 
+def test_churn_is_given_to_the_samplers_that_have_it_there() -> None:
+    asked: dict[str, Any] = {"s_churn": 40, "s_tmin": 0.05, "s_tmax": 0, "s_noise": 1.003}
+    for name, has_it in (("Euler", True), ("Heun", True), ("DPM2", True), ("DPM2 a", False)):
+        sampler = request(sampler_name=name, **asked).sampler
+        assert sampler is not None
+        wanted = asked | {"s_tmax": None} if has_it else {"s_churn": 0, "s_noise": 1}
+        assert sampler.model_dump(include=set(wanted)) == wanted
+        assert bool(ignored(sampler_name=name, **asked)) is not has_it
+    text = "a cat\nSteps: 20, Sampler: Heun, Sigma churn: 40, Sigma tmin: 0.05, Sigma noise: 1.003"
+    assert request(infotext=text).sampler == request(sampler_name="Heun", **asked).sampler
+    assert ignored(**asked)[0].endswith(": s_churn, s_tmin, s_noise.")
+
+
 @pytest.mark.parametrize(
     ("fields", "ours"),
     [

@@ -39,6 +39,13 @@ def test_masked_content_of_a_run_from_noise_alone_is_said_to_have_no_effect() ->
     assert warnings("cfg", has_picture=True, **sent) == ()
 
 
+def test_churn_that_no_step_has_is_said() -> None:
+    sampler = {"name": "heun", "s_churn": 4, "s_tmax": 1e-3}
+    (said,) = warnings("cfg", sampler=sampler)
+    assert said.startswith("sampler 'heun' adds no noise by s_churn: no step after the first")
+    assert warnings("cfg", sampler=sampler | {"s_tmax": None}) == ()
+
+
 @pytest.mark.parametrize(
     ("guidance", "reason"),
     [

@@ -51,6 +51,13 @@ def test_masked_content_is_written_as_there_unless_it_is_the_original() -> None:
     assert "Masked content" not in text_of(mask_content="original")
 
 
+def test_churn_is_written_as_there_without_what_is_at_its_default() -> None:
+    sampler = {"name": "heun", "s_churn": 40, "s_tmin": 0.05, "s_noise": 1.003}
+    told = "Sigma churn: 40, Sigma tmin: 0.05, Sigma noise: 1.003, "
+    assert told in text_of(sampler=sampler)
+    assert "Sigma" not in text_of(sampler={"name": "heun", "s_tmin": 0.05})
+
+
 def test_what_else_than_float32_a_model_computes_in_is_written() -> None:
     resolved = ResolvedRequest.model_validate(SETTINGS)
     text = infotext(
