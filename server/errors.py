@@ -31,6 +31,7 @@
     |- EmbeddingMismatch             500  an embedding cannot be used with a model
     |- ImagePromptMismatch           500  an IP-Adapter cannot be used with a model
     `- RowFailed                     500  one image failed
+        `- OutOfMemory               500  there was not enough memory for it
 
 Each carries the sentence that the user reads; only `server.http.errors` turns them into responses.
 """
@@ -48,6 +49,7 @@ __all__ = [
     "DeviceLost",
     "DidNotFit",
     "DuplicateGeneration",
+    "EmbeddingMismatch",
     "Forbidden",
     "HeadersTooLarge",
     "ImagePromptMismatch",
@@ -59,6 +61,7 @@ __all__ = [
     "ModelTooLarge",
     "NotAcceptable",
     "NotReady",
+    "OutOfMemory",
     "Overloaded",
     "RequestTimeout",
     "ReusedKey",
@@ -387,3 +390,12 @@ class RowFailed(WeftError):
     """One image failed (NaN, out of memory); the others are unaffected."""
 
     code = "image_failed"
+
+
+class OutOfMemory(RowFailed):
+    """There was not enough memory for one image; others may have had it."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "There was not enough memory for this image; ask for a smaller width or height."
+        )

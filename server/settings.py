@@ -161,7 +161,7 @@ class JobSettings(BaseModel):
         default=3,
         ge=1,
         le=100,
-        description="How often a job is begun in all, if the process ends while it runs.",
+        description="How often a job is begun in all, if the process ends while it runs or memory does not suffice.",
     )
     keep_s: float = Field(
         default=86400,

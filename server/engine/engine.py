@@ -34,7 +34,7 @@ from server.engine.tick.decode import Decoder
 from server.engine.tick.newcomers import Admission
 from server.engine.tick.pictures import PicturesOfATick
 from server.engine.warmup import recommended_rows, warm_up, warm_up_beside_ticks
-from server.errors import Cancelled, DeviceLost, NotReady, RowFailed
+from server.errors import Cancelled, DeviceLost, NotReady, OutOfMemory
 from server.models.memory import unused_bytes
 
 if TYPE_CHECKING:
@@ -523,9 +523,7 @@ class Engine:
         else:
             self.measurements.failed += 1
         if is_out_of_memory(error):
-            error = RowFailed(
-                "There was not enough memory for this image; ask for a smaller width or height."
-            )
+            error = OutOfMemory()
         sequence.submission.fail()
         self._leave(sequence)
         self._reports.failed(sequence, error)

@@ -15,7 +15,15 @@ from typing import Any, Final
 
 from server.blobs import Blobs
 from server.engine.client import Client
-from server.errors import Cancelled, DidNotFit, NotReady, Overloaded, UnknownGeneration, WeftError
+from server.errors import (
+    Cancelled,
+    DidNotFit,
+    NotReady,
+    OutOfMemory,
+    Overloaded,
+    UnknownGeneration,
+    WeftError,
+)
 from server.jobs import store
 from server.jobs.database import Database
 from server.jobs.job import Job
@@ -206,6 +214,12 @@ class Runner:
             await self._wait(job, error.retry_after_s, spare=self._service.broken is None)
         except Cancelled:
             await self._end(job, "canceled")
+        except OutOfMemory as error:
+            # Others may have had the memory. As much is refused for a while now, and so waits.
+            if job.attempt - job.spared < self._settings.attempts:
+                await self._wait(job, 0.0, spare=False)
+            else:
+                await self._fail(job, error.code, error.message)
         except WeftError as error:
             await self._fail(job, error.code, error.message, error.field)
         except Exception:

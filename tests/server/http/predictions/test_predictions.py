@@ -19,10 +19,12 @@ from typing import Any
 
 import httpx2
 import pytest
+import torch
 from PIL import Image
 from starlette.testclient import TestClient
 
 from server.blobs import Blobs
+from server.engine.tick.stage import Stage, run_stage
 from server.http.predictions.prefer import waiting_s
 from server.jobs import deliveries, store
 from server.jobs.database import of_folder
@@ -350,6 +352,27 @@ def test_a_job_as_large_as_what_lately_did_not_fit_waits_until_it_is_tried_again
     given = INPUT | {"width": 64, "height": 64, "hires": {"scale": 1.5, "strength": 1}}
     job = post(mine, given, prefer="wait").json()
     assert job["status"] == "succeeded", job
+
+
+@pytest.mark.parametrize(("failing", "status"), [(2, "succeeded"), (3, "failed")])
+def test_a_job_that_ran_out_of_memory_is_begun_again_as_often_as_one_that_was_interrupted(
+    failing: int, status: str, mine: httpx2.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts = iter(range(failing))
+
+    def short(*given: Any) -> Stage:
+        if next(attempts, None) is not None:
+            raise torch.OutOfMemoryError("others have it")
+        return run_stage(*given)
+
+    monkeypatch.setattr("server.engine.stages.run_stage", short)
+    monkeypatch.setattr("server.engine.state.overflows.BELIEVED_S", 0.1)
+    monkeypatch.setattr("server.jobs.runner.LOOK_S", 0.2)
+    job = post(mine, prefer="wait").json()
+    assert (job["status"], next(attempts, None)) == (status, None), job
+    if status == "failed":
+        assert job["attempts"] == 3
+        assert job["error"].startswith("There was not enough memory for this image")
 
 
 def test_a_server_that_stops_lets_its_jobs_wait(
