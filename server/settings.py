@@ -161,7 +161,8 @@ class JobSettings(BaseModel):
         default=3,
         ge=1,
         le=100,
-        description="How often a job is begun in all, if the process ends while it runs or memory does not suffice.",
+        description="How often a job is begun in all, if the process ends while it runs or memory "
+        "runs out.",
     )
     keep_s: float = Field(
         default=86400,
