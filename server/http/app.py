@@ -17,6 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from server.errors import NotReady, WeftError
 from server.http import documents, errors, health, results
+from server.http.automatic1111 import controlnet as automatic1111_controlnet
 from server.http.automatic1111 import extras as automatic1111_extras
 from server.http.automatic1111 import images as automatic1111_images
 from server.http.automatic1111 import settings as automatic1111_settings
@@ -98,6 +99,7 @@ def create_app(
         automatic1111_images.router,
         automatic1111_extras.router,
         automatic1111_settings.router,
+        automatic1111_controlnet.router,
         stream_events.router,
         rows.router,
         results.router,

@@ -28,7 +28,7 @@ __all__ = ["AUTOMATIC1111", "CHALLENGE", "ErrorBody", "answer", "body_of", "inst
 OPENAI_IMAGES: Final = "/v1/images/"
 """Below this path an invalid value has the status that OpenAI's API gives it, 400."""
 
-AUTOMATIC1111: Final = ("/sdapi/", "/internal/")
+AUTOMATIC1111: Final = ("/sdapi/", "/internal/", "/controlnet/")
 """Below these paths errors have the form that AUTOMATIC1111 gives them."""
 
 

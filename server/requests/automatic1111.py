@@ -14,6 +14,7 @@ from server.decoding.picture import MaskForm
 from server.errors import InvalidRequest
 from server.models.embeddings.naming import named
 from server.models.emphasis import is_long, is_weighted
+from server.requests.automatic1111_controlnet import ControlNetUnit, steering, without_effect
 from server.requests.automatic1111_hires import (
     LEAST_STEPS,
     HiresFields,
@@ -179,6 +180,9 @@ class Txt2Img(HiresFields):
     refiner_checkpoint: str = ""
     script_name: str = ""
     scripts: tuple[str, ...] = Field(default=(), description="Names in `alwayson_scripts`.")
+    controlnet: tuple[ControlNetUnit, ...] = Field(
+        default=(), description="Units in `alwayson_scripts`."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -299,6 +303,8 @@ def translated(
     multiple: int,
     size: tuple[int, int],
     embeddings: Collection[str] | None = (),
+    controls: Collection[str] | None = (),
+    image_prompts: Collection[str] | None = (),
 ) -> Translated:
     """The request of our own that a request of AUTOMATIC1111 stands for.
 
@@ -310,6 +316,8 @@ def translated(
             size has beyond them.
         size: the model's own width and height.
         embeddings: names of the model's embeddings; None if the model is not loaded yet.
+        controls: likewise of its ControlNets.
+        image_prompts: likewise of its IP-Adapters.
 
     Raises:
         InvalidRequest: a value that no request may have.
@@ -323,6 +331,8 @@ def translated(
     sampler, spacing = _chosen(sampler_name, body.scheduler)
     width, height = _side(body.width, multiple), _side(body.height, multiple)
     drawn = width or size[0], height or size[1]
+    picture = body.picture()
+    mode = picture.get("resize_mode")
     given: dict[str, Any] = {
         "prompt": tags.prompt,
         "negative_prompt": negative.prompt or None,
@@ -340,8 +350,9 @@ def translated(
         "stream": True,
         **_sampler(body, sampler, spacing),
         **(composed_of(parts, body.cfg_scale) if len(parts) > 1 else _guidance(body)),
-        **body.picture(),
+        **picture,
         **_second_run(body, drawn, multiple),
+        **steering(body.controlnet, picture.get("image"), mode, controls, image_prompts),
     }
     try:
         request = GenerateRequest.model_validate(given)
@@ -458,6 +469,10 @@ def _without_effect(body: Txt2Img, sampler: Sampler | None) -> list[str]:
         ]
     elif body.enable_hr:
         names += different(body)
+    enlarges = body.enable_hr and not isinstance(body, Img2Img)
+    for place, unit in enumerate(body.controlnet):
+        said = without_effect(unit, cuts=body.padding is not None, enlarges=enlarges)
+        names += [f"controlnet.{place}.{name}" for name in said]
     asked = {
         name
         for name, value in body.override_settings.items()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from server.decoding.sizing import ResizeMode
 from server.errors import ControlMismatch, InvalidRequest
 from server.models.controls.control import Control, ControlUse
 from server.requests.upload import Upload
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MOST",
+    "RESIZE_LABELS",
+    "STRONGEST",
     "ControlChoice",
     "ControlSettings",
     "check_controls",
@@ -29,6 +32,13 @@ __all__ = [
 
 MOST: Final = 4
 STRONGEST: Final = 4.0
+
+RESIZE_LABELS: Final[Mapping[ResizeMode, str]] = {
+    "stretch": "Just Resize",
+    "crop": "Crop and Resize",
+    "fill": "Resize and Fill",
+}
+"""What AUTOMATIC1111's extension for ControlNets calls the modes, from its 0."""
 
 
 class ControlSettings(BaseModel):
@@ -64,6 +74,16 @@ class ControlSettings(BaseModel):
         strict=True,
         description="Share of the run after which it no longer acts (diffusers' "
         "`control_guidance_end`).",
+    )
+    resize_mode: ResizeMode | None = Field(
+        default=None,
+        description="What becomes of its picture if that has other proportions. Default: the "
+        "request's `resize_mode`.",
+    )
+    preprocessor: Literal["invert"] | None = Field(
+        default=None,
+        description="What is done to its picture first: `invert` exchanges black and white, for "
+        "drawings in black on white. Default: nothing.",
     )
 
     @model_validator(mode="after")

@@ -11,7 +11,7 @@ from guidance.parts import PARTS
 from samplers import Sampler
 from samplers.names import label_of, schedule_type_of
 from server.requests.conjunction import conjoined
-from server.requests.controls import ControlSettings
+from server.requests.controls import RESIZE_LABELS, ControlSettings
 from server.requests.hires import UPSCALER_LABELS
 from server.requests.image_prompts import ImagePromptSettings
 from server.requests.schema import MaskContent, ResolvedRequest
@@ -80,7 +80,7 @@ def infotext(
         **{f"Guidance {part.label}": _part(getattr(guidance, part.field)) for part in PARTS},
         "Step cache": _part(settings.cache),
         "Lora": " ".join(f"<lora:{one.name}:{one.weight:g}>" for one in settings.adapters) or None,
-        **{f"ControlNet {i}": _windowed(one) for i, one in enumerate(settings.controls)},
+        **{f"ControlNet {i}": _control(one) for i, one in enumerate(settings.controls)},
         **{f"IP-Adapter {i}": _windowed(one) for i, one in enumerate(settings.image_prompts)},
         "Sampler statistics": statistics,
         "Version": version,
@@ -145,6 +145,13 @@ def _windowed(one: ControlSettings | ImagePromptSettings) -> str:
     """As AUTOMATIC1111's extension for ControlNets writes one."""
     window = f"Guidance Start: {one.start:g}, Guidance End: {one.end:g}"
     return f"Model: {one.name}, Weight: {one.scale:g}, {window}"
+
+
+def _control(one: ControlSettings) -> str:
+    """The same, with what is done to the picture."""
+    resized = "" if one.resize_mode is None else f", Resize Mode: {RESIZE_LABELS[one.resize_mode]}"
+    prepared = "" if one.preprocessor is None else f"Module: {one.preprocessor}, "
+    return f"{prepared}{_windowed(one)}{resized}"
 
 
 def _listed(fields: dict[str, Any]) -> str:

@@ -49,8 +49,11 @@ class Upload:
         self._released = lambda: None
         return mask
 
-    def copied(self, form: MaskForm) -> Upload:
-        """The same data once more, to be decoded as a mask beside this picture.
+    def copied(self, form: MaskForm | None = None) -> Upload:
+        """The same data once more, to be decoded beside this picture.
+
+        Args:
+            form: how it says what is repainted, if it is decoded as a mask.
 
         Raises:
             ValueError: it was handed out before.

@@ -10,6 +10,7 @@ import io
 from asyncio import to_thread
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,10 +18,11 @@ from PIL import Image
 
 from server.decoding.picture import MaskForm
 from server.decoding.pool import DecodePool
-from server.decoding.sizing import Target
+from server.decoding.sizing import ResizeMode, Target
 from server.errors import InvalidRequest
 from server.image_codec import resized
-from server.requests.schema import GenerateRequest
+from server.requests.controls import ControlChoice
+from server.requests.schema import DEFAULT_RESIZE_MODE, GenerateRequest
 from server.requests.upload import Upload
 
 __all__ = ["Box", "Region", "around", "cut_out"]
@@ -135,8 +137,35 @@ async def cut_out(
     region = Region(picture, mask, around(mask, padding, *size))
     parts = [await to_thread(_png, whole[region.box.where]) for whole in (picture, mask)]
     image_part, mask_part = map(Upload, parts)
-    part = {"image": image_part, "mask": mask_part, "width": size[0], "height": size[1]}
+    part: dict[str, Any] = {
+        "image": image_part,
+        "mask": mask_part,
+        "width": size[0],
+        "height": size[1],
+    }
+    part["controls"] = tuple(
+        [
+            await _cut(place, one, region, request.resize_mode, decoding)
+            for place, one in enumerate(request.controls)
+        ]
+    )
     return request.model_copy(update=part | {"resize_mode": "stretch"}), region
+
+
+async def _cut(
+    place: int,
+    control: ControlChoice,
+    region: Region,
+    mode: ResizeMode | None,
+    decoding: DecodePool,
+) -> ControlChoice:
+    """A ControlNet of which the picture is that part of its own which lies over the region."""
+    height, width = region.mask.shape
+    target = Target(width, height, control.resize_mode or mode or DEFAULT_RESIZE_MODE)
+    with control.image.opened() as data:
+        picture = await decoding.picture(data, f"controls.{place}.image", target)
+    part = Upload(await to_thread(_png, picture[region.box.where]))
+    return control.model_copy(update={"image": part, "resize_mode": "stretch"})
 
 
 def _png(pixels: NDArray[np.uint8]) -> bytes:

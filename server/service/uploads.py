@@ -13,6 +13,7 @@ from server.decoding.picture import MaskForm
 from server.decoding.pool import DecodePool
 from server.decoding.sizing import Target
 from server.models.hosted import HostedModel
+from server.requests.controls import ControlChoice
 from server.requests.image_prompts import sides_of_image_prompts
 from server.requests.resolve import Prepared
 from server.requests.schema import DEFAULT_RESIZE_MODE, GenerateRequest, ResolvedRequest
@@ -109,12 +110,13 @@ async def decoded(
     controls = list[NDArray[np.uint8]]()
     controls_again = list[NDArray[np.uint8]]()
     for place, control in enumerate(request.controls):
-        field = f"controls.{place}.image"
+        field, target = f"controls.{place}.image", _target(prepared.request, control)
         with control.image.opened() as text:
-            controls.append(await decoding.picture(text, field, target))
+            controls.append(_prepared(control, await decoding.picture(text, field, target)))
             if prepared.second is not None:
-                larger = _target(prepared.second.request)
-                controls_again.append(await decoding.picture(text, field, larger))
+                larger = _target(prepared.second.request, control)
+                again = await decoding.picture(text, field, larger)
+                controls_again.append(_prepared(control, again))
     shown = prepared.request.image_prompts
     sides = await asyncio.to_thread(sides_of_image_prompts, shown, model)
     image_prompts = [
@@ -133,7 +135,12 @@ async def _picture(
         return await decoding.picture(text, field, target)
 
 
-def _target(resolved: ResolvedRequest) -> Target:
-    """What an uploaded image is brought to."""
-    mode = resolved.resize_mode or DEFAULT_RESIZE_MODE
+def _target(resolved: ResolvedRequest, control: ControlChoice | None = None) -> Target:
+    """What an uploaded image is brought to, or the picture of a ControlNet."""
+    own = None if control is None else control.resize_mode
+    mode = own or resolved.resize_mode or DEFAULT_RESIZE_MODE
     return Target(resolved.width, resolved.height, mode)
+
+
+def _prepared(control: ControlChoice, picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return 255 - picture if control.preprocessor == "invert" else picture

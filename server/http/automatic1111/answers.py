@@ -123,7 +123,8 @@ def answered(
 
 def parameters_of(body: Txt2Img) -> dict[str, Any]:
     """The request as it was read, without images."""
-    return body.model_dump(mode="json", exclude={"init_images", "mask", "infotext"})
+    images = {"init_images": True, "mask": True, "controlnet": {"__all__": {"image"}}}
+    return body.model_dump(mode="json", exclude={**images, "infotext": True})
 
 
 def _info(

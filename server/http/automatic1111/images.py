@@ -111,12 +111,20 @@ def _translated(body: Txt2Img, service: Service, checkpoint: str | None) -> Tran
     name = named(asked, states) if isinstance(asked, str) and asked else checkpoint
     state = chosen(name, states)
     if state is None or state.model is None:
-        return translated(body, name, None, LATENT_CELL, USUAL_SIZE, embeddings=None)
+        return translated(body, name, None, LATENT_CELL, USUAL_SIZE, None, None, None)
     adapters = {one.name for one in state.model.adapters.available()}
     facts = state.model.facts
     size = facts.default_width, facts.default_height
-    embeddings = {one.name for one in state.model.embeddings.available()}
-    return translated(body, name, adapters, facts.size_multiple, size, embeddings)
+    return translated(
+        body,
+        name,
+        adapters,
+        facts.size_multiple,
+        size,
+        {one.name for one in state.model.embeddings.available()},
+        [one.name for one in state.model.controls.available()],
+        [one.name for one in state.model.image_prompts.available()],
+    )
 
 
 async def _made(

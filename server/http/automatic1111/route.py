@@ -9,6 +9,7 @@ from pydantic import BaseModel
 from typing_extensions import override
 
 from server.http.body import JsonRoute
+from server.requests.automatic1111_controlnet import is_controlnet, units_in
 
 __all__ = ["ERRORS", "AutomaticError", "TolerantRoute"]
 
@@ -27,6 +28,8 @@ ERRORS: Final[dict[int | str, dict[str, Any]]] = {
     for status in (400, 401, 403, 404, 408, 409, 413, 415, 422, 429, 503, 507)
 }
 
+UNITS: Final = "controlnet"
+
 MANY_IMAGES: Final = "init_images after the first"
 
 
@@ -37,14 +40,19 @@ class TolerantRoute(JsonRoute):
     def narrowed(self, parsed: Any) -> Any:
         """The fields that the route knows; others may be large.
 
-        Of a list of images it is the first, and of scripts the names of those that would act.
+        Of a list of images it is the first, of the script for ControlNets the units that are
+        switched on, and of other scripts the names of those that would act.
         """
         if not isinstance(parsed, dict):
             return parsed
         annotation = getattr(getattr(self.body_field, "field_info", None), "annotation", None)
         known: Mapping[str, Any] = getattr(annotation, "model_fields", {})
         narrow = {name: value for name, value in parsed.items() if name in known}
-        scripts = _acting(parsed.get("alwayson_scripts"))
+        asked = parsed.get("alwayson_scripts")
+        narrow.pop(UNITS, None)
+        if UNITS in known and (units := units_in(asked)):
+            narrow[UNITS] = units
+        scripts = _acting(asked)
         if isinstance(images := narrow.get("init_images"), list):
             narrow["init_images"] = images[0] if images else None
             scripts += [MANY_IMAGES] if len(images) > 1 else []
@@ -57,6 +65,8 @@ def _acting(scripts: Any) -> list[str]:
         return []
     acting: list[str] = []
     for name, told in scripts.items():
+        if is_controlnet(name):
+            continue
         arguments = told.get("args") if isinstance(told, dict) else told
         first = arguments[0] if isinstance(arguments, list) and arguments else arguments
         if first and not (isinstance(first, dict) and first.get("enabled") is False):

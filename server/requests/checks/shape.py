@@ -45,8 +45,15 @@ def check_shape(value: Any, uploads: Collection[str], path: tuple[str, ...] = ()
                     f"{_named(path)} has a field whose name has {len(name)} characters; at most "
                     f"{MOST_NAME} are allowed.",
                 )
-            if name not in uploads or not isinstance(inner, str):
+            if name not in uploads or not _is_text(inner):
                 check_shape(inner, below(uploads, name), (*path, name))
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it is a text, or a list of some."""
+    if isinstance(value, list):
+        return len(value) <= MOST_ENTRIES and all(isinstance(one, str) for one in value)
+    return isinstance(value, str)
 
 
 def below(paths: Collection[str], name: str) -> frozenset[str]:

@@ -65,10 +65,14 @@ def test_settings_have_all_but_the_pictures(model: HostedModel) -> None:
 
 
 def test_infotext_names_each_with_its_strength_and_window(model: HostedModel) -> None:
-    request = resolved(model, {"name": "edges", "scale": 0.5, "start": 0.1, "end": 0.8})
+    edges = {"name": "edges", "scale": 0.5, "start": 0.1, "end": 0.8}
+    depth = {"name": "depth", "resize_mode": "crop", "preprocessor": "invert"}
+    request = resolved(model, edges, depth)
     text = infotext(request, model_revision="0", version="weft 1")
     inner = "Model: edges, Weight: 0.5, Guidance Start: 0.1, Guidance End: 0.8"
     assert f'ControlNet 0: "{inner}"' in text
+    inner = "Model: depth, Weight: 1, Guidance Start: 0, Guidance End: 1"
+    assert f'ControlNet 1: "Module: invert, {inner}, Resize Mode: Crop and Resize"' in text
 
 
 @pytest.mark.parametrize(
@@ -83,7 +87,8 @@ def test_infotext_names_each_with_its_strength_and_window(model: HostedModel) ->
         ({"name": "edges", "image": 7}, "controls.0.image is 7; it must be a string."),
         (
             {"name": "edges", "weight": 1},
-            "controls.0.weight is not a known field; allowed are: name, scale, start, end, image.",
+            "controls.0.weight is not a known field; allowed are: name, scale, start, end, "
+            "resize_mode, preprocessor, image.",
         ),
     ],
 )

@@ -385,8 +385,11 @@ def test_errors_have_the_form_of_automatic1111(client: httpx2.Client) -> None:
 
 
 def test_fields_and_scripts_of_other_programs_do_no_harm(client: httpx2.Client) -> None:
-    unit = {"enabled": True, "image": "A" * 100_000}
-    scripts = {"ADetailer": {"args": [False]}, "ControlNet": {"args": [unit]}}
+    scripts = {
+        "ADetailer": {"args": [False]},
+        "Segment Anything": {"args": [{"image": "A" * 100_000}]},
+        "ControlNet": {"args": [{"enabled": False, "image": "A" * 100_000}]},
+    }
     body = SMALL | {
         "steps": 1,
         "alwayson_scripts": scripts,

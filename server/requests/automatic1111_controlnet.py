@@ -1,0 +1,287 @@
+"""Units of AUTOMATIC1111's extension for ControlNets, as `controls` and `image_prompts`.
+
+https://github.com/Mikubill/sd-webui-controlnet (internal_controlnet/args.py), whose API Forge has
+too. Clients send units as arguments of the script `controlnet`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Annotated, Any, Final
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from server.decoding.sizing import ResizeMode
+from server.errors import InvalidRequest
+from server.requests.controls import RESIZE_LABELS, STRONGEST
+from server.requests.upload import Upload
+
+__all__ = [
+    "MODULES",
+    "ControlNetUnit",
+    "is_controlnet",
+    "module_of",
+    "steering",
+    "units_in",
+    "without_effect",
+]
+
+IP_ADAPTER: Final = "ip-adapter-auto"
+
+MODULES: Final[Mapping[str, tuple[str, ...]]] = {
+    "none": ("", "none"),
+    "invert": ("invert", "invert (from white bg & black line)"),
+    IP_ADAPTER: (
+        IP_ADAPTER,
+        "ip-adapter_clip_h",
+        "ip-adapter_clip_g",
+        "ip-adapter_clip_sd15",
+        "ip-adapter_clip_sdxl",
+        "ip-adapter_clip_sdxl_plus_vith",
+        "clip-vit-h (ipadapter)",
+        "clip-vit-bigg (ipadapter)",
+    ),
+}
+"""The preprocessors that there are here, and their names in the extension and in Forge. Those of
+IP-Adapters name an image encoder, of which each adapter has its own here."""
+
+_SUFFIX: Final = re.compile(r" \[[0-9a-fA-F]+\]$")
+"""The hash that the extension writes after the name of a model."""
+
+_OTHER_NAMES: Final = {
+    "input_image": "image",
+    "guidance": "guidance_end",
+    "mask_image": "mask",
+}
+"""Earlier names of fields, and those of Forge."""
+
+_OTHER_LABELS: Final = {
+    "Inner Fit (Scale to Fit)": "Crop and Resize",
+    "Scale to Fit (Inner Fit)": "Crop and Resize",
+    "Outer Fit (Shrink to Fit)": "Resize and Fill",
+    "Envelope (Outer Fit)": "Resize and Fill",
+}
+"""Earlier names of resize modes."""
+
+_NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
+    "control_mode": ("Balanced", 0, "0"),
+    "hr_option": ("Both", "HiResFixOption.BOTH", 0),
+    "union_control_type": ("Unknown",),
+    "inpaint_crop_input_image": (True,),
+    "mask": (None, False, ""),
+    "effective_region_mask": (None, False, ""),
+    "advanced_weighting": (None, False),
+    "ipadapter_input": (None, False),
+}
+"""Fields of a unit that nothing here corresponds to, and their values that ask for nothing."""
+
+_LARGE: Final = ("mask", "effective_region_mask", "advanced_weighting", "ipadapter_input")
+"""Those that may be large, of which only it counts whether they are there."""
+
+
+def _mode_of(value: Any) -> Any:
+    """A resize mode of ours, by its label or number there."""
+    labels = tuple(RESIZE_LABELS.values())
+    label = _OTHER_LABELS.get(value, value) if isinstance(value, str) else value
+    for number, (mode, own) in enumerate(RESIZE_LABELS.items()):
+        if label == own or (type(label) is int and label == number):
+            return mode
+    raise ValueError(f"must be one of {', '.join(map(repr, labels))}")
+
+
+class ControlNetUnit(BaseModel):
+    """A unit of the extension that is switched on; unknown fields are ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+    image: Upload | None = Field(
+        default=None,
+        repr=False,
+        description="What it reads, in base64. Default: of `img2img`, the image to start from.",
+    )
+    model: str = Field(
+        default="None",
+        max_length=256,
+        description="A ControlNet or IP-Adapter of the model, with or without a hash.",
+    )
+    module: str = Field(
+        default="none", max_length=128, description="Preprocessor: `none` or `invert`."
+    )
+    weight: float = Field(default=1, ge=0, le=STRONGEST, description="Factor on its effect.")
+    guidance_start: float = Field(
+        default=0, ge=0, le=1, description="Share of the run after which it begins to act."
+    )
+    guidance_end: float = Field(
+        default=1, ge=0, le=1, description="Share of the run after which it no longer acts."
+    )
+    resize_mode: Annotated[ResizeMode, BeforeValidator(_mode_of)] = Field(
+        default="crop", description="`Just Resize`, `Crop and Resize` or `Resize and Fill`, or 0-2."
+    )
+    control_mode: str | int = "Balanced"
+    hr_option: str | int = "Both"
+    union_control_type: str = "Unknown"
+    inpaint_crop_input_image: bool = True
+    mask: bool = False
+    effective_region_mask: bool = False
+    advanced_weighting: bool = False
+    ipadapter_input: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, data: Any) -> Any:
+        """Leave out what is null."""
+        if not isinstance(data, dict):
+            return data
+        return {name: value for name, value in data.items() if value is not None}
+
+    @model_validator(mode="after")
+    def _check_window(self) -> ControlNetUnit:
+        if self.guidance_start >= self.guidance_end:
+            raise ValueError(
+                f"guidance_start is {self.guidance_start:g}; it must be less than guidance_end, "
+                f"{self.guidance_end:g}"
+            )
+        return self
+
+
+def is_controlnet(script: Any) -> bool:
+    """Whether a script is the extension, by its name."""
+    return str(script).casefold() == "controlnet"
+
+
+def units_in(scripts: Any) -> list[dict[str, Any]]:
+    """The units that are switched on, without what of them may be large and is not looked at.
+
+    A unit that does not say whether it is acts, as in Forge and earlier versions.
+
+    Args:
+        scripts: `alwayson_scripts` as it was sent.
+
+    Raises:
+        InvalidRequest: one has several pictures.
+    """
+    told = [one for name, one in scripts.items() if is_controlnet(name)] if scripts else []
+    arguments = told[0].get("args") if told and isinstance(told[0], dict) else None
+    sent = arguments if isinstance(arguments, list) else [arguments]
+    units = [one for one in sent if isinstance(one, dict) and one]
+    return [_narrowed(i, one) for i, one in enumerate(units) if one.get("enabled", True)]
+
+
+def _narrowed(place: int, sent: Mapping[str, Any]) -> dict[str, Any]:
+    unit = {_OTHER_NAMES.get(name, name): value for name, value in sent.items()}
+    image = unit.get("image")
+    if isinstance(image, list) and len(image) == 2 and all(isinstance(one, str) for one in image):
+        image = dict(zip(("image", "mask"), image, strict=True))
+    if isinstance(image, list) and len(image) == 1:
+        [image] = image
+    if isinstance(image, list):
+        raise InvalidRequest(
+            f"controlnet.{place}.image",
+            f"controlnet.{place}.image has {len(image)} pictures; send a unit for each of them.",
+        )
+    if isinstance(image, dict):
+        unit["mask"] = unit.get("mask") or image.get("mask")
+        image = image.get("image")
+    unit["image"] = image or None
+    unit |= {name: bool(unit.get(name)) for name in _LARGE}
+    return {name: unit[name] for name in ControlNetUnit.model_fields if name in unit}
+
+
+def module_of(name: str) -> str | None:
+    """A preprocessor of `MODULES`, by any of its names; None if there is no such one."""
+    wanted = name.strip().casefold()
+    return next((ours for ours, names in MODULES.items() if wanted in names), None)
+
+
+def steering(
+    units: Sequence[ControlNetUnit],
+    start: Upload | None,
+    start_mode: ResizeMode | None,
+    controls: Collection[str] | None,
+    image_prompts: Collection[str] | None,
+) -> dict[str, Any]:
+    """The fields `controls` and `image_prompts`.
+
+    Args:
+        units: that are switched on.
+        start: the image that the request starts from, which units without one read.
+        start_mode: how it is brought to the size of the images.
+        controls: names of the model's ControlNets; None if the model is not loaded yet.
+        image_prompts: likewise of its IP-Adapters.
+
+    Raises:
+        InvalidRequest: a unit has no image, or its model or preprocessor is not here.
+    """
+    fields: dict[str, list[dict[str, Any]]] = {"controls": [], "image_prompts": []}
+    for place, unit in enumerate(units):
+        module, field = module_of(unit.module), f"controlnet.{place}"
+        if module is None:
+            raise InvalidRequest(
+                f"{field}.module",
+                f"{field}.module is {unit.module[:60]!r}; allowed are: {', '.join(MODULES)}. Send "
+                "a picture that was prepared with another preprocessor, and the module none.",
+            )
+        name, beside = _named(f"{field}.model", unit.model, module, controls, image_prompts)
+        image = unit.image
+        if image is None:
+            if start is None:
+                raise InvalidRequest(f"{field}.image", f"{field}.image is required.")
+            image = start.copied()
+        chosen = {
+            "name": name,
+            "image": image,
+            "scale": unit.weight,
+            "start": unit.guidance_start,
+            "end": unit.guidance_end,
+        }
+        if beside:
+            fields["image_prompts"].append(chosen)
+            continue
+        own_mode = start_mode if unit.image is None else unit.resize_mode
+        inverted = "invert" if module == "invert" else None
+        fields["controls"].append(chosen | {"resize_mode": own_mode, "preprocessor": inverted})
+    return {name: chosen for name, chosen in fields.items() if chosen}
+
+
+def _named(
+    field: str,
+    model: str,
+    module: str,
+    controls: Collection[str] | None,
+    image_prompts: Collection[str] | None,
+) -> tuple[str, bool]:
+    """The name of what a unit chooses, and whether it is an IP-Adapter.
+
+    Raises:
+        InvalidRequest: the model has neither a ControlNet nor an IP-Adapter of that name.
+    """
+    plain = _SUFFIX.sub("", model.strip())
+    if controls is None or image_prompts is None:
+        return plain, module == IP_ADAPTER
+    steers = () if module == IP_ADAPTER else controls
+    stands_beside = () if module == "invert" else image_prompts
+    for beside, names in enumerate((steers, stands_beside)):
+        for name in names:
+            if name.casefold() == plain.casefold():
+                return name, bool(beside)
+    allowed = ", ".join((*steers, *stands_beside)) or "none, as there are none for the model"
+    raise InvalidRequest(
+        field, f"{field} is {model[:60]!r}; allowed with this module are: {allowed}."
+    )
+
+
+def without_effect(unit: ControlNetUnit, *, cuts: bool, enlarges: bool) -> list[str]:
+    """Names of the fields of a unit that ask for something that nothing here corresponds to.
+
+    Args:
+        unit: that is switched on.
+        cuts: whether the region around a mask is drawn alone.
+        enlarges: whether the images are drawn once more, larger.
+    """
+    acting = {"inpaint_crop_input_image": cuts, "hr_option": enlarges}
+    return [
+        name
+        for name, neutral in _NEUTRAL.items()
+        if acting.get(name, True) and getattr(unit, name) not in neutral
+    ]
