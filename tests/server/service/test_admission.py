@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import Iterator
+from time import monotonic, sleep
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from PIL import Image
 
 from server.decoding.pool import DecodePool
 from server.engine.engine import Engine
-from server.errors import InvalidRequest, Overloaded
+from server.engine.tick.stage import Stage, run_stage
+from server.errors import InvalidRequest, Overloaded, RowFailed
 from server.requests.schema import GenerateRequest
 from server.service import planner
 from server.service import service as module
@@ -195,4 +197,25 @@ def test_both_runs_of_a_request_are_admitted_at_once_and_nothing_of_them_is_left
     engine.reserve(MOST).release()
     with pytest.raises(InvalidRequest, match="drawn twice, so at most 2 are allowed"):
         make(service, n=MOST // 2 + 1, hires={})
+    engine.reserve(MOST).release()
+
+
+@pytest.mark.parametrize("stage", [1, 3], ids=["first run", "second run"])
+def test_a_request_of_two_runs_gives_all_its_room_back_if_one_of_them_fails(
+    stage: int, service: Service, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = iter(range(100))
+
+    def breaking(*given: Any) -> Stage:
+        if next(stages) >= stage:
+            raise RuntimeError("broken")
+        return run_stage(*given)
+
+    monkeypatch.setattr("server.engine.stages.run_stage", breaking)
+    with pytest.raises(RowFailed):
+        make(service, n=MOST // 2, hires={"strength": 1})
+    ends = monotonic() + 60
+    while engine.measurements.pending and monotonic() < ends:
+        sleep(0.01)
+    assert engine.waiting() == {}
     engine.reserve(MOST).release()
