@@ -6,10 +6,9 @@ import logging
 import re
 from abc import ABC, abstractmethod
 from os import listdir
-from time import time_ns
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
-from server.models.folder import stamp_of
+from server.models.folder_cache import FolderCache
 from server.models.weight_memory import Weights
 
 if TYPE_CHECKING:
@@ -27,9 +26,6 @@ log = logging.getLogger(__name__)
 
 NAME = re.compile(r"\w[\w .+-]{0,126}")
 """What can be a name: no path, and no sign that the text in pictures gives a meaning to."""
-
-SETTLED_NS: Final = 2 * 10**9
-"""Age of a folder's last change from which on another one has another time in all file systems."""
 
 Loaded = TypeVar("Loaded", covariant=True)
 
@@ -108,7 +104,7 @@ class WeightShelf(ABC, Generic[Here, Weights, Wanted]):
         self._device = device
         self._dtype = dtype
         self._read: dict[Path, tuple[tuple[int, int], Here | str]] = {}
-        self._listed: dict[Path, tuple[tuple[int, int], Mapping[str, Path]]] = {}
+        self._entries = FolderCache(self._listed)
 
     @abstractmethod
     def _is_one(self, path: Path) -> bool:
@@ -200,26 +196,20 @@ class WeightShelf(ABC, Generic[Here, Weights, Wanted]):
 
     def _places(self) -> Sequence[Mapping[str, Path]]:
         """What may be of this sort by its name alone, folder by folder; what counts comes first."""
-        return [self._entries(folder) for folder in reversed(self._folders)]
+        return [self._entries.of(folder) for folder in reversed(self._folders)]
 
     def _chosen(self, name: str, places: Sequence[Mapping[str, Path]]) -> Path | None:
         found = (entries[name] for entries in places if name in entries)
         return next(filter(self._is_one, found), None)
 
-    def _entries(self, folder: Path) -> Mapping[str, Path]:
-        """The same of one folder, whose thousands are listed again only once it has changed."""
-        stamp = stamp_of(folder)
-        if folder in self._listed and self._listed[folder][0] == stamp:
-            return self._listed[folder][1]
+    def _listed(self, folder: Path) -> Mapping[str, Path]:
+        """The same of one folder."""
         try:
             entries = [entry for entry in listdir(folder) if entry.endswith(self.ending)]
         except OSError:
             return {}
         named = ((entry.removesuffix(self.ending), folder / entry) for entry in entries)
-        listed = {name: path for name, path in named if NAME.fullmatch(name)}
-        if time_ns() - stamp[0] > SETTLED_NS:
-            self._listed[folder] = stamp, listed
-        return listed
+        return {name: path for name, path in named if NAME.fullmatch(name)}
 
     def _outcome(self, name: str, path: Path) -> Here | str:
         """What it is, or the sentence why it cannot be used."""

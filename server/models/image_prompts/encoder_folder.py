@@ -22,12 +22,12 @@ from server.models.parts import build_encoder
 from server.models.weight_files import TEXT_ENCODER, bytes_of_part
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
     from server.models.image_prompts.image_prompt import Kind
 
-__all__ = ["EncoderFolder", "encoder_paths"]
+__all__ = ["EncoderFolder", "encoder_paths", "subfolders"]
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 CLASS = "CLIPVisionModelWithProjection"
@@ -128,9 +128,17 @@ class EncoderFolder:
         return ImageEncoder(network.to(device), mean, std, self.nbytes(dtype))
 
 
-def encoder_paths(folder: Path) -> Iterator[tuple[Path, tuple[int, int]]]:
-    """The subfolders that may hold an image encoder, in order, each with a stamp of its files."""
-    for path in sorted(folder.iterdir()):
+def subfolders(folder: Path) -> Sequence[Path]:
+    """In order; none where the folder cannot be listed."""
+    try:
+        return sorted(path for path in folder.iterdir() if path.is_dir())
+    except OSError:
+        return ()
+
+
+def encoder_paths(folders: Iterable[Path]) -> Iterator[tuple[Path, tuple[int, int]]]:
+    """Those that may hold an image encoder, each with a stamp of its files."""
+    for path in folders:
         if (path / CONFIG).is_file():
             yield path, _stamp(path)
 

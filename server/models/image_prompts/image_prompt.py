@@ -6,8 +6,7 @@ arXiv 2308.06721.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
@@ -97,8 +96,7 @@ class Shown(NamedTuple):
     nothing: Tensor
 
 
-# Not slots: it keeps its digest.
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class ImagePromptUse:
     """What stands beside the prompt of a request's images, how strongly and when.
 
@@ -109,6 +107,7 @@ class ImagePromptUse:
         scale: factor on what is attended to.
         start: share of the run after which it begins to act.
         end: share of the run after which it no longer acts.
+        digest: of the picture, by which it is known again; empty where it has no content yet.
     """
 
     adapter: IPAdapter
@@ -117,11 +116,13 @@ class ImagePromptUse:
     scale: float = 1.0
     start: float = 0.0
     end: float = 1.0
+    digest: bytes = field(init=False)
 
-    @cached_property
-    def digest(self) -> bytes:
-        """Of the picture, by which it is known again."""
-        return sha256(self.picture.numpy().tobytes()).digest()
+    def __post_init__(self) -> None:
+        # Here, as the engine asks for it in its own thread.
+        known = not self.picture.is_meta
+        digest = sha256(self.picture.numpy().tobytes()).digest() if known else b""
+        object.__setattr__(self, "digest", digest)
 
     def acts(self, stage: int, stages: int) -> bool:
         """Whether it acts at a stage of so many, counted from 0."""

@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 
 from server.errors import ImagePromptMismatch
 from server.models.folder import joint_stamp, stamp_of, without_folder
-from server.models.image_prompts.encoder_folder import EncoderFolder, encoder_paths
+from server.models.image_prompts.encoder_folder import EncoderFolder, encoder_paths, subfolders
 from server.models.image_prompts.image_prompt import IPAdapter
 from server.models.memory import room_for
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -77,7 +77,7 @@ class IPAdapterFile:
         Raises:
             ImagePromptMismatch: it cannot be used with the model; the sentence names both.
         """
-        stamp = stamp_with_encoders(path)
+        stamp = stamp_with_encoders(path, subfolders(path.parent))
         try:
             shapes = _shapes(path)
             kind, tokens, width = _projection(shapes, widths.text)
@@ -136,7 +136,7 @@ class IPAdapterFile:
             raise ImagePromptMismatch(
                 f"IP-Adapter {self.name!r} could not be read: {without_folder(error, self.path)}."
             ) from None
-        if stamp_with_encoders(self.path) != self.stamp:
+        if stamp_with_encoders(self.path, subfolders(self.path.parent)) != self.stamp:
             raise ImagePromptMismatch(
                 f"IP-Adapter {self.name!r} changed while it was read; try again."
             )
@@ -158,9 +158,14 @@ class _Misfit(Exception):
     """What does not fit, as a clause about the adapter."""
 
 
-def stamp_with_encoders(path: Path) -> tuple[int, int]:
-    """When a file or an encoder beside it was last changed, and the bytes of all of them."""
-    return joint_stamp([stamp_of(path), *(stamp for _, stamp in encoder_paths(path.parent))])
+def stamp_with_encoders(path: Path, folders: Iterable[Path]) -> tuple[int, int]:
+    """When a file or an encoder beside it was last changed, and the bytes of all of them.
+
+    Args:
+        path: of the file.
+        folders: beside it, some of which may hold an encoder.
+    """
+    return joint_stamp([stamp_of(path), *(stamp for _, stamp in encoder_paths(folders))])
 
 
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -268,7 +273,7 @@ def _encoder_for(folder: Path, kind: Kind, width: int) -> EncoderFolder:
 
 
 def _encoders(folder: Path) -> Iterator[EncoderFolder]:
-    for path, _ in encoder_paths(folder):
+    for path, _ in encoder_paths(subfolders(folder)):
         encoder = EncoderFolder.read(path)
         if encoder is not None:
             yield encoder

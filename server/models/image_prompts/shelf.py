@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
 from server.errors import ImagePromptMismatch
+from server.models.folder_cache import FolderCache
+from server.models.image_prompts.encoder_folder import subfolders
 from server.models.image_prompts.image_prompt import IPAdapter, Widths
 from server.models.image_prompts.ip_adapter_file import (
     ENDING,
@@ -16,7 +19,7 @@ from server.models.image_prompts.ip_adapter_file import (
 from server.models.weight_shelf import WeightShelf
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from server.models.image_prompts.image_prompt import ImageEncoder
@@ -65,11 +68,16 @@ class ImagePromptShelf(WeightShelf[IPAdapterFile, IPAdapter, Widths]):
             lambda: found.load_encoder(self._device, self._dtype),
         )
 
+    @cached_property
+    def _subfolders(self) -> FolderCache[Sequence[Path]]:
+        """Of the folders, each of which may hold an encoder."""
+        return FolderCache(subfolders)
+
     def _is_one(self, path: Path) -> bool:
         return path.is_file()
 
     def _stamp(self, path: Path) -> tuple[int, int]:
-        return stamp_with_encoders(path)
+        return stamp_with_encoders(path, self._subfolders.of(path.parent))
 
     def _understood(self, name: str, path: Path, wanted: Widths) -> IPAdapterFile:
         return IPAdapterFile.read(name, path, self._model, wanted)

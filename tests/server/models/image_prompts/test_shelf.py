@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -178,6 +179,31 @@ def test_what_does_not_fit_is_refused_by_name_and_without_its_place(
     with pytest.raises(ImagePromptMismatch, match=f"^{begins}") as refused:
         shelf.load("plain")
     assert str(folder) not in refused.value.message
+
+
+def test_a_folder_is_listed_again_only_once_something_is_added(
+    folder: Path, unet: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed: list[Path] = []
+    iterdir = Path.iterdir
+
+    def noted(path: Path) -> Any:
+        listed.append(path)
+        return iterdir(path)
+
+    monkeypatch.setattr(Path, "iterdir", noted)
+    os.utime(folder, (0, 0))
+    shelf, _ = shelved(folder, unet)
+    shelf.find("plain")
+    listed.clear()
+    shelf.find("plain")
+    assert listed == []
+    # Not the folder itself: an encoder's own files are looked at each time.
+    edit(folder / "image_encoder" / "config.json", projection_dim=32)
+    with pytest.raises(ImagePromptMismatch, match="none has as many"):
+        shelf.find("plain")
+    put_encoder(folder, "another")
+    assert shelf.find("plain").encoder.path.name == "another"
 
 
 def test_an_encoder_whose_weights_are_missing_or_others_is_refused(folder: Path, unet: Any) -> None:

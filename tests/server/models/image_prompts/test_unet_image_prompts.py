@@ -8,7 +8,9 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
+from threading import current_thread
 from typing import Any
 
 import numpy as np
@@ -286,6 +288,21 @@ def test_a_picture_is_encoded_once_for_all_that_show_it(
         ear = run(engine, tasks)
         assert not ear.errors, ear.errors
     assert seen == [2]
+
+
+def test_the_engine_s_thread_does_not_look_through_pictures(
+    model: HostedModel, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+
+    def noted(content: bytes) -> Any:
+        threads.append(current_thread().name)
+        return sha256(content)
+
+    monkeypatch.setattr("server.models.image_prompts.image_prompt.sha256", noted)
+    ear = run(engine, [asked(model, use(model, "plain", 23), steps=1)])
+    assert not ear.errors
+    assert threads == [current_thread().name]
 
 
 def test_a_picture_that_cannot_be_encoded_fails_its_own_image(
