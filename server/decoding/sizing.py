@@ -29,6 +29,8 @@ class Target:
         mode: what becomes of other proportions; ``middle`` is for squares alone.
         multiple: sides that are not given become multiples of it.
         longest: they become no longer; None for no limit.
+        most_pixels: they have no more of them together, beside the server's limit; None for no
+            such bound.
     """
 
     width: int | None = None
@@ -36,6 +38,7 @@ class Target:
     mode: Mode = "stretch"
     multiple: int = 1
     longest: int | None = None
+    most_pixels: int | None = None
 
     def size_of(self, width: int, height: int, most_pixels: int) -> tuple[int, int]:
         """The size that a picture gets: the sides given, and others that suit them and the limits.
@@ -47,6 +50,8 @@ class Target:
         """
         if self.width is not None and self.height is not None:
             return self.width, self.height
+        if self.most_pixels is not None:
+            most_pixels = min(most_pixels, self.most_pixels)
         if self.width is not None:
             most = most_pixels // self.width
             return self.width, self._side(height * self.width / width, most)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["Footprint", "Kind", "footprint", "heaviest"]
 
 Kind: TypeAlias = "tuple[str, tuple[int, int, int]]"
-"""Model, and shape of the latents ``(C, h, w)``."""
+"""Model, and shape of latents ``(C, h, w)`` of as many cells as a forward reads for a row."""
 
 NUMBER_BYTES = 4
 """States and pictures are float32."""
@@ -68,7 +68,8 @@ def footprint(
         texts |= {(task.model, text) for text in guidance.texts}
         steering = (use.picture for use in task.controls)
         started = (task.image, task.kept, task.latents, task.mask)
-        for picture in (*started, *(term.picture for term in task.terms), *steering):
+        beside_prompt = (*steering, *task.references)
+        for picture in (*started, *(term.picture for term in task.terms), *beside_prompt):
             if picture is not None:
                 pictures[id(picture)] = picture
         for use in task.image_prompts:

@@ -144,7 +144,7 @@ class Reception:
             if self._overflows.knows(task.model):
                 groups.setdefault(task.group or task, []).append(task)
         for members in groups.values():
-            first, rows = members[0], ceil(sum(map(heaviest, members)))
+            first, rows = members[0], ceil(sum(map(self._heaviest, members)))
             self._overflows.check(first.model, first.width, first.height, rows)
 
     def waiting(self) -> dict[Client, Amounts]:
@@ -168,7 +168,12 @@ class Reception:
             self._count_pending(-1, live=sequence.live)
 
     def note_told(self, sequence: Sequence) -> None:
-        """Remember how large what its model is told is, by which later images are estimated."""
+        """Remember how large what its model is told is, by which later images are estimated.
+
+        Pictures that an image refers to are its own, and count with its states.
+        """
+        if sequence.task.references:
+            return
         told = [one.nbytes for one in sequence.conditioning.values()]
         name = sequence.task.model
         self._told_bytes[name] = max([self._told_bytes[name], *told])
@@ -259,5 +264,12 @@ class Reception:
                     f"are allowed here, so ask for fewer {fewer} or perturbations.",
                 )
 
+    def _heaviest(self, task: ImageTask) -> float:
+        """As of an image that refers to no picture, whose rows read their own cells alone."""
+        read = self._kind(task)[1]
+        own = self._models[task.model].latent_shape(task.width, task.height)
+        return heaviest(task) * read[2] / own[2]
+
     def _kind(self, task: ImageTask) -> Kind:
-        return task.model, self._models[task.model].latent_shape(task.width, task.height)
+        model = self._models[task.model]
+        return task.model, model.forward_shape(task.width, task.height, task.references)

@@ -123,7 +123,7 @@ class Stages:
         """Remember what did not fit by itself, so that as much is refused at once."""
         task, free = chosen[0].task, unused_bytes(self._device)
         # What ControlNets took is no reason to refuse as many rows without.
-        rows = ceil(sum(one.work for one in chosen))
+        rows = ceil(sum(one.work * one.lane.reads for one in chosen))
         self._overflows.note(task.model, task.width, task.height, rows, free)
 
     def _stage(self, chosen: list[Sequence], fixed_rows: int | None) -> Stage:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Hashable, Mapping, Sequence
 
     from torch import Tensor, device
 
@@ -30,10 +30,13 @@ class Conditioning:
     Attributes:
         tensors: by names of the model's own, without a dimension of rows.
         length: tokens that the network attends to.
+        company: equal in conditioning whose rows can share a forward, beside what the model's
+            ``group_key`` says.
     """
 
     tensors: Mapping[str, Tensor]
     length: int
+    company: Hashable = None
 
     @property
     def nbytes(self) -> int:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from typing_extensions import override
 
 from server.errors import ModelMismatch
 from server.models.conditioning import Conditioning
@@ -42,6 +43,15 @@ PATCH = 2
 """Cells of the autoencoder along a side of a latent cell, which is one token."""
 
 TEXT = "encoder_hidden_states"
+
+REFERENCES, PLACES = "references", "places"
+"""Of conditioning, tokens of the pictures beside the prompt, and the position of each."""
+
+MOST_REFERENCES = 4
+"""Pictures beside a prompt. The transformer has places for more, each at the cost of an image."""
+
+APART = 10
+"""By which the first coordinates of pictures differ, that of the image to be drawn being 0."""
 
 LENGTH = 512
 """Tokens of every prompt, with the template and the padding."""
@@ -122,19 +132,41 @@ class Flux2Denoiser:
 
     def __call__(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
         """See ``HostedModel.evaluate``."""
-        text, network = inputs.conditioning.tensors[TEXT], self.network
-        height, width = x.shape[-2:]
+        told, network = inputs.conditioning.tensors, self.network
+        text, (height, width) = told[TEXT], x.shape[-2:]
+        cells, places = _tokens(x), positions(height, width, 1, x.device)
+        if REFERENCES in told:
+            cells = torch.cat([cells, told[REFERENCES]], 1)
+            # The rows of a forward refer to pictures of the same sizes.
+            places = torch.cat([places, told[PLACES][0]])
         velocity = network(
-            hidden_states=x.flatten(2).transpose(1, 2).to(network.dtype),
+            hidden_states=cells.to(network.dtype),
             # The thousandfold is what is rounded, as in diffusers' pipeline.
             timestep=t.to(network.dtype) / THOUSAND,
             guidance=None,
             encoder_hidden_states=text,
             txt_ids=positions(1, 1, text.shape[1], x.device),
-            img_ids=positions(height, width, 1, x.device),
+            img_ids=places,
             return_dict=False,
-        )[0]
+        )[0][:, : height * width]
         return velocity.transpose(1, 2).unflatten(2, (height, width)).float()
+
+
+class Flux2Model(TransformerModel):
+    """FLUX.2, which reads pictures beside a prompt as tokens behind those of the image."""
+
+    @override
+    def referring(self, text: Conditioning, references: Sequence[Tensor]) -> Conditioning:
+        tokens = torch.cat([_tokens(one[None])[0] for one in references])
+        places = [
+            positions(*one.shape[1:], 1, one.device, first=APART * number)
+            for number, one in enumerate(references, start=1)
+        ]
+        return Conditioning(
+            {**text.tensors, REFERENCES: tokens, PLACES: torch.cat(places)},
+            text.length + len(tokens),
+            tuple(one.shape[1:] for one in references),
+        )
 
 
 class Flux2Autoencoder:
@@ -165,15 +197,24 @@ class Flux2Autoencoder:
         return (F.pixel_unshuffle(cells, PATCH) - self._mean) / self._deviation
 
 
-def positions(height: int, width: int, words: int, device: torch.device) -> Tensor:
-    """``(0, y, x, word)`` of each token, int64 ``[height * width * words, 4]``."""
+def positions(
+    height: int, width: int, words: int, device: torch.device, *, first: int = 0
+) -> Tensor:
+    """``(first, y, x, word)`` of each token, int64 ``[height * width * words, 4]``."""
     sizes = (1, height, width, words)
-    return torch.cartesian_prod(*(torch.arange(size, device=device) for size in sizes))
+    places = torch.cartesian_prod(*(torch.arange(size, device=device) for size in sizes))
+    places[:, 0] = first
+    return places
+
+
+def _tokens(latents: Tensor) -> Tensor:
+    """One token for each cell, ``[rows, h * w, C]``."""
+    return latents.flatten(2).transpose(1, 2)
 
 
 def load_flux2_klein(
     folder: Path, name: str, revisions: Revisions, device: torch.device, dtype: torch.dtype
-) -> TransformerModel:
+) -> Flux2Model:
     """Load the parts of a diffusers folder from safetensors alone.
 
     Raises:
@@ -208,8 +249,9 @@ def load_flux2_klein(
         default_height=side,
         max_tokens=text.max_tokens,
         defaults=_defaults_of(folder),
+        reference_images=MOST_REFERENCES,
     )
-    return TransformerModel(
+    return Flux2Model(
         facts,
         device,
         dtype,

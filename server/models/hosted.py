@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from contextlib import nullcontext
 from dataclasses import dataclass
+from math import ceil
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -71,6 +72,7 @@ class ModelFacts:
             denoiser can be given; the first is the model's own. Empty where it reads none.
         defaults: settings of requests that leave them out; None for the server's own.
         vae: name of the autoencoder that it was given in place of its own, if any.
+        reference_images: most pictures that it reads beside a prompt, to edit or to refer to.
     """
 
     name: str
@@ -89,6 +91,7 @@ class ModelFacts:
     clip_skips: range = range(0)
     defaults: ModelDefaults | None = None
     vae: str | None = None
+    reference_images: int = 0
 
     @property
     def one_prediction(self) -> bool:
@@ -135,6 +138,20 @@ class HostedModel(ABC):
         """``(C, h, w)`` of the latent of a picture of the given size in pixels."""
         scale = self.facts.latent_scale
         return self.facts.latent_channels, height // scale, width // scale
+
+    def forward_shape(
+        self, width: int, height: int, references: Sequence[Tensor] = ()
+    ) -> tuple[int, int, int]:
+        """``(C, h, w)`` of a latent of as many cells as a forward reads for a row of an image.
+
+        Args:
+            width: of the image in pixels.
+            height: of the image in pixels.
+            references: pictures that it refers to, ``[3, H, W]``.
+        """
+        channels, h, w = self.latent_shape(width, height)
+        cells = (self.latent_shape(one.shape[-1], one.shape[-2]) for one in references)
+        return channels, h, w + ceil(sum(rows * columns for _, rows, columns in cells) / h)
 
     @property
     def default_shape(self) -> tuple[int, int, int]:
@@ -243,6 +260,19 @@ class HostedModel(ABC):
             texts: all that its rows may be told.
         """
         return dict(texts)
+
+    def referring(self, text: Conditioning, references: Sequence[Tensor]) -> Conditioning:
+        """Conditioning of a prompt that stands beside pictures.
+
+        Args:
+            text: of the prompt alone.
+            references: clean latents ``[C, h, w]`` of pictures of any sizes, in the order in which
+                the prompt may count them; no more than the facts' ``reference_images``.
+
+        Raises:
+            RuntimeError: the model reads none, which its facts say beforehand.
+        """
+        raise RuntimeError(f"model {self.facts.name!r} reads no pictures beside a prompt")
 
     def inputs(
         self, prompts: Sequence[str | None], width: int | None = None, height: int | None = None

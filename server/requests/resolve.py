@@ -41,6 +41,7 @@ from server.requests.embeddings import check_embeddings
 from server.requests.hires import Hires
 from server.requests.image_prompts import check_image_prompts
 from server.requests.ineffective import warnings_for
+from server.requests.reference_images import ReferenceSettings, check_references
 from server.requests.schema import (
     DEFAULT_RESIZE_MODE,
     GenerateRequest,
@@ -84,6 +85,7 @@ def resolve(
     model: HostedModel,
     limits: Limits,
     upload_size: tuple[int, int] | None,
+    reference_size: tuple[int, int] | None = None,
 ) -> ResolvedRequest:
     """Fill in every default, and do all checks that need no plan, cheap ones first.
 
@@ -92,6 +94,8 @@ def resolve(
         model: that will serve it.
         limits: the operator's.
         upload_size: width and height of `image`, the default size of the result; None without one.
+        reference_size: the size that the result has by the first of `reference_images`, where
+            there is no `image`; None without one, or where it is not known yet.
 
     Returns:
         The request without the images that were sent.
@@ -109,7 +113,8 @@ def resolve(
         guidance = guidance_with(guidance, guidance_for(own, sampler), model.facts.name)
     if own is not None and request.reading.habitual and not request.reading.composes:
         guidance = guidance_despite(guidance, guidance_of(own.rule, own.policy), request.reading)
-    width, height = upload_size or (model.facts.default_width, model.facts.default_height)
+    default_size = model.facts.default_width, model.facts.default_height
+    width, height = upload_size or reference_size or default_size
     width, height = request.width or width, request.height or height
     steps = request.steps or steps_for(own, spacing)
     # Every value was validated when the request was read.
@@ -133,6 +138,7 @@ def resolve(
         adapters=request.adapters,
         controls=tuple(one.settings for one in request.controls),
         image_prompts=tuple(one.settings for one in request.image_prompts),
+        reference_images=tuple(ReferenceSettings() for _ in request.reference_images),
         strength=_strength(request, steps, has_picture=has_picture),
         hires=_hires(request, width, height, steps, model),
         resize_mode=request.resize_mode,
@@ -145,6 +151,7 @@ def resolve(
     check_size(resolved, model.facts, limits)
     check_controls(resolved.controls, model)
     check_image_prompts(resolved.image_prompts, model)
+    check_references(len(resolved.reference_images), model.facts)
     check_hires(resolved, has_picture=has_picture, has_reference=has_reference)
     check_guidance(resolved.guidance, model, has_picture=has_picture)
     check_group(resolved, has_picture=has_picture, has_reference=has_reference)
@@ -199,6 +206,8 @@ def statistics_for(resolved: ResolvedRequest, model: HostedModel) -> StatisticsI
         raise model.statistics.refusal("a request with `controls`")
     if any(one.scale for one in resolved.image_prompts):
         raise model.statistics.refusal("a request with `image_prompts`")
+    if resolved.reference_images:
+        raise model.statistics.refusal("a request with `reference_images`")
     return model.statistics.exact("cfg" if guidance.combines else "none", scale)
 
 

@@ -35,6 +35,8 @@ from server.requests.hires import Hires
 from server.requests.image_prompts import MOST as MOST_IMAGE_PROMPTS
 from server.requests.image_prompts import ImagePromptChoice, ImagePromptSettings
 from server.requests.reading import DEFAULT_RULE, Readable
+from server.requests.reference_images import MOST as MOST_REFERENCES
+from server.requests.reference_images import ReferenceImage, ReferenceSettings
 from server.requests.start_noise import MAX_SEED, NoiseSize, VariationChoice
 from server.requests.upload import Upload
 from server.settings import PROMPT_BYTES_CEILING
@@ -282,6 +284,13 @@ class GenerateRequest(Readable):
         description="Pictures that the images are to be like beside the prompt, added up: names of "
         "the model's IP-Adapters in the catalog, each with its picture.",
     )
+    reference_images: tuple[ReferenceImage, ...] = Field(
+        default=(),
+        max_length=MOST_REFERENCES,
+        description="Pictures that the prompt is about, for models that edit: PNG, JPEG or WebP, "
+        "as base64 or a base64 data URI, or objects with an `image`. They keep their proportions, "
+        "and at most a megapixel. Width and height default to those of the first one.",
+    )
     hires: Hires | None = Field(
         default=None,
         description="A second run that draws each image once more, larger, from what the first "
@@ -329,6 +338,7 @@ class ResolvedRequest(BaseModel):
     adapters: AdapterChoices = ()
     controls: tuple[ControlSettings, ...] = ()
     image_prompts: tuple[ImagePromptSettings, ...] = ()
+    reference_images: tuple[ReferenceSettings, ...] = ()
     strength: float | None
     resize_mode: ResizeMode | None = None
     mask_content: MaskContent | None = None

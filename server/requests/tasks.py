@@ -65,6 +65,7 @@ def tasks_of(
     embeddings: tuple[Embedding, ...] | None = None,
     controls: tuple[ControlUse, ...] = (),
     image_prompts: tuple[ImagePromptUse, ...] = (),
+    references: tuple[Tensor, ...] = (),
 ) -> list[ImageTask]:
     """One task for each image.
 
@@ -81,6 +82,7 @@ def tasks_of(
         embeddings: of its texts, where they are loaded already.
         controls: of the request, loaded.
         image_prompts: of the request, loaded.
+        references: its reference images, ``[3, H, W]`` float32 in [-1, 1] of any sizes.
 
     Raises:
         InvalidRequest: guidance that needs a single prompt, with a blend.
@@ -131,6 +133,7 @@ def tasks_of(
             adapters=adapters,
             controls=controls,
             image_prompts=image_prompts,
+            references=references,
             coefficients=prepared.coefficients,
             group=group,
             priority=Priority[resolved.priority.upper()] if stream is None else Priority.LIVE,

@@ -34,7 +34,11 @@ class Planner:
         )
 
     def prepare(
-        self, request: GenerateRequest, model: HostedModel, size: tuple[int, int] | None
+        self,
+        request: GenerateRequest,
+        model: HostedModel,
+        size: tuple[int, int] | None,
+        reference_size: tuple[int, int] | None = None,
     ) -> tuple[Prepared, StatisticsIdentity | None]:
         """Fill in what a request leaves out, check it and plan it.
 
@@ -42,6 +46,7 @@ class Planner:
             request: as sent.
             model: that will serve it.
             size: width and height of the image that it starts from; None without one.
+            reference_size: see :func:`server.requests.resolve.resolve`.
 
         Returns:
             The request, and the model statistics that its sampler is planned with, if any.
@@ -49,7 +54,7 @@ class Planner:
         Raises:
             InvalidRequest: a value that the model or the operator does not allow.
         """
-        resolved = resolve(request, model, self._limits, size)
+        resolved = resolve(request, model, self._limits, size, reference_size)
         fitted_to = statistics_for(resolved, model)
         plan = self._plan(resolved, model, fitted_to)
         prepared = prepare(resolved, model, plan)

@@ -35,6 +35,7 @@ from server.requests.checks.limits import check_count, runs_of
 from server.requests.controls import load_controls, unloaded_controls
 from server.requests.embeddings import texts_of
 from server.requests.image_prompts import load_image_prompts, unloaded_image_prompts
+from server.requests.reference_images import largest_of
 from server.requests.resolve import Prepared
 from server.requests.schema import GenerateRequest, ResolvedRequest
 from server.requests.second_run import naming_hires
@@ -46,7 +47,7 @@ from server.service.pictures import Picture, Pictures, encoded, pictures_of
 from server.service.pixels import mask_tensor, pixels_tensor
 from server.service.planner import Planner
 from server.service.second_run import SecondRun
-from server.service.uploads import Uploads, decoded, image_for_its_size
+from server.service.uploads import Uploads, decoded, decoded_for_their_size
 from server.service.waiting_line import WaitingLine
 from server.settings import Limits
 
@@ -323,10 +324,11 @@ class Service:
             runs = runs_of(request)
             room = held.enter_context(engine.reserve(runs * request.n, client=client, runs=runs))
             model = await generation.unless_ended(self._lent(shelf, generation, request.model))
-            image, size = await image_for_its_size(request, model, self.decoding)
-            prepared = await asyncio.to_thread(self.planner.prepare, request, model, size)
+            early = await decoded_for_their_size(request, model, self.decoding)
+            sizes = early.size, early.reference_size
+            prepared = await asyncio.to_thread(self.planner.prepare, request, model, *sizes)
             await asyncio.to_thread(_claim, engine, room, request, prepared[0], model)
-            uploads = await decoded(request, prepared[0], model, image, self.decoding)
+            uploads = await decoded(request, prepared[0], model, early, self.decoding)
             loop = asyncio.get_running_loop()
             submit = partial(self._submit, generation, *prepared, model, uploads, room, loop)
             await self.with_weights(prepared[0].request, model, submit)
@@ -418,7 +420,7 @@ def _weights_loaded(request: ResolvedRequest, model: HostedModel) -> bool:
 
 
 def _tasks(prepared: Prepared, model: HostedModel, uploads: Uploads) -> list[ImageTask]:
-    image, kept, mask, reference, controls, _, shown = uploads
+    image, kept, mask, reference, controls, _, shown, references = uploads
     request = prepared.request
     return tasks_of(
         prepared,
@@ -431,6 +433,7 @@ def _tasks(prepared: Prepared, model: HostedModel, uploads: Uploads) -> list[Ima
         image_prompts=load_image_prompts(
             request.image_prompts, [*map(pixels_tensor, shown)], model
         ),
+        references=tuple(map(pixels_tensor, references)),
     )
 
 
@@ -447,6 +450,7 @@ def _tasks_again(
         embeddings=first.text.embeddings,
         controls=controls,
         image_prompts=first.image_prompts,
+        references=first.references,
     )
 
 
@@ -461,6 +465,9 @@ def _claim(
     size = prepared.request.height, prepared.request.width
     picture, mask = (torch.empty(*shape, device="meta") for shape in ((3, *size), size))
     shown = unloaded_image_prompts(prepared.request.image_prompts, model)
+    references = tuple(
+        torch.empty(3, *largest_of(model.facts), device="meta") for _ in request.reference_images
+    )
     tasks = tasks_of(
         prepared,
         model,
@@ -472,6 +479,7 @@ def _claim(
         embeddings=(),
         controls=unloaded_controls(prepared.request.controls, picture, model),
         image_prompts=shown,
+        references=references,
     )
     engine.check_memory(tasks)
     if prepared.second is not None:
@@ -485,6 +493,7 @@ def _claim(
             embeddings=(),
             controls=unloaded_controls(prepared.second.request.controls, larger, model),
             image_prompts=shown,
+            references=references,
         )
         with naming_hires():
             engine.check_memory(again)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,12 +16,16 @@ from server.decoding.sizing import Target
 from server.models.hosted import HostedModel
 from server.requests.controls import ControlChoice
 from server.requests.image_prompts import sides_of_image_prompts
+from server.requests.reference_images import check_references, target_of
 from server.requests.resolve import Prepared
 from server.requests.schema import DEFAULT_RESIZE_MODE, GenerateRequest, ResolvedRequest
 from server.requests.upload import Upload
 from server.service.mask_content import filled
 
-__all__ = ["Uploads", "decoded", "image_for_its_size"]
+__all__ = ["Early", "Uploads", "decoded", "decoded_for_their_size"]
+
+
+FIRST_REFERENCE: Final = "reference_images.0.image"
 
 
 class Uploads(NamedTuple):
@@ -37,32 +42,47 @@ class Uploads(NamedTuple):
     controls: Sequence[NDArray[np.uint8]]
     controls_again: Sequence[NDArray[np.uint8]]
     image_prompts: Sequence[NDArray[np.uint8]]
+    references: Sequence[NDArray[np.uint8]]
 
 
-async def image_for_its_size(
+class Early(NamedTuple):
+    """What had to be known of a request's images before it could be checked.
+
+    Attributes:
+        image: that it starts from, uint8 `[H, W, 3]`, if it was decoded.
+        reference: the first of its reference images, if that was decoded.
+        size: width and height of the image that it starts from; None without one.
+        reference_size: width and height of the result by the reference image; None where it does
+            not follow from that.
+    """
+
+    image: NDArray[np.uint8] | None = None
+    reference: NDArray[np.uint8] | None = None
+    size: tuple[int, int] | None = None
+    reference_size: tuple[int, int] | None = None
+
+
+async def decoded_for_their_size(
     request: GenerateRequest, model: HostedModel, decoding: DecodePool
-) -> tuple[NDArray[np.uint8] | None, tuple[int, int] | None]:
-    """The size of the image that the request starts from, and the image if that took it.
+) -> Early:
+    """The image whose size the result has, where the request does not give it.
 
-    A request that gives its size is checked before its image is decoded.
+    A request that gives its size is checked before its images are decoded.
 
     Args:
         request: as sent.
         model: that will serve it.
         decoding: reads the image.
 
-    Returns:
-        The image, uint8 `[H, W, 3]`, or None if it was not decoded; width and height, or None if
-        the request has no image.
-
     Raises:
-        InvalidRequest: the image cannot be decoded.
+        InvalidRequest: the image cannot be decoded, or the model reads no reference images.
         Overloaded: too many images wait to be decoded.
     """
-    if request.image is None:
-        return None, None
     if request.width is not None and request.height is not None:
-        return None, (request.width, request.height)
+        size = request.width, request.height
+        return Early(size=None if request.image is None else size)
+    if request.image is None:
+        return await _by_reference(request, model, decoding)
     target = Target(
         request.width,
         request.height,
@@ -71,14 +91,29 @@ async def image_for_its_size(
         model.facts.longest_side,
     )
     image = await _picture(decoding, request.image, "image", target)
-    return image, (image.shape[1], image.shape[0])
+    return Early(image=image, size=(image.shape[1], image.shape[0]))
+
+
+async def _by_reference(
+    request: GenerateRequest, model: HostedModel, decoding: DecodePool
+) -> Early:
+    """The first reference image, and the size of a result of its proportions."""
+    if not request.reference_images:
+        return Early()
+    facts = model.facts
+    check_references(len(request.reference_images), facts)
+    own = target_of(facts)
+    first = await _picture(decoding, request.reference_images[0].image, FIRST_REFERENCE, own)
+    height, width, _ = first.shape
+    wanted = replace(own, width=request.width, height=request.height)
+    return Early(reference=first, reference_size=wanted.size_of(width, height, width * height))
 
 
 async def decoded(
     request: GenerateRequest,
     prepared: Prepared,
     model: HostedModel,
-    image: NDArray[np.uint8] | None,
+    early: Early,
     decoding: DecodePool,
 ) -> Uploads:
     """Decode the images of a request that was checked.
@@ -87,7 +122,7 @@ async def decoded(
         request: as sent.
         prepared: the same with every default filled in, and its second run if it has one.
         model: that will serve it.
-        image: that the request starts from, if its size was needed and it is decoded already.
+        early: what was decoded already, as its size was needed.
         decoding: reads the images.
 
     Raises:
@@ -95,7 +130,7 @@ async def decoded(
         Overloaded: too many images wait to be decoded.
     """
     target = _target(prepared.request)
-    mask = reference = None
+    image, mask, reference = early.image, None, None
     if image is None and request.image is not None:
         image = await _picture(decoding, request.image, "image", target)
     if request.mask is not None:
@@ -125,7 +160,23 @@ async def decoded(
         )
         for place, (one, side) in enumerate(zip(request.image_prompts, sides, strict=True))
     ]
-    return Uploads(image, kept, mask, reference, controls, controls_again, image_prompts)
+    references = await _references(request, model, early.reference, decoding)
+    return Uploads(
+        image, kept, mask, reference, controls, controls_again, image_prompts, references
+    )
+
+
+async def _references(
+    request: GenerateRequest,
+    model: HostedModel,
+    first: NDArray[np.uint8] | None,
+    decoding: DecodePool,
+) -> list[NDArray[np.uint8]]:
+    found = [] if first is None else [first]
+    for place, one in enumerate(request.reference_images[len(found) :], start=len(found)):
+        field = f"reference_images.{place}.image"
+        found.append(await _picture(decoding, one.image, field, target_of(model.facts)))
+    return found
 
 
 async def _picture(

@@ -33,6 +33,7 @@ class Lane:
         most_rows: of a forward, memory allowing.
         forwards: fills up the rows of its forwards; None where they run as they are.
         mixes: equal for lanes of several sizes that can share a forward; None where none can.
+        reads: cells that a forward reads for a row, in latents of its own size.
     """
 
     def __init__(
@@ -43,11 +44,13 @@ class Lane:
         most_rows: int,
         forwards: Forwards | None = None,
         mixes: Hashable = None,
+        reads: float = 1.0,
     ) -> None:
         self.model = model
         self.shape = shape
         self.area = shape[1] * shape[2]
         self.mixes = mixes
+        self.reads = reads
         self.pool = Pool(shape, model.device)
         self.cost = cost
         self.row_cap = RowCap(most_rows)

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, TypeAlias
 from server.engine.state.lane import Lane
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterator, Mapping
+    from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 
     from server.engine.cost_model import CostModel, TickCost
     from server.engine.forwards import Forwards
     from server.engine.metrics import EngineMeasurements
     from server.engine.task import ImageTask
+    from server.models.conditioning import Conditioning
     from server.models.hosted import HostedModel
 
 __all__ = ["LANES_KEPT", "Lanes"]
@@ -59,23 +60,28 @@ class Lanes:
     def __iter__(self) -> Iterator[Lane]:
         return iter(self._lanes.values())
 
-    def of(self, task: ImageTask, length: int) -> Lane:
+    def of(self, task: ImageTask, told: Collection[Conditioning]) -> Lane:
         """The lane of an image.
 
         Args:
             task: of the image.
-            length: of its longest conditioning, in tokens.
+            told: all that its rows may be told, which is of one company.
         """
         model = self._models[task.model]
         shape = model.latent_shape(task.width, task.height)
-        group = model.group_key(task.width, task.height, length)
-        key = task.model, shape, group
+        group = model.group_key(task.width, task.height, max(one.length for one in told))
+        [company] = {one.company for one in told}
+        key = task.model, shape, (group, company)
         if key not in self._lanes:
             self._forget_idle()
-            cost, most = self._costs.keep(task.model, shape), self._measurements.row_budget
-            forwards = self._forwards_of(model, shape, cost, most)
-            mixes = (task.model, group) if self._mixed and model.mixes_sizes else None
-            self._lanes[key] = Lane(model, shape, cost, most, forwards, mixes)
+            most = self._measurements.row_budget
+            read = model.forward_shape(task.width, task.height, task.references)
+            cost = self._costs.keep(task.model, read)
+            # What is prepared is told of a prompt alone.
+            alone = company is None
+            forwards = self._forwards_of(model, shape, cost, most) if alone else None
+            mixes = (task.model, group) if self._mixed and model.mixes_sizes and alone else None
+            self._lanes[key] = Lane(model, shape, cost, most, forwards, mixes, read[2] / shape[2])
         return self._lanes[key]
 
     def forget(self, model: str) -> None:

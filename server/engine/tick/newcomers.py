@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from server.engine.state.sequence import Sequence
     from server.engine.task import ImageTask
     from server.models.adapters.adapter import Weighted
+    from server.models.blend import Told
     from server.models.conditioning import Conditioning
     from server.models.hosted import HostedModel
     from server.models.text_options import TextOptions
@@ -51,15 +52,14 @@ class Admission:
 
     Args:
         models: hosted models by name.
-        lane_of: the lane of a task whose longest conditioning has so many tokens, made when it is
-            the first.
+        lane_of: the lane of a task with such conditioning, made when it is the first.
         deterministic: encode prompts and pictures at fixed batch sizes.
     """
 
     def __init__(
         self,
         models: Mapping[str, HostedModel],
-        lane_of: Callable[[ImageTask, int], Lane],
+        lane_of: Callable[[ImageTask, list[Conditioning]], Lane],
         *,
         deterministic: bool,
     ) -> None:
@@ -115,9 +115,8 @@ class Admission:
         told = sequence.guidance.texts
         known = {text: _known(encoded[text]) for one in told for text in texts_of(one)}
         texts = {one: conditioning_of(one, known) for one in told}
-        sequence.conditioning = self._models[task.model].levelled(texts)
-        longest = max(one.length for one in sequence.conditioning.values())
-        lane = self._lane_of(task, longest)
+        sequence.conditioning = self._beside_pictures(sequence, texts)
+        lane = self._lane_of(task, list(sequence.conditioning.values()))
         sequence.lane = lane
         start = _start(sequence, lane)
         guidance = sequence.guidance
@@ -128,6 +127,17 @@ class Admission:
         keeps = guidance.policy_slots > 0
         if keeps and task.policy.wants_reference and start.latents is not None:
             lane.pool.policy_memory[sequence.slot, 0] = start.latents
+
+    def _beside_pictures(
+        self, sequence: Sequence, texts: Mapping[Told, Conditioning]
+    ) -> dict[Told, Conditioning]:
+        """All that an image may be told, in equal lengths, beside the pictures it refers to."""
+        model, task = self._models[sequence.task.model], sequence.task
+        levelled = model.levelled(texts)
+        if not task.references:
+            return levelled
+        references = [latents_of(sequence, one) for one in task.references]
+        return {told: model.referring(text, references) for told, text in levelled.items()}
 
 
 def _known(conditioning: Conditioning | Exception) -> Conditioning:

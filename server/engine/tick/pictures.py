@@ -75,7 +75,7 @@ def encode_pictures(model: HostedModel, members: list[Sequence], *, fixed: bool)
 
     Args:
         model: of all the images.
-        members: images of one size.
+        members: images that start now.
         fixed: encode at one batch size always, so that a picture's bits do not depend on the
             pictures that came with it.
 
@@ -88,10 +88,14 @@ def encode_pictures(model: HostedModel, members: list[Sequence], *, fixed: bool)
         for picture in _pictures(sequence)
         if id(picture) not in sequence.submission.latents
     }
-    pictures = [picture for _, picture in wanted.values()]
-    outcomes = encoded(pictures, model.encode_image, model.device, fixed=fixed)
-    for (sequence, picture), outcome in zip(wanted.values(), outcomes, strict=True):
-        sequence.submission.latents[id(picture)] = outcome
+    alike: dict[torch.Size, list[tuple[Sequence, Tensor]]] = {}
+    for sequence, picture in wanted.values():
+        alike.setdefault(picture.shape, []).append((sequence, picture))
+    for of_a_size in alike.values():
+        pictures = [picture for _, picture in of_a_size]
+        outcomes = encoded(pictures, model.encode_image, model.device, fixed=fixed)
+        for (sequence, picture), outcome in zip(of_a_size, outcomes, strict=True):
+            sequence.submission.latents[id(picture)] = outcome
 
 
 def encoded(
@@ -132,7 +136,7 @@ def latents_of(sequence: Sequence, picture: Tensor) -> Tensor:
 
 def _pictures(sequence: Sequence) -> Iterable[Tensor]:
     task = sequence.task
-    pictures = [task.image, *(term.picture for term in task.terms)]
+    pictures = [task.image, *(term.picture for term in task.terms), *task.references]
     return [picture for picture in pictures if picture is not None]
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -19,6 +22,7 @@ from server.errors import ModelMismatch
 from server.models.flux2 import TEXT
 from server.models.hosted import HostedModel
 from server.models.loading import load_model
+from server.service.pixels import pixels_tensor
 from tests.server.models.alike import assert_among, assert_apart, assert_skipped, task_of
 from tests.server.models.tiny_flux2 import LENGTH, make
 from tests.server.models.tiny_flux2 import TEXT as TINY_TEXT
@@ -104,6 +108,40 @@ def test_final_latents_in_mixed_company_are_those_of_diffusers(
     size: dict[str, Any] = {"width": HEIGHT, "height": WIDTH, "latents": upright}
     assert_among(decoded, theirs(pipeline, guidance_scale=1.0, **size))
     assert_apart(theirs(pipeline, guidance_scale=3.0), theirs(pipeline, guidance_scale=1.0))
+
+
+def test_images_that_refer_to_pictures_are_those_of_diffusers(
+    pipeline: Any, model: HostedModel, engine: Engine, decoded: list[Tensor]
+) -> None:
+    wide, small = picture(80, 64, seed=1), picture(64, 64, seed=2)
+    other = picture(80, 64, seed=3)
+    guided: dict[str, Any] = {"guidance": {"name": "cfg", "scale": 3.0}}
+    company = [
+        replace(asked(model, **guided), references=tensors(wide)),
+        replace(asked(model, **guided, seed=6), references=tensors(small, wide)),
+        replace(asked(model, guidance="none", steps=3, seed=7), references=tensors(other)),
+        asked(model, guidance="none", seed=8),
+    ]
+    ear = run(engine, company)
+    assert not ear.errors, ear.errors
+    seen = list(decoded)
+    expected = theirs(pipeline, image=[wide], guidance_scale=3.0)
+    assert_among(seen, expected)
+    both = theirs(pipeline, 6, image=[small, wide], guidance_scale=3.0)
+    assert_among(seen, both)
+    assert_among(seen, theirs(pipeline, 7, 3, image=[other], guidance_scale=1.0))
+    assert_among(seen, theirs(pipeline, 8, guidance_scale=1.0))
+    assert_apart(theirs(pipeline, guidance_scale=3.0), expected)
+    assert_apart(theirs(pipeline, 6, image=[wide], guidance_scale=3.0), both)
+
+
+def picture(width: int, height: int, seed: int) -> Image.Image:
+    noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    return Image.fromarray(noise)
+
+
+def tensors(*pictures: Image.Image) -> tuple[Tensor, ...]:
+    return tuple(pixels_tensor(np.asarray(one)) for one in pictures)
 
 
 def test_layers_of_the_text_encoder_that_nobody_reads_are_dropped(

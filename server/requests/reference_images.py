@@ -1,0 +1,90 @@
+"""The field `reference_images` of a request: pictures that its prompt is about."""
+
+from __future__ import annotations
+
+from math import isqrt
+from typing import TYPE_CHECKING, Any, Final
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from server.decoding.sizing import Target
+from server.errors import InvalidRequest
+from server.requests.upload import Upload
+
+if TYPE_CHECKING:
+    from server.models.hosted import ModelFacts
+
+__all__ = [
+    "MOST",
+    "ReferenceImage",
+    "ReferenceSettings",
+    "check_references",
+    "largest_of",
+    "target_of",
+]
+
+MOST: Final = 4
+
+MOST_PIXELS: Final = 1024 * 1024
+"""Larger pictures are reduced, as diffusers does: each pixel costs as much as one of the image."""
+
+
+class ReferenceSettings(BaseModel):
+    """What a request's settings say of a reference image: that there was one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ReferenceImage(ReferenceSettings):
+    """One reference image of a request."""
+
+    image: Upload = Field(
+        repr=False, description="PNG, JPEG or WebP, as base64 or a base64 data URI."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_it_as_it_is(cls, value: Any) -> Any:
+        """The picture may stand by itself, without an object around it."""
+        return {"image": value} if isinstance(value, str | Upload) else value
+
+
+def check_references(count: int, facts: ModelFacts) -> None:
+    """Refuse more reference images than the model reads.
+
+    Args:
+        count: of the request.
+        facts: of the model that will serve it.
+
+    Raises:
+        InvalidRequest: it reads fewer, or none.
+    """
+    most = facts.reference_images
+    if count <= most:
+        return
+    if most:
+        raise InvalidRequest(
+            "reference_images",
+            f"reference_images has {count} images; model {facts.name!r} reads at most {most}.",
+        )
+    raise InvalidRequest(
+        "reference_images",
+        f"reference_images: model {facts.name!r} reads no pictures beside a prompt. Send one as "
+        "`image` to start from it, or leave reference_images out.",
+    )
+
+
+def largest_of(facts: ModelFacts) -> tuple[int, int]:
+    """Height and width of a reference image before its own are known, as large as any."""
+    side = isqrt(MOST_PIXELS) // facts.size_multiple * facts.size_multiple
+    return side, side
+
+
+def target_of(facts: ModelFacts) -> Target:
+    """What a reference image is brought to: its own size, in the model's multiples."""
+    return Target(
+        mode="crop",
+        multiple=facts.size_multiple,
+        longest=facts.longest_side,
+        most_pixels=MOST_PIXELS,
+    )
