@@ -159,7 +159,7 @@ class Flux2Model(TransformerModel):
     def referring(self, text: Conditioning, references: Sequence[Tensor]) -> Conditioning:
         tokens = torch.cat([_tokens(one[None])[0] for one in references])
         places = [
-            positions(*one.shape[1:], 1, one.device, first=APART * number)
+            positions(one.shape[1], one.shape[2], 1, one.device, first=APART * number)
             for number, one in enumerate(references, start=1)
         ]
         return Conditioning(

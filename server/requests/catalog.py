@@ -166,6 +166,9 @@ class ModelEntry(BaseModel):
     image_prompts: tuple[ImagePromptEntry, ...] = Field(
         description="The IP-Adapters that fit this model; choices of `image_prompts`."
     )
+    reference_images: int = Field(
+        description="Most pictures of `reference_images`; 0 if this model reads none."
+    )
     defaults: Defaults = Field(description="Of requests to this model.")
 
 

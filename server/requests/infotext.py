@@ -81,6 +81,7 @@ def infotext(
         "Step cache": _part(settings.cache),
         "Lora": " ".join(f"<lora:{one.name}:{one.weight:g}>" for one in settings.adapters) or None,
         **{f"ControlNet {i}": _control(one) for i, one in enumerate(settings.controls)},
+        "Reference images": settings.reference_images,
         **{f"IP-Adapter {i}": _windowed(one) for i, one in enumerate(settings.image_prompts)},
         "Sampler statistics": statistics,
         "Version": version,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -72,7 +73,8 @@ class ImageEdit(ImageGeneration):
     image: Upload | None = Field(
         repr=False,
         description="The image to edit: PNG, JPEG or WebP. Without a mask, its own transparent "
-        "pixels are repainted; an opaque image is changed as a whole, by `strength`.",
+        "pixels are repainted; an opaque image is changed as a whole: by models that read "
+        "`reference_images` as the prompt says, and they take several; by others by `strength`.",
     )
     mask: Upload | None = Field(
         default=None,
@@ -87,19 +89,25 @@ class ImageEdit(ImageGeneration):
     def _repaint_what_is_clear(cls, mask: Upload | None) -> Upload | None:
         return None if mask is None else mask.as_mask(MaskForm("clear"))
 
-    @field_validator("image", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def _take_one_image(cls, value: Any) -> Any:
-        """The SDK sends a list of one image as `image[]`."""
-        if not isinstance(value, list):
-            return value
-        if len(value) != 1:
+    def _take_several_images(cls, data: Any) -> Any:
+        """The SDK sends a list of images as `image[]`, which a model may read beside the prompt.
+
+        Whether it does is known when the model is: the first image is among the others until then.
+        """
+        images = data.get("image") if isinstance(data, dict) else None
+        if not isinstance(images, list) or not images:
+            return data
+        several = {"reference_images": images} if len(images) > 1 else {}
+        if several and data.get("reference_images"):
             raise PydanticCustomError(
                 "sentence",
-                "image has {count} images; one is edited at a time.",
-                {"count": len(value)},
+                "image has {count} images, and there are reference_images too; send all of them "
+                "as image.",
+                {"count": len(images)},
             )
-        return value[0]
+        return {**data, **several, "image": images[0]}
 
 
 def request_of(
@@ -121,7 +129,8 @@ def request_of(
         del given["model"]
         notes = (*notes, f"model {named!r} is OpenAI's; the default model draws instead.")
     # Every value was validated when the body was read.
-    return GenerateRequest.model_construct(**given).read_as(body.reading), notes
+    reading = replace(body.reading, edits=isinstance(body, ImageEdit))
+    return GenerateRequest.model_construct(**given).read_as(reading), notes
 
 
 def _ignored(body: BaseModel) -> tuple[str, ...]:

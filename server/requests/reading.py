@@ -40,6 +40,8 @@ LIKE: Final[Mapping[str, str]] = MappingProxyType(
         "init_image": "image",
         "init_images": "image",
         "input_image": "image",
+        "input_images": "reference_images",
+        "reference_image": "reference_images",
         "image_url": "image",
         "mask_image": "mask",
         "mask_url": "mask",
@@ -87,6 +89,7 @@ class Reading:
         habitual: whether `guidance` is what a client sends whatever the model, so that a distilled
             model's own counts instead.
         composes: whether `guidance` draws several prompts together, which no model's own replaces.
+        edits: whether `image` is to be changed as the prompt says, in whatever way the model has.
         told_scale: the scale that such a client sends for distilled models that are told one.
     """
 
@@ -95,6 +98,7 @@ class Reading:
     habitual: bool = False
     composes: bool = False
     told_scale: float | None = None
+    edits: bool = False
 
 
 DEFAULT_RULE: Final = "apg"

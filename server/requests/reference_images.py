@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from math import isqrt
-from typing import TYPE_CHECKING, Any, Final
-
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from typing import TYPE_CHECKING, Final
 
 from server.decoding.sizing import Target
 from server.errors import InvalidRequest
-from server.requests.upload import Upload
 
 if TYPE_CHECKING:
     from server.models.hosted import ModelFacts
 
 __all__ = [
     "MOST",
-    "ReferenceImage",
-    "ReferenceSettings",
     "check_references",
     "largest_of",
     "target_of",
@@ -27,26 +22,6 @@ MOST: Final = 4
 
 MOST_PIXELS: Final = 1024 * 1024
 """Larger pictures are reduced, as diffusers does: each pixel costs as much as one of the image."""
-
-
-class ReferenceSettings(BaseModel):
-    """What a request's settings say of a reference image: that there was one."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ReferenceImage(ReferenceSettings):
-    """One reference image of a request."""
-
-    image: Upload = Field(
-        repr=False, description="PNG, JPEG or WebP, as base64 or a base64 data URI."
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _take_it_as_it_is(cls, value: Any) -> Any:
-        """The picture may stand by itself, without an object around it."""
-        return {"image": value} if isinstance(value, str | Upload) else value
 
 
 def check_references(count: int, facts: ModelFacts) -> None:

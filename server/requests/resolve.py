@@ -41,7 +41,7 @@ from server.requests.embeddings import check_embeddings
 from server.requests.hires import Hires
 from server.requests.image_prompts import check_image_prompts
 from server.requests.ineffective import warnings_for
-from server.requests.reference_images import ReferenceSettings, check_references
+from server.requests.reference_images import check_references
 from server.requests.schema import (
     DEFAULT_RESIZE_MODE,
     GenerateRequest,
@@ -138,7 +138,7 @@ def resolve(
         adapters=request.adapters,
         controls=tuple(one.settings for one in request.controls),
         image_prompts=tuple(one.settings for one in request.image_prompts),
-        reference_images=tuple(ReferenceSettings() for _ in request.reference_images),
+        reference_images=len(request.reference_images) or None,
         strength=_strength(request, steps, has_picture=has_picture),
         hires=_hires(request, width, height, steps, model),
         resize_mode=request.resize_mode,
@@ -151,7 +151,7 @@ def resolve(
     check_size(resolved, model.facts, limits)
     check_controls(resolved.controls, model)
     check_image_prompts(resolved.image_prompts, model)
-    check_references(len(resolved.reference_images), model.facts)
+    check_references(resolved.reference_images or 0, model.facts)
     check_hires(resolved, has_picture=has_picture, has_reference=has_reference)
     check_guidance(resolved.guidance, model, has_picture=has_picture)
     check_group(resolved, has_picture=has_picture, has_reference=has_reference)

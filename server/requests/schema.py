@@ -36,7 +36,6 @@ from server.requests.image_prompts import MOST as MOST_IMAGE_PROMPTS
 from server.requests.image_prompts import ImagePromptChoice, ImagePromptSettings
 from server.requests.reading import DEFAULT_RULE, Readable
 from server.requests.reference_images import MOST as MOST_REFERENCES
-from server.requests.reference_images import ReferenceImage, ReferenceSettings
 from server.requests.start_noise import MAX_SEED, NoiseSize, VariationChoice
 from server.requests.upload import Upload
 from server.settings import PROMPT_BYTES_CEILING
@@ -284,12 +283,14 @@ class GenerateRequest(Readable):
         description="Pictures that the images are to be like beside the prompt, added up: names of "
         "the model's IP-Adapters in the catalog, each with its picture.",
     )
-    reference_images: tuple[ReferenceImage, ...] = Field(
+    reference_images: tuple[Upload, ...] = Field(
         default=(),
         max_length=MOST_REFERENCES,
-        description="Pictures that the prompt is about, for models that edit: PNG, JPEG or WebP, "
-        "as base64 or a base64 data URI, or objects with an `image`. They keep their proportions, "
-        "and at most a megapixel. Width and height default to those of the first one.",
+        repr=False,
+        description="Pictures that the prompt is about, in the order in which it counts them: what "
+        "it says is changed in them, or taken from them. PNG, JPEG or WebP, as base64 or base64 "
+        "data URIs, for models whose entry in the catalog has `reference_images`. Each is reduced "
+        "to a megapixel if it has more. Width and height default to those of the first one.",
     )
     hires: Hires | None = Field(
         default=None,
@@ -338,7 +339,7 @@ class ResolvedRequest(BaseModel):
     adapters: AdapterChoices = ()
     controls: tuple[ControlSettings, ...] = ()
     image_prompts: tuple[ImagePromptSettings, ...] = ()
-    reference_images: tuple[ReferenceSettings, ...] = ()
+    reference_images: int | None = None
     strength: float | None
     resize_mode: ResizeMode | None = None
     mask_content: MaskContent | None = None

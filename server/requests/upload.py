@@ -108,7 +108,8 @@ def uploads_in(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Up
 def without_uploads(value: Any) -> Any:
     """Parsed JSON without the fields that were made uploads."""
     if isinstance(value, list):
-        return [without_uploads(entry) for entry in value]
+        # What is put back has a place to go to.
+        return [None if isinstance(one, Upload) else without_uploads(one) for one in value]
     if isinstance(value, dict):
         return {k: without_uploads(one) for k, one in value.items() if not isinstance(one, Upload)}
     return value
@@ -126,4 +127,4 @@ def put_upload(fields: dict[str, Any], path: str, data: str) -> None:
     inner: Any = fields
     for step in above:
         inner = inner[int(step)] if isinstance(inner, list) else inner[step]
-    inner[name] = data
+    inner[int(name) if isinstance(inner, list) else name] = data

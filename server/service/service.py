@@ -40,6 +40,7 @@ from server.requests.resolve import Prepared
 from server.requests.schema import GenerateRequest, ResolvedRequest
 from server.requests.second_run import naming_hires
 from server.requests.tasks import tasks_of
+from server.service.editing import edited_as
 from server.service.enlarging import started_from
 from server.service.generation import Generation
 from server.service.model_shelf import Lease, ModelShelf, ModelState, Source
@@ -209,6 +210,7 @@ class Service:
                 embeddings=embedding_entries(model),
                 unfit_embeddings=dict(model.embeddings.unfit()),
                 image_prompts=image_prompt_entries(model),
+                reference_images=model.facts.reference_images,
                 defaults=defaults_of(model.facts.defaults),
             )
             for model in (() if self._shelf is None else self._shelf.loaded())
@@ -324,6 +326,7 @@ class Service:
             runs = runs_of(request)
             room = held.enter_context(engine.reserve(runs * request.n, client=client, runs=runs))
             model = await generation.unless_ended(self._lent(shelf, generation, request.model))
+            request = edited_as(request, model.facts)
             early = await decoded_for_their_size(request, model, self.decoding)
             sizes = early.size, early.reference_size
             prepared = await asyncio.to_thread(self.planner.prepare, request, model, *sizes)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -25,7 +24,8 @@ from server.service.mask_content import filled
 __all__ = ["Early", "Uploads", "decoded", "decoded_for_their_size"]
 
 
-FIRST_REFERENCE: Final = "reference_images.0.image"
+UNBOUNDED: Final = 2**60
+"""Pixels that no request has."""
 
 
 class Uploads(NamedTuple):
@@ -103,10 +103,11 @@ async def _by_reference(
     facts = model.facts
     check_references(len(request.reference_images), facts)
     own = target_of(facts)
-    first = await _picture(decoding, request.reference_images[0].image, FIRST_REFERENCE, own)
+    first = await _picture(decoding, request.reference_images[0], "reference_images.0", own)
     height, width, _ = first.shape
-    wanted = replace(own, width=request.width, height=request.height)
-    return Early(reference=first, reference_size=wanted.size_of(width, height, width * height))
+    # Sides that are too long for the model or the operator are refused by name with the request.
+    wanted = Target(request.width, request.height, multiple=facts.size_multiple)
+    return Early(reference=first, reference_size=wanted.size_of(width, height, UNBOUNDED))
 
 
 async def decoded(
@@ -174,8 +175,8 @@ async def _references(
 ) -> list[NDArray[np.uint8]]:
     found = [] if first is None else [first]
     for place, one in enumerate(request.reference_images[len(found) :], start=len(found)):
-        field = f"reference_images.{place}.image"
-        found.append(await _picture(decoding, one.image, field, target_of(model.facts)))
+        field = f"reference_images.{place}"
+        found.append(await _picture(decoding, one, field, target_of(model.facts)))
     return found
 
 

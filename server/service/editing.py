@@ -1,0 +1,35 @@
+"""Edits an image in the way that a model has: as it reads pictures, or by a run from the image."""
+
+from __future__ import annotations
+
+from server.errors import InvalidRequest
+from server.models.hosted import ModelFacts
+from server.requests.schema import GenerateRequest
+
+__all__ = ["edited_as"]
+
+
+def edited_as(request: GenerateRequest, facts: ModelFacts) -> GenerateRequest:
+    """The request, in which a model that reads reference images is given the image as one of them.
+
+    A mask or a strength asks for a run that starts from the image, which every model has.
+
+    Args:
+        request: as sent; it is returned as it is unless it is read as an edit.
+        facts: of the model that will serve it.
+
+    Raises:
+        InvalidRequest: there are several images, and no model or no run reads more than one.
+    """
+    if not request.reading.edits or request.image is None:
+        return request
+    starts = request.mask is not None or request.strength is not None
+    if facts.reference_images and not starts:
+        references = request.reference_images or (request.image,)
+        return request.model_copy(update={"image": None, "reference_images": references})
+    if count := len(request.reference_images):
+        why = f"model {facts.name!r} edits one at a time"
+        if facts.reference_images:
+            why = "with a mask, a strength or transparent pixels, one is edited at a time"
+        raise InvalidRequest("image", f"image has {count} images; {why}.")
+    return request

@@ -1,0 +1,19 @@
+"""Pictures are taken out of a request's JSON, and put back where they were."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from server.requests.schema import GenerateRequest
+from server.requests.upload import Upload, put_upload, uploads_in, without_uploads
+
+
+def test_pictures_of_a_list_are_put_back_in_their_places() -> None:
+    sent = {"prompt": "x", "image": "a", "reference_images": ["b", "c"]}
+    given = {"prompt": "x", "image": Upload("a"), "reference_images": [Upload("b"), Upload("c")]}
+    request = GenerateRequest.model_validate(given)
+    fields: dict[str, Any] = without_uploads(given)
+    for path, upload in uploads_in(request):
+        with upload.opened() as data:
+            put_upload(fields, path, str(data))
+    assert fields == sent
