@@ -66,8 +66,8 @@ def test_a_prompt_may_be_about_pictures(klein: TestClient) -> None:
     assert len({one.tobytes() for one in (alone, referring, both)}) == 3
     # One side that is given leaves the other to the picture's proportions.
     assert drawn(generate(file(1), width=48)).size == (48, 32)
-    assert "Reference images: 1," in referring.text["parameters"]
-    assert json.loads(referring.text["weft"])["reference_images"] == 1
+    assert "Reference images: 1," in referring.info["parameters"]
+    assert json.loads(referring.info["weft"])["reference_images"] == 1
     again = klein.post("/v1/generate", json=answer.json()["settings"])
     assert (again.status_code, again.json()["error"]["param"]) == (422, "reference_images")
     [entry] = klein.get("/v1/catalog").json()["models"]
