@@ -49,9 +49,8 @@ def check_embeddings(resolved: ResolvedRequest, model: HostedModel) -> None:
         raise InvalidRequest("prompt", f"prompt: {refusal.message}") from None
 
 
-def unfit_embeddings(resolved: ResolvedRequest, model: HostedModel) -> tuple[str, ...]:
-    """One sentence for each word that names an embedding and is read as plain text."""
-    texts = [text for _, text in texts_of(resolved, model)]
+def unfit_embeddings(texts: Sequence[str], model: HostedModel) -> tuple[str, ...]:
+    """One sentence for each word of some texts that names an embedding but is read as it stands."""
     return tuple(
         f"{name!r} is read as plain text: {reason}"
         for name, reason in model.embeddings.unfit_in(*texts).items()

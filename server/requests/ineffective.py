@@ -11,7 +11,7 @@ from samplers import Plan
 from server.models.conventions import numbers
 from server.models.hosted import HostedModel
 from server.requests.defaults import own_defaults
-from server.requests.embeddings import unfit_embeddings
+from server.requests.embeddings import texts_of, unfit_embeddings
 from server.requests.schema import ResolvedRequest
 from server.requests.windows import without_effect
 
@@ -78,7 +78,7 @@ def warnings_for(resolved: ResolvedRequest, model: HostedModel, plan: Plan) -> t
                 f"{fitted} is fitted to model {model.facts.name!r} without {beside}, so it may be "
                 "less accurate here."
             )
-    found += unfit_embeddings(resolved, model)
+    found += unfit_embeddings([text for _, text in texts_of(resolved, model)], model)
     return (
         *found,
         *without_effect("controls", resolved.controls, plan),

@@ -19,7 +19,7 @@ from server.image_codec import encode
 from server.models.blend import Blend
 from server.requests.adapters import load_adapters
 from server.requests.checks.limits import check_limits, check_tokens
-from server.requests.embeddings import load_embeddings, texts_of
+from server.requests.embeddings import load_embeddings, texts_of, unfit_embeddings
 from server.requests.start_noise import MAX_SEED
 from server.requests.stream_schema import StreamSettings, read_settings
 from server.requests.tasks import tasks_of
@@ -290,7 +290,8 @@ class StreamSession:
         blended = settings.transition_frames > 0 or isinstance(settings.told, Blend)
         blend = Blend(((settings.told, 1.0),)) if blended else None
         tasks_of(prepared, model, blend=blend, adapters=(), embeddings=())
-        return prepared
+        unfit = unfit_embeddings([one.text for one in settings.prompt[1:]], model)
+        return replace(prepared, warnings=(*dict.fromkeys((*prepared.warnings, *unfit)),))
 
     def _loaded(self, settings: StreamSettings, prepared: Prepared, lease: Lease) -> Current:
         """The settings with the weights that they name, in the thread that may wait for these."""

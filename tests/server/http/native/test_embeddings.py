@@ -100,3 +100,13 @@ def test_a_stream_keeps_the_embeddings_of_the_prompt_that_it_leaves(
         half = stream.output().pixels
     running.settle()
     assert np.array_equal(half, mixed)
+
+
+def test_a_stream_warns_once_of_a_word_in_any_of_its_prompts_that_is_read_as_it_stands(
+    running: Running, inkish: str
+) -> None:
+    texts = [{"text": one} for one in (inkish, "narrow lines", "a narrow square")]
+    with opened(running.url) as stream:
+        answer = stream.settings(**SMALL | {"source": "text", "prompt": texts})
+    assert len(answer["warnings"]) == 1
+    assert answer["warnings"][0].startswith("'narrow' is read as plain text: ")
