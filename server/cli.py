@@ -11,7 +11,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn, TypeAlias, TypeVar
 
@@ -114,6 +115,7 @@ Vaes = Annotated[
     ),
 ]
 Described = "a name, or a JSON object with its fields."
+Pictured = "NAME=FILE, NAME=FILE:SCALE or a JSON object whose `image` is a file"
 
 
 def main() -> None:
@@ -193,13 +195,10 @@ def serve(
     logging.basicConfig(level=logging.INFO, format="%(levelname)s:     %(message)s")
     for talkative in ("alembic", "httpx2"):
         logging.getLogger(talkative).setLevel(logging.WARNING)
-    from server.errors import WeftError
     from server.http.serving import end_process, listen, run
 
-    try:
+    with _refusals():
         listeners = listen(settings.host, settings.port)
-    except WeftError as error:
-        _refuse(error.message)
     end_process(run(settings, listeners))
 
 
@@ -258,56 +257,111 @@ def generate(
         str | None,
         typer.Option(help="What becomes of --image of other proportions: stretch, crop or fill."),
     ] = None,
+    mask_content: Annotated[
+        str | None,
+        typer.Option(
+            help="What the repainted part starts from: original, fill, latent_noise or "
+            "latent_nothing."
+        ),
+    ] = None,
+    hires: Annotated[
+        str | None,
+        typer.Option(
+            help="Draw each image once more, larger: by what factor, or a JSON object with the "
+            "fields of `hires`."
+        ),
+    ] = None,
+    clip_skip: Annotated[
+        int | None,
+        typer.Option(help="Layer of the CLIP text encoders to read, counted from the last, as 1."),
+    ] = None,
     adapter: Annotated[
         list[str] | None,
         typer.Option(help="LoRA to draw with: its name, or NAME=WEIGHT; repeat it for several."),
+    ] = None,
+    control: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"ControlNet and the picture that it reads, as {Pictured}; repeat it for several."
+        ),
+    ] = None,
+    image_prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"IP-Adapter and a picture to be like, as {Pictured}; repeat it for several."
+        ),
+    ] = None,
+    more: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="Any other field of POST /v1/generate, as FIELD=VALUE; a value may be JSON. "
+            "Repeat it for several.",
+        ),
     ] = None,
     model: Models = None,
     vae: Vaes = None,
     adapters: Adapters = None,
     embeddings: Embeddings = None,
+    controls: Controls = None,
+    image_prompts: ImagePrompts = None,
     device: Device = None,
     dtype: Dtype = None,
     deterministic: Deterministic = None,
 ) -> None:
     """Generate images in this process, without a server."""
-    from server.errors import WeftError
     from server.output_files import OutputFiles
+    from server.request_options import (
+        adapter_of,
+        base64_of,
+        fields_set,
+        guidance_of,
+        hires_of,
+        named,
+        pictured,
+        request_of,
+    )
 
     settings = _settings(
         models=model,
         vaes=vae,
         adapters=adapters,
         embeddings=embeddings,
+        controls=controls,
+        image_prompts=image_prompts,
         device=device,
         dtype=dtype,
         deterministic=deterministic,
     )
-    try:
+    with _refusals():
         files = OutputFiles(output, force=force)
-    except WeftError as error:
-        _refuse(error.message)
-    request = _request(
-        prompt=prompt,
-        output_format=files.output_format,
-        negative_prompt=negative_prompt,
-        sampler=_named(sampler),
-        spacing=_named(spacing),
-        guidance=_guidance(sampler, guidance, scale, policy),
-        cache=_named(cache),
-        steps=steps,
-        seed=seed,
-        n=n,
-        width=width,
-        height=height,
-        image=_base64_of(image),
-        mask=_base64_of(mask),
-        reference=_base64_of(reference),
-        strength=strength,
-        resize_mode=resize_mode,
-        adapters=[_weighted(one) for one in adapter or ()],
-    )
-    try:
+        fields = {
+            "prompt": prompt,
+            "output_format": files.output_format,
+            "negative_prompt": negative_prompt,
+            "sampler": named(sampler),
+            "spacing": named(spacing),
+            "guidance": guidance_of(sampler, guidance, scale, policy),
+            "cache": named(cache),
+            "steps": steps,
+            "seed": seed,
+            "n": n,
+            "width": width,
+            "height": height,
+            "image": base64_of(image),
+            "mask": base64_of(mask),
+            "reference": base64_of(reference),
+            "strength": strength,
+            "resize_mode": resize_mode,
+            "mask_content": mask_content,
+            "hires": hires_of(hires),
+            "clip_skip": clip_skip,
+            "adapters": [adapter_of(one) for one in adapter or ()] or None,
+            "controls": [pictured("--control", one) for one in control or ()] or None,
+            "image_prompts": [pictured("--image-prompt", one) for one in image_prompt or ()]
+            or None,
+        }
+        request = request_of(**fields_set(more or (), fields))
         files.check(request.seed, request.n)
         made = _with_bar(settings, request)
         for note in made.notes:
@@ -316,8 +370,6 @@ def generate(
             console.print(warning, style="yellow", highlight=False, markup=False, soft_wrap=True)
         for path in files.write([(one.seed, one.data) for one in made.pictures]):
             typer.echo(path)
-    except WeftError as error:
-        _refuse(error.message)
 
 
 @app.command()
@@ -442,16 +494,17 @@ def linear_ag(
     """Fit the linear_adaptive policy to a model, sampler, spacing, step count and guidance rule."""
     from server.fitting.linear_guidance import FitOrder, Runs, fulfil
     from server.models.folder import embedded_folders
+    from server.request_options import guidance_of, named, request_of
 
-    request = _request(
-        prompt="",
-        sampler=_named(sampler),
-        spacing=_named(spacing),
-        steps=steps,
-        guidance=_guidance(
-            sampler, guidance, scale, json.dumps({"name": "linear_adaptive", "every": every})
-        ),
-    )
+    policy = json.dumps({"name": "linear_adaptive", "every": every})
+    with _refusals():
+        request = request_of(
+            prompt="",
+            sampler=named(sampler),
+            spacing=named(spacing),
+            steps=steps,
+            guidance=guidance_of(sampler, guidance, scale, policy),
+        )
     folder = model or embedded_folders()["embedded"]
     order = FitOrder(folder, request, Runs(runs, chunk, seed), device or "auto", prompts)
     typer.echo(_with_stages(lambda tell: fulfil(order, tell)))
@@ -494,71 +547,6 @@ def _settings(**given: Any) -> Settings:
         _refuse(f"{field}: {message}" if field else message)
 
 
-def _request(**given: Any) -> GenerateRequest:
-    from pydantic import ValidationError
-
-    from server.requests.messages import explain
-    from server.requests.schema import GenerateRequest
-
-    try:
-        return GenerateRequest.model_validate(
-            {key: value for key, value in given.items() if value is not None}
-        )
-    except ValidationError as error:
-        _refuse(explain(error.errors(), GenerateRequest).message)
-
-
-def _named(text: str | None) -> Any:
-    """A bare name as it is, or the object that a JSON text describes."""
-    if text is None or not text.lstrip().startswith("{"):
-        return text
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        _refuse(f"{text!r} is not valid JSON: {error}.")
-
-
-def _weighted(text: str) -> str | dict[str, Any]:
-    """An adapter of a request: a bare name, or a name and a weight."""
-    name, separator, weight = text.rpartition("=")
-    if not separator:
-        return text
-    try:
-        return {"name": name, "weight": float(weight)}
-    except ValueError:
-        _refuse(f"--adapter is {text!r}; after the = a number is needed.")
-
-
-def _guidance(
-    sampler: str | None, guidance: str | None, scale: float | None, policy: str | None
-) -> Any:
-    """The guidance that the options describe; what they leave out is as in a request."""
-    extra = {"scale": scale, "policy": _named(policy)}
-    extra = {key: value for key, value in extra.items() if value is not None}
-    if not extra:
-        return _named(guidance)
-    value = _default_guidance(sampler) if guidance is None else _named(guidance)
-    return (value if isinstance(value, dict) else {"name": value}) | extra
-
-
-def _default_guidance(sampler: str | None) -> dict[str, Any]:
-    """What a request with this sampler gets if it names no guidance."""
-    from server.requests.schema import default_guidance, default_sampler
-
-    chosen = _request(prompt="", sampler=_named(sampler)).sampler or default_sampler()
-    return default_guidance(chosen).model_dump(mode="json")
-
-
-def _base64_of(path: Path | None) -> str | None:
-    import base64
-
-    if path is None:
-        return None
-    if not path.is_file():
-        _refuse(f"{str(path)!r} is not a file.")
-    return base64.b64encode(path.read_bytes()).decode()
-
-
 def _bars() -> Progress:
     from rich.progress import (
         BarColumn,
@@ -580,9 +568,7 @@ def _bars() -> Progress:
 
 
 def _with_stages(work: Callable[[Tell], Result]) -> Result:
-    from server.errors import WeftError
-
-    with _bars() as bar:
+    with _refusals(), _bars() as bar:
         bars = {"": bar.add_task("loading the model", total=None)}
 
         def tell(stage: str, done: int, total: int) -> None:
@@ -591,11 +577,7 @@ def _with_stages(work: Callable[[Tell], Result]) -> Result:
                 bars[stage] = bar.add_task(stage, total=total)
             bar.update(bars[stage], completed=done)
 
-        try:
-            return work(tell)
-        except WeftError as error:
-            bar.stop()
-            _refuse(error.message)
+        return work(tell)
 
 
 def _with_bar(settings: Settings, request: GenerateRequest) -> Pictures:
@@ -616,6 +598,17 @@ def _with_bar(settings: Settings, request: GenerateRequest) -> Pictures:
             bar.update(bar.tasks[progress.index + 1].id, completed=progress.step)
 
         return asyncio.run(make(settings, request, tell, tell_loading))
+
+
+@contextmanager
+def _refusals() -> Generator[None]:
+    """End the process where something is refused, with the sentence that says why."""
+    from server.errors import WeftError
+
+    try:
+        yield
+    except WeftError as error:
+        _refuse(error.message)
 
 
 def _refuse(sentence: str) -> NoReturn:

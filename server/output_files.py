@@ -10,7 +10,7 @@ from typing import Final
 from samplers.whole_file import write_whole
 from server.errors import InvalidRequest
 
-__all__ = ["OutputFiles"]
+__all__ = ["OutputFiles", "check_name"]
 
 FORMATS: Final = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 
@@ -33,8 +33,9 @@ class OutputFiles:
         if suffix not in FORMATS:
             raise _refusal(path, f"; the file must end in one of: {', '.join(FORMATS)}")
         folder = path.absolute().parent
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise _refusal(path, ", but that folder does not exist")
+        check_name("output", path)
         if path.is_dir():
             raise _refusal(path, ", which is a folder")
         if not os.access(folder, os.W_OK | os.X_OK):
@@ -74,9 +75,29 @@ class OutputFiles:
         return self._path.with_stem(f"{self._path.stem}-{seed}")
 
     def _check_free(self, path: Path) -> None:
+        check_name("output", path)
         if path.exists() and not self._force:
             raise _refusal(path, ", which exists; choose another, or pass --force to overwrite it")
 
 
-def _refusal(path: Path, reason: str) -> InvalidRequest:
-    return InvalidRequest("output", f"output is {str(path)!r}{reason}.")
+def check_name(option: str, path: Path) -> None:
+    """Refuse a path that no file can have, before the work whose result it is to hold.
+
+    Args:
+        option: that names it.
+        path: of the file.
+
+    Raises:
+        InvalidRequest: it is too long, or cannot be looked at.
+    """
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        reason = f", which cannot be written: {error.strerror}"
+        raise _refusal(path, reason, option) from None
+
+
+def _refusal(path: Path, reason: str, option: str = "output") -> InvalidRequest:
+    return InvalidRequest(option, f"{option} is {str(path)!r}{reason}.")

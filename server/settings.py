@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from collections.abc import Collection, Mapping
 from importlib.util import find_spec
 from math import inf
@@ -11,10 +12,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    DirectoryPath,
     Field,
     SecretStr,
     model_validator,
@@ -54,7 +55,7 @@ def _listed(value: Any) -> Any:
 def _place(text: str) -> Path | HubModel:
     """What the operator named: a folder, where there is one, before a model of the hub."""
     path = Path(text).expanduser()
-    return path if path.exists() else HubModel.of(text) or path
+    return path if os.path.exists(path) else HubModel.of(text) or path
 
 
 def _name(place: Path | HubModel) -> str:
@@ -63,7 +64,22 @@ def _name(place: Path | HubModel) -> str:
     return place.stem if place.suffix == CHECKPOINT else place.resolve().name
 
 
-Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_listed)]
+def _without_nul(texts: tuple[str, ...]) -> tuple[str, ...]:
+    for text in texts:
+        if "\0" in text:
+            raise ValueError(f"{text[:200]!r} has a NUL character, which no name or path has.")
+    return texts
+
+
+def _folder(path: Path) -> Path:
+    # Unlike pathlib, os.path takes a path that is too long for one at which there is nothing.
+    if not os.path.isdir(path):
+        raise ValueError(f"{str(path)[:200]!r} is not a folder.")
+    return path
+
+
+Folder = Annotated[Path, AfterValidator(_folder)]
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_listed), AfterValidator(_without_nul)]
 Keys = Annotated[tuple[ApiKey, ...], NoDecode, BeforeValidator(keys_of)]
 
 
@@ -331,7 +347,7 @@ class Settings(BaseSettings):
         "as it runs: `text` for its text encoders, `all` for the denoiser too. `auto` takes the "
         "first of `none`, `text` and `all` that fits; on a CPU it is `none`.",
     )
-    adapters: DirectoryPath | None = Field(
+    adapters: Folder | None = Field(
         default=None,
         description="Folder with LoRA files, `NAME.safetensors`, that requests may name in "
         "`adapters`.",
@@ -341,12 +357,12 @@ class Settings(BaseSettings):
         ge=0,
         description="Memory for loaded adapters of all models, in bytes.",
     )
-    embeddings: DirectoryPath | None = Field(
+    embeddings: Folder | None = Field(
         default=None,
         description="Folder with embeddings of textual inversion, `NAME.safetensors`, that prompts "
         "may name.",
     )
-    controls: DirectoryPath | None = Field(
+    controls: Folder | None = Field(
         default=None,
         description="Folder with ControlNets, each a folder in the diffusers layout, that requests "
         "may name in `controls`.",
@@ -356,7 +372,7 @@ class Settings(BaseSettings):
         ge=0,
         description="Memory for loaded ControlNets of all models, in bytes.",
     )
-    image_prompts: DirectoryPath | None = Field(
+    image_prompts: Folder | None = Field(
         default=None,
         description="Folder with IP-Adapters, `NAME.safetensors`, that requests may name in "
         "`image_prompts`, and the image encoders that they read, each a folder.",
@@ -535,7 +551,7 @@ class Settings(BaseSettings):
     def _check_vaes(self) -> Self:
         for entry in self.vaes:
             name, _, path = entry.partition("=")
-            if not name or not path or not Path(path).exists():
+            if not name or not path or not os.path.exists(path):
                 raise ValueError(
                     f"vaes has {entry[:200]!r}; allowed is `name=path`, with the name of a model "
                     "and the path of a .safetensors file or of a folder in the diffusers layout."
@@ -653,6 +669,8 @@ class Settings(BaseSettings):
         """
         if self.models_folder is None:
             return []
-        if not self.models_folder.is_dir():
-            raise ValueError(f"models_folder is {str(self.models_folder)!r}, which is no folder.")
+        if not os.path.isdir(self.models_folder):
+            raise ValueError(
+                f"models_folder is {str(self.models_folder)[:200]!r}, which is no folder."
+            )
         return sorted(index.parent for index in self.models_folder.glob("*/model_index.json"))

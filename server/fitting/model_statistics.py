@@ -17,6 +17,7 @@ from server.fitting.samples import Samples, draw, prompts_for, read_pictures
 from server.models.folder import statistics_file
 from server.models.hosted import HostedModel
 from server.models.loading import load_model
+from server.output_files import check_name
 
 __all__ = ["Order", "Size", "fulfil", "make_statistics", "mixture_of"]
 
@@ -152,6 +153,7 @@ def _files(order: Order) -> list[Path]:
         ]
     if len(order.scales) > 1:
         raise InvalidRequest("out", "out names one file; leave it out, or ask for one scale.")
+    check_name("out", order.out)
     return [order.out]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -288,7 +289,7 @@ def _check_names(settings: Settings, names: Collection[str]) -> None:
 
 def _folder_of(place: Path | HubModel, settings: Settings, tell: Tell | None) -> Path:
     """The folder of a model: fetched if it is one of the hub, converted if it is a single file."""
-    if isinstance(place, Path) and place.is_file():
+    if isinstance(place, Path) and os.path.isfile(place):
         return converted(
             place,
             settings.cache.expanduser(),

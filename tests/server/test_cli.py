@@ -19,21 +19,23 @@ from typer.testing import CliRunner, Result
 
 from embedded import MODEL_FOLDER
 from guidance.linear_fit import LinearFit
-from server.cli import _guidance, app
+from server.cli import app
 from server.engine.cost_model import MOST_ROWS
 from server.models.hosted import HostedModel
 from server.models.inputs import RowInputs
 from server.models.loading import load_model
 from server.models.unet_model import UNetModel
-from server.requests.catalog import catalog
-from server.requests.schema import GenerateRequest
 from server.service import hosting
 from server.settings import Settings
 from tests.server.models.adapters import files
 from tests.server.models.adapters.low_rank import changes
+from tests.server.models.controls.tiny_controls import of_unet
+from tests.server.models.image_prompts.tiny_image_prompts import put_adapter, put_encoder
 from tests.server.process import PATIENCE_S, Forks
 
 PROMPT = "a red circle"
+TOO_LONG = "a" * 300
+"""No name of a file may have so many characters."""
 
 
 def weft(*arguments: str) -> Result:
@@ -89,19 +91,35 @@ def test_generate_writes_the_file_with_its_settings(tmp_path: Path) -> None:
     assert settings["cache"]["name"] == "easy_cache"
 
 
-def test_generate_draws_with_adapters_of_a_folder(tmp_path: Path) -> None:
+def test_generate_draws_what_a_request_can_ask_for(tmp_path: Path) -> None:
     network = UNet2DConditionModel.from_pretrained(MODEL_FOLDER / "unet")
-    files.saved(files.peft({"unet": changes(network, 2)}), tmp_path / "ink.safetensors")
-    output = tmp_path / "out.png"
-    arguments = ["--steps", "1", "--adapters", str(tmp_path), "-o", str(output)]
-    done = weft("generate", PROMPT, *arguments, "--adapter", "ink=0.5")
+    adapters, controls, shown = (tmp_path / name for name in ("adapters", "controls", "shown"))
+    adapters.mkdir()
+    files.saved(files.peft({"unet": changes(network, 2)}), adapters / "ink.safetensors")
+    widths = [16, 32, 64, 128]
+    control = of_unet(network, 1, conditioning_embedding_out_channels=widths)
+    control.save_pretrained(controls / "depth")
+    put_encoder(shown)
+    put_adapter(network, shown, "style", 1)
+    picture, output = tmp_path / "picture.png", tmp_path / "out.png"
+    Image.fromarray(np.full((40, 40, 3), 200, np.uint8)).save(picture)
+    read = json.dumps({"name": "depth", "image": str(picture), "end": 0.5})
+    done = weft(
+        *("generate", PROMPT, "--steps", "2", "--width", "64", "--height", "64", "-o", str(output)),
+        *("--hires", "1.5", "--clip-skip", "1", "--set", 'variation={"seed": 3, "strength": 0.2}'),
+        *("--adapters", str(adapters), "--adapter", "ink=0.5"),
+        *("--controls", str(controls), "--control", read),
+        *("--image-prompts", str(shown), "--image-prompt", f"style={picture}:0.5"),
+    )
     assert done.exit_code == 0, done.output
-    with Image.open(output) as picture:
-        settings = json.loads(picture.text["weft"])  # type: ignore[attr-defined]
+    with Image.open(output) as drawn:
+        settings = json.loads(drawn.text["weft"])  # type: ignore[attr-defined]
+        assert drawn.size == (96, 96)
+    assert settings["clip_skip"] == 1
+    assert settings["variation"] == {"seed": 3, "strength": 0.2}
     assert settings["adapters"] == [{"name": "ink", "weight": 0.5}]
-    refused = weft("generate", PROMPT, "--adapter", "ink=strong")
-    assert refused.exit_code == 2
-    assert "--adapter is 'ink=strong'; after the = a number is needed." in refused.output
+    assert [(one["name"], one["end"]) for one in settings["controls"]] == [("depth", 0.5)]
+    assert [(one["name"], one["scale"]) for one in settings["image_prompts"]] == [("style", 0.5)]
 
 
 def test_generate_evaluates_the_model_for_its_own_image_alone(
@@ -161,22 +179,6 @@ def test_several_pictures_are_told_apart_by_seed(tmp_path: Path) -> None:
         assert picture.size == (64, 64)
 
 
-def guidance_of(written: Any) -> Any:
-    return GenerateRequest.model_validate({"prompt": PROMPT, "guidance": written}).guidance
-
-
-@pytest.mark.parametrize("options", [{"policy": "reuse"}, {"scale": 6.0}], ids=list)
-# The second goes by statistics of plain guidance, which is therefore its default.
-@pytest.mark.parametrize("sampler", ["unipc", "dpm_solver_v3"])
-def test_scale_and_policy_change_the_guidance_of_a_request_that_names_none(
-    sampler: str, options: dict[str, Any]
-) -> None:
-    defaults = catalog().defaults
-    silent = defaults.guidance_by_sampler.get(sampler, defaults.guidance)
-    made = _guidance(sampler, None, options.get("scale"), options.get("policy"))
-    assert guidance_of(made) == guidance_of(silent | options)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -191,10 +193,16 @@ def test_scale_and_policy_change_the_guidance_of_a_request_that_names_none(
         (["-o", "no/such/x.png"], "but that folder does not exist."),
         (["--image", "none.png"], "'none.png' is not a file."),
         (["--reference", "none.png"], "'none.png' is not a file."),
+        (["--image", TOO_LONG], "aaa' is not a file."),
+        (["-o", f"{TOO_LONG}.png"], ", which cannot be written: File name too long."),
+        (["--vae", f"x={TOO_LONG}"], "allowed is `name=path`"),
+        (["--adapters", TOO_LONG], "aaa' is not a folder."),
+        (["--model", TOO_LONG], "' cannot be read: File name too long."),
+        (["--adapter", "ink=strong"], "--adapter is 'ink=strong'; after the = a number is needed."),
         (["--dtype", "int8"], "dtype: "),
         (["--model", "/none"], "model folder '/none' has no model_index.json"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )
 def test_a_mistake_is_answered_in_one_sentence(arguments: list[str], message: str) -> None:
     done = weft("generate", PROMPT, *arguments)

@@ -128,6 +128,14 @@ def test_an_empty_folder_of_models_leaves_the_embedded_one(tmp_path: Path) -> No
         Settings(models_folder=tmp_path / "none").model_folders(embedded)
 
 
+@pytest.mark.parametrize("field", ["models", "vaes"])
+def test_a_path_that_is_none_is_refused(field: str) -> None:
+    with pytest.raises(ValidationError, match="has a NUL character"):
+        Settings.model_validate({field: ["x=a\0b"]})
+    settings = Settings(models=("a" * 300,))
+    assert settings.named_folders() == {"a" * 300: Path("a" * 300)}
+
+
 def test_two_models_of_one_name_are_refused(tmp_path: Path) -> None:
     settings = Settings(models=(str(tmp_path / "a" / "x"), str(tmp_path / "b" / "x")))
     with pytest.raises(ValueError, match="two models named 'x'"):
