@@ -35,6 +35,9 @@ CONVERTERS: Final[Mapping[str, str]] = {
 """Class of diffusers that converts files for a denoiser; all others go through a U-Net's."""
 
 
+SAME_NUMBERS: Final = (Tensor.reshape, Tensor.float, Tensor.flatten)
+
+
 class StandIn(Tensor):
     """A tensor without memory that knows the tensors of a file that it was made of.
 
@@ -62,11 +65,14 @@ class StandIn(Tensor):
             # Whether a second factor has blocks of zeros, which only makes ranks smaller.
             return False
         given = tree_leaves((args, kwargs))
-        sources = frozenset[str]().union(*(one.sources for one in given if isinstance(one, cls)))
+        own = [one for one in given if isinstance(one, cls)]
+        sources = frozenset[str]().union(*(one.sources for one in own))
+        # Of another shape or type it still stands for the same numbers.
+        kept = func in SAME_NUMBERS and all(one.kept for one in own)
 
         def traced(made: Any) -> Any:
             if isinstance(made, cls):
-                made.sources, made.kept = sources, False
+                made.sources, made.kept = sources, kept
             return made
 
         return tree_map(traced, super().__torch_function__(func, types, args, kwargs or {}))

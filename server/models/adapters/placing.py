@@ -1,9 +1,9 @@
 """Which layers of a model a LoRA file changes, decided from the file's header alone.
 
-Names are converted by diffusers' own converters. They are given tensors without memory in place of
-the file's, so that a file is understood and checked before its weights are read. Whatever cannot be
-placed is refused by name: to leave a tensor out would draw another picture than the file's author
-saw.
+Layers that a file names as the model does are found by name, all others by diffusers' own
+converters. Both are given tensors without memory in place of the file's, so that a file is
+understood and checked before its weights are read. Whatever cannot be placed is refused by name: to
+leave a tensor out would draw another picture than the file's author saw.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,9 @@ from torch import nn
 
 from server.errors import AdapterMismatch
 from server.models.adapters.conversion import CONVERTERS, StandIn, converted
+from server.models.adapters.lycoris import as_low_rank
+from server.models.adapters.naming import alpha_of, named
+from server.models.adapters.original_layers import ORIGINAL, Original
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -65,12 +69,14 @@ class Target:
             in a model folder and by the layer's name in that network.
         unet_config: of its U-Net, by which the converters number blocks; None where it has none.
         converter: of the files of its transformer; None for those of U-Nets.
+        original: layers of the original code of its transformer.
     """
 
     model: str
     layers: Mapping[str, Mapping[str, tuple[int, ...]]]
     unet_config: Any
     converter: str | None = None
+    original: tuple[Original, ...] = ()
 
     @classmethod
     def of(cls, model: str, networks: Mapping[str, nn.Module]) -> Target:
@@ -92,12 +98,13 @@ class Target:
             }
             for part, network in networks.items()
         }
-        converters = (CONVERTERS.get(type(network).__name__) for network in networks.values())
+        transformer = type(networks.get("transformer")).__name__
         return cls(
             model,
             layers,
             getattr(networks.get("unet"), "config", None),
-            next((one for one in converters if one is not None), None),
+            CONVERTERS.get(transformer),
+            ORIGINAL.get(transformer, ()),
         )
 
     def converted(self, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -109,9 +116,17 @@ class Target:
         Raises:
             AdapterMismatch: the names are of no known format.
         """
+        found, others = named(as_low_rank(tensors), self.layers, self.original)
+        if others or not found:
+            for part, own in converted(others, self.converter, self.unet_config).items():
+                layers = self.layers.get(part, {})
+                renamed = {_as_in(layers, name): one for name, one in own.items()}
+                if twice := renamed.keys() & found.get(part, {}).keys():
+                    raise AdapterMismatch(f"changes {_listed(twice)} of {part} twice")
+                found.setdefault(part, {}).update(renamed)
         return {
-            part: {_as_in(self.layers.get(part, {}), name): one for name, one in own.items()}
-            for part, own in converted(tensors, self.converter, self.unet_config).items()
+            part: {name: _shaped(one, name, self.layers.get(part, {})) for name, one in own.items()}
+            for part, own in found.items()
         }
 
 
@@ -171,7 +186,7 @@ def place(header: Header, target: Target) -> dict[str, dict[str, Placed]]:
         names = f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
         placed.setdefault(part, {})[layer] = Placed(*names, shapes, scale)
         used |= down.sources | up.sources
-    used |= {_alpha_of(name) for name in used}
+    used |= {alpha_of(name) for name in used}
     if unused := [name for name in stand_ins if name not in used]:
         raise AdapterMismatch(f"has tensors that are not understood: {_listed(unused)}")
     if not placed:
@@ -184,6 +199,16 @@ def _as_in(known: Mapping[str, Any], name: str) -> str:
     bare = name.removeprefix("text_model.")
     layer = bare.partition(".lora_")[0]
     return f"text_model.{bare}" if f"text_model.{layer}" in known else bare
+
+
+def _shaped(factor: Tensor, name: str, layers: Mapping[str, tuple[int, ...]]) -> Tensor:
+    """A factor that is a matrix as one of a convolution, where its layer is one."""
+    match = FACTOR.fullmatch(name)
+    weight = layers.get(match["layer"], ()) if match else ()
+    if match is None or len(weight) != 4 or factor.ndim != 2:
+        return factor
+    own = weight[1:] if match["factor"] == "A" else (factor.shape[1], 1, 1)
+    return factor.reshape(-1, *own) if factor[0].numel() == prod(own) else factor
 
 
 def _pairs(
@@ -232,7 +257,7 @@ def _scale(header: Header, part: str, layer: str, down: StandIn, rank: int) -> f
     A converter that made new factors has put it into them.
     """
     [source, *_] = down.sources
-    if (alpha := header.alphas.get(_alpha_of(source))) is not None:
+    if (alpha := header.alphas.get(alpha_of(source))) is not None:
         return alpha / rank if down.kept else 1.0
     config = _config(header, part)
     if config.get("use_dora"):
@@ -267,10 +292,6 @@ def _config(header: Header, part: str) -> dict[str, Any]:
         raise AdapterMismatch(f"has metadata {CONFIG} that is no JSON object")
     prefix = f"{part}."
     return {k.removeprefix(prefix): v for k, v in entries.items() if k.startswith(prefix)}
-
-
-def _alpha_of(name: str) -> str:
-    return f"{name.partition('.lora_')[0]}.alpha"
 
 
 def _listed(names: Iterable[str]) -> str:

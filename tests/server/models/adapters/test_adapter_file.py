@@ -94,6 +94,16 @@ def test_each_layer_of_a_kohya_file_has_its_own_alpha(target: Target, tmp_path: 
     assert product(change(file, CONV)).unique().tolist() == [6.0]
 
 
+def test_a_loha_of_a_convolution_is_placed_and_loaded(target: Target, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"w1_a": (3, 2), "w1_b": (2, 36), "w2_a": (3, 2), "w2_b": (2, 36)}
+    own = {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
+    tensors = {f"lora_unet_mid_conv.hada_{name}": tensor for name, tensor in own.items()}
+    file = read(tmp_path, target, tensors | {"lora_unet_mid_conv.alpha": torch.tensor(1.0)})
+    whole = (own["w1_a"] @ own["w1_b"]) * (own["w2_a"] @ own["w2_b"]) / 2
+    torch.testing.assert_close(product(change(file, CONV)), whole.view(3, 4, 3, 3))
+
+
 @pytest.mark.parametrize(
     ("config", "factor"),
     [
@@ -156,9 +166,14 @@ REFUSED: dict[str, tuple[dict[str, Tensor], dict[str, str], str]] = {
     "lokr": (
         {"lora_unet_mid_proj.lokr_w1": torch.ones(2, 2)},
         {},
-        "is in no known LoRA format .*lora_unet_mid_proj.lokr_w1",
+        "lacks the tensor lora_unet_mid_proj.lokr_w2_b",
     ),
-    "no network": ({"mid.proj.lora_A.weight": torch.ones(2, 6)}, {}, "not understood: mid.proj"),
+    "no network": ({"attic.lora_A.weight": torch.ones(2, 6)}, {}, "not understood: attic.lora_A"),
+    "one layer twice": (
+        {**factors(), f"lora_unet_{LINEAR.replace('.', '_')}.lora_down.weight": torch.ones(2, 6)},
+        {},
+        "changes the layer mid.proj of unet twice",
+    ),
     "another layer": (
         {A.replace("proj", "attic"): factors()[A], B.replace("proj", "attic"): factors()[B]},
         {},

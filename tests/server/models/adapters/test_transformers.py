@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from server.errors import AdapterMismatch
 from server.models.adapters.adapter import RowAdapters, Weighted
 from server.models.adapters.adapter_file import AdapterFile
 from server.models.adapters.placing import Target
@@ -219,16 +218,3 @@ def test_the_text_encoder_of_flux_is_adapted_as_by_diffusers(
     _, theirs, _ = adapted.encode_prompt("a star", max_sequence_length=LENGTH)
     assert difference(ours.tensors[POOLED], theirs[0]) < 1e-5
     assert difference(ours.tensors[POOLED], plain.tensors[POOLED]) > 1e-2
-
-
-@pytest.mark.parametrize("name", ["flux1", "z_image"])
-def test_a_file_that_diffusers_leaves_unconverted_is_refused_by_its_names(
-    hosted: Callable[[str], Hosted], name: str, tmp_path: Path
-) -> None:
-    network = hosted(name).model.adaptable()["transformer"]
-    layer = "layers.0.attention.qkv" if name == "z_image" else "double_blocks.0.img_mlp.0"
-    factors = {"lora_A": torch.ones(RANK, 32), "lora_B": torch.ones(32, RANK)}
-    tensors = {f"diffusion_model.{layer}.{key}.weight": one for key, one in factors.items()}
-    path = files.saved((tensors, {}), tmp_path / "one.safetensors")
-    with pytest.raises(AdapterMismatch, match=layer.replace(".", r"\.")):
-        AdapterFile.read("one", path, Target.of(name, {"transformer": network}))

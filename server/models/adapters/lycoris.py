@@ -1,0 +1,119 @@
+"""LyCORIS' changes of weights as products of two factors, exactly.
+
+A Hadamard product of two low-rank matrices (LoHa) has the row-wise Khatri-Rao products of their
+factors as its own: up to the square of the rank. A Kronecker product (LoKr) has the Kronecker
+products of its operands' factors. A convolution with a core (Tucker's decomposition, in LoCon too)
+is one whose core is multiplied into the first factor. A full difference has the identity beside it.
+
+Yeh et al., "Navigating Text-To-Image Customization", arXiv 2309.14859, section 3; layouts as in
+``lycoris/functional`` and ``lycoris/modules`` of the library.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import torch
+
+from server.errors import AdapterMismatch
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+__all__ = ["as_low_rank"]
+
+OPERAND = re.compile(
+    r"(?P<layer>.+)\.(?P<name>hada_(w[12]_[ab]|t[12])|lokr_(w[12](_[ab])?|t2)|diff)"
+)
+MIDDLE = ".lora_mid.weight"
+DOWN, UP = ".lora_down.weight", ".lora_up.weight"
+
+
+def as_low_rank(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file, those of LyCORIS' kinds replaced by ``lora_down`` and ``lora_up``.
+
+    Both new factors are matrices ``[rank, in]`` and ``[out, rank]`` in float32, alpha / rank in the
+    second; those of a convolution have its input's channels and its kernel flattened into one.
+
+    Args:
+        tensors: of a file, or stand-ins for them; alphas are numbers even so.
+
+    Raises:
+        AdapterMismatch: an operand is missing; the sentence goes on after the adapter's name.
+    """
+    made = dict(tensors)
+    operands: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        match = OPERAND.fullmatch(name)
+        # Differences of norms and biases are vectors, and no layer's weight.
+        if match and (match["name"] != "diff" or tensor.ndim > 1):
+            operands.setdefault(match["layer"], {})[match["name"]] = made.pop(name)
+    for layer, own in operands.items():
+        alpha = made.pop(f"{layer}.alpha", None)
+        try:
+            down, up, rank = _factors({name: one.float() for name, one in own.items()})
+        except KeyError as error:
+            raise AdapterMismatch(f"lacks the tensor {layer}.{error.args[0]}") from None
+        made[layer + DOWN], made[layer + UP] = down, up * _scale(alpha, rank)
+    for name in [name for name in made if name.endswith(MIDDLE)]:
+        layer = name.removesuffix(MIDDLE)
+        if (down := made.get(layer + DOWN)) is not None:
+            core = made.pop(name).float() * _scale(made.pop(f"{layer}.alpha", None), len(down))
+            made[layer + DOWN] = torch.einsum("oikl,in->onkl", core, down.float().flatten(1))
+    return made
+
+
+def _scale(alpha: Tensor | None, rank: int | None) -> float:
+    return 1.0 if alpha is None or rank is None else float(alpha) / rank
+
+
+def _factors(own: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, int | None]:
+    """First factor, second factor, and the rank that alpha is divided by; None for no alpha."""
+    if "diff" in own:
+        return *_whole(own["diff"].flatten(1)), None
+    if "hada_w1_a" in own:
+        return _hadamard(own)
+    return _kronecker(own)
+
+
+def _hadamard(own: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, int]:
+    """(a1 b1) * (a2 b2), element by element."""
+    a1, b1 = _with_core(own["hada_w1_a"], own["hada_w1_b"], own.get("hada_t1"))
+    a2, b2 = _with_core(own["hada_w2_a"], own["hada_w2_b"], own.get("hada_t2"))
+    down = (b1[:, None] * b2[None]).flatten(0, 1)
+    up = (a1[:, :, None] * a2[:, None]).flatten(1)
+    return down, up, len(own["hada_w1_b"])
+
+
+def _kronecker(own: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, int | None]:
+    """(a1 b1) kron (a2 b2), where a whole operand has the identity as one of the two."""
+    ranks: list[int] = []
+    halves: list[tuple[Tensor, Tensor]] = []
+    for number in (1, 2):
+        if (whole := own.get(f"lokr_w{number}")) is not None:
+            down, up = _whole(whole.flatten(1))
+        else:
+            second = own[f"lokr_w{number}_b"]
+            up, down = _with_core(own[f"lokr_w{number}_a"], second, own.get(f"lokr_t{number}"))
+            ranks.append(len(second))
+        halves.append((up, down))
+    (a1, b1), (a2, b2) = halves
+    # Alpha counts where an operand is divided, as in the library.
+    return torch.kron(b1, b2), torch.kron(a1, a2), ranks[0] if ranks else None
+
+
+def _with_core(first: Tensor, second: Tensor, core: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The factors ``[out, rank]`` and ``[rank, in]`` of an operand, whose core is between them."""
+    if core is None:
+        return first, second.flatten(1)
+    return first.mT.contiguous(), torch.einsum("ij...,jr->ir...", core, second).flatten(1)
+
+
+def _whole(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix as a first and a second factor, of which the smaller one is the identity."""
+    out, features = matrix.shape
+    identity = torch.eye(min(out, features), dtype=matrix.dtype, device=matrix.device)
+    return (matrix, identity) if out <= features else (identity, matrix)

@@ -1,0 +1,119 @@
+"""Layers of LoRA files under the names that trainers give them.
+
+Trainers spell a layer as the model does, with a prefix of their own and with dots or underscores:
+written with underscores alone, the name is that of one layer. Trainers that follow a transformer's
+original code name layers that diffusers divides or calls otherwise (:mod:`.original_layers`).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+from server.errors import AdapterMismatch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from torch import Tensor
+
+    from server.models.adapters.original_layers import Original
+
+__all__ = ["alpha_of", "named"]
+
+FACTOR: Final = re.compile(
+    r"(?P<layer>.+)\.(?:(?P<down>lora_A(\.default)?|lora[_.]down|lora_linear_layer\.down)"
+    r"|lora_B(\.default)?|lora[_.]up|lora_linear_layer\.up)\.weight"
+)
+SOURCE: Final = re.compile(r"(?P<layer>.+?)\.(lora[_.]|hada_|lokr_|diff$)")
+"""Name of a tensor up to the layer's, which its alpha has too."""
+
+PREFIXES: Final = {
+    "denoiser": r"(?:lora_unet_|lora_transformer_|lycoris_|(?:model\.)?diffusion_model\.|unet\."
+    r"|transformer\.|base_model\.model\.)*",
+    "text_encoder": r"(?:lora_te1?_|text_encoder\.|text_encoders\.clip_l\.transformer\.)",
+    "text_encoder_2": r"(?:lora_te2_|text_encoder_2\.|text_encoders\.clip_g\.transformer\.)",
+}
+"""What trainers write before the names of a network's layers."""
+
+DENOISERS: Final = ("unet", "transformer")
+
+
+def alpha_of(name: str) -> str:
+    """The tensor with the alpha of a layer, by the name of another tensor of that layer."""
+    match = SOURCE.match(name)
+    return f"{match['layer'] if match else name}.alpha"
+
+
+def named(
+    tensors: Mapping[str, Tensor],
+    layers: Mapping[str, Mapping[str, tuple[int, ...]]],
+    original: Iterable[Original] = (),
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """The factors of layers that are known by name, under peft's names by network; and the others.
+
+    Args:
+        tensors: of a file, or stand-ins for them.
+        layers: shapes of the weights that a model has, by network and by name.
+        original: layers of the original code of the model's transformer.
+
+    Raises:
+        AdapterMismatch: two tensors are the same factor of a layer; the sentence goes on after the
+            adapter's name.
+    """
+    spelled = {part: {name.replace(".", "_"): name for name in own} for part, own in layers.items()}
+    found: dict[str, dict[str, Tensor]] = {}
+    others: dict[str, Tensor] = {}
+    known = set[str]()
+    for name, tensor in tensors.items():
+        match = FACTOR.fullmatch(name)
+        place = _place(match["layer"], spelled, original) if match else None
+        if match is None or place is None:
+            others[name] = tensor
+            continue
+        part, own, turned = place
+        known.add(alpha_of(name))
+        factor = "A" if match["down"] else "B"
+        shapes = [layers[part].get(layer, (0,)) for layer in own]
+        pieces = [tensor] * len(own) if match["down"] else _divided(tensor, shapes, turned=turned)
+        for layer, piece in zip(own, pieces, strict=True):
+            key = f"{layer}.lora_{factor}.weight"
+            if key in found.setdefault(part, {}):
+                raise AdapterMismatch(f"changes the layer {layer} of {part} twice")
+            found[part][key] = piece
+    return found, {name: one for name, one in others.items() if name not in known}
+
+
+def _place(
+    written: str, spelled: Mapping[str, Mapping[str, str]], original: Iterable[Original]
+) -> tuple[str, tuple[str, ...], bool] | None:
+    """Network and layers that a name is written for; None where it is none's."""
+    for part, names in spelled.items():
+        pattern = PREFIXES["denoiser" if part in DENOISERS else part]
+        begun = re.match(pattern, written)
+        if begun is None:
+            continue
+        flat = written[begun.end() :].replace(".", "_")
+        bare = flat.removeprefix("text_model_")
+        for spelling in (flat, bare, f"text_model_{bare}"):
+            if spelling in names:
+                return part, (names[spelling],), False
+        if part not in DENOISERS:
+            continue
+        for one in original:
+            if block := re.fullmatch(one.name, flat):
+                own = tuple(layer.format(*block.groups()) for layer in one.layers)
+                return part, own, one.turned
+    return None
+
+
+def _divided(up: Tensor, shapes: list[tuple[int, ...]], *, turned: bool) -> Iterable[Tensor]:
+    """The second factor of each of the layers that a layer of the original code is."""
+    if turned:
+        return [torch.cat(up.chunk(2)[::-1])]
+    outs = [shape[0] for shape in shapes]
+    if len(outs) == 1 or sum(outs) != len(up):
+        return [up] * len(outs)
+    return up.split(outs)

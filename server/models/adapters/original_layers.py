@@ -1,0 +1,121 @@
+"""Layers of transformers as their original code names them, and the layers of diffusers they are.
+
+As diffusers' converters of whole checkpoints map them (``loaders/single_file_utils.py``). Those of
+LoRA files know fewer layers, and only networks of the published sizes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["ORIGINAL", "Original"]
+
+
+class Original(NamedTuple):
+    """A layer of a transformer's original code.
+
+    Attributes:
+        name: a pattern of its name, with underscores in place of dots.
+        layers: of diffusers that it is, one behind the other; ``{0}`` is the number of the block.
+        turned: whether the halves of its output are in the other order.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    turned: bool = False
+
+
+def _stream(name: str, short: str, added: str, out: str, ff: str) -> list[Original]:
+    """Attention and feed-forward layers of one of the two streams of FLUX.1 and FLUX.2."""
+    block, original = "transformer_blocks.{0}", rf"double_blocks_(\d+)_{short}"
+    three = tuple(f"{block}.attn.{added.format(one)}" for one in "qkv")
+    return [
+        Original(f"{original}_attn_qkv", three),
+        Original(f"{original}_attn_proj", (f"{block}.attn.{out}",)),
+        Original(f"{original}_mlp_0", (f"{block}.{name}.{ff.split()[0]}",)),
+        Original(f"{original}_mlp_2", (f"{block}.{name}.{ff.split()[1]}",)),
+    ]
+
+
+def _streams(ff: str) -> tuple[Original, ...]:
+    return (
+        *_stream("ff", "img", "to_{}", "to_out.0", ff),
+        *_stream("ff_context", "txt", "add_{}_proj", "to_add_out", ff),
+        Original("img_in", ("x_embedder",)),
+        Original("txt_in", ("context_embedder",)),
+        Original("final_layer_linear", ("proj_out",)),
+        Original("final_layer_adaLN_modulation_1", ("norm_out.linear",), turned=True),
+    )
+
+
+def _embedders(within: str, of: Mapping[str, str]) -> tuple[Original, ...]:
+    return tuple(
+        Original(f"{name}_{side}_layer", (f"{within}.{embedder}.linear_{number}",))
+        for name, embedder in of.items()
+        for number, side in enumerate(("in", "out"), 1)
+    )
+
+
+_SINGLE = "single_transformer_blocks.{0}"
+_FLUX_1 = (
+    *_streams("net.0.proj net.2"),
+    Original(r"double_blocks_(\d+)_img_mod_lin", ("transformer_blocks.{0}.norm1.linear",)),
+    Original(r"double_blocks_(\d+)_txt_mod_lin", ("transformer_blocks.{0}.norm1_context.linear",)),
+    Original(
+        r"single_blocks_(\d+)_linear1",
+        (*(f"{_SINGLE}.attn.to_{one}" for one in "qkv"), f"{_SINGLE}.proj_mlp"),
+    ),
+    Original(r"single_blocks_(\d+)_linear2", (f"{_SINGLE}.proj_out",)),
+    Original(r"single_blocks_(\d+)_modulation_lin", (f"{_SINGLE}.norm.linear",)),
+    *_embedders(
+        "time_text_embed",
+        {
+            "time_in": "timestep_embedder",
+            "vector_in": "text_embedder",
+            "guidance_in": "guidance_embedder",
+        },
+    ),
+)
+_FLUX_2 = (
+    *_streams("linear_in linear_out"),
+    Original(r"single_blocks_(\d+)_linear1", (f"{_SINGLE}.attn.to_qkv_mlp_proj",)),
+    Original(r"single_blocks_(\d+)_linear2", (f"{_SINGLE}.attn.to_out",)),
+    *_embedders(
+        "time_guidance_embed",
+        {"time_in": "timestep_embedder", "guidance_in": "guidance_embedder"},
+    ),
+    *(
+        Original(f"{name}_lin", (f"{name}.linear",))
+        for name in (
+            "double_stream_modulation_img",
+            "double_stream_modulation_txt",
+            "single_stream_modulation",
+        )
+    ),
+)
+_Z_IMAGE = (
+    *(
+        made
+        for block in ("layers", "noise_refiner", "context_refiner")
+        for made in (
+            Original(
+                rf"{block}_(\d+)_attention_qkv",
+                tuple(f"{block}.{{0}}.attention.to_{one}" for one in "qkv"),
+            ),
+            Original(rf"{block}_(\d+)_attention_out", (f"{block}.{{0}}.attention.to_out.0",)),
+        )
+    ),
+    Original("x_embedder", ("all_x_embedder.2-1",)),
+    Original("final_layer_linear", ("all_final_layer.2-1.linear",)),
+    Original("final_layer_adaLN_modulation_1", ("all_final_layer.2-1.adaLN_modulation.1",)),
+)
+
+ORIGINAL: Final[Mapping[str, tuple[Original, ...]]] = {
+    "Flux2Transformer2DModel": _FLUX_2,
+    "FluxTransformer2DModel": _FLUX_1,
+    "ZImageTransformer2DModel": _Z_IMAGE,
+}
+"""Layers of the original code by the class of diffusers, as its checkpoint converters map them."""

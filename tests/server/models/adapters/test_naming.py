@@ -1,0 +1,133 @@
+"""Trainers' names of layers are those of the model, and original ones those of diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from diffusers.loaders import single_file_utils
+from torch import Tensor
+
+from server.models.adapters.naming import named
+from server.models.adapters.original_layers import ORIGINAL
+
+LAYERS = {
+    "unet": {"mid_block.attentions.0.proj_in": (4, 4), "conv_in": (4, 4, 3, 3)},
+    "text_encoder": {"encoder.layers.0.mlp.fc1": (4, 4)},
+    "text_encoder_2": {"text_model.encoder.layers.0.mlp.fc1": (4, 4), "text_projection": (4, 4)},
+}
+
+
+@pytest.mark.parametrize(
+    ("written", "network", "layer"),
+    [
+        ("lora_unet_mid_block_attentions_0_proj_in.lora_down", "unet", 0),
+        ("lycoris_mid_block_attentions_0_proj_in.lora_down", "unet", 0),
+        ("lora_transformer_mid_block_attentions_0_proj_in.lora_down", "unet", 0),
+        ("diffusion_model.mid_block.attentions.0.proj_in.lora_A", "unet", 0),
+        ("base_model.model.mid_block.attentions.0.proj_in.lora_A", "unet", 0),
+        ("unet.mid_block.attentions.0.proj_in.lora_A.default", "unet", 0),
+        ("mid_block.attentions.0.proj_in.lora_A", "unet", 0),
+        ("unet.conv_in.lora.down", "unet", 1),
+        ("lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down", "text_encoder", 0),
+        ("lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down", "text_encoder", 0),
+        (
+            "text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.lora_A",
+            "text_encoder",
+            0,
+        ),
+        ("text_encoder_2.encoder.layers.0.mlp.fc1.lora_linear_layer.down", "text_encoder_2", 0),
+        ("lora_te2_text_projection.lora_down", "text_encoder_2", 1),
+    ],
+)
+def test_a_layer_is_found_by_each_trainers_name(written: str, network: str, layer: int) -> None:
+    found, others = named({f"{written}.weight": torch.ones(1)}, LAYERS)
+    assert (others, [*found]) == ({}, [network])
+    assert [*found[network]] == [f"{[*LAYERS[network]][layer]}.lora_A.weight"]
+
+
+WIDTH = 3072
+"""Of FLUX.1, whose converter of checkpoints knows no other."""
+
+
+def flux(names: Iterable[str], streams: dict[str, int]) -> dict[str, int]:
+    """Outputs of the layers of both kinds of blocks, and of the others."""
+    block = {"attn.qkv": 3, "attn.proj": 1, "mlp.0": 4, "mlp.2": 1} | streams
+    double = {f"double_blocks.0.{s}_{name}": n for s in ("img", "txt") for name, n in block.items()}
+    single = {"single_blocks.0.linear1": 7, "single_blocks.0.linear2": 1}
+    ends = {"img_in": 1, "txt_in": 1, "final_layer.linear": 1, "final_layer.adaLN_modulation.1": 2}
+    return double | single | ends | dict.fromkeys(names, 1)
+
+
+EMBEDDERS = [f"{of}_in.{side}_layer" for of in ("time", "guidance") for side in ("in", "out")]
+VECTOR = ["vector_in.in_layer", "vector_in.out_layer"]
+MODULATIONS = [
+    "double_stream_modulation_img.lin",
+    "double_stream_modulation_txt.lin",
+    "single_stream_modulation.lin",
+]
+NORMS = [
+    *(f"double_blocks.0.{s}_attn.norm.{n}_norm" for s in ("img", "txt") for n in ("query", "key")),
+    *(f"single_blocks.0.norm.{n}_norm" for n in ("query", "key")),
+]
+FLUX_1 = flux([*EMBEDDERS, *VECTOR, "single_blocks.0.modulation.lin"], {"mod.lin": 6})
+FLUX_2 = flux([*EMBEDDERS, *MODULATIONS], {})
+Z_IMAGE = {
+    **{
+        f"{block}.0.attention.{name}": outs
+        for block in ("layers", "noise_refiner", "context_refiner")
+        for name, outs in (("qkv", 3), ("out", 1))
+    },
+    "x_embedder": 1,
+    "final_layer.linear": 1,
+    "final_layer.adaLN_modulation.1": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "convert", "sizes"),
+    [
+        (
+            "FluxTransformer2DModel",
+            single_file_utils.convert_flux_transformer_checkpoint_to_diffusers,
+            FLUX_1,
+        ),
+        (
+            "Flux2Transformer2DModel",
+            single_file_utils.convert_flux2_transformer_checkpoint_to_diffusers,
+            FLUX_2,
+        ),
+        (
+            "ZImageTransformer2DModel",
+            single_file_utils.convert_z_image_transformer_checkpoint_to_diffusers,
+            Z_IMAGE,
+        ),
+    ],
+)
+def test_layers_of_the_original_code_are_those_of_diffusers_converters(
+    kind: str, convert: Callable[[dict[str, Tensor]], dict[str, Any]], sizes: Mapping[str, int]
+) -> None:
+    """A change of rank 1 whose first factor is 1 is the second one, as a weight of one input."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        name: torch.randn(outs * WIDTH, 1, generator=generator) for name, outs in sizes.items()
+    }
+    whole = {f"{name}.weight": weight for name, weight in weights.items()}
+    if kind != "ZImageTransformer2DModel":
+        whole |= {f"{name}.scale": torch.ones(1) for name in NORMS}
+    if kind == "FluxTransformer2DModel":
+        whole |= {f"{name}.bias": torch.ones(len(one)) for name, one in weights.items()}
+    theirs = {
+        name.removesuffix(".weight"): one
+        for name, one in convert(dict(whole)).items()
+        if name.endswith(".weight") and one.ndim == 2
+    }
+    shapes = {name: tuple(one.shape) for name, one in theirs.items()}
+    file = {f"diffusion_model.{name}.lora_B.weight": weight for name, weight in weights.items()}
+    found, others = named(file, {"transformer": shapes}, ORIGINAL[kind])
+    ours = {k.removesuffix(".lora_B.weight"): one for k, one in found["transformer"].items()}
+    assert not others
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
