@@ -24,7 +24,7 @@ from server.models.compiling.program import MOST_ROWS, BlockJob
 from server.models.compiling.skeleton import fingerprint, skeleton_of, weights_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Hashable, Sequence
+    from collections.abc import Callable, Collection, Generator, Hashable, Sequence
 
     from server.models.compiling.block_call import BlockCall
 
@@ -38,6 +38,9 @@ OFTEN = 40
 MOST_SHAPES = 64
 """Shapes that are compiled for a model: a U-Net has about 18 for each size of pictures."""
 
+UNUSED_S = 600.0
+"""Without a call for so long, a shape gives its place to another one: prompts of ever other lengths
+take up all of them in some families."""
 
 COUNTED = 1024
 """Shapes whose calls are counted: clients may ask for ever other sizes."""
@@ -58,6 +61,7 @@ class Compiler(Protocol):
         job: BlockJob,
         identity: str,
         tell: Callable[[Callable[..., Sequence[Tensor]] | None, str], None],
+        wanted: Callable[[], bool],
     ) -> None:
         """See ``BlockCompiler.ask``."""
         ...
@@ -124,6 +128,8 @@ class CompiledBlocks:
         self._programs: dict[Hashable, _Program] = {}
         self._ready: dict[Hashable, _Program] = {}
         self._reasons: dict[Hashable, str] = {}
+        self._called_at: dict[Hashable, float] = {}
+        self._forward_at = 0.0
         self._changes_at = 0.0
         for block in network.modules():
             if type(block).__name__ in kinds:
@@ -145,6 +151,7 @@ class CompiledBlocks:
             plain: whether no row changes anything inside the network.
         """
         self._in_use = plain
+        self._forward_at = monotonic()
         try:
             yield
         finally:
@@ -163,6 +170,7 @@ class CompiledBlocks:
             key = kind, call.key
             program = self._programs.get(key)
             if program is not None and fits(program.layout, call.tensors, MOST_ROWS):
+                self._called_at[key] = self._forward_at
                 try:
                     return program(weights, call.tensors)
                 except DEVICE_ERRORS:
@@ -179,9 +187,9 @@ class CompiledBlocks:
 
     def _wants(self, key: Hashable) -> bool:
         """Whether a shape has now run often enough to be compiled."""
-        known = self._waiting, self._ready, self._programs, self._reasons
         with self._lock:
-            if any(key in one for one in known) or sum(map(len, known)) >= MOST_SHAPES:
+            if any(key in one for one in self._known):
+                self._called_at[key] = self._forward_at
                 return False
         calls = self._calls.pop(key, 0) + 1
         # Behind all others, of which those go first that were called least lately.
@@ -199,7 +207,10 @@ class CompiledBlocks:
         leaves, structure = pytree.tree_flatten(put_out)
         constants = tuple(Tensor if isinstance(one, Tensor) else one for one in leaves)
         with self._lock:
+            if not self._make_room():
+                return
             self._waiting.add(key)
+            self._called_at[key] = self._forward_at
         heard = WeakMethod(self._hear)
 
         def tell(run: Callable[..., Sequence[Tensor]] | None, said: str) -> None:
@@ -210,7 +221,29 @@ class CompiledBlocks:
                 hear(key, type(skeleton).__name__, program, said)
 
         job = BlockJob(skeleton, template, layout, self._device)
-        self._compiler.ask(job, repr((key, template, layout)), tell)
+        identity = repr((key, template, layout))
+        self._compiler.ask(job, identity, tell, lambda: heard() is not None)
+
+    @property
+    def _known(self) -> tuple[Collection[Hashable], ...]:
+        """The shapes that count towards the most that there may be."""
+        return self._waiting, self._ready, self._programs, self._reasons
+
+    def _make_room(self) -> bool:
+        """Whether one more shape may be compiled, if need be in the place of an unused one."""
+        if sum(map(len, self._known)) < MOST_SHAPES:
+            return True
+        ended = [*self._programs, *self._reasons]
+        last = min(ended, key=self._called_at.__getitem__, default=None)
+        if last is None or self._called_at[last] > self._forward_at - UNUSED_S:
+            return False
+        if last in self._programs:
+            # Recordings that replay it must not outlive it.
+            self.generation += 1
+        self._programs = {one: kept for one, kept in self._programs.items() if one != last}
+        self._reasons.pop(last, None)
+        del self._called_at[last]
+        return True
 
     def _hear(self, key: Hashable, block: str, program: _Program | None, said: str) -> None:
         with self._lock:

@@ -20,7 +20,8 @@ from pathlib import Path
 from platform import machine
 from shutil import which
 from threading import Lock, Thread
-from typing import TYPE_CHECKING, Any
+from time import time
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -44,6 +45,21 @@ log = logging.getLogger("weft")
 
 LONGEST_S = 900.0
 """For one block."""
+
+MEASURED_AGAIN_S = 3600.0
+MOST_MEASUREMENTS = 3
+"""What seemed to gain nothing may have been measured on a busy machine: it is measured again at a
+later start, so often in all."""
+
+
+class _Asked(NamedTuple):
+    """A block that is to be compiled; see :meth:`BlockCompiler.ask`."""
+
+    job: BlockJob
+    identity: str
+    tell: Told
+    wanted: Callable[[], bool]
+
 
 FOR_LOADING = "torch._functorch._aot_autograd.autograd_cache", "torch._inductor.compile_fx"
 
@@ -78,10 +94,12 @@ class BlockCompiler:
         for module in FOR_LOADING:
             import_module(module)
         self._lock = Lock()
-        self._jobs: deque[tuple[BlockJob, str, Told]] = deque()
+        self._jobs: deque[_Asked] = deque()
         self._thread: Thread | None = None
 
-    def ask(self, job: BlockJob, identity: str, tell: Told) -> None:
+    def ask(
+        self, job: BlockJob, identity: str, tell: Told, wanted: Callable[[], bool] = lambda: True
+    ) -> None:
         """Have a block compiled.
 
         Args:
@@ -89,9 +107,11 @@ class BlockCompiler:
             identity: equal for jobs of equal programs.
             tell: called in a thread of the compiler, with the program, or None and why there is
                 none.
+            wanted: whether anybody still waits for it when its turn has come; else nothing is done,
+                and nobody is told.
         """
         with self._lock:
-            self._jobs.append((job, identity, tell))
+            self._jobs.append(_Asked(job, identity, tell, wanted))
             if self._thread is None:
                 self._thread = Thread(target=self._run, name="weft-compile", daemon=True)
                 self._thread.start()
@@ -100,11 +120,10 @@ class BlockCompiler:
         connection: Connection | None = None
         try:
             while (next_job := self._next()) is not None:
-                job, identity, tell = next_job
                 try:
-                    connection = self._do(job, identity, tell, connection)
+                    connection = self._do(*next_job[:3], connection)
                 except Exception as error:  # noqa: BLE001 - other blocks wait for this thread
-                    tell(None, f"it cannot be sent to a compiler: {error}")
+                    next_job.tell(None, f"it cannot be sent to a compiler: {error}")
         finally:
             if connection is not None:
                 connection.close()
@@ -115,7 +134,7 @@ class BlockCompiler:
         """Answer one question; returns the connection to the process that compiles, if it lives."""
         file = self._folder / f"{key_of(identity, job.device)}.program"
         told = _read(file)
-        if told is None:
+        if told is None or _may_gain(told, file):
             connection = connection or self._started()
             told = self._compiled(connection, job, file)
             if told is None:
@@ -124,10 +143,12 @@ class BlockCompiler:
         self._hand_over(told, file, tell)
         return connection
 
-    def _next(self) -> tuple[BlockJob, str, Told] | None:
+    def _next(self) -> _Asked | None:
         with self._lock:
-            if self._jobs:
-                return self._jobs.popleft()
+            while self._jobs:
+                asked = self._jobs.popleft()
+                if asked.wanted():
+                    return asked
             self._thread = None
             return None
 
@@ -152,7 +173,9 @@ class BlockCompiler:
             _end(self._process)
             return None
         if "reason" not in told or told["lasting"]:
-            _note(file).write_text(json.dumps(told))
+            before = _read(file) or {}
+            measured = {"measurements": before.get("measurements", 0) + 1}
+            _note(file).write_text(json.dumps(told | measured))
         return told
 
     def _hand_over(self, told: dict[str, Any], file: Path, tell: Told) -> None:
@@ -184,6 +207,13 @@ def _read(file: Path) -> dict[str, Any] | None:
         return json.loads(_note(file).read_text())
     except (OSError, ValueError):
         return None
+
+
+def _may_gain(told: dict[str, Any], file: Path) -> bool:
+    """Whether a program that seemed to gain nothing is to be measured again."""
+    if not told.get("slow") or told.get("measurements", 1) >= MOST_MEASUREMENTS:
+        return False
+    return time() - _note(file).stat().st_mtime > MEASURED_AGAIN_S
 
 
 def key_of(identity: str, device: str) -> str:

@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from server.models.compiling.program import BlockJob, Unsuitable, check, compile_to, export
+from server.models.compiling.program import (
+    BlockJob,
+    NoGain,
+    Unsuitable,
+    check,
+    compile_to,
+    export,
+)
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -34,7 +41,8 @@ def main(jobs: Connection) -> None:
 
     A job is a :class:`BlockJob`, the path of its program and the threads of one operation on a CPU.
     The answer is JSON: ``block_ms`` and ``program_ms``, or ``reason``, a clause that says why there
-    is no program, and ``lasting``, whether that is so for good.
+    is no program, ``lasting``, whether that is so for good, and ``slow``, whether that is because
+    it gains no time.
     """
     # Ctrl-C is the server's. This process ends with it, and so do the compilers that it started.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -77,7 +85,7 @@ def _compiled(job: BlockJob, file: Path) -> str:
         answer = {"block_ms": 1000 * block_s, "program_ms": 1000 * program_s}
         partial.replace(file)
     except Unsuitable as error:
-        answer = {"reason": str(error), "lasting": True}
+        answer = {"reason": str(error), "lasting": True, "slow": isinstance(error, NoGain)}
     except Exception as error:  # noqa: BLE001 - whatever a compiler raises
         lines = str(error).strip().splitlines() or [""]
         reason = f"{type(error).__name__}: {lines[0]}"[:REASON_LENGTH]

@@ -5,6 +5,7 @@ Here a program is the copy of a block that would be compiled; `test_compiler.py`
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -33,11 +34,13 @@ class Copied:
     """Takes jobs down, and makes programs of them when it is told to."""
 
     asked: list[tuple[BlockJob, str, Tell]] = field(default_factory=list)
+    wanted: Callable[[], bool] = lambda: True
     ran: int = 0
     fails: Exception | None = None
 
-    def ask(self, job: BlockJob, identity: str, tell: Tell) -> None:
+    def ask(self, job: BlockJob, identity: str, tell: Tell, wanted: Callable[[], bool]) -> None:
         self.asked.append((job, identity, tell))
+        self.wanted = wanted
 
     def work(self) -> None:
         for job, _, tell in self.asked:
@@ -188,6 +191,35 @@ def test_programs_do_not_wait_for_ever_other_shapes(
     assert compilation_of(unet) == Compilation(compiled=len(compiler.asked), waiting=1)
 
 
+def test_a_shape_that_is_no_longer_called_gives_its_place_to_another(
+    unet: HostedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = compiled(unet)
+    shapes = len(compiler.asked)
+    monkeypatch.setattr(module, "MOST_SHAPES", shapes)
+    compiler.work()
+    assert unet.blocks is not None
+    generation = unet.blocks.generation
+    clock = iter([10.0, 20.0, 700.0, 710.0])
+    monkeypatch.setattr(module, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(unet.blocks, "_called_at", dict.fromkeys(unet.blocks._called_at, 0.0))
+
+    def of_another_size() -> None:
+        x = torch.zeros(3, *unet.latent_shape(64, 64))
+        with torch.inference_mode():
+            unet.evaluate(x, torch.zeros(3), unet.inputs(["a star", None, "a star"]))
+
+    of_another_size()
+    of_another_size()
+    assert len(compiler.asked) == shapes
+    of_another_size()
+    assert len(compiler.asked) == 2 * shapes
+    assert compilation_of(unet) == Compilation(waiting=shapes)
+    assert unet.blocks.generation > generation
+    predicted(unet, 3)
+    assert len(compiler.asked) == 2 * shapes
+
+
 def test_calls_of_ever_other_shapes_are_not_counted_for_ever(
     unet: HostedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,6 +231,15 @@ def test_calls_of_ever_other_shapes_are_not_counted_for_ever(
         with torch.inference_mode():
             unet.evaluate(x, torch.zeros(1), unet.inputs([None]))
     assert len(unet.blocks._calls) == 12
+
+
+def test_nothing_more_is_compiled_for_a_model_that_has_been_unloaded() -> None:
+    model = load_model(MODEL_FOLDER, name="m", device="cpu", dtype="float32")
+    compiler = compiled(model)
+    assert compiler.wanted()
+    del model
+    gc.collect()
+    assert not compiler.wanted()
 
 
 def test_quantised_and_streamed_models_run_as_ever(

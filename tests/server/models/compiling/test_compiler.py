@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing import Pipe
 from pathlib import Path
-from threading import Event
+from threading import Event, Thread
 from time import monotonic
 from typing import Any
 
@@ -182,6 +183,53 @@ def test_a_block_that_cannot_be_sent_to_another_process_holds_up_no_other(
     theirs.close()
     assert told[0].said.startswith("it cannot be sent to a compiler: ")
     assert told[1].said == "it gains nothing"
+
+
+def answering(compiler: BlockCompiler, monkeypatch: pytest.MonkeyPatch, answer: Any) -> list[Any]:
+    """The jobs that a process is sent which answers each alike."""
+    ours, theirs = Pipe()
+    seen: list[Any] = []
+
+    def work() -> None:
+        with suppress(EOFError):
+            while True:
+                seen.append(theirs.recv())
+                theirs.send(json.dumps(answer))
+
+    monkeypatch.setattr(compiler, "_started", lambda: ours)
+    Thread(target=work, daemon=True).start()
+    return seen
+
+
+def test_what_seemed_to_gain_nothing_is_measured_again_later_and_not_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    file = tmp_path / f"{module.key_of('one', 'cpu')}.json"
+    answer = {"reason": "compiled it takes 2 ms in place of 1", "lasting": True, "slow": True}
+    measured: list[int] = []
+    for hours in (0, 0, 2, 4, 6):
+        if file.exists():
+            os.utime(file, (file.stat().st_atime, file.stat().st_mtime - 3600 * hours))
+        compiler, told = BlockCompiler(tmp_path), Told()
+        seen = answering(compiler, monkeypatch, answer)
+        compiler.ask(own_job(), "one", told)
+        told.wait()
+        assert told.said == answer["reason"]
+        measured.append(len(seen))
+    assert measured == [1, 0, 1, 1, 0]
+
+
+def test_what_nobody_wants_any_longer_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    compiler, unheard, told = BlockCompiler(tmp_path), Told(), Told()
+    seen = answering(compiler, monkeypatch, {"reason": "an error", "lasting": False})
+    compiler.ask(own_job(), "one", unheard, lambda: False)
+    compiler.ask(own_job(), "two", told)
+    told.wait()
+    assert (unheard.said, told.said, len(seen)) == ("", "an error", 1)
 
 
 COMPILES = pytest.mark.skipif(
