@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy as np
 from server.engine.state.recollection import FIRST_OUTPUT
 from server.engine.terms.registry import order_of
 from server.engine.terms.term import RowSpec
+from server.models.prompt_editing import EditedPrompt, texts_of_run
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -80,6 +81,7 @@ class GuidancePlan:
         pictured: of each prediction, whether its row is shown the image prompts. Branches of the
             rule that are not told the prompt are not: they are shown no picture in their place.
         texts: all that the network may be told.
+        edited: the prompts that change along the run.
         told_scale: guidance scale less 1 that the network is told; None where it is told none.
         rule_key: equal for images whose predictions one call can combine.
         policy_slots: latent-sized slots that the policy keeps.
@@ -99,6 +101,7 @@ class GuidancePlan:
     predictions: tuple[RowSpec, ...]
     pictured: tuple[bool, ...]
     texts: tuple[Told, ...]
+    edited: tuple[EditedPrompt, ...]
     told_scale: float | None
     rule_key: tuple[Any, ...]
     policy_slots: int
@@ -152,7 +155,8 @@ def plan_guidance(task: ImageTask) -> GuidancePlan:
         constants=constants,
         predictions=tuple(predictions),
         pictured=(*pictured, *[True] * (len(predictions) - len(pictured))),
-        texts=tuple(dict.fromkeys(texts)),
+        texts=tuple(dict.fromkeys(chain.from_iterable(map(texts_of_run, texts)))),
+        edited=tuple(dict.fromkeys(one for one in texts if isinstance(one, EditedPrompt))),
         told_scale=getattr(rule, "scale", 1.0) - 1 if policy.embeds else None,
         rule_key=(type(rule), len(branches), *_kind(rule)),
         policy_slots=slots,

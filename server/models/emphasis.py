@@ -3,8 +3,8 @@
 As its ``prompt_parser.parse_prompt_attention``, ``TextConditionalModel.tokenize_line`` and
 ``EmphasisOriginal`` do it (stable-diffusion-webui 1.10). Departures: ``BREAK`` breaks inside of
 brackets too, weights are bounded by ``STRONGEST``, a mean of about zero is not restored, and each
-prompt is rescaled by itself, where there it is with the others of its batch. Schedules
-(``[a:b:0.5]``) are not read.
+prompt is rescaled by itself, where there it is with the others of its batch. Texts
+that change along a run are ``server.models.prompt_editing``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ __all__ = [
     "plain_text",
     "rescaled",
     "segments_of",
-    "written_in",
 ]
 
 MOST_CHUNKS: Final = 4
@@ -104,16 +103,6 @@ def is_weighted(text: str) -> bool:
 def is_long(text: str) -> bool:
     """Whether a text may have more tokens than one chunk."""
     return len(text.encode()) > SURELY_ONE_CHUNK
-
-
-def written_in(syntax: str | None, text: str) -> str:
-    """A text as the model is to read it.
-
-    Args:
-        syntax: of the text; None for none.
-        text: a prompt.
-    """
-    return text if syntax is None else WeightedPrompt(text)
 
 
 def plain_text(prompt: str | None) -> str:

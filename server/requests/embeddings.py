@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from server.errors import EmbeddingMismatch, InvalidRequest
 from server.requests.checks.classifier import alternatives_of
+from server.requests.prompt_editing import prompts_of, versions_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ __all__ = ["check_embeddings", "load_embeddings", "texts_of", "unfit_embeddings"
 
 
 def texts_of(resolved: ResolvedRequest, model: HostedModel) -> Iterator[tuple[str, str]]:
-    """All that the images of a request are told, each with the field that says it.
+    """All that the images of a request are told, each text with the field that says it.
 
     Args:
         resolved: the request.
@@ -27,11 +28,9 @@ def texts_of(resolved: ResolvedRequest, model: HostedModel) -> Iterator[tuple[st
     Raises:
         InvalidRequest: a classifier's target that the prompt does not mention.
     """
-    yield "prompt", resolved.prompt
-    yield "negative_prompt", resolved.negative_prompt or ""
-    for branch in resolved.guidance.branches:
-        if branch.told == "own":
-            yield "guidance", branch.prompt
+    for field, prompt in prompts_of(resolved):
+        for text in dict.fromkeys(versions_of(resolved, prompt)):
+            yield field, text
     for text in alternatives_of(resolved, model):
         yield "guidance.classifier", text
 

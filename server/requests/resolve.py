@@ -22,6 +22,7 @@ from samplers import (
 )
 from server.errors import InvalidRequest
 from server.models.hosted import HostedModel
+from server.models.prompt_editing import Timeline
 from server.requests.checks.cache import check_cache, check_cache_along
 from server.requests.checks.classifier import check_classifier
 from server.requests.checks.group import check_group, check_noise_of_particles
@@ -41,6 +42,7 @@ from server.requests.embeddings import check_embeddings
 from server.requests.hires import Hires
 from server.requests.image_prompts import check_image_prompts
 from server.requests.ineffective import warnings_for
+from server.requests.prompt_editing import check_editing, timelines_of
 from server.requests.reference_images import check_references
 from server.requests.schema import (
     DEFAULT_RESIZE_MODE,
@@ -67,6 +69,7 @@ class Prepared:
         coefficients: what its guidance policy was fitted to, ``[stages, n]``; None if it needs
             none.
         warnings: one sentence for each setting that has no effect or does not suit the model.
+        timeline: how the times in its prompts are counted.
         notes: one sentence for each setting that was translated, and one about those that a
             distilled model's convention chose.
         second: the run that draws the images once more, larger; None without `hires`.
@@ -76,6 +79,7 @@ class Prepared:
     plan: Plan
     coefficients: NDArray[np.float64] | None
     warnings: tuple[str, ...]
+    timeline: Timeline
     notes: tuple[str, ...] = ()
     second: Prepared | None = None
 
@@ -159,6 +163,7 @@ def resolve(
     has_upload = has_picture or has_reference or bool(resolved.controls)
     resolved = _with_resize_mode(resolved, has_upload=has_upload)
     check_classifier(resolved, model)
+    check_editing(resolved)
     check_embeddings(resolved, model)
     check_tokens(resolved, model)
     return resolved
@@ -180,7 +185,8 @@ def prepare(resolved: ResolvedRequest, model: HostedModel, plan: Plan) -> Prepar
     check_noise_of_particles(resolved, plan)
     check_cache_along(resolved, plan)
     coefficients = coefficients_for(resolved, model, plan)
-    return Prepared(resolved, plan, coefficients, warnings_for(resolved, model, plan))
+    warnings, timeline = warnings_for(resolved, model, plan), timelines_of(resolved)[0]
+    return Prepared(resolved, plan, coefficients, warnings, timeline)
 
 
 def statistics_for(resolved: ResolvedRequest, model: HostedModel) -> StatisticsIdentity | None:

@@ -156,8 +156,9 @@ class GenerateRequest(Readable):
     prompt_syntax: Literal["automatic1111"] | None = Field(
         default=None,
         description="How prompts are read, those of `guidance` too: `automatic1111` takes "
-        "`(word:1.2)`, `(word)` and `[word]` for weights and `BREAK` for a break, and reads more "
-        "tokens than the encoder takes at once in chunks; for U-Net models. Default: plain text.",
+        "`(word:1.2)`, `(word)` and `[word]` for weights, `[from:to:when]` and `[a|b]` for texts "
+        "that change along the run and `BREAK` for a break, and reads more tokens than the encoder "
+        "takes at once in chunks; for U-Net models. Default: plain text.",
     )
     clip_skip: Count | None = Field(
         default=None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Final
 
 from torch import Tensor
@@ -18,9 +17,9 @@ from server.models.adapters.adapter import Weighted
 from server.models.blend import Blend
 from server.models.controls.control import ControlUse
 from server.models.embeddings.embedding import Embedding
-from server.models.emphasis import written_in
 from server.models.hosted import HostedModel
 from server.models.image_prompts.image_prompt import ImagePromptUse
+from server.models.prompt_editing import written_in
 from server.models.text_options import TextOptions
 from server.requests.adapters import load_adapters
 from server.requests.checks.group import is_group
@@ -91,11 +90,14 @@ def tasks_of(
     """
     resolved, plan = prepared.request, prepared.plan
     rule, policy = split(resolved.guidance)
-    syntax = resolved.prompt_syntax
-    rule = rule.rewritten(partial(written_in, syntax))
-    prompt = written_in(syntax, resolved.prompt) if blend is None else blend
+
+    def read(text: str) -> str:
+        return written_in(resolved.prompt_syntax, text, prepared.timeline)
+
+    rule = rule.rewritten(read)
+    prompt = read(resolved.prompt) if blend is None else blend
     away_from = model.negative(resolved.negative_prompt)
-    negative_prompt = None if away_from is None else written_in(syntax, away_from)
+    negative_prompt = None if away_from is None else read(away_from)
     run = Run(
         model=model,
         schedule=model.schedule(resolved.width, resolved.height, resolved.steps),

@@ -9,6 +9,7 @@ from samplers import Plan, StatisticsIdentity
 from server.lru import ByteBoundedLRU
 from server.models.hosted import HostedModel
 from server.requests.chosen import notes_for
+from server.requests.prompt_editing import timelines_of
 from server.requests.resolve import Prepared, make_plan, prepare, resolve, statistics_for
 from server.requests.schema import GenerateRequest, ResolvedRequest
 from server.requests.second_run import naming_hires, second_run, warned_again
@@ -75,7 +76,8 @@ class Planner:
         second = second_run(resolved, model.facts, self._limits)
         with naming_hires():
             plan = self._plan(second, model, statistics_for(second, model))
-            return prepare(second, model, plan)
+            prepared = prepare(second, model, plan)
+        return replace(prepared, timeline=timelines_of(resolved)[1])
 
     def _plan(
         self, resolved: ResolvedRequest, model: HostedModel, identity: StatisticsIdentity | None

@@ -12,6 +12,7 @@ from server.engine.scheduler import Priority
 from server.engine.state.recollection import Recollection
 from server.models.controls.row_controls import RowControl
 from server.models.image_prompts.row_image_prompts import RowImagePrompt
+from server.models.prompt_editing import at_stage
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -199,18 +200,28 @@ class Sequence:
             if use.acts(stage, stages)
         )
 
+    def told(self, text: Told) -> Conditioning:
+        """What a row of the next stage is told.
+
+        Args:
+            text: one that the network may be told, or one that changes along the run.
+        """
+        return self.conditioning[at_stage(text, self.stage)]
+
     @property
     def inside(self) -> tuple[tuple[int, ...], ...]:
         """Numbers of what changes the network at the next stage.
 
-        Those of terms, of ControlNets and of image prompts.
+        Those of terms, of ControlNets, of image prompts, and of the texts of edited prompts.
         """
         terms = tuple(acting.index for acting in self.ask.acting if acting.kind.prepares)
         stage, stages = self.stage, self.task.plan.evaluations
-        return terms, *(
+        texts = tuple(prompt.number(stage) for prompt in self.guidance.edited)
+        uses_there = (
             tuple(k for k, use in enumerate(uses) if use.acts(stage, stages))
             for uses in (self.task.controls, self.task.image_prompts)
         )
+        return terms, *uses_there, texts
 
     @property
     def may_recall(self) -> bool:

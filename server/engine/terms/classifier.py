@@ -13,6 +13,7 @@ from server.engine.state.padding import padded
 from server.engine.terms.term import RowSpec, Term
 from server.errors import InvalidRequest
 from server.models.blend import Blend
+from server.models.prompt_editing import EditedPrompt
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -96,11 +97,12 @@ class AwayFromChosen(Term):
     @classmethod
     @override
     def of(cls, setting: ReferenceGuidance, run: Run) -> Self:
-        if isinstance(run.prompt, Blend):
+        if isinstance(run.prompt, Blend | EditedPrompt):
+            other = "a blend of prompts" if isinstance(run.prompt, Blend) else "prompt editing"
             raise InvalidRequest(
                 "guidance.classifier",
                 f"guidance.classifier is {setting.name!r}, which replaces a word of the prompt; it "
-                "is incompatible with a blend of prompts.",
+                f"is incompatible with {other}.",
             )
         alternatives = setting.alternatives(run.prompt, _heads_of(run))
         targets, strengths = _targets_of(setting, run), _strengths_of(setting, run)
@@ -135,9 +137,9 @@ class AwayFromChosen(Term):
             strengths.index_copy_(0, where, reference.strength)
         told: list[Conditioning] = []
         first: list[int] = []
-        for term, texts in zip(terms, seen.texts, strict=True):
+        for term, of in zip(terms, seen.told, strict=True):
             first.append(len(told))
-            told += [texts[alternative] for alternative in term.alternatives]
+            told += map(of, term.alternatives)
         # Chosen on the device, so that the tick need not wait for it.
         stacked = seen.lane.model.stack(told, fixed=seen.fixed_rows is not None)
         chosen = stacked.select(seen.lane.indices(first) + choices)

@@ -57,7 +57,7 @@ class AgainstNegative(Term):
         cls, terms: Sequence[Self], forward: ForwardRows, own: Sequence[OwnRows], seen: Seen
     ) -> None:
         rows = [places.image[0] for places in own]
-        told = [texts[term.negative] for texts, term in zip(seen.texts, terms, strict=True)]
+        told = [of(term.negative) for of, term in zip(seen.told, terms, strict=True)]
         away = seen.lane.model.stack(told, fixed=seen.fixed_rows is not None)
         forward.lead_away(seen.lane.indices(rows), away)
         for row, term in zip(rows, terms, strict=True):

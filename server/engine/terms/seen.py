@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -73,7 +73,7 @@ class Seen:
         seeds: of each image.
         alpha: signal scale of each image there.
         sigma: noise scale of each image there, above 0.
-        texts: what was encoded for each image.
+        told: what a row of each image is told there, by its text.
         states: what the term keeps of each image. A new value there is kept if the tick succeeds.
         groups: positions among these images of those that run in lockstep, in their order; an
             image of no group is by itself.
@@ -88,7 +88,7 @@ class Seen:
     seeds: Sequence[int]
     alpha: Sequence[float]
     sigma: Sequence[float]
-    texts: Sequence[Mapping[Told, Conditioning]]
+    told: Sequence[Callable[[Told], Conditioning]]
     states: list[Any]
     groups: Sequence[Sequence[int]]
     fixed_rows: int | None

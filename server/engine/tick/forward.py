@@ -44,7 +44,7 @@ def forward_rows(batches: Listed[Batch]) -> list[ForwardRows]:
         for batch in batches
     ]
     told = [
-        batch.sequences[i].conditioning[prediction.text]
+        batch.sequences[i].told(prediction.text)
         for batch, own in zip(batches, predictions, strict=True)
         for i, prediction in zip(batch.owners, own, strict=True)
     ]

@@ -246,7 +246,12 @@ def test_a_controlnet_or_an_image_prompt_that_begins_to_act_changes_the_network(
     for stage in range(4):
         sequence.stage = stage
         found.append(sequence.inside)
-    assert found == [((), (), (0,)), ((), (), ()), ((), (0,), ()), ((), (0,), ())]
+    assert found == [
+        ((), (), (0,), ()),
+        ((), (), (), ()),
+        ((), (0,), (), ()),
+        ((), (0,), (), ()),
+    ]
 
 
 def test_a_stage_that_is_skipped_takes_no_tick_and_no_row(of_toys: Engine, toy: Timed) -> None:

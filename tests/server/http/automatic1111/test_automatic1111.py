@@ -215,18 +215,23 @@ def test_a_prompt_chooses_loras(api: WebUIApi, client: httpx2.Client) -> None:
     assert (array(result.image) == expected).all()
 
 
-def test_weights_of_a_prompt_act_and_long_prompts_are_taken(
+def test_weights_and_changes_of_a_prompt_act_and_are_read_back_and_long_prompts_are_taken(
     api: WebUIApi, client: httpx2.Client
 ) -> None:
-    weighted: dict[str, Any] = SMALL | {"prompt": "a (red:1.4) circle"}
-    result = txt2img(api, **weighted)
-    asked = {"prompt": "a (red:1.4) circle", "guidance": {"name": "cfg", "scale": 7}}
+    prompt = "a [(red:1.4):blue:1] circle"
+    result = txt2img(api, **SMALL | {"prompt": prompt, "steps": 3})
+    asked = {"prompt": prompt, "guidance": {"name": "cfg", "scale": 7}, "steps": 3}
     (expected,) = native(client, **asked, prompt_syntax="automatic1111")
     (plain,) = native(client, **asked)
     assert (array(result.image) == expected).all()
     assert (expected != plain).any()
     again = client.post("/v1/generate", json=result.info["settings"]).json()
     file = base64.b64decode(again["images"][0]["b64_json"])
+    assert (array(Image.open(io.BytesIO(file))) == expected).all()
+    text: str = result.info["infotexts"][0]
+    assert text.startswith(f"{prompt}\n")
+    read_back = client.post("/sdapi/v1/txt2img", json={"infotext": text}).json()
+    file = base64.b64decode(read_back["images"][0])
     assert (array(Image.open(io.BytesIO(file))) == expected).all()
     long: dict[str, Any] = SMALL | {"prompt": "a red circle, " * 20, "negative_prompt": "blurry"}
     assert txt2img(api, **long).images[0].size == (SIDE, SIDE)

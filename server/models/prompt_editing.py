@@ -1,0 +1,254 @@
+"""Prompts that change while an image is drawn, in the syntax of AUTOMATIC1111.
+
+``[from:to:when]`` replaces a text, ``[to:when]`` adds one, ``[from::when]`` removes one and
+``[a|b|c]`` takes turns; all of them nest. As its
+``prompt_parser.get_learned_conditioning_prompt_schedules`` and ``reconstruct_cond_batch`` do it
+(stable-diffusion-webui 1.10). Departure: a run that is longer than its timeline ends with the last
+text, where there it begins again with the first one.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+from server.models.emphasis import WeightedPrompt
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from server.models.blend import Told
+
+__all__ = [
+    "MOST_TEXTS",
+    "EditedPrompt",
+    "Timeline",
+    "at_stage",
+    "texts_along",
+    "texts_of_run",
+    "written_in",
+]
+
+MOST_TEXTS: Final = 64
+"""That all prompts of a request may change to: each is encoded, and kept by each image."""
+
+_PIECE: Final = re.compile(r"\\.|[][():|]|[^][():|\\]+|\\")
+_NUMBER: Final = re.compile(r"\s*([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\s*")
+_OPENING: Final = {"]": "[", ")": "("}
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """How the times in the prompts of a run are counted: in evaluations, not in sampler steps.
+
+    Attributes:
+        evaluations: that a time with a point is a share of.
+        before: evaluations of the run that drew what this one starts from, which times without a
+            point count too; a share of this run is 1 more. None for a first run.
+    """
+
+    evaluations: int
+    before: int | None = None
+
+    def last(self, when: str) -> int:
+        """The last evaluation, counted from 1, of what a time ends; 0 for none.
+
+        Args:
+            when: a number as it is written.
+        """
+        number = float(when)
+        if "." in when:
+            number = (number - (self.before is not None)) * self.evaluations
+        else:
+            number -= self.before or 0
+        return int(max(0, min(self.evaluations, number)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    before: list[_Part]
+    after: list[_Part]
+    when: str
+
+    def at(self, step: int, timeline: Timeline) -> list[_Part]:
+        return self.before if step <= timeline.last(self.when) else self.after
+
+
+@dataclass(frozen=True, slots=True)
+class _Turns:
+    texts: list[list[_Part]]
+
+    def at(self, step: int, timeline: Timeline) -> list[_Part]:
+        del timeline
+        return self.texts[(step - 1) % len(self.texts)]
+
+
+_Part: TypeAlias = "str | _Change | _Turns"
+
+
+@dataclass(slots=True)
+class _Group:
+    """What an opened bracket holds so far, divided by the marks ``:`` and ``|``."""
+
+    opening: str
+    fields: list[list[_Part]] = field(default_factory=lambda: [[]])
+    marks: list[str] = field(default_factory=list[str])
+
+    def closed(self, closing: str) -> list[_Part] | None:
+        """What it means once it is closed; None where this bracket cannot close it."""
+        if self.opening != _OPENING[closing]:
+            return None
+        if not self.marks or (closing == ")" and self.marks == [":"]):
+            return [*self.as_written(), closing]
+        if closing == ")":
+            return None
+        if set(self.marks) == {"|"}:
+            return [_Turns(self.fields)]
+        when = _number(self.fields[-1])
+        if when is None or self.marks not in ([":"], [":", ":"]):
+            return None
+        before = self.fields[0] if len(self.marks) == 2 else []
+        return [_Change(before, self.fields[-2], when)]
+
+    def as_written(self) -> list[_Part]:
+        """Its parts with the bracket and the marks as plain text."""
+        parts: list[_Part] = [self.opening, *self.fields[0]]
+        for mark, own in zip(self.marks, self.fields[1:], strict=True):
+            parts += [mark, *own]
+        return parts
+
+
+class EditedPrompt(WeightedPrompt):
+    """A prompt that changes along a run; no model ever reads it, only the texts that it changes to.
+
+    Attributes:
+        texts: that the network is told at one evaluation or another, each once.
+        order: which of them at each evaluation.
+    """
+
+    texts: tuple[WeightedPrompt, ...]
+    order: tuple[int, ...]
+
+    def __new__(cls, written: str, stages: Sequence[str]) -> EditedPrompt:
+        """The prompt.
+
+        Args:
+            written: as in the request.
+            stages: its text at each evaluation; at least one.
+        """
+        made = super().__new__(cls, written)
+        numbers = {text: number for number, text in enumerate(dict.fromkeys(stages))}
+        made.texts = tuple(map(WeightedPrompt, numbers))
+        made.order = tuple(numbers[text] for text in stages)
+        return made
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, EditedPrompt) or not str.__eq__(self, other):
+            return False
+        return (self.texts, self.order) == (other.texts, other.order)
+
+    def __hash__(self) -> int:
+        return hash((EditedPrompt, str(self)))
+
+    def number(self, stage: int) -> int:
+        """Which of its texts the network is told at a stage of the run."""
+        return self.order[min(stage, len(self.order) - 1)]
+
+
+def texts_of_run(told: Told) -> tuple[Told, ...]:
+    """All that the network is told at one stage of a run or another."""
+    return told.texts if isinstance(told, EditedPrompt) else (told,)
+
+
+def at_stage(told: Told, stage: int) -> Told:
+    """What the network is told at a stage of a run, counted from 0."""
+    return told.texts[told.number(stage)] if isinstance(told, EditedPrompt) else told
+
+
+def written_in(syntax: str | None, text: str, timeline: Timeline) -> str:
+    """A text as the model is to read it.
+
+    Args:
+        syntax: of the text; None for none.
+        text: a prompt.
+        timeline: of the run.
+    """
+    if syntax is None:
+        return text
+    stages = list(texts_along(text, timeline))
+    return WeightedPrompt(text) if stages == [text] else EditedPrompt(text, stages)
+
+
+def texts_along(text: str, timeline: Timeline) -> Iterator[str]:
+    """What a prompt says at each evaluation of a run; once, if it is always what is written.
+
+    Args:
+        text: a prompt.
+        timeline: of the run.
+    """
+    parts = _parsed(text)
+    if all(isinstance(part, str) for part in parts):
+        yield text
+        return
+    for stage in range(timeline.evaluations):
+        # AUTOMATIC1111 counts evaluations from 0 and looks a text up by the number of its last
+        # one, counted from 1: whatever comes first lasts for one evaluation more.
+        yield _said(parts, max(stage, 1), timeline)
+
+
+def _said(parts: list[_Part], step: int, timeline: Timeline) -> str:
+    said: list[str] = []
+    coming = parts[::-1]
+    while coming:
+        part = coming.pop()
+        if isinstance(part, str):
+            said.append(part)
+        else:
+            coming += reversed(part.at(step, timeline))
+    return "".join(said)
+
+
+def _parsed(text: str) -> list[_Part]:
+    """The parts of a prompt; the text alone where a bar or a backslash stands for nothing."""
+    groups = [_Group("")]
+    for match in _PIECE.finditer(text):
+        piece = match[0]
+        if piece == "\\":
+            return [text]
+        if piece in ("[", "("):
+            groups.append(_Group(piece))
+        elif piece in _OPENING:
+            if (parts := groups[-1].closed(piece)) is None:
+                # With a stray bracket inside, no group that is open can be more than text.
+                groups = [_flat(groups)]
+                parts = [piece]
+            else:
+                groups.pop()
+            groups[-1].fields[-1] += parts
+        elif piece in (":", "|"):
+            groups[-1].marks.append(piece)
+            groups[-1].fields.append([])
+        else:
+            groups[-1].fields[-1].append(piece)
+    whole = _flat(groups)
+    return [text] if "|" in whole.marks else whole.as_written()
+
+
+def _flat(groups: Sequence[_Group]) -> _Group:
+    """The text itself, and what was opened in it as plain text; its marks stay marks."""
+    whole = groups[0]
+    for group in groups[1:]:
+        whole.fields[-1] += [group.opening, *group.fields[0]]
+        whole.marks += group.marks
+        whole.fields += group.fields[1:]
+    return whole
+
+
+def _number(field_: Sequence[_Part]) -> str | None:
+    """The number that a field is, without the blanks around it; None where it is none."""
+    match field_:
+        case [str(text)] if found := _NUMBER.fullmatch(text):
+            return found[1]
+        case _:
+            return None

@@ -1,0 +1,66 @@
+"""What the prompts of a request change to while its images are drawn."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from server.errors import InvalidRequest
+from server.models.prompt_editing import MOST_TEXTS, Timeline, texts_along
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from server.requests.schema import ResolvedRequest
+
+__all__ = ["check_editing", "prompts_of", "timelines_of", "versions_of"]
+
+
+def timelines_of(resolved: ResolvedRequest) -> tuple[Timeline, ...]:
+    """How times in prompts are counted in each run of a request, as AUTOMATIC1111 does.
+
+    A share of a run that starts from an image is one of all its steps, whatever its strength; a
+    share of the second run of `hires` is one of the steps that it makes.
+    """
+    sampler, hires = resolved.sampler, resolved.hires
+    per_step = sampler.evaluations_per_step
+    first = per_step * sampler.steps_taken(resolved.steps)
+    if hires is None:
+        return (Timeline(first),)
+    made = max(1, int((hires.steps or resolved.steps) * hires.strength))
+    return Timeline(first), Timeline(per_step * sampler.steps_taken(made), before=first)
+
+
+def prompts_of(resolved: ResolvedRequest) -> Iterator[tuple[str, str]]:
+    """The prompts that `prompt_syntax` is about, each with its field."""
+    yield "prompt", resolved.prompt
+    yield "negative_prompt", resolved.negative_prompt or ""
+    for branch in resolved.guidance.branches:
+        if branch.told == "own":
+            yield "guidance", branch.prompt
+
+
+def versions_of(resolved: ResolvedRequest, prompt: str) -> Iterator[str]:
+    """What a prompt says at one time or another in the runs of a request; it may repeat itself."""
+    if resolved.prompt_syntax is None:
+        yield prompt
+        return
+    for timeline in timelines_of(resolved):
+        yield from texts_along(prompt, timeline)
+
+
+def check_editing(resolved: ResolvedRequest) -> None:
+    """Refuse prompts that change to too many texts, all of which would have to be encoded.
+
+    Raises:
+        InvalidRequest: they are more than ``MOST_TEXTS`` together.
+    """
+    texts = dict[tuple[str, str], None]()
+    for field, prompt in prompts_of(resolved):
+        for text in versions_of(resolved, prompt):
+            texts[field, text] = None
+            if len(texts) > MOST_TEXTS:
+                raise InvalidRequest(
+                    field,
+                    f"{field} changes too often while an image is drawn: all prompts of a request "
+                    f"together may change to at most {MOST_TEXTS} different texts.",
+                )
