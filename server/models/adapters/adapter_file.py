@@ -17,6 +17,7 @@ from server.models.adapters.adapter import Adapter, LowRank
 from server.models.adapters.placing import LARGEST_ALPHA, Header, Placed, Target, place
 from server.models.adapters.stated import stated_defaults
 from server.models.folder import chunks_of, stamp_of, without_folder
+from server.models.header import shapes_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from server.models.defaults import ModelDefaults
 
 __all__ = ["AdapterFile"]
-
-DTYPES = ("F16", "BF16", "F32", "F64")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -119,20 +118,15 @@ class AdapterFile:
 
 
 def _header(path: Path) -> Header:
-    shapes: dict[str, tuple[int, ...]] = {}
-    alphas: dict[str, float] = {}
     with safe_open(path, framework="pt") as opened:
-        for name in opened.keys():  # noqa: SIM118 - it is no dictionary
-            entry = opened.get_slice(name)
-            shape, dtype = tuple(entry.get_shape()), entry.get_dtype()
-            if name.endswith(".alpha") and prod(shape) == 1:
-                alphas[name] = float(opened.get_tensor(name).item())
-                continue
-            if dtype not in DTYPES:
-                raise AdapterMismatch(
-                    f"has the tensor {name} of type {dtype}; allowed are {', '.join(DTYPES)}"
-                )
-            shapes[name] = shape
+        names = list(opened.keys())
+        alphas: dict[str, float] = {
+            name: float(opened.get_tensor(name).item())
+            for name in names
+            if name.endswith(".alpha") and prod(opened.get_slice(name).get_shape()) == 1
+        }
+        others = (name for name in names if name not in alphas)
+        shapes = shapes_of(opened, others, AdapterMismatch)
         metadata = dict(opened.metadata() or {})
     if wrong := [name for name, alpha in alphas.items() if not abs(alpha) <= LARGEST_ALPHA]:
         raise AdapterMismatch(

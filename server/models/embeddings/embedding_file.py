@@ -12,6 +12,7 @@ from safetensors.torch import load
 from server.errors import EmbeddingMismatch
 from server.models.embeddings.embedding import Embedding
 from server.models.folder import stamp_of, without_folder
+from server.models.header import shapes_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = ["EmbeddingFile", "EmbeddingTarget"]
-
-DTYPES: Final = ("F16", "BF16", "F32", "F64")
 
 OF_TWO_ENCODERS: Final = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 """Tensors of a file for Stable Diffusion XL, by the encoder that they are for."""
@@ -77,7 +76,8 @@ class EmbeddingFile:
         """
         stamp = stamp_of(path)
         try:
-            shapes = _shapes(path)
+            with safe_open(path, framework="pt") as opened:
+                shapes = shapes_of(opened, opened.keys(), EmbeddingMismatch)
             tensors = _tensors(shapes, target)
             vectors = _count({part: shapes[key] for part, key in tensors.items()}, target)
         except (OSError, SafetensorError) as error:
@@ -124,20 +124,6 @@ class EmbeddingFile:
                 f"embedding {self.name!r} has values that are no numbers in {kind}."
             )
         return Embedding(self.name, revision, vectors)
-
-
-def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {}
-    with safe_open(path, framework="pt") as opened:
-        for key in opened.keys():  # noqa: SIM118 - it is no dictionary
-            entry = opened.get_slice(key)
-            if (dtype := entry.get_dtype()) not in DTYPES:
-                raise EmbeddingMismatch(
-                    f"has the tensor {key[:SHOWN]!r} of type {dtype}; allowed are "
-                    f"{', '.join(DTYPES)}"
-                )
-            shapes[key] = tuple(entry.get_shape())
-    return shapes
 
 
 def _tensors(shapes: Mapping[str, tuple[int, ...]], target: EmbeddingTarget) -> dict[str, str]:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from server.errors import ImagePromptMismatch
 from server.models.folder import joint_stamp, stamp_of, without_folder
+from server.models.header import shapes_of
 from server.models.image_prompts.encoder_folder import EncoderFolder, encoder_paths, subfolders
 from server.models.image_prompts.image_prompt import IPAdapter
 from server.models.memory import room_for
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 __all__ = ["ENDING", "IPAdapterFile", "stamp_with_encoders"]
 
 ENDING = ".safetensors"
-DTYPES = ("F16", "BF16", "F32", "F64")
 PROJECTION, LAYERS = "image_proj.", "ip_adapter."
 PLAIN_TOKENS = 4
 """That a plain adapter makes of an embedding, as diffusers takes for granted."""
@@ -79,7 +79,8 @@ class IPAdapterFile:
         """
         stamp = stamp_with_encoders(path, subfolders(path.parent))
         try:
-            shapes = _shapes(path)
+            with safe_open(path, framework="pt") as opened:
+                shapes = shapes_of(opened, opened.keys(), _Misfit)
             kind, tokens, width = _projection(shapes, widths.text)
             layers = _layers(shapes, widths)
             encoder = _encoder_for(path.parent, kind, width)
@@ -166,21 +167,6 @@ def stamp_with_encoders(path: Path, folders: Iterable[Path]) -> tuple[int, int]:
         folders: beside it, some of which may hold an encoder.
     """
     return joint_stamp([stamp_of(path), *(stamp for _, stamp in encoder_paths(folders))])
-
-
-def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes by the names of tensors, from the header alone."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    with safe_open(path, framework="pt") as opened:
-        for name in opened.keys():  # noqa: SIM118 - it is no dictionary
-            entry = opened.get_slice(name)
-            if entry.get_dtype() not in DTYPES:
-                raise _Misfit(
-                    f"has the tensor {name} of type {entry.get_dtype()}; allowed are "
-                    f"{', '.join(DTYPES)}"
-                )
-            shapes[name] = tuple(entry.get_shape())
-    return shapes
 
 
 def _part(tensors: Mapping[str, Any], prefix: str) -> dict[str, Any]:
