@@ -11,6 +11,7 @@ from samplers.custom_times import Custom
 from samplers.ddim import DDIM
 from samplers.deis import DEIS
 from samplers.dpm_2 import DPM2
+from samplers.dpm_fast import DPMFast
 from samplers.dpm_solver_pp import DPMSolverPP
 from samplers.dpm_solver_pp_sde import DPMSolverPPSDE
 from samplers.dpm_solver_pp_singlestep import DPMSolverPPSinglestep
@@ -79,6 +80,7 @@ __all__ = [
     "BongTangent",
     "Columns",
     "Custom",
+    "DPMFast",
     "DPMSolverPP",
     "DPMSolverPPSDE",
     "DPMSolverPPSinglestep",

@@ -88,6 +88,8 @@ AUTOMATIC1111: Final[Mapping[str, Label]] = MappingProxyType(
         "Heun": Label({"name": "heun"}, "Uniform", ("k_heun",)),
         "DPM2": Label({"name": "dpm_2"}, "Karras", ("k_dpm_2",)),
         "DPM2 a": Label({"name": "dpm_2", "eta": 1.0}, "Karras", ("k_dpm_2_a",)),
+        # There it is given the eta of ancestral samplers.
+        "DPM fast": Label({"name": "dpm_fast", "eta": 1.0}, "Exponential", ("k_dpm_fast",)),
         "Restart": Label({"name": "restart"}, "Karras", ("restart",)),
         "DDIM": Label({"name": "ddim"}, "DDIM", ("ddim",)),
         "LMS": Label({"name": "lms"}, "Uniform", ("k_lms",)),
@@ -152,6 +154,7 @@ COMFYUI_SAMPLERS: Final[Mapping[str, Fields]] = MappingProxyType(
         "heun": {"name": "heun"},
         "dpm_2": {"name": "dpm_2"},
         "dpm_2_ancestral": {"name": "dpm_2", "eta": 1.0},
+        "dpm_fast": {"name": "dpm_fast"},
         "dpmpp_2s_ancestral": {"name": "dpm_solver_pp_singlestep", "order": 2, "eta": 1.0},
         "dpmpp_sde": {"name": "dpm_solver_pp_sde"},
         "dpmpp_2m": {"name": "dpm_solver_pp"} | _NEVER_LOWERED,
@@ -342,14 +345,16 @@ CFG_PLUS_PLUS: Final[Mapping[str, Fields]] = MappingProxyType(
 _DEIS: Final = (
     "it fits the noise over time there, and ours over log sigma; nearest is deis with order 3"
 )
+_ADAPTIVE: Final = (
+    "the number of its steps depends on the picture, and a run here is planned before it begins;"
+    " nearest is dpm_fast"
+)
 
 LACKING: Final[Mapping[str, str]] = MappingProxyType(
     {
-        "DPM fast": "singlestep steps of mixed orders; nearest is dpm_solver_pp_singlestep",
-        "DPM adaptive": "its steps depend on the picture; nearest is dpm_solver_pp_singlestep",
+        "DPM adaptive": _ADAPTIVE,
         "DDIM CFG++": _CFG_PLUS_PLUS,
-        "dpm_fast": "singlestep steps of mixed orders; nearest is dpm_solver_pp_singlestep",
-        "dpm_adaptive": "its steps depend on the picture; nearest is dpm_solver_pp_singlestep",
+        "dpm_adaptive": _ADAPTIVE,
         "DEIS": _DEIS,
         "deis": _DEIS,
         "sa_solver": "it corrects with order 4 and draws noise in the middle of a run there; ours"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from samplers.ddim import DDIM
 from samplers.deis import DEIS
 from samplers.dpm_2 import DPM2
+from samplers.dpm_fast import DPMFast
 from samplers.dpm_solver_pp import DPMSolverPP
 from samplers.dpm_solver_pp_sde import DPMSolverPPSDE
 from samplers.dpm_solver_pp_singlestep import DPMSolverPPSinglestep
@@ -37,6 +38,7 @@ SAMPLERS: tuple[type[Sampler], ...] = with_installed(
         EulerAncestral,
         Heun,
         DPM2,
+        DPMFast,
         DPMSolverPP,
         DPMSolverPPSinglestep,
         DPMSolverPPSDE,

@@ -45,7 +45,7 @@ RANGES = {VP: (1.0, 0.02), FLOW: (0.99, 0.05), EDM: (20.0, 0.05)}
 
 def evaluates_at_each_point(sampler: Sampler) -> bool:
     """Whether a sampler evaluates at the points of the grid alone, once at each."""
-    return sampler.evaluations(7) == 7
+    return sampler.evaluations(7) == sampler.steps_taken(7) == 7
 
 
 def errors_together(plans: Sequence[Plan], flow: Flow) -> list[float]:
