@@ -29,6 +29,8 @@ class Target:
         mode: what becomes of other proportions; ``middle`` is for squares alone.
         multiple: sides that are not given become multiples of it.
         longest: they become no longer; None for no limit.
+        sizes: width and height of those that it gets one of, the nearest to its proportions,
+            where no side is given and the server's limit allows any; empty for any size.
         most_pixels: they have no more of them together, beside the server's limit; None for no
             such bound.
     """
@@ -39,6 +41,7 @@ class Target:
     multiple: int = 1
     longest: int | None = None
     most_pixels: int | None = None
+    sizes: tuple[tuple[int, int], ...] = ()
 
     def size_of(self, width: int, height: int, most_pixels: int) -> tuple[int, int]:
         """The size that a picture gets: the sides given, and others that suit them and the limits.
@@ -50,6 +53,9 @@ class Target:
         """
         if self.width is not None and self.height is not None:
             return self.width, self.height
+        sizes = [one for one in self.sizes if one[0] * one[1] <= most_pixels]
+        if sizes and self.width is None and self.height is None:
+            return min(sizes, key=lambda size: abs(width / height - size[0] / size[1]))
         if self.most_pixels is not None:
             most_pixels = min(most_pixels, self.most_pixels)
         if self.width is not None:

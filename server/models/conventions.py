@@ -190,6 +190,16 @@ CONVENTIONS: Final[Mapping[str, Convention]] = MappingProxyType(
             policy=Embedded(),
             flow=True,
         ),
+        "flux_kontext": Convention(
+            "FLUX.1 Kontext dev, shift by size",
+            "its model card, and diffusers' pipeline",
+            Euler(),
+            Trailing(),
+            steps=28,
+            rule=CFG(scale=2.5),
+            policy=Embedded(),
+            flow=True,
+        ),
         "flux_schnell": Convention(
             "FLUX.1 schnell, shift 1: sigma 1, .75, .5, .25",
             "its model card, and scheduler's config",

@@ -1,6 +1,6 @@
-"""FLUX.1, dev and schnell: CLIP's pooled vector, T5's tokens, a transformer on packed latents.
+"""FLUX.1, dev, schnell and Kontext: a pooled vector, T5's tokens, a transformer on packed latents.
 
-As ``FluxPipeline`` of diffusers runs it.
+As ``FluxPipeline`` and ``FluxKontextPipeline`` of diffusers run it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from typing_extensions import override
 
 from server.models.autoencoder import Autoencoder
 from server.models.clip import CLIP
@@ -20,6 +21,7 @@ from server.models.flow_matching import SCHEDULER, FlowSchedules
 from server.models.folder import Revisions, read_json
 from server.models.hosted import ModelFacts
 from server.models.parts import load_autoencoder, load_network, load_text_encoder, load_tokenizer
+from server.models.reference_tokens import referring, with_references
 from server.models.t5 import T5
 from server.models.transformer_model import (
     TRANSFORMER,
@@ -47,6 +49,23 @@ POOLED = "pooled_projections"
 LENGTH = 512
 LENGTH_UNGUIDED = 256
 """Tokens of every prompt: of dev, and of schnell, which was trained on fewer (its model card)."""
+
+KONTEXT_SIZES = tuple(
+    (width, height)
+    for one, other in (
+        (672, 1568),
+        (688, 1504),
+        (720, 1456),
+        (752, 1392),
+        (800, 1328),
+        (832, 1248),
+        (880, 1184),
+        (944, 1104),
+        (1024, 1024),
+    )
+    for width, height in sorted({(one, other), (other, one)})
+)
+"""Width and height in pixels of the pictures that Kontext was trained to edit."""
 
 THOUSAND = 1000
 """Trained timesteps; the transformer multiplies what it is told by them."""
@@ -108,8 +127,10 @@ class FluxDenoiser:
         text, scales = conditioning[TEXT], inputs.scale_embedding
         guidance = torch.ones_like(t) if scales is None else scales + 1
         height, width = x.shape[-2] // PATCH, x.shape[-1] // PATCH
+        own = positions(height, width, x.device)
+        cells, places_of_cells = with_references(packed(x), own, conditioning)
         rows = {
-            "hidden_states": packed(x).to(network.dtype),
+            "hidden_states": cells.to(network.dtype),
             # The thousandfold is what is rounded, as in diffusers' pipeline.
             "timestep": t.to(network.dtype) / THOUSAND,
             "pooled_projections": conditioning[POOLED],
@@ -117,7 +138,7 @@ class FluxDenoiser:
         }
         places = {
             "txt_ids": torch.zeros(text.shape[1], 3, device=x.device),
-            "img_ids": positions(height, width, x.device),
+            "img_ids": places_of_cells,
         }
         added: dict[str, Any] = {}
         if inputs.controls is not None:
@@ -129,7 +150,18 @@ class FluxDenoiser:
             guidance=guidance if network.config.guidance_embeds else None,
             return_dict=False,
         )[0]
-        return unpacked(velocity, height, width).float()
+        return unpacked(velocity[:, : height * width], height, width).float()
+
+
+class KontextModel(TransformerModel):
+    """FLUX.1 Kontext, which reads a picture beside the prompt as tokens behind the image's."""
+
+    @override
+    def referring(self, text: Conditioning, references: Sequence[Tensor]) -> Conditioning:
+        [picture] = references
+        height, width = picture.shape[1] // PATCH, picture.shape[2] // PATCH
+        places = positions(height, width, picture.device, first=1)
+        return referring(text, [packed(picture[None])[0]], [places], (height, width))
 
 
 def packed(latents: Tensor) -> Tensor:
@@ -143,12 +175,12 @@ def unpacked(tokens: Tensor, height: int, width: int) -> Tensor:
     return F.pixel_shuffle(cells, PATCH)
 
 
-def positions(height: int, width: int, device: torch.device) -> Tensor:
-    """``(0, y, x)`` of each token of a picture, ``[height * width, 3]`` float32."""
+def positions(height: int, width: int, device: torch.device, *, first: int = 0) -> Tensor:
+    """``(first, y, x)`` of each token of a picture, ``[height * width, 3]`` float32."""
     rows, columns = torch.meshgrid(
         torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij"
     )
-    return torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1).float()
+    return torch.stack([torch.full_like(rows, first), rows, columns], -1).flatten(0, 1).float()
 
 
 def load_flux1(
@@ -162,6 +194,7 @@ def load_flux1(
     from diffusers import AutoencoderKL, FluxTransformer2DModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
+    edits = read_json(folder, "model_index.json").get("_class_name") == "FluxKontextPipeline"
     transformer = load_network(folder, TRANSFORMER, [FluxTransformer2DModel], dtype)
     vae = load_autoencoder(folder, [AutoencoderKL], dtype)
     clip = load_text_encoder(folder, "text_encoder", CLIPTextModel, dtype)
@@ -188,27 +221,32 @@ def load_flux1(
         default_height=side,
         max_tokens=text.max_tokens,
         embeds_scale=guided,
-        defaults=_defaults_of(folder, guided=guided),
+        defaults=_defaults_of(folder, guided=guided, edits=edits),
+        reference_images=1 if edits else 0,
+        reference_sizes=KONTEXT_SIZES if edits else (),
     )
     autoencoder = Autoencoder(vae, device)
     control = FluxControl(transformer, autoencoder.encode, packed, device)
-    return TransformerModel(
+    # Residuals of a ControlNet are of the image's tokens alone.
+    return (KontextModel if edits else TransformerModel)(
         facts,
         device,
         dtype,
         schedule=FlowSchedules(folder, multiple),
         denoiser=FluxDenoiser(transformer, control),
         autoencoder=autoencoder,
-        control=control,
+        control=None if edits else control,
         text=text,
     )
 
 
-def _defaults_of(folder: Path, *, guided: bool) -> ModelDefaults | None:
+def _defaults_of(folder: Path, *, guided: bool, edits: bool) -> ModelDefaults | None:
     """How the model was distilled to be sampled; None for the server's defaults."""
     scheduler = read_json(folder, SCHEDULER)
     if said := stated(folder, scheduler, embeds_scale=guided, flow=True):
         return said
+    if edits and guided:
+        return defaults_by("flux_kontext", "it is a FluxKontextPipeline")
     if guided:
         return defaults_by("flux_dev", "its transformer is told a guidance scale")
     if not scheduler.get("use_dynamic_shifting"):

@@ -21,6 +21,7 @@ from server.models.flux1 import THOUSAND
 from server.models.folder import Revisions, read_json
 from server.models.hosted import ModelFacts
 from server.models.parts import load_network, load_text_encoder, load_tokenizer
+from server.models.reference_tokens import referring, with_references
 from server.models.tiling import pixels_a_cell, with_tiles
 from server.models.transformer_model import (
     TRANSFORMER,
@@ -43,9 +44,6 @@ PATCH = 2
 """Cells of the autoencoder along a side of a latent cell, which is one token."""
 
 TEXT = "encoder_hidden_states"
-
-REFERENCES, PLACES = "references", "places"
-"""Of conditioning, tokens of the pictures beside the prompt, and the position of each."""
 
 MOST_REFERENCES = 4
 """Pictures beside a prompt. The transformer has places for more, each at the cost of an image."""
@@ -134,11 +132,8 @@ class Flux2Denoiser:
         """See ``HostedModel.evaluate``."""
         told, network = inputs.conditioning.tensors, self.network
         text, (height, width) = told[TEXT], x.shape[-2:]
-        cells, places = _tokens(x), positions(height, width, 1, x.device)
-        if REFERENCES in told:
-            cells = torch.cat([cells, told[REFERENCES]], 1)
-            # The rows of a forward refer to pictures of the same sizes.
-            places = torch.cat([places, told[PLACES][0]])
+        own = positions(height, width, 1, x.device)
+        cells, places = with_references(_tokens(x), own, told)
         velocity = network(
             hidden_states=cells.to(network.dtype),
             # The thousandfold is what is rounded, as in diffusers' pipeline.
@@ -157,16 +152,12 @@ class Flux2Model(TransformerModel):
 
     @override
     def referring(self, text: Conditioning, references: Sequence[Tensor]) -> Conditioning:
-        tokens = torch.cat([_tokens(one[None])[0] for one in references])
+        tokens = [_tokens(one[None])[0] for one in references]
         places = [
             positions(one.shape[1], one.shape[2], 1, one.device, first=APART * number)
             for number, one in enumerate(references, start=1)
         ]
-        return Conditioning(
-            {**text.tensors, REFERENCES: tokens, PLACES: torch.cat(places)},
-            text.length + len(tokens),
-            tuple(one.shape[1:] for one in references),
-        )
+        return referring(text, tokens, places, tuple(one.shape[1:] for one in references))
 
 
 class Flux2Autoencoder:

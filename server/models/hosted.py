@@ -73,6 +73,8 @@ class ModelFacts:
         defaults: settings of requests that leave them out; None for the server's own.
         vae: name of the autoencoder that it was given in place of its own, if any.
         reference_images: most pictures that it reads beside a prompt, to edit or to refer to.
+        reference_sizes: width and height in pixels of such pictures, of which each gets the one
+            whose proportions are nearest to its own; empty where they keep theirs.
     """
 
     name: str
@@ -92,6 +94,7 @@ class ModelFacts:
     defaults: ModelDefaults | None = None
     vae: str | None = None
     reference_images: int = 0
+    reference_sizes: tuple[tuple[int, int], ...] = ()
 
     @property
     def one_prediction(self) -> bool:

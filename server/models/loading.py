@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 FAMILIES = {
     "Flux2KleinPipeline": load_flux2_klein,
+    "FluxKontextPipeline": load_flux1,
     "FluxPipeline": load_flux1,
     "LatentConsistencyModelPipeline": load_latent_consistency,
     "PixArtAlphaPipeline": load_pixart,
@@ -57,6 +58,7 @@ FAMILIES = {
 IN_BFLOAT16 = frozenset(
     {
         "Flux2KleinPipeline",
+        "FluxKontextPipeline",
         "FluxPipeline",
         "PixArtAlphaPipeline",
         "PixArtSigmaPipeline",

@@ -56,9 +56,10 @@ def largest_of(facts: ModelFacts) -> tuple[int, int]:
 
 
 def target_of(facts: ModelFacts) -> Target:
-    """What a reference image is brought to: its own size, in the model's multiples."""
+    """What a reference image is brought to: a size of the model's, or its own in its multiples."""
     return Target(
-        mode="crop",
+        mode="stretch" if facts.reference_sizes else "crop",
+        sizes=facts.reference_sizes,
         multiple=facts.size_multiple,
         longest=facts.longest_side,
         most_pixels=MOST_PIXELS,

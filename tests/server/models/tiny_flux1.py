@@ -30,13 +30,16 @@ DEV: dict[str, Any] = {"shift": 3.0, "use_dynamic_shifting": True}
 SCHNELL: dict[str, Any] = {"shift": 1.0}
 
 
-def make(scheduler: dict[str, Any], *, guided: bool, channels: int = 16) -> Any:
+def make(
+    scheduler: dict[str, Any], *, guided: bool, channels: int = 16, kind: Any = FluxPipeline
+) -> Any:
     """The pipeline.
 
     Args:
         scheduler: entries of its scheduler's config.
         guided: whether the transformer is told a guidance scale, as that of dev is.
         channels: that the transformer reads of a token; those of 2 x 2 cells are 16.
+        kind: class of the pipeline.
     """
     torch.manual_seed(0)
     transformer = FluxTransformer2DModel(
@@ -50,7 +53,7 @@ def make(scheduler: dict[str, Any], *, guided: bool, channels: int = 16) -> Any:
         guidance_embeds=guided,
         axes_dims_rope=(4, 6, 6),
     ).eval()
-    pipeline = FluxPipeline(
+    pipeline = kind(
         scheduler=FlowMatchEulerDiscreteScheduler(**scheduler),
         vae=AutoencoderKL(**VAE).eval(),
         text_encoder=CLIPTextModel(text_config(32)).eval(),

@@ -1,0 +1,97 @@
+"""FLUX.1 Kontext is what diffusers' own pipeline makes of the same weights and picture."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxKontextPipeline
+from PIL import Image
+from torch import Tensor
+
+from server.decoding.sizing import Target
+from server.engine.engine import Engine
+from server.engine.state.noise import start_noise
+from server.models.hosted import HostedModel
+from server.models.loading import load_model
+from server.requests.reference_images import target_of
+from server.service.pixels import pixels_tensor
+from tests.server.models.alike import assert_among, assert_apart, task_of
+from tests.server.models.tiny_flux1 import DEV, make
+from tests.server.models.tiny_sdxl import saved
+from tests.server.models.tiny_text import LENGTH
+from tests.server.toy_model import run
+
+WIDTH, HEIGHT = 32, 24
+SHAPE = (4, HEIGHT // 2, WIDTH // 2)
+ASKED: dict[str, Any] = {"prompt": "a star", "width": WIDTH, "height": HEIGHT, "steps": 4}
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Any:
+    return make(DEV, guided=True, kind=FluxKontextPipeline)
+
+
+@pytest.fixture(scope="module")
+def model(pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> HostedModel:
+    folder = saved(pipeline, tmp_path_factory.mktemp("models") / "kontext")
+    return load_model(folder, name="kontext", device="cpu", dtype="float32")
+
+
+@torch.inference_mode()
+def theirs(pipeline: Any, seed: int, picture: Image.Image | None, **fields: Any) -> Tensor:
+    """Final latents of their pipeline, from the same x as ours."""
+    noise = start_noise(seed, SHAPE)[None]
+    given = {
+        "prompt": "a star",
+        "image": picture,
+        "latents": pipeline._pack_latents(noise, *noise.shape),
+        "num_inference_steps": 4,
+        "width": WIDTH,
+        "height": HEIGHT,
+        "max_area": WIDTH * HEIGHT,
+        "_auto_resize": False,
+        "max_sequence_length": LENGTH,
+        "output_type": "latent",
+        **fields,
+    }
+    return pipeline._unpack_latents(pipeline(**given).images, HEIGHT, WIDTH, 2)[0]
+
+
+def picture(width: int, height: int, seed: int) -> Image.Image:
+    noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    return Image.fromarray(noise)
+
+
+def test_final_latents_in_mixed_company_are_those_of_diffusers(
+    pipeline: Any, model: HostedModel, engine: Engine, decoded: list[Tensor]
+) -> None:
+    wide, small = picture(40, 24, seed=1), picture(16, 16, seed=2)
+
+    def asked(seed: int, *pictures: Image.Image, **fields: Any) -> Any:
+        references = tuple(pixels_tensor(np.asarray(one)) for one in pictures)
+        return replace(task_of(model, **ASKED | {"seed": seed} | fields), references=references)
+
+    true_cfg = {"guidance": {"name": "cfg", "scale": 4.0}, "negative_prompt": "blue"}
+    ear = run(engine, [asked(5, wide), asked(6, small), asked(7, wide, **true_cfg), asked(8)])
+    assert not ear.errors, ear.errors
+    seen = list(decoded)
+    expected = theirs(pipeline, 5, wide, guidance_scale=2.5)
+    assert_among(seen, expected)
+    assert_among(seen, theirs(pipeline, 6, small, guidance_scale=2.5))
+    doubled: dict[str, Any] = {"true_cfg_scale": 4.0, "negative_prompt": "blue"}
+    assert_among(seen, theirs(pipeline, 7, wide, guidance_scale=1.0, **doubled))
+    assert_among(seen, theirs(pipeline, 8, None, guidance_scale=2.5))
+    assert_apart(theirs(pipeline, 5, None, guidance_scale=2.5), expected)
+
+
+def test_a_picture_gets_the_size_that_diffusers_gives_it(model: HostedModel) -> None:
+    target: Target = target_of(model.facts)
+    assert target.size_of(3000, 1700, 2**21) == (1392, 752)
+    assert target.size_of(100, 100, 2**21) == (1024, 1024)
+    assert target.size_of(1700, 3000, 2**21) == (752, 1392)
+    # Where the operator allows no such size it keeps its proportions, in the model's multiples.
+    assert target.size_of(200, 100, 5000) == (100, 48)
