@@ -73,7 +73,8 @@ def test_final_latents_in_mixed_company_are_those_of_diffusers(
 
     def asked(seed: int, *pictures: Image.Image, **fields: Any) -> Any:
         references = tuple(pixels_tensor(np.asarray(one)) for one in pictures)
-        return replace(task_of(model, **ASKED | {"seed": seed} | fields), references=references)
+        given: dict[str, Any] = ASKED | {"seed": seed} | fields
+        return replace(task_of(model, **given), references=references)
 
     true_cfg = {"guidance": {"name": "cfg", "scale": 4.0}, "negative_prompt": "blue"}
     ear = run(engine, [asked(5, wide), asked(6, small), asked(7, wide, **true_cfg), asked(8)])
