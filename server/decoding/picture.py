@@ -25,7 +25,7 @@ __all__ = [
     "open_picture",
 ]
 
-Repaints = Literal["white", "clear", "own_clear", "opaque"]
+Repaints = Literal["white", "clear", "own_clear", "opaque", "acts"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,8 @@ class MaskForm:
         repaints: `white` is what is white, transparency being black. `clear` is what is
             transparent, as OpenAI's masks have it; `own_clear` the same of the picture itself, of
             which nothing need be. `opaque` is what is opaque, as AUTOMATIC1111's masks have it. A
-            file without transparency is read as `white`, or as nothing for `own_clear`.
+            file without transparency is read as `white`, or as nothing for `own_clear`. `acts` is
+            `white`, of a mask that says where something acts and not what is repainted.
         inverted: whether the rest is repainted instead.
         blur: standard deviation of the Gaussian that the mask is blurred with, in its own pixels,
             along its width and its height.
@@ -268,10 +269,15 @@ def _repainted(image: Image.Image, field: str, repaints: Repaints) -> Image.Imag
     mask = _flatten(image, "black").convert("L")
     if mask.getextrema() == (0, 0):
         clear = see_through and _alpha(image).getextrema() == (0, 0)
+        without, wanted = (
+            ("it would act nowhere", "where it should")
+            if repaints == "acts"
+            else ("nothing would be repainted", "what should change")
+        )
         raise InvalidRequest(
             field,
-            f"{field} is {'transparent' if clear else 'black'} everywhere, so that nothing would "
-            "be repainted; paint white and opaque what should change.",
+            f"{field} is {'transparent' if clear else 'black'} everywhere, so that {without}; "
+            f"paint white and opaque {wanted}.",
         )
     return mask
 

@@ -73,7 +73,7 @@ def footprint(
             if picture is not None:
                 pictures[id(picture)] = picture
         for use in task.image_prompts:
-            beside[id(use)] = use.shown_bytes + use.picture.nbytes
+            beside[id(use)] = use.nbytes
     told = sum(told_bytes(model) for model, _ in texts)
     states += sum(beside.values())
     return Footprint(rows, states + told + sum(one.nbytes for one in pictures.values()))

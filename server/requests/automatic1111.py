@@ -14,7 +14,7 @@ from server.decoding.picture import MaskForm
 from server.errors import InvalidRequest
 from server.models.embeddings.naming import named
 from server.models.emphasis import is_long, is_weighted
-from server.requests.automatic1111_controlnet import ControlNetUnit, steering, without_effect
+from server.requests.automatic1111_controlnet import ControlNetUnit, steering
 from server.requests.automatic1111_hires import (
     LEAST_STEPS,
     HiresFields,
@@ -332,7 +332,9 @@ def translated(
     width, height = _side(body.width, multiple), _side(body.height, multiple)
     drawn = width or size[0], height or size[1]
     picture = body.picture()
-    mode = picture.get("resize_mode")
+    start = picture.get("image"), picture.get("resize_mode")
+    acting = {"cuts": body.padding is not None, "enlarges": _enlarges(body)}
+    steered = steering(body.controlnet, *start, controls, image_prompts, **acting)
     given: dict[str, Any] = {
         "prompt": tags.prompt,
         "negative_prompt": negative.prompt or None,
@@ -352,13 +354,14 @@ def translated(
         **(composed_of(parts, body.cfg_scale) if len(parts) > 1 else _guidance(body)),
         **picture,
         **_second_run(body, drawn, multiple),
-        **steering(body.controlnet, picture.get("image"), mode, controls, image_prompts),
+        **steered.fields,
     }
     try:
         request = GenerateRequest.model_validate(given)
     except ValidationError as error:
         raise explain(error.errors(), GenerateRequest) from None
-    ignored = [*_without_effect(body, sampler), *tags.others, *negative.others]
+    ignored = [*_without_effect(body, sampler), *steered.ignored]
+    ignored += [*tags.others, *negative.others]
     ignored += [f"<lora:{name}>" for name in (tags.loras.keys() - loras.keys())]
     said = [f"Ignored, because nothing here corresponds: {', '.join(ignored)}."] if ignored else []
     composes = len(parts) > 1
@@ -374,9 +377,13 @@ def translated(
 
 def _second_run(body: Txt2Img, size: tuple[int, int], multiple: int) -> dict[str, Any]:
     """The field `hires`, for requests that start from noise; AUTOMATIC1111 has it for these."""
-    if isinstance(body, Img2Img):
+    if not _enlarges(body):
         return {}
     return hires(body, size, body.steps, body.denoising_strength, multiple)
+
+
+def _enlarges(body: Txt2Img) -> bool:
+    return body.enable_hr and not isinstance(body, Img2Img)
 
 
 def _syntax(texts: Sequence[str], embeddings: Collection[str] | None) -> str | None:
@@ -469,10 +476,6 @@ def _without_effect(body: Txt2Img, sampler: Sampler | None) -> list[str]:
         ]
     elif body.enable_hr:
         names += different(body)
-    enlarges = body.enable_hr and not isinstance(body, Img2Img)
-    for place, unit in enumerate(body.controlnet):
-        said = without_effect(unit, cuts=body.padding is not None, enlarges=enlarges)
-        names += [f"controlnet.{place}.{name}" for name in said]
     asked = {
         name
         for name, value in body.override_settings.items()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -20,11 +21,11 @@ from server.requests.upload import Upload
 __all__ = [
     "MODULES",
     "ControlNetUnit",
+    "Steering",
     "is_controlnet",
     "module_of",
     "steering",
     "units_in",
-    "without_effect",
 ]
 
 IP_ADAPTER: Final = "ip-adapter-auto"
@@ -69,14 +70,17 @@ _NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
     "hr_option": ("Both", "HiResFixOption.BOTH", 0),
     "union_control_type": ("Unknown",),
     "inpaint_crop_input_image": (True,),
-    "mask": (None, False, ""),
-    "effective_region_mask": (None, False, ""),
-    "advanced_weighting": (None, False),
-    "ipadapter_input": (None, False),
+    "mask": (False,),
+    "effective_region_mask": (None,),
+    "advanced_weighting": (False,),
+    "ipadapter_input": (False,),
 }
 """Fields of a unit that nothing here corresponds to, and their values that ask for nothing."""
 
-_LARGE: Final = ("mask", "effective_region_mask", "advanced_weighting", "ipadapter_input")
+_OF_CONTROLS: Final = ("control_mode", "effective_region_mask")
+"""Those of units with a ControlNet alone: an IP-Adapter has no mode, and its region is here."""
+
+_LARGE: Final = ("mask", "advanced_weighting", "ipadapter_input")
 """Those that may be large, of which only it counts whether they are there."""
 
 
@@ -118,12 +122,14 @@ class ControlNetUnit(BaseModel):
     resize_mode: Annotated[ResizeMode, BeforeValidator(_mode_of)] = Field(
         default="crop", description="`Just Resize`, `Crop and Resize` or `Resize and Fill`, or 0-2."
     )
+    effective_region_mask: Upload | None = Field(
+        default=None, repr=False, description="Of an IP-Adapter: white where it acts, in base64."
+    )
     control_mode: str | int = "Balanced"
     hr_option: str | int = "Both"
     union_control_type: str = "Unknown"
     inpaint_crop_input_image: bool = True
     mask: bool = False
-    effective_region_mask: bool = False
     advanced_weighting: bool = False
     ipadapter_input: bool = False
 
@@ -184,6 +190,7 @@ def _narrowed(place: int, sent: Mapping[str, Any]) -> dict[str, Any]:
         unit["mask"] = unit.get("mask") or image.get("mask")
         image = image.get("image")
     unit["image"] = image or None
+    unit["effective_region_mask"] = unit.get("effective_region_mask") or None
     unit |= {name: bool(unit.get(name)) for name in _LARGE}
     return {name: unit[name] for name in ControlNetUnit.model_fields if name in unit}
 
@@ -194,14 +201,30 @@ def module_of(name: str) -> str | None:
     return next((ours for ours, names in MODULES.items() if wanted in names), None)
 
 
+@dataclass(frozen=True, slots=True)
+class Steering:
+    """What units ask for.
+
+    Attributes:
+        fields: `controls` and `image_prompts`, where there are any.
+        ignored: names of fields that ask for something that nothing here corresponds to.
+    """
+
+    fields: Mapping[str, Sequence[Mapping[str, Any]]]
+    ignored: Sequence[str]
+
+
 def steering(
     units: Sequence[ControlNetUnit],
     start: Upload | None,
     start_mode: ResizeMode | None,
     controls: Collection[str] | None,
     image_prompts: Collection[str] | None,
-) -> dict[str, Any]:
-    """The fields `controls` and `image_prompts`.
+    *,
+    cuts: bool,
+    enlarges: bool,
+) -> Steering:
+    """What some units ask for.
 
     Args:
         units: that are switched on.
@@ -209,11 +232,15 @@ def steering(
         start_mode: how it is brought to the size of the images.
         controls: names of the model's ControlNets; None if the model is not loaded yet.
         image_prompts: likewise of its IP-Adapters.
+        cuts: whether the region around a mask is drawn alone.
+        enlarges: whether the images are drawn once more, larger.
 
     Raises:
         InvalidRequest: a unit has no image, or its model or preprocessor is not here.
     """
     fields: dict[str, list[dict[str, Any]]] = {"controls": [], "image_prompts": []}
+    ignored: list[str] = []
+    idle = {"inpaint_crop_input_image": not cuts, "hr_option": not enlarges}
     for place, unit in enumerate(units):
         module, field = module_of(unit.module), f"controlnet.{place}"
         if module is None:
@@ -235,13 +262,16 @@ def steering(
             "start": unit.guidance_start,
             "end": unit.guidance_end,
         }
+        left_out = [*(name for name, without in idle.items() if without)]
+        left_out += _OF_CONTROLS if beside else ()
+        ignored += [f"{field}.{name}" for name in _without_effect(unit) if name not in left_out]
         if beside:
-            fields["image_prompts"].append(chosen)
+            fields["image_prompts"].append(chosen | {"mask": unit.effective_region_mask})
             continue
         own_mode = start_mode if unit.image is None else unit.resize_mode
         inverted = "invert" if module == "invert" else None
         fields["controls"].append(chosen | {"resize_mode": own_mode, "preprocessor": inverted})
-    return {name: chosen for name, chosen in fields.items() if chosen}
+    return Steering({name: chosen for name, chosen in fields.items() if chosen}, ignored)
 
 
 def _named(
@@ -271,17 +301,6 @@ def _named(
     )
 
 
-def without_effect(unit: ControlNetUnit, *, cuts: bool, enlarges: bool) -> list[str]:
-    """Names of the fields of a unit that ask for something that nothing here corresponds to.
-
-    Args:
-        unit: that is switched on.
-        cuts: whether the region around a mask is drawn alone.
-        enlarges: whether the images are drawn once more, larger.
-    """
-    acting = {"inpaint_crop_input_image": cuts, "hr_option": enlarges}
-    return [
-        name
-        for name, neutral in _NEUTRAL.items()
-        if acting.get(name, True) and getattr(unit, name) not in neutral
-    ]
+def _without_effect(unit: ControlNetUnit) -> list[str]:
+    """Names of the fields of a unit that ask for something that nothing here corresponds to."""
+    return [name for name, neutral in _NEUTRAL.items() if getattr(unit, name) not in neutral]

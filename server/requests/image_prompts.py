@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Annotated, Any, Final, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from server.errors import ImagePromptMismatch, InvalidRequest
 from server.models.image_prompts.image_prompt import UNLOADED, ImagePromptUse
+from server.models.image_prompts.region import region_bytes
 from server.requests.upload import Upload
 from server.requests.windows import check_window
 
@@ -29,7 +30,19 @@ __all__ = [
 ]
 
 MOST: Final = 4
+MOST_PICTURES: Final = 4
 STRONGEST: Final = 4.0
+
+
+def _several(value: Any) -> Any:
+    """A single picture as a list of it."""
+    return value if isinstance(value, list | tuple) else (value,)
+
+
+Pictures = Annotated[
+    tuple[Upload, ...],
+    BeforeValidator(_several, json_schema_input_type=Upload | tuple[Upload, ...]),
+]
 
 
 class ImagePromptSettings(BaseModel):
@@ -74,16 +87,25 @@ class ImagePromptSettings(BaseModel):
 class ImagePromptChoice(ImagePromptSettings):
     """One image prompt of a request."""
 
-    image: Upload = Field(
+    image: Pictures = Field(
+        min_length=1,
+        max_length=MOST_PICTURES,
         repr=False,
         description="What the images are to be like, in content or style: PNG, JPEG or WebP, as "
-        "base64 or a base64 data URI. The square in its middle is shown to the image encoder.",
+        "base64 or a base64 data URI, or a list of up to four, which are attended to together. The "
+        "square in its middle is shown to the image encoder.",
+    )
+    mask: Upload | None = Field(
+        default=None,
+        repr=False,
+        description="Where in the images it acts (white) and where not (black), brought to `width` "
+        "x `height` by `resize_mode` (diffusers' `ip_adapter_masks`). Default: everywhere.",
     )
 
     @property
     def settings(self) -> ImagePromptSettings:
-        """The same without the picture."""
-        return ImagePromptSettings.model_construct(**self.model_dump(exclude={"image"}))
+        """The same without the pictures."""
+        return ImagePromptSettings.model_construct(**self.model_dump(exclude={"image", "mask"}))
 
 
 def check_image_prompts(chosen: Sequence[ImagePromptSettings], model: HostedModel) -> None:
@@ -110,13 +132,18 @@ def sides_of_image_prompts(chosen: Sequence[ImagePromptSettings], model: HostedM
 
 
 def load_image_prompts(
-    chosen: Sequence[ImagePromptSettings], pictures: Sequence[Tensor], model: HostedModel
+    chosen: Sequence[ImagePromptSettings],
+    pictures: Sequence[Sequence[Tensor]],
+    regions: Sequence[Tensor | None],
+    model: HostedModel,
 ) -> tuple[ImagePromptUse, ...]:
     """The image prompts of a checked request, loaded; those of scale 0 are left out.
 
     Args:
         chosen: of the request.
-        pictures: of each of them, ``[3, side, side]`` float32 in [-1, 1].
+        pictures: of each of them, each ``[3, side, side]`` float32 in [-1, 1].
+        regions: where each of them acts, ``[H, W]`` float32 of the size of the images; None for all
+            of an image.
         model: that will serve it.
 
     Raises:
@@ -125,39 +152,46 @@ def load_image_prompts(
         Overloaded: the IP-Adapters of requests under way, or the device, leave no room.
     """
     loaded: list[ImagePromptUse] = []
-    for place, (one, picture) in enumerate(zip(chosen, pictures, strict=True)):
+    for place, (one, shown, region) in enumerate(zip(chosen, pictures, regions, strict=True)):
         if one.scale == 0:
             continue
-        shown_bytes = _shown_bytes(_found(place, one, model), model)
+        shown_bytes = _shown_bytes(_found(place, one, model), len(shown), region, model)
         try:
             adapter = model.image_prompts.load(one.name)
         except ImagePromptMismatch as refusal:
             raise _refused(place, refusal) from None
-        window = one.start, one.end
-        loaded.append(ImagePromptUse(adapter, picture, shown_bytes, one.scale, *window))
+        how = one.scale, one.start, one.end, region
+        loaded.append(ImagePromptUse(adapter, tuple(shown), shown_bytes, *how))
     return tuple(loaded)
 
 
 def unloaded_image_prompts(
-    chosen: Sequence[ImagePromptSettings], model: HostedModel
+    chosen: Sequence[ImagePromptChoice], width: int, height: int, model: HostedModel
 ) -> tuple[ImagePromptUse, ...]:
     """What stands for the image prompts of a request before any is loaded: their memory.
+
+    Args:
+        chosen: of the request.
+        width: of the images.
+        height: of the images.
+        model: that will serve it.
 
     Raises:
         InvalidRequest: a file was changed or removed after the check.
     """
     import torch
 
-    found = [_found(place, one, model) for place, one in enumerate(chosen)]
-    return tuple(
-        ImagePromptUse(
-            UNLOADED,
-            torch.empty(3, file.encoder.side, file.encoder.side, device="meta"),
-            _shown_bytes(file, model),
-        )
-        for file, one in zip(found, chosen, strict=True)
-        if one.scale
-    )
+    uses: list[ImagePromptUse] = []
+    for place, one in enumerate(chosen):
+        file = _found(place, one, model)
+        if one.scale == 0:
+            continue
+        side, count = file.encoder.side, len(one.image)
+        picture = torch.empty(3, side, side, device="meta")
+        region = None if one.mask is None else torch.empty(height, width, device="meta")
+        shown_bytes = _shown_bytes(file, count, region, model)
+        uses.append(ImagePromptUse(UNLOADED, (picture,) * count, shown_bytes, region=region))
+    return tuple(uses)
 
 
 def _found(place: int, one: ImagePromptSettings, model: HostedModel) -> IPAdapterFile:
@@ -172,6 +206,15 @@ def _refused(place: int, refusal: ImagePromptMismatch) -> InvalidRequest:
     return InvalidRequest(field, f"{field}: {refusal.message}")
 
 
-def _shown_bytes(file: IPAdapterFile, model: HostedModel) -> int:
+def _shown_bytes(
+    file: IPAdapterFile, pictures: int, region: Tensor | None, model: HostedModel
+) -> int:
     attention = model.image_attention
-    return 0 if attention is None else attention.shown_bytes(file.tokens, model.dtype)
+    if attention is None:
+        return 0
+    shown = attention.shown_bytes(pictures * file.tokens, model.dtype)
+    if region is None:
+        return shown
+    height, width = region.shape
+    latents = model.latent_shape(width, height)
+    return shown + region_bytes(*latents[1:], model.dtype)

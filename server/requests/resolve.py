@@ -161,6 +161,7 @@ def resolve(
     check_group(resolved, has_picture=has_picture, has_reference=has_reference)
     check_cache(resolved)
     has_upload = has_picture or has_reference or bool(resolved.controls)
+    has_upload |= any(one.mask is not None for one in request.image_prompts)
     resolved = _with_resize_mode(resolved, has_upload=has_upload)
     check_classifier(resolved, model)
     check_editing(resolved)

@@ -126,5 +126,6 @@ def put_upload(fields: dict[str, Any], path: str, data: str) -> None:
     *above, name = path.split(".")
     inner: Any = fields
     for step in above:
-        inner = inner[int(step)] if isinstance(inner, list) else inner[step]
+        # A single picture, where a list of them may be.
+        inner = inner[int(step)] if isinstance(inner, list) else inner.setdefault(step, [None])
     inner[int(name) if isinstance(inner, list) else name] = data

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["mask_tensor", "pixels_tensor"]
+__all__ = ["mask_tensor", "pixels_tensor", "region_tensor"]
+
+HALF: Final = 128
+"""What is as light as this is white, as diffusers rounds masks of image prompts."""
 
 
 def pixels_tensor(pixels: NDArray[np.uint8]) -> Tensor:
     """`[3, H, W]` float32 in [-1, 1] of uint8 `[H, W, 3]`."""
     return torch.tensor(pixels).permute(2, 0, 1).float().div(127.5).sub(1).contiguous()
+
+
+def region_tensor(grey: NDArray[np.uint8]) -> Tensor:
+    """`[H, W]` float32, 0 or 1, of uint8 `[H, W]`."""
+    return torch.tensor(grey >= HALF).float()
 
 
 def mask_tensor(grey: NDArray[np.uint8]) -> Tensor:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
+from itertools import compress
 from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from samplers import StatisticsIdentity
 from server.decoding.pool import DecodePool
@@ -22,6 +25,7 @@ from server.engine.reservation import Reservation
 from server.engine.task import ImageTask
 from server.errors import DuplicateGeneration, NotReady, UnknownGeneration, UnknownModel, WeftError
 from server.models.hosted import HostedModel
+from server.models.image_prompts.image_prompt import ImagePromptUse
 from server.models.statistics import guidance_name
 from server.requests.catalog import (
     ModelEntry,
@@ -45,7 +49,7 @@ from server.service.enlarging import started_from
 from server.service.generation import Generation
 from server.service.model_shelf import Lease, ModelShelf, ModelState, Source
 from server.service.pictures import Picture, Pictures, encoded, pictures_of
-from server.service.pixels import mask_tensor, pixels_tensor
+from server.service.pixels import mask_tensor, pixels_tensor, region_tensor
 from server.service.planner import Planner
 from server.service.second_run import SecondRun
 from server.service.uploads import Uploads, decoded, decoded_for_their_size
@@ -423,7 +427,7 @@ def _weights_loaded(request: ResolvedRequest, model: HostedModel) -> bool:
 
 
 def _tasks(prepared: Prepared, model: HostedModel, uploads: Uploads) -> list[ImageTask]:
-    image, kept, mask, reference, controls, _, shown, references = uploads
+    image, kept, mask, reference, controls, _, shown, regions, _, references = uploads
     request = prepared.request
     return tasks_of(
         prepared,
@@ -434,7 +438,10 @@ def _tasks(prepared: Prepared, model: HostedModel, uploads: Uploads) -> list[Ima
         reference=None if reference is None else pixels_tensor(reference),
         controls=load_controls(request.controls, [*map(pixels_tensor, controls)], model),
         image_prompts=load_image_prompts(
-            request.image_prompts, [*map(pixels_tensor, shown)], model
+            request.image_prompts,
+            [[*map(pixels_tensor, pictures)] for pictures in shown],
+            _region_tensors(regions),
+            model,
         ),
         references=tuple(map(pixels_tensor, references)),
     )
@@ -452,9 +459,25 @@ def _tasks_again(
         adapters=first.adapters,
         embeddings=first.text.embeddings,
         controls=controls,
-        image_prompts=first.image_prompts,
+        image_prompts=_elsewhere(first.image_prompts, second.request, uploads),
         references=first.references,
     )
+
+
+def _elsewhere(
+    uses: Sequence[ImagePromptUse], request: ResolvedRequest, uploads: Uploads
+) -> tuple[ImagePromptUse, ...]:
+    """The image prompts of a first run, in the regions of the second one."""
+    acting = [one.scale > 0 for one in request.image_prompts]
+    regions = compress(_region_tensors(uploads.regions_again), acting)
+    return tuple(
+        use if region is None else replace(use, region=region)
+        for use, region in zip(uses, regions, strict=True)
+    )
+
+
+def _region_tensors(regions: Sequence[NDArray[np.uint8] | None]) -> list[Tensor | None]:
+    return [None if one is None else region_tensor(one) for one in regions]
 
 
 def _claim(
@@ -465,9 +488,9 @@ def _claim(
     model: HostedModel,
 ) -> None:
     """Claim what a request costs before its images are decoded, of which the sizes are known."""
-    size = prepared.request.height, prepared.request.width
+    width, height = prepared.request.width, prepared.request.height
+    size = height, width
     picture, mask = (torch.empty(*shape, device="meta") for shape in ((3, *size), size))
-    shown = unloaded_image_prompts(prepared.request.image_prompts, model)
     references = tuple(
         torch.empty(3, *largest_of(model.facts), device="meta") for _ in request.reference_images
     )
@@ -481,13 +504,13 @@ def _claim(
         adapters=(),
         embeddings=(),
         controls=unloaded_controls(prepared.request.controls, picture, model),
-        image_prompts=shown,
+        image_prompts=unloaded_image_prompts(request.image_prompts, width, height, model),
         references=references,
     )
     engine.check_memory(tasks)
     if prepared.second is not None:
-        size = prepared.second.request.height, prepared.second.request.width
-        larger = torch.empty(3, *size, device="meta")
+        width, height = prepared.second.request.width, prepared.second.request.height
+        larger = torch.empty(3, height, width, device="meta")
         again = tasks_of(
             prepared.second,
             model,
@@ -495,7 +518,7 @@ def _claim(
             adapters=(),
             embeddings=(),
             controls=unloaded_controls(prepared.second.request.controls, larger, model),
-            image_prompts=shown,
+            image_prompts=unloaded_image_prompts(request.image_prompts, width, height, model),
             references=references,
         )
         with naming_hires():

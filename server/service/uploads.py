@@ -14,7 +14,7 @@ from server.decoding.pool import DecodePool
 from server.decoding.sizing import Target
 from server.models.hosted import HostedModel
 from server.requests.controls import ControlChoice
-from server.requests.image_prompts import sides_of_image_prompts
+from server.requests.image_prompts import ImagePromptChoice, sides_of_image_prompts
 from server.requests.reference_images import check_references, target_of
 from server.requests.resolve import Prepared
 from server.requests.schema import DEFAULT_RESIZE_MODE, GenerateRequest, ResolvedRequest
@@ -27,12 +27,14 @@ __all__ = ["Early", "Uploads", "decoded", "decoded_for_their_size"]
 UNBOUNDED: Final = 2**60
 """Pixels that no request has."""
 
+ACTS: Final = MaskForm("acts")
+
 
 class Uploads(NamedTuple):
     """The images that were sent with a request, at the size of its run, or of the second one.
 
-    Those beside the prompt have the size that their encoders read. `kept` is the image as it was
-    sent, where the part to repaint is filled in `image`.
+    Those beside the prompt have the size that their encoders read, and their regions that of the
+    run. `kept` is the image as it was sent, where the part to repaint is filled in `image`.
     """
 
     image: NDArray[np.uint8] | None
@@ -41,7 +43,9 @@ class Uploads(NamedTuple):
     reference: NDArray[np.uint8] | None
     controls: Sequence[NDArray[np.uint8]]
     controls_again: Sequence[NDArray[np.uint8]]
-    image_prompts: Sequence[NDArray[np.uint8]]
+    image_prompts: Sequence[Sequence[NDArray[np.uint8]]]
+    regions: Sequence[NDArray[np.uint8] | None]
+    regions_again: Sequence[NDArray[np.uint8] | None]
     references: Sequence[NDArray[np.uint8]]
 
 
@@ -156,15 +160,14 @@ async def decoded(
     shown = prepared.request.image_prompts
     sides = await asyncio.to_thread(sides_of_image_prompts, shown, model)
     image_prompts = [
-        await _picture(
-            decoding, one.image, f"image_prompts.{place}.image", Target(side, side, "middle")
-        )
+        await _beside(decoding, f"image_prompts.{place}.image", one, Target(side, side, "middle"))
         for place, (one, side) in enumerate(zip(request.image_prompts, sides, strict=True))
     ]
+    masks = [one.mask for one in request.image_prompts]
+    regions, regions_again = await _regions(decoding, masks, prepared)
+    beside = image_prompts, regions, regions_again
     references = await _references(request, model, early.reference, decoding)
-    return Uploads(
-        image, kept, mask, reference, controls, controls_again, image_prompts, references
-    )
+    return Uploads(image, kept, mask, reference, controls, controls_again, *beside, references)
 
 
 async def _references(
@@ -178,6 +181,37 @@ async def _references(
         field = f"reference_images.{place}"
         found.append(await _picture(decoding, one, field, target_of(model.facts)))
     return found
+
+
+async def _beside(
+    decoding: DecodePool, field: str, prompt: ImagePromptChoice, target: Target
+) -> list[NDArray[np.uint8]]:
+    """The pictures of an image prompt."""
+    if len(prompt.image) == 1:
+        return [await _picture(decoding, prompt.image[0], field, target)]
+    return [
+        await _picture(decoding, one, f"{field}.{place}", target)
+        for place, one in enumerate(prompt.image)
+    ]
+
+
+async def _regions(
+    decoding: DecodePool, masks: Sequence[Upload | None], prepared: Prepared
+) -> tuple[list[NDArray[np.uint8] | None], list[NDArray[np.uint8] | None]]:
+    """Where each image prompt acts, at the size of the run and at that of the second one."""
+    regions: list[NDArray[np.uint8] | None] = [None] * len(masks)
+    again = list(regions)
+    for place, mask in enumerate(masks):
+        if mask is None:
+            continue
+        field = f"image_prompts.{place}.mask"
+        with mask.opened() as data:
+            target = _target(prepared.request)
+            regions[place] = await decoding.mask(data, field, target, ACTS)
+            if prepared.second is not None:
+                larger = _target(prepared.second.request)
+                again[place] = await decoding.mask(data, field, larger, ACTS)
+    return regions, again
 
 
 async def _picture(

@@ -195,7 +195,7 @@ class Sequence:
         stage, stages = self.stage, self.task.plan.evaluations
         pictured = self.guidance.pictured[number]
         return tuple(
-            RowImagePrompt(shown.picture if pictured else shown.nothing, use.scale)
+            RowImagePrompt(shown.picture if pictured else shown.nothing, use.scale, shown.region)
             for use, shown in zip(self.task.image_prompts, self.shown, strict=True)
             if use.acts(stage, stages)
         )

@@ -5,17 +5,19 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, TypeAlias
 
+import torch
+
 from server.engine.faults import attempt
 from server.engine.tick.pictures import encoded
 from server.lru import ByteBoundedLRU
+from server.models.image_prompts.region import region_of
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable
+    from collections.abc import Hashable, Iterable, Mapping
 
     from torch import Tensor
 
     from server.engine.state.sequence import Sequence
-    from server.engine.state.submission import Submission
     from server.models.hosted import HostedModel
     from server.models.image_prompts.image_prompt import ImagePromptUse, IPAdapter, Shown
     from server.models.image_prompts.unet_image_prompts import UNetImagePrompts
@@ -65,24 +67,29 @@ class ImagePromptCache:
         attention = self._model.image_attention
         if attention is None:
             return
-        wanted: dict[IPAdapter, dict[tuple[int, int], tuple[Submission, ImagePromptUse]]] = {}
+        wanted: dict[IPAdapter, dict[tuple[int, int], tuple[Sequence, ImagePromptUse]]] = {}
         for sequence in members:
             submission = sequence.submission
             for use in sequence.task.image_prompts:
                 if id(use) not in submission.shown:
                     of_adapter = wanted.setdefault(use.adapter, {})
-                    of_adapter[id(submission), id(use)] = submission, use
+                    of_adapter[id(submission), id(use)] = sequence, use
         for adapter, uses in wanted.items():
             tokens = self._tokens(adapter, attention, [use for _, use in uses.values()])
-            for submission, use in uses.values():
-                found = tokens[use.digest], tokens[NOTHING]
-                submission.shown[id(use)] = self._shown(adapter, attention, *found)
+            for sequence, use in uses.values():
+                size = sequence.task.width, sequence.task.height
+                shown = self._shown(attention, use, tokens, self._model.latent_shape(*size)[1:])
+                sequence.submission.shown[id(use)] = shown
 
     def _tokens(
         self, adapter: IPAdapter, attention: UNetImagePrompts, uses: Iterable[ImagePromptUse]
     ) -> dict[bytes, Tensor | Exception]:
         """Tokens of pictures and of nothing, by digest, or the errors that are their own."""
-        pictures = {use.digest: use.picture for use in uses}
+        pictures = {
+            digest: picture
+            for use in uses
+            for digest, picture in zip(use.digests, use.pictures, strict=True)
+        }
         found: dict[bytes, Tensor | Exception] = {}
         for digest in (NOTHING, *pictures):
             kept = self._kept.find((adapter.identity, digest))
@@ -107,17 +114,34 @@ class ImagePromptCache:
 
     def _shown(
         self,
-        adapter: IPAdapter,
         attention: UNetImagePrompts,
-        picture: Tensor | Exception,
-        nothing: Tensor | Exception,
+        use: ImagePromptUse,
+        tokens: Mapping[bytes, Tensor | Exception],
+        size: tuple[int, int],
     ) -> Shown | Exception:
-        if isinstance(picture, Exception):
-            return picture
+        """What rows of latents of a size attend to of one use."""
+        nothing = tokens[NOTHING]
+        pictures: list[Tensor] = []
+        for digest in use.digests:
+            picture = tokens[digest]
+            if isinstance(picture, Exception):
+                return picture
+            pictures.append(picture)
         if isinstance(nothing, Exception):
             log.error("no picture could be encoded", exc_info=nothing)
             return nothing
-        return attempt(lambda: attention.shown(adapter, picture, nothing), self._model.device)
+
+        def make() -> Shown:
+            both = torch.cat(pictures), nothing.repeat(len(pictures), 1)
+            return attention.shown(use.adapter, *both, self._region(use, size))
+
+        return attempt(make, self._model.device)
+
+    def _region(self, use: ImagePromptUse, size: tuple[int, int]) -> dict[int, Tensor] | None:
+        if use.region is None:
+            return None
+        found = region_of(use.region.to(self._model.device), *size)
+        return {queries: part.to(self._model.dtype) for queries, part in found.items()}
 
 
 def shown_to(sequence: Sequence) -> tuple[Shown, ...]:

@@ -50,7 +50,8 @@ class PicturesOfATick:
         # ControlNets and IP-Adapters read theirs in another way, which takes about as long.
         steering = [use.picture for use in sequence.task.controls if id(use) not in request.hints]
         prompts = sequence.task.image_prompts
-        steering += [use.picture for use in prompts if id(use) not in request.shown]
+        shown = [use.pictures for use in prompts if id(use) not in request.shown]
+        steering += [picture for pictures in shown for picture in pictures]
         own = {
             (id(request), id(picture)): picture.shape[-2] * picture.shape[-1]
             for picture in (*pictures, *steering)

@@ -123,7 +123,11 @@ def answered(
 
 def parameters_of(body: Txt2Img) -> dict[str, Any]:
     """The request as it was read, without images."""
-    images = {"init_images": True, "mask": True, "controlnet": {"__all__": {"image"}}}
+    images = {
+        "init_images": True,
+        "mask": True,
+        "controlnet": {"__all__": {"image", "effective_region_mask"}},
+    }
     return body.model_dump(mode="json", exclude={**images, "infotext": True})
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 from server.models.window import in_window
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable
+    from collections.abc import Hashable, Mapping
 
     from torch import Tensor
 
@@ -85,15 +85,18 @@ UNLOADED = IPAdapter("", "plain", _NOTHING, None, _NOTHING, None, 0)
 
 
 class Shown(NamedTuple):
-    """What the cross-attention layers attend to of one picture.
+    """What the cross-attention layers attend to of the pictures of one use.
 
     Attributes:
         picture: keys and values of all layers, ``[tokens, features]``.
         nothing: those where the picture is left out, as for a negative prompt.
+        region: factors on what each query attends to, ``[queries, 1]``, by the number of queries of
+            a layer; None for all of the image.
     """
 
     picture: Tensor
     nothing: Tensor
+    region: Mapping[int, Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -102,27 +105,38 @@ class ImagePromptUse:
 
     Attributes:
         adapter: the IP-Adapter.
-        picture: ``[3, side, side]`` float32 in [-1, 1], of the size that its encoder reads.
-        shown_bytes: memory of what is made of the picture.
+        pictures: each ``[3, side, side]`` float32 in [-1, 1], of the size that its encoder reads;
+            their tokens are attended to together.
+        shown_bytes: memory of what is made of them.
         scale: factor on what is attended to.
         start: share of the run after which it begins to act.
         end: share of the run after which it no longer acts.
-        digest: of the picture, by which it is known again; empty where it has no content yet.
+        region: ``[H, W]`` float32, 1 where it acts and 0 elsewhere, of the size of the images; None
+            for all of them.
+        digests: of the pictures, by which they are known again; none where they have no content
+            yet.
     """
 
     adapter: IPAdapter
-    picture: Tensor
+    pictures: tuple[Tensor, ...]
     shown_bytes: int
     scale: float = 1.0
     start: float = 0.0
     end: float = 1.0
-    digest: bytes = field(init=False)
+    region: Tensor | None = None
+    digests: tuple[bytes, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         # Here, as the engine asks for it in its own thread.
-        known = not self.picture.is_meta
-        digest = sha256(self.picture.numpy().tobytes()).digest() if known else b""
-        object.__setattr__(self, "digest", digest)
+        known = [one for one in self.pictures if not one.is_meta]
+        digests = tuple(sha256(one.numpy().tobytes()).digest() for one in known)
+        object.__setattr__(self, "digests", digests)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the pictures, of the region and of what is made of them."""
+        region = 0 if self.region is None else self.region.nbytes
+        return self.shown_bytes + region + sum(one.nbytes for one in self.pictures)
 
     def acts(self, stage: int, stages: int) -> bool:
         """Whether it acts at a stage of so many, counted from 0."""

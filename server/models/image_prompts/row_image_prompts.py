@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -22,10 +22,13 @@ class RowImagePrompt:
     Attributes:
         attended: keys and values of all layers, ``[tokens, features]``.
         scale: factor on what is attended to.
+        region: further factors, ``[queries, 1]``, by the number of queries of a layer; None for all
+            of the image.
     """
 
     attended: Tensor
     scale: float
+    region: Mapping[int, Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,12 +40,15 @@ class AlikeRows:
         attended: of these, ``[n, tokens, features]``.
         onto: the rows without those repeated, int64 ``[m]``.
         scales: of these, ``[m, 1, 1]``.
+        regions: likewise, ``[m, queries, 1]``, by the number of queries; None where all act on all
+            of the image.
     """
 
     rows: Tensor
     attended: Tensor
     onto: Tensor
     scales: Tensor
+    regions: Mapping[int, Tensor] | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -92,4 +98,14 @@ class RowImagePrompts:
         where = torch.tensor([*rows, *rows[:1] * filling]).to(attended.device, non_blocking=True)
         scales = torch.tensor([one.scale for one in own], dtype=attended.dtype)
         scales = scales.to(attended.device, non_blocking=True).view(-1, 1, 1)
-        return AlikeRows(where, attended, where[: len(rows)], scales)
+        return AlikeRows(where, attended, where[: len(rows)], scales, _regions(own))
+
+
+def _regions(own: Sequence[RowImagePrompt]) -> Mapping[int, Tensor] | None:
+    """The regions of rows of one size together; those without act on all of the image."""
+    shape = next((one.region for one in own if one.region is not None), None)
+    if shape is None:
+        return None
+    whole = {queries: torch.ones_like(part) for queries, part in shape.items()}
+    regions = [whole if one.region is None else one.region for one in own]
+    return {queries: torch.stack([one[queries] for one in regions]) for queries in shape}

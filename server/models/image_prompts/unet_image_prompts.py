@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from server.models.image_prompts.image_prompt import Shown, Widths
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
+    from collections.abc import Generator, Mapping, Sequence
 
     from torch import Tensor, nn
 
@@ -82,20 +82,26 @@ class UNetImagePrompts:
         read = _read(adapter, encoder.mean.new_zeros(1, 3, side, side))
         return adapter.projection(torch.zeros_like(read) if adapter.kind == "plain" else read)[0]
 
-    def shown(self, adapter: IPAdapter, picture: Tensor, nothing: Tensor) -> Shown:
-        """Keys and values of all layers for the tokens of a picture and of no picture.
+    def shown(
+        self,
+        adapter: IPAdapter,
+        pictures: Tensor,
+        nothing: Tensor,
+        region: Mapping[int, Tensor] | None = None,
+    ) -> Shown:
+        """Keys and values of all layers for the tokens of some pictures and of no picture.
 
         Args:
             adapter: of this U-Net.
-            picture: ``[tokens, text width]``.
-            nothing: as ``picture``.
+            pictures: ``[tokens, text width]``.
+            nothing: as ``pictures``.
+            region: where they act, as of :class:`Shown`; None for all of the image.
         """
-        return Shown(
-            F.linear(picture, adapter.keys_and_values), F.linear(nothing, adapter.keys_and_values)
-        )
+        weights = adapter.keys_and_values
+        return Shown(F.linear(pictures, weights), F.linear(nothing, weights), region)
 
     def shown_bytes(self, tokens: int, dtype: torch.dtype) -> int:
-        """Memory of a :class:`Shown` of so many tokens."""
+        """Memory of a :class:`Shown` of so many tokens, for all of the image."""
         return 2 * tokens * 2 * sum(self.widths.layers) * dtype.itemsize
 
     @contextmanager
@@ -149,6 +155,9 @@ class _Attending:
             q, k, v = (self._by_heads(one) for one in (own, keys, values))
             found = _joined(F.scaled_dot_product_attention(q, k, v))
             added = alike.scales * found[: len(alike.onto)].to(attended.dtype)
+            if alike.regions is not None:
+                # By 1 for rows that have none, which moves no bit of theirs.
+                added = added * alike.regions[queries.shape[1]]
             # No row is there twice, so no order of sums is open.
             attended = attended.index_add(0, alike.onto, added)
         return (attended,)

@@ -12,30 +12,34 @@ const NUMBERS = {
 const without = (object) => Object.fromEntries(Object.entries(object).filter(([, value]) => value !== null));
 
 /** One entry of such a list, with `offer(names)` and `read()`. */
-function rowOf(entry, title, words) {
-  const picture = upload("Picture", words);
+function rowOf(entry, title, words, region) {
+  const pictures = { image: upload("Picture", words), ...(region && { mask: upload("Mask", region) }) };
+  // What settings have and no input here shows stays as it is.
+  const shown = ["name", ...Object.keys(pictures), ...Object.keys(NUMBERS)];
+  const others = Object.fromEntries(Object.entries(entry).filter(([name]) => !shown.includes(name)));
   const inputs = {};
   for (const [name, { max, placeholder }] of Object.entries(NUMBERS)) {
     inputs[name] = create("input", { type: "number", min: 0, max, step: "any", placeholder, value: entry[name] ?? "" });
   }
   const numbers = Object.entries(inputs).map(([name, input]) => create("label", {}, NUMBERS[name].title, input));
   let names = select([entry.name], entry.name);
-  const row = create("fieldset", {}, create("legend", {}, title[0].toUpperCase() + title.slice(1)), names, picture,
+  const row = create("fieldset", {}, create("legend", {}, title[0].toUpperCase() + title.slice(1)), names, ...Object.values(pictures),
     create("div", { className: "basics thirds" }, ...numbers), create("small", {}, "Start and end are shares of the run between which it acts."));
   row.offer = (offered) => {
     const chosen = names.read() ?? offered[0];
     // A name that this model does not have stays, so that the server can say so.
-    const others = select(offered.includes(chosen) ? offered : [...offered, chosen], chosen);
-    others.ariaLabel = `Name of the ${title}`;
-    names.replaceWith(others);
-    names = others;
+    const offering = select(offered.includes(chosen) ? offered : [...offered, chosen], chosen);
+    offering.ariaLabel = `Name of the ${title}`;
+    names.replaceWith(offering);
+    names = offering;
   };
   row.read = () => {
     const stated = Object.entries(inputs).map(([name, { value }]) => [name, value ? Number(value) : null]);
-    return without({ name: names.read(), image: picture.read(), ...Object.fromEntries(stated) });
+    const chosen = Object.entries(pictures).map(([name, picture]) => [name, picture.read()]);
+    return without({ ...others, name: names.read(), ...Object.fromEntries([...chosen, ...stated]) });
   };
   row.focus = () => names.focus();
-  if (entry.image) picture.put(entry.image);
+  for (const [name, picture] of Object.entries(pictures)) if (entry[name]) picture.put(entry[name]);
   return row;
 }
 
@@ -47,8 +51,9 @@ function rowOf(entry, title, words) {
  * @param field name in a request, and of what the model has in the catalog.
  * @param title of one entry, as within a sentence.
  * @param words about its picture.
+ * @param region about a mask of where it acts; without, there is none.
  */
-export function pictureFields(place, field, title, words) {
+export function pictureFields(place, field, title, words, region) {
   const rows = create("div");
   const add = create("button", { type: "button", textContent: `Add ${title}` });
   let offered = [];
@@ -60,7 +65,7 @@ export function pictureFields(place, field, title, words) {
     place.closest("details").hidden = !offered.length && !rows.children.length;
   };
   const append = (entry) => {
-    const row = rowOf(entry, title, words);
+    const row = rowOf(entry, title, words, region);
     const remove = create("button", { type: "button", textContent: `Remove ${title}` });
     remove.addEventListener("click", () => {
       row.remove();

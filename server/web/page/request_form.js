@@ -71,7 +71,7 @@ export function requestForm(form, catalog) {
     hires,
     textFields(form),
     maskContentFields(form, catalog.mask_contents),
-    pictureFields(form.querySelector("#image-prompts"), "image_prompts", "image prompt", "What the images are to be like, in content or style. The square in its middle counts."),
+    pictureFields(form.querySelector("#image-prompts"), "image_prompts", "image prompt", "What the images are to be like, in content or style. The square in its middle counts.", "White where in the images it acts, black where not. Without, it acts everywhere."),
     pictureFields(form.querySelector("#controls"), "controls", "ControlNet", "What it reads, such as edges, a depth map or a pose, prepared as it was trained with."),
   ];
 

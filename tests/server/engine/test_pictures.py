@@ -101,7 +101,7 @@ def test_a_tick_waits_for_one_large_picture_at_most(task, listen):
     steering = ControlUse(Control("", None, 0, 0.0), torch.zeros(3, 64, 64))
     steered = of(Submission(1), None, 64, controls=(steering,))
     assert not before.take(steered, due=True), "its ControlNet has a picture to read"
-    beside = ImagePromptUse(UNLOADED, torch.zeros(3, 64, 64), 0)
+    beside = ImagePromptUse(UNLOADED, (torch.zeros(3, 64, 64),), 0)
     prompted = of(Submission(1), None, 64, image_prompts=(beside,))
     assert not before.take(prompted, due=True), "there is a picture beside its prompt"
     assert not PicturesOfATick().take(first, due=False)

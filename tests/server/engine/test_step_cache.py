@@ -239,7 +239,7 @@ def test_where_the_network_begins_to_be_changed_it_is_evaluated(
 
 def test_a_controlnet_or_an_image_prompt_that_begins_to_act_changes_the_network() -> None:
     steering = ControlUse(Control("", None, 0, 1.0), torch.zeros(3, SIDE, SIDE), start=0.5)
-    shown = ImagePromptUse(UNLOADED, torch.zeros(3, 8, 8), 0, end=0.25)
+    shown = ImagePromptUse(UNLOADED, (torch.zeros(3, 8, 8),), 0, end=0.25)
     task = toy_task(controls=(steering,), image_prompts=(shown,), steps=4)
     sequence = Sequence(task, 0, Ear(1), Submission(1))
     found: list[tuple[tuple[int, ...], ...]] = []

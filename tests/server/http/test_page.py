@@ -513,7 +513,7 @@ def test_what_some_models_have_is_asked_for_and_comes_back_with_the_settings(
           const dataTransfer = new DataTransfer();
           dataTransfer.items.add(new File([square], "square.png", {{ type: "image/png" }}));
           const dropped = new DragEvent("drop", {{ dataTransfer, cancelable: true }});
-          place.querySelector(".upload").dispatchEvent(dropped);
+          for (const upload of place.querySelectorAll(".upload")) upload.dispatchEvent(dropped);
           const [scale, start, end] = place.querySelectorAll("[type=number]");
           scale.value = 0.5; start.value = 0.1; end.value = 0.7;
         }};
@@ -528,11 +528,12 @@ def test_what_some_models_have_is_asked_for_and_comes_back_with_the_settings(
         $("embeddings").querySelector("button").click();
         add($("image-prompts")); add($("controls"));
         $("image-prompts").querySelector("select").value = "plus";
-        await until(() => document.querySelectorAll(".pictures img[src]").length === 2);
+        await until(() => document.querySelectorAll(".pictures img[src]").length === 3);
         await press();
 
         const { open } = await import("/page/generate.js");
         const settings = { ...JSON.parse(sent[0]), width: 96, height: 160, steps: 20 };
+        settings.controls[0].preprocessor = "invert";
         const run = { upscaler: "latent", strength: 0.6, steps: 20 };
         for (const [width, height] of [[128, 224], [128, 128]]) {
           await open({ ...settings, hires: { ...run, width, height } });
@@ -548,7 +549,8 @@ def test_what_some_models_have_is_asked_for_and_comes_back_with_the_settings(
     for field, name in (("image_prompts", "plus"), ("controls", "canny")):
         image = first[field][0]["image"]
         assert image.startswith("data:image/png;base64,")
-        assert first[field] == [{"name": name, "image": image, **shown}]
+        masked = {"mask": image} if field == "image_prompts" else {}
+        assert first[field] == [{"name": name, "image": image, **masked, **shown}]
     assert first["hires"] == {"upscaler": "latent", "scale": 1.5, "strength": 0.6}
     assert first["variation"] == {"seed": 9, "strength": 0.2}
     assert first["clip_skip"] == 2
@@ -556,7 +558,9 @@ def test_what_some_models_have_is_asked_for_and_comes_back_with_the_settings(
 
     size = {"width": 96, "height": 160, "steps": 20}
     # In multiples of 32 pixels, that scale makes 128 x 224 of it as 1.5 does.
-    assert again == first | size | {"hires": first["hires"] | {"scale": 1.4}}
+    larger = {"hires": first["hires"] | {"scale": 1.4}}
+    inverted = {"controls": [first["controls"][0] | {"preprocessor": "invert"}]}
+    assert again == first | size | larger | inverted
     assert square["hires"] == {"upscaler": "latent", "strength": 0.6, "width": 128, "height": 128}
 
 

@@ -50,10 +50,14 @@ def test_a_unit_is_a_control_of_the_same_name_weight_and_window() -> None:
 
 @pytest.mark.parametrize("module", ["none", "ip-adapter-auto", "CLIP-ViT-H (IPAdapter)"])
 def test_a_unit_of_an_ip_adapter_is_an_image_prompt(module: str) -> None:
-    request = read(UNIT, UNIT | {"model": "style", "module": module, "weight": 0.5}).request
-    assert [one.name for one in request.controls] == ["depth"]
-    [prompt] = request.image_prompts
+    style = {"model": "style", "module": module, "weight": 0.5, "effective_region_mask": "bWFzaw=="}
+    found = read(UNIT, UNIT | style)
+    assert [one.name for one in found.request.controls] == ["depth"]
+    [prompt] = found.request.image_prompts
     assert (prompt.name, prompt.scale) == ("style", 0.5)
+    assert prompt.mask is not None
+    assert held(prompt.mask) == "bWFzaw=="
+    assert not found.ignored
 
 
 def test_of_a_model_that_is_not_loaded_the_preprocessor_tells_the_kind() -> None:

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from server.errors import InvalidRequest
 from server.models.hosted import HostedModel
+from server.models.image_prompts.region import region_of
 from server.models.loading import load_model
 from server.requests.catalog import ImagePromptEntry, image_prompt_entries
 from server.requests.image_prompts import load_image_prompts, unloaded_image_prompts
@@ -80,7 +81,15 @@ def test_settings_and_infotext_have_all_but_the_pictures(model: HostedModel) -> 
         (
             {"name": "style", "weight": 1},
             "image_prompts.0.weight is not a known field; allowed are: name, scale, start, end, "
-            "image.",
+            "image, mask.",
+        ),
+        (
+            {"name": "style", "image": []},
+            "image_prompts.0.image has 0 entries; it must have at least 1.",
+        ),
+        (
+            {"name": "style", "image": [PICTURE, 7]},
+            "image_prompts.0.image.1 is 7; it must be a string.",
         ),
     ],
 )
@@ -104,17 +113,23 @@ def test_an_adapter_must_be_one_of_the_model(model: HostedModel) -> None:
 def test_those_of_scale_0_are_not_loaded_and_what_is_not_loaded_is_counted(
     model: HostedModel,
 ) -> None:
-    chosen = resolved(model, {"name": "style", "scale": 0}, {"name": "face", "end": 0.5})
-    pictures = [torch.zeros(3, SIDE, SIDE), torch.ones(3, SIDE, SIDE)]
-    [use] = load_image_prompts(chosen.image_prompts, pictures, model)
-    assert (use.adapter.name, use.picture, use.scale) == ("face", pictures[1], 1.0)
+    face = {"name": "face", "end": 0.5, "image": [PICTURE, PICTURE], "mask": PICTURE}
+    request = written({"name": "style", "scale": 0}, face)
+    chosen = resolve(request, model, Limits(), None)
+    pictures = [[torch.zeros(3, SIDE, SIDE)], [torch.ones(3, SIDE, SIDE)] * 2]
+    regions = [None, torch.ones(16, 24)]
+    [use] = load_image_prompts(chosen.image_prompts, pictures, regions, model)
+    assert (use.adapter.name, use.pictures, use.scale) == ("face", tuple(pictures[1]), 1.0)
     assert [use.acts(stage, 4) for stage in range(4)] == [True, True, False, False]
-    [counted] = unloaded_image_prompts(chosen.image_prompts, model)
-    attention = model.image_attention
+    [counted] = unloaded_image_prompts(request.image_prompts, 24, 16, model)
+    attention, region = model.image_attention, region_of(torch.ones(16, 24), 8, 12)
     assert attention is not None
-    shown = attention.shown(use.adapter, *torch.zeros(2, 5, attention.widths.text))
-    assert counted.shown_bytes == use.shown_bytes == sum(one.nbytes for one in shown)
-    assert counted.picture.nbytes == use.picture.nbytes
+    assert set(region) == {96, 24, 6, 2, 1}
+    tokens = torch.zeros(10, attention.widths.text)
+    keys = attention.shown(use.adapter, tokens, tokens)[:2]
+    held = sum(one.nbytes for one in (*keys, *region.values()))
+    assert counted.shown_bytes == use.shown_bytes == held
+    assert counted.nbytes == use.nbytes == held + 4 * (2 * 3 * SIDE**2 + 16 * 24)
 
 
 def test_a_window_without_an_evaluation_is_said_to_have_no_effect(model: HostedModel) -> None:

@@ -17,3 +17,16 @@ def test_pictures_of_a_list_are_put_back_in_their_places() -> None:
         with upload.opened() as data:
             put_upload(fields, path, str(data))
     assert fields == sent
+
+
+def test_a_single_picture_is_put_back_where_there_may_be_a_list() -> None:
+    names = [{"name": "x"}, {"name": "y"}]
+    sent = [[Upload("a"), Upload("b")], Upload("c")]
+    prompts = [name | {"image": image} for name, image in zip(names, sent, strict=True)]
+    given = {"prompt": "x", "image_prompts": prompts}
+    request = GenerateRequest.model_validate(given)
+    fields: dict[str, Any] = without_uploads(given)
+    for path, upload in uploads_in(request):
+        with upload.opened() as data:
+            put_upload(fields, path, str(data))
+    assert [one["image"] for one in fields["image_prompts"]] == [["a", "b"], ["c"]]

@@ -30,10 +30,13 @@ def style(running: Running, image_prompts_folder: Path) -> str:
 
 def prompt(seed: int = 1, **fields: Any) -> dict[str, Any]:
     pixels = np.random.default_rng(seed).integers(0, 256, (40, 56, 3), dtype=np.uint8)
+    return {"name": "style", "image": encoded(Image.fromarray(pixels)), **fields}
+
+
+def encoded(picture: Image.Image) -> str:
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    image = base64.b64encode(file.getvalue()).decode()
-    return {"name": "style", "image": image, **fields}
+    picture.save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def picture_of(answer: httpx2.Response) -> Image.Image:
@@ -62,10 +65,30 @@ def test_a_picture_beside_the_prompt_changes_the_image_and_is_in_its_text(
     assert json.loads(text["weft"])["image_prompts"] == [written]
 
 
+def test_several_pictures_and_regions_act(generate: Generate, style: str) -> None:
+    left = Image.new("L", (64, 64))
+    left.paste(255, (0, 0, 32, 64))
+    here = encoded(left)
+    pair = [prompt()["image"], prompt(2)["image"]]
+    asked = {
+        "one": prompt(),
+        "both": prompt(image=pair),
+        "here": prompt(mask=here),
+        "everywhere": prompt(mask=encoded(Image.new("L", (8, 8), 255))),
+    }
+    made = {name: picture_of(generate(image_prompts=[one])) for name, one in asked.items()}
+    files = {name: picture.tobytes() for name, picture in made.items()}
+    assert files["everywhere"] == files["one"]
+    assert len({files[name] for name in ("one", "both", "here")}) == 3
+
+
 def test_both_runs_of_hires_are_prompted(generate: Generate, style: str) -> None:
     hires = {"width": 64, "height": 64, "hires": {"scale": 1.5, "strength": 0.9}}
-    made = {picture_of(generate(**hires, image_prompts=[prompt(k)])).tobytes() for k in (1, 2)}
-    assert len(made) == 2
+    below = Image.new("L", (64, 64))
+    below.paste(255, (0, 40, 64, 64))
+    prompts = [prompt(), prompt(2), prompt(mask=encoded(below))]
+    made = {picture_of(generate(**hires, image_prompts=[one])).tobytes() for one in prompts}
+    assert len(made) == 3
 
 
 def test_what_is_wrong_with_an_image_prompt_is_said(
@@ -73,6 +96,13 @@ def test_what_is_wrong_with_an_image_prompt_is_said(
 ) -> None:
     broken = generate(image_prompts=[prompt(), {"name": style, "image": "aGVsbG8="}])
     assert (broken.status_code, broken.json()["error"]["param"]) == (422, "image_prompts.1.image")
+    pair = generate(image_prompts=[prompt(image=[prompt()["image"], "aGVsbG8="])])
+    assert (pair.status_code, pair.json()["error"]["param"]) == (422, "image_prompts.0.image.1")
+    black = generate(image_prompts=[prompt(mask=encoded(Image.new("L", (8, 8))))])
+    assert black.json()["error"]["message"] == (
+        "image_prompts.0.mask is black everywhere, so that it would act nowhere; paint white and "
+        "opaque where it should."
+    )
     unknown = generate(image_prompts=[prompt(name="../style")])
     assert unknown.status_code == 422
     assert unknown.json()["error"]["message"] == (

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPAGPipeline
+from diffusers.image_processor import IPAdapterMaskProcessor
 from PIL import Image
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from server.engine.task import ImageTask
 from server.models.adapters.adapter import Weighted
 from server.models.hosted import HostedModel
 from server.models.image_prompts.image_prompt import ImagePromptUse
+from server.models.image_prompts.region import region_of
 from server.models.image_prompts.row_image_prompts import RowImagePrompt, RowImagePrompts
 from server.models.loading import load_model
 from tests.server.models import tiny_sd, tiny_sdxl
@@ -76,13 +78,14 @@ class Prompted:
         settings = {"guidance_scale": 5.0, "num_inference_steps": STEPS, **fields}
         settings |= {"height": HEIGHT, "width": WIDTH}
         with self._loaded(uses):
-            shown = {"ip_adapter_image": [pil(one.picture) for one in uses]} if uses else {}
+            shown = {"ip_adapter_image": [[*map(pil, one.pictures)] for one in uses]}
             return pipeline(
                 PROMPT,
+                cross_attention_kwargs=masked(uses),
                 latents=latents,
                 output_type="latent",
                 callback_on_step_end=switching(uses),
-                **shown,
+                **(shown if uses else {}),
                 **settings,
             ).images[0]
 
@@ -111,6 +114,18 @@ def switching(uses: tuple[ImagePromptUse, ...]) -> Any:
         return tensors
 
     return switch
+
+
+def masked(uses: tuple[ImagePromptUse, ...]) -> dict[str, Any] | None:
+    """Their masks, of the size of the image; one that is white everywhere for those without."""
+    if all(one.region is None for one in uses):
+        return None
+    processor: Any = IPAdapterMaskProcessor(vae_scale_factor=1)
+    whole = torch.ones(HEIGHT, WIDTH)
+    regions = [whole if one.region is None else one.region for one in uses]
+    masks = [Image.fromarray((255 * one).byte().numpy()) for one in regions]
+    made = processor.preprocess(masks, height=HEIGHT, width=WIDTH)
+    return {"ip_adapter_masks": [one[None] for one in made]}
 
 
 def pil(picture: Tensor) -> Image.Image:
@@ -170,6 +185,33 @@ def test_images_in_mixed_company_are_those_of_diffusers(
     assert_apart(prompted.theirs(plain, plus), prompted.theirs(plain, early))
 
 
+def test_several_pictures_are_attended_to_together_and_each_in_its_region(
+    prompted: Prompted, model: HostedModel, engine: Engine, decoded: list[Tensor]
+) -> None:
+    """Alone and side by side."""
+    left, middle = torch.zeros(2, HEIGHT, WIDTH)
+    left[:, : WIDTH // 2] = 1
+    middle[3:9, 5:16] = 1
+    several = use(model, "plain", 1, 2, 3, scale=0.6)
+    here, there = use(model, "plain", 4, region=left), use(model, "plus", 5, region=middle)
+    whole = use(model, "plain", 6, scale=0.5)
+    tasks = [
+        asked(model, several),
+        asked(model, here, seed=6),
+        asked(model, here, there, whole, seed=7),
+    ]
+    theirs = prompted.theirs(here, seed=6)
+    for together in ([tasks[1]], tasks):
+        decoded.clear()
+        ear = run(engine, together)
+        assert not ear.errors, ear.errors
+        assert_among(decoded, theirs)
+    assert_among(decoded, prompted.theirs(several))
+    assert_among(decoded, prompted.theirs(here, there, whole, seed=7))
+    # The region would be missed if it were not seen.
+    assert_apart(theirs, prompted.theirs(replace(here, region=None), seed=6))
+
+
 def test_images_of_stable_diffusion_xl_are_those_of_diffusers(tmp_path: Path) -> None:
     prompted = Prompted(tiny_sdxl.make(BASE), tmp_path)
     model, seen = prompted.model, list[Tensor]()
@@ -191,15 +233,25 @@ def test_rows_without_are_not_moved_by_a_bit_nor_those_of_scale_0(model: HostedM
     one = use(model, "plain", 1)
     attention = model.image_attention
     assert attention is not None
-    tokens = attention.tokens(one.adapter, one.picture[None])[0]
-    shown = attention.shown(one.adapter, tokens, tokens)
-    rows = ((), (RowImagePrompt(shown.picture, 1.0),), (RowImagePrompt(shown.picture, 0.0),), ())
-    without, with_one = (
+    tokens = attention.tokens(one.adapter, one.pictures[0][None])[0]
+    keys = attention.shown(one.adapter, tokens, tokens).picture
+    rows = ((), (RowImagePrompt(keys, 1.0),), (RowImagePrompt(keys, 0.0),), ())
+    half = torch.ones(HEIGHT, WIDTH)
+    half[: HEIGHT // 2] = 0
+    region = region_of(half, *SHAPE[1:])
+    beside = (*rows[:3], (RowImagePrompt(keys, 1.0, region),))
+    without, with_one, with_region = (
         model.evaluate(x, t, inputs)
-        for inputs in (plain, replace(plain, image_prompts=RowImagePrompts(rows)))
+        for inputs in (
+            plain,
+            replace(plain, image_prompts=RowImagePrompts(rows)),
+            replace(plain, image_prompts=RowImagePrompts(beside)),
+        )
     )
     assert torch.equal(without[[0, 2, 3]], with_one[[0, 2, 3]])
     assert_apart(without[1], with_one[1])
+    assert torch.equal(with_one[:3], with_region[:3])
+    assert_apart(with_one[3], with_region[3])
 
 
 def test_an_image_is_bit_identical_alone_and_in_company_where_the_server_is_deterministic(
@@ -251,7 +303,7 @@ def test_normalized_attention_guidance_leads_the_attention_to_the_text_alone(
     inputs = model.inputs([PROMPT] * 4, WIDTH, HEIGHT)
     one, attention = use(model, "plain", 1), model.image_attention
     assert attention is not None
-    tokens = attention.tokens(one.adapter, one.picture[None])[0]
+    tokens = attention.tokens(one.adapter, one.pictures[0][None])[0]
     shown = RowImagePrompt(attention.shown(one.adapter, tokens, tokens).picture, 1.0)
     led, unled = (NormalizedAttention(scale=5.0, tau=2.5, alpha=0.5),), ()
     inputs = replace(
@@ -313,7 +365,7 @@ def test_a_picture_that_cannot_be_encoded_fails_its_own_image(
     encode, bad, good = attention.tokens, use(model, "plain", 31), use(model, "plain", 32)
 
     def breaking(adapter: Any, batch: Tensor) -> Tensor:
-        if any(torch.equal(one, bad.picture) for one in batch):
+        if any(torch.equal(one, bad.pictures[0]) for one in batch):
             raise ValueError("no such picture")
         return encode(adapter, batch)
 

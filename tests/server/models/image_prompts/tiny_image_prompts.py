@@ -119,10 +119,13 @@ def shelf_of(model: HostedModel, *folders: Path, most_bytes: int = ROOM) -> Imag
     return ImagePromptShelf(folders, *own)
 
 
-def use(model: HostedModel, name: str, seed: int, **how: Any) -> ImagePromptUse:
-    """An image prompt by an adapter of the model's, with a random picture."""
+def use(
+    model: HostedModel, name: str, *seeds: int, region: Tensor | None = None, **how: Any
+) -> ImagePromptUse:
+    """An image prompt by an adapter of the model's, with a random picture of each seed."""
     chosen = ImagePromptSettings(name=name, **how)
-    [made] = load_image_prompts([chosen], [random_picture(seed)], model)
+    pictures = [random_picture(seed) for seed in seeds]
+    [made] = load_image_prompts([chosen], [pictures], [region], model)
     return made
 
 
