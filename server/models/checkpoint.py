@@ -16,11 +16,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from server.errors import ModelMismatch
 from server.models.folder import INDEX, stamp_of
+from server.models.scaled_weights import unscaled
 from server.models.unfinished import unfinished
 from server.models.weight_files import NETWORK, TEXT_ENCODER
 
@@ -45,9 +46,15 @@ CLIP: Final = ("cond_stage_model.transformer.", "conditioner.embedders.0.transfo
 OPEN_CLIP: Final = "conditioner.embedders.1.model."
 OF_TRAINING: Final = (
     "model_ema.",
+    "first_stage_model.loss.",
+    "first_stage_model.model_ema.",
+    "cond_stage_model.logit_scale",
+    "conditioner.embedders.0.logit_scale",
     "alphas_cumprod",
     "betas",
     "denoiser.sigmas",
+    "epoch",
+    "global_step",
     "log_one_minus_alphas_cumprod",
     "logvar",
     "posterior_",
@@ -56,9 +63,20 @@ OF_TRAINING: Final = (
 )
 """What checkpoints hold beside the weights that are sampled with."""
 
+OF_CLIP_ALONE: Final = tuple(f"{one}text_projection.weight" for one in CLIP)
+"""A layer of CLIP that no picture is drawn with; some merges keep it."""
+
+PROJECTION: Final = f"{OPEN_CLIP}text_projection"
+
+BY_EDM: Final = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
+"""Of models that predict by Karras et al.'s preconditioning: Playground v2.5, CosXL."""
+
 V_PREDICTION: Final = "v_pred"
 ZERO_TERMINAL_SNR: Final = "ztsnr"
-"""Entries by which a checkpoint says how it was trained."""
+"""Tensors by which a checkpoint says how it was trained."""
+
+PREDICTION: Final = "modelspec.prediction_type"
+"""Entry of a file's metadata with the same, "epsilon" or "v", as kohya's scripts write it."""
 
 UNUSED: Final = ("position_ids", "logit_scale")
 COPIED: Final = (".in_proj_weight", ".in_proj_bias", ".text_projection")
@@ -125,13 +143,13 @@ def _letters() -> list[str]:
 
 
 def _convert(file: Path, folder: Path, templates: Path) -> None:
-    weights = _read(file)
+    weights, metadata = _read(file)
     kind = _kind(file, weights)
     shutil.copytree(templates / TEMPLATES[kind], folder, dirs_exist_ok=True)
     for tokenizer in folder.glob("tokenizer*"):
         if not (tokenizer / "tokenizer.json").exists():
             write_tokenizer(tokenizer)
-    _adapt_configs(folder, kind, weights)
+    _adapt_configs(folder, kind, weights, metadata)
     try:
         parts = _parts(folder, weights)
     except KeyError as error:
@@ -149,11 +167,20 @@ def _convert(file: Path, folder: Path, templates: Path) -> None:
         )
 
 
-def _read(file: Path) -> dict[str, Tensor]:
+def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors that are sampled with, and the file's metadata."""
     try:
-        return load_file(file)
+        with safe_open(file, framework="pt") as opened:
+            metadata = dict(opened.metadata() or {})
+        weights = load_file(file)
     except (SafetensorError, OSError) as error:
         raise ModelMismatch(f"model file {str(file)!r} cannot be read: {error}.") from None
+    unused = (*OF_TRAINING, *OF_CLIP_ALONE)
+    used = {name: tensor for name, tensor in weights.items() if not name.startswith(unused)}
+    if (turned := used.pop(f"{PROJECTION}.weight", None)) is not None:
+        # As a linear layer has it, where OpenCLIP has a matrix.
+        used[PROJECTION] = turned.T
+    return unscaled(used, f"model file {str(file)!r}"), metadata
 
 
 def _kind(file: Path, weights: Mapping[str, Tensor]) -> str:
@@ -167,13 +194,27 @@ def _kind(file: Path, weights: Mapping[str, Tensor]) -> str:
             "whether it predicts noise or a velocity; host a folder in the diffusers layout, whose "
             "scheduler does."
         )
+    if by_edm := [name for name in BY_EDM if name in weights]:
+        raise ModelMismatch(
+            f"model file {str(file)!r} has {by_edm[0]}: it predicts by the preconditioning of EDM, "
+            "which is not supported for Stable Diffusion XL."
+        )
     stands = f"{UNET}input_blocks.0.0.weight" in weights
+    networks = {"text encoder": CLIP, "autoencoder": (AUTOENCODER,)}
+    lacking = [
+        name for name, own in networks.items() if not any(k.startswith(own) for k in weights)
+    ]
+    if stands and lacking:
+        raise ModelMismatch(
+            f"model file {str(file)!r} has a U-Net and no {' and no '.join(lacking)}; put it into "
+            "the subfolder unet of a folder in the diffusers layout, in place of the file there."
+        )
     if kind not in TEMPLATES or not stands:
         raise ModelMismatch(
             f"model file {str(file)!r} is no complete checkpoint of Stable Diffusion 1.x or XL; "
             "models of other families are hosted as folders in the diffusers layout."
         )
-    known = (UNET, AUTOENCODER, *CLIP, OPEN_CLIP, *OF_TRAINING, V_PREDICTION, ZERO_TERMINAL_SNR)
+    known = (UNET, AUTOENCODER, *CLIP, OPEN_CLIP, V_PREDICTION, ZERO_TERMINAL_SNR)
     if strange := sorted(name for name in weights if not name.startswith(known)):
         raise ModelMismatch(
             f"model file {str(file)!r} has tensors that belong to none of its networks: "
@@ -182,14 +223,16 @@ def _kind(file: Path, weights: Mapping[str, Tensor]) -> str:
     return kind
 
 
-def _adapt_configs(folder: Path, kind: str, weights: Mapping[str, Tensor]) -> None:
+def _adapt_configs(
+    folder: Path, kind: str, weights: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
     if kind in ("inpainting", "xl_inpaint"):
         _change(folder / "unet" / "config.json", in_channels=9)
         index = json.loads((folder / INDEX).read_text("utf-8"))
         family = index["_class_name"].replace("Pipeline", "InpaintPipeline")
         _change(folder / INDEX, _class_name=family)
     scheduler = folder / "scheduler" / "scheduler_config.json"
-    if V_PREDICTION in weights:
+    if V_PREDICTION in weights or metadata.get(PREDICTION) == "v":
         _change(scheduler, prediction_type="v_prediction")
     if ZERO_TERMINAL_SNR in weights:
         _change(scheduler, rescale_betas_zero_snr=True)
@@ -211,7 +254,8 @@ def _parts(folder: Path, weights: Mapping[str, Tensor]) -> dict[str, dict[str, T
         "text_encoder": theirs.convert_ldm_clip_checkpoint(_of(weights, *CLIP)),
     }
     if (folder / "text_encoder_2").is_dir():
-        # It asks the model only for what a checkpoint without a projection lacks.
+        if PROJECTION not in weights:
+            raise KeyError(PROJECTION)
         second = theirs.convert_open_clip_checkpoint(None, _of(weights, OPEN_CLIP), OPEN_CLIP)
         parts["text_encoder_2"] = second
     return parts

@@ -2,7 +2,8 @@
 
 Of a config only what its class declares is passed on, so that no entry can choose an attention
 kernel, a quantizer or code of its own. Tensors that are missing, left over or of another shape are
-refused here, by name: such a part would fail at its first use, or worse, draw noise.
+refused here, by name: such a part would fail at its first use, or worse, draw noise. Weights may
+have the names of the original code.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing_extensions import override
 
 from server.errors import ModelMismatch
 from server.models.folder import component_class, read_json
+from server.models.original_weights import as_diffusers
 from server.models.sentencepiece_file import t5_tokenizer
 from server.models.weight_files import NETWORK, TEXT_ENCODER, weight_files
 
@@ -91,7 +93,11 @@ def build_network(folder: Path, part: str, kind: Any, dtype: torch.dtype) -> Any
     config = known_entries(read_json(folder, f"{part}/config.json"), kind.__init__)
     with _WithoutMemory():
         network = kind(**config)
-    weights = _weights_of(folder, part)
+    called = f"{part} of model folder {str(folder)!r}"
+    try:
+        weights = as_diffusers(_weights_of(folder, part), network, called, dtype)
+    except KeyError as error:
+        raise ModelMismatch(f"{called} lacks the tensor {error}.") from None
     # Autoencoders of 2022 name their attention's layers otherwise.
     network._fix_state_dict_keys_on_load(weights)
     expected = network.state_dict()

@@ -36,6 +36,8 @@ NETWORK: Final = "diffusion_pytorch_model"
 TEXT_ENCODER: Final = "model"
 """What diffusers and transformers call the files, without their endings."""
 
+OF_TEXT_ENCODER: Final = re.compile(rf"{TEXT_ENCODER}([.-].*)?\.safetensors")
+
 VARIANTS: Final = (None, "fp16")
 """The first that a part has is loaded."""
 
@@ -65,6 +67,8 @@ class WeightFiles(NamedTuple):
 def weight_files(folder: Path, part: str, stem: str) -> WeightFiles:
     """The files of a part: one, or those that an index lists; of a variant if there are no others.
 
+    A network's may have any name where it is the only one in its folder.
+
     Args:
         folder: of the model.
         part: the subfolder.
@@ -82,6 +86,11 @@ def weight_files(folder: Path, part: str, stem: str) -> WeightFiles:
             return WeightFiles(tuple(sorted(set(map(str, listed)))), variant)
         if (folder / part / f"{stem}{dotted}.safetensors").is_file():
             return WeightFiles((f"{stem}{dotted}.safetensors",), variant)
+    if stem == NETWORK:
+        # The only one, by whatever name it was published.
+        others = [one.name for one in (folder / part).glob("*.safetensors")]
+        if len(others) == 1 and not OF_TEXT_ENCODER.fullmatch(others[0]):
+            return WeightFiles((others[0],), None)
     return WeightFiles((f"{stem}.safetensors",), None)
 
 

@@ -92,6 +92,8 @@ def test_two_servers_may_convert_a_file_at_once(
         ),
         ({"model.diffusion_model.label_emb.0.0.weight": None}, "lacks the tensor 'label_emb.0.0."),
         ({"model.diffusion_model.input_blocks.0.0.weight": None}, "is no complete checkpoint"),
+        ({"edm_vpred.sigma_max": torch.ones(1)}, "predicts by the preconditioning of EDM"),
+        ({"conditioner.embedders.1.model.text_projection": None}, "1.model.text_projection'"),
     ],
 )
 def test_tensors_that_are_left_over_or_missing_are_named(
@@ -103,6 +105,43 @@ def test_tensors_that_are_left_over_or_missing_are_named(
         converted(tmp_path / "other.safetensors", tmp_path / "cache", templates)
     assert sentence in refused.value.message
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_what_trainers_and_mergers_leave_in_a_file_is_left_out(
+    pipeline: Any, file: Path, templates: Path, tmp_path: Path
+) -> None:
+    """As kohya's scripts, ComfyUI and mergers save Stable Diffusion XL."""
+    first, second = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
+    weights = {
+        # Before transformers 4.
+        name.replace(f"{first}text_model.", first): tensor
+        for name, tensor in load_file(file).items()
+    }
+    turned = weights.pop(f"{second}text_projection").T.contiguous()
+    beside: dict[str, torch.Tensor] = {
+        f"{second}text_projection.weight": turned,
+        f"{second}logit_scale": torch.ones([]),
+        f"{first}embeddings.position_ids": torch.arange(77)[None],
+        f"{first}text_projection.weight": torch.ones(32, 32),
+        "conditioner.embedders.0.logit_scale": torch.ones([]),
+        "first_stage_model.loss.discriminator.main.0.weight": torch.ones(2, 2),
+        "first_stage_model.model_ema.decay": torch.ones([]),
+        "denoiser.sigmas": torch.ones(1000),
+        "global_step": torch.ones([], dtype=torch.int64),
+    }
+    save_file(weights | beside, tmp_path / "merged.safetensors")
+    folder = converted(tmp_path / "merged.safetensors", tmp_path / "cache", templates)
+    networks = load_model(folder, name="m", device="cpu", dtype="float32").modules()
+    for part in ("text_encoder", "text_encoder_2"):
+        ours, theirs = networks[part].state_dict(), getattr(pipeline, part).state_dict()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs), part
+
+
+def test_a_file_of_a_unet_alone_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    weights = {"model.diffusion_model.input_blocks.0.0.weight": torch.ones(2, 4, 3, 3)}
+    save_file(weights, tmp_path / "unet.safetensors")
+    with pytest.raises(ModelMismatch, match="no text encoder and no autoencoder; put it into the"):
+        converted(tmp_path / "unet.safetensors", tmp_path / "cache")
 
 
 def test_a_server_is_not_started_on_another_kind_of_file(tmp_path: Path) -> None:
@@ -128,12 +167,16 @@ def test_a_file_of_stable_diffusion_2_is_refused_as_its_prediction_is_not_known(
 def test_what_the_file_says_of_its_training_reaches_the_scheduler(
     file: Path, templates: Path, tmp_path: Path
 ) -> None:
-    said = {"v_pred": torch.ones(1), "ztsnr": torch.ones(1)}
-    save_file({**load_file(file), **said}, tmp_path / "v.safetensors")
-    folder = converted(tmp_path / "v.safetensors", tmp_path / "cache", templates)
-    scheduler = json.loads((folder / "scheduler/scheduler_config.json").read_text())
-    assert scheduler["prediction_type"] == "v_prediction"
-    assert scheduler["rescale_betas_zero_snr"]
+    """By tensors without numbers, as NoobAI's, or by metadata, as kohya's scripts."""
+    plain = load_file(file)
+    said = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+    save_file({**plain, **said}, tmp_path / "tensors.safetensors")
+    save_file(plain, tmp_path / "metadata.safetensors", {"modelspec.prediction_type": "v"})
+    for name, rescales in (("tensors", True), ("metadata", False)):
+        folder = converted(tmp_path / f"{name}.safetensors", tmp_path / "cache", templates)
+        scheduler = json.loads((folder / "scheduler/scheduler_config.json").read_text())
+        assert scheduler["prediction_type"] == "v_prediction"
+        assert bool(scheduler.get("rescale_betas_zero_snr")) == rescales
 
 
 def test_the_configs_that_ship_are_those_of_the_published_networks() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from server.models.adapters.naming import named
 from server.models.adapters.original_layers import ORIGINAL
+from tests.server.models.original_layers import FLUX_1, FLUX_2, WIDTH, Z_IMAGE, whole
 
 LAYERS = {
     "unet": {"mid_block.attentions.0.proj_in": (4, 4), "conv_in": (4, 4, 3, 3)},
@@ -48,44 +49,6 @@ def test_a_layer_is_found_by_each_trainers_name(written: str, network: str, laye
     assert [*found[network]] == [f"{[*LAYERS[network]][layer]}.lora_A.weight"]
 
 
-WIDTH = 3072
-"""Of FLUX.1, whose converter of checkpoints knows no other."""
-
-
-def flux(names: Iterable[str], streams: dict[str, int]) -> dict[str, int]:
-    """Outputs of the layers of both kinds of blocks, and of the others."""
-    block = {"attn.qkv": 3, "attn.proj": 1, "mlp.0": 4, "mlp.2": 1} | streams
-    double = {f"double_blocks.0.{s}_{name}": n for s in ("img", "txt") for name, n in block.items()}
-    single = {"single_blocks.0.linear1": 7, "single_blocks.0.linear2": 1}
-    ends = {"img_in": 1, "txt_in": 1, "final_layer.linear": 1, "final_layer.adaLN_modulation.1": 2}
-    return double | single | ends | dict.fromkeys(names, 1)
-
-
-EMBEDDERS = [f"{of}_in.{side}_layer" for of in ("time", "guidance") for side in ("in", "out")]
-VECTOR = ["vector_in.in_layer", "vector_in.out_layer"]
-MODULATIONS = [
-    "double_stream_modulation_img.lin",
-    "double_stream_modulation_txt.lin",
-    "single_stream_modulation.lin",
-]
-NORMS = [
-    *(f"double_blocks.0.{s}_attn.norm.{n}_norm" for s in ("img", "txt") for n in ("query", "key")),
-    *(f"single_blocks.0.norm.{n}_norm" for n in ("query", "key")),
-]
-FLUX_1 = flux([*EMBEDDERS, *VECTOR, "single_blocks.0.modulation.lin"], {"mod.lin": 6})
-FLUX_2 = flux([*EMBEDDERS, *MODULATIONS], {})
-Z_IMAGE = {
-    **{
-        f"{block}.0.attention.{name}": outs
-        for block in ("layers", "noise_refiner", "context_refiner")
-        for name, outs in (("qkv", 3), ("out", 1))
-    },
-    "x_embedder": 1,
-    "final_layer.linear": 1,
-    "final_layer.adaLN_modulation.1": 1,
-}
-
-
 @pytest.mark.parametrize(
     ("kind", "convert", "sizes"),
     [
@@ -114,14 +77,9 @@ def test_layers_of_the_original_code_are_those_of_diffusers_converters(
     weights = {
         name: torch.randn(outs * WIDTH, 1, generator=generator) for name, outs in sizes.items()
     }
-    whole = {f"{name}.weight": weight for name, weight in weights.items()}
-    if kind != "ZImageTransformer2DModel":
-        whole |= {f"{name}.scale": torch.ones(1) for name in NORMS}
-    if kind == "FluxTransformer2DModel":
-        whole |= {f"{name}.bias": torch.ones(len(one)) for name, one in weights.items()}
     theirs = {
         name.removesuffix(".weight"): one
-        for name, one in convert(dict(whole)).items()
+        for name, one in convert(whole(kind, weights)).items()
         if name.endswith(".weight") and one.ndim == 2
     }
     shapes = {name: tuple(one.shape) for name, one in theirs.items()}

@@ -1,0 +1,63 @@
+"""Networks whose weights are under the names of their original code, as single files hold them.
+
+Names are converted by diffusers' own converters of single files.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from server.models.scaled_weights import unscaled
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+    from torch import Tensor
+
+__all__ = ["as_diffusers"]
+
+UNET: Final = "model.diffusion_model."
+PREFIXES: Final = (UNET, "diffusion_model.", "control_model.", "first_stage_model.")
+"""Of a network within a file of several, or of a saved network's wrapper."""
+
+ORIGINAL: Final = {
+    "AutoencoderKL": "encoder.down.0.block.0.conv1.weight",
+    "ControlNetModel": "input_blocks.0.0.weight",
+    "Flux2Transformer2DModel": "double_blocks.0.img_attn.qkv.weight",
+    "FluxTransformer2DModel": "double_blocks.0.img_attn.qkv.weight",
+    "SD3Transformer2DModel": "joint_blocks.0.x_block.attn.qkv.weight",
+    "SanaTransformer2DModel": "x_embedder.proj.weight",
+    "UNet2DConditionModel": "input_blocks.0.0.weight",
+    "ZImageTransformer2DModel": "x_embedder.weight",
+}
+"""A tensor of each class that has this name in the original code alone."""
+
+
+def as_diffusers(
+    weights: Mapping[str, Tensor], network: Any, called: str, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The weights of a network under diffusers' names; those that have these names as they are.
+
+    Args:
+        weights: of a file, which may hold other networks too.
+        network: of diffusers, whose weights they are to be.
+        called: what they are of, for the error.
+        dtype: that scaled eight-bit floats are multiplied out to.
+
+    Raises:
+        ModelMismatch: weights in a format that is not supported.
+    """
+    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+
+    prefix = next((one for one in PREFIXES if any(k.startswith(one) for k in weights)), "")
+    own = {k.removeprefix(prefix): one for k, one in weights.items() if k.startswith(prefix)}
+    own = unscaled(own, called, dtype)
+    kind = type(network).__name__
+    if ORIGINAL.get(kind) not in own:
+        return own
+    if kind == "UNet2DConditionModel":
+        # Its converter looks for the names of a whole checkpoint.
+        own = {f"{UNET}{name}": tensor for name, tensor in own.items()}
+    convert: Any = SINGLE_FILE_LOADABLE_CLASSES[kind]["checkpoint_mapping_fn"]
+    return convert(own, config=network.config)

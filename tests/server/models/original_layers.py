@@ -1,0 +1,58 @@
+"""Linear layers of transformers by the names of their original code, in one block of each kind.
+
+After the modules of black-forest-labs' FLUX.1 and FLUX.2, and Z-Image as ComfyUI builds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+WIDTH = 3072
+"""Of FLUX.1, whose converter of checkpoints knows no other."""
+
+
+def flux(names: Iterable[str], streams: dict[str, int]) -> dict[str, int]:
+    """Outputs of the layers of both kinds of blocks, and of the others."""
+    block = {"attn.qkv": 3, "attn.proj": 1, "mlp.0": 4, "mlp.2": 1} | streams
+    double = {f"double_blocks.0.{s}_{name}": n for s in ("img", "txt") for name, n in block.items()}
+    single = {"single_blocks.0.linear1": 7, "single_blocks.0.linear2": 1}
+    ends = {"img_in": 1, "txt_in": 1, "final_layer.linear": 1, "final_layer.adaLN_modulation.1": 2}
+    return double | single | ends | dict.fromkeys(names, 1)
+
+
+EMBEDDERS = [f"{of}_in.{side}_layer" for of in ("time", "guidance") for side in ("in", "out")]
+VECTOR = ["vector_in.in_layer", "vector_in.out_layer"]
+MODULATIONS = [
+    "double_stream_modulation_img.lin",
+    "double_stream_modulation_txt.lin",
+    "single_stream_modulation.lin",
+]
+NORMS = [
+    *(f"double_blocks.0.{s}_attn.norm.{n}_norm" for s in ("img", "txt") for n in ("query", "key")),
+    *(f"single_blocks.0.norm.{n}_norm" for n in ("query", "key")),
+]
+FLUX_1 = flux([*EMBEDDERS, *VECTOR, "single_blocks.0.modulation.lin"], {"mod.lin": 6})
+FLUX_2 = flux([*EMBEDDERS, *MODULATIONS], {})
+Z_IMAGE = {
+    **{
+        f"{block}.0.attention.{name}": outs
+        for block in ("layers", "noise_refiner", "context_refiner")
+        for name, outs in (("qkv", 3), ("out", 1))
+    },
+    "x_embedder": 1,
+    "final_layer.linear": 1,
+    "final_layer.adaLN_modulation.1": 1,
+}
+
+
+def whole(kind: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All tensors of a transformer with those weights."""
+    made = {f"{name}.weight": weight for name, weight in weights.items()}
+    if kind != "ZImageTransformer2DModel":
+        made |= {f"{name}.scale": torch.ones(1) for name in NORMS}
+    if kind == "FluxTransformer2DModel":
+        made |= {f"{name}.bias": torch.ones(len(one)) for name, one in weights.items()}
+    return made
