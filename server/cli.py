@@ -249,6 +249,12 @@ def generate(
     reference: Annotated[
         Path | None, typer.Option(help="Image to stay away from, for guidance.negtome.")
     ] = None,
+    reference_image: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Picture that the prompt is about, for models that edit; repeat it for several."
+        ),
+    ] = None,
     strength: Annotated[
         float | None,
         typer.Option(help="Fraction of the steps to run on --image, above 0 and up to 1."),
@@ -351,6 +357,7 @@ def generate(
             "image": base64_of(image),
             "mask": base64_of(mask),
             "reference": base64_of(reference),
+            "reference_images": [base64_of(one) for one in reference_image or ()] or None,
             "strength": strength,
             "resize_mode": resize_mode,
             "mask_content": mask_content,

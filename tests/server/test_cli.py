@@ -122,6 +122,15 @@ def test_generate_draws_what_a_request_can_ask_for(tmp_path: Path) -> None:
     assert [(one["name"], one["scale"]) for one in settings["image_prompts"]] == [("style", 0.5)]
 
 
+def test_generate_reads_reference_images_from_files(tmp_path: Path) -> None:
+    picture = tmp_path / "picture.png"
+    Image.fromarray(np.full((40, 40, 3), 200, np.uint8)).save(picture)
+    two = ("--reference-image", str(picture)) * 2
+    done = weft("generate", PROMPT, *two, "-o", str(tmp_path / "out.png"))
+    assert done.exit_code == 2
+    assert "model 'embedded' reads no pictures beside a prompt" in done.output.replace("\n", " ")
+
+
 def test_generate_evaluates_the_model_for_its_own_image_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

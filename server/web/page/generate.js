@@ -31,7 +31,7 @@ const blobOf = (base64, type) => new Blob([Uint8Array.from(atob(base64), (one) =
 
 const waiting = (before) => ({ caption: `waiting, ${before + 1} in line` });
 
-const UPLOADS = ["image", "mask", "reference", "image_prompts", "controls"];
+const UPLOADS = ["image", "mask", "reference", "reference_images", "image_prompts", "controls"];
 
 /** The request for one image of an answer alone, if it does not depend on the others. */
 function requestOf(asked, { settings, particles }, seed, index) {
@@ -97,6 +97,7 @@ async function showSettings(request) {
   const isHosted = catalog.models.some(({ name }) => name === request.model);
   if (!isHosted) say(`Model ${request.model} is not loaded here; the chosen one stays.`, true);
   else if (request.strength && !request.image) say("These settings start from a picture; choose it under Start from a picture.");
+  else if (typeof request.reference_images === "number") say("The prompt of these settings is about pictures; choose them under Pictures to edit.");
   else if ([...request.image_prompts ?? [], ...request.controls ?? []].some(({ image }) => !image)) say("These settings have pictures beside the prompt; choose them under Image prompts and ControlNets.");
   else say("The settings of the picture are back.");
 }

@@ -5,6 +5,7 @@ import { create } from "./fields.js";
 import { hiresFields, sizeBeside } from "./hires.js";
 import { maskPainter } from "./mask.js";
 import { pictureFields } from "./picture_fields.js";
+import { referenceFields } from "./reference_fields.js";
 import { textFields } from "./texts.js";
 import { upload } from "./upload.js";
 
@@ -12,7 +13,7 @@ const NUMBERS = ["width", "height", "steps", "n", "seed", "strength"];
 const TEXTS = ["negative_prompt"];
 const SHOWN = new Set([
   "prompt", "model", "output_format", "sampler", "spacing", "guidance", "cache", "image", "mask", "mask_content", "reference",
-  "image_prompts", "controls", "hires", "variation", "clip_skip", ...NUMBERS, ...TEXTS,
+  "image_prompts", "controls", "reference_images", "hires", "variation", "clip_skip", ...NUMBERS, ...TEXTS,
 ]);
 
 /** What the form has no input for: unknown fields, all but the first perturbation, a size of the second run. */
@@ -71,6 +72,7 @@ export function requestForm(form, catalog) {
     hires,
     textFields(form),
     maskContentFields(form, catalog.mask_contents),
+    referenceFields(form.querySelector("#reference-images")),
     pictureFields(form.querySelector("#image-prompts"), "image_prompts", "image prompt", "What the images are to be like, in content or style. The square in its middle counts.", "White where in the images it acts, black where not. Without, it acts everywhere."),
     pictureFields(form.querySelector("#controls"), "controls", "ControlNet", "What it reads, such as edges, a depth map or a pose, prepared as it was trained with."),
   ];

@@ -484,6 +484,7 @@ window.fetch = async (...request) => {
     embeddings: [{ name: "inkstyle", vectors: 2 }],
     image_prompts: [{ name: "plain" }, { name: "plus" }],
     controls: [{ name: "canny" }],
+    reference_images: 1,
   });
   return Response.json(catalog);
 };
@@ -494,10 +495,10 @@ window.fetch = async (...request) => {
 def test_what_some_models_have_is_asked_for_and_comes_back_with_the_settings(
     tab: Tab, client: httpx2.Client
 ) -> None:
-    optional = """["embeddings", "image-prompts", "controls"].map((id) => {
+    optional = """["embeddings", "image-prompts", "controls", "reference-images"].map((id) => {
       return $(id).closest("[hidden]") !== null;
     })"""
-    assert tab.run(f"return {optional}") == [True] * 3
+    assert tab.run(f"return {optional}") == [True] * 4
     tab.open(str(client.base_url), MORE)
     hidden, sent, resolved, odd = tab.run(
         f"""
@@ -515,7 +516,7 @@ def test_what_some_models_have_is_asked_for_and_comes_back_with_the_settings(
           const dropped = new DragEvent("drop", {{ dataTransfer, cancelable: true }});
           for (const upload of place.querySelectorAll(".upload")) upload.dispatchEvent(dropped);
           const [scale, start, end] = place.querySelectorAll("[type=number]");
-          scale.value = 0.5; start.value = 0.1; end.value = 0.7;
+          if (scale) [scale.value, start.value, end.value] = [0.5, 0.1, 0.7];
         }};
         """
         """
@@ -528,7 +529,8 @@ def test_what_some_models_have_is_asked_for_and_comes_back_with_the_settings(
         $("embeddings").querySelector("button").click();
         add($("image-prompts")); add($("controls"));
         $("image-prompts").querySelector("select").value = "plus";
-        await until(() => document.querySelectorAll(".pictures img[src]").length === 3);
+        add($("reference-images"));
+        await until(() => document.querySelectorAll(".pictures img[src]").length === 4);
         await press();
 
         const { open } = await import("/page/generate.js");
@@ -539,10 +541,11 @@ def test_what_some_models_have_is_asked_for_and_comes_back_with_the_settings(
           await open({ ...settings, hires: { ...run, width, height } });
           await press();
         }
-        return [hidden, ...sent];
+        return [[...hidden, $("reference-images").lastElementChild.hidden], ...sent];
         """
     )
-    assert hidden == [False] * 3
+    # One picture is all that the model reads.
+    assert hidden == [*[False] * 4, True]
     first, again, square = map(json.loads, (sent, resolved, odd))
     GenerateRequest.model_validate(first)
     shown = {"scale": 0.5, "start": 0.1, "end": 0.7}
@@ -551,6 +554,7 @@ def test_what_some_models_have_is_asked_for_and_comes_back_with_the_settings(
         assert image.startswith("data:image/png;base64,")
         masked = {"mask": image} if field == "image_prompts" else {}
         assert first[field] == [{"name": name, "image": image, **masked, **shown}]
+    assert first["reference_images"] == [first["controls"][0]["image"]]
     assert first["hires"] == {"upscaler": "latent", "scale": 1.5, "strength": 0.6}
     assert first["variation"] == {"seed": 9, "strength": 0.2}
     assert first["clip_skip"] == 2
