@@ -40,8 +40,8 @@ class Conditioning:
 
     @property
     def nbytes(self) -> int:
-        """Memory of all tensors, in bytes."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        """Memory of all tensors, in bytes; what is repeated by a view counts once."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors.values())
 
 
 @dataclass(frozen=True, slots=True, eq=False)

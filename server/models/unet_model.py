@@ -14,7 +14,7 @@ from samplers import NoiseSchedule, PredictionType
 from server.errors import ModelMismatch
 from server.models.adapters.adapted_network import AdaptedNetwork
 from server.models.autoencoder import Autoencoder
-from server.models.conditioning import Conditioning
+from server.models.conditioning import Conditioning, stack_alike
 from server.models.controls.unet_control import UNetControl
 from server.models.embeddings.embedding_file import EmbeddingTarget
 from server.models.folder import read_json
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from guidance.edits import Edit
     from server.models.adapters.adapter import RowAdapters
     from server.models.blend import Told
+    from server.models.conditioning import StackedConditioning
     from server.models.defaults import ModelDefaults
     from server.models.folder import Revisions
     from server.models.inputs import RowInputs
@@ -150,6 +151,10 @@ class UNetModel(HostedModel):
         return length
 
     @override
+    def stack(self, rows: Sequence[Conditioning], *, fixed: bool = False) -> StackedConditioning:
+        return stack_alike([_laid_out(row) for row in rows])
+
+    @override
     def levelled(self, texts: Mapping[Told, Conditioning]) -> dict[Told, Conditioning]:
         # Attention to a text that is repeated as a whole is attention to the text.
         common = lcm(*(one.length for one in texts.values()))
@@ -240,10 +245,17 @@ class UNetModel(HostedModel):
         }
 
 
+def _laid_out(one: Conditioning) -> Conditioning:
+    """The same with a text that is repeated in one piece."""
+    text = one.tensors[TEXT].flatten(0, -2)
+    return Conditioning({**one.tensors, TEXT: text}, one.length)
+
+
 def _repeated(one: Conditioning, times: int) -> Conditioning:
     if times == 1:
         return one
-    text = one.tensors[TEXT].repeat(times, 1)
+    # A view, since an image may be told many texts; `stack` lays it out.
+    text = one.tensors[TEXT].expand(times, -1, -1)
     return Conditioning({**one.tensors, TEXT: text}, times * one.length)
 
 

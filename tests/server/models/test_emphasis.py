@@ -202,6 +202,12 @@ def test_a_text_that_is_repeated_is_attended_to_as_it_is_once(model: HostedModel
     [same] = model.encode_prompts([WeightedPrompt("a dog BREAK a cat")], 64, 64)
     levelled = model.levelled({"a": short, "b": long, "c": same})
     assert {one.length for one in levelled.values()} == {6 * short.length}
+    # And takes no memory of its own.
+    assert [one.nbytes for one in levelled.values()] == [
+        short.nbytes,
+        3 * short.nbytes,
+        2 * short.nbytes,
+    ]
     x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     t = torch.tensor([500.0])
     for told, one in {"a": short, "b": long}.items():
