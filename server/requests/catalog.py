@@ -144,6 +144,9 @@ class ModelEntry(BaseModel):
     clip_skips: tuple[int, ...] = Field(
         description="Choices of `clip_skip`, the model's own first; empty if it takes none."
     )
+    prompt_syntaxes: tuple[str, ...] = Field(
+        description="Choices of `prompt_syntax`; empty if all prompts are plain text to it."
+    )
     statistics: tuple[str, ...] = Field(
         description="Guidance for which this model has statistics; samplers whose `properties` say "
         "so use them."

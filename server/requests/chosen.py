@@ -30,7 +30,8 @@ def notes_for(
     if request.prompt_syntax != resolved.prompt_syntax and any(map(is_weighted, texts)):
         read = (
             *read,
-            f"Weights in prompts are plain text, as model {model.facts.name!r} reads them.",
+            f"Weights and changes in prompts are plain text, as model {model.facts.name!r} reads "
+            "them.",
         )
     if request.clip_skip != resolved.clip_skip:
         read = (*read, f"clip_skip is left out, as model {model.facts.name!r} has no use for it.")

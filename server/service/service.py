@@ -207,6 +207,7 @@ class Service:
                 max_tokens=model.facts.max_tokens,
                 vae=model.facts.vae,
                 clip_skips=tuple(model.facts.clip_skips),
+                prompt_syntaxes=("automatic1111",) if model.weighs_prompts else (),
                 statistics=model.statistics.available,
                 classifier={} if model.classifier is None else model.classifier.heads,
                 adapters=adapter_entries(model),

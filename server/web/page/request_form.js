@@ -13,7 +13,7 @@ const NUMBERS = ["width", "height", "steps", "n", "seed", "strength"];
 const TEXTS = ["negative_prompt"];
 const SHOWN = new Set([
   "prompt", "model", "output_format", "sampler", "spacing", "guidance", "cache", "image", "mask", "mask_content", "reference",
-  "image_prompts", "controls", "reference_images", "hires", "variation", "clip_skip", ...NUMBERS, ...TEXTS,
+  "image_prompts", "controls", "reference_images", "hires", "variation", "clip_skip", "prompt_syntax", ...NUMBERS, ...TEXTS,
 ]);
 
 /** What the form has no input for: unknown fields, all but the first perturbation, a size of the second run. */

@@ -525,6 +525,7 @@ def test_what_some_models_have_is_asked_for_and_comes_back_with_the_settings(
         form.hires_scale.value = 1.5; form.hires_strength.value = 0.6;
         form.variation_strength.value = 0.2; form.variation_seed.value = 9;
         form.clip_skip.value = 2;
+        form.prompt_syntax.value = "automatic1111";
         form.negative_prompt.dispatchEvent(new FocusEvent("focus"));
         $("embeddings").querySelector("button").click();
         add($("image-prompts")); add($("controls"));
@@ -558,6 +559,7 @@ def test_what_some_models_have_is_asked_for_and_comes_back_with_the_settings(
     assert first["hires"] == {"upscaler": "latent", "scale": 1.5, "strength": 0.6}
     assert first["variation"] == {"seed": 9, "strength": 0.2}
     assert first["clip_skip"] == 2
+    assert first["prompt_syntax"] == "automatic1111"
     assert first["negative_prompt"] == "inkstyle"
 
     size = {"width": 96, "height": 160, "steps": 20}
