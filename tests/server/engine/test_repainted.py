@@ -1,17 +1,35 @@
-"""What a run starts from where its picture is repainted."""
+"""What a run starts from: noise alone, or a picture of which a part is repainted."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
 
-from samplers import preconditioning
+from samplers import NoiseSchedule, preconditioning
+from samplers.euler import Euler
 from server.engine.state.noise import start_noise
 from server.engine.task import RepaintedFrom
 from tests.server.by_hand import task
 from tests.server.toy_model import SIDE, Toy, run, started
 
 CELLS = SIDE // 8
+
+
+def test_noise_is_as_loud_as_the_noisiest_level_of_the_run() -> None:
+    """On a schedule whose levels do not begin at one, with a picture and without."""
+    plan = Euler().plan(NoiseSchedule.edm().grid("karras", 2))
+    nothing = replace(task(), plan=plan)
+    beside = replace(nothing, image=torch.zeros(3, SIDE, SIDE), from_noise=True)
+    model = Toy()
+    engine = started(model, 8)
+    model.seen.clear()
+    run(engine, [nothing, beside])
+    engine.stop(0)
+    scale_in = float(preconditioning("epsilon", plan.alpha[:-1], plan.sigma[:-1]).scale_in[0])
+    x = scale_in * 80 * start_noise(nothing.seed, (4, CELLS, CELLS))
+    torch.testing.assert_close(model.seen[0], x.expand_as(model.seen[0]))
 
 
 @pytest.mark.parametrize("content", ["image", "noise", "nothing"])
