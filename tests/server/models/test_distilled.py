@@ -6,7 +6,8 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from copy import copy as shallow_copy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,12 @@ from embedded import STUDENT_FOLDER
 from samplers import LCMSpacing
 from server.engine.state.noise import stage_noise, start_noise
 from server.errors import ModelMismatch
-from server.models.distilled import STATED
+from server.models.defaults import ModelDefaults
+from server.models.distilled import STATED, distilled_as
+from server.models.folder import read_json
 from server.models.hosted import HostedModel
 from server.models.loading import load_model
+from server.models.unet_model import SCHEDULER
 from server.requests.chosen import notes_for
 from server.requests.resolve import make_plan, prepare, resolve
 from server.requests.schema import GenerateRequest, ResolvedRequest
@@ -57,8 +61,32 @@ def copy(folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(folder, tmp_path / "few"))
 
 
+@pytest.fixture
+def configs(folder: Path, tmp_path: Path) -> Path:
+    """A copy without weights, for what the configs alone tell."""
+    nothing_else = shutil.ignore_patterns("*.safetensors")
+    return Path(shutil.copytree(folder, tmp_path / "few", ignore=nothing_else))
+
+
+@pytest.fixture(scope="module")
+def base(folder: Path) -> HostedModel:
+    return load(folder)
+
+
 def load(folder: Path) -> HostedModel:
     return load_model(folder, name="few", device="cpu", dtype="float32")
+
+
+def told_by(configs: Path) -> ModelDefaults | None:
+    """How a folder's U-Net, which is told no scale, is to be sampled."""
+    return distilled_as(configs, read_json(configs, SCHEDULER), embeds_scale=False)
+
+
+def sampled_as(base: HostedModel, configs: Path) -> HostedModel:
+    """The model as one of the same weights with other configs."""
+    model = shallow_copy(base)
+    model.facts = replace(base.facts, defaults=told_by(configs))
+    return model
 
 
 def state(folder: Path, said: Any) -> None:
@@ -223,10 +251,10 @@ TOLD: dict[str, tuple[str, dict[str, Any], str]] = {
 
 @pytest.mark.parametrize(("kind", "fields", "convention"), TOLD.values(), ids=TOLD.keys())
 def test_the_class_of_a_scheduler_tells_the_convention_and_the_times(
-    kind: str, fields: dict[str, Any], convention: str, copy: Path
+    kind: str, fields: dict[str, Any], convention: str, base: HostedModel, configs: Path
 ) -> None:
-    reschedule(copy, kind, **fields)
-    model = load(copy)
+    reschedule(configs, kind, **fields)
+    model = sampled_as(base, configs)
     assert model.facts.defaults is not None
     assert model.facts.defaults.convention == convention
     request = resolved(model)
@@ -237,11 +265,11 @@ def test_the_class_of_a_scheduler_tells_the_convention_and_the_times(
 
 @pytest.mark.parametrize("fields", [{"clip_sample": True}, {"original_inference_steps": 0}])
 def test_a_scheduler_that_no_sampler_is_equal_to_tells_nothing_but_to_the_log(
-    fields: dict[str, Any], copy: Path, caplog: pytest.LogCaptureFixture
+    fields: dict[str, Any], configs: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    reschedule(copy, "LCMScheduler", **fields)
+    reschedule(configs, "LCMScheduler", **fields)
     with caplog.at_level(logging.WARNING):
-        assert load(copy).facts.defaults is None
+        assert told_by(configs) is None
     assert "the scheduler's config is not followed" in caplog.text
 
 
@@ -257,18 +285,18 @@ def test_a_scheduler_that_no_sampler_is_equal_to_tells_nothing_but_to_the_log(
 )
 @pytest.mark.parametrize("file", ["model_index.json", "unet/config.json"][: 1 + EVERY_CELL])
 def test_a_turbo_model_is_told_by_its_name_and_its_scheduler(
-    kind: str, path: str, spacing: str, convention: str | None, file: str, copy: Path
+    kind: str, path: str, spacing: str, convention: str | None, file: str, configs: Path
 ) -> None:
-    reschedule(copy, kind, timestep_spacing=spacing)
-    edit(copy / file, _name_or_path=path)
-    own = load(copy).facts.defaults
+    reschedule(configs, kind, timestep_spacing=spacing)
+    edit(configs / file, _name_or_path=path)
+    own = told_by(configs)
     assert (own and own.convention) == convention
 
 
-def test_the_network_s_config_may_name_a_turbo_model_too(copy: Path) -> None:
-    reschedule(copy, "EulerDiscreteScheduler", timestep_spacing="trailing")
-    edit(copy / "unet/config.json", _name_or_path="stabilityai/sd-turbo")
-    own = load(copy).facts.defaults
+def test_the_network_s_config_may_name_a_turbo_model_too(configs: Path) -> None:
+    reschedule(configs, "EulerDiscreteScheduler", timestep_spacing="trailing")
+    edit(configs / "unet/config.json", _name_or_path="stabilityai/sd-turbo")
+    own = told_by(configs)
     assert own is not None
     assert own.convention == "sd_turbo"
 
@@ -290,37 +318,37 @@ def test_the_network_s_config_may_name_a_turbo_model_too(copy: Path) -> None:
     ],
     ids=str,
 )
-def test_what_an_operator_states_wrongly_is_said(said: Any, sentence: str, copy: Path) -> None:
-    state(copy, said)
+def test_what_an_operator_states_wrongly_is_said(said: Any, sentence: str, configs: Path) -> None:
+    state(configs, said)
     with pytest.raises(ModelMismatch, match=sentence) as caught:
-        load(copy)
+        told_by(configs)
     assert STATED in str(caught.value)
 
 
-def test_what_the_operator_states_comes_before_what_the_configs_tell(copy: Path) -> None:
-    reschedule(copy, "TCDScheduler")
-    state(copy, {"convention": "hyper_unified"})
-    own = load(copy).facts.defaults
+def test_what_the_operator_states_comes_before_what_the_configs_tell(configs: Path) -> None:
+    reschedule(configs, "TCDScheduler")
+    state(configs, {"convention": "hyper_unified"})
+    own = told_by(configs)
     assert own is not None
     assert own.convention == "hyper_unified"
 
 
 @pytest.mark.parametrize(("distilled", "steps"), [(40, 4), (2, 2)])
 def test_a_stated_convention_keeps_the_times_of_the_scheduler(
-    distilled: int, steps: int, copy: Path
+    distilled: int, steps: int, configs: Path
 ) -> None:
-    reschedule(copy, "LCMScheduler", original_inference_steps=distilled)
-    state(copy, {"convention": "lcm_lora"})
-    own = load(copy).facts.defaults
+    reschedule(configs, "LCMScheduler", original_inference_steps=distilled)
+    state(configs, {"convention": "lcm_lora"})
+    own = told_by(configs)
     assert own is not None
     assert (own.spacing, own.steps) == (LCMSpacing(distilled_steps=distilled), steps)
 
 
-def test_a_stated_number_of_steps_is_one_that_the_scheduler_has(copy: Path) -> None:
-    reschedule(copy, "LCMScheduler", original_inference_steps=2)
-    state(copy, {"convention": "lcm_lora", "steps": 3})
+def test_a_stated_number_of_steps_is_one_that_the_scheduler_has(configs: Path) -> None:
+    reschedule(configs, "LCMScheduler", original_inference_steps=2)
+    state(configs, {"convention": "lcm_lora", "steps": 3})
     with pytest.raises(ModelMismatch, match="has the steps 3; at most 2 are allowed, the original"):
-        load(copy)
+        told_by(configs)
 
 
 def test_a_model_that_is_told_a_scale_may_state_its_own() -> None:
@@ -330,9 +358,11 @@ def test_a_model_that_is_told_a_scale_may_state_its_own() -> None:
     assert (own.rule.model_dump()["scale"], own.policy.name) == (2.0, "embedded")
 
 
-def test_weights_of_one_step_take_other_numbers_with_a_warning(copy: Path) -> None:
-    state(copy, {"convention": "dmd2", "steps": 1})
-    model = load(copy)
+def test_weights_of_one_step_take_other_numbers_with_a_warning(
+    base: HostedModel, configs: Path
+) -> None:
+    state(configs, {"convention": "dmd2", "steps": 1})
+    model = sampled_as(base, configs)
     assert resolved(model).spacing.own_steps == resolved(model, steps=1).spacing.own_steps == 1
     request = resolved(model, steps=4)
     assert request.spacing.name == "trailing"
@@ -351,10 +381,10 @@ def test_weights_of_one_step_take_other_numbers_with_a_warning(copy: Path) -> No
     ids=["all", "but steps", "spacing and steps"],
 )
 def test_the_answer_says_what_was_chosen_and_why(
-    fields: dict[str, Any], chosen: str, copy: Path
+    fields: dict[str, Any], chosen: str, base: HostedModel, configs: Path
 ) -> None:
-    state(copy, {"convention": "dmd2", "steps": 4})
-    model = load(copy)
+    state(configs, {"convention": "dmd2", "steps": 4})
+    model = sampled_as(base, configs)
     assert notes_for(asked(**fields), resolved(model, **fields), model) == (
         "Chosen for model 'few', which is sampled by the convention 'dmd2' because "
         f"weft/defaults.json in its folder says so: {chosen}.",
@@ -363,6 +393,5 @@ def test_the_answer_says_what_was_chosen_and_why(
     assert notes_for(asked(**named), resolved(model, **named), model) == ()
 
 
-def test_nothing_is_said_to_be_chosen_for_other_models(folder: Path) -> None:
-    model = load(folder)
-    assert notes_for(asked(), resolved(model), model) == ()
+def test_nothing_is_said_to_be_chosen_for_other_models(base: HostedModel) -> None:
+    assert notes_for(asked(), resolved(base), base) == ()

@@ -55,7 +55,8 @@ def pipeline() -> Any:
     made = LatentConsistencyModelPipeline(
         unet=UNet2DConditionModel(
             sample_size=32,
-            block_out_channels=(32, 64),
+            block_out_channels=(16, 32),
+            norm_num_groups=8,
             down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
             layers_per_block=1,
@@ -163,7 +164,7 @@ def test_final_latents_in_mixed_company_are_those_of_diffusers(
     company: list[dict[str, Any]] = [
         {},
         {"guidance": {"name": "cfg", "scale": 2.0, "policy": "embedded"}, "seed": 6},
-        {"steps": 7, "prompt": "a green star", "seed": 7},
+        {"steps": 5, "prompt": "a green star", "seed": 7},
         {"guidance": "none", "seed": 8},
         {"sampler": "dpm_solver_pp", "guidance": "apg", "seed": 9},
         {"guidance": {"name": "cfg", "policy": "embedded", "nag": {}}, "seed": 10},
@@ -174,7 +175,7 @@ def test_final_latents_in_mixed_company_are_those_of_diffusers(
     same: list[dict[str, Any]] = [
         {},
         {"seed": 6, "guidance_scale": 2.0},
-        {"seed": 7, "prompt": "a green star", "num_inference_steps": 7},
+        {"seed": 7, "prompt": "a green star", "num_inference_steps": 5},
         {"seed": 8, "guidance_scale": 1.0},
     ]
     for fields in same:

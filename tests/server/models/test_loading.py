@@ -18,11 +18,18 @@ from server.models.loading import choose_device, choose_dtype, load_model
 from server.models.unet_model import TEXT
 from server.models.weight_files import bytes_in_memory
 from server.models.weights_held import bytes_of
+from tests.server.models.tiny_sd import make
+from tests.server.models.tiny_sdxl import BASE, saved
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return saved(make(BASE), tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture
-def folder(tmp_path):
-    return shutil.copytree(MODEL_FOLDER, tmp_path / "model")
+def folder(tiny, tmp_path):
+    return shutil.copytree(tiny, tmp_path / "model")
 
 
 def edit(file, **fields):
@@ -39,45 +46,47 @@ def test_the_embedded_model_says_what_it_is():
     assert (facts.default_width, facts.default_height) == (128, 128)
     assert (facts.latent_scale, facts.size_multiple) == (8, 32)
     assert len(facts.revision) == len(facts.denoiser) == 16
+    revisions = revisions_of(MODEL_FOLDER)
+    assert (facts.revision, facts.denoiser) == (revisions.weights, revisions.denoiser)
 
 
-def test_how_much_of_the_weights_is_read_is_told(folder):
+def test_how_much_of_the_weights_is_read_is_told():
     heard = []
-    revisions_of(folder, lambda *read: heard.append(read))
+    revisions_of(MODEL_FOLDER, lambda *read: heard.append(read))
     total = sum(
         file.stat().st_size
-        for file in folder.rglob("*.safetensors")
-        if not file.is_relative_to(folder / "weft")
+        for file in MODEL_FOLDER.rglob("*.safetensors")
+        if not file.is_relative_to(MODEL_FOLDER / "weft")
     )
     assert heard[-1] == (total, total)
     assert sorted(set(heard)) == heard
 
 
 def test_the_revision_follows_the_weights(folder):
-    before = load(folder).facts.revision
+    before = revisions_of(folder).weights
     file = next(folder.glob("unet/*.safetensors"))
     raw = bytearray(file.read_bytes())
     raw[-1] ^= 1
     file.write_bytes(raw)
-    assert load(folder).facts.revision != before
+    assert revisions_of(folder).weights != before
 
 
 def test_what_is_fitted_to_latents_outlives_another_decoder(folder):
-    before = load(folder).facts
+    before = revisions_of(folder)
     file = next(folder.glob("vae/*.safetensors"))
     raw = bytearray(file.read_bytes())
     raw[-1] ^= 1
     file.write_bytes(raw)
-    after = load(folder).facts
-    assert after.revision != before.revision
+    after = revisions_of(folder)
+    assert after.weights != before.weights
     assert after.denoiser == before.denoiser
 
 
 def test_the_revision_does_not_follow_what_derives_from_the_weights(folder):
-    before = load(folder).facts.revision
-    (folder / "weft").mkdir(exist_ok=True)
+    before = revisions_of(folder).weights
+    (folder / "weft").mkdir()
     save_file({"l": torch.zeros(3)}, folder / "weft" / "ems-cfg-3.safetensors")
-    assert load(folder).facts.revision == before
+    assert revisions_of(folder).weights == before
 
 
 def test_prompts_are_counted_without_markers_and_unknown_words_are_no_error():
@@ -307,6 +316,7 @@ def test_cuda_is_refused_where_there_is_none():
 
 
 def test_what_is_said_of_a_spoilt_classifier_names_no_folder(folder):
+    classifier_file(folder).parent.mkdir()
     classifier_file(folder).write_bytes(b"\x08")
     lacks = load(folder).classifier_lacks
     assert "'classifier.safetensors' cannot be read" in lacks
@@ -342,20 +352,20 @@ def test_a_family_that_may_overflow_in_float16_says_so(folder, caplog):
 
 
 def test_weights_of_the_fp16_variant_serve_where_there_are_no_others(folder):
-    plain = load(folder)
+    plain, taken = load(folder), bytes_in_memory(folder, torch.float32)
     for file in folder.glob("*/*.safetensors"):
-        if file.parent.name != "weft":
-            file.rename(file.with_suffix(".fp16.safetensors"))
+        file.rename(file.with_suffix(".fp16.safetensors"))
     variant = load(folder)
     for part, network in variant.modules().items():
         weights = plain.modules()[part].state_dict()
         assert all(torch.equal(tensor, weights[k]) for k, tensor in network.state_dict().items())
-    assert bytes_in_memory(folder, torch.float32) == bytes_in_memory(MODEL_FOLDER, torch.float32)
+    assert bytes_in_memory(folder, torch.float32) == taken
 
 
 def test_what_a_model_takes_is_said_by_its_headers(folder):
-    whole, half = (bytes_in_memory(folder, dtype) for dtype in (torch.float32, torch.float16))
-    assert whole == pytest.approx(bytes_of(load(folder)), rel=0.01)
+    """A companion included."""
+    whole, half = (bytes_in_memory(MODEL_FOLDER, dtype) for dtype in (torch.float32, torch.float16))
+    assert whole == pytest.approx(bytes_of(load(MODEL_FOLDER)), rel=0.01)
     assert half < 0.6 * whole
     next(folder.glob("unet/*.safetensors")).write_bytes(b"\xff" * 20)
     with pytest.raises(ModelMismatch, match=r"unet/.* is no safetensors file"):

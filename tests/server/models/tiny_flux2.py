@@ -32,7 +32,8 @@ TEXT: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 VAE: dict[str, Any] = {
-    "block_out_channels": (32, 32),
+    "block_out_channels": (8, 8),
+    "norm_num_groups": 4,
     "down_block_types": ("DownEncoderBlock2D",) * 2,
     "up_block_types": ("UpDecoderBlock2D",) * 2,
     "latent_channels": 4,

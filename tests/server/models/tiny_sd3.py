@@ -20,7 +20,8 @@ from tests.server.models.tiny_text import T5_WIDTH, t5_encoder, t5_tokenizer
 CLIP_WIDTHS = 8, 12
 BLOCKS = 3
 VAE: dict[str, Any] = {
-    "block_out_channels": (32, 64),
+    "block_out_channels": (8, 16),
+    "norm_num_groups": 4,
     "down_block_types": ("DownEncoderBlock2D",) * 2,
     "up_block_types": ("UpDecoderBlock2D",) * 2,
     "latent_channels": 4,

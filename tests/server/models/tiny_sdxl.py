@@ -50,7 +50,8 @@ def text_config(width: int) -> CLIPTextConfig:
 
 
 UNET: dict[str, Any] = {
-    "block_out_channels": (32, 64),
+    "block_out_channels": (16, 32),
+    "norm_num_groups": 8,
     "layers_per_block": 1,
     "sample_size": 32,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -65,7 +66,9 @@ UNET: dict[str, Any] = {
     "cross_attention_dim": 32 + 48,
 }
 VAE: dict[str, Any] = {
-    "block_out_channels": (32, 64),
+    "block_out_channels": (8, 16),
+    # Of two channels and more: where a picture is all one grey, a single one is noise of rounding.
+    "norm_num_groups": 4,
     "down_block_types": ("DownEncoderBlock2D",) * 2,
     "up_block_types": ("UpDecoderBlock2D",) * 2,
     "latent_channels": 4,

@@ -40,7 +40,8 @@ TRANSFORMER: dict[str, Any] = {
     "axes_lens": [1024, 64, 64],
 }
 VAE: dict[str, Any] = {
-    "block_out_channels": (32, 64),
+    "block_out_channels": (8, 16),
+    "norm_num_groups": 4,
     "down_block_types": ("DownEncoderBlock2D",) * 2,
     "up_block_types": ("UpDecoderBlock2D",) * 2,
     "latent_channels": 4,

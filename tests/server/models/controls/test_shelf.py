@@ -184,7 +184,7 @@ def test_one_that_nobody_uses_makes_room_on_the_device(
         ({}, None),
         ({"down_block_types": ["DownBlock2D", "DownBlock2D"]}, None),
         ({"cross_attention_dim": 1024}, "has cross_attention_dim 1024, where 80 is needed"),
-        ({"block_out_channels": [320, 640]}, "has block_out_channels (320, 640), where (32, 64)"),
+        ({"block_out_channels": [320, 640]}, "has block_out_channels (320, 640), where (16, 32)"),
         ({"global_pool_conditions": True}, "has global_pool_conditions True, where False"),
         (
             {"conditioning_embedding_out_channels": [16, 32, 64]},

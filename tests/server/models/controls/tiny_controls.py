@@ -51,7 +51,7 @@ def with_an_effect(network: Any) -> Any:
     """The network, whose layers that begin as zeros do something."""
     for parameter in network.parameters():
         if not parameter.any():
-            nn.init.normal_(parameter, std=0.2)
+            nn.init.normal_(parameter, std=0.4)
     return network.eval().requires_grad_(requires_grad=False)
 
 
