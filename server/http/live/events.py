@@ -114,7 +114,6 @@ class FrameEvents(EventSourceResponse):
                 if left == 0:
                     clock.told()
                     yield _event("stats", {"stats": session.statistics()})
-                    continue
                 silent_s = PING_S if left is None else min(PING_S, left)
                 await asyncio.wait(
                     {upcoming, stopping}, timeout=silent_s, return_when="FIRST_COMPLETED"

@@ -66,6 +66,22 @@ def test_statistics_come_in_time_while_there_is_no_frame(
     running.settle()
 
 
+def test_statistics_that_are_always_due_hold_up_no_frame(
+    running: Running, client: httpx2.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.http.live.events.StatisticsClock.left", lambda *_: 0.0)
+    names: list[str] = []
+    with client.stream(
+        "POST", "/v1/stream", json=SETTINGS | {"stats_s": 0.1, "width": 64, "height": 64}
+    ) as stream:
+        for name, _ in events(stream.iter_lines()):
+            names.append(name)
+            if name == "frame" or len(names) == 50_000:
+                break
+    running.settle()
+    assert names[-1] == "frame"
+
+
 def pixels(data: str) -> bytes:
     return pixels_of(base64.b64decode(data)).tobytes()
 
