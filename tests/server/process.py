@@ -27,13 +27,17 @@ import json
 import os
 import sys
 
-import server.cli
-import server.http.app
-from embedded import MODEL_FOLDER
-from server.models.loading import load_model
+from server.heap import kept_for_good
 
-# For what it imports.
-load_model(MODEL_FOLDER, name="embedded", device="cpu", dtype="float32")
+# The collector would copy all that a fork shares with this process.
+with kept_for_good():
+    import server.cli
+    import server.http.app
+    from embedded import MODEL_FOLDER
+    from server.models.loading import load_model
+
+    # For what it imports.
+    load_model(MODEL_FOLDER, name="embedded", device="cpu", dtype="float32")
 answers = os.fdopen(os.dup(1), "w")
 CREATED = os.O_CREAT | os.O_WRONLY | os.O_TRUNC
 for line in sys.stdin:
