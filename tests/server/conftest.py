@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import httpx2
 import pytest
@@ -71,6 +73,13 @@ class Running:
     def stop(self) -> None:
         self._server.should_exit = True
         self._thread.join(PATIENCE_S)
+
+
+@pytest.fixture(scope="module")
+def young_garbage() -> Iterator[None]:
+    """Who unloads a model looks for its cycles alone, not through the imports of all tests."""
+    with patch("server.models.memory.collect_all", gc.collect):
+        yield
 
 
 @pytest.fixture(scope="session")

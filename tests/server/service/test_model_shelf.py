@@ -30,6 +30,7 @@ from server.service.model_shelf import Room
 from server.service.service import Service
 from server.service.streams import Streams
 from server.settings import Limits, Settings
+from tests.server.full_ticks import full_ticks
 from tests.server.toy_model import Toy, started
 
 BYTES = 4000
@@ -89,9 +90,11 @@ class Store:
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
+def engine(young_garbage: None) -> Iterator[Engine]:
     made = started(Weighty("a"), 8)
-    yield made
+    # What the forwards of an added model cost is no matter here.
+    with full_ticks():
+        yield made
     made.stop(0)
 
 
