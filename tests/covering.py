@@ -34,17 +34,24 @@ def covering(
         return found
     placed = [tuple(enumerate(values(cell))) for cell in found]
     parts = [frozenset(combinations(on, min(together, len(on)))) for on in placed]
-    left = frozenset[tuple[tuple[int, Hashable], ...]]().union(*parts)
+    cells_of: dict[tuple[tuple[int, Hashable], ...], list[int]] = {}
+    for i, own in enumerate(parts):
+        for part in own:
+            cells_of.setdefault(part, []).append(i)
+    adds = [len(own) for own in parts]
     used: Counter[tuple[tuple[int, Hashable], ...]] = Counter()
     chosen: set[int] = set()
-    while left:
+    while most := max(adds, default=0):
         # Of those that add most, the one whose values have been met least, so that none of them
         # goes with the first of another axis alone.
-        best = max(
-            range(len(found)),
-            key=lambda i: (len(parts[i] & left), -sum(used[part] for part in parts[i]), -i),
+        best = min(
+            (i for i, added in enumerate(adds) if added == most),
+            key=lambda i: sum(used[part] for part in parts[i]),
         )
         chosen.add(best)
+        for part in parts[best]:
+            if not used[part]:
+                for i in cells_of[part]:
+                    adds[i] -= 1
         used.update(parts[best])
-        left -= parts[best]
     return [found[i] for i in sorted(chosen)]

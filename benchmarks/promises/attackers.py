@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BODIES",
+    "BOMBS",
     "FORM",
     "SLOW_PICTURE",
     "TURN_S",
     "attack",
-    "bombs",
     "form_with",
     "picture",
     "request_with",
@@ -89,16 +89,15 @@ def picture() -> bytes:
     return _png(64, 64, 8)
 
 
-def bombs() -> dict[str, bytes]:
-    """Small files that are large or slow to decode."""
-    return {
-        "a JPEG of 200 scans": _repeated_scans(4096, 2048, 200),
-        "a PNG of 1 x 8388608": _png(1, 8 * MIB, 1),
-        "a PNG of 8388608 x 1": _png(8 * MIB, 1, 1),
-        "a PNG of 20000 x 20000": _png(20000, 20000, 1),
-        "a WebP of 16383 x 16383": _webp_header(16383),
-        "a PNG that ends early": _png(2048, 2048, 8)[:200],
-    }
+BOMBS: Final[Mapping[str, Callable[[], bytes]]] = {
+    "a JPEG of 200 scans": lambda: _repeated_scans(4096, 2048, 200),
+    "a PNG of 1 x 8388608": lambda: _png(1, 8 * MIB, 1),
+    "a PNG of 8388608 x 1": lambda: _png(8 * MIB, 1, 1),
+    "a PNG of 20000 x 20000": lambda: _png(20000, 20000, 1),
+    "a WebP of 16383 x 16383": lambda: _webp_header(16383),
+    "a PNG that ends early": lambda: _png(2048, 2048, 8)[:200],
+}
+"""Small files that are large or slow to decode, and take a second to make."""
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from PIL import Image
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake
 
-from benchmarks.promises.attackers import bombs
+from benchmarks.promises import attackers
 from benchmarks.real_server import AUTHORIZATION
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ RULES: Final = ("none", "cfg", "apg", "cfg_pp")
 SIZES: Final = (64, 128, 192)
 FLOOD: Final = 40
 PICTURE_BYTES: Final = 3 * 128 * 128
-BOMBS: Final = bombs()
+BOMBS: Final = [bomb() for bomb in attackers.BOMBS.values()]
 
 
 class BrokenServer(Exception):
@@ -88,7 +88,7 @@ async def ordinary(server: Served, random: Random) -> None:
 
 async def upload(server: Served, random: Random) -> None:
     """Image to image, inpainting, or a file that is slow or large to decode."""
-    files = [_picture(random) for _ in range(4)] + list(BOMBS.values())
+    files = [_picture(random) for _ in range(4)] + BOMBS
     body = _fields(random) | {"image": base64.b64encode(random.choice(files)).decode()}
     if random.random() < 0.3:
         body["mask"] = base64.b64encode(_picture(random)).decode()
@@ -187,7 +187,7 @@ async def sends_garbage(server: Served, random: Random) -> None:
         '{"prompt": "x", "unknown": 1}',
         random.randbytes(5000),
         _picture(random)[:300],
-        *BOMBS.values(),
+        *BOMBS,
     )
     async with _stream(server) as socket:
         await socket.send(json.dumps(_fields(random)))
