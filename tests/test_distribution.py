@@ -97,7 +97,9 @@ def test_what_a_runtime_environment_holds_is_all_that_the_server_imports() -> No
     assert "scipy" in modules
     for package in ("samplers", "guidance", "server", "embedded"):
         for path in (ROOT / package).rglob("*.py"):
-            assert not imported_by(path.read_text()) & modules, path
+            source = path.read_text()
+            named = modules & {*re.findall(r"\w+", source)}
+            assert not named or not imported_by(source) & named, path
 
 
 # Below these a published hole is open.
@@ -146,8 +148,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     skipped = shutil.ignore_patterns("__pycache__", "*.pyc")
+
+    def copied(file: str, to: str) -> None:
+        """Weights are there by name alone, as packing 40 MB takes seconds."""
+        Path(to).write_bytes(b"" if file.endswith(".safetensors") else Path(file).read_bytes())
+
     for package in PACKAGES:
-        shutil.copytree(ROOT / package, source / package, ignore=skipped)
+        shutil.copytree(ROOT / package, source / package, ignore=skipped, copy_function=copied)
     for name in ("pyproject.toml", "LICENSE", "weft.py"):
         shutil.copy(ROOT / name, source)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index"]

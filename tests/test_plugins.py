@@ -14,7 +14,9 @@ EXAMPLES = ROOT / "examples/plugins"
 
 # `guidance` is imported for its list of rules, which loads a plug-in that imports CFG from it.
 USE = """
-import json, sys
+import gc, json, sys
+
+gc.disable()
 
 from guidance import RULES
 from samplers import SAMPLERS

@@ -81,6 +81,9 @@ sessionStorage.fresh = true;
 """
 """Empties the browser's gallery before a tab first looks into it."""
 
+OF_ITS_OWN = 'form.width.value = form.height.value = "";'
+"""Leaves the size to the server."""
+
 READY = f"await until(() => selects().length === {len(CHOICES)});"
 
 
@@ -89,7 +92,7 @@ def tab(browser: str, client: httpx2.Client) -> Iterator[Tab]:
     """The server's page, ready to use."""
     with new_tab(browser, TOOLS) as tab:
         tab.open(str(client.base_url), FRESH)
-        tab.run(f"{READY} form.steps.value = 2")
+        tab.run(f"{READY} form.steps.value = 2; form.width.value = form.height.value = 64")
         yield tab
 
 
@@ -129,7 +132,8 @@ def test_the_page_as_it_opens_is_a_request_that_leaves_all_out(
     tab: Tab, generate: Callable[..., httpx2.Response]
 ) -> None:
     shown = tab.run(
-        "form.seed.value = 5; await press(); return [form.prompt.value, await pictures()]"
+        f"{OF_ITS_OWN} form.seed.value = 5; await press();"
+        "return [form.prompt.value, await pictures()]"
     )
     answer = generate(prompt=shown[0], width=None, height=None)
     [picture] = answer.json()["images"]
@@ -428,7 +432,8 @@ def test_presets_ask_for_what_the_server_takes_without_a_warning(
     assert shown == [("embedded-lcm", None), ("embedded", None), ("embedded", 20)]
     assert GenerateRequest.model_validate(bodies[2]).guidance is not None
     for body in bodies:
-        answer = client.post("/v1/generate", json={**body, "stream": False, "steps": 4})
+        small = {"stream": False, "steps": 4, "width": 64, "height": 64}
+        answer = client.post("/v1/generate", json={**body, **small})
         assert answer.status_code == 200
         assert answer.json()["warnings"] == []
 
@@ -626,6 +631,7 @@ def test_several_requests_run_at_once_and_each_is_cancelled_alone(
 def test_a_part_painted_with_the_keyboard_is_the_mask_of_the_request(tab: Tab) -> None:
     sent = tab.run(
         """
+        form.width.value = form.height.value = "";
         form.seed.value = 5;
         await press();
         act("Start from it");
@@ -656,6 +662,7 @@ def test_a_grid_compares_two_parameters_on_one_seed_and_is_saved_as_one_picture(
 ) -> None:
     got = tab.run(
         """
+        form.width.value = form.height.value = "";
         form.prompt.value = "a red circle"; form.seed.value = 5;
         $("compare-tab").click();
         const axes = $("compare-form");

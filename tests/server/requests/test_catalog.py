@@ -128,7 +128,8 @@ def test_the_catalog_says_what_is_left_out_of_a_request(
 def test_the_catalog_says_how_many_steps_there_are_by_default(client: httpx2.Client) -> None:
     steps = client.get("/v1/catalog").json()["defaults"]["steps"]
     body = {"prompt": "a red circle", "guidance": "none", "width": 64, "height": 64}
-    assert client.post("/v1/generate", json=body).json()["settings"]["steps"] == steps
+    answer = client.post("/v1/generate", json=body).json()
+    assert answer["settings"]["steps"] == answer["evaluations"]["spent"] == steps == 25
 
 
 def test_the_catalog_needs_no_torch() -> None:

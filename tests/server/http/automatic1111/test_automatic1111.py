@@ -22,7 +22,7 @@ from server.http.automatic1111 import extras
 from server.http.body import Bodies
 from tests.server.conftest import Running
 
-SIDE = 96
+SIDE = 64
 SMALL: dict[str, Any] = {"prompt": "a red circle", "seed": 5, "width": SIDE, "height": SIDE}
 
 
@@ -82,18 +82,18 @@ def test_variations_of_a_seed_are_those_of_the_native_route_and_read_back_from_t
     api: WebUIApi, client: httpx2.Client
 ) -> None:
     told: dict[str, Any] = {"subseed": 40, "subseed_strength": 0.3}
-    resized: dict[str, Any] = {"seed_resize_from_w": 64, "seed_resize_from_h": SIDE + 3}
+    resized: dict[str, Any] = {"seed_resize_from_w": 96, "seed_resize_from_h": SIDE + 3}
     result = txt2img(api, **SMALL, **told, **resized, cfg_scale=1, batch_size=2)
     assert result.info["warnings"] == []
     assert (result.info["all_seeds"], result.info["all_subseeds"]) == ([5, 5], [40, 41])
-    ours = {"variation": {"seed": 40, "strength": 0.3}, "noise_size": {"width": 64, "height": SIDE}}
+    ours = {"variation": {"seed": 40, "strength": 0.3}, "noise_size": {"width": 96, "height": SIDE}}
     expected = native(client, n=2, guidance="none", **ours)
     for image, pixels in zip(result.images, expected, strict=True):
         assert (array(image) == pixels).all()
     assert (expected[0] != expected[1]).any()
     # Each image says what makes it alone, in AUTOMATIC1111's text and in our own.
     text: str = result.info["infotexts"][1]
-    said = f"Variation seed: 41, Variation seed strength: 0.3, Seed resize from: 64x{SIDE}"
+    said = f"Variation seed: 41, Variation seed strength: 0.3, Seed resize from: 96x{SIDE}"
     assert said in text
     answer = client.post("/sdapi/v1/txt2img", json={"infotext": text, "cfg_scale": 1})
     (again,) = answer.json()["images"]
@@ -140,7 +140,7 @@ def test_img2img_starts_from_an_image_and_repaints_what_the_mask_says(
     (expected,) = native(client, image=b64(start), strength=0.5, guidance=guidance)
     assert (array(changed.image) == expected).all()
     mask = Image.new("L", (SIDE, SIDE))
-    mask.paste(255, (32, 32, 96, 96))
+    mask.paste(255, (16, 16, SIDE, SIDE))
     painted = img2img(
         api,
         [start],
@@ -157,14 +157,14 @@ def test_img2img_starts_from_an_image_and_repaints_what_the_mask_says(
     black: dict[str, Any] = SMALL | {"prompt": "a red circle on a black background"}
     inverted = {"mask_blur": 0, "inpainting_mask_invert": 1, "denoising_strength": 1}
     kept = array(img2img(api, [start], **black, mask_image=mask, **inverted).image)
-    assert (kept[48:80, 48:80] == 255).all()
-    assert kept[:24].mean() < 200
+    assert (kept[32:56, 32:56] == 255).all()
+    assert kept[:8].mean() < 200
 
 
 def test_the_region_around_a_mask_is_drawn_at_full_size_and_put_back(api: WebUIApi) -> None:
     start = Image.new("RGB", (3 * SIDE, 2 * SIDE), "green")
     mask = Image.new("L", start.size)
-    mask.paste(255, (200, 100, 264, 164))
+    mask.paste(255, (130, 66, 174, 110))
     options = {"mask_blur": 0, "inpainting_fill": 1, "denoising_strength": 1}
     result = img2img(api, [start], **SMALL, mask_image=mask, **options)
     pixels, painted = array(result.image), np.asarray(mask) > 0
@@ -290,7 +290,7 @@ def test_a_picture_that_a_region_is_put_back_into_counts_as_a_body(
 ) -> None:
     bodies: Bodies = running.app.state.bodies
     mask = Image.new("L", (SIDE, SIDE))
-    mask.paste(255, (32, 32, 96, 96))
+    mask.paste(255, (16, 16, SIDE, SIDE))
     body = SMALL | {"steps": 1, "init_images": [b64(Image.new("RGB", (SIDE, SIDE)))]}
     body |= {"mask": b64(mask), "inpaint_full_res": True}
     most, bodies._most = bodies._most, SIDE * SIDE

@@ -17,6 +17,7 @@ from PIL import Image
 from server.http.native import events as event_stream
 
 LONG = {"prompt": "a blue square", "steps": 200, "seed": 1}
+SMALL = {"width": 64, "height": 64}
 
 Event = tuple[str, dict[str, Any]]
 
@@ -52,7 +53,7 @@ def pending(running: Any) -> int:
 def test_events_tell_the_story_in_order(
     client: httpx2.Client, headers: dict[str, str], fields: dict[str, Any]
 ) -> None:
-    body = {"prompt": "a red circle", "steps": 6, "seed": 5, "n": 2} | fields
+    body = {"prompt": "a red circle", "steps": 6, "seed": 5, "n": 2} | SMALL | fields
     with client.stream("POST", "/v1/generate", json=body, headers=headers) as stream:
         assert stream.headers["content-type"].startswith("text/event-stream")
         assert stream.headers["cache-control"] == "no-cache"
@@ -85,7 +86,7 @@ def test_the_first_event_says_what_has_no_effect(client: httpx2.Client) -> None:
 
 
 def test_the_completed_event_is_the_json_answer(client: httpx2.Client) -> None:
-    body = {"prompt": "a red circle", "steps": 3, "seed": 5}
+    body = {"prompt": "a red circle", "steps": 3, "seed": 5} | SMALL
     plain = client.post("/v1/generate", json=body).json()
     streamed = client.post("/v1/generate", json=body | {"stream": True})
     *_, (_, completed) = events(streamed.iter_lines())
@@ -162,7 +163,7 @@ def test_a_silent_stream_says_that_it_is_alive(
     client: httpx2.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(event_stream, "PING_S", 0.001)
-    answer = client.post("/v1/generate", json=LONG | {"steps": 8, "stream": True})
+    answer = client.post("/v1/generate", json=LONG | SMALL | {"steps": 8, "stream": True})
     assert ": ping" in answer.text
     assert list(events(answer.iter_lines()))[-1][0] == "completed"
 

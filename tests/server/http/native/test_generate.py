@@ -103,13 +103,6 @@ def test_statistics_of_the_model_need_no_guidance_to_be_named(generate: Generate
     assert answer["settings"]["guidance"]["name"] == "cfg"
 
 
-def test_the_default_is_25_steps(client: httpx2.Client) -> None:
-    body = {"prompt": "a red circle", "width": 64, "height": 64}
-    answer = client.post("/v1/generate", json=body).json()
-    assert answer["settings"]["steps"] == 25
-    assert answer["evaluations"]["spent"] == 50
-
-
 def test_the_same_seed_gives_the_same_bytes(generate: Generate) -> None:
     assert file_of(generate()) == file_of(generate())
     assert file_of(generate()) != file_of(generate(seed=6))
@@ -328,13 +321,13 @@ def test_pictures_keep_away_from_one_that_was_sent(generate: Generate) -> None:
     picture = np.random.default_rng(0).integers(0, 256, (100, 50, 3), np.uint8)
     fields: dict[str, Any] = {
         "guidance": {"name": "cfg", "negtome": {"stop": 0.5, "strength": 3}},
-        "steps": 4,
+        "steps": 2,
         **OF_ITS_OWN,
     }
     answer = generate(reference=b64_png(picture), n=2, **fields)
     assert pixels_of(file_of(answer)).shape == (128, 128, 3)
     assert answer.json()["settings"]["guidance"]["negtome"]["away_from"] == "reference"
-    assert answer.json()["evaluations"]["spent"] == 2 * (4 * 2 + 2)
+    assert answer.json()["evaluations"]["spent"] == 2 * (2 * 2 + 1)
     # Each by itself: its seed makes it again, unlike images that keep away from each other.
     again = generate(reference=b64_png(picture), seed=6, **fields)
     assert file_of(again) == file_of(answer, 1)
@@ -503,7 +496,7 @@ def test_two_requests_with_one_identifier_are_told_apart(
     client: httpx2.Client, generate: Generate, running: Any
 ) -> None:
     headers = {"x-request-id": "twice", "accept": "text/event-stream"}
-    body = {"prompt": "a red circle", "steps": 100}
+    body = {"prompt": "a red circle", "steps": 100, "width": 64, "height": 64}
     with client.stream("POST", "/v1/generate", json=body, headers=headers) as stream:
         lines = stream.iter_lines()
         assert next(lines) == "event: queued"

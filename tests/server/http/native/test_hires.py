@@ -17,7 +17,7 @@ from webuiapi import HiResUpscaler, WebUIApi, WebUIApiResult
 
 from tests.server.conftest import MAX_IMAGES, Running
 
-SMALL: dict[str, Any] = {"steps": 4, "seed": 5, "width": 64, "height": 64}
+SMALL: dict[str, Any] = {"steps": 2, "seed": 5, "width": 64, "height": 64}
 
 Post = Callable[..., httpx2.Response]
 
@@ -45,21 +45,21 @@ def by_hand(generate: Post, size: tuple[int, int], **second: Any) -> list[NDArra
 
 
 def test_both_runs_make_what_two_requests_make(generate: Post) -> None:
-    answer = generate(**SMALL, n=2, hires={"scale": 1.9, "strength": 0.5, "steps": 6})
-    expected = by_hand(generate, (96, 96), strength=0.5, steps=6)
+    answer = generate(**SMALL, n=2, hires={"scale": 1.9, "strength": 0.5, "steps": 4})
+    expected = by_hand(generate, (96, 96), strength=0.5, steps=4)
     for image, wanted in zip(images_of(answer), expected, strict=True):
         assert (pixels(image) == wanted).all()
     told = answer.json()
     size = {"width": 96, "height": 96}
-    own = {"strength": 0.5, "steps": 6, "upscaler": "lanczos"}
+    own = {"strength": 0.5, "steps": 4, "upscaler": "lanczos"}
     assert told["settings"]["hires"] == size | own
-    # Guided by two predictions: 4 steps, and half of 6.
-    assert told["evaluations"]["spent"] == 2 * 2 * (4 + 3)
+    # Guided by two predictions: 2 steps, and half of 4.
+    assert told["evaluations"]["spent"] == 2 * 2 * (2 + 2)
     again = generate(**told["settings"])
     assert again.json()["images"] == told["images"]
     text: str = images_of(answer)[0].info["parameters"]
     assert "Size: 64x64" in text
-    assert "Denoising strength: 0.5, Hires resize: 96x96, Hires steps: 6" in text
+    assert "Denoising strength: 0.5, Hires resize: 96x96, Hires steps: 4" in text
 
 
 def test_progress_counts_both_runs_and_a_cancelled_second_run_frees_its_room(
@@ -73,7 +73,7 @@ def test_progress_counts_both_runs_and_a_cancelled_second_run_frees_its_room(
                 seen.append(data)
                 if data["step"] > SMALL["steps"]:
                     break
-    assert {one["steps"] for one in seen} == {154}
+    assert {one["steps"] for one in seen} == {152}
     running.settle()
     assert running.app.state.service.engine.waiting() == {}
 

@@ -22,6 +22,9 @@ from tests.server.models.image_prompts.tiny_image_prompts import put_adapter, pu
 
 FAST: dict[str, Any] = {"seed": 5, "steps": 2}
 SIDE = 128
+SIZE = "64x64"
+"""Of images without an upload."""
+SMALL: dict[str, Any] = {"width": 64, "height": 64}
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +64,10 @@ def b64(data: bytes) -> str:
 def test_the_sdk_gets_the_images_of_the_native_route(sdk: OpenAI, client: httpx2.Client) -> None:
     guidance = {"name": "cfg", "scale": 3}
     ours = FAST | {"sampler": "unipc", "guidance": guidance}
-    answer = sdk.images.generate(prompt="a red circle", n=2, size="128x128", extra_body=ours)
-    assert (answer.size, answer.output_format, answer.background) == ("128x128", "png", "opaque")
+    answer = sdk.images.generate(prompt="a red circle", n=2, size=SIZE, extra_body=ours)
+    assert (answer.size, answer.output_format, answer.background) == (SIZE, "png", "opaque")
     assert answer.usage is not None
-    expected = native(client, n=2, sampler="unipc", guidance=guidance)
+    expected = native(client, n=2, sampler="unipc", guidance=guidance, **SMALL)
     assert answer.data is not None
     for image, pixels in zip(answer.data, expected, strict=True):
         assert (pixels_of(image.b64_json) == pixels).all()
@@ -81,6 +84,7 @@ def test_what_has_no_effect_is_named(sdk: OpenAI) -> None:
         style="vivid",
         moderation="auto",
         user="me",
+        size=SIZE,
         extra_body=FAST | {"unheard_of": 1},
     )
     assert answer.model_extra is not None
@@ -93,7 +97,7 @@ def test_what_has_no_effect_is_named(sdk: OpenAI) -> None:
 def test_partial_images_come_nearer_to_the_image(sdk: OpenAI, client: httpx2.Client) -> None:
     steps = {"seed": 5, "steps": 6}
     stream = sdk.images.generate(
-        prompt="a red circle", stream=True, partial_images=3, extra_body=steps
+        prompt="a red circle", size=SIZE, stream=True, partial_images=3, extra_body=steps
     )
     *partial, last = stream
     assert [event.type for event in partial] == ["image_generation.partial_image"] * len(partial)
@@ -105,16 +109,18 @@ def test_partial_images_come_nearer_to_the_image(sdk: OpenAI, client: httpx2.Cli
     assert last.type == "image_generation.completed"
     assert last.usage.total_tokens == 0
     final = pixels_of(last.b64_json)
-    assert (final == native(client, steps=6)[0]).all()
+    assert (final == native(client, steps=6, **SMALL)[0]).all()
     away = [np.abs(pixels_of(event.b64_json) - final.astype(float)).mean() for event in partial]
     assert away == sorted(away, reverse=True)
-    assert {event.size for event in (*partial, last)} == {"128x128"}
+    assert {event.size for event in (*partial, last)} == {SIZE}
 
 
 def test_a_stream_of_several_images_completes_each(sdk: OpenAI, client: httpx2.Client) -> None:
-    events = list(sdk.images.generate(prompt="a red circle", stream=True, n=2, extra_body=FAST))
+    events = list(
+        sdk.images.generate(prompt="a red circle", size=SIZE, stream=True, n=2, extra_body=FAST)
+    )
     assert [event.type for event in events] == ["image_generation.completed"] * 2
-    for event, pixels in zip(events, native(client, n=2), strict=True):
+    for event, pixels in zip(events, native(client, n=2, **SMALL), strict=True):
         assert (pixels_of(event.b64_json) == pixels).all()
 
 
@@ -249,12 +255,12 @@ def test_the_sdk_lists_the_models(sdk: OpenAI) -> None:
 def test_open_webui_s_calls_are_answered(client: httpx2.Client) -> None:
     """What its OpenAI image engine sends, and what it then reads of the answer."""
     headers = {"Authorization": "Bearer none", "Content-Type": "application/json"}
-    body = {"model": "embedded-lcm", "prompt": "a red circle", "n": 1, "size": "128x128"}
+    body = {"model": "embedded-lcm", "prompt": "a red circle", "n": 1, "size": SIZE}
     body |= {"response_format": "b64_json"}
     answer = client.post("/v1/images/generations", json=body, headers=headers)
     answer.raise_for_status()
     for image in answer.json()["data"]:
         assert image.get("url") is None
-        assert pixels_of(image["b64_json"]).shape == (SIDE, SIDE, 3)
+        assert pixels_of(image["b64_json"]).shape == (64, 64, 3)
     refused = client.post("/v1/images/generations", json=body | {"model": "?"}, headers=headers)
     assert "is not hosted here" in refused.json()["error"]["message"]
