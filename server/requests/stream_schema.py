@@ -13,6 +13,7 @@ from server.image_codec import OutputFormat
 from server.models.blend import Blend, BlendKind
 from server.requests.adapters import AdapterChoices
 from server.requests.checks.shape import check_shape
+from server.requests.image_prompts import ImagePromptChoice
 from server.requests.messages import explain
 from server.requests.reading import Readable
 from server.requests.schema import (
@@ -37,6 +38,9 @@ MOST_PROMPTS: Final = 8
 LONGEST_TRANSITION: Final = 600
 MOST_SKIPPED: Final = 1000
 MOST_SEED_STEP: Final = 2**32
+
+PICTURES: Final = frozenset({"image_prompts.image", "image_prompts.mask"})
+"""Fields of a message that hold pictures, in base64."""
 
 
 class WeightedPrompt(BaseModel):
@@ -114,6 +118,7 @@ class StreamSettings(Readable):
     spacing: SpacingChoice | None = _as_in_requests("spacing")
     guidance: Guidance | None = _as_in_requests("guidance")
     adapters: AdapterChoices = _as_in_requests("adapters")
+    image_prompts: tuple[ImagePromptChoice, ...] = _as_in_requests("image_prompts")
     strength: float | None = Field(
         default=None,
         gt=0,
@@ -209,7 +214,7 @@ def message_fields(text: str) -> dict[str, Any]:
         raise MalformedBody(None, f"The message is not valid JSON: {error}.") from None
     if not isinstance(fields, dict):
         raise MalformedBody(None, "The message must be a JSON object of settings.")
-    check_shape(fields, ())
+    check_shape(fields, PICTURES)
     return fields
 
 

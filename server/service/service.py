@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
-from itertools import compress
 from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from samplers import StatisticsIdentity
 from server.decoding.pool import DecodePool
@@ -25,7 +22,6 @@ from server.engine.reservation import Reservation
 from server.engine.task import ImageTask
 from server.errors import DuplicateGeneration, NotReady, UnknownGeneration, UnknownModel, WeftError
 from server.models.hosted import HostedModel
-from server.models.image_prompts.image_prompt import ImagePromptUse
 from server.models.statistics import guidance_name
 from server.requests.catalog import (
     ModelEntry,
@@ -38,7 +34,7 @@ from server.requests.catalog import (
 from server.requests.checks.limits import check_count, runs_of
 from server.requests.controls import load_controls, unloaded_controls
 from server.requests.embeddings import texts_of
-from server.requests.image_prompts import load_image_prompts, unloaded_image_prompts
+from server.requests.image_prompts import unloaded_image_prompts
 from server.requests.reference_images import largest_of
 from server.requests.resolve import Prepared
 from server.requests.schema import GenerateRequest, ResolvedRequest
@@ -47,9 +43,10 @@ from server.requests.tasks import tasks_of
 from server.service.editing import edited_as
 from server.service.enlarging import started_from
 from server.service.generation import Generation
+from server.service.image_prompt_uses import image_prompt_uses, in_regions_again
 from server.service.model_shelf import Lease, ModelShelf, ModelState, Source
 from server.service.pictures import Picture, Pictures, encoded, pictures_of
-from server.service.pixels import mask_tensor, pixels_tensor, region_tensor
+from server.service.pixels import mask_tensor, pixels_tensor
 from server.service.planner import Planner
 from server.service.second_run import SecondRun
 from server.service.uploads import Uploads, decoded, decoded_for_their_size
@@ -428,7 +425,7 @@ def _weights_loaded(request: ResolvedRequest, model: HostedModel) -> bool:
 
 
 def _tasks(prepared: Prepared, model: HostedModel, uploads: Uploads) -> list[ImageTask]:
-    image, kept, mask, reference, controls, _, shown, regions, _, references = uploads
+    image, kept, mask, reference, controls, *_, references = uploads
     request = prepared.request
     return tasks_of(
         prepared,
@@ -438,12 +435,7 @@ def _tasks(prepared: Prepared, model: HostedModel, uploads: Uploads) -> list[Ima
         mask=None if mask is None else mask_tensor(mask),
         reference=None if reference is None else pixels_tensor(reference),
         controls=load_controls(request.controls, [*map(pixels_tensor, controls)], model),
-        image_prompts=load_image_prompts(
-            request.image_prompts,
-            [[*map(pixels_tensor, pictures)] for pictures in shown],
-            _region_tensors(regions),
-            model,
-        ),
+        image_prompts=image_prompt_uses(request, uploads, model),
         references=tuple(map(pixels_tensor, references)),
     )
 
@@ -460,25 +452,9 @@ def _tasks_again(
         adapters=first.adapters,
         embeddings=first.text.embeddings,
         controls=controls,
-        image_prompts=_elsewhere(first.image_prompts, second.request, uploads),
+        image_prompts=in_regions_again(first.image_prompts, second.request, uploads),
         references=first.references,
     )
-
-
-def _elsewhere(
-    uses: Sequence[ImagePromptUse], request: ResolvedRequest, uploads: Uploads
-) -> tuple[ImagePromptUse, ...]:
-    """The image prompts of a first run, in the regions of the second one."""
-    acting = [one.scale > 0 for one in request.image_prompts]
-    regions = compress(_region_tensors(uploads.regions_again), acting)
-    return tuple(
-        use if region is None else replace(use, region=region)
-        for use, region in zip(uses, regions, strict=True)
-    )
-
-
-def _region_tensors(regions: Sequence[NDArray[np.uint8] | None]) -> list[Tensor | None]:
-    return [None if one is None else region_tensor(one) for one in regions]
 
 
 def _claim(

@@ -23,6 +23,7 @@ from server.requests.embeddings import load_embeddings, texts_of, unfit_embeddin
 from server.requests.start_noise import MAX_SEED
 from server.requests.stream_schema import StreamSettings, read_settings
 from server.requests.tasks import tasks_of
+from server.service.image_prompt_uses import image_prompt_uses
 from server.service.model_shelf import Lease
 from server.service.pixels import pixels_tensor
 from server.service.service import Service
@@ -36,6 +37,7 @@ from server.service.stream_frame import (
     OutputFrame,
 )
 from server.service.transition import Transition
+from server.service.uploads import Early, Uploads, decoded
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from server.models.adapters.adapter import Weighted
     from server.models.embeddings.embedding import Embedding
     from server.models.hosted import HostedModel
+    from server.models.image_prompts.image_prompt import ImagePromptUse
     from server.requests.resolve import Prepared
     from server.settings import Limits, StreamLimits
 
@@ -54,6 +57,9 @@ log = logging.getLogger("weft")
 
 OUTGOING: Final = 2
 """Finished frames that may wait for the client; while there are so many, none is taken in."""
+
+BESIDE: Final = "image_prompts"
+"""The field with pictures."""
 
 RETRY_S: Final = 0.02
 """Until the engine, whose queue was full, is asked again."""
@@ -69,6 +75,7 @@ class Current:
         lease: of the model, which stays loaded as long as it may be asked for a frame.
         adapters: of the settings, loaded once for all frames.
         embeddings: that its texts name, and those of the prompt that it leaves.
+        image_prompts: of the settings, decoded and loaded once for all frames.
         in_flight: most frames in the engine.
     """
 
@@ -77,6 +84,7 @@ class Current:
     lease: Lease
     adapters: tuple[Weighted, ...]
     embeddings: tuple[Embedding, ...]
+    image_prompts: tuple[ImagePromptUse, ...]
     in_flight: int
 
     @property
@@ -162,7 +170,8 @@ class StreamSession:
             UnknownModel: no such model is hosted.
             ModelMismatch: the model was to be loaded, and cannot be.
             ModelTooLarge: the model does not fit in memory.
-            Overloaded: the adapters of requests under way leave no room for those of the settings.
+            Overloaded: the adapters of requests under way leave no room for those of the settings,
+                or too many pictures wait to be decoded.
             NotReady: the server is broken or about to stop.
         """
         merged = {k: v for k, v in {**self._fields, **fields}.items() if v is not None}
@@ -171,7 +180,8 @@ class StreamSession:
         lease = await self._service.ready_shelf().lend(settings.model)
         try:
             prepared = await asyncio.to_thread(self._prepare, settings, lease.model)
-            load = partial(self._loaded, settings, prepared, lease)
+            uploads = await self._decoded_beside(settings, merged, prepared, lease.model)
+            load = partial(self._loaded, settings, prepared, lease, uploads)
             current = await self._service.with_weights(prepared.request, lease.model, load)
             async with self._changing:
                 self._adopt(current)
@@ -293,14 +303,47 @@ class StreamSession:
         unfit = unfit_embeddings([one.text for one in settings.prompt[1:]], model)
         return replace(prepared, warnings=(*dict.fromkeys((*prepared.warnings, *unfit)),))
 
-    def _loaded(self, settings: StreamSettings, prepared: Prepared, lease: Lease) -> Current:
-        """The settings with the weights that they name, in the thread that may wait for these."""
+    async def _decoded_beside(
+        self,
+        settings: StreamSettings,
+        fields: Mapping[str, Any],
+        prepared: Prepared,
+        model: HostedModel,
+    ) -> Uploads | None:
+        """The pictures beside the prompt, decoded; None for those of the settings that hold."""
+        before, request = self._current, prepared.request
+        if before is not None and before.model is model:
+            was = before.prepared.request
+            same_size = (was.width, was.height) == (request.width, request.height)
+            if same_size and fields.get(BESIDE) == self._fields.get(BESIDE):
+                return None
+        return await decoded(settings.request(), prepared, model, Early(), self._service.decoding)
+
+    def _loaded(
+        self,
+        settings: StreamSettings,
+        prepared: Prepared,
+        lease: Lease,
+        uploads: Uploads | None,
+    ) -> Current:
+        """The settings with the weights that they name, in the thread that may wait for these.
+
+        Args:
+            settings: as sent.
+            prepared: the request for one frame.
+            lease: of the model.
+            uploads: pictures beside the prompt; None where those of before stay.
+        """
         in_flight, model = self._most_in_flight(settings, prepared), lease.model
         adapters = load_adapters(prepared.request.adapters, model)
         texts = [text for _, text in texts_of(prepared.request, model)]
         texts += [one.text for one in settings.prompt[1:]]
         embeddings = load_embeddings(texts, model)
-        return Current(settings, prepared, lease, adapters, embeddings, in_flight)
+        if uploads is not None:
+            shown = image_prompt_uses(prepared.request, uploads, model)
+        else:
+            shown = () if self._current is None else self._current.image_prompts
+        return Current(settings, prepared, lease, adapters, embeddings, shown, in_flight)
 
     def _most_in_flight(self, settings: StreamSettings, prepared: Prepared) -> int:
         most = self._stream_limits.in_flight
@@ -463,6 +506,7 @@ class StreamSession:
                 stream=self._stream,
                 adapters=current.adapters,
                 embeddings=current.embeddings,
+                image_prompts=current.image_prompts,
             )
             frame.submitted = monotonic()
             frame.submission = room.submit(tasks, FrameListener(frame, self.loop, self._heard))

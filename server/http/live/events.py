@@ -151,8 +151,9 @@ def _of_text(body: StreamSettings) -> dict[str, Any]:
         raise InvalidRequest(
             "seed_step", "seed_step is 0, so that all images would be the same; it must be above 0."
         )
-    fields = body.model_dump(mode="json", exclude_unset=True)
-    return {"seed_step": 1, **fields, "source": "text"}
+    fields = body.model_dump(mode="json", exclude={"image_prompts"}, exclude_unset=True)
+    pictures = {"image_prompts": body.image_prompts} if body.image_prompts else {}
+    return {"seed_step": 1, **fields, **pictures, "source": "text"}
 
 
 def _frame(output: OutputFrame | FailedFrame) -> bytes:

@@ -16,6 +16,7 @@ from starlette.websockets import WebSocketState
 from server.errors import NotReady, RequestTimeout, TooLarge, WeftError
 from server.http.errors import answer, body_of
 from server.http.live.statistics_clock import StatisticsClock
+from server.http.text_meter import TextMeter
 from server.requests.stream_schema import message_fields
 from server.service.stream import StreamSession
 from server.service.stream_frame import FailedFrame, OutputFrame
@@ -131,19 +132,37 @@ class Conversation:
 
     async def _change(self, text: str) -> None:
         try:
-            if len(text) > MOST_SETTINGS_CHARACTERS:
-                raise TooLarge(
-                    None,
-                    f"The message has {len(text)} characters; at most {MOST_SETTINGS_CHARACTERS} "
-                    "are allowed.",
-                )
-            said = await self._session.change(message_fields(text))
+            said = await self._session.change(await self._fields_of(text))
         except NotReady:
             raise
         except WeftError as error:
             said = body_of(error)
         await self._send(said)
         self._changed.set()
+
+    async def _fields_of(self, text: str) -> dict[str, Any]:
+        """The settings of a message, which may be as long as a frame if pictures make it so.
+
+        Raises:
+            TooLarge: it is longer.
+            InvalidRequest: it has no settings.
+        """
+        if len(text) <= MOST_SETTINGS_CHARACTERS:
+            return message_fields(text)
+        most = max(MOST_SETTINGS_CHARACTERS, self._limits.frame_bytes)
+        if len(text) > most:
+            raise TooLarge(
+                None, f"The message has {len(text)} characters; at most {most} are allowed."
+            )
+        meter = TextMeter()
+        await asyncio.to_thread(meter.feed, text.encode(errors="replace"))
+        if meter.too_costly:
+            raise TooLarge(
+                None,
+                f"The message has more than {MOST_SETTINGS_CHARACTERS} characters; only pictures "
+                "in base64 may make it so long.",
+            )
+        return await asyncio.to_thread(message_fields, text)
 
     async def _write(self) -> None:
         while True:

@@ -72,7 +72,7 @@ BAD_SETTINGS: list[tuple[str, str, str | None, str]] = [
         "guidance.negtome",
         "frames of a stream are made one by one",
     ),
-    (json.dumps({"prompt": "x" * 300_000}), "too_large", None, "300014 characters"),
+    (json.dumps({"prompt": "x" * 300_000}), "invalid_value", "prompt", "300000 characters"),
     (
         json.dumps({"prompt": [{"text": "a"}, {"text": "red " * 900}]}),
         "invalid_value",
