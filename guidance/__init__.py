@@ -26,6 +26,7 @@ from guidance.easy_cache import EasyCache
 from guidance.edits import Edit
 from guidance.elucd import EluCD
 from guidance.feynman_kac import FeynmanKac
+from guidance.freeu import FreeU
 from guidance.frequency_decoupled import FrequencyDecoupled
 from guidance.gradient_free import GradientFree
 from guidance.interval import Interval
@@ -35,6 +36,7 @@ from guidance.magnitude_aware import MagnitudeAware
 from guidance.minority import Minority
 from guidance.nag import NAG
 from guidance.negtome import NegToMe
+from guidance.network_change import NetworkChange
 from guidance.pag import PAG
 from guidance.perp_neg import PerpNeg
 from guidance.perturbation import Perturbation
@@ -84,6 +86,7 @@ __all__ = [
     "EluCD",
     "FeynmanKac",
     "Filled",
+    "FreeU",
     "FrequencyDecoupled",
     "GradientFree",
     "GradientGuidance",
@@ -92,6 +95,7 @@ __all__ = [
     "MagnitudeAware",
     "Minority",
     "NegToMe",
+    "NetworkChange",
     "Part",
     "PerpNeg",
     "Perturbation",

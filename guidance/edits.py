@@ -42,6 +42,18 @@ class SkipScales:
 
 
 @dataclass(frozen=True, slots=True)
+class BackboneScales:
+    """FreeU (arXiv 2309.11497), in the two lowest stages of a U-Net's way up.
+
+    ``backbone`` are factors on half of the channels, ``skips`` on the lowest frequencies of the
+    skip connections, each of the lowest stage and of the one above it.
+    """
+
+    backbone: tuple[float, float]
+    skips: tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
 class WeakModel:
     """The row is evaluated by the model's weaker companion (autoguidance)."""
 
@@ -77,6 +89,7 @@ Edit: TypeAlias = (
     | BlurredQueries
     | SkippedBlocks
     | SkipScales
+    | BackboneScales
     | WeakModel
     | ApartFrom
     | NormalizedAttention

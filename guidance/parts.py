@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from guidance.always import Always
 from guidance.cfg_norm import CFGNorm
 from guidance.feynman_kac import FeynmanKac
+from guidance.freeu import FreeU
 from guidance.nag import NAG
 from guidance.negtome import NegToMe
 from guidance.registry import CLASSIFIERS, PERTURBATIONS, POLICIES
@@ -106,6 +107,14 @@ PARTS: tuple[Part, ...] = (
         description="Factors on a U-Net's skip connections.",
         label="skip-tuning",
         plural="skip_tuning",
+        beside_particles=True,
+    ),
+    Part(
+        field="freeu",
+        kinds=(FreeU,),
+        description="Factors on a U-Net's backbone and on its coarse skip connections.",
+        label="FreeU",
+        plural="freeu",
         beside_particles=True,
     ),
     Part(

@@ -43,6 +43,7 @@ BESIDE_RULES: Final = (
     "perturbed",
     "classifier",
     "skip_tuning",
+    "freeu",
     "particles",
     "negtome",
     "nag",

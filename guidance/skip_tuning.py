@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import BaseModel, Field
+from pydantic import Field
+from typing_extensions import override
 
 from guidance.edits import SkipScales
+from guidance.network_change import NetworkChange
 
 if TYPE_CHECKING:
     from guidance.edits import Edit
 
 
-class SkipTuning(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan=False):
+class SkipTuning(NetworkChange, frozen=True):
     """Skip-tuning (Ma et al., arXiv 2402.15170): factors on a U-Net's skip connections.
 
     They rise linearly from the bottom connection to the top one, and act in every prediction of
@@ -32,6 +34,6 @@ class SkipTuning(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_
     )
 
     @property
+    @override
     def edit(self) -> Edit:
-        """What is changed inside the network."""
         return SkipScales((self.bottom, self.top))

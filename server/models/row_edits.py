@@ -9,7 +9,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from functools import lru_cache
 from math import ceil
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from guidance.edits import (
     ApartFrom,
+    BackboneScales,
     BlurredQueries,
     IdentityAttention,
     NormalizedAttention,
@@ -47,6 +48,9 @@ BLOCKS = (
     "ZImageTransformerBlock",
 )
 """Classes of blocks that can be skipped; the first one's self-attention can be changed too."""
+
+STAGES = 2
+"""Stages of a U-Net's way up that FreeU changes."""
 
 PROJECTIONS = ("encoder_hid_proj", "caption_projection")
 """Parts of a network that change the text before its blocks read it."""
@@ -88,6 +92,13 @@ class RowEdits:
         self._skips = [len(_resnets(block)) for block in up_blocks]
         for number, block in enumerate(up_blocks):
             self._hook_skips(number, block)
+        if up_blocks:
+            parts = dict(network.named_children())
+            # Some small U-Nets have no middle.
+            bottom = parts.get("mid_block") or list(parts["down_blocks"].children())[-1]
+            below = zip([bottom, *up_blocks], up_blocks[:STAGES], strict=False)
+            for stage, (before, block) in enumerate(below):
+                self._hook_backbone(stage, before, block)
 
     def layers(self) -> tuple[str, ...]:
         """Names of the blocks that edits may name, in the network's order."""
@@ -95,7 +106,7 @@ class RowEdits:
 
     def refuses(self, edit: Edit) -> str | None:
         """Why this network cannot make the edit, as a clause; None where it can."""
-        if isinstance(edit, SkipScales):
+        if isinstance(edit, SkipScales | BackboneScales):
             return None if self._skips else "has no skip connections to scale"
         if isinstance(edit, NormalizedAttention):
             return None if self._crossing else "has no cross-attention that reads the text itself"
@@ -141,7 +152,7 @@ class RowEdits:
         for row, own in enumerate(edits):
             for edit in own:
                 for place, value in self._values(edit):
-                    untouched = 1.0 if isinstance(edit, SkipScales) else 0.0
+                    untouched = float(isinstance(edit, SkipScales | BackboneScales))
                     values = rows.setdefault((type(edit), place), [untouched] * len(edits))
                     values[row] = value
         return {
@@ -169,6 +180,9 @@ class RowEdits:
                 known = np.linspace(0, 1, len(scales))
                 factors = np.interp(np.linspace(0, 1, count), known, scales)
                 yield from ((str(number), float(f)) for number, f in enumerate(factors))
+            case BackboneScales(backbone, skips):
+                yield from ((f"backbone {i}", factor) for i, factor in enumerate(backbone))
+                yield from ((f"skips {i}", factor) for i, factor in enumerate(skips))
             case BlurredQueries(layers, sigma):
                 yield from ((name, sigma) for layer in layers for name in self._named(layer))
             case IdentityAttention(layers) | SkippedBlocks(layers):
@@ -283,6 +297,47 @@ class RowEdits:
             return args, kwargs | {"res_hidden_states_tuple": tuple(reversed(scaled))}
 
         block.register_forward_pre_hook(scale, with_kwargs=True)
+
+    def _hook_backbone(self, stage: int, before: nn.Module, block: nn.Module) -> None:
+        resnets = _resnets(block)
+
+        def hook(resnet: nn.Module, width: int) -> None:
+            """Of a block that is given such a width of the backbone, then skip connections."""
+
+            def scale(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+                backbone = self._tensors.get((BackboneScales, f"backbone {stage}"))
+                if backbone is None:
+                    return None
+                joined, skips = args[0], self._tensors[BackboneScales, f"skips {stage}"]
+                scaled, rest, skip = joined.tensor_split((width // 2, width), 1)
+                scaled = scaled * _over_rows(backbone, scaled).to(scaled.dtype)
+                damped = _with_coarse_part(skip, skips).to(skip.dtype)
+                skip = damped.where(_over_rows(skips != 1, skip), skip)
+                return torch.cat([scaled, rest, skip], 1), *args[1:]
+
+            resnet.register_forward_pre_hook(scale)
+
+        for resnet, under in zip(resnets, [_resnets(before)[-1], *resnets], strict=False):
+            hook(resnet, cast("int", under.out_channels))
+
+
+def _with_coarse_part(x: Tensor, factors: Tensor) -> Tensor:
+    """``[rows, C, h, w]`` with its lowest frequencies, 0 and -1 along each side, times a factor.
+
+    The real part of the inverse transform, as in FreeU's code; written as two real products.
+    """
+    down, across = (_lowest_two(side).to(x.device, non_blocking=True) for side in x.shape[-2:])
+    whole = x.float()
+    coarse = down[0] @ whole @ across[0].mT - down[1] @ whole @ across[1].mT
+    return whole + (_over_rows(factors, x) - 1) * coarse
+
+
+@lru_cache
+def _lowest_two(side: int) -> Tensor:
+    """Real and imaginary part of the matrix that keeps those of one side, ``[2, n, n]``."""
+    turn = 2 * np.pi / side * (np.arange(side)[:, None] - np.arange(side))
+    kept = np.stack([1 + np.cos(turn), -np.sin(turn)]) / side
+    return torch.from_numpy(kept).float()
 
 
 def _resnets(block: nn.Module) -> list[nn.Module]:

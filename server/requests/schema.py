@@ -15,6 +15,7 @@ from guidance import (
     CFGNorm,
     ClassifierGuidance,
     FeynmanKac,
+    FreeU,
     NegToMe,
     Perturbation,
     Policy,
@@ -81,6 +82,7 @@ if TYPE_CHECKING:
         perturbed: tuple[Perturbation, ...]
         classifier: ClassifierGuidance | None
         skip_tuning: SkipTuning | None
+        freeu: FreeU | None
         particles: FeynmanKac | None
         negtome: NegToMe | None
         cfg_norm: CFGNorm | None

@@ -8,9 +8,10 @@ import pytest
 from diffusers import DDIMScheduler
 from diffusers.pipelines.pag.pag_utils import PAGMixin
 
-from guidance import EMPTY, NEGATIVE, Branch, DiffusionLevels, SkipTuning
+from guidance import EMPTY, NEGATIVE, Branch, DiffusionLevels, FreeU, SkipTuning
 from guidance.autoguidance import Autoguidance
 from guidance.edits import (
+    BackboneScales,
     BlurredQueries,
     IdentityAttention,
     SkippedBlocks,
@@ -79,6 +80,7 @@ def test_each_perturbation_changes_the_network_in_its_own_way() -> None:
     assert SLG(layers=layers).edit == SkippedBlocks(layers)
     assert Autoguidance().edit == WeakModel()
     assert SkipTuning(bottom=0.7).edit == SkipScales((0.7, 1.0))
+    assert FreeU(b1=1.1).edit == BackboneScales((1.1, 1.4), (0.9, 0.2))
 
 
 def test_mid_is_another_name_of_middle() -> None:

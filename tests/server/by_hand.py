@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 from torch import Tensor
 
-from guidance import POLICIES, RULES, Edit, Perturbation, Policy, Rows, Rule, SkipTuning
+from guidance import POLICIES, RULES, Edit, NetworkChange, Perturbation, Policy, Rows, Rule
 from guidance.always import Always
 from guidance.cfg import CFG
 from guidance.composed import Composed, WeightedPrompt
@@ -114,7 +114,7 @@ class ByHand:
         self.policy_memory = torch.zeros(1, policy.memory_slots(branches), *shape)
         self.settled = not rule.branches
         self.perturbed = [one for one in task.settings if isinstance(one, Perturbation)]
-        self.edits = [one.edit for one in task.settings if isinstance(one, SkipTuning)]
+        self.edits = [one.edit for one in task.settings if isinstance(one, NetworkChange)]
         self.levels = levels_of(task.plan, SCHEDULE)
 
     def pixels(self) -> NDArray[np.uint8]:

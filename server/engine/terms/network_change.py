@@ -1,4 +1,4 @@
-"""Skip-tuning: every prediction of an image scales the network's skip connections."""
+"""Changes inside the network that all predictions of an image have: skip-tuning and FreeU."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from typing_extensions import override
 
-from guidance.skip_tuning import SkipTuning
+from guidance.network_change import NetworkChange
 from server.engine.terms.term import Term
 
 if TYPE_CHECKING:
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class SkipTunedRows(Term):
+class ChangedRows(Term):
     """The same change in all rows of an image, at every stage.
 
     Attributes:
         edit: of each row.
     """
 
-    made_from: ClassVar = SkipTuning
+    made_from: ClassVar = NetworkChange
     prepares: ClassVar = True
     edit: Edit
 
     @classmethod
     @override
-    def of(cls, setting: SkipTuning, run: Run) -> Self:
+    def of(cls, setting: NetworkChange, run: Run) -> Self:
         return cls(setting.edit)
 
     @override

@@ -8,9 +8,9 @@ from server.engine.terms.cfg_norm import KeptLengths
 from server.engine.terms.classifier import AwayFromChosen, UpGradient
 from server.engine.terms.nag import AgainstNegative
 from server.engine.terms.negtome import KeptApart
+from server.engine.terms.network_change import ChangedRows
 from server.engine.terms.particles import ResampledParticles
 from server.engine.terms.perturbation import Disturbed
-from server.engine.terms.skip_tuning import SkipTunedRows
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from server.engine.terms.term import Run, Term
 
 TERMS: tuple[type[Term], ...] = (
-    SkipTunedRows,
+    ChangedRows,
     AgainstNegative,
     Disturbed,
     KeptApart,

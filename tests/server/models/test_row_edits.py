@@ -20,6 +20,7 @@ from torch import Tensor
 from embedded import MODEL_FOLDER
 from guidance.edits import (
     ApartFrom,
+    BackboneScales,
     BlurredQueries,
     IdentityAttention,
     SkippedBlocks,
@@ -127,6 +128,13 @@ def skipping(network, layer):
     return changed
 
 
+def freed(network):
+    """diffusers' own FreeU."""
+    changed = copy.deepcopy(network)
+    changed.enable_freeu(s1=0.9, s2=0.2, b1=1.3, b2=1.5)
+    return changed
+
+
 def skip_tuned(network, factors):
     """Factors by up block and position, bottom to top, written into each block's forward."""
     changed = copy.deepcopy(network)
@@ -172,6 +180,7 @@ CHANGES = {
         SkipScales((0.5, 1.0)),
         lambda unet: skip_tuned(unet, torch.linspace(0.5, 1, 6).tolist()),
     ),
+    "freed": (BackboneScales((1.3, 1.5), (0.9, 0.2)), lambda unet: freed(unet)),
 }
 
 
@@ -211,6 +220,12 @@ def test_several_edits_of_a_row_go_together(unet, edited):
     ours = forward_with(edited, [(SkipScales((0.6,)), IdentityAttention(("middle",)))])
     both = with_processor(skip_tuned(unet, [0.6] * 6), MID, PAGOnly())
     assert_near(ours, forward(both, *inputs(1)))
+
+
+def test_the_coarse_part_of_pictures_that_are_not_square_is_that_of_diffusers(unet, edited):
+    edit = BackboneScales((1.3, 1.5), (0.9, 0.2))
+    ours = forward_with(edited, [(edit,)], size=(6, 24))
+    assert_near(ours, forward(freed(unet), *inputs(1, (6, 24))))
 
 
 @pytest.mark.parametrize("sigma", [0.5, 4.0])

@@ -72,11 +72,13 @@ def test_every_part_of_guidance_is_written() -> None:
         "name": "cfg",
         "perturbed": ["pag", "slg"],
         "skip_tuning": {},
+        "freeu": {"b1": 1.1},
         "negtome": {"away_from": "first", "stop": 0.5},
     }
     written = text_of(guidance=guidance)
     assert ", Guidance: cfg, Guidance policy: always, Guidance perturbed: pag+slg, " in written
-    assert "Guidance skip-tuning: on, Guidance NegToMe: stop 0.5; away_from first, Ver" in written
+    assert "Guidance skip-tuning: on, Guidance FreeU: b1 1.1, Guidance NegToMe: stop" in written
+    assert "stop 0.5; away_from first, Ver" in written
 
 
 def test_a_step_cache_is_named() -> None:
