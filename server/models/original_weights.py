@@ -33,6 +33,12 @@ ORIGINAL: Final = {
 }
 """A tensor of each class that has this name in the original code alone."""
 
+ADDED_CONDITIONS: Final = {
+    f"add_embedding.linear_{number}.{kind}": f"label_emb.0.{place}.{kind}"
+    for number, place in ((1, 0), (2, 2))
+    for kind in ("weight", "bias")
+}
+
 
 def as_diffusers(
     weights: Mapping[str, Tensor], network: Any, called: str, dtype: torch.dtype
@@ -60,4 +66,9 @@ def as_diffusers(
         # Its converter looks for the names of a whole checkpoint.
         own = {f"{UNET}{name}": tensor for name, tensor in own.items()}
     convert: Any = SINGLE_FILE_LOADABLE_CLASSES[kind]["checkpoint_mapping_fn"]
-    return convert(own, config=network.config)
+    made = convert(dict(own), config=network.config)
+    if kind == "ControlNetModel":
+        # Which its converter leaves out, and those of Stable Diffusion XL have.
+        made |= {name: own.get(original) for name, original in ADDED_CONDITIONS.items()}
+    # Of some that are missing, nothing stands in their places.
+    return {name: tensor for name, tensor in made.items() if tensor is not None}

@@ -88,11 +88,25 @@ def load_autoencoder(folder: Path, allowed: Sequence[Any], dtype: torch.dtype) -
     return load_network(folder, "vae", allowed, own)
 
 
-def build_network(folder: Path, part: str, kind: Any, dtype: torch.dtype) -> Any:
-    """A network of diffusers whose class is known; see :func:`load_network`."""
-    config = known_entries(read_json(folder, f"{part}/config.json"), kind.__init__)
+def build_network(
+    folder: Path,
+    part: str,
+    kind: Any,
+    dtype: torch.dtype,
+    config: Mapping[str, Any] | None = None,
+) -> Any:
+    """A network of diffusers whose class is known; see :func:`load_network`.
+
+    Args:
+        folder: that holds it.
+        part: the subfolder, or a file with its weights.
+        kind: its class.
+        dtype: of the weights.
+        config: of the network; by default that of the subfolder.
+    """
+    entries = read_json(folder, f"{part}/config.json") if config is None else config
     with _WithoutMemory():
-        network = kind(**config)
+        network = kind(**known_entries(entries, kind.__init__))
     called = f"{part} of model folder {str(folder)!r}"
     try:
         weights = as_diffusers(_weights_of(folder, part), network, called, dtype)
@@ -265,6 +279,8 @@ def _of_default_type(kind: Any, dtype: torch.dtype) -> Any:
 
 
 def _weights_of(folder: Path, part: str) -> dict[str, Tensor]:
+    if (folder / part).is_file():
+        return load_file(folder / part)
     weights: dict[str, Tensor] = {}
     for name in weight_files(folder, part, NETWORK).names:
         file = folder / part / name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack, nullcontext
 from math import lcm, log
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from typing_extensions import override
@@ -56,6 +56,9 @@ PREDICTIONS: tuple[PredictionType, ...] = ("epsilon", "v_prediction", "sample")
 
 LONGEST_PERIOD = log(10_000)
 """Logarithm of how much slower the last angle of a scale's embedding turns than the first."""
+
+OF_OTHER_MODELS: Final = ("EDM", "FlowMatch", "SCM")
+"""How schedulers begin whose models predict something else of another noise."""
 
 
 class UNetModel(HostedModel):
@@ -323,10 +326,18 @@ def schedule_of(folder: Path) -> NoiseSchedule:
     """The noise schedule that a folder's scheduler was configured with.
 
     Raises:
-        ModelMismatch: there is no such config.
+        ModelMismatch: there is no such config, or it is one of a flow or of EDM.
         ValueError: a noise schedule that is not known here.
     """
-    return NoiseSchedule.from_diffusers(read_json(folder, SCHEDULER))
+    config = read_json(folder, SCHEDULER)
+    name = str(config.get("_class_name", ""))
+    if name.startswith(OF_OTHER_MODELS) or config.get("use_flow_sigmas"):
+        raise ModelMismatch(
+            f"{SCHEDULER} of model folder {str(folder)!r} names the {name[:80]}"
+            f"{' with use_flow_sigmas' if config.get('use_flow_sigmas') else ''}; of this family "
+            "only models with betas are hosted, none of flow matching or of EDM's preconditioning."
+        )
+    return NoiseSchedule.from_diffusers(config)
 
 
 def load_companion(folder: Path, dtype: torch.dtype) -> Any:

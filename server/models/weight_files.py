@@ -155,7 +155,7 @@ def bytes_of_part(folder: Path, part: str, stem: str, width: int) -> int:
 
     Args:
         folder: of the model.
-        part: the subfolder.
+        part: the subfolder, or a file.
         stem: ``NETWORK`` or ``TEXT_ENCODER``.
         width: bytes of a number once it is loaded.
 
@@ -200,6 +200,8 @@ class _Tensor(NamedTuple):
 
 
 def _tensors_of_part(folder: Path, part: str, stem: str) -> list[tuple[str, _Tensor]]:
+    if isfile(folder / part):
+        return _tensors_of_file(folder, part)
     files = [folder / part / name for name in weight_files(folder, part, stem).names]
     # An index may name any path, and what can be no file's name; it is refused when it is loaded.
     own = [file for file in files if file.parent == folder / part and isfile(file)]

@@ -1,9 +1,11 @@
-"""ControlNets in folders: the config first, weights once somebody asks for them."""
+"""ControlNets in folders or single files: the config first, weights once somebody asks for them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
 
 from server.errors import ControlMismatch, ModelMismatch
 from server.models.controls.control import Control
@@ -14,6 +16,7 @@ from server.models.parts import build_network
 from server.models.weight_files import NETWORK, bytes_of_part
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     import torch
@@ -28,35 +31,39 @@ CONFIG = "config.json"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ControlFolder:
-    """A folder with a ControlNet that fits a model.
+    """A folder, or a single file, with a ControlNet that fits a model.
 
     Attributes:
         name: as requests say it.
-        path: of the folder.
+        path: of the folder or the file.
         stamp: by which a change of its files is noticed.
         kind: the model's.
+        config: of the network.
     """
 
     name: str
     path: Path
     stamp: tuple[int, int]
     kind: ControlKind
+    config: Mapping[str, Any]
 
     @classmethod
-    def read(cls, path: Path, model: str, kind: ControlKind) -> ControlFolder:
-        """Read the config of a folder, and see whether it fits a model.
+    def read(cls, name: str, path: Path, model: str, kind: ControlKind) -> ControlFolder:
+        """Read the config of a ControlNet, and see whether it fits a model.
 
         Args:
-            path: of the folder, whose name is the ControlNet's.
+            name: as requests say it.
+            path: of the folder or the file.
             model: name of the model.
             kind: what it takes.
 
         Raises:
             ControlMismatch: it does not; the sentence names both.
         """
-        name, stamp = path.name, folder_stamp(path)
+        stamp = folder_stamp(path)
         try:
-            config = read_json(path, CONFIG)
+            config = _config_of_file(name, path, model, kind) if path.is_file() else None
+            config = config or read_json(path, CONFIG)
         except ModelMismatch as error:
             raise _refused(name, path, error) from None
         of, wanted = str(config.get("_class_name"))[:80], kind.kind.__name__
@@ -68,7 +75,7 @@ class ControlFolder:
             raise ControlMismatch(
                 f"ControlNet {name!r} does not fit model {model!r}: it {differs}."
             )
-        return cls(name, path, stamp, kind)
+        return cls(name, path, stamp, kind, config)
 
     def nbytes(self, dtype: torch.dtype) -> int:
         """Memory of its weights once they are loaded, in bytes, from the headers of its files.
@@ -96,7 +103,9 @@ class ControlFolder:
         needed = self.nbytes(dtype)
         with room_for(f"ControlNet {self.name!r}", needed, device):
             try:
-                network: Any = build_network(self.path, HERE, self.kind.kind, dtype)
+                network: Any = build_network(
+                    *self._folder_and_part, self.kind.kind, dtype, self.config
+                )
             except ModelMismatch as error:
                 raise _refused(self.name, self.path, error) from None
             except Exception as error:
@@ -108,17 +117,40 @@ class ControlFolder:
             prepared = self.kind.prepared(network)
         return Control(self.name, prepared, needed, self.cost())
 
+    @property
+    def _folder_and_part(self) -> tuple[Path, str]:
+        return (self.path.parent, self.path.name) if self.path.is_file() else (self.path, HERE)
+
     def _bytes(self, width: int) -> int:
         """Of its weights at so many bytes a number, from the headers of its files."""
         try:
-            return bytes_of_part(self.path, HERE, NETWORK, width)
+            return bytes_of_part(*self._folder_and_part, NETWORK, width)
         except ModelMismatch as error:
             raise _refused(self.name, self.path, error) from None
 
 
 def folder_stamp(path: Path) -> tuple[int, int]:
     """When a file of a ControlNet was last changed, and the bytes of all its files."""
+    if path.is_file():
+        return stamp_of(path)
     return joint_stamp(map(stamp_of, (path / CONFIG, *path.glob("*.safetensors"))))
+
+
+def _config_of_file(name: str, path: Path, model: str, kind: ControlKind) -> Mapping[str, Any]:
+    try:
+        with safe_open(path, framework="pt") as opened:
+            tensors = [*opened.keys()]
+    except (OSError, SafetensorError):
+        raise ControlMismatch(f"ControlNet {name!r} is no safetensors file.") from None
+    config = kind.config_of_file(tensors)
+    if config is None:
+        raise ControlMismatch(
+            f"ControlNet {name!r} is a single file, but none with a ControlNet of a U-Net, as "
+            f"model {model!r} would need: control LoRA, LLLite and T2I-Adapters are not supported, "
+            "and the ControlNets of other families are folders in the diffusers layout."
+        )
+    # Published files say by their names alone that they average over the picture.
+    return {**config, "global_pool_conditions": "shuffle" in name.lower()}
 
 
 def _weights(network: nn.Module) -> int:
@@ -126,4 +158,5 @@ def _weights(network: nn.Module) -> int:
 
 
 def _refused(name: str, path: Path, error: ModelMismatch) -> ControlMismatch:
-    return ControlMismatch(about_folder(error, path, f"ControlNet {name!r}"))
+    folder = path.parent if path.is_file() else path
+    return ControlMismatch(about_folder(error, folder, f"ControlNet {name!r}"))

@@ -6,7 +6,7 @@ from inspect import signature
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from torch import Tensor, nn
 
@@ -31,6 +31,18 @@ class ControlKind(Protocol):
 
         Args:
             config: entries of a ``config.json``; those that are missing have the class's defaults.
+        """
+        ...
+
+    def config_of_file(self, tensors: Collection[str]) -> Mapping[str, Any] | None:
+        """The config of a ControlNet in a single file, which holds none.
+
+        Args:
+            tensors: names of its tensors.
+
+        Returns:
+            The entries; None where the family's are read from folders alone, or where these are no
+            tensors of one.
         """
         ...
 

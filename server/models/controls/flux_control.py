@@ -14,7 +14,7 @@ from server.models.controls.row_controls import summed
 from server.models.controls.spread import in_runs, in_turn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     import torch
     from torch import Tensor, nn
@@ -83,6 +83,10 @@ class FluxControl:
         if embeds and config.get("patch_size") != PATCH:
             return f"embeds pictures, and has a patch_size other than {PATCH}"
         return None
+
+    def config_of_file(self, tensors: Collection[str]) -> None:
+        """See ``ControlKind.config_of_file``; they are read from folders alone."""
+        del tensors
 
     def prepared(self, network: Any) -> Any:
         """See ``ControlKind.prepared``; its picture is embedded apart from its forward."""

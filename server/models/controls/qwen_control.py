@@ -15,7 +15,7 @@ from server.models.controls.spread import in_runs
 from server.models.qwen_positions import keep_own_positions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     import torch
     from torch import Tensor, nn
@@ -69,6 +69,10 @@ class QwenControl:
         """See ``ControlKind.misfit``."""
         differs = first_misfit(self.kind, config, self._expected)
         return differs or first_outside(config, {"num_layers": range(1, self._layers + 1)})
+
+    def config_of_file(self, tensors: Collection[str]) -> None:
+        """See ``ControlKind.config_of_file``; they are read from folders alone."""
+        del tensors
 
     def prepared(self, network: Any) -> Any:
         """See ``ControlKind.prepared``."""

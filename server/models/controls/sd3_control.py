@@ -15,7 +15,7 @@ from server.models.controls.row_controls import summed
 from server.models.controls.spread import stretched
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from torch import Tensor
 
@@ -73,6 +73,10 @@ class SD3Control:
         expected = self._expected | (self._of_text if reads_text else {})
         differs = first_misfit(self.kind, config, expected)
         return differs or first_outside(config, {"num_layers": range(1, self._layers + 1)})
+
+    def config_of_file(self, tensors: Collection[str]) -> None:
+        """See ``ControlKind.config_of_file``; they are read from folders alone."""
+        del tensors
 
     def prepared(self, network: Any) -> Any:
         """See ``ControlKind.prepared``; those without positions have the transformer's."""

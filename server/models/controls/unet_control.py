@@ -13,9 +13,10 @@ from torch import nn
 
 from server.models.controls.control_kind import first_misfit
 from server.models.controls.row_controls import summed
+from server.models.parts import known_entries
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from torch import Tensor
 
@@ -40,6 +41,9 @@ ALIKE = (
 """Entries of the U-Net's config that a ControlNet's must equal. Its blocks may attend less often,
 as those of the small ControlNets of Stable Diffusion XL do."""
 
+FIRST_OUTPUT = ("zero_convs.0.0.weight", "controlnet_down_blocks.0.weight")
+"""A tensor of every ControlNet, by the original name and by diffusers'."""
+
 
 class UNetControl:
     """The ControlNets of a U-Net.
@@ -54,7 +58,7 @@ class UNetControl:
         from diffusers import ControlNetModel
 
         self.kind: Any = ControlNetModel
-        self.denoiser: nn.Module = unet
+        self.denoiser: Any = unet
         self._facts = facts
         self._device = device
         self._expected = {name: unet.config[name] for name in ALIKE} | {
@@ -75,6 +79,15 @@ class UNetControl:
         if not isinstance(widths, list | tuple) or 2 ** (len(widths) - 1) != scale:
             return f"has {name} {str(widths)[:60]}, which does not reduce pictures {scale} times"
         return None
+
+    def config_of_file(self, tensors: Collection[str]) -> Mapping[str, Any] | None:
+        """See ``ControlKind.config_of_file``: that of a copy of the U-Net's encoder."""
+        if not any(name.endswith(FIRST_OUTPUT) for name in tensors):
+            return None
+        return known_entries(self.denoiser.config, self.kind.__init__) | {
+            "_class_name": self.kind.__name__,
+            "in_channels": self._facts.latent_channels,
+        }
 
     def prepared(self, network: Any) -> Any:
         """See ``ControlKind.prepared``; its picture is embedded apart from its forward."""

@@ -73,13 +73,7 @@ OPEN_CLIP = (
 
 def checkpoint(pipeline: Any) -> dict[str, Tensor]:
     """All weights of a tiny SDXL pipeline as one file has them."""
-    unet = _renamed(pipeline.unet.state_dict(), UNET)
-    # Only ResNets: transformers have layers of the same names.
-    unet = {
-        _name(name, RESNET) if re.match(r"(in|out)put_blocks\.\d\.0\.|middle_block\.[02]\.", name)
-        else name: tensor
-        for name, tensor in unet.items()
-    }  # fmt: skip
+    unet = {unet_name(name): tensor for name, tensor in pipeline.unet.state_dict().items()}
     vae = _renamed(pipeline.vae.state_dict(), AUTOENCODER)
     for name, tensor in vae.items():
         if re.search(r"attn_1\.(q|k|v|proj_out)\.weight", name):
@@ -91,6 +85,14 @@ def checkpoint(pipeline: Any) -> dict[str, Tensor]:
         **_within("conditioner.embedders.0.transformer.", first),
         **_within("conditioner.embedders.1.model.", _open_clip(pipeline.text_encoder_2)),
     }
+
+
+def unet_name(name: str) -> str:
+    """The original name of a tensor of a tiny U-Net, or of a ControlNet's copy of its encoder."""
+    own = _name(name, UNET)
+    # Only ResNets: transformers have layers of the same names.
+    is_resnet = re.match(r"(in|out)put_blocks\.\d\.0\.|middle_block\.[02]\.", own)
+    return _name(own, RESNET) if is_resnet else own
 
 
 def _open_clip(encoder: Any) -> dict[str, Tensor]:

@@ -178,6 +178,18 @@ def refuse_prediction(folder):
     edit(folder / "scheduler" / "scheduler_config.json", prediction_type="noise")
 
 
+def refuse_flow(folder):
+    """Of a fine-tune of Stable Diffusion XL that was trained as a flow."""
+    name = "FlowMatchEulerDiscreteScheduler"
+    edit(folder / "scheduler" / "scheduler_config.json", _class_name=name, shift=3.0)
+
+
+def refuse_edm(folder):
+    """As Playground v2.5 names its scheduler."""
+    name = "EDMDPMSolverMultistepScheduler"
+    edit(folder / "scheduler" / "scheduler_config.json", _class_name=name, sigma_data=0.5)
+
+
 def refuse_missing_tensors(folder):
     retouch(weights(folder, "unet"), lambda tensors: tensors.pop("conv_out.bias"))
 
@@ -231,6 +243,14 @@ def refuse_shards_elsewhere(folder):
         (refuse_deep_index, "model_index.json of model folder .* is nested too deeply"),
         (refuse_deep_config, "unet/config.json of model folder .* is nested too deeply"),
         (refuse_prediction, "has the prediction_type 'noise'; allowed are epsilon, v_prediction"),
+        (
+            refuse_flow,
+            "names the FlowMatchEulerDiscreteScheduler; of this family only models with betas",
+        ),
+        (
+            refuse_edm,
+            "names the EDMDPMSolverMultistepScheduler; of this family only models with betas",
+        ),
         (refuse_missing_tensors, "unet of model folder .* lacks the tensor conv_out.bias"),
         (refuse_missing_text_tensors, r"text_encoder of .* lacks the tensor .*mlp\.fc1\.weight"),
         (refuse_missing_autoencoder_tensors, r"vae of .* lacks the tensors .* and 2 more"),

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ControlNetModel, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from server.errors import ControlMismatch, Overloaded
 from server.models import memory as device_memory
@@ -21,7 +22,8 @@ from server.models.controls.unet_control import UNetControl
 from server.models.hosted import ModelFacts
 from server.models.memory import DeviceMemory
 from server.models.weight_memory import WeightMemory
-from tests.server.models.controls.tiny_controls import Plain, put_plain
+from tests.server.models.controls.tiny_controls import Plain, put_plain, with_an_effect
+from tests.server.models.original_names import unet_name
 from tests.server.models.tiny_sdxl import UNET
 
 BYTES = 4 * (2 * 2 + 2)
@@ -208,6 +210,74 @@ def test_the_controlnets_of_a_unet_have_its_widths(
     kind = UNetControl(UNet2DConditionModel(**UNET), facts, torch.device("cpu"))
     found = kind.misfit(own | config)
     assert found is None if says is None else found is not None and found.startswith(says)
+
+
+HINT = ("conv_in", "blocks.0", "blocks.1", "blocks.2", "blocks.3", "blocks.4", "blocks.5")
+"""Convolutions of the picture's embedding, each followed by an activation in the original code."""
+
+
+def original(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a ControlNet as the original code of ControlNet names them."""
+    made: dict[str, Tensor] = {}
+    embedding = {name: 2 * place for place, name in enumerate((*HINT, "conv_out"))}
+    for name, tensor in state.items():
+        layer, _, kind = name.removeprefix("controlnet_cond_embedding.").rpartition(".")
+        if name.startswith("controlnet_cond_embedding."):
+            own = f"input_hint_block.{embedding[layer]}.{kind}"
+        elif name.startswith("controlnet_down_blocks."):
+            own = f"zero_convs.{layer.rpartition('.')[2]}.0.{kind}"
+        elif name.startswith("controlnet_mid_block."):
+            own = f"middle_block_out.0.{kind}"
+        else:
+            own = unet_name(name)
+        made[f"control_model.{own}"] = tensor.clone()
+    return made
+
+
+@pytest.fixture(scope="module")
+def of_unet() -> UNetControl:
+    """Of a U-Net whose latents are an eighth as wide as pictures, as the published ones are."""
+    facts: Any = ModelFacts("xl", "", "", "epsilon", 4, 8, 16, 64, 64, 30)
+    return UNetControl(UNet2DConditionModel(**UNET), facts, torch.device("cpu"))
+
+
+def shelf_of_unet(folder: Path, kind: UNetControl) -> ControlShelf:
+    memory = WeightMemory[Control](2**30, "ControlNets")
+    return ControlShelf([folder], "xl", kind, memory, torch.device("cpu"), torch.float32)
+
+
+def test_a_controlnet_in_a_single_file_is_loaded_by_either_names(
+    of_unet: UNetControl, tmp_path: Path
+) -> None:
+    made = ControlNetModel.from_unet(of_unet.denoiser, load_weights_from_unet=False)
+    theirs = dict(with_an_effect(made).state_dict())
+    save_file(original(theirs), tmp_path / "canny.safetensors")
+    save_file(theirs, tmp_path / "depth.safetensors")
+    shelf = shelf_of_unet(tmp_path, of_unet)
+    assert [one.name for one in shelf.available()] == ["canny", "depth"]
+    for name in ("canny", "depth"):
+        ours = shelf.load(name).network
+        embedded = {
+            f"controlnet_cond_embedding.{k}": one
+            for k, one in ours.embed_picture.state_dict().items()
+        }
+        state = {**ours.state_dict(), **embedded}
+        assert all(torch.equal(state[key], theirs[key]) for key in theirs)
+
+
+def test_a_single_file_of_another_sort_is_refused(of_unet: UNetControl, tmp_path: Path) -> None:
+    zero = {"control_model.zero_convs.0.0.weight": torch.ones(1)}
+    save_file({"lllite_unet.weight": torch.ones(1)}, tmp_path / "lllite.safetensors")
+    save_file(zero, tmp_path / "shuffle.safetensors")
+    save_file(zero, tmp_path / "half.safetensors")
+    (tmp_path / "none.safetensors").write_bytes(b"PK")
+    shelf = shelf_of_unet(tmp_path, of_unet)
+    assert [*shelf.unfit()] == ["lllite", "none", "shuffle"]
+    assert "control LoRA, LLLite and T2I-Adapters are not supported" in shelf.unfit()["lllite"]
+    assert "has global_pool_conditions True" in shelf.unfit()["shuffle"]
+    assert "is no safetensors file" in shelf.unfit()["none"]
+    with pytest.raises(ControlMismatch, match=r"^half\.safetensors of ControlNet 'half' lacks the"):
+        shelf.load("half")
 
 
 def edit(file: Path, **fields: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,9 @@ class Plain:
 
     def misfit(self, config: Mapping[str, Any]) -> str | None:
         return first_misfit(Network, config, {"width": 2})
+
+    def config_of_file(self, tensors: Collection[str]) -> None:
+        del tensors
 
     def prepared(self, network: Any) -> Any:
         return network
