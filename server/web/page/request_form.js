@@ -1,11 +1,13 @@
 /** The form of a request: what it asks for, and how a request is shown in it. */
 
+import { adapterFields } from "./adapter_fields.js";
 import { pickersOf } from "./catalog.js";
 import { create } from "./fields.js";
 import { hiresFields, sizeBeside } from "./hires.js";
 import { maskPainter } from "./mask.js";
 import { pictureFields } from "./picture_fields.js";
 import { referenceFields } from "./reference_fields.js";
+import { startNoiseFields } from "./start_noise.js";
 import { textFields } from "./texts.js";
 import { upload } from "./upload.js";
 
@@ -13,7 +15,8 @@ const NUMBERS = ["width", "height", "steps", "n", "seed", "strength"];
 const TEXTS = ["negative_prompt"];
 const SHOWN = new Set([
   "prompt", "model", "output_format", "sampler", "spacing", "guidance", "cache", "image", "mask", "mask_content", "reference",
-  "image_prompts", "controls", "reference_images", "hires", "variation", "clip_skip", "prompt_syntax", ...NUMBERS, ...TEXTS,
+  "image_prompts", "controls", "reference_images", "adapters", "hires", "variation", "noise_size", "clip_skip", "prompt_syntax",
+  "resize_mode", ...NUMBERS, ...TEXTS,
 ]);
 
 /** What the form has no input for: unknown fields, all but the first perturbation, a size of the second run. */
@@ -22,19 +25,6 @@ function others(request, model) {
   const perturbed = request.guidance?.perturbed;
   const hires = sizeBeside(request, model);
   return { ...Object.fromEntries(rest), ...(perturbed?.length > 1 && { guidance: { perturbed } }), ...(hires && { hires }) };
-}
-
-/** The inputs of a form for `variation`. */
-function variationFields(form) {
-  const inputs = { strength: form.variation_strength, seed: form.variation_seed };
-  const fill = (request) => {
-    const stated = Object.entries(inputs).filter(([, { value }]) => value).map(([name, { value }]) => [name, Number(value)]);
-    if (stated.length) request.variation = Object.fromEntries(stated);
-  };
-  const show = ({ variation }) => {
-    for (const [name, input] of Object.entries(inputs)) input.value = variation?.[name] ?? "";
-  };
-  return { fill, show };
 }
 
 /** The input of a form for what a painted part starts from. */
@@ -68,12 +58,13 @@ export function requestForm(form, catalog) {
   });
   const hires = hiresFields(form, catalog.upscalers);
   const parts = [
-    variationFields(form),
+    startNoiseFields(form),
     hires,
     textFields(form),
     maskContentFields(form, catalog.mask_contents),
     referenceFields(form.querySelector("#reference-images")),
     pictureFields(form.querySelector("#image-prompts"), "image_prompts", "image prompt", "What the images are to be like, in content or style. The square in its middle counts.", "White where in the images it acts, black where not. Without, it acts everywhere."),
+    adapterFields(form.querySelector("#adapters")),
     pictureFields(form.querySelector("#controls"), "controls", "ControlNet", "What it reads, such as edges, a depth map or a pose, prepared as it was trained with."),
   ];
 
@@ -103,6 +94,7 @@ export function requestForm(form, catalog) {
     for (const name of TEXTS) if (form[name].value) made[name] = form[name].value;
     for (const name of NUMBERS) if (form[name].value) made[name] = Number(form[name].value);
     if (form.output_format.selectedIndex) made.output_format = form.output_format.value;
+    if (form.resize_mode.value) made.resize_mode = form.resize_mode.value;
     for (const [name, input] of Object.entries({ image: picture, mask, reference })) {
       if (input.read()) made[name] = input.read();
     }
@@ -111,7 +103,7 @@ export function requestForm(form, catalog) {
     if (!form.extra.value.trim()) return made;
     let extra;
     try { extra = JSON.parse(form.extra.value); } catch { extra = null; }
-    if (extra === null || typeof extra !== "object") throw new Error("Other fields must be a JSON object, such as {\"adapters\": []}.");
+    if (extra === null || typeof extra !== "object") throw new Error("Other fields must be a JSON object, such as {\"priority\": \"batch\"}.");
     const { guidance, hires, ...fields } = extra;
     return {
       ...made,
@@ -138,6 +130,7 @@ export function requestForm(form, catalog) {
     for (const part of parts) part.show(request, model());
     const rest = others(request, model());
     form.extra.value = Object.keys(rest).length ? JSON.stringify(rest) : "";
+    form.resize_mode.value = request.resize_mode ?? "";
     picture.put(request.image ?? null);
     reference.put(request.reference ?? null);
     await mask.over(request.image ?? null);

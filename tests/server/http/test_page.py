@@ -19,7 +19,10 @@ from guidance.embedded import Embedded
 from samplers import LCM, LCMSpacing
 from server.http.documents import WEB
 from server.models.defaults import ModelDefaults
+from server.requests.adapters import MOST as MOST_ADAPTERS
 from server.requests.catalog import Catalog, catalog, defaults_of
+from server.requests.controls import MOST as MOST_CONTROLS
+from server.requests.image_prompts import MOST as MOST_IMAGE_PROMPTS
 from server.requests.schema import GenerateRequest, guidance_of
 from tests.server.conftest import Running
 from tests.server.http.browser import Tab, new_tab
@@ -489,6 +492,7 @@ window.fetch = async (...request) => {
     embeddings: [{ name: "inkstyle", vectors: 2 }],
     image_prompts: [{ name: "plain" }, { name: "plus" }],
     controls: [{ name: "canny" }],
+    adapters: [{ name: "pastel" }, { name: "ink" }],
     reference_images: 1,
   });
   return Response.json(catalog);
@@ -505,12 +509,19 @@ def test_what_some_models_have_is_asked_for_and_comes_back_with_the_settings(
     })"""
     assert tab.run(f"return {optional}") == [True] * 4
     tab.open(str(client.base_url), MORE)
-    hidden, sent, resolved, odd = tab.run(
+    hidden, most, sent, resolved, odd = tab.run(
         f"""
         {READY}
         const hidden = {optional};
         const sent = [];
         window.fetch = async (_, {{ body }}) => {{ sent.push(body); throw new Error("kept"); }};
+        const buttons = (id) => [...$(id).querySelectorAll("button:not([hidden])")];
+        const most = ["image-prompts", "controls", "reference-images", "adapters"].map((id) => {{
+          while (buttons(id).at(-1).textContent.startsWith("Add")) buttons(id).at(-1).click();
+          const rows = [...$(id).querySelectorAll("fieldset")];
+          for (const row of rows) row.lastChild.click();
+          return rows.length;
+        }});
         const canvas = Object.assign(document.createElement("canvas"), {{ width: 8, height: 8 }});
         canvas.getContext("2d").fillRect(0, 0, 8, 8);
         const square = await new Promise((resolve) => canvas.toBlob(resolve));
@@ -531,12 +542,16 @@ def test_what_some_models_have_is_asked_for_and_comes_back_with_the_settings(
         form.variation_strength.value = 0.2; form.variation_seed.value = 9;
         form.clip_skip.value = 2;
         form.prompt_syntax.value = "automatic1111";
+        form.noise_width.value = 64; form.noise_height.value = 96;
+        buttons("adapters").at(-1).click();
+        $("adapters").querySelector("select").value = "ink";
+        $("adapters").querySelector("input").value = -0.5;
         form.negative_prompt.dispatchEvent(new FocusEvent("focus"));
         $("embeddings").querySelector("button").click();
         add($("image-prompts")); add($("controls"));
         $("image-prompts").querySelector("select").value = "plus";
         add($("reference-images"));
-        await until(() => document.querySelectorAll(".pictures img[src]").length === 4);
+        await until(() => document.querySelectorAll(".entries img[src]").length === 4);
         await press();
 
         const { open } = await import("/page/generate.js");
@@ -547,11 +562,11 @@ def test_what_some_models_have_is_asked_for_and_comes_back_with_the_settings(
           await open({ ...settings, hires: { ...run, width, height } });
           await press();
         }
-        return [[...hidden, $("reference-images").lastElementChild.hidden], ...sent];
+        return [hidden, most, ...sent];
         """
     )
-    # One picture is all that the model reads.
-    assert hidden == [*[False] * 4, True]
+    assert hidden == [False] * 4
+    assert most == [MOST_IMAGE_PROMPTS, MOST_CONTROLS, 1, MOST_ADAPTERS]
     first, again, square = map(json.loads, (sent, resolved, odd))
     GenerateRequest.model_validate(first)
     shown = {"scale": 0.5, "start": 0.1, "end": 0.7}
@@ -563,6 +578,8 @@ def test_what_some_models_have_is_asked_for_and_comes_back_with_the_settings(
     assert first["reference_images"] == [first["controls"][0]["image"]]
     assert first["hires"] == {"upscaler": "latent", "scale": 1.5, "strength": 0.6}
     assert first["variation"] == {"seed": 9, "strength": 0.2}
+    assert first["noise_size"] == {"width": 64, "height": 96}
+    assert first["adapters"] == [{"name": "ink", "weight": -0.5}]
     assert first["clip_skip"] == 2
     assert first["prompt_syntax"] == "automatic1111"
     assert first["negative_prompt"] == "inkstyle"
