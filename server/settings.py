@@ -177,8 +177,8 @@ class JobSettings(BaseModel):
         default=3,
         ge=1,
         le=100,
-        description="How often a job is begun in all, if the process ends while it runs or memory "
-        "runs out.",
+        description="How often a job is begun in all, if the process ends while it runs, memory "
+        "runs out, or its images cannot be stored.",
     )
     keep_s: float = Field(
         default=86400,

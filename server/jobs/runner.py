@@ -216,10 +216,7 @@ class Runner:
             await self._end(job, "canceled")
         except OutOfMemory as error:
             # Others may have had the memory. As much is refused for a while now, and so waits.
-            if job.attempt - job.spared < self._settings.attempts:
-                await self._wait(job, 0.0, spare=False)
-            else:
-                await self._fail(job, error.code, error.message)
+            await self._wait_or_fail(job, 0.0, error)
         except WeftError as error:
             await self._fail(job, error.code, error.message, error.field)
         except Exception:
@@ -227,7 +224,7 @@ class Runner:
             sentence = "An unexpected error occurred; the server's log has the details."
             await self._fail(job, WeftError.code, sentence)
         else:
-            await self._store(job, *made)
+            await self._end_with(job, *made)
 
     async def _made(self, job: Job) -> tuple[Pictures, str]:
         fields: dict[str, Any] = deepcopy(dict(job.input))
@@ -246,9 +243,16 @@ class Runner:
         finally:
             self._service.release(generation)
 
-    async def _store(self, job: Job, pictures: Pictures, output_format: str) -> None:
-        for index, picture in enumerate(pictures.pictures):
-            await self._blobs.write(output_name(job.id, job.attempt, index), picture.data)
+    async def _end_with(self, job: Job, pictures: Pictures, output_format: str) -> None:
+        try:
+            for index, picture in enumerate(pictures.pictures):
+                await self._blobs.write(output_name(job.id, job.attempt, index), picture.data)
+        except Exception:
+            # A disk that is full, or a store that does not answer, may be mended meanwhile.
+            log.exception("the images of job %s could not be stored", job.id)
+            sentence = "The images could not be stored; the server's log has the details."
+            await self._wait_or_fail(job, LONGEST_WAIT_S, WeftError(sentence))
+            return
         result = {
             "attempt": job.attempt,
             "output_format": output_format,
@@ -276,6 +280,13 @@ class Runner:
     async def _fail(self, job: Job, code: str, sentence: str, field: str | None = None) -> None:
         param = None if field is None else f"input.{field}"
         await self._end(job, "failed", error={"message": sentence, "code": code, "param": param})
+
+    async def _wait_or_fail(self, job: Job, wait_s: float, error: WeftError) -> None:
+        """Let a job wait after an attempt that counts; after the last one it fails."""
+        if job.attempt - job.spared < self._settings.attempts:
+            await self._wait(job, wait_s, spare=False)
+        else:
+            await self._fail(job, error.code, error.message)
 
     async def _wait(self, job: Job, wait_s: float, *, spare: bool) -> None:
         again_at = time.time() + min(max(LOOK_S, wait_s), LONGEST_WAIT_S)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import errno
 import hashlib
 import hmac
 import io
@@ -373,6 +374,26 @@ def test_a_job_that_ran_out_of_memory_is_begun_again_as_often_as_one_that_was_in
     if status == "failed":
         assert job["attempts"] == 3
         assert job["error"].startswith("There was not enough memory for this image")
+
+
+@pytest.mark.parametrize(("failing", "status"), [(2, "succeeded"), (3, "failed")])
+def test_a_job_whose_images_cannot_be_stored_is_begun_again(
+    failing: int, status: str, mine: httpx2.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts, write = iter(range(failing)), Blobs.write
+
+    async def full(blobs: Blobs, name: str, data: bytes) -> None:
+        if next(attempts, None) is not None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        await write(blobs, name, data)
+
+    monkeypatch.setattr(Blobs, "write", full)
+    for wait in ("LOOK_S", "LONGEST_WAIT_S"):
+        monkeypatch.setattr(f"server.jobs.runner.{wait}", 0.2)
+    job = post(mine, prefer="wait").json()
+    assert job["status"] == status, job
+    if status == "failed":
+        assert job["error"] == "The images could not be stored; the server's log has the details."
 
 
 def test_a_server_that_stops_lets_its_jobs_wait(
