@@ -124,17 +124,19 @@ def pictured(option: str, text: str) -> dict[str, Any]:
 
     Args:
         option: that names it.
-        text: `NAME=FILE`, `NAME=FILE:SCALE` or a JSON object whose `image` is a file.
+        text: `NAME=FILE`, `NAME=FILE:SCALE` or a JSON object whose `image` is a file, or a list of
+            some, and whose `mask` is a file, if it has one.
 
     Raises:
         InvalidRequest: it is none of these, or the file cannot be read.
     """
     told = named(text)
     if isinstance(told, dict):
-        file = told.get("image")
-        if not isinstance(file, str):
-            raise InvalidRequest(None, f"{option} is {text!r}; its `image` must name a file.")
-        return {**told, "image": base64_of(Path(file))}
+        image = told.get("image")
+        several = isinstance(image, list)
+        read = [_named_file(option, text, "image", one) for one in (image if several else [image])]
+        mask = {"mask": _named_file(option, text, "mask", told["mask"])} if "mask" in told else {}
+        return {**told, "image": read if several else read[0], **mask}
     name, separator, file = text.partition("=")
     if not separator:
         raise InvalidRequest(
@@ -146,6 +148,13 @@ def pictured(option: str, text: str) -> dict[str, Any]:
     if scale is None:
         return {"name": name, "image": base64_of(Path(file))}
     return {"name": name, "image": base64_of(Path(before)), "scale": scale}
+
+
+def _named_file(option: str, text: str, field: str, file: Any) -> str | None:
+    """The file in base64 that a field of an object names."""
+    if not isinstance(file, str):
+        raise InvalidRequest(None, f"{option} is {text!r}; its `{field}` must name a file.")
+    return base64_of(Path(file))
 
 
 def _number(text: str) -> float | None:

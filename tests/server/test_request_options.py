@@ -41,12 +41,16 @@ def test_a_picture_is_named_with_what_reads_it(tmp_path: Path) -> None:
     assert pictured("--control", f"canny={file}:0.5") == canny | {"scale": 0.5}
     written = json.dumps({"name": "canny", "image": str(file), "end": 0.5})
     assert pictured("--control", written) == canny | {"end": 0.5}
+    several = json.dumps({"name": "style", "image": [str(file)] * 2, "mask": str(file)})
+    style = {"name": "style", "image": [canny["image"]] * 2, "mask": canny["image"]}
+    assert pictured("--image-prompt", several) == style
     odd.write_bytes(b"edges")
     assert pictured("--control", f"canny={odd}") == canny
     for text, words in {
         "canny": "must be NAME=FILE, NAME=FILE:SCALE or a JSON object",
         f"canny={tmp_path}": "is not a file",
         '{"name": "canny"}': "its `image` must name a file",
+        f'{{"image": "{file}", "mask": 1}}': "its `mask` must name a file",
     }.items():
         with pytest.raises(InvalidRequest, match=words):
             pictured("--control", text)

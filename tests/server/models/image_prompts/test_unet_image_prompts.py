@@ -257,7 +257,9 @@ def test_rows_without_are_not_moved_by_a_bit_nor_those_of_scale_0(model: HostedM
 def test_an_image_is_bit_identical_alone_and_in_company_where_the_server_is_deterministic(
     model: HostedModel, decoded: list[Tensor]
 ) -> None:
-    plain, plus = use(model, "plain", 1), use(model, "plus", 2, scale=0.5)
+    above = torch.zeros(HEIGHT, WIDTH)
+    above[: HEIGHT // 2] = 1
+    plain, plus = use(model, "plain", 1), use(model, "plus", 2, 5, scale=0.5, region=above)
     engine = started(model, 8, deterministic=True, guessed_costs=COSTS)
     company = [
         asked(model, seed=6),
