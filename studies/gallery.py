@@ -58,7 +58,7 @@ OF_ONE_SCALE = (
     "magnitude_aware",
 )
 SAMPLERS = (
-    *("ddim", "euler", "euler_ancestral", "heun", "dpm_2", "dpm_solver_pp"),
+    *("ddim", "euler", "euler_ancestral", "heun", "dpm_2", "dpm_fast", "dpm_solver_pp"),
     *("dpm_solver_pp_singlestep", "dpm_solver_pp_sde", "unipc", "dpm_solver_v3", "deis", "plms"),
     *("hb", "nesterov", "ghvb", "gradient_estimation", "lms", "heunpp2", "seeds", "er_sde"),
     *("sa_solver", "sa_solver_pece", "score_sde_pc", "restart"),
