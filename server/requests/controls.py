@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final, Literal, Self
+from typing import TYPE_CHECKING, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from server.decoding.sizing import ResizeMode
 from server.errors import ControlMismatch, InvalidRequest
 from server.models.controls.control import Control, ControlUse
+from server.requests.numbers import Share
 from server.requests.upload import Upload
 from server.requests.windows import check_window
 
@@ -59,19 +60,13 @@ class ControlSettings(BaseModel):
         description="Factor on what the ControlNet adds (diffusers' "
         "`controlnet_conditioning_scale`); 0 switches it off.",
     )
-    start: float = Field(
+    start: Share = Field(
         default=0.0,
-        ge=0,
-        le=1,
-        strict=True,
         description="Share of the run after which it begins to act (diffusers' "
         "`control_guidance_start`).",
     )
-    end: float = Field(
+    end: Share = Field(
         default=1.0,
-        ge=0,
-        le=1,
-        strict=True,
         description="Share of the run after which it no longer acts (diffusers' "
         "`control_guidance_end`).",
     )
@@ -86,10 +81,7 @@ class ControlSettings(BaseModel):
         "drawings in black on white. Default: nothing.",
     )
 
-    @model_validator(mode="after")
-    def _check_window(self) -> Self:
-        check_window(self.start, self.end)
-        return self
+    _check_window = model_validator(mode="after")(check_window)
 
 
 class ControlChoice(ControlSettings):

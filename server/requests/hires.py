@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Annotated, Final, Literal, Self, TypeAlias
+from typing import Final, Literal, Self, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
+
+from server.requests.numbers import Count
 
 __all__ = ["DEFAULT_SCALE", "UPSCALER_LABELS", "Hires", "Upscaler"]
 
@@ -35,8 +37,6 @@ UPSCALER_LABELS: Final[Mapping[Upscaler, str]] = MappingProxyType(
     }
 )
 """What AUTOMATIC1111 calls them."""
-
-Count = Annotated[int, Field(strict=True)]
 
 
 class Hires(BaseModel):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Final, Self
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from server.errors import ImagePromptMismatch, InvalidRequest
 from server.models.image_prompts.image_prompt import UNLOADED, ImagePromptUse
 from server.models.image_prompts.region import region_bytes
+from server.requests.numbers import Share
 from server.requests.upload import Upload
 from server.requests.windows import check_window
 
@@ -63,25 +64,16 @@ class ImagePromptSettings(BaseModel):
         description="Factor on the attention to the picture (diffusers' `set_ip_adapter_scale`); "
         "0 switches it off.",
     )
-    start: float = Field(
+    start: Share = Field(
         default=0.0,
-        ge=0,
-        le=1,
-        strict=True,
         description="Share of the run after which it begins to act.",
     )
-    end: float = Field(
+    end: Share = Field(
         default=1.0,
-        ge=0,
-        le=1,
-        strict=True,
         description="Share of the run after which it no longer acts.",
     )
 
-    @model_validator(mode="after")
-    def _check_window(self) -> Self:
-        check_window(self.start, self.end)
-        return self
+    _check_window = model_validator(mode="after")(check_window)
 
 
 class ImagePromptChoice(ImagePromptSettings):

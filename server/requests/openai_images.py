@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from pydantic_core import PydanticCustomError
 
 from server.decoding.picture import MaskForm
-from server.requests.schema import Count, GenerateRequest
+from server.requests.numbers import Count
+from server.requests.schema import GenerateRequest
 from server.requests.upload import Upload
 
 __all__ = ["ImageEdit", "ImageGeneration", "request_of"]

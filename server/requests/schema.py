@@ -35,6 +35,7 @@ from server.requests.foreign_names import why_no_sampler, why_no_spacing
 from server.requests.hires import Hires
 from server.requests.image_prompts import MOST as MOST_IMAGE_PROMPTS
 from server.requests.image_prompts import ImagePromptChoice, ImagePromptSettings
+from server.requests.numbers import Count
 from server.requests.reading import DEFAULT_RULE, Readable
 from server.requests.reference_images import MOST as MOST_REFERENCES
 from server.requests.start_noise import MAX_SEED, NoiseSize, VariationChoice
@@ -138,7 +139,6 @@ def check_printable(text: str) -> str:
 
 
 Prompt = Annotated[str, Field(max_length=PROMPT_BYTES_CEILING), AfterValidator(check_printable)]
-Count = Annotated[int, Field(strict=True)]
 
 
 class GenerateRequest(Readable):

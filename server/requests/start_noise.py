@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final
+from typing import Final
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from server.requests.numbers import Count
 
 __all__ = ["MAX_SEED", "NoiseSize", "VariationChoice"]
 
 MAX_SEED: Final = 2**63 - 1
-
-Count = Annotated[int, Field(strict=True)]
 
 
 class VariationChoice(BaseModel):

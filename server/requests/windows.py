@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from server.models.window import in_window
 
@@ -27,10 +27,14 @@ class Windowed(Protocol):
         ...
 
 
-def check_window(start: float, end: float) -> None:
-    """Raises ValueError where nothing is between two shares of a run."""
-    if start >= end:
-        raise ValueError(f"start is {start:g}; it must be less than end, {end:g}")
+W = TypeVar("W", bound=Windowed)
+
+
+def check_window(acting: W) -> W:
+    """The same; raises ValueError where it acts nowhere."""
+    if acting.start >= acting.end:
+        raise ValueError(f"start is {acting.start:g}; it must be less than end, {acting.end:g}")
+    return acting
 
 
 def without_effect(field: str, chosen: Sequence[Windowed], plan: Plan) -> tuple[str, ...]:

@@ -1,0 +1,14 @@
+"""The types of numbers in requests, which are not read from texts or other numbers."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+__all__ = ["Count", "Share"]
+
+Count = Annotated[int, Field(strict=True)]
+
+Share = Annotated[float, Field(ge=0, le=1, strict=True)]
+"""Of a run: 0 is its beginning and 1 its end."""
