@@ -69,18 +69,17 @@ class Timeline:
 class _Change:
     before: list[_Part]
     after: list[_Part]
-    when: str
+    last: int
 
-    def at(self, step: int, timeline: Timeline) -> list[_Part]:
-        return self.before if step <= timeline.last(self.when) else self.after
+    def at(self, step: int) -> list[_Part]:
+        return self.before if step <= self.last else self.after
 
 
 @dataclass(frozen=True, slots=True)
 class _Turns:
     texts: list[list[_Part]]
 
-    def at(self, step: int, timeline: Timeline) -> list[_Part]:
-        del timeline
+    def at(self, step: int) -> list[_Part]:
         return self.texts[(step - 1) % len(self.texts)]
 
 
@@ -95,7 +94,7 @@ class _Group:
     fields: list[list[_Part]] = field(default_factory=lambda: [[]])
     marks: list[str] = field(default_factory=list[str])
 
-    def closed(self, closing: str) -> list[_Part] | None:
+    def closed(self, closing: str, timeline: Timeline) -> list[_Part] | None:
         """What it means once it is closed; None where this bracket cannot close it."""
         if self.opening != _OPENING[closing]:
             return None
@@ -109,7 +108,7 @@ class _Group:
         if when is None or self.marks not in ([":"], [":", ":"]):
             return None
         before = self.fields[0] if len(self.marks) == 2 else []
-        return [_Change(before, self.fields[-2], when)]
+        return [_Change(before, self.fields[-2], timeline.last(when))]
 
     def as_written(self) -> list[_Part]:
         """Its parts with the bracket and the marks as plain text."""
@@ -187,17 +186,17 @@ def texts_along(text: str, timeline: Timeline) -> Iterator[str]:
         text: a prompt.
         timeline: of the run.
     """
-    parts = _parsed(text)
+    parts = _parsed(text, timeline)
     if all(isinstance(part, str) for part in parts):
         yield text
         return
     for stage in range(timeline.evaluations):
         # AUTOMATIC1111 counts evaluations from 0 and looks a text up by the number of its last
         # one, counted from 1: whatever comes first lasts for one evaluation more.
-        yield _said(parts, max(stage, 1), timeline)
+        yield _said(parts, max(stage, 1))
 
 
-def _said(parts: list[_Part], step: int, timeline: Timeline) -> str:
+def _said(parts: list[_Part], step: int) -> str:
     said: list[str] = []
     coming = parts[::-1]
     while coming:
@@ -205,11 +204,11 @@ def _said(parts: list[_Part], step: int, timeline: Timeline) -> str:
         if isinstance(part, str):
             said.append(part)
         else:
-            coming += reversed(part.at(step, timeline))
+            coming += reversed(part.at(step))
     return "".join(said)
 
 
-def _parsed(text: str) -> list[_Part]:
+def _parsed(text: str, timeline: Timeline) -> list[_Part]:
     """The parts of a prompt; the text alone where a bar or a backslash stands for nothing."""
     groups = [_Group("")]
     for match in _PIECE.finditer(text):
@@ -219,7 +218,7 @@ def _parsed(text: str) -> list[_Part]:
         if piece in ("[", "("):
             groups.append(_Group(piece))
         elif piece in _OPENING:
-            if (parts := groups[-1].closed(piece)) is None:
+            if (parts := groups[-1].closed(piece, timeline)) is None:
                 # With a stray bracket inside, no group that is open can be more than text.
                 groups = [_flat(groups)]
                 parts = [piece]
@@ -245,9 +244,9 @@ def _flat(groups: Sequence[_Group]) -> _Group:
     return whole
 
 
-def _number(field_: Sequence[_Part]) -> str | None:
-    """The number that a field is, without the blanks around it; None where it is none."""
-    match field_:
+def _number(parts: Sequence[_Part]) -> str | None:
+    """The number that these parts are, without the blanks around it; None where they are none."""
+    match parts:
         case [str(text)] if found := _NUMBER.fullmatch(text):
             return found[1]
         case _:
