@@ -13,7 +13,9 @@ from server.engine.terms.classifier import AwayFromChosen, UpGradient
 from server.engine.terms.levels import levels_of
 from server.engine.terms.registry import TERMS
 from server.engine.terms.term import RowSpec
+from server.errors import InvalidRequest
 from server.models.classifier import LatentClassifier
+from server.models.prompt_editing import Timeline, written_in
 from tests.server.by_hand import terms_for
 from tests.server.toy_model import FACTS, SCHEDULE, Toy
 
@@ -74,3 +76,6 @@ def test_a_reference_comes_with_the_prompts_it_is_chosen_among(model: Toy, plan:
     assert term.targets == (1, 0)
     assert term.texts == ("a red circle", "a green star", "a blue star")
     assert len(term.rows(0)) == 1
+    changing = written_in("automatic1111", "a red [circle:star:1]", Timeline(plan.evaluations))
+    with pytest.raises(InvalidRequest, match="is incompatible with prompt editing"):
+        terms_for((asked,), plan, model, prompt=changing)
