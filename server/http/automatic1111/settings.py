@@ -33,7 +33,6 @@ EMPTY: Final[dict[str, Any]] = {
     "/sdapi/v1/prompt-styles": [],
     "/sdapi/v1/realesrgan-models": [],
     "/sdapi/v1/script-info": [],
-    "/sdapi/v1/scripts": {"txt2img": [], "img2img": []},
 }
 """What there is none of here, by the path that lists it."""
 
@@ -179,6 +178,12 @@ async def embeddings(service: ServiceDep) -> dict[str, dict[str, Any]]:
             if name not in loaded
         },
     }
+
+
+@router.get("/sdapi/v1/scripts")
+async def scripts() -> dict[str, list[str]]:
+    """The scripts of `alwayson_scripts` that act."""
+    return {"txt2img": ["controlnet"], "img2img": ["controlnet"]}
 
 
 @router.get("/sdapi/v1/memory")

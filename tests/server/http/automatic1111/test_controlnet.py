@@ -124,6 +124,7 @@ def test_of_the_region_around_a_mask_a_unit_reads_the_same_part(
 
 
 def test_the_extensions_routes_say_what_there_is(api: WebUIApi, client: httpx2.Client) -> None:
+    assert api.get_scripts() == {"txt2img": ["controlnet"], "img2img": ["controlnet"]}
     assert api.controlnet_version() == 3
     # Other tests put their own into the folders of the same server.
     assert {"depth", "style"} <= set(api.controlnet_model_list())

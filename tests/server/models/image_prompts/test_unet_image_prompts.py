@@ -254,6 +254,29 @@ def test_rows_without_are_not_moved_by_a_bit_nor_those_of_scale_0(model: HostedM
     assert_apart(with_one[3], with_region[3])
 
 
+@torch.inference_mode()
+def test_a_region_has_the_resolutions_of_the_layers_where_sides_are_odd(model: HostedModel) -> None:
+    """Of 4 x 6 queries here, which diffusers takes for 3 x 8 by the proportions of the mask."""
+    height, width = 7, 12
+    seen = set[int]()
+    layers = cross_attention(model.modules()["unet"])
+    watches = [
+        layer.to_q.register_forward_hook(lambda _, __, queries: seen.add(queries.shape[1]))
+        for layer in layers
+    ]
+    model.evaluate(
+        torch.randn(1, 4, height, width), torch.tensor([500.0]), model.inputs([""], 24, 14)
+    )
+    for watch in watches:
+        watch.remove()
+    left = torch.zeros(2 * height, 2 * width)
+    left[:, :width] = 1
+    region = region_of(left, height, width)
+    assert 4 * 6 in seen <= region.keys()
+    columns = region[4 * 6].view(4, 6)
+    torch.testing.assert_close(columns[:, [0, 1, 4, 5]], torch.tensor([1.0, 1, 0, 0]).expand(4, 4))
+
+
 def test_an_image_is_bit_identical_alone_and_in_company_where_the_server_is_deterministic(
     model: HostedModel, decoded: list[Tensor]
 ) -> None:
