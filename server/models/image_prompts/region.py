@@ -5,8 +5,6 @@ from __future__ import annotations
 from math import prod
 from typing import TYPE_CHECKING
 
-import torch.nn.functional as F
-
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -28,6 +26,9 @@ def region_of(mask: Tensor, height: int, width: int) -> dict[int, Tensor]:
         height: of the latents.
         width: of the latents.
     """
+    # Requests need the bytes alone, and are read without torch.
+    import torch.nn.functional as F
+
     return {
         prod(size): F.interpolate(mask[None, None], size=size, mode="bicubic").flatten()[:, None]
         for size in _resolutions(height, width)
