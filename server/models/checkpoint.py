@@ -212,7 +212,8 @@ def _kind(file: Path, weights: Mapping[str, Tensor]) -> str:
     if kind not in TEMPLATES or not stands:
         raise ModelMismatch(
             f"model file {str(file)!r} is no complete checkpoint of Stable Diffusion 1.x or XL; "
-            "models of other families are hosted as folders in the diffusers layout."
+            "models of other families are hosted as folders in the diffusers layout, into whose "
+            "subfolder transformer one file with a transformer can be put in place of those there."
         )
     known = (UNET, AUTOENCODER, *CLIP, OPEN_CLIP, V_PREDICTION, ZERO_TERMINAL_SNR)
     if strange := sorted(name for name in weights if not name.startswith(known)):

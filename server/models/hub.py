@@ -1,8 +1,9 @@
 """Models of the Hugging Face hub: named with a revision, fetched once into the hub's own cache.
 
 Only what is loaded is fetched: safetensors weights, configs and tokenizer files of the parts that
-``model_index.json`` lists, and the ``fp16`` variant where the weights are to be in half precision
-and there is one. Pickles, code and the same weights in other formats are left where they are.
+``model_index.json`` lists, and the variant ``fp16`` or ``bf16`` where the weights are to be in half
+precision and there is one. Pickles, code and the same weights in other formats are left where they
+are.
 """
 
 from __future__ import annotations
@@ -31,8 +32,12 @@ NAMED: Final = re.compile(
 )
 WEIGHTS: Final = re.compile(
     r"(diffusion_pytorch_model|model)"
-    r"((\.fp16)?(-\d{5}-of-\d{5})?(\.fp16)?\.safetensors|\.safetensors\.index(\.fp16)?\.json)"
+    r"((\.(fp|bf)16)?(-\d{5}-of-\d{5})?(\.(fp|bf)16)?\.safetensors"
+    r"|\.safetensors\.index(\.(fp|bf)16)?\.json)"
 )
+HALVES: Final = ("fp16", "bf16")
+"""Variants in half precision; the first that there is is fetched."""
+
 TEXTS: Final = re.compile(r"[\w.-]+\.(json|txt|model)")
 OTHER_INDICES: Final = re.compile(r".*\.index(\.\w+)?\.json")
 
@@ -105,15 +110,16 @@ def chosen_files(paths: Iterable[str], parts: Iterable[str], *, half: bool) -> l
     Args:
         paths: of all files of the repository.
         parts: subfolders that ``model_index.json`` lists.
-        half: prefer the variant ``fp16``.
+        half: prefer the variant ``fp16``, or ``bf16`` where there is none.
     """
     chosen = [INDEX]
     listed = sorted(paths)
     for part in parts:
         names = [path.partition("/")[2] for path in listed if path.startswith(f"{part}/")]
         weights = [name for name in names if WEIGHTS.fullmatch(name)]
-        variant = [name for name in weights if ".fp16" in name]
-        plain = [name for name in weights if ".fp16" not in name]
+        fp16, bf16 = ([name for name in weights if f".{one}" in name] for one in HALVES)
+        plain = [name for name in weights if not any(f".{one}" in name for one in HALVES)]
+        variant = fp16 or bf16
         taken = (variant or plain) if half else (plain or variant)
         texts = [n for n in names if TEXTS.fullmatch(n) and not OTHER_INDICES.fullmatch(n)]
         chosen += [f"{part}/{name}" for name in (*taken, *texts)]

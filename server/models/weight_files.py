@@ -38,7 +38,7 @@ TEXT_ENCODER: Final = "model"
 
 OF_TEXT_ENCODER: Final = re.compile(rf"{TEXT_ENCODER}([.-].*)?\.safetensors")
 
-VARIANTS: Final = (None, "fp16")
+VARIANTS: Final = (None, "fp16", "bf16")
 """The first that a part has is loaded."""
 
 WHOLE_NUMBERS: Final = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "I32": 4, "I64": 8}

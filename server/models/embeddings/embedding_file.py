@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 __all__ = ["EmbeddingFile", "EmbeddingTarget"]
 
-OF_TWO_ENCODERS: Final = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
-"""Tensors of a file for Stable Diffusion XL, by the encoder that they are for."""
+TWO_ENCODERS: Final = ("text_encoder", "text_encoder_2")
+OF_TWO_ENCODERS: Final = (("clip_l", "clip_g"), ("text_encoders_0", "text_encoders_1"))
+"""Tensors of a file for Stable Diffusion XL, of each encoder; the latter by diffusers' trainers."""
 
 SHOWN: Final = 40
 
@@ -69,7 +70,7 @@ class EmbeddingFile:
         """Read a header, and hold it to a model.
 
         Known are a single tensor ``[vectors, width]`` or ``[width]`` of any name, as diffusers and
-        AUTOMATIC1111 write them, and ``clip_l`` and ``clip_g`` for Stable Diffusion XL.
+        AUTOMATIC1111 write them, and two for Stable Diffusion XL, see ``OF_TWO_ENCODERS``.
 
         Raises:
             EmbeddingMismatch: the file cannot be used with the model; the sentence names both.
@@ -131,8 +132,10 @@ def _tensors(shapes: Mapping[str, tuple[int, ...]], target: EmbeddingTarget) -> 
     model, parts = target.model, list(target.widths)
     if len(parts) == 1 and len(shapes) == 1:
         return dict(zip(parts, shapes, strict=True))
-    if parts == [*OF_TWO_ENCODERS] and sorted(shapes) == sorted(OF_TWO_ENCODERS.values()):
-        return OF_TWO_ENCODERS
+    if parts == [*TWO_ENCODERS]:
+        for names in OF_TWO_ENCODERS:
+            if sorted(shapes) == sorted(names):
+                return dict(zip(TWO_ENCODERS, names, strict=True))
     found = ", ".join(repr(key[:SHOWN]) for key in sorted(shapes)[:3]) or "none"
     wanted = "a single one" if len(parts) == 1 else "clip_l and clip_g"
     raise EmbeddingMismatch(f"has the tensors {found}; model {model!r} needs {wanted}")

@@ -142,6 +142,8 @@ def test_of_weights_in_two_forms_one_is_fetched() -> None:
     half = chosen_files(paths, ["unet"], half=True)
     full = chosen_files(paths, ["unet"], half=False)
     assert set(half) == {"model_index.json", "unet/config.json", shards[1], shards[3], indices[1]}
+    bfloat = [path.replace("fp16", "bf16") for path in paths]
+    assert chosen_files(bfloat, ["unet"], half=True) == [p.replace("fp16", "bf16") for p in half]
     assert set(full) == {"model_index.json", "unet/config.json", shards[0], shards[2], indices[0]}
 
 

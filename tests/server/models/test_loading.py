@@ -371,12 +371,12 @@ def test_a_family_that_may_overflow_in_float16_says_so(folder, caplog):
         assert ("a ZImagePipeline may overflow in float16" in caplog.text) == warned
 
 
-def test_weights_of_the_fp16_variant_serve_where_there_are_no_others(folder):
+def test_weights_of_a_variant_serve_where_there_are_no_others(folder):
     plain, taken = load(folder), bytes_in_memory(folder, torch.float32)
     for file in folder.glob("*/*.safetensors"):
-        file.rename(file.with_suffix(".fp16.safetensors"))
-    variant = load(folder)
-    for part, network in variant.modules().items():
+        variant = "bf16" if file.parent.name == "unet" else "fp16"
+        file.rename(file.with_suffix(f".{variant}.safetensors"))
+    for part, network in load(folder).modules().items():
         weights = plain.modules()[part].state_dict()
         assert all(torch.equal(tensor, weights[k]) for k, tensor in network.state_dict().items())
     assert bytes_in_memory(folder, torch.float32) == taken

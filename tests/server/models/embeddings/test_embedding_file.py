@@ -39,8 +39,9 @@ def pair(first: int = 2, second: int = 2) -> dict[str, Tensor]:
         ({"<cat-toy>": torch.ones(1, 4)}, ONE, 1),
         ({"<cat-toy>": torch.ones(4, dtype=torch.float16)}, ONE, 1),
         (pair(), TWO, 2),
+        ({"text_encoders_0": torch.ones(2, 4), "text_encoders_1": torch.full((2, 5), 2.0)}, TWO, 2),
     ],
-    ids=["automatic1111", "diffusers", "a single vector", "two encoders"],
+    ids=["automatic1111", "diffusers", "a single vector", "two encoders", "diffusers' trainers"],
 )
 def test_files_of_other_programs_are_read(
     tensors: dict[str, Tensor], target: EmbeddingTarget, count: int, tmp_path: Path
