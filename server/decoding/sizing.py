@@ -31,6 +31,8 @@ class Target:
         longest: they become no longer; None for no limit.
         sizes: width and height of those that it gets one of, the nearest to its proportions,
             where no side is given and the server's limit allows any; empty for any size.
+        area: pixels that sides which are not given have together, however large the picture is;
+            None for those of the picture.
         most_pixels: they have no more of them together, beside the server's limit; None for no
             such bound.
     """
@@ -42,6 +44,7 @@ class Target:
     longest: int | None = None
     most_pixels: int | None = None
     sizes: tuple[tuple[int, int], ...] = ()
+    area: int | None = None
 
     def size_of(self, width: int, height: int, most_pixels: int) -> tuple[int, int]:
         """The size that a picture gets: the sides given, and others that suit them and the limits.
@@ -64,6 +67,12 @@ class Target:
         if self.height is not None:
             most = most_pixels // self.height
             return self._side(width * self.height / height, most), self.height
+        if self.area is not None:
+            scale = sqrt(min(self.area, most_pixels) / (width * height))
+            # As diffusers rounds, which may make a few pixels more than that.
+            found = self._side(width * scale, most_pixels), self._side(height * scale, most_pixels)
+            if found[0] * found[1] <= most_pixels:
+                return found
         scale = min(1.0, sqrt(most_pixels / (width * height)))
         if self.longest is not None:
             scale = min(scale, self.longest / max(width, height))

@@ -67,7 +67,7 @@ class ImageTask:
         controls: what steers all its rows beside the prompt.
         image_prompts: pictures that its rows attend to beside their texts.
         references: pictures that its prompt refers to, ``[3, H, W]`` float32 in [-1, 1] of any
-            sizes; for models whose facts have ``reference_images``.
+            sizes; for models whose facts have ``references``.
         cache: decides at which stages the network is not evaluated; None evaluates it at every one.
         coefficients: what a policy that is fitted was fitted to, ``[stages, n]``.
         group: the images that this one runs in lockstep with.

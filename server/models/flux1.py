@@ -21,7 +21,8 @@ from server.models.flow_matching import SCHEDULER, FlowSchedules
 from server.models.folder import Revisions, read_json
 from server.models.hosted import ModelFacts
 from server.models.parts import load_autoencoder, load_network, load_text_encoder, load_tokenizer
-from server.models.reference_tokens import referring, with_references
+from server.models.reference_tokens import referring, tokens_beside, with_references
+from server.models.references import ReferencesRead
 from server.models.t5 import T5
 from server.models.transformer_model import (
     TRANSFORMER,
@@ -127,10 +128,11 @@ class FluxDenoiser:
         text, scales = conditioning[TEXT], inputs.scale_embedding
         guidance = torch.ones_like(t) if scales is None else scales + 1
         height, width = x.shape[-2] // PATCH, x.shape[-1] // PATCH
+        references = tokens_beside(conditioning)
         own = positions(height, width, x.device)
-        cells, places_of_cells = with_references(packed(x), own, conditioning)
+        others = [positions(one.shape[1], one.shape[2], x.device, first=1) for one in references]
         rows = {
-            "hidden_states": cells.to(network.dtype),
+            "hidden_states": with_references(packed(x), references).to(network.dtype),
             # The thousandfold is what is rounded, as in diffusers' pipeline.
             "timestep": t.to(network.dtype) / THOUSAND,
             "pooled_projections": conditioning[POOLED],
@@ -138,7 +140,7 @@ class FluxDenoiser:
         }
         places = {
             "txt_ids": torch.zeros(text.shape[1], 3, device=x.device),
-            "img_ids": places_of_cells,
+            "img_ids": torch.cat([own, *others]),
         }
         added: dict[str, Any] = {}
         if inputs.controls is not None:
@@ -158,15 +160,17 @@ class KontextModel(TransformerModel):
 
     @override
     def referring(self, text: Conditioning, references: Sequence[Tensor]) -> Conditioning:
-        [picture] = references
-        height, width = picture.shape[1] // PATCH, picture.shape[2] // PATCH
-        places = positions(height, width, picture.device, first=1)
-        return referring(text, [packed(picture[None])[0]], [places], (height, width))
+        return referring(text, [token_grid(one) for one in references])
 
 
 def packed(latents: Tensor) -> Tensor:
     """Tokens ``[rows, h/2 * w/2, 4 C]`` of latents ``[rows, C, h, w]``: (channel, y, x) inside."""
     return F.pixel_unshuffle(latents, PATCH).flatten(2).transpose(1, 2)
+
+
+def token_grid(latents: Tensor) -> Tensor:
+    """Tokens ``[h/2, w/2, 4 C]`` of latents ``[C, h, w]``."""
+    return F.pixel_unshuffle(latents, PATCH).permute(1, 2, 0)
 
 
 def unpacked(tokens: Tensor, height: int, width: int) -> Tensor:
@@ -222,8 +226,7 @@ def load_flux1(
         max_tokens=text.max_tokens,
         embeds_scale=guided,
         defaults=_defaults_of(folder, guided=guided, edits=edits),
-        reference_images=1 if edits else 0,
-        reference_sizes=KONTEXT_SIZES if edits else (),
+        references=ReferencesRead(1, KONTEXT_SIZES) if edits else None,
     )
     autoencoder = Autoencoder(vae, device)
     control = FluxControl(transformer, autoencoder.encode, packed, device)

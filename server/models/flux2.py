@@ -21,7 +21,8 @@ from server.models.flux1 import THOUSAND
 from server.models.folder import Revisions, read_json
 from server.models.hosted import ModelFacts
 from server.models.parts import load_network, load_text_encoder, load_tokenizer
-from server.models.reference_tokens import referring, with_references
+from server.models.reference_tokens import referring, tokens_beside, with_references
+from server.models.references import ReferencesRead
 from server.models.tiling import pixels_a_cell, with_tiles
 from server.models.transformer_model import (
     TRANSFORMER,
@@ -132,16 +133,19 @@ class Flux2Denoiser:
         """See ``HostedModel.evaluate``."""
         told, network = inputs.conditioning.tensors, self.network
         text, (height, width) = told[TEXT], x.shape[-2:]
-        own = positions(height, width, 1, x.device)
-        cells, places = with_references(_tokens(x), own, told)
+        references = tokens_beside(told)
+        places = [positions(height, width, 1, x.device)]
+        for number, one in enumerate(references, start=1):
+            size = one.shape[1], one.shape[2]
+            places.append(positions(*size, 1, x.device, first=APART * number))
         velocity = network(
-            hidden_states=cells.to(network.dtype),
+            hidden_states=with_references(_tokens(x), references).to(network.dtype),
             # The thousandfold is what is rounded, as in diffusers' pipeline.
             timestep=t.to(network.dtype) / THOUSAND,
             guidance=None,
             encoder_hidden_states=text,
             txt_ids=positions(1, 1, text.shape[1], x.device),
-            img_ids=places,
+            img_ids=torch.cat(places),
             return_dict=False,
         )[0][:, : height * width]
         return velocity.transpose(1, 2).unflatten(2, (height, width)).float()
@@ -152,12 +156,7 @@ class Flux2Model(TransformerModel):
 
     @override
     def referring(self, text: Conditioning, references: Sequence[Tensor]) -> Conditioning:
-        tokens = [_tokens(one[None])[0] for one in references]
-        places = [
-            positions(one.shape[1], one.shape[2], 1, one.device, first=APART * number)
-            for number, one in enumerate(references, start=1)
-        ]
-        return referring(text, tokens, places, tuple(one.shape[1:] for one in references))
+        return referring(text, [one.permute(1, 2, 0) for one in references])
 
 
 class Flux2Autoencoder:
@@ -240,7 +239,7 @@ def load_flux2_klein(
         default_height=side,
         max_tokens=text.max_tokens,
         defaults=_defaults_of(folder),
-        reference_images=MOST_REFERENCES,
+        references=ReferencesRead(MOST_REFERENCES),
     )
     return Flux2Model(
         facts,

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from server.models.controls.control_kind import ControlKind
     from server.models.defaults import ModelDefaults
     from server.models.image_prompts.unet_image_prompts import UNetImagePrompts
+    from server.models.references import ReferencesRead
     from server.models.text_options import TextOptions
 
 
@@ -72,9 +73,7 @@ class ModelFacts:
             denoiser can be given; the first is the model's own. Empty where it reads none.
         defaults: settings of requests that leave them out; None for the server's own.
         vae: name of the autoencoder that it was given in place of its own, if any.
-        reference_images: most pictures that it reads beside a prompt, to edit or to refer to.
-        reference_sizes: width and height in pixels of such pictures, of which each gets the one
-            whose proportions are nearest to its own; empty where they keep theirs.
+        references: what it reads of pictures beside a prompt; None where it reads none.
     """
 
     name: str
@@ -93,8 +92,7 @@ class ModelFacts:
     clip_skips: range = range(0)
     defaults: ModelDefaults | None = None
     vae: str | None = None
-    reference_images: int = 0
-    reference_sizes: tuple[tuple[int, int], ...] = ()
+    references: ReferencesRead | None = None
 
     @property
     def one_prediction(self) -> bool:
@@ -270,7 +268,7 @@ class HostedModel(ABC):
         Args:
             text: of the prompt alone.
             references: clean latents ``[C, h, w]`` of pictures of any sizes, in the order in which
-                the prompt may count them; no more than the facts' ``reference_images``.
+                the prompt may count them; no more than the facts say.
 
         Raises:
             RuntimeError: the model reads none, which its facts say beforehand.

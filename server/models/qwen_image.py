@@ -1,13 +1,17 @@
 """Qwen-Image: a transformer of joint blocks on packed latents, Qwen2.5-VL as its text encoder.
 
-Qwen Team, arXiv 2508.02324; as ``QwenImagePipeline`` of diffusers runs it.
+Qwen Team, arXiv 2508.02324; as ``QwenImagePipeline``, ``QwenImageEditPipeline`` and
+``QwenImageEditPlusPipeline`` of diffusers run it. The latter two read pictures beside the prompt.
 """
 
 from __future__ import annotations
 
+from functools import partial
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 import torch
+from typing_extensions import override
 
 from server.errors import ModelMismatch
 from server.models.chat_text import TEXT, ChatTemplate, ChatText
@@ -16,11 +20,18 @@ from server.models.controls.qwen_control import QwenControl
 from server.models.conventions import defaults_by
 from server.models.distilled import stated
 from server.models.flow_matching import SCHEDULER, FlowSchedules
-from server.models.flux1 import THOUSAND, packed, unpacked
+from server.models.flux1 import THOUSAND, packed, token_grid, unpacked
 from server.models.folder import Revisions, read_json
 from server.models.hosted import ModelFacts
 from server.models.parts import load_network, load_text_encoder, load_tokenizer
+from server.models.pictured_text import (
+    PicturedTemplate,
+    PicturedText,
+    load_picture_processor,
+)
 from server.models.qwen_positions import keep_own_positions
+from server.models.reference_tokens import referring, tokens_beside, with_references
+from server.models.references import ReferencesRead
 from server.models.tiling import pixels_a_cell, with_tiles
 from server.models.transformer_model import (
     TRANSFORMER,
@@ -52,6 +63,29 @@ TEMPLATE = ChatTemplate(
 )
 """The pipeline's own; what is dropped are the tokens of its head."""
 
+EDIT_HEAD = (
+    "<|im_start|>system\nDescribe the key features of the input image (color, shape, size, "
+    "texture, objects, background), then explain how the user's text instruction should alter or "
+    "modify the image. Generate a new image that meets the user's requirements while maintaining "
+    "consistency with the original input where appropriate.<|im_end|>\n<|im_start|>user\n"
+)
+EDIT_PLACES = 1024
+"""Tokens of the longest prompt, with the template and without pictures."""
+
+ONE_PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
+
+MEGAPIXEL = 1024 * 1024
+
+EDITS = {
+    "QwenImageEditPipeline": (ONE_PICTURE, ReferencesRead(1, (), MEGAPIXEL, MEGAPIXEL)),
+    "QwenImageEditPlusPipeline": (
+        f"Picture {{number}}: {ONE_PICTURE}",
+        ReferencesRead(3, (), MEGAPIXEL, 384 * 384),
+    ),
+}
+"""How a prompt begins for each picture, and what is read of these; the pipelines' own. Models of
+the second class were trained with up to three (the model card of Qwen-Image-Edit-2509)."""
+
 UNCONDITIONAL = " "
 """What the model card guides away from; the pipeline has no unconditional of its own."""
 
@@ -76,8 +110,9 @@ class QwenDenoiser:
         """See ``HostedModel.evaluate``."""
         told, network = inputs.conditioning.tensors, self.network
         height, width = x.shape[-2] // PATCH, x.shape[-1] // PATCH
+        references = tokens_beside(told)
         rows = {
-            "hidden_states": packed(x).to(network.dtype),
+            "hidden_states": with_references(packed(x), references).to(network.dtype),
             # The thousandfold is what is rounded, as in diffusers' pipeline.
             "timestep": t.to(network.dtype) / THOUSAND,
             "encoder_hidden_states": told[TEXT],
@@ -85,10 +120,19 @@ class QwenDenoiser:
         if MASK in told:
             rows["encoder_hidden_states_mask"] = told[MASK]
         shape, added = (1, height, width), dict[str, Any]()
+        shapes = [shape, *((1, one.shape[1], one.shape[2]) for one in references)]
         if inputs.controls is not None:
             added = self._control.residuals(rows, shape, inputs.controls)
-        velocity = network(**rows, **added, img_shapes=[[shape]] * len(x), return_dict=False)[0]
-        return unpacked(velocity, height, width).float()
+        velocity = network(**rows, **added, img_shapes=[shapes] * len(x), return_dict=False)[0]
+        return unpacked(velocity[:, : height * width], height, width).float()
+
+
+class QwenEditModel(TransformerModel):
+    """Qwen-Image-Edit, which reads pictures as its text encoder sees them and as tokens."""
+
+    @override
+    def referring(self, text: Conditioning, references: Sequence[Tensor]) -> Conditioning:
+        return referring(text, [token_grid(one) for one in references])
 
 
 class QwenAutoencoder:
@@ -139,15 +183,25 @@ def load_qwen_image(
                 "false, and its relatives are not hosted."
             )
     encoder = load_text_encoder(folder, "text_encoder", Qwen2_5_VLForConditionalGeneration, dtype)
-    # What looks at pictures, and what says words, is not needed and not kept.
-    language = encoder.model.language_model
+    # What says words is not needed and not kept.
+    encoder = encoder.model
+    language = encoder.language_model
 
     def states(tokens: Tensor) -> Tensor:
         return language(tokens, use_cache=False).last_hidden_state
 
     positions = language.config.max_position_embeddings
     tokenizer = load_tokenizer(folder, "tokenizer", Qwen2Tokenizer, positions)
-    text = ChatText(language, states, tokenizer, TEMPLATE, device, UNCONDITIONAL)
+    picture, references = EDITS.get(
+        read_json(folder, "model_index.json")["_class_name"], ("", None)
+    )
+    if references is None:
+        # What looks at pictures is not needed either.
+        text = ChatText(language, states, tokenizer, TEMPLATE, device, UNCONDITIONAL)
+    else:
+        template = PicturedTemplate(EDIT_HEAD, picture, TEMPLATE.tail, EDIT_PLACES, dropped=64)
+        processor = load_picture_processor(folder)
+        text = PicturedText(encoder, tokenizer, processor, template, device, UNCONDITIONAL)
     vae = load_network(folder, "vae", [AutoencoderKLQwenImage], dtype)
     latent_scale = 2 ** len(vae.config.temperal_downsample)
     multiple = PATCH * latent_scale
@@ -166,25 +220,36 @@ def load_qwen_image(
         default_height=side,
         max_tokens=text.max_tokens,
         defaults=_defaults_of(folder),
+        references=references,
     )
     autoencoder = QwenAutoencoder(vae, device)
     control = QwenControl(transformer, autoencoder.encode, packed, device)
-    return TransformerModel(
+    # Residuals of a ControlNet are of the image's tokens alone.
+    return (TransformerModel if references is None else QwenEditModel)(
         facts,
         device,
         dtype,
         schedule=FlowSchedules(folder, multiple),
         denoiser=QwenDenoiser(transformer, control),
         autoencoder=autoencoder,
-        control=control,
+        control=control if references is None else None,
         text=text,
-        stack=stack,
+        stack=stack if references is None else partial(stack, places=_places_of(references)),
     )
 
 
-def stack(rows: Sequence[Conditioning], *, fixed: bool) -> StackedConditioning:
-    """Texts of several lengths, with a mask."""
-    return stack_padded(rows, TEXT, places=TEMPLATE.places if fixed else None)
+def stack(
+    rows: Sequence[Conditioning], *, fixed: bool, places: int = TEMPLATE.places
+) -> StackedConditioning:
+    """Texts of several lengths, with a mask; none has more than so many places."""
+    return stack_padded(rows, TEXT, places=places if fixed else None)
+
+
+def _places_of(references: ReferencesRead) -> int:
+    """Places of the longest text, in which each picture has one for 28 x 28 pixels."""
+    # The encoder's multiples of 28 pixels may be a little larger than what they hold.
+    of_a_picture = ceil(1.2 * (references.seen_area or 0) / 28**2)
+    return EDIT_PLACES + references.most * of_a_picture
 
 
 def _defaults_of(folder: Path) -> ModelDefaults:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count, takewhile
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,46 +10,53 @@ import torch
 from server.models.conditioning import Conditioning
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
-__all__ = ["referring", "with_references"]
-
-TOKENS, PLACES = "references", "reference_places"
-"""Of conditioning, the tokens of all its pictures, and the position of each of these."""
+__all__ = ["referring", "tokens_beside", "with_references"]
 
 
-def referring(
-    text: Conditioning, tokens: Sequence[Tensor], places: Sequence[Tensor], sizes: Hashable
-) -> Conditioning:
+def referring(text: Conditioning, pictures: Sequence[Tensor]) -> Conditioning:
     """Conditioning of a text that stands beside pictures.
 
     Args:
         text: of the prompt alone.
-        tokens: of each picture, ``[n, features]``.
-        places: the positions of these, ``[n, axes]``.
-        sizes: equal where all places are: the network has one list of them for all rows of a
-            forward.
+        pictures: the tokens of each, ``[height, width, features]``.
     """
-    where = torch.cat([*places])
+    sizes = tuple((len(one), one.shape[1]) for one in pictures)
     return Conditioning(
-        {**text.tensors, TOKENS: torch.cat([*tokens]), PLACES: where},
-        text.length + len(where),
+        {**text.tensors, **{_name(place): one for place, one in enumerate(pictures)}},
+        text.length + sum(height * width for height, width in sizes),
+        # The network has one list of positions for all rows of a forward.
         sizes,
     )
 
 
-def with_references(
-    cells: Tensor, places: Tensor, told: Mapping[str, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Tokens and positions of the images of a forward, and behind them those of their pictures.
+def tokens_beside(told: Mapping[str, Tensor]) -> list[Tensor]:
+    """The tokens of each picture that the rows of a forward refer to.
 
     Args:
-        cells: of the images, ``[rows, n, features]``.
-        places: of their cells, ``[n, axes]``.
         told: the rows' conditioning, of one company.
+
+    Returns:
+        ``[rows, height, width, features]`` of each, which may have different sizes.
     """
-    if TOKENS not in told:
-        return cells, places
-    return torch.cat([cells, told[TOKENS]], 1), torch.cat([places, told[PLACES][0]])
+    names = takewhile(told.__contains__, map(_name, count()))
+    return [told[name] for name in names]
+
+
+def with_references(cells: Tensor, references: Sequence[Tensor]) -> Tensor:
+    """Tokens of images, and behind them those of the pictures, ``[rows, n, features]``.
+
+    Args:
+        cells: tokens of the images, ``[rows, n, features]``.
+        references: as of :func:`tokens_beside`.
+    """
+    return (
+        torch.cat([cells, *(one.flatten(1, 2) for one in references)], 1) if references else cells
+    )
+
+
+def _name(place: int) -> str:
+    return f"reference {place}"

@@ -15,10 +15,15 @@ __all__ = [
     "MOST",
     "check_references",
     "largest_of",
+    "most_of",
+    "seen_target_of",
     "target_of",
 ]
 
 MOST: Final = 4
+
+AREA_MULTIPLE: Final = 32
+"""Sides of pictures that are brought to an area are multiples of it, as in diffusers."""
 
 MOST_PIXELS: Final = 1024 * 1024
 """Larger pictures are reduced, as diffusers does: each pixel costs as much as one of the image."""
@@ -34,7 +39,7 @@ def check_references(count: int, facts: ModelFacts) -> None:
     Raises:
         InvalidRequest: it reads fewer, or none.
     """
-    most = facts.reference_images
+    most = most_of(facts)
     if count <= most:
         return
     if most:
@@ -49,17 +54,34 @@ def check_references(count: int, facts: ModelFacts) -> None:
     )
 
 
+def most_of(facts: ModelFacts) -> int:
+    """Reference images that a request to a model may have."""
+    return 0 if facts.references is None else facts.references.most
+
+
 def largest_of(facts: ModelFacts) -> tuple[int, int]:
     """Height and width of a reference image before its own are known, as large as any."""
     side = isqrt(MOST_PIXELS) // facts.size_multiple * facts.size_multiple
     return side, side
 
 
+def seen_target_of(facts: ModelFacts) -> Target | None:
+    """What a reference image is brought to for the text encoder; None where that sees none."""
+    reads = facts.references
+    if reads is None or reads.seen_area is None:
+        return None
+    return Target(area=reads.seen_area, multiple=AREA_MULTIPLE)
+
+
 def target_of(facts: ModelFacts) -> Target:
     """What a reference image is brought to: a size of the model's, or its own in its multiples."""
+    reads = facts.references
+    if reads is not None and reads.area is not None:
+        return Target(area=reads.area, multiple=AREA_MULTIPLE)
+    sizes = () if reads is None else reads.sizes
     return Target(
-        mode="stretch" if facts.reference_sizes else "crop",
-        sizes=facts.reference_sizes,
+        mode="stretch" if sizes else "crop",
+        sizes=sizes,
         multiple=facts.size_multiple,
         longest=facts.longest_side,
         most_pixels=MOST_PIXELS,

@@ -20,6 +20,7 @@ from server.models.embeddings.embedding import Embedding
 from server.models.hosted import HostedModel
 from server.models.image_prompts.image_prompt import ImagePromptUse
 from server.models.prompt_editing import written_in
+from server.models.references import SeenPicture
 from server.models.text_options import TextOptions
 from server.requests.adapters import load_adapters
 from server.requests.checks.group import is_group
@@ -65,6 +66,7 @@ def tasks_of(
     controls: tuple[ControlUse, ...] = (),
     image_prompts: tuple[ImagePromptUse, ...] = (),
     references: tuple[Tensor, ...] = (),
+    seen: tuple[SeenPicture, ...] = (),
 ) -> list[ImageTask]:
     """One task for each image.
 
@@ -82,6 +84,7 @@ def tasks_of(
         controls: of the request, loaded.
         image_prompts: of the request, loaded.
         references: its reference images, ``[3, H, W]`` float32 in [-1, 1] of any sizes.
+        seen: the same as the text encoder sees them, if it does.
 
     Raises:
         InvalidRequest: guidance that needs a single prompt, with a blend.
@@ -131,7 +134,7 @@ def tasks_of(
             policy=policy,
             terms=terms,
             cache=resolved.cache,
-            text=TextOptions(resolved.clip_skip, embeddings),
+            text=TextOptions(resolved.clip_skip, embeddings, seen),
             adapters=adapters,
             controls=controls,
             image_prompts=image_prompts,

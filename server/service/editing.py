@@ -24,12 +24,12 @@ def edited_as(request: GenerateRequest, facts: ModelFacts) -> GenerateRequest:
     if not request.reading.edits or request.image is None:
         return request
     starts = request.mask is not None or request.strength is not None
-    if facts.reference_images and not starts:
+    if facts.references and not starts:
         references = request.reference_images or (request.image,)
         return request.model_copy(update={"image": None, "reference_images": references})
     if count := len(request.reference_images):
         why = f"model {facts.name!r} edits one at a time"
-        if facts.reference_images:
+        if facts.references:
             why = "with a mask, a strength or transparent pixels, one is edited at a time"
         raise InvalidRequest("image", f"image has {count} images; {why}.")
     return request

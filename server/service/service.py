@@ -22,6 +22,7 @@ from server.engine.reservation import Reservation
 from server.engine.task import ImageTask
 from server.errors import DuplicateGeneration, NotReady, UnknownGeneration, UnknownModel, WeftError
 from server.models.hosted import HostedModel
+from server.models.references import SeenPicture
 from server.models.statistics import guidance_name
 from server.requests.catalog import (
     ModelEntry,
@@ -35,7 +36,7 @@ from server.requests.checks.limits import check_count, runs_of
 from server.requests.controls import load_controls, unloaded_controls
 from server.requests.embeddings import texts_of
 from server.requests.image_prompts import unloaded_image_prompts
-from server.requests.reference_images import largest_of
+from server.requests.reference_images import largest_of, most_of
 from server.requests.resolve import Prepared
 from server.requests.schema import GenerateRequest, ResolvedRequest
 from server.requests.second_run import naming_hires
@@ -212,7 +213,7 @@ class Service:
                 embeddings=embedding_entries(model),
                 unfit_embeddings=dict(model.embeddings.unfit()),
                 image_prompts=image_prompt_entries(model),
-                reference_images=model.facts.reference_images,
+                reference_images=most_of(model.facts),
                 defaults=defaults_of(model.facts.defaults),
             )
             for model in (() if self._shelf is None else self._shelf.loaded())
@@ -436,7 +437,8 @@ def _tasks(prepared: Prepared, model: HostedModel, uploads: Uploads) -> list[Ima
         reference=None if reference is None else pixels_tensor(reference),
         controls=load_controls(request.controls, [*map(pixels_tensor, controls)], model),
         image_prompts=image_prompt_uses(request, uploads, model),
-        references=tuple(map(pixels_tensor, references)),
+        references=tuple(map(pixels_tensor, references.read)),
+        seen=tuple(map(SeenPicture.of, references.seen)),
     )
 
 
@@ -454,6 +456,7 @@ def _tasks_again(
         controls=controls,
         image_prompts=in_regions_again(first.image_prompts, second.request, uploads),
         references=first.references,
+        seen=first.text.pictures,
     )
 
 

@@ -15,11 +15,12 @@ from server.decoding.sizing import Target
 from server.models.hosted import HostedModel
 from server.requests.controls import ControlChoice
 from server.requests.image_prompts import ImagePromptChoice, sides_of_image_prompts
-from server.requests.reference_images import check_references, target_of
+from server.requests.reference_images import check_references
 from server.requests.resolve import Prepared
 from server.requests.schema import DEFAULT_RESIZE_MODE, GenerateRequest, ResolvedRequest
 from server.requests.upload import Upload
 from server.service.mask_content import filled
+from server.service.reference_pictures import ReferencePictures, decoded_references
 
 __all__ = ["Early", "Uploads", "decoded", "decoded_for_their_size"]
 
@@ -46,7 +47,7 @@ class Uploads(NamedTuple):
     image_prompts: Sequence[Sequence[NDArray[np.uint8]]]
     regions: Sequence[NDArray[np.uint8] | None]
     regions_again: Sequence[NDArray[np.uint8] | None]
-    references: Sequence[NDArray[np.uint8]]
+    references: ReferencePictures
 
 
 class Early(NamedTuple):
@@ -54,14 +55,14 @@ class Early(NamedTuple):
 
     Attributes:
         image: that it starts from, uint8 `[H, W, 3]`, if it was decoded.
-        reference: the first of its reference images, if that was decoded.
+        references: the first of its reference images, if that was decoded.
         size: width and height of the image that it starts from; None without one.
         reference_size: width and height of the result by the reference image; None where it does
             not follow from that.
     """
 
     image: NDArray[np.uint8] | None = None
-    reference: NDArray[np.uint8] | None = None
+    references: ReferencePictures = ReferencePictures()
     size: tuple[int, int] | None = None
     reference_size: tuple[int, int] | None = None
 
@@ -106,12 +107,11 @@ async def _by_reference(
         return Early()
     facts = model.facts
     check_references(len(request.reference_images), facts)
-    own = target_of(facts)
-    first = await _picture(decoding, request.reference_images[0], "reference_images.0", own)
-    height, width, _ = first.shape
+    first = await decoded_references(request, model, decoding, ReferencePictures(), most=1)
+    height, width, _ = first.read[0].shape
     # Sides that are too long for the model or the operator are refused by name with the request.
     wanted = Target(request.width, request.height, multiple=facts.size_multiple)
-    return Early(reference=first, reference_size=wanted.size_of(width, height, UNBOUNDED))
+    return Early(references=first, reference_size=wanted.size_of(width, height, UNBOUNDED))
 
 
 async def decoded(
@@ -166,21 +166,8 @@ async def decoded(
     masks = [one.mask for one in request.image_prompts]
     regions, regions_again = await _regions(decoding, masks, prepared)
     beside = image_prompts, regions, regions_again
-    references = await _references(request, model, early.reference, decoding)
+    references = await decoded_references(request, model, decoding, early.references)
     return Uploads(image, kept, mask, reference, controls, controls_again, *beside, references)
-
-
-async def _references(
-    request: GenerateRequest,
-    model: HostedModel,
-    first: NDArray[np.uint8] | None,
-    decoding: DecodePool,
-) -> list[NDArray[np.uint8]]:
-    found = [] if first is None else [first]
-    for place, one in enumerate(request.reference_images[len(found) :], start=len(found)):
-        field = f"reference_images.{place}"
-        found.append(await _picture(decoding, one, field, target_of(model.facts)))
-    return found
 
 
 async def _beside(

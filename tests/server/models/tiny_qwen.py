@@ -19,9 +19,15 @@ CHAT_TEMPLATE = (
 """What Qwen3's own makes of one message of a user."""
 
 
-def byte_tokenizer() -> Any:
+def byte_tokenizer(more: tuple[str, ...] = ()) -> Any:
+    """The tokenizer.
+
+    Args:
+        more: special tokens behind the usual ones.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: place for place, token in enumerate((*alphabet, *SPECIAL))}
-    tokenizer: Any = Qwen2Tokenizer(vocab=vocabulary, merges=[], extra_special_tokens=SPECIAL[1:])
+    special = *SPECIAL, *more
+    vocabulary = {token: place for place, token in enumerate((*alphabet, *special))}
+    tokenizer: Any = Qwen2Tokenizer(vocab=vocabulary, merges=[], extra_special_tokens=special[1:])
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer

@@ -11,7 +11,12 @@ from diffusers import (
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    BatchFeature,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from tests.server.models.tiny_qwen import VOCABULARY, byte_tokenizer
 
@@ -45,8 +50,18 @@ SCHEDULER: dict[str, Any] = {
 CHANNELS = 4
 
 
-def make() -> Any:
+PICTURE_TOKENS = "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"
+
+
+def make(kind: Any = QwenImagePipeline, **transformer_config: Any) -> Any:
+    """The pipeline.
+
+    Args:
+        kind: its class; those of edits have a processor too.
+        transformer_config: further entries of the transformer's config.
+    """
     torch.manual_seed(0)
+    edits = kind is not QwenImagePipeline
     transformer: Any = QwenImageTransformer2DModel(
         in_channels=4 * CHANNELS,
         out_channels=CHANNELS,
@@ -55,6 +70,7 @@ def make() -> Any:
         num_attention_heads=2,
         joint_attention_dim=32,
         axes_dims_rope=(4, 6, 6),
+        **transformer_config,
     )
     # As they are made, so little of a text gets through that it would not show in a picture.
     for block in transformer.transformer_blocks:
@@ -70,13 +86,38 @@ def make() -> Any:
         latents_mean=[0.1, -0.2, 0.3, -0.4],
         latents_std=[1.5, 2.0, 2.5, 3.0],
     )
-    config = Qwen2_5_VLConfig(text_config=TEXT, vision_config=VISION)
-    pipeline = QwenImagePipeline(
+    tokenizer = byte_tokenizer(PICTURE_TOKENS if edits else ())
+    text = {**TEXT, "vocab_size": len(tokenizer)}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=VISION)
+    config.image_token_id = tokenizer.convert_tokens_to_ids("<|image_pad|>") if edits else None
+    processor = {"processor": Reader(tokenizer)} if edits else {}
+    pipeline = kind(
         scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULER),
         vae=vae.eval(),
         text_encoder=Qwen2_5_VLForConditionalGeneration(config).eval(),
-        tokenizer=byte_tokenizer(),
+        tokenizer=tokenizer,
         transformer=transformer.eval(),
+        **processor,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+class Reader:
+    """What Qwen2VLProcessor makes of texts and pictures; transformers' own needs torchvision."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.image_processor = Qwen2VLImageProcessorPil()
+        self._tokenizer = tokenizer
+
+    def __call__(self, text: list[str], images: Any, **settings: Any) -> Any:
+        if not isinstance(images, list):
+            images = [images]
+        made = self.image_processor(images, return_tensors="pt")
+        expanded: list[str] = []
+        for one in text:
+            before, *after = one.split("<|image_pad|>")
+            for grid, rest in zip(made["image_grid_thw"], after, strict=True):
+                before += "<|image_pad|>" * (int(grid.prod()) // 4) + rest
+            expanded.append(before)
+        return BatchFeature({**self._tokenizer(expanded, **settings), **made})

@@ -1,0 +1,164 @@
+"""Prompts in a chat template that Qwen2.5-VL reads together with the pictures they are about."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from threading import Lock
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from server.models.chat_text import TEXT
+from server.models.conditioning import Conditioning
+from server.models.folder import read_json
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from torch import Tensor, nn
+
+    from server.models.references import SeenPicture
+    from server.models.text_options import TextOptions
+
+__all__ = ["PicturedTemplate", "PicturedText", "load_picture_processor"]
+
+PAD: Final = "<|image_pad|>"
+"""The token in whose place the features of a picture stand, one for each of them."""
+
+PROCESSOR: Final = "processor/preprocessor_config.json"
+JOINT: Final = "processor/processor_config.json"
+"""The same in folders that transformers 5 has saved, beside what else a processor has."""
+
+
+@dataclass(frozen=True, slots=True)
+class PicturedTemplate:
+    """What stands around a prompt and its pictures.
+
+    Attributes:
+        head: before the pictures.
+        picture: of each picture, of which ``{number}`` is replaced and which has ``PAD`` once.
+        tail: behind the prompt.
+        places: the most tokens of a prompt, with the template and without pictures.
+        dropped: tokens at the beginning that the denoiser does not read.
+    """
+
+    head: str
+    picture: str
+    tail: str
+    places: int
+    dropped: int
+
+
+class PicturedText:
+    """Hidden states of each prompt and its pictures, at their own length.
+
+    Args:
+        encoder: a ``Qwen2_5_VLModel``, on the device.
+        tokenizer: of the encoder.
+        processor: the encoder's image processor, of transformers.
+        template: around every prompt.
+        device: where the encoder runs.
+        unconditional: the prompt of the unconditional.
+    """
+
+    def __init__(
+        self,
+        encoder: Any,
+        tokenizer: Any,
+        processor: Any,
+        template: PicturedTemplate,
+        device: torch.device,
+        unconditional: str,
+    ) -> None:
+        self._encoder = encoder
+        self._tokenizer = tokenizer
+        self._processor = processor
+        self._template = template
+        self._device = device
+        self._unconditional = unconditional
+        # A fast tokenizer refuses two threads at once.
+        self._tokenizing = Lock()
+        self._pad = tokenizer.convert_tokens_to_ids(PAD)
+        self._markers = len(self._tokens("", ()))
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of the longest prompt, the template and pictures not counted."""
+        return self._template.places - self._markers
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a prompt, the template not counted; safe from any thread."""
+        return len(self._tokens(text, ())) - self._markers
+
+    def encode(
+        self, prompts: Sequence[str | None], width: int, height: int, options: TextOptions
+    ) -> list[Conditioning]:
+        """Conditioning of each prompt with the pictures of the options."""
+        seen = self._looked_at(options.pictures)
+        # One by one: no place is wasted on padding, and no bit depends on the other prompts.
+        return [
+            self._encoded(self._unconditional if prompt is None else prompt, *seen)
+            for prompt in prompts
+        ]
+
+    def modules(self) -> Mapping[str, nn.Module]:
+        """The text encoder by its name in a model folder."""
+        return {"text_encoder": self._encoder}
+
+    def _looked_at(
+        self, pictures: Sequence[SeenPicture]
+    ) -> tuple[tuple[int, ...], dict[str, Tensor]]:
+        """Of each picture the features it will have, and what the encoder is given of all."""
+        if not pictures:
+            return (), {}
+        made = self._processor([one.pixels for one in pictures], return_tensors="pt")
+        merged = self._processor.merge_size**2
+        counts = tuple(int(patches) // merged for patches in made.image_grid_thw.prod(-1))
+        return counts, {
+            name: made[name].to(self._device) for name in ("pixel_values", "image_grid_thw")
+        }
+
+    def _encoded(
+        self, prompt: str, features: tuple[int, ...], pictures: Mapping[str, Tensor]
+    ) -> Conditioning:
+        tokens = torch.tensor([self._tokens(prompt, features)], device=self._device)
+        # By the kinds of tokens, the encoder places pictures in two dimensions, as it was trained.
+        kinds = {"mm_token_type_ids": (tokens == self._pad).int()} if pictures else {}
+        states = self._encoder(tokens, **pictures, **kinds, use_cache=False).last_hidden_state
+        text = states[0, self._template.dropped :].clone()
+        return Conditioning({TEXT: text}, len(text))
+
+    def _tokens(self, prompt: str, features: tuple[int, ...]) -> list[int]:
+        # What a prompt says must not be read as a picture.
+        said, template = prompt.replace(PAD, ""), self._template
+        numbered = enumerate(features, start=1)
+        pictures = "".join(
+            template.picture.replace("{number}", str(number)).replace(PAD, PAD * count)
+            for number, count in numbered
+        )
+        text = f"{template.head}{pictures}{said}{template.tail}"
+        with self._tokenizing:
+            return self._tokenizer(text, verbose=False).input_ids
+
+
+def load_picture_processor(folder: Path) -> Any:
+    """The image processor of a model folder, of which the config alone is read.
+
+    Raises:
+        ModelMismatch: there is no such config, or it is not JSON.
+    """
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
+        Qwen2VLImageProcessorPil,
+    )
+
+    own = (folder / PROCESSOR).exists()
+    config = read_json(folder, PROCESSOR if own else JOINT)
+    config = config if own else config.get("image_processor", {})
+    allowed = {"size", "patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std"}
+    given = {name: value for name, value in config.items() if name in allowed}
+    if "size" not in given and "max_pixels" in config:
+        edges = "shortest_edge", "longest_edge"
+        limits = config.get("min_pixels", 56 * 56), config["max_pixels"]
+        given["size"] = dict(zip(edges, limits, strict=True))
+    return Qwen2VLImageProcessorPil(**given)

@@ -1,0 +1,58 @@
+"""The reference images of a request, decoded at the sizes at which its model reads them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from server.decoding.pool import DecodePool
+from server.models.hosted import HostedModel
+from server.requests.reference_images import seen_target_of, target_of
+from server.requests.schema import GenerateRequest
+
+__all__ = ["ReferencePictures", "decoded_references"]
+
+
+class ReferencePictures(NamedTuple):
+    """Pictures that the prompt is about, uint8 `[H, W, 3]`.
+
+    Attributes:
+        read: as the denoiser reads them.
+        seen: as the text encoder sees them, if it does.
+    """
+
+    read: tuple[NDArray[np.uint8], ...] = ()
+    seen: tuple[NDArray[np.uint8], ...] = ()
+
+
+async def decoded_references(
+    request: GenerateRequest,
+    model: HostedModel,
+    decoding: DecodePool,
+    known: ReferencePictures,
+    most: int | None = None,
+) -> ReferencePictures:
+    """The reference images of a request.
+
+    Args:
+        request: as sent.
+        model: that will serve it.
+        decoding: reads the images.
+        known: the first ones, which are decoded already.
+        most: of them; None for all.
+
+    Raises:
+        InvalidRequest: an image cannot be decoded.
+        Overloaded: too many images wait to be decoded.
+    """
+    read, seen = list(known.read), list(known.seen)
+    target, of_text = target_of(model.facts), seen_target_of(model.facts)
+    for place, one in list(enumerate(request.reference_images))[len(read) : most]:
+        field = f"reference_images.{place}"
+        with one.opened() as data:
+            read.append(await decoding.picture(data, field, target))
+            if of_text is not None:
+                seen.append(await decoding.picture(data, field, of_text))
+    return ReferencePictures(tuple(read), tuple(seen))
