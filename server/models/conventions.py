@@ -237,6 +237,16 @@ CONVENTIONS: Final[Mapping[str, Convention]] = MappingProxyType(
             cfg_norm=CFGNorm(patch=2),
             flow=True,
         ),
+        "qwen_image_edit_plus": Convention(
+            "Qwen-Image-Edit-2509 and later, shift by size",
+            "its model card, and diffusers' `QwenImageEditPlusPipeline`",
+            Euler(),
+            Trailing(),
+            steps=40,
+            rule=CFG(scale=4.0),
+            cfg_norm=CFGNorm(patch=2),
+            flow=True,
+        ),
         "z_image_turbo": Convention(
             "Z-Image Turbo, shift 3: sigma 1, .9545, .9, .8333, .75, .6429, .5, .3",
             "its model card, and scheduler's config",

@@ -256,4 +256,6 @@ def _defaults_of(folder: Path) -> ModelDefaults:
     scheduler = read_json(folder, SCHEDULER)
     if said := stated(folder, scheduler, embeds_scale=False, flow=True):
         return said
-    return defaults_by("qwen_image", "it is a QwenImagePipeline")
+    kind = read_json(folder, "model_index.json")["_class_name"]
+    plus = kind == "QwenImageEditPlusPipeline"
+    return defaults_by("qwen_image_edit_plus" if plus else "qwen_image", f"it is a {kind}")

@@ -12,10 +12,10 @@ from diffusers import (
     QwenImageTransformer2DModel,
 )
 from transformers import (
-    BatchFeature,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
 )
+from transformers.feature_extraction_utils import BatchFeature
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from tests.server.models.tiny_qwen import VOCABULARY, byte_tokenizer
@@ -89,7 +89,8 @@ def make(kind: Any = QwenImagePipeline, **transformer_config: Any) -> Any:
     tokenizer = byte_tokenizer(PICTURE_TOKENS if edits else ())
     text = {**TEXT, "vocab_size": len(tokenizer)}
     config = Qwen2_5_VLConfig(text_config=text, vision_config=VISION)
-    config.image_token_id = tokenizer.convert_tokens_to_ids("<|image_pad|>") if edits else None
+    if edits:
+        config.image_token_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
     processor = {"processor": Reader(tokenizer)} if edits else {}
     pipeline = kind(
         scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULER),

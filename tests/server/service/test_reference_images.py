@@ -1,0 +1,76 @@
+"""Reference images reach both networks of a model at the sizes that each reads, in both runs."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+from typing_extensions import override
+
+from server.models.conditioning import Conditioning
+from server.models.references import ReferencesRead
+from server.models.text_options import TextOptions
+from server.requests.schema import GenerateRequest
+from server.service.service import Service
+from server.settings import Limits
+from tests.server.decoding.files import saved
+from tests.server.toy_model import Toy, started
+
+
+class Reading(Toy):
+    """The toy, which keeps what it was shown of pictures and draws as without."""
+
+    def __init__(self) -> None:
+        super().__init__(references=ReferencesRead(3, (), 64 * 64, 32 * 32))
+        self.read: list[list[tuple[int, ...]]] = []
+        self.saw: set[tuple[tuple[int, ...], ...]] = set()
+
+    @override
+    def encode_prompts(
+        self, prompts: Any, width: int, height: int, adapters: Any = None, options: Any = None
+    ) -> list[Conditioning]:
+        told: TextOptions = options
+        self.saw.add(tuple(one.pixels.shape for one in told.pictures))
+        return super().encode_prompts(prompts, width, height, adapters, told)
+
+    @override
+    def referring(self, text: Conditioning, references: Sequence[Tensor]) -> Conditioning:
+        self.read.append([tuple(one.shape) for one in references])
+        return text
+
+
+def test_both_networks_are_shown_the_pictures_in_both_runs() -> None:
+    model = Reading()
+    engine, service = started(model, 8), Service(Limits())
+    service.open(engine, {"toy": model})
+    files = [
+        base64.b64encode(saved(Image.fromarray(np.zeros((*size, 3), np.uint8)), "PNG")).decode()
+        for size in ((20, 80), (50, 50))
+    ]
+    asked: dict[str, Any] = {"prompt": "x", "steps": 2, "guidance": "none", "hires": {"scale": 2}}
+    request = GenerateRequest.model_validate(asked | {"reference_images": files})
+
+    async def run() -> tuple[int, int]:
+        generation = await service.admit(request, "one")
+        try:
+            settings = (await service.pictures(generation)).settings
+            return settings["width"], settings["height"]
+        finally:
+            service.release(generation)
+
+    model.read.clear()
+    model.saw.clear()
+    try:
+        size = asyncio.run(run())
+    finally:
+        service.close()
+        engine.stop(0)
+    # Of as many pixels as the model reads, in multiples of 32, and in cells of 8.
+    assert size == (128, 32)
+    assert model.read == [[(4, 4, 16), (4, 8, 8)]] * 2
+    assert model.saw == {((32, 64, 3), (32, 32, 3))}
