@@ -1,4 +1,4 @@
-"""`/sdapi/v1/extra-single-image`: an image enlarged, without a model."""
+"""`/sdapi/v1/extra-single-image` and `extra-batch-images`: enlarged without a model."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from server.http.dependencies import ServiceDep
 from server.image_codec import encode
 from server.requests.automatic1111_hires import UPSCALERS
 from server.requests.upload import Upload
+from server.service.service import Service
 
 __all__ = ["router"]
 
 router = APIRouter(prefix="/sdapi/v1", tags=["automatic1111"], route_class=TolerantRoute)
 
 
-class Enlarge(BaseModel):
-    """A request of AUTOMATIC1111's `POST /sdapi/v1/extra-single-image`; unknown fields are ignored.
+class Enlargement(BaseModel):
+    """How AUTOMATIC1111's clients ask for images to be enlarged; unknown fields are ignored.
 
     What repairs faces, and a second upscaler, are refused when they would act.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
-    image: Upload = Field(repr=False, description="PNG, JPEG or WebP in base64.")
     upscaler_1: str = Field(
         default="None", max_length=128, description="`Lanczos`; `None` leaves the image as it is."
     )
@@ -65,6 +65,29 @@ class Enlarge(BaseModel):
         return max(1, round(factor * width)), max(1, round(factor * height))
 
 
+class Single(Enlargement):
+    """A request of AUTOMATIC1111's `POST /sdapi/v1/extra-single-image`."""
+
+    image: Upload = Field(repr=False, description="PNG, JPEG or WebP in base64.")
+
+
+class NamedImage(BaseModel):
+    """One image of several."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    data: Upload = Field(repr=False, description="PNG, JPEG or WebP in base64.")
+    name: str = Field(default="", max_length=1024, description="Is not looked at.")
+
+
+class Batch(Enlargement):
+    """A request of AUTOMATIC1111's `POST /sdapi/v1/extra-batch-images`."""
+
+    imageList: tuple[NamedImage, ...] = Field(  # noqa: N815 - AUTOMATIC1111's name
+        min_length=1, description="The images."
+    )
+
+
 class Enlarged(BaseModel):
     """The image."""
 
@@ -72,27 +95,56 @@ class Enlarged(BaseModel):
     image: str = Field(description="PNG in base64.")
 
 
+class EnlargedImages(BaseModel):
+    """The images."""
+
+    html_info: str = ""
+    images: list[str] = Field(description="PNGs in base64, in the order in which they came.")
+
+
 @router.post("/extra-single-image", responses=ERRORS)
-async def extra_single_image(body: Enlarge, request: Request, service: ServiceDep) -> Enlarged:
+async def extra_single_image(body: Single, request: Request, service: ServiceDep) -> Enlarged:
     """Enlarge an image by Lanczos."""
     _check(body)
-    with body.image.opened() as data:
-        picture = await service.decoding.picture(data, "image")
-    width, height = body.size_of(picture.shape[1], picture.shape[0])
+    return Enlarged(image=await _enlarged(body, "image", body.image, request, service))
+
+
+@router.post("/extra-batch-images", responses=ERRORS)
+async def extra_batch_images(body: Batch, request: Request, service: ServiceDep) -> EnlargedImages:
+    """Enlarge images by Lanczos, one after the other."""
+    _check(body)
+    most = request.app.state.settings.limits.images
+    if len(body.imageList) > most:
+        raise InvalidRequest(
+            "imageList", f"imageList has {len(body.imageList)} images; at most {most} are allowed."
+        )
+    images = [
+        await _enlarged(body, f"imageList.{place}.data", one.data, request, service)
+        for place, one in enumerate(body.imageList)
+    ]
+    return EnlargedImages(images=images)
+
+
+async def _enlarged(
+    how: Enlargement, field: str, image: Upload, request: Request, service: Service
+) -> str:
+    with image.opened() as data:
+        picture = await service.decoding.picture(data, field)
+    width, height = how.size_of(picture.shape[1], picture.shape[0])
     most = request.app.state.settings.limits.upload_pixels
     if width * height > most:
-        field = "upscaling_resize" if body.resize_mode == 0 else "upscaling_resize_w"
+        asked = "upscaling_resize" if how.resize_mode == 0 else "upscaling_resize_w"
         raise InvalidRequest(
-            field,
-            f"{field} makes an image of {width} x {height}; at most {most} pixels are allowed.",
+            asked,
+            f"{asked} makes an image of {width} x {height}; at most {most} pixels are allowed.",
         )
     request.state.share.hold(picture.nbytes + 3 * width * height)
     # A large one takes seconds, in threads that all other requests need.
     async with request.app.state.enlarging:
-        return Enlarged(image=await to_thread(_made, picture, width, height))
+        return await to_thread(_made, picture, width, height)
 
 
-def _check(body: Enlarge) -> None:
+def _check(body: Enlargement) -> None:
     """Refuse what nothing here does.
 
     Raises:

@@ -327,6 +327,12 @@ def test_an_image_is_enlarged(api: WebUIApi) -> None:
     cropped = api.extra_single_image(ramp, upscaler_1="Lanczos", upscaling_crop=True, **to_size)
     assert isinstance(cropped, WebUIApiResult)
     assert cropped.image.size == (30, 30)
+    both = api.extra_batch_images([ramp, ramp.rotate(180)], upscaler_1="Lanczos")
+    assert isinstance(both, WebUIApiResult)
+    assert [array(one)[-1, 0, 0] > 128 for one in both.images] == [True, False]
+    assert (array(both.images[0]) == array(twice.image)).all()
+    with pytest.raises(RuntimeError, match="imageList has 17 images; at most"):
+        api.extra_batch_images([ramp] * 17)
     with pytest.raises(RuntimeError, match="allowed are: None, Lanczos"):
         api.extra_single_image(ramp, upscaler_1="R-ESRGAN 4x+")
     with pytest.raises(RuntimeError, match="pixels are allowed"):
