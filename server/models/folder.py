@@ -185,6 +185,12 @@ class Revisions(NamedTuple):
     denoiser: str
 
 
+def weights_in(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder but for what Weft derived from them, in order."""
+    derived = folder / DERIVED
+    return sorted(f for f in folder.rglob("*.safetensors") if not f.is_relative_to(derived))
+
+
 def revisions_of(folder: Path, tell: Callable[[int, int], None] | None = None) -> Revisions:
     """The revisions of a folder's weights.
 
@@ -197,8 +203,7 @@ def revisions_of(folder: Path, tell: Callable[[int, int], None] | None = None) -
     Raises:
         ModelMismatch: there are no safetensors weights.
     """
-    derived = folder / DERIVED
-    files = sorted(f for f in folder.rglob("*.safetensors") if not f.is_relative_to(derived))
+    files = weights_in(folder)
     if not files:
         raise ModelMismatch(
             f"model folder {str(folder)!r} has no safetensors weights; other formats are refused."

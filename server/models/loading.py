@@ -11,7 +11,15 @@ from server.errors import ModelMismatch
 from server.models.classifier import LatentClassifier
 from server.models.flux1 import load_flux1
 from server.models.flux2 import load_flux2_klein
-from server.models.folder import INDEX, classifier_file, read_json, revisions_of, without_folder
+from server.models.folder import (
+    INDEX,
+    classifier_file,
+    read_json,
+    revisions_of,
+    stamp_of,
+    weights_in,
+    without_folder,
+)
 from server.models.given_autoencoder import give_autoencoder, with_autoencoder
 from server.models.latent_consistency import load_latent_consistency
 from server.models.libraries import import_libraries
@@ -121,6 +129,7 @@ def load_model(
             name,
             family,
         )
+    before = _stamps(folder)
     revisions = revisions_of(folder, tell)
     if vae is not None:
         revisions = with_autoencoder(revisions, vae)
@@ -130,6 +139,11 @@ def load_model(
         if vae is not None:
             give_autoencoder(model, vae)
         put_on_device(model, placement or Placement())
+        if _stamps(folder) != before:
+            # Its weights may be those of one file or of another, and have no revision.
+            raise ModelMismatch(
+                f"model folder {str(folder)!r} changed while it was read; try again."
+            )
     except ModelMismatch:
         raise
     except Exception as error:
@@ -138,6 +152,11 @@ def load_model(
     _add_classifier(model, folder)
     model.linear_fits = LinearFits(folder)
     return model
+
+
+def _stamps(folder: Path) -> dict[Path, tuple[int, int]]:
+    """By which a change of the weights is noticed."""
+    return {file: stamp_of(file) for file in weights_in(folder)}
 
 
 def family_of(folder: Path) -> str:

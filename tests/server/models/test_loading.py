@@ -71,6 +71,18 @@ def test_the_revision_follows_the_weights(folder):
     assert revisions_of(folder).weights != before
 
 
+def test_a_folder_that_changes_while_it_is_read_is_refused(folder):
+    file = next(folder.glob("unet/*.safetensors"))
+    copy = shutil.copyfile(file, folder / "another copy")
+
+    def replaced(done, total):
+        if done == total:
+            copy.replace(file)
+
+    with pytest.raises(ModelMismatch, match=r"changed while it was read; try again\.$"):
+        load_model(folder, name="m", device="cpu", dtype="auto", tell=replaced)
+
+
 def test_what_is_fitted_to_latents_outlives_another_decoder(folder):
     before = revisions_of(folder)
     file = next(folder.glob("vae/*.safetensors"))
