@@ -572,6 +572,7 @@ def test_final_latents_are_those_of_diffusers(
 
 
 NOT_THEIRS = {
+    "dpm_fast",
     "dpm_solver_pp_sde",
     "er_sde",
     "ghvb",
