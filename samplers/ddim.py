@@ -14,6 +14,7 @@ from samplers.sampler import Sampler
 
 if TYPE_CHECKING:
     from samplers.grid import Grid
+    from samplers.levels import F64
 
 
 class DDIM(Sampler, frozen=True):
@@ -54,13 +55,22 @@ def ancestral_plan(grid: Grid, eta: float) -> Plan:
     The deviation ``eta sigma' sqrt(1 - (alpha sigma' / (alpha' sigma))^2)`` is DDIM's on a
     variance-preserving schedule and k-diffusion's ancestral ``sigma_up`` on any other.
     """
+    alpha, sigma = grid.alpha, grid.sigma
+    shrink = alpha[:-1] * sigma[1:] / (alpha[1:] * sigma[:-1])
+    return renoised_plan(grid, eta * sigma[1:] * np.sqrt(np.maximum(1 - shrink**2, 0)))
+
+
+def renoised_plan(grid: Grid, fresh: F64) -> Plan:
+    """First-order steps that go below the next level, back up to which fresh noise leads.
+
+    Args:
+        grid: the points.
+        fresh: deviation of that noise, at most the noise of the level, ``[N]``.
+    """
     columns = Columns("x")
     x, D, noise = columns["x"], columns.denoised, columns.noise
-    tables = []
+    tables: list[F64] = []
     for i in range(grid.steps):
-        sigma_next = grid.sigma[i + 1]
-        shrink = grid.alpha[i] * sigma_next / (grid.alpha[i + 1] * grid.sigma[i])
-        fresh = eta * sigma_next * np.sqrt(max(1 - shrink**2, 0))
-        kept = np.sqrt(sigma_next**2 - fresh**2)
-        tables.append(columns.table(x=first_order(grid, i, x, D, kept) + fresh * noise))
+        kept = float(np.sqrt(grid.sigma[i + 1] ** 2 - fresh[i] ** 2))
+        tables.append(columns.table(x=first_order(grid, i, x, D, kept) + fresh[i] * noise))
     return Plan.of_steps(grid, tables)

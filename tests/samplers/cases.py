@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 
 from samplers import SAMPLERS, SPACINGS, Grid, NoiseSchedule, Sampler, Spacing
 from samplers.dpm_solver_v3 import DPMSolverV3
+from samplers.euler import EulerAncestral
 from samplers.heavy_ball import GHVB, HB, MomentumSampler, Nesterov
 from samplers.lms import LMS
 from samplers.noise_schedule import DiscreteVP
@@ -143,6 +144,8 @@ def _says_nothing_new(sampler: Sampler) -> bool:
     """
     if isinstance(getattr(sampler, "lower_order_final", None), str):
         return True
+    if isinstance(sampler, EulerAncestral) and sampler.eta == 0:
+        return sampler.below == "level"
     if isinstance(sampler, SASolverPECE) and sampler.tau == 0:
         return sampler.noise == "throughout"
     if isinstance(sampler, MomentumSampler):

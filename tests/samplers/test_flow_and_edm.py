@@ -14,13 +14,15 @@ from diffusers import (
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    LTXEulerAncestralRFScheduler,
     UniPCMultistepScheduler,
 )
+from diffusers.schedulers import scheduling_ltx_euler_ancestral_rf as scheduling_ltx
 from torch import Tensor
 
 from samplers import Grid, NoiseSchedule, Sampler, integrate, preconditioning
 from samplers.dpm_solver_pp import DPMSolverPP
-from samplers.euler import Euler
+from samplers.euler import Euler, EulerAncestral
 from samplers.gaussian import GaussianMixtureDenoiser
 from samplers.heun import Heun
 from samplers.noise_schedule import FlowMatching
@@ -30,6 +32,7 @@ from tests.samplers.cases import EDM, FLOW
 
 STEPS = 10
 START = torch.linspace(-2, 2, 41)[None]
+NOISE = torch.randn(STEPS, *START.shape, generator=torch.Generator().manual_seed(9))
 
 
 def theirs(scheduler: Any, x: Tensor, network: Any) -> Tensor:
@@ -44,6 +47,30 @@ def ours(schedule: NoiseSchedule, scheduler: Any, sampler: Sampler, x: Tensor) -
     sigmas = list(dict.fromkeys(scheduler.sigmas.double().tolist()))
     grid = Grid.on_times(schedule, np.array(sigmas[:-1]), clean=True)
     return integrate(sampler.plan(grid), GaussianMixtureDenoiser(schedule), x)
+
+
+@pytest.mark.parametrize("eta", [0.5, 1.0])
+def test_ancestral_steps_by_level_are_those_of_comfyui_on_flows(
+    eta: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """sample_euler_ancestral_RF, as diffusers has it for LTX; on other schedules at eta 1 both."""
+    noise = iter(NOISE)
+    monkeypatch.setattr(scheduling_ltx, "randn_tensor", lambda *_, **__: next(noise))
+    scheduler = LTXEulerAncestralRFScheduler(eta=eta)
+    schedule = NoiseSchedule.flow(shift=3.0)
+    grid, data = schedule.grid(Trailing(), STEPS), GaussianMixtureDenoiser(schedule)
+    scheduler.set_timesteps(sigmas=grid.sigma.tolist())
+
+    def velocity(x: Tensor, t: float) -> Tensor:
+        return (x - data(x, t / 1000)) / (t / 1000)
+
+    sampler = EulerAncestral(eta=eta, below="level")
+    landed = integrate(sampler.plan(grid), data, START, NOISE.__getitem__)
+    torch.testing.assert_close(landed, theirs(scheduler, START, velocity), rtol=0, atol=1e-5)
+    if eta == 1:
+        exploding = EDM.grid(Karras(), STEPS)
+        expected = EulerAncestral().plan(exploding).tables
+        np.testing.assert_allclose(sampler.plan(exploding).tables, expected, atol=1e-12)
 
 
 FLOW_OPTIONS: dict[str, Any] = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
