@@ -5,11 +5,34 @@ On a CPU a tick of twice the rows may take twice the time, and then the engine r
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
+from torch import Tensor
 
-def full_ticks() -> AbstractContextManager[Any]:
-    """Within it, engines start as if ticks of all sizes took the same time."""
-    return patch("server.engine.warmup.time_forwards", lambda _, most: {1: 0.01, most: 0.01})
+from server.engine.tick.preview import fit_preview
+from server.models.hosted import HostedModel
+
+_fitted: dict[tuple[Any, ...], Tensor] = {}
+
+
+@contextmanager
+def full_ticks() -> Generator[None]:
+    """Within it, engines start as if ticks of all sizes took the same time.
+
+    The colours of previews are fitted once for the same weights, which takes most of a start.
+    """
+    with (
+        patch("server.engine.warmup.time_forwards", lambda _, most: {1: 0.01, most: 0.01}),
+        patch("server.engine.warmup.fit_preview", _fitted_once),
+    ):
+        yield
+
+
+def _fitted_once(model: HostedModel) -> Tensor:
+    key = type(model), model.facts.revision, model.device, model.dtype
+    if key not in _fitted:
+        _fitted[key] = fit_preview(model)
+    return _fitted[key]

@@ -107,8 +107,8 @@ def test_an_image_is_bit_identical_alone_and_among_images_with_other_adapters(
 ) -> None:
     pastel, storybook = styles
     company = [
-        task(adapters=(pastel,)),
-        task(seed=8),
+        task(adapters=(pastel,), steps=2),
+        task(seed=8, steps=2),
         task(seed=9, adapters=(storybook, replace(pastel, weight=-0.5)), steps=2),
     ]
     together = pixels(fixed_engine, company)

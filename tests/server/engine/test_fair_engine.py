@@ -12,7 +12,7 @@ from server.engine.fair_queue import Turns
 from server.engine.scheduler import Candidate, LaneCosts, Load, Priority, fill
 from tests.server.engine.test_fairness import A, B
 
-LARGE, SMALL = 192, 64
+LARGE, SMALL = 128, 64
 
 
 class Log:
@@ -110,8 +110,8 @@ def test_a_finished_picture_waits_for_no_batch_work_of_another_client(
     engine = start(model=log, row_budget=2)
     log.calls.clear()
     batch = task(steps=100, width=SMALL, height=SMALL, priority=Priority.BATCH)
-    beside(engine, listen, [batch], [task(steps=20, width=LARGE, height=LARGE)], [A, B])
+    beside(engine, listen, [batch], [task(steps=10, width=LARGE, height=LARGE)], [A, B])
     sides = [side for _, side in log.calls]
     of_b = [i for i, side in enumerate(sides) if side == LARGE // 8]
-    assert len(of_b) == 20 + 1, "twenty ticks and a call of the decoder"
+    assert len(of_b) == 10 + 1, "ten ticks and a call of the decoder"
     assert sides[of_b[0] :][: len(of_b)] == [LARGE // 8] * len(of_b)

@@ -9,7 +9,7 @@ from samplers.score_sde_pc import ScoreSDEPC
 from tests.server.engine.conftest import SIDE
 from tests.server.engine.test_engine import CLOSE, apart, by_hand, picture
 
-COMPANY = ("ddim", "unipc", "heun", "euler_ancestral")
+COMPANY = ("unipc", "heun", "euler_ancestral")
 
 
 def test_a_langevin_row_is_the_same_alone_in_company_and_by_the_library_loop(
@@ -17,7 +17,7 @@ def test_a_langevin_row_is_the_same_alone_in_company_and_by_the_library_loop(
 ):
     needle = task(ScoreSDEPC(corrector_steps=2), steps=3, seed=5)
     [alone] = run(fixed_engine, [needle]).pixels()
-    company = [task(sampler, steps=4, seed=k) for k, sampler in enumerate(COMPANY)]
+    company = [task(sampler, steps=3, seed=k) for k, sampler in enumerate(COMPANY)]
     other = task(ScoreSDEPC(snr=0.4), steps=3, seed=9)
     *_, together = run(fixed_engine, [*company, other, needle]).pixels()
     assert np.array_equal(alone, together)
