@@ -19,12 +19,14 @@ function say(text, isError = false) {
   $("said").className = isError ? "error" : "";
 }
 
-/** The equivalent command; it saves a single image as a file, and several as JSON. */
+/**
+ * The equivalent command; it saves a single image as a file, and several as JSON. The request is its
+ * input, as no argument may be as long as a picture.
+ */
 function curl(asked) {
   const answer = asked.n > 1 ? "-o out.json" : "-H 'accept: image/png' -o out.png";
   const key = needsKey() ? "-H 'authorization: Bearer KEY' " : "";
-  const text = JSON.stringify(asked).replaceAll("'", "'\\''");
-  return `curl ${location.origin}/v1/generate -H 'content-type: application/json' ${key}${answer} -d '${text}'`;
+  return `curl ${location.origin}/v1/generate -H 'content-type: application/json' ${key}${answer} -d @- <<'END'\n${JSON.stringify(asked)}\nEND`;
 }
 
 const blobOf = (base64, type) => new Blob([Uint8Array.from(atob(base64), (one) => one.charCodeAt(0))], { type });

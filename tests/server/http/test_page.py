@@ -373,10 +373,11 @@ def test_the_command_that_the_page_shows_makes_the_same(
 
 def _posted(command: str) -> tuple[dict[str, str], Any]:
     """Headers and body of a curl command, as a shell reads it."""
-    words = shlex.split(command)
-    options = list(itertools.pairwise(words))
+    line, body, end = command.split("\n")
+    assert (line[-13:], end) == ("-d @- <<'END'", "END")
+    options = itertools.pairwise(shlex.split(line))
     headers = dict(word.split(": ", 1) for option, word in options if option == "-H")
-    return headers, json.loads(next(word for option, word in options if option == "-d"))
+    return headers, json.loads(body)
 
 
 def test_pictures_come_first_on_phones_and_desktops(tab: Tab) -> None:
