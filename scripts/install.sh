@@ -91,16 +91,23 @@ install() {
         say "creating $VENV with $(find_python)"
         "$(find_python)" -m venv --clear "$VENV"
     fi
-    # Unpacking takes most of the time, so torch is installed beside the others, which stay silent.
+    # Unpacking takes most of the time, and a process of pip has one core for it. So two share the
+    # lock, and stay silent, while torch is installed beside them.
     say "installing the packages of requirements/$lock.lock"
     # The lock is complete and only wheels are used: nothing is unpinned, and no package runs code
     # while it is installed.
-    pip_install --no-deps --only-binary :all: --require-hashes -r "requirements/$lock.lock" \
-        >/dev/null &
-    others=$!
-    trap 'kill $others 2>/dev/null || true' EXIT
+    others=()
+    trap 'kill ${others[@]+"${others[@]}"} 2>/dev/null || true' EXIT
+    local half process
+    for half in 0 1; do
+        awk -v half=$half '/^[a-z]/ { n++ } n % 2 == half' "requirements/$lock.lock" \
+            >"$VENV/half-$half.lock"
+        pip_install --no-deps --only-binary :all: --require-hashes -r "$VENV/half-$half.lock" \
+            >/dev/null &
+        others+=($!)
+    done
     install_torch
-    wait $others
+    for process in "${others[@]}"; do wait "$process"; done
     trap - EXIT
     if [ $project = yes ]; then
         say "installing weft"
