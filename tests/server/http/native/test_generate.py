@@ -150,10 +150,10 @@ def posted_back(client: httpx2.Client, generate: Generate) -> dict[str, Exchange
         # Exact statistics are those of plain guidance alone.
         nearest = {"statistics": "nearest"} if sampler == "dpm_solver_v3" else {}
         wanted = {"name": sampler} | nearest
-        first = generate(sampler=wanted, guidance=guidance, n=2, negative_prompt="a square")
+        first = generate(sampler=wanted, guidance=guidance, negative_prompt="a square")
         return first, client.post("/v1/generate", json=first.json().get("settings"))
 
-    with ThreadPoolExecutor(MAX_IMAGES // 2) as pool:
+    with ThreadPoolExecutor(MAX_IMAGES) as pool:
         return dict(zip(SAMPLER_NAMES, pool.map(exchange, SAMPLER_NAMES), strict=True))
 
 
