@@ -114,6 +114,14 @@ Vaes = Annotated[
         help="NAME=PATH of an autoencoder in place of that of a model; repeat for several.",
     ),
 ]
+Denoisers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--denoiser",
+        help="NAME=PATH of a U-Net or transformer in one file in place of that of a model; repeat "
+        "for several.",
+    ),
+]
 Described = "a name, or a JSON object with its fields."
 Pictured = "NAME=FILE, NAME=FILE:SCALE or a JSON object whose `image` is a file"
 
@@ -145,6 +153,7 @@ def serve(
     ] = None,
     model: Models = None,
     vae: Vaes = None,
+    denoiser: Denoisers = None,
     adapters: Adapters = None,
     embeddings: Embeddings = None,
     controls: Controls = None,
@@ -180,6 +189,7 @@ def serve(
         port=port,
         models=model,
         vaes=vae,
+        denoisers=denoiser,
         adapters=adapters,
         embeddings=embeddings,
         controls=controls,
@@ -307,6 +317,7 @@ def generate(
     ] = None,
     model: Models = None,
     vae: Vaes = None,
+    denoiser: Denoisers = None,
     adapters: Adapters = None,
     embeddings: Embeddings = None,
     controls: Controls = None,
@@ -331,6 +342,7 @@ def generate(
     settings = _settings(
         models=model,
         vaes=vae,
+        denoisers=denoiser,
         adapters=adapters,
         embeddings=embeddings,
         controls=controls,

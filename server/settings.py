@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from importlib.util import find_spec
 from math import inf
 from pathlib import Path
@@ -336,6 +336,11 @@ class Settings(BaseSettings):
         description="Autoencoders in place of models' own, each `name=path` of a `.safetensors` "
         "file, by diffusers' names or the original ones, or of a folder in the diffusers layout.",
     )
+    denoisers: Names = Field(
+        default=(),
+        description="U-Nets or transformers in place of models' own, each `name=path` of a "
+        "`.safetensors` file, by diffusers' names or the original ones.",
+    )
     quantize: Names = Field(
         default=(),
         description="Weights in fewer bits: `int8`, `fp8` or `nf4` for all models, or "
@@ -548,14 +553,16 @@ class Settings(BaseSettings):
         return self
 
     @model_validator(mode="after")
-    def _check_vaes(self) -> Self:
-        for entry in self.vaes:
-            name, _, path = entry.partition("=")
-            if not name or not path or not os.path.exists(path):
-                raise ValueError(
-                    f"vaes has {entry[:200]!r}; allowed is `name=path`, with the name of a model "
-                    "and the path of a .safetensors file or of a folder in the diffusers layout."
-                )
+    def _check_networks(self) -> Self:
+        for field, entries in (("vaes", self.vaes), ("denoisers", self.denoisers)):
+            place = " or of a folder in the diffusers layout" if field == "vaes" else ""
+            for entry in entries:
+                name, _, path = entry.partition("=")
+                if not name or not path or not os.path.exists(path):
+                    raise ValueError(
+                        f"{field} has {entry[:200]!r}; allowed is `name=path`, with the name of a "
+                        f"model and the path of a .safetensors file{place}."
+                    )
         return self
 
     @model_validator(mode="after")
@@ -609,20 +616,25 @@ class Settings(BaseSettings):
 
     def vae_of(self, model: str) -> Path | None:
         """The autoencoder of a model in place of its own, by its name."""
-        return self._vaes().get(model)
+        return _paths(self.vaes).get(model)
+
+    def denoiser_of(self, model: str) -> Path | None:
+        """The file of a denoiser in place of a model's own, by the model's name."""
+        return _paths(self.denoisers).get(model)
 
     def unknown_models(self, models: Collection[str]) -> list[tuple[str, str]]:
-        """Names in `quantize` and `vaes` that none of these models has, with the setting."""
-        named = {"quantize": self._quantizations(), "vaes": self._vaes()}
+        """Names in `quantize`, `vaes` and `denoisers` that none of these models has, with it."""
+        named = {
+            "quantize": self._quantizations(),
+            "vaes": _paths(self.vaes),
+            "denoisers": _paths(self.denoisers),
+        }
         return [
             (field, name)
             for field, of_models in named.items()
             for name in of_models
             if name and name not in models
         ]
-
-    def _vaes(self) -> dict[str, Path]:
-        return {name: Path(path) for name, _, path in (one.partition("=") for one in self.vaes)}
 
     def _quantizations(self) -> dict[str, Any]:
         """By name of the model; that of all others is without a name."""
@@ -674,3 +686,8 @@ class Settings(BaseSettings):
                 f"models_folder is {str(self.models_folder)[:200]!r}, which is no folder."
             )
         return sorted(index.parent for index in self.models_folder.glob("*/model_index.json"))
+
+
+def _paths(entries: Iterable[str]) -> dict[str, Path]:
+    """Of entries `name=path`, the path by the name."""
+    return {name: Path(path) for name, _, path in (one.partition("=") for one in entries)}

@@ -206,14 +206,14 @@ def _kind(file: Path, weights: Mapping[str, Tensor]) -> str:
     ]
     if stands and lacking:
         raise ModelMismatch(
-            f"model file {str(file)!r} has a U-Net and no {' and no '.join(lacking)}; put it into "
-            "the subfolder unet of a folder in the diffusers layout, in place of the file there."
+            f"model file {str(file)!r} has a U-Net and no {' and no '.join(lacking)}; host a "
+            "folder in the diffusers layout, and give it this U-Net by `--denoiser name=path`."
         )
     if kind not in TEMPLATES or not stands:
         raise ModelMismatch(
             f"model file {str(file)!r} is no complete checkpoint of Stable Diffusion 1.x or XL; "
-            "models of other families are hosted as folders in the diffusers layout, into whose "
-            "subfolder transformer one file with a transformer can be put in place of those there."
+            "models of other families are hosted as folders in the diffusers layout, whose "
+            "transformer `--denoiser name=path` replaces by one in a file."
         )
     known = (UNET, AUTOENCODER, *CLIP, OPEN_CLIP, V_PREDICTION, ZERO_TERMINAL_SNR)
     if strange := sorted(name for name in weights if not name.startswith(known)):

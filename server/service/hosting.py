@@ -21,6 +21,7 @@ from server.models.checkpoint import converted
 from server.models.compiling.compiler import BlockCompiler, missing_compiler
 from server.models.compiling.model_blocks import compile_blocks
 from server.models.folder import embedded_folders, stamp_of
+from server.models.given_denoiser import with_denoiser
 from server.models.hosted import HostedModel
 from server.models.hub import HubModel, fetch
 from server.models.loading import choose_device, choose_dtype, family_of, load_model
@@ -81,7 +82,7 @@ def host(
     embedded = embedded_folders()
     places = settings.model_folders(embedded)
     _check_names(settings, places)
-    folders = {name: _folder_of(place, settings, tell) for name, place in places.items()}
+    folders = {name: _folder_of(name, place, settings, tell) for name, place in places.items()}
     if settings.models_folder is not None and folders == embedded:
         log.warning(
             "%s has no model folder with a model_index.json: only the embedded models are hosted",
@@ -287,7 +288,17 @@ def _check_names(settings: Settings, names: Collection[str]) -> None:
         log.warning("%s", sentence)
 
 
-def _folder_of(place: Path | HubModel, settings: Settings, tell: Tell | None) -> Path:
+def _folder_of(name: str, place: Path | HubModel, settings: Settings, tell: Tell | None) -> Path:
+    """The folder of a model, with the denoiser that it is given."""
+    folder = _own_folder_of(place, settings, tell)
+    denoiser = settings.denoiser_of(name)
+    if denoiser is None:
+        return folder
+    log.info("%s: denoiser of %s", name, denoiser)
+    return with_denoiser(folder, denoiser, settings.cache.expanduser())
+
+
+def _own_folder_of(place: Path | HubModel, settings: Settings, tell: Tell | None) -> Path:
     """The folder of a model: fetched if it is one of the hub, converted if it is a single file."""
     if isinstance(place, Path) and os.path.isfile(place):
         return converted(

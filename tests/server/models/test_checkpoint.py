@@ -140,7 +140,7 @@ def test_what_trainers_and_mergers_leave_in_a_file_is_left_out(
 def test_a_file_of_a_unet_alone_is_refused_with_what_to_do(tmp_path: Path) -> None:
     weights = {"model.diffusion_model.input_blocks.0.0.weight": torch.ones(2, 4, 3, 3)}
     save_file(weights, tmp_path / "unet.safetensors")
-    with pytest.raises(ModelMismatch, match="no text encoder and no autoencoder; put it into the"):
+    with pytest.raises(ModelMismatch, match="no text encoder and no autoencoder; host a folder"):
         converted(tmp_path / "unet.safetensors", tmp_path / "cache")
 
 
