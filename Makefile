@@ -36,7 +36,7 @@ setup-dev: ## the same, and the tools that `make test` needs
 serve: setup ## start the server on the models that ship with it (HOST=127.0.0.1, PORT=8000)
 	@printf '%s\n' '' \
 	  'Weft is starting on http://$(HOST):$(PORT)/ (Ctrl-C stops it). Open that page in a browser,' \
-	  'or send a request from another terminal:' '' \
+	  'or, once the log says "ready", send a request from another terminal:' '' \
 	  "  curl http://$(HOST):$(PORT)/v1/generate -H 'content-type: application/json' -H 'accept: image/png' -o picture.png \\" \
 	  "    -d '{\"prompt\": \"a red circle to the left of a blue square\", \"guidance\": {\"name\": \"apg\", \"scale\": 4, \"policy\": \"reuse\"}}'" ''
 	@exec $(BIN)/weft serve --host $(HOST) --port $(PORT)
