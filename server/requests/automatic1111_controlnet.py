@@ -84,6 +84,10 @@ _LARGE: Final = ("mask", "advanced_weighting", "ipadapter_input")
 """Those that may be large, of which only it counts whether they are there."""
 
 
+_OFF: Final = ("", "0", "f", "false", "n", "no", "none", "off")
+"""Texts of a switch that is off."""
+
+
 def _mode_of(value: Any) -> Any:
     """A resize mode of ours, by its label or number there."""
     labels = tuple(RESIZE_LABELS.values())
@@ -165,17 +169,26 @@ def units_in(scripts: Any) -> list[dict[str, Any]]:
         scripts: `alwayson_scripts` as it was sent.
 
     Raises:
-        InvalidRequest: one has several pictures.
+        InvalidRequest: `scripts` is no object, or a unit has several pictures.
     """
+    if scripts and not isinstance(scripts, dict):
+        raise InvalidRequest("alwayson_scripts", "alwayson_scripts must be an object.")
     told = [one for name, one in scripts.items() if is_controlnet(name)] if scripts else []
     arguments = told[0].get("args") if told and isinstance(told[0], dict) else None
     sent = arguments if isinstance(arguments, list) else [arguments]
     units = [one for one in sent if isinstance(one, dict) and one]
-    return [_narrowed(i, one) for i, one in enumerate(units) if one.get("enabled", True)]
+    return [_narrowed(i, one) for i, one in enumerate(units) if _is_on(one.get("enabled", True))]
+
+
+def _is_on(enabled: Any) -> bool:
+    """Whether a unit is, also where a client sends text, as pydantic reads it there."""
+    return str(enabled).casefold() not in _OFF
 
 
 def _narrowed(place: int, sent: Mapping[str, Any]) -> dict[str, Any]:
-    unit = {_OTHER_NAMES.get(name, name): value for name, value in sent.items()}
+    # Of two names of a field, one that is null says nothing.
+    told = {name: value for name, value in sent.items() if value is not None}
+    unit = {_OTHER_NAMES.get(name, name): value for name, value in told.items()}
     image = unit.get("image")
     if isinstance(image, list) and len(image) == 2 and all(isinstance(one, str) for one in image):
         image = dict(zip(("image", "mask"), image, strict=True))

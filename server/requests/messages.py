@@ -16,6 +16,7 @@ from server.requests.controls import ControlChoice
 from server.requests.image_prompts import ImagePromptChoice
 from server.requests.reading import LIKE, SAME
 from server.requests.schema import CHOICES
+from server.requests.upload import Upload
 
 __all__ = ["explain"]
 
@@ -164,6 +165,8 @@ def _shown(value: Any) -> str:
         return "an object"
     if isinstance(value, list):
         return "a list"
+    if isinstance(value, Upload):
+        return "a picture"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, str):

@@ -22,8 +22,10 @@ from server.decoding.sizing import ResizeMode, Target
 from server.errors import InvalidRequest
 from server.image_codec import resized
 from server.requests.controls import ControlChoice
+from server.requests.image_prompts import ImagePromptChoice
 from server.requests.schema import DEFAULT_RESIZE_MODE, GenerateRequest
 from server.requests.upload import Upload
+from server.service.uploads import ACTS
 
 __all__ = ["Box", "Region", "around", "cut_out"]
 
@@ -149,6 +151,11 @@ async def cut_out(
             for place, one in enumerate(request.controls)
         ]
     )
+    beside = [
+        await _cut_mask(place, one, region, request.resize_mode, decoding)
+        for place, one in enumerate(request.image_prompts)
+    ]
+    part["image_prompts"] = tuple(one for one in beside if one is not None)
     return request.model_copy(update=part | {"resize_mode": "stretch"}), region
 
 
@@ -166,6 +173,26 @@ async def _cut(
         picture = await decoding.picture(data, f"controls.{place}.image", target)
     part = Upload(await to_thread(_png, picture[region.box.where]))
     return control.model_copy(update={"image": part, "resize_mode": "stretch"})
+
+
+async def _cut_mask(
+    place: int,
+    prompt: ImagePromptChoice,
+    region: Region,
+    mode: ResizeMode | None,
+    decoding: DecodePool,
+) -> ImagePromptChoice | None:
+    """An image prompt with the part of its mask that lies over the region; None if none does."""
+    if prompt.mask is None:
+        return prompt
+    height, width = region.mask.shape
+    target = Target(width, height, mode or DEFAULT_RESIZE_MODE)
+    with prompt.mask.opened() as data:
+        mask = await decoding.mask(data, f"image_prompts.{place}.mask", target, ACTS)
+    part = mask[region.box.where]
+    if not part.any():
+        return None
+    return prompt.model_copy(update={"mask": Upload(await to_thread(_png, part))})
 
 
 def _png(pixels: NDArray[np.uint8]) -> bytes:

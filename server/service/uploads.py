@@ -22,13 +22,14 @@ from server.requests.upload import Upload
 from server.service.mask_content import filled
 from server.service.reference_pictures import ReferencePictures, decoded_references
 
-__all__ = ["Early", "Uploads", "decoded", "decoded_for_their_size"]
+__all__ = ["ACTS", "Early", "Uploads", "decoded", "decoded_for_their_size"]
 
 
 UNBOUNDED: Final = 2**60
 """Pixels that no request has."""
 
 ACTS: Final = MaskForm("acts")
+"""Of the region of an image prompt."""
 
 
 class Uploads(NamedTuple):

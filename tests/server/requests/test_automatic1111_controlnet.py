@@ -69,9 +69,16 @@ def test_of_a_model_that_is_not_loaded_the_preprocessor_tells_the_kind() -> None
 
 def test_units_that_are_switched_off_and_what_is_no_unit_are_left_out() -> None:
     assert units_in(None) == units_in({"ADetailer": {"args": [True]}}) == []
-    sent = scripts(UNIT | {"enabled": False}, {}, "none", None, UNIT)
+    off = UNIT | {"enabled": False}, UNIT | {"enabled": "false"}
+    sent = scripts(*off, {}, "none", None, UNIT | {"enabled": "true"})
     assert [one["model"] for one in units_in(sent)] == ["depth"]
     assert units_in({"controlnet": {"args": []}}) == []
+
+
+def test_an_earlier_name_that_is_null_says_nothing() -> None:
+    given = {"guidance_end": 0.5, "guidance": None, "input_image": None}
+    [control] = read(UNIT | given).request.controls
+    assert control.end == 0.5
 
 
 def test_without_an_image_a_unit_reads_the_one_to_start_from() -> None:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+from pydantic import ValidationError
+
+from server.requests.messages import explain
 from server.requests.schema import GenerateRequest
 from server.requests.upload import Upload, put_upload, uploads_in, without_uploads
 
@@ -30,3 +34,10 @@ def test_a_single_picture_is_put_back_where_there_may_be_a_list() -> None:
         with upload.opened() as data:
             put_upload(fields, path, str(data))
     assert [one["image"] for one in fields["image_prompts"]] == [["a", "b"], ["c"]]
+
+
+def test_a_picture_where_a_list_must_be_is_named_as_one() -> None:
+    with pytest.raises(ValidationError) as refused:
+        GenerateRequest.model_validate({"prompt": "x", "reference_images": Upload("a")})
+    said = explain(refused.value.errors(), GenerateRequest).message
+    assert said == "reference_images is a picture; it must be a list."

@@ -123,6 +123,42 @@ def test_of_the_region_around_a_mask_a_unit_reads_the_same_part(
     assert np.abs(drawn(result)[0:64, 32:96].astype(int) - part).max() <= 1
 
 
+@pytest.mark.usefixtures("api")
+def test_of_the_region_around_a_mask_an_ip_adapter_acts_where_it_does_in_the_whole(
+    client: httpx2.Client, generate: Generate
+) -> None:
+    box, subject = (32, 0, 96, 64), picture(7)
+    start, mask, left, right = picture(4, 96, 96), *(Image.new("L", (96, 96)) for _ in range(3))
+    mask.paste(255, box)
+    left.paste(255, (0, 0, 24, 96))
+    right.paste(255, (64, 0, 96, 96))
+    style = {"model": "style", "module": "ip-adapter-auto", "image": b64(subject)}
+    # All of the first one lies beside the region.
+    units = [style | {"effective_region_mask": b64(one)} for one in (left, right)]
+    options: dict[str, Any] = {
+        "init_images": [b64(start)],
+        "mask": b64(mask),
+        "mask_blur": 0,
+        "inpainting_fill": 1,
+        "denoising_strength": 1,
+        "alwayson_scripts": {"controlnet": {"args": units}},
+    }
+    answer = client.post("/sdapi/v1/img2img", json=THEIRS | options)
+    [text] = answer.json()["images"]
+    image = np.asarray(Image.open(io.BytesIO(base64.b64decode(text))))
+    whole = Image.new("L", (64, 64), 255)
+    beside = {"image": b64(start.crop(box)), "mask": b64(whole)}
+    prompt = {"name": "style", "image": b64(subject), "mask": b64(right.crop(box))}
+    part = pixels_of(generate(**OURS, **beside, image_prompts=[prompt]))
+    assert np.abs(image[0:64, 32:96].astype(int) - part).max() <= 1
+
+
+def test_what_is_no_object_of_scripts_is_refused(client: httpx2.Client) -> None:
+    answer = client.post("/sdapi/v1/txt2img", json=SMALL | {"alwayson_scripts": [1]})
+    assert answer.status_code == 422
+    assert answer.json()["errors"] == "alwayson_scripts must be an object."
+
+
 def test_the_extensions_routes_say_what_there_is(api: WebUIApi, client: httpx2.Client) -> None:
     assert api.get_scripts() == {"txt2img": ["controlnet"], "img2img": ["controlnet"]}
     assert api.controlnet_version() == 3
