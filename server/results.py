@@ -13,11 +13,14 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from server.errors import InvalidRequest, NotReady, UnknownResult
 from server.image_codec import OutputFormat
+from server.locked_folders import locked, remove_left
 
 if TYPE_CHECKING:
     from server.blobs import Blobs
@@ -25,6 +28,10 @@ if TYPE_CHECKING:
 __all__ = ["Kept", "Results"]
 
 log = logging.getLogger("weft")
+
+TEMPORARY: Final = "weft-results-"
+SETTLED_S: Final = 60.0
+"""Age from which on a temporary folder has been locked by its server, if that is still there."""
 
 RANDOM_BYTES: Final = 24
 LONGEST_SLEEP_S: Final = 60.0
@@ -201,9 +208,14 @@ class Results:
             log.exception("images that have expired could not be deleted")
 
     def _temporary(self) -> str:
-        folder = tempfile.mkdtemp(prefix="weft-results-")
+        # Those of servers that were killed.
+        remove_left(Path(tempfile.gettempdir()), TEMPORARY, older_than_s=SETTLED_S)
+        folder = tempfile.mkdtemp(prefix=TEMPORARY)
+        held = ExitStack()
+        held.enter_context(locked(Path(folder), wait=False))
+        held.callback(shutil.rmtree, folder, ignore_errors=True)
         # Also where nobody closes it.
-        self._discard = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        self._discard = weakref.finalize(self, held.close)
         return folder
 
 

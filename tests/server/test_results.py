@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from server.errors import InvalidRequest, NotReady, UnknownResult
+from server.locked_folders import locked
 from server.results import Results
 
 FILE = b"\x89PNG" + bytes(96)
@@ -157,3 +159,28 @@ def test_without_a_place_there_is_a_folder_that_ends_with_the_store(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     run(work)
     assert files(tmp_path) == set()
+
+
+def test_a_temporary_folder_that_a_killed_server_left_is_removed_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    left, used, new, other = (
+        tmp_path / name for name in ("weft-results-a", "weft-results-b", "weft-results-c", "d")
+    )
+    for folder in (left, used, new, other):
+        folder.mkdir()
+        (folder / "image").write_bytes(FILE)
+        if folder is not new:
+            os.utime(folder, (0, 0))
+
+    async def work() -> None:
+        store = Results(None, 3600, 1000)
+        await store.keep("", "png", [FILE])
+        [own] = files(tmp_path) - {used.name, new.name, other.name}
+        assert own != left.name
+        await store.close()
+        assert files(tmp_path) == {used.name, new.name, other.name}
+
+    with locked(used, wait=False):
+        run(work)
