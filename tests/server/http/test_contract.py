@@ -28,13 +28,11 @@ from server.http.errors import AUTOMATIC1111
 from server.settings import Settings
 from tests.server.http.small_server import small_server
 
-EXAMPLES: Final = int(os.environ.get("CONTRACT_EXAMPLES", "0"))
+EXAMPLES: Final = int(os.environ["CONTRACT_EXAMPLES"])
 """Cases of each kind for each route that takes anything."""
 
 PATIENCE_S: Final = 60
 LIMITS: Final = {"steps": 4, "images": 2, "pixels": 64 * 64}
-
-pytestmark = pytest.mark.skipif(not EXAMPLES, reason="takes minutes; `make contract` runs it")
 
 
 def _operations() -> dict[str, Any]:
@@ -44,7 +42,7 @@ def _operations() -> dict[str, Any]:
     return {operation.label: operation for operation in found}
 
 
-OPERATIONS: Final = _operations() if EXAMPLES else {}
+OPERATIONS: Final = _operations()
 VARIED: Final = [
     label
     for label, operation in OPERATIONS.items()
@@ -149,7 +147,7 @@ def check(client: httpx2.Client, case: Any) -> None:
 
 
 UNDER: Final = settings(
-    max_examples=max(EXAMPLES, 1),
+    max_examples=EXAMPLES,
     deadline=None,
     database=None,
     phases=[Phase.generate],
