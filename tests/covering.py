@@ -4,7 +4,6 @@
 """
 
 import os
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import combinations
 from typing import TypeVar
@@ -38,20 +37,19 @@ def covering(
     for i, own in enumerate(parts):
         for part in own:
             cells_of.setdefault(part, []).append(i)
-    adds = [len(own) for own in parts]
-    used: Counter[tuple[tuple[int, Hashable], ...]] = Counter()
+    # Of each cell: how many parts it would add, and how often its parts have been chosen.
+    adds, met = [len(own) for own in parts], [0] * len(parts)
     chosen: set[int] = set()
+    added: set[tuple[tuple[int, Hashable], ...]] = set()
     while most := max(adds, default=0):
         # Of those that add most, the one whose values have been met least, so that none of them
         # goes with the first of another axis alone.
-        best = min(
-            (i for i, added in enumerate(adds) if added == most),
-            key=lambda i: sum(used[part] for part in parts[i]),
-        )
+        best = min((i for i, number in enumerate(adds) if number == most), key=met.__getitem__)
         chosen.add(best)
         for part in parts[best]:
-            if not used[part]:
-                for i in cells_of[part]:
-                    adds[i] -= 1
-        used.update(parts[best])
+            new = part not in added
+            added.add(part)
+            for i in cells_of[part]:
+                met[i] += 1
+                adds[i] -= new
     return [found[i] for i in sorted(chosen)]
