@@ -131,6 +131,19 @@ def test_the_page_spells_nothing_that_the_catalog_lists(title: str) -> None:
     assert not [name for name in names if f'"{name}"' in PAGE]
 
 
+def test_every_control_of_the_page_has_a_name(tab: Tab) -> None:
+    nameless = tab.run(
+        """
+        $("live-tab").click();
+        await until(() => document.querySelector("#live-choices select"));
+        return [...document.querySelectorAll("input, select, textarea, button, canvas")]
+          .filter((one) => !one.labels?.length && !one.ariaLabel && !one.textContent.trim())
+          .map((one) => one.outerHTML);
+        """
+    )
+    assert nameless == []
+
+
 def test_the_page_as_it_opens_is_a_request_that_leaves_all_out(
     tab: Tab, generate: Callable[..., httpx2.Response]
 ) -> None:
