@@ -1,7 +1,8 @@
 """LyCORIS' changes of weights as products of two factors, exactly.
 
 A Hadamard product of two low-rank matrices (LoHa) has the row-wise Khatri-Rao products of their
-factors as its own: up to the square of the rank. A Kronecker product (LoKr) has the Kronecker
+factors as its own, up to the square of the rank; where the layer's smaller side is less than that,
+the matrix is multiplied out. A Kronecker product (LoKr) has the Kronecker
 products of its operands' factors. A convolution with a core (Tucker's decomposition, in LoCon too)
 is one whose core is multiplied into the first factor. A full difference has the identity beside it.
 
@@ -83,9 +84,12 @@ def _hadamard(own: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, int]:
     """(a1 b1) * (a2 b2), element by element."""
     a1, b1 = _with_core(own["hada_w1_a"], own["hada_w1_b"], own.get("hada_t1"))
     a2, b2 = _with_core(own["hada_w2_a"], own["hada_w2_b"], own.get("hada_t2"))
+    rank = len(own["hada_w1_b"])
+    if len(b1) * len(b2) > min(len(a1), b1.shape[1]):
+        return *_whole((a1 @ b1) * (a2 @ b2)), rank
     down = (b1[:, None] * b2[None]).flatten(0, 1)
     up = (a1[:, :, None] * a2[:, None]).flatten(1)
-    return down, up, len(own["hada_w1_b"])
+    return down, up, rank
 
 
 def _kronecker(own: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, int | None]:
@@ -115,5 +119,7 @@ def _with_core(first: Tensor, second: Tensor, core: Tensor | None) -> tuple[Tens
 def _whole(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """A matrix as a first and a second factor, of which the smaller one is the identity."""
     out, features = matrix.shape
-    identity = torch.eye(min(out, features), dtype=matrix.dtype, device=matrix.device)
-    return (matrix, identity) if out <= features else (identity, matrix)
+    # Made of the matrix, so that of a stand-in it is one too.
+    identity = matrix.new_zeros(2 * (min(out, features),)).fill_diagonal_(1)
+    # A slice, which counts as made here: an alpha of the file is none of its.
+    return (matrix[:], identity) if out <= features else (identity, matrix)

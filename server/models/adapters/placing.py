@@ -186,7 +186,7 @@ def place(header: Header, target: Target) -> dict[str, dict[str, Placed]]:
         names = f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
         placed.setdefault(part, {})[layer] = Placed(*names, shapes, scale)
         used |= down.sources | up.sources
-    used |= {alpha_of(name) for name in used}
+    used |= {alpha_of(name) for name in used} & header.alphas.keys()
     if unused := [name for name in stand_ins if name not in used]:
         raise AdapterMismatch(f"has tensors that are not understood: {_listed(unused)}")
     if not placed:

@@ -70,6 +70,35 @@ def test_a_file_in_half_precision_is_loaded_in_that_of_the_model(
     assert file.load(CPU, torch.bfloat16).parts["unet"][CONV].up.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("kind", ["diff", "lokr", "loha"])
+def test_changes_that_are_no_narrower_than_their_layers_are_read(
+    target: Target, tmp_path: Path, kind: str
+) -> None:
+    """A whole matrix, a product of whole ones, and one of as many ranks as factors of four."""
+    drawn = torch.randn(100, generator=torch.Generator().manual_seed(0))
+    first, second = drawn[:30].view(5, 6), drawn[30:60].view(5, 6)
+    operands = {
+        "diff": {"diff": first},
+        "lokr": {"lokr_w1": drawn[:3].view(1, 3), "lokr_w2": drawn[3:13].view(5, 2)},
+        "loha": {
+            "hada_w1_a": torch.eye(5),
+            "hada_w1_b": first,
+            "hada_w2_a": torch.eye(5),
+            "hada_w2_b": second,
+        },
+    }
+    wanted = {
+        "diff": first,
+        "lokr": torch.kron(drawn[:3].view(1, 3), drawn[3:13].view(5, 2)),
+        "loha": 2 / 5 * first * second,
+    }
+    tensors = {f"lora_unet_mid_proj.{name}": one for name, one in operands[kind].items()}
+    tensors["lora_unet_mid_proj.alpha"] = torch.tensor(2.0)
+    file = read(tmp_path, target, tensors)
+    assert file.rank <= 5
+    torch.testing.assert_close(product(change(file)), wanted[kind])
+
+
 def test_ranks_are_padded_to_few_and_change_nothing(target: Target, tmp_path: Path) -> None:
     file = read(tmp_path, target, factors(rank=5))
     assert file.rank == 5
