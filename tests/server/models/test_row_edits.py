@@ -228,6 +228,35 @@ def test_the_coarse_part_of_pictures_that_are_not_square_is_that_of_diffusers(un
     assert_near(ours, forward(freed(unet), *inputs(1, (6, 24))))
 
 
+class Copied(torch.nn.Module):
+    """A middle that does nothing; without one, diffusers' FreeU scales a skip connection in place,
+    which is then the backbone itself."""
+
+    has_cross_attention = False
+
+    def forward(self, sample, *_, **__):
+        return sample.clone()
+
+
+@torch.no_grad()
+def test_a_network_without_a_middle_has_a_backbone_too():
+    torch.manual_seed(0)
+    network = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        mid_block_type=None,
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+    ).eval()
+    x, _, told = inputs(1, (8, 8))
+    theirs = freed(network)
+    theirs.add_module("mid_block", Copied())
+    with RowEdits(network).applied([(BackboneScales((1.3, 1.5), (0.9, 0.2)),)], x):
+        ours = forward(network, x, 5, told)
+    assert_near(ours, forward(theirs, x, 5, told))
+
+
 @pytest.mark.parametrize("sigma", [0.5, 4.0])
 def test_queries_are_blurred_over_pictures_that_are_not_square(unet, edited, sigma):
     """Attention over 4 x 12 and, of an odd height, 3 x 8 cells."""
