@@ -1,5 +1,3 @@
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -130,15 +128,6 @@ def test_the_catalog_says_how_many_steps_there_are_by_default(client: httpx2.Cli
     body = {"prompt": "a red circle", "guidance": "none", "width": 64, "height": 64}
     answer = client.post("/v1/generate", json=body).json()
     assert answer["settings"]["steps"] == answer["evaluations"]["spent"] == steps == 25
-
-
-def test_the_catalog_needs_no_torch() -> None:
-    code = (
-        "import sys; from server.requests.catalog import catalog; catalog(); "
-        "print('torch' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
 
 
 def test_the_catalog_names_the_models(client: httpx2.Client) -> None:

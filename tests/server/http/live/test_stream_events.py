@@ -14,7 +14,14 @@ import pytest
 from tests.server.conftest import Running
 from tests.server.stream_client import pixels_of
 
-SETTINGS = {"prompt": "a red circle", "steps": 1, "seed": 5, "output_format": "png"}
+SETTINGS = {
+    "prompt": "a red circle",
+    "steps": 1,
+    "seed": 5,
+    "width": 64,
+    "height": 64,
+    "output_format": "png",
+}
 
 
 def events(lines: Iterator[str]) -> Iterator[tuple[str, dict[str, Any]]]:

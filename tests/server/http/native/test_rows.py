@@ -16,6 +16,7 @@ from tests.server.conftest import Running
 from tests.server.http.small_server import small_server
 
 SECRET = "a small orange star in the sky"
+SMALL = {"prompt": SECRET, "width": 64, "height": 64}
 
 
 def ticks_of(answer: httpx2.Response, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
@@ -30,8 +31,8 @@ def test_a_tick_says_whose_rows_it_has_and_nothing_of_prompts(
     client: httpx2.Client, running: Running
 ) -> None:
     bodies = (
-        {"prompt": SECRET, "steps": 60, "guidance": {"name": "cfg", "scale": 4}},
-        {"prompt": SECRET, "steps": 50, "guidance": "none"},
+        SMALL | {"steps": 60, "guidance": {"name": "cfg", "scale": 4}},
+        SMALL | {"steps": 50, "guidance": "none"},
     )
 
     def make(number: int) -> None:
