@@ -84,10 +84,13 @@ class ChatText:
         self, prompts: Sequence[str | None], width: int, height: int, options: TextOptions
     ) -> list[Conditioning]:
         """Conditioning of each prompt, whatever the size of the picture."""
-        # One by one: no place is wasted on padding, and no bit depends on the other prompts.
-        return [
-            self._encoded(self._unconditional if prompt is None else prompt) for prompt in prompts
-        ]
+        # One by one: no place is wasted on padding, and no bit depends on the other prompts. What
+        # fills up a batch of fixed size is encoded once.
+        made = {
+            prompt: self._encoded(self._unconditional if prompt is None else prompt)
+            for prompt in dict.fromkeys(prompts)
+        }
+        return [made[prompt] for prompt in prompts]
 
     def modules(self) -> Mapping[str, nn.Module]:
         """The text encoder by its name in a model folder."""

@@ -96,11 +96,13 @@ class PicturedText:
     ) -> list[Conditioning]:
         """Conditioning of each prompt with the pictures of the options."""
         seen = self._looked_at(options.pictures)
-        # One by one: no place is wasted on padding, and no bit depends on the other prompts.
-        return [
-            self._encoded(self._unconditional if prompt is None else prompt, *seen)
-            for prompt in prompts
-        ]
+        # One by one: no place is wasted on padding, and no bit depends on the other prompts. What
+        # fills up a batch of fixed size is encoded once.
+        made = {
+            prompt: self._encoded(self._unconditional if prompt is None else prompt, *seen)
+            for prompt in dict.fromkeys(prompts)
+        }
+        return [made[prompt] for prompt in prompts]
 
     def modules(self) -> Mapping[str, nn.Module]:
         """The text encoder by its name in a model folder."""
@@ -130,8 +132,7 @@ class PicturedText:
         return Conditioning({TEXT: text}, len(text))
 
     def _tokens(self, prompt: str, features: tuple[int, ...]) -> list[int]:
-        # What a prompt says must not be read as a picture.
-        said, template = prompt.replace(PAD, ""), self._template
+        said, template = _without_pictures(prompt), self._template
         numbered = enumerate(features, start=1)
         pictures = "".join(
             template.picture.replace("{number}", str(number)).replace(PAD, PAD * count)
@@ -140,6 +141,14 @@ class PicturedText:
         text = f"{template.head}{pictures}{said}{template.tail}"
         with self._tokenizing:
             return self._tokenizer(text, verbose=False).input_ids
+
+
+def _without_pictures(prompt: str) -> str:
+    """The prompt, in which nothing can be read as a picture."""
+    # What stands around a removed token may be another one.
+    while PAD in prompt:
+        prompt = prompt.replace(PAD, "")
+    return prompt
 
 
 def load_picture_processor(folder: Path) -> Any:
