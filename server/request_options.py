@@ -28,6 +28,11 @@ __all__ = [
 OF_SERVERS: Final = ("response_format", "stream", "priority")
 """Fields about the answer of a server, which a command has none of."""
 
+_NOT_JSON: Final = ValueError, RecursionError
+"""What Python raises of a text that is none, has thousands of digits or is nested as deep."""
+
+_SHOWN: Final = 200
+
 
 def request_of(**given: Any) -> GenerateRequest:
     """The request of these fields; those that are None are left out.
@@ -58,8 +63,9 @@ def named(text: str | None) -> Any:
         return text
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InvalidRequest(None, f"{text!r} is not valid JSON: {error}.") from None
+    except _NOT_JSON as error:
+        shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+        raise InvalidRequest(None, f"{shown!r} is not valid JSON: {error}.") from None
 
 
 def guidance_of(
@@ -202,6 +208,6 @@ def fields_set(texts: Sequence[str], given: dict[str, Any]) -> dict[str, Any]:
             raise InvalidRequest(name, f"--set gives {name}, which only a server does.")
         try:
             fields[name] = json.loads(value)
-        except json.JSONDecodeError:
+        except _NOT_JSON:
             fields[name] = value
     return fields

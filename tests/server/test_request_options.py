@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from server.errors import InvalidRequest
-from server.request_options import fields_set, guidance_of, hires_of, pictured
+from server.request_options import fields_set, guidance_of, hires_of, named, pictured
 from server.requests.catalog import catalog
 from server.requests.schema import GenerateRequest
 
@@ -75,6 +75,17 @@ def test_any_field_is_set_by_its_name_once() -> None:
     }.items():
         with pytest.raises(InvalidRequest, match=words):
             fields_set([text], {"prompt": PROMPT})
+
+
+def test_json_that_python_does_not_read_is_none() -> None:
+    digits, deep = "9" * 5000, "[" * 100_000
+    assert fields_set([f"seed={digits}", f"adapters={deep}"], {}) == {
+        "seed": digits,
+        "adapters": deep,
+    }
+    for text in (f'{{"eta": {digits}}}', f'{{"eta": {deep}'):
+        with pytest.raises(InvalidRequest, match="is not valid JSON"):
+            named(text)
 
 
 def test_a_second_run_is_asked_for_by_its_factor() -> None:
