@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from server.errors import AdapterMismatch
 from server.models.adapters.adapter import Adapter, LowRank
+from server.models.adapters.lycoris import layers_of_whole_operands
 from server.models.adapters.placing import LARGEST_ALPHA, Header, Placed, Target, place
 from server.models.adapters.stated import stated_defaults
 from server.models.folder import chunks_of, stamp_of, without_folder
@@ -119,7 +120,7 @@ class AdapterFile:
 
 def _header(path: Path) -> Header:
     with safe_open(path, framework="pt") as opened:
-        names = list(opened.keys())
+        names = set(opened.keys())
         alphas: dict[str, float] = {
             name: float(opened.get_tensor(name).item())
             for name in names
@@ -128,7 +129,9 @@ def _header(path: Path) -> Header:
         others = (name for name in names if name not in alphas)
         shapes = shapes_of(opened, others, AdapterMismatch)
         metadata = dict(opened.metadata() or {})
-    if wrong := [name for name, alpha in alphas.items() if not abs(alpha) <= LARGEST_ALPHA]:
+    unused = {f"{layer}.alpha" for layer in layers_of_whole_operands(names)}
+    large = [name for name, alpha in alphas.items() if not abs(alpha) <= LARGEST_ALPHA]
+    if wrong := sorted(set(large) - unused):
         raise AdapterMismatch(
             f"has the tensor {wrong[0]}, which is no number of at most {LARGEST_ALPHA:g}"
         )

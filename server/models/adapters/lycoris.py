@@ -20,11 +20,11 @@ import torch
 from server.errors import AdapterMismatch
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from torch import Tensor
 
-__all__ = ["as_low_rank"]
+__all__ = ["as_low_rank", "layers_of_whole_operands"]
 
 OPERAND = re.compile(
     r"(?P<layer>.+)\.(?P<name>hada_(w[12]_[ab]|t[12])|lokr_(w[12](_[ab])?|t2)|diff)"
@@ -65,6 +65,18 @@ def as_low_rank(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             core = made.pop(name).float() * _scale(made.pop(f"{layer}.alpha", None), len(down))
             made[layer + DOWN] = torch.einsum("oikl,in->onkl", core, down.float().flatten(1))
     return made
+
+
+def layers_of_whole_operands(names: Collection[str]) -> set[str]:
+    """Layers with a Kronecker product of two undivided operands, whose alpha counts for nothing.
+
+    Trainers write any number there, such as 9999999999 (ai-toolkit), which float16 cannot hold.
+
+    Args:
+        names: of all tensors of a file.
+    """
+    first = (name.removesuffix(".lokr_w1") for name in names if name.endswith(".lokr_w1"))
+    return {layer for layer in first if f"{layer}.lokr_w2" in names}
 
 
 def _scale(alpha: Tensor | None, rank: int | None) -> float:

@@ -30,8 +30,22 @@ if TYPE_CHECKING:
 
 __all__ = ["LARGEST_ALPHA", "Header", "Placed", "Target", "place"]
 
-DORA = ("dora_scale", "lora_magnitude_vector")
-"""What tensors of weight-decomposed adapters are called."""
+UNSUPPORTED = {
+    "dora_scale": "is a DoRA",
+    "lora_magnitude_vector": "is a DoRA",
+    ".diff_b": "changes biases",
+    ".w_norm": "changes norms",
+    ".b_norm": "changes norms",
+    ".set_weight": "replaces whole weights",
+    ".oft_": "is an OFT",
+    ".a1.weight": "is a GLoRA",
+    ".on_input": "is an (IA)^3",
+    "bundle_emb.": "brings embeddings",
+    "lora_te3_": "changes T5",
+    "lora_controlnet": "is a control LoRA",
+    "lllite_": "is a ControlNet LLLite",
+}
+"""What files are, or do, that have tensors with such parts in their names."""
 
 CONFIG = "lora_adapter_metadata"
 """Entry of a file's metadata in which diffusers keeps peft's configs, as JSON."""
@@ -171,8 +185,9 @@ def place(header: Header, target: Target) -> dict[str, dict[str, Placed]]:
         AdapterMismatch: it holds no LoRA, one of a kind that is not supported, or tensors that
             match no layer of the model; the sentence goes on after the adapter's name.
     """
-    if dora := [name for name in header.shapes if any(part in name for part in DORA)]:
-        raise AdapterMismatch(f"is a DoRA ({_listed(dora)}), which is not supported")
+    for part, what in UNSUPPORTED.items():
+        if names := [name for name in header.shapes if part in name]:
+            raise AdapterMismatch(f"{what} ({_listed(names)}), which is not supported")
     stand_ins: dict[str, Tensor] = {
         name: StandIn.of(name, shape) for name, shape in header.shapes.items()
     }

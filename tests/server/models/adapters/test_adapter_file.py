@@ -133,6 +133,27 @@ def test_a_loha_of_a_convolution_is_placed_and_loaded(target: Target, tmp_path: 
     torch.testing.assert_close(product(change(file, CONV)), whole.view(3, 4, 3, 3))
 
 
+def test_whole_differences_are_placed_and_loaded(target: Target, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    own = {LINEAR: torch.randn(5, 6, generator=generator), CONV: torch.randn(3, 4, 3, 3)}
+    tensors = {f"lora_unet_{name.replace('.', '_')}.diff": one for name, one in own.items()}
+    file = read(tmp_path, target, tensors)
+    for layer, whole in own.items():
+        torch.testing.assert_close(product(change(file, layer)), whole)
+
+
+def test_the_alpha_of_a_lokr_of_whole_operands_may_be_any(target: Target, tmp_path: Path) -> None:
+    """As ai-toolkit writes it for full ranks, in a precision that does not hold it."""
+    first, second = torch.randn(5, 2), torch.randn(1, 3)
+    tensors = {
+        "diffusion_model.mid.proj.lokr_w1": first,
+        "diffusion_model.mid.proj.lokr_w2": second,
+        "diffusion_model.mid.proj.alpha": torch.tensor(9999999999).half(),
+    }
+    file = read(tmp_path, target, tensors)
+    torch.testing.assert_close(product(change(file)), torch.kron(first, second))
+
+
 @pytest.mark.parametrize(
     ("config", "factor"),
     [
@@ -176,6 +197,16 @@ REFUSED: dict[str, tuple[dict[str, Tensor], dict[str, str], str]] = {
         {**factors(), f"unet.{LINEAR}.lora_magnitude_vector": torch.ones(5)},
         {},
         rf"is a DoRA \(unet.{LINEAR}.lora_magnitude_vector\)",
+    ),
+    "biases": (
+        {**factors(), f"unet.{LINEAR}.diff_b": torch.ones(5)},
+        {},
+        rf"changes biases \(unet.{LINEAR}.diff_b\), which is not supported",
+    ),
+    "embeddings": (
+        {**factors(), "bundle_emb.cat.clip_l": torch.ones(1, 4)},
+        {},
+        r"brings embeddings \(bundle_emb.cat.clip_l\), which is not supported",
     ),
     "dora by its config": (
         factors(),
