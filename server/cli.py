@@ -94,7 +94,10 @@ Adapters = Annotated[
 ]
 Controls = Annotated[
     Path | None,
-    typer.Option(help="Folder with ControlNets, each a folder NAME, that requests may name."),
+    typer.Option(
+        help="Folder with ControlNets, each a folder NAME or a file NAME.safetensors, that "
+        "requests may name."
+    ),
 ]
 Embeddings = Annotated[
     Path | None,

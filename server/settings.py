@@ -369,7 +369,8 @@ class Settings(BaseSettings):
     )
     controls: Folder | None = Field(
         default=None,
-        description="Folder with ControlNets, each a folder in the diffusers layout, that requests "
+        description="Folder with ControlNets, each a folder in the diffusers layout or, for "
+        "models with a U-Net, a file `NAME.safetensors`, that requests "
         "may name in `controls`.",
     )
     control_bytes: int = Field(
