@@ -36,7 +36,7 @@ from server.requests.checks.limits import check_count, runs_of
 from server.requests.controls import load_controls, unloaded_controls
 from server.requests.embeddings import texts_of
 from server.requests.image_prompts import unloaded_image_prompts
-from server.requests.reference_images import largest_of, most_of
+from server.requests.reference_images import check_references, largest_of, most_of
 from server.requests.resolve import Prepared
 from server.requests.schema import GenerateRequest, ResolvedRequest
 from server.requests.second_run import naming_hires
@@ -237,11 +237,13 @@ class Service:
         model = shelf.if_loaded(request.model)
         if model is None:
             return
-        if request.image is None:
-            await asyncio.to_thread(self.planner.prepare, request, model, None)
-        elif request.width is not None and request.height is not None:
-            size = request.width, request.height
-            await asyncio.to_thread(self.planner.prepare, request, model, size)
+        size = None
+        if request.image is not None or request.reference_images:
+            if request.width is None or request.height is None:
+                check_references(len(request.reference_images), model.facts)
+                return
+            size = None if request.image is None else (request.width, request.height)
+        await asyncio.to_thread(self.planner.prepare, request, model, size)
 
     async def admit(
         self, request: GenerateRequest, identifier: str, client: Client = ANYONE

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 from torch import Tensor
 from typing_extensions import override
 
+from server.errors import InvalidRequest
 from server.models.conditioning import Conditioning
 from server.models.references import ReferencesRead
 from server.models.text_options import TextOptions
@@ -25,8 +28,8 @@ from tests.server.toy_model import Toy, started
 class Reading(Toy):
     """The toy, which keeps what it was shown of pictures and draws as without."""
 
-    def __init__(self) -> None:
-        super().__init__(references=ReferencesRead(3, (), 64 * 64, 32 * 32))
+    def __init__(self, **facts: Any) -> None:
+        super().__init__(references=ReferencesRead(3, (), 64 * 64, 32 * 32), **facts)
         self.read: list[list[tuple[int, ...]]] = []
         self.saw: set[tuple[tuple[int, ...], ...]] = set()
 
@@ -44,18 +47,32 @@ class Reading(Toy):
         return text
 
 
-def test_both_networks_are_shown_the_pictures_in_both_runs() -> None:
-    model = Reading()
-    engine, service = started(model, 8), Service(Limits())
+@contextmanager
+def serving(model: Toy, **limits: int) -> Generator[Service]:
+    engine, service = started(model, 8), Service(Limits(**limits))
     service.open(engine, {"toy": model})
+    try:
+        yield service
+    finally:
+        service.close()
+        engine.stop(0)
+
+
+def asked_with(*sizes: tuple[int, int], **fields: Any) -> GenerateRequest:
+    """A request with reference images of some heights and widths."""
     files = [
         base64.b64encode(saved(Image.fromarray(np.zeros((*size, 3), np.uint8)), "PNG")).decode()
-        for size in ((20, 80), (50, 50))
+        for size in sizes
     ]
-    asked: dict[str, Any] = {"prompt": "x", "steps": 2, "guidance": "none", "hires": {"scale": 2}}
-    request = GenerateRequest.model_validate(asked | {"reference_images": files})
+    asked = {"prompt": "x", "steps": 2, "guidance": "none", "reference_images": files}
+    return GenerateRequest.model_validate(asked | fields)
 
-    async def run() -> tuple[int, int]:
+
+def test_both_networks_are_shown_the_pictures_in_both_runs() -> None:
+    model = Reading()
+    request = asked_with((20, 80), (50, 50), hires={"scale": 2})
+
+    async def run(service: Service) -> tuple[int, int]:
         generation = await service.admit(request, "one")
         try:
             settings = (await service.pictures(generation)).settings
@@ -63,14 +80,20 @@ def test_both_networks_are_shown_the_pictures_in_both_runs() -> None:
         finally:
             service.release(generation)
 
-    model.read.clear()
-    model.saw.clear()
-    try:
-        size = asyncio.run(run())
-    finally:
-        service.close()
-        engine.stop(0)
+    with serving(model) as service:
+        model.read.clear()
+        model.saw.clear()
+        size = asyncio.run(run(service))
     # Of as many pixels as the model reads, in multiples of 32, and in cells of 8.
     assert size == (128, 32)
     assert model.read == [[(4, 4, 16), (4, 8, 8)]] * 2
     assert model.saw == {((32, 64, 3), (32, 32, 3))}
+
+
+def test_a_size_that_follows_from_a_picture_is_not_refused_beforehand() -> None:
+    # The model's own size is too large here, and that of the picture is not.
+    model = Reading(default_width=256)
+    with serving(model, pixels=64 * 64) as service:
+        asyncio.run(service.check(asked_with((16, 16))))
+        with pytest.raises(InvalidRequest, match="at most 3"):
+            asyncio.run(service.check(asked_with(*[(16, 16)] * 4)))
