@@ -49,7 +49,8 @@ def warnings_for(resolved: ResolvedRequest, model: HostedModel, plan: Plan) -> t
             f"steps is {resolved.steps}; use {numbers(own.counts)}, which model "
             f"{model.facts.name!r}{adapted} was distilled for."
         )
-    if getattr(resolved.sampler, "s_churn", 0) and not any(plan.noisy):
+    churn = getattr(resolved.sampler, "s_churn", 0) and getattr(resolved.sampler, "s_noise", 0)
+    if churn and not any(plan.noisy):
         found.append(
             f"sampler {resolved.sampler.name!r} adds no noise by s_churn: no step after the first "
             "begins at a sigma / alpha between s_tmin and s_tmax."
