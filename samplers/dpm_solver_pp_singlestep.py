@@ -102,8 +102,10 @@ class DPMSolverPPSinglestep(Sampler, frozen=True):
         alpha, sigma = grid.alpha[i + 1], grid.sigma[i + 1]
         if sigma == 0:
             return [start, _Level(grid.t[i + 1], alpha, sigma, lam[i + 1])], 0.0
-        fresh = self.eta * sigma * np.sqrt(-np.expm1(2 * (lam[i] - lam[i + 1])))
-        kept = np.sqrt(sigma**2 - fresh**2)
+        h = lam[i + 1] - lam[i]
+        fresh = self.eta * sigma * np.sqrt(-np.expm1(-2 * h))
+        # sigma^2 - fresh^2, of which a long step would leave nothing but rounding.
+        kept = sigma * np.sqrt(1 - self.eta**2 + (self.eta * np.exp(-h)) ** 2)
         end = _Level(grid.t[i + 1], alpha, kept, np.log(alpha) - np.log(kept))
         times = grid.schedule.time_of_half_log_snr(
             np.linspace(start.half_log_snr, end.half_log_snr, self.order + 1)[1:-1]

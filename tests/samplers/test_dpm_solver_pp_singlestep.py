@@ -10,6 +10,7 @@ from torch import Tensor
 from samplers import NoiseSchedule, integrate
 from samplers.dpm_solver_pp_singlestep import DPMSolverPPSinglestep
 from samplers.gaussian import GaussianMixtureDenoiser
+from samplers.testing import check_plan
 from samplers.timesteps import Karras, LogSNR, Trailing
 from tests.samplers.cases import EDM, FLOW, VP
 
@@ -105,3 +106,11 @@ def test_a_point_moved_within_a_step_stays_moved(order: int) -> None:
         for table in plan.tables[stage:]:
             move = table[:, : plan.slots] @ move
         assert move[0] == pytest.approx(plan.sigma[-1] / plan.sigma[stage])
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_an_ancestral_step_from_all_but_pure_noise_has_numbers(order: int) -> None:
+    """The spacing begins a rounding away from alpha 0, and the step renews all noise."""
+    grid = FLOW.grid("kl_optimal", 3)
+    assert 0 < grid.alpha[0] < 1e-15
+    check_plan(singlestep(order=order, eta=1.0).plan(grid), f"order {order}")
