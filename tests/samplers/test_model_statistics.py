@@ -82,8 +82,9 @@ def test_a_gaussian_gives_its_closed_form(name: str, reach: float) -> None:
     l_slope = -2 * rise * exact**2
     assert np.abs(found.l - exact).max() < 1e-11
     assert np.abs(found.s).max() < 0.02
-    # Differences and moving averages flatten the peak of l', which is 1/2.
-    assert np.abs(found.b + l_slope * MU).max() < (0.01 if reach else 0.04)
+    # Differences and moving averages flatten the peak of l', which is 1/2, the more the wider the
+    # range is that the points lie in: that of flow matching by 0.045.
+    assert np.abs(found.b + l_slope * MU).max() < (0.01 if reach else 0.05)
     assert found.identity is not None
     assert found.identity.schedule == schedule_fingerprint(schedule)
     assert (found.identity.rule, found.identity.scale) == ("none", 1.0)
