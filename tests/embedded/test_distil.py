@@ -94,7 +94,7 @@ def settings(steps: int) -> Distillation:
         rate=1e-3,
         scales=(2.0, 7.0),
         intervals=6,
-        solver_steps=3,
+        solver_steps=2,
         loss="cauchy",
         width=0.2,
         target_decay=0.95,

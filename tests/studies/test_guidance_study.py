@@ -203,7 +203,9 @@ def test_only_captions_that_every_cell_was_drawn_for_are_compared(tmp_path: Path
     assert found.right == (6, 8)
 
 
-def test_the_page_does_without_results(tmp_path: Path) -> None:
+def test_the_page_does_without_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Rendering takes the most time and knows nothing of results.
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: None)
     write(Records(tmp_path / "none.jsonl"), tmp_path / "page.md", tmp_path / "images")
     assert (tmp_path / "page.md").read_text().startswith("# Guidance")
 
