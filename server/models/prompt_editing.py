@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import groupby
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from server.models.emphasis import WeightedPrompt
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Sequence
 
     from server.models.blend import Told
 
@@ -32,6 +34,9 @@ __all__ = [
 
 MOST_TEXTS: Final = 64
 """That all prompts of a request may change to: each is encoded, and kept by each image."""
+
+READ_LATELY: Final = 32
+"""Prompts of which what they say is kept, since a request asks for it about ten times."""
 
 _PIECE: Final = re.compile(r"\\.|[][():|]|[^][():|\\]+|\\")
 _NUMBER: Final = re.compile(r"\s*([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\s*")
@@ -99,7 +104,7 @@ class _Group:
         if self.opening != _OPENING[closing]:
             return None
         if not self.marks or (closing == ")" and self.marks == [":"]):
-            return [*self.as_written(), closing]
+            return _joined([*self.as_written(), closing])
         if closing == ")":
             return None
         if set(self.marks) == {"|"}:
@@ -175,25 +180,34 @@ def written_in(syntax: str | None, text: str, timeline: Timeline) -> str:
     """
     if syntax is None:
         return text
-    stages = list(texts_along(text, timeline))
-    return WeightedPrompt(text) if stages == [text] else EditedPrompt(text, stages)
+    stages = texts_along(text, timeline)
+    return WeightedPrompt(text) if stages == (text,) else EditedPrompt(text, stages)
 
 
-def texts_along(text: str, timeline: Timeline) -> Iterator[str]:
+@lru_cache(maxsize=READ_LATELY)
+def texts_along(text: str, timeline: Timeline) -> tuple[str, ...]:
     """What a prompt says at each evaluation of a run; once, if it is always what is written.
 
     Args:
         text: a prompt.
         timeline: of the run.
+
+    Returns:
+        It ends with the first text that is one more than ``MOST_TEXTS``.
     """
     parts = _parsed(text, timeline)
     if all(isinstance(part, str) for part in parts):
-        yield text
-        return
+        return (text,)
+    found: list[str] = []
+    known: dict[str, str] = {}
     for stage in range(timeline.evaluations):
         # AUTOMATIC1111 counts evaluations from 0 and looks a text up by the number of its last
         # one, counted from 1: whatever comes first lasts for one evaluation more.
-        yield _said(parts, max(stage, 1))
+        said = _said(parts, max(stage, 1))
+        found.append(known.setdefault(said, said))
+        if len(known) > MOST_TEXTS:
+            break
+    return tuple(found)
 
 
 def _said(parts: list[_Part], step: int) -> str:
@@ -231,7 +245,18 @@ def _parsed(text: str, timeline: Timeline) -> list[_Part]:
         else:
             groups[-1].fields[-1].append(piece)
     whole = _flat(groups)
-    return [text] if "|" in whole.marks else whole.as_written()
+    return [text] if "|" in whole.marks else _joined(whole.as_written())
+
+
+def _joined(parts: Iterable[_Part]) -> list[_Part]:
+    """The same with one text for those that stand side by side."""
+    found: list[_Part] = []
+    for are_texts, own in groupby(parts, key=lambda part: isinstance(part, str)):
+        if are_texts:
+            found.append("".join(map(str, own)))
+        else:
+            found += own
+    return found
 
 
 def _flat(groups: Sequence[_Group]) -> _Group:
