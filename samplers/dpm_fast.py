@@ -77,6 +77,10 @@ class DPMFast(Sampler, frozen=True):
         return steps
 
     @override
+    def evaluations_of_full_steps(self, steps: int) -> int:
+        return steps
+
+    @override
     def plan(self, grid: Grid) -> Plan:
         columns = Columns("x", "D0", "bend")
         to_clean = grid.sigma[-1] == 0

@@ -60,6 +60,10 @@ class Sampler(BaseModel, frozen=True, extra="forbid", strict=True, allow_inf_nan
         """Evaluations of the model in a run over a grid of ``steps``."""
         return self.evaluations_per_step * (self.steps_taken(steps) - 1) + 1
 
+    def evaluations_of_full_steps(self, steps: int) -> int:
+        """The same if the last step were a full one: AUTOMATIC1111 counts times of prompts so."""
+        return self.evaluations_per_step * self.steps_taken(steps)
+
     @abstractmethod
     def plan(self, grid: Grid) -> Plan:
         """The table of a run over ``grid``.

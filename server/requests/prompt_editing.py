@@ -22,12 +22,11 @@ def timelines_of(resolved: ResolvedRequest) -> tuple[Timeline, ...]:
     share of the second run of `hires` is one of the steps that it makes.
     """
     sampler, hires = resolved.sampler, resolved.hires
-    per_step = sampler.evaluations_per_step
-    first = per_step * sampler.steps_taken(resolved.steps)
+    first = sampler.evaluations_of_full_steps(resolved.steps)
     if hires is None:
         return (Timeline(first),)
     made = max(1, int((hires.steps or resolved.steps) * hires.strength))
-    return Timeline(first), Timeline(per_step * sampler.steps_taken(made), before=first)
+    return Timeline(first), Timeline(sampler.evaluations_of_full_steps(made), before=first)
 
 
 def prompts_of(resolved: ResolvedRequest) -> Iterator[tuple[str, str]]:
