@@ -128,6 +128,13 @@ def test_a_run_that_begins_below_the_top_begins_raised() -> None:
     assert plan.start_scale == plan.sigma[0]
 
 
+def test_the_bounds_of_the_window_belong_to_it() -> None:
+    grid = EDM.grid(Karras(), 6)
+    sigma = float(grid.sigma[3])
+    plan = Euler(s_churn=0.6, s_tmin=sigma, s_tmax=sigma).plan(grid)
+    np.testing.assert_allclose(plan.sigma / grid.sigma.clip(1e-9), [1, 1, 1, 1.1, 1, 1, 0])
+
+
 def test_without_churn_it_is_the_plain_solver() -> None:
     grid = FLOW.grid(Trailing(), 5)
     for kind in (Euler, Heun, DPM2):
