@@ -145,7 +145,8 @@ class Reception:
                 groups.setdefault(task.group or task, []).append(task)
         for members in groups.values():
             first, rows = members[0], ceil(sum(map(self._heaviest, members)))
-            self._overflows.check(first.model, first.width, first.height, rows)
+            refers = bool(first.references)
+            self._overflows.check(first.model, first.width, first.height, rows, refers=refers)
 
     def waiting(self) -> dict[Client, Amounts]:
         """What ordinary images of each client wait or run, as estimated; safe from any thread."""

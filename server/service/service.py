@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -386,6 +387,8 @@ class Service:
             submission = room.submit(tasks, generation)
         else:
             again = _tasks_again(prepared.second, tasks[0], model, uploads)
+            with naming_hires():
+                self.ready_engine().check_memory(again)
             enlarge = started_from(hires.upscaler, model)
             submission = SecondRun(generation, loop, room, tasks[0], again, enlarge)
             submission.submit(tasks)
@@ -489,7 +492,8 @@ def _claim(
         image_prompts=unloaded_image_prompts(request.image_prompts, width, height, model),
         references=references,
     )
-    engine.check_memory(tasks)
+    # Of pictures beside the prompt, the sizes are not known yet; they are checked with the tasks.
+    engine.check_memory([replace(task, references=()) for task in tasks])
     if prepared.second is not None:
         width, height = prepared.second.request.width, prepared.second.request.height
         larger = torch.empty(3, height, width, device="meta")
@@ -504,6 +508,6 @@ def _claim(
             references=references,
         )
         with naming_hires():
-            engine.check_memory(again)
+            engine.check_memory([replace(task, references=()) for task in again])
         tasks += again
     room.claim(tasks)

@@ -78,12 +78,21 @@ class Overflows:
         known = self._of_forwards.get(model), self._of_autoencoders.get(model)
         return any(self._believed(one) for one in known)
 
-    def check(self, model: str, width: int, height: int, rows: int) -> None:
+    def check(
+        self, model: str, width: int, height: int, rows: int, *, refers: bool = False
+    ) -> None:
         """Refuse work that is at least as large as what did not fit.
 
+        Args:
+            model: by name.
+            width: of its images in pixels.
+            height: of its images in pixels.
+            rows: of its forward, what else is read beside the images counted as rows.
+            refers: whether pictures that the images refer to are among that.
+
         Raises:
-            DidNotFit: with the field ``width``, or ``guidance`` where only the rows are too
-                many.
+            DidNotFit: with the field ``width``, or ``guidance`` or ``reference_images`` where only
+                the rows are too many.
         """
         forward = self._believed(self._of_forwards.get(model))
         picture = self._believed(self._of_autoencoders.get(model))
@@ -93,11 +102,14 @@ class Overflows:
             return
         if width * height < forward.width * forward.height:
             what = f"{forward.width} x {forward.height} pixels"
+            field = "reference_images" if refers else "guidance"
+            needs = f"{field} and guidance need as much as" if refers else f"{field} needs"
+            instead = "fewer or smaller pictures, fewer branches" if refers else "fewer branches"
             raise DidNotFit(
-                "guidance",
-                f"guidance needs {rows} rows of {width} x {height} pixels in one forward pass; "
+                field,
+                f"{needs} {rows} rows of {width} x {height} pixels in one forward pass; "
                 f"{forward.rows} of {what} did not fit into the {_megabytes(forward)} of memory "
-                f"that were free for model {model!r}, so ask for fewer branches or a smaller size.",
+                f"that were free for model {model!r}, so ask for {instead} or a smaller size.",
                 forward.until - self._now(),
             )
         raise self._too_large(model, width, height, forward)

@@ -6,16 +6,19 @@ import asyncio
 import base64
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torch import Tensor
 from typing_extensions import override
 
-from server.errors import InvalidRequest
+from server.errors import DidNotFit, InvalidRequest, OutOfMemory
 from server.models.conditioning import Conditioning
+from server.models.inputs import RowInputs
 from server.models.references import ReferencesRead
 from server.models.text_options import TextOptions
 from server.requests.schema import GenerateRequest
@@ -47,6 +50,24 @@ class Reading(Toy):
         return text
 
 
+class Full(Toy):
+    """The toy, whose memory does not hold large pictures beside an image."""
+
+    def __init__(self) -> None:
+        super().__init__(references=ReferencesRead(3))
+
+    @override
+    def referring(self, text: Conditioning, references: Sequence[Tensor]) -> Conditioning:
+        cells = sum(one.shape[1] * one.shape[2] for one in references)
+        return replace(text, tensors={**text.tensors, "cells": torch.tensor(cells)}, company=cells)
+
+    @override
+    def evaluate(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
+        if any(inputs.conditioning.tensors.get("cells", torch.zeros(1)) > 100):
+            raise torch.OutOfMemoryError
+        return super().evaluate(x, t, inputs)
+
+
 @contextmanager
 def serving(model: Toy, **limits: int) -> Generator[Service]:
     engine, service = started(model, 8), Service(Limits(**limits))
@@ -68,22 +89,23 @@ def asked_with(*sizes: tuple[int, int], **fields: Any) -> GenerateRequest:
     return GenerateRequest.model_validate(asked | fields)
 
 
+async def drawn(service: Service, request: GenerateRequest) -> tuple[int, int]:
+    """Width and height of what a request's images are."""
+    generation = await service.admit(request, "one")
+    try:
+        settings = (await service.pictures(generation)).settings
+        return settings["width"], settings["height"]
+    finally:
+        service.release(generation)
+
+
 def test_both_networks_are_shown_the_pictures_in_both_runs() -> None:
     model = Reading()
     request = asked_with((20, 80), (50, 50), hires={"scale": 2})
-
-    async def run(service: Service) -> tuple[int, int]:
-        generation = await service.admit(request, "one")
-        try:
-            settings = (await service.pictures(generation)).settings
-            return settings["width"], settings["height"]
-        finally:
-            service.release(generation)
-
     with serving(model) as service:
         model.read.clear()
         model.saw.clear()
-        size = asyncio.run(run(service))
+        size = asyncio.run(drawn(service, request))
     # Of as many pixels as the model reads, in multiples of 32, and in cells of 8.
     assert size == (128, 32)
     assert model.read == [[(4, 4, 16), (4, 8, 8)]] * 2
@@ -97,3 +119,16 @@ def test_a_size_that_follows_from_a_picture_is_not_refused_beforehand() -> None:
         asyncio.run(service.check(asked_with((16, 16))))
         with pytest.raises(InvalidRequest, match="at most 3"):
             asyncio.run(service.check(asked_with(*[(16, 16)] * 4)))
+
+
+def test_only_pictures_as_large_as_those_that_did_not_fit_are_refused() -> None:
+    size = {"width": 32, "height": 32}
+    large, small = asked_with((200, 200), **size), asked_with((16, 16), **size)
+    with serving(Full()) as service:
+        with pytest.raises(OutOfMemory):
+            asyncio.run(drawn(service, large))
+        with pytest.raises(DidNotFit) as refused:
+            asyncio.run(drawn(service, large))
+        assert asyncio.run(drawn(service, small)) == (32, 32)
+    assert refused.value.field == "reference_images"
+    assert "ask for fewer or smaller pictures" in refused.value.message
