@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeAlias, TypeVar
 from weakref import WeakValueDictionary
 
 from server.errors import Overloaded
+from server.heap import return_free_memory
 from server.lru import ByteBoundedLRU
 from server.models.memory import FULL_RETRY_S
 
@@ -77,6 +78,8 @@ class WeightMemory(Generic[Weights]):
                 self._make_room(nbytes)
                 found = self._loaded(load)
                 self._alive[key] = found
+                # What was read and converted on the way may be several times as large.
+                return_free_memory()
             self._kept.put(key, found)
             return found
 
