@@ -91,8 +91,8 @@ class Overflows:
             refers: whether pictures that the images refer to are among that.
 
         Raises:
-            DidNotFit: with the field ``width``, or ``guidance`` or ``reference_images`` where only
-                the rows are too many.
+            DidNotFit: with the field ``width``, ``guidance`` where only the rows are too many, or
+                ``reference_images`` where these may be.
         """
         forward = self._believed(self._of_forwards.get(model))
         picture = self._believed(self._of_autoencoders.get(model))
@@ -100,7 +100,7 @@ class Overflows:
             raise self._too_large(model, width, height, picture)
         if forward is None or rows * width * height < forward.pixels:
             return
-        if width * height < forward.width * forward.height:
+        if refers or width * height < forward.width * forward.height:
             what = f"{forward.width} x {forward.height} pixels"
             field = "reference_images" if refers else "guidance"
             needs = f"{field} and guidance need as much as" if refers else f"{field} needs"

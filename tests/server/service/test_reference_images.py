@@ -123,12 +123,12 @@ def test_a_size_that_follows_from_a_picture_is_not_refused_beforehand() -> None:
 
 def test_only_pictures_as_large_as_those_that_did_not_fit_are_refused() -> None:
     size = {"width": 32, "height": 32}
-    large, small = asked_with((200, 200), **size), asked_with((16, 16), **size)
+    large, again, small = (asked_with((side, side), **size) for side in (200, 200, 16))
     with serving(Full()) as service:
         with pytest.raises(OutOfMemory):
             asyncio.run(drawn(service, large))
         with pytest.raises(DidNotFit) as refused:
-            asyncio.run(drawn(service, large))
+            asyncio.run(drawn(service, again))
         assert asyncio.run(drawn(service, small)) == (32, 32)
     assert refused.value.field == "reference_images"
     assert "ask for fewer or smaller pictures" in refused.value.message
