@@ -44,6 +44,11 @@ def unit(**fields: Any) -> ControlNetUnit:
     return ControlNetUnit(**fields)
 
 
+def own_scripts() -> dict[str, Any]:
+    """For one call: the client keeps units in its default, and sends them with all later calls."""
+    return {"alwayson_scripts": {}}
+
+
 def picture(seed: int, width: int = 56, height: int = 40) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
@@ -75,7 +80,7 @@ def test_units_draw_the_image_of_the_native_request(api: WebUIApi, generate: Gen
         unit(image=subject, model="style", module="ip-adapter_clip_sd15", weight=0.5),
         unit(image=edges, model="depth", enabled=False),
     ]
-    result = api.txt2img(**THEIRS, controlnet_units=units)
+    result = api.txt2img(**THEIRS, **own_scripts(), controlnet_units=units)
     how = {"scale": 0.7, "end": 0.5, "resize_mode": "fill", "preprocessor": "invert"}
     control = {"name": "depth", "image": b64(edges), **how}
     prompt = {"name": "style", "image": b64(subject), "scale": 0.5}
@@ -95,7 +100,11 @@ def test_units_draw_the_image_of_the_native_request(api: WebUIApi, generate: Gen
 def test_a_unit_of_img2img_reads_the_image_to_start_from(api: WebUIApi, generate: Generate) -> None:
     start = picture(3)
     one = unit(model="depth")
-    options: dict[str, Any] = {"denoising_strength": 0.5, "controlnet_units": [one]}
+    options: dict[str, Any] = {
+        "denoising_strength": 0.5,
+        "controlnet_units": [one],
+        **own_scripts(),
+    }
     result = api.img2img([start], **THEIRS, resize_mode=1, **options)
     beside = {"image": b64(start), "strength": 0.5, "resize_mode": "crop"}
     control = {"name": "depth", "image": b64(start)}
@@ -114,7 +123,7 @@ def test_of_the_region_around_a_mask_a_unit_reads_the_same_part(
         "denoising_strength": 1,
     }
     one = unit(image=edges, model="depth")
-    result = api.img2img([start], **THEIRS, **options, controlnet_units=[one])
+    result = api.img2img([start], **THEIRS, **options, **own_scripts(), controlnet_units=[one])
     box = (32, 0, 96, 64)
     control = {"name": "depth", "image": b64(edges.crop(box))}
     whole = Image.new("L", (64, 64), 255)
