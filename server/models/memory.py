@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from server.errors import Overloaded
-from server.heap import collect_all
+from server.heap import collect_all, return_free_memory
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -101,6 +101,8 @@ def unused_bytes(device: torch.device) -> int:
 def reclaim(device: torch.device) -> None:
     """Free what was let go of: networks with hooks refer to themselves."""
     collect_all()
+    # Weights on a CPU are in the allocator's heap, and what it keeps is free to nobody else.
+    return_free_memory()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         # What streamed networks had locked of the host's memory, too.

@@ -112,6 +112,7 @@ class WeightMemory(Generic[Weights]):
             # of those that no request uses.
             self._kept.shrink(0)
         gc.collect()
+        return_free_memory()
         return load()
 
     def _make_room(self, nbytes: int) -> None:

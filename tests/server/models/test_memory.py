@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from server.models import memory
-from server.models.memory import measure
+from server.models.memory import HOST, measure, reclaim
+from server.models.own_memory import give_own_memory
 
 MOST, USED = 2**20, 2**19
 
@@ -47,3 +48,17 @@ def test_there_is_what_is_below_the_limit_and_what_the_kernel_keeps_of_files(
     assert measure(torch.device("cpu")) == (MOST - USED + kept, MOST)
     files[0].write_text("max\n")
     assert measure(torch.device("cpu")).most == psutil.virtual_memory().total
+
+
+def test_the_weights_of_an_unloaded_network_are_free_for_others() -> None:
+    """The allocator keeps blocks of a size once some were freed, below others that are in use."""
+    device, process = torch.device(HOST), psutil.Process()
+    others: list[torch.Tensor] = []
+    before = process.memory_info().rss
+    for _ in range(2):
+        network = torch.nn.ParameterList([torch.zeros(2**18) for _ in range(48)])
+        give_own_memory(network, device)
+        others.append(torch.ones(2**18))
+        del network
+        reclaim(device)
+    assert process.memory_info().rss - before < 24 * 2**20
