@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from server.decoding.picture import MaskForm
 from server.requests.numbers import Count
+from server.requests.reference_images import MOST
 from server.requests.schema import GenerateRequest
 from server.requests.upload import Upload
 
@@ -100,13 +101,19 @@ class ImageEdit(ImageGeneration):
         images = data.get("image") if isinstance(data, dict) else None
         if not isinstance(images, list) or not images:
             return data
+        if len(images) > MOST:
+            raise PydanticCustomError(
+                "sentence",
+                "image has {count} images; at most {most} are allowed.",
+                {"count": len(images), "most": MOST, "field": "image"},
+            )
         several = {"reference_images": images} if len(images) > 1 else {}
         if several and data.get("reference_images"):
             raise PydanticCustomError(
                 "sentence",
                 "image has {count} images, and there are reference_images too; send all of them "
                 "as image.",
-                {"count": len(images)},
+                {"count": len(images), "field": "image"},
             )
         return {**data, **several, "image": images[0]}
 

@@ -104,9 +104,17 @@ def test_an_edit_of_openai_refers_to_its_images(klein: TestClient) -> None:
 
 
 def test_a_model_that_starts_from_images_edits_one(client: httpx2.Client) -> None:
-    images = [("image[]", file(1)), ("image[]", file(2))]
-    answer = client.post("/v1/images/edits", data=ASKED, files=images)
-    assert answer.status_code == 400
-    assert answer.json()["error"]["message"] == (
-        "image has 2 images; model 'embedded' edits one at a time."
-    )
+    one = texts(file(1))
+    for images, fields, why in (
+        (one * 2, {}, "2 images; model 'embedded' edits one at a time."),
+        (one * 5, {}, "5 images; at most 4 are allowed."),
+        (
+            one * 2,
+            {"reference_images": one},
+            "2 images, and there are reference_images too; send all of them as image.",
+        ),
+    ):
+        answer = client.post("/v1/images/edits", json=ASKED | fields | {"image": images})
+        assert answer.status_code == 400
+        error = answer.json()["error"]
+        assert (error["param"], error["message"]) == ("image", f"image has {why}")
