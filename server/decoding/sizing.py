@@ -69,10 +69,14 @@ class Target:
             return self._side(width * self.height / height, most), self.height
         if self.area is not None:
             scale = sqrt(min(self.area, most_pixels) / (width * height))
-            # As diffusers rounds, which may make a few pixels more than that.
-            found = self._side(width * scale, most_pixels), self._side(height * scale, most_pixels)
-            if found[0] * found[1] <= most_pixels:
-                return found
+            sides = width * scale, height * scale
+            # As diffusers rounds, which may make a few pixels more than that; down where these are
+            # too many.
+            down = tuple(side // self.multiple * self.multiple for side in sides)
+            for wide, high in (sides, down):
+                found = self._side(wide, most_pixels), self._side(high, most_pixels)
+                if found[0] * found[1] <= most_pixels:
+                    return found
         scale = min(1.0, sqrt(most_pixels / (width * height)))
         if self.longest is not None:
             scale = min(scale, self.longest / max(width, height))
