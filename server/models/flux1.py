@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from typing_extensions import override
 
 from server.models.autoencoder import Autoencoder
 from server.models.clip import CLIP
@@ -21,7 +20,7 @@ from server.models.flow_matching import SCHEDULER, FlowSchedules
 from server.models.folder import Revisions, read_json
 from server.models.hosted import ModelFacts
 from server.models.parts import load_autoencoder, load_network, load_text_encoder, load_tokenizer
-from server.models.reference_tokens import referring, tokens_beside, with_references
+from server.models.reference_tokens import tokens_beside, with_references
 from server.models.references import ReferencesRead
 from server.models.t5 import T5
 from server.models.transformer_model import (
@@ -155,14 +154,6 @@ class FluxDenoiser:
         return unpacked(velocity[:, : height * width], height, width).float()
 
 
-class KontextModel(TransformerModel):
-    """FLUX.1 Kontext, which reads a picture beside the prompt as tokens behind the image's."""
-
-    @override
-    def referring(self, text: Conditioning, references: Sequence[Tensor]) -> Conditioning:
-        return referring(text, [token_grid(one) for one in references])
-
-
 def packed(latents: Tensor) -> Tensor:
     """Tokens ``[rows, h/2 * w/2, 4 C]`` of latents ``[rows, C, h, w]``: (channel, y, x) inside."""
     return F.pixel_unshuffle(latents, PATCH).flatten(2).transpose(1, 2)
@@ -231,7 +222,7 @@ def load_flux1(
     autoencoder = Autoencoder(vae, device)
     control = FluxControl(transformer, autoencoder.encode, packed, device)
     # Residuals of a ControlNet are of the image's tokens alone.
-    return (KontextModel if edits else TransformerModel)(
+    return TransformerModel(
         facts,
         device,
         dtype,
@@ -239,6 +230,7 @@ def load_flux1(
         denoiser=FluxDenoiser(transformer, control),
         autoencoder=autoencoder,
         control=None if edits else control,
+        picture_tokens=token_grid if edits else None,
         text=text,
     )
 

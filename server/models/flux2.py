@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from typing_extensions import override
 
 from server.errors import ModelMismatch
 from server.models.conditioning import Conditioning
@@ -21,7 +20,7 @@ from server.models.flux1 import THOUSAND
 from server.models.folder import Revisions, read_json
 from server.models.hosted import ModelFacts
 from server.models.parts import load_network, load_text_encoder, load_tokenizer
-from server.models.reference_tokens import referring, tokens_beside, with_references
+from server.models.reference_tokens import tokens_beside, with_references
 from server.models.references import ReferencesRead
 from server.models.tiling import pixels_a_cell, with_tiles
 from server.models.transformer_model import (
@@ -151,14 +150,6 @@ class Flux2Denoiser:
         return velocity.transpose(1, 2).unflatten(2, (height, width)).float()
 
 
-class Flux2Model(TransformerModel):
-    """FLUX.2, which reads pictures beside a prompt as tokens behind those of the image."""
-
-    @override
-    def referring(self, text: Conditioning, references: Sequence[Tensor]) -> Conditioning:
-        return referring(text, [one.permute(1, 2, 0) for one in references])
-
-
 class Flux2Autoencoder:
     """An autoencoder whose latents are packed 2 x 2 and normalised channel by channel.
 
@@ -197,6 +188,11 @@ def positions(
     return places
 
 
+def _token_grid(latents: Tensor) -> Tensor:
+    """Tokens ``[h, w, C]`` of latents ``[C, h, w]``."""
+    return latents.permute(1, 2, 0)
+
+
 def _tokens(latents: Tensor) -> Tensor:
     """One token for each cell, ``[rows, h * w, C]``."""
     return latents.flatten(2).transpose(1, 2)
@@ -204,7 +200,7 @@ def _tokens(latents: Tensor) -> Tensor:
 
 def load_flux2_klein(
     folder: Path, name: str, revisions: Revisions, device: torch.device, dtype: torch.dtype
-) -> Flux2Model:
+) -> TransformerModel:
     """Load the parts of a diffusers folder from safetensors alone.
 
     Raises:
@@ -241,7 +237,7 @@ def load_flux2_klein(
         defaults=_defaults_of(folder),
         references=ReferencesRead(MOST_REFERENCES),
     )
-    return Flux2Model(
+    return TransformerModel(
         facts,
         device,
         dtype,
@@ -249,6 +245,7 @@ def load_flux2_klein(
         denoiser=Flux2Denoiser(transformer),
         autoencoder=Flux2Autoencoder(vae, device),
         text=text,
+        picture_tokens=_token_grid,
     )
 
 

@@ -11,7 +11,6 @@ from math import ceil
 from typing import TYPE_CHECKING, Any
 
 import torch
-from typing_extensions import override
 
 from server.errors import ModelMismatch
 from server.models.chat_text import TEXT, ChatTemplate, ChatText
@@ -30,7 +29,7 @@ from server.models.pictured_text import (
     load_picture_processor,
 )
 from server.models.qwen_positions import keep_own_positions
-from server.models.reference_tokens import referring, tokens_beside, with_references
+from server.models.reference_tokens import tokens_beside, with_references
 from server.models.references import ReferencesRead
 from server.models.tiling import pixels_a_cell, with_tiles
 from server.models.transformer_model import (
@@ -127,14 +126,6 @@ class QwenDenoiser:
         return unpacked(velocity[:, : height * width], height, width).float()
 
 
-class QwenEditModel(TransformerModel):
-    """Qwen-Image-Edit, which reads pictures as its text encoder sees them and as tokens."""
-
-    @override
-    def referring(self, text: Conditioning, references: Sequence[Tensor]) -> Conditioning:
-        return referring(text, [token_grid(one) for one in references])
-
-
 class QwenAutoencoder:
     """A video autoencoder on pictures, which are films of one frame.
 
@@ -225,7 +216,7 @@ def load_qwen_image(
     autoencoder = QwenAutoencoder(vae, device)
     control = QwenControl(transformer, autoencoder.encode, packed, device)
     # Residuals of a ControlNet are of the image's tokens alone.
-    return (TransformerModel if references is None else QwenEditModel)(
+    return TransformerModel(
         facts,
         device,
         dtype,
@@ -233,6 +224,7 @@ def load_qwen_image(
         denoiser=QwenDenoiser(transformer, control),
         autoencoder=autoencoder,
         control=control if references is None else None,
+        picture_tokens=None if references is None else token_grid,
         text=text,
         stack=stack if references is None else partial(stack, places=_places_of(references)),
     )

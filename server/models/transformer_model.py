@@ -11,6 +11,7 @@ from guidance.edits import SkippedBlocks
 from server.errors import ModelMismatch
 from server.models.adapters.adapted_network import AdaptedNetwork
 from server.models.hosted import HostedModel, ModelFacts
+from server.models.reference_tokens import referring
 from server.models.row_edits import RowEdits
 from server.models.text_options import AS_USUAL
 
@@ -106,6 +107,8 @@ class TransformerModel(HostedModel):
         told: what the transformer is told at times of the schedule; by default what that says.
         negative: marks a negative prompt; None where it is encoded like any other.
         control: the ControlNets that the denoiser takes; None where it takes none.
+        picture_tokens: tokens ``[height, width, features]`` of the latents ``[C, h, w]`` of a
+            picture beside the prompt; None where the denoiser reads none.
     """
 
     def __init__(
@@ -123,6 +126,7 @@ class TransformerModel(HostedModel):
         told: Callable[[F64], F64] | None = None,
         negative: Callable[[str | None], str | None] | None = None,
         control: ControlKind | None = None,
+        picture_tokens: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__(facts, device, dtype)
         self._schedule = schedule
@@ -134,6 +138,7 @@ class TransformerModel(HostedModel):
         self._told = told
         self._negative = negative
         self._control = control
+        self._picture_tokens = picture_tokens
         self._edits = RowEdits(denoiser.network)
         self._adapted = {
             part: AdaptedNetwork(part, network, device)
@@ -174,6 +179,12 @@ class TransformerModel(HostedModel):
     @override
     def stack(self, rows: Sequence[Conditioning], *, fixed: bool = False) -> StackedConditioning:
         return super().stack(rows) if self._stack is None else self._stack(rows, fixed=fixed)
+
+    @override
+    def referring(self, text: Conditioning, references: Sequence[Tensor]) -> Conditioning:
+        if self._picture_tokens is None:
+            return super().referring(text, references)
+        return referring(text, [self._picture_tokens(one) for one in references])
 
     @override
     def evaluate(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
