@@ -5,9 +5,9 @@
     python -m benchmarks.at_once --architecture z_image --steps 8 --scale 0
 
 Prints a Markdown table. Clients ask for one image after another, with settings that agree: the best
-case of static batches. diffusers' pipeline makes one image after another, eager and if asked for
-compiled, and static batches of as many images as there are clients. The limit is what the denoiser
-alone would allow in forward passes of as many rows.
+case of static batches. diffusers' pipeline makes one image after another, and static batches of as
+many images as there are clients. One limit is what the denoiser alone would allow in eager forward
+passes of as many rows, the other what it and the decoder would, one after the other. With ``--compile`` both are measured once more with compiled blocks.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from __future__ import annotations
 import argparse
 import platform
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import mean, median
-from time import perf_counter
+from tempfile import TemporaryDirectory
+from time import perf_counter, sleep
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,16 +27,25 @@ import torch
 from benchmarks.architectures import ARCHITECTURES, build
 from benchmarks.peers import Weft
 from benchmarks.traffic import Request
+from server.models.compiling.compiler import BlockCompiler
+from server.models.compiling.model_blocks import compile_blocks
 from server.models.inputs import RowInputs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from benchmarks.architectures import Architecture
 
 COUNTS = (1, 2, 4, 8, 16, 32)
 TIMINGS = 3
 """Of which the median counts."""
+
+SETTLES_S = 2.0
+"""Of quiet after the first images of a number of clients, in which graphs are recorded."""
+
+WARM_UP = 2
+"""Runs of a pipeline before its times count: on a GPU the second is slow still, by choices of
+kernels that it makes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +56,15 @@ class Ran:
         rate: images a second.
         mean_s: mean latency.
         late_s: 95th percentile of the latency.
+        rows: mean rows of a tick.
+        shares: of the time, what the engine's thread gave to each of its works.
     """
 
     rate: float
     mean_s: float
     late_s: float
+    rows: float
+    shares: Mapping[str, float]
 
 
 def main() -> None:
@@ -57,40 +72,100 @@ def main() -> None:
     options = _options()
     torch.set_num_threads(options.threads)
     architecture = build(options.architecture, options.device, options.dtype)
-    weft = Weft(architecture, None)
     print(_heading(options))
-    static = [
-        _static(architecture, count, options)
+    # Before an engine runs: one that has nothing to do records graphs on the same device.
+    batches = {
+        count: _static(architecture, count, options)
         for count in options.counts
         if count in options.batches
-    ]
-    batches = dict(zip([n for n in options.counts if n in options.batches], static, strict=True))
+    }
     alone = batches.get(1) or _static(architecture, 1, options)
+    limits = {count: _limits(architecture, count, options) for count in options.counts}
+    weft = Weft(architecture, None)
     ours = {count: _weft(weft, count, options) for count in options.counts}
     weft.stop()
-    limits = {count: _limit(architecture, count, options) for count in options.counts}
     print(
-        "\n| at once | Weft, images/s | mean s | p95 s | of the denoiser's limit "
-        "| x one by one | x static batches of as many |\n|---|---|---|---|---|---|---|"
+        "\n| at once | Weft, images/s | mean s | p95 s | of the denoiser's limit | of both networks'"
+        " | x one by one | x static batches of as many |\n|---|---|---|---|---|---|---|---|"
     )
     for count, ran in ours.items():
         beside = f"{ran.rate / batches[count]:.2f}" if count in batches else ""
+        shares = " | ".join(f"{ran.rate / limit:.2f}" for limit in limits[count])
         print(
             f"| {count} | {ran.rate:.2f} | {ran.mean_s:.2f} | {ran.late_s:.2f} "
-            f"| {ran.rate / limits[count]:.2f} | {ran.rate / alone:.2f} | {beside} |"
+            f"| {shares} | {ran.rate / alone:.2f} | {beside} |",
+            flush=True,
         )
-    print(f"\ndiffusers, one by one: {alone:.2f} images/s")
+    print(f"\ndiffusers, one by one: {alone:.2f} images/s\n", flush=True)
+    _report_shares(ours)
     if options.compile:
-        print(f"the same, its denoiser compiled: {_compiled(architecture, options):.2f} images/s")
+        _report_compiled(architecture, options, ours)
+
+
+def _report_shares(ours: Mapping[int, Ran]) -> None:
+    """Print where the engine's time went."""
+    names = list(next(iter(ours.values())).shares)
+    print(f"| at once | rows a tick | {' | '.join(names)} |\n|---|---{'|---' * len(names)}|")
+    for count, ran in ours.items():
+        shares = " | ".join(f"{share:.0%}" for share in ran.shares.values())
+        print(f"| {count} | {ran.rows:.1f} | {shares} |", flush=True)
+
+
+def _report_compiled(
+    architecture: Architecture, options: argparse.Namespace, eager: Mapping[int, Ran]
+) -> None:
+    """Print what compiled blocks make of it, of ours and of diffusers."""
+    ours, waited_s = _weft_compiled(architecture, options)
+    architecture.denoiser.compile_repeated_blocks(fullgraph=True)
+    alone = _static(architecture, 1, options)
+    print(f"\nBlocks compiled; Weft's programs took {waited_s:.0f} s.\n")
+    print("| at once | Weft, images/s | mean s | p95 s | x eager | x one by one, compiled |")
+    print("|---|---|---|---|---|---|")
+    for count, ran in ours.items():
+        print(
+            f"| {count} | {ran.rate:.2f} | {ran.mean_s:.2f} | {ran.late_s:.2f} "
+            f"| {ran.rate / eager[count].rate:.2f} | {ran.rate / alone:.2f} |"
+        )
+    print(f"\ndiffusers, one by one, compiled: {alone:.2f} images/s")
+
+
+def _weft_compiled(
+    architecture: Architecture, options: argparse.Namespace
+) -> tuple[dict[int, Ran], float]:
+    """The same clients once all programs are there, and the seconds until then."""
+    model = architecture.hosted
+    with TemporaryDirectory() as temporary:
+        compile_blocks(model, BlockCompiler(options.programs or Path(temporary)))
+        if model.blocks is None:
+            raise RuntimeError(f"nothing is compiled: {model.runs_eager}")
+        began = perf_counter()
+        weft = Weft(architecture, None)
+        for count in options.counts:
+            weft.run([_request(options, seed) for seed in range(count)])
+        while model.blocks.compilation.waiting:
+            if perf_counter() - began > options.wait:
+                waiting = model.blocks.compilation.waiting
+                raise TimeoutError(f"{waiting} shapes are still being compiled")
+            sleep(0.1)
+        waited_s = perf_counter() - began
+        ours = {count: _weft(weft, count, options) for count in options.counts}
+        weft.stop()
+    model.blocks = None
+    return ours, waited_s
 
 
 def _weft(weft: Weft, count: int, options: argparse.Namespace) -> Ran:
     """Clients that ask for the next image when they have one, each for so many."""
     weft.run([_request(options, seed) for seed in range(count)])
+    sleep(SETTLES_S)
     rounds = [weft.follow(_streams(count, options)) for _ in range(options.rounds)]
-    rates = [count * options.images / total_s for total_s, _ in rounds]
-    latencies = [one for _, some in rounds for one in some]
-    return Ran(median(rates), mean(latencies), float(np.percentile(latencies, 95)))
+    rates = [count * options.images / one.total_s for one in rounds]
+    latencies = [latency for one in rounds for latency in one.latencies]
+    total_s = sum(one.total_s for one in rounds)
+    shares = {name: sum(one.seconds[name] for one in rounds) / total_s for name in rounds[0].seconds}
+    ticks = [rows for one in rounds for rows in one.batches]
+    late_s = float(np.percentile(latencies, 95))
+    return Ran(median(rates), mean(latencies), late_s, mean(ticks), shares)
 
 
 def _streams(count: int, options: argparse.Namespace) -> list[list[Request]]:
@@ -106,14 +181,9 @@ def _request(options: argparse.Namespace, seed: int) -> Request:
 def _static(architecture: Architecture, count: int, options: argparse.Namespace) -> float:
     """Images a second of batches of so many images."""
     generate = _pipeline_call(architecture, count, options)
-    generate()
+    for _ in range(WARM_UP):
+        generate()
     return count / median(_seconds(generate) for _ in range(options.rounds))
-
-
-def _compiled(architecture: Architecture, options: argparse.Namespace) -> float:
-    """Images a second, one by one, once the denoiser's repeated blocks are compiled."""
-    architecture.denoiser.compile_repeated_blocks(fullgraph=True)
-    return _static(architecture, 1, options)
 
 
 def _pipeline_call(
@@ -131,8 +201,10 @@ def _pipeline_call(
     )
 
 
-def _limit(architecture: Architecture, count: int, options: argparse.Namespace) -> float:
-    """Images a second if there were the denoiser alone, with the rows of so many images."""
+def _limits(
+    architecture: Architecture, count: int, options: argparse.Namespace
+) -> tuple[float, float]:
+    """Images a second if there were the denoiser alone, and if there were the decoder, too."""
     model, side = architecture.hosted, architecture.side
     rows = count * (2 if options.scale else 1)
     with torch.inference_mode():
@@ -146,9 +218,14 @@ def _limit(architecture: Architecture, count: int, options: argparse.Namespace) 
             # Reading one number waits for the device.
             model.evaluate(x, t, inputs).flatten()[0].item()
 
+        def decode() -> None:
+            model.decode(x[:1]).flatten()[0].item()
+
         forward()
-        seconds = median(_seconds(forward) for _ in range(TIMINGS))
-    return count / (options.steps * seconds)
+        decode()
+        denoised = options.steps * median(_seconds(forward) for _ in range(TIMINGS))
+        decoded = count * median(_seconds(decode) for _ in range(TIMINGS))
+    return count / denoised, count / (denoised + decoded)
 
 
 def _seconds(call: Callable[[], Any]) -> float:
@@ -179,7 +256,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--scale", type=float, default=4.0, help="of cfg; 0 is without guidance")
     parser.add_argument("--images", type=int, default=2, help="of each client in a round")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--compile", action="store_true", help="compile diffusers' denoiser, too")
+    parser.add_argument("--compile", action="store_true", help="measure compiled blocks, too")
+    parser.add_argument("--programs", type=Path, help="folder for them; a temporary one by default")
+    parser.add_argument("--wait", type=float, default=300.0, help="seconds for all programs")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     return parser.parse_args()
 

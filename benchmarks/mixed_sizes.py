@@ -133,7 +133,7 @@ def _report(
 def _round(engine: Weft, clients: list[list[Request]]) -> Round:
     clock = perf_counter if torch.cuda.is_available() else process_time
     before, began = engine.forwards, clock()
-    _, latencies = engine.follow(clients)
+    latencies = engine.follow(clients).latencies
     return Round(len(latencies) / (clock() - began), engine.forwards - before)
 
 

@@ -98,7 +98,7 @@ class Weft:
     def run(self, requests: list[Request]) -> Outcome:
         """All requests at their times of arrival."""
         tasks = [self._task(request) for request in requests]
-        before, sizes_before = self._snapshot(), self._engine.measurements.rows_per_tick.copy()
+        watched = self._watch()
         began = perf_counter()
         arrivals = [began + request.arrival_s for request in requests]
         listeners = [_Arrival(arrival) for arrival in arrivals]
@@ -107,29 +107,20 @@ class Weft:
             self._engine.submit([task], listener)
         for listener in listeners:
             listener.ended.wait()
-        total = perf_counter() - began
-        after = self._snapshot()
-        spent = {key: after[key] - before[key] for key in after}
-        sizes = self._engine.measurements.rows_per_tick - sizes_before
-        batches = [rows for rows, ticks in sizes.items() for _ in range(ticks)]
-        return Outcome([listener.latency() for listener in listeners], total, spent, batches)
+        return watched([listener.latency() for listener in listeners])
 
-    def follow(self, clients: Sequence[Sequence[Request]]) -> tuple[float, list[float]]:
+    def follow(self, clients: Sequence[Sequence[Request]]) -> Outcome:
         """Clients that ask for the next image when they have the one before.
 
         Args:
             clients: what each asks for.
-
-        Returns:
-            Seconds until all are done, and of each image from its request to the picture.
         """
         tasks = [[self._task(request) for request in client] for client in clients]
-        began = perf_counter()
+        watched = self._watch()
         followers = [_Follower(self._engine, own) for own in tasks]
         for follower in followers:
             follower.ask()
-        latencies = [one for follower in followers for one in follower.latencies()]
-        return perf_counter() - began, latencies
+        return watched([one for follower in followers for one in follower.latencies()])
 
     def stop(self) -> None:
         """End the engine's thread."""
@@ -153,7 +144,24 @@ class Weft:
             policy=Always(),
         )
 
-    def _snapshot(self) -> dict[str, float]:
+    def _watch(self) -> Callable[[list[float]], Outcome]:
+        """Begin a run; what it gives makes the outcome of it."""
+        measured = self._engine.measurements
+        began, spent, sizes = perf_counter(), self._spent(), measured.rows_per_tick.copy()
+
+        def outcome(latencies: list[float]) -> Outcome:
+            total_s, after = perf_counter() - began, self._spent()
+            ticks = (measured.rows_per_tick - sizes).items()
+            return Outcome(
+                latencies,
+                total_s,
+                {name: after[name] - spent[name] for name in after},
+                [rows for rows, count in ticks for _ in range(count)],
+            )
+
+        return outcome
+
+    def _spent(self) -> dict[str, float]:
         m = self._engine.measurements
         return {"denoiser": m.denoise_s, "decoder": m.decode_s, "rest": m.weave_s + m.encode_s}
 
