@@ -7,7 +7,8 @@
 Prints a Markdown table. Clients ask for one image after another, with settings that agree: the best
 case of static batches. diffusers' pipeline makes one image after another, and static batches of as
 many images as there are clients. One limit is what the denoiser alone would allow in eager forward
-passes of as many rows, the other what it and the decoder would, one after the other. With ``--compile`` both are measured once more with compiled blocks.
+passes of as many rows, the other what it and the decoder would, one after the other. With
+``--compile`` both systems are measured once more with compiled blocks.
 """
 
 from __future__ import annotations
@@ -85,8 +86,9 @@ def main() -> None:
     ours = {count: _weft(weft, count, options) for count in options.counts}
     weft.stop()
     print(
-        "\n| at once | Weft, images/s | mean s | p95 s | of the denoiser's limit | of both networks'"
-        " | x one by one | x static batches of as many |\n|---|---|---|---|---|---|---|---|"
+        "\n| at once | Weft, images/s | mean s | p95 s | of the denoiser's limit "
+        "| of both networks' | x one by one | x static batches of as many |"
+        "\n|---|---|---|---|---|---|---|---|"
     )
     for count, ran in ours.items():
         beside = f"{ran.rate / batches[count]:.2f}" if count in batches else ""
@@ -162,7 +164,8 @@ def _weft(weft: Weft, count: int, options: argparse.Namespace) -> Ran:
     rates = [count * options.images / one.total_s for one in rounds]
     latencies = [latency for one in rounds for latency in one.latencies]
     total_s = sum(one.total_s for one in rounds)
-    shares = {name: sum(one.seconds[name] for one in rounds) / total_s for name in rounds[0].seconds}
+    works = rounds[0].seconds
+    shares = {work: sum(one.seconds[work] for one in rounds) / total_s for work in works}
     ticks = [rows for one in rounds for rows in one.batches]
     late_s = float(np.percentile(latencies, 95))
     return Ran(median(rates), mean(latencies), late_s, mean(ticks), shares)
