@@ -237,11 +237,12 @@ class _Folders:
             log.warning("%s: runs without compiled blocks: %s", model.facts.name, model.runs_eager)
 
     def _folders(self) -> Mapping[str, Path]:
-        """Those of the start, and what has come into the folder of models since."""
+        """Those of the start that are still there, and what has come into the folder of models."""
+        first = {name: folder for name, folder in self.first.items() if folder.is_dir()}
         if self.settings.models_folder is None or not self.settings.models_folder.is_dir():
-            return self.first
+            return first
         found = {folder.name: folder for folder in self.settings.found_folders()}
-        return {**found, **self.first}
+        return {**found, **first}
 
     def _folder(self, name: str) -> Path:
         folders = self._folders()
