@@ -18,7 +18,9 @@
     |- UnknownJob                    404  the client has no job of that identifier
     |- UnknownResult                 404  there is no image at this URL any more
     |- JobsOff                       404  there are no durable jobs here
+    |- CaptionsOff                   404  there is no model here that describes images
     |- DuplicateGeneration           409  the identifier is in use by a running generation
+    |- ModelInUse                    409  the model cannot be unloaded while it is in use
     |- Cancelled                     409  the client cancelled the generation
     |- Overloaded                    429  the queue is full
     |- NotReady                      503  loading, draining or broken
@@ -45,6 +47,7 @@ __all__ = [
     "AdapterMismatch",
     "Cancelled",
     "CannotListen",
+    "CaptionsOff",
     "ControlMismatch",
     "DeviceLost",
     "DidNotFit",
@@ -57,6 +60,7 @@ __all__ = [
     "JobsOff",
     "MalformedBody",
     "MalformedRequest",
+    "ModelInUse",
     "ModelMismatch",
     "ModelTooLarge",
     "NotAcceptable",
@@ -255,6 +259,17 @@ class JobsOff(WeftError):
         )
 
 
+class CaptionsOff(WeftError):
+    """An image was to be described."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "captions_off"
+
+    def __init__(self) -> None:
+        super().__init__("There is no model here that describes images.")
+
+
 class ReusedKey(InvalidRequest):
     """An idempotency key came with another body before."""
 
@@ -280,6 +295,20 @@ class DuplicateGeneration(WeftError):
             f"x-request-id is {identifier!r}, which a running generation uses; choose another."
         )
         super().__init__(message, field="x-request-id")
+
+
+class ModelInUse(WeftError):
+    """A model was to be unloaded, and requests or live streams use it."""
+
+    status = 409
+    type = "invalid_request_error"
+    code = "model_in_use"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"Model {name!r} is in use, so it is not unloaded; ask again once its requests and "
+            "live streams have ended."
+        )
 
 
 class Cancelled(WeftError):

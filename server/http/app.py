@@ -21,6 +21,7 @@ from server.http.automatic1111 import controlnet as automatic1111_controlnet
 from server.http.automatic1111 import extras as automatic1111_extras
 from server.http.automatic1111 import images as automatic1111_images
 from server.http.automatic1111 import settings as automatic1111_settings
+from server.http.automatic1111 import weights as automatic1111_weights
 from server.http.automatic1111.checkpoints import Checkpoints
 from server.http.automatic1111.jobs import Jobs
 from server.http.body import Bodies
@@ -99,6 +100,7 @@ def create_app(
         automatic1111_images.router,
         automatic1111_extras.router,
         automatic1111_settings.router,
+        automatic1111_weights.router,
         automatic1111_controlnet.router,
         stream_events.router,
         rows.router,

@@ -15,7 +15,14 @@ from typing import Final, Protocol, Self
 from server.engine.engine import Engine
 from server.engine.faults import is_out_of_memory
 from server.engine.preparation import Prepared
-from server.errors import ModelMismatch, ModelTooLarge, NotReady, UnknownModel, WeftError
+from server.errors import (
+    ModelInUse,
+    ModelMismatch,
+    ModelTooLarge,
+    NotReady,
+    UnknownModel,
+    WeftError,
+)
 from server.models.hosted import HostedModel
 from server.models.memory import reclaim
 from server.models.weights_held import bytes_of, offloaded_bytes_of
@@ -176,6 +183,7 @@ class ModelShelf:
         self._places: dict[str, _Place] = {}
         self._wake = Condition()
         self._jobs: list[_Place] = []
+        self._unwanted: list[tuple[_Place, Future[WeftError | None]]] = []
         self._closed: WeftError | None = None
         self._thread: Thread | None = None
         for name, model in models.items():
@@ -232,10 +240,39 @@ class ModelShelf:
             raise
         return Lease(model, lambda: self._give_back(place))
 
+    async def unload(self, name: str | None) -> None:
+        """Unload a model by its name, None for the default one; requests load it again.
+
+        Raises:
+            UnknownModel: no such model is hosted.
+            ModelInUse: somebody has a lease of it, or waits for one.
+            NotReady: it could not be loaded again, another one is being loaded for too long, or the
+                server is about to stop.
+        """
+        self.check(name)
+        place = self._place(self._default if name is None else name)
+        self._required_source()
+        with self._wake:
+            if self._closed is not None:
+                raise copy(self._closed)
+            unloading: Future[WeftError | None] = Future()
+            self._unwanted.append((place, unloading))
+            self._start()
+        waiting = asyncio.wrap_future(unloading)
+        done, _ = await asyncio.wait({waiting}, timeout=self._patience_s)
+        if not done:
+            raise NotReady("Another model is being loaded; send the request again later.")
+        error = waiting.result()
+        if error is not None:
+            raise copy(error)
+
     def close(self, error: WeftError) -> None:
         """Load no more models; whoever waits for one gets the error."""
         with self._wake:
             self._closed = error
+            unwanted, self._unwanted = self._unwanted, []
+            for _, unloading in unwanted:
+                unloading.set_result(error)
             for place in list(self._jobs):
                 self._settle(place, error)
             self._wake.notify_all()
@@ -265,11 +302,15 @@ class ModelShelf:
             return loading
         place.loading, place.progress, place.crowded = loading, 0.0, False
         self._jobs.append(place)
+        self._start()
+        return loading
+
+    def _start(self) -> None:
+        """Have the shelf's own thread look for work."""
         if self._thread is None:
             self._thread = Thread(target=self._work, name="weft-loader", daemon=True)
             self._thread.start()
         self._wake.notify_all()
-        return loading
 
     def _late(self, place: _Place) -> str:
         waited = f"after {self._patience_s:.0f} s"
@@ -287,13 +328,18 @@ class ModelShelf:
             self._wake.notify_all()
 
     def _work(self) -> None:
-        """Load what is wanted, in the shelf's own thread."""
+        """Load what is wanted and unload what is not, in the shelf's own thread."""
         while True:
             with self._wake:
-                self._wake.wait_for(lambda: self._jobs or self._closed)
+                self._wake.wait_for(lambda: self._jobs or self._unwanted or self._closed)
                 if self._closed is not None:
                     return
                 jobs = list(self._jobs)
+                unwanted, self._unwanted = self._unwanted, []
+            for place, unloading in unwanted:
+                unloading.set_result(self._unloaded(place))
+            if not jobs:
+                continue
             with self._engine.undisturbed():
                 over = any(self._attempt(place) for place in jobs)
             if over:
@@ -397,6 +443,19 @@ class ModelShelf:
         with self._wake:
             idle = [one for one in self._places.values() if one.model is not None and not one.users]
             return sorted(idle, key=lambda one: one.used_at)
+
+    def _unloaded(self, place: _Place) -> WeftError | None:
+        """Unload a model that is not wanted; why it stays, or None if it is not loaded now."""
+        if place.model is None and not place.users:
+            return None
+        try:
+            return None if self._unload(place) else ModelInUse(place.name)
+        except WeftError as error:
+            return copy(error)
+        except Exception:
+            log.exception("model %s could not be unloaded", place.name)
+            sentence = f"Model {place.name!r} could not be unloaded; the server's log says why."
+            return NotReady(sentence)
 
     def _unload(self, place: _Place) -> bool:
         with self._wake:

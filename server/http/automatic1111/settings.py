@@ -11,6 +11,7 @@ from typing import Any, Final
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
+from server.errors import CaptionsOff
 from server.http.automatic1111.checkpoints import CheckpointsDep, chosen, named
 from server.http.automatic1111.jobs import owner_of
 from server.http.automatic1111.route import ERRORS, TolerantRoute
@@ -28,13 +29,16 @@ router = APIRouter(tags=["automatic1111"], route_class=TolerantRoute)
 EMPTY: Final[dict[str, Any]] = {
     "/internal/ping": {},
     "/sdapi/v1/cmd-flags": {},
+    "/sdapi/v1/extensions": [],
     "/sdapi/v1/face-restorers": [],
     "/sdapi/v1/hypernetworks": [],
     "/sdapi/v1/prompt-styles": [],
     "/sdapi/v1/realesrgan-models": [],
-    "/sdapi/v1/script-info": [],
 }
 """What there is none of here, by the path that lists it."""
+
+SCRIPTS: Final = {"txt2img": ["controlnet"], "img2img": ["controlnet"]}
+"""Of `alwayson_scripts`, by the route that takes them."""
 
 
 class Options(BaseModel):
@@ -53,6 +57,12 @@ class PngInfo(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     image: Upload = Field(description="PNG, JPEG or WebP in base64.")
+
+
+class Interrogation(BaseModel):
+    """An image to be described, which is not looked at."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
 
 class PngInfoAnswer(BaseModel):
@@ -153,9 +163,13 @@ async def loras(service: ServiceDep) -> list[dict[str, Any]]:
     ]
 
 
+@router.get("/sdapi/v1/sd-modules")
 @router.get("/sdapi/v1/sd-vae")
 async def sd_vae(service: ServiceDep) -> list[dict[str, str]]:
-    """The autoencoders that models were given in place of their own; requests choose none."""
+    """The autoencoders that models were given in place of their own; requests choose none.
+
+    Forge lists them as modules.
+    """
     names = dict.fromkeys(one.vae for one in await to_thread(service.models) if one.vae)
     return [{"model_name": name, "filename": name} for name in names]
 
@@ -183,7 +197,17 @@ async def embeddings(service: ServiceDep) -> dict[str, dict[str, Any]]:
 @router.get("/sdapi/v1/scripts")
 async def scripts() -> dict[str, list[str]]:
     """The scripts of `alwayson_scripts` that act."""
-    return {"txt2img": ["controlnet"], "img2img": ["controlnet"]}
+    return SCRIPTS
+
+
+@router.get("/sdapi/v1/script-info")
+async def script_info() -> list[dict[str, Any]]:
+    """The same, each for itself. The extension's arguments are units, which have no sliders."""
+    return [
+        {"name": name, "is_alwayson": True, "is_img2img": kind == "img2img", "args": []}
+        for kind, names in SCRIPTS.items()
+        for name in names
+    ]
 
 
 @router.get("/sdapi/v1/memory")
@@ -205,6 +229,13 @@ async def png_info(body: PngInfo, service: ServiceDep) -> PngInfoAnswer:
         texts = await service.decoding.texts(data, "image")
     text = texts.pop("parameters", "")
     return PngInfoAnswer(info=text, items=texts, parameters=read_infotext(text) if text else {})
+
+
+@router.post("/sdapi/v1/interrogate", responses=ERRORS)
+async def interrogate(body: Interrogation) -> None:
+    """Refuse to describe an image: no model here does."""
+    del body
+    raise CaptionsOff
 
 
 @router.post("/sdapi/v1/refresh-checkpoints")

@@ -17,6 +17,7 @@ from server.engine.engine import Engine
 from server.engine.preparation import Preparation
 from server.errors import (
     Cancelled,
+    ModelInUse,
     ModelMismatch,
     ModelTooLarge,
     NotReady,
@@ -379,3 +380,46 @@ def test_the_engine_keeps_a_model_while_it_has_images_of_it(
         service.release(generation)
 
     asyncio.run(run())
+
+
+def test_a_model_is_unloaded_on_demand_unless_it_is_in_use(service: Service, store: Store) -> None:
+    shelf = service.ready_shelf()
+
+    async def run() -> None:
+        with await shelf.lend("b"):
+            with pytest.raises(ModelInUse, match="Model 'b' is in use"):
+                await shelf.unload("b")
+            assert loaded(service) == ["a", "b"]
+        await shelf.unload("b")
+        await shelf.unload("b")
+        await shelf.unload(None)
+        assert loaded(service) == []
+        await made(service, "b")
+        assert loaded(service) == ["b"]
+        with pytest.raises(UnknownModel):
+            await shelf.unload("z")
+        # One that is being loaded for somebody is in use, too.
+        waiting = asyncio.create_task(shelf.lend("slow"))
+        await asyncio.to_thread(store.loading.wait, PATIENCE_S)
+        unloading = asyncio.create_task(shelf.unload("slow"))
+        await asyncio.sleep(0)
+        store.may_load.set()
+        with pytest.raises(ModelInUse):
+            await unloading
+        (await waiting).release()
+        service.close()
+        with pytest.raises(NotReady, match="is stopping"):
+            await shelf.unload("b")
+
+    asyncio.run(run())
+    assert store.loads == ["b", "b", "slow"]
+
+
+def test_a_model_that_could_not_come_back_is_not_unloaded(service: Service, engine: Engine) -> None:
+    assert loaded(service) == ["a"]
+    alone = Service(Limits())
+    alone.open(engine, {"a": engine._models["a"]})
+    with pytest.raises(NotReady, match="No models are loaded on demand here"):
+        asyncio.run(alone.ready_shelf().unload("a"))
+    assert loaded(alone) == ["a"]
+    alone.close()

@@ -186,6 +186,10 @@ def test_lists_are_what_the_client_expects(api: WebUIApi) -> None:
     assert [one["name"] for one in api.get_upscalers()] == ["None", "Lanczos"]
     for empty in (api.get_sd_vae, api.get_prompt_styles, api.get_hypernetworks):
         assert empty() == []
+    for path in ("sd-modules", "extensions"):
+        assert api.custom_get(path, baseurl=True) == []
+    told = api.custom_get("script-info", baseurl=True)
+    assert {one["name"] for one in told if one["is_img2img"]} == {*api.get_scripts()["img2img"]}
     assert api.refresh_checkpoints() == {}
 
 
@@ -371,6 +375,7 @@ REFUSED: dict[str, tuple[Callable[[WebUIApi], Any], str]] = {
     "steps": (lambda api: txt2img(api, prompt="x", steps=1000), "at most 200"),
     "images": (lambda api: img2img(api, [], **SMALL), "init_images is required"),
     "size": (lambda api: txt2img(api, prompt="x", width=8000, height=8000), "pixels are allowed"),
+    "captions": (lambda api: api.interrogate(Image.new("RGB", (8, 8))), "that describes images"),
 }
 
 
@@ -380,7 +385,7 @@ def test_a_refusal_is_a_sentence(api: WebUIApi, name: str) -> None:
     with pytest.raises(RuntimeError) as refusal:
         call(api)
     status, text = refusal.value.args
-    assert status == 422
+    assert status == (404 if name == "captions" else 422)
     assert words in text
 
 

@@ -227,11 +227,47 @@ def test_who_leaves_while_the_model_of_a_stream_is_loaded_is_forgotten() -> None
         made.stop()
 
 
-def test_a_folder_that_comes_later_is_known_at_once(client: httpx2.Client, folder: Path) -> None:
+def test_a_folder_that_comes_later_is_known_at_once_and_one_that_is_removed_no_longer(
+    client: httpx2.Client, folder: Path
+) -> None:
     (folder / "later").symlink_to(MODEL_FOLDER)
     assert not listed(client)["later"]["loaded"]
     (folder / "later").unlink()
     assert "later" not in listed(client)
+    # One that was there at the start.
+    (folder / "three").unlink()
+    try:
+        assert "three" not in listed(client)
+        assert refusal(client, "three")[0] == 404
+    finally:
+        (folder / "three").symlink_to(MODEL_FOLDER)
+
+
+def test_clients_of_automatic1111_unload_their_model_and_load_it_again(
+    client: httpx2.Client,
+) -> None:
+    api = "/sdapi/v1"
+
+    def first_is_loaded() -> bool:
+        return listed(client)["first"]["loaded"]
+
+    expected = picture(client)
+    for _ in range(2):
+        assert client.post(f"{api}/unload-checkpoint").json() == {}
+        assert not first_is_loaded()
+    assert client.post(f"{api}/reload-checkpoint").json() == {}
+    assert first_is_loaded()
+    assert np.array_equal(picture(client), expected)
+    # It is the model that the client has chosen, and a request loads it too.
+    client.post(f"{api}/options", json={"sd_model_checkpoint": "two"})
+    try:
+        client.post(f"{api}/reload-checkpoint")
+        client.post(f"{api}/unload-checkpoint")
+        assert not listed(client)["two"]["loaded"]
+        assert first_is_loaded()
+        assert np.array_equal(picture(client, model="two"), expected)
+    finally:
+        client.post(f"{api}/options", json={"sd_model_checkpoint": "first"})
 
 
 def test_a_server_that_cannot_compile_says_why_and_serves(

@@ -1,0 +1,41 @@
+"""`/sdapi/v1`: the weights of the model that a client has chosen, unloaded and loaded again.
+
+Clients free the memory of the device so, for a language model on the same machine. The model is the
+one that their requests get; others that use it keep it loaded.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from server.http.automatic1111.checkpoints import CheckpointsDep
+from server.http.automatic1111.jobs import owner_of
+from server.http.automatic1111.route import ERRORS, TolerantRoute
+from server.http.dependencies import ServiceDep
+
+__all__ = ["router"]
+
+router = APIRouter(prefix="/sdapi/v1", tags=["automatic1111"], route_class=TolerantRoute)
+
+
+@router.post("/unload-checkpoint", responses=ERRORS)
+async def unload_checkpoint(
+    request: Request, service: ServiceDep, checkpoints: CheckpointsDep
+) -> dict[str, Any]:
+    """Unload the client's model if nothing uses it; its next request loads it again."""
+    service.ready_engine()
+    await service.ready_shelf().unload(checkpoints.of(owner_of(request)))
+    return {}
+
+
+@router.post("/reload-checkpoint", responses=ERRORS)
+async def reload_checkpoint(
+    request: Request, service: ServiceDep, checkpoints: CheckpointsDep
+) -> dict[str, Any]:
+    """Load the client's model, and answer once it is loaded."""
+    service.ready_engine()
+    lease = await service.ready_shelf().lend(checkpoints.of(owner_of(request)))
+    lease.release()
+    return {}
