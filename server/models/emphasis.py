@@ -27,6 +27,7 @@ __all__ = [
     "Segment",
     "WeightedPrompt",
     "chunks_of",
+    "escaped",
     "is_long",
     "is_weighted",
     "plain_text",
@@ -59,6 +60,8 @@ _PIECE: Final = re.compile(
 )
 _BREAK: Final = re.compile(r"\bBREAK\b")
 _SYNTAX: Final = re.compile(r"[\\()\[\]]|\bBREAK\b")
+_READ: Final = re.compile(r"[\\()\[\]]|(?<=\bB)(?=REAK\b)|(?<=\bA)(?=ND\b)|(?<=<)(?=\w+:[^<>]+>)")
+"""Where AUTOMATIC1111 reads more than plain text: weights, chunks, joined prompts and tags."""
 
 
 class WeightedPrompt(str):
@@ -98,6 +101,11 @@ class Chunk:
 def is_weighted(text: str) -> bool:
     """Whether a text says anything in this syntax."""
     return _SYNTAX.search(text) is not None
+
+
+def escaped(text: str) -> str:
+    """A plain text as it is written in this syntax, so that it says the same there."""
+    return _READ.sub(r"\\\g<0>", text)
 
 
 def is_long(text: str) -> bool:

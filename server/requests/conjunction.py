@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, Final
 
-from guidance.composed import Composed, WeightedPrompt
+from guidance.composed import Composed
 
 __all__ = ["composed_of", "conjoined", "split_prompt"]
 
@@ -48,17 +48,17 @@ def composed_of(parts: Sequence[tuple[str, float]], scale: float | None) -> dict
     return {"prompt": prompt, "guidance": {"name": "composed", "scale": own, "prompts": others}}
 
 
-def conjoined(prompt: str, scale: float, prompts: Sequence[WeightedPrompt]) -> str:
+def conjoined(prompt: str, scale: float, prompts: Sequence[tuple[str, float]]) -> str:
     """The text that :func:`split_prompt` reads a composed request from.
 
     Args:
         prompt: of the request.
         scale: of the rule, by which the weights are divided; 0 leaves the other prompts out.
-        prompts: of the rule.
+        prompts: of the rule, with their weights.
     """
     if not prompts or not scale:
         return prompt
-    others = [f"{one.prompt} :{one.weight / scale:.6g}" for one in prompts]
+    others = [f"{text} :{weight / scale:.6g}" for text, weight in prompts]
     return " AND ".join([f"{prompt} :1", *others])
 
 

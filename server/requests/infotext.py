@@ -10,6 +10,7 @@ from typing import Any, Final
 from guidance.parts import PARTS
 from samplers import Sampler
 from samplers.names import label_of, schedule_type_of
+from server.models.emphasis import escaped
 from server.requests.conjunction import conjoined
 from server.requests.controls import RESIZE_LABELS, ControlSettings
 from server.requests.hires import UPSCALER_LABELS
@@ -46,6 +47,7 @@ def infotext(
     statistics: str | None = None,
     dtype: str = "float32",
     quantization: str = "none",
+    weighs_prompts: bool = False,
 ) -> str:
     """The text for one image.
 
@@ -56,6 +58,8 @@ def infotext(
         statistics: guidance whose model statistics the sampler was planned with, if any.
         dtype: that the model computes in; written unless it is float32.
         quantization: of the model's weights; written if there is one.
+        weighs_prompts: whether the model reads weights in prompts. Its plain prompts are escaped,
+            as whoever reads the text takes their brackets for weights.
     """
     guidance, hires = settings.guidance, settings.hires
     strength = settings.strength if hires is None else hires.strength
@@ -89,10 +93,12 @@ def infotext(
     line = ", ".join(
         f"{key}: {_quoted(value)}" for key, value in fields.items() if value is not None
     )
+    written = escaped if weighs_prompts and settings.prompt_syntax is None else str
     negative = settings.negative_prompt
-    told = f"Negative prompt: {_harmless(negative)}\n" if negative else ""
+    told = f"Negative prompt: {_harmless(written(negative))}\n" if negative else ""
     scale, others = getattr(guidance, "scale", 1.0), getattr(guidance, "prompts", ())
-    prompt = conjoined(settings.prompt, scale, others)
+    joined = [(written(one.prompt), one.weight) for one in others]
+    prompt = conjoined(written(settings.prompt), scale, joined)
     return f"{_harmless(prompt)}\n{told}{line}"
 
 

@@ -136,6 +136,7 @@ def _encoded(
         version=VERSION,
         dtype=str(model.dtype).removeprefix("torch."),
         quantization=model.placement.quantization,
+        weighs_prompts=model.weighs_prompts,
     )
     description = ImageText(text, written.settings())
     return Picture(encode(pixels, request.output_format, description), single.seed, text)

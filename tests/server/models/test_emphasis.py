@@ -20,6 +20,7 @@ from server.models.emphasis import (
     Segment,
     WeightedPrompt,
     chunks_of,
+    escaped,
     is_long,
     is_weighted,
     segments_of,
@@ -27,7 +28,10 @@ from server.models.emphasis import (
 from server.models.hosted import HostedModel
 from server.models.inputs import RowInputs
 from server.models.loading import load_model
+from server.models.prompt_editing import Timeline, texts_along
 from server.models.unet_model import TEXT
+from server.requests.conjunction import split_prompt
+from server.requests.lora_tags import read_tags
 from server.requests.resolve import make_plan, prepare, resolve
 from server.requests.schema import GenerateRequest
 from server.requests.tasks import tasks_of
@@ -128,6 +132,18 @@ def test_a_text_needs_the_syntax_only_if_it_uses_it() -> None:
     assert all(map(is_weighted, ("(a)", "a [b]", r"\(", "a BREAK b")))
     assert is_long("é" * 40)
     assert not is_long("e" * 40)
+
+
+PLAIN = "a [red|(blue:1.2)] (circle) \\o/ AND a BREAK, <lora:x:1> :1 ]) ANDY <3 \\"
+
+
+@pytest.mark.parametrize("text", [PLAIN, "[a:b:0.5]", "BREAK", "a red circle"])
+def test_a_plain_text_that_is_escaped_says_the_same_in_the_syntax(text: str) -> None:
+    written = escaped(text)
+    assert segments_of(written) == [Segment(text, 1.0)]
+    assert texts_along(written, Timeline(10)) == (written,)
+    assert split_prompt(written) == [(written, 1.0)]
+    assert read_tags(written).prompt == written
 
 
 def test_a_weighted_prompt_is_no_plain_text() -> None:

@@ -241,6 +241,24 @@ def test_weights_and_changes_of_a_prompt_act_and_are_read_back_and_long_prompts_
     assert txt2img(api, **long).images[0].size == (SIDE, SIDE)
 
 
+def test_what_a_plain_prompt_s_text_is_read_back_as_draws_the_same_image(
+    client: httpx2.Client,
+) -> None:
+    told = {"prompt": "a [big:(red):1] circle BREAK", "negative_prompt": "(blue:1.6)"}
+    guidance = {"name": "cfg", "scale": 5}
+    body = SMALL | {"steps": 2, "sampler": "euler"} | told | {"guidance": guidance}
+    (image,) = client.post("/v1/generate", json=body).json()["images"]
+    file = Image.open(io.BytesIO(base64.b64decode(image["b64_json"])))
+    text = file.info["parameters"]
+    assert text.startswith(r"a \[big:\(red\):1\] circle B\REAK" + "\nNegative prompt: \\(blue")
+    (again,) = client.post("/sdapi/v1/txt2img", json={"infotext": text}).json()["images"]
+    difference = array(Image.open(io.BytesIO(base64.b64decode(again)))).astype(int) - array(file)
+    assert np.abs(difference).max() <= 1
+    # Where nothing is escaped, the words in brackets count for more.
+    (other,) = native(client, **told, guidance=guidance, prompt_syntax="automatic1111")
+    assert np.abs(other.astype(int) - array(file)).max() > 10
+
+
 def test_progress_shows_a_preview_and_an_interruption_returns_it(
     running: Running, api: WebUIApi
 ) -> None:
