@@ -80,7 +80,8 @@ class Target:
         scale = min(1.0, sqrt(most_pixels / (width * height)))
         if self.longest is not None:
             scale = min(scale, self.longest / max(width, height))
-        found = self._side(width * scale, most_pixels)
+        # Room for one multiple is left to the other side, whatever the proportions.
+        found = self._side(width * scale, most_pixels // self.multiple)
         return found, self._side(height * scale, most_pixels // found)
 
     def _side(self, wanted: float, most: int) -> int:

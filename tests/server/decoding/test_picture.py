@@ -129,15 +129,16 @@ def test_a_cmyk_jpeg_keeps_its_colours(colour: tuple[int, int, int]) -> None:
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP"])
-def test_a_picture_is_turned_as_its_exif_says(file_format: str) -> None:
+def test_pictures_and_masks_are_turned_as_their_exif_says(file_format: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     upright = Image.new("RGB", (32, 16), "black")
     upright.paste("white", (0, 0, 32, 8))
-    turned = np.asarray(picture(saved(upright, file_format, exif=exif.tobytes())).convert("L"))
-    assert turned.shape == (32, 16)
-    assert turned[:, 12].min() > 200
-    assert turned[:, 3].max() < 50
+    data = saved(upright, file_format, exif=exif.tobytes())
+    for turned in (np.asarray(picture(data).convert("L")), np.asarray(mask(data))):
+        assert turned.shape == (32, 16)
+        assert turned[:, 12].min() > 200
+        assert turned[:, 3].max() < 50
 
 
 @pytest.mark.parametrize(

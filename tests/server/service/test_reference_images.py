@@ -112,6 +112,16 @@ def test_both_networks_are_shown_the_pictures_in_both_runs() -> None:
     assert model.saw == {((32, 64, 3), (32, 32, 3))}
 
 
+def test_a_long_picture_is_brought_to_sides_that_the_model_reads_within_a_low_limit() -> None:
+    model = Reading()
+    with serving(model, pixels=64 * 64) as service:
+        model.read.clear()
+        size = asyncio.run(drawn(service, asked_with((8, 512), width=32, height=32)))
+        tall = asyncio.run(drawn(service, asked_with((512, 8))))
+    assert (size, tall) == ((32, 32), (32, 128))
+    assert model.read == [[(4, 4, 16)], [(4, 16, 4)]]
+
+
 def test_a_size_that_follows_from_a_picture_is_not_refused_beforehand() -> None:
     # The model's own size is too large here, and that of the picture is not.
     model = Reading(default_width=256)
