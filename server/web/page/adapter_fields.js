@@ -15,7 +15,7 @@ function rowOf(entry) {
   const names = nameField(TITLE, name);
   const input = create("input", { type: "number", min: -STRONGEST, max: STRONGEST, step: "any", placeholder: 1, value: weight ?? "" });
   const row = create("div", {}, names, create("label", {}, "Weight ", input));
-  row.offer = (model) => names.offer(model[FIELD].map((one) => one.name));
+  row.offer = (model, taken) => names.offer(model[FIELD].map((one) => one.name), taken);
   row.read = () => ({ name: names.value, ...(input.value && { weight: Number(input.value) }) });
   row.focus = () => names.focus();
   return row;

@@ -3,13 +3,13 @@
 import { create } from "./fields.js";
 
 /**
- * A choice among the names of what a model has, with `offer(names)`; a name that the model does not
- * have stays, so that the server can say so.
+ * A choice among the names of what a model has, with `offer(names, taken)`; a name that the model
+ * does not have stays, so that the server can say so, and a new one is none that is taken.
  */
 export function nameField(title, value) {
   const element = create("select", { ariaLabel: `Name of the ${title}` });
-  element.offer = (names) => {
-    const chosen = element.value || value || names[0];
+  element.offer = (names, taken) => {
+    const chosen = element.value || value || (names.find((name) => !taken.includes(name)) ?? names[0]);
     const offered = names.includes(chosen) ? names : [...names, chosen];
     element.replaceChildren(...offered.map((name) => new Option(name)));
     element.value = chosen;
@@ -25,8 +25,9 @@ export function nameField(title, value) {
  * @param field name in a request.
  * @param title of one entry, as within a sentence.
  * @param mostOf gives the number of entries that a model takes.
- * @param rowOf makes the inputs of an entry, null for a new one, with `offer(model)`, `focus()` and
- *   `read()`, which gives null for an entry without a value.
+ * @param rowOf makes the inputs of an entry, null for a new one, with `offer(model, taken)`, where
+ *   `taken` are the names of the other entries, `focus()` and `read()`, which gives null for an
+ *   entry without a value.
  */
 export function listFields(place, field, title, mostOf, rowOf) {
   const rows = create("div");
@@ -35,6 +36,8 @@ export function listFields(place, field, title, mostOf, rowOf) {
   place.className = "entries";
   place.replaceChildren(rows, add);
 
+  const namesBeside = (row) => [...rows.children].filter((one) => one !== row).map((one) => one.read()?.name);
+  const offerTo = (row) => row.offer(model, namesBeside(row));
   const reveal = () => {
     const most = mostOf(model);
     add.hidden = rows.children.length >= most;
@@ -49,8 +52,9 @@ export function listFields(place, field, title, mostOf, rowOf) {
       row.remove();
       reveal();
       add.focus();
+      place.dispatchEvent(new Event("change", { bubbles: true }));
     });
-    row.offer(model);
+    offerTo(row);
     rows.append(row);
     reveal();
     return inputs;
@@ -59,7 +63,7 @@ export function listFields(place, field, title, mostOf, rowOf) {
 
   const offer = (chosen) => {
     model = chosen;
-    for (const row of rows.children) row.offer(model);
+    for (const row of rows.children) offerTo(row);
     reveal();
   };
   const fill = (request) => {

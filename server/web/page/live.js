@@ -3,6 +3,7 @@
 import { pickersOf } from "./catalog.js";
 import { drawOn } from "./drawing.js";
 import { LiveStream } from "./live_stream.js";
+import { imagePromptFields } from "./picture_fields.js";
 import { answered, headers, loaded, typedKey } from "./server.js";
 import { turnOnWebcam } from "./webcam.js";
 
@@ -15,6 +16,7 @@ const $ = (id) => document.getElementById(id);
 const form = $("live-form");
 const canvas = $("drawing");
 const frame = document.createElement("canvas");
+const imagePrompts = imagePromptFields($("live-image-prompts"));
 let pickers;
 let models;
 let view = canvas;
@@ -41,6 +43,9 @@ function settings() {
     paused: isPaused,
   };
   for (const name of ["steps", "seed"]) if (form[name].value) made[name] = Number(form[name].value);
+  imagePrompts.fill(made);
+  // One that is just being added has no picture yet.
+  made.image_prompts &&= made.image_prompts.filter(({ image }) => image);
   return pickers.fill(made);
 }
 
@@ -140,6 +145,7 @@ async function start() {
     form.steps.placeholder = steps;
     form.steps.value = steps > LIVE_STEPS ? LIVE_STEPS : "";
     pickers.follow(chosenModel());
+    imagePrompts.offer(chosenModel());
   };
   form.model.addEventListener("change", follow);
   follow();

@@ -2,9 +2,10 @@
 
 import { create } from "./fields.js";
 import { listFields, nameField } from "./list_fields.js";
-import { upload } from "./upload.js";
+import { upload, uploads } from "./upload.js";
 
 const MOST = 4;
+const MOST_PICTURES = 4;
 
 const NUMBERS = {
   scale: { title: "Scale ", max: 4, placeholder: 1 },
@@ -15,9 +16,8 @@ const NUMBERS = {
 const without = (object) => Object.fromEntries(Object.entries(object).filter(([, value]) => value !== null));
 
 /** The inputs of one entry of such a list, or of a new one. */
-function rowOf(given, field, title, words, region) {
+function rowOf(given, field, title, pictures) {
   const entry = given ?? {};
-  const pictures = { image: upload("Picture", words), ...(region && { mask: upload("Mask", region) }) };
   // What settings have and no input here shows stays as it is.
   const shown = ["name", ...Object.keys(pictures), ...Object.keys(NUMBERS)];
   const others = Object.fromEntries(Object.entries(entry).filter(([name]) => !shown.includes(name)));
@@ -29,7 +29,7 @@ function rowOf(given, field, title, words, region) {
   const names = nameField(title, entry.name);
   const row = create("div", {}, names, ...Object.values(pictures),
     create("div", { className: "basics thirds" }, ...numbers), create("small", {}, "Start and end are shares of the run between which it acts."));
-  row.offer = (model) => names.offer(model[field].map(({ name }) => name));
+  row.offer = (model, taken) => names.offer(model[field].map(({ name }) => name), taken);
   row.read = () => {
     const stated = Object.entries(inputs).map(([name, { value }]) => [name, value ? Number(value) : null]);
     const chosen = Object.entries(pictures).map(([name, picture]) => [name, picture.read()]);
@@ -46,10 +46,20 @@ function rowOf(given, field, title, words, region) {
  * @param place an element for them.
  * @param field name in a request, and of what the model has in the catalog.
  * @param title of one entry, as within a sentence.
- * @param words about its picture.
- * @param region about a mask of where it acts; without, there is none.
+ * @param picturesOf makes the inputs for the pictures of an entry, by their fields.
  */
-export function pictureFields(place, field, title, words, region) {
+function pictureFields(place, field, title, picturesOf) {
   const mostOf = (model) => (model[field].length ? MOST : 0);
-  return listFields(place, field, title, mostOf, (entry) => rowOf(entry, field, title, words, region));
+  return listFields(place, field, title, mostOf, (entry) => rowOf(entry, field, title, picturesOf()));
 }
+
+/** The inputs for `image_prompts`. */
+export const imagePromptFields = (place) => pictureFields(place, "image_prompts", "image prompt", () => ({
+  image: uploads("Picture", "What the images are to be like, in content or style. The square in its middle counts. Several are attended to together.", MOST_PICTURES),
+  mask: upload("Mask", "White where in the images it acts, black where not. Without, it acts everywhere."),
+}));
+
+/** The inputs for `controls`. */
+export const controlFields = (place) => pictureFields(place, "controls", "ControlNet", () => ({
+  image: upload("Picture", "What it reads, such as edges, a depth map or a pose, prepared as it was trained with."),
+}));

@@ -5,7 +5,7 @@ import { pickersOf } from "./catalog.js";
 import { create } from "./fields.js";
 import { hiresFields, sizeBeside } from "./hires.js";
 import { maskPainter } from "./mask.js";
-import { pictureFields } from "./picture_fields.js";
+import { controlFields, imagePromptFields } from "./picture_fields.js";
 import { referenceFields } from "./reference_fields.js";
 import { startNoiseFields } from "./start_noise.js";
 import { textFields } from "./texts.js";
@@ -63,9 +63,9 @@ export function requestForm(form, catalog) {
     textFields(form),
     maskContentFields(form, catalog.mask_contents),
     referenceFields(form.querySelector("#reference-images")),
-    pictureFields(form.querySelector("#image-prompts"), "image_prompts", "image prompt", "What the images are to be like, in content or style. The square in its middle counts.", "White where in the images it acts, black where not. Without, it acts everywhere."),
+    imagePromptFields(form.querySelector("#image-prompts")),
     adapterFields(form.querySelector("#adapters")),
-    pictureFields(form.querySelector("#controls"), "controls", "ControlNet", "What it reads, such as edges, a depth map or a pose, prepared as it was trained with."),
+    controlFields(form.querySelector("#controls")),
   ];
 
   const places = [...form.querySelectorAll("[data-choices]")];

@@ -46,3 +46,38 @@ export function upload(label, words) {
   });
   return element;
 }
+
+/**
+ * Inputs for up to so many pictures, of which the last one waits for another.
+ *
+ * @param label over each.
+ * @param words that explain them.
+ * @param most of them.
+ * @returns their element, with `read()`, which gives null, a picture or a list of several, and
+ *   `put(any of these)`.
+ */
+export function uploads(label, words, most) {
+  const inputs = create("div");
+  const element = create("div", {}, inputs, create("small", {}, words));
+  const append = (value) => {
+    const input = upload(label, "");
+    inputs.append(input);
+    if (value) input.put(value);
+  };
+  const isEmpty = (input) => !input.read();
+  element.read = () => {
+    const chosen = [...inputs.children].map((input) => input.read()).filter(Boolean);
+    return chosen.length > 1 ? chosen : chosen[0] ?? null;
+  };
+  element.put = (values) => {
+    inputs.replaceChildren();
+    for (const value of [values ?? []].flat()) append(value);
+    if (inputs.children.length < most) append(null);
+  };
+  element.addEventListener("change", () => {
+    for (const input of [...inputs.children].filter(isEmpty)) if (input !== inputs.lastChild) input.remove();
+    if (inputs.children.length < most && !isEmpty(inputs.lastChild)) append(null);
+  });
+  append(null);
+  return element;
+}

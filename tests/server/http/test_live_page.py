@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx2
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from server.settings import Settings
 from tests.server.conftest import Running
 from tests.server.http.browser import Tab, new_tab
+from tests.server.models.image_prompts.tiny_image_prompts import put_adapter, put_encoder
 
 KEY = "a-key-of-the-test-suite-of-the-page"
 LEAST_DIFFERENCE = 4
@@ -80,6 +83,18 @@ def tab(browser: str, client: httpx2.Client) -> Iterator[Tab]:
     with new_tab(browser, TOOLS) as tab:
         tab.open(f"{client.base_url}/#live")
         yield tab
+
+
+@pytest.fixture
+def style(running: Running, image_prompts_folder: Path) -> Iterator[str]:
+    """The name of an IP-Adapter that the embedded model has for one test."""
+    [model, *_] = running.app.state.service.ready_shelf().loaded()
+    before = {*image_prompts_folder.iterdir()}
+    put_encoder(image_prompts_folder)
+    put_adapter(model.modules()["unet"], image_prompts_folder, "style", 1)
+    yield "style"
+    for made in {*image_prompts_folder.iterdir()} - before:
+        shutil.rmtree(made) if made.is_dir() else made.unlink()
 
 
 def test_a_stroke_and_another_prompt_change_the_picture(tab: Tab) -> None:
@@ -154,6 +169,40 @@ def test_a_paused_stream_stands_still_until_it_goes_on(tab: Tab) -> None:
         """
     )
     assert got == [0, "true", "false", "Start"]
+
+
+def test_an_image_prompt_changes_the_picture_until_it_is_removed(style: str, tab: Tab) -> None:
+    with_it, without, sentences = tab.run(
+        """
+        await loaded();
+        change(form.model, "embedded");
+        """
+        + LIVE
+        + """
+        const place = $("live-image-prompts");
+        const sentences = [place.closest("details").hidden];
+        const first = await pixels();
+        place.lastChild.click();
+        const names = place.querySelector("select");
+        change(names, "STYLE");
+        const canvas = Object.assign(document.createElement("canvas"), { width: 8, height: 8 });
+        canvas.getContext("2d").fillRect(0, 0, 8, 4);
+        const square = await new Promise((resolve) => canvas.toBlob(resolve));
+        const dataTransfer = new DataTransfer();
+        dataTransfer.items.add(new File([square], "square.png", { type: "image/png" }));
+        change(place.querySelector("[type=number]"), 4);
+        const dropped = new DragEvent("drop", { dataTransfer, cancelable: true });
+        place.querySelector(".upload").dispatchEvent(dropped);
+        const drawn = await other(first);
+        sentences.push($("live-said").className);
+        place.querySelector("fieldset").lastChild.click();
+        const again = await other(drawn);
+        return [distance(drawn, first), distance(again, first), sentences];
+        """.replace("STYLE", style)
+    )
+    assert with_it > LEAST_DIFFERENCE
+    assert without == 0
+    assert sentences == [False, ""]
 
 
 def test_a_refused_setting_is_shown_as_a_sentence_and_the_stream_goes_on(tab: Tab) -> None:

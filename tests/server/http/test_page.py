@@ -422,11 +422,14 @@ def test_presets_wait_for_the_catalog(browser: str, client: httpx2.Client) -> No
         tab.open(str(client.base_url), FRESH + held)
         shown = """
             await until(() => $("presets").querySelectorAll("input").length === 3);
-            return [$("presets").disabled, $("preset-words").textContent];
+            const optional = ["image-prompts", "controls", "reference-images", "adapters"];
+            const hidden = optional.map((id) => $(id).closest("[hidden]") !== null);
+            return [$("presets").disabled, $("preset-words").textContent, hidden];
         """
-        assert tab.run(shown) == [True, "Waiting for what the server offers."]
-        disabled, words = tab.run(f"window.go(); {READY} {shown}")
-        assert not disabled
+        # What only some models have is not shown for a moment.
+        assert tab.run(shown) == [True, "Waiting for what the server offers.", [True] * 4]
+        disabled, words, hidden = tab.run(f"window.go(); {READY} {shown}")
+        assert (disabled, hidden) == (False, [True, True, True, False])
         assert words.startswith("What the server chooses")
 
 
@@ -523,16 +526,18 @@ def test_what_some_models_have_is_asked_for_and_comes_back_with_the_settings(
     })"""
     assert tab.run(f"return {optional}") == [True] * 4
     tab.open(str(client.base_url), MORE)
-    hidden, most, sent, resolved, odd = tab.run(
+    hidden, most, names, *sent = tab.run(
         f"""
         {READY}
         const hidden = {optional};
         const sent = [];
         window.fetch = async (_, {{ body }}) => {{ sent.push(body); throw new Error("kept"); }};
         const buttons = (id) => [...$(id).querySelectorAll("button:not([hidden])")];
+        let names;
         const most = ["image-prompts", "controls", "reference-images", "adapters"].map((id) => {{
           while (buttons(id).at(-1).textContent.startsWith("Add")) buttons(id).at(-1).click();
           const rows = [...$(id).querySelectorAll("fieldset")];
+          if (id === "adapters") names = rows.map((row) => row.querySelector("select").value);
           for (const row of rows) row.lastChild.click();
           return rows.length;
         }});
@@ -576,12 +581,18 @@ def test_what_some_models_have_is_asked_for_and_comes_back_with_the_settings(
           await open({ ...settings, hires: { ...run, width, height } });
           await press();
         }
-        return [hidden, most, ...sent];
+        const [shown] = settings.image_prompts;
+        const image = [shown.image, shown.mask];
+        await open({ ...settings, image_prompts: [{ ...shown, image }] });
+        await press();
+        return [hidden, most, names, ...sent];
         """
     )
     assert hidden == [False] * 4
     assert most == [MOST_IMAGE_PROMPTS, MOST_CONTROLS, 1, MOST_ADAPTERS]
-    first, again, square = map(json.loads, (sent, resolved, odd))
+    # A new one is another than those that are there, while there is another.
+    assert names == ["pastel", "ink", *["pastel"] * (MOST_ADAPTERS - 2)]
+    first, again, square, several = map(json.loads, sent)
     GenerateRequest.model_validate(first)
     shown = {"scale": 0.5, "start": 0.1, "end": 0.7}
     for field, name in (("image_prompts", "plus"), ("controls", "canny")):
@@ -604,6 +615,8 @@ def test_what_some_models_have_is_asked_for_and_comes_back_with_the_settings(
     inverted = {"controls": [first["controls"][0] | {"preprocessor": "invert"}]}
     assert again == first | size | larger | inverted
     assert square["hires"] == {"upscaler": "latent", "strength": 0.6, "width": 128, "height": 128}
+    [shown] = first["image_prompts"]
+    assert several["image_prompts"] == [shown | {"image": [shown["image"]] * 2}]
 
 
 def test_a_picture_of_several_is_drawn_again_from_its_settings(tab: Tab) -> None:
