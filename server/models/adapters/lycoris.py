@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["as_low_rank", "layers_of_whole_operands"]
+__all__ = ["as_low_rank", "is_operand", "layers_of_whole_operands"]
 
 OPERAND = re.compile(
     r"(?P<layer>.+)\.(?P<name>hada_(w[12]_[ab]|t[12])|lokr_(w[12](_[ab])?|t2)|diff)"
@@ -33,17 +33,21 @@ MIDDLE = ".lora_mid.weight"
 DOWN, UP = ".lora_down.weight", ".lora_up.weight"
 
 
-def as_low_rank(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def as_low_rank(
+    tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
     """The tensors of a file, those of LyCORIS' kinds replaced by ``lora_down`` and ``lora_up``.
 
-    Both new factors are matrices ``[rank, in]`` and ``[out, rank]`` in float32, alpha / rank in the
-    second; those of a convolution have its input's channels and its kernel flattened into one.
+    Both new factors are matrices ``[rank, in]`` and ``[out, rank]``, alpha / rank in the second;
+    those of a convolution have its input's channels and its kernel flattened into one.
 
     Args:
         tensors: of a file, or stand-ins for them; alphas are numbers even so.
+        dtype: of the new factors, which are computed in float32.
 
     Raises:
-        AdapterMismatch: an operand is missing; the sentence goes on after the adapter's name.
+        AdapterMismatch: an operand is missing, or two of them do not fit together; the sentence
+            goes on after the adapter's name.
     """
     made = dict(tensors)
     operands: dict[str, dict[str, Tensor]] = {}
@@ -58,13 +62,22 @@ def as_low_rank(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             down, up, rank = _factors({name: one.float() for name, one in own.items()})
         except KeyError as error:
             raise AdapterMismatch(f"lacks the tensor {layer}.{error.args[0]}") from None
-        made[layer + DOWN], made[layer + UP] = down, up * _scale(alpha, rank)
+        except _UnlikeRanks as error:
+            raise AdapterMismatch(f"has {error} in the layer {layer[:200]}") from None
+        made[layer + DOWN] = down.to(dtype)
+        made[layer + UP] = (up * _scale(alpha, rank)).to(dtype)
     for name in [name for name in made if name.endswith(MIDDLE)]:
         layer = name.removesuffix(MIDDLE)
         if (down := made.get(layer + DOWN)) is not None:
             core = made.pop(name).float() * _scale(made.pop(f"{layer}.alpha", None), len(down))
-            made[layer + DOWN] = torch.einsum("oikl,in->onkl", core, down.float().flatten(1))
+            whole = torch.einsum("oikl,in->onkl", core, down.float().flatten(1))
+            made[layer + DOWN] = whole.to(dtype)
     return made
+
+
+def is_operand(name: str) -> bool:
+    """Whether a tensor of a file is one of which factors are made."""
+    return OPERAND.fullmatch(name) is not None
 
 
 def layers_of_whole_operands(names: Collection[str]) -> set[str]:
@@ -121,8 +134,15 @@ def _kronecker(own: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, int | None]:
     return torch.kron(b1, b2), torch.kron(a1, a2), ranks[0] if ranks else None
 
 
+class _UnlikeRanks(Exception):
+    """The operands of a product have other ranks."""
+
+
 def _with_core(first: Tensor, second: Tensor, core: Tensor | None) -> tuple[Tensor, Tensor]:
     """The factors ``[out, rank]`` and ``[rank, in]`` of an operand, whose core is between them."""
+    ranks = (first.shape[1], len(second)) if core is None else (len(first), len(second))
+    if ranks != (tuple(core.shape[:2]) if core is not None else ranks[::-1]):
+        raise _UnlikeRanks(f"factors of the shapes {list(first.shape)} and {list(second.shape)}")
     if core is None:
         return first, second.flatten(1)
     return first.mT.contiguous(), torch.einsum("ij...,jr->ir...", core, second).flatten(1)

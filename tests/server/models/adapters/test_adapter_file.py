@@ -193,11 +193,6 @@ def without(name: str) -> dict[str, Tensor]:
 
 A, B = f"unet.{LINEAR}.lora_A.weight", f"unet.{LINEAR}.lora_B.weight"
 REFUSED: dict[str, tuple[dict[str, Tensor], dict[str, str], str]] = {
-    "dora": (
-        {**factors(), f"unet.{LINEAR}.lora_magnitude_vector": torch.ones(5)},
-        {},
-        rf"is a DoRA \(unet.{LINEAR}.lora_magnitude_vector\)",
-    ),
     "biases": (
         {**factors(), f"unet.{LINEAR}.diff_b": torch.ones(5)},
         {},
@@ -211,7 +206,20 @@ REFUSED: dict[str, tuple[dict[str, Tensor], dict[str, str], str]] = {
     "dora by its config": (
         factors(),
         {"lora_adapter_metadata": '{"unet.use_dora": true}'},
-        "is a DoRA",
+        r"is a DoRA \(lora_adapter_metadata says so\) without the lora_magnitude_vector of mid",
+    ),
+    "loha of unlike ranks": (
+        {
+            f"lora_unet_mid_proj.hada_{name}": torch.ones(size)
+            for name, size in {
+                "w1_a": (5, 2),
+                "w1_b": (3, 6),
+                "w2_a": (5, 3),
+                "w2_b": (2, 6),
+            }.items()
+        },
+        {},
+        r"has factors of the shapes \[5, 2\] and \[3, 6\] in the layer lora_unet_mid_proj",
     ),
     "left over": (
         {**factors(), "unet.mid.norm.weight": torch.ones(5), "pooled": torch.ones(1, 2)},
