@@ -9,14 +9,17 @@ written back.
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from torch import nn
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["STREAMED_BLOCKS", "stream_blocks"]
+__all__ = ["STREAMED_BLOCKS", "is_streamed", "stream_blocks"]
+
+GROUPS: Final = "group_offloading"
+"""Name of the hook by which diffusers moves a module."""
 
 STREAMED_BLOCKS: Final = 2
 """Blocks of a network that are on the device at once: one that runs, and the next."""
@@ -40,6 +43,16 @@ def stream_blocks(network: nn.Module, device: torch.device) -> None:
         num_blocks_per_group=1,
         use_stream=device.type == "cuda",
     )
+
+
+def is_streamed(network: nn.Module) -> bool:
+    """Whether a network's weights move while it runs."""
+    registries: list[Any] = [
+        found
+        for module in network.modules()
+        if (found := getattr(module, "_diffusers_hook", None)) is not None
+    ]
+    return any(one.get_hook(GROUPS) is not None for one in registries)
 
 
 def _trunk(network: nn.Module) -> nn.Module:

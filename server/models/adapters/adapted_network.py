@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 from weakref import ref
 
@@ -23,20 +24,20 @@ from server.models.adapters.layer_changes import layer_changes
 from server.models.memory import measure
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Mapping, Sequence
+    from collections.abc import Generator, Mapping
 
     from torch import Tensor
+    from torch.utils.hooks import RemovableHandle
 
     from server.models.adapters.adapter import Adapter, RowAdapters
-    from server.models.adapters.layer_changes import LayerChanges
+    from server.models.adapters.layer_changes import ChangedLayer
+    from server.models.adapters.row_scales import InputScales
     from server.models.adapters.stack import Layer
 
 __all__ = ["AdaptedNetwork"]
 
 KEPT_SHARE = 1 / 32
 """Of the device's memory, that stacks which are kept for later forwards may have."""
-
-Hook: TypeAlias = "Callable[[Layer, tuple[Tensor, ...], Tensor], Tensor]"
 
 Key: TypeAlias = "tuple[bool, tuple[tuple[tuple[ref[Adapter], float], ...], ...]]"
 """Whether a forward is fixed, and the adapters and weights of its rows.
@@ -47,14 +48,14 @@ It holds no adapter: their memory belongs to the requests.
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Plan:
-    """What is added in a forward.
+    """What is changed in a forward.
 
     Attributes:
-        layers: changes by the name of the layer.
-        nbytes: of their stacks.
+        layers: what is changed about each, by name.
+        nbytes: of stacks and factors.
     """
 
-    layers: Mapping[str, Sequence[LayerChanges]]
+    layers: Mapping[str, ChangedLayer]
     nbytes: int
 
 
@@ -105,11 +106,10 @@ class AdaptedNetwork:
             adapters: of the rows of that forward; None where no row has any.
         """
         self._plans.discard(_has_died)
-        # Before all other hooks, so that those which edit a layer's output see it adapted; and
-        # gone afterwards, so that forwards without adapters pay nothing.
         handles = [
-            self._layers[name].register_forward_hook(hook, prepend=True)
-            for name, hook in (self._hooks(adapters) if adapters else {}).items()
+            handle
+            for name, change in (self._changes(adapters) if adapters else {}).items()
+            for handle in change.hooked(self._layers[name])
         ]
         try:
             yield
@@ -117,38 +117,67 @@ class AdaptedNetwork:
             self._plans.shrink(0)
             raise
         finally:
+            # Forwards without adapters pay nothing.
             for handle in handles:
                 handle.remove()
 
-    def _hooks(self, adapters: RowAdapters) -> dict[str, Hook]:
-        """By name of the layer, the hook that adds the changes of all rows."""
+    def _changes(self, adapters: RowAdapters) -> dict[str, _Change]:
+        """By name of the layer, what changes it in all rows."""
         rows = (tuple((ref(one.adapter), one.weight) for one in own) for own in adapters.rows)
         plan = self._plans.get((adapters.fixed, tuple(rows)), lambda: self._plan(adapters))
         keep = plan.nbytes <= self._most_bytes
-        return {name: _adding(changes, keep=keep) for name, changes in plan.layers.items()}
+        return {name: _Change(changed, keep=keep) for name, changed in plan.layers.items()}
 
     def _plan(self, adapters: RowAdapters) -> _Plan:
         own = self._part, self._layers, adapters, self._device
         layers = layer_changes(*own, by_products=self._by_products)
-        return _Plan(layers, sum(one.nbytes for changes in layers.values() for one in changes))
+        return _Plan(layers, sum(one.nbytes for one in layers.values()))
 
 
-def _has_died(key: Key) -> bool:
-    """Whether an adapter of a plan has no request any more that has it."""
-    return any(adapter() is None for own in key[1] for adapter, _ in own)
+class _Change:
+    """Changes a layer while a forward runs, by hooks.
 
+    Args:
+        changed: what of it.
+        keep: whether stacks are kept for the next forward.
+    """
 
-def _adding(changes: Sequence[LayerChanges], *, keep: bool) -> Hook:
-    """A hook of one layer that adds its changes, one batch after another."""
+    def __init__(self, changed: ChangedLayer, *, keep: bool) -> None:
+        self._changed = changed
+        self._keep = keep
+        self._x: Tensor | None = None
 
-    def add(layer: Layer, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def hooked(self, layer: Layer) -> list[RemovableHandle]:
+        """Change the layer from now on."""
+        # Before all other hooks, so that those which edit a layer's output see it adapted; and
+        # behind those which edit its input.
+        handles = [layer.register_forward_hook(self._after, prepend=True)]
+        if (scales := self._changed.inputs) is not None:
+            handles.append(layer.register_forward_pre_hook(partial(self._before, scales)))
+        return handles
+
+    def _before(
+        self, scales: InputScales, layer: Layer, args: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        """Scale the input for the layer's own weight, and remember it for the changes."""
+        self._x, *others = args
+        return (scales.scaled(layer, self._x), *others)
+
+    def _after(self, layer: Layer, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """Scale the output, and add the changes, one batch after another."""
+        x, self._x = args[0] if self._x is None else self._x, None
         if isinstance(layer, nn.Conv2d):
             output = output.contiguous(memory_format=torch.channels_last)
         # Views: what is added to the tokens is added to the output.
         tokens = output.permute(0, 2, 3, 1) if isinstance(layer, nn.Conv2d) else output
         tokens = tokens.view(len(tokens), -1, tokens.shape[-1])
-        for one in changes:
-            one.stack(keep=keep).add(layer, args[0], tokens)
+        if self._changed.outputs is not None:
+            self._changed.outputs.scale(tokens)
+        for one in self._changed.changes:
+            one.stack(keep=self._keep).add(layer, x, tokens)
         return output
 
-    return add
+
+def _has_died(key: Key) -> bool:
+    """Whether an adapter of a plan has no request any more that has it."""
+    return any(adapter() is None for own in key[1] for adapter, _ in own)

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from server.models.adapters.magnitude import Magnitude
+
 __all__ = ["Adapter", "LowRank", "RowAdapters", "Weighted"]
 
 
@@ -20,10 +22,12 @@ class LowRank:
     Attributes:
         down: ``[rank, in]``; of a convolution ``[rank, in, height, width]``.
         up: ``[out, rank]``, with the factor alpha / rank in it.
+        magnitude: sizes of the changed weight, of a DoRA; None for any other adapter.
     """
 
     down: Tensor
     up: Tensor
+    magnitude: Magnitude | None = None
 
     @property
     def rank(self) -> int:
@@ -32,8 +36,9 @@ class LowRank:
 
     @property
     def nbytes(self) -> int:
-        """Memory of both tensors, in bytes."""
-        return self.down.nbytes + self.up.nbytes
+        """Memory of its tensors, in bytes."""
+        own = 0 if self.magnitude is None else self.magnitude.nbytes
+        return self.down.nbytes + self.up.nbytes + own
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)

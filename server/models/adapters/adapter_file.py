@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from server.errors import AdapterMismatch
 from server.models.adapters.adapter import Adapter, LowRank
 from server.models.adapters.lycoris import layers_of_whole_operands
+from server.models.adapters.magnitude import OUTPUTS, measured, weight_of
+from server.models.adapters.naming import magnitudes_of
 from server.models.adapters.placing import LARGEST_ALPHA, Header, Placed, Target, place
 from server.models.adapters.stated import stated_defaults
 from server.models.folder import chunks_of, stamp_of, without_folder
@@ -87,12 +89,7 @@ class AdapterFile:
 
     def nbytes(self, dtype: torch.dtype) -> int:
         """Memory of all tensors once they are loaded, in bytes."""
-        counts = (
-            _padded_rank(one.rank) * (prod(one.shapes[0][1:]) + one.shapes[1][0])
-            for part in self.parts.values()
-            for one in part.values()
-        )
-        return sum(counts) * dtype.itemsize
+        return sum(_nbytes(one, dtype) for part in self.parts.values() for one in part.values())
 
     def load(self, device: torch.device, dtype: torch.dtype) -> Adapter:
         """Read the weights.
@@ -101,13 +98,7 @@ class AdapterFile:
             AdapterMismatch: the file has changed since its header was read.
         """
         try:
-            state = self.target.converted(load_file(self.path, backend="pread"))
-            parts = {
-                part: {
-                    layer: _loaded(state[part], one, device, dtype) for layer, one in layers.items()
-                }
-                for part, layers in self.parts.items()
-            }
+            parts = self._parts(device, dtype)
             revision = _revision(self.path)
         except (OSError, SafetensorError) as error:
             raise AdapterMismatch(
@@ -116,6 +107,29 @@ class AdapterFile:
         if stamp_of(self.path) != self.stamp:
             raise AdapterMismatch(f"adapter {self.name!r} changed while it was read; try again.")
         return Adapter(self.name, revision, parts)
+
+    @torch.no_grad()
+    def _parts(self, device: torch.device, dtype: torch.dtype) -> dict[str, dict[str, LowRank]]:
+        tensors = load_file(self.path, backend="pread")
+        sizes = {name: tensors[name] for name, _ in magnitudes_of(tensors).values()}
+        state = self.target.converted(tensors, dtype)
+        # What is not needed any more goes at once: only the file is in memory beside the adapter.
+        del tensors
+        parts: dict[str, dict[str, LowRank]] = {}
+        for part, layers in self.parts.items():
+            for layer, one in layers.items():
+                change = _loaded(
+                    state[part].pop(one.down), state[part].pop(one.up), one, device, dtype
+                )
+                if one.magnitude is not None:
+                    weight = weight_of(self.target.layer(part, layer), dtype)
+                    placed = one.magnitude
+                    sized = measured(
+                        sizes[placed.name], placed.axis, change, weight, blended=placed.blended
+                    )
+                    change = replace(change, magnitude=sized)
+                parts.setdefault(part, {})[layer] = change
+        return parts
 
 
 def _header(path: Path) -> Header:
@@ -139,9 +153,8 @@ def _header(path: Path) -> Header:
 
 
 def _loaded(
-    state: Mapping[str, Tensor], one: Placed, device: torch.device, dtype: torch.dtype
+    down: Tensor, up: Tensor, one: Placed, device: torch.device, dtype: torch.dtype
 ) -> LowRank:
-    down, up = state[one.down], state[one.up]
     # In float32, so that a small factor does not round away in the model's precision.
     up = (one.scale * up.float()).flatten(1)
     # Few ranks, so that many adapters share one batch of products; zeros change nothing.
@@ -154,6 +167,17 @@ def _loaded(
 def _placed(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
     return tensor.to(device, dtype).contiguous(memory_format=layout)
+
+
+def _nbytes(one: Placed, dtype: torch.dtype) -> int:
+    """Memory of a change once it is loaded, in bytes."""
+    (_, *features), (out, *_) = one.shapes
+    factors = _padded_rank(one.rank) * (prod(features) + out) * dtype.itemsize
+    if one.magnitude is None:
+        return factors
+    entries = out if one.magnitude.axis == OUTPUTS else features[0]
+    # Of each, its size and three numbers about the weight.
+    return factors + 4 * entries * torch.float32.itemsize
 
 
 def _padded_rank(rank: int) -> int:

@@ -10,22 +10,27 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from server.models.adapters.convolution import multiplies
+from server.models.adapters.magnitude import composed
+from server.models.adapters.row_scales import InputScales, OutputScales
 from server.models.adapters.stack import Rows, longest_run, reaches, stacked
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from torch import Tensor
 
-    from server.models.adapters.adapter import RowAdapters
+    from server.models.adapters.adapter import LowRank, RowAdapters, Weighted
+    from server.models.adapters.magnitude import Scales
     from server.models.adapters.stack import Changes, Layer, Stack
 
-__all__ = ["LayerChanges", "layer_changes"]
+__all__ = ["ChangedLayer", "LayerChanges", "layer_changes"]
 
 Sent: TypeAlias = "Callable[[tuple[Any, ...]], Tensor]"
 
 OfRows: TypeAlias = "dict[int, Changes]"
+
+_Placed: TypeAlias = "tuple[int, LowRank, float]"
 
 
 @dataclass(slots=True, eq=False)
@@ -73,6 +78,35 @@ class LayerChanges:
         return stacked(*own, by_products=self.by_products)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ChangedLayer:
+    """What a forward changes about a layer.
+
+    Attributes:
+        changes: that are added to its output.
+        inputs: factors on its input before that; None where no row has any.
+        outputs: factors on its output before that; None where no row has any.
+    """
+
+    changes: Sequence[LayerChanges]
+    inputs: InputScales | None
+    outputs: OutputScales | None
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the stacks and the factors, in bytes."""
+        factors = [one.factor.nbytes for one in (self.inputs, self.outputs) if one is not None]
+        return sum(one.nbytes for one in self.changes) + sum(factors)
+
+
+@dataclass(slots=True, eq=False)
+class _Rows:
+    """What the rows of a forward change about a layer: batches of changes, and factors by row."""
+
+    batches: dict[tuple[int, int], OfRows]
+    scales: dict[int, Scales]
+
+
 def layer_changes(
     part: str,
     layers: Mapping[str, Layer],
@@ -80,8 +114,8 @@ def layer_changes(
     device: torch.device,
     *,
     by_products: bool,
-) -> dict[str, list[LayerChanges]]:
-    """What is added to each layer's output, by the layer's name.
+) -> dict[str, ChangedLayer]:
+    """What is changed about each layer, by the layer's name.
 
     All changes of a layer are one batch of products. Not so in a fixed forward, where the bits of a
     row must not depend on its neighbours' ranks: there are only changes of one rank, and one of
@@ -100,25 +134,76 @@ def layer_changes(
         with _for_any_forward():
             return torch.tensor(numbers).to(device, non_blocking=True)
 
-    return {
-        name: [
-            _joint(layers[name], own, adapters, sent, by_products=by_products)
-            for _, own in sorted(batches.items(), key=itemgetter(0))
+    total, found = len(adapters.rows), dict[str, ChangedLayer]()
+    for name, own in _by_layer(part, adapters).items():
+        changes = [
+            _joint(layers[name], batch, adapters, sent, by_products=by_products)
+            for _, batch in sorted(own.batches.items(), key=itemgetter(0))
         ]
-        for name, batches in _by_layer(part, adapters).items()
-    }
-
-
-def _by_layer(part: str, adapters: RowAdapters) -> dict[str, dict[tuple[int, int], OfRows]]:
-    found: dict[str, dict[tuple[int, int], OfRows]] = {}
-    for row, own in enumerate(adapters.rows):
-        # A weight of 0 adds nothing, not even the rounding of a zero.
-        for place, one in enumerate(weighted for weighted in own if weighted.weight):
-            for name, change in one.adapter.parts.get(part, {}).items():
-                batch = (place, change.rank) if adapters.fixed else (0, 0)
-                of_rows = found.setdefault(name, {}).setdefault(batch, {})
-                of_rows.setdefault(row, []).append((change, one.weight))
+        found[name] = ChangedLayer(
+            changes,
+            _input_scales(own, total, sent),
+            _output_scales(own, total, sent, layers[name]),
+        )
     return found
+
+
+def _by_layer(part: str, adapters: RowAdapters) -> dict[str, _Rows]:
+    # Rows of the same adapters have the same changes, and so are one run.
+    @cache
+    def of_layers(own: tuple[Weighted, ...]) -> dict[str, tuple[Scales, list[_Placed]]]:
+        return _composed(part, own)
+
+    found: dict[str, _Rows] = {}
+    with _for_any_forward(), torch.no_grad():
+        for row, own in enumerate(adapters.rows):
+            for name, (scales, changes) in of_layers(own).items():
+                layer = found.setdefault(name, _Rows({}, {}))
+                layer.scales[row] = scales
+                for place, change, weight in changes:
+                    batch = (place, change.rank) if adapters.fixed else (0, 0)
+                    layer.batches.setdefault(batch, {}).setdefault(row, []).append((change, weight))
+    return found
+
+
+def _composed(part: str, own: tuple[Weighted, ...]) -> dict[str, tuple[Scales, list[_Placed]]]:
+    """Of a row, the factors on each layer's weight, and changes with their places in its list."""
+    by_layer: dict[str, list[_Placed]] = {}
+    # A weight of 0 adds nothing, not even the rounding of a zero.
+    for place, one in enumerate(weighted for weighted in own if weighted.weight):
+        for name, change in one.adapter.parts.get(part, {}).items():
+            by_layer.setdefault(name, []).append((place, change, one.weight))
+    made: dict[str, tuple[Scales, list[_Placed]]] = {}
+    for name, placed in by_layer.items():
+        scales, changes = composed([(change, weight) for _, change, weight in placed])
+        places = (place for place, *_ in placed)
+        made[name] = scales, [(place, *one) for place, one in zip(places, changes, strict=True)]
+    return made
+
+
+def _input_scales(own: _Rows, total: int, sent: Sent) -> InputScales | None:
+    factors = {row: one.inputs for row, one in own.scales.items() if one.inputs is not None}
+    if not factors:
+        return None
+    with _for_any_forward(), torch.no_grad():
+        factor = torch.stack([*factors.values()]).to(_dtype_of(own))
+    return InputScales(Rows(_where([*factors], total, sent), len(factors), 1), factor)
+
+
+def _output_scales(own: _Rows, total: int, sent: Sent, layer: Layer) -> OutputScales | None:
+    factors = {row: one.outputs for row, one in own.scales.items() if one.outputs is not None}
+    if not factors:
+        return None
+    rows = Rows(_where([*factors], total, sent), len(factors), 1)
+    with _for_any_forward(), torch.no_grad():
+        return OutputScales.of(rows, torch.stack([*factors.values()]), layer, _dtype_of(own))
+
+
+def _dtype_of(own: _Rows) -> torch.dtype:
+    """That the layer computes in, which is that of adapters for it."""
+    batch = next(iter(own.batches.values()))
+    [(change, _), *_] = next(iter(batch.values()))
+    return change.up.dtype
 
 
 def _joint(
@@ -130,15 +215,20 @@ def _joint(
     entries = [*own.values()][::run]
     if adapters.fixed:
         entries += entries[:1] * (len(adapters.rows) - len(own))
-    rows = Rows(_where([*own], adapters, sent), len(own), run)
+    rows = Rows(_positions([*own], adapters, sent), len(own), run)
     return LayerChanges(layer, rows, entries, sent(_weights(entries)), by_products)
 
 
-def _where(positions: list[int], adapters: RowAdapters, sent: Sent) -> slice | Tensor | None:
-    first, count, total = positions[0], len(positions), len(adapters.rows)
+def _positions(own: list[int], adapters: RowAdapters, sent: Sent) -> slice | Tensor | None:
+    total = len(adapters.rows)
     if adapters.fixed:
         # In place, products may take other paths than those of gathered rows do.
-        return sent((*positions, *positions[:1] * (total - count)))
+        return sent((*own, *own[:1] * (total - len(own))))
+    return _where(own, total, sent)
+
+
+def _where(positions: list[int], total: int, sent: Sent) -> slice | Tensor | None:
+    first, count = positions[0], len(positions)
     if count == total:
         return None
     if positions[-1] - first == count - 1:

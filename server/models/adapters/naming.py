@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from server.models.adapters.original_layers import Original
 
-__all__ = ["alpha_of", "named"]
+__all__ = ["alpha_of", "magnitudes_of", "named", "without_magnitudes", "written_layer"]
 
 FACTOR: Final = re.compile(
     r"(?P<layer>.+)\.(?:(?P<down>lora_A(\.default)?|lora[_.]down|lora_linear_layer\.down)"
@@ -29,6 +29,11 @@ FACTOR: Final = re.compile(
 )
 SOURCE: Final = re.compile(r"(?P<layer>.+?)\.(lora[_.]|hada_|lokr_|diff$)")
 """Name of a tensor up to the layer's, which its alpha has too."""
+
+MAGNITUDE: Final = re.compile(
+    r"(?P<layer>.+)\.(?:(?P<blended>dora_scale)|lora_magnitude_vector(\.default)?(\.weight)?)"
+)
+"""The sizes of a DoRA: LyCORIS' name and peft's, which mean different things by a weight."""
 
 PREFIXES: Final = {
     "denoiser": r"(?:lora_unet_|lora_transformer_|lycoris_|(?:model\.)?diffusion_model\.|unet\."
@@ -43,8 +48,28 @@ DENOISERS: Final = ("unet", "transformer")
 
 def alpha_of(name: str) -> str:
     """The tensor with the alpha of a layer, by the name of another tensor of that layer."""
+    return f"{written_layer(name)}.alpha"
+
+
+def written_layer(name: str) -> str:
+    """How a file spells the layer that a tensor of it is of."""
     match = SOURCE.match(name)
-    return f"{match['layer'] if match else name}.alpha"
+    return match["layer"] if match else name
+
+
+def magnitudes_of(names: Iterable[str]) -> dict[str, tuple[str, bool]]:
+    """The tensors that hold sizes of DoRA, and whether they are blended, by the written layer.
+
+    Args:
+        names: of all tensors of a file.
+    """
+    matches = filter(None, map(MAGNITUDE.fullmatch, names))
+    return {match["layer"]: (match[0], bool(match["blended"])) for match in matches}
+
+
+def without_magnitudes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All tensors of a file but the sizes of DoRA, which converters do not know."""
+    return {name: one for name, one in tensors.items() if not MAGNITUDE.fullmatch(name)}
 
 
 def named(

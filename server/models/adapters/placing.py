@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -19,20 +19,29 @@ from torch import nn
 
 from server.errors import AdapterMismatch
 from server.models.adapters.conversion import CONVERTERS, StandIn, converted
-from server.models.adapters.lycoris import as_low_rank
-from server.models.adapters.naming import alpha_of, named
+from server.models.adapters.lycoris import as_low_rank, is_operand
+from server.models.adapters.magnitude import INPUTS, OUTPUTS
+from server.models.adapters.naming import (
+    alpha_of,
+    magnitudes_of,
+    named,
+    without_magnitudes,
+    written_layer,
+)
 from server.models.adapters.original_layers import ORIGINAL, Original
+from server.models.streamed import is_streamed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from torch import Tensor
 
-__all__ = ["LARGEST_ALPHA", "Header", "Placed", "Target", "place"]
+    from server.models.adapters.magnitude import Axis
+    from server.models.adapters.stack import Layer
+
+__all__ = ["LARGEST_ALPHA", "Header", "Placed", "PlacedMagnitude", "Target", "place"]
 
 UNSUPPORTED = {
-    "dora_scale": "is a DoRA",
-    "lora_magnitude_vector": "is a DoRA",
     ".diff_b": "changes biases",
     ".w_norm": "changes norms",
     ".b_norm": "changes norms",
@@ -84,6 +93,7 @@ class Target:
         unet_config: of its U-Net, by which the converters number blocks; None where it has none.
         converter: of the files of its transformer; None for those of U-Nets.
         original: layers of the original code of its transformer.
+        networks: that have the layers, by their names in a model folder.
     """
 
     model: str
@@ -91,6 +101,7 @@ class Target:
     unet_config: Any
     converter: str | None = None
     original: tuple[Original, ...] = ()
+    networks: Mapping[str, nn.Module] = field(default_factory=dict[str, nn.Module])
 
     @classmethod
     def of(cls, model: str, networks: Mapping[str, nn.Module]) -> Target:
@@ -119,18 +130,33 @@ class Target:
             getattr(networks.get("unet"), "config", None),
             CONVERTERS.get(transformer),
             ORIGINAL.get(transformer, ()),
+            networks,
         )
 
-    def converted(self, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        """The tensors of a file under peft's names, by network and by name as the model has it.
+    def layer(self, part: str, name: str) -> Layer:
+        """A layer that adapters may change.
+
+        Args:
+            part: name of its network in a model folder.
+            name: in that network.
+        """
+        layer: Any = self.networks[part].get_submodule(name)
+        return layer
+
+    def converted(
+        self, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
+    ) -> dict[str, dict[str, Tensor]]:
+        """The factors of a file under peft's names, by network and by name as the model has it.
 
         Args:
             tensors: of the file, or stand-ins for them.
+            dtype: of factors that are made of LyCORIS' tensors.
 
         Raises:
             AdapterMismatch: the names are of no known format.
         """
-        found, others = named(as_low_rank(tensors), self.layers, self.original)
+        factors = as_low_rank(without_magnitudes(tensors), dtype)
+        found, others = named(factors, self.layers, self.original)
         if others or not found:
             for part, own in converted(others, self.converter, self.unet_config).items():
                 layers = self.layers.get(part, {})
@@ -145,6 +171,21 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
+class PlacedMagnitude:
+    """The sizes that a DoRA gives to a layer.
+
+    Attributes:
+        name: of the tensor in the file.
+        axis: whether outputs or inputs have sizes.
+        blended: see ``magnitude.Magnitude``.
+    """
+
+    name: str
+    axis: Axis
+    blended: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Placed:
     """The change of one layer.
 
@@ -153,12 +194,14 @@ class Placed:
         up: name of the second factor.
         shapes: of both.
         scale: factor on their product, alpha / rank.
+        magnitude: of a DoRA; None for any other adapter.
     """
 
     down: str
     up: str
     shapes: tuple[tuple[int, ...], tuple[int, ...]]
     scale: float
+    magnitude: PlacedMagnitude | None
 
     @property
     def rank(self) -> int:
@@ -192,14 +235,28 @@ def place(header: Header, target: Target) -> dict[str, dict[str, Placed]]:
         name: StandIn.of(name, shape) for name, shape in header.shapes.items()
     }
     stand_ins |= {name: torch.tensor(value) for name, value in header.alphas.items()}
+    magnitudes = magnitudes_of(header.shapes)
     placed: dict[str, dict[str, Placed]] = {}
     used: set[str] = set()
     for part, layer, down, up in _pairs(target.converted(stand_ins)):
         shapes = tuple(down.shape), tuple(up.shape)
         _check(target, part, layer, shapes)
         scale = _scale(header, part, layer, down, shapes[0][0])
+        magnitude = None
+        if sized := magnitudes.get(written_layer(next(iter(up.sources)))):
+            magnitude = _magnitude(header, target, part, layer, *sized)
+            if magnitude.name in used or not _is_whole(target, layer, up):
+                raise AdapterMismatch(
+                    f"is a DoRA of a layer that model {target.model!r} has in pieces or in another "
+                    f"order ({_listed([magnitude.name])}), which is not supported"
+                )
+            used.add(magnitude.name)
+        elif _config(header, part).get("use_dora"):
+            raise AdapterMismatch(
+                f"is a DoRA ({CONFIG} says so) without the lora_magnitude_vector of {layer[:120]}"
+            )
         names = f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
-        placed.setdefault(part, {})[layer] = Placed(*names, shapes, scale)
+        placed.setdefault(part, {})[layer] = Placed(*names, shapes, scale, magnitude)
         used |= down.sources | up.sources
     used |= {alpha_of(name) for name in used} & header.alphas.keys()
     if unused := [name for name in stand_ins if name not in used]:
@@ -207,6 +264,35 @@ def place(header: Header, target: Target) -> dict[str, dict[str, Placed]]:
     if not placed:
         raise AdapterMismatch("has no tensors")
     return placed
+
+
+def _magnitude(
+    header: Header, target: Target, part: str, layer: str, name: str, blended: bool
+) -> PlacedMagnitude:
+    if is_streamed(target.networks[part]):
+        raise AdapterMismatch(
+            f"is a DoRA ({_listed([name])}), whose changes depend on the weights of {part}; in "
+            f"model {target.model!r} these are streamed from host memory, which is not supported"
+        )
+    size, (out, features, *kernel) = header.shapes[name], target.layers[part][layer]
+    ones = (1,) * len(kernel)
+    axes: dict[tuple[int, ...], Axis] = {(1, features, *ones): INPUTS, (out, 1, *ones): OUTPUTS}
+    if not blended:
+        axes = {(out,): OUTPUTS, (1, out, *ones): OUTPUTS}
+    if size not in axes:
+        raise AdapterMismatch(
+            f"has sizes of the shape {list(size)} ({_listed([name])}) for the layer {layer} of "
+            f"{part}, whose weight has the shape {[out, features, *kernel]} in model "
+            f"{target.model!r}"
+        )
+    return PlacedMagnitude(name, axes[size], blended)
+
+
+def _is_whole(target: Target, layer: str, up: StandIn) -> bool:
+    """Whether a second factor has the outputs of its layer in the file's order."""
+    if any(one.turned and layer in one.layers for one in target.original):
+        return False
+    return up.kept or any(map(is_operand, up.sources))
 
 
 def _as_in(known: Mapping[str, Any], name: str) -> str:
@@ -275,8 +361,6 @@ def _scale(header: Header, part: str, layer: str, down: StandIn, rank: int) -> f
     if (alpha := header.alphas.get(alpha_of(source))) is not None:
         return alpha / rank if down.kept else 1.0
     config = _config(header, part)
-    if config.get("use_dora"):
-        raise AdapterMismatch(f"is a DoRA ({CONFIG} says so), which is not supported")
     patterns = config.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
         raise AdapterMismatch(f"has an alpha_pattern in {CONFIG} that is no JSON object")

@@ -128,6 +128,25 @@ def test_a_row_with_an_adapter_is_that_of_diffusers(
     assert_equal(model, pipeline, [(files.saved(made, tmp_path / "style.safetensors"), 0.7)])
 
 
+def test_a_dora_beside_another_adapter_is_that_of_diffusers(
+    model: HostedModel, pipeline: Any, tmp_path: Path
+) -> None:
+    """Of the U-Net and of both text encoders, whose sizes a file has beside the factors."""
+    own = parts(model, 4, 1, "attn")
+    tensors, metadata = files.peft(own)
+    networks, generator = model.adaptable(), torch.Generator().manual_seed(7)
+    for part, layers in own.items():
+        for layer in layers:
+            weight = networks[part].get_submodule(layer).get_parameter("weight").detach()
+            size = weight.norm(dim=1) * (0.7 + torch.rand(len(weight), generator=generator))
+            # Transformers asks for another ending than diffusers.
+            ending = "" if part == "unet" else ".weight"
+            tensors[f"{part}.{layer}.lora_magnitude_vector{ending}"] = size
+    dora = files.saved((tensors, metadata), tmp_path / "dora.safetensors")
+    plain = files.saved(files.peft(parts(model, 2, 2, "attn")), tmp_path / "plain.safetensors")
+    assert_equal(model, pipeline, [(plain, 0.4), (dora, 0.7)])
+
+
 def test_several_adapters_of_unlike_ranks_are_composed_as_diffusers_does(
     model: HostedModel, pipeline: Any, tmp_path: Path
 ) -> None:

@@ -1,0 +1,170 @@
+"""DoRA: how large each output, or each input, of a layer's changed weight is.
+
+An adapter of this kind holds a size m beside its factors, and the changed weight is
+``m * (W + BA) / ||W + BA||``, where the norms are those of rows or of columns of the matrix. So its
+change depends on the model's own weights, of which three numbers for each row or column are kept:
+they give the norm for any factor w on BA.
+
+Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv 2402.09353, equation 5. In peft the
+norms are those of each output's weights; LyCORIS and OneTrainer also know those of each input's.
+
+Departure from the programs that add changes to the weights one after another: with several
+adapters, all norms are those of the model's own weights and of one adapter, as in peft.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from server.models.adapters.adapter import LowRank
+    from server.models.adapters.stack import Changes, Layer
+
+    Tensor = torch.Tensor
+
+__all__ = ["INPUTS", "OUTPUTS", "Axis", "Magnitude", "Scales", "composed", "measured", "weight_of"]
+
+Axis = Literal[0, 1]
+"""Of a weight: 0 for outputs, 1 for inputs."""
+
+OUTPUTS: Axis = 0
+INPUTS: Axis = 1
+
+LEAST_NORM = torch.finfo(torch.float32).eps
+"""By which LyCORIS keeps norms from 0, too."""
+
+ENTRIES = 2**22
+"""Of a weight that are compared at once."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Magnitude:
+    """The sizes that an adapter gives to the outputs or inputs of a layer.
+
+    Attributes:
+        size: m; ``[out]`` or ``[in]``, float32.
+        norms: ``||W||^2``, ``<W, BA>`` and ``||BA||^2`` of each output or input, ``[3, out]`` or
+            ``[3, in]``, float32.
+        axis: what has sizes.
+        blended: what a factor w on the adapter means. If so, w times the whole change of the
+            weight is added, as ComfyUI does; otherwise w is a factor on BA alone, as in peft.
+    """
+
+    size: Tensor
+    norms: Tensor
+    axis: Axis
+    blended: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of both tensors, in bytes."""
+        return self.size.nbytes + self.norms.nbytes
+
+    def scale(self, weight: float) -> Tensor:
+        """``m / ||W + w BA||``.
+
+        Args:
+            weight: w.
+        """
+        whole, mixed, own = self.norms
+        squared = whole + 2 * weight * mixed + weight**2 * own
+        return self.size / squared.clamp_min(LEAST_NORM**2).sqrt()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scales:
+    """Factors on a layer's own weight in a row; None for 1.
+
+    Attributes:
+        outputs: ``[out]``, float32.
+        inputs: ``[in]``, float32.
+    """
+
+    outputs: Tensor | None = None
+    inputs: Tensor | None = None
+
+
+def measured(
+    size: Tensor, axis: Axis, change: LowRank, weight: Tensor, *, blended: bool
+) -> Magnitude:
+    """Compare a change with the weight that it changes.
+
+    Args:
+        size: m, of any shape with an entry for each output or input.
+        axis: which of the two.
+        change: BA, for a factor of 1.
+        weight: W, ``[out, in]`` or ``[out, in, height, width]``, on any device.
+        blended: see :class:`Magnitude`.
+    """
+    inputs, down = weight.shape[1], change.down.flatten(1).float()
+    most = max(1, ENTRIES // down.shape[1])
+    norms: list[Tensor] = []
+    for whole, up in zip(weight.split(most), change.up.split(most), strict=True):
+        own = up.float() @ down
+        whole = whole.to(own.device, torch.float32).flatten(1)
+        products = torch.stack([whole.square(), whole * own, own.square()])
+        if axis == OUTPUTS:
+            norms.append(products.sum(2))
+        else:
+            norms.append(products.unflatten(2, (inputs, -1)).sum((1, 3)))
+    found = torch.cat(norms, 1) if axis == OUTPUTS else torch.stack(norms).sum(0)
+    return Magnitude(size.to(found.device, torch.float32).flatten(), found, axis, blended)
+
+
+def composed(changes: Changes) -> tuple[Scales, Changes]:
+    """All changes of a layer in a row as factors on its weight and low-rank changes beside them.
+
+    One after another, as peft applies adapters: a size scales what those before it have made of
+    the layer.
+
+    Args:
+        changes: with their weights, in the order of the request.
+
+    Returns:
+        The factors, and the changes without sizes of their own.
+    """
+    made: Changes = []
+    scales: dict[Axis, Tensor] = {}
+    for change, weight in changes:
+        magnitude = change.magnitude
+        if magnitude is None:
+            made.append((change, weight))
+            continue
+        axis = magnitude.axis
+        own = magnitude.scale(1.0 if magnitude.blended else weight)
+        whole = 1 + weight * (own - 1) if magnitude.blended else own
+        made = [(_scaled(one, whole, axis), factor) for one, factor in made]
+        made.append((_scaled(change, own, axis), weight))
+        scales[axis] = scales[axis] * whole if axis in scales else whole
+    return Scales(scales.get(OUTPUTS), scales.get(INPUTS)), made
+
+
+def weight_of(layer: Layer, dtype: torch.dtype) -> Tensor:
+    """The weight of a layer, restored if it is quantised.
+
+    Args:
+        layer: of a network.
+        dtype: that it computes in.
+    """
+    weight, bias = layer.weight.data, dict(layer.named_parameters()).get("bias")
+    is_whole = type(weight) is torch.Tensor and weight.is_floating_point()
+    if isinstance(layer, nn.Conv2d) or is_whole:
+        return weight
+    # What it makes of the identity, however its weight is kept. Not called, as hooks of a forward
+    # that runs meanwhile may be on it.
+    made = layer.forward(torch.eye(layer.in_features, dtype=dtype, device=weight.device))
+    return (made if bias is None else made - bias).mT
+
+
+def _scaled(change: LowRank, scale: Tensor, axis: Axis) -> LowRank:
+    """The rows or the columns of its product multiplied, in float32."""
+    if axis == OUTPUTS:
+        up = (change.up.float() * scale[:, None]).to(change.up.dtype)
+        return replace(change, up=up, magnitude=None)
+    broadcast = scale.view(1, -1, *[1] * (change.down.ndim - 2))
+    down = (change.down.float() * broadcast).to(change.down.dtype)
+    return replace(change, down=down, magnitude=None)

@@ -1,0 +1,91 @@
+"""Factors on what a layer's own weight makes of some rows of a forward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from server.models.adapters.stack import Layer, Rows
+
+__all__ = ["InputScales", "OutputScales"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OutputScales:
+    """Factors on the outputs of a layer without its bias.
+
+    Attributes:
+        rows: of the forward.
+        factor: ``[rows, 1, out]``.
+        shift: what leaves the bias as it is, ``[rows, 1, out]``; None without one.
+    """
+
+    rows: Rows
+    factor: Tensor
+    shift: Tensor | None
+
+    @classmethod
+    def of(cls, rows: Rows, factor: Tensor, layer: Layer, dtype: torch.dtype) -> OutputScales:
+        """Those of a layer.
+
+        Args:
+            rows: of the forward.
+            factor: ``[rows, out]``, float32.
+            layer: that is scaled.
+            dtype: of its output.
+        """
+        shift = None
+        if layer.bias is not None:
+            bias = layer.bias.to(factor.device, torch.float32)
+            shift = (bias * (1 - factor)).to(dtype)[:, None]
+        return cls(rows, factor.to(dtype)[:, None], shift)
+
+    def scale(self, tokens: Tensor) -> None:
+        """Scale what the layer has put out.
+
+        Args:
+            tokens: ``[all rows, tokens, out]``; changed in place.
+        """
+        made = self.rows.of(tokens).mul_(self.factor)
+        if self.shift is not None:
+            made.add_(self.shift)
+        if isinstance(self.rows.where, torch.Tensor):
+            tokens.index_copy_(0, self.rows.where, made)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class InputScales:
+    """Factors on the inputs of a layer.
+
+    Attributes:
+        rows: of the forward.
+        factor: ``[rows, in]``.
+    """
+
+    rows: Rows
+    factor: Tensor
+
+    def scaled(self, layer: Layer, x: Tensor) -> Tensor:
+        """A copy of the layer's input in which those rows are scaled.
+
+        Args:
+            layer: that is scaled.
+            x: its input, of all rows.
+        """
+        where, factor, ones = self.rows.where, self.factor, (1,) * (x.ndim - 2)
+        if isinstance(layer, torch.nn.Conv2d):
+            factor = factor.view(*factor.shape, *ones)
+        else:
+            factor = factor.view(len(factor), *ones, -1)
+        if where is None:
+            return x * factor
+        if isinstance(where, torch.Tensor):
+            return x.index_copy(0, where, self.rows.of(x) * factor)
+        made = x.clone()
+        made[where].mul_(factor)
+        return made
