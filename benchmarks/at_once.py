@@ -41,9 +41,6 @@ COUNTS = (1, 2, 4, 8, 16, 32)
 TIMINGS = 3
 """Of which the median counts."""
 
-SETTLES_S = 2.0
-"""Of quiet after the first images of a number of clients, in which graphs are recorded."""
-
 WARM_UP = 2
 """Runs of a pipeline before its times count: on a GPU the second is slow still, by choices of
 kernels that it makes."""
@@ -159,7 +156,7 @@ def _weft_compiled(
 def _weft(weft: Weft, count: int, options: argparse.Namespace) -> Ran:
     """Clients that ask for the next image when they have one, each for so many."""
     weft.run([_request(options, seed) for seed in range(count)])
-    sleep(SETTLES_S)
+    weft.settle()
     rounds = [weft.follow(_streams(count, options)) for _ in range(options.rounds)]
     rates = [count * options.images / one.total_s for one in rounds]
     latencies = [latency for one in rounds for latency in one.latencies]

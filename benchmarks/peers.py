@@ -16,6 +16,7 @@ from guidance.always import Always
 from samplers import SAMPLERS
 from samplers.timesteps import Trailing
 from server.engine.engine import Engine
+from server.engine.preparation import Prepared
 from server.engine.selection import Selection
 from server.engine.task import ImageTask
 
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from server.engine.scheduler import Load
     from server.engine.state.lane import Lane
     from server.engine.state.sequence import ImageResult
+
+SETTLES_S = 3.0
+"""In which the engine would have noticed that it has nothing to do, and have recorded something."""
 
 SCALES = {"none": 1.0, "cfg": 4.0, "apg": 7.5}
 
@@ -121,6 +125,13 @@ class Weft:
         for follower in followers:
             follower.ask()
         return watched([one for follower in followers for one in follower.latencies()])
+
+    def settle(self) -> None:
+        """Wait until nothing more is recorded or tried in quiet moments."""
+        before, now = None, self._engine.prepared(self._architecture.hosted)
+        while now not in (before, Prepared()):
+            sleep(SETTLES_S)
+            before, now = now, self._engine.prepared(self._architecture.hosted)
 
     def stop(self) -> None:
         """End the engine's thread."""
