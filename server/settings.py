@@ -395,8 +395,8 @@ class Settings(BaseSettings):
     )
     compile: bool = Field(
         default=False,
-        description="Compile the repeated blocks of denoisers in the background, in a process of "
-        "its own; passes run as ever until that is done. Needs a C++ compiler, and works neither "
+        description="Compile the repeated blocks of denoisers in the background, in processes of "
+        "their own; passes run as ever until that is done. Needs a C++ compiler, and works neither "
         "with `deterministic` nor for models that are quantised or streamed from host memory.",
     )
     cuda_graphs: Literal["auto", "off"] = Field(

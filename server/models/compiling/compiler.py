@@ -1,16 +1,15 @@
-"""Compiles blocks in the background, in a process of its own, and keeps the programs in a folder.
+"""Compiles blocks in the background, in processes of its own, and keeps the programs in a folder.
 
-One process compiles one block after another. It ends when there is nothing to do, and so does the
-thread that waits for it. The compiled programs stay, for this machine and these versions.
+Each process compiles one block after another. All end when there is nothing to do, and so do the
+threads that wait for them. The compiled programs stay, for this machine and these versions.
 """
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
-import multiprocessing
 import os
-import signal
 from collections import deque
 from contextlib import suppress
 from hashlib import sha256
@@ -25,12 +24,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from server.models.compiling.worker import main
+from server.models.compiling.process import CompilingProcess
+from server.models.compiling.room import has_room, most_processes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from multiprocessing.connection import Connection
-    from multiprocessing.process import BaseProcess
 
     from torch import Tensor
 
@@ -42,9 +40,6 @@ if TYPE_CHECKING:
 __all__ = ["BlockCompiler", "key_of", "missing_compiler"]
 
 log = logging.getLogger("weft")
-
-LONGEST_S = 900.0
-"""For one block."""
 
 MEASURED_AGAIN_S = 3600.0
 MOST_MEASUREMENTS = 3
@@ -59,6 +54,11 @@ class _Asked(NamedTuple):
     identity: str
     tell: Told
     wanted: Callable[[], bool]
+
+    @property
+    def program(self) -> tuple[str, str]:
+        """Equal for questions that the same program answers."""
+        return self.identity, self.job.device
 
 
 FOR_LOADING = "torch._functorch._aot_autograd.autograd_cache", "torch._inductor.compile_fx"
@@ -76,12 +76,13 @@ class BlockCompiler:
     Args:
         folder: for the programs; made if it is not there. Whoever can write there can make the
             server run what he likes, so nobody else is given the right.
+        processes: that compile at once at most; by default as many as the machine has cores for.
 
     Raises:
         OSError: the folder cannot be made or written to.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, processes: int | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._folder = folder
         # Where inductor keeps what programs are made of: the process that compiles writes there,
@@ -94,8 +95,14 @@ class BlockCompiler:
         for module in FOR_LOADING:
             import_module(module)
         self._lock = Lock()
+        self._loading = Lock()
         self._jobs: deque[_Asked] = deque()
-        self._thread: Thread | None = None
+        self._at_work: set[tuple[str, str]] = set()
+        self._threads = 0
+        self._most = most_processes() if processes is None else processes
+        self._processes = 0
+        # No process is to be started in the place of one that has been ended at the exit.
+        atexit.register(self._jobs.clear)
 
     def ask(
         self, job: BlockJob, identity: str, tell: Told, wanted: Callable[[], bool] = lambda: True
@@ -112,83 +119,77 @@ class BlockCompiler:
         """
         with self._lock:
             self._jobs.append(_Asked(job, identity, tell, wanted))
-            if self._thread is None:
-                self._thread = Thread(target=self._run, name="weft-compile", daemon=True)
-                self._thread.start()
+            if self._threads < self._most:
+                self._threads += 1
+                Thread(target=self._run, name="weft-compile", daemon=True).start()
 
     def _run(self) -> None:
-        connection: Connection | None = None
-        try:
-            while (next_job := self._next()) is not None:
-                try:
-                    connection = self._do(*next_job[:3], connection)
-                except Exception as error:  # noqa: BLE001 - other blocks wait for this thread
-                    next_job.tell(None, f"it cannot be sent to a compiler: {error}")
-        finally:
-            if connection is not None:
-                connection.close()
+        process: CompilingProcess | None = None
+        while (asked := self._next(process)) is not None:
+            file = self._folder / f"{key_of(asked.identity, asked.job.device)}.program"
+            told = _known(file)
+            if told is None and process is None and not self._claims_process(asked):
+                return
+            try:
+                if told is None:
+                    process = process or CompilingProcess(self._folder)
+                    told = _compiled(process, asked.job, file)
+                self._hand_over(told, file, asked.tell)
+            except Exception as error:  # noqa: BLE001 - other blocks wait for this thread
+                asked.tell(None, f"it cannot be sent to a compiler: {error}")
+            self._at_work.discard(asked.program)
+        if process is not None:
+            process.end()
 
-    def _do(
-        self, job: BlockJob, identity: str, tell: Told, connection: Connection | None
-    ) -> Connection | None:
-        """Answer one question; returns the connection to the process that compiles, if it lives."""
-        file = self._folder / f"{key_of(identity, job.device)}.program"
-        told = _read(file)
-        if told is None or _may_gain(told, file):
-            connection = connection or self._started()
-            told = self._compiled(connection, job, file)
-            if told is None:
-                connection = None
-                told = {"reason": "the process that compiled it ended or took too long"}
-        self._hand_over(told, file, tell)
-        return connection
-
-    def _next(self) -> _Asked | None:
+    def _next(self, process: CompilingProcess | None) -> _Asked | None:
+        """What a thread does next; None if there is nothing for it, and it is to end."""
         with self._lock:
-            while self._jobs:
-                asked = self._jobs.popleft()
+            # The program that another thread makes is only to be loaded afterwards, by that thread.
+            while asked := next((o for o in self._jobs if o.program not in self._at_work), None):
+                self._jobs.remove(asked)
                 if asked.wanted():
+                    self._at_work.add(asked.program)
                     return asked
-            self._thread = None
+            self._threads -= 1
+            self._processes -= process is not None
             return None
 
-    def _started(self) -> Connection:
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        process = context.Process(target=main, args=(theirs,), name="weft-compile", daemon=True)
-        process.start()
-        theirs.close()
-        self._process = process
-        return ours
-
-    def _compiled(self, connection: Connection, job: BlockJob, file: Path) -> dict[str, Any] | None:
-        """What the process says of a block; None if it says nothing, and has been ended."""
-        try:
-            connection.send((job, str(file), torch.get_num_threads()))
-            if not connection.poll(LONGEST_S):
-                raise TimeoutError
-            told: dict[str, Any] = json.loads(connection.recv())
-        except (EOFError, OSError):
-            connection.close()
-            _end(self._process)
-            return None
-        if "reason" not in told or told["lasting"]:
-            before = _read(file) or {}
-            measured = {"measurements": before.get("measurements", 0) + 1}
-            _note(file).write_text(json.dumps(told | measured))
-        return told
+    def _claims_process(self, asked: _Asked) -> bool:
+        """Whether a thread may start a process; if not, it leaves its block to those that have."""
+        with self._lock:
+            if self._processes and not has_room(torch.device(asked.job.device), self._processes):
+                self._jobs.appendleft(asked)
+                self._at_work.discard(asked.program)
+                self._threads -= 1
+                return False
+            self._processes += 1
+            return True
 
     def _hand_over(self, told: dict[str, Any], file: Path, tell: Told) -> None:
         if "reason" in told:
             tell(None, told["reason"])
             return
         try:
-            program = _loaded(file)
+            # Loading changes what belongs to all of inductor.
+            with self._loading:
+                program = _loaded(file)
         except Exception as error:  # noqa: BLE001 - a damaged file must not end the thread
             _note(file).unlink(missing_ok=True)
             tell(None, f"its program cannot be loaded: {error}")
             return
         tell(program, f"{told['program_ms']:.2f} ms in place of {told['block_ms']:.2f}")
+
+
+def _compiled(process: CompilingProcess, job: BlockJob, file: Path) -> dict[str, Any]:
+    """What a process says of a block, which is noted if it is so for good."""
+    told = process.compile(job, file)
+    if told is None:
+        return {"reason": "the process that compiled it ended or took too long"}
+    if "reason" not in told or told["lasting"]:
+        before = _read(file) or {}
+        measured = {"measurements": before.get("measurements", 0) + 1}
+        _note(file).write_text(json.dumps(told | measured))
+    return told
 
 
 def _loaded(file: Path) -> Program:
@@ -207,6 +208,12 @@ def _read(file: Path) -> dict[str, Any] | None:
         return json.loads(_note(file).read_text())
     except (OSError, ValueError):
         return None
+
+
+def _known(file: Path) -> dict[str, Any] | None:
+    """What is noted of a block; None if it is to be compiled."""
+    told = _read(file)
+    return None if told is None or _may_gain(told, file) else told
 
 
 def _may_gain(told: dict[str, Any], file: Path) -> bool:
@@ -234,13 +241,3 @@ def _instructions() -> str:
             if line.startswith(("flags", "Features")):
                 return line
     return torch.backends.cpu.get_cpu_capability()
-
-
-def _end(process: BaseProcess | None) -> None:
-    """End a process, and the compilers that it has started."""
-    if process is None or process.pid is None or not process.is_alive():
-        return
-    with suppress(OSError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.kill()
-    process.join()

@@ -34,6 +34,7 @@ __all__ = [
     "Unsuitable",
     "check",
     "compile_to",
+    "draw_weights",
     "export",
 ]
 
@@ -47,7 +48,9 @@ CLOSE_IN_HALF = 2e-2
 CHECKED_ROWS = 1, 2, 5
 TIMED_ROWS = 1, 4
 TIMED = 5
-"""Calls of which the fastest counts."""
+MOST_TIMED = 20
+TIMED_S = 0.5
+"""Calls of which the fastest counts: so many, and more as long as they take less time than this."""
 
 
 class Unsuitable(Exception):
@@ -109,18 +112,24 @@ class FlatBlock(nn.Module):
         return tuple(one for one in pytree.tree_leaves(put_out) if isinstance(one, Tensor))
 
 
-def export(job: BlockJob) -> Exported:
+def export(job: BlockJob, weights: Sequence[Tensor]) -> Exported:
     """Trace a block for any number of rows.
+
+    Args:
+        job: the block.
+        weights: see :func:`draw_weights`.
 
     Raises:
         Unsuitable: it cannot be.
     """
-    sample = _sample(job, _rows_to_trace(job))
+    sample = [*weights, *_given(job, _rows_to_trace(job))]
     rows = torch.export.Dim("rows", min=1, max=MOST_ROWS)
     free: list[Any] = [{0: rows} if size is None else None for size in job.layout.sizes]
-    weights = len(sample) - len(free)
     made = torch.export.export(
-        FlatBlock(job), tuple(sample), dynamic_shapes=((*[None] * weights, *free),), strict=False
+        FlatBlock(job),
+        tuple(sample),
+        dynamic_shapes=((*[None] * len(weights), *free),),
+        strict=False,
     )
     if len(made.graph_signature.user_inputs) != len(made.graph_signature.input_specs):
         raise Unsuitable("it reads tensors beside its weights and what it is given")
@@ -141,8 +150,15 @@ def compile_to(exported: Exported, file: Path) -> Callable[..., Sequence[Tensor]
     return program
 
 
-def check(job: BlockJob, program: Callable[..., Sequence[Tensor]]) -> tuple[float, float]:
-    """Hold a program to its block, with random weights.
+def check(
+    job: BlockJob, program: Callable[..., Sequence[Tensor]], weights: Sequence[Tensor]
+) -> tuple[float, float]:
+    """Hold a program to its block.
+
+    Args:
+        job: the block.
+        program: of it.
+        weights: see :func:`draw_weights`.
 
     Returns:
         Seconds of calls of several numbers of rows: of the block itself, and of the program.
@@ -153,7 +169,7 @@ def check(job: BlockJob, program: Callable[..., Sequence[Tensor]]) -> tuple[floa
     """
     block = FlatBlock(job)
     for rows in CHECKED_ROWS:
-        sample = _sample(job, rows)
+        sample = [*weights, *_given(job, rows)]
         for own, other in zip(block(*sample), program(*sample), strict=True):
             close = CLOSE.get(own.dtype, CLOSE_IN_HALF)
             apart = (own - other).abs().max()
@@ -161,14 +177,23 @@ def check(job: BlockJob, program: Callable[..., Sequence[Tensor]]) -> tuple[floa
                 raise Unsuitable(f"compiled it gives other numbers, {float(apart):.1e} apart")
     block_s = program_s = 0.0
     for rows in TIMED_ROWS:
-        sample = _sample(job, rows)
-        block_s += _seconds(lambda sample=sample: block(*sample))
-        program_s += _seconds(lambda sample=sample: program(*sample))
+        times = _seconds((block, program), [*weights, *_given(job, rows)])
+        block_s, program_s = block_s + times[0], program_s + times[1]
     if program_s >= block_s:
         raise NoGain(
             f"compiled it takes {1000 * program_s:.2f} ms in place of {1000 * block_s:.2f}"
         )
     return block_s, program_s
+
+
+def draw_weights(job: BlockJob) -> list[Tensor]:
+    """Random ones for a block, of the size of trained ones: else numbers grow with the layers."""
+    source = torch.Generator(job.device).manual_seed(0)
+    made: list[Tensor] = []
+    for one in weights_of(job.skeleton).values():
+        weight = _drawn(tuple(one.shape), one.stride(), one.dtype, source)
+        made.append(weight.mul_(max(1, one[0].numel()) ** -0.5))
+    return made
 
 
 def _rows_to_trace(job: BlockJob) -> int:
@@ -179,35 +204,38 @@ def _rows_to_trace(job: BlockJob) -> int:
     return next(rows for rows in count(5) if rows not in fixed.union(job.layout.sizes))
 
 
-def _sample(job: BlockJob, rows: int) -> list[Tensor]:
-    """Weights and tensors of a call of so many rows, at random."""
-    generator = torch.Generator().manual_seed(rows)
-
-    def drawn(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        made = torch.empty_strided(size, stride, dtype=dtype, device=job.device)
-        if not (dtype.is_floating_point or dtype.is_complex):
-            return made.fill_(1)
-        kind = torch.complex64 if dtype.is_complex else torch.float32
-        return made.copy_(torch.randn(size, generator=generator, dtype=kind))
-
-    # Of the size of trained weights, or numbers grow from layer to layer.
-    weights = [
-        drawn(tuple(one.shape), one.stride(), one.dtype).mul_(max(1, one[0].numel()) ** -0.5)
-        for one in weights_of(job.skeleton).values()
-    ]
+def _given(job: BlockJob, rows: int) -> list[Tensor]:
+    """Tensors of a call of so many rows, at random."""
+    source = torch.Generator(job.device).manual_seed(rows)
     operands = [one for one in pytree.tree_leaves(job.template) if isinstance(one, Operand)]
-    given = [
-        drawn((rows if size is None else size, *one.size), (stride, *one.stride), one.dtype)
-        for one, size, stride in zip(operands, *job.layout, strict=True)
+    return [
+        _drawn((rows if size is None else size, *one.size), (step, *one.stride), one.dtype, source)
+        for one, size, step in zip(operands, *job.layout, strict=True)
     ]
-    return [*weights, *given]
 
 
-def _seconds(call: Callable[[], Sequence[Tensor]]) -> float:
-    best = float("inf")
-    for _ in range(TIMED):
-        began = perf_counter()
-        # Reading one number waits for the device.
-        call()[0].flatten()[0].item()
-        best = min(best, perf_counter() - began)
+def _drawn(
+    size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, source: torch.Generator
+) -> Tensor:
+    made = torch.empty_strided(size, stride, dtype=dtype, device=source.device)
+    if not (dtype.is_floating_point or dtype.is_complex):
+        return made.fill_(1)
+    kind = torch.complex64 if dtype.is_complex else torch.float32
+    return made.copy_(torch.randn(size, generator=source, dtype=kind, device=source.device))
+
+
+def _seconds(
+    calls: Sequence[Callable[..., Sequence[Tensor]]], sample: Sequence[Tensor]
+) -> list[float]:
+    """Of the fastest of several calls of each; they take turns, as a busy machine delays both."""
+    best = [float("inf")] * len(calls)
+    ends = perf_counter() + TIMED_S
+    for number in range(MOST_TIMED):
+        if number >= TIMED and perf_counter() > ends:
+            break
+        for which, call in enumerate(calls):
+            began = perf_counter()
+            # Reading one number waits for the device.
+            call(*sample)[0].flatten()[0].item()
+            best[which] = min(best[which], perf_counter() - began)
     return best

@@ -6,8 +6,9 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import warnings
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from ctypes import CDLL
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +21,10 @@ from server.models.compiling.program import (
     Unsuitable,
     check,
     compile_to,
+    draw_weights,
     export,
 )
+from server.models.compiling.turns import alone, beside_others
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -32,12 +35,20 @@ REASON_LENGTH = 200
 
 LONGEST_EXIT_S = 5
 
+TURNS = "turns"
+"""File in the folder of the programs, by which processes take turns at measuring."""
+
 PARENT_DEATH_SIGNAL = 1
 """Linux's ``PR_SET_PDEATHSIG``; elsewhere this process ends with its job."""
 
 
-def main(jobs: Connection) -> None:
+def main(jobs: Connection, folder: Path) -> None:
     """Compile what is asked for, until nobody can ask any more.
+
+    Args:
+        jobs: see below.
+        folder: for what compilers keep. Where all users may write, as in ``/tmp``, another one
+            could lay down headers that are compiled.
 
     A job is a :class:`BlockJob`, the path of its program and the threads of one operation on a CPU.
     The answer is JSON: ``block_ms`` and ``program_ms``, or ``reason``, a clause that says why there
@@ -53,6 +64,7 @@ def main(jobs: Connection) -> None:
     # The server's own threads go first.
     os.nice(10)
     warnings.simplefilter("ignore")
+    tempfile.tempdir = str(folder)
     while True:
         try:
             job, file, threads = jobs.recv()
@@ -81,7 +93,7 @@ def _compiled(job: BlockJob, file: Path) -> str:
     answer: dict[str, Any] = {}
     try:
         with torch.no_grad():
-            block_s, program_s = check(job, compile_to(export(job), partial))
+            block_s, program_s = _measured(job, partial)
         answer = {"block_ms": 1000 * block_s, "program_ms": 1000 * program_s}
         partial.replace(file)
     except Unsuitable as error:
@@ -92,4 +104,18 @@ def _compiled(job: BlockJob, file: Path) -> str:
         answer = {"reason": reason, "lasting": False}
     finally:
         partial.unlink(missing_ok=True)
+        if torch.cuda.is_initialized():
+            # The server may need it more than the next block.
+            torch.cuda.empty_cache()
     return json.dumps(answer)
+
+
+def _measured(job: BlockJob, file: Path) -> tuple[float, float]:
+    """Compile a block; see :func:`check` for what is returned."""
+    turns = file.with_name(TURNS)
+    # Compilers run on the CPU. They disturb what is measured there, and nothing on a GPU.
+    with beside_others(turns) if torch.device(job.device).type == "cpu" else nullcontext():
+        weights = draw_weights(job)
+        program = compile_to(export(job, weights), file)
+    with alone(turns):
+        return check(job, program, weights)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from multiprocessing import Pipe
 from pathlib import Path
-from threading import Event, Thread
-from time import monotonic
+from threading import Barrier, Event
+from threading import enumerate as enumerate_threads
+from time import monotonic, sleep
 from typing import Any
 
 import numpy as np
@@ -25,10 +24,12 @@ from server.models.compiling.compiler import BlockCompiler, missing_compiler
 from server.models.compiling.model_blocks import compile_blocks
 from server.models.compiling.program import (
     BlockJob,
+    Exported,
     FlatBlock,
     Unsuitable,
     check,
     compile_to,
+    draw_weights,
     export,
 )
 from server.models.compiling.skeleton import fingerprint, skeleton_of, weights_of
@@ -69,9 +70,13 @@ def own_job() -> BlockJob:
     return job(Block(), torch.zeros(3, 5, 8), torch.zeros(5, 8), scale=0.5)
 
 
+def exported(one: BlockJob) -> Exported:
+    return export(one, draw_weights(one))
+
+
 def test_a_block_is_traced_for_every_number_of_rows() -> None:
     block = Block().requires_grad_(requires_grad=False)
-    graph = export(own_job()).graph
+    graph = exported(own_job()).graph
     for rows in (1, 2, 5, 64):
         hidden, rope = torch.randn(rows, 5, 8), torch.randn(5, 8)
         [made] = graph(*weights_of(block).values(), hidden, rope)
@@ -92,7 +97,7 @@ def rotating_job() -> BlockJob:
 
 
 def test_a_region_without_autocast_is_part_of_the_graph() -> None:
-    graph = export(rotating_job()).graph
+    graph = exported(rotating_job()).graph
     assert list(graph.children()) == []
     for rows in (1, 5):
         hidden, angles = torch.randn(rows, 5, 8), torch.randn(5, 4, dtype=torch.complex64)
@@ -102,7 +107,7 @@ def test_a_region_without_autocast_is_part_of_the_graph() -> None:
 
 def test_a_program_with_other_numbers_or_without_gain_is_refused() -> None:
     one = own_job()
-    block = FlatBlock(one)
+    block, weights = FlatBlock(one), draw_weights(one)
 
     def slow(*tensors: Tensor) -> Sequence[Tensor]:
         for _ in range(5):
@@ -113,9 +118,9 @@ def test_a_program_with_other_numbers_or_without_gain_is_refused() -> None:
         return [made + 1e-3 for made in block(*tensors)]
 
     with pytest.raises(Unsuitable, match="compiled it gives other numbers"):
-        check(one, wrong)
+        check(one, wrong, weights)
     with pytest.raises(Unsuitable, match=r"compiled it takes .* ms in place of"):
-        check(one, slow)
+        check(one, slow, weights)
 
 
 def test_blocks_are_alike_by_class_settings_and_shapes_and_not_by_weights_or_hooks() -> None:
@@ -165,46 +170,127 @@ def test_what_was_refused_for_good_is_not_tried_again(
     assert (told.program, told.said) == (None, "it gains nothing")
 
 
+class Processes:
+    """In the place of the processes of a compiler: what they are sent, and what they say."""
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, answer: Callable[[Path], dict[str, Any] | None]
+    ) -> None:
+        self.seen: list[Path] = []
+        self.ended = 0
+        self._answer = answer
+        monkeypatch.setattr(module, "CompilingProcess", lambda _: self)
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+
+    def compile(self, _: BlockJob, file: Path) -> dict[str, Any] | None:
+        self.seen.append(file)
+        return self._answer(file)
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+REFUSED = {"reason": "it gains nothing", "lasting": True}
+
+
 def test_a_block_that_cannot_be_sent_to_another_process_holds_up_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    def unsent(file: Path) -> dict[str, Any]:
+        if file.stem == module.key_of("one", "cpu"):
+            raise TypeError("cannot pickle a lambda")
+        return REFUSED
+
+    processes = Processes(monkeypatch, unsent)
     compiler, told = BlockCompiler(tmp_path), [Told(), Told()]
-    ours, theirs = Pipe()
-    monkeypatch.setattr(compiler, "_started", lambda: ours)
-    block = Block()
-    vars(block)["chosen"] = lambda: None
-    file = tmp_path / f"{module.key_of('two', 'cpu')}.json"
-    file.write_text(json.dumps({"reason": "it gains nothing", "lasting": True}))
-    compiler.ask(job(block, torch.zeros(3, 5, 8), torch.zeros(5, 8), scale=0.5), "one", told[0])
-    compiler.ask(own_job(), "two", told[1])
+    for name, one in zip(("one", "two"), told, strict=True):
+        compiler.ask(own_job(), name, one)
+        one.wait()
+    assert told[0].said == "it cannot be sent to a compiler: cannot pickle a lambda"
+    assert told[1].said == "it gains nothing"
+    assert len(processes.seen) == 2
+
+
+def test_several_blocks_are_compiled_at_once_and_all_processes_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = Barrier(3)
+
+    def answer(_: Path) -> dict[str, Any]:
+        together.wait(60)
+        return REFUSED
+
+    processes = Processes(monkeypatch, answer)
+    compiler, told = BlockCompiler(tmp_path, processes=3), [Told() for _ in range(6)]
+    for number, one in enumerate(told):
+        compiler.ask(own_job(), str(number), one)
     for one in told:
         one.wait()
-    theirs.close()
-    assert told[0].said.startswith("it cannot be sent to a compiler: ")
-    assert told[1].said == "it gains nothing"
+    for thread in enumerate_threads():
+        if thread.name == "weft-compile":
+            thread.join(60)
+    assert processes.ended == 3
 
 
-def answering(compiler: BlockCompiler, monkeypatch: pytest.MonkeyPatch, answer: Any) -> list[Any]:
-    """The jobs that a process is sent which answers each alike."""
-    ours, theirs = Pipe()
-    seen: list[Any] = []
+def test_blocks_that_are_alike_are_compiled_once_for_all_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_answer = Event()
 
-    def work() -> None:
-        with suppress(EOFError):
-            while True:
-                seen.append(theirs.recv())
-                theirs.send(json.dumps(answer))
+    def answer(_: Path) -> dict[str, Any]:
+        may_answer.wait(60)
+        return REFUSED
 
-    monkeypatch.setattr(compiler, "_started", lambda: ours)
-    Thread(target=work, daemon=True).start()
-    return seen
+    processes = Processes(monkeypatch, answer)
+    compiler, told = BlockCompiler(tmp_path, processes=3), [Told() for _ in range(4)]
+    for name, one in zip(("one", "one", "two", "one"), told, strict=True):
+        compiler.ask(own_job(), name, one)
+    may_answer.set()
+    for one in told:
+        one.wait()
+        assert one.said == "it gains nothing"
+    assert sorted(processes.seen) == sorted(
+        tmp_path / f"{module.key_of(name, 'cpu')}.program" for name in ("one", "two")
+    )
+
+
+def test_where_memory_is_short_blocks_are_compiled_one_after_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "has_room", lambda *_: False)
+    at_work: list[Path] = []
+
+    def answer(file: Path) -> dict[str, Any]:
+        at_work.append(file)
+        sleep(0.01)
+        alone = at_work == [file]
+        at_work.remove(file)
+        return REFUSED if alone else {"reason": "not alone", "lasting": False}
+
+    Processes(monkeypatch, answer)
+    compiler, told = BlockCompiler(tmp_path, processes=3), [Told() for _ in range(5)]
+    for number, one in enumerate(told):
+        compiler.ask(own_job(), str(number), one)
+    for one in told:
+        one.wait()
+        assert one.said == "it gains nothing"
+
+
+def test_a_block_whose_process_has_ended_is_asked_for_again_at_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processes = Processes(monkeypatch, lambda _: None)
+    for _ in range(2):
+        compiler, told = BlockCompiler(tmp_path), Told()
+        compiler.ask(own_job(), "one", told)
+        told.wait()
+        assert told.said == "the process that compiled it ended or took too long"
+    assert len(processes.seen) == 2
 
 
 def test_what_seemed_to_gain_nothing_is_measured_again_later_and_not_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
     file = tmp_path / f"{module.key_of('one', 'cpu')}.json"
     answer = {"reason": "compiled it takes 2 ms in place of 1", "lasting": True, "slow": True}
     measured: list[int] = []
@@ -212,24 +298,23 @@ def test_what_seemed_to_gain_nothing_is_measured_again_later_and_not_for_ever(
         if file.exists():
             os.utime(file, (file.stat().st_atime, file.stat().st_mtime - 3600 * hours))
         compiler, told = BlockCompiler(tmp_path), Told()
-        seen = answering(compiler, monkeypatch, answer)
+        processes = Processes(monkeypatch, lambda _: answer)
         compiler.ask(own_job(), "one", told)
         told.wait()
         assert told.said == answer["reason"]
-        measured.append(len(seen))
+        measured.append(len(processes.seen))
     assert measured == [1, 0, 1, 1, 0]
 
 
 def test_what_nobody_wants_any_longer_is_passed_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    processes = Processes(monkeypatch, lambda _: {"reason": "an error", "lasting": False})
     compiler, unheard, told = BlockCompiler(tmp_path), Told(), Told()
-    seen = answering(compiler, monkeypatch, {"reason": "an error", "lasting": False})
     compiler.ask(own_job(), "one", unheard, lambda: False)
     compiler.ask(own_job(), "two", told)
     told.wait()
-    assert (unheard.said, told.said, len(seen)) == ("", "an error", 1)
+    assert (unheard.said, told.said, len(processes.seen)) == ("", "an error", 1)
 
 
 COMPILES = pytest.mark.skipif(
@@ -271,7 +356,7 @@ def test_a_program_with_a_region_without_autocast_can_be_stored(
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     with torch.no_grad():
-        compile_to(export(rotating_job()), tmp_path / "program")
+        compile_to(exported(rotating_job()), tmp_path / "program")
     assert (tmp_path / "program").stat().st_size
 
 

@@ -1,14 +1,19 @@
-"""How the process that compiles ends."""
+"""How the process that compiles measures, and how it ends."""
 
 from __future__ import annotations
 
+from fcntl import LOCK_EX, LOCK_NB, LOCK_SH, flock
 from multiprocessing import get_context
 from multiprocessing.util import Finalize
 from typing import TYPE_CHECKING
 
 import pytest
+from torch import nn
 
-from server.models.compiling.worker import main
+from server.models.compiling import worker
+from server.models.compiling.block_call import Layout
+from server.models.compiling.program import BlockJob
+from server.models.compiling.worker import TURNS, main
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -18,7 +23,7 @@ if TYPE_CHECKING:
 def compiling(jobs: Connection, cleaned: Path) -> None:
     # As multiprocessing's semaphores are given back.
     Finalize(None, cleaned.touch, exitpriority=0)
-    main(jobs)
+    main(jobs, cleaned.parent)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -36,3 +41,35 @@ def test_the_process_that_compiles_gives_back_what_it_holds_when_it_is_ended(
     process.join(10)
     assert process.exitcode == 0
     assert (tmp_path / "cleaned").exists()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_program_is_measured_while_no_other_process_measures_or_compiles_on_the_same_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    def others() -> tuple[bool, bool]:
+        return _is_free(tmp_path / TURNS, LOCK_SH), _is_free(tmp_path / TURNS, LOCK_EX)
+
+    seen: list[tuple[bool, bool]] = []
+    monkeypatch.setattr(worker, "draw_weights", lambda _: [])
+    monkeypatch.setattr(worker, "export", lambda *_: None)
+    monkeypatch.setattr(worker, "compile_to", lambda *_: seen.append(others()))
+
+    def check(*_: object) -> tuple[float, float]:
+        seen.append(others())
+        return 2.0, 1.0
+
+    monkeypatch.setattr(worker, "check", check)
+    job = BlockJob(nn.Identity(), None, Layout((), ()), device)
+    worker._measured(job, tmp_path / "program")
+    # Compilers may be many, but not beside a measurement on a CPU.
+    assert seen == [(True, device == "cuda"), (False, False)]
+
+
+def _is_free(file: Path, kind: int) -> bool:
+    with file.open("a") as held:
+        try:
+            flock(held, kind | LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True

@@ -1,0 +1,97 @@
+"""A process that compiles, as the server sees it."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from server.models.compiling.worker import LONGEST_EXIT_S, main
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+    from multiprocessing.process import BaseProcess
+    from pathlib import Path
+
+    from server.models.compiling.program import BlockJob
+
+__all__ = ["CompilingProcess"]
+
+METHOD: Final = "spawn"
+"""A fork of a process that uses CUDA cannot use it."""
+
+LONGEST_S: Final = 900.0
+"""For one block."""
+
+
+class CompilingProcess:
+    """Compiles one block after another; started when it is needed, and again if it has ended.
+
+    It belongs to one thread, which must outlive it: the process is ended with the thread.
+
+    Args:
+        folder: for what compilers keep beside the programs.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._running: tuple[BaseProcess, Connection] | None = None
+
+    def compile(self, job: BlockJob, file: Path) -> dict[str, Any] | None:
+        """What the process says of a block, as ``worker.main`` describes it.
+
+        Args:
+            job: what to compile.
+            file: for the program.
+
+        Returns:
+            None if it ended or took too long, and has been ended.
+
+        Raises:
+            Exception: the block cannot be sent, with which the process has nothing to do.
+        """
+        if self._running is None:
+            self._running = self._started()
+        _, connection = self._running
+        try:
+            connection.send((job, str(file), torch.get_num_threads()))
+            if not connection.poll(LONGEST_S):
+                raise TimeoutError
+            return json.loads(connection.recv())
+        except (EOFError, OSError):
+            self._end(0)
+            return None
+
+    def end(self) -> None:
+        """Have it end, as there is nothing to do, and wait until it has."""
+        self._end(LONGEST_EXIT_S)
+
+    def _started(self) -> tuple[BaseProcess, Connection]:
+        context = multiprocessing.get_context(METHOD)
+        ours, theirs = context.Pipe()
+        process = context.Process(
+            target=main, args=(theirs, self._folder), name="weft-compile", daemon=True
+        )
+        process.start()
+        theirs.close()
+        return process, ours
+
+    def _end(self, patience_s: float) -> None:
+        """End it once it has had time to end by itself, and the compilers that it has started."""
+        if self._running is None:
+            return
+        process, connection = self._running
+        self._running = None
+        connection.close()
+        process.join(patience_s)
+        if process.pid is None or not process.is_alive():
+            return
+        with suppress(OSError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        process.join()
