@@ -351,6 +351,8 @@ def test_a_compiled_block_comes_from_another_process_and_from_the_folder_afterwa
 
 
 @COMPILES
+# As the process that compiles ignores what compilers warn of.
+@pytest.mark.filterwarnings("ignore")
 def test_a_program_with_a_region_without_autocast_can_be_stored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
