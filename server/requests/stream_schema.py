@@ -16,6 +16,7 @@ from server.requests.checks.shape import check_shape
 from server.requests.image_prompts import ImagePromptChoice
 from server.requests.messages import explain
 from server.requests.reading import Readable
+from server.requests.reference_images import MOST as MOST_REFERENCES
 from server.requests.schema import (
     Count,
     GenerateRequest,
@@ -24,8 +25,10 @@ from server.requests.schema import (
     SamplerChoice,
     SpacingChoice,
 )
+from server.requests.upload import Upload
 
 __all__ = [
+    "BESIDE",
     "OWN_FIELDS",
     "SimilarityFilter",
     "StreamSettings",
@@ -39,7 +42,10 @@ LONGEST_TRANSITION: Final = 600
 MOST_SKIPPED: Final = 1000
 MOST_SEED_STEP: Final = 2**32
 
-PICTURES: Final = frozenset({"image_prompts.image", "image_prompts.mask"})
+BESIDE: Final = ("image_prompts", "reference_images")
+"""Fields with pictures, which stand beside the prompt of every frame."""
+
+PICTURES: Final = frozenset({"image_prompts.image", "image_prompts.mask", "reference_images"})
 """Fields of a message that hold pictures, in base64."""
 
 
@@ -119,6 +125,13 @@ class StreamSettings(Readable):
     guidance: Guidance | None = _as_in_requests("guidance")
     adapters: AdapterChoices = _as_in_requests("adapters")
     image_prompts: tuple[ImagePromptChoice, ...] = _as_in_requests("image_prompts")
+    reference_images: tuple[Upload, ...] = Field(
+        default=(),
+        max_length=MOST_REFERENCES,
+        repr=False,
+        description="Pictures that the prompt is about, for models whose entry in the catalog has "
+        "`reference_images`. With source `references`, they come after the input frame.",
+    )
     strength: float | None = Field(
         default=None,
         gt=0,
@@ -130,9 +143,10 @@ class StreamSettings(Readable):
     output_format: OutputFormat = Field(
         default="jpeg", description="File format of the output frames."
     )
-    source: Literal["frames", "text"] = Field(
+    source: Literal["frames", "references", "text"] = Field(
         default="frames",
-        description="Whether output frames are made from input frames or from the prompt alone.",
+        description="Whether the run of an output frame starts from an input frame, refers to it "
+        "as the first of its reference images, or has none.",
     )
     seed_step: Count = Field(
         default=0,

@@ -10,19 +10,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from server.decoding.sizing import Target
 from server.engine.task import Stream
 from server.errors import InvalidRequest, NotReady, Overloaded, RowFailed, TooLarge, WeftError
 from server.image_codec import encode
 from server.models.blend import Blend
+from server.models.references import SeenPicture
 from server.requests.adapters import load_adapters
 from server.requests.checks.limits import check_limits, check_tokens
 from server.requests.embeddings import load_embeddings, texts_of, unfit_embeddings
 from server.requests.start_noise import MAX_SEED
-from server.requests.stream_schema import StreamSettings, read_settings
+from server.requests.stream_schema import BESIDE, StreamSettings, read_settings
 from server.requests.tasks import tasks_of
+from server.requests.upload import Upload
 from server.service.image_prompt_uses import image_prompt_uses
 from server.service.model_shelf import Lease
 from server.service.pixels import pixels_tensor
@@ -36,12 +37,12 @@ from server.service.stream_frame import (
     InputFrame,
     OutputFrame,
 )
+from server.service.stream_input import FramePixels, check_refers, decoded_frame
 from server.service.transition import Transition
 from server.service.uploads import Early, Uploads, decoded
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+    from torch import Tensor
 
     from server.engine.reservation import Reservation
     from server.models.adapters.adapter import Weighted
@@ -58,11 +59,22 @@ log = logging.getLogger("weft")
 OUTGOING: Final = 2
 """Finished frames that may wait for the client; while there are so many, none is taken in."""
 
-BESIDE: Final = "image_prompts"
-"""The field with pictures."""
-
 RETRY_S: Final = 0.02
 """Until the engine, whose queue was full, is asked again."""
+
+
+class Beside(NamedTuple):
+    """Pictures that stand beside the prompt of every frame.
+
+    Attributes:
+        image_prompts: loaded.
+        references: its reference images, ``[3, H, W]``, but for the input frame.
+        seen: the same as the text encoder sees them, if it does.
+    """
+
+    image_prompts: tuple[ImagePromptUse, ...] = ()
+    references: tuple[Tensor, ...] = ()
+    seen: tuple[SeenPicture, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,7 +87,7 @@ class Current:
         lease: of the model, which stays loaded as long as it may be asked for a frame.
         adapters: of the settings, loaded once for all frames.
         embeddings: that its texts name, and those of the prompt that it leaves.
-        image_prompts: of the settings, decoded and loaded once for all frames.
+        beside: pictures of the settings, decoded and loaded once for all frames.
         in_flight: most frames in the engine.
     """
 
@@ -84,7 +96,7 @@ class Current:
     lease: Lease
     adapters: tuple[Weighted, ...]
     embeddings: tuple[Embedding, ...]
-    image_prompts: tuple[ImagePromptUse, ...]
+    beside: Beside
     in_flight: int
 
     @property
@@ -289,8 +301,13 @@ class StreamSession:
                     f"guidance.{part} needs several images at once, but the frames of a stream are "
                     "made one by one; leave it out.",
                 )
+        check_refers(settings, model.facts)
         size = model.facts.default_width, model.facts.default_height
         request = settings.request()
+        if settings.source == "references":
+            # Checks count the frame, which is not there yet.
+            references = Upload(b""), *request.reference_images
+            request = request.model_copy(update={"reference_images": references})
         prepared, _ = self._service.planner.prepare(request, model, size if from_frames else None)
         for one in settings.prompt[1:]:
             alone = prepared.request.model_copy(update={"prompt": one.text})
@@ -315,7 +332,8 @@ class StreamSession:
         if before is not None and before.model is model:
             was = before.prepared.request
             same_size = (was.width, was.height) == (request.width, request.height)
-            if same_size and fields.get(BESIDE) == self._fields.get(BESIDE):
+            same = [fields.get(field) == self._fields.get(field) for field in BESIDE]
+            if same_size and all(same):
                 return None
         return await decoded(settings.request(), prepared, model, Early(), self._service.decoding)
 
@@ -340,10 +358,14 @@ class StreamSession:
         texts += [one.text for one in settings.prompt[1:]]
         embeddings = load_embeddings(texts, model)
         if uploads is not None:
-            shown = image_prompt_uses(prepared.request, uploads, model)
+            beside = Beside(
+                image_prompt_uses(prepared.request, uploads, model),
+                tuple(map(pixels_tensor, uploads.references.read)),
+                tuple(map(SeenPicture.of, uploads.references.seen)),
+            )
         else:
-            shown = () if self._current is None else self._current.image_prompts
-        return Current(settings, prepared, lease, adapters, embeddings, shown, in_flight)
+            beside = Beside() if self._current is None else self._current.beside
+        return Current(settings, prepared, lease, adapters, embeddings, beside, in_flight)
 
     def _most_in_flight(self, settings: StreamSettings, prepared: Prepared) -> int:
         most = self._stream_limits.in_flight
@@ -402,10 +424,10 @@ class StreamSession:
 
     def _may_take(self, current: Current) -> bool:
         settings = current.settings
-        if settings.source == "frames":
-            there_is = self._waiting is not None
-        else:
+        if settings.source == "text":
             there_is = settings.seed_step > 0 or self._owed > 0
+        else:
+            there_is = self._waiting is not None
         # The one before it must have started: else both would go through the stages side by side.
         started = all(frame.started or frame.done for frame in self._under_way)
         return (
@@ -434,7 +456,10 @@ class StreamSession:
         self._under_way.append(frame)
         try:
             with self._service.ready_engine().reserve(1, live=True) as room:
-                pixels = None if taken is None else await self._decoded(taken, current)
+                pixels = None
+                if taken is not None:
+                    shared = settings, current.prepared.request, current.model.facts
+                    pixels = await decoded_frame(taken.data, *shared, self._service.decoding)
                 await asyncio.to_thread(self._begin, frame, current, pixels, room)
         except Overloaded:
             self._under_way.remove(frame)
@@ -467,16 +492,11 @@ class StreamSession:
             self.counts.count("dropped")
         self._room.set()
 
-    async def _decoded(self, taken: InputFrame, current: Current) -> NDArray[np.uint8]:
-        request = current.prepared.request
-        size = request.width, request.height
-        return await self._service.decoding.frame(taken.data, Target(*size))
-
     def _begin(
         self,
         frame: Frame,
         current: Current,
-        pixels: NDArray[np.uint8] | None,
+        pixels: FramePixels | None,
         room: Reservation,
     ) -> None:
         """Submit a frame or skip it, in a thread of its own.
@@ -484,17 +504,21 @@ class StreamSession:
         Args:
             frame: to be submitted.
             current: its settings.
-            pixels: of the input frame at the size of the output, if there is one.
+            pixels: of the input frame, if there is one.
             room: for it in the engine.
         """
-        image = None
+        image, (image_prompts, references, seen) = None, current.beside
         if pixels is not None:
-            image = pixels_tensor(pixels)
+            image = pixels_tensor(pixels.read)
             wanted = current.settings.similarity_filter
             must = self._transition.under_way
             if wanted is not None and self._filter.skips(image, wanted, must_run=must):
                 frame.skipped = True
                 return
+            if current.settings.source == "references":
+                image, references = None, (image, *references)
+                if pixels.seen is not None:
+                    seen = SeenPicture.of(pixels.seen), *seen
         told = self._transition.told
         request = current.prepared.request.model_copy(update={"seed": frame.seed})
         try:
@@ -506,7 +530,9 @@ class StreamSession:
                 stream=self._stream,
                 adapters=current.adapters,
                 embeddings=current.embeddings,
-                image_prompts=current.image_prompts,
+                image_prompts=image_prompts,
+                references=references,
+                seen=seen,
             )
             frame.submitted = monotonic()
             frame.submission = room.submit(tasks, FrameListener(frame, self.loop, self._heard))
@@ -563,4 +589,8 @@ def _answer(current: Current) -> dict[str, Any]:
     settings = current.prepared.request.settings() | current.settings.own()
     # Some fields are of requests alone.
     known = {name: value for name, value in settings.items() if name in StreamSettings.model_fields}
-    return known | {"in_flight": current.in_flight}
+    # The request counts the input frame among its reference images.
+    known.pop("reference_images", None)
+    beside = len(current.settings.reference_images)
+    pictures = {"reference_images": beside} if beside else {}
+    return known | pictures | {"in_flight": current.in_flight}

@@ -1,0 +1,84 @@
+"""Decodes input frames of live streams at the sizes at which their model reads them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from server.decoding.pool import DecodePool
+from server.decoding.sizing import Target
+from server.errors import InvalidRequest
+from server.models.hosted import ModelFacts
+from server.requests.reference_images import most_of, seen_target_of, target_of
+from server.requests.schema import ResolvedRequest
+from server.requests.stream_schema import StreamSettings
+
+__all__ = ["FramePixels", "check_refers", "decoded_frame"]
+
+
+class FramePixels(NamedTuple):
+    """An input frame, uint8 `[H, W, 3]`.
+
+    Attributes:
+        read: as the denoiser reads it.
+        seen: as the text encoder sees it, if it does.
+    """
+
+    read: NDArray[np.uint8]
+    seen: NDArray[np.uint8] | None = None
+
+
+def check_refers(settings: StreamSettings, facts: ModelFacts) -> None:
+    """Refuse input frames as reference images where the model does not read so many.
+
+    Args:
+        settings: of the stream.
+        facts: of the model that will serve it.
+
+    Raises:
+        InvalidRequest: it reads none, or no more than those that stand beside each frame.
+    """
+    if settings.source != "references":
+        return
+    most, beside = most_of(facts), len(settings.reference_images)
+    if not most:
+        raise InvalidRequest(
+            "source",
+            f"source is 'references', but model {facts.name!r} reads no pictures beside a prompt; "
+            "use 'frames' to start from each frame.",
+        )
+    if beside >= most:
+        raise InvalidRequest(
+            "reference_images",
+            f"reference_images has {beside} images beside each frame; model {facts.name!r} reads "
+            f"at most {most} with the frame.",
+        )
+
+
+async def decoded_frame(
+    data: bytes,
+    settings: StreamSettings,
+    request: ResolvedRequest,
+    facts: ModelFacts,
+    decoding: DecodePool,
+) -> FramePixels:
+    """The pixels of an input frame.
+
+    Args:
+        data: a PNG, JPEG or WebP file.
+        settings: of the stream.
+        request: for one output frame.
+        facts: of the model that serves it.
+        decoding: reads the file.
+
+    Raises:
+        InvalidRequest: it cannot be decoded.
+    """
+    if settings.source == "frames":
+        return FramePixels(await decoding.frame(data, Target(request.width, request.height)))
+    read, of_text = await decoding.frame(data, target_of(facts)), seen_target_of(facts)
+    if of_text is None:
+        return FramePixels(read)
+    return FramePixels(read, await decoding.frame(data, of_text))

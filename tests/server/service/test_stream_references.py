@@ -1,0 +1,131 @@
+"""Live streams whose frames are edits: of each input frame, and of pictures beside all of them."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from typing_extensions import override
+
+from server.errors import InvalidRequest
+from server.models.conditioning import Conditioning
+from server.models.references import ReferencesRead
+from server.requests.schema import GenerateRequest
+from server.service.service import Service
+from server.service.stream import FailedFrame, StreamSession
+from server.service.streams import Streams
+from server.settings import Limits, Settings
+from tests.server.stream_client import file_of, pixels_of
+from tests.server.toy_model import Toy, started
+
+SETTINGS: dict[str, Any] = {
+    "prompt": "x",
+    "steps": 3,
+    "seed": 5,
+    "guidance": {"name": "cfg", "scale": 2.0},
+    "output_format": "png",
+    "max_fps": 1000,
+    "width": 32,
+    "height": 32,
+}
+
+
+class Referring(Toy):
+    """The toy, which draws by what its two networks are shown of pictures, in their order."""
+
+    def __init__(self) -> None:
+        super().__init__(references=ReferencesRead(3, (), 64 * 64, 32 * 32))
+
+    @override
+    def encode_prompts(
+        self, prompts: Any, width: int, height: int, adapters: Any = None, options: Any = None
+    ) -> list[Conditioning]:
+        saw = sum(place * one.pixels.mean() for place, one in enumerate(options.pictures, start=1))
+        return [
+            replace(told, tensors={"shift": told.tensors["shift"] + saw / 300})
+            for told in super().encode_prompts(prompts, width, height, adapters, options)
+        ]
+
+    @override
+    def referring(self, text: Conditioning, references: Sequence[Tensor]) -> Conditioning:
+        read = [place * one.mean() for place, one in enumerate(references, start=1)]
+        return replace(text, tensors={"shift": text.tensors["shift"] + torch.stack(read).sum()})
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[Service]:
+    model = Referring()
+    engine, made = started(model, 8), Service(Limits())
+    made.open(engine, {"toy": model})
+    yield made
+    made.close()
+    engine.stop(0)
+
+
+async def turned(session: StreamSession, frame: bytes) -> NDArray[np.uint8]:
+    """What a stream makes of a frame, while no other is under way."""
+    assert session.offer(frame) is None
+    output = await session.next()
+    assert not isinstance(output, FailedFrame), output.error
+    return pixels_of(output.data)
+
+
+async def alone(service: Service, **fields: Any) -> NDArray[np.uint8]:
+    """The image of a request of its own."""
+    shared = {name: one for name, one in SETTINGS.items() if name != "max_fps"}
+    generation = await service.admit(GenerateRequest.model_validate(shared | fields), "one")
+    try:
+        [picture] = (await service.pictures(generation)).pictures
+        return pixels_of(picture.data)
+    finally:
+        service.release(generation)
+
+
+def test_frames_are_the_edits_of_requests_with_the_same_pictures(service: Service) -> None:
+    first, second, _ = frames = [file_of(shade, (48, 32)) for shade in (40, 200, 120)]
+    *texts, hat = (base64.b64encode(one).decode() for one in frames)
+
+    async def check() -> None:
+        session = (streams := Streams(service, Settings())).open()
+        try:
+            said = await session.change(SETTINGS | {"source": "references"})
+            assert "reference_images" not in said["settings"]
+            bare = [await turned(session, one) for one in (first, second)]
+            said = await session.change({"reference_images": [hat]})
+            assert said["settings"]["reference_images"] == 1
+            beside = await turned(session, second)
+            await session.change({"source": "frames", "strength": 1.0})
+            begun = await turned(session, second)
+        finally:
+            streams.close(session)
+        for shown, text in zip(bare, texts, strict=True):
+            assert np.array_equal(shown, await alone(service, reference_images=[text]))
+        assert np.array_equal(beside, await alone(service, reference_images=[texts[1], hat]))
+        own = {"image": texts[1], "strength": 1.0, "reference_images": [hat]}
+        assert np.array_equal(begun, await alone(service, **own))
+        assert len({one.tobytes() for one in (*bare, beside, begun)}) == 4
+
+    asyncio.run(check())
+
+
+def test_more_pictures_than_the_model_reads_with_the_frame_are_refused(service: Service) -> None:
+    three = [base64.b64encode(file_of(shade, (16, 16))).decode() for shade in (1, 2, 3)]
+
+    async def change() -> None:
+        session = (streams := Streams(service, Settings())).open()
+        try:
+            await session.change(SETTINGS | {"source": "text", "reference_images": three})
+            await session.change({"source": "references"})
+        finally:
+            streams.close(session)
+
+    with pytest.raises(InvalidRequest, match="3 images beside each frame"):
+        asyncio.run(change())
