@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+log = logging.getLogger(__name__)
+
 Result = TypeVar("Result")
 Tell: TypeAlias = Callable[[str, int, int], None]
 
@@ -61,7 +63,7 @@ Dtype = Annotated[
     str | None,
     typer.Option(
         help="Model precision: auto, float32, float16 or bfloat16.",
-        show_default="auto: float32 on a CPU, float16 on a GPU",
+        show_default="auto: float32 on a CPU, float16 or bfloat16 by family on a GPU",
     ),
 ]
 Deterministic = Annotated[
@@ -208,7 +210,11 @@ def serve(
     logging.basicConfig(level=logging.INFO, format="%(levelname)s:     %(message)s")
     for talkative in ("alembic", "httpx2"):
         logging.getLogger(talkative).setLevel(logging.WARNING)
+    from server.environment import unknown_variables
     from server.http.serving import end_process, listen, run
+
+    for sentence in unknown_variables(os.environ):
+        log.warning(sentence)
 
     with _refusals():
         listeners = listen(settings.host, settings.port)
@@ -557,16 +563,20 @@ def _table(title: str, entries: Sequence[Entry]) -> Table:
 def _settings(**given: Any) -> Settings:
     """Settings from the environment and the options; options that were not given are None."""
     from pydantic import ValidationError
+    from pydantic_settings import SettingsError
 
     from server.settings import Settings
 
     try:
         return Settings(**{key: value for key, value in given.items() if value is not None})
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        _refuse(f"{field}: {message}" if field else message)
+        from server.environment import refusal
+
+        _refuse(refusal(error))
+    except SettingsError:
+        from server.environment import groups_without_json
+
+        _refuse(next(groups_without_json(os.environ)))
 
 
 def _bars() -> Progress:

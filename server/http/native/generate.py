@@ -26,7 +26,7 @@ router = APIRouter(tags=["generate"], route_class=JsonRoute)
 
 _ERRORS: Final[dict[int | str, dict[str, Any]]] = {
     status: {"model": ErrorBody}
-    for status in (400, 401, 403, 404, 408, 409, 413, 415, 422, 429, 503, 507)
+    for status in (400, 401, 403, 404, 406, 408, 409, 413, 415, 422, 429, 503, 507)
 }
 _OTHER_FORMS: Final[dict[int | str, dict[str, Any]]] = {
     200: {
