@@ -49,9 +49,3 @@ def test_the_sampler_with_two_evaluations_keeps_its_promises() -> None:
     grid = NoiseSchedule.flow().grid("karras", 5)
     ours, known = names["Midpoint"]().plan(grid), DPMSolverPPSinglestep().plan(grid)
     np.testing.assert_allclose(ours.t, known.t)
-
-
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
-def test_every_file_that_a_page_names_exists(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text("utf-8")):
-        assert (page.parent / target).exists(), target
