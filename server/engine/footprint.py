@@ -40,20 +40,20 @@ class Footprint(NamedTuple):
 def footprint(
     tasks: Sequence[ImageTask],
     kind_of: Callable[[ImageTask], Kind],
-    told_bytes: Callable[[str], int],
+    told_bytes: Callable[[str, int], int],
 ) -> Footprint:
     """What the images of a request need.
 
     Args:
         tasks: the images; only the sizes of their pictures matter.
         kind_of: model and shape of a task.
-        told_bytes: of one encoded text of a model.
+        told_bytes: of one encoded text of a model beside so many pictures, without these.
     """
     rows = dict[Kind, float]()
     states = 0
     pictures: dict[int, Tensor] = {}
     beside: dict[int, int] = {}
-    texts = set[tuple[str, object]]()
+    texts = set[tuple[str, int, object]]()
     planned: dict[Hashable, GuidancePlan] = {}
     for task in tasks:
         # The images of a request share what their guidance is planned from.
@@ -65,7 +65,7 @@ def footprint(
         slots = task.plan.slots + 2 + task.rule.memory_slots
         slots += guidance.policy_slots + guidance.cache_slots
         states += NUMBER_BYTES * slots * prod(kind[1]) + 3 * task.width * task.height
-        texts |= {(task.model, text) for text in guidance.texts}
+        texts |= {(task.model, len(task.references), text) for text in guidance.texts}
         steering = (use.picture for use in task.controls)
         started = (task.image, task.kept, task.latents, task.mask)
         beside_prompt = (*steering, *task.references)
@@ -74,7 +74,7 @@ def footprint(
                 pictures[id(picture)] = picture
         for use in task.image_prompts:
             beside[id(use)] = use.nbytes
-    told = sum(told_bytes(model) for model, _ in texts)
+    told = sum(told_bytes(model, count) for model, count, _ in texts)
     states += sum(beside.values())
     return Footprint(rows, states + told + sum(one.nbytes for one in pictures.values()))
 

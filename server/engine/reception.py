@@ -14,6 +14,7 @@ from server.engine.reservation import Reservation
 from server.engine.scheduler import Priority
 from server.engine.state.sequence import Sequence, units_of
 from server.engine.state.submission import Submission
+from server.engine.tick.pictures import latents_of
 from server.errors import InvalidRequest, NotReady, Overloaded
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class Reception:
         self._pace = pace
         self._check_open = check_open
         self._backlog = Backlog(bounds, self._seconds_a_row)
-        self._told_bytes = Counter[str]()
+        self._told_bytes = Counter[tuple[str, int]]()
 
     def reserve(
         self, images: int, *, live: bool = False, client: Client = ANYONE, runs: int = 1
@@ -169,15 +170,22 @@ class Reception:
             self._count_pending(-1, live=sequence.live)
 
     def note_told(self, sequence: Sequence) -> None:
-        """Remember how large what its model is told is, by which later images are estimated.
+        """Remember how large encoded texts of its model are, by which later images are estimated.
 
-        Pictures that an image refers to are its own, and count with its states.
+        Text encoders that see pictures make more of a text. The latents of these pictures, which
+        stand behind the text here, count with the states of the image.
         """
-        if sequence.task.references:
+        if not sequence.conditioning:
             return
-        told = [one.nbytes for one in sequence.conditioning.values()]
-        name = sequence.task.model
-        self._told_bytes[name] = max([self._told_bytes[name], *told])
+        task = sequence.task
+        told = max(one.nbytes for one in sequence.conditioning.values())
+        pictures = sum(latents_of(sequence, one).nbytes for one in task.references)
+        key = task.model, len(task.references)
+        self._told_bytes[key] = max(self._told_bytes[key], told - pictures)
+
+    def _told(self, model: str, pictures: int) -> int:
+        """Bytes of a text of a model beside so many pictures, or beside fewer if that is known."""
+        return max(self._told_bytes[model, fewer] for fewer in range(pictures + 1))
 
     def _reserve_live(self, client: Client, images: int) -> Holding:
         if self._measurements.live_pending + images > self._bounds.images:
@@ -196,7 +204,7 @@ class Reception:
         if live:
             return
         self._check_models(tasks)
-        needed = footprint(tasks, self._kind, self._told_bytes.__getitem__)
+        needed = footprint(tasks, self._kind, self._told)
         with self._wake:
             self._counting_refusals(
                 holding.images, lambda: self._backlog.claim(holding, *needed, self._pace())
@@ -217,7 +225,7 @@ class Reception:
         self._check_models(tasks)
         # Frames of live streams are not counted.
         counted = [] if live else tasks
-        needed = footprint(counted, self._kind, self._told_bytes.__getitem__)
+        needed = footprint(counted, self._kind, self._told)
         with self._wake:
             self._check_open()
             self._check_models(tasks)

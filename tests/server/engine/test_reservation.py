@@ -100,7 +100,7 @@ def test_the_footprint_of_a_request_counts_its_shared_pictures_once(task, model)
     about = {"steps": 3, "strength": 1, "image": picture, "width": 128, "height": 128}
     tasks = [task(seed=seed, **about) for seed in (1, 2)]
     kind = "embedded", (4, 16, 16)
-    needed = footprint(tasks, lambda _: kind, lambda _: 1000)
+    needed = footprint(tasks, lambda _: kind, lambda *_: 1000)
     assert needed.rows == {kind: 2 * 3 * 2}
     state, texts = 4 * 4 * 16 * 16 * (tasks[0].plan.slots + 2), 2 * 1000
     assert needed.nbytes == 2 * (state + 3 * 128 * 128) + texts + picture.nbytes

@@ -16,16 +16,18 @@ from PIL import Image
 from torch import Tensor
 from typing_extensions import override
 
+from server.engine.client import ANYONE
 from server.errors import DidNotFit, InvalidRequest, OutOfMemory
 from server.models.conditioning import Conditioning
 from server.models.inputs import RowInputs
-from server.models.references import ReferencesRead
+from server.models.references import ReferencesRead, SeenPicture
 from server.models.text_options import TextOptions
 from server.requests.schema import GenerateRequest
 from server.service.service import Service
 from server.settings import Limits
 from tests.server.decoding.files import saved
-from tests.server.toy_model import Toy, started
+from tests.server.models.alike import task_of
+from tests.server.toy_model import Toy, run, started
 
 
 class Reading(Toy):
@@ -66,6 +68,25 @@ class Full(Toy):
         if any(inputs.conditioning.tensors.get("cells", torch.zeros(1)) > 100):
             raise torch.OutOfMemoryError
         return super().evaluate(x, t, inputs)
+
+
+class Seeing(Toy):
+    """The toy, whose texts are longer for each picture that the encoder sees."""
+
+    def __init__(self) -> None:
+        super().__init__(references=ReferencesRead(3))
+
+    @override
+    def encode_prompts(
+        self, prompts: Any, width: int, height: int, adapters: Any = None, options: Any = None
+    ) -> list[Conditioning]:
+        states = torch.zeros(1000 * len(options.pictures), dtype=torch.uint8)
+        told = super().encode_prompts(prompts, width, height, adapters, options)
+        return [replace(one, tensors={**one.tensors, "states": states}) for one in told]
+
+    @override
+    def referring(self, text: Conditioning, references: Sequence[Tensor]) -> Conditioning:
+        return replace(text, tensors={**text.tensors, "read": references[0]})
 
 
 @contextmanager
@@ -142,3 +163,25 @@ def test_only_pictures_as_large_as_those_that_did_not_fit_are_refused() -> None:
         assert asyncio.run(drawn(service, small)) == (32, 32)
     assert refused.value.field == "reference_images"
     assert "ask for fewer or smaller pictures" in refused.value.message
+
+
+def test_texts_beside_pictures_count_as_large_as_the_last_ones_were() -> None:
+    model = Seeing()
+    seen = SeenPicture.of(np.zeros((8, 8, 3), np.uint8))
+    task = task_of(model, prompt="x", steps=1, guidance={"name": "cfg", "scale": 2.0})
+    text = replace(task.text, pictures=(seen,))
+    task = replace(task, references=(torch.zeros(3, 32, 32),), text=text)
+    engine = started(model, 8)
+
+    def claimed() -> int:
+        with engine.reserve(1) as room:
+            room.claim([task])
+            return engine.waiting()[ANYONE].nbytes
+
+    try:
+        before = claimed()
+        assert not run(engine, [task]).errors
+        # A scalar and the states; the latents of the picture count with those of the image.
+        assert claimed() - before == 2 * (4 + 1000)
+    finally:
+        engine.stop(0)
