@@ -6,11 +6,15 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from typing_extensions import override
 
 from server.errors import AdapterMismatch
 from server.models.adapters.adapter import LowRank
@@ -140,6 +144,42 @@ def test_whole_differences_are_placed_and_loaded(target: Target, tmp_path: Path)
     file = read(tmp_path, target, tensors)
     for layer, whole in own.items():
         torch.testing.assert_close(product(change(file, layer)), whole)
+
+
+class MostHeld(TorchDispatchMode):
+    """Counts the memory of all tensors that operations have made, whenever one is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most_bytes = 0
+        self._alive: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
+
+    @override
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        self._alive.update((id(one), one) for one in tree_leaves(made) if isinstance(one, Tensor))
+        storages = {one.data_ptr(): one.untyped_storage().nbytes() for one in self._alive.values()}
+        self.most_bytes = max(self.most_bytes, sum(storages.values()))
+        return made
+
+
+def test_loading_a_lycoris_file_takes_little_more_memory_than_it_has_afterwards(
+    tmp_path: Path,
+) -> None:
+    blocks = nn.Module()
+    blocks.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(16))
+    tensors = {
+        f"lora_unet_layers_{i}.{name}": torch.ones(size, size)
+        for i in range(16)
+        for name, size in {"lokr_w1": 4, "lokr_w2": 16}.items()
+    }
+    file = read(tmp_path, Target.of("m", {"unet": blocks}), tensors)
+    with MostHeld() as memory:
+        adapter = file.load(CPU, torch.bfloat16)
+    assert adapter.nbytes == 16 * 2 * 64 * 64 * 2
+    assert memory.most_bytes < 1.5 * adapter.nbytes
 
 
 def test_the_alpha_of_a_lokr_of_whole_operands_may_be_any(target: Target, tmp_path: Path) -> None:
