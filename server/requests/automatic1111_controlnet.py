@@ -15,7 +15,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from server.decoding.sizing import ResizeMode
 from server.errors import InvalidRequest
-from server.requests.controls import RESIZE_LABELS, STRONGEST
+from server.models.controls.control import Precedence
+from server.requests.controls import PRECEDENCE_LABELS, RESIZE_LABELS, STRONGEST
 from server.requests.upload import Upload
 
 __all__ = [
@@ -66,7 +67,6 @@ _OTHER_LABELS: Final = {
 """Earlier names of resize modes."""
 
 _NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
-    "control_mode": ("Balanced", 0, "0"),
     "hr_option": ("Both", "HiResFixOption.BOTH", 0),
     "union_control_type": ("Unknown",),
     "inpaint_crop_input_image": (True,),
@@ -77,8 +77,8 @@ _NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
 }
 """Fields of a unit that nothing here corresponds to, and their values that ask for nothing."""
 
-_OF_CONTROLS: Final = ("control_mode", "effective_region_mask")
-"""Those of units with a ControlNet alone: an IP-Adapter has no mode, and its region is here."""
+_OF_CONTROLS: Final = ("effective_region_mask",)
+"""Those of units with a ControlNet alone: the region of an IP-Adapter is here."""
 
 _LARGE: Final = ("mask", "advanced_weighting", "ipadapter_input")
 """Those that may be large, of which only it counts whether they are there."""
@@ -96,6 +96,14 @@ def _mode_of(value: Any) -> Any:
         if label == own or (type(label) is int and label == number):
             return mode
     raise ValueError(f"must be one of {', '.join(map(repr, labels))}")
+
+
+def _precedence_of(value: Any) -> Precedence | None:
+    """What counts for more, by the label or number of a control mode there."""
+    for number, (precedence, label) in enumerate(PRECEDENCE_LABELS.items()):
+        if value == label or (type(value) in (int, str) and str(value) == str(number)):
+            return precedence
+    raise ValueError(f"must be one of {', '.join(map(repr, PRECEDENCE_LABELS.values()))}")
 
 
 class ControlNetUnit(BaseModel):
@@ -129,7 +137,11 @@ class ControlNetUnit(BaseModel):
     effective_region_mask: Upload | None = Field(
         default=None, repr=False, description="Of an IP-Adapter: white where it acts, in base64."
     )
-    control_mode: str | int = "Balanced"
+    control_mode: Annotated[Precedence | None, BeforeValidator(_precedence_of)] = Field(
+        default=None,
+        description="`Balanced`, `My prompt is more important`, `ControlNet is more important`, "
+        "or 0-2. An IP-Adapter has none.",
+    )
     hr_option: str | int = "Both"
     union_control_type: str = "Unknown"
     inpaint_crop_input_image: bool = True
@@ -283,7 +295,8 @@ def steering(
             continue
         own_mode = start_mode if unit.image is None else unit.resize_mode
         inverted = "invert" if module == "invert" else None
-        fields["controls"].append(chosen | {"resize_mode": own_mode, "preprocessor": inverted})
+        how = {"resize_mode": own_mode, "preprocessor": inverted, "precedence": unit.control_mode}
+        fields["controls"].append(chosen | how)
     return Steering({name: chosen for name, chosen in fields.items() if chosen}, ignored)
 
 

@@ -35,6 +35,14 @@ def notes_for(
         )
     if request.clip_skip != resolved.clip_skip:
         read = (*read, f"clip_skip is left out, as model {model.facts.name!r} has no use for it.")
+    if any(
+        asked.precedence != one.precedence
+        for asked, one in zip(request.controls, resolved.controls, strict=True)
+    ):
+        read = (
+            *read,
+            f"precedence of ControlNets is left out, as model {model.facts.name!r} has no U-Net.",
+        )
     own = own_defaults(model, resolved.adapters)
     if own is None:
         return read

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from server.decoding.sizing import ResizeMode
 from server.errors import ControlMismatch, InvalidRequest
-from server.models.controls.control import Control, ControlUse
+from server.models.controls.control import Control, ControlUse, Precedence
 from server.requests.numbers import Share
 from server.requests.upload import Upload
 from server.requests.windows import check_window
@@ -22,12 +22,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MOST",
+    "PRECEDENCE_LABELS",
     "RESIZE_LABELS",
     "STRONGEST",
     "ControlChoice",
     "ControlSettings",
     "check_controls",
     "load_controls",
+    "settings_of_controls",
     "unloaded_controls",
 ]
 
@@ -40,6 +42,13 @@ RESIZE_LABELS: Final[Mapping[ResizeMode, str]] = {
     "fill": "Resize and Fill",
 }
 """What AUTOMATIC1111's extension for ControlNets calls the modes, from its 0."""
+
+PRECEDENCE_LABELS: Final[Mapping[Precedence | None, str]] = {
+    None: "Balanced",
+    "prompt": "My prompt is more important",
+    "control": "ControlNet is more important",
+}
+"""What it calls its control modes, from its 0."""
 
 
 class ControlSettings(BaseModel):
@@ -80,6 +89,13 @@ class ControlSettings(BaseModel):
         description="What is done to its picture first: `invert` exchanges black and white, for "
         "drawings in black on white. Default: nothing.",
     )
+    precedence: Precedence | None = Field(
+        default=None,
+        description="What counts for more where prompt and picture differ, of models with a "
+        "U-Net: with `prompt` the ControlNet adds less, the nearer to the network's input; with "
+        "`control` too, and to the prompt's prediction alone, which guidance then magnifies "
+        "(diffusers' `guess_mode`). Default: neither.",
+    )
 
     _check_window = model_validator(mode="after")(check_window)
 
@@ -100,15 +116,40 @@ class ControlChoice(ControlSettings):
         return ControlSettings.model_construct(**self.model_dump(exclude={"image"}))
 
 
+def settings_of_controls(
+    chosen: Sequence[ControlChoice], model: HostedModel, *, habitual: bool
+) -> tuple[ControlSettings, ...]:
+    """The ControlNets of a request without their pictures.
+
+    Args:
+        chosen: of the request.
+        model: that will serve it.
+        habitual: whether a precedence is what a client sends whatever the model, so that it is left
+            out where the model's ControlNets know none.
+    """
+    settings = tuple(one.settings for one in chosen)
+    if _knows_precedence(model) or not habitual:
+        return settings
+    return tuple(one.model_copy(update={"precedence": None}) for one in settings)
+
+
 def check_controls(chosen: Sequence[ControlSettings], model: HostedModel) -> None:
     """Refuse ControlNets that the model does not have, or that are too large together.
 
     Raises:
-        InvalidRequest: one is none of the model's, or they can never be in memory at once.
+        InvalidRequest: one is none of the model's, or they can never be in memory at once, or one
+            has a precedence that the model's know nothing of.
     """
     for place, one in enumerate(chosen):
         with _naming(place):
             model.controls.find(one.name)
+        if one.precedence is not None and not _knows_precedence(model):
+            field = f"controls.{place}.precedence"
+            raise InvalidRequest(
+                field,
+                f"{field} is {one.precedence!r}, but only models with a U-Net know it, and model "
+                f"{model.facts.name!r} has none; leave it out.",
+            )
     acting = {one.name for one in chosen if one.scale}
     if len(acting) > 1:
         try:
@@ -138,7 +179,7 @@ def load_controls(
             continue
         with _naming(place):
             control = model.controls.load(one.name)
-        loaded.append(ControlUse(control, picture, one.scale, one.start, one.end))
+        loaded.append(_use_of(one, control, picture))
     return tuple(loaded)
 
 
@@ -161,8 +202,17 @@ def unloaded_controls(
             continue
         with _naming(place):
             control = Control(one.name, None, 0, model.controls.find(one.name).cost())
-        uses.append(ControlUse(control, picture.clone(), one.scale, one.start, one.end))
+        uses.append(_use_of(one, control, picture.clone()))
     return tuple(uses)
+
+
+def _use_of(chosen: ControlSettings, control: Control, picture: Tensor) -> ControlUse:
+    how = chosen.scale, chosen.start, chosen.end, chosen.precedence
+    return ControlUse(control, picture, *how)
+
+
+def _knows_precedence(model: HostedModel) -> bool:
+    return model.control_kind is not None and model.control_kind.knows_precedence
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from samplers import Sampler
 from samplers.names import label_of, schedule_type_of
 from server.models.emphasis import escaped
 from server.requests.conjunction import conjoined
-from server.requests.controls import RESIZE_LABELS, ControlSettings
+from server.requests.controls import PRECEDENCE_LABELS, RESIZE_LABELS, ControlSettings
 from server.requests.hires import UPSCALER_LABELS
 from server.requests.image_prompts import ImagePromptSettings
 from server.requests.schema import MaskContent, ResolvedRequest
@@ -158,7 +158,9 @@ def _control(one: ControlSettings) -> str:
     """The same, with what is done to the picture."""
     resized = "" if one.resize_mode is None else f", Resize Mode: {RESIZE_LABELS[one.resize_mode]}"
     prepared = "" if one.preprocessor is None else f"Module: {one.preprocessor}, "
-    return f"{prepared}{_windowed(one)}{resized}"
+    label = PRECEDENCE_LABELS[one.precedence]
+    led = "" if one.precedence is None else f", Control Mode: {label}"
+    return f"{prepared}{_windowed(one)}{resized}{led}"
 
 
 def _listed(fields: dict[str, Any]) -> str:

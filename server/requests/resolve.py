@@ -28,7 +28,7 @@ from server.requests.checks.classifier import check_classifier
 from server.requests.checks.group import check_group, check_noise_of_particles
 from server.requests.checks.guidance import check_guidance, check_windows, coefficients_for
 from server.requests.checks.limits import check_limits, check_size, check_tokens
-from server.requests.controls import check_controls
+from server.requests.controls import check_controls, settings_of_controls
 from server.requests.defaults import (
     guidance_despite,
     guidance_for,
@@ -140,7 +140,7 @@ def resolve(
         guidance=_with_source_to_avoid(guidance, has_reference=has_reference),
         cache=request.cache,
         adapters=request.adapters,
-        controls=tuple(one.settings for one in request.controls),
+        controls=settings_of_controls(request.controls, model, habitual=request.reading.habitual),
         image_prompts=tuple(one.settings for one in request.image_prompts),
         reference_images=len(request.reference_images) or None,
         strength=_strength(request, steps, has_picture=has_picture),

@@ -176,14 +176,18 @@ class Sequence:
         """Rows of the forward that the next stage needs."""
         return 1 + len(self.ask.numbers)
 
-    @property
-    def controls(self) -> tuple[RowControl, ...]:
-        """The ControlNets that act on the rows of the next stage."""
+    def controls(self, number: int) -> tuple[RowControl, ...]:
+        """The ControlNets that act on the row of a prediction at the next stage.
+
+        Args:
+            number: of the prediction.
+        """
         stage, stages = self.stage, self.task.plan.evaluations
+        prompted = self.guidance.pictured[number]
         return tuple(
-            RowControl(use.control, hint, use.scale)
+            RowControl(use.control, hint, use.scale, use.precedence is not None)
             for use, hint in zip(self.task.controls, self.hints, strict=True)
-            if use.acts(stage, stages)
+            if use.acts(stage, stages) and use.acts_on(prompted=prompted)
         )
 
     def image_prompts(self, number: int) -> tuple[RowImagePrompt, ...]:
@@ -239,7 +243,9 @@ class Sequence:
     @property
     def work(self) -> float:
         """What the next stage costs in rows of the denoiser; ControlNets count by their size."""
-        return self.rows * (1 + sum(one.control.cost for one in self.controls))
+        stage, stages = self.stage, self.task.plan.evaluations
+        acting = (use for use in self.task.controls if use.acts(stage, stages))
+        return self.rows * (1 + sum(use.control.cost for use in acting))
 
     @property
     def remaining(self) -> float:

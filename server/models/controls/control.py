@@ -6,14 +6,17 @@ Zhang et al., "Adding Conditional Control to Text-to-Image Diffusion Models", ar
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from server.models.window import in_window
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Control", "ControlUse"]
+__all__ = ["Control", "ControlUse", "Precedence"]
+
+Precedence: TypeAlias = Literal["prompt", "control"]
+"""What counts for more where a prompt and a picture differ."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -44,6 +47,10 @@ class ControlUse:
         scale: factor on what it adds.
         start: share of the run after which it begins to act.
         end: share of the run after which it no longer acts.
+        precedence: `prompt` lets it add less, the nearer a place is to the network's input, so that
+            it says what there is rather than how it looks; `control` does so too, and lets it act
+            on predictions of the prompt alone, so that guidance magnifies what it adds. None for
+            neither.
     """
 
     control: Control
@@ -51,7 +58,12 @@ class ControlUse:
     scale: float = 1.0
     start: float = 0.0
     end: float = 1.0
+    precedence: Precedence | None = None
 
     def acts(self, stage: int, stages: int) -> bool:
         """Whether it acts at a stage of so many, counted from 0."""
         return in_window(self.start, self.end, stage, stages)
+
+    def acts_on(self, *, prompted: bool) -> bool:
+        """Whether it acts on a prediction of the prompt, or on another one."""
+        return prompted or self.precedence != "control"

@@ -26,6 +26,11 @@ class ControlKind(Protocol):
         """The network that they steer."""
         ...
 
+    @property
+    def knows_precedence(self) -> bool:
+        """Whether one of them and the prompt can count for different amounts."""
+        ...
+
     def misfit(self, config: Mapping[str, Any]) -> str | None:
         """What in a ControlNet's config does not fit the model, as a clause; None where all does.
 

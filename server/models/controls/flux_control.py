@@ -48,6 +48,8 @@ class FluxControl:
         device: where it runs.
     """
 
+    knows_precedence = False
+
     def __init__(
         self,
         transformer: Any,

@@ -45,6 +45,8 @@ class QwenControl:
         device: where it runs.
     """
 
+    knows_precedence = False
+
     def __init__(
         self,
         transformer: Any,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 
@@ -17,6 +17,14 @@ if TYPE_CHECKING:
 __all__ = ["RowControl", "RowControls", "SameControl", "summed"]
 
 
+FADE: Final = 0.825
+"""Factor of a place of the network on that of the next one, where a ControlNet gives way."""
+
+LAST: Final = 12
+"""The place whose factor is 1: the middle of Stable Diffusion 1.x. Both as sd-webui-controlnet
+(scripts/hook.py), which takes the first ten of these factors for Stable Diffusion XL."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class RowControl:
     """A ControlNet that acts on a row.
@@ -25,11 +33,13 @@ class RowControl:
         control: the ControlNet.
         hint: what it reads of its picture, see ``ControlKind.hint``.
         scale: factor on what it adds.
+        gives_way: whether it adds less, the nearer a place is to the network's input.
     """
 
     control: Control
     hint: Tensor
     scale: float
+    gives_way: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,6 +54,8 @@ class SameControl:
         onto: the rows that it acts on, int64 ``[n]``.
         run: which of ``rows`` gives what is added to each of them, int64 ``[n]``.
         scales: the factor on it, float32 ``[n]``.
+        fades: of each, the factor of a place on that of the next one, float32 ``[n]``; None where
+            all places are alike.
     """
 
     control: Control
@@ -52,6 +64,11 @@ class SameControl:
     onto: Tensor
     run: Tensor
     scales: Tensor
+    fades: Tensor | None = None
+
+    def factors(self, place: int) -> Tensor:
+        """The factors on what is added at a place, counted from 0."""
+        return self.scales if self.fades is None else self.scales * self.fades ** (LAST - place)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -121,6 +138,7 @@ class RowControls:
         def sent(values: Sequence[float], dtype: torch.dtype) -> Tensor:
             return torch.tensor(values, dtype=dtype).to(hints.device, non_blocking=True)
 
+        fades = [FADE if one.gives_way else 1.0 for one in found.values()]
         return SameControl(
             found[rows[0]].control,
             sent(filled, torch.int64),
@@ -128,6 +146,7 @@ class RowControls:
             sent(list(found), torch.int64),
             sent([places[run] for run in runs.values()], torch.int64),
             sent([one.scale for one in found.values()], torch.float32),
+            sent(fades, torch.float32) if FADE in fades else None,
         )
 
 
@@ -151,18 +170,19 @@ def summed(
     """
     each = controls.by_control(once=once)
     found = [evaluate(same) for same in each]
+    fading = any(same.fades is not None for same in each)
     sums: dict[tuple[int, ...], Tensor | None] = {}
     places: list[Tensor | None] = []
-    for residuals in zip(*found, strict=True):
-        key = tuple(map(id, residuals))
+    for place, residuals in enumerate(zip(*found, strict=True)):
+        key = (*map(id, residuals), place if fading else 0)
         if key not in sums:
-            sums[key] = _sum(len(controls.rows), each, residuals)
+            sums[key] = _sum(len(controls.rows), each, residuals, place)
         places.append(sums[key])
     return places
 
 
 def _sum(
-    count: int, each: Sequence[SameControl], residuals: Sequence[Tensor | None]
+    count: int, each: Sequence[SameControl], residuals: Sequence[Tensor | None], place: int
 ) -> Tensor | None:
     """What ControlNets add to ``count`` rows at one place."""
     total: Tensor | None = None
@@ -171,7 +191,7 @@ def _sum(
             continue
         if total is None:
             total = residual.new_zeros(count, *residual.shape[1:])
-        factors = same.scales.view(-1, *[1] * (residual.ndim - 1))
+        factors = same.factors(place).view(-1, *[1] * (residual.ndim - 1))
         added = (residual.index_select(0, same.run) * factors).to(total.dtype)
         # No row is there twice, so no order of sums is open.
         total.index_add_(0, same.onto, added)

@@ -47,6 +47,8 @@ class SD3Control:
         device: where it runs.
     """
 
+    knows_precedence = False
+
     def __init__(
         self,
         transformer: Any,

@@ -44,6 +44,7 @@ def test_a_unit_is_a_control_of_the_same_name_weight_and_window() -> None:
         "end": 0.8,
         "resize_mode": "fill",
         "preprocessor": "invert",
+        "precedence": None,
     }
     assert held(control.image) == PICTURE
 
@@ -65,6 +66,21 @@ def test_of_a_model_that_is_not_loaded_the_preprocessor_tells_the_kind() -> None
     request = read(UNIT | {"model": "edges [bb]"}, UNIT | prompt, controls=None).request
     assert [one.name for one in request.controls] == ["edges"]
     assert [one.name for one in request.image_prompts] == ["faces"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "precedence"),
+    [
+        ("Balanced", None),
+        ("My prompt is more important", "prompt"),
+        (1, "prompt"),
+        ("ControlNet is more important", "control"),
+        ("2", "control"),
+    ],
+)
+def test_a_control_mode_says_what_counts_for_more(mode: str | int, precedence: str | None) -> None:
+    [control] = read(UNIT | {"control_mode": mode}).request.controls
+    assert control.precedence == precedence
 
 
 def test_units_that_are_switched_off_and_what_is_no_unit_are_left_out() -> None:
@@ -134,6 +150,11 @@ def test_what_is_not_here_is_refused_by_its_field(
             "controlnet.0: guidance_start is 0.5; it must be less than guidance_end, 0.5.",
         ),
         (
+            {"control_mode": 3},
+            "controlnet.0.control_mode: must be one of 'Balanced', 'My prompt is more important', "
+            "'ControlNet is more important'.",
+        ),
+        (
             {"resize_mode": "Just"},
             "controlnet.0.resize_mode: must be one of 'Just Resize', 'Crop and Resize', 'Resize "
             "and Fill'.",
@@ -148,14 +169,13 @@ def test_what_is_no_unit_is_refused(unit: dict[str, Any], says: str) -> None:
 
 def test_what_would_change_the_image_and_has_no_equal_is_named() -> None:
     unit = UNIT | {
-        "control_mode": "ControlNet is more important",
         "image": [PICTURE, PICTURE],
         "effective_region_mask": PICTURE,
         "advanced_weighting": [0.5] * 13,
         "hr_option": "Low res only",
         "inpaint_crop_input_image": False,
     }
-    names = ("control_mode", "mask", "effective_region_mask", "advanced_weighting")
+    names = ("mask", "effective_region_mask", "advanced_weighting")
     listed = ", ".join(f"controlnet.0.{name}" for name in names)
     assert read(unit).ignored == (f"Ignored, because nothing here corresponds: {listed}.",)
     [enlarged] = read(unit, enable_hr=True).ignored

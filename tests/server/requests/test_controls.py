@@ -16,9 +16,11 @@ from server.models.controls.shelf import ControlShelf
 from server.models.hosted import HostedModel
 from server.models.weight_memory import WeightMemory
 from server.requests.catalog import control_entries
+from server.requests.chosen import notes_for
 from server.requests.controls import load_controls
 from server.requests.infotext import infotext
 from server.requests.messages import explain
+from server.requests.reading import Reading
 from server.requests.resolve import make_plan, prepare, resolve, statistics_for
 from server.requests.schema import GenerateRequest, ResolvedRequest
 from server.requests.upload import put_upload, uploads_in, without_uploads
@@ -75,6 +77,22 @@ def test_infotext_names_each_with_its_strength_and_window(model: HostedModel) ->
     assert f'ControlNet 1: "Module: invert, {inner}, Resize Mode: Crop and Resize"' in text
 
 
+def test_a_precedence_is_refused_where_the_controlnets_know_none(model: HostedModel) -> None:
+    asked = written({"name": "edges", "precedence": "prompt"})
+    with pytest.raises(InvalidRequest) as refused:
+        resolve(asked, model, Limits(), None)
+    assert refused.value.message == (
+        "controls.0.precedence is 'prompt', but only models with a U-Net know it, and model 'toy' "
+        "has none; leave it out."
+    )
+    # What a client of AUTOMATIC1111 sends by habit is left out, and said.
+    habitual = asked.read_as(Reading(habitual=True))
+    chosen = resolve(habitual, model, Limits(), None)
+    assert chosen.controls[0].precedence is None
+    [note] = notes_for(habitual, chosen, model)
+    assert note == "precedence of ControlNets is left out, as model 'toy' has no U-Net."
+
+
 @pytest.mark.parametrize(
     ("control", "says"),
     [
@@ -88,7 +106,7 @@ def test_infotext_names_each_with_its_strength_and_window(model: HostedModel) ->
         (
             {"name": "edges", "weight": 1},
             "controls.0.weight is not a known field; allowed are: name, scale, start, end, "
-            "resize_mode, preprocessor, image.",
+            "resize_mode, preprocessor, precedence, image.",
         ),
     ],
 )

@@ -76,13 +76,13 @@ def test_units_draw_the_image_of_the_native_request(api: WebUIApi, generate: Gen
     edges, subject = picture(1), picture(2)
     weights: dict[str, Any] = {"weight": 0.7, "guidance_end": 0.5}
     units = [
-        unit(image=edges, model="depth [0123abcd]", module="invert", **weights),
+        unit(image=edges, model="depth [0123abcd]", module="invert", control_mode=2, **weights),
         unit(image=subject, model="style", module="ip-adapter_clip_sd15", weight=0.5),
         unit(image=edges, model="depth", enabled=False),
     ]
     result = api.txt2img(**THEIRS, **own_scripts(), controlnet_units=units)
     how = {"scale": 0.7, "end": 0.5, "resize_mode": "fill", "preprocessor": "invert"}
-    control = {"name": "depth", "image": b64(edges), **how}
+    control = {"name": "depth", "image": b64(edges), "precedence": "control", **how}
     prompt = {"name": "style", "image": b64(subject), "scale": 0.5}
     steered = generate(**OURS, controls=[control], image_prompts=[prompt])
     assert (drawn(result) == pixels_of(steered)).all()
@@ -90,11 +90,12 @@ def test_units_draw_the_image_of_the_native_request(api: WebUIApi, generate: Gen
     # Of the picture as it is, inverted before.
     inverted = Image.fromarray(255 - np.asarray(edges))
     plain = {"name": "depth", "scale": 0.7, "end": 0.5, "image": b64(inverted)}
+    plain |= {"precedence": "control"}
     by_hand = generate(**OURS, controls=[plain], image_prompts=[prompt], resize_mode="fill")
     assert np.abs(pixels_of(by_hand).astype(int) - pixels_of(steered)).max() <= 1
     text = result.info["infotexts"][0] if isinstance(result, WebUIApiResult) else ""
     assert "Module: invert, Model: depth, Weight: 0.7" in text
-    assert "Resize Mode: Resize and Fill" in text
+    assert "Resize Mode: Resize and Fill, Control Mode: ControlNet is more important" in text
 
 
 def test_a_unit_of_img2img_reads_the_image_to_start_from(api: WebUIApi, generate: Generate) -> None:

@@ -148,6 +148,49 @@ def test_images_in_mixed_company_are_those_of_diffusers(
     assert_apart(steered.theirs(early, seed=8), steered.theirs(replace(early, end=1.0), seed=8))
 
 
+def test_a_controlnet_gives_way_by_the_factors_of_the_extension(
+    steered: Steered,
+    model: HostedModel,
+    engine: Engine,
+    decoded: list[Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In diffusers' guess mode, which has other factors, for the prompt's prediction alone."""
+    depth, edges = use(model, "depth", 1, SIZE), use(model, "edges", 2, SIZE)
+    led, leading = replace(depth, precedence="prompt"), replace(depth, precedence="control")
+    tasks = [
+        asked(model, led),
+        asked(model, leading, seed=6, negative_prompt="a green star"),
+        asked(model, depth, seed=7),
+        asked(model, leading, replace(edges, precedence="prompt"), seed=8, guidance="none"),
+    ]
+    ear = run(engine, tasks)
+    assert not ear.errors, ear.errors
+    # Rows that do not give way are as without company that does.
+    assert_among(decoded, steered.theirs(depth, seed=7))
+
+    def factors(_: float, __: float, count: int, **___: Any) -> Tensor:
+        return torch.tensor([0.825 ** (12 - i) for i in range(count)])
+
+    def theirs(*uses: ControlUse, **fields: Any) -> Tensor:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "logspace", factors)
+            return steered.theirs(*uses, **fields)
+
+    negative = {"seed": 6, "negative_prompt": "a green star", "guess_mode": True}
+    assert_among(decoded, theirs(leading, **negative))
+    assert_among(decoded, theirs(leading, edges, seed=8, guidance_scale=1.0, guess_mode=True))
+    # In both branches their pipelines have no such mode, but their ControlNets do.
+    network = steered.networks["depth"]
+    forward = network.forward
+
+    def giving_way(*given: Any, **named: Any) -> Any:
+        return forward(*given, **named | {"guess_mode": True})
+
+    monkeypatch.setattr(network, "forward", giving_way)
+    assert_among(decoded, theirs(led))
+
+
 def test_images_of_stable_diffusion_xl_are_those_of_diffusers(tmp_path: Path) -> None:
     steered = Steered(tiny_sdxl.make(BASE), tmp_path)
     seen: list[Tensor] = []
