@@ -13,6 +13,7 @@ import asyncio
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from typing import Any
 
 from PIL import Image, ImageSequence, UnidentifiedImageError
 from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.exceptions import ConnectionClosed, InvalidStatus, InvalidURI
 
 FILES = {".png", ".jpg", ".jpeg", ".webp"}
 JPEG_END = b"\xff\xd9"
@@ -70,7 +71,9 @@ def main() -> None:
     parser.add_argument("source", type=Path, help="folder of images, GIF, WebP or video file")
     parser.add_argument("output", type=Path, help="folder to be written, or a file ending in .gif")
     parser.add_argument("--prompt", required=True, help="describes the images")
-    parser.add_argument("--server", default="ws://127.0.0.1:8000", help="default: %(default)s")
+    parser.add_argument(
+        "--server", default="http://127.0.0.1:8000", help="its address; default: %(default)s"
+    )
     parser.add_argument(
         "--fps",
         type=float,
@@ -90,7 +93,7 @@ def main() -> None:
         files = frames(options.source)
         progress = asyncio.run(stream(options.server, settings, files, options.fps))
         write(progress, options.output)
-    except (OSError, RuntimeError, InvalidStatus, ConnectionClosed) as error:
+    except (OSError, RuntimeError, InvalidStatus, InvalidURI, ConnectionClosed) as error:
         sys.exit(f"stream.py: {error}")
     report(progress)
 
@@ -136,7 +139,7 @@ async def stream(
     """Send frames and collect what comes back.
 
     Args:
-        server: its address, as `ws://HOST:PORT`.
+        server: its address, as `http://HOST:PORT`, or with `https`, `ws` or `wss`.
         settings: of the stream.
         files: the frames, as image files.
         fps: frames sent per second; 0 waits for each image.
@@ -144,7 +147,8 @@ async def stream(
     key = os.environ.get("WEFT_API_KEY")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     progress = Progress()
-    async with connect(f"{server}/v1/stream", additional_headers=headers, max_size=None) as socket:
+    address = re.sub("^http", "ws", server.rstrip("/")) + "/v1/stream"
+    async with connect(address, additional_headers=headers, max_size=None) as socket:
         await socket.send(json.dumps(settings))
         answer = json.loads(await socket.recv())
         if "error" in answer:

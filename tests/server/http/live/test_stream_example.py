@@ -32,7 +32,7 @@ def stream(*arguments: object, **environment: str) -> subprocess.CompletedProces
 
 @pytest.fixture
 def server(running: Running) -> str:
-    return running.url.replace("http", "ws")
+    return running.url
 
 
 @pytest.fixture
@@ -60,7 +60,8 @@ def test_an_animation_becomes_an_animation(server: str, tmp_path: Path) -> None:
     frames = [Image.new("RGB", (64, 64), (80 * number, 0, 0)) for number in range(3)]
     frames[0].save(tmp_path / "in.gif", save_all=True, append_images=frames[1:])
     source, painted = tmp_path / "in.gif", tmp_path / "out.gif"
-    ran = stream(source, painted, "--prompt", "a red circle", "--server", server)
+    socket = server.replace("http", "ws")
+    ran = stream(source, painted, "--prompt", "a red circle", "--server", socket)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.startswith("3 frames sent, 3 images")
     with Image.open(painted) as image:
@@ -81,6 +82,12 @@ def test_a_video_without_ffmpeg_and_a_refused_setting_are_one_sentence(
     ran = stream(folder, out, "--prompt", "x" * 9000, "--server", server)
     assert ran.returncode == 1
     assert re.fullmatch(r"stream\.py: prompt .*\.\n", ran.stderr)
+
+
+def test_an_address_without_its_protocol_is_refused_in_a_sentence(folder: Path) -> None:
+    ran = stream(folder, folder.parent, "--prompt", "a red circle", "--server", "127.0.0.1:8000")
+    assert ran.returncode == 1
+    assert re.fullmatch(r"stream.py: 127.0.0.1:8000/v1/stream isn't a valid URI: .*\n", ran.stderr)
 
 
 def test_a_video_is_read_through_ffmpeg(server: str, folder: Path) -> None:
