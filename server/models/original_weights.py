@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
+from server.errors import ModelMismatch
 from server.models.scaled_weights import unscaled
 
 if TYPE_CHECKING:
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["as_diffusers"]
+
+NAMES_SHOWN: Final = 3
+TRANSFORMER: Final = "Transformer2DModel"
+"""How the classes of transformers end."""
 
 UNET: Final = "model.diffusion_model."
 PREFIXES: Final = (UNET, "diffusion_model.", "control_model.", "first_stage_model.")
@@ -52,7 +57,7 @@ def as_diffusers(
         dtype: that scaled eight-bit floats are multiplied out to.
 
     Raises:
-        ModelMismatch: weights in a format that is not supported.
+        ModelMismatch: weights in a format that is not supported, or of no layer.
     """
     from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
@@ -66,7 +71,13 @@ def as_diffusers(
         # Its converter looks for the names of a whole checkpoint.
         own = {f"{UNET}{name}": tensor for name, tensor in own.items()}
     convert: Any = SINGLE_FILE_LOADABLE_CLASSES[kind]["checkpoint_mapping_fn"]
-    made = convert(dict(own), config=network.config)
+    made = convert(given := dict(own), config=network.config)
+    if kind.endswith(TRANSFORMER) and given:
+        # Converters of transformers take what they use out of what they are given.
+        raise ModelMismatch(
+            f"{called} has tensors that its network does not: "
+            f"{', '.join(sorted(given)[:NAMES_SHOWN])}."
+        )
     if kind == "ControlNetModel":
         # Which its converter leaves out, and those of Stable Diffusion XL have.
         made |= {name: own.get(original) for name, original in ADDED_CONDITIONS.items()}
