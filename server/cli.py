@@ -123,8 +123,8 @@ Denoisers = Annotated[
     list[str] | None,
     typer.Option(
         "--denoiser",
-        help="NAME=PATH of a U-Net or transformer in one file in place of that of a model; repeat "
-        "for several.",
+        help="NAME=PATH of a U-Net or transformer in one .safetensors or .gguf file in place of "
+        "that of a model; repeat for several.",
     ),
 ]
 Described = "a name, or a JSON object with its fields."

@@ -339,7 +339,7 @@ class Settings(BaseSettings):
     denoisers: Names = Field(
         default=(),
         description="U-Nets or transformers in place of models' own, each `name=path` of a "
-        "`.safetensors` file, by diffusers' names or the original ones.",
+        "`.safetensors` or `.gguf` file, by diffusers' names or the original ones.",
     )
     quantize: Names = Field(
         default=(),
@@ -556,13 +556,17 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _check_networks(self) -> Self:
         for field, entries in (("vaes", self.vaes), ("denoisers", self.denoisers)):
-            place = " or of a folder in the diffusers layout" if field == "vaes" else ""
+            place = (
+                ".safetensors file or of a folder in the diffusers layout"
+                if field == "vaes"
+                else ".safetensors or .gguf file"
+            )
             for entry in entries:
                 name, _, path = entry.partition("=")
                 if not name or not path or not os.path.exists(path):
                     raise ValueError(
                         f"{field} has {entry[:200]!r}; allowed is `name=path`, with the name of a "
-                        f"model and the path of a .safetensors file{place}."
+                        f"model and the path of a {place}."
                     )
         return self
 

@@ -20,6 +20,9 @@ HERE = "."
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts that a folder may have and Weft leaves alone."""
 AUTOENCODER = "vae"
+GGUF = ".gguf"
+WEIGHTS = (".safetensors", GGUF)
+"""Endings of the files that weights are read from."""
 DERIVED = "weft"
 """Folder inside a model folder for what was made from its weights, and is no part of them."""
 
@@ -186,9 +189,10 @@ class Revisions(NamedTuple):
 
 
 def weights_in(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder but for what Weft derived from them, in order."""
+    """The files of weights of a model folder but for what Weft derived from them, in order."""
     derived = folder / DERIVED
-    return sorted(f for f in folder.rglob("*.safetensors") if not f.is_relative_to(derived))
+    found = (file for kind in WEIGHTS for file in folder.rglob(f"*{kind}"))
+    return sorted(file for file in found if not file.is_relative_to(derived))
 
 
 def revisions_of(folder: Path, tell: Callable[[int, int], None] | None = None) -> Revisions:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from server.errors import ModelMismatch
-from server.models.folder import DERIVED, INDEX, parts_of, stamp_of
+from server.models.folder import DERIVED, INDEX, WEIGHTS, parts_of, stamp_of
 from server.models.unfinished import unfinished
 from server.models.weight_files import NETWORK
 
@@ -32,15 +32,15 @@ def with_denoiser(folder: Path, file: Path, cache: Path) -> Path:
 
     Args:
         folder: of the model, in the diffusers layout; its denoiser's weights need not be there.
-        file: safetensors with the weights, by diffusers' names or the original ones.
+        file: safetensors or GGUF with the weights, by diffusers' names or the original ones.
         cache: where such folders are kept.
 
     Raises:
         ModelMismatch: no such file, or a model without a denoiser.
         OSError: the cache cannot be written.
     """
-    if not file.is_file() or file.suffix != ".safetensors":
-        raise ModelMismatch(f"denoiser {file.name!r} is no .safetensors file.")
+    if not file.is_file() or file.suffix not in WEIGHTS:
+        raise ModelMismatch(f"denoiser {file.name!r} is no {' or '.join(WEIGHTS)} file.")
     part = next((one for one in parts_of(folder) if one in DENOISERS), None)
     if part is None:
         raise ModelMismatch(
@@ -48,7 +48,7 @@ def with_denoiser(folder: Path, file: Path, cache: Path) -> Path:
             f"{file.name!r} could replace."
         )
     links = {path.relative_to(folder): path.resolve() for path in _kept(folder, part)}
-    links[Path(part, f"{NETWORK}.safetensors")] = file.resolve()
+    links[Path(part, f"{NETWORK}{file.suffix}")] = file.resolve()
     identity = "\n".join(f"{name} {path} {stamp_of(path)}" for name, path in sorted(links.items()))
     made = cache / f"{file.stem}-{sha256(identity.encode()).hexdigest()[:16]}"
     if not (made / INDEX).is_file():

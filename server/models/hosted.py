@@ -17,6 +17,7 @@ from server.models.controls.control import Control
 from server.models.controls.shelf import ControlShelf
 from server.models.embeddings.embedding_file import EmbeddingTarget
 from server.models.embeddings.shelf import EmbeddingShelf
+from server.models.gguf.layers import kinds_of
 from server.models.image_prompts.shelf import ImagePromptShelf
 from server.models.inputs import RowInputs
 from server.models.linear_fits import LinearFits
@@ -73,6 +74,7 @@ class ModelFacts:
             denoiser can be given; the first is the model's own. Empty where it reads none.
         defaults: settings of requests that leave them out; None for the server's own.
         vae: name of the autoencoder that it was given in place of its own, if any.
+        given_denoiser: name of the file of its U-Net or transformer, likewise.
         references: what it reads of pictures beside a prompt; None where it reads none.
     """
 
@@ -92,6 +94,7 @@ class ModelFacts:
     clip_skips: range = range(0)
     defaults: ModelDefaults | None = None
     vae: str | None = None
+    given_denoiser: str | None = None
     references: ReferencesRead | None = None
 
     @property
@@ -198,6 +201,11 @@ class HostedModel(ABC):
     def memory_format(self) -> str:
         """How its denoiser's activations lie in memory, by torch's name for it."""
         return "contiguous_format"
+
+    @property
+    def gguf_types(self) -> tuple[str, ...]:
+        """In which blocks its weights are, as a GGUF file has them, that of most weights first."""
+        return tuple(kind for network in self.modules().values() for kind in kinds_of(network))
 
     @property
     def mixes_sizes(self) -> bool:

@@ -8,8 +8,9 @@ from typing import Any, Final, cast
 
 __all__ = ["import_libraries"]
 
-UNUSED: Final = ("bitsandbytes", "torchao")
-"""Called by :mod:`server.models.quantized` itself, and only where weights are quantized."""
+UNUSED: Final = ("bitsandbytes", "gguf", "torchao")
+"""``server.models.quantized`` calls the first and the last itself, only where it quantizes weights;
+``server.models.gguf`` reads its files by itself."""
 
 
 def import_libraries() -> None:

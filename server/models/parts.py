@@ -17,7 +17,9 @@ from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
 from server.errors import ModelMismatch
-from server.models.folder import component_class, read_json
+from server.models.folder import GGUF, component_class, read_json
+from server.models.gguf.file import load_gguf
+from server.models.gguf.layers import keep_in_blocks, whole_shape
 from server.models.original_weights import as_diffusers
 from server.models.sentencepiece_file import t5_tokenizer
 from server.models.weight_files import NETWORK, TEXT_ENCODER, weight_files
@@ -123,9 +125,10 @@ def build_network(
         mismatched=[
             name
             for name, tensor in expected.items()
-            if name in weights and weights[name].shape != tensor.shape
+            if name in weights and whole_shape(weights[name]) != tensor.shape
         ],
     )
+    keep_in_blocks(network, weights, dtype)
     cast = {
         name: tensor.to(dtype) if tensor.is_floating_point() else tensor
         for name, tensor in weights.items()
@@ -289,7 +292,7 @@ def _weights_of(folder: Path, part: str) -> dict[str, Tensor]:
                 f"model folder {str(folder)!r} has no {part}/{name[:80]}; weights are "
                 "expected there as safetensors."
             )
-        weights |= load_file(file)
+        weights |= load_gguf(file) if file.suffix == GGUF else load_file(file)
     return weights
 
 

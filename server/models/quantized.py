@@ -2,7 +2,8 @@
 
 These hold nearly all weights of a transformer. What stands outside of the blocks stays in the
 model's own type: embeddings of tokens, patches and times, and the last norm and projection, whose
-errors nothing evens out. So do norms, convolutions and the autoencoder. A layer computes in the
+errors nothing evens out. So do norms, convolutions and the autoencoder. Layers whose file has them
+in blocks of few bits stay as they are. A layer computes in the
 model's type with weights that are restored as it runs, so whatever is added to the output of the
 layer row by row, as adapters are, is added as before.
 """
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from server.models.gguf.layers import BlockLinear
 from server.models.quantization import LEAST_FEATURES
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ def layers_in_blocks(network: nn.Module) -> dict[str, nn.Linear]:
         if not isinstance(blocks, nn.ModuleList):
             continue
         for inner, layer in blocks.named_modules():
-            if not isinstance(layer, nn.Linear):
+            if not isinstance(layer, nn.Linear) or isinstance(layer, BlockLinear):
                 continue
             if min(layer.in_features, layer.out_features) >= LEAST_FEATURES:
                 found[f"{name}.{inner}"] = layer

@@ -1,4 +1,7 @@
-"""Which safetensors files hold the weights of a part of a model folder, and how large they are."""
+"""Which files hold the weights of a part of a model folder, and how large they are.
+
+They are safetensors; those of a denoiser may be one GGUF file.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,16 @@ from os.path import isfile
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from server.errors import ModelMismatch
-from server.models.folder import AUTOENCODER, DERIVED, classifier_file, parts_of, read_json
+from server.models.folder import (
+    AUTOENCODER,
+    DERIVED,
+    GGUF,
+    WEIGHTS,
+    classifier_file,
+    parts_of,
+    read_json,
+)
+from server.models.gguf.header import tensors_of
 from server.models.quantization import BITS, LEAST_FEATURES
 
 if TYPE_CHECKING:
@@ -19,6 +31,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from server.models.gguf.header import GgufTensor
     from server.models.placement import Placement
 
 __all__ = [
@@ -88,7 +101,7 @@ def weight_files(folder: Path, part: str, stem: str) -> WeightFiles:
             return WeightFiles((f"{stem}{dotted}.safetensors",), variant)
     if stem == NETWORK:
         # The only one, by whatever name it was published.
-        others = [one.name for one in (folder / part).glob("*.safetensors")]
+        others = [one.name for kind in WEIGHTS for one in (folder / part).glob(f"*{kind}")]
         if len(others) == 1 and not OF_TEXT_ENCODER.fullmatch(others[0]):
             return WeightFiles((others[0],), None)
     return WeightFiles((f"{stem}.safetensors",), None)
@@ -189,6 +202,8 @@ class _Tensor(NamedTuple):
 
     shape: Sequence[int]
     dtype: str
+    in_blocks: int | None = None
+    """Bytes of a matrix that stays in blocks as in its file; None of all others."""
 
     @property
     def numbers(self) -> int:
@@ -196,6 +211,8 @@ class _Tensor(NamedTuple):
 
     def nbytes(self, width: int) -> int:
         """Bytes once it is loaded, where a number that is converted has some width."""
+        if self.in_blocks is not None:
+            return self.in_blocks
         return self.numbers * WHOLE_NUMBERS.get(self.dtype, width)
 
 
@@ -214,6 +231,11 @@ def _tensors_of_file(folder: Path, name: str) -> list[tuple[str, _Tensor]]:
     Raises:
         ModelMismatch: it has no such header.
     """
+    if name.endswith(GGUF):
+        return [
+            (key, _Tensor(one.shape, one.kind, one.nbytes if _stays_in_blocks(key, one) else None))
+            for key, one in tensors_of(folder / name).items()
+        ]
     try:
         with (folder / name).open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
@@ -232,7 +254,13 @@ def _tensors_of_file(folder: Path, name: str) -> list[tuple[str, _Tensor]]:
     return tensors
 
 
+def _stays_in_blocks(name: str, tensor: GgufTensor) -> bool:
+    return tensor.quantized and name.endswith(".weight") and len(tensor.shape) == 2
+
+
 def _is_matrix(name: str, tensor: _Tensor) -> bool:
     """Whether this is the weight of a linear layer that is large enough to be quantised."""
     shape = tensor.shape
+    if tensor.in_blocks is not None:
+        return False
     return name.endswith(".weight") and len(shape) == 2 and min(shape) >= LEAST_FEATURES

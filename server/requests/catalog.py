@@ -141,6 +141,10 @@ class ModelEntry(BaseModel):
     vae: str | None = Field(
         description="Name of the autoencoder that the model was given; null for its own."
     )
+    denoiser: str | None = Field(
+        description="Name of the file of the U-Net or transformer that the model was given; null "
+        "for its own."
+    )
     clip_skips: tuple[int, ...] = Field(
         description="Choices of `clip_skip`, the model's own first; empty if it takes none."
     )

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from time import monotonic
@@ -221,6 +221,10 @@ class _Folders:
         log.info("%s: attention by %s, memory in %s", name, model.attention, model.memory_format)
         if vae is not None:
             log.info("%s: autoencoder of %s", name, vae)
+        if (denoiser := self.settings.denoiser_of(name)) is not None:
+            model.facts = replace(model.facts, given_denoiser=denoiser.stem)
+        if model.gguf_types:
+            log.info("%s: weights in blocks of a GGUF file: %s", name, ", ".join(model.gguf_types))
         if placement.offload != "none":
             log.info("%s: %s", name, OFFLOADED[placement.offload])
         if self.settings.compile:

@@ -61,6 +61,15 @@ class ModelCard(BaseModel):
         description="`none`, or the type of the weights in the blocks of its denoiser and text "
         "encoders: `int8`, `fp8` or `nf4`; null if it is not loaded."
     )
+    gguf_types: tuple[str, ...] = Field(
+        description="Types of the blocks that weights of its denoiser are in, by ggml's names, as "
+        "its GGUF file has them, that of most weights first; empty where there are none, or if it "
+        "is not loaded."
+    )
+    denoiser: str | None = Field(
+        description="Name of the file of the U-Net or transformer that it was given in place of "
+        "its own; null for its own, or if it is not loaded."
+    )
     offload: str | None = Field(
         description="What stays in host memory and is copied to the device as it runs: `none`, "
         "`text` for its text encoders, `all` for its denoiser too; null if it is not loaded."
@@ -113,6 +122,8 @@ def card_of(state: ModelState) -> ModelCard:
         device=None if model is None else str(model.device),
         dtype=None if model is None else str(model.dtype).removeprefix("torch."),
         quantization=None if model is None else model.placement.quantization,
+        gguf_types=() if model is None else model.gguf_types,
+        denoiser=None if model is None else model.facts.given_denoiser,
         offload=None if model is None else model.placement.offload,
         attention=None if model is None else model.attention,
         memory_format=None if model is None else model.memory_format,

@@ -30,6 +30,8 @@ def compile_blocks(model: HostedModel, compiler: Compiler) -> None:
     placement = model.placement
     if placement.quantization != "none":
         model.runs_eager = f"its weights are quantised to {placement.quantization}"
+    elif model.gguf_types:
+        model.runs_eager = f"its weights are in the blocks of a GGUF file ({model.gguf_types[0]})"
     elif placement.offload == "all":
         model.runs_eager = "its denoiser is streamed from host memory"
     else:

@@ -55,7 +55,7 @@ def test_a_model_has_the_denoiser_of_the_file_and_all_else_of_the_folder(
 
 
 def test_what_is_no_file_of_a_denoiser_is_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelMismatch, match=r"^denoiser 'x\.ckpt' is no \.safetensors file"):
+    with pytest.raises(ModelMismatch, match=r"^denoiser 'x\.ckpt' is no \.safetensors or \.gg"):
         with_denoiser(folder, tmp_path / "x.ckpt", tmp_path)
     (tmp_path / "model_index.json").write_text("{}")
     (tmp_path / "x.safetensors").touch()

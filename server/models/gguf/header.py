@@ -1,0 +1,246 @@
+"""What a GGUF file says of its tensors, checked before any of them is read.
+
+The layout is that of ``docs/gguf.md`` in ggml's repository, versions 2 and 3: counts of tensors and
+entries of metadata, the entries, a description of each tensor, and their bytes. All lengths are
+bounded by what a header can need, and all tensors lie inside the file and beside each other, so a
+file cannot make more memory be taken than it is long. Of the metadata only the alignment is used.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
+from typing import TYPE_CHECKING, BinaryIO, Final
+
+from server.errors import ModelMismatch
+from server.models.gguf.formats import FORMATS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+__all__ = ["PLAIN", "GgufTensor", "tensors_of"]
+
+MAGIC: Final = b"GGUF"
+VERSIONS: Final = (2, 3)
+
+PLAIN: Final = {"F32": (0, 4), "F16": (1, 2), "BF16": (30, 2)}
+"""Types of numbers that are not quantised: their codes, and the bytes of a number."""
+
+CODES: Final[Mapping[int, str]] = {
+    **{code: kind for kind, (code, _) in PLAIN.items()},
+    **{form.code: kind for kind, form in FORMATS.items()},
+}
+
+LONGEST_HEADER: Final = 1 << 24
+"""Bytes; those of published transformers have some hundred thousand."""
+
+LONGEST_NAME: Final = 256
+MOST_DIMENSIONS: Final = 4
+SHOWN: Final = 80
+"""Letters of a name in a message; a file may say anything."""
+
+VALUES: Final = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+"""Bytes of the types of metadata that have a fixed size."""
+
+UINT32, STRING, ARRAY = 4, 8, 9
+ALIGNMENT: Final = "general.alignment"
+DEFAULT_ALIGNMENT: Final = 32
+LEAST_ALIGNMENT: Final = 8
+MOST_ALIGNMENT: Final = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class GgufTensor:
+    """A tensor in a file.
+
+    Attributes:
+        kind: of its numbers: a name in ``PLAIN`` or in ``FORMATS``.
+        shape: of the tensor as torch counts dimensions, the innermost one last.
+        start: of its bytes in the file.
+        nbytes: of it.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+    @property
+    def quantized(self) -> bool:
+        """Whether its numbers are in blocks."""
+        return self.kind in FORMATS
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Of its bytes, if its numbers are in blocks: rows of them."""
+        return *self.shape[:-1], FORMATS[self.kind].row_bytes(self.shape[-1])
+
+
+def tensors_of(file: Path) -> dict[str, GgufTensor]:
+    """The tensors of a file by name.
+
+    Args:
+        file: of the format GGUF.
+
+    Raises:
+        ModelMismatch: it is none, or one that is not supported; the sentence names the tensor.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            tensors = _read(_Header(stream, min(size, LONGEST_HEADER)), size)
+        _check_apart(tensors)
+    except _Unreadable as error:
+        raise ModelMismatch(f"GGUF file {str(file)!r} {error}.") from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise ModelMismatch(f"GGUF file {str(file)!r} cannot be read: {reason}.") from None
+    return tensors
+
+
+class _Unreadable(Exception):
+    """What is wrong with a file, as the rest of a sentence about it."""
+
+
+class _Header:
+    """Reads the start of a file, and never further than a header may go."""
+
+    def __init__(self, stream: BinaryIO, most: int) -> None:
+        self._stream = stream
+        self._most = most
+        self.position = 0
+
+    def take(self, count: int) -> bytes:
+        self._advance(count)
+        taken = self._stream.read(count)
+        if len(taken) < count:
+            raise _Unreadable("is cut short")
+        return taken
+
+    def skip(self, count: int) -> None:
+        self._advance(count)
+        self._stream.seek(count, 1)
+
+    def number(self, form: str) -> int:
+        layout = f"<{form}"
+        return struct.unpack(layout, self.take(struct.calcsize(layout)))[0]
+
+    def text(self, most: int) -> str:
+        length = self.number("Q")
+        if length > most:
+            raise _Unreadable(f"has a name of {length} bytes; at most {most} are allowed")
+        try:
+            return self.take(length).decode()
+        except UnicodeDecodeError:
+            raise _Unreadable("has a name that is not UTF-8") from None
+
+    def _advance(self, count: int) -> None:
+        self.position += count
+        if self.position > self._most:
+            raise _Unreadable(
+                "is cut short, or has a header of more than "
+                f"{LONGEST_HEADER} bytes, which is the most that is read"
+            )
+
+
+def _read(header: _Header, size: int) -> dict[str, GgufTensor]:
+    if header.take(4) != MAGIC:
+        raise _Unreadable("does not begin as GGUF files do")
+    if (version := header.number("I")) not in VERSIONS:
+        raise _Unreadable(
+            f"has the version {version}; allowed are {' and '.join(map(str, VERSIONS))}, with the "
+            "bytes of numbers in little-endian order"
+        )
+    count, entries = header.number("Q"), header.number("Q")
+    alignment = DEFAULT_ALIGNMENT
+    for _ in range(entries):
+        key = header.text(LONGEST_HEADER)
+        kind = header.number("I")
+        if key == ALIGNMENT and kind == UINT32:
+            alignment = _checked_alignment(header.number("I"))
+        else:
+            _skip_value(header, kind, key)
+    described: dict[str, GgufTensor] = {}
+    for _ in range(count):
+        name = header.text(LONGEST_NAME)
+        if name in described:
+            raise _Unreadable(f"has the tensor {name[:SHOWN]} twice")
+        described[name] = _tensor(header, name, alignment)
+    start = -(-header.position // alignment) * alignment
+    return {name: _placed(name, one, start, size) for name, one in described.items()}
+
+
+def _checked_alignment(alignment: int) -> int:
+    """A multiple of the widest number, so that tensors can be read where they lie."""
+    if not LEAST_ALIGNMENT <= alignment <= MOST_ALIGNMENT or alignment & alignment - 1:
+        raise _Unreadable(
+            f"has the {ALIGNMENT} {alignment}; allowed are powers of two from {LEAST_ALIGNMENT} "
+            f"to {MOST_ALIGNMENT}"
+        )
+    return alignment
+
+
+def _skip_value(header: _Header, kind: int, key: str) -> None:
+    count = 1
+    if kind == ARRAY:
+        kind, count = header.number("I"), header.number("Q")
+    if kind == STRING:
+        for _ in range(count):
+            header.skip(header.number("Q"))
+    elif kind in VALUES:
+        header.skip(count * VALUES[kind])
+    else:
+        raise _Unreadable(f"has metadata of the unknown type {kind} ({key[:SHOWN]})")
+
+
+def _tensor(header: _Header, name: str, alignment: int) -> GgufTensor:
+    """A tensor whose start is counted from that of all tensors."""
+    dimensions = header.number("I")
+    if not 1 <= dimensions <= MOST_DIMENSIONS:
+        raise _Unreadable(
+            f"has the tensor {name[:SHOWN]} of {dimensions} dimensions; allowed are 1 to "
+            f"{MOST_DIMENSIONS}"
+        )
+    shape = tuple(header.number("Q") for _ in range(dimensions))[::-1]
+    code, offset = header.number("I"), header.number("Q")
+    kind = CODES.get(code)
+    if kind is None:
+        raise _Unreadable(
+            f"has the tensor {name[:SHOWN]} of ggml's type {code}; allowed are "
+            f"{', '.join((*PLAIN, *FORMATS))}"
+        )
+    if offset % alignment:
+        raise _Unreadable(
+            f"has the tensor {name[:SHOWN]} at {offset}, which is no multiple of its alignment "
+            f"{alignment}"
+        )
+    if kind in PLAIN:
+        return GgufTensor(kind, shape, offset, prod(shape) * PLAIN[kind][1])
+    form = FORMATS[kind]
+    if shape[-1] % form.numbers:
+        raise _Unreadable(
+            f"has the tensor {name[:SHOWN]} with rows of {shape[-1]} numbers in blocks of "
+            f"{form.numbers} ({kind})"
+        )
+    return GgufTensor(kind, shape, offset, prod(shape[:-1]) * form.row_bytes(shape[-1]))
+
+
+def _placed(name: str, tensor: GgufTensor, start: int, size: int) -> GgufTensor:
+    placed = GgufTensor(tensor.kind, tensor.shape, start + tensor.start, tensor.nbytes)
+    if not tensor.nbytes or placed.start + placed.nbytes > size:
+        raise _Unreadable(
+            f"has the tensor {name[:SHOWN]} of {tensor.nbytes} bytes from {placed.start} on, and "
+            f"is {size} bytes long"
+        )
+    return placed
+
+
+def _check_apart(tensors: Mapping[str, GgufTensor]) -> None:
+    """Refuse tensors that share bytes, of which there could be more than the file is long."""
+    in_order = sorted(tensors.items(), key=lambda entry: entry[1].start)
+    for (_, one), (name, other) in pairwise(in_order):
+        if other.start < one.start + one.nbytes:
+            raise _Unreadable(f"has the tensor {name[:SHOWN]} where another one is")

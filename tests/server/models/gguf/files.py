@@ -1,0 +1,71 @@
+"""GGUF files of tiny transformers, written by the package gguf as published ones are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType, GGUFWriter, quants
+from torch import Tensor
+
+from server.models.gguf.formats import FORMATS
+
+WITHIN = "model.diffusion_model."
+SCALES = {"Q4_K": {0: 4e-4, 2: 3e-3}, "Q6_K": {208: 5e-5}}
+"""Places of the scales of K-quants, and values that make random blocks like trained weights."""
+
+
+def write(file: Path, tensors: Mapping[str, Tensor], *kinds: str) -> None:
+    """Write tensors as the tools do: large matrices in blocks, all others in float32.
+
+    Args:
+        file: that is written.
+        tensors: by name.
+        kinds: of the matrices, which take them in turn; those whose rows are no whole blocks are
+            in float16.
+    """
+    writer = GGUFWriter(file, "tiny")
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    matrices = 0
+    for name, tensor in tensors.items():
+        numbers: Any = tensor.float().numpy()
+        kind = "F32"
+        if name.endswith(".weight") and tensor.ndim == 2:
+            kind = kinds[matrices % len(kinds)]
+            matrices += 1
+            if kind in FORMATS and tensor.shape[1] % FORMATS[kind].numbers:
+                kind = "F16"
+        if kind in SCALES:
+            # Nothing but llama.cpp makes these of numbers; any blocks are numbers, though.
+            data = blocks(kind, *tensor.shape)
+        else:
+            data = quants.quantize(numbers, GGMLQuantizationType[kind])
+        writer.add_tensor(name, data, raw_dtype=GGMLQuantizationType[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def blocks(kind: str, rows: int, numbers: int) -> Any:
+    """Random rows of a kind in ``SCALES``."""
+    form = FORMATS[kind]
+    random = np.random.default_rng(rows)
+    made = random.integers(0, 256, (rows, numbers // form.numbers, form.nbytes), dtype=np.uint8)
+    for place, scale in SCALES[kind].items():
+        made[..., place : place + 2] = np.array([scale], np.float16).view(np.uint8)
+    return made.reshape(rows, -1)
+
+
+def restored(file: Path) -> dict[str, Tensor]:
+    """All tensors in float32, as the package gguf reads them."""
+    return {
+        one.name: torch.from_numpy(
+            quants.dequantize(one.data, one.tensor_type).reshape(tuple(one.shape)[::-1]).copy()
+        )
+        for one in gguf.GGUFReader(file).tensors
+    }
