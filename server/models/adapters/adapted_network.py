@@ -64,7 +64,8 @@ class AdaptedNetwork:
 
     Args:
         part: the network's name in a model folder, by which adapters name it.
-        network: whose layers take and put out one entry for each row.
+        network: whose layers take and put out one entry for each row, or several lists of them, one
+            behind the other.
         device: where it is.
         by_products: whether to make convolutions products of matrices, see ``convolution``. By
             default on a GPU.
@@ -126,7 +127,10 @@ class AdaptedNetwork:
         rows = (tuple((ref(one.adapter), one.weight) for one in own) for own in adapters.rows)
         plan = self._plans.get((adapters.fixed, tuple(rows)), lambda: self._plan(adapters))
         keep = plan.nbytes <= self._most_bytes
-        return {name: _Change(changed, keep=keep) for name, changed in plan.layers.items()}
+        return {
+            name: _Change(changed, len(adapters.rows), keep=keep)
+            for name, changed in plan.layers.items()
+        }
 
     def _plan(self, adapters: RowAdapters) -> _Plan:
         own = self._part, self._layers, adapters, self._device
@@ -139,11 +143,13 @@ class _Change:
 
     Args:
         changed: what of it.
+        rows: of the forward.
         keep: whether stacks are kept for the next forward.
     """
 
-    def __init__(self, changed: ChangedLayer, *, keep: bool) -> None:
+    def __init__(self, changed: ChangedLayer, rows: int, *, keep: bool) -> None:
         self._changed = changed
+        self._rows = rows
         self._keep = keep
         self._x: Tensor | None = None
 
@@ -161,7 +167,8 @@ class _Change:
     ) -> tuple[Tensor, ...]:
         """Scale the input for the layer's own weight, and remember it for the changes."""
         self._x, *others = args
-        return (scales.scaled(layer, self._x), *others)
+        passes = [scales.scaled(layer, own) for own in self._passes(self._x)]
+        return (passes[0] if len(passes) == 1 else torch.cat(passes), *others)
 
     def _after(self, layer: Layer, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """Scale the output, and add the changes, one batch after another."""
@@ -171,11 +178,21 @@ class _Change:
         # Views: what is added to the tokens is added to the output.
         tokens = output.permute(0, 2, 3, 1) if isinstance(layer, nn.Conv2d) else output
         tokens = tokens.view(len(tokens), -1, tokens.shape[-1])
-        if self._changed.outputs is not None:
-            self._changed.outputs.scale(tokens)
-        for one in self._changed.changes:
-            one.stack(keep=self._keep).add(layer, x, tokens)
+        for own_x, own in zip(self._passes(x), self._passes(tokens), strict=True):
+            if self._changed.outputs is not None:
+                self._changed.outputs.scale(own)
+            for one in self._changed.changes:
+                one.stack(keep=self._keep).add(layer, own_x, own)
         return output
+
+    def _passes(self, tensor: Tensor) -> list[Tensor]:
+        """All rows, and again all rows where a network has them behind each other.
+
+        So Qwen-Image-Edit tells each row two times at once, its own and that of its pictures.
+        """
+        if len(tensor) == self._rows:
+            return [tensor]
+        return [tensor[i : i + self._rows] for i in range(0, len(tensor), self._rows)]
 
 
 def _has_died(key: Key) -> bool:
