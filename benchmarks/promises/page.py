@@ -18,7 +18,7 @@ TITLES: Final = (
     "target",
     "figure",
     "kept",
-    "without",
+    "defence removed",
     "figure then",
     "load",
 )
@@ -28,7 +28,8 @@ What the server promises, measured on `weft serve` with the embedded model by `m
 writes this page. Each measurement is made a second time on a server from which the defence is taken
 away, where it has to find the promise broken: a measurement that cannot fail shows nothing. Routes
 and fields come from the application's own tables, so that a new one is measured too. Limits are
-lower than the defaults where waiting for them would take minutes; docs/operating.md has the limits.
+lower than the defaults where waiting for them would take minutes; [operating](operating.md#limits)
+lists the limits.
 
 Measured on {cores} cores. The load is the machine's load average before the measurement, by other
 work: where it exceeds the cores, times are longer than on an idle machine and shares of it noisy.

@@ -24,7 +24,8 @@ def test_lines_that_are_measured_again_replace_their_own_and_others_stay() -> No
         (FIRST, SECOND), [line(one, BROKEN, BROKEN, 7.0) for one in (FIRST,)], before=before
     )
     assert after.splitlines()[-4:] == [
-        "| promise | how it is measured | target | figure | kept | without | figure then | load |",
+        "| promise | how it is measured | target | figure | kept | defence removed | figure then "
+        "| load |",
         "|---|---|---|---|---|---|---|---|",
         "| First. | so | 0 | 9 found | **no** | nothing | 9 found | 7.0 |",
         "| Second. | so | 0 | 0 found | yes | nothing | 9 found | 0.5 |",
