@@ -115,8 +115,8 @@ def _listeners(server: Served) -> Outcome:
 
 PROMISES: Final = (
     Promise(
-        "Every route needs a key, except the page, the probes and stored images, whose URLs cannot be "
-        "guessed.",
+        "Every route needs a key, except the page, the probes and stored images, whose URLs cannot "
+        "be guessed.",
         f"all routes with {len(WRONG_KEYS)} missing, wrong and malformed keys",
         "0 let through",
         "no gate",
