@@ -12,14 +12,17 @@ import json
 import logging
 import shutil
 from hashlib import sha256
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from server.errors import ModelMismatch
+from server.models.checkpoint_prediction import V_PREDICTION, ZERO_TERMINAL_SNR, prediction_of
 from server.models.folder import INDEX, stamp_of
 from server.models.scaled_weights import unscaled
 from server.models.unfinished import unfinished
@@ -30,20 +33,35 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from server.models.checkpoint_prediction import Prediction
+
 __all__ = ["converted", "write_tokenizer"]
 
 log = logging.getLogger("weft")
 
-TEMPLATES: Final = {"v1": "sd15", "inpainting": "sd15", "xl_base": "sdxl", "xl_inpaint": "sdxl"}
+TEMPLATES: Final = {
+    "v1": "sd15",
+    "inpainting": "sd15",
+    "v2": "sd21",
+    "inpainting_v2": "sd21",
+    "xl_base": "sdxl",
+    "xl_inpaint": "sdxl",
+}
 """Configs of each kind of checkpoint, as diffusers names the kinds."""
 
-WITHOUT_PREDICTION: Final = ("v2", "inpainting_v2")
-"""Kinds whose U-Nets predict noise or a velocity, and whose tensors are the same either way."""
+INPAINTING: Final = ("inpainting", "inpainting_v2", "xl_inpaint")
+SIZE_OF_VELOCITIES: Final = 96
+"""Latent cells along a side of a picture of Stable Diffusion 2.x that predicts a velocity."""
 
 UNET: Final = "model.diffusion_model."
 AUTOENCODER: Final = "first_stage_model."
 CLIP: Final = ("cond_stage_model.transformer.", "conditioner.embedders.0.transformer.")
 OPEN_CLIP: Final = "conditioner.embedders.1.model."
+SECOND_CLIP: Final = "cond_stage_model.model."
+"""Of Stable Diffusion 2.x, whose U-Net reads the layer before the last."""
+
+LAST_LAYER: Final = f"{SECOND_CLIP}transformer.resblocks.23."
+NETWORKS: Final = (UNET, AUTOENCODER, *CLIP, OPEN_CLIP, SECOND_CLIP)
 OF_TRAINING: Final = (
     "model_ema.",
     "first_stage_model.loss.",
@@ -71,18 +89,14 @@ PROJECTION: Final = f"{OPEN_CLIP}text_projection"
 BY_EDM: Final = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
 """Of models that predict by Karras et al.'s preconditioning: Playground v2.5, CosXL."""
 
-V_PREDICTION: Final = "v_pred"
-ZERO_TERMINAL_SNR: Final = "ztsnr"
-"""Tensors by which a checkpoint says how it was trained."""
-
-PREDICTION: Final = "modelspec.prediction_type"
-"""Entry of a file's metadata with the same, "epsilon" or "v", as kohya's scripts write it."""
-
 UNUSED: Final = ("position_ids", "logit_scale")
 COPIED: Final = (".in_proj_weight", ".in_proj_bias", ".text_projection")
 """Tensors of OpenCLIP that are divided or turned, and so are not the same in memory."""
 
 NAMES_SHOWN: Final = 3
+
+CONVERTERS: Final = ("checkpoint", "checkpoint_prediction", "scaled_weights")
+"""Modules that decide what is in the folder of a checkpoint, with diffusers and the templates."""
 
 
 def converted(
@@ -91,7 +105,7 @@ def converted(
     """The folder that a checkpoint was or is now converted to.
 
     Args:
-        file: ``.safetensors``, with the names of the original Stable Diffusion 1.x or XL.
+        file: ``.safetensors``, with the names of the original Stable Diffusion 1.x, 2.x or XL.
         cache: where folders of converted checkpoints are kept.
         templates: with the configs of each kind; by default those that ship with Weft.
         tell: called if it has to be converted.
@@ -100,7 +114,8 @@ def converted(
         ModelMismatch: another kind of file, or tensors that belong to none of the networks.
         OSError: the folder cannot be written.
     """
-    identity = f"{file.resolve()} {stamp_of(file)}"
+    templates = templates or Path(str(files("server.models") / "single_file"))
+    identity = f"{file.resolve()} {stamp_of(file)} {_version(templates)}"
     folder = cache / f"{file.stem}-{sha256(identity.encode()).hexdigest()[:16]}"
     if (folder / INDEX).is_file():
         return folder
@@ -108,9 +123,18 @@ def converted(
         tell()
     cache.mkdir(parents=True, exist_ok=True)
     with unfinished(cache) as made:
-        _convert(file, made, templates or Path(str(files("server.models") / "single_file")))
+        _convert(file, made, templates)
         _put(made, folder)
     return folder
+
+
+def _version(templates: Path) -> str:
+    """Of what converts: another one may make another folder of the same file."""
+    digest = sha256(version("diffusers").encode())
+    own = (Path(__file__).with_name(f"{name}.py") for name in CONVERTERS)
+    for file in (*own, *sorted(one for one in templates.rglob("*") if one.is_file())):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def _put(made: Path, folder: Path) -> None:
@@ -149,7 +173,14 @@ def _convert(file: Path, folder: Path, templates: Path) -> None:
     for tokenizer in folder.glob("tokenizer*"):
         if not (tokenizer / "tokenizer.json").exists():
             write_tokenizer(tokenizer)
-    _adapt_configs(folder, kind, weights, metadata)
+    prediction = _adapt_configs(folder, kind, weights, metadata)
+    if prediction.guessed:
+        log.warning(
+            "%s does not say whether it predicts noise or a velocity; by its weights it is %s. If "
+            "its pictures are noise, host a folder in the diffusers layout, whose scheduler tells",
+            file,
+            "a velocity" if prediction.velocity else "noise",
+        )
     try:
         parts = _parts(folder, weights)
     except KeyError as error:
@@ -188,19 +219,13 @@ def _kind(file: Path, weights: Mapping[str, Tensor]) -> str:
 
     # What diffusers does not recognise it takes for Stable Diffusion 1.
     kind = infer_diffusers_model_type(weights)
-    if kind in WITHOUT_PREDICTION:
-        raise ModelMismatch(
-            f"model file {str(file)!r} is a checkpoint of Stable Diffusion 2.x, which does not say "
-            "whether it predicts noise or a velocity; host a folder in the diffusers layout, whose "
-            "scheduler does."
-        )
     if by_edm := [name for name in BY_EDM if name in weights]:
         raise ModelMismatch(
             f"model file {str(file)!r} has {by_edm[0]}: it predicts by the preconditioning of EDM, "
             "which is not supported for Stable Diffusion XL."
         )
     stands = f"{UNET}input_blocks.0.0.weight" in weights
-    networks = {"text encoder": CLIP, "autoencoder": (AUTOENCODER,)}
+    networks = {"text encoder": (*CLIP, SECOND_CLIP), "autoencoder": (AUTOENCODER,)}
     lacking = [
         name for name, own in networks.items() if not any(k.startswith(own) for k in weights)
     ]
@@ -211,11 +236,12 @@ def _kind(file: Path, weights: Mapping[str, Tensor]) -> str:
         )
     if kind not in TEMPLATES or not stands:
         raise ModelMismatch(
-            f"model file {str(file)!r} is no complete checkpoint of Stable Diffusion 1.x or XL; "
+            f"model file {str(file)!r} is no complete checkpoint of Stable Diffusion 1.x, 2.x or "
+            "XL; "
             "models of other families are hosted as folders in the diffusers layout, whose "
             "transformer `--denoiser name=path` replaces by one in a file."
         )
-    known = (UNET, AUTOENCODER, *CLIP, OPEN_CLIP, V_PREDICTION, ZERO_TERMINAL_SNR)
+    known = (*NETWORKS, V_PREDICTION, ZERO_TERMINAL_SNR)
     if strange := sorted(name for name in weights if not name.startswith(known)):
         raise ModelMismatch(
             f"model file {str(file)!r} has tensors that belong to none of its networks: "
@@ -226,17 +252,17 @@ def _kind(file: Path, weights: Mapping[str, Tensor]) -> str:
 
 def _adapt_configs(
     folder: Path, kind: str, weights: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> None:
-    if kind in ("inpainting", "xl_inpaint"):
+) -> Prediction:
+    if kind in INPAINTING:
         _change(folder / "unet" / "config.json", in_channels=9)
         index = json.loads((folder / INDEX).read_text("utf-8"))
         family = index["_class_name"].replace("Pipeline", "InpaintPipeline")
         _change(folder / INDEX, _class_name=family)
-    scheduler = folder / "scheduler" / "scheduler_config.json"
-    if V_PREDICTION in weights or metadata.get(PREDICTION) == "v":
-        _change(scheduler, prediction_type="v_prediction")
-    if ZERO_TERMINAL_SNR in weights:
-        _change(scheduler, rescale_betas_zero_snr=True)
+    prediction = prediction_of(kind, weights, metadata)
+    _change(folder / "scheduler" / "scheduler_config.json", **prediction.scheduler)
+    if kind == "v2" and prediction.velocity:
+        _change(folder / "unet" / "config.json", sample_size=SIZE_OF_VELOCITIES)
+    return prediction
 
 
 def _change(file: Path, **entries: Any) -> None:
@@ -252,7 +278,7 @@ def _parts(folder: Path, weights: Mapping[str, Tensor]) -> dict[str, dict[str, T
     parts = {
         "unet": theirs.convert_ldm_unet_checkpoint(_of(weights, UNET), unet),
         "vae": theirs.convert_ldm_vae_checkpoint(_of(weights, AUTOENCODER), vae),
-        "text_encoder": theirs.convert_ldm_clip_checkpoint(_of(weights, *CLIP)),
+        "text_encoder": _text_encoder(folder, weights),
     }
     if (folder / "text_encoder_2").is_dir():
         if PROJECTION not in weights:
@@ -262,16 +288,30 @@ def _parts(folder: Path, weights: Mapping[str, Tensor]) -> dict[str, dict[str, T
     return parts
 
 
+def _text_encoder(folder: Path, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    from diffusers.loaders import single_file_utils as theirs
+
+    if not (own := _of(weights, SECOND_CLIP)):
+        return theirs.convert_ldm_clip_checkpoint(_of(weights, *CLIP))
+    config = json.loads((folder / "text_encoder" / "config.json").read_text("utf-8"))
+    # All that it asks of a model, where a file has no projection.
+    model = SimpleNamespace(config=SimpleNamespace(hidden_size=config["hidden_size"]))
+    return theirs.convert_open_clip_checkpoint(model, own, SECOND_CLIP)
+
+
 def _left_over(
     weights: Mapping[str, Tensor], parts: Mapping[str, Mapping[str, Tensor]]
 ) -> list[str]:
     """Names of tensors that were converted to nothing; the converters pass them over in silence."""
     used = {tensor.data_ptr() for own in parts.values() for tensor in own.values()}
-    of_networks = _of(weights, UNET, AUTOENCODER, *CLIP, OPEN_CLIP)
+    of_networks = _of(weights, *NETWORKS)
     return sorted(
         name
         for name, tensor in of_networks.items()
-        if tensor.data_ptr() not in used and not name.endswith(COPIED)
+        if tensor.data_ptr() not in used
+        and not name.endswith(COPIED)
+        # Which no picture is drawn with.
+        and not name.startswith(LAST_LAYER)
     )
 
 

@@ -74,17 +74,34 @@ OPEN_CLIP = (
 def checkpoint(pipeline: Any) -> dict[str, Tensor]:
     """All weights of a tiny SDXL pipeline as one file has them."""
     unet = {unet_name(name): tensor for name, tensor in pipeline.unet.state_dict().items()}
-    vae = _renamed(pipeline.vae.state_dict(), AUTOENCODER)
-    for name, tensor in vae.items():
-        if re.search(r"attn_1\.(q|k|v|proj_out)\.weight", name):
-            vae[name] = tensor[:, :, None, None]
     first = {f"text_model.{_plain(k)}": v for k, v in pipeline.text_encoder.state_dict().items()}
     return {
         **_within("model.diffusion_model.", unet),
-        **_within("first_stage_model.", vae),
+        **_within("first_stage_model.", _autoencoder(pipeline.vae)),
         **_within("conditioner.embedders.0.transformer.", first),
         **_within("conditioner.embedders.1.model.", _open_clip(pipeline.text_encoder_2)),
     }
+
+
+def second_checkpoint(pipeline: Any) -> dict[str, Tensor]:
+    """All weights of a tiny Stable Diffusion 2, whose U-Net has one level of two ResNets."""
+    unet = {second_unet_name(name): one for name, one in pipeline.unet.state_dict().items()}
+    return {
+        **_within("model.diffusion_model.", unet),
+        **_within("first_stage_model.", _autoencoder(pipeline.vae)),
+        **_within("cond_stage_model.model.", _open_clip(pipeline.text_encoder)),
+    }
+
+
+def second_unet_name(name: str) -> str:
+    """The original name of a tensor of that U-Net."""
+    for side, first in (("down", 1), ("up", 0)):
+        if found := re.match(rf"{side}_blocks\.0\.(resnets|attentions)\.(\d)\.(.*)", name):
+            kind, number, rest = found.groups()
+            blocks = "input_blocks" if side == "down" else "output_blocks"
+            own = f"{blocks}.{first + int(number)}.{int(kind == 'attentions')}.{rest}"
+            return _name(own, RESNET) if kind == "resnets" else own
+    return unet_name(name)
 
 
 def unet_name(name: str) -> str:
@@ -95,10 +112,19 @@ def unet_name(name: str) -> str:
     return _name(own, RESNET) if is_resnet else own
 
 
+def _autoencoder(network: Any) -> dict[str, Tensor]:
+    made = _renamed(network.state_dict(), AUTOENCODER)
+    for name, tensor in made.items():
+        if re.search(r"attn_1\.(q|k|v|proj_out)\.weight", name):
+            made[name] = tensor[:, :, None, None]
+    return made
+
+
 def _open_clip(encoder: Any) -> dict[str, Tensor]:
     plain = {_plain(name): tensor for name, tensor in encoder.state_dict().items()}
     made = _renamed(plain, OPEN_CLIP)
-    made["text_projection"] = made["text_projection"].T
+    if "text_projection" in made:
+        made["text_projection"] = made["text_projection"].T
     for layer in range(encoder.config.num_hidden_layers):
         own = f"transformer.resblocks.{layer}.attn."
         for kind in ("weight", "bias"):

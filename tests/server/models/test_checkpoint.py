@@ -13,15 +13,22 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 from server.errors import ModelMismatch
+from server.models import checkpoint_prediction
 from server.models.checkpoint import converted, write_tokenizer
+from server.models.checkpoint_prediction import prediction_of
 from server.models.loading import load_model
 from server.service.hosting import host
 from server.settings import Settings
-from tests.server.models import tiny_sdxl
-from tests.server.models.original_names import checkpoint
+from tests.server.models import tiny_sd, tiny_sdxl
+from tests.server.models.original_names import checkpoint, second_checkpoint
 
 SHIPPED = Path(str(files("server.models") / "single_file"))
 
@@ -151,17 +158,81 @@ def test_a_server_is_not_started_on_another_kind_of_file(tmp_path: Path) -> None
         host(settings)
 
 
-def test_a_file_of_stable_diffusion_2_is_refused_as_its_prediction_is_not_known(
+@pytest.fixture(scope="module")
+def second() -> Any:
+    """Of a text as wide as that of Stable Diffusion 2, by which its files are told from others."""
+    made = tiny_sd.make(
+        tiny_sdxl.BASE,
+        block_out_channels=(32,),
+        layers_per_block=2,
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        attention_head_dim=(2,),
+        transformer_layers_per_block=1,
+        cross_attention_dim=1024,
+    )
+    entries: dict[str, Any] = tiny_sdxl.text_config(1024).to_dict()
+    entries |= {"intermediate_size": 16, "num_hidden_layers": 1}
+    made.text_encoder = CLIPTextModel(CLIPTextConfig(**entries)).eval()
+    return made
+
+
+@pytest.mark.parametrize("velocity", [True, False])
+def test_a_file_of_stable_diffusion_2_becomes_a_folder_that_says_what_it_predicts(
+    velocity: bool,
+    second: Any,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    attention = "input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
-    weights = {
-        f"model.diffusion_model.{attention}": torch.ones(2, 1024),
-        "model.diffusion_model.input_blocks.0.0.weight": torch.ones(2, 4, 3, 3),
+    """By its weights, as no file of that time says it."""
+    norm = "model.diffusion_model.output_blocks.2.1.transformer_blocks.0.norm1.bias"
+    monkeypatch.setattr(checkpoint_prediction, "LAST_NORM", norm)
+    bias = second.unet.up_blocks[0].attentions[2].transformer_blocks[0].norm1.bias
+    torch.nn.init.normal_(bias, std=0.2 if velocity else 0.05)
+    tiny_sdxl.saved(second, tmp_path / "templates" / "sd21")
+    for file in (tmp_path / "templates").rglob("*.safetensors"):
+        file.unlink()
+    # The last layer is there, and no picture is drawn with it.
+    last, clip = "transformer.resblocks.23.", "cond_stage_model.model."
+    beside = {
+        f"{clip}{last}ln_1.weight": torch.ones(1024),
+        f"{clip}{last}attn.in_proj_weight": torch.ones(3, 4),
+        f"{clip}logit_scale": torch.ones([]),
+        **({f"{clip}text_projection": torch.ones(1024, 8)} if velocity else {}),
     }
-    save_file(weights, tmp_path / "second.safetensors")
-    with pytest.raises(ModelMismatch, match=r"Stable Diffusion 2\.x, which does not say whether"):
-        converted(tmp_path / "second.safetensors", tmp_path / "cache")
+    save_file(second_checkpoint(second) | beside, tmp_path / "second.safetensors")
+    folder = converted(tmp_path / "second.safetensors", tmp_path, tmp_path / "templates")
+    model = load_model(folder, name="m", device="cpu", dtype="float32")
+    for part, network in model.modules().items():
+        theirs, ours = getattr(second, part).state_dict(), network.state_dict()
+        assert theirs.keys() == ours.keys(), part
+        assert all(torch.equal(theirs[name], ours[name]) for name in theirs), part
+    predicts = "v_prediction" if velocity else "epsilon"
+    assert model.facts.prediction == predicts
+    # Latent cells of the tiny pipeline have two pixels along a side.
+    assert model.facts.default_width == 2 * (96 if velocity else 32)
+    assert f"by its weights it is {'a velocity' if velocity else 'noise'}." in caplog.text
+
+
+def test_what_a_file_of_stable_diffusion_2_says_counts_more_than_its_weights() -> None:
+    weights = {checkpoint_prediction.LAST_NORM: torch.tensor([-1.0, 1.0])}
+    for said, velocity, guessed in ((None, True, True), ("epsilon", False, False)):
+        metadata = {} if said is None else {"modelspec.prediction_type": said}
+        found = prediction_of("v2", weights, metadata)
+        assert (found.velocity, found.guessed) == (velocity, guessed)
+    # Inpainting was trained on noise, and so were other kinds.
+    assert not prediction_of("inpainting_v2", weights, {}).velocity
+
+
+def test_a_file_is_converted_again_by_another_converter(
+    file: Path, templates: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(templates, tmp_path / "templates")
+    first = converted(file, tmp_path / "cache", other)
+    config = other / "sdxl" / "vae" / "config.json"
+    config.write_text(config.read_text() + "\n")
+    assert converted(file, tmp_path / "cache", other) != first
 
 
 def test_what_the_file_says_of_its_training_reaches_the_scheduler(
@@ -186,16 +257,29 @@ def test_the_configs_that_ship_are_those_of_the_published_networks() -> None:
             f"{kind}/{part}": sum(
                 one.numel() for one in network(SHIPPED / kind / part).parameters()
             )
-            for kind, part in (("sd15", "unet"), ("sd15", "vae"), ("sdxl", "unet"))
+            for kind in ("sd15", "sd21", "sdxl")
+            for part in ("unet", "vae")
         }
-        second = json.loads((SHIPPED / "sdxl/text_encoder_2/config.json").read_text())
-        encoder = CLIPTextModelWithProjection(CLIPTextConfig(**second))
+        encoders = {
+            part: kind(CLIPTextConfig(**json.loads((SHIPPED / part / "config.json").read_text())))
+            for part, kind in (
+                ("sd21/text_encoder", CLIPTextModel),
+                ("sdxl/text_encoder_2", CLIPTextModelWithProjection),
+            )
+        }
+    counts |= {
+        part: sum(one.numel() for one in encoder.parameters()) for part, encoder in encoders.items()
+    }
     assert counts == {
         "sd15/unet": 859_520_964,
         "sd15/vae": 83_653_863,
+        "sd21/unet": 865_910_724,
+        "sd21/vae": 83_653_863,
+        "sd21/text_encoder": 340_387_840,
         "sdxl/unet": 2_567_463_684,
+        "sdxl/vae": 83_653_863,
+        "sdxl/text_encoder_2": 694_659_840,
     }
-    assert sum(one.numel() for one in encoder.parameters()) == 694_659_840
 
 
 def network(folder: Path) -> nn.Module:
