@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 __all__ = ["BlockCall", "Layout", "Operand", "fits", "layout_of", "read", "template_of"]
 
 
+MOST_PER_ROW = 2
+"""Entries of a tensor for each row."""
+
+
 @dataclass(frozen=True, slots=True)
 class Operand:
     """A tensor that a block is given, without its first dimension.
@@ -47,12 +51,18 @@ class Layout(NamedTuple):
     """First dimensions of the tensors of a call.
 
     Attributes:
-        sizes: None of those that have an entry for each row.
+        fixed: entries of each tensor that does not grow with the rows; 0 of the others.
+        per_row: entries for each row; 0 of tensors that do not grow.
         strides: from one entry to the next.
     """
 
-    sizes: tuple[int | None, ...]
+    fixed: tuple[int, ...]
+    per_row: tuple[int, ...]
     strides: tuple[int, ...]
+
+    def lengths(self, rows: int) -> list[int]:
+        """Entries of each tensor in a call of so many rows."""
+        return [one + each * rows for one, each in zip(self.fixed, self.per_row, strict=True)]
 
 
 def read(args: Sequence[Any], kwargs: Mapping[str, Any]) -> BlockCall | None:
@@ -83,24 +93,28 @@ def template_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
 
 
 def layout_of(call: BlockCall) -> Layout | None:
-    """Which tensors have an entry for each row; None if this call does not tell.
+    """Which tensors have entries for each row; None if this call does not tell.
 
-    The first tensor has. It does not tell of the others if there is one row, or as many rows as
-    another dimension has entries.
+    The first tensor has one. Others have one or two, as Qwen-Image-Edit's blocks are told of the
+    time of the latent and of that of the pictures. A call does not tell if there is one row, or if
+    another dimension has as many entries as such a tensor.
     """
     rows = len(call.tensors[0])
-    if rows == 1 or any(rows in one.shape[1:] for one in call.tensors):
+    counts = [divmod(len(one), rows) for one in call.tensors]
+    per_row = tuple(each if not over and 1 <= each <= MOST_PER_ROW else 0 for each, over in counts)
+    grown = {rows * each for each in per_row if each}
+    if rows == 1 or any(grown.intersection(one.shape[1:]) for one in call.tensors):
         return None
-    sizes = tuple(None if len(one) == rows else len(one) for one in call.tensors)
-    return Layout(sizes, tuple(one.stride(0) for one in call.tensors))
+    fixed = tuple(0 if each else len(one) for one, each in zip(call.tensors, per_row, strict=True))
+    return Layout(fixed, per_row, tuple(one.stride(0) for one in call.tensors))
 
 
 def fits(layout: Layout, tensors: Sequence[Tensor], most: int) -> bool:
     """Whether tensors of a call of the same key are laid out so, with at most so many rows."""
     rows = len(tensors[0])
     return rows <= most and all(
-        len(one) == (rows if size is None else size) and (len(one) == 1 or one.stride(0) == stride)
-        for one, size, stride in zip(tensors, *layout, strict=True)
+        len(one) == length and (length == 1 or one.stride(0) == stride)
+        for one, length, stride in zip(tensors, layout.lengths(rows), layout.strides, strict=True)
     )
 
 

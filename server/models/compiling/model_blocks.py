@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from server.models.compiling.compiled_blocks import Compiler
     from server.models.hosted import HostedModel
 
-__all__ = ["compilation_of", "compile_blocks"]
+__all__ = ["DENOISERS", "compilation_of", "compile_blocks"]
 
 RESNET = "ResnetBlock2D"
 """Blocks of a U-Net beside those that attend."""

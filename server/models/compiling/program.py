@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from server.models.compiling.autocast import inline_disabled_autocast
 from server.models.compiling.block_call import Layout, Operand
+from server.models.compiling.halves import HalvedRows
 from server.models.compiling.skeleton import weights_of
 
 if TYPE_CHECKING:
@@ -124,13 +125,14 @@ def export(job: BlockJob, weights: Sequence[Tensor]) -> Exported:
     """
     sample = [*weights, *_given(job, _rows_to_trace(job))]
     rows = torch.export.Dim("rows", min=1, max=MOST_ROWS)
-    free: list[Any] = [{0: rows} if size is None else None for size in job.layout.sizes]
-    made = torch.export.export(
-        FlatBlock(job),
-        tuple(sample),
-        dynamic_shapes=((*[None] * len(weights), *free),),
-        strict=False,
-    )
+    free: list[Any] = [
+        {0: rows if each == 1 else each * rows} if each else None for each in job.layout.per_row
+    ]
+    dynamic = ((*[None] * len(weights), *free),)
+    with HalvedRows():
+        made = torch.export.export(
+            FlatBlock(job), tuple(sample), dynamic_shapes=dynamic, strict=False
+        )
     if len(made.graph_signature.user_inputs) != len(made.graph_signature.input_specs):
         raise Unsuitable("it reads tensors beside its weights and what it is given")
     inline_disabled_autocast(made.graph_module)
@@ -201,16 +203,22 @@ def _rows_to_trace(job: BlockJob) -> int:
     fixed = {size for one in weights_of(job.skeleton).values() for size in one.shape}
     for leaf in pytree.tree_leaves(job.template):
         fixed.update(leaf.size if isinstance(leaf, Operand) else ())
-    return next(rows for rows in count(5) if rows not in fixed.union(job.layout.sizes))
+    fixed.update(job.layout.fixed)
+    return next(
+        rows
+        for rows in count(5)
+        if fixed.isdisjoint(rows * each for each in job.layout.per_row if each)
+    )
 
 
 def _given(job: BlockJob, rows: int) -> list[Tensor]:
     """Tensors of a call of so many rows, at random."""
     source = torch.Generator(job.device).manual_seed(rows)
     operands = [one for one in pytree.tree_leaves(job.template) if isinstance(one, Operand)]
+    lengths = job.layout.lengths(rows)
     return [
-        _drawn((rows if size is None else size, *one.size), (step, *one.stride), one.dtype, source)
-        for one, size, step in zip(operands, *job.layout, strict=True)
+        _drawn((length, *one.size), (step, *one.stride), one.dtype, source)
+        for one, length, step in zip(operands, lengths, job.layout.strides, strict=True)
     ]
 
 

@@ -32,8 +32,8 @@ def test_a_call_of_something_unknown_is_none() -> None:
 
 
 def test_a_call_says_what_has_an_entry_a_row_unless_sizes_coincide() -> None:
-    layout = layout_of(call(3))
-    assert layout == ((None, 6), (24, 2))
+    layout = layout_of(call(5))
+    assert layout == ((0, 6), (1, 0), (24, 2))
     assert layout_of(call(1)) is None
     assert layout_of(call(4)) is None
     assert layout is not None
@@ -41,3 +41,16 @@ def test_a_call_says_what_has_an_entry_a_row_unless_sizes_coincide() -> None:
     assert not fits(layout, given(3, torch.zeros(3, 2)), 8)
     # The same tensor for all rows lies otherwise than one of each.
     assert not fits(layout, [torch.zeros(1, 6, 4).expand(3, -1, -1), torch.zeros(6, 2)], 8)
+
+
+def test_a_tensor_may_have_two_entries_a_row() -> None:
+    def told(rows: int) -> BlockCall:
+        return call(rows, times=torch.zeros(2 * rows, 5))
+
+    # Two rows have four entries, as many as another dimension has.
+    assert layout_of(told(2)) is None
+    layout = layout_of(told(7))
+    assert layout == ((0, 6, 0), (1, 0, 2), (24, 2, 5))
+    assert layout is not None
+    assert [fits(layout, told(rows).tensors, 8) for rows in (1, 2, 7)] == [True, True, True]
+    assert not fits(layout, call(3, times=torch.zeros(3, 5)).tensors, 8)

@@ -6,8 +6,7 @@ Here a program is the copy of a block that would be compiled; `test_compiler.py`
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,46 +19,11 @@ from server.models.adapters.adapter import Adapter, LowRank, RowAdapters, Weight
 from server.models.compiling import compiled_blocks as module
 from server.models.compiling.compiled_blocks import Compilation
 from server.models.compiling.model_blocks import compilation_of, compile_blocks
-from server.models.compiling.program import BlockJob, FlatBlock
 from server.models.hosted import HostedModel
 from server.models.loading import load_model
 from server.models.placement import Placement
 from tests.server.models import tiny_z_image
-
-Tell = Callable[[Callable[..., Sequence[Tensor]] | None, str], None]
-
-
-@dataclass
-class Copied:
-    """Takes jobs down, and makes programs of them when it is told to."""
-
-    asked: list[tuple[BlockJob, str, Tell]] = field(default_factory=list)
-    wanted: Callable[[], bool] = lambda: True
-    ran: int = 0
-    fails: Exception | None = None
-
-    def ask(self, job: BlockJob, identity: str, tell: Tell, wanted: Callable[[], bool]) -> None:
-        self.asked.append((job, identity, tell))
-        self.wanted = wanted
-
-    def work(self) -> None:
-        for job, _, tell in self.asked:
-            tell(self._program(job), "copied")
-
-    def refuse(self, reason: str) -> None:
-        for _, _, tell in self.asked:
-            tell(None, reason)
-
-    def _program(self, job: BlockJob) -> Callable[..., Sequence[Tensor]]:
-        block = FlatBlock(job)
-
-        def run(*tensors: Tensor) -> Sequence[Tensor]:
-            self.ran += 1
-            if self.fails is not None:
-                raise self.fails
-            return block(*tensors)
-
-        return run
+from tests.server.models.compiling.copied import Copied
 
 
 @pytest.fixture(scope="module")

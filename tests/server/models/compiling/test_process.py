@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
-JOB = BlockJob(nn.Identity(), None, Layout((), ()), "cpu")
+JOB = BlockJob(nn.Identity(), None, Layout((), (), ()), "cpu")
 
 
 def answer(jobs: Connection, _: Path) -> None:
@@ -87,6 +87,6 @@ def test_what_cannot_be_sent_leaves_the_process_as_it_is(
     block = nn.Identity()
     vars(block)["chosen"] = lambda: None
     with pytest.raises(Exception, match="pickle"):
-        compiling.compile(BlockJob(block, None, Layout((), ()), "cpu"), tmp_path / "two")
+        compiling.compile(BlockJob(block, None, Layout((), (), ()), "cpu"), tmp_path / "two")
     assert compiling.compile(JOB, tmp_path / "three") == first
     compiling.end()

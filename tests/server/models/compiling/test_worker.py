@@ -60,7 +60,7 @@ def test_a_program_is_measured_while_no_other_process_measures_or_compiles_on_th
         return 2.0, 1.0
 
     monkeypatch.setattr(worker, "check", check)
-    job = BlockJob(nn.Identity(), None, Layout((), ()), device)
+    job = BlockJob(nn.Identity(), None, Layout((), (), ()), device)
     worker._measured(job, tmp_path / "program")
     # Compilers may be many, but not beside a measurement on a CPU.
     assert seen == [(True, device == "cuda"), (False, False)]

@@ -1,0 +1,52 @@
+"""A compiler whose program of a block is a copy of the block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from server.models.compiling.program import BlockJob, FlatBlock
+
+Tell = Callable[[Callable[..., Sequence[Tensor]] | None, str], None]
+
+
+@dataclass
+class Copied:
+    """Takes jobs down, and makes programs of them when it is told to.
+
+    Attributes:
+        asked: jobs, what they are known by, and who is to be told.
+        wanted: of the last one.
+        ran: calls of programs.
+        fails: raised by all programs.
+    """
+
+    asked: list[tuple[BlockJob, str, Tell]] = field(default_factory=list)
+    wanted: Callable[[], bool] = lambda: True
+    ran: int = 0
+    fails: Exception | None = None
+
+    def ask(self, job: BlockJob, identity: str, tell: Tell, wanted: Callable[[], bool]) -> None:
+        self.asked.append((job, identity, tell))
+        self.wanted = wanted
+
+    def work(self) -> None:
+        for job, _, tell in self.asked:
+            tell(self._program(job), "copied")
+
+    def refuse(self, reason: str) -> None:
+        for _, _, tell in self.asked:
+            tell(None, reason)
+
+    def _program(self, job: BlockJob) -> Callable[..., Sequence[Tensor]]:
+        block = FlatBlock(job)
+
+        def run(*tensors: Tensor) -> Sequence[Tensor]:
+            self.ran += 1
+            if self.fails is not None:
+                raise self.fails
+            return block(*tensors)
+
+        return run
