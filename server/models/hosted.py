@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from math import ceil
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -202,7 +203,7 @@ class HostedModel(ABC):
         """How its denoiser's activations lie in memory, by torch's name for it."""
         return "contiguous_format"
 
-    @property
+    @cached_property
     def gguf_types(self) -> tuple[str, ...]:
         """In which blocks its weights are, as a GGUF file has them, that of most weights first."""
         return tuple(kind for network in self.modules().values() for kind in kinds_of(network))

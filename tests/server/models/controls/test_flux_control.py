@@ -20,6 +20,7 @@ from torch import Tensor
 from server.engine.engine import Engine
 from server.engine.state.noise import start_noise
 from server.models.controls.control import ControlUse
+from server.models.given_denoiser import with_denoiser
 from server.models.hosted import HostedModel
 from server.models.loading import load_model
 from tests.server.models.alike import assert_among, assert_apart, task_of
@@ -30,6 +31,7 @@ from tests.server.models.controls.tiny_controls import (
     use,
     with_an_effect,
 )
+from tests.server.models.gguf.files import restored, write
 from tests.server.models.tiny_flux1 import DEV, VAE, make
 from tests.server.models.tiny_text import LENGTH
 from tests.server.toy_model import run, started
@@ -168,6 +170,28 @@ def test_an_image_alone_is_that_of_diffusers(
     run(engine, [asked(model, edges)])
     assert_among(decoded, theirs(pipeline, networks, edges))
     assert_apart(decoded[0], theirs(pipeline, networks, use(model, "edges", 2, SIZE)))
+
+
+def test_a_transformer_in_a_gguf_file_takes_residuals(
+    pipeline: Any, networks: dict[str, Any], model: HostedModel, tmp_path: Path
+) -> None:
+    pipeline.save_pretrained(tmp_path / "model")
+    file = tmp_path / "flux1-Q8_0.gguf"
+    write(file, pipeline.transformer.state_dict(), "Q8_0")
+    folder = with_denoiser(tmp_path / "model", file, tmp_path / "cache")
+    in_blocks = load_model(folder, name="flux", device="cpu", dtype="float32")
+    assert in_blocks.gguf_types == ("Q8_0",)
+    transformer = FluxTransformer2DModel(**pipeline.transformer.config).eval()
+    transformer.load_state_dict(restored(file))
+    whole = type(pipeline)(**{**pipeline.components, "transformer": transformer})
+    edges = use(model, "edges", 1, SIZE)
+    seen: list[Tensor] = []
+    decode = in_blocks.decode
+    in_blocks.decode = lambda latents: seen.extend(latents.clone()) or decode(latents)
+    engine = started(in_blocks, 4, guessed_costs={1: 0.01})
+    run(engine, [asked(in_blocks, edges), asked(in_blocks, seed=6)])
+    engine.stop(0)
+    assert_among(seen, theirs(whole, networks, edges))
 
 
 def test_one_that_embeds_its_picture_adds_to_the_blocks_in_turn(

@@ -37,3 +37,18 @@ def test_numbers_are_exact_in_float32_and_those_of_diffusers_in_sixteen_bits(kin
     for dtype in (torch.float16, torch.bfloat16):
         made = dequantized(rows, kind, dtype)
         torch.testing.assert_close(made, theirs.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("kind", FORMATS)
+def test_cuda_graphs_record_how_numbers_are_restored(kind: str) -> None:
+    data = np.random.default_rng(0).integers(0, 256, (ROWS, FORMATS[kind].nbytes), dtype=np.uint8)
+    rows = torch.from_numpy(data)
+    on_device = rows.cuda()
+    dequantized(on_device, kind, torch.bfloat16)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = dequantized(on_device, kind, torch.bfloat16)
+    graph.replay()
+    expected = dequantized(rows, kind, torch.bfloat16)
+    torch.testing.assert_close(recorded.cpu(), expected, rtol=0, atol=0, equal_nan=True)
