@@ -148,16 +148,7 @@ async def decoded(
         kept, image = image, await asyncio.to_thread(filled, image, mask)
     if request.reference is not None:
         reference = await _picture(decoding, request.reference, "reference", target)
-    controls = list[NDArray[np.uint8]]()
-    controls_again = list[NDArray[np.uint8]]()
-    for place, control in enumerate(request.controls):
-        field, target = f"controls.{place}.image", _target(prepared.request, control)
-        with control.image.opened() as text:
-            controls.append(_prepared(control, await decoding.picture(text, field, target)))
-            if prepared.second is not None:
-                larger = _target(prepared.second.request, control)
-                again = await decoding.picture(text, field, larger)
-                controls_again.append(_prepared(control, again))
+    controls, controls_again = await _controls(decoding, request.controls, prepared)
     shown = prepared.request.image_prompts
     sides = await asyncio.to_thread(sides_of_image_prompts, shown, model)
     image_prompts = [
@@ -166,9 +157,35 @@ async def decoded(
     ]
     masks = [one.mask for one in request.image_prompts]
     regions, regions_again = await _regions(decoding, masks, prepared)
-    beside = image_prompts, regions, regions_again
     references = await decoded_references(request, model, decoding, early.references)
-    return Uploads(image, kept, mask, reference, controls, controls_again, *beside, references)
+    return Uploads(
+        image=image,
+        kept=kept,
+        mask=mask,
+        reference=reference,
+        controls=controls,
+        controls_again=controls_again,
+        image_prompts=image_prompts,
+        regions=regions,
+        regions_again=regions_again,
+        references=references,
+    )
+
+
+async def _controls(
+    decoding: DecodePool, chosen: Sequence[ControlChoice], prepared: Prepared
+) -> tuple[list[NDArray[np.uint8]], list[NDArray[np.uint8]]]:
+    """What each ControlNet reads, at the size of the run and at that of the second one."""
+    pictures, again = list[NDArray[np.uint8]](), list[NDArray[np.uint8]]()
+    for place, control in enumerate(chosen):
+        field, target = f"controls.{place}.image", _target(prepared.request, control)
+        with control.image.opened() as data:
+            pictures.append(_prepared(control, await decoding.picture(data, field, target)))
+            if prepared.second is not None:
+                larger = _target(prepared.second.request, control)
+                found = await decoding.picture(data, field, larger)
+                again.append(_prepared(control, found))
+    return pictures, again
 
 
 async def _beside(
