@@ -4,6 +4,7 @@ import { pickersOf } from "./catalog.js";
 import { drawOn } from "./drawing.js";
 import { LiveStream } from "./live_stream.js";
 import { imagePromptFields } from "./picture_fields.js";
+import { referenceFields } from "./reference_fields.js";
 import { answered, headers, loaded, typedKey } from "./server.js";
 import { turnOnWebcam } from "./webcam.js";
 
@@ -17,6 +18,7 @@ const form = $("live-form");
 const canvas = $("drawing");
 const frame = document.createElement("canvas");
 const imagePrompts = imagePromptFields($("live-image-prompts"));
+const references = referenceFields($("live-reference-images"));
 let pickers;
 let models;
 let view = canvas;
@@ -39,10 +41,13 @@ function settings() {
   const made = {
     prompt: form.prompt.value,
     model: form.model.value,
-    strength: Number(form.strength.value),
+    source: form.frames_as.value,
     paused: isPaused,
   };
+  // A run that starts from a frame has a share of the steps.
+  if (made.source === "frames") made.strength = Number(form.strength.value);
   for (const name of ["steps", "seed"]) if (form[name].value) made[name] = Number(form[name].value);
+  references.fill(made);
   imagePrompts.fill(made);
   // One that is just being added has no picture yet.
   made.image_prompts &&= made.image_prompts.filter(({ image }) => image);
@@ -145,7 +150,11 @@ async function start() {
     form.steps.placeholder = steps;
     form.steps.value = steps > LIVE_STEPS ? LIVE_STEPS : "";
     pickers.follow(chosenModel());
+    references.offer(chosenModel());
     imagePrompts.offer(chosenModel());
+    const edits = chosenModel().reference_images > 0;
+    form.frames_as.closest("label").hidden = !edits;
+    if (!edits) form.frames_as.value = "frames";
   };
   form.model.addEventListener("change", follow);
   follow();

@@ -205,6 +205,52 @@ def test_an_image_prompt_changes_the_picture_until_it_is_removed(style: str, tab
     assert sentences == [False, ""]
 
 
+def test_frames_of_a_model_that_edits_pictures_may_be_such_a_picture(
+    tab: Tab, client: httpx2.Client
+) -> None:
+    """What the page sends, with a catalog in which the model reads two."""
+    edits = """
+    const ask = window.fetch;
+    window.fetch = async (...asked) => {
+      const answer = await ask(...asked);
+      if (asked[0] !== "/v1/catalog") return answer;
+      const catalog = await answer.json();
+      for (const model of catalog.models) model.reference_images = 2;
+      return Response.json(catalog);
+    };
+    const send = WebSocket.prototype.send;
+    window.sent = [];
+    WebSocket.prototype.send = function (data) {
+      window.sent.push(data);
+      send.call(this, data);
+    };
+    """
+    tab.open(f"{client.base_url}/", edits)
+    sent = tab.run(
+        """
+        $("live-tab").click();
+        await loaded();
+        form.frames_as.value = "references";
+        $("live-reference-images").lastChild.click();
+        const picture = document.createElement("canvas").toDataURL();
+        $("live-reference-images").querySelector(".upload").put(picture);
+        form.requestSubmit();
+        await until(() => window.sent.length);
+        await until(() => $("live-said").className === "error");
+        const refusal = said();
+        change(form.frames_as, "frames");
+        await until(() => window.sent.length === 2);
+        return [picture, refusal, ...window.sent];
+        """
+    )
+    picture, said, first, second = sent[0], sent[1], *map(json.loads, sent[2:])
+    assert first["source"] == "references"
+    assert first["reference_images"] == [picture]
+    assert "strength" not in first
+    assert "reads no pictures beside a prompt" in said
+    assert (second["source"], second["strength"]) == ("frames", 0.75)
+
+
 def test_a_refused_setting_is_shown_as_a_sentence_and_the_stream_goes_on(tab: Tab) -> None:
     got = tab.run(
         LIVE
