@@ -244,12 +244,12 @@ def place(header: Header, target: Target) -> dict[str, dict[str, Placed]]:
         scale = _scale(header, part, layer, down, shapes[0][0])
         magnitude = None
         if sized := magnitudes.get(written_layer(next(iter(up.sources)))):
-            magnitude = _magnitude(header, target, part, layer, *sized)
-            if magnitude.name in used or not _is_whole(target, layer, up):
+            if sized[0] in used or not _is_whole(target, layer, up):
                 raise AdapterMismatch(
                     f"is a DoRA of a layer that model {target.model!r} has in pieces or in another "
-                    f"order ({_listed([magnitude.name])}), which is not supported"
+                    f"order ({_listed([sized[0]])}), which is not supported"
                 )
+            magnitude = _magnitude(header, target, part, layer, *sized)
             used.add(magnitude.name)
         elif _config(header, part).get("use_dora"):
             raise AdapterMismatch(
@@ -290,9 +290,10 @@ def _magnitude(
 
 def _is_whole(target: Target, layer: str, up: StandIn) -> bool:
     """Whether a second factor has the outputs of its layer in the file's order."""
-    if any(one.turned and layer in one.layers for one in target.original):
-        return False
-    return up.kept or any(map(is_operand, up.sources))
+    if up.kept:
+        return True
+    turned = any(one.turned and layer in one.layers for one in target.original)
+    return not turned and any(map(is_operand, up.sources))
 
 
 def _as_in(known: Mapping[str, Any], name: str) -> str:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from server.errors import AdapterMismatch
 from server.models.adapters.adapter import RowAdapters, Weighted
 from server.models.adapters.adapter_file import AdapterFile
 from server.models.adapters.placing import Target
@@ -123,6 +124,15 @@ def peft(network: nn.Module, names: Mapping[str, tuple[str, ...]]) -> Tensors:
     return files.peft({"transformer": changes(network, RANK)})[0]
 
 
+def dora(network: nn.Module, names: Mapping[str, tuple[str, ...]]) -> Tensors:
+    """The same, with a size of each output."""
+    tensors = peft(network, names)
+    for layer in {name.removeprefix("transformer.").partition(".lora_")[0] for name in tensors}:
+        weight = network.get_submodule(layer).get_parameter("weight").detach()
+        tensors[f"transformer.{layer}.lora_magnitude_vector"] = 1.1 * weight.norm(dim=1)
+    return tensors
+
+
 def joined(
     network: nn.Module, names: Mapping[str, tuple[str, ...]]
 ) -> dict[str, tuple[Tensor, Tensor]]:
@@ -164,6 +174,7 @@ def trainer(network: nn.Module, names: Mapping[str, tuple[str, ...]]) -> Tensors
     ("name", "form"),
     [
         ("flux1", peft),
+        ("flux1", dora),
         ("flux1", kohya),
         ("flux1", sparse),
         ("flux2", peft),
@@ -200,6 +211,18 @@ def test_a_row_with_an_adapter_is_that_of_diffusers_and_the_other_row_is_unmoved
     assert difference(ours, theirs[0]) < 1e-5
     assert difference(ours, plain[0]) > 1e-3
     assert torch.equal(beside, plain[1])
+
+
+def test_a_dora_of_layers_that_diffusers_divides_is_refused(
+    hosted: Callable[[str], Hosted], tmp_path: Path
+) -> None:
+    family, pipeline, model = hosted("flux1")
+    tensors = trainer(pipeline.transformer, family.names)
+    name = "diffusion_model.double_blocks.0.img_attn.qkv"
+    tensors[f"{name}.dora_scale"] = torch.ones(len(tensors[f"{name}.lora_B.weight"]), 1)
+    path = files.saved((tensors, {}), tmp_path / "one.safetensors")
+    with pytest.raises(AdapterMismatch, match=f"in pieces or in another order .{name}.dora_scale"):
+        AdapterFile.read("one", path, Target.of("flux1", model.adaptable()))
 
 
 @torch.inference_mode()
