@@ -45,6 +45,15 @@ INPUT = {"prompt": "a red circle", "steps": 2, "seed": 5, "width": 64, "height":
 SLOW = INPUT | {"steps": 200, "guidance": "none"}
 
 
+def adapted() -> dict[str, Any]:
+    """Fields of a request with a picture and an adapter, which change its image."""
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), "blue").save(file, "png")
+    picture = base64.b64encode(file.getvalue()).decode()
+    adapters = [{"name": "embedded-lcm-lora", "weight": 0.7}]
+    return {"image": picture, "strength": 0.9, "adapters": adapters, "guidance": "none"}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of all servers here."""
@@ -64,7 +73,7 @@ def accepted(forks: Forks, folder: Path, tmp_path_factory: pytest.TempPathFactor
             server.disturb()
             identifiers: list[str] = []
             for seed in range(8):
-                body = {"input": INPUT | {"seed": seed}}
+                body = {"input": INPUT | {"seed": seed} | (adapted() if seed == 7 else {})}
                 status, text = server.ask("/v1/predictions", body, MINE)
                 assert status == 202
                 identifiers.append(json.loads(text)["id"])
@@ -156,6 +165,21 @@ def test_what_a_killed_server_accepted_ends_once(
     assert not (folder / "pictures" / STRAY).exists()
     # The operator's own.
     assert (folder / "pictures" / "holidays").exists()
+
+
+def test_a_job_of_a_killed_server_has_its_adapter_and_its_picture(
+    mine: httpx2.Client, accepted: list[str]
+) -> None:
+    job = mine.get(f"/v1/predictions/{accepted[7]}").json()
+    assert job["settings"]["adapters"][0]["name"] == "embedded-lcm-lora"
+    picture = mine.get(job["output"][0])
+    given, headers = INPUT | {"seed": 7} | adapted(), {"accept": "image/png"}
+    assert mine.post("/v1/generate", json=given, headers=headers).content == picture.content
+    for left_out in ({"image", "strength"}, {"adapters"}):
+        others = {name: value for name, value in given.items() if name not in left_out}
+        other = mine.post("/v1/generate", json=others, headers=headers)
+        assert other.status_code == 200
+        assert other.content != picture.content
 
 
 def test_a_job_makes_the_image_that_a_request_makes(mine: httpx2.Client) -> None:
