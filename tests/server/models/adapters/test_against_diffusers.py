@@ -168,6 +168,33 @@ def test_blocks_numbered_as_in_the_original_code_of_stable_diffusion_xl_are_foun
     assert_equal(model, pipeline, [(path, 1.0)])
 
 
+def test_a_dora_by_the_names_of_the_original_code_is_the_same_by_those_of_diffusers(
+    model: HostedModel, tmp_path: Path
+) -> None:
+    """Kohya's names, with sizes of inputs."""
+    within = r"^down_blocks\.1\.attentions\.0\.transformer_blocks"
+    tensors, metadata = files.kohya({"unet": parts(model, 4, 1, within)["unet"]})
+    downs = [name for name in tensors if name.endswith(".lora_down.weight")]
+    for name in downs:
+        size = torch.linspace(0.5, 2, tensors[name].shape[1])[None]
+        tensors[name.replace("lora_down.weight", "dora_scale")] = size
+    ours_to_theirs = ("down_blocks_1_attentions_0", "input_blocks_3_1")
+    renamed = {name.replace(*ours_to_theirs): tensor for name, tensor in tensors.items()}
+    paths = [
+        files.saved((named, metadata), tmp_path / f"{place}.safetensors")
+        for place, named in enumerate((tensors, renamed))
+    ]
+    ours, theirs = (loaded(model, path, 1.0).adapter.parts["unet"] for path in paths)
+    assert ours.keys() == theirs.keys()
+    assert len(ours) == len(downs)
+    for layer, change in ours.items():
+        own, other = change.magnitude, theirs[layer].magnitude
+        assert own is not None
+        assert other is not None
+        assert (own.axis, own.blended) == (other.axis, other.blended) == (1, True)
+        assert torch.equal(own.scale(1.0), other.scale(1.0))
+
+
 @torch.inference_mode()
 def latents_of(pipeline: Any, path: Path, weight: float) -> Tensor:
     """Final latents of their pipeline with an adapter, from the same x as ours."""
