@@ -181,7 +181,9 @@ def test_sizes_by_lycoris_names_are_blended_with_the_weight(
         for layer, weight in weights.items()
         for name, one in drawn(layer, weight, axis, hadamard=hadamard).items()
     }
-    dora = read(network, tmp_path / "style.safetensors", file).load(CPU, torch.float32)
+    placed = read(network, tmp_path / "style.safetensors", file)
+    dora = placed.load(CPU, torch.float32)
+    assert dora.nbytes == placed.nbytes(torch.float32)
     plain = trained[1]["plain"]
     both = Weighted(dora, 0.6), Weighted(plain, 0.5)
     rows: list[tuple[Weighted, ...]] = [(), (Weighted(dora, 1.0),), both, ()]
