@@ -28,6 +28,7 @@ import torch
 from benchmarks.architectures import ARCHITECTURES, build
 from benchmarks.peers import Weft
 from benchmarks.traffic import Request
+from server.models.compiling.compiled_blocks import OFTEN
 from server.models.compiling.compiler import BlockCompiler
 from server.models.compiling.model_blocks import compile_blocks
 from server.models.inputs import RowInputs
@@ -114,10 +115,10 @@ def _report_compiled(
     architecture: Architecture, options: argparse.Namespace, eager: Mapping[int, Ran]
 ) -> None:
     """Print what compiled blocks make of it, of ours and of diffusers."""
-    ours, waited_s = _weft_compiled(architecture, options)
+    ours, shapes, waited_s = _weft_compiled(architecture, options)
     architecture.denoiser.compile_repeated_blocks(fullgraph=True)
     alone = _static(architecture, 1, options)
-    print(f"\nBlocks compiled; Weft's programs took {waited_s:.0f} s.\n")
+    print(f"\n{shapes} shapes of blocks compiled; Weft's programs took {waited_s:.0f} s.\n")
     print("| at once | Weft, images/s | mean s | p95 s | x eager | x one by one, compiled |")
     print("|---|---|---|---|---|---|")
     for count, ran in ours.items():
@@ -130,8 +131,8 @@ def _report_compiled(
 
 def _weft_compiled(
     architecture: Architecture, options: argparse.Namespace
-) -> tuple[dict[int, Ran], float]:
-    """The same clients once all programs are there, and the seconds until then."""
+) -> tuple[dict[int, Ran], int, float]:
+    """The same clients once all programs are there, their number and the seconds until then."""
     model = architecture.hosted
     with TemporaryDirectory() as temporary:
         compile_blocks(model, BlockCompiler(options.programs or Path(temporary)))
@@ -139,8 +140,10 @@ def _weft_compiled(
             raise RuntimeError(f"nothing is compiled: {model.runs_eager}")
         began = perf_counter()
         weft = Weft(architecture, None)
-        for count in options.counts:
-            weft.run([_request(options, seed) for seed in range(count)])
+        # Until all shapes have been called often enough to be compiled; few steps are few calls.
+        most, called = max(options.counts), weft.forwards
+        while weft.forwards < called + OFTEN:
+            weft.run([_request(options, seed) for seed in range(most)])
         while model.blocks.compilation.waiting:
             if perf_counter() - began > options.wait:
                 waiting = model.blocks.compilation.waiting
@@ -148,9 +151,10 @@ def _weft_compiled(
             sleep(0.1)
         waited_s = perf_counter() - began
         ours = {count: _weft(weft, count, options) for count in options.counts}
+        shapes = model.blocks.compilation.compiled
         weft.stop()
     model.blocks = None
-    return ours, waited_s
+    return ours, shapes, waited_s
 
 
 def _weft(weft: Weft, count: int, options: argparse.Namespace) -> Ran:

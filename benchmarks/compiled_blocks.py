@@ -52,7 +52,8 @@ def main() -> None:
     model, side = architecture.hosted, architecture.side
     rehearsal = Rehearsal(model, side, side)
     with TemporaryDirectory() as temporary, torch.inference_mode():
-        compile_blocks(model, BlockCompiler(options.folder or Path(temporary)))
+        folder = options.folder or Path(temporary)
+        compile_blocks(model, BlockCompiler(folder, options.processes))
         blocks = model.blocks
         if blocks is None:
             raise RuntimeError(f"nothing is compiled: {model.runs_eager}")
@@ -135,6 +136,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--folder", type=Path, help="for programs; a temporary one by default")
+    parser.add_argument("--processes", type=int, help="that compile at once, at most")
     parser.add_argument("--wait", type=float, default=1800.0, help="seconds for all programs")
     return parser.parse_args()
 

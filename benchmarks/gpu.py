@@ -6,7 +6,9 @@
 
 Each part is a command of its own. What it prints becomes ``PART.md``, with the command, the device
 and the versions; all its output and its times are kept in ``PART.json``. A part that has succeeded
-is not run again, so a measurement that was cut off goes on where it was.
+is not run again, so a measurement that was cut off goes on where it was. Parts are in the order of
+their worth, and all that run unnamed are done in 25 minutes; a few more run where ``--only`` names
+them.
 """
 
 from __future__ import annotations
@@ -42,12 +44,14 @@ class Part:
         command: arguments of Python.
         rehearsal: the same at sizes that a CPU runs in seconds.
         seconds: that it may take.
+        by_name: whether it runs only where it is named.
     """
 
     title: str
     command: tuple[str, ...]
     rehearsal: tuple[str, ...]
-    seconds: int = 240
+    seconds: int
+    by_name: bool = False
 
 
 def _measured(module: str, full: str, tiny: str) -> dict[str, Any]:
@@ -57,6 +61,9 @@ def _measured(module: str, full: str, tiny: str) -> dict[str, Any]:
     }
 
 
+LONGEST_S = 1500
+"""For all parts that run unnamed."""
+
 CUDA_TESTS = ("tests/server/engine/test_cuda.py", "tests/server/test_lost_device.py")
 """By name: to collect all files takes half a minute, and needs the extras."""
 
@@ -65,83 +72,42 @@ ONE_RUN = "--rounds 1 --requests 3 --steps 4"
 TINY_PROGRAMS = "--architecture tiny_z_image --rows 1 2 --rounds 1"
 """Of few blocks: a C++ compiler takes longer for each than all other parts of a rehearsal."""
 
+PROGRAMS = "out/programs"
+"""What one part has compiled is there for the next one, and for itself when it runs again."""
+
 PARTS: Mapping[str, Part] = {
     "tests": Part(
         "Tests that need CUDA",
         ("-m", "pytest", "-q", "-m", "cuda", *CUDA_TESTS),
         ("-m", "pytest", "-q", "-m", "cuda", CUDA_TESTS[0]),
+        seconds=140,
     ),
     "at-once-sd15": Part(
         "Stable Diffusion 1.5's sizes, 512 pixels, 20 steps with cfg",
-        **_measured("benchmarks.at_once", "--architecture sd15 --compile", f"--steps 2 {FEW}"),
-    ),
-    "at-once-sd15-4-steps": Part(
-        "The same in 4 steps without guidance",
         **_measured(
             "benchmarks.at_once",
-            "--architecture sd15 --steps 4 --scale 0 --images 4",
-            f"--steps 2 --scale 0 {FEW}",
+            "--architecture sd15 --counts 1 4 8 16 --batches 1 8 --images 3",
+            f"--steps 2 {FEW}",
         ),
-    ),
-    "mixed-sd15": Part(
-        "Mixed traffic, Stable Diffusion 1.5's sizes",
-        **_measured(
-            "benchmarks.throughput", "--architecture sd15 --requests 24 --rounds 2", ONE_RUN
-        ),
-    ),
-    "homogeneous-sd15": Part(
-        "Homogeneous traffic, Stable Diffusion 1.5's sizes",
-        **_measured(
-            "benchmarks.throughput",
-            "--architecture sd15 --requests 64 --rounds 2 --mix homogeneous",
-            "--architecture tiny_sdxl --requests 2 --rounds 1 --mix homogeneous",
-        ),
-    ),
-    "adapters-sd15": Part(
-        "Adapters, Stable Diffusion 1.5's sizes",
-        **_measured("benchmarks.adapters", "--architecture sd15", "--rounds 1"),
-    ),
-    "tick-costs-sd15": Part(
-        "Plans and guidance beside the denoiser, Stable Diffusion 1.5's sizes",
-        **_measured("benchmarks.tick_costs", "--architecture sd15", "--steps 5 --rows 1 8"),
-    ),
-    "first-forwards-sd15": Part(
-        "First calls of their size after warming up, Stable Diffusion 1.5's sizes",
-        **_measured("benchmarks.first_forwards", "--architecture sd15", ""),
-    ),
-    "compiled-blocks-sd15": Part(
-        "Compiled blocks and CUDA graphs, Stable Diffusion 1.5's sizes",
-        **_measured("benchmarks.compiled_blocks", "--architecture sd15 --wait 480", TINY_PROGRAMS),
-        seconds=540,
+        seconds=140,
     ),
     "streams-sd15": Part(
-        "Live streams, Stable Diffusion 1.5's sizes, 4 stages",
+        "Several live streams, Stable Diffusion 1.5's sizes, 4 stages",
         **_measured(
             "benchmarks.streams",
-            "--architecture sd15 --only several one --rounds 1 --threads 8",
+            "--architecture sd15 --only several --rounds 1 --seconds 2 --threads 8",
             "--only one --seconds 2 --rounds 1",
         ),
+        seconds=190,
     ),
     "at-once-sdxl": Part(
         "Stable Diffusion XL's sizes, 1024 pixels, 20 steps with cfg",
         **_measured(
             "benchmarks.at_once",
-            "--architecture sdxl --counts 1 4 8 --batches 1 4 8 --images 1 --rounds 1 --compile",
+            "--architecture sdxl --counts 1 4 8 --batches 1 4 --images 1 --rounds 1",
             f"--architecture tiny_sdxl --steps 2 {FEW}",
         ),
-    ),
-    "compiled-blocks-sdxl": Part(
-        "Compiled blocks and CUDA graphs, Stable Diffusion XL's sizes",
-        **_measured("benchmarks.compiled_blocks", "--architecture sdxl --wait 480", TINY_PROGRAMS),
-        seconds=540,
-    ),
-    "mixed-sdxl": Part(
-        "Mixed traffic, Stable Diffusion XL's sizes",
-        **_measured(
-            "benchmarks.throughput",
-            "--architecture sdxl --requests 12 --rounds 1 --steps 20",
-            f"--architecture tiny_sdxl {ONE_RUN}",
-        ),
+        seconds=150,
     ),
     "at-once-z-image": Part(
         "Z-Image Turbo's sizes, 1024 pixels, 8 steps without guidance",
@@ -150,6 +116,28 @@ PARTS: Mapping[str, Part] = {
             "--architecture z_image --steps 8 --scale 0 --counts 1 2 4 8 --batches 1 4 --rounds 1",
             f"--architecture tiny_z_image --steps 2 --scale 0 {FEW}",
         ),
+        seconds=130,
+    ),
+    "mixed-sd15": Part(
+        "Mixed traffic, Stable Diffusion 1.5's sizes",
+        **_measured(
+            "benchmarks.throughput", "--architecture sd15 --requests 24 --rounds 2", ONE_RUN
+        ),
+        seconds=90,
+    ),
+    "tick-costs-sd15": Part(
+        "Plans and guidance beside the denoiser, Stable Diffusion 1.5's sizes",
+        **_measured("benchmarks.tick_costs", "--architecture sd15", "--steps 5 --rows 1 8"),
+        seconds=100,
+    ),
+    "at-once-sd15-4-steps": Part(
+        "Stable Diffusion 1.5's sizes, 512 pixels, 4 steps without guidance",
+        **_measured(
+            "benchmarks.at_once",
+            "--architecture sd15 --steps 4 --scale 0 --counts 1 4 8 16 --batches 1 8 --images 4",
+            f"--steps 2 --scale 0 {FEW}",
+        ),
+        seconds=80,
     ),
     "mixed-sizes-z-image": Part(
         "Pictures of several sizes in one forward, Z-Image Turbo's sizes",
@@ -158,6 +146,67 @@ PARTS: Mapping[str, Part] = {
             "--architecture z_image --counts 4 --images 1 --rounds 2",
             "--steps 2 --counts 2 --images 1 --rounds 1",
         ),
+        seconds=80,
+    ),
+    "adapters-sd15": Part(
+        "Adapters, Stable Diffusion 1.5's sizes",
+        **_measured("benchmarks.adapters", "--architecture sd15 --rounds 9", "--rounds 1"),
+        seconds=60,
+    ),
+    "compiled-blocks-sd15": Part(
+        "Compiled blocks and CUDA graphs, Stable Diffusion 1.5's sizes",
+        **_measured(
+            "benchmarks.compiled_blocks",
+            f"--architecture sd15 --folder {PROGRAMS} --wait 150",
+            TINY_PROGRAMS,
+        ),
+        seconds=200,
+    ),
+    "at-once-sd15-compiled": Part(
+        "Stable Diffusion 1.5's sizes with compiled blocks",
+        **_measured(
+            "benchmarks.at_once",
+            "--architecture sd15 --counts 1 8 --batches 1 --rounds 1 --compile --wait 60 "
+            f"--programs {PROGRAMS}",
+            f"--architecture tiny_z_image --steps 2 --scale 0 --compile {FEW}",
+        ),
+        seconds=140,
+    ),
+    "homogeneous-sd15": Part(
+        "Homogeneous traffic, Stable Diffusion 1.5's sizes",
+        **_measured(
+            "benchmarks.throughput",
+            "--architecture sd15 --requests 64 --rounds 2 --mix homogeneous",
+            "--architecture tiny_sdxl --requests 2 --rounds 1 --mix homogeneous",
+        ),
+        seconds=240,
+        by_name=True,
+    ),
+    "mixed-sdxl": Part(
+        "Mixed traffic, Stable Diffusion XL's sizes",
+        **_measured(
+            "benchmarks.throughput",
+            "--architecture sdxl --requests 12 --rounds 1 --steps 20",
+            f"--architecture tiny_sdxl {ONE_RUN}",
+        ),
+        seconds=240,
+        by_name=True,
+    ),
+    "first-forwards-sd15": Part(
+        "First calls of their size after warming up, Stable Diffusion 1.5's sizes",
+        **_measured("benchmarks.first_forwards", "--architecture sd15", ""),
+        seconds=240,
+        by_name=True,
+    ),
+    "compiled-blocks-sdxl": Part(
+        "Compiled blocks and CUDA graphs, Stable Diffusion XL's sizes",
+        **_measured(
+            "benchmarks.compiled_blocks",
+            f"--architecture sdxl --folder {PROGRAMS} --wait 480",
+            TINY_PROGRAMS,
+        ),
+        seconds=540,
+        by_name=True,
     ),
 }
 
@@ -167,7 +216,8 @@ def main() -> int:
     options = _options()
     options.folder.mkdir(parents=True, exist_ok=True)
     began, failed = monotonic(), False
-    for name in options.only or PARTS:
+    unnamed = [name for name, part in PARTS.items() if not part.by_name]
+    for name in options.only or unnamed:
         record = options.folder / f"{name}.json"
         if record.exists() and json.loads(record.read_text())["code"] == 0:
             print(f"{name}: done before", flush=True)
@@ -257,7 +307,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu")
     parser.add_argument("--folder", type=Path, required=True, help="for tables and records")
     parser.add_argument("--only", nargs="+", choices=PARTS, help="parts to run")
-    parser.add_argument("--seconds", type=float, default=1500.0, help="in all")
+    parser.add_argument("--seconds", type=float, default=float(LONGEST_S), help="in all")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, on a CPU")
     return parser.parse_args()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ TESTS = Path(__file__).parents[1]
 
 
 def part(code: str) -> gpu.Part:
-    return gpu.Part("A title", ("-c", "raise SystemExit(3)"), ("-c", code))
+    return gpu.Part("A title", ("-c", "raise SystemExit(3)"), ("-c", code), 60)
 
 
 def run(folder: Path, monkeypatch: pytest.MonkeyPatch, **parts: gpu.Part) -> int:
@@ -56,3 +57,17 @@ def test_all_tests_that_need_cuda_are_run() -> None:
     assert sorted(gpu.CUDA_TESTS) == sorted(
         file.relative_to(TESTS.parent).as_posix() for file in marked
     )
+
+
+def test_all_parts_that_run_unnamed_may_be_done_in_25_minutes() -> None:
+    unnamed = [part for part in gpu.PARTS.values() if not part.by_name]
+    assert sum(part.seconds for part in unnamed) <= gpu.LONGEST_S == 25 * 60
+
+
+def test_a_part_that_only_runs_by_name_is_left_out_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = replace(part("raise KeyError"), by_name=True)
+    assert run(tmp_path, monkeypatch, one=part("print(1)"), two=named) == 0
+    assert not (tmp_path / "two.json").exists()
+    assert "| A title | not measured |" in (tmp_path / "README.md").read_text()
