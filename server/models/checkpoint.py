@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from server.errors import ModelMismatch
 from server.models.checkpoint_prediction import V_PREDICTION, ZERO_TERMINAL_SNR, prediction_of
-from server.models.folder import INDEX, stamp_of
+from server.models.folder import GGUF, INDEX, stamp_of
 from server.models.scaled_weights import unscaled
 from server.models.unfinished import unfinished
 from server.models.weight_files import NETWORK, TEXT_ENCODER
@@ -114,6 +114,11 @@ def converted(
         ModelMismatch: another kind of file, or tensors that belong to none of the networks.
         OSError: the folder cannot be written.
     """
+    if file.suffix == GGUF:
+        raise ModelMismatch(
+            f"model file {str(file)!r} is a GGUF file, which holds one network; host a folder in "
+            "the diffusers layout, and give it this network by `--denoiser name=path`."
+        )
     templates = templates or Path(str(files("server.models") / "single_file"))
     identity = f"{file.resolve()} {stamp_of(file)} {_version(templates)}"
     folder = cache / f"{file.stem}-{sha256(identity.encode()).hexdigest()[:16]}"

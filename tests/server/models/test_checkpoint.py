@@ -151,6 +151,12 @@ def test_a_file_of_a_unet_alone_is_refused_with_what_to_do(tmp_path: Path) -> No
         converted(tmp_path / "unet.safetensors", tmp_path / "cache")
 
 
+def test_a_gguf_file_is_no_model_by_itself(tmp_path: Path) -> None:
+    (tmp_path / "flux.gguf").touch()
+    with pytest.raises(ModelMismatch, match=r"flux\.gguf' is a GGUF file, .* `--denoiser name=pat"):
+        converted(tmp_path / "flux.gguf", tmp_path / "cache")
+
+
 def test_a_server_is_not_started_on_another_kind_of_file(tmp_path: Path) -> None:
     save_file({"weight": torch.ones(1)}, tmp_path / "other.safetensors")
     settings = Settings(models=(str(tmp_path / "other.safetensors"),), cache=tmp_path / "cache")
