@@ -8,7 +8,8 @@ Prints a Markdown table. Clients ask for one image after another, with settings 
 case of static batches. diffusers' pipeline makes one image after another, and static batches of as
 many images as there are clients. One limit is what the denoiser alone would allow in eager forward
 passes of as many rows, the other what it and the decoder would, one after the other. With
-``--compile`` both systems are measured once more with compiled blocks.
+``--compile`` both systems are measured once more with compiled blocks, minutes later: where other
+work comes and goes, ``benchmarks.compiled_blocks`` tells what they save, as it takes turns.
 """
 
 from __future__ import annotations
