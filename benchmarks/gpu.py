@@ -64,7 +64,11 @@ def _measured(module: str, full: str, tiny: str) -> dict[str, Any]:
 LONGEST_S = 1500
 """For all parts that run unnamed."""
 
-CUDA_TESTS = ("tests/server/engine/test_cuda.py", "tests/server/test_lost_device.py")
+CUDA_TESTS = (
+    "tests/server/engine/test_cuda.py",
+    "tests/server/models/gguf/test_blocks.py",
+    "tests/server/test_lost_device.py",
+)
 """By name: to collect all files takes half a minute, and needs the extras."""
 
 FEW = "--counts 1 2 --batches 1 --images 1 --rounds 1"
