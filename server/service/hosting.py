@@ -242,8 +242,14 @@ class _Folders:
 
     def _folders(self) -> Mapping[str, Path]:
         """Those of the start that are still there, and what has come into the folder of models."""
-        first = {name: folder for name, folder in self.first.items() if folder.is_dir()}
-        if self.settings.models_folder is None or not self.settings.models_folder.is_dir():
+        place = self.settings.models_folder
+        # One that was named is refused where it is loaded, with what is wrong with it.
+        first = {
+            name: folder
+            for name, folder in self.first.items()
+            if folder.parent != place or folder.is_dir()
+        }
+        if place is None or not place.is_dir():
             return first
         found = {folder.name: folder for folder in self.settings.found_folders()}
         return {**found, **first}

@@ -208,7 +208,7 @@ def test_several_pictures_are_told_apart_by_seed(tmp_path: Path) -> None:
         (["--adapters", TOO_LONG], "aaa' is not a folder."),
         (["--model", TOO_LONG], "' cannot be read: File name too long."),
         (["--adapter", "ink=strong"], "--adapter is 'ink=strong'; after the = a number is needed."),
-        (["--dtype", "int8"], "dtype: "),
+        (["--dtype", "int8"], "dtype is 'int8'; it must be one of 'auto', 'float32'"),
         (["--model", "/none"], "model folder '/none' has no model_index.json"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
