@@ -186,7 +186,7 @@ def _input_scales(own: _Rows, total: int, sent: Sent) -> InputScales | None:
     if not factors:
         return None
     with _for_any_forward(), torch.no_grad():
-        factor = torch.stack([*factors.values()]).to(_dtype_of(own))
+        factor = torch.stack([*factors.values()])
     return InputScales(Rows(_where([*factors], total, sent), len(factors), 1), factor)
 
 
@@ -196,14 +196,7 @@ def _output_scales(own: _Rows, total: int, sent: Sent, layer: Layer) -> OutputSc
         return None
     rows = Rows(_where([*factors], total, sent), len(factors), 1)
     with _for_any_forward(), torch.no_grad():
-        return OutputScales.of(rows, torch.stack([*factors.values()]), layer, _dtype_of(own))
-
-
-def _dtype_of(own: _Rows) -> torch.dtype:
-    """That the layer computes in, which is that of adapters for it."""
-    batch = next(iter(own.batches.values()))
-    [(change, _), *_] = next(iter(batch.values()))
-    return change.up.dtype
+        return OutputScales.of(rows, torch.stack([*factors.values()]), layer)
 
 
 def _joint(

@@ -37,6 +37,8 @@ INPUTS: Axis = 1
 LEAST_NORM = torch.finfo(torch.float32).eps
 """By which LyCORIS keeps norms from 0, too."""
 
+FAR_ABOVE_BIAS = 2.0**8
+
 ENTRIES = 2**22
 """Of a weight that are compared at once."""
 
@@ -156,8 +158,11 @@ def weight_of(layer: Layer, dtype: torch.dtype) -> Tensor:
         return weight
     # What it makes of the identity, however its weight is kept. Not called, as hooks of a forward
     # that runs meanwhile may be on it.
-    made = layer.forward(torch.eye(layer.in_features, dtype=dtype, device=weight.device))
-    return (made if bias is None else made - bias).mT
+    identity = torch.eye(layer.in_features, dtype=dtype, device=weight.device)
+    if bias is None:
+        return layer.forward(identity).mT
+    # Many times the weight, so that it does not round away beside the bias.
+    return ((layer.forward(FAR_ABOVE_BIAS * identity) - bias) / FAR_ABOVE_BIAS).mT
 
 
 def _scaled(change: LowRank, scale: Tensor, axis: Axis) -> LowRank:

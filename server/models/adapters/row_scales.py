@@ -1,4 +1,8 @@
-"""Factors on what a layer's own weight makes of some rows of a forward."""
+"""Factors on what a layer's own weight makes of some rows of a forward.
+
+They stay in float32 whatever the layer's type: many are nearer to 1 than the next number of
+bfloat16 is, and rounded to it they would be 1.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +25,8 @@ class OutputScales:
 
     Attributes:
         rows: of the forward.
-        factor: ``[rows, 1, out]``.
-        shift: what leaves the bias as it is, ``[rows, 1, out]``; None without one.
+        factor: ``[rows, 1, out]``, float32.
+        shift: what leaves the bias as it is, ``[rows, 1, out]``, float32; None without one.
     """
 
     rows: Rows
@@ -30,20 +34,19 @@ class OutputScales:
     shift: Tensor | None
 
     @classmethod
-    def of(cls, rows: Rows, factor: Tensor, layer: Layer, dtype: torch.dtype) -> OutputScales:
+    def of(cls, rows: Rows, factor: Tensor, layer: Layer) -> OutputScales:
         """Those of a layer.
 
         Args:
             rows: of the forward.
             factor: ``[rows, out]``, float32.
             layer: that is scaled.
-            dtype: of its output.
         """
         shift = None
         if layer.bias is not None:
             bias = layer.bias.to(factor.device, torch.float32)
-            shift = (bias * (1 - factor)).to(dtype)[:, None]
-        return cls(rows, factor.to(dtype)[:, None], shift)
+            shift = (bias * (1 - factor))[:, None]
+        return cls(rows, factor[:, None], shift)
 
     def scale(self, tokens: Tensor) -> None:
         """Scale what the layer has put out.
@@ -64,7 +67,7 @@ class InputScales:
 
     Attributes:
         rows: of the forward.
-        factor: ``[rows, in]``.
+        factor: ``[rows, in]``, float32.
     """
 
     rows: Rows
@@ -82,10 +85,8 @@ class InputScales:
             factor = factor.view(*factor.shape, *ones)
         else:
             factor = factor.view(len(factor), *ones, -1)
-        if where is None:
-            return x * factor
         if isinstance(where, torch.Tensor):
-            return x.index_copy(0, where, self.rows.of(x) * factor)
+            return x.index_copy(0, where, self.rows.of(x).mul_(factor))
         made = x.clone()
-        made[where].mul_(factor)
+        self.rows.of(made).mul_(factor)
         return made

@@ -226,6 +226,32 @@ def test_sizes_of_inputs_scale_what_earlier_adapters_have_made_of_them(
         assert_near(made[0], merged(x[:1])[0])
 
 
+@pytest.mark.parametrize("axis", [0, 1], ids=["outputs", "inputs"])
+@torch.no_grad()
+def test_small_changes_of_size_are_whole_in_bfloat16(tmp_path: Path, axis: int) -> None:
+    """The next number of bfloat16 above 1 is 0.8 % larger, and sizes change by less."""
+    torch.manual_seed(0)
+    layers: Any = nn.Module()
+    layers.proj = proj = nn.Linear(64, 64).to(torch.bfloat16)
+    plain = proj.weight.float()
+    norms = plain.norm(dim=1 - axis, keepdim=True)
+    file = {
+        "unet.proj.lora_A.weight": torch.zeros(2, 64),
+        "unet.proj.lora_B.weight": torch.zeros(64, 2),
+        "unet.proj.dora_scale": norms * 1.003,
+    }
+    dora = read(layers, tmp_path / "style.safetensors", file).load(CPU, torch.bfloat16)
+    x = torch.randn(4, 512, 64).to(torch.bfloat16)
+    adapted = AdaptedNetwork("unet", layers, CPU)
+    for rows in ([0], [1, 2], [0, 3], [0, 1, 2, 3]):
+        own = tuple((Weighted(dora, 1.0),) if row in rows else () for row in range(4))
+        with adapted.applied(RowAdapters(own)):
+            made = proj(x)[rows].float()
+        linear = x[rows].float() @ plain.mT
+        added = made - linear - proj.bias.float()
+        assert float((added * linear).sum() / linear.square().sum()) == pytest.approx(3e-3, rel=0.2)
+
+
 def test_a_quantised_weight_is_restored() -> None:
     torchao: Any = pytest.importorskip("torchao.quantization")
     layer: Any = nn.Linear(32, 16)
@@ -233,6 +259,16 @@ def test_a_quantised_weight_is_restored() -> None:
     with torch.no_grad():
         restored = weight_of(layer, torch.float32)
     torch.testing.assert_close(restored, layer.weight.dequantize(), atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_quantised_weight_does_not_round_away_beside_a_bias() -> None:
+    torchao: Any = pytest.importorskip("torchao.quantization")
+    layer: Any = nn.Linear(64, 16, dtype=torch.bfloat16)
+    torchao.quantize_(layer, torchao.Int8WeightOnlyConfig(set_inductor_config=False))
+    layer.bias.fill_(8)
+    apart = weight_of(layer, torch.bfloat16) - layer.weight.dequantize()
+    assert float(apart.norm() / layer.weight.dequantize().norm()) < 0.01
 
 
 LINEAR = {"unet.proj.lora_A.weight": torch.ones(2, 6), "unet.proj.lora_B.weight": torch.ones(5, 2)}
