@@ -337,7 +337,9 @@ class ModelShelf:
                 jobs = list(self._jobs)
                 unwanted, self._unwanted = self._unwanted, []
             for place, unloading in unwanted:
-                unloading.set_result(self._unloaded(place))
+                with self._engine.undisturbed():
+                    error = self._unloaded(place)
+                unloading.set_result(error)
             if not jobs:
                 continue
             with self._engine.undisturbed():

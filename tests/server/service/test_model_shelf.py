@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 from server.engine.engine import Engine
@@ -413,6 +414,20 @@ def test_a_model_is_unloaded_on_demand_unless_it_is_in_use(service: Service, sto
 
     asyncio.run(run())
     assert store.loads == ["b", "b", "slow"]
+
+
+def test_no_cuda_graph_is_recorded_while_a_model_is_unloaded_on_demand(
+    service: Service, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What gives memory back would spoil it."""
+    stood_still: list[bool] = []
+
+    def reclaim(_: torch.device) -> None:
+        stood_still.append(engine._idle_work._undisturbed.locked())
+
+    monkeypatch.setattr("server.service.model_shelf.reclaim", reclaim)
+    asyncio.run(service.ready_shelf().unload("a"))
+    assert stood_still == [True]
 
 
 def test_a_model_that_could_not_come_back_is_not_unloaded(service: Service, engine: Engine) -> None:
