@@ -60,8 +60,12 @@ _PIECE: Final = re.compile(
 )
 _BREAK: Final = re.compile(r"\bBREAK\b")
 _SYNTAX: Final = re.compile(r"[\\()\[\]]|\bBREAK\b")
-_READ: Final = re.compile(r"[\\()\[\]]|(?<=\bB)(?=REAK\b)|(?<=\bA)(?=ND\b)|(?<=<)(?=\w+:[^<>]+>)")
-"""Where AUTOMATIC1111 reads more than plain text: weights, chunks, joined prompts and tags."""
+_READ: Final = re.compile(
+    r"[\\()\[\]]|(?<=\bB)(?=REAK\b)|(?<=\bA)(?=ND\b)|(?<=<)(?=\w+:[^<>]+>)"
+    r"|(?<=:)(?=\s*+[-+]?(?:\d+\.?|\d*\.\d+)\s*\Z)"
+)
+"""Where AUTOMATIC1111 reads more than plain text: weights, chunks, joined prompts, tags, and a
+number after a last colon, which there is a weight of the prompt even if it is the only one."""
 
 
 class WeightedPrompt(str):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,16 @@ def test_a_plain_text_that_is_escaped_says_the_same_in_the_syntax(text: str) -> 
     assert texts_along(written, Timeline(10)) == (written,)
     assert split_prompt(written) == [(written, 1.0)]
     assert read_tags(written).prompt == written
+
+
+@pytest.mark.parametrize("text", ["a screen of 16:9", "a clock, 12: .5 ", "16:9 and AND 4:3"])
+def test_a_number_at_the_end_of_a_plain_text_is_no_weight_in_its_text(text: str) -> None:
+    # AUTOMATIC1111 takes it for one without AND, too (modules/prompt_parser.py).
+    weight = re.compile(r"^((?:\s|.)*?)(?:\s*:\s*([-+]?(?:\d+\.?|\d*\.\d+)))?\s*$")
+    written = escaped(text)
+    assert (found := weight.search(written))
+    assert found[2] is None
+    assert segments_of(written) == [Segment(text, 1.0)]
 
 
 def test_a_weighted_prompt_is_no_plain_text() -> None:
