@@ -16,7 +16,6 @@ from server.errors import (
     ControlMismatch,
     EmbeddingMismatch,
     ImagePromptMismatch,
-    ModelMismatch,
     WeftError,
 )
 from server.http.app import create_app
@@ -37,7 +36,6 @@ NOT_OF_REQUESTS = (
     ControlMismatch,
     EmbeddingMismatch,
     ImagePromptMismatch,
-    ModelMismatch,
 )
 """Errors of which the operator reads; requests are answered with others in their place."""
 
