@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import sqrt
-from typing import Final, Literal
+from typing import Literal
 
 from PIL import Image, ImageOps
 from PIL.Image import Resampling
@@ -19,11 +19,6 @@ Mode = ResizeMode | Literal["middle"]
 """The same, and how the image encoders of CLIP are shown a picture."""
 
 
-ROUNDED: Final = 2
-"""Times as large as it should be an area becomes at most. Rounding doubles it where a side has half
-a multiple; the shorter sides of very long pictures, which diffusers refuses, would make it more."""
-
-
 @dataclass(frozen=True, slots=True)
 class Target:
     """What a picture is brought to.
@@ -36,8 +31,8 @@ class Target:
         longest: they become no longer; None for no limit.
         sizes: width and height of those that it gets one of, the nearest to its proportions,
             where no side is given and the server's limit allows any; empty for any size.
-        area: pixels that sides which are not given have together, however large the picture is, or
-            somewhat more by rounding; None for those of the picture.
+        area: pixels that sides which are not given have together, however large the picture is;
+            None for those of the picture.
         most_pixels: they have no more of them together, beside the server's limit; None for no
             such bound.
     """
@@ -73,7 +68,6 @@ class Target:
             most = most_pixels // self.height
             return self._side(width * self.height / height, most), self.height
         if self.area is not None:
-            most_pixels = min(most_pixels, ROUNDED * self.area)
             scale = sqrt(min(self.area, most_pixels) / (width * height))
             sides = width * scale, height * scale
             # As diffusers rounds, which may make a few pixels more than that; down where these are
