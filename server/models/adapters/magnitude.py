@@ -162,7 +162,7 @@ def weight_of(layer: Layer, dtype: torch.dtype) -> Tensor:
     if bias is None:
         return layer.forward(identity).mT
     # Many times the weight, so that it does not round away beside the bias.
-    return ((layer.forward(FAR_ABOVE_BIAS * identity) - bias) / FAR_ABOVE_BIAS).mT
+    return ((layer.forward(identity.mul_(FAR_ABOVE_BIAS)) - bias) / FAR_ABOVE_BIAS).mT
 
 
 def _scaled(change: LowRank, scale: Tensor, axis: Axis) -> LowRank:
