@@ -263,6 +263,8 @@ class _Folders:
     @contextmanager
     def _told_to_clients(self, name: str) -> Generator[None]:
         """Log an error about a folder, and raise it without the folder, which is no client's."""
+        # Before it is removed, which may be why it cannot be loaded.
+        folder = str(self._folders().get(name, name))
         try:
             yield
         except ModelMismatch as error:
@@ -272,7 +274,6 @@ class _Folders:
                 # Of a library: its text may name any file.
                 sentence = f"Model {name!r} could not be loaded; the server's log says why."
                 raise ModelMismatch(sentence) from None
-            folder = str(self._folders().get(name, name))
             sentence = error.message.replace(f"model folder {folder!r}", f"model {name!r}")
             raise ModelMismatch(sentence.replace(folder, name)) from None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -88,3 +89,22 @@ def test_a_model_is_given_the_autoencoder_that_is_set_for_it_and_for_no_other(
     other = chosen.model_copy(update={"models": (f"two={MODEL_FOLDER}",)})
     with pytest.raises(ModelMismatch, match="vaes names the model 'one'; there are two"):
         hosting.host(other)
+
+
+def test_a_folder_that_is_removed_while_it_is_read_is_not_named_to_clients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "one"
+    folder.mkdir()
+    (folder / "model_index.json").write_text("{}")
+
+    def removed_first(*asked: Any) -> int:
+        shutil.rmtree(folder)
+        return bytes_in_memory(*asked)
+
+    monkeypatch.setattr(hosting, "bytes_in_memory", removed_first)
+    settings = Settings(models_folder=tmp_path)
+    source = hosting._Folders(settings, {"one": folder}, NamedWeights(settings))
+    with pytest.raises(ModelMismatch) as refused:
+        source.needs("one")
+    assert refused.value.message.startswith("model 'one' has no model_index.json")
