@@ -85,8 +85,9 @@ class InputScales:
             factor = factor.view(*factor.shape, *ones)
         else:
             factor = factor.view(len(factor), *ones, -1)
-        if isinstance(where, torch.Tensor):
-            return x.index_copy(0, where, self.rows.of(x).mul_(factor))
+        # In the layout that it has without factors, by which products round their sums.
         made = x.clone()
-        self.rows.of(made).mul_(factor)
+        scaled = self.rows.of(made).mul_(factor)
+        if isinstance(where, torch.Tensor):
+            made.index_copy_(0, where, scaled)
         return made

@@ -19,6 +19,8 @@ from server.models.adapters.adapter_file import AdapterFile
 from server.models.adapters.lycoris import as_low_rank
 from server.models.adapters.magnitude import weight_of
 from server.models.adapters.placing import Target
+from server.models.adapters.row_scales import InputScales
+from server.models.adapters.stack import Rows
 from server.models.streamed import stream_blocks
 
 CPU = torch.device("cpu")
@@ -224,6 +226,15 @@ def test_sizes_of_inputs_scale_what_earlier_adapters_have_made_of_them(
     merged.proj.weight.data = scales + change["proj"] * file["lora_unet_proj.dora_scale"] / columns
     with torch.no_grad():
         assert_near(made[0], merged(x[:1])[0])
+
+
+@pytest.mark.parametrize("where", [None, slice(0, 2), torch.tensor([0, 2])])
+def test_scaled_inputs_keep_their_layout(network: Layers, where: Any) -> None:
+    """By which products round their sums, so that a row has the same bits in any company."""
+    x = torch.randn(3, 6, 9).mT
+    count = 3 if where is None else 2
+    scales = InputScales(Rows(where, count, 1), torch.full((count, 6), 2.0))
+    assert scales.scaled(network.proj, x).stride() == x.stride()
 
 
 @pytest.mark.parametrize("axis", [0, 1], ids=["outputs", "inputs"])
