@@ -31,9 +31,6 @@ from tests.server.toy_model import SIDE, Toy, run, started
 SHAPE = (4, 4, 4)
 SIZES = [size for size in ROW_SIZES if size <= 16]
 
-CALLS_OF_A_RECORD = 2 + graphs_module.TIMED
-"""Calls of a recording before it is used: it is held to the forward, and timed."""
-
 
 class Waiting(Toy):
     """Takes a while unless it is replayed, if it has few rows."""
@@ -395,11 +392,10 @@ def test_an_engine_replays_its_small_ticks_and_draws_the_same_images(monkeypatch
     monkeypatch.setattr("server.engine.idle_work.Preparation", lambda *_: preparation)
     engine = started(model, 16, prepares=True)
     until = monotonic() + 20
-    while len(tape.made) < len(SIZES) or not tape.made[-1].calls >= CALLS_OF_A_RECORD:
+    while engine.prepared(model) != (tuple(SIZES), tuple(SIZES)):
         assert monotonic() < until
         sleep(0.01)
     before = model.slept
-    assert engine.prepared(model) == (tuple(SIZES), tuple(SIZES))
     results = run(engine, tasks).results
     for i in range(len(tasks)):
         assert np.array_equal(results[i].pixels, expected[i].pixels)
