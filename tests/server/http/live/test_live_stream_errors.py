@@ -44,9 +44,10 @@ def speaker(running: Running) -> Iterator[StreamClient]:
 
 @pytest.fixture
 def limited(running: Running, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Sets limits of streams for one test."""
+    """Sets limits of streams for one test, once those of the test before are closed."""
 
     def limit(**limits: Any) -> None:
+        running.wait(lambda: len(running.app.state.streams) == 0)
         monkeypatch.setattr(running.app.state.streams, "limits", StreamLimits(**limits))
 
     return limit
