@@ -242,8 +242,7 @@ def _kind(file: Path, weights: Mapping[str, Tensor]) -> str:
     if kind not in TEMPLATES or not stands:
         raise ModelMismatch(
             f"model file {str(file)!r} is no complete checkpoint of Stable Diffusion 1.x, 2.x or "
-            "XL; "
-            "models of other families are hosted as folders in the diffusers layout, whose "
+            "XL; models of other families are hosted as folders in the diffusers layout, whose "
             "transformer `--denoiser name=path` replaces by one in a file."
         )
     known = (*NETWORKS, V_PREDICTION, ZERO_TERMINAL_SNR)

@@ -3,9 +3,9 @@
 These hold nearly all weights of a transformer. What stands outside of the blocks stays in the
 model's own type: embeddings of tokens, patches and times, and the last norm and projection, whose
 errors nothing evens out. So do norms, convolutions and the autoencoder. Layers whose file has them
-in blocks of few bits stay as they are. A layer computes in the
-model's type with weights that are restored as it runs, so whatever is added to the output of the
-layer row by row, as adapters are, is added as before.
+in blocks of few bits stay as they are. A layer computes in the model's type with weights that are
+restored as it runs, so whatever is added to the output of the layer row by row, as adapters are, is
+added as before.
 """
 
 from __future__ import annotations

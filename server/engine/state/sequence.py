@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from server.engine.task import ImageTask
     from server.models.blend import Told
     from server.models.conditioning import Conditioning
-    from server.models.image_prompts.image_prompt import Shown
+    from server.models.controls.control import ControlUse
+    from server.models.image_prompts.image_prompt import ImagePromptUse, Shown
 
 __all__ = [
     "ImageResult",
@@ -182,12 +183,11 @@ class Sequence:
         Args:
             number: of the prediction.
         """
-        stage, stages = self.stage, self.task.plan.evaluations
         prompted = self.guidance.pictured[number]
         return tuple(
             RowControl(use.control, hint, use.scale, use.precedence is not None)
             for use, hint in zip(self.task.controls, self.hints, strict=True)
-            if use.acts(stage, stages) and use.acts_on(prompted=prompted)
+            if self._acts(use) and use.acts_on(prompted=prompted)
         )
 
     def image_prompts(self, number: int) -> tuple[RowImagePrompt, ...]:
@@ -196,12 +196,11 @@ class Sequence:
         Args:
             number: of the prediction.
         """
-        stage, stages = self.stage, self.task.plan.evaluations
         pictured = self.guidance.pictured[number]
         return tuple(
             RowImagePrompt(shown.picture if pictured else shown.nothing, use.scale, shown.region)
             for use, shown in zip(self.task.image_prompts, self.shown, strict=True)
-            if use.acts(stage, stages)
+            if self._acts(use)
         )
 
     def told(self, text: Told) -> Conditioning:
@@ -219,10 +218,9 @@ class Sequence:
         Those of terms, of ControlNets, of image prompts, and of the texts of edited prompts.
         """
         terms = tuple(acting.index for acting in self.ask.acting if acting.kind.prepares)
-        stage, stages = self.stage, self.task.plan.evaluations
-        texts = tuple(prompt.number(stage) for prompt in self.guidance.edited)
+        texts = tuple(prompt.number(self.stage) for prompt in self.guidance.edited)
         uses_there = (
-            tuple(k for k, use in enumerate(uses) if use.acts(stage, stages))
+            tuple(k for k, use in enumerate(uses) if self._acts(use))
             for uses in (self.task.controls, self.task.image_prompts)
         )
         return terms, *uses_there, texts
@@ -243,9 +241,12 @@ class Sequence:
     @property
     def work(self) -> float:
         """What the next stage costs in rows of the denoiser; ControlNets count by their size."""
-        stage, stages = self.stage, self.task.plan.evaluations
-        acting = (use for use in self.task.controls if use.acts(stage, stages))
+        acting = filter(self._acts, self.task.controls)
         return self.rows * (1 + sum(use.control.cost for use in acting))
+
+    def _acts(self, use: ControlUse | ImagePromptUse) -> bool:
+        """Whether one of the task's uses acts at the next stage."""
+        return use.acts(self.stage, self.task.plan.evaluations)
 
     @property
     def remaining(self) -> float:

@@ -13,7 +13,7 @@ from server.engine.state.padding import padded
 from server.engine.terms.seen import ForwardRows
 from server.models.adapters.adapter import RowAdapters
 from server.models.conditioning import joined
-from server.models.controls.row_controls import RowControl, RowControls
+from server.models.controls.row_controls import RowControls
 from server.models.image_prompts.row_image_prompts import RowImagePrompts
 from server.models.inputs import RowInputs
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from guidance.edits import Edit
     from server.engine.state.batch import Batch
-    from server.models.image_prompts.row_image_prompts import RowImagePrompt
 
 WEAK = WeakModel()
 
@@ -102,8 +101,14 @@ def _inputs(batches: Listed[Batch], rows: Listed[ForwardRows], t: Tensor) -> Row
         scales = told.to(t.device, non_blocking=True)
     edits = _edits(rows)
     adapters = RowAdapters(tuple(owner.task.adapters for owner in owners))
-    controls = RowControls(_controls(batches), _prompts(batches))
-    shown = RowImagePrompts(_image_prompts(batches))
+    numbered = [
+        (batch.sequences[i], number)
+        for batch in batches
+        for i, number in zip(batch.owners, batch.numbers, strict=True)
+    ]
+    steering = tuple(owner.controls(number) for owner, number in numbered)
+    controls = RowControls(steering, _prompts(batches))
+    shown = RowImagePrompts(tuple(owner.image_prompts(number) for owner, number in numbered))
     channels = [owner.channels for owner in owners if owner.channels is not None]
     led_away = any(part.against is not None for part in rows)
     return RowInputs(
@@ -125,22 +130,6 @@ def _prompts(batches: Listed[Batch]) -> tuple[int, ...]:
         before = len(found)
         found += [before + i for i in batch.owners]
     return tuple(found)
-
-
-def _controls(batches: Listed[Batch]) -> tuple[tuple[RowControl, ...], ...]:
-    return tuple(
-        batch.sequences[i].controls(number)
-        for batch in batches
-        for i, number in zip(batch.owners, batch.numbers, strict=True)
-    )
-
-
-def _image_prompts(batches: Listed[Batch]) -> tuple[tuple[RowImagePrompt, ...], ...]:
-    return tuple(
-        batch.sequences[i].image_prompts(number)
-        for batch in batches
-        for i, number in zip(batch.owners, batch.numbers, strict=True)
-    )
 
 
 def _edits(rows: Listed[ForwardRows]) -> list[tuple[Edit, ...]]:

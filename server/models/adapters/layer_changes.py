@@ -183,20 +183,23 @@ def _composed(part: str, own: tuple[Weighted, ...]) -> dict[str, tuple[Scales, l
 
 def _input_scales(own: _Rows, total: int, sent: Sent) -> InputScales | None:
     factors = {row: one.inputs for row, one in own.scales.items() if one.inputs is not None}
-    if not factors:
-        return None
-    with _for_any_forward(), torch.no_grad():
-        factor = torch.stack([*factors.values()])
-    return InputScales(Rows(_where([*factors], total, sent), len(factors), 1), factor)
+    return InputScales(*_scaled_rows(factors, total, sent)) if factors else None
 
 
 def _output_scales(own: _Rows, total: int, sent: Sent, layer: Layer) -> OutputScales | None:
     factors = {row: one.outputs for row, one in own.scales.items() if one.outputs is not None}
     if not factors:
         return None
-    rows = Rows(_where([*factors], total, sent), len(factors), 1)
+    rows, factor = _scaled_rows(factors, total, sent)
     with _for_any_forward(), torch.no_grad():
-        return OutputScales.of(rows, torch.stack([*factors.values()]), layer)
+        return OutputScales.of(rows, factor, layer)
+
+
+def _scaled_rows(factors: Mapping[int, Tensor], total: int, sent: Sent) -> tuple[Rows, Tensor]:
+    """Which rows of a forward have factors, and these factors ``[rows, entries]``."""
+    with _for_any_forward(), torch.no_grad():
+        factor = torch.stack([*factors.values()])
+    return Rows(_where([*factors], total, sent), len(factors), 1), factor
 
 
 def _joint(

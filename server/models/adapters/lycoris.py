@@ -140,8 +140,11 @@ class _UnlikeRanks(Exception):
 
 def _with_core(first: Tensor, second: Tensor, core: Tensor | None) -> tuple[Tensor, Tensor]:
     """The factors ``[out, rank]`` and ``[rank, in]`` of an operand, whose core is between them."""
-    ranks = (first.shape[1], len(second)) if core is None else (len(first), len(second))
-    if ranks != (tuple(core.shape[:2]) if core is not None else ranks[::-1]):
+    if core is None:
+        fit = first.shape[1] == len(second)
+    else:
+        fit = core.shape[:2] == (len(first), len(second))
+    if not fit:
         raise _UnlikeRanks(f"factors of the shapes {list(first.shape)} and {list(second.shape)}")
     if core is None:
         return first, second.flatten(1)

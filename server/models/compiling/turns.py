@@ -1,4 +1,4 @@
-"""Who may use the machine when a program is measured: pure bookkeeping by a lock on a file.
+"""Who may use the machine when a program is measured, by a lock on a file.
 
 The system gives a lock on a file back when its holder ends, however it ends.
 """
@@ -11,30 +11,32 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Generator
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
 __all__ = ["alone", "beside_others"]
 
 
-@contextmanager
-def alone(file: Path) -> Generator[None]:
+def alone(file: Path) -> AbstractContextManager[None]:
     """Wait until nobody else holds the lock, and keep all others out.
 
     Args:
         file: made if it is not there.
     """
-    with file.open("a") as held:
-        flock(held, LOCK_EX)
-        yield
+    return _locked(file, LOCK_EX)
 
 
-@contextmanager
-def beside_others(file: Path) -> Generator[None]:
+def beside_others(file: Path) -> AbstractContextManager[None]:
     """Wait until nobody is alone, and let nobody be alone.
 
     Args:
         file: made if it is not there.
     """
+    return _locked(file, LOCK_SH)
+
+
+@contextmanager
+def _locked(file: Path, kind: int) -> Generator[None]:
     with file.open("a") as held:
-        flock(held, LOCK_SH)
+        flock(held, kind)
         yield
