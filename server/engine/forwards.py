@@ -27,7 +27,8 @@ LONGEST_PIECE_S = 1.0
 class Forwards:
     """Runs forwards filled up to sizes that have run before, and runs sizes before they are needed.
 
-    A row that fills up repeats the first one without what that changes inside the network.
+    A row that fills up repeats the first one, and changes nothing inside the network but by the
+    last row's adapters, see ``RowInputs.padded``.
 
     Args:
         model: whose forwards.

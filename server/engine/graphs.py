@@ -3,16 +3,17 @@
 Below about 12 rows a GPU waits for its orders: a U-Net has some thousand kernels, and Python takes
 longer to ask for them than an H100 to run them. A graph asks for all of them at once.
 
-Recorded are plain forwards, of rows that neither change anything inside the network nor have
-adapters, ControlNets or image prompts; all others run as ever, and so does a plain one until it is
-recorded. That happens while nothing waits, or, if there is always something, in pieces between
-ticks once a forward has run often. A recording is of one shape: of rows, latents and conditioning.
+A forward is recorded while nothing waits, or, if there is always something, in pieces between ticks
+once it has run often; until then it runs as ever. A recording is of one shape, of rows, latents and
+conditioning, and of one form of what the rows change inside the network: of one combination of
+adapters, say. Forms are many, so that one is recorded only once it has run a few times, and a
+recording is dropped as soon as something that it reads is gone.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from math import inf
 from time import monotonic, perf_counter
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
@@ -21,23 +22,21 @@ import torch
 
 from server.engine.faults import free_memory, is_out_of_memory, lost_device
 from server.engine.unrepeatable import unrepeatable
-from server.models.conditioning import StackedConditioning
+from server.models.inputs_form import Gone, form_of, tensors_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Sequence
+    from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 
     from torch import Tensor
 
     from server.engine.cost_model import TickCost
     from server.models.hosted import HostedModel
     from server.models.inputs import RowInputs
+    from server.models.inputs_form import InputsForm
 
 __all__ = ["Graphs", "pays_beside_ticks"]
 
 log = logging.getLogger(__name__)
-
-HELD = ("conditioning", "scale_embedding", "channels")
-"""What of the inputs a recording reads beside x and t; no forward with anything else is plain."""
 
 PAYS = 0.95
 """Share of the time without a recording that a forward with one may take, to be worth keeping."""
@@ -58,6 +57,9 @@ A recording takes about 10 forwards, and one saves half of a forward of few rows
 what it takes is lost by then, and at most a quarter is added to it where nothing is saved.
 """
 
+FEW = 5
+"""Forwards of a shape and form after which it is recorded in a quiet moment, unless it is plain."""
+
 PIECE_FORWARDS = 3
 """Forwards that the longest piece of a recording takes: one that is watched operation by operation,
 or two and a replay."""
@@ -68,7 +70,8 @@ MOST_GRAPHS = 64
 REST_S = 300.0
 """Seconds after memory was short in which nothing is recorded."""
 
-Given: TypeAlias = "tuple[Tensor, Tensor, RowInputs]"
+Given: TypeAlias = "Mapping[str, Tensor]"
+"""Tensors of a forward by name: x and t, then all of its inputs."""
 
 
 class Replay(Protocol):
@@ -105,15 +108,22 @@ class Recorder(Protocol):
 
 
 class Shape(NamedTuple):
-    """What shapes a plain forward.
+    """What shapes a forward.
 
     Attributes:
         rows: of the forward.
         others: name, size beyond the rows, and type of each tensor.
+        form: of the inputs.
     """
 
     rows: int
     others: tuple[tuple[str, torch.Size, torch.dtype], ...]
+    form: InputsForm
+
+    @property
+    def kind(self) -> Hashable:
+        """Equal of forwards that can all be repeated, or none of them."""
+        return self.others, self.form.kind
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -148,9 +158,9 @@ class Graphs:
         self._room = room
         self._recorded: dict[Shape, Replay] = {}
         self._wanted: dict[Shape, _Wanted] = {}
-        self._under_way: Generator[None] | None = None
-        self._repeatable: dict[tuple[object, ...], bool] = {}
-        self._ends: dict[tuple[object, ...], int] = {}
+        self._under_way: tuple[Shape, Generator[None]] | None = None
+        self._repeatable: dict[Hashable, bool] = {}
+        self._ends: dict[Hashable, int] = {}
         self._rests_until = -inf
         self._generation = 0
         # For its first look at operations torch imports for seconds, which nobody is to wait for.
@@ -169,7 +179,7 @@ class Graphs:
     @property
     def wanted(self) -> bool:
         """Whether a forward is to be recorded, or is being recorded."""
-        return self._under_way is not None or bool(self._wanted)
+        return self._under_way is not None or bool(self._ripe())
 
     def due(self, most_s: float) -> bool:
         """Whether to record the next piece though something waits.
@@ -188,21 +198,26 @@ class Graphs:
             inputs: of all rows.
             cost: of the ticks, which is corrected should this forward be recorded.
         """
-        tensors = tensors_of(x, t, inputs)
-        if tensors is None:
+        inputs = self._model.in_tensors(inputs)
+        self._drop_dead()
+        form = form_of(inputs)
+        if form is None or not form.alive:
             return self._model.evaluate(x, t, inputs)
         if self._model.blocks is not None and self._model.blocks.generation != self._generation:
             self._generation = self._model.blocks.generation
             self._forget()
             self._wanted, self._repeatable, self._ends = {}, {}, {}
-        shape = shape_of(tensors)
-        recorded = self._recorded.get(shape)
+        tensors = {"x": x, "t": t} | tensors_of(inputs)
+        shape = shape_of(tensors, form)
+        recorded = self._recorded.pop(shape, None)
         if recorded is not None:
+            # Behind all others, of which those go first that were replayed least lately.
+            self._recorded[shape] = recorded
             return recorded(*tensors.values())
         if self._may_be_recorded(shape):
             before = self._wanted.pop(shape, None)
             runs = 1 if before is None else before.runs + 1
-            self._wanted[shape] = _Wanted((x, t, inputs), cost, runs)
+            self._wanted[shape] = _Wanted(tensors, cost, runs)
             while len(self._wanted) > WANTED_KEPT:
                 del self._wanted[next(iter(self._wanted))]
         return self._model.evaluate(x, t, inputs)
@@ -213,8 +228,9 @@ class Graphs:
         Raises:
             Exception: the device is lost.
         """
-        shape = None if self._under_way else min(self._wanted, key=lambda one: one.rows)
-        self._advance(shape)
+        self._drop_dead()
+        ripe = [] if self._under_way else self._ripe()
+        self._advance(min(ripe, key=lambda one: one.rows) if ripe else None)
         while self._under_way is not None:
             self._advance(None)
 
@@ -224,6 +240,7 @@ class Graphs:
         Raises:
             Exception: the device is lost.
         """
+        self._drop_dead()
         self._advance(None if self._under_way else self._often(most_s))
 
     def release(self) -> bool:
@@ -239,13 +256,34 @@ class Graphs:
 
     def _forget(self) -> None:
         """Let go of all recordings."""
-        if self._under_way is not None:
-            self._under_way.close()
-            self._under_way = None
+        self._stop()
         for one in self._recorded.values():
             one.release()
         self._recorded = {}
         self._recorder.begin_anew()
+
+    def _stop(self) -> None:
+        """Let go of the recording under way."""
+        if self._under_way is not None:
+            _, pieces = self._under_way
+            self._under_way = None
+            pieces.close()
+
+    def _drop_dead(self) -> None:
+        """Let go of what can never run again, as something that it reads is gone."""
+        if self._under_way is not None and not self._under_way[0].form.alive:
+            self._stop()
+        self._wanted = {shape: one for shape, one in self._wanted.items() if shape.form.alive}
+        dead = [shape for shape in self._recorded if not shape.form.alive]
+        for shape in dead:
+            self._recorded.pop(shape).release()
+        if dead:
+            self._give_back()
+
+    def _ripe(self) -> list[Shape]:
+        """The forwards that are worth a recording in a quiet moment."""
+        wanted = list(self._wanted.items())
+        return [shape for shape, one in wanted if not shape.form.kind or one.runs >= FEW]
 
     def _often(self, most_s: float) -> Shape | None:
         """The forward that has run most often, of those that are worth a recording now."""
@@ -259,20 +297,23 @@ class Graphs:
     def _advance(self, shape: Shape | None) -> None:
         """Go on with the recording under way, or begin that of a shape."""
         if shape is not None:
-            self._under_way = self._pieces(shape, self._wanted.pop(shape))
+            self._under_way = shape, self._pieces(shape, self._wanted.pop(shape))
         if self._under_way is None:
             return
+        _, pieces = self._under_way
         try:
-            next(self._under_way)
+            next(pieces)
         except StopIteration:
             self._under_way = None
-            free_memory(self._model.device)
+            self._give_back()
 
     def _pieces(self, shape: Shape, wanted: _Wanted) -> Generator[None]:
         if not self._may_be_recorded(shape):
             return
         try:
             yield from self._record(shape, wanted)
+        except Gone:
+            return
         except Exception as error:
             if lost_device(error, self._model.device):
                 raise
@@ -287,32 +328,30 @@ class Graphs:
         self._rests_until = monotonic() + REST_S
 
     def _may_be_recorded(self, shape: Shape) -> bool:
-        if monotonic() < self._rests_until or not self._repeatable.get(shape.others, True):
+        if monotonic() < self._rests_until or not self._repeatable.get(shape.kind, True):
             return False
-        return shape.rows < self._ends.get(shape.others, inf)
+        return shape.rows < self._ends.get(shape.kind, inf)
 
     def _record(self, shape: Shape, wanted: _Wanted) -> Generator[None]:
-        x, t, inputs = wanted.given
-        tensors = tensors_of(x, t, inputs) or {}
-        if shape.others not in self._repeatable:
-            obstacle = unrepeatable(lambda: self._model.evaluate(x, t, inputs), x.device)
-            self._repeatable[shape.others] = obstacle is None
+        evaluate, tensors = self._of_tensors(shape), [*wanted.given.values()]
+        if shape.kind not in self._repeatable:
+            obstacle = unrepeatable(lambda: evaluate(*tensors), tensors[0].device)
+            self._repeatable[shape.kind] = obstacle is None
             if obstacle is not None:
                 self._give_up(shape, obstacle, None)
                 return
             yield
-        if not self._recorder.fits(lambda: self._model.evaluate(x, t, inputs), self._room()):
+        if not self._recorder.fits(lambda: evaluate(*tensors), self._room()):
             log.info("%s: no memory for more CUDA graphs", self._model.facts.name)
             self._rest()
             return
         yield
-        evaluate = self._of_tensors(inputs)
-        made = self._recorder.record(evaluate, list(tensors.values()))
+        made = self._recorder.record(evaluate, tensors)
         try:
             yield
             # Other numbers than those that were recorded, which a recording must not have kept.
-            others = [one * 0.5 if one.is_floating_point() else one for one in tensors.values()]
-            for given in (list(tensors.values()), others):
+            others = [one * 0.5 if one.is_floating_point() else one for one in tensors]
+            for given in (tensors, others):
                 expected = evaluate(*given)
                 if not (made(*given) - expected).abs().max() <= CLOSE * expected.abs().max():
                     self._give_up(shape, "its recording gives other numbers", None)
@@ -320,21 +359,23 @@ class Graphs:
                 yield
             plain_s = seconds = inf
             for _ in range(TIMED):
-                plain_s = min(plain_s, _seconds(lambda: evaluate(*tensors.values())))
-                seconds = min(seconds, _seconds(lambda: made(*tensors.values())))
+                plain_s = min(plain_s, _seconds(lambda: evaluate(*tensors)))
+                seconds = min(seconds, _seconds(lambda: made(*tensors)))
                 yield
             if seconds > PAYS * plain_s:
-                self._ends[shape.others] = shape.rows
+                self._ends[shape.kind] = shape.rows
                 return
             self._keep(shape, made)
         finally:
             if self._recorded.get(shape) is not made:
-                self._discard(made)
-        wanted.cost.correct(shape.rows, seconds)
+                made.release()
+        if not shape.form.kind:
+            wanted.cost.correct(shape.rows, seconds)
         log.info(
-            "%s: forward of %d rows recorded, %.1f ms instead of %.1f",
+            "%s: forward of %d rows%s recorded, %.1f ms instead of %.1f",
             self._model.facts.name,
             shape.rows,
+            f" with {shape.form.kind}" if shape.form.kind else "",
             1000 * seconds,
             1000 * plain_s,
         )
@@ -346,23 +387,26 @@ class Graphs:
         # It may have run again since its recording began.
         self._wanted.pop(shape, None)
 
-    def _discard(self, made: Replay) -> None:
-        made.release()
-        if not self._recorded:
+    def _give_back(self) -> None:
+        """Give back memory that no recording has any more."""
+        if not self._recorded and self._under_way is None:
             self._recorder.begin_anew()
+        free_memory(self._model.device)
 
-    def _of_tensors(self, inputs: RowInputs) -> Callable[..., Tensor]:
+    def _of_tensors(self, shape: Shape) -> Callable[..., Tensor]:
         """The model's forward as a function of its tensors alone."""
+        names = [name for name, *_ in shape.others]
 
         def evaluate(*tensors: Tensor) -> Tensor:
-            x, t, *held = tensors
-            return self._model.evaluate(x, t, _with_tensors(inputs, held))
+            given = dict(zip(names, tensors, strict=True))
+            x, t = given.pop("x"), given.pop("t")
+            return self._model.evaluate(x, t, shape.form.inputs(given))
 
         return evaluate
 
     def _give_up(self, shape: Shape, reason: str, error: Exception | None) -> None:
         """Run all forwards of these shapes as ever from now on."""
-        self._repeatable[shape.others] = False
+        self._repeatable[shape.kind] = False
         log.warning(
             "%s: forwards of %s run without CUDA graphs: %s",
             self._model.facts.name,
@@ -372,38 +416,10 @@ class Graphs:
         )
 
 
-def tensors_of(x: Tensor, t: Tensor, inputs: RowInputs) -> dict[str, Tensor] | None:
-    """All tensors that a plain forward reads, by name; None of one that is not plain."""
-    if any(inputs.edits):
-        return None
-    for field in fields(inputs):
-        if field.name not in (*HELD, "edits") and getattr(inputs, field.name) is not None:
-            return None
-    found = {"x": x, "t": t}
-    found |= {f"text {name}": one for name, one in inputs.conditioning.tensors.items()}
-    if inputs.scale_embedding is not None:
-        found["scale_embedding"] = inputs.scale_embedding
-    if inputs.channels is not None:
-        found["channels"] = inputs.channels
-    return found
-
-
-def shape_of(tensors: dict[str, Tensor]) -> Shape:
-    """The shape of a plain forward."""
-    rows = len(tensors["x"])
-    return Shape(rows, tuple((name, one.shape[1:], one.dtype) for name, one in tensors.items()))
-
-
-def _with_tensors(inputs: RowInputs, held: list[Tensor]) -> RowInputs:
-    """The inputs of a plain forward with other tensors, in the order of :func:`tensors_of`."""
-    names = inputs.conditioning.tensors
-    told, rest = dict(zip(names, held, strict=False)), held[len(names) :]
-    return replace(
-        inputs,
-        conditioning=StackedConditioning(told),
-        scale_embedding=None if inputs.scale_embedding is None else rest.pop(0),
-        channels=None if inputs.channels is None else rest.pop(0),
-    )
+def shape_of(tensors: Given, form: InputsForm) -> Shape:
+    """The shape of a forward."""
+    others = tuple((name, one.shape[1:], one.dtype) for name, one in tensors.items())
+    return Shape(len(tensors["x"]), others, form)
 
 
 def pays_beside_ticks(runs: int, forward_s: float, most_s: float) -> bool:

@@ -319,6 +319,14 @@ class HostedModel(ABC):
             return nullcontext()
         return self.blocks.running(plain=inputs.plain)
 
+    def in_tensors(self, inputs: RowInputs) -> RowInputs:
+        """The same inputs, so prepared that the device alone does what ``evaluate`` makes of them.
+
+        What the host says of the rows is sent to the device here, and what is kept from one forward
+        to the next is looked up. ``evaluate`` does both where it has not been done.
+        """
+        return inputs
+
     @abstractmethod
     def evaluate(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
         """One forward of the denoiser.

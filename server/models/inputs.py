@@ -87,12 +87,13 @@ class RowInputs:
     def padded(self, count: int | None, *, fixed: bool = True) -> RowInputs:
         """The same with the first row repeated until there are ``count``.
 
-        Repeated rows have neither adapters nor ControlNets nor image prompts.
+        Repeated rows have neither ControlNets nor image prompts. What they put out is not read.
 
         Args:
             count: of rows; None adds none.
             fixed: all forwards have so many, so that a row's bits do not depend on its company;
-                otherwise repeated rows make no edits either.
+                then repeated rows have no adapters. Otherwise they have those of the last row, and
+                make no edits.
         """
         if count is None:
             return self

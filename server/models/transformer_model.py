@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from typing_extensions import override
@@ -185,6 +186,10 @@ class TransformerModel(HostedModel):
         if self._picture_tokens is None:
             return super().referring(text, references)
         return referring(text, [self._picture_tokens(one) for one in references])
+
+    @override
+    def in_tensors(self, inputs: RowInputs) -> RowInputs:
+        return replace(inputs, adapters=self._adapted[TRANSFORMER].kept_for(inputs.adapters))
 
     @override
     def evaluate(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from math import lcm, log
 from typing import TYPE_CHECKING, Any, Final
 
@@ -172,6 +173,10 @@ class UNetModel(HostedModel):
         if picture is None or mask is None:
             return self._beside.without_picture(*self.latent_shape(width, height)[1:])
         return self._beside.of(picture, mask)
+
+    @override
+    def in_tensors(self, inputs: RowInputs) -> RowInputs:
+        return replace(inputs, adapters=self._adapted["unet"].kept_for(inputs.adapters))
 
     @override
     def evaluate(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:

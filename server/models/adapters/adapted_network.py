@@ -11,7 +11,7 @@ forward while rows have the same adapters in the same order, as they have from t
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 from weakref import ref
@@ -46,7 +46,7 @@ It holds no adapter: their memory belongs to the requests.
 """
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class _Plan:
     """What is changed in a forward.
 
@@ -99,6 +99,18 @@ class AdaptedNetwork:
         """Of stacks that are kept for the next forward."""
         return self._plans.bytes
 
+    def kept_for(self, adapters: RowAdapters | None) -> RowAdapters | None:
+        """The same adapters with what is made of them once, and kept while there is room for it.
+
+        Of the same adapters in the same order it is the same object for as long as it is kept, and
+        all that a forward reads of them.
+
+        Args:
+            adapters: of the rows of a forward; None where no row has any.
+        """
+        self._plans.discard(_has_died)
+        return replace(adapters, kept=self._planned(adapters)) if adapters else None
+
     @contextmanager
     def applied(self, adapters: RowAdapters | None) -> Generator[None]:
         """Add the changes of each row's adapters in the forward that runs inside.
@@ -124,13 +136,18 @@ class AdaptedNetwork:
 
     def _changes(self, adapters: RowAdapters) -> dict[str, _Change]:
         """By name of the layer, what changes it in all rows."""
-        rows = (tuple((ref(one.adapter), one.weight) for one in own) for own in adapters.rows)
-        plan = self._plans.get((adapters.fixed, tuple(rows)), lambda: self._plan(adapters))
+        plan = self._planned(adapters)
         keep = plan.nbytes <= self._most_bytes
         return {
             name: _Change(changed, len(adapters.rows), keep=keep)
             for name, changed in plan.layers.items()
         }
+
+    def _planned(self, adapters: RowAdapters) -> _Plan:
+        if isinstance(adapters.kept, _Plan):
+            return adapters.kept
+        rows = (tuple((ref(one.adapter), one.weight) for one in own) for own in adapters.rows)
+        return self._plans.get((adapters.fixed, tuple(rows)), lambda: self._plan(adapters))
 
     def _plan(self, adapters: RowAdapters) -> _Plan:
         own = self._part, self._layers, adapters, self._device

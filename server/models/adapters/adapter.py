@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -83,20 +83,29 @@ class RowAdapters:
         rows: of each row, in order. The changes of several are added up.
         fixed: whether changes are computed over as many rows as the forward has, so that their
             bits do not depend on how many rows have adapters.
+        kept: what a network has made of them and is to read in their place, see
+            ``AdaptedNetwork.kept_for``; None where it makes that itself.
     """
 
     rows: tuple[tuple[Weighted, ...], ...]
     fixed: bool = False
+    kept: object | None = None
 
     def __bool__(self) -> bool:
         """Whether any row has an adapter."""
-        return any(self.rows)
+        return self.kept is not None or any(self.rows)
 
     def of(self, rows: Sequence[int]) -> RowAdapters:
         """Those of some rows, which may be repeated."""
-        return replace(self, rows=tuple(self.rows[row] for row in rows))
+        return RowAdapters(tuple(self.rows[row] for row in rows), self.fixed)
 
     def padded(self, count: int, *, fixed: bool) -> RowAdapters:
-        """The same, followed by rows without adapters until there are ``count``."""
-        missing: tuple[tuple[Weighted, ...], ...] = ((),) * (count - len(self.rows))
-        return RowAdapters((*self.rows, *missing), fixed=fixed)
+        """The same, followed by rows that fill it up until there are ``count``.
+
+        Args:
+            count: of rows.
+            fixed: these rows have no adapters; otherwise those of the last row, so that there are
+                fewer combinations, and rows of one adapter stay one run.
+        """
+        last = () if fixed else self.rows[-1]
+        return RowAdapters((*self.rows, *(last,) * (count - len(self.rows))), fixed=fixed)

@@ -103,7 +103,7 @@ def test_images_are_the_same_and_no_tick_is_the_first_of_its_size(begin):
     assert {len(x) for x in model.seen[before:]} <= set(ROW_SIZES)
 
 
-def test_rows_that_fill_up_change_nothing_inside_the_network():
+def test_rows_that_fill_up_make_no_edits_and_have_the_adapters_of_the_last_row():
     class Inside(Toy):
         """Keeps what is changed inside it."""
 
@@ -121,7 +121,7 @@ def test_rows_that_fill_up_change_nothing_inside_the_network():
     raw = forwards.evaluate(x, t, inputs, most=16)
     assert len(model.seen[-1]) == 6
     assert model.given.edits == [*edits, ()]
-    assert model.given.adapters == RowAdapters((*((ink,),) * 5, ()))
+    assert model.given.adapters == RowAdapters(((ink,),) * 6)
     assert torch.equal(raw, Toy().evaluate(x, t, inputs))
 
 
