@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from server.models.adapters.adapter import RowAdapters
     from server.models.conditioning import StackedConditioning
     from server.models.controls.row_controls import RowControls
+    from server.models.edit_values import EditValues
     from server.models.image_prompts.row_image_prompts import RowImagePrompts
 
 OUTSIDE_BLOCKS: Final = frozenset(
@@ -43,6 +44,8 @@ class RowInputs:
         adapters: low-rank changes of each row's layers; None where no row has any.
         controls: ControlNets that act on each row; None where none acts on any.
         image_prompts: pictures that each row attends to beside its text; None where no row has any.
+        edit_values: what the model has made of edits, and reads in their place; see
+            ``HostedModel.in_tensors``.
     """
 
     conditioning: StackedConditioning
@@ -53,6 +56,7 @@ class RowInputs:
     adapters: RowAdapters | None = None
     controls: RowControls | None = None
     image_prompts: RowImagePrompts | None = None
+    edit_values: EditValues | None = None
 
     @property
     def plain(self) -> bool:

@@ -12,6 +12,7 @@ from weakref import ref
 
 from server.models.adapters.adapter import RowAdapters
 from server.models.conditioning import StackedConditioning
+from server.models.edit_values import EditValues
 from server.models.inputs import RowInputs
 
 if TYPE_CHECKING:
@@ -19,10 +20,13 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from server.models.edit_values import EditPlaces
+
 __all__ = ["Gone", "InputsForm", "form_of", "tensors_of"]
 
 TEXT = "text"
 AGAINST = "against"
+EDITS = "edits"
 
 
 class Gone(Exception):
@@ -37,9 +41,11 @@ class InputsForm:
 
     Attributes:
         adapters: what is kept of the rows' adapters; None where no row has any.
+        edits: where rows change the network; None where no row does.
     """
 
     adapters: ref[object] | None = None
+    edits: EditPlaces | None = None
 
     @property
     def alive(self) -> bool:
@@ -49,7 +55,8 @@ class InputsForm:
     @property
     def kind(self) -> str:
         """What rows are given that is no tensor, in a few words; empty of plain rows."""
-        return "" if self.adapters is None else "adapters"
+        edits = set[str]() if self.edits is None else self.edits.kinds
+        return ", ".join([*([] if self.adapters is None else ["adapters"]), *sorted(edits)])
 
     def inputs(self, tensors: Mapping[str, Tensor]) -> RowInputs:
         """The inputs of this form.
@@ -67,6 +74,7 @@ class InputsForm:
             channels=tensors.get("channels"),
             against=against if against.tensors else None,
             adapters=None if self.adapters is None else _kept(self.adapters, len(told)),
+            edit_values=None if self.edits is None else EditValues(self.edits, tensors[EDITS]),
         )
 
 
@@ -78,10 +86,11 @@ def form_of(inputs: RowInputs) -> InputsForm | None:
     """
     if any(inputs.edits) or inputs.controls is not None or inputs.image_prompts is not None:
         return None
+    edits = None if inputs.edit_values is None else inputs.edit_values.places
     if inputs.adapters is None:
-        return InputsForm()
+        return InputsForm(edits=edits)
     kept = inputs.adapters.kept
-    return None if kept is None else InputsForm(ref(kept))
+    return None if kept is None else InputsForm(ref(kept), edits)
 
 
 def tensors_of(inputs: RowInputs) -> dict[str, Tensor]:
@@ -92,6 +101,8 @@ def tensors_of(inputs: RowInputs) -> dict[str, Tensor]:
         found["scale_embedding"] = inputs.scale_embedding
     if inputs.channels is not None:
         found["channels"] = inputs.channels
+    if inputs.edit_values is not None:
+        found[EDITS] = inputs.edit_values.numbers
     return found
 
 

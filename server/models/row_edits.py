@@ -7,8 +7,7 @@ skip-tuned rows share one forward. A hook that no row needs costs one look into 
 from __future__ import annotations
 
 from contextlib import contextmanager
-from functools import lru_cache
-from math import ceil
+from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -24,11 +23,11 @@ from guidance.edits import (
     SkippedBlocks,
     SkipScales,
 )
+from server.models.edit_values import EditPlaces, EditValues
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
 
-    from numpy.typing import NDArray
     from torch import Tensor, nn
 
     from guidance.edits import Edit
@@ -122,21 +121,53 @@ class RowEdits:
                 return f"has no plain self-attention in layer {whole[0]!r}"
         return None
 
+    def values(self, edits: Sequence[tuple[Edit, ...]], device: torch.device) -> EditValues | None:
+        """The edits of a forward's rows, on the device.
+
+        Args:
+            edits: of each row, in order; none of them refused.
+            device: of the network.
+
+        Returns:
+            None where no row makes any.
+        """
+        if not any(edits):
+            return None
+        rows: dict[tuple[type[Edit], str], list[float]] = {}
+        for row, own in enumerate(edits):
+            for edit in own:
+                for place, value in self._values(edit):
+                    untouched = float(isinstance(edit, SkipScales | BackboneScales))
+                    values = rows.setdefault((type(edit), place), [untouched] * len(edits))
+                    values[row] = value
+        # In an order in which no row has a say, so that fewer forwards are unlike.
+        numbered = sorted(rows, key=lambda key: (key[0].__name__, key[1]))
+        numbers = torch.tensor([rows[key] for key in numbered], dtype=torch.float32)
+        numbers = numbers.view(-1, len(edits))
+        places = EditPlaces(tuple(numbered), tuple(self._apart_of(edits)))
+        return EditValues(places, numbers.mT.contiguous().to(device, non_blocking=True))
+
     @contextmanager
     def applied(
-        self, edits: Sequence[tuple[Edit, ...]], x: Tensor, against: Tensor | None = None
+        self,
+        edits: Sequence[tuple[Edit, ...]] | EditValues,
+        x: Tensor,
+        against: Tensor | None = None,
     ) -> Generator[None]:
         """Make the edits of each row in the forward that runs inside.
 
         Args:
-            edits: of each row, in order; none of them refused.
+            edits: of each row, in order; none of them refused. Or what :meth:`values` made of them.
             x: what the network will be given, ``[rows, C, h, w]``.
             against: a second text of each row, ``[rows, tokens, features]``, where any row is led
                 away from it.
         """
         self._latent_size = (x.shape[-2], x.shape[-1])
-        self._tensors = self._tensors_of(edits, x)
-        self._apart = self._apart_of(edits)
+        made = edits if isinstance(edits, EditValues) else self.values(edits, x.device)
+        if made is not None:
+            self._tensors = dict(zip(made.places.numbers, made.numbers.unbind(1), strict=True))
+            for name, row, edit in made.places.apart:
+                self._apart.setdefault(name, []).append((row, edit))
         led_away = (NormalizedAttention, "alpha") in self._tensors
         self._against = against if led_away else None
         try:
@@ -145,32 +176,13 @@ class RowEdits:
             self._tensors, self._apart = {}, {}
             self._against, self._attended = None, None
 
-    def _tensors_of(
-        self, edits: Sequence[tuple[Edit, ...]], x: Tensor
-    ) -> dict[tuple[type[Edit], str], Tensor]:
-        rows: dict[tuple[type[Edit], str], list[float]] = {}
-        for row, own in enumerate(edits):
-            for edit in own:
-                for place, value in self._values(edit):
-                    untouched = float(isinstance(edit, SkipScales | BackboneScales))
-                    values = rows.setdefault((type(edit), place), [untouched] * len(edits))
-                    values[row] = value
-        return {
-            key: torch.tensor(values, dtype=torch.float32).to(x.device, non_blocking=True)
-            for key, values in rows.items()
-        }
-
-    def _apart_of(
-        self, edits: Sequence[tuple[Edit, ...]]
-    ) -> dict[str, list[tuple[int, ApartFrom]]]:
-        """By block, the rows that move away from others."""
-        rows: dict[str, list[tuple[int, ApartFrom]]] = {}
+    def _apart_of(self, edits: Sequence[tuple[Edit, ...]]) -> Iterator[tuple[str, int, ApartFrom]]:
+        """The rows that move away from others, with the names of the blocks in which they do."""
         for row, own in enumerate(edits):
             for edit in own:
                 if isinstance(edit, ApartFrom) and edit.reference is not None:
-                    for name in {name for layer in edit.layers for name in self._named(layer)}:
-                        rows.setdefault(name, []).append((row, edit))
-        return rows
+                    named = {name: None for layer in edit.layers for name in self._named(layer)}
+                    yield from ((name, row, edit) for name in named)
 
     def _values(self, edit: Edit) -> Iterator[tuple[str, float]]:
         """Each place that the edit touches, with the number that the hook there reads."""
@@ -326,18 +338,23 @@ def _with_coarse_part(x: Tensor, factors: Tensor) -> Tensor:
 
     The real part of the inverse transform, as in FreeU's code; written as two real products.
     """
-    down, across = (_lowest_two(side).to(x.device, non_blocking=True) for side in x.shape[-2:])
+    down, across = (_lowest_two(side, x.device) for side in x.shape[-2:])
     whole = x.float()
     coarse = down[0] @ whole @ across[0].mT - down[1] @ whole @ across[1].mT
     return whole + (_over_rows(factors, x) - 1) * coarse
 
 
-@lru_cache
-def _lowest_two(side: int) -> Tensor:
-    """Real and imaginary part of the matrix that keeps those of one side, ``[2, n, n]``."""
+@cache
+def _lowest_two(side: int, device: torch.device) -> Tensor:
+    """Real and imaginary part of the matrix that keeps those of one side, ``[2, n, n]``.
+
+    It stays on the device for good, where recordings of forwards read it.
+    """
     turn = 2 * np.pi / side * (np.arange(side)[:, None] - np.arange(side))
     kept = np.stack([1 + np.cos(turn), -np.sin(turn)]) / side
-    return torch.from_numpy(kept).float()
+    # Not of inference mode, since a forward may be differentiated.
+    with torch.inference_mode(mode=False):
+        return torch.from_numpy(kept).float().to(device)
 
 
 def _resnets(block: nn.Module) -> list[nn.Module]:
@@ -380,11 +397,7 @@ def _blurred(queries: Tensor, sigmas: Tensor, latent_size: tuple[int, int]) -> T
     """Queries ``[rows, tokens, features]`` smoothed over the picture, by a sigma a row."""
     height, width = _grid_of(queries.shape[1], latent_size)
     picture = queries.unflatten(1, (height, width))
-    values = sigmas.tolist()
-    down, across = (
-        torch.from_numpy(np.stack([_blur_matrix(side, sigma) for sigma in values])).to(queries)
-        for side in (height, width)
-    )
+    down, across = (_blur_matrices(side, sigmas).to(queries.dtype) for side in (height, width))
     smooth = torch.einsum("rij,rkl,rjlf->rikf", down, across, picture).flatten(1, 2)
     return smooth.where(_over_rows(sigmas > 0, queries), queries)
 
@@ -397,23 +410,30 @@ def _grid_of(tokens: int, latent_size: tuple[int, int]) -> tuple[int, int]:
     return rows, tokens // rows
 
 
-@lru_cache(maxsize=64)
-def _blur_matrix(side: int, sigma: float) -> NDArray[np.float32]:
+def _blur_matrices(side: int, sigmas: Tensor) -> Tensor:
     """A Gaussian's weights between the cells of a line that is mirrored at its ends.
 
     As in the authors' code of SEG, the kernel ends at three sigma, or half a side away if that is
-    nearer. Infinite sigma gives the mean of the line; 0 leaves it as it is.
+    nearer. Infinite sigma gives the mean of the line.
+
+    Args:
+        side: cells of the line.
+        sigmas: of each row, float32 ``[rows]``; of one that is 0, the weights mean nothing.
+
+    Returns:
+        ``[rows, side, side]``: by which weight each cell (last) adds to each.
     """
-    if sigma == 0:
-        return np.eye(side, dtype=np.float32)
-    if np.isinf(sigma):
-        return np.full((side, side), 1 / side, dtype=np.float32)
-    reach = min(ceil(6 * sigma), side) // 2
-    offsets = np.arange(-reach, reach + 1)
-    weights = np.exp(-0.5 * (offsets / sigma) ** 2)
-    matrix = np.zeros((side, side))
-    for cell in range(side):
-        # Mirrored without repeating the border cell.
-        folded = side - 1 - np.abs(side - 1 - np.abs(cell + offsets))
-        np.add.at(matrix[cell], folded, weights)
-    return (matrix / weights.sum()).astype(np.float32)
+    sigma = sigmas.where(sigmas > 0, 1).view(-1, 1, 1)
+    reach = (6 * sigma).ceil().clamp(max=side).div(2, rounding_mode="floor")
+
+    def weights(offset: Tensor) -> Tensor:
+        return torch.exp(-0.5 * (offset / sigma) ** 2) * (offset.abs() <= reach)
+
+    cells = torch.arange(side, device=sigmas.device)
+    to, of = cells[:, None], cells
+    # Mirrored without repeating the border cell, so that this one has one image of the two.
+    below = weights(-of - to) * (of > 0)
+    above = weights(2 * (side - 1) - of - to) * (of < side - 1)
+    matrix = weights(of - to) + below + above
+    matrix = matrix / matrix.sum(-1, keepdim=True)
+    return matrix.where(sigma.isfinite(), 1 / side)

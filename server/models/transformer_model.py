@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -189,7 +189,12 @@ class TransformerModel(HostedModel):
 
     @override
     def in_tensors(self, inputs: RowInputs) -> RowInputs:
-        return replace(inputs, adapters=self._adapted[TRANSFORMER].kept_for(inputs.adapters))
+        return replace(
+            inputs,
+            edits=(),
+            edit_values=self._edits.values(inputs.edits, self.device),
+            adapters=self._adapted[TRANSFORMER].kept_for(inputs.adapters),
+        )
 
     @override
     def evaluate(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
@@ -211,7 +216,7 @@ class TransformerModel(HostedModel):
     @contextmanager
     def _changed(self, inputs: RowInputs, x: Tensor) -> Generator[None]:
         """The transformer with what the rows change inside it."""
-        edited = self._edits.applied(inputs.edits, x) if any(inputs.edits) else nullcontext()
+        edited = self._edits.applied(inputs.edit_values or inputs.edits, x)
         adapted = self._adapted[TRANSFORMER].applied(inputs.adapters)
         with edited, adapted, self.blocks_running(inputs):
             yield

@@ -176,7 +176,12 @@ class UNetModel(HostedModel):
 
     @override
     def in_tensors(self, inputs: RowInputs) -> RowInputs:
-        return replace(inputs, adapters=self._adapted["unet"].kept_for(inputs.adapters))
+        return replace(
+            inputs,
+            edits=(),
+            edit_values=self._edits.values(inputs.edits, self.device),
+            adapters=self._adapted["unet"].kept_for(inputs.adapters),
+        )
 
     @override
     def evaluate(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
@@ -195,12 +200,11 @@ class UNetModel(HostedModel):
         if channels is not None:
             x = torch.cat([x, channels], 1)
         against = None if inputs.against is None else inputs.against.tensors[TEXT]
-        edited = self._edits.applied(inputs.edits, x, against)
+        edited = self._edits.applied(inputs.edit_values or inputs.edits, x, against)
         adapted = self._adapted["unet"].applied(inputs.adapters)
         pictured = nullcontext()
         if self._pictures is not None:
             pictured = self._pictures.applied(inputs.image_prompts)
-        edited = edited if any(inputs.edits) else nullcontext()
         with edited, adapted, pictured, self.blocks_running(inputs):
             return _forward(self._unet, x.to(self.dtype), t, inputs, **told)
 

@@ -29,6 +29,11 @@ class Operations(TorchDispatchMode):
         self.written.append((func, args, kwargs or {}, _tensors(made)))
         return made
 
+    @property
+    def names(self) -> set[str]:
+        """Of the operations."""
+        return {func.overloadpacket.__name__ for func, *_ in self.written}
+
     def repeat(self) -> None:
         """Run them again, each into the memory that it wrote to before."""
         for func, args, kwargs, before in self.written:

@@ -6,6 +6,7 @@ with others: what ought to have been a tensor of the recording shows as a wrong 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from guidance.edits import (
+    ApartFrom,
+    BackboneScales,
+    BlurredQueries,
+    Edit,
+    IdentityAttention,
+    NormalizedAttention,
+    SkippedBlocks,
+    SkipScales,
+)
 from server.engine import graphs as graphs_module
 from server.engine.cost_model import TickCost
 from server.engine.graphs import Graphs
@@ -22,7 +33,7 @@ from server.models.conditioning import StackedConditioning
 from server.models.hosted import HostedModel
 from server.models.inputs import RowInputs
 from server.models.unet_model import TEXT
-from tests.server.engine.operation_tape import OperationTape
+from tests.server.engine.operation_tape import Operations, OperationTape
 from tests.server.models.adapters.low_rank import adapter, changes
 
 SIDE = 32
@@ -85,6 +96,74 @@ def test_rows_with_adapters(model: HostedModel) -> None:
     for adapters in (ours, swapped):
         assert_replayed(graphs, tape, model, given(model, 3, 3, adapters=adapters))
     assert len(tape.made) == 2
+
+
+UP = "up_blocks.1.attentions.1.transformer_blocks.0"
+
+Edits = tuple[Edit, ...]
+
+
+def edits_of_all_kinds(sigma: float, strength: float, scale: float) -> list[Edits]:
+    """Of 8 rows; not in the places, but in all else they differ by the numbers."""
+    return [
+        (),
+        (IdentityAttention(("middle",)),),
+        (BlurredQueries((UP,), sigma),),
+        (SkippedBlocks((UP,)), NormalizedAttention(scale, 2.5, strength)),
+        (SkipScales((strength, 1.0)),),
+        (BackboneScales((1 + strength, 1.4), (strength, 0.2)),),
+        (BlurredQueries((UP,), math.inf), BackboneScales((1.1, 1.2), (0.9, strength))),
+        (NormalizedAttention(2 * scale, 1.5, 0.25),),
+    ]
+
+
+def against(rows: int, seed: int) -> StackedConditioning:
+    generator = torch.Generator().manual_seed(100 + seed)
+    return StackedConditioning({TEXT: torch.randn(rows, 7, 128, generator=generator)})
+
+
+def test_rows_with_edits_of_all_kinds_but_one(model: HostedModel) -> None:
+    tape = OperationTape()
+    graphs, edits = Graphs(model, tape), edits_of_all_kinds(0.8, 0.5, 3.0)
+    recorded(graphs, given(model, 8, 0, edits=edits, against=against(8, 0)))
+    others = edits_of_all_kinds(2.5, 0.7, 5.0)
+    # Also with the same numbers in other rows.
+    for seed, rows in enumerate((edits, others, edits[::-1])):
+        inputs = given(model, 8, seed, edits=rows, against=against(8, seed))
+        assert_replayed(graphs, tape, model, inputs)
+    assert len(tape.made) == 1
+
+
+def test_rows_that_move_apart_from_others_with_adapters(model: HostedModel) -> None:
+    tape = OperationTape()
+    graphs, ours = Graphs(model, tape), RowAdapters(((ink(model),), (), ()))
+    apart: Edit = ApartFrom((UP,), 0.9, 0.65, 0)
+    edits: list[Edits] = [(), (apart, IdentityAttention((UP,))), ()]
+    recorded(graphs, given(model, 3, 0, edits=edits, adapters=ours))
+    assert_replayed(graphs, tape, model, given(model, 3, 1, edits=edits, adapters=ours))
+    # Another row is another forward.
+    graphs.evaluate(*given(model, 3, 1, edits=edits[::-1], adapters=ours), COST)
+    moved: list[Edits] = [(), (), (apart, IdentityAttention((UP,)))]
+    recorded(graphs, given(model, 3, 0, edits=moved, adapters=ours))
+    assert_replayed(graphs, tape, model, given(model, 3, 1, edits=moved, adapters=ours))
+
+
+def test_the_host_takes_no_part_in_a_forward_whose_inputs_are_in_tensors(
+    model: HostedModel,
+) -> None:
+    edits = edits_of_all_kinds(0.8, 0.5, 3.0)
+    ours = RowAdapters(((ink(model),), *[()] * 7))
+    x, t, inputs = given(model, 8, 0, edits=edits, against=against(8, 0), adapters=ours)
+    ready = model.in_tensors(inputs)
+    model.evaluate(x, t, ready)
+    seen = Operations()
+    with seen:
+        model.evaluate(x, t, ready)
+    # What torch.tensor and torch.from_numpy make, and what .item() and .tolist() read.
+    assert not {"lift_fresh", "_local_scalar_dense"} & seen.names
+    with Operations() as before:
+        model.evaluate(x, t, inputs)
+    assert "lift_fresh" in before.names
 
 
 def test_a_combination_is_recorded_in_a_quiet_moment_once_it_has_run_a_few_times(
