@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -325,7 +325,11 @@ class HostedModel(ABC):
         What the host says of the rows is sent to the device here, and what is kept from one forward
         to the next is looked up. ``evaluate`` does both where it has not been done.
         """
-        return inputs
+        kind, controls, prompts = self.control_kind, inputs.controls, inputs.image_prompts
+        if controls is not None and kind is not None:
+            controls = controls.in_tensors(once=kind.once)
+        prompts = None if prompts is None else prompts.in_tensors()
+        return replace(inputs, controls=controls, image_prompts=prompts)
 
     @abstractmethod
     def evaluate(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:

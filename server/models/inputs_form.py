@@ -7,12 +7,14 @@ operations. So one can be repeated with the tensors of the other.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 from weakref import ref
 
 from server.models.adapters.adapter import RowAdapters
 from server.models.conditioning import StackedConditioning
+from server.models.controls.row_controls import RowControls
 from server.models.edit_values import EditValues
+from server.models.image_prompts.row_image_prompts import RowImagePrompts
 from server.models.inputs import RowInputs
 
 if TYPE_CHECKING:
@@ -20,13 +22,19 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from server.models.controls.row_controls import ControlForm
     from server.models.edit_values import EditPlaces
+    from server.models.image_prompts.row_image_prompts import AlikeForm
 
 __all__ = ["Gone", "InputsForm", "form_of", "tensors_of"]
 
 TEXT = "text"
 AGAINST = "against"
 EDITS = "edits"
+CONTROL = "ControlNet"
+PICTURE = "picture"
+
+Found = TypeVar("Found")
 
 
 class Gone(Exception):
@@ -42,21 +50,32 @@ class InputsForm:
     Attributes:
         adapters: what is kept of the rows' adapters; None where no row has any.
         edits: where rows change the network; None where no row does.
+        controls: the ControlNets that act on rows.
+        pictures: that rows attend to beside their texts, by numbers of tokens.
     """
 
     adapters: ref[object] | None = None
     edits: EditPlaces | None = None
+    controls: tuple[ControlForm, ...] = ()
+    pictures: tuple[AlikeForm, ...] = ()
 
     @property
     def alive(self) -> bool:
         """Whether all that it refers to is still there."""
-        return self.adapters is None or self.adapters() is not None
+        others = [one.control for one in self.controls]
+        kept = others if self.adapters is None else [self.adapters, *others]
+        return all(one() is not None for one in kept)
 
     @property
     def kind(self) -> str:
         """What rows are given that is no tensor, in a few words; empty of plain rows."""
+        given = {
+            "adapters": self.adapters is not None,
+            "ControlNets": bool(self.controls),
+            "image prompts": bool(self.pictures),
+        }
         edits = set[str]() if self.edits is None else self.edits.kinds
-        return ", ".join([*([] if self.adapters is None else ["adapters"]), *sorted(edits)])
+        return ", ".join([*(name for name, some in given.items() if some), *sorted(edits)])
 
     def inputs(self, tensors: Mapping[str, Tensor]) -> RowInputs:
         """The inputs of this form.
@@ -68,12 +87,26 @@ class InputsForm:
             Gone: the form is no more alive.
         """
         told, against = (StackedConditioning(_of(part, tensors)) for part in (TEXT, AGAINST))
+        rows = len(told)
+        controls = [
+            _there(one.together(_of(f"{CONTROL} {i}", tensors)))
+            for i, one in enumerate(self.controls)
+        ]
+        pictures = [
+            one.together(_of(f"{PICTURE} {i}", tensors)) for i, one in enumerate(self.pictures)
+        ]
         return RowInputs(
             told,
             scale_embedding=tensors.get("scale_embedding"),
             channels=tensors.get("channels"),
             against=against if against.tensors else None,
-            adapters=None if self.adapters is None else _kept(self.adapters, len(told)),
+            adapters=(
+                None
+                if self.adapters is None
+                else RowAdapters(((),) * rows, kept=_there(self.adapters()))
+            ),
+            controls=RowControls.of_tensors(rows, controls) if controls else None,
+            image_prompts=RowImagePrompts.of_tensors(rows, pictures) if pictures else None,
             edit_values=None if self.edits is None else EditValues(self.edits, tensors[EDITS]),
         )
 
@@ -84,13 +117,21 @@ def form_of(inputs: RowInputs) -> InputsForm | None:
     Args:
         inputs: as ``HostedModel.in_tensors`` makes them.
     """
-    if any(inputs.edits) or inputs.controls is not None or inputs.image_prompts is not None:
+    adapters, controls, prompts = inputs.adapters, inputs.controls, inputs.image_prompts
+    apart = (
+        not any(inputs.edits),
+        adapters is None or adapters.kept is not None,
+        controls is None or controls.together,
+        prompts is None or prompts.together,
+    )
+    if not all(apart):
         return None
-    edits = None if inputs.edit_values is None else inputs.edit_values.places
-    if inputs.adapters is None:
-        return InputsForm(edits=edits)
-    kept = inputs.adapters.kept
-    return None if kept is None else InputsForm(ref(kept), edits)
+    return InputsForm(
+        None if adapters is None else ref(adapters.kept),
+        None if inputs.edit_values is None else inputs.edit_values.places,
+        () if controls is None else tuple(one.form for one in controls.together),
+        () if prompts is None else tuple(one.form for one in prompts.together),
+    )
 
 
 def tensors_of(inputs: RowInputs) -> dict[str, Tensor]:
@@ -103,14 +144,17 @@ def tensors_of(inputs: RowInputs) -> dict[str, Tensor]:
         found["channels"] = inputs.channels
     if inputs.edit_values is not None:
         found[EDITS] = inputs.edit_values.numbers
+    for i, one in enumerate([] if inputs.controls is None else inputs.controls.together):
+        found |= _named(f"{CONTROL} {i}", one.tensors)
+    for i, one in enumerate([] if inputs.image_prompts is None else inputs.image_prompts.together):
+        found |= _named(f"{PICTURE} {i}", one.tensors)
     return found
 
 
-def _kept(adapters: ref[object], rows: int) -> RowAdapters:
-    kept = adapters()
-    if kept is None:
+def _there(one: Found | None) -> Found:
+    if one is None:
         raise Gone
-    return RowAdapters(((),) * rows, kept=kept)
+    return one
 
 
 def _named(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -190,7 +190,7 @@ class TransformerModel(HostedModel):
     @override
     def in_tensors(self, inputs: RowInputs) -> RowInputs:
         return replace(
-            inputs,
+            super().in_tensors(inputs),
             edits=(),
             edit_values=self._edits.values(inputs.edits, self.device),
             adapters=self._adapted[TRANSFORMER].kept_for(inputs.adapters),

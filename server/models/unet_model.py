@@ -177,7 +177,7 @@ class UNetModel(HostedModel):
     @override
     def in_tensors(self, inputs: RowInputs) -> RowInputs:
         return replace(
-            inputs,
+            super().in_tensors(inputs),
             edits=(),
             edit_values=self._edits.values(inputs.edits, self.device),
             adapters=self._adapted["unet"].kept_for(inputs.adapters),

@@ -31,6 +31,11 @@ class ControlKind(Protocol):
         """Whether one of them and the prompt can count for different amounts."""
         ...
 
+    @property
+    def once(self) -> bool:
+        """Whether one runs over the prompt's row of an image alone, for all of its rows."""
+        ...
+
     def misfit(self, config: Mapping[str, Any]) -> str | None:
         """What in a ControlNet's config does not fit the model, as a clause; None where all does.
 

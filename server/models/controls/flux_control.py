@@ -49,6 +49,7 @@ class FluxControl:
     """
 
     knows_precedence = False
+    once = True
 
     def __init__(
         self,
@@ -138,7 +139,7 @@ class FluxControl:
                 *in_runs(single_blocks or (), self._single_layers),
             ]
 
-        added = summed(controls, evaluate, once=True)
+        added = summed(controls, evaluate, once=self.once)
         parts = added[: self._layers], added[self._layers :]
         names = "controlnet_block_samples", "controlnet_single_block_samples"
         return {

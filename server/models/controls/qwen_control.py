@@ -46,6 +46,7 @@ class QwenControl:
     """
 
     knows_precedence = False
+    once = True
 
     def __init__(
         self,
@@ -106,4 +107,4 @@ class QwenControl:
             )
             return in_runs(blocks or (), self._layers)
 
-        return {"controlnet_block_samples": summed(controls, evaluate, once=True)}
+        return {"controlnet_block_samples": summed(controls, evaluate, once=self.once)}

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
+from weakref import ref
 
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
     from server.models.controls.control import Control
 
-__all__ = ["RowControl", "RowControls", "SameControl", "summed"]
-
+__all__ = ["ControlForm", "RowControl", "RowControls", "SameControl", "summed"]
 
 FADE: Final = 0.825
 """Factor of a place of the network on that of the next one, where a ControlNet gives way."""
@@ -42,6 +42,30 @@ class RowControl:
     gives_way: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class ControlForm:
+    """What of :class:`SameControl` is no tensor, and its numbers of rows.
+
+    Attributes:
+        control: the ControlNet, which is not kept alive.
+        rows: that it runs over.
+        onto: rows that it acts on.
+    """
+
+    control: ref[Control]
+    rows: int
+    onto: int
+
+    def together(self, tensors: Mapping[str, Tensor]) -> SameControl | None:
+        """The rows of this form; None where the ControlNet is there no more.
+
+        Args:
+            tensors: by the names of ``SameControl.tensors``.
+        """
+        control = self.control()
+        return None if control is None else SameControl(control, **tensors)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class SameControl:
     """Rows of a forward that one ControlNet acts on, each once.
@@ -66,6 +90,23 @@ class SameControl:
     scales: Tensor
     fades: Tensor | None = None
 
+    @property
+    def form(self) -> ControlForm:
+        """All but the tensors."""
+        return ControlForm(ref(self.control), len(self.rows), len(self.onto))
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name."""
+        found = {
+            "rows": self.rows,
+            "hints": self.hints,
+            "onto": self.onto,
+            "run": self.run,
+            "scales": self.scales,
+        }
+        return found if self.fades is None else found | {"fades": self.fades}
+
     def factors(self, place: int) -> Tensor:
         """The factors on what is added at a place, counted from 0."""
         return self.scales if self.fades is None else self.scales * self.fades ** (LAST - place)
@@ -81,26 +122,37 @@ class RowControls:
             ControlNets.
         fixed: whether a ControlNet runs over as many rows as the forward has, so that a row's bits
             do not depend on how many rows have it.
+        together: the rows of each ControlNet, where they have been put together already.
     """
 
     rows: tuple[tuple[RowControl, ...], ...]
     prompts: tuple[int, ...]
     fixed: bool = False
+    together: tuple[SameControl, ...] = ()
 
     def __bool__(self) -> bool:
         """Whether any acts on any row."""
         return any(self.rows)
+
+    @classmethod
+    def of_tensors(cls, rows: int, together: Sequence[SameControl]) -> RowControls:
+        """Those of so many rows, which have been put together."""
+        return cls(((),) * rows, tuple(range(rows)), together=tuple(together))
+
+    def in_tensors(self, *, once: bool) -> RowControls:
+        """The same with the rows of each ControlNet put together, see :meth:`by_control`."""
+        return replace(self, together=tuple(self.by_control(once=once)))
 
     def of(self, rows: Sequence[int]) -> RowControls:
         """Those of some rows, which may be repeated."""
         places: dict[int, int] = {}
         for place, row in enumerate(rows):
             places.setdefault(row, place)
-        return replace(
-            self,
-            rows=tuple(self.rows[row] for row in rows),
+        return RowControls(
+            tuple(self.rows[row] for row in rows),
             # Where the prompt's row stays behind, a row stands for it by itself.
-            prompts=tuple(places.get(self.prompts[row], places[row]) for row in rows),
+            tuple(places.get(self.prompts[row], places[row]) for row in rows),
+            self.fixed,
         )
 
     def padded(self, count: int, *, fixed: bool) -> RowControls:
@@ -109,7 +161,7 @@ class RowControls:
         missing: tuple[tuple[RowControl, ...], ...] = ((),) * (count - here)
         return RowControls((*self.rows, *missing), (*self.prompts, *range(here, count)), fixed)
 
-    def by_control(self, *, once: bool) -> list[SameControl]:
+    def by_control(self, *, once: bool) -> Sequence[SameControl]:
         """The rows of each ControlNet, in an order in which no row's company has a say.
 
         A row that has the same ControlNet twice, with two pictures, is among its rows twice, and
@@ -118,6 +170,8 @@ class RowControls:
         Args:
             once: run a ControlNet over the prompt's row of an image alone, for all of its rows.
         """
+        if self.together:
+            return self.together
         found: dict[tuple[str, int, int], dict[int, RowControl]] = {}
         for row, own in enumerate(self.rows):
             times: dict[Control, int] = {}
@@ -154,7 +208,7 @@ def summed(
     controls: RowControls,
     evaluate: Callable[[SameControl], Sequence[Tensor | None]],
     *,
-    once: bool = False,
+    once: bool,
 ) -> list[Tensor | None]:
     """What all ControlNets of a forward add to its rows.
 

@@ -48,6 +48,7 @@ class SD3Control:
     """
 
     knows_precedence = False
+    once = False
 
     def __init__(
         self,
@@ -124,4 +125,4 @@ class SD3Control:
             )
             return stretched(blocks, self._layers)
 
-        return {"block_controlnet_hidden_states": summed(controls, evaluate)}
+        return {"block_controlnet_hidden_states": summed(controls, evaluate, once=self.once)}

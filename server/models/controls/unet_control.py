@@ -56,6 +56,7 @@ class UNetControl:
     """
 
     knows_precedence = True
+    once = False
 
     def __init__(self, unet: Any, facts: ModelFacts, device: torch.device) -> None:
         from diffusers import ControlNetModel
@@ -133,7 +134,7 @@ class UNetControl:
             )
             return [*skips, middle]
 
-        *skips, middle = summed(controls, evaluate)
+        *skips, middle = summed(controls, evaluate, once=self.once)
         return {
             "down_block_additional_residuals": tuple(skips),
             "mid_block_additional_residual": middle,

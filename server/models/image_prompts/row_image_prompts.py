@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["AlikeRows", "RowImagePrompt", "RowImagePrompts"]
+__all__ = ["AlikeForm", "AlikeRows", "RowImagePrompt", "RowImagePrompts"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,6 +29,32 @@ class RowImagePrompt:
     attended: Tensor
     scale: float
     region: Mapping[int, Tensor] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AlikeForm:
+    """What of :class:`AlikeRows` is no tensor: its numbers.
+
+    Attributes:
+        rows: over which attention runs.
+        onto: rows that have pictures.
+        regions: numbers of queries; None where all act on all of the image.
+    """
+
+    rows: int
+    onto: int
+    regions: tuple[int, ...] | None
+
+    def together(self, tensors: Mapping[str, Tensor]) -> AlikeRows:
+        """The rows of this form.
+
+        Args:
+            tensors: by the names of ``AlikeRows.tensors``.
+        """
+        own = (tensors[name] for name in ("rows", "attended", "onto", "scales"))
+        if self.regions is None:
+            return AlikeRows(*own, None)
+        return AlikeRows(*own, {queries: tensors[str(queries)] for queries in self.regions})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,6 +76,23 @@ class AlikeRows:
     scales: Tensor
     regions: Mapping[int, Tensor] | None
 
+    @property
+    def form(self) -> AlikeForm:
+        """All but the tensors."""
+        regions = None if self.regions is None else tuple(self.regions)
+        return AlikeForm(len(self.rows), len(self.onto), regions)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name; a region has that of its number of queries."""
+        regions = {str(queries): part for queries, part in (self.regions or {}).items()}
+        return regions | {
+            "rows": self.rows,
+            "attended": self.attended,
+            "onto": self.onto,
+            "scales": self.scales,
+        }
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowImagePrompts:
@@ -59,29 +102,42 @@ class RowImagePrompts:
         rows: of each row, in order. What is attended to of several pictures is summed.
         fixed: whether attention runs over as many rows as the forward has, so that a row's bits do
             not depend on how many rows have pictures.
+        together: the rows by their tokens, where they have been put together already.
     """
 
     rows: tuple[tuple[RowImagePrompt, ...], ...]
     fixed: bool = False
+    together: tuple[AlikeRows, ...] = ()
 
     def __bool__(self) -> bool:
         """Whether any row has any."""
         return any(self.rows)
 
+    @classmethod
+    def of_tensors(cls, rows: int, together: Sequence[AlikeRows]) -> RowImagePrompts:
+        """Those of so many rows, which have been put together."""
+        return cls(((),) * rows, together=tuple(together))
+
+    def in_tensors(self) -> RowImagePrompts:
+        """The same with the rows put together, see :meth:`alike`."""
+        return replace(self, together=tuple(self.alike()))
+
     def of(self, rows: Sequence[int]) -> RowImagePrompts:
         """Those of some rows, which may be repeated."""
-        return replace(self, rows=tuple(self.rows[row] for row in rows))
+        return RowImagePrompts(tuple(self.rows[row] for row in rows), self.fixed)
 
     def padded(self, count: int, *, fixed: bool) -> RowImagePrompts:
         """The same, followed by rows without any until there are ``count``."""
         missing: tuple[tuple[RowImagePrompt, ...], ...] = ((),) * (count - len(self.rows))
         return RowImagePrompts((*self.rows, *missing), fixed)
 
-    def alike(self) -> list[AlikeRows]:
+    def alike(self) -> Sequence[AlikeRows]:
         """The rows by their tokens, in an order in which no row's company has a say.
 
         A row that has several pictures of equally many tokens is there as often, each time apart.
         """
+        if self.together:
+            return self.together
         found: dict[tuple[int, int], dict[int, RowImagePrompt]] = {}
         for row, own in enumerate(self.rows):
             times: dict[int, int] = {}

@@ -111,7 +111,7 @@ class UNetImagePrompts:
         Args:
             prompts: of the rows of that forward; None where no row has any.
         """
-        alike = [] if prompts is None else prompts.alike()
+        alike = () if prompts is None else prompts.alike()
         handles: list[Any] = []
         for layer, bounds in zip(self._layers, self._bounds, strict=True) if alike else ():
             attend = _Attending(layer, alike, bounds)

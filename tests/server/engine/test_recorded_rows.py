@@ -30,15 +30,21 @@ from server.engine.cost_model import TickCost
 from server.engine.graphs import Graphs
 from server.models.adapters.adapter import RowAdapters, Weighted
 from server.models.conditioning import StackedConditioning
+from server.models.controls.control import Control
+from server.models.controls.row_controls import RowControl, RowControls
 from server.models.hosted import HostedModel
+from server.models.image_prompts.row_image_prompts import RowImagePrompt, RowImagePrompts
 from server.models.inputs import RowInputs
 from server.models.unet_model import TEXT
 from tests.server.engine.operation_tape import Operations, OperationTape
 from tests.server.models.adapters.low_rank import adapter, changes
+from tests.server.models.controls.tiny_controls import of_unet
 
-SIDE = 32
+SIDE = 64
 COST = TickCost({1: 1.0})
 FEW, OFTEN = 2, 3
+FEATURES = 1600
+"""Keys and values of all layers of cross-attention."""
 
 
 @pytest.fixture(autouse=True)
@@ -148,12 +154,76 @@ def test_rows_that_move_apart_from_others_with_adapters(model: HostedModel) -> N
     assert_replayed(graphs, tape, model, given(model, 3, 1, edits=moved, adapters=ours))
 
 
+def drawn(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def depth(model: HostedModel) -> Control:
+    network = of_unet(model.modules()["unet"], 1, conditioning_embedding_out_channels=(16, 32))
+    assert model.control_kind is not None
+    return Control("depth", model.control_kind.prepared(network), 0, 1.0)
+
+
+def steered(depth: Control, seed: int) -> RowControls:
+    """Two of three rows, one of which fades."""
+    one = RowControl(depth, drawn(seed, 64, 8, 8), 0.5 + seed, gives_way=True)
+    other = RowControl(depth, drawn(10 + seed, 64, 8, 8), 1.0)
+    return RowControls(((), (one,), (other,)), (0, 1, 2))
+
+
+def test_rows_with_controlnets(model: HostedModel, depth: Control) -> None:
+    tape = OperationTape()
+    graphs, first = Graphs(model, tape), steered(depth, 0)
+    recorded(graphs, given(model, 3, 0, controls=first))
+    # Other pictures and scales, and on other rows.
+    for seed, rows in enumerate(([0, 1, 2], [2, 0, 1])):
+        ours = steered(depth, seed).of(rows)
+        assert_replayed(graphs, tape, model, given(model, 3, seed, controls=ours))
+    # On more rows it is another forward.
+    calls = tape.made[0].calls
+    graphs.evaluate(*given(model, 3, 0, controls=first.of([1, 1, 2])), COST)
+    assert tape.made[0].calls == calls
+
+
+def test_a_recording_goes_with_its_controlnet(model: HostedModel, depth: Control) -> None:
+    tape = OperationTape()
+    graphs, passing = Graphs(model, tape), replace(depth)
+    recorded(graphs, given(model, 3, 0, controls=steered(passing, 0)))
+    del passing
+    graphs.evaluate(*given(model, 1, 0), COST)
+    assert tape.made[0].released
+
+
+def shown(seed: int, tokens: int) -> RowImagePrompt:
+    region = {16: drawn(seed, 16, 1), 4: drawn(seed, 4, 1)}
+    return RowImagePrompt(drawn(seed, tokens, FEATURES), 0.3 + seed, region)
+
+
+def test_rows_with_image_prompts(model: HostedModel) -> None:
+    tape = OperationTape()
+    graphs, rows = Graphs(model, tape), [(shown(1, 4),), (), (shown(2, 4), shown(3, 16))]
+    recorded(graphs, given(model, 3, 0, image_prompts=RowImagePrompts(tuple(rows))))
+    others = [(), (shown(4, 16), shown(5, 4)), (replace(shown(6, 4), region=None),)]
+    for seed, own in enumerate((rows, others)):
+        inputs = given(model, 3, seed, image_prompts=RowImagePrompts(tuple(own)))
+        assert_replayed(graphs, tape, model, inputs)
+
+
 def test_the_host_takes_no_part_in_a_forward_whose_inputs_are_in_tensors(
-    model: HostedModel,
+    model: HostedModel, depth: Control
 ) -> None:
     edits = edits_of_all_kinds(0.8, 0.5, 3.0)
-    ours = RowAdapters(((ink(model),), *[()] * 7))
-    x, t, inputs = given(model, 8, 0, edits=edits, against=against(8, 0), adapters=ours)
+    x, t, inputs = given(
+        model,
+        8,
+        0,
+        edits=edits,
+        against=against(8, 0),
+        adapters=RowAdapters(((ink(model),), *[()] * 7)),
+        controls=steered(depth, 0).padded(8, fixed=False),
+        image_prompts=RowImagePrompts(((shown(1, 4),),)).padded(8, fixed=False),
+    )
     ready = model.in_tensors(inputs)
     model.evaluate(x, t, ready)
     seen = Operations()

@@ -97,6 +97,7 @@ class Plain:
     kind: Any = Network
     denoiser: nn.Module = nn.Linear(5, 2)
     knows_precedence = False
+    once = False
 
     def misfit(self, config: Mapping[str, Any]) -> str | None:
         return first_misfit(Network, config, {"width": 2})
