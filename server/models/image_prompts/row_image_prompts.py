@@ -51,10 +51,13 @@ class AlikeForm:
         Args:
             tensors: by the names of ``AlikeRows.tensors``.
         """
-        own = (tensors[name] for name in ("rows", "attended", "onto", "scales"))
-        if self.regions is None:
-            return AlikeRows(*own, None)
-        return AlikeRows(*own, {queries: tensors[str(queries)] for queries in self.regions})
+        rows, attended, onto, scales = (
+            tensors[name] for name in ("rows", "attended", "onto", "scales")
+        )
+        regions = None
+        if self.regions is not None:
+            regions = {queries: tensors[str(queries)] for queries in self.regions}
+        return AlikeRows(rows, attended, onto, scales, regions)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -6,45 +6,37 @@ with others: what ought to have been a tensor of the recording shows as a wrong 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from guidance.edits import (
-    ApartFrom,
-    BackboneScales,
-    BlurredQueries,
-    Edit,
-    IdentityAttention,
-    NormalizedAttention,
-    SkippedBlocks,
-    SkipScales,
-)
+from guidance.edits import ApartFrom, Edit, IdentityAttention
 from server.engine import graphs as graphs_module
 from server.engine.cost_model import TickCost
 from server.engine.graphs import Graphs
-from server.models.adapters.adapter import RowAdapters, Weighted
-from server.models.conditioning import StackedConditioning
+from server.models.adapters.adapter import RowAdapters
 from server.models.controls.control import Control
-from server.models.controls.row_controls import RowControl, RowControls
 from server.models.hosted import HostedModel
-from server.models.image_prompts.row_image_prompts import RowImagePrompt, RowImagePrompts
-from server.models.inputs import RowInputs
-from server.models.unet_model import TEXT
+from server.models.image_prompts.row_image_prompts import RowImagePrompts
+from tests.server.engine.changed_rows import (
+    UP,
+    Edits,
+    Given,
+    depth_of,
+    edits_of_all_kinds,
+    given,
+    ink,
+    shown,
+    steered,
+    told,
+)
 from tests.server.engine.operation_tape import Operations, OperationTape
-from tests.server.models.adapters.low_rank import adapter, changes
-from tests.server.models.controls.tiny_controls import of_unet
 
-SIDE = 64
 COST = TickCost({1: 1.0})
 FEW, OFTEN = 2, 3
-FEATURES = 1600
-"""Keys and values of all layers of cross-attention."""
 
 
 @pytest.fixture(autouse=True)
@@ -54,23 +46,6 @@ def as_in_the_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(graphs_module, name, value)
     with torch.inference_mode():
         yield
-
-
-Given = tuple[Tensor, Tensor, RowInputs]
-
-
-def given(model: HostedModel, rows: int, seed: int, **more: Any) -> Given:
-    """What a forward of some rows is given."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, *model.latent_shape(SIDE, SIDE), generator=generator)
-    told = {TEXT: torch.randn(rows, 7, 128, generator=generator)}
-    t = torch.full((rows,), 100.0 + seed)
-    return x, t, RowInputs(StackedConditioning(told), **more)
-
-
-def ink(model: HostedModel, rank: int = 4) -> Weighted:
-    parts = {"unet": changes(model.modules()["unet"], rank, seed=rank, within="attn")}
-    return Weighted(adapter("ink", parts), 0.7)
 
 
 def recorded(graphs: Graphs, inputs: Given) -> None:
@@ -104,38 +79,14 @@ def test_rows_with_adapters(model: HostedModel) -> None:
     assert len(tape.made) == 2
 
 
-UP = "up_blocks.1.attentions.1.transformer_blocks.0"
-
-Edits = tuple[Edit, ...]
-
-
-def edits_of_all_kinds(sigma: float, strength: float, scale: float) -> list[Edits]:
-    """Of 8 rows; not in the places, but in all else they differ by the numbers."""
-    return [
-        (),
-        (IdentityAttention(("middle",)),),
-        (BlurredQueries((UP,), sigma),),
-        (SkippedBlocks((UP,)), NormalizedAttention(scale, 2.5, strength)),
-        (SkipScales((strength, 1.0)),),
-        (BackboneScales((1 + strength, 1.4), (strength, 0.2)),),
-        (BlurredQueries((UP,), math.inf), BackboneScales((1.1, 1.2), (0.9, strength))),
-        (NormalizedAttention(2 * scale, 1.5, 0.25),),
-    ]
-
-
-def against(rows: int, seed: int) -> StackedConditioning:
-    generator = torch.Generator().manual_seed(100 + seed)
-    return StackedConditioning({TEXT: torch.randn(rows, 7, 128, generator=generator)})
-
-
 def test_rows_with_edits_of_all_kinds_but_one(model: HostedModel) -> None:
     tape = OperationTape()
     graphs, edits = Graphs(model, tape), edits_of_all_kinds(0.8, 0.5, 3.0)
-    recorded(graphs, given(model, 8, 0, edits=edits, against=against(8, 0)))
+    recorded(graphs, given(model, 8, 0, edits=edits, against=told(model, 8, 0)))
     others = edits_of_all_kinds(2.5, 0.7, 5.0)
     # Also with the same numbers in other rows.
     for seed, rows in enumerate((edits, others, edits[::-1])):
-        inputs = given(model, 8, seed, edits=rows, against=against(8, seed))
+        inputs = given(model, 8, seed, edits=rows, against=told(model, 8, seed))
         assert_replayed(graphs, tape, model, inputs)
     assert len(tape.made) == 1
 
@@ -154,31 +105,18 @@ def test_rows_that_move_apart_from_others_with_adapters(model: HostedModel) -> N
     assert_replayed(graphs, tape, model, given(model, 3, 1, edits=moved, adapters=ours))
 
 
-def drawn(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 @pytest.fixture(scope="module")
 def depth(model: HostedModel) -> Control:
-    network = of_unet(model.modules()["unet"], 1, conditioning_embedding_out_channels=(16, 32))
-    assert model.control_kind is not None
-    return Control("depth", model.control_kind.prepared(network), 0, 1.0)
-
-
-def steered(depth: Control, seed: int) -> RowControls:
-    """Two of three rows, one of which fades."""
-    one = RowControl(depth, drawn(seed, 64, 8, 8), 0.5 + seed, gives_way=True)
-    other = RowControl(depth, drawn(10 + seed, 64, 8, 8), 1.0)
-    return RowControls(((), (one,), (other,)), (0, 1, 2))
+    return depth_of(model)
 
 
 def test_rows_with_controlnets(model: HostedModel, depth: Control) -> None:
     tape = OperationTape()
-    graphs, first = Graphs(model, tape), steered(depth, 0)
+    graphs, first = Graphs(model, tape), steered(model, depth, 0)
     recorded(graphs, given(model, 3, 0, controls=first))
     # Other pictures and scales, and on other rows.
     for seed, rows in enumerate(([0, 1, 2], [2, 0, 1])):
-        ours = steered(depth, seed).of(rows)
+        ours = steered(model, depth, seed).of(rows)
         assert_replayed(graphs, tape, model, given(model, 3, seed, controls=ours))
     # On more rows it is another forward.
     calls = tape.made[0].calls
@@ -189,22 +127,24 @@ def test_rows_with_controlnets(model: HostedModel, depth: Control) -> None:
 def test_a_recording_goes_with_its_controlnet(model: HostedModel, depth: Control) -> None:
     tape = OperationTape()
     graphs, passing = Graphs(model, tape), replace(depth)
-    recorded(graphs, given(model, 3, 0, controls=steered(passing, 0)))
+    recorded(graphs, given(model, 3, 0, controls=steered(model, passing, 0)))
     del passing
     graphs.evaluate(*given(model, 1, 0), COST)
     assert tape.made[0].released
 
 
-def shown(seed: int, tokens: int) -> RowImagePrompt:
-    region = {16: drawn(seed, 16, 1), 4: drawn(seed, 4, 1)}
-    return RowImagePrompt(drawn(seed, tokens, FEATURES), 0.3 + seed, region)
-
-
 def test_rows_with_image_prompts(model: HostedModel) -> None:
     tape = OperationTape()
-    graphs, rows = Graphs(model, tape), [(shown(1, 4),), (), (shown(2, 4), shown(3, 16))]
+    graphs, rows = (
+        Graphs(model, tape),
+        [(shown(model, 1, 4),), (), (shown(model, 2, 4), shown(model, 3, 16))],
+    )
     recorded(graphs, given(model, 3, 0, image_prompts=RowImagePrompts(tuple(rows))))
-    others = [(), (shown(4, 16), shown(5, 4)), (replace(shown(6, 4), region=None),)]
+    others = [
+        (),
+        (shown(model, 4, 16), shown(model, 5, 4)),
+        (replace(shown(model, 6, 4), region=None),),
+    ]
     for seed, own in enumerate((rows, others)):
         inputs = given(model, 3, seed, image_prompts=RowImagePrompts(tuple(own)))
         assert_replayed(graphs, tape, model, inputs)
@@ -219,10 +159,10 @@ def test_the_host_takes_no_part_in_a_forward_whose_inputs_are_in_tensors(
         8,
         0,
         edits=edits,
-        against=against(8, 0),
+        against=told(model, 8, 0),
         adapters=RowAdapters(((ink(model),), *[()] * 7)),
-        controls=steered(depth, 0).padded(8, fixed=False),
-        image_prompts=RowImagePrompts(((shown(1, 4),),)).padded(8, fixed=False),
+        controls=steered(model, depth, 0).padded(8, fixed=False),
+        image_prompts=RowImagePrompts(((shown(model, 1, 4),),)).padded(8, fixed=False),
     )
     ready = model.in_tensors(inputs)
     model.evaluate(x, t, ready)

@@ -1,0 +1,95 @@
+"""Forwards of the embedded model whose rows change something inside it, on its device."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from guidance.edits import (
+    BackboneScales,
+    BlurredQueries,
+    Edit,
+    IdentityAttention,
+    NormalizedAttention,
+    SkippedBlocks,
+    SkipScales,
+)
+from server.models.adapters.adapter import Weighted
+from server.models.conditioning import StackedConditioning
+from server.models.controls.control import Control
+from server.models.controls.row_controls import RowControl, RowControls
+from server.models.hosted import HostedModel
+from server.models.image_prompts.row_image_prompts import RowImagePrompt
+from server.models.inputs import RowInputs
+from server.models.unet_model import TEXT
+from tests.server.models.adapters.low_rank import adapter, changes
+from tests.server.models.controls.tiny_controls import of_unet
+
+Given: TypeAlias = tuple[Tensor, Tensor, RowInputs]
+Edits: TypeAlias = tuple[Edit, ...]
+
+SIDE = 64
+UP = "up_blocks.1.attentions.1.transformer_blocks.0"
+FEATURES = 1600
+"""Keys and values of all layers of cross-attention."""
+
+
+def drawn(model: HostedModel, seed: int, *shape: int) -> Tensor:
+    """Noise of the model's type on its device."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(model.device, model.dtype)
+
+
+def told(model: HostedModel, rows: int, seed: int) -> StackedConditioning:
+    """Texts of some rows."""
+    return StackedConditioning({TEXT: drawn(model, 100 + seed, rows, 7, 128)})
+
+
+def given(model: HostedModel, rows: int, seed: int, **more: Any) -> Given:
+    """What a forward of some rows is given."""
+    x = drawn(model, seed, rows, *model.latent_shape(SIDE, SIDE)).float()
+    t = torch.full((rows,), 100.0 + seed, device=model.device)
+    return x, t, RowInputs(told(model, rows, seed), **more)
+
+
+def ink(model: HostedModel, rank: int = 4, within: str = "attn") -> Weighted:
+    """An adapter of the layers whose names match."""
+    parts = {"unet": changes(model.modules()["unet"], rank, seed=rank, within=within)}
+    return Weighted(adapter("ink", parts), 0.7)
+
+
+def edits_of_all_kinds(sigma: float, strength: float, scale: float) -> list[Edits]:
+    """Of 8 rows, all but those that refer to another row; numbers are given, places are not."""
+    return [
+        (),
+        (IdentityAttention(("middle",)),),
+        (BlurredQueries((UP,), sigma),),
+        (SkippedBlocks((UP,)), NormalizedAttention(scale, 2.5, strength)),
+        (SkipScales((strength, 1.0)),),
+        (BackboneScales((1 + strength, 1.4), (strength, 0.2)),),
+        (BlurredQueries((UP,), math.inf), BackboneScales((1.1, 1.2), (0.9, strength))),
+        (NormalizedAttention(2 * scale, 1.5, 0.25),),
+    ]
+
+
+def depth_of(model: HostedModel) -> Control:
+    """A ControlNet."""
+    network = of_unet(model.modules()["unet"], 1, conditioning_embedding_out_channels=(16, 32))
+    assert model.control_kind is not None
+    return Control("depth", model.control_kind.prepared(network.to(model.dtype)), 0, 1.0)
+
+
+def steered(model: HostedModel, depth: Control, seed: int) -> RowControls:
+    """Two of three rows with a ControlNet, which fades in one of them."""
+    one = RowControl(depth, drawn(model, seed, 64, 8, 8), 0.5 + seed, gives_way=True)
+    other = RowControl(depth, drawn(model, 10 + seed, 64, 8, 8), 1.0)
+    return RowControls(((), (one,), (other,)), (0, 1, 2))
+
+
+def shown(model: HostedModel, seed: int, tokens: int) -> RowImagePrompt:
+    """A picture beside a text, in a part of the image."""
+    region = {queries: drawn(model, seed, queries, 1) for queries in (4, 16)}
+    return RowImagePrompt(drawn(model, seed, tokens, FEATURES), 0.3 + seed, region)
