@@ -8,6 +8,9 @@ median of the ratios to the pass without adapters in the same turn. Prints one t
 many different adapters as asked for, on attention alone, as most LoRA files are, on all linear
 layers, and on all layers with their convolutions; and, for comparison, one pass for each adapter,
 as a server needs that merges adapters into the weights.
+
+On a GPU a second table has passes of few rows with adapters on all linear layers, as they are
+launched from Python and as the engine replays them from CUDA graphs.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import argparse
 import platform
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
 from time import perf_counter, process_time
 from typing import TYPE_CHECKING
@@ -23,6 +27,9 @@ import torch
 from torch import nn
 
 from benchmarks.architectures import ARCHITECTURES, build
+from server.engine.capture import CudaRecorder
+from server.engine.cost_model import TickCost
+from server.engine.graphs import FEW, Graphs
 from server.models.adapters.adapter import Adapter, LowRank, RowAdapters, Weighted
 
 if TYPE_CHECKING:
@@ -38,15 +45,18 @@ KINDS = {
 }
 """Which layers an adapter changes: a part of their names, and a class."""
 
+RECORDED_ROWS = (1, 2, 4, 8)
+RECORDED_KIND = "linear layers"
+
 TOLD = 500.0
 """The timestep of all rows, which costs the same as any other."""
 
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """What one forward pass of a benchmark is given."""
+    """What one forward pass of a benchmark is given, and by what it is run."""
 
-    model: HostedModel
+    evaluate: Callable[[torch.Tensor, torch.Tensor, RowInputs], torch.Tensor]
     x: torch.Tensor
     inputs: RowInputs
     clock: Callable[[], float]
@@ -56,7 +66,7 @@ class Forward:
         t = torch.full((len(self.x),), TOLD, device=self.x.device)
         began = self.clock()
         # Reading one number waits for the device.
-        self.model.evaluate(self.x, t, self.inputs).flatten()[0].item()
+        self.evaluate(self.x, t, self.inputs).flatten()[0].item()
         return self.clock() - began
 
     def with_adapters(self, rows: RowAdapters) -> Forward:
@@ -79,7 +89,7 @@ def main() -> None:
     shape = model.latent_shape(size, size)
     x = torch.randn(options.rows, *shape, device=model.device)
     clock = process_time if options.processor_time else perf_counter
-    plain = Forward(model, x, model.inputs(["a red circle"] * options.rows), clock)
+    plain = Forward(model.evaluate, x, model.inputs(["a red circle"] * options.rows), clock)
     print(_heading(options))
     rows = f"{options.rows} rows of {size} x {size} pixels"
     print(f"{rows}, {options.adapters} adapters of rank {options.rank}\n")
@@ -106,6 +116,32 @@ def main() -> None:
             f"| {ratios['merged']:.2f} x |",
             flush=True,
         )
+    if model.device.type == "cuda":
+        _print_recorded(model, plain, options)
+
+
+def _print_recorded(model: HostedModel, plain: Forward, options: argparse.Namespace) -> None:
+    """Print what CUDA graphs make of passes of few rows."""
+    columns = "ms without, launched", "replayed", "ms with adapters, launched", "replayed"
+    print(f"\n| rows | {' | '.join(columns)} |")
+    print("|---|---|---|---|---|")
+    graphs = Graphs(model, CudaRecorder(model.device))
+    replaying = partial(graphs.evaluate, cost=TickCost({1: 1.0}))
+    adapters = [_adapter(model, RECORDED_KIND, options.rank) for _ in range(options.adapters)]
+    for rows in RECORDED_ROWS:
+        launched = plain.of([row % options.rows for row in range(rows)])
+        passes = [launched, launched.with_adapters(_spread(adapters, rows))]
+        replayed = [replace(one, evaluate=replaying) for one in passes]
+        for one in replayed:
+            for _ in range(FEW):
+                one.seconds()
+        while graphs.wanted:
+            graphs.record()
+        ways = [way for pair in zip(passes, replayed, strict=True) for way in pair]
+        turns = {str(number): way.seconds for number, way in enumerate(ways)}
+        figures = (median(own) for own in _taking_turns(turns, options.rounds).values())
+        listed = " | ".join(f"{1000 * seconds:.1f}" for seconds in figures)
+        print(f"| {rows} | {listed} |", flush=True)
 
 
 def _options() -> argparse.Namespace:
