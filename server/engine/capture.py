@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from server.engine.constants import Constants
 from server.models.memory import measure
 
 if TYPE_CHECKING:
@@ -98,16 +99,21 @@ class CapturedForward:
     ) -> None:
         self._given = [one.clone() for one in given]
         self._graph = torch.cuda.CUDAGraph()
+        constants = Constants()
         try:
             # Only this thread must do nothing that cannot be recorded: another one may load an
             # adapter meanwhile.
-            with torch.cuda.graph(
-                self._graph,
-                pool=pool,
-                stream=_stream(device),
-                capture_error_mode="thread_local",
+            with (
+                torch.cuda.graph(
+                    self._graph,
+                    pool=pool,
+                    stream=_stream(device),
+                    capture_error_mode="thread_local",
+                ),
+                constants,
             ):
                 self._raw = evaluate(*self._given)
+            self._constants = constants.tensors
         except BaseException:
             # Where the recording could not be ended, the allocator waits for its end for ever,
             # and gives back no memory that two streams have used.
@@ -128,7 +134,7 @@ class CapturedForward:
         """Give back its memory; it cannot be called any more."""
         torch.cuda.synchronize()
         self._graph.reset()
-        del self._raw, self._given
+        del self._raw, self._given, self._constants
 
 
 @cache

@@ -7,7 +7,7 @@ skip-tuned rows share one forward. A hook that no row needs costs one look into 
 from __future__ import annotations
 
 from contextlib import contextmanager
-from functools import cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -344,12 +344,9 @@ def _with_coarse_part(x: Tensor, factors: Tensor) -> Tensor:
     return whole + (_over_rows(factors, x) - 1) * coarse
 
 
-@cache
+@lru_cache
 def _lowest_two(side: int, device: torch.device) -> Tensor:
-    """Real and imaginary part of the matrix that keeps those of one side, ``[2, n, n]``.
-
-    It stays on the device for good, where recordings of forwards read it.
-    """
+    """Real and imaginary part of the matrix that keeps those of one side, ``[2, n, n]``."""
     turn = 2 * np.pi / side * (np.arange(side)[:, None] - np.arange(side))
     kept = np.stack([1 + np.cos(turn), -np.sin(turn)]) / side
     # Not of inference mode, since a forward may be differentiated.

@@ -13,12 +13,17 @@ from PIL import Image
 from torch import Tensor
 
 from server.decoding.sizing import Target
+from server.engine import graphs as graphs_module
+from server.engine.cost_model import TickCost
 from server.engine.engine import Engine
+from server.engine.graphs import Graphs
 from server.engine.state.noise import start_noise
 from server.models.hosted import HostedModel
+from server.models.inputs import RowInputs
 from server.models.loading import load_model
 from server.requests.reference_images import target_of
 from server.service.pixels import pixels_tensor
+from tests.server.engine.operation_tape import OperationTape
 from tests.server.models.alike import assert_among, assert_apart, task_of
 from tests.server.models.tiny_flux1 import DEV, make
 from tests.server.models.tiny_sdxl import saved
@@ -96,3 +101,26 @@ def test_a_picture_gets_the_size_that_diffusers_gives_it(model: HostedModel) -> 
     assert target.size_of(1700, 3000, 2**21) == (752, 1392)
     # Where the operator allows no such size it keeps its proportions, in the model's multiples.
     assert target.size_of(200, 100, 5000) == (100, 48)
+
+
+@torch.inference_mode()
+def test_a_recorded_forward_gives_the_numbers_of_other_reference_pictures(
+    model: HostedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs_module, "PAYS", 1e9)
+    tape, cost = OperationTape(), TickCost({1: 1.0})
+    graphs, texts = Graphs(model, tape), model.encode_prompts(["a star", "a blue star"], 32, 24)
+
+    def given(seed: int) -> tuple[Tensor, Tensor, RowInputs]:
+        generator = torch.Generator().manual_seed(seed)
+        pictures = torch.randn(2, *SHAPE, generator=generator)
+        told = zip(texts, pictures, strict=True)
+        rows = [model.referring(text, [picture]) for text, picture in told]
+        x = torch.randn(2, *SHAPE, generator=generator)
+        return x, torch.full((2,), 0.5 + 0.1 * seed), RowInputs(model.stack(rows))
+
+    graphs.evaluate(*given(0), cost)
+    graphs.record()
+    calls = tape.made[0].calls
+    assert torch.equal(graphs.evaluate(*given(1), cost), model.evaluate(*given(1)))
+    assert tape.made[0].calls == calls + 1
