@@ -176,6 +176,16 @@ def test_the_host_takes_no_part_in_a_forward_whose_inputs_are_in_tensors(
     assert "lift_fresh" in before.names
 
 
+def test_compiled_blocks_take_the_same_forwards_whether_or_not_inputs_are_in_tensors(
+    model: HostedModel, depth: Control
+) -> None:
+    for more in ({}, {"controls": steered(model, depth, 0)}):
+        assert model.in_tensors(given(model, 3, 0, **more)[2]).plain
+    edits = [(), (IdentityAttention(("middle",)),), ()]
+    for more in ({"edits": edits}, {"adapters": RowAdapters(((ink(model),), (), ()))}):
+        assert not model.in_tensors(given(model, 3, 0, **more)[2]).plain
+
+
 def test_a_combination_is_recorded_in_a_quiet_moment_once_it_has_run_a_few_times(
     model: HostedModel,
 ) -> None:
