@@ -10,15 +10,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from embedded import MODEL_FOLDER
 
 PATIENCE_S = 120
+STACKS_S = 0.5
+"""In which a process writes what its threads do."""
+
 SMALL = ("--row-budget", "4", "--model", f"embedded={MODEL_FOLDER}")
 """Options of a server that is soon ready."""
 
@@ -69,7 +72,51 @@ with its code to the end of the interpreter, as `python -c` does.
 """
 
 
-class Process:
+class Process(Protocol):
+    """A process that runs a server."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def send_signal(self, number: int, /) -> None: ...
+
+    def poll(self) -> int | None:
+        """The exit status, or minus the number of the signal that ended it; None while it runs."""
+        ...
+
+
+class Starter(Protocol):
+    """Begins processes."""
+
+    def begun(self, log: Path, code: str, *arguments: str) -> AbstractContextManager[Process]:
+        """A process that runs the code, and is killed if the test leaves it running.
+
+        Args:
+            log: file for what it writes to its standard output and error.
+            code: that it runs, as `python -c` does.
+            arguments: of its command line.
+        """
+        ...
+
+
+class NewInterpreters:
+    """Begins processes that share nothing: what a process knows of CUDA is of no use to a fork."""
+
+    @contextmanager
+    def begun(self, log: Path, code: str, *arguments: str) -> Generator[subprocess.Popen[bytes]]:
+        """See :meth:`Starter.begun`."""
+        command = [sys.executable, "-c", code, *arguments]
+        with (
+            log.open("wb") as written,
+            subprocess.Popen(command, stdout=written, stderr=subprocess.STDOUT) as process,
+        ):
+            try:
+                yield process
+            finally:
+                process.kill()
+
+
+class Fork:
     """A process that a :class:`Forks` began."""
 
     def __init__(self, forks: Forks, pid: int) -> None:
@@ -82,7 +129,7 @@ class Process:
             os.kill(self.pid, number)
 
     def poll(self) -> int | None:
-        """The exit status, or minus the number of the signal that ended it; None while it runs."""
+        """See :meth:`Process.poll`."""
         if self._status is None:
             self._status = self._forks.ask(self.pid)
         return self._status
@@ -115,21 +162,15 @@ class Forks:
         return json.loads(self._parent.stdout.readline())
 
     @contextmanager
-    def begun(self, log: Path, code: str, *arguments: str) -> Generator[Process]:
-        """A process that runs the code, and is killed if the test leaves it running.
-
-        Args:
-            log: file for what it writes to its standard output and error.
-            code: that it runs, as `python -c` does.
-            arguments: of its command line.
-        """
+    def begun(self, log: Path, code: str, *arguments: str) -> Generator[Fork]:
+        """See :meth:`Starter.begun`."""
         order = {
             "log": str(log),
             "code": code,
             "arguments": arguments,
             "environment": dict(os.environ),
         }
-        process = Process(self, self.ask(order))
+        process = Fork(self, self.ask(order))
         try:
             yield process
         finally:
@@ -143,9 +184,13 @@ class Forks:
 
 
 SCRIPT = """
+import faulthandler
+import signal
 import sys
 import time
 from pathlib import Path
+
+faulthandler.register(signal.SIGUSR1)
 
 import torch
 
@@ -199,25 +244,50 @@ class Server:
         except HTTPError as error:
             return error.code, error.read().decode()
 
-    def wait_for(self, path: str, status: int) -> None:
-        """Ask until the answer has a status."""
-        until = time.monotonic() + PATIENCE_S
+    def wait_for(self, path: str, status: int, patience_s: float = PATIENCE_S) -> None:
+        """Ask until the answer has a status.
+
+        Raises:
+            RuntimeError: the process has ended; the message is what it wrote.
+            TimeoutError: it took too long; likewise, with what its threads do.
+        """
+        until = time.monotonic() + patience_s
         while time.monotonic() < until:
             try:
                 if self.ask(path)[0] == status:
                     return
             except OSError:
                 pass
+            if self.process.poll() is not None:
+                raise RuntimeError(self.log.read_text())
             time.sleep(0.05)
-        raise TimeoutError(self.log.read_text())
+        raise TimeoutError(self._what_it_does())
+
+    def ended(self, patience_s: float = PATIENCE_S) -> int:
+        """Wait for the end of the process; its exit status, see :meth:`Process.poll`.
+
+        Raises:
+            TimeoutError: it did not end; the message is what it wrote, with what its threads do.
+        """
+        until = time.monotonic() + patience_s
+        while (status := self.process.poll()) is None:
+            if time.monotonic() > until:
+                raise TimeoutError(self._what_it_does())
+            time.sleep(0.02)
+        return status
+
+    def _what_it_does(self) -> str:
+        self.process.send_signal(signal.SIGUSR1)
+        time.sleep(STACKS_S)
+        return self.log.read_text()
 
 
 @contextmanager
-def served(forks: Forks, folder: Path, change: str, *options: str) -> Generator[Server]:
+def served(starter: Starter, folder: Path, change: str, *options: str) -> Generator[Server]:
     """A server that is killed if the test leaves it running.
 
     Args:
-        forks: that begin it.
+        starter: that begins it.
         folder: for the flag and the log.
         change: statement that the denoiser runs first, from `disturb` on.
         options: of `weft serve`, beside those of a small one.
@@ -227,5 +297,5 @@ def served(forks: Forks, folder: Path, change: str, *options: str) -> Generator[
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
     given = [str(flag), "serve", "--port", str(port), *SMALL, *options]
-    with forks.begun(log, SCRIPT.format(change=change), *given) as process:
+    with starter.begun(log, SCRIPT.format(change=change), *given) as process:
         yield Server(process, port, flag, log)

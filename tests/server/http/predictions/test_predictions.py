@@ -84,7 +84,7 @@ def accepted(forks: Forks, folder: Path, tmp_path_factory: pytest.TempPathFactor
 
             until(lambda: statuses() == {"succeeded", "processing", "starting"})
             server.process.send_signal(signal.SIGKILL)
-            server.process.wait(PATIENCE_S)
+            server.ended()
     for name in (STRAY, "holidays"):
         (folder / "pictures" / name).mkdir()
     return identifiers
