@@ -231,6 +231,11 @@ class Engine:
         return self._idle_work.undisturbed()
 
     @property
+    def settled(self) -> bool:
+        """Whether nothing is under way and nothing is left to prepare; safe from any thread."""
+        return self._idle_work.settled
+
+    @property
     def recorded_bytes(self) -> int:
         """Memory of CUDA graphs; safe from any thread."""
         return self._idle_work.recorded_bytes

@@ -37,7 +37,8 @@ PIECE_REST = 4
 class IdleWork:
     """Does the pieces of a preparation where they delay nobody, or little.
 
-    It belongs to the engine's thread, but for :meth:`undisturbed` and :meth:`prepared`.
+    It belongs to the engine's thread, but for :meth:`undisturbed`, :attr:`settled` and
+    :meth:`prepared`.
 
     Args:
         device: of all models.
@@ -55,6 +56,7 @@ class IdleWork:
         if prepares:
             self._preparation = Preparation(_recorder_of if records else None, most_bytes)
         self._undisturbed = Lock()
+        self._settled = False
         self._rests_until = -inf
 
     @contextmanager
@@ -65,6 +67,11 @@ class IdleWork:
         """
         with self._undisturbed:
             yield
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is under way and nothing is left to prepare; safe from any thread."""
+        return self._settled
 
     def add(self, model: HostedModel, cost: TickCost, most: int) -> None:
         """Prepare a model from now on.
@@ -136,6 +143,8 @@ class IdleWork:
         quiet_s: float | None = QUIET_S
         while not wait(quiet_s):
             quiet_s = QUIET_S if live() else self._next()
+            self._settled = quiet_s is None
+        self._settled = False
 
     def beside_ticks(self, most_s: float) -> None:
         """Make a small piece where there are no quiet moments.

@@ -88,6 +88,34 @@ def test_small_sizes_have_run_when_the_server_is_ready_and_all_of_them_soon_afte
     assert sorted(set(model.tried)) == [size for size in ROW_SIZES if size <= MOST]
 
 
+def test_an_engine_is_settled_when_nothing_is_left_to_prepare_and_nothing_waits(begin):
+    class Asking(Busy):
+        """Asks in each forward whether the engine is settled."""
+
+        engine: Engine | None = None
+        heard: tuple[bool, ...] = ()
+
+        def evaluate(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
+            if self.engine is not None:
+                self.heard = (*self.heard, self.engine.settled)
+            return super().evaluate(x, t, inputs)
+
+    def wait_until_settled() -> None:
+        until = monotonic() + 20
+        while not engine.settled:
+            assert monotonic() < until
+            Event().wait(0.005)
+
+    model = Asking()
+    engine = begin(model)
+    wait_until_settled()
+    assert set(model.tried) == {size for size in ROW_SIZES if size <= MOST}
+    model.engine = engine
+    run(engine, [task()])
+    assert set(model.heard) == {False}
+    wait_until_settled()
+
+
 def test_images_are_the_same_and_no_tick_is_the_first_of_its_size(begin):
     tasks = [task(seed=seed, steps=3 + seed) for seed in range(9)]
     plain = started(Toy(), MOST)
