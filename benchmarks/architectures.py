@@ -10,11 +10,14 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
+from shutil import disk_usage
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from benchmarks.random_models import sd15, sdxl, z_image
 from embedded import MODEL_FOLDER
@@ -42,9 +45,18 @@ IN_BFLOAT16 = ("z_image",)
 """What overflows in float16."""
 
 
+MOST_OF_SHARED_MEMORY = 0.5
+"""Of its free bytes, that the files of a model may take."""
+
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - as a folder for files of its own name
+
+
 @dataclass(frozen=True, slots=True)
 class Architecture:
     """One model, hosted by Weft and as diffusers' pipeline, with the same weights.
+
+    The two share no network: what Weft does to its own, such as another memory format, is not the
+    pipeline's.
 
     Attributes:
         hosted: for the engine.
@@ -62,21 +74,32 @@ class Architecture:
         return getattr(self.pipeline, "unet", None) or self.pipeline.transformer
 
 
-def build(architecture: str, device: str, dtype: str) -> Architecture:
+def build(
+    architecture: str, device: str, dtype: str, say: Callable[[str], None] = lambda _: None
+) -> Architecture:
     """A model by its name in ``ARCHITECTURES``.
 
     Args:
         architecture: the name.
         device: as the server's setting.
         dtype: as the server's setting; ``auto`` is half precision on a GPU.
+        say: told what has been done.
     """
-    with TemporaryDirectory() as temporary:
-        folder = MODEL_FOLDER
-        if architecture in RANDOM:
-            folder = Path(temporary)
-            write(architecture, folder, device, dtype)
-        hosted = load_model(folder, name="model", device=device, dtype=dtype)
-        pipeline = _pipeline(folder, hosted)
+    if architecture not in RANDOM:
+        hosted = load_model(MODEL_FOLDER, name="model", device=device, dtype=dtype)
+        pipeline = _pipeline(MODEL_FOLDER, hosted)
+        return Architecture(hosted, pipeline, hosted.facts.default_width)
+    pipeline = _random(architecture, device, dtype)
+    say("random weights drawn")
+    parameters: Any = chain.from_iterable(
+        part.parameters() for part in pipeline.components.values() if isinstance(part, nn.Module)
+    )
+    with TemporaryDirectory(dir=_place(sum(one.nbytes for one in parameters))) as temporary:
+        # Once written, and once read: the pipeline is the one that was drawn.
+        pipeline.save_pretrained(temporary)
+        say("weights written")
+        hosted = load_model(Path(temporary), name="model", device=device, dtype=dtype)
+        say("model hosted")
     return Architecture(hosted, pipeline, hosted.facts.default_width)
 
 
@@ -89,11 +112,24 @@ def write(architecture: str, folder: Path, device: str, dtype: str) -> None:
         device: where the weights are drawn.
         dtype: that they are kept in.
     """
+    _random(architecture, device, dtype).save_pretrained(folder)
+
+
+def _random(architecture: str, device: str, dtype: str) -> Any:
     place = choose_device(device)
     half = torch.bfloat16 if architecture in IN_BFLOAT16 else torch.float16
     pipeline = RANDOM[architecture](place, choose_dtype(dtype, place, half))
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.save_pretrained(folder)
+    return pipeline
+
+
+def _place(nbytes: int) -> Path | None:
+    """Where files of so many bytes are kept for a while; None is as the system has it."""
+    try:
+        free = disk_usage(SHARED_MEMORY).free
+    except OSError:
+        return None
+    return SHARED_MEMORY if nbytes <= MOST_OF_SHARED_MEMORY * free else None
 
 
 def _pipeline(folder: Path, hosted: HostedModel) -> Any:

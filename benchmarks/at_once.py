@@ -4,10 +4,13 @@
     python -m benchmarks.at_once --architecture sdxl                # GPU, SDXL's sizes
     python -m benchmarks.at_once --architecture z_image --steps 8 --scale 0
 
-Prints a Markdown table. Clients ask for one image after another, with settings that agree: the best
-case of static batches. diffusers' pipeline makes one image after another, and static batches of as
-many images as there are clients. One limit is what the denoiser alone would allow in eager forward
-passes of as many rows, the other what it and the decoder would, one after the other. With
+Prints Markdown tables, each row as soon as it is measured: diffusers' pipeline with one image after
+another, Weft with so many clients, in the order of ``--counts``, and static batches of as many
+images as there are clients. Clients ask for one image after another, with settings that agree: the
+best case of static batches. One limit is what the denoiser alone would allow in eager forward
+passes of as many rows, the other what it and the decoder would, one after the other. Of the
+engine's time the table says what the denoiser and the decoder had. What there is no time for within
+the seconds of ``--within`` is left out. With
 ``--compile`` both systems are measured once more with compiled blocks, minutes later: where other
 work comes and goes, ``benchmarks.compiled_blocks`` tells what they save, as it takes turns.
 """
@@ -26,8 +29,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from benchmarks.allowance import Allowance, add_options
 from benchmarks.architectures import ARCHITECTURES, build
-from benchmarks.peers import Weft
+from benchmarks.peers import Weft, settle
 from benchmarks.traffic import Request
 from server.models.compiling.compiled_blocks import OFTEN
 from server.models.compiling.compiler import BlockCompiler
@@ -38,6 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from benchmarks.architectures import Architecture
+    from benchmarks.peers import Outcome
 
 COUNTS = (1, 2, 4, 8, 16, 32)
 TIMINGS = 3
@@ -46,6 +51,12 @@ TIMINGS = 3
 WARM_UP = 2
 """Runs of a pipeline before its times count: on a GPU the second is slow still, by choices of
 kernels that it makes."""
+
+LONG_S = 3.0
+"""A run of a pipeline that takes longer is warm after the first."""
+
+TIMED_IF_LONG = 2
+"""Such runs that are timed at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,68 +81,103 @@ class Ran:
 def main() -> None:
     """Run the clients and print the report."""
     options = _options()
+    allowance = Allowance(options.within)
     torch.set_num_threads(options.threads)
-    architecture = build(options.architecture, options.device, options.dtype)
-    print(_heading(options))
+    architecture = build(options.architecture, options.device, options.dtype, allowance.say)
+    print(_heading(options), flush=True)
     # Before an engine runs: one that has nothing to do records graphs on the same device.
-    batches = {
-        count: _static(architecture, count, options)
-        for count in options.counts
-        if count in options.batches
-    }
-    alone = batches.get(1) or _static(architecture, 1, options)
-    limits = {count: _limits(architecture, count, options) for count in options.counts}
+    alone = _static(architecture, 1, options, allowance)
+    print(f"\ndiffusers, one by one: {alone:.2f} images/s", flush=True)
     weft = Weft(architecture, None)
-    ours = {count: _weft(weft, count, options) for count in options.counts}
+    allowance.say("engine ready")
+    ours = _weft_by_counts(weft, architecture, alone, options, allowance)
+    _batches(weft, architecture, ours, alone, options, allowance)
     weft.stop()
+    if options.compile:
+        _report_compiled(architecture, options, ours, allowance)
+    allowance.report()
+
+
+def _weft_by_counts(
+    weft: Weft,
+    architecture: Architecture,
+    alone: float,
+    options: argparse.Namespace,
+    allowance: Allowance,
+) -> dict[int, Ran]:
+    """Measure each number of clients, and print its row."""
     print(
         "\n| at once | Weft, images/s | mean s | p95 s | of the denoiser's limit "
-        "| of both networks' | x one by one | x static batches of as many |"
-        "\n|---|---|---|---|---|---|---|---|"
+        "| of both networks' | x one by one | rows a tick | denoiser | decoder | rest |"
+        "\n|---|---|---|---|---|---|---|---|---|---|---|",
+        flush=True,
     )
-    for count, ran in ours.items():
-        beside = f"{ran.rate / batches[count]:.2f}" if count in batches else ""
-        shares = " | ".join(f"{ran.rate / limit:.2f}" for limit in limits[count])
+    ours: dict[int, Ran] = {}
+    for count in options.counts:
+        # No slower than one by one, and often faster: with the run before that warms up.
+        least = (1 + options.images) * count / alone
+        if not allowance.allows(least, f"Weft, {count} at once"):
+            continue
+        with weft.undisturbed():
+            limits = _limits(architecture, count, options)
+        ran = _weft(weft, count, options, allowance)
+        ours[count] = ran
+        shares = " | ".join(f"{ran.rate / limit:.2f}" for limit in limits)
+        works = " | ".join(f"{share:.0%}" for share in ran.shares.values())
         print(
             f"| {count} | {ran.rate:.2f} | {ran.mean_s:.2f} | {ran.late_s:.2f} "
-            f"| {shares} | {ran.rate / alone:.2f} | {beside} |",
+            f"| {shares} | {ran.rate / alone:.2f} | {ran.rows:.1f} | {works} |",
             flush=True,
         )
-    print(f"\ndiffusers, one by one: {alone:.2f} images/s\n", flush=True)
-    _report_shares(ours)
-    if options.compile:
-        _report_compiled(architecture, options, ours)
+    return ours
 
 
-def _report_shares(ours: Mapping[int, Ran]) -> None:
-    """Print where the engine's time went."""
-    names = list(next(iter(ours.values())).shares)
-    print(f"| at once | rows a tick | {' | '.join(names)} |\n|---|---{'|---' * len(names)}|")
-    for count, ran in ours.items():
-        shares = " | ".join(f"{share:.0%}" for share in ran.shares.values())
-        print(f"| {count} | {ran.rows:.1f} | {shares} |", flush=True)
+def _batches(
+    weft: Weft,
+    architecture: Architecture,
+    ours: Mapping[int, Ran],
+    alone: float,
+    options: argparse.Namespace,
+    allowance: Allowance,
+) -> None:
+    """Measure static batches of diffusers, and print their rows."""
+    batches = [count for count in options.batches if count in options.counts]
+    if batches:
+        print("\n| diffusers, batches of | images/s | Weft's is |\n|---|---|---|", flush=True)
+    for count in batches:
+        if count > 1 and not allowance.allows(3 * count / alone, f"static batches of {count}"):
+            continue
+        with weft.undisturbed():
+            rate = alone if count == 1 else _static(architecture, count, options, allowance)
+        beside = f"{ours[count].rate / rate:.2f} x" if count in ours else ""
+        print(f"| {count} | {rate:.2f} | {beside} |", flush=True)
 
 
 def _report_compiled(
-    architecture: Architecture, options: argparse.Namespace, eager: Mapping[int, Ran]
+    architecture: Architecture,
+    options: argparse.Namespace,
+    eager: Mapping[int, Ran],
+    allowance: Allowance,
 ) -> None:
     """Print what compiled blocks make of it, of ours and of diffusers."""
-    ours, shapes, waited_s = _weft_compiled(architecture, options)
-    architecture.denoiser.compile_repeated_blocks(fullgraph=True)
-    alone = _static(architecture, 1, options)
+    ours, shapes, waited_s = _weft_compiled(architecture, options, allowance)
     print(f"\n{shapes} shapes of blocks compiled; Weft's programs took {waited_s:.0f} s.\n")
-    print("| at once | Weft, images/s | mean s | p95 s | x eager | x one by one, compiled |")
-    print("|---|---|---|---|---|---|")
+    print("| at once | Weft, images/s | mean s | p95 s | x eager |\n|---|---|---|---|---|")
     for count, ran in ours.items():
+        beside = f"{ran.rate / eager[count].rate:.2f}" if count in eager else ""
         print(
-            f"| {count} | {ran.rate:.2f} | {ran.mean_s:.2f} | {ran.late_s:.2f} "
-            f"| {ran.rate / eager[count].rate:.2f} | {ran.rate / alone:.2f} |"
+            f"| {count} | {ran.rate:.2f} | {ran.mean_s:.2f} | {ran.late_s:.2f} | {beside} |",
+            flush=True,
         )
-    print(f"\ndiffusers, one by one, compiled: {alone:.2f} images/s")
+    architecture.denoiser.compile_repeated_blocks(fullgraph=True)
+    allowance.say("diffusers compiles when it first runs")
+    alone = _static(architecture, 1, options, allowance)
+    beside = ", ".join(f"{ran.rate / alone:.2f} at {count}" for count, ran in ours.items())
+    print(f"\ndiffusers, one by one, compiled: {alone:.2f} images/s; x Weft's: {beside}")
 
 
 def _weft_compiled(
-    architecture: Architecture, options: argparse.Namespace
+    architecture: Architecture, options: argparse.Namespace, allowance: Allowance
 ) -> tuple[dict[int, Ran], int, float]:
     """The same clients once all programs are there, their number and the seconds until then."""
     model = architecture.hosted
@@ -145,24 +191,28 @@ def _weft_compiled(
         most, called = max(options.counts), weft.forwards
         while weft.forwards < called + OFTEN:
             weft.run([_request(options, seed) for seed in range(most)])
+        allowance.say("all shapes of blocks are asked for")
         while model.blocks.compilation.waiting:
             if perf_counter() - began > options.wait:
                 waiting = model.blocks.compilation.waiting
                 raise TimeoutError(f"{waiting} shapes are still being compiled")
             sleep(0.1)
         waited_s = perf_counter() - began
-        ours = {count: _weft(weft, count, options) for count in options.counts}
+        ours = {count: _weft(weft, count, options, allowance) for count in options.counts}
         shapes = model.blocks.compilation.compiled
         weft.stop()
     model.blocks = None
     return ours, shapes, waited_s
 
 
-def _weft(weft: Weft, count: int, options: argparse.Namespace) -> Ran:
+def _weft(weft: Weft, count: int, options: argparse.Namespace, allowance: Allowance) -> Ran:
     """Clients that ask for the next image when they have one, each for so many."""
     weft.run([_request(options, seed) for seed in range(count)])
-    weft.settle()
-    rounds = [weft.follow(_streams(count, options)) for _ in range(options.rounds)]
+    settle(weft, options.settle, allowance)
+    rounds: list[Outcome] = []
+    while len(rounds) < options.rounds and (not rounds or rounds[0].total_s < allowance.left_s):
+        with weft.undisturbed():
+            rounds.append(weft.follow(_streams(count, options)))
     rates = [count * options.images / one.total_s for one in rounds]
     latencies = [latency for one in rounds for latency in one.latencies]
     total_s = sum(one.total_s for one in rounds)
@@ -183,12 +233,21 @@ def _request(options: argparse.Namespace, seed: int) -> Request:
     return Request(0.0, "a red circle", options.sampler, guidance, options.steps, seed)
 
 
-def _static(architecture: Architecture, count: int, options: argparse.Namespace) -> float:
+def _static(
+    architecture: Architecture, count: int, options: argparse.Namespace, allowance: Allowance
+) -> float:
     """Images a second of batches of so many images."""
     generate = _pipeline_call(architecture, count, options)
-    for _ in range(WARM_UP):
+    first_s = _seconds(generate)
+    allowance.say(f"first batch of {count} of diffusers: {first_s:.1f} s")
+    long = first_s > LONG_S
+    for _ in range(0 if long else WARM_UP - 1):
         generate()
-    return count / median(_seconds(generate) for _ in range(options.rounds))
+    rounds = min(options.rounds, TIMED_IF_LONG) if long else options.rounds
+    seconds = [_seconds(generate)]
+    while len(seconds) < rounds and seconds[0] < allowance.left_s:
+        seconds.append(_seconds(generate))
+    return count / median(seconds)
 
 
 def _pipeline_call(
@@ -265,6 +324,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--programs", type=Path, help="folder for them; a temporary one by default")
     parser.add_argument("--wait", type=float, default=300.0, help="seconds for all programs")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    add_options(parser)
     return parser.parse_args()
 
 

@@ -32,7 +32,7 @@ def compare(
     starts: int,
     turns: int,
     begin: Begin,
-    warm_up: Callable[[Weft], None],
+    warm_up: Callable[[Weft], object],
 ) -> None:
     """Print a table of so many starts, and the worst and the median of them.
 
@@ -78,7 +78,7 @@ def _best_budget(
     architecture: Architecture,
     requests: list[Request],
     begin: Begin,
-    warm_up: Callable[[Weft], None],
+    warm_up: Callable[[Weft], object],
 ) -> int:
     systems = {rows: Weft(architecture, rows, filled=True) for rows in BUDGETS}
     for system in systems.values():

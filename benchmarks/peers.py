@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from math import inf
 from threading import Event
 from time import perf_counter, sleep
 from typing import TYPE_CHECKING, Any
@@ -16,24 +17,27 @@ from guidance.always import Always
 from samplers import SAMPLERS
 from samplers.timesteps import Trailing
 from server.engine.engine import Engine
-from server.engine.preparation import Prepared
 from server.engine.selection import Selection
 from server.engine.task import ImageTask
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
 
     import numpy as np
     from numpy.typing import NDArray
 
+    from benchmarks.allowance import Allowance
     from benchmarks.architectures import Architecture
     from benchmarks.traffic import Request
     from server.engine.scheduler import Load
     from server.engine.state.lane import Lane
     from server.engine.state.sequence import ImageResult
 
-SETTLES_S = 3.0
-"""In which the engine would have noticed that it has nothing to do, and have recorded something."""
+POLL_S = 0.05
+
+SETTLING_SHARE = 0.3
+"""Of the time that is left, which settling may take."""
 
 SCALES = {"none": 1.0, "cfg": 4.0, "apg": 7.5}
 
@@ -43,16 +47,18 @@ class Outcome:
     """What one system did with one run of requests.
 
     Attributes:
-        latencies: seconds from arrival to picture, in order of the requests.
+        latencies: seconds from arrival to picture.
         total_s: from the start to the last picture.
         seconds: where the time went: ``denoiser``, ``decoder``, and ``rest``.
         batches: images in each forward of a static batch, or rows in each tick.
+        share: of all evaluations that were asked for, what was done in the time.
     """
 
     latencies: list[float]
     total_s: float
     seconds: dict[str, float]
     batches: list[int] = field(default_factory=list)
+    share: float = 1.0
 
 
 class _FilledTicks(Selection):
@@ -87,7 +93,7 @@ class Weft:
         while not self._engine.ready:
             if self._engine.failure is not None:
                 raise self._engine.failure
-            sleep(0.05)
+            sleep(POLL_S)
 
     @property
     def row_budget(self) -> int:
@@ -126,12 +132,33 @@ class Weft:
             follower.ask()
         return watched([one for follower in followers for one in follower.latencies()])
 
-    def settle(self) -> None:
-        """Wait until nothing more is recorded or tried in quiet moments."""
-        before, now = None, self._engine.prepared(self._architecture.hosted)
-        while now not in (before, Prepared()):
-            sleep(SETTLES_S)
-            before, now = now, self._engine.prepared(self._architecture.hosted)
+    def undisturbed(self) -> AbstractContextManager[None]:
+        """Let the engine do nothing but ticks inside the ``with`` block.
+
+        What is timed there shares the device with no recording, and may wait for all of it.
+        """
+        return self._engine.undisturbed()
+
+    def settle(self, most_s: float = inf) -> bool:
+        """Wait until nothing more is recorded or tried in quiet moments.
+
+        Args:
+            most_s: seconds to wait at most, but for the end of a piece that has been begun.
+
+        Returns:
+            Whether all was done in that time.
+        """
+        until = perf_counter() + most_s
+        while not self._engine.settled:
+            if perf_counter() > until:
+                return False
+            sleep(POLL_S)
+        return True
+
+    @property
+    def recorded(self) -> int:
+        """Forwards that are recorded as CUDA graphs."""
+        return len(self._engine.prepared(self._architecture.hosted).recorded)
 
     def stop(self) -> None:
         """End the engine's thread."""
@@ -270,26 +297,32 @@ class Diffusers:
         self._busy_s = 0.0
         self._schedulers = _schedulers(self._pipeline.scheduler.config)
 
-    def run(self, requests: list[Request]) -> Outcome:
-        """All requests at their times of arrival."""
+    def run(self, requests: list[Request], until: float = inf) -> Outcome:
+        """All requests at their times of arrival.
+
+        Args:
+            requests: in order of arrival.
+            until: when no further batch is begun, by ``perf_counter``; but one always is.
+        """
         self._busy_s = 0.0
         unet, vae = _Clock(self._denoiser), _Clock(self._pipeline.vae.decoder)
-        latencies = [0.0] * len(requests)
+        latencies: list[float] = []
         batches: list[int] = []
         waiting = list(range(len(requests)))
         began = perf_counter()
-        while waiting:
+        while waiting and (perf_counter() < until or not batches):
             sleep(max(0.0, began + requests[waiting[0]].arrival_s - perf_counter()))
             batch = self._next(requests, waiting, perf_counter() - began)
             waiting = [i for i in waiting if i not in batch]
             self._generate([requests[i] for i in batch])
             batches.append(len(batch))
-            for i in batch:
-                latencies[i] = perf_counter() - began - requests[i].arrival_s
+            latencies += [perf_counter() - began - requests[i].arrival_s for i in batch]
         total = perf_counter() - began
         inside, decoding = unet.stop(), vae.stop()
         busy = {"denoiser": inside, "decoder": decoding, "rest": self._busy_s - inside - decoding}
-        return Outcome(latencies, total, busy, batches)
+        left = sum(requests[i].evaluations for i in waiting)
+        share = 1 - left / sum(request.evaluations for request in requests)
+        return Outcome(latencies, total, busy, batches, share)
 
     def _next(self, requests: list[Request], waiting: list[int], now: float) -> list[int]:
         head = requests[waiting[0]]
@@ -317,7 +350,11 @@ class Diffusers:
 
 
 class _Clock:
-    """Time inside a module, by hooks; waits for the device on CUDA."""
+    """Time inside a module, by hooks that wait for what their own thread has asked a GPU for.
+
+    They wait for its stream alone: to wait for the device, or for a stream that is being recorded,
+    is an error while a graph is.
+    """
 
     def __init__(self, module: torch.nn.Module) -> None:
         self._total = 0.0
@@ -333,17 +370,31 @@ class _Clock:
         return self._total
 
     def _enter(self, *_: Any) -> None:
-        _wait()
+        wait_for_stream()
         self._began = perf_counter()
 
     def _leave(self, *_: Any) -> None:
-        _wait()
+        wait_for_stream()
         self._total += perf_counter() - self._began
 
 
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def settle(weft: Weft, most_s: float, allowance: Allowance) -> None:
+    """Let the engine prepare what it can in some seconds of those that are left, and say how far.
+
+    Args:
+        weft: which has run what is to be measured.
+        most_s: seconds to wait at most.
+        allowance: of the benchmark.
+    """
+    all_done = weft.settle(min(most_s, SETTLING_SHARE * allowance.left_s))
+    state = "settled" if all_done else "not settled, as time was short"
+    allowance.say(f"{state}: {weft.recorded} forwards are recorded as graphs")
+
+
+def wait_for_stream() -> None:
+    """Wait for what this thread has asked a GPU for, unless that is being recorded."""
+    if torch.cuda.is_available() and not torch.cuda.is_current_stream_capturing():
+        torch.cuda.current_stream().synchronize()
 
 
 def _schedulers(config: Any) -> dict[str, Callable[[], Any]]:

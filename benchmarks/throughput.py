@@ -6,8 +6,10 @@
     python -m benchmarks.throughput --cold-starts 10 --busy 1           # ten starts under load
 
 Prints Markdown tables: images a second, mean and 95th percentile latency, their ratios to Weft's,
-and the share of the working time outside the denoiser. Each figure is the median over rounds, in
-which the systems take turns.
+and the share of the working time outside the denoiser. The systems take turns, each row is printed
+as soon as it is measured, and of several rounds there is a table of their medians. What there is no
+time for within the seconds of ``--within`` is left out: a pipeline that is cut off has the rate of
+the evaluations that it did.
 """
 
 from __future__ import annotations
@@ -15,20 +17,19 @@ from __future__ import annotations
 import argparse
 import logging
 import platform
-from statistics import mean, median, quantiles
 from typing import TYPE_CHECKING
 
 import torch
 
 from benchmarks import cold_starts
+from benchmarks.allowance import Allowance, add_options
 from benchmarks.architectures import build
 from benchmarks.background import busy
-from benchmarks.peers import Diffusers, Outcome, Weft
+from benchmarks.compared import Compared
+from benchmarks.peers import Diffusers, Weft
 from benchmarks.traffic import homogeneous, mixed
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from benchmarks.architectures import Architecture
     from benchmarks.background import Begin
     from benchmarks.traffic import Request
@@ -46,50 +47,53 @@ BATCHES = (8, 16, 32)
 def main() -> None:
     """Run the rounds and print the report."""
     options = _options()
+    allowance = Allowance(options.within)
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     torch.set_num_threads(options.threads)
-    architecture = build(options.architecture, options.device, options.dtype)
-    print(_heading(options))
+    architecture = build(options.architecture, options.device, options.dtype, allowance.say)
+    print(_heading(options), flush=True)
     with busy(options.busy) as begin:
         if options.cold_starts:
             _cold_starts(architecture, options, begin)
         elif options.mix == "homogeneous":
-            _homogeneous(architecture, options)
+            _homogeneous(architecture, options, allowance)
         else:
-            _mixed(architecture, options)
+            _mixed(architecture, options, allowance)
+    allowance.report()
 
 
-def _mixed(architecture: Architecture, options: argparse.Namespace) -> None:
+def _mixed(architecture: Architecture, options: argparse.Namespace, allowance: Allowance) -> None:
     weft = Weft(architecture, options.row_budget)
-    systems: dict[str, Weft | Diffusers] = {
-        "weft": weft,
+    allowance.say("engine ready")
+    systems = {
         "one by one": Diffusers(architecture, largest=1),
         "static batches": Diffusers(architecture, largest=LARGEST_BATCH),
     }
-    _warm_up(systems, options.steps)
+    few = mixed(4, 1, min(4, options.steps), None)
     at_once = mixed(options.requests, options.seed, options.steps, None)
+    compared = Compared(weft, systems, few, options, allowance)
     _describe(at_once)
-    outcomes = _rounds(systems, at_once, options.rounds)
-    _report("All at once", outcomes, len(at_once))
-    rate = options.load * len(at_once) / median(o.total_s for o in outcomes["static batches"])
-    poisson = mixed(options.requests, options.seed, options.steps, rate)
-    title = f"Poisson arrivals, {rate:.2f} requests/s ({options.load:g} x static batches' rate)"
-    _report(title, _rounds(systems, poisson, options.rounds), len(poisson))
-    print("\\* rows of a forward for Weft, images of a batch for the pipelines")
+    static = compared.table("All at once", at_once).get("static batches")
+    if static is not None:
+        rate = options.load * static.rate
+        poisson = mixed(options.requests, options.seed, options.steps, rate)
+        load = f"({options.load:g} x static batches' rate)"
+        compared.table(f"Poisson arrivals, {rate:.2f} requests/s {load}", poisson)
+    compared.explain()
     weft.stop()
 
 
-def _homogeneous(architecture: Architecture, options: argparse.Namespace) -> None:
+def _homogeneous(
+    architecture: Architecture, options: argparse.Namespace, allowance: Allowance
+) -> None:
     weft = Weft(architecture, options.row_budget)
-    static = {f"batches of {n}": Diffusers(architecture, largest=n) for n in BATCHES}
-    systems: dict[str, Weft | Diffusers] = {"weft": weft, **static}
+    allowance.say("engine ready")
+    systems = {f"batches of {n}": Diffusers(architecture, largest=n) for n in BATCHES}
     requests = homogeneous(options.requests)
-    for system in systems.values():
-        system.run(requests)
+    compared = Compared(weft, systems, requests, options, allowance)
     _describe(requests)
-    outcomes = _rounds(systems, requests, options.rounds)
-    _report("Homogeneous traffic, all at once", outcomes, len(requests))
-    print("\\* rows of a forward for Weft, images of a batch for the pipelines")
+    compared.table("Homogeneous traffic, all at once", requests)
+    compared.explain()
     weft.stop()
 
 
@@ -102,7 +106,7 @@ def _cold_starts(architecture: Architecture, options: argparse.Namespace, begin:
         options.cold_starts,
         options.rounds,
         begin,
-        lambda weft: _warm_up({"weft": weft}, options.steps),
+        lambda weft: weft.run(mixed(4, 1, min(4, options.steps), None)),
     )
 
 
@@ -127,23 +131,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--row-budget", type=int, default=None)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
+    add_options(parser)
     return parser.parse_args()
-
-
-def _warm_up(systems: Mapping[str, Weft | Diffusers], most_steps: int) -> None:
-    few = mixed(4, 1, min(4, most_steps), None)
-    for system in systems.values():
-        system.run(few)
-
-
-def _rounds(
-    systems: Mapping[str, Weft | Diffusers], requests: list[Request], rounds: int
-) -> dict[str, list[Outcome]]:
-    outcomes: dict[str, list[Outcome]] = {name: [] for name in systems}
-    for _ in range(rounds):
-        for name, system in systems.items():
-            outcomes[name].append(system.run(requests))
-    return outcomes
 
 
 def _heading(options: argparse.Namespace) -> str:
@@ -158,40 +147,7 @@ def _heading(options: argparse.Namespace) -> str:
 def _describe(requests: list[Request]) -> None:
     kinds = len({request.settings for request in requests})
     rows = sum(request.evaluations for request in requests)
-    print(f"{len(requests)} requests of {kinds} settings, {rows} evaluations\n")
-
-
-def _report(title: str, outcomes: Mapping[str, list[Outcome]], count: int) -> None:
-    print(f"### {title}\n")
-    print(
-        "| system | images/s | Weft's is | mean latency s | x Weft's | p95 s | x Weft's "
-        "| outside denoiser | of it decoder | mean batch* |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    figures = {name: [_figures(o, count) for o in runs] for name, runs in outcomes.items()}
-    ours = [median(column) for column in zip(*figures["weft"], strict=True)]
-    for name in figures:
-        rate, average, late, outside, decoder, batch = (
-            median(column) for column in zip(*figures[name], strict=True)
-        )
-        print(
-            f"| {name} | {rate:.2f} | {ours[0] / rate:.2f} x | {average:.2f} "
-            f"| {average / ours[1]:.2f} | {late:.2f} | {late / ours[2]:.2f} "
-            f"| {outside:.1%} | {decoder:.1%} | {batch:.1f} |"
-        )
-    print()
-
-
-def _figures(outcome: Outcome, count: int) -> tuple[float, float, float, float, float, float]:
-    busy = sum(outcome.seconds.values())
-    return (
-        count / outcome.total_s,
-        mean(outcome.latencies),
-        quantiles(outcome.latencies, n=20)[-1],
-        1 - outcome.seconds["denoiser"] / busy,
-        outcome.seconds["decoder"] / busy,
-        mean(outcome.batches),
-    )
+    print(f"{len(requests)} requests of {kinds} settings, {rows} evaluations", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,99 @@
+"""The time that a benchmark may take, and what it says of its progress."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from math import inf
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    import argparse
+
+__all__ = ["Allowance", "add_options"]
+
+LONGEST_IMPORTS_S: Final = 300.0
+
+
+def _age_s() -> float:
+    """Seconds since this process began, with its imports; 0 where the system does not tell."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    since_boot = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot
+    # Some containers have a clock of their own, and no such times of processes.
+    return age_s if 0 <= age_s < LONGEST_IMPORTS_S else 0.0
+
+
+BEGAN: Final = perf_counter() - _age_s()
+
+
+class Allowance:
+    """How long the process may take, from its start with all imports.
+
+    It says on the standard error what is done, each line with the seconds since that start.
+
+    Args:
+        seconds: in all.
+
+    Attributes:
+        left_out: what there was no time for.
+    """
+
+    def __init__(self, seconds: float = inf) -> None:
+        self.left_out: list[str] = []
+        self._ends = BEGAN + seconds
+
+    @property
+    def ends(self) -> float:
+        """When it is over, by ``perf_counter``."""
+        return self._ends
+
+    @property
+    def left_s(self) -> float:
+        """Seconds that are left."""
+        return self._ends - perf_counter()
+
+    def say(self, what: str) -> None:
+        """Tell what has been done, or is being done."""
+        print(f"{perf_counter() - BEGAN:.1f} s: {what}", file=sys.stderr, flush=True)
+
+    def allows(self, seconds: float, what: str) -> bool:
+        """Whether there is time for something; where there is not, it is left out, and said so.
+
+        Args:
+            seconds: that it may take.
+            what: as the report names it.
+        """
+        if seconds <= self.left_s:
+            self.say(what)
+            return True
+        self.left_out.append(what)
+        self.say(f"no time for {what}: {self.left_s:.0f} s are left of {seconds:.0f} s")
+        return False
+
+    def report(self) -> None:
+        """Print what was left out, if anything was."""
+        if self.left_out:
+            print(f"\nNo time was left for: {', '.join(self.left_out)}.", flush=True)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the limits of time that an :class:`Allowance` and the engine's preparation have."""
+    parser.add_argument(
+        "--within",
+        type=float,
+        default=inf,
+        help="seconds for all, with imports: what there is no time for is left out",
+    )
+    parser.add_argument(
+        "--settle",
+        type=float,
+        default=60.0,
+        help="most seconds to wait until forwards are prepared and recorded, before runs count",
+    )
