@@ -5,34 +5,43 @@
     python -m benchmarks.gpu --folder FOLDER --rehearse     # CPU, tiny sizes
 
 Each part is a command of its own. What it prints becomes ``PART.md``, with the command, the device
-and the versions; all its output and its times are kept in ``PART.json``. A part that has succeeded
-is not run again, so a measurement that was cut off goes on where it was. Parts are in the order of
-their worth, and all that run unnamed are done in 25 minutes; a few more run where ``--only`` names
-them.
+and the versions, as far as it came: of a part that was cut off or failed it says so. All its output
+and its times are kept in ``PART.json``, and what it prints is shown meanwhile. A part that has
+succeeded is not run again, so a measurement that was cut off goes on where it was. Parts are in the
+order of their worth, and all that run unnamed are done in 25 minutes; a few more run where
+``--only`` names them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
-import subprocess
+import signal
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from shutil import which
+from subprocess import PIPE, Popen, TimeoutExpired, run
+from threading import Thread
 from time import monotonic
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import IO, TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
-__all__ = ["PARTS", "Part", "main"]
+__all__ = ["CUT_OFF", "PARTS", "Part", "main", "run_shown"]
 
 PACKAGES = ("torch", "diffusers", "transformers")
+
+GPUS = ("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
+
+CUT_OFF = 124
+"""Status of a part that took too long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +54,7 @@ class Part:
         rehearsal: the same at sizes that a CPU runs in seconds.
         seconds: that it may take.
         by_name: whether it runs only where it is named.
+        within: whether it is told how long it may take, and ends in time with what it has.
     """
 
     title: str
@@ -52,22 +62,39 @@ class Part:
     rehearsal: tuple[str, ...]
     seconds: int
     by_name: bool = False
+    within: bool = False
+
+
+ENDING_S = 5
+"""Seconds before its limit at which a part is to end by itself, if it can."""
+
+
+WITHIN = ("benchmarks.at_once", "benchmarks.throughput")
+"""Benchmarks that take a limit of time, and measure what they can in it."""
 
 
 def _measured(module: str, full: str, tiny: str) -> dict[str, Any]:
     return {
         "command": ("-m", module, *full.split()),
         "rehearsal": ("-m", module, *tiny.split(), "--threads", "1"),
+        "within": module in WITHIN,
     }
+
+
+def _tested(*files: str) -> tuple[str, ...]:
+    # Each test is named as soon as it is done, and in the end those that took long.
+    return ("-m", "pytest", "-v", "-m", "cuda", "--durations", "10", *files)
 
 
 LONGEST_S = 1500
 """For all parts that run unnamed."""
 
+LOST_DEVICE = "tests/server/test_lost_device.py"
+
 CUDA_TESTS = (
     "tests/server/engine/test_cuda.py",
     "tests/server/models/gguf/test_blocks.py",
-    "tests/server/test_lost_device.py",
+    LOST_DEVICE,
 )
 """By name: to collect all files takes half a minute, and needs the extras."""
 
@@ -82,15 +109,18 @@ PROGRAMS = "out/programs"
 PARTS: Mapping[str, Part] = {
     "tests": Part(
         "Tests that need CUDA",
-        ("-m", "pytest", "-q", "-m", "cuda", *CUDA_TESTS),
-        ("-m", "pytest", "-q", "-m", "cuda", CUDA_TESTS[0]),
-        seconds=140,
+        _tested(*(file for file in CUDA_TESTS if file != LOST_DEVICE)),
+        _tested(CUDA_TESTS[0]),
+        seconds=100,
+    ),
+    "lost-device": Part(
+        "A server whose GPU is lost", _tested(LOST_DEVICE), _tested(LOST_DEVICE), seconds=60
     ),
     "at-once-sd15": Part(
         "Stable Diffusion 1.5's sizes, 512 pixels, 20 steps with cfg",
         **_measured(
             "benchmarks.at_once",
-            "--architecture sd15 --counts 1 4 8 16 --batches 1 8 --images 3",
+            "--architecture sd15 --counts 8 1 4 16 --batches 1 8 --images 3",
             f"--steps 2 {FEW}",
         ),
         seconds=140,
@@ -108,16 +138,16 @@ PARTS: Mapping[str, Part] = {
         "Stable Diffusion XL's sizes, 1024 pixels, 20 steps with cfg",
         **_measured(
             "benchmarks.at_once",
-            "--architecture sdxl --counts 1 4 8 --batches 1 4 --images 1 --rounds 1",
+            "--architecture sdxl --counts 8 4 1 --batches 1 4 --images 1 --rounds 1",
             f"--architecture tiny_sdxl --steps 2 {FEW}",
         ),
-        seconds=150,
+        seconds=130,
     ),
     "at-once-z-image": Part(
         "Z-Image Turbo's sizes, 1024 pixels, 8 steps without guidance",
         **_measured(
             "benchmarks.at_once",
-            "--architecture z_image --steps 8 --scale 0 --counts 1 2 4 8 --batches 1 4 --rounds 1",
+            "--architecture z_image --steps 8 --scale 0 --counts 4 1 8 2 --batches 1 4 --rounds 1",
             f"--architecture tiny_z_image --steps 2 --scale 0 {FEW}",
         ),
         seconds=130,
@@ -138,7 +168,7 @@ PARTS: Mapping[str, Part] = {
         "Stable Diffusion 1.5's sizes, 512 pixels, 4 steps without guidance",
         **_measured(
             "benchmarks.at_once",
-            "--architecture sd15 --steps 4 --scale 0 --counts 1 4 8 16 --batches 1 8 --images 4",
+            "--architecture sd15 --steps 4 --scale 0 --counts 8 1 4 16 --batches 1 8 --images 4",
             f"--steps 2 --scale 0 {FEW}",
         ),
         seconds=80,
@@ -241,20 +271,13 @@ def main() -> int:
 
 def _run(name: str, options: argparse.Namespace, left: float) -> dict[str, Any]:
     part = PARTS[name]
+    limit_s = min(left, part.seconds)
     arguments = part.rehearsal if options.rehearse else part.command
+    if part.within:
+        arguments = (*arguments, "--within", f"{max(1, limit_s - ENDING_S):.0f}")
+    print(f"{name}: at most {limit_s:.0f} s", flush=True)
     began = monotonic()
-    try:
-        done = subprocess.run(
-            # Unbuffered, so that a part that is cut off leaves what it had printed.
-            [sys.executable, "-u", *arguments],
-            capture_output=True,
-            text=True,
-            timeout=min(left, part.seconds),
-            check=False,
-        )
-        code, out, err = done.returncode, done.stdout, done.stderr
-    except subprocess.TimeoutExpired as late:
-        code, out, err = 124, _text(late.stdout), _text(late.stderr)
+    code, out, err = run_shown([sys.executable, "-u", *arguments], limit_s)
     record = {
         "title": part.title,
         "command": " ".join(("python", *arguments)),
@@ -266,21 +289,59 @@ def _run(name: str, options: argparse.Namespace, left: float) -> dict[str, Any]:
         "stdout": out,
         "stderr": err,
     }
-    if code == 0:
+    if out.strip():
         (options.folder / f"{name}.md").write_text(_document(record))
     return record
 
 
-def _text(output: bytes | str | None) -> str:
-    return output.decode(errors="replace") if isinstance(output, bytes) else output or ""
+def run_shown(command: Sequence[str], limit_s: float) -> tuple[int, str, str]:
+    """Run a command, show what it writes, and end it and all that it started when it is late.
+
+    Args:
+        command: its first word and the others.
+        limit_s: seconds that it may take.
+
+    Returns:
+        Its exit status, or `CUT_OFF`, and what it wrote to its standard output and error.
+    """
+    kept: tuple[list[str], list[str]] = ([], [])
+    with Popen(command, stdout=PIPE, stderr=PIPE, text=True, start_new_session=True) as process:
+        shown = (process.stdout, sys.stdout), (process.stderr, sys.stderr)
+        readers = [
+            Thread(target=_show, args=(written, screen, lines))
+            for (written, screen), lines in zip(shown, kept, strict=True)
+        ]
+        for reader in readers:
+            reader.start()
+        try:
+            code = process.wait(limit_s)
+        except TimeoutExpired:
+            code = CUT_OFF
+        finally:
+            # What it started is in its group, too, and may have its output open.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            for reader in readers:
+                reader.join()
+    out, err = ("".join(lines) for lines in kept)
+    return code, out, err
+
+
+def _show(written: IO[str] | None, screen: TextIO, lines: list[str]) -> None:
+    for line in written or ():
+        lines.append(line)
+        screen.write(line)
+        screen.flush()
 
 
 def _document(record: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+    ended = {0: "", CUT_OFF: " It was cut off there, and this is what it had by then."}
+    failed = f" It failed then, with status {record['code']}."
     return (
         f"# {record['title']}\n\n    {record['command']}\n\n"
-        f"{record['device']}, {versions}; {record['date']}, {record['seconds']:g} s.\n\n"
-        f"{record['stdout'].strip()}\n"
+        f"{record['device']}, {versions}; {record['date']}, {record['seconds']:g} s."
+        f"{ended.get(record['code'], failed)}\n\n{record['stdout'].strip()}\n"
     )
 
 
@@ -293,7 +354,10 @@ def _write_index(folder: Path) -> None:
         if record is None:
             lines.append(f"| {part.title} | not measured | |")
         elif record["code"]:
-            lines.append(f"| {part.title} | failed | `{record['command']}` |")
+            ended = "cut off" if record["code"] == CUT_OFF else "failed"
+            written = (folder / f"{name}.md").exists()
+            title = f"[{part.title}]({name}.md)" if written else part.title
+            lines.append(f"| {title} | {ended} | `{record['command']}` |")
         else:
             lines.append(
                 f"| [{part.title}]({name}.md) | {record['date']} | `{record['command']}` |"
@@ -302,8 +366,11 @@ def _write_index(folder: Path) -> None:
 
 
 def _device() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+    if which(GPUS[0]):
+        # Without torch, whose import takes seconds of those that are lent.
+        names = run(GPUS, capture_output=True, text=True, check=False).stdout.splitlines()
+        if names:
+            return names[0]
     return f"{platform.processor() or platform.machine()} (no GPU: a rehearsal)"
 
 

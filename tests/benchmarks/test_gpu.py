@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from benchmarks import gpu
@@ -47,8 +48,33 @@ def test_a_part_that_takes_too_long_is_ended(
     endless = gpu.Part("A title", (), ("-c", "print('begun'); import time; time.sleep(60)"), 1)
     assert run(tmp_path, monkeypatch, one=endless) == 1
     record = json.loads((tmp_path / "one.json").read_text())
-    assert record["code"] == 124
+    assert record["code"] == gpu.CUT_OFF
     assert record["seconds"] < 30
+    table = (tmp_path / "one.md").read_text()
+    assert "It was cut off there" in table
+    assert table.endswith("\n\nbegun\n")
+    assert "| [A title](one.md) | cut off |" in (tmp_path / "README.md").read_text()
+
+
+def test_what_a_part_says_of_its_progress_is_kept_and_shown_and_what_it_started_ends_with_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code = (
+        "import subprocess, sys, time; sys.stderr.write('1.0 s: begun\\n'); "
+        "subprocess.Popen(['sleep', '60']); time.sleep(60)"
+    )
+    began = monotonic()
+    assert gpu.run_shown([sys.executable, "-c", code], 1) == (gpu.CUT_OFF, "", "1.0 s: begun\n")
+    assert monotonic() - began < 30
+    assert capsys.readouterr().err == "1.0 s: begun\n"
+
+
+def test_a_benchmark_is_told_how_long_it_may_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = replace(part("import sys; print(sys.argv[1:])"), within=True)
+    assert run(tmp_path, monkeypatch, one=told) == 0
+    assert "['--within', '55']" in (tmp_path / "one.md").read_text()
 
 
 def test_all_tests_that_need_cuda_are_run() -> None:
