@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     import argparse
 
-__all__ = ["Allowance", "add_options"]
+__all__ = ["Allowance", "add_settle", "add_within"]
 
 LONGEST_IMPORTS_S: Final = 300.0
 
@@ -83,14 +83,18 @@ class Allowance:
             print(f"\nNo time was left for: {', '.join(self.left_out)}.", flush=True)
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the limits of time that an :class:`Allowance` and the engine's preparation have."""
+def add_within(parser: argparse.ArgumentParser) -> None:
+    """Add the limit of time that an :class:`Allowance` has."""
     parser.add_argument(
         "--within",
         type=float,
         default=inf,
         help="seconds for all, with imports: what there is no time for is left out",
     )
+
+
+def add_settle(parser: argparse.ArgumentParser) -> None:
+    """Add the time that the engine has to prepare its forwards."""
     parser.add_argument(
         "--settle",
         type=float,

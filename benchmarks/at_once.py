@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from benchmarks.allowance import Allowance, add_options
+from benchmarks.allowance import Allowance, add_settle, add_within
 from benchmarks.architectures import ARCHITECTURES, build
 from benchmarks.peers import Weft, settle
 from benchmarks.traffic import Request
@@ -324,7 +324,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--programs", type=Path, help="folder for them; a temporary one by default")
     parser.add_argument("--wait", type=float, default=300.0, help="seconds for all programs")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    add_options(parser)
+    add_within(parser)
+    add_settle(parser)
     return parser.parse_args()
 
 

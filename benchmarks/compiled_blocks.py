@@ -3,24 +3,32 @@
     python -m benchmarks.compiled_blocks                          # CPU, embedded model
     python -m benchmarks.compiled_blocks --architecture sd15      # GPU, SD 1.5's sizes
 
-Prints a Markdown table: milliseconds of a plain forward pass by its rows, the median of rounds in
-which both forms take turns, and on a GPU the same replayed from graphs. Programs that the folder
-has already are not compiled again.
+Prints Markdown tables of milliseconds of a plain forward pass by its rows, each row as soon as it
+is measured: first as it is, on a GPU also replayed from graphs, and once the blocks are compiled
+all forms again, the median of rounds in which they take turns. Programs that the folder has already
+are not compiled again. What is not compiled in the seconds of ``--wait``, or of ``--within`` less
+those for the second table, runs as it is, and the report says how much that is.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
 import platform
+import signal
+from contextlib import suppress
+from multiprocessing import active_children
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from threading import Lock
 from time import perf_counter, sleep
 from typing import TYPE_CHECKING
 
 import torch
 
+from benchmarks.allowance import Allowance, add_within
 from benchmarks.architectures import ARCHITECTURES, build
 from server.engine.capture import CudaRecorder
 from server.engine.cost_model import TickCost
@@ -31,59 +39,122 @@ from server.models.compiling.compiler import BlockCompiler
 from server.models.compiling.model_blocks import compile_blocks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
+
+    from torch import Tensor
 
     from server.engine.rehearsal import Evaluate
-    from server.models.compiling.compiled_blocks import CompiledBlocks
+    from server.models.compiling.compiled_blocks import CompiledBlocks, Compiler
+    from server.models.compiling.program import BlockJob
     from server.models.hosted import HostedModel
     from server.models.inputs import RowInputs
+
+    Program = Callable[..., Sequence[Tensor]]
+    Told = Callable[[Program | None, str], None]
 
 ROWS = (1, 4, 16)
 ROWS_TO_COMPILE = 2
 """A forward of one row does not tell which sizes are those of rows."""
 
+LAST_TABLE = 4
+"""How many times as long as the first table the second one may take, which has twice as many forms,
+with their recordings."""
+
 
 def main() -> None:
-    """Compile, time both forms and print the report."""
+    """Compile, time all forms and print the report."""
     options = _options()
+    allowance = Allowance(options.within)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(options.threads)
-    architecture = build(options.architecture, options.device, options.dtype)
+    architecture = build(options.architecture, options.device, options.dtype, allowance.say)
     model, side = architecture.hosted, architecture.side
     rehearsal = Rehearsal(model, side, side)
+    print(_heading(options), flush=True)
     with TemporaryDirectory() as temporary, torch.inference_mode():
-        folder = options.folder or Path(temporary)
-        compile_blocks(model, BlockCompiler(folder, options.processes))
+        forms = {"eager": _plain(model, None)}
+        if model.device.type == "cuda":
+            forms["eager, graph"] = _replayed(model, None, rehearsal, options.rows)
+            allowance.say("eager forwards recorded")
+        taken_s = _report("As they are", forms, rehearsal, options)
+        compiler = Hurried(BlockCompiler(options.folder or Path(temporary), options.processes))
+        compile_blocks(model, compiler)
         blocks = model.blocks
         if blocks is None:
             raise RuntimeError(f"nothing is compiled: {model.runs_eager}")
-        began = perf_counter()
-        _compile(blocks, lambda: rehearsal.seconds(ROWS_TO_COMPILE, model.evaluate), options.wait)
-        compiled_s = perf_counter() - began
-        columns = {"eager": _plain(model, None), "compiled": _plain(model, blocks)}
+        _compile(
+            blocks,
+            lambda: rehearsal.seconds(ROWS_TO_COMPILE, model.evaluate),
+            min(options.wait, allowance.left_s - LAST_TABLE * taken_s),
+            allowance,
+        )
+        late, made = compiler.stop(), blocks.compilation
+        allowance.say(f"{made.compiled} shapes of blocks are compiled")
+        print(f"\n{made.compiled} shapes of blocks compiled, {made.eager} as ever: {late} of")
+        print("these for want of time, the others as they are no faster or cannot be compiled")
+        if not made.compiled:
+            return
+        forms["compiled"] = _plain(model, blocks)
         if model.device.type == "cuda":
-            columns["eager, graph"] = _replayed(model, None, rehearsal, options.rows)
-            columns["compiled, graph"] = _replayed(model, blocks, rehearsal, options.rows)
-        _report(options, blocks, compiled_s)
-        print(f"| rows | {' | '.join(f'{name}, ms' for name in columns)} |")
-        print(f"|---{'|---' * len(columns)}|")
-        for rows in options.rows:
-            times: dict[str, list[float]] = {name: [] for name in columns}
-            for _ in range(options.rounds):
-                for name, evaluate in columns.items():
-                    times[name].append(rehearsal.seconds(rows, evaluate))
-            shown = " | ".join(f"{1000 * median(own):.1f}" for own in times.values())
-            print(f"| {rows} | {shown} |", flush=True)
+            forms["compiled, graph"] = _replayed(model, blocks, rehearsal, options.rows)
+            allowance.say("compiled forwards recorded")
+        _report("Compiled blocks", forms, rehearsal, options)
 
 
-def _compile(blocks: CompiledBlocks, forward: Callable[[], object], most_s: float) -> None:
-    """Run forwards until blocks are asked for, and wait until all of them are there."""
+class Hurried:
+    """Has blocks compiled until it is told to stop; what is not compiled by then never is.
+
+    Args:
+        compiler: that compiles them.
+    """
+
+    def __init__(self, compiler: Compiler) -> None:
+        self._compiler = compiler
+        self._lock = Lock()
+        self._waiting: dict[object, Told] = {}
+
+    def ask(
+        self, job: BlockJob, identity: str, tell: Told, wanted: Callable[[], bool] = lambda: True
+    ) -> None:
+        """See ``BlockCompiler.ask``."""
+        asked = object()
+        self._waiting[asked] = tell
+
+        def hear(program: Program | None, said: str) -> None:
+            with self._lock:
+                late = self._waiting.pop(asked, None) is None
+            if not late:
+                tell(program, said)
+
+        self._compiler.ask(job, identity, hear, lambda: asked in self._waiting and wanted())
+
+    def stop(self) -> int:
+        """Give up what is waited for, and end the processes that compile; how much that was."""
+        with self._lock:
+            late, self._waiting = self._waiting, {}
+        for tell in late.values():
+            tell(None, "there was no time to compile it")
+        for process in active_children() if late else ():
+            if process.pid is not None:
+                # With the compilers that it has started.
+                with suppress(OSError):
+                    os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
+        return len(late)
+
+
+def _compile(
+    blocks: CompiledBlocks, forward: Callable[[], object], most_s: float, allowance: Allowance
+) -> None:
+    """Run forwards until blocks are asked for, and wait for their programs."""
     ends = perf_counter() + most_s
     for _ in range(OFTEN):
         forward()
-    while blocks.compilation.waiting:
-        if perf_counter() > ends:
-            raise TimeoutError(f"{blocks.compilation.waiting} shapes are still being compiled")
+    before = None
+    while (made := blocks.compilation).waiting and perf_counter() < ends:
+        if made.waiting != before:
+            allowance.say(f"{made.waiting} shapes of blocks wait for others or a compiler")
+        before = made.waiting
         sleep(0.1)
 
 
@@ -116,14 +187,32 @@ def _replayed(
     return evaluate
 
 
-def _report(options: argparse.Namespace, blocks: CompiledBlocks, compiled_s: float) -> None:
+def _report(
+    title: str,
+    forms: Mapping[str, Evaluate],
+    rehearsal: Rehearsal,
+    options: argparse.Namespace,
+) -> float:
+    """Print the milliseconds of all forms, which take turns; the seconds that this took."""
+    began = perf_counter()
+    print(f"\n### {title}\n\n| rows | {' | '.join(f'{name}, ms' for name in forms)} |")
+    print(f"|---{'|---' * len(forms)}|", flush=True)
+    for rows in options.rows:
+        times: dict[str, list[float]] = {name: [] for name in forms}
+        for _ in range(options.rounds):
+            for name, evaluate in forms.items():
+                times[name].append(rehearsal.seconds(rows, evaluate))
+        shown = " | ".join(f"{1000 * median(own):.1f}" for own in times.values())
+        print(f"| {rows} | {shown} |", flush=True)
+    return perf_counter() - began
+
+
+def _heading(options: argparse.Namespace) -> str:
     machine = platform.processor() or platform.machine()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else machine
-    made = blocks.compilation
-    print(
+    return (
         f"{options.architecture}, {options.dtype}, {device}, {options.threads} threads, torch "
-        f"{torch.__version__}; {made.compiled} shapes of blocks compiled, {made.eager} as ever, in "
-        f"{compiled_s:.0f} s; medians of {options.rounds} rounds\n"
+        f"{torch.__version__}; medians of {options.rounds} rounds"
     )
 
 
@@ -138,6 +227,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, help="for programs; a temporary one by default")
     parser.add_argument("--processes", type=int, help="that compile at once, at most")
     parser.add_argument("--wait", type=float, default=1800.0, help="seconds for all programs")
+    add_within(parser)
     return parser.parse_args()
 
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from benchmarks import cold_starts
-from benchmarks.allowance import Allowance, add_options
+from benchmarks.allowance import Allowance, add_settle, add_within
 from benchmarks.architectures import build
 from benchmarks.background import busy
 from benchmarks.compared import Compared
@@ -131,7 +131,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--row-budget", type=int, default=None)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
-    add_options(parser)
+    add_within(parser)
+    add_settle(parser)
     return parser.parse_args()
 
 
