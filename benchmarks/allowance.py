@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import sys
 import time
+import traceback
 from math import inf
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Callable
+
+Result = TypeVar("Result")
 
 __all__ = ["Allowance", "add_settle", "add_within"]
 
@@ -43,10 +47,12 @@ class Allowance:
 
     Attributes:
         left_out: what there was no time for.
+        failed: what ended in an error.
     """
 
     def __init__(self, seconds: float = inf) -> None:
         self.left_out: list[str] = []
+        self.failed: list[str] = []
         self._ends = BEGAN + seconds
 
     @property
@@ -77,10 +83,27 @@ class Allowance:
         self.say(f"no time for {what}: {self.left_s:.0f} s are left of {seconds:.0f} s")
         return False
 
-    def report(self) -> None:
-        """Print what was left out, if anything was."""
+    def attempt(self, what: str, work: Callable[[], Result]) -> Result | None:
+        """What some work comes to; None if it fails, which is told, and the benchmark goes on.
+
+        Args:
+            what: as the report names it.
+            work: of one of the systems that are compared.
+        """
+        try:
+            return work()
+        except Exception:  # noqa: BLE001 - the other systems are still to be measured
+            traceback.print_exc()
+            self.failed.append(what)
+            return None
+
+    def report(self) -> int:
+        """Print what was left out and what failed, if anything; the status to exit with."""
         if self.left_out:
             print(f"\nNo time was left for: {', '.join(self.left_out)}.", flush=True)
+        if self.failed:
+            print(f"\nFailed: {', '.join(self.failed)}.", flush=True)
+        return int(bool(self.failed))
 
 
 def add_within(parser: argparse.ArgumentParser) -> None:
@@ -93,11 +116,11 @@ def add_within(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_settle(parser: argparse.ArgumentParser) -> None:
+def add_settle(parser: argparse.ArgumentParser, seconds: float = 60.0) -> None:
     """Add the time that the engine has to prepare its forwards."""
     parser.add_argument(
         "--settle",
         type=float,
-        default=60.0,
+        default=seconds,
         help="most seconds to wait until forwards are prepared and recorded, before runs count",
     )

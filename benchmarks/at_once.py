@@ -19,7 +19,9 @@ from __future__ import annotations
 
 import argparse
 import platform
+import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from tempfile import TemporaryDirectory
@@ -78,8 +80,8 @@ class Ran:
     shares: Mapping[str, float]
 
 
-def main() -> None:
-    """Run the clients and print the report."""
+def main() -> int:
+    """Run the clients and print the report; 1 if something failed."""
     options = _options()
     allowance = Allowance(options.within)
     torch.set_num_threads(options.threads)
@@ -95,7 +97,7 @@ def main() -> None:
     weft.stop()
     if options.compile:
         _report_compiled(architecture, options, ours, allowance)
-    allowance.report()
+    return allowance.report()
 
 
 def _weft_by_counts(
@@ -120,7 +122,11 @@ def _weft_by_counts(
             continue
         with weft.undisturbed():
             limits = _limits(architecture, count, options)
-        ran = _weft(weft, count, options, allowance)
+        ran = allowance.attempt(
+            f"Weft, {count} at once", partial(_weft, weft, count, options, allowance)
+        )
+        if ran is None:
+            continue
         ours[count] = ran
         shares = " | ".join(f"{ran.rate / limit:.2f}" for limit in limits)
         works = " | ".join(f"{share:.0%}" for share in ran.shares.values())
@@ -147,8 +153,11 @@ def _batches(
     for count in batches:
         if count > 1 and not allowance.allows(3 * count / alone, f"static batches of {count}"):
             continue
+        call = partial(_static, architecture, count, options, allowance)
         with weft.undisturbed():
-            rate = alone if count == 1 else _static(architecture, count, options, allowance)
+            rate = alone if count == 1 else allowance.attempt(f"static batches of {count}", call)
+        if rate is None:
+            continue
         beside = f"{ours[count].rate / rate:.2f} x" if count in ours else ""
         print(f"| {count} | {rate:.2f} | {beside} |", flush=True)
 
@@ -208,7 +217,7 @@ def _weft_compiled(
 def _weft(weft: Weft, count: int, options: argparse.Namespace, allowance: Allowance) -> Ran:
     """Clients that ask for the next image when they have one, each for so many."""
     weft.run([_request(options, seed) for seed in range(count)])
-    settle(weft, options.settle, allowance)
+    settle(weft.engine, weft.model, options.settle, allowance)
     rounds: list[Outcome] = []
     while len(rounds) < options.rounds and (not rounds or rounds[0].total_s < allowance.left_s):
         with weft.undisturbed():
@@ -330,4 +339,4 @@ def _options() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,6 +6,7 @@ they take turns, both meet the same background load, and what is compared is the
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from statistics import mean, median
 from typing import TYPE_CHECKING
 
@@ -51,18 +52,19 @@ def compare(
     print("|---|---|---|---|---|---|")
     shares: list[float] = []
     for start in range(starts):
-        begin(start)
-        weft = Weft(architecture, None)
-        warm_up(weft)
         ours: list[Outcome] = []
         theirs: list[Outcome] = []
-        for turn in range(turns):
-            pair = [(weft, ours), (filled, theirs)]
-            # Neither is always the first.
-            for system, outcomes in pair[:: 1 if turn % 2 else -1]:
-                begin(1000 * start + turn)
-                outcomes.append(system.run(requests))
-        weft.stop()
+        with filled.undisturbed():
+            begin(start)
+            weft = Weft(architecture, None)
+            warm_up(weft)
+            for turn in range(turns):
+                pair = [(weft, ours), (filled, theirs)]
+                # Neither is always the first.
+                for system, outcomes in pair[:: 1 if turn % 2 else -1]:
+                    begin(1000 * start + turn)
+                    outcomes.append(system.run(requests))
+            weft.stop()
         shares.append(_rate(ours, requests) / _rate(theirs, requests))
         rows = mean(rows for outcome in ours for rows in outcome.batches)
         print(
@@ -80,14 +82,18 @@ def _best_budget(
     begin: Begin,
     warm_up: Callable[[Weft], object],
 ) -> int:
-    systems = {rows: Weft(architecture, rows, filled=True) for rows in BUDGETS}
-    for system in systems.values():
-        warm_up(system)
     outcomes: dict[int, list[Outcome]] = {rows: [] for rows in BUDGETS}
-    for turn in range(QUALIFYING):
-        for rows, system in systems.items():
-            begin(turn)
-            outcomes[rows].append(system.run(requests))
+    systems: dict[int, Weft] = {}
+    with ExitStack() as undisturbed:
+        for rows in BUDGETS:
+            systems[rows] = Weft(architecture, rows, filled=True)
+            warm_up(systems[rows])
+            # Two engines of one GPU would spoil each other's recordings.
+            undisturbed.enter_context(systems[rows].undisturbed())
+        for turn in range(QUALIFYING):
+            for rows, system in systems.items():
+                begin(turn)
+                outcomes[rows].append(system.run(requests))
     for system in systems.values():
         system.stop()
     rates = {rows: _rate(outcomes[rows], requests) for rows in BUDGETS}

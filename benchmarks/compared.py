@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import astuple, dataclass
+from functools import partial
 from statistics import mean, median, quantiles
 from time import perf_counter
 from typing import TYPE_CHECKING, Final
@@ -102,7 +103,7 @@ class Compared:
         self._warm: set[str] = set()
         self._cut = False
         weft.run(few)
-        settle(weft, options.settle, allowance)
+        settle(weft.engine, weft.model, options.settle, allowance)
 
     def table(self, title: str, requests: list[Request]) -> dict[str, Figures]:
         """Run all systems in turns, and print what comes of it.
@@ -121,7 +122,10 @@ class Compared:
                 break
             _print_head(named)
             for name in (OURS, *self._pipelines):
-                ran = self._run(name, requests, title)
+                called = f"{title}: {name}"
+                run = partial(self._run, name, requests, called)
+                # Without ours there is nothing to compare.
+                ran = run() if name == OURS else self._allowance.attempt(called, run)
                 if ran is not None:
                     measured.setdefault(name, []).append(ran)
                     _print_row(name, ran, measured[OURS][-1])
@@ -148,11 +152,11 @@ class Compared:
             seconds = max(seconds, len(requests) / before[-1].rate)
         return self._allowance.allows(SPARE * seconds, title)
 
-    def _run(self, name: str, requests: list[Request], title: str) -> Figures | None:
+    def _run(self, name: str, requests: list[Request], called: str) -> Figures | None:
         with self._weft.undisturbed():
             if name == OURS:
                 return Figures.of(self._weft.run(requests), len(requests))
-            if not self._allowance.allows(LEAST_S, f"{title}: {name}"):
+            if not self._allowance.allows(LEAST_S, called):
                 return None
             last = name == [*self._pipelines][-1]
             most_s = self._allowance.left_s * (1 if last else SHARE_OF_TIME)

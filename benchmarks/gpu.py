@@ -69,7 +69,9 @@ ENDING_S = 5
 """Seconds before its limit at which a part is to end by itself, if it can."""
 
 
-WITHIN = ("benchmarks.at_once", "benchmarks.compiled_blocks", "benchmarks.throughput")
+WITHIN = tuple(
+    f"benchmarks.{name}" for name in ("at_once", "compiled_blocks", "streams", "throughput")
+)
 """Benchmarks that take a limit of time, and measure what they can in it."""
 
 
@@ -92,6 +94,7 @@ LONGEST_S = 1500
 LOST_DEVICE = "tests/server/test_lost_device.py"
 
 CUDA_TESTS = (
+    "tests/benchmarks/test_peers.py",
     "tests/server/engine/test_cuda.py",
     "tests/server/models/gguf/test_blocks.py",
     LOST_DEVICE,

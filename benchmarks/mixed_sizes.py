@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from benchmarks.allowance import Allowance, add_settle
 from benchmarks.architectures import build
-from benchmarks.peers import Weft
+from benchmarks.peers import Weft, settle
 from benchmarks.traffic import Request
 
 if TYPE_CHECKING:
@@ -66,9 +67,15 @@ def main() -> None:
     """Run the clients and print the report."""
     options = _options()
     torch.set_num_threads(options.threads)
-    architecture = build(options.architecture, options.device, options.dtype)
+    allowance = Allowance()
+    architecture = build(options.architecture, options.device, options.dtype, allowance.say)
     apart: Any = _Apart(architecture.hosted)
-    engines = Weft(architecture, None), Weft(replace(architecture, hosted=apart), None)
+    shared = Weft(architecture, None)
+    settle(shared.engine, shared.model, options.settle, allowance)
+    # Two engines of one GPU would spoil each other's recordings.
+    with shared.undisturbed():
+        engines = shared, Weft(replace(architecture, hosted=apart), None)
+        settle(engines[1].engine, architecture.hosted, options.settle, allowance)
     machine = platform.processor() or platform.machine()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else machine
     print(
@@ -83,7 +90,8 @@ def main() -> None:
     for named, sizes in SIZES.items():
         pixels = [_pixels(size, architecture.hosted) for size in sizes]
         for count in options.counts:
-            _report(named, engines, _clients(pixels, count, options), options.rounds)
+            with engines[0].undisturbed(), engines[1].undisturbed():
+                _report(named, engines, _clients(pixels, count, options), options.rounds)
     for engine in engines:
         engine.stop()
 
@@ -148,6 +156,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=4, help="of each client in a round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    add_settle(parser, 15.0)
     return parser.parse_args()
 
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from server.engine.scheduler import Load
     from server.engine.state.lane import Lane
     from server.engine.state.sequence import ImageResult
+    from server.models.hosted import HostedModel
 
 POLL_S = 0.05
 
@@ -80,30 +81,35 @@ class Weft:
         architecture: the model.
         row_budget: most rows of a tick.
         filled: fill every tick up to the budget, instead of choosing its rows by their cost.
+
+    Attributes:
+        engine: that runs.
+        model: that it serves.
     """
 
     def __init__(
         self, architecture: Architecture, row_budget: int | None, *, filled: bool = False
     ) -> None:
         self._architecture = architecture
-        self._engine = (_Filled if filled else Engine)(
+        self.model = architecture.hosted
+        self.engine = (_Filled if filled else Engine)(
             {"model": architecture.hosted}, row_budget=row_budget, max_pending=4096
         )
-        self._engine.start()
-        while not self._engine.ready:
-            if self._engine.failure is not None:
-                raise self._engine.failure
+        self.engine.start()
+        while not self.engine.ready:
+            if self.engine.failure is not None:
+                raise self.engine.failure
             sleep(POLL_S)
 
     @property
     def row_budget(self) -> int:
         """Most rows of a tick."""
-        return self._engine.measurements.row_budget
+        return self.engine.measurements.row_budget
 
     @property
     def forwards(self) -> int:
         """Ticks since the start."""
-        return self._engine.measurements.ticks
+        return self.engine.measurements.ticks
 
     def run(self, requests: list[Request]) -> Outcome:
         """All requests at their times of arrival."""
@@ -114,7 +120,7 @@ class Weft:
         listeners = [_Arrival(arrival) for arrival in arrivals]
         for task, listener in zip(tasks, listeners, strict=True):
             sleep(max(0.0, listener.arrived_at - perf_counter()))
-            self._engine.submit([task], listener)
+            self.engine.submit([task], listener)
         for listener in listeners:
             listener.ended.wait()
         return watched([listener.latency() for listener in listeners])
@@ -127,7 +133,7 @@ class Weft:
         """
         tasks = [[self._task(request) for request in client] for client in clients]
         watched = self._watch()
-        followers = [_Follower(self._engine, own) for own in tasks]
+        followers = [_Follower(self.engine, own) for own in tasks]
         for follower in followers:
             follower.ask()
         return watched([one for follower in followers for one in follower.latencies()])
@@ -137,32 +143,11 @@ class Weft:
 
         What is timed there shares the device with no recording, and may wait for all of it.
         """
-        return self._engine.undisturbed()
-
-    def settle(self, most_s: float = inf) -> bool:
-        """Wait until nothing more is recorded or tried in quiet moments.
-
-        Args:
-            most_s: seconds to wait at most, but for the end of a piece that has been begun.
-
-        Returns:
-            Whether all was done in that time.
-        """
-        until = perf_counter() + most_s
-        while not self._engine.settled:
-            if perf_counter() > until:
-                return False
-            sleep(POLL_S)
-        return True
-
-    @property
-    def recorded(self) -> int:
-        """Forwards that are recorded as CUDA graphs."""
-        return len(self._engine.prepared(self._architecture.hosted).recorded)
+        return self.engine.undisturbed()
 
     def stop(self) -> None:
         """End the engine's thread."""
-        self._engine.stop(0)
+        self.engine.stop(0)
 
     def _task(self, request: Request) -> ImageTask:
         sampler = _named(SAMPLERS, request.sampler)()
@@ -184,7 +169,7 @@ class Weft:
 
     def _watch(self) -> Callable[[list[float]], Outcome]:
         """Begin a run; what it gives makes the outcome of it."""
-        measured = self._engine.measurements
+        measured = self.engine.measurements
         began, spent, sizes = perf_counter(), self._spent(), measured.rows_per_tick.copy()
 
         def outcome(latencies: list[float]) -> Outcome:
@@ -200,7 +185,7 @@ class Weft:
         return outcome
 
     def _spent(self) -> dict[str, float]:
-        m = self._engine.measurements
+        m = self.engine.measurements
         return {"denoiser": m.denoise_s, "decoder": m.decode_s, "rest": m.weave_s + m.encode_s}
 
 
@@ -305,20 +290,22 @@ class Diffusers:
             until: when no further batch is begun, by ``perf_counter``; but one always is.
         """
         self._busy_s = 0.0
-        unet, vae = _Clock(self._denoiser), _Clock(self._pipeline.vae.decoder)
+        unet, vae = Clock(self._denoiser), Clock(self._pipeline.vae.decoder)
         latencies: list[float] = []
         batches: list[int] = []
         waiting = list(range(len(requests)))
         began = perf_counter()
-        while waiting and (perf_counter() < until or not batches):
-            sleep(max(0.0, began + requests[waiting[0]].arrival_s - perf_counter()))
-            batch = self._next(requests, waiting, perf_counter() - began)
-            waiting = [i for i in waiting if i not in batch]
-            self._generate([requests[i] for i in batch])
-            batches.append(len(batch))
-            latencies += [perf_counter() - began - requests[i].arrival_s for i in batch]
-        total = perf_counter() - began
-        inside, decoding = unet.stop(), vae.stop()
+        try:
+            while waiting and (perf_counter() < until or not batches):
+                sleep(max(0.0, began + requests[waiting[0]].arrival_s - perf_counter()))
+                batch = self._next(requests, waiting, perf_counter() - began)
+                waiting = [i for i in waiting if i not in batch]
+                self._generate([requests[i] for i in batch])
+                batches.append(len(batch))
+                latencies += [perf_counter() - began - requests[i].arrival_s for i in batch]
+            total = perf_counter() - began
+        finally:
+            inside, decoding = unet.stop(), vae.stop()
         busy = {"denoiser": inside, "decoder": decoding, "rest": self._busy_s - inside - decoding}
         left = sum(requests[i].evaluations for i in waiting)
         share = 1 - left / sum(request.evaluations for request in requests)
@@ -349,7 +336,7 @@ class Diffusers:
         self._busy_s += perf_counter() - began
 
 
-class _Clock:
+class Clock:
     """Time inside a module, by hooks that wait for what their own thread has asked a GPU for.
 
     They wait for its stream alone: to wait for the device, or for a stream that is being recorded,
@@ -365,6 +352,7 @@ class _Clock:
         )
 
     def stop(self) -> float:
+        """Seconds in all; it counts no more."""
         for hook in self._hooks:
             hook.remove()
         return self._total
@@ -378,17 +366,21 @@ class _Clock:
         self._total += perf_counter() - self._began
 
 
-def settle(weft: Weft, most_s: float, allowance: Allowance) -> None:
-    """Let the engine prepare what it can in some seconds of those that are left, and say how far.
+def settle(engine: Engine, model: HostedModel, most_s: float, allowance: Allowance) -> None:
+    """Let an engine prepare and record what it can while nothing waits, and say how far it came.
 
     Args:
-        weft: which has run what is to be measured.
-        most_s: seconds to wait at most.
+        engine: which has run what is to be measured.
+        model: that it serves.
+        most_s: seconds to wait at most, of those that are left.
         allowance: of the benchmark.
     """
-    all_done = weft.settle(min(most_s, SETTLING_SHARE * allowance.left_s))
-    state = "settled" if all_done else "not settled, as time was short"
-    allowance.say(f"{state}: {weft.recorded} forwards are recorded as graphs")
+    until = perf_counter() + min(most_s, SETTLING_SHARE * allowance.left_s)
+    while not engine.settled and perf_counter() < until:
+        sleep(POLL_S)
+    state = "settled" if engine.settled else "not settled, as time was short"
+    recorded = len(engine.prepared(model).recorded)
+    allowance.say(f"{state}: {recorded} forwards are recorded as graphs")
 
 
 def wait_for_stream() -> None:

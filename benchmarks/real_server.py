@@ -29,6 +29,9 @@ SERVE: Final = ("-c", "from server.cli import main; main()", "serve")
 
 START_S: Final = 180
 END_S: Final = 40
+SETTLES_S: Final = 3.0
+"""In which a server that has something left to prepare has prepared more."""
+
 MIB: Final = 2**20
 
 
@@ -102,6 +105,21 @@ class Served:
         """A request for images."""
         body = {"prompt": "a red circle", "steps": 2, "seed": 1} | fields
         return self.ask("POST", "/v1/generate", json.dumps(body).encode())
+
+    def settle(self, most_s: float) -> None:
+        """Wait until the default model's forward passes are prepared and recorded, on a GPU.
+
+        Args:
+            most_s: seconds to wait at most.
+        """
+        until, before = monotonic() + most_s, None
+        while monotonic() < until:
+            models = json.loads(self.ask("GET", "/v1/models")[2])["data"]
+            now = [(one["forward_rows"], one["recorded_rows"]) for one in models]
+            if now == before or not any(rows for rows, _ in now):
+                return
+            before = now
+            sleep(SETTLES_S)
 
     def head(self, method: str, path: str, length: int) -> bytes:
         """The first bytes of a request, for a connection of one's own."""

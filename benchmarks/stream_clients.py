@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from benchmarks.clip import clip
+from benchmarks.peers import wait_for_stream
 from benchmarks.stream_runs import CAMERA_FPS, SETTLING_S, Ran
 from server.engine.task import Stream
 from server.models.inputs import RowInputs
@@ -201,15 +202,15 @@ class StreamingWeft:
             x = torch.randn(rows, *shape, device=device)
             t = torch.full((rows,), 500.0, device=device)
             inputs = RowInputs(self.model.stack([told] * rows))
-            return _timed(lambda: self.model.evaluate(x, t, inputs), device)
+            return _timed(lambda: self.model.evaluate(x, t, inputs))
 
         with torch.inference_mode():
             usual = sorted(n for n, count in ticks.items() if count >= 0.05 * ticks.total())
             seconds = [forward(n) for n in usual]
             picture = torch.zeros(1, 3, *size, device=device)
             latent = torch.zeros(1, *shape, device=device)
-            encoder = _timed(lambda: self.model.encode_image(picture), device)
-            decoder = _timed(lambda: self.model.decode(latent), device)
+            encoder = _timed(lambda: self.model.encode_image(picture))
+            decoder = _timed(lambda: self.model.decode(latent))
         denoiser = sum(
             count * float(np.interp(rows, usual, seconds)) for rows, count in ticks.items()
         )
@@ -295,13 +296,12 @@ def jpeg(frame: NDArray[np.uint8]) -> bytes:
     return file.getvalue()
 
 
-def _timed(call: Callable[[], object], device: torch.device) -> float:
+def _timed(call: Callable[[], object]) -> float:
     """Median seconds of a call, until the device has done what it asks for."""
     seconds: list[float] = []
     for _ in range(TIMINGS):
         began = perf_counter()
         call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait_for_stream()
         seconds.append(perf_counter() - began)
     return median(seconds)

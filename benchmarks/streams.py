@@ -5,9 +5,10 @@
 
 Prints Markdown tables: one stream beside the peer, several streams of different settings beside
 what the networks alone would allow, streams beside ordinary requests, and what residual guidance
-and the similarity filter save. Each figure is the median over rounds, in which the systems take
-turns. Everything runs on the GPU if there is one; `--architecture sd15` is a model of Stable
-Diffusion 1.5's sizes with random weights.
+and the similarity filter save. The systems take turns, each row is printed as soon as it is
+measured, and of several rounds there is a table of medians. Everything runs on the GPU if there is
+one; `--architecture sd15` is a model of Stable Diffusion 1.5's sizes with random weights. What
+there is no time for within the seconds of ``--within`` is left out.
 """
 
 from __future__ import annotations
@@ -15,14 +16,20 @@ from __future__ import annotations
 import argparse
 import logging
 import platform
+import sys
+from contextlib import ExitStack
+from functools import cache, partial
+from math import nan
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from benchmarks.allowance import Allowance, add_settle, add_within
 from benchmarks.architectures import RANDOM, write
+from benchmarks.peers import SETTLING_SHARE, settle
 from benchmarks.real_server import SERVE, served
 from benchmarks.stream_clients import StreamingWeft, jpeg
 from benchmarks.stream_diffusion import StreamDiffusionPeer
@@ -32,24 +39,37 @@ from embedded import MODEL_FOLDER
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from benchmarks.real_server import Served
     from benchmarks.stream_runs import Ran
 
     Settings = Mapping[str, Any]
 
+Name = TypeVar("Name")
+Result = TypeVar("Result")
+
 STAGES = 4
 
 KINDS: dict[str, tuple[dict[str, Any], str]] = {
+    "cfg": ({"name": "cfg", "scale": 1.5}, "full"),
     "none": ({"name": "none"}, "none"),
     "residual, self": ({"name": "cfg", "scale": 1.5, "policy": {"name": "residual"}}, "self"),
     "residual, onetime": (
         {"name": "cfg", "scale": 1.5, "policy": {"name": "residual", "mode": "onetime"}},
         "initialize",
     ),
-    "cfg": ({"name": "cfg", "scale": 1.5}, "full"),
 }
 """Guidance of ours, and what StreamDiffusion calls it."""
 
 COUNTS = (1, 2, 4, 8)
+
+WARM_UP_S = 1.0
+"""Of a system before its times count."""
+
+LEAST_BESIDE_S = 2.0
+"""That a run takes beside the seconds that are counted."""
+
+SERVER_S = 40.0
+"""In which a server has started and settled."""
 
 FILTERED_FPS = 6
 """Pace of the camera that the filter is tried on, which the engine keeps up with."""
@@ -85,165 +105,281 @@ def several(count: int) -> list[Settings]:
     ]
 
 
-def main() -> None:
-    """Run the rounds and print the report."""
+def main() -> int:
+    """Run the rounds and print the report; 1 if something failed."""
     options = _options()
+    allowance = Allowance(options.within)
     for name in ("diffusers", "weft", "server"):
         logging.getLogger(name).setLevel(logging.ERROR)
     torch.set_num_threads(options.threads)
-    print(_heading(options))
-    with TemporaryDirectory() as temporary:
+    print(_heading(options), flush=True)
+    with ExitStack() as stack:
         if options.architecture is not None:
-            options.model = Path(temporary) / options.architecture
+            options.model = Path(stack.enter_context(TemporaryDirectory())) / options.architecture
             write(options.architecture, options.model, "auto", "auto")
+            allowance.say("weights written")
         weft = StreamingWeft(options.model)
+        stack.callback(weft.stop)
+        allowance.say("engine ready")
+        with weft.engine.undisturbed():
+            weft.run_sessions([settings()], WARM_UP_S)
+        settle(weft.engine, weft.model, options.settle, allowance)
         for name in options.only or PARTS:
-            PARTS[name](weft, options)
-        weft.stop()
+            PARTS[name](Turns(weft, options, allowance, stack))
+        return allowance.report()
 
 
-def _one_stream(weft: StreamingWeft, options: argparse.Namespace) -> None:
-    stream = settings()
-    files = [jpeg(frame) for frame in weft.frames(0)]
-    command, threads = [*SERVE, "--model", f"model={options.model}"], str(options.threads)
-    with served(command, OMP_NUM_THREADS=threads) as server:
-        systems: dict[str, Callable[[], Ran]] = {
-            "Weft's engine": lambda: weft.run([stream], options.seconds),
-            "Weft's session*": lambda: weft.run_sessions([stream], options.seconds)[0],
-            "Weft's socket*": lambda: run_socket(
-                server, {"max_fps": 1000.0, **stream}, files, options.seconds
-            ),
-            **_peers(weft, options, STAGES, ("none",)),
-        }
-        runs = _rounds(systems, options.rounds)
-    ours = runs["Weft's engine"]
-    print(f"\n### One stream, {STAGES} stages\n")
-    print("| system | frames/s | Weft's engine is | latency p50 ms | p95 ms |")
-    print("|---|---|---|---|---|")
-    for name, ran in runs.items():
-        ratio = median(a.rate / b.rate for a, b in zip(ours, ran, strict=True))
-        print(
+class Turns:
+    """Systems that take turns, while Weft's engine records nothing.
+
+    Args:
+        weft: the engine and what is above it.
+        options: of the command.
+        allowance: of the benchmark.
+        stack: ends what is begun.
+    """
+
+    def __init__(
+        self,
+        weft: StreamingWeft,
+        options: argparse.Namespace,
+        allowance: Allowance,
+        stack: ExitStack,
+    ) -> None:
+        self.weft = weft
+        self.options = options
+        self.allowance = allowance
+        self.stack = stack
+
+    @property
+    def seconds(self) -> float:
+        """Of each run."""
+        return self.options.seconds
+
+    def table(
+        self,
+        title: str,
+        head: str,
+        systems: Mapping[Name, Callable[[], Result | None]],
+        row: Callable[[Name, Mapping[Name, Sequence[Result]]], str | None],
+    ) -> None:
+        """Run all systems in turns, and print what comes of it.
+
+        Args:
+            title: of the table.
+            head: names of its columns, apart from each other by bars.
+            systems: by their names, in the order of their worth; None where there was no time.
+            row: what the table says of a system, by the runs of all; None where it says nothing.
+        """
+        runs: dict[Name, list[Result]] = {}
+        rounds: int = self.options.rounds
+        for number in range(1, rounds + 1):
+            named = f"{title}, round {number}" if rounds > 1 else title
+            _print_head(named, head)
+            for name, run in systems.items():
+                if not self.allowance.allows(self.seconds + LEAST_BESIDE_S, f"{named}: {name}"):
+                    continue
+                with self.weft.engine.undisturbed():
+                    ran = self.allowance.attempt(f"{named}: {name}", run)
+                if ran is None:
+                    continue
+                runs.setdefault(name, []).append(ran)
+                told = row(name, {one: own[-1:] for one, own in runs.items()})
+                if told is not None:
+                    print(told, flush=True)
+        if any(len(own) > 1 for own in runs.values()):
+            _print_head(f"{title}, medians", head)
+            for told in (row(name, runs) for name in runs):
+                if told is not None:
+                    print(told, flush=True)
+
+
+def _print_head(title: str, head: str) -> None:
+    print(f"\n### {title}\n\n| {head} |\n|{'---|' * (head.count('|') + 1)}", flush=True)
+
+
+def _one_stream(turns: Turns) -> None:
+    weft, options, stream = turns.weft, turns.options, settings()
+    ours = "Weft's engine"
+
+    @cache
+    def server() -> tuple[Served, list[bytes]]:
+        command, threads = [*SERVE, "--model", f"model={options.model}"], str(options.threads)
+        begun = turns.stack.enter_context(served(command, OMP_NUM_THREADS=threads))
+        begun.settle(min(options.settle, SETTLING_SHARE * turns.allowance.left_s))
+        turns.allowance.say("the server for the socket is settled")
+        return begun, [jpeg(frame) for frame in weft.frames(0)]
+
+    def socket() -> Ran | None:
+        if not server.cache_info().currsize and not turns.allowance.allows(
+            SERVER_S, "a server for the socket"
+        ):
+            return None
+        begun, files = server()
+        return run_socket(begun, {"max_fps": 1000.0, **stream}, files, turns.seconds)
+
+    systems: dict[str, Callable[[], Ran | None]] = {
+        ours: lambda: weft.run([stream], turns.seconds),
+        "Weft's session*": lambda: weft.run_sessions([stream], turns.seconds)[0],
+        **_peers(turns, STAGES, ("none",)),
+        "Weft's socket*": socket,
+    }
+
+    def row(name: str, runs: Mapping[str, Sequence[Ran]]) -> str:
+        ran = runs[name]
+        ratio = _ratio(runs[ours], ran) if ours in runs else nan
+        return (
             f"| {name} | {_of(ran, 'rate'):.2f} | {ratio:.2f} x "
-            f"| {1000 * _of(ran, 'middle_s'):.0f} | {1000 * _of(ran, 'late_s'):.0f} |"
+            f"| {1000 * _of(ran, 'middle_s'):.0f} | {1000 * _of(ran, 'late_s'):.0f} "
+            f"| {_outside(ran)} |"
         )
-    rest = 1 - _of(ours, "of_limit")
-    print(f"\n\\* with JPEG files both ways. Outside the networks Weft's engine is {rest:.1%}.")
+
+    head = "system | frames/s | Weft's engine is | latency p50 ms | p95 ms | outside the networks"
+    turns.table(f"One stream, {STAGES} stages", head, systems, row)
+    print("\n\\* with JPEG files both ways", flush=True)
 
 
-def _several_streams(weft: StreamingWeft, options: argparse.Namespace) -> None:
+def _outside(ran: Sequence[Ran]) -> str:
+    """Share of the time in which no network worked, where that is known."""
+    return f"{1 - _of(ran, 'of_limit'):.1%}" if ran[0].rows else ""
+
+
+def _several_streams(turns: Turns) -> None:
+    weft = turns.weft
     mixes = {str(n): several(n) for n in COUNTS}
     mixes["4 equal"] = [settings(seed=i) for i in range(4)]
     heavy = settings(guidance=KINDS["cfg"][0], seed=9)
     mixes["3, one of cfg"] = [settings(seed=0), settings(seed=1), heavy]
     systems: dict[str, Callable[[], Ran]] = {
-        name: lambda mix=mix: weft.run(mix, options.seconds) for name, mix in mixes.items()
+        name: lambda mix=mix: weft.run(mix, turns.seconds) for name, mix in mixes.items()
     }
     most = max(COUNTS)
-    systems[f"{most} sessions*"] = lambda: weft.run_sessions(several(most), options.seconds)[0]
-    runs = _rounds(systems, options.rounds)
-    print("\n### Several streams at once\n")
-    print(
-        "| streams | frames/s | of the networks' limit | worst / best frames/s "
-        "| worst / best device time | latency p50 ms | p95 ms |"
-    )
-    print("|---|---|---|---|---|---|---|")
-    for name, ran in runs.items():
+    systems[f"{most} sessions*"] = lambda: weft.run_sessions(several(most), turns.seconds)[0]
+
+    def row(name: str, runs: Mapping[str, Sequence[Ran]]) -> str:
+        ran = runs[name]
         inside = ran[0].rows
         limit = f"{_of(ran, 'of_limit'):.2f}" if inside else ""
         device = f"{_of(ran, 'device_evenness'):.2f}" if inside else ""
-        print(
+        return (
             f"| {name} | {_of(ran, 'rate'):.2f} | {limit} | {_of(ran, 'frames_evenness'):.2f} "
             f"| {device} | {1000 * _of(ran, 'middle_s'):.0f} | {1000 * _of(ran, 'late_s'):.0f} |"
         )
-    print("\n\\* with JPEG files both ways")
+
+    head = (
+        "streams | frames/s | of the networks' limit | worst / best frames/s "
+        "| worst / best device time | latency p50 ms | p95 ms"
+    )
+    turns.table("Several streams at once", head, systems, row)
+    print("\n\\* with JPEG files both ways", flush=True)
 
 
-def _beside_requests(weft: StreamingWeft, options: argparse.Namespace) -> None:
+def _beside_requests(turns: Turns) -> None:
     mixes = {"1": [settings()], "4": several(4)}
-    systems = {
-        (name, background): lambda mix=mix, background=background: weft.run(
-            mix, options.seconds, background=background
+    systems: dict[tuple[str, bool], Callable[[], Ran]] = {
+        (name, background): lambda mix=mix, background=background: turns.weft.run(
+            mix, turns.seconds, background=background
         )
         for name, mix in mixes.items()
         for background in (False, True)
     }
-    runs = _rounds(systems, options.rounds)
-    print("\n### Streams beside ordinary requests of 20 steps with cfg\n")
-    print("| streams | frames/s alone | beside | p95 ms alone | beside | ratio | images/s |")
-    print("|---|---|---|---|---|---|---|")
-    for name in mixes:
-        alone, beside = runs[name, False], runs[name, True]
-        ratio = median(b.late_s / a.late_s for a, b in zip(alone, beside, strict=True))
+
+    def row(name: tuple[str, bool], runs: Mapping[tuple[str, bool], Sequence[Ran]]) -> str | None:
+        streams, background = name
+        if not background or (streams, False) not in runs:
+            return None
+        alone, beside = runs[streams, False], runs[streams, True]
+        ratio = median(b.late_s / a.late_s for a, b in zip(alone, beside, strict=False))
         made = median(ran.ordinary / ran.seconds for ran in beside)
-        print(
-            f"| {name} | {_of(alone, 'rate'):.2f} | {_of(beside, 'rate'):.2f} "
+        return (
+            f"| {streams} | {_of(alone, 'rate'):.2f} | {_of(beside, 'rate'):.2f} "
             f"| {1000 * _of(alone, 'late_s'):.0f} | {1000 * _of(beside, 'late_s'):.0f} "
             f"| {ratio:.2f} x | {made:.2f} |"
         )
 
+    head = "streams | frames/s alone | beside | p95 ms alone | beside | ratio | images/s"
+    turns.table("Streams beside ordinary requests of 20 steps with cfg", head, systems, row)
 
-def _guidance(weft: StreamingWeft, options: argparse.Namespace) -> None:
+
+def _guidance(turns: Turns) -> None:
     for stages in (1, STAGES):
-        ours: dict[str, Callable[[], Ran]] = {
-            name: lambda kind=kind, stages=stages: weft.run(
-                [settings(stages, guidance=kind)], options.seconds / 2
+        theirs = _peers(turns, stages, [kind for _, kind in KINDS.values()], 0.5)
+        systems: dict[str, Callable[[], Ran]] = {}
+        for name, (kind, peers_kind) in KINDS.items():
+            peer = _peer_name(peers_kind)
+            if peer in theirs:
+                systems[peer] = theirs[peer]
+            systems[name] = lambda kind=kind, stages=stages: turns.weft.run(
+                [settings(stages, guidance=kind)], turns.seconds / 2
             )
-            for name, (kind, _) in KINDS.items()
-        }
-        theirs = _peers(weft, options, stages, [kind for _, kind in KINDS.values()], 0.5)
-        runs = _rounds({**ours, **theirs}, options.rounds)
-        print(f"\n### Guidance of one stream, stages: {stages}\n")
-        print("| guidance | Weft, frames/s | x cfg | StreamDiffusion, frames/s | x cfg |")
-        print("|---|---|---|---|---|")
-        for name, (_, kind) in KINDS.items():
+
+        def row(name: str, runs: Mapping[str, Sequence[Ran]]) -> str | None:
+            if name not in KINDS or "cfg" not in runs:
+                return None
             cells = [_beside(runs[name], runs["cfg"])]
-            if theirs:
-                cells.append(_beside(runs[_peer_name(kind)], runs[_peer_name("full")]))
-            print(f"| {name} | {' | '.join(cells)} |")
+            peer, full = _peer_name(KINDS[name][1]), _peer_name("full")
+            if peer in runs and full in runs:
+                cells.append(_beside(runs[peer], runs[full]))
+            return f"| {name} | {' | '.join(cells)} |"
+
+        head = "guidance | Weft, frames/s | x cfg"
+        if theirs:
+            head += " | StreamDiffusion, frames/s | x cfg"
+        turns.table(f"Guidance of one stream, stages: {stages}", head, systems, row)
 
 
-def _filter(weft: StreamingWeft, options: argparse.Namespace) -> None:
+def _filter(turns: Turns) -> None:
     """Seconds of work on a film whose second half stands still, but for the camera's noise."""
     plain = settings(guidance=KINDS["residual, self"][0])
     streams = {"none": plain, "similarity": {**plain, "similarity_filter": {}}}
-    work: dict[str, list[float]] = {name: [] for name in streams}
-    for _ in range(options.rounds):
-        for name, stream in streams.items():
-            about = weft.run_sessions([stream], 2 * options.seconds, fps=FILTERED_FPS, pauses=True)
-            work[name].append(about[1] / about[0].frames)
-    saved = median(a / b for a, b in zip(work["none"], work["similarity"], strict=True))
-    print("\n### Similarity filter, on a film that stands still for half of the time\n")
-    print("| filter | device ms a frame | saving |")
-    print("|---|---|---|")
-    for name, seconds in work.items():
-        factor = saved if name == "similarity" else 1.0
-        print(f"| {name} | {1000 * median(seconds):.1f} | {factor:.2f} x |")
+
+    def work(stream: Settings) -> float:
+        ran, worked_s = turns.weft.run_sessions(
+            [stream], 2 * turns.seconds, fps=FILTERED_FPS, pauses=True
+        )
+        return worked_s / ran.frames
+
+    systems = {name: lambda stream=stream: work(stream) for name, stream in streams.items()}
+
+    def row(name: str, runs: Mapping[str, Sequence[float]]) -> str:
+        pairs = zip(runs.get("none", ()), runs[name], strict=False)
+        factor = median([a / b for a, b in pairs] or [nan])
+        return f"| {name} | {1000 * median(runs[name]):.1f} | {factor:.2f} x |"
+
+    title = "Similarity filter, on a film that stands still for half of the time"
+    turns.table(title, "filter | device ms a frame | saving", systems, row)
 
 
 def _peers(
-    weft: StreamingWeft,
-    options: argparse.Namespace,
-    stages: int,
-    kinds: Sequence[str],
-    share: float = 1.0,
+    turns: Turns, stages: int, kinds: Sequence[str], share: float = 1.0
 ) -> dict[str, Callable[[], Ran]]:
     """StreamDiffusion at each kind of guidance; none of it where no folder is given."""
+    options, weft = turns.options, turns.weft
     if options.peer is None:
         return {}
-    frames, seconds = weft.frames(0), share * options.seconds
+    frames, seconds = weft.frames(0), share * turns.seconds
+
+    @cache
+    def warm(kind: str, *, channels_last: bool) -> StreamDiffusionPeer:
+        peer = StreamDiffusionPeer(
+            options.peer,
+            options.model,
+            side=weft.side,
+            stages=stages,
+            guidance=kind,
+            channels_last=channels_last,
+        )
+        peer.run(frames, WARM_UP_S)
+        return peer
+
+    def run(kind: str, *, channels_last: bool) -> Ran:
+        return warm(kind, channels_last=channels_last).run(frames, seconds)
+
     systems: dict[str, Callable[[], Ran]] = {}
     for kind in kinds:
-        for channels_last in (False, True) if len(kinds) == 1 else (True,):
-            peer = StreamDiffusionPeer(
-                options.peer,
-                options.model,
-                side=weft.side,
-                stages=stages,
-                guidance=kind,
-                channels_last=channels_last,
-            )
-            name = _peer_name(kind) if channels_last else "StreamDiffusion"
-            systems[name] = lambda peer=peer: peer.run(frames, seconds)
+        if len(kinds) == 1:
+            systems["StreamDiffusion"] = partial(run, kind, channels_last=False)
+        systems[_peer_name(kind)] = partial(run, kind, channels_last=True)
     return systems
 
 
@@ -251,21 +387,16 @@ def _peer_name(kind: str) -> str:
     return f"StreamDiffusion in channels_last, {kind}"
 
 
-def _rounds(systems: Mapping[Any, Callable[[], Ran]], rounds: int) -> dict[Any, list[Ran]]:
-    runs: dict[Any, list[Ran]] = {name: [] for name in systems}
-    for _ in range(rounds):
-        for name, run in systems.items():
-            runs[name].append(run())
-    return runs
-
-
 def _of(runs: Sequence[Ran], figure: str) -> float:
     return median(getattr(ran, figure) for ran in runs)
 
 
+def _ratio(runs: Sequence[Ran], others: Sequence[Ran]) -> float:
+    return median(a.rate / b.rate for a, b in zip(runs, others, strict=False))
+
+
 def _beside(runs: Sequence[Ran], others: Sequence[Ran]) -> str:
-    ratio = median(a.rate / b.rate for a, b in zip(runs, others, strict=True))
-    return f"{_of(runs, 'rate'):.2f} | {ratio:.2f}"
+    return f"{_of(runs, 'rate'):.2f} | {_ratio(runs, others):.2f}"
 
 
 def _options() -> argparse.Namespace:
@@ -277,6 +408,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", nargs="*", choices=sorted(PARTS), help="tables to print")
+    add_within(parser)
+    add_settle(parser)
     return parser.parse_args()
 
 
@@ -290,7 +423,7 @@ def _heading(options: argparse.Namespace) -> str:
     )
 
 
-PARTS: dict[str, Callable[[StreamingWeft, argparse.Namespace], None]] = {
+PARTS: dict[str, Callable[[Turns], None]] = {
     "one": _one_stream,
     "several": _several_streams,
     "beside": _beside_requests,
@@ -300,4 +433,4 @@ PARTS: dict[str, Callable[[StreamingWeft, argparse.Namespace], None]] = {
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import logging
 import platform
+import sys
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,8 +45,8 @@ BATCHES = (8, 16, 32)
 """Images in a static batch of homogeneous traffic, each a system of its own."""
 
 
-def main() -> None:
-    """Run the rounds and print the report."""
+def main() -> int:
+    """Run the rounds and print the report; 1 if something failed."""
     options = _options()
     allowance = Allowance(options.within)
     logging.getLogger("diffusers").setLevel(logging.ERROR)
@@ -59,7 +60,7 @@ def main() -> None:
             _homogeneous(architecture, options, allowance)
         else:
             _mixed(architecture, options, allowance)
-    allowance.report()
+    return allowance.report()
 
 
 def _mixed(architecture: Architecture, options: argparse.Namespace, allowance: Allowance) -> None:
@@ -152,4 +153,4 @@ def _describe(requests: list[Request]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

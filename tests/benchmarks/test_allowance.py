@@ -23,12 +23,24 @@ def test_what_there_is_no_time_for_is_left_out_and_reported(
     allowance = Allowance(1e6)
     assert allowance.allows(1, "a short run")
     assert not allowance.allows(2e6, "a long run")
-    allowance.report()
+    assert allowance.report() == 0
     told = capsys.readouterr()
     assert told.out == "\nNo time was left for: a long run.\n"
     first, second = told.err.splitlines()
     assert re.fullmatch(r"[\d.]+ s: a short run", first)
     assert "no time for a long run" in second
+
+
+def test_a_system_that_fails_is_reported_and_the_others_are_measured(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    allowance = Allowance()
+    assert allowance.attempt("a peer", lambda: {}["weights"]) is None
+    assert allowance.attempt("another", lambda: 7) == 7
+    assert allowance.report() == 1
+    told = capsys.readouterr()
+    assert told.out == "\nFailed: a peer.\n"
+    assert "KeyError: 'weights'" in told.err
 
 
 def test_imports_count() -> None:
