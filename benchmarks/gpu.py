@@ -1,7 +1,7 @@
 """All that is to be measured on a GPU, part by part, into one folder.
 
     python -m benchmarks.gpu --folder docs/gpu/h100
-    python -m benchmarks.gpu --folder FOLDER --only tests at-once-sd15 --seconds 500
+    python -m benchmarks.gpu --folder FOLDER --only tests at-once-sd15=90 --seconds 300
     python -m benchmarks.gpu --folder FOLDER --rehearse     # CPU, tiny sizes
 
 Each part is a command of its own. What it prints becomes ``PART.md``, with the command, the device
@@ -126,7 +126,7 @@ PARTS: Mapping[str, Part] = {
             "--architecture sd15 --counts 8 1 4 16 --batches 1 8 --images 3",
             f"--steps 2 {FEW}",
         ),
-        seconds=140,
+        seconds=110,
     ),
     "streams-sd15": Part(
         "Several live streams, Stable Diffusion 1.5's sizes, 4 stages",
@@ -141,7 +141,7 @@ PARTS: Mapping[str, Part] = {
         "Stable Diffusion XL's sizes, 1024 pixels, 20 steps with cfg",
         **_measured(
             "benchmarks.at_once",
-            "--architecture sdxl --counts 8 4 1 --batches 1 4 --images 1 --rounds 1",
+            "--architecture sdxl --counts 8 1 4 --batches 1 4 --images 1 --rounds 1 --settle 15",
             f"--architecture tiny_sdxl --steps 2 {FEW}",
         ),
         seconds=130,
@@ -158,9 +158,11 @@ PARTS: Mapping[str, Part] = {
     "mixed-sd15": Part(
         "Mixed traffic, Stable Diffusion 1.5's sizes",
         **_measured(
-            "benchmarks.throughput", "--architecture sd15 --requests 24 --rounds 2", ONE_RUN
+            "benchmarks.throughput",
+            "--architecture sd15 --requests 24 --rounds 1 --settle 15",
+            ONE_RUN,
         ),
-        seconds=90,
+        seconds=120,
     ),
     "tick-costs-sd15": Part(
         "Plans and guidance beside the denoiser, Stable Diffusion 1.5's sizes",
@@ -194,7 +196,7 @@ PARTS: Mapping[str, Part] = {
         "Compiled blocks and CUDA graphs, Stable Diffusion 1.5's sizes",
         **_measured(
             "benchmarks.compiled_blocks",
-            f"--architecture sd15 --folder {PROGRAMS} --wait 150",
+            f"--architecture sd15 --folder {PROGRAMS}",
             TINY_PROGRAMS,
         ),
         seconds=200,
@@ -239,7 +241,7 @@ PARTS: Mapping[str, Part] = {
         "Compiled blocks and CUDA graphs, Stable Diffusion XL's sizes",
         **_measured(
             "benchmarks.compiled_blocks",
-            f"--architecture sdxl --folder {PROGRAMS} --wait 480",
+            f"--architecture sdxl --folder {PROGRAMS}",
             TINY_PROGRAMS,
         ),
         seconds=540,
@@ -254,12 +256,13 @@ def main() -> int:
     options.folder.mkdir(parents=True, exist_ok=True)
     began, failed = monotonic(), False
     unnamed = [name for name, part in PARTS.items() if not part.by_name]
-    for name in options.only or unnamed:
+    chosen = options.only or [(name, PARTS[name].seconds) for name in unnamed]
+    for name, most_s in chosen:
         record = options.folder / f"{name}.json"
         if record.exists() and json.loads(record.read_text())["code"] == 0:
             print(f"{name}: done before", flush=True)
             continue
-        left = options.seconds - (monotonic() - began)
+        left = min(most_s, options.seconds - (monotonic() - began))
         if left < 1:
             print(f"{name}: no time left", flush=True)
             failed = True
@@ -272,9 +275,8 @@ def main() -> int:
     return int(failed)
 
 
-def _run(name: str, options: argparse.Namespace, left: float) -> dict[str, Any]:
+def _run(name: str, options: argparse.Namespace, limit_s: float) -> dict[str, Any]:
     part = PARTS[name]
-    limit_s = min(left, part.seconds)
     arguments = part.rehearsal if options.rehearse else part.command
     if part.within:
         arguments = (*arguments, "--within", f"{max(1, limit_s - ENDING_S):.0f}")
@@ -377,10 +379,23 @@ def _device() -> str:
     return f"{platform.processor() or platform.machine()} (no GPU: a rehearsal)"
 
 
+def _chosen(given: str) -> tuple[str, float]:
+    """The name of a part, and the seconds that it may take."""
+    name, _, seconds = given.partition("=")
+    if name not in PARTS:
+        raise argparse.ArgumentTypeError(f"{name!r} is no part; there are {', '.join(PARTS)}")
+    return name, float(seconds) if seconds else PARTS[name].seconds
+
+
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu")
     parser.add_argument("--folder", type=Path, required=True, help="for tables and records")
-    parser.add_argument("--only", nargs="+", choices=PARTS, help="parts to run")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        type=_chosen,
+        help="parts to run, in this order, each with =SECONDS if it may take others than its own",
+    )
     parser.add_argument("--seconds", type=float, default=float(LONGEST_S), help="in all")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, on a CPU")
     return parser.parse_args()

@@ -21,9 +21,9 @@ def part(code: str) -> gpu.Part:
     return gpu.Part("A title", ("-c", "raise SystemExit(3)"), ("-c", code), 60)
 
 
-def run(folder: Path, monkeypatch: pytest.MonkeyPatch, **parts: gpu.Part) -> int:
+def run(folder: Path, monkeypatch: pytest.MonkeyPatch, *options: str, **parts: gpu.Part) -> int:
     monkeypatch.setattr(gpu, "PARTS", parts)
-    monkeypatch.setattr(sys, "argv", ["gpu", "--folder", str(folder), "--rehearse"])
+    monkeypatch.setattr(sys, "argv", ["gpu", "--folder", str(folder), "--rehearse", *options])
     return gpu.main()
 
 
@@ -74,6 +74,16 @@ def test_a_benchmark_is_told_how_long_it_may_take(
 ) -> None:
     told = replace(part("import sys; print(sys.argv[1:])"), within=True)
     assert run(tmp_path, monkeypatch, one=told) == 0
+    assert "['--within', '55']" in (tmp_path / "one.md").read_text()
+
+
+def test_a_part_may_be_given_other_seconds_than_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = replace(part("import sys; print(sys.argv[1:])"), within=True)
+    only = "--only", "two=30", "one"
+    assert run(tmp_path, monkeypatch, *only, one=told, two=told, three=part("raise KeyError")) == 0
+    assert "['--within', '25']" in (tmp_path / "two.md").read_text()
     assert "['--within', '55']" in (tmp_path / "one.md").read_text()
 
 
