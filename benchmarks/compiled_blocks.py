@@ -90,8 +90,11 @@ def main() -> None:
         )
         late, made = compiler.stop(), blocks.compilation
         allowance.say(f"{made.compiled} shapes of blocks are compiled")
-        print(f"\n{made.compiled} shapes of blocks compiled, {made.eager} as ever: {late} of")
-        print("these for want of time, the others as they are no faster or cannot be compiled")
+        print(
+            f"\n{made.compiled} shapes of blocks are compiled, {made.eager} run as they are, of "
+            f"which {late} for want of time",
+            flush=True,
+        )
         if not made.compiled:
             return
         forms["compiled"] = _plain(model, blocks)
