@@ -22,6 +22,7 @@ import platform
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
+from math import inf
 from pathlib import Path
 from statistics import mean, median
 from tempfile import TemporaryDirectory
@@ -91,8 +92,10 @@ def main() -> int:
     architecture = build(options.architecture, options.device, options.dtype, allowance.say)
     print(_heading(options), flush=True)
     # Before an engine runs: one that has nothing to do records graphs on the same device.
-    alone = _static(architecture, 1, options, allowance)
-    print(f"\ndiffusers, one by one: {alone:.2f} images/s", flush=True)
+    one_by_one = "diffusers, one by one"
+    alone = allowance.attempt(one_by_one, partial(_static, architecture, 1, options, allowance))
+    if alone is not None:
+        print(f"\n{one_by_one}: {alone:.2f} images/s", flush=True)
     weft = Weft(architecture, None)
     allowance.say("engine ready")
     ours = _weft_by_counts(weft, architecture, alone, options, allowance)
@@ -106,7 +109,7 @@ def main() -> int:
 def _weft_by_counts(
     weft: Weft,
     architecture: Architecture,
-    alone: float,
+    alone: float | None,
     options: argparse.Namespace,
     allowance: Allowance,
 ) -> dict[int, Ran]:
@@ -120,7 +123,7 @@ def _weft_by_counts(
     ours: dict[int, Ran] = {}
     for count in options.counts:
         # No slower than one by one, and often faster.
-        least = options.images * count / alone
+        least = options.images * count / (alone or inf)
         if not allowance.allows(least, f"Weft, {count} at once"):
             continue
         with weft.undisturbed():
@@ -133,9 +136,10 @@ def _weft_by_counts(
         ours[count] = ran
         shares = " | ".join(f"{ran.rate / limit:.2f}" for limit in limits)
         works = " | ".join(f"{share:.0%}" for share in ran.shares.values())
+        beside = "" if alone is None else f"{ran.rate / alone:.2f}"
         print(
             f"| {count} | {ran.rate:.2f} | {ran.mean_s:.2f} | {ran.late_s:.2f} "
-            f"| {shares} | {ran.rate / alone:.2f} | {ran.rows:.1f} | {works} |",
+            f"| {shares} | {beside} | {ran.rows:.1f} | {works} |",
             flush=True,
         )
     return ours
@@ -145,7 +149,7 @@ def _batches(
     weft: Weft,
     architecture: Architecture,
     ours: Mapping[int, Ran],
-    alone: float,
+    alone: float | None,
     options: argparse.Namespace,
     allowance: Allowance,
 ) -> None:
@@ -154,7 +158,8 @@ def _batches(
     if batches:
         print("\n| diffusers, batches of | images/s | Weft's is |\n|---|---|---|", flush=True)
     for count in batches:
-        if count > 1 and not allowance.allows(3 * count / alone, f"static batches of {count}"):
+        longest = 3 * count / (alone or inf)
+        if count > 1 and not allowance.allows(longest, f"static batches of {count}"):
             continue
         call = partial(_static, architecture, count, options, allowance)
         with weft.undisturbed():
