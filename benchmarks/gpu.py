@@ -91,11 +91,13 @@ def _tested(*files: str) -> tuple[str, ...]:
 LONGEST_S = 1500
 """For all parts that run unnamed."""
 
+RECORDINGS = "tests/server/engine/test_cuda_recordings.py"
 LOST_DEVICE = "tests/server/test_lost_device.py"
 
 CUDA_TESTS = (
     "tests/benchmarks/test_peers.py",
     "tests/server/engine/test_cuda.py",
+    RECORDINGS,
     "tests/server/models/gguf/test_blocks.py",
     LOST_DEVICE,
 )
@@ -210,6 +212,13 @@ PARTS: Mapping[str, Part] = {
             f"--architecture tiny_z_image --steps 2 --scale 0 --compile {FEW}",
         ),
         seconds=140,
+    ),
+    "tests-recordings": Part(
+        "Tests of forwards that are recorded as CUDA graphs",
+        _tested(RECORDINGS, CUDA_TESTS[0]),
+        _tested(RECORDINGS, CUDA_TESTS[0]),
+        seconds=60,
+        by_name=True,
     ),
     "homogeneous-sd15": Part(
         "Homogeneous traffic, Stable Diffusion 1.5's sizes",
