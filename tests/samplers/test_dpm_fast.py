@@ -64,7 +64,7 @@ def theirs(evaluations: int, eta: float) -> Tensor:
 @pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
 def test_a_run_with_any_budget_is_that_of_k_diffusion(eta: float) -> None:
     for evaluations in (1, 2, 3, 5, 9, 20):
-        grid = EDM.grid(LogSNR(), evaluations, t_end=EDM.t_end)
+        grid = EDM.grid(DPMFast.default_spacing, evaluations, t_end=EDM.t_end)
         plan = DPMFast(eta=eta).plan(grid)
         assert plan.evaluations == evaluations
         ours = integrate(plan, DATA, START, lambda stage, plan=plan: NOISE[plan.step[stage]])
