@@ -19,3 +19,18 @@ def whole_number(name: str, value: object, least: int) -> int:
     if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {least}.")
     return int(value)
+
+
+def number(name: str, value: object) -> float:
+    """A number that a caller gave or a file holds, as a float.
+
+    Args:
+        name: of the argument, for the refusal.
+        value: what was given for it.
+
+    Raises:
+        ValueError: it is a text, a truth value or anything else that is no number.
+    """
+    if not isinstance(value, int | float | np.integer | np.floating) or isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}; it must be a number.")
+    return float(value)

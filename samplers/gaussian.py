@@ -13,6 +13,8 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from samplers.levels import F64
@@ -32,11 +34,17 @@ class GaussianDenoiser:
         schedule: the noise schedule, of any kind.
         mean: mean of the data.
         deviation: standard deviation of the data, at least 0.
+
+    Raises:
+        ValueError: a deviation below 0, or numbers that are not finite.
     """
 
     schedule: NoiseSchedule
     mean: float = 0.0
     deviation: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check((1.0,), (self.mean,), (self.deviation,))
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
         """The posterior mean of the data given x at time t, of the shape of x."""
@@ -67,12 +75,19 @@ class GaussianMixtureDenoiser:
         weights: shares of the components, summing to 1.
         means: their means.
         deviations: their standard deviations, at least 0.
+
+    Raises:
+        ValueError: not as many of the one as of the other, weights that are below 0 or do not sum
+            to 1, deviations below 0, or numbers that are not finite.
     """
 
     schedule: NoiseSchedule
     weights: tuple[float, ...] = (0.4, 0.6)
     means: tuple[float, ...] = (-1.0, 0.8)
     deviations: tuple[float, ...] = (0.5, 0.4)
+
+    def __post_init__(self) -> None:
+        _check(self.weights, self.means, self.deviations)
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
         """The posterior mean of the data given x at time t, of the shape of x."""
@@ -128,3 +143,17 @@ class GaussianMixtureDenoiser:
 def _level(schedule: NoiseSchedule, t: float) -> tuple[float, float]:
     alpha, sigma = schedule.level(np.array(t))
     return float(alpha), float(sigma)
+
+
+def _check(weights: Sequence[float], means: Sequence[float], deviations: Sequence[float]) -> None:
+    if not len(weights) == len(means) == len(deviations):
+        raise ValueError(
+            f"weights, means and deviations have {len(weights)}, {len(means)} and "
+            f"{len(deviations)} entries; each component has one of each."
+        )
+    if not np.isfinite(means).all():
+        raise ValueError(f"means are {tuple(means)}; they must be finite.")
+    if not all(0 <= deviation < np.inf for deviation in deviations):
+        raise ValueError(f"deviations are {tuple(deviations)}; they must be finite and at least 0.")
+    if not all(weight >= 0 for weight in weights) or abs(sum(weights) - 1) > 1e-9:
+        raise ValueError(f"weights are {tuple(weights)}; they must be at least 0 and sum to 1.")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from samplers.arguments import whole_number
+from samplers.arguments import number, whole_number
 from samplers.plan_error import PlanError
 
 if TYPE_CHECKING:
@@ -55,8 +55,8 @@ class Grid:
         steps = whole_number("steps", steps, least=1)
         if t_start is None and t_end is None:
             return cls.on_times(schedule, spacing.evaluated(schedule, steps), spacing, clean=True)
-        first = schedule.t_start if t_start is None else t_start
-        last = schedule.t_end if t_end is None else t_end
+        first = schedule.t_start if t_start is None else number("t_start", t_start)
+        last = schedule.t_end if t_end is None else number("t_end", t_end)
         _, sigma_last = schedule.level(np.array(last))
         if not schedule.t_start >= first > last >= 0 or sigma_last == 0:
             raise ValueError(

@@ -36,7 +36,7 @@ from torch.func import jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from typing_extensions import override
 
-from samplers.arguments import whole_number
+from samplers.arguments import number, whole_number
 from samplers.statistics import Statistics, StatisticsIdentity, schedule_fingerprint
 from samplers.whole_file import write_whole
 
@@ -266,15 +266,15 @@ def compute_statistics(
             type or not finite, a model that predicts values that are not, or a checkpoint of
             another run.
     """
-    for name, number, least in (
+    for name, value, least in (
         ("count", count, 2),
         ("points", points, 3),
         ("chunk", chunk, 1),
         ("seed", seed, 0),
     ):
-        whole_number(name, number, least)
-    first = _noisiest(schedule) if t_start is None else t_start
-    last = schedule.t_end if t_end is None else t_end
+        whole_number(name, value, least)
+    first = _noisiest(schedule) if t_start is None else number("t_start", t_start)
+    last = schedule.t_end if t_end is None else number("t_end", t_end)
     _check(schedule, first, last, reach, mixtures)
     places = Points.of(schedule, points, first, last, reach)
     weights = [mixture.weights for mixture in mixtures]
@@ -461,7 +461,7 @@ def _check(
             f"{schedule.t_start:g} down to a lower time, with signal at the one and noise at the "
             "other."
         )
-    if not 0 <= reach < np.inf:
+    if not 0 <= number("reach", reach) < np.inf:
         raise ValueError(f"reach is {reach:g}; it must be finite and at least 0.")
     if not mixtures:
         raise ValueError("mixtures is empty; at least one is needed.")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from typing_extensions import override
 
-from samplers.arguments import whole_number
+from samplers.arguments import number, whole_number
 from samplers.grid import Grid
 from samplers.levels import Levels
 
@@ -85,7 +85,7 @@ class NoiseSchedule(Levels):
             shifts = (config.get("shift"), config.get("flow_shift"), 1.0)
             trained = _trained_steps(config)
             return FlowMatching(
-                shift=float(next(shift for shift in shifts if shift is not None)),
+                shift=next(shift for shift in shifts if shift is not None),
                 trained_steps=trained,
                 noisiest=1 - 1 / trained if leaves_out_pure_noise(config) else 1.0,
             )
@@ -93,8 +93,8 @@ class NoiseSchedule(Levels):
             return TrigFlow()
         if name.startswith("EDM") or ("sigma_data" in config and not has_betas):
             return EDM(
-                sigma_min=float(config.get("sigma_min", 0.002)),
-                sigma_max=float(config.get("sigma_max", 80.0)),
+                sigma_min=config.get("sigma_min", 0.002),
+                sigma_max=config.get("sigma_max", 80.0),
             )
         # A PNDMScheduler that leaves it out lands on the first trained step, unlike all others,
         # and a TCDScheduler whatever it says.
@@ -267,10 +267,11 @@ class LinearVP(VariancePreserving):
     beta_max: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.beta_min <= self.beta_max < np.inf:
+        least, most = number("beta_min", self.beta_min), number("beta_max", self.beta_max)
+        if not 0 < least <= most < np.inf:
             raise ValueError(
-                f"beta_min is {self.beta_min:g} and beta_max is {self.beta_max:g}; beta_min must "
-                "be above 0, and beta_max finite and not below it."
+                f"beta_min is {least:g} and beta_max is {most:g}; beta_min must be above 0, and "
+                "beta_max finite and not below it."
             )
 
     @property
@@ -315,12 +316,12 @@ class FlowMatching(NoiseSchedule):
     noisiest: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.shift < np.inf:
+        if not 0 < number("shift", self.shift) < np.inf:
             raise ValueError(f"shift is {self.shift:g}; it must be finite and above 0.")
         whole_number("trained_steps", self.trained_steps, least=2)
         if (self.terminal is None) != (self.steps is None):
             raise ValueError("terminal and steps go together; give both or neither.")
-        if self.terminal is not None and not 0 < self.terminal < 1:
+        if self.terminal is not None and not 0 < number("terminal", self.terminal) < 1:
             raise ValueError(f"terminal is {self.terminal:g}; it must be above 0 and below 1.")
         if self.steps is not None:
             whole_number("steps", self.steps, least=2)
@@ -462,10 +463,11 @@ class EDM(NoiseSchedule):
     sigma_max: float = 80.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.sigma_min < self.sigma_max < np.inf:
+        least, most = number("sigma_min", self.sigma_min), number("sigma_max", self.sigma_max)
+        if not 0 < least < most < np.inf:
             raise ValueError(
-                f"sigma_min is {self.sigma_min:g} and sigma_max is {self.sigma_max:g}; sigma_min "
-                "must be above 0, and sigma_max finite and above it."
+                f"sigma_min is {least:g} and sigma_max is {most:g}; sigma_min must be above 0, and "
+                "sigma_max finite and above it."
             )
 
     @property
@@ -525,7 +527,8 @@ def _trained_steps(config: Mapping[str, Any]) -> int:
 
 
 def _ends_of_betas(config: Mapping[str, Any]) -> tuple[float, float]:
-    first, last = float(config.get("beta_start", 0.0001)), float(config.get("beta_end", 0.02))
+    first = number("beta_start", config.get("beta_start", 0.0001))
+    last = number("beta_end", config.get("beta_end", 0.02))
     if not 0 < first <= last < 1:
         raise ValueError(
             f"beta_start is {first:g} and beta_end is {last:g}; beta_start must be above 0, and "
@@ -535,11 +538,13 @@ def _ends_of_betas(config: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def _listed_betas(listed: Any) -> F64:
-    betas = np.asarray(listed, np.float64)
+    refusal = "trained_betas must be a list of at least 2 numbers, each above 0 and below 1."
+    try:
+        betas = np.asarray(listed, np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(refusal) from None
     if betas.ndim != 1 or len(betas) < 2 or not ((betas > 0) & (betas < 1)).all():
-        raise ValueError(
-            "trained_betas must be a list of at least 2 numbers, each above 0 and below 1."
-        )
+        raise ValueError(refusal)
     return betas
 
 

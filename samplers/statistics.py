@@ -98,8 +98,8 @@ class Statistics:
         identity: what they are of; None for closed forms.
 
     Raises:
-        ValueError: arrays that differ in shape, points that do not rise, or values that are not
-            finite.
+        ValueError: arrays that differ in shape, no points or some that do not rise, or values that
+            are not finite.
     """
 
     half_log_snr: F64
@@ -115,6 +115,8 @@ class Statistics:
                 f"l, s and b have the shapes {', '.join(map(str, shapes))}; all must be alike, "
                 f"with one entry for each of the {self.half_log_snr.size} points of half_log_snr."
             )
+        if not self.half_log_snr.size:
+            raise ValueError("half_log_snr is empty; it must have at least one point.")
         for name in ("half_log_snr", "l", "s", "b"):
             if not np.isfinite(getattr(self, name)).all():
                 raise ValueError(f"{name} has values that are not finite.")

@@ -79,3 +79,19 @@ def test_transport_of_a_gaussian_is_the_published_solution() -> None:
     x = torch.tensor([1.7], dtype=torch.float64)
     expected = alpha_to * (0.3 + (x / alpha - 0.3) * ratio)
     torch.testing.assert_close(data.transport(x, 0.7, 0.2), expected)
+
+
+def test_data_that_cannot_be_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"deviations are \(-1,\); they must be finite and at least"
+    ):
+        GaussianDenoiser(VP, 0, -1)
+    with pytest.raises(ValueError, match=r"means are \(nan,\); they must be finite"):
+        GaussianDenoiser(VP, np.nan)
+    with pytest.raises(ValueError, match="weights, means and deviations have 2, 1 and 2 entries"):
+        GaussianMixtureDenoiser(VP, means=(0.0,))
+    for weights in ((0.5, 0.6), (1.5, -0.5), (np.nan, 0.5)):
+        with pytest.raises(
+            ValueError, match=r"weights are \(.*; they must be at least 0 and sum to"
+        ):
+            GaussianMixtureDenoiser(VP, weights)

@@ -400,6 +400,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
         ({"chunk": 0}, "chunk is 0; it must be a whole number of at least 1"),
         ({"seed": -1}, "seed is -1; it must be a whole number of at least 0"),
         ({"reach": np.nan}, "reach is nan; it must be finite and at least 0"),
+        ({"reach": "0.2"}, "reach is '0.2'; it must be a number"),
         ({"samples": drawn(2).half()}, r"samples is of type torch\.float16; it must be float32 or"),
         ({"samples": drawn(2).long()}, r"samples is of type torch\.int64; it must be float32 or"),
         ({"samples": drawn(2) * np.nan}, "samples has values that are not finite"),

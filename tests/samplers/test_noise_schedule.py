@@ -1,5 +1,7 @@
 """Levels of the schedules, their inverse, and diffusers' own."""
 
+import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -202,6 +204,32 @@ def test_sigmas_of_edm_are_positive_and_rise(ends: tuple[float, float]) -> None:
 def test_a_model_has_at_least_two_trained_timesteps(config: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="num_train_timesteps is 1; it must be a whole number of"):
         NoiseSchedule.from_diffusers({**config, "num_train_timesteps": 1})
+
+
+def test_what_is_no_number_is_refused_by_the_name_of_its_argument() -> None:
+    """Files of models hold texts, null and truth values where numbers should be."""
+    vp = NoiseSchedule.vp_linear()
+    kind = NoiseSchedule.from_diffusers
+    makers: dict[str, Callable[[Any], object]] = {
+        "shift": NoiseSchedule.flow,
+        "beta_min": NoiseSchedule.vp_linear,
+        "sigma_max": lambda value: NoiseSchedule.edm(sigma_max=value),
+        "beta_start": lambda value: kind({"beta_start": value}),
+        "beta_end": lambda value: kind({"beta_end": value}),
+        "sigma_min": lambda value: kind({"_class_name": "EDMEulerScheduler", "sigma_min": value}),
+        "t_start": lambda value: vp.grid("logsnr", 5, t_start=value),
+        "t_end": lambda value: vp.grid("logsnr", 5, t_end=value),
+    }
+    for name, make in makers.items():
+        for wrong in ("0.5", True, [1]):
+            refusal = re.escape(f"{name} is {wrong!r}; it must be a number.")
+            with pytest.raises(ValueError, match=refusal):
+                make(wrong)
+    for wrong in ("x", [0.1, None]):
+        with pytest.raises(ValueError, match="trained_betas must be a list of at least 2 numbers"):
+            kind({"trained_betas": wrong})
+    with pytest.raises(ValueError, match="beta_start is None; it must be a number"):
+        kind({"beta_start": None})
 
 
 @given(name=st.sampled_from(sorted(SCHEDULES)), share=st.floats(0, 1))

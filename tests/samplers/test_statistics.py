@@ -119,6 +119,7 @@ def test_what_holds_no_statistics_is_refused(statistics: Statistics, tmp_path: P
         ({"s": np.zeros((4, 4, 3, 2))}, r"shapes \(5, 4, 3, 2\), \(4, 4, 3, 2\), .* the 5 points"),
         ({"b": np.full((5, 4, 3, 2), np.nan)}, "b has values that are not finite"),
         ({"half_log_snr": np.array([0, 1, 2, 3, np.nan])}, "half_log_snr has values that are not"),
+        (dict.fromkeys(("half_log_snr", "l", "s", "b"), np.zeros(0)), "half_log_snr is empty"),
     ],
 )
 def test_spoilt_arrays_are_refused(
