@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from samplers.spacing import Spacing
 
 
-class Flow(NamedTuple):
+class SlopeRange(NamedTuple):
     """A schedule, and the times between which a sampler's order is measured on it."""
 
     schedule: NoiseSchedule
@@ -29,9 +29,9 @@ class Flow(NamedTuple):
 
 
 FLOWS: Final = (
-    Flow(NoiseSchedule.vp_linear(), 1.0, 0.02),
-    Flow(NoiseSchedule.flow(), 0.99, 0.05),
-    Flow(NoiseSchedule.edm(), 20.0, 0.05),
+    SlopeRange(NoiseSchedule.vp_linear(), 1.0, 0.02),
+    SlopeRange(NoiseSchedule.flow(), 0.99, 0.05),
+    SlopeRange(NoiseSchedule.edm(), 20.0, 0.05),
 )
 """One schedule of each kind: variance preserving, flow matching, variance exploding."""
 STEPS: Final = (1, 2, 3, 5, 20)
@@ -40,7 +40,7 @@ SLOPE_STEPS: Final = (81, 162, 324)
 """Runs that an order is measured by: multiples of 3, after which dpm_fast ends alike."""
 
 
-def check_sampler(sampler: Sampler, flows: Sequence[Flow] = FLOWS) -> None:
+def check_sampler(sampler: Sampler, flows: Sequence[SlopeRange] = FLOWS) -> None:
     """All promises of a sampler, over schedules of each kind and few and many steps.
 
     Call it once for each setting that behaves differently. A field that lowers the order of the
@@ -201,7 +201,7 @@ def check_moves(sampler: Sampler, schedule: NoiseSchedule, t_end: float = 0.1) -
 
 
 def measured_order(
-    sampler: Sampler, flow: Flow = FLOWS[0], steps: Sequence[int] = SLOPE_STEPS
+    sampler: Sampler, flow: SlopeRange = FLOWS[0], steps: Sequence[int] = SLOPE_STEPS
 ) -> float:
     """The power of the step with which the error falls, against a flow that is known exactly.
 
@@ -228,7 +228,7 @@ def measured_order(
     return -float(np.polyfit(np.log(steps), np.log(errors), 1)[0])
 
 
-def check_order(sampler: Sampler, flow: Flow = FLOWS[0], tolerance: float = 0.25) -> None:
+def check_order(sampler: Sampler, flow: SlopeRange = FLOWS[0], tolerance: float = 0.25) -> None:
     """The order of convergence is the declared one; a sampler that declares 0 passes.
 
     Raises:

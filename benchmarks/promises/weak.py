@@ -22,7 +22,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from server.cli import main as command_line
 from server.decoding import picture
 from server.decoding.pool import Decoded, DecodePool
-from server.decoding.worker import Job, decoded
+from server.decoding.worker import DecodingJob, decoded
 from server.engine import fair_queue, selection
 from server.engine.scheduler import fill
 from server.engine.stages import Failure, Stages
@@ -90,7 +90,7 @@ def _plain_connections(_: Settings) -> type[asyncio.Protocol]:
 async def _decode_in_a_thread(_: DecodePool, one: Any, **__: bool) -> Decoded:
     content = one.data.encode() if isinstance(one.data, str) else one.data
     coded = isinstance(one.data, str)
-    job = Job(len(content), one.field, False, one.mask, coded, MANY, one.target, MANY)
+    job = DecodingJob(len(content), one.field, False, one.mask, coded, MANY, one.target, MANY)
     return Decoded(np.asarray(await asyncio.to_thread(decoded, job, content)), {})
 
 

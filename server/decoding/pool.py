@@ -23,9 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from server.decoding.picture import WHITE, MaskForm
-from server.decoding.sizing import Target
-from server.decoding.turns import Turns
-from server.decoding.worker import Answer, Job
+from server.decoding.sizing import PictureTarget
+from server.decoding.turns import DecodingTurns
+from server.decoding.worker import Answer, DecodingJob
 from server.errors import InvalidRequest, Overloaded, TooLarge, WeftError
 from server.settings import Limits
 
@@ -44,7 +44,7 @@ STARVED: Final = 12
 
 LOOKED_EVERY_S: Final = 0.01
 
-OWN_SIZE: Final = Target()
+OWN_SIZE: Final = PictureTarget()
 
 OWN_BYTES: Final = 256 * 2**20
 """Address space of a process before it decodes anything, and some room."""
@@ -71,7 +71,7 @@ class _Picture:
 
     data: str | bytes
     field: str
-    target: Target
+    target: PictureTarget
     mask: MaskForm | None = None
     texts: bool = False
     read: Future[Decoded] = of_dataclass(default_factory=Future)
@@ -105,13 +105,13 @@ class DecodePool:
         self._idle: list[_Worker] = []
         self._closed = False
         self._lock = Lock()
-        self._turns: Turns[_Picture] = Turns()
+        self._turns: DecodingTurns[_Picture] = DecodingTurns()
         self._threads = ThreadPoolExecutor(processes, thread_name_prefix="weft-decode")
         # A pool that nobody closes takes its processes with it.
         weakref.finalize(self, _end, self._idle)
 
     async def picture(
-        self, data: str | bytes, field: str, target: Target = OWN_SIZE
+        self, data: str | bytes, field: str, target: PictureTarget = OWN_SIZE
     ) -> NDArray[np.uint8]:
         """Decode a picture to RGB; transparency is flattened over white.
 
@@ -133,7 +133,7 @@ class DecodePool:
         """
         return (await self._uploaded(_Picture(data, field, target))).pixels
 
-    async def frame(self, data: bytes, target: Target) -> NDArray[np.uint8]:
+    async def frame(self, data: bytes, target: PictureTarget) -> NDArray[np.uint8]:
         """Decode an input frame of a live stream, before all pictures that are none.
 
         Args:
@@ -146,7 +146,7 @@ class DecodePool:
         self,
         data: str | bytes,
         field: str,
-        target: Target = OWN_SIZE,
+        target: PictureTarget = OWN_SIZE,
         form: MaskForm = WHITE,
     ) -> NDArray[np.uint8]:
         """Decode a mask to uint8 `[height, width]`, 255 where the picture is repainted.
@@ -216,7 +216,7 @@ class DecodePool:
     def _read(self, picture: _Picture) -> Decoded:
         data = picture.data
         content = data.encode(errors="replace") if isinstance(data, str) else data
-        job = Job(
+        job = DecodingJob(
             length=len(content),
             field=picture.field,
             mask=picture.mask,
@@ -280,7 +280,7 @@ class _Worker:
         for pipe in (self._jobs, self._answers):
             pipe.close()
 
-    def decode(self, job: Job, content: bytes, seconds: float) -> Decoded:
+    def decode(self, job: DecodingJob, content: bytes, seconds: float) -> Decoded:
         try:
             answer = self._asked(job, content, seconds)
             if answer.refusal is None:
@@ -319,7 +319,7 @@ class _Worker:
             log.error("the decoding process ended with %s", self._process.returncode)
             raise WeftError("The process that decodes uploaded images ended while it started.")
 
-    def _asked(self, job: Job, content: bytes, seconds: float) -> Answer:
+    def _asked(self, job: DecodingJob, content: bytes, seconds: float) -> Answer:
         waited = _Waited(self._process.pid, seconds)
         self._write(json.dumps(asdict(job)).encode() + b"\n", waited)
         self._write(content, waited)

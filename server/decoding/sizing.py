@@ -9,7 +9,7 @@ from typing import Literal
 from PIL import Image, ImageOps
 from PIL.Image import Resampling
 
-__all__ = ["Mode", "ResizeMode", "Target", "brought_to", "fit"]
+__all__ = ["Mode", "PictureTarget", "ResizeMode", "brought_to", "fit"]
 
 ResizeMode = Literal["stretch", "crop", "fill"]
 """What becomes of other proportions: they are stretched, the picture is cropped around its middle,
@@ -20,7 +20,7 @@ Mode = ResizeMode | Literal["middle"]
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class PictureTarget:
     """What a picture is brought to.
 
     Attributes:
@@ -91,7 +91,7 @@ class Target:
         return max(steps, 1) * self.multiple
 
 
-def brought_to(image: Image.Image, target: Target, most_pixels: int) -> Image.Image:
+def brought_to(image: Image.Image, target: PictureTarget, most_pixels: int) -> Image.Image:
     """The picture at the size of its target; as it is if that has more than ``most_pixels``."""
     width, height = target.size_of(image.width, image.height, most_pixels)
     if target.mode == "middle":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Final, Generic, TypeVar
 
-__all__ = ["Turns"]
+__all__ = ["DecodingTurns"]
 
 T = TypeVar("T")
 
@@ -13,7 +13,7 @@ FRAMES_IN_A_ROW: Final = 3
 """After so many frames an upload is decoded, if one waits: streams alone could fill the time."""
 
 
-class Turns(Generic[T]):
+class DecodingTurns(Generic[T]):
     """What waits to be decoded."""
 
     def __init__(self) -> None:

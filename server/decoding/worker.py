@@ -1,8 +1,8 @@
 """The process that decodes: reads jobs from its standard input and writes pixels to its output.
 
-An empty line says that it is ready. A job is a line of JSON, :class:`Job`, and the bytes that it
-announces. The answer is a line of JSON, :class:`Answer`, and the pixels that it announces. The
-process ends when its input does.
+An empty line says that it is ready. A job is a line of JSON, :class:`DecodingJob`, and the bytes
+that it announces. The answer is a line of JSON, :class:`Answer`, and the pixels that it announces.
+The process ends when its input does.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import IO, Any
 from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
 from server.decoding.picture import MaskForm, decode_mask, decode_picture, file_of
-from server.decoding.sizing import Target, brought_to
+from server.decoding.sizing import PictureTarget, brought_to
 from server.decoding.texts import texts_of
 from server.errors import InvalidRequest, TooLarge
 
-__all__ = ["NICENESS", "Answer", "Job", "decoded", "main"]
+__all__ = ["NICENESS", "Answer", "DecodingJob", "decoded", "main"]
 
 FORMATS = JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
@@ -31,7 +31,7 @@ NICENESS = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class DecodingJob:
     """What to decode.
 
     Attributes:
@@ -51,7 +51,7 @@ class Job:
     mask: MaskForm | None
     encoded: bool
     max_pixels: int
-    target: Target
+    target: PictureTarget
     max_resampled: int
 
 
@@ -102,15 +102,15 @@ def _serve(jobs: IO[bytes], answers: IO[bytes]) -> None:
         answers.flush()
 
 
-def _job(fields: dict[str, Any]) -> Job:
-    job = replace(Job(**fields), target=Target(**fields["target"]))
+def _job(fields: dict[str, Any]) -> DecodingJob:
+    job = replace(DecodingJob(**fields), target=PictureTarget(**fields["target"]))
     if job.mask is None:
         return job
     form = MaskForm(**fields["mask"])
     return replace(job, mask=replace(form, blur=tuple(form.blur)))
 
 
-def _answer(job: Job, data: bytes) -> tuple[Answer, bytes]:
+def _answer(job: DecodingJob, data: bytes) -> tuple[Answer, bytes]:
     try:
         if job.texts:
             data = file_of(data, job.field) if job.encoded else data
@@ -126,7 +126,7 @@ def _answer(job: Job, data: bytes) -> tuple[Answer, bytes]:
     return Answer(shape), image.tobytes()
 
 
-def decoded(job: Job, data: bytes) -> Image.Image:
+def decoded(job: DecodingJob, data: bytes) -> Image.Image:
     """What a job asks for.
 
     Raises:

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence as Listed
     from contextlib import AbstractContextManager
 
-    from server.engine.preparation import Prepared
+    from server.engine.preparation import PreparedForwards
     from server.engine.reservation import Reservation
     from server.engine.state.sequence import ImageResult, Listener
     from server.engine.task import ImageTask
@@ -540,7 +540,7 @@ class Engine:
         self._active.remove(sequence)
         self._reception.see_off(sequence)
 
-    def prepared(self, model: HostedModel) -> Prepared:
+    def prepared(self, model: HostedModel) -> PreparedForwards:
         """What has been done for the forwards of a hosted model; safe from any thread."""
         return self._idle_work.prepared(model)
 

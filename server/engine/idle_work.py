@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from server.engine.capture import CudaRecorder
 from server.engine.faults import attempt, free_memory
-from server.engine.preparation import AT_START, Preparation, Prepared
+from server.engine.preparation import AT_START, Preparation, PreparedForwards
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable
@@ -97,10 +97,10 @@ class IdleWork:
             return None
         return self._preparation.forwards(model, shape, cost, most)
 
-    def prepared(self, model: HostedModel) -> Prepared:
+    def prepared(self, model: HostedModel) -> PreparedForwards:
         """What has been done for the forwards of a model; safe from any thread."""
         if self._preparation is None:
-            return Prepared()
+            return PreparedForwards()
         return self._preparation.of(model.facts.name, model.default_shape)
 
     @property

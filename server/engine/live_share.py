@@ -54,7 +54,7 @@ class Shares:
         return replace(self, credit=self.credit + earned - ordinary_s)
 
 
-class Choice(NamedTuple):
+class LiveChoice(NamedTuple):
     """The images of the next tick, as indices, and the shares once it has run."""
 
     chosen: list[int]
@@ -100,7 +100,7 @@ def share_tick(
     turns: Turns,
     lanes: Mapping[int, LaneCosts],
     rows_of: Callable[[Load], int],
-) -> Choice:
+) -> LiveChoice:
     """The next tick while images of live streams are under way.
 
     The stream that has had least decides the lane. Its tick has the images of all streams of the
@@ -136,7 +136,7 @@ def share_tick(
         credit = max(min(0.0, balance), balance - seconds * riders.rows / rows)
         chosen = [*due, *riders.chosen]
     had = {s: had for s, had in {**shares.had, **starts}.items() if had > clock}
-    return Choice([i for unit in chosen for i in members[unit]], Shares(credit, clock, had))
+    return LiveChoice([i for unit in chosen for i in members[unit]], Shares(credit, clock, had))
 
 
 def _stream(unit: Candidate) -> int:

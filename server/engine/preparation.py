@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from server.engine.graphs import Recorder
     from server.models.hosted import HostedModel
 
-__all__ = ["AT_START", "Preparation", "Prepared"]
+__all__ = ["AT_START", "Preparation", "PreparedForwards"]
 
 AT_START = 16
 """Rows of the largest forward that runs before the server is ready: larger ones take as long as
@@ -30,7 +30,7 @@ SHAPES_KEPT = 8
 Shape: TypeAlias = "tuple[int, int, int]"
 
 
-class Prepared(NamedTuple):
+class PreparedForwards(NamedTuple):
     """What has been done for a model's forwards.
 
     Attributes:
@@ -95,10 +95,10 @@ class Preparation:
         self._forwards[key] = made
         return made
 
-    def of(self, name: str, shape: Shape) -> Prepared:
+    def of(self, name: str, shape: Shape) -> PreparedForwards:
         """What has been done for a model's forwards at a latent shape; safe from any thread."""
         forwards, graphs = self._forwards.get((name, shape)), self._graphs.get(name)
-        return Prepared(
+        return PreparedForwards(
             () if forwards is None else forwards.sizes.known,
             () if graphs is None else tuple(graphs.rows),
         )

@@ -23,7 +23,7 @@ from server.http.automatic1111 import images as automatic1111_images
 from server.http.automatic1111 import settings as automatic1111_settings
 from server.http.automatic1111 import weights as automatic1111_weights
 from server.http.automatic1111.checkpoints import Checkpoints
-from server.http.automatic1111.jobs import Jobs
+from server.http.automatic1111.jobs import ClientJobs
 from server.http.body import Bodies
 from server.http.drain import Farewell
 from server.http.gate import Gate, RequestId, needs_key
@@ -83,7 +83,7 @@ def create_app(
     app.state.bodies = Bodies(settings.bodies_bytes)
     app.state.streams = Streams(app.state.service, settings)
     app.state.exposition = exposition(app.state.service, app.state.streams)
-    app.state.automatic1111_jobs = Jobs(app.state.service)
+    app.state.automatic1111_jobs = ClientJobs(app.state.service)
     app.state.automatic1111_checkpoints = Checkpoints()
     app.state.enlarging = asyncio.Lock()
     app.state.jobs = _jobs(settings, app.state.service)

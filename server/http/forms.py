@@ -24,7 +24,7 @@ from server.http.form_names import paths_of
 from server.http.text_meter import TextMeter
 from server.requests.checks.shape import check_shape
 
-__all__ = ["FormRoute", "Part", "fields_of", "parts_of"]
+__all__ = ["FormPart", "FormRoute", "fields_of", "parts_of"]
 
 MOST_PARTS: Final = 128
 """More than any request has; each field of an object is a part of its own."""
@@ -39,7 +39,7 @@ TEXTS: Final = frozenset({"prompt", "negative_prompt", "model", "user", "size"})
 """Fields whose values are texts even where they look like numbers."""
 
 
-class Part(NamedTuple):
+class FormPart(NamedTuple):
     """One part of a form."""
 
     name: str
@@ -73,7 +73,7 @@ def _parsed(body: bytes, boundary: bytes) -> dict[str, Any]:
     return fields_of(parts_of(body, boundary))
 
 
-def parts_of(body: bytes, boundary: bytes) -> list[Part]:
+def parts_of(body: bytes, boundary: bytes) -> list[FormPart]:
     """The parts of a form.
 
     The boundary occurs in no part, so the body is split at it: no content makes this slow.
@@ -96,7 +96,7 @@ def parts_of(body: bytes, boundary: bytes) -> list[Part]:
     return [_part(part) for part in found[:-1]]
 
 
-def fields_of(parts: Sequence[Part]) -> dict[str, Any]:
+def fields_of(parts: Sequence[FormPart]) -> dict[str, Any]:
     """The fields of a form, at the paths that :func:`server.http.form_names.paths_of` reads.
 
     Texts that are numbers, true, false, null, objects or lists in JSON become these.
@@ -172,12 +172,12 @@ def _check_files(value: Any, path: tuple[str, ...] = ()) -> None:
         _check_files(inner, (*path, str(name)))
 
 
-def _part(part: bytes) -> Part:
+def _part(part: bytes) -> FormPart:
     head_end = part.find(b"\r\n\r\n", 0, MOST_HEAD_BYTES)
     for line in part[: max(head_end, 0)].split(b"\r\n"):
         header, _, value = line.partition(b":")
         if header.strip().lower() == b"content-disposition":
             _, options = parse_options_header(value.strip())
             name = options.get(b"name", b"").decode(errors="replace")
-            return Part(name, part[head_end + 4 :], b"filename" in options)
+            return FormPart(name, part[head_end + 4 :], b"filename" in options)
     raise MalformedBody(None, "The form has a part without a name.")

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from server.models.checkpoint_prediction import Prediction
+    from server.models.checkpoint_prediction import TrainedPrediction
 
 __all__ = ["converted", "write_tokenizer"]
 
@@ -256,7 +256,7 @@ def _kind(file: Path, weights: Mapping[str, Tensor]) -> str:
 
 def _adapt_configs(
     folder: Path, kind: str, weights: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> Prediction:
+) -> TrainedPrediction:
     if kind in INPAINTING:
         _change(folder / "unet" / "config.json", in_channels=9)
         index = json.loads((folder / INDEX).read_text("utf-8"))

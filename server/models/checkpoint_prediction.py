@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["V_PREDICTION", "ZERO_TERMINAL_SNR", "Prediction", "prediction_of"]
+__all__ = ["V_PREDICTION", "ZERO_TERMINAL_SNR", "TrainedPrediction", "prediction_of"]
 
 V_PREDICTION: Final = "v_pred"
 ZERO_TERMINAL_SNR: Final = "ztsnr"
@@ -27,7 +27,7 @@ LEAST_DEVIATION: Final = 0.09
 (``comfy/supported_models.py``, class SD20)."""
 
 
-class Prediction(NamedTuple):
+class TrainedPrediction(NamedTuple):
     """How a U-Net was trained.
 
     Attributes:
@@ -49,7 +49,7 @@ class Prediction(NamedTuple):
 
 def prediction_of(
     kind: str, weights: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> Prediction:
+) -> TrainedPrediction:
     """What a checkpoint's U-Net predicts.
 
     Args:
@@ -60,9 +60,9 @@ def prediction_of(
     rescaled = ZERO_TERMINAL_SNR in weights
     stated = metadata.get(STATED)
     if V_PREDICTION in weights or stated == "v":
-        return Prediction(velocity=True, rescaled=rescaled)
+        return TrainedPrediction(velocity=True, rescaled=rescaled)
     if kind != SECOND or stated == "epsilon":
-        return Prediction(velocity=False, rescaled=rescaled)
+        return TrainedPrediction(velocity=False, rescaled=rescaled)
     bias = weights.get(LAST_NORM)
     deviates = bias is not None and float(bias.float().std(correction=0)) > LEAST_DEVIATION
-    return Prediction(velocity=deviates, rescaled=rescaled, guessed=True)
+    return TrainedPrediction(velocity=deviates, rescaled=rescaled, guessed=True)

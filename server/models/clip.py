@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from server.models.embeddings.naming import divided
-from server.models.emphasis import Chunk, WeightedPrompt, chunks_of, segments_of
+from server.models.emphasis import Chunk, EmphasizedPrompt, chunks_of, segments_of
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping, Sequence
@@ -80,7 +80,7 @@ class CLIP:
             embeddings: how many vectors stand for each name.
         """
         numbers = self._numbered(embeddings)
-        if isinstance(text, WeightedPrompt):
+        if isinstance(text, EmphasizedPrompt):
             return len(self._chunks(text, numbers)) * self.max_tokens
         with self._tokenizing:
             return sum(map(len, self._pieces(text, numbers)))
@@ -98,7 +98,7 @@ class CLIP:
         return self._run([self._framed(tokens[: self.max_tokens]) for tokens in read], embeddings)
 
     def encode_weighted(
-        self, prompt: WeightedPrompt, embeddings: Mapping[str, Tensor] = NONE
+        self, prompt: EmphasizedPrompt, embeddings: Mapping[str, Tensor] = NONE
     ) -> tuple[Any, Tensor]:
         """The encoder's output for the chunks of a prompt, and the weights of their tokens.
 
@@ -167,7 +167,7 @@ class CLIP:
         return [tokenizer.bos_token_id, *tokens, tokenizer.eos_token_id, *filler]
 
     def _chunks(
-        self, prompt: WeightedPrompt, numbers: Mapping[str, tuple[int, ...]]
+        self, prompt: EmphasizedPrompt, numbers: Mapping[str, tuple[int, ...]]
     ) -> list[Chunk]:
         with self._tokenizing:
             comma = self._tokenizer.get_vocab().get(COMMA, -1)

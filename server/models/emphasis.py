@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 __all__ = [
     "MOST_CHUNKS",
     "Chunk",
+    "EmphasizedPrompt",
     "Segment",
-    "WeightedPrompt",
     "chunks_of",
     "escaped",
     "is_long",
@@ -68,7 +68,7 @@ _READ: Final = re.compile(
 number after a last colon, which there is a weight of the prompt even if it is the only one."""
 
 
-class WeightedPrompt(str):
+class EmphasizedPrompt(str):
     """A prompt whose brackets are weights; no model that does not know it reads them.
 
     It is equal to no plain text, so that both are encoded.
@@ -77,13 +77,13 @@ class WeightedPrompt(str):
     __slots__ = ()
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, WeightedPrompt) and str.__eq__(self, other)
+        return isinstance(other, EmphasizedPrompt) and str.__eq__(self, other)
 
     def __ne__(self, other: object) -> bool:
         return not self == other
 
     def __hash__(self) -> int:
-        return hash((WeightedPrompt, str(self)))
+        return hash((EmphasizedPrompt, str(self)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +119,7 @@ def is_long(text: str) -> bool:
 
 def plain_text(prompt: str | None) -> str:
     """What is encoded in the batch of plain prompts, which keeps its size, for any prompt."""
-    return "" if prompt is None or isinstance(prompt, WeightedPrompt) else prompt
+    return "" if prompt is None or isinstance(prompt, EmphasizedPrompt) else prompt
 
 
 def segments_of(text: str) -> list[Segment]:

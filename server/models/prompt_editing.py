@@ -15,7 +15,7 @@ from functools import lru_cache
 from itertools import groupby
 from typing import TYPE_CHECKING, Final, TypeAlias
 
-from server.models.emphasis import WeightedPrompt
+from server.models.emphasis import EmphasizedPrompt
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -123,7 +123,7 @@ class _Group:
         return parts
 
 
-class EditedPrompt(WeightedPrompt):
+class EditedPrompt(EmphasizedPrompt):
     """A prompt that changes along a run; no model ever reads it, only the texts that it changes to.
 
     Attributes:
@@ -131,7 +131,7 @@ class EditedPrompt(WeightedPrompt):
         order: which of them at each evaluation.
     """
 
-    texts: tuple[WeightedPrompt, ...]
+    texts: tuple[EmphasizedPrompt, ...]
     order: tuple[int, ...]
 
     def __new__(cls, written: str, stages: Sequence[str]) -> EditedPrompt:
@@ -143,7 +143,7 @@ class EditedPrompt(WeightedPrompt):
         """
         made = super().__new__(cls, written)
         numbers = {text: number for number, text in enumerate(dict.fromkeys(stages))}
-        made.texts = tuple(map(WeightedPrompt, numbers))
+        made.texts = tuple(map(EmphasizedPrompt, numbers))
         made.order = tuple(numbers[text] for text in stages)
         return made
 
@@ -181,7 +181,7 @@ def written_in(syntax: str | None, text: str, timeline: Timeline) -> str:
     if syntax is None:
         return text
     stages = texts_along(text, timeline)
-    return WeightedPrompt(text) if stages == (text,) else EditedPrompt(text, stages)
+    return EmphasizedPrompt(text) if stages == (text,) else EditedPrompt(text, stages)
 
 
 @lru_cache(maxsize=READ_LATELY)

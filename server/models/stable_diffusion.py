@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from server.models.clip import CLIP, clip_skips
 from server.models.conditioning import Conditioning
 from server.models.distilled import distilled_as
-from server.models.emphasis import WeightedPrompt, plain_text, rescaled
+from server.models.emphasis import EmphasizedPrompt, plain_text, rescaled
 from server.models.folder import Revisions, read_json
 from server.models.parts import load_network, load_text_encoder, load_tokenizer
 from server.models.unet_model import (
@@ -72,13 +72,15 @@ class OneEncoder:
         # A view would keep the whole batch of prompts in memory.
         rows = [
             self._weighted(prompt, skip, vectors)
-            if isinstance(prompt, WeightedPrompt)
+            if isinstance(prompt, EmphasizedPrompt)
             else row.clone()
             for prompt, row in zip(prompts, hidden, strict=True)
         ]
         return [Conditioning({TEXT: row}, len(row)) for row in rows]
 
-    def _weighted(self, prompt: WeightedPrompt, skip: int, vectors: Mapping[str, Tensor]) -> Tensor:
+    def _weighted(
+        self, prompt: EmphasizedPrompt, skip: int, vectors: Mapping[str, Tensor]
+    ) -> Tensor:
         output, weights = self._clip.encode_weighted(prompt, vectors)
         return rescaled(self._clip.normalised(output, skip), weights).flatten(0, 1)
 

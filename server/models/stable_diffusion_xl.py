@@ -14,7 +14,7 @@ from server.models.clip import CLIP, clip_skips
 from server.models.conditioning import Conditioning
 from server.models.conventions import defaults_by
 from server.models.distilled import distilled_as
-from server.models.emphasis import WeightedPrompt, plain_text, rescaled
+from server.models.emphasis import EmphasizedPrompt, plain_text, rescaled
 from server.models.folder import Revisions, read_json
 from server.models.parts import load_autoencoder, load_network, load_text_encoder, load_tokenizer
 from server.models.unet_model import (
@@ -99,14 +99,14 @@ class TwoEncoders:
         for prompt, states, vector in zip(prompts, hidden, pooled, strict=True):
             factor = 0 if prompt is None and self._zero_unconditional else 1
             told = factor * states, factor * vector
-            if isinstance(prompt, WeightedPrompt):
+            if isinstance(prompt, EmphasizedPrompt):
                 told = self._weighted(prompt, layer, options)
             tensors = {TEXT: told[0], "text_embeds": told[1], "time_ids": sizes}
             made.append(Conditioning(tensors, len(told[0])))
         return made
 
     def _weighted(
-        self, prompt: WeightedPrompt, layer: int, options: TextOptions
+        self, prompt: EmphasizedPrompt, layer: int, options: TextOptions
     ) -> tuple[Tensor, Tensor]:
         """Hidden states of all chunks, and the pooled vector of the first."""
         first, weights = self._first.encode_weighted(prompt, options.vectors(FIRST))

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from server.models.text_options import TextOptions
     from server.models.text_side import TextSide
 
-__all__ = ["Denoiser", "LatentCoder", "Stack", "TransformerModel"]
+__all__ = ["Denoiser", "LatentCoder", "StacksConditioning", "TransformerModel"]
 
 TRANSFORMER = "transformer"
 """Name of the denoiser in a model folder."""
@@ -46,7 +46,7 @@ ADAPTED_TEXT = "CLIP"
 """How the classes of text encoders begin that adapters may change; LoRA files leave others be."""
 
 
-class Stack(Protocol):
+class StacksConditioning(Protocol):
     """How a family stacks conditioning."""
 
     def __call__(self, rows: Sequence[Conditioning], *, fixed: bool) -> StackedConditioning:
@@ -123,7 +123,7 @@ class TransformerModel(HostedModel):
         sizes: SizesDenoiser | None = None,
         autoencoder: LatentCoder,
         text: TextSide,
-        stack: Stack | None = None,
+        stack: StacksConditioning | None = None,
         told: Callable[[F64], F64] | None = None,
         negative: Callable[[str | None], str | None] | None = None,
         control: ControlKind | None = None,

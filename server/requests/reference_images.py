@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import isqrt
 from typing import TYPE_CHECKING, Final
 
-from server.decoding.sizing import Target
+from server.decoding.sizing import PictureTarget
 from server.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -65,21 +65,21 @@ def largest_of(facts: ModelFacts) -> tuple[int, int]:
     return side, side
 
 
-def seen_target_of(facts: ModelFacts) -> Target | None:
+def seen_target_of(facts: ModelFacts) -> PictureTarget | None:
     """What a reference image is brought to for the text encoder; None where that sees none."""
     reads = facts.references
     if reads is None or reads.seen_area is None:
         return None
-    return Target(area=reads.seen_area, multiple=AREA_MULTIPLE)
+    return PictureTarget(area=reads.seen_area, multiple=AREA_MULTIPLE)
 
 
-def target_of(facts: ModelFacts) -> Target:
+def target_of(facts: ModelFacts) -> PictureTarget:
     """What a reference image is brought to: a size of the model's, or its own in its multiples."""
     reads = facts.references
     if reads is not None and reads.area is not None:
-        return Target(area=reads.area, multiple=AREA_MULTIPLE)
+        return PictureTarget(area=reads.area, multiple=AREA_MULTIPLE)
     sizes = () if reads is None else reads.sizes
-    return Target(
+    return PictureTarget(
         mode="stretch" if sizes else "crop",
         sizes=sizes,
         multiple=facts.size_multiple,

@@ -30,9 +30,9 @@ from server.requests.upload import Upload
 __all__ = [
     "BESIDE",
     "OWN_FIELDS",
+    "BlendedPrompt",
     "SimilarityFilter",
     "StreamSettings",
-    "WeightedPrompt",
     "message_fields",
     "read_settings",
 ]
@@ -49,7 +49,7 @@ PICTURES: Final = frozenset({"image_prompts.image", "image_prompts.mask", "refer
 """Fields of a message that hold pictures, in base64."""
 
 
-class WeightedPrompt(BaseModel):
+class BlendedPrompt(BaseModel):
     """One of several prompts that are blended."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -86,7 +86,7 @@ def _listed(value: Any) -> Any:
     raise PydanticCustomError("sentence", "prompt must be a string or a list of weighted prompts.")
 
 
-def _weighty(prompts: tuple[WeightedPrompt, ...]) -> tuple[WeightedPrompt, ...]:
+def _weighty(prompts: tuple[BlendedPrompt, ...]) -> tuple[BlendedPrompt, ...]:
     if prompts and not any(one.weight for one in prompts):
         raise PydanticCustomError(
             "sentence", "prompt has no weight above 0; give one of its texts a weight."
@@ -100,7 +100,7 @@ def _as_in_requests(field: str) -> Any:
 
 
 Prompts = Annotated[
-    tuple[WeightedPrompt, ...],
+    tuple[BlendedPrompt, ...],
     Field(min_length=1, max_length=MOST_PROMPTS),
     BeforeValidator(_listed),
     AfterValidator(_weighty),

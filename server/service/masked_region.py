@@ -18,7 +18,7 @@ from PIL import Image
 
 from server.decoding.picture import MaskForm
 from server.decoding.pool import DecodePool
-from server.decoding.sizing import ResizeMode, Target
+from server.decoding.sizing import PictureTarget, ResizeMode
 from server.errors import InvalidRequest
 from server.image_codec import resized
 from server.requests.controls import ControlChoice
@@ -130,7 +130,7 @@ async def cut_out(
         picture = await decoding.picture(data, "image")
     # Of its own size, which the limits of a drawing say nothing about; the mask has a third of it.
     hold(picture.nbytes + picture.nbytes // 3)
-    same_size = Target(picture.shape[1], picture.shape[0])
+    same_size = PictureTarget(picture.shape[1], picture.shape[0])
     with request.mask.opened() as data:
         form = request.mask.form or MaskForm()
         mask = await decoding.mask(data, "mask", same_size, form)
@@ -168,7 +168,7 @@ async def _cut(
 ) -> ControlChoice:
     """A ControlNet of which the picture is that part of its own which lies over the region."""
     height, width = region.mask.shape
-    target = Target(width, height, control.resize_mode or mode or DEFAULT_RESIZE_MODE)
+    target = PictureTarget(width, height, control.resize_mode or mode or DEFAULT_RESIZE_MODE)
     with control.image.opened() as data:
         picture = await decoding.picture(data, f"controls.{place}.image", target)
     part = Upload(await to_thread(_png, picture[region.box.where]))
@@ -186,7 +186,7 @@ async def _cut_mask(
     if prompt.mask is None:
         return prompt
     height, width = region.mask.shape
-    target = Target(width, height, mode or DEFAULT_RESIZE_MODE)
+    target = PictureTarget(width, height, mode or DEFAULT_RESIZE_MODE)
     with prompt.mask.opened() as data:
         mask = await decoding.mask(data, f"image_prompts.{place}.mask", target, ACTS)
     part = mask[region.box.where]

@@ -14,7 +14,7 @@ from typing import Final, Protocol, Self
 
 from server.engine.engine import Engine
 from server.engine.faults import is_out_of_memory
-from server.engine.preparation import Prepared
+from server.engine.preparation import PreparedForwards
 from server.errors import (
     ModelInUse,
     ModelMismatch,
@@ -102,7 +102,7 @@ class ModelState:
     offloaded_bytes: int
     loaded_since: float | None
     loading: float | None
-    prepared: Prepared
+    prepared: PreparedForwards
 
 
 class Lease:
@@ -527,7 +527,9 @@ class ModelShelf:
                 offloaded_bytes=place.offloaded_bytes,
                 loaded_since=place.loaded_since,
                 loading=None if place.loading is None else place.progress,
-                prepared=Prepared() if place.model is None else self._engine.prepared(place.model),
+                prepared=PreparedForwards()
+                if place.model is None
+                else self._engine.prepared(place.model),
             )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from server.decoding.pool import DecodePool
-from server.decoding.sizing import Target
+from server.decoding.sizing import PictureTarget
 from server.errors import InvalidRequest
 from server.models.hosted import ModelFacts
 from server.requests.reference_images import most_of, seen_target_of, target_of
@@ -77,7 +77,7 @@ async def decoded_frame(
         InvalidRequest: it cannot be decoded.
     """
     if settings.source == "frames":
-        return FramePixels(await decoding.frame(data, Target(request.width, request.height)))
+        return FramePixels(await decoding.frame(data, PictureTarget(request.width, request.height)))
     read, of_text = await decoding.frame(data, target_of(facts)), seen_target_of(facts)
     if of_text is None:
         return FramePixels(read)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from server.decoding.picture import MaskForm
 from server.decoding.pool import DecodePool
-from server.decoding.sizing import Target
+from server.decoding.sizing import PictureTarget
 from server.models.hosted import HostedModel
 from server.requests.controls import ControlChoice
 from server.requests.image_prompts import ImagePromptChoice, sides_of_image_prompts
@@ -89,7 +89,7 @@ async def decoded_for_their_size(
         return Early(size=None if request.image is None else size)
     if request.image is None:
         return await _by_reference(request, model, decoding)
-    target = Target(
+    target = PictureTarget(
         request.width,
         request.height,
         request.resize_mode or DEFAULT_RESIZE_MODE,
@@ -111,7 +111,7 @@ async def _by_reference(
     first = await decoded_references(request, model, decoding, ReferencePictures(), most=1)
     height, width, _ = first.read[0].shape
     # Sides that are too long for the model or the operator are refused by name with the request.
-    wanted = Target(request.width, request.height, multiple=facts.size_multiple)
+    wanted = PictureTarget(request.width, request.height, multiple=facts.size_multiple)
     return Early(references=first, reference_size=wanted.size_of(width, height, UNBOUNDED))
 
 
@@ -152,7 +152,9 @@ async def decoded(
     shown = prepared.request.image_prompts
     sides = await asyncio.to_thread(sides_of_image_prompts, shown, model)
     image_prompts = [
-        await _beside(decoding, f"image_prompts.{place}.image", one, Target(side, side, "middle"))
+        await _beside(
+            decoding, f"image_prompts.{place}.image", one, PictureTarget(side, side, "middle")
+        )
         for place, (one, side) in enumerate(zip(request.image_prompts, sides, strict=True))
     ]
     masks = [one.mask for one in request.image_prompts]
@@ -189,7 +191,7 @@ async def _controls(
 
 
 async def _beside(
-    decoding: DecodePool, field: str, prompt: ImagePromptChoice, target: Target
+    decoding: DecodePool, field: str, prompt: ImagePromptChoice, target: PictureTarget
 ) -> list[NDArray[np.uint8]]:
     """The pictures of an image prompt."""
     if len(prompt.image) == 1:
@@ -220,17 +222,17 @@ async def _regions(
 
 
 async def _picture(
-    decoding: DecodePool, upload: Upload, field: str, target: Target
+    decoding: DecodePool, upload: Upload, field: str, target: PictureTarget
 ) -> NDArray[np.uint8]:
     with upload.opened() as text:
         return await decoding.picture(text, field, target)
 
 
-def _target(resolved: ResolvedRequest, control: ControlChoice | None = None) -> Target:
+def _target(resolved: ResolvedRequest, control: ControlChoice | None = None) -> PictureTarget:
     """What an uploaded image is brought to, or the picture of a ControlNet."""
     own = None if control is None else control.resize_mode
     mode = own or resolved.resize_mode or DEFAULT_RESIZE_MODE
-    return Target(resolved.width, resolved.height, mode)
+    return PictureTarget(resolved.width, resolved.height, mode)
 
 
 def _prepared(control: ControlChoice, picture: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -9,7 +9,7 @@ import torch
 from samplers import NoiseSchedule, Plan, Sampler, advance
 from samplers.gaussian import GaussianMixtureDenoiser
 from samplers.heavy_ball import GHVB
-from samplers.testing import SLOPE_STEPS, Flow, check_order, measured_order
+from samplers.testing import SLOPE_STEPS, SlopeRange, check_order, measured_order
 from samplers.unipc import UniPC
 from tests.samplers.cases import (
     CANCELLING,
@@ -48,7 +48,7 @@ def evaluates_at_each_point(sampler: Sampler) -> bool:
     return sampler.evaluations(7) == sampler.steps_taken(7) == 7
 
 
-def errors_together(plans: Sequence[Plan], flow: Flow) -> list[float]:
+def errors_together(plans: Sequence[Plan], flow: SlopeRange) -> list[float]:
     """What runs of different samplers miss the exact flow by, as rows of one batch."""
     schedule, t_start, t_end = flow
     data = GaussianMixtureDenoiser(schedule)
@@ -73,7 +73,7 @@ def errors_together(plans: Sequence[Plan], flow: Flow) -> list[float]:
 def test_error_falls_with_the_declared_power_of_the_step(name: str) -> None:
     """Of all samplers that evaluate at the same points, at once."""
     schedule = SCHEDULES[name]
-    flow = Flow(schedule, *RANGES[schedule])
+    flow = SlopeRange(schedule, *RANGES[schedule])
     solvers = [one for one, on in CELLS if on is schedule and evaluates_at_each_point(one)]
     errors: list[list[float]] = []
     for steps in SLOPE_STEPS:
@@ -96,7 +96,7 @@ def test_error_falls_with_the_declared_power_of_the_step(name: str) -> None:
 def test_error_falls_with_the_declared_power_where_a_step_has_points_of_its_own(
     sampler: Sampler, schedule: NoiseSchedule
 ) -> None:
-    check_order(sampler, Flow(schedule, *RANGES[schedule]))
+    check_order(sampler, SlopeRange(schedule, *RANGES[schedule]))
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_error_falls_with_the_declared_power_where_a_step_has_points_of_its_own(
 )
 def test_orders_above_three_do_not_show_from_low_noise(sampler: Sampler) -> None:
     """The first steps, of lower order, are then made where the prediction moves."""
-    assert 3.2 < measured_order(sampler, Flow(FLOW, 0.8, 0.1)) < 3.8
+    assert 3.2 < measured_order(sampler, SlopeRange(FLOW, 0.8, 0.1)) < 3.8
 
 
 def test_every_sampler_that_solves_the_flow_is_measured() -> None:

@@ -10,7 +10,7 @@ from samplers import Grid, NoiseSchedule, Plan, integrate
 from samplers.gaussian import GaussianMixtureDenoiser
 from samplers.heavy_ball import GHVB, HB
 from samplers.linear_multistep import Line, mean_of_interpolant, of_differences
-from samplers.testing import Flow, check_order
+from samplers.testing import SlopeRange, check_order
 from tests.samplers.cases import EDM, FLOW, VP
 
 UNEVEN = np.array([9.0, 8.0, 6.5, 5.8, 4.9, 4.4, 3.6, 3.3])
@@ -109,7 +109,7 @@ def test_variable_weights_keep_their_order_from_a_start_at_little_noise(
     schedule: NoiseSchedule, t_start: float
 ) -> None:
     """Where the prediction moves in the first step, which is of first order until it is redone."""
-    check_order(GHVB(order=4.0, weights="variable"), Flow(schedule, t_start, 0.05))
+    check_order(GHVB(order=4.0, weights="variable"), SlopeRange(schedule, t_start, 0.05))
 
 
 def test_variable_weights_pay_at_many_steps_alone() -> None:

@@ -1,9 +1,9 @@
 """LMS beyond what every sampler promises."""
 
 from samplers.lms import LMS
-from samplers.testing import Flow, measured_order
+from samplers.testing import SlopeRange, measured_order
 from tests.samplers.cases import FLOW
 
 
 def test_order_four_shows_before_the_first_steps_do() -> None:
-    assert 3.75 < measured_order(LMS(), Flow(FLOW, 0.99, 0.05)) < 4.25
+    assert 3.75 < measured_order(LMS(), SlopeRange(FLOW, 0.99, 0.05)) < 4.25

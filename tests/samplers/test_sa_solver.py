@@ -14,7 +14,7 @@ from samplers import Grid, NoiseSchedule, Sampler, integrate
 from samplers.ddim import DDIM
 from samplers.gaussian import GaussianMixtureDenoiser
 from samplers.sa_solver import SASolver, _moments
-from samplers.testing import Flow, measured_order
+from samplers.testing import SlopeRange, measured_order
 from samplers.timesteps import LogSNR, Trailing
 from tests.covering import covering
 from tests.samplers.cases import CANCELLING, EDM, FLOW, VP
@@ -104,12 +104,15 @@ def test_with_full_noise_and_of_order_one_it_is_ancestral() -> None:
 @pytest.mark.parametrize(
     ("sampler", "flow"),
     covering(
-        product(CANCELLING, [Flow(VP, 1.0, 0.02), Flow(FLOW, 0.99, 0.05), Flow(EDM, 20.0, 0.05)]),
+        product(
+            CANCELLING,
+            [SlopeRange(VP, 1.0, 0.02), SlopeRange(FLOW, 0.99, 0.05), SlopeRange(EDM, 20.0, 0.05)],
+        ),
         tuple,
     ),
 )
 def test_where_errors_cancel_they_still_fall_as_fast_as_declared(
-    sampler: Sampler, flow: Flow
+    sampler: Sampler, flow: SlopeRange
 ) -> None:
     """The slopes run from 1.7 to 4.2 with the sign of the error: bounded from below alone."""
     assert measured_order(sampler, flow) > sampler.convergence_order - 0.35

@@ -7,7 +7,7 @@ import pytest
 from typing_extensions import override
 
 from samplers import DDIM, LCM, Columns, Grid, NoiseSchedule, Plan, Sampler, UniPC
-from samplers.testing import Flow, check_sampler
+from samplers.testing import SlopeRange, check_sampler
 
 
 class Broken(Sampler, frozen=True):
@@ -80,4 +80,4 @@ def test_samplers_that_keep_their_promises_pass() -> None:
     check_sampler(DDIM(eta=1.0))
     check_sampler(UniPC(order=3, lower_order_final=False))
     whole = NoiseSchedule.from_diffusers({"beta_schedule": "scaled_linear"})
-    check_sampler(LCM(), [Flow(whole, 999.0, 20.0)])
+    check_sampler(LCM(), [SlopeRange(whole, 999.0, 20.0)])

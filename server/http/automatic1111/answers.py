@@ -11,16 +11,16 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from server.http.automatic1111.jobs import Job
+from server.http.automatic1111.jobs import ClientJob
 from server.image_codec import encode
 from server.requests.automatic1111 import Translated, Txt2Img
 from server.service.generation import Generation
 from server.service.pictures import Picture
 
-__all__ = ["ImagesAnswer", "Progress", "answered", "idle", "progress_of"]
+__all__ = ["GenerationAnswer", "ProgressAnswer", "answered", "idle", "progress_of"]
 
 
-class ImagesAnswer(BaseModel):
+class GenerationAnswer(BaseModel):
     """The images of a request."""
 
     images: list[str] = Field(description="Image files in base64.")
@@ -42,7 +42,7 @@ class State(BaseModel):
     sampling_steps: int = 0
 
 
-class Progress(BaseModel):
+class ProgressAnswer(BaseModel):
     """The progress of a client's oldest job."""
 
     progress: float = Field(default=0.0, description="From 0 to 1; 0 if there is no job.")
@@ -58,12 +58,12 @@ LEAST: float = 0.01
 """Of a job that has just begun: 0 would say that there is none."""
 
 
-def idle() -> Progress:
+def idle() -> ProgressAnswer:
     """The progress of no job."""
-    return Progress()
+    return ProgressAnswer()
 
 
-def progress_of(jobs: Sequence[Job], *, with_image: bool) -> Progress:
+def progress_of(jobs: Sequence[ClientJob], *, with_image: bool) -> ProgressAnswer:
     """The progress of the oldest job.
 
     Args:
@@ -73,7 +73,7 @@ def progress_of(jobs: Sequence[Job], *, with_image: bool) -> Progress:
     job = jobs[0]
     preview = job.preview if with_image else None
     seen = job.seen
-    return Progress(
+    return ProgressAnswer(
         progress=max(LEAST, job.share),
         eta_relative=job.left_s,
         state=State(
@@ -103,7 +103,7 @@ def answered(
     wanted: Translated,
     generation: Generation,
     pictures: Sequence[Picture],
-) -> ImagesAnswer:
+) -> GenerationAnswer:
     """The answer with images.
 
     Args:
@@ -112,7 +112,7 @@ def answered(
         generation: that made the images, or some of them.
         pictures: the images.
     """
-    return ImagesAnswer(
+    return GenerationAnswer(
         images=[base64.b64encode(picture.data).decode() for picture in pictures]
         if body.send_images
         else [],

@@ -80,7 +80,7 @@ class NamedImage(BaseModel):
     name: str = Field(default="", max_length=1024, description="Is not looked at.")
 
 
-class Batch(Enlargement):
+class BatchRequest(Enlargement):
     """A request of AUTOMATIC1111's `POST /sdapi/v1/extra-batch-images`."""
 
     imageList: tuple[NamedImage, ...] = Field(  # noqa: N815 - AUTOMATIC1111's name
@@ -110,7 +110,9 @@ async def extra_single_image(body: Single, request: Request, service: ServiceDep
 
 
 @router.post("/extra-batch-images", responses=ERRORS)
-async def extra_batch_images(body: Batch, request: Request, service: ServiceDep) -> EnlargedImages:
+async def extra_batch_images(
+    body: BatchRequest, request: Request, service: ServiceDep
+) -> EnlargedImages:
     """Enlarge images by Lanczos, one after the other."""
     _check(body)
     most = request.app.state.settings.limits.images

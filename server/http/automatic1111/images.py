@@ -16,15 +16,15 @@ from numpy.typing import NDArray
 from server.engine.client import Client
 from server.errors import Cancelled
 from server.http.automatic1111.answers import (
-    ImagesAnswer,
-    Progress,
+    GenerationAnswer,
+    ProgressAnswer,
     answered,
     idle,
     parameters_of,
     progress_of,
 )
 from server.http.automatic1111.checkpoints import CheckpointsDep, chosen, named
-from server.http.automatic1111.jobs import Job, JobsDep, owner_of
+from server.http.automatic1111.jobs import ClientJob, JobsDep, owner_of
 from server.http.automatic1111.route import ERRORS, TolerantRoute
 from server.http.body import Share
 from server.http.dependencies import IdentifierDep, ServiceDep, client_of
@@ -47,7 +47,7 @@ USUAL_SIZE: Final = 512, 512
 router = APIRouter(prefix="/sdapi/v1", tags=["automatic1111"], route_class=TolerantRoute)
 
 
-@router.post("/txt2img", response_model=ImagesAnswer, responses=ERRORS)
+@router.post("/txt2img", response_model=GenerationAnswer, responses=ERRORS)
 async def txt2img(
     body: Txt2Img,
     request: Request,
@@ -60,7 +60,7 @@ async def txt2img(
     # It looks for adapters in folders.
     chosen_one = checkpoints.of(owner_of(request))
     wanted = await asyncio.to_thread(_translated, body, service, chosen_one)
-    job = Job(owner_of(request), wanted.request.n, wanted.request.steps or 0)
+    job = ClientJob(owner_of(request), wanted.request.n, wanted.request.steps or 0)
     with jobs.added(identifier, job):
         work = _made(service, wanted, job, identifier, client_of(request), request.state.share)
         made = await unless_disconnected(request, work)
@@ -69,11 +69,11 @@ async def txt2img(
     generation, pictures = made
     if generation is None:
         info = json.dumps({"infotexts": [], "warnings": ["Interrupted before it began."]})
-        return ImagesAnswer(images=[], parameters=parameters_of(body), info=info)
+        return GenerationAnswer(images=[], parameters=parameters_of(body), info=info)
     return answered(body, wanted, generation, pictures)
 
 
-@router.post("/img2img", response_model=ImagesAnswer, responses=ERRORS)
+@router.post("/img2img", response_model=GenerationAnswer, responses=ERRORS)
 async def img2img(
     body: Img2Img,
     request: Request,
@@ -89,7 +89,7 @@ async def img2img(
 @router.get("/progress")
 async def progress(
     request: Request, jobs: JobsDep, *, skip_current_image: bool = False
-) -> Progress:
+) -> ProgressAnswer:
     """The progress of the client's oldest request under way, with a preview."""
     own = jobs.of(owner_of(request))
     if not own:
@@ -128,7 +128,12 @@ def _translated(body: Txt2Img, service: Service, checkpoint: str | None) -> Tran
 
 
 async def _made(
-    service: Service, wanted: Translated, job: Job, identifier: str, client: Client, share: Share
+    service: Service,
+    wanted: Translated,
+    job: ClientJob,
+    identifier: str,
+    client: Client,
+    share: Share,
 ) -> tuple[Generation | None, tuple[Picture, ...]]:
     """The generation and its images; after an interruption those that there are, or previews."""
     request, region = wanted.request, None
@@ -161,7 +166,7 @@ async def _made(
 
 
 async def _so_far(
-    service: Service, generation: Generation, job: Job, region: Region | None
+    service: Service, generation: Generation, job: ClientJob, region: Region | None
 ) -> tuple[Picture, ...]:
     size = generation.request.drawn_size
     parts: dict[int, Callable[[], NDArray[np.uint8]]] = {

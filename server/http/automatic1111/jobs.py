@@ -19,7 +19,7 @@ from server.errors import UnknownGeneration
 from server.service.generation import Generation, Progress
 from server.service.service import Service
 
-__all__ = ["Job", "Jobs", "JobsDep", "Owner", "owner_of"]
+__all__ = ["ClientJob", "ClientJobs", "JobsDep", "Owner", "owner_of"]
 
 Owner: TypeAlias = "tuple[bytes, str]"
 """Digest of a client's key, and its address."""
@@ -32,7 +32,7 @@ def owner_of(request: Request) -> Owner:
 
 
 @dataclass(slots=True, eq=False)
-class Job:
+class ClientJob:
     """A request under way.
 
     Attributes:
@@ -95,7 +95,7 @@ class Job:
                 self.steps = progress.steps
 
 
-class Jobs:
+class ClientJobs:
     """All of them, in the order in which they came.
 
     Args:
@@ -105,10 +105,10 @@ class Jobs:
     def __init__(self, service: Service) -> None:
         self._service = service
         # Not by their identifiers: clients choose these, and may send one twice.
-        self._jobs: dict[Job, str] = {}
+        self._jobs: dict[ClientJob, str] = {}
 
     @contextmanager
-    def added(self, identifier: str, job: Job) -> Generator[None]:
+    def added(self, identifier: str, job: ClientJob) -> Generator[None]:
         """Know of a job for the time of the `with` block."""
         self._jobs[job] = identifier
         try:
@@ -116,7 +116,7 @@ class Jobs:
         finally:
             del self._jobs[job]
 
-    def of(self, owner: Owner) -> list[Job]:
+    def of(self, owner: Owner) -> list[ClientJob]:
         """The jobs of a client, the oldest first."""
         return [job for job in self._jobs if job.owner == owner]
 
@@ -131,8 +131,8 @@ class Jobs:
                 return
 
 
-async def _jobs(request: Request) -> Jobs:
+async def _jobs(request: Request) -> ClientJobs:
     return request.app.state.automatic1111_jobs
 
 
-JobsDep = Annotated[Jobs, Depends(_jobs)]
+JobsDep = Annotated[ClientJobs, Depends(_jobs)]

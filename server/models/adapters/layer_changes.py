@@ -12,7 +12,7 @@ import torch
 from server.models.adapters.convolution import multiplies
 from server.models.adapters.magnitude import composed
 from server.models.adapters.row_scales import InputScales, OutputScales
-from server.models.adapters.stack import Rows, longest_run, reaches, stacked
+from server.models.adapters.stack import AdaptedRows, longest_run, reaches, stacked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from server.models.adapters.adapter import LowRank, RowAdapters, Weighted
-    from server.models.adapters.magnitude import Scales
+    from server.models.adapters.magnitude import WeightScales
     from server.models.adapters.stack import Changes, Layer, Stack
 
 __all__ = ["ChangedLayer", "LayerChanges", "layer_changes"]
@@ -46,7 +46,7 @@ class LayerChanges:
     """
 
     layer: Layer
-    rows: Rows
+    rows: AdaptedRows
     entries: list[Changes]
     weights: Tensor
     by_products: bool
@@ -104,7 +104,7 @@ class _Rows:
     """What the rows of a forward change about a layer: batches of changes, and factors by row."""
 
     batches: dict[tuple[int, int], OfRows]
-    scales: dict[int, Scales]
+    scales: dict[int, WeightScales]
 
 
 def layer_changes(
@@ -151,7 +151,7 @@ def layer_changes(
 def _by_layer(part: str, adapters: RowAdapters) -> dict[str, _Rows]:
     # Rows of the same adapters have the same changes, and so are one run.
     @cache
-    def of_layers(own: tuple[Weighted, ...]) -> dict[str, tuple[Scales, list[_Placed]]]:
+    def of_layers(own: tuple[Weighted, ...]) -> dict[str, tuple[WeightScales, list[_Placed]]]:
         return _composed(part, own)
 
     found: dict[str, _Rows] = {}
@@ -166,14 +166,16 @@ def _by_layer(part: str, adapters: RowAdapters) -> dict[str, _Rows]:
     return found
 
 
-def _composed(part: str, own: tuple[Weighted, ...]) -> dict[str, tuple[Scales, list[_Placed]]]:
+def _composed(
+    part: str, own: tuple[Weighted, ...]
+) -> dict[str, tuple[WeightScales, list[_Placed]]]:
     """Of a row, the factors on each layer's weight, and changes with their places in its list."""
     by_layer: dict[str, list[_Placed]] = {}
     # A weight of 0 adds nothing, not even the rounding of a zero.
     for place, one in enumerate(weighted for weighted in own if weighted.weight):
         for name, change in one.adapter.parts.get(part, {}).items():
             by_layer.setdefault(name, []).append((place, change, one.weight))
-    made: dict[str, tuple[Scales, list[_Placed]]] = {}
+    made: dict[str, tuple[WeightScales, list[_Placed]]] = {}
     for name, placed in by_layer.items():
         scales, changes = composed([(change, weight) for _, change, weight in placed])
         places = (place for place, *_ in placed)
@@ -195,11 +197,13 @@ def _output_scales(own: _Rows, total: int, sent: Sent, layer: Layer) -> OutputSc
         return OutputScales.of(rows, factor, layer)
 
 
-def _scaled_rows(factors: Mapping[int, Tensor], total: int, sent: Sent) -> tuple[Rows, Tensor]:
+def _scaled_rows(
+    factors: Mapping[int, Tensor], total: int, sent: Sent
+) -> tuple[AdaptedRows, Tensor]:
     """Which rows of a forward have factors, and these factors ``[rows, entries]``."""
     with _for_any_forward(), torch.no_grad():
         factor = torch.stack([*factors.values()])
-    return Rows(_where([*factors], total, sent), len(factors), 1), factor
+    return AdaptedRows(_where([*factors], total, sent), len(factors), 1), factor
 
 
 def _joint(
@@ -211,7 +215,7 @@ def _joint(
     entries = [*own.values()][::run]
     if adapters.fixed:
         entries += entries[:1] * (len(adapters.rows) - len(own))
-    rows = Rows(_positions([*own], adapters, sent), len(own), run)
+    rows = AdaptedRows(_positions([*own], adapters, sent), len(own), run)
     return LayerChanges(layer, rows, entries, sent(_weights(entries)), by_products)
 
 

@@ -26,7 +26,16 @@ if TYPE_CHECKING:
 
     Tensor = torch.Tensor
 
-__all__ = ["INPUTS", "OUTPUTS", "Axis", "Magnitude", "Scales", "composed", "measured", "weight_of"]
+__all__ = [
+    "INPUTS",
+    "OUTPUTS",
+    "Axis",
+    "Magnitude",
+    "WeightScales",
+    "composed",
+    "measured",
+    "weight_of",
+]
 
 Axis = Literal[0, 1]
 """Of a weight: 0 for outputs, 1 for inputs."""
@@ -78,7 +87,7 @@ class Magnitude:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Scales:
+class WeightScales:
     """Factors on a layer's own weight in a row; None for 1.
 
     Attributes:
@@ -117,7 +126,7 @@ def measured(
     return Magnitude(size.to(found.device, torch.float32).flatten(), found, axis, blended)
 
 
-def composed(changes: Changes) -> tuple[Scales, Changes]:
+def composed(changes: Changes) -> tuple[WeightScales, Changes]:
     """All changes of a layer in a row as factors on its weight and low-rank changes beside them.
 
     One after another, as peft applies adapters: a size scales what those before it have made of
@@ -142,7 +151,7 @@ def composed(changes: Changes) -> tuple[Scales, Changes]:
         made = [(_scaled(one, whole, axis), factor) for one, factor in made]
         made.append((_scaled(change, own, axis), weight))
         scales[axis] = scales[axis] * whole if axis in scales else whole
-    return Scales(scales.get(OUTPUTS), scales.get(INPUTS)), made
+    return WeightScales(scales.get(OUTPUTS), scales.get(INPUTS)), made
 
 
 def weight_of(layer: Layer, dtype: torch.dtype) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from server.models.adapters.stack import Layer, Rows
+    from server.models.adapters.stack import AdaptedRows, Layer
 
 __all__ = ["InputScales", "OutputScales"]
 
@@ -29,12 +29,12 @@ class OutputScales:
         shift: what leaves the bias as it is, ``[rows, 1, out]``, float32; None without one.
     """
 
-    rows: Rows
+    rows: AdaptedRows
     factor: Tensor
     shift: Tensor | None
 
     @classmethod
-    def of(cls, rows: Rows, factor: Tensor, layer: Layer) -> OutputScales:
+    def of(cls, rows: AdaptedRows, factor: Tensor, layer: Layer) -> OutputScales:
         """Those of a layer.
 
         Args:
@@ -70,7 +70,7 @@ class InputScales:
         factor: ``[rows, in]``, float32.
     """
 
-    rows: Rows
+    rows: AdaptedRows
     factor: Tensor
 
     def scaled(self, layer: Layer, x: Tensor) -> Tensor:

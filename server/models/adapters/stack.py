@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from server.models.adapters.adapter import LowRank
 
-__all__ = ["Changes", "Layer", "Rows", "Stack", "longest_run", "stacked"]
+__all__ = ["AdaptedRows", "Changes", "Layer", "Stack", "longest_run", "stacked"]
 
 Layer: TypeAlias = "nn.Linear | nn.Conv2d"
 
@@ -28,7 +28,7 @@ Changes: TypeAlias = "list[tuple[LowRank, float]]"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Rows:
+class AdaptedRows:
     """Some rows of a forward, in runs of rows with the same changes.
 
     Attributes:
@@ -62,7 +62,7 @@ class Stack:
         up: ``[entries, out, rank]``, the weights multiplied in.
     """
 
-    rows: Rows
+    rows: AdaptedRows
     down: Tensor | list[Tensor]
     up: Tensor
 
@@ -104,7 +104,12 @@ class Stack:
 
 
 def stacked(
-    layer: Layer, rows: Rows, changes: Sequence[Changes], weights: Tensor, *, by_products: bool
+    layer: Layer,
+    rows: AdaptedRows,
+    changes: Sequence[Changes],
+    weights: Tensor,
+    *,
+    by_products: bool,
 ) -> Stack:
     """Stack the factors of a layer's changes.
 

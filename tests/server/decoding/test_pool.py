@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from server.decoding.pool import DecodePool
-from server.decoding.sizing import Target
+from server.decoding.sizing import PictureTarget
 from server.decoding.worker import NICENESS
 from server.errors import InvalidRequest, Overloaded, TooLarge, WeftError
 from server.settings import Limits
@@ -55,12 +55,12 @@ def test_files_and_base64_become_pixels_of_the_size_that_is_asked_for(pool: Deco
         own = await pool.picture(RED, "image")
         assert own.shape == (16, 32, 3)
         assert own.reshape(-1, 3).tolist() == [[255, 0, 0]] * 512
-        wide = await pool.picture(base64.b64encode(RED).decode(), "image", Target(width=64))
+        wide = await pool.picture(base64.b64encode(RED).decode(), "image", PictureTarget(width=64))
         assert wide.shape == (32, 64, 3)
         large = saved(Image.new("L", (2000, 3000)), "PNG")
-        drawable = await pool.picture(large, "image", Target(multiple=32))
+        drawable = await pool.picture(large, "image", PictureTarget(multiple=32))
         assert drawable.shape == (1248, 832, 3)
-        grey = await pool.mask(RED, "mask", Target(8, 8))
+        grey = await pool.mask(RED, "mask", PictureTarget(8, 8))
         assert grey.shape == (8, 8)
         assert grey.dtype == np.uint8
 
@@ -76,7 +76,7 @@ def test_decoding_leaves_the_processor_to_the_models(pool: DecodePool) -> None:
 
 
 def test_a_size_that_no_image_may_have_costs_no_memory(pool: DecodePool) -> None:
-    pixels = asyncio.run(pool.picture(RED, "image", Target(16384, 16384)))
+    pixels = asyncio.run(pool.picture(RED, "image", PictureTarget(16384, 16384)))
     assert pixels.shape == (16, 32, 3)
 
 
@@ -213,7 +213,7 @@ def test_a_frame_of_a_stream_passes_the_uploads_that_wait_and_needs_no_room(
         await asyncio.sleep(0.01)
         with pytest.raises(Overloaded):
             await pool.picture(RED, "image")
-        assert (await pool.frame(RED, Target(8, 8))).shape == (8, 8, 3)
+        assert (await pool.frame(RED, PictureTarget(8, 8))).shape == (8, 8, 3)
         assert [upload.done() for upload in uploads] == [True, False]
         await uploads[1]
 

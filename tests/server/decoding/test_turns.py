@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from server.decoding.turns import FRAMES_IN_A_ROW, Turns
+from server.decoding.turns import FRAMES_IN_A_ROW, DecodingTurns
 
 
-def taken(turns: Turns[str]) -> list[str]:
+def taken(turns: DecodingTurns[str]) -> list[str]:
     return list(iter(turns.next, None))
 
 
 def test_a_frame_passes_all_uploads() -> None:
-    turns = Turns[str]()
+    turns = DecodingTurns[str]()
     for upload in ("first", "second"):
         turns.add(upload, frame=False)
     turns.add("frame", frame=True)
@@ -18,7 +18,7 @@ def test_a_frame_passes_all_uploads() -> None:
 
 
 def test_an_upload_waits_for_a_few_frames_at_most() -> None:
-    turns = Turns[str]()
+    turns = DecodingTurns[str]()
     # Frames for which no upload had to wait do not count.
     for _ in range(5):
         turns.add("frame", frame=True)
@@ -32,7 +32,7 @@ def test_an_upload_waits_for_a_few_frames_at_most() -> None:
 
 
 def test_what_was_withdrawn_gets_no_turn() -> None:
-    turns = Turns[str]()
+    turns = DecodingTurns[str]()
     turns.add("stays", frame=False)
     turns.add("leaves", frame=False)
     turns.withdraw("leaves")

@@ -12,12 +12,12 @@ import httpx2
 import pytest
 
 from server.errors import InvalidRequest, MalformedBody, TooLarge, WeftError
-from server.http.forms import MOST_PARTS, Part, fields_of, parts_of
+from server.http.forms import MOST_PARTS, FormPart, fields_of, parts_of
 from tests.server.http.small_server import small_server
 
 
-def texts(*pairs: tuple[str, str]) -> list[Part]:
-    return [Part(name, value.encode(), is_file=False) for name, value in pairs]
+def texts(*pairs: tuple[str, str]) -> list[FormPart]:
+    return [FormPart(name, value.encode(), is_file=False) for name, value in pairs]
 
 
 def form(fields: Mapping[str, Any], files: Any) -> tuple[bytes, bytes]:
@@ -31,10 +31,10 @@ def test_a_form_has_the_parts_that_a_client_sent() -> None:
     picture = b"\x89PNG\r\n--\r\n\r\n\x00"
     sent = form({"prompt": "a é", "n": ["1", "2"]}, {"image": ("a.png", picture, "image/png")})
     assert parts_of(*sent) == [
-        Part("prompt", "a é".encode(), is_file=False),
-        Part("n", b"1", is_file=False),
-        Part("n", b"2", is_file=False),
-        Part("image", picture, is_file=True),
+        FormPart("prompt", "a é".encode(), is_file=False),
+        FormPart("n", b"1", is_file=False),
+        FormPart("n", b"2", is_file=False),
+        FormPart("image", picture, is_file=True),
     ]
 
 
@@ -74,10 +74,10 @@ def test_texts_become_the_values_that_json_has() -> None:
             r"number them, as in a\[0\]\[b\]",
         ),
         (texts(("a" + "[b]" * 20, "1")), "nested deeper"),
-        ([Part("prompt", b"\xff", is_file=False)], "prompt is not UTF-8"),
+        ([FormPart("prompt", b"\xff", is_file=False)], "prompt is not UTF-8"),
     ],
 )
-def test_fields_that_say_two_things_are_refused(parts: list[Part], words: str) -> None:
+def test_fields_that_say_two_things_are_refused(parts: list[FormPart], words: str) -> None:
     with pytest.raises(InvalidRequest, match=words):
         fields_of(parts)
 

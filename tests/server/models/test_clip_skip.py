@@ -13,7 +13,7 @@ from transformers import CLIPTextModel
 from server.engine.engine import Engine
 from server.engine.task import ImageTask
 from server.errors import InvalidRequest
-from server.models.emphasis import WeightedPrompt
+from server.models.emphasis import EmphasizedPrompt
 from server.models.hosted import HostedModel
 from server.models.loading import load_model
 from server.models.text_options import TextOptions
@@ -110,13 +110,13 @@ def test_models_that_read_the_layer_before_the_last_begin_with_that(
 
 def test_weights_and_chunks_are_those_of_the_layer(model: HostedModel) -> None:
     plain = read(model, "a red circle", 2)
-    torch.testing.assert_close(read(model, WeightedPrompt("a red circle"), 2), plain)
-    weighted = read(model, WeightedPrompt("a (red:1.5) circle"), 2)
+    torch.testing.assert_close(read(model, EmphasizedPrompt("a red circle"), 2), plain)
+    weighted = read(model, EmphasizedPrompt("a (red:1.5) circle"), 2)
     expected = plain.clone()
     expected[2] *= 1.5
     expected *= plain.mean() / expected.mean()
     torch.testing.assert_close(weighted, expected, rtol=1e-5, atol=1e-5)
-    both = read(model, WeightedPrompt("a red circle BREAK a (red:1.5) circle"), 2)
+    both = read(model, EmphasizedPrompt("a red circle BREAK a (red:1.5) circle"), 2)
     torch.testing.assert_close(both, torch.cat([plain, weighted]))
 
 

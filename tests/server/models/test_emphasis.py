@@ -18,8 +18,8 @@ from server.errors import InvalidRequest
 from server.models.emphasis import (
     MOST_CHUNKS,
     Chunk,
+    EmphasizedPrompt,
     Segment,
-    WeightedPrompt,
     chunks_of,
     escaped,
     is_long,
@@ -158,8 +158,8 @@ def test_a_number_at_the_end_of_a_plain_text_is_no_weight_in_its_text(text: str)
 
 
 def test_a_weighted_prompt_is_no_plain_text() -> None:
-    assert WeightedPrompt("a") == WeightedPrompt("a")
-    assert len({WeightedPrompt("a"), "a", WeightedPrompt("a")}) == 2
+    assert EmphasizedPrompt("a") == EmphasizedPrompt("a")
+    assert len({EmphasizedPrompt("a"), "a", EmphasizedPrompt("a")}) == 2
 
 
 @pytest.fixture(scope="module")
@@ -201,32 +201,32 @@ def by_hand(pipeline: Any, text: str, weights: dict[str, float]) -> Tensor:
 
 def test_without_weights_a_prompt_is_encoded_as_plain_text(model: HostedModel) -> None:
     assert torch.equal(
-        text_of(model, WeightedPrompt("a red circle")), text_of(model, "a red circle")
+        text_of(model, EmphasizedPrompt("a red circle")), text_of(model, "a red circle")
     )
 
 
 def test_weights_scale_hidden_states_and_keep_their_mean(model: HostedModel, pipeline: Any) -> None:
-    found = text_of(model, WeightedPrompt("a (red:1.5) [circle]"))
+    found = text_of(model, EmphasizedPrompt("a (red:1.5) [circle]"))
     expected = by_hand(pipeline, "a red circle", {"red": 1.5, "circle": 1 / 1.1})
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_chunks_are_encoded_apart_and_stand_one_behind_the_other(model: HostedModel) -> None:
-    found = text_of(model, WeightedPrompt("a red circle BREAK a (blue:2) square"))
+    found = text_of(model, EmphasizedPrompt("a red circle BREAK a (blue:2) square"))
     first, second = (
-        text_of(model, WeightedPrompt(text)) for text in ("a red circle", "a (blue:2) square")
+        text_of(model, EmphasizedPrompt(text)) for text in ("a red circle", "a (blue:2) square")
     )
     torch.testing.assert_close(found, torch.cat([first, second]))
     room = model.facts.max_tokens
-    assert model.count_tokens(WeightedPrompt("a BREAK b")) == 2 * room
-    assert len(text_of(model, WeightedPrompt("red " * (room + 1)))) == 2 * len(first)
+    assert model.count_tokens(EmphasizedPrompt("a BREAK b")) == 2 * room
+    assert len(text_of(model, EmphasizedPrompt("red " * (room + 1)))) == 2 * len(first)
 
 
 @torch.inference_mode()
 def test_a_text_that_is_repeated_is_attended_to_as_it_is_once(model: HostedModel) -> None:
     """So rows of texts of different lengths share a forward without a mask."""
-    short, long = model.encode_prompts(["a cat", WeightedPrompt("a BREAK b BREAK c")], 64, 64)
-    [same] = model.encode_prompts([WeightedPrompt("a dog BREAK a cat")], 64, 64)
+    short, long = model.encode_prompts(["a cat", EmphasizedPrompt("a BREAK b BREAK c")], 64, 64)
+    [same] = model.encode_prompts([EmphasizedPrompt("a dog BREAK a cat")], 64, 64)
     levelled = model.levelled({"a": short, "b": long, "c": same})
     assert {one.length for one in levelled.values()} == {6 * short.length}
     # And takes no memory of its own.
@@ -250,9 +250,9 @@ def test_two_encoders_have_weights_each_and_pool_the_first_chunk(tmp_path: Path)
     plain, same, weighted, long = model.encode_prompts(
         [
             "a cat",
-            WeightedPrompt("a cat"),
-            WeightedPrompt("a (cat:2)"),
-            WeightedPrompt("a cat BREAK b"),
+            EmphasizedPrompt("a cat"),
+            EmphasizedPrompt("a (cat:2)"),
+            EmphasizedPrompt("a cat BREAK b"),
         ],
         64,
         64,

@@ -12,7 +12,7 @@ from diffusers import FluxKontextPipeline
 from PIL import Image
 from torch import Tensor
 
-from server.decoding.sizing import Target
+from server.decoding.sizing import PictureTarget
 from server.engine import graphs as graphs_module
 from server.engine.cost_model import TickCost
 from server.engine.engine import Engine
@@ -95,7 +95,7 @@ def test_final_latents_in_mixed_company_are_those_of_diffusers(
 
 
 def test_a_picture_gets_the_size_that_diffusers_gives_it(model: HostedModel) -> None:
-    target: Target = target_of(model.facts)
+    target: PictureTarget = target_of(model.facts)
     assert target.size_of(3000, 1700, 2**21) == (1392, 752)
     assert target.size_of(100, 100, 2**21) == (1024, 1024)
     assert target.size_of(1700, 3000, 2**21) == (752, 1392)

@@ -15,7 +15,7 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as edit_p
 from PIL import Image
 from torch import Tensor
 
-from server.decoding.sizing import Target, brought_to
+from server.decoding.sizing import PictureTarget, brought_to
 from server.engine.state.noise import start_noise
 from server.engine.task import ImageTask
 from server.models import transformer_model
@@ -75,7 +75,10 @@ def asked(
     given: dict[str, Any] = {"width": WIDTH, "height": HEIGHT, "steps": 3, "guidance": GUIDED}
     task = task_of(model, **given | fields)
     read, seen = (
-        [np.asarray(brought_to(one, Target(area=area, multiple=32), 10**6)) for one in pictures]
+        [
+            np.asarray(brought_to(one, PictureTarget(area=area, multiple=32), 10**6))
+            for one in pictures
+        ]
         for area in (PIXELS, seen_pixels)
     )
     text = replace(task.text, pictures=tuple(map(SeenPicture.of, seen)))

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from embedded import MODEL_FOLDER
-from server.engine.preparation import Prepared
+from server.engine.preparation import PreparedForwards
 from server.errors import ModelMismatch
 from server.http.native.models import CompilationCard, card_of
 from server.models.hosted import HostedModel
@@ -278,7 +278,7 @@ def test_a_server_that_cannot_compile_says_why_and_serves(
     hosted = host(settings, guessed_costs={1: 0.01})
     [model] = hosted.models.values()
     hosted.engine.stop(0)
-    state = ModelState("m", True, 0, model, 0, 0, 0.0, None, Prepared())
+    state = ModelState("m", True, 0, model, 0, 0, 0.0, None, PreparedForwards())
     reason = "there is no C++ compiler 'no-such-compiler'; install it, or set CXX"
     assert card_of(state).compilation == CompilationCard(
         compiled=0, waiting=0, eager=0, reason=reason

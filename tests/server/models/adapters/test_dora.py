@@ -20,7 +20,7 @@ from server.models.adapters.lycoris import as_low_rank
 from server.models.adapters.magnitude import weight_of
 from server.models.adapters.placing import Target
 from server.models.adapters.row_scales import InputScales
-from server.models.adapters.stack import Rows
+from server.models.adapters.stack import AdaptedRows
 from server.models.streamed import stream_blocks
 
 CPU = torch.device("cpu")
@@ -233,7 +233,7 @@ def test_scaled_inputs_keep_their_layout(network: Layers, where: Any) -> None:
     """By which products round their sums, so that a row has the same bits in any company."""
     x = torch.randn(3, 6, 9).mT
     count = 3 if where is None else 2
-    scales = InputScales(Rows(where, count, 1), torch.full((count, 6), 2.0))
+    scales = InputScales(AdaptedRows(where, count, 1), torch.full((count, 6), 2.0))
     assert scales.scaled(network.proj, x).stride() == x.stride()
 
 

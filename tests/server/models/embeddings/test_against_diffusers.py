@@ -17,7 +17,7 @@ from server.errors import InvalidRequest
 from server.models.conditioning import Conditioning
 from server.models.embeddings.embedding import Embedding
 from server.models.embeddings.shelf import EmbeddingShelf
-from server.models.emphasis import MOST_CHUNKS, WeightedPrompt
+from server.models.emphasis import MOST_CHUNKS, EmphasizedPrompt
 from server.models.hosted import HostedModel
 from server.models.loading import load_model
 from server.models.text_options import TextOptions
@@ -126,9 +126,11 @@ def test_other_prompts_keep_their_bits_and_the_encoder_its_words(family: Family)
 
 
 def test_an_embedding_is_weighted_and_does_not_leave_its_chunk(family: Family) -> None:
-    plain, weighted = (one.tensors[TEXT] for one in family.ours("oilish", WeightedPrompt("oilish")))
+    plain, weighted = (
+        one.tensors[TEXT] for one in family.ours("oilish", EmphasizedPrompt("oilish"))
+    )
     torch.testing.assert_close(weighted, plain)
-    [strong] = family.ours(WeightedPrompt("(OILISH:1.5)"))
+    [strong] = family.ours(EmphasizedPrompt("(OILISH:1.5)"))
     expected = plain.clone()
     # The states of each encoder keep their own mean.
     for part in expected.split([*family.model.embedding_target().widths.values()], 1):
@@ -138,8 +140,8 @@ def test_an_embedding_is_weighted_and_does_not_leave_its_chunk(family: Family) -
     torch.testing.assert_close(strong.tensors[TEXT], expected, rtol=1e-4, atol=1e-4)
     room = family.model.facts.max_tokens
     full = "red " * (room - 2)
-    [long] = family.ours(WeightedPrompt(f"{full} oilish"))
-    first, second = family.ours(WeightedPrompt(full), "oilish")
+    [long] = family.ours(EmphasizedPrompt(f"{full} oilish"))
+    first, second = family.ours(EmphasizedPrompt(full), "oilish")
     parts = torch.cat([first.tensors[TEXT], second.tensors[TEXT]])
     torch.testing.assert_close(long.tensors[TEXT], parts, rtol=1e-5, atol=1e-5)
 

@@ -13,7 +13,7 @@ from diffusers.quantizers.gguf.utils import GGUFLinear, dequantize_gguf_tensor
 from torch import Tensor, nn
 
 from server.engine.engine import Engine
-from server.engine.preparation import Prepared
+from server.engine.preparation import PreparedForwards
 from server.engine.state.noise import start_noise
 from server.errors import ModelMismatch
 from server.http.native.models import card_of
@@ -264,7 +264,7 @@ def test_a_server_says_which_file_a_model_was_given_and_in_which_types(
     )
     hosted = host(settings, guessed_costs={1: 0.01})
     hosted.engine.stop(0)
-    state = ModelState("z", True, 0, hosted.models["z"], 0, 0, None, None, Prepared())
+    state = ModelState("z", True, 0, hosted.models["z"], 0, 0, None, None, PreparedForwards())
     card = card_of(state)
     assert (card.denoiser, set(card.gguf_types)) == ("z-Q4_K_M", set(K_QUANTS))
     state = replace(state, model=None)

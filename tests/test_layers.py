@@ -1,0 +1,89 @@
+"""Which package may import which, and that a name means one thing: read from the source."""
+
+import ast
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import cache
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+SHIPPED = ("samplers", "guidance", "server")
+FOLDERS = (*SHIPPED, "embedded", "benchmarks", "studies")
+
+FORBIDDEN = {
+    "samplers": {"guidance", "server", "embedded"},
+    "guidance": {"samplers", "server", "embedded"},
+    "server": {"benchmarks", "studies"},
+    "server.models": {"server.engine", "server.requests", "server.service", "server.http"},
+    "server.decoding": {"server.engine", "server.requests", "server.service", "server.http"},
+    "server.engine": {"server.requests", "server.service", "server.http", "fastapi", "starlette"},
+    "server.requests": {"server.service", "server.http", "fastapi", "starlette"},
+    "server.service": {"server.http", "fastapi", "starlette"},
+    "server.jobs": {"server.http", "fastapi", "starlette"},
+    "server.http": {"torch", "samplers", "guidance", "server.models.loading"},
+}
+"""What a package may not import, be it for a type."""
+
+
+@cache
+def sources() -> dict[str, ast.Module]:
+    """Every module by its name."""
+    paths = (path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py")))
+    return {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): ast.parse(
+            path.read_text()
+        )
+        for path in paths
+    }
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Whatever is imported anywhere in a module."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def within(name: str, package: str) -> bool:
+    return f"{name}.".startswith(f"{package}.")
+
+
+def package_of(module: str) -> str:
+    """The folder under ``server``, or at the root, that a module is in."""
+    parts = module.split(".")
+    return ".".join(parts[: 2 if parts[0] == "server" else 1])
+
+
+def test_a_package_imports_nothing_above_it() -> None:
+    upwards = [
+        f"{module} imports {name}"
+        for package, forbidden in FORBIDDEN.items()
+        for module, tree in sources().items()
+        if within(module, package)
+        for name in imported(tree)
+        if any(within(name, above) for above in forbidden)
+    ]
+    assert not upwards
+
+
+def test_no_two_packages_of_the_server_need_each_other() -> None:
+    needs: dict[str, set[str]] = defaultdict(set)
+    for module, tree in sources().items():
+        if within(module, "server"):
+            own = package_of(module)
+            needs[own] |= {package_of(name) for name in imported(tree) if within(name, "server")}
+            needs[own].discard(own)
+    list(TopologicalSorter(needs).static_order())
+
+
+def test_a_class_that_others_may_import_has_a_name_of_its_own() -> None:
+    defined: dict[str, list[str]] = defaultdict(list)
+    for module, tree in sources().items():
+        if module.startswith(SHIPPED):
+            for node in ast.iter_child_nodes(tree):
+                if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                    defined[node.name].append(module)
+    assert not {name: modules for name, modules in defined.items() if len(modules) > 1}
