@@ -1,6 +1,5 @@
 """What every registered rule and policy promises, ours or an installed package's."""
 
-from collections.abc import Iterable
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -17,10 +16,8 @@ from guidance import (
     POLICIES,
     RULES,
     STEP_CACHES,
-    Perturbation,
     Policy,
     Rule,
-    StepCache,
 )
 from guidance.cfg import CFG
 from guidance.composed import Composed, WeightedPrompt
@@ -52,20 +49,7 @@ NOISE_RATIO = np.array([np.inf, 80.0, 5.42, 1.0, 0.3, 0.28, 0.01])
 PROGRESS = np.arange(7) / 7
 
 
-def each_kind_of(settings: Iterable[Rule | Policy | Perturbation]) -> pytest.MarkDecorator:
-    """One case a kind of rule, policy or perturbation, with all its variants among these."""
-    grouped: dict[str, list[Rule | Policy | Perturbation]] = {}
-    for one in settings:
-        grouped.setdefault(one.name, []).append(one)
-    return pytest.mark.parametrize("variants", grouped.values(), ids=grouped.keys())
-
-
-each_rule = each_kind_of(RULE_VARIANTS)
-each_policy = each_kind_of(POLICY_VARIANTS)
-each_estimate = pytest.mark.parametrize(
-    "policy", [one for one in POLICY_VARIANTS if one.estimates], ids=label
-)
-each_perturbation = each_kind_of(PERTURBATION_VARIANTS)
+ESTIMATES = [one for one in POLICY_VARIANTS if one.estimates]
 
 
 def branches_of(rule: Rule) -> int:
@@ -73,16 +57,12 @@ def branches_of(rule: Rule) -> int:
     return len(rule.branches) or 1
 
 
-@pytest.mark.parametrize(
-    "registry",
-    [RULES, POLICIES, PERTURBATIONS, STEP_CACHES],
-    ids=["rules", "policies", "perturbations", "step caches"],
-)
-def test_names_and_texts_are_there_once(registry: tuple[type[Rule], ...]) -> None:
-    names = [kind.model_fields["name"].default for kind in registry]
-    assert len(set(names)) == len(names)
-    for kind in registry:
-        check_description(kind)
+def test_names_and_texts_are_there_once() -> None:
+    for registry in (RULES, POLICIES, PERTURBATIONS, STEP_CACHES):
+        names = [kind.model_fields["name"].default for kind in registry]
+        assert len(set(names)) == len(names)
+        for kind in registry:
+            check_description(kind)
 
 
 SEVERAL = Composed(prompts=(WeightedPrompt(prompt="x"), WeightedPrompt(prompt="y", weight=-1)))
@@ -107,26 +87,25 @@ def test_any_rule_goes_with_any_policy_but_for_these() -> None:
     assert Residual(mode="onetime").refuses(SEVERAL) is None
 
 
-TOGETHER = [
-    (rule, policy)
-    for rule, policy in product(RULES_AT_DEFAULTS, POLICIES_AT_DEFAULTS)
-    if rule.branches and not policy.refuses(rule)
-]
-
-
-@pytest.mark.parametrize(
-    ("rule", "policy", "dtype"),
-    covering(
-        [(*pair, dtype) for pair in TOGETHER for dtype in (torch.float32, torch.float64)],
-        tuple,
-        together=2,
-    ),
-    ids=lambda one: getattr(one, "name", str(one)),
+TOGETHER = covering(
+    [
+        (rule, policy, dtype)
+        for rule, policy in product(RULES_AT_DEFAULTS, POLICIES_AT_DEFAULTS)
+        if rule.branches and not policy.refuses(rule)
+        for dtype in (torch.float32, torch.float64)
+    ],
+    tuple,
+    together=2,
 )
-def test_a_rule_and_a_policy_make_a_run_together(
-    rule: Rule, policy: Policy, dtype: torch.dtype
-) -> None:
+
+
+def test_a_rule_and_a_policy_make_a_run_together() -> None:
     """Seven stages, as an engine makes them: ask, fill in, combine, keep, and end when settled."""
+    for rule, policy, dtype in TOGETHER:
+        run_together(rule, policy, dtype)
+
+
+def run_together(rule: Rule, policy: Policy, dtype: torch.dtype) -> None:
     branches = len(rule.branches)
     rows = with_memory(draw(3, dtype=dtype, branches=branches), rule.memory_slots)
     kept = with_memory(rows, policy.memory_slots(branches), seed=2).memory
@@ -160,15 +139,13 @@ def test_a_rule_and_a_policy_make_a_run_together(
         rows = replace(fresh, x=result.x, memory=result.memory)
 
 
-@each_rule
-def test_results_have_the_shapes_and_the_type_of_what_went_in(variants: list[Rule]) -> None:
-    for rule in variants:
+def test_results_have_the_shapes_and_the_type_of_what_went_in() -> None:
+    for rule in RULE_VARIANTS:
         check_shapes(rule)
 
 
-@each_rule
-def test_predictions_that_agree_are_left_alone(variants: list[Rule]) -> None:
-    for rule in variants:
+def test_predictions_that_agree_are_left_alone() -> None:
+    for rule in RULE_VARIANTS:
         check_agreement(rule)
 
 
@@ -194,22 +171,22 @@ def test_each_rule_of_ours_has_a_neutral_setting() -> None:
     assert NEUTRAL.keys() | OTHERWISE == OURS.keys()
 
 
-@pytest.mark.parametrize("name", NEUTRAL)
-def test_each_rule_can_be_plain_cfg(name: str) -> None:
-    kind = OURS[name]
-    scales = [field for field in ("scale", "scale_high") if field in kind.model_fields]
-    for scale in (0.0, 0.5, 1.0, 4.0, 30.0):
+def test_each_rule_can_be_plain_cfg() -> None:
+    for name, scale in product(NEUTRAL, (0.0, 0.5, 1.0, 4.0, 30.0)):
+        kind = OURS[name]
+        scales = [field for field in ("scale", "scale_high") if field in kind.model_fields]
         rule = kind.model_validate(NEUTRAL[name] | dict.fromkeys(scales, scale))
         rows = with_memory(draw(3, branches=1), kind.memory_slots)
         result, plain = apply(rule, rows), apply(CFG(scale=scale), rows)
-        assert len(rule.branches) == (scale != 1)
-        torch.testing.assert_close(result.denoised, plain.denoised, rtol=1e-9, atol=1e-9)
-        assert torch.equal(result.x, rows.x)
+        assert len(rule.branches) == (scale != 1), name
+        torch.testing.assert_close(
+            result.denoised, plain.denoised, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
+        )
+        assert torch.equal(result.x, rows.x), name
 
 
-@each_rule
-def test_branches_are_asked_for_only_where_they_can_matter(variants: list[Rule]) -> None:
-    for rule in variants:
+def test_branches_are_asked_for_only_where_they_can_matter() -> None:
+    for rule in RULE_VARIANTS:
         check_branches(rule)
 
 
@@ -239,43 +216,42 @@ def test_rows_with_their_own_parameters_get_what_each_gets_alone(
             torch.testing.assert_close(ours[i : i + 1], theirs, rtol=1e-12, atol=1e-12)
 
 
-@each_rule
-def test_rules_leave_their_inputs_alone(variants: list[Rule]) -> None:
-    for rule in variants:
+def test_rules_leave_their_inputs_alone() -> None:
+    for rule in RULE_VARIANTS:
         check_inputs_are_kept(rule)
 
 
-@each_policy
-def test_policies_answer_for_each_stage_and_row(variants: list[Policy]) -> None:
+def test_policies_answer_for_each_stage_and_row() -> None:
     rows = draw(4)
-    for policy in variants:
+    for policy in POLICY_VARIANTS:
         answer = policy.evaluates(NOISE_RATIO, PROGRESS)
-        assert answer.shape == (7,)
-        assert answer.dtype == np.bool_
+        assert answer.shape == (7,), label(policy)
+        assert answer.dtype == np.bool_, label(policy)
         settled = policy.settled(rows, policy.parameters([policy] * 4, rows.x[:1]))
         one = policy.parameters([policy], rows.x[:1])
         alone = [policy.settled(one_row(rows, i), one) for i in range(4)]
         assert settled.tolist() == torch.cat(alone).tolist(), label(policy)
 
 
-@each_policy
-def test_what_was_evaluated_is_kept_where_a_policy_keeps_nothing(variants: list[Policy]) -> None:
+def test_what_was_evaluated_is_kept_where_a_policy_keeps_nothing() -> None:
     rows = draw(2)
-    for policy in variants:
-        assert policy.memory_slots(1) or not policy.wants_reference
+    for policy in POLICY_VARIANTS:
+        assert policy.memory_slots(1) or not policy.wants_reference, label(policy)
         if policy.memory_slots(1):
             continue
         filled = policy.fill(rows, rows.memory, {}, torch.ones(2, 1, 1, 1, dtype=torch.bool))
-        assert filled.others is rows.others
-        assert filled.memory is rows.memory
+        assert filled.others is rows.others, label(policy)
+        assert filled.memory is rows.memory, label(policy)
 
 
-@each_estimate
 @settings(max_examples=100 if EVERY_CELL else 10)
 @given(seed=st.integers(0, 1000), branches=st.integers(1, 3))
-def test_each_row_is_filled_in_as_if_it_were_alone(
-    policy: Policy, seed: int, branches: int
-) -> None:
+def test_each_row_is_filled_in_as_if_it_were_alone(seed: int, branches: int) -> None:
+    for policy in ESTIMATES:
+        fill_together_and_alone(policy, seed, branches)
+
+
+def fill_together_and_alone(policy: Policy, seed: int, branches: int) -> None:
     generator = np.random.default_rng(seed)
     rows = draw(4, seed, branches=branches)
     kept = with_memory(rows, policy.memory_slots(branches), seed).memory
@@ -293,9 +269,13 @@ def test_each_row_is_filled_in_as_if_it_were_alone(
     assert all(torch.equal(getattr(rows, name), value) for name, value in before.items())
 
 
-@each_estimate
-def test_each_branch_is_filled_in_as_if_it_were_the_only_one(policy: Policy) -> None:
+def test_each_branch_is_filled_in_as_if_it_were_the_only_one() -> None:
     """Two stages of three branches: the first is evaluated, the second is not."""
+    for policy in ESTIMATES:
+        fill_branches_together_and_alone(policy)
+
+
+def fill_branches_together_and_alone(policy: Policy) -> None:
     numbers = torch.from_numpy(np.random.default_rng(0).normal(size=(4, 3, policy.fitted)))
 
     def run(*chosen: int) -> Tensor:
@@ -314,30 +294,27 @@ def test_each_branch_is_filled_in_as_if_it_were_the_only_one(policy: Policy) -> 
         torch.testing.assert_close(together[:, k], run(k)[:, 0], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", STEP_CACHES)
-def test_step_caches_keep_their_promises(kind: type[StepCache]) -> None:
-    check_step_cache(kind.model_validate({}), kind.model_validate({"start": 0.5, "stop": 0.75}))
+def test_step_caches_keep_their_promises() -> None:
+    for kind in STEP_CACHES:
+        check_step_cache(kind.model_validate({}), kind.model_validate({"start": 0.5, "stop": 0.75}))
 
 
-@each_perturbation
-def test_perturbations_answer_for_each_stage_and_change_something(
-    variants: list[Perturbation],
-) -> None:
-    for perturbation in variants:
+def test_perturbations_answer_for_each_stage_and_change_something() -> None:
+    for perturbation in PERTURBATION_VARIANTS:
         answer = perturbation.evaluates(NOISE_RATIO, PROGRESS)
-        assert answer.shape == (7,)
-        assert answer.dtype == np.bool_
+        assert answer.shape == (7,), label(perturbation)
+        assert answer.dtype == np.bool_, label(perturbation)
         assert bool(perturbation.scale) or not answer.any(), label(perturbation)
         # Rows that change the same are told so by equality.
         assert hash(perturbation.edit) == hash(perturbation.model_copy().edit)
 
 
-@pytest.mark.parametrize("kind", [*RULES, *POLICIES, *PERTURBATIONS, *STEP_CACHES])
-def test_parameters_are_frozen_and_strange_ones_refused(kind: type[Rule]) -> None:
-    with pytest.raises(ValueError, match="frozen"):
-        setattr(kind.model_validate({}), "name", "other")  # noqa: B010
-    with pytest.raises(ValueError, match="Extra inputs are not permitted"):
-        kind.model_validate({"strength_of_coffee": 3})
+def test_parameters_are_frozen_and_strange_ones_refused() -> None:
+    for kind in (*RULES, *POLICIES, *PERTURBATIONS, *STEP_CACHES):
+        with pytest.raises(ValueError, match="frozen"):
+            setattr(kind.model_validate({}), "name", "other")  # noqa: B010
+        with pytest.raises(ValueError, match="Extra inputs are not permitted"):
+            kind.model_validate({"strength_of_coffee": 3})
 
 
 @pytest.mark.parametrize(

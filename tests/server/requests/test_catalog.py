@@ -9,7 +9,7 @@ from guidance import CFG, PARTS, RULES, STEP_CACHES, Part
 from guidance.embedded import Embedded
 from samplers import LCM, SAMPLERS, SPACINGS, LCMSpacing
 from server.models.defaults import ModelDefaults
-from server.requests.catalog import Entry, catalog, defaults_of
+from server.requests.catalog import catalog, defaults_of
 from server.requests.hires import Hires
 from server.requests.resolve import resolve
 from server.requests.schema import GenerateRequest, split
@@ -39,17 +39,14 @@ FIELDS: dict[str, Callable[[Any], dict[str, Any]]] = {
 """What a request says to choose one of a list."""
 
 ENTRIES = [(title, entry) for title in LISTS for entry in getattr(catalog(), title)]
-every_entry = pytest.mark.parametrize(
-    ("title", "entry"), ENTRIES, ids=[f"{title}-{entry.name}" for title, entry in ENTRIES]
-)
 
 
-@pytest.mark.parametrize("title", LISTS)
-def test_the_catalog_is_the_registry(title: str) -> None:
-    entries = getattr(catalog(), title)
-    defaults = [member().model_dump(mode="json") for member in LISTS[title]]
-    assert [entry.defaults for entry in entries] == defaults
-    assert [entry.name for entry in entries] == [one.get("name", title) for one in defaults]
+def test_the_catalog_is_the_registry() -> None:
+    for title, members in LISTS.items():
+        entries = getattr(catalog(), title)
+        defaults = [member().model_dump(mode="json") for member in members]
+        assert [entry.defaults for entry in entries] == defaults
+        assert [entry.name for entry in entries] == [one.get("name", title) for one in defaults]
 
 
 def test_a_form_finds_every_list_and_where_its_choice_goes() -> None:
@@ -68,38 +65,33 @@ def test_a_form_finds_every_list_and_where_its_choice_goes() -> None:
         assert body == (["chosen"] if choice.most > 1 else "chosen")
 
 
-@every_entry
-def test_every_entry_explains_itself(title: str, entry: Entry) -> None:
-    assert entry.summary
-    assert entry.source
-    assert set(entry.parameters["properties"]) == set(entry.defaults)
-    for name, parameter in entry.parameters["properties"].items():
-        assert "default" in parameter
-        assert name == "name" or parameter["description"]
+def test_every_entry_explains_itself() -> None:
+    for title, entry in ENTRIES:
+        where = f"{title}, {entry.name}"
+        assert entry.summary, where
+        assert entry.source, where
+        assert set(entry.parameters["properties"]) == set(entry.defaults), where
+        for name, parameter in entry.parameters["properties"].items():
+            assert "default" in parameter, f"{where}: {name}"
+            assert name == "name" or parameter["description"], f"{where}: {name}"
 
 
-@pytest.mark.parametrize("entry", catalog().samplers, ids=lambda entry: entry.name)
-def test_every_sampler_says_its_order_cost_and_spacing(entry: BaseModel) -> None:
-    assert set(entry.properties) >= {  # type: ignore[attr-defined]
-        "convergence_order",
-        "default_spacing",
-        "evaluations_per_step",
-        "stochastic",
-    }
+def test_every_sampler_says_its_order_cost_and_spacing() -> None:
+    said = {"convergence_order", "default_spacing", "evaluations_per_step", "stochastic"}
+    for entry in catalog().samplers:
+        assert set(entry.properties) >= said, entry.name
 
 
-@every_entry
-def test_what_the_catalog_gives_is_a_request(title: str, entry: Entry) -> None:
-    def understood(one: Any) -> dict[str, Any]:
+def test_what_the_catalog_gives_is_a_request() -> None:
+    def understood(title: str, one: Any) -> dict[str, Any]:
         body = {"prompt": "a red circle"} | FIELDS[title](one)
         return GenerateRequest.model_validate(body).model_dump(mode="json")
 
-    asked = FIELDS[title](entry.defaults)
-    assert _contains(understood(entry.defaults), asked)
-    if "name" in entry.defaults:
-        assert understood(entry.name) == understood(entry.defaults)
-    else:
-        assert understood({}) == understood(entry.defaults)
+    for title, entry in ENTRIES:
+        full = understood(title, entry.defaults)
+        assert _contains(full, FIELDS[title](entry.defaults)), f"{title}, {entry.name}"
+        short = entry.name if "name" in entry.defaults else {}
+        assert understood(title, short) == full, f"{title}, {entry.name}"
 
 
 def _contains(whole: Any, part: Any) -> bool:

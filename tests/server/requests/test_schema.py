@@ -1,4 +1,5 @@
 import json
+from itertools import product
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from server.requests.choice import name_of
 from server.requests.messages import explain
 from server.requests.schema import DEFAULT_SAMPLER, GenerateRequest, default_sampler, split
 
-REGISTRIES = [
+REGISTRIES: list[tuple[str, type[BaseModel]]] = [
     *(("sampler", member) for member in SAMPLERS),
     *(("spacing", member) for member in SPACINGS),
     *(("guidance", member) for member in RULES),
@@ -24,25 +25,25 @@ def sentence(**fields: Any) -> tuple[str | None, str]:
     return refusal.field, refusal.message
 
 
-@pytest.mark.parametrize(("field", "member"), REGISTRIES, ids=lambda x: getattr(x, "__name__", x))
-def test_a_bare_name_stands_for_the_defaults(field: str, member: type[BaseModel]) -> None:
-    bare = GenerateRequest.model_validate({"prompt": "x", field: name_of(member)})
-    full = GenerateRequest.model_validate({"prompt": "x", field: member().model_dump()})
-    assert getattr(bare, field) == getattr(full, field)
-    chosen = getattr(bare, field)
-    expected = split(chosen)[0] if field == "guidance" else chosen
-    assert type(expected) is member
-    assert expected == member()
+def test_a_bare_name_stands_for_the_defaults() -> None:
+    for field, member in REGISTRIES:
+        bare = GenerateRequest.model_validate({"prompt": "x", field: name_of(member)})
+        full = GenerateRequest.model_validate(
+            {"prompt": "x", field: member.model_validate({}).model_dump()}
+        )
+        chosen = getattr(bare, field)
+        assert chosen == getattr(full, field), member
+        expected = split(chosen)[0] if field == "guidance" else chosen
+        assert type(expected) is member
+        assert expected == member.model_validate({})
 
 
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
-def test_any_rule_goes_with_any_policy(rule: Any) -> None:
-    policies: tuple[Any, ...] = POLICIES
-    for policy in policies:
+def test_any_rule_goes_with_any_policy() -> None:
+    for rule, policy in product(RULES, POLICIES):
         guidance = {"name": name_of(rule), "policy": {"name": name_of(policy)}}
         request = GenerateRequest.model_validate({"prompt": "x", "guidance": guidance})
         assert request.guidance is not None
-        assert split(request.guidance) == (rule(), policy())
+        assert split(request.guidance) == (rule.model_validate({}), policy.model_validate({}))
 
 
 def test_guidance_without_a_policy_always_evaluates() -> None:
@@ -234,21 +235,20 @@ def test_an_unknown_perturbation_is_named_by_its_path() -> None:
     assert message.startswith("perturbed 'pig' is unknown; allowed are: pag,")
 
 
-@pytest.mark.parametrize("perturbation", PERTURBATIONS, ids=lambda kind: kind.__name__)
-def test_any_rule_goes_with_any_perturbation_and_settings_survive_their_own_answer(
-    perturbation: type[BaseModel],
-) -> None:
-    guidance = {
-        "name": "apg",
-        "perturbed": [name_of(perturbation), perturbation().model_dump(mode="json")],
-        "skip_tuning": {"bottom": 0.7},
-    }
-    request = GenerateRequest.model_validate({"prompt": "x", "guidance": guidance})
-    assert request.guidance is not None
-    assert request.guidance.perturbed == (perturbation(), perturbation())
-    assert request.guidance.skip_tuning == SkipTuning(bottom=0.7)
-    again = request.model_dump(mode="json", exclude_none=True)
-    assert GenerateRequest.model_validate(again) == request
+def test_any_perturbation_goes_beside_a_rule_and_settings_survive_their_own_answer() -> None:
+    for kind in PERTURBATIONS:
+        default = kind.model_validate({})
+        guidance = {
+            "name": "apg",
+            "perturbed": [name_of(kind), default.model_dump(mode="json")],
+            "skip_tuning": {"bottom": 0.7},
+        }
+        request = GenerateRequest.model_validate({"prompt": "x", "guidance": guidance})
+        assert request.guidance is not None
+        assert request.guidance.perturbed == (default, default)
+        assert request.guidance.skip_tuning == SkipTuning(bottom=0.7)
+        again = request.model_dump(mode="json", exclude_none=True)
+        assert GenerateRequest.model_validate(again) == request
 
 
 def test_unknown_particles_are_named_by_their_path() -> None:
@@ -319,22 +319,15 @@ def test_an_unknown_field_is_refused_with_its_neighbour(
     assert message.startswith(f"{field} is not a known field ({hint}); allowed are: ")
 
 
-@pytest.fixture(scope="module")
-def schema() -> dict[str, Any]:
-    """That of requests, which takes a tenth of a second to make."""
-    return GenerateRequest.model_json_schema()
-
-
-@pytest.mark.parametrize(("field", "member"), REGISTRIES, ids=lambda x: getattr(x, "__name__", x))
-def test_the_schema_shows_every_parameter(
-    schema: dict[str, Any], field: str, member: type[BaseModel]
-) -> None:
-    shown = json.dumps(schema["properties"][field])
-    name = f"{member.__name__}Guidance" if field == "guidance" else member.__name__
-    assert f'"#/$defs/{name}"' in shown
-    assert f'"{name_of(member)}"' in shown
-    for parameter, info in member.model_fields.items():
-        described = schema["$defs"][name]["properties"][parameter]
-        # Tuples are lists in JSON.
-        assert described["default"] == json.loads(json.dumps(info.default))
-        assert parameter == "name" or described["description"] == info.description
+def test_the_schema_shows_every_parameter() -> None:
+    schema = GenerateRequest.model_json_schema()
+    for field, member in REGISTRIES:
+        shown = json.dumps(schema["properties"][field])
+        name = f"{member.__name__}Guidance" if field == "guidance" else member.__name__
+        assert f'"#/$defs/{name}"' in shown
+        assert f'"{name_of(member)}"' in shown
+        for parameter, info in member.model_fields.items():
+            described = schema["$defs"][name]["properties"][parameter]
+            # Tuples are lists in JSON.
+            assert described["default"] == json.loads(json.dumps(info.default)), parameter
+            assert parameter == "name" or described["description"] == info.description, parameter
