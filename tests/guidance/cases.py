@@ -91,7 +91,9 @@ def _any(field: FieldInfo) -> st.SearchStrategy[Any]:
     if get_origin(field.annotation) is Literal:
         return st.sampled_from(get_args(field.annotation))
     if get_origin(field.annotation) is tuple:
-        return st.lists(st.builds(WeightedPrompt, prompt=st.text(max_size=3)), max_size=3)
+        weight = _number(WeightedPrompt.model_fields["weight"])
+        prompt = st.builds(WeightedPrompt, prompt=st.just("x"), weight=weight)
+        return st.lists(prompt, max_size=3)
     return _number(field)
 
 
