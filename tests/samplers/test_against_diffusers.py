@@ -96,10 +96,11 @@ SIDE = 16 if EVERY_CELL else 8
 """Of the latents; the embedded model's own is 16."""
 SMALL: dict[str, Any] = {
     "sample_size": SIDE,
-    "block_out_channels": (16, 32),
+    "block_out_channels": (16,),
     "layers_per_block": 1,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "mid_block_type": None,
+    "up_block_types": ("UpBlock2D",),
     "attention_head_dim": 8,
     "norm_num_groups": 8,
 }
