@@ -274,9 +274,9 @@ def test_whole_runs_are_theirs(theirs: Callable[[], Tensor]) -> None:
     torch.testing.assert_close(ours, theirs(), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", COMFYUI_SAMPLERS)
-def test_every_sampler_named_builds_a_plan(name: str) -> None:
-    sampler, spacing = named(name)
-    assert spacing is None
-    plan = sampler.plan(SCHEDULES["scaled_linear"].grid(sampler.default_spacing, 10))
-    assert np.isfinite(plan.tables).all()
+def test_every_sampler_named_builds_a_plan() -> None:
+    for name in COMFYUI_SAMPLERS:
+        sampler, spacing = named(name)
+        assert spacing is None, name
+        plan = sampler.plan(SCHEDULES["scaled_linear"].grid(sampler.default_spacing, 10))
+        assert np.isfinite(plan.tables).all(), name

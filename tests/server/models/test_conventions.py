@@ -16,18 +16,17 @@ DOCUMENT = (Path(__file__).parents[3] / "docs/families.md").read_text("utf-8")
 NOISE = NoiseSchedule.from_diffusers({"beta_schedule": "scaled_linear"})
 
 
-@pytest.mark.parametrize("name", CONVENTIONS)
-def test_each_number_of_steps_takes_as_many_evaluations(name: str) -> None:
-    one = CONVENTIONS[name]
-    schedule = NoiseSchedule.flow(3.0) if one.flow else NOISE
-    assert one.steps in one.counts or not one.counts
-    for count in one.counts or (1, 4, 16):
-        own = defaults_by(name, "", steps=count)
-        plan = own.sampler.plan(schedule.grid(own.spacing_of(count), count))
-        assert plan.evaluations == count
-        if count > 1:
-            # Weights of one step start lower; all else starts from pure noise.
-            assert plan.t[0] == schedule.t_start
+def test_each_number_of_steps_takes_as_many_evaluations() -> None:
+    for name, one in CONVENTIONS.items():
+        schedule = NoiseSchedule.flow(3.0) if one.flow else NOISE
+        assert one.steps in one.counts or not one.counts, name
+        for count in one.counts or (1, 4, 16):
+            own = defaults_by(name, "", steps=count)
+            plan = own.sampler.plan(schedule.grid(own.spacing_of(count), count))
+            assert plan.evaluations == count, name
+            if count > 1:
+                # Weights of one step start lower; all else starts from pure noise.
+                assert plan.t[0] == schedule.t_start, name
 
 
 @pytest.mark.parametrize("name", ["dmd2", "hyper"])

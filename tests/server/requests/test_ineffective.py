@@ -136,19 +136,19 @@ def test_several_predictions_of_a_distilled_model_are_warned_of(
         assert warnings(offered, model=model, negative_prompt=None) == ()
 
 
-@pytest.mark.parametrize("name", CONVENTIONS)
-def test_several_predictions_are_warned_of_whatever_the_convention(name: str) -> None:
-    own = defaults_by(name, "the test says so")
-    model = Toy(embeds_scale=own.policy.embeds, defaults=own)
-    warned = warnings({"name": "cfg", "scale": 3.0}, model=model, steps=own.steps)
-    if own.rule.combines and not own.policy.embeds:
-        # The convention of a model that was not distilled.
-        assert warned == ()
-        return
-    [said] = warned
-    offered = EMBEDDED if own.policy.embeds else {"name": "none"}
-    assert f"distilled to be sampled from one; use {json.dumps(offered)}, or " in said
-    assert '"nag": {}' in said
+def test_several_predictions_are_warned_of_whatever_the_convention() -> None:
+    for name in CONVENTIONS:
+        own = defaults_by(name, "the test says so")
+        model = Toy(embeds_scale=own.policy.embeds, defaults=own)
+        warned = warnings({"name": "cfg", "scale": 3.0}, model=model, steps=own.steps)
+        if own.rule.combines and not own.policy.embeds:
+            # The convention of a model that was not distilled.
+            assert warned == (), name
+            continue
+        [said] = warned
+        offered = EMBEDDED if own.policy.embeds else {"name": "none"}
+        assert f"distilled to be sampled from one; use {json.dumps(offered)}, or " in said, name
+        assert '"nag": {}' in said, name
 
 
 @pytest.mark.parametrize(
