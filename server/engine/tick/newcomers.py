@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from server.engine.faults import attempt
 from server.engine.state.noise import start_noise, varied_noise
@@ -18,7 +19,7 @@ from server.engine.tick.pictures import encode_pictures, latents_of
 from server.models.blend import conditioning_of, texts_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, MutableMapping
 
     from torch import Tensor
 
@@ -68,6 +69,7 @@ class Admission:
         self._deterministic = deterministic
         self._prompts: dict[str, PromptCache] = {}
         self._image_prompts: dict[str, ImagePromptCache] = {}
+        self._references: dict[str, MutableMapping[Tensor, Tensor]] = {}
         for name, model in models.items():
             self.add(name, model)
 
@@ -75,10 +77,12 @@ class Admission:
         """Take in images of a model from now on."""
         self._prompts[name] = PromptCache(model, fixed=self._deterministic)
         self._image_prompts[name] = ImagePromptCache(model, fixed=self._deterministic)
+        # Kept as long as the pictures themselves, which a stream lets go of with its settings.
+        self._references[name] = WeakTensorKeyDictionary()
 
     def forget(self, name: str) -> None:
         """Let go of a model and of its encoded prompts; none of its images may come."""
-        del self._prompts[name], self._image_prompts[name]
+        del self._prompts[name], self._image_prompts[name], self._references[name]
 
     def admit(self, newcomers: list[Sequence]) -> Iterator[tuple[Sequence, Exception]]:
         """Make the newcomers ready to run; yields those that cannot be, with the reason."""
@@ -97,7 +101,8 @@ class Admission:
             members = list(prompts_of)
             prompts = chain.from_iterable(prompts_of.values())
             encoded = self._prompts[name].of(prompts, width, height, of_text, options)
-            encode_pictures(self._models[name], members, fixed=self._deterministic)
+            kept = self._references[name]
+            encode_pictures(self._models[name], members, kept, fixed=self._deterministic)
             self._image_prompts[name].encode(members)
             for sequence in members:
                 placed = attempt(

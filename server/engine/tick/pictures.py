@@ -11,7 +11,7 @@ from server.engine.faults import attempt, free_memory, is_out_of_memory
 from server.engine.state.padding import padded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, MutableMapping
 
     from torch import Tensor
 
@@ -69,26 +69,37 @@ class PicturesOfATick:
         return {one: max(LEAST_PIXELS, self._by_image.get(one, 0)) for one in sequences}
 
 
-def encode_pictures(model: HostedModel, members: list[Sequence], *, fixed: bool) -> None:
+def encode_pictures(
+    model: HostedModel,
+    members: list[Sequence],
+    kept: MutableMapping[Tensor, Tensor],
+    *,
+    fixed: bool,
+) -> None:
     """Leave the latents of all pictures of some images with their submissions.
 
-    The images of a submission share a picture, and the first of them to come has it encoded.
+    The images of a submission share a picture, and the first of them to come has it encoded. So do
+    the frames of a live stream with the pictures of its settings.
 
     Args:
         model: of all the images.
         members: images that start now.
+        kept: latents of pictures of this model that were encoded before, to which those of
+            reference images are added.
         fixed: encode at one batch size always, so that a picture's bits do not depend on the
             pictures that came with it.
 
     Raises:
         DeviceLost: the device no longer answers.
     """
-    wanted = {
-        (id(sequence.submission), id(picture)): (sequence, picture)
-        for sequence in members
-        for picture in _pictures(sequence)
-        if id(picture) not in sequence.submission.latents
-    }
+    wanted: dict[tuple[int, int], tuple[Sequence, Tensor]] = {}
+    for sequence in members:
+        latents = sequence.submission.latents
+        for picture in _pictures(sequence):
+            if picture in kept:
+                latents[id(picture)] = kept[picture]
+            elif id(picture) not in latents:
+                wanted[id(sequence.submission), id(picture)] = sequence, picture
     alike: dict[torch.Size, list[tuple[Sequence, Tensor]]] = {}
     for sequence, picture in wanted.values():
         alike.setdefault(picture.shape, []).append((sequence, picture))
@@ -97,6 +108,9 @@ def encode_pictures(model: HostedModel, members: list[Sequence], *, fixed: bool)
         outcomes = encoded(pictures, model.encode_image, model.device, fixed=fixed)
         for (sequence, picture), outcome in zip(of_a_size, outcomes, strict=True):
             sequence.submission.latents[id(picture)] = outcome
+            refers = any(picture is one for one in sequence.task.references)
+            if refers and not isinstance(outcome, Exception):
+                kept[picture] = outcome
 
 
 def encoded(

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from time import monotonic
 from typing import Any
+from weakref import ref
 
 import numpy as np
 import pytest
@@ -43,6 +47,13 @@ class Referring(Toy):
 
     def __init__(self) -> None:
         super().__init__(references=ReferencesRead(3, (), 64 * 64, 32 * 32))
+        self.encoded: list[float] = []
+        self.read: list[ref[Tensor]] = []
+
+    @override
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        self.encoded += pixels.flatten(1).mean(1).tolist()
+        return super().encode_image(pixels)
 
     @override
     def encode_prompts(
@@ -56,13 +67,18 @@ class Referring(Toy):
 
     @override
     def referring(self, text: Conditioning, references: Sequence[Tensor]) -> Conditioning:
+        self.read += map(ref, references)
         read = [place * one.mean() for place, one in enumerate(references, start=1)]
         return replace(text, tensors={"shift": text.tensors["shift"] + torch.stack(read).sum()})
 
 
 @pytest.fixture(scope="module")
-def service() -> Iterator[Service]:
-    model = Referring()
+def model() -> Referring:
+    return Referring()
+
+
+@pytest.fixture(scope="module")
+def service(model: Referring) -> Iterator[Service]:
     engine, made = started(model, 8), Service(Limits())
     made.open(engine, {"toy": model})
     yield made
@@ -112,6 +128,41 @@ def test_frames_are_the_edits_of_requests_with_the_same_pictures(service: Servic
         own = {"image": texts[1], "strength": 1.0, "reference_images": [hat]}
         assert np.array_equal(begun, await alone(service, **own))
         assert len({one.tobytes() for one in (*bare, beside, begun)}) == 4
+
+    asyncio.run(check())
+
+
+def test_pictures_of_the_settings_are_encoded_once_while_they_stay(
+    service: Service, model: Referring
+) -> None:
+    frame, hat, coat = (file_of(shade, (48, 32)) for shade in (40, 120, 200))
+    texts = [base64.b64encode(one).decode() for one in (frame, hat, coat)]
+
+    async def check() -> None:
+        session = (streams := Streams(service, Settings())).open()
+        model.encoded.clear()
+        try:
+            await session.change(SETTINGS | {"source": "references", "reference_images": texts[1:]})
+            made = [await turned(session, frame) for _ in range(3)]
+            await session.change({"prompt": "y"})
+            await turned(session, frame)
+            assert sorted(Counter(model.encoded).values()) == [1, 1, 4]
+            model.encoded.clear()
+            await session.change({"prompt": "x", "reference_images": [texts[2]]})
+            made += [await turned(session, frame) for _ in range(2)]
+            assert sorted(Counter(model.encoded).values()) == [1, 2], "what was sent anew"
+        finally:
+            streams.close(session)
+            del session
+        both = await alone(service, reference_images=texts)
+        one = await alone(service, reference_images=[texts[0], texts[2]])
+        until = monotonic() + 10
+        gc.collect()
+        while any(latents() is not None for latents in model.read):
+            assert monotonic() < until, "latents of pictures that are gone are kept"
+            await asyncio.sleep(0.01)
+        assert [np.array_equal(shown, both) for shown in made] == [True] * 3 + [False] * 2
+        assert [np.array_equal(shown, one) for shown in made] == [False] * 3 + [True] * 2
 
     asyncio.run(check())
 

@@ -291,9 +291,9 @@ def test_streams_of_different_settings_share_forwards_and_calls_of_the_encoder(
 ) -> None:
     encoded: list[int] = []
 
-    def counting(model: HostedModel, members: list[Sequence], *, fixed: bool) -> None:
+    def counting(model: HostedModel, members: list[Sequence], kept: Any, *, fixed: bool) -> None:
         encoded.append(len(members))
-        encode_pictures(model, members, fixed=fixed)
+        encode_pictures(model, members, kept, fixed=fixed)
 
     monkeypatch.setattr(newcomers, "encode_pictures", counting)
     ticks = running.app.state.service.engine.measurements.rows_per_tick
