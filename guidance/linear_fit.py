@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
@@ -113,6 +114,14 @@ class FitIdentity:
         return hashlib.sha256(f"{self.plan}{self.rule}{self.every}".encode()).hexdigest()[:8]
 
 
+@dataclass(frozen=True, slots=True)
+class _NamedRule:
+    """What can be told of any rule."""
+
+    name: str
+    scale: float = 1.0
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class LinearFit:
     """Fitted coefficients.
@@ -156,12 +165,24 @@ class LinearFit:
             with safe_open(path, "np") as content:
                 metadata = content.metadata() or {}
                 if metadata.get("format") != FORMAT:
-                    raise ValueError(f"{path.name} holds no coefficients of linear guidance.")
+                    raise ValueError("another format")
                 return cls(
                     content.get_tensor("coefficients"),
-                    FitIdentity(**json.loads(metadata["identity"])),
+                    _identity(metadata["identity"]),
                     int(metadata["runs"]),
                     content.get_tensor("error"),
                 )
-        except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        # The last two of types of numbers that numpy has not.
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path.name} holds no coefficients of linear guidance.") from error
+
+
+def _identity(text: str) -> FitIdentity:
+    """What the metadata of a file say.
+
+    Raises:
+        ValueError: they are nothing that ``save`` writes.
+    """
+    identity = TypeAdapter(FitIdentity).validate_json(text, strict=True)
+    TypeAdapter(_NamedRule).validate_json(identity.rule)
+    return identity

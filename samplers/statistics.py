@@ -170,7 +170,8 @@ class Statistics:
                     content.get_tensor(name).astype(np.float64)
                     for name in ("half_log_snr", "l", "s", "b")
                 )
-            except SafetensorError as error:
+            # The others of types of numbers that numpy has not.
+            except (SafetensorError, TypeError, AttributeError) as error:
                 raise ValueError(f"statistics file {str(path)!r} is incomplete: {error}.") from None
         try:
             return cls(lam, l, s, b, identity)

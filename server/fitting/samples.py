@@ -87,7 +87,7 @@ def read_pictures(model: HostedModel, folder: Path, count: int, chunk: int) -> S
         [_encoded(model, files[start : start + chunk]) for start in range(0, len(files), chunk)]
     )
     numbers = [k % len(files) for k in range(count)]
-    captions = [file.with_suffix(".txt").read_text("utf-8").strip() for file in files]
+    captions = [_text("data", file.with_suffix(".txt")).strip() for file in files]
     return Samples(latents[numbers], [captions[k] for k in numbers])
 
 
@@ -105,10 +105,22 @@ def prompts_for(folder: Path, file: Path | None) -> Sequence[str]:
     if file is None and not own.is_file():
         return PROMPTS
     chosen = file or own
-    lines = [line.strip() for line in chosen.read_text("utf-8").splitlines()]
+    lines = [line.strip() for line in _text("prompts", chosen).splitlines()]
     if not any(lines):
         raise InvalidRequest("prompts", f"prompts is {str(chosen)!r}, which holds no lines.")
     return [line for line in lines if line]
+
+
+def _text(field: str, file: Path) -> str:
+    try:
+        return file.read_text("utf-8")
+    except UnicodeDecodeError:
+        raise InvalidRequest(field, f"{field} has {str(file)!r}, which is no UTF-8 text.") from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise InvalidRequest(
+            field, f"{field} has {str(file)!r}, which cannot be read: {reason}."
+        ) from None
 
 
 @torch.no_grad()

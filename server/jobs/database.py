@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import json
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 from alembic.command import upgrade
 from alembic.config import Config
+from alembic.util.exc import CommandError
 from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.pool import StaticPool
 
@@ -96,6 +98,7 @@ def of_folder(folder: Path) -> Database:
         connect_args={"check_same_thread": False},
         # Prompts are nobody's business who reads the log.
         hide_parameters=True,
+        json_deserializer=_stored,
     )
     event.listen(engine, "connect", _prepare)
     event.listen(engine, "begin", _begin)
@@ -106,12 +109,35 @@ def of_folder(folder: Path) -> Database:
 def of_url(url: str) -> Database:
     """A PostgreSQL database, which several servers may share."""
     psycopg = make_url(url).set(drivername="postgresql+psycopg")
-    engine = create_engine(psycopg, pool_size=CONNECTIONS, pool_pre_ping=True, hide_parameters=True)
+    engine = create_engine(
+        psycopg,
+        pool_size=CONNECTIONS,
+        pool_pre_ping=True,
+        hide_parameters=True,
+        json_deserializer=_stored,
+    )
     _migrate(engine)
     return Database(engine, CONNECTIONS, alone=False)
 
 
+def _stored(text: str) -> Any:
+    """JSON of a column; None where it is damaged, which is to hold up no other job."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _text(data: bytes) -> str:
+    """What a column holds; nothing where it is damaged, as of JSON."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return ""
+
+
 def _prepare(connection: Any, _: Any) -> None:
+    connection.text_factory = _text
     # Python's module would begin no transaction before changes of tables.
     connection.isolation_level = None
     for pragma in PRAGMAS:
@@ -130,4 +156,9 @@ def _migrate(engine: Engine) -> None:
         if engine.dialect.name == "postgresql":
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATING})
         config.attributes["connection"] = connection
-        upgrade(config, "head")
+        try:
+            upgrade(config, "head")
+        except CommandError as error:
+            raise NotReady(
+                f"the database of the jobs is not one of this version of Weft: {error}."
+            ) from None

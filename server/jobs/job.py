@@ -50,7 +50,7 @@ class Job:
         id: as of :class:`NewJob`.
         owner: as of :class:`NewJob`.
         status: how far it is.
-        input: as of :class:`NewJob`.
+        input: as of :class:`NewJob`; empty if it is damaged in the database.
         uploads: as of :class:`NewJob`.
         digest: as of :class:`NewJob`.
         webhook: as of :class:`NewJob`.

@@ -227,6 +227,8 @@ class Runner:
             await self._end_with(job, *made)
 
     async def _made(self, job: Job) -> tuple[Pictures, str]:
+        if not job.input:
+            raise WeftError("The stored request is damaged; send it again.")
         fields: dict[str, Any] = deepcopy(dict(job.input))
         for field in job.uploads:
             picture = await self._blobs.read(upload_name(job.id, field))

@@ -383,7 +383,7 @@ def _tell(connection: Connection, identifier: str, event: Event, now: float) -> 
     """Have a webhook sent, if the job wants one of the event."""
     wanted = select(JOBS.c.webhook, JOBS.c.webhook_events).where(JOBS.c.id == identifier)
     row = connection.execute(wanted).one()
-    if row.webhook is not None and event in row.webhook_events:
+    if row.webhook is not None and event in _listed(row.webhook_events):
         name = f"msg_{uuid.uuid4().hex}"
         told = {"id": name, "job": identifier, "event": event, "next_at": now}
         connection.execute(insert(DELIVERIES).values(**told))
@@ -391,5 +391,12 @@ def _tell(connection: Connection, identifier: str, event: Event, now: float) -> 
 
 def _job(row: Row[Any]) -> Job:
     fields: dict[str, Any] = {name: getattr(row, name) for name in Job.__dataclass_fields__}
-    fields["uploads"] = tuple(fields["uploads"])
+    fields["uploads"] = _listed(fields["uploads"])
+    # What is damaged in the database may be anything else.
+    for name, without in (("input", {}), ("result", None), ("error", None)):
+        fields[name] = fields[name] if isinstance(fields[name], dict) else without
     return Job(**fields)
+
+
+def _listed(value: Any) -> tuple[str, ...]:
+    return tuple(value) if isinstance(value, list) else ()

@@ -29,6 +29,11 @@ SOFTPLUS_BETA = 3.0
 WIDTHS = (32, 48, 64)
 GROUPS = 8
 LEVEL_FEATURES = 16
+UNREADABLE = (
+    *(SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError),
+    # Of torch, and by Python of JSON that is nested too deeply.
+    RuntimeError,
+)
 LEVEL_REACH = 8.0
 """Half-log-SNR beyond which levels are told apart no more."""
 
@@ -103,7 +108,7 @@ class LatentClassifier(nn.Module):
             classifier = cls(int(identity["channels"]), heads, str(identity["model"]))
             weights = {name: value.float() for name, value in load_file(file).items()}
             classifier.load_state_dict(weights)
-        except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        except UNREADABLE as error:
             raise ModelMismatch(f"classifier {str(file)!r} cannot be read: {error}.") from None
         return classifier.eval().requires_grad_(requires_grad=False)
 

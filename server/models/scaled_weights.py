@@ -78,7 +78,7 @@ def _check_format(name: str, tensor: Tensor, called: str) -> None:
     try:
         said = json.loads(bytes(tensor.to(torch.uint8).flatten().tolist()))
         kind = said.get("format")
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         kind = None
     if kind not in FORMATS:
         raise ModelMismatch(

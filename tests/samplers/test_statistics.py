@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
+from safetensors.torch import save_file as save_tensors
 
 from samplers.statistics import Statistics, StatisticsIdentity, read_identity, schedule_fingerprint
 from tests.samplers.cases import DISCRETE, EDM, FLOW, SCHEDULES, VP
@@ -109,6 +111,10 @@ def test_what_holds_no_statistics_is_refused(statistics: Statistics, tmp_path: P
         Statistics.load(file)
     save_file({"l": np.zeros(3)}, file, {"format": "weft.statistics.1", "identity": '{"shape": 3}'})
     with pytest.raises(ValueError, match="does not say what its statistics are of"):
+        Statistics.load(file)
+    arrays = {n: torch.zeros(3, dtype=torch.bfloat16) for n in ("half_log_snr", "l", "s", "b")}
+    save_tensors(arrays, file, {"format": "weft.statistics.1"})
+    with pytest.raises(ValueError, match="is incomplete"):
         Statistics.load(file)
 
 

@@ -204,10 +204,21 @@ def _note(file: Path) -> Path:
 
 
 def _read(file: Path) -> dict[str, Any] | None:
+    """What a note says; None where there is none, or none that can be used."""
     try:
-        return json.loads(_note(file).read_text())
-    except (OSError, ValueError):
+        told = json.loads(_note(file).read_bytes())
+    except (OSError, ValueError, RecursionError):
         return None
+    return told if isinstance(told, dict) and _is_usable(told) else None
+
+
+def _is_usable(told: dict[str, Any]) -> bool:
+    """Whether it says what this module writes, and not only some JSON."""
+    if "reason" in told:
+        says = isinstance(told["reason"], str)
+    else:
+        says = all(isinstance(told.get(name), float) for name in ("block_ms", "program_ms"))
+    return says and isinstance(told.get("measurements", 1), int)
 
 
 def _known(file: Path) -> dict[str, Any] | None:
@@ -220,7 +231,11 @@ def _may_gain(told: dict[str, Any], file: Path) -> bool:
     """Whether a program that seemed to gain nothing is to be measured again."""
     if not told.get("slow") or told.get("measurements", 1) >= MOST_MEASUREMENTS:
         return False
-    return time() - _note(file).stat().st_mtime > MEASURED_AGAIN_S
+    try:
+        return time() - _note(file).stat().st_mtime > MEASURED_AGAIN_S
+    except OSError:
+        # Removed since it was read.
+        return True
 
 
 def key_of(identity: str, device: str) -> str:

@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, LargeBinary, Text, literal, text, update
 
 from server.errors import NotReady, Overloaded, ReusedKey, UnknownJob
 from server.jobs import store
 from server.jobs.database import Database, of_folder
 from server.jobs.job import Job, NewJob
 from server.jobs.jobs import Jobs
+from server.jobs.tables import JOBS
 from server.service.service import Service
 from server.settings import Limits, Settings
+from tests.server.toy_model import Toy, started
 
 LEASE_S = 30.0
 KEEP_S = 100.0
@@ -156,6 +158,65 @@ def test_a_server_without_a_job_s_key_fails_it_when_it_starts(
     job = asyncio.run(start())
     assert job.error is not None
     assert job.error["code"] == "key_removed"
+
+
+@pytest.mark.parametrize(
+    ("column", "damage"),
+    [
+        ("input", b"[5]"),
+        ("input", b'{"prompt": '),
+        ("input", b'{"prompt": "\xff"}'),
+        ("input", b"[" * 100_000),
+        ("uploads", b"5"),
+        ("webhook_events", b"null"),
+    ],
+)
+def test_a_damaged_job_ends_by_itself_and_holds_up_no_other(
+    column: str, damage: bytes, tmp_path: Path
+) -> None:
+    jobs: list[Job] = []
+
+    async def before(database: Database) -> None:
+        told = new("", webhook="http://127.0.0.1:9/", webhook_events=("completed",))
+        jobs.append(await database.run(store.add, told, 100, 1.0))
+        jobs.extend(await added(database, ""))
+
+        def spoil(connection: Connection) -> None:
+            value = literal(damage, LargeBinary).cast(Text)
+            connection.execute(update(JOBS).where(JOBS.c.id == jobs[0].id).values({column: value}))
+
+        await database.run(spoil)
+
+    async def start() -> list[Job]:
+        engine, service = started(model := Toy(), 8), Service(Limits())
+        service.open(engine, {"toy": model})
+        settings = Settings.model_validate({"jobs": {"folder": tmp_path}})
+        open_jobs = Jobs(settings, service, lambda _: b"")
+        await open_jobs.open()
+        try:
+            return [await open_jobs.ended(job, LEASE_S) for job in jobs]
+        finally:
+            await open_jobs.close()
+            service.close()
+            engine.stop(0)
+
+    with_database(tmp_path, before)
+    spoilt, other = asyncio.run(start())
+    assert other.status == "succeeded"
+    assert spoilt.ended
+    if column == "input":
+        assert spoilt.error is not None
+        assert spoilt.error["message"] == "The stored request is damaged; send it again."
+
+
+def test_a_database_of_a_later_version_is_refused(tmp_path: Path) -> None:
+    async def work(database: Database) -> None:
+        later = text("UPDATE alembic_version SET version_num = '9999'")
+        await database.run(Connection.execute, later)
+
+    with_database(tmp_path, work)
+    with pytest.raises(NotReady, match="not one of this version of Weft: Can't locate revision"):
+        of_folder(tmp_path)
 
 
 def test_more_than_may_wait_are_refused(tmp_path: Path) -> None:

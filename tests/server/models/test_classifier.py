@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from server.errors import ModelMismatch
-from server.models.classifier import LatentClassifier
+from server.models.classifier import FORMAT, LatentClassifier
 
 HEADS = {"shape": ("circle", "star"), "colour": ("red", "green", "blue")}
 
@@ -34,3 +34,7 @@ def test_what_holds_no_classifier_is_refused(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(3)}, file)
     with pytest.raises(ModelMismatch, match=r"holds no classifier of the form weft\.classifier\.1"):
         LatentClassifier.load(file)
+    for identity in ("[", "[" * 100_000, "5", '{"channels": 4, "heads": [], "model": ""}'):
+        save_file({"x": torch.zeros(3)}, file, {"format": FORMAT, "identity": identity})
+        with pytest.raises(ModelMismatch, match="cannot be read"):
+            LatentClassifier.load(file)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from guidance.linear_fit import FitIdentity, LinearFit
+from guidance.linear_fit import FORMAT, FitIdentity, LinearFit
 from server.models.linear_fits import LinearFits, fit_file
 
-IDENTITY = FitIdentity("0123456789abcdef", "plan", "rule", 2)
+IDENTITY = FitIdentity("0123456789abcdef", "plan", '{"name": "cfg", "scale": 4}', 2)
 
 
 def store(folder: Path, identity: FitIdentity, runs: int = 1) -> None:
@@ -43,6 +45,35 @@ def test_a_search_goes_on_while_another_one_reads_new_files(tmp_path: Path) -> N
     meanwhile = Meanwhile()
     assert fits.find(meanwhile) is None  # type: ignore[arg-type]
     assert meanwhile.compared == 3
+
+
+@pytest.mark.parametrize(
+    "identity",
+    [
+        "[]",
+        '"cfg"',
+        '{"model": ',
+        "[" * 100_000,
+        json.dumps(asdict(IDENTITY) | {"every": "two"}),
+        json.dumps(asdict(IDENTITY) | {"rule": "cfg"}),
+        json.dumps(asdict(IDENTITY) | {"rule": "[1]"}),
+        json.dumps(asdict(IDENTITY) | {"rule": '{"name": "cfg", "scale": "four"}'}),
+    ],
+    ids=range(8),
+)
+def test_a_file_that_says_nothing_sensible_is_left_out(
+    identity: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = fit_file(tmp_path, "ddim", 2, IDENTITY)
+    file.parent.mkdir()
+    arrays = {"coefficients": np.zeros((2, 3)), "error": np.zeros(2)}
+    save_file(arrays, file, {"format": FORMAT, "runs": "1", "identity": identity})
+    fits = LinearFits(tmp_path)
+    assert fits.available(IDENTITY.model) == ()
+    assert fits.find(IDENTITY) is None
+    assert caplog.messages == [
+        f"{file} is left out: {file.name} holds no coefficients of linear guidance."
+    ]
 
 
 @pytest.mark.parametrize("stale", [None, replace(IDENTITY, model="fedcba9876543210"), IDENTITY])

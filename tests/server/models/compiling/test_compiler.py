@@ -186,6 +186,34 @@ def test_what_was_refused_for_good_is_not_tried_again(
     assert (told.program, told.said) == (None, "it gains nothing")
 
 
+@pytest.mark.parametrize(
+    "note",
+    [
+        b"[]",
+        b'"reason"',
+        b"null",
+        b'{"reason": 5, "lasting": true}',
+        b'{"reason": "so", "slow": true, "measurements": "1"}',
+        b'{"block_ms": 1.0}',
+        b'{"block_ms": "1", "program_ms": 1.0}',
+        b'{"reason": "it gai',
+        b'{"reason": "\xff"}',
+        b"[" * 100_000,
+    ],
+)
+def test_a_note_that_cannot_be_used_counts_as_none(
+    note: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processes = Processes(monkeypatch, lambda _: REFUSED)
+    compiler, told = BlockCompiler(tmp_path), Told()
+    file = tmp_path / f"{module.key_of('one', 'cpu')}.json"
+    file.write_bytes(note)
+    compiler.ask(own_job(), "one", told)
+    told.wait()
+    assert (told.said, len(processes.seen)) == ("it gains nothing", 1)
+    assert json.loads(file.read_bytes()) == REFUSED | {"measurements": 1}
+
+
 class Processes:
     """In the place of the processes of a compiler: what they are sent, and what they say."""
 
