@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -14,11 +13,15 @@ from typing import Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from server.engine.client import Client
+from server.json_list import json_list
+from server.wording import demand_of, shown
 
 __all__ = ["ApiKey", "keys_of"]
 
 FEWEST_CHARACTERS: Final = 16
 MOST_CHARACTERS: Final = 256
+
+NAMES: Final = "must be 1 to 64 letters, digits, dots, underscores or hyphens"
 
 _HASHED = "sha256:"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -97,7 +100,7 @@ def keys_of(value: Any) -> Any:
 
 def _split(text: str) -> Any:
     if text.startswith("["):
-        return json.loads(text)
+        return json_list(text)
     return [part.strip() for part in text.split(",")] if text else []
 
 
@@ -105,8 +108,10 @@ def _read(number: int, key: Any) -> Any:
     if isinstance(key, SecretStr):
         key = key.get_secret_value()
     entry = {"key": key} if isinstance(key, str) else key
+    if isinstance(entry, ApiKey):
+        return entry
     if not isinstance(entry, Mapping):
-        return key
+        raise ValueError(f"key {number} is {shown(entry)}; it must be a string or an object.")
     try:
         about = KeyEntry.model_validate(entry)
     except ValidationError as refusal:
@@ -122,10 +127,21 @@ def _read(number: int, key: Any) -> Any:
 
 
 def _explained(number: int, refusal: ValidationError) -> str:
-    """The first thing that is wrong with an entry, without what was entered."""
-    first = refusal.errors(include_input=False, include_url=False)[0]
-    field = ".".join(map(str, first["loc"]))
-    return f"key {number} has an invalid `{field}`: {first['msg']}."
+    """The first thing that is wrong with an entry; what it has as its key is not repeated."""
+    error = refusal.errors(include_url=False)[0]
+    field = str(error["loc"][0])
+    if error["type"] == "missing":
+        return f"key {number} has no `{field}`, which is required."
+    if error["type"] == "extra_forbidden":
+        # What is as long as a key may be one.
+        name = f"the field `{field}`" if len(field) < FEWEST_CHARACTERS else "a field"
+        allowed = ", ".join(KeyEntry.model_fields)
+        return f"key {number} has {name}, which is not known; allowed are {allowed}."
+    value = (
+        "a `key` that is not allowed" if field == "key" else f"the {field} {shown(error['input'])}"
+    )
+    demand = NAMES if error["type"] == "string_pattern_mismatch" else demand_of(error)
+    return f"key {number} has {value}; it {demand}."
 
 
 def _digest_of(number: int, key: str) -> bytes:

@@ -573,7 +573,8 @@ def _settings(**given: Any) -> Settings:
         from server.environment import refusal
 
         _refuse(refusal(error))
-    except SettingsError:
+    except (SettingsError, RecursionError):
+        # Python's error of JSON that is nested too deeply.
         from server.environment import groups_without_json
 
         _refuse(next(groups_without_json(os.environ)))

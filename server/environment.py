@@ -37,7 +37,7 @@ def groups_without_json(environ: Mapping[str, str]) -> Iterator[str]:
             continue
         try:
             json.loads(texts[variable])
-        except ValueError:
+        except (ValueError, RecursionError):
             one = next(iter(type(field.default).model_fields)).upper()
             yield (
                 f"{variable} is not valid JSON; it must be an object of settings, which can also "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import os
 from collections.abc import Collection, Iterable, Mapping
 from importlib.util import find_spec
@@ -23,6 +22,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from server.api_keys import ApiKey, keys_of
+from server.json_list import json_list
 from server.models.hub import HubModel
 from server.models.quantization import Quantization, fetches_code, missing_package
 
@@ -48,7 +48,7 @@ def _listed(value: Any) -> Any:
         return value
     text = value.strip()
     if text.startswith("["):
-        return json.loads(text)
+        return json_list(text)
     return [part.strip() for part in text.split(",") if part.strip()]
 
 

@@ -15,6 +15,7 @@ from server.errors import ModelMismatch
 from server.models.conventions import CONVENTIONS, defaults_by, numbers
 from server.models.folder import DERIVED, read_json
 from server.models.unet_model import SCHEDULER
+from server.wording import demand_of, shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -64,12 +65,7 @@ def stated(
     try:
         said = _Stated.model_validate(read_json(folder, STATED))
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        raise ModelMismatch(
-            f"{where}: {field}: {first['msg']}; allowed are convention, a name, steps, a whole "
-            "number, and scale, from 1 to 20."
-        ) from None
+        raise ModelMismatch(f"{where} {_explained(error)}.") from None
     if said.convention not in CONVENTIONS:
         raise ModelMismatch(
             f"{where} names the convention {said.convention[:40]!r}; allowed are "
@@ -115,6 +111,18 @@ def stated(
         spacing=spacing,
         rule=None if said.scale is None else CFG(scale=said.scale),
     )
+
+
+def _explained(refusal: ValidationError) -> str:
+    """The first thing that is wrong with the file, as a clause."""
+    error = refusal.errors()[0]
+    field = str(error["loc"][0])
+    if error["type"] == "missing":
+        return f"has no {field}; allowed are {', '.join(CONVENTIONS)}"
+    if error["type"] == "extra_forbidden":
+        known = ", ".join(_Stated.model_fields)
+        return f"has the field {shown(field)}, which is not known; allowed are {known}"
+    return f"has the {field} {shown(error['input'])}; it {demand_of(error)}"
 
 
 def _steps_within(most: int, said: _Stated, where: str) -> int:

@@ -17,10 +17,9 @@ from server.requests.image_prompts import ImagePromptChoice
 from server.requests.reading import LIKE, SAME
 from server.requests.schema import CHOICES
 from server.requests.upload import Upload
+from server.wording import SHOWN, demand_of, shown
 
 __all__ = ["explain"]
-
-_SHOWN = 60
 
 _OF_ONE_KIND: Mapping[str, type[BaseModel]] = {
     "adapters": WeightedName,
@@ -35,37 +34,6 @@ _OF_ONE_KIND: Mapping[str, type[BaseModel]] = {
     **{part.field: part.kinds[0] for part in PARTS if len(part.kinds) == 1},
 }
 """Fields that hold objects with no tag in their path."""
-
-_NEEDS: Mapping[str, str] = {
-    "missing": "is required",
-    "bool_type": "must be true or false",
-    "bool_parsing": "must be true or false",
-    "int_type": "must be a whole number",
-    "int_parsing": "must be a whole number",
-    "int_parsing_size": "must be a whole number of at most 19 digits",
-    "int_from_float": "must be a whole number",
-    "float_type": "must be a number",
-    "float_parsing": "must be a number",
-    "finite_number": "must be a finite number",
-    "string_type": "must be a string",
-    "string_unicode": "must be valid Unicode",
-    "string_too_long": "must have at most {max_length} characters",
-    "string_too_short": "must have at least {min_length} characters",
-    "greater_than": "must be greater than {gt}",
-    "greater_than_equal": "must be at least {ge}",
-    "less_than": "must be less than {lt}",
-    "less_than_equal": "must be at most {le}",
-    "multiple_of": "must be a multiple of {multiple_of}",
-    "literal_error": "must be one of {expected}",
-    "enum": "must be one of {expected}",
-    "dict_type": "must be an object",
-    "model_type": "must be an object",
-    "model_attributes_type": "must be an object",
-    "list_type": "must be a list",
-    "too_long": "must have at most {max_length}",
-    "too_short": "must have at least {min_length}",
-    "tuple_type": "must be a list",
-}
 
 
 def explain(
@@ -99,8 +67,7 @@ def explain(
 def _sentence(param: str, error: Mapping[str, Any]) -> str:
     if error["type"] == "sentence":
         return str(error["msg"])
-    context = {key: _plain(value) for key, value in error.get("ctx", {}).items()}
-    needs = _NEEDS.get(error["type"])
+    needs = demand_of(error)
     if error["type"] == "missing":
         return f"{param} {needs}."
     if error["type"] == "value_error":
@@ -108,14 +75,14 @@ def _sentence(param: str, error: Mapping[str, Any]) -> str:
     if needs is None:
         return f"{param} {_lowered(str(error['msg']))}."
     if error["type"] in ("too_long", "too_short"):
-        return f"{param} has {len(error['input'])} entries; it {needs.format(**context)}."
-    return f"{param} is {_shown(error['input'])}; it {needs.format(**context)}."
+        return f"{param} has {len(error['input'])} entries; it {needs}."
+    return f"{param} is {_shown(error['input'])}; it {needs}."
 
 
 def _unknown(param: str, allowed: Sequence[str]) -> str:
     if not allowed:
         return f"{_clean(param)} is not a known field; remove it."
-    name = param.rpartition(".")[2][:_SHOWN]
+    name = param.rpartition(".")[2][:SHOWN]
     like = {**LIKE, **SAME}.get(name)
     near = [like] if like in allowed else get_close_matches(name, allowed, n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
@@ -154,25 +121,8 @@ def _inside(model: type[BaseModel] | None, field: str) -> type[BaseModel] | None
     return found[0] if len(found) == 1 else None
 
 
-def _plain(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.12g}"
-    return str(value).replace(" or ", ", ")
-
-
 def _shown(value: Any) -> str:
-    if isinstance(value, dict):
-        return "an object"
-    if isinstance(value, list):
-        return "a list"
-    if isinstance(value, Upload):
-        return "a picture"
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, str):
-        value = value[: _SHOWN + 1]
-    text = repr(value) if not isinstance(value, int) or abs(value) < 10**_SHOWN else "too long"
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+    return "a picture" if isinstance(value, Upload) else shown(value)
 
 
 def _lowered(message: str) -> str:
@@ -181,4 +131,4 @@ def _lowered(message: str) -> str:
 
 def _clean(text: str) -> str:
     """The text, shortened and without characters that cannot be encoded."""
-    return text[:_SHOWN].encode(errors="replace").decode()
+    return text[:SHOWN].encode(errors="replace").decode()

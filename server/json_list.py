@@ -1,0 +1,25 @@
+"""Reads JSON lists in the operator's settings."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+__all__ = ["json_list"]
+
+
+def json_list(text: str) -> Any:
+    """A list that a text begins like.
+
+    Raises:
+        ValueError: it is no JSON, in words that do not repeat the text, which may be secret.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        reason = "it is nested too deeply"
+    except json.JSONDecodeError as error:
+        reason = f"{error.msg} at character {error.pos}"
+    except ValueError:
+        reason = "a number in it is too long"
+    raise ValueError(f"it begins with [ and is no JSON list: {reason}.")
