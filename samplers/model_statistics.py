@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Mixture", "SamplesDone", "along_time", "compute_statistics"]
+__all__ = ["Mixture", "SamplesDone", "along_time", "compute_statistics", "drop_checkpoint"]
 
 LOWEST = -7.0
 """lam in place of -inf at pure noise, where y is not defined."""
@@ -310,6 +311,19 @@ def compute_statistics(
         store.write(index, moments)
         all_moments.append(moments)
     return _statistics(places, all_moments, identities)
+
+
+def drop_checkpoint(folder: Path) -> None:
+    """Remove the sums that :func:`compute_statistics` kept, and their folder if it is empty then.
+
+    Args:
+        folder: the checkpoint of a run whose statistics have been saved.
+    """
+    # With what a killed process had written half.
+    for file in [*folder.glob("point-*.safetensors"), *folder.glob(".point-*.writing")]:
+        file.unlink()
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _sums(

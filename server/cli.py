@@ -20,6 +20,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from server.plain_flags import PlainCommand, PlainGroup
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -36,6 +38,7 @@ Result = TypeVar("Result")
 Tell: TypeAlias = Callable[[str, int, int], None]
 
 app = typer.Typer(
+    cls=PlainGroup,
     help="Weft: a diffusion server that batches requests with different samplers and guidance.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -148,7 +151,7 @@ def _end_at_once(*_: object) -> None:
     os._exit(INTERRUPTED)
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def serve(
     host: Annotated[
         str | None, typer.Option(help="Address to listen on.", show_default="127.0.0.1")
@@ -221,7 +224,7 @@ def serve(
     end_process(run(settings, listeners))
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def generate(
     prompt: Annotated[str, typer.Argument(help="What the image should show.")],
     output: Annotated[
@@ -400,7 +403,7 @@ def generate(
             typer.echo(path)
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def catalog(
     as_json: Annotated[
         bool, typer.Option("--json", help="As JSON, with the schema of every parameter.")
@@ -420,7 +423,7 @@ def catalog(
     out.print(f"mask_contents: {', '.join(listed.mask_contents)}")
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def ems(
     model: Annotated[
         Path | None, typer.Option("--model", "-m", help="Model folder. Default: embedded.")
@@ -492,7 +495,7 @@ def ems(
         typer.echo(path)
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def linear_ag(
     model: Annotated[
         Path | None, typer.Option("--model", "-m", help="Model folder. Default: embedded.")

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from samplers import Statistics, preconditioning
-from samplers.model_statistics import Mixture, SamplesDone, along_time, compute_statistics
+from samplers.model_statistics import (
+    Mixture,
+    SamplesDone,
+    along_time,
+    compute_statistics,
+    drop_checkpoint,
+)
 from server.errors import InvalidRequest
 from server.fitting.samples import Samples, draw, prompts_for, read_pictures
 from server.models.folder import statistics_file
@@ -65,7 +71,7 @@ class Order:
 
 
 def fulfil(order: Order, tell: Callable[[str, int, int], None]) -> list[Path]:
-    """Make statistics files, going on from what an earlier run left.
+    """Make statistics files, going on from what a run left that was stopped.
 
     Args:
         order: what is asked for.
@@ -80,19 +86,21 @@ def fulfil(order: Order, tell: Callable[[str, int, int], None]) -> list[Path]:
     files = _files(order)
     model = load_model(order.folder, name=order.folder.name, device=order.device, dtype="float32")
     samples = _samples(model, order, tell)
+    checkpoint = files[0].with_suffix(".sums")
     try:
         made = make_statistics(
             model,
             samples,
             order.scales,
             order.size,
-            checkpoint=files[0].with_suffix(".sums"),
+            checkpoint=checkpoint,
             tell=lambda progress: tell("statistics", progress.done, progress.total),
         )
     except ValueError as refusal:
         raise InvalidRequest(None, str(refusal)) from None
     for file, statistics in zip(files, made, strict=True):
         statistics.save(file)
+    drop_checkpoint(checkpoint)
     return files
 
 

@@ -65,6 +65,14 @@ def test_the_help_of_serve_shows_the_defaults_of_the_settings() -> None:
     assert not settings.insecure
 
 
+@pytest.mark.parametrize("command", [[], ["serve"], ["generate"], ["catalog"]])
+def test_flags_have_no_type_in_the_help(command: list[str]) -> None:
+    wide = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "250"}).output
+    assert re.search(r"--help +Show this message", wide)
+    assert "<bool>" not in wide
+    assert ("<str>" in wide) is (command in (["serve"], ["generate"]))
+
+
 def test_the_catalog_lists_everything() -> None:
     shown = weft("catalog").output
     for name in ("samplers", "dpm_solver_pp", "karras", "cfg_plus_plus", "adaptive", "seg"):

@@ -18,7 +18,7 @@ from samplers import Statistics
 from samplers.statistics import schedule_fingerprint
 from server.cli import app
 from server.errors import InvalidRequest
-from server.fitting.model_statistics import _denoisers, mixture_of
+from server.fitting.model_statistics import Order, Size, _denoisers, fulfil, mixture_of
 from server.fitting.samples import PROMPTS, draw, prompts_for, read_pictures
 from server.models.folder import statistics_file
 from server.models.hosted import HostedModel
@@ -140,27 +140,36 @@ def test_a_model_draws_each_sample_whatever_its_chunk(model: HostedModel, scale:
     assert torch.allclose(drawn(1), drawn(2), atol=1e-4)
 
 
-def test_the_command_makes_files_and_goes_on_to_more_samples(
-    tmp_path: Path, pictures: Path
+def test_the_command_goes_on_where_it_was_stopped_and_leaves_nothing_but_the_files(
+    tmp_path: Path, pictures: Path, model: HostedModel
 ) -> None:
     folder = shutil.copytree(
         MODEL_FOLDER, tmp_path / "model", ignore=shutil.ignore_patterns("ems-*")
     )
+    there = set((folder / "weft").iterdir())
+
+    def stop(stage: str, done: int, total: int) -> None:
+        assert total == 9
+        if done == 5:
+            raise KeyboardInterrupt
+
+    order = Order(folder, [3.0, 1.5], Size(points=3, samples=3, chunk=2), "cpu", pictures)
+    with pytest.raises(KeyboardInterrupt):
+        fulfil(order, stop)
     given = ["-m", str(folder), "--scale", "3", "--scale", "1.5", "--points", "3", "--chunk", "2"]
-    done = weft(*given, "--data", str(pictures), "--samples", "2")
-    assert done.exit_code == 0, done.output
-    files = [statistics_file(folder, "cfg", 3.0), statistics_file(folder, "cfg", 1.5)]
-    assert done.stdout.split() == [str(file) for file in files]
-    assert weft(*given, "--data", str(pictures), "--samples", "3").exit_code == 0
-    found = Statistics.load(files[1])
-    model = load_model(folder, name="m", device="cpu", dtype="float32")
-    assert found.identity is not None
-    found.identity.check(model.facts.denoiser, schedule_fingerprint(model.default_schedule))
-    assert (found.identity.scale, found.identity.samples) == (1.5, 3)
     # With other numbers than the sums that are kept, nothing is made.
     refused = weft(*given, "--data", str(pictures), "--samples", "2")
     assert refused.exit_code == 2
     assert "samples is 2, and checkpoint" in refused.output
+    done = weft(*given, "--data", str(pictures), "--samples", "3")
+    assert done.exit_code == 0, done.output
+    files = [statistics_file(folder, "cfg", 3.0), statistics_file(folder, "cfg", 1.5)]
+    assert done.stdout.split() == [str(file) for file in files]
+    assert set((folder / "weft").iterdir()) == there | set(files)
+    found = Statistics.load(files[1])
+    assert found.identity is not None
+    found.identity.check(model.facts.denoiser, schedule_fingerprint(model.default_schedule))
+    assert (found.identity.scale, found.identity.samples) == (1.5, 3)
 
 
 def test_the_command_lets_the_model_draw(tmp_path: Path) -> None:
