@@ -49,7 +49,7 @@ LEAST_NORM = torch.finfo(torch.float32).eps
 FAR_ABOVE_BIAS = 2.0**8
 
 ENTRIES = 2**22
-"""Of a weight that are compared at once."""
+"""Of a weight that are compared, and of the identity that are multiplied, at once."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -165,13 +165,20 @@ def weight_of(layer: Layer, dtype: torch.dtype) -> Tensor:
     is_whole = type(weight) is torch.Tensor and weight.is_floating_point()
     if isinstance(layer, nn.Conv2d) or is_whole:
         return weight
-    # What it makes of the identity, however its weight is kept. Not called, as hooks of a forward
-    # that runs meanwhile may be on it.
-    identity = torch.eye(layer.in_features, dtype=dtype, device=weight.device)
-    if bias is None:
-        return layer.forward(identity).mT
     # Many times the weight, so that it does not round away beside the bias.
-    return ((layer.forward(identity.mul_(FAR_ABOVE_BIAS)) - bias) / FAR_ABOVE_BIAS).mT
+    size = 1.0 if bias is None else FAR_ABOVE_BIAS
+    inputs = layer.in_features
+    rows = min(inputs, max(1, ENTRIES // inputs))
+    restored = torch.empty(inputs, layer.out_features, dtype=dtype, device=weight.device)
+    # What it makes of the identity, however its weight is kept; of some rows at a time, as all of
+    # them may be larger than the weight. The last ones overlap, so that all have one shape.
+    for first in (min(row, inputs - rows) for row in range(0, inputs, rows)):
+        some = torch.zeros(rows, inputs, dtype=dtype, device=weight.device)
+        some[:, first:].fill_diagonal_(size)
+        # Not called, as hooks of a forward that runs meanwhile may be on it.
+        made = layer.forward(some)
+        restored[first : first + rows] = made if bias is None else (made - bias) / size
+    return restored.mT
 
 
 def _scaled(change: LowRank, scale: Tensor, axis: Axis) -> LowRank:

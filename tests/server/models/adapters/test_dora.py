@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from server.errors import AdapterMismatch
+from server.models.adapters import magnitude
 from server.models.adapters.adapted_network import AdaptedNetwork
 from server.models.adapters.adapter import RowAdapters, Weighted
 from server.models.adapters.adapter_file import AdapterFile
@@ -280,6 +281,29 @@ def test_a_quantised_weight_does_not_round_away_beside_a_bias() -> None:
     layer.bias.fill_(8)
     apart = weight_of(layer, torch.bfloat16) - layer.weight.dequantize()
     assert float(apart.norm() / layer.weight.dequantize().norm()) < 0.01
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@torch.no_grad()
+def test_a_quantised_weight_is_restored_in_bounded_memory(
+    bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torchao: Any = pytest.importorskip("torchao.quantization")
+    layer: Any = nn.Linear(64, 16, bias=bias, dtype=torch.bfloat16)
+    torchao.quantize_(layer, torchao.Int8WeightOnlyConfig(set_inductor_config=False))
+    at_once = weight_of(layer, torch.bfloat16)
+    shapes: list[tuple[int, ...]] = []
+    forward = layer.forward
+
+    def noted(x: torch.Tensor) -> torch.Tensor:
+        shapes.append(tuple(x.shape))
+        return forward(x)
+
+    layer.forward = noted
+    # 64 columns are no multiple of the ten that are restored at once.
+    monkeypatch.setattr(magnitude, "ENTRIES", 10 * 64)
+    assert torch.equal(weight_of(layer, torch.bfloat16), at_once)
+    assert shapes == [(10, 64)] * 7
 
 
 LINEAR = {"unet.proj.lora_A.weight": torch.ones(2, 6), "unet.proj.lora_B.weight": torch.ones(5, 2)}
