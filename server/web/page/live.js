@@ -105,9 +105,9 @@ const heard = {
     $("live-dropped").textContent = dropped;
     offer();
   },
-  error(sentence) {
+  error(sentence, isHeld) {
     hasFailed = true;
-    say(sentence, true);
+    say(isHeld ? `${sentence} The stream waits until its settings change.` : sentence, true);
     offer();
   },
   async closed(wasOpen, isExpected) {

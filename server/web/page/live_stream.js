@@ -23,7 +23,8 @@ function difference(before, after) {
  *
  * @param key the API key; empty for none.
  * @param heard what is called: `settings(answer)` when settings hold, `picture(blob, figures)`,
- *   `error(sentence, isAboutSettings)`, and `closed(wasOpen, isExpected)`.
+ *   `error(sentence, isHeld)`, where a stream that is held takes no frames until its settings
+ *   change, and `closed(wasOpen, isExpected)`.
  */
 export class LiveStream {
   #heard;
@@ -39,6 +40,8 @@ export class LiveStream {
   #header = null;
   #latencies = [];
   #arrivals = [];
+  #firstOfSettings = 0;
+  #isHeld = false;
   #wasOpen = false;
   #isExpected = false;
 
@@ -65,7 +68,7 @@ export class LiveStream {
 
   /** Milliseconds until the next frame may leave; null if it must wait for a picture. */
   get delay() {
-    if (!this.#accepted || this.#sent.size >= this.#inFlight) return null;
+    if (!this.#accepted || this.#isHeld || this.#sent.size >= this.#inFlight) return null;
     if (!this.#sent.size) return 0;
     // Spread evenly, so that each is at another stage; none is to wait in the server for its turn.
     if (!this.#latencies.length) return null;
@@ -97,12 +100,18 @@ export class LiveStream {
       this.#accepted = this.#asked;
       this.#settled(null);
       this.#inFlight = message.settings.in_flight;
+      this.#firstOfSettings = this.#number;
+      this.#isHeld = false;
       this.#heard.settings(message);
     } else if ("error" in message) {
+      const { message: sentence, param } = message.error;
       const isAboutSettings = this.#asked !== null && !("source" in message);
       if (isAboutSettings) this.#settled(this.#asked);
       this.#sent.delete(message.source);
-      this.#heard.error(message.error.message, isAboutSettings);
+      const wasHeld = this.#isHeld;
+      // Every frame would be refused for the same field, such as its size; others are of older settings.
+      this.#isHeld ||= message.source >= this.#firstOfSettings && param !== null && param !== "frame";
+      if (isAboutSettings || !wasHeld) this.#heard.error(sentence, this.#isHeld);
     } else {
       this.#header = message;
     }

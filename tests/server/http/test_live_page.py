@@ -270,6 +270,51 @@ def test_a_refused_setting_is_shown_as_a_sentence_and_the_stream_goes_on(tab: Ta
     assert got[1].startswith("Live, 2 evaluations a frame.")
 
 
+def test_a_stream_whose_frames_are_refused_says_so_once_and_waits_for_other_settings(
+    tab: Tab, running: Running, client: httpx2.Client
+) -> None:
+    """Here, as pictures of their size lately did not fit into memory."""
+    count = """
+    const NativeSocket = window.WebSocket;
+    window.refusals = 0;
+    window.WebSocket = class extends NativeSocket {
+      constructor(...given) {
+        super(...given);
+        this.addEventListener("message", ({ data }) => {
+          if (typeof data === "string" && "error" in JSON.parse(data)) window.refusals += 1;
+        });
+      }
+    };
+    """
+    tab.open(f"{client.base_url}/?again#live", count)
+    tab.run(LIVE)
+    overflows = running.app.state.service.engine._overflows
+    overflows.note("embedded-lcm", 64, 64, None, free=0)
+    try:
+        said, refusals = tab.run(
+            """
+            const stroked = () => { stroke(); return new Promise((done) => setTimeout(done, 50)); };
+            while ($("live-said").className !== "error") await stroked();
+            for (let n = 0; n < 8; n += 1) await stroked();
+            return [said(), window.refusals];
+            """
+        )
+    finally:
+        overflows.forget()
+    assert said.startswith("width x height is 128 x 128; an image of 64 x 64 pixels did not fit")
+    assert said.endswith("The stream waits until its settings change.")
+    assert refusals <= 4, "frames that were under way together"
+    again = tab.run(
+        """
+        const before = await pixels();
+        change(form.prompt, "a small blue square on a black background");
+        await other(before);
+        return said();
+        """
+    )
+    assert again.startswith("Live")
+
+
 def test_the_tab_opens_at_the_model_of_the_fewest_steps(tab: Tab) -> None:
     got = tab.run(
         """
