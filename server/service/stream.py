@@ -37,7 +37,7 @@ from server.service.stream_frame import (
     InputFrame,
     OutputFrame,
 )
-from server.service.stream_input import FramePixels, check_refers, decoded_frame
+from server.service.stream_input import FramePixels, check_source, decoded_frame
 from server.service.transition import Transition
 from server.service.uploads import Early, Uploads, decoded
 
@@ -301,7 +301,7 @@ class StreamSession:
                     f"guidance.{part} needs several images at once, but the frames of a stream are "
                     "made one by one; leave it out.",
                 )
-        check_refers(settings, model.facts)
+        check_source(settings, model.facts)
         size = model.facts.default_width, model.facts.default_height
         request = settings.request()
         if settings.source == "references":

@@ -15,7 +15,7 @@ from server.requests.reference_images import most_of, seen_target_of, target_of
 from server.requests.schema import ResolvedRequest
 from server.requests.stream_schema import StreamSettings
 
-__all__ = ["FramePixels", "check_refers", "decoded_frame"]
+__all__ = ["FramePixels", "check_source", "decoded_frame"]
 
 
 class FramePixels(NamedTuple):
@@ -30,19 +30,36 @@ class FramePixels(NamedTuple):
     seen: NDArray[np.uint8] | None = None
 
 
-def check_refers(settings: StreamSettings, facts: ModelFacts) -> None:
-    """Refuse input frames as reference images where the model does not read so many.
+def check_source(settings: StreamSettings, facts: ModelFacts) -> None:
+    """Refuse what the source of a stream cannot serve, in terms of what its client can change.
 
     Args:
         settings: of the stream.
         facts: of the model that will serve it.
 
     Raises:
-        InvalidRequest: it reads none, or no more than those that stand beside each frame.
+        InvalidRequest: guidance by the picture that an image starts from, and images start from
+            none; or the model reads no reference images, or no more than those that stand beside
+            each frame.
     """
+    policy = None if settings.guidance is None else settings.guidance.policy
+    if policy is not None and policy.wants_reference and settings.source != "frames":
+        instead = policy.without_reference
+        raise InvalidRequest(
+            "guidance.policy",
+            f"guidance.policy is {policy.name!r}, which with these parameters needs frames to "
+            f"start from, and source is {settings.source!r}; set source to 'frames'"
+            + (f", or {instead}." if instead else "."),
+        )
+    most, beside = most_of(facts), len(settings.reference_images)
+    if beside and not most:
+        raise InvalidRequest(
+            "reference_images",
+            f"reference_images has {beside}, but model {facts.name!r} reads no pictures beside a "
+            "prompt; leave it out, or send a picture as an input frame with source 'frames'.",
+        )
     if settings.source != "references":
         return
-    most, beside = most_of(facts), len(settings.reference_images)
     if not most:
         raise InvalidRequest(
             "source",

@@ -85,7 +85,7 @@ def coefficients_for(
     if fit is not None:
         return fit.coefficients
     if plan.steps < resolved.sampler.steps_taken(resolved.steps):
-        remedy = "leave `image` out or use `strength` 1"
+        remedy = "use `strength` 1, which runs all steps"
     else:
         remedy = f"fit it with `weft {policy.fitted_by} {_options(resolved, rule, policy)}`"
     raise InvalidRequest(

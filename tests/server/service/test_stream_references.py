@@ -23,8 +23,10 @@ from server.errors import InvalidRequest
 from server.models.conditioning import Conditioning
 from server.models.references import ReferencesRead
 from server.requests.schema import GenerateRequest
+from server.requests.stream_schema import StreamSettings
 from server.service.service import Service
 from server.service.stream import FailedFrame, StreamSession
+from server.service.stream_input import check_source
 from server.service.streams import Streams
 from server.settings import Limits, Settings
 from tests.server.stream_client import file_of, pixels_of
@@ -180,3 +182,29 @@ def test_more_pictures_than_the_model_reads_with_the_frame_are_refused(service: 
 
     with pytest.raises(InvalidRequest, match="3 images beside each frame"):
         asyncio.run(change())
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (
+            {"source": "references", "guidance": {"name": "cfg", "policy": "residual"}},
+            "guidance.policy is 'residual', which with these parameters needs frames to start "
+            "from, and source is 'references'; set source to 'frames', or \"mode\": \"onetime\".",
+        ),
+        (
+            {"reference_images": ["AAAA"]},
+            "reference_images has 1, but model 'toy' reads no pictures beside a prompt; leave it "
+            "out, or send a picture as an input frame with source 'frames'.",
+        ),
+    ],
+    ids=("residual", "references"),
+)
+def test_refusals_name_what_the_client_of_a_stream_can_change(
+    settings: dict[str, Any], sentence: str
+) -> None:
+    checked = StreamSettings.model_validate({"prompt": "x"} | settings)
+    with pytest.raises(InvalidRequest) as caught:
+        check_source(checked, Toy().facts)
+    assert caught.value.message == sentence
+    assert caught.value.field in ("guidance.policy", "reference_images")

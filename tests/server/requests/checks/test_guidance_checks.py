@@ -262,7 +262,7 @@ def test_the_command_names_what_differs_from_the_defaults() -> None:
 
 
 def test_a_run_from_a_picture_part_way_is_told_to_start_whole() -> None:
-    with pytest.raises(InvalidRequest, match="leave `image` out or use `strength` 1, or choose"):
+    with pytest.raises(InvalidRequest, match="; use `strength` 1, which runs all steps, or choose"):
         asked(Toy(), strength=0.5, **LINEAR)
 
 
