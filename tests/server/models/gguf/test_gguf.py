@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -251,6 +253,23 @@ def test_a_model_takes_little_more_than_its_file_and_says_its_types(
     # Matrices whose rows are no whole blocks are in float32.
     assert held < 0.4 * entire
     assert bytes_in_memory(folder, torch.float32) == pytest.approx(bytes_of(model), rel=0.01)
+
+
+def test_a_loaded_model_stays_as_it_was_when_its_file_is_overwritten_and_cut_short(
+    file: Path, tmp_path: Path
+) -> None:
+    """A map of a file that is cut short would end the process."""
+    folder = shutil.copytree(file.parent.parent, tmp_path / "model")
+    own = folder / "transformer" / file.name
+    transformer = load(with_denoiser(folder, own, tmp_path / "cache")).modules()["transformer"]
+    before = {name: one.clone() for name, one in transformer.state_dict().items()}
+    with own.open("r+b") as opened:
+        opened.write(bytes(own.stat().st_size))
+    for name, one in transformer.state_dict().items():
+        assert torch.equal(one, before[name]), name
+    os.truncate(own, 0)
+    for name, one in transformer.state_dict().items():
+        assert torch.equal(one, before[name]), name
 
 
 def test_a_server_says_which_file_a_model_was_given_and_in_which_types(
