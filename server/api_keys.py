@@ -36,10 +36,12 @@ class ApiKey:
     Attributes:
         digest: the key's SHA-256.
         client: whose share of the device its requests have.
+        unloads: whether it may unload models, which others may be about to use.
     """
 
     digest: bytes
     client: Client
+    unloads: bool = True
 
     def opens_for(self, offered: str) -> bool:
         """Whether this is the key, in a time that does not depend on how much of it is right."""
@@ -75,6 +77,11 @@ class KeyEntry(BaseModel):
         default="interactive",
         description="`batch` makes all its requests batch ones, after all interactive ones.",
     )
+    unload: bool | None = Field(
+        default=None,
+        description="Whether it may unload models that nothing uses just now; by default only "
+        "where it is the only key.",
+    )
 
 
 def keys_of(value: Any) -> Any:
@@ -90,7 +97,9 @@ def keys_of(value: Any) -> Any:
         value = _split(value.strip())
     if not isinstance(value, Iterable):
         return value
-    keys = tuple(_read(number, key) for number, key in enumerate(value, start=1))
+    given = list(value)
+    alone = len(given) == 1
+    keys = tuple(_read(number, key, alone=alone) for number, key in enumerate(given, start=1))
     names = Counter(key.client.name for key in keys if isinstance(key, ApiKey))
     for name, count in names.items():
         if count > 1:
@@ -104,7 +113,7 @@ def _split(text: str) -> Any:
     return [part.strip() for part in text.split(",")] if text else []
 
 
-def _read(number: int, key: Any) -> Any:
+def _read(number: int, key: Any, *, alone: bool) -> Any:
     if isinstance(key, SecretStr):
         key = key.get_secret_value()
     entry = {"key": key} if isinstance(key, str) else key
@@ -123,7 +132,8 @@ def _read(number: int, key: Any) -> Any:
         most_seconds=about.device_s,
         batch=about.priority == "batch",
     )
-    return ApiKey(_digest_of(number, about.key), client)
+    unloads = alone if about.unload is None else about.unload
+    return ApiKey(_digest_of(number, about.key), client, unloads)
 
 
 def _explained(number: int, refusal: ValidationError) -> str:

@@ -12,7 +12,7 @@
     |   |- TooLarge                  413  the body or an image in it is too large
     |   `- RequestTimeout            408  the request did not arrive in time
     |- Unauthorized                  401  the key is missing or wrong
-    |- Forbidden                     403  the Host or Origin header is not allowed
+    |- Forbidden                     403  the Host or Origin header, or this key, is not allowed to
     |- UnknownModel                  404  no model of that name is hosted
     |- UnknownGeneration             404  no generation of that identifier is running
     |- UnknownJob                    404  the client has no job of that identifier
@@ -193,7 +193,7 @@ class Unauthorized(WeftError):
 
 
 class Forbidden(WeftError):
-    """The Host or Origin header names a site that this server does not serve."""
+    """The Host or Origin header names a site that is not served, or the key has not the right."""
 
     status = 403
     type = "permission_error"

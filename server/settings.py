@@ -454,8 +454,8 @@ class Settings(BaseSettings):
         default=(),
         description="Accepted bearer keys, each of 16 to 256 characters or as `sha256:` and the 64 "
         "hexadecimal digits of its SHA-256, or as an object with `key`, `name`, `weight`, "
-        "`images`, `device_s` and `priority`. Without keys, anyone who can reach the port is "
-        "served.",
+        "`images`, `device_s`, `priority` and `unload`. Without keys, anyone who can reach the "
+        "port is served.",
     )
     insecure: bool = Field(
         default=False,

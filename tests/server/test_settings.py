@@ -2,6 +2,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import SecretStr, ValidationError
@@ -101,6 +102,19 @@ def test_a_key_may_say_what_its_holder_may_have(monkeypatch: pytest.MonkeyPatch)
     assert first.opens_for(KEY)
     assert first.client == Client("art", weight=2, most_images=8, most_seconds=60)
     assert second.client == Client("key-2")
+
+
+def test_only_the_only_key_may_unload_models_unless_a_key_says_otherwise() -> None:
+    def unloads(*keys: Any) -> list[bool]:
+        return [key.unloads for key in Settings.model_validate({"api_keys": keys}).api_keys]
+
+    assert unloads(KEY) == [True]
+    assert unloads({"key": KEY, "unload": False}) == [False]
+    assert unloads(f"{KEY}1", {"key": f"{KEY}2"}, {"key": f"{KEY}3", "unload": True}) == [
+        False,
+        False,
+        True,
+    ]
 
 
 def test_keys_are_kept_as_hashes_alone() -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
+from server.api_keys import ApiKey
+from server.errors import Forbidden
 from server.http.automatic1111.checkpoints import CheckpointsDep
 from server.http.automatic1111.jobs import owner_of
 from server.http.automatic1111.route import ERRORS, TolerantRoute
@@ -25,6 +27,12 @@ async def unload_checkpoint(
     request: Request, service: ServiceDep, checkpoints: CheckpointsDep
 ) -> dict[str, Any]:
     """Unload the client's model if nothing uses it; its next request loads it again."""
+    key: ApiKey | None = getattr(request.state, "api_key", None)
+    if key is not None and not key.unloads:
+        raise Forbidden(
+            "This key may not unload models, which other keys use; the operator can allow it by "
+            "`unload` in WEFT_API_KEYS."
+        )
     service.ready_engine()
     await service.ready_shelf().unload(checkpoints.of(owner_of(request)))
     return {}

@@ -18,7 +18,7 @@ REQUEST = {"prompt": "x", "steps": 2, "width": 32, "height": 32}
 @pytest.fixture(scope="module")
 def server() -> Iterator[SmallServer]:
     few = {"key": FEW, "name": "few", "images": 2, "device_s": 20}
-    with small_server(api_keys=(few, MANY)) as made:
+    with small_server(api_keys=(few, {"key": MANY, "unload": True})) as made:
         yield made
 
 
@@ -46,6 +46,17 @@ def test_more_images_than_the_key_may_ever_have_are_refused_for_good(server: Sma
     assert (status, error["param"]) == (422, "n")
     assert error["message"] == "n is 3; at most 2 images of this key may wait or run at once."
     assert post(server, MANY, n=3)[0] == 200
+
+
+def test_of_several_keys_only_those_with_the_right_unload_models(server: SmallServer) -> None:
+    answers = [
+        server.post({}, path="/sdapi/v1/unload-checkpoint", authorization=f"Bearer {key}")
+        for key in (FEW, MANY)
+    ]
+    assert [status for status, _ in answers] == [403, 503]
+    sentences = [body["errors"] for _, body in answers]
+    assert sentences[0].startswith("This key may not unload models, which other keys use; ")
+    assert sentences[1] == "No models are loaded on demand here."
 
 
 def test_more_work_than_the_key_may_ever_have_is_refused_for_good(server: SmallServer) -> None:
