@@ -259,10 +259,14 @@ class ModelShelf:
             self._unwanted.append((place, unloading))
             self._start()
         waiting = asyncio.wrap_future(unloading)
-        done, _ = await asyncio.wait({waiting}, timeout=self._patience_s)
-        if not done:
+        try:
+            await asyncio.wait({waiting}, timeout=self._patience_s)
+        finally:
+            # Whoever was told to come back, or has left, is not to unload it some time later.
+            withdrawn = self._withdraws(place, unloading)
+        if withdrawn:
             raise NotReady("Another model is being loaded; send the request again later.")
-        error = waiting.result()
+        error = await waiting
         if error is not None:
             raise copy(error)
 
@@ -276,6 +280,14 @@ class ModelShelf:
             for place in list(self._jobs):
                 self._settle(place, error)
             self._wake.notify_all()
+
+    def _withdraws(self, place: _Place, unloading: Future[WeftError | None]) -> bool:
+        """Whether an unload had not begun, which it does not any more then."""
+        with self._wake:
+            waits = (place, unloading) in self._unwanted
+            if waits:
+                self._unwanted.remove((place, unloading))
+            return waits
 
     async def _loaded(self, place: _Place) -> None:
         with self._wake:
@@ -335,12 +347,12 @@ class ModelShelf:
                 if self._closed is not None:
                     return
                 jobs = list(self._jobs)
-                unwanted, self._unwanted = self._unwanted, []
-            for place, unloading in unwanted:
+                unwanted = self._unwanted.pop(0) if self._unwanted else None
+            if unwanted is not None:
+                place, unloading = unwanted
                 with self._engine.undisturbed():
                     error = self._unloaded(place)
                 unloading.set_result(error)
-            if not jobs:
                 continue
             with self._engine.undisturbed():
                 over = any(self._attempt(place) for place in jobs)

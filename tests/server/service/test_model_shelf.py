@@ -416,6 +416,41 @@ def test_a_model_is_unloaded_on_demand_unless_it_is_in_use(service: Service, sto
     assert store.loads == ["b", "b", "slow"]
 
 
+@pytest.mark.parametrize("end", ["late", "left", "stop"])
+def test_an_unload_that_was_refused_or_whose_client_left_takes_no_effect_later(
+    service: Service, store: Store, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf = service.ready_shelf()
+
+    async def run() -> None:
+        lending = asyncio.create_task(shelf.lend("slow"))
+        await asyncio.to_thread(store.loading.wait, PATIENCE_S)
+        monkeypatch.setattr(shelf, "_patience_s", 0.05 if end == "late" else PATIENCE_S)
+        unloading = asyncio.create_task(shelf.unload("a"))
+        await asyncio.sleep(0.01)
+        if end == "left":
+            unloading.cancel()
+        if end == "stop":
+            service.close()
+        with pytest.raises(asyncio.CancelledError if end == "left" else NotReady):
+            await asyncio.wait_for(unloading, PATIENCE_S)
+        monkeypatch.undo()
+        store.may_load.set()
+        if end == "stop":
+            with pytest.raises(NotReady):
+                await lending
+        else:
+            (await lending).release()
+            # Its turn would have been before this one's.
+            await shelf.unload("slow")
+
+    asyncio.run(run())
+    if end == "stop":
+        assert shelf._thread is not None
+        shelf._thread.join(PATIENCE_S)
+    assert "a" in loaded(service)
+
+
 def test_no_cuda_graph_is_recorded_while_a_model_is_unloaded_on_demand(
     service: Service, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
