@@ -50,7 +50,7 @@ def test_there_is_what_is_below_the_limit_and_what_the_kernel_keeps_of_files(
     assert measure(torch.device("cpu")).most == psutil.virtual_memory().total
 
 
-def test_the_weights_of_an_unloaded_network_are_free_for_others() -> None:
+def test_the_weights_of_an_unloaded_network_are_free_for_others(young_garbage: None) -> None:
     """The allocator keeps blocks of a size once some were freed, below others that are in use."""
     device, process = torch.device(HOST), psutil.Process()
     others: list[torch.Tensor] = []
