@@ -134,7 +134,21 @@ def build_network(
         for name, tensor in weights.items()
     }
     network.load_state_dict(cast, assign=True)
+    _keep_to_own_attention(network)
     return network.eval().requires_grad_(requires_grad=False)
+
+
+def _keep_to_own_attention(network: nn.Module) -> None:
+    """Have a network attend by torch's own attention, whatever the environment says.
+
+    ``DIFFUSERS_ATTN_BACKEND`` may name others; some are code of a hub, or attend to padding.
+    """
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    for module in network.modules():
+        processor: Any = getattr(module, "processor", None)
+        if hasattr(processor, "_attention_backend"):
+            processor._attention_backend = AttentionBackendName.NATIVE
 
 
 def load_text_encoder(folder: Path, part: str, kind: Any, dtype: torch.dtype) -> Any:

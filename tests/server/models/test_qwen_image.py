@@ -14,6 +14,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from diffusers import QwenImageImg2ImgPipeline
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_img2img
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -161,6 +162,22 @@ def test_a_row_beside_longer_texts_is_what_it_is_alone(model: HostedModel) -> No
         torch.testing.assert_close(made, torch.stack(alone), rtol=1e-4, atol=1e-5)
     together.tensors[MASK].fill_(True)
     assert_apart(alone[0], model.evaluate(x, t, RowInputs(together))[0])
+
+
+@torch.inference_mode()
+def test_attention_is_torchs_own_whatever_the_environment_says(
+    model: HostedModel, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As DIFFUSERS_ATTN_BACKEND sets it for the process.
+    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", AttentionBackendName.XFORMERS)
+    other = load(folder)
+    x, t = (
+        torch.stack([start_noise(seed, SHAPE) for seed in range(2)]),
+        torch.tensor([100.0, 500.0]),
+    )
+    inputs = model.inputs(["", LONG], WIDTH, HEIGHT)
+    assert MASK in inputs.conditioning.tensors
+    torch.testing.assert_close(other.evaluate(x, t, inputs), model.evaluate(x, t, inputs))
 
 
 @torch.inference_mode()
