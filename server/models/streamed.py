@@ -9,14 +9,18 @@ written back.
 from __future__ import annotations
 
 from collections import deque
+from copy import copy
 from typing import TYPE_CHECKING, Any, Final
 
 from torch import nn
 
 if TYPE_CHECKING:
-    import torch
+    from collections.abc import Iterator, Mapping
 
-__all__ = ["STREAMED_BLOCKS", "is_streamed", "stream_blocks"]
+    import torch
+    from torch import Tensor
+
+__all__ = ["STREAMED_BLOCKS", "at_rest", "stream_blocks"]
 
 GROUPS: Final = "group_offloading"
 """Name of the hook by which diffusers moves a module."""
@@ -45,14 +49,38 @@ def stream_blocks(network: nn.Module, device: torch.device) -> None:
     )
 
 
-def is_streamed(network: nn.Module) -> bool:
-    """Whether a network's weights move while it runs."""
-    registries: list[Any] = [
-        found
-        for module in network.modules()
-        if (found := getattr(module, "_diffusers_hook", None)) is not None
-    ]
-    return any(one.get_hook(GROUPS) is not None for one in registries)
+def at_rest(network: nn.Module, name: str, device: torch.device) -> Any:
+    """A layer, or a copy of it that stays where it is if its weight is streamed.
+
+    Args:
+        network: that has it, and may run meanwhile.
+        name: of the layer, which has no layers inside.
+        device: where the copy's parameters are to be.
+    """
+    layer = network.get_submodule(name)
+    host = next((own for own in _host_tensors(network) if layer.weight in own), None)
+    if host is None:
+        return layer
+    still = copy(layer)
+    vars(still)["_parameters"] = {
+        name: None if one is None else nn.Parameter(host[one].to(device), requires_grad=False)
+        for name, one in vars(layer)["_parameters"].items()
+    }
+    # What moves a layer is called in place of its forward.
+    vars(still).pop("forward", None)
+    return still
+
+
+def _host_tensors(network: nn.Module) -> Iterator[Mapping[Any, Tensor]]:
+    """What host memory has of the parameters and buffers of each group of blocks.
+
+    That stays as it is while the network runs.
+    """
+    for module in network.modules():
+        registry: Any = getattr(module, "_diffusers_hook", None)
+        hook = None if registry is None else registry.get_hook(GROUPS)
+        if hook is not None:
+            yield hook.group.cpu_param_dict
 
 
 def _trunk(network: nn.Module) -> nn.Module:

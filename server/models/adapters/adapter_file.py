@@ -122,7 +122,7 @@ class AdapterFile:
                     state[part].pop(one.down), state[part].pop(one.up), one, device, dtype
                 )
                 if one.magnitude is not None:
-                    weight = weight_of(self.target.layer(part, layer), dtype)
+                    weight = weight_of(self.target.layer(part, layer, device), dtype)
                     placed = one.magnitude
                     sized = measured(
                         sizes[placed.name], placed.axis, change, weight, blended=placed.blended

@@ -29,7 +29,7 @@ from server.models.adapters.naming import (
     written_layer,
 )
 from server.models.adapters.original_layers import ORIGINAL, Original
-from server.models.streamed import is_streamed
+from server.models.streamed import at_rest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -133,15 +133,15 @@ class Target:
             networks,
         )
 
-    def layer(self, part: str, name: str) -> Layer:
-        """A layer that adapters may change.
+    def layer(self, part: str, name: str, device: torch.device) -> Layer:
+        """A layer that adapters may change, to be read beside ticks.
 
         Args:
             part: name of its network in a model folder.
             name: in that network.
+            device: where it is; a copy is brought there if the layer comes and goes.
         """
-        layer: Any = self.networks[part].get_submodule(name)
-        return layer
+        return at_rest(self.networks[part], name, device)
 
     def converted(
         self, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
@@ -269,11 +269,6 @@ def place(header: Header, target: Target) -> dict[str, dict[str, Placed]]:
 def _magnitude(
     header: Header, target: Target, part: str, layer: str, name: str, blended: bool
 ) -> PlacedMagnitude:
-    if is_streamed(target.networks[part]):
-        raise AdapterMismatch(
-            f"is a DoRA ({_listed([name])}), whose changes depend on the weights of {part}; in "
-            f"model {target.model!r} these are streamed from host memory, which is not supported"
-        )
     size, (out, features, *kernel) = header.shapes[name], target.layers[part][layer]
     ones = (1,) * len(kernel)
     axes: dict[tuple[int, ...], Axis] = {(1, features, *ones): INPUTS, (out, 1, *ones): OUTPUTS}

@@ -8,12 +8,15 @@ from time import monotonic, sleep
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from embedded import MODEL_FOLDER
 from server.engine.capture import CudaRecorder
 from server.engine.cost_model import TickCost
 from server.engine.graphs import Graphs
 from server.models.adapters.adapter import Weighted
+from server.models.adapters.adapter_file import AdapterFile
+from server.models.adapters.placing import Target
 from server.models.inputs import RowInputs
 from server.models.loading import load_model
 from server.models.memory import measure, reclaim
@@ -270,6 +273,44 @@ def test_a_streamed_model_draws_the_same_pictures_in_a_part_of_the_memory(start,
         assert np.abs(one.astype(int) - theirs.astype(int)).mean() < 2
     assert bytes_of(streamed) < 0.7 * bytes_of(on_gpu)
     assert bytes_of(streamed) + offloaded_bytes_of(streamed) == pytest.approx(bytes_of(on_gpu))
+
+
+@pytest.mark.parametrize("kind", ["none", "int8"])
+def test_a_dora_of_a_streamed_model_is_compared_with_its_weights(start, task, run, tmp_path, kind):
+    if package := missing_package(kind):
+        pytest.skip(f"{package} is not installed")
+    whole, streamed = (
+        load_model(
+            MODEL_FOLDER,
+            name="embedded",
+            device="cuda",
+            dtype="float32",
+            placement=Placement(kind, offload),
+        )
+        for offload in ("none", "all")
+    )
+    layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    width = whole.modules()["unet"].get_parameter(f"{layer}.weight").shape[1]
+    file = tmp_path / "dora.safetensors"
+    shapes = {"A.weight": (2, width), "B.weight": (width, 2)}
+    tensors = {f"unet.{layer}.lora_{name}": torch.rand(shape) for name, shape in shapes.items()}
+    save_file({**tensors, f"unet.{layer}.lora_magnitude_vector": torch.rand(width)}, file)
+    before = run(start(model=streamed), [task("euler", "none")]).pixels()
+    adapters = [
+        AdapterFile.read("dora", file, Target.of("embedded", one.adaptable())).load(
+            one.device, one.dtype
+        )
+        for one in (whole, streamed)
+    ]
+    expected, ours = (one.parts["unet"][layer].magnitude for one in adapters)
+    assert expected is not None
+    assert ours is not None
+    assert ours.norms.device.type == "cuda"
+    torch.testing.assert_close(ours.norms, expected.norms)
+    adapted_task = replace(task("euler", "none"), adapters=(Weighted(adapters[1], 1.0),))
+    drawn = [run(start(model=one), [adapted_task]).pixels()[0] for one in (whole, streamed)]
+    assert np.abs(drawn[0].astype(int) - drawn[1].astype(int)).mean() < 2
+    assert np.abs(drawn[1].astype(int) - before[0].astype(int)).mean() > 2
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8", "nf4"])

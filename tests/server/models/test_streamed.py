@@ -10,11 +10,17 @@ from typing import Any
 import pytest
 import torch
 from diffusers.hooks.group_offloading import ModuleGroup
-from torch import Tensor
+from gguf import GGMLQuantizationType
+from gguf.quants import quantize
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from embedded import MODEL_FOLDER
 from guidance.edits import BlurredQueries, IdentityAttention, SkippedBlocks
 from server.models.adapters.adapter import Adapter, RowAdapters, Weighted
+from server.models.adapters.adapter_file import AdapterFile
+from server.models.adapters.placing import Target
+from server.models.gguf.layers import BlockLinear
 from server.models.hosted import HostedModel
 from server.models.inputs import RowInputs
 from server.models.loading import load_model
@@ -41,8 +47,12 @@ def far_away(monkeypatch: pytest.MonkeyPatch) -> None:
     def offload(group: Any) -> None:
         for tensor in tensors_of(group):
             if tensor not in there:
+                # As where a stream of its own copies the next group.
+                group.cpu_param_dict[tensor] = tensor.data
                 there[tensor] = tensor.data
-                tensor.data = torch.full_like(tensor.data, torch.nan)
+                tensor.data = torch.full_like(
+                    tensor.data, torch.nan if tensor.is_floating_point() else 0
+                )
 
     def onload(group: Any) -> None:
         for tensor in tensors_of(group):
@@ -121,3 +131,35 @@ def test_rows_keep_their_own_edits_and_adapters_in_a_streamed_network() -> None:
         stream_blocks(unet, CPU)
         assert torch.equal(predicted(model, inputs), expected)
         assert torch.equal(predicted(model, plain), unchanged)
+
+
+def in_blocks() -> BlockLinear:
+    layer = BlockLinear(nn.Linear(32, 16), "Q8_0", torch.float32)
+    rows = quantize(torch.rand(16, 32).numpy(), GGMLQuantizationType.Q8_0)
+    layer.weight = nn.Parameter(torch.from_numpy(rows), requires_grad=False)
+    layer.bias = nn.Parameter(torch.rand(16))
+    return layer
+
+
+@pytest.mark.usefixtures("far_away")
+@pytest.mark.parametrize("make", [lambda: nn.Linear(32, 16), in_blocks])
+def test_a_dora_is_compared_with_weights_in_host_memory(
+    tmp_path: Path, make: Callable[[], nn.Linear]
+) -> None:
+    network: Any = nn.Module()
+    network.blocks = nn.ModuleList([make(), make()])
+    file = tmp_path / "dora.safetensors"
+    shapes = {"lora_A.weight": (2, 32), "lora_B.weight": (16, 2), "lora_magnitude_vector": (16,)}
+    save_file({f"unet.blocks.1.{name}": torch.rand(one) for name, one in shapes.items()}, file)
+
+    def compared() -> Tensor:
+        read = AdapterFile.read("dora", file, Target.of("small", {"unet": network}))
+        magnitude = read.load(CPU, torch.float32).parts["unet"]["blocks.1"].magnitude
+        assert magnitude is not None
+        return magnitude.norms
+
+    expected = compared()
+    stream_blocks(network, CPU)
+    away = network.get_parameter("blocks.1.weight").data
+    assert not away.nan_to_num().any()
+    assert torch.equal(compared(), expected)

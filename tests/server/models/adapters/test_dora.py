@@ -22,7 +22,6 @@ from server.models.adapters.magnitude import weight_of
 from server.models.adapters.placing import Target
 from server.models.adapters.row_scales import InputScales
 from server.models.adapters.stack import AdaptedRows
-from server.models.streamed import stream_blocks
 
 CPU = torch.device("cpu")
 LAYERS = ("conv", "proj", "small")
@@ -322,13 +321,3 @@ def test_sizes_of_another_shape_are_refused(
             tmp_path / "style.safetensors",
             LINEAR | {f"unet.proj.{name}": torch.ones(shape)},
         )
-
-
-def test_a_network_whose_weights_move_is_refused(tmp_path: Path) -> None:
-    blocks: Any = nn.Module()
-    blocks.proj = nn.ModuleList([nn.Linear(6, 5)])
-    stream_blocks(blocks, CPU)
-    file = {name.replace("proj", "proj.0"): one for name, one in LINEAR.items()}
-    file["unet.proj.0.lora_magnitude_vector"] = torch.ones(5)
-    with pytest.raises(AdapterMismatch, match="streamed from host memory"):
-        read(blocks, tmp_path / "style.safetensors", file)
