@@ -22,6 +22,7 @@ from server.models.folder import (
     parts_of,
     read_json,
 )
+from server.models.gguf.formats import stays_in_blocks
 from server.models.gguf.header import tensors_of
 from server.models.quantization import BITS, LEAST_FEATURES
 
@@ -203,7 +204,7 @@ class _Tensor(NamedTuple):
     shape: Sequence[int]
     dtype: str
     in_blocks: int | None = None
-    """Bytes of a matrix that stays in blocks as in its file; None of all others."""
+    """Bytes of a weight that stays in blocks as in its file; None of all others."""
 
     @property
     def numbers(self) -> int:
@@ -233,7 +234,7 @@ def _tensors_of_file(folder: Path, name: str) -> list[tuple[str, _Tensor]]:
     """
     if name.endswith(GGUF):
         return [
-            (key, _Tensor(one.shape, one.kind, one.nbytes if _stays_in_blocks(key, one) else None))
+            (key, _Tensor(one.shape, one.kind, one.nbytes if _in_blocks(key, one) else None))
             for key, one in tensors_of(folder / name).items()
         ]
     try:
@@ -254,8 +255,8 @@ def _tensors_of_file(folder: Path, name: str) -> list[tuple[str, _Tensor]]:
     return tensors
 
 
-def _stays_in_blocks(name: str, tensor: GgufTensor) -> bool:
-    return tensor.quantized and name.endswith(".weight") and len(tensor.shape) == 2
+def _in_blocks(name: str, tensor: GgufTensor) -> bool:
+    return tensor.quantized and stays_in_blocks(name, tensor.shape)
 
 
 def _is_matrix(name: str, tensor: _Tensor) -> bool:

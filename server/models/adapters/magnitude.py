@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
+from server.models.gguf.layers import BlockConv2d, BlockLinear
+
 if TYPE_CHECKING:
     from server.models.adapters.adapter import LowRank
     from server.models.adapters.stack import Changes, Layer
@@ -161,6 +163,8 @@ def weight_of(layer: Layer, dtype: torch.dtype) -> Tensor:
         layer: of a network.
         dtype: that it computes in.
     """
+    if isinstance(layer, BlockLinear | BlockConv2d):
+        return layer.restored()
     weight, bias = layer.weight.data, dict(layer.named_parameters()).get("bias")
     is_whole = type(weight) is torch.Tensor and weight.is_floating_point()
     if isinstance(layer, nn.Conv2d) or is_whole:

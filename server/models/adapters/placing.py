@@ -29,6 +29,7 @@ from server.models.adapters.naming import (
     written_layer,
 )
 from server.models.adapters.original_layers import ORIGINAL, Original
+from server.models.gguf.layers import conv_shape
 from server.models.streamed import at_rest
 
 if TYPE_CHECKING:
@@ -213,7 +214,7 @@ def _shape_of(layer: nn.Linear | nn.Conv2d) -> tuple[int, ...]:
     """Of the weight, which a quantised layer keeps in another shape."""
     if isinstance(layer, nn.Linear):
         return layer.out_features, layer.in_features
-    return tuple(layer.weight.shape)
+    return conv_shape(layer)
 
 
 def place(header: Header, target: Target) -> dict[str, dict[str, Placed]]:

@@ -38,7 +38,7 @@ def load_gguf(file: Path) -> dict[str, Tensor]:
     for name, one in described.items():
         own = mapped[one.start : one.start + one.nbytes]
         if one.quantized:
-            tensors[name] = BlockRows.of(own.reshape(one.stored_shape), one.kind)
+            tensors[name] = BlockRows.of(own.reshape(one.stored_shape), one.kind, one.shape)
         else:
             tensors[name] = own.view(DTYPES[one.kind]).reshape(one.shape)
     return tensors

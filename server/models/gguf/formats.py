@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
-__all__ = ["FORMATS", "BlockFormat"]
+__all__ = ["FORMATS", "BlockFormat", "stays_in_blocks"]
+
+FEWEST_CHANNELS: Final = 16
+"""Of a convolution whose weight stays in blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,3 +54,15 @@ FORMATS: Final[Mapping[str, BlockFormat]] = {
     "Q6_K": BlockFormat(14, 256, 210),
 }
 """The formats that are read."""
+
+
+def stays_in_blocks(name: str, shape: Sequence[int]) -> bool:
+    """Whether a tensor in blocks is kept so, as weights of linear layers and convolutions are.
+
+    Args:
+        name: of the tensor.
+        shape: of its numbers.
+    """
+    # The first and the last convolution are small, and say how activations lie in memory.
+    is_convolution = len(shape) == 4 and min(shape[:2]) >= FEWEST_CHANNELS
+    return name.endswith(".weight") and (len(shape) == 2 or is_convolution)

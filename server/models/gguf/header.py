@@ -3,13 +3,14 @@
 The layout is that of ``docs/gguf.md`` in ggml's repository, versions 2 and 3: counts of tensors and
 entries of metadata, the entries, a description of each tensor, and their bytes. All lengths are
 bounded by what a header can need, and all tensors lie inside the file and beside each other, so a
-file cannot make more memory be taken than it is long. Of the metadata only the alignment is used.
+file cannot make more memory be taken than it is long. Of the metadata only the alignment is used,
+and the shapes of tensors that are stored in another one.
 """
 
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
 from typing import TYPE_CHECKING, BinaryIO, Final
@@ -47,6 +48,11 @@ VALUES: Final = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 1
 
 UINT32, STRING, ARRAY = 4, 8, 9
 ALIGNMENT: Final = "general.alignment"
+SHAPE_OF: Final = "comfy.gguf.orig_shape."
+"""Before the name of a tensor whose rows are no whole blocks: it is stored in rows of 256 numbers,
+and the entry has its shape, as the tools of city96's ComfyUI-GGUF write U-Nets."""
+
+INTEGERS: Final = {4: "I", 5: "i", 10: "Q", 11: "q"}
 DEFAULT_ALIGNMENT: Final = 32
 LEAST_ALIGNMENT: Final = 8
 MOST_ALIGNMENT: Final = 1 << 16
@@ -59,12 +65,14 @@ class GgufTensor:
     Attributes:
         kind: of its numbers: a name in ``PLAIN`` or in ``FORMATS``.
         shape: of the tensor as torch counts dimensions, the innermost one last.
+        stored: the shape in which the file has it.
         start: of its bytes in the file.
         nbytes: of it.
     """
 
     kind: str
     shape: tuple[int, ...]
+    stored: tuple[int, ...]
     start: int
     nbytes: int
 
@@ -76,7 +84,7 @@ class GgufTensor:
     @property
     def stored_shape(self) -> tuple[int, ...]:
         """Of its bytes, if its numbers are in blocks: rows of them."""
-        return *self.shape[:-1], FORMATS[self.kind].row_bytes(self.shape[-1])
+        return *self.stored[:-1], FORMATS[self.kind].row_bytes(self.stored[-1])
 
 
 def tensors_of(file: Path) -> dict[str, GgufTensor]:
@@ -156,11 +164,14 @@ def _read(header: _Header, size: int) -> dict[str, GgufTensor]:
         )
     count, entries = header.number("Q"), header.number("Q")
     alignment = DEFAULT_ALIGNMENT
+    shapes: dict[str, tuple[int, ...]] = {}
     for _ in range(entries):
         key = header.text(LONGEST_HEADER)
         kind = header.number("I")
         if key == ALIGNMENT and kind == UINT32:
             alignment = _checked_alignment(header.number("I"))
+        elif key.startswith(SHAPE_OF) and kind == ARRAY:
+            shapes[key.removeprefix(SHAPE_OF)] = _shape(header, key)
         else:
             _skip_value(header, kind, key)
     described: dict[str, GgufTensor] = {}
@@ -168,7 +179,7 @@ def _read(header: _Header, size: int) -> dict[str, GgufTensor]:
         name = header.text(LONGEST_NAME)
         if name in described:
             raise _Unreadable(f"has the tensor {name[:SHOWN]} twice")
-        described[name] = _tensor(header, name, alignment)
+        described[name] = _tensor(header, name, alignment, shapes.get(name))
     start = -(-header.position // alignment) * alignment
     return {name: _placed(name, one, start, size) for name, one in described.items()}
 
@@ -181,6 +192,15 @@ def _checked_alignment(alignment: int) -> int:
             f"to {MOST_ALIGNMENT}"
         )
     return alignment
+
+
+def _shape(header: _Header, key: str) -> tuple[int, ...]:
+    kind, count = header.number("I"), header.number("Q")
+    if kind not in INTEGERS or not 1 <= count <= MOST_DIMENSIONS:
+        raise _Unreadable(
+            f"has {key[:SHOWN]}, which is no list of 1 to {MOST_DIMENSIONS} whole numbers"
+        )
+    return tuple(header.number(INTEGERS[kind]) for _ in range(count))
 
 
 def _skip_value(header: _Header, kind: int, key: str) -> None:
@@ -196,7 +216,9 @@ def _skip_value(header: _Header, kind: int, key: str) -> None:
         raise _Unreadable(f"has metadata of the unknown type {kind} ({key[:SHOWN]})")
 
 
-def _tensor(header: _Header, name: str, alignment: int) -> GgufTensor:
+def _tensor(
+    header: _Header, name: str, alignment: int, original: tuple[int, ...] | None
+) -> GgufTensor:
     """A tensor whose start is counted from that of all tensors."""
     dimensions = header.number("I")
     if not 1 <= dimensions <= MOST_DIMENSIONS:
@@ -204,7 +226,13 @@ def _tensor(header: _Header, name: str, alignment: int) -> GgufTensor:
             f"has the tensor {name[:SHOWN]} of {dimensions} dimensions; allowed are 1 to "
             f"{MOST_DIMENSIONS}"
         )
-    shape = tuple(header.number("Q") for _ in range(dimensions))[::-1]
+    stored = tuple(header.number("Q") for _ in range(dimensions))[::-1]
+    shape = stored if original is None else original
+    if original is not None and (prod(shape) != prod(stored) or min(shape) < 1):
+        raise _Unreadable(
+            f"has the tensor {name[:SHOWN]} of the shape {list(shape)}, and stores it as "
+            f"{list(stored)}"
+        )
     code, offset = header.number("I"), header.number("Q")
     kind = CODES.get(code)
     if kind is None:
@@ -218,18 +246,19 @@ def _tensor(header: _Header, name: str, alignment: int) -> GgufTensor:
             f"{alignment}"
         )
     if kind in PLAIN:
-        return GgufTensor(kind, shape, offset, prod(shape) * PLAIN[kind][1])
+        return GgufTensor(kind, shape, stored, offset, prod(shape) * PLAIN[kind][1])
     form = FORMATS[kind]
-    if shape[-1] % form.numbers:
+    if stored[-1] % form.numbers:
         raise _Unreadable(
-            f"has the tensor {name[:SHOWN]} with rows of {shape[-1]} numbers in blocks of "
+            f"has the tensor {name[:SHOWN]} with rows of {stored[-1]} numbers in blocks of "
             f"{form.numbers} ({kind})"
         )
-    return GgufTensor(kind, shape, offset, prod(shape[:-1]) * form.row_bytes(shape[-1]))
+    nbytes = prod(stored[:-1]) * form.row_bytes(stored[-1])
+    return GgufTensor(kind, shape, stored, offset, nbytes)
 
 
 def _placed(name: str, tensor: GgufTensor, start: int, size: int) -> GgufTensor:
-    placed = GgufTensor(tensor.kind, tensor.shape, start + tensor.start, tensor.nbytes)
+    placed = replace(tensor, start=start + tensor.start)
     if not tensor.nbytes or placed.start + placed.nbytes > size:
         raise _Unreadable(
             f"has the tensor {name[:SHOWN]} of {tensor.nbytes} bytes from {placed.start} on, and "

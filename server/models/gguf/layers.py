@@ -1,4 +1,4 @@
-"""Linear layers whose weights stay in blocks, as a GGUF file has them.
+"""Layers whose weights stay in blocks, as a GGUF file has them.
 
 A layer restores its weight each time it runs, so a network takes as much memory as its file and the
 largest of its weights. What is added to the output of a layer row by row, as adapters are, is added
@@ -7,7 +7,8 @@ as before.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from math import prod
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +17,21 @@ from typing_extensions import override
 
 from server.errors import ModelMismatch
 from server.models.gguf.blocks import dequantized
-from server.models.gguf.formats import FORMATS
+from server.models.gguf.formats import FORMATS, stays_in_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["BlockLinear", "BlockRows", "keep_in_blocks", "kinds_of", "whole_shape"]
+__all__ = [
+    "BlockConv2d",
+    "BlockLayer",
+    "BlockLinear",
+    "BlockRows",
+    "conv_shape",
+    "keep_in_blocks",
+    "kinds_of",
+    "whole_shape",
+]
 
 
 class BlockLinear(nn.Linear):
@@ -29,27 +39,68 @@ class BlockLinear(nn.Linear):
 
     Args:
         layer: in whose place it stands.
-        kind: of the blocks, a name in ``FORMATS``.
+        rows: its weight.
         compute_dtype: that it computes in, under the name by which transformers of diffusers ask.
     """
 
-    def __init__(self, layer: nn.Linear, kind: str, compute_dtype: torch.dtype) -> None:
-        super().__init__(
-            layer.in_features,
-            layer.out_features,
-            bias=layer._parameters["bias"] is not None,
-            device="meta",
-        )
-        self.kind = kind
+    def __init__(self, layer: nn.Linear, rows: BlockRows, compute_dtype: torch.dtype) -> None:
+        bias = layer._parameters["bias"] is not None
+        super().__init__(layer.in_features, layer.out_features, bias=bias, device="meta")
+        self.kind = rows.kind
         self.compute_dtype = compute_dtype
-        width = FORMATS[kind].row_bytes(layer.in_features)
-        empty = torch.empty(layer.out_features, width, dtype=torch.uint8, device="meta")
-        self.weight = nn.Parameter(empty, requires_grad=False)
+        self.weight = _empty(rows)
+
+    def restored(self) -> Tensor:
+        """The weight, ``[out, in]``."""
+        numbers = dequantized(self.weight, self.kind, self.compute_dtype)
+        return numbers.view(self.out_features, self.in_features)
 
     @override
     def forward(self, input: Tensor) -> Tensor:
-        weight = dequantized(self.weight, self.kind, self.compute_dtype)
-        return F.linear(input, weight, self.bias)
+        return F.linear(input, self.restored(), self.bias)
+
+
+class BlockConv2d(nn.Conv2d):
+    """A convolution with a weight in blocks.
+
+    Args:
+        layer: in whose place it stands.
+        rows: its weight.
+        compute_dtype: that it computes in.
+    """
+
+    def __init__(self, layer: nn.Conv2d, rows: BlockRows, compute_dtype: torch.dtype) -> None:
+        super().__init__(
+            layer.in_channels,
+            layer.out_channels,
+            _pair(layer.kernel_size),
+            _pair(layer.stride),
+            layer.padding if isinstance(layer.padding, str) else _pair(layer.padding),
+            _pair(layer.dilation),
+            layer.groups,
+            bias=layer._parameters["bias"] is not None,
+            padding_mode=layer.padding_mode,
+            device="meta",
+        )
+        self.kind = rows.kind
+        self.compute_dtype = compute_dtype
+        self.weight = _empty(rows)
+
+    def restored(self) -> Tensor:
+        """The weight, ``[out, in, height, width]``."""
+        numbers = dequantized(self.weight, self.kind, self.compute_dtype)
+        return numbers.view(conv_shape(self))
+
+    @override
+    def forward(self, input: Tensor) -> Tensor:
+        # The layout of the input is that of the output.
+        channels_last = input.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        weight = self.restored().contiguous(memory_format=layout)
+        return self._conv_forward(input, weight, self.bias)
+
+
+BlockLayer: TypeAlias = "BlockLinear | BlockConv2d"
 
 
 class BlockRows(Tensor):
@@ -59,16 +110,30 @@ class BlockRows(Tensor):
 
     Attributes:
         kind: of the blocks, a name in ``FORMATS``.
+        whole: the shape of the numbers. Rows that are cut, ordered or joined are taken for those of
+            a matrix.
     """
 
     kind: str
+    whole: tuple[int, ...]
 
     @staticmethod
-    def of(rows: Tensor, kind: str) -> BlockRows:
-        """Rows of a kind."""
+    def of(rows: Tensor, kind: str, whole: tuple[int, ...] | None = None) -> BlockRows:
+        """Rows of a kind.
+
+        Args:
+            rows: bytes of whole blocks.
+            kind: of the blocks.
+            whole: the shape of the numbers; by default that of rows.
+        """
         made = rows.as_subclass(BlockRows)
-        made.kind = kind
+        made._describe(kind, whole)
         return made
+
+    def _describe(self, kind: str, whole: tuple[int, ...] | None = None) -> None:
+        self.kind = kind
+        *rows, nbytes = self.shape
+        self.whole = whole or (*rows, FORMATS[kind].row_numbers(nbytes))
 
     def plain(self) -> Tensor:
         """The bytes as any other tensor."""
@@ -85,22 +150,24 @@ class BlockRows(Tensor):
             kind = _one_kind(args)
             for one in parts:
                 if isinstance(one, BlockRows):
-                    one.kind = kind
+                    one._describe(kind)
         return made
 
 
 def whole_shape(tensor: Tensor) -> tuple[int, ...]:
     """The shape of a tensor's numbers, whether or not they are in blocks."""
-    if not isinstance(tensor, BlockRows):
-        return tuple(tensor.shape)
-    return *tensor.shape[:-1], FORMATS[tensor.kind].row_numbers(tensor.shape[-1])
+    return tensor.whole if isinstance(tensor, BlockRows) else tuple(tensor.shape)
+
+
+def conv_shape(layer: nn.Conv2d) -> tuple[int, ...]:
+    """The shape of a convolution's weight, whether or not it is in blocks."""
+    return layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size
 
 
 def keep_in_blocks(network: nn.Module, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
     """Prepare a network for weights of which some are in blocks.
 
-    Linear layers whose weight is in blocks are replaced, and keep it so; other tensors in blocks
-    are restored.
+    Layers whose weight stays in blocks are replaced; other tensors in blocks are restored.
 
     Args:
         network: without memory for its weights, with the shapes that the weights have.
@@ -110,24 +177,37 @@ def keep_in_blocks(network: nn.Module, weights: dict[str, Tensor], dtype: torch.
     for name, rows in weights.items():
         if not isinstance(rows, BlockRows):
             continue
-        plain, kind = rows.plain(), rows.kind
-        owner, _, own = name.rpartition(".")
-        layer = network.get_submodule(owner)
-        if type(layer) is nn.Linear and own == "weight":
-            network.set_submodule(owner, BlockLinear(layer, kind, dtype))
-            weights[name] = plain
+        owner = name.rpartition(".")[0]
+        layer, stays = network.get_submodule(owner), stays_in_blocks(name, rows.whole)
+        weights[name] = rows.plain()
+        if stays and type(layer) is nn.Linear:
+            network.set_submodule(owner, BlockLinear(layer, rows, dtype))
+        elif stays and type(layer) is nn.Conv2d:
+            network.set_submodule(owner, BlockConv2d(layer, rows, dtype))
         else:
-            weights[name] = dequantized(plain, kind, dtype)
+            weights[name] = dequantized(rows.plain(), rows.kind, dtype).reshape(rows.whole)
 
 
 def kinds_of(network: nn.Module) -> list[str]:
     """The kinds of blocks in a network, that of most weights first; empty where it has none."""
     counts: dict[str, int] = {}
     for layer in network.modules():
-        if isinstance(layer, BlockLinear):
-            numbers = layer.in_features * layer.out_features
+        if isinstance(layer, BlockLinear | BlockConv2d):
+            *rows, nbytes = layer.weight.shape
+            numbers = prod(rows) * FORMATS[layer.kind].row_numbers(nbytes)
             counts[layer.kind] = counts.get(layer.kind, 0) + numbers
     return sorted(counts, key=lambda kind: -counts[kind])
+
+
+def _empty(rows: BlockRows) -> nn.Parameter:
+    """In whose place the weight of a layer is loaded."""
+    empty = torch.empty(rows.shape, dtype=torch.uint8, device="meta")
+    return nn.Parameter(empty, requires_grad=False)
+
+
+def _pair(of: tuple[int, ...]) -> tuple[int, int]:
+    first, second = of
+    return first, second
 
 
 def _one_kind(args: Sequence[Any]) -> str:

@@ -20,7 +20,7 @@ from guidance.edits import BlurredQueries, IdentityAttention, SkippedBlocks
 from server.models.adapters.adapter import Adapter, RowAdapters, Weighted
 from server.models.adapters.adapter_file import AdapterFile
 from server.models.adapters.placing import Target
-from server.models.gguf.layers import BlockLinear
+from server.models.gguf.layers import BlockLinear, BlockRows
 from server.models.hosted import HostedModel
 from server.models.inputs import RowInputs
 from server.models.loading import load_model
@@ -134,9 +134,9 @@ def test_rows_keep_their_own_edits_and_adapters_in_a_streamed_network() -> None:
 
 
 def in_blocks() -> BlockLinear:
-    layer = BlockLinear(nn.Linear(32, 16), "Q8_0", torch.float32)
-    rows = quantize(torch.rand(16, 32).numpy(), GGMLQuantizationType.Q8_0)
-    layer.weight = nn.Parameter(torch.from_numpy(rows), requires_grad=False)
+    rows = torch.from_numpy(quantize(torch.rand(16, 32).numpy(), GGMLQuantizationType.Q8_0))
+    layer = BlockLinear(nn.Linear(32, 16), BlockRows.of(rows, "Q8_0"), torch.float32)
+    layer.weight = nn.Parameter(rows, requires_grad=False)
     layer.bias = nn.Parameter(torch.rand(16))
     return layer
 

@@ -1,4 +1,4 @@
-"""GGUF files of tiny transformers, written by the package gguf as published ones are."""
+"""GGUF files of tiny denoisers, written by the package gguf as published ones are."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from torch import Tensor
 from server.models.gguf.formats import FORMATS
 
 WITHIN = "model.diffusion_model."
+SHAPE_OF = "comfy.gguf.orig_shape."
 SCALES = {"Q4_K": {0: 4e-4, 2: 3e-3}, "Q6_K": {208: 5e-5}}
 """Places of the scales of K-quants, and values that make random blocks like trained weights."""
 
 
-def write(file: Path, tensors: Mapping[str, Tensor], *kinds: str) -> None:
+def write(
+    file: Path, tensors: Mapping[str, Tensor], *kinds: str, in_rows_of_256: bool = False
+) -> None:
     """Write tensors as the tools do: large matrices in blocks, all others in float32.
 
     Args:
@@ -27,11 +30,18 @@ def write(file: Path, tensors: Mapping[str, Tensor], *kinds: str) -> None:
         tensors: by name.
         kinds: of the matrices, which take them in turn; those whose rows are no whole blocks are
             in float16.
+        in_rows_of_256: whether weights whose rows are no whole blocks of that many numbers are
+            written in such rows, as those of U-Nets, convolutions too.
     """
     writer = GGUFWriter(file, "tiny")
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     matrices = 0
-    for name, tensor in tensors.items():
+    for name, whole in tensors.items():
+        tensor = whole
+        odd = whole.ndim > 1 and whole.shape[-1] % 256 and not whole.numel() % 256
+        if in_rows_of_256 and odd and whole.numel() >= 512:
+            tensor = whole.reshape(-1, 256)
+            writer.add_array(f"{SHAPE_OF}{name}", list(whole.shape))
         numbers: Any = tensor.float().numpy()
         kind = "F32"
         if name.endswith(".weight") and tensor.ndim == 2:
@@ -63,9 +73,11 @@ def blocks(kind: str, rows: int, numbers: int) -> Any:
 
 def restored(file: Path) -> dict[str, Tensor]:
     """All tensors in float32, as the package gguf reads them."""
-    return {
-        one.name: torch.from_numpy(
-            quants.dequantize(one.data, one.tensor_type).reshape(tuple(one.shape)[::-1]).copy()
-        )
-        for one in gguf.GGUFReader(file).tensors
-    }
+    reader = gguf.GGUFReader(file)
+    made: dict[str, Tensor] = {}
+    for one in reader.tensors:
+        field = reader.get_field(f"{SHAPE_OF}{one.name}")
+        shape = tuple(one.shape)[::-1] if field is None else field.contents()
+        numbers = quants.dequantize(one.data, one.tensor_type).reshape(shape)
+        made[one.name] = torch.from_numpy(numbers.copy())
+    return made

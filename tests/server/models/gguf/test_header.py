@@ -74,6 +74,22 @@ def test_metadata_is_passed_over_but_for_the_alignment(tmp_path: Path) -> None:
     assert tensor.start % 64 == 0
 
 
+def shaped(*shape: int, kind: int = 5) -> dict[str, Any]:
+    entry = text(b"comfy.gguf.orig_shape.a") + struct.pack("<IIQ", 9, kind, len(shape))
+    return {"entries": 1, "metadata": entry + struct.pack(f"<{len(shape)}i", *shape)}
+
+
+def test_a_tensor_may_be_stored_in_another_shape(tmp_path: Path) -> None:
+    file = tmp_path / "x.gguf"
+    stored = Described(dimensions=(256, 9), code=Q8_0)
+    file.write_bytes(file_of(stored, **shaped(16, 16, 3, 3), data=9 * 8 * 34))
+    [tensor] = tensors_of(file).values()
+    assert (tensor.shape, tensor.stored_shape) == ((16, 16, 3, 3), (9, 8 * 34))
+    # Tools write the entry of plain tensors, too.
+    file.write_bytes(file_of(Described(), **shaped(4, 4, 2, 2)))
+    assert load_gguf(file)["a"].shape == (4, 4, 2, 2)
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
@@ -110,6 +126,19 @@ def test_metadata_is_passed_over_but_for_the_alignment(tmp_path: Path) -> None:
         (file_of(Described(dimensions=(1 << 63,) * 4)), "has the tensor a of 2894"),
         (file_of(Described(dimensions=(0, 2))), "has the tensor a of 0 bytes"),
         (file_of(Described(offset=1 << 62)), "has the tensor a of 256 bytes from 461168"),
+        (
+            file_of(Described(), **shaped(2, 31)),
+            r"has the tensor a of the shape \[2, 31\], and stor",
+        ),
+        (
+            file_of(Described(), **shaped(-2, -32)),
+            r"has the tensor a of the shape \[-2, -32\], and",
+        ),
+        (
+            file_of(Described(), **shaped(1, 1, 1, 2, 32)),
+            "orig_shape.a, which is no list of 1 to 4",
+        ),
+        (file_of(Described(), **shaped(2, 32, kind=6)), "orig_shape.a, which is no list of 1 to 4"),
         (
             file_of(Described(), Described(name=b"b", offset=128), data=512),
             "has the tensor b where another one is",
