@@ -120,6 +120,20 @@ class Plan:
         """Share of the steps done before each stage, in [0, 1), ``[stages]``."""
         return np.array(self.step, np.float64) / self.steps
 
+    @property
+    def weights(self) -> F64:
+        """What each evaluation's prediction counts in the landing, ``[stages]``; not elementwise.
+
+        They add up to 1. Without their signs, their sum is how many times as large an error of all
+        predictions can become.
+        """
+        found = np.empty(self.evaluations)
+        landing = np.eye(self.slots)[0]
+        for stage in range(self.evaluations - 1, -1, -1):
+            *moved, own = (landing @ self.tables[stage, :, : self.slots + 1]).tolist()
+            found[stage], landing = own, np.array(moved)
+        return found
+
     def opens_step(self, stage: int) -> bool:
         """Whether a stage's evaluation is the first one of its step.
 

@@ -36,6 +36,24 @@ def test_elementwise_tables_equal_scalar_ones() -> None:
         assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12), label(sampler)
 
 
+def test_weights_are_what_each_prediction_counts_in_the_landing() -> None:
+    for sampler in FEW_VARIANTS:
+        plan = sampler.plan(DISCRETE.grid(spacing_named(sampler.default_spacing), 4))
+        zeros = torch.zeros(plan.evaluations, 1, 1, 1, 1, dtype=torch.float64)
+        for stage, weight in enumerate(plan.weights):
+            one = zeros.clone()
+            one[stage] = 1
+            predicted = iter(one)
+            landing = integrate(
+                plan,
+                lambda *_, predicted=predicted: next(predicted),
+                zeros[0],
+                zeros.__getitem__,
+            )
+            assert float(landing) == pytest.approx(weight, abs=1e-9), label(sampler)
+        assert plan.weights.sum() == pytest.approx(1, abs=1e-3), label(sampler)
+
+
 def test_elementwise_coefficients_act_on_their_own_element() -> None:
     columns = Columns("x", latent_dims=1)
     factor = np.array([1.0, 2.0, 3.0])

@@ -22,7 +22,11 @@ from server.errors import ModelMismatch
 from server.models.flux2 import TEXT
 from server.models.hosted import HostedModel
 from server.models.loading import load_model
+from server.requests.ineffective import warnings_for
+from server.requests.resolve import make_plan, resolve
+from server.requests.schema import GenerateRequest
 from server.service.pixels import pixels_tensor
+from server.settings import Limits
 from tests.server.models.alike import assert_among, assert_apart, assert_skipped, task_of
 from tests.server.models.tiny_flux2 import LENGTH, make
 from tests.server.models.tiny_flux2 import TEXT as TINY_TEXT
@@ -160,6 +164,21 @@ def test_layers_of_the_text_encoder_that_nobody_reads_are_dropped(
 def test_mu_follows_the_number_of_steps(model: HostedModel) -> None:
     few, many = (model.schedule(WIDTH, HEIGHT, steps) for steps in (4, 50))
     assert few != many
+
+
+@pytest.mark.parametrize(
+    ("sampler", "steps", "said"),
+    [("lms", 4, True), ("lms", 8, True), ("lms", 50, False), ("plms", 4, False), ("hb", 4, False)],
+)
+def test_a_sampler_that_magnifies_errors_at_levels_near_noise_says_so(
+    model: HostedModel, sampler: str, steps: int, said: bool
+) -> None:
+    asks = {"prompt": PROMPT, "sampler": sampler, "steps": steps}
+    resolved = resolve(GenerateRequest.model_validate(asks), model, Limits(), None)
+    schedule = model.schedule(resolved.width, resolved.height, steps)
+    plan = make_plan(schedule, resolved.sampler, resolved.spacing, steps, None)
+    warnings = " ".join(warnings_for(resolved, model, plan))
+    assert ("magnifies errors of the model" in warnings) == said
 
 
 @torch.inference_mode()
