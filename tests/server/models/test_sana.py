@@ -29,7 +29,7 @@ from server.requests.resolve import resolve
 from server.requests.schema import GenerateRequest
 from server.settings import Limits
 from tests.server.models.alike import assert_among, assert_apart, assert_skipped, task_of
-from tests.server.models.tiny_sana import autoencoder, make
+from tests.server.models.tiny_sana import TIMESTEP_SCALE, autoencoder, make
 from tests.server.toy_model import run, started
 
 PROMPT = "a Red circle "
@@ -161,7 +161,8 @@ def test_levels_and_whole_timesteps_are_those_of_the_scheduler(
     _, spacing = of_diffusers(config)
     grid = NoiseSchedule.from_diffusers(config).grid(spacing, 7)
     torch.testing.assert_close(torch.tensor(grid.sigma).float(), pipeline.scheduler.sigmas)
-    assert model.told(grid.t[:-1]).tolist() == pipeline.scheduler.timesteps.tolist()
+    expected = TIMESTEP_SCALE * pipeline.scheduler.timesteps
+    assert model.told(grid.t[:-1]).tolist() == expected.tolist()
 
 
 def test_pictures_go_through_the_autoencoder_and_back(pipeline: Any, model: HostedModel) -> None:
@@ -242,7 +243,7 @@ def test_a_scheduler_of_eulers_tells_timesteps_as_they_are(folder: Path, tmp_pat
     FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(copy / "scheduler")
     model = load(copy)
     t = model.default_schedule.grid("trailing", 3).t[:-1]
-    assert model.told(t).tolist() == (1000 * t).tolist()
+    assert model.told(t).tolist() == (TIMESTEP_SCALE * 1000 * t).tolist()
     config = copy / "scheduler" / "scheduler_config.json"
     euler = config.read_text()
     config.write_text(json.dumps({"_class_name": "DPMSolverMultistepScheduler"}))

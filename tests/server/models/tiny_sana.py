@@ -17,6 +17,7 @@ from diffusers import (
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
 
 WIDTH = 16
+TIMESTEP_SCALE = 0.5
 SPECIAL = "<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁"
 VOCABULARY = {token: place for place, token in enumerate((*SPECIAL, *printable.replace(" ", "")))}
 
@@ -76,7 +77,8 @@ def make(*, sprint: bool) -> Any:
         sample_size=16,
         guidance_embeds=sprint,
         qk_norm="rms_norm_across_heads" if sprint else None,
-        timestep_scale=1.0,
+        # Which SANA's pipeline follows, and SANA-Sprint's does not.
+        timestep_scale=TIMESTEP_SCALE,
     ).eval()
     flow = DPMSolverMultistepScheduler(
         use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
