@@ -28,24 +28,31 @@ class CFGNorm(Window, frozen=True):
     the denoised prediction, only ever shortens, and ``strength`` multiplies the result:
     ``D <- strength min(1, |D_c| / |D|) D``. With ``velocity`` ``strength`` blends between plain
     guidance (0) and the full rescale (1), as that node does with ``pre_cfg``.
+
+    With ``variant`` ``picture`` it is ``cfg_normalization`` of Z-Image's pipeline: norms are those
+    of the whole picture's velocity, which is only ever shortened; ``strength`` blends there too.
     """
 
     summary: ClassVar[str] = "Keeps the norm of each token's prediction; tames strong guidance."
-    source: ClassVar[str] = "Qwen-Image's pipeline in diffusers; ComfyUI's node CFGNorm."
-    variant: Literal["velocity", "denoised"] = Field(
+    source: ClassVar[str] = (
+        "Qwen-Image's and Z-Image's pipelines in diffusers; ComfyUI's node CFGNorm."
+    )
+    variant: Literal["velocity", "denoised", "picture"] = Field(
         default="velocity",
-        description="What is rescaled: the velocity, as in Qwen-Image's pipeline, or the denoised "
-        "prediction, which is only ever shortened, as by ComfyUI's node.",
+        description="What is rescaled: the velocity, as in Qwen-Image's pipeline; the denoised "
+        "prediction, which is only ever shortened, as by ComfyUI's node; or the velocity of the "
+        "whole picture, only ever shortened, as by cfg_normalization of Z-Image's pipeline.",
     )
     strength: float = Field(
         default=1.0,
         ge=0,
         le=1,
-        description="1 is the full rescale. Below, `velocity` blends with plain guidance, and "
-        "`denoised` multiplies the prediction.",
+        description="1 is the full rescale. Below, `denoised` multiplies the prediction, and the "
+        "others blend with plain guidance.",
     )
     patch: Literal[1, 2] = Field(
-        default=1, description="Latent cells along one side of a token; 2 for Qwen-Image."
+        default=1,
+        description="Latent cells along one side of a token; 2 for Qwen-Image. `picture` has none.",
     )
 
     def rescale(
@@ -70,7 +77,10 @@ class CFGNorm(Window, frozen=True):
         if self.variant == "denoised":
             return strength * _ratio(denoised, cond, self.patch).clamp(max=1) * denoised
         still = velocity_share(alpha, sigma) * x
-        ratio = _ratio(still - denoised, still - cond, self.patch)
+        if self.variant == "picture":
+            ratio = _ratio_of_pictures(still - denoised, still - cond).clamp(max=1)
+        else:
+            ratio = _ratio(still - denoised, still - cond, self.patch)
         return denoised + strength * (1 - ratio) * (still - denoised)
 
 
@@ -83,6 +93,12 @@ def _ratio(guided: Tensor, cond: Tensor, patch: int) -> Tensor:
     if patch > 1:
         squared = [_pooled(one, patch) for one in squared]
     lengths, own = squared
+    return (lengths / own).sqrt().where(own > 0, 1)
+
+
+def _ratio_of_pictures(guided: Tensor, cond: Tensor) -> Tensor:
+    """``|cond| / |guided|`` of each row, ``[rows, 1, 1, 1]``; 1 where nothing is guided."""
+    lengths, own = (one.square().sum((1, 2, 3), keepdim=True) for one in (cond, guided))
     return (lengths / own).sqrt().where(own > 0, 1)
 
 

@@ -28,8 +28,10 @@ class Interval(Window, Policy, frozen=True):
     low: float = Field(
         default=0.28, ge=0, description="Lowest sigma / alpha that is guided, exclusive."
     )
-    high: float = Field(
-        default=5.42, gt=0, description="Highest sigma / alpha that is guided, inclusive."
+    high: float | None = Field(
+        default=5.42,
+        gt=0,
+        description="Highest sigma / alpha that is guided, inclusive; null is no bound.",
     )
 
     @override

@@ -62,7 +62,7 @@ def test_the_denoised_variant_is_the_node_of_comfyui() -> None:
     torch.testing.assert_close(ours, short * scale * 0.8)
 
 
-@pytest.mark.parametrize("variant", ["velocity", "denoised"])
+@pytest.mark.parametrize("variant", ["velocity", "denoised", "picture"])
 def test_what_was_not_guided_stays_as_it_is(variant: str) -> None:
     norm = CFGNorm.model_validate({"variant": variant})
     torch.testing.assert_close(norm.rescale(COND, COND, X, *FLOW, strength=1.0), COND)

@@ -102,6 +102,20 @@ def test_final_latents_in_mixed_company_are_those_of_diffusers(
     assert_among(decoded, theirs(pipeline, 7, LONG, scale=0.0))
 
 
+def test_guidance_is_capped_and_cut_off_as_by_diffusers(
+    pipeline: Any, model: HostedModel, engine: Engine, decoded: list[Tensor]
+) -> None:
+    # Of a share of signal over .1 they guide no longer: sigma / alpha is 9 there.
+    capped = {"name": "cfg", "scale": 9.0, "cfg_norm": {"variant": "picture"}}
+    cut = {"name": "cfg", "scale": 9.0, "policy": {"name": "interval", "low": 9.0, "high": None}}
+    ear = run(engine, [asked(model, guidance=capped), asked(model, guidance=cut)])
+    assert not ear.errors, ear.errors
+    assert_among(decoded, theirs(pipeline, scale=8.0, cfg_normalization=True))
+    assert_among(decoded, theirs(pipeline, scale=8.0, cfg_truncation=0.1))
+    assert_apart(decoded[0], decoded[1])
+    assert_apart(theirs(pipeline, scale=8.0), theirs(pipeline, scale=8.0, cfg_normalization=True))
+
+
 def test_final_latents_among_other_sizes_are_those_of_diffusers(
     pipeline: Any, model: HostedModel, decoded: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
