@@ -157,6 +157,13 @@ def weights(folder, part):
     return next((folder / part).glob("*.safetensors"))
 
 
+def refuse_pickled_text_encoder(folder):
+    file = weights(folder, "text_encoder")
+    pickled = folder / "text_encoder" / "pytorch_model.bin"
+    torch.save(load_file(file), pickled)  # noqa: TID251 - the pickle is what is refused
+    file.unlink()
+
+
 def refuse_depth_unet(folder):
     def widen(tensors):
         tensors["conv_in.weight"] = tensors["conv_in.weight"].repeat(1, 2, 1, 1)[:, :5].clone()
@@ -248,6 +255,7 @@ def refuse_shards_elsewhere(folder):
         (refuse_list_index, "holds no JSON object"),
         (refuse_remote_code, "names 'Unet' as its unet; allowed are UNet2DConditionModel"),
         (refuse_pickled_weights, "no safetensors weights; other formats are refused"),
+        (refuse_pickled_text_encoder, "no file named model.safetensors"),
         (refuse_depth_unet, "has a U-Net of 5 input channels; allowed are 4, .* and 9"),
         (refuse_truncated_weights, "could not be loaded"),
         (refuse_list_as_pipeline, r"names the pipeline .*; allowed are .*StableDiffusionPipeline"),
