@@ -25,17 +25,21 @@ from server.settings import Settings
 from tests.server.models.fake_hub import COMMIT, Hub, serving
 
 FETCH = """
-import json, sys, time
+import json, os, sys, time
 # Of a hub that is gone the client asks six times, with 23 seconds between.
 time.sleep = lambda _: None
-from server.errors import WeftError
+from server.errors import ModelMismatch, WeftError
 from server.models.hub import HubModel, fetch
+
+def check(folder):
+    if os.environ["REFUSES"]:
+        raise ModelMismatch(f"{sorted(os.listdir(folder))} is of no family")
 
 for text in sys.argv[1:]:
     told = []
     try:
         folder = fetch(
-            HubModel.of(text), half=True, check=lambda _: None, tell=lambda *read: told.append(read)
+            HubModel.of(text), half=True, check=check, tell=lambda *read: told.append(read)
         )
         print(json.dumps({"folder": str(folder), "told": told[-1:]}))
     except WeftError as error:
@@ -69,9 +73,10 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fetch(tmp_path: Path) -> Fetch:
     """Fetch models with a cache of the test's own."""
 
-    def run(hub: Hub, *models: str, token: str = "") -> list[dict[str, Any]]:
+    def run(hub: Hub, *models: str, token: str = "", refuses: str = "") -> list[dict[str, Any]]:
         kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
         own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_TOKEN": token}
+        own |= {"REFUSES": refuses}
         command = [sys.executable, "-c", FETCH, *models]
         done = subprocess.run(command, env=kept | own, capture_output=True, text=True, check=True)
         return [json.loads(line) for line in done.stdout.splitlines()]
@@ -132,6 +137,15 @@ def test_what_cannot_be_fetched_says_why(repository: Path, fetch: Fetch) -> None
     assert "'org/none@main' does not exist, or HF_TOKEN has no access" in unknown["error"]
     assert "'org/tiny' has no revision 'v2'" in gone["error"]
     assert Path(opened["folder"]).name == COMMIT
+
+
+def test_what_is_refused_is_refused_before_more_than_its_index_is_fetched(
+    repository: Path, fetch: Fetch
+) -> None:
+    with serving(Hub(repository)) as hub:
+        [refused] = fetch(hub, "org/tiny", refuses="all")
+    assert refused["error"] == "['model_index.json'] is of no family"
+    assert hub.sent.keys() == {"model_index.json"}
 
 
 def test_of_weights_in_two_forms_one_is_fetched() -> None:
