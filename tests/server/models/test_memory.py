@@ -50,6 +50,14 @@ def test_there_is_what_is_below_the_limit_and_what_the_kernel_keeps_of_files(
     assert measure(torch.device("cpu")).most == psutil.virtual_memory().total
 
 
+def test_a_tenth_of_a_gpu_is_left_to_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What torch keeps of freed tensors is free for others.
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (500, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 300)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 250)
+    assert measure(torch.device("cuda")) == (500 + 50 - 100, 900)
+
+
 def test_the_weights_of_an_unloaded_network_are_free_for_others(young_garbage: None) -> None:
     """The allocator keeps blocks of a size once some were freed, below others that are in use."""
     device, process = torch.device(HOST), psutil.Process()
