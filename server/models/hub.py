@@ -20,7 +20,7 @@ from server.models.folder import INDEX, parts_of
 from server.models.weight_files import NETWORK, TEXT_ENCODER, weight_files
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Collection, Iterable
 
 __all__ = ["HubModel", "chosen_files", "fetch"]
 
@@ -72,6 +72,7 @@ def fetch(
     half: bool,
     check: Callable[[Path], object],
     tell: Callable[[int, int], None] | None = None,
+    replaced: Collection[str] = (),
 ) -> Path:
     """The folder of a model in the hub's cache; what is not there is fetched.
 
@@ -83,6 +84,7 @@ def fetch(
         half: whether the weights are to be in half precision.
         check: refuses a folder by its ``model_index.json``, before its weights are fetched.
         tell: called with the bytes that are fetched so far, and with those of all files.
+        replaced: parts whose weights others take the place of, and which are not fetched.
 
     Raises:
         ModelMismatch: it cannot be fetched, or is refused.
@@ -90,11 +92,11 @@ def fetch(
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        return _snapshot(model, half, check, tell, cached=True)
+        return _snapshot(model, half, check, tell, replaced, cached=True)
     except (EntryNotFoundError, OSError):
         log.info("fetching %s from the hub", model)
     try:
-        folder = _snapshot(model, half, check, tell, cached=False)
+        folder = _snapshot(model, half, check, tell, replaced, cached=False)
     except ModelMismatch:
         raise
     except Exception as error:
@@ -104,13 +106,16 @@ def fetch(
     return folder
 
 
-def chosen_files(paths: Iterable[str], parts: Iterable[str], *, half: bool) -> list[str]:
+def chosen_files(
+    paths: Iterable[str], parts: Iterable[str], *, half: bool, replaced: Collection[str] = ()
+) -> list[str]:
     """The files of a repository that are fetched.
 
     Args:
         paths: of all files of the repository.
         parts: subfolders that ``model_index.json`` lists.
         half: prefer the variant ``fp16``, or ``bf16`` where there is none.
+        replaced: parts whose weights are left out.
     """
     chosen = [INDEX]
     listed = sorted(paths)
@@ -121,6 +126,8 @@ def chosen_files(paths: Iterable[str], parts: Iterable[str], *, half: bool) -> l
         plain = [name for name in weights if not any(f".{one}" in name for one in HALVES)]
         variant = fp16 or bf16
         taken = (variant or plain) if half else (plain or variant)
+        if part in replaced:
+            taken = []
         texts = [n for n in names if TEXTS.fullmatch(n) and not OTHER_INDICES.fullmatch(n)]
         chosen += [f"{part}/{name}" for name in (*taken, *texts)]
     return chosen
@@ -131,6 +138,7 @@ def _snapshot(
     half: bool,
     check: Callable[[Path], object],
     tell: Callable[[int, int], None] | None,
+    replaced: Collection[str],
     *,
     cached: bool,
 ) -> Path:
@@ -148,11 +156,11 @@ def _snapshot(
         tree = get_cached_repo_tree(**here) if cached else list_repo_tree(**here, recursive=True)
     except CachedRepoTreeNotFoundError:
         # Fetched by an older client, which keeps no list of what there is to fetch.
-        if _has_weights(folder, parts):
+        if _has_weights(folder, [part for part in parts if part not in replaced]):
             return folder
         raise LocalEntryNotFoundError(f"{folder} is not complete") from None
     paths = [one.path for one in tree if isinstance(one, RepoFile)]
-    files = chosen_files(paths, parts, half=half)
+    files = chosen_files(paths, parts, half=half, replaced=replaced)
     return Path(
         download(**here, allow_patterns=files, local_files_only=cached, tqdm_class=_progress(tell))
     )

@@ -21,7 +21,7 @@ from server.models.checkpoint import converted
 from server.models.compiling.compiler import BlockCompiler, missing_compiler
 from server.models.compiling.model_blocks import compile_blocks
 from server.models.folder import embedded_folders, stamp_of
-from server.models.given_denoiser import with_denoiser
+from server.models.given_denoiser import DENOISERS, with_denoiser
 from server.models.hosted import HostedModel
 from server.models.hub import HubModel, fetch
 from server.models.loading import choose_device, choose_dtype, family_of, load_model
@@ -302,16 +302,21 @@ def _check_names(settings: Settings, names: Collection[str]) -> None:
 
 def _folder_of(name: str, place: Path | HubModel, settings: Settings, tell: Tell | None) -> Path:
     """The folder of a model, with the denoiser that it is given."""
-    folder = _own_folder_of(place, settings, tell)
     denoiser = settings.denoiser_of(name)
+    folder = _own_folder_of(place, settings, tell, () if denoiser is None else DENOISERS)
     if denoiser is None:
         return folder
     log.info("%s: denoiser of %s", name, denoiser)
     return with_denoiser(folder, denoiser, settings.cache.expanduser())
 
 
-def _own_folder_of(place: Path | HubModel, settings: Settings, tell: Tell | None) -> Path:
-    """The folder of a model: fetched if it is one of the hub, converted if it is a single file."""
+def _own_folder_of(
+    place: Path | HubModel, settings: Settings, tell: Tell | None, replaced: Collection[str]
+) -> Path:
+    """The folder of a model: fetched if it is one of the hub, converted if it is a single file.
+
+    Of a model of the hub, weights of the parts that are replaced are not fetched.
+    """
     if isinstance(place, Path) and os.path.isfile(place):
         return converted(
             place,
@@ -322,7 +327,7 @@ def _own_folder_of(place: Path | HubModel, settings: Settings, tell: Tell | None
         return place
     half = choose_dtype(settings.dtype, choose_device(settings.device)).itemsize < FLOAT32
     told = partial(_in_megabytes, tell or _logged(), f"fetching {place} (MB)")
-    return fetch(place, half=half, check=family_of, tell=told)
+    return fetch(place, half=half, check=family_of, tell=told, replaced=replaced)
 
 
 def _logged() -> Tell:

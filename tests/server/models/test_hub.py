@@ -39,7 +39,11 @@ for text in sys.argv[1:]:
     told = []
     try:
         folder = fetch(
-            HubModel.of(text), half=True, check=check, tell=lambda *read: told.append(read)
+            HubModel.of(text),
+            half=True,
+            check=check,
+            tell=lambda *read: told.append(read),
+            replaced=os.environ["REPLACED"].split(),
         )
         print(json.dumps({"folder": str(folder), "told": told[-1:]}))
     except WeftError as error:
@@ -73,10 +77,12 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fetch(tmp_path: Path) -> Fetch:
     """Fetch models with a cache of the test's own."""
 
-    def run(hub: Hub, *models: str, token: str = "", refuses: str = "") -> list[dict[str, Any]]:
+    def run(
+        hub: Hub, *models: str, token: str = "", refuses: str = "", replaced: str = ""
+    ) -> list[dict[str, Any]]:
         kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
         own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_TOKEN": token}
-        own |= {"REFUSES": refuses}
+        own |= {"REFUSES": refuses, "REPLACED": replaced}
         command = [sys.executable, "-c", FETCH, *models]
         done = subprocess.run(command, env=kept | own, capture_output=True, text=True, check=True)
         return [json.loads(line) for line in done.stdout.splitlines()]
@@ -125,6 +131,9 @@ def test_a_model_is_fetched_once_and_goes_on_where_it_was_cut(
     with pytest.raises(ModelMismatch, match=r"cannot be reached \(HF_HUB_OFFLINE is set\)"):
         host(Settings(models=("org/tiny@v1",), dtype="float32"))
     (folder / name).unlink()
+    other = MODEL_FOLDER / "unet" / "diffusion_pytorch_model.safetensors"
+    given = settings.model_copy(update={"denoisers": (f"tiny={other}",), "cache": tmp_path})
+    host(given, guessed_costs=GUESSED_COSTS).engine.stop(0)
     [missing] = fetch(hub, "org/tiny@v1")
     assert "'org/tiny@v1' is not complete in the cache, and the hub cannot be" in missing["error"]
 
@@ -146,6 +155,16 @@ def test_what_is_refused_is_refused_before_more_than_its_index_is_fetched(
         [refused] = fetch(hub, "org/tiny", refuses="all")
     assert refused["error"] == "['model_index.json'] is of no family"
     assert hub.sent.keys() == {"model_index.json"}
+
+
+def test_weights_that_others_take_the_place_of_are_not_fetched(
+    repository: Path, fetch: Fetch
+) -> None:
+    with serving(Hub(repository)) as hub:
+        [fetched] = fetch(hub, "org/tiny", replaced="unet")
+        assert [name for name in hub.sent if name.startswith("unet")] == ["unet/config.json"]
+    # What is there serves without the hub.
+    assert fetch(hub, "org/tiny", replaced="unet") == [{**fetched, "told": []}]
 
 
 def test_of_weights_in_two_forms_one_is_fetched() -> None:
