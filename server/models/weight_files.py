@@ -62,6 +62,16 @@ FLOAT32: Final = 4
 BLOCK: Final = re.compile(r".*?\.\d+\.")
 """Name of a tensor up to the number of its block."""
 
+MIDDLE: Final = "middle"
+OF_UNET: Final = re.compile(
+    r"((model\.)?diffusion_model\.)?(?P<place>mid_block|middle_block|input_blocks|output_blocks)"
+    r"\.((?P<number>\d+)\.)?"
+)
+"""Names in U-Nets whose numbers are none of blocks that are streamed, most of the original code."""
+
+RESNETS_A_LEVEL: Final = 3
+"""In the original code's numbers of published U-Nets; the first block is a convolution."""
+
 LONGEST_HEADER: Final = 100_000_000
 """Bytes, as safetensors itself allows."""
 
@@ -131,7 +141,8 @@ def bytes_in_memory(folder: Path, dtype: torch.dtype, placement: Placement | Non
         blocks = Counter[str]()
         for block, nbytes in _kept(folder, part, dtype, placement):
             blocks[block] += nbytes
-        outside = blocks.pop("", 0)
+        # The middle of a U-Net is no list of blocks: it comes and goes with the whole network.
+        outside = blocks.pop("", 0) + blocks.pop(MIDDLE, 0)
         at_once = STREAMED_BLOCKS if placement.streams(part) else len(blocks)
         total += outside + sum(sorted(blocks.values(), reverse=True)[:at_once])
     classifier = classifier_file(folder)
@@ -191,11 +202,26 @@ def _kept(
     bits = BITS[placement.quantization] if placement.quantizes(part) else None
     for stem in (NETWORK, TEXT_ENCODER):
         for name, tensor in _tensors_of_part(folder, part, stem):
-            block = BLOCK.match(name)
-            if bits is not None and block is not None and _is_matrix(name, tensor):
-                yield block[0], int(tensor.numbers * bits / 8)
+            block = _block_of(name)
+            if bits is not None and block and _is_matrix(name, tensor):
+                yield block, int(tensor.numbers * bits / 8)
             else:
-                yield block[0] if block else "", tensor.nbytes(width)
+                yield block, tensor.nbytes(width)
+
+
+def _block_of(name: str) -> str:
+    """Of the blocks that are streamed one after another, that of a tensor; "" if it is in none."""
+    if (found := OF_UNET.match(name)) is None:
+        block = BLOCK.match(name)
+        return block[0] if block else ""
+    number = int(found["number"] or 0)
+    match found["place"]:
+        case "input_blocks":
+            return f"down {(number - 1) // RESNETS_A_LEVEL}" if number else ""
+        case "output_blocks":
+            return f"up {number // RESNETS_A_LEVEL}"
+        case _:
+            return MIDDLE
 
 
 class _Tensor(NamedTuple):
