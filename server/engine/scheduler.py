@@ -115,9 +115,10 @@ def rows_of_tick(
 ) -> int:
     """How many rows the next tick is to have.
 
-    All that waits is to be through its next stage soonest, in as many equal ticks as that takes;
-    of sizes that do this about equally well, the smallest, as fewer rows mean a shorter tick. So
-    a long queue gets the best throughput, and a short one runs together if that costs little.
+    All that waits is to be through its next stage soonest; of sizes that do this about equally
+    well, the smallest, as fewer rows mean a shorter tick. What fits into one tick may run in one or
+    in several equal ones. Where more waits, images whose stage has run want the next one before
+    the last have run theirs, so that no tick is short of rows, and seconds by the row decide.
 
     Args:
         load: what waits.
@@ -126,9 +127,8 @@ def rows_of_tick(
         longest_s: seconds that a tick may take, where fewer rows can help it.
         tick: number of the tick; at every 16th another size is tried, if the queue is long.
     """
-    options = [
-        (rows, ticks, seconds(rows)) for rows, ticks in _equal_ticks(load.rows, load.widest, most)
-    ]
+    sizes = _equal_ticks(load.rows, load.widest) if load.rows <= most else _full_ticks(load, most)
+    options = [(rows, ticks, seconds(rows)) for rows, ticks in sizes]
     short = [option for option in options if option[2] <= longest_s] or options[-1:]
     soonest = min(ticks * each for _, ticks, each in short)
     rows = min(rows for rows, ticks, each in short if ticks * each <= soonest / NEAR_BEST)
@@ -139,16 +139,29 @@ def rows_of_tick(
     return rows
 
 
-def _equal_ticks(waiting: int, widest: int, most: int) -> Iterator[tuple[int, int]]:
+def _equal_ticks(waiting: int, widest: int) -> Iterator[tuple[int, float]]:
     """Rows of a tick and how many such ticks take in all that waits, from most rows to fewest."""
-    rows = min(waiting, most)
+    rows = waiting
     while rows > 0:
         ticks = -(-waiting // rows)
         even = -(-waiting // ticks)
         # Whole images: a size that ends inside one would leave it out.
         yield min(-(-even // widest) * widest, max(rows, widest)), ticks
-        # Sizes closer than this differ by less than anything is known of them.
-        rows = min(even - 1, even * 7 // 8)
+        rows = _smaller(even)
+
+
+def _full_ticks(load: Load, most: int) -> Iterator[tuple[int, float]]:
+    """Likewise where more waits than that, as a share of ticks that are never short of rows."""
+    rows = most
+    while rows > 0:
+        whole = max(rows // load.widest, 1) * load.widest
+        yield whole, load.rows / whole
+        rows = _smaller(min(rows, whole))
+
+
+def _smaller(rows: int) -> int:
+    """The next size to try: those closer differ by less than anything is known of them."""
+    return min(rows - 1, rows * 7 // 8)
 
 
 def fill(units: Sequence[Candidate], order: Iterable[int], rows: int) -> list[int]:

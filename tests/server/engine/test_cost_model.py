@@ -294,6 +294,15 @@ def test_a_long_queue_has_the_best_throughput_and_no_more_rows_than_that_takes()
     assert chosen < MOST_ROWS
 
 
+@pytest.mark.parametrize("waiting", [17, 20, 34, 40, 46])
+def test_where_more_waits_than_a_tick_may_have_none_is_short_of_rows(waiting: int):
+    def by_row(n: int) -> float:
+        return (3 + 3 * n) / n
+
+    chosen = rows(waiting, lambda n: (3 + 3 * n) / 1000, widest=2, most=16)
+    assert by_row(16) / by_row(chosen) > 0.99
+
+
 def test_a_tick_for_live_traffic_keeps_its_bound():
     assert h100(rows(400, longest_s=0.05)) <= 0.05
     assert rows(400, longest_s=0.05) >= 8
