@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from guidance.velocity import velocity_share
 from guidance.window import Window
@@ -52,8 +52,17 @@ class CFGNorm(Window, frozen=True):
     )
     patch: Literal[1, 2] = Field(
         default=1,
-        description="Latent cells along one side of a token; 2 for Qwen-Image. `picture` has none.",
+        description="Latent cells along one side of a token; 2 for Qwen-Image; 1 with `picture`.",
     )
+
+    @model_validator(mode="after")
+    def _of_tokens(self) -> Self:
+        if self.variant == "picture" and self.patch != 1:
+            raise ValueError(
+                f"patch is {self.patch} and variant 'picture', which takes a picture as a whole; "
+                "leave patch out"
+            )
+        return self
 
     def rescale(
         self,

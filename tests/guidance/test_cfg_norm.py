@@ -6,6 +6,7 @@ from typing import Literal
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from guidance import CFGNorm
@@ -60,6 +61,11 @@ def test_the_denoised_variant_is_the_node_of_comfyui() -> None:
     scale = (norm_full_cond / (norm_pred_text + 1e-8)).clamp(min=0.0, max=1.0)
     assert (scale == 1).any(), "the case should see a token that is left alone"
     torch.testing.assert_close(ours, short * scale * 0.8)
+
+
+def test_a_picture_as_a_whole_has_no_patches() -> None:
+    with pytest.raises(ValidationError, match="patch is 2 and variant 'picture', which takes"):
+        CFGNorm(variant="picture", patch=2)
 
 
 @pytest.mark.parametrize("variant", ["velocity", "denoised", "picture"])
