@@ -266,7 +266,8 @@ class ModelShelf:
             withdrawn = self._withdraws(place, unloading)
         if withdrawn:
             raise NotReady("Another model is being loaded; send the request again later.")
-        error = await waiting
+        # It has begun, and is to tell its outcome though nobody waits for that any more.
+        error = await asyncio.shield(waiting)
         if error is not None:
             raise copy(error)
 

@@ -16,6 +16,7 @@ from server.http.automatic1111.checkpoints import CheckpointsDep
 from server.http.automatic1111.jobs import owner_of
 from server.http.automatic1111.route import ERRORS, TolerantRoute
 from server.http.dependencies import ServiceDep
+from server.http.making import unless_disconnected
 
 __all__ = ["router"]
 
@@ -34,7 +35,8 @@ async def unload_checkpoint(
             "`unload` in WEFT_API_KEYS."
         )
     service.ready_engine()
-    await service.ready_shelf().unload(checkpoints.of(owner_of(request)))
+    work = service.ready_shelf().unload(checkpoints.of(owner_of(request)))
+    await unless_disconnected(request, work)
     return {}
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from starlette.requests import Request
 from torch import nn
 
 from server.engine.engine import Engine
@@ -25,6 +26,8 @@ from server.errors import (
     UnknownModel,
     WeftError,
 )
+from server.http.automatic1111.checkpoints import Checkpoints
+from server.http.automatic1111.weights import unload_checkpoint
 from server.models.hosted import HostedModel
 from server.requests.schema import GenerateRequest
 from server.service.generation import Generation
@@ -449,6 +452,38 @@ def test_an_unload_that_was_refused_or_whose_client_left_takes_no_effect_later(
         assert shelf._thread is not None
         shelf._thread.join(PATIENCE_S)
     assert "a" in loaded(service)
+
+
+def test_a_client_that_leaves_while_its_model_is_unloaded_ends_nothing_of_others(
+    service: Service, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf = service.ready_shelf()
+    removing, may_remove, remove = Event(), Event(), engine.remove_model
+    left = asyncio.Event()
+
+    async def receive() -> dict[str, str]:
+        await left.wait()
+        return {"type": "http.disconnect"}
+
+    def slow(name: str) -> bool:
+        removing.set()
+        return may_remove.wait(PATIENCE_S) and remove(name)
+
+    async def run() -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr(engine, "remove_model", slow)
+            patched.setattr(shelf, "_patience_s", 0.01)
+            request = Request({"type": "http", "state": {}}, receive)
+            unloading = asyncio.create_task(unload_checkpoint(request, service, Checkpoints()))
+            await asyncio.to_thread(removing.wait, PATIENCE_S)
+            await asyncio.sleep(0.05)
+            left.set()
+            await asyncio.wait_for(unloading, PATIENCE_S)
+            may_remove.set()
+        (await shelf.lend("b")).release()
+
+    asyncio.run(run())
+    assert loaded(service) == ["b"]
 
 
 def test_no_cuda_graph_is_recorded_while_a_model_is_unloaded_on_demand(
