@@ -166,12 +166,11 @@ class LinearFit:
                 metadata = content.metadata() or {}
                 if metadata.get("format") != FORMAT:
                     raise ValueError("another format")
-                return cls(
-                    content.get_tensor("coefficients"),
-                    _identity(metadata["identity"]),
-                    int(metadata["runs"]),
-                    content.get_tensor("error"),
-                )
+                coefficients, errors = map(content.get_tensor, ("coefficients", "error"))
+                if not np.isfinite(coefficients).all() or coefficients.shape[:-1] != errors.shape:
+                    raise ValueError("numbers of no run")
+                identity, runs = _identity(metadata["identity"]), int(metadata["runs"])
+                return cls(coefficients, identity, runs, errors)
         # The last two of types of numbers that numpy has not.
         except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path.name} holds no coefficients of linear guidance.") from error
@@ -184,5 +183,5 @@ def _identity(text: str) -> FitIdentity:
         ValueError: they are nothing that ``save`` writes.
     """
     identity = TypeAdapter(FitIdentity).validate_json(text, strict=True)
-    TypeAdapter(_NamedRule).validate_json(identity.rule)
+    TypeAdapter(_NamedRule).validate_json(identity.rule, strict=True)
     return identity

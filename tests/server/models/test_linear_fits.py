@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from guidance.linear_fit import FORMAT, FitIdentity, LinearFit
@@ -57,7 +58,7 @@ def test_a_search_goes_on_while_another_one_reads_new_files(tmp_path: Path) -> N
         json.dumps(asdict(IDENTITY) | {"every": "two"}),
         json.dumps(asdict(IDENTITY) | {"rule": "cfg"}),
         json.dumps(asdict(IDENTITY) | {"rule": "[1]"}),
-        json.dumps(asdict(IDENTITY) | {"rule": '{"name": "cfg", "scale": "four"}'}),
+        json.dumps(asdict(IDENTITY) | {"rule": '{"name": "cfg", "scale": "4"}'}),
     ],
     ids=range(8),
 )
@@ -74,6 +75,15 @@ def test_a_file_that_says_nothing_sensible_is_left_out(
     assert caplog.messages == [
         f"{file} is left out: {file.name} holds no coefficients of linear guidance."
     ]
+
+
+@pytest.mark.parametrize("coefficients", [np.full((2, 3), np.nan), np.zeros((3, 3)), np.zeros(0)])
+def test_a_file_of_numbers_that_make_no_picture_is_left_out(
+    coefficients: NDArray[np.float64], tmp_path: Path
+) -> None:
+    file = fit_file(tmp_path, "ddim", 2, IDENTITY)
+    LinearFit(coefficients, IDENTITY, 1, np.zeros(2)).save(file)
+    assert LinearFits(tmp_path).find(IDENTITY) is None
 
 
 @pytest.mark.parametrize("stale", [None, replace(IDENTITY, model="fedcba9876543210"), IDENTITY])
