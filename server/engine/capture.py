@@ -32,12 +32,13 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool: Any = None
-        self._bytes = 0
+        self._pool_bytes = 0
+        self._made: list[CapturedForward] = []
 
     @property
     def nbytes(self) -> int:
         """Memory that the graphs hold."""
-        return self._bytes
+        return self._pool_bytes + sum(one.given_bytes for one in list(self._made))
 
     def fits(self, forward: Callable[[], Tensor], room: float) -> bool:
         """Whether there is memory for a graph of a forward, which is run to learn what it takes.
@@ -58,7 +59,7 @@ class CudaRecorder:
         needed = torch.cuda.max_memory_allocated(self._device) - before
         torch.cuda.empty_cache()
         free, most = measure(self._device)
-        return needed <= SHARE * most and needed - self._bytes <= min(free, room)
+        return needed <= SHARE * most and needed - self._pool_bytes <= min(free, room)
 
     def record(self, evaluate: Callable[..., Tensor], given: Sequence[Tensor]) -> CapturedForward:
         """Record a forward.
@@ -69,15 +70,19 @@ class CudaRecorder:
         """
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
+        # What a released graph was given is free again; its part of the pool waits for the next.
+        self._made = [one for one in self._made if one.given_bytes]
+        copies = [one.clone() for one in given]
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved(self._device)
-        made = CapturedForward(evaluate, given, self._pool, self._device)
-        self._bytes += max(0, torch.cuda.memory_reserved(self._device) - before)
+        made = CapturedForward(evaluate, copies, self._pool, self._device)
+        self._pool_bytes += max(0, torch.cuda.memory_reserved(self._device) - before)
+        self._made.append(made)
         return made
 
     def begin_anew(self) -> None:
         """Take other memory from now on: that of graphs which are all gone is not used again."""
-        self._pool, self._bytes = None, 0
+        self._pool, self._pool_bytes, self._made = None, 0, []
 
 
 class CapturedForward:
@@ -85,7 +90,7 @@ class CapturedForward:
 
     Args:
         evaluate: of the tensors.
-        given: tensors of the shapes to record.
+        given: tensors of the shapes to record, which it keeps and writes to.
         pool: memory that it shares with graphs that never run at the same time.
         device: of the tensors.
     """
@@ -97,7 +102,7 @@ class CapturedForward:
         pool: Any,
         device: torch.device,
     ) -> None:
-        self._given = [one.clone() for one in given]
+        self._given = [*given]
         self._graph = torch.cuda.CUDAGraph()
         constants = Constants()
         try:
@@ -122,6 +127,11 @@ class CapturedForward:
                 end(device.index or 0, pool)
             raise
 
+    @property
+    def given_bytes(self) -> int:
+        """Memory of its own outside of the pool: of the tensors that it is given."""
+        return sum(one.nbytes for one in self._given)
+
     def __call__(self, *given: Tensor) -> Tensor:
         """What the forward puts out for other tensors of the same shapes, on the current stream."""
         for mine, theirs in zip(self._given, given, strict=True):
@@ -134,7 +144,8 @@ class CapturedForward:
         """Give back its memory; it cannot be called any more."""
         torch.cuda.synchronize()
         self._graph.reset()
-        del self._raw, self._given, self._constants
+        self._given = []
+        del self._raw, self._constants
 
 
 @cache

@@ -1,0 +1,60 @@
+"""What the recordings of a model are said to hold, on a device whose memory is counted here."""
+
+from __future__ import annotations
+
+import gc
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from server.engine import capture
+from server.engine.capture import CudaRecorder
+
+POOL = 1 << 20
+"""Bytes of the pool, all of which the first recording takes and the others use again."""
+
+
+class Graph:
+    """Keeps nothing."""
+
+    def reset(self) -> None: ...
+
+
+def test_what_recordings_hold_does_not_grow_as_others_come_and_go(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given, pooled = torch.zeros(7, 1 << 16), list[int]()
+
+    def reserved(_: Any) -> int:
+        here = (one for one in gc.get_objects() if type(one) is Tensor and one is not given)
+        return sum(pooled) + sum(one.nbytes for one in here if one.shape == given.shape)
+
+    def forward(x: Tensor) -> Tensor:
+        pooled[:] = [POOL]
+        return x.sum()
+
+    replaced = {
+        "CUDAGraph": Graph,
+        "graph": lambda *_, **__: nullcontext(),
+        "graph_pool_handle": object,
+        "memory_reserved": reserved,
+        "empty_cache": lambda: None,
+        "synchronize": lambda: None,
+    }
+    for name, by in replaced.items():
+        monkeypatch.setattr(torch.cuda, name, by)
+    monkeypatch.setattr(capture, "_stream", lambda _: None)
+    recorder = CudaRecorder(torch.device("cpu"))
+    kept = recorder.record(forward, [given])
+    assert recorder.nbytes == POOL + given.nbytes
+    for _ in range(3):
+        passing = recorder.record(forward, [given])
+        assert recorder.nbytes == POOL + 2 * given.nbytes
+        passing.release()
+        assert recorder.nbytes == POOL + given.nbytes
+    kept.release()
+    recorder.begin_anew()
+    assert recorder.nbytes == 0
