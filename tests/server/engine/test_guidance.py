@@ -180,6 +180,10 @@ def test_evaluations_are_spent_and_saved_as_the_table_says(engine: Engine, kind:
     assert (result.evaluations, result.saved) == (spent, saved)
     assert engine.measurements.evaluations - before[0] == spent
     assert engine.measurements.saved[one.policy.name] - before[1] == saved
+    planned = plan_guidance(one)
+    settles = isinstance(one.policy, Adaptive) and saved > 0
+    later = (planned.left_settled if settles else planned.left)[1]
+    assert planned.left[0] - planned.left[1] + later == spent, "what it is known to cost before"
     assert spent + saved == one.plan.evaluations * (1 + len(one.rule.branches)) + sum(
         int(
             p.evaluates(
