@@ -29,8 +29,12 @@ def number(name: str, value: object) -> float:
         value: what was given for it.
 
     Raises:
-        ValueError: it is a text, a truth value or anything else that is no number.
+        ValueError: it is a text, a truth value or anything else that is no number, or a whole
+            number beyond the range of floats.
     """
     if not isinstance(value, int | float | np.integer | np.floating) or isinstance(value, bool):
         raise ValueError(f"{name} is {value!r}; it must be a number.")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} is a whole number that is too large.") from None

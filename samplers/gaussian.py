@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from samplers.arguments import number
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -151,6 +153,9 @@ def _check(weights: Sequence[float], means: Sequence[float], deviations: Sequenc
             f"weights, means and deviations have {len(weights)}, {len(means)} and "
             f"{len(deviations)} entries; each component has one of each."
         )
+    for name, numbers in (("weights", weights), ("means", means), ("deviations", deviations)):
+        for one in numbers:
+            number(f"an entry of {name}", one)
     if not np.isfinite(means).all():
         raise ValueError(f"means are {tuple(means)}; they must be finite.")
     if not all(0 <= deviation < np.inf for deviation in deviations):

@@ -88,6 +88,8 @@ def test_data_that_cannot_be_are_refused() -> None:
         GaussianDenoiser(VP, 0, -1)
     with pytest.raises(ValueError, match=r"means are \(nan,\); they must be finite"):
         GaussianDenoiser(VP, np.nan)
+    with pytest.raises(ValueError, match="an entry of means is '1'; it must be a number"):
+        GaussianDenoiser(VP, "1")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="weights, means and deviations have 2, 1 and 2 entries"):
         GaussianMixtureDenoiser(VP, means=(0.0,))
     for weights in ((0.5, 0.6), (1.5, -0.5), (np.nan, 0.5)):

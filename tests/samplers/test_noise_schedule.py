@@ -228,6 +228,8 @@ def test_what_is_no_number_is_refused_by_the_name_of_its_argument() -> None:
     for wrong in ("x", [0.1, None]):
         with pytest.raises(ValueError, match="trained_betas must be a list of at least 2 numbers"):
             kind({"trained_betas": wrong})
+    with pytest.raises(ValueError, match="shift is a whole number that is too large"):
+        NoiseSchedule.flow(shift=10**400)
     with pytest.raises(ValueError, match="beta_start is None; it must be a number"):
         kind({"beta_start": None})
 
