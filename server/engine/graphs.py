@@ -65,6 +65,9 @@ PIECE_FORWARDS = 3
 or two and a replay."""
 
 WANTED_KEPT = 16
+WANTED_BYTES = 2**28
+"""What is kept of forwards until they are recorded: hints of ControlNets are large."""
+
 MOST_GRAPHS = 64
 
 REST_S = 300.0
@@ -139,6 +142,11 @@ class _Wanted:
     given: Given
     cost: TickCost
     runs: int
+
+    @property
+    def nbytes(self) -> int:
+        """Of what was given."""
+        return sum(one.nbytes for one in self.given.values())
 
 
 class Graphs:
@@ -218,9 +226,14 @@ class Graphs:
             before = self._wanted.pop(shape, None)
             runs = 1 if before is None else before.runs + 1
             self._wanted[shape] = _Wanted(tensors, cost, runs)
-            while len(self._wanted) > WANTED_KEPT:
-                del self._wanted[next(iter(self._wanted))]
+            self._keep_latest()
         return self._model.evaluate(x, t, inputs)
+
+    def _keep_latest(self) -> None:
+        """Let go of forwards that have not run again for long, where there are too many."""
+        held = sum(one.nbytes for one in self._wanted.values())
+        while len(self._wanted) > WANTED_KEPT or (held > WANTED_BYTES and len(self._wanted) > 1):
+            held -= self._wanted.pop(next(iter(self._wanted))).nbytes
 
     def record(self) -> None:
         """Record the smallest forward that is wanted, while nothing else waits for the device.

@@ -83,9 +83,9 @@ class RowInputs:
             scales,
             channels,
             None if self.against is None else self.against.select(where),
-            None if self.adapters is None else self.adapters.of(rows),
-            None if self.controls is None else self.controls.of(rows),
-            None if self.image_prompts is None else self.image_prompts.of(rows),
+            None if self.adapters is None else self.adapters.of(rows) or None,
+            None if self.controls is None else self.controls.of(rows) or None,
+            None if self.image_prompts is None else self.image_prompts.of(rows) or None,
         )
 
     def padded(self, count: int | None, *, fixed: bool = True) -> RowInputs:

@@ -110,6 +110,10 @@ def forward(model: Toy, rows: int, seed: int = 0) -> tuple[Tensor, Tensor, RowIn
     return x, torch.full((rows,), 500.0 + seed), RowInputs(told)
 
 
+def told_of(model: Toy, rows: int) -> Sequence[Tensor]:
+    return list(forward(model, rows)[2].conditioning.tensors.values())
+
+
 def evaluate(graphs: Graphs, given: tuple[Tensor, Tensor, RowInputs]) -> Tensor:
     return graphs.evaluate(*given, TickCost({1: 0.002}))
 
@@ -138,6 +142,17 @@ def test_a_forward_runs_as_ever_until_it_is_recorded_and_then_gives_the_same_bit
     other = forward(model, 2, seed=5)
     assert torch.equal(evaluate(graphs, other), Toy().evaluate(*other))
     assert tape.made[0].calls == calls + 2
+
+
+def test_what_waits_for_its_recording_keeps_few_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Waiting()
+    graphs = Graphs(model, Tape(model))
+    three = sum(one.nbytes for one in (*forward(model, 3)[:2], *told_of(model, 3)))
+    monkeypatch.setattr(graphs_module, "WANTED_BYTES", three)
+    for rows in (1, 2, 3):
+        evaluate(graphs, forward(model, rows))
+    graphs.record()
+    assert (graphs.rows, graphs.wanted) == ([3], False)
 
 
 class NoCompiler:

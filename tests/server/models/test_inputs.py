@@ -7,6 +7,7 @@ import torch
 from guidance.edits import ApartFrom, IdentityAttention
 from server.models.adapters.adapter import Adapter, RowAdapters, Weighted
 from server.models.conditioning import Conditioning, StackedConditioning
+from server.models.controls.row_controls import RowControls
 from server.models.inputs import RowInputs
 from tests.server.toy_model import Toy
 
@@ -58,6 +59,16 @@ def test_some_rows_keep_all_that_is_theirs_and_their_references() -> None:
     assert some.channels is not None
     assert some.channels.flatten().tolist() == [3, 2]
     assert some.adapters == RowAdapters(((), (ADAPTED, ADAPTED)))
+
+
+def test_rows_that_nothing_acts_on_are_plain() -> None:
+    inputs = RowInputs(
+        stacked(2),
+        adapters=RowAdapters(((ADAPTED,), ())),
+        controls=RowControls(((), ()), (0, 1)),
+    )
+    some = inputs.of([1])
+    assert (some.adapters, some.controls, some.plain) == (None, None, True)
 
 
 def test_padding_repeats_the_first_row_and_leaves_references_where_they_were() -> None:
