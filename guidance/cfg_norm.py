@@ -87,27 +87,23 @@ class CFGNorm(Window, frozen=True):
             return strength * _ratio(denoised, cond, self.patch).clamp(max=1) * denoised
         still = velocity_share(alpha, sigma) * x
         if self.variant == "picture":
-            ratio = _ratio_of_pictures(still - denoised, still - cond).clamp(max=1)
+            ratio = _ratio(still - denoised, still - cond, None).clamp(max=1)
         else:
             ratio = _ratio(still - denoised, still - cond, self.patch)
         return denoised + strength * (1 - ratio) * (still - denoised)
 
 
-def _ratio(guided: Tensor, cond: Tensor, patch: int) -> Tensor:
+def _ratio(guided: Tensor, cond: Tensor, patch: int | None) -> Tensor:
     """``|cond| / |guided|`` of the token that each cell belongs to, ``[rows, 1, h, w]``.
 
     1 where the guided token is zero. Tokens that the border cuts have the cells that there are.
+    Where patch is None, the whole picture is one token: ``[rows, 1, 1, 1]``.
     """
-    squared = [one.square().sum(1, keepdim=True) for one in (cond, guided)]
-    if patch > 1:
+    over = (1, 2, 3) if patch is None else 1
+    squared = [one.square().sum(over, keepdim=True) for one in (cond, guided)]
+    if patch is not None and patch > 1:
         squared = [_pooled(one, patch) for one in squared]
     lengths, own = squared
-    return (lengths / own).sqrt().where(own > 0, 1)
-
-
-def _ratio_of_pictures(guided: Tensor, cond: Tensor) -> Tensor:
-    """``|cond| / |guided|`` of each row, ``[rows, 1, 1, 1]``; 1 where nothing is guided."""
-    lengths, own = (one.square().sum((1, 2, 3), keepdim=True) for one in (cond, guided))
     return (lengths / own).sqrt().where(own > 0, 1)
 
 

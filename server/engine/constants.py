@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from server.engine.operands import tensors_in
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,18 +39,14 @@ class Constants(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        for one in _tensors((args, kwargs)):
+        for one in tensors_in((args, kwargs)):
             memory = _memory(one)
             if memory not in self._made:
                 self._read.setdefault(memory, one)
         result = func(*args, **(kwargs or {}))
         # A view of what was read is none that was made.
-        self._made |= {_memory(one) for one in _tensors(result)} - self._read.keys()
+        self._made |= {_memory(one) for one in tensors_in(result)} - self._read.keys()
         return result
-
-
-def _tensors(given: Any) -> list[Tensor]:
-    return [one for one in tree_leaves(given) if isinstance(one, torch.Tensor)]
 
 
 def _memory(tensor: Tensor) -> int:

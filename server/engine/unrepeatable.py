@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from server.engine.operands import tensors_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,8 +61,7 @@ class _Operations(TorchDispatchMode):
         return result
 
     def _obstacle(self, func: Any, given: Any, result: Any) -> str | None:
-        read = [one for one in tree_leaves(given) if isinstance(one, torch.Tensor)]
-        made = [one for one in tree_leaves(result) if isinstance(one, torch.Tensor)]
+        read, made = tensors_in(given), tensors_in(result)
         if torch.Tag.data_dependent_output in func.tags:
             return f"{func} makes the host wait for a value"
         if torch.Tag.dynamic_output_shape in func.tags:

@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from server.engine.operands import tensors_in
 
 
 class Operations(TorchDispatchMode):
@@ -26,7 +27,7 @@ class Operations(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         made = func(*args, **(kwargs or {}))
-        self.written.append((func, args, kwargs or {}, _tensors(made)))
+        self.written.append((func, args, kwargs or {}, tensors_in(made)))
         return made
 
     @property
@@ -37,7 +38,7 @@ class Operations(TorchDispatchMode):
     def repeat(self) -> None:
         """Run them again, each into the memory that it wrote to before."""
         for func, args, kwargs, before in self.written:
-            for old, new in zip(before, _tensors(func(*args, **kwargs)), strict=True):
+            for old, new in zip(before, tensors_in(func(*args, **kwargs)), strict=True):
                 if old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
                     old.copy_(new)
 
@@ -87,7 +88,3 @@ class OperationTape:
         return self.made[-1]
 
     def begin_anew(self) -> None: ...
-
-
-def _tensors(made: Any) -> list[Tensor]:
-    return [one for one in tree_leaves(made) if isinstance(one, Tensor)]
