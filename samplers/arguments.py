@@ -5,20 +5,24 @@ from __future__ import annotations
 import numpy as np
 
 
-def whole_number(name: str, value: object, least: int) -> int:
+def whole_number(name: str, value: object, least: int, most: int | None = None) -> int:
     """A count that a caller gave, as an int.
 
     Args:
         name: of the argument, for the refusal.
         value: what was given for it.
         least: the smallest that is allowed.
+        most: the largest that is allowed; None allows any.
 
     Raises:
-        ValueError: it is not a whole number, or below ``least``.
+        ValueError: it is not a whole number, below ``least`` or above ``most``.
     """
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {least}.")
-    return int(value)
+    if isinstance(value, int | np.integer) and not isinstance(value, bool):
+        whole = int(value)
+        if whole >= least and (most is None or whole <= most):
+            return whole
+    allowed = f"of at least {least}" if most is None else f"from {least} to {most}"
+    raise ValueError(f"{name} is {value!r}; it must be a whole number {allowed}.")
 
 
 def number(name: str, value: object) -> float:

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from samplers.spacing import Spacing
 
 TRAINED_STEPS = 1000
+MOST_TRAINED_STEPS = 100_000
+"""A hundred times what is usual. A schedule with betas holds a number for each, so that a count
+without a bound in a model's config would take all memory."""
 
 ENDS_WITHOUT_SIGNAL = "DDIM", "DDPM", "LCM", "TCD"
 """Schedulers of diffusers whose last alpha is 0 with zero terminal SNR; others have 2^-12."""
@@ -523,7 +526,7 @@ def _log_alphas_of(config: Mapping[str, Any]) -> F64:
 
 def _trained_steps(config: Mapping[str, Any]) -> int:
     given = config.get("num_train_timesteps", TRAINED_STEPS)
-    return whole_number("num_train_timesteps", given, least=2)
+    return whole_number("num_train_timesteps", given, least=2, most=MOST_TRAINED_STEPS)
 
 
 def _ends_of_betas(config: Mapping[str, Any]) -> tuple[float, float]:

@@ -202,8 +202,22 @@ def test_sigmas_of_edm_are_positive_and_rise(ends: tuple[float, float]) -> None:
     "config", [{"beta_schedule": "linear"}, {"use_flow_sigmas": True}], ids=str
 )
 def test_a_model_has_at_least_two_trained_timesteps(config: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="num_train_timesteps is 1; it must be a whole number of"):
+    with pytest.raises(
+        ValueError, match="num_train_timesteps is 1; it must be a whole number from 2"
+    ):
         NoiseSchedule.from_diffusers({**config, "num_train_timesteps": 1})
+
+
+@pytest.mark.parametrize(
+    "config", [{"beta_schedule": "linear"}, {"use_flow_sigmas": True}], ids=str
+)
+def test_a_count_of_trained_timesteps_that_no_memory_holds_is_refused(
+    config: dict[str, Any],
+) -> None:
+    refusal = "num_train_timesteps is 1000000000000; it must be a whole number from 2 to 100000."
+    with pytest.raises(ValueError, match=re.escape(refusal)):
+        NoiseSchedule.from_diffusers({**config, "num_train_timesteps": 10**12})
+    assert NoiseSchedule.from_diffusers({**config, "num_train_timesteps": 100_000}).t_start > 0
 
 
 def test_what_is_no_number_is_refused_by_the_name_of_its_argument() -> None:
