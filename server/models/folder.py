@@ -212,11 +212,15 @@ def revisions_of(folder: Path, tell: Callable[[int, int], None] | None = None) -
         raise ModelMismatch(
             f"model folder {str(folder)!r} has no safetensors weights; other formats are refused."
         )
-    weights, denoiser = hashlib.sha256(), hashlib.sha256()
+    # One digest up to the first file of the autoencoder, which is among the last: a digest costs
+    # more than reading.
+    denoiser = weights = hashlib.sha256()
     done, total = 0, sum(file.stat().st_size for file in files)
     for file in files:
         decodes = file.is_relative_to(folder / AUTOENCODER)
-        concerned = (weights,) if decodes else (weights, denoiser)
+        if decodes and denoiser is weights:
+            denoiser = weights.copy()
+        concerned = (weights,) if decodes or denoiser is weights else (weights, denoiser)
         for digest in concerned:
             digest.update(str(file.relative_to(folder)).encode())
         for chunk in chunks_of(file):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from typing import Any
@@ -69,6 +70,47 @@ def test_the_revision_follows_the_weights(folder):
     raw[-1] ^= 1
     file.write_bytes(raw)
     assert revisions_of(folder).weights != before
+
+
+def test_revisions_are_digests_of_paths_and_files_with_and_without_the_autoencoder(tmp_path):
+    named = {"unet/a": b"1" * 5, "vae/b": b"2" * 7, "vae/c": b"3", "xyz/d": b"4" * 9}
+    for name, content in named.items():
+        file = tmp_path / f"{name}.safetensors"
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(content)
+
+    def digest(names):
+        joined = b"".join(f"{name}.safetensors".encode() + named[name] for name in names)
+        return hashlib.sha256(joined).hexdigest()[:16]
+
+    assert revisions_of(tmp_path) == (digest(named), digest(["unet/a", "xyz/d"]))
+
+
+def test_weights_are_digested_once_up_to_the_autoencoder(tmp_path, monkeypatch):
+    for part, size in {"unet": 1000, "vae": 10}.items():
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "w.safetensors").write_bytes(bytes(size))
+    digested = []
+
+    class Counting:
+        def __init__(self, digest):
+            self.digest = digest
+
+        def update(self, data):
+            digested.append(len(data))
+            self.digest.update(data)
+
+        def copy(self):
+            return Counting(self.digest.copy())
+
+        def hexdigest(self):
+            return self.digest.hexdigest()
+
+    sha256 = hashlib.sha256
+    monkeypatch.setattr(hashlib, "sha256", lambda: Counting(sha256()))
+    revisions_of(tmp_path)
+    paths = sum(len(f"{part}/w.safetensors") for part in ("unet", "vae"))
+    assert sum(digested) == 1010 + paths
 
 
 def test_a_folder_that_changes_while_it_is_read_is_refused(folder):
@@ -209,6 +251,10 @@ def refuse_edm(folder):
     edit(folder / "scheduler" / "scheduler_config.json", _class_name=name, sigma_data=0.5)
 
 
+def refuse_trained_steps(folder):
+    edit(folder / "scheduler" / "scheduler_config.json", num_train_timesteps=10**12)
+
+
 def refuse_missing_tensors(folder):
     retouch(weights(folder, "unet"), lambda tensors: tensors.pop("conv_out.bias"))
 
@@ -270,6 +316,10 @@ def refuse_shards_elsewhere(folder):
         (
             refuse_edm,
             "names the EDMDPMSolverMultistepScheduler; of this family only models with betas",
+        ),
+        (
+            refuse_trained_steps,
+            "num_train_timesteps is 1000000000000; it must be a whole number from 2 to 100000",
         ),
         (refuse_missing_tensors, "unet of model folder .* lacks the tensor conv_out.bias"),
         (refuse_missing_text_tensors, r"text_encoder of .* lacks the tensor .*mlp\.fc1\.weight"),
