@@ -22,6 +22,7 @@ __all__ = [
     "attainable_bytes",
     "measure",
     "reclaim",
+    "refused_if_full",
     "room_for",
     "unused_bytes",
 ]
@@ -84,6 +85,21 @@ def room_for(called: str, needed: int, device: torch.device) -> Generator[None]:
     free = measure(device).free
     if needed > free:
         raise _no_room(called, needed, f"of which {free} are free")
+    with refused_if_full(called, needed):
+        yield
+
+
+@contextmanager
+def refused_if_full(called: str, needed: int) -> Generator[None]:
+    """Refuse weights for which the device turns out to have no memory.
+
+    Args:
+        called: what they are, with their name.
+        needed: bytes, for the refusal.
+
+    Raises:
+        Overloaded: there was no memory inside the ``with`` block.
+    """
     try:
         yield
     except torch.OutOfMemoryError:

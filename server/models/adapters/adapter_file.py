@@ -21,6 +21,7 @@ from server.models.adapters.placing import LARGEST_ALPHA, Header, Placed, Target
 from server.models.adapters.stated import stated_defaults
 from server.models.folder import chunks_of, stamp_of, without_folder
 from server.models.header import shapes_of
+from server.models.memory import refused_if_full
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -96,9 +97,14 @@ class AdapterFile:
 
         Raises:
             AdapterMismatch: the file has changed since its header was read.
+            Overloaded: the device has no memory for them.
         """
+        needed = self.nbytes(dtype) + self._passing_bytes(dtype)
         try:
-            parts = self._parts(device, dtype)
+            # What is free is not asked before: adapters are small, and may have of a GPU what its
+            # weights leave to activations.
+            with refused_if_full(f"adapter {self.name!r}", needed):
+                parts = self._parts(device, dtype)
             revision = _revision(self.path)
         except (OSError, SafetensorError) as error:
             raise AdapterMismatch(
@@ -107,6 +113,12 @@ class AdapterFile:
         if stamp_of(self.path) != self.stamp:
             raise AdapterMismatch(f"adapter {self.name!r} changed while it was read; try again.")
         return Adapter(self.name, revision, parts)
+
+    def _passing_bytes(self, dtype: torch.dtype) -> int:
+        """The largest weight that a DoRA is compared with, restored or brought to the device."""
+        placed = (one for part in self.parts.values() for one in part.values())
+        compared = (one.shapes for one in placed if one.magnitude is not None)
+        return max((prod(down[1:]) * up[0] for down, up in compared), default=0) * dtype.itemsize
 
     @torch.no_grad()
     def _parts(self, device: torch.device, dtype: torch.dtype) -> dict[str, dict[str, LowRank]]:

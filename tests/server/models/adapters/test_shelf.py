@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from server.errors import AdapterMismatch, Overloaded
+from server.models.adapters import adapter_file
 from server.models.adapters.adapter import Adapter
 from server.models.adapters.placing import Target
 from server.models.adapters.shelf import AdapterShelf
@@ -131,6 +133,54 @@ def test_adapters_under_way_count_and_are_never_loaded_twice(tmp_path: Path) -> 
     gc.collect()
     assert shelf.load("d").name == "d"
     assert memory.bytes <= 3 * BYTES
+
+
+def no_memory_beside(most_bytes: int, memory: WeightMemory[Adapter], patch: pytest.MonkeyPatch):
+    """A device without memory for an adapter beside others of more bytes."""
+    placed = adapter_file._placed
+
+    def on_device(*arguments: Any) -> torch.Tensor:
+        if memory.bytes > most_bytes:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return placed(*arguments)
+
+    patch.setattr(adapter_file, "_placed", on_device)
+
+
+def test_an_adapter_that_nobody_uses_makes_room_on_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path, "a", "b")
+    shelf, memory = shelved(tmp_path)
+    no_memory_beside(0, memory, monkeypatch)
+    shelf.load("a")
+    used = shelf.load("b")
+    assert memory.bytes == used.nbytes == BYTES
+
+
+def test_an_adapter_for_which_the_device_has_no_memory_may_be_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path, "a")
+    shelf, memory = shelved(tmp_path)
+    no_memory_beside(-1, memory, monkeypatch)
+    says = f"^adapter 'a' needs {BYTES} bytes of memory, which are not free now; try again in 5 s.$"
+    with pytest.raises(Overloaded, match=says):
+        shelf.load("a")
+
+
+def test_a_dora_needs_the_weight_of_a_layer_beside_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors, metadata = files.peft({"unet": changes(NETWORK, 2)})
+    tensors["unet.mid.lora_magnitude_vector"] = torch.ones(5)
+    files.saved((tensors, metadata), tmp_path / "dora.safetensors")
+    shelf, memory = shelved(tmp_path, most_bytes=10 * BYTES)
+    [dora] = shelf.available()
+    assert dora.nbytes(torch.float32) == BYTES + 4 * (4 * 5)
+    no_memory_beside(-1, memory, monkeypatch)
+    with pytest.raises(Overloaded, match=f"needs {BYTES + 4 * (4 * 5) + 4 * (5 * 6)} bytes"):
+        shelf.load("dora")
 
 
 def test_an_adapter_that_could_never_be_held_is_refused(tmp_path: Path) -> None:
