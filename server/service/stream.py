@@ -266,6 +266,10 @@ class StreamSession:
         """Stop: frames under way end at the engine's next tick."""
         self._closed = True
         self._pump.cancel()
+        # Both know where in this session they were raised: cycles, which would keep its pictures
+        # until the next collection.
+        del self._pump
+        self._error = None
         for frame in self._under_way:
             if frame.submission is not None and not frame.done:
                 frame.submission.cancel()
@@ -469,7 +473,8 @@ class StreamSession:
             self.end(error)
         except WeftError as error:
             self.counts.count("failed")
-            frame.number, frame.error = None, error
+            # The frame of code that raised it has the frame of the stream, too.
+            frame.number, frame.error = None, error.with_traceback(None)
             # Or it would be refused again at once, for as long as the reason lasts.
             self._pace(settings, now)
         else:

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import gc
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import replace
 from time import monotonic
 from typing import Any
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from typing_extensions import override
 
-from server.errors import InvalidRequest
+from server.errors import InvalidRequest, NotReady
 from server.models.conditioning import Conditioning
 from server.models.references import ReferencesRead
 from server.requests.schema import GenerateRequest
@@ -159,7 +159,6 @@ def test_pictures_of_the_settings_are_encoded_once_while_they_stay(
         both = await alone(service, reference_images=texts)
         one = await alone(service, reference_images=[texts[0], texts[2]])
         until = monotonic() + 10
-        gc.collect()
         while any(latents() is not None for latents in model.read):
             assert monotonic() < until, "latents of pictures that are gone are kept"
             await asyncio.sleep(0.01)
@@ -167,6 +166,53 @@ def test_pictures_of_the_settings_are_encoded_once_while_they_stay(
         assert [np.array_equal(shown, one) for shown in made] == [False] * 3 + [True] * 2
 
     asyncio.run(check())
+
+
+async def refused(session: StreamSession) -> None:
+    assert session.offer(b"no picture") is None
+    assert isinstance(await session.next(), FailedFrame)
+
+
+async def stopped(session: StreamSession) -> None:
+    session.end(NotReady("The server is about to stop."))
+    with pytest.raises(NotReady):
+        await session.next()
+
+
+async def idle(session: StreamSession) -> None:
+    await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("last", [idle, refused, stopped])
+def test_pictures_of_a_closed_stream_go_without_a_collection_of_cycles(
+    service: Service, last: Callable[[StreamSession], Awaitable[None]]
+) -> None:
+    frame, hat = (file_of(shade, (48, 32)) for shade in (40, 120))
+
+    async def seen_and_closed() -> tuple[ref[StreamSession], ref[Tensor]]:
+        session = (streams := Streams(service, Settings())).open()
+        try:
+            beside = {"reference_images": [base64.b64encode(hat).decode()]}
+            await session.change(SETTINGS | {"source": "references"} | beside)
+            await turned(session, frame)
+            await last(session)
+            assert session._current is not None
+            return ref(session), ref(session._current.beside.references[0])
+        finally:
+            streams.close(session)
+
+    async def check() -> None:
+        kept, until = await seen_and_closed(), monotonic() + 10
+        while any(one() is not None for one in kept):
+            assert monotonic() < until, "what a closed stream had is kept"
+            await asyncio.sleep(0.01)
+
+    gc.collect()
+    gc.disable()
+    try:
+        asyncio.run(check())
+    finally:
+        gc.enable()
 
 
 def test_more_pictures_than_the_model_reads_with_the_frame_are_refused(service: Service) -> None:

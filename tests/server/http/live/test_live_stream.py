@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
+from weakref import ref
 
 import httpx2
 import numpy as np
@@ -105,6 +107,21 @@ def test_a_change_smears_over_no_frame(client_of_stream: StreamClient, alone: Al
         new = one.header["frame"] >= changed["from_frame"]
         assert np.array_equal(one.pixels, images["blue" if new else "red"]), one.header
     assert outputs[-1].header["frame"] >= changed["from_frame"]
+
+
+def test_a_stream_whose_client_has_left_goes_without_a_collection_of_cycles(
+    running: Running,
+) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        with opened(running.url) as client:
+            client.settings(**SMALL)
+            client.turned(file_of(90))
+            [stream] = map(ref, running.app.state.streams.sessions)
+        running.wait(lambda: stream() is None)
+    finally:
+        gc.enable()
 
 
 def test_the_newest_frame_waits_and_those_that_it_replaced_are_counted(
