@@ -31,6 +31,7 @@ class CompiledPlan:
         out: see ``skip``.
         as_velocity: scale of x, skip and out of a network that predicts the velocity, as step
             caches see this one.
+        noisy: which stages draw noise.
         slots: K, of the pool that it was made for.
         device: where the tables are wanted.
     """
@@ -43,14 +44,10 @@ class CompiledPlan:
     skip: list[float]
     out: list[float]
     as_velocity: list[tuple[float, float, float]]
+    noisy: tuple[bool, ...]
     slots: int
     device: torch.device
     _made: tuple[range, Tensor] | None = field(default=None, init=False)
-
-    @property
-    def noisy(self) -> tuple[bool, ...]:
-        """Which stages draw noise."""
-        return self.plan.noisy
 
     @property
     def langevin(self) -> tuple[float, ...]:
@@ -101,6 +98,8 @@ def compile_plan(plan: Plan, model: HostedModel, slots: int) -> CompiledPlan:
         skip=scales.skip.tolist(),
         out=scales.out.tolist(),
         as_velocity=[*zip(*(one.tolist() for one in velocity), strict=True)],
+        # Asked for at every stage, and found by a look at all tables.
+        noisy=plan.noisy,
         slots=slots,
         device=model.device,
     )

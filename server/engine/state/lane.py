@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
@@ -14,13 +15,16 @@ from server.engine.state.row_cap import RowCap
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Sequence
 
-    from torch import Tensor
+    from torch import Tensor, device
 
     from samplers import Plan
     from server.engine.cost_model import TickCost
     from server.engine.forwards import Forwards
     from server.models.hosted import HostedModel
     from server.models.inputs import RowInputs
+
+INDICES_KEPT = 64
+"""Tensors of indices: while the same images go on, all of a tick are those of the tick before."""
 
 
 class Lane:
@@ -55,6 +59,7 @@ class Lane:
         self.cost = cost
         self.row_cap = RowCap(most_rows)
         self._forwards = forwards
+        self._indices = lru_cache(INDICES_KEPT)(partial(_sent, model.device))
         # Keyed by identity: a compiled plan holds its plan, so the identity is not used again.
         self._compiled: WeakValueDictionary[tuple[int, int], CompiledPlan] = WeakValueDictionary()
 
@@ -100,8 +105,13 @@ class Lane:
         return made
 
     def indices(self, positions: Sequence[int]) -> Tensor:
-        """The positions as int64 on the lane's device, sent without waiting for it."""
-        return torch.tensor(positions, dtype=torch.int64).to(self.model.device, non_blocking=True)
+        """The positions as int64 on the lane's device, which nobody may change."""
+        return self._indices(tuple(positions))
+
+
+def _sent(to: device, positions: tuple[int, ...]) -> Tensor:
+    """Made there, they would wait for the device."""
+    return torch.tensor(positions, dtype=torch.int64).to(to, non_blocking=True)
 
 
 def largest(lanes: Iterable[Lane]) -> Lane:

@@ -41,12 +41,13 @@ class Foresight:
     """What the step caches of a tick saw and decided.
 
     Attributes:
-        recalls: which images recall their next stage if they may, bool ``[images]``.
+        recalls: which images recall their next stage if they may, bool ``[images]``; None where
+            no image has a cache.
         numbers: of the images that have a cache.
         rows: all rows of the batch, as caches see them; None where no image has a cache.
     """
 
-    recalls: Tensor
+    recalls: Tensor | None
     numbers: list[NewNumbers]
     rows: Evaluation | None
 
@@ -91,13 +92,13 @@ def foresee(batch: Batch, stage: Evaluated, state: Tensor) -> Foresight:
         stage: their predictions at this stage, evaluated or recalled.
         state: their states after it, ``[images, K, C, h, w]``.
     """
-    recalls = torch.zeros(len(batch.sequences), dtype=torch.bool, device=state.device)
     by_kind: dict[type[StepCache], list[int]] = {}
     for i, sequence in enumerate(batch.sequences):
         if sequence.task.cache is not None:
             by_kind.setdefault(type(sequence.task.cache), []).append(i)
     if not by_kind:
-        return Foresight(recalls, [], None)
+        return Foresight(None, [], None)
+    recalls = torch.zeros(len(batch.sequences), dtype=torch.bool, device=state.device)
     rows = _as_velocity(batch).seen(stage)
     new: list[NewNumbers] = []
     for kind, members in by_kind.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from time import perf_counter
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -133,22 +134,22 @@ def _step(batch: Batch, evaluated: Evaluated) -> _Step:
 
 
 def _told(steps: list[_Step]) -> list[_Told]:
-    flags = torch.cat(
-        [
-            torch.stack(
-                [
-                    step.guidance.denoised.flatten(1).sum(1).isfinite(),
-                    step.guidance.settled,
-                    step.foresight.recalls,
-                ]
-            )
-            for step in steps
-        ],
-        dim=1,
-    )
+    flags = [
+        (
+            step.guidance.denoised.flatten(1).sum(1).isfinite(),
+            step.guidance.settled,
+            step.foresight.recalls,
+        )
+        for step in steps
+    ]
     # The tick's one wait for the device.
-    parts = flags.cpu().split([len(step.batch.sequences) for step in steps], dim=1)
-    return [_Told(*part.tolist()) for part in parts]
+    found = iter(torch.cat([one for own in flags for one in own if one is not None]).tolist())
+    return [
+        _Told(
+            *([False] * len(own[0]) if one is None else [*islice(found, len(one))] for one in own)
+        )
+        for own in flags
+    ]
 
 
 def _written(step: _Step, told: _Told, resampling: Resampling | None) -> Outcome:

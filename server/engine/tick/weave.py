@@ -79,17 +79,17 @@ class GuidedImages:
 
     Attributes:
         denoised: to step with.
-        x: to step from.
+        x: to step from; None where no rule has moved it.
         rule_memory: of the images whose rule keeps any.
         policy_memory: of the images whose policy keeps any.
-        settled: which images end their guidance here, bool ``[images]``.
+        settled: which images end their guidance here, bool ``[images]``; None where none may.
     """
 
     denoised: Tensor
-    x: Tensor
+    x: Tensor | None
     rule_memory: list[NewMemory]
     policy_memory: list[NewMemory]
-    settled: Tensor
+    settled: Tensor | None
 
 
 def pack(lane: Lane, sequences: list[Sequence], fixed_rows: int | None) -> Batch:
@@ -171,8 +171,7 @@ def guide(batch: Batch, predictions: Tensor) -> GuidedImages:
         batch: the images.
         predictions: of all rows of the forward, ``[rows, C, h, w]``.
     """
-    cond = predictions[: len(batch.sequences)]
-    denoised, x = cond.clone(), batch.columns[:, 0].clone()
+    denoised, x = predictions[: len(batch.sequences)], None
     predictions, others, policy_memory = _filled(batch, predictions)
     rule_memory: list[NewMemory] = []
     by_rule = _grouped(others, lambda i: batch.sequences[i].guidance.rule_key)
@@ -180,16 +179,16 @@ def guide(batch: Batch, predictions: Tensor) -> GuidedImages:
         rules = [batch.sequences[i].task.rule for i in members]
         slots = rules[0].memory_slots
         rows = _stacked(batch, members, predictions, others, slots)
-        parameters = rules[0].parameters(rules, rows.x[:1])
-        guided = rules[0].combine(*_fixed(rows, parameters, batch.fixed_rows))
-        where = batch.lane.indices(members)
-        denoised.index_copy_(0, where, guided.denoised[: len(members)])
-        x.index_copy_(0, where, guided.x[: len(members)])
+        rows, parameters = _fixed(rows, rules[0].parameters(rules, rows.x[:1]), batch.fixed_rows)
+        guided = rules[0].combine(rows, parameters)
+        denoised = _with(batch, denoised, members, guided.denoised)
+        if guided.x is not rows.x:
+            x = _with(batch, batch.columns[:, 0] if x is None else x, members, guided.x)
         if slots:
             rule_memory.append(NewMemory(members, guided.memory[: len(members)]))
     for stacked in batch.terms:
         if stacked.kind.applies:
-            _apply(batch, stacked, predictions, denoised)
+            denoised = _apply(batch, stacked, predictions, denoised)
     return GuidedImages(denoised, x, rule_memory, policy_memory, _settled(batch, predictions))
 
 
@@ -202,24 +201,24 @@ def step(batch: Batch, guidance: GuidedImages) -> Tensor:
         New states ``[images, K, C, h, w]``.
     """
     columns, K = batch.columns, batch.lane.pool.slots
-    columns[:, 0] = guidance.x
+    if guidance.x is not None:
+        columns[:, 0] = guidance.x
     columns[:, K] = guidance.denoised
     for i, (sequence, plan) in enumerate(zip(batch.sequences, batch.plans, strict=True)):
         if plan.noisy[sequence.stage]:
             fresh = stage_noise(sequence.task.seed, sequence.stage, batch.lane.shape)
             columns[i, K + 1].copy_(fresh, non_blocking=True)
-    state = torch.empty_like(columns[:, :K])
+    state = columns[:, :K]
     by_shape = _grouped(range(len(batch.plans)), lambda i: batch.plans[i].detail)
     for members in by_shape.values():
         tables = torch.stack([batch.plans[i].table(batch.sequences[i].stage) for i in members])
-        where = batch.lane.indices(members)
         langevin = _langevin(batch, members)
         moved = advance(
-            padded(columns.index_select(0, where), batch.fixed_rows),
+            padded(_of(batch, columns, members), batch.fixed_rows),
             padded(tables, batch.fixed_rows),
             None if langevin is None else padded(langevin, batch.fixed_rows),
         )
-        state.index_copy_(0, where, moved[: len(members)])
+        state = _with(batch, state, members, moved)
     _keep_known(batch, state)
     return state
 
@@ -241,15 +240,14 @@ def write_back(batch: Batch, state: Tensor, guidance: GuidedImages) -> None:
             batch.sequences[i].term_states[index] = own
 
 
-def _apply(batch: Batch, stacked: StackedTerms, predictions: Tensor, denoised: Tensor) -> None:
-    """Put terms of one class into the guided predictions ``[images, C, h, w]``, in place."""
+def _apply(batch: Batch, stacked: StackedTerms, predictions: Tensor, denoised: Tensor) -> Tensor:
+    """The guided predictions ``[images, C, h, w]`` with terms of one class in them."""
     seen = batch.seen_by(stacked, padded=True)
     guided = denoised.index_select(0, batch.lane.indices(seen.positions))
     predicted = batch.predicted_for(stacked, predictions)
     moved = stacked.kind.apply(batch.filled(stacked.terms), guided, predicted, seen)
-    count = len(stacked.positions)
-    denoised.index_copy_(0, batch.lane.indices(stacked.positions), moved[:count])
-    stacked.states = seen.states[:count]
+    stacked.states = seen.states[: len(stacked.positions)]
+    return _with(batch, denoised, stacked.positions, moved)
 
 
 def _filled(
@@ -295,10 +293,12 @@ def _filled(
     return torch.cat(new), dict(sorted(others.items())), kept
 
 
-def _settled(batch: Batch, predictions: Tensor) -> Tensor:
-    """Which images end their guidance here, bool ``[images]``."""
-    settled = torch.zeros(len(batch.sequences), dtype=torch.bool, device=predictions.device)
+def _settled(batch: Batch, predictions: Tensor) -> Tensor | None:
+    """Which images end their guidance here, bool ``[images]``; None where none may."""
     adapting = [i for i in batch.others if batch.sequences[i].task.policy.adapts]
+    if not adapting:
+        return None
+    settled = torch.zeros(len(batch.sequences), dtype=torch.bool, device=predictions.device)
     by_policy = _grouped(adapting, lambda i: batch.sequences[i].guidance.policy_key)
     for members in by_policy.values():
         policies = [batch.sequences[i].task.policy for i in members]
@@ -336,10 +336,8 @@ def _stacked(
     memory_slots: int,
 ) -> Rows:
     """Predictions and levels of some images, whose positions rise."""
-    x, cond = batch.columns[:, 0], predictions[: len(batch.sequences)]
-    if len(members) < len(x):
-        where = batch.lane.indices(members)
-        x, cond = x.index_select(0, where), cond.index_select(0, where)
+    x = _of(batch, batch.columns[:, 0], members)
+    cond = _of(batch, predictions[: len(batch.sequences)], members)
     scalars: list[tuple[float, ...]] = []
     for i in members:
         sequence, plan = batch.sequences[i], batch.plans[i]
@@ -398,6 +396,21 @@ def _as_factor(scalars: Tensor, like: Tensor) -> Tensor:
 def _as_factors(scalars: Tensor, like: Tensor) -> Tensor:
     """``[rows, n]`` as ``[rows, n, 1, 1, 1]``."""
     return scalars.view(*scalars.shape, *[1] * (like.ndim - 1))
+
+
+def _of(batch: Batch, rows: Tensor, members: list[int]) -> Tensor:
+    """Those of ``[images, ...]`` that some images have, whose positions rise."""
+    if len(members) == len(rows):
+        return rows
+    return rows.index_select(0, batch.lane.indices(members))
+
+
+def _with(batch: Batch, rows: Tensor, members: list[int], new: Tensor) -> Tensor:
+    """``[images, ...]`` with what is new of some images, whose positions rise; it may be padded."""
+    new = new[: len(members)]
+    if len(members) == len(rows):
+        return new
+    return rows.index_copy(0, batch.lane.indices(members), new)
 
 
 def _slots(batch: Batch, positions: Iterable[int]) -> Tensor:
