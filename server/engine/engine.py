@@ -157,9 +157,11 @@ class Engine:
             self.measurements,
             self.row_watch,
             self._idle_work.give_back,
+            self._tell_and_count,
         )
         self._admission = Admission(self._models, self._lanes.of, deterministic=deterministic)
         self._reports = Reports(self._device)
+        self._uncounted: set[Sequence] = set()
         self._arrived = Arrivals()
         self._active: list[Sequence] = []
         self._decoder = Decoder(
@@ -392,12 +394,9 @@ class Engine:
             began = perf_counter()
             self._weave(chosen)
             self._selection.charge(parts, perf_counter() - began)
+        else:
+            self._tell_and_count()
         recalled = self._recall()
-        if chosen or recalled:
-            with self._wake:
-                for sequence in {*chosen, *recalled}:
-                    if not sequence.live and sequence.slot >= 0:
-                        self._reception.count_rows(sequence)
         self._collect(idle=not (chosen or recalled))
         live = self._selection.expects_live
         self._idle_work.beside_ticks(self._live_tick_s if live else LONGEST_PIECE_S)
@@ -451,9 +450,20 @@ class Engine:
                 for sequence in part.images:
                     self._fail(sequence, part.error)
                 continue
-            self._reports.show()
             for outcome in part.outcomes:
                 self._hear(outcome)
+        if self._device.type == "cpu":
+            # It does not work meanwhile, and its stages may take seconds.
+            self._tell_and_count()
+
+    def _tell_and_count(self) -> None:
+        """Tell of what has run and keep account of it, for which the device need not wait."""
+        self._reports.tell_steps()
+        uncounted, self._uncounted = self._uncounted, set()
+        with self._wake:
+            for sequence in uncounted:
+                if sequence.slot >= 0:
+                    self._reception.count_rows(sequence)
 
     def _hear(self, outcome: Outcome) -> None:
         """Take the images of one lane on by the stage that they have run."""
@@ -470,6 +480,8 @@ class Engine:
             sequence.recollection.recalls = outcome.recalls[row] and sequence.may_recall
             if sequence.done:
                 done.append(sequence)
+            if not sequence.live:
+                self._uncounted.add(sequence)
         self._reports.steps(closed, outcome.denoised)
         for sequence in done:
             sequence.denoised_at = monotonic()
@@ -534,6 +546,8 @@ class Engine:
         self._reports.failed(sequence, error)
 
     def _leave(self, sequence: Sequence) -> None:
+        self._reports.tell_plain_steps()
+        self._uncounted.discard(sequence)
         if sequence.slot >= 0:
             sequence.lane.pool.give_back(sequence.slot)
             sequence.slot = -1

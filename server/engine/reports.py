@@ -30,6 +30,9 @@ StepsDone: TypeAlias = "tuple[Sequence, int]"
 class Reports:
     """Tells listeners, whose own errors cancel their images and touch nobody else's.
 
+    Who is told something wakes up and wants to run, and the engine's thread waits for it as all
+    Python does. So steps are told while the device works on the next ones (:meth:`tell_steps`).
+
     Args:
         device: of all models.
     """
@@ -38,6 +41,7 @@ class Reports:
         self._device = device
         self._colours: dict[str, Tensor] = {}
         self._previewed: list[tuple[list[StepsDone], HostCopy]] = []
+        self._untold: list[StepsDone] = []
 
     def add(self, model: str, colours: Tensor) -> None:
         """Draw previews of a model by these colours, see ``fit_preview``."""
@@ -45,8 +49,8 @@ class Reports:
 
     def forget(self, model: str) -> None:
         """Let go of a model that no image is under way of."""
-        # Images whose previews wait to be shown hold their lane, and it the model.
-        self.show()
+        # Images whose steps are still to be told hold their lane, and it the model.
+        self.tell_steps()
         del self._colours[model]
 
     def started(self, sequence: Sequence) -> None:
@@ -64,6 +68,8 @@ class Reports:
     def steps(self, closed: list[tuple[Sequence, int]], denoised: Tensor) -> None:
         """A stage has closed sampler steps, of which some images want a preview.
 
+        Listeners hear of it with the next :meth:`tell_steps`.
+
         Args:
             closed: images of one lane, at their next stage, each with its row of the predictions.
             denoised: the predictions, ``[rows, C, h, w]``.
@@ -76,12 +82,13 @@ class Reports:
                 wanted.append(progress)
                 rows.append(row)
             else:
-                _tell_progress(progress, None)
+                self._untold.append(progress)
         if wanted:
             self._preview(wanted, denoised, rows)
 
-    def show(self) -> None:
-        """Send the previews that were begun, whose copies to the host are over or waited for."""
+    def tell_steps(self) -> None:
+        """Tell of all steps that were closed; waits for previews, which are made before a stage."""
+        self.tell_plain_steps()
         previewed, self._previewed = self._previewed, []
         for wanted, copy in previewed:
             fetched = attempt(copy.fetch, self._device)
@@ -90,8 +97,14 @@ class Reports:
             for progress, picture in zip(wanted, pictures, strict=True):
                 _tell_progress(progress, picture)
 
+    def tell_plain_steps(self) -> None:
+        """Tell of those that no preview is made of, as the last ones of all images are."""
+        untold, self._untold = self._untold, []
+        for progress in untold:
+            _tell_progress(progress, None)
+
     def _preview(self, wanted: list[StepsDone], denoised: Tensor, rows: list[int]) -> None:
-        """Start the previews of a tick; on a GPU they are there with the next tick's wait."""
+        """Start the previews of a tick."""
         lane, colours = wanted[0][0].lane, self._colours[wanted[0][0].task.model]
         made = attempt(
             lambda: HostCopy(previews(denoised.index_select(0, lane.indices(rows)), colours)),
@@ -99,12 +112,9 @@ class Reports:
         )
         if isinstance(made, Exception):
             log.warning("previews failed", exc_info=made)
-            for progress in wanted:
-                _tell_progress(progress, None)
+            self._untold += wanted
             return
         self._previewed.append((wanted, made))
-        if made.ready:
-            self.show()
 
 
 def _tell_progress(progress: StepsDone, picture: NDArray[np.uint8] | None) -> None:

@@ -50,6 +50,7 @@ class Stages:
         measurements: of the ticks.
         row_watch: is shown what ticks weave.
         give_back: frees memory that can be done without; whether recordings of forwards had any.
+        meanwhile: called in each stage while the device works.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Stages:
         measurements: EngineMeasurements,
         row_watch: RowWatch,
         give_back: Callable[[], bool],
+        meanwhile: Callable[[], None],
     ) -> None:
         self._device = device
         self._lanes = lanes
@@ -67,6 +69,7 @@ class Stages:
         self._measurements = measurements
         self._row_watch = row_watch
         self._give_back = give_back
+        self._meanwhile = meanwhile
 
     def run(self, chosen: list[Sequence], fixed_rows: int | None) -> Iterator[Stage | Failure]:
         """Run a stage of the chosen; halve them on an error until it is one image's or group's.
@@ -134,7 +137,7 @@ class Stages:
         mixed = len(lanes) > 1
         size = fixed_rows or widest.size_of(rows, mixed=mixed)
         known = widest.sizes_known
-        stage = run_stage(chosen, fixed_rows)
+        stage = run_stage(chosen, fixed_rows, self._meanwhile)
         if chosen[0].recalls:
             m.weave_s += stage.seconds
             return stage

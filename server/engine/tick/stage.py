@@ -15,6 +15,8 @@ from server.engine.tick.stopwatch import Stopwatch
 from server.errors import RowFailed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from server.engine.state.batch import Batch
@@ -75,13 +77,16 @@ class Stage:
         return [outcome.batch for outcome in self.outcomes]
 
 
-def run_stage(chosen: list[Sequence], fixed_rows: int | None) -> Stage:
+def run_stage(
+    chosen: list[Sequence], fixed_rows: int | None, meanwhile: Callable[[], None] = lambda: None
+) -> Stage:
     """Evaluate, guide and advance; nothing is written unless all of it succeeds.
 
     Args:
         chosen: images of lanes that share a forward, those of a group side by side; all recall the
             stage, or none.
         fixed_rows: where set, the rows that every operation runs at.
+        meanwhile: called while the device works, before it is waited for.
     """
     began = perf_counter()
     batches = [weave.pack(lane, own, fixed_rows) for lane, own in _by_lane(chosen).items()]
@@ -92,6 +97,7 @@ def run_stage(chosen: list[Sequence], fixed_rows: int | None) -> Stage:
         else:
             evaluated = weave.evaluate(batches)
     steps = [_step(*both) for both in zip(batches, evaluated, strict=True)]
+    meanwhile()
     told = _told(steps)
     resamplings = [
         resample(step.batch, step.evaluated.denoised, own.sound)

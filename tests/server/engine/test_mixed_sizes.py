@@ -311,9 +311,9 @@ def test_a_size_shares_ticks_once_a_few_of_its_own_have_shown_what_it_costs(
 def test_sizes_no_longer_share_ticks_once_these_have_shown_that_it_saves_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def timed(chosen: list[Any], fixed_rows: int | None) -> Stage:
+    def timed(*given: Any) -> Stage:
         """Takes 0.02 s, or three times as long where sizes are mixed."""
-        stage = run_stage(chosen, fixed_rows)
+        stage = run_stage(*given)
         return replace(stage, seconds=0.02 if len(stage.outcomes) == 1 else 0.06)
 
     monkeypatch.setattr(TickCost, "observe", OBSERVE)
@@ -338,9 +338,9 @@ def test_sizes_no_longer_share_ticks_once_these_have_shown_that_it_saves_nothing
 def test_what_mixed_ticks_take_longer_does_not_add_up_in_the_cost_of_the_small(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def timed(chosen: list[Any], fixed_rows: int | None) -> Stage:
+    def timed(*given: Any) -> Stage:
         """Takes 0.02 s, or 0.03 s where sizes are mixed."""
-        stage = run_stage(chosen, fixed_rows)
+        stage = run_stage(*given)
         return replace(stage, seconds=0.01 * (1 + min(2, len(stage.outcomes))))
 
     monkeypatch.setattr(TickCost, "observe", OBSERVE)

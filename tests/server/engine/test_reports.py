@@ -1,0 +1,84 @@
+"""When listeners hear of the steps of their images."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+from server.engine.engine import Engine
+from server.engine.tick import stage
+from tests.server.by_hand import task
+from tests.server.toy_model import Ear, Toy
+
+STEPS = 4
+
+
+@pytest.fixture
+def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Of what happens in ticks: forwards, waits for the device, and steps that are told."""
+    happened: list[str] = []
+    wait: Any = stage._told
+
+    def waited(steps: Any) -> Any:
+        happened.append("wait")
+        return wait(steps)
+
+    monkeypatch.setattr(stage, "_told", waited)
+    return happened
+
+
+def ticks(order: list[str], device: str, previews: bool) -> None:
+    """Runs an image in this thread, tick by tick."""
+
+    class Model(Toy):
+        def evaluate(self, *given: Any) -> torch.Tensor:
+            order.append("forward")
+            return super().evaluate(*given)
+
+    class Listener(Ear):
+        def progress(self, index: int, step: int, steps: int, preview: object) -> None:
+            assert (preview is not None) == (previews and step < steps)
+            order.append(f"step {step}")
+
+        def finished(self, index: int, result: Any) -> None:
+            order.append("finished")
+
+    engine = Engine({"toy": Model()}, row_budget=2, guessed_costs={1: 0.01})
+    engine._warm_up()
+    engine._device = Mock(type=device)
+    order.clear()
+    engine.submit([task(steps=STEPS, previews=previews)], Listener(1))
+    with torch.inference_mode():
+        while engine.measurements.pending:
+            engine._tick()
+
+
+@pytest.mark.parametrize("previews", [False, True])
+def test_steps_are_told_while_a_gpu_works_on_the_next_ones(
+    order: list[str], previews: bool
+) -> None:
+    """Who hears of them runs as well, which the next forward is not to wait for."""
+    ticks(order, "cuda", previews)
+    assert order == [
+        *("forward", "wait"),
+        *("forward", "step 1", "wait"),
+        *("forward", "step 2", "wait"),
+        *("forward", "step 3", "wait"),
+        *("step 4", "finished"),
+    ]
+
+
+def test_steps_are_told_at_once_where_a_cpu_would_be_busy_with_the_next_ones(
+    order: list[str],
+) -> None:
+    ticks(order, "cpu", previews=True)
+    assert order == [
+        *("forward", "wait", "step 1"),
+        *("forward", "wait", "step 2"),
+        *("forward", "wait", "step 3"),
+        *("forward", "wait", "step 4"),
+        "finished",
+    ]
