@@ -29,6 +29,10 @@ class Client:
     most_seconds: float | None = None
     batch: bool = False
 
+    def __hash__(self) -> int:
+        # Of one field: what a tick keeps by client is looked up many times a tick.
+        return hash(self.name)
+
 
 ANYONE = Client("anyone")
 """All requests of a server without keys, and those of programs that use an engine directly."""

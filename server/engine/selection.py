@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from collections.abc import Sequence as Listed
 
+    from server.engine.client import Flow
     from server.engine.cost_model import TickCost
     from server.engine.metrics import EngineMeasurements
     from server.engine.state.lane import Lane
@@ -105,9 +106,12 @@ class Selection:
     def charge(self, parts: Mapping[Sequence, float], seconds: float) -> None:
         """Count seconds of the device as had by the clients of some images, by their parts."""
         whole = sum(parts.values())
+        by_flow: dict[Flow, float] = {}
         for sequence, part in parts.items():
             if not sequence.live:
-                self.turns.charge(sequence.flow, seconds * part / whole)
+                by_flow[sequence.flow] = by_flow.get(sequence.flow, 0.0) + part
+        for flow, part in by_flow.items():
+            self.turns.charge(flow, seconds * part / whole)
 
     def charge_aside(
         self, parts: Mapping[Sequence, float], seconds: float, active: Listed[Sequence]

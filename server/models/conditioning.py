@@ -78,6 +78,8 @@ class StackedConditioning:
         Args:
             counts: of rows, which add up to all.
         """
+        if len(counts) == 1:
+            return [self]
         split = {name: tensor.split([*counts]) for name, tensor in self.tensors.items()}
         return [
             StackedConditioning({name: parts[i] for name, parts in split.items()})

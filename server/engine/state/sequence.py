@@ -183,6 +183,8 @@ class Sequence:
         Args:
             number: of the prediction.
         """
+        if not self.hints:
+            return ()
         prompted = self.guidance.pictured[number]
         return tuple(
             RowControl(use.control, hint, use.scale, use.precedence is not None)
@@ -196,6 +198,8 @@ class Sequence:
         Args:
             number: of the prediction.
         """
+        if not self.shown:
+            return ()
         pictured = self.guidance.pictured[number]
         return tuple(
             RowImagePrompt(shown.picture if pictured else shown.nothing, use.scale, shown.region)

@@ -7,9 +7,11 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from torch import Tensor
 
 from server.engine.engine import Engine
 from server.engine.tick import stage
+from server.models.inputs import RowInputs
 from tests.server.by_hand import task
 from tests.server.toy_model import Ear, Toy
 
@@ -34,9 +36,9 @@ def ticks(order: list[str], device: str, previews: bool) -> None:
     """Runs an image in this thread, tick by tick."""
 
     class Model(Toy):
-        def evaluate(self, *given: Any) -> torch.Tensor:
+        def evaluate(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
             order.append("forward")
-            return super().evaluate(*given)
+            return super().evaluate(x, t, inputs)
 
     class Listener(Ear):
         def progress(self, index: int, step: int, steps: int, preview: object) -> None:
