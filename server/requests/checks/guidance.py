@@ -75,7 +75,7 @@ def coefficients_for(
 
     Raises:
         InvalidRequest: nothing is fitted to this run; the message has the command that fits it,
-            and says what is fitted.
+            and says what is fitted. Or what is fitted has not the run's stages and branches.
     """
     guidance = resolved.guidance
     rule, policy = split(guidance)
@@ -83,7 +83,15 @@ def coefficients_for(
         return None
     fit = model.linear_fits.find(identity_of(model.facts.denoiser, plan, rule, policy.fit_period))
     if fit is not None:
-        return fit.coefficients
+        try:
+            return policy.constants(plan.evaluations, len(rule.branches), fit.coefficients)
+        except ValueError as error:
+            raise InvalidRequest(
+                "guidance.policy",
+                f"{error} A file of the model's folder is damaged; fit it anew with "
+                f"`weft {policy.fitted_by} {_options(resolved, rule, policy)}`, or choose another "
+                "policy.",
+            ) from None
     if plan.steps < resolved.sampler.steps_taken(resolved.steps):
         remedy = "use `strength` 1, which runs all steps"
     else:

@@ -248,6 +248,28 @@ def test_coefficients_are_those_of_the_run_and_of_no_other(tmp_path: Path) -> No
         asked(retrained, **LINEAR)
 
 
+@pytest.mark.parametrize(("stages", "terms"), [(5, TERMS), (6, TERMS + 1), (6, 2 * TERMS)])
+def test_a_file_of_other_stages_or_branches_than_it_says_is_refused_by_the_check(
+    stages: int, terms: int, tmp_path: Path
+) -> None:
+    model = Toy()
+    model.linear_fits = LinearFits(tmp_path)
+    request = resolved(model, **LINEAR)
+    plan = make_plan(model.default_schedule, request.sampler, request.spacing, 6, None)
+    identity = identity_of(model.facts.denoiser, plan, split(request.guidance)[0], every=2)
+    damaged = LinearFit(np.ones((stages, terms)), identity, 8, np.ones(stages))
+    damaged.save(fit_file(tmp_path, "dpm_solver_pp", 6, identity))
+    with pytest.raises(InvalidRequest) as caught:
+        asked(model, **LINEAR)
+    assert caught.value.field == "guidance.policy"
+    assert caught.value.message == (
+        f"guidance.policy is 'linear_adaptive'; it needs coefficients of shape (6, {TERMS}), and "
+        f"was given ({stages}, {terms}). A file of the model's folder is damaged; fit it anew with "
+        "`weft linear-ag --model PATH --steps 6 --every 2 --sampler dpm_solver_pp --spacing "
+        "trailing --guidance cfg`, or choose another policy."
+    )
+
+
 def test_the_command_names_what_differs_from_the_defaults() -> None:
     with pytest.raises(InvalidRequest) as caught:
         asked(
