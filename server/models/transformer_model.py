@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from typing_extensions import override
 
 from guidance.edits import SkippedBlocks
 from server.errors import ModelMismatch
-from server.models.adapters.adapted_network import AdaptedNetwork
 from server.models.hosted import HostedModel, ModelFacts
 from server.models.reference_tokens import referring
-from server.models.row_edits import RowEdits
+from server.models.row_changes import RowChanges
 from server.models.text_options import AS_USUAL
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     import torch
@@ -140,11 +137,7 @@ class TransformerModel(HostedModel):
         self._negative = negative
         self._control = control
         self._picture_tokens = picture_tokens
-        self._edits = RowEdits(denoiser.network)
-        self._adapted = {
-            part: AdaptedNetwork(part, network, device)
-            for part, network in self.adaptable().items()
-        }
+        self._changes = RowChanges(TRANSFORMER, self.adaptable(), device)
 
     @override
     def schedule(self, width: int, height: int, steps: int) -> NoiseSchedule:
@@ -167,10 +160,7 @@ class TransformerModel(HostedModel):
         adapters: RowAdapters | None = None,
         options: TextOptions = AS_USUAL,
     ) -> list[Conditioning]:
-        with ExitStack() as adapted:
-            for part, network in self._adapted.items():
-                if part != TRANSFORMER:
-                    adapted.enter_context(network.applied(adapters))
+        with self._changes.of_texts(adapters):
             return self._text.encode(prompts, width, height, options)
 
     @override
@@ -189,16 +179,11 @@ class TransformerModel(HostedModel):
 
     @override
     def in_tensors(self, inputs: RowInputs) -> RowInputs:
-        return replace(
-            super().in_tensors(inputs),
-            edits=(),
-            edit_values=self._edits.values(inputs.edits, self.device),
-            adapters=self._adapted[TRANSFORMER].kept_for(inputs.adapters),
-        )
+        return self._changes.in_tensors(super().in_tensors(inputs))
 
     @override
     def evaluate(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
-        with self._changed(inputs, x):
+        with self._changes.of_rows(inputs, x), self.blocks_running(inputs):
             return self._denoiser(x, t, inputs)
 
     @property
@@ -210,16 +195,8 @@ class TransformerModel(HostedModel):
     def evaluate_sizes(self, x: Sequence[Tensor], t: Tensor, inputs: RowInputs) -> list[Tensor]:
         if self._sizes is None:
             return super().evaluate_sizes(x, t, inputs)
-        with self._changed(inputs, x[0]):
+        with self._changes.of_rows(inputs, x[0]), self.blocks_running(inputs):
             return self._sizes(x, t, inputs)
-
-    @contextmanager
-    def _changed(self, inputs: RowInputs, x: Tensor) -> Generator[None]:
-        """The transformer with what the rows change inside it."""
-        edited = self._edits.applied(inputs.edit_values or inputs.edits, x)
-        adapted = self._adapted[TRANSFORMER].applied(inputs.adapters)
-        with edited, adapted, self.blocks_running(inputs):
-            yield
 
     @override
     def adaptable(self) -> Mapping[str, nn.Module]:
@@ -237,13 +214,13 @@ class TransformerModel(HostedModel):
 
     @override
     def layers(self) -> tuple[str, ...]:
-        return self._edits.layers()
+        return self._changes.edits.layers()
 
     @override
     def refuses(self, edit: Edit) -> str | None:
         skips = bool(self.layers())
         if skips and isinstance(edit, SkippedBlocks):
-            return self._edits.refuses(edit)
+            return self._changes.edits.refuses(edit)
         inside = "attention" if skips else "attention and blocks"
         instead = "`slg`, which skips blocks, or " if skips else ""
         return (

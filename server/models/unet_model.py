@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, nullcontext
-from dataclasses import replace
+from contextlib import nullcontext
 from math import lcm, log
 from typing import TYPE_CHECKING, Any, Final
 
@@ -13,7 +12,6 @@ from typing_extensions import override
 from guidance.edits import WeakModel
 from samplers import NoiseSchedule, PredictionType
 from server.errors import ModelMismatch
-from server.models.adapters.adapted_network import AdaptedNetwork
 from server.models.autoencoder import Autoencoder
 from server.models.conditioning import Conditioning, stack_alike
 from server.models.controls.unet_control import UNetControl
@@ -23,7 +21,7 @@ from server.models.hosted import HostedModel, ModelFacts
 from server.models.image_prompts.unet_image_prompts import UNetImagePrompts
 from server.models.inpainting import MaskChannels
 from server.models.parts import build_network
-from server.models.row_edits import RowEdits
+from server.models.row_changes import RowChanges
 from server.models.text_options import AS_USUAL
 
 if TYPE_CHECKING:
@@ -47,6 +45,9 @@ TEXT = "encoder_hidden_states"
 
 All else goes to the U-Net as its added conditions, by the same names.
 """
+
+UNET = "unet"
+"""Name of the denoiser in a model folder."""
 
 WEAK_FOLDER = "weft/weak"
 """Where a model folder may hold a weaker U-Net: smaller or less trained, of the same latents."""
@@ -93,7 +94,6 @@ class UNetModel(HostedModel):
         super().__init__(facts, device, dtype)
         self._schedule = schedule
         self._unet = unet.to(memory_format=torch.channels_last)
-        self._edits = RowEdits(self._unet)
         self._weak = weak and weak.to(memory_format=torch.channels_last)
         self._autoencoder = Autoencoder(vae, device)
         self._beside = None
@@ -104,10 +104,7 @@ class UNetModel(HostedModel):
         self._pictures: UNetImagePrompts | None = None
         if UNetImagePrompts.taken_by(self._unet):
             self._pictures = UNetImagePrompts(self._unet)
-        self._adapted = {
-            part: AdaptedNetwork(part, network, device)
-            for part, network in self.adaptable().items()
-        }
+        self._changes = RowChanges(UNET, self.adaptable(), device)
 
     @override
     def schedule(self, width: int, height: int, steps: int) -> NoiseSchedule:
@@ -145,9 +142,7 @@ class UNetModel(HostedModel):
         adapters: RowAdapters | None = None,
         options: TextOptions = AS_USUAL,
     ) -> list[Conditioning]:
-        with ExitStack() as adapted:
-            for part in self._text.modules():
-                adapted.enter_context(self._adapted[part].applied(adapters))
+        with self._changes.of_texts(adapters):
             return self._text.encode(prompts, width, height, options)
 
     @override
@@ -176,12 +171,7 @@ class UNetModel(HostedModel):
 
     @override
     def in_tensors(self, inputs: RowInputs) -> RowInputs:
-        return replace(
-            super().in_tensors(inputs),
-            edits=(),
-            edit_values=self._edits.values(inputs.edits, self.device),
-            adapters=self._adapted["unet"].kept_for(inputs.adapters),
-        )
+        return self._changes.in_tensors(super().in_tensors(inputs))
 
     @override
     def evaluate(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
@@ -200,12 +190,11 @@ class UNetModel(HostedModel):
         if channels is not None:
             x = torch.cat([x, channels], 1)
         against = None if inputs.against is None else inputs.against.tensors[TEXT]
-        edited = self._edits.applied(inputs.edit_values or inputs.edits, x, against)
-        adapted = self._adapted["unet"].applied(inputs.adapters)
+        changed = self._changes.of_rows(inputs, x, against)
         pictured = nullcontext()
         if self._pictures is not None:
             pictured = self._pictures.applied(inputs.image_prompts)
-        with edited, adapted, pictured, self.blocks_running(inputs):
+        with changed, pictured, self.blocks_running(inputs):
             return _forward(self._unet, x.to(self.dtype), t, inputs, **told)
 
     @override
@@ -216,7 +205,7 @@ class UNetModel(HostedModel):
 
     @override
     def adaptable(self) -> Mapping[str, nn.Module]:
-        return {"unet": self._unet, **self._text.modules()}
+        return {UNET: self._unet, **self._text.modules()}
 
     @property
     @override
@@ -230,13 +219,13 @@ class UNetModel(HostedModel):
 
     @override
     def layers(self) -> tuple[str, ...]:
-        return self._edits.layers()
+        return self._changes.edits.layers()
 
     @override
     def refuses(self, edit: Edit) -> str | None:
         if isinstance(edit, WeakModel) and self._weak is not None:
             return None
-        return self._edits.refuses(edit)
+        return self._changes.edits.refuses(edit)
 
     @override
     def decode(self, latents: Tensor) -> Tensor:
@@ -250,7 +239,7 @@ class UNetModel(HostedModel):
     def modules(self) -> Mapping[str, nn.Module]:
         weak = {} if self._weak is None else {WEAK_FOLDER: self._weak}
         return {
-            "unet": self._unet,
+            UNET: self._unet,
             "vae": self._autoencoder.network,
             **self._text.modules(),
             **weak,

@@ -228,7 +228,7 @@ def test_a_recording_goes_with_stacks_that_had_no_room(model: HostedModel) -> No
     graphs, ours = Graphs(model, tape), RowAdapters(((ink(model),),))
     recorded(graphs, given(model, 1, 0, adapters=ours))
     network: Any = model
-    network._adapted["unet"]._plans.shrink(0)
+    network._changes._denoiser._plans.shrink(0)
     out = graphs.evaluate(*given(model, 1, 1, adapters=ours), COST)
     assert tape.made[0].released
     torch.testing.assert_close(out, model.evaluate(*given(model, 1, 1, adapters=ours)))
