@@ -139,7 +139,7 @@ class Selection:
             self._shares = self._shares.after(live_s=live_s, ordinary_s=seconds - live_s)
 
     def next_tick(self, active: Listed[Sequence]) -> list[Sequence]:
-        """The images whose rows the next forward has, oldest first."""
+        """The images whose rows the next forward has, those of the same adapters side by side."""
         running = [one for one in active if not (one.done or one.recalls)]
         lanes = {id(sequence.lane): sequence.lane for sequence in running}
         live = any(sequence.live for sequence in running)
@@ -170,9 +170,9 @@ class Selection:
             chosen = choice.chosen
         else:
             chosen = fair_tick(candidates, self.turns, costs, rows_of)
-        # Oldest first, whoever's turn it is: rows keep their order from tick to tick, and with it
-        # what is kept for the adapters of these rows.
-        return [running[i] for i in sorted(chosen)]
+        # By their adapters and else oldest first, whoever's turn it is: what is kept, or recorded,
+        # for the adapters of some rows in an order is of use whichever of their images came first.
+        return sorted((running[i] for i in sorted(chosen)), key=_adapters_of)
 
     def recalling(self, active: Listed[Sequence]) -> list[Sequence]:
         """Images whose next stages are recalled at once, as many as a tick may have rows."""
@@ -214,3 +214,9 @@ class Selection:
             fair_s = max(FAIR_TICK_S, cost.seconds_at(FAIR_THROUGHPUT, most))
             return min(LONGEST_TICK_S, fair_s)
         return LONGEST_TICK_S
+
+
+def _adapters_of(sequence: Sequence) -> list[tuple[str, str, float]]:
+    """Of the images of a request the same, so that those of a group stay side by side."""
+    own = sequence.task.adapters
+    return [(one.adapter.name, one.adapter.revision, one.weight) for one in own]

@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -159,3 +160,15 @@ def test_rows_keep_their_order_whoever_is_served_first() -> None:
         ear.wait()
     engine.stop(0)
     assert len({tuple(sorted(order)) for order in model.orders}) == len({*model.orders})
+
+
+def test_rows_of_the_same_adapters_have_one_order_whichever_images_came_first() -> None:
+    """And so one recording, and one stack of their factors."""
+    model = Overheard()
+    engine = toy_model.started(model, 16)
+    styles = [Weighted(Adapter(name, "", {}), 1.0) for name in ("ink", "pastel", "storybook")]
+    for order in permutations(styles):
+        tasks = [by_hand.task(steps=3, adapters=(style,)) for style in order]
+        toy_model.run(engine, tasks)
+    engine.stop(0)
+    assert {*model.orders} == {("ink", "pastel", "storybook") * 2}
