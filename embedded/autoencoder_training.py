@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from embedded.checkpoint import TrainingState
 from embedded.components import make_autoencoder
+from embedded.precision import autocast
 from embedded.scenes import PICTURE_SIZE, Scene, make_scene, render
 from embedded.schedule import TrainingClock
 
@@ -147,7 +148,7 @@ def _step(
     for group in optimizer.param_groups:
         group["lr"] = clock.rate(peak, warm_up=200, floor=0.02)
     crops = pool.crops(settings.batch).contiguous(memory_format=torch.channels_last)
-    with torch.autocast(torch.device(settings.device).type, torch.bfloat16):
+    with autocast(settings.device):
         latents = model.encoder(crops).float()
         level = _LATENT_NOISE * torch.rand(len(latents), 1, 1, 1, device=latents.device)
         noisy = latents + level * torch.randn_like(latents)

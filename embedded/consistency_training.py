@@ -15,6 +15,7 @@ from embedded.captured import adam, captured, set_rate
 from embedded.checkpoint import RunningAverage, TrainingState
 from embedded.components import Components, make_scheduler, make_unet
 from embedded.consistency import AlphaSigma, consistency, distance, guided, solved
+from embedded.precision import autocast
 from embedded.schedule import TrainingClock
 from embedded.unet_training import Corpus
 from server.models.unet_model import embedding_of_scales
@@ -179,11 +180,6 @@ def _step(
     captions = _states(teacher.text_encoder, corpus.tokens.flatten(0, 1), device)
     empty = _states(teacher.text_encoder, corpus.empty[None], device)
     width = corpus.tokens.shape[1]
-    kind = torch.device(device).type
-
-    def autocast() -> torch.autocast:
-        # A cache of cast weights would outlive the capture of a graph.
-        return torch.autocast(kind, torch.bfloat16, cache_enabled=False)
 
     def step() -> Tensor:
         text = captions[batch.chosen * width + batch.variant]
@@ -192,11 +188,11 @@ def _step(
         x = alpha * latents[batch.chosen].float() + sigma * batch.noise
         told = _told(student, batch.scales)
         taught = guided(teacher.unet, empty.float(), text, batch.scales)
-        with torch.no_grad(), autocast():
+        with torch.no_grad(), autocast(device):
             there, reached = solved(taught, x, batch.times, span, settings.solver_steps, levels)
             v = target(there, reached.clamp(min=0), text, return_dict=False, **told)[0]
             goal = consistency(v.float(), there, reached, levels)
-        with autocast():
+        with autocast(device):
             v = student(x, batch.times, text, return_dict=False, **told)[0]
         found = consistency(v.float(), x, batch.times, levels)
         loss = distance(found, goal, settings.loss, settings.width)

@@ -19,6 +19,7 @@ from embedded.captured import adam, captured, set_rate
 from embedded.checkpoint import RunningAverage, TrainingState
 from embedded.components import Components, make_autoencoder, make_scheduler
 from embedded.consistency import AlphaSigma, guided, solved
+from embedded.precision import autocast
 from embedded.scenes import make_scene, render
 from embedded.schedule import TrainingClock
 from embedded.unet_training import tokens_of
@@ -115,8 +116,7 @@ def train_decoder(
         latents = pairs.latents[chosen, which].float()
         level = _LATENT_NOISE * torch.rand(len(latents), 1, 1, 1, device=device)
         noisy = latents + level * torch.randn_like(latents)
-        kind = torch.device(device).type
-        with torch.autocast(kind, torch.bfloat16, cache_enabled=False):
+        with autocast(device):
             decoded = model.decoder(noisy)
         loss = _loss(decoded.float(), pictures)
         optimizer.zero_grad(set_to_none=True)
@@ -180,7 +180,7 @@ def make_pairs(components: Components, settings: DecoderSettings) -> _Pairs:
         alpha, sigma = levels.at(times)
 
         teacher = guided(components.unet, empty, text, scales)
-        with torch.autocast(torch.device(device).type, torch.bfloat16):
+        with autocast(device):
             restored, _ = solved(
                 teacher, alpha * clean + sigma * noise, times, _LATEST, _SOLVER_STEPS, levels
             )

@@ -20,6 +20,7 @@ from embedded.components import (
     make_scheduler,
     make_tokenizer,
 )
+from embedded.precision import autocast
 from embedded.scenes import make_scene, recaption, render
 from embedded.schedule import TrainingClock
 
@@ -198,7 +199,7 @@ def _loss(
     times = (share * len(alpha_squares)).long()
     alpha_square = alpha_squares[times].to(device)[:, None, None, None]
     alpha, sigma = alpha_square.sqrt(), (1 - alpha_square).sqrt()
-    with torch.autocast(torch.device(device).type, torch.bfloat16):
+    with autocast(device):
         states = text_encoder(tokens.to(device)).last_hidden_state
         noisy = alpha * clean + sigma * noise
         (predicted,) = unet(noisy, times.to(device), states, return_dict=False)

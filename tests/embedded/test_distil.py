@@ -184,7 +184,7 @@ def test_the_decoder_trains_and_resumes_and_the_encoder_stays(tmp_path: Path) ->
     checkpoint = tmp_path / "decoder.safetensors"
 
     def train(steps: int) -> Any:
-        size = DecoderSettings(steps, None, batch=2, rate=1e-3, pictures=4, device="cpu", seed=0)
+        size = DecoderSettings(steps, None, batch=2, rate=1e-3, pictures=2, device="cpu", seed=0)
         return train_decoder(components, size, checkpoint)
 
     train(1)

@@ -17,7 +17,14 @@ from embedded.autoencoder_training import (
     whiten,
 )
 from embedded.checkpoint import RunningAverage, TrainingState, metadata_of
-from embedded.components import Components, make_autoencoder, make_components
+from embedded.components import (
+    WEAK_WIDTHS,
+    Components,
+    make_autoencoder,
+    make_text_encoder,
+    make_unet,
+)
+from embedded.precision import autocast
 from embedded.report import Score, contact_sheet, table, unseen_scenes
 from embedded.scenes import make_scene, render
 from embedded.schedule import TrainingClock
@@ -32,6 +39,24 @@ def test_the_rate_warms_up_and_falls_along_a_cosine() -> None:
     clock.step = 2000
     assert clock.progress == 1
     assert clock.rate(1.0, warm_up=100, floor=0.1) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [("AVX2", torch.float32), ("AVX512", torch.bfloat16)]
+)
+def test_a_cpu_trains_in_bfloat16_where_it_computes_in_it(
+    capability: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    with autocast("cpu"):
+        assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == dtype
+
+
+@pytest.mark.cuda
+def test_a_gpu_trains_in_bfloat16_whatever_its_cpu() -> None:
+    x = torch.ones(1, 2, device="cuda")
+    with autocast("cuda"):
+        assert nn.Linear(2, 2, device="cuda")(x).dtype == torch.bfloat16
 
 
 def test_time_ends_a_run_as_well_as_steps() -> None:
@@ -95,17 +120,19 @@ def test_whitening_is_exact_for_the_encoder_and_kind_to_the_decoder() -> None:
 
 
 def autoencoder_settings(steps: int) -> AutoencoderSettings:
-    return AutoencoderSettings(
-        steps=steps, minutes=None, batch=2, pictures=16, device="cpu", seed=0
-    )
+    return AutoencoderSettings(steps=steps, minutes=None, batch=2, pictures=4, device="cpu", seed=0)
 
 
 def test_the_autoencoder_trains_and_resumes(tmp_path: Path) -> None:
     checkpoint = tmp_path / "autoencoder.safetensors"
+    train_autoencoder(autoencoder_settings(1), checkpoint)
+    assert metadata_of(checkpoint)["step"] == "1"
     train_autoencoder(autoencoder_settings(2), checkpoint)
     assert metadata_of(checkpoint)["step"] == "2"
-    train_autoencoder(autoencoder_settings(3), checkpoint)
-    assert metadata_of(checkpoint)["step"] == "3"
+
+
+def small_components() -> Components:
+    return Components(make_autoencoder(), make_unet(WEAK_WIDTHS), make_text_encoder())
 
 
 def test_the_unet_trains_publishes_and_resumes(tmp_path: Path) -> None:
@@ -126,10 +153,10 @@ def test_the_unet_trains_publishes_and_resumes(tmp_path: Path) -> None:
             publish_minutes=0 if steps == 1 else 60,
         )
 
-    train_unet(make_components(), settings(1), tmp_path, publish)
-    train_unet(make_components(), settings(2), tmp_path, publish)
+    train_unet(small_components(), settings(1), tmp_path, publish)
+    train_unet(small_components(), settings(2), tmp_path, publish)
     assert published == [1, 1, 2]
-    frozen = make_components()
+    frozen = small_components()
     frozen.text_encoder.requires_grad_(requires_grad=False)
     before = copy.deepcopy(frozen.text_encoder.state_dict())
     result = train_unet(frozen, settings(1), tmp_path / "frozen", publish)
