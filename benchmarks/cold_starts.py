@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from statistics import mean, median
 from typing import TYPE_CHECKING
 
-from benchmarks.peers import Weft
+from benchmarks.peers import Filled, Weft
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,7 +46,7 @@ def compare(
         warm_up: runs a few requests.
     """
     best = _best_budget(architecture, requests, begin, warm_up)
-    filled = Weft(architecture, best, filled=True)
+    filled = Weft(architecture, best, kind=Filled)
     warm_up(filled)
     print(f"| start | images/s | of it first turn | mean rows | {best} rows, images/s | share |")
     print("|---|---|---|---|---|---|")
@@ -86,7 +86,7 @@ def _best_budget(
     systems: dict[int, Weft] = {}
     with ExitStack() as undisturbed:
         for rows in BUDGETS:
-            systems[rows] = Weft(architecture, rows, filled=True)
+            systems[rows] = Weft(architecture, rows, kind=Filled)
             warm_up(systems[rows])
             # Two engines of one GPU would spoil each other's recordings.
             undisturbed.enter_context(systems[rows].undisturbed())

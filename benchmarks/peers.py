@@ -68,7 +68,7 @@ class _FilledTicks(Selection):
         return self._measurements.row_budget
 
 
-class _Filled(Engine):
+class Filled(Engine):
     """An engine whose every tick is as full as its budget allows."""
 
     selecting = _FilledTicks
@@ -80,7 +80,8 @@ class Weft:
     Args:
         architecture: the model.
         row_budget: most rows of a tick.
-        filled: fill every tick up to the budget, instead of choosing its rows by their cost.
+        kind: of engine; :class:`Filled` fills every tick up to the budget, instead of choosing its
+            rows by their cost.
 
     Attributes:
         engine: that runs.
@@ -88,13 +89,11 @@ class Weft:
     """
 
     def __init__(
-        self, architecture: Architecture, row_budget: int | None, *, filled: bool = False
+        self, architecture: Architecture, row_budget: int | None, *, kind: type[Engine] = Engine
     ) -> None:
         self._architecture = architecture
         self.model = architecture.hosted
-        self.engine = (_Filled if filled else Engine)(
-            {"model": architecture.hosted}, row_budget=row_budget, max_pending=4096
-        )
+        self.engine = kind({"model": architecture.hosted}, row_budget=row_budget, max_pending=4096)
         self.engine.start()
         while not self.engine.ready:
             if self.engine.failure is not None:

@@ -1,22 +1,30 @@
-"""What plans and guidance cost beside the denoiser, by the rows of a tick.
+"""What a tick costs beside the denoiser, by its rows: plans, guidance, choice of images, accounts.
 
     python -m benchmarks.tick_costs                         # CPU, embedded model
     python -m benchmarks.tick_costs --architecture sd15     # GPU, SD 1.5's sizes
 
-Prints a Markdown table: milliseconds of a tick in the denoiser and outside it, while as many images
-run as fill the rows. Decoding is not counted, and neither are ticks in which images come and go.
+Prints a Markdown table: milliseconds of a tick in the denoiser and outside it, from its beginning
+to that of the next one, and how many operations the device is asked for outside the denoiser. The
+figures are medians of the ticks that are full; those in which images come and go are not.
 """
 
 from __future__ import annotations
 
 import argparse
 import platform
-from typing import TYPE_CHECKING
+from contextlib import nullcontext
+from dataclasses import dataclass
+from statistics import median
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
 
 import torch
+from typing_extensions import override
 
+from benchmarks.allowance import Allowance, add_settle
 from benchmarks.architectures import ARCHITECTURES, build
-from benchmarks.peers import Weft
+from benchmarks.operation_count import OperationCount
+from benchmarks.peers import Filled, Weft, settle
 from benchmarks.traffic import SAMPLERS, Request
 
 if TYPE_CHECKING:
@@ -25,13 +33,63 @@ if TYPE_CHECKING:
 ROWS = (1, 8, 32, 64)
 BRANCHES = {"none": 1, "cfg": 2, "apg": 2}
 
+COUNTED_STEPS = 8
+"""Of the images in whose ticks operations are counted, which takes long and shows few numbers."""
+
+LEAST_TICKS = 3
+"""Full ones: images come one by one, so that the first ticks are not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """A tick that has run.
+
+    Attributes:
+        rows: of its forward.
+        inside_s: seconds in the denoiser.
+        outside_s: seconds of the tick beside these.
+        operations: that were asked for outside the denoiser; None where they were not counted.
+    """
+
+    rows: int
+    inside_s: float
+    outside_s: float
+    operations: int | None
+
+
+class WatchedTicks(Filled):
+    """An engine that keeps account of its ticks.
+
+    Attributes:
+        seen: the ticks so far.
+        count: counts the operations of ticks; None while nobody does.
+    """
+
+    def __init__(self, *given: Any, **options: Any) -> None:
+        super().__init__(*given, **options)
+        self.seen: list[Tick] = []
+        self.count: OperationCount | None = None
+
+    @override
+    def _tick(self) -> None:
+        measured, count = self.measurements, self.count
+        rows, inside_s, before = measured.evaluations, measured.denoise_s, count and count.total
+        began = perf_counter()
+        with count or nullcontext():
+            super()._tick()
+        seconds, inside_s = perf_counter() - began, measured.denoise_s - inside_s
+        operations = None if count is None else count.total - (before or 0)
+        rows = measured.evaluations - rows
+        self.seen.append(Tick(rows, inside_s, seconds - inside_s, operations))
+
 
 def main() -> None:
     """Run the images and print the report."""
     options = _options()
     torch.set_num_threads(options.threads)
-    architecture = build(options.architecture, options.device, options.dtype)
-    weft = Weft(architecture, max(options.rows), filled=True)
+    allowance = Allowance()
+    architecture = build(options.architecture, options.device, options.dtype, allowance.say)
+    weft = Weft(architecture, max(options.rows), kind=WatchedTicks)
     machine = platform.processor() or platform.machine()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else machine
     print(
@@ -39,14 +97,18 @@ def main() -> None:
         f"{torch.__version__}; {options.steps} steps of {', '.join(SAMPLERS)}\n"
     )
     print(
-        "| guidance | rows | denoiser, ms a tick | outside it, ms | share |\n|---|---|---|---|---|"
+        "| guidance | rows | denoiser, ms a tick | outside it, ms | share | operations |\n"
+        "|---|---|---|---|---|---|"
     )
     for guidance, branches in BRANCHES.items():
         for rows in options.rows:
             if rows >= branches:
                 images = rows // branches
                 weft.run(_requests(images, guidance, 2))
-                _report(guidance, rows, weft, _requests(images, guidance, options.steps))
+                settle(weft.engine, weft.model, options.settle, allowance)
+                timed = _ticks(weft, rows, _requests(images, guidance, options.steps))
+                counted = _counted(weft, rows, _requests(images, guidance, COUNTED_STEPS))
+                _report(guidance, rows, timed, counted)
     weft.stop()
 
 
@@ -57,16 +119,40 @@ def _requests(count: int, guidance: str, steps: int) -> list[Request]:
     ]
 
 
-def _report(guidance: str, rows: int, weft: Weft, requests: Sequence[Request]) -> None:
-    outcome = weft.run(list(requests))
-    full = outcome.batches.count(rows)
-    if full < 0.5 * len(outcome.batches):
-        raise RuntimeError(f"only {full} of {len(outcome.batches)} ticks had {rows} rows")
-    inside, outside = (
-        1000 * outcome.seconds[part] / len(outcome.batches) for part in ("denoiser", "rest")
-    )
+def _ticks(weft: Weft, rows: int, requests: list[Request]) -> list[Tick]:
+    """The full ticks of a run."""
+    engine: Any = weft.engine
+    engine.seen = []
+    with weft.undisturbed():
+        weft.run(requests)
+    seen: list[Tick] = list(engine.seen)
+    full = [tick for tick in seen if tick.rows == rows]
+    if len(full) < LEAST_TICKS:
+        raise RuntimeError(f"only {len(full)} of {len(seen)} ticks had {rows} rows")
+    return full
+
+
+def _counted(weft: Weft, rows: int, requests: list[Request]) -> list[Tick]:
+    """The same, with their operations counted but for those of the denoiser."""
+    engine: Any = weft.engine
+    model: Any = weft.model
+    evaluate, engine.count = model.evaluate, OperationCount()
+    model.evaluate = engine.count.leaving_out(evaluate)
+    try:
+        return _ticks(weft, rows, requests)
+    finally:
+        model.evaluate, engine.count = evaluate, None
+
+
+def _report(guidance: str, rows: int, timed: Sequence[Tick], counted: Sequence[Tick]) -> None:
+    inside = 1000 * median(tick.inside_s for tick in timed)
+    outside = 1000 * median(tick.outside_s for tick in timed)
+    operations = median(tick.operations or 0 for tick in counted)
     share = outside / (inside + outside)
-    print(f"| {guidance} | {rows} | {inside:.1f} | {outside:.2f} | {share:.1%} |", flush=True)
+    print(
+        f"| {guidance} | {rows} | {inside:.1f} | {outside:.2f} | {share:.1%} | {operations:.0f} |",
+        flush=True,
+    )
 
 
 def _options() -> argparse.Namespace:
@@ -77,6 +163,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    add_settle(parser, 10.0)
     return parser.parse_args()
 
 

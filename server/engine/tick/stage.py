@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import islice
+from math import isfinite
 from time import perf_counter
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -140,22 +141,28 @@ def _step(batch: Batch, evaluated: Evaluated) -> _Step:
 
 
 def _told(steps: list[_Step]) -> list[_Told]:
-    flags = [
-        (
-            step.guidance.denoised.flatten(1).sum(1).isfinite(),
+    parts = [
+        part
+        for step in steps
+        for part in (
+            step.guidance.denoised.flatten(1).sum(1),
             step.guidance.settled,
             step.foresight.recalls,
         )
-        for step in steps
     ]
     # The tick's one wait for the device.
-    found = iter(torch.cat([one for own in flags for one in own if one is not None]).tolist())
-    return [
-        _Told(
-            *([False] * len(own[0]) if one is None else [*islice(found, len(one))] for one in own)
+    numbers = iter(torch.cat([part for part in parts if part is not None]).tolist())
+    told: list[_Told] = []
+    for step in steps:
+        count = len(step.batch.sequences)
+        sums = islice(numbers, count)
+        sound = [isfinite(one) for one in sums]
+        settled, recalls = (
+            [False] * count if part is None else [one > 0 for one in islice(numbers, count)]
+            for part in (step.guidance.settled, step.foresight.recalls)
         )
-        for own in flags
-    ]
+        told.append(_Told(sound, settled, recalls))
+    return told
 
 
 def _written(step: _Step, told: _Told, resampling: Resampling | None) -> Outcome:

@@ -204,10 +204,10 @@ def step(batch: Batch, guidance: GuidedImages) -> Tensor:
     if guidance.x is not None:
         columns[:, 0] = guidance.x
     columns[:, K] = guidance.denoised
-    for i, (sequence, plan) in enumerate(zip(batch.sequences, batch.plans, strict=True)):
-        if plan.noisy[sequence.stage]:
-            fresh = stage_noise(sequence.task.seed, sequence.stage, batch.lane.shape)
-            columns[i, K + 1].copy_(fresh, non_blocking=True)
+    noisy = [i for i, plan in enumerate(batch.plans) if plan.noisy[batch.sequences[i].stage]]
+    if noisy:
+        where = batch.lane.indices(noisy)
+        columns[:, K + 1].index_copy_(0, where, _fresh_noise(batch, noisy))
     state = columns[:, :K]
     by_shape = _grouped(range(len(batch.plans)), lambda i: batch.plans[i].detail)
     for members in by_shape.values():
@@ -309,6 +309,16 @@ def _settled(batch: Batch, predictions: Tensor) -> Tensor | None:
     return settled
 
 
+def _fresh_noise(batch: Batch, members: list[int]) -> Tensor:
+    """Noise of the stages of some images, ``[members, C, h, w]``, on the device."""
+    device, sequences = batch.lane.model.device, [batch.sequences[i] for i in members]
+    drawn = torch.stack([stage_noise(s.task.seed, s.stage, batch.lane.shape) for s in sequences])
+    if device.type == "cuda":
+        # From other memory so much would be sent only when the forward has run.
+        drawn = drawn.pin_memory()
+    return drawn.to(device, non_blocking=True)
+
+
 def _langevin(batch: Batch, members: list[int]) -> Tensor | None:
     """What the nonlinear stages among these need, ``[members, 3]``; none where all are linear."""
     if not any(batch.plans[i].langevin[batch.sequences[i].stage] for i in members):
@@ -351,8 +361,9 @@ def _stacked(
                 sequence.closes_step,
             )
         )
-    columns = (_as_factor(column, x) for column in _on_device(batch.lane, scalars).unbind(1))
-    alpha, sigma, progress, opens, closes = columns
+    columns = _as_factors(_on_device(batch.lane, scalars), x)
+    alpha, sigma, progress = columns[:, :3].unbind(1)
+    opens, closes = (columns[:, 3:] > 0).unbind(1)
     rows = batch.lane.indices([row for i in members for row in others[i]])
     memory = batch.lane.pool.rule_memory[:, :memory_slots]
     return Rows(
@@ -363,8 +374,8 @@ def _stacked(
         sigma=sigma,
         progress=progress,
         memory=memory.index_select(0, _slots(batch, members)),
-        opens_step=opens > 0,
-        closes_step=closes > 0,
+        opens_step=opens,
+        closes_step=closes,
     )
 
 

@@ -1,0 +1,70 @@
+"""How much a device is asked for, which is the same on every machine."""
+
+from __future__ import annotations
+
+from functools import wraps
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from typing_extensions import ParamSpec, override
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+__all__ = ["OperationCount"]
+
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
+
+
+class OperationCount(TorchDispatchMode):
+    """Counts the operations of a thread that compute or copy something; views do neither.
+
+    A GPU has a kernel or a copy for each, which the host asks it for one by one. On a CPU, what is
+    sent to a GPU from there is not counted, as it is there already.
+
+    Attributes:
+        total: operations so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+        self._apart = False
+
+    def leaving_out(self, work: Callable[Given, Result]) -> Callable[Given, Result]:
+        """The same work, whose operations are not counted."""
+
+        @wraps(work)
+        def apart(*args: Given.args, **kwargs: Given.kwargs) -> Result:
+            self._apart = True
+            try:
+                return work(*args, **kwargs)
+            finally:
+                self._apart = False
+
+        return apart
+
+    @override
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if not self._apart:
+            # A new tensor of numbers is detached in place, which writes nothing.
+            written = func._schema.is_mutable and func is not torch.ops.aten.detach_.default
+            self.total += written or not _memory(made) <= _memory((args, kwargs))
+        return made
+
+
+def _memory(given: Any) -> set[int]:
+    """Of the tensors in it; those without elements have none."""
+    tensors: Sequence[Tensor] = [one for one in tree_leaves(given) if isinstance(one, Tensor)]
+    return {one.untyped_storage().data_ptr() for one in tensors if one.numel()}
