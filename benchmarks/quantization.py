@@ -13,9 +13,9 @@ import argparse
 import json
 from importlib.resources import files
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING, Any, Final, cast, get_args
 
-import numpy as np
 import torch
 from diffusers import (
     FluxTransformer2DModel,
@@ -25,6 +25,7 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 
+from benchmarks.likeness import psnr
 from embedded import MODEL_FOLDER
 from embedded.report import Sampling, score_model, unseen_scenes
 from server.models.loading import load_model
@@ -34,11 +35,11 @@ from server.models.quantized import layers_in_blocks
 from server.models.weights_held import bytes_of
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from embedded.scenes import Scene
 
 SINGLE_FILE: Final = Path(str(files("server.models") / "single_file"))
-
-MOST_PSNR: Final = 99.0
 
 
 def pipeline_of(kind: Quantization) -> tuple[StableDiffusionPipeline, int]:
@@ -54,13 +55,6 @@ def pipeline_of(kind: Quantization) -> tuple[StableDiffusionPipeline, int]:
     return pipeline, bytes_of(model)
 
 
-def psnr(pictures: np.ndarray, wanted: np.ndarray) -> float:
-    """Mean over pictures, uint8 ``[pictures, H, W, 3]``, in decibels."""
-    error = ((pictures / 255.0 - wanted / 255.0) ** 2).mean((1, 2, 3))
-    decibels = -10 * np.log10(np.maximum(error, 10 ** (-MOST_PSNR / 10)))
-    return float(decibels.mean())
-
-
 def measured(kinds: list[Quantization], scenes: list[Scene], sampling: Sampling) -> str:
     """The table of the embedded model."""
     lines = [
@@ -72,7 +66,7 @@ def measured(kinds: list[Quantization], scenes: list[Scene], sampling: Sampling)
         pipeline, nbytes = pipeline_of(kind)
         score, pictures = score_model(pipeline, scenes, sampling)
         whole = pictures if whole is None else whole
-        near = "" if kind == "none" else f"{psnr(pictures, whole):.1f} dB"
+        near = "" if kind == "none" else f"{mean(map(psnr, pictures, whole)):.1f} dB"
         right = f"{score.right} of {score.pictures}"
         name = "float32" if kind == "none" else kind
         lines.append(f"| {name} | {nbytes / 1e6:.1f} | {right} | {near} |")

@@ -19,9 +19,9 @@ from statistics import mean, median, stdev
 from time import perf_counter, process_time
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
+from benchmarks.likeness import psnr
 from embedded import MODEL_FOLDER
 from embedded.checker import compare, read_picture
 from embedded.report import unseen_scenes
@@ -36,6 +36,7 @@ from studies.common.engine_runs import results_of, started
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    import numpy as np
     from numpy.typing import NDArray
 
     from embedded.scenes import Scene
@@ -185,15 +186,9 @@ def _table(
 
 
 def _likeness(drawn: Drawn, wanted: Drawn) -> str:
-    found = sorted(map(_psnr, drawn.pixels, wanted.pixels))
+    found = sorted(map(psnr, drawn.pixels, wanted.pixels))
     error = stdev(found) / len(found) ** 0.5
     return f"{mean(found):.1f} ± {error:.1f} | {found[len(found) // 10]:.1f}"
-
-
-def _psnr(pixels: NDArray[np.uint8], wanted: NDArray[np.uint8]) -> float:
-    """In decibels; of equal pictures that of one level of a single value."""
-    squares = np.square(pixels.astype(np.float64) - wanted).sum()
-    return float(10 * np.log10(255**2 * pixels.size / max(1.0, squares)))
 
 
 def _is_right(scene: Scene, pixels: NDArray[np.uint8]) -> bool:

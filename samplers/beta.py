@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field
 from typing_extensions import override
 
-from samplers.spacing import LevelSpacing
+from samplers.spacing import LevelSpacing, times_between
 
 if TYPE_CHECKING:
     from samplers.levels import F64, Levels
@@ -54,11 +54,9 @@ class Beta(LevelSpacing, frozen=True):
     @override
     def fill(self, schedule: Levels, count: int, t_start: float, t_end: float) -> F64:
         share = beta_quantile(np.linspace(1, 0, count), self.alpha, self.beta)
-        ends = np.array([t_start, t_end])
         if self.over == "sigma":
-            first, last = schedule.noise_level(ends)
-            return schedule.time_of_noise_level(last + share * (first - last))
-        first, last = schedule.measure(ends)
+            return times_between(schedule, share, t_start, t_end)
+        first, last = schedule.measure(np.array([t_start, t_end]))
         return schedule.time_of_measure(last + share * (first - last))
 
     @override

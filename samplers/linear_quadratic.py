@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import Field
 from typing_extensions import override
 
-from samplers.spacing import LevelSpacing, times_of_shares
+from samplers.spacing import LevelSpacing, times_between, times_of_shares
 
 if TYPE_CHECKING:
     from samplers.levels import F64, Levels
@@ -33,9 +33,8 @@ class LinearQuadratic(LevelSpacing, frozen=True):
 
     @override
     def fill(self, schedule: Levels, count: int, t_start: float, t_end: float) -> F64:
-        first, last = schedule.noise_level(np.array([t_start, t_end]))
-        share = self._left(count - 1) if count > 1 else np.ones(1)
-        return schedule.time_of_noise_level(last + (first - last) * share)
+        shares = self._left(count - 1) if count > 1 else np.ones(1)
+        return times_between(schedule, shares, t_start, t_end)
 
     @override
     def evaluated(self, schedule: Levels, steps: int) -> F64:

@@ -84,6 +84,19 @@ def finite_start(schedule: Levels, t_start: float) -> float:
     return t_start * (1 - 1e-3)
 
 
+def times_between(schedule: Levels, shares: F64, t_start: float, t_end: float) -> F64:
+    """Times on the way from one noise level to another, at which these shares of it are left.
+
+    Args:
+        schedule: of the model.
+        shares: falling from 1 to 0, ``[times]``.
+        t_start: time of the first level.
+        t_end: time of the last level.
+    """
+    first, last = schedule.noise_level(np.array([t_start, t_end]))
+    return schedule.time_of_noise_level(last + (first - last) * shares)
+
+
 def times_of_shares(schedule: Levels, shares: F64) -> F64:
     """Times at which these shares of the noisiest level are left.
 

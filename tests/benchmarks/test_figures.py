@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 
+import numpy as np
+import pytest
+
+from benchmarks.likeness import psnr
 from benchmarks.liveness import percentiles
 from benchmarks.promises.costs import delays, grown
 from benchmarks.real_server import MIB
@@ -29,3 +34,9 @@ def test_no_percentile_of_the_liveness_is_above_the_maximum() -> None:
 
 def test_memory_that_grows_and_shrinks_has_one_sign() -> None:
     assert (grown(204 * MIB), grown(-57 * MIB)) == ("+204 MB", "-57 MB")
+
+
+def test_pictures_that_differ_by_a_level_everywhere_are_at_48_decibels() -> None:
+    grey = np.full((4, 4, 3), 128, np.uint8)
+    assert psnr(grey + 1, grey) == pytest.approx(20 * math.log10(255))
+    assert psnr(grey, grey) == pytest.approx(20 * math.log10(255) + 10 * math.log10(48))
