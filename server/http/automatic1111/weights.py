@@ -17,6 +17,7 @@ from server.http.automatic1111.jobs import owner_of
 from server.http.automatic1111.route import ERRORS, TolerantRoute
 from server.http.dependencies import ServiceDep
 from server.http.making import unless_disconnected
+from server.service.model_shelf import ModelShelf
 
 __all__ = ["router"]
 
@@ -46,6 +47,10 @@ async def reload_checkpoint(
 ) -> dict[str, Any]:
     """Load the client's model, and answer once it is loaded."""
     service.ready_engine()
-    lease = await service.ready_shelf().lend(checkpoints.of(owner_of(request)))
-    lease.release()
+    work = _loaded(service.ready_shelf(), checkpoints.of(owner_of(request)))
+    await unless_disconnected(request, work)
     return {}
+
+
+async def _loaded(shelf: ModelShelf, name: str | None) -> None:
+    (await shelf.lend(name)).release()

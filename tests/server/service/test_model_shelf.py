@@ -27,7 +27,8 @@ from server.errors import (
     WeftError,
 )
 from server.http.automatic1111.checkpoints import Checkpoints
-from server.http.automatic1111.weights import unload_checkpoint
+from server.http.automatic1111.jobs import owner_of
+from server.http.automatic1111.weights import reload_checkpoint, unload_checkpoint
 from server.models.hosted import HostedModel
 from server.requests.schema import GenerateRequest
 from server.service.generation import Generation
@@ -484,6 +485,36 @@ def test_a_client_that_leaves_while_its_model_is_unloaded_ends_nothing_of_others
 
     asyncio.run(run())
     assert loaded(service) == ["b"]
+
+
+def test_a_model_whose_client_has_left_before_its_turn_is_not_loaded(
+    service: Service, store: Store
+) -> None:
+    left, checkpoints = asyncio.Event(), Checkpoints()
+
+    async def receive() -> dict[str, str]:
+        await left.wait()
+        return {"type": "http.disconnect"}
+
+    async def run() -> None:
+        shelf = service.ready_shelf()
+        lending = asyncio.create_task(shelf.lend("slow"))
+        await asyncio.to_thread(store.loading.wait, PATIENCE_S)
+        request = Request({"type": "http", "state": {}}, receive)
+        checkpoints.choose(owner_of(request), "b")
+        loading = asyncio.create_task(reload_checkpoint(request, service, checkpoints))
+        await asyncio.sleep(0.01)
+        left.set()
+        try:
+            await asyncio.wait_for(loading, 1)
+        finally:
+            store.may_load.set()
+            (await lending).release()
+        # Its turn comes behind that of the one before.
+        (await shelf.lend("c")).release()
+
+    asyncio.run(run())
+    assert store.loads == ["slow", "c"]
 
 
 def test_no_cuda_graph_is_recorded_while_a_model_is_unloaded_on_demand(
