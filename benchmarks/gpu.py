@@ -70,7 +70,8 @@ ENDING_S = 5
 
 
 WITHIN = tuple(
-    f"benchmarks.{name}" for name in ("at_once", "compiled_blocks", "streams", "throughput")
+    f"benchmarks.{name}"
+    for name in ("at_once", "compiled_blocks", "streams", "throughput", "tick_costs")
 )
 """Benchmarks that take a limit of time, and measure what they can in it."""
 
