@@ -97,6 +97,7 @@ LOST_DEVICE = "tests/server/test_lost_device.py"
 
 CUDA_TESTS = (
     "tests/benchmarks/test_peers.py",
+    "tests/embedded/test_training.py",
     "tests/server/engine/test_cuda.py",
     RECORDINGS,
     "tests/server/models/gguf/test_blocks.py",
