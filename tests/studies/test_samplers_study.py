@@ -119,7 +119,11 @@ def test_statistics_are_found_by_their_scale(tmp_path: Path) -> None:
 
 
 def test_the_study_writes_its_page_and_resumes(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], study: Study, model: HostedModel
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    study: Study,
+    model: HostedModel,
+    sketches: list[Path],
 ) -> None:
     data, page, images = (tmp_path / name for name in ("d.jsonl", "page.md", "images"))
     arguments = [
@@ -134,7 +138,8 @@ def test_the_study_writes_its_page_and_resumes(
     text = page.read_text()
     assert "| ddim |" in text
     assert "$" not in text
-    assert len(list(images.glob("*.png"))) == 5
+    assert sorted(images.glob("*.png")) == sorted(sketches)
+    assert len(sketches) == 5
     # What stands in the file is not measured again, and what is missing is.
     wanted = Wanted(("error",), ("ddim",), (1.0,), (5, 6))
     records = Records(data)
