@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 TERMS = 64
 """Of a series whose terms fall by 2 at least: beyond the last digit of float64."""
 ITERATIONS = 30
-"""Of Newton's method; 12 do for the spacing's range of parameters."""
+"""At most, of Newton's method; 12 do for the spacing's range of parameters."""
+LAST_STEP = 1e-10
+"""A step of Newton's method so short, in log x, is the last: the error left is about its square."""
 
 
 class Beta(LevelSpacing, frozen=True):
@@ -111,7 +113,10 @@ def _lower_quantile(probability: F64, alpha: float, beta: float) -> F64:
     for _ in range(ITERATIONS):
         tail = _lower_tail(log_x, alpha, beta)
         slope = np.exp(alpha * log_x + (beta - 1) * np.log1p(-np.exp(log_x))) / (whole * tail)
-        log_x = np.minimum(log_x + (target - np.log(tail)) / slope, np.log(0.5))
+        before = log_x
+        log_x = np.minimum(before + (target - np.log(tail)) / slope, np.log(0.5))
+        if np.abs(log_x - before).max(initial=0) < LAST_STEP:
+            break
     return np.where(found, np.exp(log_x), 0)
 
 

@@ -13,6 +13,7 @@ flow's.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from math import comb
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -31,6 +32,9 @@ Weights: TypeAlias = Literal["constant", "variable"]
 
 BACKWARD_DIFFERENCES = np.array([1, 1 / 2, 5 / 12, 3 / 8, 251 / 720])
 """Weights of the backward differences of the slope in Adams and Bashforth's even steps."""
+
+POINTS, SHARES = np.polynomial.legendre.leggauss(3)
+"""Three points of Gauss and Legendre, which are exact to degree 5."""
 
 SOUND_START = 1.5
 """Sum of absolute weights above which the first steps are not redone, see :meth:`Line.redone`."""
@@ -148,9 +152,15 @@ def of_differences(coefficients: F64) -> F64:
 
     The j-th difference is ``sum_k (-1)^k comb(j, k) f_k``.
     """
-    count = len(coefficients)
-    signed = [[(-1.0) ** k * comb(j, k) for k in range(count)] for j in range(count)]
-    return coefficients @ np.array(signed)
+    return coefficients @ _signed_binomials(len(coefficients))
+
+
+@cache
+def _signed_binomials(count: int) -> F64:
+    """``(-1)^k comb(j, k)`` at ``[j, k]``."""
+    found = np.array([[(-1.0) ** k * comb(j, k) for k in range(count)] for j in range(count)])
+    found.setflags(write=False)
+    return found
 
 
 def mean_of_interpolant(nodes: F64, start: float, end: float) -> F64:
@@ -161,11 +171,9 @@ def mean_of_interpolant(nodes: F64, start: float, end: float) -> F64:
         start: where the mean begins.
         end: where it ends.
     """
-    # Three points of Gauss and Legendre are exact to degree 5.
-    points, shares = np.polynomial.legendre.leggauss(3)
-    at = start + (points + 1) / 2 * (end - start)
-    weights = np.empty_like(nodes)
-    for j, node in enumerate(nodes):
-        others = np.delete(nodes, j)
-        weights[j] = shares @ np.prod((at[:, None] - others) / (node - others), axis=1) / 2
-    return weights
+    at = start + (POINTS + 1) / 2 * (end - start)
+    factors = np.ones((len(at), len(nodes), len(nodes)))
+    others = ~np.eye(len(nodes), dtype=bool)
+    away, apart = at[:, None, None] - nodes, nodes[:, None] - nodes
+    np.divide(away, apart, out=factors, where=others)
+    return SHARES @ factors.prod(2) / 2

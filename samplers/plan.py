@@ -52,8 +52,12 @@ class Columns:
         """
         if unknown := slots.keys() - self._of_slot.keys():
             raise KeyError(f"{sorted(unknown)} are no slots; they are {list(self._slots)}.")
-        zero = np.zeros_like(self.one)
-        return np.stack(np.broadcast_arrays(*(slots.get(name, zero) for name in self._slots)))
+        shape = np.broadcast_shapes(self.one.shape, *(row.shape for row in slots.values()))
+        table = np.zeros((len(self._slots), *shape))
+        for place, name in enumerate(self._slots):
+            if name in slots:
+                table[place] = slots[name]
+        return table
 
 
 @dataclass(frozen=True, slots=True, eq=False)

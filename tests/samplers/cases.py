@@ -1,6 +1,7 @@
 """What the tests of all samplers run over: their variants, and schedules of every kind."""
 
 from collections.abc import Hashable, Iterable, Sequence
+from functools import cache
 from itertools import product
 from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -272,6 +273,7 @@ def may_refuse(spacing: Spacing, schedule: NoiseSchedule) -> bool:
     return spacing.integer_timesteps and not schedule.whole_timesteps
 
 
+@cache
 def grid_unless_refused(schedule: NoiseSchedule, spacing: Spacing, steps: int) -> Grid | None:
     """The grid, or none where the spacing refuses the schedule or so many steps."""
     try:
