@@ -183,9 +183,10 @@ def _lifespan(
         loop = asyncio.get_running_loop()
 
         def failed(after_s: float) -> None:
-            if on_failure is not None:
-                # A closed loop means that the server is ending anyway.
-                with contextlib.suppress(RuntimeError):
+            # A closed loop means that the server is ending anyway.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(service.abandon)
+                if on_failure is not None:
                     loop.call_soon_threadsafe(loop.call_later, after_s, on_failure)
 
         # Not in the loop's own threads, which a process that ends waits for: nothing interrupts

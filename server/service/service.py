@@ -114,7 +114,7 @@ class Service:
         self.decoding.close()
         self._weights.shutdown(wait=False)
         if self._shelf is not None:
-            self._shelf.close(_stopping())
+            self._shelf.close(self._farewell())
 
     def give_up(self, reason: str) -> None:
         """Refuse all requests for good, because the models could not be loaded."""
@@ -125,9 +125,11 @@ class Service:
         self.leaving.set()
 
     def abandon(self) -> None:
-        """End all requests under way with :class:`NotReady`."""
+        """End all requests under way, and loads that are waited for, with :class:`NotReady`."""
         for generation in list(self._under_way.values()):
-            generation.abandon(_stopping())
+            generation.abandon(self._farewell())
+        if self._shelf is not None:
+            self._shelf.close(self._farewell())
 
     @property
     def engine(self) -> Engine | None:
@@ -157,10 +159,8 @@ class Service:
         Raises:
             NotReady: it is still loading, about to stop, or broken.
         """
-        if self.broken:
-            raise NotReady(self.broken, retry_after_s=60)
-        if self.leaving.is_set():
-            raise _stopping()
+        if self.broken or self.leaving.is_set():
+            raise self._farewell()
         if self._engine is None or not self.ready:
             raise NotReady("The model is still loading.")
         return self._engine
@@ -273,7 +273,7 @@ class Service:
         generation = Generation(identifier, asyncio.get_running_loop(), self._line)
         self._under_way[identifier] = generation
         try:
-            await self._begin(generation, request, client)
+            await generation.unless_ended(self._begin(generation, request, client))
         except BaseException as error:
             generation.end(error)
             self.release(generation)
@@ -332,7 +332,8 @@ class Service:
         with ExitStack() as held:
             runs = runs_of(request)
             room = held.enter_context(engine.reserve(runs * request.n, client=client, runs=runs))
-            model = await generation.unless_ended(self._lent(shelf, generation, request.model))
+            lease = self._leases[generation] = await shelf.lend(request.model)
+            model = lease.model
             request = edited_as(request, model.facts)
             early = await decoded_for_their_size(request, model, self.decoding)
             sizes = early.size, early.reference_size
@@ -362,16 +363,6 @@ class Service:
         ready = await asyncio.to_thread(_weights_loaded, request, model)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(None if ready else self._weights, work)
-
-    async def _lent(
-        self, shelf: ModelShelf, generation: Generation, name: str | None
-    ) -> HostedModel:
-        """The model, which :meth:`release` gives back.
-
-        Kept here and not by who waits: a cancellation of both would leave it lent for ever.
-        """
-        lease = self._leases[generation] = await shelf.lend(name)
-        return lease.model
 
     def _submit(
         self,
@@ -403,6 +394,12 @@ class Service:
             submission,
         )
 
+    def _farewell(self) -> NotReady:
+        """Why no request is served any more."""
+        if self.broken:
+            return NotReady(self.broken, retry_after_s=60)
+        return NotReady("The server is stopping; send the request again in a few seconds.")
+
     def ready_shelf(self) -> ModelShelf:
         """The models, which are lent to who uses them.
 
@@ -412,10 +409,6 @@ class Service:
         if self._shelf is None:
             raise NotReady("The model is still loading.")
         return self._shelf
-
-
-def _stopping() -> NotReady:
-    return NotReady("The server is stopping; send the request again in a few seconds.")
 
 
 def _weights_loaded(request: ResolvedRequest, model: HostedModel) -> bool:

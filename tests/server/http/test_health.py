@@ -1,6 +1,7 @@
 import re
 from collections.abc import Callable
 from threading import Event
+from time import sleep
 from typing import Any
 
 import httpx2
@@ -9,7 +10,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
 from server.http.app import create_app
+from server.service.hosting import Hosted
 from server.settings import Settings
+from tests.server.toy_model import Toy, started
 
 Unloaded = Callable[..., TestClient]
 
@@ -63,6 +66,25 @@ def test_a_load_that_ends_in_something_else_than_an_error_is_said_too(
     with TestClient(app, base_url="http://127.0.0.1:8000") as client:
         assert given_up.wait(60)
         assert client.get("/livez").status_code == client.get("/readyz").status_code == 503
+
+
+def test_requests_under_way_hear_of_an_engine_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, failing = started(Toy(), 8), list[Callable[[], None]]()
+    nowhere: Any = None
+
+    def host(_: Settings, on_failure: Callable[[], None]) -> Hosted:
+        failing.append(on_failure)
+        return Hosted(engine, {"toy": Toy()}, nowhere)
+
+    monkeypatch.setattr("server.http.app.host", host)
+    app = create_app(Settings())
+    abandoned = Event()
+    with TestClient(app, base_url="http://127.0.0.1:8000"):
+        monkeypatch.setattr(app.state.service, "abandon", abandoned.set)
+        while not failing:
+            sleep(0.01)
+        failing[0]()
+        assert abandoned.wait(5)
 
 
 def test_a_loaded_server_is_ready(client: httpx2.Client) -> None:

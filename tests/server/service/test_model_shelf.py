@@ -344,6 +344,29 @@ def test_who_waits_hears_of_a_cancellation_and_of_the_end(
     assert isinstance(ended, Cancelled if end == "cancel" else NotReady)
 
 
+def test_whoever_waits_for_a_model_hears_at_once_that_the_engine_failed(
+    service: Service, store: Store, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether a request or, as of a stream, its settings."""
+
+    async def run() -> None:
+        waiting: list[asyncio.Task[Any]] = [
+            asyncio.create_task(begun(service, "slow", "one")),
+            asyncio.create_task(service.ready_shelf().lend("slow")),
+            asyncio.create_task(service.ready_shelf().unload("a")),
+        ]
+        await asyncio.to_thread(store.loading.wait, PATIENCE_S)
+        await asyncio.sleep(0.01)
+        monkeypatch.setattr(engine, "failure", RuntimeError())
+        service.abandon()
+        for one in waiting:
+            with pytest.raises(NotReady, match=r"^The engine stopped: RuntimeError\.$"):
+                await asyncio.wait_for(one, 1)
+        store.may_load.set()
+
+    asyncio.run(run())
+
+
 def test_a_request_that_is_cancelled_as_it_gets_its_model_gives_it_back(service: Service) -> None:
     async def leave(turns: int) -> None:
         request = GenerateRequest(prompt="x", steps=1)

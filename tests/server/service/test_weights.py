@@ -9,10 +9,12 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+import pytest
 import torch
 from PIL import Image
 from typing_extensions import override
 
+from server.errors import Cancelled, NotReady
 from server.models.controls.control import Control
 from server.models.controls.control_kind import ControlKind
 from server.models.controls.shelf import ControlShelf
@@ -87,5 +89,40 @@ def test_one_that_is_read_slowly_holds_up_those_alone_that_want_it(tmp_path: Pat
     try:
         asyncio.run(run())
     finally:
+        service.close()
+        engine.stop(0)
+
+
+@pytest.mark.parametrize("end", ["stop", "cancel"])
+def test_a_request_that_waits_for_weights_hears_at_once_that_it_is_over(
+    tmp_path: Path, end: str
+) -> None:
+    put_plain(tmp_path, "depth")
+    model = Steered(tmp_path)
+    engine = started(model, 8)
+    service = Service(Limits())
+    service.open(engine, {"toy": model})
+    picture = base64.b64encode(saved(Image.new("RGB", (32, 32)), "PNG")).decode()
+    fields = {"prompt": "x", "controls": [{"name": "depth", "image": picture}]}
+
+    async def run() -> None:
+        request = GenerateRequest.model_validate(fields)
+        admitting = asyncio.create_task(service.admit(request, "one"))
+        assert await asyncio.to_thread(model.kind.begun.wait, PATIENCE_S)
+        if end == "stop":
+            service.abandon()
+        else:
+            service.cancel("one")
+        with pytest.raises(NotReady if end == "stop" else Cancelled):
+            await asyncio.wait_for(admitting, 1)
+        assert not model.kind.readable.is_set()
+        model.kind.readable.set()
+
+    try:
+        asyncio.run(run())
+        assert service.outcomes == {"unavailable" if end == "stop" else "cancelled": 1}
+        assert engine.measurements.pending == 0
+    finally:
+        model.kind.readable.set()
         service.close()
         engine.stop(0)
