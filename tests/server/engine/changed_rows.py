@@ -1,4 +1,4 @@
-"""Forwards of the embedded model whose rows change something inside it, on its device."""
+"""Forwards of a Stable Diffusion whose rows change something inside it, on its device."""
 
 from __future__ import annotations
 
@@ -27,14 +27,12 @@ from server.models.inputs import RowInputs
 from server.models.unet_model import TEXT
 from tests.server.models.adapters.low_rank import adapter, changes
 from tests.server.models.controls.tiny_controls import of_unet
+from tests.server.models.image_prompts.tiny_image_prompts import cross_attention
 
 Given: TypeAlias = tuple[Tensor, Tensor, RowInputs]
 Edits: TypeAlias = tuple[Edit, ...]
 
 SIDE = 64
-UP = "up_blocks.1.attentions.1.transformer_blocks.0"
-FEATURES = 1600
-"""Keys and values of all layers of cross-attention."""
 
 
 def drawn(model: HostedModel, seed: int, *shape: int) -> Tensor:
@@ -61,16 +59,24 @@ def ink(model: HostedModel, rank: int = 4, within: str = "attn") -> Weighted:
     return Weighted(adapter("ink", parts), 0.7)
 
 
-def edits_of_all_kinds(sigma: float, strength: float, scale: float) -> list[Edits]:
+def last_layer(model: HostedModel) -> str:
+    """Of those whose attention edits change."""
+    return [name for name in model.layers() if name.startswith("up_blocks")][-1]
+
+
+def edits_of_all_kinds(
+    model: HostedModel, sigma: float, strength: float, scale: float
+) -> list[Edits]:
     """Of 8 rows, all but those that refer to another row; numbers are given, places are not."""
+    up = last_layer(model)
     return [
         (),
         (IdentityAttention(("middle",)),),
-        (BlurredQueries((UP,), sigma),),
-        (SkippedBlocks((UP,)), NormalizedAttention(scale, 2.5, strength)),
+        (BlurredQueries((up,), sigma),),
+        (SkippedBlocks((up,)), NormalizedAttention(scale, 2.5, strength)),
         (SkipScales((strength, 1.0)),),
         (BackboneScales((1 + strength, 1.4), (strength, 0.2)),),
-        (BlurredQueries((UP,), math.inf), BackboneScales((1.1, 1.2), (0.9, strength))),
+        (BlurredQueries((up,), math.inf), BackboneScales((1.1, 1.2), (0.9, strength))),
         (NormalizedAttention(2 * scale, 1.5, 0.25),),
     ]
 
@@ -84,12 +90,16 @@ def depth_of(model: HostedModel) -> Control:
 
 def steered(model: HostedModel, depth: Control, seed: int) -> RowControls:
     """Two of three rows with a ControlNet, which fades in one of them."""
-    one = RowControl(depth, drawn(model, seed, 64, 8, 8), 0.5 + seed, gives_way=True)
-    other = RowControl(depth, drawn(model, 10 + seed, 64, 8, 8), 1.0)
+    unet: Any = model.modules()["unet"]
+    channels = unet.config.block_out_channels[0]
+    one = RowControl(depth, drawn(model, seed, channels, 8, 8), 0.5 + seed, gives_way=True)
+    other = RowControl(depth, drawn(model, 10 + seed, channels, 8, 8), 1.0)
     return RowControls(((), (one,), (other,)), (0, 1, 2))
 
 
 def shown(model: HostedModel, seed: int, tokens: int) -> RowImagePrompt:
     """A picture beside a text, in a part of the image."""
     region = {queries: drawn(model, seed, queries, 1) for queries in (4, 16)}
-    return RowImagePrompt(drawn(model, seed, tokens, FEATURES), 0.3 + seed, region)
+    # Keys and values of all layers of cross-attention.
+    features = sum(2 * int(layer.inner_dim) for layer in cross_attention(model.modules()["unet"]))
+    return RowImagePrompt(drawn(model, seed, tokens, features), 0.3 + seed, region)

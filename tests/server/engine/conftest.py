@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from threading import Event
 from typing import Any
 
@@ -21,6 +22,7 @@ from server.models.hosted import HostedModel
 from server.models.loading import load_model
 from tests.server.by_hand import terms_for
 from tests.server.full_ticks import full_ticks
+from tests.server.thin_model import put_thin_model, thin_model
 
 PATIENCE_S = 120
 SIDE = 96
@@ -76,7 +78,21 @@ class Hearing:
 
 
 @pytest.fixture(scope="session")
-def model() -> HostedModel:
+def thin_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("thin") / "model"
+    put_thin_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model(thin_folder: Path) -> HostedModel:
+    """For what does not depend on what pictures show."""
+    return thin_model(thin_folder)
+
+
+@pytest.fixture(scope="session")
+def trained() -> HostedModel:
+    """The embedded model."""
     return load_model(MODEL_FOLDER, name="embedded", device="cpu", dtype="float32")
 
 
@@ -109,6 +125,13 @@ def start(model: HostedModel) -> Iterator[Callable[..., Engine]]:
 @pytest.fixture(scope="session")
 def engine(model: HostedModel) -> Iterator[Engine]:
     made = started(model, row_budget=6)
+    yield made
+    made.stop(0)
+
+
+@pytest.fixture(scope="session")
+def trained_engine(trained: HostedModel) -> Iterator[Engine]:
+    made = started(trained, row_budget=6)
     yield made
     made.stop(0)
 

@@ -7,13 +7,13 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import permutations
+from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from torch import Tensor
 
-from embedded import MODEL_FOLDER
 from guidance.autoguidance import Autoguidance
 from guidance.negtome import NegToMe
 from guidance.pag import PAG
@@ -23,9 +23,9 @@ from server.engine.task import Group, ImageTask
 from server.models.adapters.adapter import Adapter, Weighted
 from server.models.hosted import HostedModel
 from server.models.inputs import RowInputs
-from server.models.loading import load_model
 from tests.server import by_hand, toy_model
 from tests.server.models.adapters.low_rank import adapter, changes, merged
+from tests.server.thin_model import thin_model
 from tests.server.toy_model import Toy, run, started
 
 Make = Callable[..., ImageTask]
@@ -44,9 +44,9 @@ def styles(model: HostedModel) -> tuple[Weighted, Weighted]:
 
 
 @pytest.fixture(scope="module")
-def restyled(styles: tuple[Weighted, ...]) -> Iterator[Engine]:
+def restyled(thin_folder: Path, styles: tuple[Weighted, ...]) -> Iterator[Engine]:
     """An engine on a model with both adapters in its weights."""
-    changed = load_model(MODEL_FOLDER, name="embedded", device="cpu", dtype="float32")
+    changed = thin_model(thin_folder)
     for part, network in changed.adaptable().items():
         network.load_state_dict(merged(network, part, styles).state_dict())
     made = started(changed, 6)

@@ -232,12 +232,12 @@ def test_a_model_without_a_classifier_cannot_be_asked(model):
 
 
 @pytest.fixture
-def led(model: Any, task: Any) -> Callable[..., list[Any]]:
+def led(trained: Any, task: Any) -> Callable[..., list[Any]]:
     """Tasks that ask the model's own classifier, as requests make them."""
 
     def make(term: Any, seeds: range, prompt: str) -> list[Any]:
         plain = task("dpm_solver_pp", steps=8, prompt=prompt, width=128, height=128)
-        terms = terms_for((term,), plain.plan, model, prompt=prompt)
+        terms = terms_for((term,), plain.plan, trained, prompt=prompt)
         return [replace(plain, seed=seed, terms=terms) for seed in seeds]
 
     return make
@@ -252,26 +252,26 @@ def seen_by(model: Any, pictures: list[Any], attribute: str) -> Tensor:
         return model.classify(latents, *clean)[attribute].softmax(1)
 
 
-def test_elucd_shows_what_the_prompt_leaves_unsaid(model, engine, led, run):
+def test_elucd_shows_what_the_prompt_leaves_unsaid(trained, trained_engine, led, run):
     """Measured over more pictures, and other attributes, in docs/mathematics.md."""
     aim, prompt = {"background": "sunset"}, "a red circle on the left"
-    number = model.classifier.heads["background"].index("sunset")
+    number = trained.classifier.heads["background"].index("sunset")
     plain, towards = (
-        run(engine, led(EluCD(scale=scale, target=aim), range(4), prompt)).pixels()
+        run(trained_engine, led(EluCD(scale=scale, target=aim), range(4), prompt)).pixels()
         for scale in (0.0, 4.0)
     )
-    before, after = (seen_by(model, p, "background")[:, number] for p in (plain, towards))
+    before, after = (seen_by(trained, p, "background")[:, number] for p in (plain, towards))
     assert (after >= before).all()
     assert after.mean() > before.mean() + 0.3
     shown = [sum(read_picture(one).background == "sunset" for one in p) for p in (plain, towards)]
     assert shown[1] > shown[0]
 
 
-def test_minority_guidance_makes_what_the_classifier_finds_rare(model, engine, led, run):
+def test_minority_guidance_makes_what_the_classifier_finds_rare(trained, trained_engine, led, run):
     plain, towards = (
-        run(engine, led(Minority(scale=scale), range(4), "a red circle")).pixels()
+        run(trained_engine, led(Minority(scale=scale), range(4), "a red circle")).pixels()
         for scale in (0.0, 3.5)
     )
     tenths = torch.arange(1.0, 11.0)
-    before, after = (seen_by(model, p, "minority") @ tenths for p in (plain, towards))
+    before, after = (seen_by(trained, p, "minority") @ tenths for p in (plain, towards))
     assert after.mean() > before.mean() + 1

@@ -26,12 +26,12 @@ from server.models.inputs import RowInputs
 from server.models.loading import load_model
 from server.models.memory import reclaim
 from tests.server.engine.changed_rows import (
-    UP,
     Given,
     depth_of,
     edits_of_all_kinds,
     given,
     ink,
+    last_layer,
     shown,
     steered,
     told,
@@ -73,7 +73,7 @@ def adapted(model: HostedModel) -> Forward:
 def edited(number: int) -> Callable[[HostedModel], Forward]:
     def of(model: HostedModel) -> Forward:
         def forward(seed: int) -> Given:
-            edits = edits_of_all_kinds(0.8 + seed, 0.5 + 0.1 * seed, 3.0 + seed)
+            edits = edits_of_all_kinds(model, 0.8 + seed, 0.5 + 0.1 * seed, 3.0 + seed)
             two = [edits[number], edits[0]]
             # What one of these rows does, now the other one does.
             return given(
@@ -86,7 +86,7 @@ def edited(number: int) -> Callable[[HostedModel], Forward]:
 
 
 def apart(model: HostedModel) -> Forward:
-    edits = [(), (ApartFrom((UP,), 0.9, 0.65, 0),)]
+    edits = [(), (ApartFrom((last_layer(model),), 0.9, 0.65, 0),)]
     return lambda seed: given(model, 2, seed, edits=edits)
 
 
@@ -111,7 +111,7 @@ def all_at_once(model: HostedModel) -> Forward:
             model,
             8,
             seed,
-            edits=edits_of_all_kinds(0.8 + seed, 0.5, 3.0 + seed),
+            edits=edits_of_all_kinds(model, 0.8 + seed, 0.5, 3.0 + seed),
             against=told(model, 8, seed),
             adapters=rows,
             controls=steered(model, depth, seed).padded(8, fixed=False),

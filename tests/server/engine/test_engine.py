@@ -122,12 +122,10 @@ def test_cfg_plus_plus_moves_x_once_a_step_in_the_engine_too(engine, model, task
     assert apart(pixels, by_hand(model, one)) <= CLOSE
 
 
-def test_an_image_is_what_diffusers_own_pipeline_gives(engine, task, run):
+def test_an_image_is_what_diffusers_own_pipeline_gives(engine, thin_folder, task, run):
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-    from embedded import MODEL_FOLDER
-
-    pipeline = StableDiffusionPipeline.from_pretrained(MODEL_FOLDER)
+    pipeline = StableDiffusionPipeline.from_pretrained(thin_folder)
     pipeline.scheduler = DDIMScheduler.from_config(
         pipeline.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True
     )

@@ -5,14 +5,14 @@ from server.engine.tick.preview import fit_preview, previews, to_uint8
 from tests.server.toy_model import Toy
 
 
-def test_a_preview_shows_the_colours_of_the_picture(model):
+def test_a_preview_shows_the_colours_of_the_picture(trained):
     """Of a picture half red and half white, as its own autoencoder encodes it."""
     picture = torch.ones(1, 3, 128, 128)
     picture[:, 1:, :, :64] = -1
     with torch.inference_mode():
-        latents = model.encode_image(picture)
-        small = previews(latents, fit_preview(model))[0].numpy()
-        decoded = to_uint8(model.decode(latents))[0].numpy()
+        latents = trained.encode_image(picture)
+        small = previews(latents, fit_preview(trained))[0].numpy()
+        decoded = to_uint8(trained.decode(latents))[0].numpy()
     assert small.shape == (64, 64, 3)
     # Against the decoder's own picture, as the autoencoder's skill is not the preview's.
     for left, right in ((slice(4, 28), slice(8, 56)), (slice(36, 60), slice(72, 120))):
@@ -21,10 +21,10 @@ def test_a_preview_shows_the_colours_of_the_picture(model):
         assert abs(ours - theirs).max() < 40
 
 
-def test_a_preview_has_no_border_that_the_picture_has_not(model):
+def test_a_preview_has_no_border_that_the_picture_has_not(trained):
     picture = torch.tensor([-0.6, 0.1, 0.7]).view(1, 3, 1, 1).expand(1, 3, 128, 128)
     with torch.inference_mode():
-        small = previews(model.encode_image(picture), fit_preview(model))[0].float()
+        small = previews(trained.encode_image(picture), fit_preview(trained))[0].float()
     middle = small[24:40, 24:40].mean((0, 1))
     assert (small - middle).abs().max() < 24
 

@@ -22,13 +22,13 @@ from server.models.controls.control import Control
 from server.models.hosted import HostedModel
 from server.models.image_prompts.row_image_prompts import RowImagePrompts
 from tests.server.engine.changed_rows import (
-    UP,
     Edits,
     Given,
     depth_of,
     edits_of_all_kinds,
     given,
     ink,
+    last_layer,
     shown,
     steered,
     told,
@@ -81,9 +81,9 @@ def test_rows_with_adapters(model: HostedModel) -> None:
 
 def test_rows_with_edits_of_all_kinds_but_one(model: HostedModel) -> None:
     tape = OperationTape()
-    graphs, edits = Graphs(model, tape), edits_of_all_kinds(0.8, 0.5, 3.0)
+    graphs, edits = Graphs(model, tape), edits_of_all_kinds(model, 0.8, 0.5, 3.0)
     recorded(graphs, given(model, 8, 0, edits=edits, against=told(model, 8, 0)))
-    others = edits_of_all_kinds(2.5, 0.7, 5.0)
+    others = edits_of_all_kinds(model, 2.5, 0.7, 5.0)
     # Also with the same numbers in other rows.
     for seed, rows in enumerate((edits, others, edits[::-1])):
         inputs = given(model, 8, seed, edits=rows, against=told(model, 8, seed))
@@ -94,13 +94,14 @@ def test_rows_with_edits_of_all_kinds_but_one(model: HostedModel) -> None:
 def test_rows_that_move_apart_from_others_with_adapters(model: HostedModel) -> None:
     tape = OperationTape()
     graphs, ours = Graphs(model, tape), RowAdapters(((ink(model),), (), ()))
-    apart: Edit = ApartFrom((UP,), 0.9, 0.65, 0)
-    edits: list[Edits] = [(), (apart, IdentityAttention((UP,))), ()]
+    up = last_layer(model)
+    apart: Edit = ApartFrom((up,), 0.9, 0.65, 0)
+    edits: list[Edits] = [(), (apart, IdentityAttention((up,))), ()]
     recorded(graphs, given(model, 3, 0, edits=edits, adapters=ours))
     assert_replayed(graphs, tape, model, given(model, 3, 1, edits=edits, adapters=ours))
     # Another row is another forward.
     graphs.evaluate(*given(model, 3, 1, edits=edits[::-1], adapters=ours), COST)
-    moved: list[Edits] = [(), (), (apart, IdentityAttention((UP,)))]
+    moved: list[Edits] = [(), (), (apart, IdentityAttention((up,)))]
     recorded(graphs, given(model, 3, 0, edits=moved, adapters=ours))
     assert_replayed(graphs, tape, model, given(model, 3, 1, edits=moved, adapters=ours))
 
@@ -153,7 +154,7 @@ def test_rows_with_image_prompts(model: HostedModel) -> None:
 def test_the_host_takes_no_part_in_a_forward_whose_inputs_are_in_tensors(
     model: HostedModel, depth: Control
 ) -> None:
-    edits = edits_of_all_kinds(0.8, 0.5, 3.0)
+    edits = edits_of_all_kinds(model, 0.8, 0.5, 3.0)
     x, t, inputs = given(
         model,
         8,

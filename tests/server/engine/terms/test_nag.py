@@ -1,7 +1,8 @@
-"""Normalized attention guidance in the engine, on the embedded model."""
+"""Normalized attention guidance in the engine."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,6 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from embedded import MODEL_FOLDER
 from guidance import CFG, NAG, PAG, Edit
 from guidance.edits import NormalizedAttention
 from samplers import preconditioning
@@ -28,8 +28,8 @@ NEGATIVE = "a blue star"
 
 
 @pytest.fixture(scope="module")
-def unet() -> UNet2DConditionModel:
-    return UNet2DConditionModel.from_pretrained(MODEL_FOLDER / "unet").eval()
+def unet(thin_folder: Path) -> UNet2DConditionModel:
+    return UNet2DConditionModel.from_pretrained(thin_folder / "unet").eval()
 
 
 def drawn(model: Any, unet: Any, one: Any, setting: NAG, scale: float) -> Any:
