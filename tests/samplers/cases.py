@@ -193,7 +193,11 @@ _FIRST = {type(one): one for one in reversed([*VARIANTS, *SPACING_VARIANTS])}
 FEW_VARIANTS: list[Sampler] = fields_in_pairs(VARIANTS)
 FEW_SPACING_VARIANTS: list[Spacing] = fields_in_pairs(SPACING_VARIANTS)
 
-each_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
+_SEVERAL = SCHEDULES if EVERY_CELL else ("vp_linear", "zero_snr", "flow_shifted", "edm", "trigflow")
+each_schedule = pytest.mark.parametrize(
+    "schedule", [SCHEDULES[name] for name in _SEVERAL], ids=list(_SEVERAL)
+)
+"""One schedule of each class; a run of everything takes all."""
 
 
 def suits(sampler: Sampler, schedule: NoiseSchedule) -> bool:

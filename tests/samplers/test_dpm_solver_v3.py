@@ -183,8 +183,11 @@ def published_run(
     return landed
 
 
-@pytest.mark.parametrize("spacing", [LogSNR(), Karras()], ids=["logsnr", "karras"])
-@pytest.mark.parametrize("flags", FLAGS, ids=flag_label)
+@pytest.mark.parametrize(
+    ("flags", "spacing"),
+    covering(product(FLAGS, (LogSNR(), Karras())), tuple),
+    ids=lambda value: flag_label(value) if isinstance(value, Flags) else value.name,
+)
 def test_a_run_is_the_authors_own_with_any_flags(flags: Flags, spacing: LogSNR | Karras) -> None:
     grid = VP.grid(spacing, 7, 1.0, 0.01)
     statistics, data, x = smooth(ends_of(VP)), GaussianMixtureDenoiser(VP), start_of()[:1]
@@ -326,9 +329,9 @@ def test_the_order_holds_whatever_the_statistics_are(flags: Flags, schedule: Noi
     x = torch.linspace(-reach, reach, 7, dtype=torch.float64)[:, None, None, None]
     x = x.expand(-1, 1, 3, 1)
     exact = data.transport(x, t_start, t_end)
-    plans = [sampler.plan(eased_in(schedule, n, t_start, t_end), given) for n in (60, 120, 240)]
+    plans = [sampler.plan(eased_in(schedule, n, t_start, t_end), given) for n in (60, 240)]
     found = [float((integrate(plan, data, x) - exact).abs().max()) for plan in plans]
-    slope = -np.polyfit(np.log([60, 120, 240]), np.log(found), 1)[0]
+    slope = -np.polyfit(np.log([60, 240]), np.log(found), 1)[0]
     assert abs(slope - sampler.convergence_order) < 0.25, f"{slope:.2f}: {found}"
 
 
