@@ -20,6 +20,7 @@ from server.models.inputs import RowInputs
 if TYPE_CHECKING:
     from collections.abc import Callable
     from collections.abc import Sequence as Listed
+    from contextlib import AbstractContextManager
 
     from torch import Tensor
 
@@ -60,7 +61,11 @@ def forward_rows(batches: Listed[Batch]) -> list[ForwardRows]:
 
 
 def forward(
-    batches: Listed[Batch], rows: Listed[ForwardRows], x: Listed[Tensor], t: Listed[Tensor]
+    batches: Listed[Batch],
+    rows: Listed[ForwardRows],
+    x: Listed[Tensor],
+    t: Listed[Tensor],
+    watch: AbstractContextManager[object],
 ) -> list[Tensor]:
     """What the network puts out for the rows, and its companion for those that are to be weak.
 
@@ -69,12 +74,14 @@ def forward(
         rows: what they are given.
         x: at the network's own scale, ``[rows, C, h, w]`` of each batch.
         t: what it is told of the noise level, ``[rows]`` of each batch.
+        watch: is on while the network runs.
     """
     inputs = _inputs(batches, rows, t[0])
-    if len(batches) == 1:
-        return [_of_one_size(batches[0], inputs, x[0], t[0])]
-    lane = largest(batch.lane for batch in batches)
-    return lane.evaluate_sizes(x, torch.cat([*t]), inputs)
+    with watch:
+        if len(batches) == 1:
+            return [_of_one_size(batches[0], inputs, x[0], t[0])]
+        lane = largest(batch.lane for batch in batches)
+        return lane.evaluate_sizes(x, torch.cat([*t]), inputs)
 
 
 def _of_one_size(batch: Batch, inputs: RowInputs, x: Tensor, t: Tensor) -> Tensor:

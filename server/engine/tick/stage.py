@@ -92,11 +92,12 @@ def run_stage(
     began = perf_counter()
     batches = [weave.pack(lane, own, fixed_rows) for lane, own in _by_lane(chosen).items()]
     watch = Stopwatch(batches[0].lane.model.device)
-    with watch:
-        if chosen[0].recalls:
+    if chosen[0].recalls:
+        with watch:
             evaluated = [recall.recall(batch) for batch in batches]
-        else:
-            evaluated = weave.evaluate(batches)
+    else:
+        # A GPU has nothing to do while the rows are put together, which is no time of the network.
+        evaluated = weave.evaluate(batches, watch)
     steps = [_step(*both) for both in zip(batches, evaluated, strict=True)]
     meanwhile()
     told = _told(steps)

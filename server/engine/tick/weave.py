@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -19,6 +20,7 @@ from server.engine.tick.forward import forward, forward_rows
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from collections.abc import Sequence as Listed
+    from contextlib import AbstractContextManager
 
     from torch import Tensor
 
@@ -132,11 +134,14 @@ def _compiled(lane: Lane, sequence: Sequence) -> CompiledPlan:
     return made
 
 
-def evaluate(batches: Listed[Batch]) -> list[Evaluated]:
+def evaluate(
+    batches: Listed[Batch], watch: AbstractContextManager[object] | None = None
+) -> list[Evaluated]:
     """One forward for all rows; one more where rows ask for the weaker companion.
 
     Args:
         batches: one of each size, of a model that mixes sizes where there are several.
+        watch: is on while the network runs.
     """
     parts = forward_rows(batches)
     for batch, rows in zip(batches, parts, strict=True):
@@ -147,7 +152,7 @@ def evaluate(batches: Listed[Batch]) -> list[Evaluated]:
                 stacked.states = seen.states
     scales = [scales_of(batch) for batch in batches]
     points = [own.points(rows.x) for own, rows in zip(scales, parts, strict=True)]
-    raw = forward(batches, parts, points, [own.t for own in scales])
+    raw = forward(batches, parts, points, [own.t for own in scales], watch or nullcontext())
     return [
         Evaluated(rows.x, own.denoised(rows.x, made))
         for own, rows, made in zip(scales, parts, raw, strict=True)
