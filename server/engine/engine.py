@@ -525,6 +525,8 @@ class Engine:
                 self._overflows.note(task.model, task.width, task.height, None, free)
             self._fail(sequence, outcome)
             return
+        # Whoever hears of the last step may still cancel.
+        self._reports.tell_plain_steps()
         if not sequence.submission.finish():
             self._fail(sequence, Cancelled())
             return

@@ -46,6 +46,9 @@ def attempt(work: Callable[[], Result], device: torch.device) -> Result | Except
     """
     try:
         return work()
+    except DeviceLost:
+        # Found out by an attempt inside this one.
+        raise
     except Exception as error:
         lost = lost_device(error, device)
         if lost is not None:

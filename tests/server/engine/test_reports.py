@@ -11,6 +11,8 @@ from torch import Tensor
 
 from server.engine.engine import Engine
 from server.engine.tick import stage
+from server.engine.tick.host_copy import HostCopy
+from server.errors import DeviceLost
 from server.models.inputs import RowInputs
 from tests.server.by_hand import task
 from tests.server.toy_model import Ear, Toy
@@ -32,8 +34,8 @@ def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return happened
 
 
-def ticks(order: list[str], device: str, previews: bool) -> None:
-    """Runs an image in this thread, tick by tick."""
+def ticks(order: list[str], device: str, previews: bool, fails_at: int = 0) -> None:
+    """Runs an image in this thread, tick by tick; its listener fails at a step."""
 
     class Model(Toy):
         def evaluate(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
@@ -44,9 +46,14 @@ def ticks(order: list[str], device: str, previews: bool) -> None:
         def progress(self, index: int, step: int, steps: int, preview: object) -> None:
             assert (preview is not None) == (previews and step < steps)
             order.append(f"step {step}")
+            if step == fails_at:
+                raise RuntimeError
 
         def finished(self, index: int, result: Any) -> None:
             order.append("finished")
+
+        def failed(self, index: int, error: Exception) -> None:
+            order.append(type(error).__name__)
 
     engine = Engine({"toy": Model()}, row_budget=2, guessed_costs={1: 0.01})
     engine._warm_up()
@@ -84,3 +91,25 @@ def test_steps_are_told_at_once_where_a_cpu_would_be_busy_with_the_next_ones(
         *("forward", "wait", "step 4"),
         "finished",
     ]
+
+
+def test_a_device_that_is_lost_as_previews_are_fetched_is_no_failure_of_an_image(
+    order: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are the first that a GPU is waited for in a tick, and hear of what broke it."""
+
+    def fetch(_: HostCopy) -> tuple[Tensor, ...]:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(HostCopy, "fetch", fetch)
+    with pytest.raises(DeviceLost, match="illegal memory access"):
+        ticks(order, "cuda", previews=True)
+    assert order == ["forward", "wait", "forward"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_listener_that_fails_at_the_last_step_cancels_its_image(
+    order: list[str], device: str
+) -> None:
+    ticks(order, device, previews=False, fails_at=STEPS)
+    assert order[-2:] == [f"step {STEPS}", "Cancelled"]
