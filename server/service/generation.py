@@ -213,8 +213,9 @@ class Generation:
         return isinstance(self._error, Cancelled)
 
     def abandon(self, error: WeftError) -> None:
-        """Stop the work, unless it has ended; whoever reads gets `error`."""
-        self._fail(error)
+        """Stop the work, unless all images are there; whoever reads gets `error`."""
+        if not self.done:
+            self._fail(error)
 
     def close(self) -> None:
         """Stop reading: unfinished work ends at the next tick."""

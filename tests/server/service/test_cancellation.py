@@ -79,6 +79,22 @@ def test_what_has_its_pictures_cannot_be_cancelled(service: Service) -> None:
     assert service.outcomes == {"completed": 1}
 
 
+def test_what_is_drawn_needs_no_engine_that_works(
+    service: Service, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> None:
+        generation = await service.admit(request(), "one")
+        while not generation.done:
+            await generation.news()
+        monkeypatch.setattr(engine, "failure", RuntimeError())
+        service.abandon()
+        await service.pictures(generation)
+        service.release(generation)
+
+    asyncio.run(run())
+    assert service.outcomes == {"completed": 1}
+
+
 def test_a_cancellation_while_pictures_are_encoded_is_kept(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
