@@ -5,8 +5,8 @@
 
 import os
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from itertools import combinations
-from typing import TypeVar
+from itertools import combinations, product
+from typing import Any, TypeVar
 
 EVERY_CELL = os.environ.get("EVERY_CELL") == "1"
 
@@ -53,3 +53,22 @@ def covering(
                 met[i] += 1
                 adds[i] -= new
     return [found[i] for i in sorted(chosen)]
+
+
+def spread(*axes: Iterable[Any], together: int = 1) -> list[tuple[Any, ...]]:
+    """A covering few of all combinations of these values, which need not be hashable."""
+    listed = [list(axis) for axis in axes]
+    places = covering(product(*(range(len(axis)) for axis in listed)), tuple, together)
+    return [tuple(axis[at] for axis, at in zip(listed, place, strict=True)) for place in places]
+
+
+def few_of(values: Iterable[T], few: Iterable[T]) -> list[T]:
+    """Those few of the values that can tell as much as all, or all.
+
+    Raises:
+        ValueError: one of the few is none of the values.
+    """
+    found, chosen = list(values), list(few)
+    if strange := [one for one in chosen if one not in found]:
+        raise ValueError(f"{strange} are none of {found}")
+    return found if EVERY_CELL else chosen

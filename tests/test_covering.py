@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 
-from tests.covering import covering
+from tests.covering import EVERY_CELL, covering, few_of, spread
 
 AXES = (range(5), "abc", (True, False))
 
@@ -42,3 +42,16 @@ def test_the_choice_keeps_the_order_and_depends_on_nothing_else() -> None:
 @pytest.mark.parametrize("together", [1, 2])
 def test_a_run_of_everything_takes_every_cell(together: int) -> None:
     assert covering(product(*AXES), tuple, together, every_cell=True) == list(product(*AXES))
+
+
+def test_values_that_are_not_hashable_are_spread_too() -> None:
+    chosen = spread([[], {}], "abc")
+    assert all(any(found == one for found, _ in chosen) for one in ([], {}))
+    assert {letter for _, letter in chosen} == set("abc")
+    assert len(chosen) == (6 if EVERY_CELL else 3)
+
+
+def test_few_of_some_values_are_some_of_them() -> None:
+    assert few_of("abc", "ca") == (list("abc") if EVERY_CELL else list("ca"))
+    with pytest.raises(ValueError, match=r"\['d'\] are none of"):
+        few_of("abc", "ad")

@@ -15,6 +15,7 @@ from torch import Tensor
 from guidance import Rows
 from guidance.cfg import CFG
 from guidance.cfg_rescale import CFGRescale
+from tests.covering import few_of
 from tests.guidance.cases import apply, draw
 
 Space = Literal["velocity", "noise", "denoised"]
@@ -37,7 +38,7 @@ def to_space(
 
 
 @each_space
-@pytest.mark.parametrize("rescale", [0.0, 0.3, 0.7, 1.0])
+@pytest.mark.parametrize("rescale", few_of([0.0, 0.3, 0.7, 1.0], [0.0, 0.7]))
 def test_each_space_is_diffusers_on_a_network_that_predicts_it(
     space: Space, rescale: float
 ) -> None:

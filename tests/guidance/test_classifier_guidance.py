@@ -20,6 +20,7 @@ from guidance import (
     ReferenceGuidance,
 )
 from guidance.classifier_guidance import UNAIMED
+from tests.covering import spread
 
 F64 = np.ndarray[Any, np.dtype[np.float64]]
 HEADS = {
@@ -148,8 +149,7 @@ def chain(steps: int, setting: EluCD, noise: F64, *, published: bool, posterior:
     return x
 
 
-@pytest.mark.parametrize("posterior", [True, False], ids=["beta tilde", "beta"])
-@pytest.mark.parametrize("gamma", [0.0, 0.3, 3.0])
+@pytest.mark.parametrize(("posterior", "gamma"), spread([True, False], [0.0, 0.3, 3.0]))
 def test_elucd_is_the_published_shift_of_the_mean_as_steps_shrink(
     gamma: float, posterior: bool
 ) -> None:

@@ -48,6 +48,7 @@ from samplers import (
     preconditioning,
 )
 from samplers.prediction import PredictionType
+from tests.covering import spread
 
 BETAS: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 START = torch.linspace(-2, 2, 7, dtype=torch.float64)[None]
@@ -135,8 +136,7 @@ def assert_same(
 PREDICTIONS: list[PredictionType] = ["epsilon", "v_prediction", "sample"]
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+@pytest.mark.parametrize(("steps", "prediction"), spread([1, 2, 4, 8], PREDICTIONS))
 def test_lcm_is_their_scheduler(
     steps: int, prediction: PredictionType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,9 +170,8 @@ def test_dmd2_and_one_step_models_noise_again_at_fixed_timesteps(
     assert_same(plan, theirs(scheduler, START))
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize(
-    ("gamma", "steps"), [(0.0, 4), (0.3, 1), (0.3, 2), (0.3, 4), (0.3, 7), (0.75, 4), (1.0, 8)]
+    ("gamma", "steps", "prediction"), spread([0.0, 0.3, 0.75, 1.0], [1, 2, 4, 7, 8], PREDICTIONS)
 )
 def test_tcd_is_their_scheduler(
     gamma: float, steps: int, prediction: PredictionType, monkeypatch: pytest.MonkeyPatch
@@ -186,8 +185,11 @@ def test_tcd_is_their_scheduler(
     assert_same(plan, theirs(scheduler, START, eta=gamma), prediction)
 
 
-@pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("times", [(999, 749, 499, 249), (800,), (999, 501, 7)], ids=str)
+@pytest.mark.parametrize(
+    ("times", "gamma"),
+    spread([(999, 749, 499, 249), (800,), (999, 501, 7)], [0.0, 0.3, 1.0]),
+    ids=str,
+)
 def test_tcd_takes_any_timesteps(
     times: tuple[int, ...], gamma: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,9 +201,9 @@ def test_tcd_takes_any_timesteps(
     assert_same(TCD(gamma=gamma).plan(grid), theirs(scheduler, START, eta=gamma))
 
 
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-@pytest.mark.parametrize("steps", [1, 2, 4, 8])
-@pytest.mark.parametrize("clean", [True, False])
+@pytest.mark.parametrize(
+    ("clean", "steps", "eta"), spread([True, False], [1, 2, 4, 8], [0.0, 1.0], together=2)
+)
 def test_hyper_sd_of_fixed_steps_is_ddim_trailing(
     steps: int, eta: float, clean: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,6 +28,7 @@ from samplers.heun import Heun
 from samplers.noise_schedule import FlowMatching
 from samplers.timesteps import Karras, Linspace, Trailing
 from samplers.unipc import UniPC
+from tests.covering import few_of, spread
 from tests.samplers.cases import EDM, FLOW
 
 STEPS = 10
@@ -103,8 +104,7 @@ def test_flow_matching_steps_are_those_of_diffusers(scheduler: Any, sampler: Sam
     torch.testing.assert_close(ours(FLOW, scheduler, sampler, START), reference, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("shift", [1.0, 3.0])
-@pytest.mark.parametrize("steps", [1, 4, 28])
+@pytest.mark.parametrize(("shift", "steps"), spread([1.0, 3.0], [1, 4, 28]))
 def test_trailing_levels_are_those_of_flow_matching_pipelines(shift: float, steps: int) -> None:
     """The pipelines hand Euler's scheduler ``linspace(1, 1 / N, N)``, to be shifted."""
     scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=shift)
@@ -133,7 +133,7 @@ def test_linspace_levels_are_theirs_but_for_a_second_shift_of_the_last(
     assert (last > 2 * schedule.t_end) == (shift > 1)
 
 
-@pytest.mark.parametrize("steps", [1, 4, 15])
+@pytest.mark.parametrize("steps", few_of([1, 4, 15], [1, 4]))
 @pytest.mark.parametrize("sampler", [Euler(), Heun()], ids=["euler", "heun"])
 def test_whole_flow_runs_over_our_own_grids_are_those_of_diffusers(
     sampler: Sampler, steps: int

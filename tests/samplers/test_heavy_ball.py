@@ -13,7 +13,7 @@ from samplers.ddim import DDIM
 from samplers.gaussian import GaussianMixtureDenoiser
 from samplers.heavy_ball import GHVB, HB, MomentumSampler, Nesterov
 from samplers.timesteps import LogSNR, Trailing
-from tests.covering import covering
+from tests.covering import covering, few_of, spread
 from tests.samplers.cases import EDM, SCHEDULES, VP
 
 Kind: TypeAlias = type[HB] | type[Nesterov] | type[GHVB]
@@ -78,7 +78,9 @@ def test_runs_are_those_of_the_papers_loops(kind: Kind, order: int, beta: float)
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-11)
 
 
-@pytest.mark.parametrize(("kind", "schedule"), covering(product(KINDS, SCHEDULES), tuple))
+@pytest.mark.parametrize(
+    ("kind", "schedule"), spread(KINDS, few_of(SCHEDULES, ["zero_snr", "flow_shifted", "edm"]))
+)
 def test_order_one_is_ddim(kind: Kind, schedule: str) -> None:
     grid = SCHEDULES[schedule].grid("trailing", 9)
     np.testing.assert_allclose(
@@ -93,7 +95,7 @@ def test_below_order_one_generalised_heavy_ball_is_heavy_ball() -> None:
 
 
 @pytest.mark.parametrize("weights", ["constant", "variable"])
-@pytest.mark.parametrize("order", [1.0, 2.0, 3.0, 4.0, 5.0])
+@pytest.mark.parametrize("order", few_of([1.0, 2.0, 3.0, 4.0, 5.0], [2.0, 3.0, 5.0]))
 def test_with_a_beta_of_one_all_are_adams_bashforth(order: float, weights: Any) -> None:
     grid = VP.grid(LogSNR(), 9)
     one, *others = (kind(order=order, weights=weights).plan(grid).tables for kind in KINDS)
@@ -110,7 +112,7 @@ def test_a_fraction_and_a_beta_say_the_same(kind: Kind) -> None:
         np.testing.assert_array_equal(other, one)
 
 
-@each_kind
+@pytest.mark.parametrize("kind", few_of(KINDS, [GHVB]))
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
@@ -150,8 +152,7 @@ def even_tables(sampler: Sampler, steps: int) -> tuple[Grid, Any]:
     return grid, sampler.plan(grid).tables
 
 
-@pytest.mark.parametrize("order", [1, 2, 3, 4, 5])
-@pytest.mark.parametrize("beta", [1.0, 0.8, 0.4])
+@pytest.mark.parametrize(("beta", "order"), spread([1.0, 0.8, 0.4], [1, 2, 3, 4, 5]))
 def test_order_is_kept_on_even_steps_with_a_warm_history(order: int, beta: float) -> None:
     """The flow d y / d s = cos(s) y, solved backwards from a history that lies on its solution."""
     sampler = GHVB(order=float(order), beta=beta)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from samplers import Sampler
+from samplers import NoiseSchedule, Sampler
 from samplers.ddim import DDIM
 from samplers.dpm_solver_pp import DPMSolverPP
 from samplers.dpm_solver_pp_singlestep import DPMSolverPPSinglestep
@@ -18,7 +18,7 @@ from samplers.sa_solver import SASolver
 from samplers.score_sde_pc import ScoreSDEPC
 from samplers.tcd import TCD
 from samplers.timesteps import Trailing
-from tests.samplers.cases import DISCRETE, SCHEDULES
+from tests.samplers.cases import DISCRETE, each_schedule
 
 DRAW_IT: list[Sampler] = [
     DDIM(eta=1),
@@ -46,9 +46,9 @@ def named(sampler: Sampler) -> str:
     return repr(sampler)
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_ancestral_noise_is_recognised_on_every_schedule(name: str) -> None:
-    grid = SCHEDULES[name].grid(Trailing(), 6)
+@each_schedule
+def test_ancestral_noise_is_recognised_on_every_schedule(schedule: NoiseSchedule) -> None:
+    grid = schedule.grid(Trailing(), 6)
     for sampler in DRAW_IT:
         assert follows_reverse_sde(sampler.plan(grid)), sampler
 

@@ -63,7 +63,7 @@ ORDERS = [(1, 0), (2, 0), (3, 0), (1, 2), (2, 2), (2, 3), (3, 3)]
 
 @pytest.mark.parametrize(
     ("schedule", "orders", "tau"),
-    covering(product([VP, FLOW], ORDERS, [0.0, 0.7, 1.2]), tuple, together=2),
+    covering(product([VP, FLOW], ORDERS, [0.0, 0.7, 1.2]), tuple),
 )
 def test_runs_are_algorithm_one_of_the_paper(
     schedule: NoiseSchedule, orders: tuple[int, int], tau: float

@@ -1,5 +1,7 @@
 """The order of the last steps: lowered for what they cost, or as other programs do."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from samplers.deis import DEIS
 from samplers.dpm_solver_pp import DPMSolverPP
 from samplers.gaussian import GaussianMixtureDenoiser
 from samplers.unipc import UniPC
-from tests.covering import EVERY_CELL
+from tests.covering import EVERY_CELL, covering
 from tests.samplers.cases import DISCRETE, FLOW, label
 
 MULTISTEP: list[Sampler] = [
@@ -20,7 +22,6 @@ MULTISTEP: list[Sampler] = [
     UniPC(),
     UniPC(order=3),
 ]
-each = pytest.mark.parametrize("sampler", MULTISTEP, ids=label)
 
 
 def errors(sampler: Sampler, spacing: str, steps: range) -> list[float]:
@@ -35,8 +36,19 @@ def errors(sampler: Sampler, spacing: str, steps: range) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
-@each
+def told_apart_by(cell: tuple[Sampler, str]) -> tuple[str, tuple[type[Sampler], str]]:
+    """Each sampler is tried, and each kind of sampler with each spacing."""
+    sampler, spacing = cell
+    return label(sampler), (type(sampler), spacing)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "spacing"),
+    covering(
+        product(MULTISTEP, ["linspace", "leading", "trailing"]),
+        told_apart_by,
+    ),
+)
 def test_more_steps_are_never_much_worse(sampler: Sampler, spacing: str) -> None:
     """With a count of steps below which the order is lowered, 15 steps were 2.6 times worse."""
     found = np.array(errors(sampler, spacing, range(5, 41) if EVERY_CELL else range(10, 24)))

@@ -13,6 +13,7 @@ from samplers.gaussian import GaussianDenoiser
 from samplers.lcm import LCM
 from samplers.tcd import TCD
 from samplers.timesteps import Karras, LCMSpacing, Trailing
+from tests.covering import spread
 from tests.samplers.cases import DISCRETE, EDM, FLOW, TRIGFLOW, VP
 
 
@@ -96,8 +97,9 @@ def test_gamma_sampling_of_ctm_shares_out_the_noise_level(gamma: float) -> None:
     torch.testing.assert_close(ours, x, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("measure", ["time", "noise"])
-@pytest.mark.parametrize("schedule", [VP, FLOW, EDM, TRIGFLOW], ids=["vp", "flow", "edm", "trig"])
+@pytest.mark.parametrize(
+    ("schedule", "measure"), spread([VP, FLOW, EDM, TRIGFLOW], ["time", "noise"]), ids=str
+)
 def test_on_continuous_time_full_noise_is_consistency_sampling(
     schedule: NoiseSchedule, measure: Literal["time", "noise"]
 ) -> None:

@@ -24,6 +24,7 @@ from server.fitting.linear_guidance import Runs, fit, store
 from server.requests.resolve import resolve
 from server.requests.schema import GenerateRequest
 from server.settings import Limits
+from tests.covering import spread
 from tests.server.toy_model import FACTS, SCHEDULE, SIDE, Toy, run, started
 
 PROMPTS = ["a red circle", "a blue square", "nothing at all"]
@@ -33,9 +34,10 @@ def quiet(*progress: object) -> None: ...
 
 
 @pytest.mark.parametrize(
-    "rule", [CFG(), APG(), CFGPlusPlus(), PerpNeg()], ids=lambda rule: rule.name
+    ("sampler", "rule"),
+    spread([DPMSolverPP(), Heun(), DDIM(eta=1.0)], [CFG(), APG(), CFGPlusPlus(), PerpNeg()]),
+    ids=lambda one: one.name,
 )
-@pytest.mark.parametrize("sampler", [DPMSolverPP(), Heun(), DDIM(eta=1.0)], ids=lambda s: s.name)
 def test_the_runs_are_those_that_the_engine_makes(sampler, rule) -> None:
     """Of the same prompt and seed, the network is shown the same at every stage."""
     plan = sampler.plan(SCHEDULE.grid(sampler.default_spacing, 8))
