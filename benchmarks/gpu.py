@@ -121,7 +121,7 @@ PARTS: Mapping[str, Part] = {
         seconds=100,
     ),
     "lost-device": Part(
-        "A server whose GPU is lost", _tested(LOST_DEVICE), _tested(LOST_DEVICE), seconds=60
+        "A server whose GPU is lost", _tested(LOST_DEVICE), _tested(LOST_DEVICE), seconds=45
     ),
     "at-once-sd15": Part(
         "Stable Diffusion 1.5's sizes, 512 pixels, 20 steps with cfg",
@@ -196,6 +196,15 @@ PARTS: Mapping[str, Part] = {
         **_measured("benchmarks.adapters", "--architecture sd15 --rounds 9", "--rounds 1"),
         seconds=60,
     ),
+    "deterministic-sd15": Part(
+        "What bit-identical images cost, Stable Diffusion 1.5's sizes",
+        **_measured(
+            "benchmarks.deterministic",
+            "--architecture sd15",
+            "--counts 1 2 --steps 2 --images 1 --rounds 1",
+        ),
+        seconds=80,
+    ),
     "compiled-blocks-sd15": Part(
         "Compiled blocks and CUDA graphs, Stable Diffusion 1.5's sizes",
         **_measured(
@@ -203,7 +212,7 @@ PARTS: Mapping[str, Part] = {
             f"--architecture sd15 --folder {PROGRAMS}",
             TINY_PROGRAMS,
         ),
-        seconds=200,
+        seconds=135,
     ),
     "at-once-sd15-compiled": Part(
         "Stable Diffusion 1.5's sizes with compiled blocks",

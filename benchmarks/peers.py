@@ -82,6 +82,7 @@ class Weft:
         row_budget: most rows of a tick.
         kind: of engine; :class:`Filled` fills every tick up to the budget, instead of choosing its
             rows by their cost.
+        deterministic: give images whose bits do not depend on what else is in the batch.
 
     Attributes:
         engine: that runs.
@@ -89,11 +90,21 @@ class Weft:
     """
 
     def __init__(
-        self, architecture: Architecture, row_budget: int | None, *, kind: type[Engine] = Engine
+        self,
+        architecture: Architecture,
+        row_budget: int | None,
+        *,
+        kind: type[Engine] = Engine,
+        deterministic: bool = False,
     ) -> None:
         self._architecture = architecture
         self.model = architecture.hosted
-        self.engine = kind({"model": architecture.hosted}, row_budget=row_budget, max_pending=4096)
+        self.engine = kind(
+            {"model": architecture.hosted},
+            row_budget=row_budget,
+            deterministic=deterministic,
+            max_pending=4096,
+        )
         self.engine.start()
         while not self.engine.ready:
             if self.engine.failure is not None:

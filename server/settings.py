@@ -390,8 +390,11 @@ class Settings(BaseSettings):
     )
     deterministic: bool = Field(
         default=False,
-        description="Make every image bit-identical whatever else is in its batch, at some cost in "
-        "speed.",
+        description="Make every image bit-identical whatever else is in its batch. All forward "
+        "passes have as many rows then, for which an image alone waits: at the start the fewest "
+        "are chosen that have most of the best throughput, or as many as `WEFT_ROW_BUDGET` says, "
+        "which keeps the bits after a restart, too. Images that need more rows at once have larger "
+        "passes.",
     )
     compile: bool = Field(
         default=False,

@@ -103,11 +103,14 @@ class TickCost:
         least = min(seconds / rows for rows, seconds in kept if rows <= most)
         return least if most in NODES else min(least, self.seconds(most) / most)
 
-    def seconds_at(self, share: float, most: int) -> float:
-        """Seconds of the shortest tick with that share of the best throughput of ``most`` rows."""
+    def rows_at(self, share: float, most: int) -> int:
+        """Rows of the smallest tick with that share of the best throughput of ``most`` rows."""
         dearest = self.seconds_a_row(most) / share
-        rows = next(n for n in range(1, most + 1) if self.seconds(n) <= dearest * n)
-        return self.seconds(rows)
+        return next(n for n in range(1, most + 1) if self.seconds(n) <= dearest * n)
+
+    def seconds_at(self, share: float, most: int) -> float:
+        """Seconds of that tick."""
+        return self.seconds(self.rows_at(share, most))
 
     def estimates(self) -> dict[int, float]:
         """Expected seconds by rows, at the sizes that are kept."""

@@ -33,7 +33,7 @@ from server.engine.state.submission import Submission
 from server.engine.tick.decode import Decoder
 from server.engine.tick.newcomers import Admission
 from server.engine.tick.pictures import PicturesOfATick
-from server.engine.warmup import recommended_rows, warm_up, warm_up_beside_ticks
+from server.engine.warmup import fewest_rows, warm_up, warm_up_beside_ticks
 from server.errors import Cancelled, DeviceLost, NotReady, OutOfMemory
 from server.models.memory import unused_bytes
 
@@ -74,8 +74,9 @@ class Engine:
         models: hosted models by name, at least one, all on one device. Others may be added and
             removed while it runs.
         row_budget: most rows of a forward, at least 2; what a tick has is chosen from what waits
-            and from what ticks cost. In deterministic mode every forward has so many, and where
-            None is given, as many as its cost recommends at the start.
+            and from what ticks cost. In deterministic mode every forward has so many. Where None is
+            given, it has the fewest that are about as good as more by the costs at the start, and
+            those of images that need more at once have more.
         live_tick_s: most seconds of a tick while images of the priority live are under way, unless
             shorter ticks would cost a fifth of the throughput.
         deterministic: run everything at fixed batch shapes, so that an image's bits do not depend
@@ -224,6 +225,11 @@ class Engine:
             warmth = warm_up_beside_ticks(model)
         self._in_own_thread(lambda: self._take_model(model, warmth))
 
+    @property
+    def fixed_rows(self) -> int | None:
+        """Rows of a forward in deterministic mode, if its images need no more at once."""
+        return self._lanes.fixed_rows
+
     def undisturbed(self) -> AbstractContextManager[None]:
         """Keep the engine from preparing for later work while another thread uses the device.
 
@@ -358,10 +364,9 @@ class Engine:
         if self._guessed_costs is None:
             self._idle_work.before_ready(self._models.values())
         if self._deterministic:
-            asked = self._asked_budget or recommended_rows(costs)
-            fixed = -(-asked // FIXED_ROWS_MULTIPLE) * FIXED_ROWS_MULTIPLE
-            self._selection.fixed_rows = fixed
-            most = asked if self._asked_budget else fixed
+            fixed = fewest_rows(costs) if self._asked_budget is None else self._asked_budget
+            self._lanes.fixed_rows = -(-fixed // FIXED_ROWS_MULTIPLE) * FIXED_ROWS_MULTIPLE
+            log.info("deterministic: a forward pass has %d rows", self._lanes.fixed_rows)
         self.measurements.row_budget = most
         free_memory(self._device)
         self.ready = True
@@ -445,7 +450,7 @@ class Engine:
             if not sequence.started_at:
                 sequence.started_at = monotonic()
                 self._reports.started(sequence)
-        for part in self._stages.run(chosen, self._selection.fixed_rows):
+        for part in self._stages.run(chosen):
             if isinstance(part, Failure):
                 for sequence in part.images:
                     self._fail(sequence, part.error)

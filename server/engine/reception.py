@@ -220,7 +220,7 @@ class Reception:
         sequences = [
             Sequence(task, index, listener, submission) for index, task in enumerate(tasks)
         ]
-        self._check_width(sequences)
+        self._note_width(sequences)
         self.check_memory(tasks)
         self._check_models(tasks)
         # Frames of live streams are not counted.
@@ -258,8 +258,8 @@ class Reception:
         if gone := {task.model for task in tasks} - self._models.keys():
             raise NotReady(f"Model {gone.pop()!r} was unloaded; send the request again.")
 
-    def _check_width(self, sequences: Listed[Sequence]) -> None:
-        """Nothing is taken in that no tick could ever run."""
+    def _note_width(self, sequences: Listed[Sequence]) -> None:
+        """Note the rows that are needed at once; nothing is taken in that no tick could run."""
         budget = self._measurements.row_budget
         for members in units_of(sequences):
             rows = sum(member.guidance.widest for member in members)
@@ -272,6 +272,8 @@ class Reception:
                     f"guidance needs {rows} rows of a forward at once{together}; at most {budget} "
                     f"are allowed here, so ask for fewer {fewer} or perturbations.",
                 )
+            for member in members:
+                member.rows_at_once = rows
 
     def _heaviest(self, task: ImageTask) -> float:
         """As of an image that refers to no picture, whose rows read their own cells alone."""

@@ -57,12 +57,10 @@ class Selection:
 
     Attributes:
         turns: what clients and flows have had.
-        fixed_rows: of every forward in deterministic mode; set before the first tick.
     """
 
     def __init__(self, measurements: EngineMeasurements, live_tick_s: float) -> None:
         self.turns = Turns()
-        self.fixed_rows: int | None = None
         self._measurements = measurements
         self._live_tick_s = live_tick_s
         self._live_at = -inf
@@ -185,13 +183,13 @@ class Selection:
     def rows_of_tick(self, load: Load, lane: Lane) -> int:
         """How many rows the next tick of a lane has."""
         costs = self._costs_of(lane, live=load.live)
-        if self.fixed_rows is not None:
+        if lane.fixed_rows is not None:
             return costs.most
         ticks = self._measurements.ticks
         return rows_of_tick(load, costs.most, costs.seconds, costs.longest_s, ticks)
 
     def _costs_of(self, lane: Lane, *, live: bool) -> LaneCosts:
-        cost, fixed = lane.cost, self.fixed_rows
+        cost, fixed = lane.cost, lane.fixed_rows
         most = min(self._measurements.row_budget, lane.row_cap.rows)
         if live:
             longest_s = max(self._live_tick_s, cost.seconds_at(LEAST_THROUGHPUT, most))

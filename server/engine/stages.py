@@ -71,13 +71,12 @@ class Stages:
         self._give_back = give_back
         self._meanwhile = meanwhile
 
-    def run(self, chosen: list[Sequence], fixed_rows: int | None) -> Iterator[Stage | Failure]:
+    def run(self, chosen: list[Sequence]) -> Iterator[Stage | Failure]:
         """Run a stage of the chosen; halve them on an error until it is one image's or group's.
 
         Args:
             chosen: images of lanes that share a forward, those of a group side by side; all recall
                 the stage, or none.
-            fixed_rows: where set, the rows that every operation runs at.
 
         Yields:
             Each part when it has run, or failed.
@@ -85,25 +84,23 @@ class Stages:
         Raises:
             DeviceLost: the device no longer answers.
         """
-        stage = attempt(lambda: self._stage(chosen, fixed_rows), self._device)
+        stage = attempt(lambda: self._stage(chosen), self._device)
         if isinstance(stage, Stage):
             yield stage
         else:
-            yield from self._divided(chosen, fixed_rows, stage)
+            yield from self._divided(chosen, stage)
 
-    def _divided(
-        self, chosen: list[Sequence], fixed_rows: int | None, error: Exception
-    ) -> Iterator[Stage | Failure]:
+    def _divided(self, chosen: list[Sequence], error: Exception) -> Iterator[Stage | Failure]:
         """Run the two halves of what together is an error; one image or group fails by it."""
         units, again = units_of(chosen), False
         if is_out_of_memory(error):
             again = self._make_room(chosen)
         if len(units) > 1:
             half = len(units) // 2
-            yield from self.run([*chain(*units[:half])], fixed_rows)
-            yield from self.run([*chain(*units[half:])], fixed_rows)
+            yield from self.run([*chain(*units[:half])])
+            yield from self.run([*chain(*units[half:])])
         elif again:
-            yield from self.run(chosen, fixed_rows)
+            yield from self.run(chosen)
         else:
             log.error("an image failed in its stage", exc_info=error)
             if is_out_of_memory(error) and not chosen[0].recalls:
@@ -129,15 +126,15 @@ class Stages:
         rows = ceil(sum(one.work * one.lane.reads for one in chosen))
         self._overflows.note(task.model, task.width, task.height, rows, free)
 
-    def _stage(self, chosen: list[Sequence], fixed_rows: int | None) -> Stage:
+    def _stage(self, chosen: list[Sequence]) -> Stage:
         lanes, m = {sequence.lane for sequence in chosen}, self._measurements
         rows = sum(sequence.rows for sequence in chosen)
         work = sum(sequence.work for sequence in chosen)
         widest = largest(lanes)
         mixed = len(lanes) > 1
-        size = fixed_rows or widest.size_of(rows, mixed=mixed)
+        size = widest.fixed_rows or widest.size_of(rows, mixed=mixed)
         known = widest.sizes_known
-        stage = run_stage(chosen, fixed_rows, self._meanwhile)
+        stage = run_stage(chosen, self._meanwhile)
         if chosen[0].recalls:
             m.weave_s += stage.seconds
             return stage

@@ -10,7 +10,6 @@ import torch
 
 from server.engine.cost_model import MOST_ROWS, TickCost, measured
 from server.engine.rehearsal import Rehearsal
-from server.engine.scheduler import LONGEST_TICK_S, Load, rows_of_tick
 from server.engine.tick.decode import DECODED_AT_ONCE, PIXELS_AT_ONCE
 from server.engine.tick.preview import fit_preview
 
@@ -22,6 +21,9 @@ if TYPE_CHECKING:
     from server.models.hosted import HostedModel
 
 log = logging.getLogger(__name__)
+
+DETERMINISTIC_THROUGHPUT = 0.8
+"""Of the best one, which forwards of fixed rows are to have."""
 
 FEW_ROWS = 4
 """Rows of the largest forward that is timed of a model that is added beside others' ticks."""
@@ -72,12 +74,12 @@ def warm_up_beside_ticks(model: HostedModel) -> Warmth:
     return Warmth(_first_colours(model), TickCost(time_forwards(model, FEW_ROWS), guessed=True))
 
 
-def recommended_rows(costs: Iterable[TickCost]) -> int:
-    """Rows of every forward in deterministic mode, which none of the costs finds too many."""
-    long_queue = Load(lane=0, rows=8 * MOST_ROWS, widest=1, live=False)
-    return min(
-        rows_of_tick(long_queue, MOST_ROWS, cost.seconds, LONGEST_TICK_S, tick=1) for cost in costs
-    )
+def fewest_rows(costs: Iterable[TickCost]) -> int:
+    """Rows of a forward with most of the best throughput, which none of the costs finds too many.
+
+    An image alone waits for all rows of its forwards, so fewer are better for it.
+    """
+    return min(cost.rows_at(DETERMINISTIC_THROUGHPUT, MOST_ROWS) for cost in costs)
 
 
 def first_calls(model: HostedModel) -> Iterator[Callable[[], object]]:

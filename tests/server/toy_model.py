@@ -146,7 +146,7 @@ class Ear:
         return self
 
 
-def started(model: HostedModel, row_budget: int, **options: Any) -> Engine:
+def started(model: HostedModel, row_budget: int | None, **options: Any) -> Engine:
     engine = Engine({model.facts.name: model}, row_budget=row_budget, **options)
     with full_ticks():
         engine.start()

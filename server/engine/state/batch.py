@@ -64,8 +64,6 @@ class Batch:
         firsts: where each image's rows beside the prompt's begin.
         others: rows that hold the rule's branches, by position, of the images that evaluate them.
         terms: those that act, in the order in which they do.
-        fixed_rows: where set, every operation that could depend on the batch size runs at this
-            many rows, so that a row's bits do not depend on its company.
     """
 
     lane: Lane
@@ -77,7 +75,14 @@ class Batch:
     firsts: list[int]
     others: dict[int, list[int]]
     terms: list[StackedTerms]
-    fixed_rows: int | None
+
+    @property
+    def fixed_rows(self) -> int | None:
+        """Where set, every operation that could depend on the batch size runs at so many rows.
+
+        A row's bits do not depend on its company then.
+        """
+        return self.lane.fixed_rows
 
     @property
     def rows(self) -> int:

@@ -38,6 +38,7 @@ class Lane:
         forwards: fills up the rows of its forwards; None where they run as they are.
         mixes: equal for lanes of several sizes that can share a forward; None where none can.
         reads: cells that a forward reads for a row, in latents of its own size.
+        fixed_rows: where set, the rows that every operation runs at.
     """
 
     def __init__(
@@ -49,12 +50,14 @@ class Lane:
         forwards: Forwards | None = None,
         mixes: Hashable = None,
         reads: float = 1.0,
+        fixed_rows: int | None = None,
     ) -> None:
         self.model = model
         self.shape = shape
         self.area = shape[1] * shape[2]
         self.mixes = mixes
         self.reads = reads
+        self.fixed_rows = fixed_rows
         self.pool = Pool(shape, model.device)
         self.cost = cost
         self.row_cap = RowCap(most_rows)

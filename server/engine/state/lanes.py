@@ -21,8 +21,8 @@ __all__ = ["LANES_KEPT", "Lanes"]
 LANES_KEPT = 8
 """Lanes kept for their next image though none is under way in them."""
 
-Key: TypeAlias = "tuple[str, tuple[int, int, int], Hashable]"
-"""Model, latent shape, and what else images of one forward have in common."""
+Key: TypeAlias = "tuple[str, tuple[int, int, int], Hashable, int | None]"
+"""Model, latent shape, what else images of one forward have in common, and its fixed rows."""
 
 
 class Lanes:
@@ -36,6 +36,10 @@ class Lanes:
         measurements: that say how many rows a forward may have.
         forwards_of: the forwards of a model at a latent shape; None where they run as they are.
         mixed: images of several sizes may share a forward if their model can evaluate them.
+
+    Attributes:
+        fixed_rows: of every forward in deterministic mode, but of those whose images need more at
+            once; set before the first image comes.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class Lanes:
         self._measurements = measurements
         self._forwards_of = forwards_of
         self._mixed = mixed
+        self.fixed_rows: int | None = None
         self._lanes: dict[Key, Lane] = {}
 
     def __len__(self) -> int:
@@ -60,29 +65,40 @@ class Lanes:
     def __iter__(self) -> Iterator[Lane]:
         return iter(self._lanes.values())
 
-    def of(self, task: ImageTask, told: Collection[Conditioning]) -> Lane:
+    def of(self, task: ImageTask, told: Collection[Conditioning], rows: int) -> Lane:
         """The lane of an image.
 
         Args:
             task: of the image.
             told: all that its rows may be told, which is of one company.
+            rows: of a forward that it needs at once, with its group.
         """
         model = self._models[task.model]
         shape = model.latent_shape(task.width, task.height)
         group = model.group_key(task.width, task.height, max(one.length for one in told))
         [company] = {one.company for one in told}
-        key = task.model, shape, (group, company)
+        fixed = self._fixed_for(rows)
+        key = task.model, shape, (group, company), fixed
         if key not in self._lanes:
             self._forget_idle()
             most = self._measurements.row_budget
+            most = most if fixed is None else min(most, fixed)
             read = model.forward_shape(task.width, task.height, task.references)
             cost = self._costs.keep(task.model, read)
             # What is prepared is told of a prompt alone.
             alone = company is None
             forwards = self._forwards_of(model, shape, cost, most) if alone else None
             mixes = (task.model, group) if self._mixed and model.mixes_sizes and alone else None
-            self._lanes[key] = Lane(model, shape, cost, most, forwards, mixes, read[2] / shape[2])
+            reads = read[2] / shape[2]
+            self._lanes[key] = Lane(model, shape, cost, most, forwards, mixes, reads, fixed)
         return self._lanes[key]
+
+    def _fixed_for(self, rows: int) -> int | None:
+        """The rows of its forwards depend on nothing but the image, as its bits do on them."""
+        fixed = self.fixed_rows
+        while fixed is not None and fixed < rows:
+            fixed *= 2
+        return fixed
 
     def forget(self, model: str) -> None:
         """Drop the lanes of a model."""

@@ -101,6 +101,7 @@ class Sequence:
 
     Attributes:
         flow: whose it is, and which of that client's images cost the same.
+        rows_at_once: of a forward, that it needs with its group.
         conditioning: of all that the network may be told, by text.
         channels: what the network reads behind x, ``[channels, h, w]``; None where it reads x
             alone.
@@ -119,6 +120,7 @@ class Sequence:
     submission: Submission
     guidance: GuidancePlan = field(init=False)
     flow: Flow = field(init=False)
+    rows_at_once: int = field(init=False)
     stage: int = 0
     settled: bool = False
     slot: int = -1
@@ -143,6 +145,7 @@ class Sequence:
     def __post_init__(self) -> None:
         task = self.task
         self.guidance = plan_guidance(task)
+        self.rows_at_once = self.guidance.widest
         self.flow = Flow(self.submission.client, (task.model, task.width, task.height))
         self.ancestor = self.index
 

@@ -53,14 +53,15 @@ class Admission:
 
     Args:
         models: hosted models by name.
-        lane_of: the lane of a task with such conditioning, made when it is the first.
+        lane_of: the lane of a task with such conditioning that needs so many rows of a forward at
+            once, made when it is the first.
         deterministic: encode prompts and pictures at fixed batch sizes.
     """
 
     def __init__(
         self,
         models: Mapping[str, HostedModel],
-        lane_of: Callable[[ImageTask, list[Conditioning]], Lane],
+        lane_of: Callable[[ImageTask, list[Conditioning], int], Lane],
         *,
         deterministic: bool,
     ) -> None:
@@ -121,7 +122,8 @@ class Admission:
         known = {text: _known(encoded[text]) for one in told for text in texts_of(one)}
         texts = {one: conditioning_of(one, known) for one in told}
         sequence.conditioning = self._beside_pictures(sequence, texts)
-        lane = self._lane_of(task, list(sequence.conditioning.values()))
+        told = list(sequence.conditioning.values())
+        lane = self._lane_of(task, told, sequence.rows_at_once)
         sequence.lane = lane
         start = _start(sequence, lane)
         guidance = sequence.guidance

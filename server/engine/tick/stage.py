@@ -78,19 +78,16 @@ class Stage:
         return [outcome.batch for outcome in self.outcomes]
 
 
-def run_stage(
-    chosen: list[Sequence], fixed_rows: int | None, meanwhile: Callable[[], None] = lambda: None
-) -> Stage:
+def run_stage(chosen: list[Sequence], meanwhile: Callable[[], None] = lambda: None) -> Stage:
     """Evaluate, guide and advance; nothing is written unless all of it succeeds.
 
     Args:
         chosen: images of lanes that share a forward, those of a group side by side; all recall the
             stage, or none.
-        fixed_rows: where set, the rows that every operation runs at.
         meanwhile: called while the device works, before it is waited for.
     """
     began = perf_counter()
-    batches = [weave.pack(lane, own, fixed_rows) for lane, own in _by_lane(chosen).items()]
+    batches = [weave.pack(lane, own) for lane, own in _by_lane(chosen).items()]
     watch = Stopwatch(batches[0].lane.model.device)
     if chosen[0].recalls:
         with watch:

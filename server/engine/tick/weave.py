@@ -94,7 +94,7 @@ class GuidedImages:
     settled: Tensor | None
 
 
-def pack(lane: Lane, sequences: list[Sequence], fixed_rows: int | None) -> Batch:
+def pack(lane: Lane, sequences: list[Sequence]) -> Batch:
     """Gather the states of the chosen images, and lay out the rows of their forward."""
     owners = list(range(len(sequences)))
     numbers = [0] * len(sequences)
@@ -122,7 +122,6 @@ def pack(lane: Lane, sequences: list[Sequence], fixed_rows: int | None) -> Batch
         firsts=firsts,
         others=others,
         terms=[terms[key] for key in sorted(terms, key=itemgetter(0))],
-        fixed_rows=fixed_rows,
     )
 
 

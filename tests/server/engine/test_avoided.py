@@ -223,14 +223,15 @@ def test_a_picture_that_is_not_finite_moves_nobody(engine: Engine) -> None:
 
 def packed(model: HostedModel, tasks: Listed[ImageTask], fixed_rows: int | None) -> Batch:
     """The batch of a first tick, as the engine makes it."""
-    lane = Lane(model, model.latent_shape(128, 128), TickCost({1: 1.0}), 8)
+    shape = model.latent_shape(128, 128)
+    lane = Lane(model, shape, TickCost({1: 1.0}), 8, fixed_rows=fixed_rows)
     sequences = [
         Sequence(one, k, None, Submission(1))  # type: ignore[arg-type]
         for k, one in enumerate(tasks)
     ]
     admission = Admission({one.model: model for one in tasks}, lambda *_: lane, deterministic=False)
     assert not [*admission.admit(sequences)]
-    return weave.pack(lane, sequences, fixed_rows)
+    return weave.pack(lane, sequences)
 
 
 @pytest.fixture(scope="module")

@@ -79,7 +79,8 @@ def packed(model: Any, task: Any) -> Callable[..., Batch]:
     """The batch of a first tick, as the engine makes it."""
 
     def pack(tasks: list[Any], fixed_rows: int | None = None) -> Batch:
-        lane = Lane(model, model.latent_shape(SIDE, SIDE), TickCost({1: 1.0}), 8)
+        shape = model.latent_shape(SIDE, SIDE)
+        lane = Lane(model, shape, TickCost({1: 1.0}), 8, fixed_rows=fixed_rows)
         sequences: list[Sequence] = []
         generator = torch.Generator().manual_seed(5)
         for index, one in enumerate(tasks):
@@ -93,7 +94,7 @@ def packed(model: Any, task: Any) -> Callable[..., Batch]:
             start = torch.randn(lane.shape, generator=generator)
             lane.pool.columns[sequence.slot, 0] = start
             sequences.append(sequence)
-        return weave.pack(lane, sequences, fixed_rows)
+        return weave.pack(lane, sequences)
 
     return pack
 
@@ -179,7 +180,7 @@ def test_a_row_is_as_if_it_were_alone(model, packed, task, fixed):
     batch = packed(tasks, fixed)
     together = guided(batch)
     for row, sequence in enumerate(batch.sequences):
-        alone = guided(weave.pack(batch.lane, [sequence], fixed))
+        alone = guided(weave.pack(batch.lane, [sequence]))
         if fixed is None:
             torch.testing.assert_close(together[row], alone[0], rtol=1e-3, atol=1e-3)
         else:

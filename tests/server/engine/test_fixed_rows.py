@@ -1,0 +1,79 @@
+"""How many rows a forward has where images are to be bit-identical in any company."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import Tensor
+
+from guidance.cfg import CFG
+from guidance.composed import Composed, WeightedPrompt
+from server.engine.task import Group
+from tests.server import by_hand
+from tests.server.toy_model import Toy, run, started
+
+
+class Crowded(Toy):
+    """Its rows feel how many they are, as those of networks do by the kernels that are chosen."""
+
+    def evaluate(self, x: Tensor, t: Tensor, inputs: Any) -> Tensor:
+        return super().evaluate(x, t, inputs) + 0.01 * len(x)
+
+
+def rows_of(model: Toy) -> set[int]:
+    return {len(x) for x in model.seen}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "rows"),
+    [
+        pytest.param({1: 0.01, 128: 1.28}, 8, id="each row costs as much"),
+        pytest.param({1: 0.01, 16: 0.012, 128: 0.096}, 16, id="few cost little more than one"),
+        pytest.param({1: 0.01, 128: 0.01}, 104, id="rows cost nothing"),
+    ],
+)
+def test_forwards_have_the_fewest_rows_with_most_of_the_best_throughput(
+    seconds: Mapping[int, float], rows: int
+) -> None:
+    model = Toy()
+    engine = started(model, None, deterministic=True, guessed_costs=seconds)
+    model.seen.clear()
+    run(engine, [by_hand.task(rule=CFG(), steps=2)])
+    run(engine, [by_hand.task(rule=CFG(), steps=2, seed=seed) for seed in range(60)])
+    engine.stop(0)
+    assert rows_of(model) == {rows}
+
+
+def test_images_that_need_more_rows_at_once_have_larger_forwards_and_keep_their_bits() -> None:
+    """One by its nine prompts, and six by their group."""
+    prompts = tuple(WeightedPrompt(prompt=f"{number} stars") for number in range(8))
+    group = Group()
+    tasks = [
+        *(by_hand.task(rule=CFG(), steps=3, seed=seed) for seed in range(3)),
+        by_hand.task(rule=Composed(prompts=prompts), steps=3, seed=3),
+        *(replace(by_hand.task(rule=CFG(), steps=3, seed=seed), group=group) for seed in range(6)),
+    ]
+    model = Crowded()
+    engine = started(model, None, deterministic=True, guessed_costs={1: 0.01, 128: 1.28})
+    model.seen.clear()
+    together = run(engine, tasks).results
+    assert rows_of(model) == {8, 16}
+    parts = [[0], [1], [2], [3], [4, 5, 6, 7, 8, 9]]
+    for part in parts:
+        alone = run(engine, [tasks[number] for number in part]).results
+        for place, number in enumerate(part):
+            assert np.array_equal(alone[place].pixels, together[number].pixels)
+    engine.stop(0)
+
+
+def test_with_a_row_budget_all_forwards_have_as_many() -> None:
+    model = Toy()
+    engine = started(model, 20, deterministic=True, guessed_costs={1: 0.01, 128: 1.28})
+    model.seen.clear()
+    run(engine, [by_hand.task(rule=CFG(), steps=2, seed=seed) for seed in range(12)])
+    engine.stop(0)
+    assert rows_of(model) == {24}
