@@ -490,7 +490,8 @@ class Engine:
         self._reports.steps(closed, outcome.denoised)
         for sequence in done:
             sequence.denoised_at = monotonic()
-        self._decoder.add(done)
+        # Rows are in an order of their own, which is nobody's turn.
+        self._decoder.add(sorted(done, key=lambda one: one.submitted_at))
 
     def _recall(self) -> set[Sequence]:
         """Run stages that need no row of a forward, for about as long as a fair tick takes.

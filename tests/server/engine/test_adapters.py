@@ -19,6 +19,8 @@ from guidance.negtome import NegToMe
 from guidance.pag import PAG
 from server.engine.client import Client
 from server.engine.engine import Engine
+from server.engine.scheduler import Priority
+from server.engine.state.sequence import ImageResult
 from server.engine.task import Group, ImageTask
 from server.models.adapters.adapter import Adapter, Weighted
 from server.models.hosted import HostedModel
@@ -26,7 +28,7 @@ from server.models.inputs import RowInputs
 from tests.server import by_hand, toy_model
 from tests.server.models.adapters.low_rank import adapter, changes, merged
 from tests.server.thin_model import thin_model
-from tests.server.toy_model import Toy, run, started
+from tests.server.toy_model import Ear, Toy, run, started
 
 Make = Callable[..., ImageTask]
 
@@ -172,3 +174,24 @@ def test_rows_of_the_same_adapters_have_one_order_whichever_images_came_first() 
         toy_model.run(engine, tasks)
     engine.stop(0)
     assert {*model.orders} == {("ink", "pastel", "storybook") * 2}
+
+
+@pytest.mark.parametrize("priority", [Priority.INTERACTIVE, Priority.LIVE])
+def test_the_oldest_image_is_decoded_first_whatever_its_adapters_are_called(
+    priority: Priority,
+) -> None:
+    finished: list[str] = []
+
+    class Heard(Ear):
+        def finished(self, index: int, result: ImageResult) -> None:
+            finished.append(names[index])
+            super().finished(index, result)
+
+    engine, names = toy_model.started(Toy(), 16), ("storybook", "ink", "pastel")
+    styles = [Weighted(Adapter(name, "", {}), 1.0) for name in names]
+    tasks = [by_hand.task(steps=3, adapters=(style,), priority=priority) for style in styles]
+    ear = Heard(len(tasks))
+    engine.submit(tasks, ear)
+    ear.wait()
+    engine.stop(0)
+    assert (*finished,) == names
