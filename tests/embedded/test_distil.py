@@ -116,7 +116,7 @@ def test_the_student_begins_as_its_teacher_at_every_scale() -> None:
 
 
 def test_a_student_trains_and_resumes_and_an_adapter_trains_alone(
-    tmp_path: Path,
+    tmp_path: Path, steps_made: list[object]
 ) -> None:
     teacher = make_components()
     corpus = corpus_of(teacher.autoencoder, 4, "cpu", tmp_path / "corpus.safetensors")
@@ -143,6 +143,7 @@ def test_a_student_trains_and_resumes_and_an_adapter_trains_alone(
         for key, value in frozen.items():
             assert torch.equal(student.get_parameter(key), value)
     assert published == [1, 2, 1]
+    assert len(steps_made) == 3
 
 
 def test_a_stored_adapter_is_read_by_diffusers_and_makes_the_trained_network(
@@ -179,7 +180,9 @@ def test_more_blocks_leave_the_decoder_as_it_was() -> None:
         assert torch.allclose(deeper.decoder(latents), before, atol=1e-6)
 
 
-def test_the_decoder_trains_and_resumes_and_the_encoder_stays(tmp_path: Path) -> None:
+def test_the_decoder_trains_and_resumes_and_the_encoder_stays(
+    tmp_path: Path, steps_made: list[object]
+) -> None:
     components = make_components()
     checkpoint = tmp_path / "decoder.safetensors"
 
@@ -190,6 +193,7 @@ def test_the_decoder_trains_and_resumes_and_the_encoder_stays(tmp_path: Path) ->
     train(1)
     result = train(2)
     assert metadata_of(checkpoint)["step"] == "2"
+    assert len(steps_made) == 2
     encoder = components.autoencoder.encoder.state_dict()
     assert all(
         torch.equal(value, encoder[name]) for name, value in result.encoder.state_dict().items()

@@ -123,19 +123,21 @@ def autoencoder_settings(steps: int) -> AutoencoderSettings:
     return AutoencoderSettings(steps=steps, minutes=None, batch=2, pictures=4, device="cpu", seed=0)
 
 
-def test_the_autoencoder_trains_and_resumes(tmp_path: Path) -> None:
+def test_the_autoencoder_trains_and_resumes(tmp_path: Path, steps_made: list[object]) -> None:
     checkpoint = tmp_path / "autoencoder.safetensors"
     train_autoencoder(autoencoder_settings(1), checkpoint)
     assert metadata_of(checkpoint)["step"] == "1"
     train_autoencoder(autoencoder_settings(2), checkpoint)
     assert metadata_of(checkpoint)["step"] == "2"
+    # Each run adapts its decoder in one more.
+    assert len(steps_made) == 2 + 2
 
 
 def small_components() -> Components:
     return Components(make_autoencoder(), make_unet(WEAK_WIDTHS), make_text_encoder())
 
 
-def test_the_unet_trains_publishes_and_resumes(tmp_path: Path) -> None:
+def test_the_unet_trains_publishes_and_resumes(tmp_path: Path, steps_made: list[object]) -> None:
     published: list[int] = []
 
     def publish(components: Components, step: int) -> None:
@@ -156,6 +158,7 @@ def test_the_unet_trains_publishes_and_resumes(tmp_path: Path) -> None:
     train_unet(small_components(), settings(1), tmp_path, publish)
     train_unet(small_components(), settings(2), tmp_path, publish)
     assert published == [1, 1, 2]
+    assert len(steps_made) == 2
     frozen = small_components()
     frozen.text_encoder.requires_grad_(requires_grad=False)
     before = copy.deepcopy(frozen.text_encoder.state_dict())
