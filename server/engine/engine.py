@@ -228,7 +228,7 @@ class Engine:
     @property
     def fixed_rows(self) -> int | None:
         """Rows of a forward in deterministic mode, if its images need no more at once."""
-        return self._lanes.fixed_rows
+        return self.measurements.fixed_rows
 
     def undisturbed(self) -> AbstractContextManager[None]:
         """Keep the engine from preparing for later work while another thread uses the device.
@@ -354,19 +354,20 @@ class Engine:
                 self._on_failure()
 
     def _warm_up(self) -> None:
-        most, costs = self._asked_budget or MOST_ROWS, list[TickCost]()
+        most = self._asked_budget or MOST_ROWS
+        models: list[Warmth] = []
         for name, model in self._models.items():
             warmth = warm_up(model, most, self._guessed_costs)
-            costs.append(warmth.cost)
+            models.append(warmth)
             self._reports.add(name, warmth.colours)
             self._costs.start(name, model.default_shape, warmth.cost)
             self._idle_work.add(model, warmth.cost, most)
         if self._guessed_costs is None:
             self._idle_work.before_ready(self._models.values())
         if self._deterministic:
-            fixed = fewest_rows(costs) if self._asked_budget is None else self._asked_budget
-            self._lanes.fixed_rows = -(-fixed // FIXED_ROWS_MULTIPLE) * FIXED_ROWS_MULTIPLE
-            log.info("deterministic: a forward pass has %d rows", self._lanes.fixed_rows)
+            fixed = fewest_rows(models) if self._asked_budget is None else self._asked_budget
+            self.measurements.fixed_rows = -(-fixed // FIXED_ROWS_MULTIPLE) * FIXED_ROWS_MULTIPLE
+            log.info("deterministic: a forward pass has %d rows", self.measurements.fixed_rows)
         self.measurements.row_budget = most
         free_memory(self._device)
         self.ready = True

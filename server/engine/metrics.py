@@ -43,7 +43,9 @@ class EngineMeasurements:
         saved: evaluations saved, by the name of the policy or the step cache.
         pending: images waiting or under way.
         live_pending: of these, frames of live streams.
-        row_budget: rows of a tick.
+        row_budget: most rows of a tick.
+        fixed_rows: of every forward in deterministic mode, but of those whose images need more at
+            once; set before the first image comes.
     """
 
     ticks: int = 0
@@ -69,6 +71,7 @@ class EngineMeasurements:
     pending: int = 0
     live_pending: int = 0
     row_budget: int = 0
+    fixed_rows: int | None = None
 
     def finished(self, sequence: Sequence, result: ImageResult) -> None:
         """Count an image that has its pixels, and what its policy and its step cache saved."""

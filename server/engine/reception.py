@@ -252,7 +252,8 @@ class Reception:
         if kind[0] not in self._models:
             # Unloaded, so nothing of it waits.
             return 0.0
-        return self._costs.seconds_a_row(*kind, self._measurements.row_budget)
+        most = self._measurements.fixed_rows or self._measurements.row_budget
+        return self._costs.seconds_a_row(*kind, most)
 
     def _check_models(self, tasks: Listed[ImageTask]) -> None:
         if gone := {task.model for task in tasks} - self._models.keys():

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from server.engine.cost_model import MOST_ROWS, TickCost, measured
+from server.engine.cost_model import TickCost, measured
 from server.engine.rehearsal import Rehearsal
 from server.engine.tick.decode import DECODED_AT_ONCE, PIXELS_AT_ONCE
 from server.engine.tick.preview import fit_preview
@@ -36,10 +36,12 @@ class Warmth:
     Attributes:
         colours: of previews, see :func:`fit_preview`.
         cost: of its ticks at its default size, to begin with.
+        most_rows: of the forwards that it was measured by.
     """
 
     colours: Tensor
     cost: TickCost
+    most_rows: int
 
 
 def warm_up(
@@ -57,11 +59,11 @@ def warm_up(
     """
     colours = _first_colours(model)
     if guessed_costs is not None:
-        return Warmth(colours, TickCost(guessed_costs, guessed=True))
+        return Warmth(colours, TickCost(guessed_costs, guessed=True), max(guessed_costs))
     samples = time_forwards(model, most)
     timed = ", ".join(f"{rows}: {1000 * seconds:.1f}" for rows, seconds in samples.items())
     log.info("%s: ms per forward pass, by rows: %s", model.facts.name, timed)
-    return Warmth(colours, TickCost(samples))
+    return Warmth(colours, TickCost(samples), max(samples))
 
 
 def warm_up_beside_ticks(model: HostedModel) -> Warmth:
@@ -71,15 +73,17 @@ def warm_up_beside_ticks(model: HostedModel) -> Warmth:
         MemoryError: not even one row fits.
     """
     # Only a guess: what else runs on the device meanwhile is in these times.
-    return Warmth(_first_colours(model), TickCost(time_forwards(model, FEW_ROWS), guessed=True))
+    colours, samples = _first_colours(model), time_forwards(model, FEW_ROWS)
+    return Warmth(colours, TickCost(samples, guessed=True), max(samples))
 
 
-def fewest_rows(costs: Iterable[TickCost]) -> int:
-    """Rows of a forward with most of the best throughput, which none of the costs finds too many.
+def fewest_rows(models: Iterable[Warmth]) -> int:
+    """Rows of a forward with most of the best throughput, which are too many for no model.
 
-    An image alone waits for all rows of its forwards, so fewer are better for it.
+    An image alone waits for all rows of its forwards, so fewer are better for it. More than were
+    measured may not fit into memory.
     """
-    return min(cost.rows_at(DETERMINISTIC_THROUGHPUT, MOST_ROWS) for cost in costs)
+    return min(one.cost.rows_at(DETERMINISTIC_THROUGHPUT, one.most_rows) for one in models)
 
 
 def first_calls(model: HostedModel) -> Iterator[Callable[[], object]]:

@@ -33,13 +33,9 @@ class Lanes:
     Args:
         models: hosted models by name.
         costs: of ticks.
-        measurements: that say how many rows a forward may have.
+        measurements: that say how many rows a forward may have, or is to have.
         forwards_of: the forwards of a model at a latent shape; None where they run as they are.
         mixed: images of several sizes may share a forward if their model can evaluate them.
-
-    Attributes:
-        fixed_rows: of every forward in deterministic mode, but of those whose images need more at
-            once; set before the first image comes.
     """
 
     def __init__(
@@ -56,7 +52,6 @@ class Lanes:
         self._measurements = measurements
         self._forwards_of = forwards_of
         self._mixed = mixed
-        self.fixed_rows: int | None = None
         self._lanes: dict[Key, Lane] = {}
 
     def __len__(self) -> int:
@@ -95,9 +90,9 @@ class Lanes:
 
     def _fixed_for(self, rows: int) -> int | None:
         """The rows of its forwards depend on nothing but the image, as its bits do on them."""
-        fixed = self.fixed_rows
+        fixed = self._measurements.fixed_rows
         while fixed is not None and fixed < rows:
-            fixed *= 2
+            fixed = min(2 * fixed, self._measurements.row_budget)
         return fixed
 
     def forget(self, model: str) -> None:

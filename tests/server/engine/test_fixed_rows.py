@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from threading import Event
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
+import torch
 from torch import Tensor
 
 from guidance.cfg import CFG
 from guidance.composed import Composed, WeightedPrompt
+from server.engine.client import Client
+from server.engine.engine import Engine
 from server.engine.task import Group
+from server.errors import InvalidRequest
 from tests.server import by_hand
-from tests.server.toy_model import Toy, run, started
+from tests.server.full_ticks import full_ticks
+from tests.server.toy_model import Ear, Toy, run, started
 
 
 class Crowded(Toy):
@@ -68,6 +75,67 @@ def test_images_that_need_more_rows_at_once_have_larger_forwards_and_keep_their_
         for place, number in enumerate(part):
             assert np.array_equal(alone[place].pixels, together[number].pixels)
     engine.stop(0)
+
+
+def test_a_forward_never_has_more_rows_than_the_budget() -> None:
+    """Twice the fixed rows would be more."""
+    group = Group()
+    tasks = [replace(by_hand.task(rule=CFG(), steps=2, seed=k), group=group) for k in range(60)]
+    model = Toy()
+    engine = started(model, None, deterministic=True, guessed_costs={1: 0.01, 128: 0.01})
+    model.seen.clear()
+    run(engine, tasks)
+    engine.stop(0)
+    assert rows_of(model) == {128}
+
+
+@pytest.fixture
+def timed() -> Iterator[Callable[..., Engine]]:
+    """Starts an engine of models whose forwards take such seconds, by rows."""
+    engines: list[Engine] = []
+
+    def start(models: Mapping[Toy, Mapping[int, float]]) -> Engine:
+        engine = Engine({model.facts.name: model for model in models}, deterministic=True)
+        engines.append(engine)
+        with (
+            full_ticks(),
+            patch("server.engine.warmup.time_forwards", lambda model, _: models[model]),
+        ):
+            engine.start()
+            while not engine.ready:
+                assert engine.failure is None, engine.failure
+                Event().wait(0.01)
+        return engine
+
+    yield start
+    for engine in engines:
+        engine.stop(0)
+
+
+class Roomless(Toy):
+    """There is memory for 16 rows."""
+
+    def evaluate(self, x: Tensor, t: Tensor, inputs: Any) -> Tensor:
+        if len(x) > 16:
+            raise torch.OutOfMemoryError
+        return super().evaluate(x, t, inputs)
+
+
+def test_forwards_have_no_more_rows_than_fitted_into_memory_at_the_start(
+    timed: Callable[..., Engine],
+) -> None:
+    engine = timed({Roomless(): {1: 0.01, 4: 0.0101, 16: 0.0102}})
+    found = run(engine, [by_hand.task(rule=CFG(), steps=2)])
+    assert not found.errors
+
+
+def test_an_images_time_is_that_of_ticks_of_so_few_rows(timed: Callable[..., Engine]) -> None:
+    """Though another model is why they are so few, and theirs could have more at the same price."""
+    engine = timed({Toy(): {1: 0.01, 128: 1.28}, Toy(name="flat"): {1: 1.0, 128: 1.0}})
+    tasks = [replace(by_hand.task(rule=CFG(), steps=6), model="flat") for _ in range(20)]
+    # 240 rows, of which 8 take a second.
+    with pytest.raises(InvalidRequest, match="about 30 s of the device"):
+        engine.submit(tasks, Ear(len(tasks)), Client("short of time", most_seconds=10))
 
 
 def test_with_a_row_budget_all_forwards_have_as_many() -> None:
