@@ -250,7 +250,8 @@ def adapter_entries(model: HostedModel) -> tuple[AdapterEntry, ...]:
         AdapterEntry(
             name=file.name,
             rank=file.rank,
-            changes=tuple(file.parts),
+            # A file lists its tensors in no order.
+            changes=tuple(sorted(file.parts)),
             defaults=None if file.defaults is None else defaults_of(file.defaults),
         )
         for file in model.adapters.available()

@@ -19,9 +19,11 @@ from starlette.testclient import TestClient
 from server.http.app import create_app
 from server.http.connection import connections
 from server.http.live.websockets import websocket_options
+from server.models.folder import embedded_folders
 from server.settings import Limits, Settings
 from tests.server.full_ticks import full_ticks
 from tests.server.process import Forks
+from tests.server.thin_copies import put_thin_model
 
 PATIENCE_S = 120
 MAX_IMAGES = 8
@@ -114,7 +116,17 @@ def image_prompts_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def thin_models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """As a setting names them: those that ship with Weft, with thin networks."""
+    folder = tmp_path_factory.mktemp("thin")
+    for name, trained in embedded_folders().items():
+        put_thin_model(folder / name, trained)
+    return tuple(f"{name}={folder / name}" for name in embedded_folders())
+
+
+@pytest.fixture(scope="session")
 def running(
+    thin_models: tuple[str, ...],
     adapters_folder: Path,
     controls_folder: Path,
     embeddings_folder: Path,
@@ -122,6 +134,7 @@ def running(
 ) -> Iterator[Running]:
     server = Running(
         Settings(
+            models=thin_models,
             row_budget=8,
             deterministic=True,
             max_pending=MAX_IMAGES,

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx2
 import pytest
 
 from server.settings import Settings
@@ -78,22 +77,22 @@ await shown();
 
 
 @pytest.fixture
-def tab(browser: str, client: httpx2.Client) -> Iterator[Tab]:
+def tab(browser: str, trained: Running) -> Iterator[Tab]:
     """The tab for live streams."""
     with new_tab(browser, TOOLS) as tab:
-        tab.open(f"{client.base_url}/#live")
+        tab.open(f"{trained.url}/#live")
         yield tab
 
 
 @pytest.fixture
-def style(running: Running, image_prompts_folder: Path) -> Iterator[str]:
+def style(trained: Running, trained_image_prompts: Path) -> Iterator[str]:
     """The name of an IP-Adapter that the embedded model has for one test."""
-    [model, *_] = running.app.state.service.ready_shelf().loaded()
-    before = {*image_prompts_folder.iterdir()}
-    put_encoder(image_prompts_folder)
-    put_adapter(model.modules()["unet"], image_prompts_folder, "style", 1)
+    [model, *_] = trained.app.state.service.ready_shelf().loaded()
+    before = {*trained_image_prompts.iterdir()}
+    put_encoder(trained_image_prompts)
+    put_adapter(model.modules()["unet"], trained_image_prompts, "style", 1)
     yield "style"
-    for made in {*image_prompts_folder.iterdir()} - before:
+    for made in {*trained_image_prompts.iterdir()} - before:
         shutil.rmtree(made) if made.is_dir() else made.unlink()
 
 
@@ -206,7 +205,7 @@ def test_an_image_prompt_changes_the_picture_until_it_is_removed(style: str, tab
 
 
 def test_frames_of_a_model_that_edits_pictures_may_be_such_a_picture(
-    tab: Tab, client: httpx2.Client
+    tab: Tab, trained: Running
 ) -> None:
     """What the page sends, with a catalog in which the model reads two."""
     edits = """
@@ -225,7 +224,7 @@ def test_frames_of_a_model_that_edits_pictures_may_be_such_a_picture(
       send.call(this, data);
     };
     """
-    tab.open(f"{client.base_url}/", edits)
+    tab.open(f"{trained.url}/", edits)
     sent = tab.run(
         """
         $("live-tab").click();
@@ -271,7 +270,7 @@ def test_a_refused_setting_is_shown_as_a_sentence_and_the_stream_goes_on(tab: Ta
 
 
 def test_a_stream_whose_frames_are_refused_says_so_once_and_waits_for_other_settings(
-    tab: Tab, running: Running, client: httpx2.Client
+    tab: Tab, trained: Running
 ) -> None:
     """Here, as pictures of their size lately did not fit into memory."""
     count = """
@@ -286,9 +285,9 @@ def test_a_stream_whose_frames_are_refused_says_so_once_and_waits_for_other_sett
       }
     };
     """
-    tab.open(f"{client.base_url}/?again#live", count)
+    tab.open(f"{trained.url}/?again#live", count)
     tab.run(LIVE)
-    overflows = running.app.state.service.engine._overflows
+    overflows = trained.app.state.service.engine._overflows
     overflows.note("embedded-lcm", 64, 64, None, free=0)
     try:
         said, refusals = tab.run(

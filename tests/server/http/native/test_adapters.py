@@ -68,7 +68,7 @@ def test_the_catalog_lists_the_adapters_of_each_model(client: httpx2.Client, pas
     assert listed[pastel] == {
         "name": pastel,
         "rank": 4,
-        "changes": ["unet", "text_encoder"],
+        "changes": ["text_encoder", "unet"],
         "defaults": None,
     }
 

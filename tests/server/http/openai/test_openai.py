@@ -27,11 +27,14 @@ SIZE = "64x64"
 SMALL: dict[str, Any] = {"width": 64, "height": 64}
 
 
+def sdk_of(server: Running) -> OpenAI:
+    url = f"{server.url}/v1"
+    return OpenAI(base_url=url, api_key="unused", max_retries=0, timeout=PATIENCE_S)
+
+
 @pytest.fixture(scope="module")
 def sdk(running: Running) -> Iterator[OpenAI]:
-    with OpenAI(
-        base_url=f"{running.url}/v1", api_key="unused", max_retries=0, timeout=PATIENCE_S
-    ) as made:
+    with sdk_of(running) as made:
         yield made
 
 
@@ -94,12 +97,13 @@ def test_what_has_no_effect_is_named(sdk: OpenAI) -> None:
     assert answer.model_extra["model"] == "embedded"
 
 
-def test_partial_images_come_nearer_to_the_image(sdk: OpenAI, client: httpx2.Client) -> None:
+def test_partial_images_come_nearer_to_the_image(trained: Running) -> None:
     steps = {"seed": 5, "steps": 6}
-    stream = sdk.images.generate(
-        prompt="a red circle", size=SIZE, stream=True, partial_images=3, extra_body=steps
-    )
-    *partial, last = stream
+    with sdk_of(trained) as sdk, httpx2.Client(base_url=trained.url, timeout=PATIENCE_S) as client:
+        *partial, last = sdk.images.generate(
+            prompt="a red circle", size=SIZE, stream=True, partial_images=3, extra_body=steps
+        )
+        [drawn] = native(client, steps=6, **SMALL)
     assert [event.type for event in partial] == ["image_generation.partial_image"] * len(partial)
     # A slow reader may miss one.
     assert 1 <= len(partial) <= 3
@@ -109,7 +113,7 @@ def test_partial_images_come_nearer_to_the_image(sdk: OpenAI, client: httpx2.Cli
     assert last.type == "image_generation.completed"
     assert last.usage.total_tokens == 0
     final = pixels_of(last.b64_json)
-    assert (final == native(client, steps=6, **SMALL)[0]).all()
+    assert (final == drawn).all()
     away = [np.abs(pixels_of(event.b64_json) - final.astype(float)).mean() for event in partial]
     assert away == sorted(away, reverse=True)
     assert {event.size for event in (*partial, last)} == {SIZE}
