@@ -59,7 +59,7 @@ SIZES = [
 
 
 @pytest.mark.parametrize(
-    "size", few_of(SIZES, [(16, 16), (16, 5), (8, 12), (24, 33), (5, 16), (3, 65)])
+    "size", few_of(SIZES, [(16, 16), (16, 5), (8, 12), (24, 40), (24, 33), (5, 16), (3, 65)])
 )
 def test_the_level_is_kornias(size: tuple[int, int]) -> None:
     x = picture(*size)

@@ -112,7 +112,7 @@ def test_a_fraction_and_a_beta_say_the_same(kind: Kind) -> None:
         np.testing.assert_array_equal(other, one)
 
 
-@pytest.mark.parametrize("kind", few_of(KINDS, [GHVB]))
+@each_kind
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
