@@ -105,6 +105,11 @@ def test_lcm_is_that_of_lcm(steps: int) -> None:
     )
 
 
+def test_distilled_steps_that_do_not_divide_the_trained_ones_are_those_of_lcm() -> None:
+    theirs = diffusers_times(LCMScheduler(original_inference_steps=30), 7)
+    assert LCMSpacing(distilled_steps=30).evaluated(DISCRETE, 7).tolist() == theirs
+
+
 def test_four_steps_of_lcm_are_the_published_ones() -> None:
     assert LCMSpacing().evaluated(DISCRETE, 4).tolist() == [999, 759, 499, 259]
 
