@@ -66,7 +66,8 @@ def drawn(model: Any, unet: Any, one: Any, setting: NAG, scale: float) -> Any:
 def test_a_picture_is_that_of_the_published_processor(
     model: Any, engine: Any, task: Any, run: Any, unet: Any, rule: Any, scale: float, stop: float
 ) -> None:
-    setting = NAG(scale=4.0, stop=stop)
+    # A bound that some tokens reach, and others do not.
+    setting = NAG(scale=4.0, tau=4.0, stop=stop)
     one = task("dpm_solver_pp", rule, steps=4, negative_prompt=NEGATIVE, settings=(setting,))
     company = [task(rule="cfg", negative_prompt=NEGATIVE, settings=(PAG(),), seed=8)]
     ours = run(engine, [*company, one]).pixels()[1]
