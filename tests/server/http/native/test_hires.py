@@ -48,7 +48,8 @@ def test_both_runs_make_what_two_requests_make(generate: Post) -> None:
     answer = generate(**SMALL, n=2, hires={"scale": 1.9, "strength": 0.5, "steps": 4})
     expected = by_hand(generate, (96, 96), strength=0.5, steps=4)
     for image, wanted in zip(images_of(answer), expected, strict=True):
-        assert (pixels(image) == wanted).all()
+        # Images of one batch are those of two up to rounding, by a level of 255 here and there.
+        assert np.abs(pixels(image).astype(int) - wanted).max() <= 2
     told = answer.json()
     size = {"width": 96, "height": 96}
     own = {"strength": 0.5, "steps": 4, "upscaler": "lanczos"}
