@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 import threading
 import time
 from contextlib import suppress
@@ -12,16 +11,15 @@ from typing import Any
 
 import pytest
 
-from embedded import MODEL_FOLDER
 from server.models.adapters.adapter import Adapter
 from server.models.adapters.shelf import AdapterShelf
 from server.service.stream import FailedFrame, StreamSession
 from server.service.streams import Streams
 from server.settings import Settings
 from tests.server.conftest import Running
+from tests.server.models.adapters import files
+from tests.server.models.adapters.low_rank import changes
 from tests.server.stream_client import SMALL
-
-ADAPTER = MODEL_FOLDER / "weft/adapters/embedded-lcm-lora.safetensors"
 
 
 def test_no_frame_is_made_from_the_prompt_after_a_change_to_input_frames(
@@ -57,7 +55,9 @@ def test_no_frame_is_made_from_the_prompt_after_a_change_to_input_frames(
 def test_adapters_of_a_stream_are_loaded_where_no_other_request_waits_for_them(
     running: Running, adapters_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copy(ADAPTER, adapters_folder / "of-a-stream.safetensors")
+    networks = running.app.state.service.ready_shelf().loaded()[0].adaptable()
+    parts = {part: changes(network, 4, seed=7) for part, network in networks.items()}
+    files.saved(files.peft(parts), adapters_folder / "of-a-stream.safetensors")
     threads: list[str] = []
     load = AdapterShelf.load
 
