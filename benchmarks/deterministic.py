@@ -41,7 +41,7 @@ def main() -> None:
         f"{options.architecture}, {options.dtype}, {device}, {options.threads} threads, torch "
         f"{torch.__version__}; {options.steps} steps of {', '.join(SAMPLERS)} with cfg; medians of "
         f"{options.rounds} rounds of {options.images} images for each client; "
-        f"{engines[1].engine.fixed_rows} rows in every deterministic forward\n"
+        f"{engines[1].engine.measurements.fixed_rows} rows in every deterministic forward\n"
     )
     print("| at once | images/s | deterministic, images/s | seconds x |\n|---|---|---|---|")
     for count in options.counts:

@@ -6,13 +6,13 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from typing_extensions import ParamSpec, override
 
+from server.engine.operands import tensors_in
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
 __all__ = ["OperationCount"]
 
@@ -66,5 +66,4 @@ class OperationCount(TorchDispatchMode):
 
 def _memory(given: Any) -> set[int]:
     """Of the tensors in it; those without elements have none."""
-    tensors: Sequence[Tensor] = [one for one in tree_leaves(given) if isinstance(one, Tensor)]
-    return {one.untyped_storage().data_ptr() for one in tensors if one.numel()}
+    return {one.untyped_storage().data_ptr() for one in tensors_in(given) if one.numel()}

@@ -225,11 +225,6 @@ class Engine:
             warmth = warm_up_beside_ticks(model)
         self._in_own_thread(lambda: self._take_model(model, warmth))
 
-    @property
-    def fixed_rows(self) -> int | None:
-        """Rows of a forward in deterministic mode, if its images need no more at once."""
-        return self.measurements.fixed_rows
-
     def undisturbed(self) -> AbstractContextManager[None]:
         """Keep the engine from preparing for later work while another thread uses the device.
 
