@@ -90,9 +90,10 @@ class Engine:
         guessed_costs: seconds of a tick by rows to begin with, which the ticks then correct. By
             default forwards are timed at the start, which takes longer than one image.
         prepares: run forwards at few numbers of rows, and all of these before they are needed:
-            some at the start, the others while nothing waits. By default on a GPU; never in
-            deterministic mode, where all forwards have the same number of rows.
-        cuda_graphs: record the forwards that are prepared on a GPU, and replay them.
+            some at the start, the others while nothing waits. In deterministic mode there is one
+            number only. By default on a GPU.
+        cuda_graphs: record the forwards that are prepared on a GPU, and replay them. In
+            deterministic mode a recording is kept only where it equals its forward to the bit.
         most_bytes: of the device that weights and graphs of all models may have together; what
             is loaded keeps to it by itself.
 
@@ -138,9 +139,10 @@ class Engine:
         on_gpu = self._device.type == "cuda"
         self._idle_work = IdleWork(
             self._device,
-            prepares=(on_gpu if prepares is None else prepares) and not deterministic,
+            prepares=on_gpu if prepares is None else prepares,
             records=on_gpu and cuda_graphs,
             most_bytes=most_bytes,
+            fixed=deterministic,
         )
         self._overflows = Overflows()
         self._lanes = Lanes(
@@ -275,7 +277,8 @@ class Engine:
         name = model.facts.name
         self._reports.add(name, warmth.colours)
         self._costs.start(name, model.default_shape, warmth.cost)
-        self._idle_work.add(model, warmth.cost, self.measurements.row_budget)
+        m = self.measurements
+        self._idle_work.add(model, warmth.cost, m.fixed_rows or m.row_budget)
         self._admission.add(name, model)
         with self._wake:
             self._models[name] = model
@@ -350,19 +353,21 @@ class Engine:
 
     def _warm_up(self) -> None:
         most = self._asked_budget or MOST_ROWS
-        models: list[Warmth] = []
+        warmths: dict[str, Warmth] = {}
         for name, model in self._models.items():
-            warmth = warm_up(model, most, self._guessed_costs)
-            models.append(warmth)
+            warmth = warmths[name] = warm_up(model, most, self._guessed_costs)
             self._reports.add(name, warmth.colours)
             self._costs.start(name, model.default_shape, warmth.cost)
-            self._idle_work.add(model, warmth.cost, most)
+        fixed: int | None = None
+        if self._deterministic:
+            fixed = self._asked_budget or fewest_rows(warmths.values())
+            fixed = -(-fixed // FIXED_ROWS_MULTIPLE) * FIXED_ROWS_MULTIPLE
+            self.measurements.fixed_rows = fixed
+            log.info("deterministic: a forward pass has %d rows", fixed)
+        for name, model in self._models.items():
+            self._idle_work.add(model, warmths[name].cost, fixed or most)
         if self._guessed_costs is None:
             self._idle_work.before_ready(self._models.values())
-        if self._deterministic:
-            fixed = fewest_rows(models) if self._asked_budget is None else self._asked_budget
-            self.measurements.fixed_rows = -(-fixed // FIXED_ROWS_MULTIPLE) * FIXED_ROWS_MULTIPLE
-            log.info("deterministic: a forward pass has %d rows", self.measurements.fixed_rows)
         self.measurements.row_budget = most
         free_memory(self._device)
         self.ready = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from server.engine.rehearsal import Rehearsal
-from server.engine.row_sizes import RowSizes
+from server.engine.row_sizes import FixedRows, RowSizes
 from server.engine.state.padding import padded
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ class Forwards:
         cost: of the ticks.
         most: rows of a forward.
         graphs: recordings of the model's forwards; None for none.
+        fixed: forwards run at the rows that they are given, which nothing but an image decides.
     """
 
     def __init__(
@@ -45,13 +46,16 @@ class Forwards:
         cost: TickCost,
         most: int,
         graphs: Graphs | None = None,
+        *,
+        fixed: bool = False,
     ) -> None:
-        self.sizes = RowSizes(most)
+        self.sizes = FixedRows(most) if fixed else RowSizes(most)
         self._mixed_sizes = RowSizes(most)
         self._model = model
         self._shape = shape
         self._cost = cost
         self._graphs = graphs
+        self._fixed = fixed
         self._rehearsal: Rehearsal | None = None
 
     @property
@@ -107,7 +111,7 @@ class Forwards:
             if self._rehearsal is None:
                 scale = self._model.facts.latent_scale
                 height, width = (scale * side for side in self._shape[1:])
-                self._rehearsal = Rehearsal(self._model, width, height)
+                self._rehearsal = Rehearsal(self._model, width, height, fixed=self._fixed)
             self._rehearsal.seconds(size, self._evaluated)
         except Exception:
             self.sizes.leave_out(size)

@@ -156,14 +156,21 @@ class Graphs:
         model: whose forwards.
         recorder: makes them.
         room: bytes that recordings may take, beside what they hold.
+        exact: recordings must equal their forwards to the bit.
     """
 
     def __init__(
-        self, model: HostedModel, recorder: Recorder, room: Callable[[], float] = lambda: inf
+        self,
+        model: HostedModel,
+        recorder: Recorder,
+        room: Callable[[], float] = lambda: inf,
+        *,
+        exact: bool = False,
     ) -> None:
         self._model = model
         self._recorder = recorder
         self._room = room
+        self._close = 0.0 if exact else CLOSE
         self._recorded: dict[Shape, Replay] = {}
         self._wanted: dict[Shape, _Wanted] = {}
         self._under_way: tuple[Shape, Generator[None]] | None = None
@@ -366,7 +373,7 @@ class Graphs:
             others = [one * 0.5 if one.is_floating_point() else one for one in tensors]
             for given in (tensors, others):
                 expected = evaluate(*given)
-                if not (made(*given) - expected).abs().max() <= CLOSE * expected.abs().max():
+                if not (made(*given) - expected).abs().max() <= self._close * expected.abs().max():
                     self._give_up(shape, "its recording gives other numbers", None)
                     return
                 yield

@@ -42,19 +42,27 @@ class IdleWork:
 
     Args:
         device: of all models.
-        prepares: run forwards at few numbers of rows, and all of these before they are needed;
-            otherwise there is nothing to do here.
+        prepares: run forwards at few numbers of rows, or at the fixed one, and these before they
+            are needed; otherwise there is nothing to do here.
         records: record the forwards that are prepared as CUDA graphs.
         most_bytes: of the device that weights and graphs of all models may have together.
+        fixed: forwards have fixed rows, and what is recorded of one must equal it to the bit.
     """
 
     def __init__(
-        self, device: torch.device, *, prepares: bool, records: bool, most_bytes: float = inf
+        self,
+        device: torch.device,
+        *,
+        prepares: bool,
+        records: bool,
+        most_bytes: float = inf,
+        fixed: bool = False,
     ) -> None:
         self._device = device
         self._preparation: Preparation | None = None
         if prepares:
-            self._preparation = Preparation(_recorder_of if records else None, most_bytes)
+            recorder_of = _recorder_of if records else None
+            self._preparation = Preparation(recorder_of, most_bytes, fixed=fixed)
         self._undisturbed = Lock()
         self._settled = False
         self._rests_until = -inf
@@ -130,7 +138,7 @@ class IdleWork:
             self._do(piece)
         for model in models:
             sizes = ", ".join(map(str, self.prepared(model).rows))
-            log.info("%s: forward passes are filled up to %s rows", model.facts.name, sizes)
+            log.info("%s: forward passes have run at %s rows", model.facts.name, sizes or "no")
 
     def until(self, wait: Callable[[float | None], bool], live: Callable[[], bool]) -> None:
         """Prepare in quiet moments until there is other work.

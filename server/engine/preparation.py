@@ -50,15 +50,19 @@ class Preparation:
     Args:
         recorder_of: makes what records forwards of a model; None where they are not recorded.
         most_bytes: of the device that weights and recordings of all models may have together.
+        fixed: forwards have fixed rows, and what is recorded of one must equal it to the bit.
     """
 
     def __init__(
         self,
         recorder_of: Callable[[HostedModel], Recorder] | None = None,
         most_bytes: float = inf,
+        *,
+        fixed: bool = False,
     ) -> None:
         self._recorder_of = recorder_of
         self._most_bytes = most_bytes
+        self._fixed = fixed
         self._weights: dict[str, int] = {}
         self._graphs: dict[str, Graphs] = {}
         self._first_calls: deque[tuple[str, Callable[[], object]]] = deque()
@@ -80,7 +84,8 @@ class Preparation:
         self._weights[name] = bytes_of(model)
         # A graph would read the copies of blocks that are gone.
         if self._recorder_of is not None and model.placement.offload != "all":
-            self._graphs[name] = Graphs(model, self._recorder_of(model), self._room)
+            recorder = self._recorder_of(model)
+            self._graphs[name] = Graphs(model, recorder, self._room, exact=self._fixed)
         return self.forwards(model, shape, cost, most)
 
     def forwards(self, model: HostedModel, shape: Shape, cost: TickCost, most: int) -> Forwards:
@@ -88,7 +93,8 @@ class Preparation:
         key = model.facts.name, shape
         made = self._forwards.pop(key, None)
         if made is None:
-            made = Forwards(model, shape, cost, most, self._graphs.get(key[0]))
+            graphs = self._graphs.get(key[0])
+            made = Forwards(model, shape, cost, most, graphs, fixed=self._fixed)
             others = [one for one in self._forwards if one not in self._defaults]
             for old in others[: max(0, len(others) + 1 - SHAPES_KEPT)]:
                 del self._forwards[old]

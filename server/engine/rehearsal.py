@@ -33,10 +33,12 @@ class Rehearsal:
         model: loaded.
         width: of the picture in pixels.
         height: of the picture in pixels.
+        fixed: whether texts have a shape that does not depend on their lengths.
     """
 
-    def __init__(self, model: HostedModel, width: int, height: int) -> None:
+    def __init__(self, model: HostedModel, width: int, height: int, *, fixed: bool = False) -> None:
         self._model = model
+        self._fixed = fixed
         self._shape = model.latent_shape(width, height)
         [self._unconditional] = model.encode_prompts([None], width, height)
         schedule = model.schedule(width, height, STEPS)
@@ -57,7 +59,7 @@ class Rehearsal:
             # Drawn on the CPU: a GPU's generator belongs to no thread alone.
             x = torch.randn(rows, *self._shape).to(device)
             t = torch.full((rows,), self._told, device=device)
-            inputs = RowInputs(self._model.stack([self._unconditional] * rows))
+            inputs = RowInputs(self._model.stack([self._unconditional] * rows, fixed=self._fixed))
             began = perf_counter()
             # Reading one number waits for the device.
             evaluate(x, t, inputs).flatten()[0].item()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["FIRST_FORWARD_S", "ROW_SIZES", "RowSizes"]
+__all__ = ["FIRST_FORWARD_S", "ROW_SIZES", "FixedRows", "RowSizes"]
 
 ROW_SIZES = (1, 2, 3, 4, 6, 8, 10, 12, *range(16, 33, 4), *range(40, 65, 8), *range(80, 129, 16))
 """Numbers of rows that forwards run at. Up to 12 rows a GPU waits for its orders, so that a row
@@ -87,3 +87,37 @@ class RowSizes:
         self._lost_s = defaultdict(
             float, {rows: lost for rows, lost in self._lost_s.items() if rows < size}
         )
+
+
+class FixedRows:
+    """Stands for :class:`RowSizes` in deterministic mode, where nothing but an image decides.
+
+    Args:
+        rows: of most forwards; those of images that need more at once have more.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self._wanted = [rows]
+        self._known: set[int] = set()
+
+    @property
+    def known(self) -> tuple[int, ...]:
+        """Sizes that have run, from the smallest."""
+        return tuple(sorted(self._known))
+
+    @property
+    def wanted(self) -> list[int]:
+        """The size of most forwards until it has run."""
+        return [rows for rows in self._wanted if rows not in self._known]
+
+    def of(self, rows: int, _most: int, _seconds: Callable[[int], float]) -> int:
+        """The number of rows itself, as what fills a forward up is in it already."""
+        return rows
+
+    def note(self, _rows: int, size: int, _seconds: Callable[[int], float]) -> None:
+        """A forward has run at a size."""
+        self._known.add(size)
+
+    def leave_out(self, size: int) -> None:
+        """Want no size that is as large, as there may be no memory for it."""
+        self._wanted = [rows for rows in self._wanted if rows < size]

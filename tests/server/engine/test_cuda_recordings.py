@@ -198,6 +198,32 @@ def changed_forms(engine: Engine) -> list[Any]:
     return [shape.form for shape in recorded if shape.form.kind]
 
 
+def test_a_deterministic_engine_replays_its_ticks_and_draws_the_same_bits(
+    start: Any, on_gpu: HostedModel, task: Any, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs_module, "PAYS", 1e9)
+    images: list[ImageTask] = [task("unipc", steps=3 + seed, seed=seed) for seed in range(6)]
+    plain = start(model=on_gpu, deterministic=True, cuda_graphs=False)
+    expected = [run(plain, [one]).pixels()[0] for one in images]
+    engine = start(model=on_gpu, deterministic=True)
+    run(engine, images)
+    until = monotonic() + 60
+    while engine.prepared(on_gpu).recorded != (8,):
+        assert monotonic() < until, engine.prepared(on_gpu)
+        sleep(0.05)
+    launched = list[int]()
+    evaluate = on_gpu.evaluate
+
+    def counted(x: torch.Tensor, *more: Any) -> torch.Tensor:
+        launched.append(len(x))
+        return evaluate(x, *more)
+
+    monkeypatch.setattr(on_gpu, "evaluate", counted)
+    together = run(engine, images).pixels()
+    assert launched == []
+    assert all(np.array_equal(a, b) for a, b in zip(together, expected, strict=True))
+
+
 def test_recorded_ticks_of_changed_rows_draw_the_images_of_other_ticks_to_the_bit(
     start: Any, on_gpu: HostedModel, task: Any, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

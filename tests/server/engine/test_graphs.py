@@ -20,6 +20,7 @@ from server.engine.cost_model import TickCost
 from server.engine.graphs import OFTEN, PIECE_FORWARDS, Graphs, pays_beside_ticks
 from server.engine.preparation import Preparation
 from server.engine.row_sizes import ROW_SIZES
+from server.engine.task import Group
 from server.models.adapters.adapter import Adapter, RowAdapters, Weighted
 from server.models.compiling.compiled_blocks import CompiledBlocks
 from server.models.hosted import HostedModel
@@ -30,6 +31,8 @@ from tests.server.toy_model import SIDE, Toy, run, started
 
 SHAPE = (4, 4, 4)
 SIZES = [size for size in ROW_SIZES if size <= 16]
+DEAR = {1: 0.01, 128: 1.28}
+"""Seconds of ticks by rows, each of which costs as much: the fewest that there may be are best."""
 
 
 class Waiting(Toy):
@@ -234,6 +237,17 @@ def test_a_recording_with_other_numbers_than_the_forward_is_not_used(caplog) -> 
     assert "gives other numbers" in caplog.text
 
 
+def test_rounding_alone_is_other_numbers_where_bits_are_promised(caplog) -> None:
+    for exact, rows in ((False, [2]), (True, [])):
+        model = Waiting()
+        graphs = Graphs(model, Tape(model, error=1e-6), exact=exact)
+        evaluate(graphs, forward(model, 2))
+        while graphs.wanted:
+            graphs.record()
+        assert graphs.rows == rows
+    assert "gives other numbers" in caplog.text
+
+
 def test_where_recording_fails_forwards_run_as_ever(caplog, monkeypatch) -> None:
     model = Waiting()
     tape = Tape(model)
@@ -350,7 +364,7 @@ def test_an_engine_that_is_never_idle_records_its_ticks(monkeypatch) -> None:
     model = Waiting()
     tape = Tape(model)
     preparation = Preparation(lambda _: tape)
-    monkeypatch.setattr("server.engine.idle_work.Preparation", lambda *_: preparation)
+    monkeypatch.setattr("server.engine.idle_work.Preparation", lambda *_, **__: preparation)
     engine = started(model, 16, prepares=True)
     assert tape.made == []
     run(engine, [task(steps=3 * OFTEN)])
@@ -373,7 +387,7 @@ def test_no_image_fails_before_recordings_have_given_their_memory_back(
     model = Waiting()
     tape = Tape(model)
     preparation = Preparation(lambda _: tape)
-    monkeypatch.setattr("server.engine.idle_work.Preparation", lambda *_: preparation)
+    monkeypatch.setattr("server.engine.idle_work.Preparation", lambda *_, **__: preparation)
     engine = started(model, 16, prepares=True)
     run(engine, [task(steps=3 * OFTEN)])
 
@@ -403,7 +417,7 @@ def test_an_engine_replays_its_small_ticks_and_draws_the_same_images(monkeypatch
     model = Waiting()
     tape = Tape(model)
     preparation = Preparation(lambda _: tape)
-    monkeypatch.setattr("server.engine.idle_work.Preparation", lambda *_: preparation)
+    monkeypatch.setattr("server.engine.idle_work.Preparation", lambda *_, **__: preparation)
     engine = started(model, 16, prepares=True)
     until = monotonic() + 20
     while engine.prepared(model) != (tuple(SIZES), tuple(SIZES)):
@@ -417,6 +431,39 @@ def test_an_engine_replays_its_small_ticks_and_draws_the_same_images(monkeypatch
     assert engine.remove_model("toy")
     assert all(one.released for one in tape.made)
     engine.stop(0)
+
+
+def test_a_deterministic_engine_replays_its_ticks_of_fixed_rows_and_draws_the_same_bits(
+    monkeypatch,
+) -> None:
+    """The group needs ten rows at once, and so forwards of sixteen."""
+    monkeypatch.setattr("server.engine.idle_work.QUIET_S", 0.01)
+    group = Group()
+    tasks = [
+        *(task(seed=seed, steps=3 + seed) for seed in range(3)),
+        *(task(seed=seed, group=group) for seed in range(5)),
+    ]
+    plain = started(Toy(), None, deterministic=True, guessed_costs=DEAR)
+    expected = run(plain, tasks).results
+    plain.stop(0)
+    model = Waiting()
+    tape = Tape(model)
+    monkeypatch.setattr(
+        "server.engine.idle_work.Preparation",
+        lambda _, most_bytes, *, fixed: Preparation(lambda _: tape, most_bytes, fixed=fixed),
+    )
+    engine = started(model, None, prepares=True, deterministic=True, guessed_costs=DEAR)
+    run(engine, tasks)
+    until = monotonic() + 20
+    while engine.prepared(model) != ((8, 16), (8, 16)):
+        assert monotonic() < until, engine.prepared(model)
+        sleep(0.01)
+    before = model.slept
+    results = run(engine, tasks).results
+    engine.stop(0)
+    assert model.slept == before
+    for i in range(len(tasks)):
+        assert np.array_equal(results[i].pixels, expected[i].pixels)
 
 
 def test_forwards_of_a_network_whose_blocks_come_and_go_are_not_recorded() -> None:
