@@ -6,6 +6,7 @@ constants from the host, which CUDA graphs cannot record, and round to float16 w
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -22,12 +23,19 @@ NIBBLES: Final = (0, 4)
 PAIRS: Final = (0, 2, 4, 6)
 BITS: Final = tuple(range(8))
 
+IQ4_LEVELS: Final = (
+    *(-127, -104, -83, -65, -49, -35, -22, -10),
+    *(1, 13, 25, 38, 53, 69, 89, 113),
+)
+"""``kvalues_iq4nl`` of ggml: close to each other about zero, where most weights are."""
+
 
 def dequantized(rows: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
     """The numbers ``[..., numbers]`` of rows of blocks.
 
     Scales are stored in float16, and for types of 16 bits the products are computed in it, as
-    diffusers and ComfyUI do; for float32 they are exact.
+    diffusers and ComfyUI do; for float32 they are exact. The products with levels of the types IQ4
+    are computed in float32, as diffusers does.
 
     Args:
         rows: bytes of whole blocks, ``[..., nbytes]`` uint8.
@@ -106,6 +114,18 @@ def _q6_k(blocks: Tensor, dtype: torch.dtype) -> Tensor:
     return _scaled(sixes.to(dtype) - 32, scale)
 
 
+def _iq4_nl(blocks: Tensor, dtype: torch.dtype) -> Tensor:
+    d, quants = _split(blocks, 2, 16)
+    return _half(d, dtype) * _levels(_bits(quants, 16, NIBBLES))
+
+
+def _iq4_xs(blocks: Tensor, dtype: torch.dtype) -> Tensor:
+    d, high, low, quants = _split(blocks, 2, 2, 4, 128)
+    sixes = _bits(low, 1, NIBBLES) | _bits(high, 1, PAIRS) << 4
+    scale = _half(d, dtype) * (sixes.to(dtype) - 32)
+    return _scaled(_levels(_bits(quants, 16, NIBBLES)), scale)
+
+
 VALUES: Final[Mapping[str, Callable[[Tensor, torch.dtype], Tensor]]] = {
     "Q4_0": _q4_0,
     "Q4_1": _q4_1,
@@ -117,8 +137,10 @@ VALUES: Final[Mapping[str, Callable[[Tensor, torch.dtype], Tensor]]] = {
     "Q4_K": _q4_k,
     "Q5_K": _q5_k,
     "Q6_K": _q6_k,
+    "IQ4_NL": _iq4_nl,
+    "IQ4_XS": _iq4_xs,
 }
-"""The numbers ``[blocks, numbers]`` of the bytes ``[blocks, nbytes]``, computed in some type."""
+"""The numbers ``[blocks, numbers]`` of the bytes ``[blocks, nbytes]``, by the type of products."""
 
 
 def _split(blocks: Tensor, *widths: int) -> Sequence[Tensor]:
@@ -148,6 +170,18 @@ def _sixes(packed: Tensor) -> tuple[Tensor, Tensor]:
         torch.cat([scales & 63, rest & 15 | scales >> 2 & 48], dim=1),
         torch.cat([offsets & 63, rest >> 4 | offsets >> 2 & 48], dim=1),
     )
+
+
+def _levels(quants: Tensor) -> Tensor:
+    """The levels that numbers of four bits stand for in the types IQ4, float32 of their shape."""
+    levels = _levels_on(quants.device)
+    return levels.index_select(0, quants.flatten().int()).view(quants.shape)
+
+
+@cache
+def _levels_on(device: torch.device) -> Tensor:
+    """Made once, as a recording cannot copy from the host."""
+    return torch.tensor(IQ4_LEVELS, dtype=torch.float32, device=device)
 
 
 def _scaled(quants: Tensor, scales: Tensor, offsets: Tensor | None = None) -> Tensor:

@@ -1,7 +1,8 @@
 """The formats of blocks of quantised numbers, by ggml's names; loads no library.
 
 A row of a matrix is a sequence of blocks, each with its own scales: 32 numbers in the older
-formats, 256 in the K-quants, whose scales are numbers of few bits with a scale of their own.
+formats and IQ4_NL, 256 in the others, whose scales are numbers of few bits with a scale of their
+own.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ FORMATS: Final[Mapping[str, BlockFormat]] = {
     "Q4_K": BlockFormat(12, 256, 144),
     "Q5_K": BlockFormat(13, 256, 176),
     "Q6_K": BlockFormat(14, 256, 210),
+    "IQ4_NL": BlockFormat(20, 32, 18),
+    "IQ4_XS": BlockFormat(23, 256, 136),
 }
 """The formats that are read."""
 
