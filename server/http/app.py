@@ -185,6 +185,7 @@ def _lifespan(
         def failed(after_s: float) -> None:
             # A closed loop means that the server is ending anyway.
             with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(service.drain)
                 loop.call_soon_threadsafe(service.abandon)
                 if on_failure is not None:
                     loop.call_soon_threadsafe(loop.call_later, after_s, on_failure)

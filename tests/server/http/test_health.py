@@ -1,5 +1,5 @@
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from threading import Event
 from time import sleep
 from typing import Any
@@ -68,7 +68,9 @@ def test_a_load_that_ends_in_something_else_than_an_error_is_said_too(
         assert client.get("/livez").status_code == client.get("/readyz").status_code == 503
 
 
-def test_requests_under_way_hear_of_an_engine_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def breakable(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[TestClient, Callable[[], None]]]:
+    """A client of a server, and what makes its engine fail."""
     engine, failing = started(Toy(), 8), list[Callable[[], None]]()
     nowhere: Any = None
 
@@ -76,15 +78,41 @@ def test_requests_under_way_hear_of_an_engine_that_fails(monkeypatch: pytest.Mon
         failing.append(on_failure)
         return Hosted(engine, {"toy": Toy()}, nowhere)
 
-    monkeypatch.setattr("server.http.app.host", host)
-    app = create_app(Settings())
-    abandoned = Event()
-    with TestClient(app, base_url="http://127.0.0.1:8000"):
-        monkeypatch.setattr(app.state.service, "abandon", abandoned.set)
-        while not failing:
-            sleep(0.01)
+    def fail() -> None:
+        engine.failure = RuntimeError("broken")
         failing[0]()
-        assert abandoned.wait(5)
+
+    monkeypatch.setattr("server.http.app.host", host)
+    with TestClient(create_app(Settings()), base_url="http://127.0.0.1:8000") as client:
+        while client.get("/readyz").status_code == 503:
+            sleep(0.01)
+        yield client, fail
+    engine.stop(0)
+
+
+def test_requests_under_way_hear_of_an_engine_that_fails(
+    breakable: tuple[TestClient, Callable[[], None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, fail = breakable
+    app: Any = client.app
+    abandoned = Event()
+    monkeypatch.setattr(app.state.service, "abandon", abandoned.set)
+    fail()
+    assert abandoned.wait(5)
+
+
+def test_a_live_stream_without_frames_hears_of_an_engine_that_fails(
+    breakable: tuple[TestClient, Callable[[], None]],
+) -> None:
+    client, fail = breakable
+    with client.websocket_connect("ws://127.0.0.1:8000/v1/stream") as stream:
+        fail()
+        said = stream.receive_json()
+        assert (said["error"]["code"], said["error"]["message"]) == (
+            "not_ready",
+            "The engine stopped: RuntimeError.",
+        )
+        assert stream.receive()["type"] == "websocket.close"
 
 
 def test_a_loaded_server_is_ready(client: httpx2.Client) -> None:
