@@ -98,10 +98,11 @@ def named(
         if match is None or place is None:
             others[name] = tensor
             continue
-        part, own, turned = place
+        part, own, known_as = place
         known.add(alpha_of(name))
         factor = "A" if match["down"] else "B"
         shapes = [layers[part].get(layer, (0,)) for layer in own]
+        turned = known_as is not None and known_as.turns(own[0], shapes[0])
         pieces = [tensor] * len(own) if match["down"] else _divided(tensor, shapes, turned=turned)
         for layer, piece in zip(own, pieces, strict=True):
             key = f"{layer}.lora_{factor}.weight"
@@ -113,8 +114,8 @@ def named(
 
 def _place(
     written: str, spelled: Mapping[str, Mapping[str, str]], original: Iterable[Original]
-) -> tuple[str, tuple[str, ...], bool] | None:
-    """Network and layers that a name is written for; None where it is none's."""
+) -> tuple[str, tuple[str, ...], Original | None] | None:
+    """Network, layers, and which layer of the original code; None where the name is none's."""
     for part, names in spelled.items():
         pattern = PREFIXES["denoiser" if part in DENOISERS else part]
         begun = re.match(pattern, written)
@@ -124,13 +125,13 @@ def _place(
         bare = flat.removeprefix("text_model_")
         for spelling in (flat, bare, f"text_model_{bare}"):
             if spelling in names:
-                return part, (names[spelling],), False
+                return part, (names[spelling],), None
         if part not in DENOISERS:
             continue
         for one in original:
             if block := re.fullmatch(one.name, flat):
                 own = tuple(layer.format(*block.groups()) for layer in one.layers)
-                return part, own, one.turned
+                return part, own, one
     return None
 
 

@@ -6,6 +6,7 @@ LoRA files know fewer layers, and only networks of the published sizes.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
@@ -20,12 +21,28 @@ class Original(NamedTuple):
     Attributes:
         name: a pattern of its name, with underscores in place of dots.
         layers: of diffusers that it is, one behind the other; ``{0}`` is the number of the block.
-        turned: whether the halves of its output are in the other order.
+        turned: whether the halves of its output, if it is twice as wide as the input, are in the
+            other order. The last block of Stable Diffusion 3 has such a layer where others have one
+            that is not turned.
     """
 
     name: str
     layers: tuple[str, ...]
     turned: bool = False
+
+    def turns(self, layer: str, shape: tuple[int, ...]) -> bool:
+        """Whether the halves of a layer's output are in the other order.
+
+        Args:
+            layer: of diffusers.
+            shape: of its weight.
+        """
+        return self.turned and shape[:1] == (2 * shape[-1],) and self._is(layer)
+
+    def _is(self, layer: str) -> bool:
+        return any(
+            re.fullmatch(re.escape(own).replace(r"\{0\}", r"\d+"), layer) for own in self.layers
+        )
 
 
 def _stream(name: str, short: str, added: str, out: str, ff: str) -> list[Original]:
@@ -113,9 +130,58 @@ _Z_IMAGE = (
     Original("final_layer_adaLN_modulation_1", ("all_final_layer.2-1.adaLN_modulation.1",)),
 )
 
+_SD3_STREAMS = {
+    "x": (
+        "attn.to_{}",
+        {
+            "attn_proj": "attn.to_out.0",
+            "attn2_proj": "attn2.to_out.0",
+            "mlp_fc1": "ff.net.0.proj",
+            "mlp_fc2": "ff.net.2",
+            "adaLN_modulation_1": "norm1.linear",
+        },
+    ),
+    "context": (
+        "attn.add_{}_proj",
+        {
+            "attn_proj": "attn.to_add_out",
+            "mlp_fc1": "ff_context.net.0.proj",
+            "mlp_fc2": "ff_context.net.2",
+            "adaLN_modulation_1": "norm1_context.linear",
+        },
+    ),
+}
+"""Queries, keys and values of the streams of Stable Diffusion 3's blocks, and the other layers."""
+
+
+def _stable_diffusion_3() -> tuple[Original, ...]:
+    block, made = "transformer_blocks.{0}", list[Original]()
+    for stream, (attention, layers) in _SD3_STREAMS.items():
+        original = rf"joint_blocks_(\d+)_{stream}_block"
+        three = tuple(f"{block}.{attention.format(one)}" for one in "qkv")
+        made.append(Original(f"{original}_attn_qkv", three))
+        made += [
+            Original(f"{original}_{name}", (f"{block}.{layer}",), turned="norm1_context" in layer)
+            for name, layer in layers.items()
+        ]
+    dual = tuple(f"{block}.attn2.to_{one}" for one in "qkv")
+    made.append(Original(r"joint_blocks_(\d+)_x_block_attn2_qkv", dual))
+    for name, embedder in {"t": "timestep_embedder", "y": "text_embedder"}.items():
+        for number, own in enumerate((0, 2), 1):
+            layer = f"time_text_embed.{embedder}.linear_{number}"
+            made.append(Original(f"{name}_embedder_mlp_{own}", (layer,)))
+    return (
+        *made,
+        Original("x_embedder_proj", ("pos_embed.proj",)),
+        Original("final_layer_linear", ("proj_out",)),
+        Original("final_layer_adaLN_modulation_1", ("norm_out.linear",), turned=True),
+    )
+
+
 ORIGINAL: Final[Mapping[str, tuple[Original, ...]]] = {
     "Flux2Transformer2DModel": _FLUX_2,
     "FluxTransformer2DModel": _FLUX_1,
+    "SD3Transformer2DModel": _stable_diffusion_3(),
     "ZImageTransformer2DModel": _Z_IMAGE,
 }
 """Layers of the original code by the class of diffusers, as its checkpoint converters map them."""

@@ -245,7 +245,7 @@ def place(header: Header, target: Target) -> dict[str, dict[str, Placed]]:
         scale = _scale(header, part, layer, down, shapes[0][0])
         magnitude = None
         if sized := magnitudes.get(written_layer(next(iter(up.sources)))):
-            if sized[0] in used or not _is_whole(target, layer, up):
+            if sized[0] in used or not _is_whole(target, part, layer, up):
                 raise AdapterMismatch(
                     f"is a DoRA of a layer that model {target.model!r} has in pieces or in another "
                     f"order ({_listed([sized[0]])}), which is not supported"
@@ -284,11 +284,11 @@ def _magnitude(
     return PlacedMagnitude(name, axes[size], blended)
 
 
-def _is_whole(target: Target, layer: str, up: StandIn) -> bool:
+def _is_whole(target: Target, part: str, layer: str, up: StandIn) -> bool:
     """Whether a second factor has the outputs of its layer in the file's order."""
     if up.kept:
         return True
-    turned = any(one.turned and layer in one.layers for one in target.original)
+    turned = any(one.turns(layer, target.layers[part][layer]) for one in target.original)
     return not turned and any(map(is_operand, up.sources))
 
 

@@ -1,6 +1,7 @@
 """Linear layers of transformers by the names of their original code, in one block of each kind.
 
-After the modules of black-forest-labs' FLUX.1 and FLUX.2, and Z-Image as ComfyUI builds it.
+After the modules of black-forest-labs' FLUX.1 and FLUX.2, Z-Image as ComfyUI builds it, and
+Stability AI's Stable Diffusion 3, whose last block is of another kind.
 """
 
 from __future__ import annotations
@@ -46,13 +47,32 @@ Z_IMAGE = {
     "final_layer.linear": 1,
     "final_layer.adaLN_modulation.1": 1,
 }
+STABLE_DIFFUSION_3 = {
+    **{
+        f"joint_blocks.{block}.{stream}_block.{name}": outs
+        for block, stream in ((0, "x"), (0, "context"), (1, "x"))
+        for name, outs in (
+            *(("attn.qkv", 3), ("attn.proj", 1), ("mlp.fc1", 4), ("mlp.fc2", 1)),
+            # Of a block with a second attention, as those of 3.5 medium are.
+            ("adaLN_modulation.1", 9 if (block, stream) == (0, "x") else 6),
+        )
+    },
+    **{"joint_blocks.0.x_block.attn2.qkv": 3, "joint_blocks.0.x_block.attn2.proj": 1},
+    **{"joint_blocks.1.context_block.attn.qkv": 3},
+    **{"joint_blocks.1.context_block.adaLN_modulation.1": 2},
+    **{f"{one}_embedder.mlp.{place}": 1 for one in "ty" for place in (0, 2)},
+    **{"context_embedder": 1, "final_layer.linear": 1, "final_layer.adaLN_modulation.1": 2},
+}
 
 
 def whole(kind: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All tensors of a transformer with those weights."""
     made = {f"{name}.weight": weight for name, weight in weights.items()}
-    if kind != "ZImageTransformer2DModel":
+    if kind.startswith("Flux"):
         made |= {f"{name}.scale": torch.ones(1) for name in NORMS}
-    if kind == "FluxTransformer2DModel":
+    if kind in ("FluxTransformer2DModel", "SD3Transformer2DModel"):
         made |= {f"{name}.bias": torch.ones(len(one)) for name, one in weights.items()}
+    if kind == "SD3Transformer2DModel":
+        made |= dict.fromkeys(["pos_embed", "x_embedder.proj.weight"], torch.ones(1, 1, 1))
+        made["x_embedder.proj.bias"] = torch.ones(1)
     return made

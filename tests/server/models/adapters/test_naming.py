@@ -12,7 +12,14 @@ from torch import Tensor
 
 from server.models.adapters.naming import named
 from server.models.adapters.original_layers import ORIGINAL
-from tests.server.models.original_layers import FLUX_1, FLUX_2, WIDTH, Z_IMAGE, whole
+from tests.server.models.original_layers import (
+    FLUX_1,
+    FLUX_2,
+    STABLE_DIFFUSION_3,
+    WIDTH,
+    Z_IMAGE,
+    whole,
+)
 
 LAYERS = {
     "unet": {"mid_block.attentions.0.proj_in": (4, 4), "conv_in": (4, 4, 3, 3)},
@@ -67,6 +74,11 @@ def test_a_layer_is_found_by_each_trainers_name(written: str, network: str, laye
             single_file_utils.convert_z_image_transformer_checkpoint_to_diffusers,
             Z_IMAGE,
         ),
+        (
+            "SD3Transformer2DModel",
+            single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers,
+            STABLE_DIFFUSION_3,
+        ),
     ],
 )
 def test_layers_of_the_original_code_are_those_of_diffusers_converters(
@@ -82,7 +94,7 @@ def test_layers_of_the_original_code_are_those_of_diffusers_converters(
         for name, one in convert(whole(kind, weights)).items()
         if name.endswith(".weight") and one.ndim == 2
     }
-    shapes = {name: tuple(one.shape) for name, one in theirs.items()}
+    shapes = {name: (len(one), WIDTH) for name, one in theirs.items()}
     file = {f"diffusion_model.{name}.lora_B.weight": weight for name, weight in weights.items()}
     found, others = named(file, {"transformer": shapes}, ORIGINAL[kind])
     ours = {k.removesuffix(".lora_B.weight"): one for k, one in found["transformer"].items()}
