@@ -1,8 +1,9 @@
 """Layers of LoRA files under the names that trainers give them.
 
 Trainers spell a layer as the model does, with a prefix of their own and with dots or underscores:
-written with underscores alone, the name is that of one layer. Trainers that follow a transformer's
-original code name layers that diffusers divides or calls otherwise (:mod:`.original_layers`).
+written with underscores alone, the name is that of one layer. The original code of a U-Net numbers
+its blocks otherwise (:mod:`.original_unet`), and that of a transformer has layers that diffusers
+divides or calls otherwise (:mod:`.original_layers`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from server.errors import AdapterMismatch
+from server.models.adapters.original_unet import original_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -38,7 +40,7 @@ MAGNITUDE: Final = re.compile(
 PREFIXES: Final = {
     "denoiser": r"(?:lora_unet_|lora_transformer_|lycoris_|(?:model\.)?diffusion_model\.|unet\."
     r"|transformer\.|base_model\.model\.)*",
-    "text_encoder": r"(?:lora_te1?_|text_encoder\.|text_encoders\.clip_l\.transformer\.)",
+    "text_encoder": r"(?:lora_te1?_|text_encoder\.|text_encoders\.clip_[lh]\.transformer\.)",
     "text_encoder_2": r"(?:lora_te2_|text_encoder_2\.|text_encoders\.clip_g\.transformer\.)",
 }
 """What trainers write before the names of a network's layers."""
@@ -89,6 +91,9 @@ def named(
             adapter's name.
     """
     spelled = {part: {name.replace(".", "_"): name for name in own} for part, own in layers.items()}
+    if "unet" in layers:
+        names = original_names(layers["unet"])
+        spelled["unet"] |= {original.replace(".", "_"): name for name, original in names.items()}
     found: dict[str, dict[str, Tensor]] = {}
     others: dict[str, Tensor] = {}
     known = set[str]()

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.loaders import single_file_utils
 from torch import Tensor
 
 from server.models.adapters.naming import named
 from server.models.adapters.original_layers import ORIGINAL
+from server.models.adapters.original_unet import original_names
 from tests.server.models.original_layers import (
     FLUX_1,
     FLUX_2,
@@ -20,6 +22,7 @@ from tests.server.models.original_layers import (
     Z_IMAGE,
     whole,
 )
+from tests.server.models.tiny_sdxl import UNET
 
 LAYERS = {
     "unet": {"mid_block.attentions.0.proj_in": (4, 4), "conv_in": (4, 4, 3, 3)},
@@ -39,8 +42,18 @@ LAYERS = {
         ("unet.mid_block.attentions.0.proj_in.lora_A.default", "unet", 0),
         ("mid_block.attentions.0.proj_in.lora_A", "unet", 0),
         ("unet.conv_in.lora.down", "unet", 1),
+        # ComfyUI's trainer and OneTrainer's "original" format write the original code's names.
+        ("diffusion_model.middle_block.1.proj_in.lora_down", "unet", 0),
+        ("input_blocks.0.0.lora_A", "unet", 1),
+        ("lora_unet_middle_block_1_proj_in.lora_down", "unet", 0),
         ("lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down", "text_encoder", 0),
         ("lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down", "text_encoder", 0),
+        # ComfyUI's name of the text encoder of Stable Diffusion 2.
+        (
+            "text_encoders.clip_h.transformer.text_model.encoder.layers.0.mlp.fc1.lora_A",
+            "text_encoder",
+            0,
+        ),
         (
             "text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.lora_A",
             "text_encoder",
@@ -101,3 +114,34 @@ def test_layers_of_the_original_code_are_those_of_diffusers_converters(
     assert not others
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+STABLE_DIFFUSION_1: dict[str, Any] = {
+    "block_out_channels": (8, 8, 8, 8),
+    "norm_num_groups": 4,
+    "attention_head_dim": 2,
+    "cross_attention_dim": 8,
+}
+
+
+@pytest.mark.parametrize("config", [STABLE_DIFFUSION_1, UNET], ids=["sd1", "tiny-xl"])
+def test_a_u_nets_original_names_are_those_that_diffusers_reads(config: dict[str, Any]) -> None:
+    """Of all layers and norms, in a checkpoint of which diffusers makes its own."""
+    with torch.device("meta"):
+        network: Any = UNet2DConditionModel(**config)
+    layers = {
+        name: (len(module.weight),)
+        for name, module in network.named_modules()
+        if isinstance(getattr(module, "weight", None), Tensor)
+    }
+    originals = original_names(layers)
+    marks = {layer: torch.tensor(float(place)) for place, layer in enumerate(layers)}
+    checkpoint = {
+        f"model.diffusion_model.{original}.{end}": marks[layer]
+        for layer, original in originals.items()
+        for end in ("weight", "bias")
+    }
+    theirs = single_file_utils.convert_ldm_unet_checkpoint(checkpoint, dict(network.config))
+    read = {k.removesuffix(".weight"): one for k, one in theirs.items() if k.endswith(".weight")}
+    assert originals.keys() == layers.keys()
+    assert read == marks
