@@ -28,6 +28,13 @@ __all__ = ["CONFIG", "ControlFolder"]
 
 CONFIG = "config.json"
 
+OTHER_KINDS = {
+    "difference": "holds differences from a base model's weights",
+    "lora_controlnet": "is a control LoRA",
+    "task_embedding": "is a union of several kinds",
+}
+"""What a single file is that has a tensor of such a name beside those of a ControlNet."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ControlFolder:
@@ -149,6 +156,11 @@ def _config_of_file(name: str, path: Path, model: str, kind: ControlKind) -> Map
             f"model {model!r} would need: control LoRA, LLLite and T2I-Adapters are not supported, "
             "and the ControlNets of other families are folders in the diffusers layout."
         )
+    for tensor, what in OTHER_KINDS.items():
+        if tensor in tensors:
+            raise ControlMismatch(
+                f"ControlNet {name!r} {what} (it has the tensor {tensor}), which is not supported."
+            )
     # Published files say by their names alone that they average over the picture.
     return {**config, "global_pool_conditions": "shuffle" in name.lower()}
 

@@ -280,5 +280,26 @@ def test_a_single_file_of_another_sort_is_refused(of_unet: UNetControl, tmp_path
         shelf.load("half")
 
 
+@pytest.mark.parametrize(
+    ("tensor", "what"),
+    [
+        # As kohya-ss/ControlNet-diff-modules: all tensors of a ControlNet, without the base's part.
+        ("difference", "holds differences from a base model's weights"),
+        # As stabilityai/control-lora.
+        ("lora_controlnet", "is a control LoRA"),
+        # As xinsir's ProMax, of diffusers' ControlNetUnionModel.
+        ("task_embedding", "is a union of several kinds"),
+    ],
+)
+def test_a_single_file_that_only_looks_like_a_controlnet_is_not_offered(
+    of_unet: UNetControl, tmp_path: Path, tensor: str, what: str
+) -> None:
+    zero = {"control_model.zero_convs.0.0.weight": torch.ones(1), tensor: torch.ones(1)}
+    save_file(zero, tmp_path / "other.safetensors")
+    shelf = shelf_of_unet(tmp_path, of_unet)
+    assert not shelf.available()
+    assert f"{what} (it has the tensor {tensor}), which is not supported" in shelf.unfit()["other"]
+
+
 def edit(file: Path, **fields: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
