@@ -19,6 +19,9 @@ from server.requests.upload import Upload
 __all__ = ["ImageEdit", "ImageGeneration", "request_of"]
 
 _THEIR_MODELS: Final = re.compile(r"(dall-e|gpt-image|chatgpt-image)[\w.-]*")
+_ANSWERED_BY_URL: Final = re.compile(r"dall-e[\w.-]*")
+"""Those of their models whose images OpenAI answers as URLs where nothing else is asked for."""
+
 _WITHOUT_EFFECT: Final = ("quality", "moderation", "style", "output_compression", "input_fidelity")
 _NEUTRAL: Final = {
     "quality": ("auto",),
@@ -26,6 +29,19 @@ _NEUTRAL: Final = {
     "output_compression": (100,),
 }
 """Values that ask for nothing, so that it need not be said that they have no effect."""
+
+_EMPTY_IS_ABSENT: Final = (
+    "model",
+    "response_format",
+    "output_format",
+    "background",
+    "quality",
+    "style",
+    "moderation",
+    "input_fidelity",
+    "user",
+)
+"""Fields that clients with a fixed form send empty where their users leave them out."""
 
 
 class ImageGeneration(GenerateRequest):
@@ -59,13 +75,13 @@ class ImageGeneration(GenerateRequest):
     @model_validator(mode="before")
     @classmethod
     def _leave_out_what_says_nothing(cls, data: Any) -> Any:
-        """OpenAI's clients send null for a default."""
+        """OpenAI's clients send null for a default, or no text."""
         if not isinstance(data, dict):
             return data
         return {
             name: value
             for name, value in data.items()
-            if value is not None and (name, value) != ("model", "")
+            if value is not None and not (value == "" and name in _EMPTY_IS_ABSENT)
         }
 
 
@@ -135,10 +151,18 @@ def request_of(
     named = body.model
     if named is not None and _THEIR_MODELS.fullmatch(named) and not hosts(named):
         del given["model"]
+        if _answers_by_url(body, named):
+            given["response_format"] = "url"
         notes = (*notes, f"model {named!r} is OpenAI's; the default model draws instead.")
     # Every value was validated when the body was read.
     reading = replace(body.reading, edits=isinstance(body, ImageEdit))
     return GenerateRequest.model_construct(**given).read_as(reading), notes
+
+
+def _answers_by_url(body: ImageGeneration, model: str) -> bool:
+    """Whether clients of one of OpenAI's models expect URLs; they read nothing else."""
+    asked = "response_format" in body.model_fields_set
+    return not asked and not body.stream and bool(_ANSWERED_BY_URL.fullmatch(model))
 
 
 def _ignored(body: BaseModel) -> tuple[str, ...]:

@@ -216,7 +216,8 @@ def _read_size(fields: dict[str, Any], known: Collection[str]) -> None:
     if not isinstance(size, str) or "width" not in known:
         return
     del fields["size"]
-    if size.strip().casefold() == "auto":
+    # OpenAI's clients with a fixed form send it empty where their users leave it out.
+    if size.strip().casefold() in ("", "auto"):
         return
     found = _SIZE.fullmatch(size.strip())
     if found is None:

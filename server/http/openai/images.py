@@ -89,7 +89,7 @@ async def _answer(
     service: Service,
     identifier: str,
 ) -> Response:
-    if body.stream and body.response_format == "url":
+    if body.stream and wanted.response_format == "url":
         raise InvalidRequest(
             "response_format",
             "response_format is 'url', but the events of a stream contain the images; leave it "
@@ -106,7 +106,7 @@ async def _answer(
         return Response(status_code=499)
     generation, pictures = made
     links = None
-    if body.response_format == "url":
+    if wanted.response_format == "url":
         links = await links_to(request, pictures.pictures, generation.request.output_format)
     answer = answered(generation, pictures, links, ignored)
     return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")

@@ -268,3 +268,47 @@ def test_open_webui_s_calls_are_answered(client: httpx2.Client) -> None:
         assert pixels_of(image["b64_json"]).shape == (64, 64, 3)
     refused = client.post("/v1/images/generations", json=body | {"model": "?"}, headers=headers)
     assert "is not hosted here" in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("model", "asked", "links"),
+    [
+        ("dall-e-3", {}, True),
+        ("dall-e-3", {"response_format": "b64_json"}, False),
+        ("gpt-image-1", {}, False),
+        ("embedded", {}, False),
+    ],
+)
+def test_clients_of_dall_e_get_links_where_they_ask_for_nothing_else(
+    sdk: OpenAI, client: httpx2.Client, model: str, asked: dict[str, Any], links: bool
+) -> None:
+    """LangChain's DallEAPIWrapper and LibreChat's DALLE3 tool leave the format out and read `url`.
+
+    Both call the SDK like this (langchain-community 0.4.2).
+    """
+    answer = sdk.images.generate(
+        prompt="a red circle", n=1, size=SIZE, model=model, quality="standard", **asked
+    )
+    assert answer.data is not None
+    (image,) = answer.data
+    assert (image.url is not None, image.b64_json is None) == (links, links)
+    if image.url is not None:
+        assert Image.open(io.BytesIO(client.get(image.url).content)).size == (64, 64)
+
+
+def test_a_stream_for_a_client_of_dall_e_contains_its_images(sdk: OpenAI) -> None:
+    events = sdk.images.generate(
+        prompt="a red circle", size=SIZE, model="dall-e-3", stream=True, extra_body=FAST
+    )
+    assert [event.type for event in events] == ["image_generation.completed"]
+
+
+def test_what_a_client_sends_empty_it_leaves_out(client: httpx2.Client) -> None:
+    """go-openai (1.41.2, image.go) puts all fields into the form of an edit, set or not."""
+    form = {"prompt": "a red circle", "n": "1", "size": "", "response_format": ""}
+    answer = client.post(
+        "/v1/images/edits", data=form | {"steps": "2"}, files={"image": ("a.png", png(WHITE))}
+    )
+    answer.raise_for_status()
+    assert pixels_of(answer.json()["data"][0]["b64_json"]).shape == (SIDE, SIDE, 3)
+    assert answer.json()["warnings"] == []
