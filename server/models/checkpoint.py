@@ -246,7 +246,8 @@ def _kind(file: Path, weights: Mapping[str, Tensor]) -> str:
             "transformer `--denoiser name=path` replaces by one in a file."
         )
     known = (*NETWORKS, V_PREDICTION, ZERO_TERMINAL_SNR)
-    if strange := sorted(name for name in weights if not name.startswith(known)):
+    strange = sorted(name for name in weights if not name.startswith(known))
+    if strange := [name for name in strange if not name.endswith(UNUSED)]:
         raise ModelMismatch(
             f"model file {str(file)!r} has tensors that belong to none of its networks: "
             f"{', '.join(strange[:NAMES_SHOWN])}."

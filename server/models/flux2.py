@@ -160,13 +160,11 @@ class Flux2Autoencoder:
 
     def __init__(self, network: Any, device: torch.device) -> None:
         self.network = network.to(device, memory_format=torch.channels_last)
-        self._mean = network.bn.running_mean.float().view(1, -1, 1, 1)
-        variance = network.bn.running_var.float() + network.config.batch_norm_eps
-        self._deviation = variance.sqrt().view(1, -1, 1, 1)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures ``[rows, 3, H, W]`` float32 in [-1, 1] of clean latents ``[rows, C, h, w]``."""
-        cells = F.pixel_shuffle(latents * self._deviation + self._mean, PATCH)
+        mean, deviation = self._statistics()
+        cells = F.pixel_shuffle(latents * deviation + mean, PATCH)
         network = with_tiles(self.network, cells, pixels_a_cell(self.network.config))
         return network.decode(cells.to(network.dtype), return_dict=False)[0].float()
 
@@ -175,7 +173,15 @@ class Flux2Autoencoder:
         # The mean of the posterior, not a sample: the same picture gives the same latent.
         network = with_tiles(self.network, pixels, scale=1)
         cells = network.encode(pixels.to(network.dtype)).latent_dist.mode().float()
-        return (F.pixel_unshuffle(cells, PATCH) - self._mean) / self._deviation
+        mean, deviation = self._statistics()
+        return (F.pixel_unshuffle(cells, PATCH) - mean) / deviation
+
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of each channel, which are weights that another file may replace."""
+        network = self.network
+        variance = network.bn.running_var.float() + network.config.batch_norm_eps
+        mean = network.bn.running_mean.float()
+        return mean.view(1, -1, 1, 1), variance.sqrt().view(1, -1, 1, 1)
 
 
 def positions(

@@ -22,15 +22,25 @@ if TYPE_CHECKING:
 
     from server.models.hosted import HostedModel
 
-__all__ = ["file_of", "give_autoencoder", "with_autoencoder"]
+__all__ = ["file_of", "give_autoencoder", "named_as_by_diffusers", "with_autoencoder"]
 
-ORIGINAL: Final = re.compile(r"(?:first_stage_model\.)?(?:encoder\.down|decoder\.up)\.\d")
-"""How the layers of an autoencoder are called in the original Stable Diffusion."""
+WITHIN: Final = ("first_stage_model.", "vae.")
+"""Prefixes of an autoencoder in a file that holds other networks too."""
 
-USED: Final = re.compile(
-    r"(?:first_stage_model\.)?(?:encoder|decoder|quant_conv|post_quant_conv)\."
-)
+ORIGINAL: Final = re.compile(r"(?:encoder\.down|decoder\.up)\.\d")
+"""How the layers of an autoencoder are called in the original Stable Diffusion, and in FLUX."""
+
+OF_WAN: Final = "decoder.middle.0.residual.0.gamma"
+"""A tensor that has this name in the original code of Wan, whose autoencoder is Qwen-Image's."""
+
+USED: Final = re.compile(r"(?:encoder|decoder|quant_conv|post_quant_conv|bn)\.")
 """Tensors of the network; files of its training have others."""
+
+WITHIN_SIDES: Final = re.compile(r"(?:encoder|decoder)\.((?:post_)?quant_conv\.)")
+"""Of FLUX.2, whose original code keeps these layers within its encoder and decoder."""
+
+STATISTICS: Final = "bn."
+"""Of FLUX.2's latents, under the same names everywhere."""
 
 LATENTS: Final = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 """Entries of an autoencoder's config that say which latents it makes."""
@@ -84,7 +94,7 @@ def give_autoencoder(model: HostedModel, path: Path) -> None:
     if path.is_dir() and (path / "config.json").is_file():
         _check_latents(path, network)
     try:
-        weights = _named_as_by_diffusers(load_file(file_of(path)), network)
+        weights = named_as_by_diffusers(load_file(file_of(path)), network)
     except (OSError, SafetensorError, KeyError) as error:
         raise ModelMismatch(f"vae {path.name!r} cannot be read: {error}.") from None
     expected = network.state_dict()
@@ -102,12 +112,24 @@ def give_autoencoder(model: HostedModel, path: Path) -> None:
     model.facts = replace(model.facts, vae=path.stem)
 
 
-def _named_as_by_diffusers(weights: Mapping[str, Tensor], network: Any) -> dict[str, Tensor]:
-    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+def named_as_by_diffusers(weights: Mapping[str, Tensor], network: Any) -> dict[str, Tensor]:
+    """The weights of an autoencoder under diffusers' names, of a file that may hold others too.
 
-    own = {name: tensor for name, tensor in weights.items() if USED.match(name)}
+    Args:
+        weights: of the file, by diffusers' names or the original ones.
+        network: of diffusers, whose weights they are to be.
+    """
+    from diffusers.loaders import single_file_utils as theirs
+
+    prefix = next((one for one in WITHIN if any(k.startswith(one) for k in weights)), "")
+    given = {k.removeprefix(prefix): one for k, one in weights.items() if k.startswith(prefix)}
+    if OF_WAN in given:
+        return theirs.convert_wan_vae_to_diffusers(given)
+    own = {name: tensor for name, tensor in given.items() if USED.match(name)}
     if any(map(ORIGINAL.match, own)):
-        return convert_ldm_vae_checkpoint(own, network.config)
+        original = {WITHIN_SIDES.sub(r"\1", name): tensor for name, tensor in own.items()}
+        statistics = {name: one for name, one in own.items() if name.startswith(STATISTICS)}
+        return theirs.convert_ldm_vae_checkpoint(original, network.config) | statistics
     network._fix_state_dict_keys_on_load(own)
     return own
 

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 __all__ = ["as_diffusers"]
 
 NAMES_SHOWN: Final = 3
+ZERO_FOR_REFERENCES: Final = "__index_timestep_zero__"
+"""Tensor without numbers by which ComfyUI's files of Qwen-Image-Edit-2511 say that tokens of
+reference images are told the timestep 0, which in diffusers the config says (``zero_cond_t``)."""
+
 TRANSFORMER: Final = "Transformer2DModel"
 """How the classes of transformers end."""
 
@@ -64,6 +68,12 @@ def as_diffusers(
     prefix = next((one for one in PREFIXES if any(k.startswith(one) for k in weights)), "")
     own = {k.removeprefix(prefix): one for k, one in weights.items() if k.startswith(prefix)}
     own = unscaled(own, called, dtype)
+    if own.pop(ZERO_FOR_REFERENCES, None) is not None and not network.config.get("zero_cond_t"):
+        raise ModelMismatch(
+            f"{called} has {ZERO_FOR_REFERENCES}: it was trained on reference images at the "
+            "timestep 0, as Qwen-Image-Edit-2511; a folder is needed whose transformer's config "
+            "says so by zero_cond_t."
+        )
     kind = type(network).__name__
     if ORIGINAL.get(kind) not in own:
         return own

@@ -19,7 +19,7 @@ from typing_extensions import override
 from server.errors import ModelMismatch
 from server.models.folder import GGUF, component_class, read_json
 from server.models.gguf.file import load_gguf
-from server.models.gguf.layers import keep_in_blocks, whole_shape
+from server.models.gguf.layers import in_shape, keep_in_blocks, whole_shape
 from server.models.original_weights import as_diffusers
 from server.models.sentencepiece_file import t5_tokenizer
 from server.models.weight_files import NETWORK, TEXT_ENCODER, weight_files
@@ -117,6 +117,8 @@ def build_network(
     # Autoencoders of 2022 name their attention's layers otherwise.
     network._fix_state_dict_keys_on_load(weights)
     expected = network.state_dict()
+    for name in weights.keys() & expected.keys():
+        weights[name] = in_shape(weights[name], tuple(expected[name].shape))
     _check_tensors(
         folder,
         part,

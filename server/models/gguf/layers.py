@@ -28,6 +28,7 @@ __all__ = [
     "BlockLinear",
     "BlockRows",
     "conv_shape",
+    "in_shape",
     "keep_in_blocks",
     "kinds_of",
     "whole_shape",
@@ -157,6 +158,20 @@ class BlockRows(Tensor):
 def whole_shape(tensor: Tensor) -> tuple[int, ...]:
     """The shape of a tensor's numbers, whether or not they are in blocks."""
     return tensor.whole if isinstance(tensor, BlockRows) else tuple(tensor.shape)
+
+
+def in_shape(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A tensor of a shape that differs from its own in dimensions of one alone; else as it is.
+
+    A GGUF file has no such dimensions in front of the others unless its writer took care of them,
+    and stable-diffusion.cpp adds some at the end.
+    """
+    own = whole_shape(tensor)
+    if own == shape or [one for one in own if one != 1] != [one for one in shape if one != 1]:
+        return tensor
+    if isinstance(tensor, BlockRows):
+        return BlockRows.of(tensor.plain(), tensor.kind, shape)
+    return tensor.reshape(shape)
 
 
 def conv_shape(layer: nn.Conv2d) -> tuple[int, ...]:

@@ -57,6 +57,24 @@ AUTOENCODER = (
     (r"conv_shortcut", "nin_shortcut"),
     (r"conv_norm_out", "norm_out"),
 )
+WAN_RESNET = (
+    (r"\.norm1\.", ".residual.0."),
+    (r"\.conv1\.", ".residual.2."),
+    (r"\.norm2\.", ".residual.3."),
+    (r"\.conv2\.", ".residual.6."),
+    (r"\.conv_shortcut\.", ".shortcut."),
+)
+WAN = (
+    (r"^post_quant_conv\.", "conv2."),
+    (r"^quant_conv\.", "conv1."),
+    (r"\.conv_in\.", ".conv1."),
+    (r"\.norm_out\.", ".head.0."),
+    (r"\.conv_out\.", ".head.2."),
+    (r"\.mid_block\.resnets\.0\.", ".middle.0."),
+    (r"\.mid_block\.attentions\.0\.", ".middle.1."),
+    (r"\.mid_block\.resnets\.1\.", ".middle.2."),
+    (r"\.down_blocks\.", ".downsamples."),
+)
 OPEN_CLIP = (
     (r"^encoder\.layers\.", "transformer.resblocks."),
     (r"\.layer_norm1\.", ".ln_1."),
@@ -77,7 +95,7 @@ def checkpoint(pipeline: Any) -> dict[str, Tensor]:
     first = {f"text_model.{_plain(k)}": v for k, v in pipeline.text_encoder.state_dict().items()}
     return {
         **_within("model.diffusion_model.", unet),
-        **_within("first_stage_model.", _autoencoder(pipeline.vae)),
+        **_within("first_stage_model.", autoencoder(pipeline.vae)),
         **_within("conditioner.embedders.0.transformer.", first),
         **_within("conditioner.embedders.1.model.", _open_clip(pipeline.text_encoder_2)),
     }
@@ -88,7 +106,7 @@ def second_checkpoint(pipeline: Any) -> dict[str, Tensor]:
     unet = {second_unet_name(name): one for name, one in pipeline.unet.state_dict().items()}
     return {
         **_within("model.diffusion_model.", unet),
-        **_within("first_stage_model.", _autoencoder(pipeline.vae)),
+        **_within("first_stage_model.", autoencoder(pipeline.vae)),
         **_within("cond_stage_model.model.", _open_clip(pipeline.text_encoder)),
     }
 
@@ -112,7 +130,34 @@ def unet_name(name: str) -> str:
     return _name(own, RESNET) if is_resnet else own
 
 
-def _autoencoder(network: Any) -> dict[str, Tensor]:
+def flux_2_autoencoder(network: Any) -> dict[str, Tensor]:
+    """After ``AutoEncoder`` of black-forest-labs/flux2, whose sides hold the outer convolutions."""
+    sides = {"quant_conv": "encoder.quant_conv", "post_quant_conv": "decoder.post_quant_conv"}
+    made = autoencoder(network)
+    return {re.sub(r"^\w+", lambda first: sides.get(first[0], first[0]), k): made[k] for k in made}
+
+
+def wan_autoencoder(network: Any) -> dict[str, Tensor]:
+    """After ``WanVAE`` of ComfyUI, whose names those of Qwen-Image's autoencoder are.
+
+    Args:
+        network: of four levels, with three ResNets in each of the decoder's.
+    """
+    made: dict[str, Tensor] = {}
+    for name, tensor in network.state_dict().items():
+        own = re.sub(
+            r"up_blocks\.(\d)\.(resnets|upsamplers)\.(\d)",
+            lambda at: f"upsamples.{4 * int(at[1]) + (int(at[3]) if at[2] == 'resnets' else 3)}",
+            name,
+        )
+        own = _name(own, WAN)
+        is_resnet = re.search(r"\.(middle|downsamples|upsamples)\.", own)
+        made[_name(own, WAN_RESNET) if is_resnet else own] = tensor
+    return made
+
+
+def autoencoder(network: Any) -> dict[str, Tensor]:
+    """Of Stable Diffusion and FLUX.1, for two levels."""
     made = _renamed(network.state_dict(), AUTOENCODER)
     for name, tensor in made.items():
         if re.search(r"attn_1\.(q|k|v|proj_out)\.weight", name):

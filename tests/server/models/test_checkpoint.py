@@ -131,6 +131,7 @@ def test_what_trainers_and_mergers_leave_in_a_file_is_left_out(
         f"{first}embeddings.position_ids": torch.arange(77)[None],
         f"{first}text_projection.weight": torch.ones(32, 32),
         "conditioner.embedders.0.logit_scale": torch.ones([]),
+        "text_model.embeddings.position_ids": torch.arange(77)[None],
         "first_stage_model.loss.discriminator.main.0.weight": torch.ones(2, 2),
         "first_stage_model.model_ema.decay": torch.ones([]),
         "denoiser.sigmas": torch.ones(1000),

@@ -8,14 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderKLQwenImage
 from safetensors.torch import save_file
+from torch.nn.functional import pixel_shuffle
 
 from server.errors import ModelMismatch
+from server.models.given_autoencoder import named_as_by_diffusers
 from server.models.hosted import HostedModel
 from server.models.loading import load_model
 from server.settings import Settings
-from tests.server.models.original_names import checkpoint
+from tests.server.models import tiny_flux2
+from tests.server.models.original_names import (
+    checkpoint,
+    flux_2_autoencoder,
+    wan_autoencoder,
+)
 from tests.server.models.tiny_sdxl import BASE, VAE, make, saved
 
 ORIGINAL = "first_stage_model."
@@ -45,6 +52,9 @@ def test_each_form_of_a_vae_decodes_as_in_diffusers(
 ) -> None:
     own = load(folder)
     whole = {k: v for k, v in checkpoint(pipeline).items() if k.startswith(ORIGINAL)}
+    # As ComfyUI saves whole checkpoints of FLUX.1 (``vae_key_prefix`` of its supported models).
+    comfy = {f"vae.{k.removeprefix(ORIGINAL)}": v for k, v in whole.items()}
+    save_file(comfy | {"model.diffusion_model.x": torch.ones(1)}, tmp_path / "all.safetensors")
     bare = {name.removeprefix(ORIGINAL): tensor for name, tensor in whole.items()}
     save_file(whole | {"loss.logvar": torch.ones(1)}, tmp_path / "checkpoint.safetensors")
     save_file(bare, tmp_path / "original.safetensors")
@@ -52,7 +62,8 @@ def test_each_form_of_a_vae_decodes_as_in_diffusers(
     pipeline.vae.save_pretrained(tmp_path / "kept")
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     theirs = pipeline.vae.decode(latents / VAE["scaling_factor"], return_dict=False)[0]
-    for name in ("checkpoint.safetensors", "original.safetensors", "named.safetensors", "kept"):
+    kinds = "checkpoint", "original", "named", "all"
+    for name in (*(f"{kind}.safetensors" for kind in kinds), "kept"):
         model = load(folder, tmp_path / name)
         torch.testing.assert_close(model.decode(latents), theirs, rtol=1e-5, atol=1e-5)
         assert model.facts.vae == name.removesuffix(".safetensors")
@@ -60,6 +71,47 @@ def test_each_form_of_a_vae_decodes_as_in_diffusers(
         assert model.facts.denoiser == own.facts.denoiser
     assert own.facts.vae is None
     assert not torch.allclose(own.decode(latents), theirs, atol=1e-2)
+
+
+@torch.inference_mode()
+def test_an_autoencoder_of_flux_2_brings_the_statistics_of_its_latents(tmp_path: Path) -> None:
+    pipeline = tiny_flux2.make(distilled=True)
+    pipeline.save_pretrained(tmp_path / "klein")
+    vae = pipeline.vae
+    for tensor in vae.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.mul_(1.5)
+    save_file(flux_2_autoencoder(vae), tmp_path / "ae.safetensors")
+    save_file(vae.state_dict(), tmp_path / "named.safetensors")
+    latents = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(0))
+    deviation = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()
+    cells = latents * deviation.view(1, -1, 1, 1) + vae.bn.running_mean.view(1, -1, 1, 1)
+    theirs = vae.decode(pixel_shuffle(cells, 2), return_dict=False)[0]
+    for name in ("ae", "named"):
+        model = load(tmp_path / "klein", tmp_path / f"{name}.safetensors")
+        torch.testing.assert_close(model.decode(latents), theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_the_autoencoder_of_qwen_image_is_read_by_the_names_of_wan() -> None:
+    config: dict[str, Any] = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 2, 4, 4]}
+    network = AutoencoderKLQwenImage(**config, temperal_downsample=[False, True, True])
+    tensors = wan_autoencoder(network)
+    # These are all of the original code's layers of a ResNet, an attention and a side.
+    assert {
+        "conv1.weight",
+        "encoder.downsamples.2.resample.1.weight",
+        "encoder.downsamples.5.time_conv.weight",
+        "decoder.middle.0.residual.6.bias",
+        "decoder.middle.1.to_qkv.weight",
+        "decoder.upsamples.4.shortcut.weight",
+        "decoder.upsamples.7.time_conv.bias",
+        "decoder.upsamples.14.residual.3.gamma",
+        "decoder.head.2.weight",
+    } <= tensors.keys()
+    made = named_as_by_diffusers(tensors, network)
+    theirs = network.state_dict()
+    assert made.keys() == theirs.keys()
+    assert all(torch.equal(made[name], theirs[name]) for name in theirs)
 
 
 def test_what_is_no_autoencoder_of_the_model_is_refused(

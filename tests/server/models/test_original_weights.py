@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel
 from safetensors.torch import save_file
 
 from server.errors import ModelMismatch
@@ -49,3 +49,17 @@ def test_all_layers_of_flux_have_the_names_of_diffusers() -> None:
     tensors = whole("FluxTransformer2DModel", weights)
     made = as_diffusers(tensors, network, "it", torch.float32)
     assert made.keys() == network.state_dict().keys()
+
+
+def test_a_file_trained_on_references_at_timestep_zero_needs_a_config_that_says_so() -> None:
+    """As ComfyUI's file of Qwen-Image-Edit-2511 (``comfy/model_detection.py``)."""
+    with torch.device("meta"):
+        networks = [
+            QwenImageTransformer2DModel(num_layers=1, zero_cond_t=zero) for zero in (True, False)
+        ]
+    tensors = {"__index_timestep_zero__": torch.zeros(0), "img_in.weight": torch.ones(1)}
+    tensors = {f"{WITHIN}{name}": tensor for name, tensor in tensors.items()}
+    made = as_diffusers(tensors, networks[0], "it", torch.float32)
+    assert made.keys() == {"img_in.weight"}
+    with pytest.raises(ModelMismatch, match=r"it has __index_timestep_zero__: .* by zero_cond_t"):
+        as_diffusers(tensors, networks[1], "it", torch.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -48,6 +49,7 @@ from tests.server.models.original_networks import (
     flux2,
     qwen_image,
     stable_diffusion_3,
+    unet,
     z_image,
 )
 from tests.server.toy_model import run
@@ -113,6 +115,30 @@ def test_weights_of_a_published_file_are_what_diffusers_reads(
     write(file, {**bare(tensors), "odd.weight": torch.ones(2, 32)}, *kinds)
     with pytest.raises(ModelMismatch, match=r"(odd.weight|lacks the tensor)"):
         build_network(tmp_path, "transformer", type(network), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("make", "names", "written"),
+    [
+        # ggml counts no dimensions of one in front, so these lack one in files of its writer, such
+        # as those of stable-diffusion.cpp and llama.cpp.
+        (z_image, "[a-z]+_pad_token", lambda one: one[0]),
+        (stable_diffusion_3, "pos_embed", lambda one: one[0]),
+        # stable-diffusion.cpp keeps these layers of SDXL as convolutions.
+        (unet, r".*\.proj_(in|out)\.weight", lambda one: one[..., None, None]),
+    ],
+)
+def test_dimensions_of_one_do_not_matter(
+    make: Any, names: str, written: Any, tmp_path: Path
+) -> None:
+    network, tensors = make()
+    network.save_config(tmp_path / "part")
+    own = {k: v for k, v in tensors.items() if k.startswith(WITHIN) or make is stable_diffusion_3}
+    changed = {k: written(v) if re.fullmatch(names, k) else v for k, v in bare(own).items()}
+    assert sum(changed[k].shape != v.shape for k, v in bare(own).items()) > 0
+    write(tmp_path / "part" / "published.gguf", changed, "F32")
+    ours = build_network(tmp_path, "part", type(network), torch.float32).state_dict()
+    assert all(torch.equal(ours[k], one) for k, one in network.state_dict().items())
 
 
 def test_layers_of_flux_are_cut_from_rows_of_blocks() -> None:
