@@ -15,8 +15,9 @@ V_PREDICTION: Final = "v_pred"
 ZERO_TERMINAL_SNR: Final = "ztsnr"
 """Tensors by which a checkpoint says how it was trained."""
 
-STATED: Final = "modelspec.prediction_type"
-"""Entry of a file's metadata with the same, "epsilon" or "v", as kohya's scripts write it."""
+STATED: Final = ("modelspec.prediction_type", "modelspec.predict_key")
+"""Entries of a file's metadata with the same, "epsilon" or "v", as kohya's scripts and ComfyUI
+write them."""
 
 SECOND: Final = "v2"
 """Stable Diffusion 2.x, of 512 pixels for noise or of 768 for a velocity; tensors are the same."""
@@ -58,7 +59,7 @@ def prediction_of(
         metadata: of its file.
     """
     rescaled = ZERO_TERMINAL_SNR in weights
-    stated = metadata.get(STATED)
+    stated = next((metadata[entry] for entry in STATED if entry in metadata), None)
     if V_PREDICTION in weights or stated == "v":
         return TrainedPrediction(velocity=True, rescaled=rescaled)
     if kind != SECOND or stated == "epsilon":

@@ -81,7 +81,14 @@ def as_diffusers(
         # Its converter looks for the names of a whole checkpoint.
         own = {f"{UNET}{name}": tensor for name, tensor in own.items()}
     convert: Any = SINGLE_FILE_LOADABLE_CLASSES[kind]["checkpoint_mapping_fn"]
-    made = convert(given := dict(own), config=network.config)
+    try:
+        made = convert(given := dict(own), config=network.config)
+    except (IndexError, RuntimeError) as error:
+        # They count on blocks of each sort, and that of FLUX.1 on its published width.
+        raise ModelMismatch(
+            f"{called} has original names, but not the blocks or the width of the networks that "
+            f"were published under them ({error})."
+        ) from None
     if kind.endswith(TRANSFORMER) and given:
         # Converters of transformers take what they use out of what they are given.
         raise ModelMismatch(

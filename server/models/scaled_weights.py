@@ -27,6 +27,9 @@ FORMATS: Final = {
 }
 SCALES: Final = (".scale_weight", ".weight_scale")
 FORMAT: Final = ".comfy_quant"
+BITSANDBYTES: Final = ".quant_state.bitsandbytes__"
+"""Stands between a weight's name and its format, such as ``nf4``, as Forge's files have it."""
+
 OF_INPUTS: Final = (".scale_input", ".input_scale")
 """Scales of activations, for products of eight-bit floats, which are not computed here."""
 
@@ -52,6 +55,8 @@ def unscaled(
     for name, tensor in tensors.items():
         if name.endswith(FORMAT):
             _check_format(name, tensor, called)
+        elif BITSANDBYTES in name:
+            raise _unsupported(name, name.rpartition(BITSANDBYTES)[2], called)
         elif name.endswith(SCALES):
             scales[f"{name.rpartition('.')[0]}.weight"] = tensor
         elif not name.endswith(OF_INPUTS) and name.rpartition(".")[2] != MARKER:
@@ -81,7 +86,11 @@ def _check_format(name: str, tensor: Tensor, called: str) -> None:
     except (ValueError, AttributeError, RecursionError):
         kind = None
     if kind not in FORMATS:
-        raise ModelMismatch(
-            f"{called} has weights in the format {str(kind)[:40]!r} ({name}); allowed are "
-            f"{', '.join(FORMATS)}."
-        )
+        raise _unsupported(name, str(kind), called)
+
+
+def _unsupported(name: str, kind: str, called: str) -> ModelMismatch:
+    return ModelMismatch(
+        f"{called} has weights in the format {kind[:40]!r} ({name}); allowed are "
+        f"{', '.join(FORMATS)}."
+    )

@@ -152,6 +152,19 @@ def test_a_file_of_a_unet_alone_is_refused_with_what_to_do(tmp_path: Path) -> No
         converted(tmp_path / "unet.safetensors", tmp_path / "cache")
 
 
+def test_a_checkpoint_of_another_kind_is_refused_by_its_name(tmp_path: Path) -> None:
+    weights = {
+        "model.diffusion_model.input_blocks.0.0.weight": torch.ones(2, 8, 3, 3),
+        "first_stage_model.quant_conv.weight": torch.ones(1),
+        "cond_stage_model.transformer.text_model.final_layer_norm.weight": torch.ones(1),
+    }
+    save_file(weights, tmp_path / "edit.safetensors")
+    with pytest.raises(
+        ModelMismatch, match=r"or XL \(diffusers takes it for instruct-pix2pix\); m"
+    ):
+        converted(tmp_path / "edit.safetensors", tmp_path / "cache")
+
+
 def test_a_gguf_file_is_no_model_by_itself(tmp_path: Path) -> None:
     (tmp_path / "flux.gguf").touch()
     with pytest.raises(ModelMismatch, match=r"flux\.gguf' is a GGUF file, .* `--denoiser name=pat"):
@@ -224,8 +237,13 @@ def test_a_file_of_stable_diffusion_2_becomes_a_folder_that_says_what_it_predict
 
 def test_what_a_file_of_stable_diffusion_2_says_counts_more_than_its_weights() -> None:
     weights = {checkpoint_prediction.LAST_NORM: torch.tensor([-1.0, 1.0])}
-    for said, velocity, guessed in ((None, True, True), ("epsilon", False, False)):
-        metadata = {} if said is None else {"modelspec.prediction_type": said}
+    for entry, velocity, guessed in (
+        ("other", True, True),
+        ("modelspec.prediction_type", False, False),
+        # As ComfyUI's node CheckpointSave writes it.
+        ("modelspec.predict_key", False, False),
+    ):
+        metadata = {entry: "epsilon"}
         found = prediction_of("v2", weights, metadata)
         assert (found.velocity, found.guessed) == (velocity, guessed)
     # Inpainting was trained on noise, and so were other kinds.

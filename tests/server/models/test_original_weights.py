@@ -51,6 +51,20 @@ def test_all_layers_of_flux_have_the_names_of_diffusers() -> None:
     assert made.keys() == network.state_dict().keys()
 
 
+@pytest.mark.parametrize("change", [lambda one: one[: len(one) // 2], lambda _: None])
+def test_flux_of_another_width_or_without_single_blocks_is_refused(change: Any) -> None:
+    weights = {name: torch.ones(outs * WIDTH, 1) for name, outs in FLUX_1.items()}
+    with torch.device("meta"):
+        network = FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
+    tensors = {
+        name: change(one) if name.startswith("single_blocks") else one
+        for name, one in whole("FluxTransformer2DModel", weights).items()
+    }
+    tensors = {name: one for name, one in tensors.items() if one is not None}
+    with pytest.raises(ModelMismatch, match=r"^it has original names, but not the blocks or the w"):
+        as_diffusers(tensors, network, "it", torch.float32)
+
+
 def test_a_file_trained_on_references_at_timestep_zero_needs_a_config_that_says_so() -> None:
     """As ComfyUI's file of Qwen-Image-Edit-2511 (``comfy/model_detection.py``)."""
     with torch.device("meta"):

@@ -48,6 +48,10 @@ def test_a_weight_is_multiplied_by_its_scale(
     ("tensors", "says"),
     [
         ({"a.comfy_quant": format_of("nvfp4")}, "it has weights in the format 'nvfp4'"),
+        (
+            {"a.weight.quant_state.bitsandbytes__nf4": torch.ones(1)},
+            "in the format 'nf4' .a.weight",
+        ),
         ({"a.comfy_quant": torch.zeros(3)}, "in the format 'None'"),
         ({"a.weight_scale": torch.ones(2, 5)}, r"scale of shape \[2, 5\] for a.weight"),
         ({"b.weight_scale": torch.ones(1)}, "for b.weight, which is missing"),
