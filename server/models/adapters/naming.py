@@ -33,9 +33,11 @@ SOURCE: Final = re.compile(r"(?P<layer>.+?)\.(lora[_.]|hada_|lokr_|diff$)")
 """Name of a tensor up to the layer's, which its alpha has too."""
 
 MAGNITUDE: Final = re.compile(
-    r"(?P<layer>.+)\.(?:(?P<blended>dora_scale)|lora_magnitude_vector(\.default)?(\.weight)?)"
+    r"(?P<layer>.+)\.(?:(?P<blended>dora_scale)"
+    r"|lora_magnitude_vector(\.default)?(\.weight)?|magnitude)"
 )
-"""The sizes of a DoRA: LyCORIS' name and peft's, which mean different things by a weight."""
+"""The sizes of a DoRA by LyCORIS' name, and by those of peft and ai-toolkit, which mean another thing
+by a weight."""
 
 PREFIXES: Final = {
     "denoiser": r"(?:lora_unet_|lora_transformer_|lycoris_|(?:model\.)?diffusion_model\.|unet\."

@@ -308,6 +308,22 @@ def test_a_quantised_weight_is_restored_in_bounded_memory(
 LINEAR = {"unet.proj.lora_A.weight": torch.ones(2, 6), "unet.proj.lora_B.weight": torch.ones(5, 2)}
 
 
+def test_sizes_by_ai_toolkits_name_mean_what_those_of_peft_do(
+    network: Layers, tmp_path: Path
+) -> None:
+    """Its DoRAModule has ``magnitude`` beside lora_A and lora_B, and scales as peft does."""
+    made: list[magnitude.Magnitude | None] = []
+    for name in ("magnitude", "lora_magnitude_vector"):
+        tensors = {**LINEAR, f"unet.proj.{name}": torch.rand(5, generator=torch.manual_seed(1))}
+        loaded = read(network, tmp_path / f"{name}.safetensors", tensors).load(CPU, torch.float32)
+        made.append(loaded.parts["unet"]["proj"].magnitude)
+    ours, theirs = made
+    assert ours is not None
+    assert theirs is not None
+    assert not ours.blended
+    assert torch.equal(ours.scale(0.7), theirs.scale(0.7))
+
+
 @pytest.mark.parametrize(
     ("name", "shape"),
     [("lora_magnitude_vector", (6,)), ("dora_scale", (5,)), ("dora_scale", (1, 5))],
