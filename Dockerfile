@@ -13,6 +13,8 @@ COPY pyproject.toml constraints.txt ./
 COPY requirements requirements
 COPY scripts/install.sh scripts/install.sh
 RUN scripts/install.sh --dependencies-only
+# A tenth of the image would be torch's own tests in C++.
+RUN cd /opt/weft/lib/python3*/site-packages/torch && rm -rf test bin/test_* bin/*Test
 COPY LICENSE README.md weft.py ./
 COPY samplers samplers
 COPY guidance guidance
@@ -23,11 +25,12 @@ COPY scripts/healthcheck.py /opt/weft/bin/healthcheck.py
 
 FROM ${PYTHON_IMAGE}
 RUN useradd --create-home --uid 10001 --user-group weft \
-    && mkdir /models && install --directory --owner weft --group weft --mode 700 /data
+    && mkdir /models && install --directory --owner weft --group weft --mode 700 /data /cache
 COPY --from=builder /opt/weft /opt/weft
 # USER is what torch looks up where the user who runs the container has no name. Nothing is written
-# but what libraries may put into /tmp, so the root file system can be read-only, and durable
-# jobs, if they are turned on, for which a volume belongs at /data.
+# but what libraries may put into /tmp, so the root file system can be read-only, and what an
+# operator asks for: durable jobs and models that are fetched or converted. Volumes for them belong
+# at /data and /cache, from whose owner in the image Docker takes that of a new volume.
 ENV PATH=/opt/weft/bin:$PATH \
     USER=weft \
     HF_HOME=/tmp/huggingface \

@@ -1,4 +1,4 @@
-"""Exits with 0 if the server of this container accepts requests, with 1 if it does not.
+"""Exits with 0 if the server of this container accepts requests, with 1 and the reason if not.
 
 It asks the server itself, whatever proxy the environment names.
 """
@@ -9,18 +9,23 @@ import sys
 
 EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104
 TIMEOUT_S = 4
+MOST_TOLD_BYTES = 1000
 
 
-def main() -> int:
-    """Asks `/readyz`; returns the status of the process."""
+def main() -> str | None:
+    """Asks `/readyz`; returns why the server is not ready, which `docker inspect` shows."""
     host = os.environ.get("WEFT_HOST", "127.0.0.1")
     port = int(os.environ.get("WEFT_PORT", "8000"))
     connection = http.client.HTTPConnection(EVERY_ADDRESS.get(host, host), port, timeout=TIMEOUT_S)
     try:
         connection.request("GET", "/readyz")
-        return int(connection.getresponse().status != http.client.OK)
-    except (OSError, http.client.HTTPException):
-        return 1
+        answer = connection.getresponse()
+        if answer.status == http.client.OK:
+            return None
+        told = answer.read(MOST_TOLD_BYTES).decode(errors="replace")
+    except (OSError, http.client.HTTPException) as error:
+        return f"/readyz does not answer: {error}"
+    return f"/readyz answers {answer.status}: {told}"
 
 
 if __name__ == "__main__":

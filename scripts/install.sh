@@ -109,6 +109,7 @@ install() {
     install_torch
     for process in "${others[@]}"; do wait "$process"; done
     trap - EXIT
+    rm "$VENV"/half-?.lock
     if [ $project = yes ]; then
         say "installing weft"
         pip_install --no-deps --no-build-isolation --no-index --editable .

@@ -237,7 +237,7 @@ class Readyz(HTTPServer):
     def finish_request(self, request: Any, client_address: Any) -> None:
         line, *_ = request.recv(4096).decode().splitlines()
         status = self.status if line.startswith("GET /readyz ") else 404
-        request.sendall(f"HTTP/1.0 {status} \r\n\r\n".encode())
+        request.sendall(f"HTTP/1.0 {status} \r\n\r\nthe reason".encode())
 
 
 @pytest.fixture
@@ -253,13 +253,20 @@ def readyz() -> Iterator[Readyz]:
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 
 
-def probe(port: int, host: str = "0.0.0.0") -> int:  # noqa: S104
-    """Exit status of the image's own health check, behind a proxy that is not there."""
+def probe(port: int, host: str = "0.0.0.0") -> tuple[int, str]:  # noqa: S104
+    """Exit status and words of the image's own health check, behind a proxy that is not there."""
     (command,) = re.findall(r"HEALTHCHECK[^\n]*\\\n\s*CMD (\[.*\])", DOCKERFILE)
     _, file = json.loads(command)
     (copied,) = re.findall(rf"COPY (\S+) {file}\n", DOCKERFILE)
     environment = {"WEFT_HOST": host, "WEFT_PORT": str(port), "http_proxy": "http://127.0.0.1:9"}
-    return subprocess.run([sys.executable, ROOT / copied], env=environment, check=False).returncode
+    done = subprocess.run(
+        [sys.executable, ROOT / copied],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(("status", "healthy"), [(200, True), (404, False), (503, False)])
@@ -267,17 +274,21 @@ def test_the_image_is_healthy_while_readyz_says_so(
     readyz: Readyz, status: int, healthy: bool
 ) -> None:
     readyz.status = status
-    assert (probe(readyz.server_port) == 0) is healthy
+    told = "" if healthy else f"/readyz answers {status}: the reason\n"
+    assert probe(readyz.server_port) == (0 if healthy else 1, told)
 
 
 def test_the_image_is_healthy_at_an_address_of_its_own(readyz: Readyz) -> None:
-    assert probe(readyz.server_port, "127.0.0.1") == 0
+    assert probe(readyz.server_port, "127.0.0.1") == (0, "")
 
 
 def test_the_image_is_unhealthy_when_nothing_listens() -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
-        assert probe(unused.getsockname()[1]) != 0
+        status, told = probe(unused.getsockname()[1])
+    assert status == 1
+    assert told.startswith("/readyz does not answer: ")
+    assert "refused" in told
 
 
 def test_the_image_s_base_is_pinned_by_its_digest() -> None:
@@ -294,6 +305,24 @@ def test_the_image_is_configured_by_settings_alone() -> None:
     settings = Settings.model_validate(given | {"insecure": True})
     assert settings.models_folder == Path("/models")
     assert settings.drain_s < 10, "what `docker stop` waits before it kills"
+
+
+def test_the_image_has_a_folder_of_its_user_for_each_volume_that_is_written_to() -> None:
+    """Docker gives a new volume the owner of the folder; without one it would be root's."""
+    (made,) = re.findall(
+        r"install --directory --owner weft --group weft --mode 700 (.*)", DOCKERFILE
+    )
+    documents = "".join((ROOT / f"docs/{name}.md").read_text() for name in ("operating", "jobs"))
+    volumes = set(re.findall(r"-v [\w-]+:(/\w+)", documents))
+    assert volumes == {"/cache", "/data"} == set(made.split())
+
+
+def test_compose_waits_for_a_database_that_is_reached_by_tcp() -> None:
+    """While it is created PostgreSQL listens at its socket alone, and then starts once more."""
+    service = yaml.safe_load((ROOT / "compose.jobs.yaml").read_text())["services"]["postgres"]
+    command, *arguments = service["healthcheck"]["test"].split()
+    assert command == "pg_isready"
+    assert arguments[arguments.index("--host") + 1] == "localhost"
 
 
 def test_compose_keeps_jobs_in_the_database_that_it_starts() -> None:

@@ -9,7 +9,6 @@ are.
 from __future__ import annotations
 
 import logging
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,6 +209,7 @@ _NOWHERE: Final = _Nowhere()
 
 def _sentence(model: HubModel, error: Exception) -> str:
     from httpx2 import TransportError
+    from huggingface_hub import is_offline_mode
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
@@ -233,7 +233,7 @@ def _sentence(model: HubModel, error: Exception) -> str:
         case RevisionNotFoundError():
             return f"hub model {model.repository!r} has no revision {model.revision!r}."
         case LocalEntryNotFoundError() | OfflineModeIsEnabled() | TransportError():
-            offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+            offline = " (HF_HUB_OFFLINE is set)" if is_offline_mode() else ""
             return (
                 f"hub model {str(model)!r} is not complete in the cache, and the hub cannot be "
                 f"reached{offline}; there is no folder of that name either."

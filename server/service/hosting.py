@@ -81,6 +81,8 @@ def host(
     """
     embedded = embedded_folders()
     places = settings.model_folders(embedded)
+    if settings.models_folder is not None:
+        _check_readable(settings.models_folder)
     _check_names(settings, places)
     folders = {name: _folder_of(name, place, settings, tell) for name, place in places.items()}
     if settings.models_folder is not None and folders == embedded:
@@ -244,10 +246,9 @@ class _Folders:
         """Those of the start that are still there, and what has come into the folder of models."""
         place = self.settings.models_folder
         # One that was named is refused where it is loaded, with what is wrong with it.
+        named = self.settings.named_folders()
         first = {
-            name: folder
-            for name, folder in self.first.items()
-            if folder.parent != place or folder.is_dir()
+            name: folder for name, folder in self.first.items() if name in named or folder.is_dir()
         }
         if place is None or not place.is_dir():
             return first
@@ -289,6 +290,29 @@ def _compiler_of(settings: Settings) -> BlockCompiler | str | None:
         return BlockCompiler(folder)
     except OSError as error:
         return f"the folder {str(folder)!r} cannot be written to: {error.strerror}"
+
+
+def _check_readable(place: Path) -> None:
+    """Say which folders of models are left out as this process may not look into them.
+
+    Raises:
+        ModelMismatch: it may not look into the folder that they are in.
+    """
+    user = os.geteuid()
+    if not _may_look_into(place):
+        raise ModelMismatch(
+            f"models_folder is {str(place)!r}, which user {user}, as whom the server runs, may not "
+            "read."
+        )
+    for folder in sorted(place.iterdir()):
+        if folder.is_dir() and not _may_look_into(folder):
+            log.warning(
+                "%s is left out: user %d, as whom the server runs, may not read it", folder, user
+            )
+
+
+def _may_look_into(folder: Path) -> bool:
+    return os.access(folder, os.R_OK | os.X_OK, effective_ids=True)
 
 
 def _check_names(settings: Settings, names: Collection[str]) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -108,3 +112,51 @@ def test_a_folder_that_is_removed_while_it_is_read_is_not_named_to_clients(
     with pytest.raises(ModelMismatch) as refused:
         source.needs("one")
     assert refused.value.message.startswith("model 'one' has no model_index.json")
+
+
+@pytest.fixture
+def readable_by_others() -> Generator[Path]:
+    """A folder with the models `open` and `closed`, which a user other than root may look into."""
+    with TemporaryDirectory() as name:
+        place = Path(name)
+        place.chmod(0o755)
+        for model in ("open", "closed"):
+            (place / model).mkdir()
+            (place / model / "model_index.json").write_text("{}")
+        yield place
+        place.chmod(0o755)
+
+
+@contextmanager
+def as_nobody() -> Generator[None]:
+    """Without root's right to read everything."""
+    user = os.geteuid()
+    os.seteuid(user or 65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def test_a_model_folder_that_may_not_be_read_is_said_to_be_left_out(
+    readable_by_others: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (readable_by_others / "closed").chmod(0)
+    with as_nobody():
+        hosting._check_readable(readable_by_others)
+        user = os.geteuid()
+    [said] = caplog.messages
+    closed = readable_by_others / "closed"
+    assert said == f"{closed} is left out: user {user}, as whom the server runs, may not read it"
+
+
+def test_a_folder_of_models_that_may_not_be_read_is_refused(readable_by_others: Path) -> None:
+    readable_by_others.chmod(0)
+    with as_nobody(), pytest.raises(ModelMismatch, match=r"as whom the server runs, may not read"):
+        hosting.host(Settings(models_folder=readable_by_others))
+
+
+def test_a_named_folder_that_is_not_in_the_folder_of_models_was_never_there(tmp_path: Path) -> None:
+    named = Settings(models=(str(tmp_path / "none"),), models_folder=tmp_path)
+    with pytest.raises(ModelMismatch, match=r"model folder '.*/none' has no model_index.json"):
+        hosting.host(named)
