@@ -238,6 +238,12 @@ async def interrogate(body: Interrogation) -> None:
     raise CaptionsOff
 
 
+@router.get("/sdapi/v1/interrogate", responses=ERRORS)
+async def whether_it_interrogates() -> None:
+    """Refuse likewise: a client asks so whether the route is there, which 405 would affirm."""
+    raise CaptionsOff
+
+
 @router.post("/sdapi/v1/refresh-checkpoints")
 @router.post("/sdapi/v1/refresh-embeddings")
 @router.post("/sdapi/v1/refresh-loras")

@@ -435,6 +435,13 @@ def test_fields_and_scripts_of_other_programs_do_no_harm(client: httpx2.Client) 
     assert "nothing here corresponds: scripts." in answer.json()["info"]
 
 
+def test_a_client_that_looks_for_captions_finds_none(client: httpx2.Client) -> None:
+    """sd-backend-client 0.5.0 takes any other status for captions, and offers them to its users."""
+    answer = client.get("/sdapi/v1/interrogate")
+    assert answer.status_code == 404
+    assert "that describes images" in answer.json()["detail"]
+
+
 def test_sillytavern_s_calls_are_answered(client: httpx2.Client) -> None:
     """What its server sends, in its order (src/endpoints/stable-diffusion.js)."""
     client.headers["authorization"] = "Basic Og=="
