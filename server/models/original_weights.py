@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from server.errors import ModelMismatch
+from server.models.prefixes import UNET, own_prefix
 from server.models.scaled_weights import unscaled
 
 if TYPE_CHECKING:
@@ -25,10 +26,6 @@ reference images are told the timestep 0, which in diffusers the config says (``
 
 TRANSFORMER: Final = "Transformer2DModel"
 """How the classes of transformers end."""
-
-UNET: Final = "model.diffusion_model."
-PREFIXES: Final = (UNET, "diffusion_model.", "control_model.", "first_stage_model.")
-"""Of a network within a file of several, or of a saved network's wrapper."""
 
 ORIGINAL: Final = {
     "AutoencoderKL": "encoder.down.0.block.0.conv1.weight",
@@ -65,7 +62,7 @@ def as_diffusers(
     """
     from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
-    prefix = next((one for one in PREFIXES if any(k.startswith(one) for k in weights)), "")
+    prefix = own_prefix(weights.keys())
     own = {k.removeprefix(prefix): one for k, one in weights.items() if k.startswith(prefix)}
     own = unscaled(own, called, dtype)
     if own.pop(ZERO_FOR_REFERENCES, None) is not None and not network.config.get("zero_cond_t"):

@@ -24,6 +24,7 @@ from server.models.folder import (
 )
 from server.models.gguf.formats import stays_in_blocks
 from server.models.gguf.header import tensors_of
+from server.models.prefixes import own_prefix
 from server.models.quantization import BITS, LEAST_FEATURES
 
 if TYPE_CHECKING:
@@ -249,7 +250,12 @@ def _tensors_of_part(folder: Path, part: str, stem: str) -> list[tuple[str, _Ten
     files = [folder / part / name for name in weight_files(folder, part, stem).names]
     # An index may name any path, and what can be no file's name; it is refused when it is loaded.
     own = [file for file in files if file.parent == folder / part and isfile(file)]
-    return [one for file in own for one in _tensors_of_file(folder, f"{part}/{file.name}")]
+    tensors = [one for file in own for one in _tensors_of_file(folder, f"{part}/{file.name}")]
+    if stem != NETWORK:
+        return tensors
+    # A published file may hold other networks, too, which are not loaded.
+    prefix = own_prefix([name for name, _ in tensors])
+    return [(name, tensor) for name, tensor in tensors if name.startswith(prefix)]
 
 
 def _tensors_of_file(folder: Path, name: str) -> list[tuple[str, _Tensor]]:

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from server.errors import ModelMismatch
 from server.models.given_denoiser import with_denoiser
 from server.models.loading import load_model
+from server.models.weight_files import bytes_in_memory
 from server.service.hosting import host
 from server.settings import Settings
 from tests.server.models import tiny_sdxl
@@ -52,6 +53,21 @@ def test_a_model_has_the_denoiser_of_the_file_and_all_else_of_the_folder(
     assert with_denoiser(folder, file, cache) == made
     save_file(checkpoint(other) | {"more": torch.ones(1)}, file)
     assert with_denoiser(folder, file, cache) != made
+
+
+def test_other_networks_of_a_file_take_no_memory(folder: Path, tmp_path: Path) -> None:
+    whole = checkpoint(other_unet())
+    unet = {name: one for name, one in whole.items() if name.startswith("model.diffusion_model.")}
+    save_file(whole, tmp_path / "whole.safetensors")
+    save_file(unet, tmp_path / "unet.safetensors")
+    all_in_one, alone = (
+        bytes_in_memory(
+            with_denoiser(folder, tmp_path / f"{name}.safetensors", tmp_path / "cache"),
+            torch.float32,
+        )
+        for name in ("whole", "unet")
+    )
+    assert all_in_one == alone
 
 
 def test_what_is_no_file_of_a_denoiser_is_refused(folder: Path, tmp_path: Path) -> None:
