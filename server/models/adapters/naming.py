@@ -36,8 +36,8 @@ MAGNITUDE: Final = re.compile(
     r"(?P<layer>.+)\.(?:(?P<blended>dora_scale)"
     r"|lora_magnitude_vector(\.default)?(\.weight)?|magnitude)"
 )
-"""The sizes of a DoRA by LyCORIS' name, and by those of peft and ai-toolkit, which mean another thing
-by a weight."""
+"""The sizes of a DoRA by LyCORIS' name, and by those of peft and ai-toolkit, which mean another
+thing by a weight."""
 
 PREFIXES: Final = {
     "denoiser": r"(?:lora_unet_|lora_transformer_|lycoris_|(?:model\.)?diffusion_model\.|unet\."

@@ -57,11 +57,14 @@ STABLE_DIFFUSION_3 = {
             ("adaLN_modulation.1", 9 if (block, stream) == (0, "x") else 6),
         )
     },
-    **{"joint_blocks.0.x_block.attn2.qkv": 3, "joint_blocks.0.x_block.attn2.proj": 1},
-    **{"joint_blocks.1.context_block.attn.qkv": 3},
-    **{"joint_blocks.1.context_block.adaLN_modulation.1": 2},
+    "joint_blocks.0.x_block.attn2.qkv": 3,
+    "joint_blocks.0.x_block.attn2.proj": 1,
+    "joint_blocks.1.context_block.attn.qkv": 3,
+    "joint_blocks.1.context_block.adaLN_modulation.1": 2,
     **{f"{one}_embedder.mlp.{place}": 1 for one in "ty" for place in (0, 2)},
-    **{"context_embedder": 1, "final_layer.linear": 1, "final_layer.adaLN_modulation.1": 2},
+    "context_embedder": 1,
+    "final_layer.linear": 1,
+    "final_layer.adaLN_modulation.1": 2,
 }
 
 
