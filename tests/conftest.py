@@ -1,8 +1,9 @@
 """Options of the whole suite: threads, no network, the `cuda` marker, hypothesis, a umask."""
 
+import fcntl
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,21 @@ LONGEST = (
 )
 """Files that take ten seconds and more, the longest first. They go before all others, so that no
 process begins one when all else is done."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Collect in one process at a time.
+
+    In a fresh environment the first compiles what it imports, which takes longer than to import
+    it, and the others find that done; meanwhile pyright has their processors.
+    """
+    folder = os.open(TESTS, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        return (yield)
+    finally:
+        os.close(folder)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
