@@ -54,7 +54,8 @@ class Grid:
         """See :meth:`samplers.noise_schedule.NoiseSchedule.grid`."""
         steps = whole_number("steps", steps, least=1)
         if t_start is None and t_end is None:
-            return cls.on_times(schedule, spacing.evaluated(schedule, steps), spacing, clean=True)
+            times = _of_steps(spacing, spacing.evaluated(schedule, steps), steps)
+            return cls.on_times(schedule, times, spacing, clean=True)
         first = schedule.t_start if t_start is None else number("t_start", t_start)
         last = schedule.t_end if t_end is None else number("t_end", t_end)
         _, sigma_last = schedule.level(np.array(last))
@@ -64,7 +65,7 @@ class Grid:
                 f"{schedule.t_start:g} down to a lower time, at which there is noise left."
             )
         count = steps if t_end is None else steps + 1
-        times = spacing.fill(schedule, count, first, last)
+        times = _of_steps(spacing, spacing.fill(schedule, count, first, last), count)
         return cls.on_times(schedule, times, spacing, clean=t_end is None)
 
     @classmethod
@@ -180,6 +181,20 @@ class Grid:
         """The steps between two points, by their indices."""
         points = slice(first, last + 1)
         return Grid(self.schedule, self.t[points], self.alpha[points], self.sigma[points])
+
+
+def _of_steps(spacing: Spacing, times: F64, count: int) -> F64:
+    """The times of a spacing, as many as were asked for.
+
+    Raises:
+        ValueError: it gave another number.
+    """
+    if np.shape(times) != (count,):
+        raise ValueError(
+            f"spacing {spacing.name!r} gave times of shape {np.shape(times)}; "
+            f"it was asked for {count}."
+        )
+    return times
 
 
 def _within(schedule: Levels, t: F64, least: int) -> F64:

@@ -77,6 +77,9 @@ class Plan:
         langevin: signal-to-noise ratio of the Langevin move that a stage makes before its matrix,
             ``[stages]``; 0 where a stage is linear, as all are by default. The move spends the
             stage's noise, so the matrix of such a stage asks for none.
+
+    Raises:
+        ValueError: it has no stages, or shapes do not agree.
     """
 
     t: F64
@@ -90,6 +93,24 @@ class Plan:
     def __post_init__(self) -> None:
         if not self.langevin:
             object.__setattr__(self, "langevin", (0.0,) * len(self.tables))
+        stages, slots = (*self.tables.shape, 0, 0)[:2]
+        if not stages:
+            raise ValueError("a plan has at least one stage.")
+        if self.tables.shape[2:3] != (slots + 3,):
+            raise ValueError(
+                f"a plan's tables have shape {self.tables.shape}; they are [stages, K, K + 3]."
+            )
+        for name, points in (("t", self.t), ("alpha", self.alpha), ("sigma", self.sigma)):
+            if points.shape != (stages + 1,):
+                raise ValueError(
+                    f"a plan's {name} has shape {points.shape}; {stages} stages have "
+                    f"{stages + 1} points."
+                )
+        for name, numbers in (("step", self.step), ("langevin", self.langevin)):
+            if len(numbers) != stages:
+                raise ValueError(
+                    f"a plan's {name} has {len(numbers)} entries; it has {stages} stages."
+                )
 
     @classmethod
     def of_steps(cls, grid: Grid, tables: Sequence[F64]) -> Plan:

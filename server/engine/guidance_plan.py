@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from itertools import accumulate, chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from server.engine.state.recollection import FIRST_OUTPUT
 from server.engine.terms.registry import order_of
 from server.engine.terms.term import RowSpec
+from server.errors import WeftError
 from server.models.prompt_editing import EditedPrompt, texts_of_run
 
 if TYPE_CHECKING:
@@ -20,9 +21,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from pydantic import BaseModel
 
+    from guidance import Policy
+    from samplers import Plan
     from server.engine.task import ImageTask
     from server.engine.terms.term import Term
     from server.models.blend import Told
+
+Shaped = TypeVar("Shaped", bound=np.generic)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -115,14 +120,15 @@ def plan_guidance(task: ImageTask) -> GuidancePlan:
 
     Raises:
         ValueError: the policy lacks its coefficients, or cannot serve the rule.
+        WeftError: the policy answers for another number of stages.
     """
     plan, rule, policy = task.plan, task.rule, task.policy
     noise_ratio, progress = plan.noise_ratio, plan.progress
     branches = rule.branches
     if reason := policy.refuses(rule):
         raise ValueError(f"guidance.policy is {policy.name!r}; {reason}.")
-    evaluated = policy.evaluates(noise_ratio, progress) & bool(branches)
-    estimated = policy.estimated(noise_ratio, progress) & bool(branches)
+    evaluated = _of_stages(policy, policy.evaluates(noise_ratio, progress), plan) & bool(branches)
+    estimated = _of_stages(policy, policy.estimated(noise_ratio, progress), plan) & bool(branches)
     predictions = [RowSpec(task.prompt)]
     for branch in branches:
         text = branch.text(task.prompt, task.negative_prompt)
@@ -143,6 +149,7 @@ def plan_guidance(task: ImageTask) -> GuidancePlan:
     constants, slots = np.zeros((plan.evaluations, 0)), 0
     if branches:
         constants = policy.constants(plan.evaluations, len(branches), task.coefficients)
+        constants = _of_stages(policy, constants, plan)
         slots = policy.memory_slots(len(branches))
     return GuidancePlan(
         branches=len(branches),
@@ -164,6 +171,20 @@ def plan_guidance(task: ImageTask) -> GuidancePlan:
         may_recall=may_recall.tolist(),
         cache_slots=cache_slots,
     )
+
+
+def _of_stages(policy: Policy, answer: NDArray[Shaped], plan: Plan) -> NDArray[Shaped]:
+    """What a policy, which a package may have written, says of each stage.
+
+    Raises:
+        WeftError: it says it of another number of stages.
+    """
+    if np.shape(answer)[:1] != (plan.evaluations,):
+        raise WeftError(
+            f"The policy {policy.name!r} gave an array of shape {list(np.shape(answer))}; "
+            f"its first axis must be the {plan.evaluations} stages of the run."
+        )
+    return answer
 
 
 def _wanted(

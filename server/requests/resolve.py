@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from dataclasses import dataclass
 from typing import Literal
@@ -20,7 +21,7 @@ from samplers import (
     Statistics,
     StatisticsIdentity,
 )
-from server.errors import InvalidRequest
+from server.errors import InvalidRequest, WeftError
 from server.models.hosted import HostedModel
 from server.models.prompt_editing import Timeline
 from server.requests.checks.cache import check_cache, check_cache_along
@@ -57,6 +58,8 @@ from server.requests.start_noise import VariationChoice
 from server.settings import Limits
 
 __all__ = ["Prepared", "make_plan", "prepare", "resolve", "statistics_for"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -238,6 +241,7 @@ def make_plan(
 
     Raises:
         InvalidRequest: they are incompatible.
+        WeftError: the spacing or the sampler failed in another way.
     """
     at_fault = "spacing"
     try:
@@ -252,6 +256,13 @@ def make_plan(
     except ValueError as refusal:
         # Samplers and spacings of other packages may not name the field.
         raise InvalidRequest(at_fault, str(refusal)) from None
+    except Exception as error:
+        name = spacing.name if at_fault == "spacing" else sampler.name
+        log.exception("the %s %s failed", at_fault, name)
+        raise WeftError(
+            f"The {at_fault} {name!r} failed with {type(error).__name__}; the server's log has "
+            "the details."
+        ) from error
 
 
 def _with_source_to_avoid(guidance: Guidance, *, has_reference: bool) -> Guidance:

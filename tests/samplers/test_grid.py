@@ -130,3 +130,20 @@ def test_strengths_outside_zero_to_one_are_refused(strength: float) -> None:
 def test_too_low_a_strength_says_how_much_is_needed() -> None:
     with pytest.raises(ValueError, match=r"leaves none of 20 steps; at least 0\.05 is needed"):
         DISCRETE.grid(Trailing(), 20).tail(0.01)
+
+
+class TwoTimes(Trailing, frozen=True):
+    """A spacing of another package that counts wrongly."""
+
+    def fill(self, schedule: Any, count: int, t_start: float, t_end: float) -> Any:
+        return np.array([t_start, t_end])
+
+    def evaluated(self, schedule: Any, steps: int) -> Any:
+        return self.fill(schedule, steps, schedule.t_start, schedule.t_end)
+
+
+@pytest.mark.parametrize("ends", [{}, {"t_start": 0.9, "t_end": 0.1}], ids=["whole", "part"])
+def test_a_spacing_that_gives_another_number_of_times_is_refused(ends: dict[str, float]) -> None:
+    said = r"spacing 'trailing' gave times of shape \(2,\); it was asked for [56]"
+    with pytest.raises(ValueError, match=said):
+        VP.grid(TwoTimes(), 5, **ends)

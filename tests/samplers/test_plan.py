@@ -1,6 +1,7 @@
 """The table, the function that applies it, and the reference loop."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -138,3 +139,21 @@ def test_stages_know_their_noise_ratio_and_how_much_of_the_run_is_done() -> None
     # On flow matching sigma = t and alpha = 1 - t; Heun evaluates each step twice but the last.
     assert plan.noise_ratio == pytest.approx([np.inf, 1, 1, 1 / 3, 1 / 3])
     assert plan.progress == pytest.approx([0, 0, 1 / 3, 1 / 3, 2 / 3])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"t": np.ones(3)}, r"a plan's t has shape \(3,\); 4 stages have 5 points."),
+        ({"sigma": np.ones(4)}, r"a plan's sigma has shape \(4,\); 4 stages have 5 points."),
+        ({"step": (0, 1)}, "a plan's step has 2 entries; it has 4 stages."),
+        ({"tables": np.ones((4, 1, 2))}, r"shape \(4, 1, 2\); they are \[stages, K, K \+ 3\]."),
+        ({"tables": np.ones(4)}, r"shape \(4,\); they are \[stages, K, K \+ 3\]."),
+        ({"tables": np.ones((0, 1, 4))}, "a plan has at least one stage."),
+    ],
+    ids=["t", "sigma", "step", "too few columns", "no matrices", "no stages"],
+)
+def test_a_plan_whose_shapes_do_not_agree_is_refused(change: dict[str, Any], said: str) -> None:
+    plan = DDIM().plan(DISCRETE.grid(Trailing(), 4))
+    with pytest.raises(ValueError, match=said):
+        replace(plan, **change)

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 
-from guidance import Rows
+from guidance import Filled, Guided, Rows
 from samplers import advance
 from server.engine.state.batch import Batch, StackedTerms
 from server.engine.state.noise import stage_noise
 from server.engine.state.padding import padded
+from server.engine.tick.answers import answering, expect
 from server.engine.tick.forward import forward, forward_rows
 
 if TYPE_CHECKING:
@@ -183,8 +184,11 @@ def guide(batch: Batch, predictions: Tensor) -> GuidedImages:
         rules = [batch.sequences[i].task.rule for i in members]
         slots = rules[0].memory_slots
         rows = _stacked(batch, members, predictions, others, slots)
-        rows, parameters = _fixed(rows, rules[0].parameters(rules, rows.x[:1]), batch.fixed_rows)
-        guided = rules[0].combine(rows, parameters)
+        with answering(rules[0], rows.x.device):
+            parameters = rules[0].parameters(rules, rows.x[:1])
+            rows, parameters = _fixed(rows, parameters, batch.fixed_rows)
+            guided = rules[0].combine(rows, parameters)
+            expect(guided, Guided, rows.cond, rows.x, rows.memory)
         denoised = _with(batch, denoised, members, guided.denoised)
         if guided.x is not rows.x:
             x = _with(batch, batch.columns[:, 0] if x is None else x, members, guided.x)
@@ -277,18 +281,17 @@ def _filled(
         rows = _stacked(batch, members, predictions, known, 0)
         memory = batch.lane.pool.policy_memory[:, :slots].index_select(0, _slots(batch, members))
         constants = [sequence.guidance.constants[sequence.stage] for sequence in sequences]
-        parameters = {
-            **policy.parameters([sequence.task.policy for sequence in sequences], rows.x[:1]),
-            "constants": _as_factors(_on_device(batch.lane, np.stack(constants)), rows.x),
-        }
         evaluated = _on_device(batch.lane, [s.ask.evaluated for s in sequences]) > 0
-        fixed, parameters = _fixed(rows, parameters, batch.fixed_rows)
-        filled = policy.fill(
-            fixed,
-            padded(memory, batch.fixed_rows),
-            parameters,
-            padded(_as_factor(evaluated, rows.x), batch.fixed_rows),
-        )
+        evaluated = padded(_as_factor(evaluated, rows.x), batch.fixed_rows)
+        memory = padded(memory, batch.fixed_rows)
+        with answering(policy, rows.x.device):
+            parameters = {
+                **policy.parameters([sequence.task.policy for sequence in sequences], rows.x[:1]),
+                "constants": _as_factors(_on_device(batch.lane, np.stack(constants)), rows.x),
+            }
+            fixed, parameters = _fixed(rows, parameters, batch.fixed_rows)
+            filled = policy.fill(fixed, memory, parameters, evaluated)
+            expect(filled, Filled, fixed.others, memory)
         new.append(filled.others[: len(members)].flatten(0, 1))
         kept.append(NewMemory(members, filled.memory[: len(members)]))
         for i in members:
@@ -307,8 +310,9 @@ def _settled(batch: Batch, predictions: Tensor) -> Tensor | None:
     for members in by_policy.values():
         policies = [batch.sequences[i].task.policy for i in members]
         rows = _stacked(batch, members, predictions, batch.others, 0)
-        parameters = policies[0].parameters(policies, rows.x[:1])
-        answer = policies[0].settled(*_fixed(rows, parameters, batch.fixed_rows))
+        with answering(policies[0], rows.x.device):
+            parameters = policies[0].parameters(policies, rows.x[:1])
+            answer = policies[0].settled(*_fixed(rows, parameters, batch.fixed_rows))
         settled.index_copy_(0, batch.lane.indices(members), answer[: len(members)])
     return settled
 

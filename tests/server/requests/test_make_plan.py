@@ -7,7 +7,7 @@ from typing_extensions import override
 
 from samplers import DDIM, SPACINGS, DPMSolverV3, Grid, LCMSpacing, Plan, Sampler, Spacing, Trailing
 from samplers.lcm import LCM
-from server.errors import InvalidRequest
+from server.errors import InvalidRequest, WeftError
 from server.requests.choice import name_of
 from server.requests.resolve import make_plan
 from tests.server.toy_model import SCHEDULE
@@ -72,3 +72,26 @@ def test_a_spacing_that_needs_whole_timesteps_is_the_field_itself() -> None:
     with pytest.raises(InvalidRequest, match="needs a model with whole trained") as caught:
         make_plan(schedule, LCM(), LCMSpacing(), 4, None)
     assert caught.value.field == "spacing"
+
+
+class Broken(Reluctant, frozen=True):
+    @override
+    def plan(self, grid: Grid) -> Plan:
+        raise KeyError("not told to clients")
+
+
+class Gone(Barren, frozen=True):
+    @override
+    def evaluated(self, schedule: Any, steps: int) -> Any:
+        raise KeyError("not told to clients")
+
+
+@pytest.mark.parametrize(
+    ("sampler", "layout", "part"),
+    [(Broken(), Trailing(), "sampler 'reluctant'"), (DDIM(), Gone(), "spacing 'barren'")],
+    ids=["sampler", "spacing"],
+)
+def test_a_part_that_breaks_is_named(sampler: Sampler, layout: Spacing, part: str) -> None:
+    said = f"^The {part} failed with KeyError; the server's log has the details.$"
+    with pytest.raises(WeftError, match=said):
+        make_plan(SCHEDULE, sampler, layout, 4, None)

@@ -1,0 +1,72 @@
+"""What rules and policies answer; a package may have written them, so its errors carry its name."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from guidance import Policy
+from server.engine.faults import is_out_of_memory, lost_device
+from server.errors import RowFailed
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    import torch
+    from torch import Tensor
+
+    from guidance import Filled, Guided, Rule
+
+__all__ = ["answering", "expect"]
+
+
+@contextmanager
+def answering(part: Rule | Policy, device: torch.device) -> Generator[None]:
+    """An error inside is the part's own, and the client is told its name.
+
+    Args:
+        part: whose methods are called inside.
+        device: that its tensors are on.
+
+    Raises:
+        RowFailed: it raised an error, or what it returned does not fit. Errors of the device and
+            of its memory are no part's own and stay as they are.
+    """
+    try:
+        yield
+    except Unfit as unfit:
+        raise RowFailed(f"{_named(part)} {unfit}.") from None
+    except Exception as error:
+        if is_out_of_memory(error) or lost_device(error, device) is not None:
+            raise
+        raise RowFailed(
+            f"{_named(part)} failed with {type(error).__name__}; the server's log has the details."
+        ) from error
+
+
+def expect(answer: object, kind: type[Guided | Filled], *like: Tensor) -> None:
+    """Check that an answer has the fields and the shapes that it should.
+
+    A tensor that is a little too small would be broadcast over the rows of other requests.
+
+    Args:
+        answer: of a part.
+        kind: the named tuple that it should be.
+        like: tensors of the shapes of its fields, in their order.
+
+    Raises:
+        Unfit: it is another.
+    """
+    if not isinstance(answer, kind):
+        raise Unfit(f"returned {type(answer).__name__}, not {kind.__name__}")
+    for name, found, wanted in zip(answer._fields, answer, like, strict=True):
+        if found.shape != wanted.shape:
+            raise Unfit(f"returned {name} of shape {list(found.shape)}, not {list(wanted.shape)}")
+
+
+class Unfit(Exception):
+    """An answer that does not fit; the message is the end of a sentence."""
+
+
+def _named(part: Rule | Policy) -> str:
+    return f"The {'policy' if isinstance(part, Policy) else 'rule'} {part.name!r}"
