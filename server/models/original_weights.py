@@ -5,6 +5,7 @@ Names are converted by diffusers' own converters of single files.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, Final
 
 from server.errors import ModelMismatch
@@ -39,6 +40,11 @@ ORIGINAL: Final = {
 }
 """A tensor of each class that has this name in the original code alone."""
 
+FLUX: Final = ("FluxTransformer2DModel", "Flux2Transformer2DModel")
+NORM_OF_COMFYUI: Final = re.compile(r"\.(query_norm|key_norm)\.weight$")
+"""Scales of queries and keys in files that ComfyUI has saved since 2026; converters know those of
+the authors, ``scale``."""
+
 ADDED_CONDITIONS: Final = {
     f"add_embedding.linear_{number}.{kind}": f"label_emb.0.{place}.{kind}"
     for number, place in ((1, 0), (2, 2))
@@ -72,6 +78,8 @@ def as_diffusers(
             "says so by zero_cond_t."
         )
     kind = type(network).__name__
+    if kind in FLUX:
+        own = {NORM_OF_COMFYUI.sub(r".\1.scale", name): tensor for name, tensor in own.items()}
     if ORIGINAL.get(kind) not in own:
         return own
     if kind == "UNet2DConditionModel":

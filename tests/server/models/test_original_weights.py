@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,16 @@ def test_all_layers_of_flux_have_the_names_of_diffusers() -> None:
     tensors = whole("FluxTransformer2DModel", weights)
     made = as_diffusers(tensors, network, "it", torch.float32)
     assert made.keys() == network.state_dict().keys()
+
+
+def test_scales_of_queries_and_keys_of_flux_may_be_called_weights() -> None:
+    """As ComfyUI names them in what it has saved since 2026."""
+    network, tensors = flux2()
+    renamed = {re.sub("_norm.scale$", "_norm.weight", name): one for name, one in tensors.items()}
+    assert sum(name.endswith("_norm.weight") for name in renamed) == 6
+    made = as_diffusers(renamed, network, "it", torch.float32)
+    theirs = network.state_dict()
+    assert all(torch.equal(made[name], theirs[name]) for name in theirs)
 
 
 @pytest.mark.parametrize("change", [lambda one: one[: len(one) // 2], lambda _: None])
