@@ -23,11 +23,13 @@ class LowRank:
         down: ``[rank, in]``; of a convolution ``[rank, in, height, width]``.
         up: ``[out, rank]``, with the factor alpha / rank in it.
         magnitude: sizes of the changed weight, of a DoRA; None for any other adapter.
+        bias: the change of the layer's bias, ``[out]``, float32; None where that stays.
     """
 
     down: Tensor
     up: Tensor
     magnitude: Magnitude | None = None
+    bias: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -37,8 +39,8 @@ class LowRank:
     @property
     def nbytes(self) -> int:
         """Memory of its tensors, in bytes."""
-        own = 0 if self.magnitude is None else self.magnitude.nbytes
-        return self.down.nbytes + self.up.nbytes + own
+        others = (one.nbytes for one in (self.magnitude, self.bias) if one is not None)
+        return self.down.nbytes + self.up.nbytes + sum(others)
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)

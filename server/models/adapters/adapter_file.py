@@ -16,7 +16,7 @@ from server.errors import AdapterMismatch
 from server.models.adapters.adapter import Adapter, LowRank
 from server.models.adapters.lycoris import layers_of_whole_operands
 from server.models.adapters.magnitude import OUTPUTS, measured, weight_of
-from server.models.adapters.naming import magnitudes_of
+from server.models.adapters.naming import biases_of, magnitudes_of
 from server.models.adapters.placing import LARGEST_ALPHA, Header, Placed, Target, place
 from server.models.adapters.stated import stated_defaults
 from server.models.folder import chunks_of, stamp_of, without_folder
@@ -123,7 +123,8 @@ class AdapterFile:
     @torch.no_grad()
     def _parts(self, device: torch.device, dtype: torch.dtype) -> dict[str, dict[str, LowRank]]:
         tensors = load_file(self.path, backend="pread")
-        sizes = {name: tensors[name] for name, _ in magnitudes_of(tensors).values()}
+        found = *magnitudes_of(tensors).values(), *biases_of(tensors).values()
+        vectors = {name: tensors[name] for name, _ in found}
         state = self.target.converted(tensors, dtype)
         # What is not needed any more goes at once: only the file is in memory beside the adapter.
         del tensors
@@ -137,9 +138,12 @@ class AdapterFile:
                     weight = weight_of(self.target.layer(part, layer, device), dtype)
                     placed = one.magnitude
                     sized = measured(
-                        sizes[placed.name], placed.axis, change, weight, blended=placed.blended
+                        vectors[placed.name], placed.axis, change, weight, blended=placed.blended
                     )
                     change = replace(change, magnitude=sized)
+                if one.bias is not None:
+                    bias = one.bias.scale * vectors[one.bias.name].to(device, torch.float32)
+                    change = replace(change, bias=bias)
                 parts.setdefault(part, {})[layer] = change
         return parts
 
@@ -185,6 +189,8 @@ def _nbytes(one: Placed, dtype: torch.dtype) -> int:
     """Memory of a change once it is loaded, in bytes."""
     (_, *features), (out, *_) = one.shapes
     factors = _padded_rank(one.rank) * (prod(features) + out) * dtype.itemsize
+    if one.bias is not None:
+        factors += out * torch.float32.itemsize
     if one.magnitude is None:
         return factors
     entries = out if one.magnitude.axis == OUTPUTS else features[0]

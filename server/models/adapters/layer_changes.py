@@ -85,7 +85,8 @@ class ChangedLayer:
     Attributes:
         changes: that are added to its output.
         inputs: factors on its input before that; None where no row has any.
-        outputs: factors on its output before that; None where no row has any.
+        outputs: factors on its output before that, and changes of its bias; None where no row has
+            any.
     """
 
     changes: Sequence[LayerChanges]
@@ -189,12 +190,23 @@ def _input_scales(own: _Rows, total: int, sent: Sent) -> InputScales | None:
 
 
 def _output_scales(own: _Rows, total: int, sent: Sent, layer: Layer) -> OutputScales | None:
-    factors = {row: one.outputs for row, one in own.scales.items() if one.outputs is not None}
-    if not factors:
+    scaled = {
+        row: one
+        for row, one in own.scales.items()
+        if one.outputs is not None or one.bias is not None
+    }
+    if not scaled:
         return None
-    rows, factor = _scaled_rows(factors, total, sent)
     with _for_any_forward(), torch.no_grad():
-        return OutputScales.of(rows, factor, layer)
+        given = [one for scales in scaled.values() for one in (scales.outputs, scales.bias)]
+        like = next(one for one in given if one is not None)
+        ones, zeros = torch.ones_like(like), torch.zeros_like(like)
+        factors = {row: ones if one.outputs is None else one.outputs for row, one in scaled.items()}
+        biases = None
+        if any(one.bias is not None for one in scaled.values()):
+            biases = torch.stack([zeros if o.bias is None else o.bias for o in scaled.values()])
+        rows, factor = _scaled_rows(factors, total, sent)
+        return OutputScales.of(rows, factor, layer, biases)
 
 
 def _scaled_rows(

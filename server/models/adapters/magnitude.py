@@ -90,15 +90,17 @@ class Magnitude:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WeightScales:
-    """Factors on a layer's own weight in a row; None for 1.
+    """Factors on a layer's own weight in a row, None for 1, and what is added to its bias.
 
     Attributes:
         outputs: ``[out]``, float32.
         inputs: ``[in]``, float32.
+        bias: ``[out]``, float32; None for nothing.
     """
 
     outputs: Tensor | None = None
     inputs: Tensor | None = None
+    bias: Tensor | None = None
 
 
 def measured(
@@ -138,12 +140,16 @@ def composed(changes: Changes) -> tuple[WeightScales, Changes]:
         changes: with their weights, in the order of the request.
 
     Returns:
-        The factors, and the changes without sizes of their own.
+        The factors, and the changes without sizes and biases of their own.
     """
     made: Changes = []
     scales: dict[Axis, Tensor] = {}
-    for change, weight in changes:
-        magnitude = change.magnitude
+    bias: Tensor | None = None
+    for whole_change, weight in changes:
+        change, magnitude = whole_change, whole_change.magnitude
+        if change.bias is not None:
+            bias = weight * change.bias if bias is None else bias + weight * change.bias
+            change = replace(change, bias=None)
         if magnitude is None:
             made.append((change, weight))
             continue
@@ -153,7 +159,7 @@ def composed(changes: Changes) -> tuple[WeightScales, Changes]:
         made = [(_scaled(one, whole, axis), factor) for one, factor in made]
         made.append((_scaled(change, own, axis), weight))
         scales[axis] = scales[axis] * whole if axis in scales else whole
-    return WeightScales(scales.get(OUTPUTS), scales.get(INPUTS)), made
+    return WeightScales(scales.get(OUTPUTS), scales.get(INPUTS), bias), made
 
 
 def weight_of(layer: Layer, dtype: torch.dtype) -> Tensor:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from server.models.adapters.original_layers import Original
 
-__all__ = ["alpha_of", "magnitudes_of", "named", "without_magnitudes", "written_layer"]
+__all__ = ["alpha_of", "biases_of", "magnitudes_of", "named", "without_vectors", "written_layer"]
 
 FACTOR: Final = re.compile(
     r"(?P<layer>.+)\.(?:(?P<down>lora_A(\.default)?|lora[_.]down|lora_linear_layer\.down)"
@@ -38,6 +38,9 @@ MAGNITUDE: Final = re.compile(
 )
 """The sizes of a DoRA by LyCORIS' name, and by those of peft and ai-toolkit, which mean another
 thing by a weight."""
+
+BIAS: Final = re.compile(r"(?P<layer>.+)\.(?:(?P<whole>diff_b)|lora_B(\.default)?\.bias)")
+"""The change of a bias: LyCORIS' and ComfyUI's, and that of peft, which its scale multiplies."""
 
 PREFIXES: Final = {
     "denoiser": r"(?:lora_unet_|lora_transformer_|lycoris_|(?:model\.)?diffusion_model\.|unet\."
@@ -71,9 +74,23 @@ def magnitudes_of(names: Iterable[str]) -> dict[str, tuple[str, bool]]:
     return {match["layer"]: (match[0], bool(match["blended"])) for match in matches}
 
 
-def without_magnitudes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All tensors of a file but the sizes of DoRA, which converters do not know."""
-    return {name: one for name, one in tensors.items() if not MAGNITUDE.fullmatch(name)}
+def biases_of(names: Iterable[str]) -> dict[str, tuple[str, bool]]:
+    """The tensors that change biases, and whether they do so as they are, by the written layer.
+
+    Args:
+        names: of all tensors of a file.
+    """
+    matches = filter(None, map(BIAS.fullmatch, names))
+    return {match["layer"]: (match[0], bool(match["whole"])) for match in matches}
+
+
+def without_vectors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All tensors of a file but sizes of DoRA and changes of biases, unknown to converters."""
+    return {
+        name: one
+        for name, one in tensors.items()
+        if not MAGNITUDE.fullmatch(name) and not BIAS.fullmatch(name)
+    }
 
 
 def named(

@@ -23,9 +23,10 @@ from server.models.adapters.lycoris import as_low_rank, is_operand
 from server.models.adapters.magnitude import INPUTS, OUTPUTS
 from server.models.adapters.naming import (
     alpha_of,
+    biases_of,
     magnitudes_of,
     named,
-    without_magnitudes,
+    without_vectors,
     written_layer,
 )
 from server.models.adapters.original_layers import ORIGINAL, Original
@@ -40,10 +41,17 @@ if TYPE_CHECKING:
     from server.models.adapters.magnitude import Axis
     from server.models.adapters.stack import Layer
 
-__all__ = ["LARGEST_ALPHA", "Header", "Placed", "PlacedMagnitude", "Target", "place"]
+__all__ = [
+    "LARGEST_ALPHA",
+    "Header",
+    "Placed",
+    "PlacedBias",
+    "PlacedMagnitude",
+    "Target",
+    "place",
+]
 
 UNSUPPORTED = {
-    ".diff_b": "changes biases",
     ".w_norm": "changes norms",
     ".b_norm": "changes norms",
     ".set_weight": "replaces whole weights",
@@ -156,7 +164,7 @@ class Target:
         Raises:
             AdapterMismatch: the names are of no known format.
         """
-        factors = as_low_rank(without_magnitudes(tensors), dtype)
+        factors = as_low_rank(without_vectors(tensors), dtype)
         found, others = named(factors, self.layers, self.original)
         if others or not found:
             for part, own in converted(others, self.converter, self.unet_config).items():
@@ -187,6 +195,19 @@ class PlacedMagnitude:
 
 
 @dataclass(frozen=True, slots=True)
+class PlacedBias:
+    """The change of a layer's bias.
+
+    Attributes:
+        name: of the tensor in the file.
+        scale: factor on it.
+    """
+
+    name: str
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
 class Placed:
     """The change of one layer.
 
@@ -196,6 +217,7 @@ class Placed:
         shapes: of both.
         scale: factor on their product, alpha / rank.
         magnitude: of a DoRA; None for any other adapter.
+        bias: None where the layer's bias stays.
     """
 
     down: str
@@ -203,6 +225,7 @@ class Placed:
     shapes: tuple[tuple[int, ...], tuple[int, ...]]
     scale: float
     magnitude: PlacedMagnitude | None
+    bias: PlacedBias | None
 
     @property
     def rank(self) -> int:
@@ -236,28 +259,21 @@ def place(header: Header, target: Target) -> dict[str, dict[str, Placed]]:
         name: StandIn.of(name, shape) for name, shape in header.shapes.items()
     }
     stand_ins |= {name: torch.tensor(value) for name, value in header.alphas.items()}
-    magnitudes = magnitudes_of(header.shapes)
+    vectors = _Vectors(header, target)
     placed: dict[str, dict[str, Placed]] = {}
     used: set[str] = set()
     for part, layer, down, up in _pairs(target.converted(stand_ins)):
         shapes = tuple(down.shape), tuple(up.shape)
         _check(target, part, layer, shapes)
         scale = _scale(header, part, layer, down, shapes[0][0])
-        magnitude = None
-        if sized := magnitudes.get(written_layer(next(iter(up.sources)))):
-            if sized[0] in used or not _is_whole(target, part, layer, up):
-                raise AdapterMismatch(
-                    f"is a DoRA of a layer that model {target.model!r} has in pieces or in another "
-                    f"order ({_listed([sized[0]])}), which is not supported"
-                )
-            magnitude = _magnitude(header, target, part, layer, *sized)
-            used.add(magnitude.name)
-        elif _config(header, part).get("use_dora"):
+        magnitude, bias = vectors.of(part, layer, up, scale)
+        used |= {one.name for one in (magnitude, bias) if one is not None}
+        if magnitude is None and _config(header, part).get("use_dora"):
             raise AdapterMismatch(
                 f"is a DoRA ({CONFIG} says so) without the lora_magnitude_vector of {layer[:120]}"
             )
         names = f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
-        placed.setdefault(part, {})[layer] = Placed(*names, shapes, scale, magnitude)
+        placed.setdefault(part, {})[layer] = Placed(*names, shapes, scale, magnitude, bias)
         used |= down.sources | up.sources
     used |= {alpha_of(name) for name in used} & header.alphas.keys()
     if unused := [name for name in stand_ins if name not in used]:
@@ -267,21 +283,75 @@ def place(header: Header, target: Target) -> dict[str, dict[str, Placed]]:
     return placed
 
 
-def _magnitude(
-    header: Header, target: Target, part: str, layer: str, name: str, blended: bool
-) -> PlacedMagnitude:
-    size, (out, features, *kernel) = header.shapes[name], target.layers[part][layer]
-    ones = (1,) * len(kernel)
-    axes: dict[tuple[int, ...], Axis] = {(1, features, *ones): INPUTS, (out, 1, *ones): OUTPUTS}
-    if not blended:
-        axes = {(out,): OUTPUTS, (1, out, *ones): OUTPUTS}
-    if size not in axes:
-        raise AdapterMismatch(
-            f"has sizes of the shape {list(size)} ({_listed([name])}) for the layer {layer} of "
-            f"{part}, whose weight has the shape {[out, features, *kernel]} in model "
-            f"{target.model!r}"
-        )
-    return PlacedMagnitude(name, axes[size], blended)
+class _Vectors:
+    """The vectors of a file that belong to layers: sizes of DoRA, and changes of biases.
+
+    Args:
+        header: of the file.
+        target: the model.
+    """
+
+    def __init__(self, header: Header, target: Target) -> None:
+        self._shapes = header.shapes
+        self._target = target
+        self._magnitudes = magnitudes_of(header.shapes)
+        self._biases = biases_of(header.shapes)
+        self._used: set[str] = set()
+
+    def of(
+        self, part: str, layer: str, up: StandIn, scale: float
+    ) -> tuple[PlacedMagnitude | None, PlacedBias | None]:
+        """Those of a layer.
+
+        Args:
+            part: name of its network.
+            layer: in that network.
+            up: its second factor.
+            scale: factor on the product, which is one on what peft adds to a bias, too.
+
+        Raises:
+            AdapterMismatch: they do not fit the layer.
+        """
+        written = written_layer(next(iter(up.sources)))
+        magnitude = bias = None
+        if sized := self._magnitudes.get(written):
+            self._check_whole("is a DoRA", sized[0], part, layer, up)
+            magnitude = self._magnitude(part, layer, *sized)
+        if moved := self._biases.get(written):
+            self._check_whole("changes the bias", moved[0], part, layer, up)
+            bias = self._bias(part, layer, moved[0], 1.0 if moved[1] else scale)
+        return magnitude, bias
+
+    def _check_whole(self, what: str, name: str, part: str, layer: str, up: StandIn) -> None:
+        if name in self._used or not _is_whole(self._target, part, layer, up):
+            raise AdapterMismatch(
+                f"{what} of a layer that model {self._target.model!r} has in pieces or in another "
+                f"order ({_listed([name])}), which is not supported"
+            )
+        self._used.add(name)
+
+    def _magnitude(self, part: str, layer: str, name: str, blended: bool) -> PlacedMagnitude:
+        size, (out, features, *kernel) = self._shapes[name], self._target.layers[part][layer]
+        ones = (1,) * len(kernel)
+        axes: dict[tuple[int, ...], Axis] = {(1, features, *ones): INPUTS, (out, 1, *ones): OUTPUTS}
+        if not blended:
+            axes = {(out,): OUTPUTS, (1, out, *ones): OUTPUTS}
+        if size not in axes:
+            raise AdapterMismatch(
+                f"has sizes of the shape {list(size)} ({_listed([name])}) for the layer {layer} of "
+                f"{part}, whose weight has the shape {[out, features, *kernel]} in model "
+                f"{self._target.model!r}"
+            )
+        return PlacedMagnitude(name, axes[size], blended)
+
+    def _bias(self, part: str, layer: str, name: str, scale: float) -> PlacedBias:
+        size, out = self._shapes[name], self._target.layers[part][layer][0]
+        if size != (out,):
+            raise AdapterMismatch(
+                f"has a change of a bias of the shape {list(size)} ({_listed([name])}) for the "
+                f"layer {layer} of {part}, which has {out} outputs in model {self._target.model!r}"
+            )
+        return PlacedBias(name, scale)
 
 
 def _is_whole(target: Target, part: str, layer: str, up: StandIn) -> bool:

@@ -21,12 +21,13 @@ __all__ = ["InputScales", "OutputScales"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OutputScales:
-    """Factors on the outputs of a layer without its bias.
+    """Factors on the outputs of a layer without its bias, and changes of that.
 
     Attributes:
         rows: of the forward.
         factor: ``[rows, 1, out]``, float32.
-        shift: what leaves the bias as it is, ``[rows, 1, out]``, float32; None without one.
+        shift: what leaves the bias as it is, or makes it what it is to be, ``[rows, 1, out]``,
+            float32; None for nothing.
     """
 
     rows: AdaptedRows
@@ -34,19 +35,22 @@ class OutputScales:
     shift: Tensor | None
 
     @classmethod
-    def of(cls, rows: AdaptedRows, factor: Tensor, layer: Layer) -> OutputScales:
+    def of(
+        cls, rows: AdaptedRows, factor: Tensor, layer: Layer, biases: Tensor | None = None
+    ) -> OutputScales:
         """Those of a layer.
 
         Args:
             rows: of the forward.
             factor: ``[rows, out]``, float32.
             layer: that is scaled.
+            biases: what is added to its bias, ``[rows, out]``, float32; None for nothing.
         """
-        shift = None
+        shift = biases
         if layer.bias is not None:
-            bias = layer.bias.to(factor.device, torch.float32)
-            shift = (bias * (1 - factor))[:, None]
-        return cls(rows, factor[:, None], shift)
+            kept = layer.bias.to(factor.device, torch.float32) * (1 - factor)
+            shift = kept if shift is None else kept + shift
+        return cls(rows, factor[:, None], None if shift is None else shift[:, None])
 
     def scale(self, tokens: Tensor) -> None:
         """Scale what the layer has put out.

@@ -233,10 +233,10 @@ def without(name: str) -> dict[str, Tensor]:
 
 A, B = f"unet.{LINEAR}.lora_A.weight", f"unet.{LINEAR}.lora_B.weight"
 REFUSED: dict[str, tuple[dict[str, Tensor], dict[str, str], str]] = {
-    "biases": (
-        {**factors(), f"unet.{LINEAR}.diff_b": torch.ones(5)},
+    "a bias of another size": (
+        {**factors(), f"unet.{LINEAR}.diff_b": torch.ones(4)},
         {},
-        rf"changes biases \(unet.{LINEAR}.diff_b\), which is not supported",
+        rf"a bias of the shape \[4\] \(unet.{LINEAR}.diff_b\) .* has 5 outputs in model",
     ),
     "embeddings": (
         {**factors(), "bundle_emb.cat.clip_l": torch.ones(1, 4)},
@@ -266,10 +266,10 @@ REFUSED: dict[str, tuple[dict[str, Tensor], dict[str, str], str]] = {
         {},
         "has tensors that are not understood: pooled, unet.mid.norm.weight",
     ),
-    "a bias": (
-        {**factors(), f"unet.{LINEAR}.lora_B.bias": torch.ones(5)},
+    "a bias alone": (
+        {**factors(), "unet.mid.other.diff_b": torch.ones(5)},
         {},
-        f"not understood: unet.{LINEAR}.lora_B.bias",
+        "not understood: unet.mid.other.diff_b",
     ),
     "lokr": (
         {"lora_unet_mid_proj.lokr_w1": torch.ones(2, 2)},
