@@ -40,10 +40,10 @@ ORIGINAL: Final = {
 }
 """A tensor of each class that has this name in the original code alone."""
 
-FLUX: Final = ("FluxTransformer2DModel", "Flux2Transformer2DModel")
+FLUX: Final = "FluxTransformer2DModel"
 NORM_OF_COMFYUI: Final = re.compile(r"\.(query_norm|key_norm)\.weight$")
-"""Scales of queries and keys in files that ComfyUI has saved since 2026; converters know those of
-the authors, ``scale``."""
+"""Scales of queries and keys in files that ComfyUI has saved since 2026; the converter of FLUX.1
+knows the authors' name, ``scale``, alone."""
 
 ADDED_CONDITIONS: Final = {
     f"add_embedding.linear_{number}.{kind}": f"label_emb.0.{place}.{kind}"
@@ -78,7 +78,7 @@ def as_diffusers(
             "says so by zero_cond_t."
         )
     kind = type(network).__name__
-    if kind in FLUX:
+    if kind == FLUX:
         own = {NORM_OF_COMFYUI.sub(r".\1.scale", name): tensor for name, tensor in own.items()}
     if ORIGINAL.get(kind) not in own:
         return own
