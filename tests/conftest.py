@@ -5,9 +5,13 @@ import gc
 import os
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from tests.server.process import Forks
 
 # Read when torch is imported, which no test module has done yet. Small models on many threads
 # spend their time waiting for one another, and so do processes that share the cores. A worker of
@@ -29,22 +33,62 @@ gc.disable()
 
 TESTS = Path(__file__).parent
 LONGEST = (
-    "samplers/test_convergence.py",
-    "server/engine/test_engine.py",
-    "samplers/test_against_diffusers.py",
-    "studies/test_guidance_study.py",
     "server/http/predictions/test_predictions.py",
-    "test_plugins.py",
-    "server/http/native/test_generate.py",
+    "server/test_cli.py",
     "server/http/test_live_page.py",
     "server/http/test_page.py",
-    "server/test_cli.py",
-    "server/http/live/test_live_stream.py",
-    "server/http/test_readme_requests.py",
+    "studies/test_guidance_study.py",
+    "samplers/test_contract.py",
+    "embedded/test_distil.py",
     "samplers/test_model_statistics.py",
+    "samplers/test_convergence.py",
+    "server/engine/test_engine.py",
+    "server/http/native/test_generate.py",
+    "studies/test_samplers_study.py",
+    "server/engine/test_classify.py",
+    "server/models/test_hub.py",
+    "server/http/test_gate.py",
+    "server/http/native/test_models.py",
+    "server/models/adapters/test_against_diffusers.py",
+    "embedded/test_derive.py",
+    "server/models/test_loading.py",
+    "guidance/test_feynman_kac.py",
+    "test_plugins.py",
+    "samplers/test_against_diffusers.py",
+    "server/http/live/test_live_stream.py",
 )
-"""Files that take ten seconds and more, the longest first. They go before all others, so that no
+"""Files that take eight seconds and more, the longest first. They go before all others, so that no
 process begins one when all else is done."""
+
+COMPANY = {
+    f"tests/{name}": shared
+    for shared, names in {
+        "forks": (
+            "benchmarks/test_promises.py",
+            "server/http/predictions/test_predictions.py",
+            "server/http/test_drain.py",
+            "server/models/test_libraries.py",
+            "server/test_cli.py",
+            "server/test_lost_device.py",
+        ),
+        "browser": ("server/http/test_live_page.py", "server/http/test_page.py"),
+    }.items()
+    for name in names
+}
+"""Files that go to one process, as they share what takes seconds to start."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each process a file at a time, or all those of a company."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class LoadCompanies(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return COMPANY.get(file, file)
+
+    return LoadCompanies(config, log)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -80,6 +124,16 @@ def pytest_collection_finish() -> None:
     """Begin to collect cycles, but not among what was imported, which stays to the end."""
     gc.freeze()
     gc.enable()
+
+
+@pytest.fixture(scope="session")
+def forks() -> "Iterator[Forks]":
+    """Begins processes that have imported what a server does."""
+    from tests.server.process import Forks
+
+    made = Forks()
+    yield made
+    made.close()
 
 
 @pytest.fixture

@@ -22,7 +22,6 @@ from server.http.live.websockets import websocket_options
 from server.models.folder import embedded_folders
 from server.settings import Limits, Settings
 from tests.server.full_ticks import full_ticks
-from tests.server.process import Forks
 from tests.server.thin_copies import put_thin_model
 
 PATIENCE_S = 120
@@ -82,13 +81,6 @@ def young_garbage() -> Iterator[None]:
     """Who unloads a model looks for its cycles alone, not through the imports of all tests."""
     with patch("server.models.memory.collect_all", gc.collect):
         yield
-
-
-@pytest.fixture(scope="session")
-def forks() -> Iterator[Forks]:
-    made = Forks()
-    yield made
-    made.close()
 
 
 @pytest.fixture(scope="session")
