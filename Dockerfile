@@ -45,6 +45,6 @@ ENV PATH=/opt/weft/bin:$PATH \
 USER 10001:10001
 WORKDIR /home/weft
 EXPOSE 8000
-HEALTHCHECK --interval=15s --timeout=5s --start-period=120s --retries=3 \
+HEALTHCHECK --interval=15s --timeout=10s --start-period=120s --retries=3 \
     CMD ["python", "/opt/weft/bin/healthcheck.py"]
 CMD ["weft", "serve"]

@@ -75,8 +75,8 @@ def host(
         tell: called with what is being loaded, how much of it is done, and of how much, in MB.
 
     Raises:
-        ModelMismatch: a folder does not hold a supported model, or one of the hub cannot be
-            fetched.
+        ModelMismatch: a folder does not hold a supported model or may not be read, one of the hub
+            cannot be fetched, or the cache, where it is needed, cannot be written to.
         ModelTooLarge: not even the first model fits in memory.
     """
     embedded = embedded_folders()
@@ -84,7 +84,8 @@ def host(
     if settings.models_folder is not None:
         _check_readable(settings.models_folder)
     _check_names(settings, places)
-    folders = {name: _folder_of(name, place, settings, tell) for name, place in places.items()}
+    with _cache_written_to(settings.cache.expanduser()):
+        folders = {name: _folder_of(name, place, settings, tell) for name, place in places.items()}
     if settings.models_folder is not None and folders == embedded:
         log.warning(
             "%s has no model folder with a model_index.json: only the embedded models are hosted",
@@ -322,6 +323,20 @@ def _check_names(settings: Settings, names: Collection[str]) -> None:
         if settings.models_folder is None:
             raise ModelMismatch(sentence)
         log.warning("%s", sentence)
+
+
+@contextmanager
+def _cache_written_to(cache: Path) -> Generator[None]:
+    """Say so where it cannot be."""
+    try:
+        yield
+    except OSError as error:
+        place = Path(str(error.filename))
+        if not (cache.is_relative_to(place) or place.is_relative_to(cache)):
+            raise
+        raise ModelMismatch(
+            f"cache is {str(cache)!r}, which cannot be written to: {error.strerror}."
+        ) from None
 
 
 def _folder_of(name: str, place: Path | HubModel, settings: Settings, tell: Tell | None) -> Path:

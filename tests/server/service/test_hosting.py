@@ -160,3 +160,18 @@ def test_a_named_folder_that_is_not_in_the_folder_of_models_was_never_there(tmp_
     named = Settings(models=(str(tmp_path / "none"),), models_folder=tmp_path)
     with pytest.raises(ModelMismatch, match=r"model folder '.*/none' has no model_index.json"):
         hosting.host(named)
+
+
+def test_a_cache_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    settings = Settings(
+        models=(f"one={MODEL_FOLDER}",),
+        denoisers=(f"one={MODEL_FOLDER / 'unet' / 'diffusion_pytorch_model.safetensors'}",),
+        cache=tmp_path / "file" / "cache",
+    )
+    with pytest.raises(ModelMismatch) as refused:
+        hosting.host(settings)
+    cache = str(tmp_path / "file" / "cache")
+    assert refused.value.message == (
+        f"cache is {cache!r}, which cannot be written to: Not a directory."
+    )
