@@ -1,5 +1,6 @@
 """The samplers study at a tiny size: it measures what it says, resumes, and writes its page."""
 
+import argparse
 import json
 from pathlib import Path
 from statistics import NormalDist
@@ -19,6 +20,7 @@ from studies.common.records import Records
 from studies.samplers import tables
 from studies.samplers.__main__ import main
 from studies.samplers.cells import Cell, Contender
+from studies.samplers.compare import contender, table
 from studies.samplers.convergence import solvers
 from studies.samplers.measures import Bounds, relative_errors, slope
 from studies.samplers.measuring import Wanted, measure
@@ -91,6 +93,32 @@ def test_a_sampler_of_two_evaluations_a_step_gets_no_more_evaluations(study: Stu
     study.run(error_cell(heun, 4))
     with pytest.raises(ValueError, match="heun has no run of 5 evaluations"):
         study.run(error_cell(heun, 5))
+
+
+def test_samplers_of_ones_choice_are_compared_at_equal_evaluations(study: Study) -> None:
+    chosen = [contender("ddim"), contender('{"name": "heun"}')]
+    *_, first, second = table(study, chosen, ["logsnr"], [2, 3], 4.0)
+    errors = study.run(error_cell(DDIM, 3))["errors"]
+    assert f"{np.mean(errors):.3g} ±" in first
+    assert first.startswith("| ddim | logsnr | ")
+    # Heun's method has runs of 2, 4, 6, ... evaluations to a level with noise.
+    assert second.endswith("| no such run |")
+    against = study.run(error_cell(Contender("heun", {"name": "heun"}), 2))["errors"]
+    middle, low, high = ratio(study.run(error_cell(DDIM, 2))["errors"], against)
+    assert f"({middle:.2f}, {low:.2f} to {high:.2f})" in second
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("nobody", "no sampler 'nobody' is registered"),
+        ('{"name": "ddim", "eta": 2}', "less than or equal to 1"),
+        ('{"name": ', "Expecting value"),
+    ],
+)
+def test_a_sampler_that_cannot_be_compared_is_refused(text: str, said: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=said):
+        contender(text)
 
 
 def test_what_does_not_exist_is_missing(study: Study) -> None:
