@@ -1,6 +1,6 @@
 """Networks whose weights are under the names of their original code, as single files hold them.
 
-Names are converted by diffusers' own converters of single files.
+Names are converted by diffusers' own converters of single files, and of PixArt here.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import re
 from typing import TYPE_CHECKING, Any, Final
 
 from server.errors import ModelMismatch
+from server.models.pixart_names import pixart_as_diffusers
 from server.models.prefixes import UNET, own_prefix
 from server.models.scaled_weights import unscaled
 
@@ -33,6 +34,7 @@ ORIGINAL: Final = {
     "ControlNetModel": "input_blocks.0.0.weight",
     "Flux2Transformer2DModel": "double_blocks.0.img_attn.qkv.weight",
     "FluxTransformer2DModel": "double_blocks.0.img_attn.qkv.weight",
+    "PixArtTransformer2DModel": "t_block.1.weight",
     "SD3Transformer2DModel": "joint_blocks.0.x_block.attn.qkv.weight",
     "SanaTransformer2DModel": "x_embedder.proj.weight",
     "UNet2DConditionModel": "input_blocks.0.0.weight",
@@ -40,6 +42,7 @@ ORIGINAL: Final = {
 }
 """A tensor of each class that has this name in the original code alone."""
 
+PIXART: Final = "PixArtTransformer2DModel"
 FLUX: Final = "FluxTransformer2DModel"
 NORM_OF_COMFYUI: Final = re.compile(r"\.(query_norm|key_norm)\.weight$")
 """Scales of queries and keys in files that ComfyUI has saved since 2026; the converter of FLUX.1
@@ -82,6 +85,8 @@ def as_diffusers(
         own = {NORM_OF_COMFYUI.sub(r".\1.scale", name): tensor for name, tensor in own.items()}
     if ORIGINAL.get(kind) not in own:
         return own
+    if kind == PIXART:
+        return pixart_as_diffusers(own)
     if kind == "UNet2DConditionModel":
         # Its converter looks for the names of a whole checkpoint.
         own = {f"{UNET}{name}": tensor for name, tensor in own.items()}

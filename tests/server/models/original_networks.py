@@ -8,16 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.server.models import tiny_flux2, tiny_qwen_image, tiny_sd3, tiny_sdxl, tiny_z_image
+from tests.server.models import (
+    tiny_flux2,
+    tiny_pixart,
+    tiny_qwen_image,
+    tiny_sd3,
+    tiny_sdxl,
+    tiny_z_image,
+)
 from tests.server.models.original_names import checkpoint
 
 WITHIN = "model.diffusion_model."
 
 
 def joined(
-    state: dict[str, Tensor], three: tuple[str, str, str], one: str, kind: str = "weight"
+    state: dict[str, Tensor], three: tuple[str, ...], one: str, kind: str = "weight"
 ) -> None:
-    """Joins queries, keys and values of all blocks."""
+    """Joins queries, keys and values of all blocks, or some of them."""
     for name in [name for name in state if re.search(rf"{three[0]}\.{kind}$", name)]:
         own = [state.pop(name.replace(three[0], other)) for other in three]
         state[name.replace(three[0], one)] = torch.cat(own)
@@ -125,6 +132,35 @@ def stable_diffusion_3() -> tuple[Any, dict[str, Tensor]]:
         r"^proj_out\.": "final_layer.linear.",
     }
     return network, renamed(state, names)
+
+
+def pixart() -> tuple[Any, dict[str, Tensor]]:
+    """After ``PixArtMS`` of PixArt-alpha/PixArt-sigma, told its size as PixArt-alpha is."""
+    network = tiny_pixart.make("alpha").transformer
+    state = dict(network.state_dict())
+    for kind in ("weight", "bias"):
+        joined(state, ("attn1.to_q", "attn1.to_k", "attn1.to_v"), "attn.qkv", kind)
+        joined(state, ("attn2.to_k", "attn2.to_v"), "cross_attn.kv_linear", kind)
+    names = {
+        r"^scale_shift_table": "final_layer.scale_shift_table",
+        r"^transformer_blocks\.": "blocks.",
+        r"\.attn1\.to_out\.0\.": ".attn.proj.",
+        r"\.attn2\.to_q\.": ".cross_attn.q_linear.",
+        r"\.attn2\.to_out\.0\.": ".cross_attn.proj.",
+        r"\.ff\.net\.0\.proj\.": ".mlp.fc1.",
+        r"\.ff\.net\.2\.": ".mlp.fc2.",
+        r"^pos_embed\.proj\.": "x_embedder.proj.",
+        r"^caption_projection\.linear_(\d)\.": r"y_embedder.y_proj.fc\1.",
+        r"^adaln_single\.linear\.": "t_block.1.",
+        r"^adaln_single\.emb\.timestep_embedder\.": "t_embedder.",
+        r"^adaln_single\.emb\.resolution_embedder\.": "csize_embedder.",
+        r"^adaln_single\.emb\.aspect_ratio_embedder\.": "ar_embedder.",
+        r"_embedder\.linear_1\.": "_embedder.mlp.0.",
+        r"_embedder\.linear_2\.": "_embedder.mlp.2.",
+        r"^proj_out\.": "final_layer.linear.",
+    }
+    unused = {"pos_embed": torch.ones(1, 4, 48), "y_embedder.y_embedding": torch.ones(120, 24)}
+    return network, renamed(state, names) | unused
 
 
 def unet() -> tuple[Any, dict[str, Tensor]]:

@@ -18,6 +18,7 @@ from tests.server.models.original_layers import FLUX_1, WIDTH, whole
 from tests.server.models.original_networks import (
     WITHIN,
     flux2,
+    pixart,
     qwen_image,
     stable_diffusion_3,
     unet,
@@ -25,7 +26,7 @@ from tests.server.models.original_networks import (
 )
 
 
-@pytest.mark.parametrize("make", [z_image, flux2, qwen_image, stable_diffusion_3, unet])
+@pytest.mark.parametrize("make", [z_image, flux2, qwen_image, stable_diffusion_3, pixart, unet])
 def test_a_published_file_in_the_folder_of_a_network_is_read(make: Any, tmp_path: Path) -> None:
     network, tensors = make()
     network.save_config(tmp_path / "part")
