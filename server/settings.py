@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 from collections.abc import Collection, Iterable, Mapping
 from importlib.util import find_spec
 from math import inf
@@ -37,6 +38,7 @@ __all__ = [
 
 CHECKPOINT = ".safetensors"
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "::1")
+_ORIGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?#\s*@]+")
 
 PROMPT_BYTES_CEILING = 8192
 """Two prompts of this size still fit a JPEG's EXIF block, which holds 64 KB."""
@@ -71,6 +73,17 @@ def _without_nul(texts: tuple[str, ...]) -> tuple[str, ...]:
     return texts
 
 
+def _origins(texts: tuple[str, ...]) -> tuple[str, ...]:
+    """As browsers send them: in small letters, and nothing after the host and port."""
+    for text in texts:
+        if text != "null" and not _ORIGIN.fullmatch(text):
+            raise ValueError(
+                f"{text[:200]!r} is no origin, as browsers send them; write each like "
+                "'https://app.example', without a path or a slash at its end."
+            )
+    return tuple(text.lower() for text in texts)
+
+
 def _folder(path: Path) -> Path:
     # Unlike pathlib, os.path takes a path that is too long for one at which there is nothing.
     if not os.path.isdir(path):
@@ -80,6 +93,7 @@ def _folder(path: Path) -> Path:
 
 Folder = Annotated[Path, AfterValidator(_folder)]
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_listed), AfterValidator(_without_nul)]
+Origins = Annotated[Names, AfterValidator(_origins)]
 Keys = Annotated[tuple[ApiKey, ...], NoDecode, BeforeValidator(keys_of)]
 
 
@@ -469,7 +483,7 @@ class Settings(BaseSettings):
         description="Accepted values of the `Host` header, `*` for any. Default: the loopback "
         "names and `host`; any, if keys are set and the address is not loopback.",
     )
-    allowed_origins: Names = Field(
+    allowed_origins: Origins = Field(
         default=(),
         description="Origins of other web pages that may call the API, e.g. `https://app.example`.",
     )

@@ -172,6 +172,18 @@ def test_a_path_that_is_none_is_refused(field: str) -> None:
     assert settings.named_folders() == {"a" * 300: Path("a" * 300)}
 
 
+@pytest.mark.parametrize("text", ["*", "https://app.example/", "https://app.example/page", "app"])
+def test_an_origin_that_no_browser_sends_is_refused(text: str) -> None:
+    with pytest.raises(ValidationError, match="is no origin, as browsers send them"):
+        Settings.model_validate({"allowed_origins": text})
+
+
+def test_origins_of_pages_files_and_programs_are_taken() -> None:
+    told = "https://App.example:8443, null, app://obsidian.md, tauri://localhost, http://[::1]:5001"
+    settings = Settings.model_validate({"allowed_origins": told})
+    assert settings.allowed_origins == tuple(told.lower().split(", "))
+
+
 def test_two_models_of_one_name_are_refused(tmp_path: Path) -> None:
     settings = Settings(models=(str(tmp_path / "a" / "x"), str(tmp_path / "b" / "x")))
     with pytest.raises(ValueError, match="two models named 'x'"):

@@ -154,6 +154,27 @@ def test_a_preflight_needs_no_key_and_a_call_does(unloaded: Unloaded) -> None:
     assert call(client, "GET", "/v1/catalog", origin=page).status_code == 401
 
 
+def test_pages_that_are_allowed_may_send_whatever_headers_their_client_has(
+    unloaded: Unloaded,
+) -> None:
+    """OpenAI's SDK (Node 6.49.0) asks for these in a browser, and fails if one is not allowed."""
+    page = "https://app.example"
+    asked = (
+        "authorization,content-type,x-stainless-arch,x-stainless-lang,x-stainless-os,"
+        "x-stainless-package-version,x-stainless-retry-count,x-stainless-runtime,"
+        "x-stainless-runtime-version"
+    )
+    headers = {"access-control-request-method": "POST", "access-control-request-headers": asked}
+    client = unloaded(allowed_origins=page)
+    answer = client.options("/v1/images/generations", headers=headers | {"origin": page})
+    assert answer.status_code == 200
+    assert answer.headers["access-control-allow-headers"] == asked
+    foreign = client.options(
+        "/v1/images/generations", headers=headers | {"origin": "https://other.example"}
+    )
+    assert "access-control-allow-origin" not in foreign.headers
+
+
 WRONG_KEYS = ("Bearer wrong", "", "Bearer", "Bearer ", f"Basic {KEY}", KEY, f"Bearer {KEY}x")
 
 
