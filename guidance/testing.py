@@ -1,8 +1,8 @@
-"""What rules and step caches promise, as checks that the author of a new one calls from a test.
+"""What rules, policies and step caches promise, as checks that the author of a new one calls.
 
-``check_rule(MyRule(), MyRule(scale=7.5))`` makes all of those of a rule, and ``check_step_cache``
-those of a step cache. Each raises AssertionError with a sentence that says which promise is broken,
-and at which parameters. Weft holds its own to the same checks.
+``check_rule(MyRule(), MyRule(scale=7.5))`` makes all of those of a rule, ``check_policy`` those of
+a policy and ``check_step_cache`` those of a step cache. Each raises AssertionError with a sentence
+that says which promise is broken, and at which parameters. Weft holds its own to the same checks.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
+
 from guidance.rule import Guided, Rows
 from guidance.step_cache import Evaluation
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from numpy.typing import NDArray
     from torch import Tensor, dtype
 
     from guidance.perturbation import Perturbation
@@ -49,6 +52,29 @@ def check_rule(*settings: Rule) -> None:
     for count in sorted({len(rule.branches) for rule in settings}):
         together = [rule for rule in settings if len(rule.branches) == count]
         check_rows_are_independent(together)
+
+
+def check_policy(*settings: Policy) -> None:
+    """All promises of a policy, at each of these parameters and in one batch of all of them.
+
+    Args:
+        settings: of one policy: its defaults, and whatever else it does differently.
+
+    Raises:
+        AssertionError: a promise is broken; says which.
+    """
+    check_description(type(settings[0]))
+    for policy in settings:
+        check_stages(policy)
+    # Rows that agree in all that is no number, and remember as much, share a call in the server.
+    for branches in (1, 2):
+        alike: dict[object, list[Policy]] = {}
+        for policy in settings:
+            if policy.most_branches is None or branches <= policy.most_branches:
+                texts = tuple(value for _, value in policy if not isinstance(value, int | float))
+                alike.setdefault((policy.memory_slots(branches), texts), []).append(policy)
+        for together in alike.values():
+            check_filled_in(together, branches)
 
 
 def check_step_cache(*settings: StepCache) -> None:
@@ -106,6 +132,94 @@ def check_description(kind: type[Rule | Policy | Perturbation | StepCache]) -> N
             _hold(isinstance(field.default, str), f"{kind.__name__}.name has no default")
         else:
             _hold(field.description, f"{kind.__name__}.{name} has no description")
+
+
+def check_stages(policy: Policy) -> None:
+    """It says of each stage of a run whether its branches are evaluated or estimated, never both.
+
+    Raises:
+        AssertionError: it says it of others, or estimates without declaring it.
+    """
+    for steps, each in ((1, 1), (2, 1), (7, 1), (7, 2)):
+        stages = steps * each
+        noise_ratio = np.append(np.inf, np.logspace(2, -2, stages))[:stages]
+        progress = np.repeat(np.arange(steps) / steps, each)
+        known: dict[str, NDArray[np.bool_]] = {}
+        for name, ask in (("evaluates", policy.evaluates), ("estimated", policy.estimated)):
+            answer = known[name] = ask(noise_ratio, progress)
+            _hold(
+                answer.shape == (stages,) and answer.dtype == np.bool_,
+                f"{policy!r}: {name} gives {answer.dtype} of shape {list(answer.shape)} "
+                f"for {stages} stages, not one bool for each",
+            )
+        both = known["evaluates"] & known["estimated"]
+        _hold(not both.any(), f"{policy!r} both evaluates and estimates stage {both.argmax()}")
+        _hold(
+            policy.estimates or not known["estimated"].any(),
+            f"{policy!r} estimates, and its class does not say so by `estimates`",
+        )
+
+
+def check_filled_in(settings: Sequence[Policy], branches: int) -> None:
+    """What it fills in and keeps has the shapes and the type of what went in, row by row.
+
+    Nothing is written into, and a row's result depends on no other row; nor does the end of its
+    guidance, which only a policy that ``adapts`` may call.
+
+    Args:
+        settings: of one policy; they agree in all that is no number.
+        branches: of the rule.
+
+    Raises:
+        AssertionError: a promise is broken; says which.
+    """
+    from torch import arange
+    from torch import bool as yes_or_no
+
+    kind, own = type(settings[0]), [*settings, *settings]
+    rows = draw(len(own), branches=branches, slots=own[0].memory_slots(branches))
+    # Evaluated in the first half of the rows, so each setting is asked for both.
+    evaluated = (arange(len(own)) < len(settings)).view(-1, 1, 1, 1)
+    constants = draw(len(own), 1, None, 1, branches * kind.fitted).memory[:, :, :1, :1, :1]
+    before = {field.name: getattr(rows, field.name).clone() for field in fields(rows)}
+    together = _filled(own, rows, evaluated, constants)
+    for name, kept in before.items():
+        _hold(getattr(rows, name).equal(kept), f"{kind.__name__} writes into rows.{name}")
+    for name, found, like in zip(
+        ("others", "memory"), together[:2], (rows.others, rows.memory), strict=True
+    ):
+        _hold(
+            found.shape == like.shape and found.dtype == like.dtype,
+            f"{kind.__name__}: {name} is {list(found.shape)} of {found.dtype}, "
+            f"not {list(like.shape)} of {like.dtype}",
+        )
+    ended = together[2]
+    _hold(
+        ended.shape == (len(own),) and ended.dtype == yes_or_no,
+        f"{kind.__name__}: settled is {list(ended.shape)} of {ended.dtype}, "
+        f"not one bool for each of {len(own)} rows",
+    )
+    _hold(
+        kind.adapts or not ended.any(),
+        f"{kind.__name__} ends guidance, and does not say so by `adapts`",
+    )
+    for i, policy in enumerate(own):
+        row = slice(i, i + 1)
+        alone = _filled(own[row], one_row(rows, i), evaluated[row], constants[row])
+        for name, mine, its in zip(("others", "memory", "settled"), together, alone, strict=True):
+            same = _same(mine[row].double(), its.double())
+            _hold(same, f"{policy!r}: {name} depends on other rows")
+
+
+def _filled(
+    own: Sequence[Policy], rows: Rows, evaluated: Tensor, constants: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a policy fills in, what it keeps, and whose guidance it ends."""
+    kind = type(own[0])
+    parameters = kind.parameters(own, rows.x[:1])
+    told = {**parameters, "constants": constants}
+    others, memory = kind.fill(rows, rows.memory, told, evaluated)
+    return others, memory, kind.settled(rows, parameters)
 
 
 def check_shapes(rule: Rule) -> None:

@@ -1,7 +1,8 @@
-"""What every sampler promises, as checks that the author of a new one calls from a test.
+"""What samplers and spacings promise, as checks that the author of a new one calls from a test.
 
-``check_sampler(MySampler())`` makes all of them. Each raises AssertionError with a sentence that
-says which promise is broken, and where. Weft holds its own samplers to the same checks.
+``check_sampler(MySampler())`` and ``check_spacing(MySpacing())`` make all of them. Each raises
+AssertionError with a sentence that says which promise is broken, and where. Weft holds its own
+samplers and spacings to the same checks.
 """
 
 from __future__ import annotations
@@ -65,6 +66,34 @@ def check_sampler(sampler: Sampler, flows: Sequence[SlopeRange] = FLOWS) -> None
         if not sampler.stochastic:
             check_moves(sampler, flow.schedule, flow.t_end)
         check_order(sampler, flow)
+
+
+def check_spacing(spacing: Spacing, flows: Sequence[SlopeRange] = FLOWS) -> None:
+    """All promises of a spacing, over schedules of each kind and few and many steps.
+
+    It gives as many times as there are steps, strictly falling and within the schedule, and fills
+    a given range from its first time to its last.
+
+    Args:
+        spacing: with its parameters; not one whose times are listed.
+        flows: schedules to check it on, with ranges to fill; leave out those that it does not suit.
+
+    Raises:
+        AssertionError: a promise is broken; says which.
+    """
+    check_description(type(spacing))
+    for schedule, t_start, t_end in flows:
+        for steps in STEPS:
+            where = f"{spacing!r} with {steps} steps on {schedule}"
+            try:
+                schedule.grid(spacing, steps)
+                filled = schedule.grid(spacing, steps, t_start, t_end).t
+            except ValueError as refusal:
+                raise AssertionError(f"{where}: {refusal}") from refusal
+            _hold(
+                np.allclose(filled[[0, -1]], (t_start, t_end)),
+                f"{where}: it fills {filled[0]:g} to {filled[-1]:g}, not {t_start:g} to {t_end:g}",
+            )
 
 
 def check_description(kind: type[Sampler | Spacing]) -> None:

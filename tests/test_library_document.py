@@ -1,4 +1,4 @@
-"""What docs/library.md shows runs as it stands, and draws the picture beside it."""
+"""What the pages of the libraries show runs as it stands, and draws the picture beside it."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ import numpy as np
 import pytest
 from matplotlib import pyplot as plt
 
+from guidance.testing import check_policy
 from samplers import DPMSolverPPSinglestep, NoiseSchedule
-from samplers.testing import check_sampler
+from samplers.testing import check_sampler, check_spacing
 
 ROOT = Path(__file__).parents[1]
-DOCUMENT = (ROOT / "docs/library.md").read_text("utf-8")
 
 
-def example(of: str) -> CodeType:
-    blocks = re.findall(r"(?:^    .*\n|^\n)+", DOCUMENT, re.MULTILINE)
+def example(of: str, page: str = "docs/library.md") -> CodeType:
+    document = (ROOT / page).read_text("utf-8")
+    blocks = re.findall(r"(?:^    .*\n|^\n)+", document, re.MULTILINE)
     [block] = [block for block in blocks if of in block]
     text = "\n".join(line.removeprefix("    ") for line in block.splitlines())
-    return compile(text, "docs/library.md", "exec", dont_inherit=True)
+    return compile(text, page, "exec", dont_inherit=True)
 
 
 def test_the_example_of_the_library_draws_the_orders(
@@ -49,3 +50,23 @@ def test_the_sampler_with_two_evaluations_keeps_its_promises() -> None:
     grid = NoiseSchedule.flow().grid("karras", 5)
     ours, known = names["Midpoint"]().plan(grid), DPMSolverPPSinglestep().plan(grid)
     np.testing.assert_allclose(ours.t, known.t)
+
+
+def test_the_spacing_of_the_page_keeps_its_promises() -> None:
+    names: dict[str, Any] = {"__name__": "cosine"}
+    exec(example("class Cosine"), names)  # noqa: S102
+    check_spacing(names["Cosine"]())
+    check_spacing(names["Cosine"](power=2.0))
+    times = NoiseSchedule.vp_linear().grid(names["Cosine"](), 5, 1.0, 0.5).t
+    np.testing.assert_allclose(
+        times[2:4], [0.75 + 0.25 * c for c in np.cos([0.4 * np.pi, 0.6 * np.pi])]
+    )
+
+
+def test_the_policy_of_the_page_keeps_its_promises() -> None:
+    names: dict[str, Any] = {"__name__": "ever_rarer"}
+    exec(example("class EverRarer", "docs/guidance_library.md"), names)  # noqa: S102
+    kind = names["EverRarer"]
+    check_policy(kind(), kind(keep=0.5))
+    asked = kind().evaluates(np.ones(12), np.arange(12) / 12)
+    assert np.flatnonzero(asked).tolist() == [0, 1, 4, 9]

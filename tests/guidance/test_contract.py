@@ -28,6 +28,7 @@ from guidance.testing import (
     check_description,
     check_inputs_are_kept,
     check_moves_open_a_step,
+    check_policy,
     check_shapes,
     check_step_cache,
 )
@@ -221,16 +222,9 @@ def test_rules_leave_their_inputs_alone() -> None:
         check_inputs_are_kept(rule)
 
 
-def test_policies_answer_for_each_stage_and_row() -> None:
-    rows = draw(4)
-    for policy in POLICY_VARIANTS:
-        answer = policy.evaluates(NOISE_RATIO, PROGRESS)
-        assert answer.shape == (7,), label(policy)
-        assert answer.dtype == np.bool_, label(policy)
-        settled = policy.settled(rows, policy.parameters([policy] * 4, rows.x[:1]))
-        one = policy.parameters([policy], rows.x[:1])
-        alone = [policy.settled(one_row(rows, i), one) for i in range(4)]
-        assert settled.tolist() == torch.cat(alone).tolist(), label(policy)
+@pytest.mark.parametrize("kind", POLICIES)
+def test_policies_keep_the_promises_of_a_policy(kind: type[Policy]) -> None:
+    check_policy(*(one for one in POLICY_VARIANTS if type(one) is kind))
 
 
 def test_what_was_evaluated_is_kept_where_a_policy_keeps_nothing() -> None:

@@ -4,10 +4,23 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from typing_extensions import override
 
-from samplers import DDIM, LCM, Columns, Grid, NoiseSchedule, Plan, Sampler, UniPC
-from samplers.testing import SlopeRange, check_sampler
+from samplers import (
+    DDIM,
+    LCM,
+    SPACINGS,
+    Columns,
+    Grid,
+    NoiseSchedule,
+    Plan,
+    Sampler,
+    Trailing,
+    UniPC,
+)
+from samplers.levels import Levels
+from samplers.testing import SlopeRange, check_sampler, check_spacing
 
 
 class Broken(Sampler, frozen=True):
@@ -81,3 +94,56 @@ def test_samplers_that_keep_their_promises_pass() -> None:
     check_sampler(UniPC(order=3, lower_order_final=False))
     whole = NoiseSchedule.from_diffusers({"beta_schedule": "scaled_linear"})
     check_sampler(LCM(), [SlopeRange(whole, 999.0, 20.0)])
+
+
+class Bent(Trailing, frozen=True):
+    """Even steps with one defect of choice."""
+
+    summary: ClassVar[str] = "Bent."
+    defect: ClassVar[str] = ""
+
+    @override
+    def evaluated(self, schedule: Levels, steps: int) -> NDArray[np.float64]:
+        return self.fill(schedule, steps, schedule.t_start, schedule.t_end)
+
+    @override
+    def fill(
+        self, schedule: Levels, count: int, t_start: float, t_end: float
+    ) -> NDArray[np.float64]:
+        times = np.linspace(t_start, t_end, count)
+        match self.defect:
+            case "count":
+                return times[:1]
+            case "rising":
+                return times[::-1]
+            case "beyond":
+                return times * 1.1
+            case "ends":
+                return np.linspace(t_start, (t_start + t_end) / 2, count)
+            case _:
+                return times
+
+
+@pytest.mark.parametrize(
+    ("defect", "sentence"),
+    [
+        ("count", r"with 1 steps on .* gave times of shape \(1,\); it was asked for 2"),
+        ("rising", r"with 1 steps on .*: timesteps go from 0.02 to 1; each must be below"),
+        ("beyond", r"with 1 steps on .*: t holds 1.1; this schedule has times from 1 down to 0"),
+        ("ends", r"with 1 steps on .*: it fills 1 to 0.51, not 1 to 0.02"),
+    ],
+)
+def test_a_broken_promise_of_a_spacing_is_named(
+    defect: str, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Bent, "defect", defect)
+    with pytest.raises(AssertionError, match=sentence):
+        check_spacing(Bent())
+
+
+def test_spacings_that_fill_a_range_pass() -> None:
+    check_spacing(Bent())
+    refused = {"custom", "align_your_steps", "lcm", "angles"}
+    for kind in SPACINGS:
+        if kind.model_fields["name"].default not in refused:
+            check_spacing(kind.model_validate({}))
