@@ -147,7 +147,8 @@ def _with_core(first: Tensor, second: Tensor, core: Tensor | None) -> tuple[Tens
     if not fit:
         raise _UnlikeRanks(f"factors of the shapes {list(first.shape)} and {list(second.shape)}")
     if core is None:
-        return first, second.flatten(1)
+        # Those of OneTrainer are convolutions of one cell.
+        return first.flatten(1), second.flatten(1)
     return first.mT.contiguous(), torch.einsum("ij...,jr->ir...", core, second).flatten(1)
 
 

@@ -58,6 +58,7 @@ UNSUPPORTED = {
     ".oft_": "is an OFT",
     ".a1.weight": "is a GLoRA",
     ".on_input": "is an (IA)^3",
+    ".lambda_layer": "is a T-LoRA",
     "bundle_emb.": "brings embeddings",
     "lora_te3_": "changes T5",
     "lora_controlnet": "is a control LoRA",

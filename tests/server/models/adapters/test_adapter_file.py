@@ -238,6 +238,16 @@ REFUSED: dict[str, tuple[dict[str, Tensor], dict[str, str], str]] = {
         {},
         rf"a bias of the shape \[4\] \(unet.{LINEAR}.diff_b\) .* has 5 outputs in model",
     ),
+    # As LyCORIS 4.1.3 writes them.
+    "t-lora": (
+        {
+            "lora_unet_mid_proj.q_layer.weight": torch.ones(2, 6),
+            "lora_unet_mid_proj.p_layer.weight": torch.ones(5, 2),
+            "lora_unet_mid_proj.lambda_layer": torch.ones(1, 2),
+        },
+        {},
+        r"is a T-LoRA \(lora_unet_mid_proj.lambda_layer\), which is not supported",
+    ),
     "embeddings": (
         {**factors(), "bundle_emb.cat.clip_l": torch.ones(1, 4)},
         {},

@@ -65,6 +65,24 @@ def test_a_kronecker_product_of_whole_operands_has_no_alpha() -> None:
     torch.testing.assert_close(ours, torch.kron(first, second))
 
 
+def test_a_hadamard_product_of_convolutions_is_that_of_matrices() -> None:
+    """As OneTrainer writes LoHa of convolutions: the factors of LyCORIS with their kernels."""
+    generator = torch.Generator().manual_seed(0)
+    # So many ranks that the matrix itself is smaller.
+    sizes = {"a": (12, 4, 1, 1), "b": (4, 8, 3, 3)}
+    own = {
+        f"hada_w{number}_{end}": torch.randn(size, generator=generator)
+        for number in (1, 2)
+        for end, size in sizes.items()
+    }
+    first, second = (
+        own[f"hada_w{number}_a"].flatten(1) @ own[f"hada_w{number}_b"].flatten(1)
+        for number in (1, 2)
+    )
+    ours = product({f"lora_unet_x.{name}": one for name, one in own.items()}, "x")
+    torch.testing.assert_close(ours, first * second)
+
+
 @torch.no_grad()
 def test_a_convolution_in_three_factors_is_their_sequence() -> None:
     generator = torch.Generator().manual_seed(0)
