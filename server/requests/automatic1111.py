@@ -9,7 +9,7 @@ from typing import Any, Final
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 from typing_extensions import override
 
-from samplers import Sampler, Spacing
+from samplers import FittedSampler, Sampler, Spacing
 from server.decoding.picture import MaskForm
 from server.errors import InvalidRequest
 from server.models.embeddings.naming import named
@@ -436,6 +436,9 @@ def _sampler(body: Txt2Img, sampler: Sampler | None, spacing: Spacing | None) ->
     if sampler is None:
         return {}
     fields = fields_of(sampler)
+    if isinstance(sampler, FittedSampler):
+        # A client can say no more than the name, and has few scales whose statistics there are.
+        fields["statistics"] = "nearest"
     if body.eta is not None and _takes_eta(sampler):
         fields["eta"] = body.eta
     if body.s_churn and _takes_churn(sampler):

@@ -143,6 +143,12 @@ def test_a_name_means_what_it_means_to_automatic1111() -> None:
     assert karras.name == "karras"
 
 
+def test_fitted_samplers_take_the_statistics_that_there_are_whatever_the_scale() -> None:
+    sampler = request(sampler_name="dpm_solver_v3", cfg_scale=7).sampler
+    assert sampler is not None
+    assert sampler.model_dump()["statistics"] == "nearest"
+
+
 def test_eta_goes_to_samplers_that_take_it_there() -> None:
     for name, taken in (("Euler a", True), ("DDIM", True), ("DPM2 a", True), ("DPM2", False)):
         sampler = request(sampler_name=name, eta=0.25).sampler
