@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -10,9 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib import pyplot as plt
+from torch import Tensor
+from typing_extensions import override
 
+from guidance import APG, CFG, CFGPlusPlus, Guided, Rows, Rule
 from guidance.testing import check_policy
-from samplers import DPMSolverPPSinglestep, NoiseSchedule
+from samplers import DDIM, DPMSolverPPSinglestep, Heun, NoiseSchedule, Sampler, UniPC
 from samplers.testing import check_sampler, check_spacing
 
 ROOT = Path(__file__).parents[1]
@@ -70,3 +74,46 @@ def test_the_policy_of_the_page_keeps_its_promises() -> None:
     check_policy(kind(), kind(keep=0.5))
     asked = kind().evaluates(np.ones(12), np.arange(12) / 12)
     assert np.flatnonzero(asked).tolist() == [0, 1, 4, 9]
+
+
+def test_rules_and_samplers_together_draw_what_diffusers_loop_does() -> None:
+    page = "docs/guidance_library.md"
+    [loop] = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text("utf-8"), re.DOTALL)
+    theirs: dict[str, Any] = {}
+    exec(loop, theirs)  # noqa: S102
+    names: dict[str, Any] = {}
+    exec(example("def draw(sampler", page), names)  # noqa: S102
+    ours, evaluations = names["draw"](DDIM(), theirs["STEPS"], theirs["rule"], theirs["SEED"])
+    assert evaluations == 2 * theirs["STEPS"]
+    np.testing.assert_allclose(ours.numpy(), theirs["x"].numpy(), atol=1e-3)
+    # A rule that moves x, with a sampler of two evaluations a step.
+    moved, _ = names["draw"](Heun(), 3, CFGPlusPlus(), theirs["SEED"])
+    kept, _ = names["draw"](Heun(), 3, Kept(), theirs["SEED"])
+    assert float((moved - kept).abs().max()) > 0.1
+
+
+class Kept(CFGPlusPlus, frozen=True):
+    """CFG++ whose move is lost."""
+
+    @classmethod
+    @override
+    def combine(cls, rows: Rows, parameters: Mapping[str, Tensor]) -> Guided:
+        return super().combine(rows, parameters)._replace(x=rows.x)
+
+
+def test_the_sweep_of_the_page_spends_as_much_on_each_sampler(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    page = "docs/guidance_library.md"
+
+    def draw(sampler: Sampler, steps: int, rule: Rule, seed: int) -> tuple[int, int]:
+        return seed, sampler.evaluations(steps) * (1 + len(rule.branches))
+
+    names: dict[str, Any] = {"draw": draw}
+    names |= {kind.__name__: kind for kind in (DDIM, UniPC, Heun, CFG, APG)}
+    exec(example("for sampler in (DDIM(), UniPC(), Heun())", page), names)  # noqa: S102
+    assert capsys.readouterr().out.splitlines() == [
+        f"{sampler} {steps} {rule}"
+        for sampler, steps in (("ddim", 9), ("unipc", 9), ("heun", 5))
+        for rule in ("cfg 1.0 9", "apg 4.0 18")
+    ]
