@@ -78,8 +78,8 @@ class Forwards:
         """See ``HostedModel.evaluate``; ``most`` rows fit into memory."""
         rows = len(x)
         size = self.size_of(rows, most)
-        given = padded(x, size), padded(t, size), inputs.padded(size, fixed=False)
-        raw = self._evaluated(*given)[:rows]
+        filled = inputs.padded(size, fixed=self._fixed)
+        raw = self._evaluated(padded(x, size), padded(t, size), filled)[:rows]
         self.sizes.note(rows, size, self._cost.seconds)
         return raw
 

@@ -220,6 +220,23 @@ def test_deterministic_engines_keep_to_their_one_size(begin):
     assert sizes_of(model) == {MOST}
 
 
+def test_rows_of_a_fixed_forward_are_changed_by_products_of_all_rows(monkeypatch):
+    """Otherwise the bits of a row would depend on which others have adapters."""
+    model, given = Toy(), list[RowInputs]()
+
+    def evaluate(x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
+        given.append(inputs)
+        return x
+
+    monkeypatch.setattr(model, "evaluate", evaluate)
+    own = (Weighted(Adapter("one", "0", {}), 1.0),)
+    texts = model.stack(model.encode_prompts([None] * 8, 32, 32))
+    inputs = RowInputs(texts, adapters=RowAdapters((own, *((),) * 7), fixed=True))
+    forwards = Forwards(model, SHAPE, TickCost({1: 0.01}), 8, fixed=True)
+    forwards.evaluate(torch.zeros(8, *SHAPE), torch.zeros(8), inputs, most=8)
+    assert [one.adapters for one in given] == [inputs.adapters]
+
+
 def test_a_tick_is_planned_by_the_size_that_it_is_filled_up_to():
     """18 rows would run as 20, so two ticks of 9 are done sooner."""
     selection = Selection(EngineMeasurements(row_budget=MOST), live_tick_s=0.1)

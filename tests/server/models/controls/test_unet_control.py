@@ -279,11 +279,12 @@ def test_what_did_not_fit_with_controls_is_refused_with_them_alone(
     engine._overflows.forget()
 
 
+@pytest.mark.parametrize("prepares", [False, True])
 def test_an_image_is_bit_identical_alone_and_in_company_where_the_server_is_deterministic(
-    model: HostedModel, decoded: list[Tensor]
+    model: HostedModel, decoded: list[Tensor], *, prepares: bool
 ) -> None:
     depth, edges = use(model, "depth", 1, SIZE), use(model, "edges", 2, SIZE, scale=0.5)
-    engine = started(model, 8, deterministic=True, guessed_costs=COSTS)
+    engine = started(model, 8, deterministic=True, guessed_costs=COSTS, prepares=prepares)
     decoded.clear()
     company = [asked(model, seed=6), asked(model, edges, seed=7), asked(model, depth, edges, depth)]
     rows: set[int] = set()

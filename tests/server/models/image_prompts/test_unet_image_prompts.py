@@ -277,8 +277,9 @@ def test_a_region_has_the_resolutions_of_the_layers_where_sides_are_odd(model: H
     torch.testing.assert_close(columns[:, [0, 1, 4, 5]], torch.tensor([1.0, 1, 0, 0]).expand(4, 4))
 
 
+@pytest.mark.parametrize("prepares", [False, True])
 def test_an_image_is_bit_identical_alone_and_in_company_where_the_server_is_deterministic(
-    model: HostedModel, decoded: list[Tensor], monkeypatch: pytest.MonkeyPatch
+    model: HostedModel, decoded: list[Tensor], monkeypatch: pytest.MonkeyPatch, *, prepares: bool
 ) -> None:
     rows: set[int] = set()
     alike = RowImagePrompts.alike
@@ -292,7 +293,7 @@ def test_an_image_is_bit_identical_alone_and_in_company_where_the_server_is_dete
     above = torch.zeros(HEIGHT, WIDTH)
     above[: HEIGHT // 2] = 1
     plain, plus = use(model, "plain", 1), use(model, "plus", 2, 5, scale=0.5, region=above)
-    engine = started(model, 8, deterministic=True, guessed_costs=COSTS)
+    engine = started(model, 8, deterministic=True, guessed_costs=COSTS, prepares=prepares)
     company = [
         asked(model, seed=6),
         asked(model, use(model, "plus", 3), seed=7),
