@@ -22,6 +22,8 @@ from server.http.live.websockets import websocket_options
 from server.models.folder import embedded_folders
 from server.settings import Limits, Settings
 from tests.server.full_ticks import full_ticks
+from tests.server.models.adapters import files
+from tests.server.models.adapters.low_rank import changes
 from tests.server.thin_copies import put_thin_model
 
 PATIENCE_S = 120
@@ -70,6 +72,12 @@ class Running:
     def settle(self) -> None:
         """Wait until what was cancelled or left is gone from the engine."""
         self.wait(lambda: self.app.state.service.engine.measurements.pending == 0)
+
+    def put_adapter(self, path: Path) -> None:
+        """Write an adapter that changes all layers of its first model."""
+        networks = self.app.state.service.ready_shelf().loaded()[0].adaptable()
+        parts = {part: changes(network, 4, seed=7) for part, network in networks.items()}
+        files.saved(files.peft(parts), path)
 
     def stop(self) -> None:
         self._server.should_exit = True

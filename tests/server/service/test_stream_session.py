@@ -17,8 +17,6 @@ from server.service.stream import FailedFrame, StreamSession
 from server.service.streams import Streams
 from server.settings import Settings
 from tests.server.conftest import Running
-from tests.server.models.adapters import files
-from tests.server.models.adapters.low_rank import changes
 from tests.server.stream_client import SMALL
 
 
@@ -55,9 +53,7 @@ def test_no_frame_is_made_from_the_prompt_after_a_change_to_input_frames(
 def test_adapters_of_a_stream_are_loaded_where_no_other_request_waits_for_them(
     running: Running, adapters_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    networks = running.app.state.service.ready_shelf().loaded()[0].adaptable()
-    parts = {part: changes(network, 4, seed=7) for part, network in networks.items()}
-    files.saved(files.peft(parts), adapters_folder / "of-a-stream.safetensors")
+    running.put_adapter(adapters_folder / "of-a-stream.safetensors")
     threads: list[str] = []
     load = AdapterShelf.load
 

@@ -18,8 +18,6 @@ from PIL import Image
 from server.models.adapters.adapter import Adapter
 from server.models.adapters.shelf import AdapterShelf
 from tests.server.conftest import Running
-from tests.server.models.adapters import files
-from tests.server.models.adapters.low_rank import changes
 from tests.server.stream_client import SMALL, opened
 
 Generate = Callable[..., httpx2.Response]
@@ -27,9 +25,7 @@ Generate = Callable[..., httpx2.Response]
 
 @pytest.fixture(scope="module")
 def pastel(running: Running, adapters_folder: Path) -> str:
-    networks = running.app.state.service.ready_shelf().loaded()[0].adaptable()
-    parts = {part: changes(network, 4, seed=7) for part, network in networks.items()}
-    files.saved(files.peft(parts), adapters_folder / "pastel.safetensors")
+    running.put_adapter(adapters_folder / "pastel.safetensors")
     return "pastel"
 
 
