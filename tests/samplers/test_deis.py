@@ -11,7 +11,9 @@ from tests.covering import spread
 from tests.samplers.cases import EDM, FLOW, VP
 
 
-@pytest.mark.parametrize(("reach", "order"), spread([0.02, 0.6, 3.0], [1, 2, 3]))
+@pytest.mark.parametrize(
+    ("reach", "order"), [*spread([0.02, 0.6, 3.0], [1, 2]), (0.02, 3), (0.6, 3), (3.0, 3)]
+)
 def test_eps_that_is_a_polynomial_in_log_sigma_is_integrated_exactly(
     order: int, reach: float
 ) -> None:

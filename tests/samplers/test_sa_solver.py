@@ -148,6 +148,22 @@ def test_rounded_weights_overshoot_where_few_steps_are_even_in_log_snr() -> None
     assert missed[1] > 3 * missed[0]
 
 
+@pytest.mark.parametrize("tau", [0.0, 1.0, 1.5])
+def test_rounded_weights_are_those_of_the_authors_code(tau: float) -> None:
+    """Its difference to the exact ones goes from the prediction before to the newest."""
+    grid = VP.grid(LogSNR(), 8)
+    lam = np.log(grid.alpha[:5] / grid.sigma[:5])
+    exact, rounded = (
+        solver(tau=tau, predictor_order=2, corrector_order=0, second_order=w).plan(grid).tables[3]
+        for w in ("exact", "rounded")
+    )
+    c, h = 1 + tau**2, lam[4] - lam[3]
+    more = c * grid.alpha[4] * (h**2 / 2 - (c * h - 1 + np.exp(-c * h)) / c**2) / (lam[3] - lam[2])
+    # Of x, the three predictions before from the last on, the newest one, fresh noise and one.
+    moved = [0, -more, 0, 0, more, 0, 0]
+    np.testing.assert_allclose(rounded[0] - exact[0], moved, rtol=1e-8, atol=1e-10)
+
+
 def test_rounded_weights_are_not_taken_at_pure_noise() -> None:
     grid = FLOW.grid(Trailing(), 4)
     exact, rounded = (

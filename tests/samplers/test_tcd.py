@@ -97,6 +97,14 @@ def test_gamma_sampling_of_ctm_shares_out_the_noise_level(gamma: float) -> None:
     torch.testing.assert_close(ours, x, rtol=1e-11, atol=1e-11)
 
 
+def test_gamma_shares_out_the_noise_level_on_whole_timesteps_too() -> None:
+    grid = DISCRETE.grid(Trailing(), 4)
+    plan = TCD(gamma=0.4, measure="noise").plan(grid)
+    # Of x, the denoised prediction, fresh noise and one.
+    fresh = plan.tables[:-1, 0, 2]
+    np.testing.assert_allclose(fresh, 0.4 * grid.sigma[1:-1], rtol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("schedule", "measure"), spread([VP, FLOW, EDM, TRIGFLOW], ["time", "noise"]), ids=str
 )
