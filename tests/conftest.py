@@ -4,6 +4,7 @@ import fcntl
 import gc
 import os
 from collections.abc import Generator, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,7 +101,9 @@ def pytest_collection() -> Generator[None, object, object]:
     """
     folder = os.open(TESTS, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
+        # A file system over a network may know no such lock, and is slower without.
+        with suppress(OSError):
+            fcntl.flock(folder, fcntl.LOCK_EX)
         return (yield)
     finally:
         os.close(folder)
