@@ -306,10 +306,18 @@ def _check_readable(place: Path) -> None:
             "read."
         )
     for folder in sorted(place.iterdir()):
-        if folder.is_dir() and not _may_look_into(folder):
+        if _is_closed(folder):
             log.warning(
                 "%s is left out: user %d, as whom the server runs, may not read it", folder, user
             )
+
+
+def _is_closed(folder: Path) -> bool:
+    """Whether it is a folder that this process may not look into, or a link to such a place."""
+    try:
+        return folder.is_dir() and not _may_look_into(folder)
+    except PermissionError:
+        return True
 
 
 def _may_look_into(folder: Path) -> bool:

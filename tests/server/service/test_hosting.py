@@ -150,6 +150,21 @@ def test_a_model_folder_that_may_not_be_read_is_said_to_be_left_out(
     assert said == f"{closed} is left out: user {user}, as whom the server runs, may not read it"
 
 
+def test_a_link_to_where_nothing_may_be_read_is_said_to_be_left_out(
+    readable_by_others: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = readable_by_others / "closed"
+    (place / "one").mkdir()
+    (readable_by_others / "link").symlink_to(place / "one")
+    place.chmod(0)
+    with as_nobody():
+        hosting._check_readable(readable_by_others)
+    assert [said.partition(" is ")[0] for said in caplog.messages] == [
+        str(place),
+        str(readable_by_others / "link"),
+    ]
+
+
 def test_a_folder_of_models_that_may_not_be_read_is_refused(readable_by_others: Path) -> None:
     readable_by_others.chmod(0)
     with as_nobody(), pytest.raises(ModelMismatch, match=r"as whom the server runs, may not read"):
