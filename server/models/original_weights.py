@@ -85,16 +85,17 @@ def as_diffusers(
         own = {NORM_OF_COMFYUI.sub(r".\1.scale", name): tensor for name, tensor in own.items()}
     if ORIGINAL.get(kind) not in own:
         return own
-    if kind == PIXART:
-        return pixart_as_diffusers(own)
     if kind == "UNet2DConditionModel":
         # Its converter looks for the names of a whole checkpoint.
         own = {f"{UNET}{name}": tensor for name, tensor in own.items()}
-    convert: Any = SINGLE_FILE_LOADABLE_CLASSES[kind]["checkpoint_mapping_fn"]
     try:
+        if kind == PIXART:
+            return pixart_as_diffusers(own)
+        convert: Any = SINGLE_FILE_LOADABLE_CLASSES[kind]["checkpoint_mapping_fn"]
         made = convert(given := dict(own), config=network.config)
-    except (IndexError, RuntimeError) as error:
-        # They count on blocks of each sort, and that of FLUX.1 on its published width.
+    except (IndexError, RuntimeError, ValueError) as error:
+        # They count on blocks of each sort and on shapes that can be divided, and that of FLUX.1 on
+        # its published width.
         raise ModelMismatch(
             f"{called} has original names, but not the blocks or the width of the networks that "
             f"were published under them ({error})."

@@ -72,6 +72,17 @@ def test_flux_of_another_width_or_without_single_blocks_is_refused(change: Any) 
         as_diffusers(tensors, network, "it", torch.float32)
 
 
+@pytest.mark.parametrize("make", [flux2, stable_diffusion_3, pixart])
+@pytest.mark.parametrize("shape", [(), (1,), (2, 2)])
+def test_what_cannot_be_divided_into_queries_keys_and_values_is_refused(
+    make: Any, shape: tuple[int, ...]
+) -> None:
+    network, tensors = make()
+    joined = next(name for name in tensors if "qkv" in name)
+    with pytest.raises(ModelMismatch, match=r"^it has original names, but not the blocks or the w"):
+        as_diffusers(tensors | {joined: torch.ones(shape)}, network, "it", torch.float32)
+
+
 def test_a_file_trained_on_references_at_timestep_zero_needs_a_config_that_says_so() -> None:
     """As ComfyUI's file of Qwen-Image-Edit-2511 (``comfy/model_detection.py``)."""
     with torch.device("meta"):
