@@ -30,6 +30,9 @@ WITHIN: Final = ("first_stage_model.", "vae.")
 ORIGINAL: Final = re.compile(r"(?:encoder\.down|decoder\.up)\.\d")
 """How the layers of an autoencoder are called in the original Stable Diffusion, and in FLUX."""
 
+BLOCKS: Final = "down_block_types"
+"""Entry of the configs of autoencoders that have such layers."""
+
 OF_WAN: Final = "decoder.middle.0.residual.0.gamma"
 """A tensor that has this name in the original code of Wan, whose autoencoder is Qwen-Image's."""
 
@@ -95,7 +98,7 @@ def give_autoencoder(model: HostedModel, path: Path) -> None:
         _check_latents(path, network)
     try:
         weights = named_as_by_diffusers(load_file(file_of(path)), network)
-    except (OSError, SafetensorError, KeyError) as error:
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise ModelMismatch(f"vae {path.name!r} cannot be read: {error}.") from None
     expected = network.state_dict()
     wrong = {name for name in expected if name not in weights} | {
@@ -126,7 +129,7 @@ def named_as_by_diffusers(weights: Mapping[str, Tensor], network: Any) -> dict[s
     if OF_WAN in given:
         return theirs.convert_wan_vae_to_diffusers(given)
     own = {name: tensor for name, tensor in given.items() if USED.match(name)}
-    if any(map(ORIGINAL.match, own)):
+    if BLOCKS in network.config and any(map(ORIGINAL.match, own)):
         original = {WITHIN_SIDES.sub(r"\1", name): tensor for name, tensor in own.items()}
         statistics = {name: one for name, one in own.items() if name.startswith(STATISTICS)}
         return theirs.convert_ldm_vae_checkpoint(original, network.config) | statistics

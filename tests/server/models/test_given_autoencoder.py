@@ -114,6 +114,17 @@ def test_the_autoencoder_of_qwen_image_is_read_by_the_names_of_wan() -> None:
     assert all(torch.equal(made[name], theirs[name]) for name in theirs)
 
 
+def test_an_autoencoder_of_stable_diffusion_is_not_taken_for_that_of_qwen_image(
+    pipeline: Any,
+) -> None:
+    """Its names stay, so that the sentence about the layers that do not fit can name them."""
+    tensors = {k.removeprefix(ORIGINAL): v for k, v in checkpoint(pipeline).items()}
+    config: dict[str, Any] = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 2, 4, 4]}
+    network = AutoencoderKLQwenImage(**config, temperal_downsample=[False, True, True])
+    made = named_as_by_diffusers(tensors, network)
+    assert "decoder.up.0.block.0.conv1.weight" in made.keys() - network.state_dict().keys()
+
+
 def test_what_is_no_autoencoder_of_the_model_is_refused(
     pipeline: Any, folder: Path, tmp_path: Path
 ) -> None:
@@ -121,12 +132,15 @@ def test_what_is_no_autoencoder_of_the_model_is_refused(
     weights["decoder.conv_out.weight"] = weights["decoder.conv_out.weight"][:2].clone()
     save_file(weights, tmp_path / "narrow.safetensors")
     save_file({"weight": torch.ones(1)}, tmp_path / "lora.safetensors")
+    wan = {f"decoder.{name}": torch.ones(1) for name in ("middle.0.residual.0.gamma", "upsamples.")}
+    save_file(wan, tmp_path / "wan.safetensors")
     (tmp_path / "vae.pt").write_text("a pickle")
     wide: dict[str, Any] = VAE | {"scaling_factor": 0.18215}
     AutoencoderKL(**wide).save_pretrained(tmp_path / "sd15")
     for name, says in (
         ("narrow.safetensors", "does not fit model 'xl': .* are decoder.conv_out.weight"),
         ("lora.safetensors", "'lora.safetensors' does not fit model 'xl'"),
+        ("wan.safetensors", "^vae 'wan.safetensors' cannot be read"),
         ("vae.pt", "neither a .safetensors file nor a folder with diffusion_pytorch_model"),
         ("sd15", re.escape("has the scaling_factor 0.18215, but the model's autoencoder has")),
     ):
