@@ -82,7 +82,7 @@ class Lanes:
             cost = self._costs.keep(task.model, read)
             # What is prepared is told of a prompt alone.
             alone = company is None
-            forwards = self._forwards_of(model, shape, cost, most) if alone else None
+            forwards = self._forwards_of(model, shape, cost, fixed or most) if alone else None
             mixes = (task.model, group) if self._mixed and model.mixes_sizes and alone else None
             reads = read[2] / shape[2]
             self._lanes[key] = Lane(model, shape, cost, most, forwards, mixes, reads, fixed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from threading import Event
 from time import monotonic
 
@@ -218,6 +219,21 @@ def test_deterministic_engines_keep_to_their_one_size(begin):
     engine = begin(model, deterministic=True)
     run(engine, [task()])
     assert sizes_of(model) == {MOST}
+
+
+def test_no_other_rows_are_prepared_than_a_deterministic_engines_forwards_have(monkeypatch):
+    """Whose budget of 20 rows makes them 24, of whatever size the images are."""
+    monkeypatch.setattr(idle_work, "QUIET_S", 0.01)
+    model = Toy()
+    engine = started(model, 20, prepares=True, deterministic=True, guessed_costs={1: 0.01})
+    model.seen.clear()
+    run(engine, [replace(task(steps=2), width=64, height=64)])
+    until = monotonic() + 20
+    while not engine.settled:
+        assert monotonic() < until
+        Event().wait(0.005)
+    engine.stop(0)
+    assert sizes_of(model) == {24}
 
 
 def test_rows_of_a_fixed_forward_are_changed_by_products_of_all_rows(monkeypatch):
