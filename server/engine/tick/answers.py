@@ -5,6 +5,9 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
 from guidance import Policy
 from server.engine.faults import is_out_of_memory, lost_device
 from server.errors import RowFailed
@@ -12,12 +15,9 @@ from server.errors import RowFailed
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-    import torch
-    from torch import Tensor
-
     from guidance import Filled, Guided, Rule
 
-__all__ = ["answering", "expect"]
+__all__ = ["answering", "expect", "expect_flags"]
 
 
 @contextmanager
@@ -62,6 +62,26 @@ def expect(answer: object, kind: type[Guided | Filled], *like: Tensor) -> None:
     for name, found, wanted in zip(answer._fields, answer, like, strict=True):
         if found.shape != wanted.shape:
             raise Unfit(f"returned {name} of shape {list(found.shape)}, not {list(wanted.shape)}")
+
+
+def expect_flags(answer: object, name: str, count: int) -> None:
+    """Check that an answer is one bool of each row.
+
+    Args:
+        answer: of a part.
+        name: of the method that gave it.
+        count: of rows.
+
+    Raises:
+        Unfit: it is another.
+    """
+    if not isinstance(answer, Tensor):
+        raise Unfit(f"returned {type(answer).__name__} from {name}, not Tensor")
+    if answer.dtype != torch.bool or answer.shape != (count,):
+        raise Unfit(
+            f"returned {name} of type {answer.dtype} and shape {list(answer.shape)}, not "
+            f"{torch.bool} and [{count}]"
+        )
 
 
 class Unfit(Exception):

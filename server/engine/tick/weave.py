@@ -15,7 +15,7 @@ from samplers import advance
 from server.engine.state.batch import Batch, StackedTerms
 from server.engine.state.noise import stage_noise
 from server.engine.state.padding import padded
-from server.engine.tick.answers import answering, expect
+from server.engine.tick.answers import answering, expect, expect_flags
 from server.engine.tick.forward import forward, forward_rows
 
 if TYPE_CHECKING:
@@ -312,7 +312,9 @@ def _settled(batch: Batch, predictions: Tensor) -> Tensor | None:
         rows = _stacked(batch, members, predictions, batch.others, 0)
         with answering(policies[0], rows.x.device):
             parameters = policies[0].parameters(policies, rows.x[:1])
-            answer = policies[0].settled(*_fixed(rows, parameters, batch.fixed_rows))
+            fixed, parameters = _fixed(rows, parameters, batch.fixed_rows)
+            answer = policies[0].settled(fixed, parameters)
+            expect_flags(answer, "settled", len(fixed.x))
         settled.index_copy_(0, batch.lane.indices(members), answer[: len(members)])
     return settled
 

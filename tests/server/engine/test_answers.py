@@ -121,6 +121,22 @@ def test_a_policy_that_fills_in_another_shape_is_named(engine: Engine) -> None:
     assert str(heard.errors[1]) == said
 
 
+class Adapts(Guesses, frozen=True):
+    estimates: ClassVar[bool] = False
+    adapts: ClassVar[bool] = True
+
+    @classmethod
+    def settled(cls, rows: Rows, parameters: Mapping[str, Tensor]) -> Tensor:
+        return rows.x.abs().amax((1, 2, 3)) - 2
+
+
+def test_a_policy_that_says_by_numbers_whether_it_is_settled_is_named(engine: Engine) -> None:
+    heard = run(engine, [task(), task(policy=Adapts())])
+    assert list(heard.results) == [0]
+    said = "of type torch.float32 and shape [1], not torch.bool and [1]."
+    assert str(heard.errors[1]) == f"The policy 'guesses' returned settled {said}"
+
+
 class TwoStages(Guesses, frozen=True):
     def evaluates(
         self, noise_ratio: NDArray[np.float64], progress: NDArray[np.float64]
