@@ -95,9 +95,9 @@ class ChangedLayer:
 
     @property
     def nbytes(self) -> int:
-        """Memory of the stacks and the factors, in bytes."""
-        factors = [one.factor.nbytes for one in (self.inputs, self.outputs) if one is not None]
-        return sum(one.nbytes for one in self.changes) + sum(factors)
+        """Memory of the stacks, the factors and the changes of the bias, in bytes."""
+        scales = [one.nbytes for one in (self.inputs, self.outputs) if one is not None]
+        return sum(one.nbytes for one in self.changes) + sum(scales)
 
 
 @dataclass(slots=True, eq=False)

@@ -52,6 +52,11 @@ class OutputScales:
             shift = kept if shift is None else kept + shift
         return cls(rows, factor[:, None], None if shift is None else shift[:, None])
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of its tensors, in bytes."""
+        return self.factor.nbytes + (0 if self.shift is None else self.shift.nbytes)
+
     def scale(self, tokens: Tensor) -> None:
         """Scale what the layer has put out.
 
@@ -76,6 +81,11 @@ class InputScales:
 
     rows: AdaptedRows
     factor: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of its factors, in bytes."""
+        return self.factor.nbytes
 
     def scaled(self, layer: Layer, x: Tensor) -> Tensor:
         """A copy of the layer's input in which those rows are scaled.

@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from server.models.adapters.adapted_network import AdaptedNetwork
-from server.models.adapters.adapter import Adapter, RowAdapters, Weighted
+from server.models.adapters.adapter import Adapter, LowRank, RowAdapters, Weighted
 from server.models.adapters.adapter_file import AdapterFile
+from server.models.adapters.layer_changes import layer_changes
 from server.models.adapters.placing import Target
 
 CPU = torch.device("cpu")
@@ -100,6 +101,19 @@ def test_a_bias_beside_factors_is_that_of_peft(
             model.base_model.model.get_submodule(layer).set_scale("default", weight)
         with torch.no_grad():
             assert_near(made[row], model(x[row : row + 1])[0])
+
+
+def test_what_is_kept_of_a_layer_is_counted_with_the_biases_of_its_rows(network: Layers) -> None:
+    low_rank = LowRank(torch.ones(2, 6), torch.ones(5, 2), bias=torch.ones(5))
+    adapter = Adapter("one", "0", {"unet": {"proj": low_rank}})
+    rows = RowAdapters(((Weighted(adapter, 1.0),), (), (Weighted(adapter, 0.5),)))
+    changed = layer_changes("unet", {"proj": network.proj}, rows, CPU, by_products=False)["proj"]
+    outputs = changed.outputs
+    assert outputs is not None
+    assert outputs.shift is not None
+    # Two rows of five outputs in float32 each.
+    assert outputs.factor.nbytes == outputs.shift.nbytes == 2 * 5 * 4
+    assert changed.nbytes == sum(one.nbytes for one in changed.changes) + 2 * 2 * 5 * 4
 
 
 @pytest.mark.parametrize("kind", ["diff", "lora"])
