@@ -369,14 +369,8 @@ class Graphs:
         made = self._recorder.record(evaluate, tensors)
         try:
             yield
-            # Other numbers than those that were recorded, which a recording must not have kept.
-            others = [one * 0.5 if one.is_floating_point() else one for one in tensors]
-            for given in (tensors, others):
-                expected = evaluate(*given)
-                if not (made(*given) - expected).abs().max() <= self._close * expected.abs().max():
-                    self._give_up(shape, "its recording gives other numbers", None)
-                    return
-                yield
+            if not (yield from self._gives_the_same(shape, made, evaluate, tensors)):
+                return
             plain_s = seconds = inf
             for _ in range(TIMED):
                 plain_s = min(plain_s, _seconds(lambda: evaluate(*tensors)))
@@ -399,6 +393,23 @@ class Graphs:
             1000 * seconds,
             1000 * plain_s,
         )
+
+    def _gives_the_same(
+        self, shape: Shape, made: Replay, evaluate: Callable[..., Tensor], tensors: list[Tensor]
+    ) -> Generator[None, None, bool]:
+        """Whether a recording gives the numbers of its forward, without which all such end."""
+        # Other numbers than those that were recorded, which a recording must not have kept.
+        others = [one * 0.5 if one.is_floating_point() else one for one in tensors]
+        for given in (tensors, others):
+            expected = evaluate(*given)
+            if given is tensors and not expected.isfinite().all():
+                # It was of an image that had become NaN: those after it are to be recorded.
+                return False
+            if not (made(*given) - expected).abs().max() <= self._close * expected.abs().max():
+                self._give_up(shape, "its recording gives other numbers", None)
+                return False
+            yield
+        return True
 
     def _keep(self, shape: Shape, made: Replay) -> None:
         if len(self._recorded) == MOST_GRAPHS:

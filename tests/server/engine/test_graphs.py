@@ -265,6 +265,18 @@ def test_rounding_alone_is_other_numbers_where_bits_are_promised(caplog) -> None
     assert "gives other numbers" in caplog.text
 
 
+def test_an_image_that_became_nan_does_not_end_the_recordings_of_those_after_it() -> None:
+    model = Waiting()
+    graphs = Graphs(model, Tape(model))
+    x, t, inputs = forward(model, 2)
+    for given in (x.index_fill(0, torch.tensor([1]), torch.nan), x):
+        graphs.evaluate(given, t, inputs, TickCost({1: 0.01}))
+        assert graphs.wanted
+        while graphs.wanted:
+            graphs.record()
+    assert graphs.rows == [2]
+
+
 def test_where_recording_fails_forwards_run_as_ever(caplog, monkeypatch) -> None:
     model = Waiting()
     tape = Tape(model)
