@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from dataclasses import dataclass
 from itertools import accumulate, chain
@@ -16,7 +17,7 @@ from server.errors import WeftError
 from server.models.prompt_editing import EditedPrompt, texts_of_run
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
     from pydantic import BaseModel
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from server.models.blend import Told
 
 Shaped = TypeVar("Shaped", bound=np.generic)
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -120,15 +123,17 @@ def plan_guidance(task: ImageTask) -> GuidancePlan:
 
     Raises:
         ValueError: the policy lacks its coefficients, or cannot serve the rule.
-        WeftError: the policy answers for another number of stages.
+        WeftError: the policy fails, or answers for another number of stages.
     """
     plan, rule, policy = task.plan, task.rule, task.policy
     noise_ratio, progress = plan.noise_ratio, plan.progress
     branches = rule.branches
     if reason := policy.refuses(rule):
         raise ValueError(f"guidance.policy is {policy.name!r}; {reason}.")
-    evaluated = _of_stages(policy, policy.evaluates(noise_ratio, progress), plan) & bool(branches)
-    estimated = _of_stages(policy, policy.estimated(noise_ratio, progress), plan) & bool(branches)
+    evaluated = _of_stages(policy, plan, lambda: policy.evaluates(noise_ratio, progress))
+    evaluated = evaluated & bool(branches)
+    estimated = _of_stages(policy, plan, lambda: policy.estimated(noise_ratio, progress))
+    estimated = estimated & bool(branches)
     predictions = [RowSpec(task.prompt)]
     for branch in branches:
         text = branch.text(task.prompt, task.negative_prompt)
@@ -148,8 +153,11 @@ def plan_guidance(task: ImageTask) -> GuidancePlan:
     costs = _costs(task)
     constants, slots = np.zeros((plan.evaluations, 0)), 0
     if branches:
-        constants = policy.constants(plan.evaluations, len(branches), task.coefficients)
-        constants = _of_stages(policy, constants, plan)
+        constants = _of_stages(
+            policy,
+            plan,
+            lambda: policy.constants(plan.evaluations, len(branches), task.coefficients),
+        )
         slots = policy.memory_slots(len(branches))
     return GuidancePlan(
         branches=len(branches),
@@ -173,18 +181,31 @@ def plan_guidance(task: ImageTask) -> GuidancePlan:
     )
 
 
-def _of_stages(policy: Policy, answer: NDArray[Shaped], plan: Plan) -> NDArray[Shaped]:
+def _of_stages(
+    policy: Policy, plan: Plan, answer: Callable[[], NDArray[Shaped]]
+) -> NDArray[Shaped]:
     """What a policy, which a package may have written, says of each stage.
 
     Raises:
-        WeftError: it says it of another number of stages.
+        ValueError: it refuses.
+        WeftError: it fails otherwise, or says it of another number of stages.
     """
-    if np.shape(answer)[:1] != (plan.evaluations,):
+    try:
+        said = np.asarray(answer())
+    except ValueError:
+        raise
+    except Exception as error:
+        log.exception("the policy %s failed", policy.name)
         raise WeftError(
-            f"The policy {policy.name!r} gave an array of shape {list(np.shape(answer))}; "
+            f"The policy {policy.name!r} failed with {type(error).__name__}; the server's log has "
+            "the details."
+        ) from error
+    if said.shape[:1] != (plan.evaluations,):
+        raise WeftError(
+            f"The policy {policy.name!r} gave an array of shape {list(said.shape)}; "
             f"its first axis must be the {plan.evaluations} stages of the run."
         )
-    return answer
+    return said
 
 
 def _wanted(

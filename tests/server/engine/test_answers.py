@@ -150,6 +150,19 @@ def test_a_policy_that_answers_for_too_few_stages_is_named_before_the_run() -> N
         plan_guidance(task(policy=TwoStages(), steps=6))
 
 
+class NoStages(Guesses, frozen=True):
+    def evaluates(
+        self, noise_ratio: NDArray[np.float64], progress: NDArray[np.float64]
+    ) -> NDArray[np.bool_]:
+        raise KeyError("not told to clients")
+
+
+def test_a_policy_that_fails_before_the_run_is_named() -> None:
+    said = r"^The policy 'guesses' failed with KeyError; the server's log has the details\.$"
+    with pytest.raises(WeftError, match=said):
+        plan_guidance(task(policy=NoStages()))
+
+
 def test_too_little_memory_is_not_a_rules_own_fault() -> None:
     with pytest.raises(torch.OutOfMemoryError), answering(CFG(), torch.device("cpu")):
         raise torch.OutOfMemoryError("no room")
