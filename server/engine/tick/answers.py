@@ -45,14 +45,15 @@ def answering(part: Rule | Policy, device: torch.device) -> Generator[None]:
 
 
 def expect(answer: object, kind: type[Guided | Filled], *like: Tensor) -> None:
-    """Check that an answer has the fields and the shapes that it should.
+    """Check that an answer has the fields, the shapes and the types that it should.
 
-    A tensor that is a little too small would be broadcast over the rows of other requests.
+    A tensor that is a little too small would be broadcast over the rows of other requests, and one
+    of another type cannot be written between theirs: each tick would be halved until it is alone.
 
     Args:
         answer: of a part.
         kind: the named tuple that it should be.
-        like: tensors of the shapes of its fields, in their order.
+        like: tensors of the shapes and types of its fields, in their order.
 
     Raises:
         Unfit: it is another.
@@ -62,6 +63,8 @@ def expect(answer: object, kind: type[Guided | Filled], *like: Tensor) -> None:
     for name, found, wanted in zip(answer._fields, answer, like, strict=True):
         if found.shape != wanted.shape:
             raise Unfit(f"returned {name} of shape {list(found.shape)}, not {list(wanted.shape)}")
+        if found.dtype != wanted.dtype:
+            raise Unfit(f"returned {name} of type {found.dtype}, not {wanted.dtype}")
 
 
 def expect_flags(answer: object, name: str, count: int) -> None:

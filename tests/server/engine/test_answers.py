@@ -64,6 +64,14 @@ class TooMuchMemory(Faulty, frozen=True):
         return Guided(rows.cond, rows.x, rows.others.repeat(1, 2, 1, 1, 1))
 
 
+class Doubled(Faulty, frozen=True):
+    """Would fit where it is alone, so that ticks of several images were repeated for ever."""
+
+    @classmethod
+    def combine(cls, rows: Rows, parameters: Mapping[str, Tensor]) -> Guided:
+        return Guided(rows.cond.double(), rows.x, rows.memory)
+
+
 class NoTuple(Faulty, frozen=True):
     @classmethod
     def combine(cls, rows: Rows, parameters: Mapping[str, Tensor]) -> Guided:
@@ -83,6 +91,7 @@ class Raises(Faulty, frozen=True):
         (OneForAll, "returned denoised of shape [4, 4, 4], not [1, 4, 4, 4]."),
         (MovedElsewhere, "returned x of shape [1, 4, 4, 3], not [1, 4, 4, 4]."),
         (TooMuchMemory, "returned memory of shape [1, 2, 4, 4, 4], not [1, 1, 4, 4, 4]."),
+        (Doubled, "returned denoised of type torch.float64, not torch.float32."),
         (NoTuple, "returned Tensor, not Guided."),
         (Raises, "failed with KeyError; the server's log has the details."),
     ],
