@@ -78,6 +78,7 @@ __all__ = [
     "UnknownResult",
     "UnsupportedMediaType",
     "WeftError",
+    "failed_with",
 ]
 
 
@@ -428,3 +429,13 @@ class OutOfMemory(RowFailed):
         super().__init__(
             "There was not enough memory for this image; ask for a smaller width or height."
         )
+
+
+def failed_with(part: str, error: Exception) -> str:
+    """What a client hears of a part that a package may have written, whose error is not its own.
+
+    Args:
+        part: at the beginning of a sentence.
+        error: of the part; its text may hold what no client is to read.
+    """
+    return f"{part} failed with {type(error).__name__}; the server's log has the details."

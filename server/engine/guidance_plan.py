@@ -13,7 +13,7 @@ import numpy as np
 from server.engine.state.recollection import FIRST_OUTPUT
 from server.engine.terms.registry import order_of
 from server.engine.terms.term import RowSpec
-from server.errors import WeftError
+from server.errors import WeftError, failed_with
 from server.models.prompt_editing import EditedPrompt, texts_of_run
 
 if TYPE_CHECKING:
@@ -196,10 +196,7 @@ def _of_stages(
         raise
     except Exception as error:
         log.exception("the policy %s failed", policy.name)
-        raise WeftError(
-            f"The policy {policy.name!r} failed with {type(error).__name__}; the server's log has "
-            "the details."
-        ) from error
+        raise WeftError(failed_with(f"The policy {policy.name!r}", error)) from error
     if said.shape[:1] != (plan.evaluations,):
         raise WeftError(
             f"The policy {policy.name!r} gave an array of shape {list(said.shape)}; "

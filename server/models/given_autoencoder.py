@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from server.errors import ModelMismatch
 from server.models.folder import AUTOENCODER, Revisions, chunks_of, read_json
+from server.models.prefixes import own_prefix
 from server.models.weight_files import NETWORK
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def named_as_by_diffusers(weights: Mapping[str, Tensor], network: Any) -> dict[s
     """
     from diffusers.loaders import single_file_utils as theirs
 
-    prefix = next((one for one in WITHIN if any(k.startswith(one) for k in weights)), "")
+    prefix = own_prefix(weights.keys(), WITHIN)
     given = {k.removeprefix(prefix): one for k, one in weights.items() if k.startswith(prefix)}
     if OF_WAN in given:
         return theirs.convert_wan_vae_to_diffusers(given)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Sequence
 
 __all__ = ["UNET", "own_prefix"]
 
@@ -14,10 +14,11 @@ PREFIXES: Final = (UNET, "diffusion_model.", "control_model.", "first_stage_mode
 """Of a network within a file of several, or of a saved network's wrapper."""
 
 
-def own_prefix(names: Collection[str]) -> str:
+def own_prefix(names: Collection[str], among: Sequence[str] = PREFIXES) -> str:
     """What the tensors of a file's network begin with, empty where they have no prefix.
 
     Args:
         names: of all tensors of the file.
+        among: prefixes that it may have.
     """
-    return next((one for one in PREFIXES if any(name.startswith(one) for name in names)), "")
+    return next((one for one in among if any(name.startswith(one) for name in names)), "")

@@ -21,7 +21,7 @@ from samplers import (
     Statistics,
     StatisticsIdentity,
 )
-from server.errors import InvalidRequest, WeftError
+from server.errors import InvalidRequest, WeftError, failed_with
 from server.models.hosted import HostedModel
 from server.models.prompt_editing import Timeline
 from server.requests.checks.cache import check_cache, check_cache_along
@@ -259,10 +259,7 @@ def make_plan(
     except Exception as error:
         name = spacing.name if at_fault == "spacing" else sampler.name
         log.exception("the %s %s failed", at_fault, name)
-        raise WeftError(
-            f"The {at_fault} {name!r} failed with {type(error).__name__}; the server's log has "
-            "the details."
-        ) from error
+        raise WeftError(failed_with(f"The {at_fault} {name!r}", error)) from error
 
 
 def _with_source_to_avoid(guidance: Guidance, *, has_reference: bool) -> Guidance:

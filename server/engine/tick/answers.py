@@ -10,7 +10,7 @@ from torch import Tensor
 
 from guidance import Policy
 from server.engine.faults import is_out_of_memory, lost_device
-from server.errors import RowFailed
+from server.errors import RowFailed, failed_with
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -39,9 +39,7 @@ def answering(part: Rule | Policy, device: torch.device) -> Generator[None]:
     except Exception as error:
         if is_out_of_memory(error) or lost_device(error, device) is not None:
             raise
-        raise RowFailed(
-            f"{_named(part)} failed with {type(error).__name__}; the server's log has the details."
-        ) from error
+        raise RowFailed(failed_with(_named(part), error)) from error
 
 
 def expect(answer: object, kind: type[Guided | Filled], *like: Tensor) -> None:

@@ -268,7 +268,6 @@ def place(header: Header, target: Target) -> dict[str, dict[str, Placed]]:
         _check(target, part, layer, shapes)
         scale = _scale(header, part, layer, down, shapes[0][0])
         magnitude, bias = vectors.of(part, layer, up, scale)
-        used |= {one.name for one in (magnitude, bias) if one is not None}
         if magnitude is None and _config(header, part).get("use_dora"):
             raise AdapterMismatch(
                 f"is a DoRA ({CONFIG} says so) without the lora_magnitude_vector of {layer[:120]}"
@@ -276,6 +275,7 @@ def place(header: Header, target: Target) -> dict[str, dict[str, Placed]]:
         names = f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
         placed.setdefault(part, {})[layer] = Placed(*names, shapes, scale, magnitude, bias)
         used |= down.sources | up.sources
+    used |= vectors.used
     used |= {alpha_of(name) for name in used} & header.alphas.keys()
     if unused := [name for name in stand_ins if name not in used]:
         raise AdapterMismatch(f"has tensors that are not understood: {_listed(unused)}")
@@ -290,6 +290,9 @@ class _Vectors:
     Args:
         header: of the file.
         target: the model.
+
+    Attributes:
+        used: names of those that a layer has taken.
     """
 
     def __init__(self, header: Header, target: Target) -> None:
@@ -297,7 +300,7 @@ class _Vectors:
         self._target = target
         self._magnitudes = magnitudes_of(header.shapes)
         self._biases = biases_of(header.shapes)
-        self._used: set[str] = set()
+        self.used: set[str] = set()
 
     def of(
         self, part: str, layer: str, up: StandIn, scale: float
@@ -316,20 +319,20 @@ class _Vectors:
         written = written_layer(next(iter(up.sources)))
         magnitude = bias = None
         if sized := self._magnitudes.get(written):
-            self._check_whole("is a DoRA", sized[0], part, layer, up)
+            self._take("is a DoRA", sized[0], part, layer, up)
             magnitude = self._magnitude(part, layer, *sized)
         if moved := self._biases.get(written):
-            self._check_whole("changes the bias", moved[0], part, layer, up)
+            self._take("changes the bias", moved[0], part, layer, up)
             bias = self._bias(part, layer, moved[0], 1.0 if moved[1] else scale)
         return magnitude, bias
 
-    def _check_whole(self, what: str, name: str, part: str, layer: str, up: StandIn) -> None:
-        if name in self._used or not _is_whole(self._target, part, layer, up):
+    def _take(self, what: str, name: str, part: str, layer: str, up: StandIn) -> None:
+        if name in self.used or not _is_whole(self._target, part, layer, up):
             raise AdapterMismatch(
                 f"{what} of a layer that model {self._target.model!r} has in pieces or in another "
                 f"order ({_listed([name])}), which is not supported"
             )
-        self._used.add(name)
+        self.used.add(name)
 
     def _magnitude(self, part: str, layer: str, name: str, blended: bool) -> PlacedMagnitude:
         size, (out, features, *kernel) = self._shapes[name], self._target.layers[part][layer]
