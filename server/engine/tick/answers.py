@@ -1,4 +1,4 @@
-"""What rules and policies answer; a package may have written them, so its errors carry its name."""
+"""Checks on what rules and policies return; packages may define them, so errors name them."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ __all__ = ["answering", "expect", "expect_flags"]
 
 @contextmanager
 def answering(part: Rule | Policy, device: torch.device) -> Generator[None]:
-    """An error inside is the part's own, and the client is told its name.
+    """Turn an error raised inside into one that names the rule or policy for the client.
 
     Args:
-        part: whose methods are called inside.
-        device: that its tensors are on.
+        part: rule or policy whose methods are called inside.
+        device: device of its tensors.
 
     Raises:
-        RowFailed: it raised an error, or what it returned does not fit. Errors of the device and
-            of its memory are no part's own and stay as they are.
+        RowFailed: the part raised an error, or returned something that does not fit. A lost device
+            and a lack of memory are not the part's fault, so those errors pass unchanged.
     """
     try:
         yield
@@ -43,18 +43,19 @@ def answering(part: Rule | Policy, device: torch.device) -> Generator[None]:
 
 
 def expect(answer: object, kind: type[Guided | Filled], *like: Tensor) -> None:
-    """Check that an answer has the fields, the shapes and the types that it should.
+    """Check that an answer has the expected fields, shapes and dtypes.
 
-    A tensor that is a little too small would be broadcast over the rows of other requests, and one
-    of another type cannot be written between theirs: each tick would be halved until it is alone.
+    A tensor that is a little too small would be broadcast over the rows of other requests. One of
+    another dtype cannot be written between theirs, and every tick would be split until the image is
+    alone.
 
     Args:
-        answer: of a part.
-        kind: the named tuple that it should be.
-        like: tensors of the shapes and types of its fields, in their order.
+        answer: what a rule or policy returned.
+        kind: named tuple that it should be.
+        like: tensors with the expected shapes and dtypes of its fields, in their order.
 
     Raises:
-        Unfit: it is another.
+        Unfit: a field, a shape or a dtype differs.
     """
     if not isinstance(answer, kind):
         raise Unfit(f"returned {type(answer).__name__}, not {kind.__name__}")
@@ -66,15 +67,15 @@ def expect(answer: object, kind: type[Guided | Filled], *like: Tensor) -> None:
 
 
 def expect_flags(answer: object, name: str, count: int) -> None:
-    """Check that an answer is one bool of each row.
+    """Check that an answer is one bool per row.
 
     Args:
-        answer: of a part.
-        name: of the method that gave it.
-        count: of rows.
+        answer: what a rule or policy returned.
+        name: name of the method that returned it.
+        count: number of rows.
 
     Raises:
-        Unfit: it is another.
+        Unfit: it is not.
     """
     if not isinstance(answer, Tensor):
         raise Unfit(f"returned {type(answer).__name__} from {name}, not Tensor")
@@ -86,7 +87,7 @@ def expect_flags(answer: object, name: str, count: int) -> None:
 
 
 class Unfit(Exception):
-    """An answer that does not fit; the message is the end of a sentence."""
+    """An answer does not fit; the message is the end of a sentence."""
 
 
 def _named(part: Rule | Policy) -> str:

@@ -1,4 +1,4 @@
-"""From clean latents to pixels, beside the ticks of the images that are still under way."""
+"""Decoding of clean latents to pixels, concurrent with the ticks of images still under way."""
 
 from __future__ import annotations
 
@@ -31,28 +31,29 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DECODED_AT_ONCE = 4
-"""Most pictures in one call of a GPU's decoder beside ticks; always in deterministic mode."""
+"""Maximum number of pictures in one decoder call of a GPU between ticks; the fixed number in
+deterministic mode."""
 
 PIXELS_AT_ONCE = 4 * 512 * 512
-"""Most pixels of such a call, or one picture, and of the ordinary pictures that a CPU decodes
-between two ticks: others wait for no more than one large picture."""
+"""Maximum number of pixels in such a call, and of the ordinary pictures that a CPU decodes between
+two ticks. One picture may have more, so others wait for no more than one large picture."""
 
 IDLE_PIXELS = 16 * 512 * 512
-"""Most pixels in one call of the decoder on a GPU that has nothing else to do.
+"""Maximum number of pixels in one decoder call on a GPU that has nothing else to do.
 
-Larger calls take less time a picture, and then delay nobody.
+Larger calls take less time per picture, and an idle device has nobody to delay.
 """
 
 IN_FLIGHT = 2
-"""Calls of the decoder that a GPU may have to do or be doing, which bounds their memory."""
+"""Maximum number of decoder calls queued or running on a GPU, which bounds their memory."""
 
 TICKS_OF_BACKLOG = 4
-"""Within so many ticks a CPU catches up with finished images, however many finish at once."""
+"""Number of ticks within which a CPU decodes a backlog, however many images finish at once."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Decoding:
-    """Some images in the decoder: their pixels, and whether each is finite, on their way."""
+    """A decoder call in flight: its images, their pixels, and whether each picture is finite."""
 
     sequences: list[Sequence]
     pixels_and_finite: HostCopy
@@ -62,24 +63,25 @@ class Decoding:
 class Decoder:
     """Decodes finished images in the order in which they finished, frames of live streams first.
 
-    On CUDA the decoder has a stream of its own, so that it works while ticks go on, and ordinary
-    images have a share of its calls (:class:`DecoderQueue`). On a CPU it can only take turns with
-    the ticks: between two ticks it decodes all live frames, one after another,
-    as their clients wait for each of them, and then some of the others: one picture unless more
-    than ``TICKS_OF_BACKLOG`` wait, and one if pictures are large. A picture of a client or size
+    On CUDA the decoder has a stream of its own, so it runs concurrently with the ticks, and
+    ordinary images have a share of its calls (:class:`DecoderQueue`). On a CPU it can only take
+    turns with the ticks. Between two ticks it decodes all live frames, one after another, since a
+    client waits for each of them. Then it decodes some ordinary pictures: one, or more if over
+    ``TICKS_OF_BACKLOG`` wait, but only one if pictures are large. A picture of a client or size
     that has had more than its turn (:class:`~server.engine.fair_queue.Turns`) waits until it is
     due, so that large pictures do not come between the ticks of a small one.
 
     Args:
-        device: of all models.
-        turns: what the clients of ordinary images have had, to which decoding is charged.
-        fixed: always decode the same number at once, so that a picture's bits do not depend on
-            how many finished with it.
-        give_back: frees memory that can be done without, and says whether there was any.
+        device: device of all models.
+        turns: service received by the clients of ordinary images, to which decoding is charged.
+        fixed: whether to decode the same number of pictures in every call, so that a picture's bits
+            do not depend on how many finished with it.
+        give_back: function that frees memory which is not needed, and returns whether there was
+            any.
 
     Attributes:
-        seconds: that the device has spent in decoding.
-        live_s: of these, on frames of live streams.
+        seconds: device time spent in decoding.
+        live_s: part of it that was spent on frames of live streams.
     """
 
     def __init__(
@@ -98,7 +100,7 @@ class Decoder:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def add(self, done: list[Sequence]) -> None:
-        """Take images whose slot 0 is the clean latent, which is all that some are to have."""
+        """Take images whose slot 0 is the clean latent; some want that latent, not pixels."""
         for sequence in done:
             if sequence.task.undecoded:
                 self._undecoded.append(sequence)
@@ -106,17 +108,18 @@ class Decoder:
                 self._queue.add(sequence)
 
     def drop(self, sequence: Sequence) -> bool:
-        """Forget an image that was cancelled; False where it is being decoded already."""
+        """Drop a cancelled image; return False if it is already being decoded."""
         return self._queue.drop(sequence)
 
     def work(self, *, idle: bool) -> Iterator[tuple[Sequence, ImageResult | Exception]]:
-        """Start what there is room for, and hand out what is finished.
+        """Start as many decoder calls as there is room for, and yield finished images.
 
         Args:
-            idle: nothing else is to be done, so wait for pictures rather than come back.
+            idle: whether there is nothing else to do, so that it waits for pictures before it
+                returns.
 
         Yields:
-            Each image with its result, or with the error that is its own.
+            Each image with its result, or with its own error.
 
         Raises:
             DeviceLost: the device no longer answers.
@@ -136,7 +139,7 @@ class Decoder:
         yield from self._finished(idle=idle)
 
     def _between_ticks(self, *, idle: bool) -> Iterator[tuple[Sequence, ImageResult | Exception]]:
-        """On a CPU: all live frames, and some ordinary images, one flow's after another's."""
+        """On a CPU: decode all live frames, and some ordinary images, flow by flow."""
         while self._queue.live:
             self._start(self._queue.take_live(DECODED_AT_ONCE if self._fixed else 1))
             yield from self._finished(idle=False)
@@ -152,7 +155,7 @@ class Decoder:
             pixels -= len(some) * _pixels(some[0])
 
     def _due(self, pictures: int, pixels: int, idle: bool, first: Sequence) -> int:
-        """How many images of a flow may be decoded between two ticks, given the first of them."""
+        """Number of images of a flow that may be decoded between two ticks, given the first one."""
         if not (idle or self._turns.flow_due(first.flow, TURN_S)):
             return 0
         if self._fixed:
@@ -167,7 +170,7 @@ class Decoder:
         yield from failed
 
     def _most(self, first: Sequence, *, idle: bool) -> int:
-        """How many images the next call of a GPU's decoder may take, given the first of them."""
+        """Number of images that the next decoder call on a GPU may take, given the first one."""
         if self._fixed:
             return DECODED_AT_ONCE
         if idle:
@@ -175,7 +178,7 @@ class Decoder:
         return max(1, min(DECODED_AT_ONCE, PIXELS_AT_ONCE // _pixels(first)))
 
     def _start(self, some: list[Sequence]) -> None:
-        """Decode some images, one by one where all at once is an error."""
+        """Decode some images in one call, or one by one if that call fails."""
         made = attempt(lambda: self._decoding(some), self._device)
         if isinstance(made, Decoding):
             self._in_flight.append(made)
@@ -193,7 +196,7 @@ class Decoder:
             self._start([one])
 
     def _settle(self) -> None:
-        """Wait for everything in the decoder, whose memory is free then."""
+        """Wait for all decoder calls in flight, whose memory is free afterwards."""
         for decoding in self._in_flight:
             decoding.pixels_and_finite.fetch()
 
@@ -207,10 +210,12 @@ class Decoder:
                 task = sequence.task
                 kept = task.image if task.kept is None else task.kept
                 if kept is not None and (mask := task.mask) is not None:
-                    # What the user asked to keep is kept to the pixel, not by the autoencoder.
+                    # Pixels that the user asked to keep are copied, not reconstructed by the
+                    # autoencoder.
                     pictures[i] = torch.lerp(kept.to(pictures), pictures[i], mask.to(pictures))
             finite = pictures.flatten(1).sum(1).isfinite()
-            # After the watch, whose events are over when the copy is there.
+            # Outside the stopwatch: once the copy has arrived, the stopwatch's events have
+            # completed.
             copy = HostCopy(to_uint8(pictures), finite)
         return Decoding(some, copy, watch)
 
@@ -221,11 +226,11 @@ class Decoder:
         return lane.pool.columns[:, 0].index_select(0, lane.indices(slots + filler))
 
     def _beside_the_ticks(self, latents: Tensor) -> Any:
-        """The decoder's own stream, which starts when the latents are there."""
+        """Enter the decoder's own stream, which starts once the latents are ready."""
         if self._stream is None:
             return nullcontext()
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        # Else the allocator would give their memory to the next tick while they are read.
+        # Without this the allocator could give their memory to the next tick while it is read.
         latents.record_stream(self._stream)
         return torch.cuda.stream(self._stream)
 
@@ -248,7 +253,7 @@ class Decoder:
                 broken = RowFailed("The image became NaN or infinite while it was decoded.")
                 yield sequence, broken
                 continue
-            # Of its own: pinned memory is scarce, and a view would hold all of it.
+            # A copy: pinned memory is scarce, and a view would keep the whole batch alive.
             yield sequence, sequence.result(picture.copy())
 
 

@@ -1,4 +1,4 @@
-"""Finished images that wait for the decoder, and whose turn it is."""
+"""Queue of finished images that wait for the decoder, and the choice of whose turn it is."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from server.engine.state.sequence import Sequence
 
 LIVE_TURNS = 3
-"""Turns in a row of live frames after which ordinary images that wait have one.
+"""Number of consecutive turns of live frames after which waiting ordinary images have one.
 
 So ordinary images have at least a quarter of the turns, as they are promised a quarter of the
 device's time (``server/engine/live_share.py``).
@@ -21,15 +21,15 @@ device's time (``server/engine/live_share.py``).
 
 
 class DecoderQueue:
-    """Frames of live streams, and ordinary images by their flows.
+    """Queued frames of live streams, and queued ordinary images by flow.
 
-    Each flow, and all live frames, keep the order in which they finished.
+    All live frames, and the images of each flow, keep the order in which they finished.
 
     Args:
-        turns: what the clients of ordinary images have had of the device.
+        turns: service that the clients of ordinary images have received from the device.
 
     Attributes:
-        live: frames of live streams.
+        live: queued frames of live streams.
     """
 
     def __init__(self, turns: Turns) -> None:
@@ -43,18 +43,18 @@ class DecoderQueue:
 
     @property
     def ordinary(self) -> int:
-        """How many ordinary images wait."""
+        """Number of ordinary images that wait."""
         return sum(map(len, self._ordinary.values()))
 
     def add(self, sequence: Sequence) -> None:
-        """Take in an image that finished."""
+        """Add an image that finished."""
         if sequence.live:
             self.live.append(sequence)
         else:
             self._ordinary.setdefault(sequence.flow, deque()).append(sequence)
 
     def drop(self, sequence: Sequence) -> bool:
-        """Forget an image; False if it does not wait here."""
+        """Remove an image; return False if it is not in this queue."""
         queue = self.live if sequence.live else self._ordinary.get(sequence.flow, deque())
         waits = sequence in queue
         if waits:
@@ -63,15 +63,15 @@ class DecoderQueue:
         return waits
 
     def take_live(self, most: int) -> list[Sequence]:
-        """The next frames of live streams, all of one lane."""
+        """Take the next frames of live streams, all of one lane."""
         return _of_one_lane(self.live, most)
 
     def take_ordinary(self, most: Callable[[Sequence], int]) -> list[Sequence]:
-        """The next ordinary images of the flow whose turn it is, all of one lane; none if none is.
+        """Take the next ordinary images of the flow whose turn it is, all of one lane; maybe none.
 
         Args:
-            most: how many may be taken of a flow, given the first of its images; 0 where it has to
-                wait for others.
+            most: function that returns how many images of a flow may be taken, given the first of
+                them; 0 if the flow must wait for others.
         """
         for flow in sorted(self._ordinary, key=self._turns.standing):
             queue = self._ordinary[flow]
@@ -82,10 +82,10 @@ class DecoderQueue:
         return []
 
     def live_turn(self) -> bool:
-        """Whether the next call of the decoder is to be for live frames, where it serves both.
+        """Whether the next decoder call is for live frames, on a device where both share its calls.
 
-        Live frames go first. While ordinary images wait, every turn after ``LIVE_TURNS`` of live
-        frames is theirs.
+        Live frames go first. While ordinary images wait, they have every turn after ``LIVE_TURNS``
+        turns of live frames.
         """
         if not self._ordinary:
             self._live_turns = 0

@@ -1,4 +1,4 @@
-"""The rows of a tick through the network, each with what it changes there."""
+"""The forward pass of a tick: the inputs of its rows, and the calls of the network."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ WEAK = WeakModel()
 
 
 def forward_rows(batches: Listed[Batch]) -> list[ForwardRows]:
-    """What the rows of the forward are given by their images' own settings, terms aside.
+    """Collect the inputs that rows get from their images' own settings, without those of terms.
 
     Args:
-        batches: all of one model; their rows follow each other in the forward.
+        batches: batches of one model; their rows follow each other in the forward pass.
     """
     predictions = [
         [
@@ -67,14 +67,17 @@ def forward(
     t: Listed[Tensor],
     watch: AbstractContextManager[object],
 ) -> list[Tensor]:
-    """What the network puts out for the rows, and its companion for those that are to be weak.
+    """Run the network on the rows, and its weaker companion on rows that ask for it.
 
     Args:
-        batches: the rows' images; several only of a model that mixes sizes.
-        rows: what they are given.
-        x: at the network's own scale, ``[rows, C, h, w]`` of each batch.
-        t: what it is told of the noise level, ``[rows]`` of each batch.
-        watch: is on while the network runs.
+        batches: images of the rows; more than one batch only for a model that mixes sizes.
+        rows: inputs of the rows of each batch.
+        x: noisy latents as scaled for the network, ``[rows, C, h, w]`` of each batch.
+        t: noise level as given to the network, ``[rows]`` of each batch.
+        watch: context that is entered while the network runs.
+
+    Returns:
+        The network's outputs, ``[rows, C, h, w]`` of each batch.
     """
     inputs = _inputs(batches, rows, t[0])
     with watch:
@@ -131,7 +134,10 @@ def _inputs(batches: Listed[Batch], rows: Listed[ForwardRows], t: Tensor) -> Row
 
 
 def _prompts(batches: Listed[Batch]) -> tuple[int, ...]:
-    """For each row, the row of its image's prompt: these come first, in the order of the images."""
+    """For each row, the index of the row of its image's prompt.
+
+    A batch's first rows are those of the prompts, in the order of its images.
+    """
     found: list[int] = []
     for batch in batches:
         before = len(found)
@@ -140,7 +146,7 @@ def _prompts(batches: Listed[Batch]) -> tuple[int, ...]:
 
 
 def _edits(rows: Listed[ForwardRows]) -> list[tuple[Edit, ...]]:
-    """Of all rows, whose references are counted among all of them."""
+    """Edits of all rows, with references renumbered from rows of a batch to rows of the pass."""
     edits: list[tuple[Edit, ...]] = []
     for part in rows:
         before = len(edits)

@@ -1,4 +1,4 @@
-"""Tensors on their way from the device to the CPU, while both go on working."""
+"""Asynchronous copies of tensors from the device to the CPU."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ if TYPE_CHECKING:
 
 
 class HostCopy:
-    """Copies of tensors on the CPU; on CUDA through pinned memory, without holding up the caller.
+    """Copies of tensors on the CPU; on CUDA through pinned memory, without blocking the caller.
 
     Args:
-        tensors: on one device; on CUDA what the current stream makes of them.
+        tensors: tensors on one device; on CUDA they are copied once the current stream has computed
+            them.
     """
 
     def __init__(self, *tensors: Tensor) -> None:
@@ -32,11 +33,11 @@ class HostCopy:
 
     @property
     def ready(self) -> bool:
-        """Whether fetching needs no waiting."""
+        """Whether ``fetch`` returns without waiting."""
         return self._event is None or self._event.query()
 
     def fetch(self) -> tuple[Tensor, ...]:
-        """The copies; waits for the device where they are not there yet."""
+        """Return the copies, after waiting for the device if they have not arrived."""
         if self._event is not None:
             self._event.synchronize()
         return self._copies

@@ -1,4 +1,4 @@
-"""Image prompts to what rows attend to: once a request, in batches over requests."""
+"""Encoding of image prompts for attention: once per request, batched over requests."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ __all__ = ["ImagePromptCache", "shown_to"]
 log = logging.getLogger(__name__)
 
 Key: TypeAlias = "tuple[Hashable, bytes]"
-"""The identity of an adapter, and the digest of a picture.
+"""Identity of an adapter, and the digest of a picture.
 
-Adapters are named by identity: holding them here would keep them in memory.
+A reference to the adapter itself would keep it in memory.
 """
 
 TOKENS_KEPT_BYTES = 64 * 2**20
-"""Of one model: 1,000 pictures of 16 tokens by a width of 2048 in half precision."""
+"""Bound for one model: 1,000 pictures of 16 tokens with a width of 2048 in half precision."""
 
 NOTHING = b""
-"""In place of the digest of a picture."""
+"""Key in place of a picture's digest, for the tokens that stand for no picture."""
 
 
 class ImagePromptCache:
-    """The tokens of one model's pictures, of which the least recently used go first.
+    """Cache of the tokens of one model's pictures, with least-recently-used eviction.
 
     Args:
-        model: whose U-Net attends to them.
-        fixed: encode at one batch size always, so that a picture's bits do not depend on the
-            pictures that came with it.
-        most_bytes: bound on all that is kept.
+        model: model whose U-Net attends to them.
+        fixed: whether to encode at a fixed batch size, so that a picture's bits do not depend on
+            the other pictures of its batch.
+        most_bytes: bound on the size of all cached tokens.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class ImagePromptCache:
         )
 
     def encode(self, members: Iterable[Sequence]) -> None:
-        """Leave what rows attend to of all pictures of some images with their submissions.
+        """Store what rows attend to, for all image prompts of some images, with their submissions.
 
         Raises:
             DeviceLost: the device no longer answers.
@@ -84,7 +84,7 @@ class ImagePromptCache:
     def _tokens(
         self, adapter: IPAdapter, attention: UNetImagePrompts, uses: Iterable[ImagePromptUse]
     ) -> dict[bytes, Tensor | Exception]:
-        """Tokens of pictures and of nothing, by digest, or the errors that are their own."""
+        """Tokens by digest, of pictures and of no picture, or the error of each that failed."""
         pictures = {
             digest: picture
             for use in uses
@@ -119,7 +119,7 @@ class ImagePromptCache:
         tokens: Mapping[bytes, Tensor | Exception],
         size: tuple[int, int],
     ) -> Shown | Exception:
-        """What rows of latents of a size attend to of one use."""
+        """What rows of latents of a given size attend to for one image prompt."""
         nothing = tokens[NOTHING]
         pictures: list[Tensor] = []
         for digest in use.digests:
@@ -145,10 +145,10 @@ class ImagePromptCache:
 
 
 def shown_to(sequence: Sequence) -> tuple[Shown, ...]:
-    """What rows of an image attend to of each of its image prompts, which were encoded.
+    """What rows of an image attend to for each of its image prompts, which must be encoded.
 
     Raises:
-        Exception: what encoding one of them ended in.
+        Exception: the error that encoding one of them ended in.
     """
     return tuple(
         _without_error(sequence.submission.shown[id(use)]) for use in sequence.task.image_prompts

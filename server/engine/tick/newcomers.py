@@ -1,4 +1,4 @@
-"""From a task to a state in the pool: prompts and pictures encoded, start latents made."""
+"""Admission: turns a task into a state in the pool, with its encodings and start latents."""
 
 from __future__ import annotations
 
@@ -35,27 +35,28 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Prompts: TypeAlias = "tuple[str | None, ...]"
-"""All that must be encoded for an image; None is the model's unconditional."""
+"""All texts that must be encoded for an image; None is the model's unconditional input."""
 
 Likeness: TypeAlias = "tuple[str, int, int, tuple[Weighted, ...], TextOptions]"
-"""Model, width, height, adapters and options: images that agree in them are encoded together."""
+"""Model, width, height, adapters and options: images for which all are equal share encoder
+calls."""
 
 
 class Start(NamedTuple):
-    """The first x of a run ``[C, h, w]``, and the latents of what it starts from."""
+    """The initial x of a run, ``[C, h, w]``, and the latents of the picture it starts from."""
 
     x: Tensor
     latents: Tensor | None = None
 
 
 class Admission:
-    """Gives newcomers their lane, conditioning and first state.
+    """Gives newcomers their lane, their conditioning and their first state.
 
     Args:
         models: hosted models by name.
-        lane_of: the lane of a task with such conditioning that needs so many rows of a forward at
-            once, made when it is the first.
-        deterministic: encode prompts and pictures at fixed batch sizes.
+        lane_of: function that returns the lane for a task, its conditioning and the number of rows
+            that it needs at once in a forward pass; makes the lane if there is none.
+        deterministic: whether to encode prompts and pictures at fixed batch sizes.
     """
 
     def __init__(
@@ -75,18 +76,18 @@ class Admission:
             self.add(name, model)
 
     def add(self, name: str, model: HostedModel) -> None:
-        """Take in images of a model from now on."""
+        """Accept images of a model from now on."""
         self._prompts[name] = PromptCache(model, fixed=self._deterministic)
         self._image_prompts[name] = ImagePromptCache(model, fixed=self._deterministic)
-        # Kept as long as the pictures themselves, which a stream lets go of with its settings.
+        # Entries live as long as the pictures, which a stream releases together with its settings.
         self._references[name] = WeakTensorKeyDictionary()
 
     def forget(self, name: str) -> None:
-        """Let go of a model and of its encoded prompts; none of its images may come."""
+        """Release a model and its encoded prompts; none of its images may follow."""
         del self._prompts[name], self._image_prompts[name], self._references[name]
 
     def admit(self, newcomers: list[Sequence]) -> Iterator[tuple[Sequence, Exception]]:
-        """Make the newcomers ready to run; yields those that cannot be, with the reason."""
+        """Make the newcomers ready to run; yield those that fail, with the error."""
         alike: dict[Likeness, dict[Sequence, Prompts]] = {}
         for sequence in newcomers:
             task = sequence.task
@@ -138,7 +139,7 @@ class Admission:
     def _beside_pictures(
         self, sequence: Sequence, texts: Mapping[Told, Conditioning]
     ) -> dict[Told, Conditioning]:
-        """All that an image may be told, in equal lengths, beside the pictures it refers to."""
+        """All conditioning of an image, in equal lengths, combined with its reference images."""
         model, task = self._models[sequence.task.model], sequence.task
         levelled = model.levelled(texts)
         if not task.references:
@@ -161,7 +162,7 @@ def _start(sequence: Sequence, lane: Lane) -> Start:
     task, plan = sequence.task, sequence.task.plan
     inner = None if task.noise_size is None else lane.model.latent_shape(*task.noise_size)
     noise = varied_noise(task.seed, lane.shape, task.variation, inner).to(lane.model.device)
-    # Made anew each time, as an attempt to start may be repeated.
+    # Made again on each call, since a failed start may be retried.
     sequence.term_states = [
         term.begin(None if term.picture is None else latents_of(sequence, term.picture), noise)
         for term in task.terms
@@ -186,19 +187,19 @@ def _start(sequence: Sequence, lane: Lane) -> Start:
 
 
 def _repainted(task: ImageTask, latents: Tensor, repaint: Tensor) -> Tensor:
-    """The latents that a run starts from, with what is asked for where they are repainted."""
+    """The latents that a run starts from, with the repainted area filled as requested."""
     match task.repainted_from:
         case "image":
             return latents
         case "noise":
-            # As AUTOMATIC1111's, that of the seed, whatever else the start noise is made of.
+            # As in AUTOMATIC1111, the noise of the seed alone, without variations or another size.
             return torch.lerp(latents, start_noise(task.seed, latents.shape).to(latents), repaint)
         case "nothing":
             return latents * (1 - repaint)
 
 
 def _channels(sequence: Sequence, lane: Lane) -> Tensor | None:
-    """What the network reads behind the latent, made once for all images of a request."""
+    """Extra input channels behind the latent, made once for all images of a request."""
     task, made = sequence.task, sequence.submission.channels
     key = id(task.mask), task.width, task.height
     if key not in made:
@@ -207,7 +208,7 @@ def _channels(sequence: Sequence, lane: Lane) -> Tensor | None:
 
 
 def _hints(sequence: Sequence, lane: Lane) -> tuple[Tensor, ...]:
-    """What ControlNets read of their pictures, made once for all images of a request."""
+    """ControlNet hints made from their pictures, once for all images of a request."""
     uses, kind, made = sequence.task.controls, lane.model.control_kind, sequence.submission.hints
     if kind is None:
         return ()
@@ -218,6 +219,6 @@ def _hints(sequence: Sequence, lane: Lane) -> tuple[Tensor, ...]:
 
 
 def _latent_mask(mask: Tensor, lane: Lane) -> Tensor:
-    """``[1, h, w]``; a cell is repainted as soon as any of its pixels is."""
+    """Mask at latent size, ``[1, h, w]``; a cell is repainted if any of its pixels is."""
     cells = F.adaptive_max_pool2d(mask[None, None].to(lane.model.device), lane.shape[1:])
     return cells[0]

@@ -1,4 +1,4 @@
-"""Uploaded pictures to latents: once a request, in batches over requests."""
+"""Encoding of uploaded pictures to latents: once per request, batched over requests."""
 
 from __future__ import annotations
 
@@ -21,33 +21,35 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ENCODED_AT_ONCE = 4
-"""Pictures in one call of the encoder, and always so many in deterministic mode."""
+"""Maximum number of pictures in one encoder call; the fixed number in deterministic mode."""
 
 
 PIXELS_A_TICK = 1024 * 1024
-"""Most pixels of ordinary images' pictures that are encoded before a tick, or one picture."""
+"""Maximum number of pixels of ordinary images' pictures encoded before a tick; one picture may
+have more."""
 
 LEAST_PIXELS = 64 * 64
-"""Pixels whose encoding costs about as much as that of a prompt."""
+"""Number of pixels whose encoding costs about as much as that of a prompt."""
 
 
 class PicturesOfATick:
-    """The pictures that are encoded before one tick, which waits for it."""
+    """The pictures to encode before one tick; the tick waits for them."""
 
     def __init__(self) -> None:
         self._pixels: dict[tuple[int, int], int] = {}
         self._by_image: dict[Sequence, int] = {}
 
     def take(self, sequence: Sequence, *, due: bool) -> bool:
-        """Whether there is room for the pictures of an ordinary image; if so, they have it.
+        """Reserve room for the pictures of an ordinary image; return whether there was room.
 
         Args:
-            sequence: that would be taken in before this tick.
-            due: whether it is its turn; if not, what has no picture to encode has room.
+            sequence: image that would be admitted before this tick.
+            due: whether it is its flow's turn; if not, there is room only if it has no picture to
+                encode.
         """
         request = sequence.submission
         pictures = [one for one in _pictures(sequence) if id(one) not in request.latents]
-        # ControlNets and IP-Adapters read theirs in another way, which takes about as long.
+        # ControlNets and IP-Adapters encode theirs differently, which takes about as long.
         steering = [use.picture for use in sequence.task.controls if id(use) not in request.hints]
         prompts = sequence.task.image_prompts
         shown = [use.pictures for use in prompts if id(use) not in request.shown]
@@ -65,7 +67,7 @@ class PicturesOfATick:
         return True
 
     def parts(self, sequences: Iterable[Sequence]) -> dict[Sequence, float]:
-        """What each of some images has of the work of taking them in, in pixels."""
+        """Share of each image in the work of admitting them, in pixels."""
         return {one: max(LEAST_PIXELS, self._by_image.get(one, 0)) for one in sequences}
 
 
@@ -76,18 +78,18 @@ def encode_pictures(
     *,
     fixed: bool,
 ) -> None:
-    """Leave the latents of all pictures of some images with their submissions.
+    """Store the latents of all pictures of some images with their submissions.
 
-    The images of a submission share a picture, and the first of them to come has it encoded. So do
-    the frames of a live stream with the pictures of its settings.
+    The images of a submission share a picture, which is encoded for the first of them. The frames
+    of a live stream share the reference images of its settings in the same way.
 
     Args:
-        model: of all the images.
+        model: model of all the images.
         members: images that start now.
-        kept: latents of pictures of this model that were encoded before, to which those of
-            reference images are added.
-        fixed: encode at one batch size always, so that a picture's bits do not depend on the
-            pictures that came with it.
+        kept: latents of reference images of this model that were encoded before, by picture; new
+            ones are added.
+        fixed: whether to encode at a fixed batch size, so that a picture's bits do not depend on
+            the other pictures of its batch.
 
     Raises:
         DeviceLost: the device no longer answers.
@@ -120,14 +122,14 @@ def encoded(
     *,
     fixed: bool,
 ) -> Iterator[Tensor | Exception]:
-    """What an encoder makes of each picture, or the error that is its own.
+    """Encode pictures in batches; yield the result of each, or its own error.
 
     Args:
-        pictures: of one size.
-        encode: takes some of them, stacked and on the device.
-        device: where the encoder is.
-        fixed: encode at one batch size always, so that a picture's bits do not depend on the
-            pictures that came with it.
+        pictures: pictures of one size.
+        encode: function that encodes a stack of pictures on the device.
+        device: device of the encoder.
+        fixed: whether to encode at a fixed batch size, so that a picture's bits do not depend on
+            the other pictures of its batch.
 
     Raises:
         DeviceLost: the device no longer answers.
@@ -141,7 +143,7 @@ def latents_of(sequence: Sequence, picture: Tensor) -> Tensor:
     """Latents ``[C, h, w]`` of a picture that was encoded.
 
     Raises:
-        Exception: what encoding it ended in.
+        Exception: the error that encoding it ended in.
     """
     found = sequence.submission.latents[id(picture)]
     if isinstance(found, Exception):
@@ -162,14 +164,14 @@ def _encoded(
     *,
     fixed: bool,
 ) -> Iterator[Tensor | Exception]:
-    """Encode some, and halve them on an error until it is one picture's."""
+    """Encode a batch; on an error split it in halves, until the error is one picture's."""
     rows = ENCODED_AT_ONCE if fixed else None
     made = attempt(
         lambda: encode(padded(torch.stack(pictures).to(device), rows)),
         device,
     )
     if not isinstance(made, Exception):
-        # Copies: a view would hold all that were encoded with it.
+        # Copies: a view would keep the whole batch alive.
         yield from (one.clone() for one in made[: len(pictures)])
         return
     if is_out_of_memory(made):

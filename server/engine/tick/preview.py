@@ -1,4 +1,4 @@
-"""Small pictures of images under way, straight from the latents."""
+"""Small previews of images under way, computed directly from their latents."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ if TYPE_CHECKING:
 SAMPLES = 16
 PATCHES = 2
 CELLS = 16
-"""Pictures to fit on, patches of colour and latent cells along their sides."""
+"""Number of pictures to fit on, and of colour patches and latent cells along their sides."""
 
 MOST_MULTIPLIED = 32
-"""Channels of a latent whose products are features."""
+"""Largest number of latent channels for which products of channels are features."""
 
 RIDGE = 1e-8
-"""Penalty of the fit, as a share of the mean square of its features."""
+"""Ridge penalty of the fit, relative to the mean square of its features."""
 
 ENLARGED = 4
 """Preview pixels along one side of a latent cell."""
 
 EDGE = 2
-"""Cells along each side that show their inner neighbours' colours: what an autoencoder says at the
-edge of a picture, which it pads with zeros, is not what it says of these colours elsewhere."""
+"""Cells along each side that take their inner neighbours' colours. An autoencoder pads pictures
+with
+zeros, so its latents at the edge do not stand for the same colours as elsewhere."""
 
 
 def fit_preview(model: HostedModel) -> Tensor:
-    """The map from the features of a latent cell to its mean colour, ``[features, 3]``.
+    """Fit the map from the features of a latent cell to its mean colour, ``[features, 3]``.
 
-    Fitted by least squares on pictures of random patches of colour that the model's own
-    autoencoder encodes, so it suits any autoencoder without a table of factors.
+    It is fitted by least squares on pictures of random colour patches, encoded by the model's own
+    autoencoder, so it works for any autoencoder without a table of factors.
     """
     generator = torch.Generator().manual_seed(0)
     side = max(model.facts.size_multiple, CELLS * model.facts.latent_scale)
@@ -47,7 +48,7 @@ def fit_preview(model: HostedModel) -> Tensor:
 
 
 def previews(denoised: Tensor, colours: Tensor) -> Tensor:
-    """uint8 ``[images, 4 h, 4 w, 3]`` of denoised predictions ``[images, C, h, w]``."""
+    """Previews of denoised predictions ``[images, C, h, w]``, uint8 ``[images, 4 h, 4 w, 3]``."""
     flat = _features(_beyond_edge(denoised).movedim(1, -1)) @ colours
     pictures = F.interpolate(flat.movedim(-1, 1), scale_factor=ENLARGED, mode="bilinear")
     return to_uint8(pictures)
@@ -59,28 +60,28 @@ def _inner(cells: Tensor) -> Tensor:
 
 
 def _beyond_edge(cells: Tensor) -> Tensor:
-    """Cells ``[n, C, h, w]`` where those at the edge are their inner neighbours."""
+    """Cells ``[n, C, h, w]`` with those at the edge replaced by their inner neighbours."""
     rows, columns = (_clear_of_edge(side).to(cells.device) for side in cells.shape[-2:])
     return cells.index_select(-2, rows).index_select(-1, columns)
 
 
 def _clear_of_edge(side: int) -> Tensor:
-    """The places along a side, each no nearer to its ends than ``EDGE``, if it is long enough."""
+    """Indices along a side, each at least ``EDGE`` from its ends if the side is long enough."""
     return torch.arange(side).clamp(min(EDGE, side // 2), max(side - 1 - EDGE, side // 2))
 
 
 def _ridge(features: Tensor, colours: Tensor) -> Tensor:
-    """Least squares that neither features of many channels nor flat patches make ambiguous."""
+    """Ridge regression, which stays well-posed for many channels and for flat patches."""
     products = features.mT @ features
     products.diagonal().add_(RIDGE * products.diagonal().mean())
     return torch.linalg.solve(products, features.mT @ colours)
 
 
 def _features(cells: Tensor) -> Tensor:
-    """``[..., C]`` to ``[..., C + C (C + 1) / 2 + 1]``: the channels, their products, and 1.
+    """Map ``[..., C]`` to ``[..., C + C (C + 1) / 2 + 1]``: the channels, their products, and 1.
 
-    The products matter: on the embedded model channels alone leave white a light green. Beyond
-    ``MOST_MULTIPLIED`` channels there would be more of them than cells to fit them on.
+    The products matter: on the embedded model, channels alone render white as a light green. With
+    more than ``MOST_MULTIPLIED`` channels there would be more products than cells to fit them on.
     """
     if cells.shape[-1] > MOST_MULTIPLIED:
         return torch.cat([cells, torch.ones_like(cells[..., :1])], -1)
@@ -90,6 +91,6 @@ def _features(cells: Tensor) -> Tensor:
 
 
 def to_uint8(pictures: Tensor) -> Tensor:
-    """uint8 ``[rows, H, W, 3]`` of pictures ``[rows, 3, H, W]`` in [-1, 1]."""
+    """Convert pictures ``[rows, 3, H, W]`` in [-1, 1] to uint8 ``[rows, H, W, 3]``."""
     scaled = ((pictures / 2 + 0.5).clamp(0, 1) * 255).round()
     return scaled.to(torch.uint8).permute(0, 2, 3, 1)

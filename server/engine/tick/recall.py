@@ -1,10 +1,11 @@
-"""Stages that a step cache stands in for: what the network predicted is kept, and recalled.
+"""Stages for which a step cache replaces the network: its last outputs are kept and recalled.
 
-Whether an image recalls its next stage is decided at the end of this one, from the x that the step
-has led to, and is known with the tick's one wait for the device. Images that recall take no row of
-a forward: they go on in the same tick, until they need the network again or the tick takes long.
+Whether an image recalls its next stage is decided at the end of the current one, from the x that
+the step has led to. The host learns the decision with the tick's one wait for the device. Images
+that recall take no row of a forward pass. They continue in the same tick, until they need the
+network again or the tick has taken too long.
 
-Caches are shown every network as one that predicts the velocity, as those are for which they were
+Caches see every network as one that predicts the velocity, as do the networks for which they were
 published; see :class:`guidance.step_cache.Evaluation`.
 """
 
@@ -30,7 +31,7 @@ __all__ = ["Foresight", "foresee", "keep", "recall"]
 
 
 class NewNumbers(NamedTuple):
-    """Numbers ``[positions, n]`` that the caches of some images count on."""
+    """New accumulated numbers ``[positions, n]`` of the caches of some images."""
 
     positions: list[int]
     numbers: Tensor
@@ -38,13 +39,13 @@ class NewNumbers(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Foresight:
-    """What the step caches of a tick saw and decided.
+    """What the step caches of a tick have seen and decided.
 
     Attributes:
-        recalls: which images recall their next stage if they may, bool ``[images]``; None where
-            no image has a cache.
-        numbers: of the images that have a cache.
-        rows: all rows of the batch, as caches see them; None where no image has a cache.
+        recalls: whether each image recalls its next stage if it may, bool ``[images]``; None if no
+            image has a cache.
+        numbers: new numbers of the images that have a cache.
+        rows: all rows of the batch, as caches see them; None if no image has a cache.
     """
 
     recalls: Tensor | None
@@ -53,12 +54,12 @@ class Foresight:
 
 
 class AsVelocity(NamedTuple):
-    """Factors of each row of a batch, ``[rows, 1, 1, 1]``.
+    """Factors that turn each row into one of a velocity network, ``[rows, 1, 1, 1]``.
 
     Attributes:
-        scale: of x, for the input of a network that predicts the velocity.
-        skip: of x in the prediction.
-        out: of the velocity in the prediction, not 0.
+        scale: factor of x in the input of a network that predicts the velocity.
+        skip: factor of x in the prediction.
+        out: factor of the velocity in the prediction, never 0.
     """
 
     scale: Tensor
@@ -66,12 +67,12 @@ class AsVelocity(NamedTuple):
     out: Tensor
 
     def seen(self, stage: Evaluated) -> Evaluation:
-        """The predictions, as inputs and outputs of such a network."""
+        """The predictions, expressed as inputs and outputs of such a network."""
         return Evaluation(self.scale * stage.x, (stage.denoised - self.skip * stage.x) / self.out)
 
 
 def recall(batch: Batch) -> Evaluated:
-    """The predictions of images that all recall this stage, in the place of a forward."""
+    """Predict without a forward pass, for images that all recall this stage."""
     lane, memory = batch.lane, batch.lane.pool.cache_memory
     first = [batch.sequences[i].slot * memory.shape[1] for i in batch.owners]
     outputs = [row + FIRST_OUTPUT + n for row, n in zip(first, batch.numbers, strict=True)]
@@ -85,10 +86,10 @@ def recall(batch: Batch) -> Evaluated:
 
 
 def foresee(batch: Batch, stage: Evaluated, state: Tensor) -> Foresight:
-    """Let the step caches decide about their images' next stages.
+    """Let the step caches decide about the next stages of their images.
 
     Args:
-        batch: the images.
+        batch: images of one lane.
         stage: their predictions at this stage, evaluated or recalled.
         state: their states after it, ``[images, K, C, h, w]``.
     """
@@ -109,7 +110,7 @@ def foresee(batch: Batch, stage: Evaluated, state: Tensor) -> Foresight:
 
 
 def keep(batch: Batch, foresight: Foresight) -> None:
-    """Remember the stage; to be called when all else has succeeded."""
+    """Store what caches keep of the stage; called only once all else has succeeded."""
     for new in foresight.numbers:
         for i, numbers in zip(new.positions, new.numbers.unbind(), strict=True):
             batch.sequences[i].recollection.numbers = numbers
@@ -137,7 +138,7 @@ def keep(batch: Batch, foresight: Foresight) -> None:
 def _decided(
     batch: Batch, kind: type[StepCache], members: list[int], rows: Evaluation, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What the caches of one class say of their images, bool ``[members]``, and their numbers."""
+    """Decisions of the caches of one class, bool ``[members]``, and their new numbers."""
     sequences, where = [batch.sequences[i] for i in members], batch.lane.indices(members)
     slots = batch.lane.indices([sequence.slot for sequence in sequences])
     memory = batch.lane.pool.cache_memory[:, : FIRST_OUTPUT + 1].index_select(0, slots)
@@ -163,13 +164,13 @@ def _as_velocity(batch: Batch) -> AsVelocity:
 
 
 def _scale_ahead(batch: Batch, i: int) -> float:
-    """Of x at the next stage; after the last one any number will do."""
+    """Factor of x at the next stage; after the last one any number will do."""
     scalars = batch.plans[i].as_velocity
     return scalars[min(batch.sequences[i].stage + 1, len(scalars) - 1)][0]
 
 
 def _factors(batch: Batch, values: list[float] | list[tuple[float, float, float]]) -> Tensor:
-    """Numbers on the device as float32 ``[..., 1, 1, 1]``, sent without waiting for it."""
+    """Numbers on the device as float32 ``[..., 1, 1, 1]``, copied without blocking."""
     numbers = torch.tensor(values, dtype=torch.float32)
     return numbers.view(*numbers.shape, 1, 1, 1).to(batch.lane.model.device, non_blocking=True)
 

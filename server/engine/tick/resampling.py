@@ -1,4 +1,4 @@
-"""Images of a group that give way to others after a step, as their terms say."""
+"""Resampling within groups: images that take over the states of others after a step."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Resampling:
-    """Which images of a tick go on from which.
+    """Which image's state each image of a tick continues from.
 
     Attributes:
-        origins: of every image, the position of the image whose state it takes over; mostly its
+        origins: for every image, the position of the image whose state it takes over; mostly its
             own.
         effective: effective number of images in the group, by position.
     """
@@ -30,13 +30,13 @@ class Resampling:
     effective: dict[int, float]
 
     def taken_over(self, rows: Tensor) -> Tensor:
-        """What each image has of ``[images, ...]`` afterwards."""
+        """Rows of ``[images, ...]`` after resampling."""
         if self.origins == list(range(len(self.origins))):
             return rows
         return rows.index_select(0, torch.tensor(self.origins).to(rows.device))
 
     def note(self, sequences: Listed[Sequence]) -> None:
-        """Tell the images what became of them."""
+        """Record in the images what they descend from."""
         lines = [sequences[origin].ancestor for origin in self.origins]
         for sequence, ancestor in zip(sequences, lines, strict=True):
             sequence.ancestor = ancestor
@@ -45,11 +45,11 @@ class Resampling:
 
 
 def resample(batch: Batch, predictions: Tensor, sound: Listed[bool]) -> Resampling | None:
-    """Let the terms that resample say which images go on from which.
+    """Let the terms that resample choose which images continue from which.
 
     Args:
-        batch: the images.
-        predictions: of all rows of the forward, ``[rows, C, h, w]``.
+        batch: images of one lane.
+        predictions: predictions of all rows of the forward pass, ``[rows, C, h, w]``.
         sound: whether each image's guided prediction is finite.
 
     Returns:

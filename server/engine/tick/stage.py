@@ -1,4 +1,4 @@
-"""One stage of the images of a tick: evaluate, guide, advance, and only then write."""
+"""One stage of the images of a tick: evaluate, guide, advance, and write only at the end."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ __all__ = ["Outcome", "Stage", "run_stage"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Outcome:
-    """What a stage leaves of its images of one lane.
+    """Result of a stage for the images of one lane.
 
     Attributes:
-        batch: the images and their rows of the forward.
+        batch: the images and their rows of the forward pass.
         sound: whether each image's prediction is finite.
         settled: whether each image's guidance ends here.
-        recalls: whether each image is to recall its next stage, if it may.
-        denoised: the guided predictions ``[images, C, h, w]``.
+        recalls: whether each image recalls its next stage, if it may.
+        denoised: guided predictions, ``[images, C, h, w]``.
     """
 
     batch: Batch
@@ -49,7 +49,7 @@ class Outcome:
     denoised: Tensor
 
     def broken(self, image: int) -> RowFailed:
-        """What the client of an image is told that is not sound."""
+        """The error that the client of an image with a non-finite prediction gets."""
         sequence = self.batch.sequences[image]
         plan = sequence.task.plan
         return RowFailed(
@@ -63,9 +63,9 @@ class Stage:
     """A stage that has run.
 
     Attributes:
-        outcomes: of each lane.
-        denoise_s: seconds of the forward.
-        seconds: in all.
+        outcomes: outcome of each lane.
+        denoise_s: seconds of the forward pass.
+        seconds: seconds of the whole stage.
     """
 
     outcomes: list[Outcome]
@@ -79,12 +79,12 @@ class Stage:
 
 
 def run_stage(chosen: list[Sequence], meanwhile: Callable[[], None] = lambda: None) -> Stage:
-    """Evaluate, guide and advance; nothing is written unless all of it succeeds.
+    """Evaluate, guide and advance; write nothing unless all of it succeeds.
 
     Args:
-        chosen: images of lanes that share a forward, those of a group side by side; all recall the
-            stage, or none.
-        meanwhile: called while the device works, before it is waited for.
+        chosen: images of lanes that share a forward pass, those of a group side by side; either all
+            of them recall the stage, or none.
+        meanwhile: function that is called while the device works, before the host waits for it.
     """
     began = perf_counter()
     batches = [weave.pack(lane, own) for lane, own in _by_lane(chosen).items()]
@@ -93,7 +93,7 @@ def run_stage(chosen: list[Sequence], meanwhile: Callable[[], None] = lambda: No
         with watch:
             evaluated = [recall.recall(batch) for batch in batches]
     else:
-        # A GPU has nothing to do while the rows are put together, which is no time of the network.
+        # A GPU is idle while the rows are assembled, which must not count as time of the network.
         evaluated = weave.evaluate(batches, watch)
     steps = [_step(*both) for both in zip(batches, evaluated, strict=True)]
     meanwhile()
@@ -108,7 +108,7 @@ def run_stage(chosen: list[Sequence], meanwhile: Callable[[], None] = lambda: No
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Step:
-    """A step of the images of one lane that is not written yet."""
+    """A step of the images of one lane that is not written back yet."""
 
     batch: Batch
     evaluated: Evaluated
@@ -118,7 +118,7 @@ class _Step:
 
 
 class _Told(NamedTuple):
-    """What the host learns of the images of one lane."""
+    """Values about the images of one lane that the host reads from the device."""
 
     sound: list[bool]
     settled: list[bool]
@@ -148,7 +148,7 @@ def _told(steps: list[_Step]) -> list[_Told]:
             step.foresight.recalls,
         )
     ]
-    # The tick's one wait for the device.
+    # The tick's only wait for the device.
     numbers = iter(torch.cat([part for part in parts if part is not None]).tolist())
     told: list[_Told] = []
     for step in steps:
@@ -164,7 +164,7 @@ def _told(steps: list[_Step]) -> list[_Told]:
 
 
 def _written(step: _Step, told: _Told, resampling: Resampling | None) -> Outcome:
-    """The outcome, with new states in the pool of images that may have given way to others."""
+    """Write the new states to the pool, after any resampling, and return the outcome."""
     batch, state, denoised, sound = step.batch, step.state, step.guidance.denoised, told.sound
     if resampling is not None:
         state, denoised = resampling.taken_over(state), resampling.taken_over(denoised)

@@ -1,4 +1,4 @@
-"""Time that the device spends in a block of code."""
+"""Measurement of the time that a block of code takes on the device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Stopwatch:
-    """Wall time on a CPU, event time on CUDA, where work is queued and the wall tells nothing."""
+    """Wall time on a CPU, event time on CUDA, where wall time measures only the launches."""
 
     def __init__(self, device: torch.device) -> None:
         self._events = (
@@ -40,7 +40,7 @@ class Stopwatch:
             self._events[1].record()
 
     def seconds(self) -> float:
-        """Of the block; on CUDA only after a later wait for the device."""
+        """Seconds of the block; on CUDA valid only after a later wait for the device."""
         if self._events:
             return self._events[0].elapsed_time(self._events[1]) / 1000
         return self._ended - self._began

@@ -1,4 +1,4 @@
-"""The result of an image that is not decoded: its clean latents."""
+"""The result of an image that is returned as clean latents instead of pixels."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ __all__ = ["undecoded"]
 
 
 def undecoded(sequence: Sequence) -> ImageResult:
-    """The result of an image whose slot 0 is its clean latents; waits for the device."""
+    """Make the result of an image whose slot 0 is its clean latents; waits for the device."""
     latents = sequence.lane.pool.columns[sequence.slot, 0].to("cpu", copy=True)
     return sequence.result(np.empty((0, 0, 3), dtype=np.uint8), latents)

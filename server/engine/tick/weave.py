@@ -1,4 +1,8 @@
-"""One tick's rows: packed, evaluated in one forward, guided, advanced, written back."""
+"""Weaving of a tick's rows: pack, evaluate in one forward pass, guide, advance, write back.
+
+The rows of a batch are the predictions that its images need at their current stages: first one
+of each image's prompt, in the order of the images, then the others.
+"""
 
 from __future__ import annotations
 
@@ -44,8 +48,8 @@ class Evaluated(NamedTuple):
     """The predictions of all rows of a batch, each ``[rows, C, h, w]``.
 
     Attributes:
-        x: where they were made.
-        denoised: the predictions.
+        x: noisy latents at which they were made.
+        denoised: denoised predictions.
     """
 
     x: Tensor
@@ -53,13 +57,13 @@ class Evaluated(NamedTuple):
 
 
 class Scales(NamedTuple):
-    """Scalars of the stage of each row of a batch, float32 ``[rows]``.
+    """Scalars at the current stage of each row of a batch, float32 ``[rows]``.
 
     Attributes:
-        t: what the network is told of the noise.
-        scale_in: of its input.
-        skip: of x in the prediction.
-        out: of its output there.
+        t: noise level as given to the network.
+        scale_in: factor of x in the network's input.
+        skip: factor of x in the prediction.
+        out: factor of the network's output in the prediction.
     """
 
     t: Tensor
@@ -72,20 +76,20 @@ class Scales(NamedTuple):
         return _as_factor(self.scale_in, x) * x
 
     def denoised(self, x: Tensor, raw: Tensor) -> Tensor:
-        """The predictions at x that come of the network's output, ``[rows, C, h, w]``."""
+        """Denoised predictions at x from the network's raw output, ``[rows, C, h, w]``."""
         return _as_factor(self.skip, x) * x + _as_factor(self.out, x) * raw
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GuidedImages:
-    """Guided predictions ``[images, C, h, w]``, and what the guidance leaves behind.
+    """Guided predictions ``[images, C, h, w]``, and the new state of the guidance.
 
     Attributes:
-        denoised: to step with.
-        x: to step from; None where no rule has moved it.
-        rule_memory: of the images whose rule keeps any.
-        policy_memory: of the images whose policy keeps any.
-        settled: which images end their guidance here, bool ``[images]``; None where none may.
+        denoised: guided predictions to step with.
+        x: latents to step from; None if no rule has moved them.
+        rule_memory: new memory of images whose rule keeps any.
+        policy_memory: new memory of images whose policy keeps any.
+        settled: whether each image's guidance ends here, bool ``[images]``; None if none can.
     """
 
     denoised: Tensor
@@ -96,7 +100,7 @@ class GuidedImages:
 
 
 def pack(lane: Lane, sequences: list[Sequence]) -> Batch:
-    """Gather the states of the chosen images, and lay out the rows of their forward."""
+    """Gather the states of the chosen images, and lay out the rows of their forward pass."""
     owners = list(range(len(sequences)))
     numbers = [0] * len(sequences)
     firsts: list[int] = []
@@ -127,7 +131,7 @@ def pack(lane: Lane, sequences: list[Sequence]) -> Batch:
 
 
 def _compiled(lane: Lane, sequence: Sequence) -> CompiledPlan:
-    """The image's plan, which is looked up again only where the pool's states have deepened."""
+    """The image's compiled plan, looked up again only if the pool's states have grown deeper."""
     made = sequence.compiled
     if made is None or made.slots != lane.pool.slots:
         made = sequence.compiled = lane.compiled(sequence.task.plan)
@@ -137,11 +141,11 @@ def _compiled(lane: Lane, sequence: Sequence) -> CompiledPlan:
 def evaluate(
     batches: Listed[Batch], watch: AbstractContextManager[object] | None = None
 ) -> list[Evaluated]:
-    """One forward for all rows; one more where rows ask for the weaker companion.
+    """Run one forward pass for all rows, and another for rows that ask for the weaker companion.
 
     Args:
-        batches: one of each size, of a model that mixes sizes where there are several.
-        watch: is on while the network runs.
+        batches: one batch per size; more than one only for a model that mixes sizes.
+        watch: context that is entered while the network runs.
     """
     parts = forward_rows(batches)
     for batch, rows in zip(batches, parts, strict=True):
@@ -160,7 +164,7 @@ def evaluate(
 
 
 def scales_of(batch: Batch) -> Scales:
-    """What stands between the rows of a batch and the network."""
+    """Scalars that relate the rows of a batch to inputs and outputs of the network."""
     scalars = _columns_of(
         batch,
         batch.owners,
@@ -170,11 +174,11 @@ def scales_of(batch: Batch) -> Scales:
 
 
 def guide(batch: Batch, predictions: Tensor) -> GuidedImages:
-    """Combine the predictions, each rule once for all of its rows.
+    """Combine the predictions, calling each rule once for all of its rows.
 
     Args:
-        batch: the images.
-        predictions: of all rows of the forward, ``[rows, C, h, w]``.
+        batch: images of one lane.
+        predictions: denoised predictions of all rows of the forward pass, ``[rows, C, h, w]``.
     """
     denoised, x = predictions[: len(batch.sequences)], None
     predictions, others, policy_memory = _filled(batch, predictions)
@@ -201,9 +205,9 @@ def guide(batch: Batch, predictions: Tensor) -> GuidedImages:
 
 
 def step(batch: Batch, guidance: GuidedImages) -> Tensor:
-    """Advance every image by its stage: one batched operation a shape of tables.
+    """Advance every image by its stage, in one batched operation per shape of tables.
 
-    Scalar, per channel and elementwise are those there are.
+    Tables have three shapes: scalar, per channel, and elementwise.
 
     Returns:
         New states ``[images, K, C, h, w]``.
@@ -232,7 +236,7 @@ def step(batch: Batch, guidance: GuidedImages) -> Tensor:
 
 
 def write_back(batch: Batch, state: Tensor, guidance: GuidedImages) -> None:
-    """Put the new states and memories in the pool: the only write, when all else has succeeded."""
+    """Write new states and memories to the pool: the only write, after all else has succeeded."""
     pool = batch.lane.pool
     rows = _slots(batch, range(len(batch.sequences)))
     pool.columns[:, : pool.slots].index_copy_(0, rows, state)
@@ -249,7 +253,7 @@ def write_back(batch: Batch, state: Tensor, guidance: GuidedImages) -> None:
 
 
 def _apply(batch: Batch, stacked: StackedTerms, predictions: Tensor, denoised: Tensor) -> Tensor:
-    """The guided predictions ``[images, C, h, w]`` with terms of one class in them."""
+    """Apply the terms of one class to the guided predictions ``[images, C, h, w]``."""
     seen = batch.seen_by(stacked, padded=True)
     guided = denoised.index_select(0, batch.lane.indices(seen.positions))
     predicted = batch.predicted_for(stacked, predictions)
@@ -261,7 +265,7 @@ def _apply(batch: Batch, stacked: StackedTerms, predictions: Tensor, denoised: T
 def _filled(
     batch: Batch, predictions: Tensor
 ) -> tuple[Tensor, Mapping[int, list[int]], list[NewMemory]]:
-    """Predictions with those that policies fill in behind them, and each image's rows in order."""
+    """Append the predictions that policies fill in; also return each image's rows in order."""
     estimating = [
         i
         for i, sequence in enumerate(batch.sequences)
@@ -276,7 +280,7 @@ def _filled(
         sequences = [batch.sequences[i] for i in members]
         policy, guidance = sequences[0].task.policy, sequences[0].guidance
         branches, slots = guidance.branches, guidance.policy_slots
-        # Where nothing was evaluated the prompt's own prediction stands in, which is finite.
+        # If nothing was evaluated, the prompt's own prediction is a placeholder, which is finite.
         known = {i: others.get(i, [i] * branches) for i in members}
         rows = _stacked(batch, members, predictions, known, 0)
         memory = batch.lane.pool.policy_memory[:, :slots].index_select(0, _slots(batch, members))
@@ -301,7 +305,7 @@ def _filled(
 
 
 def _settled(batch: Batch, predictions: Tensor) -> Tensor | None:
-    """Which images end their guidance here, bool ``[images]``; None where none may."""
+    """Whether each image ends its guidance here, bool ``[images]``; None if none can."""
     adapting = [i for i in batch.others if batch.sequences[i].task.policy.adapts]
     if not adapting:
         return None
@@ -324,13 +328,13 @@ def _fresh_noise(batch: Batch, members: list[int]) -> Tensor:
     device, sequences = batch.lane.model.device, [batch.sequences[i] for i in members]
     drawn = torch.stack([stage_noise(s.task.seed, s.stage, batch.lane.shape) for s in sequences])
     if device.type == "cuda":
-        # From other memory so much would be sent only when the forward has run.
+        # Without pinning, the copy would begin only after the forward pass has finished.
         drawn = drawn.pin_memory()
     return drawn.to(device, non_blocking=True)
 
 
 def _langevin(batch: Batch, members: list[int]) -> Tensor | None:
-    """What the nonlinear stages among these need, ``[members, 3]``; none where all are linear."""
+    """Scalars for the nonlinear stages among these, ``[members, 3]``; None if all are linear."""
     if not any(batch.plans[i].langevin[batch.sequences[i].stage] for i in members):
         return None
     return _columns_of(
@@ -339,7 +343,7 @@ def _langevin(batch: Batch, members: list[int]) -> Tensor | None:
 
 
 def _keep_known(batch: Batch, state: Tensor) -> None:
-    """Inpainting: where the picture is kept, x is the known picture at the new noise level."""
+    """Inpainting: in the kept area, set x to the known picture at the new noise level."""
     for i, (sequence, plan) in enumerate(zip(batch.sequences, batch.plans, strict=True)):
         known = sequence.known
         if known is not None:
@@ -355,7 +359,7 @@ def _stacked(
     others: Mapping[int, list[int]],
     memory_slots: int,
 ) -> Rows:
-    """Predictions and levels of some images, whose positions rise."""
+    """Stack the predictions and levels of some images, whose positions ascend."""
     x = _of(batch, batch.columns[:, 0], members)
     cond = _of(batch, predictions[: len(batch.sequences)], members)
     scalars: list[tuple[float, ...]] = []
@@ -406,7 +410,7 @@ def _columns_of(
 
 
 def _on_device(lane: Lane, values: Any) -> Tensor:
-    """Numbers as float32 on the device; made there, they would wait for it."""
+    """Numbers as float32 on the device; creating them there would wait for the device."""
     return torch.tensor(values, dtype=torch.float32).to(lane.model.device, non_blocking=True)
 
 
@@ -420,14 +424,14 @@ def _as_factors(scalars: Tensor, like: Tensor) -> Tensor:
 
 
 def _of(batch: Batch, rows: Tensor, members: list[int]) -> Tensor:
-    """Those of ``[images, ...]`` that some images have, whose positions rise."""
+    """Entries of ``[images, ...]`` of some images, whose positions ascend."""
     if len(members) == len(rows):
         return rows
     return rows.index_select(0, batch.lane.indices(members))
 
 
 def _with(batch: Batch, rows: Tensor, members: list[int], new: Tensor) -> Tensor:
-    """``[images, ...]`` with what is new of some images, whose positions rise; it may be padded."""
+    """Replace the entries of some images, whose positions ascend; ``new`` may be padded."""
     new = new[: len(members)]
     if len(members) == len(rows):
         return new
@@ -435,7 +439,7 @@ def _with(batch: Batch, rows: Tensor, members: list[int], new: Tensor) -> Tensor
 
 
 def _slots(batch: Batch, positions: Iterable[int]) -> Tensor:
-    """Rows of the pool that the images at these positions have."""
+    """Rows of the pool that belong to the images at these positions."""
     return batch.lane.indices([batch.sequences[i].slot for i in positions])
 
 
