@@ -1,4 +1,4 @@
-"""How much may wait: bounds on images, seconds of the device and bytes, divided among clients."""
+"""Admission control: bounds on waiting images, device seconds and bytes, divided among clients."""
 
 from __future__ import annotations
 
@@ -18,27 +18,28 @@ if TYPE_CHECKING:
 __all__ = ["Amounts", "Backlog", "Bounds", "Holding"]
 
 LATITUDE = 4.0
-"""A client of weight 1 may have so many times what is free: 4/5 of everything if it is alone, so
-that whoever comes next finds room, and equal parts of 4 n / (4 n + 1) if there are n of them.
+"""Multiple of the free capacity that a client of weight 1 may hold. A client that is alone may hold
+4/5 of everything, so that whoever comes next finds room; n clients may hold 4 n / (4 n + 1)
+together, in equal parts.
 
 These are the dynamic thresholds of Choudhury and Hahne (1998) for queues that share a memory."""
 
 LARGEST_PART = 0.5
-"""Of the seconds that may wait, what one request counts for at most: a larger one is possible."""
+"""Maximum fraction of the allowed seconds that one request counts for; it may need more."""
 
 
 NOTHING = 1e-6
-"""Fewer evaluations are what rounding left of none."""
+"""Number of evaluations below which a count is a rounding error and treated as zero."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """The most that may wait or run at once, frames of live streams apart.
+    """Limits on what may wait or run at once, apart from frames of live streams.
 
     Attributes:
-        images: how many.
-        seconds: of the device, as estimated.
-        nbytes: of states and pictures, as estimated.
+        images: number of images.
+        seconds: seconds of the device, as estimated.
+        nbytes: bytes of states and pictures, as estimated.
     """
 
     images: int
@@ -47,7 +48,7 @@ class Bounds:
 
 
 class Amounts(NamedTuple):
-    """What some work comes to."""
+    """Amount of some work."""
 
     images: int = 0
     seconds: float = 0.0
@@ -56,16 +57,16 @@ class Amounts(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Holding:
-    """What one request has of the queue; the backlog alone changes it.
+    """What one request occupies in the queue; only the backlog changes it.
 
     Attributes:
-        client: whose it is.
-        images: that are not done, each drawing of one counted by itself.
-        runs: how often each image is drawn, of which the limit of its client counts one.
-        rows: evaluations that they still need, by model and shape of the latents; what ControlNets
-            cost is counted as further ones.
-        nbytes: that they need at once.
-        part: of its seconds, what is counted; less than 1 for a request of very many.
+        client: client that sent the request.
+        images: number of images that are not done; each drawing of an image counts.
+        runs: number of times that each image is drawn; the client's limit counts an image once.
+        rows: evaluations that the images still need, by model and shape of the latents; the cost of
+            ControlNets is counted as further evaluations.
+        nbytes: bytes that they need at once.
+        part: fraction of its seconds that is counted; below 1 for a very large request.
     """
 
     client: Client
@@ -78,11 +79,11 @@ class Holding:
 
 @dataclass(slots=True)
 class Total:
-    """What the holdings of a client come to; rows are those that are counted.
+    """Sum of a client's holdings; rows are weighted by the part that is counted.
 
     Attributes:
-        images: that are not done, each drawing of one counted by itself.
-        limited: of these, what its limit counts.
+        images: number of images that are not done; each drawing of an image counts.
+        limited: number of images that the client's limit counts.
     """
 
     images: int = 0
@@ -92,14 +93,15 @@ class Total:
 
 
 class Backlog:
-    """Admits work by what it costs; not safe from several threads.
+    """Admits work according to its cost; not thread-safe.
 
-    A request that finds nothing else of its client is admitted whatever it takes and whoever else
-    waits, as far as images and bytes allow: a limit is no reason to shut a client out.
+    A request of a client with nothing else in the queue is admitted however many seconds it needs
+    and however much others have waiting, as far as images and bytes allow. A limit is no reason to
+    shut a client out.
 
     Args:
-        bounds: for all clients together.
-        seconds_a_row: what an evaluation costs, by model and shape.
+        bounds: limits for all clients together.
+        seconds_a_row: function that returns the seconds of an evaluation, by model and shape.
     """
 
     def __init__(self, bounds: Bounds, seconds_a_row: Callable[[Kind], float]) -> None:
@@ -108,13 +110,13 @@ class Backlog:
         self._totals: dict[Client, Total] = {}
 
     def reserve(self, client: Client, images: int, pace: float = 1.0, *, runs: int = 1) -> Holding:
-        """Room for some images whose cost is not known yet.
+        """Reserve room for some images whose cost is not known yet.
 
         Args:
-            client: whose images.
-            images: how many, each drawing of one counted by itself.
+            client: client that the images are for.
+            images: number of images; each drawing of an image counts.
             pace: share of the device that ordinary images have now.
-            runs: how often each image is drawn.
+            runs: number of times that each image is drawn.
 
         Raises:
             InvalidRequest: the client may never have so many.
@@ -137,11 +139,11 @@ class Backlog:
     def claim(
         self, holding: Holding, rows: Mapping[Kind, float], nbytes: int, pace: float = 1.0
     ) -> None:
-        """Room for what the images of a holding cost, which is now known.
+        """Claim room for the cost of a holding's images, which is now known.
 
         Raises:
-            InvalidRequest: they cost more than their client may ever have, or need more memory
-                than there is for all.
+            InvalidRequest: they cost more than their client may ever have, or need more memory than
+                all clients together may have.
             Overloaded: there is no room now.
         """
         client = holding.client
@@ -159,7 +161,7 @@ class Backlog:
                 f"{client.most_seconds:g} s of this key may wait or run at once, so ask for fewer "
                 "images, fewer steps or a smaller size.",
             )
-        # Its own images are no reason to refuse them.
+        # The holding's own images must not count against it.
         self._count(holding, images=-(images := holding.images))
         try:
             waiting = self.by_client()
@@ -174,13 +176,13 @@ class Backlog:
     def move(
         self, holding: Holding, images: int, rows: Mapping[Kind, float], nbytes: int
     ) -> Holding:
-        """Count some images of a holding by themselves, without rows, which are to be counted.
+        """Move some images to a holding of their own, whose rows the caller counts afterwards.
 
         Args:
-            holding: whose cost was claimed.
-            images: how many of its images.
+            holding: holding whose cost was claimed.
+            images: number of its images to move.
             rows: evaluations that they need, as at the claim.
-            nbytes: that they need, likewise; the last images have all that is left.
+            nbytes: bytes that they need, as at the claim; the last images take all that is left.
         """
         own = Holding(holding.client, 0, holding.runs, part=holding.part)
         if images == holding.images:
@@ -192,21 +194,21 @@ class Backlog:
         return own
 
     def count_rows(self, holding: Holding, kind: Kind, more: float) -> None:
-        """Count evaluations that images of a holding need more, or less, than was counted."""
+        """Count more evaluations for images of a holding than before, or fewer."""
         self._count(holding, rows={kind: more})
 
     def end_image(self, holding: Holding) -> None:
-        """Count one image less, whose rows are counted apart."""
+        """Count one image less; its rows are counted separately."""
         self._count(holding, images=-1, nbytes=-round(holding.nbytes / holding.images))
 
     def release(self, holding: Holding) -> None:
-        """Count nothing of it any longer."""
+        """Stop counting anything of a holding."""
         rows = {kind: -count for kind, count in holding.rows.items()}
         self._count(holding, -holding.images, rows, -holding.nbytes)
 
     def by_client(self) -> dict[Client, Amounts]:
-        """What waits or runs."""
-        # Clients have sizes in common.
+        """Amounts that wait or run, by client."""
+        # Cached, since clients have sizes in common.
         a_row = cache(self._seconds_a_row)
         return {
             client: Amounts(
@@ -238,7 +240,7 @@ class Backlog:
             else:
                 total.rows[kind] = left
         if not total.images:
-            # Rounding must not add up for ever.
+            # Otherwise rounding errors would add up forever.
             del self._totals[holding.client]
 
     def _check_images(
@@ -295,11 +297,11 @@ class Backlog:
         most: float,
         pace: float,
     ) -> None:
-        """Whether there is room for more of one measure, of which the client has its own part."""
+        """Refuse more of one measure if the total or the client's own share leaves no room."""
         if total + more > most:
             excess = (total + more - most) / (total or more)
             raise Overloaded(self._until_all(waiting, excess, pace))
-        # A key may have the name, and be equal to it.
+        # Compared by identity: a key may have the same name, and then compares equal.
         if client is ANYONE or not own:
             return
         allowed = LATITUDE * client.weight * (most - total)
@@ -310,9 +312,10 @@ class Backlog:
     def _until(
         self, client: Client, waiting: Mapping[Client, Amounts], part: float, pace: float
     ) -> float:
-        """Seconds until a client's work is less by some part of it, at its share of the device.
+        """Seconds until a client's work has shrunk by a fraction, at its share of the device.
 
-        At most until all that waits is done: a small weight counts only beside others' work.
+        This is at most the time until all waiting work is done, since a small weight matters only
+        while others have work.
         """
         share = client.weight / sum(one.weight for one in {client, *waiting})
         own = min(1.0, part) * waiting[client].seconds / share

@@ -1,4 +1,4 @@
-"""Records a forward as a CUDA graph, in memory that the graphs of a model share."""
+"""CUDA graph capture of forward passes, in memory that the graphs of a model share."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 __all__ = ["CapturedForward", "CudaRecorder"]
 
 SHARE = 0.125
-"""Of a GPU's memory, that the graphs of one model may have."""
+"""Maximum fraction of a GPU's memory for the graphs of one model."""
 
 
 class CudaRecorder:
-    """Records forwards of one model as CUDA graphs, which never run at the same time.
+    """Records forward passes of one model as CUDA graphs, which never run at the same time.
 
     Args:
-        device: of the model.
+        device: device of the model.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -37,16 +37,16 @@ class CudaRecorder:
 
     @property
     def nbytes(self) -> int:
-        """Memory that the graphs hold."""
+        """Bytes of memory that the graphs hold."""
         return self._pool_bytes + sum(one.given_bytes for one in list(self._made))
 
     def fits(self, forward: Callable[[], Tensor], room: float) -> bool:
-        """Whether there is memory for a graph of a forward, which is run to learn what it takes.
+        """Run a forward pass to measure its memory; return whether there is room for a graph of it.
 
-        Of the memory that is free, graphs may have no more than ``room`` beside what they hold.
+        Of the free memory, graphs may take no more than ``room`` in addition to what they hold.
 
-        It runs on the stream of the graphs, so that libraries have made what they make once in a
-        stream, which must not be part of a graph.
+        The pass runs on the stream of the graphs, so that libraries create there, before capture,
+        what they create once per stream and what must not be part of a graph.
         """
         before = torch.cuda.memory_allocated(self._device)
         torch.cuda.reset_peak_memory_stats(self._device)
@@ -62,15 +62,16 @@ class CudaRecorder:
         return needed <= SHARE * most and needed - self._pool_bytes <= min(free, room)
 
     def record(self, evaluate: Callable[..., Tensor], given: Sequence[Tensor]) -> CapturedForward:
-        """Record a forward.
+        """Record a forward pass.
 
         Args:
-            evaluate: of the tensors; it must have run before in these shapes, see :meth:`fits`.
+            evaluate: function of the tensors; it must have run before with these shapes, see
+                :meth:`fits`.
             given: tensors of the shapes to record.
         """
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        # What a released graph was given is free again; its part of the pool waits for the next.
+        # The inputs of a released graph are freed; its part of the pool serves the next graph.
         self._made = [one for one in self._made if one.given_bytes]
         copies = [one.clone() for one in given]
         torch.cuda.empty_cache()
@@ -81,18 +82,18 @@ class CudaRecorder:
         return made
 
     def begin_anew(self) -> None:
-        """Take other memory from now on: that of graphs which are all gone is not used again."""
+        """Use a new pool from now on; one whose graphs are all gone cannot be used again."""
         self._pool, self._pool_bytes, self._made = None, 0, []
 
 
 class CapturedForward:
-    """A forward that is repeated on the same memory, with what is copied there before.
+    """A recorded forward pass: inputs are copied to fixed memory, and its graph is replayed.
 
     Args:
-        evaluate: of the tensors.
+        evaluate: function of the tensors.
         given: tensors of the shapes to record, which it keeps and writes to.
-        pool: memory that it shares with graphs that never run at the same time.
-        device: of the tensors.
+        pool: memory pool shared with graphs that never run at the same time.
+        device: device of the tensors.
     """
 
     def __init__(
@@ -106,8 +107,8 @@ class CapturedForward:
         self._graph = torch.cuda.CUDAGraph()
         constants = Constants()
         try:
-            # Only this thread must do nothing that cannot be recorded: another one may load an
-            # adapter meanwhile.
+            # Operations that cannot be captured are forbidden in this thread only: another thread
+            # may load an adapter meanwhile.
             with (
                 torch.cuda.graph(
                     self._graph,
@@ -120,8 +121,8 @@ class CapturedForward:
                 self._raw = evaluate(*self._given)
             self._constants = constants.tensors
         except BaseException:
-            # Where the recording could not be ended, the allocator waits for its end for ever,
-            # and gives back no memory that two streams have used.
+            # If the capture was not ended, the allocator would wait for its end forever, and free
+            # no memory that two streams have used.
             with suppress(RuntimeError):
                 end: Any = torch._C._cuda_endAllocateToPool  # pyright: ignore[reportPrivateUsage]
                 end(device.index or 0, pool)
@@ -129,19 +130,19 @@ class CapturedForward:
 
     @property
     def given_bytes(self) -> int:
-        """Memory of its own outside of the pool: of the tensors that it is given."""
+        """Bytes of its input tensors, which lie outside the pool."""
         return sum(one.nbytes for one in self._given)
 
     def __call__(self, *given: Tensor) -> Tensor:
-        """What the forward puts out for other tensors of the same shapes, on the current stream."""
+        """Replay the pass for other tensors of the same shapes, on the current stream."""
         for mine, theirs in zip(self._given, given, strict=True):
             mine.copy_(theirs)
         self._graph.replay()
-        # The next graph to run may use the memory of the original.
+        # A copy: the next graph to run may overwrite the original.
         return self._raw.clone()
 
     def release(self) -> None:
-        """Give back its memory; it cannot be called any more."""
+        """Free its memory; it can no longer be called."""
         torch.cuda.synchronize()
         self._graph.reset()
         self._given = []
@@ -150,5 +151,5 @@ class CapturedForward:
 
 @cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """One stream for all recordings, as each stream costs the libraries' own memory."""
+    """One stream for all recordings, since libraries allocate memory per stream."""
     return torch.cuda.Stream(device)

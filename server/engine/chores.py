@@ -1,4 +1,4 @@
-"""What others ask the engine to do in its own thread, between two ticks."""
+"""Work that other threads ask the engine to do in its own thread, between two ticks."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Result = TypeVar("Result")
 
 
 class Chores:
-    """Small pieces of work in the order in which they were asked for.
+    """A queue of small pieces of work, done in the order in which they were requested.
 
     Args:
-        wake: what the engine sleeps on; it guards the queue too.
+        wake: condition that the engine sleeps on; it guards the queue too.
     """
 
     def __init__(self, wake: Condition) -> None:
@@ -33,7 +33,7 @@ class Chores:
         return len(self._waiting)
 
     def ask(self, work: Callable[[], Result]) -> Future[Result]:
-        """Queue some work; safe from any thread. The result has what it returns or raises."""
+        """Queue some work; safe from any thread. The future gets what it returns or raises."""
         outcome: Future[Result] = Future()
         with self._wake:
             self._waiting.append((work, outcome))
@@ -41,7 +41,7 @@ class Chores:
         return outcome
 
     def do(self) -> None:
-        """Do all that waits, in the engine's thread; what one of them raises is its own."""
+        """Do all queued work, in the engine's thread; an error goes to the future of its piece."""
         while (taken := self._take()) is not None:
             work, outcome = taken
             try:
@@ -51,7 +51,7 @@ class Chores:
                 outcome.set_exception(error)
 
     def refuse(self, error: Exception) -> None:
-        """End all that waits with an error."""
+        """End all queued work with an error."""
         while (taken := self._take()) is not None:
             taken[1].set_exception(error)
 

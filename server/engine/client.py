@@ -1,4 +1,4 @@
-"""Who shares the device: a client, and the flows of work that it has."""
+"""The parties that share the device: clients, and the flows of work that each has."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ __all__ = ["ANYONE", "ANY_FLOW", "Client", "Flow"]
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """Whoever has a share of the device of its own; with API keys, each key is one.
+    """A party with a share of the device of its own; with API keys, each key is a client.
 
     Attributes:
-        name: under which it is counted; unique among clients.
-        weight: its share of the device beside those of the other clients that have work.
-        most_images: that it may have waiting or running.
-        most_seconds: of the device likewise, as estimated.
-        batch: all its images have the priority batch.
+        name: name under which it is counted; unique among clients.
+        weight: its share of the device relative to other clients that have work.
+        most_images: maximum number of its images that may wait or run.
+        most_seconds: maximum seconds of the device that these may need, as estimated.
+        batch: whether all its images have the priority batch.
     """
 
     name: str
@@ -30,20 +30,20 @@ class Client:
     batch: bool = False
 
     def __hash__(self) -> int:
-        # Of one field: what a tick keeps by client is looked up many times a tick.
+        # Of one field only: a tick looks up its data by client many times.
         return hash(self.name)
 
 
 ANYONE = Client("anyone")
-"""All requests of a server without keys, and those of programs that use an engine directly."""
+"""All requests of a server without keys, and of programs that use an engine directly."""
 
 
 class Flow(NamedTuple):
-    """Images of one client that cost the same: of one model and one size.
+    """Images of one client that cost the same: those of one model and one size.
 
     Attributes:
-        client: whose images.
-        kind: equal for images of the same model and size.
+        client: client that the images are for.
+        kind: value that is equal for images of the same model and size.
     """
 
     client: Client

@@ -1,4 +1,4 @@
-"""Finds the tensors that a forward reads beside those that it is given."""
+"""Detection of the tensors that a forward pass reads besides its inputs."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["Constants"]
 
 
 class Constants(TorchDispatchMode):
-    """Sees all operations of a thread, and keeps alive what they read and none of them made.
+    """Watches a thread's operations, and keeps alive the tensors that they read but did not make.
 
-    A recording reads these tensors where they were when it was made: weights, but also what a
-    network computes once for a size and lets go of when it has kept many others since.
+    A recording reads these tensors at the addresses that they had at capture. They are weights, but
+    also tensors that a network computes once per size, and drops after it has cached many others.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class Constants(TorchDispatchMode):
 
     @property
     def tensors(self) -> list[Tensor]:
-        """One of each memory that was read."""
+        """One tensor per memory that was read."""
         return [*self._read.values()]
 
     def __torch_dispatch__(
@@ -44,12 +44,12 @@ class Constants(TorchDispatchMode):
             if memory not in self._made:
                 self._read.setdefault(memory, one)
         result = func(*args, **(kwargs or {}))
-        # A view of what was read is none that was made.
+        # A view of a tensor that was read does not count as made.
         self._made |= {_memory(one) for one in tensors_in(result)} - self._read.keys()
         return result
 
 
 def _memory(tensor: Tensor) -> int:
-    # Tensors of other classes, such as quantised weights, may have their memory in several others.
+    # Tensors of other classes, such as quantised weights, may keep their data in several others.
     plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)
     return tensor.untyped_storage().data_ptr() if plain else id(tensor)

@@ -1,4 +1,4 @@
-"""What a tick costs: its seconds as a function of its rows, measured for as long as it runs."""
+"""Cost model: the seconds of a tick as a function of its rows, refined by every tick."""
 
 from __future__ import annotations
 
@@ -16,64 +16,67 @@ if TYPE_CHECKING:
 __all__ = ["MOST_ROWS", "CostModel", "TickCost", "measured"]
 
 MOST_ROWS = 128
-"""Rows of a forward where nothing else bounds them: on an H100 more gain less than 2 %."""
+"""Maximum rows in a forward pass if nothing else bounds them: on an H100 more gain less than 2
+%."""
 
 NODES = (1, 2, 4, 8, 16, 32, 64, MOST_ROWS)
-"""Rows whose seconds are kept; those between are interpolated, and more are extrapolated."""
+"""Numbers of rows whose seconds are stored; others are interpolated or extrapolated."""
 
 SAMPLED = (1, 4, 16, 64, MOST_ROWS)
-"""Rows that are measured at the start."""
+"""Numbers of rows that are measured at start-up."""
 
 LONG_SAMPLE_S = 0.25
-"""A forward this long is the last that is measured at the start; its ticks teach the rest."""
+"""A forward pass of this length is the last one measured at start-up; ticks teach the rest."""
 
 MOST_ROUNDS = 12
 AGREEING = 6
 AGREEMENT = 0.15
-"""The start measures until so many samples of each size are within 15 % of what they should be."""
+"""Start-up measures up to this many rounds, until so many samples of each size are within 15 % of
+their expected value."""
 
 POLISHING = 4
-"""Rounds of the median polish that takes the machine's spells out of the samples."""
+"""Iterations of the median polish that removes busy spells of the machine from the samples."""
 
 LEVEL_GAIN = 0.3
-"""How far one tick moves the level of all sizes: a busy spell of the machine is noticed in a few
-ticks, and does not count against the size that happens to run in it."""
+"""Gain by which one tick moves the level of all sizes. A busy spell of the machine is noticed in a
+few ticks, and does not count against the size that happens to run in it."""
 
 NODE_GAIN = 0.01
-"""How far it moves the cost of its own size beside the others."""
+"""Gain by which one tick moves the cost of its own size relative to the others."""
 
 STALE_GAIN = 0.3
-"""The same for a size that had no tick for long."""
+"""Maximum of that gain, reached by a size that has had no tick for long."""
 
 OUTLIER = log(1.5)
-"""A surprise counts for no more than this."""
+"""Limit on the logarithm of a tick's seconds relative to the expected ones."""
 
 MIXING_KEPT = 0.998
-"""Of the logarithm of what mixing costs at each tick of one size, so that half is left after 346:
-what seems too dear is tried again."""
+"""Fraction of the logarithm of the cost of mixing that is left after each tick of one size, so that
+half is left after 346 ticks: mixing that seems too expensive is tried again."""
 
 SHAPES_KEPT = 64
 
 FIRST_TICKS = 8
-"""Of a lane whose cost is a guess: its first ticks count as they are, and more."""
+"""Number of first ticks of a lane with a guessed cost that count unclamped, and with more gain."""
 
 TEACHING_TICKS = 3
-"""First ticks of such a lane, which leave an eighth of the guess's error."""
+"""Number of first ticks of such a lane that leave an eighth of the guess's error."""
 
 
 class TickCost:
-    """Seconds of a tick of one lane, by its rows.
+    """Seconds of a tick of one lane, as a function of its rows.
 
-    Every tick that is observed moves the level of all sizes, as when the machine becomes busy, and
-    the shape at its own size; old ticks are forgotten exponentially, and outliers count little.
+    Every observed tick moves the level of all sizes, as when the machine becomes busy, and the
+    shape of the curve at its own size. Old ticks are forgotten exponentially, and outliers count
+    little.
 
     Args:
-        samples: seconds by rows, at least one.
-        guessed: the samples are another lane's.
+        samples: seconds by number of rows, at least one.
+        guessed: whether the samples are those of another lane.
 
     Attributes:
-        mixing: how many times as long a tick takes that has smaller sizes as well, at least 1: it
-            masks what fills up their rows, for which a GPU may have slower kernels, and is never
+        mixing: factor, at least 1, by which a tick takes longer if it has smaller sizes as well: it
+            masks the padding of their rows, for which a GPU may have slower kernels, and is never
             replayed from a recording.
     """
 
@@ -84,44 +87,44 @@ class TickCost:
         self._seconds = [_on_line(rows, seconds, node) for node in NODES]
         self._guesses_left = FIRST_TICKS if guessed else 0
         self._ticks = 0
-        # What was not measured is to be learned from the first tick that shows it.
+        # A size that was not measured is learned from the first tick that has it.
         unseen = -STALE_GAIN / NODE_GAIN
         self._seen_at = [0.0 if guessed or node in samples else unseen for node in NODES]
 
     @property
     def is_guess(self) -> bool:
-        """Whether it is still another lane's, as there were too few ticks of this one."""
+        """Whether the cost is still that of another lane, for lack of ticks of this one."""
         return self._guesses_left > FIRST_TICKS - TEACHING_TICKS
 
     def seconds(self, rows: int) -> float:
-        """Expected seconds of a tick of so many rows, at least 1."""
+        """Expected seconds of a tick with this many rows, at least 1."""
         return _on_line(NODES, self._seconds, rows)
 
     def seconds_a_row(self, most: int) -> float:
-        """The least that a row costs, in ticks of at most so many rows."""
+        """Lowest cost of a row in seconds, in ticks of at most this many rows."""
         kept = zip(NODES, self._seconds, strict=True)
         least = min(seconds / rows for rows, seconds in kept if rows <= most)
         return least if most in NODES else min(least, self.seconds(most) / most)
 
     def rows_at(self, share: float, most: int) -> int:
-        """Rows of the smallest tick with that share of the best throughput of ``most`` rows."""
+        """Rows of the smallest tick with a given share of the best throughput at ``most`` rows."""
         dearest = self.seconds_a_row(most) / share
         return next(n for n in range(1, most + 1) if self.seconds(n) <= dearest * n)
 
     def seconds_at(self, share: float, most: int) -> float:
-        """Seconds of that tick."""
+        """Expected seconds of the tick that :meth:`rows_at` returns."""
         return self.seconds(self.rows_at(share, most))
 
     def estimates(self) -> dict[int, float]:
-        """Expected seconds by rows, at the sizes that are kept."""
+        """Expected seconds by number of rows, at the stored sizes."""
         return dict(zip(NODES, self._seconds, strict=True))
 
     def observe(self, rows: int, seconds: float) -> float:
-        """Learn from a tick that took so long.
+        """Learn from a tick and the seconds that it took.
 
         Returns:
-            The factor by which the level of all sizes has moved, as the machine's pace has; 1 while
-            the cost is a guess, whose error is its own.
+            The factor by which the level of all sizes has moved, as the machine's speed has; 1
+            while the cost is a guess, since the error of the guess concerns no other lane.
         """
         self._ticks += 1
         before_s = self.seconds(rows)
@@ -140,7 +143,7 @@ class TickCost:
             self._seen_at[node] += weight * age
         everywhere = exp(level * surprise)
         self.shift(everywhere)
-        # Mixed ticks take what they took, which is less of what those of one size take now.
+        # Mixed ticks cost what they did, so their factor falls as the cost of one size rises.
         self._mixing_seen **= MIXING_KEPT
         self.mixing = min(self._mixing_seen, max(1.0, self.mixing * before_s / self.seconds(rows)))
         return 1.0 if guessed else everywhere
@@ -148,12 +151,12 @@ class TickCost:
     def observe_mixed(self, rows: int, seconds: float) -> float:
         """Learn from a tick that had smaller sizes as well.
 
-        What it took longer than expected is held for the cost of mixing. If the machine is slower
-        instead, mixing seems not to pay, and the ticks of one size that follow will show it.
+        Time beyond the expected is attributed to mixing. If it was the machine that became slower,
+        mixing will seem not to pay, and the following ticks of one size will show the real cause.
 
         Returns:
-            The factor by which the level of all sizes has moved: less than 1 where the tick took
-            less than one of this size alone.
+            The factor by which the level of all sizes has moved: below 1 if the tick took less time
+            than one of this size alone.
         """
         surprise = log(max(seconds, 1e-9) / (self.mixing * self.seconds(rows)))
         moved = self.mixing * exp(LEVEL_GAIN * max(-OUTLIER, min(OUTLIER, surprise)))
@@ -163,34 +166,34 @@ class TickCost:
         return everywhere
 
     def correct(self, rows: int, seconds: float) -> None:
-        """Believe a measurement made apart from the ticks, as where forwards take another way now.
+        """Accept a measurement made outside the ticks, such as when passes begin to be replayed.
 
         Args:
-            rows: whose seconds are replaced if they are kept, as those of ``NODES`` are.
-            seconds: of a tick of so many rows from now on.
+            rows: number of rows; its seconds are replaced only if it is one of ``NODES``.
+            seconds: seconds of a tick with this many rows from now on.
         """
         if rows in NODES:
             self._seconds[NODES.index(rows)] = seconds
 
     def shift(self, factor: float) -> None:
-        """Move the level of all sizes by a factor, as that of another lane has moved."""
+        """Multiply the level of all sizes by a factor, by which that of another lane has moved."""
         self._seconds = [one * factor for one in self._seconds]
 
     def scaled(self, factor: float) -> TickCost:
-        """A guess for a lane whose pictures are so many times as large."""
+        """A guessed cost for a lane whose pictures are larger by a factor."""
         scaled = {rows: seconds * factor for rows, seconds in self.estimates().items()}
         return TickCost(scaled, guessed=True)
 
 
 class CostModel:
-    """Costs of ticks by model and latent shape."""
+    """Tick costs by model and latent shape."""
 
     def __init__(self) -> None:
         self._costs: dict[tuple[str, tuple[int, int, int]], TickCost] = {}
         self._measured: dict[str, tuple[int, TickCost]] = {}
 
     def start(self, model: str, shape: tuple[int, int, int], cost: TickCost) -> None:
-        """Take the first cost of a model, at one shape."""
+        """Set the first cost of a model, measured at one shape."""
         self._costs[model, shape] = cost
         self._measured[model] = shape[1] * shape[2], cost
 
@@ -200,29 +203,29 @@ class CostModel:
         self._costs = {key: cost for key, cost in self._costs.items() if key[0] != model}
 
     def of(self, model: str, shape: tuple[int, int, int]) -> TickCost:
-        """The cost at a shape, or a guess by its area; asking leaves nothing behind."""
+        """The cost at a shape, or a guess by its area, which is not stored."""
         if (known := self._costs.get((model, shape))) is not None:
             return known
         cost, larger = self._nearest(model, shape)
         return cost.scaled(larger)
 
     def seconds_a_row(self, model: str, shape: tuple[int, int, int], most: int) -> float:
-        """:meth:`TickCost.seconds_a_row` of :meth:`of`, which every request asks for repeatedly."""
+        """:meth:`TickCost.seconds_a_row` of :meth:`of`, fast as every request asks often."""
         if (known := self._costs.get((model, shape))) is not None:
             return known.seconds_a_row(most)
         cost, larger = self._nearest(model, shape)
         return larger * cost.seconds_a_row(most)
 
     def _nearest(self, model: str, shape: tuple[int, int, int]) -> tuple[TickCost, float]:
-        """What is known of a model, and how many times as large the shape is."""
+        """The measured cost of a model, and the area of the shape relative to the measured one."""
         area, cost = self._measured[model]
         return cost, shape[1] * shape[2] / area
 
     def keep(self, model: str, shape: tuple[int, int, int]) -> TickCost:
-        """The cost at a shape that has ticks from now on, which are to teach it.
+        """Return the cost at a shape that has ticks from now on, stored so that they refine it.
 
-        Of other shapes the :data:`SHAPES_KEPT` last ones are remembered: those of ever new requests
-        must fill neither the memory nor the metrics.
+        Apart from the first shape of each model, the :data:`SHAPES_KEPT` latest shapes are
+        remembered. Requests with ever new shapes must fill neither the memory nor the metrics.
         """
         costs = dict(self._costs)
         costs[model, shape] = costs.pop((model, shape), None) or self.of(model, shape)
@@ -234,20 +237,20 @@ class CostModel:
         return costs[model, shape]
 
     def all(self) -> list[tuple[str, tuple[int, int, int], TickCost]]:
-        """Model, latent shape and cost of all that are known."""
+        """Model, latent shape and cost of all stored entries."""
         return [(*key, cost) for key, cost in list(self._costs.items())]
 
 
 def measured(time_of: Callable[[int], float], most: int) -> dict[int, float]:
-    """Seconds by rows, from rounds of samples that agree with each other.
+    """Measure seconds by number of rows, from rounds of samples that agree with each other.
 
-    In a round each size has its turn, so that a busy spell of the machine falls on all of them and
-    tells of none. A sample counts where it is, beside its round, what it is in most rounds; there
-    are more rounds until enough of each size do.
+    Each round times every size once, so that a busy spell of the machine affects all of them and is
+    not mistaken for the cost of one. A sample counts if its ratio to its round is about the same as
+    in most rounds. There are more rounds until enough samples of each size count.
 
     Args:
-        time_of: runs a forward of so many rows, and returns its seconds.
-        most: rows, at least 1.
+        time_of: function that runs a forward pass of so many rows, and returns its seconds.
+        most: maximum number of rows, at least 1.
 
     Raises:
         MemoryError: not even one row fits.
@@ -267,7 +270,7 @@ def measured(time_of: Callable[[int], float], most: int) -> dict[int, float]:
 
 
 def _shape(rounds: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Log seconds of each size beside those of the others, and which samples agree with that."""
+    """Log seconds of each size relative to the round, and which samples agree with them."""
     shape = np.median(rounds, 0)
     levels = np.median(rounds - shape, 1, keepdims=True)
     for _ in range(POLISHING):
@@ -280,11 +283,11 @@ def _shape(rounds: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np
 
 
 def _sizes(time_of: Callable[[int], float], most: int) -> list[int]:
-    """The sizes to measure, each having run, which warms it up and shows that it fits."""
+    """The sizes to measure; each is run here, which warms it up and shows that it fits."""
     sizes: list[int] = []
     for rows in sorted({rows for rows in SAMPLED if rows == 1 or 2 * rows <= most} | {most}):
         try:
-            # The second is warm.
+            # The second call is warm.
             seconds = min(time_of(rows), time_of(rows))
         except MemoryError:
             if not sizes:
@@ -297,20 +300,20 @@ def _sizes(time_of: Callable[[int], float], most: int) -> list[int]:
 
 
 def _weights(rows: int) -> tuple[tuple[int, float], tuple[int, float]]:
-    """The two nodes next to a size, and how near each is, from 0 to 1."""
+    """The two nodes around a number of rows, and the weight of each, from 0 to 1."""
     after = max(1, min(bisect_right(NODES, rows), len(NODES) - 1))
     share = min(1.0, (rows - NODES[after - 1]) / (NODES[after] - NODES[after - 1]))
     return (after - 1, 1 - share), (after, share)
 
 
 def _on_line(rows: Sequence[int], seconds: Sequence[float], at: int) -> float:
-    """Piecewise linear, and on along the last piece; proportional where there is one point."""
+    """Interpolate linearly, extrapolate the last segment, or scale a single point in proportion."""
     if len(rows) == 1:
         return seconds[0] * at / rows[0]
     after = max(1, min(bisect_right(rows, at), len(rows) - 1))
     before = after - 1
     slope = (seconds[after] - seconds[before]) / (rows[after] - rows[before])
     if at > rows[after]:
-        # By noise the last piece may fall, and must not lead below zero.
+        # Noise may make the last segment fall, which must not lead below zero.
         return seconds[after] + max(0.0, slope) * (at - rows[after])
     return seconds[before] + slope * (at - rows[before])

@@ -1,4 +1,8 @@
-"""The tick loop: admit, select, evaluate, guide, advance, retire."""
+"""The tick loop: admit, select, evaluate, guide, advance, retire.
+
+A tick is one round of the loop: one forward pass, and the stages that it completes. A row is one
+entry of the pass's batch, that is one evaluation of the denoiser for one image.
+"""
 
 from __future__ import annotations
 
@@ -55,50 +59,51 @@ Result = TypeVar("Result")
 log = logging.getLogger(__name__)
 
 LEAST_BUDGET = 2
-"""Rows that an image with one branch needs at once."""
+"""Minimum row budget: the rows that an image with one branch needs at once."""
 
 FIXED_ROWS_MULTIPLE = 8
 """At other batch sizes a CPU's kernels treat the last rows differently: at 5, 6 and 7 rows of the
-embedded model the bits of a row depend on its place, at multiples of 4 they do not."""
+embedded model the bits of a row depend on its position, at multiples of 4 they do not."""
 
 ADMITTED_A_TICK = 16
 
 ADMITTED_BESIDE_LIVE = 2
-"""Ordinary images likewise while live frames are expected, which wait while these are encoded."""
+"""The same for ordinary images while live frames are expected, which wait for their encoding."""
 
 
 class Engine:
-    """Weaves the rows of all images under way through one forward a tick, in its own thread.
+    """Weaves the rows of all images under way into one forward pass per tick, in its own thread.
 
     Args:
         models: hosted models by name, at least one, all on one device. Others may be added and
             removed while it runs.
-        row_budget: most rows of a forward, at least 2; what a tick has is chosen from what waits
-            and from what ticks cost. In deterministic mode every forward has so many. Where None is
-            given, it has the fewest that are about as good as more by the costs at the start, and
-            those of images that need more at once have more.
-        live_tick_s: most seconds of a tick while images of the priority live are under way, unless
+        row_budget: maximum number of rows in a forward pass, at least 2; the number of each tick is
+            chosen from what waits and from the cost of ticks. In deterministic mode every pass has
+            exactly this many. If it is None, deterministic mode takes the smallest number that is
+            about as good as larger ones by the costs at start-up, and more for images that need
+            more at once.
+        live_tick_s: maximum seconds of a tick while images of live priority are under way, unless
             shorter ticks would cost a fifth of the throughput.
-        deterministic: run everything at fixed batch shapes, so that an image's bits do not depend
-            on what else is in the batch.
-        max_pending: images waiting or under way; more are refused. Frames of live streams are
-            counted by themselves.
-        max_pending_s: seconds of the device that these images may need, as estimated.
-        max_pending_bytes: bytes that they may need, likewise.
-        on_failure: called in the engine's thread once it can never work again, when everybody has
-            heard of it.
-        guessed_costs: seconds of a tick by rows to begin with, which the ticks then correct. By
-            default forwards are timed at the start, which takes longer than one image.
-        prepares: run forwards at few numbers of rows, and all of these before they are needed:
-            some at the start, the others while nothing waits. In deterministic mode there is one
-            number only. By default on a GPU.
-        cuda_graphs: record the forwards that are prepared on a GPU, and replay them. In
-            deterministic mode a recording is kept only where it equals its forward to the bit.
-        most_bytes: of the device that weights and graphs of all models may have together; what
-            is loaded keeps to it by itself.
+        deterministic: whether to run everything at fixed batch shapes, so that an image's bits do
+            not depend on what else is in the batch.
+        max_pending: maximum number of images waiting or under way; more are refused. Frames of live
+            streams are counted separately.
+        max_pending_s: maximum seconds of the device that these images may need, as estimated.
+        max_pending_bytes: maximum bytes that they may need, as estimated.
+        on_failure: function that is called in the engine's thread when the engine has failed for
+            good, after all listeners have been notified.
+        guessed_costs: initial seconds of a tick by number of rows, which ticks then correct. By
+            default forward passes are timed at start-up, which takes longer than one image.
+        prepares: whether to run forward passes at few numbers of rows only, and all of these before
+            they are needed: some at start-up, the others while nothing waits. In deterministic mode
+            there is one number only. Defaults to True on a GPU.
+        cuda_graphs: whether to record the prepared forward passes on a GPU, and replay them. In
+            deterministic mode a recording is kept only if it equals its pass bit for bit.
+        most_bytes: maximum bytes of the device for weights and graphs of all models together; only
+            graphs are bounded here, since loading of weights has its own check.
 
     Attributes:
-        selecting: chooses the images of each tick; benchmarks choose in other ways.
+        selecting: class that chooses the images of each tick; benchmarks replace it.
     """
 
     selecting: ClassVar[type[Selection]] = Selection
@@ -150,7 +155,7 @@ class Engine:
             self._costs,
             self.measurements,
             self._idle_work.forwards,
-            # Another shape of a forward may sum in another order.
+            # A forward pass of another shape may sum in another order.
             mixed=not deterministic,
         )
         self._stages = Stages(
@@ -187,15 +192,15 @@ class Engine:
         self._thread = Thread(target=self._run, name="weft-engine", daemon=True)
 
     def start(self) -> None:
-        """Warm up and start to work, in the engine's own thread."""
+        """Start the engine's own thread, which warms up and begins to work."""
         self._thread.start()
 
     def stop(self, timeout_s: float, last_tick_s: float | None = None) -> None:
-        """Take no more work, give what is under way ``timeout_s`` seconds, then end the rest.
+        """Accept no more work, give images under way ``timeout_s`` seconds, then end the rest.
 
         Args:
-            timeout_s: for what is under way.
-            last_tick_s: most seconds to wait after that for a tick that nothing can interrupt;
+            timeout_s: seconds for images under way.
+            last_tick_s: maximum seconds to wait after that for a tick, which nothing can interrupt;
                 None waits until it ends.
         """
         with self._wake:
@@ -206,17 +211,17 @@ class Engine:
 
     @property
     def device(self) -> torch.device:
-        """Where all models are."""
+        """The device of all models."""
         return self._device
 
     def add_model(self, model: HostedModel) -> None:
-        """Serve one more model, on the same device, from the next tick on.
+        """Serve another model, on the same device, from the next tick on.
 
-        The first forwards of the model run in the caller's thread, so that ticks go on meanwhile.
-        They are only a few: its ticks teach the rest of what it costs.
+        The first forward passes of the model run in the caller's thread, so that ticks continue
+        meanwhile. They are only a few: its ticks teach the rest of its cost.
 
         Args:
-            model: loaded, under a name that none of the others has; the engine's from now on.
+            model: loaded model with a name that no other has; it belongs to the engine from now on.
 
         Raises:
             MemoryError: not even one row of it fits in memory.
@@ -228,10 +233,10 @@ class Engine:
         self._in_own_thread(lambda: self._take_model(model, warmth))
 
     def undisturbed(self) -> AbstractContextManager[None]:
-        """Keep the engine from preparing for later work while another thread uses the device.
+        """Keep the engine from preparing later work while another thread uses the device.
 
-        A model that is loaded and memory that is given back would spoil a CUDA graph that is being
-        recorded. Ticks go on.
+        Loading a model and freeing memory would spoil a CUDA graph during its capture. Ticks
+        continue.
         """
         return self._idle_work.undisturbed()
 
@@ -242,11 +247,11 @@ class Engine:
 
     @property
     def recorded_bytes(self) -> int:
-        """Memory of CUDA graphs; safe from any thread."""
+        """Bytes of memory that CUDA graphs hold; safe from any thread."""
         return self._idle_work.recorded_bytes
 
     def release_recordings(self) -> bool:
-        """Give back the memory of CUDA graphs, which are recorded again later; from any thread.
+        """Free the memory of CUDA graphs, which are recorded again later; safe from any thread.
 
         Returns:
             Whether there were any.
@@ -257,10 +262,10 @@ class Engine:
         return self._in_own_thread(self._idle_work.release)
 
     def remove_model(self, name: str) -> bool:
-        """Serve a model no longer, and let go of all that was made for it; from any thread.
+        """Stop serving a model, and release all that was made for it; safe from any thread.
 
         Returns:
-            Whether it is removed; it stays while images of it are waiting or under way.
+            Whether it was removed; it stays while any of its images is waiting or under way.
 
         Raises:
             NotReady: the engine is not warm yet, or has stopped or failed.
@@ -317,7 +322,7 @@ class Engine:
         return self._reception.waiting()
 
     def spent(self) -> dict[Client, float]:
-        """Seconds of the device that each client's ordinary images had; safe from any thread."""
+        """Seconds of the device spent on each client's ordinary images; safe from any thread."""
         return dict(self._selection.turns.spent)
 
     def _check_open(self) -> None:
@@ -325,7 +330,7 @@ class Engine:
             raise self._refusal("The server takes no work now; it is starting or stopping.")
 
     def _refusal(self, otherwise: str) -> NotReady:
-        """Why nothing is done any more."""
+        """The error that says why no work is done any more."""
         if isinstance(self.failure, DeviceLost):
             return DeviceLost(self.failure.reason)
         if self.failure is not None:
@@ -374,14 +379,14 @@ class Engine:
         log.info("ready; at most %d rows per forward pass", most)
 
     def _wait_for_work(self) -> bool:
-        """Sleep until there is work, and prepare for it meanwhile; False when it is time to end."""
+        """Sleep until there is work, and prepare for it meanwhile; return False to end."""
         self._idle_work.until(self._wait, live=lambda: self._selection.expects_live)
         if self._stop_at is None:
             return True
         return bool(self._arrived or self._active) and monotonic() < self._stop_at
 
     def _wait(self, most_s: float | None) -> bool:
-        """Whether there is something to do, at the latest after so many seconds."""
+        """Wait for something to do, at most so many seconds; return whether there is any."""
         with self._wake:
             return self._wake.wait_for(
                 lambda: (
@@ -395,7 +400,8 @@ class Engine:
         self._admit()
         chosen = self._selection.next_tick(self._active)
         if chosen:
-            # Sizes that share a forward do so as it costs less: each has its part of what is saved.
+            # Sizes share a forward pass if that costs less, so each is charged its part of the
+            # tick.
             parts = {sequence: sequence.work * sequence.lane.area for sequence in chosen}
             began = perf_counter()
             self._weave(chosen)
@@ -408,7 +414,7 @@ class Engine:
         self._idle_work.beside_ticks(self._live_tick_s if live else LONGEST_PIECE_S)
 
     def _admit(self) -> None:
-        """Take in newcomers, and let go of what was cancelled, before any work is done for it."""
+        """Admit newcomers, and drop cancelled images before any more work is done for them."""
         with self._wake:
             ordinary = ADMITTED_BESIDE_LIVE if self._selection.expects_live else ADMITTED_A_TICK
             self._selection.note_who_waits(chain(self._active, self._arrived))
@@ -435,7 +441,7 @@ class Engine:
                 self._reception.note_told(sequence)
 
     def _not_admitted(self, newcomers: list[Sequence]) -> list[tuple[Sequence, Exception]]:
-        """Newcomers that cannot be made ready, none of them for memory that recordings have."""
+        """Newcomers that cannot be made ready, after freeing recordings if memory was short."""
         failed = list(self._admission.admit(newcomers))
         short = [one for one, error in failed if is_out_of_memory(error) and one.slot < 0]
         if not short or not self._idle_work.release():
@@ -446,7 +452,7 @@ class Engine:
         return [*others, *self._admission.admit(short)]
 
     def _weave(self, chosen: list[Sequence]) -> None:
-        """Take images on by a stage, as far as they can be."""
+        """Advance images by a stage, as far as possible."""
         for sequence in chosen:
             if not sequence.started_at:
                 sequence.started_at = monotonic()
@@ -459,11 +465,11 @@ class Engine:
             for outcome in part.outcomes:
                 self._hear(outcome)
         if self._device.type == "cpu":
-            # It does not work meanwhile, and its stages may take seconds.
+            # A CPU does no work of its own meanwhile, and its stages may take seconds.
             self._tell_and_count()
 
     def _tell_and_count(self) -> None:
-        """Tell of what has run and keep account of it, for which the device need not wait."""
+        """Report progress and update the backlog, which need not keep the device waiting."""
         self._reports.tell_steps()
         uncounted, self._uncounted = self._uncounted, set()
         with self._wake:
@@ -472,7 +478,7 @@ class Engine:
                     self._reception.count_rows(sequence)
 
     def _hear(self, outcome: Outcome) -> None:
-        """Take the images of one lane on by the stage that they have run."""
+        """Update the images of one lane after a stage that they have run."""
         closed: list[tuple[Sequence, int]] = []
         done: list[Sequence] = []
         for row, sequence in enumerate(outcome.batch.sequences):
@@ -491,16 +497,17 @@ class Engine:
         self._reports.steps(closed, outcome.denoised)
         for sequence in done:
             sequence.denoised_at = monotonic()
-        # Rows are in an order of their own, which is nobody's turn.
+        # Rows have an order of their own, which must not decide whose turn it is.
         self._decoder.add(sorted(done, key=lambda one: one.submitted_at))
 
     def _recall(self) -> set[Sequence]:
-        """Run stages that need no row of a forward, for about as long as a fair tick takes.
+        """Run stages that need no row of a forward pass, for about as long as a fair tick takes.
 
-        A run may recall nearly all of its stages at once, which whoever comes would wait for.
+        A run may recall nearly all of its stages at once, and newcomers would have to wait for
+        that.
 
         Returns:
-            The images that went on; those that recall further stages do so in later ticks.
+            The images that advanced; those that recall further stages do so in later ticks.
         """
         longest_s = self._selection.longest_aside_s
         recalled: set[Sequence] = set()
@@ -515,7 +522,7 @@ class Engine:
         return recalled
 
     def _collect(self, *, idle: bool) -> None:
-        """Let the decoder work, and send what it has finished."""
+        """Let the decoder work, and deliver what it has finished."""
         before_s, live_before_s = self._decoder.seconds, self._decoder.live_s
         for sequence, outcome in self._decoder.work(idle=idle):
             self._finish(sequence, outcome)
@@ -524,15 +531,15 @@ class Engine:
         self._selection.share_out(self._active, seconds, live_s=live_s)
 
     def _finish(self, sequence: Sequence, outcome: ImageResult | Exception) -> None:
-        """Send what came of an image whose last stage has run."""
+        """Deliver the result of an image whose last stage has run."""
         if isinstance(outcome, Exception):
             if is_out_of_memory(outcome):
-                # Others as large are refused for a while.
+                # Images of this size or larger are refused for a while.
                 task, free = sequence.task, unused_bytes(self._device)
                 self._overflows.note(task.model, task.width, task.height, None, free)
             self._fail(sequence, outcome)
             return
-        # Whoever hears of the last step may still cancel.
+        # A listener that is notified of the last step may still cancel.
         self._reports.tell_plain_steps()
         if not sequence.submission.finish():
             self._fail(sequence, Cancelled())
@@ -564,16 +571,16 @@ class Engine:
         self._reception.see_off(sequence)
 
     def prepared(self, model: HostedModel) -> PreparedForwards:
-        """What has been done for the forwards of a hosted model; safe from any thread."""
+        """What has been prepared for the forward passes of a hosted model; safe from any thread."""
         return self._idle_work.prepared(model)
 
     def tick_costs(self) -> list[tuple[str, tuple[int, int, int], TickCost]]:
-        """What ticks cost by model and latent shape; safe from any thread."""
+        """Tick costs by model and latent shape; safe from any thread."""
         return self._costs.all()
 
     def _end_everything(self) -> None:
         with self._wake:
-            # Nothing is accepted from here on, whatever ended the loop.
+            # From here on nothing is accepted, whatever ended the loop.
             self._stop_at = self._stop_at or monotonic()
             self._active.extend(self._arrived.take_all())
         self._chores.refuse(self._refusal("The server is stopping."))

@@ -1,14 +1,16 @@
-"""Whose turn it is: fair queueing by seconds of the device, and not by numbers of images.
+"""Fair queueing by seconds of the device, not by number of images.
 
-Start-time fair queueing (Goyal, Vin and Cheng, 1996). Whoever has work is served in the order of a
-virtual time, which is what it has had of the device divided by its weight. Nothing has to be known
-of the cost of a request before it is served, which suits work that is served in ticks: each tick is
-charged when it has run, by the seconds that it took. Deficit round robin would serve each client
-for a quantum in turn; here a tick serves many clients at once, and there is no turn to end.
+This is start-time fair queueing (Goyal, Vin and Cheng, 1996). Clients with work are served in the
+order of a virtual time, which is the service that each has had from the device divided by its
+weight. The cost of a request need not be known before it is served, which suits work that is served
+in ticks: each tick is charged after it has run, by the seconds that it took. Deficit round robin
+would serve each client for a quantum in turn; here a tick serves many clients at once, and there is
+no turn to end.
 
-One departure: whoever comes back from a pause begins a little before the clock (:data:`BURST_S`),
-where start-time fair queueing would have it begin at the clock. So a client that leaves most of its
-share unused is served at once, as long as it does, and can never be owed more than that.
+There is one departure. A client that returns from a pause begins a little before the clock
+(:data:`BURST_S`), where start-time fair queueing would have it begin at the clock. So a client that
+leaves most of its share unused is served at once, as long as it does, and can never be owed more
+than that.
 """
 
 from __future__ import annotations
@@ -24,28 +26,28 @@ if TYPE_CHECKING:
 __all__ = ["BURST_S", "CONTENDED_S", "TURN_S", "FairQueue", "Turns"]
 
 BURST_S = 2.0
-"""Seconds of the device that whoever was away may have before the others have any; of a weight
-below 1 likewise less."""
+"""Seconds of the device that whoever returns from a pause may have before the others have any;
+proportionally less for a weight below 1."""
 
 TURN_S = 0.1
-"""Seconds by which whoever is next may be passed: turns cannot be finer than ticks."""
+"""Seconds by which others may go ahead of whoever is next: turns cannot be finer than ticks."""
 
 CONTENDED_S = 10.0
-"""Seconds after which a flow that has no work any more is not expected back."""
+"""Seconds without work after which a flow is not expected back."""
 
 Key = TypeVar("Key", bound="Hashable")
 
 
 class FairQueue(Generic[Key]):
-    """What each of some has had of the device, in seconds by weight.
+    """Service that each key has had from the device, in seconds divided by weight.
 
     Args:
-        weight_of: the share of each beside the others; by default equal ones.
-        endless: ever new ones may come. So that not all of them go before whoever stays, the clock
-            also goes by what equal parts of all service come to.
+        weight_of: share of each key relative to the others; equal shares by default.
+        endless: whether ever new keys may come. So that not all of these go before whoever stays,
+            the clock also advances by an equal part of all service.
 
     Attributes:
-        clock: what the least served of those with work has had; it never goes back.
+        clock: virtual time of the least served key with work; it never goes back.
     """
 
     def __init__(
@@ -59,10 +61,10 @@ class FairQueue(Generic[Key]):
         self._waiting: set[Key] = set()
 
     def wait(self, waiting: Collection[Key]) -> None:
-        """Note who has work now.
+        """Set which keys have work now.
 
-        Newcomers begin before the clock if others had work already, else at it. Those without work
-        are forgotten once they would begin there as newcomers.
+        Newcomers begin before the clock if others had work already, otherwise at it. A key without
+        work is forgotten once it would begin there as a newcomer.
         """
         known = [self._had[one] for one in waiting if one in self._waiting]
         if known:
@@ -76,28 +78,29 @@ class FairQueue(Generic[Key]):
         self._waiting = set(waiting)
 
     def had(self, one: Key) -> float:
-        """Its virtual time; whoever has least is next."""
+        """Virtual time of a key; the one with the least is next."""
         return self._had.get(one, self._start(one))
 
     def charge(self, one: Key, seconds: float) -> None:
-        """Count seconds of the device."""
+        """Charge seconds of the device to a key."""
         by_weight = seconds / self._weight_of(one)
         self._had[one] = self.had(one) + by_weight
         self._served += by_weight
 
     def _start(self, one: Key) -> float:
-        """Where whoever was away begins while others have work."""
+        """Virtual time at which a key begins that was away, while others have work."""
         return self.clock - BURST_S / max(1.0, self._weight_of(one))
 
 
 class Turns:
-    """Clients share the device by their weights, and the flows of a client share its part equally.
+    """Shares the device among clients by weight, and a client's part equally among its flows.
 
-    Flows and not requests, so that requests of one client that can share a forward are ordered for
-    the least mean latency (``scheduler.py``), while large pictures and small ones take turns.
+    The unit is the flow, not the request, so that requests of one client that can share a forward
+    pass are ordered for the least mean latency (``scheduler.py``), while large pictures and small
+    ones take turns.
 
     Attributes:
-        spent: seconds of the device that each client has had since the start.
+        spent: seconds of the device that each client has had since start-up.
     """
 
     def __init__(self) -> None:
@@ -108,11 +111,11 @@ class Turns:
         self.spent: dict[Client, float] = {}
 
     def wait(self, flows: Iterable[Flow], now: float) -> None:
-        """Note which flows have work.
+        """Set which flows have work.
 
         Args:
-            flows: those whose images wait, run or are to be decoded.
-            now: in seconds, of any clock.
+            flows: flows whose images wait, run or have to be decoded.
+            now: time in seconds, of any clock.
         """
         kinds: dict[Client, set[Hashable]] = {}
         for flow in flows:
@@ -141,19 +144,19 @@ class Turns:
         return {kind: queue.had(kind) for kind in self._waiting.get(client, ())}
 
     def standing(self, flow: Flow) -> tuple[float, float]:
-        """Virtual times of its client, and of the flow among those of its client; least is next."""
+        """Virtual times of its client, and of the flow within its client; the least is next."""
         kinds = self._kinds.get(flow.client)
         return self._clients.had(flow.client), -inf if kinds is None else kinds.had(flow.kind)
 
     def due(self, client: Client, latest: float) -> bool:
-        """Whether a client is owed service, or has had no more than that."""
+        """Whether a client is owed service, or its virtual time is at most ``latest``."""
         had = self._clients.had(client)
         return had < self._clients.clock or had <= latest
 
     def flow_due(self, flow: Flow, within_s: float) -> bool:
-        """Whether it is a flow's turn, or it is ahead of those before it by no more than that.
+        """Whether it is a flow's turn, or it is ahead of those before it by at most ``within_s``.
 
-        It is never the turn of a flow that has no work, or has to leave the device to others.
+        It is never the turn of a flow that has no work, or that must leave the device to others.
         """
         if flow.kind not in self._waiting.get(flow.client, ()):
             return False
@@ -162,7 +165,7 @@ class Turns:
         return self.due(flow.client, latest) and own <= min(kinds.values()) + within_s
 
     def charge(self, flow: Flow, seconds: float) -> None:
-        """Count seconds of the device that were spent on a flow."""
+        """Charge seconds of the device to a flow and its client."""
         self.spent[flow.client] = self.spent.get(flow.client, 0.0) + seconds
         self._clients.charge(flow.client, seconds)
         self._kinds.setdefault(flow.client, FairQueue(endless=True)).charge(flow.kind, seconds)

@@ -1,4 +1,4 @@
-"""The ordinary images of the next tick, by fair turns of their clients: pure, no device."""
+"""Choice of the ordinary images of the next tick, by fair turns of their clients: pure."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["STRETCH", "fair_tick", "in_turn"]
 
 STRETCH = 1.5
-"""So many times as long as without them may a tick take with images that it is not the turn of."""
+"""Maximum factor by which images of clients whose turn it is not may lengthen a tick."""
 
 
 def fair_tick(
@@ -30,24 +30,25 @@ def fair_tick(
     lanes: Mapping[int, LaneCosts],
     rows_of: Callable[[Load], int],
 ) -> list[int]:
-    """The next tick without live images: all of one lane, and of those that it can be mixed with.
+    """Choose the next tick without live images: one lane, and lanes that can be mixed with it.
 
-    The client that has had least, the flow of it that has had least, and the most urgent image of
-    that decide the lane, and that image runs in any case. The number of rows is chosen for the
-    images of the lane whose client is due, which is one that is owed service or ahead of the first
-    by no more than a tick. Due images of other sizes join if the model can evaluate them in the
-    same forward and that takes less time (``mixed_tick.py``). Those of other clients, and batch
-    images beside others, come along where they do not lengthen the tick by more than
-    :data:`STRETCH`. Interactive images of all clients go before batch ones.
+    The lane is that of the first image in turn: the most urgent one of the least served flow of the
+    least served client. That image runs in any case. The number of rows is chosen for those images
+    of the lane whose client is due, that is owed service or ahead of the first by no more than a
+    tick. Due images of other sizes join if the model can evaluate them in the same forward pass and
+    that takes less time (``mixed_tick.py``). Images of other clients, and batch images beside
+    others, join if they do not lengthen the tick by more than :data:`STRETCH`. Interactive images
+    of all clients go before batch ones.
 
     Args:
         candidates: every image under way, oldest first.
-        turns: what their clients have had.
-        lanes: of all candidates.
-        rows_of: the best number of rows for a load.
+        turns: service that their clients have had.
+        lanes: costs of the lanes of all candidates.
+        rows_of: function that returns the best number of rows for a load.
 
     Returns:
-        Indices into ``candidates``, in the order of their turns, those of a group side by side.
+        Indices into ``candidates``, in the order of their turns, with those of a group side by
+        side.
     """
     units, members = units_of(candidates)
     if not units:
@@ -62,7 +63,7 @@ def fair_tick(
         if unit.lane != lane and costs.mixes_with(lanes[unit.lane])
     ]
     clients = {units[i].flow.client for i in (*here, *mixable)}
-    # Beside those that can run now: others may be ahead of all of them, and have to wait.
+    # Relative to clients that can run now: others may be ahead of all of them, and have to wait.
     latest = turns.standing(units[first].flow)[0] + costs.longest_s
     owed = {client for client in clients if turns.due(client, latest)}
     due = [i for i in here if i in ready and units[i].flow.client in owed]
@@ -93,9 +94,9 @@ def in_turn(
 
     Args:
         units: images and groups.
-        among: indices of those that are ordered.
-        turns: what their clients have had.
-        lanes: of all of them.
+        among: indices of the units to order.
+        turns: service that their clients have had.
+        lanes: costs of the lanes of all of them.
     """
     indices = list(among)
     ready = _ready(units, indices)
@@ -106,7 +107,7 @@ def in_turn(
 
 
 def _ready(units: Sequence[Candidate], among: Sequence[int]) -> set[int]:
-    """Indices of all but batch images, or of all where there are no others."""
+    """Indices of all but batch images, or of all if there are no others."""
     return {i for i in among if in_time(units[i].priority, units[i].age)} or set(among)
 
 
@@ -154,7 +155,7 @@ def _firsts(
 
 
 def _stretched(rows: int, costs: LaneCosts) -> int:
-    """How many rows a tick may have that would have so many."""
+    """Maximum number of rows of a tick that would otherwise have ``rows``."""
     alone = costs.seconds(rows)
     longest = max(alone, min(STRETCH * alone, costs.longest_s))
     return max(rows, bisect_right(range(1, costs.most + 1), longest, key=costs.seconds))

@@ -1,4 +1,4 @@
-"""Errors told apart: of an image, of the memory, and of the device itself."""
+"""Classification of errors: those of an image, of the memory, and of the device itself."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["attempt", "free_memory", "is_out_of_memory", "lost_device"]
 Result = TypeVar("Result")
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")
-"""What drivers, libraries and the CPU's allocator say, without torch's own exception."""
+"""Phrases of drivers, libraries and the CPU's allocator, which lack torch's own exception."""
 
 STICKY = (
     "illegal memory access",
@@ -35,11 +35,11 @@ STICKY = (
 """After any of these, every later call of the process on its device fails."""
 
 OF_THE_DEVICE = ("cuda error", "cudaerror", "cublas_status", "cudnn_status", "hip error")
-"""An error that may have been the kernel's or the device's own: only another call can tell."""
+"""Phrases of errors of a kernel or of the device itself; only another call can tell which."""
 
 
 def attempt(work: Callable[[], Result], device: torch.device) -> Result | Exception:
-    """What the work comes to, or the error that it ends in, where work on the device can go on.
+    """Return the result of some work, or its error if the device can still be used.
 
     Raises:
         DeviceLost: it cannot.
@@ -47,14 +47,14 @@ def attempt(work: Callable[[], Result], device: torch.device) -> Result | Except
     try:
         return work()
     except DeviceLost:
-        # Found out by an attempt inside this one.
+        # Detected by an attempt inside this one.
         raise
     except Exception as error:
         lost = lost_device(error, device)
         if lost is not None:
             raise lost from error
         if is_out_of_memory(error):
-            # The frames hold the tensors that there was no room for.
+            # The traceback's frames hold the tensors that there was no room for.
             return error.with_traceback(None)
         return error
 
@@ -67,13 +67,13 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def free_memory(device: torch.device) -> None:
-    """Give back what the allocator keeps, so that other sizes fit."""
+    """Release memory that the allocator caches, so that other sizes fit."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def lost_device(error: BaseException, device: torch.device) -> DeviceLost | None:
-    """That the device no longer answers, where this is what the error means."""
+    """The error for a device that no longer answers, if that is what this one means."""
     if not isinstance(error, RuntimeError) or is_out_of_memory(error):
         return None
     of_the_device = isinstance(error, torch.AcceleratorError) or _says(error, OF_THE_DEVICE)

@@ -1,4 +1,4 @@
-"""What the images of a request need at once, as estimated: evaluations and bytes."""
+"""Estimate of what the images of a request need at once: evaluations and bytes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["Footprint", "Kind", "footprint", "heaviest"]
 
 Kind: TypeAlias = "tuple[str, tuple[int, int, int]]"
-"""Model, and shape of latents ``(C, h, w)`` of as many cells as a forward reads for a row."""
+"""Model, and shape ``(C, h, w)`` of latents with as many cells as a forward pass reads a row."""
 
 NUMBER_BYTES = 4
 """States and pictures are float32."""
@@ -29,8 +29,9 @@ class Footprint(NamedTuple):
 
     Attributes:
         rows: evaluations, by model and shape; ControlNets count by their cost.
-        nbytes: of their states, of the pictures that they start from, refer to or are steered
-            by, of what the network is told and shown, and of the finished pictures.
+        nbytes: bytes of their states, of the pictures that they start from, refer to or are
+            controlled by, of the network's conditioning and image prompts, and of the finished
+            pictures.
     """
 
     rows: dict[Kind, float]
@@ -42,12 +43,13 @@ def footprint(
     kind_of: Callable[[ImageTask], Kind],
     told_bytes: Callable[[str, int], int],
 ) -> Footprint:
-    """What the images of a request need.
+    """Estimate what the images of a request need.
 
     Args:
         tasks: the images; only the sizes of their pictures matter.
-        kind_of: model and shape of a task.
-        told_bytes: of one encoded text of a model beside so many pictures, without these.
+        kind_of: function that returns the model and shape of a task.
+        told_bytes: function that returns the bytes of one encoded text, given the model and the
+            number of reference images, whose own bytes are excluded.
     """
     rows = dict[Kind, float]()
     states = 0
@@ -56,7 +58,7 @@ def footprint(
     texts = set[tuple[str, int, object]]()
     planned: dict[Hashable, GuidancePlan] = {}
     for task in tasks:
-        # The images of a request share what their guidance is planned from.
+        # Images of a request share the objects that their guidance is planned from.
         kinds = task.plan, task.rule, task.policy, task.terms, task.cache, task.controls
         key = tuple(map(id, kinds)), task.prompt, task.negative_prompt
         guidance = planned.get(key) or planned.setdefault(key, plan_guidance(task))
@@ -80,5 +82,5 @@ def footprint(
 
 
 def heaviest(task: ImageTask) -> float:
-    """Most that a stage of an image costs in rows of the denoiser, if all its ControlNets act."""
+    """Maximum cost of a stage of an image in rows of the denoiser, with all ControlNets active."""
     return plan_guidance(task).widest * (1 + sum(use.control.cost for use in task.controls))
