@@ -1,4 +1,4 @@
-"""A diffusers autoencoder between pictures and the latents that a denoiser works on."""
+"""A diffusers autoencoder, which converts between images and the denoiser's latents."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 class Autoencoder:
-    """Decodes and encodes at the network's own type.
+    """Decodes and encodes in the network's own dtype.
 
     Args:
         network: an ``AutoencoderKL``, ``AutoencoderTiny`` or ``AutoencoderDC`` in inference mode.
-        device: where it runs.
+        device: device on which it runs.
     """
 
     def __init__(self, network: Any, device: torch.device) -> None:
@@ -31,7 +31,10 @@ class Autoencoder:
         self._shift: float = getattr(config, "shift_factor", None) or 0.0
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures ``[rows, 3, H, W]`` float32 in [-1, 1] of clean latents ``[rows, C, h, w]``."""
+        """Decode clean latents ``[rows, C, h, w]`` to images ``[rows, 3, H, W]`` in [-1, 1].
+
+        The images are float32.
+        """
         if self._mean is None or self._deviation is None:
             scaled = latents / self._scale + self._shift
         else:
@@ -40,10 +43,13 @@ class Autoencoder:
         return network.decode(scaled.to(network.dtype), return_dict=False)[0].float()
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Clean latents ``[rows, C, h, w]`` float32 of pictures ``[rows, 3, H, W]`` in [-1, 1]."""
+        """Encode images ``[rows, 3, H, W]`` in [-1, 1] to clean latents ``[rows, C, h, w]``.
+
+        The latents are float32.
+        """
         network = with_tiles(self.network, pixels, scale=1)
         encoded = network.encode(pixels.to(network.dtype))
-        # The mean of the posterior, not a sample: the same picture gives the same latent.
+        # The mean of the posterior, not a sample, so that the same image gives the same latent.
         latents = (
             encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.to_tuple()[0]
         )

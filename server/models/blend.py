@@ -1,4 +1,4 @@
-"""Several prompts blended into one: their conditioning, mixed by weights."""
+"""Blends of several prompts: weighted mixtures of their conditioning."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ __all__ = ["Blend", "BlendKind", "Told", "conditioning_of", "texts_of"]
 BlendKind: TypeAlias = Literal["linear", "spherical"]
 
 PARALLEL = 0.9995
-"""Cosine of two vectors from which on their arc is a straight line, to float32's precision."""
+"""Cosine of two vectors above which their arc is a straight line to float32 precision."""
 
 
 @dataclass(frozen=True, slots=True)
 class Blend:
-    """A mixture of what a network may be told.
+    """A mixture of prompts.
 
     Attributes:
-        parts: each with its weight, at least 0; at least one weight is above 0.
-        kind: ``linear`` is the weighted mean. ``spherical`` goes from part to part along the arc
-            between their vectors, token by token, so that a mixture is as long as its parts; with
+        parts: prompts or blends, each with its weight, at least 0; at least one weight is above 0.
+        kind: ``linear`` is the weighted mean. ``spherical`` moves from part to part along the arc
+            between their vectors, token by token, so that a mixture has the norm of its parts; with
             more than two parts it depends on their order.
     """
 
@@ -40,11 +40,11 @@ class Blend:
 
 
 Told: TypeAlias = "str | Blend | None"
-"""What a network is told: a prompt, a blend, or nothing, which is the model's unconditional."""
+"""What a network is conditioned on: a prompt, a blend, or None for the model's unconditional."""
 
 
 def texts_of(told: Told) -> tuple[str | None, ...]:
-    """The prompts that must be encoded for it, in their order."""
+    """The prompts that must be encoded for it, in order, each once."""
     if not isinstance(told, Blend):
         return (told,)
     texts = (text for part, _ in told.parts for text in texts_of(part))
@@ -55,11 +55,11 @@ def conditioning_of(told: Told, encoded: Mapping[str | None, Conditioning]) -> C
     """The conditioning of a prompt, or of a blend of prompts.
 
     Args:
-        told: what the network is told.
+        told: prompt, blend or None.
         encoded: conditioning of each of its prompts.
 
     Raises:
-        InvalidRequest: the model encodes them to different shapes, which cannot be mixed.
+        InvalidRequest: the model encodes the prompts to different shapes, which cannot be mixed.
     """
     if not isinstance(told, Blend):
         return encoded[told]
@@ -108,9 +108,9 @@ def _along_arcs(vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 def _slerp(start: Tensor, end: Tensor, share: float) -> Tensor:
-    """A share of the way along the arc between vectors of the last dimension (Shoemake 1985)."""
+    """Spherical interpolation between vectors of the last dimension (Shoemake 1985)."""
     cosine = torch.cosine_similarity(start, end, dim=-1)[..., None]
-    # Opposite vectors have no arc of their own: the clamp keeps the division finite.
+    # The arc between opposite vectors is undefined: the clamp keeps the division finite.
     angle = cosine.clamp(-PARALLEL, PARALLEL).acos()
     along = (start * ((1 - share) * angle).sin() + end * (share * angle).sin()) / angle.sin()
     return along.where(cosine.abs() < PARALLEL, start.lerp(end, share))

@@ -1,4 +1,4 @@
-"""Prompts in a chat template, encoded by a causal language model at their own length."""
+"""Prompts in a chat template, encoded by a causal language model without padding."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 __all__ = ["TEXT", "ChatTemplate", "ChatText"]
 
 TEXT: Final = "text"
-"""Of conditioning, the hidden states of a text, ``[tokens, features]``."""
+"""Name of the conditioning tensor with the hidden states of a text, ``[tokens, features]``."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChatTemplate:
-    """What stands around a prompt, and how much of the whole is read.
+    """Text around a prompt, and the range of tokens that the denoiser reads.
 
     Attributes:
-        head: before the prompt.
-        tail: behind it.
-        dropped: tokens at the beginning that the denoiser does not read.
-        places: the most tokens behind these that it does.
+        head: text before the prompt.
+        tail: text after the prompt.
+        dropped: number of tokens at the beginning that the denoiser does not read.
+        places: maximum number of tokens after these that it reads.
     """
 
     head: str
@@ -41,15 +41,16 @@ class ChatTemplate:
 
 
 class ChatText:
-    """Hidden states of each prompt at its own length; the unconditional is a prompt too.
+    """Encodes each prompt at its own length; the unconditional is a prompt, too.
 
     Args:
-        encoder: the text encoder, on the device.
-        states: what is read of it, ``[1, tokens, features]``, for tokens int64 ``[1, tokens]``.
-        tokenizer: of the encoder.
-        template: around every prompt.
-        device: where the encoder runs.
-        unconditional: the prompt of the unconditional.
+        encoder: text encoder, on its device.
+        states: computes the hidden states ``[1, tokens, features]`` that the denoiser reads, from
+            tokens int64 ``[1, tokens]``.
+        tokenizer: tokenizer of the encoder.
+        template: template around every prompt.
+        device: device of the encoder.
+        unconditional: prompt that stands for the unconditional.
     """
 
     def __init__(
@@ -67,25 +68,25 @@ class ChatText:
         self._template = template
         self._device = device
         self._unconditional = unconditional
-        # A fast tokenizer refuses two threads at once.
+        # A fast tokenizer raises an error if two threads use it at once.
         self._tokenizing = Lock()
         self._markers = len(self._tokens(""))
 
     @property
     def max_tokens(self) -> int:
-        """Tokens of the longest prompt, the template not counted."""
+        """Maximum number of tokens of a prompt, excluding the template."""
         return self._template.dropped + self._template.places - self._markers
 
     def count_tokens(self, text: str) -> int:
-        """Tokens of a prompt, the template not counted; safe from any thread."""
+        """Number of tokens of a prompt, excluding the template; safe from any thread."""
         return len(self._tokens(text)) - self._markers
 
     def encode(
         self, prompts: Sequence[str | None], width: int, height: int, options: TextOptions
     ) -> list[Conditioning]:
-        """Conditioning of each prompt, whatever the size of the picture."""
-        # One by one: no place is wasted on padding, and no bit depends on the other prompts. What
-        # fills up a batch of fixed size is encoded once.
+        """Conditioning of each prompt; it does not depend on the image size."""
+        # One by one: nothing is wasted on padding, and no bit depends on the other prompts.
+        # Duplicates, which fill up a batch of fixed size, are encoded only once.
         made = {
             prompt: self._encoded(self._unconditional if prompt is None else prompt)
             for prompt in dict.fromkeys(prompts)

@@ -1,8 +1,8 @@
 """Single-file checkpoints of Stable Diffusion, converted once to a folder in the diffusers layout.
 
-Names are converted by diffusers' own converters. Configs and the vocabulary of the text encoders
-ship with Weft (``single_file/``), so nothing is fetched. The folder is read like any other: tensors
-that are missing or left over are refused by name.
+Tensors are renamed by diffusers' own converters. Configs and the vocabulary of the text encoders
+ship with Weft (``single_file/``), so nothing is downloaded. The folder is then read like any other:
+an error names tensors that are missing or unexpected.
 """
 
 from __future__ import annotations
@@ -47,18 +47,18 @@ TEMPLATES: Final = {
     "xl_base": "sdxl",
     "xl_inpaint": "sdxl",
 }
-"""Configs of each kind of checkpoint, as diffusers names the kinds."""
+"""Folder of configs for each kind of checkpoint, by diffusers' names of the kinds."""
 
 INPAINTING: Final = ("inpainting", "inpainting_v2", "xl_inpaint")
 SIZE_OF_VELOCITIES: Final = 96
-"""Latent cells along a side of a picture of Stable Diffusion 2.x that predicts a velocity."""
+"""Latent height and width of images of Stable Diffusion 2.x with velocity prediction."""
 
 UNET: Final = "model.diffusion_model."
 AUTOENCODER: Final = "first_stage_model."
 CLIP: Final = ("cond_stage_model.transformer.", "conditioner.embedders.0.transformer.")
 OPEN_CLIP: Final = "conditioner.embedders.1.model."
 SECOND_CLIP: Final = "cond_stage_model.model."
-"""Of Stable Diffusion 2.x, whose U-Net reads the layer before the last."""
+"""Prefix in checkpoints of Stable Diffusion 2.x, whose U-Net reads the last layer but one."""
 
 LAST_LAYER: Final = f"{SECOND_CLIP}transformer.resblocks.23."
 NETWORKS: Final = (UNET, AUTOENCODER, *CLIP, OPEN_CLIP, SECOND_CLIP)
@@ -79,39 +79,39 @@ OF_TRAINING: Final = (
     "sqrt_",
     "scale_factor",
 )
-"""What checkpoints hold beside the weights that are sampled with."""
+"""Prefixes of tensors in checkpoints that are not used for sampling."""
 
 OF_CLIP_ALONE: Final = tuple(f"{one}text_projection.weight" for one in CLIP)
-"""A layer of CLIP that no picture is drawn with; some merges keep it."""
+"""A layer of CLIP that is not used for sampling; some merges keep it."""
 
 PROJECTION: Final = f"{OPEN_CLIP}text_projection"
 
 BY_EDM: Final = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
-"""Of models that predict by Karras et al.'s preconditioning: Playground v2.5, CosXL."""
+"""Tensors of models with EDM preconditioning (Karras et al.): Playground v2.5, CosXL."""
 
 UNUSED: Final = ("position_ids", "logit_scale")
 COPIED: Final = (".in_proj_weight", ".in_proj_bias", ".text_projection")
-"""Tensors of OpenCLIP that are divided or turned, and so are not the same in memory."""
+"""OpenCLIP tensors that the converters split or transpose, so their memory is not reused."""
 
 NAMES_SHOWN: Final = 3
 
 CONVERTERS: Final = ("checkpoint", "checkpoint_prediction", "scaled_weights")
-"""Modules that decide what is in the folder of a checkpoint, with diffusers and the templates."""
+"""Modules that, with diffusers and the templates, determine the contents of a converted folder."""
 
 
 def converted(
     file: Path, cache: Path, templates: Path | None = None, tell: Callable[[], None] | None = None
 ) -> Path:
-    """The folder that a checkpoint was or is now converted to.
+    """Convert a checkpoint, unless it has been converted before, and return the folder.
 
     Args:
-        file: ``.safetensors``, with the names of the original Stable Diffusion 1.x, 2.x or XL.
-        cache: where folders of converted checkpoints are kept.
-        templates: with the configs of each kind; by default those that ship with Weft.
-        tell: called if it has to be converted.
+        file: ``.safetensors`` file with the names of the original Stable Diffusion 1.x, 2.x or XL.
+        cache: folder in which converted checkpoints are kept.
+        templates: folder with the configs of each kind; by default those that ship with Weft.
+        tell: called if the checkpoint has to be converted.
 
     Raises:
-        ModelMismatch: another kind of file, or tensors that belong to none of the networks.
+        ModelMismatch: the file is of another kind, or has tensors that belong to no network.
         OSError: the folder cannot be written.
     """
     if file.suffix == GGUF:
@@ -134,7 +134,7 @@ def converted(
 
 
 def _version(templates: Path) -> str:
-    """Of what converts: another one may make another folder of the same file."""
+    """Hash of everything that determines the contents of a converted folder, besides the file."""
     digest = sha256(version("diffusers").encode())
     own = (Path(__file__).with_name(f"{name}.py") for name in CONVERTERS)
     for file in (*own, *sorted(one for one in templates.rglob("*") if one.is_file())):
@@ -143,7 +143,7 @@ def _version(templates: Path) -> str:
 
 
 def _put(made: Path, folder: Path) -> None:
-    """Give a folder its name, unless another process was faster, as where one serves each GPU."""
+    """Rename the folder, unless another process (there may be one per GPU) has already made it."""
     try:
         made.rename(folder)
     except OSError:
@@ -153,7 +153,7 @@ def _put(made: Path, folder: Path) -> None:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Write the vocabulary of CLIP's text encoders, as their tokenizers read it."""
+    """Write the vocabulary of CLIP's text encoders in the form that their tokenizers read."""
     packed = files("server.models") / "single_file" / "clip_merges.txt.gz"
     merges = gzip.decompress(packed.read_bytes()).decode().splitlines()
     letters = _letters()
@@ -166,7 +166,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def _letters() -> list[str]:
-    """The characters that stand for the 256 bytes: those that can be printed, then others."""
+    """The characters that stand for the 256 bytes: printable ones first, then substitutes."""
     printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     return [*map(chr, printed), *(chr(256 + i) for i in range(256 - len(printed)))]
 
@@ -204,7 +204,7 @@ def _convert(file: Path, folder: Path, templates: Path) -> None:
 
 
 def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors that are sampled with, and the file's metadata."""
+    """Read the tensors needed for sampling, and the file's metadata."""
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = dict(opened.metadata() or {})
@@ -214,7 +214,7 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     unused = (*OF_TRAINING, *OF_CLIP_ALONE)
     used = {name: tensor for name, tensor in weights.items() if not name.startswith(unused)}
     if (turned := used.pop(f"{PROJECTION}.weight", None)) is not None:
-        # As a linear layer has it, where OpenCLIP has a matrix.
+        # A linear layer's weight is the transpose of OpenCLIP's matrix.
         used[PROJECTION] = turned.T
     return unscaled(used, f"model file {str(file)!r}"), metadata
 
@@ -222,7 +222,7 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _kind(file: Path, weights: Mapping[str, Tensor]) -> str:
     from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 
-    # What diffusers does not recognise it takes for Stable Diffusion 1.
+    # diffusers classifies everything it does not recognize as Stable Diffusion 1.
     kind = infer_diffusers_model_type(weights)
     if by_edm := [name for name in BY_EDM if name in weights]:
         raise ModelMismatch(
@@ -300,7 +300,7 @@ def _text_encoder(folder: Path, weights: Mapping[str, Tensor]) -> dict[str, Tens
     if not (own := _of(weights, SECOND_CLIP)):
         return theirs.convert_ldm_clip_checkpoint(_of(weights, *CLIP))
     config = json.loads((folder / "text_encoder" / "config.json").read_text("utf-8"))
-    # All that it asks of a model, where a file has no projection.
+    # All that the converter reads from a model, for files without a projection.
     model = SimpleNamespace(config=SimpleNamespace(hidden_size=config["hidden_size"]))
     return theirs.convert_open_clip_checkpoint(model, own, SECOND_CLIP)
 
@@ -308,7 +308,7 @@ def _text_encoder(folder: Path, weights: Mapping[str, Tensor]) -> dict[str, Tens
 def _left_over(
     weights: Mapping[str, Tensor], parts: Mapping[str, Mapping[str, Tensor]]
 ) -> list[str]:
-    """Names of tensors that were converted to nothing; the converters pass them over in silence."""
+    """Names of tensors that were not converted; the converters ignore them silently."""
     used = {tensor.data_ptr() for own in parts.values() for tensor in own.values()}
     of_networks = _of(weights, *NETWORKS)
     return sorted(
@@ -316,7 +316,7 @@ def _left_over(
         for name, tensor in of_networks.items()
         if tensor.data_ptr() not in used
         and not name.endswith(COPIED)
-        # Which no picture is drawn with.
+        # Not used for sampling.
         and not name.startswith(LAST_LAYER)
     )
 

@@ -1,4 +1,4 @@
-"""What the U-Net of a single-file checkpoint predicts, and on which noise schedule."""
+"""Determines what the U-Net of a single-file checkpoint predicts, and its noise schedule."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ __all__ = ["V_PREDICTION", "ZERO_TERMINAL_SNR", "TrainedPrediction", "prediction
 
 V_PREDICTION: Final = "v_pred"
 ZERO_TERMINAL_SNR: Final = "ztsnr"
-"""Tensors by which a checkpoint says how it was trained."""
+"""Marker tensors by which a checkpoint states how it was trained."""
 
 STATED: Final = ("modelspec.prediction_type", "modelspec.predict_key")
-"""Entries of a file's metadata with the same, "epsilon" or "v", as kohya's scripts and ComfyUI
-write them."""
+"""Entries of a file's metadata that state the same, "epsilon" or "v", as written by kohya's scripts
+and ComfyUI."""
 
 SECOND: Final = "v2"
-"""Stable Diffusion 2.x, of 512 pixels for noise or of 768 for a velocity; tensors are the same."""
+"""Stable Diffusion 2.x. Models of 512 pixels predict noise, those of 768 a velocity; their tensors
+have the same names and shapes."""
 
 LAST_NORM: Final = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
 LEAST_DEVIATION: Final = 0.09
-"""Standard deviation of this bias above which ComfyUI takes the U-Net for one of velocities
+"""Standard deviation of this bias above which ComfyUI assumes that the U-Net predicts a velocity
 (``comfy/supported_models.py``, class SD20)."""
 
 
@@ -32,9 +33,9 @@ class TrainedPrediction(NamedTuple):
     """How a U-Net was trained.
 
     Attributes:
-        velocity: whether it predicts a velocity in place of noise.
-        rescaled: whether its schedule ends in noise alone, at a zero terminal SNR.
-        guessed: whether this follows from weights, as the file does not say it.
+        velocity: whether it predicts a velocity instead of noise.
+        rescaled: whether its schedule is rescaled to zero terminal SNR, i.e. ends in pure noise.
+        guessed: whether this is inferred from weights because the file does not state it.
     """
 
     velocity: bool
@@ -43,7 +44,7 @@ class TrainedPrediction(NamedTuple):
 
     @property
     def scheduler(self) -> dict[str, Any]:
-        """Entries of the scheduler's config."""
+        """Entries for the scheduler's config."""
         entries: dict[str, Any] = {"prediction_type": "v_prediction"} if self.velocity else {}
         return entries | ({"rescale_betas_zero_snr": True} if self.rescaled else {})
 
@@ -51,12 +52,12 @@ class TrainedPrediction(NamedTuple):
 def prediction_of(
     kind: str, weights: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> TrainedPrediction:
-    """What a checkpoint's U-Net predicts.
+    """Determine what a checkpoint's U-Net predicts.
 
     Args:
-        kind: of the checkpoint, as diffusers names it.
-        weights: of the checkpoint.
-        metadata: of its file.
+        kind: kind of the checkpoint by diffusers' name.
+        weights: tensors of the checkpoint.
+        metadata: metadata of its file.
     """
     rescaled = ZERO_TERMINAL_SNR in weights
     stated = next((metadata[entry] for entry in STATED if entry in metadata), None)

@@ -1,4 +1,4 @@
-"""A small classifier of latents at any level of noise, for guidance by its gradient."""
+"""A small classifier of latents at any noise level, for classifier guidance."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ if TYPE_CHECKING:
 
 FORMAT = "weft.classifier.1"
 REMAKE = "python -m embedded.derive classifier"
-"""The command that makes the embedded model's classifier."""
+"""Command that derives the embedded model's classifier."""
 SOFTPLUS_BETA = 3.0
-"""Softplus in place of ReLU keeps gradients smooth (EluCD, arXiv 2310.11311, section 3.2)."""
+"""Softplus instead of ReLU keeps gradients smooth (EluCD, arXiv 2310.11311, section 3.2)."""
 WIDTHS = (32, 48, 64)
 GROUPS = 8
 LEVEL_FEATURES = 16
 UNREADABLE = (
     *(SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError),
-    # Of torch, and by Python of JSON that is nested too deeply.
+    # Raised by torch; and by Python for JSON that is nested too deeply.
     RuntimeError,
 )
 LEVEL_REACH = 8.0
-"""Half-log-SNR beyond which levels are told apart no more."""
+"""Absolute half-log-SNR beyond which noise levels are no longer distinguished."""
 
 
 class LatentClassifier(nn.Module):
-    """Logits of several attributes of the picture that a noisy latent is of.
+    """Predicts logits of several attributes of the image from its noisy latent.
 
     Args:
-        channels: of the latents.
-        heads: names of the classes of each attribute.
-        model: revision of the weights whose latents these are.
+        channels: number of latent channels.
+        heads: class names of each attribute.
+        model: revision of the model weights that the latents belong to.
     """
 
     def __init__(self, channels: int, heads: Mapping[str, tuple[str, ...]], model: str) -> None:
@@ -71,7 +71,7 @@ class LatentClassifier(nn.Module):
         Args:
             x: ``[rows, C, h, w]``.
             alpha: signal scale of each row, ``[rows]``.
-            sigma: its noise scale, 0 for clean latents, ``[rows]``.
+            sigma: noise scale of each row, 0 for clean latents, ``[rows]``.
         """
         scale = (alpha.square() + sigma.square()).rsqrt()
         level = self.level(_features_of(alpha, sigma))
@@ -85,7 +85,7 @@ class LatentClassifier(nn.Module):
         return {name: head(pooled) for name, head in self.logits.items()}
 
     def save(self, file: Path) -> None:
-        """Write a safetensors file in float16, whole or not at all."""
+        """Write a safetensors file in float16, atomically."""
         tensors = {name: value.half().contiguous() for name, value in self.state_dict().items()}
         identity = {"channels": self.channels, "heads": self.heads, "model": self.model}
         metadata = {"format": FORMAT, "identity": json.dumps(identity)}
@@ -93,10 +93,10 @@ class LatentClassifier(nn.Module):
 
     @classmethod
     def load(cls, file: Path) -> LatentClassifier:
-        """Read what ``save`` wrote, in float32, for inference.
+        """Read a file written by ``save``, in float32, for inference.
 
         Raises:
-            ModelMismatch: the file holds no such classifier.
+            ModelMismatch: the file does not hold such a classifier.
         """
         try:
             with safe_open(file, "pt") as content:
@@ -113,10 +113,10 @@ class LatentClassifier(nn.Module):
         return classifier.eval().requires_grad_(requires_grad=False)
 
     def check(self, revision: str) -> None:
-        """Refuse to judge the latents of other weights than those it learnt from.
+        """Refuse to classify latents of other model weights than those it was trained for.
 
         Raises:
-            ModelMismatch: it is of another model.
+            ModelMismatch: it belongs to another model.
         """
         if self.model != revision:
             raise ModelMismatch(
@@ -132,7 +132,7 @@ class _Smooth(nn.Module):
 
 
 class _Block(nn.Module):
-    """A residual block whose inner activations are scaled and shifted by the level of noise."""
+    """A residual block whose inner activations are scaled and shifted by the noise level."""
 
     def __init__(self, before: int, after: int, level: int) -> None:
         super().__init__()

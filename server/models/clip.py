@@ -19,50 +19,50 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 COMMA = ",</w>"
-"""Token of a comma that ends a word."""
+"""Token of a comma at the end of a word."""
 
 MARKERS = 2
-"""Tokens of start and end, which count towards the text encoder's length."""
+"""Number of start and end tokens, which count toward the text encoder's length."""
 
 NONE: Final[Mapping[str, Any]] = MappingProxyType({})
 
 
 class CLIP:
-    """Encodes prompts at one length: padded with the tokenizer's own token, or cut off.
+    """Encodes prompts at a fixed length: padded with the tokenizer's pad token, or truncated.
 
     Args:
         encoder: a ``CLIPTextModel`` or ``CLIPTextModelWithProjection`` in inference mode.
-        tokenizer: whose ``model_max_length`` is the length.
-        device: where the encoder runs.
+        tokenizer: its tokenizer, whose ``model_max_length`` is the length.
+        device: device of the encoder.
     """
 
     def __init__(self, encoder: Any, tokenizer: Any, device: torch.device) -> None:
         self.encoder = encoder
         self._tokenizer = tokenizer
         self._device = device
-        # A fast tokenizer refuses two threads at once.
+        # A fast tokenizer raises an error if two threads use it at once.
         self._tokenizing = Lock()
 
     @property
     def max_tokens(self) -> int:
-        """Tokens of the longest prompt, markers not counted."""
+        """Maximum number of tokens of a prompt, excluding markers."""
         return self._tokenizer.model_max_length - MARKERS
 
     @property
     def layers(self) -> int:
-        """How many the encoder has."""
+        """Number of layers of the encoder."""
         return self.encoder.config.num_hidden_layers
 
     @property
     def width(self) -> int:
-        """Of the vector that stands for a token."""
+        """Width of a token embedding."""
         return self.encoder.config.hidden_size
 
     def normalised(self, output: Any, skip: int) -> Tensor:
-        """The hidden states of a layer, by the norm that follows the last one.
+        """The hidden states of a layer, after the encoder's final layer norm.
 
         Args:
-            output: of the encoder.
+            output: output of the encoder.
             skip: the layer, counted from the last, which is 1.
         """
         if skip == 1:
@@ -71,13 +71,13 @@ class CLIP:
         return trunk.final_layer_norm(output.hidden_states[-skip])
 
     def count_tokens(self, text: str, embeddings: Mapping[str, int] = NONE) -> int:
-        """Tokens of a prompt, markers not counted; safe from any thread.
+        """Number of tokens of a prompt, excluding markers; safe from any thread.
 
-        Of a weighted prompt, those of its chunks, which are filled up.
+        For a weighted prompt, this is the number of tokens of its chunks, including padding.
 
         Args:
             text: the prompt.
-            embeddings: how many vectors stand for each name.
+            embeddings: number of vectors that each embedding name stands for.
         """
         numbers = self._numbered(embeddings)
         if isinstance(text, EmphasizedPrompt):
@@ -89,8 +89,8 @@ class CLIP:
         """The encoder's output, with the hidden states of all its layers.
 
         Args:
-            prompts: each a row; what is longer than the encoder takes is cut off.
-            embeddings: what is read in place of each name, ``[vectors, width]``.
+            prompts: prompts, one per row; truncated to the encoder's length.
+            embeddings: vectors that replace each embedding name, ``[vectors, width]``.
         """
         numbers = self._numbered({name: len(own) for name, own in embeddings.items()})
         with self._tokenizing:
@@ -103,11 +103,11 @@ class CLIP:
         """The encoder's output for the chunks of a prompt, and the weights of their tokens.
 
         Args:
-            prompt: whose chunks are the rows.
-            embeddings: what is read in place of each name, ``[vectors, width]``.
+            prompt: weighted prompt; each of its chunks is a row.
+            embeddings: vectors that replace each embedding name, ``[vectors, width]``.
 
         Returns:
-            The output as of :meth:`encode`, and ``[chunks, tokens]``.
+            The output as in :meth:`encode`, and the weights ``[chunks, tokens]``.
         """
         numbers = self._numbered({name: len(own) for name, own in embeddings.items()})
         rows: list[list[int]] = []
@@ -121,16 +121,17 @@ class CLIP:
     def _run(self, rows: Sequence[Sequence[int]], embeddings: Mapping[str, Tensor]) -> Any:
         tokens = torch.tensor(rows)
         beyond = tokens - self._words
-        # The encoder finds the end of a text by its tokens, of which the start is none.
+        # The encoder locates the end of a text by its token ids; the start token cannot be the end.
         tokens = tokens.where(beyond < 0, self._tokenizer.bos_token_id).to(self._device)
         with self._replaced(beyond.to(self._device), embeddings):
             return self.encoder(tokens, output_hidden_states=True, return_dict=True)
 
     @contextmanager
     def _replaced(self, beyond: Tensor, embeddings: Mapping[str, Tensor]) -> Generator[None]:
-        """Let vectors take the places where `beyond` is one's number, which is negative elsewhere.
+        """Replace token embeddings by vectors of textual inversion where `beyond` is not negative.
 
-        The places are of this forward alone, and the encoder's own vectors stay as they are.
+        `beyond` holds the index of the vector. The replacement holds only for the forward pass
+        inside the ``with`` block, and does not change the encoder's own embeddings.
         """
         if not embeddings:
             yield
@@ -148,11 +149,11 @@ class CLIP:
 
     @property
     def _words(self) -> int:
-        """Tokens that the encoder knows; larger ones are vectors of embeddings."""
+        """Size of the encoder's vocabulary; larger token ids stand for vectors of embeddings."""
         return self.encoder.config.vocab_size
 
     def _numbered(self, counts: Mapping[str, int]) -> Mapping[str, tuple[int, ...]]:
-        """The tokens that stand for each name, in the order of all vectors."""
+        """The token ids that stand for each name, in the order of all vectors."""
         numbers, first = dict[str, tuple[int, ...]](), self._words
         for name, count in counts.items():
             numbers[name] = (*range(first, first + count),)
@@ -160,7 +161,7 @@ class CLIP:
         return numbers
 
     def _framed(self, tokens: Sequence[int]) -> list[int]:
-        """The tokens of a row: between markers, and filled up."""
+        """The tokens of a row, between start and end markers, padded to the full length."""
         tokenizer = self._tokenizer
         left = self.max_tokens - len(tokens)
         filler = [tokenizer.pad_token_id] * left
@@ -179,7 +180,7 @@ class CLIP:
             )
 
     def _pieces(self, text: str, numbers: Mapping[str, tuple[int, ...]]) -> list[tuple[int, ...]]:
-        """The tokens of a text, each by itself, and those of an embedding together."""
+        """The tokens of a text, each by itself, except that those of an embedding stay together."""
         pieces: list[tuple[int, ...]] = []
         for part, name in divided(text, numbers):
             if name is None:
@@ -193,10 +194,10 @@ class CLIP:
 
 
 def clip_skips(own: int, *clips: CLIP) -> range:
-    """The layers, counted from the last, whose hidden states all of some encoders have.
+    """The layers, counted from the last, that ``clip_skip`` may choose for all of the encoders.
 
     Args:
-        own: the one that the model was trained with.
+        own: layer that the model was trained with.
         clips: the encoders.
     """
     return range(own, min(clip.layers for clip in clips) + 1)

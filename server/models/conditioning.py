@@ -1,4 +1,4 @@
-"""What a network is told of prompts: made and read by a model alone."""
+"""Conditioning of a network on prompts; only the model that made it knows what the tensors mean."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ if TYPE_CHECKING:
     from torch import Tensor, device
 
 MASK = "mask"
-"""Of stacked conditioning, the places that a row attends to, bool ``[rows, places]``."""
+"""Name of the attention mask in stacked conditioning, bool ``[rows, places]``."""
 
 LENGTHS = "lengths"
-"""Of stacked conditioning, the tokens of each row's text, int64 ``[rows]``."""
+"""Name of the text lengths in stacked conditioning, in tokens, int64 ``[rows]``."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Conditioning:
-    """One prompt, encoded.
+    """An encoded prompt.
 
     Only the model that made it knows what the tensors are: hidden states, a mask, a pooled vector,
-    sizes. The engine keeps it, counts its bytes and hands it back.
+    sizes. The engine keeps it, counts its bytes and passes it back to the model.
 
     Attributes:
-        tensors: by names of the model's own, without a dimension of rows.
-        length: tokens that the network attends to.
-        company: equal in conditioning whose rows can share a forward, beside what the model's
-            ``group_key`` says.
+        tensors: tensors by names of the model's choice, without a row dimension.
+        length: number of tokens that the network attends to.
+        company: must be equal for conditioning whose rows share a forward pass, in addition to
+            the model's ``group_key``.
     """
 
     tensors: Mapping[str, Tensor]
@@ -40,16 +40,16 @@ class Conditioning:
 
     @property
     def nbytes(self) -> int:
-        """Memory of all tensors, in bytes; what is repeated by a view counts once."""
+        """Memory of all tensors, in bytes; elements that a view repeats count once."""
         return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors.values())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StackedConditioning:
-    """Conditioning of the rows of a forward, as the model stacks it.
+    """Conditioning of the rows of a forward pass, as stacked by the model.
 
     Attributes:
-        tensors: by names of the model's own, each ``[rows, ...]``; at least one.
+        tensors: tensors by names of the model's choice, each ``[rows, ...]``; at least one.
     """
 
     tensors: Mapping[str, Tensor]
@@ -59,24 +59,24 @@ class StackedConditioning:
 
     @property
     def device(self) -> device:
-        """Where the tensors are."""
+        """Device of the tensors."""
         return next(iter(self.tensors.values())).device
 
     def select(self, rows: Tensor) -> StackedConditioning:
-        """That of some rows, which may be repeated.
+        """Select some rows, which may be repeated.
 
         Args:
-            rows: int64 ``[n]`` on the same device, so that choosing needs no wait for it.
+            rows: int64 ``[n]`` on the same device, so that indexing needs no synchronization.
         """
         return StackedConditioning(
             {name: tensor.index_select(0, rows) for name, tensor in self.tensors.items()}
         )
 
     def divided(self, counts: Sequence[int]) -> list[StackedConditioning]:
-        """That of the first rows, of those that follow, and so on.
+        """Split the rows into consecutive parts.
 
         Args:
-            counts: of rows, which add up to all.
+            counts: number of rows of each part, which add up to all rows.
         """
         if len(counts) == 1:
             return [self]
@@ -87,11 +87,11 @@ class StackedConditioning:
         ]
 
     def put(self, rows: Tensor, others: StackedConditioning) -> StackedConditioning:
-        """The same with some rows replaced.
+        """Replace some rows.
 
         Args:
-            rows: int64 ``[n]``, which rows.
-            others: of the same model and as long, ``n`` rows.
+            rows: indices of the rows, int64 ``[n]``.
+            others: ``n`` rows of the same model and of the same length.
         """
         return StackedConditioning(
             {
@@ -102,7 +102,7 @@ class StackedConditioning:
 
 
 def joined(parts: Sequence[StackedConditioning]) -> StackedConditioning:
-    """The rows of one after those of another, all from one stack."""
+    """Concatenate the rows of several stacks that were split from one."""
     if len(parts) == 1:
         return parts[0]
     names = parts[0].tensors
@@ -112,7 +112,7 @@ def joined(parts: Sequence[StackedConditioning]) -> StackedConditioning:
 
 
 def stack_alike(rows: Sequence[Conditioning]) -> StackedConditioning:
-    """The conditioning of rows whose tensors have the same shapes, in their order."""
+    """Stack the conditioning of rows whose tensors have the same shapes."""
     return StackedConditioning(
         {name: torch.stack([row.tensors[name] for row in rows]) for name in rows[0].tensors}
     )
@@ -121,20 +121,21 @@ def stack_alike(rows: Sequence[Conditioning]) -> StackedConditioning:
 def stack_padded(
     rows: Sequence[Conditioning], text: str, *, multiple: int = 1, places: int | None = None
 ) -> StackedConditioning:
-    """The conditioning of rows of different lengths, in their order.
+    """Stack the conditioning of rows whose texts have different lengths.
 
-    ``LENGTHS`` is added, and ``MASK`` unless all rows attend to all places: without a mask
-    attention is fastest.
+    ``LENGTHS`` is added, and ``MASK`` unless all rows attend to all places: attention is fastest
+    without a mask.
 
     Args:
-        rows: all of the same names. Tensors other than the text are of one shape.
-        text: name of the tensor ``[tokens, features]`` that is as long as the prompt. It is padded
-            with zeros to the longest of the rows.
-        multiple: a row attends to as few places behind its text as make them a multiple of this.
-        places: to pad to in place of the longest, so that the shape does not depend on the rows.
+        rows: conditioning with the same names. Tensors other than the text have the same shape.
+        text: name of the tensor ``[tokens, features]`` whose length is that of the prompt. It is
+            padded with zeros to the longest of the rows.
+        multiple: a row attends to its text and to the padding up to the next multiple of this.
+        places: length to pad to instead of the longest, so that the shape is independent of the
+            rows.
     """
     texts = [row.tensors[text] for row in rows]
-    # Counted on the CPU, which nobody has to wait for.
+    # Computed on the CPU, which needs no synchronization.
     lengths = torch.tensor([len(tensor) for tensor in texts])
     attended = lengths + -lengths % multiple
     longest = int(attended.max()) if places is None else places

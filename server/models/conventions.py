@@ -1,8 +1,8 @@
-"""How published models are sampled that differ from the server's defaults: conventions by name.
+"""Conventions by name: how published models are sampled where the server's defaults do not suit.
 
-Each is a sampler, a spacing, a number of steps and guidance that the authors of a kind of models
-made them for, most of them by distilling them to few steps. ``docs/families.md`` has them as a
-table, which a test holds to this one.
+Each is the sampler, spacing, number of steps and guidance that the authors of a kind of models
+intended, most of them by distilling the models to few steps. ``docs/families.md`` has the same
+table, and a test checks that both agree.
 """
 
 from __future__ import annotations
@@ -42,21 +42,21 @@ EVALUATED: Final = Always()
 
 @dataclass(frozen=True, slots=True)
 class Convention:
-    """How a kind of models is sampled.
+    """How a kind of model is sampled.
 
     Attributes:
-        models: that are made so, for the reader.
-        source: paper, or model card.
-        sampler: of their runs.
-        spacing: of their steps.
-        steps: of a request that names none.
-        counts: the numbers of steps that they are distilled for; empty for any number.
-        rule: of guidance.
-        policy: of guidance.
-        cfg_norm: of guidance; None for none.
-        weights_of_counts: whether each of these numbers has weights of its own.
-        one_step: sampler and spacing of the weights of one step, where these differ.
-        one_step_prediction: what the network of one step puts out, where that differs.
+        models: description of these models for the reader.
+        source: paper or model card.
+        sampler: default sampler.
+        spacing: default spacing of its steps.
+        steps: default number of steps.
+        counts: numbers of steps that they are distilled for; empty for any number.
+        rule: default guidance rule.
+        policy: default guidance policy.
+        cfg_norm: default norm rescaling of guidance; None for none.
+        weights_of_counts: whether each of these numbers has its own weights.
+        one_step: sampler and spacing of the weights for one step, where they differ.
+        one_step_prediction: prediction type of the weights for one step, where it differs.
         flow: whether they are flow-matching models.
     """
 
@@ -318,12 +318,12 @@ def defaults_by(
     """The defaults of a model that follows a convention.
 
     Args:
-        name: of the convention.
-        reason: how that is known, as a clause about the model.
-        steps: that a request gets which names none, one of the convention's; by default its own.
-            Where each number has weights of its own, the number that the model's are for.
-        spacing: in place of the convention's own, where a config says more.
-        rule: in place of the convention's own, where its scale is another.
+        name: name of the convention.
+        reason: why the model follows it, as a clause about the model.
+        steps: default number of steps, one of the convention's; by default the convention's own.
+            Where each number has its own weights, the number that the model's weights are for.
+        spacing: replaces the convention's spacing where a config is more specific.
+        rule: replaces the convention's rule where the scale differs.
     """
     one = CONVENTIONS[name]
     steps = one.steps if steps is None else steps
@@ -346,7 +346,7 @@ def defaults_by(
 
 
 def numbers(counts: tuple[int, ...]) -> str:
-    """Numbers of steps in words: "4", "1 or 4", "1 to 8", "1, 2, 4 or 8"."""
+    """Format numbers of steps: "4", "1 or 4", "1 to 8", "1, 2, 4 or 8"."""
     if len(counts) > 2 and counts == tuple(range(counts[0], counts[-1] + 1)):
         return f"{counts[0]} to {counts[-1]}"
     *before, last = map(str, counts)

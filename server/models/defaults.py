@@ -1,4 +1,4 @@
-"""What a model is sampled with by a request that leaves it out, where its family knows better."""
+"""A model's own sampling defaults, for requests that leave the settings out."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ __all__ = ["ModelDefaults"]
 class ModelDefaults:
     """The settings that a model was distilled for.
 
-    A family's file decides them from the configs of a model folder, or the operator names them
-    there. Models without any take the server's defaults.
+    A family's module derives them from the configs of a model folder, or the operator states them
+    in the folder. Models without any use the server's defaults.
 
     Attributes:
-        sampler: how the noise is removed.
-        spacing: of that sampler's steps, and of other samplers whose own has the same name.
+        sampler: the sampler.
+        spacing: spacing for this sampler, and for others whose own spacing has the same name.
         steps: number of sampler steps.
-        rule: of guidance.
-        policy: of guidance.
-        convention: name of the convention that these settings are, in ``CONVENTIONS``.
-        reason: how it is known that the model follows it, as a clause.
-        cfg_norm: of guidance; None for none.
-        counts: the numbers of steps that the model was distilled for; empty for any number.
-        prediction: what the network puts out, where the scheduler's config cannot say.
+        rule: guidance rule.
+        policy: guidance policy.
+        convention: name of these settings in ``CONVENTIONS``.
+        reason: why the model is known to follow the convention, as a clause.
+        cfg_norm: norm rescaling of guidance; None for none.
+        counts: numbers of steps that the model was distilled for; empty for any number.
+        prediction: prediction type of the network, where the scheduler's config cannot state it.
     """
 
     sampler: Sampler
@@ -44,11 +44,11 @@ class ModelDefaults:
     prediction: PredictionType | None = None
 
     def spacing_of(self, steps: int | None) -> Spacing:
-        """The spacing of a run of the model's sampler.
+        """The spacing for a run of the model's sampler.
 
         Args:
-            steps: of the request; None for the model's own number. Times that are listed for one
-                number of steps are left for ``trailing`` at another.
+            steps: number of steps of the request; None for the model's own. A spacing that lists
+                times for one number of steps is replaced by ``trailing`` for any other.
         """
         if steps is None or self.spacing.own_steps in (None, steps):
             return self.spacing

@@ -1,4 +1,4 @@
-"""Finds out how a model folder is to be sampled: the operator says it, or its configs tell it."""
+"""Determines how a model folder is sampled, from the operator's statement or from its configs."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ __all__ = ["STATED", "distilled_as", "distilled_spacing", "is_called_turbo", "st
 logger = logging.getLogger(__name__)
 
 STATED: Final = f"{DERIVED}/defaults.json"
-"""Where an operator may name the convention of a model folder."""
+"""File in which an operator may state the convention of a model folder."""
 
 TURBO: Final = re.compile(r"(?<![a-z])turbo(?![a-z])", re.IGNORECASE)
 
 
 class _Stated(BaseModel):
-    """What an operator may say of a model folder."""
+    """What an operator may state about a model folder."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -46,18 +46,18 @@ class _Stated(BaseModel):
 def stated(
     folder: Path, scheduler: Mapping[str, Any], *, embeds_scale: bool, flow: bool = False
 ) -> ModelDefaults | None:
-    """The convention that the operator names in the folder; None where there is no such file.
+    """The convention that the operator states in the folder; None if there is no such file.
 
     Args:
-        folder: of the model.
-        scheduler: its scheduler's config, which has the times of a convention of spacing ``lcm``.
-        embeds_scale: whether its denoiser is told a guidance scale.
+        folder: model folder.
+        scheduler: its scheduler's config, which has the times of a convention with spacing ``lcm``.
+        embeds_scale: whether its denoiser takes a guidance scale as input.
         flow: whether it is a flow-matching model.
 
     Raises:
-        ModelMismatch: the file says something else, names a convention that is not known or is
-            not for such a model, a number of steps that the convention or the scheduler has not,
-            or a guidance scale that nothing is told.
+        ModelMismatch: the file has unknown content, or states a convention that is unknown or not
+            for such a model, a number of steps that the convention or the scheduler does not
+            allow, or a guidance scale for a convention whose models take none.
     """
     if not (folder / STATED).exists():
         return None
@@ -114,7 +114,7 @@ def stated(
 
 
 def _explained(refusal: ValidationError) -> str:
-    """The first thing that is wrong with the file, as a clause."""
+    """The first error in the file, as a clause."""
     error = refusal.errors()[0]
     field = str(error["loc"][0])
     if error["type"] == "missing":
@@ -137,15 +137,15 @@ def _steps_within(most: int, said: _Stated, where: str) -> int:
 
 
 def distilled_spacing(folder: Path, scheduler: Mapping[str, Any]) -> LCMSpacing:
-    """The times that a consistency model was distilled at, by its scheduler's config.
+    """The times that a consistency model was distilled at, from its scheduler's config.
 
     Args:
-        folder: of the model.
-        scheduler: the config. Those written before ``original_inference_steps`` existed leave it
-            out, which is 50.
+        folder: model folder.
+        scheduler: the config. If it was written before ``original_inference_steps`` existed and
+            lacks the entry, the value is 50.
 
     Raises:
-        ModelMismatch: the entry is no number of steps that the spacing has.
+        ModelMismatch: the entry is not a number of steps that the spacing allows.
     """
     distilled = scheduler.get("original_inference_steps", 50)
     allowed = LCMSpacing.model_json_schema()["properties"]["distilled_steps"]
@@ -161,18 +161,18 @@ def distilled_spacing(folder: Path, scheduler: Mapping[str, Any]) -> LCMSpacing:
 def distilled_as(
     folder: Path, scheduler: Mapping[str, Any], *, embeds_scale: bool
 ) -> ModelDefaults | None:
-    """How a model of a U-Net was made to be sampled; None where nothing says so.
+    """How a U-Net model is meant to be sampled; None where nothing indicates it.
 
-    What the operator states counts first, then the class of the scheduler, then a name, then zero
-    terminal SNR.
+    In order of precedence: the operator's statement, the class of the scheduler, the model's name,
+    zero terminal SNR.
 
     Args:
-        folder: of the model.
+        folder: model folder.
         scheduler: its scheduler's config.
-        embeds_scale: whether its U-Net is told a guidance scale.
+        embeds_scale: whether its U-Net takes a guidance scale as input.
 
     Raises:
-        ModelMismatch: what the operator states is refused, see :func:`stated`.
+        ModelMismatch: the operator's statement is refused, see :func:`stated`.
     """
     if said := stated(folder, scheduler, embeds_scale=embeds_scale):
         return said
@@ -183,7 +183,7 @@ def distilled_as(
 
 
 def is_zero_snr(scheduler: Mapping[str, Any]) -> bool:
-    """Whether a scheduler's config is that of a model that starts from noise alone."""
+    """Whether a scheduler's config is that of a model that starts from pure noise."""
     of_velocity = scheduler.get("prediction_type") == "v_prediction"
     return of_velocity and bool(scheduler.get("rescale_betas_zero_snr"))
 
@@ -212,7 +212,7 @@ def _distilled_by_scheduler(
 
 
 def _by_config(name: str, reason: str, scheduler: Mapping[str, Any]) -> ModelDefaults | None:
-    """The defaults over the times that the config says; none where no sampler here is equal."""
+    """The defaults with the config's times; None where no sampler here is equivalent."""
     try:
         _, spacing = of_diffusers(scheduler)
     except ValueError as refusal:
@@ -223,11 +223,11 @@ def _by_config(name: str, reason: str, scheduler: Mapping[str, Any]) -> ModelDef
 
 
 def is_called_turbo(folder: Path, denoiser: str) -> bool:
-    """Whether the path that diffusers noted of the original has the word turbo in it.
+    """Whether the original path that diffusers recorded contains the word turbo.
 
     Args:
-        folder: of the model.
-        denoiser: its name in the folder.
+        folder: model folder.
+        denoiser: name of the denoiser in the folder.
     """
     configs = (read_json(folder, name) for name in ("model_index.json", f"{denoiser}/config.json"))
     return any(TURBO.search(str(config.get("_name_or_path", ""))) for config in configs)

@@ -1,4 +1,4 @@
-"""What the rows of a forward change inside a network, taken apart into numbers and places."""
+"""Edits of the rows of a forward pass inside the network, split into numbers and places."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = ["EditPlaces", "EditValues"]
 
 @dataclass(frozen=True, slots=True)
 class EditPlaces:
-    """Where rows change the network, and how, but for the numbers.
+    """Where and how rows change the network, without the numbers.
 
     Attributes:
-        numbers: kind of each edit and where in the network it acts; any of the rows may make it.
-        apart: the rows that move away from others: the block's name, the row, and its edit.
+        numbers: kind of each edit and where in the network it acts; any of the rows may use it.
+        apart: rows that move away from others: the block's name, the row, and its edit.
     """
 
     numbers: tuple[tuple[type[Edit], str], ...]
@@ -35,12 +35,12 @@ class EditPlaces:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EditValues:
-    """The edits of a forward's rows on the network's device.
+    """The edits of a forward pass's rows, on the network's device.
 
     Attributes:
         places: where they act.
-        numbers: of each row at each of these places, ``[rows, places]`` float32; one that leaves
-            the network as it is where the row makes no such edit.
+        numbers: number of each row at each place, ``[rows, places]`` float32; a neutral value where
+            the row has no such edit.
     """
 
     places: EditPlaces

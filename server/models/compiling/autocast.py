@@ -1,8 +1,8 @@
-"""Takes regions that disable autocast out of a traced graph, as no program of them can be stored.
+"""Inlines regions of a traced graph that disable autocast, so that its program can be cached.
 
-``torch.export`` makes a graph of its own of what runs in ``torch.autocast(..., enabled=False)``, as
-Z-Image's rotary embedding does, and the cache that programs are stored by refuses such a graph.
-Nothing in Weft enables autocast, so disabling it changes nothing.
+``torch.export`` wraps what runs under ``torch.autocast(..., enabled=False)``, such as Z-Image's
+rotary embedding, in a graph of its own, and the cache that stores programs refuses such a graph.
+Nothing in Weft enables autocast, so inlining these regions changes nothing.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ __all__ = ["inline_disabled_autocast"]
 
 
 def inline_disabled_autocast(traced: GraphModule) -> None:
-    """Put what runs where autocast is disabled in the place of the region.
+    """Replace each region that disables autocast by the operations inside it.
 
     Args:
-        traced: by ``torch.export``; changed in place. Regions that enable autocast stay.
+        traced: graph module from ``torch.export``; changed in place. Regions that enable autocast
+            are left alone.
     """
     graph = traced.graph
     wrap: Any = torch.ops.higher_order.wrap_with_autocast
     for region in graph.find_nodes(op="call_function", target=wrap):
-        # Of a device, in a type, whether enabled, whether cached; then the body and its operands.
+        # Arguments: device type, dtype, enabled, cache enabled; then the body and its operands.
         _, _, enabled, _, body, *given = cast("tuple[Any, ...]", region.args)
         if enabled:
             continue

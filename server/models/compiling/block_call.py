@@ -1,4 +1,4 @@
-"""How a block of a network is called, whatever the number of rows: pure, touches no values."""
+"""Describes how a block of a network is called, for any number of rows; reads no tensor values."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ __all__ = ["BlockCall", "Layout", "Operand", "fits", "layout_of", "read", "templ
 
 
 MOST_PER_ROW = 2
-"""Entries of a tensor for each row."""
+"""Maximum number of entries that a tensor may have for each row of the batch."""
 
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """A tensor that a block is given, without its first dimension.
+    """A tensor argument of a block, without its first dimension.
 
     Attributes:
-        size: of the further dimensions.
-        stride: likewise; 0 where the size is 1, as it means nothing there.
-        dtype: of its numbers.
+        size: sizes of the remaining dimensions.
+        stride: their strides; 0 for dimensions of size 1, whose stride is meaningless.
+        dtype: its data type.
     """
 
     size: tuple[int, ...]
@@ -39,8 +39,8 @@ class BlockCall(NamedTuple):
     """One call of a block.
 
     Attributes:
-        key: equal for calls that differ in values and in first dimensions alone.
-        tensors: that are given, in the order of :func:`template_of`.
+        key: equal for calls that differ only in tensor values and first dimensions.
+        tensors: tensor arguments, in the order of :func:`template_of`.
     """
 
     key: Hashable
@@ -48,12 +48,12 @@ class BlockCall(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """First dimensions of the tensors of a call.
+    """Sizes of the first dimensions of a call's tensors.
 
     Attributes:
-        fixed: entries of each tensor that does not grow with the rows; 0 of the others.
-        per_row: entries for each row; 0 of tensors that do not grow.
-        strides: from one entry to the next.
+        fixed: entries of each tensor whose size does not depend on the rows; 0 for the others.
+        per_row: entries per row of each tensor that grows with the rows; 0 for the others.
+        strides: stride of the first dimension of each tensor.
     """
 
     fixed: tuple[int, ...]
@@ -61,12 +61,12 @@ class Layout(NamedTuple):
     strides: tuple[int, ...]
 
     def lengths(self, rows: int) -> list[int]:
-        """Entries of each tensor in a call of so many rows."""
+        """Number of entries of each tensor in a call with this many rows."""
         return [one + each * rows for one, each in zip(self.fixed, self.per_row, strict=True)]
 
 
 def read(args: Sequence[Any], kwargs: Mapping[str, Any]) -> BlockCall | None:
-    """A call by what it is given; None if there is something that cannot be compared."""
+    """Describe a call by its arguments; None if one of them cannot be compared."""
     leaves, structure = pytree.tree_flatten((tuple(args), dict(kwargs)))
     tensors: list[Tensor] = []
     known: list[Hashable] = []
@@ -84,7 +84,7 @@ def read(args: Sequence[Any], kwargs: Mapping[str, Any]) -> BlockCall | None:
 
 
 def template_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """What a call is given, with an :class:`Operand` in the place of each tensor."""
+    """The arguments of a call, with an :class:`Operand` in place of each tensor."""
 
     def described(leaf: Any) -> Any:
         return _operand(leaf) if isinstance(leaf, Tensor) else leaf
@@ -93,11 +93,11 @@ def template_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
 
 
 def layout_of(call: BlockCall) -> Layout | None:
-    """Which tensors have entries for each row; None if this call does not tell.
+    """Determine which tensors grow with the rows; None if this call leaves it ambiguous.
 
-    The first tensor has one. Others have one or two, as Qwen-Image-Edit's blocks are told of the
-    time of the latent and of that of the pictures. A call does not tell if there is one row, or if
-    another dimension has as many entries as such a tensor.
+    The first tensor has one entry per row. Others have one or two: Qwen-Image-Edit's blocks, for
+    example, receive the timestep of the latent and that of the reference images. A call is
+    ambiguous if it has a single row, or if another dimension is as long as such a tensor.
     """
     rows = len(call.tensors[0])
     counts = [divmod(len(one), rows) for one in call.tensors]
@@ -110,7 +110,7 @@ def layout_of(call: BlockCall) -> Layout | None:
 
 
 def fits(layout: Layout, tensors: Sequence[Tensor], most: int) -> bool:
-    """Whether tensors of a call of the same key are laid out so, with at most so many rows."""
+    """Whether tensors of a call with the same key have this layout and at most ``most`` rows."""
     rows = len(tensors[0])
     return rows <= most and all(
         len(one) == length and (length == 1 or one.stride(0) == stride)

@@ -1,8 +1,8 @@
-"""The repeated blocks of a denoiser, which run compiled as soon as their programs are there.
+"""The repeated blocks of a denoiser, which run compiled as soon as their programs are ready.
 
-A block runs as ever until then, so nobody waits for a compiler. Forwards with rows that change
-something inside the network, or have adapters, run as ever for good: hooks inside the blocks make
-these changes, and a program has none.
+Until then a block runs eagerly, so no request waits for a compiler. Forward passes with rows that
+use adapters, or that change something inside the network, always run eagerly: hooks inside the
+blocks make these changes, and a compiled program has no hooks.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ __all__ = ["Compilation", "CompiledBlocks", "Compiler"]
 log = logging.getLogger("weft")
 
 OFTEN = 40
-"""Calls of a shape after which it is compiled."""
+"""Number of calls with the same shapes after which a block is compiled for them."""
 
 MOST_SHAPES = 64
-"""Shapes that are compiled for a model: a U-Net has about 18 for each size of pictures."""
+"""Maximum number of shapes compiled per model: a U-Net has about 18 for each image size."""
 
 UNUSED_S = 600.0
-"""Without a call for so long, a shape gives its place to another one: prompts of ever other lengths
-take up all of them in some families."""
+"""Seconds without a call after which a shape may be evicted for another one. In some families,
+prompts of ever new lengths would otherwise occupy all places."""
 
 COUNTED = 1024
-"""Shapes whose calls are counted: clients may ask for ever other sizes."""
+"""Maximum number of shapes whose calls are counted, as clients may ask for ever new sizes."""
 
 PATIENCE_S = 120.0
-"""For how long programs wait for others, so that forwards change over once. Clients that ask for
-ever other sizes must not keep those of the usual one from being used."""
+"""Seconds that finished programs wait for others, so that forward passes switch over only once.
+Clients that ask for ever new sizes must not delay the programs of the usual one indefinitely."""
 
 DEVICE_ERRORS = MemoryError, torch.OutOfMemoryError, torch.AcceleratorError
-"""Not of a program, as the block itself would end in them, too."""
+"""Errors that are not the program's fault: the uncompiled block would raise them, too."""
 
 
 class Compiler(Protocol):
@@ -71,10 +71,10 @@ class Compilation(NamedTuple):
     """How far the blocks of a model are compiled.
 
     Attributes:
-        compiled: shapes of blocks that run compiled.
-        waiting: shapes that are being compiled, or are to be.
-        eager: shapes that run as ever for good.
-        reason: why the last of these does, or why nothing is compiled.
+        compiled: number of block shapes that run compiled.
+        waiting: number of shapes that are being compiled or queued.
+        eager: number of shapes that will always run eagerly.
+        reason: why the most recent of these runs eagerly, or why nothing is compiled.
     """
 
     compiled: int = 0
@@ -85,7 +85,7 @@ class Compilation(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Program:
-    """A compiled block, and what it can be called with."""
+    """A compiled block and the layout that it accepts."""
 
     run: Callable[..., Sequence[Tensor]]
     layout: Layout
@@ -99,14 +99,14 @@ class _Program:
 
 
 class CompiledBlocks:
-    """Sends the blocks of a network to their programs.
+    """Routes calls of a network's blocks to their compiled programs.
 
     Args:
-        name: of the model, for the log.
-        network: whose blocks; on its device, and never moved again.
-        kinds: names of the classes of these blocks.
-        device: of the network.
-        compiler: makes the programs.
+        name: name of the model, for the log.
+        network: network whose blocks are compiled; already on its device, and never moved again.
+        kinds: class names of these blocks.
+        device: device of the network.
+        compiler: compiles the programs.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class CompiledBlocks:
 
     @property
     def compilation(self) -> Compilation:
-        """How far it is; safe from any thread."""
+        """Progress of the compilation; safe from any thread."""
         with self._lock:
             reason = next(reversed(self._reasons.values()), None)
             waiting = len(self._waiting) + len(self._ready)
@@ -145,7 +145,7 @@ class CompiledBlocks:
 
     @contextmanager
     def running(self, *, plain: bool) -> Generator[None]:
-        """Let blocks run compiled in the forward that runs inside.
+        """Let blocks run compiled in the forward pass inside the ``with`` block.
 
         Args:
             plain: whether no row changes anything inside the network.
@@ -186,13 +186,13 @@ class CompiledBlocks:
         block.forward = forward
 
     def _wants(self, key: Hashable) -> bool:
-        """Whether a shape has now run often enough to be compiled."""
+        """Whether a shape has now been called often enough to be compiled."""
         with self._lock:
             if any(key in one for one in self._known):
                 self._called_at[key] = self._forward_at
                 return False
         calls = self._calls.pop(key, 0) + 1
-        # Behind all others, of which those go first that were called least lately.
+        # Reinserted at the end, so that the least recently called shapes are dropped first.
         self._calls[key] = calls
         while len(self._calls) > COUNTED:
             del self._calls[next(iter(self._calls))]
@@ -214,7 +214,7 @@ class CompiledBlocks:
         heard = WeakMethod(self._hear)
 
         def tell(run: Callable[..., Sequence[Tensor]] | None, said: str) -> None:
-            # A model that has been unloaded meanwhile hears nothing.
+            # A model that has been unloaded in the meantime is not notified.
             hear = heard()
             if hear is not None:
                 program = None if run is None else _Program(run, layout, structure, constants)
@@ -226,11 +226,11 @@ class CompiledBlocks:
 
     @property
     def _known(self) -> tuple[Collection[Hashable], ...]:
-        """The shapes that count towards the most that there may be."""
+        """The shapes that count toward ``MOST_SHAPES``."""
         return self._waiting, self._ready, self._programs, self._reasons
 
     def _make_room(self) -> bool:
-        """Whether one more shape may be compiled, if need be in the place of an unused one."""
+        """Whether one more shape may be compiled, after evicting an unused one if necessary."""
         if sum(map(len, self._known)) < MOST_SHAPES:
             return True
         ended = [*self._programs, *self._reasons]
@@ -238,7 +238,7 @@ class CompiledBlocks:
         if last is None or self._called_at[last] > self._forward_at - UNUSED_S:
             return False
         if last in self._programs:
-            # Recordings that replay it must not outlive it.
+            # CUDA graphs that replay the program must not outlive it.
             self.generation += 1
         self._programs = {one: kept for one, kept in self._programs.items() if one != last}
         self._reasons.pop(last, None)
@@ -256,7 +256,7 @@ class CompiledBlocks:
                     self._changes_at = monotonic() + PATIENCE_S
                 self._ready[key] = program
             if self._ready and (not self._waiting or monotonic() >= self._changes_at):
-                # All at once, so that costs are learnt and graphs recorded anew only once.
+                # All at once, so that costs are measured and CUDA graphs recorded again only once.
                 self._programs = {**self._programs, **self._ready}
                 self._ready = {}
                 self.generation += 1
@@ -269,7 +269,7 @@ class CompiledBlocks:
             log.info("%s: blocks of %d shapes run compiled", self._name, compiled)
 
     def _give_up(self, key: Hashable, block: str, error: Exception) -> None:
-        """Run the blocks of a shape as ever from now on, whose program failed."""
+        """Run the blocks of a shape eagerly from now on, because their program failed."""
         said = f"its program failed: {type(error).__name__}: {error}"
         with self._lock:
             self._programs = {one: kept for one, kept in self._programs.items() if one != key}

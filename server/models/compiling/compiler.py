@@ -1,7 +1,7 @@
-"""Compiles blocks in the background, in processes of its own, and keeps the programs in a folder.
+"""Compiles blocks in background processes, and keeps the programs in a folder.
 
-Each process compiles one block after another. All end when there is nothing to do, and so do the
-threads that wait for them. The compiled programs stay, for this machine and these versions.
+Each process compiles one block after another. When there is nothing left to do, the processes and
+the threads that wait for them end. Programs are kept for this machine and these library versions.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ log = logging.getLogger("weft")
 
 MEASURED_AGAIN_S = 3600.0
 MOST_MEASUREMENTS = 3
-"""What seemed to gain nothing may have been measured on a busy machine: it is measured again at a
-later start, so often in all."""
+"""A program that seemed to gain nothing may have been timed on a busy machine. It is timed again
+at a later start, at least ``MEASURED_AGAIN_S`` seconds later, up to this many times in all."""
 
 
 class _Asked(NamedTuple):
-    """A block that is to be compiled; see :meth:`BlockCompiler.ask`."""
+    """A block to be compiled; see :meth:`BlockCompiler.ask`."""
 
     job: BlockJob
     identity: str
@@ -57,7 +57,7 @@ class _Asked(NamedTuple):
 
     @property
     def program(self) -> tuple[str, str]:
-        """Equal for questions that the same program answers."""
+        """Equal for requests that the same program answers."""
         return self.identity, self.job.device
 
 
@@ -74,24 +74,25 @@ class BlockCompiler:
     """Compiles blocks of all models of a server; safe from any thread.
 
     Args:
-        folder: for the programs; made if it is not there. Whoever can write there can make the
-            server run what he likes, so nobody else is given the right.
-        processes: that compile at once at most; by default as many as the machine has cores for.
+        folder: folder for the programs; created if it does not exist, and accessible only to its
+            owner, as anybody who can write there can make the server run arbitrary code.
+        processes: maximum number of processes that compile at once; by default chosen from the
+            number of cores.
 
     Raises:
-        OSError: the folder cannot be made or written to.
+        OSError: the folder cannot be created or written to.
     """
 
     def __init__(self, folder: Path, processes: int | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._folder = folder
-        # Where inductor keeps what programs are made of: the process that compiles writes there,
-        # and this one loads from there.
+        # Inductor's cache of compiled kernels: the compiling process writes there, and this process
+        # loads from there.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
-        # No processes below the one that compiles, which would outlive it.
+        # No subprocesses of the compiling process, which would outlive it.
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
         (folder / "inductor").mkdir(exist_ok=True)
-        # What loading a program needs takes seconds to import, which no tick is to wait for.
+        # These modules take seconds to import, and no tick should wait for that.
         for module in FOR_LOADING:
             import_module(module)
         self._lock = Lock()
@@ -101,21 +102,21 @@ class BlockCompiler:
         self._threads = 0
         self._most = most_processes() if processes is None else processes
         self._processes = 0
-        # No process is to be started in the place of one that has been ended at the exit.
+        # At exit, do not start a process to replace one that has been ended.
         atexit.register(self._jobs.clear)
 
     def ask(
         self, job: BlockJob, identity: str, tell: Told, wanted: Callable[[], bool] = lambda: True
     ) -> None:
-        """Have a block compiled.
+        """Queue a block for compilation.
 
         Args:
-            job: what to compile.
-            identity: equal for jobs of equal programs.
-            tell: called in a thread of the compiler, with the program, or None and why there is
-                none.
-            wanted: whether anybody still waits for it when its turn has come; else nothing is done,
-                and nobody is told.
+            job: block to compile.
+            identity: equal for jobs that lead to the same program.
+            tell: called in a compiler thread with the program, or with None and the reason why
+                there is none.
+            wanted: whether the program is still needed when its turn comes; if not, nothing is
+                compiled and ``tell`` is not called.
         """
         with self._lock:
             self._jobs.append(_Asked(job, identity, tell, wanted))
@@ -142,9 +143,9 @@ class BlockCompiler:
             process.end()
 
     def _next(self, process: CompilingProcess | None) -> _Asked | None:
-        """What a thread does next; None if there is nothing for it, and it is to end."""
+        """The next block for a thread; None if there is none and the thread should end."""
         with self._lock:
-            # The program that another thread makes is only to be loaded afterwards, by that thread.
+            # A program that another thread is compiling is loaded afterwards, by that thread.
             while asked := next((o for o in self._jobs if o.program not in self._at_work), None):
                 self._jobs.remove(asked)
                 if asked.wanted():
@@ -155,7 +156,7 @@ class BlockCompiler:
             return None
 
     def _claims_process(self, asked: _Asked) -> bool:
-        """Whether a thread may start a process; if not, it leaves its block to those that have."""
+        """Whether a thread may start a process; if not, it leaves its block to other threads."""
         with self._lock:
             if self._processes and not has_room(torch.device(asked.job.device), self._processes):
                 self._jobs.appendleft(asked)
@@ -170,7 +171,7 @@ class BlockCompiler:
             tell(None, told["reason"])
             return
         try:
-            # Loading changes what belongs to all of inductor.
+            # Loading changes global state of inductor.
             with self._loading:
                 program = _loaded(file)
         except Exception as error:  # noqa: BLE001 - a damaged file must not end the thread
@@ -181,7 +182,7 @@ class BlockCompiler:
 
 
 def _compiled(process: CompilingProcess, job: BlockJob, file: Path) -> dict[str, Any]:
-    """What a process says of a block, which is noted if it is so for good."""
+    """Compile a block in a process, and write down the result if it is final."""
     told = process.compile(job, file)
     if told is None:
         return {"reason": "the process that compiled it ended or took too long"}
@@ -199,12 +200,12 @@ def _loaded(file: Path) -> Program:
 
 
 def _note(file: Path) -> Path:
-    """Beside a program, what was measured of it, or why there is none."""
+    """File beside a program with its timings, or the reason why there is no program."""
     return file.with_suffix(".json")
 
 
 def _read(file: Path) -> dict[str, Any] | None:
-    """What a note says; None where there is none, or none that can be used."""
+    """Content of a note; None if it does not exist or is unusable."""
     try:
         told = json.loads(_note(file).read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -213,7 +214,7 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 
 def _is_usable(told: dict[str, Any]) -> bool:
-    """Whether it says what this module writes, and not only some JSON."""
+    """Whether the JSON has the form that this module writes."""
     if "reason" in told:
         says = isinstance(told["reason"], str)
     else:
@@ -222,13 +223,13 @@ def _is_usable(told: dict[str, Any]) -> bool:
 
 
 def _known(file: Path) -> dict[str, Any] | None:
-    """What is noted of a block; None if it is to be compiled."""
+    """Result noted for a block; None if the block should be compiled."""
     told = _read(file)
     return None if told is None or _may_gain(told, file) else told
 
 
 def _may_gain(told: dict[str, Any], file: Path) -> bool:
-    """Whether a program that seemed to gain nothing is to be measured again."""
+    """Whether a program that seemed to gain nothing should be timed again."""
     if not told.get("slow") or told.get("measurements", 1) >= MOST_MEASUREMENTS:
         return False
     try:
@@ -239,7 +240,7 @@ def _may_gain(told: dict[str, Any], file: Path) -> bool:
 
 
 def key_of(identity: str, device: str) -> str:
-    """The name of a program on this machine, and by these versions of what compiled it."""
+    """File name of a program, specific to this machine and to the versions of the libraries."""
     place = torch.device(device)
     if place.type == "cuda":
         where = (device, torch.cuda.get_device_name(place), torch.cuda.get_device_capability(place))
@@ -250,7 +251,7 @@ def key_of(identity: str, device: str) -> str:
 
 
 def _instructions() -> str:
-    """Those of the CPU, as programs use all that there are."""
+    """Instruction sets of the CPU, all of which programs may use."""
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith(("flags", "Features")):

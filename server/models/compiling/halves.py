@@ -1,7 +1,7 @@
-"""Lets a tensor with two entries for each row be halved in a graph for any number of rows.
+"""Makes splitting a tensor with two entries per row traceable for any number of rows.
 
-``torch.chunk`` gives fewer parts than it is asked for where there are too few entries, so that a
-graph of it fits only as many rows as it was traced with. Two entries a row can always be halved.
+``torch.chunk`` returns fewer chunks than requested if there are too few entries, so a graph that
+contains it fits only the number of rows it was traced with. Two entries a row can always be halved.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ __all__ = ["HalvedRows"]
 
 
 class HalvedRows(TorchFunctionMode):
-    """While a block is traced, makes two slices of what is halved and has a free, even length."""
+    """While a block is traced, replaces ``chunk`` into two by slices where the length is dynamic.
+
+    The length must be even.
+    """
 
     @override
     def __torch_function__(

@@ -1,4 +1,4 @@
-"""Which blocks of a model are compiled, if they can be."""
+"""Decides which blocks of a model are compiled."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
 __all__ = ["DENOISERS", "compilation_of", "compile_blocks"]
 
 RESNET = "ResnetBlock2D"
-"""Blocks of a U-Net beside those that attend."""
+"""Class of a U-Net's blocks besides its attention blocks."""
 
 DENOISERS = "unet", "transformer"
-"""Names of denoisers in a model folder."""
+"""Names of the denoiser's folder in a model folder."""
 
 
 def compile_blocks(model: HostedModel, compiler: Compiler) -> None:
-    """Have the blocks of a model's denoiser compiled, if they can be.
+    """Have the blocks of a model's denoiser compiled, if that is possible.
 
     Args:
-        model: on its device.
-        compiler: makes the programs.
+        model: model, already on its device.
+        compiler: compiles the programs.
     """
     placement = model.placement
     if placement.quantization != "none":
@@ -42,7 +42,7 @@ def compile_blocks(model: HostedModel, compiler: Compiler) -> None:
 
 
 def compilation_of(model: HostedModel) -> Compilation | None:
-    """How far a model is compiled; None where the operator wants nothing compiled."""
+    """Progress of a model's compilation; None if the operator has not enabled compilation."""
     if model.blocks is not None:
         return model.blocks.compilation
     return None if model.runs_eager is None else Compilation(reason=model.runs_eager)

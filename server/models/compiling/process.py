@@ -1,4 +1,4 @@
-"""A process that compiles, as the server sees it."""
+"""A compiling process, as seen from the server."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
 __all__ = ["CompilingProcess"]
 
 METHOD: Final = "spawn"
-"""A fork of a process that uses CUDA cannot use it."""
+"""A forked child of a process that uses CUDA cannot use CUDA."""
 
 LONGEST_S: Final = 900.0
-"""For one block."""
+"""Maximum seconds for one block."""
 
 
 class CompilingProcess:
-    """Compiles one block after another; started when it is needed, and again if it has ended.
+    """Compiles one block after another; started on demand, and restarted if it has ended.
 
-    It belongs to one thread, which must outlive it: the process is ended with the thread.
+    It belongs to one thread, which must outlive it: the process ends with the thread.
 
     Args:
-        folder: for what compilers keep beside the programs.
+        folder: folder for the temporary files of compilers.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -43,17 +43,17 @@ class CompilingProcess:
         self._running: tuple[BaseProcess, Connection] | None = None
 
     def compile(self, job: BlockJob, file: Path) -> dict[str, Any] | None:
-        """What the process says of a block, as ``worker.main`` describes it.
+        """Compile a block; the result has the form described in ``worker.main``.
 
         Args:
-            job: what to compile.
-            file: for the program.
+            job: block to compile.
+            file: path of the program to write.
 
         Returns:
-            None if it ended or took too long, and has been ended.
+            None if the process ended or took too long, in which case it has been ended.
 
         Raises:
-            Exception: the block cannot be sent, with which the process has nothing to do.
+            Exception: the block cannot be pickled and sent; the process is not affected.
         """
         if self._running is None:
             self._running = self._started()
@@ -68,7 +68,7 @@ class CompilingProcess:
             return None
 
     def end(self) -> None:
-        """Have it end, as there is nothing to do, and wait until it has."""
+        """End the process because there is nothing left to do, and wait until it has ended."""
         self._end(LONGEST_EXIT_S)
 
     def _started(self) -> tuple[BaseProcess, Connection]:
@@ -82,7 +82,7 @@ class CompilingProcess:
         return process, ours
 
     def _end(self, patience_s: float) -> None:
-        """End it once it has had time to end by itself, and the compilers that it has started."""
+        """End the process, giving it time to exit by itself, and the compilers it has started."""
         if self._running is None:
             return
         process, connection = self._running

@@ -1,8 +1,8 @@
-"""Compiles a block for any number of rows, and shows that the result may take its place.
+"""Compiles a block for any number of rows, and checks that the result may replace it.
 
-The steps of ``torch.compile`` are taken beforehand: torch.export traces the block, and inductor
-compiles the graph. Its weights are inputs, so that one program serves all blocks that are alike.
-There are no guards, so that nothing can ever make it compile again.
+This takes the steps of ``torch.compile`` ahead of time: torch.export traces the block, and inductor
+compiles the graph. The weights are inputs, so one program serves all blocks that are alike. There
+are no guards, so nothing can trigger a recompilation.
 """
 
 from __future__ import annotations
@@ -40,37 +40,38 @@ __all__ = [
 ]
 
 MOST_ROWS = 1024
-"""Of a program."""
+"""Maximum number of rows that a program accepts."""
 
 CLOSE = {torch.float32: 1e-5}
 CLOSE_IN_HALF = 2e-2
-"""By how much of the largest number outputs may differ from those of the block itself."""
+"""Maximum difference from the block's own outputs, as a fraction of the largest of them."""
 
 CHECKED_ROWS = 1, 2, 5
 TIMED_ROWS = 1, 4
 TIMED = 5
 MOST_TIMED = 20
 TIMED_S = 0.5
-"""Calls of which the fastest counts: so many, and more as long as they take less time than this."""
+"""The fastest of at least ``TIMED`` calls counts, and of up to ``MOST_TIMED`` calls as long as they
+take less than ``TIMED_S`` seconds together."""
 
 
 class Unsuitable(Exception):
-    """A block runs as ever; the reason is a clause."""
+    """A block that must run eagerly; the reason is a clause."""
 
 
 class NoGain(Unsuitable):
-    """Its program takes as long as the block, as measured once."""
+    """The program was measured to be no faster than the block."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BlockJob:
-    """A block that is to be compiled.
+    """A block to be compiled.
 
     Attributes:
         skeleton: see ``skeleton_of``.
         template: see ``template_of``.
-        layout: of the tensors.
-        device: by torch's name.
+        layout: layout of the tensors.
+        device: torch's name of the device.
     """
 
     skeleton: nn.Module
@@ -81,11 +82,11 @@ class BlockJob:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Exported:
-    """A block as a graph of its weights and of what it is given.
+    """A block as a graph whose inputs are its weights and its tensor arguments.
 
     Attributes:
-        graph: takes weights, then tensors; gives a tuple of tensors.
-        sample: weights and tensors that it was traced with.
+        graph: takes weights, then tensors; returns a tuple of tensors.
+        sample: weights and tensors with which it was traced.
     """
 
     graph: torch.fx.GraphModule
@@ -93,17 +94,17 @@ class Exported:
 
 
 class FlatBlock(nn.Module):
-    """A block as a function of tensors: of its weights, then of those in its template."""
+    """A block as a function of tensors: first its weights, then those of its template."""
 
     def __init__(self, job: BlockJob) -> None:
         super().__init__()
         self._names = list(weights_of(job.skeleton))
         self._template = job.template
-        # Not as a submodule, whose weights would be made part of the graph.
+        # Not registered as a submodule, whose weights would become part of the graph.
         self._block = (job.skeleton,)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """What the block puts out, tensors only."""
+        """The tensors among the block's outputs."""
         given = iter(tensors[len(self._names) :])
         args, kwargs = pytree.tree_map(
             lambda leaf: next(given) if isinstance(leaf, Operand) else leaf, self._template
@@ -121,7 +122,7 @@ def export(job: BlockJob, weights: Sequence[Tensor]) -> Exported:
         weights: see :func:`draw_weights`.
 
     Raises:
-        Unsuitable: it cannot be.
+        Unsuitable: it cannot be traced that way.
     """
     sample = [*weights, *_given(job, _rows_to_trace(job))]
     rows = torch.export.Dim("rows", min=1, max=MOST_ROWS)
@@ -143,8 +144,8 @@ def compile_to(exported: Exported, file: Path) -> Callable[..., Sequence[Tensor]
     """Compile a graph, and write the program to a file that ``CompiledArtifact.load`` reads."""
     from torch._inductor import standalone_compile
 
-    # Else inductor takes graphs for the same that differ in sizes alone, and gives the first one's
-    # program for the others.
+    # Otherwise inductor treats graphs that differ only in sizes as the same, and returns the
+    # first one's program for the others.
     torch.compiler.config.cache_key_tag = file.name
     sample: list[Any] = [*exported.sample]
     program = standalone_compile(exported.graph, sample, dynamic_shapes="from_graph")
@@ -155,19 +156,20 @@ def compile_to(exported: Exported, file: Path) -> Callable[..., Sequence[Tensor]
 def check(
     job: BlockJob, program: Callable[..., Sequence[Tensor]], weights: Sequence[Tensor]
 ) -> tuple[float, float]:
-    """Hold a program to its block.
+    """Check that a program computes the same as its block, in less time.
 
     Args:
         job: the block.
-        program: of it.
+        program: its compiled program.
         weights: see :func:`draw_weights`.
 
     Returns:
-        Seconds of calls of several numbers of rows: of the block itself, and of the program.
+        Seconds taken by calls with several numbers of rows: of the block itself, and of the
+        program.
 
     Raises:
-        Unsuitable: other numbers.
-        NoGain: it takes no less time.
+        Unsuitable: the program's outputs differ.
+        NoGain: the program is not faster.
     """
     block = FlatBlock(job)
     for rows in CHECKED_ROWS:
@@ -189,7 +191,7 @@ def check(
 
 
 def draw_weights(job: BlockJob) -> list[Tensor]:
-    """Random ones for a block, of the size of trained ones: else numbers grow with the layers."""
+    """Random weights for a block, scaled like trained ones so that activations do not grow."""
     source = torch.Generator(job.device).manual_seed(0)
     made: list[Tensor] = []
     for one in weights_of(job.skeleton).values():
@@ -199,7 +201,7 @@ def draw_weights(job: BlockJob) -> list[Tensor]:
 
 
 def _rows_to_trace(job: BlockJob) -> int:
-    """A number that no other dimension has, as sizes that are equal would be taken for one."""
+    """A number of rows equal to no other dimension, as equal sizes would be unified in tracing."""
     fixed = {size for one in weights_of(job.skeleton).values() for size in one.shape}
     for leaf in pytree.tree_leaves(job.template):
         fixed.update(leaf.size if isinstance(leaf, Operand) else ())
@@ -212,7 +214,7 @@ def _rows_to_trace(job: BlockJob) -> int:
 
 
 def _given(job: BlockJob, rows: int) -> list[Tensor]:
-    """Tensors of a call of so many rows, at random."""
+    """Random tensor arguments for a call with this many rows."""
     source = torch.Generator(job.device).manual_seed(rows)
     operands = [one for one in pytree.tree_leaves(job.template) if isinstance(one, Operand)]
     lengths = job.layout.lengths(rows)
@@ -235,7 +237,7 @@ def _drawn(
 def _seconds(
     calls: Sequence[Callable[..., Sequence[Tensor]]], sample: Sequence[Tensor]
 ) -> list[float]:
-    """Of the fastest of several calls of each; they take turns, as a busy machine delays both."""
+    """Seconds of the fastest of several calls each, alternating, as a busy machine delays both."""
     best = [float("inf")] * len(calls)
     ends = perf_counter() + TIMED_S
     for number in range(MOST_TIMED):
@@ -243,7 +245,7 @@ def _seconds(
             break
         for which, call in enumerate(calls):
             began = perf_counter()
-            # Reading one number waits for the device.
+            # Reading one number synchronizes with the device.
             call(*sample)[0].flatten()[0].item()
             best[which] = min(best[which], perf_counter() - began)
     return best

@@ -1,4 +1,4 @@
-"""How many processes may compile at once: as many as leave the server its cores and memory."""
+"""How many processes may compile at once without taking the server's cores and memory."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from server.models.memory import HOST, measure
 __all__ = ["cores", "has_room", "most_processes"]
 
 MOST: Final = 8
-"""A U-Net has some 22 shapes of blocks, and no other family more."""
+"""Maximum number of processes: a U-Net has some 22 shapes of blocks, and no other family more."""
 
 CORES_EACH: Final = 2
-"""One for the process, and one for the server and for the compilers that the process starts."""
+"""Cores per process: one for it, and one for the server and the compilers that it starts."""
 
 HOST_BYTES: Final = 3 * 2**29
-"""Of the host's memory for a process: without CUDA one has taken 0.4 GB."""
+"""Host memory reserved for each process: without CUDA, 0.4 GB was measured."""
 
 DEVICE_BYTES: Final = 2 * 2**30
-"""Of a GPU's memory for a process: a CUDA context, and a block with what it computes."""
+"""GPU memory for each process: a CUDA context, and a block with its activations."""
 
 QUOTA: Final = Path("/sys/fs/cgroup/cpu.max")
-"""Of a container: microseconds of processor time, or ``max``, in a period of so many."""
+"""CPU limit of a container: microseconds of CPU time (or ``max``) per period in microseconds."""
 
 
 def most_processes() -> int:
-    """Processes that may compile at once on this machine; at least one."""
+    """Maximum number of processes that may compile at once on this machine; at least one."""
     return max(1, min(MOST, cores() // CORES_EACH))
 
 
 def cores() -> int:
-    """Cores that this process may use, as its affinity and its container allow."""
+    """Number of cores that this process may use, given its affinity and its container's limit."""
     allowed = len(os.sched_getaffinity(0))
     with suppress(OSError, ValueError):
         quota, period = map(int, QUOTA.read_text("ascii").split())
@@ -44,11 +44,12 @@ def cores() -> int:
 
 
 def has_room(device: torch.device, others: int) -> bool:
-    """Whether there is memory for one more process that compiles.
+    """Whether there is enough memory for one more compiling process.
 
     Args:
-        device: which it compiles for.
-        others: that compile already. All of them count, as they may not have taken theirs yet.
+        device: device for which it compiles.
+        others: processes that compile already. Memory is counted for all of them, as they may not
+            have allocated theirs yet.
     """
     count = others + 1
     host = measure(torch.device(HOST)).free >= count * HOST_BYTES

@@ -1,4 +1,4 @@
-"""A block of a network without weights and hooks, which another process can compile."""
+"""A block of a network without weights and hooks, to be compiled in another process."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ HOOKS = (
 
 
 def weights_of(block: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, in an order that only the class and its config decide."""
+    """Parameters and buffers by name, in an order that depends only on the class and its config."""
     return {**dict(block.named_parameters()), **dict(block.named_buffers())}
 
 
 def skeleton_of(block: nn.Module) -> nn.Module:
-    """A copy whose weights have no memory and whose forward is that of its class."""
+    """Copy a block, with weights on the meta device and its class's own ``forward``."""
     hollow = {id(one): _hollow(one) for one in weights_of(block).values()}
     made = deepcopy(block, hollow)
     for module in made.modules():
@@ -40,7 +40,7 @@ def skeleton_of(block: nn.Module) -> nn.Module:
 
 
 def fingerprint(skeleton: nn.Module) -> str:
-    """Equal for blocks that compute the same from weights of the same shapes."""
+    """Hash that is equal for blocks that compute the same from weights of the same shapes."""
     own = [
         (name, type(one).__module__, type(one).__qualname__, _settings(vars(one)))
         for name, one in skeleton.named_modules()
@@ -53,7 +53,7 @@ def fingerprint(skeleton: nn.Module) -> str:
 
 
 def _settings(attributes: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Attributes of a module that are its own: plain values, and the classes of all others."""
+    """A module's own attributes: plain values by ``repr``, all others by their class."""
     own = {name: one for name, one in attributes.items() if name not in vars(nn.Module())}
     return [
         (name, repr(value) if _plain(value) else type(value).__qualname__)

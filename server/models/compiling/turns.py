@@ -1,6 +1,6 @@
-"""Who may use the machine when a program is measured, by a lock on a file.
+"""File locks by which processes get the machine to themselves while they time a program.
 
-The system gives a lock on a file back when its holder ends, however it ends.
+The operating system releases a file lock when its holder ends, however it ends.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ __all__ = ["alone", "beside_others"]
 
 
 def alone(file: Path) -> AbstractContextManager[None]:
-    """Wait until nobody else holds the lock, and keep all others out.
+    """Wait until nobody else holds the lock, and hold it exclusively.
 
     Args:
-        file: made if it is not there.
+        file: lock file; created if it does not exist.
     """
     return _locked(file, LOCK_EX)
 
 
 def beside_others(file: Path) -> AbstractContextManager[None]:
-    """Wait until nobody is alone, and let nobody be alone.
+    """Wait until nobody holds the lock exclusively, and hold it shared.
 
     Args:
-        file: made if it is not there.
+        file: lock file; created if it does not exist.
     """
     return _locked(file, LOCK_SH)
 

@@ -1,4 +1,4 @@
-"""The process that compiles: tracing and compiling would take Python's lock from the ticks."""
+"""The compiling process, apart from the server because tracing would hold its GIL during ticks."""
 
 from __future__ import annotations
 
@@ -36,32 +36,32 @@ REASON_LENGTH = 200
 LONGEST_EXIT_S = 5
 
 TURNS = "turns"
-"""File in the folder of the programs, by which processes take turns at measuring."""
+"""Lock file in the programs' folder, by which processes take turns at timing."""
 
 PARENT_DEATH_SIGNAL = 1
-"""Linux's ``PR_SET_PDEATHSIG``; elsewhere this process ends with its job."""
+"""Linux's ``PR_SET_PDEATHSIG``; on other systems the process ends after its current job."""
 
 
 def main(jobs: Connection, folder: Path) -> None:
-    """Compile what is asked for, until nobody can ask any more.
+    """Compile blocks on request until the server closes the connection.
 
     Args:
-        jobs: see below.
-        folder: for what compilers keep. Where all users may write, as in ``/tmp``, another one
-            could lay down headers that are compiled.
+        jobs: connection to the server; see below.
+        folder: folder for the temporary files of compilers. In a world-writable folder such as
+            ``/tmp``, another user could place headers that would be compiled.
 
-    A job is a :class:`BlockJob`, the path of its program and the threads of one operation on a CPU.
-    The answer is JSON: ``block_ms`` and ``program_ms``, or ``reason``, a clause that says why there
-    is no program, ``lasting``, whether that is so for good, and ``slow``, whether that is because
-    it gains no time.
+    A job is a :class:`BlockJob`, the path of its program and the number of threads of one operation
+    on a CPU. The answer is JSON: ``block_ms`` and ``program_ms``; or ``reason``, a clause that says
+    why there is no program, ``lasting``, whether the reason is permanent, and ``slow``, whether the
+    reason is that the program is not faster.
     """
-    # Ctrl-C is the server's. This process ends with it, and so do the compilers that it started.
+    # Ctrl-C is for the server. This process ends with it, as do the compilers that it started.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.setsid()
     signal.signal(signal.SIGTERM, _end_all)
     with suppress(OSError, AttributeError):
         CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGTERM)
-    # The server's own threads go first.
+    # The server's own threads have priority.
     os.nice(10)
     warnings.simplefilter("ignore")
     tempfile.tempdir = str(folder)
@@ -70,19 +70,19 @@ def main(jobs: Connection, folder: Path) -> None:
             job, file, threads = jobs.recv()
         except EOFError:
             return
-        # Loops are divided among as many as there are while they are compiled.
+        # Compiled loops are divided among the number of threads set at compile time.
         torch.set_num_threads(threads)
         jobs.send(_compiled(job, Path(file)))
 
 
 def _end_all(*_: object) -> None:
-    """End the compilers below this process, and this process by way of what it does at its exit.
+    """End the compilers below this process, and then this process by a regular exit.
 
-    Killed at once, it would leave a half-written program and any semaphores that it holds.
+    Killing it at once would leave behind a half-written program and the semaphores that it holds.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.killpg(0, signal.SIGTERM)
-    # Should a compiler catch the exit, or take long to reach it, the system ends this process.
+    # If a compiler catches the exit or takes long to reach it, the alarm ends this process.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(LONGEST_EXIT_S)
     sys.exit()
@@ -105,15 +105,15 @@ def _compiled(job: BlockJob, file: Path) -> str:
     finally:
         partial.unlink(missing_ok=True)
         if torch.cuda.is_initialized():
-            # The server may need it more than the next block.
+            # The server may need this memory more than the next block does.
             torch.cuda.empty_cache()
     return json.dumps(answer)
 
 
 def _measured(job: BlockJob, file: Path) -> tuple[float, float]:
-    """Compile a block; see :func:`check` for what is returned."""
+    """Compile a block and check it; see :func:`check` for the returned values."""
     turns = file.with_name(TURNS)
-    # Compilers run on the CPU. They disturb what is measured there, and nothing on a GPU.
+    # Compilers run on the CPU, where they disturb timings; timings on a GPU are unaffected.
     with beside_others(turns) if torch.device(job.device).type == "cpu" else nullcontext():
         weights = draw_weights(job)
         program = compile_to(export(job, weights), file)

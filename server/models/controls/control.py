@@ -1,4 +1,4 @@
-"""What steers images beside their prompt: ControlNets once they are loaded, and their pictures.
+"""Controls, which steer images in addition to the prompt: loaded ControlNets and their images.
 
 Zhang et al., "Adding Conditional Control to Text-to-Image Diffusion Models", arXiv 2302.05543.
 """
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["Control", "ControlUse", "Precedence"]
 
 Precedence: TypeAlias = Literal["prompt", "control"]
-"""What counts for more where a prompt and a picture differ."""
+"""Which one has more weight where a prompt and a control image disagree."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -24,11 +24,11 @@ class Control:
     """A ControlNet, loaded for one model.
 
     Attributes:
-        name: as requests say it.
-        network: of diffusers, in inference mode on the model's device; None of images that are only
-            counted.
-        nbytes: memory of its weights.
-        cost: what a row of it costs, in rows of the denoiser: the ratio of their weights.
+        name: name that requests use.
+        network: diffusers module, in inference mode on the model's device; None for images that
+            are only counted.
+        nbytes: memory of its weights, in bytes.
+        cost: cost of one of its rows, in rows of the denoiser: the ratio of their weights.
     """
 
     name: str
@@ -39,18 +39,18 @@ class Control:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ControlUse:
-    """What steers the images of a request: a ControlNet and its picture, how strongly and when.
+    """A control of a request's images: a ControlNet, its image, its strength and its window.
 
     Attributes:
         control: the ControlNet.
-        picture: ``[3, H, W]`` float32 in [-1, 1], of the size of the images.
-        scale: factor on what it adds.
-        start: share of the run after which it begins to act.
-        end: share of the run after which it no longer acts.
-        precedence: `prompt` lets it add less, the nearer a place is to the network's input, so that
-            it says what there is rather than how it looks; `control` does so too, and lets it act
-            on predictions of the prompt alone, so that guidance magnifies what it adds. None for
-            neither.
+        picture: ``[3, H, W]`` float32 in [-1, 1], of the size of the generated images.
+        scale: factor on the residuals that it adds.
+        start: fraction of the run after which it begins to act.
+        end: fraction of the run after which it no longer acts.
+        precedence: `prompt` lets it add less the nearer a layer is to the network's input, so that
+            it determines what there is rather than how it looks; `control` does so too, and lets
+            it act only on predictions for the prompt, so that guidance amplifies what it adds. None
+            for neither.
     """
 
     control: Control
@@ -61,9 +61,9 @@ class ControlUse:
     precedence: Precedence | None = None
 
     def acts(self, stage: int, stages: int) -> bool:
-        """Whether it acts at a stage of so many, counted from 0."""
+        """Whether it acts at a stage of this many, counted from 0."""
         return in_window(self.start, self.end, stage, stages)
 
     def acts_on(self, *, prompted: bool) -> bool:
-        """Whether it acts on a prediction of the prompt, or on another one."""
+        """Whether it acts on a prediction for the prompt (``prompted``), or on another one."""
         return prompted or self.precedence != "control"

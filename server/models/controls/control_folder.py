@@ -1,4 +1,4 @@
-"""ControlNets in folders or single files: the config first, weights once somebody asks for them."""
+"""ControlNets in folders or single files: the config is read first, weights on first use."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ OTHER_KINDS = {
     "lora_controlnet": "is a control LoRA",
     "task_embedding": "is a union of several kinds",
 }
-"""What a single file is that has a tensor of such a name beside those of a ControlNet."""
+"""Kinds of single files, by the name of a tensor that they contain and a ControlNet does not."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ControlFolder:
-    """A folder, or a single file, with a ControlNet that fits a model.
+    """A folder or a single file with a ControlNet that fits a model.
 
     Attributes:
-        name: as requests say it.
-        path: of the folder or the file.
-        stamp: by which a change of its files is noticed.
-        kind: the model's.
-        config: of the network.
+        name: name that requests use.
+        path: path of the folder or the file.
+        stamp: value that changes when its files change.
+        kind: ControlNets that the model accepts.
+        config: config of the network.
     """
 
     name: str
@@ -56,16 +56,16 @@ class ControlFolder:
 
     @classmethod
     def read(cls, name: str, path: Path, model: str, kind: ControlKind) -> ControlFolder:
-        """Read the config of a ControlNet, and see whether it fits a model.
+        """Read the config of a ControlNet, and check that it fits a model.
 
         Args:
-            name: as requests say it.
-            path: of the folder or the file.
+            name: name that requests use.
+            path: path of the folder or the file.
             model: name of the model.
-            kind: what it takes.
+            kind: ControlNets that the model accepts.
 
         Raises:
-            ControlMismatch: it does not; the sentence names both.
+            ControlMismatch: it does not fit; the sentence names both.
         """
         stamp = folder_stamp(path)
         try:
@@ -85,7 +85,7 @@ class ControlFolder:
         return cls(name, path, stamp, kind, config)
 
     def nbytes(self, dtype: torch.dtype) -> int:
-        """Memory of its weights once they are loaded, in bytes, from the headers of its files.
+        """Memory of the loaded weights in bytes, computed from the headers of its files.
 
         Raises:
             ControlMismatch: they cannot be read.
@@ -93,7 +93,7 @@ class ControlFolder:
         return self._bytes(dtype.itemsize)
 
     def cost(self) -> float:
-        """What a row of it costs, in rows of the denoiser: the ratio of their weights.
+        """Cost of one of its rows, in rows of the denoiser: the ratio of their weights.
 
         Raises:
             ControlMismatch: its files cannot be read.
@@ -101,11 +101,11 @@ class ControlFolder:
         return self._bytes(1) / _weights(self.kind.denoiser)
 
     def load(self, device: torch.device, dtype: torch.dtype) -> Control:
-        """Read the weights.
+        """Load the weights.
 
         Raises:
-            ControlMismatch: the files are not what the config describes.
-            Overloaded: they do not fit in what is free of the device's memory.
+            ControlMismatch: the files do not match the config.
+            Overloaded: they do not fit into the free memory of the device.
         """
         needed = self.nbytes(dtype)
         with room_for(f"ControlNet {self.name!r}", needed, device):
@@ -129,7 +129,7 @@ class ControlFolder:
         return (self.path.parent, self.path.name) if self.path.is_file() else (self.path, HERE)
 
     def _bytes(self, width: int) -> int:
-        """Of its weights at so many bytes a number, from the headers of its files."""
+        """Size of its weights at ``width`` bytes per number, from the headers of its files."""
         try:
             return bytes_of_part(*self._folder_and_part, NETWORK, width)
         except ModelMismatch as error:
@@ -137,7 +137,7 @@ class ControlFolder:
 
 
 def folder_stamp(path: Path) -> tuple[int, int]:
-    """When a file of a ControlNet was last changed, and the bytes of all its files."""
+    """Time of the last change to a ControlNet's files, and their total size in bytes."""
     if path.is_file():
         return stamp_of(path)
     return joint_stamp(map(stamp_of, (path / CONFIG, *path.glob("*.safetensors"))))
@@ -161,7 +161,7 @@ def _config_of_file(name: str, path: Path, model: str, kind: ControlKind) -> Map
             raise ControlMismatch(
                 f"ControlNet {name!r} {what} (it has the tensor {tensor}), which is not supported."
             )
-    # Published files say by their names alone that they average over the picture.
+    # Only the file name of published files indicates that they average over the image.
     return {**config, "global_pool_conditions": "shuffle" in name.lower()}
 
 

@@ -1,4 +1,4 @@
-"""What a family says of the ControlNets that its denoiser takes."""
+"""Declares which ControlNets a family's denoiser accepts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["ControlKind", "first_misfit", "first_outside"]
 
 
 class ControlKind(Protocol):
-    """The ControlNets of a family; what they add is taken inside the family's own forward."""
+    """The ControlNets of a family; their residuals are added in the family's own forward pass."""
 
     @property
     def kind(self) -> Any:
@@ -28,59 +28,62 @@ class ControlKind(Protocol):
 
     @property
     def knows_precedence(self) -> bool:
-        """Whether one of them and the prompt can count for different amounts."""
+        """Whether a ControlNet and the prompt can be given different weight."""
         ...
 
     @property
     def once(self) -> bool:
-        """Whether one runs over the prompt's row of an image alone, for all of its rows."""
+        """Whether a ControlNet runs only on an image's row for the prompt, for all of its rows."""
         ...
 
     def misfit(self, config: Mapping[str, Any]) -> str | None:
-        """What in a ControlNet's config does not fit the model, as a clause; None where all does.
+        """The first way in which a ControlNet's config does not fit the model; None if it fits.
 
         Args:
-            config: entries of a ``config.json``; those that are missing have the class's defaults.
+            config: entries of a ``config.json``; missing ones have the defaults of the class.
+
+        Returns:
+            A clause for an error sentence.
         """
         ...
 
     def config_of_file(self, tensors: Collection[str]) -> Mapping[str, Any] | None:
-        """The config of a ControlNet in a single file, which holds none.
+        """The config of a ControlNet in a single file, which contains no config.
 
         Args:
             tensors: names of its tensors.
 
         Returns:
-            The entries; None where the family's are read from folders alone, or where these are no
-            tensors of one.
+            The entries; None if the family's ControlNets are read only from folders, or if these
+            tensors are not those of a ControlNet.
         """
         ...
 
     def prepared(self, network: Any) -> Any:
-        """The network as it is kept, on the model's device.
+        """The network in the form in which it is kept, on the model's device.
 
         Args:
-            network: of the class, in inference mode on the CPU.
+            network: instance of :attr:`kind`, in inference mode on the CPU.
         """
         ...
 
     def hint(self, network: Any, picture: Tensor) -> Tensor:
-        """What a network reads of a picture, the same at all stages.
+        """Preprocess an image for a network; the result is the same for all stages.
 
         Args:
-            network: that was prepared.
+            network: prepared network.
             picture: ``[3, H, W]`` float32 in [-1, 1].
         """
         ...
 
 
 def first_misfit(kind: Any, config: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:
-    """The first entry of a config that has another value than it must have, as a clause.
+    """The first entry of a config that differs from the required value, as a clause.
 
     Args:
-        kind: the class, whose defaults missing entries have.
-        config: the entries.
-        expected: what they must be.
+        kind: class whose defaults apply to missing entries.
+        config: entries of a ``config.json``.
+        expected: required values by name.
     """
     declared = signature(kind.__init__).parameters
     for name, value in expected.items():
@@ -91,11 +94,11 @@ def first_misfit(kind: Any, config: Mapping[str, Any], expected: Mapping[str, An
 
 
 def first_outside(config: Mapping[str, Any], allowed: Mapping[str, range]) -> str | None:
-    """The first entry of a config that is none of the numbers it may be, as a clause.
+    """The first entry of a config that is not one of the allowed numbers, as a clause.
 
     Args:
         config: entries of a ``config.json``.
-        allowed: numbers by the names of entries.
+        allowed: allowed numbers by the name of the entry.
     """
     for name, numbers in allowed.items():
         found = config.get(name)
@@ -105,5 +108,5 @@ def first_outside(config: Mapping[str, Any], allowed: Mapping[str, range]) -> st
 
 
 def _plain(value: Any) -> Any:
-    """A value in which lists, as JSON has them, are tuples."""
+    """Convert a list, as JSON has it, to a tuple; other values are unchanged."""
     return tuple(value) if isinstance(value, list) else value

@@ -1,8 +1,8 @@
-"""ControlNets of FLUX.1: blocks of the same kind, whose outputs are added to those of its blocks.
+"""ControlNets of FLUX.1, whose block outputs are added to those of the transformer's blocks.
 
-As ``FluxControlNetPipeline`` of diffusers runs them: over the prompt's row alone, for both branches
-of true classifier-free guidance. A picture is encoded to the mean of the autoencoder's posterior,
-where the pipeline draws a sample.
+They run as in diffusers' ``FluxControlNetPipeline``: only on the prompt's row, for both branches of
+true classifier-free guidance. An image is encoded to the mean of the autoencoder's posterior, where
+the pipeline draws a sample.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ ALIKE = (
     "pooled_projection_dim",
     "axes_dims_rope",
 )
-"""Entries of the transformer's config that a ControlNet's must equal."""
+"""Entries of a ControlNet's config that must equal those of the transformer's."""
 
 
 PATCH = 2
-"""Latent cells along a side of a token."""
+"""Latent cells along one side of a token."""
 
 
 class FluxControl:
@@ -43,9 +43,9 @@ class FluxControl:
 
     Args:
         transformer: a ``FluxTransformer2DModel``.
-        encode: clean latents ``[rows, C, h, w]`` of pictures.
-        packed: tokens of latents.
-        device: where it runs.
+        encode: encodes images to clean latents ``[rows, C, h, w]``.
+        packed: packs latents into tokens.
+        device: device on which the ControlNets run.
     """
 
     knows_precedence = False
@@ -68,7 +68,7 @@ class FluxControl:
         self._packed = packed
         self._device = device
         self._expected = {name: transformer.config[name] for name in ALIKE} | {
-            # A union of several would have to be told which of them is meant.
+            # A union of several kinds would have to be told which of them is meant.
             "num_mode": None,
         }
 
@@ -88,16 +88,16 @@ class FluxControl:
         return None
 
     def config_of_file(self, tensors: Collection[str]) -> None:
-        """See ``ControlKind.config_of_file``; they are read from folders alone."""
+        """See ``ControlKind.config_of_file``; these ControlNets are read only from folders."""
         del tensors
 
     def prepared(self, network: Any) -> Any:
-        """See ``ControlKind.prepared``; its picture is embedded apart from its forward."""
+        """See ``ControlKind.prepared``; the image is embedded outside the forward pass."""
         network.embed_picture, network.input_hint_block = network.input_hint_block, None
         return network.to(self._device)
 
     def hint(self, network: Any, picture: Tensor) -> Tensor:
-        """The picture's tokens ``[tokens, 4 C]``."""
+        """The image's tokens ``[tokens, 4 C]``."""
         pixels = picture.to(self._device)[None]
         if network.embed_picture is None:
             cells = self._encode(pixels)
@@ -112,13 +112,13 @@ class FluxControl:
         scale: Tensor,
         controls: RowControls,
     ) -> dict[str, Any]:
-        """What is added to the rows, by the names of the transformer's arguments.
+        """Compute the residuals for the rows, by the names of the transformer's arguments.
 
         Args:
-            rows: arguments of the transformer that have an entry a row.
-            positions: those that are the same for all rows.
-            scale: that the rows are told, where a ControlNet is told one, ``[rows]``.
-            controls: of each row.
+            rows: arguments of the transformer that have one entry per row.
+            positions: arguments that are the same for all rows.
+            scale: guidance scale ``[rows]``, passed to ControlNets that embed it.
+            controls: controls of each row.
         """
 
         def evaluate(same: SameControl) -> Sequence[Tensor | None]:
@@ -132,7 +132,7 @@ class FluxControl:
                 guidance=scale.index_select(0, same.rows) if guided else None,
                 return_dict=False,
             )
-            # Of those that embed the picture themselves, by XLabs, outputs take turns.
+            # Outputs of ControlNets that embed the image themselves (XLabs) are assigned in turn.
             spread = in_runs if network.embed_picture is None else in_turn
             return [
                 *spread(blocks or (), self._layers),
@@ -143,7 +143,7 @@ class FluxControl:
         parts = added[: self._layers], added[self._layers :]
         names = "controlnet_block_samples", "controlnet_single_block_samples"
         return {
-            # A ControlNet adds to all blocks of a sort or to none.
+            # A ControlNet adds to all blocks of a kind or to none.
             name: None if any(one is None for one in part) else part
             for name, part in zip(names, parts, strict=True)
         }

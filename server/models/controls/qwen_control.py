@@ -1,7 +1,7 @@
-"""ControlNets of Qwen-Image: blocks whose outputs are added to those of its transformer.
+"""ControlNets of Qwen-Image, whose block outputs are added to those of the transformer's blocks.
 
-As ``QwenImageControlNetPipeline`` of diffusers runs them: over the prompt's row alone, for both
-branches of classifier-free guidance. A picture is encoded to the mean of the autoencoder's
+They run as in diffusers' ``QwenImageControlNetPipeline``: only on the prompt's row, for both
+branches of classifier-free guidance. An image is encoded to the mean of the autoencoder's
 posterior, where the pipeline draws a sample.
 """
 
@@ -32,7 +32,7 @@ ALIKE = (
     "joint_attention_dim",
     "axes_dims_rope",
 )
-"""Entries of the transformer's config that a ControlNet's must equal."""
+"""Entries of a ControlNet's config that must equal those of the transformer's."""
 
 
 class QwenControl:
@@ -40,9 +40,9 @@ class QwenControl:
 
     Args:
         transformer: a ``QwenImageTransformer2DModel``.
-        encode: clean latents ``[rows, C, h, w]`` of pictures.
-        packed: tokens of latents.
-        device: where it runs.
+        encode: encodes images to clean latents ``[rows, C, h, w]``.
+        packed: packs latents into tokens.
+        device: device on which the ControlNets run.
     """
 
     knows_precedence = False
@@ -64,7 +64,7 @@ class QwenControl:
         self._packed = packed
         self._device = device
         self._expected = {name: transformer.config[name] for name in ALIKE} | {
-            # Those for inpainting read a mask too.
+            # ControlNets for inpainting also take a mask.
             "extra_condition_channels": 0,
         }
 
@@ -74,7 +74,7 @@ class QwenControl:
         return differs or first_outside(config, {"num_layers": range(1, self._layers + 1)})
 
     def config_of_file(self, tensors: Collection[str]) -> None:
-        """See ``ControlKind.config_of_file``; they are read from folders alone."""
+        """See ``ControlKind.config_of_file``; these ControlNets are read only from folders."""
         del tensors
 
     def prepared(self, network: Any) -> Any:
@@ -83,19 +83,19 @@ class QwenControl:
         return network.to(self._device)
 
     def hint(self, network: Any, picture: Tensor) -> Tensor:
-        """The picture's tokens ``[tokens, 4 C]``."""
+        """The image's tokens ``[tokens, 4 C]``."""
         latents = self._encode(picture.to(self._device)[None])
         return self._packed(latents)[0].to(network.dtype)
 
     def residuals(
         self, rows: Mapping[str, Tensor], shape: tuple[int, int, int], controls: RowControls
     ) -> dict[str, Any]:
-        """What is added to the rows, by the name of the transformer's argument.
+        """Compute the residuals for the rows, by the name of the transformer's argument.
 
         Args:
-            rows: arguments of the transformer that have an entry a row.
-            shape: of the picture in tokens: frames, height and width.
-            controls: of each row.
+            rows: arguments of the transformer that have one entry per row.
+            shape: size of the image in tokens: frames, height and width.
+            controls: controls of each row.
         """
 
         def evaluate(same: SameControl) -> Sequence[Tensor | None]:

@@ -1,4 +1,4 @@
-"""The ControlNets that act on the rows of a forward, and what they add to them."""
+"""The ControlNets that act on the rows of a forward pass, and the residuals that they add."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 __all__ = ["ControlForm", "RowControl", "RowControls", "SameControl", "summed"]
 
 FADE: Final = 0.825
-"""Factor of a place of the network on that of the next one, where a ControlNet gives way."""
+"""Factor by which a ControlNet that gives way to the prompt adds less at each earlier place."""
 
 LAST: Final = 12
-"""The place whose factor is 1: the middle of Stable Diffusion 1.x. Both as sd-webui-controlnet
-(scripts/hook.py), which takes the first ten of these factors for Stable Diffusion XL."""
+"""The place whose factor is 1: the middle block of Stable Diffusion 1.x. Both constants are those
+of sd-webui-controlnet (scripts/hook.py), which takes the first ten of these factors for Stable
+Diffusion XL."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,9 +32,9 @@ class RowControl:
 
     Attributes:
         control: the ControlNet.
-        hint: what it reads of its picture, see ``ControlKind.hint``.
-        scale: factor on what it adds.
-        gives_way: whether it adds less, the nearer a place is to the network's input.
+        hint: its preprocessed image, see ``ControlKind.hint``.
+        scale: factor on the residuals.
+        gives_way: whether it adds less the nearer a place is to the network's input.
     """
 
     control: Control
@@ -44,12 +45,12 @@ class RowControl:
 
 @dataclass(frozen=True, slots=True)
 class ControlForm:
-    """What of :class:`SameControl` is no tensor, and its numbers of rows.
+    """The non-tensor parts of :class:`SameControl`, and its numbers of rows.
 
     Attributes:
-        control: the ControlNet, which is not kept alive.
-        rows: that it runs over.
-        onto: rows that it acts on.
+        control: weak reference to the ControlNet.
+        rows: number of rows that it runs over.
+        onto: number of rows that it acts on.
     """
 
     control: ref[Control]
@@ -57,10 +58,10 @@ class ControlForm:
     onto: int
 
     def together(self, tensors: Mapping[str, Tensor]) -> SameControl | None:
-        """The rows of this form; None where the ControlNet is there no more.
+        """Rebuild the :class:`SameControl` of this form; None if the ControlNet no longer exists.
 
         Args:
-            tensors: by the names of ``SameControl.tensors``.
+            tensors: tensors by the names in ``SameControl.tensors``.
         """
         control = self.control()
         return None if control is None else SameControl(control, **tensors)
@@ -68,18 +69,18 @@ class ControlForm:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SameControl:
-    """Rows of a forward that one ControlNet acts on, each once.
+    """The rows of a forward pass that one ControlNet acts on, each once.
 
     Attributes:
         control: the ControlNet.
-        rows: those that it runs over, int64; where the number of rows is fixed, the first is
-            repeated.
-        hints: of these, ``[rows, ...]``.
-        onto: the rows that it acts on, int64 ``[n]``.
-        run: which of ``rows`` gives what is added to each of them, int64 ``[n]``.
-        scales: the factor on it, float32 ``[n]``.
-        fades: of each, the factor of a place on that of the next one, float32 ``[n]``; None where
-            all places are alike.
+        rows: indices of the rows that it runs over, int64; padded with the first one where the
+            number of rows is fixed.
+        hints: preprocessed images of these rows, ``[rows, ...]``.
+        onto: indices of the rows that it acts on, int64 ``[n]``.
+        run: for each of them, the index into ``rows`` whose residuals are added, int64 ``[n]``.
+        scales: for each of them, the factor on the residuals, float32 ``[n]``.
+        fades: for each of them, the ratio of the factor at a place to that at the next place,
+            float32 ``[n]``; None where the factor is the same at all places.
     """
 
     control: Control
@@ -92,7 +93,7 @@ class SameControl:
 
     @property
     def form(self) -> ControlForm:
-        """All but the tensors."""
+        """Everything except the tensors."""
         return ControlForm(ref(self.control), len(self.rows), len(self.onto))
 
     @property
@@ -108,21 +109,21 @@ class SameControl:
         return found if self.fades is None else found | {"fades": self.fades}
 
     def factors(self, place: int) -> Tensor:
-        """The factors on what is added at a place, counted from 0."""
+        """Factors on the residuals at a place of the network, counted from 0."""
         return self.scales if self.fades is None else self.scales * self.fades ** (LAST - place)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowControls:
-    """The ControlNets that act on the rows of a forward.
+    """The ControlNets that act on the rows of a forward pass.
 
     Attributes:
-        rows: of each row, in order. What several add is summed.
-        prompts: for each row, the row of its image that is told the prompt; it has the same
-            ControlNets.
-        fixed: whether a ControlNet runs over as many rows as the forward has, so that a row's bits
-            do not depend on how many rows have it.
-        together: the rows of each ControlNet, where they have been put together already.
+        rows: ControlNets of each row, in order. The residuals of several are summed.
+        prompts: for each row, the row of the same image that is conditioned on the prompt; it has
+            the same ControlNets.
+        fixed: whether a ControlNet runs over as many rows as the forward pass has, so that a row's
+            bits do not depend on how many rows use the ControlNet.
+        together: the rows of each ControlNet, if they have been collected already.
     """
 
     rows: tuple[tuple[RowControl, ...], ...]
@@ -131,44 +132,44 @@ class RowControls:
     together: tuple[SameControl, ...] = ()
 
     def __bool__(self) -> bool:
-        """Whether any acts on any row."""
+        """Whether any ControlNet acts on any row."""
         return any(self.rows)
 
     @classmethod
     def of_tensors(cls, rows: int, together: Sequence[SameControl]) -> RowControls:
-        """Those of so many rows, which have been put together."""
+        """Build one for this many rows from the collected rows of each ControlNet."""
         return cls(((),) * rows, tuple(range(rows)), together=tuple(together))
 
     def in_tensors(self, *, once: bool) -> RowControls:
-        """The same with the rows of each ControlNet put together, see :meth:`by_control`."""
+        """The same with the rows of each ControlNet collected, see :meth:`by_control`."""
         return replace(self, together=tuple(self.by_control(once=once)))
 
     def of(self, rows: Sequence[int]) -> RowControls:
-        """Those of some rows, which may be repeated."""
+        """Select some rows, which may be repeated."""
         places: dict[int, int] = {}
         for place, row in enumerate(rows):
             places.setdefault(row, place)
         return RowControls(
             tuple(self.rows[row] for row in rows),
-            # Where the prompt's row stays behind, a row stands for it by itself.
+            # Where the prompt's row is not selected, a row takes its place itself.
             tuple(places.get(self.prompts[row], places[row]) for row in rows),
             self.fixed,
         )
 
     def padded(self, count: int, *, fixed: bool) -> RowControls:
-        """The same, followed by rows without ControlNets until there are ``count``."""
+        """Append rows without ControlNets until there are ``count``."""
         here = len(self.rows)
         missing: tuple[tuple[RowControl, ...], ...] = ((),) * (count - here)
         return RowControls((*self.rows, *missing), (*self.prompts, *range(here, count)), fixed)
 
     def by_control(self, *, once: bool) -> Sequence[SameControl]:
-        """The rows of each ControlNet, in an order in which no row's company has a say.
+        """Collect the rows of each ControlNet, in an order independent of the other rows.
 
-        A row that has the same ControlNet twice, with two pictures, is among its rows twice, and
-        the second time apart from the first.
+        A row that uses the same ControlNet twice, with two images, appears in two separate
+        collections of this ControlNet.
 
         Args:
-            once: run a ControlNet over the prompt's row of an image alone, for all of its rows.
+            once: run a ControlNet only over an image's row for the prompt, for all of its rows.
         """
         if self.together:
             return self.together
@@ -210,17 +211,17 @@ def summed(
     *,
     once: bool,
 ) -> list[Tensor | None]:
-    """What all ControlNets of a forward add to its rows.
+    """Sum the residuals of all ControlNets of a forward pass.
 
     Args:
-        controls: of all rows, at least one of which has any.
-        evaluate: runs a ControlNet over its rows, and returns what it adds at each place of the
-            network, ``[rows, ...]``. Places may have the same tensor, or none.
+        controls: ControlNets of all rows; at least one row has one.
+        evaluate: runs a ControlNet over its rows, and returns its residual at each place of the
+            network, ``[rows, ...]``. Several places may share a tensor; None adds nothing.
         once: see ``RowControls.by_control``.
 
     Returns:
-        What is added to all rows at each place, ``[all rows, ...]``; 0 for rows without, and None
-        where nothing is added to any. Places to which the same is added have the same tensor.
+        The sum for all rows at each place, ``[all rows, ...]``; 0 for rows without ControlNets,
+        and None where nothing is added to any row. Places with the same sum share a tensor.
     """
     each = controls.by_control(once=once)
     found = [evaluate(same) for same in each]
@@ -238,7 +239,7 @@ def summed(
 def _sum(
     count: int, each: Sequence[SameControl], residuals: Sequence[Tensor | None], place: int
 ) -> Tensor | None:
-    """What ControlNets add to ``count`` rows at one place."""
+    """Sum the residuals of ControlNets for ``count`` rows at one place."""
     total: Tensor | None = None
     for same, residual in zip(each, residuals, strict=True):
         if residual is None:
@@ -247,6 +248,6 @@ def _sum(
             total = residual.new_zeros(count, *residual.shape[1:])
         factors = same.factors(place).view(-1, *[1] * (residual.ndim - 1))
         added = (residual.index_select(0, same.run) * factors).to(total.dtype)
-        # No row is there twice, so no order of sums is open.
+        # No row appears twice in ``onto``, so the order of summation is determined.
         total.index_add_(0, same.onto, added)
     return total

@@ -1,7 +1,7 @@
-"""ControlNets of Stable Diffusion 3: blocks whose outputs are added to those of its transformer.
+"""ControlNets of Stable Diffusion 3, whose outputs are added to those of the transformer's blocks.
 
-As ``StableDiffusion3ControlNetPipeline`` of diffusers runs them, in both branches of guidance. A
-picture is encoded to the mean of the autoencoder's posterior, where the pipeline draws a sample.
+They run as in diffusers' ``StableDiffusion3ControlNetPipeline``, in both branches of guidance. An
+image is encoded to the mean of the autoencoder's posterior, where the pipeline draws a sample.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ ALIKE = (
     "pooled_projection_dim",
     "pos_embed_max_size",
 )
-"""Entries of the transformer's config that a ControlNet's must equal."""
+"""Entries of a ControlNet's config that must equal those of the transformer's."""
 
 OF_TEXT = "joint_attention_dim", "caption_projection_dim"
-"""The same of ControlNets that read the text."""
+"""Further such entries of ControlNets that take text embeddings."""
 
 
 class SD3Control:
@@ -42,9 +42,9 @@ class SD3Control:
 
     Args:
         transformer: an ``SD3Transformer2DModel``.
-        encode: clean latents ``[rows, C, h, w]`` of pictures.
-        shift: what the autoencoder's shift takes off these latents.
-        device: where it runs.
+        encode: encodes images to clean latents ``[rows, C, h, w]``.
+        shift: the autoencoder's shift factor, which has been subtracted from these latents.
+        device: device on which the ControlNets run.
     """
 
     knows_precedence = False
@@ -78,35 +78,35 @@ class SD3Control:
         return differs or first_outside(config, {"num_layers": range(1, self._layers + 1)})
 
     def config_of_file(self, tensors: Collection[str]) -> None:
-        """See ``ControlKind.config_of_file``; they are read from folders alone."""
+        """See ``ControlKind.config_of_file``; these ControlNets are read only from folders."""
         del tensors
 
     def prepared(self, network: Any) -> Any:
-        """See ``ControlKind.prepared``; those without positions have the transformer's."""
+        """See ``ControlKind.prepared``; without a position embedding, it gets the transformer's."""
         if network.pos_embed is None:
             positions = network._get_pos_embed_from_transformer(self.denoiser)
             network.pos_embed = positions.to(network.dtype).requires_grad_(requires_grad=False)
         return network.to(self._device)
 
     def hint(self, network: Any, picture: Tensor) -> Tensor:
-        """The picture's latents ``[C, h, w]``."""
+        """The image's latents ``[C, h, w]``."""
         latents = self._encode(picture.to(self._device)[None])[0]
         if network.config.force_zeros_for_pooled_projection:
-            # InstantX's know no shift.
+            # InstantX's ControlNets were trained on latents without the shift.
             latents = latents + self._shift
         return latents.to(network.dtype)
 
     def residuals(
         self, x: Tensor, t: Tensor, text: Tensor, pooled: Tensor, controls: RowControls
     ) -> dict[str, Any]:
-        """What is added to the rows, by the name of the transformer's argument.
+        """Compute the residuals for the rows, by the name of the transformer's argument.
 
         Args:
-            x: latents as the transformer takes them, ``[rows, C, h, w]``.
-            t: what it is told of the noise level, ``[rows]``.
-            text: ``[rows, tokens, features]``.
-            pooled: ``[rows, features]``.
-            controls: of each row.
+            x: latents in the form that the transformer takes, ``[rows, C, h, w]``.
+            t: timesteps in the form that the transformer takes, ``[rows]``.
+            text: text embeddings, ``[rows, tokens, features]``.
+            pooled: pooled text embeddings, ``[rows, features]``.
+            controls: controls of each row.
         """
 
         def evaluate(same: SameControl) -> Sequence[Tensor | None]:

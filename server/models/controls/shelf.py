@@ -1,4 +1,4 @@
-"""The ControlNets that a model may be steered by: found in folders by name, loaded on demand."""
+"""The ControlNets available to a model: found in folders by name, loaded on demand."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ FILE: Final = ".safetensors"
 class ControlShelf(WeightShelf[ControlFolder, Control, ControlKind]):
     """The ControlNets that fit one model, in folders or single files.
 
-    They are folders ``NAME`` with a ``config.json``, and files ``NAME.safetensors``. Of one name,
-    the folder counts.
+    They are folders ``NAME`` with a ``config.json``, and files ``NAME.safetensors``. If both exist
+    for a name, the folder is used.
     """
 
     what = "ControlNet"

@@ -1,4 +1,4 @@
-"""Which of a ControlNet's residuals goes to which layer of the network."""
+"""Assigns a ControlNet's residuals to the layers of the network."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["in_runs", "in_turn", "stretched"]
 
 
 def in_runs(residuals: Sequence[Tensor], layers: int) -> list[Tensor | None]:
-    """The first for as many layers as each must serve, then the second, and so on.
+    """Assign each residual to a run of consecutive layers of equal length, the last run the rest.
 
     Args:
-        residuals: of the ControlNet, no more than ``layers``; empty where it has none.
-        layers: of the network.
+        residuals: residuals of the ControlNet, no more than ``layers``; empty where it has none.
+        layers: number of layers of the network.
     """
     if not residuals:
         return [None] * layers
@@ -27,18 +27,18 @@ def in_runs(residuals: Sequence[Tensor], layers: int) -> list[Tensor | None]:
 
 
 def in_turn(residuals: Sequence[Tensor], layers: int) -> list[Tensor | None]:
-    """The first for the first layer, the second for the second, and again from the first."""
+    """Assign the residuals to the layers cyclically, starting again after the last residual."""
     if not residuals:
         return [None] * layers
     return [residuals[layer % len(residuals)] for layer in range(layers)]
 
 
 def stretched(residuals: Sequence[Tensor], layers: int) -> list[Tensor | None]:
-    """Each for as many layers as any other, give or take one.
+    """Assign each residual to a run of consecutive layers whose lengths differ by at most one.
 
     Args:
-        residuals: of the ControlNet, at least one and no more than ``layers``.
-        layers: of the network.
+        residuals: residuals of the ControlNet, at least one and no more than ``layers``.
+        layers: number of layers of the network.
     """
     each = layers / len(residuals)
     return [residuals[int(layer / each)] for layer in range(layers)]

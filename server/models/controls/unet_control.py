@@ -1,8 +1,9 @@
 """ControlNets of U-Nets: a copy of the encoder, whose outputs are added to the skip connections.
 
-As ``StableDiffusionControlNetPipeline`` and ``StableDiffusionXLControlNetPipeline`` of diffusers
-run them, in both branches of classifier-free guidance. Their guess mode is the precedence
-`control`, with the factors of sd-webui-controlnet, which differ from diffusers' by up to 0.6 %.
+They run as in diffusers' ``StableDiffusionControlNetPipeline`` and
+``StableDiffusionXLControlNetPipeline``, in both branches of classifier-free guidance. The
+pipelines' guess mode is the precedence `control`, with the factors of sd-webui-controlnet, which
+differ from diffusers' by up to 0.6 %.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ ALIKE = (
     "num_class_embeds",
     "encoder_hid_dim_type",
 )
-"""Entries of the U-Net's config that a ControlNet's must equal. Its blocks may attend less often,
-as those of the small ControlNets of Stable Diffusion XL do."""
+"""Entries of a ControlNet's config that must equal those of the U-Net's. It may have fewer
+attention blocks than the U-Net, as the small ControlNets of Stable Diffusion XL do."""
 
 FIRST_OUTPUT = ("zero_convs.0.0.weight", "controlnet_down_blocks.0.weight")
-"""A tensor of every ControlNet, by the original name and by diffusers'."""
+"""A tensor of every ControlNet, by its original name and by its diffusers name."""
 
 
 class UNetControl:
@@ -51,8 +52,8 @@ class UNetControl:
 
     Args:
         unet: the U-Net.
-        facts: of its model.
-        device: where it runs.
+        facts: facts of its model.
+        device: device on which the ControlNets run.
     """
 
     knows_precedence = True
@@ -69,7 +70,7 @@ class UNetControl:
             "in_channels": facts.latent_channels,
             "conditioning_channels": 3,
             "layers_per_block": _number(unet.config.layers_per_block),
-            # Those that pool act on the prompt's prediction alone.
+            # ControlNets that pool their outputs act only on the prompt's prediction.
             "global_pool_conditions": False,
         }
 
@@ -85,7 +86,7 @@ class UNetControl:
         return None
 
     def config_of_file(self, tensors: Collection[str]) -> Mapping[str, Any] | None:
-        """See ``ControlKind.config_of_file``: that of a copy of the U-Net's encoder."""
+        """See ``ControlKind.config_of_file``; it is that of a copy of the U-Net's encoder."""
         if not any(name.endswith(FIRST_OUTPUT) for name in tensors):
             return None
         return known_entries(self.denoiser.config, self.kind.__init__) | {
@@ -94,16 +95,16 @@ class UNetControl:
         }
 
     def prepared(self, network: Any) -> Any:
-        """See ``ControlKind.prepared``; its picture is embedded apart from its forward."""
+        """See ``ControlKind.prepared``; the image is embedded outside the forward pass."""
         network.embed_picture = network.controlnet_cond_embedding
         network.controlnet_cond_embedding = nn.Identity()
         network.reverses_channels = network.config.controlnet_conditioning_channel_order == "bgr"
-        # The forward would reverse the channels of what is embedded.
+        # Otherwise the forward pass would reverse the channels of the embedded image.
         network.register_to_config(controlnet_conditioning_channel_order="rgb")
         return network.to(self._device, memory_format=torch.channels_last)
 
     def hint(self, network: Any, picture: Tensor) -> Tensor:
-        """The embedded picture, ``[features, h, w]``."""
+        """The embedded image, ``[features, h, w]``."""
         pixels = picture.to(self._device)[None] / 2 + 0.5
         pixels = pixels.flip(1) if network.reverses_channels else pixels
         return network.embed_picture(pixels.to(network.dtype))[0]
@@ -111,13 +112,14 @@ class UNetControl:
     def residuals(
         self, x: Tensor, t: Tensor, conditioning: StackedConditioning, controls: RowControls
     ) -> dict[str, Any]:
-        """What is added to the rows, by the names of the U-Net's arguments.
+        """Compute the residuals for the rows, by the names of the U-Net's arguments.
 
         Args:
-            x: latents as the U-Net takes them, without other channels, ``[rows, C, h, w]``.
-            t: what it is told of the noise level, ``[rows]``.
-            conditioning: what each row is told.
-            controls: of each row.
+            x: latents in the form that the U-Net takes, without concatenated channels,
+                ``[rows, C, h, w]``.
+            t: timesteps in the form that the U-Net takes, ``[rows]``.
+            conditioning: conditioning of each row.
+            controls: controls of each row.
         """
 
         def evaluate(same: SameControl) -> Sequence[Tensor]:
@@ -142,6 +144,6 @@ class UNetControl:
 
 
 def _number(layers: Any) -> Any:
-    """The number of layers, where a config says the same for each block."""
+    """The number of layers if a config has the same for each block; otherwise its value."""
     alike = isinstance(layers, list | tuple) and len(set(layers)) == 1
     return layers[0] if alike else layers

@@ -1,4 +1,4 @@
-"""What an embedding of textual inversion is once it is loaded: vectors in place of a word."""
+"""A loaded textual inversion embedding: vectors that take the place of a word."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Embedding:
     """An embedding, loaded for one model (Gal et al., arXiv 2208.01618).
 
     Attributes:
-        name: the word that stands for it in prompts.
+        name: word that stands for it in prompts.
         revision: first 16 hexadecimal digits of the SHA-256 of its file.
-        vectors: for each text encoder, by its name in a model folder: what the encoder reads in
-            place of the word's tokens, ``[vectors, width]``, as many for each encoder.
+        vectors: for each text encoder, by its name in a model folder: token embeddings that replace
+            those of the word, ``[vectors, width]``; the number of vectors is the same for all.
     """
 
     name: str

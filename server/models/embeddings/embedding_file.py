@@ -1,4 +1,4 @@
-"""Files of textual inversion: headers first, vectors once a prompt names them."""
+"""Files of textual inversion: the header is read first, vectors once a prompt uses them."""
 
 from __future__ import annotations
 
@@ -24,20 +24,21 @@ __all__ = ["EmbeddingFile", "EmbeddingTarget"]
 
 TWO_ENCODERS: Final = ("text_encoder", "text_encoder_2")
 OF_TWO_ENCODERS: Final = (("clip_l", "clip_g"), ("text_encoders_0", "text_encoders_1"))
-"""Tensors of a file for Stable Diffusion XL, of each encoder; the latter by diffusers' trainers."""
+"""Names of the tensors for each encoder in files for Stable Diffusion XL. The second pair is what
+diffusers' training scripts write."""
 
 SHOWN: Final = 40
 
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingTarget:
-    """The text encoders of a model, as far as embeddings must fit them.
+    """Properties of a model's text encoders that embeddings must fit.
 
     Attributes:
-        model: its name.
-        widths: of a token's vector, by the encoder's name in a model folder; none where prompts
-            cannot name embeddings.
-        most: tokens that a prompt may have for all of them, markers not counted.
+        model: name of the model.
+        widths: token embedding width, by the encoder's name in a model folder; empty where prompts
+            cannot use embeddings.
+        most: maximum number of tokens that a prompt may use for embeddings, excluding markers.
     """
 
     model: str
@@ -47,15 +48,15 @@ class EmbeddingTarget:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EmbeddingFile:
-    """A file that fits a model.
+    """An embedding file that fits a model.
 
     Attributes:
-        name: the word that stands for it in prompts.
-        path: of the file.
-        stamp: by which a change of the file is noticed.
-        vectors: how many take the place of the word, each a token.
-        tensors: of the file, by the encoder's name in a model folder.
-        widths: of a vector, likewise.
+        name: word that stands for it in prompts.
+        path: path of the file.
+        stamp: value that changes when the file changes.
+        vectors: number of vectors that replace the word, each taking the place of a token.
+        tensors: name of the tensor in the file, by the encoder's name in a model folder.
+        widths: width of a vector, by the same names.
     """
 
     name: str
@@ -67,10 +68,11 @@ class EmbeddingFile:
 
     @classmethod
     def read(cls, name: str, path: Path, target: EmbeddingTarget) -> EmbeddingFile:
-        """Read a header, and hold it to a model.
+        """Read the header of a file, and check that it fits a model.
 
-        Known are a single tensor ``[vectors, width]`` or ``[width]`` of any name, as diffusers and
-        AUTOMATIC1111 write them, and two for Stable Diffusion XL, see ``OF_TWO_ENCODERS``.
+        A file may have a single tensor ``[vectors, width]`` or ``[width]`` of any name, as
+        diffusers and AUTOMATIC1111 write them, or two for Stable Diffusion XL, see
+        ``OF_TWO_ENCODERS``.
 
         Raises:
             EmbeddingMismatch: the file cannot be used with the model; the sentence names both.
@@ -91,19 +93,19 @@ class EmbeddingFile:
         return cls(name, path, stamp, vectors, tensors, target.widths)
 
     def nbytes(self, dtype: torch.dtype) -> int:
-        """Memory of all vectors once they are loaded, in bytes."""
+        """Memory of all vectors when loaded, in bytes."""
         return self.vectors * sum(self.widths.values()) * dtype.itemsize
 
     def load(self, device: torch.device, dtype: torch.dtype) -> Embedding:
-        """Read the vectors.
+        """Load the vectors.
 
         Raises:
-            EmbeddingMismatch: the file has changed since its header was read, or a number in it is
-                none of the type's.
+            EmbeddingMismatch: the file has changed since its header was read, or a value is not
+                finite in ``dtype``.
         """
         try:
-            # Read and not mapped: a file that is overwritten would change what is loaded, and one
-            # that is cut short would end the process.
+            # Read, not mapped: if a mapped file is overwritten, the loaded values would change, and
+            # if it is truncated, the process would be killed.
             content = self.path.read_bytes()
             state = load(content)
             revision = hashlib.sha256(content).hexdigest()[:16]
@@ -128,7 +130,7 @@ class EmbeddingFile:
 
 
 def _tensors(shapes: Mapping[str, tuple[int, ...]], target: EmbeddingTarget) -> dict[str, str]:
-    """The tensor of each encoder."""
+    """The tensor for each encoder."""
     model, parts = target.model, list(target.widths)
     if len(parts) == 1 and len(shapes) == 1:
         return dict(zip(parts, shapes, strict=True))
@@ -142,7 +144,7 @@ def _tensors(shapes: Mapping[str, tuple[int, ...]], target: EmbeddingTarget) -> 
 
 
 def _count(shapes: Mapping[str, tuple[int, ...]], target: EmbeddingTarget) -> int:
-    """How many vectors there are for each encoder."""
+    """The number of vectors, which must be the same for each encoder."""
     counts: set[int] = set()
     for part, shape in shapes.items():
         width = target.widths[part]

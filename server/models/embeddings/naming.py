@@ -1,4 +1,4 @@
-"""Which embeddings a text names, and where: as words, whatever their case and their blanks."""
+"""Finds embedding names in a text as whole words, ignoring case and the amount of whitespace."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ __all__ = ["divided", "named"]
 
 
 def named(text: str, names: Collection[str]) -> tuple[str, ...]:
-    """The names that stand in a text as words, in their own order.
+    """The names that occur in a text as words, in the order of ``names``.
 
     Args:
         text: a prompt.
-        names: of embeddings.
+        names: names of embeddings.
     """
     found = {name for _, name in divided(text, names) if name is not None}
     return tuple(name for name in names if name in found)
 
 
 def divided(text: str, names: Collection[str]) -> Iterator[tuple[str, str | None]]:
-    """The parts of a text, in their order, each with the name that it is; None for other text.
+    """Split a text at embedding names; yields each part with its name, or None for other text.
 
-    Of names that begin at one place, the longest counts, as in AUTOMATIC1111.
+    Of several names that begin at the same place, the longest is used, as in AUTOMATIC1111.
 
     Args:
         text: a prompt.
-        names: of embeddings, each a word or several.
+        names: names of embeddings, each one or several words.
     """
-    # Most names stand nowhere in the text, and this is a hundred times as fast as a pattern.
+    # Most names do not occur in the text, and this test is a hundred times as fast as a pattern.
     plain = _plain(text)
     likely = sorted((name for name in names if _plain(name) in plain), key=len, reverse=True)
     if not likely:

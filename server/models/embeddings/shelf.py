@@ -1,4 +1,4 @@
-"""The embeddings that prompts of a model may name: found in folders, loaded when they are named."""
+"""The embeddings available to a model's prompts: found in folders, loaded on first use."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class EmbeddingShelf(WeightShelf[EmbeddingFile, Embedding, EmbeddingTarget]):
     """The embeddings that fit one model, files ``NAME.safetensors``; see :class:`WeightShelf`.
 
     Args:
-        folders: that hold the files.
+        folders: folders that hold the files.
         target: the model's text encoders.
-        memory: where loaded embeddings are kept.
-        device: where the model is.
-        dtype: of its weights.
+        memory: keeps loaded embeddings.
+        device: device of the model.
+        dtype: dtype of its weights.
     """
 
     what = "embedding"
@@ -52,12 +52,12 @@ class EmbeddingShelf(WeightShelf[EmbeddingFile, Embedding, EmbeddingTarget]):
         super().__init__(folders, target.model, wanted, memory, device, dtype)
 
     def named_in(self, *texts: str) -> tuple[EmbeddingFile, ...]:
-        """Those that some texts name and that fit the model, each once."""
+        """Embeddings that occur in the texts and fit the model, each once."""
         outcomes = self._outcomes_in(texts)
         return tuple(one for one in outcomes.values() if not isinstance(one, str))
 
     def unfit_in(self, *texts: str) -> Mapping[str, str]:
-        """Why each of those that some texts name cannot be used, a sentence by name."""
+        """Embeddings that occur in the texts and cannot be used: a sentence of why, by name."""
         return {name: one for name, one in self._outcomes_in(texts).items() if isinstance(one, str)}
 
     @override

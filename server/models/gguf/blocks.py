@@ -1,7 +1,7 @@
-"""The numbers in blocks of quantised ones, whose layouts are those of ggml's ``ggml-common.h``.
+"""Dequantizes blocks of quantized numbers, whose layouts are those of ggml's ``ggml-common.h``.
 
-After ``gguf/quants.py`` of the package gguf, in torch. diffusers has such functions too; they copy
-constants from the host, which CUDA graphs cannot record, and round to float16 whatever the type.
+A torch version of ``gguf/quants.py`` of the package gguf. diffusers has such functions too, but
+they copy constants from the host, which CUDA graphs cannot capture, and always round to float16.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ IQ4_LEVELS: Final = (
     *(-127, -104, -83, -65, -49, -35, -22, -10),
     *(1, 13, 25, 38, 53, 69, 89, 113),
 )
-"""``kvalues_iq4nl`` of ggml: close to each other about zero, where most weights are."""
+"""``kvalues_iq4nl`` of ggml: levels are denser near zero, where most weights are."""
 
 
 def dequantized(rows: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
-    """The numbers ``[..., numbers]`` of rows of blocks.
+    """Dequantize rows of blocks to ``[..., numbers]``.
 
-    Scales are stored in float16, and for types of 16 bits the products are computed in it, as
-    diffusers and ComfyUI do; for float32 they are exact. The products with levels of the types IQ4
-    are computed in float32, as diffusers does.
+    Scales are stored in float16. For 16-bit dtypes the products are computed in float16, as in
+    diffusers and ComfyUI; for float32 they are exact. Products with the levels of the IQ4 formats
+    are computed in float32, as in diffusers.
 
     Args:
         rows: bytes of whole blocks, ``[..., nbytes]`` uint8.
-        kind: of the blocks, a name in ``FORMATS``.
-        dtype: of the numbers.
+        kind: format of the blocks, a name in ``FORMATS``.
+        dtype: dtype of the result.
     """
     form = FORMATS[kind]
     work = torch.float16 if dtype.itemsize < torch.float32.itemsize else torch.float32
@@ -87,7 +87,7 @@ def _q3_k(blocks: Tensor, dtype: torch.dtype) -> Tensor:
     low = _bits(scales[:, :8], 8, NIBBLES)
     sixes = low | _bits(scales[:, 8:], 4, PAIRS) << 4
     scale = _half(d, dtype) * (sixes.to(dtype) - 32)
-    # The third bit says that nothing is subtracted.
+    # If the third bit is set, nothing is subtracted.
     threes = _bits(quants, 32, PAIRS) | _bits(high, 32, BITS) << 2
     return _scaled(threes.to(dtype) - 4, scale)
 
@@ -140,7 +140,7 @@ VALUES: Final[Mapping[str, Callable[[Tensor, torch.dtype], Tensor]]] = {
     "IQ4_NL": _iq4_nl,
     "IQ4_XS": _iq4_xs,
 }
-"""The numbers ``[blocks, numbers]`` of the bytes ``[blocks, nbytes]``, by the type of products."""
+"""Functions from bytes ``[blocks, nbytes]`` to ``[blocks, numbers]``, computed in a given dtype."""
 
 
 def _split(blocks: Tensor, *widths: int) -> Sequence[Tensor]:
@@ -148,14 +148,14 @@ def _split(blocks: Tensor, *widths: int) -> Sequence[Tensor]:
 
 
 def _half(entry: Tensor, dtype: torch.dtype) -> Tensor:
-    """A number of float16, ``[blocks, 1]``."""
+    """Convert the two bytes of a float16 number, ``[blocks, 2]``, to ``[blocks, 1]``."""
     return entry.view(torch.float16).to(dtype)
 
 
 def _bits(packed: Tensor, run: int, shifts: Sequence[int]) -> Tensor:
-    """Small numbers ``[blocks, bytes * len(shifts)]`` of ``[blocks, bytes]``.
+    """Unpack ``[blocks, bytes]`` to small numbers ``[blocks, bytes * len(shifts)]``.
 
-    Those at the first shift of a run of bytes come first, then those at its second shift.
+    Within a run of bytes, the numbers at the first shift come first, then those at the second.
     """
     width = 8 // len(shifts)
     runs = packed.unflatten(1, (-1, run))
@@ -164,7 +164,7 @@ def _bits(packed: Tensor, run: int, shifts: Sequence[int]) -> Tensor:
 
 
 def _sixes(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """Eight scales and eight offsets of six bits, each ``[blocks, 8]``, in twelve bytes."""
+    """Unpack eight scales and offsets of six bits, each ``[blocks, 8]``, from twelve bytes."""
     scales, offsets, rest = _split(packed, 4, 4, 4)
     return (
         torch.cat([scales & 63, rest & 15 | scales >> 2 & 48], dim=1),
@@ -173,18 +173,18 @@ def _sixes(packed: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _levels(quants: Tensor) -> Tensor:
-    """The levels that numbers of four bits stand for in the types IQ4, float32 of their shape."""
+    """Look up the IQ4 levels of four-bit numbers; float32 of the same shape."""
     levels = _levels_on(quants.device)
     return levels.index_select(0, quants.flatten().int()).view(quants.shape)
 
 
 @cache
 def _levels_on(device: torch.device) -> Tensor:
-    """Made once, as a recording cannot copy from the host."""
+    """Levels on a device; cached, as a CUDA graph cannot copy from the host."""
     return torch.tensor(IQ4_LEVELS, dtype=torch.float32, device=device)
 
 
 def _scaled(quants: Tensor, scales: Tensor, offsets: Tensor | None = None) -> Tensor:
-    """``scale * quant - offset``, where each scale is that of a run of numbers."""
+    """``scale * quant - offset``, where each scale applies to a run of numbers."""
     runs = quants.unflatten(1, (scales.shape[1], -1)) * scales[:, :, None]
     return (runs if offsets is None else runs - offsets[:, :, None]).flatten(1)

@@ -21,12 +21,12 @@ DTYPES: Final = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloa
 
 
 def load_gguf(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file by name, mapped into memory.
+    """The tensors of a file by name, memory-mapped.
 
-    Those that are quantised are :class:`BlockRows`.
+    Quantized tensors are :class:`BlockRows`.
 
     Raises:
-        ModelMismatch: no GGUF file, or one that is not supported.
+        ModelMismatch: the file is not a GGUF file, or not supported.
     """
     described = tensors_of(file)
     size = file.stat().st_size

@@ -1,8 +1,8 @@
-"""The formats of blocks of quantised numbers, by ggml's names; loads no library.
+"""The supported formats of quantized blocks, by ggml's names; imports no library.
 
-A row of a matrix is a sequence of blocks, each with its own scales: 32 numbers in the older
-formats and IQ4_NL, 256 in the others, whose scales are numbers of few bits with a scale of their
-own.
+A row of a matrix is a sequence of blocks, each with its own scales. A block has 32 numbers in the
+older formats and IQ4_NL, and 256 in the others, whose scales are themselves numbers of few bits
+with a common scale.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 __all__ = ["FORMATS", "BlockFormat", "stays_in_blocks"]
 
 FEWEST_CHANNELS: Final = 16
-"""Of a convolution whose weight stays in blocks."""
+"""Minimum number of channels of a convolution whose weight stays in blocks."""
 
 
 @dataclass(frozen=True, slots=True)
 class BlockFormat:
-    """How large a block is.
+    """Code and size of a block format.
 
     Attributes:
-        code: of the type in a file.
-        numbers: in a block.
-        nbytes: of a block.
+        code: code of the type in a file.
+        numbers: numbers per block.
+        nbytes: bytes per block.
     """
 
     code: int
@@ -34,11 +34,11 @@ class BlockFormat:
     nbytes: int
 
     def row_bytes(self, numbers: int) -> int:
-        """Bytes of a row of so many numbers, which are a multiple of those of a block."""
+        """Bytes of a row of this many numbers, a multiple of those in a block."""
         return numbers // self.numbers * self.nbytes
 
     def row_numbers(self, nbytes: int) -> int:
-        """Numbers in a row of so many bytes."""
+        """Numbers in a row of this many bytes."""
         return nbytes // self.nbytes * self.numbers
 
 
@@ -56,16 +56,16 @@ FORMATS: Final[Mapping[str, BlockFormat]] = {
     "IQ4_NL": BlockFormat(20, 32, 18),
     "IQ4_XS": BlockFormat(23, 256, 136),
 }
-"""The formats that are read."""
+"""The supported formats."""
 
 
 def stays_in_blocks(name: str, shape: Sequence[int]) -> bool:
-    """Whether a tensor in blocks is kept so, as weights of linear layers and convolutions are.
+    """Whether a quantized tensor stays in blocks, as do weights of linear layers and convolutions.
 
     Args:
-        name: of the tensor.
-        shape: of its numbers.
+        name: name of the tensor.
+        shape: shape of its numbers.
     """
-    # The first and the last convolution are small, and say how activations lie in memory.
+    # The first and last convolutions are small, and determine the memory format of activations.
     is_convolution = len(shape) == 4 and min(shape[:2]) >= FEWEST_CHANNELS
     return name.endswith(".weight") and (len(shape) == 2 or is_convolution)

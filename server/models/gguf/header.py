@@ -1,10 +1,10 @@
-"""What a GGUF file says of its tensors, checked before any of them is read.
+"""Reads the tensor descriptions of a GGUF file, and checks them before reading any tensor.
 
-The layout is that of ``docs/gguf.md`` in ggml's repository, versions 2 and 3: counts of tensors and
-entries of metadata, the entries, a description of each tensor, and their bytes. All lengths are
-bounded by what a header can need, and all tensors lie inside the file and beside each other, so a
-file cannot make more memory be taken than it is long. Of the metadata only the alignment is used,
-and the shapes of tensors that are stored in another one.
+The layout is that of ``docs/gguf.md`` in ggml's repository, versions 2 and 3: the counts of tensors
+and metadata entries, the entries, a description of each tensor, and the tensors' bytes. All lengths
+are bounded by what a header can need, and all tensors must lie inside the file without overlapping,
+so a file cannot cause more memory to be allocated than its own length. The only metadata used are
+the alignment and the shapes of tensors that are stored in another shape.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MAGIC: Final = b"GGUF"
 VERSIONS: Final = (2, 3)
 
 PLAIN: Final = {"F32": (0, 4), "F16": (1, 2), "BF16": (30, 2)}
-"""Types of numbers that are not quantised: their codes, and the bytes of a number."""
+"""Types that are not quantized: code and bytes per number."""
 
 CODES: Final[Mapping[int, str]] = {
     **{code: kind for kind, (code, _) in PLAIN.items()},
@@ -36,21 +36,21 @@ CODES: Final[Mapping[int, str]] = {
 }
 
 LONGEST_HEADER: Final = 1 << 24
-"""Bytes; those of published transformers have some hundred thousand."""
+"""Bytes; headers of published transformers have a few hundred thousand."""
 
 LONGEST_NAME: Final = 256
 MOST_DIMENSIONS: Final = 4
 SHOWN: Final = 80
-"""Letters of a name in a message; a file may say anything."""
+"""Maximum characters of a name shown in a message, as a file may contain anything."""
 
 VALUES: Final = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-"""Bytes of the types of metadata that have a fixed size."""
+"""Sizes in bytes of the metadata types of fixed size, by type code."""
 
 UINT32, STRING, ARRAY = 4, 8, 9
 ALIGNMENT: Final = "general.alignment"
 SHAPE_OF: Final = "comfy.gguf.orig_shape."
-"""Before the name of a tensor whose rows are no whole blocks: it is stored in rows of 256 numbers,
-and the entry has its shape, as the tools of city96's ComfyUI-GGUF write U-Nets."""
+"""Prefix of metadata entries with a tensor's original shape. Tensors with rows that are not whole
+blocks are stored in rows of 256 numbers, as the tools of city96's ComfyUI-GGUF write U-Nets."""
 
 INTEGERS: Final = {4: "I", 5: "i", 10: "Q", 11: "q"}
 DEFAULT_ALIGNMENT: Final = 32
@@ -63,11 +63,11 @@ class GgufTensor:
     """A tensor in a file.
 
     Attributes:
-        kind: of its numbers: a name in ``PLAIN`` or in ``FORMATS``.
-        shape: of the tensor as torch counts dimensions, the innermost one last.
-        stored: the shape in which the file has it.
-        start: of its bytes in the file.
-        nbytes: of it.
+        kind: type of its numbers, a name in ``PLAIN`` or in ``FORMATS``.
+        shape: shape of the tensor in torch's order of dimensions, the innermost one last.
+        stored: shape in which the file stores it.
+        start: offset of its bytes in the file.
+        nbytes: number of its bytes.
     """
 
     kind: str
@@ -78,23 +78,23 @@ class GgufTensor:
 
     @property
     def quantized(self) -> bool:
-        """Whether its numbers are in blocks."""
+        """Whether it is stored in blocks."""
         return self.kind in FORMATS
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """Of its bytes, if its numbers are in blocks: rows of them."""
+        """Shape of its bytes if it is quantized: rows of bytes."""
         return *self.stored[:-1], FORMATS[self.kind].row_bytes(self.stored[-1])
 
 
 def tensors_of(file: Path) -> dict[str, GgufTensor]:
-    """The tensors of a file by name.
+    """The descriptions of a file's tensors, by name.
 
     Args:
-        file: of the format GGUF.
+        file: a GGUF file.
 
     Raises:
-        ModelMismatch: it is none, or one that is not supported; the sentence names the tensor.
+        ModelMismatch: the file is not a GGUF file, or not supported; the sentence names the tensor.
     """
     try:
         size = file.stat().st_size
@@ -110,11 +110,11 @@ def tensors_of(file: Path) -> dict[str, GgufTensor]:
 
 
 class _Unreadable(Exception):
-    """What is wrong with a file, as the rest of a sentence about it."""
+    """Reason why a file is refused, as the rest of a sentence about it."""
 
 
 class _Header:
-    """Reads the start of a file, and never further than a header may go."""
+    """Reads the start of a file, up to the maximum length of a header."""
 
     def __init__(self, stream: BinaryIO, most: int) -> None:
         self._stream = stream
@@ -185,7 +185,7 @@ def _read(header: _Header, size: int) -> dict[str, GgufTensor]:
 
 
 def _checked_alignment(alignment: int) -> int:
-    """A multiple of the widest number, so that tensors can be read where they lie."""
+    """Check the alignment: at least the widest number's, so that tensors can be mapped in place."""
     if not LEAST_ALIGNMENT <= alignment <= MOST_ALIGNMENT or alignment & alignment - 1:
         raise _Unreadable(
             f"has the {ALIGNMENT} {alignment}; allowed are powers of two from {LEAST_ALIGNMENT} "
@@ -219,7 +219,7 @@ def _skip_value(header: _Header, kind: int, key: str) -> None:
 def _tensor(
     header: _Header, name: str, alignment: int, original: tuple[int, ...] | None
 ) -> GgufTensor:
-    """A tensor whose start is counted from that of all tensors."""
+    """Read a tensor's description; its start is relative to the start of all tensors."""
     dimensions = header.number("I")
     if not 1 <= dimensions <= MOST_DIMENSIONS:
         raise _Unreadable(
@@ -268,7 +268,7 @@ def _placed(name: str, tensor: GgufTensor, start: int, size: int) -> GgufTensor:
 
 
 def _check_apart(tensors: Mapping[str, GgufTensor]) -> None:
-    """Refuse tensors that share bytes, of which there could be more than the file is long."""
+    """Refuse tensors that overlap, which together could be larger than the file."""
     in_order = sorted(tensors.items(), key=lambda entry: entry[1].start)
     for (_, one), (name, other) in pairwise(in_order):
         if other.start < one.start + one.nbytes:

@@ -1,8 +1,8 @@
-"""Layers whose weights stay in blocks, as a GGUF file has them.
+"""Layers whose weights stay in quantized blocks, as in a GGUF file.
 
-A layer restores its weight each time it runs, so a network takes as much memory as its file and the
-largest of its weights. What is added to the output of a layer row by row, as adapters are, is added
-as before.
+A layer dequantizes its weight each time it runs, so a network takes as much memory as its file plus
+its largest dequantized weight. Per-row additions to a layer's output, such as adapters, work as for
+other layers.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class BlockLinear(nn.Linear):
     """A linear layer with a weight in blocks.
 
     Args:
-        layer: in whose place it stands.
+        layer: the layer that it replaces.
         rows: its weight.
-        compute_dtype: that it computes in, under the name by which transformers of diffusers ask.
+        compute_dtype: dtype of its computations; diffusers' transformers read it by this name.
     """
 
     def __init__(self, layer: nn.Linear, rows: BlockRows, compute_dtype: torch.dtype) -> None:
@@ -52,7 +52,7 @@ class BlockLinear(nn.Linear):
         self.weight = _empty(rows)
 
     def restored(self) -> Tensor:
-        """The weight, ``[out, in]``."""
+        """The dequantized weight, ``[out, in]``."""
         numbers = dequantized(self.weight, self.kind, self.compute_dtype)
         return numbers.view(self.out_features, self.in_features)
 
@@ -65,9 +65,9 @@ class BlockConv2d(nn.Conv2d):
     """A convolution with a weight in blocks.
 
     Args:
-        layer: in whose place it stands.
+        layer: the layer that it replaces.
         rows: its weight.
-        compute_dtype: that it computes in.
+        compute_dtype: dtype of its computations.
     """
 
     def __init__(self, layer: nn.Conv2d, rows: BlockRows, compute_dtype: torch.dtype) -> None:
@@ -88,13 +88,13 @@ class BlockConv2d(nn.Conv2d):
         self.weight = _empty(rows)
 
     def restored(self) -> Tensor:
-        """The weight, ``[out, in, height, width]``."""
+        """The dequantized weight, ``[out, in, height, width]``."""
         numbers = dequantized(self.weight, self.kind, self.compute_dtype)
         return numbers.view(conv_shape(self))
 
     @override
     def forward(self, input: Tensor) -> Tensor:
-        # The layout of the input is that of the output.
+        # The output must have the memory format of the input.
         channels_last = input.is_contiguous(memory_format=torch.channels_last)
         layout = torch.channels_last if channels_last else torch.contiguous_format
         weight = self.restored().contiguous(memory_format=layout)
@@ -105,14 +105,15 @@ BlockLayer: TypeAlias = "BlockLinear | BlockConv2d"
 
 
 class BlockRows(Tensor):
-    """Bytes of blocks, ``[..., bytes of a row]``, that know their kind while they are renamed.
+    """Bytes of blocks, ``[..., bytes of a row]``, that keep their format while being converted.
 
-    Converters of names cut, order and join rows, which leaves blocks as they are.
+    Converters from other naming schemes slice, reorder and concatenate rows, which leaves blocks
+    intact.
 
     Attributes:
-        kind: of the blocks, a name in ``FORMATS``.
-        whole: the shape of the numbers. Rows that are cut, ordered or joined are taken for those of
-            a matrix.
+        kind: format of the blocks, a name in ``FORMATS``.
+        whole: shape of the dequantized numbers. After slicing, reordering or concatenation it is
+            derived from the shape of the bytes.
     """
 
     kind: str
@@ -120,12 +121,12 @@ class BlockRows(Tensor):
 
     @staticmethod
     def of(rows: Tensor, kind: str, whole: tuple[int, ...] | None = None) -> BlockRows:
-        """Rows of a kind.
+        """Wrap the bytes of blocks of one format.
 
         Args:
             rows: bytes of whole blocks.
-            kind: of the blocks.
-            whole: the shape of the numbers; by default that of rows.
+            kind: format of the blocks.
+            whole: shape of the dequantized numbers; by default derived from the shape of ``rows``.
         """
         made = rows.as_subclass(BlockRows)
         made._describe(kind, whole)
@@ -137,7 +138,7 @@ class BlockRows(Tensor):
         self.whole = whole or (*rows, FORMATS[kind].row_numbers(nbytes))
 
     def plain(self) -> Tensor:
-        """The bytes as any other tensor."""
+        """The bytes as an ordinary tensor."""
         return self.data.as_subclass(Tensor)
 
     @classmethod
@@ -156,15 +157,15 @@ class BlockRows(Tensor):
 
 
 def whole_shape(tensor: Tensor) -> tuple[int, ...]:
-    """The shape of a tensor's numbers, whether or not they are in blocks."""
+    """The shape of a tensor's numbers, whether or not it is in blocks."""
     return tensor.whole if isinstance(tensor, BlockRows) else tuple(tensor.shape)
 
 
 def in_shape(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A tensor of a shape that differs from its own in dimensions of one alone; else as it is.
+    """Reshape a tensor if its shape differs only in dimensions of size 1; else return it as is.
 
-    A GGUF file has no such dimensions in front of the others unless its writer took care of them,
-    and stable-diffusion.cpp adds some at the end.
+    A GGUF file loses leading dimensions of size 1 unless its writer took care to keep them, and
+    stable-diffusion.cpp appends some at the end.
     """
     own = whole_shape(tensor)
     if own == shape or [one for one in own if one != 1] != [one for one in shape if one != 1]:
@@ -180,14 +181,14 @@ def conv_shape(layer: nn.Conv2d) -> tuple[int, ...]:
 
 
 def keep_in_blocks(network: nn.Module, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """Prepare a network for weights of which some are in blocks.
+    """Prepare a network for loading weights of which some are in blocks.
 
-    Layers whose weight stays in blocks are replaced; other tensors in blocks are restored.
+    Layers whose weight stays in blocks are replaced; other tensors in blocks are dequantized.
 
     Args:
-        network: without memory for its weights, with the shapes that the weights have.
-        weights: of it by name; changed in place.
-        dtype: that it computes in.
+        network: network on the meta device, with parameters of the weights' shapes.
+        weights: its weights by name; changed in place.
+        dtype: dtype of its computations.
     """
     for name, rows in weights.items():
         if not isinstance(rows, BlockRows):
@@ -204,7 +205,7 @@ def keep_in_blocks(network: nn.Module, weights: dict[str, Tensor], dtype: torch.
 
 
 def kinds_of(network: nn.Module) -> list[str]:
-    """The kinds of blocks in a network, that of most weights first; empty where it has none."""
+    """Block formats in a network, that of the most weights first; empty if it has none."""
     counts: dict[str, int] = {}
     for layer in network.modules():
         if isinstance(layer, BlockLinear | BlockConv2d):
@@ -215,7 +216,7 @@ def kinds_of(network: nn.Module) -> list[str]:
 
 
 def _empty(rows: BlockRows) -> nn.Parameter:
-    """In whose place the weight of a layer is loaded."""
+    """Placeholder into which the weight of a layer is loaded."""
     empty = torch.empty(rows.shape, dtype=torch.uint8, device="meta")
     return nn.Parameter(empty, requires_grad=False)
 

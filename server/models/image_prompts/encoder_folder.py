@@ -1,4 +1,4 @@
-"""Image encoders in folders beside IP-Adapters: the config first, weights once they are wanted."""
+"""Image encoders in folders beside IP-Adapters: the config is read first, weights on first use."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 CLASS = "CLIPVisionModelWithProjection"
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-"""Of CLIP's training pictures, where a folder does not say."""
+"""Defaults of CLIP, used where a folder specifies none."""
 
 LARGEST_SIDE = 1024
-"""Pixels; those that are published read 224 or 336."""
+"""Pixels; published encoders take images of 224 or 336."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,12 +44,12 @@ class EncoderFolder:
     """A folder with an image encoder.
 
     Attributes:
-        path: of the folder.
-        stamp: by which a change of its files is noticed.
-        side: pixels along a side of its pictures.
-        widths: features of what it puts out, by the kind of adapter that reads it.
-        mean: of each channel of its pictures, whose values are from 0 to 1.
-        std: likewise, what they are divided by.
+        path: path of the folder.
+        stamp: value that changes when its files change.
+        side: height and width of its input images, in pixels.
+        widths: number of output features, by the kind of adapter that reads them.
+        mean: mean of each channel, for values from 0 to 1, subtracted from input images.
+        std: standard deviation of each channel, by which input images are then divided.
     """
 
     path: Path
@@ -61,10 +61,10 @@ class EncoderFolder:
 
     @classmethod
     def read(cls, path: Path) -> EncoderFolder | None:
-        """Read the config of a folder; None where it is that of something else.
+        """Read the config of a folder; None if it does not describe an image encoder.
 
         Raises:
-            ImagePromptMismatch: it cannot be read, or lacks what must be known.
+            ImagePromptMismatch: it cannot be read, or lacks required entries.
         """
         try:
             config = read_json(path, CONFIG)
@@ -91,7 +91,7 @@ class EncoderFolder:
         return cls(path, stamp, side, {"plain": projected, "plus": hidden}, tuple(mean), tuple(std))
 
     def nbytes(self, dtype: torch.dtype) -> int:
-        """Memory of its weights once they are loaded, in bytes, from the headers of its files.
+        """Memory of the loaded weights in bytes, computed from the headers of its files.
 
         Raises:
             ImagePromptMismatch: they cannot be read.
@@ -107,10 +107,10 @@ class EncoderFolder:
         return needed
 
     def load(self, device: torch.device, dtype: torch.dtype) -> ImageEncoder:
-        """Read the weights.
+        """Load the weights.
 
         Raises:
-            ImagePromptMismatch: the files are not what the config describes.
+            ImagePromptMismatch: the files do not match the config.
         """
         from transformers import CLIPVisionModelWithProjection
 
@@ -129,7 +129,7 @@ class EncoderFolder:
 
 
 def subfolders(folder: Path) -> Sequence[Path]:
-    """In order; none where the folder cannot be listed."""
+    """Subfolders in sorted order; empty if the folder cannot be listed."""
     try:
         return sorted(path for path in folder.iterdir() if path.is_dir())
     except OSError:
@@ -137,14 +137,14 @@ def subfolders(folder: Path) -> Sequence[Path]:
 
 
 def encoder_paths(folders: Iterable[Path]) -> Iterator[tuple[Path, tuple[int, int]]]:
-    """Those that may hold an image encoder, each with a stamp of its files."""
+    """The folders that may hold an image encoder, each with the stamp of its files."""
     for path in folders:
         if (path / CONFIG).is_file():
             yield path, _stamp(path)
 
 
 def _stamp(path: Path) -> tuple[int, int]:
-    """When a file of an encoder was last changed, and the bytes of all its files."""
+    """Time of the last change to an encoder's files, and their total size in bytes."""
     files = (path / CONFIG, path / PREPROCESSOR, *path.glob("*.safetensors"))
     return joint_stamp(map(stamp_of, files))
 

@@ -1,4 +1,4 @@
-"""Pictures that stand beside a prompt: IP-Adapters once they are loaded, and what they are shown.
+"""Image prompts: loaded IP-Adapters, and the images that they are given beside the prompt.
 
 Ye et al., "IP-Adapter: Text Compatible Image Prompt Adapter for Text-to-Image Diffusion Models",
 arXiv 2308.06721.
@@ -20,17 +20,16 @@ if TYPE_CHECKING:
 __all__ = ["UNLOADED", "IPAdapter", "ImageEncoder", "ImagePromptUse", "Kind", "Shown", "Widths"]
 
 Kind: TypeAlias = Literal["plain", "plus"]
-"""Whether an adapter reads an encoder's projected embedding, or the hidden states of all patches
-before its last layer."""
+"""`plain` adapters read an encoder's projected embedding, `plus` adapters the hidden states of all
+patches before its last layer."""
 
 
 class Widths(NamedTuple):
-    """What an adapter must fit in a denoiser.
+    """Widths of a denoiser that an adapter must fit.
 
     Attributes:
-        text: features of a token of the text.
-        layers: features of the keys of each cross-attention layer, in the order in which
-            diffusers counts them.
+        text: features of a text token.
+        layers: features of the keys of each cross-attention layer, in diffusers' order of layers.
     """
 
     text: int
@@ -39,13 +38,13 @@ class Widths(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class ImageEncoder:
-    """An image encoder, loaded.
+    """A loaded image encoder.
 
     Attributes:
         network: a ``CLIPVisionModelWithProjection`` in inference mode on the model's device.
-        mean: of each channel of its pictures, whose values are from 0 to 1; ``[3, 1, 1]``.
-        std: likewise, what they are divided by.
-        nbytes: memory of its weights.
+        mean: mean of each channel, for values from 0 to 1, subtracted from images; ``[3, 1, 1]``.
+        std: standard deviation of each channel, by which images are then divided; ``[3, 1, 1]``.
+        nbytes: memory of its weights, in bytes.
     """
 
     network: Any
@@ -59,14 +58,15 @@ class IPAdapter:
     """An IP-Adapter, loaded for one model.
 
     Attributes:
-        name: as requests say it.
-        kind: what it reads of a picture.
-        encoder: of the pictures.
-        projection: of what the encoder puts out to tokens as wide as those of a text: diffusers'
+        name: name that requests use.
+        kind: which output of the encoder it reads.
+        encoder: encoder of the images.
+        projection: projects the encoder's output to tokens as wide as text tokens: diffusers'
             ``ImageProjection`` or ``IPAdapterPlusImageProjection``.
-        keys_and_values: of a token, for one layer after another, ``[features, text width]``.
-        identity: by which an adapter is told from others and from changed files of its name.
-        nbytes: memory of its weights, without those of the encoder.
+        keys_and_values: key and value projections of all layers, concatenated,
+            ``[features, text width]``.
+        identity: distinguishes an adapter from others, and from changed files of the same name.
+        nbytes: memory of its weights without those of the encoder, in bytes.
     """
 
     name: str
@@ -81,17 +81,17 @@ class IPAdapter:
 _NOTHING: Any = None
 
 UNLOADED = IPAdapter("", "plain", _NOTHING, None, _NOTHING, None, 0)
-"""Stands for an adapter of images that are only counted."""
+"""Placeholder for the adapter of images that are only counted."""
 
 
 class Shown(NamedTuple):
-    """What the cross-attention layers attend to of the pictures of one use.
+    """Keys and values that the cross-attention layers read from the images of one image prompt.
 
     Attributes:
         picture: keys and values of all layers, ``[tokens, features]``.
-        nothing: those where the picture is left out, as for a negative prompt.
-        region: factors on what each query attends to, ``[queries, 1]``, by the number of queries of
-            a layer; None for all of the image.
+        nothing: keys and values where the images are left out, as for a negative prompt.
+        region: factors on the attention output of each query, ``[queries, 1]``, by a layer's
+            number of queries; None for the whole image.
     """
 
     picture: Tensor
@@ -101,20 +101,19 @@ class Shown(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ImagePromptUse:
-    """What stands beside the prompt of a request's images, how strongly and when.
+    """An image prompt of a request: an adapter, its images, its strength and its window.
 
     Attributes:
         adapter: the IP-Adapter.
-        pictures: each ``[3, side, side]`` float32 in [-1, 1], of the size that its encoder reads;
-            their tokens are attended to together.
-        shown_bytes: memory of what is made of them.
-        scale: factor on what is attended to.
-        start: share of the run after which it begins to act.
-        end: share of the run after which it no longer acts.
-        region: ``[H, W]`` float32, 1 where it acts and 0 elsewhere, of the size of the images; None
-            for all of them.
-        digests: of the pictures, by which they are known again; none where they have no content
-            yet.
+        pictures: images, each ``[3, side, side]`` float32 in [-1, 1], of the size that the encoder
+            reads; the layers attend to the tokens of all of them together.
+        shown_bytes: memory of the keys and values computed from them, in bytes.
+        scale: factor on the attention output.
+        start: fraction of the run after which it begins to act.
+        end: fraction of the run after which it no longer acts.
+        region: ``[H, W]`` float32, 1 where it acts and 0 elsewhere, of the size of the generated
+            images; None for the whole image.
+        digests: digests that identify the pictures; empty where they have no content yet.
     """
 
     adapter: IPAdapter
@@ -127,17 +126,17 @@ class ImagePromptUse:
     digests: tuple[bytes, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        # Here, as the engine asks for it in its own thread.
+        # Computed here, as the engine would otherwise compute it in its own thread.
         known = [one for one in self.pictures if not one.is_meta]
         digests = tuple(sha256(one.numpy().tobytes()).digest() for one in known)
         object.__setattr__(self, "digests", digests)
 
     @property
     def nbytes(self) -> int:
-        """Memory of the pictures, of the region and of what is made of them."""
+        """Memory of the images, of the region and of the keys and values, in bytes."""
         region = 0 if self.region is None else self.region.nbytes
         return self.shown_bytes + region + sum(one.nbytes for one in self.pictures)
 
     def acts(self, stage: int, stages: int) -> bool:
-        """Whether it acts at a stage of so many, counted from 0."""
+        """Whether it acts at a stage of this many, counted from 0."""
         return in_window(self.start, self.end, stage, stages)

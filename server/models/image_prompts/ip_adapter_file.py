@@ -1,8 +1,8 @@
-"""Files of IP-Adapters: headers first, weights once somebody asks for them; safetensors alone.
+"""IP-Adapter files, safetensors only: the header is read first, weights on first use.
 
-Their names are those of the authors' files: ``image_proj.*`` makes tokens of what an image encoder
-puts out, and ``ip_adapter.N.to_k_ip.weight`` and ``to_v_ip.weight`` make keys and values of them in
-the cross-attention layer N, where N counts by twos from 1.
+Tensors have the names of the authors' files: ``image_proj.*`` projects the output of an image
+encoder to tokens, and ``ip_adapter.N.to_k_ip.weight`` and ``to_v_ip.weight`` project these to keys
+and values in the cross-attention layer N, where N takes the odd numbers from 1.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = ["ENDING", "IPAdapterFile", "stamp_with_encoders"]
 ENDING = ".safetensors"
 PROJECTION, LAYERS = "image_proj.", "ip_adapter."
 PLAIN_TOKENS = 4
-"""That a plain adapter makes of an embedding, as diffusers takes for granted."""
+"""Number of tokens that a plain adapter makes of an embedding, which diffusers assumes as well."""
 
 NAMES_SHOWN = 3
 
@@ -45,14 +45,14 @@ class IPAdapterFile:
     """A file with an IP-Adapter that fits a model, and the image encoder beside it.
 
     Attributes:
-        name: as requests say it.
-        path: of the file.
-        stamp: by which a change of the file, or of the encoders beside it, is noticed.
-        kind: what it reads of a picture.
-        tokens: that it makes of a picture.
-        numbers: in all of its tensors.
-        layers: names of its keys and values, for one layer after another.
-        encoder: whose width it has.
+        name: name that requests use.
+        path: path of the file.
+        stamp: value that changes when the file, or an encoder beside it, changes.
+        kind: which output of the encoder it reads.
+        tokens: number of tokens per image.
+        numbers: number of elements of all its tensors.
+        layers: names of its key and value tensors, layer by layer.
+        encoder: image encoder whose output has the width that it reads.
     """
 
     name: str
@@ -66,13 +66,13 @@ class IPAdapterFile:
 
     @classmethod
     def read(cls, name: str, path: Path, model: str, widths: Widths) -> IPAdapterFile:
-        """Read a header, and find out whether it fits a model and an encoder beside it.
+        """Read the header of a file, and check that it fits a model and an encoder beside it.
 
         Args:
-            name: as requests say it.
-            path: of the file.
+            name: name that requests use.
+            path: path of the file.
             model: name of the model.
-            widths: of its denoiser.
+            widths: widths of the model's denoiser.
 
         Raises:
             ImagePromptMismatch: it cannot be used with the model; the sentence names both.
@@ -98,33 +98,33 @@ class IPAdapterFile:
         except ImagePromptMismatch as error:
             raise ImagePromptMismatch(f"IP-Adapter {name!r}: {error.message}") from None
         except Exception as error:
-            # A header can say anything, and must not keep the others from being read.
+            # A header can contain anything, and must not prevent other files from being read.
             reason = str(error).partition("\n")[0]
             raise ImagePromptMismatch(
                 f"IP-Adapter {name!r} is not understood: {reason}."
             ) from error
 
     def own_bytes(self, dtype: torch.dtype) -> int:
-        """Memory of its own weights once they are loaded, in bytes."""
+        """Memory of its own weights when loaded, in bytes."""
         return self.numbers * dtype.itemsize
 
     def nbytes(self, dtype: torch.dtype) -> int:
-        """Memory of its weights and of its encoder's once they are loaded, in bytes."""
+        """Memory of its weights and its encoder's when loaded, in bytes."""
         return self.own_bytes(dtype) + self.encoder.nbytes(dtype)
 
     def load(
         self, device: torch.device, dtype: torch.dtype, encoder: ImageEncoder | None = None
     ) -> IPAdapter:
-        """Read the weights.
+        """Load the weights.
 
         Args:
-            device: where the model is.
-            dtype: of its weights.
-            encoder: that is loaded already; None loads it too.
+            device: device of the model.
+            dtype: dtype of its weights.
+            encoder: the encoder if it is loaded already; None loads it as well.
 
         Raises:
             ImagePromptMismatch: the file has changed since its header was read.
-            Overloaded: the weights do not fit in what is free of the device's memory.
+            Overloaded: the weights do not fit into the free memory of the device.
         """
         encoder = encoder or self.load_encoder(device, dtype)
         nbytes = self.own_bytes(dtype)
@@ -145,11 +145,11 @@ class IPAdapterFile:
         return IPAdapter(self.name, self.kind, encoder, projection, layers, identity, nbytes)
 
     def load_encoder(self, device: torch.device, dtype: torch.dtype) -> ImageEncoder:
-        """Read the weights of its encoder.
+        """Load the weights of its encoder.
 
         Raises:
-            ImagePromptMismatch: the files are not what the config describes.
-            Overloaded: the weights do not fit in what is free of the device's memory.
+            ImagePromptMismatch: the files do not match the config.
+            Overloaded: the weights do not fit into the free memory of the device.
         """
         with room_for(f"IP-Adapter {self.name!r}", self.encoder.nbytes(dtype), device):
             return self.encoder.load(device, dtype)
@@ -160,11 +160,11 @@ class _Misfit(Exception):
 
 
 def stamp_with_encoders(path: Path, folders: Iterable[Path]) -> tuple[int, int]:
-    """When a file or an encoder beside it was last changed, and the bytes of all of them.
+    """Time of the last change to a file or an encoder beside it, and their total size in bytes.
 
     Args:
-        path: of the file.
-        folders: beside it, some of which may hold an encoder.
+        path: path of the file.
+        folders: folders beside it, some of which may hold an encoder.
     """
     return joint_stamp([stamp_of(path), *(stamp for _, stamp in encoder_paths(folders))])
 
@@ -175,7 +175,7 @@ def _part(tensors: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _projection(shapes: Mapping[str, tuple[int, ...]], text: int) -> tuple[Kind, int, int]:
-    """The kind of an adapter, how many tokens it makes, and the width of what it reads."""
+    """The kind of an adapter, its number of tokens, and the width of its input."""
     own = _part(shapes, PROJECTION)
     if "proj.weight" in own:
         width, made, tokens = own["proj.weight"][1], own["proj.weight"][0], PLAIN_TOKENS
@@ -197,7 +197,7 @@ def _projection(shapes: Mapping[str, tuple[int, ...]], text: int) -> tuple[Kind,
 
 
 def _network(state: Mapping[str, Tensor]) -> Any:
-    """The network of a projection, whose tensors diffusers' own converter names."""
+    """Build the projection network; diffusers' own converter renames the tensors."""
     from diffusers import UNet2DConditionModel
 
     unet: Any = UNet2DConditionModel
@@ -206,7 +206,7 @@ def _network(state: Mapping[str, Tensor]) -> Any:
             None, dict(state), low_cpu_mem_usage=False
         )
     except (RuntimeError, KeyError, IndexError) as error:
-        # What torch says of keys that are missing, left over or of another shape.
+        # Torch's message about keys that are missing, unexpected or of another shape.
         lines = [line.strip() for line in str(error).splitlines()]
         reason = " ".join(lines[1:2] or lines)[:200].rstrip(". ")
         raise _Misfit(f"has a projection of another shape than diffusers': {reason}") from None
@@ -214,7 +214,7 @@ def _network(state: Mapping[str, Tensor]) -> Any:
 
 
 def _layers(shapes: Mapping[str, tuple[int, ...]], widths: Widths) -> list[str]:
-    """Names of the keys and values, for one layer after another."""
+    """Names of the key and value tensors, layer by layer."""
     expected = {
         f"{LAYERS}{2 * number + 1}.{part}.weight": (inner, widths.text)
         for number, inner in enumerate(widths.layers)
@@ -242,7 +242,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _encoder_for(folder: Path, kind: Kind, width: int) -> EncoderFolder:
-    """The encoder beside an adapter that puts out what it reads.
+    """The encoder beside an adapter whose output has the width that the adapter reads.
 
     Raises:
         ImagePromptMismatch: there is none, or there are several.

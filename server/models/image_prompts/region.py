@@ -1,4 +1,4 @@
-"""Where in an image an image prompt acts: a mask at the resolutions of a U-Net's layers."""
+"""Regions in which image prompts act: a mask at the resolutions of a U-Net's layers."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ __all__ = ["region_bytes", "region_of"]
 
 
 def region_of(mask: Tensor, height: int, width: int) -> dict[int, Tensor]:
-    """Factors on what each query of a layer attends to, ``[queries, 1]``, by their number.
+    """Factors on the attention output of each query, ``[queries, 1]``, by a layer's queries.
 
-    As ``IPAdapterMaskProcessor.downsample`` of diffusers, which guesses a layer's resolution from
-    its number of queries and the proportions of the mask. Here each is half of the one before it,
-    rounded up, as in the network.
+    A layer is identified by its number of queries. The method is that of diffusers'
+    ``IPAdapterMaskProcessor.downsample``, which guesses a layer's resolution from its number of
+    queries and the aspect ratio of the mask. Here each resolution is half the previous one, rounded
+    up, as in the network.
 
     Args:
         mask: ``[H, W]`` float32, 1 where the image prompt acts and 0 elsewhere.
-        height: of the latents.
-        width: of the latents.
+        height: height of the latents.
+        width: width of the latents.
     """
-    # Requests need the bytes alone, and are read without torch.
+    # Reading requests needs only ``region_bytes``, and must not import torch.
     import torch.nn.functional as F
 
     return {
@@ -36,12 +37,12 @@ def region_of(mask: Tensor, height: int, width: int) -> dict[int, Tensor]:
 
 
 def region_bytes(height: int, width: int, dtype: torch.dtype) -> int:
-    """Memory of what :func:`region_of` makes for latents of a size."""
+    """Memory of the result of :func:`region_of` for latents of a size, in bytes."""
     return dtype.itemsize * sum(map(prod, _resolutions(height, width)))
 
 
 def _resolutions(height: int, width: int) -> Iterator[tuple[int, int]]:
-    """Those that a U-Net may have, down to a single point."""
+    """Resolutions that a U-Net may have, down to a single cell."""
     yield height, width
     while height * width > 1:
         height, width = -(-height // 2), -(-width // 2)

@@ -1,4 +1,4 @@
-"""The pictures that stand beside the prompts of a forward's rows."""
+"""The image prompts of the rows of a forward pass."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ __all__ = ["AlikeForm", "AlikeRows", "RowImagePrompt", "RowImagePrompts"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowImagePrompt:
-    """What a row attends to beside its text.
+    """An image prompt to which a row attends in addition to its text.
 
     Attributes:
         attended: keys and values of all layers, ``[tokens, features]``.
-        scale: factor on what is attended to.
-        region: further factors, ``[queries, 1]``, by the number of queries of a layer; None for all
-            of the image.
+        scale: factor on the attention output.
+        region: further factors, ``[queries, 1]``, by a layer's number of queries; None for the
+            whole image.
     """
 
     attended: Tensor
@@ -33,12 +33,12 @@ class RowImagePrompt:
 
 @dataclass(frozen=True, slots=True)
 class AlikeForm:
-    """What of :class:`AlikeRows` is no tensor: its numbers.
+    """The non-tensor parts of :class:`AlikeRows`.
 
     Attributes:
-        rows: over which attention runs.
-        onto: rows that have pictures.
-        regions: numbers of queries; None where all act on all of the image.
+        rows: number of rows over which attention runs.
+        onto: number of rows that have image prompts.
+        regions: numbers of queries; None where all image prompts act on the whole image.
     """
 
     rows: int
@@ -46,10 +46,10 @@ class AlikeForm:
     regions: tuple[int, ...] | None
 
     def together(self, tensors: Mapping[str, Tensor]) -> AlikeRows:
-        """The rows of this form.
+        """Rebuild the :class:`AlikeRows` of this form.
 
         Args:
-            tensors: by the names of ``AlikeRows.tensors``.
+            tensors: tensors by the names in ``AlikeRows.tensors``.
         """
         rows, attended, onto, scales = (
             tensors[name] for name in ("rows", "attended", "onto", "scales")
@@ -62,15 +62,16 @@ class AlikeForm:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AlikeRows:
-    """Rows of a forward that attend to equally many tokens, each once.
+    """Rows of a forward pass whose image prompts have the same number of tokens, each row once.
 
     Attributes:
-        rows: int64 ``[n]``; where the number of rows is fixed, the first is repeated.
-        attended: of these, ``[n, tokens, features]``.
-        onto: the rows without those repeated, int64 ``[m]``.
-        scales: of these, ``[m, 1, 1]``.
-        regions: likewise, ``[m, queries, 1]``, by the number of queries; None where all act on all
-            of the image.
+        rows: indices of the rows, int64 ``[n]``; padded with the first one where the number of rows
+            is fixed.
+        attended: their keys and values, ``[n, tokens, features]``.
+        onto: indices of the rows without the padding, int64 ``[m]``.
+        scales: factors on their attention output, ``[m, 1, 1]``.
+        regions: further factors, ``[m, queries, 1]``, by a layer's number of queries; None where
+            all image prompts act on the whole image.
     """
 
     rows: Tensor
@@ -81,13 +82,13 @@ class AlikeRows:
 
     @property
     def form(self) -> AlikeForm:
-        """All but the tensors."""
+        """Everything except the tensors."""
         regions = None if self.regions is None else tuple(self.regions)
         return AlikeForm(len(self.rows), len(self.onto), regions)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors by name; a region has that of its number of queries."""
+        """All tensors by name; a region is named by its number of queries."""
         regions = {str(queries): part for queries, part in (self.regions or {}).items()}
         return regions | {
             "rows": self.rows,
@@ -99,13 +100,13 @@ class AlikeRows:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowImagePrompts:
-    """What the rows of a forward attend to beside their texts.
+    """The image prompts of the rows of a forward pass.
 
     Attributes:
-        rows: of each row, in order. What is attended to of several pictures is summed.
-        fixed: whether attention runs over as many rows as the forward has, so that a row's bits do
-            not depend on how many rows have pictures.
-        together: the rows by their tokens, where they have been put together already.
+        rows: image prompts of each row, in order. The attention outputs of several are summed.
+        fixed: whether attention runs over as many rows as the forward pass has, so that a row's
+            bits do not depend on how many rows have image prompts.
+        together: the rows by number of tokens, if they have been collected already.
     """
 
     rows: tuple[tuple[RowImagePrompt, ...], ...]
@@ -113,31 +114,32 @@ class RowImagePrompts:
     together: tuple[AlikeRows, ...] = ()
 
     def __bool__(self) -> bool:
-        """Whether any row has any."""
+        """Whether any row has an image prompt."""
         return any(self.rows)
 
     @classmethod
     def of_tensors(cls, rows: int, together: Sequence[AlikeRows]) -> RowImagePrompts:
-        """Those of so many rows, which have been put together."""
+        """Build one for this many rows from collected rows."""
         return cls(((),) * rows, together=tuple(together))
 
     def in_tensors(self) -> RowImagePrompts:
-        """The same with the rows put together, see :meth:`alike`."""
+        """The same with the rows collected, see :meth:`alike`."""
         return replace(self, together=tuple(self.alike()))
 
     def of(self, rows: Sequence[int]) -> RowImagePrompts:
-        """Those of some rows, which may be repeated."""
+        """Select some rows, which may be repeated."""
         return RowImagePrompts(tuple(self.rows[row] for row in rows), self.fixed)
 
     def padded(self, count: int, *, fixed: bool) -> RowImagePrompts:
-        """The same, followed by rows without any until there are ``count``."""
+        """Append rows without image prompts until there are ``count``."""
         missing: tuple[tuple[RowImagePrompt, ...], ...] = ((),) * (count - len(self.rows))
         return RowImagePrompts((*self.rows, *missing), fixed)
 
     def alike(self) -> Sequence[AlikeRows]:
-        """The rows by their tokens, in an order in which no row's company has a say.
+        """Collect the rows by number of tokens, in an order independent of the other rows.
 
-        A row that has several pictures of equally many tokens is there as often, each time apart.
+        A row with several image prompts of the same number of tokens appears in as many separate
+        collections.
         """
         if self.together:
             return self.together
@@ -161,7 +163,7 @@ class RowImagePrompts:
 
 
 def _regions(own: Sequence[RowImagePrompt]) -> Mapping[int, Tensor] | None:
-    """The regions of rows of one size together; those without act on all of the image."""
+    """Stack the regions of rows; rows without a region act on the whole image."""
     shape = next((one.region for one in own if one.region is not None), None)
     if shape is None:
         return None

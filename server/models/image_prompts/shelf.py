@@ -1,4 +1,4 @@
-"""The IP-Adapters that a model may be given: found in folders by name, loaded on demand."""
+"""The IP-Adapters available to a model: found in folders by name, loaded on demand."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ __all__ = ["ImagePromptShelf"]
 class ImagePromptShelf(WeightShelf[IPAdapterFile, IPAdapter, Widths]):
     """The IP-Adapters that fit one model, files ``NAME.safetensors``.
 
-    The image encoders are folders beside them, each of which is loaded once for all its adapters,
-    and kept in the same memory.
+    The image encoders are folders beside the files. Each is loaded once for all its adapters, and
+    kept in the same memory.
     """
 
     what = "IP-Adapter"
@@ -52,7 +52,7 @@ class ImagePromptShelf(WeightShelf[IPAdapterFile, IPAdapter, Widths]):
     @override
     def load(self, name: str) -> IPAdapter:
         found = self.find(name)
-        # Held until the adapter holds it, so that making room does not let go of it.
+        # Referenced here until the adapter references it, so that making room does not evict it.
         encoder = self._encoder_of(found)
         return self._memory.get(
             (self._model, found.path, found.stamp),
@@ -70,7 +70,7 @@ class ImagePromptShelf(WeightShelf[IPAdapterFile, IPAdapter, Widths]):
 
     @cached_property
     def _subfolders(self) -> FolderCache[Sequence[Path]]:
-        """Of the folders, each of which may hold an encoder."""
+        """Subfolders of the folders, each of which may hold an encoder."""
         return FolderCache(subfolders)
 
     def _is_one(self, path: Path) -> bool:

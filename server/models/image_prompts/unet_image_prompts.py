@@ -1,9 +1,9 @@
-"""Image prompts of U-Nets: cross-attention to a picture's tokens, beside that to the text.
+"""Image prompts of U-Nets: cross-attention to the tokens of images, in addition to the text.
 
-As ``StableDiffusionPipeline`` and ``StableDiffusionXLPipeline`` of diffusers run them after
-``load_ip_adapter``. Nothing is put into the network: while a forward runs whose rows have pictures,
-each cross-attention layer adds ``scale * softmax(Q K'^T / sqrt(d)) V'`` (equation 5 of arXiv
-2308.06721) to what these rows attended to of their texts.
+This computes the same as diffusers' ``StableDiffusionPipeline`` and ``StableDiffusionXLPipeline``
+after ``load_ip_adapter``. The network is not modified permanently: during a forward pass whose rows
+have image prompts, hooks on each cross-attention layer add ``scale * softmax(Q K'^T / sqrt(d)) V'``
+(equation 5 of arXiv 2308.06721) to the text attention of these rows.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ SELF_ATTENTION = "attn1.processor"
 
 
 class UNetImagePrompts:
-    """The cross-attention layers of a U-Net, and what they attend to beside the text.
+    """The cross-attention layers of a U-Net, and their attention to image prompts.
 
     Args:
-        unet: a ``UNet2DConditionModel`` with at least one layer of cross-attention to a text that
-            it does not project.
+        unet: a ``UNet2DConditionModel`` with at least one cross-attention layer, and without a
+            projection of the text embeddings.
     """
 
     def __init__(self, unet: Any) -> None:
@@ -47,12 +47,12 @@ class UNetImagePrompts:
         ]
         inner = tuple(layer.inner_kv_dim for layer in self._layers)
         self.widths = Widths(unet.config.cross_attention_dim, inner)
-        # Keys of a layer, its values, keys of the next one.
+        # Concatenated as: keys of a layer, its values, keys of the next layer.
         self._bounds = list(pairwise(accumulate((2 * width for width in inner), initial=0)))
 
     @staticmethod
     def taken_by(unet: Any) -> bool:
-        """Whether a U-Net attends to a text, and to nothing that it makes of it first."""
+        """Whether a U-Net attends to text embeddings, and does so without projecting them first."""
         crosses = any(not name.endswith(SELF_ATTENTION) for name in unet.attn_processors)
         return (
             crosses
@@ -61,10 +61,10 @@ class UNetImagePrompts:
         )
 
     def tokens(self, adapter: IPAdapter, pictures: Tensor) -> Tensor:
-        """What an adapter makes of pictures, ``[n, tokens, text width]``.
+        """Tokens that an adapter makes of images, ``[n, tokens, text width]``.
 
         Args:
-            adapter: of this U-Net.
+            adapter: adapter for this U-Net.
             pictures: ``[n, 3, side, side]`` float32 in [-1, 1].
         """
         encoder = adapter.encoder
@@ -72,10 +72,10 @@ class UNetImagePrompts:
         return adapter.projection(_read(adapter, pixels))
 
     def tokens_of_nothing(self, adapter: IPAdapter) -> Tensor:
-        """Tokens ``[tokens, text width]`` of no picture, as the unconditional is given them.
+        """Tokens ``[tokens, text width]`` of no image, for the unconditional branch.
 
         As in diffusers: a plain adapter projects an embedding of zeros, and one that reads patches
-        sees a picture of zeros, which is the mean of all pictures.
+        encodes an image of zeros after normalization, which is the mean of all images.
         """
         encoder = adapter.encoder
         side = encoder.network.config.image_size
@@ -89,34 +89,34 @@ class UNetImagePrompts:
         nothing: Tensor,
         region: Mapping[int, Tensor] | None = None,
     ) -> Shown:
-        """Keys and values of all layers for the tokens of some pictures and of no picture.
+        """Keys and values of all layers for the tokens of some images and for those of no image.
 
         Args:
-            adapter: of this U-Net.
-            pictures: ``[tokens, text width]``.
-            nothing: as ``pictures``.
-            region: where they act, as of :class:`Shown`; None for all of the image.
+            adapter: adapter for this U-Net.
+            pictures: tokens of the images, ``[tokens, text width]``.
+            nothing: tokens of no image, likewise.
+            region: where the images act, see :class:`Shown`; None for the whole image.
         """
         weights = adapter.keys_and_values
         return Shown(F.linear(pictures, weights), F.linear(nothing, weights), region)
 
     def shown_bytes(self, tokens: int, dtype: torch.dtype) -> int:
-        """Memory of a :class:`Shown` of so many tokens, for all of the image."""
+        """Memory of a :class:`Shown` of this many tokens without a region, in bytes."""
         return 2 * tokens * 2 * sum(self.widths.layers) * dtype.itemsize
 
     @contextmanager
     def applied(self, prompts: RowImagePrompts | None) -> Generator[None]:
-        """Have rows attend to their pictures in the forward that runs inside.
+        """Let rows attend to their image prompts in the forward pass inside the ``with`` block.
 
         Args:
-            prompts: of the rows of that forward; None where no row has any.
+            prompts: image prompts of that pass's rows; None where no row has any.
         """
         alike = () if prompts is None else prompts.alike()
         handles: list[Any] = []
         for layer, bounds in zip(self._layers, self._bounds, strict=True) if alike else ():
             attend = _Attending(layer, alike, bounds)
-            # After all other hooks: of the queries as adapters change them, and onto what is left
-            # of the attention to the text.
+            # Registered after all other hooks: these hooks read the queries as adapters change
+            # them, and add to the text attention as other hooks leave it.
             handles.append(layer.to_q.register_forward_hook(attend.remember))
             handles.append(layer.to_out[0].register_forward_pre_hook(attend.add))
         try:
@@ -127,12 +127,12 @@ class UNetImagePrompts:
 
 
 class _Attending:
-    """The attention of one layer to pictures.
+    """The attention of one layer to image prompts.
 
     Args:
-        layer: of cross-attention.
-        alike: the rows that have pictures.
-        bounds: of its keys and values among those of all layers.
+        layer: the cross-attention layer.
+        alike: rows that have image prompts.
+        bounds: range of its keys and values among those of all layers.
     """
 
     def __init__(self, layer: Any, alike: Sequence[AlikeRows], bounds: tuple[int, int]) -> None:
@@ -156,24 +156,24 @@ class _Attending:
             found = _joined(F.scaled_dot_product_attention(q, k, v))
             added = alike.scales * found[: len(alike.onto)].to(attended.dtype)
             if alike.regions is not None:
-                # By 1 for rows that have none, which moves no bit of theirs.
+                # Factor 1 for rows without a region, which leaves their bits unchanged.
                 added = added * alike.regions[queries.shape[1]]
-            # No row is there twice, so no order of sums is open.
+            # No row appears twice in ``onto``, so the order of summation is determined.
             attended = attended.index_add(0, alike.onto, added)
         return (attended,)
 
     def _by_heads(self, tokens: Tensor) -> Tensor:
-        """``[rows, heads, tokens, features of a head]``."""
+        """Split into heads: ``[rows, heads, tokens, features of a head]``."""
         return tokens.unflatten(-1, (self._heads, -1)).transpose(1, 2)
 
 
 def _joined(heads: Tensor) -> Tensor:
-    """``[rows, tokens, features]``."""
+    """Join heads: ``[rows, tokens, features]``."""
     return heads.transpose(1, 2).flatten(2)
 
 
 def _read(adapter: IPAdapter, pixels: Tensor) -> Tensor:
-    """What an adapter reads of normalised pictures ``[n, 3, side, side]``."""
+    """The encoder output that an adapter reads, of normalized images ``[n, 3, side, side]``."""
     network = adapter.encoder.network
     pixels = pixels.to(network.dtype)
     if adapter.kind == "plain":
