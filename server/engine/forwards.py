@@ -1,4 +1,4 @@
-"""Forwards of one model at one latent shape, at few numbers of rows that are soon known."""
+"""Forward passes of one model at one latent shape, restricted to few numbers of rows."""
 
 from __future__ import annotations
 
@@ -21,22 +21,23 @@ if TYPE_CHECKING:
 __all__ = ["Forwards"]
 
 LONGEST_PIECE_S = 1.0
-"""Seconds of the longest forward that runs before it is needed: whoever comes waits for its end."""
+"""Maximum seconds of a forward pass run in advance, since whoever comes waits for its end."""
 
 
 class Forwards:
-    """Runs forwards filled up to sizes that have run before, and runs sizes before they are needed.
+    """Pads forward passes to numbers of rows that have run before, and runs others in advance.
 
-    A row that fills up repeats the first one, and changes nothing inside the network but by the
-    last row's adapters, see ``RowInputs.padded``.
+    A padding row repeats the first one, without its changes inside the network, but with the
+    adapters of the last row; see ``RowInputs.padded``.
 
     Args:
-        model: whose forwards.
-        shape: of the latents, ``(C, h, w)``.
-        cost: of the ticks.
-        most: rows of a forward.
-        graphs: recordings of the model's forwards; None for none.
-        fixed: forwards run at the rows that they are given, which nothing but an image decides.
+        model: model of the forward passes.
+        shape: shape of the latents, ``(C, h, w)``.
+        cost: cost of the ticks.
+        most: maximum number of rows in a forward pass.
+        graphs: recordings of the model's passes; None to make none.
+        fixed: whether passes run at the rows that they are given, which depend on nothing but an
+            image.
     """
 
     def __init__(
@@ -60,22 +61,22 @@ class Forwards:
 
     @property
     def known(self) -> int:
-        """At how many numbers of rows forwards of this size, or with smaller ones, have run."""
+        """Count of the numbers of rows that have run, of this size alone and with smaller sizes."""
         return len(self.sizes.known) + len(self._mixed_sizes.known)
 
     def size_of(self, rows: int, most: int, *, mixed: bool = False) -> int:
-        """The number of rows that a forward of some rows runs at.
+        """Return the number of rows that a forward pass is padded to.
 
         Args:
-            rows: that there are.
-            most: rows that fit into memory.
+            rows: number of rows before padding.
+            most: maximum number of rows that fit into memory.
             mixed: whether some of them are of smaller sizes.
         """
         sizes = self._mixed_sizes if mixed else self.sizes
         return sizes.of(rows, most, self._cost.seconds)
 
     def evaluate(self, x: Tensor, t: Tensor, inputs: RowInputs, most: int) -> Tensor:
-        """See ``HostedModel.evaluate``; ``most`` rows fit into memory."""
+        """See ``HostedModel.evaluate``; at most ``most`` rows fit into memory."""
         rows = len(x)
         size = self.size_of(rows, most)
         filled = inputs.padded(size, fixed=self._fixed)
@@ -86,9 +87,9 @@ class Forwards:
     def evaluate_sizes(
         self, x: Sequence[Tensor], t: Tensor, inputs: RowInputs, most: int
     ) -> list[Tensor]:
-        """See ``HostedModel.evaluate_sizes``; of the sizes, this is the largest.
+        """See ``HostedModel.evaluate_sizes``; this size is the largest of them.
 
-        Its masks make it another forward than one of this size alone, which has to be known, too.
+        The masks make it another forward pass than one of this size alone, with its own first call.
         """
         rows, last = len(t), len(x[-1])
         size = self.size_of(rows, most, mixed=True)
@@ -98,14 +99,14 @@ class Forwards:
         return [*raw[:-1], raw[-1][:last]]
 
     def wants(self, most: int | None = None) -> bool:
-        """Whether a size of at most so many rows is to be run before it is needed."""
+        """Whether a number of rows, up to ``most``, should be run before it is needed."""
         return any(
             (most is None or size <= most) and self._cost.seconds(size) <= LONGEST_PIECE_S
             for size in self.sizes.wanted[:1]
         )
 
     def prepare(self) -> None:
-        """Run the smallest size that is wanted; one that fails is not tried again."""
+        """Run the smallest number of rows that is wanted; one that fails is not tried again."""
         size = self.sizes.wanted[0]
         try:
             if self._rehearsal is None:

@@ -1,13 +1,13 @@
-"""Forwards that a GPU repeats from a recording, without a word from Python: CUDA graphs.
+"""CUDA graphs: forward passes that a GPU replays without launching each kernel from Python.
 
-Below about 12 rows a GPU waits for its orders: a U-Net has some thousand kernels, and Python takes
-longer to ask for them than an H100 to run them. A graph asks for all of them at once.
+Below about 12 rows a GPU waits for kernel launches: a U-Net has some thousand kernels, and Python
+takes longer to launch them than an H100 takes to run them. A graph launches all of them at once.
 
-A forward is recorded while nothing waits, or, if there is always something, in pieces between ticks
-once it has run often; until then it runs as ever. A recording is of one shape, of rows, latents and
-conditioning, and of one form of what the rows change inside the network: of one combination of
-adapters, say. Forms are many, so that one is recorded only once it has run a few times, and a
-recording is dropped as soon as something that it reads is gone.
+A forward pass is recorded while nothing waits or, if there is always something waiting, in pieces
+between ticks once it has run often; until then it runs eagerly. A recording holds for one shape
+(rows, latents and conditioning) and for one form of what the rows change inside the network, such
+as one combination of adapters. There are many forms, so one is recorded only after it has run a few
+times, and a recording is dropped as soon as something that it reads no longer exists.
 """
 
 from __future__ import annotations
@@ -39,53 +39,54 @@ __all__ = ["Graphs", "pays_beside_ticks"]
 log = logging.getLogger(__name__)
 
 PAYS = 0.95
-"""Share of the time without a recording that a forward with one may take, to be worth keeping."""
+"""Maximum time of a replayed pass, relative to an eager one, for a recording to be kept."""
 
 TIMED = 3
-"""Forwards of which the fastest counts, without a recording and with it."""
+"""Number of eager and of replayed passes that are timed; the fastest of each counts."""
 
 CLOSE = 0.01
-"""By how much of the largest number a recording may differ from the forward that it was made of.
+"""Maximum deviation of a recording from its forward pass, relative to the largest number.
 
-They are equal to the bit where libraries choose the same kernels; an error of a recording is large.
+They are bit-identical where libraries choose the same kernels; an error in a recording is large.
 """
 
 OFTEN = 40
-"""Forwards of a shape after which it is recorded though something waits.
+"""Number of passes of a shape after which it is recorded although something waits.
 
-A recording takes about 10 forwards, and one saves half of a forward of few rows, or more: so twice
-what it takes is lost by then, and at most a quarter is added to it where nothing is saved.
+A recording takes about 10 passes, and a replay saves at least half of a pass of few rows. So twice
+the cost of the recording has been lost by then, and at most a quarter is added if nothing is saved.
 """
 
 FEW = 5
-"""Forwards of a shape and form after which it is recorded in a quiet moment, unless it is plain."""
+"""Number of passes of a shape and form after which it is recorded in a quiet moment, unless
+plain."""
 
 PIECE_FORWARDS = 3
-"""Forwards that the longest piece of a recording takes: one that is watched operation by operation,
-or two and a replay."""
+"""Number of forward passes in the longest piece of a recording: one that is watched operation by
+operation, or two and a replay."""
 
 WANTED_KEPT = 16
 WANTED_BYTES = 2**28
-"""What is kept of forwards until they are recorded: hints of ControlNets are large."""
+"""Bounds on the passes kept until they are recorded; the hints of ControlNets are large."""
 
 MOST_GRAPHS = 64
 
 REST_S = 300.0
-"""Seconds after memory was short in which nothing is recorded."""
+"""Seconds after a shortage of memory during which nothing is recorded."""
 
 Given: TypeAlias = "Mapping[str, Tensor]"
-"""Tensors of a forward by name: x and t, then all of its inputs."""
+"""Tensors of a forward pass by name: x and t, then all of its inputs."""
 
 
 class Replay(Protocol):
-    """A recording of a forward."""
+    """A recording of a forward pass."""
 
     def __call__(self, *given: Tensor) -> Tensor:
-        """What the forward puts out for other tensors of the same shapes."""
+        """Replay the pass for other tensors of the same shapes."""
         ...
 
     def release(self) -> None:
-        """Give back its memory."""
+        """Free its memory."""
         ...
 
 
@@ -94,11 +95,11 @@ class Recorder(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Memory that the recordings hold."""
+        """Bytes of memory that the recordings hold."""
         ...
 
     def fits(self, forward: Callable[[], Tensor], room: float) -> bool:
-        """Whether a recording of a forward takes no more bytes than that; may run it."""
+        """Whether a recording of a pass takes at most ``room`` bytes more; may run the pass."""
         ...
 
     def record(self, evaluate: Callable[..., Tensor], given: Sequence[Tensor]) -> Replay:
@@ -106,17 +107,17 @@ class Recorder(Protocol):
         ...
 
     def begin_anew(self) -> None:
-        """There is no recording any more."""
+        """Note that no recording is left."""
         ...
 
 
 class Shape(NamedTuple):
-    """What shapes a forward.
+    """Everything that a recording of a forward pass is specific to.
 
     Attributes:
-        rows: of the forward.
-        others: name, size beyond the rows, and type of each tensor.
-        form: of the inputs.
+        rows: number of rows.
+        others: name, shape without the rows, and dtype of each tensor.
+        form: form of the inputs: all of them that is not a tensor.
     """
 
     rows: int
@@ -125,18 +126,18 @@ class Shape(NamedTuple):
 
     @property
     def kind(self) -> Hashable:
-        """Equal of forwards that can all be repeated, or none of them."""
+        """Key of passes of which either all can be recorded, or none."""
         return self.others, self.form.kind
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Wanted:
-    """A forward that ran without a recording.
+    """A forward pass that ran without a recording.
 
     Attributes:
-        given: to the last one.
-        cost: of ticks, which learns how long they take with a recording.
-        runs: how often there was one.
+        given: tensors of the latest run.
+        cost: cost of ticks, which is corrected once the pass is replayed.
+        runs: number of runs so far.
     """
 
     given: Given
@@ -145,18 +146,19 @@ class _Wanted:
 
     @property
     def nbytes(self) -> int:
-        """Of what was given."""
+        """Bytes of its tensors."""
         return sum(one.nbytes for one in self.given.values())
 
 
 class Graphs:
-    """The recordings of one model's forwards, which share their memory.
+    """The recordings of one model's forward passes, which share their memory.
 
     Args:
-        model: whose forwards.
-        recorder: makes them.
-        room: bytes that recordings may take, beside what they hold.
-        exact: recordings must equal their forwards to the bit.
+        model: model of the forward passes.
+        recorder: recorder that makes them.
+        room: function that returns the bytes that recordings may take in addition to what they
+            hold.
+        exact: whether recordings must equal their passes bit for bit.
     """
 
     def __init__(
@@ -178,29 +180,29 @@ class Graphs:
         self._ends: dict[Hashable, int] = {}
         self._rests_until = -inf
         self._generation = 0
-        # For its first look at operations torch imports for seconds, which nobody is to wait for.
+        # On its first use torch imports modules for seconds, which no image should wait for.
         unrepeatable(lambda: torch.empty(1), torch.device("cpu"))
 
     @property
     def rows(self) -> list[int]:
-        """Numbers of rows that are recorded, in order."""
+        """Numbers of rows that are recorded, in ascending order."""
         return sorted({shape.rows for shape in list(self._recorded)})
 
     @property
     def nbytes(self) -> int:
-        """Memory that they hold."""
+        """Bytes of memory that the recordings hold."""
         return self._recorder.nbytes
 
     @property
     def wanted(self) -> bool:
-        """Whether a forward is to be recorded, or is being recorded."""
+        """Whether a forward pass should be recorded, or is being recorded."""
         return self._under_way is not None or bool(self._ripe())
 
     def due(self, most_s: float) -> bool:
-        """Whether to record the next piece though something waits.
+        """Whether to record the next piece although something waits.
 
         Args:
-            most_s: seconds that a piece may take.
+            most_s: maximum seconds of a piece.
         """
         return self._under_way is not None or self._often(most_s) is not None
 
@@ -208,10 +210,10 @@ class Graphs:
         """See ``HostedModel.evaluate``.
 
         Args:
-            x: of all rows.
-            t: of all rows.
-            inputs: of all rows.
-            cost: of the ticks, which is corrected should this forward be recorded.
+            x: latents of all rows.
+            t: times of all rows.
+            inputs: inputs of all rows.
+            cost: cost of the ticks, which is corrected if this pass is recorded.
         """
         inputs = self._model.in_tensors(inputs)
         self._drop_dead()
@@ -226,7 +228,7 @@ class Graphs:
         shape = shape_of(tensors, form)
         recorded = self._recorded.pop(shape, None)
         if recorded is not None:
-            # Behind all others, of which those go first that were replayed least lately.
+            # Last in order: the least recently replayed one is dropped first.
             self._recorded[shape] = recorded
             return recorded(*tensors.values())
         if self._may_be_recorded(shape):
@@ -237,13 +239,13 @@ class Graphs:
         return self._model.evaluate(x, t, inputs)
 
     def _keep_latest(self) -> None:
-        """Let go of forwards that have not run again for long, where there are too many."""
+        """Drop passes that have not run again for the longest time, if too many are kept."""
         held = sum(one.nbytes for one in self._wanted.values())
         while len(self._wanted) > WANTED_KEPT or (held > WANTED_BYTES and len(self._wanted) > 1):
             held -= self._wanted.pop(next(iter(self._wanted))).nbytes
 
     def record(self) -> None:
-        """Record the smallest forward that is wanted, while nothing else waits for the device.
+        """Record the smallest pass that is wanted, while nothing else waits for the device.
 
         Raises:
             Exception: the device is lost.
@@ -255,7 +257,7 @@ class Graphs:
             self._advance(None)
 
     def record_piece(self, most_s: float) -> None:
-        """Record a piece of a forward that is :meth:`due`, between two ticks.
+        """Record a piece of a pass that is :meth:`due`, between two ticks.
 
         Raises:
             Exception: the device is lost.
@@ -264,10 +266,10 @@ class Graphs:
         self._advance(None if self._under_way else self._often(most_s))
 
     def release(self) -> bool:
-        """Give all memory back, and record nothing for a while.
+        """Free all memory, and record nothing for a while.
 
         Returns:
-            Whether there was anything to give back.
+            Whether there was anything to free.
         """
         held = bool(self._recorded or self._wanted or self._under_way)
         self._forget()
@@ -275,7 +277,7 @@ class Graphs:
         return held
 
     def _forget(self) -> None:
-        """Let go of all recordings."""
+        """Drop all recordings."""
         self._stop()
         for one in self._recorded.values():
             one.release()
@@ -283,14 +285,14 @@ class Graphs:
         self._recorder.begin_anew()
 
     def _stop(self) -> None:
-        """Let go of the recording under way."""
+        """Abandon the recording under way."""
         if self._under_way is not None:
             _, pieces = self._under_way
             self._under_way = None
             pieces.close()
 
     def _drop_dead(self) -> None:
-        """Let go of what can never run again, as something that it reads is gone."""
+        """Drop passes and recordings that can never run again, as something they read is gone."""
         if self._under_way is not None and not self._under_way[0].form.alive:
             self._stop()
         self._wanted = {shape: one for shape, one in self._wanted.items() if shape.form.alive}
@@ -301,12 +303,12 @@ class Graphs:
             self._give_back()
 
     def _ripe(self) -> list[Shape]:
-        """The forwards that are worth a recording in a quiet moment."""
+        """Passes that are worth recording in a quiet moment."""
         wanted = list(self._wanted.items())
         return [shape for shape, one in wanted if not shape.form.kind or one.runs >= FEW]
 
     def _often(self, most_s: float) -> Shape | None:
-        """The forward that has run most often, of those that are worth a recording now."""
+        """The pass that has run most often, of those that are worth recording between ticks."""
         often = {
             shape: one.runs
             for shape, one in self._wanted.items()
@@ -315,7 +317,7 @@ class Graphs:
         return max(often, key=lambda shape: often[shape]) if often else None
 
     def _advance(self, shape: Shape | None) -> None:
-        """Go on with the recording under way, or begin that of a shape."""
+        """Continue the recording under way, or begin that of a shape."""
         if shape is not None:
             self._under_way = shape, self._pieces(shape, self._wanted.pop(shape))
         if self._under_way is None:
@@ -397,13 +399,13 @@ class Graphs:
     def _gives_the_same(
         self, shape: Shape, made: Replay, evaluate: Callable[..., Tensor], tensors: list[Tensor]
     ) -> Generator[None, None, bool]:
-        """Whether a recording gives the numbers of its forward, without which all such end."""
-        # Other numbers than those that were recorded, which a recording must not have kept.
+        """Whether a recording reproduces its pass; otherwise all passes of its kind stay eager."""
+        # The second inputs have other numbers: results must not depend on what was recorded.
         others = [one * 0.5 if one.is_floating_point() else one for one in tensors]
         for given in (tensors, others):
             expected = evaluate(*given)
             if given is tensors and not expected.isfinite().all():
-                # It was of an image that had become NaN: those after it are to be recorded.
+                # The image had become NaN; later passes of this shape should still be recorded.
                 return False
             if not (made(*given) - expected).abs().max() <= self._close * expected.abs().max():
                 self._give_up(shape, "its recording gives other numbers", None)
@@ -415,17 +417,17 @@ class Graphs:
         if len(self._recorded) == MOST_GRAPHS:
             self._recorded.pop(next(iter(self._recorded))).release()
         self._recorded[shape] = made
-        # It may have run again since its recording began.
+        # The pass may have run again since its recording began.
         self._wanted.pop(shape, None)
 
     def _give_back(self) -> None:
-        """Give back memory that no recording has any more."""
+        """Return memory that no recording uses any more."""
         if not self._recorded and self._under_way is None:
             self._recorder.begin_anew()
         free_memory(self._model.device)
 
     def _of_tensors(self, shape: Shape) -> Callable[..., Tensor]:
-        """The model's forward as a function of its tensors alone."""
+        """The model's forward pass as a function of its tensors alone."""
         names = [name for name, *_ in shape.others]
 
         def evaluate(*tensors: Tensor) -> Tensor:
@@ -436,7 +438,7 @@ class Graphs:
         return evaluate
 
     def _give_up(self, shape: Shape, reason: str, error: Exception | None) -> None:
-        """Run all forwards of these shapes as ever from now on."""
+        """Run all passes of this kind eagerly from now on."""
         self._repeatable[shape.kind] = False
         log.warning(
             "%s: forwards of %s run without CUDA graphs: %s",
@@ -448,18 +450,18 @@ class Graphs:
 
 
 def shape_of(tensors: Given, form: InputsForm) -> Shape:
-    """The shape of a forward."""
+    """The shape of a forward pass."""
     others = tuple((name, one.shape[1:], one.dtype) for name, one in tensors.items())
     return Shape(len(tensors["x"]), others, form)
 
 
 def pays_beside_ticks(runs: int, forward_s: float, most_s: float) -> bool:
-    """Whether to record a forward between ticks, as there is no quiet moment.
+    """Whether to record a pass between ticks, for lack of quiet moments.
 
     Args:
-        runs: how often it has run without a recording.
+        runs: number of times that it has run without a recording.
         forward_s: seconds that it takes.
-        most_s: seconds that a piece of the recording may take.
+        most_s: maximum seconds of a piece of the recording.
     """
     return runs >= OFTEN and PIECE_FORWARDS * forward_s <= most_s
 

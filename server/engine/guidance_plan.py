@@ -1,4 +1,8 @@
-"""An image's guidance over its whole run, as data: what each stage evaluates and estimates."""
+"""Guidance of an image over its whole run, as data: what each stage evaluates and estimates.
+
+A stage is one evaluation of the guided prediction. It needs the prompt's prediction and possibly
+others, each of them one row of a forward pass.
+"""
 
 from __future__ import annotations
 
@@ -38,10 +42,10 @@ class Acting:
     """A term that acts at a stage.
 
     Attributes:
-        index: of the term among those of its image.
-        kind: its class.
-        order: when terms of this class act, and how many terms of the class act before it.
-        rows: where the predictions that it wants are in ``Ask.numbers``.
+        index: index of the term among those of its image.
+        kind: class of the term.
+        order: rank of its class, and number of terms of that class that act before it.
+        rows: positions in ``Ask.numbers`` of the predictions that it wants.
     """
 
     index: int
@@ -52,16 +56,16 @@ class Acting:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """What one stage needs beside the prompt's prediction.
+    """Predictions that one stage needs besides the prompt's.
 
-    Predictions of an image are numbered: 0 the prompt's, then those of the rule's branches, then
-    those that terms want.
+    Predictions of an image are numbered: 0 is the prompt's, then come those of the rule's branches,
+    then those that terms want.
 
     Attributes:
-        numbers: of the predictions to evaluate; those of the branches come first.
+        numbers: numbers of the predictions to evaluate, with those of the branches first.
         evaluated: whether the rule's branches are among them.
-        estimated: whether the policy estimates them.
-        acting: the terms that act.
+        estimated: whether the policy estimates the branches.
+        acting: terms that act at the stage.
     """
 
     numbers: tuple[int, ...]
@@ -75,27 +79,26 @@ class GuidancePlan:
     """Guidance of one image, stage by stage.
 
     Attributes:
-        branches: how many the rule has at these parameters.
-        asks: of each stage, while guidance goes on.
-        settled: of each stage, once the policy has ended it.
-        left: rows of the denoiser that the stages from each on cost, those that ControlNets take
-            as long as counted, and 0 at the end.
-        left_settled: the same once guidance has ended.
-        widest: most rows of a forward that a stage needs.
-        progress: share of the steps done before each stage.
-        constants: the policy's numbers, ``[stages, n]``.
-        predictions: what each prediction is told, and what it changes inside the network, by
-            number.
-        pictured: of each prediction, whether its row is shown the image prompts. Branches of the
-            rule that are not told the prompt are not: they are shown no picture in their place.
-        texts: all that the network may be told.
-        edited: the prompts that change along the run.
-        told_scale: guidance scale less 1 that the network is told; None where it is told none.
+        branches: number of branches of the rule at these parameters.
+        asks: needs of each stage, until the policy ends guidance.
+        settled: needs of each stage after the policy has ended guidance.
+        left: rows of the denoiser that the remaining stages cost from each stage on, ending with 0.
+            ControlNets count as the rows that would take as long.
+        left_settled: the same after guidance has ended.
+        widest: maximum number of rows that a stage needs in a forward pass.
+        progress: fraction of the steps done before each stage.
+        constants: numbers of the policy, ``[stages, n]``.
+        predictions: text and edits of each prediction, by number.
+        pictured: whether the row of each prediction gets the image prompts. Rows of the rule's
+            branches without the prompt do not; they get no other picture instead.
+        texts: all texts that the network may be given.
+        edited: prompts that change along the run.
+        told_scale: guidance scale less 1 as given to the network; None if it takes none.
         rule_key: equal for images whose predictions one call can combine.
-        policy_slots: latent-sized slots that the policy keeps.
+        policy_slots: number of latent-sized slots that the policy keeps.
         policy_key: equal for images whose branches one call can fill in.
-        may_recall: of each stage, whether the step cache may decide that it is not evaluated.
-        cache_slots: latent-sized slots that the step cache keeps.
+        may_recall: whether the step cache may skip the evaluation of each stage.
+        cache_slots: number of latent-sized slots that the step cache keeps.
     """
 
     branches: int
@@ -123,7 +126,7 @@ def plan_guidance(task: ImageTask) -> GuidancePlan:
 
     Raises:
         ValueError: the policy lacks its coefficients, or cannot serve the rule.
-        WeftError: the policy fails, or answers for another number of stages.
+        WeftError: the policy fails, or returns values for another number of stages.
     """
     plan, rule, policy = task.plan, task.rule, task.policy
     noise_ratio, progress = plan.noise_ratio, plan.progress
@@ -184,11 +187,11 @@ def plan_guidance(task: ImageTask) -> GuidancePlan:
 def _of_stages(
     policy: Policy, plan: Plan, answer: Callable[[], NDArray[Shaped]]
 ) -> NDArray[Shaped]:
-    """What a policy, which a package may have written, says of each stage.
+    """Values that a policy, which a package may define, gives for each stage.
 
     Raises:
-        ValueError: it refuses.
-        WeftError: it fails otherwise, or says it of another number of stages.
+        ValueError: the policy refuses.
+        WeftError: it fails otherwise, or returns values for another number of stages.
     """
     try:
         said = np.asarray(answer())
@@ -208,12 +211,12 @@ def _of_stages(
 def _wanted(
     terms: Sequence[Term], stages: int, predictions: list[RowSpec]
 ) -> list[list[tuple[int, Term, tuple[int, ...]]]]:
-    """The terms that act at each stage: index, term, and the numbers of its predictions.
+    """Terms that act at each stage: index, term, and the numbers of its predictions.
 
     Args:
-        terms: of an image.
-        stages: of its plan.
-        predictions: of the image so far; those of the terms are added, each of them once.
+        terms: terms of an image.
+        stages: number of stages of its plan.
+        predictions: predictions of the image so far; those of the terms are appended, each once.
     """
     known: dict[tuple[int, int, RowSpec], int] = {}
     wanted: list[list[tuple[int, Term, tuple[int, ...]]]] = []
@@ -247,7 +250,7 @@ def _ask(
 
 
 def _costs(task: ImageTask) -> list[float]:
-    """What a row costs at each stage, in rows of the denoiser: more where ControlNets act."""
+    """Cost of a row at each stage, in rows of the denoiser: more where ControlNets act."""
     stages = task.plan.evaluations
     return [
         1 + sum(use.control.cost for use in task.controls if use.acts(stage, stages))
@@ -262,7 +265,7 @@ def _left(asks: Sequence[Ask], costs: Sequence[float]) -> list[float]:
 
 
 def _kind(setting: BaseModel) -> tuple[Any, ...]:
-    """What of a setting no tensor over several rows can hold: names, flags, lengths."""
+    """Properties of a setting that tensors over rows cannot hold: names, flags, lengths."""
     return tuple(
         len(value) if isinstance(value, tuple) else value
         for _, value in setting

@@ -1,4 +1,4 @@
-"""When the engine prepares for later work: before it is ready, in quiet moments, between ticks."""
+"""Scheduling of preparation: before the engine is ready, in quiet moments, and between ticks."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ __all__ = ["IdleWork"]
 log = logging.getLogger(__name__)
 
 QUIET_S = 1.0
-"""Seconds without work after which the engine prepares for what may come."""
+"""Seconds without work after which the engine prepares for later work."""
 
 PIECE_REST = 4
-"""How many times as long as a piece of preparation between ticks the ticks run on before the next.
-"""
+"""Minimum pause between two pieces of preparation between ticks, in multiples of the first one's
+duration."""
 
 
 class IdleWork:
-    """Does the pieces of a preparation where they delay nobody, or little.
+    """Runs pieces of preparation when they delay nobody, or little.
 
-    It belongs to the engine's thread, but for :meth:`undisturbed`, :attr:`settled` and
+    It belongs to the engine's thread, except for :meth:`undisturbed`, :attr:`settled` and
     :meth:`prepared`.
 
     Args:
-        device: of all models.
-        prepares: run forwards at few numbers of rows, or at the fixed one, and these before they
-            are needed; otherwise there is nothing to do here.
-        records: record the forwards that are prepared as CUDA graphs.
-        most_bytes: of the device that weights and graphs of all models may have together.
-        fixed: forwards have fixed rows, and what is recorded of one must equal it to the bit.
+        device: device of all models.
+        prepares: whether to run forward passes at few numbers of rows, or at the fixed one, and
+            these before they are needed; if not, there is nothing to do here.
+        records: whether to record the prepared passes as CUDA graphs.
+        most_bytes: maximum bytes of the device for weights and graphs of all models together.
+        fixed: whether passes have fixed rows; a recording must then equal its pass bit for bit.
     """
 
     def __init__(
@@ -69,9 +69,9 @@ class IdleWork:
 
     @contextmanager
     def undisturbed(self) -> Generator[None]:
-        """Do nothing here inside the ``with`` block, which waits for the piece that is being made.
+        """Prevent preparation inside the ``with`` block, after waiting for a piece under way.
 
-        From any thread but the engine's.
+        Call it from any thread but the engine's.
         """
         with self._undisturbed:
             yield
@@ -85,53 +85,53 @@ class IdleWork:
         """Prepare a model from now on.
 
         Args:
-            model: loaded.
-            cost: of its ticks at its default size.
-            most: rows of a forward.
+            model: loaded model.
+            cost: cost of its ticks at its default size.
+            most: maximum number of rows in a forward pass.
         """
         if self._preparation is not None:
             self._preparation.add(model, model.default_shape, cost, most)
 
     def forget(self, name: str) -> None:
-        """Let go of a model."""
+        """Release a model."""
         if self._preparation is not None:
             self._preparation.forget(name)
 
     def forwards(
         self, model: HostedModel, shape: tuple[int, int, int], cost: TickCost, most: int
     ) -> Forwards | None:
-        """The forwards of a model at a latent shape; None where they run as they are."""
+        """The forward passes of a model at a latent shape; None if they are not prepared."""
         if self._preparation is None:
             return None
         return self._preparation.forwards(model, shape, cost, most)
 
     def prepared(self, model: HostedModel) -> PreparedForwards:
-        """What has been done for the forwards of a model; safe from any thread."""
+        """What has been prepared for the passes of a model; safe from any thread."""
         if self._preparation is None:
             return PreparedForwards()
         return self._preparation.of(model.facts.name, model.default_shape)
 
     @property
     def recorded_bytes(self) -> int:
-        """Memory that recordings hold; safe from any thread."""
+        """Bytes of memory that recordings hold; safe from any thread."""
         return 0 if self._preparation is None else self._preparation.recorded_bytes
 
     def release(self) -> bool:
-        """Free the memory of all recordings; whether there was any."""
+        """Free the memory of all recordings; return whether there was any."""
         released = self._preparation is not None and self._preparation.release()
         if released:
             free_memory(self._device)
         return released
 
     def give_back(self) -> bool:
-        """Free all memory that can be done without; whether recordings had any of it."""
+        """Free all memory that is not needed now; return whether recordings held any of it."""
         released = self.release()
         if not released:
             free_memory(self._device)
         return released
 
     def before_ready(self, models: Iterable[HostedModel]) -> None:
-        """Prepare all but the large forwards of the first models."""
+        """Prepare the forward passes of the first models, except the large ones."""
         if self._preparation is None:
             return
         while piece := self._preparation.next(AT_START):
@@ -144,9 +144,10 @@ class IdleWork:
         """Prepare in quiet moments until there is other work.
 
         Args:
-            wait: for other work, at most so many seconds; whether there is any.
-            live: whether frames of live streams are expected, which have pauses between them that
-                are shorter than a piece.
+            wait: function that waits for other work, at most so many seconds, and returns whether
+                there is any.
+            live: function that returns whether frames of live streams are expected; the pauses
+                between them are shorter than a piece.
         """
         quiet_s: float | None = QUIET_S
         while not wait(quiet_s):
@@ -155,10 +156,10 @@ class IdleWork:
         self._settled = False
 
     def beside_ticks(self, most_s: float) -> None:
-        """Make a small piece where there are no quiet moments.
+        """Run a small piece between ticks, for lack of quiet moments.
 
         Args:
-            most_s: seconds that it may take.
+            most_s: maximum seconds that it may take.
         """
         if self._preparation is None or monotonic() < self._rests_until:
             return
@@ -173,7 +174,7 @@ class IdleWork:
         self._rests_until = monotonic() + PIECE_REST * (monotonic() - began)
 
     def _next(self) -> float | None:
-        """Make a piece; how long to wait before the next one, None where there is none."""
+        """Run a piece; return the seconds to wait before the next one, or None if none is left."""
         if not self._undisturbed.acquire(blocking=False):
             return QUIET_S
         try:

@@ -1,8 +1,8 @@
-"""How live streams and ordinary images share the device: pure, touches no device.
+"""Sharing of the device between live streams and ordinary images: pure, touches no device.
 
-Live streams have the device but for a fixed share of its time, which ordinary images are promised
-and of which they save what they do not use. Among themselves live streams share it equally by
-device time, not by frames: a stream of many stages or with further predictions gets fewer frames,
+Live streams have the device except for a fixed share of its time, which is promised to ordinary
+images; they save what they do not use. Live streams share the rest equally among themselves, by
+device time and not by frames: a stream with many stages or further predictions gets fewer frames,
 and does not slow down the others beyond its share.
 """
 
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
     from server.engine.scheduler import Candidate, LaneCosts
 
 ORDINARY_SHARE = 0.25
-"""Of the device's time, what ordinary images are promised while live ones would take all of it."""
+"""Share of device time promised to ordinary images while live ones would take all of it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """What streams and ordinary images have had of the device, in seconds.
+    """Service that streams and ordinary images have had from the device, in seconds.
 
     This is start-time fair queueing (Goyal, Vin and Cheng, 1996): a stream that was away is owed
     nothing, as it resumes at the clock.
 
     Attributes:
-        credit: that ordinary images may take from live ones now.
-        clock: what the least served of the streams with images under way has had.
-        had: what each stream has had, where that is more than the clock.
+        credit: seconds that ordinary images may take from live ones now.
+        clock: service of the least served of the streams with images under way.
+        had: service of each stream that has had more than the clock.
     """
 
     credit: float = 0.0
@@ -44,18 +44,18 @@ class Shares:
     had: Mapping[int, float] = field(default_factory=dict[int, float])
 
     def after(self, *, live_s: float, ordinary_s: float) -> Shares:
-        """The same after work beside the ticks, such as encoding and decoding.
+        """The shares after work beside the ticks, such as encoding and decoding.
 
         Args:
-            live_s: seconds of it for live images, while ordinary ones waited.
-            ordinary_s: seconds of it for ordinary images.
+            live_s: seconds spent on live images while ordinary ones waited.
+            ordinary_s: seconds spent on ordinary images.
         """
         earned = ORDINARY_SHARE * (live_s + ordinary_s)
         return replace(self, credit=self.credit + earned - ordinary_s)
 
 
 class LiveChoice(NamedTuple):
-    """The images of the next tick, as indices, and the shares once it has run."""
+    """The images of the next tick, as indices, and the shares after it."""
 
     chosen: list[int]
     shares: Shares
@@ -63,15 +63,15 @@ class LiveChoice(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """The streams of one lane, whose turn it is.
+    """The turn of the streams of one lane, the set of images that can share a forward pass.
 
     Attributes:
-        first: the oldest image of the stream that has had least; it runs in any case.
+        first: oldest image of the least served stream; it runs in any case.
         here: images of streams in its lane by index, oldest first.
-        wanted: rows of them that a tick should have.
-        room: rows that a tick may have, ordinary ones among them.
-        costs: of the lane.
-        until: what a stream may have had, in seconds, to have its images in the tick.
+        wanted: number of their rows that a tick should have.
+        room: maximum number of rows of a tick, ordinary ones included.
+        costs: costs of the lane.
+        until: service in seconds from which on a stream has no further images in the tick.
     """
 
     first: Candidate
@@ -82,13 +82,13 @@ class Turn:
     until: float
 
     def has_room_for(self, unit: Candidate, *, beside: int = 0) -> bool:
-        """Whether an ordinary image can come along beside so many rows of others."""
+        """Whether an ordinary image fits into the tick beside ``beside`` rows of others."""
         fits = beside + unit.rows <= self.room - self.first.rows
         return fits and unit.lane == self.first.lane
 
 
 class Riders(NamedTuple):
-    """Ordinary images in a tick of live ones, as indices, and their rows."""
+    """Ordinary images in a tick of live ones, as indices, and their number of rows."""
 
     chosen: list[int]
     rows: int
@@ -101,19 +101,19 @@ def share_tick(
     lanes: Mapping[int, LaneCosts],
     rows_of: Callable[[Load], int],
 ) -> LiveChoice:
-    """The next tick while images of live streams are under way.
+    """Choose the next tick while images of live streams are under way.
 
-    The stream that has had least decides the lane. Its tick has the images of all streams of the
-    lane that are not ahead of it by the longest tick, oldest first, and as many ordinary ones as
-    their credit pays for. Ordinary images that cannot come along, as they are of another lane or
-    too wide, have a tick of their own as soon as their credit pays for it.
+    The least served stream decides the lane. The tick has images of all streams of the lane that
+    are not ahead of it by the longest tick, oldest first, and as many ordinary images as their
+    credit pays for. Ordinary images that cannot join, since their lane is another or they have too
+    many rows, get a tick of their own as soon as their credit pays for it.
 
     Args:
         candidates: every image under way, oldest first, at least one of them of a stream.
-        shares: as the last tick left them.
-        turns: what the clients of ordinary images have had, who share their part.
-        lanes: of all candidates.
-        rows_of: the best number of rows for a load.
+        shares: shares after the last tick.
+        turns: service of the clients of ordinary images, who share the ordinary part.
+        lanes: costs of the lanes of all candidates.
+        rows_of: function that returns the best number of rows for a load.
     """
     units, members = units_of(candidates)
     waiting = [i for i, unit in enumerate(units) if unit.stream is None]
@@ -132,7 +132,7 @@ def share_tick(
         for i in due:
             starts[_stream(units[i])] += seconds * units[i].rows / rows
         balance = shares.credit + (ORDINARY_SHARE * seconds if ordinary else 0.0)
-        # What came along for nothing leaves no debt.
+        # Rows that joined because they cost nothing leave no debt.
         credit = max(min(0.0, balance), balance - seconds * riders.rows / rows)
         chosen = [*due, *riders.chosen]
     had = {s: had for s, had in {**shares.had, **starts}.items() if had > clock}
@@ -146,7 +146,7 @@ def _stream(unit: Candidate) -> int:
 
 
 def _starts(units: Sequence[Candidate], shares: Shares) -> dict[int, float]:
-    """What the streams with images under way have had; those that were away begin anew."""
+    """Service of the streams with images under way; one that was away resumes at the clock."""
     streams = {unit.stream for unit in units if unit.stream is not None}
     return {stream: max(shares.clock, shares.had.get(stream, 0.0)) for stream in streams}
 
@@ -157,7 +157,7 @@ def _turn(
     lanes: Mapping[int, LaneCosts],
     rows_of: Callable[[Load], int],
 ) -> Turn:
-    """The turn of the stream that has had least, and of those that share its lane."""
+    """The turn of the least served stream, and of those that share its lane."""
     clock = min(starts.values())
     live = [(i, unit) for i, unit in enumerate(units) if unit.stream is not None]
     first = next(unit for _, unit in live if starts[_stream(unit)] == clock)
@@ -178,9 +178,9 @@ def _own_tick(
     lanes: Mapping[int, LaneCosts],
     rows_of: Callable[[Load], int],
 ) -> tuple[list[int], float]:
-    """Ordinary images that have a tick of their own now, and its seconds; else none.
+    """Ordinary images that get a tick of their own now, and its seconds; none if it is not due.
 
-    It is due where the first in turn cannot come along with live ones and is paid for.
+    It is due if the first ordinary image in turn cannot join live ones and its credit pays for it.
     """
     if not ordinary or turn.has_room_for(units[ordinary[0]]):
         return [], 0.0
@@ -199,10 +199,10 @@ def _own_tick(
 def _riders(
     units: Sequence[Candidate], ordinary: Sequence[int], turn: Turn, credit: float
 ) -> Riders:
-    """Ordinary images that come along, until one is too wide or not paid for.
+    """Ordinary images that join, up to the first one that has too many rows or is not paid for.
 
-    The next ones must not go before it, or it would never be paid for. Where the first in turn
-    is of another lane the others come along if that costs nothing.
+    Those after it must not overtake it, or it would never be paid for. If the first in turn is of
+    another lane, the others join only if that costs nothing.
     """
     chosen: list[int] = []
     rows = 0
@@ -221,7 +221,7 @@ def _riders(
 
 
 def _lengthening(rows: int, turn: Turn) -> float:
-    """Seconds that so many ordinary rows cost the live ones; their part where they displace any."""
+    """Seconds that ordinary rows cost the live ones; the share of the tick if they displace any."""
     seconds = turn.costs.seconds
     if turn.wanted + rows <= turn.room:
         return max(0.0, seconds(turn.wanted + rows) - seconds(turn.wanted))
@@ -229,12 +229,12 @@ def _lengthening(rows: int, turn: Turn) -> float:
 
 
 def _due(turn: Turn, starts: Mapping[int, float], riding: int) -> list[int]:
-    """Images of streams, always of the one that has had least, for as many rows as are wanted.
+    """Choose images of streams for the wanted rows, always one of the least served stream.
 
     Args:
-        turn: whose images.
-        starts: what their streams have had.
-        riding: rows of ordinary images in the same tick.
+        turn: turn that the images are chosen for.
+        starts: service of the streams before the tick.
+        riding: number of rows of ordinary images in the same tick.
     """
     rows = min(turn.wanted, turn.room - riding)
     price = turn.costs.seconds(rows + riding) / (rows + riding)
@@ -247,7 +247,7 @@ def _due(turn: Turn, starts: Mapping[int, float], riding: int) -> list[int]:
         stream = min(queues, key=had.__getitem__)
         i, unit = queues[stream].popleft()
         if chosen and (unit.rows > rows or had[stream] >= turn.until):
-            # Nor its later images, which would overtake this one.
+            # Drop the whole stream, since later images would overtake this one.
             del queues[stream]
             continue
         chosen.append(i)

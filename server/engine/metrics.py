@@ -1,4 +1,4 @@
-"""Plain counters of the engine, written by its thread and read by anyone."""
+"""Plain counters of the engine, written by its thread and read by any."""
 
 from __future__ import annotations
 
@@ -16,36 +16,37 @@ if TYPE_CHECKING:
 
 Stage: TypeAlias = Literal["queue", "denoise", "decode"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
-"""What follows what on an image's way: waiting, its evaluations, and becoming a picture."""
+"""Phases of an image in order: waiting, denoising, and decoding."""
 
 LATENCY_BUCKETS = (0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
-"""Upper bounds in seconds, of which those below 1 are meant for live frames."""
+"""Upper bounds of the histogram in seconds; those below 1 are meant for live frames."""
 
 
 @dataclass(slots=True)
 class EngineMeasurements:
-    """What the engine has done since it started; all times in seconds.
+    """Counts and times of the engine since it started; all times are in seconds.
 
     Attributes:
-        ticks: forwards of the denoiser.
-        rows_per_tick: how many ticks had how many rows, padding not counted.
-        denoise_s: inside the denoiser.
-        weave_s: in ticks, outside the denoiser and the autoencoder.
-        decode_s: in the autoencoder's decoder.
-        encode_s: in text encoder and the autoencoder's encoder.
-        images: finished.
-        latencies: of finished images, by priority.
-        stages: what of that they spent where, by priority and stage.
-        failed: ended without a picture, cancelled ones apart.
-        cancelled: ended by the client.
-        refused: turned away because the queue was full; frames of streams wait instead.
-        evaluations: rows evaluated.
-        saved: evaluations saved, by the name of the policy or the step cache.
-        pending: images waiting or under way.
-        live_pending: of these, frames of live streams.
-        row_budget: most rows of a tick.
-        fixed_rows: of every forward in deterministic mode, but of those whose images need more at
-            once; set before the first image comes.
+        ticks: number of forward passes of the denoiser.
+        rows_per_tick: number of ticks by their number of rows, without padding.
+        denoise_s: time inside the denoiser.
+        weave_s: time of ticks outside the denoiser and the autoencoder.
+        decode_s: time in the autoencoder's decoder.
+        encode_s: time in the text encoder and the autoencoder's encoder.
+        images: number of finished images.
+        latencies: latencies of finished images, by priority.
+        stages: parts of these latencies, by priority and phase.
+        failed: number of images that ended without a picture, cancelled ones excluded.
+        cancelled: number of images cancelled by the client.
+        refused: number of images refused because the queue was full; frames of streams wait
+            instead.
+        evaluations: number of rows evaluated.
+        saved: number of evaluations saved, by the name of the policy or the step cache.
+        pending: number of images waiting or under way.
+        live_pending: number of these that are frames of live streams.
+        row_budget: maximum number of rows in a tick.
+        fixed_rows: number of rows of every forward pass in deterministic mode, except where images
+            need more at once; set before the first image comes.
     """
 
     ticks: int = 0
@@ -74,7 +75,7 @@ class EngineMeasurements:
     fixed_rows: int | None = None
 
     def finished(self, sequence: Sequence, result: ImageResult) -> None:
-        """Count an image that has its pixels, and what its policy and its step cache saved."""
+        """Count an image that is finished, and what its policy and its step cache saved."""
         task = sequence.task
         self.images += 1
         self.latencies[task.priority].add(monotonic() - sequence.submitted_at)
@@ -91,5 +92,5 @@ class EngineMeasurements:
             self.saved[task.cache.name] += sequence.recollection.saved
 
     def pending_of(self, *, live: bool) -> int:
-        """Images waiting or under way, of live streams or of others."""
+        """Number of images waiting or under way, either of live streams or ordinary ones."""
         return self.live_pending if live else self.pending - self.live_pending

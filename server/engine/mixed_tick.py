@@ -1,4 +1,4 @@
-"""Images of several sizes in one forward, where that saves time: pure, touches no device."""
+"""Choice of images of several sizes for one forward pass, where that saves time: pure."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__ = ["costs_of_tick", "joining"]
 def costs_of_tick(
     units: Sequence[Candidate], chosen: Iterable[int], lanes: Mapping[int, LaneCosts]
 ) -> LaneCosts:
-    """The costs of a tick: each of its rows costs as much as one of its largest size.
+    """The costs of a tick, whose rows each cost as much as one of its largest size.
 
-    If there are several sizes, all rows take longer, by what mixing them costs.
+    If there are several sizes, all rows take longer by the cost of mixing.
 
     Args:
         units: images and groups.
-        chosen: indices of those of the tick, at least one.
-        lanes: of all of them.
+        chosen: indices of the units in the tick, at least one.
+        lanes: costs of the lanes of all units.
     """
     sizes = {units[i].lane for i in chosen}
     costs = max((lanes[lane] for lane in sizes), key=lambda costs: costs.area)
@@ -40,21 +40,22 @@ def joining(
     lanes: Mapping[int, LaneCosts],
     longest_s: float | None = None,
 ) -> list[int]:
-    """Images of other sizes that are to be evaluated in a tick.
+    """Choose images of other sizes that join a tick.
 
-    A size joins with as many of its images as save most: what they lengthen the tick by, against
-    what their rows would cost in a tick of all that waits in their own lane.
+    A size joins with the number of images that saves most time. The saving is the cost that their
+    rows would have in a tick with all that waits in their own lane, less the time by which they
+    lengthen this one.
 
     Args:
         units: images and groups.
-        chosen: indices of those of the tick so far, at least one.
-        order: indices of those that may join, in the order of their turns; of lanes that share a
-            forward with those chosen.
-        lanes: of all of them.
-        longest_s: seconds that the tick may take; by default what its largest lane allows.
+        chosen: indices of the units in the tick so far, at least one.
+        order: indices of those that may join, in the order of their turns; their lanes can share a
+            forward pass with those chosen.
+        lanes: costs of the lanes of all units.
+        longest_s: maximum seconds of the tick; by default what its largest lane allows.
 
     Returns:
-        Indices of those that join.
+        Indices of the units that join.
     """
     waiting: dict[int, list[int]] = {}
     for i in order:

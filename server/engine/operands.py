@@ -1,4 +1,4 @@
-"""Which tensors an operation reads or makes."""
+"""The tensors that an operation reads or returns."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ __all__ = ["tensors_in"]
 
 
 def tensors_in(given: Any) -> list[Tensor]:
-    """All tensors in arguments or results of any nesting, in their order."""
+    """All tensors in arguments or results of any nesting, in order."""
     return [one for one in tree_leaves(given) if isinstance(one, Tensor)]

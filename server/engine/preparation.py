@@ -1,4 +1,4 @@
-"""What a GPU does before anybody needs it: the first calls of every size."""
+"""Preparation of a GPU before images need it: the first calls of every size, and recordings."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ if TYPE_CHECKING:
 __all__ = ["AT_START", "Preparation", "PreparedForwards"]
 
 AT_START = 16
-"""Rows of the largest forward that runs before the server is ready: larger ones take as long as
-all of these together, and are rare right after a start."""
+"""Number of rows of the largest forward pass that runs before the server is ready. Larger ones take
+as long as all of these together, and are rare right after a start."""
 
 SHAPES_KEPT = 8
-"""Latent shapes, beside the default ones, whose forwards are prepared."""
+"""Number of latent shapes, besides the default ones, whose forward passes are prepared."""
 
 Shape: TypeAlias = "tuple[int, int, int]"
 
 
 class PreparedForwards(NamedTuple):
-    """What has been done for a model's forwards.
+    """What has been prepared for a model's forward passes.
 
     Attributes:
-        rows: at which forwards of its default size have run, from the smallest.
-        recorded: rows of the forwards that are recorded as CUDA graphs.
+        rows: numbers of rows at which passes of its default size have run, in ascending order.
+        recorded: numbers of rows of passes that are recorded as CUDA graphs.
     """
 
     rows: tuple[int, ...] = ()
@@ -43,14 +43,14 @@ class PreparedForwards(NamedTuple):
 
 
 class Preparation:
-    """The forwards of all models, and their first calls, in pieces that each take about a second.
+    """First calls and recordings of all models' passes, in pieces of about a second each.
 
-    It belongs to the engine's thread, as torch keeps a thread's choices of kernels for itself.
+    It belongs to the engine's thread, since torch keeps its choices of kernels per thread.
 
     Args:
-        recorder_of: makes what records forwards of a model; None where they are not recorded.
-        most_bytes: of the device that weights and recordings of all models may have together.
-        fixed: forwards have fixed rows, and what is recorded of one must equal it to the bit.
+        recorder_of: function that makes the recorder of a model's passes; None to record none.
+        most_bytes: maximum bytes of the device for weights and recordings of all models together.
+        fixed: whether passes have fixed rows; a recording must then equal its pass bit for bit.
     """
 
     def __init__(
@@ -70,26 +70,26 @@ class Preparation:
         self._defaults: set[tuple[str, Shape]] = set()
 
     def add(self, model: HostedModel, shape: Shape, cost: TickCost, most: int) -> Forwards:
-        """Take in a model with its default latent shape.
+        """Add a model with its default latent shape.
 
         Args:
-            model: loaded.
-            shape: of its latents at its default size, ``(C, h, w)``.
-            cost: of its ticks at that shape.
-            most: rows of a forward.
+            model: loaded model.
+            shape: shape of its latents at its default size, ``(C, h, w)``.
+            cost: cost of its ticks at that shape.
+            most: maximum number of rows in a forward pass.
         """
         name = model.facts.name
         self._first_calls.extend((name, call) for call in first_calls(model))
         self._defaults.add((name, shape))
         self._weights[name] = bytes_of(model)
-        # A graph would read the copies of blocks that are gone.
+        # With offloaded blocks, a graph would read copies of weights that no longer exist.
         if self._recorder_of is not None and model.placement.offload != "all":
             recorder = self._recorder_of(model)
             self._graphs[name] = Graphs(model, recorder, self._room, exact=self._fixed)
         return self.forwards(model, shape, cost, most)
 
     def forwards(self, model: HostedModel, shape: Shape, cost: TickCost, most: int) -> Forwards:
-        """The forwards of a model at a latent shape, which are prepared from now on."""
+        """The forward passes of a model at a latent shape, which are prepared from now on."""
         key = model.facts.name, shape
         made = self._forwards.pop(key, None)
         if made is None:
@@ -102,7 +102,7 @@ class Preparation:
         return made
 
     def of(self, name: str, shape: Shape) -> PreparedForwards:
-        """What has been done for a model's forwards at a latent shape; safe from any thread."""
+        """What has been prepared for a model at a latent shape; safe from any thread."""
         forwards, graphs = self._forwards.get((name, shape)), self._graphs.get(name)
         return PreparedForwards(
             () if forwards is None else forwards.sizes.known,
@@ -110,7 +110,7 @@ class Preparation:
         )
 
     def forget(self, name: str) -> None:
-        """Let go of a model."""
+        """Release a model."""
         self._weights.pop(name, None)
         if name in self._graphs:
             self._graphs.pop(name).release()
@@ -120,19 +120,20 @@ class Preparation:
 
     @property
     def recorded_bytes(self) -> int:
-        """Memory that recordings hold; safe from any thread."""
+        """Bytes of memory that recordings hold; safe from any thread."""
         return sum(graphs.nbytes for graphs in list(self._graphs.values()))
 
     def release(self) -> bool:
-        """Give back the memory of all recordings, as memory is short; whether there was any."""
+        """Free the memory of all recordings, as memory is short; return whether there was any."""
         released = [graphs.release() for graphs in self._graphs.values()]
         return any(released)
 
     def next(self, most: int | None = None) -> Callable[[], object] | None:
-        """The piece that is most likely to be needed soon; None where all is done.
+        """Return the piece most likely to be needed soon, or None if all is done.
 
         Args:
-            most: rows of the largest forward that counts; None for all, and to record forwards.
+            most: maximum number of rows of a pass that counts; None for all passes and for
+                recordings.
         """
         if self._first_calls:
             return self._first_calls.popleft()[1]
@@ -146,10 +147,10 @@ class Preparation:
         return waiting[0].prepare if waiting else None
 
     def next_beside_ticks(self, most_s: float) -> Callable[[], object] | None:
-        """The next piece of a recording that is worth making though there is no quiet moment.
+        """Return the next piece of a recording that is worth making between ticks, if any.
 
         Args:
-            most_s: seconds that it may take.
+            most_s: maximum seconds that it may take.
         """
         for graphs in self._graphs.values():
             if graphs.due(most_s):

@@ -1,4 +1,4 @@
-"""Where requests meet the engine: room for their images, and the queue of those that arrived."""
+"""Entry of requests into the engine: room for their images, and the queue of arrivals."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ Result = TypeVar("Result")
 class Reception:
     """Admits images to an engine, and counts them until they leave it; safe from any thread.
 
-    What it is given is the engine's own and changes with it.
+    The objects that it is given belong to the engine and change with it.
 
     Args:
         models: hosted models by name.
-        bounds: on what may wait or run. Frames of live streams are counted by themselves, and as
-            many as images are allowed.
-        wake: held while anything here changes, and notified of arrivals.
-        arrived: images that the engine has not taken in yet.
-        overflows: what lately did not fit into memory.
-        costs: of ticks, by which the seconds of waiting images are estimated.
-        measurements: that say what is pending, and what was refused.
-        pace: the share of the device that ordinary images have.
-        check_open: raises NotReady while the engine takes no work.
+        bounds: limits on what may wait or run. Frames of live streams are counted separately, with
+            the same limit on their number.
+        wake: condition that is held during any change here, and notified of arrivals.
+        arrived: images that the engine has not admitted yet.
+        overflows: sizes that lately did not fit into memory.
+        costs: tick costs, from which the seconds of waiting images are estimated.
+        measurements: counters of pending and of refused images.
+        pace: function that returns the share of the device that ordinary images have.
+        check_open: function that raises NotReady while the engine accepts no work.
     """
 
     def __init__(
@@ -81,18 +81,18 @@ class Reception:
     def reserve(
         self, images: int, *, live: bool = False, client: Client = ANYONE, runs: int = 1
     ) -> Reservation:
-        """Room for the images of one request; safe from any thread.
+        """Reserve room for the images of one request; safe from any thread.
 
-        Reserve before uploads are decoded or plans are made, so that a request that is turned away
-        costs nothing, and claim what the images cost as soon as that is known. Submit to the
-        reservation, and release it whatever happens.
+        Reserve before uploads are decoded or plans are made, so that a refused request costs
+        nothing, and claim the cost of the images as soon as it is known. Submit to the reservation,
+        and release it in any case.
 
         Args:
-            images: how many, each drawing of one counted by itself.
-            client: whose they are, whose share of the device they have.
-            live: they are of live priority, for which there is as much room again: a queue that is
-                full of ordinary requests does not hold up a stream.
-            runs: how often each image is drawn, of which the client's limit counts one.
+            images: number of images; each drawing of an image counts.
+            client: client of the request, whose share of the device the images use.
+            live: whether they are of live priority, for which there is separate room of the same
+                size: a queue full of ordinary requests does not hold up a stream.
+            runs: number of times that each image is drawn; the client's limit counts an image once.
 
         Raises:
             Overloaded: there is no room for all of them.
@@ -119,26 +119,26 @@ class Reception:
     def submit(
         self, tasks: Listed[ImageTask], listener: Listener, client: Client = ANYONE
     ) -> Submission:
-        """Queue the images of one request, for which no room was reserved; safe from any thread.
+        """Queue the images of one request without a reservation; safe from any thread.
 
         Raises:
             Overloaded: there is no room for all of them.
             NotReady: the engine is not warm yet, or has stopped or failed.
-            InvalidRequest: an image or a group needs more rows at once than a forward has, or the
-                client may never have so many images.
+            InvalidRequest: an image or a group needs more rows at once than a forward pass has, or
+                the client may never have so many images.
         """
         live = all(task.priority is Priority.LIVE for task in tasks)
         with self.reserve(len(tasks), live=live, client=client) as room:
             return room.submit(tasks, listener)
 
     def check_memory(self, tasks: Listed[ImageTask]) -> None:
-        """Refuse images like those that lately had no room on the device, before any work is done.
+        """Refuse images like those that lately did not fit on the device, before any work is done.
 
         Args:
-            tasks: of a request; their pictures need no content yet. Safe from any thread.
+            tasks: tasks of a request; their pictures need no content yet. Safe from any thread.
 
         Raises:
-            InvalidRequest: one of them, or a group, is as large.
+            InvalidRequest: an image or a group is as large as one that did not fit.
         """
         groups: dict[object, list[ImageTask]] = {}
         for task in tasks:
@@ -150,19 +150,19 @@ class Reception:
             self._overflows.check(first.model, first.width, first.height, rows, refers=refers)
 
     def waiting(self) -> dict[Client, Amounts]:
-        """What ordinary images of each client wait or run, as estimated; safe from any thread."""
+        """Estimated ordinary work of each client, waiting or running; safe from any thread."""
         with self._wake:
             return self._backlog.by_client()
 
     def count_rows(self, sequence: Sequence, remaining: float | None = None) -> None:
-        """Keep in the backlog what an ordinary image still needs, while ``wake`` is held."""
+        """Update what an ordinary image still needs in the backlog; call while ``wake`` is held."""
         remaining = sequence.remaining if remaining is None else remaining
         more = remaining - sequence.counted
         self._backlog.count_rows(sequence.submission.holding, self._kind(sequence.task), more)
         sequence.counted = remaining
 
     def see_off(self, sequence: Sequence) -> None:
-        """Give back the room of an image that has left the engine."""
+        """Return the room of an image that has left the engine."""
         with self._wake:
             if not sequence.live:
                 self.count_rows(sequence, 0)
@@ -170,10 +170,10 @@ class Reception:
             self._count_pending(-1, live=sequence.live)
 
     def note_told(self, sequence: Sequence) -> None:
-        """Remember how large encoded texts of its model are, by which later images are estimated.
+        """Record the size of encoded texts of its model, from which later images are estimated.
 
-        Text encoders that see pictures make more of a text. The latents of these pictures, which
-        stand behind the text here, count with the states of the image.
+        Text encoders that see pictures produce more for a text. The latents of these pictures,
+        which follow the text here, are counted with the image's states.
         """
         if not sequence.conditioning:
             return
@@ -184,12 +184,12 @@ class Reception:
         self._told_bytes[key] = max(self._told_bytes[key], told - pictures)
 
     def _told(self, model: str, pictures: int) -> int:
-        """Bytes of a text of a model beside so many pictures, or beside fewer if that is known."""
+        """Bytes of a text of a model with so many pictures, or with fewer if that is known."""
         return max(self._told_bytes[model, fewer] for fewer in range(pictures + 1))
 
     def _reserve_live(self, client: Client, images: int) -> Holding:
         if self._measurements.live_pending + images > self._bounds.images:
-            # A frame of a stream waits for room; its stream asks again and again.
+            # A frame of a stream waits for room; its stream retries.
             raise Overloaded(1.0)
         return Holding(client, images)
 
@@ -223,7 +223,7 @@ class Reception:
         self._note_width(sequences)
         self.check_memory(tasks)
         self._check_models(tasks)
-        # Frames of live streams are not counted.
+        # Frames of live streams are not counted in the backlog.
         counted = [] if live else tasks
         needed = footprint(counted, self._kind, self._told)
         with self._wake:
@@ -250,7 +250,7 @@ class Reception:
 
     def _seconds_a_row(self, kind: Kind) -> float:
         if kind[0] not in self._models:
-            # Unloaded, so nothing of it waits.
+            # The model was unloaded, so none of its images waits.
             return 0.0
         most = self._measurements.fixed_rows or self._measurements.row_budget
         return self._costs.seconds_a_row(*kind, most)
@@ -260,7 +260,7 @@ class Reception:
             raise NotReady(f"Model {gone.pop()!r} was unloaded; send the request again.")
 
     def _note_width(self, sequences: Listed[Sequence]) -> None:
-        """Note the rows that are needed at once; nothing is taken in that no tick could run."""
+        """Set the rows that are needed at once; refuse images that no tick could run."""
         budget = self._measurements.row_budget
         for members in units_of(sequences):
             rows = sum(member.guidance.widest for member in members)
@@ -277,7 +277,7 @@ class Reception:
                 member.rows_at_once = rows
 
     def _heaviest(self, task: ImageTask) -> float:
-        """As of an image that refers to no picture, whose rows read their own cells alone."""
+        """Rows as those of an image without references, whose rows read only their own cells."""
         read = self._kind(task)[1]
         own = self._models[task.model].latent_shape(task.width, task.height)
         return heaviest(task) * read[2] / own[2]

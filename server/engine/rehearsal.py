@@ -1,4 +1,4 @@
-"""Forwards of a model as of images without a prompt, before any image asks for them."""
+"""Forward passes with an unconditional text and noise, before any image asks for them."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
 __all__ = ["Rehearsal"]
 
 STEPS = 20
-"""Of the schedule in whose middle the rows are."""
+"""Number of steps of the schedule, in whose middle the rows are."""
 
 
 class Rehearsal:
-    """What rows of a picture size are given half way through a run.
+    """Inputs of rows of a picture size half way through a run.
 
     Args:
-        model: loaded.
-        width: of the picture in pixels.
-        height: of the picture in pixels.
-        fixed: whether texts have a shape that does not depend on their lengths.
+        model: loaded model.
+        width: width of the picture in pixels.
+        height: height of the picture in pixels.
+        fixed: whether encoded texts have a shape that does not depend on their lengths.
     """
 
     def __init__(self, model: HostedModel, width: int, height: int, *, fixed: bool = False) -> None:
@@ -45,18 +45,18 @@ class Rehearsal:
         self._told = float(model.told(np.array((schedule.t_start + schedule.t_end) / 2)))
 
     def seconds(self, rows: int, evaluate: Evaluate) -> float:
-        """Of a forward of so many rows.
+        """Measure the seconds of a forward pass.
 
         Args:
-            rows: of the forward.
-            evaluate: the model's, or what stands for it.
+            rows: number of rows in the pass.
+            evaluate: the model's ``evaluate``, or what replaces it.
 
         Raises:
-            MemoryError: they do not fit into memory.
+            MemoryError: the rows do not fit into memory.
         """
         device = self._model.device
         try:
-            # Drawn on the CPU: a GPU's generator belongs to no thread alone.
+            # Drawn on the CPU, since other threads use a GPU's generator too.
             x = torch.randn(rows, *self._shape).to(device)
             t = torch.full((rows,), self._told, device=device)
             inputs = RowInputs(self._model.stack([self._unconditional] * rows, fixed=self._fixed))

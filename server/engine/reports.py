@@ -1,4 +1,4 @@
-"""What listeners hear of their images: that they run, how far they are, previews."""
+"""Notification of listeners about their images: start, progress, previews, and the end."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ __all__ = ["Reports"]
 log = logging.getLogger(__name__)
 
 StepsDone: TypeAlias = "tuple[Sequence, int]"
-"""An image, and how many of its sampler steps are done."""
+"""An image, and the number of its sampler steps that are done."""
 
 
 class Reports:
-    """Tells listeners, whose own errors cancel their images and touch nobody else's.
+    """Notifies listeners; an error of a listener cancels its own images and no others.
 
-    Who is told something wakes up and wants to run, and the engine's thread waits for it as all
-    Python does. So steps are told while the device works on the next ones (:meth:`tell_steps`).
+    A notified listener wakes up and runs Python, for which the engine's thread has to wait. So
+    steps are reported while the device works on the next ones (:meth:`tell_steps`).
 
     Args:
-        device: of all models.
+        device: device of all models.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -44,35 +44,35 @@ class Reports:
         self._untold: list[StepsDone] = []
 
     def add(self, model: str, colours: Tensor) -> None:
-        """Draw previews of a model by these colours, see ``fit_preview``."""
+        """Draw previews of a model with these colours, see ``fit_preview``."""
         self._colours[model] = colours
 
     def forget(self, model: str) -> None:
-        """Let go of a model that no image is under way of."""
-        # Images whose steps are still to be told hold their lane, and it the model.
+        """Release a model that has no image under way."""
+        # Images with unreported steps hold their lane, and the lane holds the model.
         self.tell_steps()
         del self._colours[model]
 
     def started(self, sequence: Sequence) -> None:
-        """An image is about to be evaluated for the first time."""
+        """Report that an image is about to be evaluated for the first time."""
         _tell(sequence, sequence.listener.started, sequence.index)
 
     def finished(self, sequence: Sequence, result: ImageResult) -> None:
-        """An image is done."""
+        """Report that an image is done."""
         _tell(sequence, sequence.listener.finished, sequence.index, result)
 
     def failed(self, sequence: Sequence, error: Exception) -> None:
-        """An image ended without a picture."""
+        """Report that an image ended without a picture."""
         _tell(sequence, sequence.listener.failed, sequence.index, error)
 
     def steps(self, closed: list[tuple[Sequence, int]], denoised: Tensor) -> None:
-        """A stage has closed sampler steps, of which some images want a preview.
+        """Note that a stage has closed sampler steps, and start the previews that are wanted.
 
-        Listeners hear of it with the next :meth:`tell_steps`.
+        Listeners are notified with the next :meth:`tell_steps`.
 
         Args:
             closed: images of one lane, at their next stage, each with its row of the predictions.
-            denoised: the predictions, ``[rows, C, h, w]``.
+            denoised: predictions, ``[rows, C, h, w]``.
         """
         wanted: list[StepsDone] = []
         rows: list[int] = []
@@ -87,7 +87,7 @@ class Reports:
             self._preview(wanted, denoised, rows)
 
     def tell_steps(self) -> None:
-        """Tell of all steps that were closed; waits for previews, which are made before a stage."""
+        """Report all closed steps; waits for previews, which are made before a stage."""
         self.tell_plain_steps()
         previewed, self._previewed = self._previewed, []
         for wanted, copy in previewed:
@@ -98,7 +98,7 @@ class Reports:
                 _tell_progress(progress, picture)
 
     def tell_plain_steps(self) -> None:
-        """Tell of those that no preview is made of, as the last ones of all images are."""
+        """Report steps without a preview; the last step of every image is one of them."""
         untold, self._untold = self._untold, []
         for progress in untold:
             _tell_progress(progress, None)

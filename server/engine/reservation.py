@@ -1,4 +1,4 @@
-"""Room in the queue, taken before any work is done for a request."""
+"""A reservation of room in the queue, made before any work is done for a request."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ __all__ = ["Reservation"]
 
 
 class Reservation:
-    """Room for the images of one request; leaving its ``with`` block gives back what is unused.
+    """Room for the images of one request; leaving its ``with`` block returns what is unused.
 
-    Made by ``Reception.reserve``; safe from any thread, so that whoever waits for a thread that
-    submits may give up and release.
+    It is made by ``Reception.reserve``. It is safe from any thread, so a caller that waits for the
+    thread that submits may give up and release it.
 
     Args:
-        images: how many there is room for.
-        claim: takes the room that tasks need beyond their number.
-        take_in: queues tasks in the reserved room.
-        give_back: returns room for so many images.
+        images: number of images that there is room for.
+        claim: function that claims the room that tasks need beyond their number.
+        take_in: function that queues tasks in the reserved room.
+        give_back: function that returns room for so many images.
     """
 
     def __init__(
@@ -43,15 +43,15 @@ class Reservation:
         self._lock = Lock()
 
     def claim(self, tasks: Sequence[ImageTask]) -> None:
-        """Take the room that the images need by their cost, before they are submitted.
+        """Claim the room that the images need by their cost, before they are submitted.
 
         Args:
-            tasks: all of them; their pictures need no content yet.
+            tasks: all tasks of the request; their pictures need no content yet.
 
         Raises:
             InvalidRequest: they cost more than is ever allowed.
             Overloaded: there is no room for them now.
-            ValueError: it was released, so that nothing would give back what they cost.
+            ValueError: the reservation was released, so nothing would return what they cost.
         """
         with self._lock:
             if not self._left:
@@ -61,13 +61,13 @@ class Reservation:
             self._claim = None
 
     def submit(self, tasks: Sequence[ImageTask], listener: Listener) -> Submission:
-        """Queue the images that the room was reserved for, whose cost is claimed if it was not.
+        """Queue images in the reserved room, after claiming their cost if that was not done.
 
         Raises:
             Overloaded: there is no room for what they cost.
             ValueError: there are more of them than there is room for, or it was released.
             NotReady: the engine has stopped or failed since.
-            InvalidRequest: an image or a group needs more rows at once than a forward has.
+            InvalidRequest: an image or a group needs more rows at once than a forward pass has.
         """
         with self._lock:
             if len(tasks) > self._left:
@@ -80,7 +80,7 @@ class Reservation:
             return submission
 
     def release(self) -> None:
-        """Give back the room that is not used; does nothing the second time."""
+        """Return the unused room; does nothing the second time."""
         with self._lock:
             left, self._left = self._left, 0
         if left:

@@ -1,4 +1,4 @@
-"""Samples of what the ticks weave, for whoever watches; they say nothing of any prompt."""
+"""Samples of the contents of ticks, for those who watch; they reveal nothing of any prompt."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["SAMPLED_EVERY_S", "RowWatch", "WovenImage", "WovenTick"]
 
 SAMPLED_EVERY_S: Final = 0.2
-"""Seconds from one sample to the next."""
+"""Seconds between two samples."""
 
 BranchKind: TypeAlias = Literal["prompt", "negative", "other prompt", "perturbed"]
 """What a row of the forward pass predicts."""
@@ -34,13 +34,13 @@ class WovenImage:
     Attributes:
         request: number of its request, counted from the first one that was sampled.
         image: index of the image within its request.
-        timestep: that the network was told.
+        timestep: timestep as given to the network.
         step: sampler step that the tick belongs to, from 1.
-        steps: in all.
+        steps: total number of sampler steps.
         rule: name of its guidance rule.
         policy: name of its guidance policy.
         live: whether it is a frame of a live stream.
-        branches: what its rows predict, one entry a row.
+        branches: kind of prediction of each of its rows.
     """
 
     request: int
@@ -59,11 +59,11 @@ class WovenTick:
     """One forward pass.
 
     Attributes:
-        tick: its number since the engine started.
-        model: that evaluated it.
-        seconds: that the tick took.
-        waiting: images that were waiting or under way, but not in it.
-        images: whose rows it evaluated.
+        tick: number of the tick since the engine started.
+        model: name of the model that evaluated it.
+        seconds: seconds that the tick took.
+        waiting: number of images that were waiting or under way, but not in the tick.
+        images: images whose rows it evaluated.
     """
 
     tick: int
@@ -74,11 +74,11 @@ class WovenTick:
 
 
 class RowWatch:
-    """The latest sample; none is taken while nobody watches.
+    """Holds the latest sample; none is taken while nobody watches.
 
     Attributes:
-        latest: of the ticks since somebody began to watch, or an older one; None before the first.
-        watchers: how many watch now.
+        latest: latest sample, maybe of an earlier watch; None before the first.
+        watchers: number of current watchers.
     """
 
     def __init__(self) -> None:
@@ -91,7 +91,7 @@ class RowWatch:
 
     @contextmanager
     def watching(self) -> Generator[None]:
-        """Have samples taken inside the ``with`` block; safe from any thread."""
+        """Take samples inside the ``with`` block; safe from any thread."""
         with self._lock:
             self.watchers += 1
         try:
@@ -101,13 +101,13 @@ class RowWatch:
                 self.watchers -= 1
 
     def see(self, batches: Listed[Batch], tick: int, seconds: float, pending: int) -> None:
-        """Sample a tick that has just run, in the engine's thread, if it is time to.
+        """Sample a tick that has just run, in the engine's thread, if a sample is due.
 
         Args:
-            batches: its rows by lane; the images are still at the stage that it ran.
-            tick: its number.
-            seconds: that it took.
-            pending: images waiting or under way, those of the tick included.
+            batches: rows of the tick by lane; the images are still at the stage that it ran.
+            tick: number of the tick.
+            seconds: seconds that it took.
+            pending: number of images waiting or under way, those of the tick included.
         """
         if not self.watchers or (now := monotonic()) < self._due:
             return
@@ -144,7 +144,7 @@ class RowWatch:
 
 
 def _kind(sequence: Sequence, number: int) -> BranchKind:
-    """What the prediction of this number is, of those beside the prompt's."""
+    """The kind of a prediction other than the prompt's, by its number."""
     branches = sequence.task.rule.branches
     if number > len(branches):
         return "perturbed" if sequence.guidance.predictions[number].edits else "other prompt"

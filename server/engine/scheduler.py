@@ -1,4 +1,4 @@
-"""What a tick chooses among: images, their urgency, and how many rows: pure, touches no device."""
+"""Scheduling of a tick: candidates, their urgency, and the number of rows: pure, no device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Priority(IntEnum):
-    """Who goes first; lower is sooner."""
+    """Priority class of an image; lower goes first."""
 
     LIVE = 0
     INTERACTIVE = 1
@@ -21,21 +21,21 @@ class Priority(IntEnum):
 
 
 BATCH_WAIT_S = 600.0
-"""Seconds after which a batch image counts as interactive, so that it does not starve; no waiting
-makes an image count as live (``live_share.py``)."""
+"""Seconds after which a batch image counts as interactive, so that it does not starve. Waiting
+never makes an image count as live (``live_share.py``)."""
 
 AGEING = 0.25
-"""Seconds of lead that a second of age is worth: an image that takes the device for 3 s in all goes
+"""Seconds of lead that a second of age is worth. An image that needs the device for 3 s in all goes
 before all later ones of its client and size once it is 12 s old, however short they are."""
 
 NEAR_BEST = 0.995
-"""Share of the best throughput that is good enough, where fewer rows mean less latency."""
+"""Share of the best throughput that is good enough, since fewer rows mean less latency."""
 
 LONGEST_TICK_S = 2.0
-"""Nobody joins or leaves during a tick, so none is meant to be longer."""
+"""Maximum intended seconds of a tick, since nobody joins or leaves during one."""
 
 PROBED_EVERY = 16
-"""Ticks from one trial of another size to the next, which keeps its estimated cost true."""
+"""Number of ticks between trials of another size, which keep its estimated cost accurate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +43,15 @@ class Candidate:
     """An image under way, as selection sees it.
 
     Attributes:
-        rows: rows of the forward that its next stage needs.
+        rows: number of rows that its next stage needs in the forward pass.
         remaining: seconds of the device that it still needs in all.
         age: seconds since it arrived.
-        priority: its class.
-        lane: images of one lane can share a forward.
-        group: images of one group run in the same ticks or not at all; None is of none.
-        stream: the live stream that it is a frame of; None is an ordinary image.
-        flow: whose it is, and which of its client's images cost the same.
+        priority: priority class.
+        lane: identity of its lane; images of one lane can share a forward pass.
+        group: identity of its group, whose images run in the same ticks or not at all; None if it
+            has none.
+        stream: live stream that it is a frame of; None for an ordinary image.
+        flow: its client, and a key of the client's images that cost the same.
     """
 
     rows: int
@@ -65,12 +66,12 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What waits in the lane whose turn it is.
+    """Work that waits in the lane whose turn it is.
 
     Attributes:
-        lane: its identity.
-        rows: that all of its images want in their next stages.
-        widest: of one image or group.
+        lane: identity of the lane.
+        rows: number of rows that all of its images need in their next stages.
+        widest: maximum number of rows of one image or group.
         live: whether images of live streams are under way, in this lane or another.
     """
 
@@ -82,15 +83,16 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class LaneCosts:
-    """What a lane's ticks cost and may cost.
+    """Costs of a lane's ticks, and limits on them.
 
     Attributes:
-        most: rows that a tick may have.
-        seconds: expected for a tick of so many rows.
-        longest_s: that a tick may take, where fewer rows can help it.
-        area: cells of a latent; the rows of a forward of several sizes cost those of the largest.
-        mixes: equal for lanes of several sizes that can share a forward; None where none can.
-        mixing: how many times as long a forward takes if it has smaller sizes as well.
+        most: maximum number of rows in a tick.
+        seconds: function that returns the expected seconds of a tick of so many rows.
+        longest_s: maximum seconds of a tick, where fewer rows can shorten it.
+        area: number of cells of a latent; in a forward pass of several sizes each row costs as much
+            as one of the largest.
+        mixes: equal for lanes of different sizes that can share a forward pass; None if it cannot.
+        mixing: factor by which a pass takes longer if it has smaller sizes as well.
     """
 
     most: int
@@ -106,26 +108,27 @@ class LaneCosts:
 
     @property
     def seconds_a_row(self) -> float:
-        """Of a row in the largest tick."""
+        """Seconds per row in the largest tick."""
         return self.seconds(self.most) / self.most
 
 
 def rows_of_tick(
     load: Load, most: int, seconds: Callable[[int], float], longest_s: float, tick: int
 ) -> int:
-    """How many rows the next tick is to have.
+    """Choose the number of rows of the next tick.
 
-    All that waits is to be through its next stage soonest; of sizes that do this about equally
-    well, the smallest, as fewer rows mean a shorter tick. What fits into one tick may run in one or
-    in several equal ones. Where more waits, images whose stage has run want the next one before
-    the last have run theirs, so that no tick is short of rows, and seconds by the row decide.
+    The number should bring all waiting images through their next stage soonest. Of sizes that do
+    this about equally well it is the smallest, since fewer rows mean a shorter tick. What fits into
+    one tick may run in one or in several equal ones. If more waits than that, images whose stage
+    has run want the next one before the last have run theirs. Then no tick is short of rows, and
+    the seconds per row decide.
 
     Args:
-        load: what waits.
-        most: rows that a tick may have.
-        seconds: expected for a tick of so many rows.
-        longest_s: seconds that a tick may take, where fewer rows can help it.
-        tick: number of the tick; at every 16th another size is tried, if the queue is long.
+        load: work that waits.
+        most: maximum number of rows in a tick.
+        seconds: function that returns the expected seconds of a tick of so many rows.
+        longest_s: maximum seconds of a tick, where fewer rows can shorten it.
+        tick: number of the tick; at every 16th another size is tried if the queue is long.
     """
     sizes = _equal_ticks(load.rows, load.widest) if load.rows <= most else _full_ticks(load, most)
     options = [(rows, ticks, seconds(rows)) for rows, ticks in sizes]
@@ -140,18 +143,18 @@ def rows_of_tick(
 
 
 def _equal_ticks(waiting: int, widest: int) -> Iterator[tuple[int, float]]:
-    """Rows of a tick and how many such ticks take in all that waits, from most rows to fewest."""
+    """Rows per tick, and number of equal ticks for all that waits, from most rows to fewest."""
     rows = waiting
     while rows > 0:
         ticks = -(-waiting // rows)
         even = -(-waiting // ticks)
-        # Whole images: a size that ends inside one would leave it out.
+        # Whole images only: a size that ends inside an image would leave it out.
         yield min(-(-even // widest) * widest, max(rows, widest)), ticks
         rows = _smaller(even)
 
 
 def _full_ticks(load: Load, most: int) -> Iterator[tuple[int, float]]:
-    """Likewise where more waits than that, as a share of ticks that are never short of rows."""
+    """The same if more waits than one tick can have: shares of ticks that are always full."""
     rows = most
     while rows > 0:
         whole = max(rows // load.widest, 1) * load.widest
@@ -160,20 +163,20 @@ def _full_ticks(load: Load, most: int) -> Iterator[tuple[int, float]]:
 
 
 def _smaller(rows: int) -> int:
-    """The next size to try: those closer differ by less than anything is known of them."""
+    """The next size to try; closer ones would differ by less than the error of the estimates."""
     return min(rows - 1, rows * 7 // 8)
 
 
 def fill(units: Sequence[Candidate], order: Iterable[int], rows: int) -> list[int]:
-    """As many of some images as there is room for; a smaller one where a larger does not fit.
+    """Choose as many images as fit; a smaller one may take the place of one that does not fit.
 
     Args:
         units: images and groups.
         order: indices of some of them, in the order of their turns.
-        rows: that there is room for.
+        rows: number of rows that there is room for.
 
     Returns:
-        Indices of those that have room, in their order.
+        Indices of those that fit, in the same order.
     """
     chosen: list[int] = []
     for i in order:
@@ -188,7 +191,7 @@ def fill(units: Sequence[Candidate], order: Iterable[int], rows: int) -> list[in
 def units_of(
     candidates: Sequence[Candidate],
 ) -> tuple[Sequence[Candidate], Sequence[Sequence[int]]]:
-    """The candidates with each group as one, and the indices that each of them stands for."""
+    """Candidates with each group merged into one, and the indices that each stands for."""
     alone = [(i,) for i in range(len(candidates))]
     if all(candidate.group is None for candidate in candidates):
         return candidates, alone
@@ -212,14 +215,14 @@ def units_of(
 
 
 def urgency(candidate: Candidate) -> float:
-    """Of an ordinary image among those of its client and size, in seconds; lower goes first.
+    """Rank of an ordinary image among those of its client and size, in seconds; lower goes first.
 
-    Shortest remaining work first gives the least mean latency, and ageing keeps it from starving
-    the long ones.
+    Shortest remaining work first gives the least mean latency, and ageing keeps long images from
+    starving.
     """
     return candidate.remaining - AGEING * candidate.age
 
 
 def in_time(priority: Priority, age: float) -> bool:
-    """Whether an ordinary image goes before batch ones that do not wait for long yet."""
+    """Whether an ordinary image precedes batch images that have not waited for long."""
     return priority is not Priority.BATCH or age >= BATCH_WAIT_S

@@ -1,4 +1,4 @@
-"""Which images a tick has, and whose time of the device it was."""
+"""Selection of the images of each tick, and accounting of the device time they use."""
 
 from __future__ import annotations
 
@@ -33,30 +33,30 @@ if TYPE_CHECKING:
 __all__ = ["FAIR_THROUGHPUT", "FAIR_TICK_S", "Selection"]
 
 FAIR_TICK_S = 0.1
-"""Seconds of a tick beside images of other clients or sizes, which wait while it runs."""
+"""Maximum seconds of a tick while images of other clients or sizes wait for its end."""
 
 FAIR_THROUGHPUT = 0.96
-"""Share of the best throughput that such ticks reach, even if they take longer than that."""
+"""Share of the best throughput that such ticks reach even if they take longer for it."""
 
 LEAST_THROUGHPUT = 0.8
-"""Share of the best that live ticks reach, even if they take longer than wished: where one row
-alone takes that long, ticks of one row would only make all frames late."""
+"""Share of the best throughput that live ticks reach even if they take longer than intended. If one
+row alone takes that long, ticks of one row would only make all frames late."""
 
 LIVE_PAUSE_S = 10.0
-"""Seconds without a live frame after which none is expected."""
+"""Seconds after the last live frame until no further one is expected."""
 
 
 class Selection:
-    """Chooses the images of each tick, by what their clients and streams have had of the device.
+    """Chooses the images of each tick by the service that clients and streams have had.
 
-    The choice itself is pure (``fair_tick.py``, ``live_share.py``); here is what it goes by.
+    The choice itself is pure (``fair_tick.py``, ``live_share.py``); this class collects its inputs.
 
     Args:
-        measurements: the engine's, which say how many rows a forward may have.
+        measurements: counters of the engine, which hold the row budget.
         live_tick_s: see ``Engine``.
 
     Attributes:
-        turns: what clients and flows have had.
+        turns: service that clients and flows have had.
     """
 
     def __init__(self, measurements: EngineMeasurements, live_tick_s: float) -> None:
@@ -73,26 +73,26 @@ class Selection:
 
     @property
     def pace(self) -> float:
-        """The share of the device that ordinary images have; safe from any thread."""
+        """Share of the device that ordinary images have; safe from any thread."""
         return ORDINARY_SHARE if self.expects_live else 1.0
 
     @property
     def longest_aside_s(self) -> float:
-        """Seconds that stages without a forward may take between two ticks."""
+        """Maximum seconds that stages without a forward pass may take between two ticks."""
         return ORDINARY_SHARE * self._live_tick_s if self.expects_live else FAIR_TICK_S
 
     def note_live(self) -> None:
-        """A live frame is under way, or has just been finished."""
+        """Note that a live frame is under way, or has just been finished."""
         self._live_at = monotonic()
 
     def note_who_waits(self, under_way: Iterable[Sequence]) -> None:
-        """Tell of the flows that have a turn; batch work has none while other images are to run.
+        """Set the flows that have a turn; batch work has none while other images can run.
 
-        Else its client would seem to be served least for as long as it may not be served, and
-        whatever goes by turns would wait for it.
+        Otherwise a client of batch work would seem the least served for as long as it may not be
+        served, and everything that goes by turns would wait for it.
 
         Args:
-            under_way: all images, those that are not taken in yet among them.
+            under_way: all images, including those that are not admitted yet.
         """
         ordinary = [one for one in under_way if not one.live]
         now = monotonic()
@@ -102,7 +102,7 @@ class Selection:
         self.turns.wait({one.flow for one in chain(done, first or running)}, now)
 
     def charge(self, parts: Mapping[Sequence, float], seconds: float) -> None:
-        """Count seconds of the device as had by the clients of some images, by their parts."""
+        """Charge seconds of the device to the clients of some images, divided by their parts."""
         whole = sum(parts.values())
         by_flow: dict[Flow, float] = {}
         for sequence, part in parts.items():
@@ -114,12 +114,12 @@ class Selection:
     def charge_aside(
         self, parts: Mapping[Sequence, float], seconds: float, active: Listed[Sequence]
     ) -> None:
-        """Count work beside the ticks as had by the clients of some images, and by live ones.
+        """Charge work beside the ticks to the clients of some images, and to live ones.
 
         Args:
-            parts: of the work, by image.
-            seconds: that it took.
-            active: all images that are taken in.
+            parts: part of each image in the work.
+            seconds: seconds that it took.
+            active: all images that are admitted.
         """
         live = sum(sequence.live for sequence in parts) / len(parts)
         self.share_out(active, seconds, live_s=live * seconds)
@@ -129,15 +129,15 @@ class Selection:
         """Count work beside the ticks towards the shares of live and ordinary images.
 
         Args:
-            active: all images that are taken in.
-            seconds: that it took.
-            live_s: of these, for live images.
+            active: all images that are admitted.
+            seconds: seconds that it took.
+            live_s: part of these seconds spent on live images.
         """
         if self.expects_live and not all(sequence.live for sequence in active):
             self._shares = self._shares.after(live_s=live_s, ordinary_s=seconds - live_s)
 
     def next_tick(self, active: Listed[Sequence]) -> list[Sequence]:
-        """The images whose rows the next forward has, those of the same adapters side by side."""
+        """Choose the images of the next tick, with those of the same adapters side by side."""
         running = [one for one in active if not (one.done or one.recalls)]
         lanes = {id(sequence.lane): sequence.lane for sequence in running}
         live = any(sequence.live for sequence in running)
@@ -168,12 +168,12 @@ class Selection:
             chosen = choice.chosen
         else:
             chosen = fair_tick(candidates, self.turns, costs, rows_of)
-        # By their adapters and else oldest first, whoever's turn it is: what is kept, or recorded,
-        # for the adapters of some rows in an order is of use whichever of their images came first.
+        # By adapters and otherwise oldest first, whoever's turn it is: what is cached or recorded
+        # for a combination of adapters can then be used whichever image came first.
         return sorted((running[i] for i in sorted(chosen)), key=_adapters_of)
 
     def recalling(self, active: Listed[Sequence]) -> list[Sequence]:
-        """Images whose next stages are recalled at once, as many as a tick may have rows."""
+        """Images that recall their next stage, as many as a tick may have rows."""
         waiting = [one for one in active if one.recalls]
         waiting.sort(key=lambda one: (not one.live, self.turns.standing(one.flow)))
         most = min([self._measurements.row_budget, *(one.lane.row_cap.rows for one in waiting)])
@@ -181,7 +181,7 @@ class Selection:
         return waiting[: max(1, fitting)]
 
     def rows_of_tick(self, load: Load, lane: Lane) -> int:
-        """How many rows the next tick of a lane has."""
+        """Number of rows of the next tick of a lane."""
         costs = self._costs_of(lane, live=load.live)
         if lane.fixed_rows is not None:
             return costs.most
@@ -199,14 +199,14 @@ class Selection:
         def seconds(rows: int) -> float:
             return cost.seconds(fixed or lane.size_of(rows))
 
-        # A size that always shared its ticks would never show what it costs alone.
+        # A size that always shared its ticks would never reveal its own cost.
         mixes = None if cost.is_guess else lane.mixes
         return LaneCosts(most, seconds, longest_s, lane.area, mixes, cost.mixing)
 
     def _longest_ordinary_s(self, cost: TickCost, most: int) -> float:
-        """Whoever comes during a tick waits for its end."""
+        """Maximum seconds of a tick of ordinary images, since newcomers wait for its end."""
         if self.expects_live:
-            # A live frame waits for no longer than there was none.
+            # A live frame waits no longer than the pause before it has lasted.
             return min(self._live_tick_s, monotonic() - self._live_at)
         if self.turns.contended:
             fair_s = max(FAIR_TICK_S, cost.seconds_at(FAIR_THROUGHPUT, most))
@@ -215,6 +215,6 @@ class Selection:
 
 
 def _adapters_of(sequence: Sequence) -> list[tuple[str, str, float]]:
-    """Of the images of a request the same, so that those of a group stay side by side."""
+    """Sort key, equal for all images of a request, so that those of a group stay side by side."""
     own = sequence.task.adapters
     return [(one.adapter.name, one.adapter.revision, one.weight) for one in own]

@@ -1,4 +1,4 @@
-"""Runs stages of images, and learns from them what ticks cost and what fits into memory."""
+"""Execution of stages, which also teaches what ticks cost and what fits into memory."""
 
 from __future__ import annotations
 
@@ -32,25 +32,26 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Failure:
-    """An error that is an image's own, or that of the images of a group."""
+    """An error of one image, or of the images of one group."""
 
     images: list[Sequence]
     error: Exception
 
 
 class Stages:
-    """Runs a stage of several images at once, or of fewer where that is an error.
+    """Runs a stage of several images at once, and of fewer if that fails.
 
-    What it is given is the engine's own and changes with it.
+    The objects that it is given belong to the engine and change with it.
 
     Args:
-        device: of all models.
-        lanes: that there are.
-        overflows: learns what did not fit into memory by itself.
-        measurements: of the ticks.
-        row_watch: is shown what ticks weave.
-        give_back: frees memory that can be done without; whether recordings of forwards had any.
-        meanwhile: called in each stage while the device works.
+        device: device of all models.
+        lanes: all lanes.
+        overflows: record of what did not fit into memory by itself.
+        measurements: counters of the engine.
+        row_watch: watch that samples the ticks.
+        give_back: function that frees memory which is not needed, and returns whether recordings
+            held any of it.
+        meanwhile: function that is called in each stage while the device works.
     """
 
     def __init__(
@@ -72,14 +73,14 @@ class Stages:
         self._meanwhile = meanwhile
 
     def run(self, chosen: list[Sequence]) -> Iterator[Stage | Failure]:
-        """Run a stage of the chosen; halve them on an error until it is one image's or group's.
+        """Run a stage; on an error split the images until the error is one image's or group's.
 
         Args:
-            chosen: images of lanes that share a forward, those of a group side by side; all recall
-                the stage, or none.
+            chosen: images of lanes that share a forward pass, those of a group side by side; either
+                all of them recall the stage, or none.
 
         Yields:
-            Each part when it has run, or failed.
+            Each part that has run, or failed.
 
         Raises:
             DeviceLost: the device no longer answers.
@@ -91,7 +92,7 @@ class Stages:
             yield from self._divided(chosen, stage)
 
     def _divided(self, chosen: list[Sequence], error: Exception) -> Iterator[Stage | Failure]:
-        """Run the two halves of what together is an error; one image or group fails by it."""
+        """Run the two halves of images that fail together; a single image or group fails."""
         units, again = units_of(chosen), False
         if is_out_of_memory(error):
             again = self._make_room(chosen)
@@ -108,21 +109,21 @@ class Stages:
             yield Failure(chosen, error)
 
     def _make_room(self, chosen: list[Sequence]) -> bool:
-        """Whether what did not fit into memory may fit now, by itself."""
+        """Free memory; return whether the images that did not fit may fit now by themselves."""
         filled_up = False
-        # Where no forward ran, this says nothing of how many rows of one fit.
+        # Without a forward pass, the failure tells nothing about how many rows fit.
         if not chosen[0].recalls:
             lane, rows = largest(one.lane for one in chosen), sum(one.rows for one in chosen)
             mixed = any(one.lane is not lane for one in chosen)
             filled_up = lane.size_of(rows, mixed=mixed) > rows
             lane.row_cap.overflow(rows)
-        # Recordings, or rows that nobody reads, may have taken the room.
+        # The memory may have been taken by recordings, or by padding rows.
         return self._give_back() or filled_up
 
     def _note_overflow(self, chosen: list[Sequence]) -> None:
-        """Remember what did not fit by itself, so that as much is refused at once."""
+        """Remember images that did not fit by themselves, so that as large ones are refused."""
         task, free = chosen[0].task, unused_bytes(self._device)
-        # What ControlNets took is no reason to refuse as many rows without.
+        # Memory of ControlNets must not lead to refusing as many rows without them.
         rows = ceil(sum(one.work * one.lane.reads for one in chosen))
         self._overflows.note(task.model, task.width, task.height, rows, free)
 
@@ -144,11 +145,12 @@ class Stages:
         m.denoise_s += stage.denoise_s
         m.weave_s += stage.seconds - stage.denoise_s
         if widest.sizes_known == known:
-            # The first forward of a size tells nothing of those after it, and what ControlNets
-            # took of this one is no part of others.
+            # The first pass of a size says nothing about later ones, and the time of this one's
+            # ControlNets is not part of others.
             observe = widest.cost.observe_mixed if mixed else widest.cost.observe
             moved = observe(size, stage.seconds * rows / work)
-            # Sizes that mostly come along follow the machine's pace by larger ones.
+            # Smaller sizes, which mostly join others' ticks, follow the machine's speed by larger
+            # ones.
             for lane in self._lanes:
                 if lane.mixes_with(widest) and lane.area < widest.area:
                     lane.cost.shift(moved)

@@ -1,4 +1,4 @@
-"""What the service asks of the engine: one image, and what it has to do with others."""
+"""The task that the service gives to the engine: one image, and its relation to others."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 
 
 RepaintedFrom: TypeAlias = Literal["image", "noise", "nothing"]
-"""What is inside of a mask at the start: the image, noise in the place of its latents, or zeros."""
+"""Start of the masked area: the image's latents, noise in their place, or zeros."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Group:
-    """Images that run in lockstep: each tick takes all of them or none.
+    """Images that run in lockstep: each tick has all of them or none.
 
-    They belong to one submission, side by side, and follow one plan and one guidance. Where their
-    terms compare predictions of one image with those of another, no policy ends guidance for one of
-    them alone. What they have to do with each other is their terms' business.
+    They belong to one submission, side by side, and share one plan and one guidance. If their terms
+    compare predictions of one image with those of another, no policy ends guidance for only one of
+    them. All other relations between them are the business of their terms.
     """
 
 
@@ -45,45 +45,46 @@ class Stream:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ImageTask:
-    """One image, as the service gives it to the engine.
+    """One image, as the service passes it to the engine.
 
     Attributes:
         model: name of a hosted model.
-        prompt: what the picture shows, or several such texts blended.
-        negative_prompt: what the second branch is told; None is the model's unconditional.
-        width: in pixels.
-        height: in pixels.
-        seed: of this image, 0 to 2^63 - 1.
+        prompt: text that describes the picture, or a blend of several texts.
+        negative_prompt: text of the second branch; None is the model's unconditional input.
+        width: width in pixels.
+        height: height in pixels.
+        seed: seed of this image, 0 to 2^63 - 1.
         variation: turns the start noise towards that of another seed.
-        noise_size: width and height in pixels of the picture whose start noise the middle of the
-            image has.
-        plan: the sampler's table.
-        rule: how predictions are combined.
-        policy: where the second prediction comes from.
-        terms: what is added to the guidance beside the rule, in the order of
+        noise_size: width and height in pixels of the picture whose start noise fills the middle of
+            the image.
+        plan: table of the sampler.
+        rule: rule that combines predictions.
+        policy: policy that decides where the other predictions come from.
+        terms: additions to the guidance beside the rule, in the order of
             ``server.engine.terms.registry.TERMS``.
-        text: how all that its rows are told is encoded.
-        adapters: that all its rows have, whatever they are told.
-        controls: what steers all its rows beside the prompt.
+        text: options for encoding all of its texts.
+        adapters: adapters of all its rows, whatever their text.
+        controls: ControlNets that act on all its rows.
         image_prompts: pictures that its rows attend to beside their texts.
         references: pictures that its prompt refers to, ``[3, H, W]`` float32 in [-1, 1] of any
             sizes; for models whose facts have ``references``.
-        cache: decides at which stages the network is not evaluated; None evaluates it at every one.
-        coefficients: what a policy that is fitted was fitted to, ``[stages, n]``.
-        group: the images that this one runs in lockstep with.
-        priority: who goes first.
-        stream: that the image is a frame of, if its priority is live; where None is given, the
-            images of its submission are a stream.
-        image: picture to start from, ``[3, H, W]`` float32 in [-1, 1]; the plan then starts
-            part way.
+        cache: step cache, which decides at which stages the network is not evaluated; None
+            evaluates it at every stage.
+        coefficients: coefficients of a policy that is fitted, ``[stages, n]``.
+        group: group of images that this one runs in lockstep with.
+        priority: priority class.
+        stream: stream that the image is a frame of, if its priority is live; if None, the images of
+            its submission are a stream.
+        image: picture to start from, ``[3, H, W]`` float32 in [-1, 1]; the plan then starts part
+            way.
         latents: clean latents to start from instead of a picture, ``[C, h, w]`` float32.
-        mask: ``[H, W]`` float32, 1 to repaint, 0 to keep.
-        kept: the picture whose part outside of the mask the result has, where ``image`` has been
-            changed; None for ``image``.
+        mask: mask ``[H, W]`` float32, 1 to repaint, 0 to keep.
+        kept: picture that supplies the result outside of the mask, if ``image`` was changed; None
+            for ``image``.
         repainted_from: what the run starts from inside of the mask.
         from_noise: whether x starts as noise alone, although there is a picture.
-        undecoded: whether the result is the clean latents, which are not decoded.
-        previews: attach a small picture to each progress report.
+        undecoded: whether the result is the clean latents, without decoding.
+        previews: whether to attach a small picture to each progress report.
     """
 
     model: str

@@ -1,4 +1,4 @@
-"""Finds what a forward does that a recording of its kernels could not repeat."""
+"""Detection of operations in a forward pass that a recording of its kernels cannot repeat."""
 
 from __future__ import annotations
 
@@ -15,21 +15,24 @@ if TYPE_CHECKING:
 __all__ = ["unrepeatable"]
 
 BY_VALUES = "index"
-"""Of the names of operations that choose entries: by integers, or by bools whose number counts."""
+"""Part of the names of operations that select entries, by integers, or by bools whose count decides
+the size."""
 
 COPIES = ("copy", "aten.to.")
-"""Likewise of those that copy; in inference mode the second is not taken apart into the first."""
+"""Parts of the names of copying operations; inference mode does not decompose the second into the
+first."""
 
 
 def unrepeatable(forward: Callable[[], object], device: torch.device) -> str | None:
-    """Run a forward, and say why its kernels alone are not all of it; None where they are.
+    """Run a forward pass; return why its kernels alone would not reproduce it, or None.
 
-    A recording repeats kernels and copies on the device. What the host reads from there, or sends
-    there, would be as it was at the recording, and sizes that depend on values would be those.
+    A recording repeats kernels and copies on the device. Values that the host reads from the
+    device, or sends to it, would stay as they were at capture, and so would sizes that depend on
+    values.
 
     Args:
-        forward: runs in the caller's thread.
-        device: where all of it is to happen.
+        forward: function that runs the pass in the caller's thread.
+        device: device on which all of it should happen.
     """
     with _Operations(device) as seen:
         forward()
@@ -37,10 +40,10 @@ def unrepeatable(forward: Callable[[], object], device: torch.device) -> str | N
 
 
 class _Operations(TorchDispatchMode):
-    """Sees all operations of a thread, and keeps the first that cannot be repeated.
+    """Watches all operations of a thread, and keeps the first one that cannot be repeated.
 
     Args:
-        device: where they are to happen.
+        device: device on which they should happen.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -70,7 +73,7 @@ class _Operations(TorchDispatchMode):
             if not by_integers:
                 return f"{func} has a size that depends on values"
         places = {one.device.type for one in (*read, *made)}
-        # A number that stands on the host may take part in an operation, but not be copied.
+        # A scalar on the host may be an operand, but must not be copied.
         sizeable = {one.device.type for one in read if one.ndim} | {one.device.type for one in made}
         if self._device.type in places and len(sizeable) > 1:
             return f"{func} copies between the host and the device"

@@ -1,4 +1,4 @@
-"""The first calls of a model's networks, and how long its forwards take."""
+"""Warm-up of a model: the first calls of its networks, and the timing of its forward passes."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DETERMINISTIC_THROUGHPUT = 0.8
-"""Of the best one, which forwards of fixed rows are to have."""
+"""Share of the best throughput that forward passes with fixed rows should reach."""
 
 FEW_ROWS = 4
-"""Rows of the largest forward that is timed of a model that is added beside others' ticks."""
+"""Rows of the largest pass that is timed for a model that is added while ticks run."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Warmth:
-    """What the engine wants to know of a model before its first image.
+    """What the engine needs to know about a model before its first image.
 
     Attributes:
-        colours: of previews, see :func:`fit_preview`.
-        cost: of its ticks at its default size, to begin with.
-        most_rows: of the forwards that it was measured by.
+        colours: colours of previews, see :func:`fit_preview`.
+        cost: initial cost of its ticks at its default size.
+        most_rows: rows of the largest forward pass that was measured.
     """
 
     colours: Tensor
@@ -47,12 +47,12 @@ class Warmth:
 def warm_up(
     model: HostedModel, most: int, guessed_costs: Mapping[int, float] | None = None
 ) -> Warmth:
-    """Run each network of a model before the engine works, in its own thread.
+    """Run each network of a model before the engine works, in the engine's thread.
 
     Args:
-        model: loaded.
-        most: rows of a forward.
-        guessed_costs: seconds of a tick by rows, instead of those of timed forwards.
+        model: loaded model.
+        most: maximum number of rows in a forward pass.
+        guessed_costs: seconds of a tick by number of rows, used instead of timing forward passes.
 
     Raises:
         MemoryError: not even one row fits.
@@ -72,25 +72,25 @@ def warm_up_beside_ticks(model: HostedModel) -> Warmth:
     Raises:
         MemoryError: not even one row fits.
     """
-    # Only a guess: what else runs on the device meanwhile is in these times.
+    # Only a guess, since the times include other work on the device.
     colours, samples = _first_colours(model), time_forwards(model, FEW_ROWS)
     return Warmth(colours, TickCost(samples, guessed=True), max(samples))
 
 
 def fewest_rows(models: Iterable[Warmth]) -> int:
-    """Rows of a forward with most of the best throughput, which are too many for no model.
+    """Fewest rows of a pass with most of the best throughput, and not too many for any model.
 
-    An image alone waits for all rows of its forwards, so fewer are better for it. More than were
+    A single image waits for all rows of its passes, so fewer are better for it. More rows than were
     measured may not fit into memory.
     """
     return min(one.cost.rows_at(DETERMINISTIC_THROUGHPUT, one.most_rows) for one in models)
 
 
 def first_calls(model: HostedModel) -> Iterator[Callable[[], object]]:
-    """Calls of a model's autoencoder at the numbers of pictures that come in ticks.
+    """Calls of a model's autoencoder at the numbers of pictures that occur in ticks.
 
-    Each is to be made once in the thread that runs the ticks, as torch keeps a thread's choices of
-    kernels for itself.
+    Each should be made once in the thread that runs the ticks, since torch keeps its choices of
+    kernels per thread.
     """
     width, height = model.facts.default_width, model.facts.default_height
     shape, device = model.default_shape, model.device
@@ -107,18 +107,18 @@ def first_calls(model: HostedModel) -> Iterator[Callable[[], object]]:
 
 
 def _first_colours(model: HostedModel) -> Tensor:
-    """Colours of previews, once the decoder has run."""
+    """Fit the colours of previews, and run the decoder once."""
     colours = fit_preview(model)
     model.decode(torch.zeros(1, *model.default_shape, device=model.device))
     return colours
 
 
 def time_forwards(model: HostedModel, most: int) -> dict[int, float]:
-    """Seconds of a forward by its rows, at the model's default picture size.
+    """Measure seconds of a forward pass by number of rows, at the default picture size.
 
     Args:
-        model: loaded; its networks are warm afterwards.
-        most: rows; larger sizes than fit in memory are left out.
+        model: loaded model; its networks are warm afterwards.
+        most: maximum number of rows; sizes that do not fit in memory are left out.
 
     Raises:
         MemoryError: not even one row fits.
