@@ -1,10 +1,11 @@
 """Prompts in the syntax of AUTOMATIC1111: weighted words, and more tokens than the encoder takes.
 
-As its ``prompt_parser.parse_prompt_attention``, ``TextConditionalModel.tokenize_line`` and
-``EmphasisOriginal`` do it (stable-diffusion-webui 1.10). Departures: ``BREAK`` breaks inside of
-brackets too, weights are bounded by ``STRONGEST``, a mean of about zero is not restored, and each
-prompt is rescaled by itself, where there it is with the others of its batch. Texts
-that change along a run are ``server.models.prompt_editing``.
+The behavior is that of its ``prompt_parser.parse_prompt_attention``,
+``TextConditionalModel.tokenize_line`` and ``EmphasisOriginal`` (stable-diffusion-webui 1.10).
+Departures: ``BREAK`` also breaks inside brackets, weights are bounded by ``STRONGEST``, a mean of
+about zero is not restored, and each prompt is rescaled by itself, where AUTOMATIC1111 rescales it
+together with the others of its batch. Texts that change during a run are handled in
+``server.models.prompt_editing``.
 """
 
 from __future__ import annotations
@@ -36,24 +37,26 @@ __all__ = [
 ]
 
 MOST_CHUNKS: Final = 4
-"""Of one prompt. Prompts of one image are repeated to one length, of at most 12 chunks."""
+"""Maximum number of chunks of a prompt. Prompts of one image are repeated to a common length, of at
+most 12 chunks."""
 
 SURELY_ONE_CHUNK: Final = 75
-"""Bytes of a text; CLIP's tokens have at least one each, and its chunks 75 tokens."""
+"""Bytes of a text that surely fits into one chunk: CLIP's tokens have at least one byte each, and a
+chunk has 75 tokens."""
 
 STRONGEST: Final = 16.0
 
 ROUND: Final = 1.1
-"""Weight of what stands in round brackets; square ones divide by it."""
+"""Weight of text in round brackets; square brackets divide by it."""
 
 NO_MEAN: Final = 1e-4
-"""Share of their root mean square below which hidden states have no mean to restore."""
+"""Ratio of mean to root mean square below which hidden states have no mean to restore."""
 
 BACKTRACK: Final = 20
-"""Tokens since the last comma that go to the next chunk when one is full."""
+"""Maximum number of tokens since the last comma that move to the next chunk when one is full."""
 
 _CLOSING: Final = {")": ("(", ROUND), "]": ("[", 1 / ROUND)}
-"""The bracket that another one closes, and the factor on what is inside."""
+"""The opening bracket for a closing one, and the factor on the text inside."""
 
 _PIECE: Final = re.compile(
     r"\\.|\(|\[|:\s*+([+-]?(?:\d++\.?\d*+|\.\d++))\s*+\)|\)|\]|[^\\()\[\]:]++|:|\\", re.DOTALL
@@ -65,13 +68,13 @@ _READ: Final = re.compile(
     r"|(?<=:)(?=\s*+[-+]?(?:\d+\.?|\d*\.\d+)\s*\Z)"
 )
 """Where AUTOMATIC1111 reads more than plain text: weights, chunks, joined prompts, tags, and a
-number after a last colon, which there is a weight of the prompt even if it is the only one."""
+number after a final colon, which is a weight of the prompt there even if it is the only one."""
 
 
 class EmphasizedPrompt(str):
-    """A prompt whose brackets are weights; no model that does not know it reads them.
+    """A prompt whose brackets are weights, for models that support them.
 
-    It is equal to no plain text, so that both are encoded.
+    It compares unequal to any plain text, so that both are encoded.
     """
 
     __slots__ = ()
@@ -88,7 +91,7 @@ class EmphasizedPrompt(str):
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A part of a prompt; without a weight it begins a new chunk, and has no text."""
+    """A part of a prompt. A segment without a weight starts a new chunk and has no text."""
 
     text: str
     weight: float | None
@@ -96,34 +99,34 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """As many tokens as the encoder takes, or fewer, each with its weight; without markers."""
+    """At most as many tokens as the encoder takes, each with its weight; excluding markers."""
 
     tokens: tuple[int, ...]
     weights: tuple[float, ...]
 
 
 def is_weighted(text: str) -> bool:
-    """Whether a text says anything in this syntax."""
+    """Whether a text uses this syntax."""
     return _SYNTAX.search(text) is not None
 
 
 def escaped(text: str) -> str:
-    """A plain text as it is written in this syntax, so that it says the same there."""
+    """Escape a plain text, so that it has the same meaning in this syntax."""
     return _READ.sub(r"\\\g<0>", text)
 
 
 def is_long(text: str) -> bool:
-    """Whether a text may have more tokens than one chunk."""
+    """Whether a text may have more tokens than fit into one chunk."""
     return len(text.encode()) > SURELY_ONE_CHUNK
 
 
 def plain_text(prompt: str | None) -> str:
-    """What is encoded in the batch of plain prompts, which keeps its size, for any prompt."""
+    """The text for the batch of plain prompts, whose size is fixed; empty for a weighted prompt."""
     return "" if prompt is None or isinstance(prompt, EmphasizedPrompt) else prompt
 
 
 def segments_of(text: str) -> list[Segment]:
-    """The parts of a prompt with their weights; neighbours of one weight are one."""
+    """Split a prompt into segments with their weights, merging neighbors of equal weight."""
     parts: list[str | None] = []
     opened: dict[str, list[int]] = {"(": [], "[": []}
     closed: list[tuple[slice, float]] = []
@@ -148,7 +151,7 @@ def segments_of(text: str) -> list[Segment]:
         for start in opened[opening]:
             weigh(start, factor)
     weights = np.ones(len(parts))
-    # Thousands of brackets around thousands of parts, as nobody but an attacker writes them.
+    # Thousands of brackets around thousands of parts may overflow; only an attacker writes them.
     with np.errstate(over="ignore", invalid="ignore"):
         for inside, factor in closed:
             weights[inside] *= factor
@@ -156,7 +159,7 @@ def segments_of(text: str) -> list[Segment]:
 
 
 def _broken(text: str) -> Iterator[str | None]:
-    """What is between the breaks, each of which is None and takes the blanks around it."""
+    """The texts between breaks, stripped of whitespace there, and None for each break."""
     first, *others = _BREAK.split(text)
     for part in others:
         yield first.rstrip()
@@ -186,14 +189,14 @@ def chunks_of(
     comma: int,
     room: int,
 ) -> list[Chunk]:
-    """The tokens of a prompt in chunks of at most `room`, which break after a comma if they can.
+    """Split the tokens of a prompt into chunks of at most `room`, after a comma where possible.
 
     Args:
-        segments: of the prompt.
-        tokenize: tokens of a text, without markers, in pieces that stay in one chunk: each token
-            by itself, or all vectors of an embedding. None has more than `room`.
-        comma: token of a comma that ends a word.
-        room: tokens that the encoder takes beside its markers.
+        segments: segments of the prompt.
+        tokenize: tokenizes a text without markers, into pieces that stay in one chunk: each token
+            by itself, or all vectors of an embedding. No piece has more than `room` tokens.
+        comma: token of a comma at the end of a word.
+        room: number of tokens that the encoder takes, excluding markers.
 
     Returns:
         At least one chunk, which may be empty.
@@ -240,7 +243,7 @@ def _weighted_pieces(
 
 
 def rescaled(hidden: Tensor, weights: Tensor) -> Tensor:
-    """Hidden states times their weights, with the mean of each chunk as it was.
+    """Multiply hidden states by their weights, and restore the mean of each chunk.
 
     Args:
         hidden: ``[chunks, tokens, features]``.
@@ -253,6 +256,6 @@ def rescaled(hidden: Tensor, weights: Tensor) -> Tensor:
     size = exact.square().mean((1, 2), keepdim=True).sqrt()
     lost = torch.minimum(before.abs(), after.abs()) < NO_MEAN * size
     ratio = torch.where(lost, 1.0, before / after)
-    # Without weights, bit for bit what the encoder puts out.
+    # Where all weights are 1, the encoder's output is returned bit for bit.
     plain = (weights == 1).all(1)[:, None, None].to(hidden.device)
     return torch.where(plain, hidden, (weighed * ratio).to(hidden.dtype))

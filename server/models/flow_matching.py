@@ -1,7 +1,7 @@
-"""The noise schedules of flow-matching models, by size and number of steps.
+"""Noise schedules of flow-matching models, by image size and number of steps.
 
-As the ``FlowMatchEulerDiscreteScheduler`` of diffusers sets them, where its pipelines give it the
-sigmas 1 to 1 / N: that is the spacing ``trailing`` of the schedules here.
+They equal those of diffusers' ``FlowMatchEulerDiscreteScheduler`` where its pipelines pass sigmas
+from 1 to 1 / N, which is the spacing ``trailing`` of the schedules here.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ REFUSED: Final = (
     "use_beta_sigmas",
     "stochastic_sampling",
 )
-"""Entries of its config that no published model sets; samplers and spacings are for requests."""
+"""Config entries that no published model sets; samplers and spacings are chosen by requests."""
 
 NUMBERS: Final[Mapping[str, tuple[float, float]]] = {
     "shift": (0.01, 100),
@@ -42,29 +42,29 @@ NUMBERS: Final[Mapping[str, tuple[float, float]]] = {
     "shift_terminal": (0, 0.99),
     "num_train_timesteps": (TRAINED_STEPS, TRAINED_STEPS),
 }
-"""Entries of its config with the least and the most that is allowed."""
+"""Config entries with their allowed minimum and maximum."""
 
 LARGEST_MU: Final = 30
-"""Of exponential shifts; FLUX.1 dev reaches it at 6700 x 6700 pixels. Beyond, float64 has no digits
-left for what differs from pure noise."""
+"""Maximum mu of exponential shifts; FLUX.1 dev reaches it at 6700 x 6700 pixels. Beyond it, float64
+cannot resolve the difference from pure noise."""
 
 SCHEDULES_KEPT: Final = 512
 LONGEST_INTERPOLATED: Final = 4300
-"""Tokens of a picture beyond which FLUX.2's mu no longer depends on the steps."""
+"""Number of image tokens above which FLUX.2's mu no longer depends on the steps."""
 
 
 class FlowSchedules:
-    """The schedule of each size and number of steps; equal ones are the same object.
+    """Returns the schedule for a size and a number of steps; equal schedules are the same object.
 
     Args:
-        folder: of the model.
-        cell: pixels along a side of what the denoiser takes as one token.
-        mu: of a picture's tokens and a run's steps, the logarithm of the shift, for schedulers
-            whose shift follows the size; None for the line that the config names.
+        folder: model folder.
+        cell: pixels along one side of a token of the denoiser.
+        mu: logarithm of the shift as a function of the image's tokens and the run's steps, for
+            schedulers whose shift depends on the size; None for the line given by the config.
 
     Raises:
-        ModelMismatch: the scheduler is of another class, or set to what is not supported.
-        ValueError: a shift that no schedule has.
+        ModelMismatch: the scheduler is of another class, or has unsupported settings.
+        ValueError: a shift that no schedule allows.
     """
 
     def __init__(
@@ -92,16 +92,16 @@ class FlowSchedules:
         self._shift = float(config.get("shift", 1.0))
         self._mu = (mu or mu_of_scheduler(config)) if config.get("use_dynamic_shifting") else None
         self._made = lru_cache(SCHEDULES_KEPT)(_schedule)
-        # One token has the smallest shift; what is wrong with it is said while the model is loaded.
+        # One token has the smallest shift; if it is invalid, loading the model fails.
         self(cell, cell, 2)
 
     def __call__(self, width: int, height: int, steps: int) -> NoiseSchedule:
         """The schedule of a run.
 
         Args:
-            width: of the picture in pixels.
-            height: of the picture in pixels.
-            steps: of the run.
+            width: image width in pixels.
+            height: image height in pixels.
+            steps: number of steps of the run.
         """
         shift = self._shift
         if self._mu is not None:
@@ -111,7 +111,7 @@ class FlowSchedules:
 
 
 def mu_of_scheduler(config: Mapping[str, Any]) -> Callable[[int, int], float]:
-    """Mu on the line between the two lengths of a scheduler's config, whatever the steps."""
+    """Mu on the line between the two lengths of a scheduler's config, for any number of steps."""
     lengths, shifts = _ends_of_mu(config)
     return lambda tokens, _: interpolated_mu(tokens, lengths, shifts)
 
@@ -119,21 +119,21 @@ def mu_of_scheduler(config: Mapping[str, Any]) -> Callable[[int, int], float]:
 def interpolated_mu(
     tokens: int, lengths: tuple[float, float], shifts: tuple[float, float]
 ) -> float:
-    """Mu on a line through two points, beyond them too (FLUX.1's ``calculate_shift``).
+    """Mu on a line through two points, extrapolated beyond them (FLUX.1's ``calculate_shift``).
 
     Args:
-        tokens: of the picture.
+        tokens: number of tokens of the image.
         lengths: numbers of tokens at the two points.
-        shifts: mu there.
+        shifts: mu at the two points.
     """
     slope = (shifts[1] - shifts[0]) / (lengths[1] - lengths[0])
     return shifts[0] + slope * (tokens - lengths[0])
 
 
 def empirical_mu(tokens: int, steps: int) -> float:
-    """Mu of FLUX.2, by the picture's tokens and the run's steps (its ``compute_empirical_mu``).
+    """Mu of FLUX.2 for an image's tokens and a run's steps (its ``compute_empirical_mu``).
 
-    On a line through two fits, at 10 and at 200 steps.
+    It lies on a line through two fits, at 10 and at 200 steps.
     """
     at_10, at_200 = 8.73809524e-05 * tokens + 1.89833333, 0.00016927 * tokens + 0.45666666
     if tokens > LONGEST_INTERPOLATED:
@@ -166,7 +166,7 @@ def _check_numbers(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def _ends_of_mu(config: Mapping[str, Any]) -> tuple[tuple[float, float], tuple[float, float]]:
-    """The two lengths of a scheduler's config, and mu there."""
+    """The two lengths of a scheduler's config, and mu at these lengths."""
     return (
         (config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)),
         (config.get("base_shift", 0.5), config.get("max_shift", 1.15)),

@@ -1,6 +1,7 @@
-"""FLUX.1, dev, schnell and Kontext: a pooled vector, T5's tokens, a transformer on packed latents.
+"""FLUX.1 dev, schnell and Kontext: CLIP's pooled vector, T5's tokens, and a transformer.
 
-As ``FluxPipeline`` and ``FluxKontextPipeline`` of diffusers run it.
+The transformer works on packed latents. It runs as in diffusers' ``FluxPipeline`` and
+``FluxKontextPipeline``.
 """
 
 from __future__ import annotations
@@ -41,14 +42,15 @@ if TYPE_CHECKING:
     from server.models.text_options import TextOptions
 
 PATCH = 2
-"""Latent cells along a side of a token."""
+"""Latent cells along one side of a token."""
 
 TEXT = "encoder_hidden_states"
 POOLED = "pooled_projections"
 
 LENGTH = 512
 LENGTH_UNGUIDED = 256
-"""Tokens of every prompt: of dev, and of schnell, which was trained on fewer (its model card)."""
+"""Number of tokens of every prompt: for dev, and for schnell, which was trained on fewer (its model
+card)."""
 
 KONTEXT_SIZES = tuple(
     (width, height)
@@ -65,14 +67,14 @@ KONTEXT_SIZES = tuple(
     )
     for width, height in sorted({(one, other), (other, one)})
 )
-"""Width and height in pixels of the pictures that Kontext was trained to edit."""
+"""Width and height in pixels of the images that Kontext was trained to edit."""
 
 THOUSAND = 1000
-"""Trained timesteps; the transformer multiplies what it is told by them."""
+"""Number of trained timesteps, by which the transformer multiplies its timestep input."""
 
 
 class ClipAndT5:
-    """T5's last hidden states, padding among them, and CLIP's pooled vector.
+    """T5's last hidden states, including padding, and CLIP's pooled vector.
 
     The unconditional is the empty prompt.
     """
@@ -83,23 +85,23 @@ class ClipAndT5:
 
     @property
     def max_tokens(self) -> int:
-        """Tokens of the longest prompt that T5 does not cut off; CLIP reads the first 75 or so."""
+        """Maximum number of tokens of a prompt for T5; CLIP reads only the first 75 or so."""
         return self._t5.max_tokens
 
     def count_tokens(self, text: str) -> int:
-        """T5's tokens of a prompt, without the marker; safe from any thread."""
+        """Number of T5 tokens of a prompt, excluding the marker; safe from any thread."""
         return self._t5.count_tokens(text)
 
     def encode(
         self, prompts: Sequence[str | None], width: int, height: int, options: TextOptions
     ) -> list[Conditioning]:
-        """Conditioning of each prompt, whatever the size of the picture."""
+        """Conditioning of each prompt; it does not depend on the image size."""
         texts = [prompt or "" for prompt in prompts]
         pooled: Tensor = self._clip.encode(texts).pooler_output
-        # T5 reads its padding as text here, and so does the transformer.
+        # T5 attends to its padding here, and so does the transformer.
         states = self._t5.encode(texts, masked=False).states
         return [
-            # Views would keep the whole batch of prompts in memory.
+            # Cloned, as views would keep the whole batch of prompts in memory.
             Conditioning({TEXT: row.clone(), POOLED: vector.clone()}, len(row))
             for row, vector in zip(states, pooled, strict=True)
         ]
@@ -110,11 +112,11 @@ class ClipAndT5:
 
 
 class FluxDenoiser:
-    """The transformer on latents packed to tokens of 2 x 2 cells.
+    """The transformer, on latents packed to tokens of 2 x 2 cells.
 
     Args:
         network: a ``FluxTransformer2DModel`` in inference mode.
-        control: the ControlNets that it takes.
+        control: ControlNets for this transformer.
     """
 
     def __init__(self, network: Any, control: FluxControl) -> None:
@@ -122,7 +124,7 @@ class FluxDenoiser:
         self._control = control
 
     def __call__(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
-        """See ``HostedModel.evaluate``; a row without an embedded scale is told the scale 1."""
+        """See ``HostedModel.evaluate``; a row without an embedded scale gets the scale 1."""
         network, conditioning = self.network, inputs.conditioning.tensors
         text, scales = conditioning[TEXT], inputs.scale_embedding
         guidance = torch.ones_like(t) if scales is None else scales + 1
@@ -132,7 +134,7 @@ class FluxDenoiser:
         others = [positions(one.shape[1], one.shape[2], x.device, first=1) for one in references]
         rows = {
             "hidden_states": with_references(packed(x), references).to(network.dtype),
-            # The thousandfold is what is rounded, as in diffusers' pipeline.
+            # Rounded to the network's dtype before the division, as in diffusers' pipeline.
             "timestep": t.to(network.dtype) / THOUSAND,
             "pooled_projections": conditioning[POOLED],
             "encoder_hidden_states": text,
@@ -155,23 +157,23 @@ class FluxDenoiser:
 
 
 def packed(latents: Tensor) -> Tensor:
-    """Tokens ``[rows, h/2 * w/2, 4 C]`` of latents ``[rows, C, h, w]``: (channel, y, x) inside."""
+    """Pack latents ``[rows, C, h, w]`` to tokens ``[rows, h/2 * w/2, 4 C]`` of (channel, y, x)."""
     return F.pixel_unshuffle(latents, PATCH).flatten(2).transpose(1, 2)
 
 
 def token_grid(latents: Tensor) -> Tensor:
-    """Tokens ``[h/2, w/2, 4 C]`` of latents ``[C, h, w]``."""
+    """Pack latents ``[C, h, w]`` to tokens ``[h/2, w/2, 4 C]``."""
     return F.pixel_unshuffle(latents, PATCH).permute(1, 2, 0)
 
 
 def unpacked(tokens: Tensor, height: int, width: int) -> Tensor:
-    """Latents ``[rows, C, 2 height, 2 width]`` of tokens ``[rows, height * width, 4 C]``."""
+    """Unpack tokens ``[rows, height * width, 4 C]`` to latents ``[rows, C, 2 height, 2 width]``."""
     cells = tokens.transpose(1, 2).unflatten(2, (height, width))
     return F.pixel_shuffle(cells, PATCH)
 
 
 def positions(height: int, width: int, device: torch.device, *, first: int = 0) -> Tensor:
-    """``(first, y, x)`` of each token of a picture, ``[height * width, 3]`` float32."""
+    """Positions ``(first, y, x)`` of an image's tokens, ``[height * width, 3]`` float32."""
     rows, columns = torch.meshgrid(
         torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij"
     )
@@ -181,7 +183,7 @@ def positions(height: int, width: int, device: torch.device, *, first: int = 0) 
 def load_flux1(
     folder: Path, name: str, revisions: Revisions, device: torch.device, dtype: torch.dtype
 ) -> TransformerModel:
-    """Load the parts of a diffusers folder from safetensors alone.
+    """Load the parts of a diffusers folder, from safetensors files only.
 
     Raises:
         ModelMismatch: a part that this family cannot run.
@@ -221,7 +223,7 @@ def load_flux1(
     )
     autoencoder = Autoencoder(vae, device)
     control = FluxControl(transformer, autoencoder.encode, packed, device)
-    # Residuals of a ControlNet are of the image's tokens alone.
+    # A ControlNet's residuals cover only the tokens of the generated image, not of references.
     return TransformerModel(
         facts,
         device,
@@ -236,7 +238,7 @@ def load_flux1(
 
 
 def _defaults_of(folder: Path, *, guided: bool, edits: bool) -> ModelDefaults | None:
-    """How the model was distilled to be sampled; None for the server's defaults."""
+    """The settings that the model was distilled for; None for the server's defaults."""
     scheduler = read_json(folder, SCHEDULER)
     if said := stated(folder, scheduler, embeds_scale=guided, flow=True):
         return said

@@ -1,6 +1,6 @@
-"""FLUX.2 klein, 4B and 9B: tokens of three layers of Qwen3, a transformer on packed latents.
+"""FLUX.2 klein, 4B and 9B: hidden states of three layers of Qwen3, and a transformer.
 
-As ``Flux2KleinPipeline`` of diffusers runs it.
+The transformer works on packed latents. It runs as in diffusers' ``Flux2KleinPipeline``.
 """
 
 from __future__ import annotations
@@ -41,61 +41,62 @@ if TYPE_CHECKING:
     from server.models.text_options import TextOptions
 
 PATCH = 2
-"""Cells of the autoencoder along a side of a latent cell, which is one token."""
+"""Autoencoder cells along one side of a latent cell, which is one token."""
 
 TEXT = "encoder_hidden_states"
 
 MOST_REFERENCES = 4
-"""Pictures beside a prompt. The transformer has places for more, each at the cost of an image."""
+"""Maximum number of reference images. The transformer has positions for more, but each costs as
+much as a generated image."""
 
 APART = 10
-"""By which the first coordinates of pictures differ, that of the image to be drawn being 0."""
+"""Difference between the first coordinates of successive images; the generated image has 0."""
 
 LENGTH = 512
-"""Tokens of every prompt, with the template and the padding."""
+"""Number of tokens of every prompt, including the template and the padding."""
 
 LAYERS = (9, 18, 27)
-"""Of the text encoder's hidden states, those that the transformer reads, side by side."""
+"""Indices of the text encoder's hidden states that the transformer reads, concatenated."""
 
 HEAD, TAIL = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
-"""Qwen3's chat template around a prompt, with thinking switched off."""
+"""Qwen3's chat template around a prompt, with thinking disabled."""
 
 
 class Qwen3Layers:
-    """Hidden states of three layers of Qwen3, padding among them.
+    """Encodes prompts to hidden states of three layers of Qwen3, including padding.
 
     The unconditional is the empty prompt.
 
     Args:
         encoder: a ``Qwen3ForCausalLM`` in inference mode.
-        tokenizer: whose ``model_max_length`` is the length.
-        device: where the encoder runs.
+        tokenizer: its tokenizer, whose ``model_max_length`` is the length.
+        device: device of the encoder.
     """
 
     def __init__(self, encoder: Any, tokenizer: Any, device: torch.device) -> None:
-        # Nobody reads the layers behind the last of them, and words are not what is wanted.
+        # The layers after the last one that is read, and the language model head, are not needed.
         self._encoder = encoder.model
         del self._encoder.layers[LAYERS[-1] + 1 :]
         self._encoder.config.num_hidden_layers = len(self._encoder.layers)
         self._tokenizer = tokenizer
         self._device = device
-        # A fast tokenizer refuses two threads at once.
+        # A fast tokenizer raises an error if two threads use it at once.
         self._tokenizing = Lock()
         self._template = self._count("")
 
     @property
     def max_tokens(self) -> int:
-        """Tokens of the longest prompt, the template not counted."""
+        """Maximum number of tokens of a prompt, excluding the template."""
         return self._tokenizer.model_max_length - self._template
 
     def count_tokens(self, text: str) -> int:
-        """Tokens of a prompt, the template not counted; safe from any thread."""
+        """Number of tokens of a prompt, excluding the template; safe from any thread."""
         return self._count(text) - self._template
 
     def encode(
         self, prompts: Sequence[str | None], width: int, height: int, options: TextOptions
     ) -> list[Conditioning]:
-        """Conditioning of each prompt, whatever the size of the picture."""
+        """Conditioning of each prompt; it does not depend on the image size."""
         with self._tokenizing:
             tokens = self._tokenizer(
                 [_as_message(prompt or "") for prompt in prompts],
@@ -105,7 +106,7 @@ class Qwen3Layers:
                 return_tensors="pt",
             ).to(self._device)
         states = self._encoder(**tokens, output_hidden_states=True, use_cache=False).hidden_states
-        # Prompts do not see their padding, but the transformer reads what the encoder makes of it.
+        # Prompts do not attend to their padding, but the transformer reads the padding's states.
         joined = torch.cat([states[layer] for layer in LAYERS], -1)
         return [Conditioning({TEXT: row.clone()}, len(row)) for row in joined]
 
@@ -119,7 +120,7 @@ class Qwen3Layers:
 
 
 class Flux2Denoiser:
-    """The transformer on latents whose cells are its tokens.
+    """The transformer, on latents whose cells are its tokens.
 
     Args:
         network: a ``Flux2Transformer2DModel`` in inference mode.
@@ -139,7 +140,7 @@ class Flux2Denoiser:
             places.append(positions(*size, 1, x.device, first=APART * number))
         velocity = network(
             hidden_states=with_references(_tokens(x), references).to(network.dtype),
-            # The thousandfold is what is rounded, as in diffusers' pipeline.
+            # Rounded to the network's dtype before the division, as in diffusers' pipeline.
             timestep=t.to(network.dtype) / THOUSAND,
             guidance=None,
             encoder_hidden_states=text,
@@ -151,33 +152,39 @@ class Flux2Denoiser:
 
 
 class Flux2Autoencoder:
-    """An autoencoder whose latents are packed 2 x 2 and normalised channel by channel.
+    """An autoencoder whose latents are packed 2 x 2 and normalized channel by channel.
 
     Args:
         network: an ``AutoencoderKLFlux2`` in inference mode.
-        device: where it runs.
+        device: device on which it runs.
     """
 
     def __init__(self, network: Any, device: torch.device) -> None:
         self.network = network.to(device, memory_format=torch.channels_last)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures ``[rows, 3, H, W]`` float32 in [-1, 1] of clean latents ``[rows, C, h, w]``."""
+        """Decode clean latents ``[rows, C, h, w]`` to images ``[rows, 3, H, W]`` in [-1, 1].
+
+        The images are float32.
+        """
         mean, deviation = self._statistics()
         cells = F.pixel_shuffle(latents * deviation + mean, PATCH)
         network = with_tiles(self.network, cells, pixels_a_cell(self.network.config))
         return network.decode(cells.to(network.dtype), return_dict=False)[0].float()
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Clean latents ``[rows, C, h, w]`` float32 of pictures ``[rows, 3, H, W]`` in [-1, 1]."""
-        # The mean of the posterior, not a sample: the same picture gives the same latent.
+        """Encode images ``[rows, 3, H, W]`` in [-1, 1] to clean latents ``[rows, C, h, w]``.
+
+        The latents are float32.
+        """
+        # The mean of the posterior, not a sample, so that the same image gives the same latent.
         network = with_tiles(self.network, pixels, scale=1)
         cells = network.encode(pixels.to(network.dtype)).latent_dist.mode().float()
         mean, deviation = self._statistics()
         return (F.pixel_unshuffle(cells, PATCH) - mean) / deviation
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of each channel, which are weights that another file may replace."""
+        """Mean and standard deviation of each channel: weights, which another file may replace."""
         network = self.network
         variance = network.bn.running_var.float() + network.config.batch_norm_eps
         mean = network.bn.running_mean.float()
@@ -187,7 +194,7 @@ class Flux2Autoencoder:
 def positions(
     height: int, width: int, words: int, device: torch.device, *, first: int = 0
 ) -> Tensor:
-    """``(first, y, x, word)`` of each token, int64 ``[height * width * words, 4]``."""
+    """Positions ``(first, y, x, word)`` of tokens, int64 ``[height * width * words, 4]``."""
     sizes = (1, height, width, words)
     places = torch.cartesian_prod(*(torch.arange(size, device=device) for size in sizes))
     places[:, 0] = first
@@ -195,7 +202,7 @@ def positions(
 
 
 def _token_grid(latents: Tensor) -> Tensor:
-    """Tokens ``[h, w, C]`` of latents ``[C, h, w]``."""
+    """Arrange latents ``[C, h, w]`` as tokens ``[h, w, C]``."""
     return latents.permute(1, 2, 0)
 
 
@@ -207,7 +214,7 @@ def _tokens(latents: Tensor) -> Tensor:
 def load_flux2_klein(
     folder: Path, name: str, revisions: Revisions, device: torch.device, dtype: torch.dtype
 ) -> TransformerModel:
-    """Load the parts of a diffusers folder from safetensors alone.
+    """Load the parts of a diffusers folder, from safetensors files only.
 
     Raises:
         ModelMismatch: a part that this family cannot run.
@@ -260,7 +267,7 @@ def _as_message(prompt: str) -> str:
 
 
 def _defaults_of(folder: Path) -> ModelDefaults:
-    """How the model is sampled: the base model in many steps with guidance, or as distilled."""
+    """Settings of the base model, with many steps and guidance, or of the distilled one."""
     if said := stated(folder, read_json(folder, SCHEDULER), embeds_scale=False, flow=True):
         return said
     if read_json(folder, "model_index.json").get("is_distilled") is True:

@@ -1,4 +1,4 @@
-"""Reading a diffusers model folder without trusting it."""
+"""Reads diffusers model folders without trusting their contents."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ if TYPE_CHECKING:
 CHUNK = 1 << 22
 INDEX = "model_index.json"
 HERE = "."
-"""The folder itself as a part, where the parts of a model are in subfolders."""
+"""Part name for a folder that is itself a part, where a model's parts are subfolders."""
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
-"""Parts that a folder may have and Weft leaves alone."""
+"""Parts that a folder may have and Weft ignores."""
 AUTOENCODER = "vae"
 GGUF = ".gguf"
 WEIGHTS = (".safetensors", GGUF)
-"""Endings of the files that weights are read from."""
+"""Extensions of weight files."""
 DERIVED = "weft"
-"""Folder inside a model folder for what was made from its weights, and is no part of them."""
+"""Subfolder of a model folder for what was derived from its weights, and is not part of them."""
 
 
 def embedded_folders() -> dict[str, Path]:
-    """The models that ship with Weft: the embedded one, and what was distilled from it."""
-    # Found by name, as their training imports the server.
+    """Folders of the models that ship with Weft: the embedded one, and one distilled from it."""
+    # Located by name and not imported, as the modules that train them import the server.
     place = Path(str(files("embedded")))
     return {"embedded": place / "model", "embedded-lcm": place / "lcm"}
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """An object from a JSON file of the folder.
+    """Read an object from a JSON file of the folder.
 
     Raises:
-        ModelMismatch: the file is missing or holds no object.
+        ModelMismatch: the file is missing or does not contain an object.
     """
     try:
         value = json.loads((folder / name).read_text("utf-8"))
@@ -64,19 +64,19 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 
 
 def parts_of(folder: Path) -> list[str]:
-    """The subfolders with what is loaded of a model, by its ``model_index.json``.
+    """The subfolders with the parts of a model that are loaded, by its ``model_index.json``.
 
     Raises:
-        ModelMismatch: it is missing or holds no object.
+        ModelMismatch: the file is missing or does not contain an object.
     """
-    # Entries of parts that a model lacks are two nulls, and settings are no lists.
+    # The entry of a part that a model lacks is a pair of nulls, and settings are not lists.
     index = read_json(folder, INDEX).items()
     named = [part for part, entry in index if isinstance(entry, list) and any(entry)]
     return [part for part in named if part not in UNUSED]
 
 
 def component_class(folder: Path, part: str, allowed: frozenset[str]) -> str:
-    """The class that the folder names for a part.
+    """The class that the folder's ``model_index.json`` names for a part.
 
     Raises:
         ModelMismatch: it names none, or one that is not allowed.
@@ -92,7 +92,7 @@ def component_class(folder: Path, part: str, allowed: frozenset[str]) -> str:
 
 
 def statistics_file(folder: Path, rule: str, scale: float) -> Path:
-    """Where a model folder keeps the statistics of a guidance rule and scale."""
+    """File in a model folder for the statistics of a guidance rule and scale."""
     return folder / DERIVED / statistics_name(rule, scale)
 
 
@@ -103,54 +103,54 @@ def statistics_name(rule: str, scale: float) -> str:
 
 
 def classifier_file(folder: Path) -> Path:
-    """Where a model folder keeps the classifier of its latents."""
+    """File in a model folder for the classifier of its latents."""
     return folder / DERIVED / "classifier.safetensors"
 
 
 def prompts_file(folder: Path) -> Path:
-    """Where a model folder may keep prompts that suit it, one a line."""
+    """File in a model folder with prompts that suit the model, one per line; optional."""
     return folder / DERIVED / "prompts.txt"
 
 
 def adapters_folder(folder: Path) -> Path:
-    """Where a model folder may keep adapters that were made for it."""
+    """Subfolder of a model folder for adapters that were made for it; optional."""
     return folder / DERIVED / "adapters"
 
 
 def embeddings_folder(folder: Path) -> Path:
-    """Where a model folder may keep embeddings that were made for it."""
+    """Subfolder of a model folder for embeddings that were made for it; optional."""
     return folder / DERIVED / "embeddings"
 
 
 def controls_folder(folder: Path) -> Path:
-    """Where a model folder may keep ControlNets that were made for it."""
+    """Subfolder of a model folder for ControlNets that were made for it; optional."""
     return folder / DERIVED / "controls"
 
 
 def image_prompts_folder(folder: Path) -> Path:
-    """Where a model folder may keep IP-Adapters that were made for it."""
+    """Subfolder of a model folder for IP-Adapters that were made for it; optional."""
     return folder / DERIVED / "image_prompts"
 
 
 def without_folder(error: Exception, file: Path) -> str:
-    """What an error about a file says, less the folder, which is no client's business."""
+    """Message of an error about a file, without the folder's path, which clients must not see."""
     return str(error).replace(f"{file.parent}/", "")
 
 
 def about_folder(error: ModelMismatch, folder: Path, called: str) -> str:
-    """What is wrong with a folder that holds one part of a model and is none itself.
+    """Message of an error about a folder that holds a single part and is not a model folder.
 
     Args:
-        error: whose message says where the folder is, which is no client's business.
-        folder: read with ``HERE`` as its part.
-        called: what it is, with its name.
+        error: error whose message contains the folder's path, which clients must not see.
+        folder: folder that was read with ``HERE`` as its part.
+        called: kind and name of what it holds, which replace the path.
     """
     message = error.message.replace(f"model folder {str(folder)!r}", called)
     return message.removeprefix(f"{HERE} of ").replace(f"{HERE}/", "")
 
 
 def stamp_of(path: Path) -> tuple[int, int]:
-    """When a file was last changed, in nanoseconds, and its size in bytes; zeros if it is gone."""
+    """Modification time in nanoseconds, and size in bytes; zeros if the file does not exist."""
     try:
         status = path.stat()
     except OSError:
@@ -159,29 +159,29 @@ def stamp_of(path: Path) -> tuple[int, int]:
 
 
 def joint_stamp(stamps: Iterable[tuple[int, int]]) -> tuple[int, int]:
-    """When one of some files was last changed, and the bytes of all of them.
+    """Latest modification time of some files in nanoseconds, and their total size in bytes.
 
     Args:
-        stamps: of the files, at least one; see :func:`stamp_of`.
+        stamps: stamps of the files, at least one; see :func:`stamp_of`.
     """
     changed, sizes = zip(*stamps, strict=True)
     return max(changed), sum(sizes)
 
 
 def chunks_of(path: Path) -> Iterator[bytes]:
-    """What is in a file, part by part, so that it is never in memory as a whole."""
+    """The contents of a file in chunks, so that it is never in memory as a whole."""
     with path.open("rb") as stream:
         while chunk := stream.read(CHUNK):
             yield chunk
 
 
 class Revisions(NamedTuple):
-    """Which weights a model folder holds: first 16 hexadecimal digits of a SHA-256, by path.
+    """Identifies a folder's weights: first 16 hexadecimal digits of a SHA-256 over paths and bytes.
 
     Attributes:
-        weights: of all weights.
-        denoiser: of all but the autoencoder's. What was fitted to latents belongs to these, and
-            stays valid with another decoder.
+        weights: revision of all weights.
+        denoiser: revision of all weights except the autoencoder's. Data fitted to latents belongs
+            to this revision, and stays valid with another decoder.
     """
 
     weights: str
@@ -189,20 +189,20 @@ class Revisions(NamedTuple):
 
 
 def weights_in(folder: Path) -> list[Path]:
-    """The files of weights of a model folder but for what Weft derived from them, in order."""
+    """Weight files of a model folder, sorted, without those that Weft derived from them."""
     derived = folder / DERIVED
     found = (file for kind in WEIGHTS for file in folder.rglob(f"*{kind}"))
     return sorted(file for file in found if not file.is_relative_to(derived))
 
 
 def revisions_of(folder: Path, tell: Callable[[int, int], None] | None = None) -> Revisions:
-    """The revisions of a folder's weights.
+    """Compute the revisions of a folder's weights.
 
-    What Weft derived from them, in the folder ``weft``, does not count.
+    Files that Weft derived from them, in the subfolder ``weft``, do not count.
 
     Args:
-        folder: of the model.
-        tell: called with the bytes that are read so far, and with those of all weights.
+        folder: model folder.
+        tell: called with the number of bytes read so far, and with that of all weights.
 
     Raises:
         ModelMismatch: there are no safetensors weights.
@@ -212,8 +212,8 @@ def revisions_of(folder: Path, tell: Callable[[int, int], None] | None = None) -
         raise ModelMismatch(
             f"model folder {str(folder)!r} has no safetensors weights; other formats are refused."
         )
-    # One digest up to the first file of the autoencoder, which is among the last: a digest costs
-    # more than reading.
+    # A single digest up to the autoencoder's first file, which is among the last: hashing takes
+    # longer than reading.
     denoiser = weights = hashlib.sha256()
     done, total = 0, sum(file.stat().st_size for file in files)
     for file in files:

@@ -1,4 +1,4 @@
-"""What was found in folders, kept for as long as nothing is added to them or removed."""
+"""Caches the contents of folders for as long as no entries are added or removed."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ if TYPE_CHECKING:
 __all__ = ["FolderCache"]
 
 SETTLED_NS: Final = 2 * 10**9
-"""Age of a folder's last change from which on another one has another time in all file systems."""
+"""Age of a folder's last change above which a later change has a different time stamp on all file
+systems."""
 
 Found = TypeVar("Found")
 
 
 class FolderCache(Generic[Found]):
-    """Lists folders of thousands of entries again only once they have changed.
+    """Lists folders of thousands of entries again only after they have changed.
 
     Args:
-        read: what is kept of a folder, by its entries' names alone.
+        read: computes the value to cache from a folder, using only its entries' names.
     """
 
     def __init__(self, read: Callable[[Path], Found]) -> None:
@@ -31,7 +32,7 @@ class FolderCache(Generic[Found]):
         self._kept: dict[Path, tuple[tuple[int, int], Found]] = {}
 
     def of(self, folder: Path) -> Found:
-        """What is in a folder now."""
+        """The cached value of a folder, up to date."""
         stamp = stamp_of(folder)
         if folder in self._kept and self._kept[folder][0] == stamp:
             return self._kept[folder][1]

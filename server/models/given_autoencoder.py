@@ -1,4 +1,4 @@
-"""An autoencoder's weights that the operator gives a model in place of its own."""
+"""Replaces the weights of a model's autoencoder by those of a file that the operator specifies."""
 
 from __future__ import annotations
 
@@ -26,34 +26,34 @@ if TYPE_CHECKING:
 __all__ = ["file_of", "give_autoencoder", "named_as_by_diffusers", "with_autoencoder"]
 
 WITHIN: Final = ("first_stage_model.", "vae.")
-"""Prefixes of an autoencoder in a file that holds other networks too."""
+"""Prefixes of an autoencoder in a file that also contains other networks."""
 
 ORIGINAL: Final = re.compile(r"(?:encoder\.down|decoder\.up)\.\d")
-"""How the layers of an autoencoder are called in the original Stable Diffusion, and in FLUX."""
+"""Names of an autoencoder's layers in the original Stable Diffusion and FLUX code."""
 
 BLOCKS: Final = "down_block_types"
-"""Entry of the configs of autoencoders that have such layers."""
+"""Config entry of autoencoders that have such layers."""
 
 OF_WAN: Final = "decoder.middle.0.residual.0.gamma"
-"""A tensor that has this name in the original code of Wan, whose autoencoder is Qwen-Image's."""
+"""Name of a tensor in the original code of Wan, whose autoencoder is Qwen-Image's."""
 
 USED: Final = re.compile(r"(?:encoder|decoder|quant_conv|post_quant_conv|bn)\.")
-"""Tensors of the network; files of its training have others."""
+"""Names of the network's tensors; training files contain others as well."""
 
 WITHIN_SIDES: Final = re.compile(r"(?:encoder|decoder)\.((?:post_)?quant_conv\.)")
-"""Of FLUX.2, whose original code keeps these layers within its encoder and decoder."""
+"""Layers of FLUX.2 that its original code keeps within the encoder and decoder."""
 
 STATISTICS: Final = "bn."
-"""Of FLUX.2's latents, under the same names everywhere."""
+"""Prefix of the statistics of FLUX.2's latents, the same in both naming schemes."""
 
 LATENTS: Final = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
-"""Entries of an autoencoder's config that say which latents it makes."""
+"""Entries of an autoencoder's config that determine its latent space."""
 
 NAMES_SHOWN: Final = 3
 
 
 def file_of(path: Path) -> Path:
-    """The weights of an autoencoder that is a safetensors file, or a folder of diffusers.
+    """The weight file of an autoencoder given as a safetensors file or a diffusers folder.
 
     Raises:
         ModelMismatch: there is no such file.
@@ -68,7 +68,7 @@ def file_of(path: Path) -> Path:
 
 
 def with_autoencoder(revisions: Revisions, path: Path) -> Revisions:
-    """The revisions of a model whose autoencoder is another one.
+    """The revisions of a model with another autoencoder.
 
     Raises:
         ModelMismatch: there is no such file.
@@ -80,15 +80,15 @@ def with_autoencoder(revisions: Revisions, path: Path) -> Revisions:
 
 
 def give_autoencoder(model: HostedModel, path: Path) -> None:
-    """Replace the weights of a model's autoencoder, which keeps its config.
+    """Replace the weights of a model's autoencoder; its config stays.
 
     Args:
-        model: just loaded.
+        model: model that has just been loaded.
         path: a safetensors file with diffusers' names or the original ones, or a diffusers folder.
 
     Raises:
-        ModelMismatch: the weights are not those of such a network, or a folder's config says that
-            its latents are others.
+        ModelMismatch: the weights do not fit the network, or the folder's config describes another
+            latent space.
     """
     network: Any = model.modules().get(AUTOENCODER)
     if network is None:
@@ -117,11 +117,11 @@ def give_autoencoder(model: HostedModel, path: Path) -> None:
 
 
 def named_as_by_diffusers(weights: Mapping[str, Tensor], network: Any) -> dict[str, Tensor]:
-    """The weights of an autoencoder under diffusers' names, of a file that may hold others too.
+    """Rename the weights of an autoencoder to diffusers' names, ignoring other networks' weights.
 
     Args:
-        weights: of the file, by diffusers' names or the original ones.
-        network: of diffusers, whose weights they are to be.
+        weights: weights of the file, with diffusers' names or the original ones.
+        network: diffusers network into which they will be loaded.
     """
     from diffusers.loaders import single_file_utils as theirs
 

@@ -1,7 +1,7 @@
-"""A U-Net or transformer in one file in place of a model folder's own.
+"""Replaces a model folder's U-Net or transformer by one in a single file.
 
 The file and the folder's other parts are linked into a folder of the cache, which is loaded like
-any other. So nothing is copied, and the weights that are replaced are never read.
+any other. Nothing is copied, and the replaced weights are never read.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
 __all__ = ["DENOISERS", "with_denoiser"]
 
 DENOISERS: Final = ("unet", "transformer")
-"""What denoisers are called in a model folder."""
+"""Names of the denoiser's folder in a model folder."""
 
 CONFIG: Final = "config.json"
 
 
 def with_denoiser(folder: Path, file: Path, cache: Path) -> Path:
-    """A folder with the parts of a model, and a denoiser of other weights.
+    """Make a folder with the parts of a model and other weights for its denoiser.
 
     Args:
-        folder: of the model, in the diffusers layout; its denoiser's weights need not be there.
-        file: safetensors or GGUF with the weights, by diffusers' names or the original ones.
-        cache: where such folders are kept.
+        folder: model folder in the diffusers layout, which need not contain denoiser weights.
+        file: safetensors or GGUF file with the weights, with diffusers' names or the original ones.
+        cache: folder in which such folders are kept.
 
     Raises:
-        ModelMismatch: no such file, or a model without a denoiser.
+        ModelMismatch: there is no such file, or the model has no denoiser.
         OSError: the cache cannot be written.
     """
     if not file.is_file() or file.suffix not in WEIGHTS:
@@ -60,14 +60,14 @@ def with_denoiser(folder: Path, file: Path, cache: Path) -> Path:
             try:
                 new.rename(made)
             except OSError:
-                # Another process may have been faster, as where one serves each GPU.
+                # Another process (there may be one per GPU) has made the folder in the meantime.
                 if not (made / INDEX).is_file():
                     raise
     return made
 
 
 def _kept(folder: Path, part: str) -> Iterator[Path]:
-    """The files that stay: all but the denoiser's weights, and what was fitted to them."""
+    """The files that are kept: all except the denoiser's weights, and data fitted to them."""
     yield folder / INDEX
     for one in parts_of(folder):
         if one == part:

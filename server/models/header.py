@@ -1,4 +1,4 @@
-"""What a safetensors file says of its tensors before any of them is read."""
+"""Reads tensor shapes from a safetensors header before any tensor is read."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ __all__ = ["shapes_of"]
 
 DTYPES: Final = ("F16", "BF16", "F32", "F64")
 SHOWN: Final = 80
-"""Letters of a tensor's name in a message; a file may say anything."""
+"""Maximum characters of a tensor's name shown in a message, as a file may contain anything."""
 
 
 def shapes_of(
     opened: Any, names: Iterable[str], refusal: Callable[[str], Exception]
 ) -> dict[str, tuple[int, ...]]:
-    """Shapes of tensors of real numbers by name.
+    """Shapes of floating-point tensors by name.
 
     Args:
-        opened: by ``safetensors.safe_open``.
-        names: of the tensors.
-        refusal: makes the exception that is raised where a tensor has another type, of a clause.
+        opened: file opened by ``safetensors.safe_open``.
+        names: names of the tensors.
+        refusal: creates the exception that is raised for a tensor of another dtype, from a clause.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for name in names:

@@ -1,4 +1,4 @@
-"""What the engine asks of a model, whatever its family."""
+"""The interface between the engine and a model of any family."""
 
 from __future__ import annotations
 
@@ -49,34 +49,34 @@ if TYPE_CHECKING:
 
 
 USUAL_STEPS = 25
-"""Steps of a run that nothing is known of, where a schedule depends on them."""
+"""Number of steps assumed without a request, where a schedule depends on it."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What is known of a hosted model without touching its weights.
+    """Facts about a hosted model that do not require access to its weights.
 
     Attributes:
-        name: as requests say it.
-        revision: of all its weights, see ``server.models.folder.Revisions``.
-        denoiser: of its weights without the autoencoder's.
-        prediction: what the denoiser puts out.
-        latent_channels: channels of a latent.
+        name: name that requests use.
+        revision: revision of all its weights, see ``server.models.folder.Revisions``.
+        denoiser: revision of its weights without the autoencoder's.
+        prediction: prediction type of the denoiser.
+        latent_channels: number of latent channels.
         latent_scale: pixels along one side of a latent cell.
         size_multiple: width and height in pixels must be multiples of this.
-        default_width: in pixels.
-        default_height: in pixels.
-        max_tokens: tokens of a prompt, without the markers of start and end.
-        longest_side: pixels of the longest width or height that it has positions for; None where
+        default_width: default image width in pixels.
+        default_height: default image height in pixels.
+        max_tokens: maximum number of tokens of a prompt, excluding start and end markers.
+        longest_side: maximum width or height in pixels for which it has positions; None where
             there is no such bound.
-        embeds_scale: whether the network is told a guidance scale, as LCMs and FLUX.1 dev are.
-        reads_mask: whether the network is shown what is repainted and what is around it.
+        embeds_scale: whether the network takes a guidance scale as input, like LCMs and FLUX.1 dev.
+        reads_mask: whether the network takes the inpainting mask and the masked image as input.
         clip_skips: layers of its CLIP text encoders, counted from the last, whose hidden states the
             denoiser can be given; the first is the model's own. Empty where it reads none.
-        defaults: settings of requests that leave them out; None for the server's own.
-        vae: name of the autoencoder that it was given in place of its own, if any.
-        given_denoiser: name of the file of its U-Net or transformer, likewise.
-        references: what it reads of pictures beside a prompt; None where it reads none.
+        defaults: settings of requests that leave them out; None for the server's defaults.
+        vae: name of the autoencoder that replaces its own, if any.
+        given_denoiser: name of the file that replaces its U-Net or transformer, if any.
+        references: reference images that it accepts; None where it accepts none.
     """
 
     name: str
@@ -106,14 +106,14 @@ class ModelFacts:
 
 
 class HostedModel(ABC):
-    """A loaded model; one subclass a family, each in its own file.
+    """A loaded model; each family has a subclass in its own module.
 
-    All methods but ``count_tokens`` belong to the engine's thread.
+    All methods except ``count_tokens`` must be called from the engine's thread.
 
     Attributes:
-        blocks: of the denoiser, where they are compiled; None where nothing is.
-        runs_eager: why they are not, where the operator wants them compiled.
-        weighs_prompts: whether it reads a ``WeightedPrompt`` as more than plain text.
+        blocks: the denoiser's compiled blocks; None where nothing is compiled.
+        runs_eager: why nothing is compiled although the operator enabled compilation.
+        weighs_prompts: whether it treats an ``EmphasizedPrompt`` differently from plain text.
     """
 
     weighs_prompts: ClassVar[bool] = False
@@ -140,19 +140,19 @@ class HostedModel(ABC):
         self.image_prompts = ImagePromptShelf((), facts.name, None, none, device, dtype)
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
-        """``(C, h, w)`` of the latent of a picture of the given size in pixels."""
+        """``(C, h, w)`` of the latent of an image of the given size in pixels."""
         scale = self.facts.latent_scale
         return self.facts.latent_channels, height // scale, width // scale
 
     def forward_shape(
         self, width: int, height: int, references: Sequence[Tensor] = ()
     ) -> tuple[int, int, int]:
-        """``(C, h, w)`` of a latent of as many cells as a forward reads for a row of an image.
+        """``(C, h, w)`` of a latent with as many cells as a forward pass reads for one row.
 
         Args:
-            width: of the image in pixels.
-            height: of the image in pixels.
-            references: pictures that it refers to, ``[3, H, W]``.
+            width: image width in pixels.
+            height: image height in pixels.
+            references: reference images, ``[3, H, W]``.
         """
         channels, h, w = self.latent_shape(width, height)
         cells = (self.latent_shape(one.shape[-1], one.shape[-2]) for one in references)
@@ -160,69 +160,69 @@ class HostedModel(ABC):
 
     @property
     def default_shape(self) -> tuple[int, int, int]:
-        """``(C, h, w)`` of the latent of a picture of the model's own size."""
+        """``(C, h, w)`` of the latent of an image of the model's default size."""
         return self.latent_shape(self.facts.default_width, self.facts.default_height)
 
     @property
     def default_schedule(self) -> NoiseSchedule:
-        """The noise schedule at the model's own size, for what is measured without a request."""
+        """The noise schedule at the default size, for measurements without a request."""
         facts = self.facts
         return self.schedule(facts.default_width, facts.default_height, USUAL_STEPS)
 
     @abstractmethod
     def schedule(self, width: int, height: int, steps: int) -> NoiseSchedule:
-        """The noise schedule of a run; the same object for all runs where it does not depend on it.
+        """The noise schedule of a run; the same object for all runs with equal schedules.
 
         Args:
-            width: of the picture in pixels.
-            height: of the picture in pixels.
-            steps: of the sampler.
+            width: image width in pixels.
+            height: image height in pixels.
+            steps: number of sampler steps.
         """
 
     def told(self, t: F64) -> F64:
-        """What the network is told at times ``t``, of the shape of ``t``."""
+        """The values that the network receives for times ``t``, of the shape of ``t``."""
         return self.default_schedule.conditioning(t)
 
     def group_key(self, width: int, height: int, length: int) -> Hashable:
-        """What images of one latent shape must have in common to share a forward.
+        """Key that images of one latent shape must have in common to share a forward pass.
 
         Args:
-            width: of the picture in pixels.
-            height: of the picture in pixels.
-            length: of the longest conditioning of the image, in tokens.
+            width: image width in pixels.
+            height: image height in pixels.
+            length: length of the image's longest conditioning, in tokens.
         """
         return None
 
     @property
     def attention(self) -> str:
-        """Which kernels its networks attend by; ``sdpa`` is torch's own choice of them."""
+        """Attention kernels of its networks; ``sdpa`` leaves the choice to torch."""
         return "sdpa"
 
     @property
     def memory_format(self) -> str:
-        """How its denoiser's activations lie in memory, by torch's name for it."""
+        """Memory format of its denoiser's activations, by torch's name."""
         return "contiguous_format"
 
     @cached_property
     def gguf_types(self) -> tuple[str, ...]:
-        """In which blocks its weights are, as a GGUF file has them, that of most weights first."""
+        """Block formats of its GGUF weights, that of the most weights first."""
         return tuple(kind for network in self.modules().values() for kind in kinds_of(network))
 
     @property
     def mixes_sizes(self) -> bool:
-        """Whether rows of several latent shapes can share a forward, ``evaluate_sizes``.
+        """Whether rows of several latent shapes can share a forward pass (``evaluate_sizes``).
 
-        Such a model reads nothing behind the channels of x, and has neither ControlNets nor a
-        weaker companion.
+        Such a model takes no channels besides those of the latent, and has neither ControlNets nor
+        a weaker companion.
         """
         return False
 
     def make_differentiable(self) -> None:  # noqa: B027 - most need nothing
-        """Let torch's forward mode pass through ``evaluate`` from now on, at some speed."""
+        """Let forward-mode AD pass through ``evaluate`` from now on, at some cost in speed."""
 
     @abstractmethod
     def count_tokens(self, text: str) -> int:
-        """Tokens of a prompt, without markers; safe from any thread."""
+        """Number of tokens of a prompt, excluding markers; safe from any thread."""
 
     @abstractmethod
     def encode_prompts(
@@ -233,66 +233,66 @@ class HostedModel(ABC):
         adapters: RowAdapters | None = None,
         options: TextOptions = AS_USUAL,
     ) -> list[Conditioning]:
-        """Conditioning of the denoiser, one a prompt.
+        """Encode prompts to conditioning of the denoiser, one per prompt.
 
         Args:
-            prompts: None is the unconditional, as the model was trained with it: for some the
-                empty prompt, for others zeros.
-            width: of the picture in pixels.
-            height: of the picture in pixels.
-            adapters: of each prompt, whose changes of the text encoders it is encoded with; None
-                where no prompt has any.
-            options: of all prompts; a family that has no use for one is never given it.
+            prompts: prompts; None is the unconditional as the model was trained with it: for some
+                models the empty prompt, for others zeros.
+            width: image width in pixels.
+            height: image height in pixels.
+            adapters: adapters of each prompt, with whose changes to the text encoders it is
+                encoded; None where no prompt has any.
+            options: options for all prompts; a family is never given an option it does not support.
         """
 
     def negative(self, prompt: str | None) -> str | None:
-        """The text that stands for a negative prompt among those of ``encode_prompts``.
+        """The text to pass to ``encode_prompts`` for a negative prompt.
 
         Args:
-            prompt: None is the unconditional, and stays it.
+            prompt: negative prompt; None is the unconditional, and stays None.
         """
         return prompt
 
     def stack(self, rows: Sequence[Conditioning], *, fixed: bool = False) -> StackedConditioning:
-        """The conditioning of the rows of a forward, in their order; here all are of one shape.
+        """Stack the conditioning of the rows of a forward pass; by default all have one shape.
 
         Args:
-            rows: of the forward.
-            fixed: to a shape that does not depend on the rows' lengths, so that no row's bits
-                depend on its company.
+            rows: conditioning of each row.
+            fixed: whether to pad to a shape that is independent of the rows' lengths, so that no
+                row's bits depend on the other rows.
         """
         return stack_alike(rows)
 
     def levelled(self, texts: Mapping[Told, Conditioning]) -> dict[Told, Conditioning]:
-        """The conditioning of one image in the lengths that its rows are stacked with.
+        """Bring the conditioning of one image to the lengths with which its rows are stacked.
 
         Args:
-            texts: all that its rows may be told.
+            texts: everything that its rows may be conditioned on.
         """
         return dict(texts)
 
     def referring(self, text: Conditioning, references: Sequence[Tensor]) -> Conditioning:
-        """Conditioning of a prompt that stands beside pictures.
+        """Add reference images to the conditioning of a prompt.
 
         Args:
-            text: of the prompt alone.
-            references: clean latents ``[C, h, w]`` of pictures of any sizes, in the order in which
-                the prompt may count them; no more than the facts say.
+            text: conditioning of the prompt alone.
+            references: clean latents ``[C, h, w]`` of images of any sizes, in the order in which
+                the prompt may number them; no more than the facts allow.
 
         Raises:
-            RuntimeError: the model reads none, which its facts say beforehand.
+            RuntimeError: the model accepts none; its facts say so beforehand.
         """
         raise RuntimeError(f"model {self.facts.name!r} reads no pictures beside a prompt")
 
     def inputs(
         self, prompts: Sequence[str | None], width: int | None = None, height: int | None = None
     ) -> RowInputs:
-        """What rows are given that are told these prompts and nothing else.
+        """Inputs of rows that are conditioned on these prompts and nothing else.
 
         Args:
-            prompts: one a row.
-            width: of the picture in pixels; by default the model's own.
-            height: of the picture in pixels; by default the model's own.
+            prompts: prompts, one per row.
+            width: image width in pixels; by default the model's default.
+            height: image height in pixels; by default the model's default.
         """
         size = width or self.facts.default_width, height or self.facts.default_height
         return RowInputs(self.stack(self.encode_prompts(prompts, *size)))
@@ -300,30 +300,30 @@ class HostedModel(ABC):
     def channels(
         self, picture: Tensor | None, mask: Tensor | None, width: int, height: int
     ) -> Tensor | None:
-        """What the denoiser reads behind the channels of an image's latent, ``[channels, h, w]``.
+        """Channels that the denoiser reads after those of an image's latent, ``[channels, h, w]``.
 
         Args:
-            picture: that the image starts from, ``[3, H, W]`` in [-1, 1]; None where it has none.
-            mask: of the part that is repainted, ``[H, W]``, 1 to repaint; None for all of it.
-            width: of the image in pixels.
-            height: of the image in pixels.
+            picture: initial image, ``[3, H, W]`` in [-1, 1]; None where there is none.
+            mask: inpainting mask, ``[H, W]``, 1 to repaint; None to repaint everything.
+            width: image width in pixels.
+            height: image height in pixels.
 
         Returns:
-            None where the denoiser reads the latent alone, as most do.
+            None where the denoiser reads only the latent, as most do.
         """
         return None
 
     def blocks_running(self, inputs: RowInputs) -> AbstractContextManager[None]:
-        """Lets the denoiser's blocks run compiled in the forward inside, if all rows are plain."""
+        """Let the denoiser's blocks run compiled in a ``with`` block if all rows are plain."""
         if self.blocks is None:
             return nullcontext()
         return self.blocks.running(plain=inputs.plain)
 
     def in_tensors(self, inputs: RowInputs) -> RowInputs:
-        """The same inputs, so prepared that the device alone does what ``evaluate`` makes of them.
+        """Prepare inputs so that ``evaluate`` does no more work on the host for them.
 
-        What the host says of the rows is sent to the device here, and what is kept from one forward
-        to the next is looked up. ``evaluate`` does both where it has not been done.
+        Host data about the rows is sent to the device here, and tensors that are kept between
+        forward passes are looked up. ``evaluate`` does both for inputs that are not prepared.
         """
         kind, controls, prompts = self.control_kind, inputs.controls, inputs.image_prompts
         if controls is not None and kind is not None:
@@ -333,54 +333,54 @@ class HostedModel(ABC):
 
     @abstractmethod
     def evaluate(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
-        """One forward of the denoiser.
+        """Run one forward pass of the denoiser.
 
         Args:
-            x: ``[rows, C, h, w]`` float32.
-            t: what the network is told of the noise level, ``[rows]`` float32.
-            inputs: all else that the rows are given.
+            x: latents ``[rows, C, h, w]`` float32.
+            t: noise level in the form that the network takes, ``[rows]`` float32.
+            inputs: all other inputs of the rows.
 
         Returns:
             The raw output ``[rows, C, h, w]`` in float32.
         """
 
     def evaluate_sizes(self, x: Sequence[Tensor], t: Tensor, inputs: RowInputs) -> list[Tensor]:
-        """One forward of the denoiser for rows of several latent shapes.
+        """Run one forward pass of the denoiser for rows of several latent shapes.
 
         Args:
-            x: the rows of each shape, ``[rows, C, h, w]`` float32.
-            t: of all rows in that order, float32, as for ``evaluate``.
-            inputs: of all rows in that order.
+            x: rows of each shape, ``[rows, C, h, w]`` float32.
+            t: noise levels of all rows in that order, float32, as for ``evaluate``.
+            inputs: inputs of all rows in that order.
 
         Returns:
-            The raw output for the rows of each shape, as ``evaluate`` would give it.
+            The raw output for the rows of each shape, as ``evaluate`` would return it.
 
         Raises:
-            RuntimeError: the model cannot, which ``mixes_sizes`` says beforehand.
+            RuntimeError: the model cannot do this; ``mixes_sizes`` says so beforehand.
         """
         raise RuntimeError(f"model {self.facts.name!r} cannot evaluate several sizes at once")
 
     def evaluate_weak(self, x: Tensor, t: Tensor, inputs: RowInputs) -> Tensor:
-        """One forward of the weaker companion, for rows with the edit ``WeakModel``.
+        """Run one forward pass of the weaker companion, for rows with the edit ``WeakModel``.
 
         Args:
-            x: ``[rows, C, h, w]`` float32.
-            t: what the network is told of the noise level, ``[rows]`` float32.
-            inputs: of which the companion reads the conditioning alone. Adapters were made for
-                another network.
+            x: latents ``[rows, C, h, w]`` float32.
+            t: noise level in the form that the network takes, ``[rows]`` float32.
+            inputs: inputs of the rows, of which the companion reads only the conditioning. Adapters
+                were made for another network.
 
         Raises:
-            RuntimeError: there is none, which ``refuses`` says beforehand.
+            RuntimeError: there is none; ``refuses`` says so beforehand.
         """
         raise RuntimeError(f"model {self.facts.name!r} has no weaker companion")
 
     def classify(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> dict[str, Tensor]:
-        """What the model's classifier makes of latents; lets gradients through.
+        """Classify latents by the model's classifier; differentiable.
 
         Args:
-            x: ``[rows, C, h, w]`` float32.
+            x: latents ``[rows, C, h, w]`` float32.
             alpha: signal scale of each row, ``[rows]``.
-            sigma: its noise scale, 0 for clean latents, ``[rows]``.
+            sigma: noise scale of each row, 0 for clean latents, ``[rows]``.
 
         Returns:
             Logits ``[rows, classes]`` of each attribute.
@@ -395,7 +395,7 @@ class HostedModel(ABC):
         return self.classifier(x, alpha, sigma)
 
     def modules(self) -> Mapping[str, nn.Module]:
-        """The networks by their names in a model folder, for what adapts or inspects them."""
+        """The networks by their names in a model folder, for code that adapts or inspects them."""
         return {}
 
     def adaptable(self) -> Mapping[str, nn.Module]:
@@ -403,31 +403,31 @@ class HostedModel(ABC):
         return {}
 
     def embedding_target(self) -> EmbeddingTarget:
-        """What an embedding must fit that prompts may name; here they may name none."""
+        """Properties that embeddings must fit; by default prompts cannot use any."""
         return EmbeddingTarget(self.facts.name, {}, 0)
 
     @property
     def control_kind(self) -> ControlKind | None:
-        """The ControlNets that its denoiser takes; None where it takes none."""
+        """The ControlNets that its denoiser accepts; None where it accepts none."""
         return None
 
     @property
     def image_attention(self) -> UNetImagePrompts | None:
-        """How its denoiser attends to pictures beside a prompt; None where it does not."""
+        """Attention of its denoiser to image prompts; None where it supports none."""
         return None
 
     def layers(self) -> tuple[str, ...]:
-        """Names of the blocks that edits may name."""
+        """Names of the blocks that edits may refer to."""
         return ()
 
     def refuses(self, edit: Edit) -> str | None:
-        """Why the model cannot make an edit, as a clause; None where it can."""
+        """Why the model does not support an edit, as a clause; None where it does."""
         return f"cannot make {type(edit).__name__} edits"
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures ``[rows, 3, H, W]`` in [-1, 1] of clean latents ``[rows, C, h, w]``."""
+        """Decode clean latents ``[rows, C, h, w]`` to images ``[rows, 3, H, W]`` in [-1, 1]."""
 
     @abstractmethod
     def encode_image(self, pixels: Tensor) -> Tensor:
-        """Clean latents ``[rows, C, h, w]`` of pictures ``[rows, 3, H, W]`` in [-1, 1]."""
+        """Encode images ``[rows, 3, H, W]`` in [-1, 1] to clean latents ``[rows, C, h, w]``."""
