@@ -1,4 +1,4 @@
-"""Images that were submitted and not taken in yet."""
+"""Queue of images that were submitted and are not admitted yet."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 class Arrivals:
-    """Frames of live streams before all others; these by turns of their flows.
+    """Queued images: frames of live streams first, then others by turns of their flows.
 
-    The images of a flow, and live frames, stay in order of arrival.
+    Live frames, and the images of each flow, stay in order of arrival.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class Arrivals:
         return chain(self._live, *self._ordinary.values())
 
     def extend(self, sequences: Iterable[Sequence]) -> None:
-        """Take in images."""
+        """Add images."""
         for sequence in sequences:
             if sequence.live:
                 self._live.append(sequence)
@@ -40,19 +40,19 @@ class Arrivals:
     def take(
         self, live: int, ordinary: int, may_come: Callable[[Sequence], bool] = lambda _: True
     ) -> list[Sequence]:
-        """The next images, so many of each kind; more only where a group would be divided.
+        """Take the next images; exceed the numbers only so as not to divide a group.
 
         Args:
-            live: most frames of live streams.
-            ordinary: most other images, one of each flow in turn.
-            may_come: whether an ordinary image may be taken now; asked once of each, and if not,
-                the later ones of its flow wait with it.
+            live: maximum number of frames of live streams.
+            ordinary: maximum number of other images, one of each flow in turn.
+            may_come: function that returns whether an ordinary image may be taken now. It is called
+                once for an image; if it returns False, the later ones of the flow wait with it.
         """
         taken = [self._live.popleft() for _ in range(min(live, len(self._live)))]
         return [*taken, *self._in_turns(ordinary, may_come)]
 
     def take_all(self) -> list[Sequence]:
-        """All images."""
+        """Take all images."""
         return self.take(len(self), len(self))
 
     def _in_turns(self, most: int, may_come: Callable[[Sequence], bool]) -> list[Sequence]:
@@ -64,7 +64,7 @@ class Arrivals:
             if not may_come(queue[0]):
                 continue
             taken += _unit(queue)
-            # Behind those that have not had a turn, also the next time.
+            # The flow goes behind those that have not had a turn, also for the next call.
             del self._ordinary[flow]
             if queue:
                 self._ordinary[flow] = queue
@@ -73,7 +73,7 @@ class Arrivals:
 
 
 def _unit(queue: deque[Sequence]) -> list[Sequence]:
-    """The next image, or all of its group."""
+    """Take the next image, or all of its group."""
     taken = [queue.popleft()]
     while queue and taken[-1].together_with(queue[0]):
         taken.append(queue.popleft())

@@ -1,4 +1,7 @@
-"""The images of one tick, the terms that act on them, and the rows of their forward."""
+"""The images of one tick and one lane, the terms that act on them, and their rows.
+
+A row is one entry of the forward pass's batch: one prediction for one image.
+"""
 
 from __future__ import annotations
 
@@ -21,15 +24,15 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, eq=False)
 class StackedTerms:
-    """Terms of one class that act in a tick, at most one an image.
+    """Terms of one class that act in a tick, at most one per image.
 
     Attributes:
-        kind: their class.
-        positions: of their images.
-        indices: of each term among those of its image.
-        terms: one an image.
-        rows: of the forward, that each of them asked for.
-        states: what each of them keeps of its image.
+        kind: class of the terms.
+        positions: positions of their images in the batch.
+        indices: index of each term among those of its image.
+        terms: terms, one per image.
+        rows: rows of the forward pass that each of them requested.
+        states: state that each of them keeps of its image.
     """
 
     kind: type[Term]
@@ -40,7 +43,7 @@ class StackedTerms:
     states: list[Any] = field(default_factory=list[Any])
 
     def add(self, position: int, sequence: Sequence, acting: Acting, first: int) -> None:
-        """Take in a term of an image, whose rows beside the prompt's begin at ``first``."""
+        """Add a term of an image whose further rows, after the prompt's, begin at ``first``."""
         self.positions.append(position)
         self.indices.append(acting.index)
         self.terms.append(sequence.task.terms[acting.index])
@@ -50,20 +53,21 @@ class StackedTerms:
 
 @dataclass(slots=True, eq=False)
 class Batch:
-    """The images of one tick and their tensors.
+    """The images of one lane in a tick, and their tensors.
 
-    Rows of the forward are the prompts' predictions, one an image in their order, then all others.
+    Rows of the forward pass are first the prompts' predictions, in the order of the images, then
+    all others.
 
     Attributes:
-        lane: of all of them.
-        sequences: the images, one a row of the state.
-        plans: their compiled plans.
-        columns: a copy of their states, ``[images, K + 2, C, h, w]``.
-        owners: the image of each row of the forward, as a position.
-        numbers: which of its image's predictions each row is.
-        firsts: where each image's rows beside the prompt's begin.
-        others: rows that hold the rule's branches, by position, of the images that evaluate them.
-        terms: those that act, in the order in which they do.
+        lane: lane of all images.
+        sequences: images, one per row of the state.
+        plans: compiled plans of the images.
+        columns: copy of their states, ``[images, K + 2, C, h, w]``.
+        owners: image of each row of the forward pass, as a position.
+        numbers: number of each row's prediction among those of its image.
+        firsts: first row of each image after the prompt's.
+        others: rows of the rule's branches by position, for images that evaluate them.
+        terms: terms that act, in order.
     """
 
     lane: Lane
@@ -78,24 +82,24 @@ class Batch:
 
     @property
     def fixed_rows(self) -> int | None:
-        """Where set, every operation that could depend on the batch size runs at so many rows.
+        """Number of rows at which every operation runs that could depend on the batch size.
 
-        A row's bits do not depend on its company then.
+        If it is set, a row's bits do not depend on the other rows.
         """
         return self.lane.fixed_rows
 
     @property
     def rows(self) -> int:
-        """Rows of the forward, padding not counted."""
+        """Number of rows of the forward pass, without padding."""
         return len(self.owners)
 
     @property
     def recalls(self) -> bool:
-        """Whether its images recall this stage, so that there is no forward; all do or none."""
+        """Whether the images recall this stage, without a forward pass; all do or none."""
         return self.sequences[0].recalls
 
     def rows_of(self, stacked: StackedTerms) -> list[OwnRows]:
-        """Where the rows of the terms' images are."""
+        """Locate the rows of the terms' images."""
         found: list[OwnRows] = []
         for i, own in zip(stacked.positions, stacked.rows, strict=True):
             numbers, first = self.sequences[i].ask.numbers, self.firsts[i]
@@ -103,11 +107,11 @@ class Batch:
         return found
 
     def seen_by(self, stacked: StackedTerms, *, padded: bool) -> Seen:
-        """The terms' images.
+        """Collect what terms see of their images.
 
         Args:
-            stacked: the terms.
-            padded: with the first image repeated until there are ``fixed_rows``.
+            stacked: terms of one class.
+            padded: whether to repeat the first image until there are ``fixed_rows``.
         """
         sequences = [self.sequences[i] for i in stacked.positions]
         stages = [sequence.stage for sequence in sequences]
@@ -128,24 +132,24 @@ class Batch:
         )
 
     def predicted_for(self, stacked: StackedTerms, predictions: Tensor) -> Predictions:
-        """The predictions of the terms' images, padded to ``fixed_rows``.
+        """Collect the predictions of the terms' images, padded to ``fixed_rows``.
 
         Args:
-            stacked: the terms.
-            predictions: of all rows of the forward, ``[rows, C, h, w]``.
+            stacked: terms of one class.
+            predictions: predictions of all rows of the forward pass, ``[rows, C, h, w]``.
         """
         positions = self.filled(stacked.positions)
         branches = [self.others.get(i, []) for i in positions]
         return Predictions(self.lane, predictions, positions, self.filled(stacked.rows), branches)
 
     def filled(self, values: Listed[Any]) -> list[Any]:
-        """The values, and the first one again until there are ``fixed_rows``."""
+        """The values, padded with the first one until there are ``fixed_rows``."""
         missing = 0 if self.fixed_rows is None else self.fixed_rows - len(values)
         return [*values, *[values[0]] * missing]
 
 
 def _groups_of(sequences: Listed[Sequence]) -> list[list[int]]:
-    """Positions of images that run in lockstep, in their order; others are by themselves."""
+    """Positions of images by group, in order; an image without a group is one of its own."""
     groups: dict[int, list[int]] = {}
     for i, sequence in enumerate(sequences):
         group = sequence.task.group

@@ -1,4 +1,4 @@
-"""A plan made ready for a device and a model."""
+"""A sampler's plan compiled for a device and a model."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ class CompiledPlan:
     """Tables for the device, and the scalars of each stage as Python floats.
 
     Attributes:
-        plan: what it was made from.
-        t: what the network is told, a float a stage.
-        alpha: signal scale at each stage and where the plan lands.
-        sigma: noise scale, likewise.
-        scale_in: of the network's input.
+        plan: plan that it was made from.
+        t: time as given to the network, a float per stage.
+        alpha: signal scale at each stage and at the end of the plan.
+        sigma: noise scale at each stage and at the end of the plan.
+        scale_in: factor of x in the network's input.
         skip: ``denoised = skip * x + out * raw``.
         out: see ``skip``.
-        as_velocity: scale of x, skip and out of a network that predicts the velocity, as step
-            caches see this one.
-        noisy: which stages draw noise.
-        slots: K, of the pool that it was made for.
-        device: where the tables are wanted.
+        as_velocity: input scale, skip and out of a network that predicts the velocity, as which
+            step caches see this one.
+        noisy: whether each stage draws noise.
+        slots: number K of state slots of the pool that it was made for.
+        device: device that the tables go to.
     """
 
     plan: Plan
@@ -51,7 +51,7 @@ class CompiledPlan:
 
     @property
     def langevin(self) -> tuple[float, ...]:
-        """Signal-to-noise ratio of each stage's Langevin move, 0 where it makes none."""
+        """Signal-to-noise ratio of each stage's Langevin move; 0 without one."""
         return self.plan.langevin
 
     @property
@@ -62,8 +62,8 @@ class CompiledPlan:
     def table(self, stage: int) -> Tensor:
         """Coefficients of a stage on the device, float32 ``[K, K + 3, *detail]``, K of the pool.
 
-        Of elementwise tables only one stage is on the device at a time: all stages together may
-        have hundreds of megabytes.
+        Of elementwise tables only one stage is on the device at a time, since all stages together
+        may take hundreds of megabytes.
         """
         if self._made is None or stage not in self._made[0]:
             elementwise = self.detail[1:] not in ((), (1, 1))
@@ -73,7 +73,7 @@ class CompiledPlan:
         return tables[stage - stages.start]
 
     def _tables(self, stages: range) -> Tensor:
-        """Padded to the pool's state slots, and rounded once, to float32."""
+        """Tables padded to the pool's state slots, and rounded once, to float32."""
         own, K = self.plan.slots, self.slots
         source = torch.from_numpy(self.plan.tables[stages.start : stages.stop])
         tables = torch.zeros(
@@ -85,7 +85,7 @@ class CompiledPlan:
 
 
 def compile_plan(plan: Plan, model: HostedModel, slots: int) -> CompiledPlan:
-    """The plan for states of ``slots`` slots, for a model and its device."""
+    """Compile a plan for states of ``slots`` slots, for a model and its device."""
     levels = plan.alpha[:-1], plan.sigma[:-1]
     scales = preconditioning(model.facts.prediction, *levels)
     velocity = as_velocity(model.facts.prediction, *levels)
@@ -98,7 +98,7 @@ def compile_plan(plan: Plan, model: HostedModel, slots: int) -> CompiledPlan:
         skip=scales.skip.tolist(),
         out=scales.out.tolist(),
         as_velocity=[*zip(*(one.tolist() for one in velocity), strict=True)],
-        # Asked for at every stage, and found by a look at all tables.
+        # Computed once: it is read at every stage, and takes a look at all tables.
         noisy=plan.noisy,
         slots=slots,
         device=model.device,

@@ -1,4 +1,4 @@
-"""A lane: images of one model and one latent shape, which can share a forward."""
+"""A lane: images of one model and one latent shape, which can share a forward pass."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ if TYPE_CHECKING:
     from server.models.inputs import RowInputs
 
 INDICES_KEPT = 64
-"""Tensors of indices: while the same images go on, all of a tick are those of the tick before."""
+"""Number of cached index tensors: while the same images run, each tick needs those of the last."""
 
 
 class Lane:
     """Model, states and compiled plans of one lane.
 
     Args:
-        model: of all its images.
-        shape: of their latents, ``(C, h, w)``.
-        cost: of its ticks.
-        most_rows: of a forward, memory allowing.
-        forwards: fills up the rows of its forwards; None where they run as they are.
-        mixes: equal for lanes of several sizes that can share a forward; None where none can.
-        reads: cells that a forward reads for a row, in latents of its own size.
-        fixed_rows: where set, the rows that every operation runs at.
+        model: model of all its images.
+        shape: shape of their latents, ``(C, h, w)``.
+        cost: cost of its ticks.
+        most_rows: maximum number of rows in a forward pass, if memory allows.
+        forwards: object that pads its forward passes; None to run them as they are.
+        mixes: equal for lanes of different sizes that can share a forward pass; None if it cannot.
+        reads: cells that a forward pass reads per row, relative to the cells of a latent.
+        fixed_rows: number of rows at which every operation runs; None if it varies.
     """
 
     def __init__(
@@ -63,23 +63,24 @@ class Lane:
         self.row_cap = RowCap(most_rows)
         self._forwards = forwards
         self._indices = lru_cache(INDICES_KEPT)(partial(_sent, model.device))
-        # Keyed by identity: a compiled plan holds its plan, so the identity is not used again.
+        # Keyed by identity: a compiled plan holds its plan, so the identity is not reused
+        # meanwhile.
         self._compiled: WeakValueDictionary[tuple[int, int], CompiledPlan] = WeakValueDictionary()
 
     @property
     def sizes_known(self) -> int:
-        """At how many numbers of rows forwards have run, where they are filled up."""
+        """Count of the numbers of rows that forward passes have run at, if they are padded."""
         return 0 if self._forwards is None else self._forwards.known
 
     def mixes_with(self, other: Lane) -> bool:
-        """Whether images of both lanes can share a forward."""
+        """Whether images of both lanes can share a forward pass."""
         return self.mixes is not None and self.mixes == other.mixes
 
     def size_of(self, rows: int, *, mixed: bool = False) -> int:
-        """The number of rows that a forward of so many rows runs at, those that fill up counted.
+        """Return the number of rows that a forward pass runs at, with padding.
 
         Args:
-            rows: that there are.
+            rows: number of rows before padding.
             mixed: whether some of them are of smaller sizes.
         """
         if self._forwards is None:
@@ -93,13 +94,13 @@ class Lane:
         return self._forwards.evaluate(x, t, inputs, self.row_cap.rows)
 
     def evaluate_sizes(self, x: Sequence[Tensor], t: Tensor, inputs: RowInputs) -> list[Tensor]:
-        """See ``HostedModel.evaluate_sizes``; of the sizes, this lane's is the largest."""
+        """See ``HostedModel.evaluate_sizes``; this lane's size is the largest of them."""
         if self._forwards is None:
             return self.model.evaluate_sizes(x, t, inputs)
         return self._forwards.evaluate_sizes(x, t, inputs, self.row_cap.rows)
 
     def compiled(self, plan: Plan) -> CompiledPlan:
-        """The plan on this lane's device, shared by all images under way that follow it."""
+        """Return the plan compiled for this lane, shared by all images under way that follow it."""
         key = id(plan), self.pool.slots
         made = self._compiled.get(key)
         if made is None:
@@ -108,15 +109,15 @@ class Lane:
         return made
 
     def indices(self, positions: Sequence[int]) -> Tensor:
-        """The positions as int64 on the lane's device, which nobody may change."""
+        """Positions as an int64 tensor on the lane's device; cached, so never change it."""
         return self._indices(tuple(positions))
 
 
 def _sent(to: device, positions: tuple[int, ...]) -> Tensor:
-    """Made there, they would wait for the device."""
+    """Copy positions without blocking; creating them on the device would wait for it."""
     return torch.tensor(positions, dtype=torch.int64).to(to, non_blocking=True)
 
 
 def largest(lanes: Iterable[Lane]) -> Lane:
-    """The lane whose size all rows of a forward of several cost as much as."""
+    """The lane of the largest size, whose cost all rows of a mixed forward pass have."""
     return max(lanes, key=lambda lane: lane.area)

@@ -1,4 +1,4 @@
-"""The lanes that there are, and the one of an image."""
+"""The lanes of the engine, and the choice of an image's lane."""
 
 from __future__ import annotations
 
@@ -19,23 +19,24 @@ if TYPE_CHECKING:
 __all__ = ["LANES_KEPT", "Lanes"]
 
 LANES_KEPT = 8
-"""Lanes kept for their next image though none is under way in them."""
+"""Number of lanes that are kept although no image is under way in them."""
 
 Key: TypeAlias = "tuple[str, tuple[int, int, int], Hashable, int | None]"
-"""Model, latent shape, what else images of one forward have in common, and its fixed rows."""
+"""Model, latent shape, what else images of one pass must have in common, and the fixed rows."""
 
 
 class Lanes:
-    """Makes a lane for the first image of its kind, and keeps some that have no image any more.
+    """Makes a lane for the first image of its kind, and keeps some lanes that have become empty.
 
-    What it is given is the engine's own and changes with it.
+    The objects that it is given belong to the engine and change with it.
 
     Args:
         models: hosted models by name.
-        costs: of ticks.
-        measurements: that say how many rows a forward may have, or is to have.
-        forwards_of: the forwards of a model at a latent shape; None where they run as they are.
-        mixed: images of several sizes may share a forward if their model can evaluate them.
+        costs: tick costs.
+        measurements: counters that hold the row budget and the fixed rows.
+        forwards_of: function that returns the object that pads forward passes of a model at a
+            latent shape, or None to run them as they are.
+        mixed: whether images of several sizes may share a forward pass if their model supports it.
     """
 
     def __init__(
@@ -61,12 +62,12 @@ class Lanes:
         return iter(self._lanes.values())
 
     def of(self, task: ImageTask, told: Collection[Conditioning], rows: int) -> Lane:
-        """The lane of an image.
+        """Return the lane of an image.
 
         Args:
-            task: of the image.
-            told: all that its rows may be told, which is of one company.
-            rows: of a forward that it needs at once, with its group.
+            task: task of the image.
+            told: all conditioning that its rows may get, which has one ``company``.
+            rows: number of rows that it needs at once in a forward pass, with its group.
         """
         model = self._models[task.model]
         shape = model.latent_shape(task.width, task.height)
@@ -80,7 +81,7 @@ class Lanes:
             most = most if fixed is None else min(most, fixed)
             read = model.forward_shape(task.width, task.height, task.references)
             cost = self._costs.keep(task.model, read)
-            # What is prepared is told of a prompt alone.
+            # Prepared passes have the conditioning of a prompt alone.
             alone = company is None
             forwards = self._forwards_of(model, shape, cost, fixed or most) if alone else None
             mixes = (task.model, group) if self._mixed and model.mixes_sizes and alone else None
@@ -89,7 +90,7 @@ class Lanes:
         return self._lanes[key]
 
     def _fixed_for(self, rows: int) -> int | None:
-        """The rows of its forwards depend on nothing but the image, as its bits do on them."""
+        """Fixed rows of an image's passes; its bits depend on them, so only the image decides."""
         fixed = self._measurements.fixed_rows
         while fixed is not None and fixed < rows:
             fixed = min(2 * fixed, self._measurements.row_budget)
@@ -100,7 +101,7 @@ class Lanes:
         self._lanes = {key: lane for key, lane in self._lanes.items() if key[0] != model}
 
     def _forget_idle(self) -> None:
-        """Requests of ever new sizes must not fill the memory with empty pools."""
+        """Drop idle lanes: requests of ever new sizes must not fill the memory with empty pools."""
         idle = [key for key, lane in self._lanes.items() if lane.pool.idle]
         for key in idle[: max(0, len(self._lanes) + 1 - LANES_KEPT)]:
             del self._lanes[key]

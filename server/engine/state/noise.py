@@ -1,4 +1,4 @@
-"""Noise that depends on an image's seeds and the stage alone, never on the batch."""
+"""Noise that depends only on an image's seeds and the stage, never on the batch."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LEAST_SINE = 1e-6
-"""Of the angle between noises that are parallel, of which there is no arc between."""
+"""Sine of the angle between two noises below which they count as parallel, with no arc between."""
 
 
 class Variation(NamedTuple):
-    """Another seed whose noise the start noise is turned towards, and how far, from 0 to 1."""
+    """Another seed towards whose noise the start noise is turned, and how far, from 0 to 1."""
 
     seed: int
     strength: float
 
 
 def start_noise(seed: int, shape: tuple[int, ...]) -> Tensor:
-    """Unit noise that a run starts from, float32 on the CPU.
+    """Draw the unit noise that a run starts from, float32 on the CPU.
 
     It is what ``torch.Generator("cpu").manual_seed(seed)`` draws first, so the same seed starts
     diffusers' pipelines from the same latents.
@@ -35,13 +35,13 @@ def varied_noise(
     variation: Variation | None = None,
     inner: tuple[int, int, int] | None = None,
 ) -> Tensor:
-    """Unit noise that a run starts from, with AUTOMATIC1111's variations (its modules/rng.py).
+    """Draw the unit noise of a run, with AUTOMATIC1111's variations (its modules/rng.py).
 
     Args:
-        seed: of the image.
-        shape: of the result, ``(C, h, w)``.
+        seed: seed of the image.
+        shape: shape of the result, ``(C, h, w)``.
         variation: turns the noise towards that of another seed.
-        inner: a shape whose noise the middle of the result has; the rest is that of ``shape``.
+        inner: shape whose noise fills the middle of the result; the rest is the noise of ``shape``.
     """
     size = inner or shape
     noise = start_noise(seed, size)
@@ -51,21 +51,21 @@ def varied_noise(
 
 
 def stage_noise(seed: int, stage: int, shape: tuple[int, ...]) -> Tensor:
-    """Fresh unit noise of one stage, float32 on the CPU."""
+    """Draw fresh unit noise of one stage, float32 on the CPU."""
     mixed = _mixed(f"{seed}:{stage}") >> 1
     return torch.randn(shape, generator=torch.Generator().manual_seed(mixed))
 
 
 def stage_uniform(seed: int, stage: int) -> float:
-    """One number of a stage, in [0, 1), which has nothing to do with its noise."""
+    """Draw one number of a stage, in [0, 1), independent of the stage's noise."""
     return (_mixed(f"{seed}:{stage}:uniform") >> 11) / 2**53
 
 
 def _between(noise: Tensor, other: Tensor, share: float) -> Tensor:
     """Spherical interpolation of two noises ``[C, h, w]``.
 
-    Each column of a channel is turned by itself, as there. That keeps the variance of unit noise,
-    which a straight line between two noises would lose.
+    As in AUTOMATIC1111, each column of a channel is turned separately. This keeps the variance of
+    unit noise, which linear interpolation would reduce.
     """
     cosine = F.cosine_similarity(noise, other, dim=1, eps=0).clamp(-1, 1)
     angle = cosine.acos()[:, None]
@@ -75,7 +75,7 @@ def _between(noise: Tensor, other: Tensor, share: float) -> Tensor:
 
 
 def _in_the_middle(inner: Tensor, outer: Tensor) -> Tensor:
-    """The outer noise ``[C, h, w]`` with the inner one in its middle, as much as there is room."""
+    """Put the inner noise into the middle of the outer one ``[C, h, w]``, as far as it fits."""
     rows, own_rows = _overlap(outer.shape[1], inner.shape[1])
     columns, own_columns = _overlap(outer.shape[2], inner.shape[2])
     result = outer.clone()
@@ -84,7 +84,7 @@ def _in_the_middle(inner: Tensor, outer: Tensor) -> Tensor:
 
 
 def _overlap(outer: int, inner: int) -> tuple[slice, slice]:
-    """Where along one side the inner noise goes, and which part of it."""
+    """Slices along one side: where the inner noise goes, and the part of it that goes there."""
     margin = (outer - inner) // 2
     if margin >= 0:
         return slice(margin, margin + inner), slice(None)

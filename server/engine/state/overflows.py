@@ -1,4 +1,4 @@
-"""What did not fit into the device's memory even alone, so that as much is refused at once."""
+"""Work that did not fit into the device's memory even alone, so that as large work is refused."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 __all__ = ["BELIEVED_S", "Overflows"]
 
 BELIEVED_S: Final = 60.0
-"""Seconds for which as much is refused: others' images may have had the room, so it is tried again
-now and then."""
+"""Seconds for which as large work is refused. Then it is tried again, since others' images may have
+taken the memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +23,12 @@ class _Overflow:
     """One image, or one group of images, that ran out of memory.
 
     Attributes:
-        width: in pixels.
-        height: in pixels.
-        rows: that its forward had, what ControlNets take counted as rows; None where the
-            autoencoder ran out of memory, which takes one picture at a time.
-        free: bytes that there were for it.
-        until: when it is believed no longer.
+        width: width in pixels.
+        height: height in pixels.
+        rows: number of rows of its forward pass, with the share of ControlNets counted as rows;
+            None if the autoencoder ran out of memory, which takes one picture at a time.
+        free: bytes that were free for it.
+        until: time from which it is ignored.
     """
 
     width: int
@@ -39,17 +39,18 @@ class _Overflow:
 
     @property
     def pixels(self) -> int:
-        """Of all rows: what a forward needs grows at least as fast."""
+        """Pixels of all rows; the memory of a forward pass grows at least as fast."""
         return (self.rows or 1) * self.width * self.height
 
 
 class Overflows:
     """The smallest work of each model that lately did not fit into memory by itself.
 
-    What is known of its forwards says nothing of its autoencoder, nor the other way round.
+    Forward passes and the autoencoder are recorded separately, since neither says anything about
+    the other.
 
     Args:
-        now: seconds of a clock.
+        now: clock in seconds.
     """
 
     def __init__(self, now: Callable[[], float] = monotonic) -> None:
@@ -58,14 +59,15 @@ class Overflows:
         self._of_autoencoders: dict[str, _Overflow] = {}
 
     def note(self, model: str, width: int, height: int, rows: int | None, free: int) -> None:
-        """Some work did not fit, though it ran alone.
+        """Record work that did not fit although it ran alone.
 
         Args:
-            model: by name.
-            width: of its images in pixels.
-            height: of its images in pixels.
-            rows: of its forward, what ControlNets take counted as rows; None for the autoencoder.
-            free: bytes that there were for it.
+            model: name of the model.
+            width: width of its images in pixels.
+            height: height of its images in pixels.
+            rows: number of rows of its forward pass, with the share of ControlNets counted as rows;
+                None for the autoencoder.
+            free: bytes that were free for it.
         """
         new = _Overflow(width, height, rows, free, self._now() + BELIEVED_S)
         of_models = self._of_autoencoders if rows is None else self._of_forwards
@@ -74,25 +76,26 @@ class Overflows:
             of_models[model] = new
 
     def knows(self, model: str) -> bool:
-        """Whether anything of a model did not fit lately."""
+        """Whether any work of a model did not fit lately."""
         known = self._of_forwards.get(model), self._of_autoencoders.get(model)
         return any(self._believed(one) for one in known)
 
     def check(
         self, model: str, width: int, height: int, rows: int, *, refers: bool = False
     ) -> None:
-        """Refuse work that is at least as large as what did not fit.
+        """Refuse work that is at least as large as work that did not fit.
 
         Args:
-            model: by name.
-            width: of its images in pixels.
-            height: of its images in pixels.
-            rows: of its forward, what else is read beside the images counted as rows.
-            refers: whether pictures that the images refer to are among that.
+            model: name of the model.
+            width: width of its images in pixels.
+            height: height of its images in pixels.
+            rows: number of rows of its forward pass, with everything read besides the images
+                counted as rows.
+            refers: whether that includes reference images.
 
         Raises:
-            DidNotFit: with the field ``width``, ``guidance`` where only the rows are too many, or
-                ``reference_images`` where these may be.
+            DidNotFit: with the field ``width``, with ``guidance`` if only the rows are too many, or
+                with ``reference_images`` if these may be the cause.
         """
         forward = self._believed(self._of_forwards.get(model))
         picture = self._believed(self._of_autoencoders.get(model))
@@ -115,7 +118,7 @@ class Overflows:
         raise self._too_large(model, width, height, forward)
 
     def forget(self, model: str | None = None) -> None:
-        """Believe nothing any longer of a model, or of any: there may be more room now."""
+        """Ignore what is known of a model, or of all: there may be more room now."""
         for known in (self._of_forwards, self._of_autoencoders):
             if model is None:
                 known.clear()

@@ -1,4 +1,4 @@
-"""Rows at a fixed count, so that a row's bits do not depend on its company."""
+"""Padding to a fixed number of rows, so that a row's bits do not depend on the other rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def padded(rows: Tensor, count: int | None) -> Tensor:
-    """Repeat the first row until there are ``count``; as it is where no count is given."""
+    """Repeat the first row until there are ``count``; return the rows unchanged if it is None."""
     if count is None or len(rows) == count:
         return rows
     return torch.cat([rows, rows[:1].expand(count - len(rows), *rows.shape[1:])])

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FIRST_SLOTS = 4
-"""State slots that the deepest of our own samplers needs; more only for a deeper one."""
+"""State slots that the deepest of our own samplers needs; a deeper one makes the pool grow."""
 
 FIRST_CAPACITY = 16
 
@@ -18,12 +18,12 @@ FIRST_CAPACITY = 16
 class Pool:
     """Rows of ``[K + 2, C, h, w]``: K state slots, then room for the prediction and fresh noise.
 
-    Grows by doubling, up to as many images as the engine admits. Where there is no memory to grow
-    in, it stays as it was.
+    The pool grows by doubling, up to as many images as the engine admits. If there is no memory to
+    grow, it stays unchanged.
 
     Args:
-        shape: of a latent, ``(C, h, w)``.
-        device: where the states live.
+        shape: shape of a latent, ``(C, h, w)``.
+        device: device of the states.
     """
 
     def __init__(self, shape: tuple[int, int, int], device: torch.device) -> None:
@@ -44,27 +44,27 @@ class Pool:
     def take(
         self, slots: int, rule_slots: int = 0, policy_slots: int = 0, cache_slots: int = 0
     ) -> int:
-        """A zeroed row for a plan of ``slots``, and memory of rule, policy and step cache.
+        """Take a zeroed row for a plan of ``slots``, and memory of rule, policy and step cache.
 
         Raises:
             torch.OutOfMemoryError: there is no memory for another row.
         """
         self._grow(slots, rule_slots, policy_slots, cache_slots)
         row = self._free[-1]
-        # Not only for tidiness: a NaN left here would survive a coefficient of zero.
+        # Required: a NaN left here would survive a coefficient of zero.
         for tensor in (self.columns, self.rule_memory, self.policy_memory, self.cache_memory):
             tensor[row].zero_()
         return self._free.pop()
 
     def give_back(self, row: int) -> None:
-        """The image of this row is done."""
+        """Return the row of an image that is done."""
         self._free.append(row)
 
     def _grow(self, slots: int, rule_slots: int, policy_slots: int, cache_slots: int) -> None:
         count = len(self.columns)
         rows = count if self._free else 2 * count
         deepest = max(slots, self.slots)
-        # All of them are made before any is replaced: each may be one too many for the memory.
+        # All are allocated before any is replaced, since each allocation may fail.
         columns = self._grown(self.columns, rows, deepest + 2, kept=self.slots)
         rule_memory = self._grown(self.rule_memory, rows, rule_slots)
         policy_memory = self._grown(self.policy_memory, rows, policy_slots)
@@ -75,7 +75,7 @@ class Pool:
         self._free.extend(range(count, rows))
 
     def _grown(self, old: Tensor, rows: int, slots: int, kept: int | None = None) -> Tensor:
-        """At least as many rows and slots, with the first ``kept`` slots as they were."""
+        """Grow to at least these rows and slots, keeping the first ``kept`` slots."""
         slots = max(slots, old.shape[1])
         if (rows, slots) == old.shape[:2]:
             return old

@@ -1,4 +1,4 @@
-"""Prompts to conditioning: encoded in batches, kept while there is room."""
+"""Encoding of prompts to conditioning: in batches, with a bounded cache."""
 
 from __future__ import annotations
 
@@ -21,25 +21,26 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Key: TypeAlias = "tuple[str | None, int, int, tuple[tuple[str, float], ...], TextKey]"
-"""A prompt, the width and height that it was encoded for, with which adapters and options.
+"""A prompt, and the width, height, adapters and options that it was encoded with.
 
-Adapters are named by revision and weight: holding them here would keep them in memory.
+Adapters are identified by revision and weight, since references would keep them in memory.
 """
 
 PROMPTS_KEPT_BYTES = 256 * 2**20
-"""Of one model: 64 encodings of 512 tokens by a T5 XXL in half precision, or 2,000 by a CLIP."""
+"""Bound for one model: 64 encodings of 512 tokens by a T5 XXL in half precision, or 2,000 by a
+CLIP."""
 
 ENCODED_AT_ONCE = 16
 
 
 class PromptCache:
-    """One model's encoded prompts, of which the least recently used go first.
+    """Cache of one model's encoded prompts, with least-recently-used eviction.
 
     Args:
-        model: whose text encoder.
-        fixed: encode at one batch size always, so that a prompt's bits do not depend on the
-            prompts that came with it.
-        most_bytes: bound on all that is kept.
+        model: model whose text encoder is used.
+        fixed: whether to encode at a fixed batch size, so that a prompt's bits do not depend on the
+            other prompts of its batch.
+        most_bytes: bound on the size of all cached encodings.
     """
 
     def __init__(
@@ -59,14 +60,14 @@ class PromptCache:
         adapters: tuple[Weighted, ...] = (),
         options: TextOptions = AS_USUAL,
     ) -> dict[str | None, Conditioning | Exception]:
-        """Conditioning of each prompt, or the error that is its own.
+        """Return the conditioning of each prompt, or its own error.
 
         Args:
-            prompts: may repeat; None is the model's unconditional.
-            width: of the pictures in pixels.
-            height: of the pictures in pixels.
-            adapters: that all of them are encoded with.
-            options: of all of them.
+            prompts: prompts, which may repeat; None is the model's unconditional input.
+            width: width of the pictures in pixels.
+            height: height of the pictures in pixels.
+            adapters: adapters that all of them are encoded with.
+            options: options for encoding all of them.
 
         Raises:
             DeviceLost: the device no longer answers.
@@ -97,7 +98,7 @@ class PromptCache:
         adapters: tuple[Weighted, ...],
         options: TextOptions,
     ) -> Iterator[tuple[str | None, Conditioning | Exception]]:
-        """Encode some, and halve them on an error until it is one prompt's."""
+        """Encode a batch; on an error split it in halves, until the error is one prompt's."""
         filler = [None] * (ENCODED_AT_ONCE - len(prompts)) if self._fixed else []
         texts, device = prompts + filler, self._model.device
         of_rows = RowAdapters((adapters,) * len(texts)) if adapters else None
@@ -119,7 +120,7 @@ class PromptCache:
 
 
 def _on_its_own(conditioning: Conditioning) -> Conditioning:
-    """The same in memory of its own: a view would hold all that was encoded with it."""
+    """Copy a conditioning to memory of its own, since a view would keep the whole batch alive."""
     return replace(
         conditioning,
         tensors={name: tensor.clone() for name, tensor in conditioning.tensors.items()},

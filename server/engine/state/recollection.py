@@ -1,4 +1,4 @@
-"""What a step cache keeps of one image beside its latents in the pool."""
+"""What a step cache keeps of one image, apart from latents in the pool."""
 
 from __future__ import annotations
 
@@ -11,21 +11,20 @@ if TYPE_CHECKING:
 __all__ = ["FIRST_OUTPUT", "INPUT", "Recollection"]
 
 INPUT, FIRST_OUTPUT = 0, 1
-"""Slots of the pool's cache memory: the network's input at the last stage that was evaluated, and
-from the second on its outputs there, by the number of the prediction; both as a network has them
-that predicts the velocity."""
+"""Slots of the pool's cache memory: the input at the last evaluated stage, and from the second on
+its outputs for each prediction, both expressed as those of a network that predicts the velocity."""
 
 
 @dataclass(slots=True, eq=False)
 class Recollection:
-    """Of the last stage of an image that was evaluated; empty for an image without a step cache.
+    """The last evaluated stage of an image; empty for an image without a step cache.
 
     Attributes:
-        predictions: numbers of those that were evaluated there.
-        inside: what changed the network there, as :attr:`Sequence.inside` has it.
-        numbers: the cache's own, ``[n]``; None before the first evaluation.
+        predictions: numbers of the predictions that were evaluated there.
+        inside: what changed the network there, see :attr:`Sequence.inside`.
+        numbers: numbers of the cache itself, ``[n]``; None before the first evaluation.
         recalls: whether the next stage recalls these predictions and evaluates none.
-        saved: evaluations that were recalled so far.
+        saved: number of evaluations that were recalled so far.
     """
 
     predictions: frozenset[int] = frozenset()

@@ -1,16 +1,16 @@
-"""How many rows of a lane have room in the device's memory at once, as its ticks find out."""
+"""Limit on the rows of a lane that fit into the device's memory at once, learned from ticks."""
 
 from __future__ import annotations
 
 RECOVERY_TICKS = 256
-"""Full ticks after which an eighth more is tried: an image may have gone that took the room."""
+"""Full ticks after which an eighth more is tried, since other users of the memory may have gone."""
 
 
 class RowCap:
-    """Halves when a forward runs out of memory, and recovers slowly while full ticks succeed.
+    """Halves when a forward pass runs out of memory, and recovers slowly while full ticks succeed.
 
     Args:
-        most: rows at first, and never more.
+        most: initial and maximum number of rows.
     """
 
     def __init__(self, most: int) -> None:
@@ -19,12 +19,12 @@ class RowCap:
         self._full_ticks = 0
 
     def overflow(self, rows: int) -> None:
-        """So many rows did not fit."""
+        """Record that a number of rows did not fit."""
         self.rows = max(1, min(self.rows, rows // 2))
         self._full_ticks = 0
 
     def fit(self, rows: int) -> None:
-        """So many rows did fit."""
+        """Record that a number of rows fitted."""
         if rows < self.rows or self.rows == self._most:
             return
         self._full_ticks += 1

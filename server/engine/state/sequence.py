@@ -1,4 +1,4 @@
-"""One image under way."""
+"""The state of one image under way."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ class ImageResult:
     """A finished image.
 
     Attributes:
-        pixels: uint8 ``[H, W, 3]``; without rows and columns if the task is undecoded.
-        latents: of an undecoded task, float32 ``[C, h, w]`` on the CPU.
-        evaluations: rows of the denoiser that it took.
-        saved: rows that the policy saved against always evaluating the rule's branches, and those
-            that the step cache saved.
+        pixels: pixels, uint8 ``[H, W, 3]``; empty if the task is undecoded.
+        latents: clean latents of an undecoded task, float32 ``[C, h, w]`` on the CPU.
+        evaluations: number of rows of the denoiser that it took.
+        saved: number of rows that the policy saved relative to evaluating the rule's branches at
+            every stage, and rows that the step cache saved.
         queue_s: seconds from submission to the first evaluation.
-        denoise_s: seconds from there to the clean latent.
-        decode_s: seconds from there to the pixels.
-        ancestor: of a particle, the image that it goes back to; of others, the image itself.
-        effective: of a particle, how many of its group counted at each resampling.
+        denoise_s: seconds from the first evaluation to the clean latent.
+        decode_s: seconds from the clean latent to the pixels.
+        ancestor: for a particle, the image that it descends from; for others, the image itself.
+        effective: for a particle, the effective number of images in its group at each resampling.
     """
 
     pixels: NDArray[np.uint8]
@@ -69,7 +69,7 @@ class ImageResult:
 
 
 class Listener(Protocol):
-    """Who hears of a submission, in the engine's thread: must return at once and never raise."""
+    """Callbacks of a submission, in the engine's thread: must return at once and never raise."""
 
     def started(self, index: int) -> None:
         """Image ``index`` is about to be evaluated for the first time."""
@@ -77,18 +77,18 @@ class Listener(Protocol):
     def progress(
         self, index: int, step: int, steps: int, preview: NDArray[np.uint8] | None
     ) -> None:
-        """``step`` of ``steps`` are done; the preview is ``[h, w, 3]`` or None."""
+        """``step`` of ``steps`` steps are done; the preview is ``[h, w, 3]`` or None."""
 
     def finished(self, index: int, result: ImageResult) -> None:
         """The image is done."""
 
     def failed(self, index: int, error: Exception) -> None:
-        """The image ended without a picture."""
+        """The image ended without a picture, with an error."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Known:
-    """What inpainting keeps: latents and start noise ``[C, h, w]``, and where to repaint."""
+    """Data of inpainting: latents and start noise ``[C, h, w]``, and where to repaint."""
 
     latents: Tensor
     noise: Tensor
@@ -97,21 +97,21 @@ class Known:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One image under way: its task, and how far it has come.
+    """One image under way: its task and its progress.
 
     Attributes:
-        flow: whose it is, and which of that client's images cost the same.
-        rows_at_once: of a forward, that it needs with its group.
-        conditioning: of all that the network may be told, by text.
-        channels: what the network reads behind x, ``[channels, h, w]``; None where it reads x
+        flow: its client, and a key of the client's images that cost the same.
+        rows_at_once: number of rows of a forward pass that it needs with its group.
+        conditioning: conditioning of every text that the network may be given.
+        channels: extra input channels behind x, ``[channels, h, w]``; None if the network reads x
             alone.
-        hints: what each of the task's ControlNets reads of its picture.
-        shown: what there is to attend to of each of the task's image prompts.
-        counted: what is still needed, as it was last counted in the backlog.
+        hints: encoded picture of each of the task's ControlNets.
+        shown: tokens to attend to for each of the task's image prompts.
+        counted: rows that it still needs, as last counted in the backlog.
         recollection: what the task's step cache keeps of this image, if it has one.
         term_states: what each of the task's terms keeps of this image.
-        ancestor: the image that it goes back to, where images are resampled; else itself.
-        effective: how many images of its group counted at each resampling.
+        ancestor: image that it descends from, if images are resampled; otherwise itself.
+        effective: effective number of images in its group at each resampling.
     """
 
     task: ImageTask
@@ -156,35 +156,35 @@ class Sequence:
 
     @property
     def priority(self) -> Priority:
-        """Of its task, unless its client may only have batch images."""
+        """Priority of its task, unless its client may only have batch images."""
         demoted = self.submission.client.batch and not self.live
         return Priority.BATCH if demoted else self.task.priority
 
     @property
     def stream(self) -> int | None:
-        """Identity of the live stream that it is a frame of."""
+        """Identity of the live stream that it is a frame of; None for an ordinary image."""
         return id(self.task.stream or self.submission) if self.live else None
 
     def together_with(self, other: Sequence) -> bool:
-        """Whether both are of one group."""
+        """Whether both belong to one group."""
         return self.task.group is not None and self.task.group is other.task.group
 
     @property
     def ask(self) -> Ask:
-        """What the next stage needs beside the prompt's prediction."""
+        """Predictions that the next stage needs besides the prompt's."""
         guidance = self.guidance
         return (guidance.settled if self.settled else guidance.asks)[self.stage]
 
     @property
     def rows(self) -> int:
-        """Rows of the forward that the next stage needs."""
+        """Number of rows of the forward pass that the next stage needs."""
         return 1 + len(self.ask.numbers)
 
     def controls(self, number: int) -> tuple[RowControl, ...]:
-        """The ControlNets that act on the row of a prediction at the next stage.
+        """Return the ControlNets that act on the row of a prediction at the next stage.
 
         Args:
-            number: of the prediction.
+            number: number of the prediction.
         """
         if not self.hints:
             return ()
@@ -196,10 +196,10 @@ class Sequence:
         )
 
     def image_prompts(self, number: int) -> tuple[RowImagePrompt, ...]:
-        """What the row of a prediction attends to beside its text at the next stage.
+        """Return the image prompts that the row of a prediction attends to at the next stage.
 
         Args:
-            number: of the prediction.
+            number: number of the prediction.
         """
         if not self.shown:
             return ()
@@ -211,18 +211,19 @@ class Sequence:
         )
 
     def told(self, text: Told) -> Conditioning:
-        """What a row of the next stage is told.
+        """Return the conditioning of a text at the next stage.
 
         Args:
-            text: one that the network may be told, or one that changes along the run.
+            text: text that the network may be given, maybe one that changes along the run.
         """
         return self.conditioning[at_stage(text, self.stage)]
 
     @property
     def inside(self) -> tuple[tuple[int, ...], ...]:
-        """Numbers of what changes the network at the next stage.
+        """Numbers of everything that changes the network at the next stage.
 
-        Those of terms, of ControlNets, of image prompts, and of the texts of edited prompts.
+        These are the numbers of terms, of ControlNets, of image prompts, and of texts of edited
+        prompts.
         """
         terms = tuple(acting.index for acting in self.ask.acting if acting.kind.prepares)
         texts = tuple(prompt.number(self.stage) for prompt in self.guidance.edited)
@@ -234,7 +235,7 @@ class Sequence:
 
     @property
     def may_recall(self) -> bool:
-        """Whether what the next stage needs was evaluated last, by the network as it is then."""
+        """Whether the last evaluation has all that the next stage needs, with the same network."""
         if self.done or not self.guidance.may_recall[self.stage]:
             return False
         last = self.recollection
@@ -247,19 +248,19 @@ class Sequence:
 
     @property
     def work(self) -> float:
-        """What the next stage costs in rows of the denoiser; ControlNets count by their size."""
+        """Cost of the next stage in rows of the denoiser; ControlNets count by their size."""
         acting = filter(self._acts, self.task.controls)
         return self.rows * (1 + sum(use.control.cost for use in acting))
 
     def _acts(self, use: ControlUse | ImagePromptUse) -> bool:
-        """Whether one of the task's uses acts at the next stage."""
+        """Whether a ControlNet or an image prompt of the task acts at the next stage."""
         return use.acts(self.stage, self.task.plan.evaluations)
 
     @property
     def remaining(self) -> float:
-        """Rows of the denoiser that it still costs, its ControlNets counted by their size.
+        """Cost of the remaining stages in rows of the denoiser; ControlNets count by their size.
 
-        That is if guidance goes on as planned and no stage is recalled.
+        It assumes that guidance goes on as planned and that no stage is recalled.
         """
         guidance = self.guidance
         return (guidance.left_settled if self.settled else guidance.left)[self.stage]
@@ -280,11 +281,11 @@ class Sequence:
         return self.task.plan.closes_step(self.stage)
 
     def result(self, pixels: NDArray[np.uint8], latents: Tensor | None = None) -> ImageResult:
-        """The image, which ends now.
+        """Make the result of the image, which ends now.
 
         Args:
             pixels: see :class:`ImageResult`.
-            latents: likewise.
+            latents: see :class:`ImageResult`.
         """
         return ImageResult(
             pixels=pixels,
@@ -299,7 +300,7 @@ class Sequence:
         )
 
     def count(self) -> None:
-        """Book the evaluations of the stage that just ran, and go on to the next."""
+        """Count the evaluations of the stage that has just run, and move on to the next."""
         ask = self.ask
         if self.recalls:
             self.recollection.saved += self.rows
@@ -310,7 +311,7 @@ class Sequence:
 
 
 def units_of(sequences: Listed[Sequence]) -> list[list[Sequence]]:
-    """Images by themselves, and groups, whose members stand side by side."""
+    """Split images into units: single images, and groups, whose members are side by side."""
     units: list[list[Sequence]] = []
     for sequence in sequences:
         if units and units[-1][-1].together_with(sequence):

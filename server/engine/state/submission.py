@@ -1,4 +1,4 @@
-"""The images of one request, as whoever submitted them and the engine share them."""
+"""The images of one request, as shared between their submitter and the engine."""
 
 from __future__ import annotations
 
@@ -22,25 +22,24 @@ Made = TypeVar("Made")
 
 
 class Submission:
-    """The images of one request; whoever holds it may cancel them, from any thread.
+    """The images of one request; its holder may cancel them, from any thread.
 
-    Each image ends exactly once, so of a cancellation and the last finished image one comes first,
-    and both sides hear which.
+    Each image ends exactly once. So either a cancellation or the last finished image comes first,
+    and both sides learn which.
 
     Args:
-        images: how many there are.
-        holding: what they have of the queue; by default something of nobody's queue.
+        images: number of images.
+        holding: what they occupy in the queue; by default something outside any queue.
 
     Attributes:
-        holding: what they have of the queue.
-        latents: of the pictures that its images start from or refer to, by the picture's identity,
-            or why there are none; the engine's own.
-        channels: what the network reads behind the latents of its images, by the identity of their
-            mask and their size; the engine's own.
-        hints: what ControlNets read of their pictures, by the identity of the use; the engine's
-            own.
-        shown: what rows attend to of the pictures beside their texts, by the identity of the use,
-            or why there is nothing; the engine's own.
+        holding: what they occupy in the queue.
+        latents: latents of pictures that its images start from or refer to, by the picture's
+            identity, or the error of encoding one; for the engine only.
+        channels: extra input channels behind the latents of its images, by the identity of their
+            mask and their size; for the engine only.
+        hints: encoded pictures of ControlNets, by the identity of the use; for the engine only.
+        shown: tokens of image prompts that rows attend to, by the identity of the use, or the error
+            of encoding one; for the engine only.
     """
 
     def __init__(self, images: int, holding: Holding | None = None) -> None:
@@ -55,12 +54,12 @@ class Submission:
 
     @property
     def client(self) -> Client:
-        """Whose images they are."""
+        """Client that the images are for."""
         return self.holding.client
 
     @property
     def cancelled(self) -> bool:
-        """Whether what is not finished is to end."""
+        """Whether images that are not finished will end."""
         return self._cancelled
 
     def cancel(self) -> bool:
@@ -76,14 +75,14 @@ class Submission:
             return self._cancelled
 
     def finish(self) -> bool:
-        """Count an image as finished, before it is reported; False if it was cancelled first."""
+        """Count an image as finished, before the report; return False if it was cancelled first."""
         with self._lock:
             if not self._cancelled:
                 self._left -= 1
             return not self._cancelled
 
     def forget_shortage(self) -> None:
-        """Have pictures encoded again for which there was no memory."""
+        """Drop errors of pictures that did not fit into memory, so that they are encoded again."""
         self.latents = _without_shortage(self.latents)
         self.shown = _without_shortage(self.shown)
 

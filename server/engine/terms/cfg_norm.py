@@ -1,4 +1,4 @@
-"""CFG norm: guided predictions at the length of the prompts' own."""
+"""CFG norm: rescales guided predictions to the length of the prompts' own."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KeptLengths(Term):
-    """Rescales what the rule and earlier terms made, at the stages in the window.
+    """Rescales the output of the rule and earlier terms, at the stages in the window.
 
     Attributes:
-        norm: how.
-        window: at which stages.
+        norm: settings of the rescaling.
+        window: whether the term acts at each stage.
     """
 
     made_from: ClassVar = CFGNorm
@@ -55,7 +55,7 @@ class KeptLengths(Term):
         kinds = [(term.norm.variant, term.norm.patch) for term in terms]
         found = denoised
         for kind, norm in dict(zip(kinds, (term.norm for term in terms), strict=True)).items():
-            # Of all rows, so that a row's bits do not depend on how many are of its kind.
+            # Over all rows, so that a row's bits do not depend on how many share its kind.
             rescaled = norm.rescale(denoised, *given, strengths)
             found = torch.where(seen.factors([own == kind for own in kinds]) > 0, rescaled, found)
         return found

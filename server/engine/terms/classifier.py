@@ -1,4 +1,4 @@
-"""Guidance by the model's classifier: up its gradient, or away from a prompt that it chooses."""
+"""Guidance by the model's classifier: along its gradient, or away from a prompt it chooses."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class UpGradient(Term):
-    """``D + strength grad``, the gradient of what the classifier is asked for.
+    """``D + strength grad``, with the gradient of the classifier's objective.
 
     Attributes:
-        guidance: what is asked.
-        targets: number of the class aimed at, of each attribute in the classifier's order; -1 for
+        guidance: settings with the objective.
+        targets: number of the target class, for each attribute in the classifier's order; -1 for
             none.
-        strengths: of each stage; 0 where the term does not act.
+        strengths: strength at each stage; 0 where the term does not act.
     """
 
     made_from: ClassVar = GradientGuidance
@@ -62,7 +62,7 @@ class UpGradient(Term):
         shown = denoised.where(seen.factors(clean) > 0, seen.x)
         alpha = [1.0 if c else a for c, a in zip(clean, seen.alpha, strict=True)]
         sigma = [0.0 if c else s for c, s in zip(clean, seen.sigma, strict=True)]
-        # Tensors of inference mode carry no gradients; copies that are made outside of it do.
+        # Tensors of inference mode carry no gradients; copies made outside of it do.
         with torch.inference_mode(mode=False), torch.enable_grad():
             x = shown.clone().requires_grad_()
             levels = (seen.scalars(level).clone() for level in (alpha, sigma))
@@ -74,16 +74,16 @@ class UpGradient(Term):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AwayFromChosen(Term):
-    """``D + strength (Dc - Dr)``, Dr told the one of several prompts that the classifier chooses.
+    """``D + strength (Dc - Dr)``, where Dr has the prompt, of several, that the classifier chooses.
 
-    Its state of an image is the strength that the classifier found at this stage, 0-dimensional.
+    The state of an image is the strength that the classifier found at this stage, 0-dimensional.
 
     Attributes:
-        guidance: how it chooses.
-        targets: number of the class aimed at, of each attribute in the classifier's order; -1 for
+        guidance: settings of the choice.
+        targets: number of the target class, for each attribute in the classifier's order; -1 for
             none.
-        strengths: of each stage; 0 where the term does not act.
-        alternatives: the prompts.
+        strengths: strength at each stage; 0 where the term does not act.
+        alternatives: prompts to choose from.
     """
 
     made_from: ClassVar = ReferenceGuidance
@@ -159,7 +159,7 @@ class AwayFromChosen(Term):
 
 
 def _heads_of(run: Run) -> Mapping[str, tuple[str, ...]]:
-    """The classes of each attribute that the model's classifier knows."""
+    """Classes of each attribute that the model's classifier knows."""
     return {} if run.model.classifier is None else run.model.classifier.heads
 
 
@@ -176,7 +176,7 @@ def _strengths_of(setting: ClassifierGuidance, run: Run) -> tuple[float, ...]:
 
 
 def _objective(terms: Sequence[UpGradient], logits: Mapping[str, Tensor]) -> Tensor:
-    """Summed over the rows: each moves by its own summand alone."""
+    """Objective summed over the rows; the gradient of each row depends on its summand alone."""
     summands: list[Tensor] = []
     for kind, members in _by_kind(terms).items():
         own, targets = _of(members, terms, logits)
@@ -191,7 +191,7 @@ def _of(
     terms: Sequence[UpGradient] | Sequence[AwayFromChosen],
     logits: Mapping[str, Tensor],
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Logits ``[members, classes]`` of each attribute, and the class aimed at ``[members]``."""
+    """Logits ``[members, classes]`` of each attribute, and the target classes ``[members]``."""
     device = next(iter(logits.values())).device
     aimed = [terms[i].targets for i in members]
     where, targets = (

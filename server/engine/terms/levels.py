@@ -1,4 +1,4 @@
-"""Where the stages of a plan lie in the diffusion of a model's noise schedule."""
+"""Positions of a plan's stages in the diffusion process of a model's noise schedule."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def levels_of(plan: Plan, schedule: NoiseSchedule) -> DiffusionLevels:
 
 
 def _variance(t: NDArray[np.float64], schedule: NoiseSchedule) -> NDArray[np.float64]:
-    """Variance of the noise that one of a thousand steps adds around times t, in (0, 1].
+    """Variance of the noise added by one of a thousand steps around times t, in (0, 1].
 
-    The schedule is taken at its log SNR, as if it preserved the variance.
+    Only the log SNR of the schedule is used, as if it were variance-preserving.
     """
     length = (schedule.t_start - schedule.t_end) / TRAINED_STEPS
     first = np.clip(t - length / 2, schedule.t_end, schedule.t_start - length / 2)

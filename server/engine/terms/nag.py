@@ -1,4 +1,4 @@
-"""Normalized attention guidance: the prompt's row attends to the negative prompt, too."""
+"""Normalized attention guidance: the prompt's row also attends to the negative prompt."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class AgainstNegative(Term):
     """Changes the cross-attention of the prompt's own prediction.
 
     Attributes:
-        edit: what is changed.
-        negative: what it is led away from; where the request has none, the empty prompt.
-        window: at which stages.
+        edit: change inside the network.
+        negative: text to lead attention away from; the empty prompt if the request has none.
+        window: whether the term acts at each stage.
     """
 
     made_from: ClassVar = NAG

@@ -1,4 +1,4 @@
-"""Negative token merging: rows keep away from the row of a picture, or of their group's first."""
+"""Negative token merging: rows move away from those of a picture, or of their group's first."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class AvoidedLatents(NamedTuple):
-    """A picture to keep away from: its latents, and the noise that is added to them, [C, h, w]."""
+    """A picture to move away from: its latents, and the noise that is added to them, [C, h, w]."""
 
     latents: Tensor
     noise: Tensor
@@ -32,15 +32,15 @@ class AvoidedLatents(NamedTuple):
 class KeptApart(Term):
     """Changes the rows of an image so that they move away from another row.
 
-    With a picture, the image asks for one more row, which is evaluated at the picture with the
+    With a picture, the image requests one more row, which is evaluated at the picture with the
     image's own noise; all other rows of the image move away from it. Without one, the predictions
     of all images of a group but the first move away from the same prediction of the first.
 
     Attributes:
-        edit: what is changed, but for the row to move away from.
-        window: at which stages.
-        row: what the network is told in the picture's row.
-        avoided: the picture.
+        edit: change inside the network, without the row to move away from.
+        window: whether the term acts at each stage.
+        row: text of the picture's row.
+        avoided: picture to move away from; None for the group's first image.
     """
 
     made_from: ClassVar = NegToMe
@@ -92,7 +92,7 @@ class KeptApart(Term):
     def _show(
         self, shown: AvoidedLatents, forward: ForwardRows, own: OwnRows, alpha: float, sigma: float
     ) -> None:
-        """Put the picture in its row, and lead the image's other rows away from it."""
+        """Put the picture in its row, and make the image's other rows move away from it."""
         [place] = own.term
         forward.x[place] = alpha * shown.latents + sigma * shown.noise
         for row in own.image.values():

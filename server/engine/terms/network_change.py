@@ -1,4 +1,4 @@
-"""Changes inside the network that all predictions of an image have: skip-tuning and FreeU."""
+"""Changes inside the network for all predictions of an image: skip-tuning and FreeU."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ChangedRows(Term):
     """The same change in all rows of an image, at every stage.
 
     Attributes:
-        edit: of each row.
+        edit: change for each row.
     """
 
     made_from: ClassVar = NetworkChange

@@ -1,4 +1,4 @@
-"""Particles: the images of a group are weighed after each step, and some give way to others."""
+"""Particles: images of a group are weighted after each step, and some take over others' states."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 class ResampledParticles(Term):
     """Resamples the images of a group by Feynman-Kac weights after every stage but the last.
 
-    For the rule ``cfg`` evaluated at every stage, steps of the reverse SDE, and nothing else beside
-    the rule. A particle that is not sound has no weight, so another one takes its place.
+    It requires the rule ``cfg`` evaluated at every stage, steps of the reverse SDE, and no other
+    term. A particle with a non-finite prediction has no weight, so another one takes its place.
 
     Attributes:
-        guidance: turns increments of log-weights into shares.
-        scale: of the rule.
-        snr: ``(alpha / sigma)^2`` at each stage, and inf where the plan lands.
+        guidance: settings that turn increments of log-weights into normalized weights.
+        scale: guidance scale of the rule.
+        snr: ``(alpha / sigma)^2`` at each stage, and inf at the end of the plan.
     """
 
     made_from: ClassVar = FeynmanKac

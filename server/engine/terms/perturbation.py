@@ -1,4 +1,4 @@
-"""Perturbations: away from the prompt's prediction by a network that was disturbed."""
+"""Perturbations: guidance away from the prediction of a perturbed network."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Disturbed(Term):
     """``D + strength (Dc - Dp)``, with one row for Dp at each stage in the window.
 
     Attributes:
-        row: the disturbed prediction.
-        strengths: of each stage; 0 where the term does not act.
+        row: perturbed prediction.
+        strengths: strength at each stage; 0 where the term does not act.
     """
 
     made_from: ClassVar = Perturbation

@@ -27,15 +27,15 @@ TERMS: tuple[type[Term], ...] = (
     KeptLengths,
     ResampledParticles,
 )
-"""One class for each class of settings beside a rule; a new term is one more."""
+"""One class per class of settings beside a rule; a new term is added here."""
 
 
 def terms_of(settings: Iterable[object], run: Run) -> tuple[Term, ...]:
-    """The terms that a request's guidance asks for, in the order in which they act.
+    """Make the terms that a request's guidance asks for, in the order in which they act.
 
     Args:
-        settings: all that the guidance consists of beside its rule; those of no term are left out.
-        run: of the request.
+        settings: all settings of the guidance other than its rule; those of no term are ignored.
+        run: run of the request.
     """
     asked = list(settings)
     return tuple(
@@ -47,5 +47,5 @@ def terms_of(settings: Iterable[object], run: Run) -> tuple[Term, ...]:
 
 
 def order_of(kind: type[Term]) -> int:
-    """When the terms of a class act; those that are not registered act last."""
+    """Rank of a class in the order of terms; classes that are not registered act last."""
     return TERMS.index(kind) if kind in TERMS else len(TERMS)

@@ -1,4 +1,4 @@
-"""What terms of one class are shown of a tick, stacked over the images that they act on."""
+"""What terms of one class see of a tick, stacked over the images that they act on."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class OwnRows:
-    """Where the rows of an image are in the forward.
+    """Positions of an image's rows in the forward pass.
 
     Attributes:
-        term: rows that the term asked for, in its order.
+        term: rows that the term requested, in its order.
         image: all rows of the image, by the number of the prediction; 0 is the prompt's own.
     """
 
@@ -33,13 +33,13 @@ class OwnRows:
 
 @dataclass(slots=True, eq=False)
 class ForwardRows:
-    """What the rows of a forward are about to be given.
+    """Inputs of the rows of a forward pass, before it runs.
 
     Attributes:
-        x: where each row is evaluated, ``[rows, C, h, w]``.
-        conditioning: what each row is told.
-        edits: what each row changes inside the network.
-        against: what each row's attention is led away from; None where that of no row is.
+        x: latents at which each row is evaluated, ``[rows, C, h, w]``.
+        conditioning: conditioning of each row.
+        edits: changes of each row inside the network.
+        against: second text that each row's attention is led away from; None if no row has one.
     """
 
     x: Tensor
@@ -48,16 +48,16 @@ class ForwardRows:
     against: StackedConditioning | None = None
 
     def lead_away(self, rows: Tensor, texts: StackedConditioning) -> None:
-        """Give rows a second text, that edits of theirs lead away from.
+        """Give rows a second text, which their edits lead away from.
 
         Args:
-            rows: int64 ``[n]`` on the device.
-            texts: one a row.
+            rows: rows, int64 ``[n]`` on the device.
+            texts: one text per row.
         """
         self.against = (self.against or self.conditioning).put(rows, texts)
 
     def edit(self, row: int, edit: Edit) -> None:
-        """Change something more inside the network for a row."""
+        """Add a change inside the network to a row."""
         self.edits[row] = (*self.edits[row], edit)
 
 
@@ -66,19 +66,19 @@ class Seen:
     """The images that terms of one class act on in a tick.
 
     Attributes:
-        lane: of all of them.
-        points: where every image of the tick is evaluated, ``[images of the tick, C, h, w]``.
-        positions: of these images among them.
-        stages: at which each image is.
-        seeds: of each image.
-        alpha: signal scale of each image there.
-        sigma: noise scale of each image there, above 0.
-        told: what a row of each image is told there, by its text.
+        lane: lane of all of them.
+        points: latents of every image of the tick, ``[images of the tick, C, h, w]``.
+        positions: positions of these images among those of the tick.
+        stages: stage of each image.
+        seeds: seed of each image.
+        alpha: signal scale of each image at its stage.
+        sigma: noise scale of each image at its stage, above 0.
+        told: function of each image that returns the conditioning of a text at its stage.
         states: what the term keeps of each image. A new value there is kept if the tick succeeds.
-        groups: positions among these images of those that run in lockstep, in their order; an
-            image of no group is by itself.
-        fixed_rows: where set, tensors are padded to this many rows before any operation that could
-            depend on the number of rows.
+        groups: positions among these images of those that run in lockstep, in order; an image
+            without a group is one of its own.
+        fixed_rows: number of rows to which tensors are padded before any operation that could
+            depend on the number of rows; None if it varies.
     """
 
     lane: Lane
@@ -95,15 +95,15 @@ class Seen:
 
     @property
     def x(self) -> Tensor:
-        """Where each image is evaluated, ``[images, C, h, w]``."""
+        """Latents at which each image is evaluated, ``[images, C, h, w]``."""
         return self.points.index_select(0, self.lane.indices(self.positions))
 
     def factors(self, values: Sequence[float]) -> Tensor:
-        """Numbers, one an image, on the device as ``[images, 1, 1, 1]``."""
+        """Numbers, one per image, on the device as ``[images, 1, 1, 1]``."""
         return self.scalars(values).view(-1, *[1] * (self.points.ndim - 1))
 
     def scalars(self, values: Sequence[float]) -> Tensor:
-        """Numbers, one an image, on the device as float32 ``[images]``."""
+        """Numbers, one per image, on the device as float32 ``[images]``."""
         # Not `new_tensor`, which waits for the device.
         made = torch.tensor(values, dtype=self.points.dtype)
         return made.to(self.points.device, non_blocking=True)
@@ -111,14 +111,14 @@ class Seen:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Predictions:
-    """What the network predicted for the images that terms of one class act on.
+    """Predictions of the network for the images that terms of one class act on.
 
     Attributes:
-        lane: of the images.
-        rows: denoised predictions of all rows of the forward, ``[rows, C, h, w]``.
+        lane: lane of the images.
+        rows: denoised predictions of all rows of the forward pass, ``[rows, C, h, w]``.
         positions: rows of the prompts' own predictions.
-        terms: rows that the terms asked for, by image.
-        branches: rows of the rule's branches, by image; empty where none was evaluated.
+        terms: rows that the terms requested, by image.
+        branches: rows of the rule's branches, by image; empty if they were not evaluated.
     """
 
     lane: Lane
@@ -128,15 +128,15 @@ class Predictions:
     branches: Sequence[Sequence[int]]
 
     def cond(self) -> Tensor:
-        """For the prompts, ``[images, C, h, w]``."""
+        """Predictions for the prompts, ``[images, C, h, w]``."""
         return self._at(self.positions)
 
     def own(self, k: int = 0) -> Tensor:
-        """The k-th that each term asked for, ``[images, C, h, w]``."""
+        """The k-th prediction that each term requested, ``[images, C, h, w]``."""
         return self._at([rows[k] for rows in self.terms])
 
     def branch(self, k: int = 0) -> Tensor:
-        """The k-th of each image's rule, where it was evaluated, ``[images, C, h, w]``."""
+        """The k-th branch of each image's rule, if it was evaluated, ``[images, C, h, w]``."""
         return self._at([rows[k] for rows in self.branches])
 
     def _at(self, rows: Sequence[int]) -> Tensor:

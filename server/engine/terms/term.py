@@ -1,4 +1,4 @@
-"""What a term is: guidance of an image beside its rule, along one plan."""
+"""The contract of a term: guidance of an image beside its rule, along one plan."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class RowSpec:
-    """A prediction of an image: one row of a forward.
+    """A prediction of an image: one row of a forward pass.
 
     Attributes:
-        text: what the network is told; None is the model's unconditional.
-        edits: what is changed inside the network for this row.
+        text: text that the network is given; None is the model's unconditional input.
+        edits: changes inside the network for this row.
     """
 
     text: Told
@@ -37,17 +37,17 @@ class RowSpec:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Run:
-    """What terms are made for: the images of one request, which differ in their seeds alone.
+    """The run that terms are made for: the images of one request, which differ only in their seeds.
 
     Attributes:
-        model: that will serve it.
-        schedule: the model's, at the request's size and steps.
-        plan: of its sampler.
-        rule: that the terms stand beside.
-        prompt: of the request, or a blend.
-        negative_prompt: of the request; None is the model's unconditional.
-        reference: a picture that the request supplies to guide away from, ``[3, H, W]`` float32 in
-            [-1, 1].
+        model: model that will serve the request.
+        schedule: noise schedule of the model, at the request's size and steps.
+        plan: plan of its sampler.
+        rule: rule that the terms stand beside.
+        prompt: prompt of the request, or a blend.
+        negative_prompt: negative prompt of the request; None is the model's unconditional input.
+        reference: picture supplied by the request to guide away from, ``[3, H, W]`` float32 in [-1,
+            1].
     """
 
     model: HostedModel
@@ -59,15 +59,15 @@ class Run:
     reference: Tensor | None = None
 
     def levels(self) -> DiffusionLevels:
-        """Where the stages of the plan stand in the model's diffusion."""
+        """Positions of the plan's stages in the model's diffusion process."""
         return levels_of(self.plan, self.schedule)
 
 
 class Resampled(NamedTuple):
-    """Which images go on from which.
+    """Which image's state each image continues from.
 
     Attributes:
-        origins: of each image, the one whose state it takes over, counted among those given;
+        origins: for each image, the index of the one whose state it takes over, among those given;
             mostly its own.
         effective: effective number of images that the weights left in its group.
     """
@@ -77,59 +77,59 @@ class Resampled(NamedTuple):
 
 
 class Term(Protocol):
-    """What is added to the guidance of an image beside its rule.
+    """An addition to the guidance of an image beside its rule.
 
-    A term is laid out along the plan of its image, is shared by all images of a request, and does
-    not change; what it keeps of one image is that image's state. In a tick all terms of one class
-    that act there are called once, stacked over their images: the class says by ``prepares``,
-    ``applies`` and ``resamples`` at which points. A row's result must not depend on its neighbours,
-    those of its group aside.
+    A term is laid out along the plan of its image, is shared by all images of a request, and is
+    immutable; what it keeps of one image is that image's state. In a tick all terms of one class
+    that act there are called once, stacked over their images. The class declares when by
+    ``prepares``, ``applies`` and ``resamples``. A row's result must not depend on its neighbours,
+    except those of its group.
     """
 
     made_from: ClassVar[type[BaseModel]]
     """Class of the settings that ask for this term."""
     prepares: ClassVar[bool] = False
-    """Whether ``prepare`` is called before the forward."""
+    """Whether ``prepare`` is called before the forward pass."""
     applies: ClassVar[bool] = False
     """Whether ``apply`` is called after the rule."""
     resamples: ClassVar[bool] = False
-    """Whether ``resample`` is called after the sampler's move."""
+    """Whether ``resample`` is called after the sampler's step."""
 
     @classmethod
     def of(cls, setting: Any, run: Run) -> Self:
-        """The term that a part of a request's guidance asks for.
+        """Make the term that a part of a request's guidance asks for.
 
         Args:
-            setting: of the class ``made_from``, checked against the model and the plan.
-            run: of the request.
+            setting: settings of the class ``made_from``, checked against the model and the plan.
+            run: run of the request.
         """
         ...
 
     def acts(self, stage: int) -> bool:
-        """Whether it has anything to do at a stage."""
+        """Whether the term has anything to do at a stage."""
         ...
 
     def rows(self, stage: int) -> tuple[RowSpec, ...]:
-        """Predictions beside the image's own that it wants at a stage at which it acts."""
+        """Predictions, besides the image's own, that it wants at a stage at which it acts."""
         del stage
         return ()
 
     @property
     def texts(self) -> tuple[str | None, ...]:
-        """What must be encoded for it beside what its rows are told."""
+        """Texts that must be encoded for it, besides those of its rows."""
         return ()
 
     @property
     def picture(self) -> Tensor | None:
-        """A picture whose latent it needs, ``[3, H, W]`` float32 in [-1, 1]."""
+        """Picture whose latent it needs, ``[3, H, W]`` float32 in [-1, 1]."""
         return None
 
     def begin(self, latents: Tensor | None, noise: Tensor) -> Any:
-        """Its state of an image that is about to start.
+        """Make its state of an image that is about to start.
 
         Args:
-            latents: of ``picture``, ``[C, h, w]``; None if it has none.
-            noise: that the image starts from, ``[C, h, w]``.
+            latents: latents of ``picture``, ``[C, h, w]``; None if it has none.
+            noise: noise that the image starts from, ``[C, h, w]``.
         """
         del latents, noise
         return None
@@ -138,26 +138,26 @@ class Term(Protocol):
     def prepare(
         cls, terms: Sequence[Self], forward: ForwardRows, own: Sequence[OwnRows], seen: Seen
     ) -> None:
-        """Change what rows of the forward are given, before it runs.
+        """Change the inputs of rows, before the forward pass.
 
         Args:
-            terms: one an image.
-            forward: the rows, changed in place.
-            own: where the rows of each image are.
-            seen: the images.
+            terms: terms, one per image.
+            forward: inputs of the rows, changed in place.
+            own: positions of each image's rows.
+            seen: images that the terms act on.
         """
 
     @classmethod
     def apply(
         cls, terms: Sequence[Self], denoised: Tensor, predictions: Predictions, seen: Seen
     ) -> Tensor:
-        """The guided predictions with the terms in them.
+        """Return the guided predictions with the terms applied.
 
         Args:
-            terms: one an image.
-            denoised: what the rule and earlier terms made, ``[images, C, h, w]``.
-            predictions: of the network.
-            seen: the images.
+            terms: terms, one per image.
+            denoised: output of the rule and earlier terms, ``[images, C, h, w]``.
+            predictions: predictions of the network.
+            seen: images that the terms act on.
         """
         del terms, predictions, seen
         return denoised
@@ -170,13 +170,13 @@ class Term(Protocol):
         predictions: Predictions,
         seen: Seen,
     ) -> Resampled:
-        """Which images go on from which, within their groups; here each from itself.
+        """Choose whose state each image continues from, within its group; by default its own.
 
         Args:
-            terms: one an image.
+            terms: terms, one per image.
             sound: whether each image's guided prediction is finite.
-            predictions: of the network.
-            seen: the images.
+            predictions: predictions of the network.
+            seen: images that the terms act on.
         """
         del sound, predictions, seen
         return Resampled(list(range(len(terms))), [float(len(terms))] * len(terms))
