@@ -1,9 +1,9 @@
-"""Models of the Hugging Face hub: named with a revision, fetched once into the hub's own cache.
+"""Models of the Hugging Face hub: named with a revision, downloaded once into the hub's own cache.
 
-Only what is loaded is fetched: safetensors weights, configs and tokenizer files of the parts that
-``model_index.json`` lists, and the variant ``fp16`` or ``bf16`` where the weights are to be in half
-precision and there is one. Pickles, code and the same weights in other formats are left where they
-are.
+Only files that are loaded are downloaded: safetensors weights, configs and tokenizer files of the
+parts that ``model_index.json`` lists, and the variant ``fp16`` or ``bf16`` if it exists and weights
+are wanted in half precision. Pickles, code and the same weights in other formats are not
+downloaded.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ WEIGHTS: Final = re.compile(
     r"|\.safetensors\.index(\.(fp|bf)16)?\.json)"
 )
 HALVES: Final = ("fp16", "bf16")
-"""Variants in half precision; the first that there is is fetched."""
+"""Variants in half precision; the first one that exists is downloaded."""
 
 TEXTS: Final = re.compile(r"[\w.-]+\.(json|txt|model)")
 OTHER_INDICES: Final = re.compile(r".*\.index(\.\w+)?\.json")
@@ -50,7 +50,7 @@ class HubModel:
 
     @classmethod
     def of(cls, text: str) -> Self | None:
-        """The model that ``org/name`` or ``org/name@revision`` names; None for other texts."""
+        """The model for ``org/name`` or ``org/name@revision``; None for other texts."""
         named = NAMED.fullmatch(text)
         if named is None or ".." in text:
             return None
@@ -58,7 +58,7 @@ class HubModel:
 
     @property
     def name(self) -> str:
-        """What requests call it if the operator gives it no name."""
+        """Name that requests use if the operator gives it none."""
         return self.repository.partition("/")[2]
 
     def __str__(self) -> str:
@@ -73,20 +73,20 @@ def fetch(
     tell: Callable[[int, int], None] | None = None,
     replaced: Collection[str] = (),
 ) -> Path:
-    """The folder of a model in the hub's cache; what is not there is fetched.
+    """Download a model into the hub's cache unless it is there, and return its folder.
 
-    A model that is in the cache is never looked up, so that a branch stays at the commit that it
-    was first fetched at. A fetch that was interrupted goes on where it stopped.
+    A model that is in the cache is not looked up again, so a branch stays at the commit at which it
+    was first downloaded. An interrupted download resumes where it stopped.
 
     Args:
-        model: of the hub that ``HF_ENDPOINT`` names, with the token ``HF_TOKEN`` where it is set.
-        half: whether the weights are to be in half precision.
-        check: refuses a folder by its ``model_index.json``, before its weights are fetched.
-        tell: called with the bytes that are fetched so far, and with those of all files.
-        replaced: parts whose weights others take the place of, and which are not fetched.
+        model: model of the hub at ``HF_ENDPOINT``, accessed with the token ``HF_TOKEN`` if set.
+        half: whether weights are wanted in half precision.
+        check: refuses a folder by its ``model_index.json``, before its weights are downloaded.
+        tell: called with the number of bytes downloaded so far, and with that of all files.
+        replaced: parts whose weights are replaced by others and need not be downloaded.
 
     Raises:
-        ModelMismatch: it cannot be fetched, or is refused.
+        ModelMismatch: it cannot be downloaded, or is refused.
     """
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -108,12 +108,12 @@ def fetch(
 def chosen_files(
     paths: Iterable[str], parts: Iterable[str], *, half: bool, replaced: Collection[str] = ()
 ) -> list[str]:
-    """The files of a repository that are fetched.
+    """Choose the files of a repository to download.
 
     Args:
-        paths: of all files of the repository.
+        paths: paths of all files of the repository.
         parts: subfolders that ``model_index.json`` lists.
-        half: prefer the variant ``fp16``, or ``bf16`` where there is none.
+        half: whether to prefer the variant ``fp16``, or ``bf16`` if there is none.
         replaced: parts whose weights are left out.
     """
     chosen = [INDEX]
@@ -141,7 +141,7 @@ def _snapshot(
     *,
     cached: bool,
 ) -> Path:
-    """The model's folder with all that is chosen of it, from the cache alone or from the hub."""
+    """The model's folder with all chosen files, only from the cache or from the hub as well."""
     from huggingface_hub import get_cached_repo_tree, hf_hub_download, list_repo_tree
     from huggingface_hub import snapshot_download as download
     from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError
@@ -154,7 +154,7 @@ def _snapshot(
     try:
         tree = get_cached_repo_tree(**here) if cached else list_repo_tree(**here, recursive=True)
     except CachedRepoTreeNotFoundError:
-        # Fetched by an older client, which keeps no list of what there is to fetch.
+        # Downloaded by an older client, which keeps no list of the repository's files.
         if _has_weights(folder, [part for part in parts if part not in replaced]):
             return folder
         raise LocalEntryNotFoundError(f"{folder} is not complete") from None
@@ -166,7 +166,7 @@ def _snapshot(
 
 
 def _has_weights(folder: Path, parts: Iterable[str]) -> bool:
-    """Whether each part is there, and the weights of those that are networks."""
+    """Whether each part exists, with weights if it is a network."""
     for part in parts:
         if not (folder / part).is_dir():
             return False
@@ -178,7 +178,7 @@ def _has_weights(folder: Path, parts: Iterable[str]) -> bool:
 
 
 def _progress(tell: Callable[[int, int], None] | None) -> Any:
-    """A bar that shows nothing, and tells of the bytes that the hub's client counts on it."""
+    """A progress bar class without output, which passes on the client's counts of bytes."""
     from tqdm.std import tqdm
 
     bar: Any = tqdm

@@ -1,7 +1,8 @@
-"""What inpainting U-Nets read behind the latents: where to repaint, and the picture around it.
+"""Input channels of inpainting U-Nets besides the latent: the mask, and the masked image.
 
-As ``StableDiffusionInpaintPipeline`` and ``StableDiffusionXLInpaintPipeline`` of diffusers prepare
-it, but with the mean of the autoencoder's posterior in place of a sample.
+They are prepared as in diffusers' ``StableDiffusionInpaintPipeline`` and
+``StableDiffusionXLInpaintPipeline``, but with the mean of the autoencoder's posterior instead of a
+sample.
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ if TYPE_CHECKING:
     from server.models.autoencoder import Autoencoder
 
 MOST_BYTES = 1 << 23
-"""Of channels without a picture that are kept, which is those of a handful of sizes."""
+"""Maximum size of cached channels without an image, which suffices for a handful of sizes."""
 
 HALF = 0.5
-"""Pixels of a mask from here on are repainted."""
+"""Mask values from this one up are repainted."""
 
 
 class MaskChannels:
-    """The channels that a U-Net reads behind a latent: one of the mask, then a second latent.
+    """The channels that a U-Net reads after those of a latent: the mask, then a second latent.
 
     Args:
-        autoencoder: that encodes the picture around what is repainted.
+        autoencoder: encodes the masked image.
         scale: pixels along one side of a latent cell.
-        device: of the channels.
+        device: device of the channels.
     """
 
     def __init__(self, autoencoder: Autoencoder, scale: int, device: torch.device) -> None:
@@ -43,26 +44,26 @@ class MaskChannels:
         )
 
     def of(self, picture: Tensor, mask: Tensor) -> Tensor:
-        """The channels ``[1 + C, h, w]`` of a picture of which a part is repainted.
+        """The channels ``[1 + C, h, w]`` for an image of which a part is repainted.
 
         Args:
             picture: ``[3, H, W]`` in [-1, 1].
-            mask: ``[H, W]``, from 0.5 on to repaint. Unlike where a model without such channels
-                repaints, a cell counts by its first pixel, as these models were trained.
+            mask: ``[H, W]``, repainted from 0.5 up. The first pixel of a cell decides for the
+                cell, as in these models' training; inpainting with other models differs in this.
         """
         repaint = (mask.to(self._device) >= HALF).float()
         picture = picture.to(self._device) * (1 - repaint)
-        # One picture a call: a larger batch would move its bits.
+        # One image per call: a larger batch would change the bits of the result.
         kept = self._autoencoder.encode(picture[None])[0]
         cells = F.interpolate(repaint[None, None], size=kept.shape[1:])[0]
         return torch.cat([cells, kept])
 
     def without_picture(self, height: int, width: int) -> Tensor:
-        """The channels where everything is drawn anew: a mask of ones, and a grey picture.
+        """The channels if everything is generated: a mask of ones, and a gray image.
 
         Args:
-            height: of the latent.
-            width: of the latent.
+            height: height of the latent.
+            width: width of the latent.
         """
         return self._without.get((height, width), lambda: self._everything(height, width))
 

@@ -1,4 +1,4 @@
-"""What the rows of a forward are given beside x and the level of noise: one bundle."""
+"""The inputs of the rows of a forward pass besides x and the noise level, in one bundle."""
 
 from __future__ import annotations
 
@@ -24,27 +24,28 @@ if TYPE_CHECKING:
 OUTSIDE_BLOCKS: Final = frozenset(
     {"conditioning", "edits", "scale_embedding", "channels", "controls"}
 )
-"""Of inputs, what the network reads before and between its blocks; each edit is an exception."""
+"""Inputs that the network reads before and between its blocks, apart from edits, of which any makes
+a row not plain."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowInputs:
-    """Everything that the network is given for some rows beside x and t.
+    """All inputs of the network for some rows besides x and t.
 
     Attributes:
-        conditioning: what each row is told of its prompt.
-        edits: what each row changes inside the network, none of it refused; empty where no row
-            changes anything.
-        scale_embedding: guidance scales less 1 that the network is told, ``[rows]``, 0 where a row
+        conditioning: conditioning of each row on its prompt.
+        edits: what each row changes inside the network, without edits that the model refuses; empty
+            where no row changes anything.
+        scale_embedding: guidance scales less 1 that the network receives, ``[rows]``, 0 where a row
             has none; None where no row has one. For models whose facts say ``embeds_scale``.
-        channels: what the network reads behind the channels of x, ``[rows, channels, h, w]``; None
-            where it reads x alone.
-        against: the text that each row's attention is led away from, for the edit
-            ``NormalizedAttention``; of rows without it, any. None where no row has it.
-        adapters: low-rank changes of each row's layers; None where no row has any.
-        controls: ControlNets that act on each row; None where none acts on any.
-        image_prompts: pictures that each row attends to beside its text; None where no row has any.
-        edit_values: what the model has made of edits, and reads in their place; see
+        channels: channels that the network reads after those of x, ``[rows, channels, h, w]``; None
+            where it reads only x.
+        against: text away from which each row's attention is guided, for the edit
+            ``NormalizedAttention``; arbitrary for rows without it. None where no row has it.
+        adapters: low-rank changes to each row's layers; None where no row has any.
+        controls: ControlNets that act on each row; None where no row has any.
+        image_prompts: images that each row attends to besides its text; None where no row has any.
+        edit_values: edits in the form that the model has prepared, read instead of ``edits``; see
             ``HostedModel.in_tensors``.
     """
 
@@ -65,11 +66,11 @@ class RowInputs:
         return not any(self.edits) and given <= OUTSIDE_BLOCKS
 
     def of(self, rows: Sequence[int], where: Tensor | None = None) -> RowInputs:
-        """The inputs of some rows; references of edits are counted among those rows.
+        """Select some rows; references of edits are renumbered accordingly.
 
         Args:
-            rows: which rows; of one that is repeated, references mean the first.
-            where: the same as int64 ``[n]`` on the device, where the caller has it already.
+            rows: indices of the rows; a reference to a repeated row means its first occurrence.
+            where: the same as int64 ``[n]`` on the device, if the caller has it already.
         """
         if where is None:
             where = torch.tensor(rows).to(self.conditioning.device, non_blocking=True)
@@ -89,15 +90,15 @@ class RowInputs:
         )
 
     def padded(self, count: int | None, *, fixed: bool = True) -> RowInputs:
-        """The same with the first row repeated until there are ``count``.
+        """Repeat the first row until there are ``count`` rows.
 
-        Repeated rows have neither ControlNets nor image prompts. What they put out is not read.
+        Repeated rows have neither ControlNets nor image prompts. Their outputs are not used.
 
         Args:
-            count: of rows; None adds none.
-            fixed: all forwards have so many, so that a row's bits do not depend on its company;
-                then repeated rows have no adapters. Otherwise they have those of the last row, and
-                make no edits.
+            count: number of rows; None adds none.
+            fixed: whether all forward passes have this many rows, so that a row's bits do not
+                depend on the other rows; repeated rows then have no adapters. Otherwise they have
+                those of the last row, and no edits.
         """
         if count is None:
             return self
@@ -115,7 +116,7 @@ class RowInputs:
 
 
 def _located(edits: Sequence[tuple[Edit, ...]], rows: Sequence[int]) -> list[tuple[Edit, ...]]:
-    """The edits of some rows, whose references are counted among those rows."""
+    """The edits of selected rows, with references renumbered accordingly."""
     if not edits:
         return []
     places: dict[int | None, int] = {}

@@ -1,7 +1,7 @@
-"""The inputs of a forward taken apart: tensors, and all else, which is their form.
+"""Split the inputs of a forward pass into tensors and everything else, called its form.
 
-Two forwards of one form, whose tensors have the same shapes, ask the device for the same
-operations. So one can be repeated with the tensors of the other.
+Two forward passes of the same form whose tensors have the same shapes launch the same operations on
+the device, so a CUDA graph of one can be replayed with the tensors of the other.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ Found = TypeVar("Found")
 
 
 class Gone(Exception):
-    """Something that a forward reads beside its tensors is there no more."""
+    """Something that a forward pass reads besides its tensors no longer exists."""
 
 
 @dataclass(frozen=True, slots=True)
 class InputsForm:
-    """What of a forward's inputs is no tensor.
+    """The non-tensor parts of a forward pass's inputs.
 
-    It keeps nothing alive: what it refers to belongs to requests, or to what networks keep.
+    It holds only weak references: what it refers to belongs to requests or to caches of networks.
 
     Attributes:
-        adapters: what is kept of the rows' adapters; None where no row has any.
+        adapters: reference to the cached tensors of the rows' adapters; None where no row has any.
         edits: where rows change the network; None where no row does.
-        controls: the ControlNets that act on rows.
-        pictures: that rows attend to beside their texts, by numbers of tokens.
+        controls: forms of the ControlNets that act on rows.
+        pictures: forms of the rows' image prompts, by number of tokens.
     """
 
     adapters: ref[object] | None = None
@@ -61,14 +61,14 @@ class InputsForm:
 
     @property
     def alive(self) -> bool:
-        """Whether all that it refers to is still there."""
+        """Whether everything that it refers to still exists."""
         others = [one.control for one in self.controls]
         kept = others if self.adapters is None else [self.adapters, *others]
         return all(one() is not None for one in kept)
 
     @property
     def kind(self) -> str:
-        """What rows are given that is no tensor, in a few words; empty of plain rows."""
+        """The non-tensor inputs of rows in a few words; empty for plain rows."""
         given = {
             "adapters": self.adapters is not None,
             "ControlNets": bool(self.controls),
@@ -78,13 +78,13 @@ class InputsForm:
         return ", ".join([*(name for name, some in given.items() if some), *sorted(edits)])
 
     def inputs(self, tensors: Mapping[str, Tensor]) -> RowInputs:
-        """The inputs of this form.
+        """Rebuild inputs of this form.
 
         Args:
-            tensors: by the names of :func:`tensors_of`.
+            tensors: tensors by the names of :func:`tensors_of`.
 
         Raises:
-            Gone: the form is no more alive.
+            Gone: the form is no longer alive.
         """
         told, against = (StackedConditioning(_of(part, tensors)) for part in (TEXT, AGAINST))
         rows = len(told)
@@ -112,10 +112,10 @@ class InputsForm:
 
 
 def form_of(inputs: RowInputs) -> InputsForm | None:
-    """The form of inputs; None where they have more than is told apart here.
+    """The form of inputs; None where they contain something that has no form.
 
     Args:
-        inputs: as ``HostedModel.in_tensors`` makes them.
+        inputs: inputs prepared by ``HostedModel.in_tensors``.
     """
     adapters, controls, prompts = inputs.adapters, inputs.controls, inputs.image_prompts
     apart = (
@@ -162,7 +162,7 @@ def _named(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _of(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those of :func:`_named`, by the names that they had before."""
+    """Invert :func:`_named`: the tensors of one part, by their original names."""
     start = f"{part} "
     return {
         name.removeprefix(start): tensor

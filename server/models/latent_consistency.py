@@ -1,6 +1,6 @@
-"""Latent consistency models: Stable Diffusion, distilled to a few steps and a told guidance scale.
+"""Latent consistency models: Stable Diffusion distilled to a few steps and an embedded scale.
 
-Luo et al., arXiv 2310.04378; as ``LatentConsistencyModelPipeline`` of diffusers runs them.
+Luo et al., arXiv 2310.04378. They run as in diffusers' ``LatentConsistencyModelPipeline``.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
     from server.models.unet_model import UNetModel
 
 FIXED: Mapping[str, Any] = {"clip_sample": False, "thresholding": False, "timestep_scaling": 10.0}
-"""Entries of the scheduler's config that the sampler ``lcm`` knows one value of, diffusers' own."""
+"""Entries of the scheduler's config that must have diffusers' default for the sampler ``lcm``."""
 
 
 def load_latent_consistency(
     folder: Path, name: str, revisions: Revisions, device: torch.device, dtype: torch.dtype
 ) -> UNetModel:
-    """Load the parts of a diffusers folder from safetensors alone.
+    """Load the parts of a diffusers folder, from safetensors files only.
 
     Raises:
-        ModelMismatch: a part that this family cannot run, a U-Net that is told no guidance scale,
-            or a scheduler that the sampler ``lcm`` is not equal to.
+        ModelMismatch: a part that this family cannot run, a U-Net that takes no guidance scale, or
+            a scheduler that is not equivalent to the sampler ``lcm``.
     """
     component_class(folder, "scheduler", frozenset({"LCMScheduler"}))
     if read_json(folder, "unet/config.json").get("time_cond_proj_dim") is None:

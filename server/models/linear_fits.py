@@ -1,4 +1,4 @@
-"""The coefficients of linear adaptive guidance that a model folder holds."""
+"""The coefficients of linear adaptive guidance in a model folder."""
 
 from __future__ import annotations
 
@@ -23,51 +23,51 @@ PREFIX = "linear-ag"
 
 
 def identity_of(revision: str, plan: Plan, rule: Rule, every: int) -> FitIdentity:
-    """What coefficients must have been fitted for, to serve a run.
+    """The identity that coefficients must have been fitted for to be used in a run.
 
     Args:
-        revision: of the model's weights without the autoencoder's.
-        plan: of the sampler.
-        rule: of the guidance, with its parameters.
-        every: steps from one evaluation of the second branch to the next.
+        revision: revision of the model's weights without the autoencoder's.
+        plan: plan of the sampler.
+        rule: guidance rule with its parameters.
+        every: number of steps from one evaluation of the second branch to the next.
     """
     run = run_fingerprint(plan.t, plan.alpha, plan.sigma, plan.tables)
     return FitIdentity(revision, run, rule.model_dump_json(), every)
 
 
 def fit_file(folder: Path, sampler: str, steps: int, identity: FitIdentity) -> Path:
-    """Where a model folder keeps coefficients."""
+    """File in a model folder for coefficients."""
     name = f"{PREFIX}-{sampler}-{steps}-{identity.digest}.safetensors"
     return folder / DERIVED / name
 
 
 class LinearFits:
-    """The coefficients in a model folder, found by what they were fitted for; for any thread.
+    """The coefficients in a model folder, looked up by their identity; safe from any thread.
 
-    The folder is looked through again at each search, so that a new file, or one that was written
-    anew, needs no restart; of a file that has not changed, nothing is read twice.
+    Each lookup lists the folder again, so that new or rewritten files need no restart; unchanged
+    files are read only once.
 
     Args:
-        folder: of the model; None where there is none.
+        folder: model folder; None where there is none.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
-        # Replaced and never changed: other threads may be looking through it.
+        # Replaced, never modified: other threads may be iterating over it.
         self._read: Mapping[Path, tuple[tuple[int, int], LinearFit | None]] = {}
         self._reading = Lock()
 
     def find(self, identity: FitIdentity) -> LinearFit | None:
-        """Those that were fitted for just this; None if there are none."""
+        """The coefficients fitted for exactly this identity; None if there are none."""
         self._read_new()
         fits = (fit for _, fit in self._read.values() if fit is not None)
         return next((fit for fit in fits if fit.identity == identity), None)
 
     def available(self, revision: str) -> tuple[str, ...]:
-        """What there are coefficients for, in words: "unipc, 12 steps, cfg at scale 4, every 2".
+        """Descriptions of the coefficients, e.g. "unipc, 12 steps, cfg at scale 4, every 2".
 
         Args:
-            revision: of the model's weights without the autoencoder's.
+            revision: revision of the model's weights without the autoencoder's.
         """
         self._read_new()
         fits = ((file, fit) for file, (_, fit) in self._read.items() if fit is not None)
@@ -92,7 +92,7 @@ class LinearFits:
 
 
 def _described(file: Path, fit: LinearFit) -> str:
-    # `fit_file` puts sampler and steps into the name; the identity has only their fingerprint.
+    # `fit_file` puts sampler and steps into the name; the identity has only a hash of them.
     name = file.stem.removeprefix(f"{PREFIX}-").rsplit("-", 2)
     run = f"{name[0]}, {name[1]} steps" if len(name) == 3 else file.name
     rule = json.loads(fit.identity.rule)

@@ -1,4 +1,4 @@
-"""From a model folder to a hosted model."""
+"""Loads a model folder into a hosted model."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ FAMILIES = {
     "StableDiffusionXLPipeline": load_stable_diffusion_xl,
     "ZImagePipeline": load_z_image,
 }
-"""Loader of each pipeline class that a model folder may name."""
+"""Loader of each supported pipeline class."""
 
 IN_BFLOAT16 = frozenset(
     {
@@ -84,8 +84,8 @@ IN_BFLOAT16 = frozenset(
 """Pipeline classes whose text encoders or transformers may overflow in float16.
 
 Their model cards and diffusers' documentation run them in bfloat16. T5 was trained in it, and
-transformers keeps a layer of each of its blocks in float32 even so; diffusers' page on FLUX.1 says
-that activations of its text encoders are clipped in float16.
+transformers keeps a layer of each of its blocks in float32 nevertheless; diffusers' page on FLUX.1
+says that activations of its text encoders are clipped in float16.
 """
 
 
@@ -99,21 +99,20 @@ def load_model(
     vae: Path | None = None,
     tell: Callable[[int, int], None] | None = None,
 ) -> HostedModel:
-    """Load a diffusers-format folder; weights from safetensors only, no code from the folder.
+    """Load a diffusers-format folder: weights only from safetensors files, no code from the folder.
 
     Args:
-        folder: the folder that holds ``model_index.json``.
-        name: what requests call the model.
-        device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda``, ``cuda:1``.
-        dtype: ``auto`` (on CUDA float16, or bfloat16 where the family needs its range; else
+        folder: folder that contains ``model_index.json``.
+        name: name that requests use for the model.
+        device: ``auto`` (CUDA if available), ``cpu``, ``cuda``, ``cuda:1``.
+        dtype: ``auto`` (on CUDA float16, or bfloat16 where the family needs its range; otherwise
             float32), ``float32``, ``float16``, ``bfloat16``.
-        placement: how its networks are kept; by default as they are, on the device.
-        vae: of an autoencoder whose weights take the place of its own, a safetensors file or a
-            diffusers folder.
-        tell: called with the bytes of the weights that are read so far, and with all of them.
+        placement: how its networks are kept; by default unquantized, on the device.
+        vae: safetensors file or diffusers folder of an autoencoder whose weights replace its own.
+        tell: called with the number of bytes of weights read so far, and with that of all weights.
 
     Raises:
-        ModelMismatch: the folder is no model that can be hosted; the sentence says why.
+        ModelMismatch: the folder is not a model that can be hosted; the sentence says why.
     """
     family = family_of(folder)
     import_libraries()
@@ -140,7 +139,7 @@ def load_model(
             give_autoencoder(model, vae)
         put_on_device(model, placement or Placement())
         if _stamps(folder) != before:
-            # Its weights may be those of one file or of another, and have no revision.
+            # Its weights may be from before or after the change, and so have no revision.
             raise ModelMismatch(
                 f"model folder {str(folder)!r} changed while it was read; try again."
             )
@@ -155,7 +154,7 @@ def load_model(
 
 
 def _stamps(folder: Path) -> dict[Path, tuple[int, int]]:
-    """By which a change of the weights is noticed."""
+    """Stamps of the weight files, by which a change is detected."""
     return {file: stamp_of(file) for file in weights_in(folder)}
 
 
@@ -163,7 +162,7 @@ def family_of(folder: Path) -> str:
     """The pipeline class that a folder names.
 
     Raises:
-        ModelMismatch: it names none, or one that is not known.
+        ModelMismatch: it names none, or one that is not supported.
     """
     family = read_json(folder, INDEX).get("_class_name")
     if not isinstance(family, str) or family not in FAMILIES:
@@ -175,7 +174,7 @@ def family_of(folder: Path) -> str:
 
 
 def _add_classifier(model: HostedModel, folder: Path) -> None:
-    """The classifier of the model's latents, if the folder holds one of these weights."""
+    """Load the classifier of the model's latents, if the folder has one for these weights."""
     file = classifier_file(folder)
     if not file.exists():
         model.classifier_lacks = f"its folder has no {file.relative_to(folder)}"
@@ -191,10 +190,10 @@ def _add_classifier(model: HostedModel, folder: Path) -> None:
 
 
 def choose_device(device: str) -> torch.device:
-    """The torch device of a setting.
+    """The torch device for a setting.
 
     Raises:
-        ModelMismatch: CUDA is asked for and there is none, or the name means nothing.
+        ModelMismatch: CUDA is requested but not available, or the name is invalid.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -212,12 +211,12 @@ def choose_device(device: str) -> torch.device:
 def choose_dtype(
     dtype: str, device: torch.device, half: torch.dtype = torch.float16
 ) -> torch.dtype:
-    """The torch type of a setting.
+    """The torch dtype for a setting.
 
     Args:
         dtype: the setting.
-        device: where the model runs.
-        half: what ``auto`` means on CUDA.
+        device: device of the model.
+        half: dtype for ``auto`` on CUDA.
     """
     if dtype == "auto":
         return half if device.type == "cuda" else torch.float32

@@ -1,4 +1,4 @@
-"""Memory of a device as it is now."""
+"""Measures and reclaims the memory of devices."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ __all__ = [
 HOST: Final = "cpu"
 
 ACTIVATIONS: Final = 0.1
-"""Share of a GPU's memory that weights leave to activations, prompts and states."""
+"""Fraction of a GPU's memory reserved for activations, prompts and states."""
 
 FULL_RETRY_S: Final = 5.0
-"""After which weights may find room that do not now."""
+"""Seconds after which weights that do not fit now may fit."""
 
 GROUPS: Final = "/sys/fs/cgroup"
 OWN_GROUP: Final = "/proc/self/cgroup"
@@ -42,18 +42,19 @@ USAGE: Final = "memory.max", "memory.current", "memory.stat"
 USAGE_OF_VERSION_1: Final = tuple(
     f"memory/memory.{name}" for name in ("limit_in_bytes", "usage_in_bytes", "stat")
 )
-"""Files with the limit, use and statistics of a control group, as of a container or a service."""
+"""Files with the limit, usage and statistics of a control group, such as a container's or a
+service's."""
 
 
 class DeviceMemory(NamedTuple):
-    """Bytes that weights may have: those that are free now, and all there are."""
+    """Bytes available to weights: those free now, and the total."""
 
     free: int
     most: int
 
 
 def measure(device: torch.device) -> DeviceMemory:
-    """What weights may have of a device's memory; on a CPU, of the machine's or the container's."""
+    """Memory available to weights on a device; for a CPU, that of the machine or the container."""
     if device.type != "cuda":
         return _of_host()
     _, most = torch.cuda.mem_get_info(device)
@@ -62,7 +63,7 @@ def measure(device: torch.device) -> DeviceMemory:
 
 
 def attainable_bytes(device: torch.device) -> int:
-    """Bytes that weights may have of a device's memory once this process has unloaded its own."""
+    """Bytes available to weights on a device once this process has unloaded its own weights."""
     free, most = measure(device)
     own = torch.cuda.memory_allocated(device) if device.type == "cuda" else most
     return min(free + own, most)
@@ -70,14 +71,15 @@ def attainable_bytes(device: torch.device) -> int:
 
 @contextmanager
 def room_for(called: str, needed: int, device: torch.device) -> Generator[None]:
-    """Refuse weights that do not fit in what is free of a device's memory.
+    """Refuse weights that do not fit into the free memory of a device.
 
-    They are loaded inside the ``with`` block, where a tick may still take what was free.
+    They are loaded inside the ``with`` block, during which a tick may still allocate the memory
+    that was free.
 
     Args:
-        called: what they are, with their name.
-        needed: bytes.
-        device: where they are needed.
+        called: kind and name of the weights.
+        needed: bytes needed.
+        device: device on which they are needed.
 
     Raises:
         Overloaded: they do not fit now.
@@ -91,14 +93,14 @@ def room_for(called: str, needed: int, device: torch.device) -> Generator[None]:
 
 @contextmanager
 def refused_if_full(called: str, needed: int) -> Generator[None]:
-    """Refuse weights for which the device turns out to have no memory.
+    """Refuse weights if loading them runs out of device memory.
 
     Args:
-        called: what they are, with their name.
-        needed: bytes, for the refusal.
+        called: kind and name of the weights.
+        needed: bytes needed, for the error sentence.
 
     Raises:
-        Overloaded: there was no memory inside the ``with`` block.
+        Overloaded: an allocation inside the ``with`` block failed.
     """
     try:
         yield
@@ -107,7 +109,7 @@ def refused_if_full(called: str, needed: int) -> Generator[None]:
 
 
 def unused_bytes(device: torch.device) -> int:
-    """Bytes of a device's memory that nothing uses; what torch keeps of freed tensors counts."""
+    """Unused bytes of a device's memory, including those that torch caches from freed tensors."""
     if device.type != "cuda":
         return _of_host().free
     free, _ = torch.cuda.mem_get_info(device)
@@ -115,13 +117,13 @@ def unused_bytes(device: torch.device) -> int:
 
 
 def reclaim(device: torch.device) -> None:
-    """Free what was let go of: networks with hooks refer to themselves."""
+    """Free unreferenced memory; networks with hooks are reference cycles and need collection."""
     collect_all()
-    # Weights on a CPU are in the allocator's heap, and what it keeps is free to nobody else.
+    # Weights on a CPU are in the allocator's heap, which keeps freed memory for this process.
     return_free_memory()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        # What streamed networks had locked of the host's memory, too.
+        # Includes host memory that streamed networks had pinned.
         torch._C._host_emptyCache()  # pyright: ignore[reportPrivateUsage]
 
 
@@ -137,7 +139,7 @@ def _of_host() -> DeviceMemory:
     free, most = memory.available, memory.total
     for folder, names in _control_groups():
         limit, used, statistics = (_read(folder / name) for name in names)
-        # "max" is no limit.
+        # The limit "max" means none.
         if limit.strip().isdigit() and used.strip().isdigit() and int(limit) < most:
             most = int(limit)
             free = min(free, most - int(used) + _of_files(statistics))
@@ -145,9 +147,9 @@ def _of_host() -> DeviceMemory:
 
 
 def _control_groups() -> list[tuple[Path, tuple[str, ...]]]:
-    """Folders of the groups that this process is in, with the names of their files.
+    """Folders of the control groups of this process, with the names of their files.
 
-    A container sees its own group as the outermost one; a service of systemd is further inside.
+    A container sees its own group as the outermost one; a service of systemd is nested further.
     """
     outermost = Path(GROUPS)
     lines = _read(Path(OWN_GROUP)).splitlines()
@@ -158,9 +160,9 @@ def _control_groups() -> list[tuple[Path, tuple[str, ...]]]:
 
 
 def _of_files(statistics: str) -> int:
-    """Bytes of files that the kernel keeps in memory as long as nobody else wants it.
+    """Bytes of the page cache, which the kernel releases when memory is needed.
 
-    Files that are read twice, as those of models are, count as active, and are let go of as well.
+    Files that are read twice, such as those of models, count as active, and are released as well.
     """
     values = dict(line.split() for line in statistics.splitlines() if len(line.split()) == 2)
     lists = ("inactive_file", "active_file")

@@ -1,6 +1,6 @@
-"""Networks whose weights are under the names of their original code, as single files hold them.
+"""Networks with the tensor names of their original code, as in single files.
 
-Names are converted by diffusers' own converters of single files, and of PixArt here.
+diffusers' single-file converters rename the tensors; the converter for PixArt is Weft's own.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ __all__ = ["as_diffusers"]
 
 NAMES_SHOWN: Final = 3
 ZERO_FOR_REFERENCES: Final = "__index_timestep_zero__"
-"""Tensor without numbers by which ComfyUI's files of Qwen-Image-Edit-2511 say that tokens of
-reference images are told the timestep 0, which in diffusers the config says (``zero_cond_t``)."""
+"""Empty tensor by which ComfyUI's files of Qwen-Image-Edit-2511 state that tokens of reference
+images receive the timestep 0; in diffusers, the config states this (``zero_cond_t``)."""
 
 TRANSFORMER: Final = "Transformer2DModel"
-"""How the classes of transformers end."""
+"""Suffix of the classes of transformers."""
 
 ORIGINAL: Final = {
     "AutoencoderKL": "encoder.down.0.block.0.conv1.weight",
@@ -40,13 +40,13 @@ ORIGINAL: Final = {
     "UNet2DConditionModel": "input_blocks.0.0.weight",
     "ZImageTransformer2DModel": "x_embedder.weight",
 }
-"""A tensor of each class that has this name in the original code alone."""
+"""A tensor of each class that has this name only in the original code."""
 
 PIXART: Final = "PixArtTransformer2DModel"
 FLUX: Final = "FluxTransformer2DModel"
 NORM_OF_COMFYUI: Final = re.compile(r"\.(query_norm|key_norm)\.weight$")
-"""Scales of queries and keys in files that ComfyUI has saved since 2026; the converter of FLUX.1
-knows the authors' name, ``scale``, alone."""
+"""Scales of queries and keys in files saved by ComfyUI since 2026; the converter of FLUX.1 knows
+only the authors' name, ``scale``."""
 
 ADDED_CONDITIONS: Final = {
     f"add_embedding.linear_{number}.{kind}": f"label_emb.0.{place}.{kind}"
@@ -58,16 +58,16 @@ ADDED_CONDITIONS: Final = {
 def as_diffusers(
     weights: Mapping[str, Tensor], network: Any, called: str, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """The weights of a network under diffusers' names; those that have these names as they are.
+    """Rename the weights of a network to diffusers' names, unless they have these names already.
 
     Args:
-        weights: of a file, which may hold other networks too.
-        network: of diffusers, whose weights they are to be.
-        called: what they are of, for the error.
-        dtype: that scaled eight-bit floats are multiplied out to.
+        weights: weights of a file, which may also contain other networks.
+        network: diffusers network into which they will be loaded.
+        called: name of the network, for errors.
+        dtype: dtype to which scaled eight-bit floats are converted.
 
     Raises:
-        ModelMismatch: weights in a format that is not supported, or of no layer.
+        ModelMismatch: weights in an unsupported format, or tensors that belong to no layer.
     """
     from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
@@ -86,7 +86,7 @@ def as_diffusers(
     if ORIGINAL.get(kind) not in own:
         return own
     if kind == "UNet2DConditionModel":
-        # Its converter looks for the names of a whole checkpoint.
+        # Its converter expects the names of a whole checkpoint.
         own = {f"{UNET}{name}": tensor for name, tensor in own.items()}
     try:
         if kind == PIXART:
@@ -94,20 +94,20 @@ def as_diffusers(
         convert: Any = SINGLE_FILE_LOADABLE_CLASSES[kind]["checkpoint_mapping_fn"]
         made = convert(given := dict(own), config=network.config)
     except (IndexError, RuntimeError, ValueError) as error:
-        # They count on blocks of each sort and on shapes that can be divided, and that of FLUX.1 on
-        # its published width.
+        # Converters assume blocks of each kind and divisible shapes, and that of FLUX.1 assumes its
+        # published width.
         raise ModelMismatch(
             f"{called} has original names, but not the blocks or the width of the networks that "
             f"were published under them ({error})."
         ) from None
     if kind.endswith(TRANSFORMER) and given:
-        # Converters of transformers take what they use out of what they are given.
+        # Converters of transformers remove the tensors they use from the given dictionary.
         raise ModelMismatch(
             f"{called} has tensors that its network does not: "
             f"{', '.join(sorted(given)[:NAMES_SHOWN])}."
         )
     if kind == "ControlNetModel":
-        # Which its converter leaves out, and those of Stable Diffusion XL have.
+        # The converter omits these, which ControlNets of Stable Diffusion XL have.
         made |= {name: own.get(original) for name, original in ADDED_CONDITIONS.items()}
-    # Of some that are missing, nothing stands in their places.
+    # Some converters put None in place of a missing tensor.
     return {name: tensor for name, tensor in made.items() if tensor is not None}

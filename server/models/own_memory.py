@@ -1,8 +1,8 @@
-"""Weights in memory of their own instead of in maps of their files.
+"""Copies weights to memory of their own, so that they are not maps of their files.
 
-A file of safetensors is mapped into memory to be loaded, and on a CPU a weight of the file's type
-would stay such a map: a file that is overwritten in place would change pictures, and one that is
-cut short would end the process with SIGBUS.
+Loading a safetensors file maps it into memory, and on a CPU a weight of the file's dtype would
+remain such a map: if the file were overwritten in place, images would change, and if it were
+truncated, SIGBUS would end the process.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ __all__ = ["give_own_memory"]
 
 
 def give_own_memory(network: nn.Module, device: torch.device) -> None:
-    """Copy the weights of a network in place, where they are not copied to its device anyway.
+    """Copy a network's weights in place, unless they will be copied to another device anyway.
 
-    One after another, so that no more than one of them is in memory twice.
+    They are copied one after another, so that at most one of them is in memory twice.
 
     Args:
-        network: in host memory.
-        device: where it is to run.
+        network: network in host memory.
+        device: device on which it will run.
     """
     if device.type != HOST:
         return
     for tensor in chain(network.parameters(), network.buffers()):
-        # Quantised weights were computed, which is a copy.
+        # Quantized weights are results of computations, hence copies already.
         if type(tensor) in (Tensor, nn.Parameter):
             tensor.data = tensor.data.clone()

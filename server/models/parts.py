@@ -1,9 +1,9 @@
-"""Parts of a model folder: built from configs that are not trusted, and from weights by name.
+"""Loads parts of a model folder from untrusted configs, matching weights by name.
 
-Of a config only what its class declares is passed on, so that no entry can choose an attention
-kernel, a quantizer or code of its own. Tensors that are missing, left over or of another shape are
-refused here, by name: such a part would fail at its first use, or worse, draw noise. Weights may
-have the names of the original code.
+Only entries that a class declares are passed on from its config, so that no entry can choose an
+attention kernel, a quantizer or custom code. Tensors that are missing, unexpected or of another
+shape raise an error that names them: such a part would fail at its first use, or worse, generate
+noise. Weights may have the names of the original code.
 """
 
 from __future__ import annotations
@@ -33,16 +33,17 @@ if TYPE_CHECKING:
 NAMES_SHOWN = 3
 OLD_ROPE = ("rope_theta", "rope_scaling")
 TOKENIZER, SENTENCEPIECE = "tokenizer.json", "spiece.model"
-"""Files of a tokenizer; the second is that of T5's where older folders lack the first."""
+"""Files of a tokenizer; the second is that of T5 in older folders, which lack the first."""
 
 FEWEST_TOKENS = 3
-"""Tokens of a prompt with one word: its own, and the markers of start and end."""
+"""Number of tokens of a prompt with one word: its own, and the start and end markers."""
 
 
 class _WithoutMemory(TorchFunctionMode):
-    """Layers are made without memory for their weights, while what they compute is computed.
+    """Creates layers with weights on the meta device, while computed buffers get real values.
 
-    On torch's device ``meta`` tables of positions would be lost, which no weights file holds.
+    If everything were created on torch's meta device, position tables, which no weight file
+    contains, would be lost.
     """
 
     @override
@@ -56,16 +57,16 @@ class _WithoutMemory(TorchFunctionMode):
 
 
 def load_network(folder: Path, part: str, allowed: Sequence[Any], dtype: torch.dtype) -> Any:
-    """A network of diffusers, in inference mode on the CPU.
+    """Load a diffusers network, in inference mode on the CPU.
 
     Args:
-        folder: of the model.
-        part: as ``model_index.json`` names it, and the subfolder that holds it.
+        folder: model folder.
+        part: name of the part in ``model_index.json`` and of its subfolder.
         allowed: classes that the folder may name.
-        dtype: of the weights.
+        dtype: dtype of the weights.
 
     Raises:
-        ModelMismatch: another class, or weights that are not those of the config.
+        ModelMismatch: another class, or weights that do not match the config.
     """
     classes = {kind.__name__: kind for kind in allowed}
     kind = classes[component_class(folder, part, frozenset(classes))]
@@ -73,17 +74,17 @@ def load_network(folder: Path, part: str, allowed: Sequence[Any], dtype: torch.d
 
 
 def load_autoencoder(folder: Path, allowed: Sequence[Any], dtype: torch.dtype) -> Any:
-    """The part ``vae``, in float32 in place of float16 where its config says ``force_upcast``.
+    """Load the part ``vae``, in float32 instead of float16 if its config says ``force_upcast``.
 
-    That of Stable Diffusion XL overflows in float16, and so may those of its successors.
+    The autoencoder of Stable Diffusion XL overflows in float16, and so may those of its successors.
 
     Args:
-        folder: of the model.
+        folder: model folder.
         allowed: classes that the folder may name.
-        dtype: of the model.
+        dtype: dtype of the model.
 
     Raises:
-        ModelMismatch: another class, or weights that are not those of the config.
+        ModelMismatch: another class, or weights that do not match the config.
     """
     upcast = read_json(folder, "vae/config.json").get("force_upcast", True)
     own = torch.float32 if upcast and dtype == torch.float16 else dtype
@@ -97,14 +98,14 @@ def build_network(
     dtype: torch.dtype,
     config: Mapping[str, Any] | None = None,
 ) -> Any:
-    """A network of diffusers whose class is known; see :func:`load_network`.
+    """Build a diffusers network of a known class; see :func:`load_network`.
 
     Args:
-        folder: that holds it.
-        part: the subfolder, or a file with its weights.
-        kind: its class.
-        dtype: of the weights.
-        config: of the network; by default that of the subfolder.
+        folder: folder that contains it.
+        part: name of its subfolder, or of a file with its weights.
+        kind: class of the network.
+        dtype: dtype of the weights.
+        config: config of the network; by default that in the subfolder.
     """
     entries = read_json(folder, f"{part}/config.json") if config is None else config
     with _WithoutMemory():
@@ -114,7 +115,7 @@ def build_network(
         weights = as_diffusers(_weights_of(folder, part), network, called, dtype)
     except KeyError as error:
         raise ModelMismatch(f"{called} lacks the tensor {error}.") from None
-    # Autoencoders of 2022 name their attention's layers otherwise.
+    # Autoencoders of 2022 use older names for their attention layers.
     network._fix_state_dict_keys_on_load(weights)
     expected = network.state_dict()
     for name in weights.keys() & expected.keys():
@@ -141,9 +142,10 @@ def build_network(
 
 
 def _keep_to_own_attention(network: nn.Module) -> None:
-    """Have a network attend by torch's own attention, whatever the environment says.
+    """Make a network use torch's own attention, whatever the environment says.
 
-    ``DIFFUSERS_ATTN_BACKEND`` may name others; some are code of a hub, or attend to padding.
+    ``DIFFUSERS_ATTN_BACKEND`` may name other backends; some run code from a hub or attend to
+    padding.
     """
     from diffusers.models.attention_dispatch import AttentionBackendName
 
@@ -154,23 +156,23 @@ def _keep_to_own_attention(network: nn.Module) -> None:
 
 
 def load_text_encoder(folder: Path, part: str, kind: Any, dtype: torch.dtype) -> Any:
-    """A text encoder of transformers, in inference mode on the CPU.
+    """Load a text encoder of transformers, in inference mode on the CPU.
 
     Args:
-        folder: of the model.
-        part: as ``model_index.json`` names it, and the subfolder that holds it.
-        kind: the class that the folder must name.
-        dtype: of the weights.
+        folder: model folder.
+        part: name of the part in ``model_index.json`` and of its subfolder.
+        kind: class that the folder must name.
+        dtype: dtype of the weights.
 
     Raises:
-        ModelMismatch: another class, or weights that are not those of the config.
+        ModelMismatch: another class, or weights that do not match the config.
     """
     component_class(folder, part, frozenset({kind.__name__}))
     return build_encoder(folder, part, kind, dtype)
 
 
 def build_encoder(folder: Path, part: str, kind: Any, dtype: torch.dtype) -> Any:
-    """An encoder of transformers whose class is known; see :func:`load_text_encoder`."""
+    """Build an encoder of transformers of a known class; see :func:`load_text_encoder`."""
     config = read_json(folder, f"{part}/config.json")
     encoder, found = _of_default_type(kind, dtype).from_pretrained(
         folder / part,
@@ -194,14 +196,14 @@ def build_encoder(folder: Path, part: str, kind: Any, dtype: torch.dtype) -> Any
 
 
 def load_tokenizer(folder: Path, part: str, kind: Any, positions: int) -> Any:
-    """A tokenizer of transformers, whose ``model_max_length`` the text encoder can take.
+    """Load a tokenizer of transformers, with a ``model_max_length`` that the text encoder accepts.
 
     Args:
-        folder: of the model.
-        part: as ``model_index.json`` names it, and the subfolder that holds it.
-        kind: its class.
-        positions: tokens that the text encoder has positions for. A longer ``model_max_length``,
-            such as the one that stands for none, is lowered to it.
+        folder: model folder.
+        part: name of the part in ``model_index.json`` and of its subfolder.
+        kind: class of the tokenizer.
+        positions: number of positions of the text encoder. A larger ``model_max_length``, such as
+            the placeholder for no limit, is lowered to it.
 
     Raises:
         ModelMismatch: another class, no vocabulary, or a ``model_max_length`` that leaves no room
@@ -227,7 +229,7 @@ def load_tokenizer(folder: Path, part: str, kind: Any, positions: int) -> Any:
 
 
 def _check_vocabulary(folder: Path, part: str, kind: Any) -> None:
-    """Refuse a tokenizer without its files, which transformers makes with an empty vocabulary."""
+    """Refuse a tokenizer without files, for which transformers would make an empty vocabulary."""
     own = sorted(name for name in kind.vocab_files_names.values() if name != TOKENIZER)
     if (folder / part / TOKENIZER).is_file():
         return
@@ -241,20 +243,20 @@ def _check_vocabulary(folder: Path, part: str, kind: Any) -> None:
 
 
 def known_entries(config: Mapping[str, Any], constructor: Callable[..., Any]) -> dict[str, Any]:
-    """The entries of a config that its class declares as parameters; all others are left out."""
+    """The entries of a config that its class declares as parameters; all others are ignored."""
     declared = signature(constructor).parameters
     return {name: value for name, value in config.items() if name in declared and name != "self"}
 
 
 def _config_of_text(config: Mapping[str, Any], kind: Any) -> Any:
-    """A config of transformers, nested ones included."""
+    """Build a config of transformers, including nested ones."""
     declared = signature(kind.__init__).parameters
     entries = known_entries(config, kind.__init__)
-    # Configs of before transformers 5 state what turns the positions under these names.
+    # Configs from before transformers 5 have the rotary embedding's parameters under these names.
     if "rope_parameters" in declared:
         entries |= {name: config[name] for name in OLD_ROPE if name in config}
     for name, nested in kind.sub_configs.items():
-        # Configs of before transformers 4.52 state the text model's entries beside the others.
+        # Configs from before transformers 4.52 have the text model's entries at the top level.
         own = config.get(name, config if name == "text_config" else None)
         if isinstance(own, dict):
             entries[name] = _config_of_text(own, nested)
@@ -262,10 +264,10 @@ def _config_of_text(config: Mapping[str, Any], kind: Any) -> Any:
 
 
 def check_loaded(folder: Path, modules: Mapping[str, nn.Module]) -> None:
-    """Refuse networks of which something was never given a value.
+    """Refuse networks with parameters or buffers that were never given a value.
 
     Raises:
-        ModelMismatch: a parameter or a buffer is still on torch's device ``meta``.
+        ModelMismatch: a parameter or a buffer is still on torch's meta device.
     """
     for part, module in modules.items():
         tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
@@ -273,10 +275,10 @@ def check_loaded(folder: Path, modules: Mapping[str, nn.Module]) -> None:
 
 
 def _of_default_type(kind: Any, dtype: torch.dtype) -> Any:
-    """A class of transformers that is made without changing torch's default type meanwhile.
+    """Subclass a class of transformers so that loading does not change torch's default dtype.
 
-    That type is of all threads: noise that another one draws in the meantime would be rounded to
-    it, and a picture change because a model is loaded.
+    The default dtype is shared by all threads: noise drawn by another thread in the meantime would
+    be rounded to it, so that loading a model would change an image.
     """
 
     def init_context(cls: Any, _: torch.dtype, *given: Any) -> Any:
@@ -284,7 +286,7 @@ def _of_default_type(kind: Any, dtype: torch.dtype) -> Any:
 
     def init(self: Any, *given: Any, **named: Any) -> None:
         super(made, self).__init__(*given, **named)
-        # Still on the device "meta"; weights are converted to the type that they find.
+        # Still on the meta device; weights are converted to the dtype of their parameter.
         for parameter in self.parameters():
             parameter.data = parameter.data.to(dtype)
 

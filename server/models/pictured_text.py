@@ -1,4 +1,4 @@
-"""Prompts in a chat template that Qwen2.5-VL reads together with the pictures they are about."""
+"""Prompts in a chat template, which Qwen2.5-VL encodes together with reference images."""
 
 from __future__ import annotations
 
@@ -24,23 +24,24 @@ if TYPE_CHECKING:
 __all__ = ["PicturedTemplate", "PicturedText", "load_picture_processor"]
 
 PAD: Final = "<|image_pad|>"
-"""The token in whose place the features of a picture stand, one for each of them."""
+"""Placeholder token for the features of an image, one for each feature."""
 
 PROCESSOR: Final = "processor/preprocessor_config.json"
 JOINT: Final = "processor/processor_config.json"
-"""The same in folders that transformers 5 has saved, beside what else a processor has."""
+"""The same in folders saved by transformers 5, together with other settings of the processor."""
 
 
 @dataclass(frozen=True, slots=True)
 class PicturedTemplate:
-    """What stands around a prompt and its pictures.
+    """Text around a prompt and its images.
 
     Attributes:
-        head: before the pictures.
-        picture: of each picture, of which ``{number}`` is replaced and which has ``PAD`` once.
-        tail: behind the prompt.
-        places: the most tokens of a prompt, with the template and without pictures.
-        dropped: tokens at the beginning that the denoiser does not read.
+        head: text before the images.
+        picture: text for each image, in which ``{number}`` is replaced and which contains ``PAD``
+            once.
+        tail: text after the prompt.
+        places: maximum number of tokens of a prompt, including the template, without images.
+        dropped: number of tokens at the beginning that the denoiser does not read.
     """
 
     head: str
@@ -51,15 +52,15 @@ class PicturedTemplate:
 
 
 class PicturedText:
-    """Hidden states of each prompt and its pictures, at their own length.
+    """Encodes each prompt together with its images, at its own length.
 
     Args:
-        encoder: a ``Qwen2_5_VLModel``, on the device.
-        tokenizer: of the encoder.
-        processor: the encoder's image processor, of transformers.
-        template: around every prompt.
-        device: where the encoder runs.
-        unconditional: the prompt of the unconditional.
+        encoder: a ``Qwen2_5_VLModel``, on its device.
+        tokenizer: tokenizer of the encoder.
+        processor: image processor of the encoder, from transformers.
+        template: template around every prompt.
+        device: device of the encoder.
+        unconditional: prompt that stands for the unconditional.
     """
 
     def __init__(
@@ -77,27 +78,27 @@ class PicturedText:
         self._template = template
         self._device = device
         self._unconditional = unconditional
-        # A fast tokenizer refuses two threads at once.
+        # A fast tokenizer raises an error if two threads use it at once.
         self._tokenizing = Lock()
         self._pad = tokenizer.convert_tokens_to_ids(PAD)
         self._markers = len(self._tokens("", ()))
 
     @property
     def max_tokens(self) -> int:
-        """Tokens of the longest prompt, the template and pictures not counted."""
+        """Maximum number of tokens of a prompt, excluding the template and images."""
         return self._template.places - self._markers
 
     def count_tokens(self, text: str) -> int:
-        """Tokens of a prompt, the template not counted; safe from any thread."""
+        """Number of tokens of a prompt, excluding the template; safe from any thread."""
         return len(self._tokens(text, ())) - self._markers
 
     def encode(
         self, prompts: Sequence[str | None], width: int, height: int, options: TextOptions
     ) -> list[Conditioning]:
-        """Conditioning of each prompt with the pictures of the options."""
+        """Conditioning of each prompt, together with the images in ``options``."""
         seen = self._looked_at(options.pictures)
-        # One by one: no place is wasted on padding, and no bit depends on the other prompts. What
-        # fills up a batch of fixed size is encoded once.
+        # One by one: nothing is wasted on padding, and no bit depends on the other prompts.
+        # Duplicates, which fill up a batch of fixed size, are encoded only once.
         made = {
             prompt: self._encoded(self._unconditional if prompt is None else prompt, *seen)
             for prompt in dict.fromkeys(prompts)
@@ -111,7 +112,7 @@ class PicturedText:
     def _looked_at(
         self, pictures: Sequence[SeenPicture]
     ) -> tuple[tuple[int, ...], dict[str, Tensor]]:
-        """Of each picture the features it will have, and what the encoder is given of all."""
+        """Number of features of each image, and the encoder's inputs for all of them."""
         if not pictures:
             return (), {}
         made = self._processor([one.pixels for one in pictures], return_tensors="pt")
@@ -125,7 +126,7 @@ class PicturedText:
         self, prompt: str, features: tuple[int, ...], pictures: Mapping[str, Tensor]
     ) -> Conditioning:
         tokens = torch.tensor([self._tokens(prompt, features)], device=self._device)
-        # By the kinds of tokens, the encoder places pictures in two dimensions, as it was trained.
+        # Given the token types, the encoder assigns images 2D positions, as in its training.
         kinds = {"mm_token_type_ids": (tokens == self._pad).int()} if pictures else {}
         states = self._encoder(tokens, **pictures, **kinds, use_cache=False).last_hidden_state
         text = states[0, self._template.dropped :].clone()
@@ -144,18 +145,18 @@ class PicturedText:
 
 
 def _without_pictures(prompt: str) -> str:
-    """The prompt, in which nothing can be read as a picture."""
-    # What stands around a removed token may be another one.
+    """Remove image placeholders from a prompt."""
+    # Removing a token may join the text around it to another one.
     while PAD in prompt:
         prompt = prompt.replace(PAD, "")
     return prompt
 
 
 def load_picture_processor(folder: Path) -> Any:
-    """The image processor of a model folder, of which the config alone is read.
+    """The image processor of a model folder, for which only its config is read.
 
     Raises:
-        ModelMismatch: there is no such config, or it is not JSON.
+        ModelMismatch: there is no such config, or it is not valid JSON.
     """
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
         Qwen2VLImageProcessorPil,
