@@ -1,1 +1,1 @@
-"""The server: HTTP at its edge, the step-batching engine at its heart."""
+"""The server: an HTTP front end and the step-batching engine."""

@@ -26,16 +26,16 @@ NAMES: Final = "must be 1 to 64 letters, digits, dots, underscores or hyphens"
 _HASHED = "sha256:"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _SENDABLE = re.compile(r"[!-~]([ -~]*[!-~])?")
-"""What arrives through an HTTP header as it was sent."""
+"""Texts that arrive through an HTTP header exactly as they were sent."""
 
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """A key that opens the server; the key itself is not kept.
+    """A key that grants access to the server; only its hash is kept.
 
     Attributes:
-        digest: the key's SHA-256.
-        client: whose share of the device its requests have.
+        digest: SHA-256 of the key.
+        client: client whose share of the device its requests use.
         unloads: whether it may unload models, which others may be about to use.
     """
 
@@ -44,12 +44,12 @@ class ApiKey:
     unloads: bool = True
 
     def opens_for(self, offered: str) -> bool:
-        """Whether this is the key, in a time that does not depend on how much of it is right."""
+        """Whether this is the key, in a time that does not depend on how much of it is correct."""
         return hmac.compare_digest(self.digest, _digest(offered))
 
 
 class KeyEntry(BaseModel):
-    """A key with what its holder may have of the server."""
+    """A key and the limits and rights of its holder."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
@@ -85,7 +85,7 @@ class KeyEntry(BaseModel):
 
 
 def keys_of(value: Any) -> Any:
-    """The keys of a setting: a list of keys, or one text with a JSON list or commas between them.
+    """Read the keys of a setting: a list, or one text with a JSON list or comma-separated keys.
 
     A key is a text, or an object with the fields of :class:`KeyEntry`.
 
@@ -137,13 +137,13 @@ def _read(number: int, key: Any, *, alone: bool) -> Any:
 
 
 def _explained(number: int, refusal: ValidationError) -> str:
-    """The first thing that is wrong with an entry; what it has as its key is not repeated."""
+    """Describe the first error of an entry, without repeating what it has as its key."""
     error = refusal.errors(include_url=False)[0]
     field = str(error["loc"][0])
     if error["type"] == "missing":
         return f"key {number} has no `{field}`, which is required."
     if error["type"] == "extra_forbidden":
-        # What is as long as a key may be one.
+        # A field name as long as a key may be one by mistake.
         name = f"the field `{field}`" if len(field) < FEWEST_CHARACTERS else "a field"
         allowed = ", ".join(KeyEntry.model_fields)
         return f"key {number} has {name}, which is not known; allowed are {allowed}."

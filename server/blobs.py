@@ -1,4 +1,4 @@
-"""Files in a folder, or wherever fsspec can write."""
+"""Files in a folder, or in any storage that fsspec can write to."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ Result = TypeVar("Result")
 
 
 class Blobs:
-    """Files below one place, which are there whole or not at all.
+    """Files below one place, each of which exists completely or not at all.
 
-    Names are made of identifiers of the server's own, never of what a client sends.
+    Names are made of the server's own identifiers, never of anything that a client sends.
 
     Args:
-        place: a path, or a URL of fsspec.
+        place: path, or URL for fsspec.
 
     Attributes:
-        unfinished: ends the name of a file that is being written, or whose writer was killed.
+        unfinished: suffix of a file that is being written, or whose writer was killed.
     """
 
     unfinished: Final = UNFINISHED
@@ -41,29 +41,29 @@ class Blobs:
         found: tuple[Any, str] = url_to_fs(place)
         self._files, self._root = found
         self._local = isinstance(self._files, LocalFileSystem)
-        # A store that answers slowly is not to hold the threads that all requests need.
+        # A slow store must not occupy the threads that all requests need.
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="weft-files")
 
     async def create(self) -> None:
-        """Make the folder, if the place is one; raises OSError if there can be none."""
+        """Create the folder, if the place is one; raises OSError if that fails."""
         if self._local:
             folder = Path(self._root)
             await self._in_thread(folder.mkdir, mode=0o700, parents=True, exist_ok=True)
 
     async def write(self, name: str, data: bytes) -> None:
-        """Store a file; on return it is on the disk, or with the store of the URL."""
+        """Store a file; on return it is on the disk, or in the store behind the URL."""
         await self._in_thread(self._write, self._path(name), data)
 
     async def read(self, name: str) -> bytes:
-        """A file; raises FileNotFoundError if there is none."""
+        """Read a file; raises FileNotFoundError if it does not exist."""
         return await self._in_thread(self._files.cat_file, self._path(name))
 
     async def delete(self, names: Sequence[str]) -> None:
-        """Delete files and folders with all that is in them, if they are there."""
+        """Delete files, and folders with their content, if they exist."""
         await self._in_thread(self._delete, [self._path(name) for name in names])
 
     async def sizes(self) -> dict[str, int]:
-        """The bytes of each file at the top, and 0 of each folder there."""
+        """Sizes in bytes of the files at the top level, and 0 for each folder there."""
 
         def listed() -> dict[str, int]:
             self._files.invalidate_cache()
@@ -92,13 +92,13 @@ class Blobs:
         if self._local:
             _write_durably(Path(path), data)
         else:
-            # Stores of objects replace an object as a whole.
+            # Object stores replace an object as a whole.
             self._files.pipe_file(path, data)
 
     def _delete(self, paths: Sequence[str]) -> None:
         self._files.invalidate_cache()
         for path in paths:
-            # Another server of the same place may delete it at this moment.
+            # Another server with the same place may delete it at this moment.
             with suppress(FileNotFoundError):
                 if self._files.exists(path):
                     self._files.rm(path, recursive=True)
@@ -114,10 +114,10 @@ def _write_durably(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         unfinished.replace(path)
     except OSError:
-        # A full disk would be filled by what was to be on it.
+        # On a full disk, the unfinished file would keep the space.
         unfinished.unlink(missing_ok=True)
         raise
-    # The file's name, and those of the folders that may be new.
+    # Makes the names of the file, and of folders that may be new, durable.
     for folder in list(path.parents)[:3]:
         descriptor = os.open(folder, os.O_RDONLY)
         try:

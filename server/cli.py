@@ -46,7 +46,7 @@ app = typer.Typer(
 console = Console(stderr=True)
 
 INTERRUPTED: Final = 130
-"""Status of a process that Ctrl-C ended, as shells have it."""
+"""Exit status of a process that Ctrl-C ended, as in shells."""
 
 Models = Annotated[
     list[str] | None,
@@ -141,11 +141,11 @@ def main() -> None:
 
 
 def _end_at_once(*_: object) -> None:
-    """End at Ctrl-C, without the exception that is usual.
+    """End at Ctrl-C, without the usual exception.
 
-    torch does not survive one while it is imported, and a thread that loads a model or runs it none
-    while the interpreter is taken down. Files are written whole or not at all. `weft serve` has
-    handlers of its own once it serves.
+    torch does not survive one during its import, and a thread that loads or runs a model does not
+    survive one while the interpreter shuts down. Files are written completely or not at all. `weft
+    serve` installs its own handlers once it serves.
     """
     console.show_cursor()
     os._exit(INTERRUPTED)
@@ -577,7 +577,7 @@ def _settings(**given: Any) -> Settings:
 
         _refuse(refusal(error))
     except (SettingsError, RecursionError):
-        # Python's error of JSON that is nested too deeply.
+        # RecursionError is Python's error for JSON that is nested too deeply.
         from server.environment import groups_without_json
 
         _refuse(next(groups_without_json(os.environ)))
@@ -638,7 +638,7 @@ def _with_bar(settings: Settings, request: GenerateRequest) -> Pictures:
 
 @contextmanager
 def _refusals() -> Generator[None]:
-    """End the process where something is refused, with the sentence that says why."""
+    """If something is refused, print the sentence that says why, and end the process."""
     from server.errors import WeftError
 
     try:

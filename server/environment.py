@@ -1,4 +1,4 @@
-"""What is wrong with the settings that an operator wrote, in sentences."""
+"""Sentences about errors in the settings that an operator wrote."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ __all__ = ["groups_without_json", "refusal", "unknown_variables"]
 PREFIX: Final = str(Settings.model_config.get("env_prefix"))
 
 CLIENTS_KEY: Final = "WEFT_API_KEY"
-"""Not a setting: clients such as `examples/stream.py` take their key from it."""
+"""Not a setting: clients such as `examples/stream.py` read their key from it."""
 
 
 def refusal(error: ValidationError) -> str:
-    """The first reason why settings are not valid: the field, its value and what is allowed."""
+    """Describe the first error in settings: the field, its value and what is allowed."""
     first = error.errors()[0]
     if not first["loc"]:
         return first["msg"].removeprefix("Value error, ")
@@ -29,7 +29,7 @@ def refusal(error: ValidationError) -> str:
 
 
 def groups_without_json(environ: Mapping[str, str]) -> Iterator[str]:
-    """A sentence for each variable of a group of settings, such as WEFT_LIMITS, that is no JSON."""
+    """One sentence for each variable of a group of settings, such as WEFT_LIMITS, without JSON."""
     texts = {name.upper(): text for name, text in environ.items()}
     for name, field in Settings.model_fields.items():
         variable = f"{PREFIX}{name.upper()}"
@@ -46,9 +46,9 @@ def groups_without_json(environ: Mapping[str, str]) -> Iterator[str]:
 
 
 def unknown_variables(environ: Mapping[str, str]) -> Iterator[str]:
-    """A sentence for each variable that looks like a setting and is none.
+    """One sentence for each variable that looks like a setting but is not one.
 
-    Unknown members of a group, such as WEFT_LIMITS__PIXLES, are refused where settings are read.
+    Unknown members of a group, such as WEFT_LIMITS__PIXLES, are refused when settings are read.
     """
     known = [f"{PREFIX}{name.upper()}" for name in Settings.model_fields]
     for variable in sorted(environ):

@@ -7,8 +7,8 @@
     |   |- HeadersTooLarge           431  the headers are too large
     |   |- NotAcceptable             406  no media type in the Accept header is supported
     |   |- UnsupportedMediaType      415  the body is not declared as JSON
-    |   |- DidNotFit                 422  as much lately did not fit into memory
-    |   |- ReusedKey                 422  an idempotency key came with another body before
+    |   |- DidNotFit                 422  work of this size lately did not fit into memory
+    |   |- ReusedKey                 422  an idempotency key was used before with another body
     |   |- TooLarge                  413  the body or an image in it is too large
     |   `- RequestTimeout            408  the request did not arrive in time
     |- Unauthorized                  401  the key is missing or wrong
@@ -16,7 +16,7 @@
     |- UnknownModel                  404  no model of that name is hosted
     |- UnknownGeneration             404  no generation of that identifier is running
     |- UnknownJob                    404  the client has no job of that identifier
-    |- UnknownResult                 404  there is no image at this URL any more
+    |- UnknownResult                 404  there is no image at this URL, or no longer
     |- JobsOff                       404  there are no durable jobs here
     |- CaptionsOff                   404  there is no model here that describes images
     |- DuplicateGeneration           409  the identifier is in use by a running generation
@@ -24,7 +24,7 @@
     |- Cancelled                     409  the client cancelled the generation
     |- Overloaded                    429  the queue is full
     |- NotReady                      503  loading, draining or broken
-    |   `- DeviceLost                503  the GPU failed in a way that only a restart mends
+    |   `- DeviceLost                503  the GPU failed in a way that only a restart repairs
     |- ModelMismatch                 500  a model folder is unsupported
     |- ModelTooLarge                 507  a model does not fit in memory
     |- CannotListen                  500  the address or port cannot be listened on
@@ -107,10 +107,10 @@ class InvalidRequest(WeftError):
 
 
 class DidNotFit(InvalidRequest):
-    """As much as the request needs at once lately did not fit into the device's memory.
+    """Work as large as the request's lately did not fit into the device's memory.
 
     Args:
-        retry_after_s: seconds until it is tried again, as other images may have had the room.
+        retry_after_s: seconds until it is tried again, since other images may have had the memory.
     """
 
     def __init__(self, field: str, message: str, retry_after_s: float) -> None:
@@ -171,7 +171,7 @@ class TooLarge(InvalidRequest):
 
     @classmethod
     def body(cls, most: int) -> Self:
-        """A body of more than `most` bytes."""
+        """The error for a body of more than `most` bytes."""
         return cls(None, f"The body is too large; at most {most} bytes are allowed.")
 
 
@@ -194,7 +194,7 @@ class Unauthorized(WeftError):
 
 
 class Forbidden(WeftError):
-    """The Host or Origin header names a site that is not served, or the key has not the right."""
+    """The Host or Origin header names a site that is not served, or the key lacks the right."""
 
     status = 403
     type = "permission_error"
@@ -202,7 +202,7 @@ class Forbidden(WeftError):
 
 
 class UnknownModel(WeftError):
-    """No model of this name is hosted; `allowed` are those that are."""
+    """No model of this name is hosted; `allowed` are the names of those that are."""
 
     status = 404
     type = "invalid_request_error"
@@ -261,7 +261,7 @@ class JobsOff(WeftError):
 
 
 class CaptionsOff(WeftError):
-    """An image was to be described."""
+    """An image should be described, but no model for that is hosted."""
 
     status = 404
     type = "invalid_request_error"
@@ -272,7 +272,7 @@ class CaptionsOff(WeftError):
 
 
 class ReusedKey(InvalidRequest):
-    """An idempotency key came with another body before."""
+    """An idempotency key was used before with another body."""
 
     code = "idempotency_key_reused"
 
@@ -299,7 +299,7 @@ class DuplicateGeneration(WeftError):
 
 
 class ModelInUse(WeftError):
-    """A model was to be unloaded, and requests or live streams use it."""
+    """A model should be unloaded, but requests or live streams use it."""
 
     status = 409
     type = "invalid_request_error"
@@ -348,7 +348,7 @@ class NotReady(WeftError):
 
 
 class DeviceLost(NotReady):
-    """The device no longer answers; the process ends, and whoever runs it starts it again."""
+    """The device no longer answers; the process ends, and its supervisor restarts it."""
 
     code = "device_lost"
 
@@ -360,13 +360,13 @@ class DeviceLost(NotReady):
 
 
 class ModelMismatch(WeftError):
-    """A model folder that this server cannot host; the message says why."""
+    """This server cannot host a model folder; the message says why."""
 
     code = "model_mismatch"
 
 
 class ModelTooLarge(WeftError):
-    """A model that the memory cannot hold, whatever else is unloaded."""
+    """The memory cannot hold a model, whatever else is unloaded."""
 
     status = 507
     code = "model_too_large"
@@ -376,7 +376,7 @@ class ModelTooLarge(WeftError):
 
     @classmethod
     def on_host(cls, name: str, needed: int, free: int) -> Self:
-        """A model whose weights are kept in host memory beside a GPU."""
+        """The error for a model whose weights are kept in host memory beside a GPU."""
         return cls(
             f"Model {name!r} needs {needed} bytes of host memory for weights that do not fit on "
             f"the device; {free} bytes are free."
@@ -432,10 +432,10 @@ class OutOfMemory(RowFailed):
 
 
 def failed_with(part: str, error: Exception) -> str:
-    """What a client hears of a part that a package may have written, whose error is not its own.
+    """The sentence that a client gets if a part, which a package may define, fails.
 
     Args:
-        part: at the beginning of a sentence.
-        error: of the part; its text may hold what no client is to read.
+        part: name of the part, as the beginning of a sentence.
+        error: error of the part; its text may contain what clients must not read.
     """
     return f"{part} failed with {type(error).__name__}; the server's log has the details."

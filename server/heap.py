@@ -1,4 +1,4 @@
-"""The process's heap: the collector of reference cycles, and memory that is free."""
+"""The process's heap: the collector of reference cycles, and free memory."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ __all__ = ["collect_all", "collection_paused", "kept_for_good", "return_free_mem
 
 @contextmanager
 def collection_paused() -> Generator[None]:
-    """Keep the collector of reference cycles from running while much is made that stays.
+    """Pause the collector of reference cycles while many objects are created that stay alive.
 
-    An import of torch or diffusers makes hundreds of thousands of objects, and the collector would
-    go through all of them again and again: a fifth of the time that the command line needs to
-    start.
+    Importing torch or diffusers creates hundreds of thousands of objects, and the collector would
+    traverse all of them again and again: a fifth of the time that the command line needs to start.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -29,11 +28,11 @@ def collection_paused() -> Generator[None]:
 
 @contextmanager
 def kept_for_good() -> Generator[None]:
-    """As :func:`collection_paused`, and the collector no longer looks at what there is afterwards.
+    """Like :func:`collection_paused`, and exempt all objects that exist afterwards from collection.
 
-    Only for the start of a process. Looking at the libraries and the models takes the collector
-    some tenths of a second, in which neither the engine nor the event loop does anything. Cycles
-    that become unreachable later are left to :func:`collect_all`.
+    Use it only at the start of a process. Traversing the libraries and the models takes the
+    collector some tenths of a second, during which neither the engine nor the event loop runs.
+    Cycles that become unreachable later are left to :func:`collect_all`.
     """
     with collection_paused():
         yield
@@ -41,7 +40,7 @@ def kept_for_good() -> Generator[None]:
 
 
 def collect_all() -> None:
-    """Free all unreachable cycles, also those in what is kept for good."""
+    """Free all unreachable cycles, including those among the exempt objects."""
     kept = gc.get_freeze_count() > 0
     gc.unfreeze()
     gc.collect()
@@ -50,10 +49,10 @@ def collect_all() -> None:
 
 
 def return_free_memory() -> None:
-    """Give memory that the allocator keeps for later back to the system.
+    """Return memory that the allocator caches to the system.
 
-    glibc keeps blocks of up to 32 MB once some of that size were freed, so that what a flood of
-    large bodies took would stay with the process. Does nothing with another C library.
+    glibc caches blocks of up to 32 MB once some of that size were freed, so the memory of a flood
+    of large bodies would stay with the process. Does nothing with another C library.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

@@ -1,4 +1,4 @@
-"""Encodes images together with the settings that made them."""
+"""Encoding of images together with the settings that made them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MEDIA_TYPES: Mapping[OutputFormat, str] = {
 
 _MAKER_NOTE = 0x927C
 _MOST_EXIF = 2**16 - 3
-"""Bytes that a JPEG has room for."""
+"""Maximum bytes of EXIF in a JPEG."""
 _QUALITY = 95
 _SAVING: Mapping[OutputFormat, Mapping[str, int]] = {
     "jpeg": {"subsampling": 0},
@@ -33,11 +33,11 @@ _SAVING: Mapping[OutputFormat, Mapping[str, int]] = {
 
 @dataclass(frozen=True, slots=True)
 class ImageText:
-    """What an image file says about how it was made.
+    """Text in an image file about how it was made.
 
     Attributes:
-        parameters: the settings in the text format of AUTOMATIC1111, which many tools read.
-        settings: the settings in full; posted back, they make the same image.
+        parameters: settings in the text format of AUTOMATIC1111, which many tools read.
+        settings: settings in full; posted back, they make the same image.
     """
 
     parameters: str
@@ -56,10 +56,10 @@ def encode(
 
     Args:
         pixels: uint8 `[H, W, 3]`.
-        output_format: of the file.
-        description: written as PNG text chunks `parameters` and `weft` (iTXt where Latin-1 does
-            not suffice), or as EXIF UserComment and MakerNote in JPEG and WebP. Of what has no room
-            in a JPEG, the settings are written alone, or nothing.
+        output_format: format of the file.
+        description: settings, written as PNG text chunks `parameters` and `weft` (iTXt where
+            Latin-1 does not suffice), or as EXIF UserComment and MakerNote in JPEG and WebP. If a
+            JPEG has no room for both, only the settings are written, or nothing.
     """
     image = Image.fromarray(pixels, mode="RGB")
     buffer = io.BytesIO()
@@ -72,7 +72,7 @@ def encode(
 
 
 def resized(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
-    """A picture at another size: uint8 `[height, width, 3]` of uint8 `[h, w, 3]`."""
+    """Resize a picture uint8 `[h, w, 3]` to uint8 `[height, width, 3]`."""
     image = Image.fromarray(pixels, mode="RGB").resize((width, height), Image.Resampling.BICUBIC)
     return np.asarray(image)
 
@@ -86,7 +86,7 @@ def _png_chunks(description: ImageText | None) -> PngImagePlugin.PngInfo:
 
 
 def _exif(description: ImageText, output_format: OutputFormat) -> bytes:
-    # AUTOMATIC1111 and its readers take "UNICODE" for big-endian UTF-16.
+    # AUTOMATIC1111, and tools that read its files, take "UNICODE" for big-endian UTF-16.
     comment = b"UNICODE\0" + description.parameters.encode("utf-16-be")
     note = b"weft\0" + description.json.encode()
     for written in ({ExifTags.Base.UserComment: comment, _MAKER_NOTE: note}, {_MAKER_NOTE: note}):

@@ -1,1 +1,1 @@
-"""Uploaded pictures, decoded in processes of their own that a hostile file can at most waste."""
+"""Decoding of uploaded pictures in separate processes, the most that a hostile file can harm."""

@@ -1,4 +1,4 @@
-"""Decodes an untrusted PNG, JPEG or WebP file; needs nothing but Pillow."""
+"""Decoding of untrusted PNG, JPEG and WebP files; needs nothing but Pillow."""
 
 from __future__ import annotations
 
@@ -30,17 +30,18 @@ Repaints = Literal["white", "clear", "own_clear", "opaque", "acts"]
 
 @dataclass(frozen=True, slots=True)
 class MaskForm:
-    """How a file says what of a picture is repainted.
+    """How a file marks the part of a picture that is repainted.
 
     Attributes:
-        repaints: `white` is what is white, transparency being black. `clear` is what is
-            transparent, as OpenAI's masks have it; `own_clear` the same of the picture itself, of
-            which nothing need be. `opaque` is what is opaque, as AUTOMATIC1111's masks have it. A
-            file without transparency is read as `white`, or as nothing for `own_clear`. `acts` is
-            `white`, of a mask that says where something acts and not what is repainted.
+        repaints: `white` repaints the white part, with transparency read as black. `clear` repaints
+            the transparent part, as in OpenAI's masks; `own_clear` does the same for the picture
+            itself, which need not have one. `opaque` repaints the opaque part, as in
+            AUTOMATIC1111's masks. A file without transparency is read as `white`, or as nothing for
+            `own_clear`. `acts` is like `white`, for a mask that marks where something acts and not
+            what is repainted.
         inverted: whether the rest is repainted instead.
-        blur: standard deviation of the Gaussian that the mask is blurred with, in its own pixels,
-            along its width and its height.
+        blur: standard deviation of the Gaussian blur of the mask, in its own pixels, along its
+            width and its height.
     """
 
     repaints: Repaints = "white"
@@ -51,14 +52,15 @@ class MaskForm:
 WHITE: Final = MaskForm()
 
 HALF: Final = 128
-"""AUTOMATIC1111 repaints where a mask is more opaque than this."""
+"""Opacity above which AUTOMATIC1111 repaints."""
 
 MOST_ASPECT: Final = 64
-"""A PNG of 1 x 8388608 takes 467 MB, because every row has its own pointer and padding."""
+"""Maximum ratio of the sides: a PNG of 1 x 8388608 takes 467 MB, because every row has its own
+pointer and padding."""
 
 MOST_SCANS: Final = 32
-"""Each scan of a progressive JPEG visits the whole picture, even if it has only a few bytes.
-Encoders write about ten."""
+"""Maximum number of scans of a progressive JPEG. Each visits the whole picture, even if it has only
+a few bytes. Encoders write about ten."""
 
 _READABLE = ("PNG", "JPEG", "WEBP")
 _BLANKS = b" \t\n\r\f\v"
@@ -68,7 +70,7 @@ _STANDALONE = frozenset({0x01, 0xD8})
 
 
 def file_of(text: bytes, field: str) -> bytes:
-    """The file that base64, or a data URI of it, contains.
+    """Decode the file in base64 or in a base64 data URI.
 
     Raises:
         InvalidRequest: it is not base64.
@@ -93,9 +95,9 @@ def decode_picture(data: bytes, *, field: str, max_pixels: int) -> Image.Image:
     """Decode a picture to RGB; transparency is flattened over white.
 
     Args:
-        data: the file.
-        field: the request's field, for the error message.
-        max_pixels: checked against the header, before anything is decompressed.
+        data: content of the file.
+        field: field of the request, for the error message.
+        max_pixels: maximum number of pixels, checked against the header before decompression.
 
     Raises:
         InvalidRequest: it is not a PNG, JPEG or WebP file, or is damaged.
@@ -106,16 +108,16 @@ def decode_picture(data: bytes, *, field: str, max_pixels: int) -> Image.Image:
 
 
 def decode_mask(data: bytes, *, field: str, max_pixels: int, form: MaskForm = WHITE) -> Image.Image:
-    """Decode a mask to grayscale, white where the picture is repainted.
+    """Decode a mask to grayscale, with white where the picture is repainted.
 
-    Arguments and errors are those of :func:`decode_picture`; a mask that would change nothing is an
+    Errors are those of :func:`decode_picture`; a mask that would change nothing is an
     `InvalidRequest` too.
 
     Args:
-        data: the file.
-        field: the request's field, for the error message.
-        max_pixels: checked against the header.
-        form: how the file says what is repainted.
+        data: content of the file.
+        field: field of the request, for the error message.
+        max_pixels: maximum number of pixels, checked against the header.
+        form: how the file marks what is repainted.
     """
     mask = _repainted(open_picture(data, field, max_pixels), field, form.repaints)
     if form.inverted:
@@ -128,7 +130,7 @@ def decode_mask(data: bytes, *, field: str, max_pixels: int, form: MaskForm = WH
 
 
 def open_picture(data: bytes, field: str, max_pixels: int) -> Image.Image:
-    """Decode a picture as it is; arguments and errors are those of :func:`decode_picture`."""
+    """Decode a picture unchanged; arguments and errors are those of :func:`decode_picture`."""
     try:
         _check_webp_canvas(data, field, max_pixels)
         image = Image.open(io.BytesIO(data), formats=_READABLE)
@@ -160,7 +162,7 @@ def open_picture(data: bytes, field: str, max_pixels: int) -> Image.Image:
 
 
 def _check_webp_canvas(data: bytes, field: str, max_pixels: int) -> None:
-    """Refuse a large WebP by its header, because Pillow allocates before it reports the size."""
+    """Refuse a large WebP by its header, since Pillow allocates before it reports the size."""
     if data[:4] != b"RIFF" or data[8:12] != b"WEBP" or len(data) < 30:
         return
     kind, body = data[12:16], data[20:30]
@@ -197,7 +199,7 @@ def _check_scans(data: bytes, field: str) -> None:
 
 
 def _scans(data: bytes) -> int:
-    """Scans of a JPEG, counted by their markers; nothing is decoded."""
+    """Number of scans of a JPEG, counted by their markers, without decoding."""
     scans, position = 0, 0
     while marker := _MARKER.search(data, position):
         kind, position = data[marker.start() + 1], marker.end()
@@ -211,10 +213,10 @@ def _scans(data: bytes) -> int:
 
 
 def _of_eight_bits(image: Image.Image, data: bytes) -> Image.Image:
-    """The image with 8 bits a channel, where Pillow leaves it otherwise.
+    """Convert an image to 8 bits per channel where Pillow does not.
 
     Pillow clips a grayscale PNG of 16 bits instead of scaling it, and leaves the transparent colour
-    of a PNG at the file's number of bits.
+    of a PNG at the file's bit depth.
     """
     if image.format != "PNG":
         return image
@@ -232,7 +234,7 @@ def _of_eight_bits(image: Image.Image, data: bytes) -> Image.Image:
 
 
 def _scaled(clear: int | tuple[int, ...], depth: int) -> int | tuple[int, ...]:
-    """A transparent colour of `depth` bits, with 8 bits."""
+    """Convert a transparent colour of `depth` bits to 8 bits."""
     if isinstance(clear, tuple):
         return tuple(value >> (depth - 8) for value in clear)
     return clear * 255 // (2**depth - 1) if 1 < depth < 8 else clear
@@ -247,10 +249,10 @@ def _flatten(image: Image.Image, background: str) -> Image.Image:
 
 
 def _repainted(image: Image.Image, field: str, repaints: Repaints) -> Image.Image:
-    """A mask that is white where the file says that the picture is repainted.
+    """Make a mask that is white where the file marks the picture as repainted.
 
     Raises:
-        InvalidRequest: it says so nowhere, although it should.
+        InvalidRequest: it marks nothing, although it should.
     """
     if repaints == "own_clear":
         return ImageChops.invert(_alpha(image))

@@ -1,4 +1,4 @@
-"""Processes that decode uploaded pictures: few, bounded in time and memory, and replaced."""
+"""Processes that decode uploaded pictures: few, limited in time and memory, and replaceable."""
 
 from __future__ import annotations
 
@@ -40,26 +40,26 @@ RETRY_AFTER_S: Final = 2.0
 START_S: Final = 60.0
 
 STARVED: Final = 12
-"""Times the seconds of decoding, after which a process that did not get these is given up."""
+"""Factor on the decoding seconds after which a process that did not get them is given up."""
 
 LOOKED_EVERY_S: Final = 0.01
 
 OWN_SIZE: Final = PictureTarget()
 
 OWN_BYTES: Final = 256 * 2**20
-"""Address space of a process before it decodes anything, and some room."""
+"""Address space of a process before it decodes anything, with some margin."""
 
 BYTES_A_PIXEL: Final = 32
-"""The most that is alive at once: four copies at 4 bytes, and the coefficients of a JPEG."""
+"""Peak bytes per pixel: four copies at 4 bytes, and the coefficients of a JPEG."""
 
 COPIES_OF_A_FILE: Final = 4
 
 MEMORY_RETURNED: Final = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
-"""Whatever is larger than this goes back to the system as soon as it is freed."""
+"""Allocations larger than this return to the system as soon as they are freed."""
 
 
 class Decoded(NamedTuple):
-    """What was read of a picture: its pixels, or its texts."""
+    """What was read from a picture: its pixels, or its texts."""
 
     pixels: NDArray[np.uint8]
     texts: dict[str, str]
@@ -67,7 +67,7 @@ class Decoded(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class _Picture:
-    """What waits for its turn, and what was read of it once it had it."""
+    """A picture that waits for its turn, and the future of its result."""
 
     data: str | bytes
     field: str
@@ -80,18 +80,19 @@ class _Picture:
 class DecodePool:
     """Decodes uploaded pictures in processes of its own, which start with the first upload.
 
-    Frames of live streams go before other pictures and are never refused: a stream has one of them
-    here at a time, and the number of streams has a limit of its own.
+    Frames of live streams go before other pictures and are never refused: a stream has one frame
+    here at a time, and the number of streams has its own limit.
 
-    A file that takes too long or brings its process down costs that process alone. Nothing else
-    waits for the pool: not the event loop, and not the threads that it hands other work to.
+    A file that takes too long or crashes its process costs only that process. Nothing else waits
+    for the pool: neither the event loop, nor the threads to which it hands other work.
 
     Args:
-        limits: the operator's, for the pixels and bytes of a picture, the pixels of an image, and
-            the seconds of decoding, after which a process is replaced. They are of the processor,
-            which may be busy with models: a picture is not refused for what others take.
-        processes: pictures decoded at once.
-        waiting: other pictures that may wait for a process; more are refused.
+        limits: limits set by the operator: pixels and bytes of a picture, pixels of an image, and
+            seconds of decoding, after which a process is replaced. These are seconds of processor
+            time, since models may keep the processor busy: a picture is not refused for time that
+            others take.
+        processes: number of pictures decoded at once.
+        waiting: number of other pictures that may wait for a process; more are refused.
     """
 
     def __init__(self, limits: Limits, *, processes: int, waiting: int) -> None:
@@ -107,7 +108,7 @@ class DecodePool:
         self._lock = Lock()
         self._turns: DecodingTurns[_Picture] = DecodingTurns()
         self._threads = ThreadPoolExecutor(processes, thread_name_prefix="weft-decode")
-        # A pool that nobody closes takes its processes with it.
+        # If nobody closes the pool, its processes end with it.
         weakref.finalize(self, _end, self._idle)
 
     async def picture(
@@ -116,10 +117,10 @@ class DecodePool:
         """Decode a picture to RGB; transparency is flattened over white.
 
         Args:
-            data: base64 or a data URI if text, a PNG, JPEG or WebP file if bytes.
-            field: the request's field, for error messages.
-            target: what it is brought to. A picture that would get more pixels than an image may
-                have is not resampled.
+            data: base64 or a data URI if it is text, a PNG, JPEG or WebP file if it is bytes.
+            field: field of the request, for error messages.
+            target: size to resample to. A picture that would get more pixels than an image may have
+                is not resampled.
 
         Returns:
             uint8 `[height, width, 3]`.
@@ -128,17 +129,17 @@ class DecodePool:
             InvalidRequest: it is not such a file, is damaged, or takes too long.
             TooLarge: it has too many pixels, scans or bytes.
             Overloaded: too many pictures wait to be decoded, no process starts in time, or the
-                processor has no time for it.
+                processor is too busy.
             WeftError: a process cannot start at all.
         """
         return (await self._uploaded(_Picture(data, field, target))).pixels
 
     async def frame(self, data: bytes, target: PictureTarget) -> NDArray[np.uint8]:
-        """Decode an input frame of a live stream, before all pictures that are none.
+        """Decode an input frame of a live stream, before all pictures that are not frames.
 
         Args:
             data: a PNG, JPEG or WebP file.
-            target: as of :meth:`picture`, which describes result and errors too.
+            target: as for :meth:`picture`, which also describes the result and the errors.
         """
         return (await self._decoded(_Picture(data, "frame", target), frame=True)).pixels
 
@@ -151,19 +152,18 @@ class DecodePool:
     ) -> NDArray[np.uint8]:
         """Decode a mask to uint8 `[height, width]`, 255 where the picture is repainted.
 
-        Arguments and errors are those of :meth:`picture`; a mask that would repaint nothing is
-        refused too.
+        Errors are those of :meth:`picture`; a mask that would repaint nothing is refused too.
 
         Args:
-            data: base64 or a data URI if text, a file if bytes.
-            field: the request's field, for error messages.
-            target: what it is brought to.
-            form: how the file says what is repainted.
+            data: base64 or a data URI if it is text, a file if it is bytes.
+            field: field of the request, for error messages.
+            target: size to resample to.
+            form: how the file marks what is repainted.
         """
         return (await self._uploaded(_Picture(data, field, target, form))).pixels
 
     async def texts(self, data: str | bytes, field: str) -> dict[str, str]:
-        """What a picture says about how it was made, by the names of its texts.
+        """Read a picture's texts about how it was made, by name.
 
         Arguments and errors are those of :meth:`picture`.
         """
@@ -247,7 +247,7 @@ class DecodePool:
 
 
 class _Worker:
-    """A decoding process, which belongs to one thread at a time.
+    """A decoding process, used by one thread at a time.
 
     Raises:
         Overloaded: it does not start in time.
@@ -259,14 +259,14 @@ class _Worker:
             [sys.executable, "-P", "-m", "server.decoding.worker", str(memory)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            # Nothing of the server's own environment, which may hold its keys.
+            # Without the server's own environment, which may hold its keys.
             env={"PYTHONPATH": str(ROOT), **MEMORY_RETURNED},
-            # A terminal's Ctrl-C is for the server to answer.
+            # The server handles a terminal's Ctrl-C.
             process_group=0,
         )
         self._jobs = cast("BufferedWriter", self._process.stdin)
         self._answers = cast("BufferedReader", self._process.stdout)
-        # A process that reads nothing must not hold the thread that writes.
+        # A process that reads nothing must not block the thread that writes.
         os.set_blocking(self._jobs.fileno(), False)
         self._await_start()
 
@@ -303,7 +303,7 @@ class _Worker:
         raise (TooLarge if answer.too_large else InvalidRequest)(job.field, answer.refusal)
 
     def _await_start(self) -> None:
-        """Wait until it is ready: the time that it takes to start is not the first picture's."""
+        """Wait until the process is ready; its start must not count for the first picture."""
         try:
             ready = self._line(START_S)
         except TimeoutError:
@@ -352,11 +352,11 @@ class _Worker:
 
 
 class _Waited:
-    """How long a process may still be waited for, by its own time and by that of the clock.
+    """Time left to wait for a process, by its processor time and by the clock.
 
     Args:
-        process: its identifier.
-        seconds: of the processor that it may take.
+        process: identifier of the process.
+        seconds: seconds of processor time that it may take.
     """
 
     def __init__(self, process: int, seconds: float) -> None:
@@ -369,8 +369,8 @@ class _Waited:
         """Wait for a pipe of the process.
 
         Raises:
-            TimeoutError: it has taken its time.
-            Overloaded: it did not get its time.
+            TimeoutError: it has used its processor time.
+            Overloaded: it did not get its processor time.
         """
         while not ready.poll(1000 * max(LOOKED_EVERY_S, min(self._own_s(), self._clock_s()))):
             if self._own_s() <= 0:
@@ -390,7 +390,7 @@ class _Waited:
 
 
 def _processor_s(process: int) -> float:
-    """Seconds of the processor that a process has taken; of the clock where no system tells."""
+    """Processor seconds used by a process, or seconds of the clock if the system does not tell."""
     try:
         told = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -1,4 +1,4 @@
-"""The size that an uploaded picture is brought to, and how; needs nothing but Pillow."""
+"""The size that an uploaded picture is resampled to, and how; needs nothing but Pillow."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from PIL.Image import Resampling
 __all__ = ["Mode", "PictureTarget", "ResizeMode", "brought_to", "fit"]
 
 ResizeMode = Literal["stretch", "crop", "fill"]
-"""What becomes of other proportions: they are stretched, the picture is cropped around its middle,
-or it is fitted in and its edges are repeated."""
+"""Treatment of other proportions: stretch the picture, crop it around its middle, or fit it in and
+repeat its edges."""
 
 Mode = ResizeMode | Literal["middle"]
-"""The same, and how the image encoders of CLIP are shown a picture."""
+"""The resize modes, and the way in which CLIP's image encoders are given a picture."""
 
 
 @dataclass(frozen=True, slots=True)
 class PictureTarget:
-    """What a picture is brought to.
+    """The size that a picture is resampled to.
 
     Attributes:
-        width: in pixels; None for what the picture's own proportions and size say.
-        height: in pixels; likewise.
-        mode: what becomes of other proportions; ``middle`` is for squares alone.
-        multiple: sides that are not given become multiples of it.
-        longest: they become no longer; None for no limit.
-        sizes: width and height of those that it gets one of, the nearest to its proportions,
-            where no side is given and the server's limit allows any; empty for any size.
-        area: pixels that sides which are not given have together, however large the picture is;
-            None for those of the picture.
-        most_pixels: they have no more of them together, beside the server's limit; None for no
-            such bound.
+        width: width in pixels; None to derive it from the picture's own proportions and size.
+        height: height in pixels; None to derive it likewise.
+        mode: treatment of other proportions; ``middle`` is for squares only.
+        multiple: number of which derived sides become multiples.
+        longest: maximum of derived sides; None for no limit.
+        sizes: sizes (width and height) of which the picture gets the nearest to its proportions, if
+            no side is given and the server's limit allows any; empty for any size.
+        area: number of pixels for derived sides, however large the picture is; None for that of the
+            picture.
+        most_pixels: maximum number of pixels for derived sides, in addition to the server's limit;
+            None for no such bound.
     """
 
     width: int | None = None
@@ -47,12 +47,12 @@ class PictureTarget:
     area: int | None = None
 
     def size_of(self, width: int, height: int, most_pixels: int) -> tuple[int, int]:
-        """The size that a picture gets: the sides given, and others that suit them and the limits.
+        """The size that a picture gets: given sides, and derived ones within the limits.
 
         Args:
-            width: of the picture.
-            height: of the picture.
-            most_pixels: that the sides which are not given leave room for.
+            width: width of the picture.
+            height: height of the picture.
+            most_pixels: maximum number of pixels if a side is derived.
         """
         if self.width is not None and self.height is not None:
             return self.width, self.height
@@ -70,8 +70,8 @@ class PictureTarget:
         if self.area is not None:
             scale = sqrt(min(self.area, most_pixels) / (width * height))
             sides = width * scale, height * scale
-            # As diffusers rounds, which may make a few pixels more than that; down where these are
-            # too many.
+            # Rounded as in diffusers, which may give a few pixels more than that; rounded down if
+            # these are too many.
             down = tuple(side // self.multiple * self.multiple for side in sides)
             for wide, high in (sides, down):
                 found = self._side(wide, most_pixels), self._side(high, most_pixels)
@@ -80,19 +80,19 @@ class PictureTarget:
         scale = min(1.0, sqrt(most_pixels / (width * height)))
         if self.longest is not None:
             scale = min(scale, self.longest / max(width, height))
-        # Room for one multiple is left to the other side, whatever the proportions.
+        # The other side keeps room for at least one multiple, whatever the proportions.
         found = self._side(width * scale, most_pixels // self.multiple)
         return found, self._side(height * scale, most_pixels // found)
 
     def _side(self, wanted: float, most: int) -> int:
-        """The multiple nearest to a side, at least one of them and no more than there may be."""
+        """The multiple nearest to a side, at least one multiple and at most ``most``."""
         most = most if self.longest is None else min(most, self.longest)
         steps = min(round(wanted / self.multiple), most // self.multiple)
         return max(steps, 1) * self.multiple
 
 
 def brought_to(image: Image.Image, target: PictureTarget, most_pixels: int) -> Image.Image:
-    """The picture at the size of its target; as it is if that has more than ``most_pixels``."""
+    """Resample a picture to its target, but leave it if that has more than ``most_pixels``."""
     width, height = target.size_of(image.width, image.height, most_pixels)
     if target.mode == "middle":
         return _middle(image, width)
@@ -108,14 +108,14 @@ def brought_to(image: Image.Image, target: PictureTarget, most_pixels: int) -> I
 
 
 def fit(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The image at a size, resampled if it has another."""
+    """Resample an image to a size, if it has another."""
     if image.size == (width, height):
         return image
     return image.resize((width, height), Resampling.LANCZOS)
 
 
 def _middle(image: Image.Image, side: int) -> Image.Image:
-    """The square in the middle, as CLIP's image processor of transformers cuts it out."""
+    """The square in the middle, cropped as by the CLIP image processor of transformers."""
     short = min(image.size)
     width, height = (int(side * length / short) for length in image.size)
     resized = image.resize((width, height), Resampling.BICUBIC)

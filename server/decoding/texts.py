@@ -1,4 +1,4 @@
-"""Reads what an untrusted picture file says about how it was made."""
+"""Reading of texts in untrusted picture files about how the pictures were made."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from server.decoding.picture import open_picture
 __all__ = ["texts_of"]
 
 MOST_CHARACTERS: Final = 2**16
-"""Of all texts together."""
+"""Maximum length of all texts together."""
 
 _CODE_BYTES: Final = 8
-"""A comment begins with the name of its encoding."""
+"""Length of the encoding's name, with which a comment begins."""
 
 
 def texts_of(data: bytes, *, field: str, max_pixels: int) -> dict[str, str]:
-    """The texts of a PNG by their names, or the comment of a JPEG or WebP as `parameters`.
+    """Read the texts of a PNG by name, or the comment of a JPEG or WebP as `parameters`.
 
-    Texts that would make it more than `MOST_CHARACTERS` characters are left out. Arguments and
-    errors are those of :func:`server.decoding.picture.decode_picture`.
+    Texts that would exceed `MOST_CHARACTERS` characters in total are left out. Arguments and errors
+    are those of :func:`server.decoding.picture.decode_picture`.
     """
     image = open_picture(data, field, max_pixels)
     found = {name: text for name, text in image.info.items() if isinstance(text, str)}
@@ -38,6 +38,6 @@ def texts_of(data: bytes, *, field: str, max_pixels: int) -> dict[str, str]:
 
 def _read(comment: bytes) -> str:
     code, text = comment[:_CODE_BYTES], comment[_CODE_BYTES:]
-    # What is written as "UNICODE" is big-endian, in AUTOMATIC1111 and here.
+    # Comments marked "UNICODE" are big-endian, in AUTOMATIC1111 and here.
     encoding = "utf-16-be" if code == b"UNICODE\0" else "utf-8"
     return text.decode(encoding, errors="replace").strip("\0")

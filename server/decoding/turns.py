@@ -1,4 +1,4 @@
-"""The order in which pictures are decoded: frames of live streams first, uploads in their turn."""
+"""The order of decoding: frames of live streams first, with regular turns for uploads."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ __all__ = ["DecodingTurns"]
 T = TypeVar("T")
 
 FRAMES_IN_A_ROW: Final = 3
-"""After so many frames an upload is decoded, if one waits: streams alone could fill the time."""
+"""Number of frames after which a waiting upload is decoded; streams alone could fill the time."""
 
 
 class DecodingTurns(Generic[T]):
-    """What waits to be decoded."""
+    """Queues of what waits to be decoded."""
 
     def __init__(self) -> None:
         self._frames: deque[T] = deque()
@@ -22,11 +22,11 @@ class DecodingTurns(Generic[T]):
         self._in_a_row = 0
 
     def add(self, one: T, *, frame: bool) -> None:
-        """Let one wait, behind those of its kind."""
+        """Add an item at the end of its queue."""
         (self._frames if frame else self._uploads).append(one)
 
     def next(self) -> T | None:
-        """Whose turn it is; None if nothing waits."""
+        """Take the item whose turn it is; None if nothing waits."""
         if self._frames and not (self._uploads and self._in_a_row == FRAMES_IN_A_ROW):
             self._in_a_row = self._in_a_row + 1 if self._uploads else 0
             return self._frames.popleft()
@@ -34,7 +34,7 @@ class DecodingTurns(Generic[T]):
         return self._uploads.popleft() if self._uploads else None
 
     def withdraw(self, one: T) -> None:
-        """Forget one, if it waits still."""
+        """Remove an item, if it still waits."""
         for waiting in (self._frames, self._uploads):
             if one in waiting:
                 waiting.remove(one)

@@ -1,8 +1,8 @@
-"""The process that decodes: reads jobs from its standard input and writes pixels to its output.
+"""The decoding process: reads jobs from standard input, and writes pixels to standard output.
 
-An empty line says that it is ready. A job is a line of JSON, :class:`DecodingJob`, and the bytes
-that it announces. The answer is a line of JSON, :class:`Answer`, and the pixels that it announces.
-The process ends when its input does.
+An empty line signals that it is ready. A job is a line of JSON, :class:`DecodingJob`, followed by
+the bytes that it announces. The answer is a line of JSON, :class:`Answer`, followed by the pixels
+that it announces. The process ends when its input ends.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 from dataclasses import asdict, dataclass, field, replace
 from typing import IO, Any
 
-# Pillow loads a format's module when it first meets the format.
+# Pillow loads a format's module on its first use.
 from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
 from server.decoding.picture import MaskForm, decode_mask, decode_picture, file_of
@@ -27,22 +27,23 @@ __all__ = ["NICENESS", "Answer", "DecodingJob", "decoded", "main"]
 FORMATS = JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
 NICENESS = 5
-"""Where models run on the processor, decoding has a quarter of a core that both want."""
+"""With models on the processor, decoding gets a quarter of a core that both want."""
 
 
 @dataclass(frozen=True, slots=True)
 class DecodingJob:
-    """What to decode.
+    """A picture to decode.
 
     Attributes:
-        length: bytes that follow.
-        field: the request's field, for error messages.
-        texts: whether its texts are asked for, rather than its pixels.
-        mask: its form, if it is a mask, which is decoded to grayscale; None for a picture.
-        encoded: whether the bytes are base64 or a data URI, rather than a file.
-        max_pixels: of the picture.
-        target: what it is brought to.
-        max_resampled: pixels of the result; a picture that would get more keeps its own size.
+        length: number of bytes that follow.
+        field: field of the request, for error messages.
+        texts: whether to read its texts instead of its pixels.
+        mask: form of a mask, which is decoded to grayscale; None for a picture.
+        encoded: whether the bytes are base64 or a data URI instead of a file.
+        max_pixels: maximum number of pixels of the picture.
+        target: size to resample to.
+        max_resampled: maximum number of pixels of the result; a picture that would get more keeps
+            its own size.
     """
 
     length: int
@@ -57,13 +58,13 @@ class DecodingJob:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What became of a job.
+    """The result of a job.
 
     Attributes:
-        shape: `[height, width, 3]`, or `[height, width]` of a mask, uint8.
-        refusal: the sentence for the user; None if the pixels follow.
-        too_large: whether the refusal is that of a picture that is too large.
-        texts: that the picture contains, by their names, if they were asked for.
+        shape: `[height, width, 3]`, or `[height, width]` for a mask, uint8.
+        refusal: sentence for the user; None if the pixels follow.
+        too_large: whether it was refused because the picture is too large.
+        texts: texts of the picture by name, if they were requested.
     """
 
     shape: tuple[int, ...] = (0,)
@@ -73,10 +74,10 @@ class Answer:
 
 
 def main() -> None:
-    """Decode until the input ends; the argument is how many bytes of memory the process may use."""
+    """Decode until the input ends; the argument is the memory limit of the process in bytes."""
     os.nice(NICENESS)
     _bound(int(sys.argv[1]))
-    # Whatever a library prints must not end up between the pixels.
+    # Output that a library prints must not end up between the pixels.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     _serve(sys.stdin.buffer, answers)
@@ -127,7 +128,7 @@ def _answer(job: DecodingJob, data: bytes) -> tuple[Answer, bytes]:
 
 
 def decoded(job: DecodingJob, data: bytes) -> Image.Image:
-    """What a job asks for.
+    """Decode the picture or mask of a job.
 
     Raises:
         InvalidRequest: the bytes are not such a picture.

@@ -1,4 +1,4 @@
-"""Sums over runs, kept in a file so that a stopped command goes on where it was."""
+"""Sums over runs, kept in a file so that an interrupted command can resume."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class KeptSums:
     """The sums over the first runs of a command.
 
     Args:
-        file: that keeps them; None keeps nothing.
-        description: all that the sums depend on but the number of runs. What was kept for anything
-            else is not used.
+        file: file that keeps them; None keeps nothing.
+        description: everything that the sums depend on except the number of runs. Sums that were
+            kept under another description are ignored.
     """
 
     def __init__(self, file: Path | None, description: str) -> None:
@@ -31,7 +31,7 @@ class KeptSums:
         self._description = description
 
     def read(self, most: int) -> tuple[int, NDArray[np.float64] | None]:
-        """How many runs were summed up, at most `most`, and their sums; 0 and None if none were."""
+        """Return the number of runs summed up, at most `most`, and their sums; else 0 and None."""
         if self._file is None or not self._file.exists():
             return 0, None
         try:
@@ -47,12 +47,12 @@ class KeptSums:
         return done, sums
 
     def keep(self, done: int, sums: NDArray[np.float64]) -> None:
-        """Write the sums over the first `done` runs, whole or not at all."""
+        """Write the sums over the first `done` runs, completely or not at all."""
         if self._file is not None:
             metadata = {"description": self._description, "runs": str(done)}
             write_whole(self._file, save({"sums": sums}, metadata))
 
     def drop(self) -> None:
-        """Remove them, as nothing is left to be done."""
+        """Remove the file, since nothing is left to do."""
         if self._file is not None:
             self._file.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Fitting linear adaptive guidance to a hosted model: from runs of full guidance to a file."""
+"""Fitting of linear adaptive guidance to a hosted model, from fully guided runs to a file."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ __all__ = ["FitOrder", "Runs", "fit", "fulfil"]
 
 @dataclass(frozen=True, slots=True)
 class Runs:
-    """The runs of full guidance that are fitted to.
+    """The fully guided runs to fit to.
 
     Attributes:
-        count: how many, each of a prompt and a seed of its own.
-        chunk: run at once.
-        seed: of the first.
+        count: number of runs, each with its own prompt and seed.
+        chunk: number of runs in one batch.
+        seed: seed of the first run.
     """
 
     count: int
@@ -50,14 +50,14 @@ class Runs:
 
 @dataclass(frozen=True, slots=True)
 class FitOrder:
-    """What the command line asks for.
+    """An order from the command line.
 
     Attributes:
-        folder: of the model.
-        request: the sampler, spacing, steps and guidance to fit to, with the policy.
-        runs: how many runs, and which.
-        device: to compute on.
-        prompts: file with a prompt a line.
+        folder: folder of the model.
+        request: sampler, spacing, steps and guidance to fit to, with the policy.
+        runs: number and choice of the runs.
+        device: device to compute on.
+        prompts: file with one prompt per line.
     """
 
     folder: Path
@@ -68,11 +68,12 @@ class FitOrder:
 
 
 def fulfil(order: FitOrder, tell: Callable[[str, int, int], None]) -> Path:
-    """Make a file of coefficients.
+    """Fit coefficients and write them to a file.
 
     Args:
-        order: what is asked for.
-        tell: called with what is under way, how far it is, and how far it goes.
+        order: order from the command line.
+        tell: callback for progress, called with the name of the stage, the number done, and the
+            total.
 
     Raises:
         WeftError: the order cannot be fulfilled, with a sentence for the user.
@@ -94,7 +95,7 @@ def store(
     """Fit to the sampler, spacing, steps and rule of a request, and write the file.
 
     Raises:
-        InvalidRequest: the policy is not fitted by this, or the rule has no branch.
+        InvalidRequest: the policy is not fitted by this command, or the rule has no branch.
     """
     rule, policy = split(resolved.guidance)
     if policy.fitted_by != PREFIX:
@@ -145,22 +146,22 @@ def fit(
     tell: Callable[[int], None],
     kept: KeptSums | None = None,
 ) -> LinearFit:
-    """Coefficients of a plan and a rule, branch by branch, by least squares over runs of the model.
+    """Fit coefficients of a plan and a rule by least squares over runs, branch by branch.
 
-    They serve to whatever share of the steps the policy guides.
+    They are valid for any share of the steps that the policy guides.
 
     Args:
-        model: to run.
-        plan: of the sampler.
-        rule: of the guidance.
-        policy: its period says which stages are evaluated.
-        prompts: taken in turn; there is no negative prompt.
-        runs: how many, and which.
-        tell: called with the number of runs that are done.
-        kept: where an earlier fit of the same left off.
+        model: model to run.
+        plan: plan of the sampler.
+        rule: guidance rule.
+        policy: policy whose period determines which stages are evaluated.
+        prompts: prompts, taken in turn; there is no negative prompt.
+        runs: number and choice of the runs.
+        tell: callback, called with the number of runs that are done.
+        kept: sums of an earlier, interrupted fit of the same.
 
     Raises:
-        InvalidRequest: no runs are asked for.
+        InvalidRequest: no runs are requested.
     """
     kept = kept or KeptSums(None, "")
     evaluated = steps_of(np.array(plan.step)) % policy.fit_period == 0
@@ -187,7 +188,7 @@ def fit(
 def _run(
     model: HostedModel, plan: Plan, rule: Rule, prompts: Sequence[str], seeds: Sequence[int]
 ) -> NDArray[np.float64]:
-    """Denoised predictions of the prompt and the branches in runs of full guidance.
+    """Denoised predictions of the prompt and the branches in fully guided runs.
 
     Returns:
         ``[1 + branches, runs, stages, ...]``.

@@ -1,4 +1,4 @@
-"""Empirical model statistics of a hosted model: from pictures and prompts to files beside it."""
+"""Empirical model statistics of a hosted model, from pictures and prompts to files beside it."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ __all__ = ["Order", "Size", "fulfil", "make_statistics", "mixture_of"]
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """How much is computed.
+    """The amount of computation.
 
     Attributes:
-        points: in lam.
-        samples: K, noised samples at each point.
-        chunk: samples in one forward.
-        seed: of noise and signs.
+        points: number of points in lam.
+        samples: K, the number of noised samples at each point.
+        chunk: number of samples in one forward pass.
+        seed: seed of noise and signs.
     """
 
     points: int
@@ -47,17 +47,17 @@ class Size:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What the command line asks for.
+    """An order from the command line.
 
     Attributes:
-        folder: of the model.
-        scales: of classifier-free guidance; 1 for none.
-        size: how much is computed.
-        device: to compute on.
+        folder: folder of the model.
+        scales: scales of classifier-free guidance; 1 for none.
+        size: amount of computation.
+        device: device to compute on.
         data: folder of pictures with captions; without it the model draws its own samples.
-        prompts: file with a prompt a line, for that.
-        steps: of the sampler that draws them.
-        out: file for a single scale; by default each has its place in the model's folder.
+        prompts: file with one prompt per line, for these samples.
+        steps: number of steps of the sampler that draws them.
+        out: output file for a single scale; by default each has its place in the model's folder.
     """
 
     folder: Path
@@ -71,11 +71,12 @@ class Order:
 
 
 def fulfil(order: Order, tell: Callable[[str, int, int], None]) -> list[Path]:
-    """Make statistics files, going on from what a run left that was stopped.
+    """Make statistics files, resuming an interrupted run.
 
     Args:
-        order: what is asked for.
-        tell: called with what is under way, how far it is, and how far it goes.
+        order: order from the command line.
+        tell: callback for progress, called with the name of the stage, the number done, and the
+            total.
 
     Returns:
         The files, in the order of the scales.
@@ -105,10 +106,10 @@ def fulfil(order: Order, tell: Callable[[str, int, int], None]) -> list[Path]:
 
 
 def mixture_of(scale: float) -> Mixture:
-    """Classifier-free guidance as a sum of the prompt's and the unconditional's prediction.
+    """Classifier-free guidance as a sum of the prompt's and the unconditional prediction.
 
     Args:
-        scale: 1 is no guidance.
+        scale: guidance scale; 1 is no guidance.
     """
     return Mixture("none" if scale == 1 else "cfg", scale, (scale, 1 - scale))
 
@@ -122,15 +123,15 @@ def make_statistics(
     checkpoint: Path | None = None,
     tell: Callable[[SamplesDone], None] | None = None,
 ) -> list[Statistics]:
-    """Statistics of a model at some guidance scales, which share most of the cost.
+    """Compute statistics of a model at some guidance scales, which share most of the cost.
 
     Args:
-        model: hosted in float32; from then on it may be slower.
-        samples: of its data, ``size.samples`` of them.
-        scales: of classifier-free guidance; 1 for none.
-        size: how much is computed.
+        model: model hosted in float32; it may be slower afterwards.
+        samples: samples of its data, ``size.samples`` of them.
+        scales: scales of classifier-free guidance; 1 for none.
+        size: amount of computation.
         checkpoint: see ``samplers.compute_statistics``.
-        tell: likewise.
+        tell: see ``samplers.compute_statistics``.
 
     Raises:
         ValueError: see ``samplers.compute_statistics``.
@@ -183,7 +184,7 @@ def _samples(model: HostedModel, order: Order, tell: Callable[[str, int, int], N
 def _denoisers(
     model: HostedModel, prompts: Sequence[str], branches: int
 ) -> Callable[[range], Callable[[Tensor, Tensor], Tensor]]:
-    """The denoiser of some samples, each under its prompt; and unconditional as second branch."""
+    """Denoiser for some samples, each with its prompt, and unconditional as a second branch."""
     schedule, prediction = model.default_schedule, model.facts.prediction
 
     def scalars(t: np.ndarray) -> np.ndarray:

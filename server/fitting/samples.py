@@ -1,4 +1,4 @@
-"""Samples of a model's data: captioned pictures from a folder, or what the model itself draws."""
+"""Samples of a model's data: captioned pictures of a folder, or pictures that the model draws."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ PROMPTS: Final = (
     "a woman reading in a cafe, film photograph",
     "abstract shapes in blue and orange",
 )
-"""What models that nothing is known of are asked to draw."""
+"""Prompts for models that have none of their own."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,16 +64,16 @@ class Samples:
 
 
 def read_pictures(model: HostedModel, folder: Path, count: int, chunk: int) -> Samples:
-    """The first pictures of a folder, at the model's own size, with their captions.
+    """Read the first pictures of a folder, at the model's own size, with their captions.
 
     Args:
-        model: encodes them.
-        folder: pictures, each beside a text file of the same name.
-        count: how many; they are repeated where there are fewer.
-        chunk: encoded at once.
+        model: model that encodes them.
+        folder: folder of pictures, each beside a text file of the same name.
+        count: number of samples; pictures are repeated if there are fewer.
+        chunk: number of pictures encoded at once.
 
     Raises:
-        InvalidRequest: there are none, one cannot be read, or one lacks its caption.
+        InvalidRequest: there are no pictures, one cannot be read, or one lacks its caption.
     """
     files = sorted(file for file in folder.glob("*") if file.suffix.lower() in PICTURES)[:count]
     if not files:
@@ -92,11 +92,11 @@ def read_pictures(model: HostedModel, folder: Path, count: int, chunk: int) -> S
 
 
 def prompts_for(folder: Path, file: Path | None) -> Sequence[str]:
-    """What a model is asked to draw: the lines of a file, else of its own, else of any model's.
+    """Prompts for a model: the lines of a file, else the model's own, else general ones.
 
     Args:
-        folder: of the model, which may hold prompts that suit it in ``weft/prompts.txt``.
-        file: a prompt a line.
+        folder: folder of the model, which may hold suitable prompts in ``weft/prompts.txt``.
+        file: file with one prompt per line.
 
     Raises:
         InvalidRequest: the file has no lines.
@@ -134,16 +134,16 @@ def draw(
     chunk: int,
     tell: Callable[[int], None],
 ) -> Samples:
-    """Let the model draw samples of its own, at its own size, by DPM-Solver++ 2M.
+    """Let the model draw its own samples, at its own size, with DPM-Solver++ 2M.
 
     Args:
-        model: draws.
-        prompts: taken in turn.
-        count: how many samples.
+        model: model that draws.
+        prompts: prompts, taken in turn.
+        count: number of samples.
         scale: guidance scale, 1 for none.
-        steps: of the sampler.
-        chunk: drawn at once.
-        tell: called with the number of samples that are done.
+        steps: number of steps of the sampler.
+        chunk: number of samples drawn at once.
+        tell: callback, called with the number of samples that are done.
     """
     facts = model.facts
     shape = model.default_shape
@@ -163,7 +163,7 @@ def draw(
 def _guided(
     model: HostedModel, schedule: NoiseSchedule, prompts: Sequence[str], scale: float
 ) -> Callable[[Tensor, float], Tensor]:
-    """The denoiser under classifier-free guidance."""
+    """The denoiser with classifier-free guidance."""
     facts = model.facts
     both = [*prompts] if scale == 1 else [*prompts, *[None] * len(prompts)]
     inputs = model.inputs(both)

@@ -1,4 +1,4 @@
-"""Which addresses the server may be sent to by a client."""
+"""Checks on network addresses to which a client may make the server connect."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from typing import Final
 __all__ = ["is_public"]
 
 NAT64: Final = (IPv6Network("64:ff9b::/96"), IPv6Network("64:ff9b:1::/48"))
-"""Behind these a gateway reaches the IPv4 address of the last 32 bits (RFC 6052, RFC 8215)."""
+"""Prefixes of gateways to the IPv4 address in the last 32 bits (RFC 6052, RFC 8215)."""
 
 GLOBAL_UNICAST: Final = IPv6Network("2000::/3")
-"""All that is assigned to hosts of the internet (RFC 4291)."""
+"""All addresses that are assigned to hosts of the internet (RFC 4291)."""
 
 DOCUMENTATION: Final = IPv6Network("3fff::/20")
-"""Python 3.11 does not know it yet (RFC 9637)."""
+"""Not known to Python 3.11 (RFC 9637)."""
 
 COMPATIBLE: Final = IPv6Network("::/96")
 
 
 def is_public(address: str) -> bool:
-    """Whether an address is a host's on the internet, and none of this machine or its networks.
+    """Whether an address is that of a host on the internet, not of this machine or its networks.
 
-    An IPv6 address that carries one of IPv4 must be public in both readings.
+    An IPv6 address that embeds an IPv4 address must be public in both readings.
 
     Args:
-        address: as text, without brackets; one with a zone is never public.
+        address: address as text, without brackets; one with a zone is never public.
     """
     try:
         parsed = ip_address(address)
@@ -42,13 +42,13 @@ def is_public(address: str) -> bool:
 
 
 def _is_public_v4(address: IPv4Address) -> bool:
-    # "Global" includes multicast, and the relays of 6to4, which nobody runs any more (RFC 7526).
+    # is_global includes multicast, and the abandoned relays of 6to4 (RFC 7526).
     relay = address.packed[:3] == bytes((192, 88, 99))
     return address.is_global and not (address.is_multicast or address.is_reserved or relay)
 
 
 def _carried(address: IPv6Address) -> IPv4Address | None:
-    """The IPv4 address that packets to an IPv6 address end at, if it is of such a kind."""
+    """The IPv4 address that packets to an IPv6 address finally reach, if it embeds one."""
     if address.ipv4_mapped is not None:
         return address.ipv4_mapped
     if address.sixtofour is not None:

@@ -1,4 +1,4 @@
-"""The connection to the database, used away from the event loop."""
+"""The connection to the database, used outside of the event loop."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ Given = ParamSpec("Given")
 Result = TypeVar("Result")
 
 PRAGMAS: Final = ("journal_mode=WAL", "synchronous=FULL", "mmap_size=0", "foreign_keys=ON")
-"""A transaction is on the disk before it is acknowledged."""
+"""With these, a transaction is on the disk before it is acknowledged."""
 
 CONNECTIONS: Final = 4
-"""To PostgreSQL."""
+"""Number of connections to PostgreSQL."""
 
 MIGRATING: Final = 0x77656674
-"""PostgreSQL's lock by which of several servers one migrates."""
+"""Key of PostgreSQL's lock, which lets only one of several servers migrate."""
 
 
 class Database:
     """Runs transactions in threads.
 
     Args:
-        engine: of SQLAlchemy.
-        threads: transactions at once.
-        lock: an open file whose lock is held; -1 without one.
+        engine: engine of SQLAlchemy.
+        threads: number of concurrent transactions.
+        lock: descriptor of an open file whose lock is held; -1 without one.
         alone: whether no other process uses the database.
     """
 
@@ -56,9 +56,9 @@ class Database:
         *given: Given.args,
         **named: Given.kwargs,
     ) -> Result:
-        """What `work` returns, after the transaction that it was is on the disk.
+        """Run `work` as a transaction; return its result once the transaction is on the disk.
 
-        Once begun, a transaction runs to its end, also if whoever waits for it gives up.
+        Once begun, a transaction runs to its end, even if its caller gives up waiting.
         """
 
         def transaction() -> Result:
@@ -68,7 +68,7 @@ class Database:
         return await asyncio.get_running_loop().run_in_executor(self._threads, transaction)
 
     def close(self) -> None:
-        """Close the connections, after the transactions under way."""
+        """Close the connections, after the running transactions."""
         self._threads.shutdown()
         self._engine.dispose()
         if self._lock >= 0:
@@ -76,7 +76,7 @@ class Database:
 
 
 def of_folder(folder: Path) -> Database:
-    """The SQLite database of a folder, which this process has for itself.
+    """Open the SQLite database of a folder, which this process has to itself.
 
     All transactions run one after another through one connection. SQLite 3.7.0 to 3.51.2 can
     corrupt a database in WAL mode that several connections write and checkpoint at once
@@ -96,7 +96,7 @@ def of_folder(folder: Path) -> Database:
         f"sqlite:///{folder / 'jobs.sqlite'}",
         poolclass=StaticPool,
         connect_args={"check_same_thread": False},
-        # Prompts are nobody's business who reads the log.
+        # Prompts must not appear in the log.
         hide_parameters=True,
         json_deserializer=_stored,
     )
@@ -107,7 +107,7 @@ def of_folder(folder: Path) -> Database:
 
 
 def of_url(url: str) -> Database:
-    """A PostgreSQL database, which several servers may share."""
+    """Open a PostgreSQL database, which several servers may share."""
     psycopg = make_url(url).set(drivername="postgresql+psycopg")
     engine = create_engine(
         psycopg,
@@ -121,7 +121,7 @@ def of_url(url: str) -> Database:
 
 
 def _stored(text: str) -> Any:
-    """JSON of a column; None where it is damaged, which is to hold up no other job."""
+    """Parse the JSON of a column; None if it is damaged, which must not block other jobs."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -129,7 +129,7 @@ def _stored(text: str) -> Any:
 
 
 def _text(data: bytes) -> str:
-    """What a column holds; nothing where it is damaged, as of JSON."""
+    """Decode the text of a column; an empty text if it is damaged."""
     try:
         return data.decode()
     except UnicodeDecodeError:
@@ -138,7 +138,7 @@ def _text(data: bytes) -> str:
 
 def _prepare(connection: Any, _: Any) -> None:
     connection.text_factory = _text
-    # Python's module would begin no transaction before changes of tables.
+    # Python's module would not begin a transaction before schema changes.
     connection.isolation_level = None
     for pragma in PRAGMAS:
         connection.execute(f"PRAGMA {pragma}")

@@ -1,4 +1,4 @@
-"""Sends the webhooks that are due, a few at once, and again later those that were not taken."""
+"""Sends webhooks that are due, a few at once, and retries those that failed."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ log = logging.getLogger("weft")
 AT_ONCE: Final = 8
 LOOK_S: Final = 1.0
 AGAIN_S: Final = (5.0, 30.0, 120.0, 600.0, 3600.0)
-"""Seconds after each failed try until the next one; after the last there is none."""
+"""Seconds from each failed attempt to the next; after the last there is none."""
 
 GONE: Final = 410
-"""With this status a receiver says that he wants no more."""
+"""Status by which a receiver declines further webhooks."""
 
 
 class Deliveries:
-    """Takes webhooks from the database, where they are until they were taken or given up.
+    """Takes webhooks from the database, where they stay until delivered or given up.
 
     Args:
-        database: with the jobs.
-        secret: that signs.
-        private: whether they may go to private addresses.
-        describe: the body that tells of a job.
+        database: database with the jobs.
+        secret: secret that signs webhooks.
+        private: whether webhooks may go to private addresses.
+        describe: function that makes the body of a webhook about a job.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Deliveries:
         self._private = private
 
     async def run(self) -> None:
-        """Send whatever is due, until cancelled."""
+        """Send webhooks as they become due, until cancelled."""
         while True:
             due = await self._database.run(store.due, time.time(), AT_ONCE)
             await asyncio.gather(*map(self._deliver, due))
@@ -64,7 +64,7 @@ class Deliveries:
         await self._database.run(store.delivered, delivery, again_at)
 
     async def _sent(self, delivery: Delivery) -> str | None:
-        """Why a webhook was not taken; None if there is no more to do for it."""
+        """Send a webhook; return the reason if it failed, or None if nothing is left to do."""
         body = self._describe(delivery.job)
         headers = signed(self._secret, delivery.id, int(time.time()), body)
         url = delivery.job.webhook or ""

@@ -1,4 +1,4 @@
-"""A job as it is stored: what was asked for, how far it is, and what came of it."""
+"""A stored job: its request, its status and its result."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ Event = Literal["start", "completed"]
 WAITING: Final[Status] = "starting"
 ENDED: Final[frozenset[Status]] = frozenset({"succeeded", "failed", "canceled"})
 EVENTS: Final[tuple[Event, ...]] = ("start", "completed")
-"""Of which webhooks tell: the job begins for the first time, and it ends."""
+"""Events that webhooks report: the job begins for the first time, and it ends."""
 
 
 @dataclass(frozen=True, slots=True)
 class NewJob:
-    """What a client asked for.
+    """A request for a job.
 
     Attributes:
-        id: new and random.
+        id: new, random identifier.
         owner: SHA-256 of the client's key in hexadecimal digits; empty on a server without keys.
-        input: the request as sent, without its pictures.
+        input: request as sent, without its pictures.
         uploads: dotted paths of the fields whose pictures are stored beside it.
         digest: SHA-256 of the body; equal for equal bodies.
-        idempotency_key: under which the client may send it again.
-        webhook: URL that is told of the job.
-        webhook_events: of which it is told.
+        idempotency_key: key under which the client may send it again.
+        webhook: URL that is notified about the job.
+        webhook_events: events that it is notified of.
     """
 
     id: str
@@ -47,19 +47,20 @@ class Job:
     """A stored job.
 
     Attributes:
-        id: as of :class:`NewJob`.
-        owner: as of :class:`NewJob`.
-        status: how far it is.
-        input: as of :class:`NewJob`; empty if it is damaged in the database.
-        uploads: as of :class:`NewJob`.
-        digest: as of :class:`NewJob`.
-        webhook: as of :class:`NewJob`.
-        attempt: how often it was begun; whoever commits a result names the attempt that made it.
-        spared: attempts that ended for no reason of the job's own.
+        id: see :class:`NewJob`.
+        owner: see :class:`NewJob`.
+        status: current status.
+        input: see :class:`NewJob`; empty if it is damaged in the database.
+        uploads: see :class:`NewJob`.
+        digest: see :class:`NewJob`.
+        webhook: see :class:`NewJob`.
+        attempt: number of times that it was begun; a committed result names the attempt that made
+            it.
+        spared: number of attempts that ended for a reason outside of the job.
         created_at: Unix time at which it was accepted.
         started_at: Unix time at which it was first begun.
         completed_at: Unix time at which it ended.
-        expires_at: Unix time from which it may be forgotten.
+        expires_at: Unix time from which it may be deleted.
         result: how its pictures were made, if it succeeded.
         error: message, code and field, if it failed.
     """
@@ -82,19 +83,19 @@ class Job:
 
     @property
     def ended(self) -> bool:
-        """Whether it will not change any more."""
+        """Whether its status is final."""
         return self.status in ENDED
 
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """A webhook that is to be sent.
+    """A webhook to be sent.
 
     Attributes:
-        id: the same at each try, by which receivers know a repetition.
-        job: that it tells of.
-        event: what happened.
-        tries: how often it was sent in vain.
+        id: identifier, the same at each attempt, by which receivers recognize a repetition.
+        job: job that it reports.
+        event: event that it reports.
+        tries: number of failed attempts.
     """
 
     id: str

@@ -1,4 +1,4 @@
-"""The one door to durable jobs: opens what they need, and takes, shows and cancels them."""
+"""The entry point to durable jobs: opens their resources, and adds, shows and cancels jobs."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ __all__ = ["Jobs"]
 log = logging.getLogger("weft")
 
 LOOK_S: Final = 1.0
-"""Between looks at a job that another server may be processing."""
+"""Seconds between looks at a job that another server may be processing."""
 
 AGAIN_S: Final = 1.0
-"""Between tries while the database or the disk fails."""
+"""Seconds between attempts while the database or the disk fails."""
 
 
 class Jobs:
     """Durable jobs, from :meth:`open` to :meth:`close`.
 
     Args:
-        settings: of the server.
-        service: that makes pictures.
-        describe: the body of a webhook that tells of a job.
+        settings: settings of the server.
+        service: service that makes pictures.
+        describe: function that makes the body of a webhook about a job.
 
     Attributes:
-        watches: who waits for news of which job.
-        leaving: set once the server is about to stop.
+        watches: watchers of each job.
+        leaving: event that is set once the server is about to stop.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Jobs:
         self.leaving = service.leaving
         self._settings: JobSettings = settings.jobs
         keys = {key.digest.hex(): key.client for key in settings.api_keys}
-        # Without keys all jobs are everybody's.
+        # Without keys, all jobs have one owner.
         self._clients = keys or {"": ANYONE}
         self._service = service
         self._describe = describe
@@ -64,10 +64,10 @@ class Jobs:
         self._tasks: list[asyncio.Task[None]] = []
 
     async def open(self) -> None:
-        """Open the database, bring it up to date, and begin to run its jobs.
+        """Open the database, migrate it, and begin to run its jobs.
 
         Raises:
-            NotReady: another server uses the folder, or the database or the place of the pictures
+            NotReady: another server uses the folder, or the database or the storage of the pictures
                 cannot be used.
         """
         settings = self._settings
@@ -93,7 +93,7 @@ class Jobs:
         self._tasks = [asyncio.create_task(_for_ever(one)) for one in work]
 
     async def close(self) -> None:
-        """Stop; jobs under way wait for the next start."""
+        """Stop; running jobs wait for the next start."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -104,7 +104,7 @@ class Jobs:
         """Refuse a webhook that could not be sent.
 
         Raises:
-            InvalidRequest: it is no URL, or a private one, or this server sends none.
+            InvalidRequest: it is not a URL, is a private one, or this server sends no webhooks.
         """
         if url is None:
             return
@@ -117,15 +117,15 @@ class Jobs:
         check_url(url, private=self._settings.webhook_private)
 
     async def add(self, new: NewJob, uploads: Mapping[str, bytes]) -> Job:
-        """Accept a job: on return it is on the disk, and will be brought to an end.
+        """Accept a job: on return it is on the disk, and will be processed to its end.
 
         Args:
-            new: what was asked for.
+            new: request for the job.
             uploads: its pictures by field, as they were sent.
 
         Raises:
-            Overloaded: as many jobs of its owner wait as may.
-            ReusedKey: its idempotency key came with another body.
+            Overloaded: its owner already has the maximum number of waiting jobs.
+            ReusedKey: its idempotency key was used with another body.
             NotReady: the disk is full, or the database cannot be reached.
         """
         try:
@@ -135,7 +135,7 @@ class Jobs:
             raise NotReady("The prediction could not be stored; try again later.") from None
 
     async def _add(self, new: NewJob, uploads: Mapping[str, bytes]) -> Job:
-        # Most repetitions are found before their pictures are stored once more.
+        # Most repetitions are found here, before their pictures are stored again.
         same = await self._database.run(store.repeated, new.owner, new.idempotency_key, new.digest)
         if same is not None:
             return same
@@ -152,18 +152,18 @@ class Jobs:
         return job
 
     async def get(self, owner: str, identifier: str) -> Job:
-        """A job of an owner; raises UnknownJob if there is none."""
+        """Return a job of an owner; raises UnknownJob if it does not exist."""
         _check(identifier)
         return await self._database.run(store.get, owner, identifier)
 
     async def page(self, owner: str, after: str | None, count: int) -> list[Job]:
-        """So many jobs of an owner from `after` on, the newest first; raises UnknownJob."""
+        """Return up to `count` jobs of an owner after `after`, newest first; raises UnknownJob."""
         if after is not None:
             _check(after)
         return await self._database.run(store.page, owner, after, count)
 
     async def positions(self, jobs: list[Job]) -> dict[str, int]:
-        """How many jobs are begun before each of these, as far as they wait."""
+        """Number of jobs that will begin before each of these, for those that wait."""
         waiting = [job.id for job in jobs if job.status == "starting"]
         if not waiting:
             return {}
@@ -180,12 +180,12 @@ class Jobs:
         return job
 
     async def picture(self, job: Job, index: int) -> bytes:
-        """A picture of a job that succeeded; raises FileNotFoundError if it was deleted."""
+        """Read a picture of a job that succeeded; raises FileNotFoundError if it was deleted."""
         attempt = 0 if job.result is None else job.result["attempt"]
         return await self._blobs.read(output_name(job.id, attempt, index))
 
     async def ended(self, job: Job, within_s: float) -> Job:
-        """A job once it has ended, or as it is after some seconds or when the server stops."""
+        """Wait until a job has ended, a time has passed, or the server stops; return its state."""
         until = time.monotonic() + within_s
         with self.watches.on(job.id) as watch:
             while not job.ended and not self.leaving.is_set():
@@ -198,7 +198,7 @@ class Jobs:
 
 
 async def _for_ever(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Do something again whenever it fails, as it does while the database cannot be reached."""
+    """Repeat some work whenever it fails, as it does while the database cannot be reached."""
     while True:
         try:
             await work()
@@ -208,7 +208,7 @@ async def _for_ever(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
 
 
 def _check(identifier: str) -> None:
-    """Refuse what is no identifier of a job, and may be no text to the database either."""
+    """Refuse a text that cannot be an identifier, and may not even be valid for the database."""
     if not (identifier.isascii() and identifier.isalnum()):
         raise UnknownJob(identifier)
 

@@ -1,4 +1,4 @@
-"""Takes jobs from the database, has them made, and stores what comes of them."""
+"""Takes jobs from the database, runs them, and stores their results."""
 
 from __future__ import annotations
 
@@ -41,10 +41,11 @@ log = logging.getLogger("weft")
 LEASE_S: Final = 45.0
 RENEW_S: Final = 10.0
 LOOK_S: Final = 1.0
-"""Between looks for jobs that other servers accepted, or whose time to be tried again has come."""
+"""Seconds between looks for jobs that other servers accepted, or that are due for a retry."""
 
 LONGEST_WAIT_S: Final = 10.0
-"""Until a job that the queue had no room for is tried again; there may be room sooner than told."""
+"""Maximum seconds until a job that found the queue full is tried again; there may be room sooner
+than estimated."""
 
 KEY_REMOVED: Final = {
     "message": "The API key that asked for this is not accepted any more.",
@@ -53,19 +54,19 @@ KEY_REMOVED: Final = {
 }
 
 IDENTIFIER: Final = re.compile("[0-9a-f]{32}")
-"""Of a job, and the name of the folder with its pictures."""
+"""Form of a job's identifier, which is also the name of the folder with its pictures."""
 
 SWEEP_S: Final = 30.0
 SWEPT_AT_ONCE: Final = 100
 
 
 def upload_name(identifier: str, field: str) -> str:
-    """Where a picture that came with a job is."""
+    """Name of the file with a picture that was sent with a job."""
     return f"{identifier}/{field}"
 
 
 def output_name(identifier: str, attempt: int, index: int) -> str:
-    """Where a picture that an attempt made is."""
+    """Name of the file with a picture that an attempt made."""
     return f"{identifier}/{attempt}/{index}"
 
 
@@ -73,12 +74,13 @@ class Runner:
     """Runs jobs in the engine of this process.
 
     Args:
-        service: that makes pictures.
-        database: with the jobs.
-        blobs: with their pictures.
-        watches: told of progress and changes.
-        settings: how many at once, how often, and for how long they are kept.
-        clients: whose share of the device the jobs of an owner have; nobody else's are begun.
+        service: service that makes pictures.
+        database: database with the jobs.
+        blobs: storage of their pictures.
+        watches: watchers to notify of progress and changes.
+        settings: number of jobs at once, number of attempts, and time for which jobs are kept.
+        clients: client of each owner, whose share of the device the owner's jobs use; jobs of other
+            owners are not begun.
     """
 
     def __init__(
@@ -101,19 +103,19 @@ class Runner:
         self._under_way: dict[str, tuple[Job, asyncio.Task[None]]] = {}
 
     def wake(self) -> None:
-        """There may be a job to begin."""
+        """Note that there may be a job to begin."""
         self._wake.set()
 
     def cancel(self, identifier: str) -> None:
-        """Stop the work on a job that was cancelled, if it is done here."""
+        """Stop the work on a job that was cancelled, if it runs here."""
         if identifier in self._under_way:
             job, _ = self._under_way[identifier]
-            # It may be about to begin, or have just ended; then its result is not taken.
+            # It may be about to begin, or have just ended; then its result is discarded.
             with suppress(UnknownGeneration):
                 self._service.cancel(_generation_of(job))
 
     async def run(self) -> None:
-        """Begin jobs as long as there are any and there is room, until cancelled."""
+        """Begin jobs while there are any and there is room, until cancelled."""
         while True:
             self._wake.clear()
             while self._service.ready and len(self._under_way) < self._settings.running:
@@ -135,7 +137,7 @@ class Runner:
                 await asyncio.wait_for(self._wake.wait(), LOOK_S)
 
     async def renew(self) -> None:
-        """Keep the jobs under way, and stop those that are no longer this server's."""
+        """Renew the leases of running jobs, and stop jobs that this server has lost."""
         while True:
             await asyncio.sleep(RENEW_S)
             mine = list(self._under_way)
@@ -144,19 +146,19 @@ class Runner:
                 self.cancel(identifier)
 
     async def sweep(self) -> None:
-        """Delete what was kept for long enough, pictures without a job, and jobs without a key."""
+        """Delete expired jobs, pictures without a job, and jobs without a key."""
         await self._delete_strays()
         while True:
             await self._disown()
             over = await self._database.run(store.expired, time.time(), SWEPT_AT_ONCE)
-            # Pictures first: what is interrupted here is done again.
+            # Pictures first: an interrupted deletion is then repeated.
             await self._blobs.delete(over)
             await self._database.run(store.forget, over)
             if len(over) < SWEPT_AT_ONCE:
                 await asyncio.sleep(SWEEP_S)
 
     async def stop(self) -> None:
-        """Give up the jobs under way, which wait for the next start."""
+        """Abandon the running jobs, which wait for the next start."""
         under_way = list(self._under_way.values())
         for _, task in under_way:
             task.cancel()
@@ -165,18 +167,18 @@ class Runner:
             await self._database.run(store.requeue, job, 0.0, spare=True)
 
     async def _delete_strays(self) -> None:
-        """Delete pictures that a process stored before it ended, without the job itself."""
+        """Delete pictures that a process stored before it ended, without storing the job."""
         if not self._database.alone:
             # Another server may be about to accept their job.
             return
-        # The operator may have named a place with other files in it.
+        # The configured place may contain other files too.
         there = [name for name in await self._blobs.sizes() if IDENTIFIER.fullmatch(name)]
         known = await self._database.run(store.known, there)
         await self._blobs.delete([name for name in there if name not in known])
 
     async def _disown(self) -> None:
-        """End the jobs of keys that were removed, which would otherwise wait for ever."""
-        # Another server may have been told of a new key already, and this one not yet.
+        """End jobs whose key was removed, which would otherwise wait forever."""
+        # Another server may know a new key already that this one does not know yet.
         patience_s = 0.0 if self._database.alone else self._settings.keep_s
         now = time.time()
         ended = await self._database.run(
@@ -194,14 +196,14 @@ class Runner:
 
     def _ended(self, job: Job, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and task.exception() is not None:
-            # Nobody renews it from here on: it is begun again when its lease is over.
+            # Its lease is no longer renewed, so it is begun again after the lease ends.
             log.error("what came of job %s was not stored", job.id, exc_info=task.exception())
         del self._under_way[job.id]
         self._watches.tell(job.id)
         self.wake()
 
     async def _attempt(self, job: Job) -> None:
-        """Bring a job to its end, or let it wait again."""
+        """Run a job to its end, or let it wait for another attempt."""
         if job.attempt - job.spared > self._settings.attempts:
             await self._fail(job, "interrupted", "The server ended while it worked on this, again.")
             return
@@ -210,12 +212,13 @@ class Runner:
         except (Overloaded, DidNotFit) as error:
             await self._wait(job, error.retry_after_s, spare=True)
         except NotReady as error:
-            # A device that this very job breaks must not be broken by it for ever.
+            # A job that breaks the device must not do so forever.
             await self._wait(job, error.retry_after_s, spare=self._service.broken is None)
         except Cancelled:
             await self._end(job, "canceled")
         except OutOfMemory as error:
-            # Others may have had the memory. As much is refused for a while now, and so waits.
+            # Others may have had the memory. Work of this size is refused for a while now, and so
+            # waits.
             await self._wait_or_fail(job, 0.0, error)
         except WeftError as error:
             await self._fail(job, error.code, error.message, error.field)
@@ -250,7 +253,7 @@ class Runner:
             for index, picture in enumerate(pictures.pictures):
                 await self._blobs.write(output_name(job.id, job.attempt, index), picture.data)
         except Exception:
-            # A disk that is full, or a store that does not answer, may be mended meanwhile.
+            # A full disk, or a store that does not answer, may be repaired meanwhile.
             log.exception("the images of job %s could not be stored", job.id)
             sentence = "The images could not be stored; the server's log has the details."
             await self._wait_or_fail(job, LONGEST_WAIT_S, WeftError(sentence))
@@ -268,7 +271,7 @@ class Runner:
             "decode_s": pictures.decode_s,
         }
         if await self._end(job, "succeeded", result=result):
-            # What earlier attempts left, and the pictures that came with the job.
+            # Left over from earlier attempts, and the pictures that were sent with the job.
             left = [f"{job.id}/{attempt}" for attempt in range(1, job.attempt)]
             await self._blobs.delete([*left, *(upload_name(job.id, one) for one in job.uploads)])
         else:
@@ -284,7 +287,7 @@ class Runner:
         await self._end(job, "failed", error={"message": sentence, "code": code, "param": param})
 
     async def _wait_or_fail(self, job: Job, wait_s: float, error: WeftError) -> None:
-        """Let a job wait after an attempt that counts; after the last one it fails."""
+        """Let a job wait after an attempt that counts, or fail it after the last one."""
         if job.attempt - job.spared < self._settings.attempts:
             await self._wait(job, wait_s, spare=False)
         else:

@@ -1,1 +1,1 @@
-"""Changes of the database from version to version, which Alembic applies in their order."""
+"""Schema changes of the database from version to version, applied in order by Alembic."""
